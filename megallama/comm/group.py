@@ -1,0 +1,130 @@
+"""Process groups: the one interface through which ranks talk.
+
+Every operation starts at once and returns a `Handle`; the result may be read after `wait()`.  So a
+blocking call is ``group.all_reduce(x).wait()`` and an overlapped one keeps the handle while other
+work runs.  A handle keeps its tensors alive until it is waited for.
+
+Four implementations: `Solo` (one rank: every operation is the identity, so no caller asks for the
+size), `C10d` (torch.distributed: NCCL or gloo), `Recording` (wraps another group and writes down
+what was communicated) and, in the tests, threads of one process.
+
+Positions (`rank`, `source`, `to`) are indices *within the group*; `ranks` are global ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Op = Literal["sum", "max", "min"]
+
+
+class Handle(Protocol):
+    """A communication under way."""
+
+    def wait(self) -> None:
+        """Return when the result may be read (on CUDA: by the current stream)."""
+
+    def done(self) -> bool:
+        """Whether it has finished, so that its tensors may be freed."""
+
+
+class Done:
+    """The handle of an operation that has already finished."""
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+    def done(self) -> bool:
+        """Always."""
+        return True
+
+
+class Group(Protocol):
+    """Ranks that communicate with one another. Tensors are contiguous and on the group's device.
+
+    All ranks call the same operations with the same shapes and dtypes in the same order. Until
+    `wait()` returns, an output must not be read and an input must not be written.
+    """
+
+    name: str
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+
+    def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
+        """Reduce `tensor` over the ranks, in place."""
+
+    def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
+        """Concatenate every rank's `shard` [n, ...] along dim 0 into `output` [size * n, ...].
+
+        `shard` may be its own place in `output`, and must not overlap it elsewhere.
+        """
+
+    def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
+        """Sum `full` [size * n, ...] over the ranks; this rank's rows [n, ...] arrive in `output`.
+
+        `full` may be overwritten. `output` may be this rank's place in `full`. The order of the sum
+        depends on nothing but the group, so results are bitwise the same however calls overlap.
+        """
+
+    def broadcast(self, tensor: Tensor, source: int) -> Handle:
+        """Every rank receives `source`'s tensor, in place."""
+
+    def send(self, tensor: Tensor, to: int) -> Handle:
+        """Send to one rank; messages from one rank to another arrive in the order they were sent.
+
+        `wait()` may last until the receiver has asked for the message.
+        """
+
+    def recv(self, tensor: Tensor, source: int) -> Handle:
+        """Receive from one rank into `tensor`."""
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+
+    def gather_values(self, value: Any) -> list[Any]:
+        """Every rank's small JSON value, in rank order, on every rank."""
+
+
+class Solo:
+    """The group of one rank."""
+
+    size = 1
+    rank = 0
+
+    def __init__(self, name: str = "solo", global_rank: int = 0) -> None:
+        self.name = name
+        self.ranks = (global_rank,)
+
+    def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
+        return Done()
+
+    @torch.no_grad()
+    def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
+        if output.data_ptr() != shard.data_ptr():
+            output.copy_(shard)
+        return Done()
+
+    @torch.no_grad()
+    def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
+        if output.data_ptr() != full.data_ptr():
+            output.copy_(full)
+        return Done()
+
+    def broadcast(self, tensor: Tensor, source: int) -> Handle:
+        return Done()
+
+    def send(self, tensor: Tensor, to: int) -> Handle:
+        raise AssertionError("a group of one rank has nobody to send to")
+
+    def recv(self, tensor: Tensor, source: int) -> Handle:
+        raise AssertionError("a group of one rank has nobody to receive from")
+
+    def barrier(self) -> None:
+        return None
+
+    def gather_values(self, value: Any) -> list[Any]:
+        return [value]

@@ -1,0 +1,218 @@
+"""Everything a user can set: one frozen pydantic model per section, one field per setting.
+
+The description of a field is its documentation: the configuration reference is generated from this
+file.  Units stand in square brackets at the end of a description.  A value of ``None`` means
+"derived from the others"; `megallama.config.load` fills every derived value in, so code that
+receives a `Config` never sees those ``None``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class Section(BaseModel):
+    """A section of the configuration: immutable, and it refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+class RopeScaling(Section):
+    """LLaMA 3.1's frequency scaling of rotary embeddings; all four constants (Dubey et al. 2024, 3.2)."""
+
+    factor: PositiveFloat = Field(8.0, description="divisor of the low frequencies")
+    low_freq_factor: PositiveFloat = Field(1.0, description="wavelengths above original/this are fully scaled")
+    high_freq_factor: PositiveFloat = Field(4.0, description="wavelengths below original/this are kept")
+    original_max_position: PositiveInt = Field(8192, description="context of the model before scaling [tokens]")
+
+
+class ModelConfig(Section):
+    """The architecture. Give a preset, or the sizes, or a preset and the sizes that differ."""
+
+    preset: str | None = Field(None, description="name of a row of megallama/config/presets.py; other keys override it")
+    hidden_size: PositiveInt = Field(256, description="width h of the residual stream")
+    num_layers: PositiveInt = Field(4, description="number of transformer layers")
+    num_heads: PositiveInt = Field(4, description="number of query heads n")
+    num_kv_heads: PositiveInt | None = Field(None, description="number of key/value heads; default num_heads")
+    head_dim: PositiveInt | None = Field(None, description="size d of a head; default hidden_size / num_heads")
+    ffn_hidden_size: PositiveInt = Field(688, description="width f of the SwiGLU feed-forward network")
+    vocab_size: PositiveInt = Field(4096, description="number of token ids, without any padding")
+    norm_eps: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
+    rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
+    rope_scaling: RopeScaling | None = Field(None, description="LLaMA 3.1 scaling of the rotary frequencies")
+    tie_embeddings: bool = Field(False, description="the output head is the embedding matrix")
+    init_std: PositiveFloat = Field(
+        0.02, description="standard deviation of initial weights; o_proj and down_proj use it / sqrt(2 num_layers)"
+    )
+
+
+class ParallelConfig(Section):
+    """How the model is cut over ranks; dp is what remains of the number of ranks."""
+
+    tp: PositiveInt = Field(1, description="tensor parallel size [ranks]")
+    pp: PositiveInt = Field(1, description="pipeline parallel size [ranks]")
+    chunks: PositiveInt = Field(1, description="model chunks per pipeline rank (virtual stages); >1 interleaves")
+    sequence_parallel: bool = Field(True, description="shard norms and residuals over tp; no effect with tp=1")
+    schedule: Literal["gpipe", "1f1b", "zb-h1"] = Field(
+        "1f1b", description="pipeline schedule; 1f1b with chunks>1 is interleaved 1F1B"
+    )
+    stage_layers: tuple[NonNegativeInt, ...] | None = Field(
+        None, description="layers of each of the pp*chunks stages, in model order; default balanced by cost"
+    )
+    rank_order: str = Field("tp-cp-dp-pp", description="axes from fastest to slowest varying over ranks")
+
+
+class BatchConfig(Section):
+    """Batch arithmetic. A sample is one sequence of seq_length tokens."""
+
+    global_batch_size: PositiveInt = Field(32, description="samples per optimizer step over all ranks [sequences]")
+    micro_batch_size: PositiveInt = Field(4, description="samples per forward of one model replica [sequences]")
+    seq_length: PositiveInt = Field(256, description="tokens per sample; a preset brings its own default [tokens]")
+    ramp_start: PositiveInt | None = Field(None, description="global batch at step 0; grows to global_batch_size [sequences]")
+    ramp_increment: PositiveInt | None = Field(None, description="growth of the global batch per ramp stage [sequences]")
+    ramp_samples: PositiveInt | None = Field(None, description="samples after which the ramp has ended [sequences]")
+
+
+class PrecisionConfig(Section):
+    """Number formats. Master weights, main gradients and reductions are fp32 (fp64 with dtype fp64)."""
+
+    dtype: Literal["bf16", "fp16", "fp32", "fp64"] = Field("bf16", description="format of weights and activations")
+    initial_loss_scale: PositiveFloat = Field(65536.0, description="first loss scale of fp16")
+    loss_scale_window: PositiveInt = Field(1000, description="good steps after which the fp16 loss scale doubles [steps]")
+    min_loss_scale: PositiveFloat = Field(1.0, description="the fp16 loss scale never falls below this")
+
+
+class MemoryConfig(Section):
+    """What is kept for the backward pass."""
+
+    recompute: Literal["none", "selective", "full"] = Field(
+        "selective",
+        description="none keeps 16h+6f bytes per token and layer in bf16, selective 12h+4f (no extra GEMM), full 2h",
+    )
+    loss_chunk_tokens: PositiveInt = Field(
+        512, description="tokens whose logits exist at once in the loss; fp32 logits exist for fewer [tokens]"
+    )
+
+
+class OverlapConfig(Section):
+    """Communication under computation. Every switch gives bitwise the same result on or off."""
+
+    grad_reduce: bool = Field(True, description="reduce-scatter gradients under the last backward")
+    param_gather: bool = Field(True, description="all-gather parameters under the next forward")
+    tensor_parallel: bool = Field(True, description="tensor-parallel collectives under dgrad and wgrad GEMMs")
+    bucket_mb: PositiveFloat = Field(64.0, description="size of a gradient bucket in fp32 [MiB]")
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019) with the LLaMA paper's values; decay on matrices only."""
+
+    lr: PositiveFloat = Field(3e-4, description="peak learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
+    eps: PositiveFloat = Field(1e-8, description="epsilon of AdamW")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices")
+    clip_grad: float = Field(1.0, ge=0, description="global gradient norm above which gradients are scaled; 0 is off")
+
+
+class LrScheduleConfig(Section):
+    """Learning rate over steps."""
+
+    kind: Literal["cosine", "linear", "constant", "wsd"] = Field("cosine", description="shape after warm-up")
+    warmup_steps: int = Field(
+        2000, ge=0, description="linear warm-up; where it is not given at most a tenth of decay_steps [steps]"
+    )
+    decay_steps: PositiveInt | None = Field(None, description="step at which the minimum is reached; default train.steps [steps]")
+    min_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate / peak")
+    wsd_decay_steps: PositiveInt | None = Field(
+        None, description="length of wsd's final decay; default a tenth of decay_steps [steps]"
+    )
+
+
+class SourceConfig(Section):
+    """One tokenized corpus."""
+
+    path: str = Field(description="prefix of a .bin/.idx pair")
+    weight: PositiveFloat = Field(1.0, description="share of the samples, relative to the other sources")
+
+
+class DataConfig(Section):
+    """Where samples come from."""
+
+    train: tuple[SourceConfig, ...] = Field((), description="training sources; a plain path or a list of paths is accepted")
+    valid: tuple[SourceConfig, ...] = Field((), description="validation sources; default: none")
+    tokenizer: str | None = Field(None, description="SentencePiece .model or tokenizer.json; kept in every checkpoint")
+    synthetic: bool = Field(False, description="random tokens instead of data.train (speed measurements)")
+    prefetch: int = Field(2, ge=0, description="batches prepared ahead in the background [batches]")
+    timeout_seconds: PositiveFloat = Field(60.0, description="wait for a batch before the loader is declared stuck [s]")
+
+
+class TrainConfig(Section):
+    """The run."""
+
+    steps: PositiveInt = Field(100, description="optimizer steps in all [steps]")
+    seed: int = Field(1234, ge=0, lt=2**63, description="seed of initial weights and of the sample order")
+    eval_interval: int = Field(0, ge=0, description="steps between evaluations; 0 is never [steps]")
+    eval_batches: PositiveInt = Field(8, description="global batches per evaluation [batches]")
+    max_bad_steps: PositiveInt = Field(10, description="skipped (non-finite) steps in a row before the run stops [steps]")
+    stop_after_steps: PositiveInt | None = Field(None, description="save and leave after this many steps of this start [steps]")
+    stop_after_minutes: PositiveFloat | None = Field(None, description="save and leave after this long [min]")
+    deterministic: bool = Field(False, description="only deterministic kernels")
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    folder: str | None = Field(None, description="where step-N folders are written; default <run.folder>/checkpoints")
+    interval: int = Field(0, ge=0, description="steps between saves; 0 saves only at the end and on a signal [steps]")
+    keep_last: PositiveInt = Field(2, description="newest checkpoints to keep")
+    keep_every: int = Field(0, ge=0, description="also keep every checkpoint whose step this divides; 0 is off [steps]")
+    resume: Literal["auto", "must", "fresh"] = Field(
+        "auto",
+        description="auto resumes the newest valid checkpoint if the folder holds any, must refuses to start without one, "
+        "fresh starts from random weights",
+    )
+    weights_from: str | None = Field(None, description="start from the weights of this step folder or Hugging Face folder")
+    async_save: bool = Field(True, description="write behind the training steps")
+
+
+class LogConfig(Section):
+    """What is written while it runs."""
+
+    interval: PositiveInt = Field(1, description="steps between log lines [steps]")
+    tensorboard: bool = Field(True, description="write TensorBoard events to <run.folder>/tensorboard")
+    wandb: bool = Field(False, description="also log to Weights & Biases if the package is installed")
+    wandb_project: str = Field("megallama", description="project name there")
+    plot: bool = Field(True, description="draw <run.folder>/loss.png at the end, if matplotlib is installed")
+
+
+class RunConfig(Section):
+    """The process environment of the run."""
+
+    folder: str = Field("runs/default", description="logs, metrics.jsonl and checkpoints of this run")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
+    threads: int = Field(0, ge=0, description="CPU threads per rank; 0 divides the cores among the ranks of a node")
+    timeout_seconds: PositiveFloat = Field(600.0, description="longest wait in a collective before the run fails [s]")
+    init_timeout_seconds: PositiveFloat = Field(120.0, description="longest wait for all ranks to arrive [s]")
+    peak_tflops: PositiveFloat | None = Field(
+        None, description="peak of one rank's device for MFU; default known or measured [TFLOP/s]"
+    )
+
+
+class Config(Section):
+    """A whole configuration. Build it with `megallama.config.load`, which also checks it."""
+
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    batch: BatchConfig = BatchConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    memory: MemoryConfig = MemoryConfig()
+    overlap: OverlapConfig = OverlapConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_schedule: LrScheduleConfig = LrScheduleConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    run: RunConfig = RunConfig()

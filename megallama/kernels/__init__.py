@@ -1,0 +1,1 @@
+"""The arithmetic of one rank; the only package that may use Transformer Engine or apex."""

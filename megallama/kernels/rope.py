@@ -1,0 +1,46 @@
+"""Rotary position embedding (Su et al. 2021) in Hugging Face's convention: element i turns with i + d/2.
+
+Frequencies are theta^(-2i/d), scaled for LLaMA 3.1 as in its reference implementation: wavelengths
+longer than original/low_freq_factor are stretched by `factor`, those shorter than
+original/high_freq_factor are kept, and those between are interpolated linearly.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megallama.config.schema import RopeScaling
+
+
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype) -> Tensor:
+    """[d/2] angles per position, in `dtype` (fp32, or fp64 for verification)."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).to(dtype) / head_dim
+    inverse = 1.0 / (theta**exponent)
+    if scaling is None:
+        return inverse
+    wavelength = 2 * math.pi / inverse
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = (scaling.original_max_position / wavelength - low) / (high - low)
+    smooth = smooth.clamp(0, 1)
+    return (1 - smooth) * inverse / scaling.factor + smooth * inverse
+
+
+def rope_tables(
+    seq_length: int, head_dim: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each [s, 1, d/2] in `dtype`: angles of positions 0..s-1."""
+    angles = torch.outer(torch.arange(seq_length).to(dtype), inverse_frequencies(head_dim, theta, scaling, dtype))
+    return angles.cos().unsqueeze(1).to(device), angles.sin().unsqueeze(1).to(device)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn x [b, s, heads, d] in place by its positions; with -sin it is the inverse, and so the gradient."""
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    turned_a = (a * cos).sub_(b * sin)
+    turned_b = (b * cos).add_(a * sin)
+    a.copy_(turned_a)
+    b.copy_(turned_b)

@@ -1,0 +1,60 @@
+"""Vocabulary-parallel embedding: each tensor-parallel rank holds a range of token ids.
+
+A rank looks up the ids it holds and leaves zeros for the others; the sum over ranks has exactly one
+term that is not zero, so it is exact in every format.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from megallama.layers.linear import TensorParallel
+from megallama.layers.param import Param
+
+
+class VocabParallelEmbedding:
+    """Token ids [T] -> [T/t, h] (sequence parallelism) or [T, h]."""
+
+    def __init__(self, param: Param, tp: TensorParallel) -> None:
+        self.param = param
+        self.tp = tp
+        self._anchor = torch.zeros(0, requires_grad=True)  # makes autograd call our backward
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        out: Tensor = _Embed.apply(self._anchor, tokens, self)
+        return out
+
+    def local_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Row of each token in this rank's range, clamped, and whether it is held here."""
+        rows = self.param.data.shape[0]
+        local = tokens - self.tp.group.rank * rows
+        held = (local >= 0) & (local < rows)
+        return local.clamp_(0, rows - 1), held
+
+
+class _Embed(Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, tokens: Tensor, layer: VocabParallelEmbedding) -> Tensor:
+        rows, held = layer.local_rows(tokens)
+        out = torch.index_select(layer.param.weight, 0, rows)
+        ctx.layer, ctx.rows, ctx.held = layer, rows, held
+        if layer.tp.group.size == 1:
+            return out
+        out, handle = layer.tp.sum_rows(out.masked_fill_(~held.unsqueeze(1), 0))
+        handle.wait()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        layer: VocabParallelEmbedding = ctx.layer
+        full, handle = layer.tp.gather_rows(grads[0])
+        handle.wait()
+        if layer.tp.group.size == 1:
+            layer.param.add_rows(ctx.rows, full)
+        else:
+            layer.param.add_rows(ctx.rows[ctx.held], full[ctx.held])
+        return None, None, None

@@ -1,0 +1,139 @@
+"""Column- and row-parallel linear layers (Shoeybi et al. 2019) with sequence parallelism (Korthikanti et al. 2022).
+
+A layer is one autograd function that contains its collectives, so that they can run under its own
+GEMMs.  `T` tokens, `t` tensor-parallel ranks, [a, b] the global weight, SP = sequence parallelism:
+
+    column, W [b/t, a]      forward                       backward
+      SP                    x [T/t, a] --all-gather-->    all-gather of x under the dgrad GEMM,
+                            [T, a] @ W.T = y [T, b/t]     reduce-scatter of dx under the wgrad GEMM
+      no SP                 x [T, a] (replicated)         all-reduce of dx under the wgrad GEMM
+    row, W [b, a/t]
+      SP                    x [T, a/t] @ W.T = partial    all-gather of dy under the recomputation
+                            --reduce-scatter--> [T/t, b]  of the activation, then dgrad and wgrad
+      no SP                 --all-reduce--> [T, b]        (dy is replicated)
+
+What is kept for the backward is the input of the *preceding* linear map only (the LLaMA way,
+Touvron et al. 2023, section 2.4): a column layer contains the RMSNorm before it and keeps the norm's
+input; a row layer may contain SwiGLU and keeps its input.  Both make the operand of the weight
+gradient again.  With ``keep=True`` (recompute = "none") they keep that operand too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from megallama.comm.group import Done, Group, Handle
+from megallama.kernels.activation import swiglu, swiglu_backward
+from megallama.layers.norm import RMSNorm
+from megallama.layers.param import Param
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """How a layer talks to the other tensor-parallel ranks."""
+
+    group: Group
+    sequence_parallel: bool
+    overlap: bool  # collectives run under GEMMs; off, each is waited for at once; the results are the same bits
+    keep: bool  # keep the operands of weight gradients instead of making them again
+
+    def gather_rows(self, shard: Tensor) -> tuple[Tensor, Handle]:
+        """[T/t, a] of every rank as [T, a], started; without sequence parallelism rows are whole already."""
+        if not self.sequence_parallel or self.group.size == 1:
+            return shard, Done()
+        full = shard.new_empty(shard.shape[0] * self.group.size, *shard.shape[1:])
+        return full, self._started(self.group.all_gather(full, shard.contiguous()))
+
+    def sum_rows(self, partial: Tensor) -> tuple[Tensor, Handle]:
+        """The sum over ranks of [T, a], started: this rank's rows [T/t, a], or all rows without sequence parallelism."""
+        if self.group.size == 1:
+            return partial, Done()
+        if not self.sequence_parallel:
+            return partial, self._started(self.group.all_reduce(partial))
+        shard = partial.new_empty(partial.shape[0] // self.group.size, *partial.shape[1:])
+        return shard, self._started(self.group.reduce_scatter(shard, partial))
+
+    def _started(self, handle: Handle) -> Handle:
+        if not self.overlap:
+            handle.wait()
+        return handle
+
+
+class ColumnParallelLinear:
+    """[RMSNorm,] then y = x @ W.T with the rows of W cut over tp."""
+
+    def __init__(self, param: Param, norm: RMSNorm, tp: TensorParallel) -> None:
+        self.param = param
+        self.norm = norm
+        self.tp = tp
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T/t, a] (SP) or [T, a] -> [T, b/t]."""
+        out: Tensor = _NormColumn.apply(x, self)
+        return out
+
+
+class RowParallelLinear:
+    """[SwiGLU,] then y = x @ W.T with the columns of W cut over tp."""
+
+    def __init__(self, param: Param, tp: TensorParallel, gated: bool) -> None:
+        self.param = param
+        self.tp = tp
+        self.gated = gated
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, a/t] ([T, 2a/t] packed gate and up if `gated`) -> [T/t, b] (SP) or [T, b]."""
+        out: Tensor = _GatedRow.apply(x, self)
+        return out
+
+
+class _NormColumn(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: ColumnParallelLinear) -> Tensor:
+        normed, rstd = layer.norm.forward(x)
+        full, gather = layer.tp.gather_rows(normed)
+        gather.wait()
+        ctx.layer = layer
+        ctx.save_for_backward(x, rstd, *([normed] if layer.tp.keep else []))
+        return torch.mm(full, layer.param.weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dy,) = grads
+        layer: ColumnParallelLinear = ctx.layer
+        x, rstd, *kept = ctx.saved_tensors
+        normed = kept[0] if kept else layer.norm.again(x, rstd)
+        full, gather = layer.tp.gather_rows(normed)
+        partial = torch.mm(dy, layer.param.weight)
+        dnormed, scatter = layer.tp.sum_rows(partial)
+        gather.wait()
+        layer.param.add_wgrad(dy, full)
+        scatter.wait()
+        return layer.norm.backward(dnormed, x, rstd), None
+
+
+class _GatedRow(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: RowParallelLinear) -> Tensor:
+        operand = swiglu(x) if layer.gated else x
+        ctx.layer = layer
+        ctx.save_for_backward(x, *([operand] if layer.gated and layer.tp.keep else []))
+        out, handle = layer.tp.sum_rows(torch.mm(operand, layer.param.weight.t()))
+        handle.wait()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        layer: RowParallelLinear = ctx.layer
+        x, *kept = ctx.saved_tensors
+        dy, gather = layer.tp.gather_rows(grads[0])
+        operand = kept[0] if kept else swiglu(x) if layer.gated else x
+        gather.wait()
+        doperand = torch.mm(dy, layer.param.weight)
+        layer.param.add_wgrad(dy, operand)
+        return swiglu_backward(doperand, x) if layer.gated else doperand, None

@@ -1,0 +1,132 @@
+"""Final norm, output head and vocabulary-parallel cross entropy as one function, chunked over tokens.
+
+The gradient of the loss is formed where the logits are: each chunk of tokens makes its logits
+[c, V/t], turns them in place into the gradient of the logits, multiplies that into the gradient of
+the hidden states and of the head, and is gone.  So the logits of a micro-batch never exist at once,
+in fp32 even those of a chunk exist only a block of rows at a time, and the backward pass has nothing
+left to compute but the norm.
+
+Over tp two small reductions a chunk make it exact: the row maximum, then the sum of exponentials
+together with the logit of the label (Shoeybi et al. 2019).  Padding columns of the vocabulary take
+no part.  Labels are marked as not counted by `mask`, never by their value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from megallama.kernels.norm import accumulate_dtype
+from megallama.layers.linear import TensorParallel
+from megallama.layers.norm import RMSNorm
+from megallama.layers.param import Param
+
+ROWS_IN_FP32 = 64  # rows of logits that exist in fp32 at a time when they are computed in 16 bits
+
+
+class LossHead:
+    """Hidden states [T/t, h] or [T, h] and labels [T] -> the sum of token losses, one number."""
+
+    def __init__(
+        self, param: Param, norm: RMSNorm, tp: TensorParallel, vocab_size: int, chunk_tokens: int
+    ) -> None:
+        self.param = param
+        self.norm = norm
+        self.tp = tp
+        self.vocab_size = vocab_size
+        self.chunk_tokens = chunk_tokens
+        rows = param.data.shape[0]
+        self.first = tp.group.rank * rows
+        self.valid = max(0, min(rows, vocab_size - self.first))  # the other rows are padding
+
+    def __call__(self, x: Tensor, labels: Tensor, mask: Tensor | None, grad_scale: Tensor | float) -> Tensor:
+        """The sum over counted tokens of -log p(label), replicated over tp.
+
+        The gradient that flows back is that of ``grad_scale * sum``.
+        """
+        out: Tensor = _NormHeadLoss.apply(x, labels, mask, grad_scale, self, torch.is_grad_enabled())
+        return out
+
+    def logits(self, x: Tensor) -> Tensor:
+        """All logits [T, V]: for evaluation of few tokens and for tests."""
+        normed, _ = self.norm.forward(x)
+        full, handle = self.tp.gather_rows(normed)
+        handle.wait()
+        local = torch.mm(full, self.param.weight.t())
+        out = local.new_empty(self.tp.group.size, *local.shape)
+        self.tp.group.all_gather(out.view(-1, local.shape[1]), local).wait()
+        whole = out.permute(1, 0, 2).reshape(local.shape[0], -1)
+        return whole[:, : self.vocab_size]
+
+    def chunk(self, hidden: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Losses [c] of hidden rows [c, h], and the gradient of the logits [c, V/t] if `scale` [c] is given."""
+        logits = torch.mm(hidden, self.param.weight.t())
+        wide = accumulate_dtype(logits.dtype)
+        local = logits[:, : self.valid]
+        top = self._row_maximum(local, wide)
+        self.tp.group.all_reduce(top, "max").wait()
+        index = labels - self.first
+        held = (index >= 0) & (index < self.valid)
+        index = index.clamp_(0, max(0, self.valid - 1)).unsqueeze(1)
+        stats = torch.zeros(2, len(labels), dtype=wide, device=logits.device)  # sum of exponentials, logit of the label
+        if self.valid:
+            stats[1] = torch.where(held, local.gather(1, index).squeeze(1).to(wide) - top, 0)
+            self._exponentials(local, top, stats[0])
+        self.tp.group.all_reduce(stats).wait()
+        if scale is not None and self.valid:  # softmax * scale - scale at the label
+            local.mul_((scale / stats[0]).unsqueeze(1))
+            local.scatter_add_(1, index, torch.where(held, -scale, 0).to(logits.dtype).unsqueeze(1))
+        logits[:, self.valid :] = 0
+        return stats[0].log() - stats[1], logits
+
+    def _row_maximum(self, local: Tensor, wide: torch.dtype) -> Tensor:
+        if self.valid == 0:
+            return local.new_full(local.shape[:1], -torch.inf, dtype=wide)
+        return local.amax(1).to(wide)
+
+    @staticmethod
+    def _exponentials(local: Tensor, top: Tensor, sums: Tensor) -> None:
+        """Replace logits by exp(logit - top) and write their row sums, a block of rows in fp32 at a time."""
+        for a in range(0, len(local), ROWS_IN_FP32):
+            rows = slice(a, a + ROWS_IN_FP32)
+            exps = torch.sub(local[rows], top[rows].unsqueeze(1)).exp_()
+            torch.sum(exps, 1, out=sums[rows])
+            local[rows] = exps
+
+
+class _NormHeadLoss(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, labels: Tensor, mask: Tensor | None, grad_scale: Tensor | float, head: LossHead, train: bool
+    ) -> Tensor:
+        normed, rstd = head.norm.forward(x)
+        full, handle = head.tp.gather_rows(normed)
+        handle.wait()
+        wide = accumulate_dtype(x.dtype)
+        counted = torch.ones(len(labels), dtype=wide, device=x.device) if mask is None else mask.to(wide)
+        total = torch.zeros((), dtype=wide, device=x.device)
+        grad = torch.empty_like(full) if train else full
+        for a in range(0, len(labels), head.chunk_tokens):
+            rows = slice(a, a + head.chunk_tokens)
+            scale = counted[rows] * grad_scale if train else None
+            losses, dlogits = head.chunk(full[rows], labels[rows], scale)
+            total += torch.dot(losses, counted[rows])
+            if train:
+                torch.mm(dlogits, head.param.weight, out=grad[rows])
+                head.param.accumulate_wgrad(dlogits, full[rows])
+        if train:
+            dnormed, handle = head.tp.sum_rows(grad)
+            handle.wait()
+            ctx.head = head
+            ctx.save_for_backward(x, rstd, dnormed)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        head: LossHead = ctx.head
+        x, rstd, dnormed = ctx.saved_tensors
+        head.param.contributed()
+        return head.norm.backward(dnormed, x, rstd), None, None, None, None, None

@@ -1,0 +1,34 @@
+"""RMSNorm over the residual stream: replicated over tp, or on sequence shards under sequence parallelism.
+
+Under sequence parallelism every rank normalises its own rows, so the weight's gradient is a partial
+sum; its `ParamSpec` says so (``sum_over="tp"``) and the gradient synchronisation adds the parts.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megallama.kernels.norm import normalize, rms_norm, rms_norm_backward
+from megallama.layers.param import Param
+
+
+class RMSNorm:
+    """x / rms(x) * weight; the statistics are kept, the result can be made again from them."""
+
+    def __init__(self, param: Param, eps: float) -> None:
+        self.param = param
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, h] -> the normalised rows and their fp32 statistics [T, 1]."""
+        return rms_norm(x, self.param.weight, self.eps)
+
+    def again(self, x: Tensor, rstd: Tensor) -> Tensor:
+        """What `forward` returned, bitwise."""
+        return normalize(x, rstd, self.param.data)
+
+    def backward(self, dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+        """Gradient of x; the weight's goes into main_grad."""
+        dx, dweight = rms_norm_backward(dy, x, rstd, self.param.data)
+        self.param.add_grad(dweight)
+        return dx

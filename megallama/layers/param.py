@@ -1,0 +1,148 @@
+"""Parameters: views into one flat weight buffer and one flat fp32 gradient buffer per stage.
+
+Gradients of weights never pass through autograd.  The hand-written backward functions hand each
+weight gradient to its `Param`, which adds it into `main_grad` at once; the last contribution of a
+step tells the gradient synchronisation that the parameter is ready.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megallama.comm.group import Handle
+from megallama.kernels.norm import accumulate_dtype
+from megallama.kernels.wgrad import AddWgrad
+from megallama.plan.layout import BufferLayout
+from megallama.plan.params import ParamSpec
+
+
+class Gather:
+    """The parameter all-gather of one bucket; every parameter of the bucket holds the same one."""
+
+    def __init__(self) -> None:
+        self._handle: Handle | None = None
+
+    def start(self, handle: Handle) -> None:
+        """Remember the gather under way."""
+        self._handle = handle
+
+    def wait(self) -> None:
+        """Return when the bucket's weights are whole."""
+        if self._handle is not None:
+            self._handle.wait()
+            self._handle = None
+
+
+@dataclass
+class WeightGradQueue:
+    """Weight gradients put off: with `defer` on, GEMMs are queued, and `run` computes the oldest group.
+
+    A schedule that splits the backward (zero bubble) runs the input-gradient half with `defer` on;
+    each such half is one group.  The queue keeps the two operands of every GEMM alive.
+    """
+
+    defer: bool = False
+    groups: deque[list[Callable[[], None]]] = field(default_factory=deque)
+
+    def begin(self) -> None:
+        """Open a new group and put weight gradients off until `end`."""
+        self.groups.append([])
+        self.defer = True
+
+    def end(self) -> None:
+        """Compute weight gradients at once again."""
+        self.defer = False
+
+    def run(self) -> None:
+        """Compute the oldest group."""
+        with torch.no_grad():  # queued operands still remember that they were part of a graph
+            for work in self.groups.popleft():
+                work()
+
+
+class Param:
+    """One local weight with its fp32 gradient."""
+
+    def __init__(
+        self, spec: ParamSpec, weight: Tensor, main_grad: Tensor, gather: Gather, queue: WeightGradQueue, add: AddWgrad
+    ) -> None:
+        self.spec = spec
+        self.data = weight
+        self.main_grad = main_grad
+        self.fresh = True  # main_grad holds nothing of this step yet: the first contribution overwrites
+        self.on_ready: Callable[[Param], None] | None = None
+        self._gather = gather
+        self._queue = queue
+        self._add = add
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, once its all-gather has ended."""
+        self._gather.wait()
+        return self.data
+
+    def add_wgrad(self, dy: Tensor, x: Tensor) -> None:
+        """main_grad += dy [T, out].T @ x [T, in], now or when the queue runs."""
+        if self._queue.defer:
+            self._queue.groups[-1].append(lambda: self._add_now(dy, x))
+        else:
+            self._add_now(dy, x)
+
+    def _add_now(self, dy: Tensor, x: Tensor) -> None:
+        self.accumulate_wgrad(dy, x)
+        self.contributed()
+
+    def accumulate_wgrad(self, dy: Tensor, x: Tensor) -> None:
+        """main_grad += dy.T @ x, one of several pieces: call `contributed` after the last."""
+        self._add(self.main_grad, dy, x, self.fresh)
+        self.fresh = False
+
+    def add_grad(self, grad: Tensor) -> None:
+        """main_grad += grad."""
+        if self.fresh:
+            self.main_grad.copy_(grad)
+        else:
+            self.main_grad.add_(grad)
+        self.fresh = False
+        self.contributed()
+
+    def add_rows(self, rows: Tensor, grad: Tensor) -> None:
+        """main_grad[rows] += grad, repeated rows included."""
+        if self.fresh:
+            self.main_grad.zero_()
+        self.main_grad.index_add_(0, rows, grad.to(self.main_grad.dtype))
+        self.fresh = False
+        self.contributed()
+
+    def contributed(self) -> None:
+        """Tell the synchronisation that one use of this parameter has been accounted for."""
+        if self.on_ready is not None:
+            self.on_ready(self)
+
+
+class FlatBuffers:
+    """Weights and main gradients of one stage, laid out by the plan."""
+
+    def __init__(self, layout: BufferLayout, dtype: torch.dtype, device: torch.device, add: AddWgrad) -> None:
+        self.layout = layout
+        self.weights = torch.zeros(layout.numel, dtype=dtype, device=device)
+        self.grads = torch.zeros(layout.numel, dtype=accumulate_dtype(dtype), device=device)
+        self.queue = WeightGradQueue()
+        self.gathers = tuple(Gather() for _ in layout.buckets)
+        self.params: dict[str, Param] = {}
+        for bucket, gather in zip(layout.buckets, self.gathers, strict=True):
+            for placement in bucket.params:
+                spec = placement.spec
+                at = slice(placement.offset, placement.offset + spec.numel)
+                weight, grad = self.weights[at].view(spec.shape), self.grads[at].view(spec.shape)
+                self.params[spec.name] = Param(spec, weight, grad, gather, self.queue, add)
+
+    def start_step(self) -> None:
+        """Forget last step's gradients."""
+        for param in self.params.values():
+            param.fresh = True

@@ -1,0 +1,1 @@
+"""The model, built from parallel layers, and its initial weights."""

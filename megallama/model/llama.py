@@ -1,0 +1,127 @@
+"""LLaMA (Touvron et al. 2023) as pipeline stages: pre-norm RMSNorm, rotary attention, SwiGLU, no biases.
+
+    x = x + o_proj(attention(qkv_proj(norm(x))))
+    x = x + down_proj(swiglu(gate_up_proj(norm(x))))
+
+A `Stage` is a run of consecutive layers, the first with the embedding before it, the last with final
+norm, head and loss behind it.  Activations are [T, h]: all tokens of a micro-batch, sample after
+sample; under sequence parallelism each tensor-parallel rank holds T/t consecutive rows of the
+residual stream.  Nothing here asks how many ranks there are: groups of one rank do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from megallama.config.schema import Config
+from megallama.kernels.attention import Attend
+from megallama.kernels.norm import accumulate_dtype
+from megallama.kernels.rope import rope_tables
+from megallama.layers.attention import RotaryAttention
+from megallama.layers.embedding import VocabParallelEmbedding
+from megallama.layers.linear import ColumnParallelLinear, RowParallelLinear, TensorParallel
+from megallama.layers.loss import LossHead
+from megallama.layers.norm import RMSNorm
+from megallama.layers.param import Param
+from megallama.plan.params import heads
+
+
+class TransformerLayer:
+    """One layer: [T/t, h] or [T, h] in and out."""
+
+    def __init__(self, params: Mapping[str, Param], prefix: str, eps: float, tp: TensorParallel, attention: RotaryAttention):
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(params[prefix + name], eps)
+
+        self.qkv_proj = ColumnParallelLinear(params[prefix + "qkv_proj"], norm("input_norm"), tp)
+        self.attention = attention
+        self.o_proj = RowParallelLinear(params[prefix + "o_proj"], tp, gated=False)
+        self.gate_up_proj = ColumnParallelLinear(params[prefix + "gate_up_proj"], norm("post_attention_norm"), tp)
+        self.down_proj = RowParallelLinear(params[prefix + "down_proj"], tp, gated=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x + self.o_proj(self.attention(self.qkv_proj(x)))
+        return x + self.down_proj(self.gate_up_proj(x))
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """What a stage is told about a micro-batch besides its hidden states."""
+
+    tokens: Tensor  # [T] ids; read by the first stage
+    labels: Tensor  # [T] next ids; read by the last stage
+    mask: Tensor | None = None  # [T] True where the loss counts; None counts all
+    grad_scale: Tensor | float = 1.0  # the backward pass yields the gradient of grad_scale * sum of losses
+
+
+class Stage:
+    """Consecutive layers of the model, on one rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        params: Mapping[str, Param],
+        layers: Sequence[int],
+        first: bool,
+        last: bool,
+        tp: TensorParallel,
+        attention: Callable[[int, int, int], Attend],
+    ) -> None:
+        model = config.model
+        any_param = next(iter(params.values())).data
+        n, k, d = heads(model)
+        size = tp.group.size
+        wide = accumulate_dtype(any_param.dtype)
+        tables = rope_tables(config.batch.seq_length, d, model.rope_theta, model.rope_scaling, wide, any_param.device)
+        local = n // size, max(1, k // size)
+        rotary = RotaryAttention(*local, *tables, attention(*local, d))
+        self.params = params
+        self.recompute = config.memory.recompute == "full"
+        self.embed = VocabParallelEmbedding(params["embed_tokens"], tp) if first else None
+        self.layers = [TransformerLayer(params, f"layers.{i}.", model.norm_eps, tp, rotary) for i in layers]
+        self.head: LossHead | None = None
+        if last:
+            weight = params["lm_head"] if "lm_head" in params else params["embed_tokens"]
+            norm = RMSNorm(params["norm"], model.norm_eps)
+            self.head = LossHead(weight, norm, tp, model.vocab_size, config.memory.loss_chunk_tokens)
+
+    def __call__(self, hidden: Tensor | None, batch: StageInput) -> Tensor:
+        """Hidden states of the stage before (None on the first) -> hidden states, or on the last stage the loss sum."""
+        x = self.body(hidden, batch.tokens)
+        return x if self.head is None else self.head(x, batch.labels, batch.mask, batch.grad_scale)
+
+    def body(self, hidden: Tensor | None, tokens: Tensor) -> Tensor:
+        """Embedding and layers: [T/t, h] or [T, h]."""
+        if self.embed is None:
+            assert hidden is not None, "only the first stage makes its own hidden states"
+            x = hidden
+        else:
+            x = self.embed(tokens)
+        for layer in self.layers:
+            x = _Recompute.apply(x, layer) if self.recompute and torch.is_grad_enabled() else layer(x)
+        return x
+
+
+class _Recompute(Function):
+    """Keep a layer's input only, and run the layer again for its backward (Chen et al. 2016)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: TransformerLayer) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        (x,) = ctx.saved_tensors
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            out = ctx.layer(leaf)
+        torch.autograd.backward(out, grads)
+        return leaf.grad, None

@@ -1,0 +1,1 @@
+"""Gradient synchronisation and the sharded optimizer."""

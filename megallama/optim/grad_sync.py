@@ -1,0 +1,94 @@
+"""Gradient synchronisation of one stage: reduce-scatter over dp, bucket by bucket, under the backward.
+
+During the last backward of a step the stage is *armed*: every parameter then reports its last
+contribution, and a bucket whose parameters have all reported is reduce-scattered at once.  Which
+contributions are the last, the schedule says, so the order of the collectives is the same on every
+rank.  What is summed over more than dp is small and follows at the end: norm weights over tp (under
+sequence parallelism), shared key/value heads over the ranks that hold them, the tied embedding over
+the first and the last stage.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megallama.comm.group import Group, Handle
+from megallama.comm.groups import Groups
+from megallama.layers.param import FlatBuffers, Param
+from megallama.plan.layout import Bucket, Segment
+
+
+class GradSync:
+    """Sums the main gradients of one stage; this rank's shards hold the result."""
+
+    def __init__(self, buffers: FlatBuffers, groups: Groups, overlap: bool) -> None:
+        self.buffers = buffers
+        self._groups = groups
+        self._overlap = overlap
+        self._bucket_of = {p.spec.name: b for b in buffers.layout.buckets for p in b.params}
+        self._pending: dict[int, int] = {}
+        self._handles: dict[int, Handle] = {}
+
+    def start_step(self) -> None:
+        """Nothing of this step has been reduced yet."""
+        self.buffers.start_step()
+        self._pending = {b.index: sum(p.spec.uses for p in b.params) for b in self.buffers.layout.buckets}
+
+    def arm(self) -> None:
+        """Contributions from here on are the last of their parameters."""
+        for param in self.buffers.params.values():
+            param.on_ready = self._ready
+
+    def disarm(self) -> None:
+        """Contributions from here on are not the last."""
+        for param in self.buffers.params.values():
+            param.on_ready = None
+
+    def finish(self) -> None:
+        """Return when this rank's shards hold the sums over all ranks."""
+        for bucket in self.buffers.layout.buckets:
+            if bucket.index not in self._handles:
+                self._reduce(bucket)
+        for handle in self._handles.values():
+            handle.wait()
+        self._handles.clear()
+        self._sum_copies()
+
+    def shard(self, bucket: Bucket) -> Tensor:
+        """This rank's range of a bucket's gradients."""
+        a, b = bucket.shard(self._groups.dp.size, self._groups.dp.rank)
+        return self.buffers.grads[a:b]
+
+    def _ready(self, param: Param) -> None:
+        bucket = self._bucket_of[param.spec.name]
+        self._pending[bucket.index] -= 1
+        assert self._pending[bucket.index] >= 0, f"{param.spec.name} contributed after its bucket was complete"
+        if self._pending[bucket.index] == 0 and self._overlap:
+            self._reduce(bucket)
+
+    def _reduce(self, bucket: Bucket) -> None:
+        full = self.buffers.grads[bucket.start : bucket.stop]
+        self._handles[bucket.index] = self._groups.dp.reduce_scatter(self.shard(bucket), full)
+
+    def _sum_copies(self) -> None:
+        for over, group in (("tp", self._groups.tp), ("kv", self._groups.kv)):
+            if group.size > 1:
+                self._sum_segments([s for s in self._shard_segments() if s.part.sum_over == over], group)
+        for bucket in self.buffers.layout.buckets:
+            if bucket.tied:
+                self._groups.embedding.all_reduce(self.shard(bucket)).wait()
+
+    def _shard_segments(self) -> list[Segment]:
+        layout, dp = self.buffers.layout, self._groups.dp
+        return [s for b in layout.buckets for s in layout.segments(*b.shard(dp.size, dp.rank))]
+
+    def _sum_segments(self, segments: list[Segment], group: Group) -> None:
+        """All-reduce the segments as one packed tensor; they lie alike on every rank of the group."""
+        if not segments:
+            return
+        views = [self.buffers.grads[s.offset : s.offset + s.count] for s in segments]
+        packed = torch.cat(views)
+        group.all_reduce(packed).wait()
+        for view, summed in zip(views, packed.split([s.count for s in segments]), strict=True):
+            view.copy_(summed)

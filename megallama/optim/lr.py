@@ -1,0 +1,41 @@
+"""The learning rate as a pure function of the step: warm-up, then a shape, then the minimum.
+
+Everything is written in n = step + 1, the number of the update being made (1, 2, ...), so the first
+update already learns, update `warmup_steps` runs at the peak and update `decay_steps` at the minimum.
+"""
+
+from __future__ import annotations
+
+from math import cos, pi
+
+from megallama.config.schema import LrScheduleConfig, OptimizerConfig
+
+
+def learning_rate(step: int, optimizer: OptimizerConfig, schedule: LrScheduleConfig) -> float:
+    """Learning rate of update `step` (counted from 0).
+
+    With n = step + 1, peak p and minimum m = min_ratio * p:
+
+    - warm-up, n <= warmup_steps: p n / warmup_steps
+    - constant: p
+    - linear: p - (p - m) x, with x = (n - warmup) / (decay_steps - warmup), at most 1
+    - cosine (Loshchilov & Hutter 2017): m + (p - m) (1 + cos(pi x)) / 2
+    - wsd, warm-up, stable, decay (Hu et al. 2024): p until decay_steps - wsd_decay_steps, then linear down to m
+
+    All are continuous in n.  Without a warm-up the first update runs at the peak.
+    """
+    n, warmup = step + 1, max(schedule.warmup_steps, 1)
+    if n <= warmup:
+        return optimizer.lr * n / warmup
+    if schedule.kind == "constant":
+        return optimizer.lr
+    end = schedule.decay_steps
+    assert end is not None, "decay_steps is filled in when a configuration is loaded"
+    start = warmup
+    if schedule.kind == "wsd":
+        length = schedule.wsd_decay_steps
+        assert length is not None, "wsd_decay_steps is filled in when a configuration is loaded"
+        start = max(warmup, end - length)
+    x = 1.0 if n >= end else max(0.0, (n - start) / (end - start))
+    above = (1 + cos(pi * x)) / 2 if schedule.kind == "cosine" else 1 - x
+    return optimizer.lr * (schedule.min_ratio + (1 - schedule.min_ratio) * above)

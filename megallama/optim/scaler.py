@@ -1,0 +1,55 @@
+"""Dynamic loss scaling for fp16 (Micikevicius et al. 2018): a state machine without tensors.
+
+fp16 gradients below 6e-8 vanish, so the loss is multiplied by `scale` before the backward pass and
+the gradients are divided by it afterwards.  Too large a scale overflows: then the step is skipped
+and the scale halved; after a window of good steps it is doubled.  Every other format has the range
+of fp32, and the scaler is the identity.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megallama.config.schema import PrecisionConfig
+
+MAX_SCALE = 2.0**24  # a scaled loss must stay far from the end of fp32
+
+
+class LossScaler:
+    """`scale` multiplies the loss of the next step; `update` is told how the step went.
+
+    The state depends only on the sequence of `finite` flags, which all ranks share.
+    """
+
+    def __init__(self, config: PrecisionConfig) -> None:
+        self.dynamic = config.dtype == "fp16"
+        self.scale = config.initial_loss_scale if self.dynamic else 1.0
+        self.good_steps = 0
+        self._window = config.loss_scale_window
+        self._min = config.min_loss_scale
+
+    def update(self, finite: bool) -> bool:
+        """Note a step; returns True if it overflowed and the next one runs with a smaller scale.
+
+        False after a step that was not finite means that no scale is to blame: the numbers are bad.
+        """
+        if not self.dynamic:
+            return False
+        if finite:
+            self.good_steps += 1
+            if self.good_steps == self._window:
+                self.good_steps = 0
+                self.scale = max(self.scale, min(self.scale * 2, MAX_SCALE))
+            return False
+        self.good_steps = 0
+        before, self.scale = self.scale, min(self.scale, max(self.scale / 2, self._min))
+        return self.scale < before
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as JSON values; empty where nothing is scaled."""
+        return {"scale": self.scale, "good_steps": self.good_steps} if self.dynamic else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`; a state saved in another number format leaves the initial scale."""
+        if self.dynamic and state:
+            self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])

@@ -1,0 +1,175 @@
+"""The interpreter of pipeline schedules: one handler per kind of action, one path for every schedule.
+
+A schedule is a list of actions per pipeline rank (`megallama.plan.schedule`); a pipeline of one rank
+is a list without transfers.  Sends and receives are posted where the schedule says and awaited where
+their value is needed.  A forward keeps the edge of its autograd graph, not its output, so an output
+is freed once it has been sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from megallama.comm.group import Group, Handle
+from megallama.layers.param import WeightGradQueue
+from megallama.plan.schedule import Action, Kind, Schedule
+
+Key = tuple[int, int]  # stage, micro-batch
+StageCall = Callable[[Tensor | None, Any], Tensor]  # hidden states and micro-batch -> hidden states or loss sum
+
+
+class Arm(Protocol):
+    """What is told when the last gradients of a stage are about to be formed."""
+
+    def arm(self) -> None:
+        """Contributions from here on are the last."""
+
+    def disarm(self) -> None:
+        """They are not."""
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """A stage of this rank, its queue of weight gradients, and who wants to know of the last ones."""
+
+    stage: StageCall
+    queue: WeightGradQueue
+    sync: Arm
+
+
+class PipelineRuntime:
+    """Runs the schedule of one pipeline rank over one batch.
+
+    `hidden` is an empty tensor with the shape, format and device of what passes between stages.
+    `trace`, if given, is called with each action before it runs.
+    """
+
+    def __init__(
+        self, work: Mapping[int, StageWork], pp: Group, hidden: Tensor, trace: Callable[[Action], None] | None = None
+    ) -> None:
+        self._work = work
+        self._pp = pp
+        self._hidden = hidden
+        self._trace = trace
+        self.position = "not started"  # the action under way, for messages about hangs
+        self.peak_in_flight = 0
+        self._handlers: dict[Kind, Callable[[Action], None]] = {
+            Kind.F: self._forward,
+            Kind.B: self._backward,
+            Kind.I: self._input_grad,
+            Kind.W: self._weight_grad,
+            Kind.SEND_F: self._send_forward,
+            Kind.RECV_F: self._recv_forward,
+            Kind.SEND_B: self._send_backward,
+            Kind.RECV_B: self._recv_backward,
+        }
+
+    def run(self, schedule: Schedule, inputs: Sequence[Any]) -> Tensor:
+        """Execute this rank's actions; the sum of token losses (zero on ranks without the last stage)."""
+        self._schedule, self._inputs = schedule, inputs
+        self._received: dict[tuple[Kind, int, int], tuple[Tensor, Handle]] = {}
+        self._outputs: dict[tuple[Kind, int, int], Tensor] = {}
+        self._graphs: dict[Key, tuple[Tensor | None, GradientEdge]] = {}
+        self._in_flight: set[Key] = set()
+        self._sends: list[Handle] = []
+        self._loss: Tensor = torch.zeros((), dtype=torch.float64, device=self._hidden.device)
+        self.peak_in_flight = 0
+        last = schedule.last_backwards(self._pp.rank)
+        for index, action in enumerate(schedule.steps[self._pp.rank]):
+            self.position = f"{action} (action {index} of {schedule.name})"
+            if self._trace is not None:
+                self._trace(action)
+            sync = self._work[action.stage].sync
+            if index in last:
+                sync.arm()
+            self._handlers[action.kind](action)
+            if index in last:
+                sync.disarm()
+            self._sends = [send for send in self._sends if not send.done()]
+        for send in self._sends:
+            send.wait()
+        self.position = "finished"
+        return self._loss
+
+    def _forward(self, action: Action) -> None:
+        stage = self._work[action.stage].stage
+        x = self._take(Kind.RECV_F, action) if action.stage > 0 else None
+        train = torch.is_grad_enabled()
+        if x is not None and train:
+            x.requires_grad_()
+        out = stage(x, self._inputs[action.microbatch])
+        if action.stage == self._schedule.num_stages - 1:
+            self._loss += out.detach()
+        else:
+            self._outputs[Kind.F, action.stage, action.microbatch] = out.detach()
+        if train:
+            self._graphs[action.stage, action.microbatch] = (x, get_gradient_edge(out))
+            self._in_flight.add((action.stage, action.microbatch))
+            self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
+
+    def _backward(self, action: Action) -> None:
+        self._differentiate(action)
+        self._in_flight.remove((action.stage, action.microbatch))
+
+    def _input_grad(self, action: Action) -> None:
+        queue = self._work[action.stage].queue
+        queue.begin()
+        self._differentiate(action)
+        queue.end()
+
+    def _weight_grad(self, action: Action) -> None:
+        self._work[action.stage].queue.run()
+        self._in_flight.remove((action.stage, action.microbatch))
+
+    def _differentiate(self, action: Action) -> None:
+        x, edge = self._graphs.pop((action.stage, action.microbatch))
+        if action.stage == self._schedule.num_stages - 1:
+            grad = torch.ones((), dtype=_loss_dtype(self._hidden.dtype), device=self._hidden.device)
+        else:
+            grad = self._take(Kind.RECV_B, action)
+        torch.autograd.backward((edge,), (grad,))
+        if x is not None:
+            assert x.grad is not None
+            self._outputs[Kind.B, action.stage, action.microbatch] = x.grad
+            x.grad = None
+
+    def _take(self, kind: Kind, action: Action) -> Tensor:
+        """The value from the neighbouring stage: received, or left by it on this same rank."""
+        step = -1 if kind is Kind.RECV_F else 1
+        if self._schedule.rank_of(action.stage + step) == self._pp.rank:
+            made_by = Kind.F if kind is Kind.RECV_F else Kind.B
+            return self._outputs.pop((made_by, action.stage + step, action.microbatch))
+        tensor, handle = self._received.pop((kind, action.stage, action.microbatch))
+        handle.wait()
+        return tensor
+
+    def _send_forward(self, action: Action) -> None:
+        self._send(Kind.F, action, action.stage + 1)
+
+    def _send_backward(self, action: Action) -> None:
+        self._send(Kind.B, action, action.stage - 1)
+
+    def _recv_forward(self, action: Action) -> None:
+        self._recv(action, action.stage - 1)
+
+    def _recv_backward(self, action: Action) -> None:
+        self._recv(action, action.stage + 1)
+
+    def _send(self, made_by: Kind, action: Action, to_stage: int) -> None:
+        value = self._outputs.pop((made_by, action.stage, action.microbatch)).contiguous()
+        self._sends.append(self._pp.send(value, self._schedule.rank_of(to_stage)))
+
+    def _recv(self, action: Action, from_stage: int) -> None:
+        buffer = torch.empty_like(self._hidden)
+        handle = self._pp.recv(buffer, self._schedule.rank_of(from_stage))
+        self._received[action.kind, action.stage, action.microbatch] = (buffer, handle)
+
+
+def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,121 @@
+"""Flat buffers: where every parameter lies, in which bucket, and who optimizes which range.
+
+The parameters of one stage lie in one flat buffer, cut into *buckets*.  Gradients have a buffer of
+the same layout.  A bucket is what one reduce-scatter or all-gather moves; its length is a multiple
+of dp, and data-parallel rank r owns its r-th equal range, the rank's *shard* of the bucket: there it
+holds fp32 master weights and AdamW moments (ZeRO-1, Rajbhandari et al. 2020).
+
+Parameters are placed in the order in which the backward pass finishes them (the reverse of the
+forward), so buckets fill one after the other.  A bucket holds only decayed matrices, only norm
+weights, or only the tied embedding (which must lie alike on the first and on the last stage).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megallama.plan.box import Box, boxes_of_range
+from megallama.plan.params import ParamSpec, Part
+
+ALIGN = 128  # elements; every parameter starts at a multiple, so its rows are aligned for vector loads
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A parameter and its first element in the flat buffer."""
+
+    spec: ParamSpec
+    offset: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Elements start..stop-1 of the flat buffer; stop - start is a multiple of dp."""
+
+    index: int
+    start: int
+    stop: int
+    params: tuple[Placement, ...]
+    decay: bool
+    tied: bool
+
+    def shard(self, dp: int, dp_rank: int) -> tuple[int, int]:
+        """The range of the flat buffer that data-parallel rank `dp_rank` optimizes."""
+        per = (self.stop - self.start) // dp
+        return self.start + dp_rank * per, self.start + (dp_rank + 1) * per
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`count` elements at `offset` of the flat buffer are the flat range from `first` of `part.box`."""
+
+    offset: int
+    count: int
+    part: Part
+    first: int
+
+    def boxes(self) -> Iterator[Box]:
+        """The same elements as rectangles of the global tensor, in order."""
+        return boxes_of_range(self.part.box, self.first, self.first + self.count)
+
+
+@dataclass(frozen=True)
+class BufferLayout:
+    """The flat buffer of one stage."""
+
+    buckets: tuple[Bucket, ...]
+    numel: int
+    dp: int
+
+    def segments(self, start: int, stop: int) -> Iterator[Segment]:
+        """What lies in elements start..stop-1 of the buffer; padding lies in no segment."""
+        for bucket in self.buckets:
+            if bucket.stop <= start or bucket.start >= stop:
+                continue
+            for placement in bucket.params:
+                yield from _segments(placement, start, stop)
+
+
+def _segments(placement: Placement, start: int, stop: int) -> Iterator[Segment]:
+    row = placement.spec.numel // placement.spec.shape[0]
+    for part in placement.spec.parts:
+        first = placement.offset + part.row * row
+        a, b = max(first, start), min(first + part.box.numel, stop)
+        if a < b:
+            yield Segment(a, b - a, part, a - first)
+
+
+def build_layout(specs: Sequence[ParamSpec], dp: int, bucket_elements: int) -> BufferLayout:
+    """Place the parameters of one stage (given in forward order) into buckets.
+
+    A bucket is closed once it holds `bucket_elements` or more; a parameter is never split over buckets.
+    """
+    buckets: list[Bucket] = []
+    at = 0
+
+    def close(chosen: list[ParamSpec]) -> None:
+        nonlocal at
+        start, placed = at, []
+        for spec in chosen:
+            placed.append(Placement(spec, at))
+            at += _round_up(spec.numel, ALIGN)
+        at = start + _round_up(at - start, dp * ALIGN)
+        buckets.append(Bucket(len(buckets), start, at, tuple(placed), chosen[0].decay, chosen[0].tied))
+
+    backward = list(reversed(specs))
+    matrices = [s for s in backward if s.decay and not s.tied]
+    open_: list[ParamSpec] = []
+    for spec in matrices:
+        open_.append(spec)
+        if sum(s.numel for s in open_) >= bucket_elements:
+            close(open_)
+            open_ = []
+    for rest in (open_, [s for s in backward if s.tied], [s for s in backward if not s.decay]):
+        if rest:
+            close(rest)
+    return BufferLayout(tuple(buckets), at, dp)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

@@ -1,0 +1,200 @@
+"""Which parameters a rank holds, and what each of their rows is in the whole model.
+
+A `ParamSpec` describes one local tensor: its shape, how it is initialised, whether it is decayed,
+and its *parts*: the rectangles of Hugging Face tensors that lie in its rows.  It is written once,
+here, and read by the model (which module holds it), the initialiser, the gradient synchronisation,
+clipping, the optimizer's shards and the checkpoint.  Padding rows belong to no part.
+
+    local tensor     parts                                  split over tp
+    embed_tokens     embed_tokens                           rows (vocabulary, padded to a multiple of tp)
+    input_norm       input_layernorm                        replicated
+    qkv_proj         q_proj, k_proj, v_proj                 rows (heads; k and v replicated if tp > kv heads)
+    o_proj           o_proj                                 columns
+    post_attention_norm  post_attention_layernorm           replicated
+    gate_up_proj     gate_proj, up_proj                     rows
+    down_proj        down_proj                              columns
+    norm             norm                                   replicated
+    lm_head          lm_head                                rows (vocabulary)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod, sqrt
+from typing import Literal
+
+from megallama.config.schema import ModelConfig
+from megallama.plan.box import Box
+
+SumOver = Literal["none", "tp", "kv"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows ``row .. row + box.shape[0]`` of a local tensor are `box` of the global tensor ``box.key``."""
+
+    box: Box
+    global_shape: tuple[int, ...]
+    row: int
+    sum_over: SumOver = "none"  # the group over which this part's gradient is summed besides dp
+    owner: bool = True  # False on all but one rank that hold a copy: counted in norms and saved once
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One tensor of one rank."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    decay: bool
+    init_std: float | None  # None: ones (norm weights)
+    tied: bool = False  # a copy lives on the first and on the last stage; gradients are summed over both
+    uses: int = 1  # contributions to its gradient per micro-batch
+
+    @property
+    def numel(self) -> int:
+        """Number of local elements, padding included."""
+        return prod(self.shape)
+
+
+def global_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model by its Hugging Face name, with its global shape, in file order."""
+    h, f, v = model.hidden_size, model.ffn_hidden_size, model.vocab_size
+    n, k, d = heads(model)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, h)}
+    for i in range(model.num_layers):
+        layer = f"model.layers.{i}."
+        shapes |= {
+            layer + "input_layernorm.weight": (h,),
+            layer + "self_attn.q_proj.weight": (n * d, h),
+            layer + "self_attn.k_proj.weight": (k * d, h),
+            layer + "self_attn.v_proj.weight": (k * d, h),
+            layer + "self_attn.o_proj.weight": (h, n * d),
+            layer + "post_attention_layernorm.weight": (h,),
+            layer + "mlp.gate_proj.weight": (f, h),
+            layer + "mlp.up_proj.weight": (f, h),
+            layer + "mlp.down_proj.weight": (h, f),
+        }
+    shapes["model.norm.weight"] = (h,)
+    if not model.tie_embeddings:
+        shapes["lm_head.weight"] = (v, h)
+    return shapes
+
+
+def heads(model: ModelConfig) -> tuple[int, int, int]:
+    """(query heads n, key/value heads k, head size d)."""
+    k = model.num_kv_heads or model.num_heads
+    return model.num_heads, k, model.head_dim or model.hidden_size // model.num_heads
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Parameters of the whole model, tied matrices once, no padding."""
+    return sum(prod(shape) for shape in global_shapes(model).values())
+
+
+def init_std(model: ModelConfig, name: str) -> float | None:
+    """Standard deviation of the initial values of a Hugging Face tensor; None means ones."""
+    if name.endswith("norm.weight"):
+        return None
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return model.init_std / sqrt(2 * model.num_layers)
+    return model.init_std
+
+
+@dataclass(frozen=True)
+class ParamBuilder:
+    """Builds the specs of one tensor-parallel rank."""
+
+    model: ModelConfig
+    tp: int = 1
+    tp_rank: int = 0
+    sequence_parallel: bool = False
+
+    def stage(self, layers: Sequence[int], first: bool, last: bool) -> tuple[ParamSpec, ...]:
+        """The parameters of one stage in forward order.
+
+        `first` adds the embedding, `last` the final norm and the head.  With tied embeddings a
+        stage that is both holds the matrix once, under the name ``embed_tokens``.
+        """
+        specs: list[ParamSpec] = []
+        tie = self.model.tie_embeddings
+        if first:
+            specs.append(self._vocab("embed_tokens", "model.embed_tokens.weight", tied=tie and not last, owner=True))
+            if tie and last:
+                specs[0] = replace(specs[0], uses=2)
+        for i in layers:
+            specs += self._layer(i)
+        if last:
+            specs.append(self._norm("norm", "model.norm.weight"))
+            if not tie:
+                specs.append(self._vocab("lm_head", "lm_head.weight", tied=False, owner=True))
+            elif not first:
+                specs.append(self._vocab("lm_head", "model.embed_tokens.weight", tied=True, owner=False))
+        return tuple(specs)
+
+    def _layer(self, i: int) -> list[ParamSpec]:
+        local, name = f"layers.{i}.", f"model.layers.{i}."
+        f = self.model.ffn_hidden_size
+        return [
+            self._norm(local + "input_norm", name + "input_layernorm.weight"),
+            self._qkv(local + "qkv_proj", name + "self_attn."),
+            self._columns(local + "o_proj", name + "self_attn.o_proj.weight", self._heads(self.model.num_heads)),
+            self._norm(local + "post_attention_norm", name + "post_attention_layernorm.weight"),
+            self._packed(local + "gate_up_proj", [(name + f"mlp.{x}_proj.weight", self._even(f), f) for x in ("gate", "up")]),
+            self._columns(local + "down_proj", name + "mlp.down_proj.weight", self._even(f)),
+        ]
+
+    def _even(self, size: int) -> tuple[int, int]:
+        """This rank's range of `size` rows or columns cut evenly over tp."""
+        assert size % self.tp == 0, (size, self.tp)
+        per = size // self.tp
+        return self.tp_rank * per, (self.tp_rank + 1) * per
+
+    def _heads(self, count: int) -> tuple[int, int]:
+        """This rank's range of rows of `count` heads; ranks share a head when tp > count."""
+        d = heads(self.model)[2]
+        if self.tp <= count:
+            a, b = self._even(count)
+        else:
+            a = self.tp_rank // (self.tp // count)
+            b = a + 1
+        return a * d, b * d
+
+    def _norm(self, name: str, key: str) -> ParamSpec:
+        shape = (self.model.hidden_size,)
+        over: SumOver = "tp" if self.sequence_parallel and self.tp > 1 else "none"
+        part = Part(Box.whole(key, shape), shape, 0, over, owner=self.tp_rank == 0)
+        return ParamSpec(name, shape, (part,), decay=False, init_std=None)
+
+    def _qkv(self, name: str, prefix: str) -> ParamSpec:
+        n, k, d = heads(self.model)
+        copies = max(1, self.tp // k)
+        owner, over = self.tp_rank % copies == 0, ("kv" if copies > 1 else "none")
+        rows: list[tuple[str, tuple[int, int], int]] = [(prefix + "q_proj.weight", self._heads(n), n * d)]
+        rows += [(prefix + f"{x}_proj.weight", self._heads(k), k * d) for x in ("k", "v")]
+        spec = self._packed(name, rows)
+        shared = tuple(Part(p.box, p.global_shape, p.row, over, owner) for p in spec.parts[1:])  # type: ignore[arg-type]
+        return ParamSpec(name, spec.shape, (spec.parts[0], *shared), spec.decay, spec.init_std)
+
+    def _packed(self, name: str, rows: list[tuple[str, tuple[int, int], int]]) -> ParamSpec:
+        """Row ranges of several [size, h] tensors under one another."""
+        h, at, parts = self.model.hidden_size, 0, []
+        for key, (a, b), size in rows:
+            parts.append(Part(Box(key, (a, 0), (b, h)), (size, h), at))
+            at += b - a
+        return ParamSpec(name, (at, h), tuple(parts), decay=True, init_std=init_std(self.model, rows[0][0]))
+
+    def _columns(self, name: str, key: str, columns: tuple[int, int]) -> ParamSpec:
+        h, (a, b) = self.model.hidden_size, columns
+        shape = global_shapes(self.model)[key] if self.tp > 1 else (h, b - a)
+        part = Part(Box(key, (0, a), (h, b)), shape, 0)
+        return ParamSpec(name, (h, b - a), (part,), decay=True, init_std=init_std(self.model, key))
+
+    def _vocab(self, name: str, key: str, tied: bool, owner: bool) -> ParamSpec:
+        v, h = self.model.vocab_size, self.model.hidden_size
+        per = -(-v // self.tp)
+        a, b = min(v, self.tp_rank * per), min(v, (self.tp_rank + 1) * per)
+        parts = (Part(Box(key, (a, 0), (b, h)), (v, h), 0, owner=owner),) if a < b else ()
+        return ParamSpec(name, (per, h), parts, decay=True, init_std=init_std(self.model, key), tied=tied)

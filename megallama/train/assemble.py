@@ -1,0 +1,85 @@
+"""The parts of one rank, built from the plan: buffers, stages, optimizer, pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megallama.comm.groups import Groups
+from megallama.kernels.choose import Kernels
+from megallama.layers.linear import TensorParallel
+from megallama.layers.param import FlatBuffers
+from megallama.layers.shard import StateShard
+from megallama.model.init import fill
+from megallama.model.llama import Stage
+from megallama.optim.distributed import DistributedOptimizer
+from megallama.pipeline.runtime import PipelineRuntime, StageWork
+from megallama.plan.layout import build_layout
+from megallama.plan.params import ParamBuilder, global_shapes, init_std
+from megallama.plan.plan import Plan
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Everything that one rank trains with."""
+
+    plan: Plan
+    groups: Groups
+    device: torch.device
+    stages: dict[int, Stage]  # global stage number -> stage
+    buffers: dict[int, FlatBuffers]
+    optimizer: DistributedOptimizer
+    runtime: PipelineRuntime
+
+    @property
+    def counts_loss(self) -> bool:
+        """Whether this rank's loss sum enters the sum over all ranks: one per sample, on the last stage."""
+        return self.plan.num_stages - 1 in self.stages and self.groups.tp.rank == 0
+
+
+def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels) -> Rank:
+    """Build rank `groups.rank`; the weights are zero until `initialize` or a checkpoint fills them."""
+    config = plan.config
+    dtype = DTYPES[config.precision.dtype]
+    parallel = config.parallel
+    sharded = parallel.sequence_parallel and groups.tp.size > 1
+    tp = TensorParallel(
+        groups.tp, sharded, overlap=config.overlap.tensor_parallel, keep=config.memory.recompute == "none"
+    )
+    builder = ParamBuilder(config.model, groups.tp.size, groups.tp.rank, sharded)
+    bucket_elements = int(config.overlap.bucket_mb * 2**20 / 4)
+    stages, buffers = {}, {}
+    for number in range(groups.pp.rank, plan.num_stages, groups.pp.size):
+        first, last = number == 0, number == plan.num_stages - 1
+        layers = plan.stages[number]
+        layout = build_layout(builder.stage(layers, first, last), groups.dp.size, bucket_elements)
+        buffers[number] = FlatBuffers(layout, dtype, device, kernels.add_wgrad)
+        stages[number] = Stage(config, buffers[number].params, layers, first, last, tp, kernels.attention)
+    optimizer = DistributedOptimizer(
+        list(buffers.values()), groups, config.optimizer, config.overlap, kernels.adamw
+    )
+    work = {
+        number: StageWork(stages[number], buffers[number].queue, sync)
+        for number, sync in zip(stages, optimizer.syncs, strict=True)
+    }
+    tokens = config.batch.micro_batch_size * config.batch.seq_length
+    hidden = torch.empty(tokens // (groups.tp.size if sharded else 1), config.model.hidden_size, dtype=dtype, device=device)
+    return Rank(plan, groups, device, stages, buffers, optimizer, PipelineRuntime(work, groups.pp, hidden))
+
+
+def initialize(rank: Rank, seed: int) -> None:
+    """Write initial weights that depend on the seed and the model alone, never on the layout."""
+    fill_shards(rank.optimizer.shards(owned_only=False), rank, seed)
+    rank.optimizer.loaded(steps=0)
+
+
+def fill_shards(shards: Sequence[StateShard], rank: Rank, seed: int) -> None:
+    """Initial values of the masters, element by element."""
+    model = rank.plan.config.model
+    shapes = global_shapes(model)
+    for shard in shards:
+        fill(shard.master.view(shard.box.shape), shard.box, shapes[shard.box.key], seed, init_std(model, shard.box.key))

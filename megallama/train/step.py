@@ -1,0 +1,109 @@
+"""One training step and one evaluation: what happens between two batches, in order.
+
+    forward and backward of all micro-batches   (the pipeline interpreter; gradients reduce under it)
+    complete the gradient reduction
+    one small reduction over all ranks: loss, squared gradient norm, finite everywhere?, signals
+    decide: skip, or clip and AdamW on the shards, then gather the weights under the next forward
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megallama.data.batch import MicroBatch
+from megallama.model.llama import StageInput
+from megallama.plan.schedule import Schedule
+from megallama.train.assemble import Rank
+from megallama.train.health import Vote
+from megallama.train.timers import Timers
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What all ranks know of a step."""
+
+    loss: float  # mean over the counted tokens of the global batch [nats]
+    grad_norm: float  # of the global gradient, before clipping
+    applied: bool  # False: something was not finite, and nothing was changed
+    tokens: int  # counted tokens of the global batch
+    stop_reason: str | None
+
+
+def count_tokens(rank: Rank, batches: Sequence[MicroBatch]) -> int:
+    """Tokens of the global batch whose loss counts: the divisor of loss and gradient, known before the forward."""
+    if all(b.mask is None for b in batches):
+        return sum(b.labels.numel() for b in batches) * rank.groups.dp.size
+    counted = sum(b.labels.numel() if b.mask is None else int(b.mask.sum()) for b in batches)
+    total = torch.tensor([counted], dtype=torch.int64, device=rank.device)
+    rank.groups.dp.all_reduce(total).wait()
+    return int(total)
+
+
+def stage_inputs(batches: Sequence[MicroBatch], grad_scale: float) -> list[StageInput]:
+    """Micro-batches as the stages take them: flat."""
+    return [
+        StageInput(b.tokens.reshape(-1), b.labels.reshape(-1), None if b.mask is None else b.mask.reshape(-1), grad_scale)
+        for b in batches
+    ]
+
+
+def train_step(
+    rank: Rank,
+    schedule: Schedule,
+    batches: Sequence[MicroBatch],
+    lr: float,
+    loss_scale: float = 1.0,
+    timers: Timers | None = None,
+    received: signal.Signals | None = None,
+    late: bool = False,
+) -> StepResult:
+    """Train on this rank's micro-batches of one global batch.
+
+    All ranks return the same result.  Where the loss or the gradient is not finite on any rank,
+    no rank changes anything.
+    """
+    timers = timers or Timers()
+    tokens = count_tokens(rank, batches)
+    rank.optimizer.start_step()
+    with timers.phase("forward_backward"):
+        loss_sum = rank.runtime.run(schedule, stage_inputs(batches, loss_scale / tokens))
+    with timers.phase("grad_sync"):
+        squares = rank.optimizer.finish_grads()
+    with timers.phase("agree"):
+        vote = _agree(rank, loss_sum, squares, received, late)
+    norm = math.sqrt(vote.norm_squared) / loss_scale if vote.finite else math.nan
+    if vote.finite:
+        clip = rank.plan.config.optimizer.clip_grad
+        factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+        with timers.phase("optimizer"):
+            rank.optimizer.step(lr, factor / loss_scale)
+    return StepResult(vote.loss / tokens, norm, vote.finite, tokens, vote.stop_reason)
+
+
+def _agree(
+    rank: Rank, loss_sum: torch.Tensor, squares: torch.Tensor, received: signal.Signals | None, late: bool
+) -> Vote:
+    """The sum over all ranks of what each one knows; the step's only wait for the device."""
+    counted = loss_sum if rank.counts_loss else torch.zeros_like(loss_sum)
+    loss, norm_squared = torch.stack((counted, squares)).tolist()
+    finite = math.isfinite(loss) and math.isfinite(norm_squared)
+    mine = Vote.of(loss if finite else 0.0, norm_squared if finite else 0.0, finite=finite, late=late, received=received)
+    packed = torch.tensor(mine.pack(), dtype=torch.float64, device=rank.device)
+    rank.groups.world.all_reduce(packed).wait()
+    vote = Vote.unpack(packed.tolist())
+    return vote if vote.finite else Vote(math.nan, math.nan, vote.bad_ranks, vote.late_ranks, vote.signals)
+
+
+def evaluate_step(rank: Rank, schedule: Schedule, batches: Sequence[MicroBatch]) -> tuple[float, int]:
+    """(sum of token losses, counted tokens) of one global batch, the same on every rank; nothing is changed."""
+    tokens = count_tokens(rank, batches)
+    with torch.no_grad():
+        loss_sum = rank.runtime.run(schedule, stage_inputs(batches, 1.0))
+    total = loss_sum.reshape(1) if rank.counts_loss else torch.zeros_like(loss_sum).reshape(1)
+    rank.groups.world.all_reduce(total).wait()
+    return float(total), tokens
