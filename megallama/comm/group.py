@@ -97,7 +97,7 @@ class Solo:
 
     def __init__(self, name: str = "solo", global_rank: int = 0) -> None:
         self.name = name
-        self.ranks = (global_rank,)
+        self.ranks: tuple[int, ...] = (global_rank,)
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
         return Done()

@@ -70,8 +70,8 @@ class BatchConfig(Section):
     global_batch_size: PositiveInt = Field(32, description="samples per optimizer step over all ranks [sequences]")
     micro_batch_size: PositiveInt = Field(4, description="samples per forward of one model replica [sequences]")
     seq_length: PositiveInt = Field(256, description="tokens per sample; a preset brings its own default [tokens]")
-    ramp_start: PositiveInt | None = Field(None, description="global batch at step 0; grows to global_batch_size [sequences]")
-    ramp_increment: PositiveInt | None = Field(None, description="growth of the global batch per ramp stage [sequences]")
+    ramp_start: PositiveInt | None = Field(None, description="first global batch size of the ramp-up [sequences]")
+    ramp_increment: PositiveInt | None = Field(None, description="growth of the global batch each time [sequences]")
     ramp_samples: PositiveInt | None = Field(None, description="samples after which the ramp has ended [sequences]")
 
 
@@ -80,7 +80,7 @@ class PrecisionConfig(Section):
 
     dtype: Literal["bf16", "fp16", "fp32", "fp64"] = Field("bf16", description="format of weights and activations")
     initial_loss_scale: PositiveFloat = Field(65536.0, description="first loss scale of fp16")
-    loss_scale_window: PositiveInt = Field(1000, description="good steps after which the fp16 loss scale doubles [steps]")
+    loss_scale_window: PositiveInt = Field(1000, description="good steps before the loss scale of fp16 doubles [steps]")
     min_loss_scale: PositiveFloat = Field(1.0, description="the fp16 loss scale never falls below this")
 
 
@@ -123,7 +123,9 @@ class LrScheduleConfig(Section):
     warmup_steps: int = Field(
         2000, ge=0, description="linear warm-up; where it is not given at most a tenth of decay_steps [steps]"
     )
-    decay_steps: PositiveInt | None = Field(None, description="step at which the minimum is reached; default train.steps [steps]")
+    decay_steps: PositiveInt | None = Field(
+        None, description="step at which the minimum is reached; default train.steps [steps]"
+    )
     min_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate / peak")
     wsd_decay_steps: PositiveInt | None = Field(
         None, description="length of wsd's final decay; default a tenth of decay_steps [steps]"
@@ -140,7 +142,7 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """Where samples come from."""
 
-    train: tuple[SourceConfig, ...] = Field((), description="training sources; a plain path or a list of paths is accepted")
+    train: tuple[SourceConfig, ...] = Field((), description="training sources: a path, a list of paths, or tables")
     valid: tuple[SourceConfig, ...] = Field((), description="validation sources; default: none")
     tokenizer: str | None = Field(None, description="SentencePiece .model or tokenizer.json; kept in every checkpoint")
     synthetic: bool = Field(False, description="random tokens instead of data.train (speed measurements)")
@@ -155,8 +157,10 @@ class TrainConfig(Section):
     seed: int = Field(1234, ge=0, lt=2**63, description="seed of initial weights and of the sample order")
     eval_interval: int = Field(0, ge=0, description="steps between evaluations; 0 is never [steps]")
     eval_batches: PositiveInt = Field(8, description="global batches per evaluation [batches]")
-    max_bad_steps: PositiveInt = Field(10, description="skipped (non-finite) steps in a row before the run stops [steps]")
-    stop_after_steps: PositiveInt | None = Field(None, description="save and leave after this many steps of this start [steps]")
+    max_bad_steps: PositiveInt = Field(10, description="skipped (non-finite) steps in a row that stop the run [steps]")
+    stop_after_steps: PositiveInt | None = Field(
+        None, description="save and leave after this many steps of this start [steps]"
+    )
     stop_after_minutes: PositiveFloat | None = Field(None, description="save and leave after this long [min]")
     deterministic: bool = Field(False, description="only deterministic kernels")
 
@@ -170,10 +174,10 @@ class CheckpointConfig(Section):
     keep_every: int = Field(0, ge=0, description="also keep every checkpoint whose step this divides; 0 is off [steps]")
     resume: Literal["auto", "must", "fresh"] = Field(
         "auto",
-        description="auto resumes the newest valid checkpoint if the folder holds any, must refuses to start without one, "
-        "fresh starts from random weights",
+        description="auto resumes the newest valid checkpoint if the folder holds any, must refuses to start without "
+        "one, fresh starts from random weights",
     )
-    weights_from: str | None = Field(None, description="start from the weights of this step folder or Hugging Face folder")
+    weights_from: str | None = Field(None, description="start from the weights of this step or Hugging Face folder")
     async_save: bool = Field(True, description="write behind the training steps")
 
 

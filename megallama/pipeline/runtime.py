@@ -80,8 +80,9 @@ class PipelineRuntime:
         self._sends: list[Handle] = []
         self._loss: Tensor = torch.zeros((), dtype=torch.float64, device=self._hidden.device)
         self.peak_in_flight = 0
-        last = schedule.last_backwards(self._pp.rank)
-        for index, action in enumerate(schedule.steps[self._pp.rank]):
+        actions = schedule.steps[self._pp.rank]
+        last = _last_gradients(actions)
+        for index, action in enumerate(actions):
             self.position = f"{action} (action {index} of {schedule.name})"
             if self._trace is not None:
                 self._trace(action)
@@ -169,6 +170,12 @@ class PipelineRuntime:
         buffer = torch.empty_like(self._hidden)
         handle = self._pp.recv(buffer, self._schedule.rank_of(from_stage))
         self._received[action.kind, action.stage, action.microbatch] = (buffer, handle)
+
+
+def _last_gradients(actions: Sequence[Action]) -> frozenset[int]:
+    """Positions of the last B, I and W of each stage: in them the last gradients of its parameters are formed."""
+    latest = {(a.kind, a.stage): i for i, a in enumerate(actions) if a.kind in (Kind.B, Kind.I, Kind.W)}
+    return frozenset(latest.values())
 
 
 def _loss_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,112 @@
+"""Where every byte of a checkpoint lies, as a function of the model alone.
+
+    model/       model-0000i-of-0000N.safetensors       weights in the training format, + index.json
+    optimizer/   master-, exp_avg-, exp_avg_sq-0000i-of-0000N.safetensors     the same names and shapes
+
+No rank count, tensor- or pipeline-parallel size enters, so ranks of any layout write the same bytes,
+and a rank that knows which boxes it owns knows where they belong.  The files are safetensors files
+(8 bytes header length, a JSON header, row-major little-endian data).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from megallama.config.schema import ModelConfig
+from megallama.plan.params import global_shapes
+
+SHARD_BYTES = 5_000_000_000  # a new file is begun before a tensor that would grow one beyond this
+STATE = ("master", "exp_avg", "exp_avg_sq")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WEIGHTS = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: its elements begin at byte `offset` of the file."""
+
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A file's name within the checkpoint, its first bytes and its final size."""
+
+    name: str
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """The files that together hold every tensor of the model once."""
+
+    files: tuple[TensorFile, ...]
+    places: Mapping[str, Place]
+
+    def index(self) -> bytes:
+        """The content of Hugging Face's model.safetensors.index.json."""
+        total = sum(prod(p.shape) * p.item_bytes for p in self.places.values())
+        where = {name: p.file.rpartition("/")[2] for name, p in self.places.items()}
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
+        return (text + "\n").encode()
+
+
+def layout(model: ModelConfig, precision: str, shard_bytes: int = SHARD_BYTES) -> dict[str, FileSet]:
+    """The file sets "model", "master", "exp_avg" and "exp_avg_sq" of a checkpoint.
+
+    `precision` is precision.dtype: weights are saved in it, state in fp32 (fp64 with fp64).
+    """
+    shapes, state = global_shapes(model), "F64" if precision == "fp64" else "F32"
+    sets = {"model": file_set("model/model", shapes, WEIGHTS[precision], shard_bytes)}
+    return sets | {kind: file_set(f"optimizer/{kind}", shapes, state, shard_bytes) for kind in STATE}
+
+
+def file_set(stem: str, shapes: Mapping[str, tuple[int, ...]], dtype: str, shard_bytes: int) -> FileSet:
+    """Lay tensors out in the given order over files of about `shard_bytes`."""
+    item = DTYPES[dtype].itemsize
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in shapes.items():
+        nbytes = prod(shape) * item
+        if groups[-1] and filled + nbytes > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += nbytes
+    files, places = [], {}
+    for i, names in enumerate(groups, 1):
+        file = f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors"
+        header, size = _header({name: shapes[name] for name in names}, dtype)
+        at = len(header)
+        for name in names:
+            places[name] = Place(file, at, tuple(shapes[name]), dtype)
+            at += prod(shapes[name]) * item
+        files.append(TensorFile(file, header, size))
+    return FileSet(tuple(files), places)
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> tuple[bytes, int]:
+    """(the header's bytes, padded so that data is aligned to 8 bytes; size of the whole file)."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in shapes.items():
+        end = at + prod(shape) * DTYPES[dtype].itemsize
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, 8 + len(text) + at

@@ -1,0 +1,301 @@
+"""Reading boxes of tensors out of safetensors files, whoever wrote them, verifying what is read.
+
+A file is read in the blocks of the manifest; a block is checked against its digest before one byte
+of it is used.  Hugging Face folders from elsewhere have no digests and are read the same way.  Any
+layout, any number of ranks: a shard is filled by reading the byte runs of its box.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megallama.checkpoint import manifest
+from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.checkpoint.huggingface import read_model_config
+from megallama.checkpoint.layout import DTYPES, STATE, Place, layout
+from megallama.config.schema import ModelConfig
+from megallama.layers.shard import StateShard
+from megallama.plan.box import Box
+from megallama.plan.params import global_shapes
+
+SPAN_BYTES = 8 << 20  # bytes of a file turned into a tensor at a time
+CACHED_BLOCKS = 4
+# Buffers that old Hugging Face conversions of LLaMA saved; they follow from the configuration.
+_NOT_PARAMETERS = (".rotary_emb.inv_freq",)
+
+
+class BlockFile:
+    """A file read block by block; with a `record`, each block is verified before it is used."""
+
+    def __init__(self, path: Path, record: manifest.FileRecord | None = None, block_bytes: int = manifest.BLOCK_BYTES):
+        self.path, self._record, self._block_bytes = path, record, block_bytes
+        self._cache: dict[int, bytes] = {}
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DamagedError(f"{path} cannot be opened: {error.strerror}") from None
+        self.size = os.fstat(self._fd).st_size
+        if record is not None and self.size != record.size:
+            self.close()
+            raise DamagedError(f"{path} has {self.size} bytes instead of {record.size}")
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    def block(self, index: int) -> bytes:
+        """One block. Raises: DamagedError naming file and block."""
+        if index in self._cache:
+            return self._cache[index]
+        first = index * self._block_bytes
+        want = min(self._block_bytes, self.size - first)
+        where = f"{self.path} is damaged in block {index} (bytes {first} to {first + want - 1})"
+        try:
+            data = os.pread(self._fd, want, first)
+        except OSError as error:
+            raise DamagedError(f"{where}: {error}") from error
+        if len(data) != want:
+            raise DamagedError(f"{where}: {len(data)} bytes instead of {want}")
+        if self._record is not None and manifest.digest(data) != self._record.blocks[index]:
+            raise DamagedError(f"{where}: its digest is not the one in {manifest.NAME}")
+        while len(self._cache) >= CACHED_BLOCKS:
+            del self._cache[next(iter(self._cache))]
+        self._cache[index] = data
+        return data
+
+    def read(self, start: int, count: int) -> bytearray:
+        """Bytes start .. start + count - 1."""
+        if start < 0 or start + count > self.size:
+            raise DamagedError(f"{self.path} ends at byte {self.size}, before byte {start + count}")
+        out, at = bytearray(count), 0
+        while at < count:
+            index, inside = divmod(start + at, self._block_bytes)
+            data = memoryview(self.block(index))[inside : inside + count - at]
+            out[at : at + len(data)] = data
+            at += len(data)
+        return out
+
+
+class TensorFiles:
+    """Tensors by name, wherever in a set of files they lie; files are opened when first needed."""
+
+    def __init__(self, places: Mapping[str, Place], opener: Callable[[str], BlockFile]) -> None:
+        self.places = places
+        self._opener = opener
+        self._opened: dict[str, BlockFile] = {}
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._opened:
+            self._opened.popitem()[1].close()
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read_into(self, box: Box, out: Tensor) -> None:
+        """Fill `out` (1-D, any dtype and device) with the elements of `box` in row-major order."""
+        place = self.places[box.key]
+        width = place.shape[-1]
+        rows, cols = prod(box.shape[:-1]), box.shape[-1]
+        top = box.start[0] if len(place.shape) == 2 else 0
+        if place.file not in self._opened:
+            self._opened[place.file] = self._opener(place.file)
+        file, item = self._opened[place.file], place.item_bytes
+        step = max(1, SPAN_BYTES // (width * item))
+        for row in range(0, rows, step):
+            n = min(step, rows - row)
+            first, count = (top + row) * width + box.start[-1], (n - 1) * width + cols
+            data = torch.frombuffer(file.read(place.offset + first * item, count * item), dtype=DTYPES[place.dtype])
+            out[row * cols : (row + n) * cols].view(n, cols).copy_(data.as_strided((n, cols), (width, 1)))
+
+
+def _read_header(label: str, file: BlockFile) -> dict[str, Place]:
+    """The tensors of a safetensors file. Raises: DamagedError if the header does not fit the file."""
+    length = int.from_bytes(file.read(0, 8), "little")
+    try:
+        entries = json.loads(bytes(file.read(8, length)))
+        places = {}
+        for name, entry in entries.items():
+            if name == "__metadata__":
+                continue
+            start, stop = entry["data_offsets"]
+            places[name] = Place(label, 8 + length + start, tuple(entry["shape"]), entry["dtype"])
+            item = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else 0
+            if (item and stop - start != prod(entry["shape"]) * item) or 8 + length + stop > file.size:
+                raise DamagedError(f"{file.path}: tensor {name} does not fit the file: bytes {start} to {stop}")
+        return places
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{file.path} has no valid safetensors header: {error!r}") from error
+
+
+def open_state(folder: Path, saved: manifest.Manifest, kind: str) -> TensorFiles:
+    """The "model" weights or one of the state kinds of a step folder, verified while reading.
+
+    The places follow from the architecture; a file whose header says otherwise is not ours.
+    """
+    files = layout(saved.model, saved.body["precision"], saved.body["shard_bytes"])[kind]
+    headers = {file.name: file.header for file in files.files}
+
+    def opener(name: str) -> BlockFile:
+        if name not in saved.files:
+            raise DamagedError(f"{folder / manifest.NAME} does not list {name}")
+        file = BlockFile(folder / name, saved.files[name], saved.block_bytes)
+        if file.read(0, min(len(headers[name]), file.size)) != headers[name]:
+            raise DamagedError(f"{folder / name} has the header of another file")
+        return file
+
+    return TensorFiles(files.places, opener)
+
+
+def open_folder(folder: Path) -> TensorFiles:
+    """The weights of a Hugging Face folder, or of our step or model folder.
+
+    Raises: CheckpointError if it holds no safetensors; DamagedError if one of its files is missing.
+    """
+    if (step := step_folder(folder)) is not None:
+        return open_state(step, manifest.read_manifest(step), "model")
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise DamagedError(f"{index} cannot be read: {error!r}") from error
+    elif not (folder / names[0]).is_file():
+        raise CheckpointError(
+            f"{folder} holds neither {manifest.NAME} nor model.safetensors(.index.json); give a step folder or a "
+            "Hugging Face folder with safetensors (save_pretrained(folder) writes them)"
+        )
+    places: dict[str, Place] = {}
+    for name in names:
+        file = BlockFile(folder / name)
+        try:
+            places |= _read_header(name, file)
+        finally:
+            file.close()
+    return TensorFiles(places, lambda name: BlockFile(folder / name))
+
+
+def step_folder(folder: Path) -> Path | None:
+    """The step folder that `folder` is, or is the model/ of; None if it is somebody else's."""
+    candidates = (folder, folder.parent) if folder.name == "model" else (folder,)
+    return next((c for c in candidates if (c / manifest.NAME).is_file()), None)
+
+
+def fill(files: TensorFiles, kind: str, shards: Sequence[StateShard]) -> None:
+    """Read state `kind` ("master", "exp_avg", "exp_avg_sq") of all shards, in the order of the files."""
+    for shard in sorted(shards, key=lambda s: (files.places[s.box.key].file, files.places[s.box.key].offset, s.box)):
+        files.read_into(shard.box, shard.state()[kind])
+
+
+def fill_weights(files: TensorFiles, shards: Sequence[StateShard]) -> None:
+    """Read weights into the masters and reset the moments to zero."""
+    fill(files, "master", shards)
+    for shard in shards:
+        shard.exp_avg.zero_()
+        shard.exp_avg_sq.zero_()
+
+
+def check_tensors(where: Path, files: TensorFiles, model: ModelConfig) -> None:
+    """Raises: CheckpointError listing every tensor that is missing, unknown or of another shape."""
+    want = global_shapes(model)
+    extra = {"lm_head.weight"} if model.tie_embeddings else set()
+    found = {n: p for n, p in files.places.items() if n not in extra and not n.endswith(_NOT_PARAMETERS)}
+    problems = [f"missing: {n} {list(want[n])}" for n in want if n not in found]
+    problems += [f"unknown: {n} {list(found[n].shape)}" for n in found if n not in want]
+    problems += [
+        f"{n} has shape {list(found[n].shape)}, the model needs {list(want[n])}"
+        for n in want
+        if n in found and found[n].shape != want[n]
+    ]
+    problems += [f"{n} has dtype {p.dtype}, not of {[*DTYPES]}" for n, p in found.items() if p.dtype not in DTYPES]
+    if "missing: lm_head" in " ".join(problems):
+        problems.append("(a model without lm_head.weight has model.tie_embeddings=true)")
+    if problems:
+        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise CheckpointError(f"the tensors in {where} are not those of the model:\n  " + "\n  ".join(shown))
+
+
+class Weights:
+    """The weights of a saved model, read tensor by tensor (or box by box) when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        step = step_folder(folder)
+        self.folder = step / "model" if step else folder
+        if step and (problems := verify_blocks(step, manifest.read_manifest(step), [("model/config.json", 0)])):
+            raise DamagedError(problems[0])
+        self.config: ModelConfig = read_model_config(self.folder)
+        self._files = open_folder(folder)
+        check_tensors(folder, self._files, self.config)
+
+    @property
+    def names(self) -> list[str]:
+        """Hugging Face names of all tensors."""
+        return list(global_shapes(self.config))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The format the weights are stored in."""
+        return DTYPES[self._files.places["model.embed_tokens.weight"].dtype]
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer file kept with the weights."""
+        found = (self.folder / name for name in ("tokenizer.model", "tokenizer.json"))
+        return next((path for path in found if path.is_file()), None)
+
+    def tensor(self, name: str, box: Box | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor, or the rectangle `box` of it; in the stored format unless `dtype` is given."""
+        place = self._files.places[name]
+        box = box or Box.whole(name, place.shape)
+        out = torch.empty(box.numel, dtype=dtype or DTYPES[place.dtype])
+        self._files.read_into(box, out)
+        return out.view(box.shape)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.close()
+
+
+def open_weights(folder: Path | str) -> Weights:
+    """Open a step folder, its model/ folder, or any Hugging Face LLaMA folder.
+
+    Raises: CheckpointError if it holds no LLaMA weights; DamagedError if a file is damaged or missing.
+    """
+    return Weights(Path(folder))
+
+
+def load_state(folder: Path, saved: manifest.Manifest, shards: Sequence[StateShard]) -> None:
+    """Fill master weights and moments of all shards from a step folder."""
+    for kind in STATE:
+        with open_state(folder, saved, kind) as files:
+            fill(files, kind, shards)
+
+
+def verify_blocks(folder: Path, saved: manifest.Manifest, blocks: Sequence[tuple[str, int]]) -> list[str]:
+    """Check blocks against their digests; what is wrong with each damaged one."""
+    problems: list[str] = []
+    opened: dict[str, BlockFile | None] = {}
+    for name, index in blocks:
+        try:
+            if name not in opened:
+                opened[name] = None
+                opened[name] = BlockFile(folder / name, saved.files[name], saved.block_bytes)
+            if (file := opened[name]) is not None:
+                file.block(index)
+        except DamagedError as error:
+            problems.append(str(error))
+    for file in opened.values():
+        if file is not None:
+            file.close()
+    return problems
+

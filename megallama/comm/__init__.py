@@ -1,0 +1,1 @@
+"""The only code that talks to other ranks: groups, the regions built on them, and launching."""

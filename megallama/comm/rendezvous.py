@@ -1,0 +1,258 @@
+"""How the ranks of a run find one another, and what they learn when that fails.
+
+Rank 0 keeps a key-value store (torch's TCPStore; under torchrun the agent keeps it).  Every rank
+writes one `Arrival` there.  Rank 0 compares them and publishes a verdict: go on, or one sentence
+that names the ranks concerned, which then every rank raises.  Only after that are process groups
+made.  The store lives as long as the run and also carries the record of the first failure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megallama.comm.errors import LaunchError
+
+_LOST = re.compile(r"connection|peer|broken pipe|timed? ?out|nccl|socket", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What a rank says about itself when it arrives."""
+
+    rank: int
+    world_size: int
+    host: str
+    pid: int
+    torch: str
+    device: str = "cpu"
+    gpu: str = ""  # identity of the GPU, where two ranks must not share one
+    cores: str = ""  # identity of the set of cores this process may use
+    config: str = ""
+    problem: str = ""
+
+
+def open_store(host: str, port: int, port_file: Path | None, keeper: bool, rank: int, seconds: float) -> dist.TCPStore:
+    """Rank 0's store: as its keeper (rank 0) or as a client.
+
+    With a `port_file` all ranks are on this machine: the keeper takes any free port of the loopback
+    interface and writes its number there.
+    Raises: LaunchError if the port is taken or rank 0 cannot be reached within `seconds`.
+    """
+    deadline, wait = time.monotonic() + seconds, timedelta(seconds=seconds)
+    if keeper and port_file is not None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        store = dist.TCPStore(
+            host, port, None, True, timeout=wait, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        _publish(port_file, port)
+        return store
+    if port_file is not None:
+        port = _read_port(port_file, rank, seconds, deadline)
+    try:
+        left = timedelta(seconds=max(0.1, deadline - time.monotonic()))
+        return dist.TCPStore(host, port, None, keeper, timeout=left, wait_for_workers=False)
+    except (RuntimeError, ValueError) as error:
+        text = str(error).splitlines()[0]
+        if keeper and ("in use" in text or "EADDRINUSE" in text):
+            raise LaunchError(
+                f"port {port} of {host} is taken, perhaps by another run; set MASTER_PORT to a free port on every rank"
+            ) from error
+        raise LaunchError(
+            f"rank {rank} ({socket.gethostname()}) could not reach rank 0 at {host}:{port} within {seconds:g} s "
+            f"(run.init_timeout_seconds): rank 0 never started or has given up (its output says why), or "
+            f"MASTER_ADDR and MASTER_PORT differ between ranks ({text})"
+        ) from error
+
+
+def port_file(key: str) -> Path:
+    """Where rank 0 of the run `key` publishes its port to the other ranks of this machine."""
+    return Path(tempfile.gettempdir()) / f"megallama-{os.getuid()}-{re.sub(r'[^A-Za-z0-9.-]', '-', key)}"
+
+
+def _publish(path: Path, port: int) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    with os.fdopen(handle, "w") as file:
+        file.write(str(port))
+    os.replace(name, path)
+
+
+def _read_port(path: Path, rank: int, seconds: float, deadline: float) -> int:
+    while True:
+        try:
+            if path.stat().st_uid == os.getuid():  # nobody else can hand us a port
+                return int(path.read_text())
+        except FileNotFoundError:
+            pass
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"rank 0 never arrived within {seconds:g} s (run.init_timeout_seconds): rank {rank} found no "
+                f"{path}; look at the output of rank 0"
+            )
+        time.sleep(0.02)
+
+
+def meet(store: dist.Store, mine: Arrival, seconds: float, leader: bool) -> list[Arrival]:
+    """Wait for all ranks; their arrivals in rank order.
+
+    Raises: LaunchError, on every rank that arrived, with what rank 0 found wrong.
+    """
+    number = store.add("arrivals", 1)
+    store.set(f"arrival/{number}", json.dumps(asdict(mine)))
+    if leader:
+        arrived, problem = _collect(store, mine, seconds)
+        everyone = [asdict(arrived[rank]) for rank in sorted(arrived)]
+        store.set("verdict", json.dumps({"problem": problem, "arrivals": everyone}))
+        if problem:
+            _linger(lambda: store.add("readers", 0) >= store.add("arrivals", 0) - 1)
+            raise LaunchError(problem)
+        return [arrived[rank] for rank in sorted(arrived)]
+    try:
+        store.wait(["verdict"], timedelta(seconds=seconds + 30))
+        verdict = json.loads(store.get("verdict"))
+        store.add("readers", 1)
+    except RuntimeError as error:
+        raise LaunchError(f"rank {mine.rank} ({mine.host}) lost rank 0 while the ranks were gathering") from error
+    if verdict["problem"]:
+        raise LaunchError(verdict["problem"])
+    return [Arrival(**arrival) for arrival in verdict["arrivals"]]
+
+
+def _collect(store: dist.Store, mine: Arrival, seconds: float) -> tuple[dict[int, Arrival], str]:
+    """The leader's part: everybody who arrived in time, and what is wrong with them."""
+    deadline, arrived, read, pause = time.monotonic() + seconds, {mine.rank: mine}, 0, 0.001
+    while True:
+        count = store.add("arrivals", 0)
+        while read < count:
+            read += 1
+            other = Arrival(**json.loads(store.get(f"arrival/{read}")))
+            problem = _compare(arrived, other)
+            if problem:
+                return arrived, problem
+            arrived[other.rank] = other
+        if len(arrived) == mine.world_size:
+            return arrived, mine.problem
+        if mine.problem or time.monotonic() > deadline:
+            return arrived, mine.problem or _missing(arrived, mine.world_size, seconds)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+
+
+def _compare(arrived: dict[int, Arrival], new: Arrival) -> str:
+    """What is wrong about a new arrival among those before it; empty if nothing."""
+    first, old = arrived[0], arrived.get(new.rank)
+    if new.problem:
+        return new.problem
+    if new.world_size != first.world_size:
+        return (
+            f"rank 0 ({first.host}) was started as one of {first.world_size} ranks, rank {new.rank} ({new.host}) as "
+            f"one of {new.world_size}; start every process with the same number of ranks"
+        )
+    if old is not None and (old.host, old.pid) != (new.host, new.pid):
+        return (
+            f"two processes are rank {new.rank}: {old.host} pid {old.pid} and {new.host} pid {new.pid}; either a rank "
+            f"was started twice or two runs share one address: give each run its own MASTER_PORT"
+        )
+    if new.torch != first.torch:
+        return (
+            f"rank 0 ({first.host}) has torch {first.torch}, rank {new.rank} ({new.host}) has {new.torch}; "
+            f"use the same environment on every node"
+        )
+    if new.device != first.device:
+        return (
+            f"rank 0 ({first.host}) runs on {first.device}, rank {new.rank} ({new.host}) on {new.device}; "
+            f"set run.device=cpu, or give every rank a GPU"
+        )
+    if new.config != first.config:
+        return (
+            f"rank 0 ({first.host}) and rank {new.rank} ({new.host}) have different configurations "
+            f"({first.config} and {new.config}); start every rank with the same file and overrides"
+        )
+    for other in arrived.values():
+        if new.gpu and other.gpu == new.gpu and other.rank != new.rank:
+            return (
+                f"ranks {other.rank} and {new.rank} ({new.host}) use the same GPU; "
+                f"start one process per GPU, or run with run.device=cpu"
+            )
+    return ""
+
+
+def _missing(arrived: dict[int, Arrival], world_size: int, seconds: float) -> str:
+    by_host: dict[str, list[int]] = {}
+    for rank in sorted(arrived):
+        by_host.setdefault(arrived[rank].host, []).append(rank)
+    here = ", ".join(f"{ranges(ranks)} ({host})" for host, ranks in list(by_host.items())[:16])
+    missing = [rank for rank in range(world_size) if rank not in arrived]
+    return (
+        f"{'rank' if len(missing) == 1 else 'ranks'} {ranges(missing)} never arrived within {seconds:g} s "
+        f"(run.init_timeout_seconds); arrived: {here}{' ...' if len(by_host) > 16 else ''}; "
+        f"look at the output of the missing ranks"
+    )
+
+
+def ranges(ranks: Sequence[int]) -> str:
+    """Sorted numbers, runs of three or more shortened: 0-3, 7, 8."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+def _linger(done: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Keep the store alive until the others have read it, but not for long."""
+    deadline = time.monotonic() + seconds
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+class FailureRecord:
+    """Who failed first, kept in the store so that every other rank can name it."""
+
+    def __init__(self, store: dist.Store, rank: int, host: str) -> None:
+        self._store, self._rank, self._host = store, rank, host
+
+    def report(self, text: str) -> None:
+        """Record the last line of `text` unless another rank has failed before.
+
+        A broken connection is recorded as such: it is usually the echo of a failure elsewhere.
+        """
+        line = (text.strip().splitlines() or ["unknown error"])[-1]
+        verb = "lost contact with another rank first" if _LOST.search(line) else "failed first"
+        try:
+            if self._store.add("failures", 1) == 1:
+                self._store.set("failure", f"rank {self._rank} ({self._host}) {verb}: {line}")
+        except RuntimeError:
+            pass  # rank 0 is gone and the store with it
+
+    def first(self) -> str | None:
+        """The sentence about the first failure, if one is on record."""
+        try:
+            if self._store.add("failures", 0):
+                self._store.wait(["failure"], timedelta(seconds=5))
+                return self._store.get("failure").decode()
+        except RuntimeError:
+            pass
+        return None
+
+    def part(self, world_size: int, keeper: bool) -> None:
+        """Say goodbye; the keeper of the store waits a moment for the others' goodbyes."""
+        try:
+            self._store.add("goodbyes", 1)
+            if keeper:
+                _linger(lambda: self._store.add("goodbyes", 0) >= world_size)
+        except RuntimeError:
+            pass

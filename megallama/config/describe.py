@@ -1,0 +1,113 @@
+"""The settings as a table: dotted name, type in words, default, unit and meaning, read off the schema.
+
+`load` takes from it what a wrong value should have been, the configuration reference its rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from megallama.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of the schema."""
+
+    key: str  # dotted
+    type: str  # in words
+    kinds: tuple[Any, ...]  # the types it accepts, without None
+    optional: bool
+    default: Any
+    unit: str
+    meaning: str
+
+
+def settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Setting]:
+    """Every setting, in the order of the schema; a nested table comes before its own fields."""
+    for name, field in model.model_fields.items():
+        key = prefix + name
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield from settings(section, key + ".")
+            continue
+        setting = _setting(key, field)
+        yield setting
+        for kind in setting.kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from settings(kind, key + ".")
+
+
+def sections() -> Mapping[str, str]:
+    """Section name -> what it is about."""
+    return {name: (field.annotation.__doc__ or "") for name, field in Config.model_fields.items() if field.annotation}
+
+
+def literal(value: Any) -> str:
+    """A value as one would write it in TOML; None is written "none"."""
+    if value is None:
+        return '"none"'
+    if isinstance(value, BaseModel):
+        value = {k: v for k, v in value.model_dump().items() if v is not None}
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k} = {literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(literal, value)) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")
+
+
+def _setting(key: str, field: FieldInfo) -> Setting:
+    kinds = _members(field.annotation)
+    text, _, unit = (field.description or "").partition(" [")
+    return Setting(
+        key=key,
+        type=" or ".join(_words(k, tuple(field.metadata)) for k in kinds if k is not NoneType),
+        kinds=tuple(_bare(k) for k in kinds if k is not NoneType),
+        optional=NoneType in kinds,
+        default=field.get_default(),
+        unit=unit.rstrip("]"),
+        meaning=text,
+    )
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _bare(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _words(kind: Any, limits: tuple[Any, ...]) -> str:
+    if get_origin(kind) is Annotated:
+        kind, *more = get_args(kind)
+        limits += tuple(more)
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(literal, get_args(kind)))
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)[0]
+        words = _words(inner, ())
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            return f"a path, or a list of paths or of tables with {', '.join(inner.model_fields)}"
+        return "a list of " + words.replace("a whole number", "whole numbers")
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return f"a table with {', '.join(kind.model_fields)}"
+    name = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+    return " ".join([name, *(filter(None, (_limit(m) for m in limits)))])
+
+
+def _limit(limit: Any) -> str:
+    for kind, words in ((Gt, "above"), (Ge, "of at least"), (Lt, "below"), (Le, "up to")):
+        if isinstance(limit, kind):
+            return f"{words} {getattr(limit, kind.__name__.lower())}"
+    return ""

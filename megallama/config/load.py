@@ -1,0 +1,294 @@
+"""Reading a configuration: defaults, then the preset, the TOML file and ``section.key=value`` overrides.
+
+Settings are gathered under their dotted names together with where each was said; then they are validated,
+derived values are filled in and the cross-field rules run.  All problems are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megallama.config import rules
+from megallama.config.describe import Setting, literal, settings
+from megallama.config.errors import ConfigError
+from megallama.config.presets import PRESETS, preset_seq_length
+from megallama.config.schema import Config, SourceConfig
+
+COMMAND_LINE = "command line"
+SOURCE_KEYS = ("data.train", "data.valid")
+
+# Names that other programs give to our settings, for the suggestion only.
+ELSEWHERE = {
+    "tensor_model_parallel_size": "parallel.tp", "tensor_parallel": "parallel.tp", "tp_size": "parallel.tp",
+    "pipeline_model_parallel_size": "parallel.pp", "pp_size": "parallel.pp", "dp": "parallel.tp and parallel.pp",
+    "virtual_pipeline_model_parallel_size": "parallel.chunks", "num_attention_heads": "model.num_heads",
+    "num_query_groups": "model.num_kv_heads", "num_key_value_heads": "model.num_kv_heads",
+    "intermediate_size": "model.ffn_hidden_size", "num_hidden_layers": "model.num_layers",
+    "rms_norm_eps": "model.norm_eps", "rotary_base": "model.rope_theta", "tie_word_embeddings": "model.tie_embeddings",
+    "max_position_embeddings": "batch.seq_length", "learning_rate": "optimizer.lr", "train_iters": "train.steps",
+    "max_steps": "train.steps", "adam_beta1": "optimizer.beta1", "adam_beta2": "optimizer.beta2",
+    "rampup_batch_size": "batch.ramp_start", "save": "checkpoint.folder", "save_interval": "checkpoint.interval",
+    "data_path": "data.train", "tokenizer_model": "data.tokenizer", "lr_warmup_iters": "lr_schedule.warmup_steps",
+    "recompute_granularity": "memory.recompute", "bf16": "precision.dtype", "fp16": "precision.dtype",
+}  # fmt: skip
+
+
+def load(
+    file: Path | None, overrides: Sequence[str] = (), *, ranks: int | None = None, need_data: bool = True
+) -> Config:
+    """The configuration that the file and the overrides describe, with every derived value filled in.
+
+    `ranks` adds the rules that need the number of ranks; `need_data=False` leaves out those about data.
+    Raises: ConfigError listing every problem at once, each with where it was said.
+    """
+    reader = _Reader()
+    if file is not None:
+        reader.read_file(file)
+    for text in overrides:
+        reader.read_override(text)
+    reader.apply_preset()
+    config = resolve(reader.validate())
+    problems = reader.problems + [
+        reader.locate(p) for p in rules.check(config, ranks, need_data=need_data) if not reader.doubtful(p)
+    ]
+    if problems:
+        many = f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  - {p}" for p in problems)
+        raise ConfigError(problems[0] if len(problems) == 1 else many)
+    return config
+
+
+def resolve(config: Config) -> Config:
+    """`config` with every value filled in that is derived from others."""
+    m, b, s, c = config.model, config.batch, config.lr_schedule, config.checkpoint
+    heads = None if m.hidden_size % m.num_heads else m.hidden_size // m.num_heads
+    m = m.model_copy(update={"num_kv_heads": m.num_kv_heads or m.num_heads, "head_dim": m.head_dim or heads})
+    if m.preset in PRESETS and "seq_length" not in b.model_fields_set:
+        b = b.model_copy(update={"seq_length": preset_seq_length(m.preset)})
+    end = s.decay_steps or config.train.steps
+    warmup = s.warmup_steps if "warmup_steps" in s.model_fields_set else min(s.warmup_steps, end // 10)
+    decay = s.wsd_decay_steps or max(1, end // 10)
+    s = s.model_copy(update={"decay_steps": end, "wsd_decay_steps": decay, "warmup_steps": warmup})
+    c = c.model_copy(update={"folder": c.folder or str(Path(config.run.folder) / "checkpoints")})
+    return config.model_copy(update={"model": m, "batch": b, "lr_schedule": s, "checkpoint": c})
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every setting under its dotted name, in the order of the schema; nested tables as well as their fields."""
+    out: dict[str, Any] = {}
+    for setting in settings():
+        value: Any = config
+        for name in setting.key.split("."):
+            value = getattr(value, name, None)
+        out[setting.key] = value
+    return {k: v for k, v in out.items() if k.count(".") == 1 or out[k.rpartition(".")[0]] is not None}
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as a TOML file that `load` reads back to an equal one."""
+    preset = PRESETS.get(config.model.preset or "", {})
+    lines: list[str] = []
+    for key, value in flatten(config).items():
+        section, _, name = key.partition(".")
+        if "." in name or (value is None and preset.get(name) is None):
+            continue  # the fields of a nested table are written with it; what is absent is None
+        if f"[{section}]" not in lines:
+            lines += ["", f"[{section}]"]
+        lines.append(f"{name} = {literal(value)}")
+    return "\n".join(lines[1:]) + "\n"
+
+
+class _Reader:
+    """Gathers settings and problems."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Setting] = {s.key: s for s in settings()}
+        self.sections = tuple(dict.fromkeys(key.partition(".")[0] for key in self.known))
+        self.values: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
+        self.problems: list[str] = []
+        self.bad: set[str] = set()  # keys or sections whose value is not to be trusted
+
+    def read_file(self, file: Path) -> None:
+        try:
+            tree = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ConfigError(f"cannot read the configuration {file}: {reason}; give the path of a TOML file") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} is not valid TOML: {error}; write lines like tp = 2 under [parallel]") from None
+        self._take_tree(tree, "", str(file))
+
+    def read_override(self, text: str) -> None:
+        """One ``section.key=value``; a leading ``--`` and ``-`` for ``_`` are accepted."""
+        key, equals, raw = text.removeprefix("--").partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals:
+            self.problems.append(f"{COMMAND_LINE}: {text!r} has no value; write section.key=value, e.g. parallel.tp=2")
+            return
+        self._take(key, self._parse(key, raw.strip()), COMMAND_LINE)
+
+    def apply_preset(self) -> None:
+        """Put the preset's row under what the user said."""
+        name = self.values.get("model.preset")
+        if not isinstance(name, str):
+            return
+        if name not in PRESETS:
+            near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
+            hint = f'did you mean "{near[0]}"? ' if near else ""
+            source = self.sources["model.preset"]
+            unknown = f"{source}: model.preset={literal(name)} is unknown"
+            self.problems.append(f"{unknown}; {hint}presets: {', '.join(PRESETS)}")
+            self.bad |= {"model", "batch.seq_length"}
+            return
+        said, sources = self.values, self.sources
+        self.values, self.sources = {}, {}
+        self._take_tree({"model": PRESETS[name]}, "", f"preset {name}")
+        for key, value in said.items():
+            self._take(key, value, sources[key])
+
+    def validate(self) -> Config:
+        """The configuration of all values that are right by themselves; the others become problems."""
+        try:
+            return Config.model_validate(self._tree(), strict=True)
+        except ValidationError as error:
+            refused: set[str] = set()
+            for e in error.errors(include_url=False):
+                self._refuse(e, refused)
+            self.bad |= refused
+            prefixes = tuple(f"{key}." for key in refused)
+            self.values = {k: v for k, v in self.values.items() if not f"{k}.".startswith(prefixes)}
+            return Config.model_validate(self._tree(), strict=True)
+
+    def doubtful(self, problem: str) -> bool:
+        """Whether a message of the rules speaks of a setting that was already refused."""
+        return any(re.search(rf"\b{re.escape(key)}\b", problem) for key in self.bad)
+
+    def locate(self, problem: str) -> str:
+        """`problem` with the places where its settings were said."""
+        keys = re.findall(r"\b([a-z_]+(?:\.[a-z_0-9]+)+)\b", problem.split(";")[0])
+        said = {key: self.sources[key] for key in keys if key in self.sources}
+        if len(set(said.values())) <= 1:
+            return ": ".join([*set(said.values()), problem])
+        return f"{problem} ({', '.join(f'{key}: {source}' for key, source in said.items())})"
+
+    def _take_tree(self, tree: Mapping[str, Any], prefix: str, source: str) -> None:
+        for name, value in tree.items():
+            key = prefix + name
+            inner = any(k.startswith(key + ".") for k in self.known)
+            if inner and isinstance(value, Mapping):
+                if key in self.known:  # an empty nested table is a table with its defaults
+                    self._take(key, {}, source)
+                self._take_tree(value, key + ".", source)
+            else:
+                self._take(key, value, source)
+
+    def _take(self, key: str, value: Any, source: str) -> None:
+        setting = self.known.get(key)
+        if setting is None and key in self.sections:
+            self.problems.append(f"{source}: {key} is a section; write [{key}] and its settings below it")
+            return
+        if setting is None:
+            self.problems.append(f"{source}: unknown setting {key!r}; {self._suggest(key)}")
+            return
+        if setting.optional and isinstance(value, str) and value.lower() == "none":
+            value = None
+        if key in SOURCE_KEYS:
+            value = _sources(value)
+        if isinstance(value, list):
+            value = tuple(value)
+        nested = key.rpartition(".")[0]
+        if nested in self.known and not isinstance(self.values.get(nested, {}), dict):
+            del self.values[nested]  # a field of a table that was none
+        if value is None:
+            for k in [k for k in self.values if k.startswith(key + ".")]:
+                del self.values[k]
+        self.values.pop(key, None)  # later words come later, also in the order of the dict
+        self.values[key], self.sources[key] = value, source
+
+    def _parse(self, key: str, raw: str) -> Any:
+        """A value of the command line: TOML, or the text itself."""
+        setting = self.known.get(key)
+        quotes = ('"', "'", "[", "{") if key in SOURCE_KEYS else ('"', "'")
+        if setting is not None and (str in setting.kinds or key in SOURCE_KEYS) and not raw.startswith(quotes):
+            return raw
+        try:
+            return tomllib.loads(f"x = {raw}")["x"]
+        except tomllib.TOMLDecodeError:
+            return {"True": True, "False": False}.get(raw, raw)
+
+    def _tree(self) -> dict[str, Any]:
+        tree: dict[str, Any] = {}
+        for key, value in self.values.items():
+            *path, leaf = key.split(".")
+            node = tree
+            for name in path:
+                node = node.setdefault(name, {})
+            node[leaf] = node.get(leaf, {}) if value == {} else value
+        return tree
+
+    def _refuse(self, error: Any, refused: set[str]) -> None:
+        """Turn one of pydantic's errors into a message; its key joins `refused`."""
+        path = list(error["loc"])
+        key = str(path.pop(0))
+        while path and f"{key}.{path[0]}" in self.known or key in self.sections:
+            key += f".{path.pop(0)}"
+        setting, value = self.known[key], self.values.get(key)
+        source = self.sources.get(key, "defaults")
+        if key in refused and key not in SOURCE_KEYS:
+            return  # one message per setting
+        refused.add(key)
+        if path and key in SOURCE_KEYS:
+            self.problems.append(f"{source}: {_source_problem(key, path, error)}")
+            return
+        example = f"; for example {key}={literal(setting.default)}" if setting.default not in (None, ()) else ""
+        if error["type"] == "literal_error" and isinstance(value, str):
+            options = re.findall(r'"([^"]*)"', setting.type)
+            near = difflib.get_close_matches(value.lower(), options, n=1, cutoff=0.5)
+            example = f'; did you mean "{near[0]}"?' if near else ""
+        finite = "finite, " if error["type"] == "finite_number" else ""
+        none = " or none" if setting.optional else ""
+        self.problems.append(f"{source}: {key}={literal(value)} must be {finite}{setting.type}{none}{example}")
+
+    def _suggest(self, key: str) -> str:
+        section, leaf = key.partition(".")[0], key.rpartition(".")[2]
+        inside = [k for k in self.known if k.startswith(section + ".")]
+        names = [k for k in self.known if k.rpartition(".")[2] == leaf]
+        if not names and leaf in ELSEWHERE:
+            names = [ELSEWHERE[leaf]]
+        for candidates in (inside, list(self.known)):
+            leaves = {k.rpartition(".")[2]: k for k in reversed(candidates)}
+            names = names or [leaves[n] for n in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)]
+        if not names and not inside:
+            names = [f"[{s}]" for s in difflib.get_close_matches(section, self.sections, n=1)]
+        self.bad |= {name for name in names if name in self.known}
+        if names:
+            return f"did you mean {' or '.join(names)}?"
+        if inside:
+            return f"[{section}] has {', '.join(k.partition('.')[2] for k in inside if k.count('.') == 1)}"
+        return f"the sections are {', '.join(self.sections)}"
+
+
+def _source_problem(key: str, path: list[Any], error: Any) -> str:
+    """What is wrong with one entry of data.train or data.valid."""
+    fields = {s.key: s for s in settings(SourceConfig)}
+    where, hint = f"{key}[{path[0]}]", f"a source is a path or a table with {' and '.join(fields)}"
+    name = str(path[1]) if len(path) > 1 else ""
+    if error["type"] == "missing":
+        return f"{where} has no {name}; {hint}"
+    if name not in fields:
+        return f"{where}{name and '.'}{name}={literal(error['input'])} is not known; {hint}"
+    return f"{where}.{name}={literal(error['input'])} must be {fields[name].type}; {hint}"
+
+
+def _sources(value: Any) -> Any:
+    """The shorthands of data.train: a path, a list of paths, a table, or a list of tables."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+

@@ -1,0 +1,266 @@
+"""What settings must be to one another. Each rule names the values and the nearest ones that work.
+
+A rule is a generator of messages, given a configuration whose derived values are filled in and the number
+of ranks (None while it is unknown: then nothing is said about ranks or data parallelism).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from math import lcm
+
+from megallama.config.describe import literal
+from megallama.config.schema import BatchConfig, Config
+
+Rule = Callable[[Config, int | None], Iterator[str]]
+AXES = ("tp", "cp", "dp", "pp")
+
+
+def check(config: Config, ranks: int | None = None, *, need_data: bool = True) -> list[str]:
+    """Every combination of settings that cannot work, in words; empty when all is well.
+
+    `need_data=False` leaves out the rules about data sources (planning and generating need none).
+    """
+    rules = RULES + (DATA_RULES if need_data else ())
+    return [problem for rule in rules for problem in rule(config, ranks)]
+
+
+def dp_size(config: Config, ranks: int) -> int:
+    """Data-parallel size: what tp and pp leave of the ranks (1 where they do not divide them)."""
+    return max(1, ranks // (config.parallel.tp * config.parallel.pp))
+
+
+def ramp_sizes(batch: BatchConfig) -> tuple[int, ...]:
+    """Every global batch size the run uses, in order [sequences]."""
+    if batch.ramp_start is None or batch.ramp_increment is None:
+        return (batch.global_batch_size,)
+    return tuple(range(batch.ramp_start, batch.global_batch_size, batch.ramp_increment)) + (batch.global_batch_size,)
+
+
+def interleaved(config: Config) -> bool:
+    """Whether the schedule is interleaved 1F1B."""
+    return config.parallel.schedule == "1f1b" and config.parallel.chunks > 1
+
+
+def legal_tp(config: Config) -> list[int]:
+    """The tensor-parallel sizes that the architecture can be cut into."""
+    m = config.model
+    kv = m.num_kv_heads or m.num_heads
+    sizes = _divisors(m.num_heads)
+    return [t for t in sizes if m.ffn_hidden_size % t == 0 and (kv % t == 0 or t % kv == 0)]
+
+
+def _architecture(config: Config, ranks: int | None) -> Iterator[str]:
+    m = config.model
+    kv = m.num_kv_heads or m.num_heads
+    if m.num_heads % kv:
+        use = _any(_divisors(m.num_heads))
+        yield f"model.num_kv_heads={kv} does not divide model.num_heads={m.num_heads}; use {use}"
+    if m.head_dim is None and m.hidden_size % m.num_heads:
+        yield (
+            f"model.num_heads={m.num_heads} does not divide model.hidden_size={m.hidden_size}; "
+            f"use {_near(_divisors(m.hidden_size), m.num_heads)} heads, or set model.head_dim"
+        )
+    elif (head_dim := m.head_dim or m.hidden_size // m.num_heads) % 2:
+        yield (
+            f"model.head_dim={head_dim} is odd, but rotary embeddings turn pairs of elements; "
+            f"use {_any([d for d in (head_dim - 1, head_dim + 1) if d > 0])}"
+        )
+    if m.vocab_size < 2:
+        yield f"model.vocab_size={m.vocab_size} leaves nothing to predict; use at least 2"
+    if (s := m.rope_scaling) is not None and s.low_freq_factor >= s.high_freq_factor:
+        yield (
+            f"model.rope_scaling.low_freq_factor={s.low_freq_factor} is not below "
+            f"model.rope_scaling.high_freq_factor={s.high_freq_factor}; LLaMA 3.1 uses 1.0 and 4.0"
+        )
+
+
+def _tensor_parallel(config: Config, ranks: int | None) -> Iterator[str]:
+    m, b, tp = config.model, config.batch, config.parallel.tp
+    kv, use = m.num_kv_heads or m.num_heads, f"use {_any(legal_tp(config))}"
+    if kv % tp and tp % kv:
+        verb = "does not divide" if tp < kv else "is not a multiple of"
+        yield f"parallel.tp={tp} {verb} model.num_kv_heads={kv}; {use}"
+    if m.num_heads % tp:
+        yield f"parallel.tp={tp} does not divide model.num_heads={m.num_heads}; {use}"
+    if m.ffn_hidden_size % tp:
+        yield f"parallel.tp={tp} does not divide model.ffn_hidden_size={m.ffn_hidden_size}; {use}"
+    tokens = b.micro_batch_size * b.seq_length
+    if config.parallel.sequence_parallel and tokens % tp:
+        unit = lcm(tp, b.micro_batch_size) // b.micro_batch_size
+        yield (
+            f"parallel.tp={tp} does not divide batch.micro_batch_size={b.micro_batch_size} x "
+            f"batch.seq_length={b.seq_length} = {tokens} tokens, which sequence parallelism cuts; "
+            f"use batch.seq_length={_multiples(b.seq_length, unit)}, or parallel.sequence_parallel=false"
+        )
+
+
+def _pipeline(config: Config, ranks: int | None) -> Iterator[str]:
+    p, layers = config.parallel, config.model.num_layers
+    stages = p.pp * p.chunks
+    if p.chunks > 1 and p.pp == 1:
+        yield f"parallel.chunks={p.chunks} needs more than parallel.pp=1; use parallel.chunks=1 or parallel.pp=2"
+    if p.chunks > 1 and p.schedule == "zb-h1":
+        yield (
+            f'parallel.schedule="zb-h1" has one chunk per rank, but parallel.chunks={p.chunks}; '
+            'use parallel.chunks=1 or parallel.schedule="1f1b"'
+        )
+    if p.stage_layers is not None:
+        given = list(p.stage_layers)
+        even = literal([layers * (s + 1) // stages - layers * s // stages for s in range(stages)])
+        if len(given) != stages:
+            yield (
+                f"parallel.stage_layers={given} has {len(given)} numbers, but parallel.pp={p.pp} x "
+                f"parallel.chunks={p.chunks} = {stages} stages; write {stages} numbers, for example {even}"
+            )
+        elif sum(given) != layers:
+            yield (
+                f"parallel.stage_layers={given} adds up to {sum(given)}, but model.num_layers={layers}; "
+                f"write numbers that add up to it, for example {even}"
+            )
+    axes = p.rank_order.split("-")
+    if sorted(axes) != sorted(AXES):
+        known = list(dict.fromkeys(a for a in axes if a in AXES))
+        whole = "-".join(known + [a for a in AXES if a not in known])
+        yield f'parallel.rank_order="{p.rank_order}" must name each of tp, cp, dp, pp once; for example "{whole}"'
+
+
+def _ranks(config: Config, ranks: int | None) -> Iterator[str]:
+    p = config.parallel
+    unit = p.tp * p.pp
+    if ranks is not None and ranks % unit:
+        yield (
+            f"ranks={ranks} cannot be cut into parallel.tp={p.tp} x parallel.pp={p.pp} = {unit}; use "
+            f"{_multiples(ranks, unit)} ranks, or sizes whose product is {_near(_divisors(ranks), unit)}"
+        )
+
+
+def _batch(config: Config, ranks: int | None) -> Iterator[str]:
+    b, p = config.batch, config.parallel
+    if ranks is not None and ranks % (p.tp * p.pp):
+        return  # dp is not known; the rule above speaks
+    unit, words = b.micro_batch_size, f"batch.micro_batch_size={b.micro_batch_size}"
+    if ranks is not None:
+        dp = dp_size(config, ranks)
+        unit, words = unit * dp, f"{words} x dp={dp} (ranks / (tp x pp)) = {unit * dp}"
+    if interleaved(config):
+        unit, words = unit * p.pp, f"{words} times parallel.pp={p.pp} (needed to interleave parallel.chunks={p.chunks})"
+    if b.global_batch_size % unit:
+        yield (
+            f"batch.global_batch_size={b.global_batch_size} is not a multiple of {words}; "
+            f"use {_multiples(b.global_batch_size, unit)}"
+        )
+    for key, value in (("ramp_start", b.ramp_start), ("ramp_increment", b.ramp_increment)):
+        if value is not None and value % unit:
+            yield f"batch.{key}={value} is not a multiple of {words}; use {_multiples(value, unit)}"
+
+
+def _ramp(config: Config, ranks: int | None) -> Iterator[str]:
+    b = config.batch
+    ramp = {k: getattr(b, k) for k in ("ramp_start", "ramp_increment", "ramp_samples")}
+    have = [f"batch.{k}={v}" for k, v in ramp.items() if v is not None]
+    lack = [f"batch.{k}" for k, v in ramp.items() if v is None]
+    if have and lack:
+        yield f"{' and '.join(have)} without {' and '.join(lack)}; set all three or none"
+    if b.ramp_start is None:
+        return
+    if b.ramp_start > b.global_batch_size:
+        yield (
+            f"batch.ramp_start={b.ramp_start} is above batch.global_batch_size={b.global_batch_size}; "
+            f"use at most {b.global_batch_size}"
+        )
+    elif b.ramp_increment is not None and (rise := b.global_batch_size - b.ramp_start) % b.ramp_increment:
+        yield (
+            f"batch.ramp_increment={b.ramp_increment} does not divide batch.global_batch_size={b.global_batch_size} - "
+            f"batch.ramp_start={b.ramp_start} = {rise}; use {_near(_divisors(rise), b.ramp_increment)}"
+        )
+
+
+def _lr_schedule(config: Config, ranks: int | None) -> Iterator[str]:
+    s = config.lr_schedule
+    end = s.decay_steps or config.train.steps
+    if s.kind == "constant":
+        return
+    if s.warmup_steps >= end:
+        yield (
+            f"lr_schedule.warmup_steps={s.warmup_steps} is not below lr_schedule.decay_steps={end}; "
+            f'use at most {end - 1}, more steps, or lr_schedule.kind="constant"'
+        )
+    elif s.kind == "wsd" and (decay := s.wsd_decay_steps or 1) + s.warmup_steps > end:
+        yield (
+            f"lr_schedule.warmup_steps={s.warmup_steps} + lr_schedule.wsd_decay_steps={decay} = "
+            f"{s.warmup_steps + decay} is above lr_schedule.decay_steps={end}; "
+            f"use lr_schedule.wsd_decay_steps={end - s.warmup_steps} or less"
+        )
+
+
+def _optimizer(config: Config, ranks: int | None) -> Iterator[str]:
+    o, p = config.optimizer, config.precision
+    if o.beta1 > o.beta2:
+        yield (
+            f"optimizer.beta1={o.beta1} is above optimizer.beta2={o.beta2}, with which AdamW diverges; "
+            "LLaMA uses 0.9 and 0.95"
+        )
+    if p.min_loss_scale > p.initial_loss_scale:
+        yield (
+            f"precision.min_loss_scale={p.min_loss_scale} is above "
+            f"precision.initial_loss_scale={p.initial_loss_scale}; use at most {p.initial_loss_scale}"
+        )
+
+
+def _checkpoint(config: Config, ranks: int | None) -> Iterator[str]:
+    c = config.checkpoint
+    if c.weights_from is not None and c.resume == "must":
+        yield (
+            f'checkpoint.weights_from={literal(c.weights_from)} starts anew, but checkpoint.resume="must" wants to '
+            'continue; remove one, or use checkpoint.resume="auto" (continue if there is a checkpoint, else start so)'
+        )
+    if c.keep_every and not c.interval:
+        yield (
+            f"checkpoint.keep_every={c.keep_every} keeps nothing while checkpoint.interval=0 saves only at the end; "
+            f"use checkpoint.interval={c.keep_every} or a divisor of it"
+        )
+    elif c.keep_every and c.keep_every % c.interval:
+        yield (
+            f"checkpoint.keep_every={c.keep_every} is not a multiple of checkpoint.interval={c.interval}; "
+            f"use {_multiples(c.keep_every, c.interval)}"
+        )
+
+
+def _data(config: Config, ranks: int | None) -> Iterator[str]:
+    d = config.data
+    if not d.train and not d.synthetic:
+        yield "data.train is empty; write data.train=PREFIX (of PREFIX.bin and PREFIX.idx), or data.synthetic=true"
+    if config.train.eval_interval and not d.valid and not d.synthetic:
+        yield (
+            f"train.eval_interval={config.train.eval_interval} but data.valid is empty; "
+            "write data.valid=PREFIX, or train.eval_interval=0"
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    _architecture, _tensor_parallel, _pipeline, _ranks, _batch, _ramp, _lr_schedule, _optimizer, _checkpoint
+)  # fmt: skip
+DATA_RULES: tuple[Rule, ...] = (_data,)
+
+
+def _divisors(n: int) -> list[int]:
+    low = [i for i in range(1, int(n**0.5) + 1) if n % i == 0]
+    return sorted({*low, *(n // i for i in low)})
+
+
+def _any(values: Iterable[int]) -> str:
+    """1, 2 or 4"""
+    words = [str(v) for v in values]
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _near(values: list[int], at: int) -> str:
+    """The nearest of the sorted `values` below and above `at`."""
+    return _any([*[v for v in values if v < at][-1:], *[v for v in values if v > at][:1]])
+
+
+def _multiples(value: int, unit: int) -> str:
+    """The nearest multiples of `unit`, at least one of them, around `value`."""
+    below = value // unit * unit
+    return _any([v for v in (below, below + unit) if v])

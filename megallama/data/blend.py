@@ -1,0 +1,116 @@
+"""Which source sample n comes from: exact shares at every moment, for runs of any length, without arrays of run length.
+
+After n samples a source of share w has given floor(n w) or ceil(n w) of them, for every n: never a whole sample off.
+Such a sequence is a fair schedule of one processor (Baruah, Cohen, Plaxton and Varvel 1996, "Proportionate
+progress"): the j-th sample of a source must fall into the slots floor((j-1)/w)+1 .. ceil(j/w).  Taking the earliest
+deadline first finds one, but only step by step from n = 0.  To ask for any n at once, the line is cut into blocks of
+a fixed length at least 4 / (smallest share), and the counts at the block ends are given in closed form:
+
+At n the sources with fractional part f = n w - floor(n w) > 0 are inside a slot window; m = sum of f of them must be
+rounded up. The future is feasible if, ordered by deadline, every prefix with fractions summing to F has floor(F)
+rounded up; the past, if the same holds ordered by release.  (Hall's condition for the windows that straddle n; for
+windows inside a block it holds by itself, and no window straddles both ends.)  The fractions themselves satisfy both
+families of constraints, each a chain of sets, so an integral choice exists; and walking the deadlines, taking the
+earliest release among those seen whenever one is due, minimises the releases element by element, so it finds one.
+Inside a block, earliest deadline first then never misses.
+
+All arithmetic is on exact integers: a weight of 0.67 is 67/100.  One block is kept: O(sources + 1 / smallest share)
+memory.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from fractions import Fraction
+from math import gcd, lcm
+
+from megallama.data.errors import DataError
+
+MIN_SHARE = Fraction(1, 100_000)
+MIN_BLOCK = 256
+
+
+class Blend:
+    """A sequence of source numbers in which every source keeps its share exactly.
+
+    Raises: DataError for a weight that is not positive or vanishes beside the others.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        exact = [Fraction(str(weight)) for weight in weights]
+        if not exact or min(exact) <= 0:
+            raise DataError(f"the weights of the data sources are {list(weights)}; every weight must be positive")
+        if min(exact) < sum(exact) * MIN_SHARE:
+            raise DataError(
+                f"a data source has weight {float(min(exact))} of {float(sum(exact))} in all, less than 1 sample in "
+                f"{MIN_SHARE.denominator:,}; leave it out or raise its weight"
+            )
+        whole = lcm(*(x.denominator for x in exact))
+        parts = [int(x * whole) for x in exact]
+        shared = gcd(*parts)
+        self.parts = tuple(part // shared for part in parts)
+        self.total = sum(self.parts)
+        self.block_length = max(MIN_BLOCK, 4 * -(-self.total // min(self.parts)))
+        self._block: tuple[int, list[int], list[int]] = (
+            -1,
+            [],
+            [],
+        )  # number, source of each slot, its index in the source
+
+    def locate(self, n: int) -> tuple[int, int]:
+        """Where sample n comes from: (source, index in it). The indices of a source are 0, 1, 2, ... without gaps."""
+        number, slot = divmod(n, self.block_length)
+        block = self._block
+        if block[0] != number:
+            block = self._block = self._build(number)
+        return block[1][slot], block[2][slot]
+
+    def counts(self, n: int) -> list[int]:
+        """How many of the first n samples each source gives; within one sample of n times its share."""
+        number, slot = divmod(n, self.block_length)
+        counts = self._counts_at(number * self.block_length)
+        if slot:
+            for source in self._build(number)[1][:slot]:
+                counts[source] += 1
+        return counts
+
+    def _counts_at(self, n: int) -> list[int]:
+        """The counts at a block end, in closed form (see the top of the file)."""
+        counts, open_windows = [], []
+        for source, part in enumerate(self.parts):
+            done, rest = divmod(n * part, self.total)
+            counts.append(done)
+            if rest:  # (deadline, source, release, fraction * total)
+                open_windows.append((-(-(done + 1) * self.total // part), source, done * self.total // part, rest))
+        seen: list[tuple[int, int]] = []
+        mass = 0
+        for _, source, release, rest in sorted(open_windows):
+            heapq.heappush(seen, (release, source))
+            mass += rest
+            if mass >= self.total:
+                mass -= self.total
+                counts[heapq.heappop(seen)[1]] += 1
+        return counts
+
+    def _build(self, number: int) -> tuple[int, list[int], list[int]]:
+        """Lay out one block: earliest deadline first between the counts at its two ends."""
+        start, stop = number * self.block_length, (number + 1) * self.block_length
+        before, after = self._counts_at(start), self._counts_at(stop)
+        units = []  # (release, deadline, source, index): slots release+1 .. deadline may hold it
+        for source, part in enumerate(self.parts):
+            for index in range(before[source], after[source]):
+                deadline = min(-(-(index + 1) * self.total // part), stop)
+                units.append((max(index * self.total // part, start), deadline, source, index))
+        units.sort()
+        sources, indices, next_unit = [], [], 0
+        ready: list[tuple[int, int, int]] = []
+        for slot in range(start, stop):
+            while next_unit < len(units) and units[next_unit][0] <= slot:
+                heapq.heappush(ready, units[next_unit][1:])
+                next_unit += 1
+            deadline, source, index = heapq.heappop(ready)
+            assert deadline > slot, (self.parts, slot)
+            sources.append(source)
+            indices.append(index)
+        return number, sources, indices

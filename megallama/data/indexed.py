@@ -1,0 +1,278 @@
+"""Tokenized corpora on disk: Megatron's .bin/.idx pair, written in bounded memory and read by pread.
+
+PREFIX.bin is nothing but token ids, one document after the other.  PREFIX.idx says where they begin, all little-endian:
+
+    9 bytes   b"MMIDIDX\\0\\0"
+    uint64    version, 1
+    uint8     code of the token type: 8 is uint16, 4 is int32
+    uint64    n, number of sequences        (this writer: one sequence per document)
+    uint64    d, number of document marks   (documents + 1)
+    int32[n]  length of each sequence [tokens]
+    int64[n]  first byte of each sequence in .bin
+    int64[d]  first sequence of each document, and n at the end
+
+Reading uses pread, never mmap: a file that shrinks while a run is reading it is then an error with a name in it and
+not a SIGBUS, and the process does not seem to grow with every page it has touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from megallama.data.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+CODES: dict[int, np.dtype] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
+CHUNK = 1 << 20  # entries handled at a time where a whole file is walked
+AGAIN = "write it again with tools/preprocess_data.py"
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """The token type of a corpus: uint16 below 65,500 token ids (Megatron's own limit), else int32."""
+    return CODES[8] if vocab_size < 65500 else CODES[4]
+
+
+def strip_suffix(path: str | Path) -> str:
+    """The prefix of a pair, given the prefix or either of its two files."""
+    text = str(path)
+    return text[:-4] if text.endswith((".bin", ".idx")) else text
+
+
+class _File:
+    """A file opened for pread; a read beyond its end is a DataError that names it."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.fd = path, -1
+        try:
+            self.fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise DataError(
+                f"{path} does not exist; give the prefix of a .bin/.idx pair without the suffix, "
+                "and make the pair with tools/preprocess_data.py"
+            ) from None
+        except OSError as error:
+            raise DataError(f"cannot open {path}: {error.strerror}") from error
+        self.size = os.fstat(self.fd).st_size
+
+    def read(self, offset: int, count: int) -> bytes:
+        data = os.pread(self.fd, count, offset)
+        while len(data) < count:  # a short read is legal, an empty one is the end of the file
+            more = os.pread(self.fd, count - len(data), offset + len(data))
+            if not more:
+                raise DataError(
+                    f"{self.path} ends at byte {os.fstat(self.fd).st_size}, expected {count} bytes from byte {offset} "
+                    "on; "
+                    f"it had {self.size} bytes when it was opened, so it was truncated since: {AGAIN}"
+                )
+            data += more
+        return data
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class IndexedDataset:
+    """A .bin/.idx pair opened for reading; safe to use from several threads.
+
+    Opening costs the same for any size: it checks the header, both sizes and the first and last offsets.
+    Raises: DataError naming the file, what was found and what was expected.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = strip_suffix(prefix)
+        self._idx, self._bin = _File(self.prefix + ".idx"), _File(self.prefix + ".bin")
+        name, size = self._idx.path, self._idx.size
+        if size < HEADER.size:
+            raise DataError(f"{name} has {size} bytes, expected at least {HEADER.size} for its header; {AGAIN}")
+        magic, version, code, self.num_sequences, marks = HEADER.unpack(self._idx.read(0, HEADER.size))
+        if magic != MAGIC:
+            raise DataError(f"{name} begins with {magic!r}, expected {MAGIC!r}: it is no Megatron index; {AGAIN}")
+        if version != 1:
+            raise DataError(f"{name} has format version {version}, expected 1; {AGAIN}")
+        if code not in CODES:
+            raise DataError(f"{name} has token type code {code}, expected 8 (uint16) or 4 (int32); {AGAIN}")
+        self.dtype = CODES[code]
+        self.num_documents = marks - 1
+        expected = HEADER.size + 12 * self.num_sequences + 8 * marks
+        if size != expected:
+            raise DataError(
+                f"{name} has {size} bytes, expected {expected} for its {self.num_sequences} sequences and {marks} "
+                "document "
+                f"marks: it is {'truncated' if size < expected else 'too long'}; {AGAIN}"
+            )
+        if self.num_sequences < 1 or self.num_documents < 1:
+            raise DataError(f"{name} holds no documents; {AGAIN} from files that hold text")
+        self._pointers_at = HEADER.size + 4 * self.num_sequences
+        self._marks_at = HEADER.size + 12 * self.num_sequences
+        self._check_ends()
+        self.num_tokens = self._bin.size // self.dtype.itemsize
+
+    def _check_ends(self) -> None:
+        last = self.num_sequences - 1
+        length = int(self._array(HEADER.size + 4 * last, 1, "<i4")[0])
+        first, pointer = (int(self._array(self._pointers_at + 8 * i, 1, "<i8")[0]) for i in (0, last))
+        marks = (int(self._array(self._marks_at + 8 * i, 1, "<i8")[0]) for i in (0, self.num_documents))
+        if first != 0 or tuple(marks) != (0, self.num_sequences):
+            raise DataError(f"{self._idx.path}: its first offset or its document marks are damaged; {AGAIN}")
+        expected = pointer + length * self.dtype.itemsize
+        if self._bin.size != expected:
+            raise DataError(
+                f"{self._bin.path} has {self._bin.size} bytes, expected {expected} from {Path(self._idx.path).name}: "
+                "it is "
+                f"{'truncated' if self._bin.size < expected else 'of another run'}; {AGAIN}"
+            )
+
+    def _array(self, offset: int, count: int, dtype: str) -> np.ndarray:
+        kind = np.dtype(dtype)
+        return np.frombuffer(self._idx.read(offset, count * kind.itemsize), kind)
+
+    def read(self, offset: int, count: int) -> np.ndarray:
+        """Tokens offset .. offset+count-1 of the whole stream, [count] in the file's type."""
+        if offset < 0 or count < 0 or offset + count > self.num_tokens:
+            raise DataError(f"{self._bin.path} holds {self.num_tokens} tokens; {offset}..{offset + count} are outside")
+        size = self.dtype.itemsize
+        return np.frombuffer(self._bin.read(offset * size, count * size), self.dtype)
+
+    def starts(self, first: int, last: int) -> np.ndarray:
+        """Where documents first..last begin [tokens], int64 [last - first + 1]; last may be num_documents."""
+        marks = self._array(self._marks_at + 8 * first, last - first + 1, "<i8")
+        low, high = int(marks[0]), min(int(marks[-1]) + 1, self.num_sequences)
+        if not 0 <= low <= high or (np.diff(marks) < 0).any():
+            raise DataError(f"{self._idx.path}: the marks of documents {first}..{last} do not ascend; {AGAIN}")
+        pointers = self._array(self._pointers_at + 8 * low, high - low, "<i8") // self.dtype.itemsize
+        return np.append(pointers, self.num_tokens)[marks - low]
+
+    def document(self, number: int) -> np.ndarray:
+        """The tokens of one document, in the file's type. Raises: DataError if there is no such document."""
+        if not 0 <= number < self.num_documents:
+            raise DataError(f"{self.prefix} holds documents 0..{self.num_documents - 1}, not {number}")
+        start, stop = (int(x) for x in self.starts(number, number + 1))
+        return self.read(start, stop - start)
+
+    def largest_token(self, *, spots: int = 64, span: int = 4096) -> int:
+        """The largest token id in evenly spread spots of the stream: a check that costs the same for any size."""
+        span = min(span, self.num_tokens)
+        offsets = {int(x) for x in np.linspace(0, self.num_tokens - span, spots)}
+        return max(int(self.read(offset, span).max()) for offset in offsets)
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """What identifies the pair's content: counts, sizes and a digest of the first and last 64 KiB of both files."""
+        digest = hashlib.sha256()
+        for file in (self._idx, self._bin):
+            span = min(file.size, 1 << 16)
+            digest.update(file.read(0, span) + file.read(file.size - span, span))
+        sizes = {"idx_bytes": self._idx.size, "bin_bytes": self._bin.size}
+        return {"documents": self.num_documents, "tokens": self.num_tokens, **sizes, "sha256": digest.hexdigest()}
+
+    def verify(self, vocab_size: int | None = None, progress: Callable[[int], None] | None = None) -> None:
+        """Read everything: offsets contiguous, marks ascending, every token in range.
+
+        `progress` is called with the number of .bin bytes checked so far.  Raises: DataError at the first fault.
+        """
+        expected = 0
+        for first in range(0, self.num_sequences, CHUNK):
+            count = min(CHUNK, self.num_sequences - first)
+            lengths = self._array(HEADER.size + 4 * first, count, "<i4").astype(np.int64)
+            pointers = self._array(self._pointers_at + 8 * first, count, "<i8")
+            ends = expected + np.cumsum(lengths) * self.dtype.itemsize
+            bad = np.flatnonzero((pointers != np.append(expected, ends[:-1])) | (lengths < 0))
+            if len(bad):
+                raise DataError(
+                    f"{self._idx.path}: the offset of sequence {first + bad[0]} does not follow the one before; {AGAIN}"
+                )
+            expected = int(ends[-1])
+        for first in range(0, self.num_documents, CHUNK):
+            self.starts(first, min(first + CHUNK, self.num_documents))
+        for offset in range(0, self.num_tokens, CHUNK):
+            tokens = self.read(offset, min(CHUNK, self.num_tokens - offset))
+            wrong = tokens < 0 if vocab_size is None else (tokens < 0) | (tokens >= vocab_size)
+            if wrong.any():
+                at = int(np.argmax(wrong))
+                raise DataError(
+                    f"{self._bin.path}: token {offset + at} of the stream is id {tokens[at]}, "
+                    f"outside the vocabulary of {vocab_size} ids; use the tokenizer this corpus was made with"
+                )
+            if progress:
+                progress((offset + len(tokens)) * self.dtype.itemsize)
+
+
+class IndexedWriter:
+    """Writes a .bin/.idx pair as a stream; only `commit` makes the two files appear under their names.
+
+    Use it in a `with` block: it commits at the end and removes its temporary files (PREFIX.bin.tmp, PREFIX.idx.tmp)
+    if an exception leaves the block.  Memory is constant: lengths go straight into the growing index.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
+        self.prefix, self.dtype = strip_suffix(prefix), np.dtype(dtype)
+        self.num_documents = self.num_tokens = 0
+        self._code = next(code for code, kind in CODES.items() if kind == self.dtype)
+        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._bin = open(self.prefix + ".bin.tmp", "wb", buffering=1 << 20)  # noqa: SIM115
+        self._idx = open(self.prefix + ".idx.tmp", "w+b", buffering=1 << 20)  # noqa: SIM115
+        self._idx.write(bytes(HEADER.size))
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray | None = None) -> None:
+        """Append documents: `tokens` [T] of one document, or of several whose sizes are `lengths` [n] (their sum is T).
+
+        Raises: DataError for an id that the file's type cannot hold.
+        """
+        lengths = np.array([len(tokens)]) if lengths is None else lengths
+        assert int(lengths.sum()) == len(tokens), (lengths.sum(), len(tokens))
+        if len(tokens) and tokens.dtype != self.dtype:
+            low, high, top = int(tokens.min()), int(tokens.max()), int(np.iinfo(self.dtype).max)
+            if low < 0 or high > top:
+                worst = low if low < 0 else high
+                raise DataError(
+                    f"{self.prefix}: token id {worst} does not fit {self.dtype.name} (0..{top}); write it as int32"
+                )
+        self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
+        self._idx.write(lengths.astype("<i4").tobytes())
+        self.num_documents += len(lengths)
+        self.num_tokens += len(tokens)
+
+    def commit(self) -> None:
+        """Finish both files and give them their names; the index last, so that a pair with an index is whole."""
+        count, offset = self.num_documents, 0
+        for first in range(0, count, CHUNK):
+            self._idx.seek(HEADER.size + 4 * first)
+            lengths = np.frombuffer(self._idx.read(4 * min(CHUNK, count - first)), "<i4").astype(np.int64)
+            ends = offset + np.cumsum(lengths) * self.dtype.itemsize
+            self._idx.seek(HEADER.size + 4 * count + 8 * first)
+            self._idx.write(np.append(offset, ends[:-1]).astype("<i8").tobytes())
+            offset = int(ends[-1])
+        self._idx.seek(HEADER.size + 12 * count)
+        for first in range(0, count + 1, CHUNK):
+            self._idx.write(np.arange(first, min(first + CHUNK, count + 1), dtype="<i8").tobytes())
+        self._idx.seek(0)
+        self._idx.write(HEADER.pack(MAGIC, 1, self._code, count, count + 1))
+        for file in (self._bin, self._idx):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        Path(self.prefix + ".idx").unlink(missing_ok=True)  # an old index must never stand beside new tokens
+        os.replace(self.prefix + ".bin.tmp", self.prefix + ".bin")
+        os.replace(self.prefix + ".idx.tmp", self.prefix + ".idx")
+
+    def abort(self) -> None:
+        """Remove what was written so far."""
+        for file in (self._bin, self._idx):
+            file.close()
+            Path(file.name).unlink(missing_ok=True)
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.commit() if kind is None else self.abort()

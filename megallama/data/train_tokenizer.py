@@ -1,0 +1,112 @@
+"""Training a LLaMA-style SentencePiece tokenizer.
+
+The recipe of LLaMA 1 and 2 (Touvron et al. 2023, 2.1): BPE; unknown characters as bytes; numbers split into digits;
+text as it is (identity normalisation, whitespace kept, pieces of spaces alone allowed); <unk>=0, <s>=1, </s>=2, no
+padding token. Training sees lines; a newline is then always the byte piece <0x0A>, as in LLaMA's own models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from megallama.data.documents import BadRecord, RecordReader, find_files, parse
+from megallama.data.errors import DataError
+
+LINE_CHARACTERS = 4096  # longer lines are cut; SentencePiece would silently leave them out
+SMALLEST = 3 + 256 + 1  # control pieces, bytes, and one piece
+
+
+def train_tokenizer(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    vocab_size: int,
+    *,
+    json_key: str = "text",
+    max_bytes: int = 200_000_000,
+    threads: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Train on files, folders or patterns and write OUTPUT (ending in .model); the same input gives the same file.
+
+    Of an input larger than `max_bytes` an evenly spread part of the documents is used: training holds it in memory.
+    `progress(bytes read, bytes in all)` is called while reading; training itself follows, about 0.3 s per MB.
+    Raises: DataError, for a vocabulary that the text is too small for with the largest possible one.
+    """
+    output = Path(output)
+    if output.suffix != ".model":
+        raise DataError(f"output {output} must end in .model")
+    if vocab_size < SMALLEST:
+        raise DataError(
+            f"vocab_size={vocab_size} leaves no room beside 3 control and 256 byte pieces; use {SMALLEST} or more"
+        )
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(RecordReader(find_files(inputs)), json_key, max_bytes, progress),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            character_coverage=0.99995,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=threads,
+            max_sentence_length=8 * LINE_CHARACTERS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _explain(error, vocab_size) from error
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".tmp")
+    temporary.write_bytes(model.getvalue())
+    os.replace(temporary, output)
+    return output
+
+
+def _explain(error: RuntimeError, vocab_size: int) -> DataError:
+    if found := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", str(error)):
+        return DataError(
+            f"vocab_size={vocab_size} is more than this text supports; use {found[1]} or less, or more text"
+        )
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+        return DataError(
+            f"vocab_size={vocab_size} is less than the characters of this text need; use {found[1]} or more"
+        )
+    return DataError(f"SentencePiece could not train: {error}")
+
+
+def _lines(
+    reader: RecordReader, json_key: str, max_bytes: int, progress: Callable[[int, int], None] | None
+) -> Iterator[str]:
+    """The lines of the documents that are in the sample, cut to a length SentencePiece takes."""
+    keep = int(min(1.0, max_bytes / max(reader.bytes_total, 1)) * 2**32)
+    number = used = 0
+    for record in reader:
+        if progress:
+            progress(reader.bytes_done, reader.bytes_total)
+        try:
+            text = parse(record, json_key)[0]
+        except BadRecord:
+            continue
+        number += 1
+        if int.from_bytes(hashlib.blake2b(number.to_bytes(8, "little"), digest_size=4).digest(), "little") >= keep:
+            continue
+        for line in text.replace("\0", "").split("\n"):
+            for start in range(0, len(line), LINE_CHARACTERS):
+                used += 1
+                yield line[start : start + LINE_CHARACTERS]
+    if not used:
+        raise DataError("there is no text to train a tokenizer on in the given files")

@@ -1,0 +1,1 @@
+"""What will happen, decided before any tensor exists, from the configuration and the number of ranks alone."""

@@ -1,0 +1,180 @@
+"""Proofs about a lowered schedule, without running it: complete, ordered, in agreement, free of deadlock.
+
+The transfers between two ranks form one sequence, in both directions together, as on an NCCL communicator:
+transfer k happens once both ranks have posted it and transfer k-1 has happened.  A rank posts without
+blocking and blocks only where it computes with a value that has not arrived.
+"""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+
+from megallama.config.schema import ParallelConfig
+from megallama.plan.schedule import (
+    COMPUTE,
+    Action,
+    B,
+    F,
+    I,
+    Kind,
+    Schedule,
+    ScheduleError,
+    W,
+    compute_schedule,
+    forward_only,
+    lower,
+)
+
+SENDS = {Kind.SEND_F: F, Kind.SEND_B: B}
+RECVS = {Kind.RECV_F: F, Kind.RECV_B: B}
+Moves = list[list[tuple[Action, int] | None]]
+"""For each action of each rank, None if it computes, else the value it moves and the rank on the other side."""
+
+
+def build_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedule:
+    """The schedule of one training step under this layout, lowered and checked.
+
+    Raises: ScheduleError if this number of micro-batches does not suit the schedule.
+    """
+    schedule = lower(compute_schedule(parallel, num_microbatches))
+    check(schedule)
+    return schedule
+
+
+def build_forward(parallel: ParallelConfig, num_microbatches: int) -> Schedule:
+    """The schedule of an evaluation under this layout, lowered and checked."""
+    schedule = forward_only(parallel.pp, num_microbatches, parallel.chunks)
+    check(schedule)
+    return schedule
+
+
+def check(schedule: Schedule, max_in_flight: int | None = None) -> None:
+    """Prove a lowered schedule. Raises: ScheduleError naming the rank, the step and the action."""
+    _check_compute(schedule)
+    moves = [[None if a.kind in COMPUTE else _move(schedule, a) for a in steps] for steps in schedule.steps]
+    _check_transfers(schedule, moves)
+    _check_pairs(moves)
+    _check_progress(schedule, moves)
+    for rank in range(schedule.num_ranks):
+        peak = schedule.peak_in_flight(rank)
+        if max_in_flight is not None and peak > max_in_flight:
+            raise ScheduleError(f"rank {rank} holds {peak} micro-batches at once, more than {max_in_flight}")
+
+
+def _check_compute(schedule: Schedule) -> None:
+    """Every stage runs every micro-batch once, forward before backward, on the rank that owns it."""
+    want = {(s, m) for s in range(schedule.num_stages) for m in range(schedule.num_microbatches)}
+    done: dict[Kind, set[tuple[int, int]]] = {k: set() for k in (F, B, I, W)}
+    before = {B: F, I: F, W: I}
+    for rank, steps in enumerate(schedule.steps):
+        for i, a in enumerate(steps):
+            if a.kind not in COMPUTE:
+                continue
+            key = (a.stage, a.microbatch)
+            if key not in want:
+                raise ScheduleError(f"rank {rank}, step {i}, {a}: there is no such stage or micro-batch")
+            if schedule.rank_of(a.stage) != rank:
+                raise ScheduleError(f"rank {rank}, step {i}, {a}: stage of rank {schedule.rank_of(a.stage)}")
+            if key in done[a.kind]:
+                raise ScheduleError(f"rank {rank}, step {i}, {a}: runs twice")
+            if a.kind in before and key not in done[before[a.kind]]:
+                raise ScheduleError(f"rank {rank}, step {i}, {a}: before its {before[a.kind]}")
+            done[a.kind].add(key)
+    if both := done[B] & done[I]:
+        raise ScheduleError(f"both a whole and a split backward for {_list(both)}")
+    if done[I] != done[W]:
+        raise ScheduleError(f"only one of I and W for {_list(done[I] ^ done[W])}")
+    backward = done[B] | done[I]
+    for name, got in (("forward", done[F]), ("backward", backward)):
+        if got != want and (name == "forward" or backward):
+            raise ScheduleError(f"no {name} for {_list(want - got)}")
+
+
+def _check_transfers(schedule: Schedule, moves: Moves) -> None:
+    """Every value another rank needs is sent once, after it was made, and received once, before it is used."""
+    for rank, steps in enumerate(schedule.steps):
+        made: set[Action] = set()
+        sent: set[Action] = set()
+        received: set[Action] = set()
+        for i, a in enumerate(steps):
+            move = moves[rank][i]
+            if move is None:
+                for value in schedule.needs(a):
+                    if value not in made and value not in received:
+                        raise ScheduleError(f"rank {rank}, step {i}, {a}: needs {value}, not made or received yet")
+                if (v := schedule.produces(a)) is not None:
+                    made.add(v)
+                continue
+            value, _ = move
+            seen = sent if a.kind in SENDS else received
+            if value in seen:
+                raise ScheduleError(f"rank {rank}, step {i}, {a}: listed twice")
+            if a.kind in SENDS and value not in made:
+                raise ScheduleError(f"rank {rank}, step {i}, {a}: sent before it was made")
+            seen.add(value)
+        for v in sorted(made - sent):
+            if (c := schedule.consumer(v)) is not None and schedule.rank_of(c) != rank:
+                raise ScheduleError(f"rank {rank} never sends {v}")
+
+
+def _check_pairs(moves: Moves) -> None:
+    """Both ranks of every pair list the same transfers in the same order."""
+    listed = _pairs(moves)
+    for (r, peer), mine in listed.items():
+        for i, (x, y) in enumerate(zip_longest(mine, listed.get((peer, r), []))):
+            if x != y:
+                words = f"{x or 'none'} against {y or 'none'}"
+                raise ScheduleError(f"ranks {r} and {peer} disagree on transfer {i}: {words}")
+
+
+def _check_progress(schedule: Schedule, moves: Moves) -> None:
+    """The ranks reach the end of their lists (pairs agree, see _check_pairs)."""
+    posted: dict[tuple[int, int], int] = dict.fromkeys(_pairs(moves), 0)
+    index: dict[tuple[int, Action], tuple[int, int]] = {}  # (rank, value) -> (peer, position in the pair's sequence)
+    at = [0] * schedule.num_ranks
+
+    def advance(rank: int) -> bool:
+        steps, begin = schedule.steps[rank], at[rank]
+        while at[rank] < len(steps):
+            a, move = steps[at[rank]], moves[rank][at[rank]]
+            if move is None:
+                for value in schedule.needs(a):
+                    peer, position = index.get((rank, value), (rank, -1))
+                    if peer != rank and posted[peer, rank] <= position:
+                        return at[rank] > begin
+            else:
+                value, peer = move
+                if a.kind in RECVS:
+                    index[rank, value] = (peer, posted[rank, peer])
+                posted[rank, peer] += 1
+            at[rank] += 1
+        return at[rank] > begin
+
+    while sum(map(advance, range(schedule.num_ranks))):
+        pass
+    stuck = [f"rank {r} at {steps[at[r]]}" for r, steps in enumerate(schedule.steps) if at[r] < len(steps)]
+    if stuck:
+        raise ScheduleError(f"the schedule {schedule.name} deadlocks: {', '.join(stuck)}")
+
+
+def _pairs(moves: Moves) -> dict[tuple[int, int], list[Action]]:
+    """(rank, peer) -> the values that cross between them, in the order in which `rank` lists them."""
+    pairs: dict[tuple[int, int], list[Action]] = {}
+    for rank, row in enumerate(moves):
+        for move in row:
+            if move is not None:
+                pairs.setdefault((rank, move[1]), []).append(move[0])
+    return pairs
+
+
+def _move(schedule: Schedule, a: Action) -> tuple[Action, int]:
+    """The value that a send or a receive moves, and the rank on the other side."""
+    kind = SENDS[a.kind] if a.kind in SENDS else RECVS[a.kind]
+    other = a.stage + (1 if (kind is F) == (a.kind in SENDS) else -1)
+    if not 0 <= other < schedule.num_stages:
+        raise ScheduleError(f"{a}: there is no stage on the other side")
+    return Action(kind, a.stage if a.kind in SENDS else other, a.microbatch), schedule.rank_of(other)
+
+
+def _list(keys: set[tuple[int, int]]) -> str:
+    return ", ".join(f"stage {s} micro-batch {m}" for s, m in sorted(keys)[:4])

@@ -1,0 +1,111 @@
+"""A plan as one page of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import prod
+
+from megallama.config.schema import Config
+from megallama.plan.batch import BatchPlan
+from megallama.plan.flops import six_n, training_flops
+from megallama.plan.memory import rank_memory
+from megallama.plan.params import global_shapes, heads, num_parameters
+from megallama.plan.partition import Stages, stage_costs
+from megallama.plan.schedule import Schedule
+from megallama.plan.simulate import Report, StageCost, draw, simulate
+from megallama.plan.topology import Topology
+
+CHART_WIDTH = 96
+
+
+def page(config: Config, topology: Topology, stages: Stages, schedule: Schedule, batch: BatchPlan) -> str:
+    """Model, layout, batch, work, schedule, and a table of stages and one of memory."""
+    report = simulate(schedule, stage_costs(config, stages))
+    blocks = [
+        "\n".join(f"{name:<10} {text}" for name, text in _facts(config, topology, schedule, batch, report)),
+        _table(["stage", "rank", "layers", "parameters", "share of work"], _stage_rows(config, stages, schedule)),
+        _memory_table(config, stages, schedule, topology),
+    ]
+    chart = draw(simulate(schedule, [StageCost()] * schedule.num_stages), CHART_WIDTH)
+    if 1 < schedule.num_ranks <= 8 and schedule.num_microbatches * schedule.num_stages <= 64:
+        blocks.append(chart + "\ndigits: forward, capitals: backward, small letters: weight gradients, dots: idle")
+    return "\n\n".join(blocks)
+
+
+def _facts(
+    config: Config, topology: Topology, schedule: Schedule, batch: BatchPlan, report: Report
+) -> Iterator[tuple[str, str]]:
+    m, b, p = config.model, config.batch, config.parallel
+    n, k, d = heads(m)
+    yield "model", f"{m.preset or 'own sizes'}: {num_parameters(m):,} parameters"
+    tied = ", tied embeddings" if m.tie_embeddings else ""
+    yield "", (
+        f"{m.num_layers} layers, hidden {m.hidden_size}, {n} heads of {d} ({k} key/value), ffn {m.ffn_hidden_size}, "
+        f"vocabulary {m.vocab_size}{tied}"
+    )
+    sharded = ", sequence parallel" if p.sequence_parallel and p.tp > 1 else ""
+    yield "layout", f"{topology}{sharded}; rank order {p.rank_order}"
+    yield "precision", f"{config.precision.dtype}, recompute {config.memory.recompute}"
+    size = b.global_batch_size
+    yield "batch", (
+        f"{size} sequences x {b.seq_length} = {size * b.seq_length:,} tokens per step = {topology.dp} replicas x "
+        f"{schedule.num_microbatches} micro-batches x {b.micro_batch_size}"
+    )
+    if len(batch.sizes) > 1:
+        yield "", f"grows from {batch.sizes[0]} by {b.ramp_increment} over the first {b.ramp_samples:,} sequences"
+    tokens = batch.samples_after(config.train.steps) * b.seq_length
+    yield "run", f"{config.train.steps:,} steps, {tokens:,} tokens"
+    full, causal = (training_flops(m, b.seq_length, causal=c) for c in (False, True))
+    yield "work", (
+        f"{causal / 1e9:,.3f} GFLOP per token (causal attention), {full / 1e9:,.3f} (full), "
+        f"{six_n(m) / 1e9:,.3f} (6N); {causal * tokens:.3g} FLOP in all"
+    )
+    chunks = f", {p.chunks} chunks per rank" if p.chunks > 1 else ""
+    yield "schedule", (
+        f"{schedule.name}{chunks}: ranks idle {report.bubble:.1%} of the step; "
+        f"in flight per rank {_ranges(report.peak_in_flight)}"
+    )
+
+
+def _stage_rows(config: Config, stages: Stages, schedule: Schedule) -> list[list[str]]:
+    costs = [sum(c) for c in stage_costs(config, stages)]
+    shapes = global_shapes(config.model)
+    sizes = {key: prod(shape) for key, shape in shapes.items()}
+    per_layer = sum(size for key, size in sizes.items() if key.startswith("model.layers.0."))
+    rows = []
+    for number, layers in enumerate(stages):
+        parameters = len(layers) * per_layer
+        if number == 0:
+            parameters += sizes["model.embed_tokens.weight"]
+        if number == len(stages) - 1:
+            parameters += sizes["model.norm.weight"] + sizes.get("lm_head.weight", 0)
+            if config.model.tie_embeddings and number:
+                parameters += sizes["model.embed_tokens.weight"]
+        which = f"{layers[0]}-{layers[-1]} ({len(layers)})" if layers else "none"
+        share = f"{costs[number] / sum(costs):.1%}"
+        rows.append([str(number), str(schedule.rank_of(number)), which, f"{parameters:,}", share])
+    return rows
+
+
+def _memory_table(config: Config, stages: Stages, schedule: Schedule, topology: Topology) -> str:
+    memory = [rank_memory(config, stages, schedule, topology.dp, rank) for rank in range(schedule.num_ranks)]
+    unit, name = (2**30, "GiB") if max(m.total for m in memory) >= 2**30 else (2**20, "MiB")
+    rows = []
+    for rank, m in enumerate(memory):
+        cells = [f"{v / unit:.2f}" for v in (m.weights, m.main_grads, m.optimizer, m.activations, m.logits, m.total)]
+        rows.append([str(rank), *cells[:3], str(schedule.peak_in_flight(rank)), *cells[3:]])
+    head = ["pipeline rank", "weights", "main grads", "optimizer", "in flight", "activations", "logits", "total"]
+    return _table(head, rows) + f"\n{name} per rank; communication and work buffers come on top"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    """Columns aligned right; of more than 20 rows the middle ones are left out."""
+    if len(rows) > 20:
+        rows = [*rows[:9], ["..."] * len(head), *rows[-10:]]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in [head, *rows])
+
+
+def _ranges(values: Iterable[int]) -> str:
+    words = list(map(str, values))
+    return " ".join(words if len(words) <= 16 else [*words[:8], "...", *words[-4:]])

@@ -1,0 +1,330 @@
+"""Pipeline schedules as data: what every pipeline rank does, in order.
+
+A *compute schedule* is one list of actions per pipeline rank.  `lower` adds the sends and receives that
+the compute implies; `check.check` proves the result; one runtime interprets it.
+
+Words.  A *stage* is a run of consecutive layers, numbered 0 .. num_stages-1 from the embedding to the
+loss.  Rank r of P owns stages r, r+P, r+2P, ...: its *chunks*.  A micro-batch is *in flight* on a stage
+from its forward until its backward has finished.
+
+Text form of an action: kind, stage, micro-batch, e.g. ``F2.0`` or ``send_F2.0`` (a transfer bears the stage
+of the rank that lists it: ``send_F2.0`` is received as ``recv_F3.0``).
+
+Papers: GPipe, Huang et al. 2019 (arXiv:1811.06965); 1F1B and interleaving, Narayanan et al. 2021
+(arXiv:2104.04473); zero bubble (split backward), Qi et al. 2023 (arXiv:2401.10241).
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import NamedTuple
+
+from megallama.config.errors import MegallamaError
+from megallama.config.schema import ParallelConfig
+
+
+class ScheduleError(MegallamaError):
+    """A schedule that would compute the wrong thing, or hang."""
+
+
+class Kind(StrEnum):
+    """What an action does. I and W are the two halves of B: gradient of the input, gradient of the weights."""
+
+    F = "F"
+    B = "B"
+    I = "I"  # noqa: E741
+    W = "W"
+    SEND_F = "send_F"
+    RECV_F = "recv_F"
+    SEND_B = "send_B"
+    RECV_B = "recv_B"
+
+    @property
+    def is_compute(self) -> bool:
+        """Whether it computes; otherwise it transfers."""
+        return self in COMPUTE
+
+
+F, B, I, W = Kind.F, Kind.B, Kind.I, Kind.W  # noqa: E741
+COMPUTE = frozenset((F, B, I, W))
+
+
+class Action(NamedTuple):
+    """One thing one rank does: a kind of work, on one stage, for one micro-batch."""
+
+    kind: Kind
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.stage}.{self.microbatch}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The plan of one training step (or evaluation): `steps[rank]` is executed left to right."""
+
+    name: str
+    num_ranks: int
+    num_stages: int
+    num_microbatches: int
+    steps: tuple[tuple[Action, ...], ...]
+
+    @property
+    def is_training(self) -> bool:
+        """Whether it has backward passes."""
+        return any(a.kind in (B, I) for a in self.steps[0])
+
+    def rank_of(self, stage: int) -> int:
+        """The pipeline rank that owns a stage."""
+        return stage % self.num_ranks
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages of a pipeline rank, by chunk."""
+        return tuple(range(rank, self.num_stages, self.num_ranks))
+
+    def last_backward(self, stage: int) -> Action:
+        """The action after which the weight gradients of `stage` are complete: its last B or W."""
+        return next(a for a in reversed(self.steps[self.rank_of(stage)]) if a.stage == stage and a.kind in (B, W))
+
+    def peak_in_flight(self, rank: int, weight: Callable[[int], int] = lambda stage: 1) -> int:
+        """Most micro-batches held for a backward at once by `rank`, each stage counted with its weight.
+
+        Without backward passes nothing is held: 0.
+        """
+        live = peak = 0
+        for a in self.steps[rank] if self.is_training else ():
+            if a.kind in (F, B, W):
+                live += weight(a.stage) * (1 if a.kind is F else -1)
+                peak = max(peak, live)
+        return peak
+
+    def peak_received(self, rank: int) -> int:
+        """Most tensors of `rank` at once that are being received or received and not yet used."""
+        held = peak = 0
+        for a in self.steps[rank]:
+            if a.kind in (Kind.RECV_F, Kind.RECV_B):
+                held += 1
+            elif a.kind.is_compute:
+                held -= any(self.rank_of(v.stage) != rank for v in self.needs(a))
+            peak = max(peak, held)
+        return peak
+
+    def produces(self, a: Action) -> Action | None:
+        """The value a compute action hands on: an F value (activation) or a B value (gradient of its input)."""
+        return a if a.kind is F or a.kind is B else Action(B, a.stage, a.microbatch) if a.kind is I else None
+
+    def consumer(self, value: Action) -> int | None:
+        """The stage that needs a value, if any."""
+        stage = value.stage + (1 if value.kind is F else -1)
+        return stage if 0 <= stage < self.num_stages else None
+
+    def needs(self, a: Action) -> tuple[Action, ...]:
+        """The values a compute action reads."""
+        if a.kind is F:
+            return (Action(F, a.stage - 1, a.microbatch),) if a.stage else ()
+        if a.kind is W:
+            return (Action(B, a.stage, a.microbatch),)
+        own = Action(F, a.stage, a.microbatch)
+        return (own,) if a.stage == self.num_stages - 1 else (own, Action(B, a.stage + 1, a.microbatch))
+
+    def __str__(self) -> str:
+        """Text that `parse` reads back."""
+        head = f"{self.name} ranks={self.num_ranks} stages={self.num_stages} microbatches={self.num_microbatches}"
+        return "\n".join([head, *(" ".join(map(str, steps)) for steps in self.steps)])
+
+
+def parse(text: str) -> Schedule:
+    """The inverse of ``str(schedule)``. Raises: ScheduleError naming the word that cannot be read."""
+    head, *lines = text.strip("\n").split("\n")
+    found = re.fullmatch(r"(\S+) ranks=(\d+) stages=(\d+) microbatches=(\d+)", head.strip())
+    if not found:
+        raise ScheduleError(f"{head!r} is no schedule; begin with e.g. '1f1b ranks=2 stages=2 microbatches=4'")
+    name, (ranks, stages, microbatches) = found[1], map(int, found.groups()[1:])
+    if len(lines) != ranks:
+        raise ScheduleError(f"a schedule of ranks={ranks} has {len(lines)} lines of actions; write one line per rank")
+    return Schedule(name, ranks, stages, microbatches, tuple(tuple(map(_action, line.split())) for line in lines))
+
+
+def _action(word: str) -> Action:
+    found = re.fullmatch(r"([A-Za-z_]+?)(\d+)\.(\d+)", word)
+    if not found or found[1] not in Kind._value2member_map_:
+        raise ScheduleError(f"{word!r} is no action; write {', '.join(Kind)} with stage.microbatch, e.g. F2.0")
+    return Action(Kind(found[1]), int(found[2]), int(found[3]))
+
+
+def gpipe(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Schedule:
+    """All forwards, then all backwards: the simplest schedule, the most memory."""
+
+    def order(rank: int) -> list[Action]:
+        f, b = _orders(rank, num_ranks, num_microbatches, chunks)
+        return f + b
+
+    return _build("gpipe", num_ranks, num_microbatches, chunks, order)
+
+
+def one_f_one_b(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Schedule:
+    """1F1B; with `chunks` > 1, interleaved 1F1B.
+
+    Bubble over ideal time: (P-1) / (chunks * M).
+    Raises: ScheduleError if chunks > 1 and M is not a multiple of P.
+    """
+    if chunks > 1 and num_microbatches % num_ranks:
+        below = num_microbatches // num_ranks * num_ranks
+        near = [m for m in (below, below + num_ranks) if m]
+        raise ScheduleError(
+            f"interleaved 1F1B (chunks={chunks}) needs a number of micro-batches that is a multiple of pp={num_ranks}, "
+            f"not {num_microbatches}; use {' or '.join(map(str, near))} micro-batches, or chunks=1"
+        )
+
+    def order(rank: int) -> list[Action]:
+        f, b = _orders(rank, num_ranks, num_microbatches, chunks)
+        behind = num_ranks - rank - 1
+        warmup = behind if chunks == 1 else 2 * behind + (chunks - 1) * num_ranks
+        return _warm_up_then_alternate(f, b, min(warmup, len(f)))
+
+    return _build("1f1b", num_ranks, num_microbatches, chunks, order)
+
+
+def zero_bubble_h1(num_ranks: int, num_microbatches: int) -> Schedule:
+    """ZB-H1: 1F1B with the backward split; rank r delays r weight gradients, at 1F1B's peak memory."""
+
+    def order(rank: int) -> list[Action]:
+        f, b = _orders(rank, num_ranks, num_microbatches, chunks=1)
+        out: list[Action] = []
+        owed: list[Action] = []
+        for a in _warm_up_then_alternate(f, b, min(num_ranks - rank - 1, len(f))):
+            if a.kind is F:
+                out.append(a)
+                continue
+            out.append(a._replace(kind=I))
+            owed.append(a._replace(kind=W))
+            if len(owed) > rank:
+                out.append(owed.pop(0))
+        return out + owed
+
+    return _build("zb-h1", num_ranks, num_microbatches, 1, order)
+
+
+def forward_only(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Schedule:
+    """Forwards alone, lowered: an evaluation, with any number of micro-batches."""
+
+    def order(rank: int) -> list[Action]:
+        return _orders(rank, num_ranks, num_microbatches, chunks)[0]
+
+    return lower(_build("forward", num_ranks, num_microbatches, chunks, order))
+
+
+def compute_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedule:
+    """The compute of one training step under this layout, without transfers."""
+    if parallel.schedule == "zb-h1":
+        if parallel.chunks > 1:
+            raise ScheduleError(f"zb-h1 has one chunk per rank, not chunks={parallel.chunks}; use chunks=1 or 1f1b")
+        return zero_bubble_h1(parallel.pp, num_microbatches)
+    return {"gpipe": gpipe, "1f1b": one_f_one_b}[parallel.schedule](parallel.pp, num_microbatches, parallel.chunks)
+
+
+class Event(NamedTuple):
+    """One compute action and when it runs."""
+
+    start: float
+    end: float
+    rank: int
+    action: Action
+
+
+def walk(schedule: Schedule, cost: Callable[[Action], float], hop: float = 0.0) -> Iterator[Event]:
+    """Run the compute of a schedule against a clock; events in the order in which they end.
+
+    An action starts when its rank is free and the values it reads are there; a value takes `hop` to another rank.
+    Raises: ScheduleError if ranks wait for one another for ever.
+    """
+    programs = [[a for a in steps if a.kind.is_compute] for steps in schedule.steps]
+    at = [0] * schedule.num_ranks
+    free = [0.0] * schedule.num_ranks
+    made: dict[Action, float] = {}
+    waiting: dict[Action, list[int]] = {}
+    running: list[tuple[float, int, float]] = []
+
+    def start(rank: int) -> None:
+        if at[rank] == len(programs[rank]):
+            return
+        a = programs[rank][at[rank]]
+        begin = free[rank]
+        for value in schedule.needs(a):
+            if value not in made:
+                waiting.setdefault(value, []).append(rank)
+                return
+            begin = max(begin, made[value] + hop * (schedule.rank_of(value.stage) != rank))
+        heapq.heappush(running, (begin + cost(a), rank, begin))
+
+    for rank in range(schedule.num_ranks):
+        start(rank)
+    while running:
+        end, rank, begin = heapq.heappop(running)
+        a = programs[rank][at[rank]]
+        yield Event(begin, end, rank, a)
+        at[rank] += 1
+        free[rank] = end
+        value = schedule.produces(a)
+        woken = waiting.pop(value, []) if value is not None else []
+        if value is not None:
+            made[value] = end
+        for r in (rank, *woken):
+            start(r)
+    stuck = [f"rank {r} at {p[i]}" for r, (p, i) in enumerate(zip(programs, at, strict=True)) if i < len(p)]
+    if stuck:
+        raise ScheduleError(f"the schedule {schedule.name} deadlocks: {', '.join(stuck)} wait for values nobody makes")
+
+
+def lower(schedule: Schedule) -> Schedule:
+    """Insert sends and receives so that no pair of ranks can disagree about their order.
+
+    Follows the clock (F = I = W = 1).  When a value is made, its send is listed by the producer and the matching
+    receive by the consumer at the same moment, so both ranks of a pair list the same transfers in the same order,
+    and no transfer depends on a later one: NCCL and gloo cannot deadlock when transfers are posted without
+    blocking.  A receive comes before whatever the consumer computes meanwhile, so it is hidden under it.
+
+    Raises: ScheduleError if some rank waits for a value nobody makes.
+    """
+    out: list[list[Action]] = [[] for _ in schedule.steps]
+    for event in walk(schedule, lambda a: 2.0 if a.kind is B else 1.0):
+        out[event.rank].append(event.action)
+        value = schedule.produces(event.action)
+        consumer = None if value is None else schedule.consumer(value)
+        if value is None or consumer is None or schedule.rank_of(consumer) == event.rank:
+            continue
+        send, recv = (Kind.SEND_F, Kind.RECV_F) if value.kind is F else (Kind.SEND_B, Kind.RECV_B)
+        out[event.rank].append(Action(send, value.stage, value.microbatch))
+        out[schedule.rank_of(consumer)].append(Action(recv, consumer, value.microbatch))
+    return replace(schedule, steps=tuple(map(tuple, out)))
+
+
+def _orders(rank: int, num_ranks: int, num_microbatches: int, chunks: int) -> tuple[list[Action], list[Action]]:
+    """This rank's forwards and backwards: groups of P micro-batches pass through one chunk after the other."""
+    passes = [
+        (chunk, microbatch)
+        for first in range(0, num_microbatches, num_ranks)
+        for chunk in range(chunks)
+        for microbatch in range(first, min(first + num_ranks, num_microbatches))
+    ]
+    forward = [Action(F, chunk * num_ranks + rank, m) for chunk, m in passes]
+    backward = [Action(B, (chunks - 1 - chunk) * num_ranks + rank, m) for chunk, m in passes]
+    return forward, backward
+
+
+def _warm_up_then_alternate(f: Sequence[Action], b: Sequence[Action], warmup: int) -> list[Action]:
+    steady = [a for pair in zip(f[warmup:], b, strict=False) for a in pair]
+    return [*f[:warmup], *steady, *b[len(f) - warmup :]]
+
+
+def _build(
+    name: str, num_ranks: int, num_microbatches: int, chunks: int, order: Callable[[int], list[Action]]
+) -> Schedule:
+    assert num_ranks > 0 and num_microbatches > 0 and chunks > 0, (num_ranks, num_microbatches, chunks)
+    steps = tuple(tuple(order(rank)) for rank in range(num_ranks))
+    return Schedule(name, num_ranks, num_ranks * chunks, num_microbatches, steps)

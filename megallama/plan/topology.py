@@ -1,0 +1,95 @@
+"""Where every rank stands: arithmetic on rank numbers.
+
+Ranks fill a grid.  `order` lists the axes from fastest to slowest varying, in the spelling Megatron uses
+("tp-cp-dp-pp"): neighbouring global ranks, usually one node, differ in the first axis first, so the axis
+that talks most comes first.  Along an axis, ranks are `stride` apart; groups follow from strides alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import prod
+
+from megallama.config.errors import ConfigError
+
+AXES = ("tp", "cp", "dp", "pp")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The size of each parallel axis and the order in which ranks fill the grid."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    order: str = "tp-cp-dp-pp"
+
+    def __post_init__(self) -> None:
+        if sorted(self.axes) != sorted(AXES):
+            raise ConfigError(f'order="{self.order}" must name each of tp, cp, dp, pp once; for example "tp-cp-dp-pp"')
+        for axis in AXES:
+            if self.size(axis) < 1:
+                raise ConfigError(f"{axis}={self.size(axis)} is not a size; use 1 or more")
+
+    @classmethod
+    def fill(cls, ranks: int, *, tp: int = 1, pp: int = 1, cp: int = 1, order: str = "tp-cp-dp-pp") -> Topology:
+        """The topology whose dp uses up `ranks`. Raises: ConfigError if tp * pp * cp does not divide them."""
+        unit = tp * pp * cp
+        dp, rest = divmod(ranks, unit)
+        if rest or not dp:
+            raise ConfigError(
+                f"ranks={ranks} cannot be cut into tp={tp} x pp={pp} x cp={cp} = {unit}; "
+                f"use a multiple of {unit} ranks or smaller sizes"
+            )
+        return cls(tp=tp, pp=pp, dp=dp, cp=cp, order=order)
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """Axis names, fastest varying first."""
+        return tuple(self.order.split("-"))
+
+    @cached_property
+    def strides(self) -> dict[str, int]:
+        """Distance in ranks between neighbours along each axis."""
+        sizes = [self.size(a) for a in self.axes]
+        return {axis: prod(sizes[:i]) for i, axis in enumerate(self.axes)}
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.size(*AXES)
+
+    def size(self, *axes: str) -> int:
+        """Number of ranks along these axes together."""
+        return prod(getattr(self, a) for a in axes)
+
+    def coords(self, rank: int) -> dict[str, int]:
+        """Global rank -> its index on every axis."""
+        assert 0 <= rank < self.world_size, (rank, self.world_size)
+        return {axis: rank // self.strides[axis] % self.size(axis) for axis in self.axes}
+
+    def rank(self, **coords: int) -> int:
+        """The inverse of `coords`; an axis that is not given has index 0."""
+        return sum(index * self.strides[axis] for axis, index in coords.items())
+
+    def group(self, rank: int, *axes: str) -> tuple[int, ...]:
+        """The ranks that differ from `rank` only along `axes`, ascending: one process group."""
+        here = self.coords(rank)
+        base = rank - sum(here[a] * self.strides[a] for a in axes)
+        return tuple(base + offset for offset in self._offsets(axes))
+
+    def groups(self, *axes: str) -> list[tuple[int, ...]]:
+        """All groups along `axes`, by first rank: a partition of the ranks. Every rank creates them in this order."""
+        within = self._offsets(axes)
+        bases = self._offsets(tuple(a for a in self.axes if a not in axes))
+        return [tuple(base + offset for offset in within) for base in bases]
+
+    def _offsets(self, axes: tuple[str, ...]) -> list[int]:
+        spans = [range(0, self.size(a) * self.strides[a], self.strides[a]) for a in axes]
+        return sorted(map(sum, product(*spans)))
+
+    def __str__(self) -> str:
+        return " x ".join(f"{a}={self.size(a)}" for a in ("tp", "pp", "dp")) + f" = {self.world_size} ranks"

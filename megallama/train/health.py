@@ -1,0 +1,185 @@
+"""Is the run well, and has anybody asked it to stop?
+
+Three small things: a flag that signals set (`SignalFlag`), a counter of steps that were not finite
+(`BadSteps`), and the few numbers on which all ranks must agree before the optimizer runs (`Vote`):
+they are summed over all ranks in one reduction, so every rank reaches the same verdict in the same
+step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from megallama.config.errors import MegallamaError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+_INSIST = (signal.SIGTERM, signal.SIGINT)  # a second one of these is obeyed at once
+
+
+class TrainingStopped(MegallamaError):
+    """The run cannot go on by itself: too many steps in a row were not finite."""
+
+    shared = True
+
+
+class SignalFlag:
+    """While installed, a signal of `SIGNALS` sets `received` instead of killing the process.
+
+    A second SIGTERM or SIGINT ends the process at once by that signal, even where the main thread is
+    stuck in a collective: a thread watches for it.  Launchers deliver one request twice in quick
+    succession (Slurm and torchrun both forward SIGTERM), so a second one counts only `patience`
+    seconds after the first.  Use as a context manager; the previous handlers come back at its end.
+    Outside the main thread, where Python cannot handle signals, it does nothing.
+    """
+
+    def __init__(self, patience: float = 2.0) -> None:
+        self.received: signal.Signals | None = None
+        self._patience = patience
+        self._old: dict[signal.Signals, Any] = {}
+        self._pipe: tuple[int, int] = (-1, -1)
+        self._old_wakeup = -1
+        self._watcher: threading.Thread | None = None
+
+    def __enter__(self) -> SignalFlag:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._watcher.start()
+        self._old_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        for number in SIGNALS:
+            self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._watcher is None:
+            return
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_wakeup)
+        os.write(self._pipe[1], b"\0")  # no signal has number 0: the watcher leaves
+        self._watcher.join()
+        self._watcher = None
+        for end in self._pipe:
+            os.close(end)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+
+    def _watch(self) -> None:
+        """Read the number of every signal as it arrives; leave by the second that insists."""
+        first: float | None = None
+        while data := os.read(self._pipe[0], 64):
+            for number in data:
+                if number == 0:
+                    return
+                if number in _INSIST:
+                    now = time.monotonic()
+                    if first is not None and now - first >= self._patience:
+                        _die_by(number)
+                    first = first if first is not None else now
+
+
+def _die_by(number: int) -> None:
+    """End the process by a signal's default action; `signal.signal` works in the main thread only."""
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    libc.signal(number, None)  # SIG_DFL is the null pointer
+    os.kill(os.getpid(), number)
+
+
+class BadSteps:
+    """Counts skipped steps; raises when too many follow one another."""
+
+    def __init__(self, max_bad_steps: int) -> None:
+        self.max_bad_steps = max_bad_steps
+        self.skipped = 0
+        self.in_a_row = 0
+        self.last_good: int | None = None
+
+    def record(self, step: int, finite: bool, *, excused: bool = False, checkpoint: str | None = None) -> None:
+        """Note how update number `step` went; `checkpoint` is the newest one, for the message.
+
+        `excused` marks an overflow that a smaller fp16 loss scale may cure: counted as skipped, but
+        not as one of the row.  Raises TrainingStopped after `max_bad_steps` bad steps in a row.
+        """
+        if finite:
+            self.in_a_row, self.last_good = 0, step
+            return
+        self.skipped += 1
+        if excused:
+            return
+        self.in_a_row += 1
+        if self.in_a_row < self.max_bad_steps:
+            return
+        first = step - self.in_a_row + 1
+        steps = f"step {step}" if first == step else f"steps {first}-{step}"
+        good = "no step was good" if self.last_good is None else f"last good step {self.last_good}"
+        resume = f"resume from {checkpoint}" if checkpoint else "no checkpoint exists: start again"
+        raise TrainingStopped(
+            f"loss or gradients were non-finite for {self.in_a_row} steps in a row ({steps}); {good}; "
+            f"{resume} with a lower optimizer.lr or a longer lr_schedule.warmup_steps, "
+            f"or raise train.max_bad_steps={self.max_bad_steps}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters as JSON values."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "last_good": self.last_good}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`."""
+        self.skipped, self.in_a_row, self.last_good = state["skipped"], state["in_a_row"], state["last_good"]
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What one rank knows at the end of a step, or, after the sum over ranks, what all of them know.
+
+    `loss` and `norm_squared` are this rank's addends (0 where another rank counts them), the others
+    are numbers of ranks: of those that saw something non-finite, whose `train.stop_after_minutes` is
+    over, and of those that received each of `SIGNALS`.
+    """
+
+    loss: float
+    norm_squared: float
+    bad_ranks: int = 0
+    late_ranks: int = 0
+    signals: tuple[int, ...] = (0,) * len(SIGNALS)
+
+    @classmethod
+    def of(cls, loss: float, norm_squared: float, *, finite: bool, late: bool, received: signal.Signals | None) -> Vote:
+        """The vote of one rank."""
+        return cls(loss, norm_squared, int(not finite), int(late), tuple(int(s == received) for s in SIGNALS))
+
+    def pack(self) -> list[float]:
+        """As numbers to be summed over all ranks, in fp64."""
+        return [self.loss, self.norm_squared, float(self.bad_ranks), float(self.late_ranks), *map(float, self.signals)]
+
+    @classmethod
+    def unpack(cls, values: Sequence[float]) -> Vote:
+        """From the summed numbers."""
+        loss, norm_squared, bad, late, *signals = values
+        return cls(loss, norm_squared, round(bad), round(late), tuple(map(round, signals)))
+
+    @property
+    def finite(self) -> bool:
+        """No rank saw anything non-finite: the optimizer may run."""
+        return self.bad_ranks == 0
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why all ranks save and leave after this step, in words; None to go on."""
+        for number, count in zip(SIGNALS, self.signals, strict=True):
+            if count:
+                return f"{number.name} on {count} rank{'s' if count > 1 else ''}"
+        return "train.stop_after_minutes is over" if self.late_ranks else None

@@ -1,0 +1,131 @@
+"""What the run says: the only place that prints.
+
+Rank 0 speaks on standard output and in ``run.log``; every rank keeps its own ``logs/rank-0003.log``,
+so a run can be followed, and a crash understood, from any rank's file.  Each line is one unbuffered
+write: nothing is lost when the process is killed.  A full disk or a closed terminal costs log lines,
+never the run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from megallama.config.errors import ConfigError
+
+
+def human_count(number: float) -> str:
+    """``950``, ``12.3k``, ``4.1M``, ``6.7B``, ``1.4T``."""
+    if number < 999.5:
+        return f"{number:.0f}"
+    for unit in ("k", "M", "B"):
+        number /= 1000
+        if number < 999.95:
+            return f"{number:.1f}{unit}"
+    return f"{number / 1000:.1f}T"
+
+
+def human_bytes(number: float) -> str:
+    """``512 B``, ``1.5 kB``, ``38.4 MB``, ``1.23 GB``, ``4.20 TB`` (powers of 1000)."""
+    if number < 999.5:
+        return f"{number:.0f} B"
+    for unit, digits in (("kB", 1), ("MB", 1), ("GB", 2)):
+        number /= 1000
+        if round(number, digits) < 1000:
+            return f"{number:.{digits}f} {unit}"
+    return f"{number / 1000:.2f} TB"
+
+
+def human_duration(seconds: float) -> str:
+    """``0:12:34``, ``23:59:59``, ``2d 03:04:05``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days}d {hours:02d}:{minutes:02d}:{rest:02d}" if days else f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def show(text: str) -> None:
+    """Plain text on standard output, for what is said before there is a `Logger`."""
+    _print(text, error=False)
+
+
+def show_error(text: str) -> None:
+    """``error: <text>`` on standard error."""
+    _print(f"error: {text}", error=True)
+
+
+def _print(text: str, error: bool) -> None:
+    try:
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+    except (OSError, ValueError):  # the reader of a pipe has gone, or the stream is closed
+        pass
+
+
+class Logger:
+    """The voice of one rank. Without a folder it only prints.
+
+    Raises ConfigError if the folder cannot be written when the run starts.
+    """
+
+    def __init__(self, rank: int, world_size: int, folder: Path | None = None) -> None:
+        self.rank = rank
+        self._width = len(str(world_size - 1))
+        self._own: int | None = None
+        self._run: int | None = None
+        self._said: set[str] = set()
+        if folder is None:
+            return
+        try:
+            (folder / "logs").mkdir(parents=True, exist_ok=True)
+            self._own = _open(folder / "logs" / f"rank-{rank:04d}.log")
+            self._run = _open(folder / "run.log") if rank == 0 else None
+        except OSError as error:
+            raise ConfigError(
+                f"run.folder={folder} cannot be written: {error.strerror}; give run.folder a folder that can be created"
+            ) from error
+
+    def info(self, text: str) -> None:
+        """A line in this rank's file; of rank 0 also on standard output and in run.log."""
+        self._say(text, aloud=self.rank == 0)
+
+    def warn(self, text: str) -> None:
+        """A warning, said aloud by whichever rank has it."""
+        self._say(f"warning: {text}", aloud=True)
+
+    def warn_once(self, text: str, key: str | None = None) -> None:
+        """A warning that is given once per `key` (default: the text itself)."""
+        if (key or text) not in self._said:
+            self._said.add(key or text)
+            self.warn(text)
+
+    def note(self, text: str) -> None:
+        """A line in this rank's own file only."""
+        self._say(text, aloud=False)
+
+    def close(self) -> None:
+        """Close the files; later lines are only printed."""
+        for handle in (self._own, self._run):
+            if handle is not None:
+                os.close(handle)
+        self._own = self._run = None
+
+    def _say(self, text: str, aloud: bool) -> None:
+        now = time.localtime()
+        if aloud:
+            who = "" if self.rank == 0 else f"[rank {self.rank:{self._width}d}] "
+            _print(f"{time.strftime('%H:%M:%S', now)} {who}{text}", error=False)
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S', now)} {text}\n".encode(errors="replace")
+        for handle in (self._own, self._run if aloud else None):
+            if handle is not None:
+                try:
+                    os.write(handle, line)
+                except OSError as error:
+                    if "log" not in self._said:
+                        self._said.add("log")
+                        _print(f"warning: log lines are lost: {error.strerror}; training goes on", error=False)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

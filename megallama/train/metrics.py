@@ -1,0 +1,346 @@
+"""The numbers of a step, and where they go: a console line, ``metrics.jsonl``, TensorBoard, wandb.
+
+Metrics are for looking at: no failure of a sink (a full disk, a missing package, no network) ever
+touches the training.  It costs one warning and the numbers that could not be written.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import io
+import json
+import math
+import os
+import resource
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megallama.config.schema import LogConfig
+from megallama.train.log import Logger, human_bytes, human_count, human_duration
+
+_TAGS = {  # TensorBoard and wandb names of the scalars of a step
+    "train": ("loss", "lr", "grad_norm", "loss_scale", "consumed_tokens", "skipped_steps"),
+    "speed": (
+        "tokens_per_second",
+        "tokens_per_second_per_rank",
+        "mfu_causal",
+        "mfu_full",
+        "step_seconds",
+        "data_wait_seconds",
+        "peak_memory_bytes",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """A training step (or the `log.interval` steps that end with it), as all ranks see it."""
+
+    step: int  # updates made, this one included
+    loss: float  # mean over the global batch's counted tokens
+    lr: float
+    grad_norm: float  # before clipping
+    tokens: int  # of all ranks in step_seconds
+    step_seconds: float  # since the previous line
+    tokens_per_second: float
+    tokens_per_second_per_rank: float
+    mfu_causal: float  # counting the attention that a causal mask leaves
+    mfu_full: float  # counting the whole square, as most published figures do
+    peak_memory_bytes: int  # of this rank so far
+    consumed_tokens: int
+    consumed_samples: int
+    eta_seconds: float
+    skipped: bool = False  # this step was not finite and changed nothing
+    skipped_steps: int = 0  # so far
+    loss_scale: float = 1.0
+    data_wait_seconds: float = 0.0
+    phase_seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def line(self, steps: int) -> str:
+        """The console line, of a run of `steps` steps."""
+        parts = [
+            f"step {self.step}/{steps}",
+            f"loss {self.loss:.4f}",
+            f"lr {self.lr:.2e}",
+            f"grad norm {self.grad_norm:.3f}",
+            f"{human_count(self.tokens_per_second)} tok/s ({human_count(self.tokens_per_second_per_rank)}/rank)",
+            f"MFU {100 * self.mfu_causal:.1f}% causal, {100 * self.mfu_full:.1f}% full",
+            f"mem {human_bytes(self.peak_memory_bytes)}",
+            f"{human_count(self.consumed_tokens)} tokens",
+            f"left {human_duration(self.eta_seconds)}",
+        ]
+        if self.loss_scale != 1.0:
+            parts.insert(4, f"loss scale {self.loss_scale:g}")
+        if self.skipped:
+            parts.insert(1, f"SKIPPED, not finite ({self.skipped_steps} so far)")
+        return " | ".join(parts)
+
+    def scalars(self) -> dict[str, float]:
+        """Flat names and values, for TensorBoard and wandb."""
+        values = {f"{group}/{name}": float(getattr(self, name)) for group, names in _TAGS.items() for name in names}
+        return values | {f"seconds/{name}": seconds for name, seconds in self.phase_seconds.items()}
+
+
+@dataclass(frozen=True)
+class ValidMetrics:
+    """An evaluation after `step` updates."""
+
+    step: int
+    loss: float  # mean over the counted tokens [nats per token]
+    tokens: int
+    seconds: float
+    consumed_tokens: int
+    name: str = "valid"
+    bits_per_byte: float | None = None
+
+    def line(self, steps: int) -> str:
+        """The console line."""
+        bits = "" if self.bits_per_byte is None else f" | {self.bits_per_byte:.4f} bits/byte"
+        perplexity = f"{math.exp(self.loss):.2f}" if self.loss < 20 else "large"
+        amount = f"{human_count(self.tokens)} tokens in {human_duration(self.seconds)}"
+        return f"step {self.step}/{steps} | {self.name} loss {self.loss:.4f}{bits} | perplexity {perplexity} | {amount}"
+
+    def scalars(self) -> dict[str, float]:
+        """Flat names and values, for TensorBoard and wandb."""
+        values = {f"{self.name}/loss": self.loss}
+        return values if self.bits_per_byte is None else values | {f"{self.name}/bits_per_byte": self.bits_per_byte}
+
+
+def bits_per_byte(loss: float, tokens: float, text_bytes: float) -> float:
+    """Loss [nats per token] over `tokens` tokens of `text_bytes` bytes of text, comparable over tokenizers."""
+    return loss * tokens / (text_bytes * math.log(2))
+
+
+class Meter:
+    """Turns (tokens, seconds) into rates, utilisation and the time left.
+
+    `flops_causal` and `flops_full` are model FLOPs per token, forward and backward, without any
+    recomputation; `peak_flops` is one rank's.
+    """
+
+    def __init__(
+        self, ranks: int, flops_causal: float, flops_full: float, peak_flops: float, total_tokens: int, window: int = 20
+    ) -> None:
+        self._ranks = ranks
+        self._causal, self._full = flops_causal / peak_flops, flops_full / peak_flops
+        self._total_tokens = total_tokens
+        self._laps: deque[tuple[int, float]] = deque(maxlen=window)
+
+    def step(self, *, tokens: int, seconds: float, consumed_tokens: int, **values: Any) -> StepMetrics:
+        """The metrics of `tokens` tokens in `seconds`; `values` are the other fields of `StepMetrics`."""
+        if len(self._laps) == 1:
+            self._laps.clear()  # the first step warms everything up: it says nothing about the others
+        self._laps.append((tokens, seconds))
+        rate = tokens / seconds
+        recent = sum(n for n, _ in self._laps) / sum(s for _, s in self._laps)
+        return StepMetrics(
+            tokens=tokens,
+            step_seconds=seconds,
+            tokens_per_second=rate,
+            tokens_per_second_per_rank=rate / self._ranks,
+            mfu_causal=rate / self._ranks * self._causal,
+            mfu_full=rate / self._ranks * self._full,
+            consumed_tokens=consumed_tokens,
+            eta_seconds=max(0, self._total_tokens - consumed_tokens) / recent,
+            **values,
+        )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process ever held: allocated on a GPU, else resident.
+
+    On Linux VmHWM, because ru_maxrss starts from the launcher's size.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class MetricsWriter:
+    """Tells the log about every step and evaluation and, on rank 0, writes them to the sinks.
+
+    `step` is the number of updates already made: later lines of an earlier start, and a line that a
+    kill cut short, are removed from ``metrics.jsonl``; TensorBoard is told to forget them.  Of a run
+    that starts again from 0 the old file is kept as ``metrics.old.jsonl``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        log: Logger,
+        config: LogConfig,
+        *,
+        steps: int,
+        step: int = 0,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._log = log
+        self._steps = steps
+        self._sinks: dict[str, Any] = {}
+        if log.rank != 0:
+            return
+        self._open("metrics.jsonl", lambda: JsonLines(folder / "metrics.jsonl", step))
+        if config.tensorboard:
+            self._open("TensorBoard", lambda: TensorBoard(folder / "tensorboard", step))
+        if config.wandb:
+            self._open("wandb", lambda: Wandb(folder, config.wandb_project, dict(settings or {})))
+
+    def train(self, metrics: StepMetrics) -> None:
+        """Write a training step."""
+        self._write("train", metrics)
+
+    def valid(self, metrics: ValidMetrics) -> None:
+        """Write an evaluation."""
+        self._write("valid", metrics)
+
+    def close(self) -> None:
+        """Finish all files."""
+        for name, sink in self._sinks.items():
+            self._try(name, sink.close)
+        self._sinks = {}
+
+    def _write(self, kind: str, metrics: StepMetrics | ValidMetrics) -> None:
+        self._log.info(metrics.line(self._steps))
+        for name, sink in self._sinks.items():
+            self._try(name, partial(sink.write, kind, metrics))
+
+    def _open(self, name: str, make: Callable[[], Any]) -> None:
+        try:
+            self._sinks[name] = make()
+        except ImportError as error:
+            package = (error.name or name).split(".")[0]
+            self._log.warn_once(f"no {name} output: the package {package} is not installed; pip install {package}")
+        except Exception as error:  # a sink may fail in any way
+            self._log.warn_once(f"no {name} output: {error}; training goes on")
+
+    def _try(self, name: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self._log.warn_once(f"{name} could not be written: {error}; training goes on", key=name)
+
+
+class _Appender:
+    """A file that grows by whole unbuffered writes: what a full disk cut short is taken back."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._size = os.fstat(self._file).st_size
+
+    def append(self, data: bytes) -> None:
+        """Write all of `data`, or nothing and raise OSError."""
+        try:
+            if os.write(self._file, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._size += len(data)
+        except OSError:
+            os.ftruncate(self._file, self._size)
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+class JsonLines(_Appender):
+    """One JSON object per line; numbers that are not finite are null."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        if path.exists():
+            rewind(path, step)
+        super().__init__(path)
+
+    def write(self, kind: str, metrics: StepMetrics | ValidMetrics) -> None:
+        """Append a line."""
+        self.append((json.dumps(_finite({"kind": kind, **asdict(metrics)})) + "\n").encode())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rewind(path: Path, step: int) -> None:
+    """Remove from a metrics file the lines after `step` and those that are no JSON; at step 0 put it aside."""
+    if step == 0:
+        os.replace(path, path.with_name("metrics.old.jsonl"))
+        return
+    part = path.with_name(path.name + ".tmp")
+    dropped = False
+    with path.open("rb") as old, part.open("wb") as new:
+        for line in old:
+            try:
+                keep = line.endswith(b"\n") and json.loads(line)["step"] <= step
+            except (ValueError, KeyError, TypeError):
+                keep = False
+            if keep:
+                new.write(line)
+            dropped |= not keep
+    if dropped:
+        os.replace(part, path)
+    else:
+        part.unlink()
+
+
+class TensorBoard(_Appender):
+    """Scalars as a TensorBoard event file, written at once; tensorflow is not needed."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._event = importlib.import_module("tensorboard.compat.proto.event_pb2")
+        self._summary = importlib.import_module("tensorboard.compat.proto.summary_pb2").Summary
+        self._record = importlib.import_module("tensorboard.summary.writer.record_writer").RecordWriter
+        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}")
+        self._put(file_version="brain.Event:2")
+        start = self._event.SessionLog(status=self._event.SessionLog.START)
+        self._put(step=step + 1, session_log=start)  # forget steps from here on: an earlier start's
+
+    def write(self, kind: str, metrics: StepMetrics | ValidMetrics) -> None:
+        """Add the scalars of a step."""
+        values = [self._summary.Value(tag=tag, simple_value=x) for tag, x in metrics.scalars().items()]
+        self._put(step=metrics.step, summary=self._summary(value=values))
+
+    def _put(self, **fields: Any) -> None:
+        record = io.BytesIO()
+        self._record(record).write(self._event.Event(wall_time=time.time(), **fields).SerializeToString())
+        self.append(record.getvalue())
+
+
+class Wandb:
+    """Scalars to Weights & Biases; a resumed run continues the same one."""
+
+    def __init__(self, folder: Path, project: str, settings: dict[str, Any]) -> None:
+        wandb = importlib.import_module("wandb")
+        name = folder / "wandb-id.txt"
+        if not name.exists():
+            name.write_text(os.urandom(6).hex() + "\n")
+        self._run = wandb.init(
+            project=project,
+            dir=str(folder),
+            name=folder.name,
+            id=name.read_text().strip(),
+            resume="allow",
+            config=settings,
+        )
+
+    def write(self, kind: str, metrics: StepMetrics | ValidMetrics) -> None:
+        """Log the scalars of a step."""
+        self._run.log(metrics.scalars(), step=metrics.step)
+
+    def close(self) -> None:
+        """Finish the run there."""
+        self._run.finish()

@@ -1,0 +1,303 @@
+"""The training run: build the parts, resume, then step after step until the end, a signal or a fault.
+
+Only this file knows all rooms.  Whatever can fail on one rank alone while the run is set up is agreed
+on by all ranks, so that a fault ends the run with its message instead of leaving others waiting.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from megallama.checkpoint.errors import agree
+from megallama.checkpoint.manager import CheckpointManager
+from megallama.comm.launch import World
+from megallama.config.schema import Config
+from megallama.data.loader import Loader
+from megallama.data.sources import Data, open_sources
+from megallama.kernels.choose import Kernels, choose_kernels
+from megallama.optim.lr import learning_rate
+from megallama.optim.scaler import LossScaler
+from megallama.plan.flops import training_flops
+from megallama.plan.params import num_parameters
+from megallama.plan.plan import Plan
+from megallama.train.assemble import DTYPES, Rank, assemble, initialize
+from megallama.train.determinism import set_deterministic
+from megallama.train.evaluate import evaluate
+from megallama.train.health import BadSteps, SignalFlag
+from megallama.train.log import Logger, human_count
+from megallama.train.metrics import Meter, MetricsWriter, peak_memory_bytes
+from megallama.train.peak import peak_flops
+from megallama.train.plot import plot_loss
+from megallama.train.step import StepResult, train_step
+from megallama.train.timers import Timers
+
+FINISHED = 0  # exit status: all steps are done
+SAVED = 75  # exit status: saved after a signal or a stop that was asked for; the same command continues
+
+T = TypeVar("T")
+
+
+@dataclass
+class Counters:
+    """How far the run is. Saved with every checkpoint."""
+
+    step: int = 0  # batches used, skipped ones included
+    updates: int = 0  # optimizer steps
+    samples: int = 0  # sequences used
+    tokens: int = 0  # tokens whose loss counted
+
+
+class Trainer:
+    """One rank of a training run."""
+
+    def __init__(self, config: Config, plan: Plan, world: World, log: Logger) -> None:
+        self._config = config
+        self._plan = plan
+        self._world = world
+        self._log = log
+        self._counters = Counters()
+        self._scaler = LossScaler(config.precision)
+        self._bad = BadSteps(config.train.max_bad_steps)
+        self._timers = Timers()
+        self._started = time.monotonic()
+        self._newest: str | None = None
+        set_deterministic(config.train.deterministic)
+
+    def run(self) -> int:
+        """Train until `train.steps` or until something asks to stop; the exit status."""
+        with SignalFlag() as signals:
+            self._signals = signals
+            kernels = self._describe()
+            self._data = self._agreed("data", self._open_data)
+            self._manager = self._checkpoints()
+            self._manager.acquire()
+            try:
+                self._rank = self._agreed("model", lambda: self._build(kernels))
+                self._restore()
+                return self._loop()
+            finally:
+                self._manager.release()
+
+    # ---- setting up ----
+
+    def _agreed(self, what: str, work: Callable[[], T]) -> T:
+        """Run `work` on every rank; if it fails anywhere, it has failed everywhere."""
+        kept: list[T] = []
+        agree(self._world.group, what, lambda: kept.append(work()))
+        return kept[0]
+
+    def _describe(self) -> Kernels:
+        kernels = choose_kernels(self._world.device, DTYPES[self._config.precision.dtype])
+        for line in str(self._plan).splitlines():
+            self._log.info(line)
+        for text in [*self._world.notes, *(f"kernel for {choice}" for choice in kernels.choices)]:
+            self._log.info(text)
+        return kernels
+
+    def _open_data(self) -> Data:
+        config = self._config
+        return open_sources(config.data, config.batch.seq_length, config.train.seed, config.model.vocab_size)
+
+    def _checkpoints(self) -> CheckpointManager:
+        folder = self._config.checkpoint.folder
+        assert folder is not None, "filled in when a configuration is loaded"
+        tokenizer = self._config.data.tokenizer
+        return CheckpointManager(
+            self._config,
+            Path(folder),
+            self._world.rank,
+            self._world.host_group("checkpoint"),
+            Path(tokenizer) if tokenizer else None,
+            self._log.info,
+        )
+
+    def _build(self, kernels: Kernels) -> Rank:
+        groups = self._world.groups(self._plan.topology, self._config.model.num_kv_heads or 1)
+        rank = assemble(self._plan, groups, self._world.device, kernels)
+        self._manager.prepare(rank.optimizer.shards(owned_only=True))
+        return rank
+
+    def _restore(self) -> None:
+        """Newest checkpoint, given weights, or random weights; the log says which."""
+        optimizer = self._rank.optimizer
+        shards = optimizer.shards(owned_only=False)
+        saved = self._manager.resume(shards)
+        if saved is not None:
+            self._load_counters(saved)
+            optimizer.loaded(self._counters.updates)
+            at = f"step {self._counters.step}, {human_count(self._counters.tokens)} tokens"
+            self._log.info(f"resumed after {at}")
+        elif self._config.checkpoint.weights_from is not None:
+            self._manager.load_weights(Path(self._config.checkpoint.weights_from), shards)
+            optimizer.loaded(steps=0)
+            self._log.info(f"starting from the weights of {self._config.checkpoint.weights_from}")
+        else:
+            initialize(self._rank, self._config.train.seed)
+            self._log.info(f"starting from random weights of seed {self._config.train.seed}")
+
+    # ---- state ----
+
+    def _save_counters(self) -> dict[str, Any]:
+        return {
+            **asdict(self._counters),
+            "scaler": self._scaler.state_dict(),
+            "bad_steps": self._bad.state_dict(),
+            "sources": self._data.train.progress(self._counters.samples),
+        }
+
+    def _load_counters(self, saved: dict[str, Any]) -> None:
+        self._counters = Counters(**{name: saved[name] for name in ("step", "updates", "samples", "tokens")})
+        self._scaler.load_state_dict(saved["scaler"])
+        self._bad.load_state_dict(saved["bad_steps"])
+        self._newest = f"step {self._counters.step}"
+
+    def _save(self) -> None:
+        with self._timers.phase("save"):
+            self._manager.save(self._counters.step, self._rank.optimizer.shards(owned_only=True), self._save_counters())
+        self._newest = f"step {self._counters.step}"
+
+    # ---- the loop ----
+
+    def _loop(self) -> int:
+        config, counters = self._config, self._counters
+        writer = self._writer()
+        loader = self._loader()
+        stopped: str | None = None
+        try:
+            while counters.step < config.train.steps and stopped is None:
+                result = self._one_step(loader)
+                stopped = result.stop_reason or self._asked_to_stop()
+                last = counters.step == config.train.steps
+                if counters.step % config.log.interval == 0 or last or stopped:
+                    self._report(writer, result, loader)
+                interval = config.train.eval_interval
+                if interval and (counters.step % interval == 0 or last):
+                    self._evaluate(writer)
+                if last or stopped or (config.checkpoint.interval and counters.step % config.checkpoint.interval == 0):
+                    self._save()
+            self._manager.finish()
+        finally:
+            loader.close()
+            writer.close()
+        if counters.step < config.train.steps:
+            self._log.info(f"stopped: {stopped}; saved at step {counters.step}, start the same command again to continue")
+            return SAVED
+        self._finished()
+        return FINISHED
+
+    def _one_step(self, loader: Loader) -> StepResult:
+        config, counters = self._config, self._counters
+        with self._timers.phase("data"):
+            batches = loader.next()
+        lr = learning_rate(counters.step, config.optimizer, config.lr_schedule)
+        minutes = config.train.stop_after_minutes
+        late = minutes is not None and time.monotonic() - self._started >= 60 * minutes
+        schedule = self._plan.schedule_for(len(batches))
+        result = train_step(
+            self._rank, schedule, batches, lr, self._scaler.scale, self._timers, self._signals.received, late
+        )
+        counters.samples += self._plan.batch.global_batch(counters.samples)
+        counters.step += 1
+        counters.updates += result.applied
+        counters.tokens += result.tokens
+        excused = self._scaler.update(result.applied)
+        if not result.applied:
+            scale = f"; loss scale now {self._scaler.scale:g}" if excused else ""
+            self._log.info(f"step {counters.step} skipped: loss or gradient not finite{scale}")
+        self._bad.record(counters.step, result.applied, excused=excused, checkpoint=self._newest)
+        self._last_lr = lr
+        self._interval_tokens += result.tokens
+        return result
+
+    def _asked_to_stop(self) -> str | None:
+        steps = self._config.train.stop_after_steps
+        if steps is not None and self._counters.step - self._first_step >= steps:
+            return f"train.stop_after_steps={steps} steps are done"
+        return None
+
+    def _loader(self) -> Loader:
+        config, batch, dp = self._config, self._plan.batch, self._rank.groups.dp
+        self._first_step = self._counters.step
+        self._interval_tokens = 0
+        firsts = {self._counters.step: self._counters.samples}  # step -> first sample, as the batch ramps up
+
+        def ids_of_step(step: int) -> Sequence[Sequence[int]]:
+            first = firsts.pop(step)
+            size = batch.global_batch(first)
+            firsts[step + 1] = first + size
+            return [batch.sample_ids(first, size, dp.rank, m) for m in range(batch.num_microbatches(size))]
+
+        cuda = self._world.device.type == "cuda"
+        return Loader(
+            self._data.train.sample,
+            ids_of_step,
+            start_step=self._counters.step,
+            stop_step=config.train.steps,
+            prefetch=config.data.prefetch,
+            timeout_seconds=config.data.timeout_seconds,
+            device=self._world.device if cuda else None,
+            pin=cuda,
+        )
+
+    # ---- telling ----
+
+    def _writer(self) -> MetricsWriter:
+        config, counters = self._config, self._counters
+        peak, origin = peak_flops(self._world.device, DTYPES[config.precision.dtype], config.run.peak_tflops)
+        self._log.info(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s per rank ({origin})")
+        flops = [training_flops(config.model, config.batch.seq_length, causal=causal) for causal in (True, False)]
+        total = self._plan.batch.samples_after(config.train.steps) * config.batch.seq_length
+        self._meter = Meter(self._world.world_size, *flops, peak, total)
+        self._timers.lap()
+        return MetricsWriter(
+            Path(config.run.folder),
+            self._log,
+            config.log,
+            steps=config.train.steps,
+            step=counters.step,
+            settings=config.model_dump(mode="json"),
+        )
+
+    def _report(self, writer: MetricsWriter, result: StepResult, loader: Loader) -> None:
+        counters = self._counters
+        seconds, phases = self._timers.lap()
+        metrics = self._meter.step(
+            tokens=self._interval_tokens,
+            seconds=seconds,
+            consumed_tokens=counters.tokens,
+            step=counters.step,
+            loss=result.loss,
+            lr=self._last_lr,
+            grad_norm=result.grad_norm,
+            peak_memory_bytes=peak_memory_bytes(self._world.device),
+            consumed_samples=counters.samples,
+            skipped=not result.applied,
+            skipped_steps=self._bad.skipped,
+            loss_scale=self._scaler.scale,
+            data_wait_seconds=loader.wait_seconds,
+            phase_seconds=phases,
+        )
+        self._interval_tokens = 0
+        writer.train(metrics)
+
+    def _evaluate(self, writer: MetricsWriter) -> None:
+        with self._timers.phase("evaluate"):
+            for source in self._data.valid:
+                writer.valid(evaluate(self._rank, source, self._counters.step, self._counters.tokens))
+
+    def _finished(self) -> None:
+        config = self._config
+        self._log.info(
+            f"finished: {self._counters.step} steps, {human_count(self._counters.tokens)} tokens, "
+            f"{human_count(num_parameters(config.model))} parameters; checkpoint in {config.checkpoint.folder}"
+        )
+        if config.log.plot and self._world.rank == 0:
+            folder = Path(config.run.folder)
+            png, reason = plot_loss(folder / "metrics.jsonl", folder / "loss.png")
+            self._log.info(f"loss curve: {png}" if png else f"no loss curve: {reason}")

@@ -1,0 +1,139 @@
+"""Every kernel against a float64 formula, forward and backward."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megallama.config.schema import OptimizerConfig, RopeScaling
+from megallama.kernels.activation import swiglu, swiglu_backward
+from megallama.kernels.adam import adamw_step, sum_of_squares
+from megallama.kernels.attention import plain_attention, sdpa
+from megallama.kernels.norm import normalize, rms_norm, rms_norm_backward
+from megallama.kernels.rope import inverse_frequencies, rope_tables, rotate_
+from megallama.kernels.wgrad import add_wgrad
+
+EPS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+DTYPES = list(EPS)
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def close(mine: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
+    error = float((mine.double() - theirs.double()).norm() / theirs.double().norm())
+    assert error <= EPS[dtype], error
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(dtype: torch.dtype) -> None:
+    x, dy = rand(37, 64, dtype=dtype), rand(37, 64, dtype=dtype, seed=1)
+    weight = (1 + 0.3 * rand(64, seed=2)).to(dtype)
+    y, rstd = rms_norm(x, weight, 1e-5)
+    assert y.dtype == dtype
+    assert rstd.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    leaves = x.double().clone().requires_grad_(), weight.double().clone().requires_grad_()
+    want = leaves[0] * torch.rsqrt(leaves[0].square().mean(-1, keepdim=True) + 1e-5) * leaves[1]
+    want.backward(dy.double())
+    dx, dweight = rms_norm_backward(dy, x, rstd, weight)
+    assert dx.dtype == dtype and dweight.dtype == rstd.dtype
+    close(y, want.detach(), dtype)
+    close(dx, leaves[0].grad, dtype)
+    close(dweight, leaves[1].grad, dtype)
+    assert torch.equal(normalize(x, rstd, weight), y), "the recomputed norm must be the same bits"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu(dtype: torch.dtype) -> None:
+    packed, dout = rand(29, 48, dtype=dtype), rand(29, 24, dtype=dtype, seed=1)
+    leaf = packed.double().clone().requires_grad_()
+    want = F.silu(leaf[:, :24]) * leaf[:, 24:]
+    want.backward(dout.double())
+    close(swiglu(packed), want.detach(), dtype)
+    close(swiglu_backward(dout.clone(), packed), leaf.grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_attention(dtype: torch.dtype, kv_heads: int) -> None:
+    parts = [rand(2, 19, n, 8, dtype=dtype, seed=i) for i, n in enumerate((4, kv_heads, kv_heads))]
+    dout = rand(2, 19, 4, 8, dtype=dtype, seed=9)
+    leaves, wide = [p.clone().requires_grad_() for p in parts], [p.double().requires_grad_() for p in parts]
+    out, want = sdpa(*leaves), plain_attention(*wide)
+    out.backward(dout)
+    want.backward(dout.double())
+    close(out.detach(), want.detach(), dtype)
+    for mine, theirs in zip(leaves, wide, strict=True):
+        close(mine.grad, theirs.grad, dtype)
+
+
+def test_plain_attention_is_causal() -> None:
+    q, k, v = (rand(1, 6, 1, 4, seed=i) for i in range(3))
+    base = plain_attention(q, k, v)
+    k[:, 4], v[:, 4] = 100, 100
+    assert torch.equal(plain_attention(q, k, v)[:, :4], base[:, :4])
+    assert torch.allclose(base[:, 0], plain_attention(q, k, v)[:, 0])
+
+
+def test_rope_turns_pairs_and_back() -> None:
+    cos, sin = rope_tables(11, 8, 10000.0, None, torch.float64, torch.device("cpu"))
+    x = rand(2, 11, 3, 8)
+    turned = x.clone()
+    rotate_(turned, cos, sin)
+    as_complex = torch.complex(x[..., :4], x[..., 4:])
+    angles = torch.arange(11).double()[:, None] * 10000.0 ** (-torch.arange(4).double() / 4)
+    want = as_complex * torch.polar(torch.ones_like(angles), angles)[None, :, None]
+    close(turned, torch.cat((want.real, want.imag), -1), torch.float64)
+    rotate_(turned, cos, -sin)
+    close(turned, x, torch.float64)
+
+
+def test_rope_scaling_keeps_short_and_stretches_long_wavelengths() -> None:
+    scaling = RopeScaling(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position=8192)
+    plain = inverse_frequencies(128, 500000.0, None, torch.float64)
+    scaled = inverse_frequencies(128, 500000.0, scaling, torch.float64)
+    wavelength = 2 * math.pi / plain
+    short, long = wavelength < 8192 / 4, wavelength > 8192
+    assert torch.equal(scaled[short], plain[short]) and short.sum() > 10
+    assert torch.allclose(scaled[long], plain[long] / 8, rtol=1e-15) and long.sum() > 10
+    middle = ~short & ~long
+    assert middle.any() and (scaled[middle] < plain[middle]).all() and (scaled[middle] > plain[middle] / 8).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_gradients_accumulate(dtype: torch.dtype) -> None:
+    dy, x = rand(33, 16, dtype=dtype), rand(33, 24, dtype=dtype, seed=1)
+    main = torch.full((16, 24), 5.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    add_wgrad(main, dy, x, True)
+    close(main, dy.double().t() @ x.double(), dtype)
+    add_wgrad(main, dy, x, False)
+    close(main, 2 * dy.double().t() @ x.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adamw_follows_the_paper(dtype: torch.dtype) -> None:
+    config = OptimizerConfig()
+    master, grad = rand(1000, dtype=dtype), rand(1000, dtype=dtype, seed=1)
+    m, v, step = torch.zeros_like(master), torch.zeros_like(master), torch.zeros(())
+    want, wm, wv = master.double().clone(), torch.zeros(1000).double(), torch.zeros(1000).double()
+    for t in range(1, 4):
+        divisor = torch.tensor(4.0, dtype=dtype)
+        adamw_step([master], [grad.clone()], [m], [v], [step], config, 1e-2, 0.1, divisor)
+        g = grad.double() / 4
+        wm, wv = 0.9 * wm + 0.1 * g, 0.95 * wv + 0.05 * g * g
+        want = want * (1 - 1e-2 * 0.1) - 1e-2 * (wm / (1 - 0.9**t)) / ((wv / (1 - 0.95**t)).sqrt() + 1e-8)
+    close(master, want, dtype)
+    close(m, wm, dtype)
+    close(v, wv, dtype)
+    assert step.item() == 3
+
+
+def test_sum_of_squares_keeps_its_digits() -> None:
+    tensors = [torch.full((3_000_001,), 0.1), torch.full((17,), 3.0)]
+    want = 3_000_001 * float(torch.tensor(0.1)) ** 2 + 17 * 9
+    assert abs(sum_of_squares(tensors).item() - want) <= 1e-5 * want  # a plain fp32 sum of three million equal terms is off by 1e-3
+    assert sum_of_squares([]).item() == 0

@@ -1,0 +1,120 @@
+"""Tensor-parallel layers: what they communicate, and that the backward is the adjoint of the forward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from megallama.comm.groups import Groups
+from megallama.comm.recording import Call, Recording
+from megallama.config.schema import Config
+from megallama.kernels.choose import choose_kernels
+from megallama.plan.plan import make_plan
+from megallama.train.assemble import DTYPES, Rank, assemble, initialize
+from tests.small import CPU, on_threads, small_config
+from tests.threads import run_threads
+
+TOKENS, HIDDEN = 16, 32
+
+
+def recorded(config: Config, ranks: int, fn: Any) -> list[Any]:
+    """fn(rank, calls) on every rank, with the operations of the tensor-parallel group written down."""
+    plan = make_plan(config, ranks)
+
+    def body(groups: Groups) -> Any:
+        calls: list[Call] = []
+        groups = Groups(**{**vars(groups), "tp": Recording(groups.tp, calls)})
+        rank = assemble(plan, groups, CPU, choose_kernels(CPU, DTYPES[config.precision.dtype]))
+        initialize(rank, 1)
+        calls.clear()
+        return fn(rank, calls)
+
+    return run_threads(ranks, body, plan.topology, num_kv_heads=config.model.num_kv_heads or 1)
+
+
+def one_layer(rank: Rank, calls: list[Call]) -> tuple[list[Call], list[Call]]:
+    """What one layer communicates in its forward and in its backward."""
+    layer = rank.stages[0].layers[0]
+    rows = TOKENS // (rank.groups.tp.size if rank.plan.config.parallel.sequence_parallel else 1)
+    x = torch.randn(rows, HIDDEN, dtype=DTYPES[rank.plan.config.precision.dtype], requires_grad=True)
+    out = layer(x)
+    forward = list(calls)
+    calls.clear()
+    out.backward(torch.randn_like(out))
+    return forward, list(calls)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_layer_communicates_what_the_contract_says(recompute: str, dtype: str) -> None:
+    config = small_config(parallel={"tp": 2}, memory={"recompute": recompute}, precision={"dtype": dtype})
+    full = TOKENS * HIDDEN * (2 if dtype == "bf16" else 4)
+    for forward, backward in recorded(config, 2, one_layer):
+        assert [c.op for c in forward] == ["all_gather", "reduce_scatter"] * 2
+        assert Counter(c.op for c in backward) == {"all_gather": 4, "reduce_scatter": 2}  # 2 of them re-gathers
+        assert {c.nbytes for c in forward + backward} == {full}
+        assert {c.shape for c in forward + backward} == {(TOKENS, HIDDEN)}
+        # the re-gather of the input starts before the reduce-scatter that follows the dgrad GEMM
+        assert [c.op for c in backward] == ["all_gather", "all_gather", "reduce_scatter"] * 2
+
+
+def test_without_sequence_parallelism_there_are_two_all_reduces_each_way() -> None:
+    config = small_config(parallel={"tp": 2, "sequence_parallel": False})
+    for forward, backward in recorded(config, 2, one_layer):
+        assert [c.op for c in forward] == ["all_reduce"] * 2
+        assert [c.op for c in backward] == ["all_reduce"] * 2
+        assert {c.nbytes for c in forward + backward} == {TOKENS * HIDDEN * 8}
+
+
+def test_one_rank_communicates_nothing() -> None:
+    def calls_of(rank: Rank) -> tuple[list[Call], list[Call]]:
+        calls: list[Call] = []
+        return one_layer(rank, calls)
+
+    assert on_threads(small_config(), 1, calls_of) == [([], [])]
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("tp", [2, 4])
+def test_backward_is_the_adjoint_of_forward(tp: int, sequence_parallel: bool) -> None:
+    """<J u, w> summed over ranks equals <u, J' w>: the directional derivative by central differences."""
+    config = small_config(parallel={"tp": tp, "sequence_parallel": sequence_parallel}, model={"init_std": 0.2})
+
+    def body(rank: Rank) -> tuple[float, float]:
+        layer, group = rank.stages[0].layers[0], rank.groups.tp
+        generator = torch.Generator().manual_seed(3)
+        rows = TOKENS // (tp if sequence_parallel else 1)
+        whole = torch.randn(3, TOKENS, HIDDEN, dtype=torch.float64, generator=generator)
+        x, u, w = (t[group.rank * rows : (group.rank + 1) * rows] if sequence_parallel else t for t in whole)
+        leaf = x.clone().requires_grad_()
+        layer(leaf).backward(w)
+        with torch.no_grad():
+            step = (layer(x + 1e-6 * u) - layer(x - 1e-6 * u)) / 2e-6
+        assert leaf.grad is not None
+        products = torch.stack(((step * w).sum(), (u * leaf.grad).sum()))
+        if sequence_parallel:  # otherwise every rank holds all rows
+            group.all_reduce(products).wait()
+        return float(products[0]), float(products[1])
+
+    for forward, backward in on_threads(config, tp, body):
+        assert abs(forward - backward) <= 1e-7 * abs(forward)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_overlap_changes_no_bit(dtype: str) -> None:
+    def grads(rank: Rank) -> torch.Tensor:
+        x = torch.randn(8, HIDDEN, generator=torch.Generator().manual_seed(rank.groups.tp.rank)).to(DTYPES[dtype])
+        out = rank.stages[0].layers[0](x.requires_grad_())
+        out.backward(torch.ones_like(out))
+        assert x.grad is not None
+        return torch.cat((x.grad.reshape(-1).float(), rank.buffers[0].grads))
+
+    results = []
+    for overlap in (True, False):
+        config = small_config(parallel={"tp": 2}, overlap={"tensor_parallel": overlap}, precision={"dtype": dtype})
+        results.append(on_threads(config, 2, grads))
+    for on, off in zip(*results, strict=True):
+        assert torch.equal(on, off)

@@ -1,0 +1,136 @@
+"""The interpreter: every schedule gives one rank's numbers, holds no more than it says, frees what it has sent."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from megallama.train.assemble import Rank
+from tests.small import curve, deviation, micro_batches, on_threads, small_config, solo_rank, tokens, train
+
+SCHEDULES: list[tuple[int, dict[str, Any]]] = [
+    (2, {"pp": 2, "schedule": "gpipe"}),
+    (2, {"pp": 2}),
+    (4, {"pp": 4}),
+    (2, {"pp": 2, "chunks": 2}),
+    (2, {"pp": 2, "schedule": "gpipe", "chunks": 2}),
+    (2, {"pp": 2, "schedule": "zb-h1"}),
+    (4, {"pp": 4, "schedule": "zb-h1"}),
+    (1, {"schedule": "zb-h1"}),
+    (1, {"schedule": "gpipe"}),
+    (2, {"pp": 2, "stage_layers": [3, 1]}),
+    (2, {"pp": 2, "stage_layers": [4, 0]}),
+]
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), SCHEDULES, ids=lambda x: str(x))
+def test_every_schedule_gives_one_ranks_numbers(ranks: int, parallel: dict[str, Any]) -> None:
+    config = small_config()
+    data = tokens(config, 3)
+    want = curve(train(solo_rank(config), data))
+    for mine in on_threads(small_config(parallel=parallel), ranks, lambda rank: curve(train(rank, data))):
+        assert deviation(mine, want) <= 1e-12
+
+
+@pytest.mark.parametrize("microbatches", [1, 3, 5])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1"])
+def test_any_number_of_micro_batches(schedule: str, microbatches: int) -> None:
+    config = small_config(batch={"global_batch_size": microbatches})
+    data = tokens(config, 2)
+    want = curve(train(solo_rank(config), data))
+    parallel = {"pp": 2, "schedule": schedule}
+    piped = small_config(batch={"global_batch_size": microbatches}, parallel=parallel)
+    for mine in on_threads(piped, 2, lambda rank: curve(train(rank, data))):
+        assert deviation(mine, want) <= 1e-12
+
+
+class LiveGraphs:
+    """Counts the forwards whose saved tensors are alive."""
+
+    def __init__(self) -> None:
+        self.alive: dict[int, weakref.WeakSet[torch.Tensor]] = {}
+        self.peak = 0
+        self.forward = -1
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        kept = tensor.detach()  # a new object per saved tensor: it dies with its graph
+        self.alive.setdefault(self.forward, weakref.WeakSet()).add(kept)
+        self.peak = max(self.peak, sum(len(s) > 0 for s in self.alive.values()))
+        return kept
+
+    def next_forward(self) -> None:
+        gc.collect()
+        self.forward += 1
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), [s for s in SCHEDULES if "stage_layers" not in s[1]], ids=lambda x: str(x))
+def test_live_activations_are_the_schedules_own_count(ranks: int, parallel: dict[str, Any]) -> None:
+    config = small_config(parallel=parallel)
+    data = tokens(config, 1)
+
+    def measure(rank: Rank) -> tuple[int, int, int]:
+        live = LiveGraphs()
+        for stage in rank.stages.values():
+            _call_before(stage, live.next_forward)
+        schedule = rank.plan.schedule_for(len(micro_batches(rank, data[0])))
+        with saved_tensors_hooks(live.pack, lambda tensor: tensor):
+            train(rank, data)
+        return live.peak, rank.runtime.peak_in_flight, schedule.peak_in_flight(rank.groups.pp.rank)
+
+    for graphs, counted, promised in on_threads(config, ranks, measure):
+        assert counted == promised
+        if parallel.get("schedule") == "zb-h1":  # the input-gradient half frees the graph, the queue keeps operands
+            assert graphs <= promised
+        else:
+            assert graphs == promised
+
+
+def _call_before(stage: Any, hook: Any) -> None:
+    body = stage.body
+
+    def wrapped(*args: Any) -> Any:
+        hook()
+        return body(*args)
+
+    stage.body = wrapped
+
+
+def test_an_output_is_freed_once_it_has_been_sent() -> None:
+    """A stage that waits for its backward keeps the graph of its forward, not the tensor it handed on."""
+    config = small_config(parallel={"pp": 2, "schedule": "gpipe"})
+    data = tokens(config, 1)
+
+    def measure(rank: Rank) -> int:
+        if rank.groups.pp.rank == 1:
+            train(rank, data)
+            return 0
+        outputs: list[weakref.ref[torch.Tensor]] = []
+        alive = []
+        stage = rank.stages[0]
+        body = stage.body
+
+        def wrapped(*args: Any) -> torch.Tensor:
+            alive.append(sum(ref() is not None for ref in outputs))
+            out: torch.Tensor = body(*args)
+            outputs.append(weakref.ref(out))
+            return out
+
+        stage.body = wrapped  # type: ignore[method-assign]
+        train(rank, data)
+        assert len(alive) == 8
+        return max(alive)
+
+    assert on_threads(config, 2, measure)[0] == 0
+
+
+def test_the_position_names_the_action_under_way() -> None:
+    rank = solo_rank(small_config())
+    seen = []
+    rank.runtime._trace = lambda action: seen.append(rank.runtime.position)
+    train(rank, tokens(rank.plan.config, 1))
+    assert seen[0].startswith("F0.0 (action 0 of ") and rank.runtime.position == "finished"

@@ -1,0 +1,105 @@
+"""Small models, configurations and batches for tests, and the parts of one rank built from them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from megallama.comm.group import Solo
+from megallama.comm.groups import Groups, build_groups
+from megallama.config.load import resolve
+from megallama.config.schema import Config
+from megallama.data.batch import MicroBatch
+from megallama.kernels.choose import choose_kernels
+from megallama.plan.plan import Plan, make_plan
+from megallama.train.assemble import DTYPES, Rank, assemble, initialize
+from megallama.train.step import StepResult, train_step
+from tests.threads import run_threads
+
+CPU = torch.device("cpu")
+MODEL = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "ffn_hidden_size": 48, "vocab_size": 61}
+BATCH = {"seq_length": 16, "micro_batch_size": 1, "global_batch_size": 8}
+
+
+def small_config(**sections: dict[str, Any]) -> Config:
+    """A tiny float64 model with synthetic data; each keyword updates a section."""
+    base: dict[str, dict[str, Any]] = {
+        "model": MODEL,
+        "batch": BATCH,
+        "precision": {"dtype": "fp64"},
+        "memory": {"loss_chunk_tokens": 10},
+        "overlap": {"bucket_mb": 0.01},
+        "optimizer": {"lr": 1e-2},
+        "lr_schedule": {"kind": "constant", "warmup_steps": 0},
+        "data": {"synthetic": True},
+        "train": {"steps": 20, "seed": 7},
+    }
+    merged = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {*base, *sections}}
+    return resolve(Config.model_validate(merged))
+
+
+def solo_rank(config: Config) -> Rank:
+    """The parts of a job of one rank, with initial weights."""
+    plan = make_plan(config, 1)
+    groups = build_groups(plan.topology, 0, config.model.num_kv_heads or 1, lambda name, parts: Solo(name))
+    return build(plan, groups)
+
+
+def build(plan: Plan, groups: Groups) -> Rank:
+    """The parts of one rank on the CPU, with initial weights."""
+    rank = assemble(plan, groups, CPU, choose_kernels(CPU, DTYPES[plan.config.precision.dtype]))
+    initialize(rank, plan.config.train.seed)
+    return rank
+
+
+def tokens(config: Config, steps: int, seed: int = 5) -> torch.Tensor:
+    """[steps, global batch, s + 1] token ids with structure a model can learn."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = steps, config.batch.global_batch_size, config.batch.seq_length + 1
+    steps_of = torch.randint(1, 4, shape, generator=generator).cumsum(-1)
+    return steps_of % config.model.vocab_size
+
+
+def micro_batches(rank: Rank, data: torch.Tensor, masks: torch.Tensor | None = None) -> list[MicroBatch]:
+    """This rank's micro-batches of one global batch [global batch, s + 1]."""
+    size, dp = rank.plan.config.batch.micro_batch_size, rank.groups.dp
+    out = []
+    for m in range(len(data) // (size * dp.size)):
+        first = (m * dp.size + dp.rank) * size
+        rows = data[first : first + size]
+        mask = None if masks is None else masks[first : first + size]
+        out.append(MicroBatch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), mask))
+    return out
+
+
+def train(rank: Rank, data: torch.Tensor, masks: torch.Tensor | None = None) -> list[StepResult]:
+    """One training step on each batch of `data` [steps, global batch, s + 1]."""
+    results = []
+    for step, batch in enumerate(data):
+        batches = micro_batches(rank, batch, None if masks is None else masks[step])
+        schedule = rank.plan.schedule_for(len(batches))
+        results.append(train_step(rank, schedule, batches, lr=rank.plan.config.optimizer.lr))
+    return results
+
+
+def on_threads(config: Config, ranks: int, fn: Callable[[Rank], Any]) -> list[Any]:
+    """fn on every rank of a job whose ranks are threads."""
+    plan = make_plan(config, ranks)
+    heads = config.model.num_kv_heads or 1
+    if ranks == 1:
+        return [fn(solo_rank(config))]
+    return run_threads(ranks, lambda groups: fn(build(plan, groups)), plan.topology, num_kv_heads=heads)
+
+
+def curve(results: Sequence[StepResult]) -> list[float]:
+    """Losses and gradient norms, alternating."""
+    return list(itertools.chain.from_iterable((r.loss, r.grad_norm) for r in results))
+
+
+def deviation(mine: Sequence[float], theirs: Sequence[float]) -> float:
+    """Largest relative difference."""
+    assert len(mine) == len(theirs)
+    return max(abs(a - b) / abs(b) for a, b in zip(mine, theirs, strict=True))
