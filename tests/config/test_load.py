@@ -1,0 +1,279 @@
+"""Reading: order of precedence, shorthands, messages, round trips."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megallama.config.errors import ConfigError, MegallamaError
+from megallama.config.load import flatten, load, resolve, to_toml
+from megallama.config.presets import PRESETS
+from megallama.config.schema import Config, SourceConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def problems(overrides: list[str], text: str = "", tmp_path: Path | None = None) -> list[str]:
+    """The messages of a configuration with errors, one by one."""
+    file = None
+    if tmp_path is not None:
+        file = tmp_path / "run.toml"
+        file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(file, overrides, need_data=False)
+    lines = str(caught.value).split("\n")
+    return [line.removeprefix("  - ") for line in lines[1:]] if "problems in the configuration" in lines[0] else lines
+
+
+def test_precedence(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[model]\npreset = "llama-7b"\nnum_layers = 3\nvocab_size = 100\n[batch]\nmicro_batch_size = 8\n')
+    config = load(file, ["--model.vocab-size=77", "data.train=a", "data.train=b"])
+    assert (config.model.hidden_size, config.model.num_layers, config.model.vocab_size) == (4096, 3, 77)
+    assert (config.batch.micro_batch_size, config.batch.seq_length) == (8, 2048)
+    assert config.data.train == (SourceConfig(path="b"),)
+
+
+def test_preset_on_the_command_line_lies_under_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[model]\nnum_layers = 3\n[batch]\nseq_length = 128\n")
+    config = load(file, ["model.preset=llama3.1-8b", "data.synthetic=true"])
+    assert (config.model.num_layers, config.model.ffn_hidden_size, config.batch.seq_length) == (3, 14336, 128)
+
+
+def test_derived_values() -> None:
+    config = load(None, ["data.synthetic=true", "run.folder=/r", "train.steps=5000", "model.hidden_size=512"])
+    assert (config.model.num_kv_heads, config.model.head_dim) == (4, 128)
+    schedule = config.lr_schedule
+    assert (schedule.warmup_steps, schedule.decay_steps, schedule.wsd_decay_steps) == (500, 5000, 500)
+    assert config.checkpoint.folder == "/r/checkpoints"
+    assert config.batch.ramp_start is None
+    long = load(None, ["data.synthetic=true", "train.steps=500000", "lr_schedule.decay_steps=400000"]).lr_schedule
+    assert (long.warmup_steps, long.decay_steps, long.wsd_decay_steps) == (2000, 400000, 40000)
+    assert load(None, ["data.synthetic=true", "lr_schedule.warmup_steps=50"]).lr_schedule.warmup_steps == 50
+    assert load(None, ["data.synthetic=true", "train.steps=1"]).lr_schedule.wsd_decay_steps == 1
+
+
+@pytest.mark.parametrize(
+    "text,want",
+    [
+        ("data.train=/a/b", (("/a/b", 1.0),)),
+        ("data.train=007", (("007", 1.0),)),
+        ('data.train="with space"', (("with space", 1.0),)),
+        ("data.train=['a', 'b']", (("a", 1.0), ("b", 1.0))),
+        ("data.train=['a', {path='b', weight=0.25}]", (("a", 1.0), ("b", 0.25))),
+        ("data.train={path='b', weight=3}", (("b", 3.0),)),
+    ],
+)
+def test_source_shorthands(text: str, want: tuple[tuple[str, float], ...]) -> None:
+    assert tuple((s.path, s.weight) for s in load(None, [text]).data.train) == want
+
+
+def test_sources_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[data]\nvalid = "v"\n[[data.train]]\npath = "a"\nweight = 0.5\n[[data.train]]\npath = "b"\n')
+    data = load(file, []).data
+    assert [(s.path, s.weight) for s in data.train] == [("a", 0.5), ("b", 1.0)]
+    assert [s.path for s in data.valid] == ["v"]
+
+
+def test_words_of_the_command_line() -> None:
+    config = load(
+        None,
+        ["data.synthetic=True", "run.folder=007", "optimizer.lr=1", "data.tokenizer=none",
+         "train.stop-after-steps=none", "parallel.stage_layers=[2, 2]", "parallel.pp=2", "log.wandb_project=a=b"],
+    )  # fmt: skip
+    assert (config.run.folder, config.optimizer.lr, config.data.tokenizer) == ("007", 1.0, None)
+    assert (config.parallel.stage_layers, config.log.wandb_project) == ((2, 2), "a=b")
+
+
+def test_nested_table(tmp_path: Path) -> None:
+    scaled = load(None, ["model.rope-scaling.factor=16", "data.synthetic=true"]).model.rope_scaling
+    assert scaled is not None and (scaled.factor, scaled.original_max_position) == (16.0, 8192)
+    preset = ["model.preset=llama3.2-1b", "data.synthetic=true"]
+    assert load(None, [*preset, "model.rope_scaling=none"]).model.rope_scaling is None
+    again = load(None, [*preset, "model.rope_scaling=none", "model.rope_scaling.factor=4"]).model.rope_scaling
+    assert again is not None and again.factor == 4.0
+    part = load(None, [*preset, "model.rope_scaling.factor=4"]).model.rope_scaling
+    assert part is not None and (part.factor, part.high_freq_factor) == (4.0, 4.0)
+    file = tmp_path / "run.toml"
+    file.write_text("[model.rope_scaling]\n[data]\nsynthetic = true\n")
+    empty = load(file, []).model.rope_scaling
+    assert empty is not None and empty.factor == 8.0
+
+
+SINGLE: list[tuple[str, str]] = [
+    ("parallel.tp=two", 'parallel.tp="two" must be a whole number above 0; for example parallel.tp=1'),
+    ("parallel.tp=0", "parallel.tp=0 must be a whole number above 0; for example parallel.tp=1"),
+    ("parallel.tp=1.5", "parallel.tp=1.5 must be a whole number above 0; for example parallel.tp=1"),
+    ("parallel.tp=true", "parallel.tp=true must be a whole number above 0; for example parallel.tp=1"),
+    ("train.deterministic=1", "train.deterministic=1 must be true or false; for example train.deterministic=false"),
+    ("optimizer.beta1=1.5",
+     "optimizer.beta1=1.5 must be a number of at least 0 below 1; for example optimizer.beta1=0.9"),
+    ("optimizer.lr=inf", "optimizer.lr=inf must be finite, a number above 0; for example optimizer.lr=0.0003"),
+    ("optimizer.clip_grad=none", 'optimizer.clip_grad="none" must be a number of at least 0; '
+                                 "for example optimizer.clip_grad=1.0"),
+    ("train.stop_after_steps=0", "train.stop_after_steps=0 must be a whole number above 0 or none"),
+    ("parallel.schedule=zb", 'parallel.schedule="zb" must be one of "gpipe", "1f1b", "zb-h1"; did you mean "zb-h1"?'),
+    ("parallel.schedule=x", 'parallel.schedule="x" must be one of "gpipe", "1f1b", "zb-h1"'),
+    ("parallel.stage_layers=4", "parallel.stage_layers=4 must be a list of whole numbers of at least 0 or none"),
+    ("parallel.stage_layers=[1,-1,'a']",
+     'parallel.stage_layers=[1, -1, "a"] must be a list of whole numbers of at least 0 or none'),
+    ("model.rope_scaling=3", "model.rope_scaling=3 must be a table with factor, low_freq_factor, high_freq_factor, "
+                             "original_max_position or none"),
+    ("model.rope_scaling.factor=-1",
+     "model.rope_scaling.factor=-1 must be a number above 0; for example model.rope_scaling.factor=8.0"),
+    ("data.train=[{weight=1}]", "data.train[0] has no path; a source is a path or a table with path and weight"),
+    ("data.train=['a',{path='b',wieght=1}]",
+     "data.train[1].wieght=1 is not known; a source is a path or a table with path and weight"),
+    ("data.train={path='b',weight=0}",
+     "data.train[0].weight=0 must be a number above 0; a source is a path or a table with path and weight"),
+    ("data.valid=[3]", "data.valid[0]=3 is not known; a source is a path or a table with path and weight"),
+    ("model.lr=1", "unknown setting 'model.lr'; did you mean optimizer.lr?"),
+    ("lr=1", "unknown setting 'lr'; did you mean optimizer.lr?"),
+    ("log.steps=1", "unknown setting 'log.steps'; did you mean train.steps?"),
+    ("parallel.shedule=1", "unknown setting 'parallel.shedule'; did you mean parallel.schedule?"),
+    ("modle.x=3", "unknown setting 'modle.x'; did you mean [model]?"),
+    ("interval=3", "unknown setting 'interval'; did you mean checkpoint.interval or log.interval?"),
+    ("--tensor-model-parallel-size=2", "unknown setting 'tensor_model_parallel_size'; did you mean parallel.tp?"),
+    ("memory.bogusbogus=1", "unknown setting 'memory.bogusbogus'; [memory] has recompute, loss_chunk_tokens"),
+    ("xyzzy=1", "unknown setting 'xyzzy'; the sections are model, parallel, batch, precision, memory, overlap, "
+                "optimizer, lr_schedule, data, train, checkpoint, log, run"),
+    ("parallel.tp", "'parallel.tp' has no value; write section.key=value, e.g. parallel.tp=2"),
+    ("model=3", "model is a section; write [model] and its settings below it"),
+    ("model.preset=lama-7b",
+     'model.preset="lama-7b" is unknown; did you mean "llama-7b"? presets: ' + ", ".join(PRESETS)),
+    ("model.preset=zzz", 'model.preset="zzz" is unknown; presets: ' + ", ".join(PRESETS)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("override,message", SINGLE, ids=[s[0] for s in SINGLE])
+def test_message(override: str, message: str) -> None:
+    assert problems([override]) == [f"command line: {message}"]
+
+
+def test_all_problems_at_once_with_their_places(tmp_path: Path) -> None:
+    text = 'tp = 3\n[parallel]\nshedule = "1f1b"\npp = "2"\n[model]\npreset = "llama3-8b"\n[optimizer]\nlr = -1\n'
+    file = tmp_path / "run.toml"
+    assert problems(["parallel.tp=3", "batch.micro_batch_size=3", "oops"], text, tmp_path) == [
+        f"{file}: unknown setting 'tp'; did you mean parallel.tp?",
+        f"{file}: unknown setting 'parallel.shedule'; did you mean parallel.schedule?",
+        "command line: 'oops' has no value; write section.key=value, e.g. parallel.tp=2",
+        f'{file}: parallel.pp="2" must be a whole number above 0; for example parallel.pp=1',
+        f"{file}: optimizer.lr=-1 must be a number above 0; for example optimizer.lr=0.0003",
+        # what hangs on parallel.tp is left out: the file may have meant another one
+        "command line: batch.global_batch_size=32 is not a multiple of batch.micro_batch_size=3; use 30 or 33",
+    ]
+
+
+def test_values_from_several_places(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    found = problems(["parallel.tp=64"], '[model]\npreset = "llama3-8b"\nffn_hidden_size = 14400\n', tmp_path)
+    assert found == [
+        "parallel.tp=64 does not divide model.num_heads=32; use 1, 2, 4, 8, 16 or 32 "
+        "(parallel.tp: command line, model.num_heads: preset llama3-8b)"
+    ]
+    found = problems(["parallel.tp=32"], '[model]\npreset = "llama3-8b"\nffn_hidden_size = 14416\n', tmp_path)
+    assert found == [
+        "parallel.tp=32 does not divide model.ffn_hidden_size=14416; use 1, 2, 4, 8 or 16 "
+        f"(parallel.tp: command line, model.ffn_hidden_size: {file})"
+    ]
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    absent = tmp_path / "absent.toml"
+    with pytest.raises(ConfigError) as caught:
+        load(absent, [])
+    assert str(caught.value) == (
+        f"cannot read the configuration {absent}: No such file or directory; give the path of a TOML file"
+    )
+    broken = tmp_path / "a.toml"
+    broken.write_text("[parallel]\ntp 2\n")
+    with pytest.raises(ConfigError, match=r"is not valid TOML: .*line 2.*; write lines like tp = 2 under \[parallel\]"):
+        load(broken, [])
+    binary = tmp_path / "b.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        load(binary, [])
+
+
+def test_one_problem_stands_alone() -> None:
+    with pytest.raises(MegallamaError) as caught:
+        load(None, ["data.synthetic=true", "parallel.tp=0"])
+    assert str(caught.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_round_trip_of_presets(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "out.toml"
+    for more in ([], ["model.rope_scaling=none", "model.num_kv_heads=1", 'run.folder=a "b"\\c\x7f\n']):
+        config = load(None, [f"model.preset={name}", "data.train=['x', {path='y', weight=0.1}]", *more])
+        file.write_text(to_toml(config), encoding="utf-8")
+        assert load(file, []) == config
+        assert to_toml(load(file, [])) == to_toml(config)
+
+
+values: dict[str, Any] = {
+    "optimizer.lr": st.floats(1e-300, 1e300),
+    "run.folder": st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1),
+    "train.seed": st.integers(0, 2**63 - 1),
+    "data.train": st.lists(st.tuples(st.text(st.characters(codec="utf-8")), st.floats(0.01, 9)), min_size=1),
+    "train.stop_after_minutes": st.none() | st.floats(0.1, 10),
+    "model.rope_theta": st.floats(1, 1e9),
+}
+
+
+@given(st.fixed_dictionaries(values))
+@settings(max_examples=25, deadline=None)
+def test_round_trip_of_values(tmp_path_factory: pytest.TempPathFactory, chosen: dict[str, Any]) -> None:
+    config = resolve(
+        Config.model_validate(
+            {
+                "optimizer": {"lr": chosen["optimizer.lr"]},
+                "run": {"folder": chosen["run.folder"]},
+                "train": {"seed": chosen["train.seed"], "stop_after_minutes": chosen["train.stop_after_minutes"]},
+                "data": {"train": [{"path": p, "weight": w} for p, w in chosen["data.train"]]},
+                "model": {"rope_theta": chosen["model.rope_theta"]},
+            }
+        )
+    )
+    file = tmp_path_factory.mktemp("toml") / "c.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert load(file, []) == config
+
+
+@given(st.lists(st.text(max_size=20).map(lambda s: f"parallel.{s}") | st.text(max_size=20), max_size=3))
+@settings(max_examples=150, deadline=None)
+def test_nonsense_is_refused_politely(overrides: list[str]) -> None:
+    try:
+        load(None, overrides, need_data=False)
+    except ConfigError as error:
+        assert str(error)
+
+
+def test_flatten() -> None:
+    flat = flatten(load(None, ["model.preset=llama3.1-8b", "data.train=a"]))
+    assert (flat["parallel.tp"], flat["model.rope_scaling.factor"], flat["batch.ramp_start"]) == (1, 8.0, None)
+    assert "model.rope_scaling.factor" not in flatten(load(None, ["data.train=a"]))
+
+
+def test_config_is_frozen_and_hashable() -> None:
+    config = load(None, ["data.train=a"])
+    assert len({config, load(None, ["data.train=a"]), load(None, ["data.train=b"])}) == 2
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.steps = 3  # type: ignore[misc]
+
+
+def test_needs_no_torch() -> None:
+    code = (
+        "import sys; from megallama.config.load import load; from megallama.plan.plan import make_plan; "
+        "str(make_plan(load(None, [], need_data=False), 4)); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'rich')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

@@ -1,0 +1,241 @@
+"""Every cross-field rule: the message in full, and that what it says to write is accepted."""
+
+from __future__ import annotations
+
+import pytest
+
+from megallama.config.errors import ConfigError
+from megallama.config.load import load
+from megallama.config.rules import check, dp_size, legal_tp, ramp_sizes
+from megallama.config.schema import Config
+
+# overrides, ranks, the message, overrides that put it right
+CASES: list[tuple[str, int | None, str, str]] = [
+    (
+        "model.num_heads=8 model.num_kv_heads=3", None,
+        "model.num_kv_heads=3 does not divide model.num_heads=8; use 1, 2, 4 or 8",
+        "model.num_kv_heads=4",
+    ),
+    (
+        "model.num_heads=5", None,
+        "model.num_heads=5 does not divide model.hidden_size=256; use 4 or 8 heads, or set model.head_dim",
+        "model.num_heads=8",
+    ),
+    (
+        "model.head_dim=33", None,
+        "model.head_dim=33 is odd, but rotary embeddings turn pairs of elements; use 32 or 34",
+        "model.head_dim=34",
+    ),
+    ("model.vocab_size=1", None, "model.vocab_size=1 leaves nothing to predict; use at least 2", "model.vocab_size=2"),
+    (
+        "model.rope_scaling.low_freq_factor=4", None,
+        "model.rope_scaling.low_freq_factor=4.0 is not below model.rope_scaling.high_freq_factor=4.0; "
+        "LLaMA 3.1 uses 1.0 and 4.0",
+        "model.rope_scaling.low_freq_factor=1",
+    ),
+    (
+        "parallel.tp=3 model.num_heads=24 model.num_kv_heads=8 model.head_dim=16 model.ffn_hidden_size=696 "
+        "batch.micro_batch_size=3 batch.global_batch_size=30", None,
+        "parallel.tp=3 does not divide model.num_kv_heads=8; use 1, 2, 4, 8 or 24",
+        "parallel.tp=4 batch.micro_batch_size=2",
+    ),
+    (
+        "parallel.tp=6 model.num_heads=12 model.num_kv_heads=4 model.head_dim=16 model.ffn_hidden_size=696 "
+        "batch.micro_batch_size=3 batch.global_batch_size=30", None,
+        "parallel.tp=6 is not a multiple of model.num_kv_heads=4; use 1, 2, 4 or 12",
+        "parallel.tp=4 batch.micro_batch_size=2",
+    ),
+    (
+        "parallel.tp=8 model.num_kv_heads=2", None,
+        "parallel.tp=8 does not divide model.num_heads=4; use 1, 2 or 4",
+        "parallel.tp=4",
+    ),
+    (
+        "parallel.tp=4 model.ffn_hidden_size=690", None,
+        "parallel.tp=4 does not divide model.ffn_hidden_size=690; use 1 or 2",
+        "parallel.tp=2",
+    ),
+    (
+        "parallel.tp=4 batch.micro_batch_size=2 batch.seq_length=33", None,
+        "parallel.tp=4 does not divide batch.micro_batch_size=2 x batch.seq_length=33 = 66 tokens, which sequence "
+        "parallelism cuts; use batch.seq_length=32 or 34, or parallel.sequence_parallel=false",
+        "batch.seq_length=34",
+    ),
+    (
+        "parallel.chunks=2", None,
+        "parallel.chunks=2 needs more than parallel.pp=1; use parallel.chunks=1 or parallel.pp=2",
+        "parallel.pp=2",
+    ),
+    (
+        "parallel.pp=2 parallel.chunks=2 parallel.schedule=zb-h1", None,
+        'parallel.schedule="zb-h1" has one chunk per rank, but parallel.chunks=2; '
+        'use parallel.chunks=1 or parallel.schedule="1f1b"',
+        "parallel.schedule=1f1b",
+    ),
+    (
+        "parallel.pp=2 parallel.stage_layers=[1,1,2]", None,
+        "parallel.stage_layers=[1, 1, 2] has 3 numbers, but parallel.pp=2 x parallel.chunks=1 = 2 stages; "
+        "write 2 numbers, for example [2, 2]",
+        "parallel.stage_layers=[2,2]",
+    ),
+    (
+        "parallel.pp=2 parallel.stage_layers=[3,4] model.num_layers=9", None,
+        "parallel.stage_layers=[3, 4] adds up to 7, but model.num_layers=9; "
+        "write numbers that add up to it, for example [4, 5]",
+        "parallel.stage_layers=[9,0]",
+    ),
+    (
+        "parallel.rank_order=pp-tp", None,
+        'parallel.rank_order="pp-tp" must name each of tp, cp, dp, pp once; for example "pp-tp-cp-dp"',
+        "parallel.rank_order=pp-tp-cp-dp",
+    ),
+    (
+        "parallel.tp=4 parallel.pp=2", 12,
+        "ranks=12 cannot be cut into parallel.tp=4 x parallel.pp=2 = 8; use 8 or 16 ranks, "
+        "or sizes whose product is 6 or 12",
+        "parallel.tp=2 parallel.pp=3 batch.global_batch_size=8",
+    ),
+    (
+        "parallel.tp=4", 2,
+        "ranks=2 cannot be cut into parallel.tp=4 x parallel.pp=1 = 4; use 4 ranks, or sizes whose product is 2",
+        "parallel.tp=2",
+    ),
+    (
+        "batch.global_batch_size=30", 2,
+        "batch.global_batch_size=30 is not a multiple of batch.micro_batch_size=4 x dp=2 (ranks / (tp x pp)) = 8; "
+        "use 24 or 32",
+        "batch.global_batch_size=24",
+    ),
+    (
+        "batch.global_batch_size=3", None,
+        "batch.global_batch_size=3 is not a multiple of batch.micro_batch_size=4; use 4",
+        "batch.global_batch_size=4",
+    ),
+    (
+        "parallel.pp=2 parallel.chunks=2 batch.global_batch_size=24", 4,
+        "batch.global_batch_size=24 is not a multiple of batch.micro_batch_size=4 x dp=2 (ranks / (tp x pp)) = 8 "
+        "times parallel.pp=2 (needed to interleave parallel.chunks=2); use 16 or 32",
+        "batch.global_batch_size=16",
+    ),
+    (
+        "batch.ramp_start=8 batch.ramp_samples=100", None,
+        "batch.ramp_start=8 and batch.ramp_samples=100 without batch.ramp_increment; set all three or none",
+        "batch.ramp_increment=8",
+    ),
+    (
+        "batch.ramp_start=64 batch.ramp_increment=8 batch.ramp_samples=100", None,
+        "batch.ramp_start=64 is above batch.global_batch_size=32; use at most 32",
+        "batch.ramp_start=8",
+    ),
+    (
+        "batch.ramp_start=8 batch.ramp_increment=16 batch.ramp_samples=100", None,
+        "batch.ramp_increment=16 does not divide batch.global_batch_size=32 - batch.ramp_start=8 = 24; use 12 or 24",
+        "batch.ramp_increment=12",
+    ),
+    (
+        "batch.ramp_start=8 batch.ramp_increment=6 batch.ramp_samples=100", None,
+        "batch.ramp_increment=6 is not a multiple of batch.micro_batch_size=4; use 4 or 8",
+        "batch.ramp_increment=8",
+    ),
+    (
+        "lr_schedule.warmup_steps=100", None,
+        "lr_schedule.warmup_steps=100 is not below lr_schedule.decay_steps=100; use at most 99, more steps, "
+        'or lr_schedule.kind="constant"',
+        "lr_schedule.warmup_steps=99",
+    ),
+    (
+        "lr_schedule.kind=wsd lr_schedule.warmup_steps=50 lr_schedule.wsd_decay_steps=60", None,
+        "lr_schedule.warmup_steps=50 + lr_schedule.wsd_decay_steps=60 = 110 is above lr_schedule.decay_steps=100; "
+        "use lr_schedule.wsd_decay_steps=50 or less",
+        "lr_schedule.wsd_decay_steps=50",
+    ),
+    (
+        "optimizer.beta1=0.96", None,
+        "optimizer.beta1=0.96 is above optimizer.beta2=0.95, with which AdamW diverges; LLaMA uses 0.9 and 0.95",
+        "optimizer.beta1=0.9",
+    ),
+    (
+        "precision.min_loss_scale=8 precision.initial_loss_scale=4", None,
+        "precision.min_loss_scale=8.0 is above precision.initial_loss_scale=4.0; use at most 4.0",
+        "precision.min_loss_scale=4",
+    ),
+    (
+        "checkpoint.weights_from=/w checkpoint.resume=must", None,
+        'checkpoint.weights_from="/w" starts anew, but checkpoint.resume="must" wants to continue; remove one, '
+        'or use checkpoint.resume="auto" (continue if there is a checkpoint, else start so)',
+        "checkpoint.resume=auto",
+    ),
+    (
+        "checkpoint.keep_every=50", None,
+        "checkpoint.keep_every=50 keeps nothing while checkpoint.interval=0 saves only at the end; "
+        "use checkpoint.interval=50 or a divisor of it",
+        "checkpoint.interval=25",
+    ),
+    (
+        "checkpoint.keep_every=50 checkpoint.interval=20", None,
+        "checkpoint.keep_every=50 is not a multiple of checkpoint.interval=20; use 40 or 60",
+        "checkpoint.keep_every=60",
+    ),
+    (
+        "data.synthetic=false", None,
+        "data.train is empty; write data.train=PREFIX (of PREFIX.bin and PREFIX.idx), or data.synthetic=true",
+        "data.train=corpus",
+    ),
+    (
+        "data.synthetic=false data.train=a train.eval_interval=10", None,
+        "train.eval_interval=10 but data.valid is empty; write data.valid=PREFIX, or train.eval_interval=0",
+        "data.valid=b",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides,ranks,message,remedy", CASES, ids=[c[0] for c in CASES])
+def test_rule(overrides: str, ranks: int | None, message: str, remedy: str) -> None:
+    wrong = ["data.synthetic=true", *overrides.split()]
+    with pytest.raises(ConfigError) as caught:
+        load(None, wrong, ranks=ranks)
+    assert str(caught.value).removeprefix("command line: ") == message
+    load(None, [*wrong, *remedy.split()], ranks=ranks)
+
+
+def test_ramp_start_of_another_size() -> None:
+    wrong = ["data.synthetic=true", "batch.ramp_start=10", "batch.ramp_increment=22", "batch.ramp_samples=100"]
+    with pytest.raises(ConfigError) as caught:
+        load(None, [*wrong, "batch.micro_batch_size=2"], ranks=2)
+    unit = "batch.micro_batch_size=2 x dp=2 (ranks / (tp x pp)) = 4"
+    assert str(caught.value).split("\n") == [
+        "2 problems in the configuration:",
+        f"  - command line: batch.ramp_start=10 is not a multiple of {unit}; use 8 or 12",
+        f"  - command line: batch.ramp_increment=22 is not a multiple of {unit}; use 20 or 24",
+    ]
+
+
+def test_what_is_legal() -> None:
+    for overrides in (
+        "model.vocab_size=61 parallel.tp=4",  # padded in memory
+        "model.vocab_size=3 parallel.tp=4",
+        "model.num_kv_heads=1 parallel.tp=4",  # replicated
+        "parallel.pp=8 batch.global_batch_size=4",  # stages without layers, one micro-batch
+        "parallel.pp=2 parallel.stage_layers=[4,0]",
+        "parallel.pp=3 parallel.chunks=2 parallel.schedule=gpipe batch.global_batch_size=8",
+        "model.head_dim=128",  # heads need not add up to the hidden size
+        "lr_schedule.kind=constant lr_schedule.warmup_steps=500",
+        "lr_schedule.decay_steps=50",
+        "batch.seq_length=33 batch.micro_batch_size=1 parallel.tp=4 parallel.sequence_parallel=false",
+        "checkpoint.weights_from=/w checkpoint.resume=fresh",
+    ):
+        load(None, ["data.synthetic=true", *overrides.split()])
+
+
+def test_defaults_need_only_data() -> None:
+    assert [m.split(";")[0] for m in check(load(None, [], need_data=False))] == ["data.train is empty"]
+    assert check(load(None, [], need_data=False), 4, need_data=False) == []
+
+
+def test_helpers() -> None:
+    config = load(None, ["model.preset=llama3-8b", "parallel.tp=2", "parallel.pp=2"], need_data=False)
+    assert legal_tp(config) == [1, 2, 4, 8, 16, 32]
+    assert dp_size(config, 16) == 4
+    ramp = Config.model_validate({"batch": {"ramp_start": 8, "ramp_increment": 12, "ramp_samples": 9}}).batch
+    assert ramp_sizes(ramp) == (8, 20, 32)
+    assert ramp_sizes(Config().batch) == (32,)

@@ -1,0 +1,114 @@
+"""The plan as a whole, its page, and the command line tool."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megallama.config.errors import ConfigError
+from megallama.config.load import load
+from megallama.plan.check import build_schedule
+from megallama.plan.plan import make_plan
+from megallama.plan.schedule import forward_only
+
+ROOT = Path(__file__).parents[2]
+
+
+def tool(name: str) -> ModuleType:
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_65b_on_2048_ranks() -> None:
+    overrides = ["model.preset=llama-65b", "parallel.tp=8", "parallel.pp=8", "batch.micro_batch_size=1"]
+    config = load(None, [*overrides, "batch.global_batch_size=2048"], ranks=2048, need_data=False)
+    plan = make_plan(config, 2048)
+    assert (plan.topology.dp, plan.num_stages, plan.schedule.num_microbatches) == (32, 8, 64)
+    text = str(plan)
+    for words in (
+        "llama-65b: 65,285,660,672 parameters",
+        "tp=8 x pp=8 x dp=32 = 2048 ranks, sequence parallel",
+        "2048 sequences x 2048 = 4,194,304 tokens per step = 32 replicas x 64 micro-batches x 1",
+        "398.190 GFLOP per token (causal attention), 406.239 (full), 391.714 (6N)",
+        "in flight per rank 8 7 6 5 4 3 2 1",
+        "70-79 (10)  8,357,322,752",
+        "GiB per rank",
+    ):
+        assert words in text, words
+    assert len(text.split("\n")) < 50 and max(map(len, text.split("\n"))) <= 120
+
+
+def test_page_of_every_kind() -> None:
+    ramp = ["batch.ramp_start=8", "batch.ramp_increment=8", "batch.ramp_samples=64"]
+    config = load(None, ["model.preset=llama3.2-1b", "batch.seq_length=64", *ramp], ranks=2, need_data=False)
+    text = str(make_plan(config, 2))
+    assert "grows from 8 by 8 over the first 64 sequences" in text and "tied embeddings" in text
+    # 4 steps of 8 or 16 or 24 sequences, then 32 to step 100
+    assert f"100 steps, {64 * make_plan(config, 2).batch.samples_after(100):,} tokens" in text
+    zb = load(None, ["model.preset=debug", "parallel.pp=4", "parallel.schedule=zb-h1"], ranks=4, need_data=False)
+    assert "rank  0 |0011" in str(make_plan(zb, 4)) and "zb-h1" in str(make_plan(zb, 4))
+    deep = load(None, ["model.num_layers=40", "parallel.pp=32"], ranks=32, need_data=False)
+    assert str(make_plan(deep, 32)).count("\n") < 60
+    empty = load(None, ["parallel.pp=8"], ranks=8, need_data=False)
+    assert "none" in str(make_plan(empty, 8))
+
+
+def test_schedules_of_other_sizes() -> None:
+    plan = make_plan(load(None, ["parallel.pp=2"], need_data=False), 2)
+    assert plan.schedule_for(8) is plan.schedule
+    assert plan.schedule_for(3) == build_schedule(plan.config.parallel, 3)
+    assert plan.schedule_for(3) is plan.schedule_for(3)
+    assert plan.forward_schedule(3) == forward_only(2, 3)
+
+
+def test_ranks_that_do_not_fit() -> None:
+    with pytest.raises(ConfigError, match="ranks=6 cannot be cut into tp=4 x pp=1 x cp=1 = 4"):
+        make_plan(load(None, ["parallel.tp=4"], need_data=False), 6)
+
+
+def test_tool_prints_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[model]\npreset = "debug"\n')
+    assert tool("plan").main([str(file), "--ranks=8", "--parallel.tp=2"]) == 0
+    want = make_plan(load(file, ["parallel.tp=2"], need_data=False), 8)
+    assert capsys.readouterr().out == f"{want}\n"
+
+
+@pytest.mark.parametrize(
+    "argv,message",
+    [
+        (["parallel.tp=2"], "the plan needs one number of ranks; write for example ranks=8"),
+        (["ranks=x"], "the plan needs one number of ranks, not ranks=x; write for example ranks=8"),
+        (["ranks=0"], "the plan needs one number of ranks, not ranks=0; write for example ranks=8"),
+        (["ranks=1", "ranks=2"], "the plan needs one number of ranks, not ranks=1 ranks=2; write for example ranks=8"),
+        (["a.toml", "b.toml", "ranks=1"], "two configuration files, a.toml and b.toml; give one"),
+        (["ranks=8", "model.lr=3", "parallel.tp=3"], "6 problems in the configuration:"),
+    ],
+)
+def test_tool_refuses(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool("plan").main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.split("\n")[0] == f"error: {message}" and captured.out == ""
+
+
+def test_tool_as_a_program() -> None:
+    command = [sys.executable, str(ROOT / "tools" / "plan.py"), "ranks=2", "parallel.tp=4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: command line: ranks=2 cannot be cut into parallel.tp=4 x parallel.pp=1 = 4")
+
+
+def test_configuration_reference_is_up_to_date() -> None:
+    script = tool("config_reference")
+    assert script.TARGET.read_text(encoding="utf-8") == script.reference(), "run python tools/config_reference.py"
+    for key in ("`model.rope_scaling.factor`", "`data.train`", "`llama3.1-405b` | 405,853,388,800"):
+        assert key in script.reference()
