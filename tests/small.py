@@ -32,7 +32,7 @@ def small_config(**sections: dict[str, Any]) -> Config:
         "precision": {"dtype": "fp64"},
         "memory": {"loss_chunk_tokens": 10},
         "overlap": {"bucket_mb": 0.01},
-        "optimizer": {"lr": 1e-2},
+        "optimizer": {"lr": 1e-3},
         "lr_schedule": {"kind": "constant", "warmup_steps": 0},
         "data": {"synthetic": True},
         "train": {"steps": 20, "seed": 7},

@@ -73,7 +73,7 @@ class CheckpointManager:
         block_bytes: int = manifest.BLOCK_BYTES,
         lease_seconds: float = LEASE_SECONDS,
     ) -> None:
-        self._config, self._folder, self._rank, self._group = config, Path(folder), rank, group
+        self._config, self._folder, self._group = config, Path(folder), group
         self._log = log if group.rank == 0 else lambda text: None
         self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
         self._lock = FolderLock(self._folder, self._log, lease_seconds)

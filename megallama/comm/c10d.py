@@ -91,6 +91,8 @@ class _Send:
             raise self._error
 
     def done(self) -> bool:
+        if self._error is not None:
+            raise self._error
         return self._over.is_set()
 
 

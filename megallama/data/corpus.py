@@ -31,6 +31,7 @@ class Corpus:
     path: Path
     documents: int
     text_bytes: int
+    cut: bool  # max_bytes was reached and the rest left out
     skipped: tuple[str, ...]  # "file: reason" of everything left out as unreadable
 
 
@@ -45,36 +46,44 @@ def build_corpus(
     skipped: list[str] = []
     if text is None:
         lib = stdlib or Path(sysconfig.get_paths()["stdlib"])
-        documents: Iterable[tuple[str, str]] = [*_modules(lib, skipped), *_topics()]
+        documents: Iterable[tuple[str, str]] = [*_topics(), *_modules(lib, skipped)]
         if not documents:
             raise DataError(
                 f"{lib} holds no Python sources (a trimmed installation?); give your own text with TEXT=path"
             )
     else:
         documents = _own(text, json_key, skipped)
-    count = total = 0
-    seen: set[bytes] = set()
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    try:
+        count, total, cut = _write(temporary, documents, max_bytes)
+        if text is not None and total < MIN_BYTES:
+            note = f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else ""
+            raise DataError(
+                f"{text} holds {total:,} bytes of usable text{note}, too little to train on; give {MIN_BYTES:,} bytes "
+                "or more of UTF-8 text, as a file or a folder"
+            )
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Corpus(out, count, total, cut, tuple(skipped))
+
+
+def _write(path: Path, documents: Iterable[tuple[str, str]], max_bytes: int) -> tuple[int, int, bool]:
+    """Write documents, each content once, until one does not fit: their number, their bytes, and whether any is left."""
+    count = total = 0
+    seen: set[bytes] = set()
+    with path.open("w", encoding="utf-8") as file:
         for source, body in documents:
             raw = body.encode("utf-8")
+            if total + len(raw) > max_bytes:
+                return count, total, True
             digest = hashlib.blake2b(raw, digest_size=16).digest()
-            if digest in seen or not body.strip() or total + len(raw) > max_bytes:
-                continue
-            seen.add(digest)
-            file.write(json.dumps({"text": body, "source": source}, ensure_ascii=False) + "\n")
-            count, total = count + 1, total + len(raw)
-    if text is not None and total < MIN_BYTES:
-        temporary.unlink()
-        note = f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else ""
-        raise DataError(
-            f"{text} holds {total:,} bytes of usable text{note}, too little to train on; give {MIN_BYTES:,} bytes or "
-            "more "
-            "of UTF-8 text, as a file or a folder"
-        )
-    os.replace(temporary, out)
-    return Corpus(out, count, total, tuple(skipped))
+            if digest not in seen and body.strip():
+                seen.add(digest)
+                file.write(json.dumps({"text": body, "source": source}, ensure_ascii=False) + "\n")
+                count, total = count + 1, total + len(raw)
+    return count, total, False
 
 
 def _modules(lib: Path, skipped: list[str]) -> Iterator[tuple[str, str]]:

@@ -137,9 +137,10 @@ class RecordReader:
                 size = len(raw)
                 while (rest := stream.readline(limit)) and not rest.endswith(b"\n"):
                     size += len(rest)
-                yield Record(name, number, b"", self._too_long(size + len(rest)))
+                yield Record(name, number, b"", self._too_long(size + len(rest.rstrip(b"\r\n"))))
             elif raw.strip():
-                yield Record(name, number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
+                line = raw.rstrip(b"\r\n")
+                yield Record(name, number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
 
     def _whole(self, stream: BinaryIO, name: str) -> Iterator[Record]:
         raw = stream.read(self.max_bytes + 1)

@@ -18,8 +18,9 @@ from megallama.config.schema import OptimizerConfig
 from megallama.kernels import accelerated
 from megallama.kernels.adam import AdamWStep, adamw_step
 from megallama.kernels.attention import Attend, plain_attention, sdpa
+from megallama.kernels.gemm import MatmulNT, matmul_nt, onednn_matmul_nt, processor
 from megallama.kernels.norm import accumulate_dtype
-from megallama.kernels.wgrad import AddWgrad, add_wgrad, add_wgrad_cuda
+from megallama.kernels.wgrad import AddWgrad, add_wgrad_cuda, add_wgrad_with
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Kernels:
     """The operations that have more than one implementation."""
 
     attention: Callable[[int, int, int], Attend]  # query heads, kv heads, head size -> attention
+    matmul_nt: MatmulNT
     add_wgrad: AddWgrad
     adamw: AdamWStep
     choices: tuple[Choice, ...]
@@ -56,6 +58,11 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
         [("Transformer Engine", lambda: _checked_attention(accelerated.te_attention(cuda, dtype), device, dtype))],
         ("torch scaled_dot_product_attention", lambda n, k, d: sdpa),
     )
+    product, chose_product = _first(
+        "matrix product",
+        [("oneDNN", lambda: _checked_product(_onednn(device, dtype), dtype))],
+        ("torch mm", matmul_nt),
+    )
     wgrad, chose_wgrad = _first(
         "weight gradient",
         [
@@ -63,7 +70,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
             ("apex", lambda: _checked_wgrad(accelerated.apex_wgrad(cuda, dtype), device, dtype)),
             ("torch addmm into fp32", lambda: _checked_wgrad(_torch_wgrad(cuda, dtype), device, dtype)),
         ],
-        ("torch mm, then add", add_wgrad),
+        (f"{chose_product.taken}, then add", add_wgrad_with(product)),
     )
     adam, chose_adam = _first(
         "AdamW",
@@ -73,11 +80,11 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
         ],
         ("torch fused", adamw_step),
     )
-    return Kernels(attention, wgrad, adam, (chose_attention, chose_wgrad, chose_adam))
+    return Kernels(attention, product, wgrad, adam, (chose_attention, chose_product, chose_wgrad, chose_adam))
 
 
 def _first(operation: str, candidates: Sequence[Candidate], fallback: tuple[str, Any]) -> tuple[Any, Choice]:
-    refused = []
+    refused: list[tuple[str, str]] = []
     for name, make in candidates:
         try:
             return make(), Choice(operation, name, tuple(refused))
@@ -90,6 +97,24 @@ def _torch_wgrad(cuda: bool, dtype: torch.dtype) -> AddWgrad:
     if not cuda or accumulate_dtype(dtype) == dtype:
         raise accelerated.Refused("CUDA with 16-bit weights only")
     return add_wgrad_cuda
+
+
+def _onednn(device: torch.device, dtype: torch.dtype) -> MatmulNT:
+    if device.type != "cpu" or dtype != torch.float32:
+        raise accelerated.Refused("fp32 on a CPU only")
+    if processor() == "GenuineIntel":
+        raise accelerated.Refused("MKL is as fast on this processor")
+    if not torch.backends.mkldnn.is_available():
+        raise accelerated.Refused("this torch was built without oneDNN")
+    return onednn_matmul_nt
+
+
+def _checked_product(product: MatmulNT, dtype: torch.dtype) -> MatmulNT:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 48, generator=generator).to(dtype) for n in (33, 40))
+    for x, y in ((a, b), (a[:, :40], b.t()[:, :40].t()[:, :40]), (a.t(), b[:33].t())):
+        _agree("product", product(x, y), x.double() @ y.double().t(), 1e-5)
+    return product
 
 
 def _checked_attention(

@@ -7,25 +7,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-AddWgrad = Callable[[Tensor, Tensor, Tensor, bool], None]  # main_grad, dy, x, overwrite
+from megallama.kernels.gemm import MatmulNT, matmul_nt
+
+AddWgrad = Callable[[Tensor, Tensor, Tensor, bool], None]  # main_grad [out, in], dy [T, out], x [T, in], overwrite
 
 
-def add_wgrad(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:
-    """main_grad [out, in] += dy [T, out].T @ x [T, in]; `fresh` overwrites what is there.
+def add_wgrad_with(product: MatmulNT) -> AddWgrad:
+    """Accumulation by a product in the operands' format and an addition in main_grad's."""
 
-    Formats that are not main_grad's own are multiplied in theirs and added in main_grad's.
-    """
-    if dy.dtype == main_grad.dtype:
-        if fresh:
+    def add(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:
+        if fresh and dy.dtype == main_grad.dtype and product is matmul_nt:
             torch.mm(dy.t(), x, out=main_grad)
-        else:
+        elif fresh:
+            main_grad.copy_(product(dy.t(), x.t()))
+        elif dy.dtype == main_grad.dtype and product is matmul_nt:
             main_grad.addmm_(dy.t(), x)
-        return
-    product = torch.mm(dy.t(), x)
-    if fresh:
-        main_grad.copy_(product)
-    else:
-        main_grad.add_(product)
+        else:
+            main_grad.add_(product(dy.t(), x.t()))
+
+    return add
+
+
+add_wgrad = add_wgrad_with(matmul_nt)
 
 
 def add_wgrad_cuda(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:

@@ -23,7 +23,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -50,7 +49,7 @@ class TensorParallel:
         return full, self._started(self.group.all_gather(full, shard.contiguous()))
 
     def sum_rows(self, partial: Tensor) -> tuple[Tensor, Handle]:
-        """The sum over ranks of [T, a], started: this rank's rows [T/t, a], or all rows without sequence parallelism."""
+        """The sum over ranks of [T, a], started: this rank's rows [T/t, a]; all rows without sequence parallelism."""
         if self.group.size == 1:
             return partial, Done()
         if not self.sequence_parallel:
@@ -100,7 +99,7 @@ class _NormColumn(Function):
         gather.wait()
         ctx.layer = layer
         ctx.save_for_backward(x, rstd, *([normed] if layer.tp.keep else []))
-        return torch.mm(full, layer.param.weight.t())
+        return layer.param.project(full)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -109,7 +108,7 @@ class _NormColumn(Function):
         x, rstd, *kept = ctx.saved_tensors
         normed = kept[0] if kept else layer.norm.again(x, rstd)
         full, gather = layer.tp.gather_rows(normed)
-        partial = torch.mm(dy, layer.param.weight)
+        partial = layer.param.project_back(dy)
         dnormed, scatter = layer.tp.sum_rows(partial)
         gather.wait()
         layer.param.add_wgrad(dy, full)
@@ -123,7 +122,7 @@ class _GatedRow(Function):
         operand = swiglu(x) if layer.gated else x
         ctx.layer = layer
         ctx.save_for_backward(x, *([operand] if layer.gated and layer.tp.keep else []))
-        out, handle = layer.tp.sum_rows(torch.mm(operand, layer.param.weight.t()))
+        out, handle = layer.tp.sum_rows(layer.param.project(operand))
         handle.wait()
         return out
 
@@ -134,6 +133,6 @@ class _GatedRow(Function):
         dy, gather = layer.tp.gather_rows(grads[0])
         operand = kept[0] if kept else swiglu(x) if layer.gated else x
         gather.wait()
-        doperand = torch.mm(dy, layer.param.weight)
+        doperand = layer.param.project_back(dy)
         layer.param.add_wgrad(dy, operand)
         return swiglu_backward(doperand, x) if layer.gated else doperand, None

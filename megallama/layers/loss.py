@@ -30,9 +30,7 @@ ROWS_IN_FP32 = 64  # rows of logits that exist in fp32 at a time when they are c
 class LossHead:
     """Hidden states [T/t, h] or [T, h] and labels [T] -> the sum of token losses, one number."""
 
-    def __init__(
-        self, param: Param, norm: RMSNorm, tp: TensorParallel, vocab_size: int, chunk_tokens: int
-    ) -> None:
+    def __init__(self, param: Param, norm: RMSNorm, tp: TensorParallel, vocab_size: int, chunk_tokens: int) -> None:
         self.param = param
         self.norm = norm
         self.tp = tp
@@ -55,7 +53,7 @@ class LossHead:
         normed, _ = self.norm.forward(x)
         full, handle = self.tp.gather_rows(normed)
         handle.wait()
-        local = torch.mm(full, self.param.weight.t())
+        local = self.param.project(full)
         out = local.new_empty(self.tp.group.size, *local.shape)
         self.tp.group.all_gather(out.view(-1, local.shape[1]), local).wait()
         whole = out.permute(1, 0, 2).reshape(local.shape[0], -1)
@@ -63,7 +61,7 @@ class LossHead:
 
     def chunk(self, hidden: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Losses [c] of hidden rows [c, h], and the gradient of the logits [c, V/t] if `scale` [c] is given."""
-        logits = torch.mm(hidden, self.param.weight.t())
+        logits = self.param.project(hidden)
         wide = accumulate_dtype(logits.dtype)
         local = logits[:, : self.valid]
         top = self._row_maximum(local, wide)
@@ -100,7 +98,13 @@ class LossHead:
 class _NormHeadLoss(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, labels: Tensor, mask: Tensor | None, grad_scale: Tensor | float, head: LossHead, train: bool
+        ctx: Any,
+        x: Tensor,
+        labels: Tensor,
+        mask: Tensor | None,
+        grad_scale: Tensor | float,
+        head: LossHead,
+        train: bool,
     ) -> Tensor:
         normed, rstd = head.norm.forward(x)
         full, handle = head.tp.gather_rows(normed)
@@ -115,7 +119,7 @@ class _NormHeadLoss(Function):
             losses, dlogits = head.chunk(full[rows], labels[rows], scale)
             total += torch.dot(losses, counted[rows])
             if train:
-                torch.mm(dlogits, head.param.weight, out=grad[rows])
+                grad[rows] = head.param.project_back(dlogits)
                 head.param.accumulate_wgrad(dlogits, full[rows])
         if train:
             dnormed, handle = head.tp.sum_rows(grad)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megallama.comm.group import Handle
+from megallama.kernels.gemm import MatmulNT
 from megallama.kernels.norm import accumulate_dtype
 from megallama.kernels.wgrad import AddWgrad
 from megallama.plan.layout import BufferLayout
@@ -65,11 +66,19 @@ class WeightGradQueue:
                 work()
 
 
+@dataclass(frozen=True)
+class Gemms:
+    """The matrix products that were chosen for this device and format."""
+
+    matmul_nt: MatmulNT  # a [m, k], b [n, k] -> a @ b.T
+    add_wgrad: AddWgrad  # main_grad += dy.T @ x
+
+
 class Param:
     """One local weight with its fp32 gradient."""
 
     def __init__(
-        self, spec: ParamSpec, weight: Tensor, main_grad: Tensor, gather: Gather, queue: WeightGradQueue, add: AddWgrad
+        self, spec: ParamSpec, weight: Tensor, main_grad: Tensor, gather: Gather, queue: WeightGradQueue, gemms: Gemms
     ) -> None:
         self.spec = spec
         self.data = weight
@@ -78,13 +87,21 @@ class Param:
         self.on_ready: Callable[[Param], None] | None = None
         self._gather = gather
         self._queue = queue
-        self._add = add
+        self._gemms = gemms
 
     @property
     def weight(self) -> Tensor:
         """The weight, once its all-gather has ended."""
         self._gather.wait()
         return self.data
+
+    def project(self, x: Tensor) -> Tensor:
+        """x [T, in] @ weight.T -> [T, out]."""
+        return self._gemms.matmul_nt(x, self.weight)
+
+    def project_back(self, dy: Tensor) -> Tensor:
+        """dy [T, out] @ weight -> [T, in]."""
+        return self._gemms.matmul_nt(dy, self.weight.t())
 
     def add_wgrad(self, dy: Tensor, x: Tensor) -> None:
         """main_grad += dy [T, out].T @ x [T, in], now or when the queue runs."""
@@ -99,7 +116,7 @@ class Param:
 
     def accumulate_wgrad(self, dy: Tensor, x: Tensor) -> None:
         """main_grad += dy.T @ x, one of several pieces: call `contributed` after the last."""
-        self._add(self.main_grad, dy, x, self.fresh)
+        self._gemms.add_wgrad(self.main_grad, dy, x, self.fresh)
         self.fresh = False
 
     def add_grad(self, grad: Tensor) -> None:
@@ -128,7 +145,7 @@ class Param:
 class FlatBuffers:
     """Weights and main gradients of one stage, laid out by the plan."""
 
-    def __init__(self, layout: BufferLayout, dtype: torch.dtype, device: torch.device, add: AddWgrad) -> None:
+    def __init__(self, layout: BufferLayout, dtype: torch.dtype, device: torch.device, gemms: Gemms) -> None:
         self.layout = layout
         self.weights = torch.zeros(layout.numel, dtype=dtype, device=device)
         self.grads = torch.zeros(layout.numel, dtype=accumulate_dtype(dtype), device=device)
@@ -140,7 +157,7 @@ class FlatBuffers:
                 spec = placement.spec
                 at = slice(placement.offset, placement.offset + spec.numel)
                 weight, grad = self.weights[at].view(spec.shape), self.grads[at].view(spec.shape)
-                self.params[spec.name] = Param(spec, weight, grad, gather, self.queue, add)
+                self.params[spec.name] = Param(spec, weight, grad, gather, self.queue, gemms)
 
     def start_step(self) -> None:
         """Forget last step's gradients."""

@@ -28,14 +28,16 @@ from megallama.layers.embedding import VocabParallelEmbedding
 from megallama.layers.linear import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from megallama.layers.loss import LossHead
 from megallama.layers.norm import RMSNorm
-from megallama.layers.param import Param
+from megallama.layers.param import FlatBuffers, Param
 from megallama.plan.params import heads
 
 
 class TransformerLayer:
     """One layer: [T/t, h] or [T, h] in and out."""
 
-    def __init__(self, params: Mapping[str, Param], prefix: str, eps: float, tp: TensorParallel, attention: RotaryAttention):
+    def __init__(
+        self, params: Mapping[str, Param], prefix: str, eps: float, tp: TensorParallel, attention: RotaryAttention
+    ):
         def norm(name: str) -> RMSNorm:
             return RMSNorm(params[prefix + name], eps)
 
@@ -66,7 +68,7 @@ class Stage:
     def __init__(
         self,
         config: Config,
-        params: Mapping[str, Param],
+        buffers: FlatBuffers,
         layers: Sequence[int],
         first: bool,
         last: bool,
@@ -74,14 +76,13 @@ class Stage:
         attention: Callable[[int, int, int], Attend],
     ) -> None:
         model = config.model
-        any_param = next(iter(params.values())).data
         n, k, d = heads(model)
         size = tp.group.size
-        wide = accumulate_dtype(any_param.dtype)
-        tables = rope_tables(config.batch.seq_length, d, model.rope_theta, model.rope_scaling, wide, any_param.device)
+        wide, device = accumulate_dtype(buffers.weights.dtype), buffers.weights.device
+        tables = rope_tables(config.batch.seq_length, d, model.rope_theta, model.rope_scaling, wide, device)
         local = n // size, max(1, k // size)
         rotary = RotaryAttention(*local, *tables, attention(*local, d))
-        self.params = params
+        params = buffers.params
         self.recompute = config.memory.recompute == "full"
         self.embed = VocabParallelEmbedding(params["embed_tokens"], tp) if first else None
         self.layers = [TransformerLayer(params, f"layers.{i}.", model.norm_eps, tp, rotary) for i in layers]

@@ -43,7 +43,12 @@ class DistributedOptimizer:
     """AdamW over the shards of all stages of this rank."""
 
     def __init__(
-        self, stages: Sequence[FlatBuffers], groups: Groups, config: OptimizerConfig, overlap: OverlapConfig, adamw: AdamWStep
+        self,
+        stages: Sequence[FlatBuffers],
+        groups: Groups,
+        config: OptimizerConfig,
+        overlap: OverlapConfig,
+        adamw: AdamWStep,
     ) -> None:
         self.syncs = [GradSync(buffers, groups, overlap.grad_reduce) for buffers in stages]
         self._groups = groups
@@ -76,7 +81,9 @@ class DistributedOptimizer:
         """
         for sync in self.syncs:
             sync.finish()
-        counted = [run for sync, states in self._states for state in states for run in self._counted(sync.buffers, state)]
+        counted = [
+            run for sync, states in self._states for state in states for run in self._counted(sync.buffers, state)
+        ]
         total = sum_of_squares(counted)
         return total.to(self.syncs[0].buffers.grads.device)
 
@@ -98,7 +105,9 @@ class DistributedOptimizer:
             if not states:
                 continue
             first = states[0].grads
-            divisor = None if multiplier == 1.0 else torch.tensor(1 / multiplier, dtype=first.dtype, device=first.device)
+            divisor = (
+                None if multiplier == 1.0 else torch.tensor(1 / multiplier, dtype=first.dtype, device=first.device)
+            )
             self._adamw(
                 [s.master for s in states], [s.grads for s in states],
                 [s.exp_avg for s in states], [s.exp_avg_sq for s in states], [s.step for s in states],
@@ -144,7 +153,6 @@ class DistributedOptimizer:
                         out.append(StateShard(box, state.master[rows], state.exp_avg[rows], state.exp_avg_sq[rows]))
                         at += box.numel
         return out
-
 
     def loaded(self, steps: int) -> None:
         """The shards have been written; `steps` optimizer steps lie behind them."""

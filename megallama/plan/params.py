@@ -142,7 +142,9 @@ class ParamBuilder:
             self._qkv(local + "qkv_proj", name + "self_attn."),
             self._columns(local + "o_proj", name + "self_attn.o_proj.weight", self._heads(self.model.num_heads)),
             self._norm(local + "post_attention_norm", name + "post_attention_layernorm.weight"),
-            self._packed(local + "gate_up_proj", [(name + f"mlp.{x}_proj.weight", self._even(f), f) for x in ("gate", "up")]),
+            self._packed(
+                local + "gate_up_proj", [(name + f"mlp.{x}_proj.weight", self._even(f), f) for x in ("gate", "up")]
+            ),
             self._columns(local + "down_proj", name + "mlp.down_proj.weight", self._even(f)),
         ]
 

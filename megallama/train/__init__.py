@@ -1,1 +1,1 @@
-"""TODO."""
+"""The training run and what it reports."""

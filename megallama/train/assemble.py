@@ -10,14 +10,14 @@ import torch
 from megallama.comm.groups import Groups
 from megallama.kernels.choose import Kernels
 from megallama.layers.linear import TensorParallel
-from megallama.layers.param import FlatBuffers
+from megallama.layers.param import FlatBuffers, Gemms
 from megallama.layers.shard import StateShard
 from megallama.model.init import fill
 from megallama.model.llama import Stage
 from megallama.optim.distributed import DistributedOptimizer
 from megallama.pipeline.runtime import PipelineRuntime, StageWork
-from megallama.plan.layout import build_layout
-from megallama.plan.params import ParamBuilder, global_shapes, init_std
+from megallama.plan.memory import stage_layout
+from megallama.plan.params import global_shapes, init_std
 from megallama.plan.plan import Plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -50,24 +50,23 @@ def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels)
     tp = TensorParallel(
         groups.tp, sharded, overlap=config.overlap.tensor_parallel, keep=config.memory.recompute == "none"
     )
-    builder = ParamBuilder(config.model, groups.tp.size, groups.tp.rank, sharded)
-    bucket_elements = int(config.overlap.bucket_mb * 2**20 / 4)
+    gemms = Gemms(kernels.matmul_nt, kernels.add_wgrad)
     stages, buffers = {}, {}
     for number in range(groups.pp.rank, plan.num_stages, groups.pp.size):
         first, last = number == 0, number == plan.num_stages - 1
         layers = plan.stages[number]
-        layout = build_layout(builder.stage(layers, first, last), groups.dp.size, bucket_elements)
-        buffers[number] = FlatBuffers(layout, dtype, device, kernels.add_wgrad)
-        stages[number] = Stage(config, buffers[number].params, layers, first, last, tp, kernels.attention)
-    optimizer = DistributedOptimizer(
-        list(buffers.values()), groups, config.optimizer, config.overlap, kernels.adamw
-    )
+        layout = stage_layout(config, plan.stages, number, groups.dp.size, groups.tp.rank)
+        buffers[number] = FlatBuffers(layout, dtype, device, gemms)
+        stages[number] = Stage(config, buffers[number], layers, first, last, tp, kernels.attention)
+    optimizer = DistributedOptimizer(list(buffers.values()), groups, config.optimizer, config.overlap, kernels.adamw)
     work = {
         number: StageWork(stages[number], buffers[number].queue, sync)
         for number, sync in zip(stages, optimizer.syncs, strict=True)
     }
     tokens = config.batch.micro_batch_size * config.batch.seq_length
-    hidden = torch.empty(tokens // (groups.tp.size if sharded else 1), config.model.hidden_size, dtype=dtype, device=device)
+    hidden = torch.empty(
+        tokens // (groups.tp.size if sharded else 1), config.model.hidden_size, dtype=dtype, device=device
+    )
     return Rank(plan, groups, device, stages, buffers, optimizer, PipelineRuntime(work, groups.pp, hidden))
 
 

@@ -40,6 +40,8 @@ def find_model(path: Path) -> Path:
             return folder
     found: list[tuple[int, Path]] = []
     for step in [*path.glob("step-*/"), *path.glob("checkpoints/step-*/")]:
+        if "." in step.name:
+            continue  # unfinished (.tmp) or set aside (.damaged)
         try:
             found.append((read_manifest(step).sequence, step))
         except CheckpointError:

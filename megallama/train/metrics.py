@@ -62,7 +62,7 @@ class StepMetrics:
     skipped: bool = False  # this step was not finite and changed nothing
     skipped_steps: int = 0  # so far
     loss_scale: float = 1.0
-    data_wait_seconds: float = 0.0
+    data_wait_seconds: float = 0.0  # waited for data so far
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
 
     def line(self, steps: int) -> str:
@@ -134,11 +134,13 @@ class Meter:
         self._causal, self._full = flops_causal / peak_flops, flops_full / peak_flops
         self._total_tokens = total_tokens
         self._laps: deque[tuple[int, float]] = deque(maxlen=window)
+        self._only_first: bool | None = None  # None before the first step
 
     def step(self, *, tokens: int, seconds: float, consumed_tokens: int, **values: Any) -> StepMetrics:
         """The metrics of `tokens` tokens in `seconds`; `values` are the other fields of `StepMetrics`."""
-        if len(self._laps) == 1:
+        if self._only_first:
             self._laps.clear()  # the first step warms everything up: it says nothing about the others
+        self._only_first = self._only_first is None
         self._laps.append((tokens, seconds))
         rate = tokens / seconds
         recent = sum(n for n, _ in self._laps) / sum(s for _, s in self._laps)

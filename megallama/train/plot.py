@@ -71,7 +71,7 @@ def _draw(train: list[_Record], valid: list[_Record], png: Path, title: str, bas
         points = [r for r in valid if r["name"] == name]
         label = f"{'validation' if name == 'valid' else name} (last {points[-1]['loss']:.3f})"
         xs, ys = [r["consumed_tokens"] for r in points], [r["loss"] for r in points]
-        axes.plot(xs, ys, color=_VALID, marker="os^Dv"[i % 5], markersize=5, linewidth=1, label=label)
+        axes.plot(xs, ys, color=_VALID, marker="os^Dv"[i % 5], markersize=5, linewidth=1, label=label, clip_on=False)
     if baseline is not None:
         axes.axhline(baseline, color=_BASELINE, linestyle="--", linewidth=1, label=f"unigram baseline ({baseline:.3f})")
     axes.set(xlabel="tokens", ylabel="loss [nats per token]", title=title, xlim=(0, tokens[-1]))

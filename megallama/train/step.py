@@ -1,9 +1,9 @@
 """One training step and one evaluation: what happens between two batches, in order.
 
-    forward and backward of all micro-batches   (the pipeline interpreter; gradients reduce under it)
-    complete the gradient reduction
-    one small reduction over all ranks: loss, squared gradient norm, finite everywhere?, signals
-    decide: skip, or clip and AdamW on the shards, then gather the weights under the next forward
+forward and backward of all micro-batches   (the pipeline interpreter; gradients reduce under it)
+complete the gradient reduction
+one small reduction over all ranks: loss, squared gradient norm, finite everywhere?, signals
+decide: skip, or clip and AdamW on the shards, then gather the weights under the next forward
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def count_tokens(rank: Rank, batches: Sequence[MicroBatch]) -> int:
 def stage_inputs(batches: Sequence[MicroBatch], grad_scale: float) -> list[StageInput]:
     """Micro-batches as the stages take them: flat."""
     return [
-        StageInput(b.tokens.reshape(-1), b.labels.reshape(-1), None if b.mask is None else b.mask.reshape(-1), grad_scale)
+        StageInput(
+            b.tokens.reshape(-1), b.labels.reshape(-1), None if b.mask is None else b.mask.reshape(-1), grad_scale
+        )
         for b in batches
     ]
 
@@ -92,7 +94,9 @@ def _agree(
     counted = loss_sum if rank.counts_loss else torch.zeros_like(loss_sum)
     loss, norm_squared = torch.stack((counted, squares)).tolist()
     finite = math.isfinite(loss) and math.isfinite(norm_squared)
-    mine = Vote.of(loss if finite else 0.0, norm_squared if finite else 0.0, finite=finite, late=late, received=received)
+    mine = Vote.of(
+        loss if finite else 0.0, norm_squared if finite else 0.0, finite=finite, late=late, received=received
+    )
     packed = torch.tensor(mine.pack(), dtype=torch.float64, device=rank.device)
     rank.groups.world.all_reduce(packed).wait()
     vote = Vote.unpack(packed.tolist())

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from megallama.checkpoint.errors import agree
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.comm.launch import World
@@ -174,8 +172,9 @@ class Trainer:
                 result = self._one_step(loader)
                 stopped = result.stop_reason or self._asked_to_stop()
                 last = counters.step == config.train.steps
-                if counters.step % config.log.interval == 0 or last or stopped:
+                if counters.step % config.log.interval == 0 or last or stopped or not result.applied:
                     self._report(writer, result, loader)
+                self._bad.record(counters.step, result.applied, excused=self._excused, checkpoint=self._newest)
                 interval = config.train.eval_interval
                 if interval and (counters.step % interval == 0 or last):
                     self._evaluate(writer)
@@ -186,7 +185,9 @@ class Trainer:
             loader.close()
             writer.close()
         if counters.step < config.train.steps:
-            self._log.info(f"stopped: {stopped}; saved at step {counters.step}, start the same command again to continue")
+            self._log.info(
+                f"stopped: {stopped}; saved at step {counters.step}, start the same command again to continue"
+            )
             return SAVED
         self._finished()
         return FINISHED
@@ -206,11 +207,9 @@ class Trainer:
         counters.step += 1
         counters.updates += result.applied
         counters.tokens += result.tokens
-        excused = self._scaler.update(result.applied)
-        if not result.applied:
-            scale = f"; loss scale now {self._scaler.scale:g}" if excused else ""
-            self._log.info(f"step {counters.step} skipped: loss or gradient not finite{scale}")
-        self._bad.record(counters.step, result.applied, excused=excused, checkpoint=self._newest)
+        self._excused = self._scaler.update(result.applied)
+        if self._excused:
+            self._log.info(f"step {counters.step}: overflow; loss scale now {self._scaler.scale:g}")
         self._last_lr = lr
         self._interval_tokens += result.tokens
         return result
@@ -251,9 +250,9 @@ class Trainer:
         config, counters = self._config, self._counters
         peak, origin = peak_flops(self._world.device, DTYPES[config.precision.dtype], config.run.peak_tflops)
         self._log.info(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s per rank ({origin})")
-        flops = [training_flops(config.model, config.batch.seq_length, causal=causal) for causal in (True, False)]
         total = self._plan.batch.samples_after(config.train.steps) * config.batch.seq_length
-        self._meter = Meter(self._world.world_size, *flops, peak, total)
+        causal, full = (training_flops(config.model, config.batch.seq_length, causal=c) for c in (True, False))
+        self._meter = Meter(self._world.world_size, causal, full, peak, total)
         self._timers.lap()
         return MetricsWriter(
             Path(config.run.folder),
@@ -267,6 +266,7 @@ class Trainer:
     def _report(self, writer: MetricsWriter, result: StepResult, loader: Loader) -> None:
         counters = self._counters
         seconds, phases = self._timers.lap()
+        seconds -= phases.get("save", 0.0) + phases.get("evaluate", 0.0)  # speed is that of training
         metrics = self._meter.step(
             tokens=self._interval_tokens,
             seconds=seconds,
@@ -278,7 +278,7 @@ class Trainer:
             peak_memory_bytes=peak_memory_bytes(self._world.device),
             consumed_samples=counters.samples,
             skipped=not result.applied,
-            skipped_steps=self._bad.skipped,
+            skipped_steps=self._bad.skipped + (not result.applied),
             loss_scale=self._scaler.scale,
             data_wait_seconds=loader.wait_seconds,
             phase_seconds=phases,

@@ -20,10 +20,23 @@ def test_a_cpu_takes_torch_and_says_why() -> None:
     lines = [str(c) for c in choose.choose_kernels(CPU, torch.bfloat16).choices]
     assert lines == [
         "attention: torch scaled_dot_product_attention (not Transformer Engine: no CUDA device)",
+        "matrix product: torch mm (not oneDNN: fp32 on a CPU only)",
         "weight gradient: torch mm, then add (not Transformer Engine: no CUDA device; not apex: no CUDA device; "
         "not torch addmm into fp32: CUDA with 16-bit weights only)",
         "AdamW: torch fused (not Transformer Engine: no CUDA device; not apex: no CUDA device)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "taken"), [("AuthenticAMD", "oneDNN"), ("GenuineIntel", "torch mm"), ("", "oneDNN")]
+)
+def test_fp32_products_follow_from_the_processor(monkeypatch: pytest.MonkeyPatch, vendor: str, taken: str) -> None:
+    monkeypatch.setattr(choose, "processor", lambda: vendor)
+    kernels = choose.choose_kernels(CPU, torch.float32)
+    assert kernels.choices[1].taken == taken
+    assert kernels.choices[2].taken == f"{taken}, then add"
+    a, b = torch.randn(5, 7), torch.randn(3, 7)
+    assert torch.allclose(kernels.matmul_nt(a, b), a @ b.t(), atol=1e-6)
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +62,7 @@ def test_any_exception_of_a_package_is_a_reason(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("cudnn shared object not found.\nmore text")
 
     monkeypatch.setattr(accelerated, "te_attention", broken)
-    choice = choose.choose_kernels(CPU, torch.bfloat16).choices[0]
+    choice = choose.choose_kernels(CPU, torch.bfloat16).choices[0]  # attention
     assert choice.refused == (("Transformer Engine", "cudnn shared object not found."),)
 
 

@@ -12,9 +12,10 @@ from megallama.config.schema import OptimizerConfig, RopeScaling
 from megallama.kernels.activation import swiglu, swiglu_backward
 from megallama.kernels.adam import adamw_step, sum_of_squares
 from megallama.kernels.attention import plain_attention, sdpa
+from megallama.kernels.gemm import MatmulNT, matmul_nt, onednn_matmul_nt
 from megallama.kernels.norm import normalize, rms_norm, rms_norm_backward
 from megallama.kernels.rope import inverse_frequencies, rope_tables, rotate_
-from megallama.kernels.wgrad import add_wgrad
+from megallama.kernels.wgrad import add_wgrad_with
 
 EPS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 DTYPES = list(EPS)
@@ -104,8 +105,12 @@ def test_rope_scaling_keeps_short_and_stretches_long_wavelengths() -> None:
     assert middle.any() and (scaled[middle] < plain[middle]).all() and (scaled[middle] > plain[middle] / 8).all()
 
 
+@pytest.mark.parametrize("product", [matmul_nt, onednn_matmul_nt])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weight_gradients_accumulate(dtype: torch.dtype) -> None:
+def test_weight_gradients_accumulate(dtype: torch.dtype, product: MatmulNT) -> None:
+    if product is onednn_matmul_nt and dtype != torch.float32:
+        pytest.skip("oneDNN is called for fp32 only")
+    add_wgrad = add_wgrad_with(product)
     dy, x = rand(33, 16, dtype=dtype), rand(33, 24, dtype=dtype, seed=1)
     main = torch.full((16, 24), 5.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     add_wgrad(main, dy, x, True)
@@ -135,5 +140,7 @@ def test_adamw_follows_the_paper(dtype: torch.dtype) -> None:
 def test_sum_of_squares_keeps_its_digits() -> None:
     tensors = [torch.full((3_000_001,), 0.1), torch.full((17,), 3.0)]
     want = 3_000_001 * float(torch.tensor(0.1)) ** 2 + 17 * 9
-    assert abs(sum_of_squares(tensors).item() - want) <= 1e-5 * want  # a plain fp32 sum of three million equal terms is off by 1e-3
+    assert (
+        abs(sum_of_squares(tensors).item() - want) <= 1e-5 * want
+    )  # a plain fp32 sum of three million equal terms is off by 1e-3
     assert sum_of_squares([]).item() == 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megallama.train.assemble import Rank
 from tests.small import curve, deviation, micro_batches, on_threads, small_config, solo_rank, tokens, train
@@ -25,6 +27,9 @@ SCHEDULES: list[tuple[int, dict[str, Any]]] = [
     (1, {"schedule": "gpipe"}),
     (2, {"pp": 2, "stage_layers": [3, 1]}),
     (2, {"pp": 2, "stage_layers": [4, 0]}),
+    (2, {"pp": 2, "stage_layers": [0, 4]}),
+    (4, {"pp": 4, "stage_layers": [2, 0, 2, 0]}),
+    (4, {"pp": 4, "stage_layers": [2, 0, 2, 0], "schedule": "zb-h1"}),
 ]
 
 
@@ -68,7 +73,9 @@ class LiveGraphs:
         self.forward += 1
 
 
-@pytest.mark.parametrize(("ranks", "parallel"), [s for s in SCHEDULES if "stage_layers" not in s[1]], ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("ranks", "parallel"), [s for s in SCHEDULES if "stage_layers" not in s[1]], ids=lambda x: str(x)
+)
 def test_live_activations_are_the_schedules_own_count(ranks: int, parallel: dict[str, Any]) -> None:
     config = small_config(parallel=parallel)
     data = tokens(config, 1)
@@ -109,15 +116,17 @@ def test_an_output_is_freed_once_it_has_been_sent() -> None:
         if rank.groups.pp.rank == 1:
             train(rank, data)
             return 0
-        outputs: list[weakref.ref[torch.Tensor]] = []
+        outputs: list[StorageWeakRef] = []
         alive = []
         stage = rank.stages[0]
         body = stage.body
 
         def wrapped(*args: Any) -> torch.Tensor:
-            alive.append(sum(ref() is not None for ref in outputs))
+            while not all(send.done() for send in rank.runtime._sends):
+                time.sleep(0.001)
+            alive.append(sum(not ref.expired() for ref in outputs))
             out: torch.Tensor = body(*args)
-            outputs.append(weakref.ref(out))
+            outputs.append(StorageWeakRef(out.untyped_storage()))
             return out
 
         stage.body = wrapped  # type: ignore[method-assign]

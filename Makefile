@@ -1,0 +1,46 @@
+# make quickstart [TEXT=path]   set up .venv, then train a small LLaMA on 4 ranks and use it
+# make test [ARGS=...]          set up .venv, then run the test suite (ARGS go to pytest)
+# make lint                     ruff and mypy
+# make clean                    remove .venv and runs/quickstart
+#
+# PYTHON=...    the interpreter to build .venv from         VENV=...   where to build it (default .venv)
+# PIP_ARGS=...  further options for pip: a mirror, a proxy
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+SETUP = p=$$(for c in $(or $(PYTHON),python3.11 python3.12 python3); do \
+	  "$$c" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$c"; break; }; \
+	done); \
+	if [ -z "$$p" ]; then \
+	  echo "error: no usable Python: $(or $(PYTHON),python3.11 python3.12 python3) is not 3.11 or newer with the venv module."; \
+	  echo "  Debian, Ubuntu:  sudo apt install python3-venv   (or, for one version, python3.11-venv)"; \
+	  echo "  without root:    conda create -n py311 python=3.11, or uv python install 3.11, or pyenv install 3.11"; \
+	  echo "  then:            make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; \
+	  exit 1; \
+	fi; "$$p" tools/setup_env.py "$(VENV)"
+
+.PHONY: help quickstart test lint clean
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+quickstart: $(VENV)/.base
+	@$(PY) tools/quickstart.py $(if $(TEXT),--text "$(TEXT)") $(ARGS)
+
+test: $(VENV)/.test
+	$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/.test
+	$(PY) -m ruff check .
+	$(PY) -m mypy megallama tools
+
+clean:
+	[ ! -f "$(VENV)/pyvenv.cfg" ] || rm -rf "$(VENV)"
+	rm -rf runs/quickstart build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.base: requirements/torch.txt requirements/base.txt setup.py
+	@$(SETUP) base -- $(PIP_ARGS)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base requirements/test.txt
+	@$(SETUP) test -- $(PIP_ARGS)
+	@touch $@

@@ -1,0 +1,115 @@
+"""Kill a process at every system call of a save, and see what the next start finds. Run by test_crashes.py.
+
+    python -m tests.checkpoint.crashes FOLDER RANKS RESAVE STRIDE     prints one JSON object
+
+For every K a forked child takes over the folder and saves step 2 beside step 1 (with RESAVE=1, step 2
+exists and is saved again with other contents), and SIGKILLs itself at its K-th call; every other kill
+of a write happens after half of the bytes.  Then this process takes the folder over and resumes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megallama.config.schema import ModelConfig
+from megallama.plan.topology import Topology
+from tests.checkpoint.states import boxes, empty_solo, make_config, make_manager, make_state, on_grid, solo_shards, take
+
+MODEL = ModelConfig(hidden_size=8, num_layers=1, num_heads=2, ffn_hidden_size=12, vocab_size=24)
+CALLS = ("open", "mkdir", "posix_fallocate", "pwrite", "fsync", "rename", "unlink", "rmdir", "link", "close")
+GRIDS = {1: Topology(), 2: Topology(tp=2), 4: Topology(tp=2, dp=2)}
+
+
+def die_at(number: int) -> None:
+    """From now on the process is killed at its `number`-th system call of a kind that changes files."""
+    count = itertools.count(1)
+
+    def killing(real: Any, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(count) == number:
+                if name == "pwrite" and number % 2:
+                    fd, data, offset = args
+                    real(fd, data[: len(data) // 2], offset)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in CALLS:
+        setattr(os, name, killing(getattr(os, name), name))
+
+
+def save(folder: Path, ranks: int, number: int) -> None:
+    """The child: takes the folder over, saves step 2, dies at its `number`-th call."""
+    config, state = make_config(MODEL, keep_last=1), make_state(MODEL, seed=2)
+    grid = GRIDS[ranks]
+
+    def rank(group: Any) -> None:
+        manager = make_manager(folder, config, group, shard_bytes=1 << 20, lease_seconds=60.0)
+        if group.rank == 0:
+            die_at(number)
+        group.barrier()
+        manager.acquire()
+        manager.save(2, take(state, boxes(MODEL, grid, 1, group.rank, owned=True)), {"step": 2, "new": True})
+        manager.release()
+
+    on_grid(grid, rank)
+
+
+def resumed(folder: Path) -> tuple[str, list[str]]:
+    """("old" or "new", what is left in the folder); "MIXED" if the state is neither."""
+    shards = empty_solo(MODEL)
+    manager = make_manager(folder, make_config(MODEL, resume="must"), lease_seconds=60.0)
+    manager.acquire()
+    counters = manager.resume(shards)
+    manager.release()
+    assert counters is not None
+    kind = "new" if counters.get("new") else "old"
+    want = solo_shards(make_state(MODEL, seed=2 if kind == "new" else 1))
+    same = all(torch.equal(a.state()[k], b.state()[k]) for a, b in zip(shards, want, strict=True) for k in a.state())
+    return kind if same else "MIXED", sorted(p.name for p in folder.iterdir())
+
+
+def main(folder: Path, ranks: int, resave: bool, stride: int) -> dict[str, Any]:
+    """Kill at call 1, 1 + stride, ... until a child survives."""
+    found: dict[str, Any] = {"old": 0, "new": 0, "MIXED": 0, "left": [], "killed": 0}
+    for number in itertools.count(1, stride):
+        shutil.rmtree(folder, ignore_errors=True)
+        old = make_manager(folder, make_config(MODEL))
+        old.save(2 if resave else 1, solo_shards(make_state(MODEL, seed=1)), {"step": 1})
+        child = os.fork()
+        if child == 0:
+            try:
+                torch.set_num_threads(1)  # torch renews its pool at the first call after a fork: not in two threads
+                save(folder, ranks, number)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        kind, names = resumed(folder)
+        found[kind] += 1
+        found["left"] += [n for n in names if n not in ("latest", "step-00000001", "step-00000002")]
+        if status == 0:
+            found["survived"] = kind
+            return found
+        assert status == -signal.SIGKILL, status
+        found["killed"] += 1
+    raise AssertionError
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    where, ranks, resave, stride = sys.argv[1:]
+    print(json.dumps(main(Path(where), int(ranks), bool(int(resave)), int(stride))))

@@ -1,0 +1,402 @@
+"""Saving behind training, retention, the folder's lock, and saves that fail."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megallama.checkpoint import manager as manager_module
+from megallama.checkpoint import manifest, writer
+from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint.lock import FolderLock
+from megallama.plan.topology import Topology
+from tests.checkpoint.states import (
+    MODEL,
+    assert_holds,
+    boxes,
+    empty_solo,
+    make_config,
+    make_manager,
+    make_state,
+    on_grid,
+    solo_shards,
+    take,
+)
+
+STATE = make_state()
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(p.name[5:]) for p in folder.glob("step-*"))
+
+
+# ---- asynchronous saves ----
+
+
+def test_async_save_keeps_one_snapshot_and_the_next_save_waits(tmp_path, monkeypatch) -> None:
+    gate, log, shards = threading.Event(), [], solo_shards(STATE)
+    write = manager_module.write_checkpoint
+
+    def slow(*args) -> None:
+        assert gate.wait(30)
+        write(*args)
+
+    monkeypatch.setattr(manager_module, "write_checkpoint", slow)
+    manager = make_manager(tmp_path, make_config(async_save=True), log=log.append)
+    manager.prepare(shards)
+    buffer = manager._buffer.data_ptr()
+    assert manager._buffer.numel() == 3 * sum(s.box.numel for s in shards)
+    manager.save(1, shards, {"step": 1})
+    assert steps(tmp_path) == []  # it returned before the write
+    for shard in shards:  # training goes on
+        for tensor in shard.state().values():
+            tensor.add_(1)
+    thread = manager._thread
+    join = thread.join
+    monkeypatch.setattr(thread, "join", lambda: (gate.set(), join()))  # written only once the next save waits for it
+    manager.save(2, shards, {"step": 2})
+    assert steps(tmp_path)[0] == 1
+    manager.finish()
+    assert steps(tmp_path) == [1, 2] and manager._buffer.data_ptr() == buffer
+    assert re.fullmatch(r"checkpoint of step 2 waited \d+\.\d s for the one before it", log[1])
+    assert log[0].startswith(f"saved {tmp_path}/step-00000001 (") and len(log) == 3
+    later = {kind: {n: t + 1 for n, t in tensors.items()} for kind, tensors in STATE.items()}
+    for step, want in ((1, STATE), (2, later)):
+        loaded = empty_solo()
+        assert make_manager(tmp_path, make_config()).load(tmp_path / f"step-0000000{step}", loaded) == {"step": step}
+        assert_holds(loaded, want)
+
+
+def test_a_failed_background_save_is_raised_once_by_finish(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", failing(OSError(errno.EIO, "Input/output error")))
+    log: list[str] = []
+    manager = make_manager(tmp_path, make_config(async_save=True), log=log.append)
+    manager.save(1, solo_shards(STATE), {})
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        manager.finish()
+    assert log[0].startswith("checkpoint of step 1: saving") and list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    manager.save(2, solo_shards(STATE), {})
+    manager.finish()
+    assert steps(tmp_path) == [2]
+
+
+def test_the_next_save_raises_what_the_one_before_it_met(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", failing(OSError(errno.EIO, "Input/output error")))
+    manager = make_manager(tmp_path, make_config(async_save=True))
+    manager.save(1, solo_shards(STATE), {})
+    with pytest.raises(CheckpointError, match="step-00000001 failed, the checkpoints before it are untouched"):
+        manager.save(2, solo_shards(STATE), {})
+
+
+def test_ranks_save_in_the_background_together(tmp_path) -> None:
+    grid = Topology(tp=2, dp=2)
+
+    def rank(group):
+        manager = make_manager(tmp_path, make_config(async_save=True), group)
+        shards = take(STATE, boxes(MODEL, grid, 1, group.rank, owned=True))
+        for step in (1, 2, 3):
+            manager.save(step, shards, {})
+        manager.finish()
+
+    on_grid(grid, rank)
+    assert steps(tmp_path) == [2, 3]
+    shards = empty_solo()
+    make_manager(tmp_path, make_config()).resume(shards)
+    assert_holds(shards, STATE)
+
+
+# ---- failing saves ----
+
+
+def failing(error: OSError, at: int = 1):
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(args)
+        if len(calls) >= at:
+            raise error
+
+    return call
+
+
+def save_two(tmp_path, monkeypatch, name: str, replacement) -> str:
+    """Save step 1, break os.<name>, save step 2; the error's text. Step 1 stays, nothing else does."""
+    manager = make_manager(tmp_path, make_config())
+    manager.save(1, solo_shards(STATE), {"step": 1})
+    monkeypatch.setattr(os, name, replacement)
+    with pytest.raises(CheckpointError) as error:
+        manager.save(2, solo_shards(STATE), {"step": 2})
+    monkeypatch.undo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert make_manager(tmp_path, make_config()).resume(empty_solo()) == {"step": 1}
+    manager.save(2, solo_shards(STATE), {"step": 2})
+    assert steps(tmp_path) == [1, 2]
+    return str(error.value)
+
+
+def total_bytes(step: Path) -> int:
+    return sum(r.size for r in manifest.read_manifest(step).files.values())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("name", ["posix_fallocate", "pwrite"])
+def test_a_full_disk_is_reported_with_numbers(tmp_path, monkeypatch, name: str, number: int) -> None:
+    error = OSError(number, os.strerror(number))
+    text = save_two(tmp_path, monkeypatch, name, failing(error, at=4) if name == "posix_fallocate" else failing(error))
+    need = total_bytes(tmp_path / "step-00000002")
+    assert re.search(rf"no space left in {tmp_path}: a checkpoint needs {need} bytes, \d+ are free; make room", text)
+
+
+def test_a_disk_too_small_is_seen_before_the_first_byte(tmp_path, monkeypatch) -> None:
+    class Space:
+        f_bavail, f_frsize = 10, 4096
+
+    def no_write(*args):
+        raise AssertionError("written to a disk that is too small")
+
+    monkeypatch.setattr(os, "pwrite", no_write)
+    monkeypatch.setattr(os, "statvfs", lambda path: Space)
+    with pytest.raises(CheckpointError, match=r"needs \d+ bytes, 40960 are free"):
+        make_manager(tmp_path, make_config()).save(1, solo_shards(STATE), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_a_failed_fsync_is_never_committed(tmp_path, monkeypatch, at: int) -> None:
+    text = save_two(tmp_path, monkeypatch, "fsync", failing(OSError(errno.EIO, "Input/output error"), at))
+    assert "step-00000002 failed, the checkpoints before it are untouched: OSError: [Errno 5]" in text
+
+
+def test_file_systems_without_allocation_still_work(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", failing(OSError(errno.EOPNOTSUPP, "not supported")))
+    make_manager(tmp_path, make_config()).save(1, solo_shards(STATE), {})
+    shards = empty_solo()
+    make_manager(tmp_path, make_config()).resume(shards)
+    assert_holds(shards, STATE)
+
+
+def test_one_failing_rank_stops_the_save_on_all_and_is_named(tmp_path, monkeypatch) -> None:
+    grid, write = Topology(dp=4), writer._write_shards
+
+    def broken(content, shards):
+        if shards[0].box == boxes(MODEL, grid, 1, 2, owned=True)[0]:
+            raise OSError(errno.EIO, "Input/output error")
+        return write(content, shards)
+
+    monkeypatch.setattr(writer, "_write_shards", broken)
+
+    def rank(group):
+        manager = make_manager(tmp_path, make_config(), group)
+        with pytest.raises(CheckpointError) as error:
+            manager.save(1, take(STATE, boxes(MODEL, grid, 1, group.rank, owned=True)), {})
+        return str(error.value)
+
+    texts = on_grid(grid, rank)
+    assert len(set(texts)) == 1 and re.search(r"rank 2 on \S+: OSError: \[Errno 5\] Input/output error", texts[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file", "below a file"])
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, place: str) -> None:
+    (tmp_path / "taken").write_text("")
+    folder = tmp_path / "taken" if place == "file" else tmp_path / "taken/inside"
+    with pytest.raises(CheckpointError, match=f"cannot write to the checkpoint folder {folder}.* choose another"):
+        make_manager(folder, make_config()).acquire()
+
+
+# ---- retention and order ----
+
+
+def save_steps(folder: Path, numbers: list[int], **settings) -> None:
+    manager = make_manager(folder, make_config(**settings))
+    for step in numbers:
+        manager.save(step, solo_shards(STATE), {"step": step})
+
+
+def test_retention(tmp_path) -> None:
+    save_steps(tmp_path / "a", [1, 2, 3, 4, 5, 6, 7], keep_last=2)
+    assert steps(tmp_path / "a") == [6, 7]
+    save_steps(tmp_path / "b", [1, 2, 3, 4, 5, 6, 7], keep_last=1, keep_every=3)
+    assert steps(tmp_path / "b") == [3, 6, 7]
+    assert (tmp_path / "b/latest").read_text() == "step-00000007\n"
+
+
+def test_going_back_replaces_the_steps_done_again(tmp_path) -> None:
+    save_steps(tmp_path, [10, 20, 30], keep_last=9)
+    manager = make_manager(tmp_path, make_config(keep_last=9))
+    manager.load(tmp_path / "step-00000010", empty_solo())
+    again = make_state(seed=5)
+    manager.save(20, solo_shards(again), {"step": 20})
+    assert manager.newest() == tmp_path / "step-00000020"  # the last saved, not the highest
+    shards = empty_solo()
+    assert manager.resume(shards) == {"step": 20}
+    assert_holds(shards, again)
+    assert steps(tmp_path) == [10, 20, 30]
+
+
+def test_a_fresh_start_does_not_delete_the_checkpoints_of_the_run_before(tmp_path) -> None:
+    save_steps(tmp_path, [100, 200])
+    save_steps(tmp_path, [1, 2, 3])  # another manager that loaded nothing: another line
+    assert steps(tmp_path) == [2, 3, 100, 200]
+    assert make_manager(tmp_path, make_config()).newest() == tmp_path / "step-00000003"
+    manager = make_manager(tmp_path, make_config())
+    manager.resume(empty_solo())
+    manager.save(4, solo_shards(STATE), {})
+    assert steps(tmp_path) == [3, 4, 100, 200]
+
+
+def test_damaged_and_unfinished_folders_are_not_counted(tmp_path) -> None:
+    (tmp_path / "step-00000009.damaged").mkdir(parents=True)
+    (tmp_path / "step-00000008").mkdir()  # no manifest
+    save_steps(tmp_path, [1, 2, 3])
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [
+        "step-00000002",
+        "step-00000003",
+        "step-00000008",
+        "step-00000009.damaged",
+    ]
+
+
+def test_crash_leftovers_are_cleaned_at_the_start(tmp_path) -> None:
+    save_steps(tmp_path, [1, 2])
+    (tmp_path / "step-00000003.tmp/model").mkdir(parents=True)
+    (tmp_path / "latest.tmp").write_text("x")
+    os.rename(tmp_path / "step-00000002", tmp_path / "step-00000002.old")  # killed between two renames
+    (tmp_path / "notes.tmp").write_text("not ours")
+    log: list[str] = []
+    manager = make_manager(tmp_path, make_config(), log=log.append)
+    assert manager.newest() == tmp_path / "step-00000001"
+    manager.acquire()
+    assert sorted(log) == [
+        "checkpoints: removed latest.tmp, which was not finished",
+        "checkpoints: removed step-00000003.tmp, which was not finished",
+        "checkpoints: restored step-00000002, whose replacement was not finished",
+    ]
+    assert manager.resume(empty_solo()) == {"step": 2}
+    manager.release()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "notes.tmp", "step-00000001", "step-00000002"]
+
+
+def test_manifest_says_what_it_is(tmp_path) -> None:
+    counters = {"step": 7, "samples": 1 << 40, "sources": [{"path": "a", "samples": 3}], "loss_scale": 65536.0}
+    make_manager(tmp_path, make_config()).save(7, solo_shards(STATE), counters)
+    body = manifest.read_manifest(tmp_path / "step-00000007").body
+    assert (body["format"], body["step"], body["sequence"], body["counters"]) == (1, 7, 1, counters)
+    assert body["config"]["model"]["hidden_size"] == 32 and body["versions"]["torch"] == torch.__version__
+    record = body["files"]["model/config.json"]
+    assert record["size"] == len((tmp_path / "step-00000007/model/config.json").read_bytes())
+
+
+# ---- the lock ----
+
+
+def test_a_second_job_is_refused_naming_the_first(tmp_path) -> None:
+    first, second = make_manager(tmp_path, make_config()), make_manager(tmp_path, make_config())
+    first.acquire()
+    with pytest.raises(CheckpointError, match=rf"by job on host \S+, pid {os.getpid()}, started 20\d\d-") as error:
+        second.acquire()
+    assert f"delete {tmp_path}/lock" in str(error.value)
+    first.release()
+    second.acquire()
+    second.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_ranks_are_refused_together(tmp_path) -> None:
+    first = make_manager(tmp_path, make_config())
+    first.acquire()
+
+    def rank(group):
+        with pytest.raises(CheckpointError, match="rank 0 on .* is in use by"):
+            make_manager(tmp_path, make_config(), group).acquire()
+
+    on_grid(Topology(dp=3), rank)
+    first.release()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path) -> None:
+    code = "import os, pathlib, sys; from megallama.checkpoint.lock import FolderLock\n"
+    code += "FolderLock(pathlib.Path(sys.argv[1]), print).acquire(); os.kill(os.getpid(), 9)"
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, check=False)
+    assert done.returncode == -9 and (tmp_path / "lock").exists()
+    log: list[str] = []
+    lock = FolderLock(tmp_path, log.append)
+    lock.acquire()
+    assert len(log) == 1 and re.search(r"took over .* host \S+, pid \d+, .*, which has ended", log[0])
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def foreign_lock(folder: Path, **changes) -> None:
+    lock = FolderLock(folder, print)
+    lock.acquire()
+    content = json.loads((folder / "lock").read_bytes())
+    lock.release()
+    (folder / "lock").write_text(json.dumps(content | changes))
+
+
+def test_a_reused_pid_is_not_the_old_job(tmp_path) -> None:
+    foreign_lock(tmp_path, process="1")
+    lock = FolderLock(tmp_path, lambda text: None)
+    lock.acquire()
+    lock.check()
+    lock.release()
+
+
+def test_a_lock_of_another_machine_is_taken_over_when_nobody_touches_it(tmp_path) -> None:
+    foreign_lock(tmp_path, machine="elsewhere", host="node7")
+    log: list[str] = []
+    lock = FolderLock(tmp_path, log.append, lease_seconds=0.3)
+    lock.acquire()
+    lock.release()
+    assert log[0].startswith("waiting up to 0.3 s to see whether the job on host node7, pid")
+    assert log[1].startswith("took over the checkpoint folder from the job on host node7")
+
+
+def test_a_lock_of_another_machine_that_is_touched_is_respected(tmp_path) -> None:
+    foreign_lock(tmp_path, machine="elsewhere", host="node7")
+    stop = threading.Event()
+
+    def touch() -> None:
+        while not stop.wait(0.05):
+            os.utime(tmp_path / "lock")
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    try:
+        with pytest.raises(CheckpointError, match="in use by job on host node7"):
+            FolderLock(tmp_path, lambda text: None, lease_seconds=30).acquire()
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_the_holder_touches_its_lock(tmp_path) -> None:
+    lock = FolderLock(tmp_path, print, lease_seconds=0.1)
+    lock.acquire()
+    os.utime(tmp_path / "lock", (1, 1))
+    while os.stat(tmp_path / "lock").st_mtime < 2:
+        time.sleep(0.01)
+    lock.release()
+
+
+def test_a_job_whose_folder_was_taken_over_does_not_write(tmp_path) -> None:
+    manager = make_manager(tmp_path, make_config())
+    manager.acquire()
+    (tmp_path / "lock").write_text(json.dumps({"host": "node9", "pid": 3, "since": "now"}))
+    with pytest.raises(CheckpointError, match="no longer ours: the job on host node9, pid 3, started now took"):
+        manager.save(1, solo_shards(STATE), {})
+    manager.release()
+    assert [p.name for p in tmp_path.iterdir()] == ["lock"]

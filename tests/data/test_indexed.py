@@ -1,0 +1,211 @@
+"""The .bin/.idx pair against an independent reader, every kind of damage, and a writer that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megallama.data.errors import DataError
+from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
+
+U16, I32 = dtype_for(100), dtype_for(70000)
+DOCUMENTS = [[5, 6, 7, 2], [2], [9] * 10 + [2], [1, 65535]]
+
+
+def write(prefix: Path, documents: list[list[int]] = DOCUMENTS, dtype: np.dtype = U16) -> Path:
+    with IndexedWriter(prefix, dtype) as writer:
+        for ids in documents:
+            writer.add(np.array(ids, np.int64))
+    return prefix
+
+
+def damage(path: str, at: int, value: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(value)
+
+
+def read_megatron(prefix: Path) -> tuple[int, list[list[int]], list[int]]:
+    """An independent reader of the format: type code, sequences, document marks."""
+    raw = Path(f"{prefix}.idx").read_bytes()
+    assert raw[:9] == b"MMIDIDX\x00\x00"
+    version, code, n, d = struct.unpack_from("<QBQQ", raw, 9)
+    assert version == 1 and len(raw) == 34 + 12 * n + 8 * d
+    lengths = struct.unpack_from(f"<{n}i", raw, 34)
+    pointers = struct.unpack_from(f"<{n}q", raw, 34 + 4 * n)
+    marks = struct.unpack_from(f"<{d}q", raw, 34 + 12 * n)
+    tokens, letter = Path(f"{prefix}.bin").read_bytes(), {8: "H", 4: "i"}[code]
+    pairs = zip(lengths, pointers, strict=True)
+    return code, [list(struct.unpack_from(f"<{k}{letter}", tokens, p)) for k, p in pairs], list(marks)
+
+
+@pytest.mark.parametrize("dtype, code", [(U16, 8), (I32, 4)])
+def test_written_files_are_megatrons_format(tmp_path: Path, dtype: np.dtype, code: int) -> None:
+    assert read_megatron(write(tmp_path / "a", dtype=dtype)) == (code, DOCUMENTS, [0, 1, 2, 3, 4])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+def test_reads_back_what_was_written(tmp_path: Path) -> None:
+    data = IndexedDataset(write(tmp_path / "a"))
+    assert (data.num_documents, data.num_tokens) == (4, 18)
+    assert [data.document(i).tolist() for i in range(4)] == DOCUMENTS
+    stream = sum(DOCUMENTS, [])
+    assert all(data.read(i, 18 - i).tolist() == stream[i:] for i in range(19))
+    assert data.starts(1, 4).tolist() == [4, 5, 16, 18]
+    assert data.largest_token() == 65535
+    data.verify(65536)
+
+
+def test_documents_of_several_sequences_are_read(tmp_path: Path) -> None:
+    """Other tools may store a document as several sequences, or none."""
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, 3, 4)
+    body = struct.pack("<3i3q4q", 2, 1, 3, 0, 4, 6, 0, 2, 2, 3)
+    (tmp_path / "m.idx").write_bytes(header + body)
+    (tmp_path / "m.bin").write_bytes(struct.pack("<6H", *range(6)))
+    data = IndexedDataset(tmp_path / "m.bin")  # the suffix does not matter
+    assert [data.document(i).tolist() for i in range(3)] == [[0, 1, 2], [], [3, 4, 5]]
+    data.verify(6)
+
+
+def test_many_documents_added_at_once_give_the_same_files(tmp_path: Path) -> None:
+    write(tmp_path / "one")
+    with IndexedWriter(tmp_path / "many", U16) as writer:
+        writer.add(np.array(sum(DOCUMENTS, []), U16), np.array([len(d) for d in DOCUMENTS]))
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"many{suffix}").read_bytes()
+
+
+def test_chunked_index_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megallama.data.indexed.CHUNK", 7)  # smaller than the number of documents
+    documents = [[i % 50] * (i % 5) for i in range(100)]
+    prefix = write(tmp_path / "a", documents)
+    assert read_megatron(prefix) == (8, documents, list(range(101)))
+    IndexedDataset(prefix).verify(50)
+
+
+@pytest.mark.parametrize("ids, dtype, text", [([70000], U16, "token id 70000 does not fit uint16"), ([-1], I32, "-1")])
+def test_ids_that_do_not_fit_are_refused(tmp_path: Path, ids: list[int], dtype: np.dtype, text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        write(tmp_path / "a", [ids], dtype if ids[0] > 0 else U16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_megatrons_limit_decides_the_type() -> None:
+    assert (dtype_for(65499), dtype_for(65500)) == (np.dtype("<u2"), np.dtype("<i4"))
+
+
+HEADER_DAMAGE = [
+    (0, b"NOTANIDX", "begins with b'NOTANIDX"),
+    (9, struct.pack("<Q", 2), "format version 2, expected 1"),
+    (17, b"\x05", r"token type code 5, expected 8 \(uint16\) or 4 \(int32\)"),
+    (18, struct.pack("<Q", 40), "has 122 bytes, expected 554 for its 40 sequences and 5 document marks: .* truncated"),
+    (26, struct.pack("<Q", 3), "has 122 bytes, expected 106 .* it is too long"),
+    (34 + 16, struct.pack("<q", 8), "first offset or its document marks are damaged"),
+    (34 + 48 + 32, struct.pack("<q", 3), "first offset or its document marks are damaged"),
+    (34 + 16 + 24, struct.pack("<q", 30), r"a\.bin has 36 bytes, expected 34 from a\.idx: it is of another run"),
+]
+
+
+@pytest.mark.parametrize("at, value, text", HEADER_DAMAGE)
+def test_a_damaged_index_is_refused_at_open(tmp_path: Path, at: int, value: bytes, text: str) -> None:
+    prefix = write(tmp_path / "a")
+    damage(f"{prefix}.idx", at, value)
+    with pytest.raises(DataError, match=text):
+        IndexedDataset(prefix)
+
+
+@pytest.mark.parametrize("suffix, keep, text", [
+    (".bin", 30, r"a\.bin has 30 bytes, expected 36 from a\.idx: it is truncated"),
+    (".idx", 100, r"a\.idx has 100 bytes, expected 122 for its 4 sequences and 5 document marks: it is truncated"),
+    (".idx", 20, r"a\.idx has 20 bytes, expected at least 34 for its header"),
+])  # fmt: skip
+def test_a_truncated_file_is_refused_at_open(tmp_path: Path, suffix: str, keep: int, text: str) -> None:
+    prefix = write(tmp_path / "a")
+    os.truncate(f"{prefix}{suffix}", keep)
+    with pytest.raises(DataError, match=text):
+        IndexedDataset(prefix)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_missing_file_is_named(tmp_path: Path, suffix: str) -> None:
+    prefix = write(tmp_path / "a")
+    Path(f"{prefix}{suffix}").unlink()
+    with pytest.raises(DataError, match=rf"a\{suffix} does not exist; give the prefix .* tools/preprocess_data.py"):
+        IndexedDataset(prefix)
+
+
+def test_a_corpus_without_documents_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no documents"):
+        IndexedDataset(write(tmp_path / "a", []))
+
+
+def test_truncation_while_reading_is_an_error(tmp_path: Path) -> None:
+    data = IndexedDataset(write(tmp_path / "a"))
+    os.truncate(tmp_path / "a.bin", 10)
+    assert data.read(0, 5).tolist() == [5, 6, 7, 2, 2]
+    with pytest.raises(DataError, match=r"a\.bin ends at byte 10, expected 12 bytes from byte 0 .* had 36 bytes"):
+        data.read(0, 6)
+
+
+@pytest.mark.parametrize("number", [-1, 4])
+def test_a_document_that_is_not_there(tmp_path: Path, number: int) -> None:
+    with pytest.raises(DataError, match=rf"holds documents 0\.\.3, not {number}"):
+        IndexedDataset(write(tmp_path / "a")).document(number)
+
+
+def test_verify_finds_a_token_outside_the_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="token 17 of the stream is id 65535, outside the vocabulary of 100 ids"):
+        IndexedDataset(write(tmp_path / "a")).verify(100)
+
+
+@pytest.mark.parametrize("at, value, text", [
+    (34 + 16 + 8, struct.pack("<q", 6), "the offset of sequence 1 does not follow"),
+    (34 + 4, struct.pack("<i", 3), "the offset of sequence 2 does not follow"),
+    (34 + 48 + 16, struct.pack("<q", 4), "the marks of documents 0..4 do not ascend"),
+])  # fmt: skip
+def test_verify_finds_damage_inside_the_index(tmp_path: Path, at: int, value: bytes, text: str) -> None:
+    prefix = write(tmp_path / "a")
+    damage(f"{prefix}.idx", at, value)
+    with pytest.raises(DataError, match=text):
+        IndexedDataset(prefix).verify()
+
+
+def test_the_fingerprint_sees_a_changed_file(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "a")
+    before = IndexedDataset(prefix).fingerprint()
+    assert before == IndexedDataset(write(tmp_path / "b")).fingerprint()
+    assert (before["documents"], before["tokens"], before["bin_bytes"], before["idx_bytes"]) == (4, 18, 36, 122)
+    damage(f"{prefix}.bin", 2, b"\x09")
+    assert before["sha256"] != IndexedDataset(prefix).fingerprint()["sha256"]
+
+
+def test_a_killed_writer_leaves_no_files_under_their_names(tmp_path: Path) -> None:
+    program = (
+        "import numpy as np, os, signal, sys\n"
+        "from megallama.data.indexed import IndexedWriter, dtype_for\n"
+        "writer = IndexedWriter(sys.argv[1], dtype_for(100))\n"
+        "for _ in range(1000): writer.add(np.ones(1000, np.uint16))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], cwd=Path(__file__).parents[2])
+    assert done.returncode == -signal.SIGKILL
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin.tmp", "a.idx.tmp"]
+    write(tmp_path / "a")  # and the next run is not disturbed by them
+    assert IndexedDataset(tmp_path / "a").num_tokens == 18
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+def test_an_exception_keeps_the_earlier_pair(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt), IndexedWriter(prefix, U16) as writer:
+        writer.add(np.array([3]))
+        raise KeyboardInterrupt
+    assert IndexedDataset(prefix).num_tokens == 18
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.idx"]

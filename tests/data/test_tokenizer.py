@@ -1,0 +1,122 @@
+"""Tokenizers: round trips, control strings that stay text, training, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megallama.data.errors import DataError
+from megallama.data.tokenizer import load_tokenizer
+from megallama.data.train_tokenizer import train_tokenizer
+from tests.data.conftest import text_of
+
+HARD = "a</s><s>b\0c\n\n    <unk> d  e\t\r\n 🦙 12345 <|end_of_text|> "
+
+
+@pytest.fixture(scope="module")
+def json_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer.json with LLaMA 3's names of control tokens, which also appends them by default."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator([text_of(i) for i in range(50)], trainer)
+    model.post_processor = processors.TemplateProcessing("<|begin_of_text|> $A", None, [("<|begin_of_text|>", 0)])
+    path = tmp_path_factory.mktemp("json") / "tokenizer.json"
+    model.save(str(path))
+    return path
+
+
+def test_sentencepiece_has_llamas_ids(tokenizer_path: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_path)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (330, 1, 2)
+    assert tokenizer.encode("\n")[-1] == 3 + 10  # the byte piece <0x0A>, as in LLaMA
+    digits = tokenizer.encode("12")
+    assert tokenizer.encode("1221")[-4:] == [digits[-2], digits[-1], digits[-1], digits[-2]]  # digits never merge
+
+
+def test_json_has_llama_3s_names(json_path: Path) -> None:
+    tokenizer = load_tokenizer(json_path)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (320, 0, 1)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer_path", "json_path"])
+def test_text_round_trips_and_never_becomes_a_control_token(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = load_tokenizer(request.getfixturevalue(kind))
+    for text in (HARD, text_of(1), " leading", "東京"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not {tokenizer.bos_id, tokenizer.eos_id, 0 if kind == "tokenizer_path" else 1}.intersection(ids)
+    texts = [text_of(i) for i in range(20)]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(t) for t in texts]
+    ids = tokenizer.encode("a")
+    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == "a"  # type: ignore[list-item]
+
+
+def test_a_folder_names_its_tokenizer(tokenizer_path: Path, tmp_path: Path) -> None:
+    assert load_tokenizer(tokenizer_path.parent).path == tokenizer_path
+    with pytest.raises(DataError, match="holds neither tokenizer.model nor tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name, content, text", [
+    ("gone.model", None, "does not exist; name a SentencePiece .model or a tokenizer.json, or train one"),
+    ("a.txt", b"", r"suffix '.txt', expected .model \(SentencePiece\) or .json"),
+    ("a.model", b"no model at all", "is not a SentencePiece model"),
+    ("a.model", b"", "is not a SentencePiece model"),
+    ("a.model", b"IQ== 0\nIg== 1\n", "is a tiktoken vocabulary, .* use the tokenizer.json"),
+    ("a.json", b"{}", "is not a tokenizer.json that `tokenizers` can read"),
+])  # fmt: skip
+def test_what_is_no_tokenizer_is_refused(tmp_path: Path, name: str, content: bytes | None, text: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=text):
+        load_tokenizer(tmp_path / name)
+
+
+def test_training_is_deterministic_over_threads(jsonl: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    again = train_tokenizer([jsonl], tmp_path / "t.model", 330, threads=3)
+    ours, theirs = load_tokenizer(tokenizer_path), load_tokenizer(again)
+    assert all(ours.encode(text_of(i)) == theirs.encode(text_of(i)) for i in range(50))
+    assert list(tmp_path.iterdir()) == [again]
+
+
+def test_training_on_a_sample_uses_less(jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+
+    def train(sentence_iterator: Iterator[str], model_writer: object, **_: object) -> None:
+        lines.extend(sentence_iterator)
+
+    monkeypatch.setattr("sentencepiece.SentencePieceTrainer.train", train)
+    train_tokenizer([jsonl], tmp_path / "a.model", 300)
+    everything, lines[:] = len(lines), []
+    train_tokenizer([jsonl], tmp_path / "a.model", 300, max_bytes=jsonl.stat().st_size // 4)
+    assert 0.1 * everything < len(lines) < 0.45 * everything
+
+
+@pytest.mark.parametrize("size, text", [
+    (20000, r"vocab_size=20000 is more than this text supports; use \d+ or less, or more text"),
+    (100, "vocab_size=100 leaves no room beside 3 control and 256 byte pieces; use 260 or more"),
+    (262, r"vocab_size=262 is less than the characters of this text need; use \d+ or more"),
+])  # fmt: skip
+def test_a_vocabulary_the_text_does_not_support(jsonl: Path, tmp_path: Path, size: int, text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        train_tokenizer([jsonl], tmp_path / "a.model", size)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_without_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n{}\n")
+    with pytest.raises(DataError, match="no text to train a tokenizer on"):
+        train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "a.model", 300)
+    with pytest.raises(DataError, match="must end in .model"):
+        train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "a", 300)

@@ -1,0 +1,62 @@
+"""The three tools as a user starts them: output, exit status, and no traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.conftest import text_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"tools/{name}.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def prefix(jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenizer and data, made by the tools themselves, with one bad record."""
+    folder = tmp_path_factory.mktemp("tools")
+    (folder / "c.jsonl").write_bytes(jsonl.read_bytes() + b'{"id": 1}\n')
+    trained = tool("train_tokenizer", folder / "c.jsonl", "--vocab-size", 330, "--output", folder / "t.model")
+    assert trained.returncode == 0 and "t.model: 330 ids" in trained.stdout
+    options = ("--tokenizer", folder / "t.model", "--output", folder / "d", "--workers", 2)
+    done = tool("preprocess_data", folder / "c.jsonl", *options)
+    assert done.returncode == 0, done.stderr
+    assert "d.bin: 300 documents" in done.stdout and "MB/s" in done.stdout and "M tokens/s" in done.stdout
+    assert 'skipped 1 bad records: 1 no key "text"' in done.stderr and "c.jsonl:301: no key" in done.stderr
+    return folder / "d"
+
+
+def test_inspect_shows_counts_lengths_and_documents(prefix: Path) -> None:
+    facts = json.loads(Path(f"{prefix}.json").read_text())
+    done = tool("inspect_data", prefix, "--verify", "--tokenizer", prefix.parent / "t.model")
+    assert done.returncode == 0
+    assert f"300 documents, {facts['tokens']:,} tokens of uint16" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines() if " .. " in line]
+    assert sum(int(row[3]) for row in rows) == 300
+    assert f"verified: offsets, document marks and {facts['tokens']:,} ids below 330" in done.stdout
+    text = tool("inspect_data", prefix, "--document", 7, "--tokenizer", prefix.parent / "t.model").stdout
+    assert text == text_of(7) + "\n"
+    assert tool("inspect_data", prefix, "--document", 7).stdout.split()[-1] == "2"
+
+
+def test_errors_have_status_2(prefix: Path, tmp_path: Path) -> None:
+    strict = ("--tokenizer", prefix.parent / "t.model", "--output", tmp_path / "x", "--strict", "--quiet")
+    for name, arguments, text in (
+        ("inspect_data", (tmp_path / "gone",), "gone.idx does not exist"),
+        ("inspect_data", (prefix, "--document", 300), "holds documents 0..299, not 300"),
+        ("preprocess_data", (prefix.parent / "c.jsonl", *strict), 'c.jsonl:301: no key "text"'),
+        ("train_tokenizer", (prefix.parent / "c.jsonl", "--output", tmp_path / "x.model"), "vocab_size=32000 is more"),
+    ):
+        done = tool(name, *arguments)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and text in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,188 @@
+"""The layouts that are compared with one rank: every pair of settings occurs together in at least one of them.
+
+    python -m tests.parity.matrix        prints the table: layout, largest deviation of loss and gradient norm
+
+Each row trains 20 steps on gloo processes and is compared with one rank that trains on the same data
+in whole batches: in float64, where everything must agree to rounding, and in float32, where AdamW
+amplifies rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from megallama.comm.launch import World
+from megallama.config.schema import Config
+from megallama.plan.plan import make_plan
+from tests.pool import Pool
+from tests.small import build, curve, deviation, small_config, tokens, train
+
+STEPS = 20
+LIMITS = {"fp64": 1e-10, "fp32": 1e-4}
+MAX_RANKS = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One row: how the job is cut, and the variant of the model."""
+
+    tp: int = 1
+    sequence_parallel: bool = True
+    pp: int = 1
+    chunks: int = 1
+    schedule: str = "1f1b"
+    dp: int = 1
+    accumulation: int = 4
+    recompute: str = "selective"
+    tied: bool = False
+    kv_heads: int = 4
+    uneven: bool = False
+    vocab: int = 64
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the job."""
+        return self.tp * self.pp * self.dp
+
+    @property
+    def legal(self) -> bool:
+        """Whether such a job exists and every setting of it has an effect."""
+        return (
+            self.ranks <= MAX_RANKS
+            and (self.tp > 1 or (self.sequence_parallel and self.kv_heads == 4 and self.vocab == 64))
+            and (self.pp > 1 or (self.chunks == 1 and self.schedule == "1f1b" and not self.uneven))
+            and not (self.chunks > 1 and (self.schedule == "zb-h1" or self.accumulation % self.pp))
+        )
+
+    def config(self, dtype: str, alone: bool = False) -> Config:
+        """The configuration of this row, or of the one rank it is compared with."""
+        model = {
+            "num_layers": 9 if self.uneven else 8,
+            "tie_embeddings": self.tied,
+            "num_kv_heads": self.kv_heads,
+            "vocab_size": self.vocab,
+        }
+        batch = {"seq_length": 8, "global_batch_size": 8, "micro_batch_size": 8}
+        settings: dict[str, Any] = {"model": model, "batch": batch, "precision": {"dtype": dtype}}
+        if not alone:
+            batch["micro_batch_size"] = 8 // (self.accumulation * self.dp)
+            stages = self.pp * self.chunks
+            layers = [9 // stages + (s == 0) * (9 % stages) for s in range(stages)] if self.uneven else None
+            settings["parallel"] = {
+                "tp": self.tp,
+                "sequence_parallel": self.sequence_parallel,
+                "pp": self.pp,
+                "chunks": self.chunks,
+                "schedule": self.schedule,
+                "stage_layers": layers,
+            }
+            settings["memory"] = {"recompute": self.recompute}
+        return small_config(**settings)
+
+    def __str__(self) -> str:
+        sp = " sp" if self.tp > 1 and self.sequence_parallel else ""
+        pipe = (
+            f" pp{self.pp} {self.schedule}" + (f" chunks{self.chunks}" if self.chunks > 1 else "")
+            if self.pp > 1
+            else ""
+        )
+        extra = "".join(
+            text
+            for text, on in (
+                (" tied", self.tied),
+                (f" kv{self.kv_heads}", self.kv_heads != 4),
+                (" uneven", self.uneven),
+                (" padded", self.vocab != 64),
+            )
+            if on
+        )
+        return f"tp{self.tp}{sp}{pipe} dp{self.dp} acc{self.accumulation} {self.recompute}{extra}"
+
+
+VALUES: dict[str, tuple[Any, ...]] = {
+    "tp": (2, 4, 1),
+    "sequence_parallel": (True, False),
+    "pp": (2, 4, 1),
+    "chunks": (1, 2),
+    "schedule": ("1f1b", "gpipe", "zb-h1"),
+    "dp": (1, 2),
+    "accumulation": (4, 1),
+    "recompute": ("selective", "none", "full"),
+    "tied": (False, True),
+    "kv_heads": (4, 1),
+    "uneven": (False, True),
+    "vocab": (64, 61),
+}
+
+
+def pairs(layout: Layout) -> set[tuple[tuple[str, Any], ...]]:
+    """All pairs of settings of a row."""
+    settings = [(f.name, getattr(layout, f.name)) for f in fields(layout)]
+    return set(itertools.combinations(settings, 2))
+
+
+def possible() -> Iterator[Layout]:
+    """Every legal row."""
+    for values in itertools.product(*VALUES.values()):
+        layout = Layout(**dict(zip(VALUES, values, strict=True)))
+        if layout.legal:
+            yield layout
+
+
+def matrix() -> list[Layout]:
+    """Few rows that together hold every pair of settings that can occur; always the same ones."""
+    candidates = list(possible())
+    random.Random(1).shuffle(candidates)
+    cover = {layout: pairs(layout) for layout in candidates}
+    wanted = set().union(*cover.values())
+    rows = []
+    while wanted:
+        best = max(candidates, key=lambda layout: (len(cover[layout] & wanted), -layout.ranks))
+        rows.append(best)
+        wanted -= cover[best]
+    return sorted(rows, key=lambda layout: (layout.ranks, str(layout)))
+
+
+def run(world: World, layout: Layout, dtype: str, alone: bool) -> list[float]:
+    """Train on one rank of a job; losses and gradient norms. Called in the processes of the pool."""
+    config = layout.config(dtype, alone)
+    plan = make_plan(config, world.world_size)
+    rank = build(plan, world.groups(plan.topology, config.model.num_kv_heads or 1))
+    return curve(train(rank, tokens(config, STEPS)))
+
+
+class Comparison:
+    """Runs rows and remembers the runs of one rank."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._alone: dict[Config, list[float]] = {}
+
+    def deviations(self, layout: Layout, dtype: str) -> tuple[float, float]:
+        """Largest relative deviation of the loss and of the gradient norm over all ranks and steps."""
+        config = layout.config(dtype, alone=True)
+        if config not in self._alone:
+            (self._alone[config],) = self._pool.run(1, "tests.parity.matrix:run", layout, dtype, True)
+        want = self._alone[config]
+        results = self._pool.run(layout.ranks, "tests.parity.matrix:run", layout, dtype, False)
+        return tuple(max(deviation(mine[i::2], want[i::2]) for mine in results) for i in (0, 1))  # type: ignore[return-value]
+
+
+def main() -> None:
+    """Print the table."""
+    pool = Pool()
+    comparison = Comparison(pool)
+    print("| ranks | layout | loss fp64 | norm fp64 | loss fp32 | norm fp32 |\n|---|---|---|---|---|---|")
+    for layout in matrix():
+        numbers = [x for dtype in LIMITS for x in comparison.deviations(layout, dtype)]
+        print(f"| {layout.ranks} | {layout} | " + " | ".join(f"{x:.1e}" for x in numbers) + " |", flush=True)
+    pool.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""The layout does not show: every row of the matrix against one rank, in float64 and in float32."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parity.matrix import LIMITS, MAX_RANKS, VALUES, Comparison, Layout, matrix, pairs, possible
+from tests.pool import Pool
+
+ROWS = matrix()
+
+
+@pytest.fixture(scope="module")
+def comparison(pool: Pool) -> Comparison:
+    """Shares the runs of one rank between the rows."""
+    return Comparison(pool)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("layout", ROWS, ids=str)
+def test_every_layout_gives_one_ranks_numbers(comparison: Comparison, layout: Layout, dtype: str) -> None:
+    loss, norm = comparison.deviations(layout, dtype)
+    assert loss <= LIMITS[dtype]
+    assert norm <= LIMITS[dtype]
+
+
+def test_the_rows_hold_every_pair_that_can_occur() -> None:
+    held = set().union(*map(pairs, ROWS))
+    assert held == set().union(*map(pairs, possible()))
+    assert max(row.ranks for row in ROWS) == MAX_RANKS
+    for name, values in VALUES.items():
+        assert {getattr(row, name) for row in ROWS} == set(values), name

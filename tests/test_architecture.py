@@ -1,0 +1,208 @@
+"""The shape of the package, as tests: who may import whom, how long things may be, what is banned."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE, TOOLS = ROOT / "megallama", ROOT / "tools"
+# from below to above; folders of one level do not import one another
+LAYERS = ("config", "plan", "comm kernels", "layers", "checkpoint data optim pipeline model", "train")
+WITHOUT_TORCH = ("config", "plan")
+ONLY_IN = {  # name -> the modules that may use it, by prefix
+    "torch.distributed": ("comm.",),
+    "os.environ": ("comm.launch",),
+    "os.getenv": ("comm.launch",),
+    "print": ("train.log", "pretrain", "tools."),
+    "transformer_engine": ("kernels.",),
+    "transformer_engine_torch": ("kernels.",),
+    "apex": ("kernels.",),
+    "amp_C": ("kernels.",),
+    "pickle": (),
+    "torch.save": (),
+    "torch.load": (),
+    "NotImplementedError": (),
+    "NotImplemented": (),
+}
+BANNED_WORDS = ("TODO", "FIXME", "XXX", "HACK")
+BANNED_FILES = ("utils.py", "helpers.py", "common.py", "misc.py")
+MAX_FILE, MAX_FUNCTION, MAX_PACKAGE = 500, 60, 12_000
+SCRIPTS_WITHOUT_TORCH = ("preprocess_data.py", "plan.py", "merge_datasets.py")
+
+
+def level(package: str) -> int | None:
+    """How high a package folder stands, or None for an entry point, which may import everything."""
+    return next((i for i, names in enumerate(LAYERS) if package in names.split()), None)
+
+
+def imports(node: ast.AST, module: str) -> list[str]:
+    """Absolute names of what an import statement imports; for `from a import b` both `a` and `a.b`."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    base = node.module or ""
+    if node.level:
+        parents = ["megallama", *module.split(".")][: -node.level]
+        base = ".".join([*parents, base] if base else parents)
+    return [base, *(f"{base}.{alias.name}" for alias in node.names)]
+
+
+def uses(node: ast.AST, module: str) -> Iterator[str]:
+    """Names that `node` refers to, as ONLY_IN writes them, with every prefix of a dotted name."""
+    names = imports(node, module)
+    if isinstance(node, ast.Name):
+        names = [node.id]
+    elif isinstance(node, ast.Attribute):
+        names = [ast.unparse(node)]
+    for name in names:
+        parts = name.split(".")
+        yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
+
+
+def import_problems(node: ast.AST, module: str) -> Iterator[str]:
+    package = module.split(".")[0]
+    mine = level(package)
+    for name in imports(node, module):
+        if package in WITHOUT_TORCH and name.split(".")[0] == "torch":
+            yield f"{package}/ must not import torch"
+        parts = name.split(".")
+        if parts[0] == "tools":
+            yield f"{package}/ must not import tools/"
+        if parts[0] == "megallama" and len(parts) > 1 and parts[1] != package and mine is not None:
+            other = level(parts[1])
+            if other is None or other >= mine:
+                yield f"{package}/ must not import {parts[1]}{'/' if other is not None else ''}"
+
+
+def definition_problems(node: ast.AST, tree: ast.Module) -> Iterator[str]:
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return
+    if not isinstance(node, ast.ClassDef):
+        lines = (node.end_lineno or node.lineno) - node.lineno + 1
+        if lines > MAX_FUNCTION:
+            yield f"{node.name} has {lines} lines, at most {MAX_FUNCTION}"
+    if node in tree.body and not node.name.startswith("_") and ast.get_docstring(node) is None:
+        yield f"{node.name} is public and has no docstring"
+
+
+def problems(path: Path, module: str) -> list[str]:
+    """Everything wrong with one file, each with its line; `module` is dotted, below the package: "plan.box"."""
+    source = path.read_text(encoding="utf-8")
+    tree, out = ast.parse(source), []
+    lines = source.splitlines()
+    if len(lines) > MAX_FILE:
+        out.append(f"{module}: {len(lines)} lines, at most {MAX_FILE}")
+    if path.name in BANNED_FILES:
+        out.append(f"{module}: {path.name} says nothing; name the file after what it holds")
+    if ast.get_docstring(tree) is None and tree.body:
+        out.append(f"{module}: no file docstring")
+    for number, line in enumerate(lines, 1):
+        out += [f"{module}:{number}: {word}" for word in BANNED_WORDS if re.search(rf"\b{word}\b", line)]
+    for node in ast.walk(tree):
+        found = [*import_problems(node, module), *definition_problems(node, tree)]
+        if isinstance(node, ast.Global):
+            found.append("`global`; pass the value instead")
+        for name in uses(node, module):
+            if name in ONLY_IN and not module.startswith(ONLY_IN[name]):
+                places = ", ".join(ONLY_IN[name]) or "no file"
+                found.append(f"{name} belongs in {places}")
+        out += [f"{module}:{getattr(node, 'lineno', 0)}: {text}" for text in found]
+    return sorted(set(out))
+
+
+def sources() -> list[Path]:
+    return sorted([*PACKAGE.rglob("*.py"), *TOOLS.rglob("*.py")])
+
+
+def dotted(path: Path) -> str:
+    base = PACKAGE if path.is_relative_to(PACKAGE) else ROOT
+    return ".".join(path.relative_to(base).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_file(path: Path) -> None:
+    assert problems(path, dotted(path)) == []
+
+
+def test_the_whole_package_stays_readable() -> None:
+    total = sum(len(p.read_text(encoding="utf-8").splitlines()) for p in sources())
+    assert total <= MAX_PACKAGE, f"{total} lines in megallama/ and tools/; remove some"
+
+
+def test_every_folder_has_its_level() -> None:
+    folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders == {name for names in LAYERS for name in names.split()}
+    assert all((PACKAGE / f / "__init__.py").exists() for f in folders)
+
+
+def where_is_rows(readme: str) -> list[str]:
+    """First cells of the README's table below the heading "Where is ...": one path in backticks each."""
+    section = re.search(r"^## Where is[^\n]*\n(.*?)(?=^## )", readme, re.S | re.M)
+    assert section, "README.md has no section `## Where is ...`"
+    return re.findall(r"^\| `([^`]+)`", section.group(1), re.M)
+
+
+def test_the_readme_map_is_true() -> None:
+    rows = where_is_rows((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert [row for row in rows if not (ROOT / row).exists()] == []
+    folders = {f"megallama/{p.name}/" for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders - set(rows) == set(), "folders that the README's table does not list"
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS_WITHOUT_TORCH if (TOOLS / s).exists()])
+def test_scripts_start_without_torch(script: str) -> None:
+    load = f"runpy.run_path({str(TOOLS / script)!r}, run_name='loaded')"
+    code = f"import runpy, sys; {load}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+BAD = (
+    """import torch
+from megallama.train.log import x
+from ..model import llama
+import os
+import apex
+import pickle
+import torch.distributed as dist
+from megallama import pretrain
+from tools import plan
+def f():
+    global y
+    print(os.environ)
+    torch.save(1)
+"""
+    + "    pass\n" * 60
+    + "class A:\n    def method(self):\n        raise NotImplementedError  # TO"
+    + "DO\n" * 430
+)
+BITES = (
+    *("plan/ must not import torch", "must not import train/", "must not import model/", "must not import tools/"),
+    *("plan/ must not import pretrain", "f has 64 lines, at most 60", "`global`", "print belongs in train.log"),
+    *("os.environ belongs in comm.launch", "f is public and has no docstring", "A is public and has no docstring"),
+    *("no file docstring", "utils.py says nothing", "apex belongs in kernels."),
+    *("pickle belongs in no file", "torch.save belongs in no file", "torch.distributed belongs in comm."),
+    *("NotImplementedError belongs in no file", "TO" + "DO", "lines, at most 500"),
+)
+
+
+def test_the_rules_bite(tmp_path: Path) -> None:
+    bad = tmp_path / "utils.py"
+    bad.write_text(BAD, encoding="utf-8")
+    text = " | ".join(problems(bad, "plan.bad"))
+    assert [rule for rule in BITES if rule not in text] == [], text
+    sibling = tmp_path / "other.py"
+    source = ('"""One of the five."""', "from megallama.data import batch", "from megallama.comm.group import Group")
+    sibling.write_text("\n".join(source), encoding="utf-8")
+    assert problems(sibling, "model.other") == ["model.other:2: model/ must not import data/"]
+    assert problems(sibling, "train.other") == []
+    table = "## Where is what\n| `a/b.py` | x |\n| `c/` | y |\n## Next\n| `d` |\n"
+    assert where_is_rows(table) == ["a/b.py", "c/"]

@@ -1,0 +1,295 @@
+"""Ranks as threads of one process: an 8-rank test in milliseconds, with a debugger in reach.
+
+`ThreadGroup` moves real data and is stricter than any network: until `wait()` an output holds NaN
+(integers: a huge value), so a missing wait shows as a wrong number every time; an input that is
+changed under way, or ranks that call different operations, shapes or dtypes, are errors that name
+the ranks; `send(...).wait()` returns only when the receiver has asked for the message.  Sums run in
+rank order (half precision in float32), so results are the same in every run.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megallama.comm.group import Group, Handle, Op, Solo
+from megallama.comm.groups import Groups, build_groups
+from megallama.plan.topology import Topology
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class Aborted(Exception):
+    """Another rank failed first."""
+
+
+@dataclass
+class _Meeting:
+    """What the members of one operation have brought so far."""
+
+    brought: dict[int, Any] = field(default_factory=dict)
+    what: dict[int, str] = field(default_factory=dict)
+    taken: int = 0
+
+
+class _Hub:
+    """The place where the threads of one `run_threads` meet."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.change = threading.Condition()
+        self.meetings: dict[Any, _Meeting] = {}
+        self.error: BaseException | None = None
+
+    def abort(self, error: BaseException) -> None:
+        with self.change:
+            self.error = self.error or error
+            self.change.notify_all()
+
+    def bring(self, key: Any, rank: int, what: str, value: Any) -> None:
+        with self.change:
+            meeting = self.meetings.setdefault(key, _Meeting())
+            meeting.brought[rank], meeting.what[rank] = value, what
+            for other, theirs in meeting.what.items():
+                if theirs != what:
+                    raise RuntimeError(f"rank {rank} calls {what} where rank {other} calls {theirs}")
+            self.change.notify_all()
+
+    def ready(self, key: Any, members: int) -> bool:
+        """Whether `take` would return at once."""
+        with self.change:
+            return self.error is not None or len(self.meetings[key].brought) == members
+
+    def take(self, key: Any, members: Sequence[int], rank: int, what: str) -> dict[int, Any]:
+        """Everything the members brought, once all have; the last to take clears the table."""
+        deadline = time.monotonic() + self.timeout
+        with self.change:
+            meeting = self.meetings[key]
+            while self.error is None and len(meeting.brought) < len(members):
+                if not self.change.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
+                    missing = [r for r in members if r not in meeting.brought]
+                    raise TimeoutError(
+                        f"rank {rank} waited {self.timeout:g} s in {what}: ranks {missing} never called it"
+                    )
+            if self.error is not None:
+                raise Aborted(f"rank {rank} stopped in {what}") from self.error
+            meeting.taken += 1
+            if meeting.taken == len(members):
+                del self.meetings[key]
+            return meeting.brought
+
+
+class _Pending:
+    """A handle whose work happens in `wait`."""
+
+    def __init__(self, finish: Callable[[], Any], ready: Callable[[], bool] = lambda: False) -> None:
+        self._finish: Callable[[], Any] | None = finish
+        self._ready = ready
+
+    def wait(self) -> None:
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            with torch.no_grad():
+                finish()
+
+    def done(self) -> bool:
+        if self._finish is not None and self._ready():
+            self.wait()
+        return self._finish is None
+
+
+def _poison(tensor: Tensor) -> None:
+    if tensor.dtype == torch.bool:
+        tensor.logical_not_()
+    else:
+        tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    first, second = sorted((a, b), key=Tensor.data_ptr)
+    return first.data_ptr() + first.nbytes > second.data_ptr()
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    if tensors[0].dtype in _HALF:
+        return reduce(torch.add, [t.float() for t in tensors]).to(tensors[0].dtype)
+    return reduce(torch.add, tensors)
+
+
+class ThreadGroup:
+    """A `Group` whose ranks are threads. Made by `run_threads`; sub-groups by `split`."""
+
+    def __init__(self, hub: _Hub, key: Any, name: str, ranks: tuple[int, ...], global_rank: int) -> None:
+        self.name, self.ranks = name, ranks
+        self.rank, self.size = ranks.index(global_rank), len(ranks)
+        self._hub, self._key, self._me = hub, key, global_rank
+        self._count: dict[Any, int] = {}
+
+    def split(self, partition: Sequence[Sequence[int]], name: str) -> Group:
+        """My group of a partition of the global ranks (Solo if I am alone); every rank calls it."""
+        mine = next((tuple(ranks) for ranks in partition if self._me in ranks), (self._me,))
+        key = (self._key, name, self._next("split"), mine)
+        return ThreadGroup(self._hub, key, name, mine, self._me) if len(mine) > 1 else Solo(name, self._me)
+
+    def _next(self, kind: Any) -> int:
+        self._count[kind] = self._count.get(kind, -1) + 1
+        return self._count[kind]
+
+    def _meet(self, what: str, value: Any) -> Callable[[], list[Any]]:
+        """Bring a value to the group's next operation; the result waits for everybody's, in rank order."""
+        number = self._next("collective")
+        key, label = (self._key, number), f"{what} (operation {number} of group {self.name} {self.ranks})"
+        self._hub.bring(key, self._me, label, value)
+
+        def everything() -> list[Any]:
+            brought = self._hub.take(key, self.ranks, self._me, label)
+            return [brought[r] for r in self.ranks]
+
+        return everything
+
+    def _check(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            assert tensor.is_contiguous(), f"{self.name}: tensor {tuple(tensor.shape)} is not contiguous"
+            assert tensor.dtype == tensors[0].dtype, f"{self.name}: {tensor.dtype} and {tensors[0].dtype}"
+
+    @torch.no_grad()
+    def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
+        self._check(tensor)
+        everything = self._meet(f"all_reduce {op} {_describe(tensor)}", tensor.detach().clone())
+        _poison(tensor)
+
+        def finish() -> None:
+            parts = everything()
+            pairwise = torch.maximum if op == "max" else torch.minimum
+            tensor.copy_(_sum(parts) if op == "sum" else reduce(pairwise, parts))
+
+        return _Pending(finish)
+
+    @torch.no_grad()
+    def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
+        self._check(output, shard)
+        assert output.numel() == self.size * shard.numel(), f"{output.shape} is not {self.size} x {shard.shape}"
+        copy, inside = shard.detach().clone(), _overlap(output, shard)
+        everything = self._meet(f"all_gather {_describe(shard)}", copy)
+        _poison(output)
+
+        def finish() -> None:
+            assert inside or _same_bytes(shard, copy), f"{self.name}: all_gather's shard was changed before wait()"
+            torch.cat([part.reshape(-1) for part in everything()], out=output.view(-1))
+
+        return _Pending(finish)
+
+    @torch.no_grad()
+    def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
+        self._check(output, full)
+        assert full.numel() == self.size * output.numel(), f"{full.shape} is not {self.size} x {output.shape}"
+        everything = self._meet(f"reduce_scatter {_describe(full)}", full.detach().clone())
+        _poison(full)
+        _poison(output)
+
+        def finish() -> None:
+            mine = slice(self.rank * output.numel(), (self.rank + 1) * output.numel())
+            output.view(-1).copy_(_sum([part.view(-1)[mine] for part in everything()]))
+
+        return _Pending(finish)
+
+    @torch.no_grad()
+    def broadcast(self, tensor: Tensor, source: int) -> Handle:
+        self._check(tensor)
+        everything = self._meet(f"broadcast from {source} {_describe(tensor)}", tensor.detach().clone())
+        if self.rank != source:
+            _poison(tensor)
+        return _Pending(lambda: tensor.copy_(everything()[source]))
+
+    def send(self, tensor: Tensor, to: int) -> Handle:
+        assert to != self.rank, f"{self.name}: rank {to} sends to itself"
+        self._check(tensor)
+        copy = tensor.detach().clone()
+        message, ready = self._message(tensor, self.rank, to, copy)
+
+        def finish() -> None:
+            assert _same_bytes(tensor, copy), f"{self.name}: a sent tensor was changed before wait()"
+            message()
+
+        return _Pending(finish, ready)
+
+    @torch.no_grad()
+    def recv(self, tensor: Tensor, source: int) -> Handle:
+        assert source != self.rank, f"{self.name}: rank {source} receives from itself"
+        self._check(tensor)
+        message, ready = self._message(tensor, source, self.rank, None)
+        _poison(tensor)
+        return _Pending(lambda: tensor.copy_(message()), ready)
+
+    def _message(self, tensor: Tensor, source: int, to: int, value: Tensor | None) -> tuple[Any, Any]:
+        """A function that waits for the message and returns it, and one that says whether it is there."""
+        number, pair = self._next((source, to)), (self.ranks[source], self.ranks[to])
+        key = (self._key, source, to, number)
+        label = f"message {number} from {pair[0]} to {pair[1]} in {self.name} {_describe(tensor)}"
+        self._hub.bring(key, self._me, label, value)
+        return lambda: self._hub.take(key, pair, self._me, label)[pair[0]], lambda: self._hub.ready(key, 2)
+
+    def barrier(self) -> None:
+        self._meet("barrier", None)()
+
+    def gather_values(self, value: Any) -> list[Any]:
+        return [json.loads(text) for text in self._meet("gather_values", json.dumps(value))()]
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def run_threads(
+    size: int, fn: Callable[[Any], Any], grid: Topology | None = None, *, num_kv_heads: int = 0, timeout: float = 60.0
+) -> list[Any]:
+    """fn(world group) on `size` threads; the results in rank order.
+
+    With `grid`, a Topology of `size` ranks, fn receives the rank's `Groups` instead.
+    Raises: what the first failing rank raised (the others stop at their next wait); TimeoutError,
+    naming who is missing, when ranks wait for one another for `timeout` seconds.
+    """
+    hub, results = _Hub(timeout), [None] * size
+
+    def body(rank: int) -> None:
+        try:
+            ranks = tuple(range(size))
+            world: Group = ThreadGroup(hub, "world", "world", ranks, rank) if size > 1 else Solo("world", 0)
+            results[rank] = fn(world if grid is None else _groups(world, rank, grid, num_kv_heads))
+        except Aborted:
+            pass
+        except BaseException as error:  # noqa: BLE001 - carried to the caller
+            error.add_note(f"(in thread rank {rank} of {size})")
+            hub.abort(error)
+
+    threads = [threading.Thread(target=body, args=(r,), name=f"rank-{r}", daemon=True) for r in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.1)
+            if hub.error is not None:
+                thread.join(5)  # a rank that computes on is left behind: it stops at its next wait
+                break
+    if hub.error is not None:
+        raise hub.error
+    return results
+
+
+def _groups(world: Group, rank: int, grid: Topology, num_kv_heads: int) -> Groups:
+    def make(name: str, partition: Sequence[tuple[int, ...]]) -> Group:
+        return world.split(partition, name) if isinstance(world, ThreadGroup) else Solo(name, rank)
+
+    return build_groups(grid, rank, num_kv_heads, make)

@@ -1,0 +1,75 @@
+"""Whole training runs in the processes of the pool, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megallama.comm.launch import World
+from megallama.config.errors import MegallamaError
+from megallama.plan.plan import make_plan
+from megallama.train.log import Logger
+from megallama.train.trainer import Trainer
+from tests.small import small_config
+
+
+def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: str | None = None) -> dict[str, Any]:
+    """Train; the exit status, or the error's text. `fault` is "nan:STEP:RANK" or "signal:STEP:RANK" (steps from 0)."""
+    torch.set_num_threads(1)
+    config = small_config(**{**sections, "run": {"folder": folder, "peak_tflops": 1.0, **sections.get("run", {})}})
+    log = Logger(world.rank, world.world_size, Path(folder))
+    trainer = Trainer(config, make_plan(config, world.world_size), world, log)
+    if fault is not None:
+        kind, step, rank = fault.split(":")
+        if int(rank) == world.rank:
+            _plant(trainer, kind, {int(s) for s in step.split(",")})
+    try:
+        return {"status": trainer.run(), "step": trainer._counters.step, "updates": trainer._counters.updates}
+    except MegallamaError as error:
+        return {"error": str(error), "type": type(error).__name__}
+    finally:
+        log.close()
+
+
+def _plant(trainer: Trainer, kind: str, steps: set[int]) -> None:
+    one_step = trainer._one_step
+
+    def faulty(loader: Any) -> Any:
+        if trainer._counters.step in steps:
+            if kind == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:  # one element of one gradient of one rank
+                sync = trainer._rank.optimizer.syncs[0]
+                finish = sync.finish
+
+                def poisoned() -> None:
+                    sync.finish = finish  # type: ignore[method-assign]
+                    finish()
+                    sync.shard(sync.buffers.layout.buckets[0])[0] = torch.nan
+
+                sync.finish = poisoned  # type: ignore[method-assign]
+        return one_step(loader)
+
+    trainer._one_step = faulty  # type: ignore[method-assign]
+
+
+def records(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def curve(folder: Path) -> list[tuple[int, float, float, float]]:
+    """Step, loss, gradient norm and learning rate of every step."""
+    return [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in records(folder)]
+
+
+def state_files(folder: Path) -> dict[str, bytes]:
+    """Every tensor file of the newest checkpoint."""
+    step = sorted((folder / "checkpoints").glob("step-????????"))[-1]
+    return {str(p.relative_to(step)): p.read_bytes() for p in sorted(step.rglob("*.safetensors"))}

@@ -1,0 +1,290 @@
+"""Metrics: the console line, the file that survives kills, TensorBoard, wandb, and sinks that fail."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megallama.config.schema import LogConfig
+from megallama.train.log import Logger
+from megallama.train.metrics import (
+    Meter,
+    MetricsWriter,
+    StepMetrics,
+    ValidMetrics,
+    bits_per_byte,
+    peak_memory_bytes,
+    rewind,
+)
+
+STEP = StepMetrics(
+    step=120,
+    loss=3.21449,
+    lr=3e-4,
+    grad_norm=0.8119,
+    tokens=32768,
+    step_seconds=2.5,
+    tokens_per_second=12345.6,
+    tokens_per_second_per_rank=3086.4,
+    mfu_causal=0.412,
+    mfu_full=0.44,
+    peak_memory_bytes=1_234_000_000,
+    consumed_tokens=4_100_000,
+    consumed_samples=16016,
+    eta_seconds=754.2,
+    phase_seconds={"forward": 1.25},
+)
+VALID = ValidMetrics(step=120, loss=2.0, tokens=50_000, seconds=3.0, consumed_tokens=4_100_000, bits_per_byte=1.2345)
+PLAIN = LogConfig(tensorboard=False)
+
+
+def test_the_line() -> None:
+    assert STEP.line(2000) == (
+        "step 120/2000 | loss 3.2145 | lr 3.00e-04 | grad norm 0.812 | 12.3k tok/s (3.1k/rank) | "
+        "MFU 41.2% causal, 44.0% full | mem 1.23 GB | 4.1M tokens | left 0:12:34"
+    )
+
+
+def test_the_line_of_a_skipped_fp16_step() -> None:
+    bad = replace(STEP, skipped=True, skipped_steps=2, loss=math.nan, grad_norm=math.inf, loss_scale=65536.0)
+    assert bad.line(2000).startswith(
+        "step 120/2000 | SKIPPED, not finite (2 so far) | loss nan | lr 3.00e-04 | grad norm inf | loss scale 65536 | "
+    )
+
+
+def test_the_line_of_an_evaluation() -> None:
+    assert VALID.line(2000) == (
+        "step 120/2000 | valid loss 2.0000 | 1.2345 bits/byte | perplexity 7.39 | 50.0k tokens in 0:00:03"
+    )
+    huge = replace(VALID, name="code", loss=800.0, bits_per_byte=None)
+    assert huge.line(2000) == "step 120/2000 | code loss 800.0000 | perplexity large | 50.0k tokens in 0:00:03"
+
+
+def test_bits_per_byte() -> None:
+    assert bits_per_byte(math.log(256), 10, 10) == pytest.approx(8)  # a byte per token, all equally likely
+    assert bits_per_byte(2 * math.log(2), 100, 400) == pytest.approx(0.5)
+
+
+def test_meter() -> None:
+    meter = Meter(ranks=4, flops_causal=600.0, flops_full=800.0, peak_flops=1e6, total_tokens=10_000)
+    others: dict[str, Any] = {"lr": 1e-3, "grad_norm": 1.0, "loss": 2.0, "peak_memory_bytes": 5, "consumed_samples": 1}
+    first = meter.step(step=1, tokens=1000, seconds=10.0, consumed_tokens=1000, **others)
+    assert (first.tokens_per_second, first.tokens_per_second_per_rank) == (100, 25)
+    assert (first.mfu_causal, first.mfu_full) == pytest.approx((0.015, 0.02))
+    assert first.eta_seconds == 90
+    second = meter.step(step=2, tokens=1000, seconds=1.0, consumed_tokens=2000, **others)
+    assert second.eta_seconds == 8  # the slow first step is not extrapolated
+    third = meter.step(step=3, tokens=1000, seconds=3.0, consumed_tokens=3000, **others)
+    assert third.eta_seconds == 14  # 7000 tokens at 2000 tokens in 4 s
+    assert meter.step(step=4, tokens=1, seconds=1.0, consumed_tokens=10_001, **others).eta_seconds == 0
+
+
+def test_peak_memory_is_that_of_this_process() -> None:
+    block = torch.ones(80_000_000, dtype=torch.uint8)
+    grown = peak_memory_bytes(torch.device("cpu"))
+    del block
+    assert 80_000_000 < grown < 50_000_000_000
+    # a peak does not fall (the kernel's counters are exact to about a megabyte)
+    assert peak_memory_bytes(torch.device("cpu")) > grown - 4_000_000
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def writer(folder: Path, config: LogConfig = PLAIN, rank: int = 0, step: int = 0, **keys: Any) -> MetricsWriter:
+    return MetricsWriter(folder, Logger(rank, 2, folder), config, steps=2000, step=step, **keys)
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    out = writer(tmp_path)
+    out.train(STEP)
+    out.train(replace(STEP, step=121, loss=math.nan, skipped=True))
+    out.valid(VALID)
+    out.close()
+    first, second, third = read(tmp_path / "metrics.jsonl")
+    assert (first["kind"], first["step"], first["loss"]) == ("train", 120, 3.21449)
+    assert first["phase_seconds"] == {"forward": 1.25}
+    assert (second["loss"], second["skipped"]) == (None, True)
+    assert (third["kind"], third["name"], third["bits_per_byte"]) == ("valid", "valid", 1.2345)
+
+
+def test_every_rank_logs_the_loss_but_only_rank_0_writes_files(tmp_path: Path) -> None:
+    out = writer(tmp_path, LogConfig(), rank=1)
+    out.train(STEP)
+    out.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs"]
+    assert "| loss 3.2145 |" in (tmp_path / "logs" / "rank-0001.log").read_text()
+
+
+def test_a_resumed_run_forgets_what_is_done_again(tmp_path: Path) -> None:
+    out = writer(tmp_path)
+    for step in range(1, 8):
+        out.train(replace(STEP, step=step))
+        if step % 3 == 0:
+            out.valid(replace(VALID, step=step))
+    out.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"kind": "train", "step": 5, "lo')  # cut by a kill
+    out = writer(tmp_path, step=4)
+    out.train(replace(STEP, step=5, loss=9.0))
+    out.close()
+    records = read(path)
+    kept = ", ".join(f"{r['kind']} {r['step']}" for r in records)
+    assert kept == "train 1, train 2, train 3, valid 3, train 4, train 5"
+    assert records[-1]["loss"] == 9.0
+    assert sorted(p.name for p in tmp_path.glob("metrics*")) == ["metrics.jsonl"]
+
+
+def test_a_line_in_the_middle_that_is_no_record_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\x00\n{"no": 1}\n7\n{"step": 2}\n{"step": 3}')
+    rewind(path, 3)
+    assert read(path) == [{"step": 1}, {"step": 2}]  # the last one had no end of line: it may be half a number
+
+
+def test_a_run_from_scratch_keeps_the_old_file_aside(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    out = writer(tmp_path)
+    out.train(STEP)
+    out.close()
+    assert read(tmp_path / "metrics.old.jsonl") == [{"step": 1}]
+    assert [r["step"] for r in read(tmp_path / "metrics.jsonl")] == [120]
+
+
+def test_a_full_disk_leaves_whole_lines_and_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = writer(tmp_path)
+    out.train(replace(STEP, step=1))
+    write, room = os.write, [40]
+
+    def limited(handle: int, data: bytes) -> int:
+        if not data.startswith(b"{"):
+            return write(handle, data)
+        if not room[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken, room[0] = write(handle, data[: room[0]]), 0
+        return taken
+
+    monkeypatch.setattr(os, "write", limited)
+    out.train(replace(STEP, step=2))  # 40 bytes of it fit
+    out.train(replace(STEP, step=3))  # nothing fits
+    monkeypatch.undo()
+    out.train(replace(STEP, step=4))
+    out.close()
+    assert [r["step"] for r in read(tmp_path / "metrics.jsonl")] == [1, 4]
+    warning = "warning: metrics.jsonl could not be written: [Errno 28] No space left on device; training goes on"
+    assert capsys.readouterr().out.count(warning) == 1
+
+
+def test_files_that_cannot_be_opened_do_not_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "tensorboard").write_text("a file")
+    out = writer(tmp_path, LogConfig(), step=3)
+    out.train(STEP)
+    out.close()
+    shown = capsys.readouterr().out
+    assert shown.count("warning: no metrics.jsonl output: ") == 1
+    assert shown.count("warning: no TensorBoard output: ") == 1
+    assert "loss 3.2145" in shown
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_reads_it_and_forgets_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for start, clock in ((0, 1000.0), (2, 2000.0)):
+        monkeypatch.setattr("time.time", lambda clock=clock: clock)
+        out = writer(tmp_path, LogConfig(), step=start)
+        for step in range(start + 1, start + 5):
+            out.train(replace(STEP, step=step, loss=100.0 * start + step))
+        out.valid(VALID)
+        out.close()
+    monkeypatch.undo()
+    found = scalars(tmp_path / "tensorboard")
+    assert found["train/loss"] == [(1, 1.0), (2, 2.0), (3, 203.0), (4, 204.0), (5, 205.0), (6, 206.0)]
+    assert found["valid/bits_per_byte"] == [(120, pytest.approx(1.2345))]
+    assert found["seconds/forward"][0] == (1, 1.25)
+    assert found["speed/mfu_causal"][0] == (1, pytest.approx(0.412))
+    assert not [name for name in sys.modules if name == "tensorflow"]
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("tensorboard.compat.proto.event_pb2", LogConfig()), ("wandb", LogConfig(tensorboard=False, wandb=True))],
+)
+def test_a_missing_package_costs_one_warning(
+    name: str, config: LogConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    out = writer(tmp_path, config)
+    out.train(STEP)
+    out.close()
+    shown = capsys.readouterr().out
+    package = name.split(".")[0]
+    warning = f"warning: no .* output: the package {package} is not installed; pip install {package}"
+    assert len(re.findall(warning, shown)) == 1
+    assert len(read(tmp_path / "metrics.jsonl")) == 1
+
+
+class FakeWandb(types.ModuleType):
+    """Notes its calls; `broken` makes every log call fail."""
+
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__("wandb")
+        self.calls: list[Any] = []
+        self.broken = broken
+
+    def init(self, **keys: Any) -> FakeWandb:
+        self.calls.append(keys)
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        if self.broken:
+            raise RuntimeError("no network")
+        self.calls.append((step, values["train/loss"]))
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+
+def test_wandb_continues_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = LogConfig(tensorboard=False, wandb=True, wandb_project="mine")
+    for step in (0, 120):
+        out = writer(tmp_path, config, step=step, settings={"optimizer.lr": 3e-4})
+        out.train(STEP)
+        out.close()
+    first, second = fake.calls[0], fake.calls[3]
+    assert first["project"] == "mine" and first["config"] == {"optimizer.lr": 3e-4}
+    assert first["id"] == second["id"] and first["resume"] == "allow" and len(first["id"]) == 12
+    assert fake.calls[1:3] == [(120, 3.21449), "finish"]
+
+
+def test_a_broken_wandb_costs_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(broken=True))
+    out = writer(tmp_path, LogConfig(tensorboard=False, wandb=True))
+    for _ in range(3):
+        out.train(STEP)
+    out.close()
+    assert capsys.readouterr().out.count("warning: wandb could not be written: no network; training goes on") == 1
+    assert len(read(tmp_path / "metrics.jsonl")) == 3

@@ -1,0 +1,152 @@
+"""Whole runs: resuming, changing the layout, faults that must not spread, signals, evaluation, ramp-up."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megallama.data.indexed import IndexedWriter
+from tests.pool import Pool
+from tests.train.runs import curve, records, state_files
+
+RUN = "tests.train.runs:run"
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "dp2": (2, {}),
+    "tp2 pp2": (4, {"tp": 2, "pp": 2}),
+    "pp2 chunks2 dp2": (4, {"pp": 2, "chunks": 2}),
+    "pp2 zb-h1": (2, {"pp": 2, "schedule": "zb-h1"}),
+}
+
+
+def sections(parallel: dict[str, Any], dtype: str = "bf16", **train: Any) -> dict[str, dict[str, Any]]:
+    return {
+        "parallel": parallel,
+        "precision": {"dtype": dtype},
+        "train": {"steps": 8, **train},
+        "lr_schedule": {"kind": "cosine", "warmup_steps": 2},
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resuming_changes_no_bit(pool: Pool, tmp_path: Path, layout: str) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    straight, stopped = str(tmp_path / "straight"), str(tmp_path / "stopped")
+    for answer in pool.run(ranks, RUN, straight, sections(parallel)):
+        assert answer == {"status": 0, "step": 8, "updates": 8}
+    for steps in (3, 2, None):  # stopped twice
+        for answer in pool.run(ranks, RUN, stopped, sections(parallel, stop_after_steps=steps)):
+            assert answer["status"] == (75 if steps else 0)
+    assert curve(Path(stopped)) == curve(Path(straight))
+    mine, theirs = state_files(Path(stopped)), state_files(Path(straight))
+    assert mine.keys() == theirs.keys() and len(mine) == 4
+    assert mine == theirs
+
+
+def test_every_layout_writes_the_same_bytes_and_continues_any_other(pool: Pool, tmp_path: Path) -> None:
+    """In float64 a run that changes its layout twice follows the one that never does, to rounding."""
+    straight, changed = tmp_path / "straight", tmp_path / "changed"
+    pool.run(1, RUN, str(straight), sections({}, "fp64"))
+    for steps, layout in ((3, "tp2 pp2"), (2, "pp2 chunks2 dp2"), (2, "dp2"), (None, "pp2 zb-h1")):
+        ranks, parallel = LAYOUTS[layout]
+        pool.run(ranks, RUN, str(changed), sections(parallel, "fp64", stop_after_steps=steps))
+    for mine, theirs in zip(curve(changed), curve(straight), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-10, abs=0)
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2 pp2", "dp2"])
+def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(pool: Pool, tmp_path: Path, layout: str) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    settings = sections(parallel, "fp32", stop_after_steps=3)
+    pool.run(ranks, RUN, str(good), settings)
+    settings["train"]["stop_after_steps"] = 4
+    answers = pool.run(ranks, RUN, str(bad), settings, f"nan:3:{ranks - 1}")
+    assert [a["updates"] for a in answers] == [3] * ranks
+    assert state_files(bad) == state_files(good)
+    last = records(bad)[-1]
+    assert last["skipped"] and last["skipped_steps"] == 1 and last["loss"] is None
+    assert [r["skipped"] for r in records(bad)] == [False, False, False, True]
+
+
+def test_too_many_bad_steps_end_the_run(pool: Pool, tmp_path: Path) -> None:
+    settings = sections({}, "fp32", max_bad_steps=2)
+    settings["checkpoint"] = {"interval": 2}
+    answers = pool.run(2, RUN, str(tmp_path), settings, "nan:3,4:1")
+    assert answers[0] == answers[1] and answers[0]["type"] == "TrainingStopped"
+    assert answers[0]["error"].startswith(
+        "loss or gradients were non-finite for 2 steps in a row (steps 4-5); last good step 3; resume from step 4"
+    )
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2 pp2"])
+def test_a_signal_to_one_rank_saves_the_same_step_on_all(pool: Pool, tmp_path: Path, layout: str) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    answers = pool.run(ranks, RUN, str(tmp_path), sections(parallel), f"signal:4:{ranks - 1}")
+    assert answers == [{"status": 75, "step": 5, "updates": 5}] * ranks
+    assert (tmp_path / "checkpoints" / "step-00000005" / "manifest.json").exists()
+    assert "stopped: SIGTERM on 1 rank; saved at step 5" in (tmp_path / "run.log").read_text()
+    pool.run(ranks, RUN, str(tmp_path / "straight"), sections(parallel))
+    pool.run(ranks, RUN, str(tmp_path), sections(parallel))
+    assert curve(tmp_path) == curve(tmp_path / "straight")
+
+
+def test_every_rank_logs_the_loss(pool: Pool, tmp_path: Path) -> None:
+    pool.run(4, RUN, str(tmp_path), sections({"tp": 2, "pp": 2}))
+    loss = f"loss {curve(tmp_path)[-1][1]:.4f}"
+    for rank in range(4):
+        assert f"step 8/8 | {loss}" in (tmp_path / "logs" / f"rank-000{rank}.log").read_text()
+
+
+def test_evaluation_is_the_mean_over_real_samples(pool: Pool, tmp_path: Path) -> None:
+    """11 windows in batches of 8: the padding of the second batch counts nothing, in any layout."""
+    generator = np.random.default_rng(0)
+    with IndexedWriter(tmp_path / "held", np.dtype(np.uint16)) as writer:
+        writer.add(generator.integers(0, 61, 11 * 16 + 1))
+    results = []
+    for name in ("one", "tp2 pp2", "dp2"):
+        ranks, parallel = LAYOUTS[name]
+        settings = sections(parallel, "fp64", eval_interval=4)
+        settings["data"] = {"valid": [{"path": str(tmp_path / "held")}]}
+        pool.run(ranks, RUN, str(tmp_path / name), settings)
+        results.append([(r["step"], r["loss"], r["tokens"]) for r in records(tmp_path / name, "valid")])
+    assert [step for step, _, _ in results[0]] == [4, 8]
+    assert all(tokens == 11 * 16 for _, _, tokens in results[0])
+    assert abs(results[0][0][1] - math.log(61)) < 0.05
+    for other in results[1:]:
+        for mine, theirs in zip(other, results[0], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-10)
+
+
+def test_ramp_up_uses_each_sample_once_in_any_layout(pool: Pool, tmp_path: Path) -> None:
+    ramp = {"ramp_start": 4, "ramp_increment": 4, "ramp_samples": 16, "global_batch_size": 12}
+    curves = []
+    for name in ("one", "dp2"):
+        ranks, parallel = LAYOUTS[name]
+        settings = {**sections(parallel, "fp64"), "batch": ramp}
+        pool.run(ranks, RUN, str(tmp_path / name), settings)
+        curves.append(curve(tmp_path / name))
+    consumed = [r["consumed_samples"] for r in records(tmp_path / "one")]
+    assert consumed == [4, 8, 16, 28, 40, 52, 64, 76]
+    for mine, theirs in zip(curves[1], curves[0], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-10)
+
+
+def test_fp16_scales_its_loss_and_recovers_from_overflow(pool: Pool, tmp_path: Path) -> None:
+    settings = sections({"tp": 2, "pp": 2}, "fp16")
+    settings["precision"] |= {"initial_loss_scale": 2.0**24, "loss_scale_window": 3}
+    answers = pool.run(4, RUN, str(tmp_path), settings)
+    lines = records(tmp_path)
+    skipped = sum(r["skipped"] for r in lines)
+    assert [a["updates"] for a in answers] == [8 - skipped] * 4
+    scales = [r["loss_scale"] for r in lines]
+    assert skipped == 0 or scales[0] < 2.0**24
+    fp32 = tmp_path / "fp32"
+    pool.run(1, RUN, str(fp32), sections({}, "fp32"))
+    first = next(r for r in lines if not r["skipped"])
+    want = records(fp32)[first["step"] - 1]
+    assert first["loss"] == pytest.approx(want["loss"], rel=5e-3) or skipped

@@ -1,0 +1,130 @@
+"""Say what is in a checkpoint, verify every byte of it, or compare it with another one.
+
+    python tools/inspect_checkpoint.py runs/x/checkpoints/step-00001000 [--verify] [OTHER]
+
+FOLDER is a step folder, or a checkpoints folder (its newest step is taken); OTHER also a Hugging Face
+folder.  Exit status: 0 as it should be, 1 damaged or different, 2 not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+
+import torch
+
+from megallama.checkpoint import manifest, reader
+from megallama.checkpoint.layout import STATE
+from megallama.config.errors import MegallamaError
+from megallama.plan.box import Box
+from megallama.plan.params import num_parameters
+
+CHUNK_ELEMENTS = 8 << 20
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the tool; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a step folder, or a folder of step folders")
+    parser.add_argument("other", type=Path, nargs="?", help="compare with this one, tensor by tensor")
+    parser.add_argument("--verify", action="store_true", help="check the digest of every block")
+    options = parser.parse_args(argv)
+    try:
+        folder = _newest_step(options.folder)
+        saved = manifest.read_manifest(folder, files=False)
+        describe(folder, saved)
+        status = 0
+        if options.verify:
+            status = verify(folder, saved)
+        if options.other is not None:
+            status = max(status, compare(folder, saved, _newest_step(options.other)))
+        return status
+    except MegallamaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _newest_step(folder: Path) -> Path:
+    steps = []
+    for path in folder.glob("step-*"):
+        if path.suffix == "" and (path / manifest.NAME).is_file():
+            steps.append((manifest.read_manifest(path, files=False).sequence, path))
+    return max(steps)[1] if steps else folder
+
+
+def describe(folder: Path, saved: manifest.Manifest) -> None:
+    """Print what the manifest says."""
+    body = saved.body
+    versions = ", ".join(f"{k} {v}" for k, v in body["versions"].items())
+    print(f"{folder}: step {saved.step}, save {saved.sequence}, {body['saved_at']}, {body['saved_by_ranks']} ranks")
+    print(f"  versions  {versions}; format {body['format']}")
+    print(f"  model     {num_parameters(saved.model):,} parameters, saved in {body['precision']}")
+    for key, value in body["architecture"].items():
+        print(f"            {key} = {value}")
+    print(f"  counters  {json.dumps(body['counters'])}")
+    for part in ("model/", *(f"optimizer/{kind}-" for kind in STATE)):
+        sizes = [record.size for name, record in saved.files.items() if name.startswith(part)]
+        print(f"  {part.rstrip('-'):<21} {len(sizes):>3} files {sum(sizes):>18,} bytes")
+
+
+def verify(folder: Path, saved: manifest.Manifest) -> int:
+    """Check every block; prints each damaged one. Returns 1 if any is."""
+    problems: list[str] = []
+    blocks = list(saved.blocks())
+    for name in saved.files:
+        problems += reader.verify_blocks(folder, saved, [b for b in blocks if b[0] == name])
+        print(f"  verified  {name}", flush=True)
+    for problem in problems:
+        print(f"DAMAGED: {problem}")
+    print(f"{len(blocks):,} blocks, {len(problems)} problems")
+    return 1 if problems else 0
+
+
+def compare(folder: Path, saved: manifest.Manifest, other: Path) -> int:
+    """Compare weights, and state if both have it, tensor by tensor. Returns 1 if anything differs."""
+    theirs = manifest.read_manifest(other) if (other / manifest.NAME).is_file() else None
+    first, different, total = None, 0, 0
+    for kind in ("model", *(STATE if theirs else ())):
+        with (
+            reader.open_state(folder, saved, kind) as a,
+            reader.open_state(other, theirs, kind) if theirs else reader.open_folder(other) as b,
+        ):
+            for name in sorted(a.places.keys() | b.places.keys()):
+                total += 1
+                if problem := _difference(a, b, name):
+                    different += 1
+                    first = first or f"{kind} {name}"
+                    print(f"  {kind} {name}: {problem}")
+    print(f"{different} of {total} tensors differ" + (f", the first is {first}" if first else ""))
+    return 1 if different else 0
+
+
+def _difference(a: reader.TensorFiles, b: reader.TensorFiles, name: str) -> str | None:
+    if name not in a.places or name not in b.places:
+        return f"only in the {'first' if name in a.places else 'second'}"
+    if a.places[name].shape != b.places[name].shape:
+        return f"shape {list(a.places[name].shape)} and {list(b.places[name].shape)}"
+    count, largest = 0, 0.0
+    for box in _pieces(name, a.places[name].shape):
+        x, y = (torch.empty(box.numel, dtype=torch.float64) for _ in "ab")
+        a.read_into(box, x)
+        b.read_into(box, y)
+        differs = (x != y) & ~(x.isnan() & y.isnan())
+        count += int(differs.sum())
+        largest = max(largest, float((x - y).abs()[differs].nan_to_num(float("inf")).max()) if differs.any() else 0.0)
+    return f"{count} of {prod(a.places[name].shape)} elements differ, by at most {largest:.6g}" if count else None
+
+
+def _pieces(name: str, shape: tuple[int, ...]) -> Iterator[Box]:
+    """The whole tensor in pieces of some rows."""
+    whole, rows = Box.whole(name, shape), max(1, CHUNK_ELEMENTS // prod(shape[1:]))
+    for start in range(0, shape[0], rows):
+        yield whole.rows(start, min(start + rows, shape[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

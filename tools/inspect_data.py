@@ -1,0 +1,76 @@
+"""Look into a .bin/.idx pair: `python tools/inspect_data.py PREFIX [--tokenizer PATH] [--document N] [--verify]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from megallama.config.errors import MegallamaError
+from megallama.data.indexed import CHUNK, IndexedDataset
+from megallama.data.progress import ByteProgress
+from megallama.data.sources import read_facts
+from megallama.data.tokenizer import load_tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; 0 is success, 2 an error of the input."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("prefix", help="the pair, with or without .bin or .idx")
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="to decode documents and to check ids against its vocabulary"
+    )
+    parser.add_argument("--document", type=int, metavar="N", help="show document N (text with --tokenizer, else ids)")
+    parser.add_argument(
+        "--verify", action="store_true", help="read everything: offsets, document marks, every token id"
+    )
+    given = parser.parse_args(argv)
+    try:
+        dataset = IndexedDataset(given.prefix)
+        tokenizer = load_tokenizer(given.tokenizer) if given.tokenizer else None
+        if given.document is not None:
+            ids = dataset.document(given.document)
+            print(tokenizer.decode(ids.tolist()) if tokenizer else " ".join(map(str, ids)))
+            return 0
+        summarize(dataset)
+        if given.verify:
+            vocab_size = tokenizer.vocab_size if tokenizer else read_facts(dataset.prefix).get("vocab_size")
+            total = dataset.num_tokens * dataset.dtype.itemsize
+            with ByteProgress("verifying") as bar:
+                dataset.verify(vocab_size, lambda done: bar.update(done, total))
+            print(
+                f"verified: offsets, document marks and {dataset.num_tokens:,} ids"
+                + (f" below {vocab_size}" if vocab_size else "")
+            )
+    except (MegallamaError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def summarize(dataset: IndexedDataset) -> None:
+    """Print counts, what preprocessing recorded, and a histogram of document lengths by powers of two."""
+    counts = np.zeros(64, np.int64)
+    shortest, longest = dataset.num_tokens, 0
+    for first in range(0, dataset.num_documents, CHUNK):
+        lengths = np.diff(dataset.starts(first, min(first + CHUNK, dataset.num_documents)))
+        counts += np.bincount(np.frexp(lengths.astype(np.float64))[1], minlength=64)[
+            :64
+        ]  # bin k: 2^(k-1) <= length < 2^k
+        shortest, longest = min(shortest, int(lengths.min())), max(longest, int(lengths.max()))
+    mean = dataset.num_tokens / dataset.num_documents
+    print(
+        f"{dataset.prefix}: {dataset.num_documents:,} documents, {dataset.num_tokens:,} tokens of {dataset.dtype.name}"
+    )
+    print(f"document length: shortest {shortest:,}, mean {mean:,.1f}, longest {longest:,} tokens")
+    for key, value in read_facts(dataset.prefix).items():
+        print(f"  {key}: {value}")
+    for k in np.flatnonzero(counts):
+        low, high = (0, 0) if k == 0 else (2 ** (int(k) - 1), 2 ** int(k) - 1)
+        print(f"{low:>10,} .. {high:<10,} {counts[k]:>12,}  {'#' * max(1, int(50 * counts[k] / counts.max()))}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,87 @@
+"""Create the Makefile's virtual environment: `python tools/setup_env.py .venv base [test] [-- pip options]`.
+
+Needs nothing but Python's own library.  torch is installed first and alone, so that no other package
+chooses its version; then the pinned requirements; then this package, editable.  Everything pip says
+goes to VENV/setup.log; the terminal shows what is being fetched and for how long.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN = ("Collecting ", "Downloading ", "Using cached ", "Installing ", "Building ")
+HELP = """\
+What to do:
+  no network, a proxy     pip's own settings work here: PIP_INDEX_URL, PIP_PROXY; or make ... PIP_ARGS="--proxy URL"
+  no space left           it takes about 1.5 GB (5 GB with torch's CUDA build); make ... VENV=/somewhere/else
+  no matching version     Python 3.11 or 3.12 on Linux is needed; make ... PYTHON=/path/to/python3.11
+Then type the same command again: it goes on where it stopped."""
+
+
+def follow(lines: Iterator[str], log: Path, title: str) -> None:
+    """Copy pip's lines to `log` and show the newest interesting one: in place on a terminal, every 20 s elsewhere."""
+    start, newest, done, terminal = time.monotonic(), [""], threading.Event(), sys.stdout.isatty()
+
+    def show() -> None:
+        while not done.wait(0.5 if terminal else 20):
+            text = f"  {title}: {newest[0]} ({time.monotonic() - start:.0f} s)"
+            print(f"\r\033[K{text[:110]}" if terminal else text, end="" if terminal else "\n", flush=True)
+
+    ticker = threading.Thread(target=show, daemon=True)
+    ticker.start()
+    with log.open("a", encoding="utf-8") as out:
+        for line in lines:
+            out.write(line)
+            if line.strip().startswith(SHOWN):
+                newest[0] = " ".join(line.split()[:2]).split(";")[0]
+    done.set()
+    ticker.join()
+    print(f"{chr(13)}{chr(27)}[K" if terminal else "", end="")
+
+
+def step(title: str, command: list[str], log: Path) -> None:
+    """Run one command with visible progress; leave with status 1 and advice if it fails."""
+    start = time.monotonic()
+    with log.open("a", encoding="utf-8") as out:
+        out.write(f"\n$ {' '.join(command)}\n")
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace")
+    assert process.stdout is not None
+    follow(iter(process.stdout), log, title)
+    if status := process.wait():
+        tail = "\n".join(f"    {line}" for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
+        sys.exit(f"error: {title} failed with status {status}\n{tail}\n  whole log: {log}\n{HELP}")
+    print(f"  {title}: done in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Create the environment and install the named requirement sets."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    (target, *sets), options = arguments[:cut], arguments[cut + 1 :]
+    venv, version = Path(target).absolute(), ".".join(map(str, sys.version_info[:3]))
+    print(f"Setting up {target} for {', '.join(sets)} with Python {version}; once, 1 to 5 minutes.", flush=True)
+    if sys.version_info[:2] not in ((3, 11), (3, 12)):
+        print(f"  note: tested with Python 3.11 and 3.12; this is {version}")
+    python = str(venv / "bin" / "python")
+    venv.mkdir(parents=True, exist_ok=True)
+    log = venv / "setup.log"
+    if not Path(python).exists():
+        step("virtual environment", [sys.executable, "-m", "venv", str(venv)], log)
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *options]
+    if "base" in sets:
+        step("torch", [*pip, "-r", "requirements/torch.txt"], log)
+        step("other packages", [*pip, "-r", "requirements/base.txt"], log)
+        step("megallama", [*pip, "--no-deps", "--no-build-isolation", "-e", "."], log)
+    if "test" in sets:
+        step("test packages", [*pip, "-r", "requirements/test.txt"], log)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

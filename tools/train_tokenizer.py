@@ -1,0 +1,61 @@
+"""Train a LLaMA-style SentencePiece tokenizer.
+
+    python tools/train_tokenizer.py corpus/ --vocab-size 32000 --output tokenizer.model
+
+Input as for tools/preprocess_data.py. BPE with byte fallback, digits split, text unchanged; <unk>=0, <s>=1, </s>=2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from megallama.config.errors import MegallamaError
+from megallama.data.progress import ByteProgress
+from megallama.data.train_tokenizer import train_tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; 0 is success, 2 an error of the input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", help="files, folders or patterns")
+    parser.add_argument("--output", required=True, metavar="PATH", help="the model to write, ending in .model")
+    parser.add_argument("--vocab-size", type=int, default=32000, metavar="N", help="token ids in all (default 32000)")
+    parser.add_argument(
+        "--json-key", default="text", metavar="KEY", help="where JSON lines keep the text (default: text)"
+    )
+    parser.add_argument(
+        "--max-mb", type=float, default=200, metavar="MB", help="train on an even sample of about this much (200)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="threads (default: the cores)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    given = parser.parse_args(argv)
+    start = time.monotonic()
+    try:
+        with ByteProgress("reading", then="training", quiet=given.quiet) as bar:
+            path = train_tokenizer(
+                given.inputs,
+                given.output,
+                given.vocab_size,
+                json_key=given.json_key,
+                max_bytes=int(given.max_mb * 1e6),
+                threads=given.threads,
+                progress=bar.update,
+            )
+    except (MegallamaError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    print(f"{path}: {given.vocab_size:,} ids, {time.monotonic() - start:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
