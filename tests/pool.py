@@ -31,9 +31,10 @@ class WorkerError(Exception):
     """A rank failed; the message has its rank and traceback."""
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, port: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
     while True:
         try:
             task = pickle.loads(connection.recv_bytes())
@@ -43,7 +44,7 @@ def _serve(connection: Connection) -> None:
         failed = 0.0
         try:
             module, _, name = target.partition(":")
-            with start(launch, run) as world:
+            with start(launch, run, store=store) as world:
                 try:
                     reply = getattr(importlib.import_module(module), name)(world, *args)
                 finally:
@@ -124,7 +125,7 @@ class Pool:
 
     def _start_worker(self) -> None:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        process = self._context.Process(target=_serve, args=(theirs, self._store.port), daemon=True)
         process.start()
         theirs.close()
         self._workers.append((process, ours))

@@ -64,7 +64,8 @@ def pretend_cuda() -> None:
     cuda.Stream, cuda.Event = Nothing, Nothing
     cuda.stream = lambda *a, **k: contextlib.nullcontext()
     cuda.nvtx = types.SimpleNamespace(range_push=lambda *a: None, range_pop=lambda *a: None)
-    cuda.get_rng_state = torch.get_rng_state
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()
+    cuda._lazy_call = lambda work, **k: None  # only sets the state of CUDA's generator
     cuda.set_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
     cuda.manual_seed = torch.manual_seed
     cuda.get_device_capability = lambda *a, **k: (8, 0)

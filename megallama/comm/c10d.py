@@ -195,6 +195,10 @@ class C10d:
         rows = everyone.cpu().view(self.size, -1)
         return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths, strict=True)]
 
+    def close(self) -> None:
+        """Let go of the process groups: gloo closes its connections when nothing refers to them."""
+        del self._pg, self._down
+
     def _check(self, *tensors: Tensor) -> None:
         for tensor in tensors:
             assert tensor.is_contiguous() and tensor.numel(), f"{self.name}: {tuple(tensor.shape)} empty or strided"

@@ -208,6 +208,7 @@ class World:
     notes: list[str] = field(default_factory=list)  # what was set in this process, for the log
     timeout: timedelta = timedelta(seconds=600)
     record: FailureRecord | None = None  # None with one rank
+    opened: list[C10d] = field(default_factory=list)
 
     @property
     def rank(self) -> int:
@@ -246,7 +247,8 @@ class World:
         if name == "pp" and self.device.type == "cuda":
             down = dist.new_group(ranks, self.timeout, use_local_synchronization=True)
         group = dist.new_group(ranks, self.timeout, use_local_synchronization=True)
-        return C10d(group, name, ranks, self.rank, self.device, down)
+        self.opened.append(C10d(group, name, ranks, self.rank, self.device, down))
+        return self.opened[-1]
 
     def report_failure(self, text: str) -> None:
         """Tell the other ranks why this one is leaving: `text`'s last line. Call before `close`."""
@@ -261,6 +263,8 @@ class World:
         """End the process groups. After a failure, collectives of the other ranks break."""
         record, self.record = self.record, None
         if record is not None:
+            while self.opened:
+                self.opened.pop().close()
             dist.destroy_process_group()
             record.part(self.world_size, self.rank == 0 and not self.launch.store_kept)
 
@@ -275,10 +279,11 @@ class World:
         self.close()
 
 
-def start(launch: Launch, run: RunConfig, config_hash: str = "") -> World:
+def start(launch: Launch, run: RunConfig, config_hash: str = "", store: dist.Store | None = None) -> World:
     """Bring the ranks together on their devices.
 
-    `config_hash` must be the same on every rank; it says in a few characters what each was started with.
+    `config_hash` must be the same on every rank; it says in a few characters what each was started
+    with. `store` is one that all ranks have open already; by default rank 0 or the launcher keeps it.
     Raises: LaunchError on every rank that arrived: a rank that never came within
     run.init_timeout_seconds, different numbers of ranks, configurations, torch versions or devices,
     a rank started twice, a port that is taken, CUDA asked for and absent, more processes than GPUs.
@@ -300,18 +305,7 @@ def start(launch: Launch, run: RunConfig, config_hash: str = "") -> World:
         launch.rank, launch.world_size, launch.host, os.getpid(), torch.__version__, device.type, gpu, cores,
         config_hash, problem,
     )  # fmt: skip
-    published = port_file(launch.key) if launch.master_port == 0 else None
-    leader = launch.rank == 0
-    try:
-        seconds = run.init_timeout_seconds
-        kept = leader and not launch.store_kept
-        base = open_store(launch.master_addr, launch.master_port, published, kept, launch.rank, seconds)
-        store = dist.PrefixStore(f"megallama/{launch.attempt}", base)
-        arrivals = meet(store, mine, seconds, leader)
-    finally:
-        if leader and published is not None:
-            published.unlink(missing_ok=True)
-
+    arrivals, store = _meet(launch, mine, run.init_timeout_seconds, store)
     sharing = [a for a in arrivals if (a.host, a.cores) == (mine.host, mine.cores)]
     _set_threads(run, len(sharing), notes)
     if launch.local_size == launch.world_size and device.type == "cpu":
@@ -330,7 +324,22 @@ def start(launch: Launch, run: RunConfig, config_hash: str = "") -> World:
     assert dist.group.WORLD is not None
     world = C10d(dist.group.WORLD, "world", everybody, launch.rank, device)
     record = FailureRecord(store, launch.rank, launch.host)
-    return World(launch, device, world, tuple(a.host for a in arrivals), notes, timeout, record)
+    return World(launch, device, world, tuple(a.host for a in arrivals), notes, timeout, record, [world])
+
+
+def _meet(launch: Launch, mine: Arrival, seconds: float, store: dist.Store | None) -> tuple[list[Arrival], dist.Store]:
+    """All ranks' arrivals and this attempt's part of the store."""
+    leader = launch.rank == 0
+    published = port_file(launch.key) if launch.master_port == 0 else None
+    try:
+        if store is None:
+            keeper = leader and not launch.store_kept
+            store = open_store(launch.master_addr, launch.master_port, published, keeper, launch.rank, seconds)
+        store = dist.PrefixStore(f"megallama/{launch.attempt}", store)
+        return meet(store, mine, seconds, leader), store
+    finally:
+        if leader and published is not None:
+            published.unlink(missing_ok=True)
 
 
 def _device(launch: Launch, run: RunConfig, notes: list[str]) -> tuple[torch.device, str]:

@@ -108,14 +108,17 @@ def meet(store: dist.Store, mine: Arrival, seconds: float, leader: bool) -> list
 
     Raises: LaunchError, on every rank that arrived, with what rank 0 found wrong.
     """
+    deadline = time.monotonic() + seconds
     number = store.add("arrivals", 1)
     store.set(f"arrival/{number}", json.dumps(asdict(mine)))
     if leader:
-        arrived, problem = _collect(store, mine, seconds)
+        arrived, problem = _collect(store, mine, seconds, deadline)
         everyone = [asdict(arrived[rank]) for rank in sorted(arrived)]
         store.set("verdict", json.dumps({"problem": problem, "arrivals": everyone}))
         if problem:
-            _linger(lambda: store.add("readers", 0) >= store.add("arrivals", 0) - 1)
+            # those who are still on their way should read it too, unless the time is up
+            others = (mine.world_size if time.monotonic() < deadline else store.add("arrivals", 0)) - 1
+            _linger(lambda: store.add("readers", 0) >= others)
             raise LaunchError(problem)
         return [arrived[rank] for rank in sorted(arrived)]
     try:
@@ -129,9 +132,9 @@ def meet(store: dist.Store, mine: Arrival, seconds: float, leader: bool) -> list
     return [Arrival(**arrival) for arrival in verdict["arrivals"]]
 
 
-def _collect(store: dist.Store, mine: Arrival, seconds: float) -> tuple[dict[int, Arrival], str]:
+def _collect(store: dist.Store, mine: Arrival, seconds: float, deadline: float) -> tuple[dict[int, Arrival], str]:
     """The leader's part: everybody who arrived in time, and what is wrong with them."""
-    deadline, arrived, read, pause = time.monotonic() + seconds, {mine.rank: mine}, 0, 0.001
+    arrived, read, pause = {mine.rank: mine}, 0, 0.001
     while True:
         count = store.add("arrivals", 0)
         while read < count:
@@ -212,7 +215,7 @@ def ranges(ranks: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
-def _linger(done: Callable[[], bool], seconds: float = 5.0) -> None:
+def _linger(done: Callable[[], bool], seconds: float = 10.0) -> None:
     """Keep the store alive until the others have read it, but not for long."""
     deadline = time.monotonic() + seconds
     while not done() and time.monotonic() < deadline:

@@ -70,7 +70,7 @@ def build_corpus(
 
 
 def _write(path: Path, documents: Iterable[tuple[str, str]], max_bytes: int) -> tuple[int, int, bool]:
-    """Write documents, each content once, until one does not fit: their number, their bytes, and whether any is left."""
+    """Write documents, each content once, until one does not fit: their number, bytes, and whether any is left."""
     count = total = 0
     seen: set[bytes] = set()
     with path.open("w", encoding="utf-8") as file:

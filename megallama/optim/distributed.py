@@ -88,7 +88,7 @@ class DistributedOptimizer:
         return total.to(self.syncs[0].buffers.grads.device)
 
     def _counted(self, buffers: FlatBuffers, state: ShardState) -> list[Tensor]:
-        ranges: list[list[int]] = []  # padding takes no part: a reduction may leave anything there
+        ranges: list[list[int]] = []
         for segment in buffers.layout.segments(state.start, state.stop):
             if not segment.part.owner:
                 continue

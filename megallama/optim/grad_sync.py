@@ -29,6 +29,7 @@ class GradSync:
         self._bucket_of = {p.spec.name: b for b in buffers.layout.buckets for p in b.params}
         self._pending: dict[int, int] = {}
         self._handles: dict[int, Handle] = {}
+        self._padding = self._gaps()
 
     def start_step(self) -> None:
         """Nothing of this step has been reduced yet."""
@@ -53,6 +54,8 @@ class GradSync:
         for handle in self._handles.values():
             handle.wait()
         self._handles.clear()
+        for gap in self._padding:  # a reduction may have left anything there
+            gap.zero_()
         self._sum_copies()
 
     def shard(self, bucket: Bucket) -> Tensor:
@@ -82,6 +85,17 @@ class GradSync:
     def _shard_segments(self) -> list[Segment]:
         layout, dp = self.buffers.layout, self._groups.dp
         return [s for b in layout.buckets for s in layout.segments(*b.shard(dp.size, dp.rank))]
+
+    def _gaps(self) -> list[Tensor]:
+        """The ranges of this rank's shards that hold no element of the model."""
+        dp, gaps = self._groups.dp, []
+        for bucket in self.buffers.layout.buckets:
+            at, stop = bucket.shard(dp.size, dp.rank)
+            for segment in self.buffers.layout.segments(at, stop):
+                gaps.append(self.buffers.grads[at : segment.offset])
+                at = segment.offset + segment.count
+            gaps.append(self.buffers.grads[at:stop])
+        return [gap for gap in gaps if gap.numel()]
 
     def _sum_segments(self, segments: list[Segment], group: Group) -> None:
         """All-reduce the segments as one packed tensor; they lie alike on every rank of the group."""

@@ -22,11 +22,10 @@ def arrival(rank: int, size: int = 4, **changes: Any) -> Arrival:
 
 def gather(arrivals: list[Arrival], seconds: float = 5.0) -> list[list[Arrival] | str]:
     """meet() of all arrivals; what each got, or its error."""
-    keeper = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.HashStore()
     results: list[list[Arrival] | str] = [""] * len(arrivals)
 
     def body(index: int) -> None:
-        store = dist.TCPStore("127.0.0.1", keeper.port, is_master=False)
         mine = arrivals[index]
         try:
             results[index] = meet(store, mine, seconds, leader=mine.rank == 0)
@@ -129,7 +128,7 @@ def test_a_published_port_is_free_and_private(tmp_path: Path) -> None:
 
 
 def test_first_failure() -> None:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.HashStore()
     one, two = FailureRecord(store, 1, "a"), FailureRecord(store, 2, "b")
     assert one.first() is None
     two.report("Traceback ...\n  line\nValueError: disk full\n")
@@ -138,7 +137,7 @@ def test_first_failure() -> None:
 
 
 def test_an_echo_of_a_failure_is_called_one() -> None:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.HashStore()
     record = FailureRecord(store, 1, "a")
     record.report("RuntimeError: Connection closed by peer")
     assert record.first() == (

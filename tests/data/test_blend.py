@@ -48,12 +48,11 @@ def test_fifty_sources(kind: str) -> None:
     check(blend, 0, 3 * blend.block_length)
 
 
-def test_many_sources_due_at_once_at_a_block_end() -> None:
-    """Rounding up the largest remainders at a block end would fail here."""
-    for heavy in (390, 391, 397, 399):
-        blend = Blend([heavy] * 25 + [400 - heavy] * 25)
-        for block in range(6):
-            check(blend, block * blend.block_length, blend.block_length)
+@pytest.mark.parametrize("weights, block", [([1, 1, 14, 14, 14], 3), ([21, 2, 20, 1], 0), ([3, 3, 6, 1, 1], 2)])
+def test_block_ends_leave_room_on_both_sides(weights: list[float], block: int) -> None:
+    """Rounding up the largest remainders there breaks the first of these; the earliest deadlines, the other two."""
+    blend = Blend(weights)
+    check(blend, max(block - 1, 0) * blend.block_length, 3 * blend.block_length)
 
 
 def test_any_sample_can_be_asked_for_at_once() -> None:

@@ -74,7 +74,7 @@ def test_synthetic_data_needs_no_files() -> None:
 
 
 def test_no_training_data_is_an_error() -> None:
-    with pytest.raises(DataError, match=r'data.train is empty; write data.train=\["path/prefix"\] .* or data.synthetic'):
+    with pytest.raises(DataError, match=r'data.train is empty; write data.train=\["path/prefix"\] .* data.synth'):
         open_sources(config([]), 8, 1, 50)
 
 
@@ -85,7 +85,7 @@ def test_missing_truncated_and_small_sources(corpus: Path, tmp_path: Path) -> No
     with pytest.raises(DataError, match="small holds 5 tokens, fewer than one sample of batch.seq_length . 1 = 9"):
         open_sources(config([(Path(f"{corpus}_train"), 1), (small, 1)]), 8, 1, 330)
     os.truncate(f"{corpus}_train.bin", 1000)
-    with pytest.raises(DataError, match=r"text_train.bin has 1000 bytes, expected \d+ from text_train.idx: .* truncated"):
+    with pytest.raises(DataError, match=r"text_train.bin has 1000 bytes, expected \d+ from text_train.idx"):
         open_sources(config([(Path(f"{corpus}_train"), 1)]), 8, 1, 330)
 
 
