@@ -78,7 +78,7 @@ def gemm_rows(seconds: float) -> list[Row]:
         for label, dtype in DTYPES.items():
             x, w, g = (torch.randn(s, dtype=dtype) for s in ((m, k), (n, k), (m, n)))
             y, dx, dw = torch.empty_like(g), torch.empty_like(x), torch.empty_like(w)
-            yt, dxt, dwt = torch.empty(n, m, dtype=dtype), torch.empty(k, m, dtype=dtype), torch.empty(k, n, dtype=dtype)
+            yt, dxt, dwt = (torch.empty(s, dtype=dtype) for s in ((n, m), (k, m), (k, n)))
             h = m // 2
             works: dict[str, Callable[[], Any]] = {
                 "fwd": lambda x=x, w=w, y=y: torch.mm(x, w.t(), out=y),
@@ -227,7 +227,8 @@ def adam_rows(seconds: float) -> list[Row]:
     n = 8_000_000
     p, g, m, v = torch.randn(n), torch.randn(n), torch.zeros(n), torch.zeros(n)
     low, step = torch.empty(n, dtype=torch.bfloat16), torch.tensor(1.0)
-    adam = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": False, "maximize": False}
+    adam = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8}
+    adam |= {"amsgrad": False, "maximize": False}
     works: dict[str, Callable[[], Any]] = {
         "fused AdamW": lambda: torch._fused_adamw_([p], [g], [m], [v], [], [step], **adam),
         "norm by dot": lambda: torch.dot(g, g),
@@ -301,6 +302,14 @@ UNITS = {
 }
 
 
+def probe(dtype: torch.dtype) -> float:
+    """GFLOP/s of a 1024-cubed product, through torch or oneDNN, whichever is faster here."""
+    a, b = (torch.randn(1024, 1024, dtype=dtype) for _ in range(2))
+    ways = (lambda: torch.mm(a, b.t()), lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+    times = [attempt(way, 1.0) for way in ways]
+    return 2 * 1024**3 / min(t for t in times if t) / 1e9
+
+
 def child(section: str, threads: int, seconds: float, ranks: int = 1) -> list[Row]:
     """Measure one section in fresh processes (so that the number of threads holds from the start)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -334,8 +343,12 @@ def main() -> None:
     parser.add_argument("--threads", default="1,2", help="thread counts, comma-separated")
     parser.add_argument("--seconds", type=float, default=0.1, help="time per figure")
     parser.add_argument("--out", type=Path, help="also write the tables here")
+    parser.add_argument("--probe", choices=DTYPES, help="print only the GFLOP/s of a large product")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.probe:
+        print(round(probe(DTYPES[args.probe]), 1))
+        return
     if args.child:
         torch.manual_seed(0)
         args.out.write_text(json.dumps(MEASURE[args.child](args.seconds)))

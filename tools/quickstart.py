@@ -48,7 +48,7 @@ from megallama.train.plot import plot_loss, read_metrics  # noqa: E402
 CONFIG = "examples/quickstart.toml"
 STEPS, BATCH_TOKENS, MAX_VOCABULARY = 200, 32 * 256, 4096
 CORPUS_BYTES, TEXT_BYTES = 8_000_000, 16_000_000  # of the embedded corpus, of the reader's own
-HELD_OUT = (0.03, 0.1, 0.3)  # share of documents: the first that holds out a batch of tokens
+HELD_OUT = (0.02, 0.1, 0.3)  # share of documents: the first that holds out a batch of tokens
 MAX_EPOCHS = 10  # a small text is not repeated more often
 FINISHED, SAVED = 0, 75  # exit statuses of pretrain
 PROMPT = "def read_file(path"
@@ -232,7 +232,7 @@ class Quickstart:
         self.vocabulary, self.steps, self.baseline, self.baseline_bits = MAX_VOCABULARY, STEPS, 0.0, 0.0
         self.facts: dict[str, dict[str, Any]] = {}
         self.began = time.monotonic()
-        self.stage = 0
+        self.stage = self.told = 0  # steps begun, evaluations shown
 
     def run(self) -> None:
         """All of it."""
@@ -344,6 +344,7 @@ class Quickstart:
             self.say(f"  step {step}: SIGTERM to all {count} ranks, as Slurm sends it before it takes the nodes away")
             ranks.signal(signal.SIGTERM)
             statuses = ranks.wait(120)
+            self.tell_evaluations()
             if set(statuses) != {SAVED}:
                 raise StepFailed(f"after SIGTERM every rank should save and leave with {SAVED}; {ranks.report()}")
         saved = max((self.folder / "checkpoints").glob("step-*"), default=None)
@@ -359,15 +360,12 @@ class Quickstart:
         state = TextColumn("{task.fields[state]}")
         columns = [TextColumn("  {task.description}"), BarColumn(), TimeElapsedColumn(), state]
         live = self.console.is_terminal
-        step, evaluations = 0, len(self.records("valid"))
+        step = 0
         with Progress(*columns, console=self.console, disable=not live, transient=True) as bar:
             task = bar.add_task("starting", total=self.steps, state=f"{self.machine.ranks} ranks load torch and meet")
             spoken, old = time.monotonic(), self.records("train")[-1:]
             while ranks.running():
-                for record in self.records("valid")[evaluations:]:
-                    evaluations += 1
-                    bits = f", {record['bits_per_byte']:.3f} bits/byte" if record.get("bits_per_byte") else ""
-                    self.say(f"  step {record['step']}: validation loss {record['loss']:.3f}{bits}")
+                self.tell_evaluations()
                 newest = self.records("train")[-1:]
                 if newest and newest != old:
                     old, step = newest, newest[0]["step"]
@@ -375,9 +373,15 @@ class Quickstart:
                 if until is not None and step >= until:
                     break
                 time.sleep(0.3)
-        for record in self.records("valid")[evaluations:]:
-            self.say(f"  step {record['step']}: validation loss {record['loss']:.3f}")
+        self.tell_evaluations()
         return step
+
+    def tell_evaluations(self) -> None:
+        """Print the evaluations that have not been printed yet."""
+        for record in self.records("valid")[self.told :]:
+            self.told += 1
+            bits = f", {record['bits_per_byte']:.3f} bits/byte" if record.get("bits_per_byte") else ""
+            self.say(f"  step {record['step']}: validation loss {record['loss']:.3f}{bits}")
 
     def show(self, bar: Progress, task: TaskID, record: dict[str, Any], spoken: float) -> float:
         """One record on the bar, or every 10 s as a line where there is no terminal; when the last line was."""

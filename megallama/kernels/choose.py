@@ -17,7 +17,7 @@ from torch import Tensor
 from megallama.config.schema import OptimizerConfig
 from megallama.kernels import accelerated
 from megallama.kernels.adam import AdamWStep, adamw_step
-from megallama.kernels.attention import Attend, plain_attention, sdpa
+from megallama.kernels.attention import Attend, blocked_attention, plain_attention, sdpa
 from megallama.kernels.gemm import MatmulNT, matmul_nt, onednn_matmul_nt, processor
 from megallama.kernels.norm import accumulate_dtype
 from megallama.kernels.wgrad import AddWgrad, add_wgrad_cuda, add_wgrad_with
@@ -55,7 +55,10 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     cuda = device.type == "cuda"
     attention, chose_attention = _first(
         "attention",
-        [("Transformer Engine", lambda: _checked_attention(accelerated.te_attention(cuda, dtype), device, dtype))],
+        [
+            ("Transformer Engine", lambda: _checked_attention(accelerated.te_attention(cuda, dtype), device, dtype)),
+            ("blocks of matrix products", lambda: _checked_attention(_blocked(cuda, dtype), device, dtype)),
+        ],
         ("torch scaled_dot_product_attention", lambda n, k, d: sdpa),
     )
     product, chose_product = _first(
@@ -97,6 +100,12 @@ def _torch_wgrad(cuda: bool, dtype: torch.dtype) -> AddWgrad:
     if not cuda or accumulate_dtype(dtype) == dtype:
         raise accelerated.Refused("CUDA with 16-bit weights only")
     return add_wgrad_cuda
+
+
+def _blocked(cuda: bool, dtype: torch.dtype) -> Callable[[int, int, int], Attend]:
+    if cuda or dtype not in (torch.bfloat16, torch.float16):
+        raise accelerated.Refused("16-bit formats on a CPU only")
+    return lambda num_heads, num_kv_heads, head_dim: blocked_attention
 
 
 def _onednn(device: torch.device, dtype: torch.dtype) -> MatmulNT:

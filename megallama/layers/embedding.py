@@ -53,8 +53,7 @@ class _Embed(Function):
         layer: VocabParallelEmbedding = ctx.layer
         full, handle = layer.tp.gather_rows(grads[0])
         handle.wait()
-        if layer.tp.group.size == 1:
-            layer.param.add_rows(ctx.rows, full)
-        else:
-            layer.param.add_rows(ctx.rows[ctx.held], full[ctx.held])
+        if layer.tp.group.size > 1:  # zeros for rows of others: picking rows would wait for the device
+            full = full.masked_fill(~ctx.held.unsqueeze(1), 0)
+        layer.param.add_rows(ctx.rows, full)
         return None, None, None

@@ -6,8 +6,9 @@ the hidden states and of the head, and is gone.  So the logits of a micro-batch 
 in fp32 even those of a chunk exist only a block of rows at a time, and the backward pass has nothing
 left to compute but the norm.
 
-Over tp two small reductions a chunk make it exact: the row maximum, then the sum of exponentials
-together with the logit of the label (Shoeybi et al. 2019).  Padding columns of the vocabulary take
+Over tp two small reductions a chunk make it exact: the maximum over ranks of the logarithm of each
+rank's sum of exponentials, then the sum over ranks together with the logit of the label (Shoeybi et
+al. 2019).  Padding columns of the vocabulary take
 no part.  Labels are marked as not counted by `mask`, never by their value.
 """
 
@@ -24,7 +25,7 @@ from megallama.layers.linear import TensorParallel
 from megallama.layers.norm import RMSNorm
 from megallama.layers.param import Param
 
-ROWS_IN_FP32 = 64  # rows of logits that exist in fp32 at a time when they are computed in 16 bits
+ELEMENTS_IN_FP32 = 1 << 19  # logits that exist in fp32 at a time when they are computed in 16 bits
 
 
 class LossHead:
@@ -62,37 +63,46 @@ class LossHead:
     def chunk(self, hidden: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Losses [c] of hidden rows [c, h], and the gradient of the logits [c, V/t] if `scale` [c] is given."""
         logits = self.param.project(hidden)
-        wide = accumulate_dtype(logits.dtype)
         local = logits[:, : self.valid]
-        top = self._row_maximum(local, wide)
-        self.tp.group.all_reduce(top, "max").wait()
+        wide = accumulate_dtype(logits.dtype)
         index = labels - self.first
         held = (index >= 0) & (index < self.valid)
         index = index.clamp_(0, max(0, self.valid - 1)).unsqueeze(1)
-        stats = torch.zeros(2, len(labels), dtype=wide, device=logits.device)  # sum of exponentials, logit of the label
+        mine = logits.new_full((len(labels),), -torch.inf, dtype=wide)  # log of the sum of exponentials held here
+        stats = torch.zeros(2, len(labels), dtype=wide, device=logits.device)
+        alone = self.tp.group.size == 1  # then the softmax held here is the whole one: one pass less over the logits
         if self.valid:
-            stats[1] = torch.where(held, local.gather(1, index).squeeze(1).to(wide) - top, 0)
-            self._exponentials(local, top, stats[0])
+            self._softmax(local, index, mine, stats[1], scale if alone else None)
+            stats[1].mul_(held)
+        top = mine.clone()
+        self.tp.group.all_reduce(top, "max").wait()
+        stats[0] = torch.exp(mine - top)
         self.tp.group.all_reduce(stats).wait()
-        if scale is not None and self.valid:  # softmax * scale - scale at the label
-            local.mul_((scale / stats[0]).unsqueeze(1))
-            local.scatter_add_(1, index, torch.where(held, -scale, 0).to(logits.dtype).unsqueeze(1))
+        total = top + stats[0].log()
+        if scale is not None and self.valid:
+            if not alone:
+                local.mul_((torch.exp(mine - total) * scale).unsqueeze(1))
+            local.scatter_add_(1, index, (-scale * held).to(logits.dtype).unsqueeze(1))
         logits[:, self.valid :] = 0
-        return stats[0].log() - stats[1], logits
-
-    def _row_maximum(self, local: Tensor, wide: torch.dtype) -> Tensor:
-        if self.valid == 0:
-            return local.new_full(local.shape[:1], -torch.inf, dtype=wide)
-        return local.amax(1).to(wide)
+        return total - stats[1], logits
 
     @staticmethod
-    def _exponentials(local: Tensor, top: Tensor, sums: Tensor) -> None:
-        """Replace logits by exp(logit - top) and write their row sums, a block of rows in fp32 at a time."""
-        for a in range(0, len(local), ROWS_IN_FP32):
-            rows = slice(a, a + ROWS_IN_FP32)
-            exps = torch.sub(local[rows], top[rows].unsqueeze(1)).exp_()
-            torch.sum(exps, 1, out=sums[rows])
-            local[rows] = exps
+    def _softmax(local: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
+        """Replace logits by softmax (times `scale`), a few rows in fp32 at a time.
+
+        Writes log(sum(exp(logits))) and the logit at `index` of every row.  The logarithm needs no second
+        pass of exponentials: the largest probability is exp(largest logit) / sum.
+        """
+        rows_at_once = max(1, ELEMENTS_IN_FP32 // local.shape[1])
+        for a in range(0, len(local), rows_at_once):
+            rows = slice(a, a + rows_at_once)
+            exact = local[rows].to(log_sum.dtype)
+            chances = torch.softmax(exact, 1)
+            torch.sub(exact.amax(1), chances.amax(1).log_(), out=log_sum[rows])
+            picked[rows] = exact.gather(1, index[rows]).squeeze(1)
+            if scale is not None:
+                chances.mul_(scale[rows].unsqueeze(1))
+            local[rows] = chances
 
 
 class _NormHeadLoss(Function):

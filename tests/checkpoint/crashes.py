@@ -23,7 +23,17 @@ import torch
 
 from megallama.config.schema import ModelConfig
 from megallama.plan.topology import Topology
-from tests.checkpoint.states import boxes, empty_solo, make_config, make_manager, make_state, on_grid, solo_shards, take
+from tests.checkpoint.states import (
+    boxes,
+    empty,
+    empty_solo,
+    make_config,
+    make_manager,
+    make_state,
+    on_grid,
+    solo_shards,
+    take,
+)
 
 MODEL = ModelConfig(hidden_size=8, num_layers=1, num_heads=2, ffn_hidden_size=12, vocab_size=24)
 CALLS = ("open", "mkdir", "posix_fallocate", "pwrite", "fsync", "rename", "unlink", "rmdir", "link", "close")
@@ -56,11 +66,13 @@ def save(folder: Path, ranks: int, number: int) -> None:
 
     def rank(group: Any) -> None:
         manager = make_manager(folder, config, group, shard_bytes=1 << 20, lease_seconds=60.0)
+        shards = take(state, boxes(MODEL, grid, 1, group.rank, owned=True))
+        manager.resume(empty([s.box for s in shards]))  # so that the checkpoint before it is ours to delete
         if group.rank == 0:
             die_at(number)
         group.barrier()
         manager.acquire()
-        manager.save(2, take(state, boxes(MODEL, grid, 1, group.rank, owned=True)), {"step": 2, "new": True})
+        manager.save(2, shards, {"step": 2, "new": True})
         manager.release()
 
     on_grid(grid, rank)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ def arrival(rank: int, size: int = 4, **changes: Any) -> Arrival:
     return replace(Arrival(rank, size, f"host{rank // 2}", 100 + rank, "2.13.0", config="abc"), **changes)
 
 
-def gather(arrivals: list[Arrival], seconds: float = 5.0) -> list[list[Arrival] | str]:
-    """meet() of all arrivals; what each got, or its error."""
+def gather(arrivals: list[Arrival], seconds: float = 5.0, pause: float = 0.0) -> list[list[Arrival] | str]:
+    """meet() of all arrivals, `pause` seconds apart; what each got, or its error."""
     store = dist.HashStore()
     results: list[list[Arrival] | str] = [""] * len(arrivals)
 
@@ -35,6 +36,7 @@ def gather(arrivals: list[Arrival], seconds: float = 5.0) -> list[list[Arrival] 
     threads = [threading.Thread(target=body, args=(index,)) for index in range(len(arrivals))]
     for thread in threads:
         thread.start()
+        time.sleep(pause)
     for thread in threads:
         thread.join()
     return results
@@ -99,7 +101,7 @@ def test_ranks_that_share_a_gpu() -> None:
 
 
 def test_a_problem_of_rank_0_reaches_everybody() -> None:
-    assert gather([arrival(0, 2, problem="no GPU here"), arrival(1, 2)]) == ["no GPU here"] * 2
+    assert gather([arrival(0, 2, problem="no GPU here"), arrival(1, 2)], pause=0.2) == ["no GPU here"] * 2
 
 
 def test_port_taken() -> None:

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def test_a_cpu_takes_torch_and_says_why() -> None:
     lines = [str(c) for c in choose.choose_kernels(CPU, torch.bfloat16).choices]
     assert lines == [
-        "attention: torch scaled_dot_product_attention (not Transformer Engine: no CUDA device)",
+        "attention: blocks of matrix products (not Transformer Engine: no CUDA device)",
         "matrix product: torch mm (not oneDNN: fp32 on a CPU only)",
         "weight gradient: torch mm, then add (not Transformer Engine: no CUDA device; not apex: no CUDA device; "
         "not torch addmm into fp32: CUDA with 16-bit weights only)",
