@@ -227,7 +227,7 @@ def adam_rows(seconds: float) -> list[Row]:
     n = 8_000_000
     p, g, m, v = torch.randn(n), torch.randn(n), torch.zeros(n), torch.zeros(n)
     low, step = torch.empty(n, dtype=torch.bfloat16), torch.tensor(1.0)
-    adam = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8}
+    adam: Row = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8}
     adam |= {"amsgrad": False, "maximize": False}
     works: dict[str, Callable[[], Any]] = {
         "fused AdamW": lambda: torch._fused_adamw_([p], [g], [m], [v], [], [step], **adam),

@@ -37,6 +37,16 @@ def busy_seconds() -> float:
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
+def wait_for_calm(limit: float) -> None:
+    """Return when the other processes have used less than 0.15 core for 2 s, or after `limit` [s]."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        busy = busy_seconds()
+        time.sleep(2)
+        if busy_seconds() - busy < 0.3:
+            return
+
+
 def free_port() -> int:
     """A TCP port nobody listens on now."""
     with socket.socket() as s:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import step
 from drivers.work import LAYOUTS
-from launch import BenchmarkError, launch
+from launch import BenchmarkError, launch, wait_for_calm
 from report import Run, header, median, save, table
 
 DRIVERS = Path(__file__).resolve().parent / "drivers"
@@ -101,16 +101,25 @@ def measure_row(row: tuple[str, str, str], args: argparse.Namespace) -> list[Run
         chosen = [p for p in chosen if p.name in args.peers.split(",")]
     runs: list[Run] = []
     for _ in range(args.rounds):
+        wait_for_calm(args.calm)
         runs.append(step.measure(shape, layout, dtype, args.steps, args.set, args.timeout))
         say(runs[-1])
         for peer in list(chosen):
             try:
+                wait_for_calm(args.calm)
                 runs.append(run_peer(peer, row, args))
                 say(runs[-1])
             except BenchmarkError as error:
                 chosen.remove(peer)
                 print(f"{peer.name} failed on {' '.join(row)}: {error}", file=sys.stderr)
     return runs
+
+
+def peer_versions(python: str) -> str:
+    """What is installed where the peers run."""
+    names = ("torch", "transformers", "litgpt", "lightning", "megatron-core")
+    code = f"import importlib.metadata as m; print(', '.join(n + ' ' + m.version(n) for n in {names}))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def say(run: Run) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from drivers.work import BETAS, CLIP, DECAY, EPS, LAYOUTS, LR, SHAPES, Layout, Shape, result
-from launch import Outcome, launch
+from launch import Outcome, launch, wait_for_calm
 from report import Run, header, median, save, table
 
 HERE = Path(__file__).resolve().parent
@@ -125,6 +125,7 @@ def add_row_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layouts", default="a,b,c,d,e")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=9, help="per run; the first two are not counted")
+    parser.add_argument("--calm", type=float, default=0, help="wait at most this long for an idle machine [s]")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of ours")
 
 
@@ -135,8 +136,12 @@ def main() -> None:
     runs: list[Run] = []
     lines = []
     for shape, dtype, layout in rows(args):
+        wait_for_calm(args.calm)
         rate = probe(layout, dtype)
-        mine = [measure(shape, layout, dtype, args.steps, args.set) for _ in range(args.rounds)]
+        mine = []
+        for _ in range(args.rounds):
+            wait_for_calm(args.calm)
+            mine.append(measure(shape, layout, dtype, args.steps, args.set))
         runs += mine
         speed = median([r.tokens_per_second for r in mine])
         used = speed * flops_per_token(SHAPES[shape]) / 1e9

@@ -84,8 +84,8 @@ def _probabilities(queries: Tensor, keys: Tensor) -> Tensor:
     """softmax of the scores of the last rows [b n, r, d] of a causal square over keys [b n, e, d]."""
     rows, scale = queries.shape[1], queries.shape[2] ** -0.5
     scores = torch.baddbmm(queries.new_empty(()), queries, keys.transpose(1, 2), beta=0, alpha=scale)
-    future = torch.ones(rows, rows, dtype=torch.bool, device=queries.device).triu_(1)
-    scores[:, :, scores.shape[2] - rows :].masked_fill_(future, -torch.inf)
+    future = torch.full((rows, rows), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
+    scores[:, :, scores.shape[2] - rows :].add_(future)  # far faster than masked_fill_ on a CPU
     return torch.softmax(scores, -1)
 
 

@@ -1,12 +1,12 @@
 """RMSNorm (Zhang & Sennrich 2019) and its gradient, for activations [T, h] and a weight [h].
 
-Statistics are fp32 (fp64 for fp64): one reciprocal root mean square per row is all that the
-backward needs besides the input.
+The backward needs nothing but the input: the root mean squares are formed again in its own pass.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,27 +15,23 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``x / rms(x) * weight`` in x's format, and 1/rms as [T, 1] in fp32."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulate_dtype(x.dtype))
-    rstd = (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()
-    return normalize(x, rstd, weight), rstd
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / rms(x) * weight`` in x's format; the same bits on every call."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def normalize(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    """The normalised rows again, from the statistics: bitwise what `rms_norm` returned."""
-    wide = x * rstd
-    return torch.mul(wide, weight, out=wide if wide.dtype == x.dtype else torch.empty_like(x))
-
-
-def rms_norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(dx [T, h] in x's format, dweight [h] in fp32).
 
-    With n = x * rstd and g = dy * weight: dx = rstd * (g - n * mean(g * n)), dweight = sum over rows of dy * n.
+    With r = 1/rms, n = x r and p = dy n: dweight is the sum of p over rows, and
+    dx = r (dy weight - n mean(p weight)).
     """
-    n = x * rstd  # rstd is fp32, so everything below is
-    dweight = (dy * n).sum(0)
-    g = dy * weight.to(n.dtype)
-    mean = (g * n).mean(-1, keepdim=True)
-    dx = g.sub_(n.mul_(mean)).mul_(rstd)
-    return dx.to(x.dtype), dweight
+    wide = accumulate_dtype(x.dtype)
+    columns = x.shape[-1]
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
+    rstd = square.div_(columns).add_(eps).rsqrt_()
+    normed, grad, scale = x.to(wide) * rstd, dy.to(wide), weight.to(wide)
+    product = grad * normed
+    mean = torch.mv(product, scale).div_(columns).unsqueeze(1)
+    dx = (grad * scale).addcmul_(normed, mean, value=-1).mul_(rstd)
+    return dx.to(x.dtype), product.sum(0)

@@ -39,8 +39,7 @@ def rope_tables(
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Turn x [b, s, heads, d] in place by its positions; with -sin it is the inverse, and so the gradient."""
     half = x.shape[-1] // 2
-    a, b = x[..., :half], x[..., half:]
-    turned_a = (a * cos).sub_(b * sin)
-    turned_b = (b * cos).add_(a * sin)
-    a.copy_(turned_a)
-    b.copy_(turned_b)
+    wide = x.to(cos.dtype, copy=True)  # fp32 for 16-bit activations
+    a, b = wide[..., :half], wide[..., half:]
+    x[..., :half] = (a * cos).addcmul_(b, sin, value=-1)
+    x[..., half:] = (b * cos).addcmul_(a, sin)

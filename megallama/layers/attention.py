@@ -35,20 +35,24 @@ class RotaryAttention:
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views [b, s, heads, d] of the three parts of a packed tensor."""
-        seq, n, k = self.cos.shape[0], self.num_heads, self.num_kv_heads
-        heads = qkv.view(-1, seq, n + 2 * k, qkv.shape[1] // (n + 2 * k))
-        q, key, v = heads.split([n, k, k], dim=2)
-        return q, key, v
+        q, k, v = self._heads(qkv).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        return q, k, v
+
+    def turning(self, qkv: Tensor) -> Tensor:
+        """The view [b, s, n + k, d] of queries and keys, which are turned by their positions."""
+        return self._heads(qkv)[:, :, : self.num_heads + self.num_kv_heads]
+
+    def _heads(self, qkv: Tensor) -> Tensor:
+        heads = self.num_heads + 2 * self.num_kv_heads
+        return qkv.view(-1, self.cos.shape[0], heads, qkv.shape[1] // heads)
 
 
 class _RotateSplit(Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, layer: RotaryAttention) -> tuple[Tensor, Tensor, Tensor]:
         ctx.layer, ctx.shape = layer, qkv.shape
-        q, k, v = layer.split(qkv)
-        rotate_(q, layer.cos, layer.sin)
-        rotate_(k, layer.cos, layer.sin)
-        return q, k, v
+        rotate_(layer.turning(qkv), layer.cos, layer.sin)
+        return layer.split(qkv)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -56,7 +60,5 @@ class _RotateSplit(Function):
         packed = grads[0].new_empty(ctx.shape)
         for part, grad in zip(layer.split(packed), grads, strict=True):
             part.copy_(grad)
-        q, k, _ = layer.split(packed)
-        rotate_(q, layer.cos, -layer.sin)
-        rotate_(k, layer.cos, -layer.sin)
+        rotate_(layer.turning(packed), layer.cos, -layer.sin)
         return packed, None

@@ -94,26 +94,26 @@ class RowParallelLinear:
 class _NormColumn(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: ColumnParallelLinear) -> Tensor:
-        normed, rstd = layer.norm.forward(x)
+        normed = layer.norm.forward(x)
         full, gather = layer.tp.gather_rows(normed)
         gather.wait()
         ctx.layer = layer
-        ctx.save_for_backward(x, rstd, *([normed] if layer.tp.keep else []))
+        ctx.save_for_backward(x, *([normed] if layer.tp.keep else []))
         return layer.param.project(full)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (dy,) = grads
         layer: ColumnParallelLinear = ctx.layer
-        x, rstd, *kept = ctx.saved_tensors
-        normed = kept[0] if kept else layer.norm.again(x, rstd)
+        x, *kept = ctx.saved_tensors
+        normed = kept[0] if kept else layer.norm.forward(x)
         full, gather = layer.tp.gather_rows(normed)
         partial = layer.param.project_back(dy)
         dnormed, scatter = layer.tp.sum_rows(partial)
         gather.wait()
         layer.param.add_wgrad(dy, full)
         scatter.wait()
-        return layer.norm.backward(dnormed, x, rstd), None
+        return layer.norm.backward(dnormed, x), None
 
 
 class _GatedRow(Function):

@@ -51,7 +51,7 @@ class LossHead:
 
     def logits(self, x: Tensor) -> Tensor:
         """All logits [T, V]: for evaluation of few tokens and for tests."""
-        normed, _ = self.norm.forward(x)
+        normed = self.norm.forward(x)
         full, handle = self.tp.gather_rows(normed)
         handle.wait()
         local = self.param.project(full)
@@ -116,7 +116,7 @@ class _NormHeadLoss(Function):
         head: LossHead,
         train: bool,
     ) -> Tensor:
-        normed, rstd = head.norm.forward(x)
+        normed = head.norm.forward(x)
         full, handle = head.tp.gather_rows(normed)
         handle.wait()
         wide = accumulate_dtype(x.dtype)
@@ -135,12 +135,12 @@ class _NormHeadLoss(Function):
             dnormed, handle = head.tp.sum_rows(grad)
             handle.wait()
             ctx.head = head
-            ctx.save_for_backward(x, rstd, dnormed)
+            ctx.save_for_backward(x, dnormed)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         head: LossHead = ctx.head
-        x, rstd, dnormed = ctx.saved_tensors
+        x, dnormed = ctx.saved_tensors
         head.param.contributed()
-        return head.norm.backward(dnormed, x, rstd), None, None, None, None, None
+        return head.norm.backward(dnormed, x), None, None, None, None, None

@@ -8,27 +8,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megallama.kernels.norm import normalize, rms_norm, rms_norm_backward
+from megallama.kernels.norm import rms_norm, rms_norm_backward
 from megallama.layers.param import Param
 
 
 class RMSNorm:
-    """x / rms(x) * weight; the statistics are kept, the result can be made again from them."""
+    """x / rms(x) * weight. Nothing is kept: result and statistics can be made again from the input."""
 
     def __init__(self, param: Param, eps: float) -> None:
         self.param = param
         self.eps = eps
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, h] -> the normalised rows and their fp32 statistics [T, 1]."""
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, h] -> the normalised rows, the same bits on every call."""
         return rms_norm(x, self.param.weight, self.eps)
 
-    def again(self, x: Tensor, rstd: Tensor) -> Tensor:
-        """What `forward` returned, bitwise."""
-        return normalize(x, rstd, self.param.data)
-
-    def backward(self, dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+    def backward(self, dy: Tensor, x: Tensor) -> Tensor:
         """Gradient of x; the weight's goes into main_grad."""
-        dx, dweight = rms_norm_backward(dy, x, rstd, self.param.data)
+        dx, dweight = rms_norm_backward(dy, x, self.param.weight, self.eps)
         self.param.add_grad(dweight)
         return dx

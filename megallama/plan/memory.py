@@ -74,11 +74,10 @@ def saved_bytes(config: Config, recompute: str | None = None) -> int:
 
 
 def statistics_bytes(config: Config) -> int:
-    """Bytes of fp32 row statistics that one layer keeps beside `saved_bytes`."""
+    """Bytes of fp32 row statistics that one layer keeps beside `saved_bytes`: a logsumexp a head in fused attention."""
     if config.memory.recompute == "full":
         return 0
-    tokens, rows = _tokens_and_rows(config)
-    return 4 * (2 * rows + tokens * config.model.num_heads // config.parallel.tp)
+    return 4 * _tokens_and_rows(config)[0] * config.model.num_heads // config.parallel.tp
 
 
 def rank_memory(config: Config, stages: Stages, schedule: Schedule, dp: int, pp_rank: int) -> RankMemory:

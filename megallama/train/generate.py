@@ -93,7 +93,7 @@ class Llama:
         return F.linear(self._norm(x[-1:] if last_only else x, "model.norm"), self.head)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return rms_norm(x, self.weights[name + ".weight"], self.model.norm_eps)[0]
+        return rms_norm(x, self.weights[name + ".weight"], self.model.norm_eps)
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.weights[name + ".weight"])

@@ -51,8 +51,8 @@ def test_grouped_heads() -> None:
 
 def test_row_statistics() -> None:
     tokens, heads = 4 * 2048, 32
-    assert statistics_bytes(config("model.preset=llama-7b")) == 4 * tokens * (2 + heads)
-    assert statistics_bytes(config("model.preset=llama-7b", "parallel.tp=2")) == 4 * tokens * (2 + heads) // 2
+    assert statistics_bytes(config("model.preset=llama-7b")) == 4 * tokens * heads
+    assert statistics_bytes(config("model.preset=llama-7b", "parallel.tp=2")) == 4 * tokens * heads // 2
     assert statistics_bytes(config("model.preset=llama-7b", "memory.recompute=full")) == 0
 
 
