@@ -81,20 +81,20 @@ def gemm_rows(seconds: float) -> list[Row]:
             yt, dxt, dwt = (torch.empty(s, dtype=dtype) for s in ((n, m), (k, m), (k, n)))
             h = m // 2
             works: dict[str, Callable[[], Any]] = {
-                "fwd": lambda x=x, w=w, y=y: torch.mm(x, w.t(), out=y),
-                "dgrad": lambda g=g, w=w, dx=dx: torch.mm(g, w, out=dx),
-                "wgrad": lambda g=g, x=x, dw=dw: torch.mm(g.t(), x, out=dw),
-                "fwd halves": lambda x=x, w=w, y=y, h=h: [
+                "fwd": lambda: torch.mm(x, w.t(), out=y),
+                "dgrad": lambda: torch.mm(g, w, out=dx),
+                "wgrad": lambda: torch.mm(g.t(), x, out=dw),
+                "fwd halves": lambda: [
                     torch.mm(x[:h], w.t(), out=y[:h]),
                     torch.mm(x[h:], w.t(), out=y[h:]),
                 ],
-                "dgrad halves": lambda g=g, w=w, dx=dx, h=h: [
+                "dgrad halves": lambda: [
                     torch.mm(g[:h], w, out=dx[:h]),
                     torch.mm(g[h:], w, out=dx[h:]),
                 ],
-                "fwd transposed": lambda x=x, w=w, yt=yt: torch.mm(w, x.t(), out=yt),
-                "dgrad transposed": lambda g=g, w=w, dxt=dxt: torch.mm(w.t(), g.t(), out=dxt),
-                "wgrad transposed": lambda g=g, x=x, dwt=dwt: torch.mm(x.t(), g, out=dwt),
+                "fwd transposed": lambda: torch.mm(w, x.t(), out=yt),
+                "dgrad transposed": lambda: torch.mm(w.t(), g.t(), out=dxt),
+                "wgrad transposed": lambda: torch.mm(x.t(), g, out=dwt),
             }
             flop = 2 * m * k * n
             rates: Row = {"shape": name, "dtype": label}
@@ -264,10 +264,10 @@ def comm_rows(seconds: float) -> list[Row]:
         works: dict[str, Callable[[], Any]] = {
             "send/recv": exchange,
             "send and recv at once": pair,
-            "all_reduce": lambda full=full: dist.all_reduce(full.fill_(1.0)),
-            "all_reduce bf16 (half the bytes)": lambda low=low: dist.all_reduce(low.fill_(1.0)),
-            "reduce_scatter_tensor": lambda full=full, half=half: dist.reduce_scatter_tensor(half, full),
-            "all_gather_into_tensor": lambda full=full, half=half: dist.all_gather_into_tensor(full, half),
+            "all_reduce": lambda: dist.all_reduce(full.fill_(1.0)),
+            "all_reduce bf16 (half the bytes)": lambda: dist.all_reduce(low.fill_(1.0)),
+            "reduce_scatter_tensor": lambda: dist.reduce_scatter_tensor(half, full),
+            "all_gather_into_tensor": lambda: dist.all_gather_into_tensor(full, half),
         }
         row: Row = {"full tensor": name}
         for key, work in works.items():

@@ -39,6 +39,8 @@ INSTALL = (  # torch first and alone, so that nothing replaces it; then each pee
     ("litgpt==0.5.13", TORCH),
     ("huggingface-hub>=1.31", "einops", TORCH),  # litgpt asks for an older one than transformers needs
     ("--no-deps", "megatron-core==0.16.1"),
+    ("--no-deps", "torchtitan==0.3.0"),
+    ("tyro", "spmd_types==0.2.3", "torchdata", "torch_checkpointing", "tensorboard", "datasets", TORCH),
 )
 
 
@@ -61,6 +63,7 @@ PEERS = (
     Peer("litgpt", "run_litgpt.py", "mixed", "ab", BOTH, True),
     Peer("litgpt bf16-true", "run_litgpt.py", "true", "ab", ("bf16",), False),
     Peer("megatron-core", "run_megatron.py", "default", "abcde", BOTH, True),
+    Peer("torchtitan", "run_torchtitan.py", "default", "ab", BOTH, True),
 )
 
 
@@ -117,7 +120,7 @@ def measure_row(row: tuple[str, str, str], args: argparse.Namespace) -> list[Run
 
 def peer_versions(python: str) -> str:
     """What is installed where the peers run."""
-    names = ("torch", "transformers", "litgpt", "lightning", "megatron-core")
+    names = ("torch", "transformers", "litgpt", "lightning", "megatron-core", "torchtitan")
     code = f"import importlib.metadata as m; print(', '.join(n + ' ' + m.version(n) for n in {names}))"
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 

@@ -333,7 +333,7 @@ class Quickstart:
 
     def train(self) -> None:
         """Step 4: train, stop half-way, resume, evaluate."""
-        self.begin(f"Training, {self.steps} steps of {BATCH_TOKENS:,} tokens, with a stop half-way", self.steps)
+        self.begin(f"Training, {self.steps} steps of {BATCH_TOKENS:,} tokens, with a stop half-way", 30 + self.steps)
         count, overrides = self.machine.ranks, self.overrides()
         by_hand = ["torchrun", "--nproc-per-node", str(count), "-m", "megallama.pretrain", CONFIG, *overrides]
         self.say(f"  by hand:  {escape(shlex.join(by_hand))}")

@@ -143,7 +143,8 @@ def _tokenizer_files(tokenizer: Path, special: dict[str, tuple[str, int]], longe
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     else:
         settings |= {"tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "legacy": False}
-        settings |= {"add_bos_token": True, "add_eos_token": False}
+        # training documents begin without a bos token, so a prompt must too
+        settings |= {"add_bos_token": False, "add_eos_token": False}
     settings["model_max_length"] = longest
     config = beside.read_bytes() if beside.is_file() else _json(settings)
     return {name: tokenizer.read_bytes(), "tokenizer_config.json": config}
