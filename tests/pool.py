@@ -77,6 +77,7 @@ class Pool:
         that died or did not answer within `timeout` seconds.
         """
         self._calls += 1
+        self._workers = [worker for worker in self._workers if worker[0].is_alive()]
         run = RunConfig(device="cpu", threads=1, timeout_seconds=collective_timeout, init_timeout_seconds=60)
         while len(self._workers) < size:
             self._start_worker()

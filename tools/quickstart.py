@@ -347,7 +347,7 @@ class Quickstart:
             self.tell_evaluations()
             if set(statuses) != {SAVED}:
                 raise StepFailed(f"after SIGTERM every rank should save and leave with {SAVED}; {ranks.report()}")
-        saved = max((self.folder / "checkpoints").glob("step-*"), default=None)
+        saved = max((self.folder / "checkpoints").glob("step-" + "[0-9]" * 8), default=None)
         self.say(f"  all ranks saved {shown(saved) if saved else 'nothing'} and left with status {SAVED}")
         self.say("  the same command again, which resumes from there:")
         with Ranks(command, count, self.folder / "logs", 2) as ranks:
@@ -429,7 +429,7 @@ class Quickstart:
         loss, bits = valid[-1]["loss"], valid[-1]["loss"] * self.facts["valid"]["tokens"] / self.facts["valid"]["bytes"]
         png, reason = plot_loss(self.metrics, self.folder / "loss.png", title="quickstart", baseline=self.baseline)
         speeds = sorted(r["tokens_per_second"] for r in train)
-        checkpoint = max((self.folder / "checkpoints").glob("step-*"))
+        checkpoint = max((self.folder / "checkpoints").glob("step-" + "[0-9]" * 8))
         python = shown(Path(sys.executable))
         rows = (
             ("validation loss", f"{loss:.3f} nats/token = {bits / math.log(2):.3f} bits/byte"),

@@ -267,7 +267,7 @@ def test_sentencepiece_tokenizer_opens_with_transformers(tmp_path) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(step / "model")
     ours = sentencepiece.SentencePieceProcessor(model_file=str(source))
     text = "the quick dog 7 Ωmega jumps"
-    assert theirs.encode(text) == [ours.bos_id(), *ours.encode(text)]
+    assert theirs.encode(text) == ours.encode(text)  # no bos: training documents begin without one
     assert theirs.decode(ours.encode(text)) == text
     found = transformers.AutoConfig.from_pretrained(step / "model")
     assert (found.bos_token_id, found.eos_token_id) == (1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -73,3 +74,45 @@ def state_files(folder: Path) -> dict[str, bytes]:
     """Every tensor file of the newest checkpoint."""
     step = sorted((folder / "checkpoints").glob("step-????????"))[-1]
     return {str(p.relative_to(step)): p.read_bytes() for p in sorted(step.rglob("*.safetensors"))}
+
+
+def live_memory(world: World, folder: str, sections: dict[str, dict[str, Any]], marks: list[int]) -> list[list[int]]:
+    """[live tensors, their bytes, resident bytes] after each step of `marks` of one run."""
+    torch.set_num_threads(1)
+    config = small_config(**{**sections, "run": {"folder": folder, "peak_tflops": 1.0}})
+    log = Logger(world.rank, world.world_size, Path(folder))
+    trainer = Trainer(config, make_plan(config, world.world_size), world, log)
+    one_step, seen = trainer._one_step, []
+
+    def watched(loader: Any) -> Any:
+        result = one_step(loader)
+        if trainer._counters.step in marks:
+            gc.collect()
+            tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors()}
+            status = Path("/proc/self/status").read_text()
+            resident = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS"))
+            seen.append([len(tensors), sum(tensors.values()), resident])
+        return result
+
+    trainer._one_step = watched  # type: ignore[method-assign]
+    trainer.run()
+    log.close()
+    return seen
+
+
+def _tensors() -> list[torch.Tensor]:
+    return [t for t in gc.get_objects() if type(t) is torch.Tensor]
+
+
+def our_logits(world: World, folder: str, sections: dict[str, dict[str, Any]], tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [b * s, V] of the newest checkpoint, by the training code."""
+    config = small_config(**{**sections, "run": {"folder": folder}})
+    trainer = Trainer(config, make_plan(config, 1), world, Logger(0, 1))
+    trainer._data = trainer._open_data()
+    trainer._manager = trainer._checkpoints()
+    trainer._rank = trainer._build(trainer._describe())
+    trainer._restore()
+    stage = trainer._rank.stages[0]
+    assert stage.head is not None
+    with torch.no_grad():
+        return stage.head.logits(stage.body(None, tokens.reshape(-1)))

@@ -150,3 +150,29 @@ def test_fp16_scales_its_loss_and_recovers_from_overflow(pool: Pool, tmp_path: P
     first = next(r for r in lines if not r["skipped"])
     want = records(fp32)[first["step"] - 1]
     assert first["loss"] == pytest.approx(want["loss"], rel=5e-3) or skipped
+
+
+def test_memory_is_flat_over_the_run(pool: Pool, tmp_path: Path) -> None:
+    """As many live tensors and bytes after step 40 as after step 10; what the process holds stays within 2 MB."""
+    settings = sections({"tp": 2, "pp": 2}, steps=40)
+    settings["data"] = {"prefetch": 0}  # how many batches wait in the queue is a matter of timing
+    marks = pool.run(4, "tests.train.runs:live_memory", str(tmp_path), settings, [10, 25, 40])
+    for early, middle, late in marks:
+        assert late[:2] == middle[:2] == early[:2]
+        assert late[2] - early[2] < 2e6
+
+
+def test_transformers_opens_a_checkpoint_and_gives_our_logits(pool: Pool, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    settings = sections({"tp": 2, "pp": 2}, "fp32")
+    settings["model"] = {"num_kv_heads": 2, "vocab_size": 59}
+    pool.run(4, RUN, str(tmp_path), settings)
+    tokens = torch.randint(0, 59, (2, 16), generator=torch.Generator().manual_seed(0))
+    alone = {**settings, "parallel": {}}
+    (mine,) = pool.run(1, "tests.train.runs:our_logits", str(tmp_path), alone, tokens)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / "step-00000008" / "model")
+    with torch.no_grad():
+        theirs = model(tokens).logits.reshape(mine.shape)
+    assert float((mine - theirs).norm() / theirs.norm()) <= 2e-5
