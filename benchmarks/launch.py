@@ -80,7 +80,12 @@ def launch(
             with said[2 * rank].open("wb") as out, said[2 * rank + 1].open("wb") as err:
                 own = base | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 processes.append(subprocess.Popen(command, env=own, stdout=out, stderr=err))
-        used = _wait([p.pid for p in processes], start + timeout, done)
+        try:
+            used = _wait([p.pid for p in processes], start + timeout, done)
+        except BaseException:
+            for process in processes:
+                process.kill()
+            raise
         seconds, busy = time.monotonic() - start, busy_seconds() - busy
         stopped = used is None
         texts = [path.read_text(errors="replace") for path in said]

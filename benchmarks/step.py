@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from drivers.work import BETAS, CLIP, DECAY, EPS, LAYOUTS, LR, SHAPES, Layout, Shape, result
+from drivers.work import BETAS, CLIP, DECAY, EPS, LAYOUTS, LR, SHAPES, WARM_UP, Layout, Shape, result
 from launch import Outcome, launch, wait_for_calm
 from report import Run, header, median, save, table
 
@@ -109,7 +109,9 @@ def flops_per_token(shape: Shape) -> int:
 
 
 def rows(args: argparse.Namespace) -> list[tuple[str, str, str]]:
-    """(shape, dtype, layout) of the rows asked for."""
+    """(shape, dtype, layout) of the rows asked for. Raises: SystemExit where there are too few steps."""
+    if args.steps <= WARM_UP:
+        raise SystemExit(f"error: --steps {args.steps} leaves nothing to count after {WARM_UP} warm-up steps")
     return [
         (shape, dtype, layout)
         for shape in args.shapes.split(",")

@@ -18,6 +18,7 @@ and OMP_NUM_THREADS set; alone, a driver runs layout a.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import time
@@ -95,6 +96,8 @@ def arguments(layouts: str, variants: tuple[str, ...] = ("default",)) -> Job:
     parser.add_argument("--steps", type=int, default=7, help=f"the first {WARM_UP} are not counted")
     parser.add_argument("--variant", choices=variants, default=variants[0])
     args = parser.parse_args()
+    if args.steps <= WARM_UP:
+        parser.error(f"--steps {args.steps} leaves nothing to count after {WARM_UP} warm-up steps; use 3 or more")
     layout = LAYOUTS[args.layout]
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size != layout.ranks:
@@ -135,8 +138,9 @@ def run(job: Job, step: Callable[[], float]) -> None:
     if job.rank == 0:
         # with pipelines only the last stage knows the loss: the others say 0
         print(json.dumps(result(job.tokens_per_step, seconds, max(x or 0.0 for x in said))), flush=True)
-    dist.barrier()
-    os._exit(0)  # everything is said; taking down gloo under DistributedDataParallel sometimes hangs
+    with contextlib.suppress(RuntimeError):  # the others have left already
+        dist.barrier()
+    os._exit(0)  # taking down gloo under DistributedDataParallel sometimes hangs
 
 
 def result(tokens_per_step: int, seconds: list[float], loss: float) -> dict[str, object]:

@@ -122,10 +122,10 @@ class CheckpointManager:
         if self._buffer is None or self._buffer.numel() < need or self._buffer.dtype != master.dtype:
             self._buffer = torch.zeros(need, dtype=master.dtype, pin_memory=master.is_cuda)
 
-    def save(self, step: int, shards: Sequence[StateShard], counters: dict[str, Any]) -> None:
+    def save(self, step: int, shards: Sequence[StateShard], counters: dict[str, Any], *, behind: bool = True) -> None:
         """Save the state of `step`: the boxes this rank owns, and `counters` (JSON; equal on all ranks).
 
-        With checkpoint.async_save it returns after one copy to host memory and `finish`, or the next
+        With checkpoint.async_save and `behind` it returns after one copy to host memory and `finish`, or the next
         save, tells how it went; else after the commit.
         Raises: CheckpointError on every rank if this save (or the one before, if it ran behind) failed;
         the checkpoints before it are untouched.
@@ -135,7 +135,7 @@ class CheckpointManager:
             self._thread.join()
             self._log(f"checkpoint of step {step} waited {time.monotonic() - since:.1f} s for the one before it")
         self.finish()
-        if not self._config.checkpoint.async_save:
+        if not (self._config.checkpoint.async_save and behind):
             self._write(step, shards, counters)
             return
         snapshot = self._snapshot(shards)

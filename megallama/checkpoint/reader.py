@@ -298,4 +298,3 @@ def verify_blocks(folder: Path, saved: manifest.Manifest, blocks: Sequence[tuple
         if file is not None:
             file.close()
     return problems
-

@@ -291,4 +291,3 @@ def _sources(value: Any) -> Any:
     """The shorthands of data.train: a path, a list of paths, a table, or a list of tables."""
     items = value if isinstance(value, (list, tuple)) else [value]
     return tuple({"path": item} if isinstance(item, str) else item for item in items)
-

@@ -36,10 +36,10 @@ def rope_tables(
     return angles.cos().unsqueeze(1).to(device), angles.sin().unsqueeze(1).to(device)
 
 
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turn x [b, s, heads, d] in place by its positions; with -sin it is the inverse, and so the gradient."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Turn x [b, s, heads, d] by its positions into `out`, which may be x; -sin gives the inverse, and so the gradient."""
     half = x.shape[-1] // 2
-    wide = x.to(cos.dtype, copy=True)  # fp32 for 16-bit activations
+    wide = x.to(cos.dtype, copy=out.data_ptr() == x.data_ptr())  # fp32 for 16-bit activations
     a, b = wide[..., :half], wide[..., half:]
-    x[..., :half] = (a * cos).addcmul_(b, sin, value=-1)
-    x[..., half:] = (b * cos).addcmul_(a, sin)
+    out[..., :half] = (a * cos).addcmul_(b, sin, value=-1)
+    out[..., half:] = (b * cos).addcmul_(a, sin)

@@ -1,7 +1,9 @@
-"""Causal self-attention on packed projections, with rotary embeddings applied in place.
+"""Causal self-attention on packed projections, with rotary embeddings.
 
-The packed output of qkv_proj is turned in place (its layer does not need its own output), and the
-gradient of the three parts is written into one packed tensor, so nothing is copied on the way.
+On a GPU the packed output of qkv_proj is turned in place (its layer does not need its own output), and
+attention reads its parts where they are.  On a CPU, where products over heads want each head's rows
+together, the turned queries and keys and the values are written head by head instead; the packed
+tensor is freed.  The gradients of the three parts are written into one packed tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megallama.kernels.attention import Attend
-from megallama.kernels.rope import rotate_
+from megallama.kernels.rope import rotate
 
 
 class RotaryAttention:
@@ -35,30 +37,36 @@ class RotaryAttention:
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views [b, s, heads, d] of the three parts of a packed tensor."""
-        q, k, v = self._heads(qkv).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
-        return q, k, v
-
-    def turning(self, qkv: Tensor) -> Tensor:
-        """The view [b, s, n + k, d] of queries and keys, which are turned by their positions."""
-        return self._heads(qkv)[:, :, : self.num_heads + self.num_kv_heads]
-
-    def _heads(self, qkv: Tensor) -> Tensor:
-        heads = self.num_heads + 2 * self.num_kv_heads
-        return qkv.view(-1, self.cos.shape[0], heads, qkv.shape[1] // heads)
+        n, k = self.num_heads, self.num_kv_heads
+        heads = qkv.view(-1, self.cos.shape[0], n + 2 * k, qkv.shape[1] // (n + 2 * k))
+        queries, keys, values = heads.split([n, k, k], dim=2)
+        return queries, keys, values
 
 
 class _RotateSplit(Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, layer: RotaryAttention) -> tuple[Tensor, Tensor, Tensor]:
         ctx.layer, ctx.shape = layer, qkv.shape
-        rotate_(layer.turning(qkv), layer.cos, layer.sin)
-        return layer.split(qkv)
+        q, k, v = parts = layer.split(qkv)
+        if not qkv.is_cuda:
+            parts = tuple(_head_by_head(part) for part in parts)
+            parts[2].copy_(v)
+        rotate(q, layer.cos, layer.sin, out=parts[0])
+        rotate(k, layer.cos, layer.sin, out=parts[1])
+        return parts[0], parts[1], parts[2]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         layer: RotaryAttention = ctx.layer
         packed = grads[0].new_empty(ctx.shape)
-        for part, grad in zip(layer.split(packed), grads, strict=True):
-            part.copy_(grad)
-        rotate_(layer.turning(packed), layer.cos, -layer.sin)
+        q, k, v = layer.split(packed)
+        rotate(grads[0], layer.cos, -layer.sin, out=q)
+        rotate(grads[1], layer.cos, -layer.sin, out=k)
+        v.copy_(grads[2])
         return packed, None
+
+
+def _head_by_head(part: Tensor) -> Tensor:
+    """Uninitialised [b, s, heads, d] like `part`, in which the rows of a head lie together."""
+    b, s, heads, d = part.shape
+    return part.new_empty(b, heads, s, d).transpose(1, 2)

@@ -118,7 +118,8 @@ class Trainer:
     def _build(self, kernels: Kernels) -> Rank:
         groups = self._world.groups(self._plan.topology, self._config.model.num_kv_heads or 1)
         rank = assemble(self._plan, groups, self._world.device, kernels)
-        self._manager.prepare(rank.optimizer.shards(owned_only=True))
+        if self._config.checkpoint.interval:  # the last save needs no snapshot: nothing trains meanwhile
+            self._manager.prepare(rank.optimizer.shards(owned_only=True))
         return rank
 
     def _restore(self) -> None:
@@ -155,9 +156,10 @@ class Trainer:
         self._bad.load_state_dict(saved["bad_steps"])
         self._newest = f"step {self._counters.step}"
 
-    def _save(self) -> None:
+    def _save(self, leaving: bool) -> None:
+        shards = self._rank.optimizer.shards(owned_only=True)
         with self._timers.phase("save"):
-            self._manager.save(self._counters.step, self._rank.optimizer.shards(owned_only=True), self._save_counters())
+            self._manager.save(self._counters.step, shards, self._save_counters(), behind=not leaving)
         self._newest = f"step {self._counters.step}"
 
     # ---- the loop ----
@@ -179,7 +181,7 @@ class Trainer:
                 if interval and (counters.step % interval == 0 or last):
                     self._evaluate(writer)
                 if last or stopped or (config.checkpoint.interval and counters.step % config.checkpoint.interval == 0):
-                    self._save()
+                    self._save(leaving=last or stopped is not None)
             self._manager.finish()
         finally:
             loader.close()
