@@ -37,7 +37,7 @@ def rope_tables(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Turn x [b, s, heads, d] by its positions into `out`, which may be x; -sin gives the inverse, and so the gradient."""
+    """Turn x [b, s, heads, d] by its positions into `out`, which may be x; -sin gives the inverse: the gradient."""
     half = x.shape[-1] // 2
     wide = x.to(cos.dtype, copy=out.data_ptr() == x.data_ptr())  # fp32 for 16-bit activations
     a, b = wide[..., :half], wide[..., half:]

@@ -47,13 +47,13 @@ class _RotateSplit(Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, layer: RotaryAttention) -> tuple[Tensor, Tensor, Tensor]:
         ctx.layer, ctx.shape = layer, qkv.shape
-        q, k, v = parts = layer.split(qkv)
+        q, k, v = new_q, new_k, new_v = layer.split(qkv)
         if not qkv.is_cuda:
-            parts = tuple(_head_by_head(part) for part in parts)
-            parts[2].copy_(v)
-        rotate(q, layer.cos, layer.sin, out=parts[0])
-        rotate(k, layer.cos, layer.sin, out=parts[1])
-        return parts[0], parts[1], parts[2]
+            new_q, new_k, new_v = map(_head_by_head, (q, k, v))
+            new_v.copy_(v)
+        rotate(q, layer.cos, layer.sin, out=new_q)
+        rotate(k, layer.cos, layer.sin, out=new_k)
+        return new_q, new_k, new_v
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -42,8 +42,8 @@ def _facts(
     yield (
         "",
         (
-            f"{m.num_layers} layers, hidden {m.hidden_size}, {n} heads of {d} ({k} key/value), ffn {m.ffn_hidden_size}, "
-            f"vocabulary {m.vocab_size}{tied}"
+            f"{m.num_layers} layers, hidden {m.hidden_size}, {n} heads of {d} ({k} key/value), "
+            f"ffn {m.ffn_hidden_size}, vocabulary {m.vocab_size}{tied}"
         ),
     )
     sharded = ", sequence parallel" if p.sequence_parallel and p.tp > 1 else ""
