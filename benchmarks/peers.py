@@ -83,7 +83,9 @@ def run_peer(peer: Peer, row: tuple[str, str, str], args: argparse.Namespace) ->
     command += ["--steps", str(args.steps), "--variant", peer.variant]
     env = KEEP_MEMORY if args.keep_memory else {}
     outcome = launch(command, place.ranks, place.threads, env=env, timeout=args.timeout)
-    said = next(line for line in outcome.stdout.splitlines() if line.startswith("{"))
+    said = next((line for line in outcome.stdout.splitlines() if line.startswith("{")), "")
+    if not said:
+        raise BenchmarkError(f"{' '.join(command)}\nended without a result:\n{outcome.stdout[-1000:]}")
     return Run(
         system=peer.name,
         shape=shape,
@@ -200,7 +202,11 @@ def main() -> None:
     runs: list[Run] = []
     lines: list[dict[str, str]] = []
     for row in step.rows(args):
-        of_row = measure_row(row, args)
+        try:
+            of_row = measure_row(row, args)
+        except BenchmarkError as error:
+            print(f"megallama failed on {' '.join(row)}: {error}", file=sys.stderr)
+            continue
         runs += of_row
         lines.append(compare(of_row))
         text = header("megallama and its peers", args) + table(lines)
