@@ -229,6 +229,8 @@ def _checkpoint(config: Config, ranks: int | None) -> Iterator[str]:
 
 def _data(config: Config, ranks: int | None) -> Iterator[str]:
     d = config.data
+    if d.synthetic and d.train:
+        yield "data.synthetic=true leaves data.train unread; write data.synthetic=false, or leave data.train out"
     if not d.train and not d.synthetic:
         yield "data.train is empty; write data.train=PREFIX (of PREFIX.bin and PREFIX.idx), or data.synthetic=true"
     if config.train.eval_interval and not d.valid and not d.synthetic:

@@ -53,6 +53,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], status: in
         ("parallel.pp=2", "ranks"),
         ("batch.global_batch_size=5", "batch.global_batch_size=5"),
         ("data.synthetic=false", "data.train"),
+        ("data.train=some/corpus", "data.synthetic=true leaves data.train unread; write data.synthetic=false"),
         ("data.tokenizer=/no/such/tokenizer.model", "/no/such/tokenizer.model"),
         ("run.device=cuda", "run.device=cuda, but on rank 0"),
         ("run.folder=/proc/nothing", "run.folder=/proc/nothing cannot be written"),
