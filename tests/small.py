@@ -14,6 +14,7 @@ from megallama.config.load import resolve
 from megallama.config.schema import Config
 from megallama.data.batch import MicroBatch
 from megallama.kernels.choose import choose_kernels
+from megallama.kernels.documents import Documents
 from megallama.plan.plan import Plan, make_plan
 from megallama.train.assemble import DTYPES, Rank, assemble, initialize
 from megallama.train.step import StepResult, train_step
@@ -63,23 +64,42 @@ def tokens(config: Config, steps: int, seed: int = 5) -> torch.Tensor:
     return steps_of % config.model.vocab_size
 
 
-def micro_batches(rank: Rank, data: torch.Tensor, masks: torch.Tensor | None = None) -> list[MicroBatch]:
-    """This rank's micro-batches of one global batch [global batch, s + 1]."""
+def documents(config: Config, steps: int, seed: int = 6) -> torch.Tensor:
+    """[steps, global batch, s]: where the document of each token begins in its sample; some end where samples do."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = steps, config.batch.global_batch_size, config.batch.seq_length
+    begins = torch.rand(shape, generator=generator) < 0.3
+    begins[:, 0, -1], begins[:, 0, :3] = True, torch.tensor([False, True, True])
+    at = torch.arange(shape[-1]).expand(shape)
+    return torch.where(begins, at, 0).cummax(-1).values
+
+
+def micro_batches(
+    rank: Rank, data: torch.Tensor, masks: torch.Tensor | None = None, starts: torch.Tensor | None = None
+) -> list[MicroBatch]:
+    """This rank's micro-batches of one global batch [global batch, s + 1]; of documents, if `starts` says where."""
     size, dp = rank.plan.config.batch.micro_batch_size, rank.groups.dp
+    if starts is not None:  # the last token of a document, known by the next one's position, predicts nothing
+        begins = starts == torch.arange(starts.shape[-1])
+        ends = torch.cat([begins[:, 1:], torch.zeros_like(begins[:, :1])], 1)
+        masks = ~ends if masks is None else masks & ~ends
     out = []
     for m in range(len(data) // (size * dp.size)):
-        first = (m * dp.size + dp.rank) * size
-        rows = data[first : first + size]
-        mask = None if masks is None else masks[first : first + size]
-        out.append(MicroBatch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), mask))
+        rows = slice((m * dp.size + dp.rank) * size, (m * dp.size + dp.rank + 1) * size)
+        mask = None if masks is None else masks[rows].contiguous()
+        parts = None if starts is None else Documents.of(starts[rows].contiguous())
+        out.append(MicroBatch(data[rows, :-1].contiguous(), data[rows, 1:].contiguous(), mask, parts))
     return out
 
 
-def train(rank: Rank, data: torch.Tensor, masks: torch.Tensor | None = None) -> list[StepResult]:
+def train(
+    rank: Rank, data: torch.Tensor, masks: torch.Tensor | None = None, starts: torch.Tensor | None = None
+) -> list[StepResult]:
     """One training step on each batch of `data` [steps, global batch, s + 1]."""
     results = []
     for step, batch in enumerate(data):
-        batches = micro_batches(rank, batch, None if masks is None else masks[step])
+        extra = (None if part is None else part[step] for part in (masks, starts))
+        batches = micro_batches(rank, batch, *extra)
         schedule = rank.plan.schedule_for(len(batches))
         results.append(train_step(rank, schedule, batches, lr=rank.plan.config.optimizer.lr))
     return results

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from megallama.data.samples import Samples
+from megallama.kernels.documents import Documents
 
 
 @dataclass(frozen=True)
@@ -17,32 +20,45 @@ class MicroBatch:
     tokens, labels: int64 [b, s]; labels[i, t] is the token after tokens[i, t].
     mask: bool [b, s], True where the loss counts; None where all of it does.  It comes from positions, never from
     token values.
+    documents: where documents begin; None where samples run across them. With it the last token of a document
+    predicts nothing.
+    num_counted: how many tokens the loss counts; known before anything is on a device.
     """
 
     tokens: Tensor
     labels: Tensor
     mask: Tensor | None = None
+    documents: Documents | None = None
+    num_counted: int = -1
+
+    def __post_init__(self) -> None:
+        if self.num_counted < 0:
+            counted = self.labels.numel() if self.mask is None else int(self.mask.sum())
+            object.__setattr__(self, "num_counted", counted)
 
     @classmethod
-    def from_samples(cls, samples: Sequence[np.ndarray], real: Sequence[bool] | None = None) -> MicroBatch:
-        """Stack samples, each int64 [s + 1]; rows whose `real` is False are padding and count nothing."""
-        both = torch.from_numpy(np.stack(samples))
-        mask = None
+    def from_samples(cls, samples: Samples, real: Sequence[bool] | None = None) -> MicroBatch:
+        """Of b samples; rows whose `real` is False are padding and count nothing."""
+        tokens, labels = (torch.from_numpy(x.astype(np.int64)) for x in (samples.tokens[:, :-1], samples.tokens[:, 1:]))
+        mask = documents = None
         if real is not None and not all(real):
-            mask = torch.tensor(real)[:, None].expand(len(samples), both.shape[1] - 1).contiguous()
-        return cls(both[:, :-1].contiguous(), both[:, 1:].contiguous(), mask)
-
-    @property
-    def num_counted(self) -> int:
-        """How many tokens the loss counts."""
-        return self.labels.numel() if self.mask is None else int(self.mask.sum())
+            mask = torch.tensor(real)[:, None].expand(labels.shape).contiguous()
+        if samples.starts is not None:
+            begins = torch.from_numpy(samples.starts)
+            goes_on = begins[:, 1:] != torch.arange(1, begins.shape[1])
+            mask = goes_on if mask is None else mask & goes_on
+            documents = Documents.of(begins[:, :-1].contiguous())
+        return cls(tokens, labels, mask, documents)
 
     def pin(self) -> MicroBatch:
         """A copy in page-locked memory, from which a GPU can copy in the background."""
-        mask = None if self.mask is None else self.mask.pin_memory()
-        return MicroBatch(self.tokens.pin_memory(), self.labels.pin_memory(), mask)
+        return self._each(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device; does not wait for the copy if the source is pinned."""
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
-        return MicroBatch(self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), mask)
+        return self._each(lambda t: t.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        mask = None if self.mask is None else change(self.mask)
+        documents = None if self.documents is None else self.documents.each(change)
+        return MicroBatch(change(self.tokens), change(self.labels), mask, documents, self.num_counted)

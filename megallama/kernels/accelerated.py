@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from megallama.config.schema import OptimizerConfig
 from megallama.kernels.adam import AdamWStep
 from megallama.kernels.attention import Attend
+from megallama.kernels.documents import Documents
 from megallama.kernels.wgrad import AddWgrad
 
 
@@ -59,8 +61,14 @@ def te_attention(cuda: bool, dtype: torch.dtype) -> Callable[[int, int, int], At
             num_heads, head_dim, num_gqa_groups=num_kv_heads, qkv_format="bshd", attn_mask_type="causal"
         )
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out: Tensor = attention(q, k, v)
+        def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+            if documents is None:
+                out: Tensor = attention(q, k, v)
+                return out.view(*q.shape)
+            ends, longest = documents.cu_seqlens, q.shape[1]  # packed: [tokens, heads, d], by document
+            packed: dict[str, Any] = {"qkv_format": "thd", "attn_mask_type": "padding_causal"}
+            packed |= {"cu_seqlens_q": ends, "cu_seqlens_kv": ends, "max_seqlen_q": longest, "max_seqlen_kv": longest}
+            out = attention(*(part.flatten(0, 1) for part in (q, k, v)), **packed)
             return out.view(*q.shape)
 
         return attend

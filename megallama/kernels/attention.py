@@ -1,5 +1,7 @@
 """Causal attention on [b, s, heads, d]: torch's fused kernels, matrix products by blocks, and the plain formula.
 
+Each takes `documents`, None or where documents begin: a query then attends to its own document only.
+
 On a CPU torch's fused attention does 16-bit formats slowly.  `blocked_attention` works through the
 queries in blocks of rows: a block sees only the keys up to its end, and is a batched product, a
 softmax and another product, all of which have fast 16-bit kernels.  It keeps q, k and v and makes the
@@ -9,28 +11,37 @@ on an AMD Zen 5 core, bf16, 12 heads of 64, 512 tokens: 2.4 times as fast forwar
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [b, s, n, d], k and v [b, s, k, d] -> [b, s, n, d]
+from megallama.kernels.documents import Documents
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's fused attention, with grouped key/value heads."""
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
-    )
+class Attend(Protocol):
+    """Causal attention: q [b, s, n, d], k and v [b, s, k, d] -> [b, s, n, d]."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        """Attend, within documents where they are given."""
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    """torch's fused attention, with grouped key/value heads; documents are a mask of s * s booleans per sample."""
+    visible, group = None if documents is None else documents.visible, q.shape[2] // k.shape[2]
+    if visible is not None and group > 1:  # no fused kernel of torch takes a mask and grouped heads together
+        k, v, group = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), 1
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=group > 1)
     return out.transpose(1, 2)
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
     """Causal attention by batched products over blocks of BLOCK queries; bitwise the same on every call."""
-    out: Tensor = _Blocked.apply(q, k, v)
+    out: Tensor = _Blocked.apply(q, k, v, documents)
     return out
 
 
@@ -39,31 +50,39 @@ BLOCK = 128
 
 class _Blocked(Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         ctx.save_for_backward(q, k, v)
+        ctx.documents = documents
         queries, keys, values = _heads_first(q, k, v)
         out = torch.empty_like(queries)
-        for a in range(0, q.shape[1], BLOCK):
-            rows, seen = slice(a, a + BLOCK), slice(0, a + BLOCK)
-            torch.bmm(_probabilities(queries[:, rows], keys[:, seen]), values[:, seen], out=out[:, rows])
+        for rows, seen in _blocks(q.shape[1], documents):
+            p = _probabilities(queries, keys, rows, seen, documents)
+            torch.bmm(p, values[:, seen], out=out[:, rows])
         return out.view(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = ctx.saved_tensors
         queries, keys, values = _heads_first(q, k, v)
         (dout,) = _heads_first(grads[0])
         dq, dk, dv = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
         scale = q.shape[3] ** -0.5
-        for a in range(0, q.shape[1], BLOCK):
-            rows, seen = slice(a, a + BLOCK), slice(0, a + BLOCK)
-            p = _probabilities(queries[:, rows], keys[:, seen])
+        for rows, seen in _blocks(q.shape[1], ctx.documents):
+            p = _probabilities(queries, keys, rows, seen, ctx.documents)
             dp = torch.bmm(dout[:, rows], values[:, seen].transpose(1, 2))
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
             dq[:, rows] = torch.baddbmm(ds.new_empty(()), ds, keys[:, seen], beta=0, alpha=scale)
             dk[:, seen].add_(torch.bmm(ds.transpose(1, 2), queries[:, rows]), alpha=scale)
             dv[:, seen].add_(torch.bmm(p.transpose(1, 2), dout[:, rows]))
-        return _tokens_first(dq, q), _tokens_first(dk, k), _tokens_first(dv, v)
+        return _tokens_first(dq, q), _tokens_first(dk, k), _tokens_first(dv, v), None
+
+
+def _blocks(length: int, documents: Documents | None) -> Iterator[tuple[slice, slice]]:
+    """(queries, the keys that any of them sees) of each block of rows."""
+    for a in range(0, length, BLOCK):
+        end = min(a + BLOCK, length)
+        first = 0 if documents is None else int(documents.starts[:, a].min())
+        yield slice(a, end), slice(first, end)
 
 
 def _heads_first(*parts: Tensor) -> tuple[Tensor, ...]:
@@ -80,20 +99,29 @@ def _tokens_first(grad: Tensor, like: Tensor) -> Tensor:
     return (grouped.squeeze(2) if grouped.shape[2] == 1 else grouped.sum(2)).transpose(1, 2)
 
 
-def _probabilities(queries: Tensor, keys: Tensor) -> Tensor:
-    """softmax of the scores of the last rows [b n, r, d] of a causal square over keys [b n, e, d]."""
-    rows, scale = queries.shape[1], queries.shape[2] ** -0.5
-    scores = torch.baddbmm(queries.new_empty(()), queries, keys.transpose(1, 2), beta=0, alpha=scale)
-    future = torch.full((rows, rows), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
-    scores[:, :, scores.shape[2] - rows :].add_(future)  # far faster than masked_fill_ on a CPU
+def _probabilities(queries: Tensor, keys: Tensor, rows: slice, seen: slice, documents: Documents | None) -> Tensor:
+    """softmax of the scores [b n, r, e] of the queries `rows` over the keys `seen`, which end where the rows end."""
+    count, scale = rows.stop - rows.start, queries.shape[2] ** -0.5
+    scores = torch.baddbmm(
+        queries.new_empty(()), queries[:, rows], keys[:, seen].transpose(1, 2), beta=0, alpha=scale
+    )
+    future = torch.full((count, count), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
+    scores[:, :, scores.shape[2] - count :].add_(future)  # far faster than masked_fill_ on a CPU
+    if documents is not None:
+        others = torch.arange(seen.start, seen.stop, device=scores.device) < documents.starts[:, rows, None]
+        hidden = scores.new_zeros(others.shape).masked_fill_(others, -torch.inf)  # [b, r, e]
+        scores.view(len(others), -1, *others.shape[1:]).add_(hidden[:, None])
     return torch.softmax(scores, -1)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
     """softmax(q k.T / sqrt(d)) v with every score in memory, in float64: for checks only."""
     group = q.shape[2] // k.shape[2]
     wide = [t.double().transpose(1, 2) for t in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2))]
     scores = wide[0] @ wide[1].transpose(2, 3) / q.shape[3] ** 0.5
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1).expand(len(q), 1, -1, -1)
+    if documents is not None:
+        at = torch.arange(q.shape[1], device=q.device)
+        hidden = hidden | (at < documents.starts[:, :, None])[:, None]
     out = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ wide[2]
     return out.transpose(1, 2).to(q.dtype)

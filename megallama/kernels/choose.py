@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megallama.config.errors import MegallamaError
 from megallama.config.schema import OptimizerConfig
 from megallama.kernels import accelerated
 from megallama.kernels.adam import AdamWStep, adamw_step
 from megallama.kernels.attention import Attend, blocked_attention, plain_attention, sdpa
+from megallama.kernels.documents import Documents
 from megallama.kernels.gemm import MatmulNT, matmul_nt, onednn_matmul_nt, processor
 from megallama.kernels.norm import accumulate_dtype
 from megallama.kernels.wgrad import AddWgrad, add_wgrad_cuda, add_wgrad_with
@@ -48,19 +50,30 @@ class Kernels:
 
 
 Candidate = tuple[str, Callable[[], Any]]
+MakeAttention = Callable[[int, int, int], Attend]  # query heads, kv heads, head size
+SDPA = "torch scaled_dot_product_attention"
 
 
-def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """Try the candidates of every operation on `device`."""
+def choose_kernels(device: torch.device, dtype: torch.dtype, *, documents: bool = False) -> Kernels:
+    """Try the candidates of every operation on `device`; with `documents`, attention must also keep them apart.
+
+    Raises: MegallamaError if no attention here does.
+    """
     cuda = device.type == "cuda"
+
+    def checked(make: MakeAttention) -> MakeAttention:
+        return _checked_attention(make, device, dtype, documents)
+
     attention, chose_attention = _first(
         "attention",
         [
-            ("Transformer Engine", lambda: _checked_attention(accelerated.te_attention(cuda, dtype), device, dtype)),
-            ("blocks of matrix products", lambda: _checked_attention(_blocked(cuda, dtype), device, dtype)),
+            ("Transformer Engine", lambda: checked(accelerated.te_attention(cuda, dtype))),
+            ("blocks of matrix products", lambda: checked(_blocked(cuda, dtype))),
         ],
-        ("torch scaled_dot_product_attention", lambda n, k, d: sdpa),
+        (SDPA, lambda num_heads, num_kv_heads, head_dim: sdpa),
     )
+    if documents and chose_attention.taken == SDPA:
+        _documents_apart(attention, device, dtype)
     product, chose_product = _first(
         "matrix product",
         [("oneDNN", lambda: _checked_product(_onednn(device, dtype), dtype))],
@@ -102,7 +115,7 @@ def _torch_wgrad(cuda: bool, dtype: torch.dtype) -> AddWgrad:
     return add_wgrad_cuda
 
 
-def _blocked(cuda: bool, dtype: torch.dtype) -> Callable[[int, int, int], Attend]:
+def _blocked(cuda: bool, dtype: torch.dtype) -> MakeAttention:
     if cuda or dtype not in (torch.bfloat16, torch.float16):
         raise accelerated.Refused("16-bit formats on a CPU only")
     return lambda num_heads, num_kv_heads, head_dim: blocked_attention
@@ -127,19 +140,32 @@ def _checked_product(product: MatmulNT, dtype: torch.dtype) -> MatmulNT:
 
 
 def _checked_attention(
-    make: Callable[[int, int, int], Attend], device: torch.device, dtype: torch.dtype
-) -> Callable[[int, int, int], Attend]:
+    make: MakeAttention, device: torch.device, dtype: torch.dtype, documents: bool = False
+) -> MakeAttention:
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(2, 128, n, 64, device=device, generator=generator).to(dtype) for n in (4, 2, 2))
-    leaves = [[t.clone().requires_grad_() for t in (q, k, v)] for _ in range(2)]
-    outs = [make(4, 2, 64)(*leaves[0]), plain_attention(*leaves[1])]
-    for out in outs:
-        out.reshape(2, 128, -1).square().sum().backward()
-    _agree("output", outs[0].reshape(outs[1].shape), outs[1], 2e-2)
-    for name, mine, theirs in zip("qkv", *leaves, strict=True):
-        assert mine.grad is not None and theirs.grad is not None
-        _agree(f"gradient of {name}", mine.grad, theirs.grad, 4e-2)
+    starts = torch.tensor([[0] * 70 + [70] * 58, [0] + [1] * 29 + [30] * 98], device=device)
+    for case in (None, Documents.of(starts)) if documents else (None,):
+        where = " within documents" if case else ""
+        leaves = [[t.clone().requires_grad_() for t in (q, k, v)] for _ in range(2)]
+        attends = make(4, 2, 64), plain_attention
+        outs = [attend(q, k, v, case) for attend, (q, k, v) in zip(attends, leaves, strict=True)]
+        for out in outs:
+            out.reshape(2, 128, -1).square().sum().backward()
+        _agree(f"output{where}", outs[0].reshape(outs[1].shape), outs[1], 2e-2)
+        for name, mine, theirs in zip("qkv", *leaves, strict=True):
+            assert mine.grad is not None and theirs.grad is not None
+            _agree(f"gradient of {name}{where}", mine.grad, theirs.grad, 4e-2)
     return make
+
+
+def _documents_apart(make: MakeAttention, device: torch.device, dtype: torch.dtype) -> None:
+    try:
+        _checked_attention(make, device, dtype, documents=True)
+    except accelerated.Refused as error:
+        raise MegallamaError(
+            f"no attention here keeps documents apart: torch's {error}; use data.document_mask=false or another torch"
+        ) from error
 
 
 def _checked_wgrad(add: AddWgrad, device: torch.device, dtype: torch.dtype) -> AddWgrad:

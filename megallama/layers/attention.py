@@ -8,13 +8,24 @@ tensor is freed.  The gradients of the three parts are written into one packed t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
 
 from megallama.kernels.attention import Attend
+from megallama.kernels.documents import Documents
 from megallama.kernels.rope import rotate
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the tokens of a micro-batch stand: how far their heads turn, and which of them may see each other."""
+
+    cos: Tensor  # [s, 1, d/2], or [b, s, 1, d/2] where documents begin anew
+    sin: Tensor
+    documents: Documents | None = None
 
 
 class RotaryAttention:
@@ -26,44 +37,53 @@ class RotaryAttention:
     def __init__(self, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor, attend: Attend) -> None:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
-        self.cos = cos  # [s, 1, d/2]
-        self.sin = sin
+        self._consecutive = Positions(cos, sin)  # [s, 1, d/2]
         self._attend = attend
 
-    def __call__(self, qkv: Tensor) -> Tensor:
-        q, k, v = _RotateSplit.apply(qkv, self)
-        out = self._attend(q, k, v)
+    def positions(self, documents: Documents | None) -> Positions:
+        """Positions 0 .. s-1 in every sample, or in every document."""
+        if documents is None:
+            return self._consecutive
+        tables = self._consecutive
+        return Positions(tables.cos[documents.positions], tables.sin[documents.positions], documents)
+
+    def __call__(self, qkv: Tensor, positions: Positions | None = None) -> Tensor:
+        positions = positions or self._consecutive
+        q, k, v = _RotateSplit.apply(qkv, self, positions)
+        out = self._attend(q, k, v, positions.documents)
         return out.reshape(qkv.shape[0], -1)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views [b, s, heads, d] of the three parts of a packed tensor."""
         n, k = self.num_heads, self.num_kv_heads
-        heads = qkv.view(-1, self.cos.shape[0], n + 2 * k, qkv.shape[1] // (n + 2 * k))
+        heads = qkv.view(-1, self._consecutive.cos.shape[0], n + 2 * k, qkv.shape[1] // (n + 2 * k))
         queries, keys, values = heads.split([n, k, k], dim=2)
         return queries, keys, values
 
 
 class _RotateSplit(Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, layer: RotaryAttention) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.layer, ctx.shape = layer, qkv.shape
+    def forward(
+        ctx: Any, qkv: Tensor, layer: RotaryAttention, positions: Positions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.layer, ctx.positions, ctx.shape = layer, positions, qkv.shape
         q, k, v = new_q, new_k, new_v = layer.split(qkv)
         if not qkv.is_cuda:
             new_q, new_k, new_v = map(_head_by_head, (q, k, v))
             new_v.copy_(v)
-        rotate(q, layer.cos, layer.sin, out=new_q)
-        rotate(k, layer.cos, layer.sin, out=new_k)
+        rotate(q, positions.cos, positions.sin, out=new_q)
+        rotate(k, positions.cos, positions.sin, out=new_k)
         return new_q, new_k, new_v
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        layer: RotaryAttention = ctx.layer
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        positions: Positions = ctx.positions
         packed = grads[0].new_empty(ctx.shape)
-        q, k, v = layer.split(packed)
-        rotate(grads[0], layer.cos, -layer.sin, out=q)
-        rotate(grads[1], layer.cos, -layer.sin, out=k)
+        q, k, v = ctx.layer.split(packed)
+        rotate(grads[0], positions.cos, -positions.sin, out=q)
+        rotate(grads[1], positions.cos, -positions.sin, out=k)
         v.copy_(grads[2])
-        return packed, None
+        return packed, None, None
 
 
 def _head_by_head(part: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ from torch.autograd import Function
 
 from megallama.config.schema import Config
 from megallama.kernels.attention import Attend
+from megallama.kernels.documents import Documents
 from megallama.kernels.norm import accumulate_dtype
 from megallama.kernels.rope import rope_tables
-from megallama.layers.attention import RotaryAttention
+from megallama.layers.attention import Positions, RotaryAttention
 from megallama.layers.embedding import VocabParallelEmbedding
 from megallama.layers.linear import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from megallama.layers.loss import LossHead
@@ -47,8 +48,8 @@ class TransformerLayer:
         self.gate_up_proj = ColumnParallelLinear(params[prefix + "gate_up_proj"], norm("post_attention_norm"), tp)
         self.down_proj = RowParallelLinear(params[prefix + "down_proj"], tp, gated=True)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        x = x + self.o_proj(self.attention(self.qkv_proj(x)))
+    def __call__(self, x: Tensor, positions: Positions | None = None) -> Tensor:
+        x = x + self.o_proj(self.attention(self.qkv_proj(x), positions))
         return x + self.down_proj(self.gate_up_proj(x))
 
 
@@ -60,6 +61,7 @@ class StageInput:
     labels: Tensor  # [T] next ids; read by the last stage
     mask: Tensor | None = None  # [T] True where the loss counts; None counts all
     grad_scale: Tensor | float = 1.0  # the backward pass yields the gradient of grad_scale * sum of losses
+    documents: Documents | None = None  # attention and positions start anew at each; None: at each sample
 
 
 class Stage:
@@ -81,11 +83,11 @@ class Stage:
         wide, device = accumulate_dtype(buffers.weights.dtype), buffers.weights.device
         tables = rope_tables(config.batch.seq_length, d, model.rope_theta, model.rope_scaling, wide, device)
         local = n // size, max(1, k // size)
-        rotary = RotaryAttention(*local, *tables, attention(*local, d))
+        self.rotary = RotaryAttention(*local, *tables, attention(*local, d))
         params = buffers.params
         self.recompute = config.memory.recompute == "full"
         self.embed = VocabParallelEmbedding(params["embed_tokens"], tp) if first else None
-        self.layers = [TransformerLayer(params, f"layers.{i}.", model.norm_eps, tp, rotary) for i in layers]
+        self.layers = [TransformerLayer(params, f"layers.{i}.", model.norm_eps, tp, self.rotary) for i in layers]
         self.head: LossHead | None = None
         if last:
             weight = params["lm_head"] if "lm_head" in params else params["embed_tokens"]
@@ -94,18 +96,19 @@ class Stage:
 
     def __call__(self, hidden: Tensor | None, batch: StageInput) -> Tensor:
         """Hidden states of the stage before (None on the first) -> hidden states, or on the last stage the loss sum."""
-        x = self.body(hidden, batch.tokens)
+        x = self.body(hidden, batch.tokens, batch.documents)
         return x if self.head is None else self.head(x, batch.labels, batch.mask, batch.grad_scale)
 
-    def body(self, hidden: Tensor | None, tokens: Tensor) -> Tensor:
+    def body(self, hidden: Tensor | None, tokens: Tensor, documents: Documents | None = None) -> Tensor:
         """Embedding and layers: [T/t, h] or [T, h]."""
         if self.embed is None:
             assert hidden is not None, "only the first stage makes its own hidden states"
             x = hidden
         else:
             x = self.embed(tokens)
+        again, positions = self.recompute and torch.is_grad_enabled(), self.rotary.positions(documents)
         for layer in self.layers:
-            x = _Recompute.apply(x, layer) if self.recompute and torch.is_grad_enabled() else layer(x)
+            x = _Recompute.apply(x, layer, positions) if again else layer(x, positions)
         return x
 
 
@@ -113,16 +116,16 @@ class _Recompute(Function):
     """Keep a layer's input only, and run the layer again for its backward (Chen et al. 2016)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: TransformerLayer) -> Tensor:
-        ctx.layer = layer
+    def forward(ctx: Any, x: Tensor, layer: TransformerLayer, positions: Positions) -> Tensor:
+        ctx.layer, ctx.positions = layer, positions
         ctx.save_for_backward(x)
-        return layer(x)
+        return layer(x, positions)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
-            out = ctx.layer(leaf)
+            out = ctx.layer(leaf, ctx.positions)
         torch.autograd.backward(out, grads)
-        return leaf.grad, None
+        return leaf.grad, None, None

@@ -34,21 +34,28 @@ class StepResult:
     stop_reason: str | None
 
 
-def count_tokens(rank: Rank, batches: Sequence[MicroBatch]) -> int:
-    """Tokens of the global batch whose loss counts: the divisor of loss and gradient, known before the forward."""
-    if all(b.mask is None for b in batches):
-        return sum(b.labels.numel() for b in batches) * rank.groups.dp.size
-    counted = sum(b.labels.numel() if b.mask is None else int(b.mask.sum()) for b in batches)
+def count_tokens(rank: Rank, batches: Sequence[MicroBatch], *, masked: bool) -> int:
+    """Tokens of the global batch whose loss counts: the divisor of loss and gradient, known before the forward.
+
+    masked: whether any rank may leave tokens out, which all ranks must answer alike.
+    """
+    counted = sum(b.num_counted for b in batches)
+    if not masked:
+        return counted * rank.groups.dp.size
     total = torch.tensor([counted], dtype=torch.int64, device=rank.device)
     rank.groups.dp.all_reduce(total).wait()
-    return int(total)
+    return max(int(total), 1)  # documents of one token predict nothing
 
 
 def stage_inputs(batches: Sequence[MicroBatch], grad_scale: float) -> list[StageInput]:
     """Micro-batches as the stages take them: flat."""
     return [
         StageInput(
-            b.tokens.reshape(-1), b.labels.reshape(-1), None if b.mask is None else b.mask.reshape(-1), grad_scale
+            b.tokens.reshape(-1),
+            b.labels.reshape(-1),
+            None if b.mask is None else b.mask.reshape(-1),
+            grad_scale,
+            b.documents,
         )
         for b in batches
     ]
@@ -70,7 +77,7 @@ def train_step(
     no rank changes anything.
     """
     timers = timers or Timers()
-    tokens = count_tokens(rank, batches)
+    tokens = count_tokens(rank, batches, masked=rank.plan.config.data.document_mask)
     rank.optimizer.start_step()
     with timers.phase("forward_backward"):
         loss_sum = rank.runtime.run(schedule, stage_inputs(batches, loss_scale / tokens))
@@ -105,7 +112,7 @@ def _agree(
 
 def evaluate_step(rank: Rank, schedule: Schedule, batches: Sequence[MicroBatch]) -> tuple[float, int]:
     """(sum of token losses, counted tokens) of one global batch, the same on every rank; nothing is changed."""
-    tokens = count_tokens(rank, batches)
+    tokens = count_tokens(rank, batches, masked=True)
     with torch.no_grad():
         loss_sum = rank.runtime.run(schedule, stage_inputs(batches, 1.0))
     total = loss_sum.reshape(1) if rank.counts_loss else torch.zeros_like(loss_sum).reshape(1)

@@ -36,7 +36,7 @@ def test_torch_attention_and_wgrad_pass_their_probes(cuda: torch.device) -> None
     def make(n: int, k: int, d: int) -> Attend:
         return sdpa
 
-    assert choose._checked_attention(make, cuda, torch.bfloat16) is make
+    assert choose._checked_attention(make, cuda, torch.bfloat16, documents=True) is make
     assert choose._checked_wgrad(add_wgrad_cuda, cuda, torch.bfloat16) is add_wgrad_cuda
 
 
@@ -48,7 +48,7 @@ def test_installed_accelerators_pass_their_probes(cuda: torch.device, name: str)
     except accelerated.Refused as reason:
         pytest.skip(f"{name}: {reason}")
     if name.endswith("attention"):
-        choose._checked_attention(kernel, cuda, torch.bfloat16)
+        choose._checked_attention(kernel, cuda, torch.bfloat16, documents=True)
     elif name.endswith("wgrad"):
         choose._checked_wgrad(kernel, cuda, torch.bfloat16)
     else:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from megallama.config.errors import MegallamaError
 from megallama.kernels import accelerated, choose
 from megallama.kernels.adam import adamw_step
-from megallama.kernels.attention import Attend, sdpa
+from megallama.kernels.attention import Attend, blocked_attention, plain_attention, sdpa
+from megallama.kernels.documents import Documents
 from megallama.kernels.wgrad import add_wgrad
 
 CPU = torch.device("cpu")
@@ -67,7 +70,9 @@ def test_any_exception_of_a_package_is_a_reason(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_wrong_results_are_refused() -> None:
-    def not_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def not_causal(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None = None
+    ) -> torch.Tensor:
         return sdpa(q.flip(1), k, v)
 
     def make(n: int, k: int, d: int) -> Attend:
@@ -81,8 +86,59 @@ def test_wrong_results_are_refused() -> None:
         choose._checked_adam(lambda *a: adamw_step(*a[:7], 0.0, a[8]), CPU)
 
 
+def across_documents(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None = None
+) -> torch.Tensor:
+    """Attention that silently leaves the mask out."""
+    return blocked_attention(q, k, v)
+
+
+def test_attention_that_forgets_documents_is_refused_only_where_they_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "blocked_attention", across_documents)
+    (plain, *_), (apart, *_) = (
+        choose.choose_kernels(CPU, torch.bfloat16, documents=on).choices for on in (False, True)
+    )
+    assert plain.taken == "blocks of matrix products"
+    assert apart.taken == "torch scaled_dot_product_attention"
+    assert apart.refused[1][1].startswith("output within documents differs from the plain formula by")
+    monkeypatch.setattr(choose, "sdpa", across_documents)
+    message = "no attention here keeps documents apart: torch's output within documents differs .* by .*; use data.docu"
+    with pytest.raises(MegallamaError, match=message):
+        choose.choose_kernels(CPU, torch.bfloat16, documents=True)
+
+
+class DotProductAttention:
+    """Takes what Transformer Engine's class of this name takes, and means by it what its documentation says."""
+
+    def __init__(
+        self, num_attention_heads: int, kv_channels: int, *, num_gqa_groups: int, qkv_format: str, attn_mask_type: str
+    ) -> None:
+        assert (num_attention_heads, kv_channels, num_gqa_groups) == (4, 64, 2)
+        assert (qkv_format, attn_mask_type) == ("bshd", "causal")
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **packed: Any) -> torch.Tensor:
+        if not packed:
+            return plain_attention(q, k, v).flatten(2)
+        ends, longest = packed["cu_seqlens_q"], packed["max_seqlen_q"]
+        assert ends is packed["cu_seqlens_kv"] and longest == packed["max_seqlen_kv"]
+        assert (packed["qkv_format"], packed["attn_mask_type"]) == ("thd", "padding_causal")
+        assert q.dim() == 3 and ends.dtype == torch.int32 and ends[0] == 0 and ends[-1] == len(q)
+        assert int(ends.diff().max()) <= longest
+        pieces = zip(ends, ends[1:], strict=False)
+        return torch.cat([plain_attention(*(x[None, a:b] for x in (q, k, v)))[0] for a, b in pieces]).flatten(1)
+
+
+def test_transformer_engines_attention_is_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(DotProductAttention=DotProductAttention)
+    monkeypatch.setattr(accelerated, "_module", lambda name, package: module)
+    monkeypatch.setattr(accelerated, "_half_on_cuda", lambda cuda, dtype: None)
+    make = accelerated.te_attention(True, torch.bfloat16)
+    assert choose._checked_attention(make, CPU, torch.bfloat16, documents=True) is make
+
+
 def test_right_results_are_taken() -> None:
-    assert choose._checked_attention(lambda n, k, d: sdpa, CPU, torch.bfloat16)(1, 1, 1) is sdpa
+    for documents in (False, True):
+        assert choose._checked_attention(lambda n, k, d: sdpa, CPU, torch.bfloat16, documents)(1, 1, 1) is sdpa
     assert choose._checked_wgrad(add_wgrad, CPU, torch.float32) is add_wgrad
     assert choose._checked_adam(adamw_step, CPU) is adamw_step
 

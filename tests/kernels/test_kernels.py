@@ -12,6 +12,7 @@ from megallama.config.schema import OptimizerConfig, RopeScaling
 from megallama.kernels.activation import swiglu, swiglu_backward
 from megallama.kernels.adam import adamw_step, sum_of_squares
 from megallama.kernels.attention import Attend, blocked_attention, plain_attention, sdpa
+from megallama.kernels.documents import Documents
 from megallama.kernels.gemm import MatmulNT, matmul_nt, onednn_matmul_nt
 from megallama.kernels.norm import rms_norm, rms_norm_backward
 from megallama.kernels.rope import inverse_frequencies, rope_tables, rotate
@@ -73,6 +74,47 @@ def test_attention(attend: Attend, seq: int, kv_heads: int, dtype: torch.dtype) 
     for mine, theirs in zip(leaves, wide, strict=True):
         if seq > 1 or mine is leaves[2]:  # a single key gives its query and itself no gradient
             close(mine.grad, theirs.grad, dtype)
+
+
+STARTS = {  # where the document of each token begins, by sample
+    "many": [[0] * 70 + [70] * 1 + [71] * 190 + [261] * 39, [0] + [1] * 128 + [129] * 171],
+    "one": [[0] * 300, [0] * 300],
+    "single tokens": [[*range(300)], [0] * 299 + [299]],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("where", STARTS)
+@pytest.mark.parametrize("attend", [sdpa, blocked_attention, plain_attention])
+def test_attention_within_documents(attend: Attend, where: str, kv_heads: int, dtype: torch.dtype) -> None:
+    """Against the plain formula on each document alone."""
+    starts = torch.tensor(STARTS[where])
+    parts = [rand(2, 300, n, 8, dtype=dtype, seed=i) for i, n in enumerate((4, kv_heads, kv_heads))]
+    dout = rand(2, 300, 4, 8, dtype=dtype, seed=9)
+    leaves, wide = [p.clone().requires_grad_() for p in parts], [p.double().requires_grad_() for p in parts]
+    out = attend(*leaves, Documents.of(starts))
+    rows = []
+    for sample, row in enumerate(starts):
+        ends = [*row.unique().tolist(), 300]
+        pieces = [[w[sample : sample + 1, a:b] for w in wide] for a, b in zip(ends, ends[1:], strict=False)]
+        rows.append(torch.cat([plain_attention(*piece) for piece in pieces], 1))
+    want = torch.cat(rows)
+    out.backward(dout)
+    want.backward(dout.double())
+    close(out.detach(), want.detach(), dtype)
+    for mine, theirs in zip(leaves, wide, strict=True):
+        if where != "single tokens" or mine is leaves[2]:
+            close(mine.grad, theirs.grad, dtype)
+
+
+def test_documents_are_known_by_their_starts() -> None:
+    documents = Documents.of(torch.tensor([[0, 0, 2, 2, 2], [0, 1, 1, 1, 4]]))
+    assert documents.positions.tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 2, 0]]
+    assert documents.cu_seqlens.tolist() == [0, 2, 5, 6, 9, 10] and documents.cu_seqlens.dtype == torch.int32
+    assert documents.visible[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1],
+    ]  # fmt: skip
 
 
 def test_plain_attention_is_causal() -> None:

@@ -20,7 +20,7 @@ from megallama.comm.launch import World
 from megallama.config.schema import Config
 from megallama.plan.plan import make_plan
 from tests.pool import Pool
-from tests.small import build, curve, deviation, small_config, tokens, train
+from tests.small import build, curve, deviation, documents, small_config, tokens, train
 
 STEPS = 20
 LIMITS = {"fp64": 1e-10, "fp32": 1e-4}
@@ -43,6 +43,7 @@ class Layout:
     kv_heads: int = 4
     uneven: bool = False
     vocab: int = 64
+    documents: bool = False
 
     @property
     def ranks(self) -> int:
@@ -69,6 +70,7 @@ class Layout:
         }
         batch = {"seq_length": 8, "global_batch_size": 8, "micro_batch_size": 8}
         settings: dict[str, Any] = {"model": model, "batch": batch, "precision": {"dtype": dtype}}
+        settings["data"] = {"document_mask": self.documents}
         if not alone:
             batch["micro_batch_size"] = 8 // (self.accumulation * self.dp)
             stages = self.pp * self.chunks
@@ -98,6 +100,7 @@ class Layout:
                 (f" kv{self.kv_heads}", self.kv_heads != 4),
                 (" uneven", self.uneven),
                 (" padded", self.vocab != 64),
+                (" documents", self.documents),
             )
             if on
         )
@@ -117,6 +120,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "kv_heads": (4, 1),
     "uneven": (False, True),
     "vocab": (64, 61),
+    "documents": (False, True),
 }
 
 
@@ -153,7 +157,8 @@ def run(world: World, layout: Layout, dtype: str, alone: bool) -> list[float]:
     config = layout.config(dtype, alone)
     plan = make_plan(config, world.world_size)
     rank = build(plan, world.groups(plan.topology, config.model.num_kv_heads or 1))
-    return curve(train(rank, tokens(config, STEPS)))
+    starts = documents(config, STEPS) if layout.documents else None
+    return curve(train(rank, tokens(config, STEPS), starts=starts))
 
 
 class Comparison:
