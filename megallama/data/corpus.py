@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megallama.data.documents import BadRecord, RecordReader, find_files, parse
+from megallama.data.documents import BadRecord, RecordReader, find_files, parse, place
 from megallama.data.errors import DataError
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
@@ -114,12 +114,12 @@ def _own(text: Path, json_key: str, skipped: list[str]) -> Iterator[tuple[str, s
     """The documents of the reader's text, cut to pieces no larger than what gives MIN_DOCUMENTS of them."""
     if not text.exists():
         raise DataError(f"{text} does not exist; TEXT takes a text file, a .jsonl file or a folder of them")
-    reader = RecordReader(find_files([text]))
+    reader = RecordReader(find_files([text]), json_key=json_key)
     if not reader.bytes_total:
         raise DataError(f"{text} is empty; give a file or folder with {MIN_BYTES:,} bytes of text or more")
     size = min(MAX_PIECE_BYTES, max(1024, reader.bytes_total // MIN_DOCUMENTS))
     for record in reader:
-        where = f"{record.file}:{record.line}" if record.line else record.file
+        where = place(record)
         try:
             body = parse(record, json_key)[0]
         except BadRecord as error:

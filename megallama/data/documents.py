@@ -1,51 +1,63 @@
-"""Reading documents out of files: JSON lines and plain text, gzipped or not, with every fault named by file and line.
+"""Reading documents out of files, streaming and in a fixed order, with every fault named by file and line.
 
-Reading (`read_records`, streaming, in a fixed order) is separate from parsing (`parse`, per record), so that parsing
-can happen in worker processes and still report faults in the order of the input.
+JSON lines and plain text, each also as .gz or .zst, and Parquet.  A corpus is cut into units of work (`units`): a part
+of a plain JSON lines file, some row groups of a Parquet file, or a whole file; `RecordReader` reads any of them, and
+all units in order give the records of the files in order.  Reading is separate from parsing (`parse`, per record).
 """
 
 from __future__ import annotations
 
+import functools
 import glob
 import gzip
+import importlib
+import io
 import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from megallama.data.errors import DataError
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-TEXT_SUFFIXES = (
-    ".txt",
-    ".text",
-    ".md",
-    ".rst",
-    ".tex",
-    ".py",
-    ".c",
-    ".h",
-    ".cpp",
-    ".hpp",
-    ".java",
-    ".js",
-    ".ts",
-    ".go",
-    ".rs",
-    ".sh",
-)
-MAX_DOCUMENT_BYTES = 64 << 20
+TEXT_SUFFIXES = (*".txt .text .md .rst .tex .py .c .h .cpp .hpp .java .js .ts .go .rs .sh".split(),)
+SUFFIXES = (*JSON_SUFFIXES, *TEXT_SUFFIXES, ".parquet")
+MAX_DOCUMENT_BYTES = 16 << 20
+CHUNK = 1 << 20
 
 
 class Record(NamedTuple):
-    """One raw document: a line of JSON, or a whole text file (line 0); `fault` says why it could not even be read."""
+    """One raw document: a line of JSON, a row of Parquet, or a whole text file (line 0); `fault` says why it is none.
+
+    Lines count from 1 at byte `origin`, which is not 0 where a unit begins inside a file: `place` knows the true line.
+    """
 
     file: str
     line: int
     raw: bytes
     fault: str = ""
+    origin: int = 0
+
+
+class Unit(NamedTuple):
+    """A piece of work: the lines that begin in bytes [start, stop) of a file; of Parquet row groups [start, stop)."""
+
+    file: Path
+    start: int = 0
+    stop: int | None = None  # to the end
+
+    @property
+    def size(self) -> int:
+        """Its bytes on disk."""
+        whole = self.file.stat().st_size
+        if not self.start and self.stop is None:
+            return whole
+        if _suffix(self.file) == ".parquet":
+            groups = _row_groups(self.file)
+            return whole * sum(groups[self.start : self.stop]) // max(sum(groups), 1)
+        return min(whole, self.stop or whole) - self.start
 
 
 class BadRecord(Exception):
@@ -56,9 +68,33 @@ class BadRecord(Exception):
         self.kind, self.detail = kind, detail
 
 
+class _Damaged(Exception):
+    """A file that cannot be read on; the text is the fault of its last record."""
+
+
+def place(record: Record) -> str:
+    """FILE:LINE of a record, or FILE for a whole file; for a unit inside a file it counts the lines before it."""
+    if not record.line:
+        return record.file
+    line, left = record.line, record.origin
+    if left:
+        with open(record.file, "rb") as raw:
+            while left and (chunk := raw.read(min(CHUNK, left))):
+                line, left = line + chunk.count(b"\n"), left - len(chunk)
+    return f"{record.file}:{line}"
+
+
+@functools.lru_cache(1024)  # `parse` asks once per record
 def _suffix(path: str | Path) -> str:
     name = Path(path).name.lower()
-    return Path(name.removesuffix(".gz")).suffix
+    return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
+
+
+def _library(name: str, package: str, file: Path) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise DataError(f"{file} needs the package {package} to be read; pip install {package}") from None
 
 
 def find_files(inputs: Sequence[str | Path]) -> list[Path]:
@@ -73,8 +109,7 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
             found = [p for p in sorted(path.rglob("*")) if _belongs(p, path)]
             if not found:
                 raise DataError(
-                    f"{path} holds no text: expected files ending in {' '.join(JSON_SUFFIXES + TEXT_SUFFIXES)}, also "
-                    "with .gz"
+                    f"{path} holds no text: expected files ending in {' '.join(SUFFIXES)}, or these with .gz or .zst"
                 )
         elif path.is_file():
             found = [path]
@@ -83,10 +118,10 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
             if not found:
                 raise DataError(f"{given} does not exist; give a file, a folder or a pattern such as 'corpus/*.jsonl'")
         for file in found:
-            if _suffix(file) not in JSON_SUFFIXES + TEXT_SUFFIXES:
+            if _suffix(file) not in SUFFIXES:
                 raise DataError(
                     f"{file} is of an unknown kind {_suffix(file)!r}; JSON lines end in {' '.join(JSON_SUFFIXES)}, "
-                    f"plain text in {' '.join(TEXT_SUFFIXES)}, both also with .gz"
+                    f"plain text in {' '.join(TEXT_SUFFIXES)}, both also with .gz or .zst; Parquet in .parquet"
                 )
         files += found
     if not files:
@@ -98,59 +133,194 @@ def _belongs(path: Path, folder: Path) -> bool:
     """Whether a file found in a folder is text of the corpus: a known kind, not hidden, no record of our own output."""
     hidden = any(part.startswith((".", "__pycache__")) for part in path.relative_to(folder).parts)
     ours = path.suffix == ".json" and path.with_suffix(".idx").exists()
-    return not hidden and not ours and _suffix(path) in JSON_SUFFIXES + TEXT_SUFFIXES and path.is_file()
+    return not hidden and not ours and _suffix(path) in SUFFIXES and path.is_file()
+
+
+def units(files: Sequence[Path], unit_bytes: int) -> list[Unit]:
+    """Cut files into units of about `unit_bytes` in the order of the files, to be read by different processes.
+
+    Plain JSON lines are cut anywhere, Parquet at its row groups; compressed files and text files stay whole.
+    """
+    out = []
+    for file in files:
+        cuts = [0]
+        if file.suffix.lower() in JSON_SUFFIXES:
+            cuts = [*range(0, file.stat().st_size, unit_bytes)] or [0]
+        elif _suffix(file) == ".parquet":
+            cuts, sizes = [], [unit_bytes]
+            for number, size in enumerate(_row_groups(file)):
+                if sum(sizes) >= unit_bytes:
+                    cuts, sizes = [*cuts, number], []
+                sizes.append(size)
+        stops: list[int | None] = [*cuts[1:], None]
+        out += [Unit(file, start, stop) for start, stop in zip(cuts or [0], stops, strict=False)]
+    return out
+
+
+def _parquet(file: Path) -> Any:
+    """A Parquet file opened so that it is read by pages and not by row groups, which may be gigabytes."""
+    parquet = _library("pyarrow.parquet", "pyarrow", file)
+    try:
+        return parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)
+    except Exception as error:  # arrow has errors of many kinds here, all of them about this file
+        raise _Damaged(f"not valid Parquet: {error}") from None
+
+
+def _row_groups(file: Path) -> list[int]:
+    """The bytes of each row group; none where the file is damaged, which reading it will report."""
+    try:
+        with _parquet(file) as opened:
+            meta = opened.metadata
+            return [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
+    except _Damaged:
+        return []
+
+
+class _Zstd(io.RawIOBase):
+    """Decompresses zstd frames, one after the other."""
+
+    def __init__(self, raw: BinaryIO, library: Any) -> None:
+        self._raw, self._library = raw, library
+        self._frame: Any = None
+        self._rest, self._ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            # little at a time: bytes that decompress to thousands of times their size must not fill the memory
+            data = self._rest or self._raw.read(1024)
+            if not data and self._frame:
+                raise EOFError
+            if not data:
+                return 0
+            frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+            try:
+                self._ready = memoryview(frame.decompress(data))
+            except self._library.ZstdError as error:
+                raise _Damaged(f"not valid zstd: {error}") from None
+            self._frame, self._rest = (None, frame.unused_data) if frame.eof else (frame, b"")
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
 
 
 class RecordReader:
-    """Iterates over the records of files in order; it has read `bytes_done` of `bytes_total` (sizes on disk)."""
+    """Iterates over the records of files, or of units of them, in order.
 
-    def __init__(self, files: Sequence[Path], max_bytes: int = MAX_DOCUMENT_BYTES) -> None:
-        self.files, self.max_bytes = files, max_bytes
-        self.bytes_total = sum(file.stat().st_size for file in files)
-        self.bytes_done = 0
+    It has read `bytes_done` of `bytes_total` (on disk). `json_key` is the column of Parquet files; JSON lines are taken
+    apart by `parse`.
+    """
+
+    def __init__(
+        self, files: Sequence[Path | Unit], max_bytes: int = MAX_DOCUMENT_BYTES, json_key: str = "text"
+    ) -> None:
+        self.units = [file if isinstance(file, Unit) else Unit(file) for file in files]
+        self.max_bytes, self.json_key = max_bytes, json_key
+        self._sizes = [unit.size for unit in self.units]
+        self.bytes_total, self.bytes_done = sum(self._sizes), 0
 
     def __iter__(self) -> Iterator[Record]:
         finished = 0
-        for path in self.files:
-            with path.open("rb") as raw:
-                zipped = path.suffix.lower() == ".gz"
-                stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if zipped else raw
-                line = 0
-                try:
-                    read = self._lines if _suffix(path) in JSON_SUFFIXES else self._whole
-                    for record in read(stream, str(path)):
-                        line = record.line
-                        self.bytes_done = finished + raw.tell()
-                        yield record
-                except EOFError:
-                    yield Record(str(path), line + 1, b"", "the gzip file is cut off")
-                except (gzip.BadGzipFile, zlib.error) as error:
-                    yield Record(str(path), line + 1, b"", f"not valid gzip: {error}")
-            finished += path.stat().st_size
+        for unit, size in zip(self.units, self._sizes, strict=True):
+            line, name = 0, str(unit.file)
+            kind = {".gz": "gzip", ".zst": "zstd"}.get(unit.file.suffix.lower(), "")
+            try:
+                for record, done in self._read(unit, size, kind):
+                    line = record.line
+                    self.bytes_done = finished + min(done, size)
+                    yield record
+            except EOFError:
+                yield Record(name, line + 1, b"", f"the {kind} file is cut off")
+            except (gzip.BadGzipFile, zlib.error) as error:
+                yield Record(name, line + 1, b"", f"not valid gzip: {error}")
+            except _Damaged as error:
+                yield Record(name, line + 1, b"", str(error))
+            finished += size
             self.bytes_done = finished
 
-    def _lines(self, stream: BinaryIO, name: str) -> Iterator[Record]:
-        number, limit = 0, self.max_bytes + 1
-        while raw := stream.readline(limit):
-            number += 1
-            if len(raw) == limit and not raw.endswith(b"\n"):
-                size = len(raw)
-                while (rest := stream.readline(limit)) and not rest.endswith(b"\n"):
-                    size += len(rest)
-                yield Record(name, number, b"", self._too_long(size + len(rest.rstrip(b"\r\n"))))
-            elif raw.strip():
-                line = raw.rstrip(b"\r\n")
-                yield Record(name, number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+    def _read(self, unit: Unit, size: int, kind: str) -> Iterator[tuple[Record, int]]:
+        """The records of a unit, each with the bytes on disk read so far."""
+        if _suffix(unit.file) == ".parquet":
+            yield from self._rows(unit, size)
+            return
+        with unit.file.open("rb", 1 << 17) as raw:
+            stream: BinaryIO = raw
+            if kind == "gzip":
+                stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+            elif kind == "zstd":
+                stream = io.BufferedReader(_Zstd(raw, _library("zstandard", "zstandard", unit.file)), 1 << 16)
+            if _suffix(unit.file) not in JSON_SUFFIXES:
+                yield self._whole(stream, str(unit.file)), raw.tell()
+            else:
+                for record, position in self._lines(stream, unit):
+                    yield record, raw.tell() if kind else position - unit.start
 
-    def _whole(self, stream: BinaryIO, name: str) -> Iterator[Record]:
+    def _lines(self, stream: BinaryIO, unit: Unit) -> Iterator[tuple[Record, int]]:
+        """The lines that begin in the unit, each with the byte after it; blank ones count but are no records."""
+        name, number, limit, position = str(unit.file), 0, self.max_bytes + 1, unit.start
+        stop = float("inf") if unit.stop is None else unit.stop
+        if position:  # the line that byte start - 1 is in began before: it is another unit's
+            stream.seek(position - 1)
+            position += self._skip(stream)[0] - 1
+        origin = position
+        while position < stop and (raw := stream.readline(limit)):
+            number, position = number + 1, position + len(raw)
+            if len(raw) == limit and raw[-1] != 10:
+                rest, end = self._skip(stream)
+                position += rest
+                yield Record(name, number, b"", self._too_long(limit + rest - end), origin), position
+                continue
+            line = raw.rstrip(b"\r\n")
+            if line and not line.isspace():
+                first = number == 1 and not origin
+                yield Record(name, number, line.removeprefix(b"\xef\xbb\xbf") if first else line, "", origin), position
+
+    def _skip(self, stream: BinaryIO) -> tuple[int, int]:
+        """Read to the end of a line of any length in bounded memory: its bytes, and how many of them end it."""
+        size, rest = 0, b""
+        while not rest.endswith(b"\n") and (rest := stream.readline(CHUNK)):
+            size += len(rest)
+        return size, len(rest) - len(rest.rstrip(b"\r\n"))
+
+    def _whole(self, stream: BinaryIO, name: str) -> Record:
         raw = stream.read(self.max_bytes + 1)
-        if len(raw) > self.max_bytes:
-            size = len(raw)
-            while rest := stream.read(1 << 20):
-                size += len(rest)
-            yield Record(name, 0, b"", self._too_long(size))
-        else:
-            yield Record(name, 0, raw.removeprefix(b"\xef\xbb\xbf"))
+        size = len(raw)
+        if size <= self.max_bytes:
+            return Record(name, 0, raw.removeprefix(b"\xef\xbb\xbf"))
+        while rest := stream.read(CHUNK):
+            size += len(rest)
+        return Record(name, 0, b"", self._too_long(size))
+
+    def _rows(self, unit: Unit, disk: int) -> Iterator[tuple[Record, int]]:
+        """The rows of the column `json_key` in the unit's row groups, about CHUNK bytes of them at a time."""
+        name, key = str(unit.file), self.json_key
+        with _parquet(unit.file) as file:
+            schema, meta, arrow = file.schema_arrow, file.metadata, _library("pyarrow", "pyarrow", unit.file)
+            groups = range(unit.start, meta.num_row_groups if unit.stop is None else unit.stop)
+            if key not in schema.names:
+                raise _Damaged(f'no column "{key}": it has {", ".join(schema.names[:5])}; choose with --json-key')
+            kind = schema.field(key).type
+            if str(kind) not in ("string", "large_string", "binary", "large_binary"):
+                raise _Damaged(f'column "{key}" is not text: but {kind}')
+            line = sum(meta.row_group(i).num_rows for i in range(unit.start))
+            total, done = sum(meta.row_group(i).num_rows for i in groups), 0
+            for group in groups:  # one by one: a damaged one takes no other with it
+                rows, size, before = meta.row_group(group).num_rows, meta.row_group(group).total_byte_size, done
+                batch_size = max(1, min(4096, CHUNK * rows // max(size, 1)))
+                try:
+                    for batch in file.iter_batches(batch_size, [group], [key], use_threads=False):
+                        for raw in batch.column(0).cast(arrow.large_binary()).to_pylist():
+                            done += 1
+                            fault = f'"{key}" is null' if raw is None else ""
+                            if raw is not None and len(raw) > self.max_bytes:
+                                raw, fault = b"", self._too_long(len(raw))
+                            yield Record(name, line + done, raw or b"", fault), disk * done // total
+                except (arrow.ArrowException, OSError) as error:
+                    fault = f"not valid Parquet: {before + rows - done} rows cannot be read, {error}"
+                    yield Record(name, line + done + 1, b"", fault), disk * done // total
+                done = before + rows
 
     def _too_long(self, size: int) -> str:
         return f"too long: {size} bytes, the limit is {self.max_bytes}"
@@ -164,14 +334,15 @@ def parse(record: Record, json_key: str = "text") -> tuple[str, int]:
         text = record.raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRecord("not UTF-8", f"byte 0x{record.raw[error.start]:02x} at byte {error.start}") from None
-    if _suffix(record.file) not in JSON_SUFFIXES:
-        if "\0" in text:
+    suffix = _suffix(record.file)
+    if suffix not in JSON_SUFFIXES:
+        if "\0" in text and suffix != ".parquet":
             raise BadRecord("a NUL character in plain text", f"at character {text.index(chr(0))}; is it a binary file?")
         size = len(record.raw)
     else:
         text = _text_of_json(text, json_key)
         try:
-            size = len(text.encode("utf-8"))
+            size = len(text) if text.isascii() else len(text.encode("utf-8"))
         except UnicodeEncodeError as error:
             raise BadRecord(
                 "half a surrogate pair", f"\\u{ord(text[error.start]):04x} at character {error.start}"

@@ -1,4 +1,4 @@
-"""Tokenizers: SentencePiece models (LLaMA 1 and 2) and tokenizer.json (LLaMA 3), behind one small protocol.
+"""Tokenizers: SentencePiece models (LLaMA 1 and 2), tokenizer.json (LLaMA 3) and GPT-2's files, behind one protocol.
 
 Text never becomes a control token: a document that holds the characters "</s>" keeps them as ordinary pieces, so no
 document can fake the end of another.  Only code that means it appends `bos_id` or `eos_id`.
@@ -10,6 +10,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from megallama.data.errors import DataError
 
@@ -24,6 +26,11 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    control_ids: Sequence[int]  # control tokens and others added beside the vocabulary of text
+
+    @property
+    def encoder(self) -> str:
+        """What does the work of `encode_arrays`; if that is not the fastest there is, the reason."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without bos or eos."""
@@ -31,12 +38,39 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of several texts, on one thread."""
 
+    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of several texts back to back, uint32 [T], and how many each has, int64 [n]; the fast way."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; control tokens have none."""
 
 
+def join(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays of ids back to back, uint32 [T], and their lengths, int64 [n]."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    return np.concatenate(rows) if rows else np.empty(0, np.uint32), lengths
+
+
+class OneByOne:
+    """What a tokenizer that encodes one text does with several."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without bos or eos."""
+        raise TypeError(f"{type(self).__name__} does not encode")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of several texts, on one thread."""
+        return [self.encode(text) for text in texts]
+
+    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of several texts back to back, uint32 [T], and how many each has, int64 [n]."""
+        return join([np.array(ids, np.uint32) for ids in self.encode_batch(texts)])
+
+
 class SentencePieceTokenizer:
     """A SentencePiece .model file."""
+
+    encoder = "sentencepiece"
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -52,6 +86,13 @@ class SentencePieceTokenizer:
         self.path, self.vocab_size = path, int(self._model.vocab_size())
         ids = (int(self._model.bos_id()), int(self._model.eos_id()))
         self.bos_id, self.eos_id = (None if i < 0 else i for i in ids)
+        every = range(self.vocab_size)
+        self.control_ids: Sequence[int] = [i for i in every if self._model.is_control(i) or self._model.is_unknown(i)]
+        self.byte_ids = [i for i in every if self._model.is_byte(i)]
+
+    def pieces(self, ids: Sequence[int]) -> set[str]:
+        """The pieces of some ids, as the model writes them."""
+        return {self._model.id_to_piece(i) for i in ids}
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without bos or eos."""
@@ -61,13 +102,22 @@ class SentencePieceTokenizer:
         """The ids of several texts, on one thread."""
         return self._model.encode(list(texts), out_type=int, num_threads=1)
 
+    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of several texts back to back, uint32 [T], and how many each has, int64 [n]."""
+        if not hasattr(self._model, "encode_as_numpy"):  # before 0.2.2
+            return join([np.array(ids, np.uint32) for ids in self.encode_batch(texts)])
+        rows = self._model.encode(list(texts), return_type="numpy", num_threads=1)
+        return join([row.view(np.uint32) for row in rows])
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; control tokens have none."""
         return self._model.decode([int(i) for i in ids])
 
 
-class JsonTokenizer:
+class JsonTokenizer(OneByOne):
     """A tokenizer.json of the `tokenizers` library; bos and eos are known by their names."""
+
+    encoder = "tokenizers"
 
     def __init__(self, path: Path) -> None:
         import tokenizers
@@ -83,46 +133,61 @@ class JsonTokenizer:
         self.path, self.vocab_size = path, max(vocabulary.values()) + 1
         self.bos_id = next((vocabulary[name] for name in BOS_NAMES if name in vocabulary), None)
         self.eos_id = next((vocabulary[name] for name in EOS_NAMES if name in vocabulary), None)
+        self.control_ids: Sequence[int] = [*self._model.get_added_tokens_decoder()]
+        self.normalizer = repr(self._model.normalizer)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without bos or eos."""
         return self._model.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of several texts, on one thread."""
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; control tokens have none."""
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Open a tokenizer: a SentencePiece .model, a tokenizer.json, or a folder that holds one of them.
-
-    Raises: DataError if there is none or it cannot be read.
-    """
+def find_tokenizer(path: str | Path) -> Path:
+    """The file meant by a tokenizer's path: itself, or what a folder holds. Raises: DataError if there is none."""
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
+        names = ("tokenizer.model", "tokenizer.json", "vocab.json")
+        found = [path / name for name in names if (path / name).is_file()]
         if not found:
             raise DataError(
-                f"{path} holds neither tokenizer.model nor tokenizer.json; name the file, or train one with "
-                "tools/train_tokenizer.py"
+                f"{path} holds neither tokenizer.model nor tokenizer.json nor vocab.json with merges.txt; name the "
+                "file, or train one with tools/train_tokenizer.py"
             )
         path = found[0]
     if not path.is_file():
         raise DataError(
-            f"tokenizer {path} does not exist; name a SentencePiece .model or a tokenizer.json, or train one with "
-            "tools/train_tokenizer.py"
+            f"tokenizer {path} does not exist; name a SentencePiece .model, a tokenizer.json or a GPT-2 vocab.json, or "
+            "train one with tools/train_tokenizer.py"
         )
     if path.suffix not in (".model", ".json"):
         raise DataError(
-            f"tokenizer {path} has the suffix {path.suffix!r}, expected .model (SentencePiece) or .json (tokenizers)"
+            f"tokenizer {path} has the suffix {path.suffix!r}, expected .model (SentencePiece) or .json "
+            "(tokenizers, or GPT-2's vocab.json)"
         )
-    return SentencePieceTokenizer(path) if path.suffix == ".model" else JsonTokenizer(path)
+    return path
+
+
+def load_tokenizer(path: str | Path, *, fast: bool = True) -> Tokenizer:
+    """Open a tokenizer: a SentencePiece .model, a tokenizer.json, a GPT-2 vocab.json, or a folder that holds one.
+
+    With `fast` encoding in bulk is gigatoken's if that is installed and proven equal; without, the reference library's.
+    Raises: DataError if there is none or it cannot be read.
+    """
+    path = find_tokenizer(path)
+    from megallama.data.fast_encoder import FastTokenizer
+    from megallama.data.gpt2 import Gpt2Tokenizer
+
+    kind = Gpt2Tokenizer if path.name.endswith("vocab.json") else JsonTokenizer
+    reference: Tokenizer = SentencePieceTokenizer(path) if path.suffix == ".model" else kind(path)
+    return FastTokenizer(reference) if fast else reference
 
 
 def sha256_of(path: str | Path) -> str:
-    """The hex digest of a small file's content."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """The hex digest of a tokenizer: of its file, and for PREFIXvocab.json of PREFIXmerges.txt after it."""
+    path = Path(path)
+    merges = path.with_name(path.name.removesuffix("vocab.json") + "merges.txt")
+    both = path.name.endswith("vocab.json") and merges.is_file()
+    return hashlib.sha256(path.read_bytes() + (merges.read_bytes() if both else b"")).hexdigest()
