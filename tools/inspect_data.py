@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from megallama.config.errors import MegallamaError
-from megallama.data.indexed import CHUNK, IndexedDataset
-from megallama.data.progress import ByteProgress
-from megallama.data.sources import read_facts
-from megallama.data.tokenizer import load_tokenizer
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megallama.config.errors import MegallamaError  # noqa: E402
+from megallama.data.facts import read_facts  # noqa: E402
+from megallama.data.indexed import CHUNK, IndexedDataset  # noqa: E402
+from megallama.data.progress import ByteProgress  # noqa: E402
+from megallama.data.tokenizer import load_tokenizer  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,10 +1,13 @@
 """Tokenize text into a .bin/.idx pair.
 
     python tools/preprocess_data.py corpus/ --tokenizer tokenizer.model --output data/corpus
+    mpirun -n 8 python tools/preprocess_data.py corpus/ --tokenizer tokenizer.model --output data/corpus
 
-Input: JSON lines (.jsonl .json .ndjson), plain text (a file is a document), both also gzipped; files, folders,
-patterns. Every document ends with the tokenizer's end-of-document token. The output is the same for any number of
-workers.
+Input: JSON lines (.jsonl .json .ndjson) and plain text (a file is a document), both also as .gz and .zst, and Parquet;
+files, folders, patterns. Every document ends with the tokenizer's end-of-document token. The output is the same for
+any number of processes and nodes. A run that was killed continues when it is started again: what is done is kept in
+PREFIX.parts until the end. Under mpirun or srun every rank is a process (this needs mpi4py, and a file system that all
+nodes see).
 """
 
 from __future__ import annotations
@@ -13,12 +16,20 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from megallama.config.errors import MegallamaError
-from megallama.data.documents import MAX_DOCUMENT_BYTES
-from megallama.data.preprocess import Summary, preprocess
-from megallama.data.progress import ByteProgress
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megallama.config.errors import MegallamaError  # noqa: E402
+from megallama.data.errors import DataError  # noqa: E402
+
+if TYPE_CHECKING:
+    from megallama.data.preprocess import Summary
+
+MAX_DOCUMENT_MB = 16
+SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # how many processes a launcher started
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,45 +43,95 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, tokenizer.json, or their folder"
     )
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: the cores)"
+        "--workers", type=int, metavar="N", help="processes on this node (default: the cores); not with mpirun, srun"
     )
-    parser.add_argument(
-        "--split-valid",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="hold out this share: PREFIX_train, PREFIX_valid",
-    )
-    parser.add_argument(
-        "--json-key", default="text", metavar="KEY", help="where JSON lines keep the text (default: text)"
-    )
+    for name in ("valid", "test"):
+        parser.add_argument(
+            f"--split-{name}", type=float, default=0.0, metavar="SHARE",
+            help=f"hold out this share of the documents: PREFIX_train, PREFIX_{name}",
+        )  # fmt: skip
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="where the text is (default: text)")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad record instead of skipping it")
-    limit = MAX_DOCUMENT_BYTES >> 20
     parser.add_argument(
-        "--max-document-mb", type=float, default=limit, metavar="MB", help=f"longer ones are bad records ({limit})"
+        "--max-bad", default="", metavar="N|P%", help="stop if more records are bad (default: 1%% but at least 100)"
+    )
+    parser.add_argument(
+        "--max-document-mb", type=float, default=MAX_DOCUMENT_MB, metavar="MB",
+        help=f"longer ones are bad records ({MAX_DOCUMENT_MB})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reference-encoder", action="store_true", help="the tokenizer's own library even where a faster one is equal"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     given = parser.parse_args(argv)
-    start = time.monotonic()
+    comm = None
     try:
-        with ByteProgress("tokenizing", quiet=given.quiet) as bar:
-            summary = preprocess(
-                given.inputs,
-                given.output,
-                given.tokenizer,
-                workers=given.workers,
-                split_valid=given.split_valid,
-                json_key=given.json_key,
-                strict=given.strict,
-                max_document_bytes=int(given.max_document_mb * (1 << 20)),
-                progress=bar.update,
-            )
+        comm = communicator(os.environ)
+        return run(given, comm)
     except (MegallamaError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        status = 2
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
+        print("stopped", file=sys.stderr, flush=True)
+        status = 130
+    if os.path.isdir(f"{given.output}.parts"):
+        print(f"{given.output}.parts keeps what is done; the same command continues there", file=sys.stderr, flush=True)
+    if comm:
+        comm.Abort(status)  # the other ranks would wait for ever
+    return status
+
+
+def communicator(env: Mapping[str, str]) -> Any:
+    """The ranks that mpirun or srun started, as an mpi4py communicator; None for a single process.
+
+    Raises: DataError if MPI does not see all of them: each would do the whole job.
+    """
+    size = next((int(env[name]) for name in SIZES if env.get(name, "").isdigit()), 1)
+    if size == 1:
+        return None
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise DataError(
+            f"{size} processes were started, which needs mpi4py and an MPI library ({error}); pip install mpi4py mpich"
+        ) from None
+    if size != MPI.COMM_WORLD.size:
+        raise DataError(
+            f"{size} processes were started but MPI connects {MPI.COMM_WORLD.size} of them; use the mpirun of the MPI "
+            f"that mpi4py loads ({MPI.Get_library_version().split()[0]}), or srun --mpi=pmi2 or --mpi=pmix as it needs"
+        )
+    return MPI.COMM_WORLD
+
+
+def run(given: argparse.Namespace, comm: Any) -> int:
+    """Do the work of this process."""
+    start = time.monotonic()
+    if comm and comm.rank:
+        from megallama.data.workers import serve_rank
+
+        serve_rank(comm)
+        return 0
+    if comm and given.workers is not None:
+        raise DataError("--workers does not go with mpirun or srun, where every rank is a process; leave it out")
+    from megallama.data.preprocess import preprocess
+    from megallama.data.progress import ByteProgress
+
+    with ByteProgress("tokenizing", quiet=given.quiet) as bar:
+        summary = preprocess(
+            given.inputs,
+            given.output,
+            given.tokenizer,
+            workers=len(os.sched_getaffinity(0)) if given.workers is None else given.workers,
+            split_valid=given.split_valid,
+            split_test=given.split_test,
+            json_key=given.json_key,
+            strict=given.strict,
+            max_bad=given.max_bad,
+            max_document_bytes=int(given.max_document_mb * (1 << 20)),
+            fast=not given.reference_encoder,
+            progress=bar.update,
+            comm=comm,
+        )
     report(summary, time.monotonic() - start)
     return 0
 
@@ -83,7 +144,8 @@ def report(summary: Summary, seconds: float) -> None:
             f"{out.text_bytes:,} bytes of text ({out.text_bytes / out.tokens:.2f} per token)"
         )
     size, tokens = sum(out.text_bytes for out in summary.outputs), sum(out.tokens for out in summary.outputs)
-    print(f"{seconds:.1f} s, {size / seconds / 1e6:.1f} MB/s, {tokens / seconds / 1e6:.2f} M tokens/s")
+    rates = f"{size / seconds / 1e6:.1f} MB/s, {tokens / seconds / 1e6:.2f} M tokens/s"
+    print(f"{seconds:.1f} s, {rates}; encoder: {summary.encoder}")
     if summary.skipped:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary.skipped.most_common())
         print(f"skipped {summary.skipped.total():,} bad records: {kinds}", file=sys.stderr)

@@ -20,18 +20,21 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from megallama.data.errors import DataError
+from megallama.data.facts import read_facts
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 CODES: dict[int, np.dtype] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 CHUNK = 1 << 20  # entries handled at a time where a whole file is walked
+NEAR = 256  # documents looked at together at the end of a search
 AGAIN = "write it again with tools/preprocess_data.py"
 
 
@@ -83,7 +86,8 @@ class _File:
 class IndexedDataset:
     """A .bin/.idx pair opened for reading; safe to use from several threads.
 
-    Opening costs the same for any size: it checks the header, both sizes and the first and last offsets.
+    Opening costs the same for any size: it checks the header, both sizes, the first and last offsets, and the
+    fingerprint if PREFIX.json has one.
     Raises: DataError naming the file, what was found and what was expected.
     """
 
@@ -115,6 +119,13 @@ class IndexedDataset:
         self._marks_at = HEADER.size + 12 * self.num_sequences
         self._check_ends()
         self.num_tokens = self._bin.size // self.dtype.itemsize
+        made = read_facts(self.prefix).get("fingerprint")
+        if made and made != (found := self.fingerprint()["sha256"]):
+            raise DataError(
+                f"{self._bin.path} or {Path(name).name} is not the file that {Path(self.prefix).name}.json describes "
+                f"(its fingerprint is {found[:12]}..., recorded was {made[:12]}...): one was replaced since; bring "
+                f"the three files of one run together, or {AGAIN}"
+            )
 
     def _check_ends(self) -> None:
         last = self.num_sequences - 1
@@ -142,6 +153,13 @@ class IndexedDataset:
         size = self.dtype.itemsize
         return np.frombuffer(self._bin.read(offset * size, count * size), self.dtype)
 
+    def read_rows(self, offsets: Sequence[int], out: np.ndarray) -> None:
+        """Tokens offset .. offset+m-1 of each offset into the rows of `out` [n, m], which is of the file's type."""
+        size, fd = self.dtype.itemsize, self._bin.fd
+        for offset, row in zip(offsets, out, strict=True):
+            if os.preadv(fd, (row,), offset * size) != row.nbytes:
+                row[:] = self.read(offset, len(row))
+
     def starts(self, first: int, last: int) -> np.ndarray:
         """Where documents first..last begin [tokens], int64 [last - first + 1]; last may be num_documents."""
         marks = self._array(self._marks_at + 8 * first, last - first + 1, "<i8")
@@ -150,6 +168,25 @@ class IndexedDataset:
             raise DataError(f"{self._idx.path}: the marks of documents {first}..{last} do not ascend; {AGAIN}")
         pointers = self._array(self._pointers_at + 8 * low, high - low, "<i8") // self.dtype.itemsize
         return np.append(pointers, self.num_tokens)[marks - low]
+
+    def documents_in(self, offset: int, count: int) -> np.ndarray:
+        """Where documents begin among the tokens offset .. offset+count-1, ascending token offsets, int64 [n].
+
+        Found by bisection in the index file: nothing of the size of the corpus is ever in memory.
+        """
+        low, high, found = 0, self.num_documents, []
+        while high - low > NEAR:
+            middle = (low + high) // 2
+            at = int.from_bytes(self._idx.read(self._marks_at + 8 * middle, 8), "little") * 8 + self._pointers_at
+            begin = int.from_bytes(self._idx.read(at, 8), "little") if at < self._marks_at else self._bin.size
+            low, high = (middle + 1, high) if begin < offset * self.dtype.itemsize else (low, middle)
+        while low < self.num_documents:
+            near = self.starts(low, min(low + NEAR, self.num_documents) - 1)
+            found.append(near[(near >= offset) & (near < offset + count)])
+            if near[-1] >= offset + count:
+                break
+            low += NEAR
+        return np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)  # empty documents begin together
 
     def document(self, number: int) -> np.ndarray:
         """The tokens of one document, in the file's type. Raises: DataError if there is no such document."""
@@ -164,7 +201,7 @@ class IndexedDataset:
         offsets = {int(x) for x in np.linspace(0, self.num_tokens - span, spots)}
         return max(int(self.read(offset, span).max()) for offset in offsets)
 
-    def fingerprint(self) -> dict[str, int | str]:
+    def fingerprint(self) -> dict[str, Any]:
         """What identifies the pair's content: counts, sizes and a digest of the first and last 64 KiB of both files."""
         digest = hashlib.sha256()
         for file in (self._idx, self._bin):
@@ -259,7 +296,8 @@ class IndexedWriter:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        Path(self.prefix + ".idx").unlink(missing_ok=True)  # an old index must never stand beside new tokens
+        for suffix in (".json", ".idx"):  # an old index or old facts must never stand beside new tokens
+            Path(self.prefix + suffix).unlink(missing_ok=True)
         os.replace(self.prefix + ".bin.tmp", self.prefix + ".bin")
         os.replace(self.prefix + ".idx.tmp", self.prefix + ".idx")
 

@@ -1,37 +1,33 @@
-"""Text to tokens: JSON lines and text files -> .bin/.idx, in bounded memory, on any number of processes.
+"""Text to tokens: files -> .bin/.idx, in bounded memory, on any number of processes and nodes.
 
-The parent reads records and cuts them into blocks of about a megabyte; workers parse and encode whole blocks; the
-parent writes results in the order of the input.  A block is a function of the input alone and documents are encoded
-one by one, so the bytes written are the same for any number of workers.  Each worker hangs on a pipe: when the parent
-dies, for whatever reason, it ends; when it dies, the parent says so.
+The input is an ordered list of jobs of about a megabyte (of more where there is very much of it).  Any process turns
+any job into a part (`workers`, `parts`); this one joins the parts in order as they come.  Documents are encoded one by
+one, so the bytes written depend on nothing but the input, and a part once finished is never made again.
 """
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import queue
-import signal
-import traceback
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megallama.data.documents import MAX_DOCUMENT_BYTES, BadRecord, Record, RecordReader, find_files, parse
+from megallama.data.documents import MAX_DOCUMENT_BYTES, Record, RecordReader, find_files, place, units
 from megallama.data.errors import DataError
-from megallama.data.indexed import IndexedWriter, dtype_for, strip_suffix
-from megallama.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
+from megallama.data.facts import write_facts
+from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for, strip_suffix
+from megallama.data.parts import MAX_EXAMPLES, Part, WorkFolder
+from megallama.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, sha256_of
+from megallama.data.workers import Crew, Job, Link, Sign, Task
 
-BLOCK_BYTES, BLOCK_RECORDS = 1 << 20, 4096
-MAX_EXAMPLES = 20  # bad records described one by one; all are counted
+JOB_BYTES, MAX_JOB_BYTES = 1 << 20, 1 << 30
+FAST_FROM = 2 << 20  # bytes of input for which loading and proving the fast encoder is worth its time
+MAX_JOBS, MAX_UNITS = 20_000, 64  # jobs of a run where that many are not too large; units of a job
 
 
 @dataclass
@@ -49,44 +45,9 @@ class Summary:
     """What a run of `preprocess` did: its outputs, and the records it skipped."""
 
     outputs: list[Output]
+    encoder: str = ""  # what encoded, on the first process
     skipped: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)  # "file:line: reason", the first few
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Turns blocks of records into tokens; what every worker runs."""
-
-    tokenizer: Tokenizer
-    json_key: str
-
-    def __call__(self, block: Sequence[Record]) -> Encoded:
-        """Encode a block: each good document's ids and one eos after them."""
-        texts, sizes, bad = [], [], []
-        for record in block:
-            try:
-                text, size = parse(record, self.json_key)
-            except BadRecord as error:
-                bad.append((f"{record.file}:{record.line}" if record.line else record.file, error.kind, str(error)))
-            else:
-                texts.append(text)
-                sizes.append(size)
-        eos, dtype = self.tokenizer.eos_id, dtype_for(self.tokenizer.vocab_size)
-        documents = [np.array([*ids, eos], dtype) for ids in self.tokenizer.encode_batch(texts)]
-        lengths = np.array([len(ids) for ids in documents], np.int64)
-        return Encoded(
-            np.concatenate(documents) if documents else np.empty(0, dtype), lengths, np.array(sizes, np.int64), bad
-        )
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A block's documents back to back: tokens [T], lengths [n], text_bytes [n]; bad records (where, kind, reason)."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    text_bytes: np.ndarray
-    bad: list[tuple[str, str, str]]
 
 
 def in_validation(numbers: np.ndarray, share: str | float | Fraction) -> np.ndarray:
@@ -95,8 +56,7 @@ def in_validation(numbers: np.ndarray, share: str | float | Fraction) -> np.ndar
     Documents are dealt into consecutive groups of about 1/share; a hash of the group's number picks one of each.  So
     the share is exact, every group holds one, and the answer depends on nothing but the number.
     """
-    part = Fraction(str(share)).limit_denominator(10**6)
-    p, q = part.numerator, part.denominator
+    p, q = _ratio(share)
     group = numbers * p // q
     first, last = -(-group * q // p), -(-(group + 1) * q // p)
     mixed = (group.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64's finalizer
@@ -106,6 +66,25 @@ def in_validation(numbers: np.ndarray, share: str | float | Fraction) -> np.ndar
     return numbers == first + (mixed % (last - first).astype(np.uint64)).astype(np.int64)
 
 
+def _ratio(share: str | float | Fraction) -> tuple[int, int]:
+    part = Fraction(str(share)).limit_denominator(10**6)
+    return part.numerator, part.denominator
+
+
+def split_of(numbers: np.ndarray, valid: float, test: float) -> np.ndarray:
+    """Which split each document number (int64 [n]) belongs to: 0 train, 1 valid, 2 test; int64 [n].
+
+    What both hold out together is chosen as `in_validation` does, and then dealt between them in the same way.
+    """
+    if not valid and not test:
+        return np.zeros(len(numbers), np.int64)
+    both = Fraction(str(valid)) + Fraction(str(test))
+    held = in_validation(numbers, both)
+    p, q = _ratio(both)
+    tests = in_validation(numbers * p // q, Fraction(str(test)) / both) if test else np.zeros(len(numbers), bool)
+    return np.where(held, 1 + tests, 0)
+
+
 def preprocess(
     inputs: Sequence[str | Path],
     output: str | Path,
@@ -113,77 +92,204 @@ def preprocess(
     *,
     workers: int = 1,
     split_valid: float = 0.0,
+    split_test: float = 0.0,
     json_key: str = "text",
     strict: bool = False,
+    max_bad: str = "",
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
+    fast: bool = True,
     progress: Callable[[int, int, int], None] | None = None,
+    comm: Any = None,
 ) -> Summary:
-    """Tokenize files into OUTPUT.bin/.idx, or with `split_valid` into OUTPUT_train and OUTPUT_valid.
+    """Tokenize files into OUTPUT.bin/.idx, or with a split into OUTPUT_train, OUTPUT_valid and OUTPUT_test.
 
     The tokenizer's eos ends every document.
     Beside each pair PREFIX.json records documents, tokens, bytes of text (what bits per byte needs) and the tokenizer.
-    `progress(bytes read, bytes in all, tokens)` is called as blocks finish.
+    Until the end OUTPUT.parts/ keeps what is done: a run that was killed continues there when it is started again.
+    `max_bad`: more bad records than this stop the run: a number, or a share as "5%"; default 1 % of the records, but
+    at least 100.  `fast`: as in `load_tokenizer`.  `progress(bytes read, bytes in all, tokens)` is called as the work
+    goes on.  `comm`: an mpi4py communicator whose other ranks run `workers.serve_rank`; they are the processes then,
+    and `workers` is unread.
     Raises: DataError, with `strict` also for the first bad record; without it bad records are skipped and counted.
     """
-    if not 0 <= split_valid < 1:
-        raise DataError(f"split_valid={split_valid} is not a share; use a number from 0 to below 1, for example 0.05")
+    splits = _check_options(workers, split_valid, split_test)
+    limit = _bad_limit(max_bad)
+    files, prefix, path = find_files(inputs), strip_suffix(output), find_tokenizer(tokenizer_path)
+    outputs = [Output(prefix + suffix) for suffix in splits]
+    _check_names(outputs, files)
+    jobs = _jobs(files)
+    fast = fast and sum(job.size for job in jobs) >= FAST_FROM
+    with WorkFolder(prefix, _origin(files, path, json_key, max_document_bytes)) as work:
+        with ExitStack() as stack:
+            task = Task(str(path), fast, json_key, max_document_bytes, strict, work.path, work.start)
+            crew = stack.enter_context(Crew(task, min(workers, len(jobs)), comm))  # they start while this one loads
+            tokenizer = load_tokenizer(path, fast=fast)
+            if tokenizer.eos_id is None:
+                raise DataError(
+                    f"tokenizer {path} has no end-of-document token; use one with </s>, <|end_of_text|> or "
+                    "<|endoftext|>"
+                )
+            crew.encode_here(tokenizer)
+            dtype = dtype_for(tokenizer.vocab_size)
+            writers = [stack.enter_context(IndexedWriter(out.prefix, dtype)) for out in outputs]
+            join = _Join(Summary(outputs), jobs, work, writers, (split_valid, split_test), strict, limit)
+            _run(join, crew, progress)
+            join.summary.encoder = tokenizer.encoder
+            join.check_end()
+        for out in outputs:
+            write_facts(out.prefix, _facts(out, tokenizer, join.summary.skipped))
+    return join.summary
+
+
+def _check_names(outputs: Sequence[Output], files: Sequence[Path]) -> None:
+    """Raises: DataError if an output would replace an input."""
+    for out in outputs:
+        if any(file.absolute() == Path(f"{out.prefix}.json").absolute() for file in files):
+            raise DataError(f"{out.prefix}.json is an input and would be replaced by the output; use another --output")
+
+
+def _check_options(workers: int, split_valid: float, split_test: float) -> list[str]:
+    """What each output's name ends in. Raises: DataError."""
+    for name, share in (("split_valid", split_valid), ("split_test", split_test)):
+        if not 0 <= share < 1:
+            raise DataError(f"{name}={share} is not a share; use a number from 0 to below 1, for example 0.05")
+    if split_valid + split_test >= 1:
+        raise DataError(f"split_valid={split_valid} and split_test={split_test} leave nothing to train on; use less")
     if workers < 1:
         raise DataError(f"workers={workers}; use 1 or more")
-    tokenizer = load_tokenizer(tokenizer_path)
-    if tokenizer.eos_id is None:
-        raise DataError(
-            f"tokenizer {tokenizer.path} has no end-of-document token; use one with </s>, <|end_of_text|> or "
-            "<|endoftext|>"
-        )
-    reader, prefix = RecordReader(find_files(inputs), max_document_bytes), strip_suffix(output)
-    names = [f"{prefix}_train", f"{prefix}_valid"] if split_valid else [prefix]
-    summary = Summary([Output(name) for name in names])
-    number = 0  # of the next good document
-    with ExitStack() as stack:
-        encoded = stack.enter_context(_encoding(Encoder(tokenizer, json_key), workers))
-        writers = [stack.enter_context(IndexedWriter(name, dtype_for(tokenizer.vocab_size))) for name in names]
-        for block in encoded(_blocks(reader)):
-            _note_bad(block, summary, strict)
-            valid = np.zeros(len(block.lengths), bool)
-            if split_valid:
-                valid = in_validation(np.arange(number, number + len(valid)), split_valid)
-            number += len(valid)
-            for part, writer, out in zip((~valid, valid), writers, summary.outputs, strict=False):
-                whole = part.all()
-                writer.add(block.tokens if whole else block.tokens[np.repeat(part, block.lengths)], block.lengths[part])
-                out.documents, out.tokens = writer.num_documents, writer.num_tokens
-                out.text_bytes += int(block.text_bytes[part].sum())
-            if progress:
-                progress(reader.bytes_done, reader.bytes_total, sum(out.tokens for out in summary.outputs))
-        _check_not_empty(summary, number, split_valid)
-        for out in summary.outputs:
-            _write_facts(out, tokenizer, summary)
-    return summary
+    held = [name for name, share in (("_valid", split_valid), ("_test", split_test)) if share]
+    return ["_train", *held] if held else [""]
 
 
-def _note_bad(block: Encoded, summary: Summary, strict: bool) -> None:
-    for where, kind, reason in block.bad:
-        if strict:
-            raise DataError(f"{where}: {reason}; correct the record, or leave out --strict to skip such records")
-        summary.skipped[kind] += 1
-        if len(summary.examples) < MAX_EXAMPLES:
-            summary.examples.append(f"{where}: {reason}")
+def _bad_limit(text: str) -> Callable[[float], float]:
+    """How many of a number of records may be bad."""
+    try:
+        share = float(text.removesuffix("%")) / 100 if text.endswith("%") else 0.01
+        count = 0 if text.endswith("%") else int(text or 100)
+        if not 0 <= share <= 1 or count < 0:
+            raise ValueError
+    except ValueError:
+        raise DataError(f"max_bad={text!r} is neither a number of records nor a share such as 5%") from None
+    return lambda records: count if text and not text.endswith("%") else max(count, share * records)
 
 
-def _check_not_empty(summary: Summary, documents: int, split_valid: float) -> None:
-    if not documents:
-        bad = f"all {summary.skipped.total()} records are bad, the first: " + "".join(summary.examples[:1])
-        raise DataError(f"no documents were found: {bad if summary.examples else 'the files are empty'}")
-    for out in summary.outputs:
-        if not out.documents:
+def _jobs(files: Sequence[Path]) -> list[Job]:
+    """The input as jobs. They depend on the files alone, so that every start of a run has the same."""
+    total = RecordReader(files).bytes_total
+    size = min(max(JOB_BYTES, total // MAX_JOBS), MAX_JOB_BYTES)
+    jobs: list[Job] = []
+    for unit in units(files, size):
+        bytes_of_unit = RecordReader([unit]).bytes_total
+        last = jobs[-1] if jobs else None
+        if last and last.size + bytes_of_unit <= size and len(last.units) < MAX_UNITS:
+            jobs[-1] = Job(last.number, [*last.units, unit], last.size + bytes_of_unit)
+        else:
+            jobs.append(Job(len(jobs), [unit], bytes_of_unit))
+    return jobs
+
+
+def _origin(files: Sequence[Path], tokenizer: Path, json_key: str, max_document_bytes: int) -> dict[str, Any]:
+    """Everything that tokens and jobs follow from."""
+    stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    layout = (1, JOB_BYTES, MAX_JOB_BYTES, MAX_JOBS, MAX_UNITS)  # the first number changes with the format of the parts
+    return {"layout": layout, "files": stats, "tokenizer": sha256_of(tokenizer), "key": json_key,
+            "limit": max_document_bytes}  # fmt: skip
+
+
+def _run(join: _Join, crew: Crew, progress: Callable[[int, int, int], None] | None) -> None:
+    """Let the crew make the parts that are missing, and join what is there meanwhile."""
+    size, parts = {job.number: job.size for job in join.jobs}, join.parts
+    done, tokens = sum(size[n] for n in parts), sum(p.token_bytes for p in parts.values()) // join.itemsize
+    now: dict[Link, Sign] = {}  # how far the processes are in what is unfinished
+    for link, message in crew.run([job for job in join.jobs if job.number not in parts], join.advance):
+        if isinstance(message, Part):
+            done, tokens = done + size[message.job], tokens + message.token_bytes // join.itemsize
+            parts[message.job] = message
+        now[link] = message if isinstance(message, Sign) else Sign(0, 0)
+        if progress:
+            some = now.values()
+            progress(done + sum(s.bytes_done for s in some), join.total, tokens + sum(s.tokens for s in some))
+    while join.advance():
+        pass
+
+
+class _Join:
+    """Appends parts to the outputs in the order of the jobs, and judges their bad records."""
+
+    def __init__(
+        self,
+        summary: Summary,
+        jobs: Sequence[Job],
+        work: WorkFolder,
+        writers: Sequence[IndexedWriter],
+        shares: tuple[float, float],
+        strict: bool,
+        limit: Callable[[float], float],
+    ) -> None:
+        self.summary, self.jobs, self.parts, self.itemsize = summary, jobs, work.finished(), writers[0].dtype.itemsize
+        self._work, self._writers, self._shares, self._strict, self._limit = work, writers, shares, strict, limit
+        self._next = self._documents = self._bytes = 0
+        self.total = sum(job.size for job in jobs)
+
+    def advance(self) -> bool:
+        """Append the part that is next, if it is there; whether it was."""
+        part = self.parts.get(self._next)
+        if part:
+            self._judge(part)
+            for tokens, rows in self._work.read(part, self._writers[0].dtype):
+                self._append(tokens, rows.astype(np.int64))
+            self._next += 1
+        return part is not None
+
+    def _append(self, tokens: np.ndarray, rows: np.ndarray) -> None:
+        numbers = np.arange(self._documents, self._documents + len(rows))
+        self._documents += len(rows)
+        which = split_of(numbers, *self._shares)
+        if not self._shares[0]:  # without a validation split the second output is the test split
+            which = np.minimum(which, 1)
+        for i, (writer, out) in enumerate(zip(self._writers, self.summary.outputs, strict=True)):
+            mine = which == i
+            ours = tokens if mine.all() else tokens[np.repeat(mine, rows[:, 0])]
+            writer.add(ours, rows[mine, 0])
+            out.documents, out.tokens = writer.num_documents, writer.num_tokens
+            out.text_bytes += int(rows[mine, 1].sum())
+
+    def _judge(self, part: Part) -> None:
+        """Note the bad records of the next part; stop when the limit is sure to be passed."""
+        self.summary.skipped.update(part.skipped)
+        for file, line, origin, reason in part.examples[: MAX_EXAMPLES - len(self.summary.examples)]:
+            self.summary.examples.append(f"{place(Record(file, line, b'', '', origin))}: {reason}")
+        if self._strict and self.summary.examples:
             raise DataError(
-                f"{out.prefix} would hold none of the {documents} documents with split_valid={split_valid}; "
-                "use a larger share, more documents, or no split"
+                f"{self.summary.examples[0]}; correct the record, or leave out --strict to skip such records"
+            )
+        self._bytes += self.jobs[self._next].size
+        bad, records = self.summary.skipped.total(), self._documents + part.documents + self.summary.skipped.total()
+        if bad > self._limit(records * self.total / max(self._bytes, 1)):  # the records there will be, at this rate
+            raise DataError(
+                f"{bad} of the first {records} records are bad, more than max_bad allows, among them\n  "
+                + "\n  ".join(self.summary.examples)
+                + "\ncorrect them, name the right --json-key, or allow more with --max-bad, for example --max-bad 5%"
             )
 
+    def check_end(self) -> None:
+        """Raises: DataError if an output would be empty."""
+        summary = self.summary
+        if not self._documents:
+            bad = f"all {summary.skipped.total()} records are bad, the first: " + "".join(summary.examples[:1])
+            raise DataError(f"no documents were found: {bad if summary.examples else 'the files are empty'}")
+        for out in summary.outputs:
+            if not out.documents:
+                given = zip(("valid", "test"), self._shares, strict=True)
+                shares = " and ".join(f"split_{name}={share}" for name, share in given if share)
+                raise DataError(
+                    f"{out.prefix} would hold none of the {self._documents} documents with {shares}; "
+                    "use a larger share, more documents, or no split"
+                )
 
-def _write_facts(out: Output, tokenizer: Tokenizer, summary: Summary) -> None:
-    facts = {
+
+def _facts(out: Output, tokenizer: Tokenizer, skipped: Counter[str]) -> dict[str, Any]:
+    return {
         "documents": out.documents,
         "tokens": out.tokens,
         "bytes": out.text_bytes,
@@ -191,91 +297,6 @@ def _write_facts(out: Output, tokenizer: Tokenizer, summary: Summary) -> None:
         "tokenizer_sha256": sha256_of(tokenizer.path),
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
-        "skipped": dict(sorted(summary.skipped.items())),
+        "skipped": dict(sorted(skipped.items())),
+        "fingerprint": IndexedDataset(out.prefix).fingerprint()["sha256"],
     }
-    path = Path(out.prefix + ".json")
-    path.with_name(path.name + ".tmp").write_text(json.dumps(facts, indent=2) + "\n")
-    os.replace(path.with_name(path.name + ".tmp"), path)
-
-
-def _blocks(reader: RecordReader) -> Iterator[list[Record]]:
-    block: list[Record] = []
-    size = 0
-    for record in reader:
-        block.append(record)
-        size += len(record.raw)
-        if size >= BLOCK_BYTES or len(block) >= BLOCK_RECORDS:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
-
-
-@contextmanager
-def _encoding(encoder: Encoder, workers: int) -> Iterator[Callable[[Iterator[list[Record]]], Iterator[Encoded]]]:
-    """A function from blocks to encoded blocks in the same order; with more than one worker, on that many processes."""
-    if workers == 1:
-        yield lambda blocks: map(encoder, blocks)
-        return
-    spawn = multiprocessing.get_context("spawn")  # a fork could copy the locks of another thread
-    idle: queue.SimpleQueue[tuple[Connection, multiprocessing.process.BaseProcess]] = queue.SimpleQueue()
-    processes = []
-    for _ in range(workers):
-        ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=_work, args=(theirs, str(encoder.tokenizer.path), encoder.json_key), daemon=True)
-        process.start()
-        theirs.close()
-        processes.append((ours, process))
-        idle.put((ours, process))
-
-    def call(block: list[Record]) -> Encoded:
-        pipe, process = idle.get()
-        try:
-            pipe.send(block)
-            answer = pipe.recv()
-        except (EOFError, OSError):
-            process.join(5)
-            code = process.exitcode
-            raise DataError(
-                f"a worker process died (exit status {code}); if memory ran out (-9), use fewer --workers"
-            ) from None
-        finally:
-            idle.put((pipe, process))
-        if isinstance(answer, str):
-            raise DataError(f"a worker process failed:\n{answer}")
-        return answer
-
-    def run(blocks: Iterator[list[Record]]) -> Iterator[Encoded]:
-        waiting: deque[Future[Encoded]] = deque()
-        for block in blocks:
-            waiting.append(threads.submit(call, block))
-            if len(waiting) > 2 * workers:  # bounds memory, keeps every worker busy
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-    threads = ThreadPoolExecutor(workers)
-    try:
-        yield run
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)
-        for pipe, process in processes:
-            process.terminate()
-            process.join()
-            pipe.close()
-
-
-def _work(pipe: Connection, tokenizer_path: str, json_key: str) -> None:
-    """A worker's life: encode blocks until the other end of the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; the pipe then ends us
-    encoder = Encoder(load_tokenizer(tokenizer_path), json_key)
-    try:
-        while True:
-            block = pipe.recv()
-            try:
-                answer: Encoded | str = encoder(block)
-            except Exception:
-                answer = traceback.format_exc()
-            pipe.send(answer)
-    except (EOFError, OSError):
-        return

@@ -5,11 +5,13 @@ Where standard error is no terminal (a log file), a plain line every few seconds
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 LINE_SECONDS = 10.0
 
@@ -18,13 +20,11 @@ class ByteProgress:
     """Shows how far a job is; `then` names what it does after the last byte, for a time nobody can tell."""
 
     def __init__(self, title: str, *, then: str = "", quiet: bool = False) -> None:
-        self._console = Console(stderr=True)
         self._title, self._then, self._quiet = title, then, quiet
-        self._live = not quiet and self._console.is_terminal
-        columns = [TextColumn("{task.description} {task.fields[rate]}"), BarColumn(), TaskProgressColumn()]
-        times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
-        self._bar = Progress(*columns, *times, console=self._console, disable=not self._live, transient=True)
-        self._task = self._bar.add_task(title, total=None, rate="")
+        self._bar: Progress | None = None
+        if not quiet and sys.stderr.isatty():
+            self._bar = _bar()
+            self._task = self._bar.add_task(title, total=None, rate="")
         self._start = self._line = time.monotonic()
 
     def update(self, done: int, total: int, tokens: int = 0) -> None:
@@ -32,20 +32,32 @@ class ByteProgress:
         now = time.monotonic()
         seconds = max(now - self._start, 1e-6)
         rate = f"{done / seconds / 1e6:.1f} MB/s" + (f", {tokens / seconds / 1e6:.2f} M tokens/s" if tokens else "")
-        if done >= total and self._then:
+        if self._bar and done >= total and self._then:
             self._bar.update(self._task, description=self._then, total=None, rate="")
-        else:
+        elif self._bar:
             self._bar.update(self._task, completed=done, total=total, rate=rate)
-        if not self._live and not self._quiet and now - self._line >= LINE_SECONDS:
+        elif not self._quiet and now - self._line >= LINE_SECONDS:
             self._line, left = now, seconds * (total - done) / max(done, 1)
-            text = f"{self._title}: {100 * done / max(total, 1):.0f} %, {rate}, {left:.0f} s left"
-            self._console.print(text, highlight=False)
+            text = f"{self._title}: {100 * done / max(total, 1):.0f} %, {rate}, {left:.0f} s left\n"
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
     def __enter__(self) -> ByteProgress:
-        self._bar.start()
+        if self._bar:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._bar:
+            self._bar.stop()
+
+
+def _bar() -> Progress:
+    from rich import progress as rich  # takes as long to import as everything else of this room
+    from rich.console import Console
+
+    columns = [rich.TextColumn("{task.description} {task.fields[rate]}"), rich.BarColumn(), rich.TaskProgressColumn()]
+    times = [rich.TimeElapsedColumn(), rich.TextColumn("left"), rich.TimeRemainingColumn()]
+    return rich.Progress(*columns, *times, console=Console(stderr=True), transient=True)

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megallama.data.errors import DataError
+from megallama.data.facts import write_facts
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
 
 U16, I32 = dtype_for(100), dtype_for(70000)
@@ -184,6 +187,78 @@ def test_the_fingerprint_sees_a_changed_file(tmp_path: Path) -> None:
     assert (before["documents"], before["tokens"], before["bin_bytes"], before["idx_bytes"]) == (4, 18, 36, 122)
     damage(f"{prefix}.bin", 2, b"\x09")
     assert before["sha256"] != IndexedDataset(prefix).fingerprint()["sha256"]
+
+
+LENGTHS = st.lists(st.integers(0, 6), min_size=1, max_size=40)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(LENGTHS, st.integers(0, 250), st.integers(0, 250))
+def test_documents_in_a_range(tmp_path: Path, lengths: list[int], offset: int, count: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megallama.data.indexed.NEAR", 3)
+        data = IndexedDataset(write(tmp_path / "a", [[1] * n for n in [*lengths, 1]]))
+        starts = np.cumsum([0, *lengths])
+        expected = sorted({int(s) for s in starts if offset <= s < offset + count})
+        assert data.documents_in(offset, count).tolist() == expected
+
+
+def test_documents_of_several_sequences_in_a_range(tmp_path: Path) -> None:
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, 3, 5)
+    (tmp_path / "m.idx").write_bytes(header + struct.pack("<3i3q5q", 2, 1, 3, 0, 4, 6, 0, 2, 2, 3, 3))
+    (tmp_path / "m.bin").write_bytes(struct.pack("<6H", *range(6)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megallama.data.indexed.NEAR", 1)
+        data = IndexedDataset(tmp_path / "m")
+        assert [data.documents_in(offset, 2).tolist() for offset in range(5)] == [[0], [], [3], [3], []]
+
+
+def test_ten_million_documents_are_opened_without_reading_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse files of the real size: everything is zero except what opening and one search look at."""
+    n, length = 10_000_000, 500
+    read: list[int] = []
+
+    def pread(fd: int, count: int, offset: int) -> bytes:
+        read.append(count)
+        return pure(fd, count, offset)
+
+    with (tmp_path / "a.idx").open("wb") as file:
+        file.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, n, n + 1))
+        for start in range(0, n, 1 << 20):
+            count = min(1 << 20, n - start)
+            for at, values in ((34 + 4 * start, np.full(count, length, "<i4")),
+                               (34 + 4 * n + 8 * start, np.arange(start, start + count) * 2 * length),
+                               (34 + 12 * n + 8 * start, np.arange(start, start + count + 1))):  # fmt: skip
+                file.seek(at)
+                file.write(values.tobytes())
+    with (tmp_path / "a.bin").open("wb") as file:
+        file.truncate(2 * n * length)
+    pure = os.pread
+    monkeypatch.setattr(os, "pread", pread)
+    data = IndexedDataset(tmp_path / "a")
+    assert (data.num_documents, data.num_tokens) == (n, n * length)
+    assert data.documents_in(3_000_000_001, 2049).tolist() == [3_000_000_500 + 500 * i for i in range(4)]
+    assert data.read(3_000_000_001, 2049).sum() == 0
+    assert len(read) < 60 and sum(read) < 20_000  # neither grows with the corpus
+    data.fingerprint()
+    assert sum(read) < 300_000
+
+
+@pytest.mark.parametrize("suffix, at", [(".bin", 2), (".idx", 60)])
+def test_a_replaced_file_is_refused_at_open(tmp_path: Path, suffix: str, at: int) -> None:
+    prefix = write(tmp_path / "a")
+    fingerprint = IndexedDataset(prefix).fingerprint()["sha256"]
+    write_facts(str(prefix), {"fingerprint": fingerprint})
+    assert IndexedDataset(prefix).num_tokens == 18
+    damage(f"{prefix}{suffix}", at, b"\x09")
+    with pytest.raises(DataError, match=r"a\.bin or a\.idx is not the file that a\.json describes .*one was replaced"):
+        IndexedDataset(prefix)
+
+
+def test_new_tokens_never_stand_beside_old_facts(tmp_path: Path) -> None:
+    write_facts(str(write(tmp_path / "a")), {"documents": 4})
+    write(tmp_path / "a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.idx"]
 
 
 def test_a_killed_writer_leaves_no_files_under_their_names(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import gzip
 import json
 import os
 import signal
+import struct
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 from megallama.data import preprocess as module
 from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset
-from megallama.data.preprocess import in_validation, preprocess
+from megallama.data.preprocess import in_validation, preprocess, split_of
 from megallama.data.tokenizer import load_tokenizer, sha256_of
 from tests.data.conftest import text_of
 
@@ -44,6 +46,7 @@ def test_documents_are_encoded_and_ended(jsonl: Path, tokenizer_path: Path, tmp_
         "vocab_size": 330,
         "eos_id": 2,
         "skipped": {},
+        "fingerprint": IndexedDataset(tmp_path / "a").fingerprint()["sha256"],
     }
     (out,) = summary.outputs
     assert (out.documents, out.tokens, out.text_bytes) == (300, tokens, size)
@@ -51,21 +54,73 @@ def test_documents_are_encoded_and_ended(jsonl: Path, tokenizer_path: Path, tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.json"]
 
 
-@pytest.mark.parametrize("split", [0.0, 0.1])
-def test_the_bytes_do_not_depend_on_workers_or_blocks(
-    jsonl: Path, tokenizer_path: Path, tmp_path: Path, split: float, monkeypatch: pytest.MonkeyPatch
+def megatron_files(documents: list[list[int]], code: int, letter: str) -> dict[str, bytes]:
+    """What Megatron's tool writes with one sequence per document, from the description of the format alone."""
+    lengths = [len(ids) for ids in documents]
+    size, pointers = struct.calcsize("<" + letter), [0]
+    for n in lengths[:-1]:
+        pointers.append(pointers[-1] + n * size)
+    index = [b"MMIDIDX\x00\x00", struct.pack("<Q", 1), struct.pack("<B", code), struct.pack("<Q", len(documents)),
+             struct.pack("<Q", len(documents) + 1), struct.pack(f"<{len(lengths)}i", *lengths),
+             struct.pack(f"<{len(lengths)}q", *pointers),
+             struct.pack(f"<{len(lengths) + 1}q", *range(len(lengths) + 1))]  # fmt: skip
+    stream = [struct.pack(f"<{len(ids)}{letter}", *ids) for ids in documents]
+    return {".bin": b"".join(stream), ".idx": b"".join(index)}
+
+
+def test_the_files_are_megatrons(jsonl: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    preprocess([jsonl], tmp_path / "a", tokenizer_path, workers=2)
+    encode = load_tokenizer(tokenizer_path).encode
+    expected = megatron_files([[*encode(text_of(i)), 2] for i in range(300)], 8, "H")
+    assert content(tmp_path / "a", ".bin", ".idx") == expected
+
+
+def test_the_fast_encoder_writes_the_same(
+    jsonl: Path, tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert preprocess([jsonl], tmp_path / "a", tokenizer_path).encoder == "sentencepiece"  # little text: not worth it
+    monkeypatch.setattr(module, "FAST_FROM", 0)
+    summary = preprocess([jsonl], tmp_path / "b", tokenizer_path)
+    assert "gigatoken" in summary.encoder  # or why it is not used
+    assert preprocess([jsonl], tmp_path / "c", tokenizer_path, fast=False).encoder == "sentencepiece"
+    assert content(tmp_path / "a") == content(tmp_path / "b") == content(tmp_path / "c")
+
+
+def test_a_large_vocabulary_is_written_as_int32(jsonl: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {f"w{i}": i for i in range(70_000)} | {"the": 70_000, "<unk>": 70_001, "<|endoftext|>": 70_002}
+    model = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model.save(str(tmp_path / "t.json"))
+    preprocess([jsonl], tmp_path / "a", tmp_path / "t.json")
+    words = [[70_000 if word == "the" else 70_001 for word in text_of(i).split()] for i in range(300)]
+    assert content(tmp_path / "a", ".bin", ".idx") == megatron_files([[*ids, 70_002] for ids in words], 4, "i")
+
+
+@pytest.mark.parametrize("split", [(0.0, 0.0), (0.1, 0.0), (0.1, 0.05)])
+def test_the_bytes_do_not_depend_on_processes_jobs_or_blocks(
+    jsonl: Path, tokenizer_path: Path, tmp_path: Path, split: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_bytes(jsonl.read_bytes() + b"not json\n" + jsonl.read_bytes())
-    parts = ["_train", "_valid"] if split else [""]
+    (tmp_path / "more").mkdir()
+    for number in range(70):  # small files share a job
+        (tmp_path / "more" / f"{number:02d}.txt").write_text(text_of(number))
+    (tmp_path / "more" / "71.jsonl.gz").write_bytes(gzip.compress(jsonl.read_bytes()))
+    parts = [""] if split == (0, 0) else ["_train", "_valid", "_test"][: 3 if split[1] else 2]
     summaries = []
-    for name, workers, block in (("one", 1, 1 << 20), ("two", 2, 5000), ("three", 3, 700)):
-        monkeypatch.setattr(module, "BLOCK_BYTES", block)
-        summaries.append(preprocess([corpus], tmp_path / name, tokenizer_path, workers=workers, split_valid=split))
+    for name, processes, job, block in (("one", 1, 1 << 20, 99999), ("two", 2, 5000, 99999), ("three", 3, 700, 300)):
+        monkeypatch.setattr(module, "JOB_BYTES", job)
+        monkeypatch.setattr("megallama.data.workers.BLOCK_BYTES", block)
+        options = {"workers": processes, "split_valid": split[0], "split_test": split[1]}
+        summaries.append(preprocess([corpus, tmp_path / "more"], tmp_path / name, tokenizer_path, **options))
     for part in parts:
         one = content(tmp_path / f"one{part}")
         assert one == content(tmp_path / f"two{part}") == content(tmp_path / f"three{part}")
+    assert sum(out.documents for out in summaries[0].outputs) == 300 * 3 + 70
     assert all(s.skipped == {"not JSON": 1} and s.examples == summaries[0].examples for s in summaries)
+    assert summaries[0].examples[0].startswith(f"{corpus}:301: not JSON")
 
 
 def test_the_split_deals_out_every_document_once(jsonl: Path, tokenizer_path: Path, tmp_path: Path) -> None:
@@ -85,6 +140,31 @@ def test_the_share_of_the_split_is_exact(share: float) -> None:
     if share <= 0.3:  # which document of a group is chosen varies
         assert len(set((np.flatnonzero(chosen) % round(1 / share)).tolist())) == round(1 / share)
     assert np.array_equal(chosen[777:], in_validation(np.arange(777, n), share))
+
+
+@pytest.mark.parametrize("valid, test", [(0.1, 0.05), (0.01, 0.01), (0.2, 0.3), (0.0, 0.04), (0.05, 0.0), (0.3, 0.001)])
+def test_valid_and_test_have_exact_shares_and_nothing_in_common(valid: float, test: float) -> None:
+    n = 60000
+    which = split_of(np.arange(n), valid, test)
+    assert abs(int((which == 1).sum()) - n * valid) <= 2 and abs(int((which == 2).sum()) - n * test) <= 2
+    assert np.array_equal(which > 0, in_validation(np.arange(n), Fraction(str(valid)) + Fraction(str(test))))
+    assert np.array_equal(which[777:], split_of(np.arange(777, n), valid, test))
+    ends = np.array([int((which[:k] == 2).sum()) - k * test for k in range(0, n, 997)])
+    assert np.abs(ends).max() <= 2  # even along the way
+
+
+def test_three_splits_deal_out_every_document_once(jsonl: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    preprocess([jsonl], tmp_path / "all", tokenizer_path)
+    summary = preprocess([jsonl], tmp_path / "s", tokenizer_path, split_valid=0.05, split_test=0.1)
+    assert [Path(out.prefix).name for out in summary.outputs] == ["s_train", "s_valid", "s_test"]
+    which, everything = split_of(np.arange(300), 0.05, 0.1), documents(tmp_path / "all")
+    for number, name in enumerate(("s_train", "s_valid", "s_test")):
+        assert documents(tmp_path / name) == [d for d, w in zip(everything, which, strict=True) if w == number]
+    summary = preprocess([jsonl], tmp_path / "t", tokenizer_path, split_test=0.1)
+    assert [Path(out.prefix).name for out in summary.outputs] == ["t_train", "t_test"]
+    assert documents(tmp_path / "t_test") == [
+        d for d, w in zip(everything, split_of(np.arange(300), 0, 0.1), strict=True) if w
+    ]
 
 
 def test_text_files_folders_patterns_and_gzip(tokenizer_path: Path, tmp_path: Path) -> None:
@@ -158,9 +238,70 @@ def test_a_bad_file_is_named(tokenizer_path: Path, tmp_path: Path, name: str, ra
 
 def test_only_the_first_bad_records_are_described(tokenizer_path: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("x\n" * 1000 + '{"text": "good"}\n')
-    summary = preprocess([tmp_path / "a.jsonl"], tmp_path / "a", tokenizer_path)
+    summary = preprocess([tmp_path / "a.jsonl"], tmp_path / "a", tokenizer_path, max_bad="1000")
     assert summary.skipped == {"not JSON": 1000} and len(summary.examples) == 20
     assert json.loads((tmp_path / "a.json").read_text())["skipped"] == {"not JSON": 1000}
+
+
+def bad_lines(path: Path, bad: int, good: int) -> Path:
+    """Bad lines spread evenly among good ones."""
+    lines = [b"x\n" if (i + 1) * bad // (bad + good) > i * bad // (bad + good) else b'{"text": "good"}\n'
+             for i in range(bad + good)]  # fmt: skip
+    path.write_bytes(b"".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("bad, good, given, stops", [
+    (100, 50, "", False), (101, 50, "", True),  # the default: a hundred
+    (150, 15000, "", False), (160, 15000, "", True),  # or one in a hundred
+    (3, 50, "3", False), (4, 5000, "3", True), (1, 50, "0", True),
+    (5, 95, "5%", False), (6, 94, "5%", True), (9, 1, "100%", False), (1, 99, "0%", True), (1, 199, "0.5%", False),
+])  # fmt: skip
+def test_too_many_bad_records_stop_the_run(
+    tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    bad: int, good: int, given: str, stops: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(module, "JOB_BYTES", 20000)
+    processes = 2 if good >= 15000 else 1  # with several jobs
+    path = bad_lines(tmp_path / "a.jsonl", bad, good)
+    if not stops:
+        summary = preprocess([path], tmp_path / "a", tokenizer_path, max_bad=given, workers=processes)
+        assert summary.skipped.total() == bad and summary.outputs[0].documents == good
+        return
+    with pytest.raises(DataError, match=r"\d+ of the first \d+ records are bad, more than max_bad allows") as error:
+        preprocess([path], tmp_path / "a", tokenizer_path, max_bad=given, workers=processes)
+    first = path.read_bytes().split(b"\n").index(b"x") + 1
+    assert f"among them\n  {path}:{first}: not JSON" in str(error.value) and "--max-bad 5%" in str(error.value)
+    assert not [p for p in tmp_path.iterdir() if p.suffix in (".bin", ".idx", ".json", ".tmp")]
+
+
+@pytest.mark.parametrize("given", ["many", "-1", "101%", "%", "1.5", "-2%"])
+def test_a_wrong_limit_of_bad_records_is_refused(jsonl: Path, tokenizer_path: Path, tmp_path: Path, given: str) -> None:
+    with pytest.raises(DataError, match=f"max_bad='{given}' is neither a number of records nor a share such as 5%"):
+        preprocess([jsonl], tmp_path / "a", tokenizer_path, max_bad=given)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_strict_names_the_first_bad_record_of_the_input(
+    jsonl: Path, tokenizer_path: Path, tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "JOB_BYTES", 3000)
+    lines = jsonl.read_bytes().split(b"\n")[:-1]
+    for number in (103, 104, 250, 299):
+        lines[number - 1] = b"{" * number
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:103: not JSON \(Expecting property name"):
+        preprocess([tmp_path / "a.jsonl"], tmp_path / "a", tokenizer_path, workers=processes, strict=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.parts"]  # what is done serves a lenient run
+    done = preprocess([tmp_path / "a.jsonl"], tmp_path / "a", tokenizer_path, workers=processes)
+    assert [example.split(":")[1] for example in done.examples] == ["103", "104", "250", "299"]
+
+
+def test_an_output_that_would_replace_an_input_is_refused(tokenizer_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"text": "good"}\n')
+    with pytest.raises(DataError, match="a.json is an input and would be replaced by the output; use another --output"):
+        preprocess([tmp_path / "a.json"], tmp_path / "a", tokenizer_path)
+    assert (tmp_path / "a.json").read_text() == '{"text": "good"}\n'
 
 
 def test_nothing_to_write_is_an_error(tokenizer_path: Path, tmp_path: Path) -> None:
@@ -174,6 +315,8 @@ def test_nothing_to_write_is_an_error(tokenizer_path: Path, tmp_path: Path) -> N
         (["empty.jsonl"], {}, "no documents were found: the files are empty"),
         (["few.jsonl"], {"split_valid": 0.01}, "out_valid would hold none of the 3 documents with split_valid=0.01"),
         (["few.jsonl"], {"split_valid": 1.5}, "split_valid=1.5 is not a share"),
+        (["few.jsonl"], {"split_test": -0.1}, "split_test=-0.1 is not a share"),
+        (["few.jsonl"], {"split_valid": 0.5, "split_test": 0.5}, "split_valid=0.5 and split_test=0.5 leave nothing"),
         (["few.jsonl"], {"workers": 0}, "workers=0; use 1 or more"),
         (["gone.jsonl"], {}, "gone.jsonl does not exist; give a file, a folder or a pattern"),
         (["*.zip"], {}, "zip does not exist; give a file, a folder or a pattern"),
@@ -183,7 +326,7 @@ def test_nothing_to_write_is_an_error(tokenizer_path: Path, tmp_path: Path) -> N
     ):
         with pytest.raises(DataError, match=text):
             preprocess([tmp_path / i for i in inputs], tmp_path / "out", tokenizer_path, **options)
-        assert not list(tmp_path.glob("out*"))
+        assert [p for p in tmp_path.glob("out*") if p.name != "out.parts"] == []
 
 
 def test_a_tokenizer_without_end_of_document_is_refused(jsonl: Path, tmp_path: Path) -> None:
@@ -214,5 +357,5 @@ def test_a_worker_that_dies_is_reported(jsonl: Path, tokenizer_path: Path, tmp_p
 
     with pytest.raises(DataError, match=r"a worker process died \(exit status -9\)"):
         preprocess([tmp_path / "a.jsonl"], tmp_path / "a", tokenizer_path, workers=2, progress=kill)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    assert {p.name for p in tmp_path.iterdir()} <= {"a.jsonl", "a.parts"}
     assert set(multiprocessing.active_children()) <= before

@@ -1,4 +1,4 @@
-"""The three tools as a user starts them: output, exit status, and no traceback."""
+"""The tools as a user starts them: output, exit status, and no traceback."""
 
 from __future__ import annotations
 
@@ -49,11 +49,43 @@ def test_inspect_shows_counts_lengths_and_documents(prefix: Path) -> None:
     assert tool("inspect_data", prefix, "--document", 7).stdout.split()[-1] == "2"
 
 
+def test_merge_joins_pairs(prefix: Path, tmp_path: Path) -> None:
+    tokens = json.loads(Path(f"{prefix}.json").read_text())["tokens"]
+    done = tool("merge_datasets", prefix, f"{prefix}.bin", "--output", tmp_path / "m")
+    assert done.returncode == 0 and f"m.bin: 600 documents, {2 * tokens:,} tokens" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "m.json").read_text())["documents"] == 600
+
+
+@pytest.mark.parametrize("arguments", [["--help"], None], ids=["help", "a tiny job"])
+def test_preprocessing_never_imports_torch(prefix: Path, tmp_path: Path, arguments: list[str] | None) -> None:
+    options = ["--tokenizer", str(prefix.parent / "t.model"), "--output", str(tmp_path / "o"), "--workers", "1"]
+    given = arguments or [str(prefix.parent / "c.jsonl"), *options]
+    program = (
+        "import sys\nfrom tools.preprocess_data import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print([x for x in ('torch', 'pydantic', 'transformers', 'mpi4py', 'rich') if x in sys.modules])"
+    )
+    command = [sys.executable, "-c", program, *given]
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+    assert arguments or (tmp_path / "o.bin").exists()
+
+
+def test_preprocess_splits_off_two_parts(prefix: Path, tmp_path: Path) -> None:
+    options = ("--tokenizer", prefix.parent / "t.model", "--output", tmp_path / "o", "--max-bad", "1%")
+    done = tool("preprocess_data", prefix.parent / "c.jsonl", *options, "--split-valid", 0.1, "--split-test", 0.05)
+    assert done.returncode == 0, done.stderr
+    for name, count in (("train", 255), ("valid", 30), ("test", 15)):
+        assert f"o_{name}.bin: {count} documents" in done.stdout
+    assert "encoder: " in done.stdout
+
+
 def test_errors_have_status_2(prefix: Path, tmp_path: Path) -> None:
     strict = ("--tokenizer", prefix.parent / "t.model", "--output", tmp_path / "x", "--strict", "--quiet")
     for name, arguments, text in (
         ("inspect_data", (tmp_path / "gone",), "gone.idx does not exist"),
         ("inspect_data", (prefix, "--document", 300), "holds documents 0..299, not 300"),
+        ("merge_datasets", (prefix, tmp_path / "gone", "--output", tmp_path / "m"), "gone.idx does not exist"),
+        ("preprocess_data", (prefix.parent / "c.jsonl", *strict[:-2], "--max-bad", "x"), "max_bad='x' is neither"),
         ("preprocess_data", (prefix.parent / "c.jsonl", *strict), 'c.jsonl:301: no key "text"'),
         ("train_tokenizer", (prefix.parent / "c.jsonl", "--output", tmp_path / "x.model"), "vocab_size=32000 is more"),
     ):

@@ -1,0 +1,32 @@
+"""PREFIX.json, what preprocessing recorded about a .bin/.idx pair: counts, the tokenizer, the pair's fingerprint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megallama.data.errors import DataError
+
+
+def read_facts(prefix: str) -> dict[str, Any]:
+    """What preprocessing recorded in PREFIX.json; {} where there is no such file (a corpus of another tool)."""
+    path = Path(prefix + ".json")
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); preprocess the text again, or delete this file") from error
+    if not isinstance(facts, dict):
+        raise DataError(f"{path} is damaged (it holds no object); preprocess the text again, or delete this file")
+    return facts
+
+
+def write_facts(prefix: str, facts: Mapping[str, Any]) -> None:
+    """Write PREFIX.json, whole or not at all."""
+    temporary = Path(prefix + ".json.tmp")
+    temporary.write_text(json.dumps(facts, indent=2) + "\n")
+    os.replace(temporary, prefix + ".json")

@@ -1,0 +1,39 @@
+"""Join .bin/.idx pairs: `python tools/merge_datasets.py data/a data/b data/c --output data/all`.
+
+The documents come in the order of the inputs. All must have the same tokenizer and token type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megallama.config.errors import MegallamaError  # noqa: E402
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; 0 is success, 2 an error of the input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prefixes", nargs="+", help="the pairs, with or without .bin or .idx")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    given = parser.parse_args(argv)
+    from megallama.data.merge import merge
+    from megallama.data.progress import ByteProgress
+
+    try:
+        with ByteProgress("merging", quiet=given.quiet) as bar:
+            merged = merge(given.prefixes, given.output, bar.update)
+    except (MegallamaError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{merged.prefix}.bin: {merged.num_documents:,} documents, {merged.num_tokens:,} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
