@@ -18,12 +18,14 @@ RANKS = {  # file -> ranks it is meant for
     "llama_13b.toml": 1024,
     "llama_33b.toml": 2048,
     "llama_65b.toml": 2048,
+    "llama_mixture.toml": 2048,
 }
 PAPER = {  # Touvron et al. 2023, table 2: parameters, learning rate, tokens
     "llama_7b.toml": (6_738_415_616, 3.0e-4, 1.0e12),
     "llama_13b.toml": (13_015_864_320, 3.0e-4, 1.0e12),
     "llama_33b.toml": (32_528_943_616, 1.5e-4, 1.4e12),
     "llama_65b.toml": (65_285_660_672, 1.5e-4, 1.4e12),
+    "llama_mixture.toml": (65_285_660_672, 1.5e-4, 1.4e12),
 }
 
 

@@ -10,11 +10,12 @@ sys.path.insert(0, str(ROOT))
 
 from megallama.config.describe import Setting, literal, sections, settings  # noqa: E402
 from megallama.config.presets import PRESETS, preset_seq_length  # noqa: E402
-from megallama.config.schema import ModelConfig  # noqa: E402
+from megallama.config.schema import MixtureChange, ModelConfig, SourceConfig  # noqa: E402
 from megallama.plan.params import num_parameters  # noqa: E402
 
 TARGET = ROOT / "docs" / "configuration.md"
 
+HEAD = ("| key | type | default | unit | meaning |", "|---|---|---|---|---|")
 INTRODUCTION = """\
 # Configuration
 
@@ -27,10 +28,11 @@ python -m megallama.pretrain run.toml parallel.tp=4 --train.steps=500 data.train
 ```
 
 Values come from the defaults below, then the preset (`model.preset`), the file, and the command line. A leading
-`--` and `-` instead of `_` are accepted. `none` unsets a setting that may be unset. `data.train` and `data.valid`
-take a path, a list of paths, or tables: `train = [{path = "a", weight = 0.7}, {path = "b", weight = 0.3}]`.
-Everything is checked before anything starts, and all errors are reported at once. `python tools/plan.py run.toml
-ranks=8` shows what a configuration leads to.
+`--` and `-` instead of `_` are accepted. `none` unsets a setting that may be unset. `data.train`, `data.valid` and
+`data.test` take a path, a list of paths, or tables: `train = [{path = "a", weight = 0.7}, {path = "b", weight = 0.3}]`,
+and `data.changes` tables such as `changes = [{step = 5000, weights = {a = 0.5}}]`. Everything is
+checked before anything starts, and all errors are reported at once. `python tools/plan.py run.toml ranks=8` shows what
+a configuration leads to, `python tools/plan_data.py run.toml` what it takes from each source.
 """
 
 PRESET_NOTE = """\
@@ -46,9 +48,19 @@ def reference() -> str:
     parts = [INTRODUCTION]
     for section, about in sections().items():
         rows = [_row(s) for s in settings() if s.key.startswith(section + ".")]
-        head = ["| key | type | default | unit | meaning |", "|---|---|---|---|---|"]
-        parts.append("\n".join([f"## [{section}]", "", about.strip().split("\n\n")[0], "", *head, *rows]) + "\n")
+        parts.append("\n".join([f"## [{section}]", "", about.strip().split("\n\n")[0], "", *HEAD, *rows]) + "\n")
+        parts += [_tables()] if section == "data" else []
     return "\n".join([*parts, PRESET_NOTE, _presets()])
+
+
+def _tables() -> str:
+    """The fields of the tables in lists."""
+    parts = []
+    sources = "`data.train`, `data.valid` and `data.test`"
+    for where, model in ((sources, SourceConfig), ("`data.changes`", MixtureChange)):
+        rows = [_row(s) for s in settings(model)]
+        parts.append("\n".join([f"### Tables in {where}", "", *HEAD, *rows]) + "\n")
+    return "\n".join(parts)
 
 
 def _row(setting: Setting) -> str:

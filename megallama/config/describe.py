@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -15,7 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megallama.config.schema import Config
+from megallama.config.schema import Config, SourceConfig
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,16 @@ def literal(value: Any) -> str:
     if isinstance(value, BaseModel):
         value = {k: v for k, v in value.model_dump().items() if v is not None}
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k} = {literal(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_bare_key(k)} = {literal(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(literal, value)) + "]"
     if isinstance(value, float):
         return repr(value)
     return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")
+
+
+def _bare_key(key: str) -> str:
+    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else literal(key)
 
 
 def _setting(key: str, field: FieldInfo) -> Setting:
@@ -74,7 +79,7 @@ def _setting(key: str, field: FieldInfo) -> Setting:
         type=" or ".join(_words(k, tuple(field.metadata)) for k in kinds if k is not NoneType),
         kinds=tuple(_bare(k) for k in kinds if k is not NoneType),
         optional=NoneType in kinds,
-        default=field.get_default(),
+        default=None if field.is_required() else field.get_default(),
         unit=unit.rstrip("]"),
         meaning=text,
     )
@@ -94,11 +99,17 @@ def _words(kind: Any, limits: tuple[Any, ...]) -> str:
         limits += tuple(more)
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(literal, get_args(kind)))
+    if get_origin(kind) is dict:
+        return f"a table with {_words(get_args(kind)[1], ())} under each name".replace("a number", "numbers")
     if get_origin(kind) is tuple:
-        inner = get_args(kind)[0]
-        words = _words(inner, ())
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        inner, *rest = get_args(kind)
+        if inner is SourceConfig:
             return f"a path, or a list of paths or of tables with {', '.join(inner.model_fields)}"
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            return f"a list of tables with {', '.join(inner.model_fields)}"
+        words = _words(inner, ())
+        if rest != [...]:
+            return f"a list of {1 + len(rest)} numbers"
         return "a list of " + words.replace("a whole number", "whole numbers")
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"a table with {', '.join(kind.model_fields)}"

@@ -13,16 +13,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from megallama.config import rules
 from megallama.config.describe import Setting, literal, settings
 from megallama.config.errors import ConfigError
 from megallama.config.presets import PRESETS, preset_seq_length
-from megallama.config.schema import Config, SourceConfig
+from megallama.config.schema import Config, MixtureChange, SourceConfig
 
 COMMAND_LINE = "command line"
-SOURCE_KEYS = ("data.train", "data.valid")
+TABLES: dict[str, type[BaseModel]] = {  # settings that are lists of tables
+    **dict.fromkeys(("data.train", "data.valid", "data.test"), SourceConfig),
+    "data.changes": MixtureChange,
+}
 
 # Names that other programs give to our settings, for the suggestion only.
 ELSEWHERE = {
@@ -199,10 +202,7 @@ class _Reader:
             return
         if setting.optional and isinstance(value, str) and value.lower() == "none":
             value = None
-        if key in SOURCE_KEYS:
-            value = _sources(value)
-        if isinstance(value, list):
-            value = tuple(value)
+        value = _tuples(_tables(key, value) if key in TABLES else value)
         nested = key.rpartition(".")[0]
         if nested in self.known and not isinstance(self.values.get(nested, {}), dict):
             del self.values[nested]  # a field of a table that was none
@@ -215,8 +215,8 @@ class _Reader:
     def _parse(self, key: str, raw: str) -> Any:
         """A value of the command line: TOML, or the text itself."""
         setting = self.known.get(key)
-        quotes = ('"', "'", "[", "{") if key in SOURCE_KEYS else ('"', "'")
-        if setting is not None and (str in setting.kinds or key in SOURCE_KEYS) and not raw.startswith(quotes):
+        quotes = ('"', "'", "[", "{") if key in TABLES else ('"', "'")
+        if setting is not None and (str in setting.kinds or key in TABLES) and not raw.startswith(quotes):
             return raw
         try:
             return tomllib.loads(f"x = {raw}")["x"]
@@ -241,11 +241,11 @@ class _Reader:
             key += f".{path.pop(0)}"
         setting, value = self.known[key], self.values.get(key)
         source = self.sources.get(key, "defaults")
-        if key in refused and key not in SOURCE_KEYS:
+        if key in refused and key not in TABLES:
             return  # one message per setting
         refused.add(key)
-        if path and key in SOURCE_KEYS:
-            self.problems.append(f"{source}: {_source_problem(key, path, error)}")
+        if path and key in TABLES:
+            self.problems.append(f"{source}: {_table_problem(key, path, error)}")
             return
         example = f"; for example {key}={literal(setting.default)}" if setting.default not in (None, ()) else ""
         if error["type"] == "literal_error" and isinstance(value, str):
@@ -275,19 +275,30 @@ class _Reader:
         return f"the sections are {', '.join(self.sections)}"
 
 
-def _source_problem(key: str, path: list[Any], error: Any) -> str:
-    """What is wrong with one entry of data.train or data.valid."""
-    fields = {s.key: s for s in settings(SourceConfig)}
-    where, hint = f"{key}[{path[0]}]", f"a source is a path or a table with {' and '.join(fields)}"
+def _table_problem(key: str, path: list[Any], error: Any) -> str:
+    """What is wrong with one entry of a list of tables."""
+    fields = {s.key: s for s in settings(TABLES[key])}
+    what = "a source is a path or" if TABLES[key] is SourceConfig else "a change is"
+    where, hint = f"{key}[{path[0]}]", f"{what} a table with {', '.join(fields)}"
     name = str(path[1]) if len(path) > 1 else ""
     if error["type"] == "missing":
         return f"{where} has no {name}; {hint}"
     if name not in fields:
         return f"{where}{name and '.'}{name}={literal(error['input'])} is not known; {hint}"
-    return f"{where}.{name}={literal(error['input'])} must be {fields[name].type}; {hint}"
+    inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path[2:])
+    what = inner and f" is wrong: {name}"
+    return f"{where}.{name}{inner}={literal(error['input'])}{what} must be {fields[name].type}; {hint}"
 
 
-def _sources(value: Any) -> Any:
-    """The shorthands of data.train: a path, a list of paths, a table, or a list of tables."""
+def _tables(key: str, value: Any) -> Any:
+    """The shorthands of a list of tables: one table, and for sources a path or a list of paths."""
     items = value if isinstance(value, (list, tuple)) else [value]
-    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+    named = TABLES[key] is SourceConfig
+    return tuple({"path": item} if named and isinstance(item, str) else item for item in items)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as the tuples that the schema has, also inside tables."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_tuples, value))
+    return {key: _tuples(inner) for key, inner in value.items()} if isinstance(value, dict) else value

@@ -6,6 +6,7 @@ of ranks (None while it is unknown: then nothing is said about ranks or data par
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Iterator
 from math import lcm
 
@@ -231,6 +232,9 @@ def _data(config: Config, ranks: int | None) -> Iterator[str]:
     d = config.data
     if d.synthetic and d.train:
         yield "data.synthetic=true leaves data.train unread; write data.synthetic=false, or leave data.train out"
+    for key in ("changes", "document_mask"):
+        if d.synthetic and (value := getattr(d, key)):
+            yield f"data.synthetic=true leaves data.{key}={literal(value)} unread; leave one of them out"
     if not d.train and not d.synthetic:
         yield "data.train is empty; write data.train=PREFIX (of PREFIX.bin and PREFIX.idx), or data.synthetic=true"
     if config.train.eval_interval and not d.valid and not d.synthetic:
@@ -240,10 +244,58 @@ def _data(config: Config, ranks: int | None) -> Iterator[str]:
         )
 
 
+def _sources(config: Config, ranks: int | None) -> Iterator[str]:
+    d = config.data
+    for key, sources in (("train", d.train), ("valid", d.valid), ("test", d.test)):
+        seen: set[str] = set()
+        for i, s in enumerate(sources):
+            where, (first, last) = f"data.{key}[{i}]", s.documents
+            if s.label in seen:
+                yield (
+                    f"{where} is the second source called {literal(s.label)}; "
+                    f"give it another name: {literal({'path': s.path, 'name': f'{s.label}-2'})}"
+                )
+            seen.add(s.label)
+            if not 0 <= first < last <= 1:
+                yield f"{where}.documents={literal(s.documents)} is no part of 0 to 1; write for example [0.0, 0.98]"
+            if key != "train" and (s.weight != 1 or s.max_epochs is not None):
+                yield f"{where} has a weight or max_epochs, but is read alone and once; leave them out"
+    if d.at_max_epochs == "stop" and all(s.max_epochs is None for s in d.train):
+        yield 'data.at_max_epochs="stop" without any max_epochs; write train = [{path = "...", max_epochs = 2.0}]'
+
+
+def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
+    d = config.data
+    weights = {s.label: s.weight for s in d.train}
+    ever, last = {s.label for s in d.train if s.weight}, 1
+    if d.train and not ever:
+        yield "data.train has only weights of 0; write a weight above 0 for at least one source"
+    for i, change in enumerate(d.changes):
+        where = f"data.changes[{i}]"
+        if change.step <= last:
+            then = "2, as step 1 has the weights of data.train" if not i else f"{last + 1}, later than the one before"
+            yield f"{where}.step={change.step} is too early; use at least {then}"
+        last = max(last, change.step)
+        for name in sorted(change.weights.keys() - weights.keys()) if d.train else ():
+            near = difflib.get_close_matches(name, weights, n=1)
+            hint = f"did you mean {literal(near[0])}?" if near else f"its sources are {_any(map(literal, weights))}"
+            yield f"{where} gives a weight to {literal(name)}, which data.train does not have; {hint}"
+        weights |= change.weights
+        ever |= {name for name, weight in weights.items() if weight}
+        if not any(weights.values()):
+            yield f"{where} leaves no source a weight above 0; give one to at least one source"
+    for name in [s.label for s in d.train if s.label not in ever]:
+        if ever:
+            yield (
+                f"data.train gives {literal(name)} the weight 0, and no data.changes raises it; leave it out, "
+                f"or write data.changes={literal([{'step': 1000, 'weights': {name: 1.0}}])}"
+            )
+
+
 RULES: tuple[Rule, ...] = (
     _architecture, _tensor_parallel, _pipeline, _ranks, _batch, _ramp, _lr_schedule, _optimizer, _checkpoint
 )  # fmt: skip
-DATA_RULES: tuple[Rule, ...] = (_data,)
+DATA_RULES: tuple[Rule, ...] = (_data, _sources, _mixture)
 
 
 def _divisors(n: int) -> list[int]:
@@ -251,7 +303,7 @@ def _divisors(n: int) -> list[int]:
     return sorted({*low, *(n // i for i in low)})
 
 
-def _any(values: Iterable[int]) -> str:
+def _any(values: Iterable[object]) -> str:
     """1, 2 or 4"""
     words = [str(v) for v in values]
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

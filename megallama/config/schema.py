@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class Section(BaseModel):
@@ -136,15 +136,45 @@ class SourceConfig(Section):
     """One tokenized corpus."""
 
     path: str = Field(description="prefix of a .bin/.idx pair")
-    weight: PositiveFloat = Field(1.0, description="share of the samples, relative to the other sources")
+    weight: NonNegativeFloat = Field(1.0, description="share of the samples, relative to the other sources")
+    name: str | None = Field(None, description="what logs and data.changes call it; default the last part of path")
+    documents: tuple[float, float] = Field(
+        (0.0, 1.0), description="use only the documents from this share of the corpus to that one"
+    )
+    max_epochs: PositiveFloat | None = Field(None, description="most passes over the corpus; default: no limit")
+    num_tokens: PositiveInt | None = Field(
+        None, description="size of the corpus, for a plan made where its files are not [tokens]"
+    )
+
+    @property
+    def label(self) -> str:
+        """What logs and data.changes call it."""
+        return self.name or self.path.rstrip("/").rpartition("/")[2].removesuffix(".bin").removesuffix(".idx")
+
+
+class MixtureChange(Section):
+    """New weights of the training sources from a step on."""
+
+    step: PositiveInt = Field(description="first step with the new weights, from 2 on [steps]")
+    weights: dict[str, NonNegativeFloat] = Field(description="weight by source name; a source left out keeps its own")
 
 
 class DataConfig(Section):
     """Where samples come from."""
 
     train: tuple[SourceConfig, ...] = Field((), description="training sources: a path, a list of paths, or tables")
-    valid: tuple[SourceConfig, ...] = Field((), description="validation sources; default: none")
-    tokenizer: str | None = Field(None, description="SentencePiece .model or tokenizer.json; kept in every checkpoint")
+    changes: tuple[MixtureChange, ...] = Field((), description="later weights of the training sources, by step")
+    at_max_epochs: Literal["error", "stop"] = Field(
+        "error", description="a run that would pass a source's max_epochs is refused, or stops before that step"
+    )
+    valid: tuple[SourceConfig, ...] = Field((), description="validation sources, each evaluated alone; default: none")
+    test: tuple[SourceConfig, ...] = Field((), description="sources evaluated once, in full, after the last step")
+    document_mask: bool = Field(
+        False, description="attention and positions start anew at every document; default: samples run across documents"
+    )
+    tokenizer: str | None = Field(
+        None, description="SentencePiece .model, tokenizer.json, or GPT-2 vocab.json; kept in every checkpoint"
+    )
     synthetic: bool = Field(False, description="random tokens instead of data.train (speed measurements)")
     prefetch: int = Field(2, ge=0, description="batches prepared ahead in the background [batches]")
     timeout_seconds: PositiveFloat = Field(60.0, description="wait for a batch before the loader is declared stuck [s]")

@@ -3,19 +3,16 @@
 After n samples a source of share w has given floor(n w) or ceil(n w) of them, for every n: never a whole sample off.
 Such a sequence is a fair schedule of one processor (Baruah, Cohen, Plaxton and Varvel 1996, "Proportionate
 progress"): the j-th sample of a source must fall into the slots floor((j-1)/w)+1 .. ceil(j/w).  Taking the earliest
-deadline first finds one, but only step by step from n = 0.  To ask for any n at once, the line is cut into blocks of
-a fixed length at least 4 / (smallest share), and the counts at the block ends are given in closed form:
+deadline first finds one, but only from n = 0 on.  To ask for any n at once, the line is cut into blocks of at least
+4 / (smallest share), and the counts at their ends are given in closed form:
 
-At n the sources with fractional part f = n w - floor(n w) > 0 are inside a slot window; m = sum of f of them must be
-rounded up. The future is feasible if, ordered by deadline, every prefix with fractions summing to F has floor(F)
-rounded up; the past, if the same holds ordered by release.  (Hall's condition for the windows that straddle n; for
-windows inside a block it holds by itself, and no window straddles both ends.)  The fractions themselves satisfy both
-families of constraints, each a chain of sets, so an integral choice exists; and walking the deadlines, taking the
-earliest release among those seen whenever one is due, minimises the releases element by element, so it finds one.
-Inside a block, earliest deadline first then never misses.
+At n the sources with fraction f = n w - floor(n w) > 0 are inside a slot window; as many as the f sum to are rounded
+up. The future is feasible if, ordered by deadline, every prefix with fractions summing to F has floor(F) rounded up;
+the past, if the same holds ordered by release (Hall's condition for windows that straddle n; none straddles both ends
+of a block). The fractions satisfy both chains of constraints, so an integral choice exists; walking the deadlines and
+taking the earliest release seen whenever one is due finds it. Inside a block, earliest deadline first never misses.
 
-All arithmetic is on exact integers: a weight of 0.67 is 67/100.  One block is kept: O(sources + 1 / smallest share)
-memory.
+All arithmetic is on exact integers: 0.67 is 67/100.  One block is kept: O(sources + 1 / smallest share) memory.
 """
 
 from __future__ import annotations
@@ -24,6 +21,8 @@ import heapq
 from collections.abc import Sequence
 from fractions import Fraction
 from math import gcd, lcm
+
+import numpy as np
 
 from megallama.data.errors import DataError
 
@@ -52,27 +51,26 @@ class Blend:
         self.parts = tuple(part // shared for part in parts)
         self.total = sum(self.parts)
         self.block_length = max(MIN_BLOCK, 4 * -(-self.total // min(self.parts)))
-        self._block: tuple[int, list[int], list[int]] = (
-            -1,
-            [],
-            [],
-        )  # number, source of each slot, its index in the source
+        self._block = (-1, np.empty((2, 0), np.int64))  # number; source of each slot, its index in the source
 
-    def locate(self, n: int) -> tuple[int, int]:
-        """Where sample n comes from: (source, index in it). The indices of a source are 0, 1, 2, ... without gaps."""
-        number, slot = divmod(n, self.block_length)
-        block = self._block
-        if block[0] != number:
-            block = self._block = self._build(number)
-        return block[1][slot], block[2][slot]
+    def locate(self, numbers: np.ndarray) -> np.ndarray:
+        """Where samples come from: int64 [2, n], source and index in it. A source's indices are 0, 1, 2, ..."""
+        blocks, slots = np.divmod(numbers, self.block_length)
+        out = np.empty((2, len(numbers)), np.int64)
+        for number in sorted(set(blocks.tolist())):
+            block = self._block
+            if block[0] != number:
+                block = self._block = (number, self._build(number))
+            here = blocks == number
+            out[:, here] = block[1][:, slots[here]]
+        return out
 
     def counts(self, n: int) -> list[int]:
         """How many of the first n samples each source gives; within one sample of n times its share."""
         number, slot = divmod(n, self.block_length)
         counts = self._counts_at(number * self.block_length)
         if slot:
-            for source in self._build(number)[1][:slot]:
-                counts[source] += 1
+            counts = (counts + np.bincount(self._build(number)[0, :slot], minlength=len(counts))).tolist()
         return counts
 
     def _counts_at(self, n: int) -> list[int]:
@@ -93,7 +91,7 @@ class Blend:
                 counts[heapq.heappop(seen)[1]] += 1
         return counts
 
-    def _build(self, number: int) -> tuple[int, list[int], list[int]]:
+    def _build(self, number: int) -> np.ndarray:
         """Lay out one block: earliest deadline first between the counts at its two ends."""
         start, stop = number * self.block_length, (number + 1) * self.block_length
         before, after = self._counts_at(start), self._counts_at(stop)
@@ -113,4 +111,4 @@ class Blend:
             assert deadline > slot, (self.parts, slot)
             sources.append(source)
             indices.append(index)
-        return number, sources, indices
+        return np.array((sources, indices), np.int64)

@@ -1,6 +1,6 @@
 """Micro-batches prepared ahead of the training step by one background thread.
 
-The thread asks two pure functions, which sample numbers a step needs and what tokens a sample has, so a loader started
+The thread asks two pure functions, which sample numbers a step needs and what tokens samples have, so a loader started
 at step n delivers what one started at 0 would deliver at n.  A fault in the thread is raised where the batch is asked
 for; a thread that delivers nothing (hanging storage) becomes an error that says where it is.
 """
@@ -14,12 +14,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
-import numpy as np
 import torch
 
 from megallama.config.errors import MegallamaError
 from megallama.data.batch import MicroBatch
 from megallama.data.errors import DataError
+from megallama.data.samples import Reader, Samples
 
 Item = tuple[int, list[MicroBatch], BaseException | None]
 
@@ -27,7 +27,7 @@ Item = tuple[int, list[MicroBatch], BaseException | None]
 class Loader:
     """Delivers the micro-batches of step after step: `next()`, or iterate.
 
-    sample(i): the tokens of sample i, int64 [s + 1].
+    read(ids): the samples with these numbers.
     ids_of_step(step): sample numbers of each micro-batch of this rank.
     start_step .. stop_step - 1: the steps delivered (stop_step None: no end).
     num_samples: ids from here on are padding (a mask leaves them out of the loss); None: every id is real.
@@ -37,7 +37,7 @@ class Loader:
 
     def __init__(
         self,
-        sample: Callable[[int], np.ndarray],
+        read: Reader,
         ids_of_step: Callable[[int], Sequence[Sequence[int]]],
         *,
         start_step: int = 0,
@@ -49,7 +49,7 @@ class Loader:
         pin: bool = False,
         name: str = "train",
     ) -> None:
-        self._sample, self._ids_of_step, self._num_samples = sample, ids_of_step, num_samples
+        self._read, self._ids_of_step, self._num_samples = read, ids_of_step, num_samples
         self._stop_step, self._timeout, self._device, self._pin = stop_step, timeout_seconds, device, pin
         self.name, self.step, self.wait_seconds = name, start_step, 0.0
         self._closed, self._at = threading.Event(), "not started"
@@ -71,39 +71,53 @@ class Loader:
             raise StopIteration
         start = time.monotonic()
         try:
-            item = self._queue.get(timeout=self._timeout) if self._thread else self._attempt(self.step)
-        except queue.Empty:
-            raise DataError(
-                f"the {self.name} loader has delivered nothing for {self._timeout:g} s: its thread loader-{self.name} "
-                "is at "
-                f"{self._at}; look at the storage, or raise data.timeout_seconds"
-            ) from None
+            number, batches, self._failure = self._wait(start) if self._thread else self._attempt(self.step)
         finally:
             self.wait_seconds += time.monotonic() - start
-        number, batches, self._failure = item
         if self._failure:
             raise self._failure
         assert number == self.step, (number, self.step)
         self.step += 1
         return batches if self._device is None else [batch.to(self._device) for batch in batches]
 
+    def _wait(self, start: float) -> Item:
+        """What the thread puts into the queue. Raises: DataError if it has died, or has nothing in time."""
+        assert self._thread
+        while True:
+            alive = self._thread.is_alive()  # before looking: what a thread put there last is still delivered
+            try:
+                return self._queue.get(timeout=min(self._timeout, 0.5) if alive else 0.0)
+            except queue.Empty:
+                where = f"its thread {self._thread.name}"
+                if not alive:
+                    raise DataError(f"the {self.name} loader is dead: {where} ended at {self._at}") from None
+                if time.monotonic() - start >= self._timeout:
+                    raise DataError(
+                        f"the {self.name} loader has delivered nothing for {self._timeout:g} s: {where} is at "
+                        f"{self._at}; look at the storage, or raise data.timeout_seconds"
+                    ) from None
+
     def _attempt(self, step: int) -> Item:
         try:
             return step, self._prepare(step), None
         except MegallamaError as error:
             return step, [], error
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # SystemExit would end the thread in silence
             failure = DataError(f"the {self.name} loader failed at {self._at}: {error!r}\n{traceback.format_exc()}")
             return step, [], failure
 
     def _prepare(self, step: int) -> list[MicroBatch]:
-        batches = []
-        for number, ids in enumerate(self._ids_of_step(step)):
-            samples, real = [], [self._num_samples is None or i < self._num_samples for i in ids]
-            for i, is_real in zip(ids, real, strict=True):
-                self._at = f"step {step}, micro-batch {number}, sample {i}"
-                samples.append(self._sample(i if is_real else 0))
-            batch = MicroBatch.from_samples(samples, real)
+        """All micro-batches of the step, read at once."""
+        rows = self._ids_of_step(step)
+        ids = [i for row in rows for i in row]
+        self._at = f"step {step}, samples {ids[0]} to {ids[-1]}"
+        end = self._num_samples
+        tokens, starts = self._read(ids if end is None else [i if i < end else 0 for i in ids])
+        batches, first = [], 0
+        for row in rows:
+            here = slice(first, first := first + len(row))
+            real = None if end is None else [i < end for i in row]
+            batch = MicroBatch.from_samples(Samples(tokens[here], None if starts is None else starts[here]), real)
             batches.append(batch.pin() if self._pin else batch)
         return batches
 

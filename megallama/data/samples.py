@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from math import isqrt
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +24,22 @@ from megallama.data.indexed import IndexedDataset
 
 MASK = (1 << 64) - 1
 ROUNDS = 6
+WHOLE = (0.0, 1.0)
+
+
+class Samples(NamedTuple):
+    """n samples of s + 1 tokens.
+
+    tokens: integers [n, s + 1], of the files' type.
+    starts: int64 [n, s + 1], the position in the sample at which the document of each token begins (0 where it began
+    before the sample); None unless asked for.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray | None = None
+
+
+Reader = Callable[[Sequence[int]], Samples]  # sample numbers -> the samples; a pure function
 
 
 class Permutation:
@@ -33,61 +52,91 @@ class Permutation:
         digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8 * ROUNDS).digest()
         self._keys = struct.unpack(f"<{ROUNDS}Q", digest)
 
-    def __call__(self, i: int) -> int:
-        """Where position i goes."""
-        a, b, keys = self._left, self._right, self._keys
-        while True:
-            left, right = divmod(i, b)
-            for k in range(0, ROUNDS, 2):
-                left = (left + _mix(right + keys[k])) % a
-                right = (right + _mix(left + keys[k + 1])) % b
-            i = left * b + right
-            if i < self.size:  # a * b exceeds size by less than a: hardly ever a second turn
-                return i
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Where each of the positions goes, int64 [n]."""
+        b, i = np.uint64(self._right), positions.astype(np.uint64)
+        left = i // b
+        right = i - left * b
+        for k in range(0, ROUNDS, 2):
+            left = _add_mixed(left, right, self._keys[k], self._left)
+            right = _add_mixed(right, left, self._keys[k + 1], self._right)
+        out = (left * b + right).astype(np.int64)
+        outside = out >= self.size  # a * b exceeds size by less than a: hardly ever any
+        if outside.any():
+            out[outside] = self(out[outside])
+        return out
 
 
-def _mix(x: int) -> int:
-    """64 well-mixed bits of x (the finalizer of MurmurHash3, Appleby)."""
-    x &= MASK
-    x = (x ^ (x >> 33)) * 0xFF51AFD7ED558CCD & MASK
-    x = (x ^ (x >> 33)) * 0xC4CEB9FE1A85EC53 & MASK
-    return x ^ (x >> 33)
+def _add_mixed(half: np.ndarray, other: np.ndarray, key: int, modulus: int) -> np.ndarray:
+    """(half + mix(other + key)) % modulus, where mix is the 64-bit finalizer of MurmurHash3 (Appleby).
+
+    The remainder by way of the quotient: numpy divides by one number much faster.
+    """
+    x, m, shift = other + np.uint64(key), np.uint64(modulus), np.uint64(33)
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        x ^= x >> shift
+        x *= np.uint64(factor)
+    x ^= x >> shift
+    x -= x // m * m
+    x += half
+    x[x >= m] -= m
+    return x
 
 
 class Source:
     """The windows of one corpus in the order a run visits them; with shuffle=False in file order (validation).
 
-    Raises: DataError if the corpus is smaller than one window.
+    documents: only the documents from this share of the corpus to that one; the ranges (0, x) and (x, 1) share none.
+    Raises: DataError if what is used of the corpus is smaller than one window.
     """
 
-    def __init__(self, dataset: IndexedDataset, seq_length: int, seed: int, *, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        seq_length: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        documents: tuple[float, float] = WHOLE,
+        mark_documents: bool = False,
+    ) -> None:
         self.dataset, self.seq_length, self.seed, self.shuffle = dataset, seq_length, seed, shuffle
-        self.num_windows = (dataset.num_tokens - 1) // seq_length
+        self._mark = mark_documents
+        self.first, last = (int(Fraction(str(share)) * dataset.num_documents) for share in documents)
+        self.offset, end = (int(dataset.starts(n, n)[0]) for n in (self.first, last))
+        self.num_tokens, self.num_documents = end - self.offset, last - self.first
+        self.num_windows = max(self.num_tokens - 1, 0) // seq_length
         if self.num_windows < 1:
+            part = "" if documents == WHOLE else f" between the shares {documents[0]:g} and {documents[1]:g}"
             raise DataError(
-                f"{dataset.prefix} holds {dataset.num_tokens} tokens, fewer than one sample of batch.seq_length + 1 = "
-                f"{seq_length + 1}; use a batch.seq_length of {max(dataset.num_tokens - 1, 1)} or less, or more text"
+                f"{dataset.prefix} holds {self.num_tokens} tokens{part}, fewer than one sample of batch.seq_length + 1 "
+                f"= {seq_length + 1}; use a batch.seq_length of {max(self.num_tokens - 1, 1)} or less, or more text"
             )
-        self._order = (-1, Permutation(1))
 
-    def epoch_of(self, i: int) -> int:
-        """How many times the corpus has been visited in full before sample i."""
-        return i // self.num_windows
+    def identity(self) -> dict[str, int | str]:
+        """What the order of the samples rests on: the content of the files, and which documents of them are used."""
+        return {**self.dataset.fingerprint(), "first document": self.first, "used documents": self.num_documents}
 
-    def window_of(self, i: int) -> int:
-        """Which window (its first token is window * seq_length) sample i is."""
-        epoch, position = divmod(i, self.num_windows)
-        if not self.shuffle:
-            return position
-        number, order = self._order
-        if number != epoch:
-            order = Permutation(self.num_windows, self.seed, epoch)
-            self._order = (epoch, order)
-        return order(position)
+    def windows(self, indices: np.ndarray) -> np.ndarray:
+        """Which windows (the first token of one is offset + window * seq_length) the samples are, int64 [n]."""
+        epochs, out = np.divmod(indices, self.num_windows)
+        for epoch in set(epochs.tolist()) if self.shuffle else ():
+            here = epochs == epoch
+            out[here] = Permutation(self.num_windows, self.seed, epoch)(out[here])
+        return out
 
-    def sample(self, i: int) -> np.ndarray:
-        """The tokens of sample i, int64 [seq_length + 1]."""
-        return self.dataset.read(self.window_of(i) * self.seq_length, self.seq_length + 1).astype(np.int64)
+    def read(self, indices: Sequence[int] | np.ndarray) -> Samples:
+        """The samples with these indices."""
+        offsets = self.offset + self.windows(np.asarray(indices, np.int64)) * self.seq_length
+        tokens = np.empty((len(offsets), self.seq_length + 1), self.dataset.dtype)
+        self.dataset.read_rows(offsets.tolist(), tokens)
+        if not self._mark:
+            return Samples(tokens)
+        starts = np.zeros(tokens.shape, np.int64)
+        for row, offset in enumerate(offsets.tolist()):
+            begins = self.dataset.documents_in(offset, self.seq_length + 1) - offset
+            starts[row, begins] = begins
+        return Samples(tokens, np.maximum.accumulate(starts, axis=1))
 
 
 class Synthetic:
@@ -96,7 +145,10 @@ class Synthetic:
     def __init__(self, vocab_size: int, seq_length: int, seed: int) -> None:
         self.vocab_size, self.seq_length, self.seed = vocab_size, seq_length, seed
 
-    def sample(self, i: int) -> np.ndarray:
-        """The tokens of sample i, int64 [seq_length + 1]."""
+    def read(self, ids: Sequence[int]) -> Samples:
+        """The samples with these numbers."""
+        return Samples(np.stack([self._sample(int(i)) for i in ids]))
+
+    def _sample(self, i: int) -> np.ndarray:
         generator = np.random.Generator(np.random.Philox(key=np.array([self.seed & MASK, i], np.uint64)))
         return generator.integers(0, self.vocab_size, self.seq_length + 1)

@@ -49,9 +49,8 @@ class BatchPlan:
         first = first_sample + (microbatch * self.dp + dp_rank) * size
         return range(first, first + size)
 
-    def samples_after(self, steps: int) -> int:
-        """Samples consumed by the first `steps` steps."""
-        consumed = done = 0
+    def samples_after(self, steps: int, done: int = 0, consumed: int = 0) -> int:
+        """Samples consumed by the first `steps` steps, of which `done` consumed `consumed`."""
         while done < steps:
             if (size := self.global_batch(consumed)) == self.batch.global_batch_size:
                 return consumed + (steps - done) * size

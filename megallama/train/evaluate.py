@@ -1,4 +1,4 @@
-"""The loss on held-out text: the first `train.eval_batches` global batches of a source, without any shuffling."""
+"""The loss on held-out text: the first global batches of a source, or all of it, without any shuffling."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from megallama.train.metrics import ValidMetrics
 from megallama.train.step import evaluate_step
 
 
-def evaluate(rank: Rank, source: ValidData, step: int, consumed_tokens: int) -> ValidMetrics:
-    """Mean loss per token over the source; a last batch that is not full is padded with samples that do not count.
+def evaluate(rank: Rank, source: ValidData, step: int, consumed_tokens: int, most: int | None) -> ValidMetrics:
+    """Mean loss per token over at most `most` global batches; a last batch that is not full is padded with samples
+    that do not count.
 
     All ranks return the same numbers.
     """
     started = time.monotonic()
     config, plan = rank.plan.config, rank.plan
     size = config.batch.global_batch_size
-    batches = min(config.train.eval_batches, -(-source.num_samples // size))
+    batches = min(most or source.num_samples, -(-source.num_samples // size))
     count = plan.batch.num_microbatches(size)
 
     def ids_of_step(batch: int) -> Sequence[Sequence[int]]:
@@ -29,7 +30,7 @@ def evaluate(rank: Rank, source: ValidData, step: int, consumed_tokens: int) -> 
 
     total, tokens = 0.0, 0
     schedule = plan.forward_schedule(count)
-    with Loader(source.sample, ids_of_step, stop_step=batches, num_samples=source.num_samples, prefetch=0,
+    with Loader(source.read, ids_of_step, stop_step=batches, num_samples=source.num_samples, prefetch=0,
                 device=rank.device if rank.device.type == "cuda" else None, name=source.name) as loader:  # fmt: skip
         for micro_batches in loader:
             loss, counted = evaluate_step(rank, schedule, micro_batches)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -64,6 +64,7 @@ class StepMetrics:
     loss_scale: float = 1.0
     data_wait_seconds: float = 0.0  # waited for data so far
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
+    sources: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # name -> samples, tokens, epochs so far
 
     def line(self, steps: int) -> str:
         """The console line, of a run of `steps` steps."""
@@ -87,7 +88,8 @@ class StepMetrics:
     def scalars(self) -> dict[str, float]:
         """Flat names and values, for TensorBoard and wandb."""
         values = {f"{group}/{name}": float(getattr(self, name)) for group, names in _TAGS.items() for name in names}
-        return values | {f"seconds/{name}": seconds for name, seconds in self.phase_seconds.items()}
+        values |= {f"seconds/{name}": seconds for name, seconds in self.phase_seconds.items()}
+        return values | {f"{x}/{name}": used[x] for name, used in self.sources.items() for x in ("tokens", "epochs")}
 
 
 @dataclass(frozen=True)
@@ -101,18 +103,25 @@ class ValidMetrics:
     consumed_tokens: int
     name: str = "valid"
     bits_per_byte: float | None = None
+    kind: Literal["valid", "test"] = "valid"
+
+    @property
+    def tag(self) -> str:
+        """Its group in TensorBoard and wandb."""
+        return self.kind if self.name == self.kind else f"{self.kind}/{self.name}"
 
     def line(self, steps: int) -> str:
         """The console line."""
         bits = "" if self.bits_per_byte is None else f" | {self.bits_per_byte:.4f} bits/byte"
         perplexity = f"{math.exp(self.loss):.2f}" if self.loss < 20 else "large"
         amount = f"{human_count(self.tokens)} tokens in {human_duration(self.seconds)}"
-        return f"step {self.step}/{steps} | {self.name} loss {self.loss:.4f}{bits} | perplexity {perplexity} | {amount}"
+        name = self.tag.replace("/", " ") if self.kind == "test" else self.name
+        return f"step {self.step}/{steps} | {name} loss {self.loss:.4f}{bits} | perplexity {perplexity} | {amount}"
 
     def scalars(self) -> dict[str, float]:
         """Flat names and values, for TensorBoard and wandb."""
-        values = {f"{self.name}/loss": self.loss}
-        return values if self.bits_per_byte is None else values | {f"{self.name}/bits_per_byte": self.bits_per_byte}
+        values = {f"{self.tag}/loss": self.loss}
+        return values if self.bits_per_byte is None else values | {f"{self.tag}/bits_per_byte": self.bits_per_byte}
 
 
 def bits_per_byte(loss: float, tokens: float, text_bytes: float) -> float:
@@ -206,7 +215,7 @@ class MetricsWriter:
 
     def valid(self, metrics: ValidMetrics) -> None:
         """Write an evaluation."""
-        self._write("valid", metrics)
+        self._write(metrics.kind, metrics)
 
     def close(self) -> None:
         """Finish all files."""

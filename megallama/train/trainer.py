@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from megallama.checkpoint.errors import agree
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.comm.launch import World
 from megallama.config.schema import Config
+from megallama.data.ledger import TrainData
 from megallama.data.loader import Loader
 from megallama.data.sources import Data, open_sources
 from megallama.kernels.choose import Kernels, choose_kernels
@@ -91,7 +92,10 @@ class Trainer:
         return kept[0]
 
     def _describe(self) -> Kernels:
-        kernels = choose_kernels(self._world.device, DTYPES[self._config.precision.dtype])
+        config = self._config
+        kernels = choose_kernels(
+            self._world.device, DTYPES[config.precision.dtype], documents=config.data.document_mask
+        )
         for line in str(self._plan).splitlines():
             self._log.info(line)
         for text in [*self._world.notes, *(f"kernel for {choice}" for choice in kernels.choices)]:
@@ -99,19 +103,18 @@ class Trainer:
         return kernels
 
     def _open_data(self) -> Data:
-        config = self._config
-        return open_sources(config.data, config.batch.seq_length, config.train.seed, config.model.vocab_size)
+        return open_sources(self._config)
 
     def _checkpoints(self) -> CheckpointManager:
         folder = self._config.checkpoint.folder
         assert folder is not None, "filled in when a configuration is loaded"
-        tokenizer = self._config.data.tokenizer
+        tokenizer = self._data.tokenizer
         return CheckpointManager(
             self._config,
             Path(folder),
             self._world.rank,
             self._world.host_group("checkpoint"),
-            Path(tokenizer) if tokenizer else None,
+            tokenizer.path if tokenizer else None,
             self._log.info,
         )
 
@@ -129,6 +132,9 @@ class Trainer:
         saved = self._manager.resume(shards)
         if saved is not None:
             self._load_counters(saved)
+            step, samples = self._counters.step, self._counters.samples
+            if train := self._train_data:
+                self._agreed("data", lambda: train.resume(saved, step, samples))
             optimizer.loaded(self._counters.updates)
             at = f"step {self._counters.step}, {human_count(self._counters.tokens)} tokens"
             self._log.info(f"resumed after {at}")
@@ -139,6 +145,18 @@ class Trainer:
         else:
             initialize(self._rank, self._config.train.seed)
             self._log.info(f"starting from random weights of seed {self._config.train.seed}")
+        self._last_step, why = self._agreed("data", self._find_last_step)
+        if why:
+            self._log.info(f"the data end after step {self._last_step} of {self._config.train.steps}: {why}")
+        self._tell_sources()
+
+    @property
+    def _train_data(self) -> TrainData | None:
+        return self._data.train if isinstance(self._data.train, TrainData) else None
+
+    def _find_last_step(self) -> tuple[int, str]:
+        steps = self._config.train.steps
+        return self._train_data.last_step(steps) if self._train_data else (steps, "")
 
     # ---- state ----
 
@@ -147,7 +165,7 @@ class Trainer:
             **asdict(self._counters),
             "scaler": self._scaler.state_dict(),
             "bad_steps": self._bad.state_dict(),
-            "sources": self._data.train.progress(self._counters.samples),
+            **(self._train_data.state(self._counters.samples) if self._train_data else {}),
         }
 
     def _load_counters(self, saved: dict[str, Any]) -> None:
@@ -161,6 +179,7 @@ class Trainer:
         with self._timers.phase("save"):
             self._manager.save(self._counters.step, shards, self._save_counters(), behind=not leaving)
         self._newest = f"step {self._counters.step}"
+        self._tell_sources()
 
     # ---- the loop ----
 
@@ -170,23 +189,25 @@ class Trainer:
         loader = self._loader()
         stopped: str | None = None
         try:
-            while counters.step < config.train.steps and stopped is None:
+            while counters.step < self._last_step and stopped is None:
                 result = self._one_step(loader)
                 stopped = result.stop_reason or self._asked_to_stop()
-                last = counters.step == config.train.steps
+                last = counters.step == self._last_step
                 if counters.step % config.log.interval == 0 or last or stopped or not result.applied:
                     self._report(writer, result, loader)
                 self._bad.record(counters.step, result.applied, excused=self._excused, checkpoint=self._newest)
                 interval = config.train.eval_interval
                 if interval and (counters.step % interval == 0 or last):
-                    self._evaluate(writer)
+                    self._evaluate(writer, "valid")
+                if last:
+                    self._evaluate(writer, "test")
                 if last or stopped or (config.checkpoint.interval and counters.step % config.checkpoint.interval == 0):
                     self._save(leaving=last or stopped is not None)
             self._manager.finish()
         finally:
             loader.close()
             writer.close()
-        if counters.step < config.train.steps:
+        if counters.step < self._last_step:
             self._log.info(
                 f"stopped: {stopped}; saved at step {counters.step}, start the same command again to continue"
             )
@@ -236,10 +257,10 @@ class Trainer:
 
         cuda = self._world.device.type == "cuda"
         return Loader(
-            self._data.train.sample,
+            self._data.train.read,
             ids_of_step,
             start_step=self._counters.step,
-            stop_step=config.train.steps,
+            stop_step=self._last_step,
             prefetch=config.data.prefetch,
             timeout_seconds=config.data.timeout_seconds,
             device=self._world.device if cuda else None,
@@ -283,15 +304,27 @@ class Trainer:
             skipped_steps=self._bad.skipped + (not result.applied),
             loss_scale=self._scaler.scale,
             data_wait_seconds=loader.wait_seconds,
+            sources=self._sources(),
             phase_seconds=phases,
         )
         self._interval_tokens = 0
         writer.train(metrics)
 
-    def _evaluate(self, writer: MetricsWriter) -> None:
+    def _evaluate(self, writer: MetricsWriter, kind: Literal["valid", "test"]) -> None:
+        """The loss on each validation source, on part of it, or on each test source, on all of it."""
+        most = self._config.train.eval_batches if kind == "valid" else None
         with self._timers.phase("evaluate"):
-            for source in self._data.valid:
-                writer.valid(evaluate(self._rank, source, self._counters.step, self._counters.tokens))
+            for source in self._data.valid if kind == "valid" else self._data.test:
+                metrics = evaluate(self._rank, source, self._counters.step, self._counters.tokens, most)
+                writer.valid(replace(metrics, kind=kind))
+
+    def _tell_sources(self) -> None:
+        for name, used in self._sources().items():
+            tokens = human_count(used["tokens"])
+            self._log.info(f"data source {name}: {used['epochs']:.4f} epochs, {tokens} tokens used")
+
+    def _sources(self) -> dict[str, dict[str, float]]:
+        return self._train_data.account(self._counters.samples) if self._train_data else {}
 
     def _finished(self) -> None:
         config = self._config

@@ -83,6 +83,22 @@ def test_sources_in_a_file(tmp_path: Path) -> None:
     assert [s.path for s in data.valid] == ["v"]
 
 
+def test_mixtures_of_the_command_line(tmp_path: Path) -> None:
+    config = load(None, [
+        'data.train=[{path = "x/c4.bin", weight = 0.5, documents = [0, 0.9], max_epochs = 2}, "w.en"]',
+        'data.changes=[{step = 100, weights = {c4 = 1, "w.en" = 0.5}}]', "data.test=held/out/",
+    ])  # fmt: skip
+    first, second = config.data.train
+    assert (first.label, first.documents, first.max_epochs, second.label) == ("c4", (0.0, 0.9), 2.0, "w.en")
+    assert [(c.step, c.weights) for c in config.data.changes] == [(100, {"c4": 1.0, "w.en": 0.5})]
+    assert [s.label for s in config.data.test] == ["out"]
+    assert load(None, ["data.train=a", "data.changes={step = 2, weights = {a = 3}}"]).data.changes[0].step == 2
+    file = tmp_path / "out.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert 'changes = [{step = 100, weights = {c4 = 1.0, "w.en" = 0.5}}]' in file.read_text()
+    assert load(file, []) == config
+
+
 def test_words_of_the_command_line() -> None:
     config = load(
         None,
@@ -108,6 +124,8 @@ def test_nested_table(tmp_path: Path) -> None:
     assert empty is not None and empty.factor == 8.0
 
 
+A_SOURCE = "a source is a path or a table with path, weight, name, documents, max_epochs, num_tokens"
+A_CHANGE = "a change is a table with step, weights"
 SINGLE: list[tuple[str, str]] = [
     ("parallel.tp=two", 'parallel.tp="two" must be a whole number above 0; for example parallel.tp=1'),
     ("parallel.tp=0", "parallel.tp=0 must be a whole number above 0; for example parallel.tp=1"),
@@ -129,12 +147,25 @@ SINGLE: list[tuple[str, str]] = [
                              "original_max_position or none"),
     ("model.rope_scaling.factor=-1",
      "model.rope_scaling.factor=-1 must be a number above 0; for example model.rope_scaling.factor=8.0"),
-    ("data.train=[{weight=1}]", "data.train[0] has no path; a source is a path or a table with path and weight"),
+    ("data.train=[{weight=1}]", f"data.train[0] has no path; {A_SOURCE}"),
     ("data.train=['a',{path='b',wieght=1}]",
-     "data.train[1].wieght=1 is not known; a source is a path or a table with path and weight"),
-    ("data.train={path='b',weight=0}",
-     "data.train[0].weight=0 must be a number above 0; a source is a path or a table with path and weight"),
-    ("data.valid=[3]", "data.valid[0]=3 is not known; a source is a path or a table with path and weight"),
+     f"data.train[1].wieght=1 is not known; {A_SOURCE}"),
+    ("data.train={path='b',weight=-1}",
+     f"data.train[0].weight=-1 must be a number of at least 0; {A_SOURCE}"),
+    ("data.train=[{path='a',documents=0.9}]",
+     f"data.train[0].documents=0.9 must be a list of 2 numbers; {A_SOURCE}"),
+    ("data.train=[{path='a',documents=[0,'x']}]",
+     f'data.train[0].documents[1]="x" is wrong: documents must be a list of 2 numbers; {A_SOURCE}'),
+    ("data.train=[{path='a',max_epochs=0}]", f"data.train[0].max_epochs=0 must be a number above 0; {A_SOURCE}"),
+    ("data.valid=[3]", f"data.valid[0]=3 is not known; {A_SOURCE}"),
+    ("data.test=[{path=3}]", f"data.test[0].path=3 must be text; {A_SOURCE}"),
+    ("data.changes=[{step=7}]", f"data.changes[0] has no weights; {A_CHANGE}"),
+    ("data.changes=[5]", f"data.changes[0]=5 is not known; {A_CHANGE}"),
+    ("data.changes=soon", f'data.changes[0]="soon" is not known; {A_CHANGE}'),
+    ("data.changes=[{step=0,weights={}}]", f"data.changes[0].step=0 must be a whole number above 0; {A_CHANGE}"),
+    ("data.changes={step=7,weights={a=-1}}", "data.changes[0].weights.a=-1 is wrong: weights must be a table with "
+                                            f"numbers of at least 0 under each name; {A_CHANGE}"),
+    ("data.at_max_epochs=halt", 'data.at_max_epochs="halt" must be one of "error", "stop"'),
     ("model.lr=1", "unknown setting 'model.lr'; did you mean optimizer.lr?"),
     ("lr=1", "unknown setting 'lr'; did you mean optimizer.lr?"),
     ("log.steps=1", "unknown setting 'log.steps'; did you mean train.steps?"),
@@ -232,13 +263,14 @@ values: dict[str, Any] = {
 @given(st.fixed_dictionaries(values))
 @settings(max_examples=25, deadline=None)
 def test_round_trip_of_values(tmp_path_factory: pytest.TempPathFactory, chosen: dict[str, Any]) -> None:
+    sources = [{"path": p, "weight": w, "name": f"{p} {i}"} for i, (p, w) in enumerate(chosen["data.train"])]
     config = resolve(
         Config.model_validate(
             {
                 "optimizer": {"lr": chosen["optimizer.lr"]},
                 "run": {"folder": chosen["run.folder"]},
                 "train": {"seed": chosen["train.seed"], "stop_after_minutes": chosen["train.stop_after_minutes"]},
-                "data": {"train": [{"path": p, "weight": w} for p, w in chosen["data.train"]]},
+                "data": {"train": sources},
                 "model": {"rope_theta": chosen["model.rope_theta"]},
             }
         )

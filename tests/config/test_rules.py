@@ -186,6 +186,82 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "train.eval_interval=10 but data.valid is empty; write data.valid=PREFIX, or train.eval_interval=0",
         "data.valid=b",
     ),
+    (
+        "data.changes=[{step=5,weights={a=1}}]", None,
+        "data.synthetic=true leaves data.changes=[{step = 5, weights = {a = 1.0}}] unread; leave one of them out",
+        "data.changes=[]",
+    ),
+    (
+        "data.document_mask=true", None,
+        "data.synthetic=true leaves data.document_mask=true unread; leave one of them out",
+        "data.document_mask=false",
+    ),
+    (
+        "data.synthetic=false data.train=['x/a','y/a']", None,
+        'data.train[1] is the second source called "a"; give it another name: {path = "y/a", name = "a-2"}',
+        "data.train=['x/a',{path='y/a',name='a-2'}]",
+    ),
+    (
+        "data.synthetic=false data.train=a data.valid=['v','v.bin']", None,
+        'data.valid[1] is the second source called "v"; give it another name: {path = "v.bin", name = "v-2"}',
+        "data.valid=v",
+    ),
+    (
+        "data.synthetic=false data.train=[{path='a',documents=[0.9,0.1]}]", None,
+        "data.train[0].documents=[0.9, 0.1] is no part of 0 to 1; write for example [0.0, 0.98]",
+        "data.train=[{path='a',documents=[0.1,0.9]}]",
+    ),
+    (
+        "data.synthetic=false data.train=a data.test=[{path='a',documents=[0,1.5]}]", None,
+        "data.test[0].documents=[0.0, 1.5] is no part of 0 to 1; write for example [0.0, 0.98]",
+        "data.test=[{path='a',documents=[0,1]}]",
+    ),
+    (
+        "data.synthetic=false data.train=a data.test=[{path='b',weight=2}]", None,
+        "data.test[0] has a weight or max_epochs, but is read alone and once; leave them out",
+        "data.test=b",
+    ),
+    (
+        "data.synthetic=false data.train=a data.at_max_epochs=stop", None,
+        'data.at_max_epochs="stop" without any max_epochs; write train = [{path = "...", max_epochs = 2.0}]',
+        "data.train={path='a',max_epochs=2}",
+    ),
+    (
+        "data.synthetic=false data.train={path='a',weight=0}", None,
+        "data.train has only weights of 0; write a weight above 0 for at least one source",
+        "data.train=a",
+    ),
+    (
+        "data.synthetic=false data.train=['a',{path='b',weight=0}]", None,
+        'data.train gives "b" the weight 0, and no data.changes raises it; leave it out, or write '
+        "data.changes=[{step = 1000, weights = {b = 1.0}}]",
+        "data.changes=[{step=9,weights={b=1}}]",
+    ),
+    (
+        "data.synthetic=false data.train=['books','code'] data.changes=[{step=9,weights={boks=1}}]", None,
+        'data.changes[0] gives a weight to "boks", which data.train does not have; did you mean "books"?',
+        "data.changes=[{step=9,weights={books=1}}]",
+    ),
+    (
+        "data.synthetic=false data.train=['books','code'] data.changes=[{step=9,weights={xyz=1}}]", None,
+        'data.changes[0] gives a weight to "xyz", which data.train does not have; its sources are "books" or "code"',
+        "data.changes=[]",
+    ),
+    (
+        "data.synthetic=false data.train=a data.changes=[{step=1,weights={a=2}}]", None,
+        "data.changes[0].step=1 is too early; use at least 2, as step 1 has the weights of data.train",
+        "data.changes=[{step=2,weights={a=2}}]",
+    ),
+    (
+        "data.synthetic=false data.train=a data.changes=[{step=9,weights={a=2}},{step=9,weights={a=3}}]", None,
+        "data.changes[1].step=9 is too early; use at least 10, later than the one before",
+        "data.changes=[{step=9,weights={a=2}},{step=10,weights={a=3}}]",
+    ),
+    (
+        "data.synthetic=false data.train=a data.changes=[{step=9,weights={a=0}}]", None,
+        "data.changes[0] leaves no source a weight above 0; give one to at least one source",
+        "data.changes=[]",
+    ),
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -19,8 +20,8 @@ def check(blend: Blend, start: int, length: int) -> None:
     """Walk `length` samples from `start`: shares exact after each, indices of every source consecutive."""
     counts = blend.counts(start)
     assert sum(counts) == start
-    for n in range(start, start + length):
-        source, index = blend.locate(n)
+    located = blend.locate(np.arange(start, start + length)).T.tolist()
+    for n, (source, index) in enumerate(located, start):
         assert index == counts[source], (n, source)
         counts[source] += 1
         for part, count in zip(blend.parts, counts, strict=True):
@@ -57,11 +58,11 @@ def test_block_ends_leave_room_on_both_sides(weights: list[float], block: int) -
 
 def test_any_sample_can_be_asked_for_at_once() -> None:
     blend = Blend([67.0, 15.0, 4.5, 4.5, 4.5, 2.5, 2.0])
-    expected = [blend.locate(n) for n in range(3000)]
-    numbers = list(range(3000))
-    random.Random(0).shuffle(numbers)
+    expected = blend.locate(np.arange(3000))
+    numbers = np.random.default_rng(0).permutation(3000)
     again = Blend([0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02])  # only ratios matter
-    assert [again.locate(n) for n in numbers] == [expected[n] for n in numbers]
+    assert np.array_equal(again.locate(numbers), expected[:, numbers])
+    assert all(np.array_equal(again.locate(numbers[i : i + 1]), expected[:, numbers[i : i + 1]]) for i in range(50))
     assert blend.counts(1000) == [670, 150, 45, 45, 45, 25, 20]
     assert blend.counts(200 * 10**9)[0] == 134 * 10**9
     check(blend, 683_593_750, 500)  # 1.4T tokens of 2048
@@ -69,7 +70,7 @@ def test_any_sample_can_be_asked_for_at_once() -> None:
 
 def test_weights_are_taken_as_they_are_written() -> None:
     assert Blend([0.1, 0.2]).parts == (1, 2)
-    assert Blend([3]).locate(12345) == (0, 12345)
+    assert Blend([3]).locate(np.array([12345])).tolist() == [[0], [12345]]
     parts = Blend([1 / 3, 1]).parts
     assert Fraction(parts[0], parts[1]) == Fraction("0.3333333333333333")
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +15,13 @@ import torch
 
 from megallama.data.batch import MicroBatch
 from megallama.data.errors import DataError
-from megallama.data.loader import Loader
+from megallama.data.indexed import IndexedDataset, IndexedWriter
+from megallama.data.loader import Item, Loader
+from megallama.data.samples import Samples, Source
 
 
-def sample(i: int) -> np.ndarray:
-    return np.arange(100 * i, 100 * i + 5)
+def read(ids: Sequence[int]) -> Samples:
+    return Samples(np.array([np.arange(100 * i, 100 * i + 5) for i in ids]))
 
 
 def ids_of_step(step: int) -> list[list[int]]:
@@ -28,13 +35,13 @@ def first_tokens(batches: list[MicroBatch]) -> list[list[int]]:
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
 def test_batches_of_every_step_from_any_start(prefetch: int) -> None:
     for start in (0, 3):
-        with Loader(sample, ids_of_step, start_step=start, stop_step=6, prefetch=prefetch) as loader:
+        with Loader(read, ids_of_step, start_step=start, stop_step=6, prefetch=prefetch) as loader:
             assert [first_tokens(b) for b in loader] == [ids_of_step(s) for s in range(start, 6)]
             assert loader.step == 6
 
 
 def test_labels_are_the_next_tokens() -> None:
-    with Loader(sample, ids_of_step, start_step=1, prefetch=1, device=torch.device("cpu")) as loader:
+    with Loader(read, ids_of_step, start_step=1, prefetch=1, device=torch.device("cpu")) as loader:
         batch = loader.next()[1]
     assert batch.tokens.tolist() == [[600, 601, 602, 603], [700, 701, 702, 703]]
     assert batch.labels.tolist() == [[601, 602, 603, 604], [701, 702, 703, 704]]
@@ -46,9 +53,9 @@ def test_labels_are_the_next_tokens() -> None:
 def test_ids_beyond_the_last_sample_are_padding() -> None:
     asked: list[int] = []
 
-    def recorded(i: int) -> np.ndarray:
-        asked.append(i)
-        return sample(i)
+    def recorded(ids: Sequence[int]) -> Samples:
+        asked.extend(ids)
+        return read(ids)
 
     with Loader(recorded, ids_of_step, stop_step=2, num_samples=5, prefetch=0) as loader:
         first, second = list(loader)
@@ -59,8 +66,8 @@ def test_ids_beyond_the_last_sample_are_padding() -> None:
 
 
 def test_an_exception_in_the_thread_is_raised_with_its_traceback() -> None:
-    def broken(i: int) -> np.ndarray:
-        return sample(i) if i < 6 else np.zeros(1 // 0)
+    def broken(ids: Sequence[int]) -> Samples:
+        return read(ids) if max(ids) < 6 else Samples(np.zeros(1 // 0))
 
     for prefetch in (0, 2):
         loader = Loader(broken, ids_of_step, prefetch=prefetch, name="valid")
@@ -69,13 +76,13 @@ def test_an_exception_in_the_thread_is_raised_with_its_traceback() -> None:
             with pytest.raises(DataError) as error:
                 loader.next()
             text = str(error.value)
-            assert "the valid loader failed at step 1, micro-batch 1, sample 6: ZeroDivisionError" in text
+            assert "the valid loader failed at step 1, samples 4 to 7: ZeroDivisionError" in text
             assert "np.zeros(1 // 0)" in text
         loader.close()
 
 
 def test_an_error_for_the_user_comes_out_as_it_is() -> None:
-    def truncated(i: int) -> np.ndarray:
+    def truncated(ids: Sequence[int]) -> Samples:
         raise DataError("a.bin ends at byte 10")
 
     with Loader(truncated, ids_of_step) as loader, pytest.raises(DataError, match="^a.bin ends at byte 10$"):
@@ -85,10 +92,10 @@ def test_an_error_for_the_user_comes_out_as_it_is() -> None:
 def test_a_stuck_thread_is_named_within_the_timeout() -> None:
     release = threading.Event()
 
-    def stuck(i: int) -> np.ndarray:
-        if i == 5:
+    def stuck(ids: Sequence[int]) -> Samples:
+        if 5 in ids:
             release.wait(60)
-        return sample(i)
+        return read(ids)
 
     with Loader(stuck, ids_of_step, timeout_seconds=0.2) as loader:
         loader.next()
@@ -96,8 +103,8 @@ def test_a_stuck_thread_is_named_within_the_timeout() -> None:
             loader.next()
         release.set()
     assert str(error.value) == (
-        "the train loader has delivered nothing for 0.2 s: its thread loader-train is at step 1, micro-batch 0, "
-        "sample 5; look at the storage, or raise data.timeout_seconds"
+        "the train loader has delivered nothing for 0.2 s: its thread loader-train is at step 1, samples 4 to 7; "
+        "look at the storage, or raise data.timeout_seconds"
     )
     assert loader.wait_seconds >= 0.2
 
@@ -106,14 +113,90 @@ def test_the_thread_stays_ahead_and_ends_when_closed() -> None:
     asked: list[int] = []
     seen = threading.Semaphore(0)
 
-    def recorded(i: int) -> np.ndarray:
-        asked.append(i)
+    def recorded(ids: Sequence[int]) -> Samples:
+        asked.extend(ids)
         seen.release()
-        return sample(i)
+        return read(ids)
 
     loader = Loader(recorded, ids_of_step, prefetch=2)
-    for _ in range(12):  # two steps wait in the queue, a third in the thread's hands
+    for _ in range(3):  # two steps wait in the queue, a third in the thread's hands
         assert seen.acquire(timeout=30)
     assert not seen.acquire(timeout=0.3) and asked == list(range(12))
     loader.close()
     assert "loader-train" not in [t.name for t in threading.enumerate()]
+
+
+def test_what_would_end_the_thread_is_an_error_that_says_where() -> None:
+    def leaving(ids: Sequence[int]) -> Samples:
+        return read(ids) if max(ids) < 4 else sys.exit("gone")
+
+    with Loader(leaving, ids_of_step) as loader:
+        loader.next()
+        with pytest.raises(DataError, match="loader failed at step 1, samples 4 to 7: SystemExit.'gone'."):
+            loader.next()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_is_named_long_before_the_timeout() -> None:
+    """By an exception outside of what is caught; what it had delivered before still comes out."""
+    hold = threading.Event()
+
+    def held(ids: Sequence[int]) -> Samples:
+        hold.wait(60)
+        return read(ids)
+
+    def dying(step: int) -> Item:
+        raise SystemExit
+
+    with Loader(held, ids_of_step, timeout_seconds=60) as loader:
+        loader._attempt = dying  # type: ignore[method-assign]
+        hold.set()
+        assert first_tokens(loader.next()) == [[0, 1], [2, 3]]
+        start = time.monotonic()
+        with pytest.raises(DataError) as error:
+            loader.next()
+        assert time.monotonic() - start < 30
+    assert str(error.value) == "the train loader is dead: its thread loader-train ended at step 0, samples 0 to 3"
+
+
+def numbers(prefix: Path) -> Path:
+    """3000 tokens, token i is i % 61, in documents of 1 to 9 tokens."""
+    lengths = np.resize(np.arange(1, 10), 600)
+    with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
+        writer.add(np.arange(lengths.sum()) % 61, lengths)
+    return prefix
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_file_truncated_while_it_is_read_is_named(tmp_path: Path, prefetch: int) -> None:
+    """pread, not mmap: an error with a name in it, where a mapping would kill the process by SIGBUS."""
+    source = Source(IndexedDataset(numbers(tmp_path / "a")), 16, 7)
+    with Loader(source.read, ids_of_step, prefetch=prefetch) as loader:
+        loader.next()
+        os.truncate(tmp_path / "a.bin", 100)
+        with pytest.raises(DataError, match=r"a.bin ends at byte 100, expected 34 bytes from byte \d+ .* truncated"):
+            for _ in range(10):
+                loader.next()
+
+
+def test_document_starts_and_the_mask_from_them(tmp_path: Path) -> None:
+    """Against the same made token by token from the list of document lengths."""
+    dataset = IndexedDataset(numbers(tmp_path / "a"))
+    begins = set(np.cumsum([0, *np.resize(np.arange(1, 10), 600)]).tolist())
+    source = Source(dataset, 16, 7, mark_documents=True)
+    with Loader(source.read, ids_of_step, prefetch=0, num_samples=7) as loader:
+        for step in range(2):
+            for ids, batch in zip(ids_of_step(step), loader.next(), strict=True):
+                assert batch.documents is not None and batch.mask is not None
+                for row, i in enumerate(ids):
+                    first = int(source.windows(np.array([i if i < 7 else 0]))[0]) * 16
+                    starts, at = [], 0
+                    for t in range(16):
+                        at = t if first + t in begins else at
+                        starts.append(at)
+                    assert batch.documents.starts[row].tolist() == starts
+                    counted = [i < 7 and first + t + 1 not in begins for t in range(16)]
+                    assert batch.mask[row].tolist() == counted
+                    assert batch.labels[row].tolist() == [(first + t + 1) % 61 for t in range(16)]
+    moved = batch.to(torch.device("cpu"))
+    assert torch.equal(moved.documents.starts, batch.documents.starts) and moved.num_counted == batch.num_counted

@@ -20,15 +20,16 @@ from tests.small import small_config
 
 
 def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: str | None = None) -> dict[str, Any]:
-    """Train; the exit status, or the error's text. `fault` is "nan:STEP:RANK" or "signal:STEP:RANK" (steps from 0)."""
+    """Train; the exit status, or the error's text. `fault` is "nan:STEP:RANK" or "signal:STEP:RANK" (steps from 0),
+    or "truncate:STEP:RANK:FILE"."""
     torch.set_num_threads(1)
     config = small_config(**{**sections, "run": {"folder": folder, "peak_tflops": 1.0, **sections.get("run", {})}})
     log = Logger(world.rank, world.world_size, Path(folder))
     trainer = Trainer(config, make_plan(config, world.world_size), world, log)
     if fault is not None:
-        kind, step, rank = fault.split(":")
+        kind, step, rank, *file = fault.split(":")
         if int(rank) == world.rank:
-            _plant(trainer, kind, {int(s) for s in step.split(",")})
+            _plant(trainer, kind, {int(s) for s in step.split(",")}, *file)
     try:
         return {"status": trainer.run(), "step": trainer._counters.step, "updates": trainer._counters.updates}
     except MegallamaError as error:
@@ -37,13 +38,15 @@ def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: s
         log.close()
 
 
-def _plant(trainer: Trainer, kind: str, steps: set[int]) -> None:
+def _plant(trainer: Trainer, kind: str, steps: set[int], file: str = "") -> None:
     one_step = trainer._one_step
 
     def faulty(loader: Any) -> Any:
         if trainer._counters.step in steps:
             if kind == "signal":
                 os.kill(os.getpid(), signal.SIGTERM)
+            elif kind == "truncate":
+                os.truncate(file, 20)
             else:  # one element of one gradient of one rank
                 sync = trainer._rank.optimizer.syncs[0]
                 finish = sync.finish
