@@ -40,6 +40,7 @@ INSTALL = (  # torch first and alone, so that nothing replaces it; then each pee
     ("huggingface-hub>=1.31", "einops", TORCH),  # litgpt asks for an older one than transformers needs
     ("--no-deps", "megatron-core==0.16.1"),
     ("--no-deps", "torchtitan==0.3.0"),
+    ("sentencepiece==0.2.3",),
     ("tyro", "spmd_types==0.2.3", "torchdata", "torch_checkpointing", "tensorboard", "datasets", TORCH),
 )
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -76,8 +77,8 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row.values()) + " |" for row in rows]) + "\n"
 
 
-def save(name: str, runs: Sequence[Run], text: str) -> None:
-    """Write `results/name.json` and `results/name.md`, and show the table."""
+def save(name: str, runs: Sequence[Any], text: str) -> None:
+    """Write `results/name.json` (runs are dataclasses) and `results/name.md`, and show the table."""
     RESULTS.mkdir(exist_ok=True)
     content = {**machine(), "command": sys.argv, "runs": [asdict(run) for run in runs]}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
