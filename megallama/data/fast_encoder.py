@@ -63,7 +63,7 @@ class FastTokenizer:
             content, doubtful = _as_json(self.reference)
             self._doubtful = np.zeros(self.vocab_size, bool)
             self._doubtful[list(doubtful)] = True
-            self._unassigned = None if isinstance(self.reference, SentencePieceTokenizer) else _unassigned()
+            self._unassigned = None if isinstance(self.reference, SentencePieceTokenizer) else _Unassigned()
             self._make = lambda: gigatoken.Tokenizer.from_json(content).encode
             self._afresh()
             for text in self._proof():
@@ -95,11 +95,11 @@ class FastTokenizer:
         if self._unassigned is not None:
             wide = [i for i, text in enumerate(texts) if not text.isascii()]
             characters = np.frombuffer("".join(texts[i] for i in wide).encode("utf-32-le"), "<u4")
-            ends, found = np.cumsum([len(texts[i]) for i in wide]), np.flatnonzero(self._unassigned[characters])
+            ends, found = np.cumsum([len(texts[i]) for i in wide]), np.flatnonzero(self._unassigned(characters))
             again = np.append(again, np.array(wide, np.int64)[np.searchsorted(ends, found, "right")])
         if not again.size:
             return tokens, lengths
-        for i in np.unique(again):
+        for i in set(again.tolist()):
             rows[i] = np.array(self.reference.encode(texts[i]), np.uint32)
         return join(rows)
 
@@ -119,15 +119,22 @@ class FastTokenizer:
             self._afresh()
 
 
-def _unassigned() -> np.ndarray:
-    """Which code points are no character of this Python's Unicode, or of private use, bool [0x110000]."""
-    if int(unicodedata.unidata_version.split(".")[0]) > NEWEST_UNICODE:
-        raise ValueError(f"this Python has Unicode {unicodedata.unidata_version}, which `tokenizers` does not know yet")
-    table = np.ones(0x110000, bool)
-    for codes in (range(0x40000), range(0xE0000, 0xE0200)):  # elsewhere there is none
-        categories = map(unicodedata.category, map(chr, codes))
-        table[codes.start : codes.stop] = np.fromiter(map("Cn".__eq__, categories), bool, len(codes))
-    return table
+class _Unassigned:
+    """Which characters are none of this Python's Unicode, or of its private planes; asked block by block of 256."""
+
+    def __init__(self) -> None:
+        if int(unicodedata.unidata_version.split(".")[0]) > NEWEST_UNICODE:
+            version = unicodedata.unidata_version
+            raise ValueError(f"this Python has Unicode {version}, which `tokenizers` does not know yet")
+        self._table, self._seen = np.zeros((0x1100, 256), bool), np.zeros(0x1100, bool)
+
+    def __call__(self, characters: np.ndarray) -> np.ndarray:
+        """bool [n] for code points uint32 [n]."""
+        for block in np.flatnonzero((np.bincount(characters >> 8, minlength=0x1100) > 0) & ~self._seen).tolist():
+            self._seen[block] = True
+            unused = ("Cn", "Co") if block >= 0xF00 else ("Cn",)
+            self._table[block] = [unicodedata.category(chr(256 * block + i)) in unused for i in range(256)]
+        return self._table.reshape(-1)[characters]
 
 
 def _resident_bytes() -> int:
