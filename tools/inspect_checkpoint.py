@@ -3,7 +3,8 @@
     python tools/inspect_checkpoint.py runs/x/checkpoints/step-00001000 [--verify] [OTHER]
 
 FOLDER is a step folder, or a checkpoints folder (its newest step is taken); OTHER also a Hugging Face
-folder.  Exit status: 0 as it should be, 1 damaged or different, 2 not a checkpoint.
+folder, Meta's release or Megatron-style shards.  Exit status: 0 as it should be, 1 damaged or different, 2 not a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from pathlib import Path
 
 import torch
 
-from megallama.checkpoint import manifest, reader
-from megallama.checkpoint.layout import STATE
-from megallama.config.errors import MegallamaError
-from megallama.plan.box import Box
-from megallama.plan.params import num_parameters
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megallama.checkpoint import manifest, reader  # noqa: E402
+from megallama.checkpoint.layout import STATE  # noqa: E402
+from megallama.checkpoint.source import Source, foreign_kind, open_source  # noqa: E402
+from megallama.config.errors import MegallamaError  # noqa: E402
+from megallama.plan.box import Box  # noqa: E402
+from megallama.plan.params import num_parameters  # noqa: E402
 
 CHUNK_ELEMENTS = 8 << 20
 
@@ -91,7 +95,7 @@ def compare(folder: Path, saved: manifest.Manifest, other: Path) -> int:
     for kind in ("model", *(STATE if theirs else ())):
         with (
             reader.open_state(folder, saved, kind) as a,
-            reader.open_state(other, theirs, kind) if theirs else reader.open_folder(other) as b,
+            reader.open_state(other, theirs, kind) if theirs else _open_other(other) as b,
         ):
             for name in sorted(a.places.keys() | b.places.keys()):
                 total += 1
@@ -103,7 +107,11 @@ def compare(folder: Path, saved: manifest.Manifest, other: Path) -> int:
     return 1 if different else 0
 
 
-def _difference(a: reader.TensorFiles, b: reader.TensorFiles, name: str) -> str | None:
+def _open_other(folder: Path) -> reader.TensorFiles | Source:
+    return open_source(folder) if foreign_kind(folder) else reader.open_folder(folder)
+
+
+def _difference(a: reader.TensorFiles, b: reader.TensorFiles | Source, name: str) -> str | None:
     if name not in a.places or name not in b.places:
         return f"only in the {'first' if name in a.places else 'second'}"
     if a.places[name].shape != b.places[name].shape:

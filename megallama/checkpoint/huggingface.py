@@ -14,7 +14,7 @@ from megallama.checkpoint.errors import CheckpointError
 from megallama.config.schema import Config, ModelConfig, RopeScaling
 from megallama.plan.params import heads
 
-_TORCH_NAMES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+TORCH_NAMES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BEGIN = ("<|begin_of_text|>", "<s>", "<bos>")
 _END = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
 
@@ -42,7 +42,7 @@ def _config_json(config: Config) -> dict[str, Any]:
             "original_max_position_embeddings": s.original_max_position,
         }
         longest = max(longest, int(s.factor * s.original_max_position))
-    dtype = _TORCH_NAMES[config.precision.dtype]
+    dtype = TORCH_NAMES[config.precision.dtype]
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -124,7 +124,8 @@ def _rope_scaling(path: Path, rope: dict[str, Any]) -> RopeScaling | None:
 def special_tokens(tokenizer: Path) -> dict[str, tuple[str, int]]:
     """(text, id) of the "bos" and "eos" tokens of a tokenizer file, where it has them."""
     if tokenizer.suffix == ".json":
-        added = {t["content"]: t["id"] for t in json.loads(tokenizer.read_bytes()).get("added_tokens", [])}
+        held = json.loads(tokenizer.read_bytes())
+        added = {t["content"]: t["id"] for t in held.get("added_tokens", [])} if merges_of(tokenizer) is None else held
         known = {"bos": _BEGIN, "eos": _END}
         first = {kind: next((t for t in names if t in added), None) for kind, names in known.items()}
         return {kind: (text, added[text]) for kind, text in first.items() if text is not None}
@@ -135,11 +136,21 @@ def special_tokens(tokenizer: Path) -> dict[str, tuple[str, int]]:
     return {kind: (pieces.id_to_piece(i), i) for kind, i in ids.items() if i >= 0}
 
 
+def merges_of(tokenizer: Path) -> Path | None:
+    """The merges.txt that belongs to GPT-2's vocab.json; None for the other kinds of tokenizer, which are one file."""
+    name = tokenizer.name
+    return tokenizer.with_name(name.removesuffix("vocab.json") + "merges.txt") if name.endswith("vocab.json") else None
+
+
 def _tokenizer_files(tokenizer: Path, special: dict[str, tuple[str, int]], longest: int) -> dict[str, bytes]:
     name = "tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"
-    beside = tokenizer.parent / "tokenizer_config.json"
+    beside, merges = tokenizer.parent / "tokenizer_config.json", merges_of(tokenizer)
     settings: dict[str, Any] = {f"{kind}_token": text for kind, (text, _) in special.items()}
-    if name == "tokenizer.json":
+    more = {}
+    if merges is not None:
+        name, more = "vocab.json", {"merges.txt": merges.read_bytes()}
+        settings |= {"tokenizer_class": "GPT2Tokenizer"}
+    elif name == "tokenizer.json":
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     else:
         settings |= {"tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "legacy": False}
@@ -147,7 +158,7 @@ def _tokenizer_files(tokenizer: Path, special: dict[str, tuple[str, int]], longe
         settings |= {"add_bos_token": False, "add_eos_token": False}
     settings["model_max_length"] = longest
     config = beside.read_bytes() if beside.is_file() else _json(settings)
-    return {name: tokenizer.read_bytes(), "tokenizer_config.json": config}
+    return {name: tokenizer.read_bytes(), "tokenizer_config.json": config, **more}
 
 
 def _json(value: dict[str, Any]) -> bytes:

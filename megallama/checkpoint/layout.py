@@ -87,16 +87,23 @@ def file_set(stem: str, shapes: Mapping[str, tuple[int, ...]], dtype: str, shard
             filled = 0
         groups[-1].append(name)
         filled += nbytes
-    files, places = [], {}
+    files: list[TensorFile] = []
+    places: dict[str, Place] = {}
     for i, names in enumerate(groups, 1):
-        file = f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors"
-        header, size = _header({name: shapes[name] for name in names}, dtype)
-        at = len(header)
-        for name in names:
-            places[name] = Place(file, at, tuple(shapes[name]), dtype)
-            at += prod(shapes[name]) * item
-        files.append(TensorFile(file, header, size))
+        one = one_file(f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", {n: shapes[n] for n in names}, dtype)
+        files += one.files
+        places |= one.places
     return FileSet(tuple(files), places)
+
+
+def one_file(file: str, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> FileSet:
+    """Lay tensors out in the given order in one file."""
+    header, size = _header(shapes, dtype)
+    at, places = len(header), {}
+    for name, shape in shapes.items():
+        places[name] = Place(file, at, tuple(shape), dtype)
+        at += prod(shape) * DTYPES[dtype].itemsize
+    return FileSet((TensorFile(file, header, size),), places)
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> tuple[bytes, int]:

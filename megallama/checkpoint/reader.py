@@ -72,15 +72,30 @@ class BlockFile:
 
     def read(self, start: int, count: int) -> bytearray:
         """Bytes start .. start + count - 1."""
+        self._check(start, count)  # before a damaged header makes us allocate what no file holds
+        out = bytearray(count)
+        self.read_into(start, memoryview(out))
+        return out
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes from `start` on; without a digest to check, straight from the file."""
+        self._check(start, len(out))
+        at = 0
+        while at < len(out):
+            if self._record is None:
+                count = os.preadv(self._fd, [out[at:]], start + at)
+                if not count:
+                    raise DamagedError(f"{self.path} ended at byte {start + at} while it was read")
+            else:
+                index, inside = divmod(start + at, self._block_bytes)
+                data = memoryview(self.block(index))[inside : inside + len(out) - at]
+                count = len(data)
+                out[at : at + count] = data
+            at += count
+
+    def _check(self, start: int, count: int) -> None:
         if start < 0 or start + count > self.size:
             raise DamagedError(f"{self.path} ends at byte {self.size}, before byte {start + count}")
-        out, at = bytearray(count), 0
-        while at < count:
-            index, inside = divmod(start + at, self._block_bytes)
-            data = memoryview(self.block(index))[inside : inside + count - at]
-            out[at : at + len(data)] = data
-            at += len(data)
-        return out
 
 
 class TensorFiles:
@@ -108,15 +123,24 @@ class TensorFiles:
         width = place.shape[-1]
         rows, cols = prod(box.shape[:-1]), box.shape[-1]
         top = box.start[0] if len(place.shape) == 2 else 0
-        if place.file not in self._opened:
-            self._opened[place.file] = self._opener(place.file)
-        file, item = self._opened[place.file], place.item_bytes
+        file, item = self._file(place), place.item_bytes
         step = max(1, SPAN_BYTES // (width * item))
         for row in range(0, rows, step):
             n = min(step, rows - row)
             first, count = (top + row) * width + box.start[-1], (n - 1) * width + cols
             data = torch.frombuffer(file.read(place.offset + first * item, count * item), dtype=DTYPES[place.dtype])
             out[row * cols : (row + n) * cols].view(n, cols).copy_(data.as_strided((n, cols), (width, 1)))
+
+    def read_rows(self, key: str, row: int, out: Tensor) -> None:
+        """Fill the contiguous `out` [n, ...], of the stored format, with rows `row` .. `row` + n - 1."""
+        place = self.places[key]
+        start = place.offset + row * prod(place.shape[1:]) * place.item_bytes
+        self._file(place).read_into(start, out.view(-1).view(torch.uint8).numpy().data)
+
+    def _file(self, place: Place) -> BlockFile:
+        if place.file not in self._opened:
+            self._opened[place.file] = self._opener(place.file)
+        return self._opened[place.file]
 
 
 def _read_header(label: str, file: BlockFile) -> dict[str, Place]:
@@ -175,6 +199,11 @@ def open_folder(folder: Path) -> TensorFiles:
             f"{folder} holds neither {manifest.NAME} nor model.safetensors(.index.json); give a step folder or a "
             "Hugging Face folder with safetensors (save_pretrained(folder) writes them)"
         )
+    return open_files(folder, names)
+
+
+def open_files(folder: Path, names: Sequence[str]) -> TensorFiles:
+    """The tensors of some safetensors files. Raises: DamagedError for a file that is missing or truncated."""
     places: dict[str, Place] = {}
     for name in names:
         file = BlockFile(folder / name)
@@ -210,6 +239,14 @@ def check_tensors(where: Path, files: TensorFiles, model: ModelConfig) -> None:
     want = global_shapes(model)
     extra = {"lm_head.weight"} if model.tie_embeddings else set()
     found = {n: p for n, p in files.places.items() if n not in extra and not n.endswith(_NOT_PARAMETERS)}
+    problems = tensor_problems(want, found)
+    if "missing: lm_head" in " ".join(problems):
+        problems.append("(a model without lm_head.weight has model.tie_embeddings=true)")
+    refuse(where, problems)
+
+
+def tensor_problems(want: Mapping[str, tuple[int, ...]], found: Mapping[str, Place]) -> list[str]:
+    """A line for every tensor that is missing, unknown, of another shape or of a number format we do not know."""
     problems = [f"missing: {n} {list(want[n])}" for n in want if n not in found]
     problems += [f"unknown: {n} {list(found[n].shape)}" for n in found if n not in want]
     problems += [
@@ -218,10 +255,13 @@ def check_tensors(where: Path, files: TensorFiles, model: ModelConfig) -> None:
         if n in found and found[n].shape != want[n]
     ]
     problems += [f"{n} has dtype {p.dtype}, not of {[*DTYPES]}" for n, p in found.items() if p.dtype not in DTYPES]
-    if "missing: lm_head" in " ".join(problems):
-        problems.append("(a model without lm_head.weight has model.tie_embeddings=true)")
+    return problems
+
+
+def refuse(where: Path, problems: Sequence[str]) -> None:
+    """Raises: CheckpointError with `problems`, if there are any."""
     if problems:
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        shown = [*problems[:20]] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise CheckpointError(f"the tensors in {where} are not those of the model:\n  " + "\n  ".join(shown))
 
 
@@ -250,7 +290,7 @@ class Weights:
     @property
     def tokenizer(self) -> Path | None:
         """The tokenizer file kept with the weights."""
-        found = (self.folder / name for name in ("tokenizer.model", "tokenizer.json"))
+        found = (self.folder / name for name in ("tokenizer.model", "tokenizer.json", "vocab.json"))
         return next((path for path in found if path.is_file()), None)
 
     def tensor(self, name: str, box: Box | None = None, dtype: torch.dtype | None = None) -> Tensor:

@@ -65,7 +65,7 @@ def write_checkpoint(content: Content, shards: Sequence[StateShard], group: Grou
     what = f"saving {content.final} failed, the checkpoints before it are untouched"
     first = group.rank == 0
     try:
-        agree(group, what, lambda: _create(content) if first else None)
+        agree(group, what, lambda: create_files(content) if first else None)
         written = agree(group, what, lambda: _write_shards(content, shards))
         agree(group, what, lambda: _check_complete(content, sum(written)))
         names = _touched(content, shards) if not first else list(content.sizes())
@@ -77,7 +77,7 @@ def write_checkpoint(content: Content, shards: Sequence[StateShard], group: Grou
         raise
 
 
-def _create(content: Content) -> None:
+def create_files(content: Content) -> None:
     """Make the temporary folder and all files in final size, with headers and small files written."""
     folder, sizes = content.temporary, content.sizes()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -89,20 +89,20 @@ def _create(content: Content) -> None:
     for name, size in sizes.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd, _explained(content):
+        with _opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd, explained(content):
             _allocate(fd, size)
-            _pwrite(fd, memoryview(headers.get(name) or content.small[name]), 0)
+            write_at(fd, memoryview(headers.get(name) or content.small[name]), 0)
 
 
 def _no_space(content: Content, free: int) -> CheckpointError:
     return CheckpointError(
         f"no space left in {content.final.parent}: a checkpoint needs {sum(content.sizes().values())} bytes, "
-        f"{free} are free; make room, lower checkpoint.keep_last, or choose another checkpoint.folder"
+        f"{free} are free; make room, lower checkpoint.keep_last, or choose another folder (checkpoint.folder)"
     )
 
 
 @contextmanager
-def _explained(content: Content) -> Iterator[None]:
+def explained(content: Content) -> Iterator[None]:
     """Turn a full disk (or quota, or file size limit) into an error with numbers."""
     try:
         yield
@@ -129,30 +129,33 @@ def _allocate(fd: int, size: int) -> None:
 
 
 def _write_shards(content: Content, shards: Sequence[StateShard]) -> int:
-    """Write this rank's byte runs; returns the number of elements."""
-    with _Files(content.temporary) as files, _explained(content):
+    """Write this rank's byte runs, each shard asked for once; returns the number of elements."""
+    written = 0
+    with OpenFiles(content.temporary) as files, explained(content):
         for shard in shards:
             assert shard.master.numel() == shard.box.numel, shard.box
             for kind, tensor in shard.state().items():
                 _write_box(files, content.sets[kind].places[shard.box.key], shard.box, tensor)
             _write_box(files, content.sets["model"].places[shard.box.key], shard.box, shard.master)
-    return sum(shard.box.numel for shard in shards)
+            written += shard.box.numel
+    return written
 
 
-def _write_box(files: _Files, place: Place, box: Box, tensor: Tensor) -> None:
+def _write_box(files: OpenFiles, place: Place, box: Box, tensor: Tensor) -> None:
     fd, item = files.open(place.file), place.item_bytes
     for start in range(0, box.numel, CHUNK_ELEMENTS):
         stop = min(start + CHUNK_ELEMENTS, box.numel)
-        data = _bytes(tensor[start:stop].detach().to("cpu", DTYPES[place.dtype]))
+        data = as_bytes(tensor[start:stop].detach().to("cpu", DTYPES[place.dtype]))
         at = 0
         for part in boxes_of_range(box, start, stop):
             for first, count in runs(part, place.shape):
-                _pwrite(fd, data[at : at + count * item], place.offset + first * item)
+                write_at(fd, data[at : at + count * item], place.offset + first * item)
                 at += count * item
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().view(torch.uint8).numpy().data
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The elements in row-major order."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _check_complete(content: Content, written: int) -> None:
@@ -170,7 +173,7 @@ def _touched(content: Content, shards: Sequence[StateShard]) -> list[str]:
 def _secure(content: Content, names: Sequence[str], group: Group) -> list[str]:
     """Make this rank's files durable, and meanwhile digest its share of all blocks (read back from the cache)."""
     with ThreadPoolExecutor(1) as pool:
-        durable = pool.map(lambda name: _fsync(content.temporary / name), names)
+        durable = pool.map(lambda name: sync(content.temporary / name), names)
         digests = _digest_share(content, group)
         list(durable)  # raises what an fsync raised
     return digests
@@ -180,7 +183,7 @@ def _digest_share(content: Content, group: Group) -> list[str]:
     block = content.block_bytes
     blocks = [(n, i) for n, size in content.sizes().items() for i in range(manifest.block_count(size, block))]
     a, b = (len(blocks) * r // group.size for r in (group.rank, group.rank + 1))
-    with _Files(content.temporary) as files:
+    with OpenFiles(content.temporary) as files:
         return [manifest.digest(os.pread(files.open(name), block, i * block)) for name, i in blocks[a:b]]
 
 
@@ -191,11 +194,11 @@ def _commit(content: Content, digests: list[str]) -> None:
     body = content.body | {"block_bytes": content.block_bytes, "files": manifest.file_records(sizes, blocks)}
     write_durably(content.temporary / manifest.NAME, manifest.render(body))
     for folder in sorted({content.temporary, *((content.temporary / n).parent for n in sizes)}):
-        _fsync(folder)
+        sync(folder)
     if content.final.exists():  # a step that was done again after going back; `recover_folder` knows ".old"
         os.rename(content.final, content.final.with_name(content.final.name + ".old"))
     os.rename(content.temporary, content.final)
-    _fsync(content.final.parent)
+    sync(content.final.parent)
 
 
 def point_latest(final: Path) -> None:
@@ -231,16 +234,18 @@ def recover_folder(folder: Path) -> list[str]:
 def write_durably(path: Path, data: bytes) -> None:
     """Write a whole file and fsync it."""
     with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
-        _pwrite(fd, memoryview(data), 0)
+        write_at(fd, memoryview(data), 0)
         os.fsync(fd)
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file or folder durable."""
     with _opened(path, os.O_RDONLY) as fd:
         os.fsync(fd)
 
 
-def _pwrite(fd: int, data: memoryview, offset: int) -> None:
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data`."""
     while data:
         done = os.pwrite(fd, data, offset)
         data, offset = data[done:], offset + done
@@ -255,7 +260,7 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         os.close(fd)
 
 
-class _Files:
+class OpenFiles:
     """File descriptors of a folder by name, opened when first asked for, closed together."""
 
     def __init__(self, folder: Path) -> None:
@@ -268,7 +273,7 @@ class _Files:
             self._fds[name] = os.open(self._folder / name, os.O_RDWR | os.O_CLOEXEC)
         return self._fds[name]
 
-    def __enter__(self) -> _Files:
+    def __enter__(self) -> OpenFiles:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -290,6 +290,20 @@ def test_tokenizer_json_opens_with_transformers(tmp_path) -> None:
     assert json.loads((step / "model/config.json").read_text())["eos_token_id"] == 1
 
 
+def test_gpt2_tokenizer_opens_with_transformers(tmp_path) -> None:
+    from tokenizers import ByteLevelBPETokenizer
+
+    ours = ByteLevelBPETokenizer()
+    ours.train_from_iterator(["the quick brown fox"] * 9, vocab_size=270, special_tokens=["<|endoftext|>"])
+    ours.save_model(str(tmp_path))
+    config = make_config(MODEL.model_copy(update={"vocab_size": ours.get_vocab_size()}))
+    step = saved(tmp_path / "c", config, tokenizer=tmp_path / "vocab.json")
+    assert open_weights(step).tokenizer == step / "model/vocab.json"
+    theirs = transformers.AutoTokenizer.from_pretrained(step / "model")
+    assert theirs.encode("the fox\n", add_special_tokens=False) == ours.encode("the fox\n").ids
+    assert theirs.eos_token_id == json.loads((step / "model/config.json").read_text())["eos_token_id"] == 0
+
+
 def test_saved_by_ranks_opens_too(tmp_path) -> None:
     config = make_config(SCALED, "fp16")
     save_on(tmp_path, config, make_state(SCALED), Topology(tp=4, dp=2))

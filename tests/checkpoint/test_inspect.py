@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.formats import to
 from tests.checkpoint.states import MODEL, elements, make_config, make_manager, make_state, solo_shards
 from tools.inspect_checkpoint import main
 
@@ -64,6 +65,15 @@ def test_compares_with_a_hugging_face_folder(folder: Path, tmp_path, capsys) -> 
     assert main([str(folder / "step-00000001"), str(tmp_path / "hf")]) == 0
     assert "0 of 39 tensors differ" in capsys.readouterr().out
     assert main([str(folder / "step-00000002"), str(tmp_path / "hf")]) == 1
+
+
+@pytest.mark.parametrize("kind,tp,pp", [("meta", 1, 1), ("megatron", 2, 4)])
+def test_compares_with_formats_of_other_programs(folder: Path, tmp_path, capsys, kind: str, tp: int, pp: int) -> None:
+    to(folder / "step-00000001", tmp_path / "other", kind, tp, pp)
+    assert main([str(folder / "step-00000001"), str(tmp_path / "other")]) == 0
+    assert "\n0 of 39 tensors differ\n" in capsys.readouterr().out
+    assert main([str(folder / "step-00000002"), str(tmp_path / "other")]) == 1
+    assert "1 of 39 tensors differ, the first is model model.layers.1.mlp.up_proj.weight" in capsys.readouterr().out
 
 
 def test_runs_as_a_program_and_refuses_what_is_no_checkpoint(tmp_path) -> None:

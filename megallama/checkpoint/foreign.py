@@ -1,0 +1,262 @@
+"""Where the tensors of a LLaMA lie in the files of other programs.
+
+A *form* says of every tensor in every file which rectangles of Hugging Face tensors are stacked in its
+rows, the same idea as `plan.params.Part`.  Reading and writing follow the same map, so a format is
+described once.  docs/checkpoint_formats.md describes the formats in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from megallama.checkpoint.errors import CheckpointError
+from megallama.config.schema import ModelConfig, RopeScaling
+from megallama.plan.box import Box
+from megallama.plan.params import global_shapes, heads
+
+Shape = tuple[int, ...]
+EMBEDDING = "model.embed_tokens.weight"
+SPLIT_COLUMNS = ("o_proj.weight", "down_proj.weight")
+VOCAB_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times tp
+_META = dict(
+    zip(
+        ("input_layernorm", *(f"self_attn.{x}_proj" for x in "qkvo"), "post_attention_layernorm")
+        + ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+        ("attention_norm", *(f"attention.w{x}" for x in "qkvo"), "ffn_norm", *(f"feed_forward.w{x}" for x in "132")),
+        strict=True,
+    )
+)
+_META_ENDS = {EMBEDDING: "tok_embeddings.weight", "model.norm.weight": "norm.weight", "lm_head.weight": "output.weight"}
+_META_MULTIPLES = (256, 1024, 4096, 128, 64, 32, 16, 8, 4, 2, 1)
+_META_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}  # constants of its code
+_META_PARAMS = {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps"} | {
+    *("vocab_size", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "max_seq_len", "max_batch_size")
+}
+FUSED_NORMS = ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
+LOCAL_NORMS = ("input_layernorm.weight", "pre_mlp_layernorm.weight")  # Megatron without Transformer Engine
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``row .. row + box.shape[0]`` of tensor `key` of `file` are `box` of the Hugging Face tensor ``box.key``.
+
+    A piece has the full width of the file's tensor, so it is one run of bytes.
+    """
+
+    file: str
+    key: str
+    row: int
+    box: Box
+
+
+@dataclass
+class Form:
+    """The files of a format with their tensors, and where each Hugging Face tensor lies in them.
+
+    The pieces of a tensor first cover it once; those after that are further copies.
+    """
+
+    shapes: Mapping[str, Shape]  # of the Hugging Face tensors
+    pairs: tuple[int, int, int] | None = None  # heads (n, k, d), where rotary pairs lie side by side (see `paired`)
+    files: dict[str, dict[str, Shape]] = field(default_factory=dict)
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
+
+    def stack(self, file: str, key: str, boxes: Sequence[Box], rows: int = 0) -> None:
+        """Tensor `key` of `file` holds `boxes` under one another, and zeros below them up to `rows` rows."""
+        at = 0
+        for box in boxes:
+            self.pieces.setdefault(box.key, []).append(Piece(file, key, at, box))
+            at += box.shape[0]
+        self.files.setdefault(file, {})[key] = (rows or at, *boxes[0].shape[1:])
+
+    def cut(self, name: str, rank: int, size: int, axis: int | None = None) -> Box:
+        """The part of a tensor-parallel rank: rows (axis 0); of o_proj and down_proj columns (axis 1); of norms all."""
+        shape = self.shapes[name]
+        whole, axis = Box.whole(name, shape), int(name.endswith(SPLIT_COLUMNS)) if axis is None else axis
+        if len(shape) == 1:
+            return whole
+        a, b = (shape[axis] // size * r for r in (rank, rank + 1))
+        return whole.rows(a, b) if axis == 0 else Box(name, (0, a), (shape[0], b))
+
+    def heads_of(self, name: str) -> tuple[int, int] | None:
+        """(heads, head size) of q_proj and k_proj where their rows must be re-ordered; None for all else."""
+        if self.pairs is None or not name.endswith(("q_proj.weight", "k_proj.weight")):
+            return None
+        return self.pairs[0 if "q_proj" in name else 1], self.pairs[2]
+
+
+def paired(weight: Tensor, count: int, d: int) -> Tensor:
+    """q_proj or k_proj in Meta's order: elements 2i and 2i + 1 of a head turn together, in ours i and i + d/2."""
+    return weight.view(count, 2, d // 2, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def halved(weight: Tensor, count: int, d: int) -> Tensor:
+    """The inverse of `paired`."""
+    return weight.view(count, d // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def whole_form(model: ModelConfig) -> Form:
+    """A Hugging Face folder: every tensor once and whole; `TensorFiles` and `FileSet` know the file."""
+    form = Form(global_shapes(model))
+    for name, shape in form.shapes.items():
+        form.stack("", name, [Box.whole(name, shape)])
+    return form
+
+
+def divides(size: int, option: str, what: Mapping[str, int]) -> None:
+    """Raises: CheckpointError if `size` does not divide every value of `what`."""
+    wrong = [f"{name}={value}" for name, value in what.items() if value % size]
+    if wrong:
+        fits = [n for n in range(1, min(what.values()) + 1) if not any(value % n for value in what.values())]
+        below, above = [n for n in fits if n < size][-1:], [n for n in fits if n > size][:1]
+        near = " or ".join(str(n) for n in below + above)
+        raise CheckpointError(f"{option}={size} does not divide {', '.join(wrong)}; use {near}")
+
+
+def meta_form(model: ModelConfig, ranks: int, embedding_rows: bool) -> Form:
+    """Meta's release: consolidated.NN.pth of each model-parallel rank.
+
+    The embedding is split by columns in LLaMA 1 and 2, by rows (`embedding_rows`) in LLaMA 3.  A tied head is a copy.
+    """
+    n, k, d = heads(model)
+    if n * d != model.hidden_size:
+        raise CheckpointError(
+            f"head_dim={d} times num_heads={n} is not hidden_size={model.hidden_size}: Meta's format has no such model"
+        )
+    sizes = {"num_kv_heads": k, "num_heads": n, "ffn_hidden_size": model.ffn_hidden_size}
+    divides(ranks, "--tp", sizes | {"vocab_size": model.vocab_size, "hidden_size": model.hidden_size})
+    form = Form(global_shapes(model), (n, k, d))
+    for name in form.shapes:
+        for r in range(ranks):
+            axis = 1 if name == EMBEDDING and not embedding_rows else None
+            form.stack(meta_file(r), meta_key(name), [form.cut(name, r, ranks, axis)])
+    if model.tie_embeddings:
+        for r in range(ranks):
+            form.stack(meta_file(r), "output.weight", [form.cut(EMBEDDING, r, ranks)])
+    return form
+
+
+def meta_file(rank: int) -> str:
+    """The file of a model-parallel rank."""
+    return f"consolidated.{rank:02d}.pth"
+
+
+def meta_key(name: str) -> str:
+    """Meta's name of a Hugging Face tensor."""
+    if name in _META_ENDS:
+        return _META_ENDS[name]
+    _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+    return f"layers.{layer}.{_META[part]}.weight"
+
+
+def meta_ffn(hidden: int, multiple_of: int, multiplier: float | None) -> int:
+    """The feed-forward width that Meta's code derives from params.json."""
+    width = int(2 * 4 * hidden / 3)
+    width = width if multiplier is None else int(multiplier * width)
+    return -(-width // multiple_of) * multiple_of
+
+
+def meta_params(model: ModelConfig) -> dict[str, Any]:
+    """params.json, with only what the model needs, for the code of the first LLaMA refuses keys it does not know."""
+    h, f, (n, k, _) = model.hidden_size, model.ffn_hidden_size, heads(model)
+    ratio = f / int(2 * 4 * h / 3)
+    multipliers = [None, *(round(ratio, digits) for digits in range(1, 9)), (f + 0.5) / int(2 * 4 * h / 3)]
+    fits = ((m, u) for m in multipliers for u in _META_MULTIPLES if meta_ffn(h, u, m) == f)
+    multiplier, multiple_of = next(fits)
+    params: dict[str, Any] = {"dim": h, "n_layers": model.num_layers, "n_heads": n, "vocab_size": model.vocab_size}
+    params |= {"multiple_of": multiple_of, "norm_eps": model.norm_eps}
+    params |= {"n_kv_heads": k} if k != n else {}
+    params |= {"ffn_dim_multiplier": multiplier} if multiplier else {}
+    params |= {"rope_theta": model.rope_theta} if model.rope_theta != 1e4 else {}
+    if (scaling := model.rope_scaling) is None:
+        return params
+    if wrong := [f"{key}={getattr(scaling, key):g}" for key, v in _META_ROPE.items() if getattr(scaling, key) != v]:
+        raise CheckpointError(f"model.rope_scaling {', '.join(wrong)}: Meta's code has only {_META_ROPE}")
+    known = scaling.factor == _meta_factor(model.tie_embeddings)
+    return params | {"use_scaled_rope": True} | ({} if known else {"rope_scaling_factor": scaling.factor})
+
+
+def _meta_factor(tied: bool) -> float:
+    """The scaling where params.json does not say it: that of LLaMA 3.2 for a tied head, else that of 3.1."""
+    return 32.0 if tied else 8.0
+
+
+def meta_model(params: Mapping[str, Any], shapes: Mapping[str, Shape], ranks: int, tied: bool) -> ModelConfig:
+    """The model that params.json and the tensors of the first rank describe; widths are those of the tensors.
+
+    Raises: CheckpointError for keys that are unknown or missing.
+    """
+    needed = {"dim", "n_layers", "n_heads", "norm_eps"}
+    problems = [f"does not know {key!r}" for key in sorted(params.keys() - _META_PARAMS)]
+    problems += [f"needs {key!r}" for key in sorted(needed - params.keys())]
+    if problems:
+        raise CheckpointError("params.json is not that of a LLaMA 1, 2 or 3: this tool " + ", ".join(problems))
+    factor = params.get("rope_scaling_factor") or _meta_factor(tied)
+    vocab, width = ((shapes.get(k) or (0,))[0] * ranks for k in ("output.weight", "layers.0.feed_forward.w1.weight"))
+    return ModelConfig(
+        hidden_size=params["dim"],
+        num_layers=params["n_layers"],
+        num_heads=params["n_heads"],
+        num_kv_heads=params.get("n_kv_heads") or params["n_heads"],
+        head_dim=params["dim"] // params["n_heads"],
+        ffn_hidden_size=width or 1,
+        vocab_size=max(params.get("vocab_size", -1), 0) or vocab or 1,
+        norm_eps=params["norm_eps"],
+        rope_theta=params.get("rope_theta", 10000.0),
+        rope_scaling=RopeScaling(factor=factor, **_META_ROPE) if params.get("use_scaled_rope") else None,
+        tie_embeddings=tied,
+    )
+
+
+def megatron_file(tp_rank: int, pp_rank: int, pp: int) -> str:
+    """The file of one rank: the pipeline rank is named only where there are several."""
+    return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if pp > 1 else "") + "/model.safetensors"
+
+
+def megatron_form(model: ModelConfig, tp: int, pp: int, vocab_rows: int, norms: Sequence[str] = FUSED_NORMS) -> Form:
+    """Megatron's GPTModel, a file for each of tp x pp ranks; `vocab_rows` is the padded vocabulary."""
+    n, k, _ = heads(model)
+    divides(tp, "--tp", {"num_kv_heads": k, "num_heads": n, "ffn_hidden_size": model.ffn_hidden_size})
+    divides(pp, "--pp", {"num_layers": model.num_layers})
+    form, depth = Form(global_shapes(model)), model.num_layers // pp
+    last = "lm_head.weight" if not model.tie_embeddings else EMBEDDING
+    for t in range(tp):
+        _vocab(form, megatron_file(t, 0, pp), "embedding.word_embeddings.weight", EMBEDDING, (t, tp), vocab_rows)
+    for i in range(model.num_layers):
+        stage, local = divmod(i, depth)
+        for t in range(tp):
+            _megatron_layer(form, megatron_file(t, stage, pp), i, f"decoder.layers.{local}.", (t, tp), k, norms)
+    for t in range(tp):
+        file = megatron_file(t, pp - 1, pp)
+        form.stack(file, "decoder.final_layernorm.weight", [form.cut("model.norm.weight", t, tp)])
+        if pp > 1 or not model.tie_embeddings:
+            _vocab(form, file, "output_layer.weight", last, (t, tp), vocab_rows)
+    return form
+
+
+def _vocab(form: Form, file: str, key: str, name: str, rank: tuple[int, int], rows: int) -> None:
+    per, (v, h) = rows // rank[1], form.shapes[name]
+    first, stop = (min(v, r * per) for r in (rank[0], rank[0] + 1))
+    form.stack(file, key, [Box(name, (first, 0), (stop, h))], per)
+
+
+def _megatron_layer(
+    form: Form, file: str, i: int, theirs: str, rank: tuple[int, int], k: int, norms: Sequence[str]
+) -> None:
+    """One layer of one rank: query groups [their q heads, k, v] under one another; gate above up."""
+    (t, tp), name = rank, f"model.layers.{i}."
+    groups = range(t * k // tp, (t + 1) * k // tp)
+    qkv = [form.cut(f"{name}self_attn.{part}_proj.weight", group, k) for group in groups for part in "qkv"]
+    form.stack(file, theirs + "self_attention.linear_qkv.weight", qkv)
+    for key, parts in {
+        norms[0]: ["input_layernorm"],
+        "self_attention.linear_proj.weight": ["self_attn.o_proj"],
+        norms[1]: ["post_attention_layernorm"],
+        "mlp.linear_fc1.weight": ["mlp.gate_proj", "mlp.up_proj"],
+        "mlp.linear_fc2.weight": ["mlp.down_proj"],
+    }.items():
+        form.stack(file, theirs + key, [form.cut(f"{name}{part}.weight", t, tp) for part in parts])

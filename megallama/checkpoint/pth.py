@@ -1,0 +1,66 @@
+"""The .pth files of Meta's releases: the one place where a pickle is read, with restricted unpickling, or written."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.checkpoint.layout import DTYPES, Place
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class PthFile:
+    """A .pth file that holds tensors by name and nothing else; they stay on disk until they are read.
+
+    Raises: CheckpointError for anything else, which is not executed; DamagedError for a truncated or damaged file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # noqa: BLE001 - torch raises many types for damaged and for hostile files
+            first = str(error).strip().split("\n")[0]
+            if type(error).__name__ == "UnpicklingError":
+                raise CheckpointError(
+                    f"{path} is refused: its pickle asks for more than tensors, and loading it could run any program "
+                    f"({first}); get the file from a source you trust as safetensors"
+                ) from None
+            raise DamagedError(f"{path} cannot be read as a .pth file of tensors: {first}") from error
+        if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+            raise CheckpointError(f"{path} is not a file of tensors by name, as Meta's consolidated.NN.pth is")
+        self._tensors: dict[str, Tensor] = found
+        self.places = {k: Place("", 0, tuple(t.shape), _NAMES.get(t.dtype, str(t.dtype))) for k, t in found.items()}
+
+    def read_rows(self, key: str, row: int, out: Tensor) -> None:
+        """Fill `out` [n, ...] with rows `row` .. `row` + n - 1."""
+        out.copy_(self._tensors[key][row : row + len(out)])
+
+    def close(self) -> None:
+        """Forget the file."""
+        self._tensors = {}
+
+
+def pack(raw: Path, places: Mapping[str, Place], path: Path) -> None:
+    """Write the tensors of the safetensors file `raw` as a .pth file, one by one from its mapped pages.
+
+    Raises: CheckpointError if it cannot be written, as on a full disk.
+    """
+    with raw.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as data:
+        tensors = {
+            key: torch.frombuffer(data, dtype=DTYPES[p.dtype], count=prod(p.shape), offset=p.offset).view(p.shape)
+            for key, p in places.items()
+        }
+        try:
+            torch.save(tensors, path)
+        except RuntimeError as error:
+            why = str(error).splitlines()[0]
+            raise CheckpointError(f"{path} cannot be written, is the disk full? {why}") from error
+        finally:
+            tensors.clear()

@@ -1,0 +1,254 @@
+"""The tensors of a checkpoint in any format, one by one, under their Hugging Face names.
+
+A step folder's bytes are verified while they are read; files of other programs must hold exactly the
+tensors of the model, and where several ranks hold the same tensor it must be the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megallama.checkpoint import foreign, manifest, reader
+from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.checkpoint.foreign import EMBEDDING, Form, Piece
+from megallama.checkpoint.huggingface import model_files, read_model_config
+from megallama.checkpoint.layout import DTYPES, WEIGHTS, Place
+from megallama.checkpoint.pth import PthFile
+from megallama.config.schema import BatchConfig, Config, ModelConfig, PrecisionConfig
+from megallama.plan.box import Box
+
+SPAN_BYTES = 8 << 20  # what is copied at a time
+PRECISION = {name: precision for precision, name in WEIGHTS.items()}
+_CARRIED = ("config.json", "generation_config.json", "tokenizer*", "chat_template*") + (
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+)
+
+
+class TensorRows(Protocol):
+    """What `Source` needs of an open file: `reader.TensorFiles`, `PthFile`."""
+
+    @property
+    def places(self) -> Mapping[str, Place]: ...
+    def read_rows(self, key: str, row: int, out: Tensor) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass
+class Source:
+    """The weights (or one kind of optimizer state) of a checkpoint in any format."""
+
+    kind: str  # "step", "hf", "meta" or "megatron"
+    folder: Path
+    model: ModelConfig
+    form: Form
+    files: Mapping[str, TensorRows]
+    small: Mapping[str, bytes]  # config.json and the tokenizer's files, as Hugging Face has them
+    saved: manifest.Manifest | None = None
+    _last: tuple[str, Tensor] | None = None
+    _buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.files.values():
+            file.close()
+
+    @property
+    def formats(self) -> list[str]:
+        """The number formats of the tensors, in safetensors' names."""
+        return sorted({self._dtype(name) for name in self.form.shapes})
+
+    @property
+    def places(self) -> dict[str, Place]:
+        """The tensors as of one file, for those who compare."""
+        return {name: Place("", 0, shape, self._dtype(name)) for name, shape in self.form.shapes.items()}
+
+    def raw(self, file: str, key: str) -> Tensor:
+        """A tensor as its file has it."""
+        place = self.files[file].places[key]
+        out = torch.empty(place.shape, dtype=DTYPES[place.dtype])
+        self.files[file].read_rows(key, 0, out)
+        return out
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor in its stored format; it lies in a buffer that the next call uses again.
+
+        Raises: DamagedError if ranks that should hold the same hold something else.
+        """
+        self._last = None
+        shape, dtype = self.form.shapes[name], DTYPES[self._dtype(name)]
+        if not self._buffer.numel():  # touched once: fresh memory costs as much as the copy
+            most = max(prod(p.shape) * p.item_bytes for p in self.places.values())
+            self._buffer = torch.empty(most, dtype=torch.uint8)
+        out = self._buffer[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        filled, pieces = 0, self.form.pieces[name]
+        for piece in pieces:
+            part = out[piece.box.within(Box.whole(name, shape))]
+            if filled < out.numel() and part.is_contiguous():
+                self.files[piece.file].read_rows(piece.key, piece.row, part)
+            else:
+                self._copy(piece, part, pieces[0] if filled >= out.numel() else None)
+            filled += part.numel()
+        turn = self.form.heads_of(name)
+        return foreign.halved(out, *turn) if turn else out
+
+    def read_into(self, box: Box, out: Tensor) -> None:
+        """Fill `out` (1-D, any dtype) with the elements of `box`, of a tensor that is kept until the next one."""
+        if self._last is None or self._last[0] != box.key:
+            self._last = box.key, self.tensor(box.key)
+        out.copy_(self._last[1][box.within(Box.whole(box.key, self.form.shapes[box.key]))].reshape(-1))
+
+    def _dtype(self, name: str) -> str:
+        found = {self.files[p.file].places[p.key].dtype for p in self.form.pieces[name]}
+        if len(found) > 1:
+            raise CheckpointError(f"{self.folder}: parts of {name} have different number formats: {sorted(found)}")
+        return found.pop()
+
+    def _copy(self, piece: Piece, part: Tensor, like: Piece | None) -> None:
+        """Read a piece into the rectangle `part`, or compare it, as another copy of `like`, with what `part` holds."""
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
+        for a, b in spans(part):
+            rows = torch.empty(part[a:b].shape, dtype=part.dtype)
+            self.files[piece.file].read_rows(piece.key, piece.row + a, rows)
+            if like is None:
+                part[a:b] = rows
+            elif not torch.equal(rows.view(bits), part[a:b].view(bits)):
+                raise DamagedError(
+                    f"{self.folder}: {piece.key} of {piece.file} differs from {like.key} of {like.file}; both are "
+                    f"{piece.box.key}, which must be the same on both: these files are of different checkpoints"
+                )
+
+
+def spans(part: Tensor) -> Iterator[tuple[int, int]]:
+    """The rows of a tensor in ranges of about `SPAN_BYTES`."""
+    step = max(1, SPAN_BYTES // max(1, prod(part.shape[1:]) * part.element_size()))
+    yield from ((a, min(a + step, len(part))) for a in range(0, len(part), step))
+
+
+# ---- opening ----
+
+
+def open_source(folder: Path, state: str = "model", context: int | None = None) -> Source:
+    """Open a checkpoint of any format; of a step folder the weights, or `state` ("master", ...).
+
+    `context` is the longest sequence, which Meta's release does not tell.
+    Raises: CheckpointError naming every tensor that is missing, unknown or misshapen; DamagedError naming the file.
+    """
+    if (step := reader.step_folder(folder)) is not None:
+        saved = manifest.read_manifest(step)
+        small = [name for name in saved.files if name.startswith("model/") and "safetensors" not in name]
+        if problems := reader.verify_blocks(step, saved, [b for name in small for b in saved.blocks(name)]):
+            raise DamagedError("; ".join(problems))
+        form, files = foreign.whole_form(saved.model), {"": reader.open_state(step, saved, state)}
+        return Source("step", step, saved.model, form, files, _carried(step / "model"), saved)
+    if (kind := foreign_kind(folder)) == "meta":
+        return _open_meta(folder, context)
+    model = read_model_config(folder)
+    if kind == "megatron":
+        return _open_megatron(folder, model)
+    found = reader.open_folder(folder)
+    reader.check_tensors(folder, found, model)
+    return Source("hf", folder, model, foreign.whole_form(model), {"": found}, _carried(folder))
+
+
+def foreign_kind(folder: Path) -> str | None:
+    """ "meta" or "megatron", if the folder has their files."""
+    if any(folder.glob("mp_rank_*/")):
+        return "megatron"
+    alone = (folder / "params.json").is_file() and not (folder / "config.json").is_file()
+    return "meta" if alone or any(folder.glob("consolidated.*.pth")) else None
+
+
+def _carried(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for pattern in _CARRIED for p in sorted(folder.glob(pattern)) if p.is_file()}
+
+
+def _checked(source: Source, ignored: tuple[str, ...]) -> Source:
+    problems = []
+    for file, want in source.form.files.items():
+        found = {k: p for k, p in source.files[file].places.items() if not k.endswith(ignored)}
+        problems += [f"{file}: {problem}" for problem in reader.tensor_problems(want, found)]
+    reader.refuse(source.folder, problems)
+    return source
+
+
+def _open_meta(folder: Path, context: int | None) -> Source:
+    names = sorted(p.name for p in folder.glob("consolidated.*.pth"))
+    want = [foreign.meta_file(r) for r in range(max(1, len(names)))]
+    if names != want:
+        raise CheckpointError(f"{folder} holds {names or 'no consolidated.NN.pth'}; it must hold {want}")
+    files = {name: PthFile(folder / name) for name in names}
+    shapes = {key: p.shape for key, p in files[names[0]].places.items()}
+
+    def source(tied: bool) -> Source:
+        try:
+            params = json.loads((folder / "params.json").read_bytes())
+            model = foreign.meta_model(params, shapes, len(names), tied)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder / 'params.json'} cannot be used: {error}") from error
+        by_rows = shapes.get("tok_embeddings.weight", (0, 0))[1:] == (model.hidden_size,)
+        form = foreign.meta_form(model, len(names), by_rows)
+        return _checked(Source("meta", folder, model, form, files, {}), ("rope.freqs",))
+
+    found = source(tied=True)
+    try:
+        found.tensor(EMBEDDING)  # the format has no word for it: tied is a head that equals the embedding
+    except DamagedError:
+        found = source(tied=False)
+    found.small = _meta_small(found, context)
+    return found
+
+
+def _meta_small(source: Source, context: int | None) -> dict[str, bytes]:
+    """config.json and the tokenizer's files."""
+    model = source.model
+    longest = context or (131072 if model.rope_scaling else 8192 if model.rope_theta == 500000 else 2048)
+    config = config_of(model, source.formats[0], longest)
+    near = (folder / "tokenizer.model" for folder in (source.folder, source.folder.parent))  # LLaMA 1 has it above
+    path = next((path for path in near if path.is_file()), None)
+    kept = {path.name: path.read_bytes()} if path else {}
+    if path is None or not trainable(path.name, kept):
+        return model_files(config, None) | kept
+    files = model_files(config, path)
+    settings = json.loads(files["tokenizer_config.json"]) | {"add_bos_token": True}  # Meta trained with it
+    return files | {"tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}
+
+
+def trainable(name: str, small: Mapping[str, bytes]) -> bool:
+    """Whether a tokenizer file is one that we use: a .model of SentencePiece (a protocol buffer), not of LLaMA 3."""
+    return name in small and (name.endswith(".json") or small[name][:1] == b"\n")
+
+
+def _open_megatron(folder: Path, model: ModelConfig) -> Source:
+    ranks = sorted(p.name for p in folder.glob("mp_rank_*/"))
+    numbers = [[int(x) for x in re.findall(r"_(\d+)", name)] for name in ranks]
+    pp = max((1 + n[1] for n in numbers if len(n) > 1), default=1)
+    grid = [(t, s) for t in range(1 + max(n[0] for n in numbers)) for s in range(pp)]
+    want = [foreign.megatron_file(t, s, pp) for t, s in grid]
+    if sorted(name + "/model.safetensors" for name in ranks) != sorted(want):
+        raise CheckpointError(f"{folder} holds {', '.join(ranks)}; it must hold {', '.join(want)}")
+    files = {name: reader.open_files(folder, [name]) for name in want}
+    first = files[want[0]].places
+    word = first.get("embedding.word_embeddings.weight")
+    rows = word.shape[0] * (len(want) // pp) if word else model.vocab_size
+    if rows < model.vocab_size:
+        raise CheckpointError(f"{folder}: the embedding has {rows} rows in all, the vocabulary {model.vocab_size}")
+    local = "decoder.layers.0." + foreign.LOCAL_NORMS[0] in first
+    norms = foreign.LOCAL_NORMS if local else foreign.FUSED_NORMS
+    form = foreign.megatron_form(model, len(want) // pp, pp, rows, norms)
+    return _checked(Source("megatron", folder, model, form, files, _carried(folder)), ("_extra_state", ".inv_freq"))
+
+
+def config_of(model: ModelConfig, kind: str, longest: int) -> Config:
+    """A configuration of which only the model, the number format and the longest sequence matter."""
+    return Config(model=model, precision=PrecisionConfig(dtype=PRECISION[kind]), batch=BatchConfig(seq_length=longest))
