@@ -12,11 +12,12 @@ EXTRAS = {
     # Preprocessing a corpus on many nodes. Training under mpirun needs neither.
     "mpi": ["mpi4py>=4", "mpich>=4"],
     # Preprocessing: .zst and Parquet inputs, and an encoder several times as fast as the reference ones.
-    "data": ["zstandard>=0.23", "pyarrow>=17", "gigatoken>=0.10"],
+    "data": ["zstandard>=0.23", "pyarrow>=17", "gigatoken>=0.10", "orjson>=3.10"],
     "plots": ["matplotlib>=3.9"],
     "test": [
         *("pytest>=8", "hypothesis>=6.100", "transformers>=4.50", "psutil", "ruff", "mypy"),
         *("matplotlib>=3.9", "mpi4py>=4", "mpich>=4", "zstandard>=0.23", "pyarrow>=17", "gigatoken>=0.10"),
+        "orjson>=3.10",
     ],
 }
 

@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megallama.data import documents as readers
 from megallama.data.documents import BadRecord, Record, RecordReader, Unit, find_files, parse, place, units
 from megallama.data.errors import DataError
 from megallama.data.preprocess import preprocess
@@ -320,3 +322,34 @@ def test_planted_faults_change_no_other_document(tmp_path: Path, tokenizer_path:
 
 def test_a_record_of_a_whole_file_has_no_line() -> None:
     assert place(Record("a/b.txt", 0, b"x")) == "a/b.txt" and place(Record("a/b.jsonl", 4, b"x")) == "a/b.jsonl:4"
+
+
+LINES = st.one_of(
+    st.binary(max_size=40),
+    st.text(max_size=20).map(lambda t: json.dumps({"text": t}).encode()),
+    st.text(max_size=20).map(lambda t: json.dumps({"a": [1e400, 10**30], "text": t}, ensure_ascii=False).encode()),
+    st.sampled_from([
+        b'{"text": "\\ud800"}', b'{"text": "\\ud83e\\udd99"}', b'{"text": "a", "text": "b"}', b'{"text": NaN}',
+        b'{"text": "x", "y": NaN}', b'{"text": "x", "y": 123456789012345678901234567890}', b'{"text": ""}',
+        b'{"text": "\x00"}', b'{"text": "\\u0000"}', b' {"text" : "x"} ', b'{"text": "x"} more',
+        b'["text"]', b"[" * 5000, b'{"text": "\xff"}',
+    ]),
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(LINES)
+def test_the_quick_parser_changes_nothing(line: bytes) -> None:
+    """With and without orjson: the same text, or the same reason."""
+
+    def result() -> Any:
+        try:
+            return parse(Record("a.jsonl", 1, line))
+        except BadRecord as error:
+            return str(error)
+
+    assert readers._orjson() is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "_quickly", lambda line, key: "")
+        slow = result()
+    assert result() == slow
