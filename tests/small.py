@@ -101,7 +101,8 @@ def train(
         extra = (None if part is None else part[step] for part in (masks, starts))
         batches = micro_batches(rank, batch, *extra)
         schedule = rank.plan.schedule_for(len(batches))
-        results.append(train_step(rank, schedule, batches, lr=rank.plan.config.optimizer.lr))
+        masked = masks is not None or starts is not None
+        results.append(train_step(rank, schedule, batches, lr=rank.plan.config.optimizer.lr, masked=masked))
     return results
 
 

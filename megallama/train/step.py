@@ -39,6 +39,7 @@ def count_tokens(rank: Rank, batches: Sequence[MicroBatch], *, masked: bool) -> 
 
     masked: whether any rank may leave tokens out, which all ranks must answer alike.
     """
+    assert masked or all(b.mask is None for b in batches), "masked tokens that the other ranks do not know of"
     counted = sum(b.num_counted for b in batches)
     if not masked:
         return counted * rank.groups.dp.size
@@ -70,14 +71,15 @@ def train_step(
     timers: Timers | None = None,
     received: signal.Signals | None = None,
     late: bool = False,
+    masked: bool = False,
 ) -> StepResult:
-    """Train on this rank's micro-batches of one global batch.
+    """Train on this rank's micro-batches of one global batch; `masked`, if some of them on any rank may have masks.
 
     All ranks return the same result.  Where the loss or the gradient is not finite on any rank,
     no rank changes anything.
     """
     timers = timers or Timers()
-    tokens = count_tokens(rank, batches, masked=rank.plan.config.data.document_mask)
+    tokens = count_tokens(rank, batches, masked=masked)
     rank.optimizer.start_step()
     with timers.phase("forward_backward"):
         loss_sum = rank.runtime.run(schedule, stage_inputs(batches, loss_scale / tokens))

@@ -223,8 +223,9 @@ class Trainer:
         minutes = config.train.stop_after_minutes
         late = minutes is not None and time.monotonic() - self._started >= 60 * minutes
         schedule = self._plan.schedule_for(len(batches))
+        received, masked = self._signals.received, config.data.document_mask
         result = train_step(
-            self._rank, schedule, batches, lr, self._scaler.scale, self._timers, self._signals.received, late
+            self._rank, schedule, batches, lr, self._scaler.scale, self._timers, received, late, masked
         )
         counters.samples += self._plan.batch.global_batch(counters.samples)
         counters.step += 1
