@@ -150,3 +150,20 @@ def test_a_wrong_mixture_on_the_command_line(files: dict[str, str], capsys: pyte
     assert 'data.changes[0] gives a weight to "wbe", which data.train does not have; did you mean "web"?' in (
         capsys.readouterr().err
     )
+
+
+def test_a_run_within_documents_counts_and_learns_the_same_in_any_layout(
+    pool: Pool, tmp_path: Path, files: dict[str, str]
+) -> None:
+    """Windows of 16 tokens in documents of 7: the first tokens of documents are not predicted, on no rank."""
+    settings = sections(files, document_mask=True, valid=[{"path": files["held"], "name": "held"}])
+    pool.run(1, RUN, str(tmp_path / "one"), settings)
+    want = curve(tmp_path / "one")
+    counted = [r["tokens"] for r in records(tmp_path / "one")]
+    assert sum(counted) == 659 and all(8 * (16 - 3) <= count <= 8 * (16 - 2) for count in counted)
+    for name, parallel in (("dp", {}), ("tp", {"tp": 2}), ("pp", {"pp": 2, "schedule": "zb-h1"})):
+        answers = pool.run(4, RUN, str(tmp_path / name), {**settings, "parallel": parallel})
+        assert [a.get("status") for a in answers] == [0] * 4, answers
+        assert [r["tokens"] for r in records(tmp_path / name)] == counted
+        for mine, theirs in zip(curve(tmp_path / name), want, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-10, abs=0)
