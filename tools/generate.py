@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 try:
@@ -83,17 +84,9 @@ class Counted:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for wrong input, 130 when interrupted."""
     options = parse(arguments)
-    from megallama.config.errors import MegallamaError
+    from megallama.config.errors import exit_status
 
-    try:
-        run(options)
-    except MegallamaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(partial(run, options))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 try:
@@ -38,9 +39,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int:
     """Check the options, convert, tell."""
-    from megallama.checkpoint.convert import Wish, convert
+    from megallama.checkpoint.convert import UnverifiedError, Wish, convert
     from megallama.checkpoint.source import Source, foreign_kind, open_source
     from megallama.checkpoint.verify import compare_logits
     from megallama.config.errors import ConfigError
@@ -69,29 +70,22 @@ def run(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     shard_bytes = int(options.shard_gb * 1e9)
     wish = Wish(options.to, options.tp, options.pp, options.dtype, shard_bytes, options.vocab_multiple)
-    convert(folder, options.target, wish, options.context, check)
+    try:
+        convert(folder, options.target, wish, options.context, check)
+    except UnverifiedError as error:
+        print(f"NOT VERIFIED: {error}; the result is kept as {options.target}.unverified", file=sys.stderr)
+        return 1
     size = sum(path.stat().st_size for path in options.target.rglob("*") if path.is_file())
     print(*done, f"{size:,} bytes, {time.perf_counter() - start:.1f} s", sep="\n")
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 for a result that was not verified, 2 for any other error, 130 when interrupted."""
     options = parse(arguments)
-    from megallama.checkpoint.convert import UnverifiedError
-    from megallama.config.errors import MegallamaError
+    from megallama.config.errors import exit_status
 
-    try:
-        run(options)
-    except UnverifiedError as error:
-        print(f"NOT VERIFIED: {error}; the result is kept as {options.target}.unverified", file=sys.stderr)
-        return 1
-    except MegallamaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(partial(run, options))
 
 
 if __name__ == "__main__":

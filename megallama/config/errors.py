@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 
 class MegallamaError(Exception):
     """Something the user can put right; the message says what is wrong, the values, and what to write instead."""
@@ -11,3 +14,15 @@ class MegallamaError(Exception):
 
 class ConfigError(MegallamaError):
     """A configuration that cannot be used; the message lists every problem found, one per line."""
+
+
+def exit_status(run: Callable[[], int | None]) -> int:
+    """The status of a tool: what it returns (0 for None), 2 for an error, told on standard error, 130 for Ctrl-C."""
+    try:
+        return run() or 0
+    except MegallamaError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        return 130

@@ -40,6 +40,8 @@ class Data:
     valid: tuple[ValidData, ...]
     test: tuple[ValidData, ...]
     tokenizer: Tokenizer | None
+
+
 def open_sources(config: Config) -> Data:
     """Open what the section `data` names.
 

@@ -7,6 +7,7 @@ document can fake the end of another.  Only code that means it appends `bos_id` 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -35,9 +36,6 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without bos or eos."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of several texts, on one thread."""
-
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of several texts back to back, uint32 [T], and how many each has, int64 [n]; the fast way."""
 
@@ -51,20 +49,16 @@ def join(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(rows) if rows else np.empty(0, np.uint32), lengths
 
 
-class OneByOne:
+class OneByOne(ABC):
     """What a tokenizer that encodes one text does with several."""
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without bos or eos."""
-        raise TypeError(f"{type(self).__name__} does not encode")
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of several texts, on one thread."""
-        return [self.encode(text) for text in texts]
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of several texts back to back, uint32 [T], and how many each has, int64 [n]."""
-        return join([np.array(ids, np.uint32) for ids in self.encode_batch(texts)])
+        return join([np.array(self.encode(text), np.uint32) for text in texts])
 
 
 class SentencePieceTokenizer:
@@ -98,14 +92,11 @@ class SentencePieceTokenizer:
         """The ids of a text, without bos or eos."""
         return self._model.encode(text, out_type=int)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of several texts, on one thread."""
-        return self._model.encode(list(texts), out_type=int, num_threads=1)
-
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of several texts back to back, uint32 [T], and how many each has, int64 [n]."""
         if not hasattr(self._model, "encode_as_numpy"):  # before 0.2.2
-            return join([np.array(ids, np.uint32) for ids in self.encode_batch(texts)])
+            rows = self._model.encode(list(texts), out_type=int, num_threads=1)
+            return join([np.array(ids, np.uint32) for ids in rows])
         rows = self._model.encode(list(texts), return_type="numpy", num_threads=1)
         return join([row.view(np.uint32) for row in rows])
 

@@ -47,8 +47,7 @@ class RotaryAttention:
         tables = self._consecutive
         return Positions(tables.cos[documents.positions], tables.sin[documents.positions], documents)
 
-    def __call__(self, qkv: Tensor, positions: Positions | None = None) -> Tensor:
-        positions = positions or self._consecutive
+    def __call__(self, qkv: Tensor, positions: Positions) -> Tensor:
         q, k, v = _RotateSplit.apply(qkv, self, positions)
         out = self._attend(q, k, v, positions.documents)
         return out.reshape(qkv.shape[0], -1)

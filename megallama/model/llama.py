@@ -48,7 +48,7 @@ class TransformerLayer:
         self.gate_up_proj = ColumnParallelLinear(params[prefix + "gate_up_proj"], norm("post_attention_norm"), tp)
         self.down_proj = RowParallelLinear(params[prefix + "down_proj"], tp, gated=True)
 
-    def __call__(self, x: Tensor, positions: Positions | None = None) -> Tensor:
+    def __call__(self, x: Tensor, positions: Positions) -> Tensor:
         x = x + self.o_proj(self.attention(self.qkv_proj(x), positions))
         return x + self.down_proj(self.gate_up_proj(x))
 
