@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from math import prod
@@ -26,13 +25,12 @@ from megallama.checkpoint.layout import DTYPES, SHARD_BYTES, STATE, WEIGHTS, Fil
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.checkpoint.pth import pack
 from megallama.checkpoint.source import PRECISION, Source, config_of, open_source, spans, trainable
-from megallama.checkpoint.writer import Content, OpenFiles, as_bytes, create_files, explained, sync, write_at
+from megallama.checkpoint.writer import Content, Flusher, OpenFiles, as_bytes, create_files, explained, sync, write_at
 from megallama.comm.group import Solo
 from megallama.config.schema import CheckpointConfig, Config, PrecisionConfig
 from megallama.layers.shard import StateShard
 from megallama.plan.box import Box
 
-FLUSH_BYTES = 128 << 20  # written between two beginnings of making it durable
 _START: dict[str, Any] = {  # counters of a run that has only its weights
     **dict.fromkeys(("step", "updates", "samples", "tokens"), 0),
     **{"scaler": {}, "bad_steps": {"skipped": 0, "in_a_row": 0, "last_good": None}},
@@ -123,17 +121,12 @@ def _write_files(source: Source, target: Path, wish: Wish, dtype: str) -> None:
     content = Content(target, sets, small, {}, 0)
     with explained(content):
         create_files(content)
-        with OpenFiles(content.temporary) as files, ThreadPoolExecutor(1) as pool:
-            names, written = list(content.sizes()), 0
-            flushed: list[Future[None]] = []
+        paths = [content.temporary / name for name in content.sizes()]
+        with OpenFiles(content.temporary) as files, Flusher(paths) as flusher:
             for name, shape in form.shapes.items():
                 _write_tensor(source, name, form, sets, files)
-                written += prod(shape) * DTYPES[dtype].itemsize
-                if written > FLUSH_BYTES * (1 + len(flushed)):  # the disk works while we do
-                    flushed.append(pool.submit(_sync_all, content.temporary, names))
-            flushed.append(pool.submit(_sync_all, content.temporary, names))
-            for done in flushed:
-                done.result()
+                flusher.wrote(prod(shape) * DTYPES[dtype].itemsize)
+            flusher.finish()
         if wish.to == "meta":
             for file, one in sets.items():
                 raw = content.temporary / one.files[0].name
@@ -142,11 +135,6 @@ def _write_files(source: Source, target: Path, wish: Wish, dtype: str) -> None:
                 sync(content.temporary / file)
         for folder in {(content.temporary / name).parent for name in ("", *content.sizes())}:
             sync(folder)
-
-
-def _sync_all(folder: Path, names: Sequence[str]) -> None:
-    for name in names:
-        sync(folder / name)
 
 
 def _write_tensor(source: Source, name: str, form: Form, sets: dict[str, FileSet], files: OpenFiles) -> None:

@@ -70,7 +70,12 @@ class Manifest:
 
 def digest(data: bytes | bytearray | memoryview) -> str:
     """The digest of a block."""
-    return hashlib.sha256(data).hexdigest()[:32]
+    return spelled(hashlib.sha256(data))
+
+
+def spelled(hashed: hashlib._Hash) -> str:
+    """How the manifest writes a SHA-256."""
+    return hashed.hexdigest()[:32]
 
 
 def block_count(size: int, block_bytes: int) -> int:

@@ -1,15 +1,19 @@
 """Reading boxes of tensors out of safetensors files, whoever wrote them, verifying what is read.
 
 A file is read in the blocks of the manifest; a block is checked against its digest before one byte
-of it is used.  Hugging Face folders from elsewhere have no digests and are read the same way.  Any
-layout, any number of ranks: a shard is filled by reading the byte runs of its box.
+of it is used, on threads that read ahead along the blocks that will be asked for.  Hugging Face
+folders from elsewhere have no digests and are read the same way.  Any layout, any number of ranks:
+a shard is filled by reading the byte runs of its box.  Within a data-parallel group the ranks hold
+different boxes, so no two of them read the same bytes; the weights go round by their all-gather.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 
@@ -27,6 +31,8 @@ from megallama.plan.params import global_shapes
 
 SPAN_BYTES = 8 << 20  # bytes of a file turned into a tensor at a time
 CACHED_BLOCKS = 4
+THREADS = 2  # that read and digest
+AHEAD = 4  # blocks read before they are asked for
 # Buffers that old Hugging Face conversions of LLaMA saved; they follow from the configuration.
 _NOT_PARAMETERS = (".rotary_emb.inv_freq",)
 
@@ -37,6 +43,9 @@ class BlockFile:
     def __init__(self, path: Path, record: manifest.FileRecord | None = None, block_bytes: int = manifest.BLOCK_BYTES):
         self.path, self._record, self._block_bytes = path, record, block_bytes
         self._cache: dict[int, bytes] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._coming: Iterator[int] = iter(())
+        self._ahead: deque[tuple[int, Future[bytes]]] = deque()
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -48,12 +57,31 @@ class BlockFile:
 
     def close(self) -> None:
         """Close the file."""
+        while self._ahead:
+            self._ahead.popleft()[1].exception()
         os.close(self._fd)
+
+    def expect(self, spans: Iterable[tuple[int, int]], pool: ThreadPoolExecutor) -> None:
+        """From now on bytes [start, stop) will be read in this order: read their blocks ahead on `pool`."""
+        self._pool, self._coming = pool, _blocks_of(spans, self._block_bytes)
 
     def block(self, index: int) -> bytes:
         """One block. Raises: DamagedError naming file and block."""
         if index in self._cache:
             return self._cache[index]
+        while self._ahead and self._ahead[0][0] < index:
+            self._ahead.popleft()[1].exception()
+        data = self._ahead.popleft()[1].result() if self._ahead and self._ahead[0][0] == index else self.verified(index)
+        while self._pool is not None and len(self._ahead) < AHEAD and (later := next(self._coming, None)) is not None:
+            if later > index:
+                self._ahead.append((later, self._pool.submit(self.verified, later)))
+        while len(self._cache) >= CACHED_BLOCKS:
+            del self._cache[next(iter(self._cache))]
+        self._cache[index] = data
+        return data
+
+    def verified(self, index: int) -> bytes:
+        """One block, read now. Raises: DamagedError naming file and block."""
         first = index * self._block_bytes
         want = min(self._block_bytes, self.size - first)
         where = f"{self.path} is damaged in block {index} (bytes {first} to {first + want - 1})"
@@ -65,9 +93,6 @@ class BlockFile:
             raise DamagedError(f"{where}: {len(data)} bytes instead of {want}")
         if self._record is not None and manifest.digest(data) != self._record.blocks[index]:
             raise DamagedError(f"{where}: its digest is not the one in {manifest.NAME}")
-        while len(self._cache) >= CACHED_BLOCKS:
-            del self._cache[next(iter(self._cache))]
-        self._cache[index] = data
         return data
 
     def read(self, start: int, count: int) -> bytearray:
@@ -98,6 +123,15 @@ class BlockFile:
             raise DamagedError(f"{self.path} ends at byte {self.size}, before byte {start + count}")
 
 
+def _blocks_of(spans: Iterable[tuple[int, int]], block_bytes: int) -> Iterator[int]:
+    """The blocks that byte ranges touch, each once where one range follows the other."""
+    last = -1
+    for start, stop in spans:
+        for index in range(max(start // block_bytes, last + 1), -(-stop // block_bytes)):
+            yield index
+            last = index
+
+
 class TensorFiles:
     """Tensors by name, wherever in a set of files they lie; files are opened when first needed."""
 
@@ -105,11 +139,14 @@ class TensorFiles:
         self.places = places
         self._opener = opener
         self._opened: dict[str, BlockFile] = {}
+        self._pool: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
         """Close all files."""
         while self._opened:
             self._opened.popitem()[1].close()
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -117,30 +154,51 @@ class TensorFiles:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def expect(self, boxes: Sequence[Box]) -> None:
+        """From now on the boxes will be read in this order: read ahead."""
+        self._pool = self._pool or ThreadPoolExecutor(THREADS)
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for box in boxes:
+            place = self.places[box.key]
+            rows = _rows(place, box, 0, prod(box.shape[:-1]))
+            spans.setdefault(place.file, []).append(rows)
+        for name, found in spans.items():
+            self._file(name).expect(found, self._pool)
+
     def read_into(self, box: Box, out: Tensor) -> None:
         """Fill `out` (1-D, any dtype and device) with the elements of `box` in row-major order."""
         place = self.places[box.key]
-        width = place.shape[-1]
+        file, width = self._file(place.file), place.shape[-1]
         rows, cols = prod(box.shape[:-1]), box.shape[-1]
-        top = box.start[0] if len(place.shape) == 2 else 0
-        file, item = self._file(place), place.item_bytes
-        step = max(1, SPAN_BYTES // (width * item))
+        step = max(1, SPAN_BYTES // (width * place.item_bytes))
         for row in range(0, rows, step):
             n = min(step, rows - row)
-            first, count = (top + row) * width + box.start[-1], (n - 1) * width + cols
-            data = torch.frombuffer(file.read(place.offset + first * item, count * item), dtype=DTYPES[place.dtype])
-            out[row * cols : (row + n) * cols].view(n, cols).copy_(data.as_strided((n, cols), (width, 1)))
+            start, stop = _rows(place, box, row, row + n)
+            part = out[row * cols : (row + n) * cols]
+            if cols == width and part.dtype == DTYPES[place.dtype] and part.device.type == "cpu":
+                file.read_into(start, part.view(torch.uint8).numpy().data)
+                continue
+            data = torch.frombuffer(file.read(start, stop - start), dtype=DTYPES[place.dtype])
+            part.view(n, cols).copy_(data.as_strided((n, cols), (width, 1)))
 
     def read_rows(self, key: str, row: int, out: Tensor) -> None:
         """Fill the contiguous `out` [n, ...], of the stored format, with rows `row` .. `row` + n - 1."""
         place = self.places[key]
         start = place.offset + row * prod(place.shape[1:]) * place.item_bytes
-        self._file(place).read_into(start, out.view(-1).view(torch.uint8).numpy().data)
+        self._file(place.file).read_into(start, out.view(-1).view(torch.uint8).numpy().data)
 
-    def _file(self, place: Place) -> BlockFile:
-        if place.file not in self._opened:
-            self._opened[place.file] = self._opener(place.file)
-        return self._opened[place.file]
+    def _file(self, name: str) -> BlockFile:
+        if name not in self._opened:
+            self._opened[name] = self._opener(name)
+        return self._opened[name]
+
+
+def _rows(place: Place, box: Box, first: int, last: int) -> tuple[int, int]:
+    """The bytes [start, stop) of the file from the first to the last element of some rows of a box."""
+    top = box.start[0] if len(place.shape) == 2 else 0
+    start = (top + first) * place.shape[-1] + box.start[-1]
+    stop = (top + last - 1) * place.shape[-1] + box.stop[-1]
+    return place.offset + start * place.item_bytes, place.offset + stop * place.item_bytes
 
 
 def _read_header(label: str, file: BlockFile) -> dict[str, Place]:
@@ -222,7 +280,10 @@ def step_folder(folder: Path) -> Path | None:
 
 def fill(files: TensorFiles, kind: str, shards: Sequence[StateShard]) -> None:
     """Read state `kind` ("master", "exp_avg", "exp_avg_sq") of all shards, in the order of the files."""
-    for shard in sorted(shards, key=lambda s: (files.places[s.box.key].file, files.places[s.box.key].offset, s.box)):
+    places = files.places
+    ordered = sorted(shards, key=lambda s: (places[s.box.key].file, places[s.box.key].offset, s.box))
+    files.expect([shard.box for shard in ordered])
+    for shard in ordered:
         files.read_into(shard.box, shard.state()[kind])
 
 
@@ -324,17 +385,22 @@ def load_state(folder: Path, saved: manifest.Manifest, shards: Sequence[StateSha
 def verify_blocks(folder: Path, saved: manifest.Manifest, blocks: Sequence[tuple[str, int]]) -> list[str]:
     """Check blocks against their digests; what is wrong with each damaged one."""
     problems: list[str] = []
-    opened: dict[str, BlockFile | None] = {}
-    for name, index in blocks:
+    opened: dict[str, BlockFile] = {}
+    for name in dict.fromkeys(name for name, _ in blocks):
         try:
-            if name not in opened:
-                opened[name] = None
-                opened[name] = BlockFile(folder / name, saved.files[name], saved.block_bytes)
-            if (file := opened[name]) is not None:
-                file.block(index)
+            opened[name] = BlockFile(folder / name, saved.files[name], saved.block_bytes)
         except DamagedError as error:
             problems.append(str(error))
+
+    def problem(block: tuple[str, int]) -> str | None:
+        try:
+            opened[block[0]].verified(block[1])
+        except DamagedError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        problems += [p for p in pool.map(problem, (b for b in blocks if b[0] in opened)) if p is not None]
     for file in opened.values():
-        if file is not None:
-            file.close()
+        file.close()
     return problems

@@ -1,8 +1,9 @@
 """Writing one checkpoint: every rank its own bytes, and none of them counts until all of them are safe.
 
     1. rank 0 creates step-N.tmp with all files in their final size (a full disk shows here)
-    2. every rank writes the byte runs of the boxes it owns
-    3. every rank makes its writes durable (fsync) and digests its share of the blocks
+    2. every rank writes the byte runs of the boxes it owns and digests the blocks that are its alone on the way;
+       behind it a thread makes them durable (fsync), so the disk works from the start
+    3. the blocks that several ranks wrote to are read back and digested, each rank its share
     4. rank 0 writes the manifest, fsyncs the folders, renames step-N.tmp to step-N, fsyncs the parent
 
 After each phase the ranks agree (see `errors.agree`); if any failed, nothing is committed and the
@@ -12,10 +13,12 @@ temporary folder is removed.  No rank ever holds another rank's data.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -32,7 +35,10 @@ from megallama.comm.group import Group
 from megallama.layers.shard import StateShard
 from megallama.plan.box import Box, boxes_of_range, runs
 
-CHUNK_ELEMENTS = 4 << 20  # elements converted at a time
+CHUNK_ELEMENTS = 1 << 20  # elements converted, digested and written while they are in the processor's cache
+THREADS = 2  # that write; more would take cores from a training that goes on
+AHEAD = 8  # tensors handed to them and not yet written
+FLUSH_BYTES = 256 << 20  # written between two requests to the disk
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,11 @@ class Content:
         sizes = {f.name: f.size for s in self.sets.values() for f in s.files}
         return dict(sorted((sizes | {name: len(data) for name, data in self.small.items()}).items()))
 
+    def blocks(self) -> Iterator[tuple[str, int]]:
+        """(file, index) of every block, in a fixed order."""
+        for name, size in self.sizes().items():
+            yield from ((name, i) for i in range(manifest.block_count(size, self.block_bytes)))
+
 
 def write_checkpoint(content: Content, shards: Sequence[StateShard], group: Group) -> None:
     """Write and commit one checkpoint; every rank of `group` calls it with the shards it owns.
@@ -66,11 +77,15 @@ def write_checkpoint(content: Content, shards: Sequence[StateShard], group: Grou
     first = group.rank == 0
     try:
         agree(group, what, lambda: create_files(content) if first else None)
-        written = agree(group, what, lambda: _write_shards(content, shards))
-        agree(group, what, lambda: _check_complete(content, sum(written)))
-        names = _touched(content, shards) if not first else list(content.sizes())
-        digests = agree(group, what, lambda: _secure(content, names, group))
-        agree(group, what, lambda: _commit(content, [d for part in digests for d in part]) if first else None)
+        told = agree(group, what, lambda: _write_shards(content, shards, first))
+        agree(group, what, lambda: _check_complete(content, sum(written for written, _ in told)))
+        digests = {(name, index): digest for _, found in told for name, index, digest in found}
+        left = [block for block in content.blocks() if block not in digests]
+        share = left[group.rank :: group.size]
+        told = agree(group, what, lambda: _digest_blocks(content, share))
+        for rank, found in enumerate(told):
+            digests |= zip(left[rank :: group.size], found, strict=True)
+        agree(group, what, lambda: _commit(content, digests) if first else None)
     except BaseException:
         if first:
             shutil.rmtree(content.temporary, ignore_errors=True)
@@ -128,29 +143,111 @@ def _allocate(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-def _write_shards(content: Content, shards: Sequence[StateShard]) -> int:
-    """Write this rank's byte runs, each shard asked for once; returns the number of elements."""
-    written = 0
-    with OpenFiles(content.temporary) as files, explained(content):
+def _write_shards(
+    content: Content, shards: Sequence[StateShard], first: bool
+) -> tuple[int, list[tuple[str, int, str]]]:
+    """Write this rank's byte runs and make them durable, each shard asked for once.
+
+    Returns the number of elements and (file, block, digest) of the blocks that this rank wrote alone.
+    """
+    written, sizes = 0, content.sizes()
+    touched = {s.places[shard.box.key].file for s in content.sets.values() for shard in shards}
+    names = [*sizes] if first else sorted(touched)
+    with (
+        explained(content),
+        OpenFiles(content.temporary) as files,
+        ThreadPoolExecutor(THREADS) as pool,
+        Flusher([content.temporary / name for name in names]) as flusher,
+    ):
+        outputs = {name: _Output(files.open(name), sizes[name], content.block_bytes) for name in sorted(touched)}
+        under_way: deque[Future[None]] = deque()
         for shard in shards:
             assert shard.master.numel() == shard.box.numel, shard.box
-            for kind, tensor in shard.state().items():
-                _write_box(files, content.sets[kind].places[shard.box.key], shard.box, tensor)
-            _write_box(files, content.sets["model"].places[shard.box.key], shard.box, shard.master)
+            for kind, tensor in (*shard.state().items(), ("model", shard.master)):
+                place = content.sets[kind].places[shard.box.key]
+                output = outputs[place.file]
+                output.last = pool.submit(output.write_box, output.last, place, shard.box, tensor)
+                under_way.append(output.last)
+                if len(under_way) > AHEAD:
+                    under_way.popleft().result()
+                flusher.wrote(shard.box.numel * place.item_bytes)
             written += shard.box.numel
-    return written
+        for done in under_way:
+            done.result()
+        flusher.finish()
+    return written, [(name, i, digest) for name, out in outputs.items() for i, digest in out.digests.items()]
 
 
-def _write_box(files: OpenFiles, place: Place, box: Box, tensor: Tensor) -> None:
-    fd, item = files.open(place.file), place.item_bytes
-    for start in range(0, box.numel, CHUNK_ELEMENTS):
-        stop = min(start + CHUNK_ELEMENTS, box.numel)
-        data = as_bytes(tensor[start:stop].detach().to("cpu", DTYPES[place.dtype]))
-        at = 0
-        for part in boxes_of_range(box, start, stop):
-            for first, count in runs(part, place.shape):
-                write_at(fd, data[at : at + count * item], place.offset + first * item)
-                at += count * item
+class _Output:
+    """One file as this rank writes it: the bytes, and the digests of the blocks it writes whole and in order."""
+
+    def __init__(self, fd: int, size: int, block_bytes: int) -> None:
+        self._fd, self._size, self._block_bytes = fd, size, block_bytes
+        self._at = -1
+        self._hash: hashlib._Hash | None = None
+        self.digests: dict[int, str] = {}
+        self.last: Future[None] | None = None
+
+    def write_box(self, before: Future[None] | None, place: Place, box: Box, tensor: Tensor) -> None:
+        """Write the elements of `box`, after what was handed in `before` it."""
+        if before is not None:
+            before.result()  # it was started earlier, so waiting for it cannot block the threads
+        item = place.item_bytes
+        for start in range(0, box.numel, CHUNK_ELEMENTS):
+            stop = min(start + CHUNK_ELEMENTS, box.numel)
+            data = as_bytes(tensor[start:stop].detach().to("cpu", DTYPES[place.dtype]))
+            at = 0
+            for part in boxes_of_range(box, start, stop):
+                for first, count in runs(part, place.shape):
+                    self._write(data[at : at + count * item], place.offset + first * item)
+                    at += count * item
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        write_at(self._fd, data, offset)
+        if offset != self._at:  # bytes between belong to others: a block begun is not ours alone
+            self._hash, self._at = None, offset
+        while data:
+            index, inside = divmod(self._at, self._block_bytes)
+            if inside == 0:
+                self._hash = hashlib.sha256()
+            part = data[: self._block_bytes - inside]
+            data, self._at = data[len(part) :], self._at + len(part)
+            if self._hash is None:
+                continue
+            self._hash.update(part)
+            if self._at == min((index + 1) * self._block_bytes, self._size):
+                self.digests[index] = manifest.spelled(self._hash)
+
+
+class Flusher:
+    """Makes files durable while they are still being written: a thread that follows the writers with fsync."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths, self._written, self._pool = paths, 0, ThreadPoolExecutor(1)
+        self._flushes: list[Future[None]] = []
+
+    def wrote(self, count: int) -> None:
+        """`count` more bytes were written."""
+        self._written += count
+        if self._written >= FLUSH_BYTES and not (self._flushes and not self._flushes[-1].done()):
+            self._written = 0
+            self._flushes.append(self._pool.submit(self._flush))
+
+    def finish(self) -> None:
+        """All is written: wait until it is durable. Raises: what an fsync raised."""
+        self._flushes.append(self._pool.submit(self._flush))
+        for flush in self._flushes:
+            flush.result()
+
+    def _flush(self) -> None:
+        for path in self._paths:
+            sync(path)
+
+    def __enter__(self) -> Flusher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -165,32 +262,20 @@ def _check_complete(content: Content, written: int) -> None:
         raise CheckpointError(f"the ranks hold {written} elements of state, the model has {want}")
 
 
-def _touched(content: Content, shards: Sequence[StateShard]) -> list[str]:
-    keys = {shard.box.key for shard in shards}
-    return sorted({s.places[key].file for s in content.sets.values() for key in keys})
+def _digest_blocks(content: Content, blocks: Sequence[tuple[str, int]]) -> list[str]:
+    """The digests of some blocks, read back."""
+    size = content.block_bytes
+    with OpenFiles(content.temporary) as files, ThreadPoolExecutor(THREADS) as pool:
+        fds = {name: files.open(name) for name, _ in blocks}
+        return list(pool.map(lambda b: manifest.digest(os.pread(fds[b[0]], size, b[1] * size)), blocks))
 
 
-def _secure(content: Content, names: Sequence[str], group: Group) -> list[str]:
-    """Make this rank's files durable, and meanwhile digest its share of all blocks (read back from the cache)."""
-    with ThreadPoolExecutor(1) as pool:
-        durable = pool.map(lambda name: sync(content.temporary / name), names)
-        digests = _digest_share(content, group)
-        list(durable)  # raises what an fsync raised
-    return digests
-
-
-def _digest_share(content: Content, group: Group) -> list[str]:
-    block = content.block_bytes
-    blocks = [(n, i) for n, size in content.sizes().items() for i in range(manifest.block_count(size, block))]
-    a, b = (len(blocks) * r // group.size for r in (group.rank, group.rank + 1))
-    with OpenFiles(content.temporary) as files:
-        return [manifest.digest(os.pread(files.open(name), block, i * block)) for name, i in blocks[a:b]]
-
-
-def _commit(content: Content, digests: list[str]) -> None:
+def _commit(content: Content, digests: Mapping[tuple[str, int], str]) -> None:
     """Write the manifest and give the folder its name."""
-    sizes, left = content.sizes(), iter(digests)
-    blocks = {n: [next(left) for _ in range(manifest.block_count(s, content.block_bytes))] for n, s in sizes.items()}
+    sizes = content.sizes()
+    blocks: dict[str, list[str]] = {name: [] for name in sizes}
+    for name, index in content.blocks():
+        blocks[name].append(digests[name, index])
     body = content.body | {"block_bytes": content.block_bytes, "files": manifest.file_records(sizes, blocks)}
     write_durably(content.temporary / manifest.NAME, manifest.render(body))
     for folder in sorted({content.temporary, *((content.temporary / n).parent for n in sizes)}):
