@@ -23,7 +23,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +36,7 @@ from torch import Tensor
 from megallama.checkpoint import manifest, reader
 from megallama.checkpoint.errors import CheckpointError, DamagedError, agree
 from megallama.checkpoint.huggingface import model_files
-from megallama.checkpoint.layout import SHARD_BYTES, layout
+from megallama.checkpoint.layout import SHARD_BYTES, STATE, layout
 from megallama.checkpoint.lock import LEASE_SECONDS, FolderLock
 from megallama.checkpoint.writer import (
     Content,
@@ -85,6 +85,8 @@ class CheckpointManager:
         self._buffer: Tensor | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._failures = 0  # in a row
+        self.saved_step: int | None = None  # of the newest checkpoint this run has loaded or completed
 
     def acquire(self) -> None:
         """Create the folder, take its lock and clean up what a crash left.
@@ -120,21 +122,28 @@ class CheckpointManager:
         master = shards[0].master
         need = sum(3 * s.box.numel for s in shards)
         if self._buffer is None or self._buffer.numel() < need or self._buffer.dtype != master.dtype:
-            self._buffer = torch.zeros(need, dtype=master.dtype, pin_memory=master.is_cuda)
+            self._buffer = torch.empty(need, dtype=master.dtype, pin_memory=master.is_cuda)
+            self._buffer.zero_()  # touches the pages: zeros() would leave that to the first save
 
     def save(self, step: int, shards: Sequence[StateShard], counters: dict[str, Any], *, behind: bool = True) -> None:
         """Save the state of `step`: the boxes this rank owns, and `counters` (JSON; equal on all ranks).
 
-        With checkpoint.async_save and `behind` it returns after one copy to host memory and `finish`, or the next
-        save, tells how it went; else after the commit.
-        Raises: CheckpointError on every rank if this save (or the one before, if it ran behind) failed;
-        the checkpoints before it are untouched.
+        With checkpoint.async_save and `behind` it returns after one copy to host memory; a failure is logged and, as
+        long as checkpoint.max_failures in a row are not exceeded, left to the next save to make good. Else it
+        returns after the commit.
+        Raises: CheckpointError on every rank if this save failed, or too many before it, or another job has
+        taken the folder; the checkpoints before it are untouched.
         """
         if self._thread is not None and self._thread.is_alive():
             since = time.monotonic()
             self._thread.join()
             self._log(f"checkpoint of step {step} waited {time.monotonic() - since:.1f} s for the one before it")
-        self.finish()
+        try:
+            self.finish()
+        except CheckpointError:
+            if self._failures > self._config.checkpoint.max_failures:
+                raise
+            agree(self._group, f"checkpoint of step {step}", self._lock.check)
         if not (self._config.checkpoint.async_save and behind):
             self._write(step, shards, counters)
             return
@@ -145,7 +154,10 @@ class CheckpointManager:
                 self._write(step, snapshot, counters)
             except BaseException as error:  # noqa: BLE001 - raised by `finish` in the caller's thread
                 self._failure = error
-                self._log(f"checkpoint of step {step}: {error}")
+                self._failures += 1
+                going = self._failures <= self._config.checkpoint.max_failures
+                then = "the run goes on and saves when the next is due" if going else "the next save stops the run"
+                self._log(f"warning: checkpoint of step {step}: {error}; {then}")
 
         self._thread = threading.Thread(target=work, name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
@@ -162,18 +174,21 @@ class CheckpointManager:
     def _snapshot(self, shards: Sequence[StateShard]) -> list[StateShard]:
         """Copy the state into the host buffer."""
         self.prepare(shards)
-        snapshot, at = [], 0
-        for shard in shards:
-            copies = {}
-            for kind, tensor in shard.state().items():
+        snapshot: list[dict[str, Tensor]] = [{} for _ in shards]
+        at = 0
+        for kind in STATE:
+            tensors = [shard.state()[kind].detach() for shard in shards]
+            for whole in _touching(tensors):
                 assert self._buffer is not None
-                copies[kind] = self._buffer[at : at + tensor.numel()]
-                copies[kind].copy_(tensor.detach(), non_blocking=True)
-                at += tensor.numel()
-            snapshot.append(StateShard(shard.box, **copies))
+                self._buffer[at : at + whole.numel()].copy_(whole, non_blocking=True)
+                at += whole.numel()
+            first = at - sum(t.numel() for t in tensors)
+            for copies, tensor in zip(snapshot, tensors, strict=True):
+                copies[kind] = self._buffer[first : first + tensor.numel()]  # type: ignore[index]
+                first += tensor.numel()
         if shards and shards[0].master.is_cuda:
             torch.cuda.current_stream(shards[0].master.device).synchronize()
-        return snapshot
+        return [StateShard(shard.box, **copies) for shard, copies in zip(shards, snapshot, strict=True)]
 
     def _write(self, step: int, shards: Sequence[StateShard], counters: dict[str, Any]) -> None:
         started = time.monotonic()
@@ -187,6 +202,7 @@ class CheckpointManager:
         agree(self._group, f"checkpoint of step {step}", begin)
         content = contents[0]
         write_checkpoint(content, shards, self._group)
+        self._failures, self.saved_step = 0, step
         if self._group.rank == 0:
             size = sum(content.sizes().values())
             self._log(f"saved {content.final} ({size / 1e9:.3g} GB, {time.monotonic() - started:.1f} s)")
@@ -345,7 +361,7 @@ class CheckpointManager:
 
         agree(self._group, "cannot resume", check)
         agree(self._group, f"cannot load {path}", read)
-        self._line = saved[0].body["line"]
+        self._line, self.saved_step = saved[0].body["line"], saved[0].step
         return saved[0].body["counters"]
 
     def load_weights(self, path: Path, shards: Sequence[StateShard]) -> None:
@@ -370,6 +386,20 @@ class CheckpointManager:
 
         for line in agree(self._group, f"cannot load weights from {path}", read)[0]:
             self._log(f"warning: weights of {path}: {line}")
+
+
+def _touching(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The same elements in the same order, with what lies side by side in memory as one tensor: few large copies."""
+    run: list[Tensor] = []
+    for tensor in [*tensors, None]:
+        if run and tensor is not None and tensor.data_ptr() == run[-1].data_ptr() + run[-1].nbytes and (
+            tensor.untyped_storage().data_ptr() == run[-1].untyped_storage().data_ptr()
+        ):
+            run.append(tensor)
+            continue
+        if run:
+            yield run[0].as_strided((sum(t.numel() for t in run),), (1,))
+        run = [] if tensor is None else [tensor]
 
 
 def _problem(path: Path) -> str | None:

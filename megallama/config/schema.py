@@ -209,6 +209,9 @@ class CheckpointConfig(Section):
     )
     weights_from: str | None = Field(None, description="start from the weights of this step or Hugging Face folder")
     async_save: bool = Field(True, description="write behind the training steps")
+    max_failures: int = Field(
+        2, ge=0, description="saves in a row that may fail behind the training steps (a full disk) before the run stops"
+    )
 
 
 class LogConfig(Section):

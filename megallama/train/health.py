@@ -107,8 +107,8 @@ class BadSteps:
         self.in_a_row = 0
         self.last_good: int | None = None
 
-    def record(self, step: int, finite: bool, *, excused: bool = False, checkpoint: str | None = None) -> None:
-        """Note how update number `step` went; `checkpoint` is the newest one, for the message.
+    def record(self, step: int, finite: bool, *, excused: bool = False, checkpoint: int | None = None) -> None:
+        """Note how update number `step` went; `checkpoint` is the step of the newest one, for the message.
 
         `excused` marks an overflow that a smaller fp16 loss scale may cure: counted as skipped, but
         not as one of the row.  Raises TrainingStopped after `max_bad_steps` bad steps in a row.
@@ -125,7 +125,7 @@ class BadSteps:
         first = step - self.in_a_row + 1
         steps = f"step {step}" if first == step else f"steps {first}-{step}"
         good = "no step was good" if self.last_good is None else f"last good step {self.last_good}"
-        resume = f"resume from {checkpoint}" if checkpoint else "no checkpoint exists: start again"
+        resume = f"resume from step {checkpoint}" if checkpoint is not None else "no checkpoint exists: start again"
         raise TrainingStopped(
             f"loss or gradients were non-finite for {self.in_a_row} steps in a row ({steps}); {good}; "
             f"{resume} with a lower optimizer.lr or a longer lr_schedule.warmup_steps, "

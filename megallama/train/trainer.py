@@ -65,7 +65,6 @@ class Trainer:
         self._bad = BadSteps(config.train.max_bad_steps)
         self._timers = Timers()
         self._started = time.monotonic()
-        self._newest: str | None = None
         set_deterministic(config.train.deterministic)
 
     def run(self) -> int:
@@ -172,13 +171,11 @@ class Trainer:
         self._counters = Counters(**{name: saved[name] for name in ("step", "updates", "samples", "tokens")})
         self._scaler.load_state_dict(saved["scaler"])
         self._bad.load_state_dict(saved["bad_steps"])
-        self._newest = f"step {self._counters.step}"
 
     def _save(self, leaving: bool) -> None:
         shards = self._rank.optimizer.shards(owned_only=True)
         with self._timers.phase("save"):
             self._manager.save(self._counters.step, shards, self._save_counters(), behind=not leaving)
-        self._newest = f"step {self._counters.step}"
         self._tell_sources()
 
     # ---- the loop ----
@@ -195,7 +192,8 @@ class Trainer:
                 last = counters.step == self._last_step
                 if counters.step % config.log.interval == 0 or last or stopped or not result.applied:
                     self._report(writer, result, loader)
-                self._bad.record(counters.step, result.applied, excused=self._excused, checkpoint=self._newest)
+                saved = self._manager.saved_step
+                self._bad.record(counters.step, result.applied, excused=self._excused, checkpoint=saved)
                 interval = config.train.eval_interval
                 if interval and (counters.step % interval == 0 or last):
                     self._evaluate(writer, "valid")
