@@ -1,10 +1,12 @@
 """Kill a process at every system call of a save, and see what the next start finds. Run by test_crashes.py.
 
-    python -m tests.checkpoint.crashes FOLDER RANKS RESAVE STRIDE     prints one JSON object
+    python -m tests.checkpoint.crashes FOLDER RANKS RESAVE STRIDE [VICTIM]     prints one JSON object
 
 For every K a forked child takes over the folder and saves step 2 beside step 1 (with RESAVE=1, step 2
 exists and is saved again with other contents), and SIGKILLs itself at its K-th call; every other kill
 of a write happens after half of the bytes.  Then this process takes the folder over and resumes.
+The ranks are threads of the child, which die together; with VICTIM they are gloo processes, of which
+that rank alone is killed.
 """
 
 from __future__ import annotations
@@ -16,11 +18,16 @@ import shutil
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from megallama.comm.c10d import C10d
+from megallama.comm.group import Group
 from megallama.config.schema import ModelConfig
 from megallama.plan.topology import Topology
 from tests.checkpoint.states import (
@@ -37,7 +44,7 @@ from tests.checkpoint.states import (
 
 MODEL = ModelConfig(hidden_size=8, num_layers=1, num_heads=2, ffn_hidden_size=12, vocab_size=24)
 CALLS = ("open", "mkdir", "posix_fallocate", "pwrite", "fsync", "rename", "unlink", "rmdir", "link", "close")
-GRIDS = {1: Topology(), 2: Topology(tp=2), 4: Topology(tp=2, dp=2)}
+GRIDS = {1: Topology(), 2: Topology(tp=2), 3: Topology(dp=3), 4: Topology(tp=2, dp=2)}
 
 
 def die_at(number: int) -> None:
@@ -59,23 +66,58 @@ def die_at(number: int) -> None:
         setattr(os, name, killing(getattr(os, name), name))
 
 
-def save(folder: Path, ranks: int, number: int) -> None:
-    """The child: takes the folder over, saves step 2, dies at its `number`-th call."""
+def save(folder: Path, group: Group, number: int) -> None:
+    """One rank: takes the folder over and saves step 2; with a `number`, dies at that call."""
     config, state = make_config(MODEL, keep_last=1), make_state(MODEL, seed=2)
-    grid = GRIDS[ranks]
+    manager = make_manager(folder, config, group, shard_bytes=1 << 20, lease_seconds=60.0)
+    shards = take(state, boxes(MODEL, GRIDS[group.size], 1, group.rank, owned=True))
+    manager.resume(empty([s.box for s in shards]))  # so that the checkpoint before it is ours to delete
+    if number:
+        die_at(number)
+    group.barrier()
+    manager.acquire()
+    manager.save(2, shards, {"step": 2, "new": True})
+    manager.release()
 
-    def rank(group: Any) -> None:
-        manager = make_manager(folder, config, group, shard_bytes=1 << 20, lease_seconds=60.0)
-        shards = take(state, boxes(MODEL, grid, 1, group.rank, owned=True))
-        manager.resume(empty([s.box for s in shards]))  # so that the checkpoint before it is ours to delete
-        if group.rank == 0:
-            die_at(number)
-        group.barrier()
-        manager.acquire()
-        manager.save(2, shards, {"step": 2, "new": True})
-        manager.release()
 
-    on_grid(grid, rank)
+def save_in_threads(folder: Path, ranks: int, number: int) -> None:
+    """All ranks in this process."""
+    on_grid(GRIDS[ranks], lambda group: save(folder, group, 0 if group.rank else number))
+
+
+def save_in_processes(folder: Path, ranks: int, number: int, victim: int) -> int:
+    """Every rank a process of its own; the exit status of the victim."""
+
+    def rank(index: int) -> None:
+        store, everybody = dist.FileStore(str(folder) + ".store", ranks), tuple(range(ranks))
+        dist.init_process_group("gloo", store=store, rank=index, world_size=ranks, timeout=timedelta(seconds=60))
+        group = C10d(dist.group.WORLD, "checkpoint", everybody, index, torch.device("cpu"))
+        save(folder, group, number if index == victim else 0)
+
+    Path(str(folder) + ".store").unlink(missing_ok=True)
+    children = [forked(lambda index=index: rank(index), quiet=index != victim) for index in range(ranks)]
+    return [ended(child) for child in children][victim]
+
+
+def forked(work: Callable[[], None], quiet: bool) -> int:
+    """Do `work` in a child process; its pid."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)  # torch renews its pool at the first call after a fork: not in two threads
+            work()
+            os._exit(0)
+        except BaseException:
+            if not quiet:
+                traceback.print_exc()
+        finally:
+            os._exit(1)
+    return child
+
+
+def ended(child: int) -> int:
+    """Wait for a child; its exit status."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def resumed(folder: Path) -> tuple[str, list[str]]:
@@ -92,24 +134,17 @@ def resumed(folder: Path) -> tuple[str, list[str]]:
     return kind if same else "MIXED", sorted(p.name for p in folder.iterdir())
 
 
-def main(folder: Path, ranks: int, resave: bool, stride: int) -> dict[str, Any]:
+def main(folder: Path, ranks: int, resave: bool, stride: int, victim: int | None) -> dict[str, Any]:
     """Kill at call 1, 1 + stride, ... until a child survives."""
     found: dict[str, Any] = {"old": 0, "new": 0, "MIXED": 0, "left": [], "killed": 0}
     for number in itertools.count(1, stride):
         shutil.rmtree(folder, ignore_errors=True)
         old = make_manager(folder, make_config(MODEL))
         old.save(2 if resave else 1, solo_shards(make_state(MODEL, seed=1)), {"step": 1})
-        child = os.fork()
-        if child == 0:
-            try:
-                torch.set_num_threads(1)  # torch renews its pool at the first call after a fork: not in two threads
-                save(folder, ranks, number)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if victim is None:
+            status = ended(forked(lambda n=number: save_in_threads(folder, ranks, n), quiet=False))
+        else:
+            status = save_in_processes(folder, ranks, number, victim)
         kind, names = resumed(folder)
         found[kind] += 1
         found["left"] += [n for n in names if n not in ("latest", "step-00000001", "step-00000002")]
@@ -123,5 +158,6 @@ def main(folder: Path, ranks: int, resave: bool, stride: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    where, ranks, resave, stride = sys.argv[1:]
-    print(json.dumps(main(Path(where), int(ranks), bool(int(resave)), int(stride))))
+    where, *numbers = sys.argv[1:]
+    ranks, resave, stride, *victim = map(int, numbers)
+    print(json.dumps(main(Path(where), ranks, bool(resave), stride, victim[0] if victim else None)))

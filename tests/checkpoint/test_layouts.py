@@ -64,6 +64,27 @@ def test_every_layout_writes_the_same_bytes_and_reads_any(model: ModelConfig, tm
         load_on(tmp_path / IDS[number - 1], config, state, grid, chunks, owned=False)
 
 
+MATRIX = [
+    (Topology(), 1),
+    (Topology(tp=2), 1),
+    (Topology(pp=2), 1),
+    (Topology(dp=2), 1),
+    (Topology(tp=2, pp=2), 1),
+    (Topology(dp=2, pp=2), 1),
+    (Topology(tp=4), 1),
+    (Topology(pp=2), 2),  # interleaved
+]
+
+
+@pytest.mark.parametrize("source", MATRIX, ids=str)
+def test_saved_in_one_layout_and_loaded_in_every(source: tuple[Topology, int], tmp_path) -> None:
+    """All 64 pairs: every rank's boxes, owned or copies, are bitwise the state that was saved."""
+    state, config = make_state(seed=7), make_config()
+    save_on(tmp_path, config, state, *source)
+    for grid, chunks in MATRIX:
+        load_on(tmp_path, config, state, grid, chunks, owned=False)
+
+
 @pytest.mark.parametrize("source", range(len(LAYOUTS)), ids=IDS)
 def test_round_trip_is_bitwise_in_fp64(source: int, tmp_path) -> None:
     state, config = make_state(dtype=torch.float64), make_config(dtype="fp64")
