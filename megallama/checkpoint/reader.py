@@ -42,10 +42,11 @@ class BlockFile:
 
     def __init__(self, path: Path, record: manifest.FileRecord | None = None, block_bytes: int = manifest.BLOCK_BYTES):
         self.path, self._record, self._block_bytes = path, record, block_bytes
-        self._cache: dict[int, bytes] = {}
+        self._cache: dict[int, memoryview] = {}
+        self._free: deque[bytearray] = deque()  # buffers are used again: fresh pages cost more than the reading
         self._pool: ThreadPoolExecutor | None = None
         self._coming: Iterator[int] = iter(())
-        self._ahead: deque[tuple[int, Future[bytes]]] = deque()
+        self._ahead: deque[tuple[int, Future[memoryview]]] = deque()
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -65,35 +66,51 @@ class BlockFile:
         """From now on bytes [start, stop) will be read in this order: read their blocks ahead on `pool`."""
         self._pool, self._coming = pool, _blocks_of(spans, self._block_bytes)
 
-    def block(self, index: int) -> bytes:
-        """One block. Raises: DamagedError naming file and block."""
+    def block(self, index: int) -> memoryview:
+        """One block; its bytes are good until a few more have been asked for.
+
+        Raises: DamagedError naming file and block.
+        """
         if index in self._cache:
             return self._cache[index]
+        while len(self._cache) >= CACHED_BLOCKS:
+            self._release(self._cache.pop(next(iter(self._cache))))
         while self._ahead and self._ahead[0][0] < index:
-            self._ahead.popleft()[1].exception()
-        data = self._ahead.popleft()[1].result() if self._ahead and self._ahead[0][0] == index else self.verified(index)
+            self._release(self._ahead.popleft()[1].result())
+        ready = self._ahead.popleft()[1] if self._ahead and self._ahead[0][0] == index else None
+        data = self._verified(index) if ready is None else ready.result()
         while self._pool is not None and len(self._ahead) < AHEAD and (later := next(self._coming, None)) is not None:
             if later > index:
-                self._ahead.append((later, self._pool.submit(self.verified, later)))
-        while len(self._cache) >= CACHED_BLOCKS:
-            del self._cache[next(iter(self._cache))]
+                self._ahead.append((later, self._pool.submit(self._verified, later)))
         self._cache[index] = data
         return data
 
-    def verified(self, index: int) -> bytes:
-        """One block, read now. Raises: DamagedError naming file and block."""
+    def verify(self, index: int) -> None:
+        """Read one block for its digest alone; any thread. Raises: DamagedError naming file and block."""
+        self._release(self._verified(index))
+
+    def _verified(self, index: int) -> memoryview:
         first = index * self._block_bytes
         want = min(self._block_bytes, self.size - first)
         where = f"{self.path} is damaged in block {index} (bytes {first} to {first + want - 1})"
         try:
-            data = os.pread(self._fd, want, first)
+            buffer = self._free.pop()
+        except IndexError:
+            buffer = bytearray(self._block_bytes)
+        data = memoryview(buffer)[:want]
+        try:
+            count = os.preadv(self._fd, [data], first)
         except OSError as error:
             raise DamagedError(f"{where}: {error}") from error
-        if len(data) != want:
-            raise DamagedError(f"{where}: {len(data)} bytes instead of {want}")
+        if count != want:
+            raise DamagedError(f"{where}: {count} bytes instead of {want}")
         if self._record is not None and manifest.digest(data) != self._record.blocks[index]:
             raise DamagedError(f"{where}: its digest is not the one in {manifest.NAME}")
         return data
+
+    def _release(self, data: memoryview) -> None:
+        assert isinstance(data.obj, bytearray)
+        self._free.append(data.obj)
 
     def read(self, start: int, count: int) -> bytearray:
         """Bytes start .. start + count - 1."""
@@ -113,7 +130,7 @@ class BlockFile:
                     raise DamagedError(f"{self.path} ended at byte {start + at} while it was read")
             else:
                 index, inside = divmod(start + at, self._block_bytes)
-                data = memoryview(self.block(index))[inside : inside + len(out) - at]
+                data = self.block(index)[inside : inside + len(out) - at]
                 count = len(data)
                 out[at : at + count] = data
             at += count
@@ -394,7 +411,7 @@ def verify_blocks(folder: Path, saved: manifest.Manifest, blocks: Sequence[tuple
 
     def problem(block: tuple[str, int]) -> str | None:
         try:
-            opened[block[0]].verified(block[1])
+            opened[block[0]].verify(block[1])
         except DamagedError as error:
             return str(error)
         return None

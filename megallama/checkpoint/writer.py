@@ -16,13 +16,13 @@ import errno
 import hashlib
 import os
 import shutil
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -37,7 +37,6 @@ from megallama.plan.box import Box, boxes_of_range, runs
 
 CHUNK_ELEMENTS = 1 << 20  # elements converted, digested and written while they are in the processor's cache
 THREADS = 2  # that write; more would take cores from a training that goes on
-AHEAD = 8  # tensors handed to them and not yet written
 FLUSH_BYTES = 256 << 20  # written between two requests to the disk
 
 
@@ -160,20 +159,17 @@ def _write_shards(
         Flusher([content.temporary / name for name in names]) as flusher,
     ):
         outputs = {name: _Output(files.open(name), sizes[name], content.block_bytes) for name in sorted(touched)}
-        under_way: deque[Future[None]] = deque()
-        for shard in shards:
+
+        def write(kind: str, shard: StateShard, tensor: Tensor) -> None:
+            place = content.sets[kind].places[shard.box.key]
+            outputs[place.file].write_box(place, shard.box, tensor)
+            flusher.wrote(shard.box.numel * place.item_bytes)
+
+        for shard in shards:  # one after the other: its memory may be that of the next one
             assert shard.master.numel() == shard.box.numel, shard.box
-            for kind, tensor in (*shard.state().items(), ("model", shard.master)):
-                place = content.sets[kind].places[shard.box.key]
-                output = outputs[place.file]
-                output.last = pool.submit(output.write_box, output.last, place, shard.box, tensor)
-                under_way.append(output.last)
-                if len(under_way) > AHEAD:
-                    under_way.popleft().result()
-                flusher.wrote(shard.box.numel * place.item_bytes)
+            kinds = [*shard.state().items(), ("model", shard.master)]
+            list(pool.map(lambda k, shard=shard: write(k[0], shard, k[1]), kinds))
             written += shard.box.numel
-        for done in under_way:
-            done.result()
         flusher.finish()
     return written, [(name, i, digest) for name, out in outputs.items() for i, digest in out.digests.items()]
 
@@ -186,12 +182,9 @@ class _Output:
         self._at = -1
         self._hash: hashlib._Hash | None = None
         self.digests: dict[int, str] = {}
-        self.last: Future[None] | None = None
 
-    def write_box(self, before: Future[None] | None, place: Place, box: Box, tensor: Tensor) -> None:
-        """Write the elements of `box`, after what was handed in `before` it."""
-        if before is not None:
-            before.result()  # it was started earlier, so waiting for it cannot block the threads
+    def write_box(self, place: Place, box: Box, tensor: Tensor) -> None:
+        """Write the elements of `box`."""
         item = place.item_bytes
         for start in range(0, box.numel, CHUNK_ELEMENTS):
             stop = min(start + CHUNK_ELEMENTS, box.numel)
@@ -225,13 +218,15 @@ class Flusher:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths, self._written, self._pool = paths, 0, ThreadPoolExecutor(1)
         self._flushes: list[Future[None]] = []
+        self._counting = Lock()
 
     def wrote(self, count: int) -> None:
-        """`count` more bytes were written."""
-        self._written += count
-        if self._written >= FLUSH_BYTES and not (self._flushes and not self._flushes[-1].done()):
-            self._written = 0
-            self._flushes.append(self._pool.submit(self._flush))
+        """`count` more bytes were written; any thread."""
+        with self._counting:
+            self._written += count
+            if self._written >= FLUSH_BYTES and not (self._flushes and not self._flushes[-1].done()):
+                self._written = 0
+                self._flushes.append(self._pool.submit(self._flush))
 
     def finish(self) -> None:
         """All is written: wait until it is durable. Raises: what an fsync raised."""
