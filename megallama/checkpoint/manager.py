@@ -287,7 +287,7 @@ class CheckpointManager:
         listing = problems or [f"{name}: set aside earlier" for name in past]
         raise CheckpointError(
             f"{self._folder} holds checkpoints, but none is usable:\n  " + "\n  ".join(listing) + "\nRestore one of "
-            "them, or write checkpoint.resume=fresh to start again from random weights"
+            "them, or write checkpoint.resume=fresh (or --fresh) to start again from random weights"
         )
 
     def _candidates(self) -> list[str]:

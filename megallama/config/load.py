@@ -129,7 +129,8 @@ class _Reader:
         self._take_tree(tree, "", str(file))
 
     def read_override(self, text: str) -> None:
-        """One ``section.key=value``; a leading ``--`` and ``-`` for ``_`` are accepted."""
+        """One ``section.key=value``; a leading ``--`` and ``-`` for ``_`` are accepted. ``--fresh`` is a short form."""
+        text = "checkpoint.resume=fresh" if text == "--fresh" else text
         key, equals, raw = text.removeprefix("--").partition("=")
         key = key.strip().replace("-", "_")
         if not equals:

@@ -116,7 +116,7 @@ def test_when_all_checkpoints_are_damaged_nothing_starts_from_random(
         manifest.write_bytes(b"{}")
     capsys.readouterr()
     assert "checkpoint.resume=fresh" in refused(run, capsys)
-    assert main([*run, "checkpoint.resume=fresh"]) == 0
+    assert main([*run, "--fresh"]) == 0
 
 
 def test_another_model_in_the_same_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
