@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import tomllib
 from math import cos, pi
 from pathlib import Path
 
@@ -163,7 +166,7 @@ def test_rocm_llama2_70b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_pai_llama2_7b(tmp_path: Path) -> None:
     text = refused(PAI)
     for flag in ("max-padding-length", "extra-vocab-size", "patch-tokenizer-type", "dataset"):
-        assert f"--{flag} is not a flag of Megatron-LM; " in text and f"leave it aside: --without {flag}" in text
+        assert f"--{flag} is not known as Megatron's; " in text and f"leave it aside: --without {flag}" in text
     assert "--hidden-dropout is absent, which means 0.1; LLaMA has no dropout: append -- --hidden-dropout 0" in text
     assert "--vocab-size is absent and no tokenizer is named; LLaMA 1 and 2 have 32000 ids" in text
     assert text.startswith("7 problems")
@@ -323,8 +326,8 @@ def test_what_megatron_derives(tmp_path: Path, capsys: pytest.CaptureFixture[str
          "3 x --pipeline-model-parallel-size 2 = 6 does not divide --num-layers 4; write a divisor of 2"),
         ("--pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 2",
          "--decoder-first-pipeline-num-layers 2: 2 layers are left for 3 stages; write parallel.stage_layers"),
-        ("--num-layrs 4", "--num-layrs is not a flag of Megatron-LM; did you mean --num-layers? If not, leave it"),
-        ("--my-fork-thing 4", "--my-fork-thing is not a flag of Megatron-LM; if it is a fork's own, leave it aside"),
+        ("--num-layrs 4", "--num-layrs is not known as Megatron's; did you mean --num-layers? If not, leave it aside"),
+        ("--my-fork-thing 4", "--my-fork-thing is not known as Megatron's; if it is right, leave it aside"),
         ("--lr", "--lr has no value; write --lr and a number"),
         ("--num-layers four", "--num-layers four: this is not a whole number above 0; write for example"),
         ("--num-layers 4.5", "--num-layers 4.5: this is not a whole number above 0; write for example --num-layers 8"),
@@ -385,6 +388,25 @@ def test_all_problems_at_once_and_nothing_written(tmp_path: Path) -> None:
     out = tmp_path / "a.toml"
     text = refused(LLAMA + " --num-layrs 4 --hidden-dropout 0.1 --lr fast", "-o", str(out))
     assert text.startswith("3 problems") and not out.exists()
+
+
+def test_as_a_program(tmp_path: Path) -> None:
+    """Output, report and exit status as a user sees them, from another folder, and no traceback."""
+    tool = Path(__file__).resolve().parents[2] / "tools" / "from_megatron_args.py"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, tool, *arguments], cwd=tmp_path, capture_output=True, text=True)
+
+    good, bad, told = run("--", *LLAMA.split()), run("--", *LLAMA.split(), "--lr", "fast"), run("--help")
+    assert (
+        good.returncode == 0 and tomllib.loads(good.stdout)["model"]["num_layers"] == 4 and "to look at" in good.stderr
+    )
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr == (
+        "error: 1 problem on Megatron's command line:\n"
+        "  - --lr fast: this is not a number; write for example --lr 0.1\n"
+    )
+    assert told.returncode == 0 and "--without" in told.stdout and "it is read, never run" in told.stdout
 
 
 def test_the_document_names_what_there_is() -> None:

@@ -130,6 +130,11 @@ def test_what_only_running_would_tell_stays_open() -> None:
         ("python tool.py --x 1\npython pretrain.py --x 1 --y 2", ["python", "pretrain.py", "--x", "1", "--y", "2"]),
         ("if ! [ 1 -eq 2 ] && [ a != b ]; then A=--p; else A=--q; fi\npython x.py $A", ["python", "x.py", "--p"]),
         ("if [[ llama2 == llama* && -n x ]]; then A=--p; fi\npython x.py $A", ["python", "x.py", "--p"]),
+        ("A=; [ 1 = 2 ] && A=--p\n[[ 1 == 1 ]] && A+=--q || A+=--r\npython x.py $A", ["python", "x.py", "--q"]),
+        ("[ -n \"$B\" ] || B=--s && C=--t; python x.py $B $C ${D:+--u} ${B:+--v}",
+         ["python", "x.py", "--s", "--t", "--v"]),
+        ("cd /tmp || exit 1; mkdir -p a && A=--p; python x.py $A", ["python", "x.py", "--p"]),
+        ("[ -e /tmp ] && A=--p\npython x.py --q $A", ["python", "x.py", "--q", "$A"]),
         ("if [ 1 -gt 2 -o 3 -le 3 ]; then A=--p; fi\npython x.py $A", ["python", "x.py", "--p"]),
     ],
 )  # fmt: skip

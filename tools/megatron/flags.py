@@ -100,6 +100,7 @@ IMPLIED_VALUES: dict[str, tuple[tuple[str, ...], str, str]] = {  # flag -> value
         ("transformer_engine", "local"), "the fastest kernel found is taken", "there is no such implementation",
     ),
     "rope-type": (("rope",), "rotary positions", "positions are rotary, without yarn"),
+    "sample-rate": (("1", "1.0"), "every sample is used", "every sample is used"),
     "softmax-type": (("vanilla",), "an ordinary softmax", "attention has an ordinary softmax"),
     "lr-warmup-init": (("0", "0.0"), "the warm-up starts at 0", "the warm-up starts at 0 here"),
 }  # fmt: skip
@@ -165,6 +166,44 @@ LEFT_OUT: dict[str, str] = {
     "moe-*": "there are no experts, and --num-experts would be refused", "iterations-to-skip": "none is skipped",
 }  # fmt: skip
 
+LEFT_OUT |= {
+    **dict.fromkeys(
+        ("no-clone-scatter-output-in-embedding", "disable-symmetric-registration", "fsdp-double-buffer",
+         "suggested-communication-unit-size", "delay-wgrad-compute", "overlap-moe-expert-parallel-comm",
+         "object-storage-cache-path", "enable-experimental", "disable-msc", "use-turbo", "onnx-safe",
+         "use-fused-weighted-squared-relu", "hierarchical-context-parallel-sizes", "expert-tensor-parallel-size"),
+        _SPEED,
+    ),
+    **dict.fromkeys(
+        ("sgd-*", "muon-*", "optimizer-offload-fraction", "use-torch-optimizer-for-cpu-offload", "no-pin-cpu-*",
+         "overlap-cpu-optimizer-d2h-h2d"), "of optimizers that are not chosen",
+    ),
+    **dict.fromkeys(("rl-*", "grpo-*", "langrl-*"), "of training that is not chosen (--perform-rl-step is refused)"),
+    **dict.fromkeys(
+        ("q-lora-rank", "kv-lora-rank", "qk-head-dim", "qk-pos-emb-head-dim", "v-head-dim", "rotary-scaling-factor",
+         "mscale*", "mamba-*", "relative-attention-*", "ict-*", "biencoder-*", "titles-data-path", "num-classes",
+         "num-channels", "patch-dim", "swin-*", "mask-*", "img-*", "short-seq-prob", "dino-*",
+         "retriever-*", "vocab-extra-ids"),
+        "of models that are not chosen",
+    ),
+    **dict.fromkeys(
+        ("main-*-dtype", "exp-avg*-dtype", "use-precision-aware-optimizer"), "optimizer states are fp32: more exact",
+    ),
+    **dict.fromkeys(
+        ("no-fp8-*", "keep-fp8-*", "te-precision-config-file", "reuse-grad-buf-*"), "matrix products run in bf16",
+    ),
+    **dict.fromkeys(("torch-fsdp2-*", "enable-full-sharding-in-hsdp"), _DEEPSPEED),
+    **dict.fromkeys(
+        ("flash-decode", "use-legacy-static-engine", "decode-only-*", "symmetric-ar-type", "*-for-prefill",
+         "disable-chunked-prefill", "output-bert-embeddings"), "training only",
+    ),
+    "distrib-optim-*": _FILES, "result-rejected-tracker-filename": _LOGS, "error-injection-*": "no faults are planted",
+    "dump-param-to-param-group-map": _LOGS, "check-weight-hash-*": "replicas get their weights from one gather",
+    "decrease-batch-size-if-needed": "the batch is the same for any number of ranks",
+    "multiple-validation-sets": "each source of data.valid is evaluated alone",
+    "allow-ambiguous-pad-tokens": "samples have no padding",
+}  # fmt: skip
+
 _LLAMA = "LLaMA has none; remove it (--without {flag})"
 REFUSED: dict[str, str] = {
     "apply-layernorm-1p": "RMSNorm's weights are stored as they are; remove it (--without {flag})",
@@ -202,4 +241,7 @@ REFUSED: dict[str, str] = {
     "optimizer-cpu-offload": "optimizer states stay on their device; remove it (--without {flag})",
     "cpu-offloading-num-layers": "activations stay on their device; remove it (--without {flag})",
     "fp4-*": "matrix products run in bf16; remove it (--without {flag})",
+    "decoder-*": "there is no encoder beside the decoder; write --num-layers and --seq-length",
+    "skip-train": "tools/plan.py says what a run will do, without one; remove it (--without {flag})",
+    "test-mode": "tools/plan.py says what a run will do, without one; remove it (--without {flag})",
 }  # fmt: skip

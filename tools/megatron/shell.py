@@ -25,6 +25,8 @@ ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.S)
 PREFIXES = ("export", "declare", "local", "readonly", "typeset", "-a", "-x")
 SKIPPED = {"for": "done", "while": "done", "until": "done", "select": "done", "case": "esac"}
 PAIRS = {"(": ")", "{": "}"}
+TESTS = ("[", "[[", "test")
+Env = Mapping[str, str | list[str]]
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,7 @@ def _group_end(text: str, i: int, line: int) -> int:
     raise ConfigError(f"line {line}: {c} is never closed; close it, or give the flags themselves behind --")
 
 
-Values = dict[str, str | list[str]]
-
-
-def expand(raw: str, env: Mapping[str, str | list[str]], split: bool = True) -> list[str]:
+def expand(raw: str, env: Env, split: bool = True) -> list[str]:
     """The words that a raw word becomes: quotes removed, variables put in, split where the shell would."""
     fields, current, i = [], "", 0
     begun = False
@@ -152,7 +151,7 @@ def expand(raw: str, env: Mapping[str, str | list[str]], split: bool = True) -> 
     return [*fields, current] if begun else fields
 
 
-def _double(text: str, env: Mapping[str, str | list[str]]) -> str:
+def _double(text: str, env: Env) -> str:
     """The inside of double quotes."""
     out, i = "", 0
     while i < len(text):
@@ -167,34 +166,38 @@ def _double(text: str, env: Mapping[str, str | list[str]]) -> str:
     return out
 
 
-def _value(raw: str, env: Mapping[str, str | list[str]]) -> str:
+def _value(raw: str, env: Env) -> str:
     """What $NAME, ${...}, $((...)), $(...) or `...` stands for."""
     if raw in ("$@", "$*", "$#", "${@}", "${*}"):
         return ""
     if raw.startswith("$(("):
         return _arithmetic(raw[3:-2], env)
     inner = raw[2:-1] if raw.startswith("${") else raw[1:]
-    match = re.fullmatch(r"(\w+)(?:\[[@*]\])?(?:(:?[-=])(.*))?", inner, re.S)
+    match = re.fullmatch(r"(\w+)(?:\[[@*]\])?(?:(:?[-=+])(.*))?", inner, re.S)
     if raw.startswith(("$(", "`")) or not match:
         command = re.findall(r"[\w./-]+", raw)
         return f"{MARK}({command[0] if command else ''}...){MARK}"
     name, default, other = match.groups()
     value = env.get(name)
     if isinstance(value, list):
-        return " ".join(value)
-    if value is None or (value == "" and default and default.startswith(":")):
-        return " ".join(expand(other, env, split=False)) if default else f"{MARK}{name}{MARK}" if value is None else ""
-    return value
+        value = " ".join(value)
+    empty = value is None or (value == "" and (default or "").startswith(":"))
+    if default and default.endswith("+") == (not empty):
+        return " ".join(expand(other, env, split=False))
+    if value is None and not default:
+        return f"{MARK}{name}{MARK}"
+    return "" if empty else str(value)
 
 
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: lambda a, b: int(a / b),
-    ast.Mod: operator.mod, ast.Gt: operator.gt, ast.Lt: operator.lt, ast.GtE: operator.ge, ast.LtE: operator.le,
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Mod: operator.mod,
+    ast.Div: lambda a, b: a // b if a * b >= 0 else -(-a // b),
+    ast.Gt: operator.gt, ast.Lt: operator.lt, ast.GtE: operator.ge, ast.LtE: operator.le,
     ast.Eq: operator.eq, ast.NotEq: operator.ne,
 }  # fmt: skip
 
 
-def _arithmetic(text: str, env: Mapping[str, str | list[str]]) -> str:
+def _arithmetic(text: str, env: Env) -> str:
     """The whole number that shell arithmetic gives, or an unknown."""
     known = _double(re.sub(r"(?<![\w$\{])([A-Za-z_]\w*)", r"${\1}", text), env)
     if MARK in known:
@@ -226,7 +229,7 @@ def _arithmetic(text: str, env: Mapping[str, str | list[str]]) -> str:
 NUMERIC = {"-eq": "==", "-ne": "!=", "-gt": ">", "-ge": ">=", "-lt": "<", "-le": "<="}
 
 
-def _test(raw: list[str], env: Mapping[str, str | list[str]]) -> bool | None:
+def _test(raw: list[str], env: Env) -> bool | None:
     """Whether a condition holds; None if only running the script would tell."""
     if len(raw) == 1 and raw[0].startswith("(("):
         said = _arithmetic(raw[0][2:-2], env)
@@ -234,7 +237,7 @@ def _test(raw: list[str], env: Mapping[str, str | list[str]]) -> bool | None:
     if raw[:1] == ["!"]:
         inner = _test(raw[1:], env)
         return None if inner is None else not inner
-    if raw[:1] not in (["["], ["[["], ["test"]):
+    if raw[0] not in TESTS:
         return {"true": True, "false": False}.get(raw[0]) if len(raw) == 1 else None
     raw = raw[1:-1] if raw[0] != "test" else raw[1:]
     for joint, decide in (("||", any), ("-o", any), ("&&", all), ("-a", all)):
@@ -257,8 +260,8 @@ def _test(raw: list[str], env: Mapping[str, str | list[str]]) -> bool | None:
         case ["-n", one]:
             return bool(one)
         case [a, ("=" | "==" | "!=") as op, b]:
-            pattern = b if raw[2][:1] in "'\"" else None
-            return ((a == b) if pattern is not None else fnmatchcase(a, b)) == (op != "!=")
+            same = a == b if raw[2][:1] in "'\"" else fnmatchcase(a, b)
+            return same == (op != "!=")
         case [a, op, b] if op in NUMERIC:
             said = _arithmetic(f"{a or 0} {NUMERIC[op]} {b or 0}", env)
             return None if MARK in said else said != "0"
@@ -269,7 +272,7 @@ class Reader:
     """Goes through the statements in order and keeps the variables."""
 
     def __init__(self, given: Mapping[str, str]) -> None:
-        self.env: Values = dict(given)
+        self.env: dict[str, str | list[str]] = dict(given)
         self.given = given
         self.found: list[tuple[list[str], int]] = []
         self.notes: list[str] = []
@@ -279,8 +282,19 @@ class Reader:
     def read(self, script: list[Statement]) -> None:
         """Run through a script's statements."""
         condition: list[str] | None = None
+        before, holds = "", True  # the operator before a statement, and whether what stands before it succeeded
         for statement in script:
             words = list(statement.words)
+            if before in ("&&", "||") and condition is None and holds is not (before == "&&"):
+                before = statement.end
+                continue
+            before, holds = statement.end, True
+            if before in ("&&", "||") and condition is None and (words[0] in TESTS or words[0].startswith("((")):
+                said = _test(words, self.env)
+                if said is None and not self.until:
+                    self._doubt(words, statement.line, "what follows was not read")
+                holds = said if said is not None else before == "||"  # in doubt, what follows is left out
+                continue
             while words:
                 if condition is not None:  # between `if` and `then`
                     if words[0] == "then":
@@ -338,11 +352,13 @@ class Reader:
         if None not in values:
             said = any(values) if "||" in ops else all(values)
         if said is None:
-            shown = " ".join(condition)
-            self.notes.append(f"line {line}: only running would tell whether `{shown}`; neither branch was read")
+            self._doubt(condition, line, "neither branch was read")
             self.branches[-1] = None
         elif said:
             self.branches[-1] = True
+
+    def _doubt(self, condition: list[str], line: int, so: str) -> None:
+        self.notes.append(f"line {line}: only running would tell whether `{' '.join(condition)}`; {so}")
 
     def _simple(self, words: list[str], line: int) -> None:
         """An assignment, or a command that may be the training command."""

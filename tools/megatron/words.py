@@ -125,8 +125,8 @@ def _take(flags: Flags, name: str, shown: str, values: list[str]) -> None:
     else:
         known = [*READ, *IMPLIED, *IMPLIED_VALUES, *LEFT_OUT, *REFUSED]
         near = difflib.get_close_matches(name, [k for k in known if "*" not in k], n=1, cutoff=0.75)
-        hint = f"did you mean --{near[0]}? If not" if near else "if it is a fork's own"
-        flags.problems.append(f"{shown} is not a flag of Megatron-LM; {hint}, leave it aside: --without {name}")
+        hint = f"did you mean --{near[0]}? If not" if near else "if it is right"
+        flags.problems.append(f"{shown} is not known as Megatron's; {hint}, leave it aside: --without {name}")
 
 
 def _read(flags: Flags, name: str, shown: str, values: list[str]) -> None:
