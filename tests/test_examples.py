@@ -113,7 +113,7 @@ def test_the_heading_of_an_example_is_true(name: str) -> None:
     assert f"{config.train.steps} steps are {PAPER[name][2] / 1e12:.1f}T tokens" in heading
     assert f"sbatch examples/{Path(name).stem}.sbatch" in heading and f"{ranks // 8} nodes" in heading
     gib = max(plan.memory(rank).total for rank in range(parallel.pp)) / 2**30
-    assert abs(int(re.findall(r"(\d+) GiB", heading)[-1]) - gib) < 1
+    assert int(re.findall(r"(\d+) GiB", heading)[-1]) == pytest.approx(gib, rel=0.1)
     micro = 2048 // (ranks // (parallel.tp * parallel.pp)) // config.batch.micro_batch_size
     assert f"{micro} micro-batches a step" in heading
     if parallel.pp > 1:  # the bubble of interleaved 1F1B: (pp - 1) / (chunks x micro-batches) (Narayanan et al. 2021)

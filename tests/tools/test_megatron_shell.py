@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 from pathlib import Path
 
@@ -134,6 +135,8 @@ def test_what_only_running_would_tell_stays_open() -> None:
         ("[ -n \"$B\" ] || B=--s && C=--t; python x.py $B $C ${D:+--u} ${B:+--v}",
          ["python", "x.py", "--s", "--t", "--v"]),
         ("cd /tmp || exit 1; mkdir -p a && A=--p; python x.py $A", ["python", "x.py", "--p"]),
+        ("! [[ a == b || -n x ]] || A=--p; if ! [[ 1 -eq 2 && -n x ]]; then B=--q; fi; python x.py $A $B",
+         ["python", "x.py", "--p", "--q"]),
         ("[ -e /tmp ] && A=--p\npython x.py --q $A", ["python", "x.py", "--q", "$A"]),
         ("if [ 1 -gt 2 -o 3 -le 3 ]; then A=--p; fi\npython x.py $A", ["python", "x.py", "--p"]),
     ],
@@ -171,3 +174,61 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.sh").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"cannot read .*a\.sh: .*; give a launch script, or flags behind --"):
         main([str(tmp_path / "a.sh")])
+
+
+class Writer:
+    """Random scripts of what `tools/megatron/shell.py` says it understands."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def one(self, *choices: str) -> str:
+        return self.random.choice(choices)
+
+    def word(self) -> str:
+        v, a = self.one("A", "B", "C"), self.one("P", "Q")
+        return self.one(
+            f"${v}", f"${{{v}}}", f"${{{v}:-d e}}", f"${{{v}-x}}", f"${{{v}:+y z}}", f'"${v} q"', "'s $A'", r"w\ x",
+            "7", f"$((2+{self.one('1', '5', '-9')}*3))", r'"a\"b"', "--f", "k=v", f"${{{a}[@]}}", f'"${{{a}[@]}}"',
+            f"${{{a}[*]}}",
+        )  # fmt: skip
+
+    def number(self) -> str:
+        return self.one("$N", "${N}", "$M", "2", "5")
+
+    def test(self) -> str:
+        v, compared = self.one("A", "B", "C"), self.one("-eq", "-ne", "-gt", "-lt", "-ge", "-le")
+        return self.one("", "", "", "! ") + self.one(
+            f"[ {self.number()} {compared} {self.number()} ]", f"test -n ${v}",
+            f'[ "${v}" {self.one("=", "==", "!=")} {self.one("7", "k*")} ]',
+            f"[[ ${v} == {self.one('7', '*', 'k*')} ]]", f'[ {self.one("-z", "-n")} "${v}" ]',
+            f"(( {self.number()} {self.one('>', '<', '==', '!=')} {self.number()} ))",
+            f"[[ -n ${v} {self.one('&&', '||')} {self.number()} -gt {self.number()} ]]",
+        )  # fmt: skip
+
+    def statement(self, depth: int = 0) -> str:
+        kind = self.random.random()
+        if kind < 0.35:
+            return f"{self.one('A', 'B', 'C')}{self.one('=', '=', '+=')}{self.word()}"
+        if kind < 0.5:
+            return f"{self.one('P', 'Q')}{self.one('=', '+=')}({self.word()} {self.word()} {self.word()})"
+        if kind < 0.6:
+            return f"N=$(( {self.number()} {self.one('+', '-', '*')} {self.number()} ))"
+        if kind < 0.75 or depth > 1:
+            return f"{self.test()} {self.one('&&', '||')} M=3"
+        inner = [self.statement(depth + 1) for _ in range(3)]
+        joined = f"{self.test()}{self.one('', f' && {self.test()}', f' || {self.test()}')}"
+        middle = self.one("", f"elif {self.test()}; then {inner[1]}\n")
+        last = self.one("", f"else # not\n{inner[2]} # c\n")
+        return f"if {joined}; then\n{inner[0]}\n{middle}{last}fi"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_scripts_give_the_words_that_bash_gives(seed: int) -> None:
+    writer = Writer(seed)
+    lines = ["N=3; M=4; A=7; B=; C='k l'", "P=()\nQ=(--a 'b c')", *(writer.statement() for _ in range(7))]
+    text = "\n".join([*lines, f"python x.py --z {writer.word()} {writer.word()} {writer.word()}"])
+    bash = ["bash", "-c", 'python() { printf "%s\\0" python "$@"; }\n' + text]
+    done = subprocess.run(bash, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    script = read_script(text, {})
+    assert (script.command, script.notes) == (done.stdout.split("\0")[:-1], []), text + done.stderr

@@ -66,7 +66,7 @@ def statements(text: str) -> list[Statement]:
         c = text[i : i + 1] or "\n"
         if not words and not word:
             begin = i
-        test = "[[" in words[:2] and "]]" not in (*words, word)  # && and || belong to the condition
+        test = words.count("[[") > [*words, word].count("]]")  # then && and || belong to the condition
         ends = c in "\n;" or (c in "&|" and not test and not word.endswith((">", "<")) and text[i + 1 : i + 2] != ">")
         if (ends or c in " \t\r" or (c == "#" and not word)) and word:
             words, word = [*words, word], ""
@@ -231,25 +231,30 @@ NUMERIC = {"-eq": "==", "-ne": "!=", "-gt": ">", "-ge": ">=", "-lt": "<", "-le":
 
 def _test(raw: list[str], env: Env) -> bool | None:
     """Whether a condition holds; None if only running the script would tell."""
+    if raw[:1] == ["test"]:
+        raw = ["[", *raw[1:], "]"]
     if len(raw) == 1 and raw[0].startswith("(("):
         said = _arithmetic(raw[0][2:-2], env)
         return None if MARK in said else said != "0"
     if raw[:1] == ["!"]:
         inner = _test(raw[1:], env)
         return None if inner is None else not inner
+    opening, closing = raw[0], raw[-1]
     if raw[0] not in TESTS:
         return {"true": True, "false": False}.get(raw[0]) if len(raw) == 1 else None
-    raw = raw[1:-1] if raw[0] != "test" else raw[1:]
+    raw = raw[1:-1]
     for joint, decide in (("||", any), ("-o", any), ("&&", all), ("-a", all)):
         if joint in raw:
             at = raw.index(joint)
-            sides = [_test(["test", *part], env) for part in (raw[:at], raw[at + 1 :])]
+            sides = [_test([opening, *part, closing], env) for part in (raw[:at], raw[at + 1 :])]
             return None if None in sides else decide(side is True for side in sides)
     if raw[:1] == ["!"]:
-        return _test(["!", "test", *raw[1:]], env)
+        return _test(["!", opening, *raw[1:], closing], env)
     # what is unset is empty here, as in the shell; what a command would print is not known
-    words = [" ".join(expand(word, env)) for word in raw]
-    words = [re.sub(f"{MARK}\\w+{MARK}", "", word) for word in words]
+    double, words = opening == "[[", []
+    for word in raw:
+        found = [re.sub(f"{MARK}\\w+{MARK}", "", w) for w in expand(word, env, split=not double)]
+        words += [" ".join(found)] if double else [w for w in found if w or word[:1] in "'\""]
     if any(MARK in word for word in words):
         return None
     match words:
@@ -260,12 +265,16 @@ def _test(raw: list[str], env: Env) -> bool | None:
         case ["-n", one]:
             return bool(one)
         case [a, ("=" | "==" | "!=") as op, b]:
-            same = a == b if raw[2][:1] in "'\"" else fnmatchcase(a, b)
+            same = fnmatchcase(a, b) if double and raw[2][:1] not in "'\"" else a == b
             return same == (op != "!=")
         case [a, op, b] if op in NUMERIC:
+            if not double and not (a and b):
+                return False  # bash complains, and goes on
             said = _arithmetic(f"{a or 0} {NUMERIC[op]} {b or 0}", env)
             return None if MARK in said else said != "0"
-    return None
+    # what is left bash asks the file system, or calls an error, which counts as no
+    unary = len(words) == 2 and words[0][:1] == "-" and words[0] not in NUMERIC
+    return None if double or unary or (len(words) == 3 and words[1][:1] == "-") else False
 
 
 class Reader:
@@ -278,23 +287,17 @@ class Reader:
         self.notes: list[str] = []
         self.branches: list[bool | None] = []  # of every open `if`: in the branch taken; None: in no branch any more
         self.until: list[str] = []  # words that end what is passed over
+        self.before, self.holds = "", True  # the operator before a statement; whether what stands before it succeeded
 
     def read(self, script: list[Statement]) -> None:
         """Run through a script's statements."""
         condition: list[str] | None = None
-        before, holds = "", True  # the operator before a statement, and whether what stands before it succeeded
         for statement in script:
             words = list(statement.words)
-            if before in ("&&", "||") and condition is None and holds is not (before == "&&"):
-                before = statement.end
+            if condition is None and self.before in ("&&", "||") and self.holds is not (self.before == "&&"):
+                self.before = statement.end
                 continue
-            before, holds = statement.end, True
-            if before in ("&&", "||") and condition is None and (words[0] in TESTS or words[0].startswith("((")):
-                said = _test(words, self.env)
-                if said is None and not self.until:
-                    self._doubt(words, statement.line, "what follows was not read")
-                holds = said if said is not None else before == "||"  # in doubt, what follows is left out
-                continue
+            self.before, self.holds = statement.end, True
             while words:
                 if condition is not None:  # between `if` and `then`
                     if words[0] == "then":
@@ -343,7 +346,7 @@ class Reader:
         parts: list[list[str]] = [[]]
         ops: list[str] = []
         for word in condition:
-            if word in ("&&", "||") and (parts[-1][:1] != ["[["] or "]]" in parts[-1]):
+            if word in ("&&", "||") and parts[-1].count("[[") == parts[-1].count("]]"):
                 ops.append(word)
                 parts.append([])
             else:
@@ -367,6 +370,12 @@ class Reader:
         while words and (match := ASSIGNMENT.fullmatch(words[0])):
             self._assign(*match.groups())
             words = words[1:]
+        if words and (words[0] in (*TESTS, "!") or words[0].startswith("((")):
+            said = _test(words, self.env)
+            if said is None and self.before in ("&&", "||"):
+                self._doubt(words, line, "what follows was not read")
+            self.holds = said if said is not None else self.before == "||"
+            return
         if not words or words[0] in ("echo", "printf", "{", "}", "set", "source", "cd", "mkdir"):
             return
         full = [w for raw in words for w in expand(raw, self.env)]
