@@ -251,6 +251,11 @@ def test_ramp_up(tmp_path: Path) -> None:
         ("--checkpoint-activations", "memory.recompute", "full"),
         ("--use-rope-scaling --rope-scaling-factor 32", "model.rope_scaling.factor", 32.0),
         ("--kv-channels 32", "model.head_dim", 32),
+        ("--group-query-attention --num-query-groups 2", "model.num_kv_heads", 2),
+        ("--num-query-groups 2", "model.num_kv_heads", 4),  # Megatron ignores it
+        ("--num-key-value-heads 2", "model.num_kv_heads", 2),
+        ("--lr-warmup-fraction 0.29", "lr_schedule.warmup_steps", 29),
+        ("--exit-interval 0", "train.stop_after_steps", None),
         ("--norm-epsilon 1e-6", "model.norm_eps", 1e-6),
         ("--rotary-base 500000", "model.rope_theta", 500000.0),
         ("--init-method-std 0.006", "model.init_std", 0.006),
@@ -269,6 +274,15 @@ def test_one_flag_one_setting(flags: str, key: str, value: object, tmp_path: Pat
     for name in key.split("."):
         found = getattr(found, name)
     assert found == value
+
+
+def test_groups_that_megatron_ignores_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    converted(LLAMA + " --num-query-groups 2", tmp_path)
+    told = capsys.readouterr().err
+    assert (
+        "--num-query-groups 2 counts in Megatron only with --group-query-attention, which is absent: model.num_kv"
+        in told
+    )
 
 
 def test_fp16_brings_megatrons_loss_scale(tmp_path: Path) -> None:

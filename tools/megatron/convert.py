@@ -62,9 +62,11 @@ class Conversion:
         out["model.num_layers"] = self.need("num-layers", "the number of layers")
         heads = out["model.num_heads"] = self.need("num-attention-heads", "the number of attention heads")
         kv = get("num-query-groups") if get("group-query-attention") else heads
-        if get("group-query-attention") is False and (given := self.flags.values.get("num-query-groups")):
-            kv = given if self.flags.values.get("num-query-groups") else heads
-            self.note(f"--num-query-groups {given} counts in Megatron only with --group-query-attention; taken over")
+        if (given := self.flags.values.get("num-query-groups")) and kv != given:
+            self.note(
+                f"--num-query-groups {given} counts in Megatron only with --group-query-attention, which is absent: "
+                f"model.num_kv_heads={kv}"
+            )
         out["model.num_kv_heads"] = kv
         if (width := get("kv-channels")) is not None and h and heads and width * heads != h:
             out["model.head_dim"] = width
@@ -289,7 +291,7 @@ class Conversion:
         if share is not None:
             if warmup:
                 self.problem(f"--lr-warmup-fraction {share:g} and --lr-warmup-iters or -samples: give one of them")
-            warmup = int(share * (decay or steps or 0))
+            warmup = int(round(share * (decay or steps or 0), 6))
         out["lr_schedule.warmup_steps"] = warmup or 0
         if lr and low > lr:
             self.problem(f"--min-lr {low:g} is above --lr {lr:g}; write at most {lr:g}")
@@ -396,7 +398,7 @@ class Conversion:
         get, out = self.get, self.out
         out["train.seed"] = get("seed")
         out["train.deterministic"] = get("deterministic-mode")
-        out["train.stop_after_steps"] = get("exit-interval")
+        out["train.stop_after_steps"] = get("exit-interval") or None
         out["train.stop_after_minutes"] = get("exit-duration-in-mins")
         save, source = get("save"), get("load")
         out["checkpoint.folder"] = save
@@ -465,7 +467,7 @@ def shape_name(model: ModelConfig) -> str | None:
     keys = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size")
     mine = [getattr(model, key) for key in keys]
     same = [n for n, row in PRESETS.items() if [row.get(k, row["num_heads"]) for k in keys] == mine]
-    return next((n for n in same if PRESETS[n]["norm_eps"] == model.norm_eps), same[0] if same else None)
+    return next((n for n in same if PRESETS[n].get("norm_eps") == model.norm_eps), same[0] if same else None)
 
 
 def summary(config: Config) -> str:

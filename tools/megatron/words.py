@@ -60,6 +60,8 @@ def read_flags(words: Sequence[str], without: Sequence[str] = ()) -> Flags:
         if name in gone:
             flags.notes.append(f"{' '.join([shown, *map(plain, values)])} is left aside, as --without says")
             continue
+        if ALIASES.get(_name(shown)) == "num-query-groups":  # where other programs say it, it counts by itself
+            flags.values["group-query-attention"] = True
         extra = DIALECT.get(name) or DIALECT.get(" ".join([name, *values]))
         for more, _, words_of in _pairs(extra or [], flags):
             flags.values[more] = words_of[0] if words_of else True
