@@ -347,6 +347,8 @@ def test_what_megatron_derives(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("--num-layers 4.5", "--num-layers 4.5: this is not a whole number above 0; write for example --num-layers 8"),
         ("--lr fast", "--lr fast: this is not a number; write for example --lr 0.1"),
         ("--hidden-size 0", "--hidden-size 0: this is not a whole number above 0; write for example --hidden-size 8"),
+        ("--lr-warmup-fraction nan", "--lr-warmup-fraction nan: this is not a number; write for example"),
+        ("--rotary-base 1e400", "--rotary-base 1e400: this is not a number; write for example --rotary-base 10000"),
         ("--swiglu yes", "--swiglu takes no value, but 'yes' follows; remove it"),
         ("--seed 1 2", "--seed takes one value, but got '1 2'; write --seed 1"),
         ("--tensor-model-parallel-size 3", "parallel.tp=3 does not divide model.num_heads=4; use 1, 2 or 4"),

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import isfinite
 from typing import Any
 
 from tools.megatron.flags import ALIASES, DEFAULTS, DIALECT, IMPLIED, IMPLIED_VALUES, LEFT_OUT, READ, REFUSED
@@ -163,6 +164,8 @@ def _read(flags: Flags, name: str, shown: str, values: list[str]) -> None:
             flags.values[name] = values[0].strip("'\"")
             return
         number = float(values[0])
+        if not isfinite(number):
+            raise ValueError
         if kind is int and (number != int(number) or (number < 1 and name.endswith(SIZES))):
             raise ValueError
         flags.values[name] = kind(number)
