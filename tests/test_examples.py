@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
+from megallama.plan.plan import make_plan
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 RANKS = {  # file -> ranks it is meant for
@@ -60,7 +63,69 @@ def test_example_is_the_paper(name: str) -> None:
     assert (s.kind, s.warmup_steps, s.min_ratio, s.decay_steps) == ("cosine", 2000, 0.1, config.train.steps)
 
 
-@pytest.mark.parametrize("script", ["slurm_pretrain.sbatch", "slurm_cpu_smoke.sh"])
+@pytest.mark.parametrize("name", [n for n in RANKS if RANKS[n] > 8])
+def test_example_can_be_planned(name: str) -> None:
+    """tools/plan.py takes it at its number of ranks, and the worst rank fits into 80 GB with a tenth to spare."""
+    command = [sys.executable, "tools/plan.py", f"examples/{name}", f"ranks={RANKS[name]}"]
+    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    p = load(EXAMPLES / name, (), ranks=RANKS[name]).parallel
+    dp = RANKS[name] // (p.tp * p.pp)
+    assert f"tp={p.tp} x pp={p.pp} x dp={dp} = {RANKS[name]} ranks" in done.stdout
+    assert "2048 sequences x 2048 = 4,194,304 tokens per step" in done.stdout
+    assert 8 % p.tp == 0, "tensor parallelism stays inside a node of 8"
+    plan = make_plan(load(EXAMPLES / name, (), ranks=RANKS[name]), RANKS[name])
+    assert max(plan.memory(rank).total for rank in range(p.pp)) < 0.8 * 80e9
+
+
+def directives(script: str) -> list[str]:
+    return re.findall(r"^#SBATCH (\S+)", (EXAMPLES / script).read_text(), re.M)
+
+
+@pytest.mark.parametrize("name", ["llama_7b", "llama_13b", "llama_33b", "llama_65b"])
+def test_sbatch_starts_as_many_tasks_as_the_layout_has_ranks(name: str, tmp_path: Path) -> None:
+    """And it ends in slurm_pretrain.sbatch with the same directives but for the name and the number of nodes."""
+    mine, general = directives(f"{name}.sbatch"), directives("slurm_pretrain.sbatch")
+    values = dict(d.partition("=")[::2] for d in mine)
+    assert int(values["--nodes"]) * int(values["--ntasks-per-node"]) == RANKS[f"{name}.toml"]
+    assert values["--ntasks-per-node"] == values["--gpus-per-node"] == "8"
+    own = ("--job-name", "--nodes")
+    assert [d for d in mine if not d.startswith(own)] == [d for d in general if not d.startswith(own)]
+    assert {"--requeue", "--open-mode=append", "--signal=TERM@300"} <= set(mine)
+    (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/srun.txt\n')
+    (tmp_path / "srun").chmod(0o755)
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "8", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    command = ["bash", str(EXAMPLES / f"{name}.sbatch"), "train.steps=5"]
+    done = subprocess.run(command, cwd=tmp_path, env=job, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "srun.txt").read_text().endswith(f"-m megallama.pretrain examples/{name}.toml train.steps=5\n")
+
+
+@pytest.mark.parametrize("name", [n for n in PAPER if n != "llama_mixture.toml"])
+def test_the_heading_of_an_example_is_true(name: str) -> None:
+    """Ranks, memory, micro-batches, chunks, bubble, steps and tokens in its first lines are those of the plan."""
+    heading, ranks = (EXAMPLES / name).read_text().partition("[model]")[0], RANKS[name]
+    heading = " ".join(line.lstrip("# ") for line in heading.splitlines())
+    config = load(EXAMPLES / name, (), ranks=ranks)
+    parallel, plan = config.parallel, make_plan(config, ranks)
+    assert f"laid out for {ranks} A100-80GB" in heading and f"ranks={ranks}" in heading
+    assert f"{config.train.steps} steps are {PAPER[name][2] / 1e12:.1f}T tokens" in heading
+    assert f"sbatch examples/{Path(name).stem}.sbatch" in heading and f"{ranks // 8} nodes" in heading
+    gib = max(plan.memory(rank).total for rank in range(parallel.pp)) / 2**30
+    assert int(re.findall(r"(\d+) GiB", heading)[-1]) == pytest.approx(gib, rel=0.1)
+    micro = 2048 // (ranks // (parallel.tp * parallel.pp)) // config.batch.micro_batch_size
+    assert f"{micro} micro-batches a step" in heading
+    if parallel.pp > 1:  # the bubble of interleaved 1F1B: (pp - 1) / (chunks x micro-batches) (Narayanan et al. 2021)
+        layers = config.model.num_layers // (parallel.pp * parallel.chunks)
+        assert f"{parallel.chunks} chunks of {layers} layers" in heading
+        assert f"{parallel.pp - 1}/{parallel.chunks * micro}" in heading
+
+
+SCRIPTS = sorted(p.name for p in EXAMPLES.iterdir() if p.suffix in (".sbatch", ".sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_script_is_valid_bash(script: str) -> None:
     done = subprocess.run(["bash", "-n", EXAMPLES / script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -83,3 +148,80 @@ def test_sbatch_requeues_exactly_after_a_save(tmp_path: Path, status: int, reque
     assert (tmp_path / "scontrol.txt").exists() == requeued
     if requeued:
         assert (tmp_path / "scontrol.txt").read_text() == "requeue 7\n"
+
+
+SMOKE = EXAMPLES / "slurm_cpu_smoke.sh"
+TRAIN = """
+awk -v from=$FROM -v to=$TO -v learns=$LEARNS 'BEGIN { for (s = from; s <= to; s++)
+  printf "{\\"step\\": %d, \\"loss\\": %g, \\"grad_norm\\": 1.0}\\n", s, 6 - 0.02 * s * learns }' >> $RUN/metrics.jsonl
+if [ $FROM -gt 1 ]; then echo "12:00:00 resumed after step $((FROM - 1))" > $RUN/second-rank-0.log; fi
+touch $RUN/first-rank-0.log $RUN/second-rank-0.log
+exit $STATUS
+"""
+
+
+def smoke(folder: Path, status: int, first: int, last: int, learns: int = 1, **env: str) -> tuple[int, str, list[str]]:
+    """One start of the smoke test with every command of Slurm replaced: its status, its words, what was called.
+
+    The training program writes the steps `first` to `last` and leaves with `status`.
+    """
+    run = folder / "runs" / "slurm-smoke-7"
+    (run / "data").mkdir(parents=True, exist_ok=True)
+    (run / "data" / "text_valid.idx").touch()
+    for name, body in (("srun", TRAIN), ("scontrol", "exit $REFUSE"), ("scancel", ""),
+                       ("sleep", "")):  # fmt: skip
+        (folder / name).write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> {folder}/calls\n{body}\n')
+        (folder / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "4", "PATH": f"{folder}:/usr/bin:/bin",
+           "PYTHON": sys.executable, "RUN": str(run), "STATUS": str(status), "FROM": str(first), "TO": str(last),
+           "LEARNS": str(learns), "REFUSE": "0", **env}  # fmt: skip
+    done = subprocess.run(["bash", str(SMOKE)], cwd=folder, env=job, capture_output=True, text=True)
+    calls = (folder / "calls").read_text().splitlines()
+    return done.returncode, done.stdout + done.stderr, [c for c in calls if not c.startswith(("sleep", "scancel"))]
+
+
+def test_smoke_is_stopped_requeued_and_judged(tmp_path: Path) -> None:
+    status, said, calls = smoke(tmp_path, 75, 1, 40)
+    assert calls[-1] == "scontrol requeue 7" and "stopped as asked" in said
+    assert "train.steps=200" in calls[0] and "data.synthetic=false" in calls[0] and "parallel.tp=2" in calls[0]
+    assert status == 1, "a start that Slurm does not end after the requeue is a failure"
+    status, said, calls = smoke(tmp_path, 0, 41, 200, SLURM_RESTART_COUNT="1")
+    assert status == 0 and "steps 1 to 200, 200 of them; loss 5.940 -> 2.040" in said, said
+    assert said.endswith("smoke test passed\n") and len([c for c in calls if c.startswith("srun")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "first", "last", "learns", "message"),
+    [
+        (1, 41, 60, 1, "smoke test FAILED: the second start ended with status 1"),
+        (0, 1, 200, 1, "smoke test FAILED: the second start began anew instead of resuming"),
+        (0, 31, 200, 1, "the numbers above are not those of one whole run"),  # steps done twice
+        (0, 41, 190, 1, "the numbers above are not those of one whole run"),  # steps missing
+        (0, 41, 200, 0, "the numbers above are not those of one whole run"),  # nothing learned
+    ],
+)
+def test_smoke_finds_what_is_wrong(
+    tmp_path: Path, status: int, first: int, last: int, learns: int, message: str
+) -> None:
+    smoke(tmp_path, 75, 1, 40, learns)
+    left, said, _ = smoke(tmp_path, status, first, last, learns, SLURM_RESTART_COUNT="1")
+    assert left == 1 and message in said, said
+
+
+def test_smoke_goes_on_where_requeue_is_refused(tmp_path: Path) -> None:
+    """The second srun of the same job leaves with 75 again, which is not the end of a run."""
+    left, said, calls = smoke(tmp_path, 75, 1, 40, REFUSE="1")
+    assert "not requeued; going on in the same job" in said and len(calls) == 3
+    assert left == 1 and "the second start ended with status 75" in said
+
+
+def test_smoke_must_be_stopped_first(tmp_path: Path) -> None:
+    left, said, _ = smoke(tmp_path, 0, 1, 200)
+    assert left == 1 and "the first start ended with status 0; 75 (saved and left early) was expected" in said
+
+
+def test_smoke_takes_nothing_from_an_earlier_job_of_its_number(tmp_path: Path) -> None:
+    smoke(tmp_path, 75, 1, 40)
+    assert smoke(tmp_path, 0, 41, 200, SLURM_RESTART_COUNT="1")[0] == 0
+    left, said, _ = smoke(tmp_path, 75, 1, 40)
+    assert "stopped as asked" in said and "passed" not in said
