@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallama.config.schema import ParallelConfig
-from megallama.plan.check import build_forward, build_schedule, check
+from megallama.plan.check import build_forward, build_schedule, check, compute_schedule
 from megallama.plan.schedule import (
     Action,
     Kind,
     Schedule,
     ScheduleError,
-    compute_schedule,
     forward_only,
     gpipe,
+    looped,
     lower,
     one_f_one_b,
     parse,
@@ -110,8 +110,9 @@ def test_any_layout(layout: tuple[str, int, int, int]) -> None:
 @given(st.integers(1, 6), st.integers(1, 13), st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
 def test_forward_only(p: int, m: int, v: int) -> None:
-    s = build_forward(ParallelConfig(pp=p, chunks=v), m)
-    assert s == forward_only(p, m, v) and not s.is_training
+    owners = looped(p, p * v)
+    s = build_forward(gpipe(p, 1, v), m)
+    assert s == forward_only(p, m, owners) and not s.is_training
     assert [s.peak_in_flight(r) for r in range(p)] == [0] * p
     assert sum(a.kind is F for steps in s.steps for a in steps) == p * v * m
 
