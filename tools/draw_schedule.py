@@ -192,6 +192,10 @@ def table(schedule: Schedule, report: Report) -> str:
         idle = f"{1 - busy / report.makespan:.1%}"
         held = f"{report.peak_in_flight[rank]:>9}  {schedule.peak_received(rank):>8}"
         lines.append(f"{rank:>4}  {stages:<16}  {busy:>7.4g}  {idle:<6}  {held}")
+    spread = report.longest_span / max(report.busy) - 1
+    lines.append(
+        f"longest rank from its first action to its last: {report.longest_span:.4g} ms, {spread:.2%} above its work"
+    )
     return "\n".join([*lines, "in flight: (stage, micro-batch) pairs held for a backward at once"])
 
 

@@ -107,9 +107,9 @@ def _pipeline(config: Config, ranks: int | None) -> Iterator[str]:
         )
     elif p.chunks > 1 and p.pp == 1:
         yield f"parallel.chunks={p.chunks} needs more than parallel.pp=1; use parallel.chunks=1 or parallel.pp=2"
-    if p.chunks > 1 and p.schedule == "zb-h1":
+    if p.chunks > 1 and p.schedule in ("zb-h1", "zb-h2"):
         yield (
-            f'parallel.schedule="zb-h1" has one chunk per rank, but parallel.chunks={p.chunks}; '
+            f'parallel.schedule="{p.schedule}" has one chunk per rank, but parallel.chunks={p.chunks}; '
             'use parallel.chunks=1 or parallel.schedule="1f1b"'
         )
     if p.schedule == "csv" and p.schedule_file is None:

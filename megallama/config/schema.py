@@ -55,7 +55,7 @@ class ParallelConfig(Section):
     pp: PositiveInt = Field(1, description="pipeline parallel size [ranks]")
     chunks: PositiveInt = Field(1, description="model chunks per pipeline rank (virtual stages); >1 interleaves")
     sequence_parallel: bool = Field(True, description="shard norms and residuals over tp; no effect with tp=1")
-    schedule: Literal["gpipe", "1f1b", "zb-h1", "zb-v", "v-half", "dualpipe-v", "csv"] = Field(
+    schedule: Literal["gpipe", "1f1b", "zb-h1", "zb-h2", "zb-v", "v-half", "dualpipe-v", "csv"] = Field(
         "1f1b",
         description="pipeline schedule; 1f1b with chunks>1 is interleaved 1F1B; zb-v, v-half and dualpipe-v want "
         "chunks=2 and put stages r and 2pp-1-r on rank r; csv is your own",

@@ -27,6 +27,7 @@ from megallama.plan.schedule import (
     lower,
     one_f_one_b,
     zero_bubble_h1,
+    zero_bubble_h2,
 )
 from megallama.plan.schedule_csv import read_csv
 from megallama.plan.schedule_v import dualpipe_v, v_half, zb_v
@@ -38,7 +39,8 @@ Moves = list[list[tuple[Action, int] | None]]
 
 
 FIXED_CHUNKS: dict[str, tuple[int, Callable[[int, int], Schedule]]] = {
-    "zb-h1": (1, zero_bubble_h1), "zb-v": (2, zb_v), "v-half": (2, v_half), "dualpipe-v": (2, dualpipe_v)
+    "zb-h1": (1, zero_bubble_h1), "zb-h2": (1, zero_bubble_h2),
+    "zb-v": (2, zb_v), "v-half": (2, v_half), "dualpipe-v": (2, dualpipe_v),
 }  # fmt: skip
 """Schedules for one number of chunks per rank: that number, and the builder."""
 
@@ -73,8 +75,8 @@ def build_forward(training: Schedule, num_microbatches: int) -> Schedule:
     return schedule
 
 
-def check(schedule: Schedule, max_in_flight: int | None = None) -> None:
-    """Prove a lowered schedule. Raises: ScheduleError naming the rank, the step and the action."""
+def check(schedule: Schedule, max_in_flight: int | None = None, max_received: int | None = None) -> None:
+    """Prove a lowered schedule, and that no rank holds more than this. Raises: ScheduleError naming rank and action."""
     _check_compute(schedule)
     moves = [[None if a.kind in COMPUTE else _move(schedule, a) for a in steps] for steps in schedule.steps]
     _check_transfers(schedule, moves)
@@ -84,6 +86,8 @@ def check(schedule: Schedule, max_in_flight: int | None = None) -> None:
         peak = schedule.peak_in_flight(rank)
         if max_in_flight is not None and peak > max_in_flight:
             raise ScheduleError(f"rank {rank} holds {peak} micro-batches at once, more than {max_in_flight}")
+        if max_received is not None and (held := schedule.peak_received(rank)) > max_received:
+            raise ScheduleError(f"rank {rank} holds {held} received tensors at once, more than {max_received}")
 
 
 def _check_compute(schedule: Schedule) -> None:

@@ -208,22 +208,30 @@ def one_f_one_b(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Sched
 
 def zero_bubble_h1(num_ranks: int, num_microbatches: int) -> Schedule:
     """ZB-H1: 1F1B with the backward split; rank r delays r weight gradients, at 1F1B's peak memory."""
+    return _zero_bubble("zb-h1", num_ranks, num_microbatches, 1)
 
+
+def zero_bubble_h2(num_ranks: int, num_microbatches: int) -> Schedule:
+    """ZB-H2: twice as many forwards first, and as many weight gradients delayed: 2P-1 micro-batches in flight."""
+    return _zero_bubble("zb-h2", num_ranks, num_microbatches, 2)
+
+
+def _zero_bubble(name: str, num_ranks: int, num_microbatches: int, depth: int) -> Schedule:
     def order(rank: int) -> list[Action]:
         f, b = _orders(rank, num_ranks, num_microbatches, chunks=1)
         out: list[Action] = []
         owed: list[Action] = []
-        for a in _warm_up_then_alternate(f, b, min(num_ranks - rank - 1, len(f))):
+        for a in _warm_up_then_alternate(f, b, min(depth * (num_ranks - rank - 1), len(f))):
             if a.kind is F:
                 out.append(a)
                 continue
             out.append(a._replace(kind=I))
             owed.append(a._replace(kind=W))
-            if len(owed) > rank:
+            if len(owed) > depth * rank:
                 out.append(owed.pop(0))
         return out + owed
 
-    return _build("zb-h1", num_ranks, num_microbatches, 1, order)
+    return _build(name, num_ranks, num_microbatches, 1, order)
 
 
 def forward_only(num_ranks: int, num_microbatches: int, owners: Sequence[int]) -> Schedule:

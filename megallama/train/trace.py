@@ -7,7 +7,7 @@ the device is awaited before every reading of the clock: a traced step is slower
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,16 +16,17 @@ import torch
 from megallama.plan.schedule import Schedule
 from megallama.plan.trace import Span, chrome_trace
 from megallama.train.assemble import Rank
+from megallama.train.log import Logger
 
 
 class StepTracer:
     """Writes a file per pipeline for each step from the first to the last of `steps`."""
 
-    def __init__(self, rank: Rank, steps: tuple[int, int] | None, folder: Path, warn: Callable[[str], None]) -> None:
+    def __init__(self, rank: Rank, steps: tuple[int, int] | None, folder: Path, log: Logger) -> None:
         self._rank = rank
         self._steps = steps or (0, -1)
         self._folder = folder
-        self._warn = warn
+        self._log = log
 
     @contextmanager
     def step(self, number: int, schedule: Schedule) -> Iterator[None]:
@@ -51,8 +52,9 @@ class StepTracer:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(chrome_trace({f"step {number}, {schedule.name}": spans}), encoding="utf-8")
+            self._log.info(f"trace of step {number}: {file}")
         except OSError as error:
-            self._warn(f"no trace of step {number}: {file} cannot be written: {error.strerror}")
+            self._log.warn(f"no trace of step {number}: {file} cannot be written: {error.strerror}")
 
     def _now(self) -> float:
         if self._rank.device.type == "cuda":

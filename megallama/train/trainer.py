@@ -186,7 +186,7 @@ class Trainer:
 
     def _loop(self) -> int:
         config, counters = self._config, self._counters
-        self._tracer = StepTracer(self._rank, config.log.trace_steps, Path(config.run.folder) / "trace", self._log.warn)
+        self._tracer = StepTracer(self._rank, config.log.trace_steps, Path(config.run.folder) / "trace", self._log)
         writer = self._writer()
         loader = self._loader()
         stopped: str | None = None
