@@ -87,6 +87,17 @@ def _owners(path: Path, cells: dict[Action, Cell], num_stages: int, num_microbat
                 f"{cell.place}: there is no micro-batch {a.microbatch}; the batch gives each rank {num_microbatches} "
                 f"of them, write 0 to {num_microbatches - 1}, or change batch.global_batch_size"
             )
+    stages, microbatches = max(owners, default=-1) + 1, max((a.microbatch for a in cells), default=-1) + 1
+    if stages < num_stages:
+        raise ScheduleError(
+            f"{path} has {stages} stages, but parallel.pp x parallel.chunks = {num_stages}; "
+            f"write stages 0 to {num_stages - 1}, or another parallel.chunks"
+        )
+    if microbatches < num_microbatches:
+        raise ScheduleError(
+            f"{path} has {microbatches} micro-batches, but the batch gives each rank {num_microbatches}; "
+            f"write micro-batches 0 to {num_microbatches - 1}, or change batch.global_batch_size"
+        )
     for a in (Action(F, s, m) for s in range(num_stages) for m in range(num_microbatches)):
         if a not in cells:
             raise ScheduleError(

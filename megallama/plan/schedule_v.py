@@ -6,6 +6,9 @@ the next on the way down and up, forward and backward, and how long it rests at 
 the order of F and I on every rank, and how many micro-batches are in flight.  W fills the units in which the
 next F or I cannot run, because its input is not there or because the memory is used up.
 
+Which order comes out depends on what W is taken to cost while it is made.  W = F/2 for ZB-V and W = F for V-Half gave
+the shortest steps over stages whose W costs 0.5 to 1 of F and whose transfers 0 to 0.2 of F, of all that were tried.
+
 Papers: ZB-V, Qi et al. 2023 (arXiv:2401.10241); patterns and V-Half, Qi et al. 2024 (arXiv:2405.15362);
 DualPipeV, half of DualPipe, DeepSeek-AI 2024 (arXiv:2412.19437).
 """
@@ -46,14 +49,14 @@ def v_owners(num_ranks: int) -> tuple[int, ...]:
 
 def zb_v(num_ranks: int, num_microbatches: int) -> Schedule:
     """ZB-V: no bubble but the fill of P-1 units (F = I = W = 1), at the peak memory of 1F1B, on every rank."""
-    return _fill("zb-v", num_ranks, num_microbatches, Pattern(4, 2, 4, 2, (1, 1, 1)), 2 * num_ranks)
+    return _fill("zb-v", num_ranks, num_microbatches, Pattern(4, 2, 4, 2, (1, 1, 1)), 2 * num_ranks, compute=2)
 
 
 def v_half(num_ranks: int, num_microbatches: int) -> Schedule:
     """V-Half: half of 1F1B's bubble at half its peak memory, (P+2)//2 micro-batches on every rank."""
-    turns = (1, 1, 1) if num_ranks % 2 else (3, 1, 4)
+    turns = (1, 1, 1) if num_ranks % 2 else (4, 1, 4)
     limit = 2 * ((num_ranks + 2) // 2)
-    return _fill("v-half", num_ranks, num_microbatches, Pattern(1, 2, 1, 2, turns), limit)
+    return _fill("v-half", num_ranks, num_microbatches, Pattern(1, 2, 1, 2, turns), limit, compute=1)
 
 
 def dualpipe_v(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -70,8 +73,11 @@ def dualpipe_v(num_ranks: int, num_microbatches: int) -> Schedule:
     return Schedule("dualpipe-v", num_ranks, 2 * num_ranks, num_microbatches, steps, v_owners(num_ranks))
 
 
-def _fill(name: str, p: int, m: int, pattern: Pattern, limit: int) -> Schedule:
-    """Run F and I in the pattern's order, W where they leave a unit free; never more than `limit` in flight."""
+def _fill(name: str, p: int, m: int, pattern: Pattern, limit: int, compute: int) -> Schedule:
+    """Run F and I, of `compute` times W's length, in the pattern's order, and W where they leave room.
+
+    Never more than `limit` are in flight.
+    """
     schedule = Schedule(name, p, 2 * p, m, ((),) * p, v_owners(p))
     forward, backward = pattern.times(p)
     timed = [(at[s] + UNITS * i, s, Action(kind, s, i))
@@ -81,23 +87,24 @@ def _fill(name: str, p: int, m: int, pattern: Pattern, limit: int) -> Schedule:
         queues[schedule.rank_of(s)].append(a)
     owed: list[deque[Action]] = [deque() for _ in range(p)]
     out: list[list[Action]] = [[] for _ in range(p)]
-    live, made, now = [0] * p, dict[Action, int](), 0
+    live, free, made, now = [0] * p, [0] * p, dict[Action, int](), 0
     while any(queues) or any(owed):
         for rank, queue in enumerate(queues):
             room = bool(queue) and (queue[0].kind is I or live[rank] < limit)
-            if not (room and all(made.get(v, now) < now for v in schedule.needs(queue[0]))):
+            if not (room and all(made.get(v, now + 1) <= now for v in schedule.needs(queue[0]))):
                 queue = owed[rank]
-            if not queue:
+            if free[rank] > now or not queue:
                 continue
             a = queue.popleft()
             live[rank] += {F: 1, I: 0, W: -1}[a.kind]
             out[rank].append(a)
+            free[rank] = now + (1 if a.kind is W else compute)
             if value := schedule.produces(a):
-                made[value] = now
+                made[value] = free[rank]
             if a.kind is I:
                 owed[rank].append(a._replace(kind=W))
         now += 1
-        assert now <= UNITS * (m + 4 * p), f"{name} of {p} ranks and {m} micro-batches does not end"
+        assert now <= UNITS * compute * (m + 4 * p), f"{name} of {p} ranks and {m} micro-batches does not end"
     return Schedule(name, p, 2 * p, m, tuple(map(tuple, out)), v_owners(p))
 
 

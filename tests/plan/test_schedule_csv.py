@@ -104,6 +104,16 @@ def test_a_stage_that_nobody_has(tmp_path: Path) -> None:
     )
 
 
+def test_too_few(tmp_path: Path) -> None:
+    assert read(tmp_path, GOOD, microbatches=3) == (
+        "FILE has 2 micro-batches, but the batch gives each rank 3; write micro-batches 0 to 2, "
+        "or change batch.global_batch_size"
+    )
+    assert read(tmp_path, GOOD, stages=4) == (
+        "FILE has 2 stages, but parallel.pp x parallel.chunks = 4; write stages 0 to 3, or another parallel.chunks"
+    )
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError) as caught:
         read_csv(tmp_path / "none.csv", 2, 2, 2)

@@ -107,6 +107,25 @@ def test_zb_h2(p: int, m: int) -> None:
     assert report.longest_span == 3 * m  # no bubble from a rank's first action to its last
 
 
+# of every stage: F, I, W and a transfer; idle share of 8 ranks with 32 micro-batches in percent: 1F1B, ZB-V, V-Half
+UNEVEN = [
+    ((1, 1, 1, 0), (17.95, 3.52, 9.00)),
+    ((1, 1, 0.673, 0.112), (20.84, 6.00, 15.95)),  # as arXiv:2401.10241, Table 8, 16 ranks, implies
+    ((1, 0.976, 0.504, 0.065), (19.78, 5.67, 16.12)),  # its Table 9, 1.5B
+    ((1, 1, 0.7, 0), (17.95, 3.89, 11.16)),
+    ((1, 2, 1, 0.05), (18.83, 5.88, 21.64)),  # full recomputation
+]
+
+
+@pytest.mark.parametrize("times,idle", UNEVEN)
+def test_idle_share_where_the_parts_differ(times: tuple[float, ...], idle: tuple[float, ...]) -> None:
+    *compute, hop = times
+    for build, want in zip((one_f_one_b, zb_v, v_half), idle, strict=True):
+        schedule = build(8, 32)
+        cost = StageCost(*(t * 16 / schedule.num_stages for t in compute))
+        assert 100 * simulate(schedule, [cost] * schedule.num_stages, hop).bubble == pytest.approx(want, abs=0.005)
+
+
 def test_the_v() -> None:
     s = zb_v(3, 3)
     assert v_owners(3) == s.owners == (0, 1, 2, 2, 1, 0)
@@ -115,7 +134,7 @@ def test_the_v() -> None:
     assert str(lower(zb_v(2, 2))).split("\n") == [
         "zb-v ranks=2 stages=4 microbatches=2 owners=0,1,1,0",
         "F0.0 send_F0.0 F0.1 send_F0.1 recv_F3.0 F3.0 I3.0 send_B3.0 recv_F3.1 F3.1 I3.1 send_B3.1 recv_B0.0 I0.0 "
-        "W3.0 recv_B0.1 I0.1 W3.1 W0.0 W0.1",
+        "W3.0 recv_B0.1 W3.1 I0.1 W0.0 W0.1",
         "recv_F1.0 recv_F1.1 F1.0 F2.0 send_F2.0 F1.1 recv_B2.0 F2.1 send_F2.1 I2.0 recv_B2.1 I1.0 send_B1.0 I2.1 "
         "I1.1 send_B1.1 W2.0 W1.0 W2.1 W1.1",
     ]
