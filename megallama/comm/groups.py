@@ -39,7 +39,7 @@ def partitions(topology: Topology, num_kv_heads: int) -> dict[str, list[tuple[in
     copies = max(1, topology.tp // num_kv_heads) if num_kv_heads else 1
     first_last, middle = [], []
     for ranks in topology.groups("pp"):
-        ends = dict.fromkeys(ranks[end] for end in topology.ends)
+        ends = sorted({ranks[end] for end in topology.ends})
         first_last.append(tuple(ends))
         middle += [(rank,) for rank in ranks if rank not in ends]
     return {
