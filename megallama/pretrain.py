@@ -57,7 +57,7 @@ def _run(arguments: Sequence[str], launch: Launch) -> int:
         error.shared = True  # every rank reads the same file
         raise
     plan = make_plan(config, launch.world_size)
-    same = hashlib.sha256(to_toml(config).encode()).hexdigest()[:12]
+    same = hashlib.sha256(f"{to_toml(config)}{plan.schedule}".encode()).hexdigest()[:12]
     with start(launch, config.run, same) as world:
         log = Logger(world.rank, world.world_size, Path(config.run.folder))
         try:

@@ -23,7 +23,7 @@ class Groups:
     tp: Group  # tensor parallel: the same layers, other slices of them
     dp: Group  # data parallel: the same slices, other samples
     pp: Group  # pipeline: the same samples and slices, other layers
-    embedding: Group  # first and last pipeline rank: they hold the two copies of a tied embedding
+    embedding: Group  # the ranks of the first and the last stage: they hold the two copies of a tied embedding
     kv: Group  # tensor-parallel ranks with copies of the same key/value heads (tp > num_kv_heads)
     world: Group
     rank: int
@@ -39,7 +39,7 @@ def partitions(topology: Topology, num_kv_heads: int) -> dict[str, list[tuple[in
     copies = max(1, topology.tp // num_kv_heads) if num_kv_heads else 1
     first_last, middle = [], []
     for ranks in topology.groups("pp"):
-        ends = dict.fromkeys((ranks[0], ranks[-1]))
+        ends = sorted({ranks[end] for end in topology.ends})
         first_last.append(tuple(ends))
         middle += [(rank,) for rank in ranks if rank not in ends]
     return {

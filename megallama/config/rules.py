@@ -15,6 +15,7 @@ from megallama.config.schema import BatchConfig, Config
 
 Rule = Callable[[Config, int | None], Iterator[str]]
 AXES = ("tp", "cp", "dp", "pp")
+V_SCHEDULES = ("zb-v", "v-half", "dualpipe-v")  # stage r and its mirror image on one rank
 
 
 def check(config: Config, ranks: int | None = None, *, need_data: bool = True) -> list[str]:
@@ -99,12 +100,24 @@ def _tensor_parallel(config: Config, ranks: int | None) -> Iterator[str]:
 def _pipeline(config: Config, ranks: int | None) -> Iterator[str]:
     p, layers = config.parallel, config.model.num_layers
     stages = p.pp * p.chunks
-    if p.chunks > 1 and p.pp == 1:
-        yield f"parallel.chunks={p.chunks} needs more than parallel.pp=1; use parallel.chunks=1 or parallel.pp=2"
-    if p.chunks > 1 and p.schedule == "zb-h1":
+    if p.schedule in V_SCHEDULES and (p.chunks != 2 or p.pp == 1):
         yield (
-            f'parallel.schedule="zb-h1" has one chunk per rank, but parallel.chunks={p.chunks}; '
+            f'parallel.schedule="{p.schedule}" has two chunks on each of several ranks, but parallel.pp={p.pp} and '
+            f"parallel.chunks={p.chunks}; use parallel.pp={max(2, p.pp)} and parallel.chunks=2"
+        )
+    elif p.chunks > 1 and p.pp == 1:
+        yield f"parallel.chunks={p.chunks} needs more than parallel.pp=1; use parallel.chunks=1 or parallel.pp=2"
+    if p.chunks > 1 and p.schedule in ("zb-h1", "zb-h2"):
+        yield (
+            f'parallel.schedule="{p.schedule}" has one chunk per rank, but parallel.chunks={p.chunks}; '
             'use parallel.chunks=1 or parallel.schedule="1f1b"'
+        )
+    if p.schedule == "csv" and p.schedule_file is None:
+        yield 'parallel.schedule="csv" has no parallel.schedule_file; write parallel.schedule_file=FILE.csv'
+    elif p.schedule != "csv" and p.schedule_file is not None:
+        yield (
+            f'parallel.schedule_file={literal(p.schedule_file)} is not read with parallel.schedule="{p.schedule}"; '
+            'write parallel.schedule="csv", or leave the file out'
         )
     if p.stage_layers is not None:
         given = list(p.stage_layers)
@@ -151,6 +164,13 @@ def _batch(config: Config, ranks: int | None) -> Iterator[str]:
             f"batch.global_batch_size={b.global_batch_size} is not a multiple of {words}; "
             f"use {_multiples(b.global_batch_size, unit)}"
         )
+    least = unit * 2 * p.pp
+    if p.schedule == "dualpipe-v" and (size := ramp_sizes(b)[0]) < least and ranks is not None:
+        key = "global_batch_size" if b.ramp_start is None else "ramp_start"
+        yield (
+            f'batch.{key}={size} is below {words} times 2 x parallel.pp={p.pp} = {least}, the least for '
+            f'parallel.schedule="dualpipe-v"; use {least}, or parallel.schedule="zb-v"'
+        )
     for key, value in (("ramp_start", b.ramp_start), ("ramp_increment", b.ramp_increment)):
         if value is not None and value % unit:
             yield f"batch.{key}={value} is not a multiple of {words}; use {_multiples(value, unit)}"
@@ -165,6 +185,11 @@ def _ramp(config: Config, ranks: int | None) -> Iterator[str]:
         yield f"{' and '.join(have)} without {' and '.join(lack)}; set all three or none"
     if b.ramp_start is None:
         return
+    if config.parallel.schedule == "csv":
+        yield (
+            f"batch.ramp_start={b.ramp_start} changes the number of micro-batches, which is fixed with "
+            'parallel.schedule="csv"; leave the ramp-up out, or use another schedule'
+        )
     if b.ramp_start > b.global_batch_size:
         yield (
             f"batch.ramp_start={b.ramp_start} is above batch.global_batch_size={b.global_batch_size}; "
@@ -226,6 +251,12 @@ def _checkpoint(config: Config, ranks: int | None) -> Iterator[str]:
             f"checkpoint.keep_every={c.keep_every} is not a multiple of checkpoint.interval={c.interval}; "
             f"use {_multiples(c.keep_every, c.interval)}"
         )
+
+
+def _log(config: Config, ranks: int | None) -> Iterator[str]:
+    steps = config.log.trace_steps
+    if steps is not None and steps[0] > steps[1]:
+        yield f"log.trace_steps={literal(steps)} ends before it begins; write log.trace_steps={literal(sorted(steps))}"
 
 
 def _data(config: Config, ranks: int | None) -> Iterator[str]:
@@ -293,7 +324,7 @@ def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _architecture, _tensor_parallel, _pipeline, _ranks, _batch, _ramp, _lr_schedule, _optimizer, _checkpoint
+    _architecture, _tensor_parallel, _pipeline, _ranks, _batch, _ramp, _lr_schedule, _optimizer, _checkpoint, _log
 )  # fmt: skip
 DATA_RULES: tuple[Rule, ...] = (_data, _sources, _mixture)
 

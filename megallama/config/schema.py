@@ -55,8 +55,13 @@ class ParallelConfig(Section):
     pp: PositiveInt = Field(1, description="pipeline parallel size [ranks]")
     chunks: PositiveInt = Field(1, description="model chunks per pipeline rank (virtual stages); >1 interleaves")
     sequence_parallel: bool = Field(True, description="shard norms and residuals over tp; no effect with tp=1")
-    schedule: Literal["gpipe", "1f1b", "zb-h1"] = Field(
-        "1f1b", description="pipeline schedule; 1f1b with chunks>1 is interleaved 1F1B"
+    schedule: Literal["gpipe", "1f1b", "zb-h1", "zb-h2", "zb-v", "v-half", "dualpipe-v", "csv"] = Field(
+        "1f1b",
+        description="pipeline schedule; 1f1b with chunks>1 is interleaved 1F1B; zb-v, v-half and dualpipe-v want "
+        "chunks=2 and put stages r and 2pp-1-r on rank r; csv is your own",
+    )
+    schedule_file: str | None = Field(
+        None, description="with schedule=csv: a line per pipeline rank with cells like F0.3,B1.2 or I1.2,W1.2"
     )
     stage_layers: tuple[NonNegativeInt, ...] | None = Field(
         None, description="layers of each of the pp*chunks stages, in model order; default balanced by cost"
@@ -221,6 +226,9 @@ class LogConfig(Section):
     tensorboard: bool = Field(True, description="write TensorBoard events to <run.folder>/tensorboard")
     wandb: bool = Field(False, description="also log to Weights & Biases if the package is installed")
     wandb_project: str = Field("megallama", description="project name there")
+    trace_steps: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="first and last step whose pipeline is timed, action by action, into <run.folder>/trace"
+    )
     plot: bool = Field(True, description="draw <run.folder>/loss.png at the end, if matplotlib is installed")
 
 

@@ -7,7 +7,6 @@ step tells the gradient synchronisation that the parameter is ready.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -41,28 +40,29 @@ class Gather:
 
 @dataclass
 class WeightGradQueue:
-    """Weight gradients put off: with `defer` on, GEMMs are queued, and `run` computes the oldest group.
+    """Weight gradients put off: with `defer` on, GEMMs are queued, and `run` computes those of a micro-batch.
 
-    A schedule that splits the backward (zero bubble) runs the input-gradient half with `defer` on;
-    each such half is one group.  The queue keeps the two operands of every GEMM alive.
+    A schedule that splits the backward (zero bubble) runs the input-gradient half with `defer` on.
+    The queue keeps the two operands of every GEMM alive.
     """
 
     defer: bool = False
-    groups: deque[list[Callable[[], None]]] = field(default_factory=deque)
+    groups: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
+    open: list[Callable[[], None]] = field(default_factory=list)
 
-    def begin(self) -> None:
-        """Open a new group and put weight gradients off until `end`."""
-        self.groups.append([])
+    def begin(self, microbatch: int) -> None:
+        """Put the weight gradients of this micro-batch off until `end`."""
+        self.open = self.groups[microbatch] = []
         self.defer = True
 
     def end(self) -> None:
         """Compute weight gradients at once again."""
         self.defer = False
 
-    def run(self) -> None:
-        """Compute the oldest group."""
+    def run(self, microbatch: int) -> None:
+        """Compute what was put off for this micro-batch."""
         with torch.no_grad():  # queued operands still remember that they were part of a graph
-            for work in self.groups.popleft():
+            for work in self.groups.pop(microbatch):
                 work()
 
 
@@ -106,7 +106,7 @@ class Param:
     def add_wgrad(self, dy: Tensor, x: Tensor) -> None:
         """main_grad += dy [T, out].T @ x [T, in], now or when the queue runs."""
         if self._queue.defer:
-            self._queue.groups[-1].append(lambda: self._add_now(dy, x))
+            self._queue.open.append(lambda: self._add_now(dy, x))
         else:
             self._add_now(dy, x)
 

@@ -81,11 +81,22 @@ class DistributedOptimizer:
         """
         for sync in self.syncs:
             sync.finish()
+        self._sum_tied()
         counted = [
             run for sync, states in self._states for state in states for run in self._counted(sync.buffers, state)
         ]
         total = sum_of_squares(counted)
         return total.to(self.syncs[0].buffers.grads.device)
+
+    def _sum_tied(self) -> None:
+        """Give both copies of a tied embedding, on two ranks or on one, the sum of their gradients."""
+        copies = [sync.shard(b) for sync in self.syncs for b in sync.buffers.layout.buckets if b.tied]
+        for copy in copies[1:]:
+            copies[0].add_(copy)
+        for copy in copies[:1]:
+            self._groups.embedding.all_reduce(copy).wait()
+        for copy in copies[1:]:
+            copy.copy_(copies[0])
 
     def _counted(self, buffers: FlatBuffers, state: ShardState) -> list[Tensor]:
         ranges: list[list[int]] = []

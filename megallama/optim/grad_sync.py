@@ -4,8 +4,7 @@ During the last backward of a step the stage is *armed*: every parameter then re
 contribution, and a bucket whose parameters have all reported is reduce-scattered at once.  Which
 contributions are the last, the schedule says, so the order of the collectives is the same on every
 rank.  What is summed over more than dp is small and follows at the end: norm weights over tp (under
-sequence parallelism), shared key/value heads over the ranks that hold them, the tied embedding over
-the first and the last stage.
+sequence parallelism), shared key/value heads over the ranks that hold them.
 """
 
 from __future__ import annotations
@@ -78,9 +77,6 @@ class GradSync:
         for over, group in (("tp", self._groups.tp), ("kv", self._groups.kv)):
             if group.size > 1:
                 self._sum_segments([s for s in self._shard_segments() if s.part.sum_over == over], group)
-        for bucket in self.buffers.layout.buckets:
-            if bucket.tied:
-                self._groups.embedding.all_reduce(self.shard(bucket)).wait()
 
     def _shard_segments(self) -> list[Segment]:
         layout, dp = self.buffers.layout, self._groups.dp

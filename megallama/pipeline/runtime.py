@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,14 @@ class Arm(Protocol):
         """They are not."""
 
 
+class Timing(NamedTuple):
+    """When an action began, had what it waited for, and ended."""
+
+    start: float
+    arrived: float
+    end: float
+
+
 @dataclass(frozen=True)
 class StageWork:
     """A stage of this rank, its queue of weight gradients, and who wants to know of the last ones."""
@@ -47,16 +55,16 @@ class PipelineRuntime:
     """Runs the schedule of one pipeline rank over one batch.
 
     `hidden` is an empty tensor with the shape, format and device of what passes between stages.
-    `trace`, if given, is called with each action before it runs.
+    With a `clock` set, `timings` has the start of every action, when what it waited for had arrived, and its end;
+    behind them stands the wait for the last sends.
     """
 
-    def __init__(
-        self, work: Mapping[int, StageWork], pp: Group, hidden: Tensor, trace: Callable[[Action], None] | None = None
-    ) -> None:
+    def __init__(self, work: Mapping[int, StageWork], pp: Group, hidden: Tensor) -> None:
         self._work = work
         self._pp = pp
         self._hidden = hidden
-        self._trace = trace
+        self.clock: Callable[[], float] | None = None
+        self.timings: list[Timing] = []
         self.position = "not started"  # the action under way, for messages about hangs
         self.peak_in_flight = 0
         self._handlers: dict[Kind, Callable[[Action], None]] = {
@@ -80,21 +88,24 @@ class PipelineRuntime:
         self._sends: list[Handle] = []
         self._loss: Tensor = torch.zeros((), dtype=torch.float64, device=self._hidden.device)
         self.peak_in_flight = 0
+        self.timings = []
         actions = schedule.steps[self._pp.rank]
         last = _last_gradients(actions)
         for index, action in enumerate(actions):
             self.position = f"{action} (action {index} of {schedule.name})"
-            if self._trace is not None:
-                self._trace(action)
+            start = self._arrived = self._now()
             sync = self._work[action.stage].sync
             if index in last:
                 sync.arm()
             self._handlers[action.kind](action)
             if index in last:
                 sync.disarm()
+            self.timings.append(Timing(start, self._arrived, self._now()))
             self._sends = [send for send in self._sends if not send.done()]
+        start = self._now()
         for send in self._sends:
             send.wait()
+        self.timings.append(Timing(start, now := self._now(), now))
         self.position = "finished"
         return self._loss
 
@@ -120,12 +131,12 @@ class PipelineRuntime:
 
     def _input_grad(self, action: Action) -> None:
         queue = self._work[action.stage].queue
-        queue.begin()
+        queue.begin(action.microbatch)
         self._differentiate(action)
         queue.end()
 
     def _weight_grad(self, action: Action) -> None:
-        self._work[action.stage].queue.run()
+        self._work[action.stage].queue.run(action.microbatch)
         self._in_flight.remove((action.stage, action.microbatch))
 
     def _differentiate(self, action: Action) -> None:
@@ -148,7 +159,11 @@ class PipelineRuntime:
             return self._outputs.pop((made_by, action.stage + step, action.microbatch))
         tensor, handle = self._received.pop((kind, action.stage, action.microbatch))
         handle.wait()
+        self._arrived = self._now()
         return tensor
+
+    def _now(self) -> float:
+        return self.clock() if self.clock is not None else 0.0
 
     def _send_forward(self, action: Action) -> None:
         self._send(Kind.F, action, action.stage + 1)
@@ -173,9 +188,14 @@ class PipelineRuntime:
 
 
 def _last_gradients(actions: Sequence[Action]) -> frozenset[int]:
-    """Positions of the last B, I and W of each stage: in them the last gradients of its parameters are formed."""
-    latest = {(a.kind, a.stage): i for i, a in enumerate(actions) if a.kind in (Kind.B, Kind.I, Kind.W)}
-    return frozenset(latest.values())
+    """Positions in which the last gradients of a stage's parameters are formed.
+
+    The last B or W has those of the large weights, the last B or I the others.  Where the latter is a B before that W,
+    it is left out, for it would also announce the weights: the others are then reduced at the end of the step.
+    """
+    weights = {a.stage: i for i, a in enumerate(actions) if a.kind in (Kind.B, Kind.W)}
+    others = {a.stage: i for i, a in enumerate(actions) if a.kind in (Kind.B, Kind.I)}
+    return frozenset({*weights.values(), *(i for i in others.values() if actions[i].kind is Kind.I)})
 
 
 def _loss_dtype(dtype: torch.dtype) -> torch.dtype:

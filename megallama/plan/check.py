@@ -7,7 +7,9 @@ blocking and blocks only where it computes with a value that has not arrived.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import zip_longest
+from pathlib import Path
 
 from megallama.config.schema import ParallelConfig
 from megallama.plan.schedule import (
@@ -20,15 +22,40 @@ from megallama.plan.schedule import (
     Schedule,
     ScheduleError,
     W,
-    compute_schedule,
     forward_only,
+    gpipe,
     lower,
+    one_f_one_b,
+    zero_bubble_h1,
+    zero_bubble_h2,
 )
+from megallama.plan.schedule_csv import read_csv
+from megallama.plan.schedule_v import dualpipe_v, v_half, zb_v
 
 SENDS = {Kind.SEND_F: F, Kind.SEND_B: B}
 RECVS = {Kind.RECV_F: F, Kind.RECV_B: B}
 Moves = list[list[tuple[Action, int] | None]]
 """For each action of each rank, None if it computes, else the value it moves and the rank on the other side."""
+
+
+FIXED_CHUNKS: dict[str, tuple[int, Callable[[int, int], Schedule]]] = {
+    "zb-h1": (1, zero_bubble_h1), "zb-h2": (1, zero_bubble_h2),
+    "zb-v": (2, zb_v), "v-half": (2, v_half), "dualpipe-v": (2, dualpipe_v),
+}  # fmt: skip
+"""Schedules for one number of chunks per rank: that number, and the builder."""
+
+
+def compute_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedule:
+    """The compute of one training step under this layout, without transfers."""
+    name, pp, chunks = parallel.schedule, parallel.pp, parallel.chunks
+    if name == "csv":
+        return read_csv(Path(parallel.schedule_file or ""), pp, pp * chunks, num_microbatches)
+    if (build := FIXED_CHUNKS.get(name)) is not None:
+        if chunks != build[0]:
+            words = "one chunk" if build[0] == 1 else "two chunks"
+            raise ScheduleError(f"{name} has {words} per rank, not chunks={chunks}; use chunks={build[0]} or 1f1b")
+        return build[1](pp, num_microbatches)
+    return {"gpipe": gpipe, "1f1b": one_f_one_b}[name](pp, num_microbatches, chunks)
 
 
 def build_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedule:
@@ -41,15 +68,15 @@ def build_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedule:
     return schedule
 
 
-def build_forward(parallel: ParallelConfig, num_microbatches: int) -> Schedule:
-    """The schedule of an evaluation under this layout, lowered and checked."""
-    schedule = forward_only(parallel.pp, num_microbatches, parallel.chunks)
+def build_forward(training: Schedule, num_microbatches: int) -> Schedule:
+    """The schedule of an evaluation where the stages lie as in `training`, lowered and checked."""
+    schedule = forward_only(training.num_ranks, num_microbatches, training.owners)
     check(schedule)
     return schedule
 
 
-def check(schedule: Schedule, max_in_flight: int | None = None) -> None:
-    """Prove a lowered schedule. Raises: ScheduleError naming the rank, the step and the action."""
+def check(schedule: Schedule, max_in_flight: int | None = None, max_received: int | None = None) -> None:
+    """Prove a lowered schedule, and that no rank holds more than this. Raises: ScheduleError naming rank and action."""
     _check_compute(schedule)
     moves = [[None if a.kind in COMPUTE else _move(schedule, a) for a in steps] for steps in schedule.steps]
     _check_transfers(schedule, moves)
@@ -59,6 +86,8 @@ def check(schedule: Schedule, max_in_flight: int | None = None) -> None:
         peak = schedule.peak_in_flight(rank)
         if max_in_flight is not None and peak > max_in_flight:
             raise ScheduleError(f"rank {rank} holds {peak} micro-batches at once, more than {max_in_flight}")
+        if max_received is not None and (held := schedule.peak_received(rank)) > max_received:
+            raise ScheduleError(f"rank {rank} holds {held} received tensors at once, more than {max_received}")
 
 
 def _check_compute(schedule: Schedule) -> None:

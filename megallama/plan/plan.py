@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megallama.config.schema import Config
 from megallama.plan.batch import BatchPlan
@@ -47,8 +47,10 @@ class Plan:
     def _once(self, training: bool, num_microbatches: int) -> Schedule:
         key = training, num_microbatches
         if key not in self._schedules:
-            build = build_schedule if training else build_forward
-            self._schedules[key] = build(self.config.parallel, num_microbatches)
+            if training:
+                self._schedules[key] = build_schedule(self.config.parallel, num_microbatches)
+            else:
+                self._schedules[key] = build_forward(self.schedule, num_microbatches)
         return self._schedules[key]
 
     def __str__(self) -> str:
@@ -64,4 +66,5 @@ def make_plan(config: Config, ranks: int) -> Plan:
     topology = Topology.fill(ranks, tp=p.tp, pp=p.pp, order=p.rank_order)
     batch = BatchPlan(config.batch, topology.dp)
     schedule = build_schedule(p, batch.num_microbatches(config.batch.global_batch_size))
+    topology = replace(topology, ends=(schedule.owners[0], schedule.owners[-1]))
     return Plan(config, topology, partition(config), schedule, batch)

@@ -4,8 +4,8 @@ A *compute schedule* is one list of actions per pipeline rank.  `lower` adds the
 the compute implies; `check.check` proves the result; one runtime interprets it.
 
 Words.  A *stage* is a run of consecutive layers, numbered 0 .. num_stages-1 from the embedding to the
-loss.  Rank r of P owns stages r, r+P, r+2P, ...: its *chunks*.  A micro-batch is *in flight* on a stage
-from its forward until its backward has finished.
+loss.  The stages that a rank owns are its *chunks*; unless a schedule says otherwise (`owners`), rank r of P has
+r, r+P, r+2P, ...  A micro-batch is *in flight* on a stage from its forward until its backward has finished.
 
 Text form of an action: kind, stage, micro-batch, e.g. ``F2.0`` or ``send_F2.0`` (a transfer bears the stage
 of the rank that lists it: ``send_F2.0`` is received as ``recv_F3.0``).
@@ -24,7 +24,6 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from megallama.config.errors import MegallamaError
-from megallama.config.schema import ParallelConfig
 
 
 class ScheduleError(MegallamaError):
@@ -73,6 +72,11 @@ class Schedule:
     num_stages: int
     num_microbatches: int
     steps: tuple[tuple[Action, ...], ...]
+    owners: tuple[int, ...] = ()  # the rank of each stage; filled in where it is left out
+
+    def __post_init__(self) -> None:
+        if not self.owners:
+            object.__setattr__(self, "owners", looped(self.num_ranks, self.num_stages))
 
     @property
     def is_training(self) -> bool:
@@ -81,11 +85,11 @@ class Schedule:
 
     def rank_of(self, stage: int) -> int:
         """The pipeline rank that owns a stage."""
-        return stage % self.num_ranks
+        return self.owners[stage]
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages of a pipeline rank, by chunk."""
-        return tuple(range(rank, self.num_stages, self.num_ranks))
+        return tuple(stage for stage, owner in enumerate(self.owners) if owner == rank)
 
     def last_backward(self, stage: int) -> Action:
         """The action after which the weight gradients of `stage` are complete: its last B or W."""
@@ -135,22 +139,34 @@ class Schedule:
     def __str__(self) -> str:
         """Text that `parse` reads back."""
         head = f"{self.name} ranks={self.num_ranks} stages={self.num_stages} microbatches={self.num_microbatches}"
+        if self.owners != looped(self.num_ranks, self.num_stages):
+            head += f" owners={','.join(map(str, self.owners))}"
         return "\n".join([head, *(" ".join(map(str, steps)) for steps in self.steps)])
+
+
+def looped(num_ranks: int, num_stages: int) -> tuple[int, ...]:
+    """The rank of each stage, where the stages go round the ranks (Narayanan et al. 2021)."""
+    return tuple(stage % num_ranks for stage in range(num_stages))
 
 
 def parse(text: str) -> Schedule:
     """The inverse of ``str(schedule)``. Raises: ScheduleError naming the word that cannot be read."""
     head, *lines = text.strip("\n").split("\n")
-    found = re.fullmatch(r"(\S+) ranks=(\d+) stages=(\d+) microbatches=(\d+)", head.strip())
+    found = re.fullmatch(r"(\S+) ranks=(\d+) stages=(\d+) microbatches=(\d+)(?: owners=([\d,]+))?", head.strip())
     if not found:
         raise ScheduleError(f"{head!r} is no schedule; begin with e.g. '1f1b ranks=2 stages=2 microbatches=4'")
-    name, (ranks, stages, microbatches) = found[1], map(int, found.groups()[1:])
+    name, (ranks, stages, microbatches) = found[1], map(int, found.groups()[1:4])
     if len(lines) != ranks:
         raise ScheduleError(f"a schedule of ranks={ranks} has {len(lines)} lines of actions; write one line per rank")
-    return Schedule(name, ranks, stages, microbatches, tuple(tuple(map(_action, line.split())) for line in lines))
+    owners = tuple(map(int, found[5].split(","))) if found[5] else ()
+    if owners and (len(owners) != stages or max(owners) >= ranks):
+        raise ScheduleError(f"owners={found[5]} does not give each of {stages} stages a rank below {ranks}")
+    steps = tuple(tuple(map(parse_action, line.split())) for line in lines)
+    return Schedule(name, ranks, stages, microbatches, steps, owners)
 
 
-def _action(word: str) -> Action:
+def parse_action(word: str) -> Action:
+    """The inverse of ``str(action)``. Raises: ScheduleError naming the word."""
     found = re.fullmatch(r"([A-Za-z_]+?)(\d+)\.(\d+)", word)
     if not found or found[1] not in Kind._value2member_map_:
         raise ScheduleError(f"{word!r} is no action; write {', '.join(Kind)} with stage.microbatch, e.g. F2.0")
@@ -192,40 +208,41 @@ def one_f_one_b(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Sched
 
 def zero_bubble_h1(num_ranks: int, num_microbatches: int) -> Schedule:
     """ZB-H1: 1F1B with the backward split; rank r delays r weight gradients, at 1F1B's peak memory."""
+    return _zero_bubble("zb-h1", num_ranks, num_microbatches, 1)
 
+
+def zero_bubble_h2(num_ranks: int, num_microbatches: int) -> Schedule:
+    """ZB-H2: twice as many forwards first, and as many weight gradients delayed: 2P-1 micro-batches in flight."""
+    return _zero_bubble("zb-h2", num_ranks, num_microbatches, 2)
+
+
+def _zero_bubble(name: str, num_ranks: int, num_microbatches: int, depth: int) -> Schedule:
     def order(rank: int) -> list[Action]:
         f, b = _orders(rank, num_ranks, num_microbatches, chunks=1)
         out: list[Action] = []
         owed: list[Action] = []
-        for a in _warm_up_then_alternate(f, b, min(num_ranks - rank - 1, len(f))):
+        for a in _warm_up_then_alternate(f, b, min(depth * (num_ranks - rank - 1), len(f))):
             if a.kind is F:
                 out.append(a)
                 continue
             out.append(a._replace(kind=I))
             owed.append(a._replace(kind=W))
-            if len(owed) > rank:
+            if len(owed) > depth * rank:
                 out.append(owed.pop(0))
         return out + owed
 
-    return _build("zb-h1", num_ranks, num_microbatches, 1, order)
+    return _build(name, num_ranks, num_microbatches, 1, order)
 
 
-def forward_only(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Schedule:
-    """Forwards alone, lowered: an evaluation, with any number of micro-batches."""
+def forward_only(num_ranks: int, num_microbatches: int, owners: Sequence[int]) -> Schedule:
+    """Forwards alone, lowered: an evaluation, with any number of micro-batches and any placement of the stages.
 
-    def order(rank: int) -> list[Action]:
-        return _orders(rank, num_ranks, num_microbatches, chunks)[0]
-
-    return lower(_build("forward", num_ranks, num_microbatches, chunks, order))
-
-
-def compute_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedule:
-    """The compute of one training step under this layout, without transfers."""
-    if parallel.schedule == "zb-h1":
-        if parallel.chunks > 1:
-            raise ScheduleError(f"zb-h1 has one chunk per rank, not chunks={parallel.chunks}; use chunks=1 or 1f1b")
-        return zero_bubble_h1(parallel.pp, num_microbatches)
-    return {"gpipe": gpipe, "1f1b": one_f_one_b}[parallel.schedule](parallel.pp, num_microbatches, parallel.chunks)
+    A rank with c stages takes a micro-batch every c units of time: micro-batch m is on stage s at time s + c m.
+    """
+    chunks = max(1, len(owners) // num_ranks)
+    wave = sorted((s + chunks * m, s, m) for s in range(len(owners)) for m in range(num_microbatches))
+    steps = tuple(tuple(Action(F, s, m) for _, s, m in wave if owners[s] == rank) for rank in range(num_ranks))
+    return lower(Schedule("forward", num_ranks, len(owners), num_microbatches, steps, tuple(owners)))
 
 
 class Event(NamedTuple):

@@ -36,6 +36,12 @@ class Report:
         return 1 - sum(self.busy) / (self.makespan * len(self.busy))
 
     @property
+    def longest_span(self) -> float:
+        """Longest time from a rank's first action to its last; what a step takes where ranks do not wait at its end."""
+        starts, ends = {e.rank: e.start for e in reversed(self.events)}, {e.rank: e.end for e in self.events}
+        return max(ends[rank] - starts[rank] for rank in ends)
+
+    @property
     def bubble_over_ideal(self) -> float:
         """Makespan over the busiest rank's work, minus one: (P-1)/M for 1F1B with equal stages."""
         return self.makespan / max(self.busy) - 1

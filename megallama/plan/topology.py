@@ -26,6 +26,7 @@ class Topology:
     dp: int = 1
     cp: int = 1
     order: str = "tp-cp-dp-pp"
+    ends: tuple[int, int] = (0, -1)  # pipeline ranks of the first and of the last stage; -1 becomes pp - 1
 
     def __post_init__(self) -> None:
         if sorted(self.axes) != sorted(AXES):
@@ -33,6 +34,7 @@ class Topology:
         for axis in AXES:
             if self.size(axis) < 1:
                 raise ConfigError(f"{axis}={self.size(axis)} is not a size; use 1 or more")
+        object.__setattr__(self, "ends", (self.ends[0], self.ends[1] % self.pp))
 
     @classmethod
     def fill(cls, ranks: int, *, tp: int = 1, pp: int = 1, cp: int = 1, order: str = "tp-cp-dp-pp") -> Topology:

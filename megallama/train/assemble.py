@@ -52,7 +52,7 @@ def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels)
     )
     gemms = Gemms(kernels.matmul_nt, kernels.add_wgrad)
     stages, buffers = {}, {}
-    for number in range(groups.pp.rank, plan.num_stages, groups.pp.size):
+    for number in plan.schedule.stages_of(groups.pp.rank):
         first, last = number == 0, number == plan.num_stages - 1
         layers = plan.stages[number]
         layout = stage_layout(config, plan.stages, number, groups.dp.size, groups.tp.rank)

@@ -35,6 +35,7 @@ from megallama.train.peak import peak_flops
 from megallama.train.plot import plot_loss
 from megallama.train.step import StepResult, train_step
 from megallama.train.timers import Timers
+from megallama.train.trace import StepTracer
 
 FINISHED = 0  # exit status: all steps are done
 SAVED = 75  # exit status: saved after a signal or a stop that was asked for; the same command continues
@@ -182,6 +183,7 @@ class Trainer:
 
     def _loop(self) -> int:
         config, counters = self._config, self._counters
+        self._tracer = StepTracer(self._rank, config.log.trace_steps, Path(config.run.folder) / "trace", self._log)
         writer = self._writer()
         loader = self._loader()
         stopped: str | None = None
@@ -222,9 +224,10 @@ class Trainer:
         late = minutes is not None and time.monotonic() - self._started >= 60 * minutes
         schedule = self._plan.schedule_for(len(batches))
         received, masked = self._signals.received, config.data.document_mask
-        result = train_step(
-            self._rank, schedule, batches, lr, self._scaler.scale, self._timers, received, late, masked
-        )
+        with self._tracer.step(counters.step + 1, schedule):
+            result = train_step(
+                self._rank, schedule, batches, lr, self._scaler.scale, self._timers, received, late, masked
+            )
         counters.samples += self._plan.batch.global_batch(counters.samples)
         counters.step += 1
         counters.updates += result.applied

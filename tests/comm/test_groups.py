@@ -33,6 +33,14 @@ def test_embedding_group_is_first_and_last_stage() -> None:
     assert partitions(Topology(dp=2), num_kv_heads=1)["embedding"] == [(0,), (1,)]
 
 
+def test_embedding_group_follows_the_stages() -> None:
+    """In a V both copies are on the first rank of a pipeline; elsewhere they may be on any two."""
+    v = Topology(pp=3, dp=2, ends=(0, 0))
+    assert partitions(v, num_kv_heads=1)["embedding"] == [(0,), (1,), (2,), (4,), (3,), (5,)]
+    assert partitions(Topology(pp=4, ends=(2, 1)), num_kv_heads=1)["embedding"] == [(1, 2), (0,), (3,)]
+    assert Topology(pp=4) == Topology(pp=4, ends=(0, 3)) != Topology(pp=4, ends=(0, 0))
+
+
 def test_kv_groups_are_ranks_with_the_same_head() -> None:
     assert partitions(Topology(tp=8), num_kv_heads=2)["kv"] == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert partitions(Topology(tp=4), num_kv_heads=1)["kv"] == [(0, 1, 2, 3)]

@@ -17,6 +17,7 @@ from megallama.config.presets import PRESETS
 from megallama.config.schema import Config, SourceConfig
 
 ROOT = Path(__file__).parents[2]
+SCHEDULES = '"gpipe", "1f1b", "zb-h1", "zb-h2", "zb-v", "v-half", "dualpipe-v", "csv"'
 
 
 def problems(overrides: list[str], text: str = "", tmp_path: Path | None = None) -> list[str]:
@@ -138,8 +139,8 @@ SINGLE: list[tuple[str, str]] = [
     ("optimizer.clip_grad=none", 'optimizer.clip_grad="none" must be a number of at least 0; '
                                  "for example optimizer.clip_grad=1.0"),
     ("train.stop_after_steps=0", "train.stop_after_steps=0 must be a whole number above 0 or none"),
-    ("parallel.schedule=zb", 'parallel.schedule="zb" must be one of "gpipe", "1f1b", "zb-h1"; did you mean "zb-h1"?'),
-    ("parallel.schedule=x", 'parallel.schedule="x" must be one of "gpipe", "1f1b", "zb-h1"'),
+    ("parallel.schedule=zb", f'parallel.schedule="zb" must be one of {SCHEDULES}; did you mean "zb-v"?'),
+    ("parallel.schedule=x", f'parallel.schedule="x" must be one of {SCHEDULES}'),
     ("parallel.stage_layers=4", "parallel.stage_layers=4 must be a list of whole numbers of at least 0 or none"),
     ("parallel.stage_layers=[1,-1,'a']",
      'parallel.stage_layers=[1, -1, "a"] must be a list of whole numbers of at least 0 or none'),

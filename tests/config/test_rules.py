@@ -73,6 +73,60 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "parallel.schedule=1f1b",
     ),
     (
+        "parallel.pp=2 parallel.chunks=2 parallel.schedule=zb-h2", None,
+        'parallel.schedule="zb-h2" has one chunk per rank, but parallel.chunks=2; '
+        'use parallel.chunks=1 or parallel.schedule="1f1b"',
+        "parallel.chunks=1",
+    ),
+    (
+        "parallel.pp=4 parallel.schedule=zb-v", None,
+        'parallel.schedule="zb-v" has two chunks on each of several ranks, but parallel.pp=4 and parallel.chunks=1; '
+        "use parallel.pp=4 and parallel.chunks=2",
+        "parallel.chunks=2",
+    ),
+    (
+        "parallel.schedule=v-half parallel.chunks=3", None,
+        'parallel.schedule="v-half" has two chunks on each of several ranks, but parallel.pp=1 and parallel.chunks=3; '
+        "use parallel.pp=2 and parallel.chunks=2",
+        "parallel.pp=2 parallel.chunks=2",
+    ),
+    (
+        "parallel.pp=2 parallel.chunks=2 parallel.schedule=dualpipe-v batch.global_batch_size=24", 4,
+        "batch.global_batch_size=24 is below batch.micro_batch_size=4 x dp=2 (ranks / (tp x pp)) = 8 times 2 x "
+        'parallel.pp=2 = 32, the least for parallel.schedule="dualpipe-v"; use 32, or parallel.schedule="zb-v"',
+        "batch.global_batch_size=32",
+    ),
+    (
+        "parallel.pp=2 parallel.chunks=2 parallel.schedule=dualpipe-v batch.ramp_start=8 batch.ramp_increment=8 "
+        "batch.ramp_samples=100", 2,
+        "batch.ramp_start=8 is below batch.micro_batch_size=4 x dp=1 (ranks / (tp x pp)) = 4 times 2 x parallel.pp=2 "
+        '= 16, the least for parallel.schedule="dualpipe-v"; use 16, or parallel.schedule="zb-v"',
+        "batch.ramp_start=16",
+    ),
+    (
+        "parallel.pp=2 parallel.schedule=csv", None,
+        'parallel.schedule="csv" has no parallel.schedule_file; write parallel.schedule_file=FILE.csv',
+        "parallel.schedule_file=my.csv",
+    ),
+    (
+        "parallel.schedule_file=my.csv", None,
+        'parallel.schedule_file="my.csv" is not read with parallel.schedule="1f1b"; write parallel.schedule="csv", '
+        "or leave the file out",
+        "parallel.schedule=csv",
+    ),
+    (
+        "parallel.pp=2 parallel.schedule=csv parallel.schedule_file=my.csv batch.ramp_start=8 batch.ramp_increment=8 "
+        "batch.ramp_samples=100", None,
+        'batch.ramp_start=8 changes the number of micro-batches, which is fixed with parallel.schedule="csv"; '
+        "leave the ramp-up out, or use another schedule",
+        "parallel.schedule=1f1b parallel.schedule_file=none",
+    ),
+    (
+        "log.trace_steps=[9,3]", None,
+        "log.trace_steps=[9, 3] ends before it begins; write log.trace_steps=[3, 9]",
+        "log.trace_steps=[3,9]",
+    ),
+    (
         "parallel.pp=2 parallel.stage_layers=[1,1,2]", None,
         "parallel.stage_layers=[1, 1, 2] has 3 numbers, but parallel.pp=2 x parallel.chunks=1 = 2 stages; "
         "write 2 numbers, for example [2, 2]",

@@ -2,6 +2,8 @@
 
     python -m tests.parity.matrix        prints the table: layout, largest deviation of loss and gradient norm
 
+The pairs are those of VALUES; the schedules with another placement of the stages follow in rows of their own.
+
 Each row trains 20 steps on gloo processes and is compared with one rank that trains on the same data
 in whole batches: in float64, where everything must agree to rounding, and in float32, where AdamW
 amplifies rounding.
@@ -14,6 +16,7 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from megallama.comm.launch import World
@@ -75,7 +78,9 @@ class Layout:
             batch["micro_batch_size"] = 8 // (self.accumulation * self.dp)
             stages = self.pp * self.chunks
             layers = [9 // stages + (s == 0) * (9 % stages) for s in range(stages)] if self.uneven else None
+            own = str(Path(__file__).parent / "own.csv") if self.schedule == "csv" else None
             settings["parallel"] = {
+                "schedule_file": own,
                 "tp": self.tp,
                 "sequence_parallel": self.sequence_parallel,
                 "pp": self.pp,
@@ -122,6 +127,15 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "vocab": (64, 61),
     "documents": (False, True),
 }
+
+
+PLACED = (
+    Layout(pp=2, chunks=2, schedule="zb-v", dp=2, tied=True, uneven=True),
+    Layout(pp=4, chunks=2, schedule="zb-v", accumulation=1, recompute="full", documents=True),
+    Layout(pp=4, chunks=2, schedule="v-half", tp=2, kv_heads=1, tied=True, uneven=True),
+    Layout(pp=2, chunks=2, schedule="dualpipe-v", tp=2, sequence_parallel=False, dp=2, recompute="none", vocab=61),
+    Layout(pp=2, chunks=2, schedule="csv", dp=2, tied=True, documents=True),
+)
 
 
 def pairs(layout: Layout) -> set[tuple[tuple[str, Any], ...]]:
@@ -183,7 +197,7 @@ def main() -> None:
     pool = Pool()
     comparison = Comparison(pool)
     print("| ranks | layout | loss fp64 | norm fp64 | loss fp32 | norm fp32 |\n|---|---|---|---|---|---|")
-    for layout in matrix():
+    for layout in [*matrix(), *PLACED]:
         numbers = [x for dtype in LIMITS for x in comparison.deviations(layout, dtype)]
         print(f"| {layout.ranks} | {layout} | " + " | ".join(f"{x:.1e}" for x in numbers) + " |", flush=True)
     pool.close()

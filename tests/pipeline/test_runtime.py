@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from megallama.pipeline.runtime import _last_gradients
+from megallama.plan.schedule import parse_action
 from megallama.train.assemble import Rank
 from tests.small import curve, deviation, micro_batches, on_threads, small_config, solo_rank, tokens, train
 
+OWN = Path(__file__).parents[1] / "parity" / "own.csv"
 SCHEDULES: list[tuple[int, dict[str, Any]]] = [
     (2, {"pp": 2, "schedule": "gpipe"}),
     (2, {"pp": 2}),
@@ -30,6 +34,12 @@ SCHEDULES: list[tuple[int, dict[str, Any]]] = [
     (2, {"pp": 2, "stage_layers": [0, 4]}),
     (4, {"pp": 4, "stage_layers": [2, 0, 2, 0]}),
     (4, {"pp": 4, "stage_layers": [2, 0, 2, 0], "schedule": "zb-h1"}),
+    (2, {"pp": 2, "schedule": "zb-h2"}),
+    (2, {"pp": 2, "schedule": "zb-v", "chunks": 2}),
+    (4, {"pp": 4, "schedule": "zb-v", "chunks": 2, "stage_layers": [0, 1, 1, 0, 1, 0, 1, 0]}),
+    (3, {"pp": 3, "schedule": "v-half", "chunks": 2}),
+    (2, {"pp": 2, "schedule": "dualpipe-v", "chunks": 2}),
+    (4, {"pp": 4, "schedule": "dualpipe-v", "chunks": 2}),
 ]
 
 
@@ -91,10 +101,35 @@ def test_live_activations_are_the_schedules_own_count(ranks: int, parallel: dict
 
     for graphs, counted, promised in on_threads(config, ranks, measure):
         assert counted == promised
-        if parallel.get("schedule") == "zb-h1":  # the input-gradient half frees the graph, the queue keeps operands
+        if parallel.get("schedule", "gpipe") != "gpipe":  # an input gradient frees the graph, the queue keeps operands
             assert graphs <= promised
         else:
             assert graphs == promised
+
+
+def test_a_schedule_of_ones_own_holds_what_it_says() -> None:
+    """Whole and split backwards of one stage, W in any order, stages 0 and 3 on the second rank."""
+    parallel = {"pp": 2, "chunks": 2, "schedule": "csv", "schedule_file": str(OWN)}
+    config = small_config(batch={"global_batch_size": 4}, parallel=parallel)
+    data = tokens(config, 2)
+    want = curve(train(solo_rank(small_config(batch={"global_batch_size": 4})), data))
+
+    def measure(rank: Rank) -> tuple[float, int, tuple[int, ...]]:
+        mine = curve(train(rank, data))
+        return deviation(mine, want), rank.runtime.peak_in_flight, tuple(rank.stages)
+
+    (first, peak0, stages0), (second, peak1, stages1) = on_threads(config, 2, measure)
+    assert max(first, second) <= 1e-12
+    assert (stages0, stages1) == ((1, 2), (0, 3)) and (peak0, peak1) == (4, 6)
+
+
+def test_gradients_that_are_the_last() -> None:
+    """Of the small parameters in the last I, of the weights in the last W; a B before that W announces none."""
+    line = "F0.0 F0.1 F0.2 I0.0 W0.0 B0.1 I0.2 W0.2".split()
+    assert _last_gradients([parse_action(word) for word in line]) == {6, 7}
+    assert _last_gradients([parse_action(word) for word in "F0.0 F0.1 B0.0 B0.1".split()]) == {3}
+    assert _last_gradients([parse_action(word) for word in "F0.0 F0.1 I0.0 B0.1 W0.0".split()]) == {4}
+    assert _last_gradients([parse_action(word) for word in "F1.0 F0.0 I0.0 B1.0 W0.0".split()]) == {2, 3, 4}
 
 
 def _call_before(stage: Any, hook: Any) -> None:
@@ -140,6 +175,6 @@ def test_an_output_is_freed_once_it_has_been_sent() -> None:
 def test_the_position_names_the_action_under_way() -> None:
     rank = solo_rank(small_config())
     seen = []
-    rank.runtime._trace = lambda action: seen.append(rank.runtime.position)
+    rank.runtime.clock = lambda: seen.append(rank.runtime.position) or 0.0
     train(rank, tokens(rank.plan.config, 1))
     assert seen[0].startswith("F0.0 (action 0 of ") and rank.runtime.position == "finished"

@@ -9,20 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallama.config.schema import ParallelConfig
-from megallama.plan.check import build_forward, build_schedule, check
+from megallama.plan.check import build_forward, build_schedule, check, compute_schedule
 from megallama.plan.schedule import (
     Action,
     Kind,
     Schedule,
     ScheduleError,
-    compute_schedule,
     forward_only,
     gpipe,
+    looped,
     lower,
     one_f_one_b,
     parse,
     zero_bubble_h1,
 )
+from megallama.plan.schedule_v import dualpipe_v, zb_v
 from megallama.plan.simulate import StageCost, draw, simulate
 
 F, B, I, W = Kind.F, Kind.B, Kind.I, Kind.W  # noqa: E741
@@ -78,8 +79,9 @@ def test_unequal_stages_and_hops() -> None:
     assert simulate(proved(gpipe(3, 1)), hop=0.25).makespan == 9 + 4 * 0.25
 
 
+NAMES = ["gpipe", "1f1b", "zb-h1", "zb-h2", "zb-v", "v-half", "dualpipe-v"]
 layouts = st.tuples(
-    st.sampled_from(["gpipe", "1f1b", "zb-h1"]), st.integers(1, 6), st.integers(1, 4), st.integers(1, 13)
+    st.sampled_from(NAMES), st.integers(1, 6), st.integers(1, 4), st.integers(1, 13)
 )
 
 
@@ -88,7 +90,9 @@ layouts = st.tuples(
 def test_any_layout(layout: tuple[str, int, int, int]) -> None:
     """Everything `build_schedule` returns is proved, reads back from its text and has the work of its size."""
     name, p, v, m = layout
-    v = 1 if p == 1 or name == "zb-h1" else v
+    v = 1 if p == 1 or name in ("zb-h1", "zb-h2") else v
+    if name.endswith("v") or name == "v-half":
+        p, v, m = max(2, p), 2, m + 12 * (name == "dualpipe-v")
     if name == "1f1b" and v > 1:
         m *= p
     s = build_schedule(ParallelConfig(pp=p, chunks=v, schedule=name), m)
@@ -96,7 +100,7 @@ def test_any_layout(layout: tuple[str, int, int, int]) -> None:
     flat = [a for steps in s.steps for a in steps]
     assert sum(a.kind is F for a in flat) == p * v * m
     assert sum(a.kind in (B, I) for a in flat) == p * v * m
-    crossings = 2 * m * (p * v - 1) * (p > 1)
+    crossings = 2 * m * sum(a != b for a, b in zip(s.owners, s.owners[1:], strict=False))
     assert sum(a.kind in (Kind.SEND_F, Kind.SEND_B) for a in flat) == crossings
     for rank in range(p):
         compute = [a for a in s.steps[rank] if a.kind.is_compute]
@@ -110,8 +114,9 @@ def test_any_layout(layout: tuple[str, int, int, int]) -> None:
 @given(st.integers(1, 6), st.integers(1, 13), st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
 def test_forward_only(p: int, m: int, v: int) -> None:
-    s = build_forward(ParallelConfig(pp=p, chunks=v), m)
-    assert s == forward_only(p, m, v) and not s.is_training
+    owners = looped(p, p * v)
+    s = build_forward(gpipe(p, 1, v), m)
+    assert s == forward_only(p, m, owners) and not s.is_training
     assert [s.peak_in_flight(r) for r in range(p)] == [0] * p
     assert sum(a.kind is F for steps in s.steps for a in steps) == p * v * m
 
@@ -122,7 +127,10 @@ def test_weighted_peak() -> None:
     assert s.peak_in_flight(0, lambda stage: {0: 3, 2: 5}[stage]) == 2 * 3 + 2 * 5
 
 
-@given(st.sampled_from([one_f_one_b(3, 4), one_f_one_b(2, 4, 2), gpipe(3, 3), zero_bubble_h1(3, 4)]), st.data())
+MUTATED = [one_f_one_b(3, 4), one_f_one_b(2, 4, 2), gpipe(3, 3), zero_bubble_h1(3, 4), zb_v(2, 3), dualpipe_v(2, 4)]
+
+
+@given(st.sampled_from(MUTATED), st.data())
 @settings(max_examples=100, deadline=None)
 def test_every_mutation_is_found(compute: Schedule, data: st.DataObject) -> None:
     """Drop or double any action, or swap two transfers of a rank: never both accepted and wrong."""
@@ -217,6 +225,9 @@ def test_in_flight_bound() -> None:
     with pytest.raises(ScheduleError) as caught:
         check(lower(gpipe(2, 4)), max_in_flight=2)
     assert str(caught.value) == "rank 0 holds 4 micro-batches at once, more than 2"
+    with pytest.raises(ScheduleError) as caught:
+        check(lower(gpipe(2, 4)), max_received=1)
+    assert str(caught.value) == "rank 1 holds 2 received tensors at once, more than 1"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,149 @@
+"""A user's own schedule: one line per pipeline rank, one cell per action, in the order of execution.
+
+    F0.0,F0.1,B0.0,B0.1
+    F1.0,B1.0,F1.1,B1.1
+
+``F2.0`` is the forward of stage 2 for micro-batch 0; ``B2.0`` its backward, or ``I2.0`` and later ``W2.0`` the two
+halves of it.  Who computes a stage owns it.  Sends and receives are inserted afterwards.  Empty cells, empty
+lines and lines that begin with # say nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from megallama.plan.schedule import Action, B, F, I, Schedule, ScheduleError, W, parse_action
+
+
+class Cell(NamedTuple):
+    """Where an action stands."""
+
+    rank: int
+    place: str  # file, line and cell
+
+
+def read_csv(path: Path, num_ranks: int, num_stages: int, num_microbatches: int) -> Schedule:
+    """The schedule in a file, for a job of this size.
+
+    Raises: ScheduleError naming the place, what is wrong and what to write.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ScheduleError(f"cannot read parallel.schedule_file={path}: {reason}; give a CSV file") from None
+    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip(", \t") and line[0] != "#"]
+    if len(lines) != num_ranks:
+        raise ScheduleError(
+            f"{path} has {len(lines)} lines of actions, but parallel.pp={num_ranks}; write one line per pipeline rank"
+        )
+    cells: dict[Action, Cell] = {}
+    for rank, (number, line) in enumerate(lines):
+        for column, word in enumerate(line.split(","), 1):
+            if word.strip():
+                place = f"{path}, line {number}, cell {column}"
+                a = _action(word.strip(), place)
+                if a in cells:
+                    raise ScheduleError(f"{place}: {a} stands already at {cells[a].place}; write every action once")
+                cells[a] = Cell(rank, place)
+    owners = _owners(path, cells, num_stages, num_microbatches)
+    _check_backwards(path, cells)
+    steps = tuple(tuple(a for a, cell in cells.items() if cell.rank == rank) for rank in range(num_ranks))
+    schedule = Schedule(path.name, num_ranks, num_stages, num_microbatches, steps, owners)
+    _check_order(schedule, cells)
+    return schedule
+
+
+def _action(word: str, place: str) -> Action:
+    try:
+        a = parse_action(word)
+    except ScheduleError:
+        raise ScheduleError(
+            f"{place}: {word!r} is no action; write F, B, I or W with stage.micro-batch, e.g. F2.0"
+        ) from None
+    if not a.kind.is_compute:
+        raise ScheduleError(f"{place}: {word!r} is a transfer; leave it out, the program inserts what F, B and I need")
+    return a
+
+
+def _owners(path: Path, cells: dict[Action, Cell], num_stages: int, num_microbatches: int) -> tuple[int, ...]:
+    """The rank of each stage, once every stage has every forward on one rank."""
+    owners: dict[int, Cell] = {}
+    for a, cell in cells.items():
+        first = owners.setdefault(a.stage, cell)
+        if first.rank != cell.rank:
+            raise ScheduleError(
+                f"{cell.place}: {a} is of stage {a.stage}, which another rank computes at {first.place}; "
+                "write all actions of a stage on one line"
+            )
+        if a.stage >= num_stages:
+            raise ScheduleError(
+                f"{cell.place}: there is no stage {a.stage}; parallel.pp x parallel.chunks = {num_stages} stages, "
+                f"write 0 to {num_stages - 1}, or another parallel.chunks"
+            )
+        if a.microbatch >= num_microbatches:
+            raise ScheduleError(
+                f"{cell.place}: there is no micro-batch {a.microbatch}; the batch gives each rank {num_microbatches} "
+                f"of them, write 0 to {num_microbatches - 1}, or change batch.global_batch_size"
+            )
+    stages, microbatches = max(owners, default=-1) + 1, max((a.microbatch for a in cells), default=-1) + 1
+    if stages < num_stages:
+        raise ScheduleError(
+            f"{path} has {stages} stages, but parallel.pp x parallel.chunks = {num_stages}; "
+            f"write stages 0 to {num_stages - 1}, or another parallel.chunks"
+        )
+    if microbatches < num_microbatches:
+        raise ScheduleError(
+            f"{path} has {microbatches} micro-batches, but the batch gives each rank {num_microbatches}; "
+            f"write micro-batches 0 to {num_microbatches - 1}, or change batch.global_batch_size"
+        )
+    for a in (Action(F, s, m) for s in range(num_stages) for m in range(num_microbatches)):
+        if a not in cells:
+            raise ScheduleError(
+                f"{path} lacks {a}; each of {num_stages} stages needs a forward of each of {num_microbatches} "
+                f"micro-batches, write {a} on {'the line of its stage' if a.stage in owners else 'one of the lines'}"
+            )
+    return tuple(owners[s].rank for s in range(num_stages))
+
+
+def _check_backwards(path: Path, cells: dict[Action, Cell]) -> None:
+    """Every forward has a B, or an I and a W, and not both."""
+    for a in [a for a in cells if a.kind is F]:
+        b, i, w = (a._replace(kind=kind) for kind in (B, I, W))
+        if b in cells and (i in cells or w in cells):
+            half = i if i in cells else w
+            raise ScheduleError(
+                f"{cells[half].place}: {half}, but {cells[b].place} has the whole backward; write {b}, or {i} and {w}"
+            )
+        if b not in cells and (lack := [str(x) for x in (i, w) if x not in cells]):
+            rest = f"write {b}, or {i} and {w}," if len(lack) == 2 else f"write {lack[0]}"
+            raise ScheduleError(f"{path} lacks {' and '.join(lack)}; {rest} behind {a} of {cells[a].place}")
+
+
+def _check_order(schedule: Schedule, cells: dict[Action, Cell]) -> None:
+    """Every action comes after what it needs, on its own line and across the lines."""
+    made: set[Action] = set()
+    at = [0] * schedule.num_ranks
+    moved = True
+    while moved:
+        moved = False
+        for rank, steps in enumerate(schedule.steps):
+            while at[rank] < len(steps) and made.issuperset(schedule.needs(a := steps[at[rank]])):
+                if value := schedule.produces(a):
+                    made.add(value)
+                at[rank], moved = at[rank] + 1, True
+    stuck = [steps[i] for steps, i in zip(schedule.steps, at, strict=True) if i < len(steps)]
+    why = []
+    for a in stuck:
+        need = next(v for v in schedule.needs(a) if v not in made)
+        maker = need if need in cells else need._replace(kind=I)
+        why.append(f"{cells[a].place}: {a} needs {maker}, which")
+        if cells[maker].rank == cells[a].rank:
+            raise ScheduleError(f"{why[-1]} stands behind it in {cells[maker].place}; write {maker} before {a}")
+        why[-1] += f" stands at {cells[maker].place}"
+    if why:
+        raise ScheduleError(
+            f"in {schedule.name} the lines wait for one another for ever; move one of these behind what it needs:\n  "
+            + "\n  ".join(why)
+        )
