@@ -63,7 +63,8 @@ def prove(programs: Sequence[Program], groups: Mapping[str, Partition]) -> None:
         for ranks in partition:
             members = [programs[rank] for rank in ranks]
             for member, mine in enumerate(members):
-                if (key := (name, mine, members[0])) not in seen:
+                key: tuple[object, ...] = (name, mine, members[0])
+                if key not in seen:
                     seen.add(key)
                     _same(name, ranks, member, members)
                 for op, group, peer in mine.channels:

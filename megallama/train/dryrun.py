@@ -35,7 +35,6 @@ from megallama.data.batch import MicroBatch
 from megallama.kernels.choose import choose_kernels
 from megallama.kernels.documents import Documents
 from megallama.model.llama import Stage, StageInput
-from megallama.pipeline.runtime import StageCall
 from megallama.plan.layout import BufferLayout
 from megallama.plan.memory import stage_layout
 from megallama.plan.plan import Plan

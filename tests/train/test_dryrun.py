@@ -1,14 +1,19 @@
-"""The dry run is the real program: what it records is what ranks really do, and every fault in it is found and named."""
+"""The dry run is the real program: what it records is what ranks really do, and the plan predicts it."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from math import prod
 
 import pytest
+import torch
 
 from megallama.comm.groups import Groups
 from megallama.comm.recording import Call, Recording
-from megallama.plan.plan import make_plan
+from megallama.plan.communication import collectives
+from megallama.plan.plan import Plan, make_plan
+from megallama.train.assemble import DTYPES
 from megallama.train.dryrun import dry_run
 from megallama.train.step import evaluate_step
 from tests.parity.matrix import Layout, matrix
@@ -16,6 +21,7 @@ from tests.small import build, documents, micro_batches, tokens, train
 from tests.threads import run_threads
 
 Key = tuple[object, ...]
+FORMATS = {**DTYPES, "int64": torch.int64}
 
 
 def key(call: Call) -> Key:
@@ -65,3 +71,18 @@ def test_every_rank_does_what_the_dry_run_says(layout: Layout) -> None:
         for phase, calls in phases.items():
             mine = [c for c in program.calls if c.label.endswith(phase)]
             assert list(map(key, mine)) == list(map(key, calls)), (rank, phase)
+        assert predicted(done.plan, rank) == counted(phases["step 2"]), rank
+
+
+def predicted(plan: Plan, rank: int) -> Counter[Key]:
+    at = plan.topology.coords(rank)
+    found = collectives(plan.config, plan.topology, plan.stages, plan.schedule, at["pp"], at["dp"])
+    assert all(c.count > 0 and c.nbytes == c.count * prod(c.shape) * FORMATS[c.dtype].itemsize for c in found)
+    out: Counter[Key] = Counter()
+    for c in found:
+        out[c.axis, c.op, c.shape, FORMATS[c.dtype]] += c.count
+    return out
+
+
+def counted(calls: list[Call]) -> Counter[Key]:
+    return Counter((c.group, c.op, c.shape, c.dtype) for c in calls)
