@@ -11,14 +11,20 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import ConfigError, MegallamaError  # noqa: E402
 from megallama.config.load import load  # noqa: E402
-from megallama.plan.plan import make_plan  # noqa: E402
+from megallama.plan.plan import Plan, make_plan  # noqa: E402
+
+if TYPE_CHECKING:
+    from megallama.train.dryrun import DryRun
 
 USAGE = "usage: python tools/dryrun.py [CONFIG.toml] ranks=N [section.key=value ...]"
 
@@ -43,13 +49,42 @@ def main(argv: Sequence[str]) -> int:
     from megallama.comm.agreement import Disagreement
     from megallama.train.dryrun import dry_run
 
+    started = time.perf_counter()
     try:
-        print(dry_run(plan))
+        done = dry_run(plan)
     except Disagreement as error:
         print(f"this job can hang: {error}", file=sys.stderr)
         return 1
-    print(f"memory      {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB at most")
+    for line in report(plan, done):
+        print(line)
+    print(f"took      {time.perf_counter() - started:.1f} s, {_peak_gib():.2f} GiB at most")
     return 0
+
+
+def report(plan: Plan, done: DryRun) -> Iterator[str]:
+    """What was executed, proved, and communicated in one step."""
+    yield f"ranks     {plan.topology}: {len(set(done.programs))} distinct"
+    yield f"executed  {', '.join(done.phases)}"
+    calls, waits = sum(len(p.calls) for p in done.programs), sum(len(p.waits) for p in done.programs)
+    yield f"proved    over the {calls:,} calls and {waits:,} waits of all ranks: every collective has all its members in"
+    yield "          one order, every send its receive, and no rank waits for ever" + (
+        ", even if every collective held its rank" if done.blocking else " (collectives of several groups overlap)"
+    )
+    step = next(phase for phase in reversed(done.phases) if phase.startswith("step"))
+    yield f"in {step}, all ranks together, bytes of whole tensors:"
+    count: Counter[tuple[str, str]] = Counter()
+    size: Counter[tuple[str, str]] = Counter()
+    for program, ranks in Counter(done.programs).items():
+        for call in program.calls:
+            if call.label.endswith(step):
+                count[call.group, call.op] += ranks
+                size[call.group, call.op] += ranks * call.nbytes
+    for group, op in sorted(count):
+        yield f"  {group:>9}  {op:<14}  {count[group, op]:>12,} calls  {size[group, op] / 1e9:>14,.3f} GB"
+
+
+def _peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megallama.comm.group import Group, Handle, Op
+from megallama.comm.group import Done, Group, Handle, Op, Solo
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Recording:
         self, handle: Handle, op: str, tensor: Tensor, peer: int | None = None, reduce: Op = "sum"
     ) -> Handle:
         shape, dtype = tuple(tensor.shape), tensor.dtype
+        assert tensor.is_contiguous() and tensor.numel(), f"{self.name}: {shape} empty or strided"
+        assert peer is None or 0 <= peer < self.size, f"{self.name}: there is no member {peer} among {self.size}"
         self.calls.append(Call(op, self.name, shape, dtype, tensor.nbytes, peer, reduce, self._label()))
         return handle if self.waits is None else _Noted(handle, len(self.calls) - 1, self.calls, self.waits)
 
@@ -69,9 +71,11 @@ class Recording:
         return self._record(self.inner.all_reduce(tensor, op), "all_reduce", tensor, reduce=op)
 
     def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
+        self._check(shard, output)
         return self._record(self.inner.all_gather(output, shard), "all_gather", output)
 
     def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
+        self._check(output, full)
         return self._record(self.inner.reduce_scatter(output, full), "reduce_scatter", full)
 
     def broadcast(self, tensor: Tensor, source: int) -> Handle:
@@ -91,6 +95,10 @@ class Recording:
         self._blocking("gather_values")
         return self.inner.gather_values(value)
 
+    def _check(self, part: Tensor, whole: Tensor) -> None:
+        assert whole.numel() == self.size * part.numel(), f"{whole.shape} is not {self.size} x {part.shape}"
+        assert whole.dtype == part.dtype, f"{self.name}: {whole.dtype} and {part.dtype}"
+
     def _blocking(self, op: str) -> None:
         self.calls.append(Call(op, self.name, label=self._label()))
         if self.waits is not None:
@@ -98,7 +106,7 @@ class Recording:
 
 
 class _Noted:
-    """A handle whose first wait is written down."""
+    """A handle whose first wait is written down; before it, nothing is ever said to be done, so a wait must come."""
 
     def __init__(self, inner: Handle, call: int, calls: list[Call], waits: list[Wait]) -> None:
         self._inner, self._call, self._calls, self._waits = inner, call, calls, waits
@@ -111,60 +119,30 @@ class _Noted:
         self._inner.wait()
 
     def done(self) -> bool:
-        return self._waited or self._inner.done()
+        return self._waited
 
 
-class _Later:
-    """The handle of something that nobody will ever say has finished: so whoever asks will wait in the end."""
+class Absent(Solo):
+    """The group of one rank among `ranks`, where the others are not there: sums are this rank's addend.
 
-    def wait(self) -> None:
-        return None
-
-    def done(self) -> bool:
-        return False
-
-
-class Absent:
-    """The group of one rank among others that are not there: operations are checked, and move nothing.
-
-    Tensors keep what they hold, so sums are this rank's addend; meta tensors hold nothing to begin with.
+    For meta tensors, which hold nothing, and for values that are alike on all ranks.
     """
 
     def __init__(self, name: str, ranks: tuple[int, ...], rank: int) -> None:
-        self.name, self.ranks = name, ranks
-        self.rank, self.size = ranks.index(rank), len(ranks)
-
-    def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
-        return self._checked(tensor)
+        super().__init__(name)
+        self.ranks, self.rank, self.size = ranks, ranks.index(rank), len(ranks)
 
     def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
-        assert output.numel() == self.size * shard.numel(), f"{output.shape} is not {self.size} x {shard.shape}"
-        return self._checked(output, shard)
+        return Done()
 
     def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
-        assert full.numel() == self.size * output.numel(), f"{full.shape} is not {self.size} x {output.shape}"
-        return self._checked(output, full)
-
-    def broadcast(self, tensor: Tensor, source: int) -> Handle:
-        return self._checked(tensor, peer=source)
+        return Done()
 
     def send(self, tensor: Tensor, to: int) -> Handle:
-        assert to != self.rank, f"{self.name}: rank {to} sends to itself"
-        return self._checked(tensor, peer=to)
+        return Done()
 
     def recv(self, tensor: Tensor, source: int) -> Handle:
-        assert source != self.rank, f"{self.name}: rank {source} receives from itself"
-        return self._checked(tensor, peer=source)
-
-    def barrier(self) -> None:
-        return None
+        return Done()
 
     def gather_values(self, value: Any) -> list[Any]:
         return [value] * self.size
-
-    def _checked(self, *tensors: Tensor, peer: int = 0) -> Handle:
-        assert 0 <= peer < self.size, f"{self.name}: there is no member {peer} among {self.size}"
-        for tensor in tensors:
-            assert tensor.is_contiguous() and tensor.numel(), f"{self.name}: {tuple(tensor.shape)} empty or strided"
-            assert tensor.dtype == tensors[0].dtype, f"{self.name}: {tensor.dtype} and {tensors[0].dtype}"
-        return _Later()

@@ -1,24 +1,22 @@
 """A dry run: every distinct rank of a job on one CPU, through the real model, pipeline and optimizer, without memory.
 
 Tensors are on torch's meta device (shapes and formats, no values), groups record and move nothing.  Ranks are
-*distinct* if anything differs that their code can depend on: the place in the pipeline, the shapes of the
-parameters they hold, how much of these must be summed over more than dp in their share of the gradients.  One of each kind runs a few steps; the
+*distinct* if anything differs that their communication can depend on (`kinds`).  One of each kind runs a few steps; the
 communication of all ranks is then proved to fit together (`comm.agreement`).
 
-Within a step a stage runs in full for its first two micro-batches and for the one whose backward is first or last:
-only those can differ (the first waits for gathered weights, the last reduces gradients).  For the others it repeats
-what it communicated before; the interpreter executes all of them.
+Within a step a stage runs in full for its first two micro-batches and for those whose backward is first or last: only
+these can differ (the first waits for gathered weights, the last reduces gradients).  For the others it repeats what it
+communicated before; the interpreter executes all of them.
 
 What decides a branch has a value: token counts and votes are real tensors, and losses and norms read as 1, or as
-not-a-number in the step that must be skipped on all ranks.
+not-a-number in the step that all ranks must skip.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -27,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from megallama.comm.agreement import Program, holds_when_blocking, prove
+from megallama.comm.agreement import Program, prove
 from megallama.comm.group import Group, Solo
 from megallama.comm.groups import Partition, build_groups, partitions
 from megallama.comm.recording import Absent, Call, Recording, Wait
@@ -38,8 +36,8 @@ from megallama.model.llama import Stage, StageInput
 from megallama.plan.layout import BufferLayout
 from megallama.plan.memory import stage_layout
 from megallama.plan.plan import Plan
-from megallama.plan.schedule import F, Kind, Schedule
-from megallama.train.assemble import DTYPES, Rank, assemble
+from megallama.plan.schedule import F, Kind
+from megallama.train.assemble import DTYPES, assemble
 from megallama.train.step import evaluate_step, train_step
 
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -48,50 +46,34 @@ Template = tuple[list[Call], list[Wait]]
 
 @dataclass(frozen=True)
 class DryRun:
-    """What was run and proved; ``str`` is a report."""
+    """What was executed and proved."""
 
-    plan: Plan
     programs: tuple[Program, ...]  # of every rank; ranks that are alike share one
-    phases: tuple[str, ...]
+    phases: tuple[str, ...]  # the labels of calls end with the name of their phase
     blocking: bool  # it would end even if every collective held its rank
-    seconds: float
-
-    def __str__(self) -> str:
-        distinct = dict.fromkeys(self.programs)
-        calls = sum(len(p.calls) for p in self.programs)
-        lines = [
-            f"ranks       {self.plan.topology}: {len(distinct)} distinct",
-            f"executed    {', '.join(self.phases)}",
-            f"proved      {calls:,} calls and {sum(len(p.waits) for p in self.programs):,} waits of all ranks: every "
-            "collective has its members in one order, every send its receive, no rank waits for ever",
-        ]
-        if not self.blocking:
-            lines.append("            (on collectives of several groups being under way at once)")
-        return "\n".join([*lines, f"took        {self.seconds:.1f} s"])
 
 
 def dry_run(plan: Plan) -> DryRun:
     """Run one rank of every kind and prove that all ranks of the plan fit together.
 
-    Raises: Disagreement naming group, place and two ranks.
+    Raises: Disagreement naming the group, the place and two ranks.
     """
-    started = time.perf_counter()
     programs: dict[Hashable, Program] = {}
-    kind = kinds(plan)
-    of_rank = []
+    kind, of_rank = kinds(plan), []
     for rank in range(plan.topology.world_size):
         if (key := kind(rank)) not in programs:
             programs[key] = record(plan, rank)
         of_rank.append(programs[key])
-    groups = partitions(plan.topology, plan.config.model.num_kv_heads or 1)
-    prove(of_rank, groups)
-    blocking = holds_when_blocking(of_rank, groups)
-    phases = tuple(name for name, _ in _phases(plan))
-    return DryRun(plan, tuple(of_rank), phases, blocking, time.perf_counter() - started)
+    blocking = prove(of_rank, partitions(plan.topology, plan.config.model.num_kv_heads or 1))
+    return DryRun(tuple(of_rank), tuple(name for name, _ in _phases(plan)), blocking)
 
 
 def kinds(plan: Plan) -> Callable[[int], Hashable]:
-    """A function that tells of a rank what its program can depend on: ranks of one kind run the same program."""
+    """A function that tells of a rank what its communication can depend on.
+
+    That is its place in the pipeline, the shapes of its parameters and of what they hold of the model, and how many
+    elements of its share of the gradients are summed over more than dp.
+    """
     config, dp = plan.config, plan.topology.dp
 
     @cache
@@ -132,66 +114,54 @@ def _phases(plan: Plan) -> list[tuple[str, Callable[[_Tape], None]]]:
     """Loading, a step of every batch size and one more of the last, an evaluation, a step that is skipped."""
     sizes = [*plan.batch.sizes, plan.config.batch.global_batch_size]
     steps = [(f"step {i}", partial(_Tape.train, size=size)) for i, size in enumerate(sizes, 1)]
-    return [
-        ("loading", lambda tape: tape.rank.optimizer.loaded(0)),
-        *steps,
-        ("evaluation", partial(_Tape.evaluate, size=sizes[-1])),
-        (f"skipped step {len(sizes) + 1}", partial(_Tape.train, size=sizes[-1], skipped=True)),
-    ]
+    skipped = f"skipped step {len(sizes) + 1}", partial(_Tape.train, size=sizes[-1], skipped=True)
+    evaluation = "evaluation", partial(_Tape.evaluate, size=sizes[-1])
+    return [("loading", lambda tape: tape.rank.optimizer.loaded(0)), *steps, evaluation, skipped]
 
 
 class _Tape:
     """One rank that is not there, and what it communicates."""
 
     def __init__(self, plan: Plan, rank: int) -> None:
-        self.plan, self.phase = plan, ""
+        self.plan, self.phase, self.schedule = plan, "", plan.schedule
         self.calls: list[Call] = []
         self.waits: list[Wait] = []
-        self.schedule: Schedule = plan.schedule
-        self._me, self._value = rank, 1.0
-        config = plan.config
+        self._me, self._value, config = rank, 1.0, plan.config
         groups = build_groups(plan.topology, rank, config.model.num_kv_heads or 1, self._group)
         kernels = choose_kernels(META, DTYPES[config.precision.dtype])
         built = assemble(plan, groups, META, kernels, lambda number, stage: _Repeating(number, stage, self))
-        self.rank: Rank = replace(built, device=CPU, read=lambda tensor: [self._value] * tensor.numel())
+        self.rank = replace(built, device=CPU, read=lambda tensor: [self._value] * tensor.numel())
 
     def _group(self, name: str, partition: Partition) -> Group:
         ranks = next(ranks for ranks in partition if self._me in ranks)
         if len(ranks) == 1:
             return Solo(name, self._me)
-        return Recording(Absent(name, ranks, self._me), self.calls, self.waits, self._label)
+        return Recording(Absent(name, ranks, self._me), self.calls, self.waits, self.label)
 
-    def _label(self) -> str:
-        """What a call is for, alike on all members of its group: of a message the value, else phase and action."""
-        action = self.action
-        kind, _, at = action.partition("_")
+    def label(self) -> str:
+        """What a call is for, alike on all members of its group: action and phase; of a message, the value's maker."""
+        kind, _, at = (action := self.action()).partition("_")
         if at:  # send_F2.0 and recv_F3.0 are one message
             stage, _, microbatch = at[1:].partition(".")
-            source = int(stage) + (0 if kind == "send" else -1 if at[0] == "F" else 1)
-            action = f"the result of {at[0]}{source}.{microbatch}"
+            maker = int(stage) - (kind == "recv") * (1 if at[0] == "F" else -1)
+            action = f"the result of {at[0]}{maker}.{microbatch}"
         return f"{action} of {self.phase}" if action else self.phase
 
-    @property
     def action(self) -> str:
         """The action under way, as text; empty outside the pipeline."""
         word, _, rest = self.rank.runtime.position.partition(" (")
         return word if rest else ""
 
     def _batches(self, size: int) -> list[MicroBatch]:
-        b, documents = self.plan.config.batch, None
-        shape = b.micro_batch_size, b.seq_length
-        tokens = torch.zeros(shape, dtype=torch.int64)
-        mask = None
-        if self.plan.config.data.document_mask:
-            documents, mask = Documents.of(tokens), torch.ones(shape, dtype=torch.bool)
-        one = MicroBatch(tokens, tokens, mask, documents).to(META)
-        return [one] * self.plan.batch.num_microbatches(size)
+        b, masked = self.plan.config.batch, self.plan.config.data.document_mask
+        tokens = torch.zeros(b.micro_batch_size, b.seq_length, dtype=torch.int64)
+        mask, documents = (torch.ones_like(tokens).bool(), Documents.of(tokens)) if masked else (None, None)
+        return [MicroBatch(tokens, tokens, mask, documents).to(META)] * self.plan.batch.num_microbatches(size)
 
     def train(self, size: int, skipped: bool = False) -> None:
         """A step of `size` samples."""
-        batches = self._batches(size)
+        batches, masked = self._batches(size), self.plan.config.data.document_mask
         self.schedule, self._value = self.plan.schedule_for(len(batches)), math.nan if skipped else 1.0
-        masked = self.plan.config.data.document_mask
         result = train_step(self.rank, self.schedule, batches, lr=1e-3, masked=masked)
         assert result.applied is not skipped, result
 
@@ -202,20 +172,18 @@ class _Tape:
         evaluate_step(self.rank, self.schedule, batches)
 
     def said(self, label: str) -> Template:
-        """The latest calls with this label, and the waits for them, counted from the first of them."""
-        stop = next((i + 1 for i in reversed(range(len(self.calls))) if self.calls[i].label == label), 0)
-        start = stop
-        while start and self.calls[start - 1].label == label:
-            start -= 1
-        waits = [Wait(w.before - start, w.call - start) for w in self.waits if start <= w.call < stop]
-        return self.calls[start:stop], waits
+        """The calls with this label, and the waits for them, counted from the first of them."""
+        at = [i for i, call in enumerate(self.calls) if call.label == label]
+        first = at[0] if at else 0
+        assert at == list(range(first, first + len(at))), label
+        held = set(at)
+        return [self.calls[i] for i in at], [Wait(w[0] - first, w[1] - first) for w in self.waits if w.call in held]
 
     def again(self, template: Template) -> None:
         """Repeat calls and waits under today's label."""
-        calls, waits = template
-        at, label = len(self.calls), self._label()
-        self.calls += [replace(call, label=label) for call in calls]
-        self.waits += [Wait(w.before + at, w.call + at) for w in waits]
+        at, label = len(self.calls), self.label()
+        self.calls += [replace(call, label=label) for call in template[0]]
+        self.waits += [Wait(before + at, call + at) for before, call in template[1]]
 
 
 class _Repeating:
@@ -224,39 +192,37 @@ class _Repeating:
     def __init__(self, number: int, stage: Stage, tape: _Tape) -> None:
         self._number, self._stage, self._tape = number, stage, tape
         self._templates: dict[tuple[str, bool], Template] = {}
+        self._learning: dict[bool, str] = {}  # the first phase of training, of evaluating
         self._out: dict[bool, Tensor] = {}
         self._anchor = torch.zeros(0, requires_grad=True)  # the first stage has no input that asks for a gradient
 
     def __call__(self, hidden: Tensor | None, batch: StageInput) -> Tensor:
-        train = torch.is_grad_enabled()
+        train, phase = torch.is_grad_enabled(), self._tape.phase
         forward, backward = self._order()
         whole = {forward[0], *backward[-1:]}
-        whole.update(() if (F, train) in self._templates else forward[1:2])
-        whole.update(() if len(self._templates) > 1 else backward[:1])
-        if int(self._tape.action.partition(".")[2]) in whole:
+        if self._learning.setdefault(train, phase) == phase:
+            whole |= {*forward[:2], *backward[:1]}
+        if int(self._tape.action().partition(".")[2]) in whole:
             out = self._stage(hidden, batch)
             self._out[train] = torch.empty_like(out)
             return out
-        self._tape.again(self.template(F, forward[1], train))
+        self._repeat(F, forward[1], train)
         repeated: Tensor = _Repeated.apply(self._anchor if hidden is None else hidden, self, self._out[train])
         return repeated
 
     def backward(self) -> None:
         """Repeat what the backward of another micro-batch said."""
-        kind = Kind(self._tape.action[0])
-        self._tape.again(self.template(kind, self._order()[1][0], True))
+        self._repeat(Kind(self._tape.action()[0]), self._order()[1][0], True)
 
-    def template(self, kind: Kind, microbatch: int, train: bool) -> Template:
-        """What `kind` says, learnt from the latest run of `microbatch` the first time."""
+    def _repeat(self, kind: Kind, microbatch: int, train: bool) -> None:
         if (kind, train) not in self._templates:
             label = f"{kind}{self._number}.{microbatch} of {self._tape.phase}"
             self._templates[kind, train] = self._tape.said(label)
-        return self._templates[kind, train]
+        self._tape.again(self._templates[kind, train])
 
     def _order(self) -> tuple[list[int], list[int]]:
         """The micro-batches of this stage in the order of their forwards, and of their backwards."""
-        steps = self._tape.schedule.steps[self._tape.rank.groups.pp.rank]
-        mine = [a for a in steps if a.stage == self._number]
+        mine = [a for a in self._tape.schedule.steps[self._tape.rank.groups.pp.rank] if a.stage == self._number]
         return [a.microbatch for a in mine if a.kind is F], [a.microbatch for a in mine if a.kind in (Kind.B, Kind.I)]
 
 
