@@ -1,14 +1,15 @@
-"""A group that writes down what is communicated, for tests of communication contracts and reports."""
+"""A group that writes down what is communicated, and one whose other members are not there: together, a dry run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megallama.comm.group import Group, Handle, Op
+from megallama.comm.group import Done, Group, Handle, Op, Solo
 
 
 @dataclass(frozen=True)
@@ -21,53 +22,127 @@ class Call:
     dtype: torch.dtype | None = None
     nbytes: int = 0
     peer: int | None = None  # broadcast, recv: the source; send: the destination (ranks within the group)
+    reduce: Op = "sum"
+    label: str = ""  # what it is for, where somebody says so; alike on all members, and on both ends of a message
+
+    def __str__(self) -> str:
+        peer = "" if self.peer is None else f" {'to' if self.op == 'send' else 'from'} member {self.peer}"
+        how = "" if self.reduce == "sum" else f" {self.reduce}"
+        what = "" if self.dtype is None else f" {self.shape} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.op}{how}{peer}{what}" + (f" in {self.label}" if self.label else "")
+
+
+class Wait(NamedTuple):
+    """Before making call `before` of its list (or, with as many calls, ending) a rank waits for `call` to finish."""
+
+    before: int
+    call: int
 
 
 class Recording:
     """Passes every operation on to `inner` and appends a `Call` to `calls`, in order of the calls.
 
-    Several groups may share one list, so the order between groups is kept too.
+    Several groups may share the lists, so the order between groups is kept too.  With `waits` the first wait of
+    every handle is written down there; `label` says what the call at hand is for.
     """
 
-    def __init__(self, inner: Group, calls: list[Call] | None = None) -> None:
+    def __init__(
+        self,
+        inner: Group,
+        calls: list[Call] | None = None,
+        waits: list[Wait] | None = None,
+        label: Callable[[], str] = str,
+    ) -> None:
         self.inner = inner
         self.calls: list[Call] = [] if calls is None else calls
+        self.waits, self._label = waits, label
         self.name, self.rank, self.size, self.ranks = inner.name, inner.rank, inner.size, inner.ranks
 
-    def _record(self, op: str, tensor: Tensor | None = None, peer: int | None = None) -> None:
-        if tensor is None:
-            self.calls.append(Call(op, self.name))
-        else:
-            self.calls.append(Call(op, self.name, tuple(tensor.shape), tensor.dtype, tensor.nbytes, peer))
+    def _record(
+        self, handle: Handle, op: str, tensor: Tensor, peer: int | None = None, reduce: Op = "sum"
+    ) -> Handle:
+        shape, dtype = tuple(tensor.shape), tensor.dtype
+        assert tensor.is_contiguous() and tensor.numel(), f"{self.name}: {shape} empty or strided"
+        assert peer is None or 0 <= peer < self.size, f"{self.name}: there is no member {peer} among {self.size}"
+        self.calls.append(Call(op, self.name, shape, dtype, tensor.nbytes, peer, reduce, self._label()))
+        return handle if self.waits is None else _Noted(handle, len(self.calls) - 1, self.calls, self.waits)
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
-        self._record("all_reduce", tensor)
-        return self.inner.all_reduce(tensor, op)
+        return self._record(self.inner.all_reduce(tensor, op), "all_reduce", tensor, reduce=op)
 
     def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
-        self._record("all_gather", output)
-        return self.inner.all_gather(output, shard)
+        self._check(shard, output)
+        return self._record(self.inner.all_gather(output, shard), "all_gather", output)
 
     def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
-        self._record("reduce_scatter", full)
-        return self.inner.reduce_scatter(output, full)
+        self._check(output, full)
+        return self._record(self.inner.reduce_scatter(output, full), "reduce_scatter", full)
 
     def broadcast(self, tensor: Tensor, source: int) -> Handle:
-        self._record("broadcast", tensor, source)
-        return self.inner.broadcast(tensor, source)
+        return self._record(self.inner.broadcast(tensor, source), "broadcast", tensor, source)
 
     def send(self, tensor: Tensor, to: int) -> Handle:
-        self._record("send", tensor, to)
-        return self.inner.send(tensor, to)
+        return self._record(self.inner.send(tensor, to), "send", tensor, to)
 
     def recv(self, tensor: Tensor, source: int) -> Handle:
-        self._record("recv", tensor, source)
-        return self.inner.recv(tensor, source)
+        return self._record(self.inner.recv(tensor, source), "recv", tensor, source)
 
     def barrier(self) -> None:
-        self._record("barrier")
+        self._blocking("barrier")
         self.inner.barrier()
 
     def gather_values(self, value: Any) -> list[Any]:
-        self._record("gather_values")
+        self._blocking("gather_values")
         return self.inner.gather_values(value)
+
+    def _check(self, part: Tensor, whole: Tensor) -> None:
+        assert whole.numel() == self.size * part.numel(), f"{whole.shape} is not {self.size} x {part.shape}"
+        assert whole.dtype == part.dtype, f"{self.name}: {whole.dtype} and {part.dtype}"
+
+    def _blocking(self, op: str) -> None:
+        self.calls.append(Call(op, self.name, label=self._label()))
+        if self.waits is not None:
+            self.waits.append(Wait(len(self.calls), len(self.calls) - 1))
+
+
+class _Noted:
+    """A handle whose first wait is written down; before it, nothing is ever said to be done, so a wait must come."""
+
+    def __init__(self, inner: Handle, call: int, calls: list[Call], waits: list[Wait]) -> None:
+        self._inner, self._call, self._calls, self._waits = inner, call, calls, waits
+        self._waited = False
+
+    def wait(self) -> None:
+        if not self._waited:
+            self._waits.append(Wait(len(self._calls), self._call))
+            self._waited = True
+        self._inner.wait()
+
+    def done(self) -> bool:
+        return self._waited
+
+
+class Absent(Solo):
+    """The group of one rank among `ranks`, where the others are not there: sums are this rank's addend.
+
+    For meta tensors, which hold nothing, and for values that are alike on all ranks.
+    """
+
+    def __init__(self, name: str, ranks: tuple[int, ...], rank: int) -> None:
+        super().__init__(name)
+        self.ranks, self.rank, self.size = ranks, ranks.index(rank), len(ranks)
+
+    def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
+        return Done()
+
+    def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
+        return Done()
+
+    def send(self, tensor: Tensor, to: int) -> Handle:
+        return Done()
+
+    def recv(self, tensor: Tensor, source: int) -> Handle:
+        return Done()
+
+    def gather_values(self, value: Any) -> list[Any]:
+        return [value] * self.size

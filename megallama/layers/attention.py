@@ -65,7 +65,8 @@ class _RotateSplit(Function):
     def forward(
         ctx: Any, qkv: Tensor, layer: RotaryAttention, positions: Positions
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.layer, ctx.positions, ctx.shape = layer, positions, qkv.shape
+        ctx.layer, ctx.shape = layer, qkv.shape
+        ctx.save_for_backward(positions.cos, positions.sin)
         q, k, v = new_q, new_k, new_v = layer.split(qkv)
         if not qkv.is_cuda:
             new_q, new_k, new_v = map(_head_by_head, (q, k, v))
@@ -76,11 +77,11 @@ class _RotateSplit(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        positions: Positions = ctx.positions
+        cos, sin = ctx.saved_tensors
         packed = grads[0].new_empty(ctx.shape)
         q, k, v = ctx.layer.split(packed)
-        rotate(grads[0], positions.cos, -positions.sin, out=q)
-        rotate(grads[1], positions.cos, -positions.sin, out=k)
+        rotate(grads[0], cos, -sin, out=q)
+        rotate(grads[1], cos, -sin, out=k)
         v.copy_(grads[2])
         return packed, None, None
 

@@ -41,7 +41,8 @@ class _Embed(Function):
     def forward(ctx: Any, anchor: Tensor, tokens: Tensor, layer: VocabParallelEmbedding) -> Tensor:
         rows, held = layer.local_rows(tokens)
         out = torch.index_select(layer.param.weight, 0, rows)
-        ctx.layer, ctx.rows, ctx.held = layer, rows, held
+        ctx.layer = layer
+        ctx.save_for_backward(rows, held)
         if layer.tp.group.size == 1:
             return out
         out, handle = layer.tp.sum_rows(out.masked_fill_(~held.unsqueeze(1), 0))
@@ -51,9 +52,10 @@ class _Embed(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         layer: VocabParallelEmbedding = ctx.layer
+        rows, held = ctx.saved_tensors
         full, handle = layer.tp.gather_rows(grads[0])
         handle.wait()
         if layer.tp.group.size > 1:  # zeros for rows of others: picking rows would wait for the device
-            full = full.masked_fill(~ctx.held.unsqueeze(1), 0)
-        layer.param.add_rows(ctx.rows, full)
+            full = full.masked_fill(~held.unsqueeze(1), 0)
+        layer.param.add_rows(rows, full)
         return None, None, None

@@ -117,15 +117,15 @@ class _Recompute(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: TransformerLayer, positions: Positions) -> Tensor:
-        ctx.layer, ctx.positions = layer, positions
-        ctx.save_for_backward(x)
+        ctx.layer, ctx.documents = layer, positions.documents
+        ctx.save_for_backward(x, positions.cos, positions.sin)
         return layer(x, positions)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        (x,) = ctx.saved_tensors
+        x, cos, sin = ctx.saved_tensors
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
-            out = ctx.layer(leaf, ctx.positions)
+            out = ctx.layer(leaf, Positions(cos, sin, ctx.documents))
         torch.autograd.backward(out, grads)
         return leaf.grad, None, None

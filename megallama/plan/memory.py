@@ -1,7 +1,8 @@
 """Bytes of one rank: what lives all the time, exactly, and what lives between forward and backward.
 
 Persistent: the flat buffers as `plan.layout` lays them out, padding included: weights in the training format,
-main gradients in fp32, and this rank's shard of master weights and two moments in fp32 (all fp64 with fp64).
+main gradients in fp32, and this rank's shard of master weights and two moments in fp32 (all fp64 with fp64; where
+weights have that format already they are their own masters), and tables of rotary angles.
 
 Activations saved per layer, for b bytes per element, T tokens and MHA (x, q, k, v, attention output, the residual
 after attention, gate and up; `none` keeps the two norm outputs and the SwiGLU product as well):
@@ -11,21 +12,25 @@ after attention, gate and up; `none` keeps the two norm outputs and the SwiGLU p
     full       b h          =  2h
 
 Tensor parallelism divides what lies inside attention and the feed-forward network; sequence parallelism the rest
-too (Korthikanti et al. 2022, arXiv:2205.05198, table 2).  Besides, fp32 row statistics: 1/rms of two norms, and the
-log-sum-exp of attention per head.
+too (Korthikanti et al. 2022, arXiv:2205.05198, table 2).  Attention kernels keep something besides
+(`statistics_bytes`), the embedding its row numbers, the loss head its input and the gradient of its normed input.
+A split backward (zero bubble) frees all this with the input gradient, and until the weight gradient keeps the two
+operands of every weight gradient instead.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megallama.config.schema import Config
 from megallama.plan.layout import BufferLayout, build_layout
 from megallama.plan.params import ParamBuilder, ParamSpec, heads
 from megallama.plan.partition import Stages
-from megallama.plan.schedule import Schedule
+from megallama.plan.schedule import Kind, Schedule
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+Attention = Literal["fused", "sdpa", "blocked"]  # a GPU's fused kernels; on a CPU torch's own, or ours (16 bits)
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,14 @@ class RankMemory:
     weights: int
     main_grads: int
     optimizer: int
-    activations: int  # saved layer activations at the schedule's peak
+    tables: int  # rotary angles
+    activations: int  # what the schedule keeps for backwards at its peak
     logits: int  # one chunk of the loss, on the last stage
 
     @property
     def persistent(self) -> int:
         """What lives all the time."""
-        return self.weights + self.main_grads + self.optimizer
+        return self.weights + self.main_grads + self.optimizer + self.tables
 
     @property
     def total(self) -> int:
@@ -73,29 +79,97 @@ def saved_bytes(config: Config, recompute: str | None = None) -> int:
     return DTYPE_BYTES[config.precision.dtype] * (rows * outside + tokens * inside)
 
 
-def statistics_bytes(config: Config) -> int:
-    """Bytes of fp32 row statistics that one layer keeps beside `saved_bytes`: a logsumexp a head in fused attention."""
-    if config.memory.recompute == "full":
+def statistics_bytes(config: Config, attention: Attention = "fused") -> int:
+    """Bytes that attention keeps in one layer beside `saved_bytes`.
+
+    fused: a log-sum-exp per token and head in fp32.  sdpa: that in the format of sums, its output a second time (where
+    several heads have to be put in order), and within documents a mask of s * s numbers per sample and the repeated
+    key/value heads.
+    blocked: nothing.
+    """
+    if config.memory.recompute == "full" or attention == "blocked":
         return 0
-    return 4 * _tokens_and_rows(config)[0] * config.model.num_heads // config.parallel.tp
+    m, tp, tokens = config.model, config.parallel.tp, _tokens_and_rows(config)[0]
+    (n, k, d), masked = heads(m), config.data.document_mask
+    local = n // tp
+    if attention == "fused":
+        return 4 * tokens * local
+    extra = (local > 1) * local * d + masked * (config.batch.seq_length + 2 * d * (local - max(1, k // tp)))
+    return tokens * (local * _main_bytes(config) + extra * DTYPE_BYTES[config.precision.dtype])
 
 
-def rank_memory(config: Config, stages: Stages, schedule: Schedule, dp: int, pp_rank: int) -> RankMemory:
+def stage_saved_bytes(config: Config, stages: Stages, stage: int, attention: Attention = "fused") -> int:
+    """Bytes that a stage keeps of one micro-batch from its forward to its backward."""
+    (tokens, rows), layers = _tokens_and_rows(config), len(stages[stage])
+    out = layers * (saved_bytes(config) + statistics_bytes(config, attention))
+    if config.data.document_mask and layers:  # angles by document
+        out += tokens * heads(config.model)[2] * _main_bytes(config)
+    return out + (stage == 0) * 9 * tokens + (stage == len(stages) - 1) * _head_saved_bytes(config, rows)
+
+
+def deferred_bytes(config: Config, stages: Stages, stage: int) -> int:
+    """Bytes that a stage keeps of one micro-batch between the two halves of a split backward."""
+    m, tp = config.model, config.parallel.tp
+    n, k, d = heads(m)
+    inside = d * (2 * n // tp + 2 * max(1, k // tp)) + 3 * (m.ffn_hidden_size // tp)
+    per_token = DTYPE_BYTES[config.precision.dtype] * (4 * m.hidden_size + inside)
+    return len(stages[stage]) * _tokens_and_rows(config)[0] * per_token
+
+
+def peak_saved_bytes(
+    config: Config, stages: Stages, schedule: Schedule, pp_rank: int, attention: Attention = "fused"
+) -> int:
+    """Most bytes kept for backwards at once: between actions, and where full recomputation has a layer's again."""
+    live = peak = 0
+    owned = schedule.stages_of(pp_rank)
+    saved = {s: stage_saved_bytes(config, stages, s, attention) for s in owned}
+    deferred = {s: deferred_bytes(config, stages, s) for s in owned}
+    again = {s: _again_bytes(config, stages, s, attention) for s in owned}
+    for kind, s, _ in schedule.steps[pp_rank] if schedule.is_training else ():
+        if again[s] and kind in (Kind.B, Kind.I):  # the most by the first layer: then all others have put theirs off
+            others = (len(stages[s]) - 1) * (deferred[s] // len(stages[s]) - saved_bytes(config))
+            peak = max(peak, live + again[s] + (others if kind is Kind.I else 0))
+        live += {Kind.F: saved[s], Kind.B: -saved[s], Kind.I: deferred[s] - saved[s], Kind.W: -deferred[s]}.get(kind, 0)
+        peak = max(peak, live)
+    return peak
+
+
+def _again_bytes(config: Config, stages: Stages, stage: int, attention: Attention) -> int:
+    """What full recomputation adds while it has the tensors of the stage's last layer again, when the head is done."""
+    if config.memory.recompute != "full" or not stages[stage]:
+        return 0
+    partial = config.model_copy(update={"memory": config.memory.model_copy(update={"recompute": "selective"})})
+    layer = saved_bytes(partial) + statistics_bytes(partial, attention) - saved_bytes(config)  # its input is there
+    return layer - (stage == len(stages) - 1) * _head_saved_bytes(config, _tokens_and_rows(config)[1])
+
+
+def rank_memory(
+    config: Config, stages: Stages, schedule: Schedule, dp: int, pp_rank: int, attention: Attention = "fused"
+) -> RankMemory:
     """Bytes of the ranks at one pipeline position (alike for all tp and dp ranks there)."""
     owned = schedule.stages_of(pp_rank)
-    numel = sum(stage_layout(config, stages, s, dp).numel for s in owned)
-    dtype, main = DTYPE_BYTES[config.precision.dtype], 8 if config.precision.dtype == "fp64" else 4
-    layer = saved_bytes(config) + statistics_bytes(config)
-    last = len(stages) - 1 in owned
+    layouts = [stage_layout(config, stages, s, dp) for s in owned]
+    numel, buckets = sum(x.numel for x in layouts), sum(len(x.buckets) for x in layouts)
+    dtype, main = DTYPE_BYTES[config.precision.dtype], _main_bytes(config)
     padded_vocab = -(-config.model.vocab_size // config.parallel.tp)
     chunk = min(config.memory.loss_chunk_tokens, _tokens_and_rows(config)[0])
     return RankMemory(
         weights=numel * dtype,
         main_grads=numel * main,
-        optimizer=numel // dp * 3 * main,
-        activations=layer * schedule.peak_in_flight(pp_rank, lambda stage: len(stages[stage])),
-        logits=chunk * padded_vocab * (dtype + main) if last else 0,
+        optimizer=numel // dp * (3 if dtype < main else 2) * main + 4 * buckets,  # with a step count per bucket
+        tables=len(owned) * config.batch.seq_length * heads(config.model)[2] * main,
+        activations=peak_saved_bytes(config, stages, schedule, pp_rank, attention),
+        logits=chunk * padded_vocab * (dtype + main) if len(stages) - 1 in owned else 0,
     )
+
+
+def _head_saved_bytes(config: Config, rows: int) -> int:
+    return 2 * rows * config.model.hidden_size * DTYPE_BYTES[config.precision.dtype]
+
+
+def _main_bytes(config: Config) -> int:
+    """Bytes of a main gradient, and of a sum."""
+    return 8 if config.precision.dtype == "fp64" else 4
 
 
 def _tokens_and_rows(config: Config) -> tuple[int, int]:

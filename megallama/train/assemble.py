@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from megallama.comm.groups import Groups
 from megallama.kernels.choose import Kernels
@@ -15,7 +17,7 @@ from megallama.layers.shard import StateShard
 from megallama.model.init import fill
 from megallama.model.llama import Stage
 from megallama.optim.distributed import DistributedOptimizer
-from megallama.pipeline.runtime import PipelineRuntime, StageWork
+from megallama.pipeline.runtime import PipelineRuntime, StageCall, StageWork
 from megallama.plan.memory import stage_layout
 from megallama.plan.params import global_shapes, init_std
 from megallama.plan.plan import Plan
@@ -34,6 +36,7 @@ class Rank:
     buffers: dict[int, FlatBuffers]
     optimizer: DistributedOptimizer
     runtime: PipelineRuntime
+    read: Callable[[Tensor], list[Any]] = Tensor.tolist  # the values of a small tensor; waits for the device
 
     @property
     def counts_loss(self) -> bool:
@@ -41,8 +44,17 @@ class Rank:
         return self.plan.num_stages - 1 in self.stages and self.groups.tp.rank == 0
 
 
-def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels) -> Rank:
-    """Build rank `groups.rank`; the weights are zero until `initialize` or a checkpoint fills them."""
+def assemble(
+    plan: Plan,
+    groups: Groups,
+    device: torch.device,
+    kernels: Kernels,
+    wrap: Callable[[int, Stage], StageCall] = lambda number, stage: stage,
+) -> Rank:
+    """Build rank `groups.rank`; the weights are zero until `initialize` or a checkpoint fills them.
+
+    The pipeline calls `wrap` of every stage number and stage.
+    """
     config = plan.config
     dtype = DTYPES[config.precision.dtype]
     parallel = config.parallel
@@ -60,7 +72,7 @@ def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels)
         stages[number] = Stage(config, buffers[number], layers, first, last, tp, kernels.attention)
     optimizer = DistributedOptimizer(list(buffers.values()), groups, config.optimizer, config.overlap, kernels.adamw)
     work = {
-        number: StageWork(stages[number], buffers[number].queue, sync)
+        number: StageWork(wrap(number, stages[number]), buffers[number].queue, sync)
         for number, sync in zip(stages, optimizer.syncs, strict=True)
     }
     tokens = config.batch.micro_batch_size * config.batch.seq_length

@@ -101,7 +101,7 @@ def _agree(
 ) -> Vote:
     """The sum over all ranks of what each one knows; the step's only wait for the device."""
     counted = loss_sum if rank.counts_loss else torch.zeros_like(loss_sum)
-    loss, norm_squared = torch.stack((counted, squares)).tolist()
+    loss, norm_squared = rank.read(torch.stack((counted, squares)))
     finite = math.isfinite(loss) and math.isfinite(norm_squared)
     mine = Vote.of(
         loss if finite else 0.0, norm_squared if finite else 0.0, finite=finite, late=late, received=received
@@ -119,4 +119,4 @@ def evaluate_step(rank: Rank, schedule: Schedule, batches: Sequence[MicroBatch])
         loss_sum = rank.runtime.run(schedule, stage_inputs(batches, 1.0))
     total = loss_sum.reshape(1) if rank.counts_loss else torch.zeros_like(loss_sum).reshape(1)
     rank.groups.world.all_reduce(total).wait()
-    return float(total), tokens
+    return float(rank.read(total)[0]), tokens

@@ -20,8 +20,12 @@ def saved_bytes(rank: Rank) -> tuple[int, int]:
     layer = rank.stages[0].layers[0]
     storages: dict[int, tuple[torch.dtype, int]] = {}
     keep_alive = []
+    tables = rank.stages[0].rotary.positions(None)
+    permanent = {t.untyped_storage().data_ptr() for t in (tables.cos, tables.sin)}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() in permanent:
+            return tensor
         storages[tensor.untyped_storage().data_ptr()] = (tensor.dtype, tensor.untyped_storage().nbytes())
         keep_alive.append(tensor)
         return tensor

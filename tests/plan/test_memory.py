@@ -60,9 +60,12 @@ def test_row_statistics() -> None:
 def test_persistent_bytes(dtype: str, weight: int, main: int) -> None:
     plan = make_plan(config("model.preset=debug", f"precision.dtype={dtype}", "parallel.pp=2", "parallel.tp=2"), 16)
     for rank, m in enumerate(plan.memory(r) for r in range(2)):
-        numel = stage_layout(plan.config, plan.stages, rank, dp=4).numel
-        assert (m.weights, m.main_grads, m.optimizer) == (numel * weight, numel * main, numel * 3 * main // 4)
-        assert m.persistent == m.weights + m.main_grads + m.optimizer
+        layout = stage_layout(plan.config, plan.stages, rank, dp=4)
+        numel, copies = layout.numel, 3 if weight < main else 2  # fp32 and fp64 weights are their own masters
+        assert (m.weights, m.main_grads) == (numel * weight, numel * main)
+        assert m.optimizer == numel * copies * main // 4 + 4 * len(layout.buckets)
+        assert m.tables == plan.config.batch.seq_length * 16 * main  # cos and sin of 8 pairs at every position
+        assert m.persistent == m.weights + m.main_grads + m.optimizer + m.tables
         assert m.total == m.persistent + m.activations + m.logits
 
 
@@ -98,7 +101,8 @@ def test_whole_model_is_held_once() -> None:
 def test_activations_follow_the_schedule() -> None:
     c = config("model.preset=debug", "parallel.pp=2", "model.num_layers=6", "parallel.stage_layers=[4, 2]")
     plan = make_plan(c, 2)
-    layer = saved_bytes(c) + statistics_bytes(c)
-    assert [plan.memory(r).activations for r in range(2)] == [2 * 4 * layer, 1 * 2 * layer]
+    layer, tokens, h = saved_bytes(c) + statistics_bytes(c), 256, c.model.hidden_size
+    rows, head = 9 * tokens, 2 * 2 * tokens * h  # of the embedding; input of the head and its gradient
+    assert [plan.memory(r).activations for r in range(2)] == [2 * (4 * layer + rows), 1 * (2 * layer + head)]
     assert rank_memory(c, plan.stages, plan.schedule, 1, 1).logits == 256 * 512 * (2 + 4)  # one micro-batch < a chunk
     assert plan.memory(0).logits == 0

@@ -1,0 +1,238 @@
+"""A dry run: every distinct rank of a job on one CPU, through the real model, pipeline and optimizer, without memory.
+
+Tensors are on torch's meta device (shapes and formats, no values), groups record and move nothing.  Ranks are
+*distinct* if anything differs that their communication can depend on (`kinds`).  One of each kind runs a few steps; the
+communication of all ranks is then proved to fit together (`comm.agreement`).
+
+Within a step a stage runs in full for its first two micro-batches and for those whose backward is first or last: only
+these can differ (the first waits for gathered weights, the last reduces gradients).  For the others it repeats what it
+communicated before; the interpreter executes all of them.
+
+What decides a branch has a value: token counts and votes are real tensors, and losses and norms read as 1, or as
+not-a-number in the step that all ranks must skip.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from megallama.comm.agreement import Program, prove
+from megallama.comm.group import Group, Solo
+from megallama.comm.groups import Partition, build_groups, partitions
+from megallama.comm.recording import Absent, Call, Recording, Wait
+from megallama.data.batch import MicroBatch
+from megallama.kernels.choose import choose_kernels
+from megallama.kernels.documents import Documents
+from megallama.model.llama import Stage, StageInput
+from megallama.plan.layout import BufferLayout
+from megallama.plan.memory import stage_layout
+from megallama.plan.plan import Plan
+from megallama.plan.schedule import F, Kind
+from megallama.train.assemble import DTYPES, assemble
+from megallama.train.step import evaluate_step, train_step
+
+META, CPU = torch.device("meta"), torch.device("cpu")
+Template = tuple[list[Call], list[Wait]]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What was executed and proved."""
+
+    programs: tuple[Program, ...]  # of every rank; ranks that are alike share one
+    phases: tuple[str, ...]  # the labels of calls end with the name of their phase
+    blocking: bool  # it would end even if every collective held its rank
+
+
+def dry_run(plan: Plan) -> DryRun:
+    """Run one rank of every kind and prove that all ranks of the plan fit together.
+
+    Raises: Disagreement naming the group, the place and two ranks.
+    """
+    programs: dict[Hashable, Program] = {}
+    kind, of_rank = kinds(plan), []
+    for rank in range(plan.topology.world_size):
+        if (key := kind(rank)) not in programs:
+            programs[key] = record(plan, rank)
+        of_rank.append(programs[key])
+    blocking = prove(of_rank, partitions(plan.topology, plan.config.model.num_kv_heads or 1))
+    return DryRun(tuple(of_rank), tuple(name for name, _ in _phases(plan)), blocking)
+
+
+def kinds(plan: Plan) -> Callable[[int], Hashable]:
+    """A function that tells of a rank what its communication can depend on.
+
+    That is its place in the pipeline, the shapes of its parameters and of what they hold of the model, and how many
+    elements of its share of the gradients are summed over more than dp.
+    """
+    config, dp = plan.config, plan.topology.dp
+
+    @cache
+    def layout_of(stage: int, tp: int) -> BufferLayout:
+        return stage_layout(config, plan.stages, stage, dp, tp)
+
+    @cache
+    def held(stage: int, tp: int) -> Hashable:
+        specs = [p.spec for bucket in layout_of(stage, tp).buckets for p in bucket.params]
+        return tuple((s.shape, tuple((p.box.shape, p.sum_over) for p in s.parts)) for s in specs)
+
+    @cache
+    def summed(stage: int, tp: int, dp_rank: int) -> Hashable:
+        layout, out = layout_of(stage, tp), Counter[str]()
+        for bucket in layout.buckets:
+            for segment in layout.segments(*bucket.shard(dp, dp_rank)):
+                out[segment.part.sum_over] += segment.count
+        return out["tp"], out["kv"]
+
+    def kind(rank: int) -> Hashable:
+        at = plan.topology.coords(rank)
+        stages = plan.schedule.stages_of(at["pp"])
+        return at["pp"], tuple((held(s, at["tp"]), summed(s, at["tp"], at["dp"])) for s in stages)
+
+    return kind
+
+
+def record(plan: Plan, rank: int) -> Program:
+    """What one rank communicates in the phases of a dry run."""
+    tape = _Tape(plan, rank)
+    for name, run in _phases(plan):
+        tape.phase = name
+        run(tape)
+    return Program(tuple(tape.calls), tuple(tape.waits))
+
+
+def _phases(plan: Plan) -> list[tuple[str, Callable[[_Tape], None]]]:
+    """Loading, a step of every batch size and one more of the last, an evaluation, a step that is skipped."""
+    sizes = [*plan.batch.sizes, plan.config.batch.global_batch_size]
+    steps = [(f"step {i}", partial(_Tape.train, size=size)) for i, size in enumerate(sizes, 1)]
+    skipped = f"skipped step {len(sizes) + 1}", partial(_Tape.train, size=sizes[-1], skipped=True)
+    evaluation = "evaluation", partial(_Tape.evaluate, size=sizes[-1])
+    return [("loading", lambda tape: tape.rank.optimizer.loaded(0)), *steps, evaluation, skipped]
+
+
+class _Tape:
+    """One rank that is not there, and what it communicates."""
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        self.plan, self.phase, self.schedule = plan, "", plan.schedule
+        self.calls: list[Call] = []
+        self.waits: list[Wait] = []
+        self._me, self._value, config = rank, 1.0, plan.config
+        groups = build_groups(plan.topology, rank, config.model.num_kv_heads or 1, self._group)
+        kernels = choose_kernels(META, DTYPES[config.precision.dtype])
+        built = assemble(plan, groups, META, kernels, lambda number, stage: _Repeating(number, stage, self))
+        self.rank = replace(built, device=CPU, read=lambda tensor: [self._value] * tensor.numel())
+
+    def _group(self, name: str, partition: Partition) -> Group:
+        ranks = next(ranks for ranks in partition if self._me in ranks)
+        if len(ranks) == 1:
+            return Solo(name, self._me)
+        return Recording(Absent(name, ranks, self._me), self.calls, self.waits, self.label)
+
+    def label(self) -> str:
+        """What a call is for, alike on all members of its group: action and phase; of a message, the value's maker."""
+        kind, _, at = (action := self.action()).partition("_")
+        if at:  # send_F2.0 and recv_F3.0 are one message
+            stage, _, microbatch = at[1:].partition(".")
+            maker = int(stage) - (kind == "recv") * (1 if at[0] == "F" else -1)
+            action = f"the result of {at[0]}{maker}.{microbatch}"
+        return f"{action} of {self.phase}" if action else self.phase
+
+    def action(self) -> str:
+        """The action under way, as text; empty outside the pipeline."""
+        word, _, rest = self.rank.runtime.position.partition(" (")
+        return word if rest else ""
+
+    def _batches(self, size: int) -> list[MicroBatch]:
+        b, masked = self.plan.config.batch, self.plan.config.data.document_mask
+        tokens = torch.zeros(b.micro_batch_size, b.seq_length, dtype=torch.int64)
+        mask, documents = (torch.ones_like(tokens).bool(), Documents.of(tokens)) if masked else (None, None)
+        return [MicroBatch(tokens, tokens, mask, documents).to(META)] * self.plan.batch.num_microbatches(size)
+
+    def train(self, size: int, skipped: bool = False) -> None:
+        """A step of `size` samples."""
+        batches, masked = self._batches(size), self.plan.config.data.document_mask
+        self.schedule, self._value = self.plan.schedule_for(len(batches)), math.nan if skipped else 1.0
+        result = train_step(self.rank, self.schedule, batches, lr=1e-3, masked=masked)
+        assert result.applied is not skipped, result
+
+    def evaluate(self, size: int) -> None:
+        """An evaluation on `size` samples."""
+        batches = self._batches(size)
+        self.schedule, self._value = self.plan.forward_schedule(len(batches)), 1.0
+        evaluate_step(self.rank, self.schedule, batches)
+
+    def said(self, label: str) -> Template:
+        """The calls with this label, and the waits for them, counted from the first of them."""
+        at = [i for i, call in enumerate(self.calls) if call.label == label]
+        first = at[0] if at else 0
+        assert at == list(range(first, first + len(at))), label
+        held = set(at)
+        return [self.calls[i] for i in at], [Wait(w[0] - first, w[1] - first) for w in self.waits if w.call in held]
+
+    def again(self, template: Template) -> None:
+        """Repeat calls and waits under today's label."""
+        at, label = len(self.calls), self.label()
+        self.calls += [replace(call, label=label) for call in template[0]]
+        self.waits += [Wait(before + at, call + at) for before, call in template[1]]
+
+
+class _Repeating:
+    """A stage that runs in full for the micro-batches that can differ, and repeats for the others what it said."""
+
+    def __init__(self, number: int, stage: Stage, tape: _Tape) -> None:
+        self._number, self._stage, self._tape = number, stage, tape
+        self._templates: dict[tuple[str, bool], Template] = {}
+        self._learning: dict[bool, str] = {}  # the first phase of training, of evaluating
+        self._out: dict[bool, Tensor] = {}
+        self._anchor = torch.zeros(0, requires_grad=True)  # the first stage has no input that asks for a gradient
+
+    def __call__(self, hidden: Tensor | None, batch: StageInput) -> Tensor:
+        train, phase = torch.is_grad_enabled(), self._tape.phase
+        forward, backward = self._order()
+        whole = {forward[0], *backward[-1:]}
+        if self._learning.setdefault(train, phase) == phase:
+            whole |= {*forward[:2], *backward[:1]}
+        if int(self._tape.action().partition(".")[2]) in whole:
+            out = self._stage(hidden, batch)
+            self._out[train] = torch.empty_like(out)
+            return out
+        self._repeat(F, forward[1], train)
+        repeated: Tensor = _Repeated.apply(self._anchor if hidden is None else hidden, self, self._out[train])
+        return repeated
+
+    def backward(self) -> None:
+        """Repeat what the backward of another micro-batch said."""
+        self._repeat(Kind(self._tape.action()[0]), self._order()[1][0], True)
+
+    def _repeat(self, kind: Kind, microbatch: int, train: bool) -> None:
+        if (kind, train) not in self._templates:
+            label = f"{kind}{self._number}.{microbatch} of {self._tape.phase}"
+            self._templates[kind, train] = self._tape.said(label)
+        self._tape.again(self._templates[kind, train])
+
+    def _order(self) -> tuple[list[int], list[int]]:
+        """The micro-batches of this stage in the order of their forwards, and of their backwards."""
+        mine = [a for a in self._tape.schedule.steps[self._tape.rank.groups.pp.rank] if a.stage == self._number]
+        return [a.microbatch for a in mine if a.kind is F], [a.microbatch for a in mine if a.kind in (Kind.B, Kind.I)]
+
+
+class _Repeated(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stage: _Repeating, like: Tensor) -> Tensor:
+        ctx.x, ctx.stage = x.detach(), stage
+        return torch.empty_like(like)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        ctx.stage.backward()
+        return (torch.empty_like(ctx.x) if ctx.x.is_meta else None), None, None

@@ -1,0 +1,100 @@
+"""The plan's bytes are the program's: flat buffers, optimizer shards, and what backwards keep, in all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from megallama.plan.memory import Attention, rank_memory
+from megallama.plan.schedule import Action
+from megallama.train.assemble import Rank
+from tests.parity.matrix import Layout, matrix
+from tests.small import documents, on_threads, tokens, train
+
+CPU_ATTENTION: dict[str, Attention] = {"fp64": "sdpa", "fp32": "sdpa", "bf16": "blocked"}
+
+
+class Kept:
+    """Counts the bytes of unique storages that graphs or queues of weight gradients keep alive."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
+        self.graphs: dict[int, list[int]] = {}  # storage -> saved so often, bytes
+        self.peak = 0
+        tables = [stage.rotary.positions(None) for stage in rank.stages.values()]
+        permanent = [*(b.weights for b in rank.buffers.values()), *(x for t in tables for x in (t.cos, t.sin))]
+        self.permanent = {t.untyped_storage().data_ptr() for t in permanent}
+
+    def pack(self, tensor: Tensor) -> Held:
+        """Called with every tensor that a graph keeps; the graph keeps the result."""
+        held = Held(self, tensor)
+        self.sample()
+        return held
+
+    def sample(self, action: Action | None = None) -> None:
+        """Note how much is alive now."""
+        alive = {at: size for at, (count, size) in self.graphs.items() if count}
+        alive |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.queued()}
+        self.peak = max(self.peak, sum(size for at, size in alive.items() if at not in self.permanent))
+
+    def queued(self) -> Iterator[Tensor]:
+        """The operands of weight gradients that are put off."""
+        for buffers in self.rank.buffers.values():
+            for group in buffers.queue.groups:
+                for work in group:
+                    cells: Any = work.__closure__  # type: ignore[attr-defined]
+                    yield from (c.cell_contents for c in cells if isinstance(c.cell_contents, Tensor))
+
+
+class Held:
+    """A saved tensor; when its graph lets go of it, it is no longer counted."""
+
+    def __init__(self, kept: Kept, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.tensor, self.entry = tensor, kept.graphs.setdefault(storage.data_ptr(), [0, 0])
+        self.entry[0] += 1
+        self.entry[1] = storage.nbytes()
+
+    def __del__(self) -> None:
+        self.entry[0] -= 1
+
+
+def measured(rank: Rank, data: Tensor, starts: Tensor | None) -> tuple[int, ...]:
+    """(weights, main gradients, optimizer, tables, peak of what backwards need) of a rank that trains a step."""
+    kept = Kept(rank)
+    rank.runtime._trace = kept.sample
+    with saved_tensors_hooks(kept.pack, lambda held: held.tensor):
+        train(rank, data, starts=starts)
+    kept.sample()
+    buffers, tables = rank.buffers.values(), [s.rotary.positions(None) for s in rank.stages.values()]
+    states = [s for _, shards in rank.optimizer._states for s in shards]
+    weights = {b.weights.untyped_storage().data_ptr() for b in buffers}
+    tensors = [t for s in states for t in (s.master, s.exp_avg, s.exp_avg_sq, s.step)]
+    own = [t for t in tensors if t.untyped_storage().data_ptr() not in weights]
+    return (
+        sum(b.weights.nbytes for b in buffers),
+        sum(b.grads.nbytes for b in buffers),
+        sum(t.untyped_storage().nbytes() for t in own),
+        sum(t.cos.nbytes + t.sin.nbytes for t in tables),
+        kept.peak,
+    )
+
+
+@pytest.mark.parametrize("dtype", CPU_ATTENTION)
+@pytest.mark.parametrize("layout", matrix(), ids=str)
+def test_the_plan_predicts_every_byte(layout: Layout, dtype: str) -> None:
+    config = layout.config(dtype)
+    data = tokens(config, 1)
+    starts = documents(config, 1) if layout.documents else None
+
+    def body(rank: Rank) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        plan, groups = rank.plan, rank.groups
+        m = rank_memory(config, plan.stages, plan.schedule, groups.dp.size, groups.pp.rank, CPU_ATTENTION[dtype])
+        return (m.weights, m.main_grads, m.optimizer, m.tables, m.activations), measured(rank, data, starts)
+
+    for number, (predicted, real) in enumerate(on_threads(config, layout.ranks, body)):
+        assert predicted == real, number

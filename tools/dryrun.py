@@ -1,0 +1,91 @@
+"""Can this job hang?  ``python tools/dryrun.py [CONFIG.toml] ranks=N [section.key=value ...]``.
+
+Builds every distinct rank of the job on this CPU, without memory for weights, executes what a few steps communicate,
+and proves over all ranks that it fits together: every collective has all its members in one order with the same
+shapes and formats, every send its receive, and no rank waits for ever.
+
+Exit status 0 if so, 1 with the first disagreement, 2 if the configuration has errors; all of them are printed.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megallama.config.errors import ConfigError, MegallamaError  # noqa: E402
+from megallama.config.load import load  # noqa: E402
+from megallama.plan.plan import Plan, make_plan  # noqa: E402
+
+if TYPE_CHECKING:
+    from megallama.train.dryrun import DryRun
+
+USAGE = "usage: python tools/dryrun.py [CONFIG.toml] ranks=N [section.key=value ...]"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the report; 0, 1 with the disagreement or 2 with the errors on stderr."""
+    try:
+        files = [a for a in argv if "=" not in a and not a.startswith("-")]
+        counts = [a.partition("=")[2] for a in argv if a.removeprefix("--").startswith("ranks=")]
+        if len(files) > 1:
+            raise ConfigError(f"two configuration files, {files[0]} and {files[1]}; give one\n{USAGE}")
+        if len(counts) != 1 or not counts[0].isdecimal() or int(counts[0]) < 1:
+            said = f", not {' '.join(f'ranks={c}' for c in counts)}" if counts else ""
+            raise ConfigError(f"a dry run needs one number of ranks{said}; write for example ranks=8\n{USAGE}")
+        ranks = int(counts[0])
+        overrides = [a for a in argv if a not in files and not a.removeprefix("--").startswith("ranks=")]
+        config = load(Path(files[0]) if files else None, overrides, ranks=ranks, need_data=False)
+        plan = make_plan(config, ranks)
+    except MegallamaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from megallama.comm.agreement import Disagreement
+    from megallama.train.dryrun import dry_run
+
+    started = time.perf_counter()
+    try:
+        done = dry_run(plan)
+    except Disagreement as error:
+        print(f"this job can hang: {error}", file=sys.stderr)
+        return 1
+    for line in report(plan, done):
+        print(line)
+    print(f"took      {time.perf_counter() - started:.1f} s, {_peak_gib():.2f} GiB at most")
+    return 0
+
+
+def report(plan: Plan, done: DryRun) -> Iterator[str]:
+    """What was executed, proved, and communicated in one step."""
+    yield f"ranks     {plan.topology}: {len(set(done.programs))} distinct"
+    yield f"executed  {', '.join(done.phases)}"
+    calls, waits = sum(len(p.calls) for p in done.programs), sum(len(p.waits) for p in done.programs)
+    yield f"proved    over the {calls:,} calls and {waits:,} waits of all ranks: every collective has all its members in"
+    yield "          one order, every send its receive, and no rank waits for ever" + (
+        ", even if every collective held its rank" if done.blocking else " (collectives of several groups overlap)"
+    )
+    step = next(phase for phase in reversed(done.phases) if phase.startswith("step"))
+    yield f"in {step}, all ranks together, bytes of whole tensors:"
+    count: Counter[tuple[str, str]] = Counter()
+    size: Counter[tuple[str, str]] = Counter()
+    for program, ranks in Counter(done.programs).items():
+        for call in program.calls:
+            if call.label.endswith(step):
+                count[call.group, call.op] += ranks
+                size[call.group, call.op] += ranks * call.nbytes
+    for group, op in sorted(count):
+        yield f"  {group:>9}  {op:<14}  {count[group, op]:>12,} calls  {size[group, op] / 1e9:>14,.3f} GB"
+
+
+def _peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
