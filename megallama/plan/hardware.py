@@ -1,0 +1,135 @@
+"""Constants of GPU kinds, attention kernels and training programs: `hardware.toml`, or a file of the same form.
+
+A file of the user's own names the kind that it starts from and what differs: ``base = "a100-80g"``, then any of
+`Gpu`'s fields, e.g. ``nic_gbit = 400.0``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megallama.config.errors import ConfigError
+
+TABLES = Path(__file__).with_name("hardware.toml")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU in its node and network: facts, then fitted constants (fractions of the facts)."""
+
+    peak_tflops: float
+    memory_gib: float
+    memory_gb_per_s: float
+    nvlink_gb_per_s: float  # one way
+    nic_gbit: float  # per GPU
+    gpus_per_node: int
+    watts: float
+    gemm: float  # of peak: matrix products without a small dimension
+    small: float  # a dimension that alone halves the rate
+    bandwidth: float  # of memory bandwidth: elementwise kernels
+    tp_bus: float  # of NVLink: collectives within a node
+    tp_latency_us: float
+    nic: float  # of the NIC: collectives between nodes
+    ring_ps: float  # per parameter and rank of a data-parallel ring over more than `leaf_nodes` nodes
+    leaf_nodes: int
+    hop_latency_us: float
+    jitter: float  # share of a step per doubling of the nodes
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One generation of attention kernels."""
+
+    forward: float  # of peak
+    backward: float
+    passes: float  # of the score matrix through memory
+    causal: bool  # leaves out what the mask hides
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a training program does, in numbers: time first, then bytes."""
+
+    speed: float  # of matrix products, against gpu.gemm
+    fp8: float  # speed of fp8 products over bf16's
+    wide: float  # elementwise bytes per token and element of the residual stream in a layer's forward
+    inner: float  # the same per element inside attention and the feed-forward network
+    head: float  # the same per logit of this rank, forward and backward
+    whole: float  # the same per logit of the whole vocabulary (programs that gather it)
+    tp_overlap: float  # share of tensor-parallel communication hidden under computation
+    dp_overlap: float  # share of gradients and parameters that may hide, if the backward is long enough
+    blocking: float  # transfers between stages during which a rank waits, per forward and per backward
+    scatter_gather: bool  # a transfer is cut over tp
+    launch_us: float  # one layer's forward, input or weight gradient beside its kernels
+    network: float  # of what gpu.nic lets through
+    step_ms: float  # per step
+    grad_bytes: float  # per parameter, reduced
+    param_bytes: float  # per parameter, gathered
+    state_bytes: float  # held per parameter by every rank
+    shard_bytes: float  # held per parameter, divided by dp
+    keep_wide: float  # kept per token and residual element (recompute none)
+    keep_heads: float  # ... per element of q, k, v and the attention output
+    keep_ffn: float  # ... per element of the feed-forward network
+    keep_logits: float  # per logit of this rank
+    keep_whole: float  # per logit of the whole vocabulary
+    reserve_gb: float  # context, communicators, workspaces
+
+
+@dataclass(frozen=True)
+class Machine:
+    """All that a prediction needs beside the job."""
+
+    name: str
+    gpu: Gpu
+    kernels: dict[str, Kernel]
+    stacks: dict[str, Stack]
+
+
+def load_machine(name: str) -> Machine:
+    """The GPU kind called `name`, or described in the file of that name.
+
+    Raises: ConfigError for an unknown kind, an unreadable file, and unknown or wrongly typed keys.
+    """
+    tables = _tables()
+    kinds: dict[str, Any] = tables["gpu"]
+    given: dict[str, Any] = {}
+    base = name
+    if name.endswith(".toml"):
+        try:
+            given = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"hardware={name} cannot be read: {error}; or use {', '.join(kinds)}") from None
+        base = given.pop("base", "")
+    if base not in kinds:
+        said = f'{name}: base="{base}"' if name.endswith(".toml") else f"hardware={name}"
+        near = difflib.get_close_matches(str(base), kinds, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"{said} is no known kind of GPU; {hint}use {', '.join(kinds)}, or a .toml file with a base")
+    known = {f.name: f.type for f in fields(Gpu)}
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"{name}: unknown key {key}; {f'did you mean {near[0]}?' if near else ', '.join(known)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            raise ConfigError(f"{name}: {key}={value!r} must be a number of at least 0, like {kinds[base][key]}")
+    return Machine(
+        name,
+        replace(_make(Gpu, kinds[base]), **given),
+        {k: _make(Kernel, v) for k, v in tables["kernel"].items()},
+        {k: _make(Stack, {**tables["stack"]["megatron"], **v}) for k, v in tables["stack"].items()},
+    )
+
+
+@cache
+def _tables() -> dict[str, Any]:
+    return tomllib.loads(TABLES.read_text(encoding="utf-8"))
+
+
+def _make(kind: type[T], values: dict[str, Any]) -> T:
+    return kind(**values)
