@@ -38,7 +38,7 @@ class Pricer:
     """The prices of one job on one machine."""
 
     def __init__(self, job: Job, machine: Machine) -> None:
-        self.job, self.gpu = job, machine.gpu
+        self.job, self.machine, self.gpu = job, machine, machine.gpu
         self.kernel, self.stack = machine.kernels[job.kernel], machine.stacks[job.stack]
         self.peak = self.gpu.peak_tflops * 1e12
         self.memory_rate = self.gpu.memory_gb_per_s * 1e9 * self.gpu.bandwidth
@@ -56,8 +56,11 @@ class Pricer:
         full = job.recompute == "full"
         scores = 4.0 * tokens * job.seq * width / t * (0.5 if kernel.causal else 1.0)
         memory = kernel.passes * 2.0 * tokens * job.seq * job.heads / t / (self.gpu.memory_gb_per_s * 1e9)
-        attention = scores / (self.peak * kernel.forward) + memory
-        backward = 2.5 * scores / (self.peak * kernel.backward) if kernel.causal else 2 * attention
+        peak = self.peak * self.gpu.attention
+        attention = scores / (peak * kernel.forward) + memory
+        backward = 2.5 * scores / (peak * kernel.backward) if kernel.causal else 2 * attention
+        if job.head_dim % 8:
+            attention, backward = attention * kernel.unaligned, backward * kernel.unaligned
         core_again = full or (job.recompute == "selective" and not kernel.causal)
         rows = tokens / t if job.sequence_parallel else tokens
         wide, inner = stack.wide * rows * h, stack.inner * tokens * (width + job.kv_width + up * f) / t
@@ -92,7 +95,7 @@ class Pricer:
             return 0.0
         rate = self.node_rate if job.tp <= self.gpu.gpus_per_node else self.nic_rate
         moved = 4 * (job.tp - 1) / job.tp * 2.0 * job.tokens * job.hidden
-        return (moved / rate + 2 * self.gpu.tp_latency_us * 1e-6) * (1 - self.stack.tp_overlap)
+        return (moved / rate + 2 * self.gpu.tp_latency_us * 1e-6) * (1 - self.stack.tp_overlap * job.hide_tp)
 
     def hop(self) -> float:
         """One activation from stage to stage."""
@@ -121,8 +124,9 @@ class Pricer:
         if d == 1:
             return 0.0
         moved = stack.grad_bytes + stack.param_bytes if job.sharding != "none" else 2 * stack.grad_bytes
-        long = d * job.tp > self.gpu.gpus_per_node * self.gpu.leaf_nodes
-        return job.rank_parameters * (moved * (d - 1) / d / self._ring_rate(d) + long * d * self.gpu.ring_ps * 1e-12)
+        leaves = max(1.0, d * job.tp / self.gpu.gpus_per_node / self.gpu.leaf_nodes)
+        long = self.stack.ring_ns * 1e-9 * log2(leaves)
+        return job.rank_parameters * (moved * (d - 1) / d / self._ring_rate(d) + long)
 
     def gathering(self) -> float:
         """Communication per micro-batch where parameters (zero3: gathered twice) or gradients are cut over dp."""
@@ -137,7 +141,7 @@ class Pricer:
 
     def jitter(self) -> float:
         """Share of a step by which the slowest of many nodes delays all."""
-        return self.gpu.jitter * log2(max(1.0, self.job.gpus / self.gpu.gpus_per_node))
+        return self.stack.jitter * log2(max(1.0, self.job.gpus / self.gpu.gpus_per_node))
 
     def _ring_rate(self, ranks: int) -> float:
         members = max(1, min(ranks, self.gpu.gpus_per_node // self.job.tp))

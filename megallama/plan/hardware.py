@@ -11,12 +11,11 @@ import tomllib
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megallama.config.errors import ConfigError
 
 TABLES = Path(__file__).with_name("hardware.toml")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,13 @@ class Gpu:
     watts: float
     gemm: float  # of peak: matrix products without a small dimension
     small: float  # a dimension that alone halves the rate
+    attention: float  # of the attention kernels' own fractions
     bandwidth: float  # of memory bandwidth: elementwise kernels
     tp_bus: float  # of NVLink: collectives within a node
     tp_latency_us: float
     nic: float  # of the NIC: collectives between nodes
-    ring_ps: float  # per parameter and rank of a data-parallel ring over more than `leaf_nodes` nodes
     leaf_nodes: int
     hop_latency_us: float
-    jitter: float  # share of a step per doubling of the nodes
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class Kernel:
     forward: float  # of peak
     backward: float
     passes: float  # of the score matrix through memory
+    unaligned: float  # times slower with heads that are no multiple of 8
     causal: bool  # leaves out what the mask hides
 
 
@@ -68,7 +67,9 @@ class Stack:
     scatter_gather: bool  # a transfer is cut over tp
     launch_us: float  # one layer's forward, input or weight gradient beside its kernels
     network: float  # of what gpu.nic lets through
+    ring_ns: float  # per parameter and doubling of a data-parallel ring's nodes beyond gpu.leaf_nodes
     step_ms: float  # per step
+    jitter: float  # share of a step per doubling of the nodes
     grad_bytes: float  # per parameter, reduced
     param_bytes: float  # per parameter, gathered
     state_bytes: float  # held per parameter by every rank
@@ -120,16 +121,19 @@ def load_machine(name: str) -> Machine:
             raise ConfigError(f"{name}: {key}={value!r} must be a number of at least 0, like {kinds[base][key]}")
     return Machine(
         name,
-        replace(_make(Gpu, kinds[base]), **given),
-        {k: _make(Kernel, v) for k, v in tables["kernel"].items()},
-        {k: _make(Stack, {**tables["stack"]["megatron"], **v}) for k, v in tables["stack"].items()},
+        replace(Gpu(**_merged(kinds, base)), **given),
+        {k: Kernel(**v) for k, v in tables["kernel"].items()},
+        {k: Stack(**_merged(tables["stack"], k)) for k in tables["stack"]},
     )
+
+
+def _merged(rows: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """A row with what it takes over from its base."""
+    row = dict(rows[name])
+    base = row.pop("base", None)
+    return {**_merged(rows, base), **row} if base else row
 
 
 @cache
 def _tables() -> dict[str, Any]:
     return tomllib.loads(TABLES.read_text(encoding="utf-8"))
-
-
-def _make(kind: type[T], values: dict[str, Any]) -> T:
-    return kind(**values)

@@ -44,6 +44,8 @@ class Job:
     kernel: str = "flash2"
     stack: str = "megallama"
     network_gbit: float | None = None  # per GPU between nodes; None: the hardware's own
+    hide_tp: bool = True  # as far as the stack can
+    hide_dp: bool = True
     stage_layers: tuple[int, ...] | None = None  # layers of each stage in model order
     head_dim_: int | None = None
 
@@ -119,5 +121,6 @@ def job_of(config: Config, topology: Topology, kernel: str, stages: Stages | Non
         b.global_batch_size // (topology.dp * b.micro_batch_size),
         chunks=len(split) // p.pp, schedule=p.schedule, recompute=config.memory.recompute,
         sequence_parallel=p.sequence_parallel and p.tp > 1, tied=m.tie_embeddings, kernel=kernel,
-        stage_layers=tuple(map(len, split)), head_dim_=d,
+        stage_layers=tuple(map(len, split)), head_dim_=d, hide_tp=config.overlap.tensor_parallel,
+        hide_dp=config.overlap.grad_reduce and config.overlap.param_gather,
     )  # fmt: skip

@@ -75,8 +75,9 @@ def _causes(job: Job, price: Pricer, clock: Clock) -> dict[str, float]:
         causes["dp comm"] = m * (each - hidden)
     else:
         each = price.data_parallel()
-        window = sum(waiting[-1][1:]) * min(n // p, 2) if p > 1 else sum(waiting[0][1:])
-        causes["dp comm"] = each - min(price.stack.dp_overlap * each, window)
+        chunks = n // p  # of the last micro-batches, all chunks but one follow while a chunk's buckets are on their way
+        window = sum(map(sum, bare[::p])) / chunks * (1 + (chunks - 1) * p)
+        causes["dp comm"] = each - min(price.stack.dp_overlap * job.hide_dp * each, window)
     causes["optimizer"] = price.optimizer()
     causes["step overhead"] = price.stack.step_ms * 1e-3
     causes["jitter"] = sum(causes.values()) * price.jitter()

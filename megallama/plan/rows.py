@@ -119,12 +119,14 @@ def stack_of(row: Row) -> str:
     mode, kernel, schedule = _word(row, "dp_mode"), _word(row, "attn_kernel"), _word(row, "schedule")
     if mode.startswith(("fsdp2",)):
         return "torchtitan"
+    if mode.startswith("zero3") and "unfused" in kernel:
+        return "deepspeed"
     if mode.startswith(("fsdp", "zero2", "zero3", "hsdp")):
         return "fsdp"
     if "te)" in kernel or mode.startswith("distopt overlap"):
         return "megatron-core"
     if "unfused" in kernel:
-        return "megatron-deepspeed" if mode.startswith("zero1") else "megatron"
+        return "megatron-deepspeed" if mode.startswith("zero1") or _word(row, "dtype")[:2] == "bf" else "megatron"
     if schedule.startswith("zb") or (mode == "none" and not kernel):
         return "zerobubble"
     if mode.startswith("distopt"):
