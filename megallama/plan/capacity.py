@@ -33,14 +33,14 @@ class Bytes:
 
 def job_bytes(job: Job, machine: Machine) -> Bytes:
     """The fullest rank of the job."""
-    return max((rank_bytes(job, machine, rank) for rank in sorted({0, job.pp - 1})), key=lambda b: b.total)
+    return max((rank_bytes(job, machine, rank) for rank in sorted({0, job.pp // 2 and 1, job.pp - 1})), key=lambda b: b.total)
 
 
 def rank_bytes(job: Job, machine: Machine, rank: int) -> Bytes:
     """The ranks at one pipeline position."""
     stack = machine.stacks[job.stack]
     held = job.parameters_of(rank)
-    d = job.dp if job.sharding != "none" else 1
+    d = job.dp * job.cp if job.sharding != "none" else 1
     state = held * (stack.state_bytes + stack.shard_bytes / d)
     if job.sharding == "zero3":
         state = held * (stack.state_bytes + stack.shard_bytes) / d + 4.0 * job.layer_matrix
@@ -67,6 +67,8 @@ def saved_per_layer(job: Job, machine: Machine) -> tuple[float, float]:
         whole += 5.0 * job.heads * job.seq / t
     if job.recompute == "full":
         return 2.0 * job.hidden * job.tokens / cut, whole * job.tokens
+    if job.recompute == "selective" and not job.llama_way and machine.kernels[job.kernel].causal:
+        whole /= 2  # by operators: about every second one
     return whole * job.tokens, 0.0
 
 

@@ -133,7 +133,7 @@ def stack_of(row: Row) -> str:
         return "megatron-2024"
     if "rms kernel" in kernel:
         return "scaling-rms"
-    return "scaling" if "flash_attention2" in kernel and _count(row, "pp", 1) else "megatron-2024"
+    return "scaling" if "flash_attention2" in kernel and "a100" in _word(row, "gpu") else "megatron-2024"
 
 
 def kernel_of(row: Row) -> str:
