@@ -1,11 +1,12 @@
 """Fit the constants of megallama/plan/hardware.toml, and report how well they predict.
 
-    python benchmarks/fit_planner.py            # report with the constants as they stand -> benchmarks/results/planner.md
-    python benchmarks/fit_planner.py --fit      # fit anew, write hardware.toml, then report with cross-validation
+    python benchmarks/fit_planner.py          # report on the constants as they stand: benchmarks/results/planner.md
+    python benchmarks/fit_planner.py --fit    # fit anew, write hardware.toml, then report
 
-Reads benchmarks/measurements/validate.csv and aux_validate.csv and nothing else.  Errors are of log step time, the
-loss is robust (Cauchy: single rows far off have no say), every constant has a prior in log space that keeps it physical.  Cross-validation
-leaves out whole configurations (model, GPUs, sequence, layout), five folds; the constants in the file come from all.
+Reads benchmarks/measurements/validate.csv and aux_validate.csv and nothing else.  Errors are of log step time; the
+loss is robust (Cauchy: single rows far off have no say); every constant has a prior in log space, around the value in
+the file, that keeps it physical.  Cross-validation leaves out whole configurations (model, GPUs, sequence, layout) in
+five folds; the constants in the file come from all rows.
 """
 
 from __future__ import annotations
@@ -27,23 +28,25 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megallama.plan.capacity import GIB, job_bytes  # noqa: E402
+from megallama.plan.cost import built  # noqa: E402
 from megallama.plan.hardware import TABLES, Machine, _tables, load_machine  # noqa: E402
 from megallama.plan.job import Job  # noqa: E402
-from megallama.plan.pipeline_time import built  # noqa: E402
-from megallama.plan.predict import step_seconds  # noqa: E402
+from megallama.plan.predict import seconds_by_cause  # noqa: E402
 from megallama.plan.rows import RowError, _machine, job_of_row  # noqa: E402
 from megallama.plan.simulate import StageCost, simulate  # noqa: E402
 
 TOML: dict[str, Any] = tomllib.loads(TABLES.read_text(encoding="utf-8"))
 AUXILIARY = ROOT / "benchmarks/measurements/aux_validate.csv"
 MEASURED = ROOT / "benchmarks/measurements/validate.csv"
+COLUMNS = "| rows | mean % | median % | p90 % | max % | mean % left out | p90 % left out |"
 SIGMA, DELTA = 0.03, 0.04  # of log step time: noise, and where the loss turns flat
 
 # constant -> standard deviation of its prior in log space, around the value in the file
-GPU = dict(gemm=0.1, small=0.4, tp_bus=0.3, tp_latency_us=0.5, nic=0.2, hop_latency_us=0.7)
-KERNEL = dict(forward=0.2, backward=0.2, passes=0.3, unaligned=0.5)
-STACK = dict(speed=0.05, wide=0.4, inner=0.4, head=0.4, whole=0.7, launch_us=0.7, network=0.5, ring_ns=0.7, jitter=0.5, blocking=0.7, step_ms=0.7)
-STACK |= dict(dp_overlap=0.3, tp_overlap=0.3, fp8=0.1)
+GPU = {"gemm": 0.1, "small": 0.4, "tp_bus": 0.3, "tp_latency_us": 0.5, "nic": 0.2, "hop_latency_us": 0.7}
+KERNEL = {"forward": 0.2, "backward": 0.2, "passes": 0.3, "unaligned": 0.5}
+STACK = {"speed": 0.05, "fp8": 0.1, "dp_overlap": 0.3, "tp_overlap": 0.3, "wide": 0.4, "inner": 0.4, "head": 0.4}
+STACK |= dict.fromkeys(("whole", "launch_us", "ring_ns", "blocking", "step_ms"), 0.7)
+STACK |= {"network": 0.5, "jitter": 0.5}
 
 FITTED: dict[str, tuple[str, ...]] = {
     "gpu.a100-80g": tuple(GPU),
@@ -55,7 +58,10 @@ FITTED: dict[str, tuple[str, ...]] = {
     "stack.megatron-2024": ("speed", "wide", "blocking"),
     "stack.megatron-deepspeed": ("speed", "network", "blocking", "launch_us"),
     "stack.zerobubble": ("speed", "wide", "blocking", "head"),
-    "stack.scaling": ("speed", "wide", "inner", "launch_us", "network", "ring_ns", "blocking", "whole", "step_ms", "jitter"),
+    "stack.scaling": (
+        *("speed", "wide", "inner", "whole", "launch_us", "network"),
+        *("ring_ns", "blocking", "step_ms", "jitter"),
+    ),
     "stack.scaling-rms": ("wide",),
     "stack.fsdp": ("speed", "wide", "inner", "head", "dp_overlap", "launch_us"),
 }
@@ -131,7 +137,7 @@ class Model:
 def predicted(model: Model, x: np.ndarray, rows: list[Fit]) -> np.ndarray:
     """Log seconds of each row."""
     machines = model.at(x)
-    return np.array([math.log(step_seconds(job, machines[kind])) for _, job, _, kind in rows])
+    return np.array([math.log(sum(seconds_by_cause(job, machines[kind]).values())) for _, job, _, kind in rows])
 
 
 def fit(model: Model, rows: list[Fit], rounds: int = 15) -> np.ndarray:
@@ -190,7 +196,7 @@ def step_tables(rows: list[Fit], errors: np.ndarray, held: np.ndarray) -> list[s
     groups: dict[str, list[int]] = defaultdict(list)
     for n, (row, *_) in enumerate(rows):
         groups[row["group"]].append(n)
-    lines = ["| group | rows | mean % | median % | p90 % | max % | mean % left out | p90 % left out |", "|---" * 8 + "|"]
+    lines = ["| group " + COLUMNS, "|---" * 8 + "|"]
     for name, chosen in groups.items():
         e = np.abs(np.exp(held[chosen]) - 1) * 100
         lines.append(f"| {name} | {line(errors[chosen])} | {e.mean():.1f} | {np.percentile(e, 90):.1f} |")
@@ -212,7 +218,7 @@ def marks() -> list[str]:
                 job, machine = job_of_row(row)
             except RowError:
                 continue
-            fits = job_bytes(job, machine).total <= machine.gpu.memory_gib * GIB
+            fits = job_bytes(job, machine) <= machine.gpu.memory_gib * GIB
             name = "alephalpha_llama" if row["group"] == "alephalpha_llama" else "all others (all but 3 fit)"
             tally[name][0] += 1
             tally[name][1] += fits and row["fits"] == "0"
@@ -259,7 +265,8 @@ def bubbles() -> list[str]:
         schedule = built(p, 1, {"1F1B": "1f1b", "ZB-H1": "zb-h1"}[name], m)
         assert schedule is not None
         report = simulate(schedule, [cost] * p, t["T_comm"])
-        lines.append(f"| {model} | {layout} | {name} | {100 * rate:.2f} | {100 * (1 - m * sum(cost) / report.makespan):.2f} |")
+        ours = 1 - m * sum(cost) / report.makespan
+        lines.append(f"| {model} | {layout} | {name} | {100 * rate:.2f} | {100 * ours:.2f} |")
     return lines
 
 
@@ -299,7 +306,7 @@ def a100_summary(rows: list[Fit], errors: np.ndarray, held: np.ndarray) -> list[
         ],
         "A100 3D-parallel": [n for n, r in enumerate(rows) if r[1].stack not in three_d],
     }
-    lines = ["", "| set | rows | mean % | median % | p90 % | max % | mean % left out | p90 % left out |", "|---" * 8 + "|"]
+    lines = ["", "| set " + COLUMNS, "|---" * 8 + "|"]
     for name, some in chosen.items():
         e = np.abs(np.exp(held[some]) - 1) * 100
         lines.append(f"| {name} | {line(errors[some])} | {e.mean():.1f} | {np.percentile(e, 90):.1f} |")
@@ -312,11 +319,11 @@ HEAD = """# How well the planner predicts
 Written by benchmarks/fit_planner.py from benchmarks/measurements/*.csv, on which the constants were fitted.
 "left out": five-fold cross-validation, where whole configurations (model, machine, layout) were kept from the fit.
 
-Odd rows, 30 of the 153 of Aleph Alpha (arXiv:2311.05610): every 13B run of 2k tokens with two stages, on 32 and on 64
-GPUs, took about 3 s more per sequence of the micro-batch than any of its neighbours, whatever its number of
-micro-batches, tp and dp; other models with two stages, and the same model with 8k tokens, did not. And two 65B runs with
-tp 8 and micro-batch 4 marked as without sequence parallelism are 18-25 % faster than theirs with micro-batch 2, and as
-fast as runs with it.  They are in all figures except where it says so.
+Odd rows, 28 of Aleph Alpha's 153 (arXiv:2311.05610): every 13B run of 2k tokens with two stages, on 32 and 64 GPUs,
+took about 3 s more per sequence of the micro-batch than its neighbours, whatever its number of micro-batches, tp and
+dp; other models with two stages, and the same model with 8k tokens, did not.  And two 65B runs with tp 8 and
+micro-batch 4, marked as without sequence parallelism, are 18-25 % faster than theirs with micro-batch 2, and as fast
+as runs with it.  They are in all figures except where it says so.
 """
 
 if __name__ == "__main__":

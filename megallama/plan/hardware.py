@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -97,34 +98,34 @@ def load_machine(name: str) -> Machine:
 
     Raises: ConfigError for an unknown kind, an unreadable file, and unknown or wrongly typed keys.
     """
-    tables = _tables()
-    kinds: dict[str, Any] = tables["gpu"]
-    given: dict[str, Any] = {}
-    base = name
+    tables, given, base, said = _tables(), {}, name, f"hardware={name}"
+    kinds = tables["gpu"]
     if name.endswith(".toml"):
         try:
             given = tomllib.loads(Path(name).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"hardware={name} cannot be read: {error}; or use {', '.join(kinds)}") from None
-        base = given.pop("base", "")
+        base = str(given.pop("base", ""))
+        said = f'{name}: base="{base}"'
     if base not in kinds:
-        said = f'{name}: base="{base}"' if name.endswith(".toml") else f"hardware={name}"
-        near = difflib.get_close_matches(str(base), kinds, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"{said} is no known kind of GPU; {hint}use {', '.join(kinds)}, or a .toml file with a base")
-    known = {f.name: f.type for f in fields(Gpu)}
+        raise ConfigError(f"{said} is no known kind of GPU; {_near(base, kinds)}, or a .toml file with a base")
+    known = _merged(kinds, base)
     for key, value in given.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(f"{name}: unknown key {key}; {f'did you mean {near[0]}?' if near else ', '.join(known)}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-            raise ConfigError(f"{name}: {key}={value!r} must be a number of at least 0, like {kinds[base][key]}")
+            raise ConfigError(f"{name}: {key} is no constant of a GPU; {_near(key, known)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ConfigError(f"{name}: {key}={value!r} must be a number above 0, like {known[key]}")
     return Machine(
         name,
-        replace(Gpu(**_merged(kinds, base)), **given),
+        Gpu(**{**known, **given}),
         {k: Kernel(**v) for k, v in tables["kernel"].items()},
         {k: Stack(**_merged(tables["stack"], k)) for k in tables["stack"]},
     )
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else f"use {', '.join(known)}"
 
 
 def _merged(rows: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:

@@ -2,124 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import log2
 
-from megallama.plan.capacity import GIB, Bytes, job_bytes
-from megallama.plan.cost import Pricer
+from megallama.plan.capacity import GIB, job_bytes
+from megallama.plan.cost import Pricer, closed_form, simulated
 from megallama.plan.hardware import Machine
 from megallama.plan.job import Job
-from megallama.plan.pipeline_time import closed_form, simulated
+from megallama.plan.simulate import StageCost
 
-Clock = Callable[[Job, tuple, float], float]
+Clock = Callable[[Job, Sequence[StageCost], float], float]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One step. `seconds_by_cause` adds up to `step_seconds`."""
+    """One step. `causes` are seconds and add up to `step_seconds`; speeds are per GPU and second."""
 
     step_seconds: float
-    seconds_by_cause: dict[str, float]
-    bubble: float  # idle share of the pipeline's time, imbalance included
-    tokens_per_second: float  # per GPU
+    causes: dict[str, float]
+    tokens_per_second: float
     mfu_full: float
     mfu_causal: float
     hfu: float
-    memory: Bytes
+    memory_bytes: float
     memory_limit: float
     flags: tuple[str, ...]
 
-    @property
-    def fits(self) -> bool:
-        """Whether the fullest rank's bytes are within the GPU's memory."""
-        return self.memory.total <= self.memory_limit
-
 
 def predict(job: Job, machine: Machine, clock: Clock = simulated) -> Prediction:
-    """Price one step; `clock` times the pipeline (events by default, `closed_form` where there are many)."""
-    price = Pricer(job, machine)
-    causes = _causes(job, price, clock)
+    """Price one step; `clock` times the pipeline (by events, or `closed_form` where there are many jobs)."""
+    causes = seconds_by_cause(job, machine, clock)
     step = sum(causes.values())
     tokens = job.step_tokens / step / job.gpus
-    peak = price.peak
-    idle = causes["pipeline bubble"] + causes["imbalance"]
-    busy = step - sum(causes[k] for k in ("dp comm", "optimizer", "step overhead", "jitter"))
+    per_flop = tokens / (machine.gpu.peak_tflops * 1e12)
     return Prediction(
-        step, causes, idle / busy, tokens,
-        tokens * job.flops_per_token(causal=False) / peak, tokens * job.flops_per_token(causal=True) / peak,
-        tokens * hardware_flops(job, machine) / peak,
-        job_bytes(job, machine), machine.gpu.memory_gib * GIB, tuple(flags(job, machine)),
+        step, causes, tokens, job.flops_per_token(causal=False) * per_flop, job.flops_per_token(causal=True) * per_flop,
+        hardware_flops(job, machine) * per_flop, job_bytes(job, machine), machine.gpu.memory_gib * GIB,
+        tuple(flags(job, machine)),
     )  # fmt: skip
 
 
-def _causes(job: Job, price: Pricer, clock: Clock) -> dict[str, float]:
+def seconds_by_cause(job: Job, machine: Machine, clock: Clock = closed_form) -> dict[str, float]:
     """Seconds of a step by cause, of the average rank where ranks differ."""
-    m, p, n = job.num_microbatches, job.pp, len(job.stages)
-    causes = {}
-    again = 0.0
+    price, m, p = Pricer(job, machine), job.num_microbatches, job.pp
+    causes, again = {}, 0.0
     for part in price.layer():
         causes[part.name] = m * job.layers / p * (part.forward + part.input_grad + part.weight_grad)
         again += m * job.layers / p * part.again
-    head = price.head()
-    causes["head and loss"] = m / p * (head.forward + head.input_grad + head.weight_grad)
+    causes["head and loss"] = m / p * sum(price.head()[1:4])
     causes["recompute"] = again
-    hop, bare, waiting = price.hop(), price.stages(blocking=False), price.stages()
-    ranks = [sum(map(sum, bare[r::p])) for r in range(p)]
-    causes["imbalance"] = m * (max(ranks) - sum(ranks) / p)
+    hop, bare = price.hop(), price.stages(blocking=False)
+    ranks = [sum(sum(bare[s]) for s in job.owned(r)) for r in range(p)]
     quiet = clock(job, bare, 0.0)
-    causes["pipeline bubble"] = quiet - m * max(ranks)
-    causes["pp transfers"] = clock(job, waiting, hop) - quiet if p > 1 else 0.0
+    causes["imbalance"] = m * (max(ranks) - sum(ranks) / p)
+    causes["pp bubble"] = quiet - m * max(ranks)
+    causes["pp transfers"] = clock(job, price.stages(), hop) - quiet if p > 1 else 0.0
+    share = price.stack.dp_overlap * job.hide_dp
     if job.sharding in ("zero3", "zero2"):
-        each, room = price.gathering(), (sum(causes.values()) / m)
-        hidden = min(price.stack.dp_overlap * each, room)
-        causes["dp comm"] = m * (each - hidden)
+        each = price.gathering()
+        causes["dp comm"] = m * (each - min(share * each, sum(causes.values()) / m))
     else:
         each = price.data_parallel()
-        chunks = n // p  # of the last micro-batches, all chunks but one follow while a chunk's buckets are on their way
-        window = sum(map(sum, bare[::p])) / chunks * (1 + (chunks - 1) * p)
-        causes["dp comm"] = each - min(price.stack.dp_overlap * job.hide_dp * each, window)
+        # while the last micro-batches leave one chunk, the other chunks still compute
+        window = ranks[0] / job.chunks * (1 + (job.chunks - 1) * p)
+        causes["dp comm"] = each - min(share * each, window)
     causes["optimizer"] = price.optimizer()
     causes["step overhead"] = price.stack.step_ms * 1e-3
-    causes["jitter"] = sum(causes.values()) * price.jitter()
+    nodes = max(1.0, job.gpus / machine.gpu.gpus_per_node)
+    causes["jitter"] = sum(causes.values()) * price.stack.jitter * log2(nodes)
     return causes
-
-
-def step_seconds(job: Job, machine: Machine) -> float:
-    """Only the step time, in closed form."""
-    return sum(_causes(job, Pricer(job, machine), closed_form).values())
 
 
 def hardware_flops(job: Job, machine: Machine) -> float:
     """Operations per token that the kernels do, repeated ones included."""
-    kernel = machine.kernels[job.kernel]
-    width = job.heads * job.head_dim
-    forward = 2.0 * width * (job.seq + 1) if kernel.causal else 4.0 * width * job.seq
-    backward = 2.5 if kernel.causal else 2.0
-    layer = 6 * job.layer_matrix + forward * (1 + backward)
-    if job.recompute == "full":
-        layer += 2 * job.layer_matrix + forward
-    elif job.recompute == "selective" and not kernel.causal:
-        layer += forward
+    causal, full = machine.kernels[job.kernel].causal, job.recompute == "full"
+    forward = 2.0 * job.width * (job.seq + 1) if causal else 4.0 * job.width * job.seq
+    again = full or (job.recompute == "selective" and not causal)
+    layer = (8 if full else 6) * job.layer_matrix + forward * (1 + again + (2.5 if causal else 2.0))
     return job.layers * layer + 6 * job.vocab * job.hidden
 
 
 def flags(job: Job, machine: Machine) -> list[str]:
     """What of this job lies outside the measurements that the constants were fitted on."""
-    out = []
-    if job.tp > machine.gpu.gpus_per_node:
-        out.append(f"tp={job.tp} leaves a node of {machine.gpu.gpus_per_node}: no measurement has that")
-    if job.dp * job.cp > 256:
-        out.append(f"dp={job.dp * job.cp} is above 256")
-    if job.seq > 8192:
-        out.append(f"sequences of {job.seq} are above 8192 tokens")
-    if job.parameters > 1.1e12:
-        out.append(f"{job.parameters / 1e9:,.0f}e9 parameters are above 1.0e12")
-    if job.gpus > 4096:
-        out.append(f"{job.gpus} GPUs are above 4096")
-    if job.layer_matrix * job.layers < 1e8:
-        out.append("the model is below 0.1e9 parameters: launch overheads rule there")
-    if job.head_dim % 8:
-        out.append(f"heads of {job.head_dim} are no multiple of 8: kernels for those are slow")
-    if job.kernel == "flash3" and machine.gpu.peak_tflops < 400:
-        out.append("flash3 needs a Hopper GPU")
-    return out
+    d, size, node = job.dp * job.cp, job.parameters, machine.gpu.gpus_per_node
+    known = {
+        f"tp={job.tp} leaves a node of {node} GPUs": job.tp > node,
+        f"dp={d} is above 256": d > 256,
+        f"seq={job.seq} is above 8192 tokens": job.seq > 8192,
+        f"{size / 1e9:,.0f}e9 parameters are above 1,100e9": size > 1.1e12,
+        f"{size / 1e9:.2f}e9 parameters are below 0.1e9": size < 1e8,
+        f"{job.gpus} GPUs are above 4096": job.gpus > 4096,
+        f"heads of {job.head_dim} are no multiple of 8": job.head_dim % 8 > 0,
+        f"{job.kernel} needs a Hopper GPU": job.kernel == "flash3" and machine.gpu.peak_tflops < 400,
+    }
+    return [words for words, outside in known.items() if outside]

@@ -3,88 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import get_args
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple, get_args
 
 from megallama.config.errors import ConfigError
 from megallama.config.rules import check, legal_tp
 from megallama.config.schema import Config, ParallelConfig
+from megallama.plan.capacity import GIB, job_bytes
+from megallama.plan.cost import built
 from megallama.plan.flops import head_forward, layer_forward
 from megallama.plan.forecast import Forecast, forecast
-from megallama.plan.capacity import job_bytes, GIB
 from megallama.plan.hardware import Machine
 from megallama.plan.job import Job, job_of
 from megallama.plan.partition import balanced
 from megallama.plan.plan import make_plan
-from megallama.plan.pipeline_time import built
-from megallama.plan.predict import Prediction, predict, step_seconds
+from megallama.plan.predict import predict, seconds_by_cause
 from megallama.plan.topology import Topology
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-SCHEDULES = get_args(ParallelConfig.model_fields["schedule"].annotation)
+ZERO_BUBBLE = [n for n in get_args(ParallelConfig.model_fields["schedule"].annotation) if n[0] not in "gc1"]
+
+_balanced = cache(balanced)
 
 
-@dataclass(frozen=True)
-class Found:
-    """One layout, with its exact forecast."""
+class Result(NamedTuple):
+    """The best layouts, fastest first; how many are legal, and how many of those are too large."""
 
-    config: Config
-    forecast: Forecast
-
-    @property
-    def words(self) -> str:
-        """The settings that make it, as one would type them."""
-        p, c = self.config.parallel, self.config
-        out = [f"parallel.tp={p.tp}", f"parallel.pp={p.pp}"]
-        out += [f"parallel.chunks={p.chunks}"] * (p.chunks > 1)
-        out += [f"parallel.schedule={p.schedule}"] * (p.pp > 1)
-        out += [f"parallel.sequence_parallel={str(p.sequence_parallel).lower()}"] * (p.tp > 1)
-        return " ".join([*out, f"batch.micro_batch_size={c.batch.micro_batch_size}", f"memory.recompute={c.memory.recompute}"])
-
-    @property
-    def limits(self) -> str:
-        """The largest avoidable causes."""
-        p = self.forecast.prediction
-        avoidable = {k: v for k, v in p.seconds_by_cause.items() if k not in ("matrices", "attention", "head and loss")}
-        largest = sorted(avoidable.items(), key=lambda kv: -kv[1])[:3]
-        return ", ".join(f"{k} {v / p.step_seconds:.1%}" for k, v in largest)
+    best: list[Forecast]
+    legal: int
+    too_large: int
 
 
-def search(config: Config, ranks: int, machine: Machine, kernel: str, most: int = 10) -> tuple[list[Found], int, int]:
-    """The best layouts, how many were legal, and how many of those would not fit.
-
-    Raises: ConfigError if none fits.
-    """
-    priced: list[tuple[float, Job]] = []
-    legal = full = 0
-    for job in candidates(config, ranks, machine, kernel):
-        legal += 1
-        if job_bytes(job, machine).total > machine.gpu.memory_gib * GIB:
-            full += 1
-            continue
-        priced.append((step_seconds(job, machine), job))
-    priced.sort(key=lambda pair: pair[0])
-    again = sorted(((predict(job, machine), job) for _, job in priced[: 3 * most]), key=lambda pair: pair[0].step_seconds)
-    found: list[Found] = []
-    for _, job in again:
-        if len(found) == most:
-            break
+def search(config: Config, ranks: int, machine: Machine, kernel: str, most: int = 10) -> Result:
+    """The fastest layouts of a model and batch. Raises: ConfigError if none is legal and fits."""
+    every = list(candidates(config, ranks, machine, kernel))
+    small = [job for job in every if job_bytes(job, machine) <= machine.gpu.memory_gib * GIB]
+    priced = sorted(small, key=lambda job: sum(seconds_by_cause(job, machine).values()))[: 3 * most]
+    found: list[Forecast] = []
+    for job in sorted(priced, key=lambda job: predict(job, machine).step_seconds):
         own = config_of(config, job)
-        if check(own, ranks, need_data=False):
-            continue
-        f = forecast(make_plan(own, ranks), machine, kernel)
-        if f.fits:
-            found.append(Found(own, f))
+        if len(found) < most and not check(own, ranks, need_data=False):
+            found += [f for f in [forecast(make_plan(own, ranks), machine, kernel)] if f.fits]
     if not found:
-        raise ConfigError(f"none of {legal:,} legal layouts of {ranks} ranks fits into {machine.gpu.memory_gib:.0f} GiB; use more ranks")
-    return sorted(found, key=lambda x: x.forecast.prediction.step_seconds), legal, full
+        raise ConfigError(
+            f"none of {len(every):,} legal layouts of {ranks} ranks fits into {machine.gpu.memory_gib:.0f} GiB; "
+            f"use another number of ranks, or a batch.global_batch_size that more of them divide"
+        )
+    found.sort(key=lambda f: f.prediction.step_seconds)
+    return Result(found, len(every), len(every) - len(small))
 
 
 def candidates(config: Config, ranks: int, machine: Machine, kernel: str) -> Iterator[Job]:
     """Every legal layout of this model and batch."""
     m, b = config.model, config.batch
-    base = job_of(config, Topology(), kernel)
+    base = job_of(config.model_copy(update={"parallel": ParallelConfig()}), Topology(), kernel)
+    layer = layer_forward(m, b.seq_length, causal=True)
     for tp in legal_tp(config):
         for pp in range(1, m.num_layers + 1):
             dp, rest = divmod(ranks, tp * pp)
@@ -95,8 +69,9 @@ def candidates(config: Config, ranks: int, machine: Machine, kernel: str) -> Ite
                 if rest or not count:
                     continue
                 for schedule, chunks in placements(pp, m.num_layers, count):
-                    split = stage_layers(config, pp * chunks)
                     for recompute in ("none", "selective", "full"):
+                        repeats = 4 if recompute == "full" else 3
+                        split = _balanced(m.num_layers, pp * chunks, repeats * layer, 3 * head_forward(m))
                         for sp in (True, False) if tp > 1 else (True,):
                             if sp and micro * b.seq_length % tp:
                                 continue
@@ -109,48 +84,19 @@ def candidates(config: Config, ranks: int, machine: Machine, kernel: str) -> Ite
 
 def placements(pp: int, layers: int, num_microbatches: int) -> Iterator[tuple[str, int]]:
     """Schedules and chunks that can run this many micro-batches."""
-    if pp == 1:
-        yield "1f1b", 1
-        return
-    for chunks in range(1, layers // pp + 1):
+    for chunks in range(1, layers // pp + 1 if pp > 1 else 2):
         if chunks == 1 or num_microbatches % pp == 0:
             yield "1f1b", chunks
-    for name in SCHEDULES:
-        if name not in ("gpipe", "1f1b", "csv"):
-            for chunks in (1, 2):
-                if pp * chunks <= layers and built(pp, chunks, name, num_microbatches):
-                    yield name, chunks
-
-
-def stage_layers(config: Config, stages: int) -> tuple[int, ...]:
-    """Layers of each stage, balanced with the head."""
-    m, s = config.model, config.batch.seq_length
-    return _balanced(m.num_layers, stages, layer_forward(m, s, causal=True), head_forward(m))
-
-
-_balanced = lru_cache(maxsize=256)(balanced)
+    for name in ZERO_BUBBLE if pp > 1 else ():
+        for chunks in (1, 2):
+            if pp * chunks <= layers and built(pp, chunks, name, min(num_microbatches, 2 * pp)):
+                yield name, chunks
 
 
 def config_of(config: Config, job: Job) -> Config:
     """The configuration with a job's layout."""
-    layout = {
-        "tp": job.tp, "pp": job.pp, "chunks": job.chunks, "schedule": job.schedule, "stage_layers": job.stage_layers,
-        "sequence_parallel": job.sequence_parallel or job.tp == 1,
-    }  # fmt: skip
-    return config.model_copy(update={
-        "parallel": config.parallel.model_copy(update=layout),
-        "batch": config.batch.model_copy(update={"micro_batch_size": job.micro_batch}),
-        "memory": config.memory.model_copy(update={"recompute": job.recompute}),
-    })  # fmt: skip
-
-
-def table(found: list[Found]) -> str:
-    """The best layouts as text."""
-    lines = []
-    for i, x in enumerate(found, 1):
-        p = x.forecast.prediction
-        lines.append(
-            f"{i:>2}. {p.tokens_per_second:,.0f} tokens/s/GPU, {p.step_seconds:.3f} s, MFU {p.mfu_full:.1%}, "
-            f"{max(x.forecast.peak_bytes) / GIB:.1f} GiB: {x.words}\n    limited by {x.limits}"
-        )
-    return "\n".join(lines)
+    layout = {k: getattr(job, k) for k in ("tp", "pp", "chunks", "schedule")} | {"stage_layers": None}
+    layout["sequence_parallel"] = job.sequence_parallel or job.tp == 1
+    changes = {"batch": {"micro_batch_size": job.micro_batch}, "memory": {"recompute": job.recompute}}
+    changes["parallel"] = layout
+    return config.model_copy(update={k: getattr(config, k).model_copy(update=v) for k, v in changes.items()})
