@@ -37,6 +37,11 @@ UNAVOIDABLE = ("matrices", "attention", "head and loss")
 
 def main(argv: Sequence[str]) -> int:
     """Print what was asked for; 0, or 2 with the errors on stderr."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print one plan, a search's findings, or a table. Raises: MegallamaError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="CONFIG.toml, ranks=N, hardware=a100-80g|h100|h200|FILE.toml, "
                         "kernel=unfused|flash1|flash2|flash3, section.key=value")  # fmt: skip
@@ -193,4 +198,4 @@ def predict_table(path: Path, out: str | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(lambda: main(sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))

@@ -56,6 +56,8 @@ def in_flight(job: Job, rank: int) -> float:
         return float(min(m, 2 * p - 1))
     if job.schedule in V_SHAPED:
         return float(min(m * v, p + 2 if job.schedule == "v-half" else 2 * p))
+    if job.schedule in ("zb-h1", "zb-1p"):
+        return float(min(m, p))
     return float(min(m * v, p - rank if v == 1 else 2 * (p - rank - 1) + (v - 1) * p + 1))
 
 

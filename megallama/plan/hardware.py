@@ -124,7 +124,7 @@ def load_machine(name: str) -> Machine:
 
 
 def _near(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
+    near = [k for k in known if word and k.startswith(word)] or difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {near[0]}?" if near else f"use {', '.join(known)}"
 
 

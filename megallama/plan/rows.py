@@ -36,8 +36,8 @@ def job_of_row(row: Row) -> tuple[Job, Machine]:
     layers, hidden, heads = (_count(row, k) for k in ("layers", "hidden", "heads"))
     if hidden % heads:
         raise RowError(f"hidden={hidden} is no multiple of heads={heads}")
-    if pp * chunks > layers:
-        raise RowError(f"pp={pp} x vpp={chunks} stages are more than layers={layers}")
+    if pp * chunks > layers + 2:  # some count embedding and head as layers
+        raise RowError(f"pp={pp} x vpp={chunks} stages are more than layers={layers} and two")
     stack, schedule = stack_of(row), _word(row, "schedule").rstrip("?").split("/")[0]
     split: tuple[int, ...] | None = None
     if stack == "zerobubble" and schedule != "zb-v" and (layers + 2) % pp == 0:
