@@ -1,41 +1,199 @@
 """What a run will do, before it starts: ``python tools/plan.py [CONFIG.toml] ranks=N [section.key=value ...]``.
 
-Prints the plan: layers and parameters per stage, batch arithmetic, memory per rank, the pipeline's bubble.
-Needs neither torch nor a GPU. Exit status 2 if the configuration has errors; all of them are printed.
+Prints the plan: layers and parameters per stage, batch arithmetic, memory per rank, the pipeline's bubble, and the
+predicted time, speed, length, energy and CO2 on a kind of GPU.  ``--json`` prints it for programs, ``--search`` looks
+for the fastest layouts, ``--rows`` prices a table of layouts.  Needs neither torch nor a GPU.  Exit status 2 if the
+configuration has errors; all of them are printed.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megallama.config.errors import ConfigError, MegallamaError  # noqa: E402
+from megallama.config.errors import ConfigError, exit_status  # noqa: E402
 from megallama.config.load import load  # noqa: E402
+from megallama.plan.capacity import GIB  # noqa: E402
+from megallama.plan.forecast import CO2_KG_PER_KWH, PUE, Forecast, forecast  # noqa: E402
+from megallama.plan.hardware import load_machine  # noqa: E402
 from megallama.plan.plan import make_plan  # noqa: E402
+from megallama.plan.predict import predict  # noqa: E402
+from megallama.plan.rows import NEEDED, RowError, job_of_row  # noqa: E402
+from megallama.plan.search import search  # noqa: E402
 
-USAGE = "usage: python tools/plan.py [CONFIG.toml] ranks=N [section.key=value ...]"
+USAGE = "usage: python tools/plan.py [CONFIG.toml] ranks=N [hardware=KIND] [kernel=NAME] [section.key=value ...]"
+OWN = ("ranks", "hardware", "kernel")
+WRITTEN = ("step_time_s", "tok_s_gpu", "tflops", "mem_gb", "fits", "flags")
+UNAVOIDABLE = ("matrices", "attention", "head and loss")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the plan; 0, or 2 with the errors on stderr."""
+    """Print what was asked for; 0, or 2 with the errors on stderr."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print one plan, a search's findings, or a table. Raises: MegallamaError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="CONFIG.toml, ranks=N, hardware=a100-80g|h100|h200|FILE.toml, "
+                        "kernel=unfused|flash1|flash2|flash3, section.key=value")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="the whole plan as JSON")
+    parser.add_argument("--search", action="store_true", help="the ten fastest layouts of this model and batch")
+    parser.add_argument("--rows", metavar="FILE", help="predict every row of a CSV with validate.csv's columns")
+    parser.add_argument("-o", metavar="FILE", dest="out", help="where --rows writes; default standard output")
+    args = parser.parse_intermixed_args([a.removeprefix("--") if "=" in a else a for a in argv])
+    return predict_table(Path(args.rows), args.out) if args.rows else plan(args)
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Print one plan, or the layouts that a search finds."""
+    files = [a for a in args.words if "=" not in a]
+    own = {k: [a.partition("=")[2] for a in args.words if a.startswith(f"{k}=")] for k in OWN}
+    if len(files) > 1:
+        raise ConfigError(f"two configuration files, {files[0]} and {files[1]}; give one\n{USAGE}")
+    if len(own["ranks"]) != 1 or not own["ranks"][0].isdecimal() or int(own["ranks"][0]) < 1:
+        said = f", not {' '.join(f'ranks={c}' for c in own['ranks'])}" if own["ranks"] else ""
+        raise ConfigError(f"the plan needs one number of ranks{said}; write for example ranks=8\n{USAGE}")
+    ranks = int(own["ranks"][0])
+    machine = load_machine((own["hardware"] or ["a100-80g"])[-1])
+    kernel = (own["kernel"] or ["flash3" if machine.gpu.peak_tflops > 400 else "flash2"])[-1]
+    if kernel not in machine.kernels:
+        raise ConfigError(f"kernel={kernel} is unknown; use {', '.join(machine.kernels)}")
+    overrides = [a for a in args.words if a not in files and a.partition("=")[0] not in own]
+    config = load(Path(files[0]) if files else None, overrides, ranks=None if args.search else ranks, need_data=False)
+    if args.search:
+        result = search(config, ranks, machine, kernel)
+        print(f"{result.legal:,} legal layouts of {ranks} ranks on {machine.name}, {result.too_large:,} too large for "
+              f"{machine.gpu.memory_gib:.0f} GiB; predicted to be fastest:")  # fmt: skip
+        for number, f in enumerate(result.best, 1):
+            print(f"{number:>2}. {headline(f)}\n    {settings_of(f)}\n    limited by {limits(f)}")
+        return 0
+    outlook = forecast(made := make_plan(config, ranks), machine, kernel)
+    print(json.dumps(as_dict(outlook), indent=1) if args.json else f"{made}\n\n{text(outlook)}")
+    return 0
+
+
+def headline(f: Forecast) -> str:
+    """A layout in one line."""
+    p = f.prediction
+    return (f"{p.tokens_per_second:,.0f} tokens/s per GPU, {p.step_seconds:.3f} s a step, MFU {p.mfu_full:.1%}, "
+            f"{max(f.peaks) / GIB:.1f} GiB")  # fmt: skip
+
+
+def limits(f: Forecast, most: int = 4) -> str:
+    """The largest causes that another layout might have less of."""
+    causes = {k: v / f.prediction.step_seconds for k, v in f.prediction.causes.items() if k not in UNAVOIDABLE}
+    return ", ".join(f"{k} {v:.1%}" for k, v in sorted(causes.items(), key=lambda kv: -kv[1])[:most])
+
+
+def settings_of(f: Forecast) -> str:
+    """The settings of a layout, as one would type them."""
+    c, p = f.plan.config, f.plan.config.parallel
+    words = [f"parallel.tp={p.tp}", f"parallel.pp={p.pp}"]
+    if p.pp > 1:
+        words += [f"parallel.chunks={p.chunks}"] * (p.chunks > 1) + [f"parallel.schedule={p.schedule}"]
+    if p.tp > 1:
+        words.append(f"parallel.sequence_parallel={str(p.sequence_parallel).lower()}")
+    words += [f"batch.micro_batch_size={c.batch.micro_batch_size}", f"memory.recompute={c.memory.recompute}"]
+    return " ".join(words)
+
+
+def as_dict(f: Forecast) -> dict[str, Any]:
+    """The whole plan for programs: only numbers, texts, lists and tables."""
+    plan, p, schedule, pipeline = f.plan, f.prediction, f.plan.schedule, f.pipeline
+    return {
+        "config": plan.config.model_dump(mode="json"),
+        "ranks": plan.topology.world_size,
+        "topology": {a: plan.topology.size(a) for a in ("tp", "pp", "dp")},
+        "stages": [{"rank": schedule.rank_of(s), "layers": list(layers)} for s, layers in enumerate(plan.stages)],
+        "schedule": {
+            "name": schedule.name, "micro_batches": schedule.num_microbatches, "bubble": pipeline.bubble,
+            "peak_in_flight": list(pipeline.peak_in_flight),
+        },
+        "memory_bytes": [{**asdict(plan.memory(r)), "buffers": f.buffers, "peak": f.peaks[r]} for r in range(f.job.pp)],
+        "memory_limit_bytes": p.memory_limit,
+        "fits": f.fits,
+        "hardware": f.machine.name,
+        "kernel": f.job.kernel,
+        "step_seconds": p.step_seconds,
+        "seconds_by_cause": p.causes,
+        "tokens_per_second_per_gpu": p.tokens_per_second,
+        **{k: getattr(p, k) for k in ("mfu_full", "mfu_causal", "hfu")},
+        "tokens": f.tokens,
+        "days": f.days,
+        **f.footprint._asdict(),
+        "flags": list(p.flags),
+    }  # fmt: skip
+
+
+def text(f: Forecast) -> str:
+    """What comes below the plan's page."""
+    return "\n".join(f"{name:<10} {words}" for name, words in _lines(f)) + "\n\n" + "\n".join(
+        f"{cause:>16}  {seconds:8.3f} s  {seconds / f.prediction.step_seconds:6.1%}"
+        for cause, seconds in sorted(f.prediction.causes.items(), key=lambda kv: -kv[1])
+        if seconds > 0
+    )
+
+
+def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
+    p, foot, room = f.prediction, f.footprint, f.prediction.memory_limit / GIB
+    worst = max(range(f.job.pp), key=f.peaks.__getitem__)
+    m = f.plan.memory(worst)
+    verdict = "fits" if f.fits else f"DOES NOT FIT, {max(f.peaks) / GIB - room:.1f} GiB too much"
+    parts = {"weights": m.weights, "main gradients": m.main_grads, "optimizer shard": m.optimizer,
+             "activations": m.activations, "logits": m.logits, "buffers": f.buffers}  # fmt: skip
+    yield "memory", f"peak {max(f.peaks) / GIB:.2f} GiB on pipeline rank {worst}, of {room:.1f} GiB: {verdict}"
+    yield "", ", ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items())
+    yield "hardware", f"{f.machine.name}, attention kernel {f.job.kernel}; what follows is predicted, not measured"
+    yield "step", (f"{p.step_seconds:.3f} s, {p.tokens_per_second:,.0f} tokens/s per GPU, "
+                   f"{p.tokens_per_second * f.job.gpus:,.0f} in all")  # fmt: skip
+    yield "", f"MFU {p.mfu_full:.1%} (full attention), {p.mfu_causal:.1%} (causal); HFU {p.hfu:.1%}"
+    yield "pipeline", f"ranks idle {f.pipeline.bubble:.1%} of its {f.pipeline.makespan:.3f} s with these times"
+    yield "run", f"{f.days:,.1f} days, {foot.gpu_hours:,.0f} GPU-hours for {f.tokens:,} tokens"
+    yield "energy", (f"{foot.mwh:,.0f} MWh, {foot.tonnes_co2:,.0f} t CO2 ({f.machine.gpu.watts:.0f} W per GPU, "
+                     f"PUE {PUE}, {CO2_KG_PER_KWH} kg/kWh)")  # fmt: skip
+    for flag in p.flags:
+        yield "beware", f"outside what the constants were fitted on: {flag}"
+
+
+def predict_table(path: Path, out: str | None) -> int:
+    """Predict a table; rows that cannot be predicted are named on standard error, and the others still predicted."""
     try:
-        files = [a for a in argv if "=" not in a and not a.startswith("-")]
-        counts = [a.partition("=")[2] for a in argv if a.removeprefix("--").startswith("ranks=")]
-        if len(files) > 1:
-            raise ConfigError(f"two configuration files, {files[0]} and {files[1]}; give one\n{USAGE}")
-        if len(counts) != 1 or not counts[0].isdecimal() or int(counts[0]) < 1:
-            said = f", not {' '.join(f'ranks={c}' for c in counts)}" if counts else ""
-            raise ConfigError(f"the plan needs one number of ranks{said}; write for example ranks=8\n{USAGE}")
-        ranks = int(counts[0])
-        overrides = [a for a in argv if a not in files and not a.removeprefix("--").startswith("ranks=")]
-        config = load(Path(files[0]) if files else None, overrides, ranks=ranks, need_data=False)
-        print(make_plan(config, ranks))
-    except MegallamaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [(reader.line_num, row) for row in reader]
+            have = [c for c in reader.fieldnames or () if c]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"--rows {path} cannot be read: {error}") from None
+    if missing := [c for c in NEEDED if c not in have]:
+        raise ConfigError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(NEEDED)}")
+    written = [[f"measured_{c}" if c in WRITTEN else c for c in have] + list(WRITTEN)]
+    bad = 0
+    for line, row in rows:
+        try:
+            job, machine = job_of_row(row)
+            p = predict(job, machine)
+            numbers = (p.step_seconds, p.tokens_per_second, p.mfu_full * machine.gpu.peak_tflops, p.memory_bytes / 1e9)
+            fits = p.memory_bytes <= p.memory_limit
+            new = [*(f"{v:.6g}" for v in numbers), str(int(fits)), "; ".join(p.flags)]
+        except RowError as error:
+            bad += 1
+            print(f"{path}, line {line}: not predicted: {error}", file=sys.stderr)
+            new = [""] * (len(WRITTEN) - 1) + [f"not predicted: {error}"]
+        written.append([row[c] or "" for c in have] + new)
+    target = open(out, "w", encoding="utf-8", newline="") if out else sys.stdout
+    csv.writer(target, lineterminator="\n").writerows(written)
+    if out:
+        target.close()
+    print(f"{len(rows) - bad} of {len(rows)} rows predicted", file=sys.stderr)
     return 0
 
 

@@ -1,0 +1,193 @@
+"""Seconds of the pieces of one training step: layers, head, stages, transfers, gradients, optimizer; and the pipeline.
+
+Matrix products: 2MNK / (peak x gemm) x (1 + small (1/M + 1/N + 1/K)), with N and K filled up to whole tiles.
+Collectives: ring volume at a share of NVLink, or of the NICs of the ring's members in one node, plus latencies.
+
+1F1B with unequal stages T_i and transfers that take `hop` without occupying anybody: stage i holds p-i micro-batches
+and repeats no faster than its round trip to the last stage allows,
+
+    period = max(max_i T_i, max_i (sum_{j >= i} T_j + 2 (p-1-i) hop) / (p-i)),
+    time   = (m-1) period + sum_i T_i + 2 (p-1) hop.
+
+Sources of the forms: Korthikanti et al. 2022 (arXiv:2205.05198), Narayanan et al. 2021 (arXiv:2104.04473), Qi et al.
+2023 (arXiv:2401.10241, table 2), nccl-tests doc/PERFORMANCE.md (bus bandwidth).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import ceil, log2
+from typing import NamedTuple
+
+from pydantic import ValidationError
+
+from megallama.config.schema import ParallelConfig
+from megallama.plan.check import compute_schedule
+from megallama.plan.hardware import Machine
+from megallama.plan.job import Job
+from megallama.plan.schedule import Schedule, ScheduleError
+from megallama.plan.simulate import StageCost, walk
+
+TILE = 128
+OPTIMIZER_BYTES = 30.0  # read and written per parameter: fp32 weight, two moments and gradient, bf16 weight
+EVENTS = 40_000  # of a schedule that is run whole; of a longer one as many micro-batches, continued at their pace
+
+
+class Part(NamedTuple):
+    """Seconds of one kind of work for one micro-batch: forward, input gradient, weight gradient, done again."""
+
+    name: str
+    forward: float
+    input_grad: float
+    weight_grad: float
+    again: float = 0.0
+
+
+class Pricer:
+    """The prices of one job on one machine."""
+
+    def __init__(self, job: Job, machine: Machine) -> None:
+        self.job, self.gpu = job, machine.gpu
+        self.kernel, self.stack = machine.kernels[job.kernel], machine.stacks[job.stack]
+        self.peak = self.gpu.peak_tflops * 1e12
+        self.memory_rate = self.gpu.memory_gb_per_s * 1e9 * self.gpu.bandwidth
+        self.node_rate = self.gpu.nvlink_gb_per_s * 1e9 * self.gpu.tp_bus
+        self.nic_rate = (job.network_gbit or self.gpu.nic_gbit) / 8 * 1e9 * self.gpu.nic * self.stack.network
+
+    def layer(self) -> list[Part]:
+        """The work of one layer on one rank for one micro-batch."""
+        job, kernel, stack = self.job, self.kernel, self.stack
+        t, tokens, h, f, full = job.tp, job.tokens, job.hidden, job.ffn, job.recompute == "full"
+        up = 2 if job.gated else 1
+        shapes = ((h, (job.width + 2 * job.kv_width) / t), (job.width / t, h), (h, up * f / t), (f / t, h))
+        matrices = sum(self.product(tokens, k, n) for k, n in shapes)
+        peak, scores = self.peak * self.gpu.attention, 4.0 * tokens * job.seq * job.width / t
+        if kernel.causal:
+            attention, backward = scores / 2 / (peak * kernel.forward), 2.5 * scores / 2 / (peak * kernel.backward)
+        else:
+            memory = kernel.passes * 2.0 * tokens * job.seq * job.heads / t / (self.gpu.memory_gb_per_s * 1e9)
+            attention = scores / (peak * kernel.forward) + memory
+            backward = 2 * (scores / (peak * kernel.backward) + memory)
+        slow = kernel.unaligned if job.head_dim % 8 else 1.0
+        core_again = full or (job.recompute == "selective" and not kernel.causal)
+        wide = stack.wide * tokens * h / (t if job.sequence_parallel else 1) / self.memory_rate
+        inner = stack.inner * tokens * (job.width + job.kv_width + up * f) / t / self.memory_rate
+        reuse = job.llama_way * (wide + inner / 3) / 2
+        tp, launch = self.tensor_parallel(), stack.launch_us * 1e-6
+        return [
+            Part("matrices", matrices, matrices, matrices, full * matrices),
+            Part("attention", slow * attention, slow * backward, 0.0, core_again * slow * attention),
+            Part("elementwise", wide + inner, 1.5 * (wide + inner), 0.0, full * (wide + inner) + reuse),
+            Part("launch", launch, launch, launch, full * launch),
+            Part("tp comm", tp, tp, 0.0, full * tp),
+        ]
+
+    def head(self) -> Part:
+        """The output head and the loss for one micro-batch."""
+        job = self.job
+        product = self.product(job.tokens, job.hidden, job.vocab / job.tp)
+        logits = (self.stack.head / job.tp + self.stack.whole) * job.tokens * job.vocab / self.memory_rate / 2
+        return Part("head and loss", product + logits, product + logits, product)
+
+    def product(self, m: float, k: float, n: float) -> float:
+        """One matrix product [m, k] x [k, n]."""
+        rate = self.peak * self.gpu.gemm * self.stack.speed * (self.stack.fp8 if self.job.fp8 else 1.0)
+        filled = (ceil(n / TILE) * TILE) * (ceil(k / TILE) * TILE)
+        return 2.0 * m * filled / rate * (1 + self.gpu.small * (1 / m + 1 / n + 1 / k))
+
+    def tensor_parallel(self) -> float:
+        """Exposed collectives of one layer in one direction: two all-reduces, or as many bytes."""
+        job = self.job
+        rate = self.node_rate if job.tp <= self.gpu.gpus_per_node else self.nic_rate
+        moved = 4 * (job.tp - 1) / job.tp * 2.0 * job.tokens * job.hidden
+        exposed = 1 - self.stack.tp_overlap * job.hide_tp
+        return (job.tp > 1) * exposed * (moved / rate + 2 * self.gpu.tp_latency_us * 1e-6)
+
+    def hop(self) -> float:
+        """One activation from stage to stage."""
+        job = self.job
+        rate = self.node_rate if job.gpus <= self.gpu.gpus_per_node else self.nic_rate
+        cut = job.tp if job.sequence_parallel or self.stack.scatter_gather else 1
+        return (job.pp > 1) * (2.0 * job.tokens * job.hidden / cut / rate + self.gpu.hop_latency_us * 1e-6)
+
+    def stages(self, *, blocking: bool = True) -> tuple[StageCost, ...]:
+        """Seconds of every stage for one micro-batch, with the transfers that a rank waits for."""
+        parts, head = self.layer(), self.head()
+        forward, weight = sum(p.forward for p in parts), sum(p.weight_grad for p in parts)
+        back = sum(p.input_grad + p.again for p in parts)
+        wait = blocking * self.stack.blocking * self.hop()
+        out = [StageCost(n * forward + wait, n * back + wait, n * weight) for n in self.job.stages]
+        out[-1] = StageCost(*(a + b for a, b in zip(out[-1], head[1:4], strict=True)))
+        return tuple(out)
+
+    def data_parallel(self) -> float:
+        """Communication of gradients and parameters per step, before any hiding."""
+        job, stack, d = self.job, self.stack, self.job.dp * self.job.cp
+        moved = stack.grad_bytes + stack.param_bytes if job.sharding != "none" else 2 * stack.grad_bytes
+        leaves = max(1.0, d * job.tp / self.gpu.gpus_per_node / self.gpu.leaf_nodes)
+        each = moved * (d - 1) / d / self._ring_rate(d) + stack.ring_ns * 1e-9 * log2(leaves)
+        return (d > 1) * job.rank_parameters * each
+
+    def gathering(self) -> float:
+        """Communication per micro-batch where parameters (zero3: gathered twice) or gradients are cut over dp."""
+        passes, d = {"zero3": 3, "zero2": 1}.get(self.job.sharding, 0), self.job.dp
+        return passes * 2.0 * self.job.rank_parameters * (d - 1) / d / self._ring_rate(d)
+
+    def optimizer(self) -> float:
+        """Reading and writing the optimizer state of a step."""
+        shard = self.job.rank_parameters / (self.job.dp if self.job.sharding != "none" else 1)
+        return shard * OPTIMIZER_BYTES / self.memory_rate
+
+    def _ring_rate(self, ranks: int) -> float:
+        members = max(1, min(ranks, self.gpu.gpus_per_node // self.job.tp))
+        within = ranks * self.job.tp <= self.gpu.gpus_per_node
+        return self.node_rate if within else min(self.node_rate, members * self.nic_rate)
+
+
+def closed_form(job: Job, costs: Sequence[StageCost], hop: float) -> float:
+    """Seconds of all micro-batches of a step."""
+    p, m, name = job.pp, job.num_microbatches, job.schedule
+    ranks = [sum(sum(costs[s]) for s in job.owned(r)) for r in range(p)]
+    busiest, mean = max(ranks), sum(ranks) / p
+    f, i, w = (sum(c[k] for c in costs) / p for k in range(3))
+    idle = {
+        "zb-h1": f + i - w, "zb-1p": f + i - w, "zb-h2": f + i - 2 * w, "zb-2p": 0.0, "zb-v": (f + i - 2 * w) / 2,
+        "dualpipe-v": (f + i - 2 * w) / 2, "v-half": (f + i + w) / 2,
+    }.get(name)  # fmt: skip
+    if idle is not None:
+        return m * busiest + (p - 1) * (max(0.0, idle) + (4 if name in ("zb-h1", "zb-1p") else 2) * hop)
+    if job.chunks > 1:
+        return m * busiest + (p - 1) * (mean / job.chunks + 2 * hop) + 2 * (job.chunks - 1) * p * hop
+    rest, period = 0.0, busiest
+    for rank in range(p - 1, -1, -1):
+        rest += ranks[rank]
+        period = max(period, (rest + 2 * (p - 1 - rank) * hop) / min(p - rank, m))
+    return (m - 1) * period + sum(ranks) + 2 * (p - 1) * hop
+
+
+def simulated(job: Job, costs: Sequence[StageCost], hop: float) -> float:
+    """The same from events, for the schedules that we build; the closed form for others."""
+    p, m = job.pp, job.num_microbatches
+    rounds = max(3, EVENTS // (3 * p * p * job.chunks))
+    counts = (m,) if m <= rounds * p else ((rounds - 1) * p + m % p, rounds * p + m % p)
+    schedules = [s for s in (built(p, job.chunks, job.schedule, n) for n in counts) if p > 1 and s]
+    if len(schedules) < len(counts):
+        return closed_form(job, costs, hop)
+    spans = [makespan(s, costs, hop) for s in schedules]
+    return spans[-1] + (m - counts[-1]) / p * (spans[-1] - spans[0])
+
+
+def makespan(schedule: Schedule, costs: Sequence[StageCost], hop: float) -> float:
+    """Seconds from the first event to the last."""
+    return max(e.end for e in walk(schedule, lambda a: costs[a.stage].of(a.kind), hop))
+
+
+@lru_cache(maxsize=64)
+def built(pp: int, chunks: int, name: str, num_microbatches: int) -> Schedule | None:
+    """The compute of a schedule of ours; None where the name or the numbers are not ours."""
+    try:
+        parallel = ParallelConfig.model_validate({"pp": pp, "chunks": chunks, "schedule": name})
+        return compute_schedule(parallel, num_microbatches)
+    except (ValidationError, ScheduleError):
+        return None

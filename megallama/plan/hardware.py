@@ -1,0 +1,140 @@
+"""Constants of GPU kinds, attention kernels and training programs: `hardware.toml`, or a file of the same form.
+
+A file of the user's own names the kind that it starts from and what differs: ``base = "a100-80g"``, then any of
+`Gpu`'s fields, e.g. ``nic_gbit = 400.0``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from megallama.config.errors import ConfigError
+
+TABLES = Path(__file__).with_name("hardware.toml")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU in its node and network: facts, then fitted constants (fractions of the facts)."""
+
+    peak_tflops: float
+    memory_gib: float
+    memory_gb_per_s: float
+    nvlink_gb_per_s: float  # one way
+    nic_gbit: float  # per GPU
+    gpus_per_node: int
+    watts: float
+    gemm: float  # of peak: matrix products without a small dimension
+    small: float  # a dimension that alone halves the rate
+    attention: float  # of the attention kernels' own fractions
+    bandwidth: float  # of memory bandwidth: elementwise kernels
+    tp_bus: float  # of NVLink: collectives within a node
+    tp_latency_us: float
+    nic: float  # of the NIC: collectives between nodes
+    leaf_nodes: int
+    hop_latency_us: float
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One generation of attention kernels."""
+
+    forward: float  # of peak
+    backward: float
+    passes: float  # of the score matrix through memory
+    unaligned: float  # times slower with heads that are no multiple of 8
+    causal: bool  # leaves out what the mask hides
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a training program does, in numbers: time first, then bytes."""
+
+    speed: float  # of matrix products, against gpu.gemm
+    fp8: float  # speed of fp8 products over bf16's
+    wide: float  # elementwise bytes per token and element of the residual stream in a layer's forward
+    inner: float  # the same per element inside attention and the feed-forward network
+    head: float  # the same per logit of this rank, forward and backward
+    whole: float  # the same per logit of the whole vocabulary (programs that gather it)
+    tp_overlap: float  # share of tensor-parallel communication hidden under computation
+    dp_overlap: float  # share of gradients and parameters that may hide, if the backward is long enough
+    blocking: float  # transfers between stages during which a rank waits, per forward and per backward
+    scatter_gather: bool  # a transfer is cut over tp
+    launch_us: float  # one layer's forward, input or weight gradient beside its kernels
+    network: float  # of what gpu.nic lets through
+    ring_ns: float  # per parameter and doubling of a data-parallel ring's nodes beyond gpu.leaf_nodes
+    step_ms: float  # per step
+    jitter: float  # share of a step per doubling of the nodes
+    grad_bytes: float  # per parameter, reduced
+    param_bytes: float  # per parameter, gathered
+    state_bytes: float  # held per parameter by every rank
+    shard_bytes: float  # held per parameter, divided by dp
+    keep_wide: float  # kept per token and residual element (recompute none)
+    keep_heads: float  # ... per element of q, k, v and the attention output
+    keep_ffn: float  # ... per element of the feed-forward network
+    keep_logits: float  # per logit of this rank
+    keep_whole: float  # per logit of the whole vocabulary
+    reserve_gb: float  # context, communicators, workspaces
+
+
+@dataclass(frozen=True)
+class Machine:
+    """All that a prediction needs beside the job."""
+
+    name: str
+    gpu: Gpu
+    kernels: dict[str, Kernel]
+    stacks: dict[str, Stack]
+
+
+def load_machine(name: str) -> Machine:
+    """The GPU kind called `name`, or described in the file of that name.
+
+    Raises: ConfigError for an unknown kind, an unreadable file, and unknown or wrongly typed keys.
+    """
+    tables, given, base, said = _tables(), {}, name, f"hardware={name}"
+    kinds = tables["gpu"]
+    if name.endswith(".toml"):
+        try:
+            given = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"hardware={name} cannot be read: {error}; or use {', '.join(kinds)}") from None
+        base = str(given.pop("base", ""))
+        said = f'{name}: base="{base}"'
+    if base not in kinds:
+        raise ConfigError(f"{said} is no known kind of GPU; {_near(base, kinds)}, or a .toml file with a base")
+    known = _merged(kinds, base)
+    for key, value in given.items():
+        if key not in known:
+            raise ConfigError(f"{name}: {key} is no constant of a GPU; {_near(key, known)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ConfigError(f"{name}: {key}={value!r} must be a number above 0, like {known[key]}")
+    return Machine(
+        name,
+        Gpu(**{**known, **given}),
+        {k: Kernel(**v) for k, v in tables["kernel"].items()},
+        {k: Stack(**_merged(tables["stack"], k)) for k in tables["stack"]},
+    )
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = [k for k in known if word and k.startswith(word)] or difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else f"use {', '.join(known)}"
+
+
+def _merged(rows: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """A row with what it takes over from its base."""
+    row = dict(rows[name])
+    base = row.pop("base", None)
+    return {**_merged(rows, base), **row} if base else row
+
+
+@cache
+def _tables() -> dict[str, Any]:
+    return tomllib.loads(TABLES.read_text(encoding="utf-8"))
