@@ -64,8 +64,19 @@ def build_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedule:
     Raises: ScheduleError if this number of micro-batches does not suit the schedule.
     """
     schedule = lower(compute_schedule(parallel, num_microbatches))
-    check(schedule)
+    check(schedule, *bounds(parallel, num_microbatches))
     return schedule
+
+
+def bounds(parallel: ParallelConfig, m: int) -> tuple[int, int]:
+    """What a rank holds at most: (stage, micro-batch) pairs in flight, and received tensors that wait."""
+    p, v = parallel.pp, parallel.chunks
+    in_flight = {
+        "gpipe": m * v, "1f1b": p if v == 1 else 2 * (p - 1) + (v - 1) * p + 1, "zb-h1": p, "zb-h2": 2 * p - 1,
+        "zb-v": 2 * p, "v-half": 2 * ((p + 2) // 2), "dualpipe-v": 2 * p + 1,
+    }  # fmt: skip
+    everything = p * v * m  # a user's own schedule promises nothing
+    return in_flight.get(parallel.schedule, everything), everything if parallel.schedule == "csv" else max(4, p // 2)
 
 
 def build_forward(training: Schedule, num_microbatches: int) -> Schedule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.parity.matrix import LIMITS, MAX_RANKS, PLACED, VALUES, Comparison, Layout, matrix, pairs, possible
+from tests.parity.matrix import FURTHER, LIMITS, MAX_RANKS, VALUES, Comparison, Layout, matrix, pairs, possible
 from tests.pool import Pool
 
 ROWS = matrix()
@@ -17,7 +17,7 @@ def comparison(pool: Pool) -> Comparison:
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("layout", [*ROWS, *PLACED], ids=str)
+@pytest.mark.parametrize("layout", [*ROWS, *FURTHER], ids=str)
 def test_every_layout_gives_one_ranks_numbers(comparison: Comparison, layout: Layout, dtype: str) -> None:
     loss, norm = comparison.deviations(layout, dtype)
     assert loss <= LIMITS[dtype]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megallama.config.schema import ParallelConfig
 from megallama.plan.check import build_forward, build_schedule, check
-from megallama.plan.schedule import ScheduleError, gpipe
+from megallama.plan.schedule import Schedule, ScheduleError, gpipe, lower, parse_action
 from megallama.plan.schedule_csv import read_csv
 from megallama.plan.simulate import simulate
 
@@ -123,6 +127,38 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError) as caught:
         read_csv(tmp_path / "none.csv", 2, 2, 2)
     assert str(caught.value) == f"{where}: it is not UTF-8 text; give a CSV file"
+
+
+def test_what_is_accepted_is_what_can_be_proved(tmp_path: Path) -> None:
+    """All orders of two lines: refused exactly where the transfers cannot be put in, or the proof fails."""
+    file, accepted = tmp_path / "my.csv", 0
+    for lines in itertools.product(*(itertools.permutations(line.split(",")) for line in GOOD.split())):
+        steps = tuple(tuple(map(parse_action, line)) for line in lines)
+        file.write_text("\n".join(map(",".join, lines)))
+        try:
+            check(lower(Schedule("my.csv", 2, 2, 2, steps)))
+        except ScheduleError:
+            with pytest.raises(ScheduleError, match="needs"):
+                read_csv(file, 2, 2, 2)
+        else:
+            accepted += read_csv(file, 2, 2, 2).steps == steps
+    assert accepted == 26
+
+
+CELLS = "F0.0 F0.1 F1.0 F1.1 B0.0 I0.1 W0.1 B1.0 B1.1 I1.1 x F9.9 send_F0.0 B-1.0 F0 \u00b9"
+WORDS = st.sampled_from(["", *CELLS.split()])
+
+
+@given(st.lists(st.lists(WORDS, max_size=9), max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_any_cells_at_all_give_a_message(rows: list[list[str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "my.csv"
+        file.write_text("\n".join(map(",".join, rows)), encoding="utf-8")
+        try:
+            check(lower(read_csv(file, 2, 2, 2)))
+        except ScheduleError as error:
+            assert "my.csv" in str(error) and ";" in str(error)
 
 
 def test_any_schedule_can_be_written_down(tmp_path: Path) -> None:

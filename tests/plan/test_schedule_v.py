@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megallama.plan.check import check
+from megallama.config.schema import ParallelConfig
+from megallama.plan.check import FIXED_CHUNKS, bounds, build_schedule, check
 from megallama.plan.schedule import (
     Kind,
     Schedule,
@@ -138,6 +139,22 @@ def test_the_v() -> None:
         "recv_F1.0 recv_F1.1 F1.0 F2.0 send_F2.0 F1.1 recv_B2.0 F2.1 send_F2.1 I2.0 recv_B2.1 I1.0 send_B1.0 I2.1 "
         "I1.1 send_B1.1 W2.0 W1.0 W2.1 W1.1",
     ]
+
+
+def test_a_plan_that_holds_more_than_promised_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FIXED_CHUNKS, "zb-h1", (1, zero_bubble_h2))
+    with pytest.raises(ScheduleError) as caught:
+        build_schedule(ParallelConfig(pp=4, schedule="zb-h1"), 8)
+    assert str(caught.value) == "rank 0 holds 7 micro-batches at once, more than 4"
+
+
+def test_promises_of_interleaving() -> None:
+    for p, v in ((2, 2), (4, 5), (8, 3), (16, 2), (16, 3), (16, 5), (32, 2)):
+        parallel = ParallelConfig(pp=p, chunks=v)
+        for m in (p, 2 * p, 4 * p):
+            schedule = build_schedule(parallel, m)
+            assert max(schedule.peak_in_flight(r) for r in range(p)) == min(bounds(parallel, m)[0], m * v)
+            assert max(schedule.peak_received(r) for r in range(p)) <= max(4, p // 2)
 
 
 def test_too_few_for_dualpipe() -> None:
