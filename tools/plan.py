@@ -70,10 +70,10 @@ def plan(args: argparse.Namespace) -> int:
     overrides = [a for a in args.words if a not in files and a.partition("=")[0] not in own]
     config = load(Path(files[0]) if files else None, overrides, ranks=None if args.search else ranks, need_data=False)
     if args.search:
-        result = search(config, ranks, machine, kernel)
-        print(f"{result.legal:,} legal layouts of {ranks} ranks on {machine.name}, {result.too_large:,} too large for "
+        best, legal, too_large = search(config, ranks, machine, kernel)
+        print(f"{legal:,} legal layouts of {ranks} ranks on {machine.name}, {too_large:,} too large for "
               f"{machine.gpu.memory_gib:.0f} GiB; predicted to be fastest:")  # fmt: skip
-        for number, f in enumerate(result.best, 1):
+        for number, f in enumerate(best, 1):
             print(f"{number:>2}. {headline(f)}\n    {settings_of(f)}\n    limited by {limits(f)}")
         return 0
     outlook = forecast(made := make_plan(config, ranks), machine, kernel)

@@ -9,8 +9,8 @@ and repeats no faster than its round trip to the last stage allows,
     period = max(max_i T_i, max_i (sum_{j >= i} T_j + 2 (p-1-i) hop) / (p-i)),
     time   = (m-1) period + sum_i T_i + 2 (p-1) hop.
 
-Sources of the forms: Korthikanti et al. 2022 (arXiv:2205.05198), Narayanan et al. 2021 (arXiv:2104.04473), Qi et al.
-2023 (arXiv:2401.10241, table 2), nccl-tests doc/PERFORMANCE.md (bus bandwidth).
+Korthikanti et al. 2022 (arXiv:2205.05198); Narayanan et al. 2021 (arXiv:2104.04473); Qi et al. 2023
+(arXiv:2401.10241, table 2); bus bandwidth: nccl-tests, doc/PERFORMANCE.md.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class Pricer:
 
     def optimizer(self) -> float:
         """Reading and writing the optimizer state of a step."""
-        shard = self.job.rank_parameters / (self.job.dp if self.job.sharding != "none" else 1)
-        return shard * OPTIMIZER_BYTES / self.memory_rate
+        cut = self.job.dp if self.job.sharding != "none" else 1
+        return self.job.rank_parameters / cut * OPTIMIZER_BYTES / self.memory_rate
 
     def _ring_rate(self, ranks: int) -> float:
         members = max(1, min(ranks, self.gpu.gpus_per_node // self.job.tp))

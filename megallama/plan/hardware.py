@@ -94,10 +94,7 @@ class Machine:
 
 
 def load_machine(name: str) -> Machine:
-    """The GPU kind called `name`, or described in the file of that name.
-
-    Raises: ConfigError for an unknown kind, an unreadable file, and unknown or wrongly typed keys.
-    """
+    """The GPU kind called `name`, or in the file of that name. Raises: ConfigError for unknown kinds and bad files."""
     tables, given, base, said = _tables(), {}, name, f"hardware={name}"
     kinds = tables["gpu"]
     if name.endswith(".toml"):

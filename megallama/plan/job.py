@@ -52,8 +52,7 @@ class Job:
     stage_layers: tuple[int, ...] | None = None  # layers of each stage in model order
 
     @property
-    def width(self) -> int:
-        """Elements of all queries of a token (`kv_width`: of all keys)."""
+    def width(self) -> int:  # elements of all queries of a token (`kv_width`: of all keys)
         return self.heads * self.head_dim
 
     @property
@@ -61,29 +60,24 @@ class Job:
         return self.kv_heads * self.head_dim
 
     @property
-    def tokens(self) -> int:
-        """Tokens of one micro-batch on one rank."""
+    def tokens(self) -> int:  # tokens of one micro-batch on one rank
         return self.micro_batch * self.seq // self.cp
 
     @property
-    def step_tokens(self) -> int:
-        """Tokens of one optimizer step."""
+    def step_tokens(self) -> int:  # tokens of one optimizer step
         return self.dp * self.num_microbatches * self.micro_batch * self.seq
 
     @property
-    def layer_matrix(self) -> int:
-        """Matrix parameters of a layer."""
+    def layer_matrix(self) -> int:  # matrix parameters of a layer
         return self.hidden * (2 * self.width + 2 * self.kv_width + (3 if self.gated else 2) * self.ffn)
 
     @property
-    def parameters(self) -> int:
-        """Parameters of the whole model."""
+    def parameters(self) -> int:  # parameters of the whole model
         embeddings = (2 - self.tied) * self.vocab * self.hidden
         return self.layers * (self.layer_matrix + 2 * self.hidden) + embeddings + self.hidden
 
     @property
-    def llama_way(self) -> bool:
-        """Whether norms and activations, and nothing else, are computed again in the backward."""
+    def llama_way(self) -> bool:  # whether norms and activations, and nothing else, are computed again in the backward
         return self.recompute == "selective" and self.stack == "megallama"
 
     @cached_property
@@ -104,8 +98,7 @@ class Job:
         return (sum(self.stages[s] for s in mine) * self.layer_matrix + ends * self.vocab * self.hidden) / self.tp
 
     @cached_property
-    def rank_parameters(self) -> float:
-        """Parameters of the fullest rank."""
+    def rank_parameters(self) -> float:  # parameters of the fullest rank
         return max(map(self.parameters_of, range(self.pp)))
 
     def flops_per_token(self, *, causal: bool) -> float:

@@ -19,6 +19,9 @@ NETWORKS = {"50 (4x100 gb/s omni-path per 8 gpus)": 50.0, "efa v2 (3200 gb/s per
 Row = Mapping[str, str | None]
 
 
+_machine = cache(load_machine)
+
+
 class RowError(Exception):
     """Why one row cannot be predicted."""
 
@@ -27,6 +30,8 @@ def job_of_row(row: Row) -> tuple[Job, Machine]:
     """The job and the machine that a row describes. Raises: RowError saying which column is wrong."""
     machine = machine_of(row)
     tp, pp, cp, chunks, micro = (_count(row, k, 1) for k in ("tp", "pp", "cp", "vpp", "micro_batch"))
+    if not any(_word(row, k) for k in ("tp", "pp", "dp")):
+        raise RowError("tp, pp and dp are empty: the layout is not known")
     gpus, batch = _count(row, "gpus", 0) or tp * pp * cp * _count(row, "dp"), _count(row, "global_batch_seqs")
     dp = _count(row, "dp", 0) or max(1, gpus // (tp * pp * cp))
     if tp * pp * cp * dp != gpus:
@@ -64,11 +69,6 @@ def machine_of(row: Row) -> Machine:
     if kind is None:
         raise RowError(f"gpu={row.get('gpu')!r} is not among A100, H100, H200")
     return _machine(kind)
-
-
-@cache
-def _machine(kind: str) -> Machine:
-    return load_machine(kind)
 
 
 def stack_of(row: Row) -> str:

@@ -107,6 +107,7 @@ def test_unknown_hardware_and_kernels(capsys: pytest.CaptureFixture[str]) -> Non
         ({"seq": "nan"}, "seq=nan is no whole number above 0"),
         ({"tp": "4"}, "tp=4 x pp=2 x cp=1 x dp=16 is not gpus=64"),
         ({"global_batch_seqs": "8"}, "global_batch_seqs=8 is less than micro_batch=1 x dp=16"),
+        ({"tp": "", "pp": "", "dp": ""}, "tp, pp and dp are empty: the layout is not known"),
         ({"heads": "41"}, "hidden=5120 is no multiple of heads=41"),
         ({"vpp": "40"}, "pp=2 x vpp=40 stages are more than layers=40 and two"),
         ({"stack": "jax"}, "stack=jax is unknown; use megatron, "),
