@@ -27,12 +27,16 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megallama.config.load import load  # noqa: E402
 from megallama.plan.capacity import GIB, job_bytes  # noqa: E402
 from megallama.plan.cost import built  # noqa: E402
+from megallama.plan.forecast import Forecast, forecast  # noqa: E402
 from megallama.plan.hardware import TABLES, Machine, _tables, load_machine  # noqa: E402
 from megallama.plan.job import Job  # noqa: E402
+from megallama.plan.plan import make_plan  # noqa: E402
 from megallama.plan.predict import seconds_by_cause  # noqa: E402
 from megallama.plan.rows import RowError, _machine, job_of_row  # noqa: E402
+from megallama.plan.search import search  # noqa: E402
 from megallama.plan.simulate import StageCost, simulate  # noqa: E402
 
 TOML: dict[str, Any] = tomllib.loads(TABLES.read_text(encoding="utf-8"))
@@ -80,24 +84,28 @@ FITTED_H100: Priors = {
         "speed": 1.1, "wide": 13, "tp_overlap": 0.66,
         "dp_overlap": 0.87, "ring_ns": 0.039, "fp8": 1.5, "launch_us": 39,
     },
-    "stack.torchtitan": {"speed": 0.98, "wide": 21, "head": 32, "fp8": 1.4, "tp_overlap": 0.45},
+    "stack.torchtitan": {"speed": 0.85, "wide": 24, "head": 60, "fp8": 1.4, "tp_overlap": 0.4},
+    "stack.nanotron": {"speed": 1, "wide": 20, "launch_us": 40, "tp_overlap": 0.4, "dp_overlap": 0.6, "step_ms": 20},
 }
 Fit = tuple[dict[str, str], Job, float, str]
 
 
 def measured(kinds: tuple[str, ...]) -> list[Fit]:
-    """Rows with a measured step time on these kinds of GPU."""
+    """Rows with a measured step time, or the MFU that gives it, on these kinds of GPU."""
     out = []
     with MEASURED.open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if row["fits"] != "1" or not row["step_time_s"]:
-                continue
             try:
                 job, machine = job_of_row(row)
             except RowError:
                 continue
-            if machine.name in kinds:
+            flops = job.step_tokens / job.gpus * job.flops_per_token(causal=False) / machine.gpu.peak_tflops / 1e12
+            if machine.name not in kinds or row["fits"] != "1":
+                continue
+            if row["step_time_s"]:
                 out.append((row, job, float(row["step_time_s"]), machine.name))
+            elif row["mfu_pct_reported"]:
+                out.append((row, job, 100 * flops / float(row["mfu_pct_reported"]), machine.name))
     return out
 
 
@@ -283,6 +291,33 @@ def bubbles() -> list[str]:
     return lines
 
 
+RUNS = (("7b", 512), ("13b", 1024), ("33b", 2048), ("65b", 2048))
+
+
+def layouts() -> list[str]:
+    """The best layouts for LLaMA's four models on A100 nodes, and what its paper's 380 tokens/s/GPU are like."""
+    machine = load_machine("a100-80g")
+    lines = ["| model | GPUs | layout | tokens/s/GPU | MFU % | GiB |", "|---" * 6 + "|"]
+
+    def row(model: str, name: str, f: Forecast) -> str:
+        p = f.prediction
+        speed = f"{p.tokens_per_second:.0f} | {100 * p.mfu_full:.1f} | {max(f.peaks) / GIB:.1f}"
+        return f"| {model} | {f.job.gpus} | {name} | {speed} |"
+
+    for model, gpus in RUNS:
+        words = [f"model.preset=llama-{model}", "batch.global_batch_size=2048", "batch.micro_batch_size=1"]
+        for f in search(load(None, words, need_data=False), gpus, machine, "flash2")[0][:3]:
+            c, p = f.plan.config, f.plan.config.parallel
+            name = f"tp {p.tp} pp {p.pp} x{p.chunks} {p.schedule}, micro-batch {c.batch.micro_batch_size}, "
+            lines.append(row(model, name + c.memory.recompute + ", no sp" * (not p.sequence_parallel), f))
+    plain = [*words, "parallel.tp=8", "parallel.pp=8"]
+    nothing = ["overlap.tensor_parallel=false", "overlap.grad_reduce=false"]
+    for name, more in (("", []), (", nothing overlapped", nothing)):
+        f = forecast(make_plan(load(None, plain + more, ranks=2048, need_data=False), 2048), machine, "flash2")
+        lines.append(row("65b", "tp 8 pp 8 x1 1f1b, micro-batch 1, selective" + name, f))
+    return [*lines, "| 65b | 2048 | LLaMA paper (layout not published) | 380 | 49.5 | |"]
+
+
 def main() -> None:
     """Fit if asked to, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -305,6 +340,7 @@ def main() -> None:
         if "a100-80g" in kinds:
             lines += a100_summary(rows, errors, held)
             lines += ["\n## Best predicted layout against best measured, per block\n", *ranking(rows, errors, held)]
+    lines += ["\n## Predicted: LLaMA on A100-80GB, 4M tokens a step\n", *layouts()]
     lines += ["\n## Fits or not\n", *marks(), "\n## Bubble rates (Qi et al. 2023, table 5)\n", *bubbles()]
     Path(args.out).write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
 

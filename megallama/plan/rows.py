@@ -29,7 +29,8 @@ class RowError(Exception):
 def job_of_row(row: Row) -> tuple[Job, Machine]:
     """The job and the machine that a row describes. Raises: RowError saying which column is wrong."""
     machine = machine_of(row)
-    tp, pp, cp, chunks, micro = (_count(row, k, 1) for k in ("tp", "pp", "cp", "vpp", "micro_batch"))
+    tp, pp, cp, micro = (_count(row, k, 1) for k in ("tp", "pp", "cp", "micro_batch"))
+    chunks = _count(row, "vpp", 2 if pp > 1 and _word(row, "schedule").endswith("interleaved") else 1)
     if not any(_word(row, k) for k in ("tp", "pp", "dp")):
         raise RowError("tp, pp and dp are empty: the layout is not known")
     gpus, batch = _count(row, "gpus", 0) or tp * pp * cp * _count(row, "dp"), _count(row, "global_batch_seqs")
@@ -89,7 +90,7 @@ def stack_of(row: Row) -> str:
         "megatron": "unfused" in kernel,
         "zerobubble": schedule.startswith("zb") or (mode == "none" and not kernel),
         "scaling-rms": "rms kernel" in kernel,
-        "scaling": "flash_attention2" in kernel and a100 and not mode.startswith("distopt"),
+        "scaling" if a100 else "nanotron": "flash_attention2" in kernel and not mode.startswith("distopt"),
     }
     return next((name for name, yes in rules.items() if yes), "megatron-2024")
 
@@ -97,7 +98,8 @@ def stack_of(row: Row) -> str:
 def _sharding(row: Row) -> str:
     mode = _word(row, "dp_mode")
     known = {"fsdp": "zero3", "hsdp": "zero3", "zero3": "zero3", "zero2": "zero2", "zero1": "zero1", "distopt": "zero1"}
-    return _first(known, mode) or "none"
+    found = _first(known, mode) or "none"
+    return "zero1" if found == "zero3" and _count(row, "pp", 1) > 1 else found  # pipelines gather once a step
 
 
 def _network(row: Row) -> float | None:

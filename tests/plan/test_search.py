@@ -124,6 +124,7 @@ def test_rows_that_are_wrong(changes: dict[str, str], message: str) -> None:
     [
         ({}, "megatron-2024"),
         ({"dp_mode": "zero1"}, "scaling"),
+        ({"dp_mode": "zero1", "gpu": "H100"}, "nanotron"),
         ({"dp_mode": "zero1", "attn_kernel": "flash_attention2 + RMS kernel"}, "scaling-rms"),
         ({"attn_kernel": "unfused_scaled_masked_softmax", "dp_mode": "ddp"}, "megatron"),
         ({"attn_kernel": "unfused_scaled_masked_softmax", "dp_mode": "zero1"}, "megatron-deepspeed"),
