@@ -128,8 +128,7 @@ def as_dict(f: Forecast) -> dict[str, Any]:
         "tokens_per_second_per_gpu": p.tokens_per_second,
         **{k: getattr(p, k) for k in ("mfu_full", "mfu_causal", "hfu")},
         "tokens": f.tokens,
-        "days": f.days,
-        **f.footprint._asdict(),
+        **{k: getattr(f, k) for k in ("days", "gpu_hours", "mwh", "tonnes_co2")},
         "flags": list(p.flags),
     }  # fmt: skip
 
@@ -144,7 +143,7 @@ def text(f: Forecast) -> str:
 
 
 def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
-    p, foot, room = f.prediction, f.footprint, f.prediction.memory_limit / GIB
+    p, room = f.prediction, f.prediction.memory_limit / GIB
     worst = max(range(f.job.pp), key=f.peaks.__getitem__)
     m = f.plan.memory(worst)
     verdict = "fits" if f.fits else f"DOES NOT FIT, {max(f.peaks) / GIB - room:.1f} GiB too much"
@@ -157,8 +156,8 @@ def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
                    f"{p.tokens_per_second * f.job.gpus:,.0f} in all")  # fmt: skip
     yield "", f"MFU {p.mfu_full:.1%} (full attention), {p.mfu_causal:.1%} (causal); HFU {p.hfu:.1%}"
     yield "pipeline", f"ranks idle {f.pipeline.bubble:.1%} of its {f.pipeline.makespan:.3f} s with these times"
-    yield "run", f"{f.days:,.1f} days, {foot.gpu_hours:,.0f} GPU-hours for {f.tokens:,} tokens"
-    yield "energy", (f"{foot.mwh:,.0f} MWh, {foot.tonnes_co2:,.0f} t CO2 ({f.machine.gpu.watts:.0f} W per GPU, "
+    yield "run", f"{f.days:,.1f} days, {f.gpu_hours:,.0f} GPU-hours for {f.tokens:,} tokens"
+    yield "energy", (f"{f.mwh:,.0f} MWh, {f.tonnes_co2:,.0f} t CO2 ({f.machine.gpu.watts:.0f} W per GPU, "
                      f"PUE {PUE}, {CO2_KG_PER_KWH} kg/kWh)")  # fmt: skip
     for flag in p.flags:
         yield "beware", f"outside what the constants were fitted on: {flag}"

@@ -189,5 +189,5 @@ def built(pp: int, chunks: int, name: str, num_microbatches: int) -> Schedule | 
     try:
         parallel = ParallelConfig.model_validate({"pp": pp, "chunks": chunks, "schedule": name})
         return compute_schedule(parallel, num_microbatches)
-    except (ValidationError, ScheduleError):
+    except (ValidationError, ScheduleError, OSError):
         return None

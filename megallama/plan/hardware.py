@@ -126,8 +126,7 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 
 def _merged(rows: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    """A row with what it takes over from its base."""
-    row = dict(rows[name])
+    row = dict(rows[name])  # and what it takes over from its base
     base = row.pop("base", None)
     return {**_merged(rows, base), **row} if base else row
 

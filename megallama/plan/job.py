@@ -50,6 +50,7 @@ class Job:
     hide_tp: bool = True  # as far as the stack can
     hide_dp: bool = True
     stage_layers: tuple[int, ...] | None = None  # layers of each stage in model order
+    owners: tuple[int, ...] = ()  # rank of each stage, where a schedule says it
 
     @property
     def width(self) -> int:  # elements of all queries of a token (`kv_width`: of all keys)
@@ -88,8 +89,9 @@ class Job:
 
     def owned(self, rank: int) -> tuple[int, ...]:
         """The stages of a pipeline rank."""
-        v = self.schedule in V_SHAPED and self.chunks == 2
-        return (rank, 2 * self.pp - 1 - rank) if v else tuple(range(rank, self.pp * self.chunks, self.pp))
+        if self.schedule in V_SHAPED and self.chunks == 2 and not self.owners:
+            return rank, 2 * self.pp - 1 - rank
+        return tuple(s for s, n in enumerate(self.owners or range(self.pp * self.chunks)) if n % self.pp == rank)
 
     def parameters_of(self, rank: int) -> float:
         """Matrix parameters of the ranks at one pipeline position."""

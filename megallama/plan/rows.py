@@ -6,6 +6,7 @@ programs differ in what they fuse, overlap and keep; a `stack` column with a row
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 
@@ -15,10 +16,7 @@ from megallama.plan.job import Job
 NEEDED = ("gpu", "layers", "hidden", "heads", "seq", "gpus", "global_batch_seqs")
 GPUS = {"a100-40": "a100-40g", "a100": "a100-80g", "h200": "h200", "h100": "h100"}
 KERNELS = {"unfused": "unfused", "attention3": "flash3", "cudnn": "flash3", "triton": "flash1", "xformers": "flash1"}
-NETWORKS = {"50 (4x100 gb/s omni-path per 8 gpus)": 50.0, "efa v2 (3200 gb/s per node)": 400.0}
 Row = Mapping[str, str | None]
-
-
 _machine = cache(load_machine)
 
 
@@ -66,8 +64,7 @@ def job_of_row(row: Row) -> tuple[Job, Machine]:
 
 def machine_of(row: Row) -> Machine:
     """The kind of GPU that a row names. Raises: RowError if we have no constants for it."""
-    kind = _first(GPUS, _word(row, "gpu"))
-    if kind is None:
+    if (kind := _first(GPUS, _word(row, "gpu"))) is None:
         raise RowError(f"gpu={row.get('gpu')!r} is not among A100, H100, H200")
     return _machine(kind)
 
@@ -103,11 +100,8 @@ def _sharding(row: Row) -> str:
 
 
 def _network(row: Row) -> float | None:
-    text = _word(row, "net_inter_gbit_per_gpu")
-    try:
-        return NETWORKS.get(text) or float(text) or None
-    except ValueError:
-        return None
+    number = re.match(r"\d+(\.\d+)?", _word(row, "net_inter_gbit_per_gpu"))  # or words, e.g. RoCE
+    return float(number[0]) or None if number else None
 
 
 def _first(known: Mapping[str, str], text: str) -> str | None:

@@ -40,10 +40,8 @@ def search(
         if len(found) < most and not check(own, ranks, need_data=False):
             found += [f for f in [forecast(make_plan(own, ranks), machine, kernel)] if f.fits]
     if not found:
-        raise ConfigError(
-            f"none of {len(every):,} legal layouts of {ranks} ranks fits into {machine.gpu.memory_gib:.0f} GiB; "
-            f"use another number of ranks, or a batch.global_batch_size that more of them divide"
-        )
+        words = f"none of {len(every):,} legal layouts of {ranks} ranks fits into {machine.gpu.memory_gib:.0f} GiB"
+        raise ConfigError(f"{words}; use other ranks, or a batch.global_batch_size that more layouts divide")
     found.sort(key=lambda f: f.prediction.step_seconds)
     return found, len(every), len(every) - len(small)
 

@@ -59,7 +59,7 @@ def test_candidates_are_legal_and_complete() -> None:
 
 def test_nothing_fits() -> None:
     config = load(None, ["model.preset=llama-65b", "batch.global_batch_size=8"], need_data=False)
-    with pytest.raises(ConfigError, match=r"none of [\d,]+ legal layouts of 4 ranks fits into 79 GiB; use another"):
+    with pytest.raises(ConfigError, match=r"none of [\d,]+ legal layouts of 4 ranks fits into 79 GiB; use other ranks"):
         search(config, 4, A100, "flash2")
 
 
