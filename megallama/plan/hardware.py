@@ -1,7 +1,6 @@
 """Constants of GPU kinds, attention kernels and training programs: `hardware.toml`, or a file of the same form.
 
-A file of the user's own names the kind that it starts from and what differs: ``base = "a100-80g"``, then any of
-`Gpu`'s fields, e.g. ``nic_gbit = 400.0``.
+A user's own file names the kind that it starts from and what differs: ``base = "h100"``, ``nic_gbit = 800.0``.
 """
 
 from __future__ import annotations

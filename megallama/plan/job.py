@@ -1,7 +1,6 @@
 """One training step as the models of time and memory see it: shapes, layout, and which software runs it.
 
-A `Job` comes from a configuration of ours (`job_of`) or from a row of a table (`plan.rows`), so that our own plans are
-priced with the constants that were fitted on published measurements.
+Jobs come from configurations (`job_of`) and from tables (`plan.rows`): the same constants price both.
 """
 
 from __future__ import annotations

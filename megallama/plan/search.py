@@ -41,7 +41,7 @@ def search(
             found += [f for f in [forecast(make_plan(own, ranks), machine, kernel)] if f.fits]
     if not found:
         words = f"none of {len(every):,} legal layouts of {ranks} ranks fits into {machine.gpu.memory_gib:.0f} GiB"
-        raise ConfigError(f"{words}; use other ranks, or a batch.global_batch_size that more layouts divide")
+        raise ConfigError(f"{words}; use other ranks, or another batch.global_batch_size")
     found.sort(key=lambda f: f.prediction.step_seconds)
     return found, len(every), len(every) - len(small)
 
