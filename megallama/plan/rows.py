@@ -46,7 +46,7 @@ def job_of_row(row: Row) -> tuple[Job, Machine]:
     split: tuple[int, ...] | None = None
     if stack == "zerobubble" and schedule != "zb-v" and (layers + 2) % pp == 0:
         each = (layers + 2) // pp  # embedding and head count as a layer there, and interleaving has a layer per chunk
-        split = (each - 1, *[each] * (pp - 2), each - 1)
+        split, chunks = (each - 1, *[each] * (pp - 2), each - 1), 1
         if schedule == "interleaved":
             split, chunks = (0, *[1] * (pp * each - 2), 0), each
     gated, recompute = _word(row, "gated") in ("1", "true"), _word(row, "recompute")

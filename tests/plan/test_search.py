@@ -208,3 +208,12 @@ def test_measurements_name_their_sources() -> None:
     for name in ("validate.csv", "aux_validate.csv"):
         with (ROOT / "benchmarks" / "measurements" / name).open(encoding="utf-8") as file:
             assert all(row["source"] for row in csv.DictReader(file))
+
+
+def test_embedding_and_head_that_count_as_layers() -> None:
+    """The zero-bubble authors' split: first and last stage hold a layer less; only interleaving has chunks."""
+    row = ROW | {"attn_kernel": "", "dp_mode": "none", "sp": "0", "layers": "46", "tp": "1", "pp": "16", "dp": "4"}
+    plain, _ = job_of_row(row | {"schedule": "1f1b", "vpp": "3"})
+    assert plain.stages == (2, *[3] * 14, 2) and plain.chunks == 1 and predict(plain, A100).step_seconds > 0
+    interleaved, _ = job_of_row(row | {"schedule": "interleaved"})
+    assert interleaved.chunks == 3 and interleaved.stages == (0, *[1] * 46, 0)
