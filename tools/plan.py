@@ -70,10 +70,10 @@ def plan(args: argparse.Namespace) -> int:
     overrides = [a for a in args.words if a not in files and a.partition("=")[0] not in own]
     config = load(Path(files[0]) if files else None, overrides, ranks=None if args.search else ranks, need_data=False)
     if args.search:
-        result = search(config, ranks, machine, kernel)
-        print(f"{result.legal:,} legal layouts of {ranks} ranks on {machine.name}, {result.too_large:,} too large for "
+        best, legal, too_large = search(config, ranks, machine, kernel)
+        print(f"{legal:,} legal layouts of {ranks} ranks on {machine.name}, {too_large:,} too large for "
               f"{machine.gpu.memory_gib:.0f} GiB; predicted to be fastest:")  # fmt: skip
-        for number, f in enumerate(result.best, 1):
+        for number, f in enumerate(best, 1):
             print(f"{number:>2}. {headline(f)}\n    {settings_of(f)}\n    limited by {limits(f)}")
         return 0
     outlook = forecast(made := make_plan(config, ranks), machine, kernel)
@@ -128,8 +128,7 @@ def as_dict(f: Forecast) -> dict[str, Any]:
         "tokens_per_second_per_gpu": p.tokens_per_second,
         **{k: getattr(p, k) for k in ("mfu_full", "mfu_causal", "hfu")},
         "tokens": f.tokens,
-        "days": f.days,
-        **f.footprint._asdict(),
+        **{k: getattr(f, k) for k in ("days", "gpu_hours", "mwh", "tonnes_co2")},
         "flags": list(p.flags),
     }  # fmt: skip
 
@@ -144,7 +143,7 @@ def text(f: Forecast) -> str:
 
 
 def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
-    p, foot, room = f.prediction, f.footprint, f.prediction.memory_limit / GIB
+    p, room = f.prediction, f.prediction.memory_limit / GIB
     worst = max(range(f.job.pp), key=f.peaks.__getitem__)
     m = f.plan.memory(worst)
     verdict = "fits" if f.fits else f"DOES NOT FIT, {max(f.peaks) / GIB - room:.1f} GiB too much"
@@ -157,8 +156,8 @@ def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
                    f"{p.tokens_per_second * f.job.gpus:,.0f} in all")  # fmt: skip
     yield "", f"MFU {p.mfu_full:.1%} (full attention), {p.mfu_causal:.1%} (causal); HFU {p.hfu:.1%}"
     yield "pipeline", f"ranks idle {f.pipeline.bubble:.1%} of its {f.pipeline.makespan:.3f} s with these times"
-    yield "run", f"{f.days:,.1f} days, {foot.gpu_hours:,.0f} GPU-hours for {f.tokens:,} tokens"
-    yield "energy", (f"{foot.mwh:,.0f} MWh, {foot.tonnes_co2:,.0f} t CO2 ({f.machine.gpu.watts:.0f} W per GPU, "
+    yield "run", f"{f.days:,.1f} days, {f.gpu_hours:,.0f} GPU-hours for {f.tokens:,} tokens"
+    yield "energy", (f"{f.mwh:,.0f} MWh, {f.tonnes_co2:,.0f} t CO2 ({f.machine.gpu.watts:.0f} W per GPU, "
                      f"PUE {PUE}, {CO2_KG_PER_KWH} kg/kWh)")  # fmt: skip
     for flag in p.flags:
         yield "beware", f"outside what the constants were fitted on: {flag}"

@@ -6,9 +6,12 @@ published layouts fit into 80 GB.  Forms: Korthikanti et al. 2022 (arXiv:2205.05
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from megallama.config.schema import Config
+from megallama.plan.cost import built
 from megallama.plan.hardware import Machine
-from megallama.plan.job import V_SHAPED, Job
+from megallama.plan.job import Job
 from megallama.plan.memory import DTYPE_BYTES
 
 GIB = 2**30
@@ -47,30 +50,24 @@ def saved_per_layer(job: Job, machine: Machine) -> tuple[float, float]:
     return whole * job.tokens * (0.5 if by_operator else 1.0), 0.0
 
 
-def in_flight(job: Job, rank: int) -> float:
+def in_flight(job: Job, rank: int) -> int:
     """Micro-batches held at once, in chunks."""
-    p, m, v = job.pp, job.num_microbatches, job.chunks
-    if job.schedule == "gpipe":
-        return float(m * v)
-    if job.schedule in ("zb-h2", "zb-2p"):
-        return float(min(m, 2 * p - 1))
-    if job.schedule in V_SHAPED:
-        return float(min(m * v, p + 2 if job.schedule == "v-half" else 2 * p))
-    if job.schedule in ("zb-h1", "zb-1p"):
-        return float(min(m, p))
-    return float(min(m * v, p - rank if v == 1 else 2 * (p - rank - 1) + (v - 1) * p + 1))
+    m = job.num_microbatches if job.schedule == "gpipe" else min(job.num_microbatches, 3 * job.pp)
+    return _peaks(job.pp, job.chunks, {"zb-1p": "zb-h1", "zb-2p": "zb-h2"}.get(job.schedule, job.schedule), m)[rank]
+
+
+@lru_cache(maxsize=1024)
+def _peaks(pp: int, chunks: int, name: str, m: int) -> tuple[int, ...]:
+    schedule = built(pp, chunks, name, m)
+    return tuple(map(schedule.peak_in_flight, range(pp))) if schedule else (min(m, 2 * pp - 1) * chunks,) * pp
 
 
 def buffer_bytes(config: Config, machine: Machine) -> int:
-    """What our program holds for a moment beside `plan.memory`: communication and work buffers, and the context.
-
-    Gathered inputs of a tensor-parallel layer (forward and gradient), four activations under way between stages, two
-    gradient buckets in fp32, and one layer's gate, up and product with their gradients.
-    """
+    """What our program holds for a moment beside `plan.memory`, and the context."""
     m, p, b = config.model, config.parallel, config.batch
     tokens, size = b.micro_batch_size * b.seq_length, DTYPE_BYTES[config.precision.dtype]
     activation = tokens * m.hidden_size * size
-    gathered = (p.tp > 1) * 2 * activation
+    gathered = (p.tp > 1) * 2 * activation  # of a tensor-parallel layer: its input and its gradient
     moving = (p.pp > 1) * 4 * activation // (p.tp if p.sequence_parallel else 1)
     working = 6 * tokens * m.ffn_hidden_size // p.tp * size
     buckets = 2 * int(config.overlap.bucket_mb * 2**20)

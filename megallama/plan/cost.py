@@ -3,20 +3,21 @@
 Matrix products: 2MNK / (peak x gemm) x (1 + small (1/M + 1/N + 1/K)), with N and K filled up to whole tiles.
 Collectives: ring volume at a share of NVLink, or of the NICs of the ring's members in one node, plus latencies.
 
-1F1B with unequal stages T_i and transfers that take `hop` without occupying anybody: stage i holds p-i micro-batches
-and repeats no faster than its round trip to the last stage allows,
+1F1B with unequal stages T_i and transfers that take `hop` without occupying anybody: stage i holds one micro-batch more
+than stage i+1, so of a run of k neighbouring stages k micro-batches make the round trip in each period,
 
-    period = max(max_i T_i, max_i (sum_{j >= i} T_j + 2 (p-1-i) hop) / (p-i)),
+    period = max over i <= j of (T_i + ... + T_j + 2 (j-i) hop) / (j-i+1),
     time   = (m-1) period + sum_i T_i + 2 (p-1) hop.
 
-Sources of the forms: Korthikanti et al. 2022 (arXiv:2205.05198), Narayanan et al. 2021 (arXiv:2104.04473), Qi et al.
-2023 (arXiv:2401.10241, table 2), nccl-tests doc/PERFORMANCE.md (bus bandwidth).
+Korthikanti et al. 2022 (arXiv:2205.05198); Narayanan et al. 2021 (arXiv:2104.04473); Qi et al. 2023
+(arXiv:2401.10241, table 2); bus bandwidth: nccl-tests, doc/PERFORMANCE.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from math import ceil, log2
 from typing import NamedTuple
 
@@ -136,8 +137,8 @@ class Pricer:
 
     def optimizer(self) -> float:
         """Reading and writing the optimizer state of a step."""
-        shard = self.job.rank_parameters / (self.job.dp if self.job.sharding != "none" else 1)
-        return shard * OPTIMIZER_BYTES / self.memory_rate
+        cut = self.job.dp if self.job.sharding != "none" else 1
+        return self.job.rank_parameters / cut * OPTIMIZER_BYTES / self.memory_rate
 
     def _ring_rate(self, ranks: int) -> float:
         members = max(1, min(ranks, self.gpu.gpus_per_node // self.job.tp))
@@ -159,10 +160,9 @@ def closed_form(job: Job, costs: Sequence[StageCost], hop: float) -> float:
         return m * busiest + (p - 1) * (max(0.0, idle) + (4 if name in ("zb-h1", "zb-1p") else 2) * hop)
     if job.chunks > 1:
         return m * busiest + (p - 1) * (mean / job.chunks + 2 * hop) + 2 * (job.chunks - 1) * p * hop
-    rest, period = 0.0, busiest
-    for rank in range(p - 1, -1, -1):
-        rest += ranks[rank]
-        period = max(period, (rest + 2 * (p - 1 - rank) * hop) / min(p - rank, m))
+    sums = [0.0, *accumulate(ranks)]
+    runs = ((i, j) for j in range(p) for i in range(max(0, j + 1 - m), j + 1))
+    period = max((sums[j + 1] - sums[i] + 2 * (j - i) * hop) / (j - i + 1) for i, j in runs) if hop else busiest
     return (m - 1) * period + sum(ranks) + 2 * (p - 1) * hop
 
 
@@ -189,5 +189,5 @@ def built(pp: int, chunks: int, name: str, num_microbatches: int) -> Schedule | 
     try:
         parallel = ParallelConfig.model_validate({"pp": pp, "chunks": chunks, "schedule": name})
         return compute_schedule(parallel, num_microbatches)
-    except (ValidationError, ScheduleError):
+    except (ValidationError, ScheduleError, OSError):
         return None

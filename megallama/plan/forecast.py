@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 from megallama.plan.capacity import buffer_bytes
 from megallama.plan.cost import Pricer, makespan
@@ -16,18 +15,10 @@ from megallama.plan.simulate import Report, simulate
 PUE, CO2_KG_PER_KWH = 1.1, 0.385  # Touvron et al. 2023 (arXiv:2302.13971, section 6): the US average, and its overhead
 
 
-class Footprint(NamedTuple):
-    """What a run takes from the world."""
-
-    gpu_hours: float
-    mwh: float
-    tonnes_co2: float
-
-
-def footprint(gpu_hours: float, watts: float) -> Footprint:
-    """Wh = GPU-hours x watts x PUE; tCO2eq = MWh x 0.385 (Touvron et al. 2023)."""
+def footprint(gpu_hours: float, watts: float) -> tuple[float, float]:
+    """MWh = GPU-hours x watts x PUE / 1e6, and tonnes of CO2 equivalent = MWh x 0.385 (Touvron et al. 2023)."""
     mwh = gpu_hours * watts * PUE / 1e6
-    return Footprint(gpu_hours, mwh, mwh * CO2_KG_PER_KWH)
+    return mwh, mwh * CO2_KG_PER_KWH
 
 
 @dataclass(frozen=True)
@@ -42,8 +33,10 @@ class Forecast:
     buffers: int  # bytes of every rank beside what `plan.memory` counts
     peaks: tuple[int, ...]  # bytes of each pipeline rank, buffers included
     tokens: int  # of the whole run
-    footprint: Footprint
-    days: float  # of the whole run, without interruptions
+    gpu_hours: float  # of the whole run, without interruptions
+    mwh: float
+    tonnes_co2: float
+    days: float
 
     @property
     def fits(self) -> bool:
@@ -53,14 +46,14 @@ class Forecast:
 
 def forecast(plan: Plan, machine: Machine, kernel: str) -> Forecast:
     """Price a plan, the pipeline by the events of its own schedule."""
-    config = plan.config
-    job = job_of(config, plan.topology, kernel, plan.stages)
+    config, owners = plan.config, tuple(map(plan.schedule.rank_of, range(plan.num_stages)))
+    job = replace(job_of(config, plan.topology, kernel, plan.stages), owners=owners)
     prediction = predict(job, machine, lambda _, costs, hop: makespan(plan.schedule, costs, hop))
     price, buffers = Pricer(job, machine), buffer_bytes(config, machine)
     tokens = plan.batch.samples_after(config.train.steps) * config.batch.seq_length
-    cost = footprint(tokens / prediction.tokens_per_second / 3600, machine.gpu.watts)
+    gpu_hours = tokens / prediction.tokens_per_second / 3600
     return Forecast(
         plan, machine, job, prediction, simulate(plan.schedule, price.stages(), price.hop()), buffers,
-        tuple(plan.memory(rank).total + buffers for rank in range(job.pp)), tokens, cost,
-        cost.gpu_hours / job.gpus / 24,
+        tuple(plan.memory(rank).total + buffers for rank in range(job.pp)), tokens, gpu_hours,
+        *footprint(gpu_hours, machine.gpu.watts), gpu_hours / job.gpus / 24,
     )  # fmt: skip

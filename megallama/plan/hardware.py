@@ -1,7 +1,6 @@
 """Constants of GPU kinds, attention kernels and training programs: `hardware.toml`, or a file of the same form.
 
-A file of the user's own names the kind that it starts from and what differs: ``base = "a100-80g"``, then any of
-`Gpu`'s fields, e.g. ``nic_gbit = 400.0``.
+A user's own file names the kind that it starts from and what differs: ``base = "h100"``, ``nic_gbit = 800.0``.
 """
 
 from __future__ import annotations
@@ -94,10 +93,7 @@ class Machine:
 
 
 def load_machine(name: str) -> Machine:
-    """The GPU kind called `name`, or described in the file of that name.
-
-    Raises: ConfigError for an unknown kind, an unreadable file, and unknown or wrongly typed keys.
-    """
+    """The GPU kind called `name`, or in the file of that name. Raises: ConfigError for unknown kinds and bad files."""
     tables, given, base, said = _tables(), {}, name, f"hardware={name}"
     kinds = tables["gpu"]
     if name.endswith(".toml"):
@@ -129,8 +125,7 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 
 def _merged(rows: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    """A row with what it takes over from its base."""
-    row = dict(rows[name])
+    row = dict(rows[name])  # and what it takes over from its base
     base = row.pop("base", None)
     return {**_merged(rows, base), **row} if base else row
 

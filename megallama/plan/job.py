@@ -1,7 +1,6 @@
 """One training step as the models of time and memory see it: shapes, layout, and which software runs it.
 
-A `Job` comes from a configuration of ours (`job_of`) or from a row of a table (`plan.rows`), so that our own plans are
-priced with the constants that were fitted on published measurements.
+Jobs come from configurations (`job_of`) and from tables (`plan.rows`): the same constants price both.
 """
 
 from __future__ import annotations
@@ -50,10 +49,10 @@ class Job:
     hide_tp: bool = True  # as far as the stack can
     hide_dp: bool = True
     stage_layers: tuple[int, ...] | None = None  # layers of each stage in model order
+    owners: tuple[int, ...] = ()  # rank of each stage, where a schedule says it
 
     @property
-    def width(self) -> int:
-        """Elements of all queries of a token (`kv_width`: of all keys)."""
+    def width(self) -> int:  # elements of all queries of a token (`kv_width`: of all keys)
         return self.heads * self.head_dim
 
     @property
@@ -61,29 +60,24 @@ class Job:
         return self.kv_heads * self.head_dim
 
     @property
-    def tokens(self) -> int:
-        """Tokens of one micro-batch on one rank."""
+    def tokens(self) -> int:  # tokens of one micro-batch on one rank
         return self.micro_batch * self.seq // self.cp
 
     @property
-    def step_tokens(self) -> int:
-        """Tokens of one optimizer step."""
+    def step_tokens(self) -> int:  # tokens of one optimizer step
         return self.dp * self.num_microbatches * self.micro_batch * self.seq
 
     @property
-    def layer_matrix(self) -> int:
-        """Matrix parameters of a layer."""
+    def layer_matrix(self) -> int:  # matrix parameters of a layer
         return self.hidden * (2 * self.width + 2 * self.kv_width + (3 if self.gated else 2) * self.ffn)
 
     @property
-    def parameters(self) -> int:
-        """Parameters of the whole model."""
+    def parameters(self) -> int:  # parameters of the whole model
         embeddings = (2 - self.tied) * self.vocab * self.hidden
         return self.layers * (self.layer_matrix + 2 * self.hidden) + embeddings + self.hidden
 
     @property
-    def llama_way(self) -> bool:
-        """Whether norms and activations, and nothing else, are computed again in the backward."""
+    def llama_way(self) -> bool:  # whether norms and activations, and nothing else, are computed again in the backward
         return self.recompute == "selective" and self.stack == "megallama"
 
     @cached_property
@@ -94,8 +88,9 @@ class Job:
 
     def owned(self, rank: int) -> tuple[int, ...]:
         """The stages of a pipeline rank."""
-        v = self.schedule in V_SHAPED and self.chunks == 2
-        return (rank, 2 * self.pp - 1 - rank) if v else tuple(range(rank, self.pp * self.chunks, self.pp))
+        if self.schedule in V_SHAPED and self.chunks == 2 and not self.owners:
+            return rank, 2 * self.pp - 1 - rank
+        return tuple(s for s, n in enumerate(self.owners or range(self.pp * self.chunks)) if n % self.pp == rank)
 
     def parameters_of(self, rank: int) -> float:
         """Matrix parameters of the ranks at one pipeline position."""
@@ -104,8 +99,7 @@ class Job:
         return (sum(self.stages[s] for s in mine) * self.layer_matrix + ends * self.vocab * self.hidden) / self.tp
 
     @cached_property
-    def rank_parameters(self) -> float:
-        """Parameters of the fullest rank."""
+    def rank_parameters(self) -> float:  # parameters of the fullest rank
         return max(map(self.parameters_of, range(self.pp)))
 
     def flops_per_token(self, *, causal: bool) -> float:

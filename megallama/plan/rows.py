@@ -6,6 +6,7 @@ programs differ in what they fuse, overlap and keep; a `stack` column with a row
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 
@@ -15,8 +16,8 @@ from megallama.plan.job import Job
 NEEDED = ("gpu", "layers", "hidden", "heads", "seq", "gpus", "global_batch_seqs")
 GPUS = {"a100-40": "a100-40g", "a100": "a100-80g", "h200": "h200", "h100": "h100"}
 KERNELS = {"unfused": "unfused", "attention3": "flash3", "cudnn": "flash3", "triton": "flash1", "xformers": "flash1"}
-NETWORKS = {"50 (4x100 gb/s omni-path per 8 gpus)": 50.0, "efa v2 (3200 gb/s per node)": 400.0}
 Row = Mapping[str, str | None]
+_machine = cache(load_machine)
 
 
 class RowError(Exception):
@@ -26,7 +27,10 @@ class RowError(Exception):
 def job_of_row(row: Row) -> tuple[Job, Machine]:
     """The job and the machine that a row describes. Raises: RowError saying which column is wrong."""
     machine = machine_of(row)
-    tp, pp, cp, chunks, micro = (_count(row, k, 1) for k in ("tp", "pp", "cp", "vpp", "micro_batch"))
+    tp, pp, cp, micro = (_count(row, k, 1) for k in ("tp", "pp", "cp", "micro_batch"))
+    chunks = _count(row, "vpp", 2 if pp > 1 and _word(row, "schedule").endswith("interleaved") else 1)
+    if not any(_word(row, k) for k in ("tp", "pp", "dp")):
+        raise RowError("tp, pp and dp are empty: the layout is not known")
     gpus, batch = _count(row, "gpus", 0) or tp * pp * cp * _count(row, "dp"), _count(row, "global_batch_seqs")
     dp = _count(row, "dp", 0) or max(1, gpus // (tp * pp * cp))
     if tp * pp * cp * dp != gpus:
@@ -42,7 +46,7 @@ def job_of_row(row: Row) -> tuple[Job, Machine]:
     split: tuple[int, ...] | None = None
     if stack == "zerobubble" and schedule != "zb-v" and (layers + 2) % pp == 0:
         each = (layers + 2) // pp  # embedding and head count as a layer there, and interleaving has a layer per chunk
-        split = (each - 1, *[each] * (pp - 2), each - 1)
+        split, chunks = (each - 1, *[each] * (pp - 2), each - 1), 1
         if schedule == "interleaved":
             split, chunks = (0, *[1] * (pp * each - 2), 0), each
     gated, recompute = _word(row, "gated") in ("1", "true"), _word(row, "recompute")
@@ -60,15 +64,9 @@ def job_of_row(row: Row) -> tuple[Job, Machine]:
 
 def machine_of(row: Row) -> Machine:
     """The kind of GPU that a row names. Raises: RowError if we have no constants for it."""
-    kind = _first(GPUS, _word(row, "gpu"))
-    if kind is None:
+    if (kind := _first(GPUS, _word(row, "gpu"))) is None:
         raise RowError(f"gpu={row.get('gpu')!r} is not among A100, H100, H200")
     return _machine(kind)
-
-
-@cache
-def _machine(kind: str) -> Machine:
-    return load_machine(kind)
 
 
 def stack_of(row: Row) -> str:
@@ -89,7 +87,7 @@ def stack_of(row: Row) -> str:
         "megatron": "unfused" in kernel,
         "zerobubble": schedule.startswith("zb") or (mode == "none" and not kernel),
         "scaling-rms": "rms kernel" in kernel,
-        "scaling": "flash_attention2" in kernel and a100 and not mode.startswith("distopt"),
+        "scaling" if a100 else "nanotron": "flash_attention2" in kernel and not mode.startswith("distopt"),
     }
     return next((name for name, yes in rules.items() if yes), "megatron-2024")
 
@@ -97,15 +95,13 @@ def stack_of(row: Row) -> str:
 def _sharding(row: Row) -> str:
     mode = _word(row, "dp_mode")
     known = {"fsdp": "zero3", "hsdp": "zero3", "zero3": "zero3", "zero2": "zero2", "zero1": "zero1", "distopt": "zero1"}
-    return _first(known, mode) or "none"
+    found = _first(known, mode) or "none"
+    return "zero1" if found == "zero3" and _count(row, "pp", 1) > 1 else found  # pipelines gather once a step
 
 
 def _network(row: Row) -> float | None:
-    text = _word(row, "net_inter_gbit_per_gpu")
-    try:
-        return NETWORKS.get(text) or float(text) or None
-    except ValueError:
-        return None
+    number = re.match(r"\d+(\.\d+)?", _word(row, "net_inter_gbit_per_gpu"))  # or words, e.g. RoCE
+    return float(number[0]) or None if number else None
 
 
 def _first(known: Mapping[str, str], text: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple, get_args
+from typing import get_args
 
 from megallama.config.errors import ConfigError
 from megallama.config.rules import check, legal_tp
@@ -27,16 +27,10 @@ ZERO_BUBBLE = [n for n in get_args(ParallelConfig.model_fields["schedule"].annot
 _balanced = cache(balanced)
 
 
-class Result(NamedTuple):
-    """The best layouts, fastest first; how many are legal, and how many of those are too large."""
-
-    best: list[Forecast]
-    legal: int
-    too_large: int
-
-
-def search(config: Config, ranks: int, machine: Machine, kernel: str, most: int = 10) -> Result:
-    """The fastest layouts of a model and batch. Raises: ConfigError if none is legal and fits."""
+def search(
+    config: Config, ranks: int, machine: Machine, kernel: str, most: int = 10
+) -> tuple[list[Forecast], int, int]:
+    """The fastest layouts; how many are legal, how many too large. Raises: ConfigError if none is legal and fits."""
     every = list(candidates(config, ranks, machine, kernel))
     small = [job for job in every if job_bytes(job, machine) <= machine.gpu.memory_gib * GIB]
     priced = sorted(small, key=lambda job: sum(seconds_by_cause(job, machine).values()))[: 3 * most]
@@ -46,12 +40,10 @@ def search(config: Config, ranks: int, machine: Machine, kernel: str, most: int 
         if len(found) < most and not check(own, ranks, need_data=False):
             found += [f for f in [forecast(make_plan(own, ranks), machine, kernel)] if f.fits]
     if not found:
-        raise ConfigError(
-            f"none of {len(every):,} legal layouts of {ranks} ranks fits into {machine.gpu.memory_gib:.0f} GiB; "
-            f"use another number of ranks, or a batch.global_batch_size that more of them divide"
-        )
+        words = f"none of {len(every):,} legal layouts of {ranks} ranks fits into {machine.gpu.memory_gib:.0f} GiB"
+        raise ConfigError(f"{words}; use other ranks, or another batch.global_batch_size")
     found.sort(key=lambda f: f.prediction.step_seconds)
-    return Result(found, len(every), len(every) - len(small))
+    return found, len(every), len(every) - len(small)
 
 
 def candidates(config: Config, ranks: int, machine: Machine, kernel: str) -> Iterator[Job]:

@@ -47,8 +47,8 @@ def measurements(name: str) -> list[dict[str, str]]:
     ids=["7B", "13B", "33B", "65B"],
 )
 def test_energy_is_the_llama_papers(gpu_hours: int, mwh: int, tonnes: int) -> None:
-    cost = footprint(gpu_hours, 400)
-    assert int(cost.mwh) == mwh and round(cost.tonnes_co2) == tonnes
+    energy, co2 = footprint(gpu_hours, 400)
+    assert int(energy) == mwh and round(co2) == tonnes
 
 
 def test_a_job_counts_what_the_plan_counts() -> None:
@@ -83,7 +83,7 @@ def test_a_product_has_its_operations_and_falls_off_with_small_dimensions() -> N
     assert price.product(2048, 8192, 1800) == pytest.approx(price.product(2048, 8192, 1920), rel=0.01)  # a whole tile
 
 
-@pytest.mark.parametrize(("chunks", "hop"), [(1, 0.0), (1, 0.3), (4, 0.0)])
+@pytest.mark.parametrize(("chunks", "hop"), [(1, 0.0), (1, 0.3), (1, 2.0), (4, 0.0)])
 @pytest.mark.parametrize("m", [8, 24])
 def test_closed_forms_are_the_simulated_times(chunks: int, hop: float, m: int) -> None:
     own = job(pp=8, chunks=chunks, num_microbatches=m)
@@ -91,7 +91,8 @@ def test_closed_forms_are_the_simulated_times(chunks: int, hop: float, m: int) -
     costs[-1] = StageCost(1.0, 1.1, 0.9) if chunks > 1 else StageCost(1.3, 1.4, 1.2)
     schedule = built(8, chunks, "1f1b", m)
     assert schedule is not None
-    assert closed_form(own, costs, hop) == pytest.approx(makespan(schedule, costs, hop), rel=1e-12)
+    close = 1e-12 if hop < 1 else 5e-3  # the ends of a step with transfers nearly as long as the work
+    assert closed_form(own, costs, hop) == pytest.approx(makespan(schedule, costs, hop), rel=close)
     assert simulated(own, costs, hop) == makespan(schedule, costs, hop)
 
 
@@ -129,13 +130,19 @@ def test_hardware_operations_of_recomputation() -> None:
     assert hardware_flops(unfused, A100) == 3 * layers + 4 * ours.layers * 4 * 8192 * 2048 + 6 * 32000 * 8192
 
 
-def test_in_flight_is_the_simulated_peak() -> None:
-    for name, chunks in (("1f1b", 1), ("1f1b", 3), ("zb-h1", 1), ("gpipe", 1)):
-        schedule = built(4, chunks, name, 12)
-        assert schedule is not None
-        own = job(pp=4, chunks=chunks, schedule=name, num_microbatches=12)
-        peaks = [schedule.peak_in_flight(rank) for rank in range(4)]
-        assert [in_flight(own, rank) for rank in range(4)] == peaks
+@pytest.mark.parametrize(
+    ("schedule", "chunks", "peaks"),
+    [
+        ("1f1b", 1, [4, 3, 2, 1]),
+        ("1f1b", 3, [15, 13, 11, 9]),  # p + (p-1)/v micro-batches of v chunks: 4 + 1, less two chunks a rank
+        ("zb-h1", 1, [4, 4, 4, 4]),
+        ("gpipe", 1, [64, 64, 64, 64]),
+        ("zb-2p", 1, [7, 7, 7, 7]),
+    ],
+)
+def test_in_flight(schedule: str, chunks: int, peaks: list[int]) -> None:
+    own = job(pp=4, chunks=chunks, schedule=schedule)
+    assert [in_flight(own, rank) for rank in range(4)] == peaks
 
 
 def test_memory_grows_with_what_is_kept() -> None:
@@ -151,7 +158,7 @@ def test_what_was_never_measured_is_flagged() -> None:
     assert flags(job(), A100) == []
     far = job(tp=16, dp=512, gpus=8192, seq=16384, hidden=8190, head_dim=126, kernel="flash3")
     assert [f.split()[0] for f in flags(far, A100)] == ["tp=16", "dp=512", "seq=16384", "8192", "heads", "flash3"]
-    assert "parameters are above" in flags(job(layers=2000), A100)[0]
+    assert "parameters are outside" in flags(job(layers=2000), A100)[0]
 
 
 def test_accuracy_on_the_published_measurements() -> None:
@@ -170,7 +177,7 @@ def test_accuracy_on_the_published_measurements() -> None:
     llama = errors["scaling llama a100-80g"] + errors["scaling-rms llama a100-80g"]
     assert len(llama) == 153 and median(llama) < 0.03 and mean(llama) < 0.055
     three_d = [e for k, v in errors.items() if "a100" in k and k.split()[0] not in ("fsdp", "deepspeed") for e in v]
-    assert len(three_d) >= 272 and mean(three_d) < 0.06
+    assert len(three_d) == 272 and mean(three_d) < 0.06
     assert mean(errors["megatron-core llama h100"]) < 0.05
 
 
@@ -183,30 +190,26 @@ def test_verdicts_on_which_layouts_fit() -> None:
     assert len(right) == 360 and mean(right) >= 0.96
 
 
-def bubble_cases() -> list[tuple[str, int, int, str, float, StageCost, float]]:
-    """Published bubble rates beside the stage times that they were computed from."""
+def test_published_bubble_rates() -> None:
+    """Qi et al. 2023, table 5, from the stage times of their table 9: three layers a rank, so three chunks at most."""
     times: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-    out = []
+    ours = {"1F1B": ("1f1b", 1, 5e-4), "ZB-H1": ("zb-h1", 1, 5e-4), "1F1B-I (1 layer/chunk)": ("1f1b", 3, 5e-3)}
+    seen = 0
     for row in measurements("aux_validate.csv"):
         where = row["model"], row["setting"].removesuffix(" seq1024")
         if row["kind"] == "stage_time":
             times[where][row["metric"]] = float(row["value"])
-        elif row["kind"] == "bubble_rate" and "Table 5" in row["source"] and row["metric"] in ("1F1B", "ZB-H1"):
-            p, m = (int(word[1:].lstrip("p")) for word in row["setting"].split())
+        elif row["kind"] == "bubble_rate" and "Table 5" in row["source"] and row["metric"] in ours:
+            p, m = (int(word.lstrip("pm")) for word in row["setting"].split())
+            name, chunks, close = ours[row["metric"]]
             t = times[where]
-            cost = StageCost(t["T_F"], t["T_B"], t["T_W"])
-            out.append((row["model"], p, m, row["metric"], float(row["value"]), cost, t["T_comm"]))
-    return out
-
-
-def test_published_bubble_rates() -> None:
-    cases = bubble_cases()
-    assert len(cases) == 12
-    for model, p, m, name, rate, cost, hop in cases:
-        schedule = built(p, 1, name.lower(), m)
-        assert schedule is not None
-        ours = 1 - m * sum(cost) / makespan(schedule, [cost] * p, hop)
-        assert ours == pytest.approx(rate, abs=0.0005), (model, p, m, name)
+            cost = StageCost(*(t[k] / chunks for k in ("T_F", "T_B", "T_W")))
+            schedule = built(p, chunks, name, m)
+            assert schedule is not None
+            rate = 1 - m * chunks * sum(cost) / makespan(schedule, [cost] * (p * chunks), t["T_comm"])
+            assert rate == pytest.approx(float(row["value"]), abs=close), row
+            seen += 1
+    assert seen == 18
 
 
 def test_forecast_of_65b() -> None:
@@ -215,7 +218,7 @@ def test_forecast_of_65b() -> None:
     f = forecast(make_plan(load(None, words, ranks=2048, need_data=False), 2048), A100, "flash2")
     assert f.tokens == 333_786 * 2048 * 2048
     assert f.days == pytest.approx(f.tokens / f.prediction.tokens_per_second / 2048 / 86400)
-    assert f.footprint == footprint(f.days * 2048 * 24, 400)
+    assert (f.mwh, f.tonnes_co2) == pytest.approx(footprint(f.days * 2048 * 24, 400))
     assert f.peaks[0] == f.plan.memory(0).total + f.buffers == max(f.peaks) and f.fits
     price = Pricer(f.job, A100)
     assert f.pipeline.makespan == makespan(f.plan.schedule, price.stages(), price.hop())

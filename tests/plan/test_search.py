@@ -59,7 +59,7 @@ def test_candidates_are_legal_and_complete() -> None:
 
 def test_nothing_fits() -> None:
     config = load(None, ["model.preset=llama-65b", "batch.global_batch_size=8"], need_data=False)
-    with pytest.raises(ConfigError, match=r"none of [\d,]+ legal layouts of 4 ranks fits into 79 GiB; use another"):
+    with pytest.raises(ConfigError, match=r"none of [\d,]+ legal layouts of 4 ranks fits into 79 GiB; use other ranks"):
         search(config, 4, A100, "flash2")
 
 
@@ -107,6 +107,7 @@ def test_unknown_hardware_and_kernels(capsys: pytest.CaptureFixture[str]) -> Non
         ({"seq": "nan"}, "seq=nan is no whole number above 0"),
         ({"tp": "4"}, "tp=4 x pp=2 x cp=1 x dp=16 is not gpus=64"),
         ({"global_batch_seqs": "8"}, "global_batch_seqs=8 is less than micro_batch=1 x dp=16"),
+        ({"tp": "", "pp": "", "dp": ""}, "tp, pp and dp are empty: the layout is not known"),
         ({"heads": "41"}, "hidden=5120 is no multiple of heads=41"),
         ({"vpp": "40"}, "pp=2 x vpp=40 stages are more than layers=40 and two"),
         ({"stack": "jax"}, "stack=jax is unknown; use megatron, "),
@@ -123,6 +124,7 @@ def test_rows_that_are_wrong(changes: dict[str, str], message: str) -> None:
     [
         ({}, "megatron-2024"),
         ({"dp_mode": "zero1"}, "scaling"),
+        ({"dp_mode": "zero1", "gpu": "H100"}, "nanotron"),
         ({"dp_mode": "zero1", "attn_kernel": "flash_attention2 + RMS kernel"}, "scaling-rms"),
         ({"attn_kernel": "unfused_scaled_masked_softmax", "dp_mode": "ddp"}, "megatron"),
         ({"attn_kernel": "unfused_scaled_masked_softmax", "dp_mode": "zero1"}, "megatron-deepspeed"),
@@ -206,3 +208,12 @@ def test_measurements_name_their_sources() -> None:
     for name in ("validate.csv", "aux_validate.csv"):
         with (ROOT / "benchmarks" / "measurements" / name).open(encoding="utf-8") as file:
             assert all(row["source"] for row in csv.DictReader(file))
+
+
+def test_embedding_and_head_that_count_as_layers() -> None:
+    """The zero-bubble authors' split: first and last stage hold a layer less; only interleaving has chunks."""
+    row = ROW | {"attn_kernel": "", "dp_mode": "none", "sp": "0", "layers": "46", "tp": "1", "pp": "16", "dp": "4"}
+    plain, _ = job_of_row(row | {"schedule": "1f1b", "vpp": "3"})
+    assert plain.stages == (2, *[3] * 14, 2) and plain.chunks == 1 and predict(plain, A100).step_seconds > 0
+    interleaved, _ = job_of_row(row | {"schedule": "interleaved"})
+    assert interleaved.chunks == 3 and interleaved.stages == (0, *[1] * 46, 0)
