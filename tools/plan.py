@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megallama.config.errors import ConfigError, exit_status  # noqa: E402
 from megallama.config.load import load  # noqa: E402
 from megallama.plan.capacity import GIB  # noqa: E402
+from megallama.plan.communication import collectives, communication_table  # noqa: E402
 from megallama.plan.forecast import CO2_KG_PER_KWH, PUE, Forecast, forecast  # noqa: E402
 from megallama.plan.hardware import load_machine  # noqa: E402
 from megallama.plan.plan import make_plan  # noqa: E402
@@ -77,7 +78,11 @@ def plan(args: argparse.Namespace) -> int:
             print(f"{number:>2}. {headline(f)}\n    {settings_of(f)}\n    limited by {limits(f)}")
         return 0
     outlook = forecast(made := make_plan(config, ranks), machine, kernel)
-    print(json.dumps(as_dict(outlook), indent=1) if args.json else f"{made}\n\n{text(outlook)}")
+    if args.json:
+        print(json.dumps(as_dict(outlook), indent=1))
+    else:
+        table = communication_table(made.config, made.topology, made.stages, made.schedule)
+        print("\n\n".join((str(made), table, text(outlook))))
     return 0
 
 
@@ -109,6 +114,7 @@ def settings_of(f: Forecast) -> str:
 def as_dict(f: Forecast) -> dict[str, Any]:
     """The whole plan for programs: only numbers, texts, lists and tables."""
     plan, p, schedule, pipeline = f.plan, f.prediction, f.plan.schedule, f.pipeline
+    parts = plan.config, plan.topology, plan.stages, schedule
     return {
         "config": plan.config.model_dump(mode="json"),
         "ranks": plan.topology.world_size,
@@ -119,6 +125,9 @@ def as_dict(f: Forecast) -> dict[str, Any]:
             "peak_in_flight": list(pipeline.peak_in_flight),
         },
         "memory_bytes": [{**asdict(plan.memory(r)), "buffers": f.buffers, "peak": f.peaks[r]} for r in range(f.job.pp)],
+        "collectives": [
+            [{**asdict(c), "bytes": c.nbytes} for c in collectives(*parts, r)] for r in range(f.job.pp)
+        ],
         "memory_limit_bytes": p.memory_limit,
         "fits": f.fits,
         "hardware": f.machine.name,
