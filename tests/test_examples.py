@@ -11,7 +11,10 @@ import pytest
 
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
+from megallama.plan.forecast import forecast
+from megallama.plan.hardware import load_machine
 from megallama.plan.plan import make_plan
+from megallama.plan.search import search
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 RANKS = {  # file -> ranks it is meant for
@@ -116,10 +119,16 @@ def test_the_heading_of_an_example_is_true(name: str) -> None:
     assert int(re.findall(r"(\d+) GiB", heading)[-1]) == pytest.approx(gib, rel=0.1)
     micro = 2048 // (ranks // (parallel.tp * parallel.pp)) // config.batch.micro_batch_size
     assert f"{micro} micro-batches a step" in heading
-    if parallel.pp > 1:  # the bubble of interleaved 1F1B: (pp - 1) / (chunks x micro-batches) (Narayanan et al. 2021)
-        layers = config.model.num_layers // (parallel.pp * parallel.chunks)
-        assert f"{parallel.chunks} chunks of {layers} layers" in heading
-        assert f"{parallel.pp - 1}/{parallel.chunks * micro}" in heading
+    if parallel.schedule == "1f1b":  # the bubble: (pp - 1) / (chunks x micro-batches) (Narayanan et al. 2021)
+        assert f"{parallel.chunks} chunks of {config.model.num_layers // (parallel.pp * parallel.chunks)}" in heading
+        assert f"{parallel.pp - 1}/{parallel.chunks * micro} " in heading
+    else:
+        assert f"{parallel.chunks} chunks per rank" in heading
+    best, legal, _ = search(config, ranks, load_machine("a100-80g"), "flash2")
+    said = float(re.findall(r"([\d,]+) tokens/s per GPU", heading)[0].replace(",", ""))
+    assert f"of {legal:,} legal ones" in heading
+    mine = forecast(plan, load_machine("a100-80g"), "flash2").prediction.tokens_per_second
+    assert said == pytest.approx(mine, rel=0.005) and mine > 0.99 * best[0].prediction.tokens_per_second
 
 
 SCRIPTS = sorted(p.name for p in EXAMPLES.iterdir() if p.suffix in (".sbatch", ".sh"))
