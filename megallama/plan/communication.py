@@ -50,6 +50,8 @@ def collectives(
             for key, count in _tensor(config, stages, stage).items():
                 found[key] += count * schedule.num_microbatches
         found += _gradients(config, topology, stages, stage, dp_rank)
+    if schedule.rank_of(0) == schedule.rank_of(len(stages) - 1):  # both copies of a tied embedding are here
+        found = Found({key: n for key, n in found.items() if key[0] != "embedding"})
     for action in schedule.steps[pp_rank]:
         if not action.kind.is_compute:
             what = "activations" if action.kind in (Kind.SEND_F, Kind.RECV_F) else "their gradients"
@@ -87,7 +89,7 @@ def _gradients(config: Config, topology: Topology, stages: Stages, stage: int, d
             size = (bucket.stop - bucket.start,)
             found["dp", "reduce_scatter", "gradients", size, wide] += 1
             found["dp", "all_gather", "weights", size, config.precision.dtype] += 1
-        if bucket.tied and topology.pp > 1:
+        if bucket.tied:
             found["embedding", "all_reduce", "gradients of the tied embedding", (stop - start,), wide] += 1
         for segment in layout.segments(start, stop):
             copies[segment.part.sum_over] += segment.count
@@ -103,6 +105,6 @@ def communication_table(config: Config, topology: Topology, stages: Stages, sche
     lines = [f"{'group':<9}  {'operation':<14}  {'of':<36}  {'calls a step':>12}  {'MiB a step':>14}"]
     for key in sorted({(c.axis, c.op, c.what) for c in each[rank]}):
         alike = [c for c in each[rank] if (c.axis, c.op, c.what) == key]
-        count, mib = sum(c.count for c in alike), sum(c.nbytes for c in alike) / 2**20
-        lines.append(f"{key[0]:<9}  {key[1]:<14}  {key[2]:<36}  {count:>12,}  {mib:>14,.3f}")
+        numbers = f"{sum(c.count for c in alike):>12,}  {sum(c.nbytes for c in alike) / 2**20:>14,.3f}"
+        lines.append(f"{key[0]:<9}  {key[1]:<14}  {key[2]:<36}  {numbers}")
     return "\n".join([*lines, f"of a rank at pipeline position {rank}, which communicates most; whole tensors"])

@@ -5,9 +5,9 @@ kind (`kinds`) runs a few steps; the communication of all ranks is then proved t
 What decides a branch has a value: token counts and votes are real tensors, and losses and norms read as 1, or as
 not-a-number in the step that all ranks must skip.
 
-Within a step a stage runs in full for its first two micro-batches and for those whose backward is first or last: only
-these can differ (the first waits for gathered weights, the last reduces gradients).  For the others it repeats what it
-communicated before; the interpreter executes all of them.
+Within a step a stage runs in full for its first two micro-batches and for those that come first or last to any kind of
+backward: only these can differ (the first waits for gathered weights, the last reduces gradients).  For the others it
+repeats what it communicated before; the interpreter executes all of them.
 """
 
 from __future__ import annotations
@@ -88,8 +88,7 @@ def kinds(plan: Plan) -> Callable[[int], Hashable]:
 def record(plan: Plan, rank: int) -> Program:
     """What one rank communicates in the phases of a dry run."""
     tape = _Tape(plan, rank)
-    for name, run in _phases(plan):
-        tape.phase = name
+    for tape.phase, run in _phases(plan):
         run(tape)
     return Program(tuple(tape.calls), tuple(tape.waits))
 
@@ -179,27 +178,27 @@ class _Repeating:
 
     def __call__(self, hidden: Tensor | None, batch: StageInput) -> Tensor:
         train, phase = torch.is_grad_enabled(), self._tape.phase
-        mine = [a for a in self._tape.schedule.steps[self._tape.rank.groups.pp.rank] if a.stage == self._number]
-        forward = [a.microbatch for a in mine if a.kind is F]
-        backward = [a.microbatch for a in mine if a.kind in (Kind.B, Kind.I)]
-        whole = {forward[0], *backward[-1:]}
+        steps = self._tape.schedule.steps[self._tape.rank.groups.pp.rank]
+        mine = [a for a in steps if a.stage == self._number and a.kind.is_compute]
+        order = {kind: [a.microbatch for a in mine if a.kind is kind] for kind, _, _ in mine}
+        whole = {order[F][0], *(order[kind][-1] for kind in order if kind is not F)}
+        self._models = {kind: order[kind][:2][-1 if kind is F else 0] for kind in order}
         if self._learning.setdefault(train, phase) == phase:
-            whole |= {*forward[:2], *backward[:1]}
+            whole.update(self._models.values())
         if int(self._tape.action().partition(".")[2]) in whole:
             out = self._stage(hidden, batch)
             self._out[train] = torch.empty_like(out)
             return out
-        self._first = backward[:1]
-        self._repeat(F, forward[1], train)
+        self._repeat(F, train)
         repeated: Tensor = _Repeated.apply(self._anchor if hidden is None else hidden, self, self._out[train])
         return repeated
 
     def backward(self) -> None:
-        self._repeat(Kind(self._tape.action()[0]), self._first[0], True)
+        self._repeat(Kind(self._tape.action()[0]), True)
 
-    def _repeat(self, kind: Kind, microbatch: int, train: bool) -> None:
+    def _repeat(self, kind: Kind, train: bool) -> None:
         if (key := (kind, train)) not in self._templates:
-            self._templates[key] = self._tape.said(f"{kind}{self._number}.{microbatch} of {self._tape.phase}")
+            self._templates[key] = self._tape.said(f"{kind}{self._number}.{self._models[kind]} of {self._tape.phase}")
         self._tape.again(self._templates[key])
 
 
