@@ -5,9 +5,8 @@ kind (`kinds`) runs a few steps; the communication of all ranks is then proved t
 What decides a branch has a value: token counts and votes are real tensors, and losses and norms read as 1, or as
 not-a-number in the step that all ranks must skip.
 
-Within a step a stage runs in full for its first two micro-batches and for those that come first or last to any kind of
-backward: only these can differ (the first waits for gathered weights, the last reduces gradients).  For the others it
-repeats what it communicated before; the interpreter executes all of them.
+The interpreter executes all actions, but a stage runs in full only for micro-batches that come first, second or last to
+a kind of work (the first waits for gathered weights, the last reduces gradients) and for others repeats what it said.
 """
 
 from __future__ import annotations
@@ -50,10 +49,7 @@ class DryRun:
 
 
 def dry_run(plan: Plan) -> DryRun:
-    """Run one rank of every kind and prove that all ranks of the plan fit together.
-
-    Raises: Disagreement naming the group, the place and two ranks.
-    """
+    """Run one rank of every kind and prove that all ranks fit together. Raises: Disagreement naming two of them."""
     kind, ranks = kinds(plan), range(plan.topology.world_size)
     programs = {key: record(plan, rank) for key, rank in {kind(r): r for r in reversed(ranks)}.items()}
     of_rank = tuple(programs[kind(rank)] for rank in ranks)
@@ -62,10 +58,7 @@ def dry_run(plan: Plan) -> DryRun:
 
 
 def kinds(plan: Plan) -> Callable[[int], Hashable]:
-    """A function that tells of a rank what its communication can depend on.
-
-    Its place in the pipeline, the shapes of parameters and parts, how many of its gradients are summed over tp or kv.
-    """
+    """A function that tells of a rank what its communication can depend on."""
     layout_of = cache(lambda stage, tp: stage_layout(plan.config, plan.stages, stage, plan.topology.dp, tp))
 
     @cache
@@ -76,7 +69,7 @@ def kinds(plan: Plan) -> Callable[[int], Hashable]:
                 summed[segment.part.sum_over] += segment.count
         specs = [p.spec for bucket in buckets for p in bucket.params]
         held = tuple((s.shape, tuple(part.box.shape for part in s.parts)) for s in specs)
-        return held, summed["tp"], summed["kv"]
+        return held, summed["tp"], summed["kv"]  # what is held of which tensors, and what is summed over more than dp
 
     def kind(rank: int) -> Hashable:
         at = plan.topology.coords(rank)
@@ -172,20 +165,16 @@ class _Repeating:
     def __init__(self, number: int, stage: Stage, tape: _Tape) -> None:
         self._number, self._stage, self._tape = number, stage, tape
         self._templates: dict[tuple[str, bool], Program] = {}
-        self._learning: dict[bool, str] = {}  # the first phase of training, of evaluating
+        self._phase = ""
         self._out: dict[bool, Tensor] = {}
         self._anchor = torch.zeros(0, requires_grad=True)  # the first stage has no input that asks for a gradient
 
     def __call__(self, hidden: Tensor | None, batch: StageInput) -> Tensor:
-        train, phase = torch.is_grad_enabled(), self._tape.phase
-        steps = self._tape.schedule.steps[self._tape.rank.groups.pp.rank]
-        mine = [a for a in steps if a.stage == self._number and a.kind.is_compute]
-        order = {kind: [a.microbatch for a in mine if a.kind is kind] for kind, _, _ in mine}
-        whole = {order[F][0], *(order[kind][-1] for kind in order if kind is not F)}
-        self._models = {kind: order[kind][:2][-1 if kind is F else 0] for kind in order}
-        if self._learning.setdefault(train, phase) == phase:
-            whole.update(self._models.values())
-        if int(self._tape.action().partition(".")[2]) in whole:
+        train = torch.is_grad_enabled()
+        if self._phase != self._tape.phase:
+            self._phase = self._tape.phase
+            self._choose(train)
+        if int(self._tape.action().partition(".")[2]) in self._whole:
             out = self._stage(hidden, batch)
             self._out[train] = torch.empty_like(out)
             return out
@@ -196,8 +185,18 @@ class _Repeating:
     def backward(self) -> None:
         self._repeat(Kind(self._tape.action()[0]), True)
 
+    def _choose(self, train: bool) -> None:
+        """The micro-batches to run in full in this phase, and for each kind of action the one to learn from."""
+        steps = self._tape.schedule.steps[self._tape.rank.groups.pp.rank]
+        mine = [a for a in steps if a.stage == self._number and a.kind.is_compute]
+        order = {kind: [a.microbatch for a in mine if a.kind is kind] for kind, _, _ in mine}
+        self._models = {kind: order[kind][:2][-1 if kind is F else 0] for kind in order}
+        self._whole = {order[F][0], *(order[kind][-1] for kind in order if kind is not F)}
+        self._whole.update(model for kind, model in self._models.items() if (kind, train) not in self._templates)
+
     def _repeat(self, kind: Kind, train: bool) -> None:
         if (key := (kind, train)) not in self._templates:
+            assert self._models[kind] in self._whole
             self._templates[key] = self._tape.said(f"{kind}{self._number}.{self._models[kind]} of {self._tape.phase}")
         self._tape.again(self._templates[key])
 
