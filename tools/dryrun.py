@@ -66,8 +66,8 @@ def report(plan: Plan, done: DryRun) -> Iterator[str]:
     yield f"ranks     {plan.topology}: {len(set(done.programs))} distinct"
     yield f"executed  {', '.join(done.phases)}"
     calls, waits = sum(len(p.calls) for p in done.programs), sum(len(p.waits) for p in done.programs)
-    yield f"proved    over the {calls:,} calls and {waits:,} waits of all ranks: every collective has all its members in"
-    yield "          one order, every send its receive, and no rank waits for ever" + (
+    yield f"proved    over the {calls:,} calls and {waits:,} waits of all ranks: every collective has all its members"
+    yield "          in one order, every send its receive, and no rank waits for ever" + (
         ", even if every collective held its rank" if done.blocking else " (collectives of several groups overlap)"
     )
     step = next(phase for phase in reversed(done.phases) if phase.startswith("step"))
@@ -80,7 +80,7 @@ def report(plan: Plan, done: DryRun) -> Iterator[str]:
                 count[call.group, call.op] += ranks
                 size[call.group, call.op] += ranks * call.nbytes
     for group, op in sorted(count):
-        yield f"  {group:>9}  {op:<14}  {count[group, op]:>12,} calls  {size[group, op] / 1e9:>14,.3f} GB"
+        yield f"  {group:>9}  {op:<14}  {count[group, op]:>12,} calls  {size[group, op] / 1e9:>16,.6f} GB"
 
 
 def _peak_gib() -> float:

@@ -1,15 +1,13 @@
 """Proof that what the ranks of a job are about to communicate fits together, so that none waits for ever.
 
-A *program* is what one rank does: its calls, in order, and the places where it waits for one.  Ranks that do the
-same share one program, so a job of thousands of ranks costs as much as its few distinct programs.  Proved are
+A *program* is what one rank does: its calls, in order, and where it waits for one.  Ranks that do the same share one.
+Proved are agreement: the members of every group make the same collectives on it in the same order (operation, shape,
+format, root, what it is for), and what one rank sends to another the other receives from it, in order; and progress:
+executed with these waits, all programs come to their end.
 
-- agreement: the members of every group make the same collectives on it in the same order: operation, shape,
-  format, root, and what it is for; what one rank sends to another is what the other receives from it, in order;
-- progress: executed with these waits, all programs come to their end.
-
-A call starts without blocking; it is complete once all members of its group have made it (a message: once both
-ends have).  Nothing is ever chosen by who comes first, so if one order of execution ends, every order does, and it
-is enough to run all ranks of a program in step.
+A call starts without blocking; it is complete once all members of its group have made it (a message: both ends).
+Nothing is ever chosen by who comes first, so if one order of execution ends, every order does, and it is enough to run
+all ranks of a program in step.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
+from typing import Any
 
 from megallama.comm.groups import Partition
 from megallama.comm.recording import Call, Wait
@@ -26,6 +25,8 @@ from megallama.config.errors import MegallamaError
 
 Groups = Mapping[str, Partition]  # all groups by name
 Channel = tuple[str, str, int]  # "send" or "recv", group, peer within the group; all collectives: "", group, -1
+End = tuple[int, Channel]  # of a channel: a member, and the channel as it sees it
+Partners = dict[tuple["Program", Channel], set[tuple["Program", Channel]]]
 
 
 class Disagreement(MegallamaError):
@@ -40,23 +41,24 @@ class Program:
     waits: tuple[Wait, ...]
 
     @cached_property
-    def places(self) -> list[tuple[Channel, int]]:
-        """Of each call, the channel on which it must fit the calls of others, and its number there."""
-        out: list[tuple[Channel, int]] = []
-        count: Counter[Channel] = Counter()
-        for call in self.calls:
-            channel = (call.op, call.group, call.peer or 0) if call.op in ("send", "recv") else ("", call.group, -1)
-            out.append((channel, count[channel]))
-            count[channel] += 1
+    def channels(self) -> dict[Channel, list[int]]:
+        """The calls of each channel, by number."""
+        out: dict[Channel, list[int]] = defaultdict(list)
+        for i, call in enumerate(self.calls):
+            message = call.op in ("send", "recv")
+            out[(call.op, call.group, call.peer or 0) if message else ("", call.group, -1)].append(i)
         return out
 
     @cached_property
-    def channels(self) -> dict[Channel, list[Call]]:
-        """The calls of each channel."""
-        out: dict[Channel, list[Call]] = defaultdict(list)
-        for call, (channel, _) in zip(self.calls, self.places, strict=True):
-            out[channel].append(call)
-        return out
+    def places(self) -> dict[int, tuple[Channel, int]]:
+        """The channel of each call, and how many calls were made on it before."""
+        return {i: (channel, n) for channel, calls in self.channels.items() for n, i in enumerate(calls)}
+
+    @cached_property
+    def steps(self) -> list[tuple[int, int, int]]:
+        """(calls made before, 0 to wait for or 1 to make, number of the call), in order."""
+        waits = [(before, 0, call) for before, call in self.waits]
+        return sorted([*waits, *((i, 1, i) for i in range(len(self.calls)))], key=lambda step: step[:2])
 
 
 def prove(programs: Sequence[Program], groups: Groups) -> bool:
@@ -64,7 +66,7 @@ def prove(programs: Sequence[Program], groups: Groups) -> bool:
 
     Raises: Disagreement naming the group, the place and two ranks.
     """
-    seen: set[tuple[object, ...]] = set()
+    seen: set[Any] = set()
     for name, partition in groups.items():
         for ranks in partition:
             for member, rank in enumerate(ranks):
@@ -74,7 +76,10 @@ def prove(programs: Sequence[Program], groups: Groups) -> bool:
                         source, to = (member, peer) if op == "send" else (peer, member)
                         _compare(seen, programs, ranks, (source, ("send", name, to)), (to, ("recv", name, source)))
     _execute(programs, groups)
-    held = {p: Program(p.calls, tuple(sorted({*p.waits, *_at_once(p)}))) for p in dict.fromkeys(programs)}
+    held: dict[Program, Program] = {}
+    for p in dict.fromkeys(programs):
+        at_once = (Wait(i + 1, i) for i, (channel, _) in p.places.items() if not channel[0])
+        held[p] = Program(p.calls, (*p.waits, *at_once))
     try:
         _execute([held[p] for p in programs], groups)
     except Disagreement:
@@ -82,19 +87,14 @@ def prove(programs: Sequence[Program], groups: Groups) -> bool:
     return True
 
 
-def _compare(
-    seen: set[tuple[object, ...]],
-    programs: Sequence[Program],
-    ranks: tuple[int, ...],
-    first: tuple[int, Channel],
-    second: tuple[int, Channel],
-) -> None:
+def _compare(seen: set[Any], programs: Sequence[Program], ranks: tuple[int, ...], one: End, other: End) -> None:
     """Two members' calls on two ends of a channel; each pair of programs once."""
-    (a, b), (mine, theirs) = (ranks[first[0]], ranks[second[0]]), (first[1], second[1])
+    (a, b), (mine, theirs) = (ranks[one[0]], ranks[other[0]]), (one[1], other[1])
     if (key := (programs[a], mine, programs[b], theirs)) in seen:
         return
     seen.add(key)
-    for i, (x, y) in enumerate(zip_longest(programs[a].channels.get(mine, []), programs[b].channels.get(theirs, []))):
+    calls = ([programs[r].calls[i] for i in programs[r].channels.get(end, [])] for r, end in ((a, mine), (b, theirs)))
+    for i, (x, y) in enumerate(zip_longest(*calls)):
         if x is None or y is None or (replace(x, op=y.op, peer=y.peer) if mine[0] else x) != y:
             members = ", ".join(map(str, ranks if len(ranks) <= 8 else [*ranks[:4], "...", ranks[-1]]))
             place = f"message {i} from rank {a} to rank {b}" if mine[0] else f"call {i}"
@@ -102,48 +102,35 @@ def _compare(
             raise Disagreement(f"group {mine[1]} of ranks {members}, {place}: {', '.join(says)}")
 
 
-def _at_once(program: Program) -> list[Wait]:
-    """Waits for every collective as soon as it is made."""
-    return [Wait(i + 1, i) for i, (channel, _) in enumerate(program.places) if not channel[0]]
-
-
 def _execute(programs: Sequence[Program], groups: Groups) -> None:
     """Run all programs as far as they go. Raises: Disagreement if that is not to the end."""
-    first: dict[Program, int] = {}  # a rank of each program
-    for rank, program in enumerate(programs):
-        first.setdefault(program, rank)
+    first = {program: programs.index(program) for program in dict.fromkeys(programs)}
     partners = _partners(programs, groups)
     made = {program: Counter[Channel]() for program in first}
-    at = dict.fromkeys(first, (0, 0))  # calls made, waits over
+    at = dict.fromkeys(first, 0)
 
     def missing(program: Program, call: int) -> Program | None:
         """A program that has not made its part of a call yet."""
         channel, number = program.places[call]
         return next((p for p, theirs in partners[program, channel] if made[p][theirs] <= number), None)
 
-    def waits_for(program: Program) -> int | None:
-        calls, waits = at[program]
-        due = waits < len(program.waits) and program.waits[waits].before == calls
-        return program.waits[waits].call if due else None
-
     def advance(program: Program) -> bool:
         before = at[program]
-        while at[program] != (len(program.calls), len(program.waits)):
-            calls, waits = at[program]
-            if (call := waits_for(program)) is None:
-                made[program][program.places[calls][0]] += 1
-                at[program] = calls + 1, waits
-            elif missing(program, call) is None:
-                at[program] = calls, waits + 1
-            else:
+        while at[program] < len(program.steps):
+            _, making, call = program.steps[at[program]]
+            if making:
+                made[program][program.places[call][0]] += 1
+            elif missing(program, call) is not None:
                 break
-        return at[program] != before
+            at[program] += 1
+        return at[program] > before
 
     while sum(map(advance, first)):
         pass
     words: dict[Program, str] = {}
-    stuck = next((p for p in first if waits_for(p) is not None), None)
-    while stuck is not None and stuck not in words and (call := waits_for(stuck)) is not None:
+    stuck = next((p for p in first if at[p] < len(p.steps)), None)
+    while stuck is not None and stuck not in words:
+        call = stuck.steps[at[stuck]][2]
         other = missing(stuck, call)
         lacks = "" if other is None else f", which rank {first[other]} does not reach"
         words[stuck] = f"rank {first[stuck]} waits for {stuck.calls[call]} of group {stuck.calls[call].group}{lacks}"
@@ -152,11 +139,9 @@ def _execute(programs: Sequence[Program], groups: Groups) -> None:
         raise Disagreement(f"ranks wait for one another for ever: {'; '.join(words.values())}")
 
 
-def _partners(
-    programs: Sequence[Program], groups: Groups
-) -> dict[tuple[Program, Channel], set[tuple[Program, Channel]]]:
+def _partners(programs: Sequence[Program], groups: Groups) -> Partners:
     """Who else must call, where any rank of a program calls: all programs of any group that one of its ranks is in."""
-    out: dict[tuple[Program, Channel], set[tuple[Program, Channel]]] = defaultdict(set)
+    out: Partners = defaultdict(set)
     for name, partition in groups.items():
         for members in {tuple(programs[r] for r in ranks) for ranks in partition}:
             everybody = {(program, ("", name, -1)) for program in members}

@@ -1,26 +1,25 @@
 """What one rank communicates in one training step, from the configuration alone: which operation, how often, how much.
 
-Bytes are those of the whole tensor: all_gather's output, reduce_scatter's input.  Per micro-batch and layer, T tokens
-and hidden size h, tensor parallelism gathers and reduce-scatters [T, h] with sequence parallelism (Korthikanti et al.
-2022), or all-reduces it without (Shoeybi et al. 2019); both backwards of a row pair gather again what their weight
-gradients need, and full recomputation repeats the forward.
+Bytes are those of the whole tensor: all_gather's output, reduce_scatter's input.  In every layer tensor parallelism
+gathers and reduce-scatters [tokens, hidden] with sequence parallelism (Korthikanti et al. 2022), or all-reduces it
+(Shoeybi et al. 2019); backwards gather again what weight gradients need, full recomputation repeats the forward.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
 from megallama.config.schema import Config
-from megallama.plan.memory import DTYPE_BYTES, stage_layout
+from megallama.plan.memory import DTYPE_BYTES, main_dtype, stage_layout, tokens_and_rows
 from megallama.plan.partition import Stages
 from megallama.plan.schedule import Kind, Schedule
 from megallama.plan.topology import Topology
 
 VOTE = 8  # numbers on which all ranks agree before the optimizer runs: loss, norm, non-finite, late, four signals
 ITEM_BYTES = {**DTYPE_BYTES, "int64": 8}
+Found = Counter[tuple[str, str, str, tuple[int, ...], str]]  # axis, operation, what, shape, format
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,10 @@ class Collective:
 
     axis: str  # the group: tp, dp, pp, embedding, kv, world
     op: str
+    what: str
     shape: tuple[int, ...]
     dtype: str
     count: int
-    what: str
 
     @property
     def nbytes(self) -> int:
@@ -44,94 +43,68 @@ def collectives(
     config: Config, topology: Topology, stages: Stages, schedule: Schedule, pp_rank: int, dp_rank: int = 0
 ) -> tuple[Collective, ...]:
     """Everything that a rank communicates in one training step; alike for all tensor-parallel ranks."""
-    found: Counter[tuple[str, str, tuple[int, ...], str, str]] = Counter()
+    found: Found = Counter()
+    hidden, dtype = (tokens_and_rows(config)[1], config.model.hidden_size), config.precision.dtype
     for stage in schedule.stages_of(pp_rank):
         if topology.tp > 1:
-            for what, op, shape, dtype, count in _tensor(config, len(stages[stage]), stage, len(stages)):
-                found["tp", op, shape, dtype, what] += count * schedule.num_microbatches
-        for axis, what, op, size, dtype in _gradients(config, topology, stages, stage, dp_rank):
-            found[axis, op, (size,), dtype, what] += 1
-    rows, hidden = _tokens(config) // (topology.tp if _sharded(config) else 1), config.model.hidden_size
+            for key, count in _tensor(config, stages, stage).items():
+                found[key] += count * schedule.num_microbatches
+        found += _gradients(config, topology, stages, stage, dp_rank)
+    if schedule.rank_of(0) == schedule.rank_of(len(stages) - 1):  # both copies of a tied embedding are here
+        found = Found({key: n for key, n in found.items() if key[0] != "embedding"})
     for action in schedule.steps[pp_rank]:
         if not action.kind.is_compute:
             what = "activations" if action.kind in (Kind.SEND_F, Kind.RECV_F) else "their gradients"
-            found["pp", action.kind.partition("_")[0], (rows, hidden), config.precision.dtype, what] += 1
-    if topology.dp > 1 and config.data.document_mask:
-        found["dp", "all_reduce", (1,), "int64", "counted tokens"] += 1
-    if topology.world_size > 1:
-        found["world", "all_reduce", (VOTE,), "fp64", "loss, norm, health"] += 1
-    return tuple(Collective(a, op, shape, dtype, n, what) for (a, op, shape, dtype, what), n in found.items() if n)
+            found["pp", action.kind.partition("_")[0], what, hidden, dtype] += 1
+    found["dp", "all_reduce", "counted tokens", (1,), "int64"] = int(topology.dp > 1 and config.data.document_mask)
+    found["world", "all_reduce", "loss, norm, health", (VOTE,), "fp64"] = int(topology.world_size > 1)
+    return tuple(Collective(*key, n) for key, n in found.items() if n)
 
 
-def _tensor(
-    config: Config, layers: int, stage: int, stages: int
-) -> Iterator[tuple[str, str, tuple[int, ...], str, int]]:
-    """(what, operation, shape, format, count) over tp for one micro-batch of a stage."""
-    dtype, wide, tokens = config.precision.dtype, _main(config), _tokens(config)
-    again = config.memory.recompute == "full"
-    gathers, scatters = layers * (8 if again else 6), layers * (6 if again else 4)
-    full, first, last = (tokens, config.model.hidden_size), stage == 0, stage == stages - 1
-    if _sharded(config):
-        yield "layers", "all_gather", full, dtype, gathers
-        yield "layers", "reduce_scatter", full, dtype, scatters
-        yield "embedding", "reduce_scatter", full, dtype, first
-        yield "embedding", "all_gather", full, dtype, first
-        yield "head", "all_gather", full, dtype, last
-        yield "head", "reduce_scatter", full, dtype, last
-    else:
-        yield "layers", "all_reduce", full, dtype, scatters
-        yield "embedding", "all_reduce", full, dtype, first
-        yield "head", "all_reduce", full, dtype, last
-    for start in range(0, tokens if last else 0, config.memory.loss_chunk_tokens):
-        chunk = min(config.memory.loss_chunk_tokens, tokens - start)
-        yield "loss: maxima", "all_reduce", (chunk,), wide, 1
-        yield "loss: sums", "all_reduce", (2, chunk), wide, 1
+def _tensor(config: Config, stages: Stages, stage: int) -> Found:
+    """Over tp, for one micro-batch of a stage."""
+    dtype, tokens, chunk = config.precision.dtype, tokens_and_rows(config)[0], config.memory.loss_chunk_tokens
+    layers, first, last = len(stages[stage]), stage == 0, stage == len(stages) - 1
+    again = 2 * layers if config.memory.recompute == "full" else 0
+    full, found = (tokens, config.model.hidden_size), Found()
+    for what, gathers, sums in (
+        ("layers", 6 * layers + again, 4 * layers + again), ("embedding", first, first), ("head", last, last)
+    ):  # fmt: skip
+        if config.parallel.sequence_parallel:
+            found["tp", "all_gather", what, full, dtype] = gathers
+        found["tp", "reduce_scatter" if config.parallel.sequence_parallel else "all_reduce", what, full, dtype] = sums
+    for size in [min(chunk, tokens - start) for start in range(0, tokens if last else 0, chunk)]:
+        found["tp", "all_reduce", "loss: maxima", (size,), main_dtype(config)] += 1
+        found["tp", "all_reduce", "loss: sums", (2, size), main_dtype(config)] += 1
+    return found
 
 
-def _gradients(
-    config: Config, topology: Topology, stages: Stages, stage: int, dp_rank: int
-) -> Iterator[tuple[str, str, str, int, str]]:
-    """(axis, what, operation, size, format) of the gradients and the weights of a stage, once a step."""
-    dp, wide = topology.dp, _main(config)
-    layout = stage_layout(config, stages, stage, dp)
-    copies: Counter[str] = Counter()
+def _gradients(config: Config, topology: Topology, stages: Stages, stage: int, dp_rank: int) -> Found:
+    """The gradients and the weights of a stage, once a step."""
+    layout, wide = stage_layout(config, stages, stage, topology.dp), main_dtype(config)
+    found, copies = Found(), Counter[str]()
     for bucket in layout.buckets:
-        if dp > 1:
-            yield "dp", "gradients", "reduce_scatter", bucket.stop - bucket.start, wide
-            yield "dp", "weights", "all_gather", bucket.stop - bucket.start, config.precision.dtype
-        start, stop = bucket.shard(dp, dp_rank)
-        if bucket.tied and topology.pp > 1:
-            yield "embedding", "gradients of the tied embedding", "all_reduce", stop - start, wide
+        start, stop = bucket.shard(topology.dp, dp_rank)
+        if topology.dp > 1:
+            size = (bucket.stop - bucket.start,)
+            found["dp", "reduce_scatter", "gradients", size, wide] += 1
+            found["dp", "all_gather", "weights", size, config.precision.dtype] += 1
+        if bucket.tied:
+            found["embedding", "all_reduce", "gradients of the tied embedding", (stop - start,), wide] += 1
         for segment in layout.segments(start, stop):
             copies[segment.part.sum_over] += segment.count
     for over, what in (("tp", "gradients of norms"), ("kv", "gradients of shared key/value heads")):
-        if copies[over]:
-            yield over, what, "all_reduce", copies[over], wide
-
-
-def _sharded(config: Config) -> bool:
-    return config.parallel.sequence_parallel and config.parallel.tp > 1
-
-
-def _tokens(config: Config) -> int:
-    return config.batch.micro_batch_size * config.batch.seq_length
-
-
-def _main(config: Config) -> str:
-    """The format of main gradients and of sums."""
-    return "fp64" if config.precision.dtype == "fp64" else "fp32"
+        found[over, "all_reduce", what, (copies[over],), wide] = int(copies[over] > 0)
+    return found
 
 
 def communication_table(config: Config, topology: Topology, stages: Stages, schedule: Schedule) -> str:
     """The calls of one step by axis, of the pipeline rank that communicates most."""
     each = [collectives(config, topology, stages, schedule, rank) for rank in range(topology.pp)]
     rank = max(range(topology.pp), key=lambda r: sum(c.nbytes for c in each[r]))
-    sums: dict[tuple[str, str, str], list[int]] = {}
-    for c in each[rank]:
-        total = sums.setdefault((c.axis, c.op, c.what), [0, 0])
-        total[0], total[1] = total[0] + c.count, total[1] + c.nbytes
-    rows = [[*key, f"{n:,}", f"{size / 2**20:,.3f}"] for key, (n, size) in sorted(sums.items())]
-    rows.insert(0, ["group", "operation", "of", "calls per step", "MiB per step"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    lines = [f"{'group':<9}  {'operation':<14}  {'of':<36}  {'calls a step':>12}  {'MiB a step':>14}"]
+    for key in sorted({(c.axis, c.op, c.what) for c in each[rank]}):
+        alike = [c for c in each[rank] if (c.axis, c.op, c.what) == key]
+        numbers = f"{sum(c.count for c in alike):>12,}  {sum(c.nbytes for c in alike) / 2**20:>14,.3f}"
+        lines.append(f"{key[0]:<9}  {key[1]:<14}  {key[2]:<36}  {numbers}")
     return "\n".join([*lines, f"of a rank at pipeline position {rank}, which communicates most; whole tensors"])

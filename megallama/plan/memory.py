@@ -12,10 +12,9 @@ after attention, gate and up; `none` keeps the two norm outputs and the SwiGLU p
     full       b h          =  2h
 
 Tensor parallelism divides what lies inside attention and the feed-forward network; sequence parallelism the rest
-too (Korthikanti et al. 2022, arXiv:2205.05198, table 2).  Attention kernels keep something besides
-(`statistics_bytes`), the embedding its row numbers, the loss head its input and the gradient of its normed input.
-A split backward (zero bubble) frees all this with the input gradient, and until the weight gradient keeps the two
-operands of every weight gradient instead.
+too (Korthikanti et al. 2022, arXiv:2205.05198, table 2).  Besides, attention kernels keep `statistics_bytes`, the
+embedding its row numbers, the loss head its input and a gradient.  A split backward (zero bubble) frees all this with
+the input gradient, and keeps the operands of the weight gradients until these are formed.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def saved_bytes(config: Config, recompute: str | None = None) -> int:
     m, tp = config.model, config.parallel.tp
     n, k, d = heads(m)
     h, f, local_kv = m.hidden_size, m.ffn_hidden_size // tp, max(1, k // tp)
-    tokens, rows = _tokens_and_rows(config)
+    tokens, rows = tokens_and_rows(config)
     outside = {"none": 4 * h, "selective": 2 * h, "full": h}[mode := recompute or config.memory.recompute]
     heads_bytes = 2 * d * (n // tp + local_kv)  # q, attention output; k, v
     inside = {"none": heads_bytes + 3 * f, "selective": heads_bytes + 2 * f, "full": 0}[mode]
@@ -82,29 +81,27 @@ def saved_bytes(config: Config, recompute: str | None = None) -> int:
 def statistics_bytes(config: Config, attention: Attention = "fused") -> int:
     """Bytes that attention keeps in one layer beside `saved_bytes`.
 
-    fused: a log-sum-exp per token and head in fp32.  sdpa: that in the format of sums, its output a second time (where
-    several heads have to be put in order), and within documents a mask of s * s numbers per sample and the repeated
-    key/value heads.
-    blocked: nothing.
+    fused: a log-sum-exp per token and head in fp32.  sdpa: that in the format of sums, its output a second time (if it
+    has several heads), and within documents a mask [s, s] per sample and repeated key/value heads.  blocked: nothing.
     """
     if config.memory.recompute == "full" or attention == "blocked":
         return 0
-    m, tp, tokens = config.model, config.parallel.tp, _tokens_and_rows(config)[0]
+    m, tp, tokens = config.model, config.parallel.tp, tokens_and_rows(config)[0]
     (n, k, d), masked = heads(m), config.data.document_mask
     local = n // tp
     if attention == "fused":
         return 4 * tokens * local
     extra = (local > 1) * local * d + masked * (config.batch.seq_length + 2 * d * (local - max(1, k // tp)))
-    return tokens * (local * _main_bytes(config) + extra * DTYPE_BYTES[config.precision.dtype])
+    return tokens * (local * DTYPE_BYTES[main_dtype(config)] + extra * DTYPE_BYTES[config.precision.dtype])
 
 
 def stage_saved_bytes(config: Config, stages: Stages, stage: int, attention: Attention = "fused") -> int:
     """Bytes that a stage keeps of one micro-batch from its forward to its backward."""
-    (tokens, rows), layers = _tokens_and_rows(config), len(stages[stage])
+    tokens, layers = tokens_and_rows(config)[0], len(stages[stage])
     out = layers * (saved_bytes(config) + statistics_bytes(config, attention))
     if config.data.document_mask and layers:  # angles by document
-        out += tokens * heads(config.model)[2] * _main_bytes(config)
-    return out + (stage == 0) * 9 * tokens + (stage == len(stages) - 1) * _head_saved_bytes(config, rows)
+        out += tokens * heads(config.model)[2] * DTYPE_BYTES[main_dtype(config)]
+    return out + (stage == 0) * 9 * tokens + (stage == len(stages) - 1) * _head_saved_bytes(config)
 
 
 def deferred_bytes(config: Config, stages: Stages, stage: int) -> int:
@@ -113,34 +110,25 @@ def deferred_bytes(config: Config, stages: Stages, stage: int) -> int:
     n, k, d = heads(m)
     inside = d * (2 * n // tp + 2 * max(1, k // tp)) + 3 * (m.ffn_hidden_size // tp)
     per_token = DTYPE_BYTES[config.precision.dtype] * (4 * m.hidden_size + inside)
-    return len(stages[stage]) * _tokens_and_rows(config)[0] * per_token
+    return len(stages[stage]) * tokens_and_rows(config)[0] * per_token
 
 
 def peak_saved_bytes(
     config: Config, stages: Stages, schedule: Schedule, pp_rank: int, attention: Attention = "fused"
 ) -> int:
     """Most bytes kept for backwards at once: between actions, and where full recomputation has a layer's again."""
-    live = peak = 0
-    owned = schedule.stages_of(pp_rank)
-    saved = {s: stage_saved_bytes(config, stages, s, attention) for s in owned}
-    deferred = {s: deferred_bytes(config, stages, s) for s in owned}
-    again = {s: _again_bytes(config, stages, s, attention) for s in owned}
+    live, peak, last, full = 0, 0, len(stages) - 1, config.memory.recompute == "full"
+    saved = {s: stage_saved_bytes(config, stages, s, attention) for s in schedule.stages_of(pp_rank)}
+    deferred = {s: deferred_bytes(config, stages, s) for s in saved}
+    partial = config.model_copy(update={"memory": config.memory.model_copy(update={"recompute": "selective"})})
+    again = saved_bytes(partial) + statistics_bytes(partial, attention) - saved_bytes(config, "full")
     for kind, s, _ in schedule.steps[pp_rank] if schedule.is_training else ():
-        if again[s] and kind in (Kind.B, Kind.I):  # the most by the first layer: then all others have put theirs off
-            others = (len(stages[s]) - 1) * (deferred[s] // len(stages[s]) - saved_bytes(config))
-            peak = max(peak, live + again[s] + (others if kind is Kind.I else 0))
+        if full and stages[s] and kind in (Kind.B, Kind.I):  # the head is done, the input of the layer still there
+            others = (len(stages[s]) - 1) * (deferred[s] // len(stages[s]) - saved_bytes(config))  # put off so far
+            peak = max(peak, live + again - (s == last) * _head_saved_bytes(config) + (kind is Kind.I) * others)
         live += {Kind.F: saved[s], Kind.B: -saved[s], Kind.I: deferred[s] - saved[s], Kind.W: -deferred[s]}.get(kind, 0)
         peak = max(peak, live)
     return peak
-
-
-def _again_bytes(config: Config, stages: Stages, stage: int, attention: Attention) -> int:
-    """What full recomputation adds while it has the tensors of the stage's last layer again, when the head is done."""
-    if config.memory.recompute != "full" or not stages[stage]:
-        return 0
-    partial = config.model_copy(update={"memory": config.memory.model_copy(update={"recompute": "selective"})})
-    layer = saved_bytes(partial) + statistics_bytes(partial, attention) - saved_bytes(config)  # its input is there
-    return layer - (stage == len(stages) - 1) * _head_saved_bytes(config, _tokens_and_rows(config)[1])
 
 
 def rank_memory(
@@ -150,9 +138,9 @@ def rank_memory(
     owned = schedule.stages_of(pp_rank)
     layouts = [stage_layout(config, stages, s, dp) for s in owned]
     numel, buckets = sum(x.numel for x in layouts), sum(len(x.buckets) for x in layouts)
-    dtype, main = DTYPE_BYTES[config.precision.dtype], _main_bytes(config)
+    dtype, main = DTYPE_BYTES[config.precision.dtype], DTYPE_BYTES[main_dtype(config)]
     padded_vocab = -(-config.model.vocab_size // config.parallel.tp)
-    chunk = min(config.memory.loss_chunk_tokens, _tokens_and_rows(config)[0])
+    chunk = min(config.memory.loss_chunk_tokens, tokens_and_rows(config)[0])
     return RankMemory(
         weights=numel * dtype,
         main_grads=numel * main,
@@ -163,16 +151,16 @@ def rank_memory(
     )
 
 
-def _head_saved_bytes(config: Config, rows: int) -> int:
-    return 2 * rows * config.model.hidden_size * DTYPE_BYTES[config.precision.dtype]
+def _head_saved_bytes(config: Config) -> int:
+    return 2 * tokens_and_rows(config)[1] * config.model.hidden_size * DTYPE_BYTES[config.precision.dtype]
 
 
-def _main_bytes(config: Config) -> int:
-    """Bytes of a main gradient, and of a sum."""
-    return 8 if config.precision.dtype == "fp64" else 4
+def main_dtype(config: Config) -> str:
+    """The format of main gradients, and of sums."""
+    return "fp64" if config.precision.dtype == "fp64" else "fp32"
 
 
-def _tokens_and_rows(config: Config) -> tuple[int, int]:
+def tokens_and_rows(config: Config) -> tuple[int, int]:
     """Tokens of a micro-batch, and rows of it that this rank holds where sequence parallelism cuts."""
     tokens = config.batch.micro_batch_size * config.batch.seq_length
     return tokens, tokens // config.parallel.tp if config.parallel.sequence_parallel else tokens

@@ -22,6 +22,7 @@ from megallama.plan.memory import stage_layout
 from megallama.plan.params import global_shapes, init_std
 from megallama.plan.plan import Plan
 
+Wrap = Callable[[int, Stage], StageCall]  # number and stage -> what the pipeline calls in its place
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -44,17 +45,8 @@ class Rank:
         return self.plan.num_stages - 1 in self.stages and self.groups.tp.rank == 0
 
 
-def assemble(
-    plan: Plan,
-    groups: Groups,
-    device: torch.device,
-    kernels: Kernels,
-    wrap: Callable[[int, Stage], StageCall] = lambda number, stage: stage,
-) -> Rank:
-    """Build rank `groups.rank`; the weights are zero until `initialize` or a checkpoint fills them.
-
-    The pipeline calls `wrap` of every stage number and stage.
-    """
+def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels, wrap: Wrap | None = None) -> Rank:
+    """Build rank `groups.rank`; the weights are zero until `initialize` or a checkpoint fills them."""
     config = plan.config
     dtype = DTYPES[config.precision.dtype]
     parallel = config.parallel
@@ -72,8 +64,8 @@ def assemble(
         stages[number] = Stage(config, buffers[number], layers, first, last, tp, kernels.attention)
     optimizer = DistributedOptimizer(list(buffers.values()), groups, config.optimizer, config.overlap, kernels.adamw)
     work = {
-        number: StageWork(wrap(number, stages[number]), buffers[number].queue, sync)
-        for number, sync in zip(stages, optimizer.syncs, strict=True)
+        number: StageWork(wrap(number, stage) if wrap else stage, buffers[number].queue, sync)
+        for (number, stage), sync in zip(stages.items(), optimizer.syncs, strict=True)
     }
     tokens = config.batch.micro_batch_size * config.batch.seq_length
     hidden = torch.empty(

@@ -1,24 +1,21 @@
 """A dry run: every distinct rank of a job on one CPU, through the real model, pipeline and optimizer, without memory.
 
-Tensors are on torch's meta device (shapes and formats, no values), groups record and move nothing.  Ranks are
-*distinct* if anything differs that their communication can depend on (`kinds`).  One of each kind runs a few steps; the
-communication of all ranks is then proved to fit together (`comm.agreement`).
-
-Within a step a stage runs in full for its first two micro-batches and for those whose backward is first or last: only
-these can differ (the first waits for gathered weights, the last reduces gradients).  For the others it repeats what it
-communicated before; the interpreter executes all of them.
-
+Tensors are on torch's meta device (shapes and formats, no values), groups record and move nothing.  One rank of every
+kind (`kinds`) runs a few steps; the communication of all ranks is then proved to fit together (`comm.agreement`).
 What decides a branch has a value: token counts and votes are real tensors, and losses and norms read as 1, or as
 not-a-number in the step that all ranks must skip.
+
+The interpreter executes all actions, but a stage runs in full only for micro-batches that come first, second or last to
+a kind of work (the first waits for gathered weights, the last reduces gradients) and for others repeats what it said.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from math import isfinite, nan
 from typing import Any
 
 import torch
@@ -33,7 +30,6 @@ from megallama.data.batch import MicroBatch
 from megallama.kernels.choose import choose_kernels
 from megallama.kernels.documents import Documents
 from megallama.model.llama import Stage, StageInput
-from megallama.plan.layout import BufferLayout
 from megallama.plan.memory import stage_layout
 from megallama.plan.plan import Plan
 from megallama.plan.schedule import F, Kind
@@ -41,7 +37,6 @@ from megallama.train.assemble import DTYPES, assemble
 from megallama.train.step import evaluate_step, train_step
 
 META, CPU = torch.device("meta"), torch.device("cpu")
-Template = tuple[list[Call], list[Wait]]
 
 
 @dataclass(frozen=True)
@@ -54,49 +49,31 @@ class DryRun:
 
 
 def dry_run(plan: Plan) -> DryRun:
-    """Run one rank of every kind and prove that all ranks of the plan fit together.
-
-    Raises: Disagreement naming the group, the place and two ranks.
-    """
-    programs: dict[Hashable, Program] = {}
-    kind, of_rank = kinds(plan), []
-    for rank in range(plan.topology.world_size):
-        if (key := kind(rank)) not in programs:
-            programs[key] = record(plan, rank)
-        of_rank.append(programs[key])
+    """Run one rank of every kind and prove that all ranks fit together. Raises: Disagreement naming two of them."""
+    kind, ranks = kinds(plan), range(plan.topology.world_size)
+    programs = {key: record(plan, rank) for key, rank in {kind(r): r for r in reversed(ranks)}.items()}
+    of_rank = tuple(programs[kind(rank)] for rank in ranks)
     blocking = prove(of_rank, partitions(plan.topology, plan.config.model.num_kv_heads or 1))
-    return DryRun(tuple(of_rank), tuple(name for name, _ in _phases(plan)), blocking)
+    return DryRun(of_rank, tuple(name for name, _ in _phases(plan)), blocking)
 
 
 def kinds(plan: Plan) -> Callable[[int], Hashable]:
-    """A function that tells of a rank what its communication can depend on.
-
-    That is its place in the pipeline, the shapes of its parameters and of what they hold of the model, and how many
-    elements of its share of the gradients are summed over more than dp.
-    """
-    config, dp = plan.config, plan.topology.dp
+    """A function that tells of a rank what its communication can depend on."""
+    layout_of = cache(lambda stage, tp: stage_layout(plan.config, plan.stages, stage, plan.topology.dp, tp))
 
     @cache
-    def layout_of(stage: int, tp: int) -> BufferLayout:
-        return stage_layout(config, plan.stages, stage, dp, tp)
-
-    @cache
-    def held(stage: int, tp: int) -> Hashable:
-        specs = [p.spec for bucket in layout_of(stage, tp).buckets for p in bucket.params]
-        return tuple((s.shape, tuple((p.box.shape, p.sum_over) for p in s.parts)) for s in specs)
-
-    @cache
-    def summed(stage: int, tp: int, dp_rank: int) -> Hashable:
-        layout, out = layout_of(stage, tp), Counter[str]()
-        for bucket in layout.buckets:
-            for segment in layout.segments(*bucket.shard(dp, dp_rank)):
-                out[segment.part.sum_over] += segment.count
-        return out["tp"], out["kv"]
+    def of_stage(stage: int, tp: int, dp_rank: int) -> Hashable:
+        buckets, summed = layout_of(stage, tp).buckets, Counter[str]()
+        for bucket in buckets:
+            for segment in layout_of(stage, tp).segments(*bucket.shard(plan.topology.dp, dp_rank)):
+                summed[segment.part.sum_over] += segment.count
+        specs = [p.spec for bucket in buckets for p in bucket.params]
+        held = tuple((s.shape, tuple(part.box.shape for part in s.parts)) for s in specs)
+        return held, summed["tp"], summed["kv"]  # what is held of which tensors, and what is summed over more than dp
 
     def kind(rank: int) -> Hashable:
         at = plan.topology.coords(rank)
-        stages = plan.schedule.stages_of(at["pp"])
-        return at["pp"], tuple((held(s, at["tp"]), summed(s, at["tp"], at["dp"])) for s in stages)
+        return at["pp"], tuple(of_stage(s, at["tp"], at["dp"]) for s in plan.schedule.stages_of(at["pp"]))
 
     return kind
 
@@ -104,8 +81,7 @@ def kinds(plan: Plan) -> Callable[[int], Hashable]:
 def record(plan: Plan, rank: int) -> Program:
     """What one rank communicates in the phases of a dry run."""
     tape = _Tape(plan, rank)
-    for name, run in _phases(plan):
-        tape.phase = name
+    for tape.phase, run in _phases(plan):
         run(tape)
     return Program(tuple(tape.calls), tuple(tape.waits))
 
@@ -114,9 +90,8 @@ def _phases(plan: Plan) -> list[tuple[str, Callable[[_Tape], None]]]:
     """Loading, a step of every batch size and one more of the last, an evaluation, a step that is skipped."""
     sizes = [*plan.batch.sizes, plan.config.batch.global_batch_size]
     steps = [(f"step {i}", partial(_Tape.train, size=size)) for i, size in enumerate(sizes, 1)]
-    skipped = f"skipped step {len(sizes) + 1}", partial(_Tape.train, size=sizes[-1], skipped=True)
-    evaluation = "evaluation", partial(_Tape.evaluate, size=sizes[-1])
-    return [("loading", lambda tape: tape.rank.optimizer.loaded(0)), *steps, evaluation, skipped]
+    skipped = f"skipped step {len(sizes) + 1}", partial(_Tape.train, size=sizes[-1], loss=nan)
+    return [("loading", lambda tape: tape.rank.optimizer.loaded(0)), *steps, ("evaluation", _Tape.evaluate), skipped]
 
 
 class _Tape:
@@ -158,32 +133,30 @@ class _Tape:
         mask, documents = (torch.ones_like(tokens).bool(), Documents.of(tokens)) if masked else (None, None)
         return [MicroBatch(tokens, tokens, mask, documents).to(META)] * self.plan.batch.num_microbatches(size)
 
-    def train(self, size: int, skipped: bool = False) -> None:
-        """A step of `size` samples."""
+    def train(self, size: int, loss: float = 1.0) -> None:
         batches, masked = self._batches(size), self.plan.config.data.document_mask
-        self.schedule, self._value = self.plan.schedule_for(len(batches)), math.nan if skipped else 1.0
+        self.schedule, self._value = self.plan.schedule_for(len(batches)), loss
         result = train_step(self.rank, self.schedule, batches, lr=1e-3, masked=masked)
-        assert result.applied is not skipped, result
+        assert result.applied is isfinite(loss), result
 
-    def evaluate(self, size: int) -> None:
-        """An evaluation on `size` samples."""
-        batches = self._batches(size)
-        self.schedule, self._value = self.plan.forward_schedule(len(batches)), 1.0
+    def evaluate(self) -> None:
+        batches = self._batches(self.plan.config.batch.global_batch_size)
+        self.schedule = self.plan.forward_schedule(len(batches))
         evaluate_step(self.rank, self.schedule, batches)
 
-    def said(self, label: str) -> Template:
-        """The calls with this label, and the waits for them, counted from the first of them."""
+    def said(self, label: str) -> Program:
+        """The calls with this label, and the waits for them."""
         at = [i for i, call in enumerate(self.calls) if call.label == label]
         first = at[0] if at else 0
         assert at == list(range(first, first + len(at))), label
-        held = set(at)
-        return [self.calls[i] for i in at], [Wait(w[0] - first, w[1] - first) for w in self.waits if w.call in held]
+        waits = (Wait(w.before - first, w.call - first) for w in self.waits if 0 <= w.call - first < len(at))
+        return Program(tuple(self.calls[i] for i in at), tuple(waits))
 
-    def again(self, template: Template) -> None:
+    def again(self, template: Program) -> None:
         """Repeat calls and waits under today's label."""
         at, label = len(self.calls), self.label()
-        self.calls += [replace(call, label=label) for call in template[0]]
-        self.waits += [Wait(before + at, call + at) for before, call in template[1]]
+        self.calls += [replace(call, label=label) for call in template.calls]
+        self.waits += [Wait(before + at, call + at) for before, call in template.waits]
 
 
 class _Repeating:
@@ -191,39 +164,41 @@ class _Repeating:
 
     def __init__(self, number: int, stage: Stage, tape: _Tape) -> None:
         self._number, self._stage, self._tape = number, stage, tape
-        self._templates: dict[tuple[str, bool], Template] = {}
-        self._learning: dict[bool, str] = {}  # the first phase of training, of evaluating
+        self._templates: dict[tuple[str, bool], Program] = {}
+        self._phase = ""
         self._out: dict[bool, Tensor] = {}
         self._anchor = torch.zeros(0, requires_grad=True)  # the first stage has no input that asks for a gradient
 
     def __call__(self, hidden: Tensor | None, batch: StageInput) -> Tensor:
-        train, phase = torch.is_grad_enabled(), self._tape.phase
-        forward, backward = self._order()
-        whole = {forward[0], *backward[-1:]}
-        if self._learning.setdefault(train, phase) == phase:
-            whole |= {*forward[:2], *backward[:1]}
-        if int(self._tape.action().partition(".")[2]) in whole:
+        train = torch.is_grad_enabled()
+        if self._phase != self._tape.phase:
+            self._phase = self._tape.phase
+            self._choose(train)
+        if int(self._tape.action().partition(".")[2]) in self._whole:
             out = self._stage(hidden, batch)
             self._out[train] = torch.empty_like(out)
             return out
-        self._repeat(F, forward[1], train)
+        self._repeat(F, train)
         repeated: Tensor = _Repeated.apply(self._anchor if hidden is None else hidden, self, self._out[train])
         return repeated
 
     def backward(self) -> None:
-        """Repeat what the backward of another micro-batch said."""
-        self._repeat(Kind(self._tape.action()[0]), self._order()[1][0], True)
+        self._repeat(Kind(self._tape.action()[0]), True)
 
-    def _repeat(self, kind: Kind, microbatch: int, train: bool) -> None:
-        if (kind, train) not in self._templates:
-            label = f"{kind}{self._number}.{microbatch} of {self._tape.phase}"
-            self._templates[kind, train] = self._tape.said(label)
-        self._tape.again(self._templates[kind, train])
+    def _choose(self, train: bool) -> None:
+        """The micro-batches to run in full in this phase, and for each kind of action the one to learn from."""
+        steps = self._tape.schedule.steps[self._tape.rank.groups.pp.rank]
+        mine = [a for a in steps if a.stage == self._number and a.kind.is_compute]
+        order = {kind: [a.microbatch for a in mine if a.kind is kind] for kind, _, _ in mine}
+        self._models = {kind: order[kind][:2][-1 if kind is F else 0] for kind in order}
+        self._whole = {order[F][0], *(order[kind][-1] for kind in order if kind is not F)}
+        self._whole.update(model for kind, model in self._models.items() if (kind, train) not in self._templates)
 
-    def _order(self) -> tuple[list[int], list[int]]:
-        """The micro-batches of this stage in the order of their forwards, and of their backwards."""
-        mine = [a for a in self._tape.schedule.steps[self._tape.rank.groups.pp.rank] if a.stage == self._number]
-        return [a.microbatch for a in mine if a.kind is F], [a.microbatch for a in mine if a.kind in (Kind.B, Kind.I)]
+    def _repeat(self, kind: Kind, train: bool) -> None:
+        if (key := (kind, train)) not in self._templates:
+            assert self._models[kind] in self._whole
+            self._templates[key] = self._tape.said(f"{kind}{self._number}.{self._models[kind]} of {self._tape.phase}")
+        self._tape.again(self._templates[key])
 
 
 class _Repeated(Function):

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from megallama.plan.memory import Attention, rank_memory
-from megallama.plan.schedule import Action
 from megallama.train.assemble import Rank
 from tests.parity.matrix import Layout, matrix
 from tests.small import documents, on_threads, tokens, train
@@ -35,7 +34,7 @@ class Kept:
         self.sample()
         return held
 
-    def sample(self, action: Action | None = None) -> None:
+    def sample(self, done: None = None) -> None:
         """Note how much is alive now."""
         alive = {at: size for at, (count, size) in self.graphs.items() if count}
         alive |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.queued()}
@@ -44,7 +43,8 @@ class Kept:
     def queued(self) -> Iterator[Tensor]:
         """The operands of weight gradients that are put off."""
         for buffers in self.rank.buffers.values():
-            for group in buffers.queue.groups:
+            groups: Any = buffers.queue.groups
+            for group in groups.values() if isinstance(groups, dict) else groups:
                 for work in group:
                     cells: Any = work.__closure__  # type: ignore[attr-defined]
                     yield from (c.cell_contents for c in cells if isinstance(c.cell_contents, Tensor))
@@ -66,7 +66,9 @@ class Held:
 def measured(rank: Rank, data: Tensor, starts: Tensor | None) -> tuple[int, ...]:
     """(weights, main gradients, optimizer, tables, peak of what backwards need) of a rank that trains a step."""
     kept = Kept(rank)
-    rank.runtime._trace = kept.sample
+    handlers = rank.runtime._handlers
+    for kind, handle in list(handlers.items()):
+        handlers[kind] = lambda action, handle=handle: kept.sample(handle(action))  # type: ignore[misc]
     with saved_tensors_hooks(kept.pack, lambda held: held.tensor):
         train(rank, data, starts=starts)
     kept.sample()
