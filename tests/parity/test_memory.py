@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megallama.plan.memory import Attention, rank_memory
 from megallama.train.assemble import Rank
-from tests.parity.matrix import Layout, matrix
+from tests.parity.matrix import FURTHER, Layout, matrix
 from tests.small import documents, on_threads, tokens, train
 
 CPU_ATTENTION: dict[str, Attention] = {"fp64": "sdpa", "fp32": "sdpa", "bf16": "blocked"}
@@ -87,7 +87,7 @@ def measured(rank: Rank, data: Tensor, starts: Tensor | None) -> tuple[int, ...]
 
 
 @pytest.mark.parametrize("dtype", CPU_ATTENTION)
-@pytest.mark.parametrize("layout", matrix(), ids=str)
+@pytest.mark.parametrize("layout", [*matrix(), *FURTHER], ids=str)
 def test_the_plan_predicts_every_byte(layout: Layout, dtype: str) -> None:
     config = layout.config(dtype)
     data = tokens(config, 1)

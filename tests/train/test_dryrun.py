@@ -18,7 +18,7 @@ from megallama.plan.plan import Plan, make_plan
 from megallama.train.assemble import DTYPES
 from megallama.train.dryrun import dry_run
 from megallama.train.step import evaluate_step
-from tests.parity.matrix import Layout, matrix
+from tests.parity.matrix import FURTHER, Layout, matrix
 from tests.small import build, documents, micro_batches, small_config, tokens, train
 from tests.threads import run_threads
 
@@ -82,7 +82,7 @@ def test_what_the_matrix_leaves_out(name: str) -> None:
     the_same(small_config(**sections), ranks)
 
 
-@pytest.mark.parametrize("layout", [row for row in matrix() if row.ranks > 1], ids=str)
+@pytest.mark.parametrize("layout", [row for row in [*matrix(), *FURTHER] if row.ranks > 1], ids=str)
 def test_every_rank_does_what_the_dry_run_says(layout: Layout) -> None:
     the_same(layout.config("fp32"), layout.ranks)
 
