@@ -59,9 +59,12 @@ class Bench:
         self.rank, self.ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.folder = folder
         self.group: Group = Solo("bench")
+        self.own: Group = Solo("checkpoint")  # saves talk from the background, so through a group of their own
         if self.ranks > 1:
             dist.init_process_group("gloo")
-            self.group = C10d(dist.group.WORLD, "bench", tuple(range(self.ranks)), self.rank, torch.device("cpu"))
+            everybody, cpu = tuple(range(self.ranks)), torch.device("cpu")
+            self.group = C10d(dist.group.WORLD, "bench", everybody, self.rank, cpu)
+            self.own = C10d(dist.new_group(everybody), "checkpoint", everybody, self.rank, cpu)
         settings = {"model": MODEL, "data": {"synthetic": True}, "precision": {"dtype": "bf16"}}
         self.config = resolve(Config.model_validate(settings))
         self.numel = sum(torch.Size(s).numel() for s in global_shapes(self.config.model).values())
@@ -75,7 +78,7 @@ class Bench:
 
     def manager(self, name: str) -> CheckpointManager:
         """A manager of its own folder."""
-        return CheckpointManager(self.config, self.folder / name, self.rank, self.group, None, lambda text: None)
+        return CheckpointManager(self.config, self.folder / name, self.rank, self.own, None, lambda text: None)
 
     def timed(self, row: str, round_: int, work: Callable[[], Any], nbytes: float) -> None:
         """Run `work` on all ranks between two barriers and print what it took."""
@@ -128,12 +131,15 @@ def peer_state(bench: Bench, shard: int) -> dict[str, Any]:
 def save_rounds(bench: Bench, rounds: int, peers: bool) -> None:
     """Raw, ours and the peers, in turn."""
     total = bench.numel * 14
-    shards = bench.shards(tp=bench.ranks)
+    shards = bench.shards()
     raw = memoryview(bytearray(os.urandom(CHUNK)) * -(-total // bench.ranks // CHUNK))[: total // bench.ranks]
     state = peer_state(bench, 0) if peers else {}
     ways: dict[str, Callable[[], Any]] = {"raw write + fsync": lambda: bench.write_raw("raw", raw)}
     ours = bench.manager("ours")
     ways["ours, to durable"] = lambda: ours.save(1, shards, {}, behind=False)
+    if bench.ranks > 1:
+        cut = bench.shards(tp=bench.ranks)
+        ways["ours, cut by tensor parallelism, to durable"] = lambda: ours.save(1, cut, {}, behind=False)
     if peers:
         ways |= peer_ways(bench, state)
     for number in range(rounds):

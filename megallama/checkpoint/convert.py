@@ -126,6 +126,7 @@ def _write_files(source: Source, target: Path, wish: Wish, dtype: str) -> None:
             for name, shape in form.shapes.items():
                 _write_tensor(source, name, form, sets, files)
                 flusher.wrote(prod(shape) * DTYPES[dtype].itemsize)
+            flusher.begin()
             flusher.finish()
         if wish.to == "meta":
             for file, one in sets.items():

@@ -74,16 +74,17 @@ def write_checkpoint(content: Content, shards: Sequence[StateShard], group: Grou
     """
     what = f"saving {content.final} failed, the checkpoints before it are untouched"
     first = group.rank == 0
+    touched = {s.places[shard.box.key].file for s in content.sets.values() for shard in shards}
+    names = [*content.sizes()] if first else sorted(touched)
     try:
         agree(group, what, lambda: create_files(content) if first else None)
-        told = agree(group, what, lambda: _write_shards(content, shards, first))
-        agree(group, what, lambda: _check_complete(content, sum(written for written, _ in told)))
-        digests = {(name, index): digest for _, found in told for name, index, digest in found}
-        left = [block for block in content.blocks() if block not in digests]
-        share = left[group.rank :: group.size]
-        told = agree(group, what, lambda: _digest_blocks(content, share))
-        for rank, found in enumerate(told):
-            digests |= zip(left[rank :: group.size], found, strict=True)
+        with Flusher([content.temporary / name for name in names]) as flusher:
+            told = agree(group, what, lambda: _write_shards(content, shards, flusher))
+            agree(group, what, lambda: _check_complete(content, sum(written for written, _ in told)))
+            digests = {(name, index): digest for _, found in told for name, index, digest in found}
+            left = [block for block in content.blocks() if block not in digests]
+            told = agree(group, what, lambda: _digest_blocks(content, left[group.rank :: group.size], flusher))
+        digests |= {(name, index): digest for found in told for name, index, digest in found}
         agree(group, what, lambda: _commit(content, digests) if first else None)
     except BaseException:
         if first:
@@ -142,23 +143,19 @@ def _allocate(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-def _write_shards(
-    content: Content, shards: Sequence[StateShard], first: bool
-) -> tuple[int, list[tuple[str, int, str]]]:
-    """Write this rank's byte runs and make them durable, each shard asked for once.
+Digests = list[tuple[str, int, str]]  # file, block, digest
 
-    Returns the number of elements and (file, block, digest) of the blocks that this rank wrote alone.
+
+def _write_shards(content: Content, shards: Sequence[StateShard], flusher: Flusher) -> tuple[int, Digests]:
+    """Write this rank's byte runs, each shard asked for once.
+
+    Returns the number of elements and the digests of the blocks that this rank wrote alone.
     """
     written, sizes = 0, content.sizes()
-    touched = {s.places[shard.box.key].file for s in content.sets.values() for shard in shards}
-    names = [*sizes] if first else sorted(touched)
-    with (
-        explained(content),
-        OpenFiles(content.temporary) as files,
-        ThreadPoolExecutor(THREADS) as pool,
-        Flusher([content.temporary / name for name in names]) as flusher,
-    ):
-        outputs = {name: _Output(files.open(name), sizes[name], content.block_bytes) for name in sorted(touched)}
+    outputs: dict[str, _Output] = {}
+    with explained(content), OpenFiles(content.temporary) as files, ThreadPoolExecutor(THREADS) as pool:
+        for name in sorted({s.places[shard.box.key].file for s in content.sets.values() for shard in shards}):
+            outputs[name] = _Output(files.open(name), sizes[name], content.block_bytes)
 
         def write(kind: str, shard: StateShard, tensor: Tensor) -> None:
             place = content.sets[kind].places[shard.box.key]
@@ -170,7 +167,7 @@ def _write_shards(
             kinds = [*shard.state().items(), ("model", shard.master)]
             list(pool.map(lambda k, shard=shard: write(k[0], shard, k[1]), kinds))
             written += shard.box.numel
-        flusher.finish()
+        flusher.begin()
     return written, [(name, i, digest) for name, out in outputs.items() for i, digest in out.digests.items()]
 
 
@@ -226,11 +223,14 @@ class Flusher:
             self._written += count
             if self._written >= FLUSH_BYTES and not (self._flushes and not self._flushes[-1].done()):
                 self._written = 0
-                self._flushes.append(self._pool.submit(self._flush))
+                self.begin()
+
+    def begin(self) -> None:
+        """Make durable what has been written so far, behind the caller's back."""
+        self._flushes.append(self._pool.submit(self._flush))
 
     def finish(self) -> None:
-        """All is written: wait until it is durable. Raises: what an fsync raised."""
-        self._flushes.append(self._pool.submit(self._flush))
+        """Wait until all that was written before the last `begin` is durable. Raises: what an fsync raised."""
         for flush in self._flushes:
             flush.result()
 
@@ -257,12 +257,21 @@ def _check_complete(content: Content, written: int) -> None:
         raise CheckpointError(f"the ranks hold {written} elements of state, the model has {want}")
 
 
-def _digest_blocks(content: Content, blocks: Sequence[tuple[str, int]]) -> list[str]:
-    """The digests of some blocks, read back."""
-    size = content.block_bytes
+def _digest_blocks(content: Content, blocks: Sequence[tuple[str, int]], flusher: Flusher) -> Digests:
+    """Digests of blocks that several ranks wrote, read back while this rank's files become durable."""
     with OpenFiles(content.temporary) as files, ThreadPoolExecutor(THREADS) as pool:
         fds = {name: files.open(name) for name, _ in blocks}
-        return list(pool.map(lambda b: manifest.digest(os.pread(fds[b[0]], size, b[1] * size)), blocks))
+
+        def part(first: int) -> Digests:
+            buffer, found = memoryview(bytearray(content.block_bytes)), []
+            for name, index in blocks[first::THREADS]:
+                count = os.preadv(fds[name], [buffer], index * content.block_bytes)
+                found.append((name, index, manifest.digest(buffer[:count])))
+            return found
+
+        found = [digest for part_found in pool.map(part, range(THREADS)) for digest in part_found]
+    flusher.finish()
+    return found
 
 
 def _commit(content: Content, digests: Mapping[tuple[str, int], str]) -> None:

@@ -231,10 +231,10 @@ def test_file_systems_without_allocation_still_work(tmp_path, monkeypatch) -> No
 def test_one_failing_rank_stops_the_save_on_all_and_is_named(tmp_path, monkeypatch) -> None:
     grid, write = Topology(dp=4), writer._write_shards
 
-    def broken(content, shards, first):
+    def broken(content, shards, flusher):
         if shards[0].box == boxes(MODEL, grid, 1, 2, owned=True)[0]:
             raise OSError(errno.EIO, "Input/output error")
-        return write(content, shards, first)
+        return write(content, shards, flusher)
 
     monkeypatch.setattr(writer, "_write_shards", broken)
 
