@@ -30,7 +30,8 @@ from report import header, median, save, table
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = ROOT / "benchmarks" / "drivers" / "checkpoint_ranks.py"
-BASE = {"save": "raw write + fsync", "wait": "one memcpy of the state", "load": "raw read"}
+BASES = {"layout": "raw read", "waits": "one memcpy of the state", "start": "one memcpy of the state"}  # by the last word
+OTHERS = "raw write + fsync"
 
 
 @dataclass
@@ -63,13 +64,11 @@ def speed(folder: Path, rounds: int) -> list[Measurement]:
 
 def speed_table(found: list[Measurement]) -> str:
     """Medians over rounds, and the median of the ratios to the base of the same round."""
-    rows, base = [], BASE["save"]
+    rows = []
     for ranks in (1, 2):
-        for name in dict.fromkeys(m.row for m in found):
-            base = name if name in BASE.values() else base
+        for name in dict.fromkeys(m.row for m in found if m.ranks == ranks):
+            base = BASES.get(name.rpartition(" ")[2], OTHERS)
             mine = sorted((m for m in found if m.row == name and m.ranks == ranks), key=lambda m: m.round)
-            if not mine:
-                continue
             of = {m.round: m for m in found if m.row == base and m.ranks == ranks}
             ratios = [(of[m.round].seconds / of[m.round].bytes) / (m.seconds / m.bytes) for m in mine if m.round in of]
             seconds = median([m.seconds for m in mine])
@@ -79,7 +78,7 @@ def speed_table(found: list[Measurement]) -> str:
                     "row": name,
                     "seconds": f"{seconds:.2f}",
                     "GB/s": f"{median([m.bytes for m in mine]) / seconds / 1e9:.2f}",
-                    "speed against": f"{median(ratios):.2f} of {base}" if name != base else "-",
+                    "speed": f"{median(ratios):.2f} of {base}" if name not in (*BASES.values(), OTHERS) else "-",
                     "rounds": " ".join(f"{m.seconds:.2f}" for m in mine),
                     "most extra memory of a rank": f"{max(m.extra for m in mine) / 1e6:.0f} MB",
                 }

@@ -190,7 +190,7 @@ def async_rounds(bench: Bench, shards: list[StateShard], state: dict[str, Any], 
     bench.timed("ours, host buffer made at the start", 0, lambda: ours.prepare(shards), nbytes)
     for number in range(rounds + 1):
         bench.timed("ours, training waits", number, lambda n=number: ours.save(n + 1, shards, {}), nbytes)
-        bench.timed("ours, until durable", number, ours.finish, nbytes)
+        bench.timed("ours, until durable", number, ours.finish, 14 * bench.numel)
         bench.clear(f"ours/step-{number:08d}")
     if state:
         import torch.distributed.checkpoint as dcp
@@ -204,7 +204,7 @@ def async_rounds(bench: Bench, shards: list[StateShard], state: dict[str, Any], 
                 later.append(dcp.async_save(state, checkpoint_id=str(bench.folder / "peer")))
 
             bench.timed("DCP async, training waits", number, start, nbytes)
-            bench.timed("DCP async, until durable", number, lambda later=later: later[0].result(), nbytes)
+            bench.timed("DCP async, until durable", number, lambda later=later: later[0].result(), 14 * bench.numel)
 
 
 def cold(folder: Path) -> int:
