@@ -82,6 +82,7 @@ def plan(args: argparse.Namespace) -> int:
         print(json.dumps(as_dict(outlook), indent=1))
     else:
         table = communication_table(made.config, made.topology, made.stages, made.schedule)
+        table = table if ranks > 1 else "one rank communicates nothing"
         print("\n\n".join((str(made), table, text(outlook))))
     return 0
 

@@ -13,6 +13,7 @@ import pytest
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
 from megallama.plan.check import build_schedule
+from megallama.plan.communication import communication_table
 from megallama.plan.plan import make_plan
 from megallama.plan.schedule import forward_only
 
@@ -80,7 +81,13 @@ def test_tool_prints_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     file.write_text('[model]\npreset = "debug"\n')
     assert tool("plan").main([str(file), "--ranks=8", "--parallel.tp=2"]) == 0
     want = make_plan(load(file, ["parallel.tp=2"], need_data=False), 8)
-    assert capsys.readouterr().out.startswith(f"{want}\n\nmemory     peak")
+    table = communication_table(want.config, want.topology, want.stages, want.schedule)
+    assert "tp" in table and capsys.readouterr().out.startswith(f"{want}\n\n{table}\n\nmemory     peak")
+
+
+def test_tool_says_that_one_rank_communicates_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool("plan").main(["model.preset=debug", "ranks=1"]) == 0
+    assert "\n\none rank communicates nothing\n\nmemory     peak" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
