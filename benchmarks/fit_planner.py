@@ -18,6 +18,8 @@ import re
 import sys
 import tomllib
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,22 +92,25 @@ FITTED_H100: Priors = {
 Fit = tuple[dict[str, str], Job, float, str]
 
 
+def jobs() -> Iterator[tuple[dict[str, str], Job, Machine]]:
+    """The published rows that can be predicted."""
+    with MEASURED.open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            with suppress(RowError):
+                yield row, *job_of_row(row)
+
+
 def measured(kinds: tuple[str, ...]) -> list[Fit]:
     """Rows with a measured step time, or the MFU that gives it, on these kinds of GPU."""
     out = []
-    with MEASURED.open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            try:
-                job, machine = job_of_row(row)
-            except RowError:
-                continue
-            flops = job.step_tokens / job.gpus * job.flops_per_token(causal=False) / machine.gpu.peak_tflops / 1e12
-            if machine.name not in kinds or row["fits"] != "1":
-                continue
-            if row["step_time_s"]:
-                out.append((row, job, float(row["step_time_s"]), machine.name))
-            elif row["mfu_pct_reported"]:
-                out.append((row, job, 100 * flops / float(row["mfu_pct_reported"]), machine.name))
+    for row, job, machine in jobs():
+        flops = job.step_tokens / job.gpus * job.flops_per_token(causal=False) / machine.gpu.peak_tflops / 1e12
+        if machine.name not in kinds or row["fits"] != "1":
+            continue
+        if row["step_time_s"]:
+            out.append((row, job, float(row["step_time_s"]), machine.name))
+        elif row["mfu_pct_reported"]:
+            out.append((row, job, 100 * flops / float(row["mfu_pct_reported"]), machine.name))
     return out
 
 
@@ -233,17 +238,12 @@ def odd(row: dict[str, str]) -> bool:
 def marks() -> list[str]:
     """Right and wrong verdicts on which layouts fit."""
     tally: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    with MEASURED.open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            try:
-                job, machine = job_of_row(row)
-            except RowError:
-                continue
-            fits = job_bytes(job, machine) <= machine.gpu.memory_gib * GIB
-            name = "alephalpha_llama" if row["group"] == "alephalpha_llama" else "all others (all but 3 fit)"
-            tally[name][0] += 1
-            tally[name][1] += fits and row["fits"] == "0"
-            tally[name][2] += not fits and row["fits"] == "1"
+    for row, job, machine in jobs():
+        fits = job_bytes(job, machine) <= machine.gpu.memory_gib * GIB
+        name = "alephalpha_llama" if row["group"] == "alephalpha_llama" else "all others (all but 3 fit)"
+        tally[name][0] += 1
+        tally[name][1] += fits and row["fits"] == "0"
+        tally[name][2] += not fits and row["fits"] == "1"
     return ["| rows | marks | right % | said to fit, does not | said not to fit, does |", "|---" * 5 + "|"] + [
         f"| {k} | {n} | {100 * (n - a - b) / n:.1f} | {a} | {b} |" for k, (n, a, b) in tally.items()
     ]

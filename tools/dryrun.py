@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megallama.config.errors import ConfigError, MegallamaError  # noqa: E402
-from megallama.config.load import load  # noqa: E402
+from megallama.config.errors import exit_status  # noqa: E402
+from megallama.config.load import load, read_words  # noqa: E402
 from megallama.plan.plan import Plan, make_plan  # noqa: E402
 
 if TYPE_CHECKING:
@@ -31,21 +31,13 @@ USAGE = "usage: python tools/dryrun.py [CONFIG.toml] ranks=N [section.key=value 
 
 def main(argv: Sequence[str]) -> int:
     """Print the report; 0, 1 with the disagreement or 2 with the errors on stderr."""
-    try:
-        files = [a for a in argv if "=" not in a and not a.startswith("-")]
-        counts = [a.partition("=")[2] for a in argv if a.removeprefix("--").startswith("ranks=")]
-        if len(files) > 1:
-            raise ConfigError(f"two configuration files, {files[0]} and {files[1]}; give one\n{USAGE}")
-        if len(counts) != 1 or not counts[0].isdecimal() or int(counts[0]) < 1:
-            said = f", not {' '.join(f'ranks={c}' for c in counts)}" if counts else ""
-            raise ConfigError(f"a dry run needs one number of ranks{said}; write for example ranks=8\n{USAGE}")
-        ranks = int(counts[0])
-        overrides = [a for a in argv if a not in files and not a.removeprefix("--").startswith("ranks=")]
-        config = load(Path(files[0]) if files else None, overrides, ranks=ranks, need_data=False)
-        plan = make_plan(config, ranks)
-    except MegallamaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print the report; 0, or 1 with the disagreement on stderr. Raises: MegallamaError."""
+    file, ranks, overrides = read_words(argv, "a dry run", USAGE)
+    plan = make_plan(load(file, overrides, ranks=ranks, need_data=False), ranks)
     from megallama.comm.agreement import Disagreement
     from megallama.train.dryrun import dry_run
 

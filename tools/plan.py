@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import ConfigError, exit_status  # noqa: E402
-from megallama.config.load import load  # noqa: E402
+from megallama.config.load import load, read_words  # noqa: E402
 from megallama.plan.capacity import GIB  # noqa: E402
 from megallama.plan.communication import collectives, communication_table  # noqa: E402
 from megallama.plan.forecast import CO2_KG_PER_KWH, PUE, Forecast, forecast  # noqa: E402
@@ -31,7 +31,7 @@ from megallama.plan.rows import NEEDED, RowError, job_of_row  # noqa: E402
 from megallama.plan.search import search  # noqa: E402
 
 USAGE = "usage: python tools/plan.py [CONFIG.toml] ranks=N [hardware=KIND] [kernel=NAME] [section.key=value ...]"
-OWN = ("ranks", "hardware", "kernel")
+OWN = ("hardware", "kernel")
 WRITTEN = ("step_time_s", "tok_s_gpu", "tflops", "mem_gb", "fits", "flags")
 UNAVOIDABLE = ("matrices", "attention", "head and loss")
 
@@ -56,20 +56,14 @@ def run(argv: Sequence[str]) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """Print one plan, or the layouts that a search finds."""
-    files = [a for a in args.words if "=" not in a]
     own = {k: [a.partition("=")[2] for a in args.words if a.startswith(f"{k}=")] for k in OWN}
-    if len(files) > 1:
-        raise ConfigError(f"two configuration files, {files[0]} and {files[1]}; give one\n{USAGE}")
-    if len(own["ranks"]) != 1 or not own["ranks"][0].isdecimal() or int(own["ranks"][0]) < 1:
-        said = f", not {' '.join(f'ranks={c}' for c in own['ranks'])}" if own["ranks"] else ""
-        raise ConfigError(f"the plan needs one number of ranks{said}; write for example ranks=8\n{USAGE}")
-    ranks = int(own["ranks"][0])
+    words = [a for a in args.words if a.partition("=")[0] not in own]
+    file, ranks, overrides = read_words(words, "the plan", USAGE)
     machine = load_machine((own["hardware"] or ["a100-80g"])[-1])
     kernel = (own["kernel"] or ["flash3" if machine.gpu.peak_tflops > 400 else "flash2"])[-1]
     if kernel not in machine.kernels:
         raise ConfigError(f"kernel={kernel} is unknown; use {', '.join(machine.kernels)}")
-    overrides = [a for a in args.words if a not in files and a.partition("=")[0] not in own]
-    config = load(Path(files[0]) if files else None, overrides, ranks=None if args.search else ranks, need_data=False)
+    config = load(file, overrides, ranks=None if args.search else ranks, need_data=False)
     if args.search:
         best, legal, too_large = search(config, ranks, machine, kernel)
         print(f"{legal:,} legal layouts of {ranks} ranks on {machine.name}, {too_large:,} too large for "

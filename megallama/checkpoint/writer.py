@@ -74,11 +74,9 @@ def write_checkpoint(content: Content, shards: Sequence[StateShard], group: Grou
     """
     what = f"saving {content.final} failed, the checkpoints before it are untouched"
     first = group.rank == 0
-    touched = {s.places[shard.box.key].file for s in content.sets.values() for shard in shards}
-    names = [*content.sizes()] if first else sorted(touched)
     try:
         agree(group, what, lambda: create_files(content) if first else None)
-        with Flusher([content.temporary / name for name in names]) as flusher:
+        with Flusher([content.temporary / name for name in content.sizes()] if first else []) as flusher:
             told = agree(group, what, lambda: _write_shards(content, shards, flusher))
             agree(group, what, lambda: _check_complete(content, sum(written for written, _ in told)))
             digests = {(name, index): digest for _, found in told for name, index, digest in found}
@@ -154,18 +152,19 @@ def _write_shards(content: Content, shards: Sequence[StateShard], flusher: Flush
     written, sizes = 0, content.sizes()
     outputs: dict[str, _Output] = {}
     with explained(content), OpenFiles(content.temporary) as files, ThreadPoolExecutor(THREADS) as pool:
-        for name in sorted({s.places[shard.box.key].file for s in content.sets.values() for shard in shards}):
-            outputs[name] = _Output(files.open(name), sizes[name], content.block_bytes)
 
-        def write(kind: str, shard: StateShard, tensor: Tensor) -> None:
-            place = content.sets[kind].places[shard.box.key]
-            outputs[place.file].write_box(place, shard.box, tensor)
-            flusher.wrote(shard.box.numel * place.item_bytes)
+        def write(place: Place, box: Box, tensor: Tensor) -> None:
+            outputs[place.file].write_box(place, box, tensor)
+            flusher.wrote(box.numel * place.item_bytes)
 
         for shard in shards:  # one after the other: its memory may be that of the next one
             assert shard.master.numel() == shard.box.numel, shard.box
-            kinds = [*shard.state().items(), ("model", shard.master)]
-            list(pool.map(lambda k, shard=shard: write(k[0], shard, k[1]), kinds))
+            tensors = shard.state() | {"model": shard.master}
+            places = [content.sets[kind].places[shard.box.key] for kind in tensors]
+            for name in {place.file for place in places} - outputs.keys():
+                outputs[name] = _Output(files.open(name), sizes[name], content.block_bytes)
+                flusher.follow(content.temporary / name)
+            list(pool.map(write, places, [shard.box] * len(places), tensors.values()))
             written += shard.box.numel
         flusher.begin()
     return written, [(name, i, digest) for name, out in outputs.items() for i, digest in out.digests.items()]
@@ -213,9 +212,13 @@ class Flusher:
     """Makes files durable while they are still being written: a thread that follows the writers with fsync."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths, self._written, self._pool = paths, 0, ThreadPoolExecutor(1)
+        self._paths, self._written, self._pool = dict.fromkeys(paths), 0, ThreadPoolExecutor(1)
         self._flushes: list[Future[None]] = []
         self._counting = Lock()
+
+    def follow(self, path: Path) -> None:
+        """This file is written too."""
+        self._paths[path] = None
 
     def wrote(self, count: int) -> None:
         """`count` more bytes were written; any thread."""
@@ -235,7 +238,7 @@ class Flusher:
             flush.result()
 
     def _flush(self) -> None:
-        for path in self._paths:
+        for path in [*self._paths]:
             sync(path)
 
     def __enter__(self) -> Flusher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -17,9 +18,17 @@ class ConfigError(MegallamaError):
 
 
 def exit_status(run: Callable[[], int | None]) -> int:
-    """The status of a tool: what it returns (0 for None), 2 for an error, told on standard error, 130 for Ctrl-C."""
+    """The status of a tool: what it returns (0 for None), 2 for an error, told on standard error, 130 for Ctrl-C.
+
+    141, as the shell has it, where whoever read the output has gone (``| head``).
+    """
     try:
-        return run() or 0
+        status = run() or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the flush at the end of the process says nothing
+        return 141
     except MegallamaError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -43,6 +43,23 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
+def read_words(words: Sequence[str], what: str, usage: str) -> tuple[Path | None, int, list[str]]:
+    """The command line of a tool that looks at a run before it starts: [CONFIG.toml] ranks=N [section.key=value ...].
+
+    Returns the file, the ranks and the settings. Raises: ConfigError; `what` begins its message.
+    """
+    files = [word for word in words if "=" not in word and not word.startswith("-")]
+    counts = [word for word in words if word.removeprefix("--").startswith("ranks=")]
+    ranks = [count.partition("=")[2] for count in counts]
+    if len(files) > 1:
+        raise ConfigError(f"two configuration files, {files[0]} and {files[1]}; give one\n{usage}")
+    if len(ranks) != 1 or not ranks[0].isdecimal() or int(ranks[0]) < 1:
+        said = f", not {' '.join(f'ranks={count}' for count in ranks)}" if ranks else ""
+        raise ConfigError(f"{what} needs one number of ranks{said}; write for example ranks=8\n{usage}")
+    settings = [word for word in words if word not in (*files, *counts)]
+    return Path(files[0]) if files else None, int(ranks[0]), settings
+
+
 def load(
     file: Path | None, overrides: Sequence[str] = (), *, ranks: int | None = None, need_data: bool = True
 ) -> Config:

@@ -11,9 +11,11 @@ from functools import cached_property
 from megallama.config.schema import Config
 from megallama.plan.params import heads
 from megallama.plan.partition import Stages, partition
+from megallama.plan.schedule import looped
+from megallama.plan.schedule_v import v_owners
 from megallama.plan.topology import Topology
 
-V_SHAPED = ("zb-v", "v-half", "dualpipe-v")  # stage r and its mirror image on one rank
+V_SHAPED = ("zb-v", "v-half", "dualpipe-v")  # with two chunks, as `v_owners` places them
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ class Job:
 
     def owned(self, rank: int) -> tuple[int, ...]:
         """The stages of a pipeline rank."""
-        if self.schedule in V_SHAPED and self.chunks == 2 and not self.owners:
-            return rank, 2 * self.pp - 1 - rank
-        return tuple(s for s, n in enumerate(self.owners or range(self.pp * self.chunks)) if n % self.pp == rank)
+        in_v = self.schedule in V_SHAPED and self.chunks == 2
+        owners = self.owners or (v_owners(self.pp) if in_v else looped(self.pp, self.pp * self.chunks))
+        return tuple(stage for stage, owner in enumerate(owners) if owner == rank)
 
     def parameters_of(self, rank: int) -> float:
         """Matrix parameters of the ranks at one pipeline position."""

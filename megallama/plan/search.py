@@ -22,7 +22,8 @@ from megallama.plan.predict import predict, seconds_by_cause
 from megallama.plan.topology import Topology
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-ZERO_BUBBLE = [n for n in get_args(ParallelConfig.model_fields["schedule"].annotation) if n[0] not in "gc1"]
+SCHEDULES = get_args(ParallelConfig.model_fields["schedule"].annotation)
+ZERO_BUBBLE = [name for name in SCHEDULES if name not in ("gpipe", "1f1b", "csv")]
 
 _balanced = cache(balanced)
 

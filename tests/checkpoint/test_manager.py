@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,24 @@ def test_a_folder_taken_over_is_never_tolerated(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="is no longer ours"):
         manager.save(2, solo_shards(STATE), {})
     assert steps(tmp_path) == []
+
+
+def test_every_shard_is_asked_for_once(tmp_path) -> None:
+    """A converter reads a shard from its source whenever it is asked for it."""
+    asked: list[int] = []
+    real = solo_shards(STATE)
+
+    class Lazy(Sequence):
+        def __len__(self) -> int:
+            return len(real)
+
+        def __getitem__(self, index: int):
+            found = real[index]
+            asked.append(index)
+            return found
+
+    make_manager(tmp_path, make_config()).save(1, Lazy(), {})
+    assert asked == [*range(len(real))]
 
 
 def test_the_snapshot_is_few_large_copies(monkeypatch) -> None:

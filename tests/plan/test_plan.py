@@ -85,6 +85,17 @@ def test_tool_prints_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "tp" in table and capsys.readouterr().out.startswith(f"{want}\n\n{table}\n\nmemory     peak")
 
 
+def test_tool_whose_reader_has_gone_says_nothing() -> None:
+    """As in ``python tools/plan.py ... --json | head``."""
+    root = Path(__file__).parents[2]
+    words = root / "tools/plan.py", root / "examples/llama_65b.toml", "ranks=2048", "--json"
+    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    assert (process.wait(), said) == (141, "")
+
+
 def test_tool_says_that_one_rank_communicates_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert tool("plan").main(["model.preset=debug", "ranks=1"]) == 0
     assert "\n\none rank communicates nothing\n\nmemory     peak" in capsys.readouterr().out
