@@ -77,15 +77,15 @@ def describe(folder: Path, saved: manifest.Manifest) -> None:
 
 def verify(folder: Path, saved: manifest.Manifest) -> int:
     """Check every block; prints each damaged one. Returns 1 if any is."""
-    problems: list[str] = []
+    num_problems = 0
     blocks = list(saved.blocks())
     for name in saved.files:
-        problems += reader.verify_blocks(folder, saved, [b for b in blocks if b[0] == name])
-        print(f"  verified  {name}", flush=True)
-    for problem in problems:
-        print(f"DAMAGED: {problem}")
-    print(f"{len(blocks):,} blocks, {len(problems)} problems")
-    return 1 if problems else 0
+        problems = reader.verify_blocks(folder, saved, [b for b in blocks if b[0] == name])
+        lines = [f"DAMAGED: {problem}" for problem in problems] or [f"  verified  {name}"]
+        print("\n".join(lines), flush=True)
+        num_problems += len(problems)
+    print(f"{len(blocks):,} blocks, {num_problems} problems")
+    return 1 if num_problems else 0
 
 
 def compare(folder: Path, saved: manifest.Manifest, other: Path) -> int:

@@ -47,6 +47,9 @@ def test_names_damaged_blocks_and_missing_files(folder: Path, capsys) -> None:
         assert f"{path} is damaged in {part}" in text
     assert " 3 problems" in text
     assert "generation_config.json cannot be opened" in text
+    sound = [line.split()[1] for line in text.splitlines() if line.startswith("  verified ")]
+    assert "model/config.json" in sound  # and of a damaged file it is never said
+    assert not {str(path.relative_to(folder / "step-00000002")), "model/generation_config.json"} & {*sound}
 
 
 def test_compares_tensor_by_tensor(folder: Path, capsys) -> None:
