@@ -240,6 +240,9 @@ class RunConfig(Section):
     threads: int = Field(0, ge=0, description="CPU threads per rank; 0 divides the cores among the ranks of a node")
     timeout_seconds: PositiveFloat = Field(600.0, description="longest wait in a collective before the run fails [s]")
     init_timeout_seconds: PositiveFloat = Field(120.0, description="longest wait for all ranks to arrive [s]")
+    shared_memory: bool = Field(
+        True, description="CPU ranks of one machine talk through shared memory where they can; false keeps gloo"
+    )
     peak_tflops: PositiveFloat | None = Field(
         None, description="peak of one rank's device for MFU; default known or measured [TFLOP/s]"
     )
