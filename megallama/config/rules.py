@@ -259,6 +259,32 @@ def _log(config: Config, ranks: int | None) -> Iterator[str]:
         yield f"log.trace_steps={literal(steps)} ends before it begins; write log.trace_steps={literal(sorted(steps))}"
 
 
+def _cuda_graphs(config: Config, ranks: int | None) -> Iterator[str]:
+    if not config.run.cuda_graphs:
+        return
+    wants = {
+        "parallel.tp": (config.parallel.tp, 1, "collectives of layers are not recorded"),
+        "parallel.pp": (config.parallel.pp, 1, "messages between stages are not recorded"),
+        "parallel.schedule": (config.parallel.schedule, "1f1b", "forward and backward must follow one another"),
+        "data.document_mask": (config.data.document_mask, False, "documents change shapes"),
+    }
+    if config.run.device == "cpu":
+        yield 'run.cuda_graphs=true with run.device="cpu" records nothing; write run.cuda_graphs=false'
+    for key, (have, want, why) in wants.items():
+        if have != want:
+            yield (
+                f"run.cuda_graphs=true with {key}={literal(have)}: {why}; "
+                f"write {key}={literal(want)}, or run.cuda_graphs=false"
+            )
+    dp, b = 1 if ranks is None else dp_size(config, ranks), config.batch
+    if dp > 1 and config.overlap.grad_reduce and b.global_batch_size == b.micro_batch_size * dp:
+        yield (
+            f"run.cuda_graphs=true records nothing where each of dp={dp} ranks has one micro-batch, whose gradients "
+            f"are reduced as they are formed; write batch.global_batch_size={2 * b.global_batch_size}, "
+            "overlap.grad_reduce=false, or run.cuda_graphs=false"
+        )
+
+
 def _data(config: Config, ranks: int | None) -> Iterator[str]:
     d = config.data
     if d.synthetic and d.train:
@@ -324,7 +350,8 @@ def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _architecture, _tensor_parallel, _pipeline, _ranks, _batch, _ramp, _lr_schedule, _optimizer, _checkpoint, _log
+    _architecture, _tensor_parallel, _pipeline, _ranks, _batch, _ramp, _lr_schedule, _optimizer, _checkpoint, _log,
+    _cuda_graphs,
 )  # fmt: skip
 DATA_RULES: tuple[Rule, ...] = (_data, _sources, _mixture)
 

@@ -198,6 +198,10 @@ class TrainConfig(Section):
     )
     stop_after_minutes: PositiveFloat | None = Field(None, description="save and leave after this long [min]")
     deterministic: bool = Field(False, description="only deterministic kernels")
+    gc_interval: int = Field(
+        100, ge=0, description="Python collects garbage at every step that this divides, on all ranks at once, and at no "
+        "other time; 0 leaves it to Python [steps]"
+    )  # fmt: skip
 
 
 class CheckpointConfig(Section):
@@ -240,6 +244,10 @@ class RunConfig(Section):
     threads: int = Field(0, ge=0, description="CPU threads per rank; 0 divides the cores among the ranks of a node")
     timeout_seconds: PositiveFloat = Field(600.0, description="longest wait in a collective before the run fails [s]")
     init_timeout_seconds: PositiveFloat = Field(120.0, description="longest wait for all ranks to arrive [s]")
+    cuda_graphs: bool = Field(
+        False, description="record a micro-batch once and start its kernels by one call: for models so small that "
+        "starting kernels takes longer than running them; with tp=1, pp=1, no document mask, on CUDA only"
+    )  # fmt: skip
     peak_tflops: PositiveFloat | None = Field(
         None, description="peak of one rank's device for MFU; default known or measured [TFLOP/s]"
     )
