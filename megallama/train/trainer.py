@@ -26,6 +26,7 @@ from megallama.plan.flops import training_flops
 from megallama.plan.params import num_parameters
 from megallama.plan.plan import Plan
 from megallama.train.assemble import DTYPES, Rank, assemble, initialize
+from megallama.train.collect import Collector
 from megallama.train.determinism import set_deterministic
 from megallama.train.evaluate import evaluate
 from megallama.train.health import BadSteps, SignalFlag
@@ -79,7 +80,8 @@ class Trainer:
             try:
                 self._rank = self._agreed("model", lambda: self._build(kernels))
                 self._restore()
-                return self._loop()
+                with Collector(self._config.train.gc_interval) as self._collector:
+                    return self._loop()
             finally:
                 self._manager.release()
 
@@ -98,6 +100,8 @@ class Trainer:
         )
         for line in str(self._plan).splitlines():
             self._log.info(line)
+        if config.run.cuda_graphs and self._world.device.type != "cuda":
+            self._log.info("run.cuda_graphs=true records nothing: this is no CUDA device")
         for text in [*self._world.notes, *(f"kernel for {choice}" for choice in kernels.choices)]:
             self._log.info(text)
         return kernels
@@ -203,6 +207,7 @@ class Trainer:
                     self._evaluate(writer, "test")
                 if last or stopped or (config.checkpoint.interval and counters.step % config.checkpoint.interval == 0):
                     self._save(leaving=last or stopped is not None)
+                self._collector.step(counters.step)
             self._manager.finish()
         finally:
             loader.close()
@@ -266,7 +271,6 @@ class Trainer:
             prefetch=config.data.prefetch,
             timeout_seconds=config.data.timeout_seconds,
             device=self._world.device if cuda else None,
-            pin=cuda,
         )
 
     # ---- telling ----
