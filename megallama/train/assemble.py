@@ -12,7 +12,7 @@ from torch import Tensor
 from megallama.comm.groups import Groups
 from megallama.kernels.choose import Kernels
 from megallama.layers.linear import TensorParallel
-from megallama.layers.param import FlatBuffers, Gemms
+from megallama.layers.param import FlatBuffers
 from megallama.layers.shard import StateShard
 from megallama.model.init import fill
 from megallama.model.llama import Stage
@@ -54,15 +54,16 @@ def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels,
     tp = TensorParallel(
         groups.tp, sharded, overlap=config.overlap.tensor_parallel, keep=config.memory.recompute == "none"
     )
-    gemms = Gemms(kernels.matmul_nt, kernels.add_wgrad)
     stages, buffers = {}, {}
     for number in plan.schedule.stages_of(groups.pp.rank):
         first, last = number == 0, number == plan.num_stages - 1
         layers = plan.stages[number]
         layout = stage_layout(config, plan.stages, number, groups.dp.size, groups.tp.rank)
-        buffers[number] = FlatBuffers(layout, dtype, device, gemms)
+        buffers[number] = FlatBuffers(layout, dtype, device, kernels)
         stages[number] = Stage(config, buffers[number], layers, first, last, tp, kernels.attention)
-    optimizer = DistributedOptimizer(list(buffers.values()), groups, config.optimizer, config.overlap, kernels.adamw)
+    optimizer = DistributedOptimizer(
+        list(buffers.values()), groups, config.optimizer, config.overlap, kernels.adamw, kernels.sum_of_squares
+    )
     work = {
         number: StageWork(wrap(number, stage) if wrap else stage, buffers[number].queue, sync)
         for (number, stage), sync in zip(stages.items(), optimizer.syncs, strict=True)
