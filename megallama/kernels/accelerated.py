@@ -110,33 +110,28 @@ def te_norm(place: Place) -> NormPair:
     place.need_half_on_cuda()
     tex = _te_extension(place)
     kind = importlib.import_module("transformer_engine.pytorch.constants").TE_DType[place.dtype]
-
-    def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out: Tensor = tex.rmsnorm_fwd(x, weight, eps, None, None, kind, 0, False)[0]
-        return out
-
-    def backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        dx, dweight = tex.rmsnorm_bwd(dy, x, inverse_rms(x, eps).view(-1), weight, 0, False)[:2]
-        return dx, dweight.float()
-
-    return forward, backward
+    return _norm_pair(
+        lambda x, weight, eps: tex.rmsnorm_fwd(x, weight, eps, None, None, kind, 0, False),
+        lambda dy, x, rstd, weight, eps: tex.rmsnorm_bwd(dy, x, rstd, weight, 0, False),
+    )
 
 
 def apex_norm(place: Place) -> NormPair:
     """apex's RMSNorm. Its gradient of the weight is rounded to the weight's format."""
     place.need_half_on_cuda()
     extension = _apex("fused_layer_norm_cuda")
+    return _norm_pair(
+        lambda x, weight, eps: extension.rms_forward_affine(x, x.shape[1:], weight, eps),
+        lambda dy, x, rstd, weight, eps: extension.rms_backward_affine(dy, rstd, x, x.shape[1:], weight, eps, False),
+    )
 
-    def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out: Tensor = extension.rms_forward_affine(x.contiguous(), (x.shape[-1],), weight, eps)[0]
-        return out
 
-    def backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        rstd, shape = inverse_rms(x, eps).view(-1), (x.shape[-1],)
-        dx, dweight = extension.rms_backward_affine(dy.contiguous(), rstd, x.contiguous(), shape, weight, eps, False)
+def _norm_pair(forward: Callable[..., Any], backward: Callable[..., Any]) -> NormPair:
+    def gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        dx, dweight = backward(dy, x, inverse_rms(x, eps).view(-1), weight, eps)[:2]
         return dx, dweight.float()
 
-    return forward, backward
+    return lambda x, weight, eps: forward(x, weight, eps)[0], gradients
 
 
 def te_swiglu(place: Place) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:

@@ -94,7 +94,11 @@ def choose_kernels(
             f"its own: {', '.join(sorted(known))}"
         )
     if documents and choices[0].taken == SDPA:
-        _documents_apart(taken["attention"], place)
+        try:
+            checks.check_attention(taken["attention"], place)
+        except Refused as error:
+            wrong = f"no attention here keeps documents apart: torch's {error}"
+            raise MegallamaError(f"{wrong}; use data.document_mask=false or another torch") from error
     product = place.product
     gemms = Gemms(product, lambda dy, weight: product(dy, weight.t()), taken["weight gradient"])
     norm, activation = taken["RMSNorm"], taken["SwiGLU"]
@@ -175,10 +179,8 @@ OPERATIONS = {
         checks.check_attention,
     ),
     "RMSNorm": Operation(
-        [
-            _compiled("rms_norm", "rms_norm_backward"),
-            *((TE, accelerated.te_norm), ("apex", accelerated.apex_norm), ("torch fused", _fused_norm)),
-        ],
+        [_compiled("rms_norm", "rms_norm_backward"), (TE, accelerated.te_norm), ("apex", accelerated.apex_norm),
+         ("torch fused", _fused_norm)],
         ("torch", lambda p: (EAGER.rms_norm, EAGER.rms_norm_backward)),
         checks.check_norm,
     ),
@@ -211,12 +213,3 @@ FP8_PRODUCTS = Operation(
     ("nothing here can", lambda p: TORCH_FP8),
     checks.check_fp8,
 )
-
-
-def _documents_apart(make: MakeAttention, place: Place) -> None:
-    try:
-        checks.check_attention(make, place)
-    except Refused as error:
-        raise MegallamaError(
-            f"no attention here keeps documents apart: torch's {error}; use data.document_mask=false or another torch"
-        ) from error

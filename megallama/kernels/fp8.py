@@ -42,10 +42,9 @@ def project_back(dy: Tensor, weight: Tensor) -> Tensor:
 def add_wgrad(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:
     """main_grad [out, in], fp32, += dy [T, out].T @ x [T, in]."""
     operands = _turned(*quantize(dy, GRADIENT)), _turned(*quantize(x, FORWARD))
-    if fresh:
-        _product(*operands, out=main_grad)
-    else:
-        main_grad.add_(_product(*operands, out=torch.empty_like(main_grad)))
+    product = _product(*operands, out=main_grad if fresh else torch.empty_like(main_grad))
+    if not fresh:
+        main_grad.add_(product)
 
 
 TORCH_FP8 = Gemms(project, project_back, add_wgrad)
@@ -61,5 +60,4 @@ def _product(
     """a [m, k] @ b [n, k].T; `fast` lets a GPU add in fewer bits than fp32's."""
     kind, where = (torch.bfloat16, {}) if out is None else (out.dtype, {"out": out})
     scales = {"scale_a": a[1], "scale_b": b[1]}
-    product: Tensor = torch._scaled_mm(a[0], b[0].t(), **scales, out_dtype=kind, use_fast_accum=fast, **where)
-    return product
+    return torch._scaled_mm(a[0], b[0].t(), **scales, out_dtype=kind, use_fast_accum=fast, **where)

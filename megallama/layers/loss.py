@@ -86,9 +86,7 @@ class LossHead:
         logits[:, self.valid :] = 0
         return total - stats[1], logits
 
-    def _softmax(
-        self, local: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None
-    ) -> None:
+    def _softmax(self, local: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
         """`softmax_` of all rows, a few at a time."""
         at_once = max(1, ELEMENTS_IN_FP32 // local.shape[1])
         for a in range(0, len(local), at_once):

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from megallama.comm.groups import Groups
-from megallama.kernels.choose import Kernels
+from megallama.config.errors import MegallamaError
+from megallama.config.schema import Config
+from megallama.kernels.choose import Kernels, choose_kernels
 from megallama.layers.linear import TensorParallel
 from megallama.layers.param import FlatBuffers
 from megallama.layers.shard import StateShard
@@ -43,6 +45,25 @@ class Rank:
     def counts_loss(self) -> bool:
         """Whether this rank's loss sum enters the sum over all ranks: one per sample, on the last stage."""
         return self.plan.num_stages - 1 in self.stages and self.groups.tp.rank == 0
+
+
+def kernels_of(config: Config, device: torch.device) -> Kernels:
+    """The implementations that this configuration uses on `device`."""
+    return choose_kernels(
+        device, DTYPES[config.precision.dtype], documents=config.data.document_mask, fp8=config.precision.fp8,
+        compiled=config.run.compile, without=config.run.without_kernels,
+    )  # fmt: skip
+
+
+def same_kernels(taken: Sequence[Sequence[tuple[str, str]]]) -> None:
+    """Raises: MegallamaError, on every rank alike, if the ranks took different (operation, implementation) pairs."""
+    for rank, pairs in enumerate(taken):
+        for (operation, mine), (_, other) in zip(taken[0], pairs, strict=True):
+            if mine != other:
+                raise MegallamaError(
+                    f"{operation}: rank 0 took {mine}, rank {rank} {other}; its log says why. Make the installations "
+                    f'alike, or write run.without_kernels=["{operation}: {mine}"]'
+                )
 
 
 def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels, wrap: Wrap | None = None) -> Rank:
