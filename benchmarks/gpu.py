@@ -7,7 +7,7 @@
     python benchmarks/gpu.py --cpu-check                     every line of it on a tiny model, on the CPU; writes nothing
 
 Systems: `ours` with the kernels it chooses, `ours-torch` without Transformer Engine, `ours-graphs` with run.cuda_graphs,
-`ours-fp8` with precision.fp8, and transformers' LlamaForCausalLM (fp32 weights under bf16 autocast, SDPA, fused AdamW:
+`ours-fp8` with precision.fp8=tensorwise, and transformers' LlamaForCausalLM (fp32 weights under bf16 autocast, SDPA, fused AdamW:
 it keeps fp32 master weights as ours does).  A row is one process; the systems take turns, `--rounds` times, each built
 anew, one step to warm up and then `--steps` without a pause; a figure is the median over rounds.
 
@@ -54,8 +54,8 @@ CHOICES = (  # tokens of a micro-batch, memory.recompute
     (4096, "full"), (2048, "full"),
 )  # fmt: skip
 SYSTEMS: dict[str, tuple[str, ...]] = {
-    "ours": (), "transformers": (), "ours-torch": (), "ours-graphs": ("run.cuda_graphs=true",),
-    "ours-fp8": ("precision.fp8=true",),
+    "ours": (), "transformers": (), "ours-torch": ('run.without_kernels=["Transformer Engine"]',),
+    "ours-graphs": ("run.cuda_graphs=true",), "ours-fp8": ("precision.fp8=tensorwise",),
 }  # fmt: skip
 WORK_BYTES = 4e9
 
@@ -86,13 +86,12 @@ class Measurement:
         import one_rank
         import torch
 
-        from megallama.kernels.choose import choose_kernels
         from megallama.plan import flops, memory, plan
         from megallama.train import assemble, peak, step
 
         self.row, self.one, self.torch = row, one_rank, torch
         self.flops, self.memory, self.plan, self.step = flops, memory, plan, step
-        self.choose, self.dtypes, self.peak_flops = choose_kernels, assemble.DTYPES, peak.peak_flops
+        self.kernels_of, self.dtypes, self.peak_flops = assemble.kernels_of, assemble.DTYPES, peak.peak_flops
         self.device = torch.device(row.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -145,14 +144,15 @@ class Measurement:
             x, dy, w = (torch.randn(size, device=dev, dtype=dtype) for size in ((tokens, inside), (tokens, out), (out, inside)))
             works = (lambda: x @ w.t(), lambda: dy @ w, lambda: dy.t() @ x)
             gemm += times * sum(one.seconds_per_call(work, dev) for work in works)
-        attention = min(self.attention_seconds(attend, config) for attend in self.attentions(dtype, n, k, d))
+        attention = min(self.attention_seconds(attend, config) for attend in self.attentions(config))
         return {"gemm": gemm * micro, "attention": attention * m.num_layers * micro}
 
-    def attentions(self, dtype: Any, n: int, k: int, d: int) -> list[Any]:
+    def attentions(self, config: Any) -> list[Any]:
         """The chosen attention, and torch's."""
         from megallama.kernels.attention import sdpa
 
-        return [self.choose(self.device, dtype).attention(n, k, d), sdpa]
+        m = config.model
+        return [self.kernels_of(config, self.device).attention(m.num_heads, m.num_kv_heads, m.head_dim), sdpa]
 
     def attention_seconds(self, attend: Any, config: Any) -> float:
         """Forward and backward of one layer's attention."""
@@ -177,9 +177,7 @@ class Measurement:
     def ours(self, system: str, choice: tuple[int, str]) -> dict[str, Any]:
         """A round of our own training step."""
         config = self.config(*choice, SYSTEMS[system])
-        hide = self.one.TE if system == "ours-torch" else ()
-        with self.one.hidden(hide):
-            rank, kernels = self.one.build(config, self.device)
+        rank, kernels = self.one.build(config, self.device)
         batches = self.one.random_batches(rank.plan, self.device)
         schedule = rank.plan.schedule_for(len(batches))
 

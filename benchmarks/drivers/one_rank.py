@@ -11,8 +11,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,9 @@ from megallama.comm.recording import Absent  # noqa: E402
 from megallama.config.load import load  # noqa: E402
 from megallama.config.schema import Config  # noqa: E402
 from megallama.data.batch import MicroBatch  # noqa: E402
-from megallama.kernels.choose import choose_kernels  # noqa: E402
 from megallama.plan.plan import Plan, make_plan  # noqa: E402
-from megallama.train.assemble import DTYPES, Rank, assemble  # noqa: E402
+from megallama.train.assemble import Rank, assemble, kernels_of  # noqa: E402
 
-TE = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine_torch")
 QUIET = ("lr_schedule.kind=constant", "lr_schedule.warmup_steps=0", "data.synthetic=true")
 
 
@@ -49,7 +46,7 @@ def build(config: Config, device: torch.device, ranks: int = 1, rank: int = 0) -
         return Solo(name, rank) if len(members) == 1 else Pretending(name, members, rank)
 
     groups = build_groups(plan.topology, rank, config.model.num_kv_heads or 1, make)
-    kernels = choose_kernels(device, DTYPES[config.precision.dtype])
+    kernels = kernels_of(config, device)
     built = assemble(plan, groups, device, kernels)
     for shard in built.optimizer.shards(owned_only=False):
         shard.master.fill_(1.0) if "norm" in shard.box.key else shard.master.normal_(std=0.02)
@@ -102,19 +99,6 @@ def random_batches(plan: Plan, device: torch.device, seed: int = 0) -> list[Micr
         tokens = torch.randint(v, (b.micro_batch_size, b.seq_length + 1), generator=generator)
         out.append(MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).to(device))
     return out
-
-
-@contextmanager
-def hidden(names: Sequence[str]) -> Iterator[None]:
-    """While entered these modules cannot be found."""
-    kept = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for name in names:
-            del sys.modules[name]
-        sys.modules.update(kept)
 
 
 def installed(name: str) -> bool:

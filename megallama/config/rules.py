@@ -234,6 +234,27 @@ def _optimizer(config: Config, ranks: int | None) -> Iterator[str]:
         )
 
 
+def _fp8(config: Config, ranks: int | None) -> Iterator[str]:
+    m, b, tp, p = config.model, config.batch, config.parallel.tp, config.precision
+    if p.fp8 == "none":
+        return
+    start, instead = f'precision.fp8="{p.fp8}"', 'or precision.fp8="none"'
+    if p.dtype != "bf16":
+        yield f'{start} rounds bf16 values, but precision.dtype="{p.dtype}"; use precision.dtype="bf16", {instead}'
+    if config.run.device == "cpu":
+        yield f'{start} needs a GPU of compute capability 8.9 or above, but run.device="cpu"; use "cuda", {instead}'
+    n, k, d = m.num_heads // tp, max(1, (m.num_kv_heads or m.num_heads) // tp), m.head_dim or 1
+    sizes = {
+        "batch.micro_batch_size x batch.seq_length": b.micro_batch_size * b.seq_length,
+        "model.hidden_size": m.hidden_size,
+        "model.ffn_hidden_size / parallel.tp": m.ffn_hidden_size // tp,
+        "model.num_heads x model.head_dim / parallel.tp": n * d,
+        "the width of queries, keys and values / parallel.tp": (n + 2 * k) * d,
+    }
+    if odd := [f"{what} = {size}" for what, size in sizes.items() if size % 16]:
+        yield f"{start} multiplies only sizes that are multiples of 16, but {', '.join(odd)}; use those, {instead}"
+
+
 def _checkpoint(config: Config, ranks: int | None) -> Iterator[str]:
     c = config.checkpoint
     if c.weights_from is not None and c.resume == "must":
@@ -350,8 +371,8 @@ def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _architecture, _tensor_parallel, _pipeline, _ranks, _batch, _ramp, _lr_schedule, _optimizer, _checkpoint, _log,
-    _cuda_graphs,
+    _architecture, _tensor_parallel, _pipeline, _ranks, _batch, _ramp, _lr_schedule, _optimizer, _fp8, _cuda_graphs,
+    _checkpoint, _log,
 )  # fmt: skip
 DATA_RULES: tuple[Rule, ...] = (_data, _sources, _mixture)
 

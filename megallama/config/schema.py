@@ -84,6 +84,9 @@ class PrecisionConfig(Section):
     """Number formats. Master weights, main gradients and reductions are fp32 (fp64 with dtype fp64)."""
 
     dtype: Literal["bf16", "fp16", "fp32", "fp64"] = Field("bf16", description="format of weights and activations")
+    fp8: Literal["none", "tensorwise"] = Field(
+        "none", description="products of the layers' linear maps in fp8, one scale per tensor; GPUs from 8.9 on, bf16"
+    )
     initial_loss_scale: PositiveFloat = Field(65536.0, description="first loss scale of fp16")
     loss_scale_window: PositiveInt = Field(1000, description="good steps before the loss scale of fp16 doubles [steps]")
     min_loss_scale: PositiveFloat = Field(1.0, description="the fp16 loss scale never falls below this")
@@ -242,6 +245,12 @@ class RunConfig(Section):
     folder: str = Field("runs/default", description="logs, metrics.jsonl and checkpoints of this run")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
     threads: int = Field(0, ge=0, description="CPU threads per rank; 0 divides the cores among the ranks of a node")
+    compile: bool = Field(
+        False, description="torch.compile of norm, SwiGLU, RoPE and softmax alone; needs a C++ compiler, else not done"
+    )
+    without_kernels: tuple[str, ...] = Field(
+        (), description='implementations not to use, e.g. "apex" or "RMSNorm: Transformer Engine"; see tools/doctor.py'
+    )
     timeout_seconds: PositiveFloat = Field(600.0, description="longest wait in a collective before the run fails [s]")
     init_timeout_seconds: PositiveFloat = Field(120.0, description="longest wait for all ranks to arrive [s]")
     cuda_graphs: bool = Field(

@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megallama.comm.group import Done, Group, Handle
-from megallama.kernels.activation import swiglu, swiglu_backward
 from megallama.layers.norm import RMSNorm
 from megallama.layers.param import Param
 
@@ -119,7 +118,7 @@ class _NormColumn(Function):
 class _GatedRow(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: RowParallelLinear) -> Tensor:
-        operand = swiglu(x) if layer.gated else x
+        operand = layer.param.leaves.swiglu(x) if layer.gated else x
         ctx.layer = layer
         ctx.save_for_backward(x, *([operand] if layer.gated and layer.tp.keep else []))
         out, handle = layer.tp.sum_rows(layer.param.project(operand))
@@ -131,8 +130,8 @@ class _GatedRow(Function):
         layer: RowParallelLinear = ctx.layer
         x, *kept = ctx.saved_tensors
         dy, gather = layer.tp.gather_rows(grads[0])
-        operand = kept[0] if kept else swiglu(x) if layer.gated else x
+        operand = kept[0] if kept else layer.param.leaves.swiglu(x) if layer.gated else x
         gather.wait()
         doperand = layer.param.project_back(dy)
         layer.param.add_wgrad(dy, operand)
-        return swiglu_backward(doperand, x) if layer.gated else doperand, None
+        return layer.param.leaves.swiglu_backward(doperand, x) if layer.gated else doperand, None

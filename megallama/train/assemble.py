@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from megallama.comm.groups import Groups
-from megallama.kernels.choose import Kernels
+from megallama.config.errors import MegallamaError
+from megallama.config.schema import Config
+from megallama.kernels.choose import Kernels, choose_kernels
 from megallama.layers.linear import TensorParallel
-from megallama.layers.param import FlatBuffers, Gemms
+from megallama.layers.param import FlatBuffers
 from megallama.layers.shard import StateShard
 from megallama.model.init import fill
 from megallama.model.llama import Stage
@@ -46,6 +48,25 @@ class Rank:
         return self.plan.num_stages - 1 in self.stages and self.groups.tp.rank == 0
 
 
+def kernels_of(config: Config, device: torch.device) -> Kernels:
+    """The implementations that this configuration uses on `device`."""
+    return choose_kernels(
+        device, DTYPES[config.precision.dtype], documents=config.data.document_mask, fp8=config.precision.fp8,
+        compiled=config.run.compile, without=config.run.without_kernels,
+    )  # fmt: skip
+
+
+def same_kernels(taken: Sequence[Sequence[tuple[str, str]]]) -> None:
+    """Raises: MegallamaError, on every rank alike, if the ranks took different (operation, implementation) pairs."""
+    for rank, pairs in enumerate(taken):
+        for (operation, mine), (_, other) in zip(taken[0], pairs, strict=True):
+            if mine != other:
+                raise MegallamaError(
+                    f"{operation}: rank 0 took {mine}, rank {rank} {other}; its log says why. Make the installations "
+                    f'alike, or write run.without_kernels=["{operation}: {mine}"]'
+                )
+
+
 def assemble(
     plan: Plan, groups: Groups, device: torch.device, kernels: Kernels, wrap: Wrap | None = None,
     recorder: Recorder | None = None,
@@ -61,15 +82,16 @@ def assemble(
     tp = TensorParallel(
         groups.tp, sharded, overlap=config.overlap.tensor_parallel, keep=config.memory.recompute == "none"
     )
-    gemms = Gemms(kernels.matmul_nt, kernels.add_wgrad)
     stages, buffers = {}, {}
     for number in plan.schedule.stages_of(groups.pp.rank):
         first, last = number == 0, number == plan.num_stages - 1
         layers = plan.stages[number]
         layout = stage_layout(config, plan.stages, number, groups.dp.size, groups.tp.rank)
-        buffers[number] = FlatBuffers(layout, dtype, device, gemms)
+        buffers[number] = FlatBuffers(layout, dtype, device, kernels)
         stages[number] = Stage(config, buffers[number], layers, first, last, tp, kernels.attention)
-    optimizer = DistributedOptimizer(list(buffers.values()), groups, config.optimizer, config.overlap, kernels.adamw)
+    optimizer = DistributedOptimizer(
+        list(buffers.values()), groups, config.optimizer, config.overlap, kernels.adamw, kernels.sum_of_squares
+    )
     work = {
         number: StageWork(wrap(number, stage) if wrap else stage, buffers[number].queue, sync)
         for (number, stage), sync in zip(stages.items(), optimizer.syncs, strict=True)

@@ -19,13 +19,13 @@ from megallama.config.schema import Config
 from megallama.data.ledger import TrainData
 from megallama.data.loader import Loader
 from megallama.data.sources import Data, open_sources
-from megallama.kernels.choose import Kernels, choose_kernels
+from megallama.kernels.choose import Kernels
 from megallama.optim.lr import learning_rate
 from megallama.optim.scaler import LossScaler
 from megallama.plan.flops import training_flops
 from megallama.plan.params import num_parameters
 from megallama.plan.plan import Plan
-from megallama.train.assemble import DTYPES, Rank, assemble, initialize
+from megallama.train.assemble import DTYPES, Rank, assemble, initialize, kernels_of, same_kernels
 from megallama.train.collect import Collector
 from megallama.train.determinism import set_deterministic
 from megallama.train.evaluate import evaluate
@@ -95,9 +95,8 @@ class Trainer:
 
     def _describe(self) -> Kernels:
         config = self._config
-        kernels = choose_kernels(
-            self._world.device, DTYPES[config.precision.dtype], documents=config.data.document_mask
-        )
+        kernels = self._agreed("kernels", lambda: kernels_of(config, self._world.device))
+        same_kernels(self._world.group.gather_values([(c.operation, c.taken) for c in kernels.choices]))
         for line in str(self._plan).splitlines():
             self._log.info(line)
         if config.run.cuda_graphs and self._world.device.type != "cuda":
