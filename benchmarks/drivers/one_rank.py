@@ -65,13 +65,10 @@ class Pretending(Absent):
     """
 
     def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
-        with torch.no_grad():
-            pieces = output.view(self.size, -1)
-            mine = pieces[self.rank]
-            if mine.data_ptr() != shard.data_ptr():
-                mine.copy_(shard.view(-1))
-            for other in (r for r in range(self.size) if r != self.rank):
-                pieces[other].copy_(mine)
+        with torch.no_grad():  # one kernel, as a collective is one
+            mine = output.view(self.size, -1)[self.rank]
+            source = shard.clone() if mine.data_ptr() == shard.data_ptr() else shard
+            output.view(self.size, -1).copy_(source.view(1, -1).expand(self.size, -1))
         return Done()
 
     def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
