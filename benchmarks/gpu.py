@@ -4,19 +4,20 @@
     python benchmarks/gpu.py --models 7b --seqs 2048 --systems ours,transformers --rounds 5
     python benchmarks/gpu.py --set memory.loss_chunk_tokens=2048       a setting of ours changed
     python benchmarks/gpu.py --seconds 240                   start no row that may not end by then
-    python benchmarks/gpu.py --cpu-check                     every line of it on a tiny model, on the CPU; writes nothing
+    python benchmarks/gpu.py --cpu-check                     all of it on a tiny model, on the CPU; writes nothing
 
-Systems: `ours` with the kernels it chooses, `ours-torch` without Transformer Engine, `ours-graphs` with run.cuda_graphs,
-`ours-fp8` with precision.fp8=tensorwise, and transformers' LlamaForCausalLM (fp32 weights under bf16 autocast, SDPA, fused AdamW:
-it keeps fp32 master weights as ours does).  A row is one process; the systems take turns, `--rounds` times, each built
-anew, one step to warm up and then `--steps` without a pause; a figure is the median over rounds.
+Systems: `ours` with the kernels it chooses, `ours-torch` without Transformer Engine, `ours-graphs` with
+run.cuda_graphs, `ours-fp8` with precision.fp8=tensorwise, and transformers' LlamaForCausalLM (fp32 weights under bf16
+autocast, SDPA, fused AdamW: it keeps fp32 master weights as ours does).  A row is one process; the systems take turns,
+`--rounds` times, each built anew, one step to warm up and then `--steps` without a pause; a figure is the median over
+rounds.
 
-A step has `--tokens` tokens.  Micro-batch and recomputation are the first of CHOICES that the plan's bytes, and 4 GB for
-work buffers, fit into 95 % of the device; what runs out of memory all the same goes on to the next.  A model that
-fits nowhere loses layers, four at a time, and its name says so: nothing is extrapolated.
+A step has `--tokens` tokens.  Micro-batch and recomputation are the first of CHOICES with which the plan's bytes, and
+4 GB for work buffers, fit into 95 % of the device; what runs out of memory all the same goes on to the next.  A model
+that fits nowhere loses layers, four at a time, and its name says so: nothing is extrapolated.
 
-The ceiling is measured in the same process: every GEMM shape of the step and attention, alone, repeated, times how often
-a step has them.  "Of ceiling" is that sum over the step's time.  MFU counts causal or full attention, and is relative
+The ceiling is measured in the same process: every GEMM shape of the step and attention, alone, repeated, times how
+often a step has them.  "Of ceiling" is that sum over the step's time.  MFU counts causal or full attention, relative
 to the data sheet's bf16 peak (also with fp8).  Rows are printed as they come; on a GPU `results/gpu.json` and `gpu.md`
 are written after each.
 """
@@ -141,7 +142,8 @@ class Measurement:
         shapes += [(f, h, m.num_layers), (h, m.vocab_size, 1)]
         gemm = 0.0
         for inside, out, times in shapes:
-            x, dy, w = (torch.randn(size, device=dev, dtype=dtype) for size in ((tokens, inside), (tokens, out), (out, inside)))
+            sizes = (tokens, inside), (tokens, out), (out, inside)
+            x, dy, w = (torch.randn(size, device=dev, dtype=dtype) for size in sizes)
             works = (lambda: x @ w.t(), lambda: dy @ w, lambda: dy.t() @ x)
             gemm += times * sum(one.seconds_per_call(work, dev) for work in works)
         attention = min(self.attention_seconds(attend, config) for attend in self.attentions(config))
@@ -274,7 +276,8 @@ class Measurement:
                     mine = self.one_round(system, everything if system == "transformers" else choices)
                 except Exception as error:  # noqa: BLE001 - the other systems go on
                     seen.pop(system, None)
-                    self.one.say(kind="failed", row=f"{name} {row.seq}", system=system, why=f"{type(error).__name__}: {error}"[:500])
+                    why = f"{type(error).__name__}: {error}"[:500]
+                    self.one.say(kind="failed", row=f"{name} {row.seq}", system=system, why=why)
                     continue
                 seen.setdefault(system, []).append(mine)
                 rates = [row.tokens / x["seconds"] for x in seen[system]]
@@ -282,7 +285,8 @@ class Measurement:
                 self.one.say(
                     kind="result", row=f"{name} {row.seq}", system=system, rounds=[round(x, 1) for x in rates],
                     tokens_per_second=round(rate, 1), mfu_causal=rate * per_token[True] / peak,
-                    mfu_full=rate * per_token[False] / peak, of_ceiling=sum(ceiling.values()) * rate / row.tokens, **mine,
+                    mfu_full=rate * per_token[False] / peak,
+                    of_ceiling=sum(ceiling.values()) * rate / row.tokens, **mine,
                 )  # fmt: skip
 
 
@@ -309,18 +313,20 @@ def write(said: list[dict[str, Any]], args: argparse.Namespace, name: str = "gpu
     last = {(x["row"], x["system"]): x for x in said if x["kind"] == "result"}
     notes = [f"- {x['row']}: {x['system']} failed: {x['why']}" for x in said if x["kind"] == "failed"]
     about = [f"- {key}: {value}" for x in said[:1] for key, value in x.items() if key not in ("kind", "row")]
-    text = "\n".join([header("Training steps on one GPU", args) + "\n".join(about), "", table([cells(x) for x in last.values()]), *notes, ""])
+    lines = [header("Training steps on one GPU", args) + "\n".join(about), "", table([cells(x) for x in last.values()])]
+    text = "\n".join([*lines, *notes, ""])
     if args.device == "cuda":
-        (RESULTS / f"{name}.json").write_text(json.dumps({**machine(), "command": sys.argv, "said": said}, indent=1) + "\n")
+        content = {**machine(), "command": sys.argv, "said": said}
+        (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
         (RESULTS / f"{name}.md").write_text(text)
     return text
 
 
 def rows(args: argparse.Namespace) -> list[Row]:
     """The rows asked for, the most telling first."""
-    sequences = [int(s) for s in args.seqs.split(",")]
+    sequences, systems = [int(s) for s in args.seqs.split(",")], tuple(args.systems.split(","))
     return [
-        Row(model, seq, tuple(args.systems.split(",")), args.rounds, args.steps, args.tokens, tuple(args.set), args.device)
+        Row(model, seq, systems, args.rounds, args.steps, args.tokens, tuple(args.set), args.device)
         for seq in sequences
         for model in args.models.split(",")
     ]
@@ -344,7 +350,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 if line.startswith("{"):
                     said.append(json.loads(line))
         if process.returncode:
-            said.append({"kind": "failed", "row": f"{row.model} {row.seq}", "system": "the row", "why": f"status {process.returncode}"})
+            why = f"status {process.returncode}"
+            said.append({"kind": "failed", "row": f"{row.model} {row.seq}", "system": "the row", "why": why})
         write(said, args)
         longest = max(longest, time.monotonic() - start)
     return said

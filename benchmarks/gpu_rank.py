@@ -1,10 +1,10 @@
-"""One rank of LLaMA-65B on 2048 GPUs, on one GPU: its real shards, schedule and memory, beside ranks that are not there.
+"""One rank of LLaMA-65B on 2048 GPUs, on one GPU: its true shards, schedule and memory; the other ranks are pretended.
 
     python benchmarks/gpu_rank.py                              tp8 x pp8 and tp4 x pp8; first, middle and last stage
     python benchmarks/gpu_rank.py --layouts tp8pp8 --positions 3 --schedules zb-h1
     python benchmarks/gpu_rank.py --set memory.recompute=none  a setting changed
     python benchmarks/gpu_rank.py --seconds 60                 start nothing that may not end by then
-    python benchmarks/gpu_rank.py --cpu-check                  every line of it on a tiny model, on the CPU; writes nothing
+    python benchmarks/gpu_rank.py --cpu-check                  all of it on a tiny model, on the CPU; writes nothing
 
 The rank runs the program's own training step.  Its groups pretend: a gather writes every byte of its output by copies
 on the device, a reduction copies this rank's part, a receive makes random numbers, nothing is waited for.  So the
@@ -92,22 +92,28 @@ def actions(rank: Any, schedule: Any, batches: list[Any], device: torch.device) 
             at = timing.start, timing.end
             seen[KINDS[str(action.kind.value)]].append((clock.device(*at), clock.host(*at)))
     out = {
-        kind: {"device_ms": 1e3 * median([d for d, _ in x]), "issue_ms": 1e3 * median([h for _, h in x]), "count": len(x)}
+        kind: {
+            "device_ms": 1e3 * median([d for d, _ in x]), "issue_ms": 1e3 * median([h for _, h in x]), "count": len(x),
+        }
         for kind, x in seen.items()
-    }
+    }  # fmt: skip
     whole = begin, timings[-1].end
     out["pipeline"] = {"device_ms": 1e3 * clock.device(*whole), "issue_ms": 1e3 * clock.host(*whole), "count": 1}
     return out
 
 
-def measure(layout: str, position: int, schedule: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure(
+    layout: str, position: int, schedule: str, args: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
     """One rank: build it, warm it up, time whole steps, then one step action by action."""
     ranks, settings = LAYOUTS[layout]
     overrides = [*settings, f"parallel.schedule={schedule}", *args.set]
-    dp = ranks // (one_rank.config_of(settings, ranks).parallel.tp * one_rank.config_of(settings, ranks).parallel.pp)
+    parallel = one_rank.config_of(settings, ranks).parallel
+    dp = ranks // (parallel.tp * parallel.pp)
     config = one_rank.config_of([*overrides, f"batch.global_batch_size={dp * args.microbatches}"], ranks)
     topology = one_rank.make_plan(config, ranks).topology
-    mine = next(r for r in range(ranks) if topology.coords(r) == {**topology.coords(r), "pp": position, "tp": 0, "dp": 0})
+    here = {"pp": position, "tp": 0, "dp": 0}
+    mine = next(r for r in range(ranks) if topology.coords(r).items() >= here.items())
     one_rank.free(device)
     rank, kernels = one_rank.build(config, device, ranks, mine)
     batches = one_rank.random_batches(rank.plan, device)
@@ -124,11 +130,13 @@ def measure(layout: str, position: int, schedule: str, args: argparse.Namespace,
     times = actions(rank, steps, batches, device)
     busy = sum(x["device_ms"] * x["count"] for kind, x in times.items() if kind != "pipeline")
     return {
-        "layout": layout, "position": position, "schedule": schedule, "layers": [len(rank.plan.stages[s]) for s in rank.stages],
+        "layout": layout, "position": position, "schedule": schedule,
+        "layers": [len(rank.plan.stages[s]) for s in rank.stages],
         "step_seconds": seconds, "microbatches": len(batches), "times": times,
         "issue_over_device": times["pipeline"]["issue_ms"] / times["pipeline"]["device_ms"],
         "outside_actions": 1 - busy / times["pipeline"]["device_ms"],
-        "peak_bytes": one_rank.peak_bytes(device), "planned_bytes": planned.total, "persistent_bytes": planned.persistent,
+        "peak_bytes": one_rank.peak_bytes(device), "planned_bytes": planned.total,
+        "persistent_bytes": planned.persistent,
         "kernels": kernels,
     }  # fmt: skip
 

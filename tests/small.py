@@ -49,9 +49,9 @@ def solo_rank(config: Config) -> Rank:
     return build(plan, groups)
 
 
-def build(plan: Plan, groups: Groups) -> Rank:
-    """The parts of one rank on the CPU, with initial weights."""
-    rank = assemble(plan, groups, CPU, choose_kernels(CPU, DTYPES[plan.config.precision.dtype]))
+def build(plan: Plan, groups: Groups, device: torch.device = CPU) -> Rank:
+    """The parts of one rank, with initial weights."""
+    rank = assemble(plan, groups, device, choose_kernels(device, DTYPES[plan.config.precision.dtype]))
     initialize(rank, plan.config.train.seed)
     return rank
 
@@ -88,7 +88,7 @@ def micro_batches(
         rows = slice((m * dp.size + dp.rank) * size, (m * dp.size + dp.rank + 1) * size)
         mask = None if masks is None else masks[rows].contiguous()
         parts = None if starts is None else Documents.of(starts[rows].contiguous())
-        out.append(MicroBatch(data[rows, :-1].contiguous(), data[rows, 1:].contiguous(), mask, parts))
+        out.append(MicroBatch(data[rows, :-1].contiguous(), data[rows, 1:].contiguous(), mask, parts).to(rank.device))
     return out
 
 

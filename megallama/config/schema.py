@@ -202,7 +202,7 @@ class TrainConfig(Section):
     stop_after_minutes: PositiveFloat | None = Field(None, description="save and leave after this long [min]")
     deterministic: bool = Field(False, description="only deterministic kernels")
     gc_interval: int = Field(
-        100, ge=0, description="Python collects garbage at every step that this divides, on all ranks at once, and at no "
+        100, ge=0, description="Python collects garbage after steps that this divides, on all ranks at once, and at no "
         "other time; 0 leaves it to Python [steps]"
     )  # fmt: skip
 

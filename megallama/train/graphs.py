@@ -11,7 +11,7 @@ first use is set up by then.  Both recordings draw on one memory pool: nothing i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Protocol

@@ -347,8 +347,9 @@ CASES: list[tuple[str, int | None, str, str]] = [
     ),
     (
         "run.cuda_graphs=true batch.micro_batch_size=4 batch.global_batch_size=8", 2,
-        "run.cuda_graphs=true records nothing where each of dp=2 ranks has one micro-batch, whose gradients are reduced "
-        "as they are formed; write batch.global_batch_size=16, overlap.grad_reduce=false, or run.cuda_graphs=false",
+        "run.cuda_graphs=true records nothing where each of dp=2 ranks has one micro-batch, whose gradients are "
+        "reduced as they are formed; write batch.global_batch_size=16, overlap.grad_reduce=false, or "
+        "run.cuda_graphs=false",
         "batch.global_batch_size=16",
     ),
 ]  # fmt: skip

@@ -171,7 +171,7 @@ def run(world: World, layout: Layout, dtype: str, alone: bool) -> list[float]:
     """Train on one rank of a job; losses and gradient norms. Called in the processes of the pool."""
     config = layout.config(dtype, alone)
     plan = make_plan(config, world.world_size)
-    rank = build(plan, world.groups(plan.topology, config.model.num_kv_heads or 1))
+    rank = build(plan, world.groups(plan.topology, config.model.num_kv_heads or 1), world.device)
     starts = documents(config, STEPS) if layout.documents else None
     return curve(train(rank, tokens(config, STEPS), starts=starts))
 

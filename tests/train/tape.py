@@ -1,4 +1,4 @@
-"""A CUDA graph on the CPU: records the operations on tensors that a function makes, and makes them again, without Python.
+"""A CUDA graph on the CPU: records a function's operations on tensors, and makes them again without its Python.
 
 Like a real one, recording leaves every tensor that existed before as it was, and a replay reads and writes
 the memory of the recording.
