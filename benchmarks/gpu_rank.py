@@ -164,10 +164,11 @@ def write(results: list[dict[str, Any]], failed: list[str], args: argparse.Names
     """The table; on a GPU also into `results/`."""
     about = [f"- {key}: {value}" for key, value in one_rank.describe(device).items()]
     about += [f"- kernels: {'; '.join(results[0]['kernels'])}"] if results else []
-    lines = [header("One rank of LLaMA-65B on one GPU", args) + "\n".join(about), "", table([cells(x) for x in results])]
+    start = header("One rank of LLaMA-65B on one GPU", args)
+    lines = [start + "\n".join(about), "", table([cells(x) for x in results])]
     lines += [
-        f"{args.microbatches} micro-batches a step; times are medians over the micro-batches of one step. Where issue / "
-        "device is near 1, the device waits for the host.", *failed, "",
+        f"{args.microbatches} micro-batches a step; times are medians over the micro-batches of one step. Where "
+        "issue / device is near 1, the device waits for the host.", *failed, "",
     ]  # fmt: skip
     text = "\n".join(lines)
     if device.type == "cuda":
