@@ -1,7 +1,7 @@
 """What really happened in a step: every action of the pipeline and every communication, by the clock.
 
-The file has the form in which a simulation is drawn.  All ranks begin the first traced step together, so their clocks
-agree to the length of a barrier.  On a CPU readings are the host's.  On a GPU they are events on the stream of the
+The file has the form in which a simulation is drawn.  A few barriers before the first traced step make the clocks of
+the ranks agree.  On a CPU readings are the host's.  On a GPU they are events on the stream of the
 kernels, read after the step: nothing is awaited for them, and what is called blocked is the time in which that stream
 stood still for a communication, not that of the host.
 """
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from megallama.plan.schedule import Schedule
 from megallama.plan.trace import Flight, Span, chrome_trace, exposure
 from megallama.train.assemble import Rank
 from megallama.train.log import Logger
+
+MARKS = 7  # barriers whose ends are compared: some ranks hear of an end late, but seldom of most of them
 
 
 class Clock:
@@ -63,7 +66,7 @@ class StepTracer:
         self._log = log
         self._tape = tape  # of the rank's groups
         self._clock = Clock(rank.device)
-        self._zero: Any = None
+        self._marks: list[Any] = []
         self._pending: list[tuple[int, Schedule, list[Any]]] = []
 
     @contextmanager
@@ -73,15 +76,16 @@ class StepTracer:
             yield
             return
         runtime, now = self._rank.runtime, self._clock.now
-        if self._zero is None:
-            self._rank.groups.world.barrier()
-            self._zero = now()
+        if not self._marks:
+            for _ in range(MARKS):
+                self._rank.groups.world.barrier()
+                self._marks.append(now())
         self._tape.clock = runtime.clock = now
         start = now()
         yield
         end = now()
         self._tape.clock = runtime.clock = None
-        at = self._clock.since(self._zero)
+        at = self._clock.since(self._marks[0])
         begin, stop = at(start), at(end)
         flights = [
             (f.axis, f"{f.op} {f.nbytes / 2**20:.3g} MiB", *_in_order(f, at, begin, stop)) for f in self._tape.flights
@@ -89,7 +93,7 @@ class StepTracer:
         for flight in self._tape.flights:
             flight.issued = None  # of those that are still under way, the next step shows the rest
         self._tape.flights.clear()
-        row = [begin, stop, [[at(t) for t in timing] for timing in runtime.timings], flights]
+        row = [[*map(at, self._marks)], begin, stop, [[at(t) for t in timing] for timing in runtime.timings], flights]
         self._pending.append((number, schedule, row))
         if number == self._steps[1]:
             self.write()
@@ -103,18 +107,19 @@ class StepTracer:
         self._pending.clear()
 
     def _write(self, number: int, schedule: Schedule, rows: list[Any]) -> None:
-        zero = min(begin for begin, *_ in rows)
+        ahead = [median(m - n for m, n in zip(marks, rows[0][0], strict=True)) for marks, *_ in rows]  # of rank 0
+        zero = min(begin - early for early, (_, begin, *_) in zip(ahead, rows, strict=True))
         spans = [
-            Span(r, str(action), *(t - zero for t in times))
-            for r, (_, _, timings, _) in enumerate(rows)
+            Span(r, str(action), *(t - zero - ahead[r] for t in times))
+            for r, (*_, timings, _) in enumerate(rows)
             for action, times in zip([*schedule.steps[r], "waits for sends"], timings, strict=True)
         ]
         flights = [
-            Flight(r, axis, name, *(t - zero for t in times))
+            Flight(r, axis, name, *(t - zero - ahead[r] for t in times))
             for r, (*_, found) in enumerate(rows)
             for axis, name, *times in found
         ]
-        coords, seconds = self._rank.groups.coords, max(stop for _, stop, *_ in rows) - zero
+        coords, seconds = self._rank.groups.coords, max(stop - begin for _, begin, stop, *_ in rows)
         title = f"step {number}, {schedule.name}"
         file = self._folder / f"step-{number:08d}-dp{coords['dp']}-tp{coords['tp']}.json"
         try:
