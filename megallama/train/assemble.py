@@ -52,8 +52,9 @@ def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels,
     parallel = config.parallel
     sharded = parallel.sequence_parallel and groups.tp.size > 1
     tp = TensorParallel(
-        groups.tp, sharded, overlap=config.overlap.tensor_parallel, keep=config.memory.recompute == "none"
-    )
+        groups.tp, sharded, overlap=config.overlap.tensor_parallel, keep=config.memory.recompute == "none",
+        chunks=config.overlap.tensor_parallel_chunks,
+    )  # fmt: skip
     gemms = Gemms(kernels.matmul_nt, kernels.add_wgrad)
     stages, buffers = {}, {}
     for number in plan.schedule.stages_of(groups.pp.rank):
