@@ -106,13 +106,14 @@ def train(
     return results
 
 
-def on_threads(config: Config, ranks: int, fn: Callable[[Rank], Any]) -> list[Any]:
-    """fn on every rank of a job whose ranks are threads."""
+def on_threads(config: Config, ranks: int, fn: Callable[[Rank], Any], delays: int | None = None) -> list[Any]:
+    """fn on every rank of a job whose ranks are threads; `delays` is the seed of random ones."""
     plan = make_plan(config, ranks)
     heads = config.model.num_kv_heads or 1
     if ranks == 1:
         return [fn(solo_rank(config))]
-    return run_threads(ranks, lambda groups: fn(build(plan, groups)), plan.topology, num_kv_heads=heads)
+    body = lambda groups: fn(build(plan, groups))  # noqa: E731
+    return run_threads(ranks, body, plan.topology, num_kv_heads=heads, delays=delays)
 
 
 def curve(results: Sequence[StepResult]) -> list[float]:

@@ -95,6 +95,13 @@ def _tensor_parallel(config: Config, ranks: int | None) -> Iterator[str]:
             f"batch.seq_length={b.seq_length} = {tokens} tokens, which sequence parallelism cuts; "
             f"use batch.seq_length={_multiples(b.seq_length, unit)}, or parallel.sequence_parallel=false"
         )
+    rows, chunks = tokens // (tp if config.parallel.sequence_parallel else 1), config.overlap.tensor_parallel_chunks
+    if tp > 1 and rows % chunks:
+        yield (
+            f"overlap.tensor_parallel_chunks={chunks} does not divide the {rows} rows of a micro-batch on a rank "
+            f"(batch.micro_batch_size x batch.seq_length{' / parallel.tp' * (rows < tokens)}); "
+            f"use {_near(_divisors(rows), chunks)}"
+        )
 
 
 def _pipeline(config: Config, ranks: int | None) -> Iterator[str]:

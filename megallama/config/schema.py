@@ -110,6 +110,9 @@ class OverlapConfig(Section):
     grad_reduce: bool = Field(True, description="reduce-scatter gradients under the last backward")
     param_gather: bool = Field(True, description="all-gather parameters under the next forward")
     tensor_parallel: bool = Field(True, description="tensor-parallel collectives under dgrad and wgrad GEMMs")
+    tensor_parallel_chunks: PositiveInt = Field(
+        1, description="pieces of a forward whose tensor-parallel collectives run under its GEMMs; 1 does not cut it"
+    )
     bucket_mb: PositiveFloat = Field(64.0, description="size of a gradient bucket in fp32 [MiB]")
 
 

@@ -113,6 +113,7 @@ class DistributedOptimizer:
 
     def step(self, lr: float, multiplier: float) -> None:
         """One AdamW step with gradients times `multiplier` (clipping and loss scale), then gather the weights."""
+        self.wait()  # the forward has waited for what it read; nothing may be written that is being gathered
         for decay in (True, False):
             states = [s for _, all_states in self._states for s in all_states if s.bucket.decay is decay]
             if not states:

@@ -45,11 +45,11 @@ class Whole(Protocol):
 
 
 class Timing(NamedTuple):
-    """When an action began, had what it waited for, and ended."""
+    """When an action began, had what it waited for, and ended; readings of the clock."""
 
-    start: float
-    arrived: float
-    end: float
+    start: Any
+    arrived: Any
+    end: Any
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class PipelineRuntime:
         self._pp = pp
         self._hidden = hidden
         self._whole = whole
-        self.clock: Callable[[], float] | None = None
+        self.clock: Callable[[], Any] | None = None
         self.timings: list[Timing] = []
         self.position = "not started"  # the action under way, for messages about hangs
         self.peak_in_flight = 0
@@ -180,7 +180,7 @@ class PipelineRuntime:
         self._arrived = self._now()
         return tensor
 
-    def _now(self) -> float:
+    def _now(self) -> Any:
         return self.clock() if self.clock is not None else 0.0
 
     def _send_forward(self, action: Action) -> None:

@@ -80,8 +80,9 @@ def assemble(
     parallel = config.parallel
     sharded = parallel.sequence_parallel and groups.tp.size > 1
     tp = TensorParallel(
-        groups.tp, sharded, overlap=config.overlap.tensor_parallel, keep=config.memory.recompute == "none"
-    )
+        groups.tp, sharded, overlap=config.overlap.tensor_parallel, keep=config.memory.recompute == "none",
+        chunks=config.overlap.tensor_parallel_chunks,
+    )  # fmt: skip
     stages, buffers = {}, {}
     for number in plan.schedule.stages_of(groups.pp.rank):
         first, last = number == 0, number == plan.num_stages - 1

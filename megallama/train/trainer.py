@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from megallama.checkpoint.errors import agree
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.comm.launch import World
+from megallama.comm.recording import Tape
 from megallama.config.schema import Config
 from megallama.data.ledger import TrainData
 from megallama.data.loader import Loader
@@ -36,7 +37,7 @@ from megallama.train.peak import peak_flops
 from megallama.train.plot import plot_loss
 from megallama.train.step import StepResult, train_step
 from megallama.train.timers import Timers
-from megallama.train.trace import StepTracer
+from megallama.train.trace import StepTracer, timed
 
 FINISHED = 0  # exit status: all steps are done
 SAVED = 75  # exit status: saved after a signal or a stop that was asked for; the same command continues
@@ -66,6 +67,7 @@ class Trainer:
         self._scaler = LossScaler(config.precision)
         self._bad = BadSteps(config.train.max_bad_steps)
         self._timers = Timers()
+        self._tape = Tape()
         self._started = time.monotonic()
         set_deterministic(config.train.deterministic)
 
@@ -123,6 +125,8 @@ class Trainer:
 
     def _build(self, kernels: Kernels) -> Rank:
         groups = self._world.groups(self._plan.topology, self._config.model.num_kv_heads or 1)
+        if self._config.log.trace_steps:
+            groups = timed(groups, self._tape)
         rank = assemble(self._plan, groups, self._world.device, kernels)
         if self._config.checkpoint.interval:  # the last save needs no snapshot: nothing trains meanwhile
             self._manager.prepare(rank.optimizer.shards(owned_only=True))
@@ -186,7 +190,8 @@ class Trainer:
 
     def _loop(self) -> int:
         config, counters = self._config, self._counters
-        self._tracer = StepTracer(self._rank, config.log.trace_steps, Path(config.run.folder) / "trace", self._log)
+        folder = Path(config.run.folder) / "trace"
+        self._tracer = StepTracer(self._rank, config.log.trace_steps, folder, self._log, self._tape)
         writer = self._writer()
         loader = self._loader()
         stopped: str | None = None
@@ -207,6 +212,8 @@ class Trainer:
                 if last or stopped or (config.checkpoint.interval and counters.step % config.checkpoint.interval == 0):
                     self._save(leaving=last or stopped is not None)
                 self._collector.step(counters.step)
+            self._rank.optimizer.wait()  # no rank leaves while another one still receives its weights
+            self._tracer.write()
             self._manager.finish()
         finally:
             loader.close()

@@ -56,6 +56,18 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "parallel.tp=2",
     ),
     (
+        "parallel.tp=2 overlap.tensor_parallel_chunks=7", None,
+        "overlap.tensor_parallel_chunks=7 does not divide the 512 rows of a micro-batch on a rank "
+        "(batch.micro_batch_size x batch.seq_length / parallel.tp); use 4 or 8",
+        "overlap.tensor_parallel_chunks=8",
+    ),
+    (
+        "parallel.tp=2 parallel.sequence_parallel=false overlap.tensor_parallel_chunks=3", None,
+        "overlap.tensor_parallel_chunks=3 does not divide the 1024 rows of a micro-batch on a rank "
+        "(batch.micro_batch_size x batch.seq_length); use 2 or 4",
+        "overlap.tensor_parallel_chunks=4",
+    ),
+    (
         "parallel.tp=4 batch.micro_batch_size=2 batch.seq_length=33", None,
         "parallel.tp=4 does not divide batch.micro_batch_size=2 x batch.seq_length=33 = 66 tokens, which sequence "
         "parallelism cuts; use batch.seq_length=32 or 34, or parallel.sequence_parallel=false",
