@@ -3,7 +3,7 @@
     python benchmarks/gpu.py                                 1.1B, 3B, 7B at sequences of 2048 and 4096
     python benchmarks/gpu.py --models 7b --seqs 2048 --systems ours,transformers --rounds 5
     python benchmarks/gpu.py --set memory.loss_chunk_tokens=2048       a setting of ours changed
-    python benchmarks/gpu.py --seconds 240                   start no row that may not end by then
+    python benchmarks/gpu.py --seconds 240                   fewer rounds, and no row that may not end by then
     python benchmarks/gpu.py --cpu-check                     all of it on a tiny model, on the CPU; writes nothing
 
 Systems: `ours` with the kernels it chooses, `ours-torch` without Transformer Engine, `ours-graphs` with
@@ -73,6 +73,7 @@ class Row:
     tokens: int
     settings: tuple[str, ...]
     device: str
+    until: float = float("inf")  # by time.time(): no system begins a second round after it
 
     def run(self) -> None:
         """Measure, and say every result as a JSON line."""
@@ -186,7 +187,7 @@ class Measurement:
         def once() -> float:
             return self.step.train_step(rank, schedule, batches, lr=1e-5).loss
 
-        warm = 8 if system == "ours-graphs" else 1
+        warm = 4 if system == "ours-graphs" else 1  # the fourth step records the last of its kinds of micro-batch
         return {**self.timed(once, warm), "kernels": kernels, "planned_bytes": self.planned_bytes(config)}
 
     def transformers(self, system: str, choice: tuple[int, str]) -> dict[str, Any]:
@@ -266,14 +267,16 @@ class Measurement:
         self.one.free(self.device)
         share = ceiling["attention"] / sum(ceiling.values())
         self.one.say(kind="ceiling", row=f"{name} {row.seq}", attention_share=round(share, 3), **ceiling)
-        everything = [*choices, *((c, "full") for c, r in choices[-1:] if r != "full")]  # only transformers may need it
+        tight = 1.25 * self.planned_bytes(config) > self.one.capacity_bytes(self.device)
+        full = [(tokens, "full") for tokens in sorted({c for c, _ in choices}, reverse=True)]
+        theirs = full if tight else [*choices, *full]  # transformers keeps more: it may have to checkpoint
         seen: dict[str, list[dict[str, Any]]] = {}
         for number in range(row.rounds):
             for system in list(row.systems):
-                if number and system not in seen:
+                if number and (system not in seen or time.time() > row.until):
                     continue
                 try:
-                    mine = self.one_round(system, everything if system == "transformers" else choices)
+                    mine = self.one_round(system, theirs if system == "transformers" else choices)
                 except Exception as error:  # noqa: BLE001 - the other systems go on
                     seen.pop(system, None)
                     why = f"{type(error).__name__}: {error}"[:500]
@@ -336,12 +339,15 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One process per row; what they said. A row that dies costs its own results only."""
     said: list[dict[str, Any]] = []
     begin, longest = time.monotonic(), 0.0
-    for row in rows(args):
+    todo = rows(args)
+    for number, row in enumerate(todo):
         start = time.monotonic()
         left = args.seconds - (start - begin)
         if left < longest:
             print(f"not measured, {left:.0f} s are left: {row.model} {row.seq}", flush=True)
             continue
+        alike = sum(other.seq == row.seq for other in todo[number:])
+        row.until = time.time() + 0.8 * left / alike
         command = [sys.executable, __file__, "--row", json.dumps(row.__dict__)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
