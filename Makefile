@@ -1,6 +1,7 @@
 # make quickstart [TEXT=path]   set up .venv, then train a small LLaMA on 4 ranks and use it
 # make test [ARGS=...]          set up .venv, then run the test suite (ARGS go to pytest)
 # make lint                     ruff and mypy
+# make gpu PY=python3           GPU tests and benchmarks, in 600 s (benchmarks/README.md)
 # make clean                    remove .venv and runs/quickstart
 #
 # PYTHON=...    the interpreter to build .venv from         VENV=...   where to build it (default .venv)
@@ -19,7 +20,7 @@ SETUP = p=$$(for c in $(or $(PYTHON),python3.11 python3.12 python3); do \
 	  exit 1; \
 	fi; "$$p" tools/setup_env.py "$(VENV)"
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test lint gpu clean
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -32,6 +33,12 @@ test: $(VENV)/.test
 lint: $(VENV)/.test
 	$(PY) -m ruff check .
 	$(PY) -m mypy megallama tools
+
+gpu:
+	-timeout 130 $(PY) -m pytest tests/gpu -q --deselect tests/gpu/test_nccl.py
+	-timeout 280 $(PY) benchmarks/gpu.py --seconds 250
+	-timeout 80 $(PY) benchmarks/gpu_rank.py --seconds 65
+	-timeout 100 $(PY) benchmarks/gpu_nccl.py --seconds 85
 
 clean:
 	[ ! -f "$(VENV)/pyvenv.cfg" ] || rm -rf "$(VENV)"

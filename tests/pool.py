@@ -18,7 +18,7 @@ import signal
 import time
 import traceback
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,8 @@ class WorkerError(Exception):
     """A rank failed; the message has its rank and traceback."""
 
 
-def _serve(connection: Connection, port: int) -> None:
+def _serve(connection: Connection, port: int, env: dict[str, str]) -> None:
+    os.environ.update(env)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -57,10 +58,19 @@ def _serve(connection: Connection, port: int) -> None:
         connection.send_bytes(pickle.dumps((failed, reply)))
 
 
-class Pool:
-    """Up to as many workers as the largest `run` needs."""
+def sharing_a_gpu(rank: int) -> dict[str, str]:
+    """The environment in which NCCL takes ranks on one GPU for ranks on hosts of their own, and uses sockets."""
+    return {
+        "NCCL_HOSTID": f"rank-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1",
+        "NCCL_IB_DISABLE": "1",
+    }  # fmt: skip
 
-    def __init__(self) -> None:
+
+class Pool:
+    """Up to as many workers as the largest `run` needs; on `device="cuda"` they share one GPU."""
+
+    def __init__(self, device: Literal["cpu", "cuda"] = "cpu") -> None:
+        self._device = device
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["torch", "tests.pool"])
         self._workers: list[tuple[Any, Connection]] = []
@@ -85,7 +95,11 @@ class Pool:
         self._calls += 1
         self._workers = [worker for worker in self._workers if worker[0].is_alive()]
         run = RunConfig(
-            device="cpu", threads=1, timeout_seconds=collective_timeout, init_timeout_seconds=60, shared_memory=not gloo
+            device=self._device,
+            threads=1,
+            timeout_seconds=collective_timeout,
+            init_timeout_seconds=60,
+            shared_memory=not gloo,
         )
         while len(self._workers) < size:
             self._start_worker()
@@ -134,7 +148,8 @@ class Pool:
 
     def _start_worker(self) -> None:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, self._store.port), daemon=True)
+        env = sharing_a_gpu(len(self._workers)) if self._device == "cuda" else {}
+        process = self._context.Process(target=_serve, args=(theirs, self._store.port, env), daemon=True)
         process.start()
         theirs.close()
         self._workers.append((process, ours))

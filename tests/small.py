@@ -49,9 +49,9 @@ def solo_rank(config: Config) -> Rank:
     return build(plan, groups)
 
 
-def build(plan: Plan, groups: Groups) -> Rank:
-    """The parts of one rank on the CPU, with initial weights."""
-    rank = assemble(plan, groups, CPU, choose_kernels(CPU, DTYPES[plan.config.precision.dtype]))
+def build(plan: Plan, groups: Groups, device: torch.device = CPU) -> Rank:
+    """The parts of one rank, with initial weights."""
+    rank = assemble(plan, groups, device, choose_kernels(device, DTYPES[plan.config.precision.dtype]))
     initialize(rank, plan.config.train.seed)
     return rank
 
@@ -88,7 +88,7 @@ def micro_batches(
         rows = slice((m * dp.size + dp.rank) * size, (m * dp.size + dp.rank + 1) * size)
         mask = None if masks is None else masks[rows].contiguous()
         parts = None if starts is None else Documents.of(starts[rows].contiguous())
-        out.append(MicroBatch(data[rows, :-1].contiguous(), data[rows, 1:].contiguous(), mask, parts))
+        out.append(MicroBatch(data[rows, :-1].contiguous(), data[rows, 1:].contiguous(), mask, parts).to(rank.device))
     return out
 
 
@@ -106,13 +106,14 @@ def train(
     return results
 
 
-def on_threads(config: Config, ranks: int, fn: Callable[[Rank], Any]) -> list[Any]:
-    """fn on every rank of a job whose ranks are threads."""
+def on_threads(config: Config, ranks: int, fn: Callable[[Rank], Any], delays: int | None = None) -> list[Any]:
+    """fn on every rank of a job whose ranks are threads; `delays` is the seed of random ones."""
     plan = make_plan(config, ranks)
     heads = config.model.num_kv_heads or 1
     if ranks == 1:
         return [fn(solo_rank(config))]
-    return run_threads(ranks, lambda groups: fn(build(plan, groups)), plan.topology, num_kv_heads=heads)
+    body = lambda groups: fn(build(plan, groups))  # noqa: E731
+    return run_threads(ranks, body, plan.topology, num_kv_heads=heads, delays=delays)
 
 
 def curve(results: Sequence[StepResult]) -> list[float]:

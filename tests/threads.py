@@ -5,11 +5,16 @@
 changed under way, or ranks that call different operations, shapes or dtypes, are errors that name
 the ranks; `send(...).wait()` returns only when the receiver has asked for the message.  Sums run in
 rank order (half precision in float32), so results are the same in every run.
+
+With a `Delays` the threads also sleep at random, and about half of the inputs are read as late as the contract of
+`Group` permits: when their owner waits, or when another rank that waits needs them.  Whoever writes to an input under
+way then changes what others receive.  A handle that is dropped before anybody has waited for it is an error.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -40,11 +45,42 @@ class _Meeting:
     taken: int = 0
 
 
+class Delays:
+    """Chance of one rank: when it sleeps, which inputs are read late, how often `done` does not know yet."""
+
+    def __init__(self, seed: int, rank: int) -> None:
+        self._random = random.Random(1000 * seed + rank)
+
+    def nap(self) -> None:
+        """Let others go first, now and then."""
+        if self._random.random() < 0.3:
+            time.sleep(self._random.random() * 1e-3)
+
+    def late(self) -> bool:
+        """Whether the input of the next operation is read late."""
+        return self._random.random() < 0.5
+
+
+class _Input:
+    """A tensor that is read once: at once, or later by whoever comes first."""
+
+    def __init__(self, tensor: Tensor, late: bool) -> None:
+        self._lock = threading.Lock()
+        self._tensor, self._copy = tensor.detach(), None if late else tensor.detach().clone()
+
+    def read(self) -> Tensor:
+        with self._lock:
+            if self._copy is None:
+                self._copy = self._tensor.clone()
+            return self._copy
+
+
 class _Hub:
     """The place where the threads of one `run_threads` meet."""
 
-    def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
+    def __init__(self, timeout: float, seed: int | None) -> None:
+        self.timeout, self.seed = timeout, seed
+        self.dropped: list[str] = []
         self.change = threading.Condition()
         self.meetings: dict[Any, _Meeting] = {}
         self.error: BaseException | None = None
@@ -90,20 +126,25 @@ class _Hub:
 class _Pending:
     """A handle whose work happens in `wait`."""
 
-    def __init__(self, finish: Callable[[], Any], ready: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, group: ThreadGroup, what: str, finish: Callable[[], Any], ready: Callable[[], bool]) -> None:
         self._finish: Callable[[], Any] | None = finish
-        self._ready = ready
+        self._group, self._what, self._ready = group, what, ready
 
     def wait(self) -> None:
         finish, self._finish = self._finish, None
         if finish is not None:
+            self._group.nap()
             with torch.no_grad():
                 finish()
 
     def done(self) -> bool:
-        if self._finish is not None and self._ready():
+        if self._finish is not None and self._ready() and not self._group.late():
             self.wait()
         return self._finish is None
+
+    def __del__(self) -> None:
+        if self._finish is not None:
+            self._group.dropped(self._what)
 
 
 def _poison(tensor: Tensor) -> None:
@@ -136,6 +177,7 @@ class ThreadGroup:
         self.rank, self.size = ranks.index(global_rank), len(ranks)
         self._hub, self._key, self._me = hub, key, global_rank
         self._count: dict[Any, int] = {}
+        self._delays = None if hub.seed is None else Delays(hub.seed, global_rank)
 
     def split(self, partition: Sequence[Sequence[int]], name: str) -> Group:
         """My group of a partition of the global ranks (Solo if I am alone); every rank calls it."""
@@ -149,6 +191,7 @@ class ThreadGroup:
 
     def _meet(self, what: str, value: Any) -> Callable[[], list[Any]]:
         """Bring a value to the group's next operation; the result waits for everybody's, in rank order."""
+        self.nap()
         number = self._next("collective")
         key, label = (self._key, number), f"{what} (operation {number} of group {self.name} {self.ranks})"
         self._hub.bring(key, self._me, label, value)
@@ -159,87 +202,123 @@ class ThreadGroup:
 
         return everything
 
+    def nap(self) -> None:
+        if self._delays is not None:
+            self._delays.nap()
+
+    def late(self) -> bool:
+        return self._delays is not None and self._delays.late()
+
+    def dropped(self, what: str) -> None:
+        self._hub.dropped.append(f"rank {self._me} dropped the handle of {what} in {self.name} before wait()")
+
     def _check(self, *tensors: Tensor) -> None:
         for tensor in tensors:
             assert tensor.is_contiguous(), f"{self.name}: tensor {tuple(tensor.shape)} is not contiguous"
             assert tensor.dtype == tensors[0].dtype, f"{self.name}: {tensor.dtype} and {tensors[0].dtype}"
 
+    def _start(self, what: str, mine: _Input, finish: Callable[[list[Tensor]], Any]) -> Handle:
+        """An operation on everybody's input; `finish` gets them when it is waited for, and writes the result."""
+        everything = self._meet(what, mine)
+
+        def end() -> None:
+            mine.read()  # from now on its owner may write to it
+            finish([value.read() for value in everything()])
+
+        return _Pending(self, what, end, lambda: False)
+
     @torch.no_grad()
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
         self._check(tensor)
-        everything = self._meet(f"all_reduce {op} {_describe(tensor)}", tensor.detach().clone())
-        _poison(tensor)
+        pairwise = torch.maximum if op == "max" else torch.minimum
 
-        def finish() -> None:
-            parts = everything()
-            pairwise = torch.maximum if op == "max" else torch.minimum
+        def finish(parts: list[Tensor]) -> None:
             tensor.copy_(_sum(parts) if op == "sum" else reduce(pairwise, parts))
 
-        return _Pending(finish)
+        late = self.late()
+        mine = _Input(tensor, late)
+        if not late:
+            _poison(tensor)
+        return self._start(f"all_reduce {op} {_describe(tensor)}", mine, finish)
 
     @torch.no_grad()
     def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
         self._check(output, shard)
         assert output.numel() == self.size * shard.numel(), f"{output.shape} is not {self.size} x {shard.shape}"
-        copy, inside = shard.detach().clone(), _overlap(output, shard)
-        everything = self._meet(f"all_gather {_describe(shard)}", copy)
+        before, inside, late = shard.detach().clone(), _overlap(output, shard), self.late()
+
+        def finish(parts: list[Tensor]) -> None:
+            if not (inside or late):
+                assert _same_bytes(shard, before), f"{self.name}: all_gather's shard was changed before wait()"
+            torch.cat([part.reshape(-1) for part in parts], out=output.view(-1))
+
+        mine = _Input(shard, late)
         _poison(output)
-
-        def finish() -> None:
-            assert inside or _same_bytes(shard, copy), f"{self.name}: all_gather's shard was changed before wait()"
-            torch.cat([part.reshape(-1) for part in everything()], out=output.view(-1))
-
-        return _Pending(finish)
+        if inside and late:
+            shard.copy_(before)
+        return self._start(f"all_gather {_describe(shard)}", mine, finish)
 
     @torch.no_grad()
     def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
         self._check(output, full)
         assert full.numel() == self.size * output.numel(), f"{full.shape} is not {self.size} x {output.shape}"
-        everything = self._meet(f"reduce_scatter {_describe(full)}", full.detach().clone())
-        _poison(full)
-        _poison(output)
+        late = self.late()
+        rows = slice(self.rank * output.numel(), (self.rank + 1) * output.numel())
 
-        def finish() -> None:
-            mine = slice(self.rank * output.numel(), (self.rank + 1) * output.numel())
-            output.view(-1).copy_(_sum([part.view(-1)[mine] for part in everything()]))
+        def finish(parts: list[Tensor]) -> None:
+            _poison(full)
+            output.view(-1).copy_(_sum([part.view(-1)[rows] for part in parts]))
 
-        return _Pending(finish)
+        mine = _Input(full, late)
+        if not late:
+            _poison(full)
+        if not (late and _overlap(output, full)):
+            _poison(output)
+        return self._start(f"reduce_scatter {_describe(full)}", mine, finish)
 
     @torch.no_grad()
     def broadcast(self, tensor: Tensor, source: int) -> Handle:
         self._check(tensor)
-        everything = self._meet(f"broadcast from {source} {_describe(tensor)}", tensor.detach().clone())
+
+        def finish(parts: list[Tensor]) -> None:
+            tensor.copy_(parts[source])
+
+        mine = _Input(tensor, self.rank == source and self.late())
         if self.rank != source:
             _poison(tensor)
-        return _Pending(lambda: tensor.copy_(everything()[source]))
+        return self._start(f"broadcast from {source} {_describe(tensor)}", mine, finish)
 
     def send(self, tensor: Tensor, to: int) -> Handle:
         assert to != self.rank, f"{self.name}: rank {to} sends to itself"
         self._check(tensor)
-        copy = tensor.detach().clone()
-        message, ready = self._message(tensor, self.rank, to, copy)
+        before, late = tensor.detach().clone(), self.late()
+        mine = _Input(tensor, late)
+        message, ready, label = self._message(tensor, self.rank, to, mine)
 
         def finish() -> None:
-            assert _same_bytes(tensor, copy), f"{self.name}: a sent tensor was changed before wait()"
+            assert late or _same_bytes(tensor, before), f"{self.name}: a sent tensor was changed before wait()"
+            mine.read()
             message()
 
-        return _Pending(finish, ready)
+        return _Pending(self, label, finish, ready)
 
     @torch.no_grad()
     def recv(self, tensor: Tensor, source: int) -> Handle:
         assert source != self.rank, f"{self.name}: rank {source} receives from itself"
         self._check(tensor)
-        message, ready = self._message(tensor, source, self.rank, None)
+        message, ready, label = self._message(tensor, source, self.rank, None)
         _poison(tensor)
-        return _Pending(lambda: tensor.copy_(message()), ready)
+        return _Pending(self, label, lambda: tensor.copy_(message().read()), ready)
 
-    def _message(self, tensor: Tensor, source: int, to: int, value: Tensor | None) -> tuple[Any, Any]:
-        """A function that waits for the message and returns it, and one that says whether it is there."""
+    def _message(self, tensor: Tensor, source: int, to: int, value: _Input | None) -> tuple[Any, Any, str]:
+        """A function that waits for the message and returns it, one that says whether it is there, and its name."""
+        self.nap()
         number, pair = self._next((source, to)), (self.ranks[source], self.ranks[to])
         key = (self._key, source, to, number)
         label = f"message {number} from {pair[0]} to {pair[1]} in {self.name} {_describe(tensor)}"
         self._hub.bring(key, self._me, label, value)
-        return lambda: self._hub.take(key, pair, self._me, label)[pair[0]], lambda: self._hub.ready(key, 2)
+        take = self._hub.take
+        return lambda: take(key, pair, self._me, label)[pair[0]], lambda: self._hub.ready(key, 2), label
 
     def barrier(self) -> None:
         self._meet("barrier", None)()
@@ -253,15 +332,22 @@ def _describe(tensor: Tensor) -> str:
 
 
 def run_threads(
-    size: int, fn: Callable[[Any], Any], grid: Topology | None = None, *, num_kv_heads: int = 0, timeout: float = 60.0
+    size: int,
+    fn: Callable[[Any], Any],
+    grid: Topology | None = None,
+    *,
+    num_kv_heads: int = 0,
+    timeout: float = 60.0,
+    delays: int | None = None,
 ) -> list[Any]:
     """fn(world group) on `size` threads; the results in rank order.
 
     With `grid`, a Topology of `size` ranks, fn receives the rank's `Groups` instead.
+    `delays` is the seed of random delays; then handles that nobody waited for are an AssertionError.
     Raises: what the first failing rank raised (the others stop at their next wait); TimeoutError,
     naming who is missing, when ranks wait for one another for `timeout` seconds.
     """
-    hub, results = _Hub(timeout), [None] * size
+    hub, results = _Hub(timeout, delays), [None] * size
 
     def body(rank: int) -> None:
         try:
@@ -285,6 +371,8 @@ def run_threads(
                 break
     if hub.error is not None:
         raise hub.error
+    if delays is not None:
+        assert not hub.dropped, hub.dropped[0]
     return results
 
 

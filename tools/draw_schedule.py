@@ -38,7 +38,7 @@ from megallama.plan.partition import stage_costs  # noqa: E402
 from megallama.plan.plan import make_plan  # noqa: E402
 from megallama.plan.schedule import Schedule, parse_action  # noqa: E402
 from megallama.plan.simulate import Report, StageCost, draw, simulate  # noqa: E402
-from megallama.plan.trace import Span, chrome_trace, simulated  # noqa: E402
+from megallama.plan.trace import BLOCKED, COMMUNICATION, Span, chrome_trace, simulated  # noqa: E402
 
 COLOURS = {
     "F": ("#7aa6d8", "#3f6fa8"),
@@ -95,7 +95,7 @@ def measured(file: Path, num_stages: int) -> tuple[list[StageCost], dict[str, li
     waits = {(e["pid"], e["tid"], e["ts"]): e["dur"] for e in events if e["name"] == "waits"}
     spans: dict[str, list[Span]] = defaultdict(list)
     times: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for e in (e for e in events if e["ph"] == "X" and e["name"] != "waits"):
+    for e in (e for e in events if e["ph"] == "X" and e["cat"] not in ("waits", COMMUNICATION, BLOCKED)):
         waited = waits.get((e["pid"], e["tid"], e["ts"]), 0.0)
         start, end = e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6
         spans[titles[e["pid"]]].append(Span(e["tid"], e["name"], start, start + waited / 1e6, end))

@@ -1,9 +1,12 @@
-"""A group that writes down what is communicated, and one whose other members are not there: together, a dry run."""
+"""Groups around a group: one writes down what is communicated, one when; and one whose other members are not there.
+
+`Recording` and `Absent` together are a dry run; `Timed` is how a traced step sees its communication.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +42,49 @@ class Wait(NamedTuple):
     call: int
 
 
-class Recording:
+class Wrapped:
+    """Passes every operation on to `inner`; what comes before and after it is said in `_call`."""
+
+    def __init__(self, inner: Group) -> None:
+        self.inner = inner
+        self.name, self.rank, self.size, self.ranks = inner.name, inner.rank, inner.size, inner.ranks
+
+    def _call(
+        self, op: str, tensor: Tensor, start: Callable[[], Handle], peer: int | None = None, reduce: Op = "sum"
+    ) -> Handle:
+        raise AssertionError("said by those who inherit")
+
+    def _blocking(self, op: str) -> None:
+        """Before an operation without a handle."""
+
+    def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
+        return self._call("all_reduce", tensor, lambda: self.inner.all_reduce(tensor, op), reduce=op)
+
+    def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
+        return self._call("all_gather", output, lambda: self.inner.all_gather(output, shard))
+
+    def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
+        return self._call("reduce_scatter", full, lambda: self.inner.reduce_scatter(output, full))
+
+    def broadcast(self, tensor: Tensor, source: int) -> Handle:
+        return self._call("broadcast", tensor, lambda: self.inner.broadcast(tensor, source), source)
+
+    def send(self, tensor: Tensor, to: int) -> Handle:
+        return self._call("send", tensor, lambda: self.inner.send(tensor, to), to)
+
+    def recv(self, tensor: Tensor, source: int) -> Handle:
+        return self._call("recv", tensor, lambda: self.inner.recv(tensor, source), source)
+
+    def barrier(self) -> None:
+        self._blocking("barrier")
+        self.inner.barrier()
+
+    def gather_values(self, value: Any) -> list[Any]:
+        self._blocking("gather_values")
+        return self.inner.gather_values(value)
+
+
+class Recording(Wrapped):
     """Passes every operation on to `inner` and appends a `Call` to `calls`, in order of the calls.
 
     Several groups may share the lists, so the order between groups is kept too.  With `waits` the first wait of
@@ -50,43 +95,19 @@ class Recording:
         self, inner: Group, calls: list[Call] | None = None,
         waits: list[Wait] | None = None, label: Callable[[], str] = str,
     ) -> None:  # fmt: skip
-        self.inner = inner
+        super().__init__(inner)
         self.calls: list[Call] = [] if calls is None else calls
         self.waits, self._label = waits, label
-        self.name, self.rank, self.size, self.ranks = inner.name, inner.rank, inner.size, inner.ranks
 
-    def _record(self, handle: Handle, op: str, tensor: Tensor, peer: int | None = None, reduce: Op = "sum") -> Handle:
+    def _call(
+        self, op: str, tensor: Tensor, start: Callable[[], Handle], peer: int | None = None, reduce: Op = "sum"
+    ) -> Handle:
         shape, dtype = tuple(tensor.shape), tensor.dtype
         assert tensor.is_contiguous() and tensor.numel(), f"{self.name}: {shape} empty or strided"
         assert peer is None or 0 <= peer < self.size, f"{self.name}: there is no member {peer} among {self.size}"
+        handle = start()
         self.calls.append(Call(op, self.name, shape, dtype, tensor.nbytes, peer, reduce, self._label()))
         return handle if self.waits is None else _Noted(handle, len(self.calls) - 1, self.calls, self.waits)
-
-    def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
-        return self._record(self.inner.all_reduce(tensor, op), "all_reduce", tensor, reduce=op)
-
-    def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
-        return self._record(self.inner.all_gather(output, shard), "all_gather", output)
-
-    def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
-        return self._record(self.inner.reduce_scatter(output, full), "reduce_scatter", full)
-
-    def broadcast(self, tensor: Tensor, source: int) -> Handle:
-        return self._record(self.inner.broadcast(tensor, source), "broadcast", tensor, source)
-
-    def send(self, tensor: Tensor, to: int) -> Handle:
-        return self._record(self.inner.send(tensor, to), "send", tensor, to)
-
-    def recv(self, tensor: Tensor, source: int) -> Handle:
-        return self._record(self.inner.recv(tensor, source), "recv", tensor, source)
-
-    def barrier(self) -> None:
-        self._blocking("barrier")
-        self.inner.barrier()
-
-    def gather_values(self, value: Any) -> list[Any]:
-        self._blocking("gather_values")
-        return self.inner.gather_values(value)
 
     def _blocking(self, op: str) -> None:
         self.calls.append(Call(op, self.name, label=self._label()))
@@ -109,6 +130,74 @@ class _Noted:
 
     def done(self) -> bool:
         return self._waited
+
+
+@dataclass
+class Flight:
+    """When one operation was called and waited for, as readings of the tape's clock; None outside traced steps."""
+
+    axis: str
+    op: str
+    nbytes: int
+    issued: Any = None
+    started: Any = None  # the call that started it has returned
+    waited: Any = None  # somebody began to wait
+    end: Any = None  # and need not wait any more
+
+
+@dataclass
+class Tape:
+    """What `Timed` groups write while `clock` is set, in order of the calls."""
+
+    clock: Callable[[], Any] | None = None
+    flights: list[Flight] = field(default_factory=list)
+
+
+class Timed(Wrapped):
+    """Passes every operation on to `inner`; while the tape has a clock, notes when it was started and waited for."""
+
+    def __init__(self, inner: Group, tape: Tape) -> None:
+        super().__init__(inner)
+        self._tape = tape
+
+    def _call(
+        self, op: str, tensor: Tensor, start: Callable[[], Handle], peer: int | None = None, reduce: Op = "sum"
+    ) -> Handle:
+        flight = Flight(self.name, op, tensor.nbytes)
+        if (clock := self._tape.clock) is None:
+            return _TimedHandle(start(), flight, self._tape)
+        self._tape.flights.append(flight)
+        flight.issued = clock()
+        handle = _TimedHandle(start(), flight, self._tape)
+        flight.started = clock()
+        return handle
+
+
+class _TimedHandle:
+    """A handle that notes its first wait."""
+
+    def __init__(self, inner: Handle, flight: Flight, tape: Tape) -> None:
+        self._inner, self._flight, self._tape = inner, flight, tape
+
+    def wait(self) -> None:
+        self._note(self._inner.wait)
+
+    def done(self) -> bool:
+        done = self._inner.done()
+        if done:
+            self._note(lambda: None)
+        return done
+
+    def _note(self, wait: Callable[[], None]) -> None:
+        clock, flight = self._tape.clock, self._flight
+        if clock is None or flight.end is not None:
+            wait()
+            return
+        if flight.issued is None:  # before the traced step
+            self._tape.flights.append(flight)
+        flight.waited = clock()
+        wait()
+        flight.end = clock()
 
 
 class Absent(Solo):

@@ -95,6 +95,13 @@ def _tensor_parallel(config: Config, ranks: int | None) -> Iterator[str]:
             f"batch.seq_length={b.seq_length} = {tokens} tokens, which sequence parallelism cuts; "
             f"use batch.seq_length={_multiples(b.seq_length, unit)}, or parallel.sequence_parallel=false"
         )
+    rows, chunks = tokens // (tp if config.parallel.sequence_parallel else 1), config.overlap.tensor_parallel_chunks
+    if tp > 1 and rows % chunks:
+        yield (
+            f"overlap.tensor_parallel_chunks={chunks} does not divide the {rows} rows of a micro-batch on a rank "
+            f"(batch.micro_batch_size x batch.seq_length{' / parallel.tp' * (rows < tokens)}); "
+            f"use {_near(_divisors(rows), chunks)}"
+        )
 
 
 def _pipeline(config: Config, ranks: int | None) -> Iterator[str]:
@@ -234,6 +241,27 @@ def _optimizer(config: Config, ranks: int | None) -> Iterator[str]:
         )
 
 
+def _fp8(config: Config, ranks: int | None) -> Iterator[str]:
+    m, b, tp, p = config.model, config.batch, config.parallel.tp, config.precision
+    if p.fp8 == "none":
+        return
+    start, instead = f'precision.fp8="{p.fp8}"', 'or precision.fp8="none"'
+    if p.dtype != "bf16":
+        yield f'{start} rounds bf16 values, but precision.dtype="{p.dtype}"; use precision.dtype="bf16", {instead}'
+    if config.run.device == "cpu":
+        yield f'{start} needs a GPU of compute capability 8.9 or above, but run.device="cpu"; use "cuda", {instead}'
+    n, k, d = m.num_heads // tp, max(1, (m.num_kv_heads or m.num_heads) // tp), m.head_dim or 1
+    sizes = {
+        "batch.micro_batch_size x batch.seq_length": b.micro_batch_size * b.seq_length,
+        "model.hidden_size": m.hidden_size,
+        "model.ffn_hidden_size / parallel.tp": m.ffn_hidden_size // tp,
+        "model.num_heads x model.head_dim / parallel.tp": n * d,
+        "the width of queries, keys and values / parallel.tp": (n + 2 * k) * d,
+    }
+    if odd := [f"{what} = {size}" for what, size in sizes.items() if size % 16]:
+        yield f"{start} multiplies only sizes that are multiples of 16, but {', '.join(odd)}; use those, {instead}"
+
+
 def _checkpoint(config: Config, ranks: int | None) -> Iterator[str]:
     c = config.checkpoint
     if c.weights_from is not None and c.resume == "must":
@@ -257,6 +285,32 @@ def _log(config: Config, ranks: int | None) -> Iterator[str]:
     steps = config.log.trace_steps
     if steps is not None and steps[0] > steps[1]:
         yield f"log.trace_steps={literal(steps)} ends before it begins; write log.trace_steps={literal(sorted(steps))}"
+
+
+def _cuda_graphs(config: Config, ranks: int | None) -> Iterator[str]:
+    if not config.run.cuda_graphs:
+        return
+    wants = {
+        "parallel.tp": (config.parallel.tp, 1, "collectives of layers are not recorded"),
+        "parallel.pp": (config.parallel.pp, 1, "messages between stages are not recorded"),
+        "parallel.schedule": (config.parallel.schedule, "1f1b", "forward and backward must follow one another"),
+        "data.document_mask": (config.data.document_mask, False, "documents change shapes"),
+    }
+    if config.run.device == "cpu":
+        yield 'run.cuda_graphs=true with run.device="cpu" records nothing; write run.cuda_graphs=false'
+    for key, (have, want, why) in wants.items():
+        if have != want:
+            yield (
+                f"run.cuda_graphs=true with {key}={literal(have)}: {why}; "
+                f"write {key}={literal(want)}, or run.cuda_graphs=false"
+            )
+    dp, b = 1 if ranks is None else dp_size(config, ranks), config.batch
+    if dp > 1 and config.overlap.grad_reduce and b.global_batch_size == b.micro_batch_size * dp:
+        yield (
+            f"run.cuda_graphs=true records nothing where each of dp={dp} ranks has one micro-batch, whose gradients "
+            f"are reduced as they are formed; write batch.global_batch_size={2 * b.global_batch_size}, "
+            "overlap.grad_reduce=false, or run.cuda_graphs=false"
+        )
 
 
 def _data(config: Config, ranks: int | None) -> Iterator[str]:
@@ -324,7 +378,8 @@ def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _architecture, _tensor_parallel, _pipeline, _ranks, _batch, _ramp, _lr_schedule, _optimizer, _checkpoint, _log
+    _architecture, _tensor_parallel, _pipeline, _ranks, _batch, _ramp, _lr_schedule, _optimizer, _fp8, _cuda_graphs,
+    _checkpoint, _log,
 )  # fmt: skip
 DATA_RULES: tuple[Rule, ...] = (_data, _sources, _mixture)
 

@@ -84,6 +84,9 @@ class PrecisionConfig(Section):
     """Number formats. Master weights, main gradients and reductions are fp32 (fp64 with dtype fp64)."""
 
     dtype: Literal["bf16", "fp16", "fp32", "fp64"] = Field("bf16", description="format of weights and activations")
+    fp8: Literal["none", "tensorwise"] = Field(
+        "none", description="products of the layers' linear maps in fp8, one scale per tensor; GPUs from 8.9 on, bf16"
+    )
     initial_loss_scale: PositiveFloat = Field(65536.0, description="first loss scale of fp16")
     loss_scale_window: PositiveInt = Field(1000, description="good steps before the loss scale of fp16 doubles [steps]")
     min_loss_scale: PositiveFloat = Field(1.0, description="the fp16 loss scale never falls below this")
@@ -107,6 +110,9 @@ class OverlapConfig(Section):
     grad_reduce: bool = Field(True, description="reduce-scatter gradients under the last backward")
     param_gather: bool = Field(True, description="all-gather parameters under the next forward")
     tensor_parallel: bool = Field(True, description="tensor-parallel collectives under dgrad and wgrad GEMMs")
+    tensor_parallel_chunks: PositiveInt = Field(
+        1, description="pieces of a forward whose tensor-parallel collectives run under its GEMMs; 1 does not cut it"
+    )
     bucket_mb: PositiveFloat = Field(64.0, description="size of a gradient bucket in fp32 [MiB]")
 
 
@@ -198,6 +204,10 @@ class TrainConfig(Section):
     )
     stop_after_minutes: PositiveFloat | None = Field(None, description="save and leave after this long [min]")
     deterministic: bool = Field(False, description="only deterministic kernels")
+    gc_interval: int = Field(
+        100, ge=0, description="Python collects garbage after steps that this divides, on all ranks at once, and at no "
+        "other time; 0 leaves it to Python [steps]"
+    )  # fmt: skip
 
 
 class CheckpointConfig(Section):
@@ -238,11 +248,21 @@ class RunConfig(Section):
     folder: str = Field("runs/default", description="logs, metrics.jsonl and checkpoints of this run")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
     threads: int = Field(0, ge=0, description="CPU threads per rank; 0 divides the cores among the ranks of a node")
+    compile: bool = Field(
+        False, description="torch.compile of norm, SwiGLU, RoPE and softmax alone; needs a C++ compiler, else not done"
+    )
+    without_kernels: tuple[str, ...] = Field(
+        (), description='implementations not to use, e.g. "apex" or "RMSNorm: Transformer Engine"; see tools/doctor.py'
+    )
     timeout_seconds: PositiveFloat = Field(600.0, description="longest wait in a collective before the run fails [s]")
     init_timeout_seconds: PositiveFloat = Field(120.0, description="longest wait for all ranks to arrive [s]")
     shared_memory: bool = Field(
         True, description="CPU ranks of one machine talk through shared memory where they can; false keeps gloo"
     )
+    cuda_graphs: bool = Field(
+        False, description="record a micro-batch once and start its kernels by one call: for models so small that "
+        "starting kernels takes longer than running them; with tp=1, pp=1, no document mask, on CUDA only"
+    )  # fmt: skip
     peak_tflops: PositiveFloat | None = Field(
         None, description="peak of one rank's device for MFU; default known or measured [TFLOP/s]"
     )

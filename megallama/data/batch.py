@@ -52,13 +52,14 @@ class MicroBatch:
 
     def pin(self) -> MicroBatch:
         """A copy in page-locked memory, from which a GPU can copy in the background."""
-        return self._each(Tensor.pin_memory)
+        return self.each(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device; does not wait for the copy if the source is pinned."""
-        return self._each(lambda t: t.to(device, non_blocking=True))
+        return self.each(lambda t: t.to(device, non_blocking=True))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+    def each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        """The same with all tensors changed."""
         mask = None if self.mask is None else change(self.mask)
         documents = None if self.documents is None else self.documents.each(change)
         return MicroBatch(change(self.tokens), change(self.labels), mask, documents, self.num_counted)

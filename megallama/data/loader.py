@@ -1,4 +1,4 @@
-"""Micro-batches prepared ahead of the training step by one background thread.
+"""Micro-batches prepared ahead of the training step by one background thread, and copied to a GPU one step ahead.
 
 The thread asks two pure functions, which sample numbers a step needs and what tokens samples have, so a loader started
 at step n delivers what one started at 0 would deliver at n.  A fault in the thread is raised where the batch is asked
@@ -7,6 +7,7 @@ for; a thread that delivers nothing (hanging storage) becomes an error that says
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -24,6 +25,35 @@ from megallama.data.samples import Reader, Samples
 Item = tuple[int, list[MicroBatch], BaseException | None]
 
 
+class Transfer:
+    """Micro-batches in page-locked memory on their way to a GPU, on a stream of their own.
+
+    The originals are kept until `arrived`: a page that is being copied must not become another batch.
+    """
+
+    def __init__(self, batches: Sequence[MicroBatch], device: torch.device, stream: torch.cuda.Stream) -> None:
+        self._pinned, self._device = batches, device
+        with torch.cuda.stream(stream):
+            self._there = [batch.to(device) for batch in batches]
+            self._end = stream.record_event()
+
+    def take(self) -> list[MicroBatch]:
+        """The copies, for use by the current stream, which waits for them; the caller does not."""
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(self._end)
+
+        def used(tensor: torch.Tensor) -> torch.Tensor:
+            tensor.record_stream(current)  # made on another stream: not to be reused before this one is through
+            return tensor
+
+        there, self._there = [batch.each(used) for batch in self._there], []
+        return there
+
+    def arrived(self) -> bool:
+        """Whether everything has been copied."""
+        return self._end.query()
+
+
 class Loader:
     """Delivers the micro-batches of step after step: `next()`, or iterate.
 
@@ -32,6 +62,7 @@ class Loader:
     start_step .. stop_step - 1: the steps delivered (stop_step None: no end).
     num_samples: ids from here on are padding (a mask leaves them out of the loss); None: every id is real.
     prefetch: steps prepared ahead; 0 prepares in `next()` itself, without a thread.
+    device: where to; for a GPU the thread pins what it prepares, and while a step runs the next one is copied.
     `wait_seconds` is the time spent waiting in `next()` so far.
     """
 
@@ -46,11 +77,13 @@ class Loader:
         prefetch: int = 2,
         timeout_seconds: float = 60.0,
         device: torch.device | None = None,
-        pin: bool = False,
         name: str = "train",
     ) -> None:
         self._read, self._ids_of_step, self._num_samples = read, ids_of_step, num_samples
-        self._stop_step, self._timeout, self._device, self._pin = stop_step, timeout_seconds, device, pin
+        self._stop_step, self._timeout, self._device = stop_step, timeout_seconds, device
+        self._copies = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+        self._ahead: Transfer | None = None  # of the next step
+        self._leaving: list[Transfer] = []  # whose originals may still be read
         self.name, self.step, self.wait_seconds = name, start_step, 0.0
         self._closed, self._at = threading.Event(), "not started"
         self._queue: queue.Queue[Item] = queue.Queue(max(prefetch, 1))
@@ -65,6 +98,22 @@ class Loader:
 
         Raises: DataError if the thread is stuck; what it raised if it failed; StopIteration after the last step.
         """
+        if self._ahead is None:
+            batches = self._take()
+            if self._device is None or self._copies is None:
+                self.step += 1
+                return batches if self._device is None else [batch.to(self._device) for batch in batches]
+            self._ahead = Transfer(batches, self._device, self._copies)
+        here, self._ahead = self._ahead, None
+        self.step += 1
+        self._leaving = [t for t in self._leaving if not t.arrived()] + [here]
+        if self.step != self._stop_step and not self._queue.empty():
+            with contextlib.suppress(MegallamaError):  # it is raised when that step is asked for
+                self._ahead = Transfer(self._take(), self._device, self._copies)
+        return here.take()
+
+    def _take(self) -> list[MicroBatch]:
+        """The micro-batches of the next step, on the host."""
         if self._failure:
             raise self._failure
         if self.step == self._stop_step:
@@ -77,8 +126,7 @@ class Loader:
         if self._failure:
             raise self._failure
         assert number == self.step, (number, self.step)
-        self.step += 1
-        return batches if self._device is None else [batch.to(self._device) for batch in batches]
+        return batches
 
     def _wait(self, start: float) -> Item:
         """What the thread puts into the queue. Raises: DataError if it has died, or has nothing in time."""
@@ -118,7 +166,7 @@ class Loader:
             here = slice(first, first := first + len(row))
             real = None if end is None else [i < end for i in row]
             batch = MicroBatch.from_samples(Samples(tokens[here], None if starts is None else starts[here]), real)
-            batches.append(batch.pin() if self._pin else batch)
+            batches.append(batch.pin() if self._copies else batch)
         return batches
 
     def _work(self, step: int) -> None:

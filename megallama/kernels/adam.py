@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 from megallama.config.schema import OptimizerConfig
 
 AdamWStep = Callable[..., None]  # the arguments of `adamw_step`
+SumOfSquares = Callable[[Sequence[Tensor]], Tensor]
 
 
 def adamw_step(

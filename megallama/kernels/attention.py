@@ -11,7 +11,7 @@ on an AMD Zen 5 core, bf16, 12 heads of 64, 512 tokens: 2.4 times as fast forwar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +27,9 @@ class Attend(Protocol):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
         """Attend, within documents where they are given."""
+
+
+MakeAttention = Callable[[int, int, int], Attend]  # query heads, kv heads, head size
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:

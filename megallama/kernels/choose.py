@@ -1,27 +1,32 @@
 """Which implementation does each operation: candidates in order, each tried on the device before it is taken.
 
 A candidate is refused with a reason: its package is missing or fails to import (any exception
-counts), the device or number format is not its own, or its result on a small problem differs from
-the plain formula.  So a broken installation costs a line in the log, never a run.
+counts), the device or number format is not its own, the user left it out (`run.without_kernels`), or its result on a
+small problem differs from the plain formula.  So a broken installation costs a line in the log, never a run.
+
+The order is fixed, never measured when a run starts: two ranks that measured could take different candidates, and norms
+that are replicated over tensor-parallel ranks would drift apart; a run that measured again when it resumes would
+not repeat its bits.  ``tools/doctor.py --measure`` times every candidate on a device; what it shows to
+be slower there is left out by `run.without_kernels`, which is part of the configuration that all ranks share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megallama.config.errors import MegallamaError
-from megallama.config.schema import OptimizerConfig
-from megallama.kernels import accelerated
-from megallama.kernels.adam import AdamWStep, adamw_step
-from megallama.kernels.attention import Attend, blocked_attention, plain_attention, sdpa
-from megallama.kernels.documents import Documents
-from megallama.kernels.gemm import MatmulNT, matmul_nt, onednn_matmul_nt, processor
-from megallama.kernels.norm import accumulate_dtype
+from megallama.kernels import accelerated, checks
+from megallama.kernels.adam import AdamWStep, SumOfSquares, adamw_step, sum_of_squares
+from megallama.kernels.attention import MakeAttention, blocked_attention, sdpa
+from megallama.kernels.checks import Place, Refused
+from megallama.kernels.fp8 import TORCH_FP8
+from megallama.kernels.gemm import Gemms, MatmulNT, matmul_nt, onednn_matmul_nt, processor
+from megallama.kernels.leaves import EAGER, Leaves, compiled_leaf
+from megallama.kernels.norm import NormPair, accumulate_dtype, fused_norm_backward, rms_norm
 from megallama.kernels.wgrad import AddWgrad, add_wgrad_cuda, add_wgrad_with
 
 
@@ -42,161 +47,169 @@ class Choice:
 class Kernels:
     """The operations that have more than one implementation."""
 
-    attention: Callable[[int, int, int], Attend]  # query heads, kv heads, head size -> attention
-    matmul_nt: MatmulNT
-    add_wgrad: AddWgrad
+    attention: MakeAttention
+    leaves: Leaves
+    gemms: Gemms  # of the head, and of everything without fp8
+    layer_gemms: Gemms  # of the layers' linear maps
     adamw: AdamWStep
+    sum_of_squares: SumOfSquares
     choices: tuple[Choice, ...]
 
 
-Candidate = tuple[str, Callable[[], Any]]
-MakeAttention = Callable[[int, int, int], Attend]  # query heads, kv heads, head size
-SDPA = "torch scaled_dot_product_attention"
+@dataclass(frozen=True)
+class Operation:
+    """The candidates for one operation, in order. The last is taken unchecked: nothing is left if it is refused."""
+
+    candidates: Sequence[tuple[str, Callable[[Place], Any]]]
+    last: tuple[str, Callable[[Place], Any]]
+    check: Callable[[Any, Place], None]
 
 
-def choose_kernels(device: torch.device, dtype: torch.dtype, *, documents: bool = False) -> Kernels:
+def choose_kernels(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    documents: bool = False,
+    fp8: str = "none",
+    compiled: bool = False,
+    without: Sequence[str] = (),
+) -> Kernels:
     """Try the candidates of every operation on `device`; with `documents`, attention must also keep them apart.
 
-    Raises: MegallamaError if no attention here does.
+    Raises: MegallamaError if no attention here does, if `fp8` is asked for and nothing here can, or if a name in
+    `without` is that of no candidate.
     """
-    cuda = device.type == "cuda"
-
-    def checked(make: MakeAttention) -> MakeAttention:
-        return _checked_attention(make, device, dtype, documents)
-
-    attention, chose_attention = _first(
-        "attention",
-        [
-            ("Transformer Engine", lambda: checked(accelerated.te_attention(cuda, dtype))),
-            ("blocks of matrix products", lambda: checked(_blocked(cuda, dtype))),
-        ],
-        (SDPA, lambda num_heads, num_kv_heads, head_dim: sdpa),
-    )
-    if documents and chose_attention.taken == SDPA:
-        _documents_apart(attention, device, dtype)
-    product, chose_product = _first(
-        "matrix product",
-        [("oneDNN", lambda: _checked_product(_onednn(device, dtype), dtype))],
-        ("torch mm", matmul_nt),
-    )
-    wgrad, chose_wgrad = _first(
-        "weight gradient",
-        [
-            ("Transformer Engine", lambda: _checked_wgrad(accelerated.te_wgrad(cuda, dtype), device, dtype)),
-            ("apex", lambda: _checked_wgrad(accelerated.apex_wgrad(cuda, dtype), device, dtype)),
-            ("torch addmm into fp32", lambda: _checked_wgrad(_torch_wgrad(cuda, dtype), device, dtype)),
-        ],
-        (f"{chose_product.taken}, then add", add_wgrad_with(product)),
-    )
-    adam, chose_adam = _first(
-        "AdamW",
-        [
-            ("Transformer Engine", lambda: _checked_adam(accelerated.te_adam(cuda), device)),
-            ("apex", lambda: _checked_adam(accelerated.apex_adam(cuda), device)),
-        ],
-        ("torch fused", adamw_step),
-    )
-    return Kernels(attention, product, wgrad, adam, (chose_attention, chose_product, chose_wgrad, chose_adam))
-
-
-def _first(operation: str, candidates: Sequence[Candidate], fallback: tuple[str, Any]) -> tuple[Any, Choice]:
-    refused: list[tuple[str, str]] = []
-    for name, make in candidates:
+    place = Place(device, dtype, documents, compiled)
+    taken: dict[str, Any] = {}
+    choices, known = [], set[str]()
+    for name, operation in {**OPERATIONS, **({FP8: FP8_PRODUCTS} if fp8 != "none" else {})}.items():
+        known |= {text for kind, _ in operation.candidates for text in (kind, f"{name}: {kind}")}
+        left_out = {kind for kind, _ in operation.candidates if {kind, f"{name}: {kind}"} & set(without)}
+        taken[name], choice = _first(name, operation, place, left_out)
+        choices.append(choice)
+        place = replace(place, product=taken.get("matrix product", matmul_nt))
+    if strange := sorted(set(without) - known):
+        raise MegallamaError(
+            f"run.without_kernels={strange} names no candidate; write an implementation, or an operation and one of "
+            f"its own: {', '.join(sorted(known))}"
+        )
+    if documents and choices[0].taken == SDPA:
         try:
-            return make(), Choice(operation, name, tuple(refused))
+            checks.check_attention(taken["attention"], place)
+        except Refused as error:
+            wrong = f"no attention here keeps documents apart: torch's {error}"
+            raise MegallamaError(f"{wrong}; use data.document_mask=false or another torch") from error
+    product = place.product
+    gemms = Gemms(product, lambda dy, weight: product(dy, weight.t()), taken["weight gradient"])
+    norm, activation = taken["RMSNorm"], taken["SwiGLU"]
+    leaves = Leaves(norm[0], norm[1], activation[0], activation[1], taken["RoPE"], taken["cross entropy"])
+    layers = taken.get(FP8, gemms)
+    return Kernels(taken["attention"], leaves, gemms, layers, taken["AdamW"], taken["gradient norm"], tuple(choices))
+
+
+def _first(name: str, operation: Operation, place: Place, left_out: set[str]) -> tuple[Any, Choice]:
+    refused: list[tuple[str, str]] = []
+    for kind, make in operation.candidates:
+        try:
+            if kind in left_out:
+                raise Refused("left out by run.without_kernels")
+            made = make(place)
+            operation.check(made, place)
+            return made, Choice(name, kind, tuple(refused))
         except Exception as error:  # noqa: BLE001 - a broken package may raise anything; the reason is kept
-            refused.append((name, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__))
-    return fallback[1], Choice(operation, fallback[0], tuple(refused))
+            refused.append((kind, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__))
+    choice = Choice(name, operation.last[0], tuple(refused))
+    if name == FP8:
+        raise MegallamaError(f'precision.fp8: {choice}; write precision.fp8="none"')
+    return operation.last[1](place), choice
 
 
-def _torch_wgrad(cuda: bool, dtype: torch.dtype) -> AddWgrad:
-    if not cuda or accumulate_dtype(dtype) == dtype:
-        raise accelerated.Refused("CUDA with 16-bit weights only")
-    return add_wgrad_cuda
-
-
-def _blocked(cuda: bool, dtype: torch.dtype) -> MakeAttention:
-    if cuda or dtype not in (torch.bfloat16, torch.float16):
-        raise accelerated.Refused("16-bit formats on a CPU only")
+def _blocked(place: Place) -> MakeAttention:
+    if place.device.type == "cuda" or place.dtype not in (torch.bfloat16, torch.float16):
+        raise Refused("16-bit formats on a CPU only")
     return lambda num_heads, num_kv_heads, head_dim: blocked_attention
 
 
-def _onednn(device: torch.device, dtype: torch.dtype) -> MatmulNT:
-    if device.type != "cpu" or dtype != torch.float32:
-        raise accelerated.Refused("fp32 on a CPU only")
+def _fused_norm(place: Place) -> NormPair:
+    place.need_cuda()
+    return rms_norm, fused_norm_backward
+
+
+def _onednn(place: Place) -> MatmulNT:
+    if place.device.type != "cpu" or place.dtype != torch.float32:
+        raise Refused("fp32 on a CPU only")
     if processor() == "GenuineIntel":
-        raise accelerated.Refused("MKL is as fast on this processor")
+        raise Refused("MKL is as fast on this processor")
     if not torch.backends.mkldnn.is_available():
-        raise accelerated.Refused("this torch was built without oneDNN")
+        raise Refused("this torch was built without oneDNN")
     return onednn_matmul_nt
 
 
-def _checked_product(product: MatmulNT, dtype: torch.dtype) -> MatmulNT:
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(n, 48, generator=generator).to(dtype) for n in (33, 40))
-    for x, y in ((a, b), (a[:, :40], b.t()[:, :40].t()[:, :40]), (a.t(), b[:33].t())):
-        _agree("product", product(x, y), x.double() @ y.double().t(), 1e-5)
-    return product
+def _addmm(place: Place) -> AddWgrad:
+    if place.device.type != "cuda" or accumulate_dtype(place.dtype) == place.dtype:
+        raise Refused("CUDA with 16-bit weights only")
+    return add_wgrad_cuda
 
 
-def _checked_attention(
-    make: MakeAttention, device: torch.device, dtype: torch.dtype, documents: bool = False
-) -> MakeAttention:
-    generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (torch.randn(2, 128, n, 64, device=device, generator=generator).to(dtype) for n in (4, 2, 2))
-    starts = torch.tensor([[0] * 70 + [70] * 58, [0] + [1] * 29 + [30] * 98], device=device)
-    for case in (None, Documents.of(starts)) if documents else (None,):
-        where = " within documents" if case else ""
-        leaves = [[t.clone().requires_grad_() for t in (q, k, v)] for _ in range(2)]
-        attends = make(4, 2, 64), plain_attention
-        outs = [attend(q, k, v, case) for attend, (q, k, v) in zip(attends, leaves, strict=True)]
-        for out in outs:
-            out.reshape(2, 128, -1).square().sum().backward()
-        _agree(f"output{where}", outs[0].reshape(outs[1].shape), outs[1], 2e-2)
-        for name, mine, theirs in zip("qkv", *leaves, strict=True):
-            assert mine.grad is not None and theirs.grad is not None
-            _agree(f"gradient of {name}{where}", mine.grad, theirs.grad, 4e-2)
-    return make
+def _compiled(*leaves: str) -> tuple[str, Callable[[Place], Any]]:
+    def make(place: Place) -> Any:
+        if not place.compiled:
+            raise Refused("run.compile=false")
+        made = tuple(compiled_leaf(name) for name in leaves)
+        return made if len(made) > 1 else made[0]
+
+    return "torch.compile", make
 
 
-def _documents_apart(make: MakeAttention, device: torch.device, dtype: torch.dtype) -> None:
-    try:
-        _checked_attention(make, device, dtype, documents=True)
-    except accelerated.Refused as error:
-        raise MegallamaError(
-            f"no attention here keeps documents apart: torch's {error}; use data.document_mask=false or another torch"
-        ) from error
+def _fp8(make: Callable[[Place], Gemms]) -> Callable[[Place], Gemms]:
+    def checked(place: Place) -> Gemms:
+        place.need_cuda()
+        if (capability := torch.cuda.get_device_capability(place.device)) < (8, 9):
+            raise Refused(f"compute capability {capability[0]}.{capability[1]} is below 8.9 (L40S, H100, H200, B200)")
+        return make(place)
+
+    return checked
 
 
-def _checked_wgrad(add: AddWgrad, device: torch.device, dtype: torch.dtype) -> AddWgrad:
-    generator = torch.Generator(device).manual_seed(0)
-    dy, x = (torch.randn(64, n, device=device, generator=generator).to(dtype) for n in (32, 48))
-    want = dy.double().t() @ x.double()
-    out = torch.full((32, 48), 7.0, dtype=torch.float32, device=device)
-    add(out, dy, x, True)
-    _agree("overwritten", out, want, 1e-5)
-    add(out, dy, x, False)
-    _agree("accumulated", out, 2 * want, 1e-5)
-    return add
-
-
-def _checked_adam(step: AdamWStep, device: torch.device) -> AdamWStep:
-    results = []
-    for one in (step, adamw_step):
-        generator = torch.Generator(device).manual_seed(0)
-        master, grad = (torch.randn(1000, device=device, generator=generator) for _ in range(2))
-        state = [torch.zeros_like(master), torch.zeros_like(master), torch.zeros((), device=device)]
-        for _ in range(3):
-            divisor = torch.tensor(2.0, device=device)
-            one([master], [grad.clone()], [state[0]], [state[1]], [state[2]], OptimizerConfig(), 1e-2, 0.1, divisor)
-        results.append((master, *state))
-    for name, mine, theirs in zip(("weights", "first moment", "second moment", "step"), *results, strict=True):
-        _agree(name, mine, theirs, 1e-5)
-    return step
-
-
-def _agree(what: str, mine: Tensor, theirs: Tensor, tolerance: float) -> None:
-    mine, theirs = mine.detach().double(), theirs.detach().double()
-    error = float((mine - theirs).norm() / theirs.norm())
-    if not error <= tolerance:
-        raise accelerated.Refused(f"{what} differs from the plain formula by {error:.1e}")
+TE, SDPA, FP8 = "Transformer Engine", "torch scaled_dot_product_attention", "fp8 products"
+OPERATIONS = {
+    "attention": Operation(
+        [(TE, accelerated.te_attention), ("blocks of matrix products", _blocked)],
+        (SDPA, lambda p: lambda num_heads, num_kv_heads, head_dim: sdpa),
+        checks.check_attention,
+    ),
+    "RMSNorm": Operation(
+        [_compiled("rms_norm", "rms_norm_backward"), (TE, accelerated.te_norm), ("apex", accelerated.apex_norm),
+         ("torch fused", _fused_norm)],
+        ("torch", lambda p: (EAGER.rms_norm, EAGER.rms_norm_backward)),
+        checks.check_norm,
+    ),
+    "RoPE": Operation([_compiled("rotate")], ("torch", lambda p: EAGER.rotate), checks.check_rotate),
+    "SwiGLU": Operation(
+        [_compiled("swiglu", "swiglu_backward"), (TE, accelerated.te_swiglu)],
+        ("torch", lambda p: (EAGER.swiglu, EAGER.swiglu_backward)),
+        checks.check_swiglu,
+    ),
+    "cross entropy": Operation([_compiled("softmax_")], ("torch", lambda p: EAGER.softmax_), checks.check_softmax),
+    "matrix product": Operation([("oneDNN", _onednn)], ("torch mm", lambda p: matmul_nt), checks.check_product),
+    "weight gradient": Operation(
+        [(TE, accelerated.te_wgrad), ("apex", accelerated.apex_wgrad), ("torch addmm into fp32", _addmm)],
+        ("that product, then add", lambda p: add_wgrad_with(p.product)),
+        checks.check_wgrad,
+    ),
+    "AdamW": Operation(
+        [(TE, accelerated.te_adam), ("apex", accelerated.apex_adam)],
+        ("torch fused", lambda p: adamw_step),
+        checks.check_adam,
+    ),
+    "gradient norm": Operation(
+        [(TE, accelerated.te_sum_of_squares), ("apex", accelerated.apex_sum_of_squares)],
+        ("torch", lambda p: sum_of_squares),
+        checks.check_sum_of_squares,
+    ),
+}
+FP8_PRODUCTS = Operation(
+    [(TE, _fp8(accelerated.te_fp8)), ("torch _scaled_mm", _fp8(lambda p: TORCH_FP8))],
+    ("nothing here can", lambda p: TORCH_FP8),
+    checks.check_fp8,
+)

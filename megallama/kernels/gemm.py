@@ -13,12 +13,22 @@ measurement, so that two runs on one machine give the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 MatmulNT = Callable[[Tensor, Tensor], Tensor]  # a [m, k], b [n, k] -> a @ b.T [m, n], a new tensor
+
+
+@dataclass(frozen=True)
+class Gemms:
+    """The three products of a weight [out, in] with activations x [T, in] and gradients dy [T, out]."""
+
+    project: Callable[[Tensor, Tensor], Tensor]  # x, weight -> x @ weight.T
+    project_back: Callable[[Tensor, Tensor], Tensor]  # dy, weight -> dy @ weight
+    add_wgrad: Callable[[Tensor, Tensor, Tensor, bool], None]  # main_grad, dy, x, overwrite: += dy.T @ x
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:

@@ -8,11 +8,14 @@ original/high_freq_factor are kept, and those between are interpolated linearly.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from megallama.config.schema import RopeScaling
+
+Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # x, cos, sin, out
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype) -> Tensor:

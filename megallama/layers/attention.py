@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from megallama.kernels.attention import Attend
 from megallama.kernels.documents import Documents
-from megallama.kernels.rope import rotate
+from megallama.kernels.rope import Rotate, rotate
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,14 @@ class RotaryAttention:
     `attend` maps q [b, s, n, d], k and v [b, s, k, d] to [b, s, n, d], causally.
     """
 
-    def __init__(self, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor, attend: Attend) -> None:
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor, attend: Attend, turn: Rotate = rotate
+    ) -> None:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self._consecutive = Positions(cos, sin)  # [s, 1, d/2]
         self._attend = attend
+        self.turn = turn
 
     def positions(self, documents: Documents | None) -> Positions:
         """Positions 0 .. s-1 in every sample, or in every document."""
@@ -71,8 +74,8 @@ class _RotateSplit(Function):
         if not qkv.is_cuda:
             new_q, new_k, new_v = map(_head_by_head, (q, k, v))
             new_v.copy_(v)
-        rotate(q, positions.cos, positions.sin, out=new_q)
-        rotate(k, positions.cos, positions.sin, out=new_k)
+        layer.turn(q, positions.cos, positions.sin, new_q)
+        layer.turn(k, positions.cos, positions.sin, new_k)
         return new_q, new_k, new_v
 
     @staticmethod
@@ -80,8 +83,8 @@ class _RotateSplit(Function):
         cos, sin = ctx.saved_tensors
         packed = grads[0].new_empty(ctx.shape)
         q, k, v = ctx.layer.split(packed)
-        rotate(grads[0], cos, -sin, out=q)
-        rotate(grads[1], cos, -sin, out=k)
+        ctx.layer.turn(grads[0], cos, -sin, q)
+        ctx.layer.turn(grads[1], cos, -sin, k)
         v.copy_(grads[2])
         return packed, None, None
 

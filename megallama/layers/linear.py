@@ -16,6 +16,10 @@ What is kept for the backward is the input of the *preceding* linear map only (t
 Touvron et al. 2023, section 2.4): a column layer contains the RMSNorm before it and keeps the norm's
 input; a row layer may contain SwiGLU and keeps its input.  Both make the operand of the weight
 gradient again.  With ``keep=True`` (recompute = "none") they keep that operand too.
+
+The forward has no second GEMM to run a collective under.  With ``chunks`` = n > 1 it cuts its rows: the all-gather of
+a piece runs under the GEMM of the piece before, the reduce-scatter (or all-reduce) under that of the next.  A piece
+holds an n-th of every rank's rows, so the result is in order; with 1 < n a pass over the output puts it there.
 """
 
 from __future__ import annotations
@@ -23,11 +27,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from megallama.comm.group import Done, Group, Handle
-from megallama.kernels.activation import swiglu, swiglu_backward
 from megallama.layers.norm import RMSNorm
 from megallama.layers.param import Param
 
@@ -40,6 +44,7 @@ class TensorParallel:
     sequence_parallel: bool
     overlap: bool  # collectives run under GEMMs; off, each is waited for at once; the results are the same bits
     keep: bool  # keep the operands of weight gradients instead of making them again
+    chunks: int = 1  # pieces of a forward; which they are depends on nothing else, and so do the bits of the result
 
     def gather_rows(self, shard: Tensor) -> tuple[Tensor, Handle]:
         """[T/t, a] of every rank as [T, a], started; without sequence parallelism rows are whole already."""
@@ -56,6 +61,22 @@ class TensorParallel:
             return partial, self._started(self.group.all_reduce(partial))
         shard = partial.new_empty(partial.shape[0] // self.group.size, *partial.shape[1:])
         return shard, self._started(self.group.reduce_scatter(shard, partial))
+
+    def pieces(self, tokens: int) -> int:
+        """Into how many a forward over all `tokens` is cut: whole if they do not divide (never in training)."""
+        return self.chunks if self.group.size > 1 and tokens % (self._blocks * self.chunks) == 0 else 1
+
+    def piece(self, x: Tensor, number: int, of: int) -> Tensor:
+        """Rows [T/of, a] of x [T, a]: of every rank's rows the same part."""
+        return x if of == 1 else x.view(self._blocks, of, -1, x.shape[1])[:, number].reshape(-1, x.shape[1])
+
+    def place(self, out: Tensor, piece: Tensor, number: int, of: int) -> None:
+        """Write a piece into its rows of out [T, b]."""
+        out.view(self._blocks, of, -1, out.shape[1])[:, number] = piece.view(self._blocks, -1, out.shape[1])
+
+    @property
+    def _blocks(self) -> int:
+        return self.group.size if self.sequence_parallel else 1
 
     def _started(self, handle: Handle) -> Handle:
         if not self.overlap:
@@ -94,12 +115,22 @@ class RowParallelLinear:
 class _NormColumn(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: ColumnParallelLinear) -> Tensor:
-        normed = layer.norm.forward(x)
-        full, gather = layer.tp.gather_rows(normed)
-        gather.wait()
+        normed, tp = layer.norm.forward(x), layer.tp
         ctx.layer = layer
-        ctx.save_for_backward(x, *([normed] if layer.tp.keep else []))
-        return layer.param.project(full)
+        ctx.save_for_backward(x, *([normed] if tp.keep else []))
+        if not tp.sequence_parallel or (n := tp.pieces(len(x) * tp.group.size)) == 1:
+            full, gather = tp.gather_rows(normed)
+            gather.wait()
+            return layer.param.project(full)
+        out, shards = normed.new_empty(len(x) * tp.group.size, layer.param.data.shape[0]), normed.chunk(n)
+        full, gather = tp.gather_rows(shards[0])
+        for i in range(n):
+            gather.wait()
+            part = full
+            if i + 1 < n:
+                full, gather = tp.gather_rows(shards[i + 1])
+            tp.place(out, layer.param.project(part), i, n)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -119,20 +150,22 @@ class _NormColumn(Function):
 class _GatedRow(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: RowParallelLinear) -> Tensor:
-        operand = swiglu(x) if layer.gated else x
+        operand = layer.param.leaves.swiglu(x) if layer.gated else x
         ctx.layer = layer
         ctx.save_for_backward(x, *([operand] if layer.gated and layer.tp.keep else []))
-        out, handle = layer.tp.sum_rows(layer.param.project(operand))
-        handle.wait()
-        return out
+        n = layer.tp.pieces(len(operand))
+        sums = [layer.tp.sum_rows(layer.param.project(layer.tp.piece(operand, i, n))) for i in range(n)]
+        for _, handle in sums:
+            handle.wait()
+        return sums[0][0] if n == 1 else torch.cat([part for part, _ in sums])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         layer: RowParallelLinear = ctx.layer
         x, *kept = ctx.saved_tensors
         dy, gather = layer.tp.gather_rows(grads[0])
-        operand = kept[0] if kept else swiglu(x) if layer.gated else x
+        operand = kept[0] if kept else layer.param.leaves.swiglu(x) if layer.gated else x
         gather.wait()
         doperand = layer.param.project_back(dy)
         layer.param.add_wgrad(dy, operand)
-        return swiglu_backward(doperand, x) if layer.gated else doperand, None
+        return layer.param.leaves.swiglu_backward(doperand, x) if layer.gated else doperand, None

@@ -87,28 +87,18 @@ class LossHead:
         logits[:, self.valid :] = 0
         return total - stats[1], logits
 
-    @staticmethod
-    def _softmax(local: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
-        """Replace logits by softmax (times `scale`), a few rows in fp32 at a time.
-
-        Writes log(sum(exp(logits))) and the logit at `index` of every row.  The logarithm needs no second
-        pass of exponentials: the largest probability is exp(largest logit) / sum.
-        """
-        rows_at_once = max(1, ELEMENTS_IN_FP32 // local.shape[1])
-        for a in range(0, len(local), rows_at_once):
-            rows = slice(a, a + rows_at_once)
-            exact = local[rows].to(log_sum.dtype)
-            chances = torch.softmax(exact, 1)
-            torch.sub(exact.amax(1), chances.amax(1).log_(), out=log_sum[rows])
-            picked[rows] = exact.gather(1, index[rows]).squeeze(1)
-            if scale is not None:
-                chances.mul_(scale[rows].unsqueeze(1))
-            local[rows] = chances
+    def _softmax(self, local: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
+        """`softmax_` of all rows, a few at a time."""
+        at_once = max(1, ELEMENTS_IN_FP32 // local.shape[1])
+        for a in range(0, len(local), at_once):
+            rows = slice(a, a + at_once)
+            part = None if scale is None else scale[rows]
+            self.param.leaves.softmax_(local[rows], index[rows], log_sum[rows], picked[rows], part)
 
 
 def _multiply_rows(matrix: Tensor, factors: Tensor) -> None:
     """matrix [r, v] times factors [r], in the format of the factors, in place and a few rows at a time."""
-    at_once = max(1, ELEMENTS_IN_FP32 // matrix.shape[1])
+    at_once = len(matrix) if matrix.is_cuda else max(1, ELEMENTS_IN_FP32 // matrix.shape[1])
     for rows, factor in zip(matrix.split(at_once), factors.split(at_once), strict=True):
         rows.copy_(rows.to(factor.dtype).mul_(factor.unsqueeze(1)))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megallama.kernels.norm import rms_norm, rms_norm_backward
 from megallama.layers.param import Param
 
 
@@ -21,10 +20,10 @@ class RMSNorm:
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, h] -> the normalised rows, the same bits on every call."""
-        return rms_norm(x, self.param.weight, self.eps)
+        return self.param.leaves.rms_norm(x, self.param.weight, self.eps)
 
     def backward(self, dy: Tensor, x: Tensor) -> Tensor:
         """Gradient of x; the weight's goes into main_grad."""
-        dx, dweight = rms_norm_backward(dy, x, self.param.weight, self.eps)
+        dx, dweight = self.param.leaves.rms_norm_backward(dy, x, self.param.weight, self.eps)
         self.param.add_grad(dweight)
         return dx

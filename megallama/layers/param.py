@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from megallama.comm.group import Handle
-from megallama.kernels.gemm import MatmulNT
+from megallama.kernels.choose import Kernels
+from megallama.kernels.gemm import Gemms
+from megallama.kernels.leaves import Leaves
 from megallama.kernels.norm import accumulate_dtype
-from megallama.kernels.wgrad import AddWgrad
 from megallama.plan.layout import BufferLayout
 from megallama.plan.params import ParamSpec
 
@@ -66,23 +67,17 @@ class WeightGradQueue:
                 work()
 
 
-@dataclass(frozen=True)
-class Gemms:
-    """The matrix products that were chosen for this device and format."""
-
-    matmul_nt: MatmulNT  # a [m, k], b [n, k] -> a @ b.T
-    add_wgrad: AddWgrad  # main_grad += dy.T @ x
-
-
 class Param:
     """One local weight with its fp32 gradient."""
 
     def __init__(
-        self, spec: ParamSpec, weight: Tensor, main_grad: Tensor, gather: Gather, queue: WeightGradQueue, gemms: Gemms
-    ) -> None:
+        self, spec: ParamSpec, weight: Tensor, main_grad: Tensor, gather: Gather, queue: WeightGradQueue,
+        gemms: Gemms, leaves: Leaves,
+    ) -> None:  # fmt: skip
         self.spec = spec
         self.data = weight
         self.main_grad = main_grad
+        self.leaves = leaves  # what a layer does besides its product
         self.fresh = True  # main_grad holds nothing of this step yet: the first contribution overwrites
         self.on_ready: Callable[[Param], None] | None = None
         self._gather = gather
@@ -97,11 +92,11 @@ class Param:
 
     def project(self, x: Tensor) -> Tensor:
         """x [T, in] @ weight.T -> [T, out]."""
-        return self._gemms.matmul_nt(x, self.weight)
+        return self._gemms.project(x, self.weight)
 
     def project_back(self, dy: Tensor) -> Tensor:
         """dy [T, out] @ weight -> [T, in]."""
-        return self._gemms.matmul_nt(dy, self.weight.t())
+        return self._gemms.project_back(dy, self.weight)
 
     def add_wgrad(self, dy: Tensor, x: Tensor) -> None:
         """main_grad += dy [T, out].T @ x [T, in], now or when the queue runs."""
@@ -145,8 +140,9 @@ class Param:
 class FlatBuffers:
     """Weights and main gradients of one stage, laid out by the plan."""
 
-    def __init__(self, layout: BufferLayout, dtype: torch.dtype, device: torch.device, gemms: Gemms) -> None:
+    def __init__(self, layout: BufferLayout, dtype: torch.dtype, device: torch.device, kernels: Kernels) -> None:
         self.layout = layout
+        self.leaves = kernels.leaves
         self.weights = torch.zeros(layout.numel, dtype=dtype, device=device)
         self.grads = torch.zeros(layout.numel, dtype=accumulate_dtype(dtype), device=device)
         self.queue = WeightGradQueue()
@@ -157,7 +153,8 @@ class FlatBuffers:
                 spec = placement.spec
                 at = slice(placement.offset, placement.offset + spec.numel)
                 weight, grad = self.weights[at].view(spec.shape), self.grads[at].view(spec.shape)
-                self.params[spec.name] = Param(spec, weight, grad, gather, self.queue, gemms)
+                gemms = kernels.layer_gemms if spec.name.startswith("layers.") else kernels.gemms
+                self.params[spec.name] = Param(spec, weight, grad, gather, self.queue, gemms, kernels.leaves)
 
     def start_step(self) -> None:
         """Forget last step's gradients."""

@@ -83,7 +83,7 @@ class Stage:
         wide, device = accumulate_dtype(buffers.weights.dtype), buffers.weights.device
         tables = rope_tables(config.batch.seq_length, d, model.rope_theta, model.rope_scaling, wide, device)
         local = n // size, max(1, k // size)
-        self.rotary = RotaryAttention(*local, *tables, attention(*local, d))
+        self.rotary = RotaryAttention(*local, *tables, attention(*local, d), buffers.leaves.rotate)
         params = buffers.params
         self.recompute = config.memory.recompute == "full"
         self.embed = VocabParallelEmbedding(params["embed_tokens"], tp) if first else None

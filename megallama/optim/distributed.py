@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megallama.comm.groups import Groups
 from megallama.config.schema import OptimizerConfig, OverlapConfig
-from megallama.kernels.adam import AdamWStep, sum_of_squares
+from megallama.kernels.adam import AdamWStep, SumOfSquares, sum_of_squares
 from megallama.layers.param import FlatBuffers
 from megallama.layers.shard import StateShard
 from megallama.optim.grad_sync import GradSync
@@ -49,11 +49,13 @@ class DistributedOptimizer:
         config: OptimizerConfig,
         overlap: OverlapConfig,
         adamw: AdamWStep,
+        sum_of_squares: SumOfSquares = sum_of_squares,
     ) -> None:
         self.syncs = [GradSync(buffers, groups, overlap.grad_reduce) for buffers in stages]
         self._groups = groups
         self._config = config
         self._adamw = adamw
+        self._sum_of_squares = sum_of_squares
         self._overlap_gather = overlap.param_gather
         self._states = [(sync, self._states_of(sync.buffers)) for sync in self.syncs]
 
@@ -85,7 +87,7 @@ class DistributedOptimizer:
         counted = [
             run for sync, states in self._states for state in states for run in self._counted(sync.buffers, state)
         ]
-        total = sum_of_squares(counted)
+        total = self._sum_of_squares(counted)
         return total.to(self.syncs[0].buffers.grads.device)
 
     def _sum_tied(self) -> None:
@@ -111,6 +113,7 @@ class DistributedOptimizer:
 
     def step(self, lr: float, multiplier: float) -> None:
         """One AdamW step with gradients times `multiplier` (clipping and loss scale), then gather the weights."""
+        self.wait()  # the forward has waited for what it read; nothing may be written that is being gathered
         for decay in (True, False):
             states = [s for _, all_states in self._states for s in all_states if s.bucket.decay is decay]
             if not states:

@@ -34,12 +34,22 @@ class Arm(Protocol):
         """They are not."""
 
 
-class Timing(NamedTuple):
-    """When an action began, had what it waited for, and ended."""
+class Whole(Protocol):
+    """Runs a micro-batch of a rank without pipeline at once, forward and backward."""
 
-    start: float
-    arrived: float
-    end: float
+    def takes(self, *, last: bool) -> bool:
+        """Whether it runs this one, the last of a step or another."""
+
+    def run(self, batch: Any) -> Tensor:
+        """Its loss sum."""
+
+
+class Timing(NamedTuple):
+    """When an action began, had what it waited for, and ended; readings of the clock."""
+
+    start: Any
+    arrived: Any
+    end: Any
 
 
 @dataclass(frozen=True)
@@ -56,14 +66,15 @@ class PipelineRuntime:
 
     `hidden` is an empty tensor with the shape, format and device of what passes between stages.
     With a `clock` set, `timings` has the start of every action, when what it waited for had arrived, and its end;
-    behind them stands the wait for the last sends.
+    behind them stands the wait for the last sends.  With `whole`, F runs what that takes, and its B does nothing.
     """
 
-    def __init__(self, work: Mapping[int, StageWork], pp: Group, hidden: Tensor) -> None:
+    def __init__(self, work: Mapping[int, StageWork], pp: Group, hidden: Tensor, whole: Whole | None = None) -> None:
         self._work = work
         self._pp = pp
         self._hidden = hidden
-        self.clock: Callable[[], float] | None = None
+        self._whole = whole
+        self.clock: Callable[[], Any] | None = None
         self.timings: list[Timing] = []
         self.position = "not started"  # the action under way, for messages about hangs
         self.peak_in_flight = 0
@@ -85,6 +96,7 @@ class PipelineRuntime:
         self._outputs: dict[tuple[Kind, int, int], Tensor] = {}
         self._graphs: dict[Key, tuple[Tensor | None, GradientEdge]] = {}
         self._in_flight: set[Key] = set()
+        self._ran_whole: set[Key] = set()
         self._sends: list[Handle] = []
         self._loss: Tensor = torch.zeros((), dtype=torch.float64, device=self._hidden.device)
         self.peak_in_flight = 0
@@ -115,6 +127,11 @@ class PipelineRuntime:
         train = torch.is_grad_enabled()
         if x is not None and train:
             x.requires_grad_()
+        if train and self._whole and self._whole.takes(last=action.microbatch == self._schedule.num_microbatches - 1):
+            self._loss += self._whole.run(self._inputs[action.microbatch])
+            self._ran_whole.add((action.stage, action.microbatch))
+            self.peak_in_flight = max(self.peak_in_flight, 1)
+            return
         out = stage(x, self._inputs[action.microbatch])
         if action.stage == self._schedule.num_stages - 1:
             self._loss += out.detach()
@@ -126,8 +143,9 @@ class PipelineRuntime:
             self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
 
     def _backward(self, action: Action) -> None:
-        self._differentiate(action)
-        self._in_flight.remove((action.stage, action.microbatch))
+        if (key := (action.stage, action.microbatch)) not in self._ran_whole:
+            self._differentiate(action)
+            self._in_flight.remove(key)
 
     def _input_grad(self, action: Action) -> None:
         queue = self._work[action.stage].queue
@@ -162,7 +180,7 @@ class PipelineRuntime:
         self._arrived = self._now()
         return tensor
 
-    def _now(self) -> float:
+    def _now(self) -> Any:
         return self.clock() if self.clock is not None else 0.0
 
     def _send_forward(self, action: Action) -> None:

@@ -2,7 +2,8 @@
 
 Bytes are those of the whole tensor: all_gather's output, reduce_scatter's input.  In every layer tensor parallelism
 gathers and reduce-scatters [tokens, hidden] with sequence parallelism (Korthikanti et al. 2022), or all-reduces it
-(Shoeybi et al. 2019); backwards gather again what weight gradients need, full recomputation repeats the forward.
+(Shoeybi et al. 2019); backwards gather again what weight gradients need, full recomputation repeats the forward, and
+`overlap.tensor_parallel_chunks` cuts forwards into as many pieces.
 """
 
 from __future__ import annotations
@@ -66,13 +67,15 @@ def _tensor(config: Config, stages: Stages, stage: int) -> Found:
     dtype, tokens, chunk = config.precision.dtype, tokens_and_rows(config)[0], config.memory.loss_chunk_tokens
     layers, first, last = len(stages[stage]), stage == 0, stage == len(stages) - 1
     again = 2 * layers if config.memory.recompute == "full" else 0
-    full, found = (tokens, config.model.hidden_size), Found()
-    for what, gathers, sums in (
-        ("layers", 6 * layers + again, 4 * layers + again), ("embedding", first, first), ("head", last, last)
+    h, n, found = config.model.hidden_size, config.overlap.tensor_parallel_chunks, Found()
+    for what, rows, gathers, sums in (
+        ("layers", tokens // n, n * (2 * layers + again), n * (2 * layers + again)),  # forwards
+        ("layers", tokens, 4 * layers, 2 * layers), ("embedding", tokens, first, first), ("head", tokens, last, last),
     ):  # fmt: skip
         if config.parallel.sequence_parallel:
-            found["tp", "all_gather", what, full, dtype] = gathers
-        found["tp", "reduce_scatter" if config.parallel.sequence_parallel else "all_reduce", what, full, dtype] = sums
+            found["tp", "all_gather", what, (rows, h), dtype] += gathers
+        op = "reduce_scatter" if config.parallel.sequence_parallel else "all_reduce"
+        found["tp", op, what, (rows, h), dtype] += sums
     for size in [min(chunk, tokens - start) for start in range(0, tokens if last else 0, chunk)]:
         found["tp", "all_reduce", "loss: maxima", (size,), main_dtype(config)] += 1
         found["tp", "all_reduce", "loss: sums", (2, size), main_dtype(config)] += 1

@@ -120,5 +120,6 @@ def job_of(config: Config, topology: Topology, kernel: str, stages: Stages | Non
         topology.world_size, p.tp, p.pp, topology.dp, b.micro_batch_size,
         b.global_batch_size // (topology.dp * b.micro_batch_size), chunks=len(split) // p.pp, schedule=p.schedule,
         recompute=config.memory.recompute, sequence_parallel=p.sequence_parallel and p.tp > 1, tied=m.tie_embeddings,
-        kernel=kernel, hide_tp=o.tensor_parallel, hide_dp=o.grad_reduce and o.param_gather, stage_layers=split,
+        fp8=config.precision.fp8 != "none", kernel=kernel, hide_tp=o.tensor_parallel,
+        hide_dp=o.grad_reduce and o.param_gather, stage_layers=split,
     )  # fmt: skip

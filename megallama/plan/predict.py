@@ -93,6 +93,7 @@ def flags(job: Job, machine: Machine) -> list[str]:
         f"{size / 1e9:,.3g}e9 parameters are outside 0.1e9 to 1,100e9": not 1e8 <= size <= 1.1e12,
         f"{job.gpus} GPUs are above 4096": job.gpus > 4096,
         f"heads of {job.head_dim} are no multiple of 8": job.head_dim % 8 > 0,
+        "fp8 products have other programs' speed": job.fp8 and job.stack == "megallama",
         f"{job.kernel} needs a Hopper GPU": job.kernel == "flash3" and machine.gpu.peak_tflops < 400,
     }
     return [words for words, outside in known.items() if outside]

@@ -45,7 +45,8 @@ def _facts(
     )
     sharded = ", sequence parallel" if p.sequence_parallel and p.tp > 1 else ""
     yield "layout", f"{topology}{sharded}; rank order {p.rank_order}"
-    yield "precision", f"{config.precision.dtype}, recompute {config.memory.recompute}"
+    fp8 = "" if config.precision.fp8 == "none" else f", fp8 {config.precision.fp8} in the layers' linear maps"
+    yield "precision", f"{config.precision.dtype}{fp8}, recompute {config.memory.recompute}"
     size = b.global_batch_size
     yield "batch", (
         f"{size} sequences x {b.seq_length} = {size * b.seq_length:,} tokens per step = {topology.dp} replicas x "

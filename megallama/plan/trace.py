@@ -1,7 +1,8 @@
 """Timelines of a step as Chrome trace events, which ui.perfetto.dev and chrome://tracing open.
 
 Every timeline is a process and every pipeline rank a thread of it, so that a simulated and a measured step,
-both beginning at 0, lie one below the other.
+both beginning at 0, lie one below the other.  Communication lies on lanes of its own, by rank and group: a bar from
+the call to the end of the wait, and inside it, as `blocked`, what the rank could not compute in.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from megallama.plan.simulate import Report
+
+COMMUNICATION, BLOCKED = "communication", "blocked"  # categories of events that are not a pipeline's actions
 
 
 class Span(NamedTuple):
@@ -23,26 +26,76 @@ class Span(NamedTuple):
     end: float
 
 
+class Flight(NamedTuple):
+    """One communication of one pipeline rank; times in seconds from the beginning of the step."""
+
+    rank: int
+    axis: str  # the group: tp, dp, pp, ...
+    name: str
+    issued: float  # it was called
+    started: float  # the call had returned
+    waited: float  # the wait for it began
+    end: float  # and ended
+
+    @property
+    def blocked(self) -> float:
+        """Seconds in which the rank did nothing but start it and wait for it: its exposed time."""
+        return self.started - self.issued + self.end - self.waited
+
+
+def exposure(flights: Sequence[Flight], ranks: int, seconds: float) -> str:
+    """Blocked time by group, mean over the pipeline ranks of a step of `seconds`: ``tp 12.3 ms (4.1 %), pp ...``."""
+    sums: dict[str, float] = {}
+    for flight in flights:
+        sums[flight.axis] = sums.get(flight.axis, 0.0) + flight.blocked / ranks
+    words = [f"{axis} {s * 1e3:.1f} ms ({s / seconds:.1%})" for axis, s in sums.items()]
+    return ", ".join(words) or "nothing"
+
+
 def simulated(report: Report, unit: float = 1.0) -> list[Span]:
     """The spans of a simulation, rank by rank; `unit` is one unit of its costs [s]."""
     spans = [Span(e.rank, str(e.action), e.start * unit, e.start * unit, e.end * unit) for e in report.events]
     return sorted(spans, key=lambda span: (span.rank, span.start))
 
 
-def chrome_trace(timelines: Mapping[str, Sequence[Span]]) -> str:
-    """The text of a trace file with these timelines, by name."""
+def chrome_trace(timelines: Mapping[str, Sequence[Span]], flights: Mapping[str, Sequence[Flight]] | None = None) -> str:
+    """The text of a trace file with these timelines, and with the communication of some of them, by name."""
     events: list[dict[str, Any]] = []
     for pid, (title, spans) in enumerate(timelines.items()):
         events.append({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": title}})
         for rank in sorted({span.rank for span in spans}):
-            name = {"name": f"pipeline rank {rank}"}
-            events.append({"ph": "M", "pid": pid, "tid": rank, "name": "thread_name", "args": name})
+            events.append(_thread(pid, rank, f"pipeline rank {rank}"))
         for span in spans:
             kind = span.name.rstrip("0123456789.")
             events.append(_event(pid, span.rank, span.name, kind, span.start, span.end))
             if span.arrived > span.start and span.arrived < span.end:
                 events.append(_event(pid, span.rank, "waits", "waits", span.start, span.arrived))
+        events += _lanes(pid, 1 + max((span.rank for span in spans), default=0), (flights or {}).get(title, ()))
     return json.dumps({"displayTimeUnit": "ms", "traceEvents": events}, indent=0)
+
+
+def _lanes(pid: int, first: int, flights: Sequence[Flight]) -> list[dict[str, Any]]:
+    """Flights on as few threads as hold them, from number `first` on: those of a lane do not overlap."""
+    lanes: dict[tuple[int, str, int], float] = {}  # rank, group, number -> when it becomes free
+    mine: list[tuple[tuple[int, str, int], Flight]] = []
+    for flight in sorted(flights, key=lambda f: f.issued):
+        number = 0
+        while lanes.get((flight.rank, flight.axis, number), flight.issued) > flight.issued:
+            number += 1
+        lanes[flight.rank, flight.axis, number] = flight.end
+        mine.append(((flight.rank, flight.axis, number), flight))
+    tids = {lane: first + i for i, lane in enumerate(sorted(lanes))}
+    events = [_thread(pid, tid, f"rank {r} {axis}" + f" ({n + 1})" * (n > 0)) for (r, axis, n), tid in tids.items()]
+    for lane, flight in mine:
+        events.append(_event(pid, tids[lane], flight.name, COMMUNICATION, flight.issued, flight.end))
+        for start, end in ((flight.issued, flight.started), (flight.waited, flight.end)):
+            if end > start:
+                events.append(_event(pid, tids[lane], "blocked", BLOCKED, start, end))
+    return events
+
+
+def _thread(pid: int, tid: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": name}}
 
 
 def _event(pid: int, rank: int, name: str, kind: str, start: float, end: float) -> dict[str, Any]:

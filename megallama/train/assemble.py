@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from megallama.comm.groups import Groups
-from megallama.kernels.choose import Kernels
+from megallama.config.errors import MegallamaError
+from megallama.config.schema import Config
+from megallama.kernels.choose import Kernels, choose_kernels
 from megallama.layers.linear import TensorParallel
-from megallama.layers.param import FlatBuffers, Gemms
+from megallama.layers.param import FlatBuffers
 from megallama.layers.shard import StateShard
 from megallama.model.init import fill
 from megallama.model.llama import Stage
@@ -21,6 +23,7 @@ from megallama.pipeline.runtime import PipelineRuntime, StageCall, StageWork
 from megallama.plan.memory import stage_layout
 from megallama.plan.params import global_shapes, init_std
 from megallama.plan.plan import Plan
+from megallama.train.graphs import CudaRecorder, GraphedMicroBatch, Recorder
 
 Wrap = Callable[[int, Stage], StageCall]  # number and stage -> what the pipeline calls in its place
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -45,24 +48,51 @@ class Rank:
         return self.plan.num_stages - 1 in self.stages and self.groups.tp.rank == 0
 
 
-def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels, wrap: Wrap | None = None) -> Rank:
-    """Build rank `groups.rank`; the weights are zero until `initialize` or a checkpoint fills them."""
+def kernels_of(config: Config, device: torch.device) -> Kernels:
+    """The implementations that this configuration uses on `device`."""
+    return choose_kernels(
+        device, DTYPES[config.precision.dtype], documents=config.data.document_mask, fp8=config.precision.fp8,
+        compiled=config.run.compile, without=config.run.without_kernels,
+    )  # fmt: skip
+
+
+def same_kernels(taken: Sequence[Sequence[tuple[str, str]]]) -> None:
+    """Raises: MegallamaError, on every rank alike, if the ranks took different (operation, implementation) pairs."""
+    for rank, pairs in enumerate(taken):
+        for (operation, mine), (_, other) in zip(taken[0], pairs, strict=True):
+            if mine != other:
+                raise MegallamaError(
+                    f"{operation}: rank 0 took {mine}, rank {rank} {other}; its log says why. Make the installations "
+                    f'alike, or write run.without_kernels=["{operation}: {mine}"]'
+                )
+
+
+def assemble(
+    plan: Plan, groups: Groups, device: torch.device, kernels: Kernels, wrap: Wrap | None = None,
+    recorder: Recorder | None = None,
+) -> Rank:  # fmt: skip
+    """Build rank `groups.rank`; the weights are zero until `initialize` or a checkpoint fills them.
+
+    With run.cuda_graphs micro-batches are recorded, by `recorder` where one is given, else by CUDA if `device` is one.
+    """
     config = plan.config
     dtype = DTYPES[config.precision.dtype]
     parallel = config.parallel
     sharded = parallel.sequence_parallel and groups.tp.size > 1
     tp = TensorParallel(
-        groups.tp, sharded, overlap=config.overlap.tensor_parallel, keep=config.memory.recompute == "none"
-    )
-    gemms = Gemms(kernels.matmul_nt, kernels.add_wgrad)
+        groups.tp, sharded, overlap=config.overlap.tensor_parallel, keep=config.memory.recompute == "none",
+        chunks=config.overlap.tensor_parallel_chunks,
+    )  # fmt: skip
     stages, buffers = {}, {}
     for number in plan.schedule.stages_of(groups.pp.rank):
         first, last = number == 0, number == plan.num_stages - 1
         layers = plan.stages[number]
         layout = stage_layout(config, plan.stages, number, groups.dp.size, groups.tp.rank)
-        buffers[number] = FlatBuffers(layout, dtype, device, gemms)
+        buffers[number] = FlatBuffers(layout, dtype, device, kernels)
         stages[number] = Stage(config, buffers[number], layers, first, last, tp, kernels.attention)
-    optimizer = DistributedOptimizer(list(buffers.values()), groups, config.optimizer, config.overlap, kernels.adamw)
+    optimizer = DistributedOptimizer(
+        list(buffers.values()), groups, config.optimizer, config.overlap, kernels.adamw, kernels.sum_of_squares
+    )
     work = {
         number: StageWork(wrap(number, stage) if wrap else stage, buffers[number].queue, sync)
         for (number, stage), sync in zip(stages.items(), optimizer.syncs, strict=True)
@@ -71,7 +101,11 @@ def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels,
     hidden = torch.empty(
         tokens // (groups.tp.size if sharded else 1), config.model.hidden_size, dtype=dtype, device=device
     )
-    return Rank(plan, groups, device, stages, buffers, optimizer, PipelineRuntime(work, groups.pp, hidden))
+    whole = None
+    if config.run.cuda_graphs and (recorder or device.type == "cuda"):
+        announces = config.overlap.grad_reduce and groups.dp.size > 1
+        whole = GraphedMicroBatch(work[0].stage, buffers[0], recorder or CudaRecorder(device), announces=announces)
+    return Rank(plan, groups, device, stages, buffers, optimizer, PipelineRuntime(work, groups.pp, hidden, whole))
 
 
 def initialize(rank: Rank, seed: int) -> None:

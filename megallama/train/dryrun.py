@@ -2,8 +2,8 @@
 
 Tensors are on torch's meta device (shapes and formats, no values), groups record and move nothing.  One rank of every
 kind (`kinds`) runs a few steps; the communication of all ranks is then proved to fit together (`comm.agreement`).
-What decides a branch has a value: token counts and votes are real tensors, and losses and norms read as 1, or as
-not-a-number in the step that all ranks must skip.
+What decides a branch has a value: token counts are real tensors, and the votes of all ranks read as a loss and a norm
+of 1, or as not finite in the step that all ranks must skip.
 
 The interpreter executes all actions, but a stage runs in full only for micro-batches that come first, second or last to
 a kind of work (the first waits for gathered weights, the last reduces gradients) and for others repeats what it said.
@@ -105,13 +105,18 @@ class _Tape:
         groups = build_groups(plan.topology, rank, config.model.num_kv_heads or 1, self._group)
         kernels = choose_kernels(META, DTYPES[config.precision.dtype])
         built = assemble(plan, groups, META, kernels, lambda number, stage: _Repeating(number, stage, self))
-        self.rank = replace(built, device=CPU, read=lambda tensor: [self._value] * tensor.numel())
+        self.rank = replace(built, device=CPU, read=self._read)
 
     def _group(self, name: str, partition: Partition) -> Group:
         ranks = next(ranks for ranks in partition if self._me in ranks)
         if len(ranks) == 1:
             return Solo(name, self._me)
         return Recording(Absent(name, ranks, self._me), self.calls, self.waits, self.label)
+
+    def _read(self, tensor: Tensor) -> list[float]:
+        """A loss, or the sum of votes: loss, squared norm, ranks with values that are not finite, and others."""
+        good = float(isfinite(self._value))
+        return [good, good, 1 - good, *[0.0] * tensor.numel()][: tensor.numel()]
 
     def label(self) -> str:
         """What a call is for, alike on all members of its group: action and phase; of a message, the value's maker."""

@@ -14,12 +14,14 @@ import math
 import os
 import resource
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import torch
@@ -185,7 +187,8 @@ class MetricsWriter:
 
     `step` is the number of updates already made: later lines of an earlier start, and a line that a
     kill cut short, are removed from ``metrics.jsonl``; TensorBoard is told to forget them.  Of a run
-    that starts again from 0 the old file is kept as ``metrics.old.jsonl``.
+    that starts again from 0 the old file is kept as ``metrics.old.jsonl``.  A thread writes, so that a slow file system
+    costs no step.
     """
 
     def __init__(
@@ -201,6 +204,9 @@ class MetricsWriter:
         self._log = log
         self._steps = steps
         self._sinks: dict[str, Any] = {}
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="metrics", daemon=True)
+        self._thread.start()
         if log.rank != 0:
             return
         self._open("metrics.jsonl", lambda: JsonLines(folder / "metrics.jsonl", step))
@@ -220,13 +226,19 @@ class MetricsWriter:
     def close(self) -> None:
         """Finish all files."""
         for name, sink in self._sinks.items():
-            self._try(name, sink.close)
+            self._queue.put(partial(self._try, name, sink.close))
+        self._queue.put(None)
+        self._thread.join()
         self._sinks = {}
+
+    def _work(self) -> None:
+        while (work := self._queue.get()) is not None:
+            work()
 
     def _write(self, kind: str, metrics: StepMetrics | ValidMetrics) -> None:
         self._log.info(metrics.line(self._steps))
         for name, sink in self._sinks.items():
-            self._try(name, partial(sink.write, kind, metrics))
+            self._queue.put(partial(self._try, name, partial(sink.write, kind, metrics)))
 
     def _open(self, name: str, make: Callable[[], Any]) -> None:
         try:

@@ -99,16 +99,18 @@ def train_step(
 def _agree(
     rank: Rank, loss_sum: torch.Tensor, squares: torch.Tensor, received: signal.Signals | None, late: bool
 ) -> Vote:
-    """The sum over all ranks of what each one knows; the step's only wait for the device."""
-    counted = loss_sum if rank.counts_loss else torch.zeros_like(loss_sum)
-    loss, norm_squared = rank.read(torch.stack((counted, squares)))
-    finite = math.isfinite(loss) and math.isfinite(norm_squared)
-    mine = Vote.of(
-        loss if finite else 0.0, norm_squared if finite else 0.0, finite=finite, late=late, received=received
-    )
-    packed = torch.tensor(mine.pack(), dtype=torch.float64, device=rank.device)
+    """The sum over all ranks of what each one knows; its end is the step's only wait for the device."""
+    known = torch.stack((loss_sum if rank.counts_loss else torch.zeros_like(loss_sum), squares))
+    finite = known.isfinite().all()
+    mine = Vote.of(0.0, 0.0, finite=True, late=late, received=received).pack()
+    packed = known.new_zeros(len(mine))
+    packed[:2] = torch.where(finite, known, 0.0)
+    packed[2] = ~finite
+    for place, value in enumerate(mine):
+        if value:
+            packed[place].fill_(value)
     rank.groups.world.all_reduce(packed).wait()
-    vote = Vote.unpack(packed.tolist())
+    vote = Vote.unpack(rank.read(packed))
     return vote if vote.finite else Vote(math.nan, math.nan, vote.bad_ranks, vote.late_ranks, vote.signals)
 
 

@@ -1,32 +1,73 @@
-"""What the pipeline really did in a step: every action by the clock, in the form in which a simulation is drawn.
+"""What really happened in a step: every action of the pipeline and every communication, by the clock.
 
-The ranks of a pipeline begin a traced step together, so their clocks agree to the length of a barrier.  On a GPU
-the device is awaited before every reading of the clock: a traced step is slower and hides no transfer.
+The file has the form in which a simulation is drawn.  A few barriers before the first traced step make the clocks of
+the ranks agree.  On a CPU readings are the host's.  On a GPU they are events on the stream of the
+kernels, read after the step: nothing is awaited for them, and what is called blocked is the time in which that stream
+stood still for a communication, not that of the host.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 
+from megallama.comm.groups import Groups
+from megallama.comm.recording import Tape, Timed
 from megallama.plan.schedule import Schedule
-from megallama.plan.trace import Span, chrome_trace
+from megallama.plan.trace import Flight, Span, chrome_trace, exposure
 from megallama.train.assemble import Rank
 from megallama.train.log import Logger
+
+MARKS = 7  # barriers whose ends are compared: some ranks hear of an end late, but seldom of most of them
+
+
+class Clock:
+    """Readings of the host's clock, or events on the device's stream, and the seconds between them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._device = device
+
+    def now(self) -> Any:
+        """A reading."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def since(self, zero: Any) -> Callable[[Any], float]:
+        """A function from a reading to its seconds after `zero`; waits for the device, once."""
+        if not self._cuda:
+            return lambda reading: reading - zero
+        torch.cuda.synchronize(self._device)
+        return lambda reading: zero.elapsed_time(reading) / 1e3
+
+
+def timed(groups: Groups, tape: Tape) -> Groups:
+    """The same groups; those of several ranks write on the tape."""
+    wrap = {name: g for name, g in vars(groups).items() if name not in ("rank", "coords") and g.size > 1}
+    return Groups(**{**vars(groups), **{name: Timed(group, tape) for name, group in wrap.items()}})
 
 
 class StepTracer:
     """Writes a file per pipeline for each step from the first to the last of `steps`."""
 
-    def __init__(self, rank: Rank, steps: tuple[int, int] | None, folder: Path, log: Logger) -> None:
+    def __init__(self, rank: Rank, steps: tuple[int, int] | None, folder: Path, log: Logger, tape: Tape) -> None:
         self._rank = rank
         self._steps = steps or (0, -1)
         self._folder = folder
         self._log = log
+        self._tape = tape  # of the rank's groups
+        self._clock = Clock(rank.device)
+        self._marks: list[Any] = []
+        self._pending: list[tuple[int, Schedule, list[Any]]] = []
 
     @contextmanager
     def step(self, number: int, schedule: Schedule) -> Iterator[None]:
@@ -34,29 +75,65 @@ class StepTracer:
         if not self._steps[0] <= number <= self._steps[1]:
             yield
             return
-        runtime, pp, coords = self._rank.runtime, self._rank.groups.pp, self._rank.groups.coords
-        self._rank.optimizer.wait()
-        self._rank.groups.world.barrier()
-        zero, runtime.clock = self._now(), self._now
+        runtime, now = self._rank.runtime, self._clock.now
+        if not self._marks:
+            for _ in range(MARKS):
+                self._rank.groups.world.barrier()
+                self._marks.append(now())
+        self._tape.clock = runtime.clock = now
+        start = now()
         yield
-        runtime.clock = None
-        rows = pp.gather_values([[t - zero for t in timing] for timing in runtime.timings])
-        if pp.rank > 0:
-            return
+        end = now()
+        self._tape.clock = runtime.clock = None
+        at = self._clock.since(self._marks[0])
+        begin, stop = at(start), at(end)
+        flights = [
+            (f.axis, f"{f.op} {f.nbytes / 2**20:.3g} MiB", *_in_order(f, at, begin, stop)) for f in self._tape.flights
+        ]
+        for flight in self._tape.flights:
+            flight.issued = None  # of those that are still under way, the next step shows the rest
+        self._tape.flights.clear()
+        row = [[*map(at, self._marks)], begin, stop, [[at(t) for t in timing] for timing in runtime.timings], flights]
+        self._pending.append((number, schedule, row))
+        if number == self._steps[1]:
+            self.write()
+
+    def write(self) -> None:
+        """Write the files of the steps traced so far: after the last of them, so that none waits for a disk."""
+        for number, schedule, row in self._pending:
+            rows = self._rank.groups.pp.gather_values(row)
+            if self._rank.groups.pp.rank == 0:
+                self._write(number, schedule, rows)
+        self._pending.clear()
+
+    def _write(self, number: int, schedule: Schedule, rows: list[Any]) -> None:
+        ahead = [median(m - n for m, n in zip(marks, rows[0][0], strict=True)) for marks, *_ in rows]  # of rank 0
+        zero = min(begin - early for early, (_, begin, *_) in zip(ahead, rows, strict=True))
         spans = [
-            Span(r, str(action), *times)
-            for r, timings in enumerate(rows)
+            Span(r, str(action), *(t - zero - ahead[r] for t in times))
+            for r, (*_, timings, _) in enumerate(rows)
             for action, times in zip([*schedule.steps[r], "waits for sends"], timings, strict=True)
         ]
+        flights = [
+            Flight(r, axis, name, *(t - zero - ahead[r] for t in times))
+            for r, (*_, found) in enumerate(rows)
+            for axis, name, *times in found
+        ]
+        coords, seconds = self._rank.groups.coords, max(stop - begin for _, begin, stop, *_ in rows)
+        title = f"step {number}, {schedule.name}"
         file = self._folder / f"step-{number:08d}-dp{coords['dp']}-tp{coords['tp']}.json"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(chrome_trace({f"step {number}, {schedule.name}": spans}), encoding="utf-8")
+            file.write_text(chrome_trace({title: spans}, {title: flights}), encoding="utf-8")
             self._log.info(f"trace of step {number}: {file}")
         except OSError as error:
             self._log.warn(f"no trace of step {number}: {file} cannot be written: {error.strerror}")
+        words = exposure(flights, len(rows), seconds)
+        self._log.info(f"step {number}: {seconds * 1e3:.1f} ms, blocked in communication: {words}")
 
-    def _now(self) -> float:
-        if self._rank.device.type == "cuda":
-            torch.cuda.synchronize(self._rank.device)
-        return time.perf_counter()
+
+def _in_order(flight: Any, at: Callable[[Any], float], begin: float, end: float) -> list[float]:
+    """Issued, started, waited, end; what lies outside the step is put at its border."""
+    before, after = (begin, begin), (end, end)
+    issued = before if flight.issued is None else (at(flight.issued), at(flight.started))
+    return [*issued, *(after if flight.end is None else (at(flight.waited), at(flight.end)))]

@@ -15,17 +15,19 @@ from typing import Any, Literal, TypeVar
 from megallama.checkpoint.errors import agree
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.comm.launch import World
+from megallama.comm.recording import Tape
 from megallama.config.schema import Config
 from megallama.data.ledger import TrainData
 from megallama.data.loader import Loader
 from megallama.data.sources import Data, open_sources
-from megallama.kernels.choose import Kernels, choose_kernels
+from megallama.kernels.choose import Kernels
 from megallama.optim.lr import learning_rate
 from megallama.optim.scaler import LossScaler
 from megallama.plan.flops import training_flops
 from megallama.plan.params import num_parameters
 from megallama.plan.plan import Plan
-from megallama.train.assemble import DTYPES, Rank, assemble, initialize
+from megallama.train.assemble import DTYPES, Rank, assemble, initialize, kernels_of, same_kernels
+from megallama.train.collect import Collector
 from megallama.train.determinism import set_deterministic
 from megallama.train.evaluate import evaluate
 from megallama.train.health import BadSteps, SignalFlag
@@ -35,7 +37,7 @@ from megallama.train.peak import peak_flops
 from megallama.train.plot import plot_loss
 from megallama.train.step import StepResult, train_step
 from megallama.train.timers import Timers
-from megallama.train.trace import StepTracer
+from megallama.train.trace import StepTracer, timed
 
 FINISHED = 0  # exit status: all steps are done
 SAVED = 75  # exit status: saved after a signal or a stop that was asked for; the same command continues
@@ -65,6 +67,7 @@ class Trainer:
         self._scaler = LossScaler(config.precision)
         self._bad = BadSteps(config.train.max_bad_steps)
         self._timers = Timers()
+        self._tape = Tape()
         self._started = time.monotonic()
         set_deterministic(config.train.deterministic)
 
@@ -79,7 +82,8 @@ class Trainer:
             try:
                 self._rank = self._agreed("model", lambda: self._build(kernels))
                 self._restore()
-                return self._loop()
+                with Collector(self._config.train.gc_interval) as self._collector:
+                    return self._loop()
             finally:
                 self._manager.release()
 
@@ -93,11 +97,12 @@ class Trainer:
 
     def _describe(self) -> Kernels:
         config = self._config
-        kernels = choose_kernels(
-            self._world.device, DTYPES[config.precision.dtype], documents=config.data.document_mask
-        )
+        kernels = self._agreed("kernels", lambda: kernels_of(config, self._world.device))
+        same_kernels(self._world.group.gather_values([(c.operation, c.taken) for c in kernels.choices]))
         for line in str(self._plan).splitlines():
             self._log.info(line)
+        if config.run.cuda_graphs and self._world.device.type != "cuda":
+            self._log.info("run.cuda_graphs=true records nothing: this is no CUDA device")
         for text in [*self._world.notes, *(f"kernel for {choice}" for choice in kernels.choices)]:
             self._log.info(text)
         return kernels
@@ -120,6 +125,8 @@ class Trainer:
 
     def _build(self, kernels: Kernels) -> Rank:
         groups = self._world.groups(self._plan.topology, self._config.model.num_kv_heads or 1)
+        if self._config.log.trace_steps:
+            groups = timed(groups, self._tape)
         rank = assemble(self._plan, groups, self._world.device, kernels)
         if self._config.checkpoint.interval:  # the last save needs no snapshot: nothing trains meanwhile
             self._manager.prepare(rank.optimizer.shards(owned_only=True))
@@ -183,7 +190,8 @@ class Trainer:
 
     def _loop(self) -> int:
         config, counters = self._config, self._counters
-        self._tracer = StepTracer(self._rank, config.log.trace_steps, Path(config.run.folder) / "trace", self._log)
+        folder = Path(config.run.folder) / "trace"
+        self._tracer = StepTracer(self._rank, config.log.trace_steps, folder, self._log, self._tape)
         writer = self._writer()
         loader = self._loader()
         stopped: str | None = None
@@ -203,6 +211,9 @@ class Trainer:
                     self._evaluate(writer, "test")
                 if last or stopped or (config.checkpoint.interval and counters.step % config.checkpoint.interval == 0):
                     self._save(leaving=last or stopped is not None)
+                self._collector.step(counters.step)
+            self._rank.optimizer.wait()  # no rank leaves while another one still receives its weights
+            self._tracer.write()
             self._manager.finish()
         finally:
             loader.close()
@@ -266,7 +277,6 @@ class Trainer:
             prefetch=config.data.prefetch,
             timeout_seconds=config.data.timeout_seconds,
             device=self._world.device if cuda else None,
-            pin=cuda,
         )
 
     # ---- telling ----

@@ -56,6 +56,18 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "parallel.tp=2",
     ),
     (
+        "parallel.tp=2 overlap.tensor_parallel_chunks=7", None,
+        "overlap.tensor_parallel_chunks=7 does not divide the 512 rows of a micro-batch on a rank "
+        "(batch.micro_batch_size x batch.seq_length / parallel.tp); use 4 or 8",
+        "overlap.tensor_parallel_chunks=8",
+    ),
+    (
+        "parallel.tp=2 parallel.sequence_parallel=false overlap.tensor_parallel_chunks=3", None,
+        "overlap.tensor_parallel_chunks=3 does not divide the 1024 rows of a micro-batch on a rank "
+        "(batch.micro_batch_size x batch.seq_length); use 2 or 4",
+        "overlap.tensor_parallel_chunks=4",
+    ),
+    (
         "parallel.tp=4 batch.micro_batch_size=2 batch.seq_length=33", None,
         "parallel.tp=4 does not divide batch.micro_batch_size=2 x batch.seq_length=33 = 66 tokens, which sequence "
         "parallelism cuts; use batch.seq_length=32 or 34, or parallel.sequence_parallel=false",
@@ -315,6 +327,42 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "data.synthetic=false data.train=a data.changes=[{step=9,weights={a=0}}]", None,
         "data.changes[0] leaves no source a weight above 0; give one to at least one source",
         "data.changes=[]",
+    ),
+    (
+        "run.cuda_graphs=true run.device=cpu", None,
+        'run.cuda_graphs=true with run.device="cpu" records nothing; write run.cuda_graphs=false',
+        "run.cuda_graphs=false",
+    ),
+    (
+        "run.cuda_graphs=true parallel.tp=2", None,
+        "run.cuda_graphs=true with parallel.tp=2: collectives of layers are not recorded; "
+        "write parallel.tp=1, or run.cuda_graphs=false",
+        "parallel.tp=1",
+    ),
+    (
+        "run.cuda_graphs=true parallel.pp=2", None,
+        "run.cuda_graphs=true with parallel.pp=2: messages between stages are not recorded; "
+        "write parallel.pp=1, or run.cuda_graphs=false",
+        "run.cuda_graphs=false",
+    ),
+    (
+        "run.cuda_graphs=true parallel.schedule=gpipe", None,
+        'run.cuda_graphs=true with parallel.schedule="gpipe": forward and backward must follow one another; '
+        'write parallel.schedule="1f1b", or run.cuda_graphs=false',
+        "parallel.schedule=1f1b",
+    ),
+    (
+        "run.cuda_graphs=true data.synthetic=false data.train=a data.document_mask=true", None,
+        "run.cuda_graphs=true with data.document_mask=true: documents change shapes; "
+        "write data.document_mask=false, or run.cuda_graphs=false",
+        "data.document_mask=false",
+    ),
+    (
+        "run.cuda_graphs=true batch.micro_batch_size=4 batch.global_batch_size=8", 2,
+        "run.cuda_graphs=true records nothing where each of dp=2 ranks has one micro-batch, whose gradients are "
+        "reduced as they are formed; write batch.global_batch_size=16, overlap.grad_reduce=false, or "
+        "run.cuda_graphs=false",
+        "batch.global_batch_size=16",
     ),
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -10,23 +11,35 @@ import pytest
 import torch
 
 from megallama.config.errors import MegallamaError
-from megallama.kernels import accelerated, choose
+from megallama.kernels import accelerated, checks, choose
 from megallama.kernels.adam import adamw_step
-from megallama.kernels.attention import Attend, blocked_attention, plain_attention, sdpa
+from megallama.kernels.attention import Attend, MakeAttention, blocked_attention, plain_attention, sdpa
+from megallama.kernels.checks import Place, Refused
 from megallama.kernels.documents import Documents
+from megallama.kernels.fp8 import TORCH_FP8
+from megallama.kernels.leaves import EAGER
 from megallama.kernels.wgrad import add_wgrad
 
 CPU = torch.device("cpu")
+BF16, FP32 = Place(CPU, torch.bfloat16), Place(CPU, torch.float32)
+ON_CUDA = Place(torch.device("cuda"), torch.bfloat16)
+NO_CUDA = "not Transformer Engine: no CUDA device"
 
 
 def test_a_cpu_takes_torch_and_says_why() -> None:
     lines = [str(c) for c in choose.choose_kernels(CPU, torch.bfloat16).choices]
+    asked = "not torch.compile: run.compile=false"
     assert lines == [
-        "attention: blocks of matrix products (not Transformer Engine: no CUDA device)",
+        f"attention: blocks of matrix products ({NO_CUDA})",
+        f"RMSNorm: torch ({asked}; {NO_CUDA}; not apex: no CUDA device; not torch fused: no CUDA device)",
+        f"RoPE: torch ({asked})",
+        f"SwiGLU: torch ({asked}; {NO_CUDA})",
+        f"cross entropy: torch ({asked})",
         "matrix product: torch mm (not oneDNN: fp32 on a CPU only)",
-        "weight gradient: torch mm, then add (not Transformer Engine: no CUDA device; not apex: no CUDA device; "
+        f"weight gradient: that product, then add ({NO_CUDA}; not apex: no CUDA device; "
         "not torch addmm into fp32: CUDA with 16-bit weights only)",
-        "AdamW: torch fused (not Transformer Engine: no CUDA device; not apex: no CUDA device)",
+        f"AdamW: torch fused ({NO_CUDA}; not apex: no CUDA device)",
+        f"gradient norm: torch ({NO_CUDA}; not apex: no CUDA device)",
     ]
 
 
@@ -36,54 +49,141 @@ def test_a_cpu_takes_torch_and_says_why() -> None:
 def test_fp32_products_follow_from_the_processor(monkeypatch: pytest.MonkeyPatch, vendor: str, taken: str) -> None:
     monkeypatch.setattr(choose, "processor", lambda: vendor)
     kernels = choose.choose_kernels(CPU, torch.float32)
-    assert kernels.choices[1].taken == taken
-    assert kernels.choices[2].taken == f"{taken}, then add"
+    assert {c.operation: c.taken for c in kernels.choices}["matrix product"] == taken
     a, b = torch.randn(5, 7), torch.randn(3, 7)
-    assert torch.allclose(kernels.matmul_nt(a, b), a @ b.t(), atol=1e-6)
+    assert torch.allclose(kernels.gemms.project(a, b), a @ b.t(), atol=1e-6)
+    assert torch.allclose(kernels.gemms.project_back(a, b.t()), a @ b.t(), atol=1e-6)
+    grad = torch.zeros(3, 7)
+    kernels.gemms.add_wgrad(grad, torch.ones(5, 3), a, False)
+    assert torch.allclose(grad, a.sum(0).expand(3, 7), atol=1e-5)
+    assert kernels.layer_gemms is kernels.gemms
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for make in (accelerated.te_attention, accelerated.te_wgrad, accelerated.apex_wgrad):
-        with pytest.raises(accelerated.Refused, match="not installed"):
-            make(True, torch.bfloat16)
-    with pytest.raises(accelerated.Refused, match="16-bit formats only, not torch.float32"):
-        accelerated.te_attention(True, torch.float32)
+    for name, make in vars(accelerated).items():
+        if name.startswith(("te_", "apex_")):
+            with pytest.raises(Refused, match="not installed"):
+                make(ON_CUDA)
+    with pytest.raises(Refused, match="16-bit formats only, not torch.float32"):
+        accelerated.te_attention(replace(ON_CUDA, dtype=torch.float32))
 
 
 def test_the_other_apex_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "apex" else None)
-    with pytest.raises(accelerated.Refused, match="not NVIDIA's; build NVIDIA/apex from source"):
-        accelerated.apex_adam(True)
+    with pytest.raises(Refused, match="not NVIDIA's; build NVIDIA/apex from source"):
+        accelerated.apex_adam(ON_CUDA)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name.startswith("apex") else None)
-    with pytest.raises(accelerated.Refused, match="built without its CUDA extension amp_C"):
-        accelerated.apex_adam(True)
+    with pytest.raises(Refused, match="built without its CUDA extension amp_C"):
+        accelerated.apex_adam(ON_CUDA)
+
+
+def broken(*args: object) -> None:
+    raise RuntimeError("cudnn shared object not found.\nmore text")
 
 
 def test_any_exception_of_a_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: object) -> None:
-        raise RuntimeError("cudnn shared object not found.\nmore text")
+    monkeypatch.setitem(
+        choose.OPERATIONS, "AdamW", replace(choose.OPERATIONS["AdamW"], candidates=[("Transformer Engine", broken)])
+    )
+    choice = choose.choose_kernels(CPU, torch.bfloat16).choices[7]
+    assert str(choice) == "AdamW: torch fused (not Transformer Engine: cudnn shared object not found.)"
 
-    monkeypatch.setattr(accelerated, "te_attention", broken)
-    choice = choose.choose_kernels(CPU, torch.bfloat16).choices[0]  # attention
-    assert choice.refused == (("Transformer Engine", "cudnn shared object not found."),)
+
+def test_what_the_user_left_out_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for without in ("blocks of matrix products", "attention: blocks of matrix products"):
+        choice = choose.choose_kernels(CPU, torch.bfloat16, without=(without,)).choices[0]
+        assert choice.taken == "torch scaled_dot_product_attention"
+        assert choice.refused[1] == ("blocks of matrix products", "left out by run.without_kernels")
+    kept = choose.choose_kernels(CPU, torch.bfloat16, without=("RMSNorm: Transformer Engine",)).choices
+    assert kept[0].taken == "blocks of matrix products"
+    assert kept[1].refused[1] == ("Transformer Engine", "left out by run.without_kernels")
+    with pytest.raises(MegallamaError, match=r"run.without_kernels=\['TE'\] names no candidate; write .*, apex, atten"):
+        choose.choose_kernels(CPU, torch.bfloat16, without=("apex", "TE"))
 
 
-def test_wrong_results_are_refused() -> None:
-    def not_causal(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None = None
-    ) -> torch.Tensor:
-        return sdpa(q.flip(1), k, v)
+def test_fp8_is_refused_where_nothing_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = (
+        "precision.fp8: fp8 products: nothing here can (not Transformer Engine: no CUDA device; "
+        r'not torch _scaled_mm: no CUDA device\); write precision.fp8="none"'
+    ).replace("(not", r"\(not")
+    with pytest.raises(MegallamaError, match=message):
+        choose.choose_kernels(CPU, torch.bfloat16, fp8="tensorwise")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(Refused, match=r"compute capability 8.0 is below 8.9 \(L40S, H100, H200, B200\)"):
+        choose.FP8_PRODUCTS.candidates[1][1](ON_CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose.FP8_PRODUCTS.candidates[1][1](ON_CUDA) is TORCH_FP8
 
-    def make(n: int, k: int, d: int) -> Attend:
-        return not_causal
 
-    with pytest.raises(accelerated.Refused, match="output differs from the plain formula by"):
-        choose._checked_attention(make, CPU, torch.bfloat16)
-    with pytest.raises(accelerated.Refused, match="overwritten differs"):
-        choose._checked_wgrad(lambda main, dy, x, fresh: add_wgrad(main, dy, x, False), CPU, torch.float32)
-    with pytest.raises(accelerated.Refused, match="weights differs"):
-        choose._checked_adam(lambda *a: adamw_step(*a[:7], 0.0, a[8]), CPU)
+def test_fp8_is_of_the_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = replace(choose.FP8_PRODUCTS, candidates=[("torch _scaled_mm", lambda place: TORCH_FP8)])
+    monkeypatch.setattr(choose, "FP8_PRODUCTS", products)
+    kernels = choose.choose_kernels(CPU, torch.bfloat16, fp8="tensorwise")
+    assert kernels.layer_gemms is TORCH_FP8 and kernels.gemms is not TORCH_FP8
+    assert str(kernels.choices[-1]) == "fp8 products: torch _scaled_mm"
+
+
+def not_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
+    return sdpa(q.flip(1), k, v)
+
+
+def as_maker(attend: Attend) -> MakeAttention:
+    return lambda n, k, d: attend
+
+
+def unscaled(logits: torch.Tensor, index: torch.Tensor, log_sum: torch.Tensor, picked: torch.Tensor, _: Any) -> None:
+    EAGER.softmax_(logits, index, log_sum, picked, None)
+
+
+WRONG: list[tuple[str, Any, str]] = [  # operation, an implementation with one mistake, what it is refused for
+    ("attention", as_maker(not_causal), "output differs"),
+    ("RMSNorm", (lambda x, w, eps: EAGER.rms_norm(x, w, 1e-2), EAGER.rms_norm_backward), "output differs"),
+    ("RMSNorm", (EAGER.rms_norm, lambda dy, *a: EAGER.rms_norm_backward(dy * 1.1, *a)), "gradient of x differs"),
+    (
+        "RMSNorm",
+        (EAGER.rms_norm, lambda *a: (EAGER.rms_norm_backward(*a)[0], a[0].sum(0))),
+        "gradient of the weight differs",
+    ),
+    ("RoPE", lambda x, cos, sin, out: EAGER.rotate(x, cos, -sin, out), "turned heads differs"),
+    ("SwiGLU", (lambda x: EAGER.swiglu(x.flip(1)), EAGER.swiglu_backward), "output differs"),
+    ("SwiGLU", (EAGER.swiglu, lambda dout, x: EAGER.swiglu_backward(dout, x.flip(1))), "gradient differs"),
+    ("cross entropy", unscaled, "probabilities differs"),
+    ("matrix product", lambda a, b: (a.double() @ b.double().t() * 1.001).float(), "product differs"),
+    ("weight gradient", lambda main, dy, x, fresh: add_wgrad(main, dy, x, False), "overwritten differs"),
+    ("weight gradient", lambda main, dy, x, fresh: add_wgrad(main, dy, x, True), "accumulated differs"),
+    ("AdamW", lambda *a: adamw_step(*a[:7], 0.0, a[8]), "weights differs"),
+    ("gradient norm", lambda ts: sum((t.cumsum(0)[-1:] ** 2).sum() for t in ts) * 1.0, "sum of squares differs"),
+]
+
+
+@pytest.mark.parametrize(("operation", "made", "reason"), WRONG, ids=[f"{w[0]}: {w[2]}" for w in WRONG])
+def test_wrong_results_are_refused(operation: str, made: Any, reason: str) -> None:
+    with pytest.raises(Refused, match=f"{reason} from the plain formula by"):
+        choose.OPERATIONS[operation].check(made, FP32)
+
+
+def test_not_a_number_is_refused() -> None:
+    with pytest.raises(Refused, match="x differs from the plain formula by nan"):
+        checks.agree("x", torch.tensor([1.0, torch.nan]), torch.ones(2), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", choose.OPERATIONS)
+def test_every_implementation_that_this_machine_has_is_right(name: str, dtype: torch.dtype) -> None:
+    """Also the last ones, which are taken without a check."""
+    operation, place = choose.OPERATIONS[name], Place(CPU, dtype, documents=True)
+    for kind, make in (*operation.candidates, operation.last):
+        try:
+            made = make(place)
+        except Refused:
+            continue
+        if (name, dtype) != ("weight gradient", torch.bfloat16) and (name, dtype) != ("matrix product", torch.bfloat16):
+            operation.check(made, place)
+        elif kind == "torch mm":
+            checks.check_product(made, place)
+        else:  # a product rounded to bf16 before it is added
+            checks.check_wgrad(made, place, 1e-2)
 
 
 def across_documents(
@@ -101,7 +201,8 @@ def test_attention_that_forgets_documents_is_refused_only_where_they_matter(monk
     assert plain.taken == "blocks of matrix products"
     assert apart.taken == "torch scaled_dot_product_attention"
     assert apart.refused[1][1].startswith("output within documents differs from the plain formula by")
-    monkeypatch.setattr(choose, "sdpa", across_documents)
+    last = ("torch scaled_dot_product_attention", lambda place: as_maker(across_documents))
+    monkeypatch.setitem(choose.OPERATIONS, "attention", replace(choose.OPERATIONS["attention"], last=last))
     message = "no attention here keeps documents apart: torch's output within documents differs .* by .*; use data.docu"
     with pytest.raises(MegallamaError, match=message):
         choose.choose_kernels(CPU, torch.bfloat16, documents=True)
@@ -128,23 +229,24 @@ class DotProductAttention:
         return torch.cat([plain_attention(*(x[None, a:b] for x in (q, k, v)))[0] for a, b in pieces]).flatten(1)
 
 
+def installed(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
+    """Stand-ins for modules, as if their packages were there."""
+    for name, members in modules.items():
+        fake = ModuleType(name)
+        vars(fake).update(members)
+        monkeypatch.setitem(sys.modules, name.replace("__", "."), fake)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+
+
 def test_transformer_engines_attention_is_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     module = SimpleNamespace(DotProductAttention=DotProductAttention)
     monkeypatch.setattr(accelerated, "_module", lambda name, package: module)
-    monkeypatch.setattr(accelerated, "_half_on_cuda", lambda cuda, dtype: None)
-    make = accelerated.te_attention(True, torch.bfloat16)
-    assert choose._checked_attention(make, CPU, torch.bfloat16, documents=True) is make
+    make = accelerated.te_attention(ON_CUDA)
+    checks.check_attention(make, replace(BF16, documents=True))
 
 
-def test_right_results_are_taken() -> None:
-    for documents in (False, True):
-        assert choose._checked_attention(lambda n, k, d: sdpa, CPU, torch.bfloat16, documents)(1, 1, 1) is sdpa
-    assert choose._checked_wgrad(add_wgrad, CPU, torch.float32) is add_wgrad
-    assert choose._checked_adam(adamw_step, CPU) is adamw_step
-
-
-def test_the_multi_tensor_kernel_is_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in with the documented signature of amp_C.multi_tensor_adam must reproduce torch's AdamW."""
+def test_the_multi_tensor_kernels_are_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the documented signatures of amp_C must reproduce torch's AdamW and norm."""
 
     def multi_tensor_adam(chunk, noop, lists, lr, beta1, beta2, eps, step, mode, bias_correction, decay):  # type: ignore[no-untyped-def]
         assert (mode, bias_correction, noop.dtype) == (1, 1, torch.int32)
@@ -154,9 +256,102 @@ def test_the_multi_tensor_kernel_is_called_as_documented(monkeypatch: pytest.Mon
             update = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps) + decay * p
             p.sub_(lr * update)
 
-    fake = ModuleType("amp_C")
-    fake.multi_tensor_adam = multi_tensor_adam  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "amp_C", fake)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    step = accelerated.apex_adam(True)
-    assert choose._checked_adam(step, CPU) is step
+    def multi_tensor_l2norm(chunk, noop, lists, per_tensor):  # type: ignore[no-untyped-def]
+        assert per_tensor is False and noop.dtype == torch.int32
+        (tensors,) = lists
+        assert all(t.numel() for t in tensors)
+        return torch.cat([t.double() for t in tensors]).norm().float().view(1), None
+
+    members = {"multi_tensor_adam": multi_tensor_adam, "multi_tensor_l2norm": multi_tensor_l2norm}
+    installed(monkeypatch, amp_C=members, transformer_engine_torch=members, transformer_engine__pytorch={})
+    for adam in (accelerated.apex_adam, accelerated.te_adam):
+        checks.check_adam(adam(ON_CUDA), FP32)
+    for norm in (accelerated.apex_sum_of_squares, accelerated.te_sum_of_squares):
+        checks.check_sum_of_squares(norm(ON_CUDA), FP32)
+        assert norm(ON_CUDA)([]).item() == 0
+
+
+def test_fused_norms_are_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the signatures of transformer_engine_torch, fused_layer_norm_cuda and aten."""
+
+    def forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return EAGER.rms_norm(x, weight, eps), torch.rsqrt(x.float().square().mean(-1) + eps)
+
+    def backward(dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+        assert rstd.dtype == torch.float32 and torch.allclose(rstd.view(-1), forward(x, weight, 1e-5)[1])
+        dx, dweight = EAGER.rms_norm_backward(dy, x, weight, 1e-5)
+        return [dx, dweight.to(weight.dtype)]
+
+    def rmsnorm_fwd(x, weight, eps, out, quantizer, kind, margin, zero_centered):  # type: ignore[no-untyped-def]
+        assert (out, quantizer, kind, margin, zero_centered) == (None, None, "bf16", 0, False)
+        y, rstd = forward(x, weight, eps)
+        return [y, None, rstd]
+
+    def rmsnorm_bwd(dy, x, rstd, weight, margin, zero_centered):  # type: ignore[no-untyped-def]
+        assert (rstd.dim(), margin, zero_centered) == (1, 0, False)
+        return backward(dy, x, rstd, weight)
+
+    def rms_backward_affine(dy, rstd, x, shape, weight, eps, memory_efficient):  # type: ignore[no-untyped-def]
+        assert (tuple(shape), memory_efficient) == ((x.shape[1],), False)
+        return backward(dy, x, rstd, weight)
+
+    def rms_forward_affine(x, shape, weight, eps):  # type: ignore[no-untyped-def]
+        assert tuple(shape) == (x.shape[1],)
+        return forward(x, weight, eps)
+
+    installed(
+        monkeypatch,
+        fused_layer_norm_cuda={"rms_forward_affine": rms_forward_affine, "rms_backward_affine": rms_backward_affine},
+        transformer_engine_torch={"rmsnorm_fwd": rmsnorm_fwd, "rmsnorm_bwd": rmsnorm_bwd},
+        transformer_engine__pytorch={},
+        transformer_engine__pytorch__constants={"TE_DType": {torch.bfloat16: "bf16"}},
+    )
+    for make in (accelerated.apex_norm, accelerated.te_norm):
+        pair = make(ON_CUDA)
+        checks.check_norm(pair, BF16)
+        assert pair[1](*(torch.ones(4, 8, dtype=torch.bfloat16),) * 2, torch.ones(8), 1e-5)[1].dtype == torch.float32
+
+
+def test_transformer_engines_swiglu_is_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    def swiglu(x: torch.Tensor, quantizer: None) -> torch.Tensor:
+        assert quantizer is None
+        return EAGER.swiglu(x)
+
+    def dswiglu(grad: torch.Tensor, x: torch.Tensor, quantizer: None) -> torch.Tensor:
+        assert quantizer is None
+        return EAGER.swiglu_backward(grad.clone(), x)
+
+    members = {"swiglu": swiglu, "dswiglu": dswiglu}
+    installed(monkeypatch, transformer_engine_torch=members, transformer_engine__pytorch={})
+    checks.check_swiglu(accelerated.te_swiglu(ON_CUDA), BF16)
+
+
+def test_transformer_engines_fp8_is_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in whose quantised tensors can be read only in the way that Hopper's GEMM can read them."""
+
+    class Quantizer:
+        def __init__(self, kind, device, *, rowwise, columnwise, force_pow_2_scales):  # type: ignore[no-untyped-def]
+            assert rowwise and force_pow_2_scales
+            self.kind, self.columns = kind, columnwise
+
+        def __call__(self, x: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(kind=self.kind, columns=self.columns, x=x.to(self.kind).float())
+
+    def general_gemm(A, B, *, out_dtype, layout, grad=False, out=None, accumulate=False, use_split_accumulator=False):  # type: ignore[no-untyped-def]
+        forward = layout == "TN"
+        assert grad is use_split_accumulator is not forward
+        assert A.columns is (layout[0] == "N") and B.columns is (layout[1] == "T")
+        assert (A.kind, B.kind) == (torch.float8_e4m3fn, torch.float8_e4m3fn if forward else torch.float8_e5m2)
+        a, b = A.x if layout[0] == "T" else A.x.t(), B.x.t() if layout[1] == "T" else B.x
+        result = (b @ a.t()).to(out_dtype)  # cuBLAS counts columns first: out = B op A
+        return [out.copy_(result + accumulate * out) if out is not None else result, None, None, None]
+
+    kinds = SimpleNamespace(kFloat8E4M3=torch.float8_e4m3fn, kFloat8E5M2=torch.float8_e5m2)
+    installed(
+        monkeypatch,
+        transformer_engine_torch={"DType": kinds},
+        transformer_engine__pytorch={},
+        transformer_engine__pytorch__tensor__float8_tensor={"Float8CurrentScalingQuantizer": Quantizer},
+        transformer_engine__pytorch__cpp_extensions={"general_gemm": general_gemm},
+    )
+    checks.check_fp8(accelerated.te_fp8(ON_CUDA), BF16)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -12,9 +14,10 @@ from megallama.comm.groups import Groups
 from megallama.comm.recording import Call, Recording
 from megallama.config.schema import Config
 from megallama.kernels.choose import choose_kernels
+from megallama.layers.param import Gemms
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import DTYPES, Rank, assemble, initialize
-from tests.small import CPU, on_threads, small_config
+from tests.small import CPU, curve, on_threads, small_config, tokens, train
 from tests.threads import run_threads
 
 TOKENS, HIDDEN = 16, 32
@@ -104,8 +107,93 @@ def test_backward_is_the_adjoint_of_forward(tp: int, sequence_parallel: bool) ->
         assert abs(forward - backward) <= 1e-7 * abs(forward)
 
 
+@pytest.mark.parametrize("chunks", [2, 4])
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_a_forward_in_pieces_communicates_pieces(recompute: str, chunks: int) -> None:
+    """As many bytes in more calls, in forwards only."""
+    sections = {"overlap": {"tensor_parallel_chunks": chunks}, "memory": {"recompute": recompute}}
+    for forward, backward in recorded(small_config(parallel={"tp": 2}, **sections), 2, one_layer):
+        assert [c.op for c in forward] == (["all_gather"] * chunks + ["reduce_scatter"] * chunks) * 2
+        assert {c.shape for c in forward} == {(TOKENS // chunks, HIDDEN)}
+        assert {c.shape for c in backward} == {(TOKENS, HIDDEN)}
+
+
+def test_pieces_are_under_way_during_products() -> None:
+    """What of a piece is under way while another one is multiplied, in the order of a trace."""
+
+    def order(rank: Rank, calls: list[Call]) -> list[str]:
+        said: list[str] = []
+        layer, tp = rank.stages[0].layers[0], rank.stages[0].layers[0].qkv_proj.tp
+        group, product = tp.group, layer.gate_up_proj.param._gemms.matmul_nt
+
+        class Noted:
+            def __init__(self, number: int, handle: Any) -> None:
+                self.number, self.handle = number, handle
+
+            def wait(self) -> None:
+                said.append(f"wait {self.number}")
+                self.handle.wait()
+
+        started = count()
+
+        def noted(handle: Any) -> Any:
+            said.append(f"start {(number := next(started))}")
+            return Noted(number, handle)
+
+        class Group:
+            size, rank, name = group.size, group.rank, group.name
+
+            def all_gather(self, *tensors: torch.Tensor) -> Any:
+                return noted(group.all_gather(*tensors))
+
+            def reduce_scatter(self, *tensors: torch.Tensor) -> Any:
+                return noted(group.reduce_scatter(*tensors))
+
+        def multiplied(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            said.append("product")
+            return product(a, b)
+
+        ours = replace(tp, group=Group())  # type: ignore[arg-type]
+        gemms = Gemms(multiplied, layer.gate_up_proj.param._gemms.add_wgrad)
+        for linear in (layer.gate_up_proj, layer.down_proj):
+            linear.tp, linear.param._gemms = ours, gemms
+        x = torch.randn(TOKENS // 2, HIDDEN, dtype=torch.float64)
+        layer.down_proj(layer.gate_up_proj(x))
+        return said
+
+    config = small_config(parallel={"tp": 2}, overlap={"tensor_parallel_chunks": 2})
+    column = ["start 0", "wait 0", "start 1", "product", "wait 1", "product"]
+    row = ["product", "start 2", "product", "start 3", "wait 2", "wait 3"]
+    assert recorded(config, 2, order) == [column + row] * 2
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_forward_in_pieces_is_the_whole_one(tp: int, recompute: str, sequence_parallel: bool) -> None:
+    def outcome(rank: Rank) -> torch.Tensor:
+        numbers = curve(train(rank, tokens(rank.plan.config, 2)))
+        return torch.cat((torch.tensor(numbers, dtype=torch.float64), rank.buffers[0].grads))
+
+    parallel = {"tp": tp, "sequence_parallel": sequence_parallel}
+    results = [
+        on_threads(
+            small_config(
+                parallel=parallel, memory={"recompute": recompute}, overlap={"tensor_parallel_chunks": chunks}
+            ),
+            tp,
+            outcome,
+        )
+        for chunks in (1, 2, 4)
+    ]
+    for whole, *cut in zip(*results, strict=True):
+        for mine in cut:
+            assert torch.allclose(mine, whole, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_overlap_changes_no_bit(dtype: str) -> None:
+def test_overlap_changes_no_bit(dtype: str, chunks: int) -> None:
     def grads(rank: Rank) -> torch.Tensor:
         x = torch.randn(8, HIDDEN, generator=torch.Generator().manual_seed(rank.groups.tp.rank)).to(DTYPES[dtype])
         out = rank.stages[0].layers[0](x.requires_grad_(), rank.stages[0].rotary.positions(None))
@@ -115,7 +203,8 @@ def test_overlap_changes_no_bit(dtype: str) -> None:
 
     results = []
     for overlap in (True, False):
-        config = small_config(parallel={"tp": 2}, overlap={"tensor_parallel": overlap}, precision={"dtype": dtype})
+        switches = {"tensor_parallel": overlap, "tensor_parallel_chunks": chunks}
+        config = small_config(parallel={"tp": 2}, overlap=switches, precision={"dtype": dtype})
         results.append(on_threads(config, 2, grads))
     for on, off in zip(*results, strict=True):
         assert torch.equal(on, off)

@@ -47,6 +47,7 @@ class Layout:
     uneven: bool = False
     vocab: int = 64
     documents: bool = False
+    tp_chunks: int = 1
 
     @property
     def ranks(self) -> int:
@@ -89,6 +90,7 @@ class Layout:
                 "stage_layers": layers,
             }
             settings["memory"] = {"recompute": self.recompute}
+            settings["overlap"] = {"tensor_parallel_chunks": self.tp_chunks}
         return small_config(**settings)
 
     def __str__(self) -> str:
@@ -106,6 +108,7 @@ class Layout:
                 (" uneven", self.uneven),
                 (" padded", self.vocab != 64),
                 (" documents", self.documents),
+                (f" {self.tp_chunks} pieces", self.tp_chunks > 1),
             )
             if on
         )
@@ -136,6 +139,8 @@ FURTHER = (
     Layout(pp=4, chunks=2, schedule="v-half", tp=2, kv_heads=1, tied=True, uneven=True),
     Layout(pp=2, chunks=2, schedule="dualpipe-v", tp=2, sequence_parallel=False, dp=2, recompute="none", vocab=61),
     Layout(pp=2, chunks=2, schedule="csv", dp=2, tied=True, documents=True),
+    Layout(tp=2, pp=2, schedule="zb-h1", dp=2, recompute="none", kv_heads=1, tp_chunks=4),
+    Layout(tp=4, sequence_parallel=False, recompute="full", vocab=61, tp_chunks=2),
 )
 
 
@@ -171,7 +176,7 @@ def run(world: World, layout: Layout, dtype: str, alone: bool) -> list[float]:
     """Train on one rank of a job; losses and gradient norms. Called in the processes of the pool."""
     config = layout.config(dtype, alone)
     plan = make_plan(config, world.world_size)
-    rank = build(plan, world.groups(plan.topology, config.model.num_kv_heads or 1))
+    rank = build(plan, world.groups(plan.topology, config.model.num_kv_heads or 1), world.device)
     starts = documents(config, STEPS) if layout.documents else None
     return curve(train(rank, tokens(config, STEPS), starts=starts))
 

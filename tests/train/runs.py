@@ -80,7 +80,7 @@ def state_files(folder: Path) -> dict[str, bytes]:
 
 
 def live_memory(world: World, folder: str, sections: dict[str, dict[str, Any]], marks: list[int]) -> list[list[int]]:
-    """[live tensors, their bytes, resident bytes] after each step of `marks` of one run."""
+    """[live tensors, their bytes, resident bytes, live objects] after each step of `marks` of one run."""
     torch.set_num_threads(1)
     config = small_config(**{**sections, "run": {"folder": folder, "peak_tflops": 1.0}})
     log = Logger(world.rank, world.world_size, Path(folder))
@@ -94,7 +94,7 @@ def live_memory(world: World, folder: str, sections: dict[str, dict[str, Any]], 
             tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors()}
             status = Path("/proc/self/status").read_text()
             resident = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS"))
-            seen.append([len(tensors), sum(tensors.values()), resident])
+            seen.append([len(tensors), sum(tensors.values()), resident, len(gc.get_objects())])
         return result
 
     trainer._one_step = watched  # type: ignore[method-assign]

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import threading
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,25 @@ def writer(folder: Path, config: LogConfig = PLAIN, rank: int = 0, step: int = 0
     return MetricsWriter(folder, Logger(rank, 2, folder), config, steps=2000, step=step, **keys)
 
 
+def written(out: MetricsWriter) -> None:
+    """Return when the thread has written everything."""
+    over = threading.Event()
+    out._queue.put(over.set)
+    assert over.wait(60)
+
+
+def test_a_sink_that_hangs_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, go = writer(tmp_path), threading.Event()
+    write = out._sinks["metrics.jsonl"].write
+    monkeypatch.setattr(out._sinks["metrics.jsonl"], "write", lambda *what: (go.wait(60), write(*what)))
+    for step in range(1, 4):
+        out.train(replace(STEP, step=step))  # returns at once
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    go.set()
+    out.close()
+    assert [r["step"] for r in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
 def test_json_lines(tmp_path: Path) -> None:
     out = writer(tmp_path)
     out.train(STEP)
@@ -178,9 +198,11 @@ def test_a_full_disk_leaves_whole_lines_and_one_warning(
         taken, room[0] = write(handle, data[: room[0]]), 0
         return taken
 
+    written(out)
     monkeypatch.setattr(os, "write", limited)
     out.train(replace(STEP, step=2))  # 40 bytes of it fit
     out.train(replace(STEP, step=3))  # nothing fits
+    written(out)
     monkeypatch.undo()
     out.train(replace(STEP, step=4))
     out.close()
