@@ -31,10 +31,10 @@ class Transfer:
     The originals are kept until `arrived`: a page that is being copied must not become another batch.
     """
 
-    def __init__(self, batches: Sequence[MicroBatch], device: torch.device, stream: torch.cuda.Stream) -> None:
-        self._pinned, self._device = batches, device
+    def __init__(self, batches: Sequence[MicroBatch], stream: torch.cuda.Stream) -> None:
+        self._pinned, self._device = batches, stream.device
         with torch.cuda.stream(stream):
-            self._there = [batch.to(device) for batch in batches]
+            self._there = [batch.to(stream.device) for batch in batches]
             self._end = stream.record_event()
 
     def take(self) -> list[MicroBatch]:
@@ -98,18 +98,16 @@ class Loader:
 
         Raises: DataError if the thread is stuck; what it raised if it failed; StopIteration after the last step.
         """
-        if self._ahead is None:
+        if self._copies is None:
             batches = self._take()
-            if self._device is None or self._copies is None:
-                self.step += 1
-                return batches if self._device is None else [batch.to(self._device) for batch in batches]
-            self._ahead = Transfer(batches, self._device, self._copies)
-        here, self._ahead = self._ahead, None
+            self.step += 1
+            return batches if self._device is None else [batch.to(self._device) for batch in batches]
+        here, self._ahead = self._ahead or Transfer(self._take(), self._copies), None
         self.step += 1
         self._leaving = [t for t in self._leaving if not t.arrived()] + [here]
         if self.step != self._stop_step and not self._queue.empty():
             with contextlib.suppress(MegallamaError):  # it is raised when that step is asked for
-                self._ahead = Transfer(self._take(), self._device, self._copies)
+                self._ahead = Transfer(self._take(), self._copies)
         return here.take()
 
     def _take(self) -> list[MicroBatch]:

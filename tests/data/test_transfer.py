@@ -32,7 +32,7 @@ class FakeEvent:
 
 class FakeStream:
     def __init__(self, name: str, log: list[str]) -> None:
-        self.name, self.log, self.done = name, log, False
+        self.name, self.log, self.done, self.device = name, log, False, GPU
 
     def record_event(self) -> FakeEvent:
         self.log.append(f"event on {self.name}")
