@@ -80,6 +80,7 @@ class Pricer:
             Part("matrices", matrices, matrices, matrices, full * matrices),
             Part("attention", slow * attention, slow * backward, 0.0, core_again * slow * attention),
             Part("elementwise", wide + inner, 1.5 * (wide + inner), 0.0, full * (wide + inner) + reuse),
+            Part("gradient sums", 0.0, 0.0, self.added_up(job.layer_matrix)),
             Part("launch", launch, launch, launch, full * launch),
             Part("tp comm", tp, tp, 0.0, full * tp),
         ]
@@ -89,7 +90,11 @@ class Pricer:
         job = self.job
         product = self.product(job.tokens, job.hidden, job.vocab / job.tp)
         logits = (self.stack.head / job.tp + self.stack.whole) * job.tokens * job.vocab / self.memory_rate / 2
-        return Part("head and loss", product + logits, product + logits, product)
+        return Part("head and loss", product + logits, product + logits, product + self.added_up(job.vocab * job.hidden))
+
+    def added_up(self, parameters: int) -> float:
+        """Adding one micro-batch's weight gradients to those of the step."""
+        return self.stack.accumulate * parameters / self.job.tp / self.memory_rate
 
     def product(self, m: float, k: float, n: float) -> float:
         """One matrix product [m, k] x [k, n]."""

@@ -61,6 +61,7 @@ class Stack:
     inner: float  # the same per element inside attention and the feed-forward network
     head: float  # the same per logit of this rank, forward and backward
     whole: float  # the same per logit of the whole vocabulary (programs that gather it)
+    accumulate: float  # bytes per parameter of adding a micro-batch's weight gradients to the others'
     tp_overlap: float  # share of tensor-parallel communication hidden under computation
     dp_overlap: float  # share of gradients and parameters that may hide, if the backward is long enough
     blocking: float  # transfers between stages during which a rank waits, per forward and per backward
@@ -69,7 +70,7 @@ class Stack:
     network: float  # of what gpu.nic lets through
     ring_ns: float  # per parameter and doubling of a data-parallel ring's nodes beyond gpu.leaf_nodes
     step_ms: float  # per step
-    jitter: float  # share of a step per doubling of the nodes
+    jitter: float  # share of a step per doubling of the nodes, where stages wait for one another
     grad_bytes: float  # per parameter, reduced
     param_bytes: float  # per parameter, gathered
     state_bytes: float  # held per parameter by every rank
