@@ -69,6 +69,13 @@ def evenly(layers: int, stages: int, before: int, after: int) -> tuple[int, ...]
     return (first - before, *others, last - after) if first >= before and last >= after else None
 
 
+def assumed(row: Row) -> list[str]:
+    """What a row leaves open and the prediction depends on."""
+    chunks = 2 if _word(row, "schedule").endswith("interleaved") else 1
+    used = {"micro_batch": 1, "vocab": 50304} | ({"vpp": chunks} if _count(row, "pp", 1) > 1 else {})
+    return [f"{key}={value} is assumed" for key, value in used.items() if not _word(row, key)]
+
+
 def machine_of(row: Row) -> Machine:
     """The kind of GPU that a row names. Raises: RowError if we have no constants for it."""
     if (kind := _first(GPUS, _word(row, "gpu"))) is None:
