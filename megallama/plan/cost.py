@@ -90,7 +90,8 @@ class Pricer:
         job = self.job
         product = self.product(job.tokens, job.hidden, job.vocab / job.tp)
         logits = (self.stack.head / job.tp + self.stack.whole) * job.tokens * job.vocab / self.memory_rate / 2
-        return Part("head and loss", product + logits, product + logits, product + self.added_up(job.vocab * job.hidden))
+        weight = product + self.added_up(job.vocab * job.hidden)
+        return Part("head and loss", product + logits, product + logits, weight)
 
     def added_up(self, parameters: int) -> float:
         """Adding one micro-batch's weight gradients to those of the step."""
