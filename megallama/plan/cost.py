@@ -88,10 +88,9 @@ class Pricer:
     def head(self) -> Part:
         """The output head and the loss for one micro-batch."""
         job = self.job
-        product = self.product(job.tokens, job.hidden, job.vocab / job.tp)
+        gemm = self.product(job.tokens, job.hidden, job.vocab / job.tp)
         logits = (self.stack.head / job.tp + self.stack.whole) * job.tokens * job.vocab / self.memory_rate / 2
-        weight = product + self.added_up(job.vocab * job.hidden)
-        return Part("head and loss", product + logits, product + logits, weight)
+        return Part("head and loss", gemm + logits, gemm + logits, gemm + self.added_up(job.vocab * job.hidden))
 
     def added_up(self, parameters: int) -> float:
         """Adding one micro-batch's weight gradients to those of the step."""

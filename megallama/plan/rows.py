@@ -44,11 +44,9 @@ def job_of_row(row: Row) -> tuple[Job, Machine]:
     if pp * chunks > layers + 2:  # some count embedding and head as layers
         raise RowError(f"pp={pp} x vpp={chunks} stages are more than layers={layers} and two")
     stack, schedule = stack_of(row), _word(row, "schedule").rstrip("?").split("/")[0]
-    split: tuple[int, ...] | None = None
     if stack == "zerobubble" and schedule != "zb-v":
         chunks = (layers + 2) // pp if schedule == "interleaved" and (layers + 2) % pp == 0 else 1  # a layer per chunk
-    if pp > 1 and stack in ENDS:
-        split = evenly(layers, pp * chunks, *ENDS[stack])
+    split = evenly(layers, pp * chunks, *ENDS[stack]) if pp > 1 and stack in ENDS else None
     gated, recompute = _word(row, "gated") in ("1", "true"), _word(row, "recompute")
     job = Job(
         layers, hidden, _count(row, "ffn", 4 * hidden), gated, heads, _count(row, "kv_heads", heads), hidden // heads,
