@@ -69,9 +69,9 @@ def evenly(layers: int, stages: int, before: int, after: int) -> tuple[int, ...]
 
 def assumed(row: Row) -> list[str]:
     """What a row leaves open and the prediction depends on."""
-    chunks = 2 if _word(row, "schedule").endswith("interleaved") else 1
-    used = {"micro_batch": 1, "vocab": 50304} | ({"vpp": chunks} if _count(row, "pp", 1) > 1 else {})
-    return [f"{key}={value} is assumed" for key, value in used.items() if not _word(row, key)]
+    vpp = {"vpp": 1 + _word(row, "schedule").endswith("interleaved")} if _count(row, "pp", 1) > 1 else {}
+    used = ({"micro_batch": 1, "vocab": 50304} | vpp).items()
+    return [f"{key}={value} is assumed" for key, value in used if not _word(row, key)]
 
 
 def machine_of(row: Row) -> Machine:
@@ -106,9 +106,8 @@ def stack_of(row: Row) -> str:
 
 
 def _sharding(row: Row) -> str:
-    mode = _word(row, "dp_mode")
     known = {"fsdp": "zero3", "hsdp": "zero3", "zero3": "zero3", "zero2": "zero2", "zero1": "zero1", "distopt": "zero1"}
-    found = _first(known, mode) or "none"
+    found = _first(known, _word(row, "dp_mode")) or "none"
     return "zero1" if found == "zero3" and _count(row, "pp", 1) > 1 else found  # pipelines gather once a step
 
 
