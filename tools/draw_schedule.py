@@ -31,7 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import ConfigError, MegallamaError  # noqa: E402
-from megallama.config.load import load  # noqa: E402
+from megallama.config.load import load, read_words  # noqa: E402
 from megallama.config.schema import ParallelConfig  # noqa: E402
 from megallama.plan.check import FIXED_CHUNKS, build_schedule  # noqa: E402
 from megallama.plan.partition import stage_costs  # noqa: E402
@@ -47,20 +47,14 @@ COLOURS = {
     "W": ("#e3b35c", "#b97f1e"),
 }
 """Of each kind of work: for the lower and the upper stages of a rank."""
+USAGE = "usage: python tools/draw_schedule.py [CONFIG.toml] ranks=N [section.key=value ...] [OPTIONS]"
 ROW, LABEL, WIDTH = 26, 58, 1400  # pixels
 
 
 def configured(words: Sequence[str]) -> tuple[Schedule, list[StageCost]]:
     """The schedule of a configuration, and stage costs whose mean forward is 1 ms. Raises: ConfigError."""
-    files = [a for a in words if "=" not in a]
-    counts = [a.partition("=")[2] for a in words if a.startswith("ranks=")]
-    if len(files) > 1 or len(counts) != 1 or not counts[0].isdecimal() or not int(counts[0]):
-        raise ConfigError(
-            "give at most one configuration file and one number of ranks, for example ranks=8; or --schedule"
-        )
-    overrides = [a for a in words if a not in files and not a.startswith("ranks=")]
-    ranks = int(counts[0])
-    plan = make_plan(load(Path(files[0]) if files else None, overrides, ranks=ranks, need_data=False), ranks)
+    file, ranks, overrides = read_words(words, "a drawing without --schedule", USAGE)
+    plan = make_plan(load(file, overrides, ranks=ranks, need_data=False), ranks)
     costs = stage_costs(plan.config, plan.stages)
     unit = sum(c.forward for c in costs) / len(costs)
     return plan.schedule, [StageCost(*(x / unit for x in c)) for c in costs]

@@ -27,7 +27,7 @@ from megallama.plan.forecast import CO2_KG_PER_KWH, PUE, Forecast, forecast  # n
 from megallama.plan.hardware import load_machine  # noqa: E402
 from megallama.plan.plan import make_plan  # noqa: E402
 from megallama.plan.predict import predict  # noqa: E402
-from megallama.plan.rows import NEEDED, RowError, job_of_row  # noqa: E402
+from megallama.plan.rows import NEEDED, RowError, assumed, job_of_row  # noqa: E402
 from megallama.plan.search import search  # noqa: E402
 
 USAGE = "usage: python tools/plan.py [CONFIG.toml] ranks=N [hardware=KIND] [kernel=NAME] [section.key=value ...]"
@@ -186,7 +186,7 @@ def predict_table(path: Path, out: str | None) -> int:
             p = predict(job, machine)
             numbers = (p.step_seconds, p.tokens_per_second, p.mfu_full * machine.gpu.peak_tflops, p.memory_bytes / 1e9)
             fits = p.memory_bytes <= p.memory_limit
-            new = [*(f"{v:.6g}" for v in numbers), str(int(fits)), "; ".join(p.flags)]
+            new = [*(f"{v:.6g}" for v in numbers), str(int(fits)), "; ".join([*assumed(row), *p.flags])]
         except RowError as error:
             bad += 1
             print(f"{path}, line {line}: not predicted: {error}", file=sys.stderr)

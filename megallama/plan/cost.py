@@ -53,14 +53,14 @@ class Pricer:
         self.kernel, self.stack = machine.kernels[job.kernel], machine.stacks[job.stack]
         self.peak = self.gpu.peak_tflops * 1e12
         self.memory_rate = self.gpu.memory_gb_per_s * 1e9 * self.gpu.bandwidth
+        self.add_up = self.stack.accumulate / job.tp / self.memory_rate  # a parameter's gradient to those before
         self.node_rate = self.gpu.nvlink_gb_per_s * 1e9 * self.gpu.tp_bus
         self.nic_rate = (job.network_gbit or self.gpu.nic_gbit) / 8 * 1e9 * self.gpu.nic * self.stack.network
 
     def layer(self) -> list[Part]:
         """The work of one layer on one rank for one micro-batch."""
-        job, kernel, stack = self.job, self.kernel, self.stack
-        t, tokens, h, f, full = job.tp, job.tokens, job.hidden, job.ffn, job.recompute == "full"
-        up = 2 if job.gated else 1
+        job, kernel, stack, full = self.job, self.kernel, self.stack, self.job.recompute == "full"
+        t, tokens, h, f, up = job.tp, job.tokens, job.hidden, job.ffn, 2 if job.gated else 1
         shapes = ((h, (job.width + 2 * job.kv_width) / t), (job.width / t, h), (h, up * f / t), (f / t, h))
         matrices = sum(self.product(tokens, k, n) for k, n in shapes)
         peak, scores = self.peak * self.gpu.attention, 4.0 * tokens * job.seq * job.width / t
@@ -80,6 +80,7 @@ class Pricer:
             Part("matrices", matrices, matrices, matrices, full * matrices),
             Part("attention", slow * attention, slow * backward, 0.0, core_again * slow * attention),
             Part("elementwise", wide + inner, 1.5 * (wide + inner), 0.0, full * (wide + inner) + reuse),
+            Part("gradient sums", 0.0, 0.0, job.layer_matrix * self.add_up),
             Part("launch", launch, launch, launch, full * launch),
             Part("tp comm", tp, tp, 0.0, full * tp),
         ]
@@ -87,9 +88,9 @@ class Pricer:
     def head(self) -> Part:
         """The output head and the loss for one micro-batch."""
         job = self.job
-        product = self.product(job.tokens, job.hidden, job.vocab / job.tp)
+        gemm = self.product(job.tokens, job.hidden, job.vocab / job.tp)
         logits = (self.stack.head / job.tp + self.stack.whole) * job.tokens * job.vocab / self.memory_rate / 2
-        return Part("head and loss", product + logits, product + logits, product)
+        return Part("head and loss", gemm + logits, gemm + logits, gemm + job.vocab * job.hidden * self.add_up)
 
     def product(self, m: float, k: float, n: float) -> float:
         """One matrix product [m, k] x [k, n]."""
@@ -102,8 +103,7 @@ class Pricer:
         job = self.job
         rate = self.node_rate if job.tp <= self.gpu.gpus_per_node else self.nic_rate
         moved = 4 * (job.tp - 1) / job.tp * 2.0 * job.tokens * job.hidden
-        exposed = 1 - self.stack.tp_overlap * job.hide_tp
-        return (job.tp > 1) * exposed * (moved / rate + 2 * self.gpu.tp_latency_us * 1e-6)
+        return (job.tp > 1) * (1 - self.stack.tp_overlap * job.hide_tp) * (moved / rate + 2e-6 * self.gpu.tp_latency_us)
 
     def hop(self) -> float:
         """One activation from stage to stage."""
@@ -141,9 +141,8 @@ class Pricer:
         return self.job.rank_parameters / cut * OPTIMIZER_BYTES / self.memory_rate
 
     def _ring_rate(self, ranks: int) -> float:
-        members = max(1, min(ranks, self.gpu.gpus_per_node // self.job.tp))
-        within = ranks * self.job.tp <= self.gpu.gpus_per_node
-        return self.node_rate if within else min(self.node_rate, members * self.nic_rate)
+        members = max(1, self.gpu.gpus_per_node // self.job.tp)  # that a node has room for
+        return self.node_rate if ranks <= members else min(self.node_rate, members * self.nic_rate)
 
 
 def closed_form(job: Job, costs: Sequence[StageCost], hop: float) -> float:

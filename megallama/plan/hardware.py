@@ -46,30 +46,31 @@ class Kernel:
 
     forward: float  # of peak
     backward: float
-    passes: float  # of the score matrix through memory
-    unaligned: float  # times slower with heads that are no multiple of 8
-    causal: bool  # leaves out what the mask hides
+    passes: float = 0.0  # of the score matrix through memory
+    unaligned: float = 2.0  # times slower with heads that are no multiple of 8
+    causal: bool = True  # leaves out what the mask hides
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stack:
     """What a training program does, in numbers: time first, then bytes."""
 
-    speed: float  # of matrix products, against gpu.gemm
-    fp8: float  # speed of fp8 products over bf16's
+    speed: float = 1.0  # of matrix products, against gpu.gemm
+    fp8: float = 1.5  # speed of fp8 products over bf16's
     wide: float  # elementwise bytes per token and element of the residual stream in a layer's forward
     inner: float  # the same per element inside attention and the feed-forward network
     head: float  # the same per logit of this rank, forward and backward
-    whole: float  # the same per logit of the whole vocabulary (programs that gather it)
-    tp_overlap: float  # share of tensor-parallel communication hidden under computation
-    dp_overlap: float  # share of gradients and parameters that may hide, if the backward is long enough
+    whole: float = 0.0  # the same per logit of the whole vocabulary (programs that gather it)
+    accumulate: float  # bytes per parameter of adding a micro-batch's weight gradients to the others'
+    tp_overlap: float = 0.0  # share of tensor-parallel communication hidden under computation
+    dp_overlap: float = 0.0  # share of gradients and parameters that may hide, if the backward is long enough
     blocking: float  # transfers between stages during which a rank waits, per forward and per backward
     scatter_gather: bool  # a transfer is cut over tp
     launch_us: float  # one layer's forward, input or weight gradient beside its kernels
-    network: float  # of what gpu.nic lets through
+    network: float = 1.0  # of what gpu.nic lets through
     ring_ns: float  # per parameter and doubling of a data-parallel ring's nodes beyond gpu.leaf_nodes
     step_ms: float  # per step
-    jitter: float  # share of a step per doubling of the nodes
+    jitter: float  # share of a step per doubling of the nodes, where stages wait for one another
     grad_bytes: float  # per parameter, reduced
     param_bytes: float  # per parameter, gathered
     state_bytes: float  # held per parameter by every rank
@@ -78,7 +79,7 @@ class Stack:
     keep_heads: float  # ... per element of q, k, v and the attention output
     keep_ffn: float  # ... per element of the feed-forward network
     keep_logits: float  # per logit of this rank
-    keep_whole: float  # per logit of the whole vocabulary
+    keep_whole: float = 0.0  # per logit of the whole vocabulary
     reserve_gb: float  # context, communicators, workspaces
 
 

@@ -69,8 +69,8 @@ def seconds_by_cause(job: Job, machine: Machine, clock: Clock = closed_form) -> 
         causes["dp comm"] = each - min(share * each, window)
     causes["optimizer"] = price.optimizer()
     causes["step overhead"] = price.stack.step_ms * 1e-3
-    nodes = max(1.0, job.gpus / machine.gpu.gpus_per_node)
-    causes["jitter"] = sum(causes.values()) * price.stack.jitter * log2(nodes)
+    doublings = (p > 1) * log2(max(1.0, job.gpus / machine.gpu.gpus_per_node))
+    causes["jitter"] = sum(causes.values()) * price.stack.jitter * doublings
     return causes
 
 

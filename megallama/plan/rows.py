@@ -16,6 +16,7 @@ from megallama.plan.job import Job
 NEEDED = ("gpu", "layers", "hidden", "heads", "seq", "gpus", "global_batch_seqs")
 GPUS = {"a100-40": "a100-40g", "a100": "a100-80g", "h200": "h200", "h100": "h100"}
 KERNELS = {"unfused": "unfused", "attention3": "flash3", "cudnn": "flash3", "triton": "flash1", "xformers": "flash1"}
+ENDS = {"zerobubble": (1, 1), "scaling": (1, 2), "scaling-rms": (1, 2)}  # modules before and after the layers
 Row = Mapping[str, str | None]
 _machine = cache(load_machine)
 
@@ -43,12 +44,9 @@ def job_of_row(row: Row) -> tuple[Job, Machine]:
     if pp * chunks > layers + 2:  # some count embedding and head as layers
         raise RowError(f"pp={pp} x vpp={chunks} stages are more than layers={layers} and two")
     stack, schedule = stack_of(row), _word(row, "schedule").rstrip("?").split("/")[0]
-    split: tuple[int, ...] | None = None
-    if stack == "zerobubble" and schedule != "zb-v" and (layers + 2) % pp == 0:
-        each = (layers + 2) // pp  # embedding and head count as a layer there, and interleaving has a layer per chunk
-        split, chunks = (each - 1, *[each] * (pp - 2), each - 1), 1
-        if schedule == "interleaved":
-            split, chunks = (0, *[1] * (pp * each - 2), 0), each
+    if stack == "zerobubble" and schedule != "zb-v":
+        chunks = (layers + 2) // pp if schedule == "interleaved" and (layers + 2) % pp == 0 else 1  # a layer per chunk
+    split = evenly(layers, pp * chunks, *ENDS[stack]) if pp > 1 and stack in ENDS else None
     gated, recompute = _word(row, "gated") in ("1", "true"), _word(row, "recompute")
     job = Job(
         layers, hidden, _count(row, "ffn", 4 * hidden), gated, heads, _count(row, "kv_heads", heads), hidden // heads,
@@ -60,6 +58,20 @@ def job_of_row(row: Row) -> tuple[Job, Machine]:
         network_gbit=_network(row), stage_layers=split,
     )  # fmt: skip
     return job, machine
+
+
+def evenly(layers: int, stages: int, before: int, after: int) -> tuple[int, ...] | None:
+    """Layers of each stage where a program shares out modules, surplus first: embedding, layers, norm and head."""
+    low, surplus = divmod(layers + before + after, stages)
+    first, *others, last = (low + (s < surplus) for s in range(stages))
+    return (first - before, *others, last - after) if first >= before and last >= after else None
+
+
+def assumed(row: Row) -> list[str]:
+    """What a row leaves open and the prediction depends on."""
+    vpp = {"vpp": 1 + _word(row, "schedule").endswith("interleaved")} if _count(row, "pp", 1) > 1 else {}
+    used = ({"micro_batch": 1, "vocab": 50304} | vpp).items()
+    return [f"{key}={value} is assumed" for key, value in used if not _word(row, key)]
 
 
 def machine_of(row: Row) -> Machine:
@@ -83,6 +95,7 @@ def stack_of(row: Row) -> str:
         "deepspeed": mode.startswith("zero3") and "unfused" in kernel,
         "fsdp": mode.startswith(("fsdp", "zero2", "zero3", "hsdp")),
         "megatron-core": "te)" in kernel or mode.startswith("distopt overlap"),
+        "megatron-deepspeed-numa": "date tag 02-25" <= _word(row, "note")[:14] <= "date tag 12-31",
         "megatron-deepspeed": "unfused" in kernel and (mode.startswith("zero1") or _word(row, "dtype")[:2] == "bf"),
         "megatron": "unfused" in kernel,
         "zerobubble": schedule.startswith("zb") or (mode == "none" and not kernel),
@@ -93,9 +106,8 @@ def stack_of(row: Row) -> str:
 
 
 def _sharding(row: Row) -> str:
-    mode = _word(row, "dp_mode")
     known = {"fsdp": "zero3", "hsdp": "zero3", "zero3": "zero3", "zero2": "zero2", "zero1": "zero1", "distopt": "zero1"}
-    found = _first(known, mode) or "none"
+    found = _first(known, _word(row, "dp_mode")) or "none"
     return "zero1" if found == "zero3" and _count(row, "pp", 1) > 1 else found  # pipelines gather once a step
 
 

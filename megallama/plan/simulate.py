@@ -41,11 +41,6 @@ class Report:
         starts, ends = {e.rank: e.start for e in reversed(self.events)}, {e.rank: e.end for e in self.events}
         return max(ends[rank] - starts[rank] for rank in ends)
 
-    @property
-    def bubble_over_ideal(self) -> float:
-        """Makespan over the busiest rank's work, minus one: (P-1)/M for 1F1B with equal stages."""
-        return self.makespan / max(self.busy) - 1
-
 
 def simulate(schedule: Schedule, costs: Sequence[StageCost] | None = None, hop: float = 0.0) -> Report:
     """Run a schedule against a clock; `costs` per stage (default 1, 1, 1), `hop` the time of one transfer.

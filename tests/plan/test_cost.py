@@ -22,7 +22,7 @@ from megallama.plan.memory import saved_bytes
 from megallama.plan.plan import make_plan
 from megallama.plan.predict import flags, hardware_flops, predict, seconds_by_cause
 from megallama.plan.rows import RowError, job_of_row
-from megallama.plan.simulate import StageCost
+from megallama.plan.simulate import StageCost, simulate
 from megallama.plan.topology import Topology
 
 MEASUREMENTS = Path(__file__).parents[2] / "benchmarks" / "measurements"
@@ -75,7 +75,7 @@ def test_saved_activations_are_the_exact_ones(recompute: str, sharded: str) -> N
 
 def test_a_product_has_its_operations_and_falls_off_with_small_dimensions() -> None:
     price = Pricer(job(), A100)
-    rate = 312e12 * A100.gpu.gemm
+    rate = 312e12 * A100.gpu.gemm * A100.stacks["megallama"].speed
     large = price.product(1 << 20, 1 << 20, 1 << 20)
     assert large == pytest.approx(2 * (1 << 60) / rate, rel=1e-3)
     m = A100.gpu.small  # a dimension at which, alone, the rate halves
@@ -117,7 +117,7 @@ def test_causes_add_up_and_overlap_hides() -> None:
     assert interleaved.causes["pp bubble"] == pytest.approx(p.causes["pp bubble"] / 5, rel=0.05)
     again = [predict(job(recompute=r), A100).causes["recompute"] for r in ("none", "selective", "full")]
     assert again[0] == 0 < again[1] < again[2] / 20
-    assert again[2] == pytest.approx(p.causes["matrices"] / 3, rel=0.5)
+    assert again[2] == pytest.approx(64 * 10 * sum(part.forward for part in Pricer(ours, A100).layer()))
 
 
 def test_hardware_operations_of_recomputation() -> None:
@@ -175,9 +175,10 @@ def test_accuracy_on_the_published_measurements() -> None:
         name = "llama" if own.gated else "other"
         errors[f"{own.stack} {name} {machine.name}"].append(abs(log(seconds / float(row["step_time_s"]))))
     llama = errors["scaling llama a100-80g"] + errors["scaling-rms llama a100-80g"]
-    assert len(llama) == 153 and median(llama) < 0.03 and mean(llama) < 0.055
+    assert len(llama) == 153 and median(llama) < 0.023 and mean(llama) < 0.052
+    assert mean(sorted(llama)[:125]) < 0.025  # 28 rows contradict their neighbours (benchmarks/results/planner.md)
     three_d = [e for k, v in errors.items() if "a100" in k and k.split()[0] not in ("fsdp", "deepspeed") for e in v]
-    assert len(three_d) == 272 and mean(three_d) < 0.06
+    assert len(three_d) == 272 and mean(three_d) < 0.045
     assert mean(errors["megatron-core llama h100"]) < 0.05
 
 
@@ -191,25 +192,46 @@ def test_verdicts_on_which_layouts_fit() -> None:
 
 
 def test_published_bubble_rates() -> None:
-    """Qi et al. 2023, table 5, from the stage times of their table 9: three layers a rank, so three chunks at most."""
-    times: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-    ours = {"1F1B": ("1f1b", 1, 5e-4), "ZB-H1": ("zb-h1", 1, 5e-4), "1F1B-I (1 layer/chunk)": ("1f1b", 3, 5e-3)}
+    """Qi et al. 2023, from the stage times of their table 9: table 5 (three layers a rank, so three chunks at most),
+    and ZB-V of table 8, which has the 6.2B model on twice the ranks: half the work of a stage, the same transfers."""
+    times: dict[tuple[str, int, int], dict[str, float]] = defaultdict(dict)
+    ours = {"1F1B": ("1f1b", 1, 5e-4), "ZB-H1": ("zb-h1", 1, 5e-4), "1F1B-I (1 layer/chunk)": ("1f1b", 3, 5e-3),
+            "ZB-H2": ("zb-h2", 1, 5e-4), "ZB-V": ("zb-v", 2, 2e-3)}  # fmt: skip
     seen = 0
     for row in measurements("aux_validate.csv"):
-        where = row["model"], row["setting"].removesuffix(" seq1024")
+        if row["kind"] not in ("stage_time", "bubble_rate"):
+            continue
+        p, m = (int(word.lstrip("pm")) for word in row["setting"].split()[:2])
+        table = 1 if "Table 5" in row["source"] else 2
         if row["kind"] == "stage_time":
-            times[where][row["metric"]] = float(row["value"])
-        elif row["kind"] == "bubble_rate" and "Table 5" in row["source"] and row["metric"] in ours:
-            p, m = (int(word.lstrip("pm")) for word in row["setting"].split())
+            times[row["model"], p, m][row["metric"]] = float(row["value"])
+        elif row["metric"] in ours and (table == 1 or (row["model"], row["metric"]) == ("GPT 6.2B", "ZB-V")):
             name, chunks, close = ours[row["metric"]]
-            t = times[where]
-            cost = StageCost(*(t[k] / chunks for k in ("T_F", "T_B", "T_W")))
+            t = times[row["model"], p // table, m // table]
+            cost = StageCost(*(t[k] / chunks / table for k in ("T_F", "T_B", "T_W")))
             schedule = built(p, chunks, name, m)
             assert schedule is not None
-            rate = 1 - m * chunks * sum(cost) / makespan(schedule, [cost] * (p * chunks), t["T_comm"])
-            assert rate == pytest.approx(float(row["value"]), abs=close), row
+            span = simulate(schedule, [cost] * (p * chunks), t["T_comm"]).longest_span
+            assert 1 - m * chunks * sum(cost) / span == pytest.approx(float(row["value"]), abs=close), row
             seen += 1
-    assert seen == 18
+    assert seen == 27
+
+
+def test_adding_up_gradients_costs_as_much_for_a_small_micro_batch() -> None:
+    """8 bytes per parameter, at four fifths of 2,039 GB/s: 65B's layer over tp 8 in half a millisecond."""
+    for micro in (1, 4):
+        parts = {part.name: part for part in Pricer(job(micro_batch=micro), A100).layer()}
+        assert parts["gradient sums"].weight_grad == pytest.approx(8 * 809_500_672 / 8 / (0.8 * 2039e9))
+        assert parts["gradient sums"].forward == parts["gradient sums"].input_grad == 0
+    assert Pricer(job(), A100).head().weight_grad > Pricer(job(), A100).product(2048, 8192, 4000)
+
+
+def test_jitter_is_of_pipelines() -> None:
+    """A share of the step per doubling of the nodes: 256 nodes are eight of them."""
+    causes = predict(job(), A100).causes
+    rest = sum(causes.values()) - causes["jitter"]
+    assert causes["jitter"] == pytest.approx(rest * 8 * A100.stacks["megallama"].jitter)
+    assert predict(job(pp=1, dp=256, num_microbatches=8), A100).causes["jitter"] == 0
 
 
 def test_forecast_of_65b() -> None:

@@ -16,7 +16,7 @@ from megallama.plan.forecast import forecast
 from megallama.plan.hardware import load_machine
 from megallama.plan.plan import make_plan
 from megallama.plan.predict import predict
-from megallama.plan.rows import RowError, job_of_row, stack_of
+from megallama.plan.rows import RowError, assumed, evenly, job_of_row, stack_of
 from megallama.plan.search import candidates, placements, search
 from tests.plan.test_plan import ROOT, tool
 
@@ -27,6 +27,7 @@ ROW = {
     "heads": "40", "seq": "2048", "vocab": "32000", "tp": "2", "pp": "2", "dp": "16", "micro_batch": "1",
     "global_batch_seqs": "2048", "attn_kernel": "flash_attention2", "dp_mode": "distopt", "sp": "1",
 }  # fmt: skip
+BLOOM = {"attn_kernel": "unfused_scaled_masked_softmax", "dp_mode": "zero1"}
 
 
 def test_search_of_65b_on_2048() -> None:
@@ -134,6 +135,10 @@ def test_rows_that_are_wrong(changes: dict[str, str], message: str) -> None:
         ({"attn_kernel": "cudnn/flash (TE)"}, "megatron-core"),
         ({"schedule": "zb-2p", "attn_kernel": "", "dp_mode": "none"}, "zerobubble"),
         ({"stack": "megallama"}, "megallama"),
+        (BLOOM, "megatron-deepspeed"),
+        (BLOOM | {"note": "date tag 02-24; 2nd-iteration timing"}, "megatron-deepspeed"),
+        (BLOOM | {"note": "date tag 02-25; 2nd-iteration timing"}, "megatron-deepspeed-numa"),
+        (BLOOM | {"note": "embedding and head count as layers"}, "megatron-deepspeed"),
     ],
 )
 def test_the_program_follows_from_the_columns(changes: dict[str, str], stack: str) -> None:
@@ -208,6 +213,23 @@ def test_measurements_name_their_sources() -> None:
     for name in ("validate.csv", "aux_validate.csv"):
         with (ROOT / "benchmarks" / "measurements" / name).open(encoding="utf-8") as file:
             assert all(row["source"] for row in csv.DictReader(file))
+
+
+def test_an_even_split_of_modules() -> None:
+    """Embedding, 40 layers, norm and head over 2 and 4 ranks: what is left over goes to the first stages."""
+    assert evenly(40, 2, 1, 2) == (21, 19) and evenly(40, 4, 1, 2) == (10, 11, 11, 8)
+    assert evenly(80, 8, 1, 2) == (10, 11, 11, 10, 10, 10, 10, 8) and evenly(4, 6, 1, 2) is None
+    scaling = {"dp_mode": "zero1", "pp": "4", "dp": "8", "vpp": "1"}
+    assert job_of_row(ROW | scaling)[0].stages == (10, 11, 11, 8)
+    assert job_of_row(ROW | scaling | {"pp": "1", "dp": "32"})[0].stages == (40,)
+
+
+def test_what_a_row_leaves_open() -> None:
+    assert assumed(ROW | {"vpp": "1"}) == [] == assumed(ROW | {"pp": "1"})
+    assert assumed(ROW) == ["vpp=1 is assumed"]
+    assert assumed(ROW | {"schedule": "interleaved", "micro_batch": "", "vocab": ""}) == [
+        "micro_batch=1 is assumed", "vocab=50304 is assumed", "vpp=2 is assumed",
+    ]  # fmt: skip
 
 
 def test_embedding_and_head_that_count_as_layers() -> None:
