@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,6 +26,17 @@ def run(script: str, *options: str) -> tuple[list[dict[str, Any]], str]:
     assert {path.name: path.stat().st_mtime_ns for path in RESULTS.iterdir()} == before
     lines = done.stdout.splitlines()
     return [json.loads(x) for x in lines if x.startswith("{")], "\n".join(x for x in lines if x.startswith("|"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", ["gpu.py", "gpu_rank.py", "gpu_nccl.py"])
+def test_without_a_gpu_they_say_so_and_leave_old_results(script: str) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
+    command = [sys.executable, str(ROOT / "benchmarks" / script)]
+    command += ["--models", "1.1b", "--seqs", "2048"] if script == "gpu.py" else []
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and f"error: torch {torch.__version__} finds no GPU; " in done.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in RESULTS.iterdir()} == before
 
 
 def test_one_gpu() -> None:
@@ -51,7 +63,8 @@ def test_one_rank_of_65b() -> None:
     said, shown = run("gpu_rank.py", "--cpu-check", "--steps", "1")
     assert [(x["position"], x["schedule"]) for x in said] == [(p, s) for p in (1, 3, 0) for s in ("zb-h1", "1f1b")]
     for x in said:
-        kinds = {"forward", "input gradient", "weight gradient"} if x["schedule"] == "zb-h1" else {"forward", "backward"}
+        split = x["schedule"] == "zb-h1"
+        kinds = {"forward", "input gradient", "weight gradient"} if split else {"forward", "backward"}
         assert set(x["times"]) == {*kinds, "pipeline"}
         assert all(x["times"][kind]["count"] == 4 and x["times"][kind]["device_ms"] > 0 for kind in kinds)
         assert x["planned_bytes"] > x["persistent_bytes"] > 0
