@@ -5,7 +5,8 @@
     python benchmarks/step.py --set memory.recompute=none          a setting changed
 
 A row is `python -m megallama.pretrain` on random tokens, one process per rank; the rate is that of the
-median step after two warm-ups, in `metrics.jsonl`.  Shapes and layouts: `drivers/work.py`.  Results:
+median step after two warm-ups, in `metrics.jsonl`; the shares of time come from a further run under the profiler
+(`drivers/shares.py`).  Shapes and layouts: `drivers/work.py`.  Results:
 `benchmarks/results/step.json` and `step.md`.
 """
 
@@ -92,6 +93,17 @@ def measure(shape: str, layout: str, dtype: str, steps: int, extra: list[str], t
     )
 
 
+def shares(shape: str, layout: str, dtype: str, extra: list[str]) -> dict[str, float]:
+    """Share of the time of a step by kind, on rank 0, from a run of its own under torch's profiler."""
+    place = LAYOUTS[layout]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(HERE / "drivers" / "shares.py")]
+        command += [*settings(SHAPES[shape], place, dtype, folder), *extra]
+        outcome = launch(command, place.ranks, place.threads, env={"PYTHONPATH": str(HERE.parent)})
+    found: dict[str, float] = json.loads(outcome.stdout.splitlines()[-1])
+    return found
+
+
 def probe(layout: str, dtype: str) -> float:
     """GEMM GFLOP/s of this machine right now, with the processes and threads of `layout` [all together, <= cores]."""
     place = LAYOUTS[layout]
@@ -146,6 +158,7 @@ def main() -> None:
             mine.append(measure(shape, layout, dtype, args.steps, args.set))
         runs += mine
         speed = median([r.tokens_per_second for r in mine])
+        kinds = shares(shape, layout, dtype, args.set)
         used = speed * flops_per_token(SHAPES[shape]) / 1e9
         line = {
             "row": f"{shape} {dtype} {layout}",
@@ -154,6 +167,8 @@ def main() -> None:
             "GFLOP/s": f"{used:.0f}",
             "GEMM rate here": f"{rate:.0f}",
             "MFU": f"{100 * used / rate:.0f}%",
+            "GEMM + attention": f"{100 * (kinds['products'] + kinds['attention']):.0f}%",
+            "share of time by kind": ", ".join(f"{kind} {100 * share:.0f}" for kind, share in kinds.items()),
             "peak MiB of each rank": " ".join(str(x) for x in mine[-1].peak_rss_mib),
             "others' load": " ".join(str(r.other_load) for r in mine),
         }

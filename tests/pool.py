@@ -78,17 +78,29 @@ class Pool:
         self._calls = 0
 
     def run(
-        self, size: int, target: str, *args: Any, timeout: float = 300.0, collective_timeout: float = 120.0
+        self,
+        size: int,
+        target: str,
+        *args: Any,
+        timeout: float = 300.0,
+        collective_timeout: float = 120.0,
+        gloo: bool = False,
     ) -> list[Any]:
         """target(world, *args) on `size` ranks; the results in rank order.
 
-        `collective_timeout` is run.timeout_seconds of the workers.
+        `collective_timeout` is run.timeout_seconds of the workers; `gloo`: without shared memory.
         Raises: WorkerError with the traceback of the rank that failed first, or naming the ranks
         that died or did not answer within `timeout` seconds.
         """
         self._calls += 1
         self._workers = [worker for worker in self._workers if worker[0].is_alive()]
-        run = RunConfig(device=self._device, threads=1, timeout_seconds=collective_timeout, init_timeout_seconds=60)
+        run = RunConfig(
+            device=self._device,
+            threads=1,
+            timeout_seconds=collective_timeout,
+            init_timeout_seconds=60,
+            shared_memory=not gloo,
+        )
         while len(self._workers) < size:
             self._start_worker()
         for rank in range(size):

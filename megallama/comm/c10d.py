@@ -152,18 +152,18 @@ class C10d:
         pieces = self._pieces(full)
         parts = self._receive_space(pieces[self.rank])
         works = self._exchange(pieces, parts)
-        return self._handle("reduce_scatter", works, (full, parts), lambda: _sum(parts, output.view(-1)))
+        return self._handle("reduce_scatter", works, (full, parts), lambda: add_in_order(parts, output.view(-1)))
 
     def broadcast(self, tensor: Tensor, source: int) -> Handle:
         self._check(tensor)
         work = dist.broadcast(tensor, group=self._pg, group_src=source, async_op=True)
         return self._handle("broadcast", [work], tensor)
 
-    def send(self, tensor: Tensor, to: int) -> Handle:
+    def send(self, tensor: Tensor, to: int, tag: int = _MESSAGE) -> Handle:
         self._check(tensor)
         assert to != self.rank, f"{self.name}: rank {to} sends to itself"
         channel = self._down if to < self.rank else self._pg
-        work = dist.isend(tensor, group=channel, group_dst=to, tag=_MESSAGE)
+        work = dist.isend(tensor, group=channel, group_dst=to, tag=tag)
         handle = self._handle(f"send to {self.ranks[to]}", [work], tensor)
         if not self._direct:
             return handle
@@ -171,11 +171,11 @@ class C10d:
             self._sends[to] = _Sends()
         return self._sends[to].add(handle)
 
-    def recv(self, tensor: Tensor, source: int) -> Handle:
+    def recv(self, tensor: Tensor, source: int, tag: int = _MESSAGE) -> Handle:
         self._check(tensor)
         assert source != self.rank, f"{self.name}: rank {source} receives from itself"
         channel = self._down if self.rank < source else self._pg
-        work = dist.irecv(tensor, group=channel, group_src=source, tag=_MESSAGE)
+        work = dist.irecv(tensor, group=channel, group_src=source, tag=tag)
         return self._handle(f"recv from {self.ranks[source]}", [work], tensor)
 
     def barrier(self) -> None:
@@ -228,7 +228,7 @@ class C10d:
         flat = tensor.view(-1)
         parts = self._receive_space(flat)
         works = self._exchange([flat] * self.size, parts)
-        return self._handle("all_reduce", works, (tensor, parts), lambda: _sum(parts, flat))
+        return self._handle("all_reduce", works, (tensor, parts), lambda: add_in_order(parts, flat))
 
     def _connect_ring(self) -> None:
         """Open NCCL's connections between neighbours in one order: opened on first use, ranks could wait crosswise."""
@@ -242,12 +242,15 @@ class C10d:
         torch.cuda.synchronize(self.device)
 
 
-def _sum(parts: Sequence[Tensor], output: Tensor) -> None:
-    """output = the sum of parts, added in order. output may be one of the parts; parts[0] is overwritten."""
+def add_in_order(parts: Sequence[Tensor], output: Tensor) -> None:
+    """output = the sum of `parts`, two or more, added in order; `output` may be one of them.
+
+    Half precision is added in fp32 and rounded once.
+    """
     if len(parts) == 2:
-        torch.add(parts[0], parts[1], out=output)  # half precision too: torch adds in fp32 and rounds once
+        torch.add(parts[0], parts[1], out=output)  # torch adds halves in fp32 too
         return
-    total = parts[0].float() if parts[0].dtype in _HALF else parts[0]
-    for part in parts[1:]:
+    total = parts[0].float().add_(parts[1]) if parts[0].dtype in _HALF else parts[0] + parts[1]
+    for part in parts[2:]:
         total.add_(part)
     output.copy_(total)

@@ -4,9 +4,9 @@ Every operation starts at once and returns a `Handle`; the result may be read af
 blocking call is ``group.all_reduce(x).wait()`` and an overlapped one keeps the handle while other
 work runs.  A handle keeps its tensors alive until it is waited for.
 
-Four implementations: `Solo` (one rank: every operation is the identity, so no caller asks for the
-size), `C10d` (torch.distributed: NCCL or gloo), `Recording` (wraps another group and writes down
-what was communicated) and, in the tests, threads of one process.
+Five implementations: `Solo` (one rank: every operation is the identity, so no caller asks for the
+size), `C10d` (torch.distributed: NCCL or gloo), `SharedMemory` (CPU ranks of one machine),
+`Recording` (wraps another group and writes down what was communicated) and, in the tests, threads.
 
 Positions (`rank`, `source`, `to`) are indices *within the group*; `ranks` are global ranks.
 """

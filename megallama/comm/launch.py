@@ -29,6 +29,7 @@ from megallama.comm.errors import LaunchError
 from megallama.comm.group import Group, Solo
 from megallama.comm.groups import Groups, Partition, build_groups
 from megallama.comm.rendezvous import Arrival, FailureRecord, meet, open_store, port_file
+from megallama.comm.shared_memory import SharedMemory
 from megallama.config.schema import RunConfig
 from megallama.plan.topology import Topology
 
@@ -208,6 +209,8 @@ class World:
     notes: list[str] = field(default_factory=list)  # what was set in this process, for the log
     timeout: timedelta = timedelta(seconds=600)
     record: FailureRecord | None = None  # None with one rank
+    crowded: bool = False  # the ranks of this machine share fewer cores than they are
+    shared_memory: bool = False  # groups on one machine use it
     opened: list[C10d] = field(default_factory=list)
 
     @property
@@ -247,8 +250,20 @@ class World:
         if name == "pp" and self.device.type == "cuda":
             down = dist.new_group(ranks, self.timeout, use_local_synchronization=True)
         group = dist.new_group(ranks, self.timeout, use_local_synchronization=True)
-        self.opened.append(C10d(group, name, ranks, self.rank, self.device, down))
-        return self.opened[-1]
+        return self._opened(group, name, ranks, down)
+
+    def _opened(
+        self, group: dist.ProcessGroup, name: str, ranks: tuple[int, ...], down: dist.ProcessGroup | None = None
+    ) -> Group:
+        together = len({self.hosts[rank] for rank in ranks}) == 1
+        if not (self.shared_memory and together and self.device.type == "cpu"):
+            self.opened.append(C10d(group, name, ranks, self.rank, self.device, down))
+            return self.opened[-1]
+        shared = SharedMemory(group, name, ranks, self.rank, self.device, self.timeout)
+        self.opened.append(shared)
+        refused = shared.connect(self.crowded)
+        self.notes.append(f"group {name}: " + (f"gloo ({refused})" if refused else "shared memory, gloo above 8 MiB"))
+        return shared
 
     def report_failure(self, text: str) -> None:
         """Tell the other ranks why this one is leaving: `text`'s last line. Call before `close`."""
@@ -322,9 +337,13 @@ def start(launch: Launch, run: RunConfig, config_hash: str = "", store: dist.Sto
     notes.append(f"{launch.launcher}: {launch.world_size} ranks over {backend}")
     everybody = tuple(range(launch.world_size))
     assert dist.group.WORLD is not None
-    world = C10d(dist.group.WORLD, "world", everybody, launch.rank, device)
     record = FailureRecord(store, launch.rank, launch.host)
-    return World(launch, device, world, tuple(a.host for a in arrivals), notes, timeout, record, [world])
+    world = World(
+        launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, record,
+        crowded=len(sharing) > len(os.sched_getaffinity(0)), shared_memory=run.shared_memory,
+    )  # fmt: skip
+    world.group = world._opened(dist.group.WORLD, "world", everybody)
+    return world
 
 
 def _meet(launch: Launch, mine: Arrival, seconds: float, store: dist.Store | None) -> tuple[list[Arrival], dist.Store]:

@@ -256,6 +256,9 @@ class RunConfig(Section):
     )
     timeout_seconds: PositiveFloat = Field(600.0, description="longest wait in a collective before the run fails [s]")
     init_timeout_seconds: PositiveFloat = Field(120.0, description="longest wait for all ranks to arrive [s]")
+    shared_memory: bool = Field(
+        True, description="CPU ranks of one machine talk through shared memory where they can; false keeps gloo"
+    )
     cuda_graphs: bool = Field(
         False, description="record a micro-batch once and start its kernels by one call: for models so small that "
         "starting kernels takes longer than running them; with tp=1, pp=1, no document mask, on CUDA only"

@@ -12,18 +12,19 @@ from megallama.kernels.gemm import MatmulNT, matmul_nt
 AddWgrad = Callable[[Tensor, Tensor, Tensor, bool], None]  # main_grad [out, in], dy [T, out], x [T, in], overwrite
 
 
+PRODUCT = 1 << 22  # elements of a product that exist before they are added: those of a large head come in blocks
+
+
 def add_wgrad_with(product: MatmulNT) -> AddWgrad:
     """Accumulation by a product in the operands' format and an addition in main_grad's."""
 
     def add(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:
-        if fresh and dy.dtype == main_grad.dtype and product is matmul_nt:
-            torch.mm(dy.t(), x, out=main_grad)
-        elif fresh:
-            main_grad.copy_(product(dy.t(), x.t()))
-        elif dy.dtype == main_grad.dtype and product is matmul_nt:
-            main_grad.addmm_(dy.t(), x)
-        else:
-            main_grad.add_(product(dy.t(), x.t()))
+        if dy.dtype == main_grad.dtype and product is matmul_nt:
+            torch.mm(dy.t(), x, out=main_grad) if fresh else main_grad.addmm_(dy.t(), x)
+            return
+        step = max(1, PRODUCT // main_grad.shape[1])
+        for grad, part in zip(main_grad.split(step), dy.split(step, 1), strict=True):
+            grad.copy_(product(part.t(), x.t())) if fresh else grad.add_(product(part.t(), x.t()))
 
     return add
 

@@ -81,8 +81,9 @@ class LossHead:
         total = top + stats[0].log()
         if scale is not None and self.valid:
             if not alone:
-                local.mul_((torch.exp(mine - total) * scale).unsqueeze(1))
-            local.scatter_add_(1, index, (-scale * held).to(logits.dtype).unsqueeze(1))
+                _multiply_rows(local, torch.exp(mine - total) * scale)
+            # indexing touches one element a row; scatter_add_ in 16 bits copies the whole tensor on a CPU, twice
+            local[torch.arange(len(labels), device=local.device), index.squeeze(1)] -= (scale * held).to(logits.dtype)
         logits[:, self.valid :] = 0
         return total - stats[1], logits
 
@@ -93,6 +94,13 @@ class LossHead:
             rows = slice(a, a + at_once)
             part = None if scale is None else scale[rows]
             self.param.leaves.softmax_(local[rows], index[rows], log_sum[rows], picked[rows], part)
+
+
+def _multiply_rows(matrix: Tensor, factors: Tensor) -> None:
+    """matrix [r, v] times factors [r], in the format of the factors, in place and a few rows at a time."""
+    at_once = len(matrix) if matrix.is_cuda else max(1, ELEMENTS_IN_FP32 // matrix.shape[1])
+    for rows, factor in zip(matrix.split(at_once), factors.split(at_once), strict=True):
+        rows.copy_(rows.to(factor.dtype).mul_(factor.unsqueeze(1)))
 
 
 class _NormHeadLoss(Function):

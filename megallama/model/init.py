@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megallama.plan.box import Box
 
-BLOCK = 1 << 20  # elements generated at a time, which bounds the temporaries
+BLOCK = 1 << 17  # elements generated at a time: the temporaries stay in the cache
 _MASK32 = 0xFFFFFFFF
 
 

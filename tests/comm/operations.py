@@ -12,6 +12,7 @@ from torch import Tensor
 from megallama.comm.group import Group
 from megallama.comm.launch import World
 from megallama.comm.recording import Recording
+from megallama.comm.shared_memory import SharedMemory
 from megallama.plan.topology import Topology
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64)
@@ -122,7 +123,9 @@ def everything(group: Group) -> bool:
     return True
 
 
-def over_gloo(world: World) -> bool:
+def in_processes(world: World, gloo: bool) -> bool:
+    """Over gloo, or, what is small, through shared memory."""
+    assert isinstance(world.group, SharedMemory) is not gloo
     return everything(world.group)
 
 

@@ -18,21 +18,26 @@ def test_threads(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_gloo(pool: Pool, size: int) -> None:
-    assert pool.run(size, "tests.comm.operations:over_gloo") == [True] * size
+@pytest.mark.parametrize("gloo", [True, False])
+def test_processes(pool: Pool, size: int, gloo: bool) -> None:
+    assert pool.run(size, "tests.comm.operations:in_processes", gloo, gloo=gloo) == [True] * size
 
 
-def test_large_sums_over_gloo_are_equal_on_all_ranks_and_accurate(pool: Pool) -> None:
+@pytest.mark.parametrize("gloo", [True, False])
+def test_large_sums_are_equal_on_all_ranks_and_accurate(pool: Pool, gloo: bool) -> None:
     for size in (2, 3):
-        errors = pool.run(size, "tests.comm.operations:large")
+        errors = pool.run(size, "tests.comm.operations:large", gloo=gloo)
         # size - 1 roundings of sums of at most `size` normal numbers (below 5.5 each)
         assert max(map(max, errors)) <= (size - 1) * 5.5 * size
 
 
 def test_reduce_scatter_gives_the_same_bits_however_waited_for(pool: Pool) -> None:
-    early = pool.run(3, "tests.comm.operations:reduce_scatter_bits", 5000, False)
-    late = pool.run(3, "tests.comm.operations:reduce_scatter_bits", 5000, True)
-    assert early == late
+    early, late, *shared = (
+        pool.run(3, "tests.comm.operations:reduce_scatter_bits", 5000, late, gloo=gloo)
+        for gloo in (True, False)
+        for late in (False, True)
+    )
+    assert [early] * 3 == [late, *shared]
     assert len(set(early)) == 3
 
     def in_threads(group: Group) -> bytes:
@@ -46,8 +51,9 @@ def test_send_over_gloo_is_done_when_received(pool: Pool) -> None:
     assert pool.run(2, "tests.comm.operations:arrives_before_wait") == [True, True]
 
 
-def test_a_collective_that_nobody_joins_fails_within_the_timeout(pool: Pool) -> None:
-    sender, waiter = pool.run(2, "tests.comm.operations:waits_for_nobody", collective_timeout=2)
+@pytest.mark.parametrize("gloo", [True, False])
+def test_a_collective_that_nobody_joins_fails_within_the_timeout(pool: Pool, gloo: bool) -> None:
+    sender, waiter = pool.run(2, "tests.comm.operations:waits_for_nobody", collective_timeout=2, gloo=gloo)
     assert sender == "done: False, then ['in send to 1 of group world (ranks (0, 1))']"
     assert waiter == "['in all_reduce of group world (ranks (0, 1))']"
 

@@ -164,6 +164,22 @@ def test_weight_gradients_accumulate(dtype: torch.dtype, product: MatmulNT) -> N
     close(main, 2 * dy.double().t() @ x.double(), dtype)
 
 
+def test_weight_gradients_of_a_large_matrix_are_made_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megallama.kernels.wgrad.PRODUCT", 5 * 24)
+    sizes = []
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(a))
+        return matmul_nt(a, b)
+
+    dy, x = rand(33, 16, dtype=torch.bfloat16), rand(33, 24, dtype=torch.bfloat16, seed=1)
+    main = torch.full((16, 24), 5.0)
+    for times, fresh in ((1, True), (2, False)):
+        add_wgrad_with(product)(main, dy, x, fresh)
+        close(main, times * dy.double().t() @ x.double(), torch.bfloat16)
+    assert sizes == [5, 5, 5, 1] * 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_adamw_follows_the_paper(dtype: torch.dtype) -> None:
     config = OptimizerConfig()

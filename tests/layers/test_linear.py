@@ -14,7 +14,6 @@ from megallama.comm.groups import Groups
 from megallama.comm.recording import Call, Recording
 from megallama.config.schema import Config
 from megallama.kernels.choose import choose_kernels
-from megallama.layers.param import Gemms
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import DTYPES, Rank, assemble, initialize
 from tests.small import CPU, curve, on_threads, small_config, tokens, train
@@ -124,7 +123,7 @@ def test_pieces_are_under_way_during_products() -> None:
     def order(rank: Rank, calls: list[Call]) -> list[str]:
         said: list[str] = []
         layer, tp = rank.stages[0].layers[0], rank.stages[0].layers[0].qkv_proj.tp
-        group, product = tp.group, layer.gate_up_proj.param._gemms.matmul_nt
+        group, gemms = tp.group, layer.gate_up_proj.param._gemms
 
         class Noted:
             def __init__(self, number: int, handle: Any) -> None:
@@ -151,12 +150,11 @@ def test_pieces_are_under_way_during_products() -> None:
 
         def multiplied(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             said.append("product")
-            return product(a, b)
+            return gemms.project(a, b)
 
         ours = replace(tp, group=Group())  # type: ignore[arg-type]
-        gemms = Gemms(multiplied, layer.gate_up_proj.param._gemms.add_wgrad)
         for linear in (layer.gate_up_proj, layer.down_proj):
-            linear.tp, linear.param._gemms = ours, gemms
+            linear.tp, linear.param._gemms = ours, replace(gemms, project=multiplied)
         x = torch.randn(TOKENS // 2, HIDDEN, dtype=torch.float64)
         layer.down_proj(layer.gate_up_proj(x))
         return said

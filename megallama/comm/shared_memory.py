@@ -1,0 +1,349 @@
+"""Groups of ranks on one machine that talk through memory they share; what is large goes over gloo as before.
+
+Every rank owns a segment: an anonymous file in memory that its peers map too, so it has no name and nothing is
+left behind by a killed process.  To start an operation a rank copies its data into its own segment and posts a
+notice for each reader; to end it, it waits for the others' notices and reads, or sums, straight out of their
+segments.  Sums are taken in rank order, half precision in fp32: the bits are those of `C10d`.
+
+A notice is four 64-bit words that two processes write without locks.  That whoever sees the number of a notice
+also sees what was written before it is a promise of x86 processors; on others gloo is kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import platform
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megallama.comm.c10d import C10d, add_in_order
+from megallama.comm.group import Done, Handle, Op
+
+_LARGEST = 8 << 20  # most bytes of an operation that goes this way
+_ARENA = 64 << 20  # bytes of a segment's data; only what is used becomes memory
+_NOTICES, _WORDS = 2048, 4  # operations under way to one reader; words of a notice:
+_NUMBER, _PLACE, _BYTES, _READ = range(_WORDS)  # its number, where in the arena (-1: over gloo), size, number when read
+_BELL, _CLOSED, _TOKEN, _HEAD = range(4)  # words before the notices
+_COLLECTIVE, _MESSAGE, _KINDS = 0, 1, 2
+_OVER_GLOO = 2  # tags from here on: data for which the arena had no room
+_SPIN, _SLICE, _LOOK = 200e-6, 5_000_000, 0.2  # polling [s], longest sleep [ns], pause between looks for the dead [s]
+_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1  # Linux on x86-64
+
+
+class _Segment:
+    """The notices and data of one rank, as this process sees them."""
+
+    def __init__(self, file: int, readers: int, token: int, own: bool) -> None:
+        self.file, self._readers = file, readers
+        words = _HEAD + _KINDS * readers * _NOTICES * _WORDS
+        start = -(-words * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
+        if own:
+            os.ftruncate(file, start + _ARENA)
+        memory = mmap.mmap(file, start + _ARENA)
+        self.words = memoryview(memory)[: words * 8].cast("q")
+        self.bell = ctypes.addressof(ctypes.c_int32.from_buffer(memory))
+        self.arena = torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=_ARENA)
+        if own:
+            self.words[_TOKEN] = token
+        elif self.words[_TOKEN] != token:
+            raise OSError("the ranks do not see one another's processes")
+
+    def notice(self, kind: int, reader: int, number: int) -> int:
+        """Index of the first word of a notice."""
+        return _HEAD + ((kind * self._readers + reader) * _NOTICES + number % _NOTICES) * _WORDS
+
+    def owner_left(self) -> bool:
+        """It said so, or its lock is free because the process is gone."""
+        if self.words[_CLOSED]:
+            return True
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        fcntl.lockf(self.file, fcntl.LOCK_UN)
+        return True
+
+
+class _Pending:
+    """Handle of an operation that ends by reading what others posted."""
+
+    def __init__(self, where: str, keep: Any, finish: Callable[[], None]) -> None:
+        self._where, self._keep = where, keep
+        self._finish: Callable[[], None] | None = finish
+
+    def wait(self) -> None:
+        finish, self._finish = self._finish, None
+        if finish is None:
+            return
+        try:
+            with torch.no_grad():
+                finish()
+        except RuntimeError as error:
+            error.add_note(f"in {self._where}")
+            raise
+        self._keep = None
+
+    def done(self) -> bool:
+        return self._finish is None
+
+
+class SharedMemory(C10d):
+    """A gloo group whose small operations go through shared memory once `connect` has succeeded."""
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup,
+        name: str,
+        ranks: Sequence[int],
+        rank: int,
+        device: torch.device,
+        timeout: timedelta,
+    ) -> None:
+        super().__init__(process_group, name, ranks, rank, device)
+        self._seconds, self._spin, self._limit = timeout.total_seconds(), _SPIN, 0
+        self._segments: list[_Segment] = []
+        self._posted = [[0] * self.size for _ in range(_KINDS)]
+        self._expected = [[0] * self.size for _ in range(_KINDS)]
+        self._blocks: list[tuple[int, int, list[tuple[int, int]]]] = []  # place, end, its notices and their numbers
+
+    def connect(self, crowded: bool) -> str | None:
+        """Map one another's segments; every rank calls it. None, or why gloo is kept.
+
+        crowded: the ranks share fewer cores than they are, so waiting must not keep a core busy.
+        """
+        token, file, problem = secrets.randbits(62), -1, ""
+        try:
+            if platform.machine() != "x86_64":
+                raise OSError(f"not done on {platform.machine()} processors")
+            self._syscall = ctypes.CDLL(None).syscall
+            file = os.memfd_create(f"megallama-{self.name}")
+            mine = _Segment(file, self.size, token, own=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            problem = str(error)
+        everyone = self.gather_values([os.getpid(), file, token, problem])
+        opened, problem = [file], next((other for *_, other in everyone if other), "")
+        try:
+            for rank, (pid, number, token, _) in enumerate([] if problem else everyone):
+                if rank != self.rank:
+                    opened.append(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC))
+                other = mine if rank == self.rank else _Segment(opened[-1], self.size, token, own=False)
+                self._segments.append(other)
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        problem = next(filter(None, self.gather_values(problem)), "")
+        if problem:
+            self._segments.clear()
+            for file in filter(lambda f: f >= 0, opened):
+                os.close(file)
+            return problem
+        self._limit, self._spin = _LARGEST, 0.0 if crowded else _SPIN
+        return None
+
+    def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
+        if tensor.nbytes * (self.size - 1) > self._limit:
+            return super().all_reduce(tensor, op)
+        self._check(tensor)
+        flat, others = tensor.view(-1), self._others()
+        self._post(_COLLECTIVE, others, flat)
+        due = self._due(_COLLECTIVE, others)
+
+        def finish() -> None:
+            parts = [flat if r == self.rank else self._read(_COLLECTIVE, r, due[r], flat) for r in range(self.size)]
+            if op == "sum":
+                add_in_order(parts, flat)
+            else:
+                flat.copy_(torch.stack(parts).amax(0) if op == "max" else torch.stack(parts).amin(0))
+            self._release(_COLLECTIVE, due)
+
+        return self._pending("all_reduce", tensor, finish)
+
+    def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
+        if output.nbytes > self._limit:
+            return super().all_gather(output, shard)
+        self._check(output, shard)
+        assert output.numel() == self.size * shard.numel(), f"{output.shape} is not {self.size} x {shard.shape}"
+        places, others = self._pieces(output), self._others()
+        self._post(_COLLECTIVE, others, shard.view(-1))
+        due = self._due(_COLLECTIVE, others)
+
+        def finish() -> None:
+            if places[self.rank].data_ptr() != shard.data_ptr():
+                places[self.rank].copy_(shard.view(-1))
+            for r in others:
+                places[r].copy_(self._read(_COLLECTIVE, r, due[r], places[r]))
+            self._release(_COLLECTIVE, due)
+
+        return self._pending("all_gather", (output, shard), finish)
+
+    def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
+        if full.nbytes > self._limit:
+            return super().reduce_scatter(output, full)
+        self._check(output, full)
+        assert full.numel() == self.size * output.numel(), f"{full.shape} is not {self.size} x {output.shape}"
+        pieces, flat, others = self._pieces(full), output.view(-1), self._others()
+        for r in others:
+            self._post(_COLLECTIVE, [r], pieces[r])
+        due = self._due(_COLLECTIVE, others)
+
+        def finish() -> None:
+            mine = pieces[self.rank]
+            parts = [mine if r == self.rank else self._read(_COLLECTIVE, r, due[r], mine) for r in range(self.size)]
+            add_in_order(parts, flat)
+            self._release(_COLLECTIVE, due)
+
+        return self._pending("reduce_scatter", (output, full), finish)
+
+    def broadcast(self, tensor: Tensor, source: int) -> Handle:
+        if tensor.nbytes > self._limit:
+            return super().broadcast(tensor, source)
+        self._check(tensor)
+        if source == self.rank:
+            self._post(_COLLECTIVE, self._others(), tensor.view(-1))
+            return Done()
+        return self._taking("broadcast", _COLLECTIVE, tensor, source)
+
+    def send(self, tensor: Tensor, to: int, tag: int = 0) -> Handle:
+        if tensor.nbytes > self._limit:
+            return super().send(tensor, to, tag)
+        self._check(tensor)
+        assert to != self.rank, f"{self.name}: rank {to} sends to itself"
+        self._post(_MESSAGE, [to], tensor.view(-1))
+        return Done()
+
+    def recv(self, tensor: Tensor, source: int, tag: int = 0) -> Handle:
+        if tensor.nbytes > self._limit:
+            return super().recv(tensor, source, tag)
+        self._check(tensor)
+        assert source != self.rank, f"{self.name}: rank {source} receives from itself"
+        return self._taking(f"recv from {self.ranks[source]}", _MESSAGE, tensor, source)
+
+    def close(self) -> None:
+        """Tell the peers, who may still read what was posted."""
+        for rank, segment in enumerate(self._segments):
+            if rank == self.rank:
+                segment.words[_CLOSED] = 1
+            else:
+                self._ring(segment)
+        for segment in self._segments:
+            os.close(segment.file)
+        self._segments, self._limit = [], 0
+        super().close()
+
+    def _others(self) -> list[int]:
+        return [r for r in range(self.size) if r != self.rank]
+
+    def _pending(self, what: str, keep: Any, finish: Callable[[], None]) -> Handle:
+        return _Pending(f"{what} of group {self.name} (ranks {self.ranks})", keep, finish)
+
+    def _taking(self, what: str, kind: int, tensor: Tensor, source: int) -> Handle:
+        due = self._due(kind, [source])
+
+        def finish() -> None:
+            tensor.view(-1).copy_(self._read(kind, source, due[source], tensor.view(-1)))
+            self._release(kind, due)
+
+        return self._pending(what, tensor, finish)
+
+    def _due(self, kind: int, sources: Sequence[int]) -> dict[int, int]:
+        """The numbers of the notices that an operation starting now will read."""
+        for source in sources:
+            self._expected[kind][source] += 1
+        return {source: self._expected[kind][source] for source in sources}
+
+    @torch.no_grad()
+    def _post(self, kind: int, readers: Sequence[int], data: Tensor) -> None:
+        mine, notices = self._segments[self.rank], []
+        place = self._room(data.nbytes)
+        if place >= 0:
+            mine.arena[place : place + data.nbytes].copy_(data.view(torch.uint8))
+        for reader in readers:
+            self._posted[kind][reader] += 1
+            number = self._posted[kind][reader]
+            at = mine.notice(kind, reader, number)
+            if mine.words[at + _NUMBER] != mine.words[at + _READ]:
+                raise RuntimeError(f"group {self.name}: more than {_NOTICES} operations under way")
+            mine.words[at + _PLACE], mine.words[at + _BYTES] = place, data.nbytes
+            mine.words[at + _NUMBER] = number  # last: whoever sees it sees everything before
+            notices.append((at, number))
+            if place < 0:
+                super().send(data.clone(), reader, self._tag(kind, number))
+            self._ring(self._segments[reader])
+        if place >= 0:
+            self._blocks.append((place, place + data.nbytes, notices))
+
+    def _room(self, nbytes: int) -> int:
+        """The lowest place with room in the arena, so that little of it is ever touched; -1 if there is none."""
+        words = self._segments[self.rank].words
+        self._blocks = [b for b in self._blocks if any(words[at + _READ] != number for at, number in b[2])]
+        at = 0
+        for place, end, _ in sorted(self._blocks):
+            if at + nbytes <= place:
+                break
+            at = max(at, -(-end // 64) * 64)
+        return at if at + nbytes <= _ARENA else -1
+
+    def _tag(self, kind: int, number: int) -> int:
+        return _OVER_GLOO + number % (1 << 20) * _KINDS + kind
+
+    def _read(self, kind: int, source: int, number: int, like: Tensor) -> Tensor:
+        """What `source` posted as this notice, where it lies: read only, until `_release`."""
+        segment = self._segments[source]
+        at = segment.notice(kind, self.rank, number)
+        if segment.words[at + _NUMBER] != number:
+            self._sleep_until(segment, at, number, source)
+        place, nbytes = segment.words[at + _PLACE], segment.words[at + _BYTES]
+        if nbytes != like.nbytes:
+            raise RuntimeError(f"rank {self.ranks[source]} posted {nbytes} bytes where {like.nbytes} are expected")
+        if place >= 0:
+            return segment.arena[place : place + nbytes].view(like.dtype)
+        data = torch.empty_like(like)
+        super().recv(data, source, self._tag(kind, number)).wait()
+        return data
+
+    def _release(self, kind: int, due: dict[int, int]) -> None:
+        for source, number in due.items():
+            segment = self._segments[source]
+            segment.words[segment.notice(kind, self.rank, number) + _READ] = number
+
+    def _sleep_until(self, segment: _Segment, at: int, number: int, source: int) -> None:
+        """Poll for a moment, then sleep until the bell rings; look now and then whether `source` lives.
+
+        A ring may be missed where two ranks ring at once: no sleep lasts longer than a slice.
+        """
+        words, mine = segment.words, self._segments[self.rank]
+        start = look = time.monotonic()
+        while time.monotonic() - start < self._spin:
+            if words[at + _NUMBER] == number:
+                return
+        pause = (ctypes.c_long * 2)(0, _SLICE)
+        while True:
+            bell = mine.words[_BELL] & 0xFFFFFFFF
+            if words[at + _NUMBER] == number:
+                return
+            self._futex(mine.bell, _FUTEX_WAIT, bell, pause)
+            now = time.monotonic()
+            if now - look < _LOOK:
+                continue
+            look = now
+            if segment.owner_left() and words[at + _NUMBER] != number:
+                raise RuntimeError(f"lost the connection to rank {self.ranks[source]}: its process has left")
+            if now - start > self._seconds:
+                raise RuntimeError(f"timed out after {self._seconds:g} s waiting for rank {self.ranks[source]}")
+
+    def _ring(self, segment: _Segment) -> None:
+        segment.words[_BELL] += 1
+        self._futex(segment.bell, _FUTEX_WAKE, 1, None)
+
+    def _futex(self, address: int, operation: int, value: int, timeout: Any) -> None:
+        self._syscall(_FUTEX, ctypes.c_void_p(address), operation, ctypes.c_uint(value), timeout, None, 0)
