@@ -96,6 +96,8 @@ class Measurement:
         self.kernels_of, self.dtypes, self.peak_flops = assemble.kernels_of, assemble.DTYPES, peak.peak_flops
         self.device = torch.device(row.device)
         if self.device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise SystemExit(one_rank.NO_GPU)
             torch.cuda.set_device(self.device)
         self.layers: list[str] = []  # an override that takes layers away
         self.given_up: dict[str, int] = {}  # system -> choices that ran out of memory
@@ -318,7 +320,7 @@ def write(said: list[dict[str, Any]], args: argparse.Namespace, name: str = "gpu
     about = [f"- {key}: {value}" for x in said[:1] for key, value in x.items() if key not in ("kind", "row")]
     lines = [header("Training steps on one GPU", args) + "\n".join(about), "", table([cells(x) for x in last.values()])]
     text = "\n".join([*lines, *notes, ""])
-    if args.device == "cuda":
+    if args.device == "cuda" and last:
         content = {**machine(), "command": sys.argv, "said": said}
         (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
         (RESULTS / f"{name}.md").write_text(text)

@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch  # noqa: E402
 from report import RESULTS, header, machine, table  # noqa: E402
 
 from tests.parity.matrix import FURTHER, VALUES, Comparison, Layout, matrix  # noqa: E402
@@ -86,6 +87,8 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=1000, help="at most so many")
     parser.add_argument("--seconds", type=float, default=3600, help="start no row that may not end within this")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"error: torch {torch.__version__} finds no GPU; --device cpu compares over gloo")
     begin, longest = time.monotonic(), 0.0
     pool = Pool(args.device)
     comparison = Comparison(pool)

@@ -190,6 +190,8 @@ def main() -> int:
     parser.add_argument("--cpu-check", action="store_true", help="a tiny model on the CPU: does the script work?")
     args = parser.parse_args()
     device = torch.device("cpu" if args.cpu_check else "cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(one_rank.NO_GPU)
     if args.cpu_check:
         args.layouts, args.microbatches, args.positions = "tiny", 4, "1,3,0"
     results: list[dict[str, Any]] = []

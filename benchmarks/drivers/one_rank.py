@@ -29,6 +29,7 @@ from megallama.data.batch import MicroBatch  # noqa: E402
 from megallama.plan.plan import Plan, make_plan  # noqa: E402
 from megallama.train.assemble import Rank, assemble, kernels_of  # noqa: E402
 
+NO_GPU = f"error: torch {torch.__version__} finds no GPU; --cpu-check runs all of it on a tiny model, on the CPU"
 QUIET = ("lr_schedule.kind=constant", "lr_schedule.warmup_steps=0", "data.synthetic=true")
 
 

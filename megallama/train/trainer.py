@@ -202,6 +202,8 @@ class Trainer:
                 last = counters.step == self._last_step
                 if counters.step % config.log.interval == 0 or last or stopped or not result.applied:
                     self._report(writer, result, loader)
+                if not (result.applied or self._excused):
+                    self._manager.finish()  # a run that ends here keeps, and names, the save under way
                 saved = self._manager.saved_step
                 self._bad.record(counters.step, result.applied, excused=self._excused, checkpoint=saved)
                 interval = config.train.eval_interval

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,6 +26,17 @@ def run(script: str, *options: str) -> tuple[list[dict[str, Any]], str]:
     assert {path.name: path.stat().st_mtime_ns for path in RESULTS.iterdir()} == before
     lines = done.stdout.splitlines()
     return [json.loads(x) for x in lines if x.startswith("{")], "\n".join(x for x in lines if x.startswith("|"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", ["gpu.py", "gpu_rank.py", "gpu_nccl.py"])
+def test_without_a_gpu_they_say_so_and_leave_old_results(script: str) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
+    command = [sys.executable, str(ROOT / "benchmarks" / script)]
+    command += ["--models", "1.1b", "--seqs", "2048"] if script == "gpu.py" else []
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and f"error: torch {torch.__version__} finds no GPU; " in done.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in RESULTS.iterdir()} == before
 
 
 def test_one_gpu() -> None:
