@@ -66,12 +66,13 @@ class _Input:
 
     def __init__(self, tensor: Tensor, late: bool) -> None:
         self._lock = threading.Lock()
-        self._tensor, self._copy = tensor.detach(), None if late else tensor.detach().clone()
+        self._late, self._copy = (tensor.detach(), None) if late else (None, tensor.detach().clone())
 
     def read(self) -> Tensor:
         with self._lock:
-            if self._copy is None:
-                self._copy = self._tensor.clone()
+            if self._late is not None:  # the tensor itself is let go: its owner counts on that
+                self._late, self._copy = None, self._late.clone()
+            assert self._copy is not None
             return self._copy
 
 

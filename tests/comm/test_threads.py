@@ -128,3 +128,59 @@ def test_split_and_grid() -> None:
     assert run_threads(4, grid, Topology(tp=2, pp=2)) == [(1, 2), (1, 4), (5, 2), (5, 4)]
     (alone,) = run_threads(1, lambda groups: groups, Topology())
     assert isinstance(alone.tp, Solo) and isinstance(alone.world, Solo)
+
+
+def test_with_delays_some_inputs_are_read_late() -> None:
+    """Writing to an input under way changes what others receive, or is an error; after wait() it does neither."""
+
+    def careless(group: Group) -> float:
+        x, out = torch.ones(2), torch.empty(4)
+        handle = group.all_gather(out, x)
+        x.fill_(5.0)
+        handle.wait()
+        return float(out.sum())
+
+    def careful(group: Group) -> list[float]:
+        x, out, message = torch.ones(2), torch.empty(4), torch.empty(2)
+        group.all_gather(out, x).wait()
+        x.fill_(5.0)
+        group.barrier()
+        send = group.send(x, 1 - group.rank)
+        group.recv(message, 1 - group.rank).wait()
+        while not send.done():
+            pass
+        x.fill_(7.0)
+        return [float(out.sum()), float(message.sum())]
+
+    outcomes = set()
+    for seed in range(8):
+        try:
+            outcomes.add(tuple(run_threads(2, careless, delays=seed)))
+        except AssertionError as error:
+            assert "shard was changed before wait" in str(error)
+            outcomes.add(("noticed",))
+    assert (4.0, 4.0) not in outcomes and ("noticed",) in outcomes and (20.0, 20.0) in outcomes
+    assert all(run_threads(2, careful, delays=seed) == [[4.0, 10.0]] * 2 for seed in range(8))
+
+
+def test_with_delays_sums_in_place_are_right_for_every_seed() -> None:
+    def body(group: Group) -> list[list[float]]:
+        x, full = torch.full((2,), 1.0 + group.rank), torch.arange(6.0) + group.rank
+        mine = full[2 * group.rank : 2 * group.rank + 2]
+        handles = group.all_reduce(x), group.reduce_scatter(mine, full)
+        for handle in reversed(handles):
+            handle.wait()
+        return [x.tolist(), mine.tolist()]
+
+    for seed in range(8):
+        sums = [[6.0, 6.0], [6.0, 6.0], [6.0, 6.0]]
+        assert run_threads(3, body, delays=seed) == [[s, [6 * r + 3.0, 6 * r + 6.0]] for r, s in enumerate(sums)]
+
+
+def test_with_delays_a_handle_that_is_dropped_is_an_error() -> None:
+    def body(group: Group) -> None:
+        group.all_reduce(torch.ones(2))
+
+    assert run_threads(2, body) == [None, None]
+    with pytest.raises(AssertionError, match=r"dropped the handle of all_reduce sum \(2,\) float32 in world before wa"):
+        run_threads(2, body, delays=1)

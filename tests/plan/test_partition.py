@@ -38,6 +38,22 @@ def test_llama_sizes() -> None:
     assert counts("model.preset=llama3.2-1b", "parallel.pp=4", "batch.micro_batch_size=1") == [5, 5, 5, 1]
 
 
+def test_small_models_give_the_head_its_share() -> None:
+    """The head of these costs 1.2 and 3.3 layers in operations."""
+    sizes = "hidden_size={} num_layers={} num_heads={} ffn_hidden_size={} vocab_size={}"
+    small, medium = (
+        [f"model.{word}" for word in sizes.format(*numbers).split()] + [f"batch.seq_length={seq}"]
+        for numbers, seq in (((256, 4, 4, 688, 4096), 256), ((768, 12, 12, 2048, 32000), 512))
+    )
+    config = load(None, medium, need_data=False)
+    ratio = head_forward(config.model) / layer_forward(config.model, 512, causal=True)
+    assert ratio == pytest.approx(2 * 768 * 32000 / (2 * (4 * 768**2 + 3 * 768 * 2048) + 2 * 768 * 513), rel=1e-6)
+    assert counts(*small, "parallel.pp=2") == [3, 1]
+    assert counts(*medium, "parallel.pp=2") == [8, 4]
+    assert counts(*medium, "parallel.pp=4") == [4, 4, 4, 0]
+    assert counts(*medium, "parallel.pp=2", "parallel.chunks=2") == [4, 4, 4, 0]
+
+
 def test_fewer_layers_than_stages() -> None:
     assert counts("parallel.pp=4", "parallel.chunks=2") == [0, 0, 0, 1, 1, 1, 1, 0]
     assert counts("model.num_layers=1", "parallel.pp=2") == [1, 0]

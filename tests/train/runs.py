@@ -90,6 +90,7 @@ def live_memory(world: World, folder: str, sections: dict[str, dict[str, Any]], 
     def watched(loader: Any) -> Any:
         result = one_step(loader)
         if trainer._counters.step in marks:
+            trainer._manager.finish()  # a save still under way holds its own
             gc.collect()
             tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors()}
             status = Path("/proc/self/status").read_text()
