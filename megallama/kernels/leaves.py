@@ -50,7 +50,14 @@ def compiled_leaf(name: str) -> Callable[..., Any]:
         with torch.no_grad():  # saved tensors remember that they were part of a graph: compile for none of them
             return fused(*(a.detach() if isinstance(a, Tensor) else a for a in args))
 
-    return leaf
+    def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+        apart = out.data_ptr() != x.data_ptr()  # in place the fused loops (torch 2.13) read what they have written
+        new = out if apart else torch.empty_like(x)
+        leaf(x, cos, sin, new)
+        if not apart:
+            out.copy_(new)
+
+    return turn if name == "rotate" else leaf
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
