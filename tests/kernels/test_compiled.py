@@ -53,12 +53,13 @@ def error(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-def test_formulas_are_right_before_they_are_compiled(dtype: torch.dtype) -> None:
-    place = Place(CPU, dtype)
-    check_norm((FORMULAS["rms_norm"], FORMULAS["rms_norm_backward"]), place)
-    check_swiglu((FORMULAS["swiglu"], FORMULAS["swiglu_backward"]), place)
-    check_rotate(FORMULAS["rotate"], place)
-    check_softmax(FORMULAS["softmax_"], place)
+def test_formulas_are_right_before_they_are_compiled(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(torch, "compile", lambda fn, dynamic: fn)
+    place, leaf = Place(CPU, dtype), {name: compiled_leaf(name) for name in FORMULAS}
+    check_norm((leaf["rms_norm"], leaf["rms_norm_backward"]), place)
+    check_swiglu((leaf["swiglu"], leaf["swiglu_backward"]), place)
+    check_rotate(leaf["rotate"], place)
+    check_softmax(leaf["softmax_"], place)
 
 
 @needs_compiler
@@ -80,13 +81,16 @@ def test_a_compiled_leaf_is_eager_to_rounding(name: str) -> None:
 @needs_compiler
 @pytest.mark.parametrize("shape", [(6, 16, 4, 8), (2, 16, 3, 8)], ids=str)
 def test_a_turn_in_place_is_the_turn_into_another_tensor(shape: tuple[int, ...]) -> None:
-    """Compiled in place, loops would read halves that they have written: 0.9 off."""
+    """And it changes nothing else: torch 2.13 wrote into another argument when the compiled function itself wrote."""
     leaf = compiled_leaf("rotate")
     _, cos, sin, _ = operands("rotate", torch.bfloat16)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     out, eager = torch.empty_like(x), x.clone()
     EAGER.rotate(eager, cos, sin, eager)
-    leaf(x, cos, sin, out)
+    before = x.clone(), cos.clone(), sin.clone()
+    with torch.no_grad():
+        leaf(x, cos, sin, out)
+    assert all(map(torch.equal, (x, cos, sin), before))
     leaf(x, cos, sin, x)
     assert torch.equal(x, out)
     assert error(x, eager) <= 8e-3
@@ -103,17 +107,17 @@ def test_softmax_of_a_real_width_in_place() -> None:
 
 @needs_compiler
 def test_a_model_trains_with_compiled_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small_config(precision={"dtype": "bf16"}, optimizer={"lr": 1e-2})
+    config = small_config(precision={"dtype": "fp32"})
     data = tokens(config, 4)
     want = curve(train(solo_rank(config), data))
-    kernels = choose.choose_kernels(CPU, torch.bfloat16, compiled=True)
+    kernels = choose.choose_kernels(CPU, torch.float32, compiled=True)
     taken = {c.operation: c.taken for c in kernels.choices}
     compiled = {"RMSNorm", "RoPE", "SwiGLU", "cross entropy"}
     assert {operation for operation, kind in taken.items() if kind == "torch.compile"} == compiled
     monkeypatch.setattr("tests.small.choose_kernels", lambda device, dtype: kernels)
     mine, again = (curve(train(solo_rank(config), data)) for _ in range(2))
     assert mine == again
-    assert 0 < deviation(mine, want) < 1e-2
+    assert 0 < deviation(mine, want) < 1e-4
 
 
 def test_where_nothing_compiles_eager_is_taken_and_the_reason_kept(monkeypatch: pytest.MonkeyPatch) -> None:
