@@ -47,6 +47,9 @@ APEX_IS = "build NVIDIA/apex from source (APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip ins
 WRONG_APEX = f"the package named apex here is an unrelated web toolkit from the package index; for NVIDIA's {APEX_IS}"
 SMALL_SHM = GIB  # below this NCCL's and the loader's shared memory may run out
 
+# tokens, hidden, ffn, heads, head size, sequence and vocabulary that --measure uses
+CUDA_SIZE, CPU_SIZE = (8192, 4096, 11008, 32, 128, 2048, 32000), (1024, 768, 2048, 12, 64, 256, 4096)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; 0 if this machine can train, 1 if not."""
@@ -145,7 +148,7 @@ def mpi_library() -> str:
     code = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip("\0\n ").splitlines() or ["nothing said"]
-    return lines[0].strip() if done.returncode == 0 else f"none that works ({lines[-1].strip()})"
+    return " ".join(lines[0].split()) if done.returncode == 0 else f"none that works ({lines[-1].strip()})"
 
 
 def built_with() -> dict[str, str]:
@@ -291,9 +294,8 @@ def workload(operation: str, made: Any, place: Any) -> Callable[[], Any]:
     from megallama.config.schema import OptimizerConfig
     from megallama.kernels.norm import accumulate_dtype
 
-    cuda = place.device.type == "cuda"
-    tokens, h, f, heads, d = (8192, 4096, 11008, 32, 128) if cuda else (1024, 768, 2048, 12, 64)
-    (seq, vocab), wide = (2048, 32000) if cuda else (256, 4096), accumulate_dtype(place.dtype)
+    tokens, h, f, heads, d, seq, vocab = CUDA_SIZE if place.device.type == "cuda" else CPU_SIZE
+    wide = accumulate_dtype(place.dtype)
 
     def rand(*shape: int, dtype: Any = place.dtype) -> Any:
         return torch.rand(shape, device=place.device).sub_(0.5).to(dtype)
@@ -395,8 +397,8 @@ def slower(rows: list[dict[str, Any]]) -> list[str]:
         times = {name: value for name, value in row.get("microseconds", {}).items() if value is not None}
         best = min(times, key=lambda name: times[name], default=row["taken"])
         if row["taken"] in times and times[row["taken"]] > 1.05 * times[best]:
-            before = list(times)[: list(times).index(best)]
-            setting = json.dumps([f"{row['operation']}: {name}" for name in before])
+            names = list(row["microseconds"])
+            setting = json.dumps([f"{row['operation']}: {name}" for name in names[: names.index(best)]])
             gain = times[row["taken"]] / times[best]
             out.append(f"{row['operation']}: {best} is {gain:.2f} times as fast here; run.without_kernels={setting}")
     return out
