@@ -110,7 +110,7 @@ def versions() -> dict[str, str]:
     out = {"python": platform.python_version()}
     for name in (*NEEDED, *OPTIONAL):
         out[name] = version(name)
-    out["apex"] = guarded(apex, "")
+    out["apex"] = guarded(which_apex, "")
     out["MPI library"] = guarded(mpi_library, "") if out["mpi4py"] != "not installed" else "not asked without mpi4py"
     out.update(guarded(built_with, {}))
     out["C++ compiler"] = shutil.which("g++") or shutil.which("clang++") or "none"
@@ -125,7 +125,7 @@ def version(distribution: str) -> str:
         return "not installed"
 
 
-def apex() -> str:
+def which_apex() -> str:
     """Which apex this is: NVIDIA's with its extensions, or the index package of the same name."""
     parts = [name for name in ("amp_C", "fused_weight_gradient_mlp_cuda", "fused_layer_norm_cuda") if has(name)]
     if not has("apex") and not parts:

@@ -51,20 +51,20 @@ def test_the_text_ends_with_the_verdict(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_another_apex_on_the_path_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.apex() == "not installed"
+    assert doctor.which_apex() == "not installed"
     package = tmp_path / "apex"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('a web toolkit that needs pyramid')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert doctor.apex() == "not NVIDIA's: an unrelated web toolkit of the same name"
-    advice = doctor.advice(found(versions={"apex": doctor.apex()}), "bf16")
+    assert doctor.which_apex() == "not NVIDIA's: an unrelated web toolkit of the same name"
+    advice = doctor.advice(found(versions={"apex": doctor.which_apex()}), "bf16")
     assert advice == [doctor.WRONG_APEX] and "build NVIDIA/apex from source" in advice[0]
     (package / "__init__.py").write_text("")
     (package / "optimizers.py").write_text("")
     sys.modules.pop("apex", None)
-    assert doctor.apex() == "NVIDIA's, Python only: built without CUDA extensions"
+    assert doctor.which_apex() == "NVIDIA's, Python only: built without CUDA extensions"
     (tmp_path / "amp_C.py").write_text("")
-    assert doctor.apex() == "NVIDIA's, with amp_C"
+    assert doctor.which_apex() == "NVIDIA's, with amp_C"
     sys.modules.pop("apex", None)
 
 
