@@ -4,9 +4,9 @@ A candidate is refused with a reason: its package is missing or fails to import 
 counts), the device or number format is not its own, the user left it out (`run.without_kernels`), or its result on a
 small problem differs from the plain formula.  So a broken installation costs a line in the log, never a run.
 
-The order is fixed, never measured when a run starts: two ranks could take different candidates, and norms replicated over
-tensor-parallel ranks would drift apart; a run that resumed would not repeat its bits.  ``tools/doctor.py --measure``
-times every candidate; what is slower on a device is left out by `run.without_kernels`, which all ranks share.
+The order is fixed, never measured when a run starts: two ranks could take different candidates, and norms replicated
+over tensor-parallel ranks would drift apart; a run that resumed would not repeat its bits.  ``tools/doctor.py
+--measure`` times every candidate; what is slower on a device `run.without_kernels` leaves out, on all ranks alike.
 """
 
 from __future__ import annotations
