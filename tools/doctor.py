@@ -3,8 +3,8 @@
     python tools/doctor.py [--json] [--measure] [--dtype bf16] [--device auto] [--compile]
 
 For every operation the implementation that a run would take and why not the others; --measure times all that work here,
-forward and backward (while nothing else runs), and says what to leave out. Every probe is guarded: what fails is reported, not raised.
-The last line is the verdict; the exit status is 0 if the machine can train.
+forward and backward, and says what to leave out (let nothing else run meanwhile). Every probe is guarded: what fails
+is reported, not raised. The last line is the verdict; the exit status is 0 if the machine can train.
 """
 
 from __future__ import annotations
