@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -88,10 +89,8 @@ def choose_kernels(
         choices.append(choice)
         place = replace(place, product=taken.get("matrix product", matmul_nt))
     if strange := sorted(set(without) - known):
-        raise MegallamaError(
-            f"run.without_kernels={strange} names no candidate; write an implementation, or an operation and one of "
-            f"its own: {', '.join(sorted(known))}"
-        )
+        near = [hint for name in strange for hint in get_close_matches(name, sorted(known), 1)] or sorted(known)
+        raise MegallamaError(f"run.without_kernels={strange} names no candidate; write for example {' or '.join(near)}")
     if documents and choices[0].taken == SDPA:
         try:
             checks.check_attention(taken["attention"], place)

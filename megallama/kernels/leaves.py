@@ -10,6 +10,7 @@ SwiGLU 1.9 / 1.3, RoPE 4.2 / 3.1, softmax 1.4 / 1.3; the first call of each comp
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,15 +57,18 @@ EAGER = Leaves(rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, sof
 def compiled_leaf(name: str) -> Callable[..., Any]:
     """One leaf by its name in `Leaves`, fused by torch.compile; compiled anew for each shape that it meets.
 
-    Shapes are never made symbolic, so the bits of a result depend on its own operands alone, not on which
-    shapes came first: a resumed run repeats them.  What is compiled writes into none of its arguments: without
-    autograd, torch 2.13 was seen to write into another argument than was asked for.
+    Shapes are never made symbolic, so the bits of a result depend on its operands alone, not on which shapes came first:
+    a resumed run repeats them.  What is compiled writes into no argument: torch 2.13 was seen to write into another.
     """
-    fused = torch.compile(FORMULAS[name], dynamic=False)
+    fused, met = torch.compile(FORMULAS[name], dynamic=False), set[Any]()
 
     def leaf(*args: Any) -> Any:
-        with torch.no_grad():  # saved tensors remember that they were part of a graph: compile for none of them
-            return fused(*(a.detach() if isinstance(a, Tensor) else a for a in args))
+        plain = [a.detach() if isinstance(a, Tensor) else a for a in args]  # saved tensors remember their graph
+        shapes = tuple((a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in plain)
+        new = shapes not in met  # beyond its limit of shapes torch would go on uncompiled: other bits
+        met.add(shapes)
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1000) if new else nullcontext():
+            return fused(*plain)
 
     def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
         out.copy_(leaf(x, cos, sin))

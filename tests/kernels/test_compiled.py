@@ -97,6 +97,16 @@ def test_a_turn_in_place_is_the_turn_into_another_tensor(shape: tuple[int, ...])
 
 
 @needs_compiler
+def test_every_shape_is_compiled_beyond_torchs_limit() -> None:
+    """Past eight shapes torch would run a function as it is, and its bits would depend on the order of shapes."""
+    seen = torch._dynamo.utils.counters["stats"]
+    leaf, before = compiled_leaf("swiglu"), seen["unique_graphs"]
+    for rows in range(1, 11):
+        leaf(torch.ones(rows, 6))
+    assert seen["unique_graphs"] - before == 10
+
+
+@needs_compiler
 def test_softmax_of_a_real_width_in_place() -> None:
     leaf, logits = compiled_leaf("softmax_"), torch.randn(40, 4096, generator=torch.Generator().manual_seed(1)) * 4
     index, sums = torch.arange(40).mul(97).unsqueeze(1), torch.zeros(2, 40)
