@@ -57,7 +57,7 @@ EAGER = Leaves(rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, sof
 def compiled_leaf(name: str) -> Callable[..., Any]:
     """One leaf by its name in `Leaves`, fused by torch.compile; compiled anew for each shape that it meets.
 
-    Shapes are never made symbolic, so the bits of a result depend on its operands alone, not on which shapes came first:
+    Shapes are never symbolic, so the bits of a result depend on its operands alone, not on which shapes came first:
     a resumed run repeats them.  What is compiled writes into no argument: torch 2.13 was seen to write into another.
     """
     fused, met = torch.compile(FORMULAS[name], dynamic=False), set[Any]()
