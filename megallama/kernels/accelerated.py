@@ -5,9 +5,10 @@ raises.  Both packages can fail to import in many ways (missing CUDA libraries, 
 unrelated package of the same name), so the caller catches everything and keeps the text.
 
 Considered and left out: Transformer Engine's fused RoPE (takes angles where ours are tables, writes a new tensor
-where ours turns in place, and knows documents in another layout only), its cross entropy and apex's (see
-`cross_entropy`), apex's fused dense layers (they keep outputs that our backward makes again), and `te.Linear` under
-`te.autocast`: our linear layers are hand-written functions, so they call what it calls, quantizer and GEMM.
+where ours turns in place, and knows documents in another layout only), its cross entropy (all logits of a micro-batch
+at once, reduced over a process group of its own) and apex's (a second copy of them), apex's fused dense layers (they
+keep outputs that our backward makes again), and `te.Linear` under `te.autocast`: our linear layers are hand-written
+functions, so they call what it calls, quantizer and GEMM.
 """
 
 from __future__ import annotations

@@ -39,12 +39,10 @@ class Place:
     product: MatmulNT = matmul_nt  # the matrix product that was chosen
 
     def need_cuda(self) -> None:
-        """Raises: Refused on a CPU."""
         if self.device.type != "cuda":
             raise Refused("no CUDA device")
 
     def need_half_on_cuda(self) -> None:
-        """Raises: Refused on a CPU, and for fp32 and fp64."""
         self.need_cuda()
         if self.dtype not in (torch.bfloat16, torch.float16):
             raise Refused(f"16-bit formats only, not {self.dtype}")

@@ -4,16 +4,16 @@ A candidate is refused with a reason: its package is missing or fails to import 
 counts), the device or number format is not its own, the user left it out (`run.without_kernels`), or its result on a
 small problem differs from the plain formula.  So a broken installation costs a line in the log, never a run.
 
-The order is fixed, never measured when a run starts: two ranks that measured could take different candidates, and norms
-that are replicated over tensor-parallel ranks would drift apart; a run that measured again when it resumes would
-not repeat its bits.  ``tools/doctor.py --measure`` times every candidate on a device; what it shows to
-be slower there is left out by `run.without_kernels`, which is part of the configuration that all ranks share.
+The order is fixed, never measured when a run starts: two ranks could take different candidates, and norms replicated
+over tensor-parallel ranks would drift apart; a run that resumed would not repeat its bits.  ``tools/doctor.py
+--measure`` times every candidate; what is slower on a device `run.without_kernels` leaves out, on all ranks alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -89,10 +89,8 @@ def choose_kernels(
         choices.append(choice)
         place = replace(place, product=taken.get("matrix product", matmul_nt))
     if strange := sorted(set(without) - known):
-        raise MegallamaError(
-            f"run.without_kernels={strange} names no candidate; write an implementation, or an operation and one of "
-            f"its own: {', '.join(sorted(known))}"
-        )
+        near = [hint for name in strange for hint in get_close_matches(name, sorted(known), 1)] or sorted(known)
+        raise MegallamaError(f"run.without_kernels={strange} names no candidate; write for example {' or '.join(near)}")
     if documents and choices[0].taken == SDPA:
         try:
             checks.check_attention(taken["attention"], place)

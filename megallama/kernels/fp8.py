@@ -5,9 +5,8 @@ whole tensor from its own largest element: a power of two, so that scaling round
 once.  Sums are fp32 in the GEMM; outputs are bf16, weight gradients fp32.  A tensor with an infinity or a NaN gets
 the scale NaN, since fp8 would hide it.
 
-Hopper multiplies fp8 only as a @ b.T with both operands contiguous along the sum (and all sizes multiples of 16): the
-backward's operands are transposed after rounding, one byte an element.  Nothing is kept between calls: each GEMM
-rounds its own operands, which costs a few percent of its time at the sizes of a 7B model and no memory.
+Hopper multiplies fp8 only as a @ b.T with both operands contiguous along the sum (and sizes that are multiples of 16):
+the backward's operands are transposed after rounding.  Nothing is kept: each GEMM rounds its own operands.
 """
 
 from __future__ import annotations

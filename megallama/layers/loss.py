@@ -8,8 +8,8 @@ left to compute but the norm.
 
 Over tp two small reductions a chunk make it exact: the maximum over ranks of the logarithm of each
 rank's sum of exponentials, then the sum over ranks together with the logit of the label (Shoeybi et
-al. 2019).  Padding columns of the vocabulary take
-no part.  Labels are marked as not counted by `mask`, never by their value.
+al. 2019).  Padding columns of the vocabulary take no part.  Labels are marked as not counted by `mask`, never by
+their value.
 """
 
 from __future__ import annotations

@@ -221,6 +221,32 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "optimizer.beta1=0.9",
     ),
     (
+        "precision.fp8=tensorwise precision.dtype=fp16", None,
+        'precision.fp8="tensorwise" rounds bf16 values, but precision.dtype="fp16"; use precision.dtype="bf16", '
+        'or precision.fp8="none"',
+        "precision.dtype=bf16",
+    ),
+    (
+        "precision.fp8=tensorwise run.device=cpu", None,
+        'precision.fp8="tensorwise" needs a GPU of compute capability 8.9 or above, but run.device="cpu"; use "cuda", '
+        'or precision.fp8="none"',
+        "run.device=cuda",
+    ),
+    (
+        "precision.fp8=tensorwise model.ffn_hidden_size=680", None,
+        'precision.fp8="tensorwise" multiplies only sizes that are multiples of 16, but model.ffn_hidden_size / '
+        'parallel.tp = 680; use those, or precision.fp8="none"',
+        "model.ffn_hidden_size=672",
+    ),
+    (
+        "precision.fp8=tensorwise parallel.tp=2 model.head_dim=4 batch.micro_batch_size=1 batch.seq_length=24", None,
+        'precision.fp8="tensorwise" multiplies only sizes that are multiples of 16, but batch.micro_batch_size x '
+        "batch.seq_length = 24, model.ffn_hidden_size / parallel.tp = 344, model.num_heads x model.head_dim / "
+        "parallel.tp = 8, the width of queries, keys and values / parallel.tp = 24; use those, "
+        'or precision.fp8="none"',
+        "precision.fp8=none",
+    ),
+    (
         "precision.min_loss_scale=8 precision.initial_loss_scale=4", None,
         "precision.min_loss_scale=8.0 is above precision.initial_loss_scale=4.0; use at most 4.0",
         "precision.min_loss_scale=4",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -9,18 +10,17 @@ import torch
 
 from megallama.comm.group import Solo
 from megallama.comm.groups import build_groups
-from megallama.kernels import accelerated, choose
-from megallama.kernels.attention import Attend, sdpa
-from megallama.kernels.wgrad import add_wgrad_cuda
+from megallama.kernels import checks, choose
+from megallama.kernels.checks import Place, Refused
 from megallama.plan.plan import make_plan
-from megallama.train.assemble import DTYPES, Rank, assemble, initialize
+from megallama.train.assemble import Rank, assemble, initialize, kernels_of
 from tests.small import curve, deviation, small_config, solo_rank, tokens, train
 
 
 def on_gpu(config: Any, device: torch.device) -> Rank:
     plan = make_plan(config, 1)
     groups = build_groups(plan.topology, 0, config.model.num_kv_heads, lambda name, parts: Solo(name))
-    rank = assemble(plan, groups, device, choose.choose_kernels(device, DTYPES[config.precision.dtype]))
+    rank = assemble(plan, groups, device, kernels_of(config, device))
     initialize(rank, config.train.seed)
     return rank
 
@@ -29,30 +29,61 @@ def on_gpu(config: Any, device: torch.device) -> Rank:
 def test_the_choice_is_reported(cuda: torch.device, dtype: torch.dtype) -> None:
     choices = choose.choose_kernels(cuda, dtype).choices
     print(*choices, sep="\n")
-    assert [c.operation for c in choices] == ["attention", "matrix product", "weight gradient", "AdamW"]
+    assert [c.operation for c in choices] == list(choose.OPERATIONS)
 
 
-def test_torch_attention_and_wgrad_pass_their_probes(cuda: torch.device) -> None:
-    def make(n: int, k: int, d: int) -> Attend:
-        return sdpa
-
-    assert choose._checked_attention(make, cuda, torch.bfloat16, documents=True) is make
-    assert choose._checked_wgrad(add_wgrad_cuda, cuda, torch.bfloat16) is add_wgrad_cuda
+CANDIDATES = [
+    (name, kind, make) for name, o in choose.OPERATIONS.items() for kind, make in (*o.candidates, o.last)
+] + [(choose.FP8, kind, make) for kind, make in choose.FP8_PRODUCTS.candidates]
 
 
-@pytest.mark.parametrize("name", ["te_attention", "te_wgrad", "apex_wgrad", "te_adam", "apex_adam"])
-def test_installed_accelerators_pass_their_probes(cuda: torch.device, name: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("name", "kind", "make"), CANDIDATES, ids=[f"{c[0]}: {c[1]}" for c in CANDIDATES])
+def test_every_candidate_is_right_both_ways(
+    cuda: torch.device, name: str, kind: str, make: Any, dtype: torch.dtype
+) -> None:
+    place = Place(cuda, dtype, documents=True, compiled=True)
+    if kind == "torch.compile" and shutil.which("gcc") is None:
+        pytest.skip("no gcc, which Triton needs")
+    operation = {**choose.OPERATIONS, choose.FP8: choose.FP8_PRODUCTS}[name]
     try:
-        make: Any = getattr(accelerated, name)
-        kernel = make(True) if name.endswith("adam") else make(True, torch.bfloat16)
-    except accelerated.Refused as reason:
-        pytest.skip(f"{name}: {reason}")
-    if name.endswith("attention"):
-        choose._checked_attention(kernel, cuda, torch.bfloat16, documents=True)
-    elif name.endswith("wgrad"):
-        choose._checked_wgrad(kernel, cuda, torch.bfloat16)
+        made = make(place)
+    except Refused as reason:
+        pytest.skip(f"{name}: {kind}: {reason}")
+    if kind == "that product, then add" and dtype == torch.bfloat16:
+        checks.check_wgrad(made, place, 1e-2)  # the product is rounded before it is added
     else:
-        choose._checked_adam(kernel, cuda)
+        operation.check(made, place)
+
+
+def test_both_fp8_products_round_alike(cuda: torch.device) -> None:
+    """Transformer Engine's scales are forced to powers of two, so both implementations multiply the same numbers."""
+    place = Place(cuda, torch.bfloat16)
+    try:
+        te, ours = (make(place) for _, make in choose.FP8_PRODUCTS.candidates)
+    except Refused as reason:
+        pytest.skip(f"fp8: {reason}")
+    generator = torch.Generator(cuda).manual_seed(0)
+    shapes = (256, 512), (256, 768), (768, 512)
+    x, dy, weight = (torch.randn(shape, device=cuda, generator=generator).bfloat16() for shape in shapes)
+    grads = [torch.zeros(768, 512, device=cuda) for _ in range(2)]
+    for grad, gemms in zip(grads, (te, ours), strict=True):
+        gemms.add_wgrad(grad, dy, x, True)
+    forward = [gemms.project(x, weight) for gemms in (te, ours)]
+    back = [gemms.project_back(dy, weight) for gemms in (te, ours)]
+    for mine, theirs in (forward, back, grads):
+        assert float((mine.double() - theirs.double()).norm() / theirs.double().norm()) <= 4e-3
+
+
+def test_a_model_trains_in_fp8_beside_bf16(cuda: torch.device) -> None:
+    if torch.cuda.get_device_capability(cuda) < (8, 9):
+        pytest.skip("no fp8 below compute capability 8.9")
+    settings: dict[str, Any] = {"model": {"hidden_size": 64}, "optimizer": {"lr": 1e-2}}
+    curves = []
+    for fp8 in ("none", "tensorwise"):
+        config = small_config(**settings, precision={"dtype": "bf16", "fp8": fp8})
+        curves.append(curve(train(on_gpu(config, cuda), tokens(config, 12).to(cuda))))
+    assert 0 < deviation(curves[1][::2], curves[0][::2]) < 3e-2
 
 
 @pytest.mark.parametrize("model", [{}, {"num_kv_heads": 2, "tie_embeddings": True, "vocab_size": 59}], ids=str)
