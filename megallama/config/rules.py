@@ -250,6 +250,8 @@ def _fp8(config: Config, ranks: int | None) -> Iterator[str]:
         yield f'{start} rounds bf16 values, but precision.dtype="{p.dtype}"; use precision.dtype="bf16", {instead}'
     if config.run.device == "cpu":
         yield f'{start} needs a GPU of compute capability 8.9 or above, but run.device="cpu"; use "cuda", {instead}'
+    if tp > 1 and (chunks := config.overlap.tensor_parallel_chunks) > 1:
+        yield f"{start} scales whole products, but overlap.tensor_parallel_chunks={chunks} cuts them; use 1, {instead}"
     n, k, d = m.num_heads // tp, max(1, (m.num_kv_heads or m.num_heads) // tp), m.head_dim or 1
     sizes = {
         "batch.micro_batch_size x batch.seq_length": b.micro_batch_size * b.seq_length,

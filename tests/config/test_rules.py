@@ -233,6 +233,12 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "run.device=cuda",
     ),
     (
+        "precision.fp8=tensorwise parallel.tp=2 overlap.tensor_parallel_chunks=2 model.ffn_hidden_size=704", None,
+        'precision.fp8="tensorwise" scales whole products, but overlap.tensor_parallel_chunks=2 cuts them; use 1, '
+        'or precision.fp8="none"',
+        "overlap.tensor_parallel_chunks=1",
+    ),
+    (
         "precision.fp8=tensorwise model.ffn_hidden_size=680", None,
         'precision.fp8="tensorwise" multiplies only sizes that are multiples of 16, but model.ffn_hidden_size / '
         'parallel.tp = 680; use those, or precision.fp8="none"',
