@@ -120,7 +120,7 @@ class DistributedOptimizer:
                 continue
             first = states[0].grads
             divisor = (
-                None if multiplier == 1.0 else torch.tensor(1 / multiplier, dtype=first.dtype, device=first.device)
+                None if multiplier == 1.0 else torch.full((), 1 / multiplier, dtype=first.dtype, device=first.device)
             )
             self._adamw(
                 [s.master for s in states], [s.grads for s in states],

@@ -124,7 +124,10 @@ class Trainer:
         )
 
     def _build(self, kernels: Kernels) -> Rank:
+        told = len(self._world.notes)
         groups = self._world.groups(self._plan.topology, self._config.model.num_kv_heads or 1)
+        for text in self._world.notes[told:]:
+            self._log.info(text)
         if self._config.log.trace_steps:
             groups = timed(groups, self._tape)
         rank = assemble(self._plan, groups, self._world.device, kernels)
