@@ -259,9 +259,9 @@ class World:
         if not (self.shared_memory and together and self.device.type == "cpu"):
             self.opened.append(C10d(group, name, ranks, self.rank, self.device, down))
             return self.opened[-1]
-        shared = SharedMemory(group, name, ranks, self.rank, self.device, self.timeout)
+        shared = SharedMemory(group, name, ranks, self.rank, self.device)
         self.opened.append(shared)
-        refused = shared.connect(self.crowded)
+        refused = shared.connect(self.crowded, self.timeout)
         self.notes.append(f"group {name}: " + (f"gloo ({refused})" if refused else "shared memory, gloo above 8 MiB"))
         return shared
 

@@ -23,7 +23,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megallama.comm.c10d import C10d, add_in_order
@@ -100,25 +99,13 @@ class _Pending:
 class SharedMemory(C10d):
     """A gloo group whose small operations go through shared memory once `connect` has succeeded."""
 
-    def __init__(
-        self,
-        process_group: dist.ProcessGroup,
-        name: str,
-        ranks: Sequence[int],
-        rank: int,
-        device: torch.device,
-        timeout: timedelta,
-    ) -> None:
-        super().__init__(process_group, name, ranks, rank, device)
-        self._seconds, self._spin, self._limit = timeout.total_seconds(), _SPIN, 0
-        self._segments: list[_Segment] = []
-        self._posted = [[0] * self.size for _ in range(_KINDS)]
-        self._expected = [[0] * self.size for _ in range(_KINDS)]
-        self._blocks: list[tuple[int, int, list[tuple[int, int]]]] = []  # place, end, its notices and their numbers
+    _limit = 0  # bytes of an operation above which it goes over gloo
+    _segments: Sequence[_Segment] = ()
 
-    def connect(self, crowded: bool) -> str | None:
+    def connect(self, crowded: bool, timeout: timedelta) -> str | None:
         """Map one another's segments; every rank calls it. None, or why gloo is kept.
 
+        timeout: the longest wait for another rank.
         crowded: the ranks share fewer cores than they are, so waiting must not keep a core busy.
         """
         token, file, problem = secrets.randbits(62), -1, ""
@@ -132,22 +119,26 @@ class SharedMemory(C10d):
         except OSError as error:
             problem = str(error)
         everyone = self.gather_values([os.getpid(), file, token, problem])
+        segments: list[_Segment] = []
         opened, problem = [file], next((other for *_, other in everyone if other), "")
         try:
             for rank, (pid, number, token, _) in enumerate([] if problem else everyone):
                 if rank != self.rank:
                     opened.append(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC))
                 other = mine if rank == self.rank else _Segment(opened[-1], self.size, token, own=False)
-                self._segments.append(other)
+                segments.append(other)
         except (OSError, ValueError) as error:
             problem = str(error)
         problem = next(filter(None, self.gather_values(problem)), "")
         if problem:
-            self._segments.clear()
             for file in filter(lambda f: f >= 0, opened):
                 os.close(file)
             return problem
-        self._limit, self._spin = _LARGEST, 0.0 if crowded else _SPIN
+        self._posted = [[0] * self.size for _ in range(_KINDS)]
+        self._expected = [[0] * self.size for _ in range(_KINDS)]
+        self._blocks: list[tuple[int, int, list[tuple[int, int]]]] = []  # place, end, its notices and their numbers
+        self._seconds, self._spin = timeout.total_seconds(), 0.0 if crowded else _SPIN
+        self._segments, self._limit = segments, _LARGEST
         return None
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
@@ -237,7 +228,7 @@ class SharedMemory(C10d):
                 self._ring(segment)
         for segment in self._segments:
             os.close(segment.file)
-        self._segments, self._limit = [], 0
+        self._segments, self._limit = (), 0
         super().close()
 
     def _others(self) -> list[int]:

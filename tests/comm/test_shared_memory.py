@@ -124,12 +124,12 @@ def test_too_many_operations_under_way_are_an_error(pool: Pool) -> None:
 def refused(world: World) -> str | None:
     """One rank cannot: all keep gloo, and it works."""
     group = dist.new_group()
-    shared = SharedMemory(group, "tp", range(world.world_size), world.rank, world.device, world.timeout)
+    shared = SharedMemory(group, "tp", range(world.world_size), world.rank, world.device)
     before = os.memfd_create
     if world.rank == 1:
         os.memfd_create = lambda name: (_ for _ in ()).throw(OSError("no such call"))  # type: ignore[assignment]
     try:
-        reason = shared.connect(crowded=False)
+        reason = shared.connect(crowded=False, timeout=world.timeout)
     finally:
         os.memfd_create = before
     assert everything(shared)
