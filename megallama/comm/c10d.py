@@ -25,7 +25,7 @@ _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.Reduc
 _HALF = (torch.bfloat16, torch.float16)
 # A gloo all-reduce in which each rank sends at most this is quicker as one direct exchange.
 _DIRECT_BYTES = 1 << 20
-_MESSAGE, _PIECE = 0, 1  # tags: send/recv of callers, pieces of our own collectives
+MESSAGE, PIECE, FREE_TAG = range(3)  # tags: send/recv of callers, pieces of our own collectives; free from here on
 
 
 class Works:
@@ -159,7 +159,7 @@ class C10d:
         work = dist.broadcast(tensor, group=self._pg, group_src=source, async_op=True)
         return self._handle("broadcast", [work], tensor)
 
-    def send(self, tensor: Tensor, to: int, tag: int = _MESSAGE) -> Handle:
+    def send(self, tensor: Tensor, to: int, tag: int = MESSAGE) -> Handle:
         self._check(tensor)
         assert to != self.rank, f"{self.name}: rank {to} sends to itself"
         channel = self._down if to < self.rank else self._pg
@@ -171,7 +171,7 @@ class C10d:
             self._sends[to] = _Sends()
         return self._sends[to].add(handle)
 
-    def recv(self, tensor: Tensor, source: int, tag: int = _MESSAGE) -> Handle:
+    def recv(self, tensor: Tensor, source: int, tag: int = MESSAGE) -> Handle:
         self._check(tensor)
         assert source != self.rank, f"{self.name}: rank {source} receives from itself"
         channel = self._down if self.rank < source else self._pg
@@ -220,8 +220,8 @@ class C10d:
         works = []
         for distance in range(1, self.size):
             to, source = (self.rank + distance) % self.size, (self.rank - distance) % self.size
-            works.append(dist.irecv(incoming[source], group=self._pg, group_src=source, tag=_PIECE))
-            works.append(dist.isend(outgoing[to], group=self._pg, group_dst=to, tag=_PIECE))
+            works.append(dist.irecv(incoming[source], group=self._pg, group_src=source, tag=PIECE))
+            works.append(dist.isend(outgoing[to], group=self._pg, group_dst=to, tag=PIECE))
         return works
 
     def _all_reduce_direct(self, tensor: Tensor) -> Handle:

@@ -29,7 +29,7 @@ from megallama.comm.errors import LaunchError
 from megallama.comm.group import Group, Solo
 from megallama.comm.groups import Groups, Partition, build_groups
 from megallama.comm.rendezvous import Arrival, FailureRecord, meet, open_store, port_file
-from megallama.comm.shared_memory import SharedMemory
+from megallama.comm.shared_memory import LARGEST, SharedMemory
 from megallama.config.schema import RunConfig
 from megallama.plan.topology import Topology
 
@@ -250,9 +250,9 @@ class World:
         if name == "pp" and self.device.type == "cuda":
             down = dist.new_group(ranks, self.timeout, use_local_synchronization=True)
         group = dist.new_group(ranks, self.timeout, use_local_synchronization=True)
-        return self._opened(group, name, ranks, down)
+        return self._open(group, name, ranks, down)
 
-    def _opened(
+    def _open(
         self, group: dist.ProcessGroup, name: str, ranks: tuple[int, ...], down: dist.ProcessGroup | None = None
     ) -> Group:
         together = len({self.hosts[rank] for rank in ranks}) == 1
@@ -262,7 +262,8 @@ class World:
         shared = SharedMemory(group, name, ranks, self.rank, self.device)
         self.opened.append(shared)
         refused = shared.connect(self.crowded, self.timeout)
-        self.notes.append(f"group {name}: " + (f"gloo ({refused})" if refused else "shared memory, gloo above 8 MiB"))
+        through = f"gloo ({refused})" if refused else f"shared memory, gloo above {LARGEST >> 20} MiB"
+        self.notes.append(f"group {name}: {through}")
         return shared
 
     def report_failure(self, text: str) -> None:
@@ -342,7 +343,7 @@ def start(launch: Launch, run: RunConfig, config_hash: str = "", store: dist.Sto
         launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, record,
         crowded=len(sharing) > len(os.sched_getaffinity(0)), shared_memory=run.shared_memory,
     )  # fmt: skip
-    world.group = world._opened(dist.group.WORLD, "world", everybody)
+    world.group = world._open(dist.group.WORLD, "world", everybody)
     return world
 
 

@@ -133,7 +133,7 @@ class _Noted:
 
 
 @dataclass
-class Flight:
+class TimedCall:
     """When one operation was called and waited for, as readings of the tape's clock; None outside traced steps."""
 
     axis: str
@@ -150,7 +150,7 @@ class Tape:
     """What `Timed` groups write while `clock` is set, in order of the calls."""
 
     clock: Callable[[], Any] | None = None
-    flights: list[Flight] = field(default_factory=list)
+    calls: list[TimedCall] = field(default_factory=list)
 
 
 class Timed(Wrapped):
@@ -163,21 +163,21 @@ class Timed(Wrapped):
     def _call(
         self, op: str, tensor: Tensor, start: Callable[[], Handle], peer: int | None = None, reduce: Op = "sum"
     ) -> Handle:
-        flight = Flight(self.name, op, tensor.nbytes)
+        call = TimedCall(self.name, op, tensor.nbytes)
         if (clock := self._tape.clock) is None:
-            return _TimedHandle(start(), flight, self._tape)
-        self._tape.flights.append(flight)
-        flight.issued = clock()
-        handle = _TimedHandle(start(), flight, self._tape)
-        flight.started = clock()
+            return _TimedHandle(start(), call, self._tape)
+        self._tape.calls.append(call)
+        call.issued = clock()
+        handle = _TimedHandle(start(), call, self._tape)
+        call.started = clock()
         return handle
 
 
 class _TimedHandle:
     """A handle that notes its first wait."""
 
-    def __init__(self, inner: Handle, flight: Flight, tape: Tape) -> None:
-        self._inner, self._flight, self._tape = inner, flight, tape
+    def __init__(self, inner: Handle, call: TimedCall, tape: Tape) -> None:
+        self._inner, self._timed, self._tape = inner, call, tape
 
     def wait(self) -> None:
         self._note(self._inner.wait)
@@ -189,15 +189,15 @@ class _TimedHandle:
         return done
 
     def _note(self, wait: Callable[[], None]) -> None:
-        clock, flight = self._tape.clock, self._flight
-        if clock is None or flight.end is not None:
+        clock, call = self._tape.clock, self._timed
+        if clock is None or call.end is not None:
             wait()
             return
-        if flight.issued is None:  # before the traced step
-            self._tape.flights.append(flight)
-        flight.waited = clock()
+        if call.issued is None:  # before the traced step
+            self._tape.calls.append(call)
+        call.waited = clock()
         wait()
-        flight.end = clock()
+        call.end = clock()
 
 
 class Absent(Solo):

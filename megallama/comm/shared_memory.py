@@ -25,16 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.comm.c10d import C10d, add_in_order
+from megallama.comm.c10d import FREE_TAG, MESSAGE, C10d, add_in_order
 from megallama.comm.group import Done, Handle, Op
 
-_LARGEST = 8 << 20  # most bytes of an operation that goes this way
+LARGEST = 8 << 20  # most bytes of an operation that goes this way
 _ARENA = 64 << 20  # bytes of a segment's data; only what is used becomes memory
 _NOTICES, _WORDS = 2048, 4  # operations under way to one reader; words of a notice:
 _NUMBER, _PLACE, _BYTES, _READ = range(_WORDS)  # its number, where in the arena (-1: over gloo), size, number when read
 _BELL, _CLOSED, _TOKEN, _HEAD = range(4)  # words before the notices
-_COLLECTIVE, _MESSAGE, _KINDS = 0, 1, 2
-_OVER_GLOO = 2  # tags from here on: data for which the arena had no room
+_TO_ALL, _TO_ONE, _KINDS = range(3)  # notices of collectives, of messages
 _SPIN, _SLICE, _LOOK = 200e-6, 5_000_000, 0.2  # polling [s], longest sleep [ns], pause between looks for the dead [s]
 _FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1  # Linux on x86-64
 
@@ -138,7 +137,7 @@ class SharedMemory(C10d):
         self._expected = [[0] * self.size for _ in range(_KINDS)]
         self._blocks: list[tuple[int, int, list[tuple[int, int]]]] = []  # place, end, its notices and their numbers
         self._seconds, self._spin = timeout.total_seconds(), 0.0 if crowded else _SPIN
-        self._segments, self._limit = segments, _LARGEST
+        self._segments, self._limit = segments, LARGEST
         return None
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
@@ -146,16 +145,16 @@ class SharedMemory(C10d):
             return super().all_reduce(tensor, op)
         self._check(tensor)
         flat, others = tensor.view(-1), self._others()
-        self._post(_COLLECTIVE, others, flat)
-        due = self._due(_COLLECTIVE, others)
+        self._post(_TO_ALL, others, flat)
+        due = self._due(_TO_ALL, others)
 
         def finish() -> None:
-            parts = [flat if r == self.rank else self._read(_COLLECTIVE, r, due[r], flat) for r in range(self.size)]
+            parts = [flat if r == self.rank else self._read(_TO_ALL, r, due[r], flat) for r in range(self.size)]
             if op == "sum":
                 add_in_order(parts, flat)
             else:
                 flat.copy_(torch.stack(parts).amax(0) if op == "max" else torch.stack(parts).amin(0))
-            self._release(_COLLECTIVE, due)
+            self._release(_TO_ALL, due)
 
         return self._pending("all_reduce", tensor, finish)
 
@@ -165,15 +164,15 @@ class SharedMemory(C10d):
         self._check(output, shard)
         assert output.numel() == self.size * shard.numel(), f"{output.shape} is not {self.size} x {shard.shape}"
         places, others = self._pieces(output), self._others()
-        self._post(_COLLECTIVE, others, shard.view(-1))
-        due = self._due(_COLLECTIVE, others)
+        self._post(_TO_ALL, others, shard.view(-1))
+        due = self._due(_TO_ALL, others)
 
         def finish() -> None:
             if places[self.rank].data_ptr() != shard.data_ptr():
                 places[self.rank].copy_(shard.view(-1))
             for r in others:
-                places[r].copy_(self._read(_COLLECTIVE, r, due[r], places[r]))
-            self._release(_COLLECTIVE, due)
+                places[r].copy_(self._read(_TO_ALL, r, due[r], places[r]))
+            self._release(_TO_ALL, due)
 
         return self._pending("all_gather", (output, shard), finish)
 
@@ -184,14 +183,14 @@ class SharedMemory(C10d):
         assert full.numel() == self.size * output.numel(), f"{full.shape} is not {self.size} x {output.shape}"
         pieces, flat, others = self._pieces(full), output.view(-1), self._others()
         for r in others:
-            self._post(_COLLECTIVE, [r], pieces[r])
-        due = self._due(_COLLECTIVE, others)
+            self._post(_TO_ALL, [r], pieces[r])
+        due = self._due(_TO_ALL, others)
 
         def finish() -> None:
             mine = pieces[self.rank]
-            parts = [mine if r == self.rank else self._read(_COLLECTIVE, r, due[r], mine) for r in range(self.size)]
+            parts = [mine if r == self.rank else self._read(_TO_ALL, r, due[r], mine) for r in range(self.size)]
             add_in_order(parts, flat)
-            self._release(_COLLECTIVE, due)
+            self._release(_TO_ALL, due)
 
         return self._pending("reduce_scatter", (output, full), finish)
 
@@ -200,24 +199,24 @@ class SharedMemory(C10d):
             return super().broadcast(tensor, source)
         self._check(tensor)
         if source == self.rank:
-            self._post(_COLLECTIVE, self._others(), tensor.view(-1))
+            self._post(_TO_ALL, self._others(), tensor.view(-1))
             return Done()
-        return self._taking("broadcast", _COLLECTIVE, tensor, source)
+        return self._taking("broadcast", _TO_ALL, tensor, source)
 
-    def send(self, tensor: Tensor, to: int, tag: int = 0) -> Handle:
+    def send(self, tensor: Tensor, to: int, tag: int = MESSAGE) -> Handle:
         if tensor.nbytes > self._limit:
             return super().send(tensor, to, tag)
         self._check(tensor)
         assert to != self.rank, f"{self.name}: rank {to} sends to itself"
-        self._post(_MESSAGE, [to], tensor.view(-1))
+        self._post(_TO_ONE, [to], tensor.view(-1))
         return Done()
 
-    def recv(self, tensor: Tensor, source: int, tag: int = 0) -> Handle:
+    def recv(self, tensor: Tensor, source: int, tag: int = MESSAGE) -> Handle:
         if tensor.nbytes > self._limit:
             return super().recv(tensor, source, tag)
         self._check(tensor)
         assert source != self.rank, f"{self.name}: rank {source} receives from itself"
-        return self._taking(f"recv from {self.ranks[source]}", _MESSAGE, tensor, source)
+        return self._taking(f"recv from {self.ranks[source]}", _TO_ONE, tensor, source)
 
     def close(self) -> None:
         """Tell the peers, who may still read what was posted."""
@@ -285,7 +284,7 @@ class SharedMemory(C10d):
         return at if at + nbytes <= _ARENA else -1
 
     def _tag(self, kind: int, number: int) -> int:
-        return _OVER_GLOO + number % (1 << 20) * _KINDS + kind
+        return FREE_TAG + number % (1 << 20) * _KINDS + kind
 
     def _read(self, kind: int, source: int, number: int, like: Tensor) -> Tensor:
         """What `source` posted as this notice, where it lies: read only, until `_release`."""

@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from megallama.kernels.attention import Attend
 from megallama.kernels.documents import Documents
-from megallama.kernels.rope import Rotate, rotate
+from megallama.kernels.rope import Rotate
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class RotaryAttention:
     """
 
     def __init__(
-        self, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor, attend: Attend, turn: Rotate = rotate
+        self, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor, attend: Attend, rotate: Rotate
     ) -> None:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self._consecutive = Positions(cos, sin)  # [s, 1, d/2]
         self._attend = attend
-        self.turn = turn
+        self.rotate = rotate
 
     def positions(self, documents: Documents | None) -> Positions:
         """Positions 0 .. s-1 in every sample, or in every document."""
@@ -74,8 +74,8 @@ class _RotateSplit(Function):
         if not qkv.is_cuda:
             new_q, new_k, new_v = map(_head_by_head, (q, k, v))
             new_v.copy_(v)
-        layer.turn(q, positions.cos, positions.sin, new_q)
-        layer.turn(k, positions.cos, positions.sin, new_k)
+        layer.rotate(q, positions.cos, positions.sin, new_q)
+        layer.rotate(k, positions.cos, positions.sin, new_k)
         return new_q, new_k, new_v
 
     @staticmethod
@@ -83,8 +83,8 @@ class _RotateSplit(Function):
         cos, sin = ctx.saved_tensors
         packed = grads[0].new_empty(ctx.shape)
         q, k, v = ctx.layer.split(packed)
-        ctx.layer.turn(grads[0], cos, -sin, q)
-        ctx.layer.turn(grads[1], cos, -sin, k)
+        ctx.layer.rotate(grads[0], cos, -sin, q)
+        ctx.layer.rotate(grads[1], cos, -sin, k)
         v.copy_(grads[2])
         return packed, None, None
 

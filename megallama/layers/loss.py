@@ -14,12 +14,14 @@ their value.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from megallama.kernels.leaves import Leaves
 from megallama.kernels.norm import accumulate_dtype
 from megallama.layers.linear import TensorParallel
 from megallama.layers.norm import RMSNorm
@@ -31,10 +33,13 @@ ELEMENTS_IN_FP32 = 1 << 19  # logits that exist in fp32 at a time when they are 
 class LossHead:
     """Hidden states [T/t, h] or [T, h] and labels [T] -> the sum of token losses, one number."""
 
-    def __init__(self, param: Param, norm: RMSNorm, tp: TensorParallel, vocab_size: int, chunk_tokens: int) -> None:
+    def __init__(
+        self, param: Param, norm: RMSNorm, tp: TensorParallel, leaves: Leaves, vocab_size: int, chunk_tokens: int
+    ) -> None:
         self.param = param
         self.norm = norm
         self.tp = tp
+        self._leaves = leaves
         self.vocab_size = vocab_size
         self.chunk_tokens = chunk_tokens
         rows = param.data.shape[0]
@@ -89,18 +94,21 @@ class LossHead:
 
     def _softmax(self, local: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
         """`softmax_` of all rows, a few at a time."""
-        at_once = max(1, ELEMENTS_IN_FP32 // local.shape[1])
-        for a in range(0, len(local), at_once):
-            rows = slice(a, a + at_once)
+        for rows in _blocks(local):
             part = None if scale is None else scale[rows]
-            self.param.leaves.softmax_(local[rows], index[rows], log_sum[rows], picked[rows], part)
+            self._leaves.softmax_(local[rows], index[rows], log_sum[rows], picked[rows], part)
 
 
 def _multiply_rows(matrix: Tensor, factors: Tensor) -> None:
     """matrix [r, v] times factors [r], in the format of the factors, in place and a few rows at a time."""
-    at_once = len(matrix) if matrix.is_cuda else max(1, ELEMENTS_IN_FP32 // matrix.shape[1])
-    for rows, factor in zip(matrix.split(at_once), factors.split(at_once), strict=True):
-        rows.copy_(rows.to(factor.dtype).mul_(factor.unsqueeze(1)))
+    for rows in [slice(None)] if matrix.is_cuda else _blocks(matrix):
+        matrix[rows] = matrix[rows].to(factors.dtype).mul_(factors[rows].unsqueeze(1))
+
+
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    """Rows that may exist in fp32 at a time."""
+    at_once = max(1, ELEMENTS_IN_FP32 // matrix.shape[1])
+    return (slice(a, a + at_once) for a in range(0, len(matrix), at_once))
 
 
 class _NormHeadLoss(Function):

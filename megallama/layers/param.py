@@ -16,7 +16,6 @@ from torch import Tensor
 from megallama.comm.group import Handle
 from megallama.kernels.choose import Kernels
 from megallama.kernels.gemm import Gemms
-from megallama.kernels.leaves import Leaves
 from megallama.kernels.norm import accumulate_dtype
 from megallama.plan.layout import BufferLayout
 from megallama.plan.params import ParamSpec
@@ -71,13 +70,11 @@ class Param:
     """One local weight with its fp32 gradient."""
 
     def __init__(
-        self, spec: ParamSpec, weight: Tensor, main_grad: Tensor, gather: Gather, queue: WeightGradQueue,
-        gemms: Gemms, leaves: Leaves,
-    ) -> None:  # fmt: skip
+        self, spec: ParamSpec, weight: Tensor, main_grad: Tensor, gather: Gather, queue: WeightGradQueue, gemms: Gemms
+    ) -> None:
         self.spec = spec
         self.data = weight
         self.main_grad = main_grad
-        self.leaves = leaves  # what a layer does besides its product
         self.fresh = True  # main_grad holds nothing of this step yet: the first contribution overwrites
         self.on_ready: Callable[[Param], None] | None = None
         self._gather = gather
@@ -142,7 +139,6 @@ class FlatBuffers:
 
     def __init__(self, layout: BufferLayout, dtype: torch.dtype, device: torch.device, kernels: Kernels) -> None:
         self.layout = layout
-        self.leaves = kernels.leaves
         self.weights = torch.zeros(layout.numel, dtype=dtype, device=device)
         self.grads = torch.zeros(layout.numel, dtype=accumulate_dtype(dtype), device=device)
         self.queue = WeightGradQueue()
@@ -154,7 +150,7 @@ class FlatBuffers:
                 at = slice(placement.offset, placement.offset + spec.numel)
                 weight, grad = self.weights[at].view(spec.shape), self.grads[at].view(spec.shape)
                 gemms = kernels.layer_gemms if spec.name.startswith("layers.") else kernels.gemms
-                self.params[spec.name] = Param(spec, weight, grad, gather, self.queue, gemms, kernels.leaves)
+                self.params[spec.name] = Param(spec, weight, grad, gather, self.queue, gemms)
 
     def start_step(self) -> None:
         """Forget last step's gradients."""

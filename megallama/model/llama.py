@@ -11,7 +11,7 @@ residual stream.  Nothing here asks how many ranks there are: groups of one rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megallama.config.schema import Config
-from megallama.kernels.attention import Attend
+from megallama.kernels.choose import Kernels
 from megallama.kernels.documents import Documents
+from megallama.kernels.leaves import Leaves
 from megallama.kernels.norm import accumulate_dtype
 from megallama.kernels.rope import rope_tables
 from megallama.layers.attention import Positions, RotaryAttention
@@ -37,16 +38,17 @@ class TransformerLayer:
     """One layer: [T/t, h] or [T, h] in and out."""
 
     def __init__(
-        self, params: Mapping[str, Param], prefix: str, eps: float, tp: TensorParallel, attention: RotaryAttention
-    ):
+        self, params: Mapping[str, Param], prefix: str, eps: float, tp: TensorParallel, attention: RotaryAttention,
+        leaves: Leaves,
+    ):  # fmt: skip
         def norm(name: str) -> RMSNorm:
-            return RMSNorm(params[prefix + name], eps)
+            return RMSNorm(params[prefix + name], eps, leaves)
 
         self.qkv_proj = ColumnParallelLinear(params[prefix + "qkv_proj"], norm("input_norm"), tp)
         self.attention = attention
-        self.o_proj = RowParallelLinear(params[prefix + "o_proj"], tp, gated=False)
+        self.o_proj = RowParallelLinear(params[prefix + "o_proj"], tp, leaves, gated=False)
         self.gate_up_proj = ColumnParallelLinear(params[prefix + "gate_up_proj"], norm("post_attention_norm"), tp)
-        self.down_proj = RowParallelLinear(params[prefix + "down_proj"], tp, gated=True)
+        self.down_proj = RowParallelLinear(params[prefix + "down_proj"], tp, leaves, gated=True)
 
     def __call__(self, x: Tensor, positions: Positions) -> Tensor:
         x = x + self.o_proj(self.attention(self.qkv_proj(x), positions))
@@ -75,24 +77,24 @@ class Stage:
         first: bool,
         last: bool,
         tp: TensorParallel,
-        attention: Callable[[int, int, int], Attend],
+        kernels: Kernels,
     ) -> None:
-        model = config.model
+        model, leaves = config.model, kernels.leaves
         n, k, d = heads(model)
         size = tp.group.size
         wide, device = accumulate_dtype(buffers.weights.dtype), buffers.weights.device
         tables = rope_tables(config.batch.seq_length, d, model.rope_theta, model.rope_scaling, wide, device)
         local = n // size, max(1, k // size)
-        self.rotary = RotaryAttention(*local, *tables, attention(*local, d), buffers.leaves.rotate)
-        params = buffers.params
+        self.rotary = RotaryAttention(*local, *tables, kernels.attention(*local, d), leaves.rotate)
+        params, eps = buffers.params, model.norm_eps
         self.recompute = config.memory.recompute == "full"
         self.embed = VocabParallelEmbedding(params["embed_tokens"], tp) if first else None
-        self.layers = [TransformerLayer(params, f"layers.{i}.", model.norm_eps, tp, self.rotary) for i in layers]
+        self.layers = [TransformerLayer(params, f"layers.{i}.", eps, tp, self.rotary, leaves) for i in layers]
         self.head: LossHead | None = None
         if last:
             weight = params["lm_head"] if "lm_head" in params else params["embed_tokens"]
-            norm = RMSNorm(params["norm"], model.norm_eps)
-            self.head = LossHead(weight, norm, tp, model.vocab_size, config.memory.loss_chunk_tokens)
+            norm = RMSNorm(params["norm"], eps, leaves)
+            self.head = LossHead(weight, norm, tp, leaves, model.vocab_size, config.memory.loss_chunk_tokens)
 
     def __call__(self, hidden: Tensor | None, batch: StageInput) -> Tensor:
         """Hidden states of the stage before (None on the first) -> hidden states, or on the last stage the loss sum."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megallama.comm.groups import Groups
 from megallama.config.schema import OptimizerConfig, OverlapConfig
-from megallama.kernels.adam import AdamWStep, SumOfSquares, sum_of_squares
+from megallama.kernels.adam import AdamWStep, SumOfSquares
 from megallama.layers.param import FlatBuffers
 from megallama.layers.shard import StateShard
 from megallama.optim.grad_sync import GradSync
@@ -49,7 +49,7 @@ class DistributedOptimizer:
         config: OptimizerConfig,
         overlap: OverlapConfig,
         adamw: AdamWStep,
-        sum_of_squares: SumOfSquares = sum_of_squares,
+        sum_of_squares: SumOfSquares,
     ) -> None:
         self.syncs = [GradSync(buffers, groups, overlap.grad_reduce) for buffers in stages]
         self._groups = groups

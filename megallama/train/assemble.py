@@ -89,7 +89,7 @@ def assemble(
         layers = plan.stages[number]
         layout = stage_layout(config, plan.stages, number, groups.dp.size, groups.tp.rank)
         buffers[number] = FlatBuffers(layout, dtype, device, kernels)
-        stages[number] = Stage(config, buffers[number], layers, first, last, tp, kernels.attention)
+        stages[number] = Stage(config, buffers[number], layers, first, last, tp, kernels)
     optimizer = DistributedOptimizer(
         list(buffers.values()), groups, config.optimizer, config.overlap, kernels.adamw, kernels.sum_of_squares
     )

@@ -16,9 +16,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megallama.config.errors import MegallamaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _INSIST = (signal.SIGTERM, signal.SIGINT)  # a second one of these is obeyed at once
@@ -164,6 +167,19 @@ class Vote:
     def pack(self) -> list[float]:
         """As numbers to be summed over all ranks, in fp64."""
         return [self.loss, self.norm_squared, float(self.bad_ranks), float(self.late_ranks), *map(float, self.signals)]
+
+    @classmethod
+    def packed(cls, known: Tensor, *, late: bool, received: signal.Signals | None) -> Tensor:
+        """`pack` of one rank's vote, made where its [loss, norm_squared] are: nothing waits for that device."""
+        finite = known.isfinite().all()
+        rest = cls.of(0.0, 0.0, finite=True, late=late, received=received).pack()
+        packed = known.new_zeros(len(rest))
+        packed[:2] = known.where(finite, 0.0)
+        packed[2] = ~finite
+        for place, value in enumerate(rest):
+            if value:
+                packed[place].fill_(value)
+        return packed
 
     @classmethod
     def unpack(cls, values: Sequence[float]) -> Vote:

@@ -206,9 +206,9 @@ class MetricsWriter:
         self._sinks: dict[str, Any] = {}
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="metrics", daemon=True)
-        self._thread.start()
         if log.rank != 0:
             return
+        self._thread.start()
         self._open("metrics.jsonl", lambda: JsonLines(folder / "metrics.jsonl", step))
         if config.tensorboard:
             self._open("TensorBoard", lambda: TensorBoard(folder / "tensorboard", step))
@@ -228,7 +228,8 @@ class MetricsWriter:
         for name, sink in self._sinks.items():
             self._queue.put(partial(self._try, name, sink.close))
         self._queue.put(None)
-        self._thread.join()
+        if self._thread.ident is not None:  # of a rank that writes
+            self._thread.join()
         self._sinks = {}
 
     def _work(self) -> None:

@@ -101,14 +101,7 @@ def _agree(
 ) -> Vote:
     """The sum over all ranks of what each one knows; its end is the step's only wait for the device."""
     known = torch.stack((loss_sum if rank.counts_loss else torch.zeros_like(loss_sum), squares))
-    finite = known.isfinite().all()
-    mine = Vote.of(0.0, 0.0, finite=True, late=late, received=received).pack()
-    packed = known.new_zeros(len(mine))
-    packed[:2] = torch.where(finite, known, 0.0)
-    packed[2] = ~finite
-    for place, value in enumerate(mine):
-        if value:
-            packed[place].fill_(value)
+    packed = Vote.packed(known, late=late, received=received)
     rank.groups.world.all_reduce(packed).wait()
     vote = Vote.unpack(rank.read(packed))
     return vote if vote.finite else Vote(math.nan, math.nan, vote.bad_ranks, vote.late_ranks, vote.signals)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megallama.comm.groups import Groups
-from megallama.comm.recording import Tape, Timed
+from megallama.comm.recording import Tape, Timed, TimedCall
 from megallama.plan.schedule import Schedule
 from megallama.plan.trace import Flight, Span, chrome_trace, exposure
 from megallama.train.assemble import Rank
@@ -88,11 +88,11 @@ class StepTracer:
         at = self._clock.since(self._marks[0])
         begin, stop = at(start), at(end)
         flights = [
-            (f.axis, f"{f.op} {f.nbytes / 2**20:.3g} MiB", *_in_order(f, at, begin, stop)) for f in self._tape.flights
+            (f.axis, f"{f.op} {f.nbytes / 2**20:.3g} MiB", *_in_order(f, at, begin, stop)) for f in self._tape.calls
         ]
-        for flight in self._tape.flights:
-            flight.issued = None  # of those that are still under way, the next step shows the rest
-        self._tape.flights.clear()
+        for call in self._tape.calls:
+            call.issued = None  # of those that are still under way, the next step shows the rest
+        self._tape.calls.clear()
         row = [[*map(at, self._marks)], begin, stop, [[at(t) for t in timing] for timing in runtime.timings], flights]
         self._pending.append((number, schedule, row))
         if number == self._steps[1]:
@@ -132,8 +132,8 @@ class StepTracer:
         self._log.info(f"step {number}: {seconds * 1e3:.1f} ms, blocked in communication: {words}")
 
 
-def _in_order(flight: Any, at: Callable[[Any], float], begin: float, end: float) -> list[float]:
+def _in_order(call: TimedCall, at: Callable[[Any], float], begin: float, end: float) -> list[float]:
     """Issued, started, waited, end; what lies outside the step is put at its border."""
     before, after = (begin, begin), (end, end)
-    issued = before if flight.issued is None else (at(flight.issued), at(flight.started))
-    return [*issued, *(after if flight.end is None else (at(flight.waited), at(flight.end)))]
+    issued = before if call.issued is None else (at(call.issued), at(call.started))
+    return [*issued, *(after if call.end is None else (at(call.waited), at(call.end)))]

@@ -134,7 +134,7 @@ def test_what_a_timed_group_writes() -> None:
     tape = Tape()
     group, x = Timed(OneGroup(ticks), tape), torch.zeros(2)
     early = group.all_gather(x, x)
-    assert tape.flights == []
+    assert tape.calls == []
     tape.clock = lambda: next(ticks)
     first = next(ticks)
     handle = group.all_gather(x, x)
@@ -145,7 +145,7 @@ def test_what_a_timed_group_writes() -> None:
     late = group.all_gather(x, x)
     tape.clock = None
     late.wait()
-    ours, before, polled, open_ = tape.flights
+    ours, before, polled, open_ = tape.calls
     assert (ours.started - ours.issued, ours.waited - ours.started, ours.end - ours.waited) == (2, 1, 11)
     assert ours.issued == first + 1 and (ours.axis, ours.op, ours.nbytes) == ("dp", "all_gather", 8)
     assert before.issued is None and before.end - before.waited == 11  # waited for here, begun before
