@@ -3,8 +3,8 @@
     python -m megallama.pretrain CONFIG.toml [section.key=value ...]
 
 Exit status: 0 all steps are done; 2 an error in what was asked for, or found before anything was
-changed; 3 too many steps in a row were not finite; 75 saved and stopped early (a signal, or
-train.stop_after_*): the same command continues; 1 anything else.
+changed; 3 too many steps in a row were not finite; 4 training had begun and failed; 75 saved and stopped
+early (a signal, or train.stop_after_*): the same command continues; 1 anything else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megallama.train.log import Logger, show, show_error
 if TYPE_CHECKING:
     from megallama.comm.launch import Launch
 
-BAD_REQUEST, NOT_FINITE, CRASHED = 2, 3, 1
+BAD_REQUEST, NOT_FINITE, FAILED, CRASHED = 2, 3, 4, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         show((__doc__ or "").strip())
         return 0 if arguments else BAD_REQUEST
     from megallama.comm.launch import Launch, detect_launch  # imports torch: after --help
-    from megallama.train.health import TrainingStopped
 
     launch = Launch()
     try:
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MegallamaError as error:
         if launch.rank == 0 or not error.shared:
             show_error(str(error))
-        return NOT_FINITE if isinstance(error, TrainingStopped) else BAD_REQUEST
+        return error.status
 
 
 def _run(arguments: Sequence[str], launch: Launch) -> int:

@@ -59,9 +59,9 @@ def test_tool_options_exist(tool: str) -> None:
 
 def test_exit_statuses_are_the_programs() -> None:
     rows = dict(re.findall(r"^\| (\d+) \| (.+) \|$", README, re.M))
-    assert set(rows) == {"0", "75", "2", "3", "1"}
+    assert set(rows) == {"0", "75", "2", "4", "3", "1"}
     constants = (trainer.FINISHED, trainer.SAVED, pretrain.BAD_REQUEST, pretrain.NOT_FINITE, pretrain.CRASHED)
-    assert constants == (0, 75, 2, 3, 1)
+    assert constants == (0, 75, 2, 3, 1) and trainer.FAILED == pretrain.FAILED == 4
 
 
 def test_layout_table_is_the_examples() -> None:

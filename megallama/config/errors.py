@@ -1,4 +1,4 @@
-"""The errors a user can cause. `pretrain.main` prints them without a traceback and exits with status 2."""
+"""The errors a user can cause. `pretrain.main` prints them without a traceback and exits with their status."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ class MegallamaError(Exception):
     """Something the user can put right; the message says what is wrong, the values, and what to write instead."""
 
     shared = False  # True: every rank raises it alike, so one of them says it
+    status = 2  # with which a run ends that raises it: nothing was changed (see README, "Stopping and resuming")
 
 
 class ConfigError(MegallamaError):

@@ -31,6 +31,7 @@ class TrainingStopped(MegallamaError):
     """The run cannot go on by itself: too many steps in a row were not finite."""
 
     shared = True
+    status = 3
 
 
 class SignalFlag:

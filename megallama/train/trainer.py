@@ -16,6 +16,7 @@ from megallama.checkpoint.errors import agree
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.comm.launch import World
 from megallama.comm.recording import Tape
+from megallama.config.errors import MegallamaError
 from megallama.config.schema import Config
 from megallama.data.ledger import TrainData
 from megallama.data.loader import Loader
@@ -41,6 +42,7 @@ from megallama.train.trace import StepTracer, timed
 
 FINISHED = 0  # exit status: all steps are done
 SAVED = 75  # exit status: saved after a signal or a stop that was asked for; the same command continues
+FAILED = 4  # exit status: something failed after steps had been made
 
 T = TypeVar("T")
 
@@ -69,6 +71,7 @@ class Trainer:
         self._timers = Timers()
         self._tape = Tape()
         self._started = time.monotonic()
+        self._first_step = 0  # of this start: steps from here on were made by it
         set_deterministic(config.train.deterministic)
 
     def run(self) -> int:
@@ -84,6 +87,10 @@ class Trainer:
                 self._restore()
                 with Collector(self._config.train.gc_interval) as self._collector:
                     return self._loop()
+            except MegallamaError as error:
+                if error.status == MegallamaError.status and self._counters.step > self._first_step:
+                    error.status = FAILED
+                raise
             finally:
                 self._manager.release()
 
@@ -180,6 +187,7 @@ class Trainer:
 
     def _load_counters(self, saved: dict[str, Any]) -> None:
         self._counters = Counters(**{name: saved[name] for name in ("step", "updates", "samples", "tokens")})
+        self._first_step = self._counters.step
         self._scaler.load_state_dict(saved["scaler"])
         self._bad.load_state_dict(saved["bad_steps"])
 
@@ -263,7 +271,6 @@ class Trainer:
 
     def _loader(self) -> Loader:
         config, batch, dp = self._config, self._plan.batch, self._rank.groups.dp
-        self._first_step = self._counters.step
         self._interval_tokens = 0
         firsts = {self._counters.step: self._counters.samples}  # step -> first sample, as the batch ramps up
 
