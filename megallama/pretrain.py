@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megallama.config.errors import MegallamaError
+from megallama.config.errors import MegallamaError, exit_status
 from megallama.config.load import load, to_toml
-from megallama.train.log import Logger, show, show_error
+from megallama.train.log import Logger, finish_output, show_error
 
 if TYPE_CHECKING:
     from megallama.comm.launch import Launch
@@ -29,9 +29,8 @@ BAD_REQUEST, NOT_FINITE, FAILED, CRASHED = 2, 3, 4, 1
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these arguments (default: the command line's); the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        show((__doc__ or "").strip())
-        return 0 if arguments else BAD_REQUEST
+    if not arguments or {"-h", "--help"} & set(arguments):
+        return exit_status(lambda: print((__doc__ or "").strip())) or (0 if arguments else BAD_REQUEST)
     from megallama.comm.launch import Launch, detect_launch  # imports torch: after --help
 
     launch = Launch()
@@ -75,4 +74,6 @@ def _run(arguments: Sequence[str], launch: Launch) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    finish_output()
+    sys.exit(status)

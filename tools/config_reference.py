@@ -1,14 +1,17 @@
-"""Writes docs/configuration.md, the reference of every setting, from the schema; no arguments."""
+"""Writes docs/configuration.md, the reference of every setting, from the schema."""
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megallama.config.describe import Setting, literal, sections, settings  # noqa: E402
+from megallama.config.errors import exit_status  # noqa: E402
 from megallama.config.presets import PRESETS, preset_seq_length  # noqa: E402
 from megallama.config.schema import MixtureChange, ModelConfig, SourceConfig  # noqa: E402
 from megallama.plan.params import num_parameters  # noqa: E402
@@ -83,12 +86,17 @@ def _presets() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; 0 is success, 2 an error."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> None:
     """Write the document."""
+    argparse.ArgumentParser(description=__doc__).parse_args(argv)
     TARGET.parent.mkdir(exist_ok=True)
     TARGET.write_text(reference(), encoding="utf-8")
     print(f"wrote {TARGET}")
-    return 0
 
 
 if __name__ == "__main__":

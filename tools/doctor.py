@@ -26,6 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megallama.config.errors import exit_status  # noqa: E402
+
 GIB = 2**30
 NEEDED = ("torch", "numpy", "pydantic")
 OPTIONAL = {  # distribution -> what it is for
@@ -52,7 +54,12 @@ CUDA_SIZE, CPU_SIZE = (8192, 4096, 11008, 32, 128, 2048, 32000), (1024, 768, 204
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; 0 if this machine can train, 1 if not."""
+    """Print the report; 0 if this machine can train, 1 if not, 2 for a wrong argument."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Print the report; 0 or 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="the report as one JSON object")
     parser.add_argument("--measure", action="store_true", help="time every implementation that works here")

@@ -30,8 +30,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megallama.config.errors import ConfigError, MegallamaError  # noqa: E402
-from megallama.config.load import load, read_words  # noqa: E402
+from megallama.config.errors import ConfigError, exit_status  # noqa: E402
+from megallama.config.load import bare, load, read_words  # noqa: E402
 from megallama.config.schema import ParallelConfig  # noqa: E402
 from megallama.plan.check import FIXED_CHUNKS, build_schedule  # noqa: E402
 from megallama.plan.partition import stage_costs  # noqa: E402
@@ -206,6 +206,11 @@ def costs_of(text: str, num_stages: int) -> list[StageCost]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; 0 is success, 2 an error of the input."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Print the chart, write the pictures. Raises: MegallamaError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     for name in ("schedule", "costs"):
@@ -216,31 +221,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hop", type=float, default=0.0, help=argparse.SUPPRESS)
     for name in ("like", "svg", "png", "trace"):
         parser.add_argument(f"--{name}", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_intermixed_args(argv)
-    try:
-        if given.schedule:
-            schedule = named(given.schedule, given.pp, given.microbatches, given.chunks)
-            costs = [StageCost()] * schedule.num_stages
-        else:
-            schedule, costs = configured(given.words)
-        real: dict[str, list[Span]] = {}
-        if given.like:
-            costs, real = measured(given.like, schedule.num_stages)
-        if given.costs:
-            costs = costs_of(given.costs, schedule.num_stages)
-        report = simulate(schedule, costs, given.hop)
-        print(f"{caption(schedule, report)}\n{draw(report, given.width)}\n\n{table(schedule, report)}")
-        if given.svg:
-            given.svg.write_text(svg(schedule, report), encoding="utf-8")
-        if given.png:
-            png(schedule, report, given.png)
-        if given.trace:
-            timelines = {f"simulated {schedule.name}": simulated(report, 1e-3), **real}
-            given.trace.write_text(chrome_trace(timelines), encoding="utf-8")
-    except (MegallamaError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    given = parser.parse_intermixed_args(bare(sys.argv[1:] if argv is None else argv))
+    if given.schedule:
+        schedule = named(given.schedule, given.pp, given.microbatches, given.chunks)
+        costs = [StageCost()] * schedule.num_stages
+    else:
+        schedule, costs = configured(given.words)
+    real: dict[str, list[Span]] = {}
+    if given.like:
+        costs, real = measured(given.like, schedule.num_stages)
+    if given.costs:
+        costs = costs_of(given.costs, schedule.num_stages)
+    report = simulate(schedule, costs, given.hop)
+    print(f"{caption(schedule, report)}\n{draw(report, given.width)}\n\n{table(schedule, report)}")
+    if given.svg:
+        given.svg.write_text(svg(schedule, report), encoding="utf-8")
+    if given.png:
+        png(schedule, report, given.png)
+    if given.trace:
+        timelines = {f"simulated {schedule.name}": simulated(report, 1e-3), **real}
+        given.trace.write_text(chrome_trace(timelines), encoding="utf-8")
 
 
 if __name__ == "__main__":

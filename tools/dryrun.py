@@ -9,6 +9,7 @@ Exit status 0 if so, 1 with the first disagreement, 2 if the configuration has e
 
 from __future__ import annotations
 
+import argparse
 import resource
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import exit_status  # noqa: E402
-from megallama.config.load import load, read_words  # noqa: E402
+from megallama.config.load import bare, load, read_words  # noqa: E402
 from megallama.plan.plan import Plan, make_plan  # noqa: E402
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ def main(argv: Sequence[str]) -> int:
 
 def run(argv: Sequence[str]) -> int:
     """Print the report; 0, or 1 with the disagreement on stderr. Raises: MegallamaError."""
-    file, ranks, overrides = read_words(argv, "a dry run", USAGE)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="CONFIG.toml, ranks=N, section.key=value")
+    words = parser.parse_args(bare(argv)).words
+    file, ranks, overrides = read_words(words, "a dry run", USAGE)
     plan = make_plan(load(file, overrides, ranks=ranks, need_data=False), ranks)
     from megallama.comm.agreement import Disagreement
     from megallama.train.dryrun import dry_run

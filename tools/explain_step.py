@@ -25,8 +25,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megallama.config.errors import ConfigError, MegallamaError  # noqa: E402
-from megallama.config.load import load  # noqa: E402
+from megallama.config.errors import ConfigError, exit_status  # noqa: E402
+from megallama.config.load import bare, load  # noqa: E402
 from megallama.config.schema import Config  # noqa: E402
 from megallama.data.indexed import IndexedDataset  # noqa: E402
 from megallama.data.ledger import TrainData  # noqa: E402
@@ -131,6 +131,11 @@ def show(sample: Explained, *, tokens: bool, most: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; 0 is success, 2 an error of the input."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Print the samples. Raises: MegallamaError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="the run's configuration")
     parser.add_argument("step", type=int)
@@ -140,33 +145,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--chars", type=int, default=160, metavar="N", help=argparse.SUPPRESS)
     for name in ("sample", "rank", "micro-batch"):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=argparse.SUPPRESS)
-    given = parser.parse_intermixed_args(argv)
-    try:
-        counts = [s.partition("=")[2] for s in given.settings if s.startswith("ranks=")]
-        if not all(count.isdecimal() and int(count) for count in counts):
-            raise ConfigError(f"ranks={counts[-1]} is no number of ranks; write for example ranks=8")
-        ranks = int(counts[-1]) if counts else None
-        config = load(Path(given.config), [s for s in given.settings if not s.startswith("ranks=")], ranks=ranks)
-        train = open_sources(config).train
-        if not isinstance(train, TrainData):
-            raise ConfigError("data.synthetic=true makes samples of random tokens: there are no documents to explain")
-        tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-        numbers = numbers_of(config, given.step, ranks, given.rank, given.micro_batch)
-        if given.sample is not None:
-            if given.sample not in numbers:
-                raise ConfigError(f"--sample {given.sample} is not in step {given.step}: {numbers[0]} to {numbers[-1]}")
-            numbers = [given.sample]
-        samples = explain(train, tokenizer, numbers)
-    except MegallamaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    given = parser.parse_intermixed_args(bare(sys.argv[1:] if argv is None else argv))
+    counts = [s.partition("=")[2] for s in given.settings if s.startswith("ranks=")]
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise ConfigError(f"ranks={counts[-1]} is no number of ranks; write for example ranks=8")
+    ranks = int(counts[-1]) if counts else None
+    config = load(Path(given.config), [s for s in given.settings if not s.startswith("ranks=")], ranks=ranks)
+    train = open_sources(config).train
+    if not isinstance(train, TrainData):
+        raise ConfigError("data.synthetic=true makes samples of random tokens: there are no documents to explain")
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    numbers = numbers_of(config, given.step, ranks, given.rank, given.micro_batch)
+    if given.sample is not None:
+        if given.sample not in numbers:
+            raise ConfigError(f"--sample {given.sample} is not in step {given.step}: {numbers[0]} to {numbers[-1]}")
+        numbers = [given.sample]
+    samples = explain(train, tokenizer, numbers)
     if given.json:
         print(json.dumps({"step": given.step, "samples": [asdict(s) for s in samples]}, ensure_ascii=False))
-        return 0
+        return
     print(f"step {given.step}: {len(samples)} samples of {config.batch.seq_length} tokens")
     for sample in samples:
         print(show(sample, tokens=given.tokens, most=given.chars))
-    return 0
 
 
 if __name__ == "__main__":

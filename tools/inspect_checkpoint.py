@@ -23,33 +23,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megallama.checkpoint import manifest, reader  # noqa: E402
 from megallama.checkpoint.layout import STATE  # noqa: E402
 from megallama.checkpoint.source import Source, foreign_kind, open_source  # noqa: E402
-from megallama.config.errors import MegallamaError  # noqa: E402
+from megallama.config.errors import exit_status  # noqa: E402
 from megallama.plan.box import Box  # noqa: E402
 from megallama.plan.params import num_parameters  # noqa: E402
 
 CHUNK_ELEMENTS = 8 << 20
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Describe, verify, compare; 0 or 1. Raises: MegallamaError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a step folder, or a folder of step folders")
     parser.add_argument("other", type=Path, nargs="?", help="compare with this one, tensor by tensor")
     parser.add_argument("--verify", action="store_true", help="check the digest of every block")
     options = parser.parse_args(argv)
-    try:
-        folder = _newest_step(options.folder)
-        saved = manifest.read_manifest(folder, files=False)
-        describe(folder, saved)
-        status = 0
-        if options.verify:
-            status = verify(folder, saved)
-        if options.other is not None:
-            status = max(status, compare(folder, saved, _newest_step(options.other)))
-        return status
-    except MegallamaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder = _newest_step(options.folder)
+    saved = manifest.read_manifest(folder, files=False)
+    describe(folder, saved)
+    status = verify(folder, saved) if options.verify else 0
+    if options.other is not None:
+        status = max(status, compare(folder, saved, _newest_step(options.other)))
+    return status
 
 
 def _newest_step(folder: Path) -> Path:
@@ -135,4 +134,4 @@ def _pieces(name: str, shape: tuple[int, ...]) -> Iterator[Box]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

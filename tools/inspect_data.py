@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megallama.config.errors import MegallamaError  # noqa: E402
+from megallama.config.errors import exit_status  # noqa: E402
 from megallama.data.facts import read_facts  # noqa: E402
 from megallama.data.indexed import CHUNK, IndexedDataset  # noqa: E402
 from megallama.data.progress import ByteProgress  # noqa: E402
@@ -20,6 +20,11 @@ from megallama.data.tokenizer import load_tokenizer  # noqa: E402
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; 0 is success, 2 an error of the input."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Show a document, or the counts of the pair. Raises: MegallamaError."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prefix", help="the pair, with or without .bin or .idx")
     parser.add_argument(
@@ -30,27 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--verify", action="store_true", help="read everything: offsets, document marks, every token id"
     )
     given = parser.parse_args(argv)
-    try:
-        dataset = IndexedDataset(given.prefix)
-        tokenizer = load_tokenizer(given.tokenizer) if given.tokenizer else None
-        if given.document is not None:
-            ids = dataset.document(given.document)
-            print(tokenizer.decode(ids.tolist()) if tokenizer else " ".join(map(str, ids)))
-            return 0
-        summarize(dataset)
-        if given.verify:
-            vocab_size = tokenizer.vocab_size if tokenizer else read_facts(dataset.prefix).get("vocab_size")
-            total = dataset.num_tokens * dataset.dtype.itemsize
-            with ByteProgress("verifying") as bar:
-                dataset.verify(vocab_size, lambda done: bar.update(done, total))
-            print(
-                f"verified: offsets, document marks and {dataset.num_tokens:,} ids"
-                + (f" below {vocab_size}" if vocab_size else "")
-            )
-    except (MegallamaError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    dataset = IndexedDataset(given.prefix)
+    tokenizer = load_tokenizer(given.tokenizer) if given.tokenizer else None
+    if given.document is not None:
+        ids = dataset.document(given.document)
+        print(tokenizer.decode(ids.tolist()) if tokenizer else " ".join(map(str, ids)))
+        return
+    summarize(dataset)
+    if given.verify:
+        vocab_size = tokenizer.vocab_size if tokenizer else read_facts(dataset.prefix).get("vocab_size")
+        total = dataset.num_tokens * dataset.dtype.itemsize
+        with ByteProgress("verifying") as bar:
+            dataset.verify(vocab_size, lambda done: bar.update(done, total))
+        print(
+            f"verified: offsets, document marks and {dataset.num_tokens:,} ids"
+            + (f" below {vocab_size}" if vocab_size else "")
+        )
 
 
 def summarize(dataset: IndexedDataset) -> None:

@@ -12,11 +12,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megallama.config.errors import MegallamaError  # noqa: E402
+from megallama.config.errors import exit_status  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; 0 is success, 2 an error of the input."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Join the pairs. Raises: MegallamaError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefixes", nargs="+", help="the pairs, with or without .bin or .idx")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json")
@@ -25,14 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megallama.data.merge import merge
     from megallama.data.progress import ByteProgress
 
-    try:
-        with ByteProgress("merging", quiet=given.quiet) as bar:
-            merged = merge(given.prefixes, given.output, bar.update)
-    except (MegallamaError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with ByteProgress("merging", quiet=given.quiet) as bar:
+        merged = merge(given.prefixes, given.output, bar.update)
     print(f"{merged.prefix}.bin: {merged.num_documents:,} documents, {merged.num_tokens:,} tokens")
-    return 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import ConfigError, exit_status  # noqa: E402
-from megallama.config.load import load, read_words  # noqa: E402
+from megallama.config.load import bare, load, read_words  # noqa: E402
 from megallama.plan.capacity import GIB  # noqa: E402
 from megallama.plan.communication import collectives, communication_table  # noqa: E402
 from megallama.plan.forecast import CO2_KG_PER_KWH, PUE, Forecast, forecast  # noqa: E402
@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--search", action="store_true", help="the ten fastest layouts of this model and batch")
     parser.add_argument("--rows", metavar="FILE", help="predict every row of a CSV with validate.csv's columns")
     parser.add_argument("-o", metavar="FILE", dest="out", help="where --rows writes; default standard output")
-    args = parser.parse_intermixed_args([a.removeprefix("--") if "=" in a else a for a in argv])
+    args = parser.parse_intermixed_args(bare(argv))
     return predict_table(Path(args.rows), args.out) if args.rows else plan(args)
 
 

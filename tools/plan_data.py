@@ -8,6 +8,7 @@ Exit status 2 if the configuration has errors.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megallama.config.errors import ConfigError, MegallamaError  # noqa: E402
-from megallama.config.load import load  # noqa: E402
+from megallama.config.errors import ConfigError, exit_status  # noqa: E402
+from megallama.config.load import bare, load  # noqa: E402
 from megallama.config.schema import Config, SourceConfig  # noqa: E402
 from megallama.data.indexed import IndexedDataset  # noqa: E402
 from megallama.data.mixture import Mixture, limits_of, phases_of  # noqa: E402
@@ -101,23 +102,22 @@ def table(config: Config, rows: Sequence[Row], firsts: Sequence[int]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; 0, or 2 with the errors on stderr."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    if "-h" in given or "--help" in given:
-        print((__doc__ or "").strip())
-        return 0
-    words = [a for a in given if a != "--json"]
-    file = words.pop(0) if words and "=" not in words[0] else None
-    try:
-        config = load(Path(file) if file else None, words)
-        if config.data.synthetic:
-            raise ConfigError("data.synthetic=true takes nothing from any source; write data.train")
-        rows, firsts = plan(config)
-    except MegallamaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> None:
+    """Print the plan. Raises: MegallamaError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="CONFIG.toml, section.key=value")
+    parser.add_argument("--json", action="store_true", help="one object for programs")
+    given = parser.parse_intermixed_args(bare(argv))
+    file = given.words.pop(0) if given.words and "=" not in given.words[0] else None
+    config = load(Path(file) if file else None, given.words)
+    if config.data.synthetic:
+        raise ConfigError("data.synthetic=true takes nothing from any source; write data.train")
+    rows, firsts = plan(config)
     described = {"phases": firsts, "sources": [asdict(row) for row in rows]}
-    print(json.dumps(described) if "--json" in given else table(config, rows, firsts))
-    return 0
+    print(json.dumps(described) if given.json else table(config, rows, firsts))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megallama.config.errors import MegallamaError  # noqa: E402
+from megallama.config.errors import exit_status  # noqa: E402
 from megallama.data.errors import DataError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -34,6 +34,22 @@ SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # how many
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; 0 is success, 2 an error of the input."""
+    return exit_status(lambda: carry_out(parse(argv)))
+
+
+def carry_out(given: argparse.Namespace) -> int:
+    """Run as one process or as a rank; says how to go on after a failure. Raises: DataError."""
+    comm = communicator(os.environ)
+    status = exit_status(lambda: run(given, comm))
+    if status and os.path.isdir(f"{given.output}.parts"):
+        print(f"{given.output}.parts keeps what is done; the same command continues there", file=sys.stderr, flush=True)
+    if status and comm:
+        comm.Abort(status)  # the other ranks would wait for ever
+    return status
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", help="files, folders or patterns")
     parser.add_argument(
@@ -63,22 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--reference-encoder", action="store_true", help="the tokenizer's own library even where a faster one is equal"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    given = parser.parse_args(argv)
-    comm = None
-    try:
-        comm = communicator(os.environ)
-        return run(given, comm)
-    except (MegallamaError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        status = 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        status = 130
-    if os.path.isdir(f"{given.output}.parts"):
-        print(f"{given.output}.parts keeps what is done; the same command continues there", file=sys.stderr, flush=True)
-    if comm:
-        comm.Abort(status)  # the other ranks would wait for ever
-    return status
+    return parser.parse_args(argv)
 
 
 def communicator(env: Mapping[str, str]) -> Any:

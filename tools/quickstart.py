@@ -35,7 +35,7 @@ from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn  # noqa: E402
 
-from megallama.config.errors import MegallamaError  # noqa: E402
+from megallama.config.errors import MegallamaError, exit_status  # noqa: E402
 from megallama.config.load import flatten, load  # noqa: E402
 from megallama.data.corpus import build_corpus  # noqa: E402
 from megallama.data.indexed import IndexedDataset  # noqa: E402
@@ -456,8 +456,21 @@ def _leave(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
+class Output(Console):
+    """A terminal whose reader may go away."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to `exit_status`."""
+        raise BrokenPipeError
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0; 1 where a step failed; 130 after Ctrl-C."""
+    """Exit status 0; 1 where a step failed; 2 for a wrong argument; 130 after Ctrl-C."""
+    return exit_status(lambda: run(arguments))
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """All steps; 0 or 1."""
     parser = argparse.ArgumentParser(prog="quickstart.py", description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, help="file or folder of text to train on, instead of Python's own")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "quickstart", help="what is emptied and filled")
@@ -466,10 +479,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.text is not None:
         options.text = options.text.expanduser().absolute()
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Output(width=None if sys.stdout.isatty() else 160)
     quickstart = Quickstart(options, console)
     try:
         quickstart.run()
+    except BrokenPipeError:
+        raise
     except (MegallamaError, StepFailed, OSError) as error:
         quickstart.say(f"\n[bold red]{quickstart.where()} failed:[/] {escape(str(error))}")
         quickstart.say(f"What was written so far is in {shown(quickstart.folder)}/; `make quickstart` starts over.")

@@ -12,13 +12,11 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-try:
-    import megallama  # noqa: F401
-except ImportError:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megallama.config.errors import exit_status  # noqa: E402
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -82,10 +80,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 for a result that was not verified, 2 for any other error, 130 when interrupted."""
-    options = parse(arguments)
-    from megallama.config.errors import exit_status
-
-    return exit_status(partial(run, options))
+    return exit_status(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

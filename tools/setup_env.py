@@ -1,4 +1,4 @@
-"""Create the Makefile's virtual environment: `python tools/setup_env.py .venv base [test] [-- pip options]`.
+"""Create the Makefile's virtual environment: `python tools/setup_env.py .venv base [test] [-- PIP OPTIONS]`.
 
 Needs nothing but Python's own library.  torch is installed first and alone, so that no other package
 chooses its version; then the pinned requirements; then this package, editable.  Everything pip says
@@ -7,14 +7,20 @@ goes to VENV/setup.log; the terminal shows what is being fetched and for how lon
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from megallama.config.errors import exit_status  # noqa: E402
+
 SHOWN = ("Collecting ", "Downloading ", "Using cached ", "Installing ", "Building ")
 HELP = """\
 What to do:
@@ -29,9 +35,10 @@ def follow(lines: Iterator[str], log: Path, title: str) -> None:
     start, newest, done, terminal = time.monotonic(), [""], threading.Event(), sys.stdout.isatty()
 
     def show() -> None:
-        while not done.wait(0.5 if terminal else 20):
-            text = f"  {title}: {newest[0]} ({time.monotonic() - start:.0f} s)"
-            print(f"\r\033[K{text[:110]}" if terminal else text, end="" if terminal else "\n", flush=True)
+        with suppress(BrokenPipeError):  # the main thread meets it too
+            while not done.wait(0.5 if terminal else 20):
+                text = f"  {title}: {newest[0]} ({time.monotonic() - start:.0f} s)"
+                print(f"\r\033[K{text[:110]}" if terminal else text, end="" if terminal else "\n", flush=True)
 
     ticker = threading.Thread(target=show, daemon=True)
     ticker.start()
@@ -60,10 +67,21 @@ def step(title: str, command: list[str], log: Path) -> None:
     print(f"  {title}: done in {time.monotonic() - start:.0f} s", flush=True)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool; 0 is success, 1 a step that failed, 2 a wrong argument."""
+    return exit_status(lambda: run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> None:
     """Create the environment and install the named requirement sets."""
+    usage = "%(prog)s VENV {base,test} ... [-- PIP OPTIONS]"
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, usage=usage, formatter_class=raw)
+    parser.add_argument("venv", metavar="VENV", help="the folder to make")
+    parser.add_argument("sets", nargs="+", choices=("base", "test"), help="what to install")
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    (target, *sets), options = arguments[:cut], arguments[cut + 1 :]
+    given, options = parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
+    target, sets = given.venv, given.sets
     venv, version = Path(target).absolute(), ".".join(map(str, sys.version_info[:3]))
     print(f"Setting up {target} for {', '.join(sets)} with Python {version}; once, 1 to 5 minutes.", flush=True)
     if sys.version_info[:2] not in ((3, 11), (3, 12)):
@@ -80,8 +98,7 @@ def main(arguments: list[str]) -> int:
         step("megallama", [*pip, "--no-deps", "--no-build-isolation", "-e", "."], log)
     if "test" in sets:
         step("test packages", [*pip, "-r", "requirements/test.txt"], log)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -18,13 +18,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megallama.config.errors import MegallamaError  # noqa: E402
+from megallama.config.errors import exit_status  # noqa: E402
 from megallama.data.progress import ByteProgress  # noqa: E402
 from megallama.data.train_tokenizer import train_tokenizer  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; 0 is success, 2 an error of the input."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Train and write it. Raises: MegallamaError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", help="files, folders or patterns")
     parser.add_argument("--output", required=True, metavar="PATH", help="the model to write, ending in .model")
@@ -41,25 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     given = parser.parse_args(argv)
     start = time.monotonic()
-    try:
-        with ByteProgress("reading", then="training", quiet=given.quiet) as bar:
-            path = train_tokenizer(
-                given.inputs,
-                given.output,
-                given.vocab_size,
-                json_key=given.json_key,
-                sample_bytes=int(given.sample_mb * 1e6),
-                threads=given.threads,
-                progress=bar.update,
-            )
-    except (MegallamaError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
+    with ByteProgress("reading", then="training", quiet=given.quiet) as bar:
+        path = train_tokenizer(
+            given.inputs,
+            given.output,
+            given.vocab_size,
+            json_key=given.json_key,
+            sample_bytes=int(given.sample_mb * 1e6),
+            threads=given.threads,
+            progress=bar.update,
+        )
     print(f"{path}: {given.vocab_size:,} ids, {time.monotonic() - start:.1f} s")
-    return 0
 
 
 if __name__ == "__main__":

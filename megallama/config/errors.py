@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -19,20 +20,48 @@ class ConfigError(MegallamaError):
 
 
 def exit_status(run: Callable[[], int | None]) -> int:
-    """The status of a tool: what it returns (0 for None), 2 for an error, told on standard error, 130 for Ctrl-C.
+    """The status of a tool: what it returns (0 for None) or argparse leaves with, 2 for an error, 130 for Ctrl-C.
 
-    141, as the shell has it, where whoever read the output has gone (``| head``).
+    141, as the shell has it, where whoever read the output has gone (``| head``). Errors are told on standard error.
     """
     try:
-        status = run() or 0
+        status = _status(run)
         sys.stdout.flush()
+        sys.stderr.flush()
         return status
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the flush at the end of the process says nothing
+        drop_output()
         return 141
-    except MegallamaError as error:
-        sys.stderr.write(f"error: {error}\n")
+
+
+def drop_output() -> None:
+    """Let go of what is still buffered: the flush at the end of the process would complain and change its status."""
+    hole = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(hole, descriptor)
+
+
+def _status(run: Callable[[], int | None]) -> int:
+    try:
+        return run() or 0
+    except SystemExit as left:
+        if _reader_gone():  # argparse swallows it
+            raise BrokenPipeError from None
+        if isinstance(left.code, str):
+            sys.stderr.write(f"{left.code}\n")
+        return left.code if isinstance(left.code, int) else int(left.code is not None)
+    except BrokenPipeError:
+        raise
+    except (MegallamaError, OSError) as error:
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        sys.stderr.write(f"error: {text}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("\n")
+        sys.stderr.write("\nstopped\n")
         return 130
+
+
+def _reader_gone() -> bool:
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -43,6 +43,11 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
+def bare(words: Sequence[str]) -> list[str]:
+    """``--section.key=value`` as ``section.key=value``: argparse would take it for an option of the tool's own."""
+    return [re.sub(r"^--(?=(?:ranks|hardware|kernel|[\w-]+\.[^=]*)=)", "", word) for word in words]
+
+
 def read_words(words: Sequence[str], what: str, usage: str) -> tuple[Path | None, int, list[str]]:
     """The command line of a tool that looks at a run before it starts: [CONFIG.toml] ranks=N [section.key=value ...].
 

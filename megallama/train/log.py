@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from megallama.config.errors import ConfigError
+from megallama.config.errors import ConfigError, drop_output
 
 
 def human_count(number: float) -> str:
@@ -46,14 +46,18 @@ def human_duration(seconds: float) -> str:
     return f"{days}d {hours:02d}:{minutes:02d}:{rest:02d}" if days else f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def show(text: str) -> None:
-    """Plain text on standard output, for what is said before there is a `Logger`."""
-    _print(text, error=False)
-
-
 def show_error(text: str) -> None:
     """``error: <text>`` on standard error."""
     _print(f"error: {text}", error=True)
+
+
+def finish_output() -> None:
+    """Flush what was printed; what nobody reads, or finds no room, is dropped and does not change the exit status."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        drop_output()
 
 
 def _print(text: str, error: bool) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megallama.config.errors import ConfigError
-from megallama.train.log import Logger, human_bytes, human_count, human_duration, show, show_error
+from megallama.train.log import Logger, human_bytes, human_count, human_duration, show_error
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,6 @@ def test_a_closed_pipe_does_not_stop_the_run(tmp_path: Path) -> None:
     assert lines(tmp_path / "run.log") == ["0", "1", "2"]
 
 
-def test_show(capsys: pytest.CaptureFixture[str]) -> None:
-    show("a page")
+def test_an_error_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     show_error("model.hidden_size=3 is odd")
-    assert capsys.readouterr() == ("a page\n", "error: model.hidden_size=3 is odd\n")
+    assert capsys.readouterr() == ("", "error: model.hidden_size=3 is odd\n")
