@@ -14,6 +14,7 @@ from megallama.checkpoint.errors import CheckpointError
 from megallama.config.schema import Config, ModelConfig, RopeScaling
 from megallama.plan.params import heads
 
+META_CONTEXT = 131_072  # tokens, of LLaMA 3.1 and 3.2
 TORCH_NAMES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BEGIN = ("<|begin_of_text|>", "<s>", "<bos>")
 _END = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
@@ -25,13 +26,26 @@ def model_files(config: Config, tokenizer: Path | None) -> dict[str, bytes]:
     ids = {f"{kind}_token_id": special[kind][1] if kind in special else None for kind in ("bos", "eos")}
     generation = {"_from_model_config": True, **{k: v for k, v in ids.items() if v is not None}}
     out = {"config.json": _json(_config_json(config) | ids), "generation_config.json": _json(generation)}
-    return out | (_tokenizer_files(tokenizer, special, config.batch.seq_length) if tokenizer else {})
+    return out | (_tokenizer_files(tokenizer, special, longest_sequence(config)) if tokenizer else {})
+
+
+def longest_sequence(config: Config) -> int:
+    """The longest sequence of the exported model: that of training, or with scaled rotary frequencies theirs [tokens].
+
+    Meta's scalings, of factor 8 in LLaMA 3.1 and 32 in 3.2, both go with 131,072.
+    """
+    scaling, trained = config.model.rope_scaling, config.batch.seq_length
+    if scaling is None:
+        return trained
+    old = scaling.original_max_position
+    known = (scaling.factor, old) in ((8.0, 8192), (32.0, 8192))
+    return max(trained, META_CONTEXT if known else int(scaling.factor * old))
 
 
 def _config_json(config: Config) -> dict[str, Any]:
     model = config.model
     n, k, d = heads(model)
-    scaling, longest = None, config.batch.seq_length
+    scaling = None
     if model.rope_scaling is not None:
         s = model.rope_scaling
         scaling = {
@@ -41,7 +55,6 @@ def _config_json(config: Config) -> dict[str, Any]:
             "high_freq_factor": s.high_freq_factor,
             "original_max_position_embeddings": s.original_max_position,
         }
-        longest = max(longest, int(s.factor * s.original_max_position))
     dtype = TORCH_NAMES[config.precision.dtype]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -54,7 +67,7 @@ def _config_json(config: Config) -> dict[str, Any]:
         "num_key_value_heads": k,
         "head_dim": d,
         "hidden_act": "silu",
-        "max_position_embeddings": longest,
+        "max_position_embeddings": longest_sequence(config),
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,

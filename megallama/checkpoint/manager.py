@@ -47,7 +47,8 @@ from megallama.checkpoint.writer import (
 )
 from megallama.comm.group import Group
 from megallama.config.errors import MegallamaError
-from megallama.config.schema import Config
+from megallama.config.presets import PRESETS
+from megallama.config.schema import Config, ModelConfig
 from megallama.layers.shard import StateShard
 
 _STEP = re.compile(r"step-\d{8,}")
@@ -73,20 +74,25 @@ class CheckpointManager:
         block_bytes: int = manifest.BLOCK_BYTES,
         lease_seconds: float = LEASE_SECONDS,
     ) -> None:
-        self._config, self._folder, self._group = config, Path(folder), group
+        self._folder, self._group = Path(folder), group
         self._log = log if group.rank == 0 else lambda text: None
         self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
         self._lock = FolderLock(self._folder, self._log, lease_seconds)
-        self._small = {f"model/{name}": data for name, data in model_files(config, tokenizer).items()}
         self._tokenizer = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer else None
         self._sets = layout(config.model, config.precision.dtype, shard_bytes)
-        self._small["model/model.safetensors.index.json"] = self._sets["model"].index()
+        self._small = {"model/model.safetensors.index.json": self._sets["model"].index()}
+        self._tokenizer_file = tokenizer
+        self._use(config)
         self._line = secrets.token_hex(8)  # retention touches only the line of checkpoints that led here
         self._buffer: Tensor | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._failures = 0  # in a row
         self.saved_step: int | None = None  # of the newest checkpoint this run has loaded or completed
+
+    def _use(self, config: Config) -> None:
+        self._config = config
+        self._small |= {f"model/{name}": data for name, data in model_files(config, self._tokenizer_file).items()}
 
     def acquire(self) -> None:
         """Create the folder, take its lock and clean up what a crash left.
@@ -307,6 +313,22 @@ class CheckpointManager:
         agree(self._group, f"setting {path} aside", work)
         self._log(f"warning: {why}; set aside as {path.name}.damaged")
 
+    def keep_settings(self) -> Config:
+        """The configuration to go on with: settings of the newest checkpoint where a preset has changed since.
+
+        Each is logged.  Raises: as `newest`.
+        """
+        config, kept = self._config, dict[str, Any]()
+        path = self.newest() if config.model.preset in PRESETS and config.checkpoint.resume != "fresh" else None
+        if path is not None:
+            agree(self._group, "cannot resume", lambda: kept.update(manifest.kept(_model_of(path), config.model)))
+        for key, value in kept.items():
+            now = getattr(config.model, key)
+            self._log(f"model.{key}={value} as in {path}; its preset says {now} by now: write model.{key} to choose")
+        if kept:
+            self._use(config.model_copy(update={"model": config.model.model_copy(update=kept)}))
+        return self._config
+
     # ---- loading ----
 
     def resume(self, shards: Sequence[StateShard]) -> dict[str, Any] | None:
@@ -411,6 +433,10 @@ def _problem(path: Path) -> str | None:
     except CheckpointError:
         return None  # whole, but of another format: `load` says so
     return None
+
+
+def _model_of(path: Path) -> ModelConfig:
+    return manifest.read_manifest(path, files=False).model
 
 
 def _own_version() -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.config.presets import PRESETS
 from megallama.config.schema import ModelConfig
 from megallama.plan.params import heads
 
@@ -143,6 +144,13 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
     settings = model.model_dump(mode="json", exclude={"preset", "init_std"})
     _, settings["num_kv_heads"], settings["head_dim"] = heads(model)
     return settings
+
+
+def kept(saved: ModelConfig, now: ModelConfig) -> dict[str, Any]:
+    """Settings that only a preset gives, and gave otherwise when the run began: they stay those of the checkpoint."""
+    unsaid = PRESETS.get(now.preset or "", {}).keys() - now.model_fields_set
+    keys = [key for key in ("norm_eps", "rope_theta", "rope_scaling") if key in unsaid]  # no shape follows from these
+    return {key: getattr(saved, key) for key in keys if getattr(saved, key) != getattr(now, key)}
 
 
 def differences(saved: ModelConfig, now: ModelConfig) -> list[str]:

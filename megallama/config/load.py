@@ -80,6 +80,7 @@ def load(
         reader.read_override(text)
     reader.apply_preset()
     config = resolve(reader.validate())
+    config.model.model_fields_set.difference_update(reader.from_preset())  # "set" is what the user wrote
     problems = reader.problems + [
         reader.locate(p) for p in rules.check(config, ranks, need_data=need_data) if not reader.doubtful(p)
     ]
@@ -178,6 +179,10 @@ class _Reader:
         self._take_tree({"model": PRESETS[name]}, "", f"preset {name}")
         for key, value in said.items():
             self._take(key, value, sources[key])
+
+    def from_preset(self) -> list[str]:
+        """The fields of `model` whose values are the preset's."""
+        return [key.split(".")[1] for key, source in self.sources.items() if source.startswith("preset ")]
 
     def validate(self) -> Config:
         """The configuration of all values that are right by themselves; the others become problems."""

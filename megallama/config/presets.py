@@ -1,7 +1,7 @@
 """The published LLaMA shapes: one row per model; a new LLaMA is a new row.
 
-Sources: LLaMA (Touvron et al. 2023a, table 2), Llama 2 (Touvron et al. 2023b), Llama 3, 3.1 and 3.2
-(Dubey et al. 2024 and the published config.json files).  Exact parameter counts are in the tests.
+Sources: LLaMA (Touvron et al. 2023a, table 2), Llama 2 (Touvron et al. 2023b), Llama 3, 3.1 and 3.2 (Dubey et al.
+2024), and the params.json published with each.  Those values and exact parameter counts are in the tests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama-7b": _row(4096, 32, 32, 11008, **_V1),
     "llama-13b": _row(5120, 40, 40, 13824, **_V1),
     "llama-33b": _row(6656, 60, 52, 17920, **_V1),
-    "llama-65b": _row(8192, 80, 64, 22016, **_V1),
+    "llama-65b": _row(8192, 80, 64, 22016, **_V2),  # the one LLaMA 1 with norm_eps 1e-5
     "llama2-7b": _row(4096, 32, 32, 11008, **_V2),
     "llama2-13b": _row(5120, 40, 40, 13824, **_V2),
     "llama2-70b": _row(8192, 80, 64, 28672, num_kv_heads=8, **_V2),

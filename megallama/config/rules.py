@@ -227,13 +227,8 @@ def _lr_schedule(config: Config, ranks: int | None) -> Iterator[str]:
         )
 
 
-def _optimizer(config: Config, ranks: int | None) -> Iterator[str]:
-    o, p = config.optimizer, config.precision
-    if o.beta1 > o.beta2:
-        yield (
-            f"optimizer.beta1={o.beta1} is above optimizer.beta2={o.beta2}, with which AdamW diverges; "
-            "LLaMA uses 0.9 and 0.95"
-        )
+def _loss_scale(config: Config, ranks: int | None) -> Iterator[str]:
+    p = config.precision
     if p.min_loss_scale > p.initial_loss_scale:
         yield (
             f"precision.min_loss_scale={p.min_loss_scale} is above "
@@ -380,7 +375,7 @@ def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _architecture, _tensor_parallel, _pipeline, _ranks, _batch, _ramp, _lr_schedule, _optimizer, _fp8, _cuda_graphs,
+    _architecture, _tensor_parallel, _pipeline, _ranks, _batch, _ramp, _lr_schedule, _loss_scale, _fp8, _cuda_graphs,
     _checkpoint, _log,
 )  # fmt: skip
 DATA_RULES: tuple[Rule, ...] = (_data, _sources, _mixture)

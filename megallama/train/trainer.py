@@ -83,6 +83,8 @@ class Trainer:
             self._manager = self._checkpoints()
             self._manager.acquire()
             try:
+                self._config = self._manager.keep_settings()
+                self._plan = replace(self._plan, config=self._config)
                 self._rank = self._agreed("model", lambda: self._build(kernels))
                 self._restore()
                 with Collector(self._config.train.gc_interval) as self._collector:

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from megallama.checkpoint.errors import CheckpointError, DamagedError
-from megallama.checkpoint.huggingface import read_model_config
+from megallama.checkpoint.huggingface import model_files, read_model_config
 from megallama.checkpoint.manifest import architecture
 from megallama.checkpoint.reader import open_weights
+from megallama.config.load import load
 from megallama.config.schema import Config, ModelConfig, RopeScaling
 from megallama.plan.box import Box
 from megallama.plan.topology import Topology
@@ -101,7 +102,7 @@ def test_from_pretrained_has_our_weights_and_settings(model: ModelConfig, dtype:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-        assert c.max_position_embeddings == 32 * 8192
+        assert c.max_position_embeddings == 131_072
     assert (c.rms_norm_eps, c.tie_word_embeddings) == (model.norm_eps, model.tie_embeddings)
     assert (c.head_dim, c.bos_token_id, c.eos_token_id) == (model.head_dim, None, None)
 
@@ -113,6 +114,26 @@ def test_config_json_reads_back(model: ModelConfig, tmp_path) -> None:
     settings = json.loads((step / "model/config.json").read_text())
     if model.rope_scaling:  # the form of transformers 4: theta beside the scaling
         assert settings["rope_theta"] == 500000.0 and settings["rope_scaling"]["rope_type"] == "llama3"
+
+
+@pytest.mark.parametrize(
+    "preset, longest",
+    [("llama-65b", 2048), ("llama3-8b", 8192), *((f"llama3.{x}", 131_072) for x in ("1-8b", "1-405b", "2-1b", "2-3b"))],
+)
+def test_the_longest_sequence_is_the_published_one_everywhere(preset: str, longest: int, tmp_path) -> None:
+    tokenizer = tmp_path / "vocab.json"
+    tokenizer.write_text("{}")
+    (tmp_path / "merges.txt").write_text("")
+    files = model_files(load(None, [f"model.preset={preset}"], need_data=False), tokenizer)
+    assert json.loads(files["config.json"])["max_position_embeddings"] == longest
+    assert json.loads(files["tokenizer_config.json"])["model_max_length"] == longest
+
+
+def test_another_scaling_reaches_as_far_as_it_stretches(tmp_path) -> None:
+    words = ["model.preset=llama3.1-8b", "model.rope_scaling.factor=4", "batch.seq_length=1024"]
+    for more, longest in ([], 32768), (["batch.seq_length=65536"], 65536):
+        config = load(None, [*words, *more], need_data=False)
+        assert json.loads(model_files(config, None)["config.json"])["max_position_embeddings"] == longest
 
 
 @pytest.mark.parametrize("model", [MODEL, SCALED], ids=["gqa", "llama3-tied"])
