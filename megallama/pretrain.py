@@ -2,9 +2,10 @@
 
     python -m megallama.pretrain CONFIG.toml [section.key=value ...]
 
-Exit status: 0 all steps are done; 2 an error in what was asked for, or found before anything was
-changed; 3 too many steps in a row were not finite; 4 training had begun and failed; 75 saved and stopped
-early (a signal, or train.stop_after_*): the same command continues; 1 anything else.
+Exit status: 0 all steps are done; 2 an error in what was asked for, found before anything was
+changed; 3 too many steps in a row were not finite; 4 any other failure once training had begun: the
+checkpoints are there, and the log says how far they go; 75 saved and stopped early (a signal, or
+train.stop_after_*): the same command continues; 1 anything else, before training had begun.
 """
 
 from __future__ import annotations
@@ -16,19 +17,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megallama.config.errors import MegallamaError, exit_status
-from megallama.config.load import load, to_toml
-from megallama.train.log import Logger, finish_output, show_error
+from megallama.comm.errors import Stopped
+from megallama.train.signals import SAVED, SignalFlag  # whatever takes time comes after `SignalFlag`
 
 if TYPE_CHECKING:
-    from megallama.comm.launch import Launch
+    from megallama.comm.launch import Launch, World
+    from megallama.train.log import Logger
 
 BAD_REQUEST, NOT_FINITE, FAILED, CRASHED = 2, 3, 4, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these arguments (default: the command line's); the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with SignalFlag() as signals:
+        status = _main(list(sys.argv[1:] if argv is None else argv), signals)
+        signals.leaving(status, for_good=argv is None or status == SAVED)
+        return status
+
+
+def _main(arguments: Sequence[str], signals: SignalFlag) -> int:
+    from megallama.config.errors import MegallamaError, exit_status
+    from megallama.train.log import show, show_error
+
     if not arguments or {"-h", "--help"} & set(arguments):
         return exit_status(lambda: print((__doc__ or "").strip())) or (0 if arguments else BAD_REQUEST)
     from megallama.comm.launch import Launch, detect_launch  # imports torch: after --help
@@ -36,16 +46,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch = Launch()
     try:
         launch = detect_launch()
-        return _run(arguments, launch)
+        if launch.world_size == 1:
+            signals.listen(signals.stop)
+        return _run(arguments, launch, signals)
+    except Stopped as stop:
+        if launch.rank == 0:
+            show(f"stopped before training began: {stop}; nothing was to be saved, start the same command again")
+        return SAVED
     except MegallamaError as error:
         if launch.rank == 0 or not error.shared:
             show_error(str(error))
         return error.status
 
 
-def _run(arguments: Sequence[str], launch: Launch) -> int:
+def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag) -> int:
     from megallama.comm.launch import start
+    from megallama.config.errors import MegallamaError
+    from megallama.config.load import load, to_toml
     from megallama.plan.plan import make_plan
+    from megallama.train.log import Logger
     from megallama.train.trainer import Trainer
 
     file = Path(arguments[0]) if "=" not in arguments[0] else None
@@ -59,21 +78,41 @@ def _run(arguments: Sequence[str], launch: Launch) -> int:
     with start(launch, config.run, same) as world:
         log = Logger(world.rank, world.world_size, Path(config.run.folder))
         try:
-            return Trainer(config, plan, world, log).run()
-        except MegallamaError:
+            return Trainer(config, plan, world, log, signals).run()
+        except Stopped as stop:
+            log.note(f"stopped before training began: {stop}")
             raise
         except Exception as error:
-            culprit = world.first_failure()
-            if culprit is not None:
-                log.warn(f"{culprit}; this rank stopped because of it ({type(error).__name__})")
-                return CRASHED
-            log.note(traceback.format_exc())
-            raise
+            return _failed(error, world, log, signals)
         finally:
             log.close()
 
 
+def _failed(error: Exception, world: World, log: Logger, signals: SignalFlag) -> int:
+    """Say what ended the run, to this rank's file and, once, on the screen; the exit status."""
+    from megallama.checkpoint.errors import InternalError
+    from megallama.config.errors import MegallamaError
+
+    if signals.why is not None and signals.phase != "training":
+        raise Stopped(signals.why) from error  # the others have left
+    status = CRASHED
+    if isinstance(error, (MegallamaError, InternalError)):
+        status = error.status
+        log.error(str(error), aloud=world.rank == 0 or not error.shared)
+    elif culprit := world.first_failure():
+        log.warn(f"{culprit}; this rank stopped because of it ({type(error).__name__})")
+    else:
+        trace, line = "".join(traceback.format_exception(error)).rstrip(), f"{type(error).__name__}: {error}"
+        if machine := isinstance(error, OSError):  # no fault of the program: on the screen a line will do
+            log.note(trace)
+        log.error(line if machine else trace, aloud=True)
+    world.report_failure(f"{type(error).__name__}: {error}")
+    return FAILED if status == CRASHED and signals.phase in ("training", "leaving") else status
+
+
 if __name__ == "__main__":
+    from megallama.train.log import finish_output
+
     status = main()
     finish_output()
     sys.exit(status)

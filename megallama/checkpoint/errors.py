@@ -6,12 +6,16 @@ all go on or all raise the same error, which names the rank that failed and why.
 
 from __future__ import annotations
 
+import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from megallama.comm.group import Group
 from megallama.config.errors import MegallamaError
+
+_log = logging.getLogger(__name__)
+_log.addHandler(logging.NullHandler())  # without a run's `Logger` nothing is said twice
 
 
 class CheckpointError(MegallamaError):
@@ -22,26 +26,58 @@ class DamagedError(CheckpointError):
     """Bytes of a checkpoint are not what was saved: the message names the file and the block."""
 
 
+class InternalError(RuntimeError):
+    """A fault of the program on some rank, whose log has the traceback: nothing the user can put right."""
+
+    shared, status = True, 1
+
+
 def agree(group: Group, what: str, work: Callable[[], Any]) -> list[Any]:
     """Run `work` on this rank; the JSON values it returned on every rank, in rank order.
 
-    Raises, on every rank alike: DamagedError if any rank found damage, else CheckpointError if any
-    rank failed. `what` begins the message.
+    Raises, on every rank alike: DamagedError if any rank found damage, else the kind of MegallamaError that the first
+    rank that failed had, with its status.  Of what is none, an OSError (a full disk, say) becomes a CheckpointError
+    with status 1, all others an InternalError; their traceback is logged before anything is exchanged.
+    `what` begins the message.
     """
-    value, failure, damaged, cause = None, None, False, None
+    value, failure, cause = None, None, None
     try:
         value = work()
     except Exception as caught:  # noqa: BLE001 - whatever it is, the other ranks must not wait for us
-        text = str(caught) if isinstance(caught, MegallamaError) else f"{type(caught).__name__}: {caught}"
-        failure, damaged, cause = text, isinstance(caught, DamagedError), caught
-    told = group.gather_values([value, failure, damaged, socket.gethostname() if failure else None])
-    failed = [(rank, *answer[1:]) for rank, answer in enumerate(told) if answer[1] is not None]
+        cause, failure = caught, _told(caught)
+        if not isinstance(caught, MegallamaError):
+            _log.error("%s failed", what, exc_info=caught)
+    told = group.gather_values([value, failure])
+    failed = [(rank, *failure) for rank, (_, failure) in enumerate(told) if failure is not None]
     if not failed:
-        return [answer[0] for answer in told]
-    failed.sort(key=lambda f: not f[2])  # damage first: it decides the type of the error
-    rank, text, damaged, host = failed[0]
+        return [value for value, _ in told]
+    kinds = {_name(kind): kind for kind in _kinds(MegallamaError)}
+    failed.sort(key=lambda f: not issubclass(kinds.get(f[1], Exception), DamagedError))  # damage first
+    rank, name, text, status, host = failed[0]
     who = f"rank {rank} on {host}: " if group.size > 1 else ""
     others = f" (and {len(failed) - 1} more ranks: {[f[0] for f in failed[1:9]]})" if len(failed) > 1 else ""
-    error = (DamagedError if damaged else CheckpointError)(f"{what}: {who}{text}{others}")
-    error.shared = True
+    message = f"{what}: {who}{text}{others}"
+    if name == _name(InternalError):
+        raise InternalError(message) from cause
+    kind = kinds.get(name, MegallamaError)
+    error = kind.__new__(kind, message)  # whatever else its __init__ asks for
+    error.shared, error.status = True, status
     raise error from cause
+
+
+def _told(error: Exception) -> list[Any]:
+    """Kind, text and status of what `agree` raises for it, and where it happened."""
+    if isinstance(error, MegallamaError):
+        return [_name(type(error)), str(error), error.status, socket.gethostname()]
+    kind = CheckpointError if isinstance(error, OSError) else InternalError
+    return [_name(kind), f"{type(error).__name__}: {error}", InternalError.status, socket.gethostname()]
+
+
+def _kinds(base: type[MegallamaError]) -> Iterator[type[MegallamaError]]:
+    yield base
+    for kind in base.__subclasses__():
+        yield from _kinds(kind)
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

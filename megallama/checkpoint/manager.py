@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from megallama.checkpoint import manifest, reader
-from megallama.checkpoint.errors import CheckpointError, DamagedError, agree
+from megallama.checkpoint.errors import CheckpointError, DamagedError, InternalError, agree
 from megallama.checkpoint.huggingface import model_files
 from megallama.checkpoint.layout import SHARD_BYTES, STATE, layout
 from megallama.checkpoint.lock import LEASE_SECONDS, FolderLock
@@ -146,7 +146,7 @@ class CheckpointManager:
             self._log(f"checkpoint of step {step} waited {time.monotonic() - since:.1f} s for the one before it")
         try:
             self.finish()
-        except CheckpointError:
+        except (CheckpointError, InternalError):
             if self._failures > self._config.checkpoint.max_failures:
                 raise
             agree(self._group, f"checkpoint of step {step}", self._lock.check)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any
 
@@ -194,6 +195,14 @@ class C10d:
         self.all_gather(everyone, mine).wait()
         rows = everyone.cpu().view(self.size, -1)
         return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths, strict=True)]
+
+    def bound(self, timeout: timedelta) -> None:
+        """Operations that start from here on fail after `timeout`."""
+        for group in dict.fromkeys((self._pg, self._down)):
+            if hasattr(group, "set_timeout"):
+                group.set_timeout(timeout)
+            else:  # before torch 2.13
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def close(self) -> None:
         """Let go of the process groups: gloo closes its connections when nothing refers to them."""

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from megallama.comm.c10d import C10d
-from megallama.comm.errors import LaunchError
+from megallama.comm.errors import LaunchError, Stopped
 from megallama.comm.group import Group, Solo
 from megallama.comm.groups import Groups, Partition, build_groups
 from megallama.comm.rendezvous import Arrival, FailureRecord, meet, open_store, port_file
@@ -207,7 +207,7 @@ class World:
     group: Group
     hosts: tuple[str, ...]  # of every rank
     notes: list[str] = field(default_factory=list)  # what was set in this process, for the log
-    timeout: timedelta = timedelta(seconds=600)
+    timeout: timedelta = timedelta(seconds=1800)  # of groups that are opened
     record: FailureRecord | None = None  # None with one rank
     crowded: bool = False  # the ranks of this machine share fewer cores than they are
     shared_memory: bool = False  # groups on one machine use it
@@ -266,6 +266,12 @@ class World:
         self.notes.append(f"group {name}: {through}")
         return shared
 
+    def bound(self, seconds: float) -> None:
+        """From here on a wait for another rank fails after this long, in all groups but those of `host_group`."""
+        self.timeout = timedelta(seconds=seconds)
+        for group in self.opened:
+            group.bound(self.timeout)
+
     def report_failure(self, text: str) -> None:
         """Tell the other ranks why this one is leaving: `text`'s last line. Call before `close`."""
         if self.record is not None:
@@ -290,7 +296,7 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
+        if error is not None and not isinstance(error, Stopped):
             self.report_failure(f"{type(error).__name__}: {error}")
         self.close()
 
@@ -326,7 +332,7 @@ def start(launch: Launch, run: RunConfig, config_hash: str = "", store: dist.Sto
     _set_threads(run, len(sharing), notes)
     if launch.local_size == launch.world_size and device.type == "cpu":
         _one_node_network(notes)
-    timeout = timedelta(seconds=run.timeout_seconds)
+    timeout = timedelta(seconds=run.io_timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,

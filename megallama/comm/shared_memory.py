@@ -218,6 +218,10 @@ class SharedMemory(C10d):
         assert source != self.rank, f"{self.name}: rank {source} receives from itself"
         return self._taking(f"recv from {self.ranks[source]}", _TO_ONE, tensor, source)
 
+    def bound(self, timeout: timedelta) -> None:
+        self._seconds = timeout.total_seconds()
+        super().bound(timeout)
+
     def close(self) -> None:
         """Tell the peers, who may still read what was posted."""
         for rank, segment in enumerate(self._segments):

@@ -284,6 +284,15 @@ def _log(config: Config, ranks: int | None) -> Iterator[str]:
         yield f"log.trace_steps={literal(steps)} ends before it begins; write log.trace_steps={literal(sorted(steps))}"
 
 
+def _timeouts(config: Config, ranks: int | None) -> Iterator[str]:
+    step, data = config.run.timeout_seconds, config.data.timeout_seconds
+    if step < data:
+        yield (
+            f"run.timeout_seconds={step:g} ends a run whose other ranks still wait for a batch, which may take "
+            f"data.timeout_seconds={data:g}; use run.timeout_seconds={data:g} or more, or data.timeout_seconds={step:g}"
+        )
+
+
 def _cuda_graphs(config: Config, ranks: int | None) -> Iterator[str]:
     if not config.run.cuda_graphs:
         return
@@ -376,7 +385,7 @@ def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     _architecture, _tensor_parallel, _pipeline, _ranks, _batch, _ramp, _lr_schedule, _loss_scale, _fp8, _cuda_graphs,
-    _checkpoint, _log,
+    _checkpoint, _log, _timeouts,
 )  # fmt: skip
 DATA_RULES: tuple[Rule, ...] = (_data, _sources, _mixture)
 

@@ -254,7 +254,12 @@ class RunConfig(Section):
     without_kernels: tuple[str, ...] = Field(
         (), description='implementations not to use, e.g. "apex" or "RMSNorm: Transformer Engine"; see tools/doctor.py'
     )
-    timeout_seconds: PositiveFloat = Field(600.0, description="longest wait in a collective before the run fails [s]")
+    timeout_seconds: PositiveFloat = Field(
+        600.0, description="longest wait of a step for another rank before the run fails; bounds steps alone [s]"
+    )
+    io_timeout_seconds: PositiveFloat = Field(
+        1800.0, description="the same while setting up, up to the first step, and around saves and evaluations [s]"
+    )
     init_timeout_seconds: PositiveFloat = Field(120.0, description="longest wait for all ranks to arrive [s]")
     shared_memory: bool = Field(
         True, description="CPU ranks of one machine talk through shared memory where they can; false keeps gloo"

@@ -1,30 +1,22 @@
 """Is the run well, and has anybody asked it to stop?
 
-Three small things: a flag that signals set (`SignalFlag`), a counter of steps that were not finite
-(`BadSteps`), and the few numbers on which all ranks must agree before the optimizer runs (`Vote`):
-they are summed over all ranks in one reduction, so every rank reaches the same verdict in the same
-step.
+Two small things: a counter of steps that were not finite (`BadSteps`), and the few numbers on which all ranks must
+agree before the optimizer runs (`Vote`): they are summed over all ranks in one reduction, so every rank reaches the
+same verdict in the same step.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from megallama.config.errors import MegallamaError
+from megallama.train.signals import SIGNALS
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-_INSIST = (signal.SIGTERM, signal.SIGINT)  # a second one of these is obeyed at once
 
 
 class TrainingStopped(MegallamaError):
@@ -32,74 +24,6 @@ class TrainingStopped(MegallamaError):
 
     shared = True
     status = 3
-
-
-class SignalFlag:
-    """While installed, a signal of `SIGNALS` sets `received` instead of killing the process.
-
-    A second SIGTERM or SIGINT ends the process at once by that signal, even where the main thread is
-    stuck in a collective: a thread watches for it.  Launchers deliver one request twice in quick
-    succession (Slurm and torchrun both forward SIGTERM), so a second one counts only `patience`
-    seconds after the first.  Use as a context manager; the previous handlers come back at its end.
-    Outside the main thread, where Python cannot handle signals, it does nothing.
-    """
-
-    def __init__(self, patience: float = 2.0) -> None:
-        self.received: signal.Signals | None = None
-        self._patience = patience
-        self._old: dict[signal.Signals, Any] = {}
-        self._pipe: tuple[int, int] = (-1, -1)
-        self._old_wakeup = -1
-        self._watcher: threading.Thread | None = None
-
-    def __enter__(self) -> SignalFlag:
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        self._pipe = os.pipe()
-        os.set_blocking(self._pipe[1], False)
-        self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
-        self._watcher.start()
-        self._old_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        for number in SIGNALS:
-            self._old[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._watcher is None:
-            return
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._old_wakeup)
-        os.write(self._pipe[1], b"\0")  # no signal has number 0: the watcher leaves
-        self._watcher.join()
-        self._watcher = None
-        for end in self._pipe:
-            os.close(end)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = signal.Signals(number)
-
-    def _watch(self) -> None:
-        """Read the number of every signal as it arrives; leave by the second that insists."""
-        first: float | None = None
-        while data := os.read(self._pipe[0], 64):
-            for number in data:
-                if number == 0:
-                    return
-                if number in _INSIST:
-                    now = time.monotonic()
-                    if first is not None and now - first >= self._patience:
-                        _die_by(number)
-                    first = first if first is not None else now
-
-
-def _die_by(number: int) -> None:
-    """End the process by a signal's default action; `signal.signal` works in the main thread only."""
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    libc.signal(number, None)  # SIG_DFL is the null pointer
-    os.kill(os.getpid(), number)
 
 
 class BadSteps:

@@ -8,6 +8,7 @@ never the run.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -46,6 +47,11 @@ def human_duration(seconds: float) -> str:
     return f"{days}d {hours:02d}:{minutes:02d}:{rest:02d}" if days else f"{hours}:{minutes:02d}:{rest:02d}"
 
 
+def show(text: str) -> None:
+    """Plain text on standard output, for what is said before there is a `Logger`."""
+    _print(text, error=False)
+
+
 def show_error(text: str) -> None:
     """``error: <text>`` on standard error."""
     _print(f"error: {text}", error=True)
@@ -63,8 +69,19 @@ def finish_output() -> None:
 def _print(text: str, error: bool) -> None:
     try:
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
-    except (OSError, ValueError):  # the reader of a pipe has gone, or the stream is closed
+    except (OSError, ValueError):  # the terminal or the reader of a pipe has gone, or the stream is closed
         pass
+
+
+class _Failures(logging.Handler):
+    """Puts tracebacks that somebody logged on the way into a rank's own file."""
+
+    def __init__(self, log: Logger) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.note(self.format(record))
 
 
 class Logger:
@@ -79,6 +96,7 @@ class Logger:
         self._own: int | None = None
         self._run: int | None = None
         self._said: set[str] = set()
+        self._failures = _Failures(self)
         if folder is None:
             return
         try:
@@ -89,6 +107,7 @@ class Logger:
             raise ConfigError(
                 f"run.folder={folder} cannot be written: {error.strerror}; give run.folder a folder that can be created"
             ) from error
+        logging.getLogger("megallama").addHandler(self._failures)
 
     def info(self, text: str) -> None:
         """A line in this rank's file; of rank 0 also on standard output and in run.log."""
@@ -108,20 +127,29 @@ class Logger:
         """A line in this rank's own file only."""
         self._say(text, aloud=False)
 
+    def error(self, text: str, *, aloud: bool) -> None:
+        """What ends the run, for the files; `aloud` also on standard error."""
+        self._write(f"error: {text}", self._own, self._run)
+        if aloud:
+            show_error(text)
+
     def close(self) -> None:
         """Close the files; later lines are only printed."""
+        logging.getLogger("megallama").removeHandler(self._failures)
         for handle in (self._own, self._run):
             if handle is not None:
                 os.close(handle)
         self._own = self._run = None
 
     def _say(self, text: str, aloud: bool) -> None:
-        now = time.localtime()
         if aloud:
             who = "" if self.rank == 0 else f"[rank {self.rank:{self._width}d}] "
-            _print(f"{time.strftime('%H:%M:%S', now)} {who}{text}", error=False)
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S', now)} {text}\n".encode(errors="replace")
-        for handle in (self._own, self._run if aloud else None):
+            _print(f"{time.strftime('%H:%M:%S')} {who}{text}", error=False)
+        self._write(text, self._own, self._run if aloud else None)
+
+    def _write(self, text: str, *handles: int | None) -> None:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode(errors="replace")
+        for handle in handles:
             if handle is not None:
                 try:
                     os.write(handle, line)

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from megallama.checkpoint.errors import agree
 from megallama.checkpoint.manager import CheckpointManager
+from megallama.comm.errors import Stopped
 from megallama.comm.launch import World
 from megallama.comm.recording import Tape
 from megallama.config.errors import MegallamaError
@@ -31,17 +32,17 @@ from megallama.train.assemble import DTYPES, Rank, assemble, initialize, kernels
 from megallama.train.collect import Collector
 from megallama.train.determinism import set_deterministic
 from megallama.train.evaluate import evaluate
-from megallama.train.health import BadSteps, SignalFlag
+from megallama.train.health import BadSteps
 from megallama.train.log import Logger, human_count
 from megallama.train.metrics import Meter, MetricsWriter, peak_memory_bytes
 from megallama.train.peak import peak_flops
 from megallama.train.plot import plot_loss
+from megallama.train.signals import SAVED, SignalFlag
 from megallama.train.step import StepResult, train_step
 from megallama.train.timers import Timers
 from megallama.train.trace import StepTracer, timed
 
 FINISHED = 0  # exit status: all steps are done
-SAVED = 75  # exit status: saved after a signal or a stop that was asked for; the same command continues
 FAILED = 4  # exit status: something failed after steps had been made
 
 T = TypeVar("T")
@@ -60,11 +61,14 @@ class Counters:
 class Trainer:
     """One rank of a training run."""
 
-    def __init__(self, config: Config, plan: Plan, world: World, log: Logger) -> None:
+    def __init__(
+        self, config: Config, plan: Plan, world: World, log: Logger, signals: SignalFlag | None = None
+    ) -> None:
         self._config = config
         self._plan = plan
         self._world = world
         self._log = log
+        self._signals = signals or SignalFlag()
         self._counters = Counters()
         self._scaler = LossScaler(config.precision)
         self._bad = BadSteps(config.train.max_bad_steps)
@@ -75,26 +79,29 @@ class Trainer:
         set_deterministic(config.train.deterministic)
 
     def run(self) -> int:
-        """Train until `train.steps` or until something asks to stop; the exit status."""
-        with SignalFlag() as signals:
-            self._signals = signals
-            kernels = self._describe()
-            self._data = self._agreed("data", self._open_data)
-            self._manager = self._checkpoints()
-            self._manager.acquire()
-            try:
-                self._config = self._manager.keep_settings()
-                self._plan = replace(self._plan, config=self._config)
-                self._rank = self._agreed("model", lambda: self._build(kernels))
-                self._restore()
-                with Collector(self._config.train.gc_interval) as self._collector:
-                    return self._loop()
-            except MegallamaError as error:
-                if error.status == MegallamaError.status and self._counters.step > self._first_step:
-                    error.status = FAILED
-                raise
-            finally:
-                self._manager.release()
+        """Train until `train.steps` or until something asks to stop; the exit status.
+
+        Raises: Stopped on every rank if any was asked to stop before training began.
+        """
+        kernels = self._describe()
+        self._data = self._agreed("data", self._open_data)
+        self._manager = self._checkpoints()
+        self._manager.acquire()
+        self._signals.before_leaving(self._manager.release)
+        try:
+            self._config = self._manager.keep_settings()
+            self._plan = replace(self._plan, config=self._config)
+            self._rank = self._agreed("model", lambda: self._build(kernels))
+            self._restore()
+            self._begin_training()
+            with Collector(self._config.train.gc_interval) as self._collector:
+                return self._loop()
+        except MegallamaError as error:
+            if error.status == MegallamaError.status and self._counters.step > self._first_step:
+                error.status = FAILED
+            raise
+        finally:
+            self._manager.release()
 
     # ---- setting up ----
 
@@ -177,6 +184,13 @@ class Trainer:
         steps = self._config.train.steps
         return self._train_data.last_step(steps) if self._train_data else (steps, "")
 
+    def _begin_training(self) -> None:
+        """From here on a signal to any rank is seen by all in the next step's vote."""
+        asked = self._world.group.gather_values(self._signals.last_call())
+        if why := next(filter(None, asked), None):
+            raise Stopped(why)
+        self._signals.begin_training()
+
     # ---- state ----
 
     def _save_counters(self) -> dict[str, Any]:
@@ -194,6 +208,7 @@ class Trainer:
         self._bad.load_state_dict(saved["bad_steps"])
 
     def _save(self, leaving: bool) -> None:
+        self._world.bound(self._config.run.io_timeout_seconds)  # until the next step has brought all ranks together
         shards = self._rank.optimizer.shards(owned_only=True)
         with self._timers.phase("save"):
             self._manager.save(self._counters.step, shards, self._save_counters(), behind=not leaving)
@@ -211,6 +226,7 @@ class Trainer:
         try:
             while counters.step < self._last_step and stopped is None:
                 result = self._one_step(loader)
+                self._world.bound(config.run.timeout_seconds)
                 stopped = result.stop_reason or self._asked_to_stop()
                 last = counters.step == self._last_step
                 if counters.step % config.log.interval == 0 or last or stopped or not result.applied:
@@ -230,6 +246,7 @@ class Trainer:
             self._rank.optimizer.wait()  # no rank leaves while another one still receives its weights
             self._tracer.write()
             self._manager.finish()
+            self._signals.leaving(SAVED if counters.step < self._last_step else FINISHED)
         finally:
             loader.close()
             writer.close()
@@ -338,6 +355,7 @@ class Trainer:
 
     def _evaluate(self, writer: MetricsWriter, kind: Literal["valid", "test"]) -> None:
         """The loss on each validation source, on part of it, or on each test source, on all of it."""
+        self._world.bound(self._config.run.io_timeout_seconds)
         most = self._config.train.eval_batches if kind == "valid" else None
         with self._timers.phase("evaluate"):
             for source in self._data.valid if kind == "valid" else self._data.test:

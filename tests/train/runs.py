@@ -15,6 +15,7 @@ from megallama.comm.launch import World
 from megallama.config.errors import MegallamaError
 from megallama.plan.plan import make_plan
 from megallama.train.log import Logger
+from megallama.train.signals import SignalFlag
 from megallama.train.trainer import Trainer
 from tests.small import small_config
 
@@ -24,14 +25,16 @@ def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: s
     or "truncate:STEP:RANK:FILE"."""
     torch.set_num_threads(1)
     config = small_config(**{**sections, "run": {"folder": folder, "peak_tflops": 1.0, **sections.get("run", {})}})
-    log = Logger(world.rank, world.world_size, Path(folder))
-    trainer = Trainer(config, make_plan(config, world.world_size), world, log)
+    log, signals = Logger(world.rank, world.world_size, Path(folder)), SignalFlag()
+    trainer = Trainer(config, make_plan(config, world.world_size), world, log, signals)
     if fault is not None:
         kind, step, rank, *file = fault.split(":")
         if int(rank) == world.rank:
             _plant(trainer, kind, {int(s) for s in step.split(",")}, *file)
     try:
-        return {"status": trainer.run(), "step": trainer._counters.step, "updates": trainer._counters.updates}
+        with signals:
+            status = trainer.run()
+        return {"status": status, "step": trainer._counters.step, "updates": trainer._counters.updates}
     except MegallamaError as error:
         return {"error": str(error), "type": type(error).__name__}
     finally:

@@ -1,126 +1,18 @@
-"""Signals, bad steps, and the vote of all ranks."""
+"""Bad steps, and the vote of all ranks."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from megallama.train.health import SIGNALS, BadSteps, SignalFlag, TrainingStopped, Vote
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_sets_the_flag_and_handlers_come_back(number: signal.Signals) -> None:
-    before = [signal.getsignal(s) for s in SIGNALS]
-    with SignalFlag() as flag:
-        assert flag.received is None
-        os.kill(os.getpid(), number)
-        assert flag.received == number
-        os.kill(os.getpid(), signal.SIGUSR1)  # the first one stays
-        assert flag.received == number
-    assert [signal.getsignal(s) for s in SIGNALS] == before
-    assert signal.set_wakeup_fd(-1) == -1
-    assert not any(thread.name == "signals" for thread in threading.enumerate())
-
-
-def test_outside_the_main_thread_it_does_nothing() -> None:
-    before = [signal.getsignal(s) for s in SIGNALS]
-    seen = []
-
-    def run() -> None:
-        with SignalFlag() as flag:
-            seen.extend([flag.received, [signal.getsignal(s) for s in SIGNALS]])
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert seen == [None, before]
-
-
-CHILD = """
-import sys, time
-from megallama.train.health import SignalFlag
-with SignalFlag(patience=float(sys.argv[1])) as flag:
-    print("ready", flush=True)
-    while flag.received is None:
-        time.sleep(0.01)
-    print(flag.received.name, flush=True)
-    for line in sys.stdin:
-        print("still here", flush=True)
-"""
-
-
-def start(patience: float) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(patience)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout and process.stdout.readline() == "ready\n"
-    return process
-
-
-@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGTERM"), ("SIGTERM", "SIGINT")])
-def test_a_second_request_is_obeyed_at_once_by_dying_of_it(first: str, second: str) -> None:
-    process = start(0.0)
-    process.send_signal(signal.Signals[first])
-    assert process.stdout and process.stdout.readline() == f"{first}\n"
-    process.send_signal(signal.Signals[second])
-    assert process.wait() == -signal.Signals[second]
-
-
-def test_a_request_delivered_twice_is_one_request() -> None:
-    process = start(600.0)
-    assert process.stdin and process.stdout
-    process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == "SIGTERM\n"
-    for number in (signal.SIGTERM, signal.SIGINT):
-        process.send_signal(number)
-    print("anybody?", file=process.stdin, flush=True)
-    assert process.stdout.readline() == "still here\n"
-    process.stdin.close()
-    assert process.wait() == 0
-
-
-def test_usr_signals_never_kill() -> None:
-    process = start(0.0)
-    assert process.stdin and process.stdout
-    process.send_signal(signal.SIGUSR1)
-    assert process.stdout.readline() == "SIGUSR1\n"
-    for _ in range(20):
-        process.send_signal(signal.SIGUSR1)
-        process.send_signal(signal.SIGUSR2)
-    process.send_signal(signal.SIGTERM)  # the first that asks to leave
-    print("anybody?", file=process.stdin, flush=True)
-    assert process.stdout.readline() == "still here\n"
-    process.stdin.close()
-    assert process.wait() == 0
-
-
-STUCK = """
-import ctypes
-from megallama.train.health import SignalFlag
-with SignalFlag(patience=0.0):
-    print("ready", flush=True)
-    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
-    libc.pthread_mutex_lock(mutex)
-    libc.pthread_mutex_lock(mutex)  # for ever, and no signal interrupts it: Python's handlers never run
-"""
-
-
-def test_a_process_stuck_outside_python_is_ended_by_the_second() -> None:
-    process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True)
-    assert process.stdout and process.stdout.readline() == "ready\n"
-    while process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.05)
-    assert process.wait() == -signal.SIGTERM
+from megallama.train.health import BadSteps, TrainingStopped, Vote
+from megallama.train.signals import SIGNALS
 
 
 def test_bad_steps_in_a_row_stop_the_run() -> None:
