@@ -88,7 +88,7 @@ class Pool:
     ) -> list[Any]:
         """target(world, *args) on `size` ranks; the results in rank order.
 
-        `collective_timeout` is run.timeout_seconds and run.io_timeout_seconds of the workers; `gloo`: without shared memory.
+        `collective_timeout`: both time-outs of the workers [s]; `gloo`: without shared memory.
         Raises: WorkerError with the traceback of the rank that failed first, or naming the ranks
         that died or did not answer within `timeout` seconds.
         """
