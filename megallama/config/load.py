@@ -58,8 +58,8 @@ def read_words(words: Sequence[str], what: str, usage: str) -> tuple[Path | None
     ranks = [count.partition("=")[2] for count in counts]
     if len(files) > 1:
         raise ConfigError(f"two configuration files, {files[0]} and {files[1]}; give one\n{usage}")
-    if len(ranks) != 1 or not ranks[0].isdecimal() or int(ranks[0]) < 1:
-        said = f", not {' '.join(f'ranks={count}' for count in ranks)}" if ranks else ""
+    if len(ranks) != 1 or not re.fullmatch("0*[1-9][0-9]{0,8}", ranks[0]):
+        said = f", not {' '.join(f'ranks={_short(count)}' for count in ranks)}" if ranks else ""
         raise ConfigError(f"{what} needs one number of ranks{said}; write for example ranks=8\n{usage}")
     settings = [word for word in words if word not in (*files, *counts)]
     return Path(files[0]) if files else None, int(ranks[0]), settings
@@ -143,11 +143,11 @@ class _Reader:
 
     def read_file(self, file: Path) -> None:
         try:
-            tree = tomllib.loads(file.read_text(encoding="utf-8"))
+            tree = tomllib.loads(file.read_text(encoding="utf-8-sig"))
         except OSError as error:
             reason = error.strerror or str(error)
             raise ConfigError(f"cannot read the configuration {file}: {reason}; give the path of a TOML file") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
             raise ConfigError(f"{file} is not valid TOML: {error}; write lines like tp = 2 under [parallel]") from None
         self._take_tree(tree, "", str(file))
 
@@ -159,7 +159,11 @@ class _Reader:
         if not equals:
             self.problems.append(f"{COMMAND_LINE}: {text!r} has no value; write section.key=value, e.g. parallel.tp=2")
             return
-        self._take(key, self._parse(key, raw.strip()), COMMAND_LINE)
+        try:
+            self._take(key, self._parse(key, raw.strip()), COMMAND_LINE)
+        except ConfigError as error:
+            self.problems.append(f"{COMMAND_LINE}: {error}")
+            self.bad.add(key)
 
     def apply_preset(self) -> None:
         """Put the preset's row under what the user said."""
@@ -228,6 +232,11 @@ class _Reader:
         if setting is None:
             self.problems.append(f"{source}: unknown setting {key!r}; {self._suggest(key)}")
             return
+        if wrong := _unusable(value):
+            none = '"none" or ' if setting.optional else ""
+            self.problems.append(f"{source}: {key}{wrong}; write {none}a value, or leave the setting out")
+            self.bad.add(key)
+            return
         if setting.optional and isinstance(value, str) and value.lower() == "none":
             value = None
         value = _tuples(_tables(key, value) if key in TABLES else value)
@@ -241,14 +250,23 @@ class _Reader:
         self.values[key], self.sources[key] = value, source
 
     def _parse(self, key: str, raw: str) -> Any:
-        """A value of the command line: TOML, or the text itself."""
+        """A value of the command line: TOML, or the text itself. Raises: ConfigError for what only begins like TOML."""
         setting = self.known.get(key)
-        quotes = ('"', "'", "[", "{") if key in TABLES else ('"', "'")
-        if setting is not None and (str in setting.kinds or key in TABLES) and not raw.startswith(quotes):
+        text = setting is not None and str in setting.kinds
+        quotes = ('"', "'") if text else ('"', "'", "[", "{")
+        if (text or key in TABLES) and not raw.startswith(quotes):
             return raw
         try:
-            return tomllib.loads(f"x = {raw}")["x"]
-        except tomllib.TOMLDecodeError:
+            value = tomllib.loads(f"x = {raw}")["x"]
+            tomllib.loads(f"x = [{raw}]")  # fails where a line or a comment follows the value, which would be dropped
+            return value
+        except (ValueError, RecursionError) as error:
+            if raw.startswith(quotes):
+                hint = "close the quotes"
+                if raw.startswith(("[", "{")):
+                    hint = f'texts in it need quotes, and the shell others around all of it: \'{key}=["a", "b"]\''
+                said = _short(raw.replace("\n", "\\n"))
+                raise ConfigError(f"{key}={said} is not a TOML value ({error}); {hint}") from None
             return {"True": True, "False": False}.get(raw, raw)
 
     def _tree(self) -> dict[str, Any]:
@@ -282,7 +300,7 @@ class _Reader:
             example = f'; did you mean "{near[0]}"?' if near else ""
         finite = "finite, " if error["type"] == "finite_number" else ""
         none = " or none" if setting.optional else ""
-        self.problems.append(f"{source}: {key}={literal(value)} must be {finite}{setting.type}{none}{example}")
+        self.problems.append(f"{source}: {key}={_short(literal(value))} must be {finite}{setting.type}{none}{example}")
 
     def _suggest(self, key: str) -> str:
         section, leaf = key.partition(".")[0], key.rpartition(".")[2]
@@ -301,6 +319,27 @@ class _Reader:
         if inside:
             return f"[{section}] has {', '.join(k.partition('.')[2] for k in inside if k.count('.') == 1)}"
         return f"the sections are {', '.join(self.sections)}"
+
+
+def _unusable(value: Any) -> str:
+    """What no setting can hold, in words that follow its name; "" for a value that one may."""
+    if isinstance(value, dict):
+        return next((f".{name}{wrong}" for name, inner in value.items() if (wrong := _unusable(inner))), "")
+    if isinstance(value, list):
+        return next((f"[{i}]{wrong}" for i, inner in enumerate(value) if (wrong := _unusable(inner))), "")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        return f"={_short(str(value))} is beyond 2**63 - 1"
+    if not isinstance(value, str):
+        return ""
+    if not value.strip():
+        return " is empty (an unset variable of the shell?)"
+    if re.search("[\n\r\0]", value):
+        return f"={_short(literal(value))} has a line break or NUL in it"
+    return f"={_short(ascii(value))} is not valid UTF-8" if re.search("[\ud800-\udfff]", value) else ""
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def _table_problem(key: str, path: list[Any], error: Any) -> str:

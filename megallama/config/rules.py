@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator
-from math import lcm
+from math import isqrt, lcm
 
 from megallama.config.describe import literal
 from megallama.config.schema import BatchConfig, Config
 
 Rule = Callable[[Config, int | None], Iterator[str]]
 AXES = ("tp", "cp", "dp", "pp")
+LARGEST_TRIED = 1 << 20  # among the divisors of a number; a message about 10**18 heads needs no more
 V_SCHEDULES = ("zb-v", "v-half", "dualpipe-v")  # stage r and its mirror image on one rank
 
 
@@ -175,7 +176,7 @@ def _batch(config: Config, ranks: int | None) -> Iterator[str]:
     if p.schedule == "dualpipe-v" and (size := ramp_sizes(b)[0]) < least and ranks is not None:
         key = "global_batch_size" if b.ramp_start is None else "ramp_start"
         yield (
-            f'batch.{key}={size} is below {words} times 2 x parallel.pp={p.pp} = {least}, the least for '
+            f"batch.{key}={size} is below {words} times 2 x parallel.pp={p.pp} = {least}, the least for "
             f'parallel.schedule="dualpipe-v"; use {least}, or parallel.schedule="zb-v"'
         )
     for key, value in (("ramp_start", b.ramp_start), ("ramp_increment", b.ramp_increment)):
@@ -391,7 +392,7 @@ DATA_RULES: tuple[Rule, ...] = (_data, _sources, _mixture)
 
 
 def _divisors(n: int) -> list[int]:
-    low = [i for i in range(1, int(n**0.5) + 1) if n % i == 0]
+    low = [i for i in range(1, min(isqrt(n), LARGEST_TRIED) + 1) if n % i == 0]
     return sorted({*low, *(n // i for i in low)})
 
 

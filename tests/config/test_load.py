@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megallama.config.describe import settings as schema_settings
 from megallama.config.errors import ConfigError, MegallamaError
-from megallama.config.load import flatten, load, resolve, to_toml
+from megallama.config.load import flatten, load, read_words, resolve, to_toml
 from megallama.config.presets import PRESETS
 from megallama.config.schema import Config, SourceConfig
 
@@ -251,11 +253,12 @@ def test_round_trip_of_presets(name: str, tmp_path: Path) -> None:
         assert to_toml(load(file, [])) == to_toml(config)
 
 
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\n\r\0"), min_size=1).filter(str.strip)
 values: dict[str, Any] = {
     "optimizer.lr": st.floats(1e-300, 1e300),
-    "run.folder": st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1),
+    "run.folder": TEXT,
     "train.seed": st.integers(0, 2**63 - 1),
-    "data.train": st.lists(st.tuples(st.text(st.characters(codec="utf-8")), st.floats(0.01, 9)), min_size=1),
+    "data.train": st.lists(st.tuples(TEXT, st.floats(0.01, 9)), min_size=1),
     "train.stop_after_minutes": st.none() | st.floats(0.1, 10),
     "model.rope_theta": st.floats(1, 1e9),
 }
@@ -288,6 +291,107 @@ def test_nonsense_is_refused_politely(overrides: list[str]) -> None:
         load(None, overrides, need_data=False)
     except ConfigError as error:
         assert str(error)
+
+
+TEXTS = [s for s in schema_settings() if str in s.kinds]
+SOURCES = ("data.train", "data.valid", "data.test")
+UNUSABLE = {  # a value of any text setting, and what is said about it
+    "": " is empty (an unset variable of the shell?)",
+    "  ": " is empty (an unset variable of the shell?)",
+    "a\\nseed = 3": '="a\\nseed = 3" has a line break or NUL in it',
+    "a\\r": '="a\\r" has a line break or NUL in it',
+    "a\\u0000b": '="a\\u0000b" has a line break or NUL in it',
+}
+
+
+@pytest.mark.parametrize("key", [s.key for s in TEXTS] + [*SOURCES])
+def test_a_text_that_no_setting_can_hold(key: str, tmp_path: Path) -> None:
+    """From the command line, bare and quoted, and from a file; what is said ends with what to write."""
+    optional = any(s.optional for s in TEXTS if s.key == key)
+    then = '; write "none" or a value, or leave the setting out'.replace('"none" or ', '"none" or ' * optional)
+    section, _, name = key.partition(".")
+    for value, message in UNUSABLE.items():
+        bare = value.replace("\\n", "\n").replace("\\r", "\r\n.").replace("\\u0000", "\0")
+        if value != "a\\r":
+            assert problems([f"{key}={bare}"]) == [f"command line: {key}{message}{then}"]
+        assert problems([f'{key}="{value}"']) == [f"command line: {key}{message}{then}"]
+        file = tmp_path / "run.toml"
+        assert problems([], f'[{section}]\n{name} = "{value}"\n', tmp_path) == [f"{file}: {key}{message}{then}"]
+    surrogate = problems([f"{key}=x\udcff"])  # what Python makes of an argument that is not UTF-8
+    assert surrogate == [f"command line: {key}='x\\udcff' is not valid UTF-8{then}"] and surrogate[0].isascii()
+
+
+@pytest.mark.parametrize("key", SOURCES)
+def test_an_empty_text_inside_a_list_or_table(key: str) -> None:
+    for text, where in (("['a', '']", "[1]"), ("[{path=''}]", "[0].path"), ("{path='a', name=' '}", ".name")):
+        (message,) = problems([f"{key}={text}"])
+        assert message.startswith(f"command line: {key}{where} is empty (an unset variable of the shell?); write")
+    (message,) = problems(['run.without_kernels=["apex", ""]'])
+    assert message.startswith("command line: run.without_kernels[1] is empty")
+
+
+@pytest.mark.parametrize("override, message", [
+    ("data.train=[a,b]", "data.train=[a,b] is not a TOML value (Invalid value"),
+    ("data.train=[{path=a,weight=0.5}]", "data.train=[{path=a,weight=0.5}] is not a TOML value (Invalid value"),
+    ("data.valid=['a'", "data.valid=['a' is not a TOML value (Unclosed array"),
+    ("data.test=[x]/tokens", "data.test=[x]/tokens is not a TOML value (Invalid value"),
+    ("data.train=['a'] 'b'", "data.train=['a'] 'b' is not a TOML value (Expected newline"),
+    ("data.train=['a'] # b", "data.train=['a'] # b is not a TOML value (Unclosed array"),
+    ("data.train='a'\n'b'", "data.train='a'\\n'b' is not a TOML value (Expected '=' after a key"),
+    ("data.train='a'\ntrain.steps=3", "data.train='a'\\ntrain.steps=3 is not a TOML value (Unclosed array"),
+    ("data.changes=[{step=2,weights={a=x}}]", "data.changes=[{step=2,weights={a=x}}] is not a TOML value (Invalid"),
+    ("run.without_kernels=[apex]", "run.without_kernels=[apex] is not a TOML value (Invalid value"),
+    ("run.folder='a'b", "run.folder='a'b is not a TOML value (Expected newline"),
+    ('data.tokenizer="a', 'data.tokenizer="a is not a TOML value (Unterminated string'),
+])  # fmt: skip
+def test_what_only_begins_like_toml(override: str, message: str) -> None:
+    text = "\n".join(problems([override]))
+    assert text.startswith(f"command line: {message}"), text
+    quoted = override.partition("=")[2][0] in "\"'"
+    hint = "close the quotes" if quoted else f"""all of it: '{override.partition("=")[0]}=["a", "b"]'"""
+    assert hint in text
+
+
+@pytest.mark.parametrize("value, message", [
+    ("5\nseed=3", 'train.steps="5\\nseed=3" has a line break'), ("5\n[x]\ny=1", "has a line break"),
+    ("5 # five", 'train.steps="5 # five" must be a whole number'), ("5, 6", "must be a whole number"),
+    ("1" + "0" * 30, f"train.steps=1{'0' * 30} is beyond 2**63 - 1"), ("-9223372036854775808", "beyond 2**63 - 1"),
+    ("1" + "0" * 5000, f'train.steps="1{"0" * 98}... (5003 characters) must be a whole number'),
+])  # fmt: skip
+def test_numbers_are_taken_whole_or_refused(value: str, message: str, tmp_path: Path) -> None:
+    (found,) = problems([f"train.steps={value}"])
+    assert message in found and len(found) < 300
+    if value.isdigit():
+        (found,) = problems([], f"[train]\nsteps = {value}\n", tmp_path)
+        assert "beyond 2**63 - 1" in found or "not valid TOML: Exceeds the limit (4300 digits)" in found
+
+
+def test_deep_nesting_is_refused(tmp_path: Path) -> None:
+    for depth in (50, 300, 5000):
+        deep = "[" * depth + "]" * depth
+        (found,) = problems([f"data.train={deep}"])
+        assert len(found) < 1000
+        (found,) = problems([], f"[data]\ntrain = {deep}\n", tmp_path)
+    assert "not valid TOML: maximum recursion depth exceeded" in found
+
+
+@pytest.mark.parametrize("key", ["model.hidden_size", "model.num_heads", "parallel.tp"])
+def test_a_huge_number_is_answered_at_once(key: str) -> None:
+    began = time.monotonic()
+    problems([f"{key}=1000000000000000003"])
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("count", ["", "0", "-1", "1.5", "1" * 5000, "9999999999", "x"])
+def test_a_number_of_ranks_that_is_none(count: str) -> None:
+    with pytest.raises(ConfigError, match="needs one number of ranks, not ranks=") as caught:
+        read_words([f"ranks={count}"], "the plan", "usage")
+    assert len(str(caught.value)) < 300
+
+
+def test_a_byte_order_mark_is_no_setting(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbf[train]\nsteps = 3\n")
+    assert load(tmp_path / "a.toml", [], need_data=False).train.steps == 3
 
 
 def test_flatten() -> None:
