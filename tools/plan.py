@@ -139,14 +139,10 @@ def as_dict(f: Forecast) -> dict[str, Any]:
 
 def text(f: Forecast) -> str:
     """What comes below the plan's page."""
-    return (
-        "\n".join(f"{name:<10} {words}" for name, words in _lines(f))
-        + "\n\n"
-        + "\n".join(
-            f"{cause:>16}  {seconds:8.3f} s  {seconds / f.prediction.step_seconds:6.1%}"
-            for cause, seconds in sorted(f.prediction.causes.items(), key=lambda kv: -kv[1])
-            if seconds > 0
-        )
+    return "\n".join(f"{name:<10} {words}" for name, words in _lines(f)) + "\n\n" + "\n".join(
+        f"{cause:>16}  {seconds:8.3f} s  {seconds / f.prediction.step_seconds:6.1%}"
+        for cause, seconds in sorted(f.prediction.causes.items(), key=lambda kv: -kv[1])
+        if seconds > 0
     )
 
 

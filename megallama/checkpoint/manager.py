@@ -414,11 +414,8 @@ def _touching(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     """The same elements in the same order, with what lies side by side in memory as one tensor: few large copies."""
     run: list[Tensor] = []
     for tensor in [*tensors, None]:
-        if (
-            run
-            and tensor is not None
-            and tensor.data_ptr() == run[-1].data_ptr() + run[-1].nbytes
-            and (tensor.untyped_storage().data_ptr() == run[-1].untyped_storage().data_ptr())
+        if run and tensor is not None and tensor.data_ptr() == run[-1].data_ptr() + run[-1].nbytes and (
+            tensor.untyped_storage().data_ptr() == run[-1].untyped_storage().data_ptr()
         ):
             run.append(tensor)
             continue

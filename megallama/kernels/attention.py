@@ -105,7 +105,9 @@ def _tokens_first(grad: Tensor, like: Tensor) -> Tensor:
 def _probabilities(queries: Tensor, keys: Tensor, rows: slice, seen: slice, documents: Documents | None) -> Tensor:
     """softmax of the scores [b n, r, e] of the queries `rows` over the keys `seen`, which end where the rows end."""
     count, scale = rows.stop - rows.start, queries.shape[2] ** -0.5
-    scores = torch.baddbmm(queries.new_empty(()), queries[:, rows], keys[:, seen].transpose(1, 2), beta=0, alpha=scale)
+    scores = torch.baddbmm(
+        queries.new_empty(()), queries[:, rows], keys[:, seen].transpose(1, 2), beta=0, alpha=scale
+    )
     future = torch.full((count, count), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
     scores[:, :, scores.shape[2] - count :].add_(future)  # far faster than masked_fill_ on a CPU
     if documents is not None:

@@ -177,12 +177,8 @@ OPERATIONS = {
         checks.check_attention,
     ),
     "RMSNorm": Operation(
-        [
-            _compiled("rms_norm", "rms_norm_backward"),
-            (TE, accelerated.te_norm),
-            ("apex", accelerated.apex_norm),
-            ("torch fused", _fused_norm),
-        ],
+        [_compiled("rms_norm", "rms_norm_backward"), (TE, accelerated.te_norm), ("apex", accelerated.apex_norm),
+         ("torch fused", _fused_norm)],
         ("torch", lambda p: (EAGER.rms_norm, EAGER.rms_norm_backward)),
         checks.check_norm,
     ),

@@ -65,7 +65,9 @@ class RotaryAttention:
 
 class _RotateSplit(Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, layer: RotaryAttention, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, qkv: Tensor, layer: RotaryAttention, positions: Positions
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.layer, ctx.shape = layer, qkv.shape
         ctx.save_for_backward(positions.cos, positions.sin)
         q, k, v = new_q, new_k, new_v = layer.split(qkv)

@@ -39,44 +39,32 @@ def _facts(
     n, k, d = heads(m)
     yield "model", f"{m.preset or 'own sizes'}: {num_parameters(m):,} parameters"
     tied = ", tied embeddings" if m.tie_embeddings else ""
-    yield (
-        "",
-        (
-            f"{m.num_layers} layers, hidden {m.hidden_size}, {n} heads of {d} ({k} key/value), "
-            f"ffn {m.ffn_hidden_size}, vocabulary {m.vocab_size}{tied}"
-        ),
+    yield "", (
+        f"{m.num_layers} layers, hidden {m.hidden_size}, {n} heads of {d} ({k} key/value), "
+        f"ffn {m.ffn_hidden_size}, vocabulary {m.vocab_size}{tied}"
     )
     sharded = ", sequence parallel" if p.sequence_parallel and p.tp > 1 else ""
     yield "layout", f"{topology}{sharded}; rank order {p.rank_order}"
     fp8 = "" if config.precision.fp8 == "none" else f", fp8 {config.precision.fp8} in the layers' linear maps"
     yield "precision", f"{config.precision.dtype}{fp8}, recompute {config.memory.recompute}"
     size = b.global_batch_size
-    yield (
-        "batch",
-        (
-            f"{size} sequences x {b.seq_length} = {size * b.seq_length:,} tokens per step = {topology.dp} replicas x "
-            f"{schedule.num_microbatches} micro-batches x {b.micro_batch_size}"
-        ),
+    yield "batch", (
+        f"{size} sequences x {b.seq_length} = {size * b.seq_length:,} tokens per step = {topology.dp} replicas x "
+        f"{schedule.num_microbatches} micro-batches x {b.micro_batch_size}"
     )
     if len(batch.sizes) > 1:
         yield "", f"grows from {batch.sizes[0]} by {b.ramp_increment} over the first {b.ramp_samples:,} sequences"
     tokens = batch.samples_after(config.train.steps) * b.seq_length
     yield "run", f"{config.train.steps:,} steps, {tokens:,} tokens"
     full, causal = (training_flops(m, b.seq_length, causal=c) for c in (False, True))
-    yield (
-        "work",
-        (
-            f"{causal / 1e9:,.3f} GFLOP per token (causal attention), {full / 1e9:,.3f} (full), "
-            f"{six_n(m) / 1e9:,.3f} (6N); {causal * tokens:.3g} FLOP in all"
-        ),
+    yield "work", (
+        f"{causal / 1e9:,.3f} GFLOP per token (causal attention), {full / 1e9:,.3f} (full), "
+        f"{six_n(m) / 1e9:,.3f} (6N); {causal * tokens:.3g} FLOP in all"
     )
     chunks = f", {p.chunks} chunks per rank" if p.chunks > 1 else ""
-    yield (
-        "schedule",
-        (
-            f"{schedule.name}{chunks}: ranks idle {report.bubble:.1%} of the step; "
-            f"in flight per rank {_ranges(report.peak_in_flight)}"
-        ),
+    yield "schedule", (
+        f"{schedule.name}{chunks}: ranks idle {report.bubble:.1%} of the step; "
+        f"in flight per rank {_ranges(report.peak_in_flight)}"
     )
 
 
