@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> None:
     kind = str(llama.embed.dtype).removeprefix("torch.")
     print(f"{folder} in {kind} on {device}; {len(prompt)} prompt tokens", file=sys.stderr)
     print(options.prompt, end="", flush=True)
-    start, tokens = time.perf_counter(), Counted(generate(llama, prompt, options.max_tokens, sampling))
+    drawn = generate(llama, prompt, options.max_tokens, sampling, num_ids=tokenizer.vocab_size)
+    start, tokens = time.perf_counter(), Counted(drawn)
     for piece in stream_text(tokens, tokenizer.decode, prompt):
         print(piece, end="", flush=True)
     print(flush=True)

@@ -38,7 +38,7 @@ class ModelConfig(Section):
     num_kv_heads: PositiveInt | None = Field(None, description="number of key/value heads; default num_heads")
     head_dim: PositiveInt | None = Field(None, description="size d of a head; default hidden_size / num_heads")
     ffn_hidden_size: PositiveInt = Field(688, description="width f of the SwiGLU feed-forward network")
-    vocab_size: PositiveInt = Field(4096, description="number of token ids, without any padding")
+    vocab_size: PositiveInt = Field(4096, description="number of token ids; the tokenizer's or more")
     norm_eps: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
     rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
     rope_scaling: RopeScaling | None = Field(None, description="LLaMA 3.1 scaling of the rotary frequencies")

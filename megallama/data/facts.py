@@ -22,6 +22,9 @@ def read_facts(prefix: str) -> dict[str, Any]:
         raise DataError(f"{path} is damaged ({error}); preprocess the text again, or delete this file") from error
     if not isinstance(facts, dict):
         raise DataError(f"{path} is damaged (it holds no object); preprocess the text again, or delete this file")
+    for key in ("documents", "tokens", "bytes", "vocab_size"):
+        if key in facts and (type(facts[key]) is not int or facts[key] < 0):
+            raise DataError(f"{path} is damaged ({key} is {facts[key]!r}); preprocess the text again, or delete it")
     return facts
 
 

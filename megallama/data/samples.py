@@ -87,6 +87,7 @@ class Source:
     """The windows of one corpus in the order a run visits them; with shuffle=False in file order (validation).
 
     documents: only the documents from this share of the corpus to that one; the ranges (0, x) and (x, 1) share none.
+    num_ids: a token id from here on is damage; None where nothing is known about them.
     Raises: DataError if what is used of the corpus is smaller than one window.
     """
 
@@ -99,9 +100,10 @@ class Source:
         shuffle: bool = True,
         documents: tuple[float, float] = WHOLE,
         mark_documents: bool = False,
+        num_ids: int | None = None,
     ) -> None:
         self.dataset, self.seq_length, self.seed, self.shuffle = dataset, seq_length, seed, shuffle
-        self._mark = mark_documents
+        self._mark, self._num_ids = mark_documents, num_ids
         self.first, last = (int(Fraction(str(share)) * dataset.num_documents) for share in documents)
         self.offset, end = (int(dataset.starts(n, n)[0]) for n in (self.first, last))
         self.num_tokens, self.num_documents = end - self.offset, last - self.first
@@ -126,10 +128,11 @@ class Source:
         return out
 
     def read(self, indices: Sequence[int] | np.ndarray) -> Samples:
-        """The samples with these indices."""
+        """The samples with these indices. Raises: DataError for an id outside the vocabulary."""
         offsets = self.offset + self.windows(np.asarray(indices, np.int64)) * self.seq_length
         tokens = np.empty((len(offsets), self.seq_length + 1), self.dataset.dtype)
         self.dataset.read_rows(offsets.tolist(), tokens)
+        self._check_ids(tokens, offsets)
         if not self._mark:
             return Samples(tokens)
         starts = np.zeros(tokens.shape, np.int64)
@@ -137,6 +140,20 @@ class Source:
             begins = self.dataset.documents_in(offset, self.seq_length + 1) - offset
             starts[row, begins] = begins
         return Samples(tokens, np.maximum.accumulate(starts, axis=1))
+
+    def _check_ids(self, tokens: np.ndarray, offsets: np.ndarray) -> None:
+        """Every batch, not only the files at the start: they may be overwritten while a run reads them."""
+        size, limit = tokens.itemsize, self._num_ids
+        ids = tokens.view(f"<u{size}")  # a negative id is a huge one
+        if limit is None or not tokens.size or int(ids.max()) < limit:
+            return
+        row, column = np.argwhere(ids >= limit)[0].tolist()
+        at, name = int(offsets[row]) + column, f"{self.dataset.prefix}.bin"
+        raise DataError(
+            f"{name}: token {at} of the stream, at byte {at * size}, is id {tokens[row, column]}, but the vocabulary "
+            f"has {limit} ids: the file was damaged or overwritten; look with tools/inspect_data.py --verify, and put "
+            "it back or write it again with tools/preprocess_data.py"
+        )
 
 
 class Synthetic:

@@ -50,10 +50,10 @@ def open_sources(config: Config) -> Data:
     """
     data, vocab_size = config.data, config.model.vocab_size
     tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
-    if tokenizer and tokenizer.vocab_size != vocab_size:
+    if tokenizer and tokenizer.vocab_size > vocab_size:  # a larger vocabulary is padded: those ids never occur
         raise DataError(
             f"data.tokenizer={tokenizer.path} has {tokenizer.vocab_size} ids but model.vocab_size={vocab_size}; "
-            f"write model.vocab_size={tokenizer.vocab_size}"
+            f"write model.vocab_size={tokenizer.vocab_size} or more"
         )
     valid, test = (tuple(_valid(s, config, tokenizer) for s in held) for held in (data.valid, data.test))
     if data.synthetic:
@@ -70,8 +70,9 @@ def open_sources(config: Config) -> Data:
 
 def _source(given: SourceConfig, config: Config, tokenizer: Tokenizer | None, *, shuffle: bool = True) -> Source:
     dataset = _open(given.path, config.model.vocab_size, tokenizer)
+    num_ids = read_facts(dataset.prefix).get("vocab_size", config.model.vocab_size)
     return Source(dataset, config.batch.seq_length, config.train.seed, shuffle=shuffle, documents=given.documents,
-                  mark_documents=config.data.document_mask)  # fmt: skip
+                  mark_documents=config.data.document_mask, num_ids=num_ids)  # fmt: skip
 
 
 def _valid(given: SourceConfig, config: Config, tokenizer: Tokenizer | None) -> ValidData:
@@ -89,7 +90,7 @@ def _open(path: str, vocab_size: int, tokenizer: Tokenizer | None) -> IndexedDat
         raise DataError(
             f"{dataset.prefix} was made with a vocabulary of at least {largest + 1} ids but "
             f"model.vocab_size={vocab_size}; "
-            f"write model.vocab_size={facts.get('vocab_size', largest + 1)} (the size of its tokenizer), or "
+            f"write model.vocab_size={facts.get('vocab_size', largest + 1)} (the size of its tokenizer) or more, or "
             "preprocess the text again"
         )
     made_with = facts.get("tokenizer_sha256")

@@ -165,9 +165,12 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) 
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-def generate(llama: Llama, prompt: Sequence[int], max_tokens: int, sampling: Sampling) -> Iterator[int]:
+def generate(
+    llama: Llama, prompt: Sequence[int], max_tokens: int, sampling: Sampling, *, num_ids: int | None = None
+) -> Iterator[int]:
     """New token ids after `prompt`, one by one: at most `max_tokens`, up to `llama.eos` or the context's end.
 
+    num_ids: of the tokenizer; ids from there on pad the model's vocabulary and are never drawn.
     Raises ConfigError if the prompt is empty, holds an id beyond the vocabulary or fills the context.
     """
     vocab, context = llama.model.vocab_size, llama.context
@@ -184,7 +187,7 @@ def generate(llama: Llama, prompt: Sequence[int], max_tokens: int, sampling: Sam
     cache = llama.cache(len(prompt) + count)
     tokens = torch.tensor(prompt, device=device)
     for _ in range(count):
-        token = draw(llama.forward(tokens, cache, last_only=True)[0], sampling, generator)
+        token = draw(llama.forward(tokens, cache, last_only=True)[0, :num_ids], sampling, generator)
         if token in llama.eos:
             return
         yield token

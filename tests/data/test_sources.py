@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import timeit
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,11 @@ def test_missing_truncated_and_small_sources(corpus: Path, tmp_path: Path) -> No
 
 def test_the_vocabularies_must_agree(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     train = Path(f"{corpus}_train")
-    with pytest.raises(DataError, match="has 330 ids but model.vocab_size=512; write model.vocab_size=330"):
-        opened([(train, 1)], tokenizer=str(tokenizer_path), s=8, seed=1, vocab=512)
+    with pytest.raises(DataError, match="has 330 ids but model.vocab_size=329; write model.vocab_size=330 or more"):
+        opened([(train, 1)], tokenizer=str(tokenizer_path), s=8, seed=1, vocab=329)
+    padded = opened([(train, 1)], tokenizer=str(tokenizer_path), s=8, seed=1, vocab=512).train
+    exact = opened([(train, 1)], tokenizer=str(tokenizer_path), s=8, seed=1, vocab=330).train
+    assert np.array_equal(padded.read(range(20)).tokens, exact.read(range(20)).tokens)
     with pytest.raises(DataError, match="vocabulary of at least 330 ids but model.vocab_size=300; write .*=330"):
         opened([(train, 1)], s=8, seed=1, vocab=300)
     foreign = numbers(tmp_path / "foreign", 0, 100)  # nothing recorded: the tokens themselves are looked at
@@ -123,6 +127,71 @@ def test_data_of_another_tokenizer_is_refused(corpus: Path, tokenizer_path: Path
     other.write_bytes(tokenizer_path.read_bytes() + b"\x12\x00")  # the same pieces, another file
     with pytest.raises(DataError, match=r"text_train was made with another tokenizer \(tokenizer.model, sha256 \w{12}"):
         opened([(Path(f"{corpus}_train"), 1)], tokenizer=str(other), s=8, seed=1, vocab=330)
+
+
+def poison(prefix: Path, value: int, token: int) -> None:
+    """Overwrite one token of a file that may be open."""
+    itemsize = IndexedDataset(prefix).dtype.itemsize
+    with Path(f"{prefix}.bin").open("r+b") as file:
+        file.seek(token * itemsize)
+        file.write((value % 256**itemsize).to_bytes(itemsize, "little"))
+
+
+def read_all(data: Data) -> None:
+    """Every window of every source once."""
+    assert isinstance(data.train, TrainData)
+    data.train.read(range(2 * max(source.num_windows for source in data.train.sources) * len(data.train.sources)))
+    for held in (*data.valid, *data.test):
+        held.read(range(held.num_samples))
+
+
+@pytest.mark.parametrize("which", ["web", "code", "held", "last"])
+@pytest.mark.parametrize("value, known", [(65535, 0), (330, 330), (330, 0), (511, 330)])
+def test_an_id_outside_the_vocabulary_ends_the_run(tmp_path: Path, which: str, value: int, known: int) -> None:
+    """In a training source, the other one, a validation and a test source, overwritten after it was opened: beyond
+    what PREFIX.json knows of the tokenizer, else beyond the model's vocabulary. The largest id that is allowed is."""
+    prefixes = {name: tmp_path / name for name in ("web", "code", "held", "last")}
+    for number, prefix in enumerate(prefixes.values()):
+        with IndexedWriter(prefix, dtype_for(330)) as writer:
+            writer.add(np.arange(81 + number) % 300)
+        if known:
+            Path(f"{prefix}.json").write_text(json.dumps({"vocab_size": known}))
+    vocab = 512 if known else 330
+    data = opened([(prefixes["web"], 3), (prefixes["code"], 1)], [prefixes["held"]], s=8, vocab=vocab, test=(
+        SourceConfig(path=str(prefixes["last"])),))  # fmt: skip
+    poison(prefixes[which], 329, 42)
+    read_all(data)
+    poison(prefixes[which], value, 43)
+    expected = rf"{which}\.bin: token 43 of the stream, at byte 86, is id {value}, but the vocabulary has 330 ids: the"
+    with pytest.raises(DataError, match=expected):
+        read_all(data)
+
+
+@pytest.mark.parametrize("value", [-1, 70_000, -(2**31)])
+def test_an_int32_id_outside_the_vocabulary_ends_the_run(tmp_path: Path, value: int) -> None:
+    data = opened([(numbers(tmp_path / "wide", 0, 81), 1)], s=8, vocab=70_000)
+    poison(tmp_path / "wide", 69_999, 3)
+    read_all(data)
+    poison(tmp_path / "wide", value, 5)
+    with pytest.raises(DataError, match=f"token 5 of the stream, at byte 20, is id {value}, .* has 70000 ids"):
+        read_all(data)
+
+
+def test_the_check_of_ids_costs_next_to_nothing(tmp_path: Path) -> None:
+    """A thousandth of a step is the limit; the smallest step anyone measures here takes 100 ms."""
+    data = opened([(numbers(tmp_path / "wide", 0, 100_000), 1)], s=256, vocab=100_000).train
+    assert isinstance(data, TrainData)
+    source = data.sources[0]
+    tokens, offsets = source.read(range(8)).tokens, np.arange(8)
+    seconds = min(timeit.repeat(lambda: source._check_ids(tokens, offsets), number=100, repeat=5)) / 100
+    assert seconds < 1e-4
+
+
+@pytest.mark.parametrize("fact", ['{"vocab_size": "330"}', '{"tokens": -1}', '{"bytes": 1.5}', '{"documents": true}'])
+def test_a_record_of_the_wrong_kind_is_named(corpus: Path, fact: str) -> None:
+    Path(f"{corpus}_train.json").write_text(fact)
+    with pytest.raises(DataError, match=r"text_train.json is damaged \(\w+ is .*\); preprocess the text again"):
+        opened([(Path(f"{corpus}_train"), 1)], s=8, seed=1, vocab=330)
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])

@@ -123,6 +123,18 @@ def test_stops_at_eos_and_at_the_end_of_the_context(tmp_path: Path) -> None:
     assert len(list(generate(llama, [1] * 60, 100, GREEDY))) == 4  # the context has 64
 
 
+def test_ids_that_only_pad_the_vocabulary_are_never_drawn(tmp_path: Path) -> None:
+    reference(tmp_path)
+    llama = load_llama(tmp_path)
+    for sampling in (GREEDY, Sampling(1.0, 1.0, 3), Sampling(5.0, 0.9, 4)):
+        exact = list(generate(llama, [1, 2], 30, sampling, num_ids=90))
+        assert max(exact) < 90
+        llama.head[90:] = 0
+        llama.head[90:] += 100 * llama.head[exact[0]]  # they would win every time
+        assert list(generate(llama, [1, 2], 30, sampling, num_ids=90)) == exact
+    assert max(generate(llama, [1, 2], 30, GREEDY)) >= 90
+
+
 def test_same_seed_same_text(tmp_path: Path) -> None:
     reference(tmp_path)
     llama = load_llama(tmp_path)
