@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megallama.config.errors import exit_status  # noqa: E402
+from megallama.config.words import counted  # noqa: E402
 
 GIB = 2**30
 NEEDED = ("torch", "numpy", "pydantic")
@@ -105,8 +106,9 @@ def can_train(found: dict[str, Any], dtype: str, device: str) -> str:
     """The verdict where nothing is wrong."""
     if found["gpus"] and device != "cpu":
         names = sorted({gpu["name"] for gpu in found["gpus"]})
-        return f"can train in {dtype} on {len(found['gpus'])} GPU(s): {', '.join(names)}"
-    return f"can train in {dtype} on {found['cpu'].get('usable_cores', '?')} CPU cores, without a GPU"
+        return f"can train in {dtype} on {counted(len(found['gpus']), 'GPU')}: {', '.join(names)}"
+    cores = counted(found["cpu"].get("usable_cores", "some"), "CPU core")
+    return f"can train in {dtype} on {cores}, without a GPU"
 
 
 # ---- what is there ----

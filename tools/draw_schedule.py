@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megallama.config.errors import ConfigError, exit_status  # noqa: E402
 from megallama.config.load import bare, load, read_words  # noqa: E402
 from megallama.config.schema import ParallelConfig  # noqa: E402
+from megallama.config.words import counted  # noqa: E402
 from megallama.plan.check import FIXED_CHUNKS, build_schedule  # noqa: E402
 from megallama.plan.partition import stage_costs  # noqa: E402
 from megallama.plan.plan import make_plan  # noqa: E402
@@ -118,8 +119,8 @@ def boxes(schedule: Schedule, report: Report) -> list[tuple[int, float, float, s
 def caption(schedule: Schedule, report: Report) -> str:
     """One line about the whole."""
     return (
-        f"{schedule.name}: {schedule.num_ranks} ranks, {schedule.num_stages} stages, "
-        f"{schedule.num_microbatches} micro-batches; {report.makespan:.4g} ms, idle {report.bubble:.2%}"
+        f"{schedule.name}: {counted(schedule.num_ranks, 'rank')}, {counted(schedule.num_stages, 'stage')}, "
+        f"{counted(schedule.num_microbatches, 'micro-batch')}; {report.makespan:.4g} ms, idle {report.bubble:.2%}"
     )
 
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import exit_status  # noqa: E402
 from megallama.config.load import bare, load, read_words  # noqa: E402
+from megallama.config.words import counted  # noqa: E402
 from megallama.plan.plan import Plan, make_plan  # noqa: E402
 
 if TYPE_CHECKING:
@@ -61,9 +62,10 @@ def report(plan: Plan, done: DryRun) -> Iterator[str]:
     """What was executed, proved, and communicated in one step."""
     yield f"ranks     {plan.topology}: {len(set(done.programs))} distinct"
     yield f"executed  {', '.join(done.phases)}"
-    calls, waits = sum(len(p.calls) for p in done.programs), sum(len(p.waits) for p in done.programs)
-    yield f"proved    over the {calls:,} calls and {waits:,} waits of all ranks: every collective has all its members"
-    yield "          in one order, every send its receive, and no rank waits for ever" + (
+    number, waits = sum(len(p.calls) for p in done.programs), sum(len(p.waits) for p in done.programs)
+    yield f"proved    over the {counted(number, 'call', ',')} and {counted(waits, 'wait', ',')} of all ranks:"
+    yield "          every collective has all its members in one order, every send its receive,"
+    yield "          and no rank waits for ever" + (
         ", even if every collective held its rank" if done.blocking else " (collectives of several groups overlap)"
     )
     step = next(phase for phase in reversed(done.phases) if phase.startswith("step"))
@@ -76,7 +78,8 @@ def report(plan: Plan, done: DryRun) -> Iterator[str]:
                 count[call.group, call.op] += ranks
                 size[call.group, call.op] += ranks * call.nbytes
     for group, op in sorted(count):
-        yield f"  {group:>9}  {op:<14}  {count[group, op]:>12,} calls  {size[group, op] / 1e9:>16,.6f} GB"
+        calls = counted(count[group, op], "call", ",")
+        yield f"  {group:>9}  {op:<14}  {calls:>18}  {size[group, op] / 1e9:>16,.6f} GB"
 
 
 def _peak_gib() -> float:

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megallama.config.errors import ConfigError, exit_status  # noqa: E402
 from megallama.config.load import bare, load  # noqa: E402
 from megallama.config.schema import Config  # noqa: E402
+from megallama.config.words import counted  # noqa: E402
 from megallama.data.indexed import IndexedDataset  # noqa: E402
 from megallama.data.ledger import TrainData  # noqa: E402
 from megallama.data.sources import open_sources  # noqa: E402
@@ -164,7 +165,7 @@ def run(argv: Sequence[str] | None) -> None:
     if given.json:
         print(json.dumps({"step": given.step, "samples": [asdict(s) for s in samples]}, ensure_ascii=False))
         return
-    print(f"step {given.step}: {len(samples)} samples of {config.batch.seq_length} tokens")
+    print(f"step {given.step}: {counted(len(samples), 'sample')} of {counted(config.batch.seq_length, 'token')}")
     for sample in samples:
         print(show(sample, tokens=given.tokens, most=given.chars))
 

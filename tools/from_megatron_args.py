@@ -23,6 +23,7 @@ from pathlib import Path, PurePath
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import ConfigError, exit_status  # noqa: E402
+from megallama.config.words import counted  # noqa: E402
 from tools.megatron.convert import convert, summary, to_toml  # noqa: E402
 from tools.megatron.shell import plain, read_script  # noqa: E402
 from tools.megatron.words import Flags, read_flags  # noqa: E402
@@ -88,7 +89,8 @@ def _option(asked: Request, option: str, value: str) -> None:
 def report(flags: Flags, line: str) -> str:
     """What is implied, left out, taken over from Megatron, and to be looked at."""
     defaults = [(f"--{name} {value}", "") for name, value in flags.asked.items() if not _silent(name, flags)]
-    out = [line, f"for {flags.ranks} ranks" if flags.ranks else "for how many ranks is not said; --ranks N checks that"]
+    size = f"for {counted(flags.ranks, 'rank')}" if flags.ranks else None
+    out = [line, size or "for how many ranks is not said; --ranks N checks that"]
     for title, rows in (
         ("implied: so here without a setting", flags.implied),
         ("not given: Megatron's default, now written out", defaults),

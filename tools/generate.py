@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import exit_status  # noqa: E402
+from megallama.config.words import counted  # noqa: E402
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -55,14 +56,15 @@ def run(options: argparse.Namespace) -> None:
     llama = load_llama(folder, names.get(options.dtype), device)
     prompt = encode_prompt(folder, tokenizer, options.prompt)
     kind = str(llama.embed.dtype).removeprefix("torch.")
-    print(f"{folder} in {kind} on {device}; {len(prompt)} prompt tokens", file=sys.stderr)
+    print(f"{folder} in {kind} on {device}; {counted(len(prompt), 'prompt token')}", file=sys.stderr)
     print(options.prompt, end="", flush=True)
     drawn = generate(llama, prompt, options.max_tokens, sampling, num_ids=tokenizer.vocab_size)
     start, tokens = time.perf_counter(), Counted(drawn)
     for piece in stream_text(tokens, tokenizer.decode, prompt):
         print(piece, end="", flush=True)
     print(flush=True)
-    print(f"{tokens.count} tokens, {tokens.count / (time.perf_counter() - start):.1f} tokens/s", file=sys.stderr)
+    rate = tokens.count / (time.perf_counter() - start)
+    print(f"{counted(tokens.count, 'token')}, {rate:.1f} tokens/s", file=sys.stderr)
 
 
 class Counted:

@@ -24,6 +24,7 @@ from megallama.checkpoint import manifest, reader  # noqa: E402
 from megallama.checkpoint.layout import STATE  # noqa: E402
 from megallama.checkpoint.source import Source, foreign_kind, open_source  # noqa: E402
 from megallama.config.errors import exit_status  # noqa: E402
+from megallama.config.words import counted  # noqa: E402
 from megallama.plan.box import Box  # noqa: E402
 from megallama.plan.params import num_parameters  # noqa: E402
 
@@ -63,7 +64,8 @@ def describe(folder: Path, saved: manifest.Manifest) -> None:
     """Print what the manifest says."""
     body = saved.body
     versions = ", ".join(f"{k} {v}" for k, v in body["versions"].items())
-    print(f"{folder}: step {saved.step}, save {saved.sequence}, {body['saved_at']}, {body['saved_by_ranks']} ranks")
+    ranks = counted(body["saved_by_ranks"], "rank")
+    print(f"{folder}: step {saved.step}, save {saved.sequence}, {body['saved_at']}, {ranks}")
     print(f"  versions  {versions}; format {body['format']}")
     print(f"  model     {num_parameters(saved.model):,} parameters, saved in {body['precision']}")
     for key, value in body["architecture"].items():
@@ -71,7 +73,7 @@ def describe(folder: Path, saved: manifest.Manifest) -> None:
     print(f"  counters  {json.dumps(body['counters'])}")
     for part in ("model/", *(f"optimizer/{kind}-" for kind in STATE)):
         sizes = [record.size for name, record in saved.files.items() if name.startswith(part)]
-        print(f"  {part.rstrip('-'):<21} {len(sizes):>3} files {sum(sizes):>18,} bytes")
+        print(f"  {part.rstrip('-'):<21} {counted(len(sizes), 'file'):>9} {sum(sizes):>18,} bytes")
 
 
 def verify(folder: Path, saved: manifest.Manifest) -> int:
@@ -83,7 +85,7 @@ def verify(folder: Path, saved: manifest.Manifest) -> int:
         lines = [f"DAMAGED: {problem}" for problem in problems] or [f"  verified  {name}"]
         print("\n".join(lines), flush=True)
         num_problems += len(problems)
-    print(f"{len(blocks):,} blocks, {num_problems} problems")
+    print(f"{counted(len(blocks), 'block', ',')}, {counted(num_problems, 'problem')}")
     return 1 if num_problems else 0
 
 
@@ -102,7 +104,7 @@ def compare(folder: Path, saved: manifest.Manifest, other: Path) -> int:
                     different += 1
                     first = first or f"{kind} {name}"
                     print(f"  {kind} {name}: {problem}")
-    print(f"{different} of {total} tensors differ" + (f", the first is {first}" if first else ""))
+    print(f"{different} of {counted(total, 'tensor')} differ" + (f", the first is {first}" if first else ""))
     return 1 if different else 0
 
 
@@ -123,7 +125,8 @@ def _difference(a: reader.TensorFiles, b: reader.TensorFiles | Source, name: str
         differs = (x != y) & ~(x.isnan() & y.isnan())
         count += int(differs.sum())
         largest = max(largest, float((x - y).abs()[differs].nan_to_num(float("inf")).max()) if differs.any() else 0.0)
-    return f"{count} of {prod(a.places[name].shape)} elements differ, by at most {largest:.6g}" if count else None
+    size = counted(prod(a.places[name].shape), "element")
+    return f"{count} of {size} differ, by at most {largest:.6g}" if count else None
 
 
 def _pieces(name: str, shape: tuple[int, ...]) -> Iterator[Box]:

@@ -12,6 +12,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import exit_status  # noqa: E402
+from megallama.config.words import counted  # noqa: E402
 from megallama.data.facts import read_facts  # noqa: E402
 from megallama.data.indexed import CHUNK, IndexedDataset  # noqa: E402
 from megallama.data.progress import ByteProgress  # noqa: E402
@@ -48,7 +49,7 @@ def run(argv: Sequence[str] | None) -> None:
         with ByteProgress("verifying") as bar:
             dataset.verify(vocab_size, lambda done: bar.update(done, total))
         print(
-            f"verified: offsets, document marks and {dataset.num_tokens:,} ids"
+            f"verified: offsets, document marks and {counted(dataset.num_tokens, 'id', ',')}"
             + (f" below {vocab_size}" if vocab_size else "")
         )
 
@@ -64,10 +65,9 @@ def summarize(dataset: IndexedDataset) -> None:
         ]  # bin k: 2^(k-1) <= length < 2^k
         shortest, longest = min(shortest, int(lengths.min())), max(longest, int(lengths.max()))
     mean = dataset.num_tokens / dataset.num_documents
-    print(
-        f"{dataset.prefix}: {dataset.num_documents:,} documents, {dataset.num_tokens:,} tokens of {dataset.dtype.name}"
-    )
-    print(f"document length: shortest {shortest:,}, mean {mean:,.1f}, longest {longest:,} tokens")
+    size = f"{counted(dataset.num_documents, 'document', ',')}, {counted(dataset.num_tokens, 'token', ',')}"
+    print(f"{dataset.prefix}: {size} of {dataset.dtype.name}")
+    print(f"document length: shortest {shortest:,}, mean {mean:,.1f}, longest {counted(longest, 'token', ',')}")
     for key, value in read_facts(dataset.prefix).items():
         print(f"  {key}: {value}")
     for k in np.flatnonzero(counts):

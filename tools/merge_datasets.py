@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import exit_status  # noqa: E402
+from megallama.config.words import counted  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +33,8 @@ def run(argv: Sequence[str] | None) -> None:
 
     with ByteProgress("merging", quiet=given.quiet) as bar:
         merged = merge(given.prefixes, given.output, bar.update)
-    print(f"{merged.prefix}.bin: {merged.num_documents:,} documents, {merged.num_tokens:,} tokens")
+    documents, tokens = counted(merged.num_documents, "document", ","), counted(merged.num_tokens, "token", ",")
+    print(f"{merged.prefix}.bin: {documents}, {tokens}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import ConfigError, exit_status  # noqa: E402
 from megallama.config.load import bare, load, read_words  # noqa: E402
+from megallama.config.words import counted  # noqa: E402
 from megallama.plan.capacity import GIB  # noqa: E402
 from megallama.plan.communication import collectives, communication_table  # noqa: E402
 from megallama.plan.forecast import CO2_KG_PER_KWH, PUE, Forecast, forecast  # noqa: E402
@@ -66,8 +67,8 @@ def plan(args: argparse.Namespace) -> int:
     config = load(file, overrides, ranks=None if args.search else ranks, need_data=False)
     if args.search:
         best, legal, too_large = search(config, ranks, machine, kernel)
-        print(f"{legal:,} legal layouts of {ranks} ranks on {machine.name}, {too_large:,} too large for "
-              f"{machine.gpu.memory_gib:.0f} GiB; predicted to be fastest:")  # fmt: skip
+        print(f"{counted(legal, 'legal layout', ',')} of {counted(ranks, 'rank')} on {machine.name}, "
+              f"{too_large:,} too large for {machine.gpu.memory_gib:.0f} GiB; predicted to be fastest:")  # fmt: skip
         for number, f in enumerate(best, 1):
             print(f"{number:>2}. {headline(f)}\n    {settings_of(f)}\n    limited by {limits(f)}")
         return 0
@@ -160,7 +161,7 @@ def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
                    f"{p.tokens_per_second * f.job.gpus:,.0f} in all")  # fmt: skip
     yield "", f"MFU {p.mfu_full:.1%} (full attention), {p.mfu_causal:.1%} (causal); HFU {p.hfu:.1%}"
     yield "pipeline", f"ranks idle {f.pipeline.bubble:.1%} of its {f.pipeline.makespan:.3f} s with these times"
-    yield "run", f"{f.days:,.1f} days, {f.gpu_hours:,.0f} GPU-hours for {f.tokens:,} tokens"
+    yield "run", f"{f.days:,.1f} days, {f.gpu_hours:,.0f} GPU-hours for {counted(f.tokens, 'token', ',')}"
     yield "energy", (f"{f.mwh:,.0f} MWh, {f.tonnes_co2:,.0f} t CO2 ({f.machine.gpu.watts:.0f} W per GPU, "
                      f"PUE {PUE}, {CO2_KG_PER_KWH} kg/kWh)")  # fmt: skip
     for flag in p.flags:
@@ -196,7 +197,7 @@ def predict_table(path: Path, out: str | None) -> int:
     csv.writer(target, lineterminator="\n").writerows(written)
     if out:
         target.close()
-    print(f"{len(rows) - bad} of {len(rows)} rows predicted", file=sys.stderr)
+    print(f"{len(rows) - bad} of {counted(len(rows), 'row')} predicted", file=sys.stderr)
     return 0
 
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megallama.config.errors import ConfigError, exit_status  # noqa: E402
 from megallama.config.load import bare, load  # noqa: E402
 from megallama.config.schema import Config, SourceConfig  # noqa: E402
+from megallama.config.words import counted  # noqa: E402
 from megallama.data.indexed import IndexedDataset  # noqa: E402
 from megallama.data.mixture import Mixture, limits_of, phases_of  # noqa: E402
 from megallama.data.samples import Source  # noqa: E402
@@ -53,7 +54,8 @@ def size_of(source: SourceConfig, config: Config) -> tuple[int, int, bool]:
         )
     tokens = round(source.num_tokens * (source.documents[1] - source.documents[0]))
     if tokens <= seq_length:
-        raise ConfigError(f"source {source.label!r} has {tokens} tokens, less than one sample of {seq_length + 1}")
+        have = counted(tokens, "token")
+        raise ConfigError(f"source {source.label!r} has {have}, less than one sample of {seq_length + 1}")
     return (tokens - 1) // seq_length, tokens, False
 
 
@@ -87,7 +89,8 @@ def table(config: Config, rows: Sequence[Row], firsts: Sequence[int]) -> str:
         cap = [f"{x:{form}}" if x is not None else "" for x, form in ((row.max_epochs, "g"), (row.last_step, ","))]
         lines.append([row.source, size, *shares, f"{row.used_tokens:,}", f"{row.epochs:.2f}", *cap])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    out = [f"{steps:,} steps, {samples:,} samples of {b.seq_length} = {samples * b.seq_length:,} tokens", ""]
+    size = f"{counted(samples, 'sample', ',')} of {b.seq_length} = {counted(samples * b.seq_length, 'token', ',')}"
+    out = [f"{counted(steps, 'step', ',')}, {size}", ""]
     for line in lines:
         name, *cells = line
         out.append("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip())

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import exit_status  # noqa: E402
+from megallama.config.words import counted  # noqa: E402
 from megallama.data.errors import DataError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -141,15 +142,15 @@ def report(summary: Summary, seconds: float) -> None:
     """Print what was written and what was skipped."""
     for out in summary.outputs:
         print(
-            f"{out.prefix}.bin: {out.documents:,} documents, {out.tokens:,} tokens, "
-            f"{out.text_bytes:,} bytes of text ({out.text_bytes / out.tokens:.2f} per token)"
+            f"{out.prefix}.bin: {counted(out.documents, 'document', ',')}, {counted(out.tokens, 'token', ',')}, "
+            f"{counted(out.text_bytes, 'byte', ',')} of text ({out.text_bytes / out.tokens:.2f} per token)"
         )
     size, tokens = sum(out.text_bytes for out in summary.outputs), sum(out.tokens for out in summary.outputs)
     rates = f"{size / seconds / 1e6:.1f} MB/s, {tokens / seconds / 1e6:.2f} M tokens/s"
     print(f"{seconds:.1f} s, {rates}; encoder: {summary.encoder}")
     if summary.skipped:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary.skipped.most_common())
-        print(f"skipped {summary.skipped.total():,} bad records: {kinds}", file=sys.stderr)
+        print(f"skipped {counted(summary.skipped.total(), 'bad record', ',')}: {kinds}", file=sys.stderr)
         for example in summary.examples:
             print(f"  {example}", file=sys.stderr)
         if summary.skipped.total() > len(summary.examples):

@@ -37,6 +37,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from megallama.config.errors import MegallamaError, exit_status  # noqa: E402
 from megallama.config.load import flatten, load  # noqa: E402
+from megallama.config.words import counted  # noqa: E402
 from megallama.data.corpus import build_corpus  # noqa: E402
 from megallama.data.indexed import IndexedDataset  # noqa: E402
 from megallama.data.preprocess import preprocess  # noqa: E402
@@ -76,8 +77,8 @@ class Machine:
         layout = f"tp={self.tp} with sequence parallelism, pp={self.pp}, dp={dp}, {self.dtype}"
         if self.gpus:
             unused = f" of {self.gpus}" if self.ranks < self.gpus else ""
-            return f"{self.ranks}{unused} GPUs found: one rank on each: {layout}"
-        return f"no GPU found: {self.ranks} ranks on {len(os.sched_getaffinity(0))} CPU cores: {layout}"
+            return f"{counted(f'{self.ranks}{unused}', 'GPU')} found: one rank on each: {layout}"
+        return f"no GPU found: {self.ranks} ranks on {counted(len(os.sched_getaffinity(0)), 'CPU core')}: {layout}"
 
 
 def layout(gpus: int) -> tuple[int, int, int]:
@@ -93,10 +94,8 @@ def find_machine() -> Machine:
         import torch
 
         gpus = torch.cuda.device_count()
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        words = set()
+    described = Path("/proc/cpuinfo")
+    words = set(described.read_text().split()) if described.exists() else set()
     fast = gpus or words & {"amx_bf16", "avx512_bf16", "bf16"}
     return Machine(*layout(gpus), gpus, "bf16" if fast else "fp32")
 
@@ -271,9 +270,10 @@ class Quickstart:
         limit = self.max_bytes or (TEXT_BYTES if self.text else CORPUS_BYTES)
         corpus = build_corpus(self.data / "corpus.jsonl", limit, self.text)
         self.vocabulary = vocabulary_for(corpus.text_bytes)
-        self.say(f"  {corpus.documents:,} documents, {human_bytes(corpus.text_bytes)}: {shown(corpus.path)}")
+        documents = counted(corpus.documents, "document", ",")
+        self.say(f"  {documents}, {human_bytes(corpus.text_bytes)}: {shown(corpus.path)}")
         if corpus.skipped:
-            self.say(f"  {len(corpus.skipped)} files left out, the first: {escape(corpus.skipped[0])}")
+            self.say(f"  {counted(len(corpus.skipped), 'file')} left out, the first: {escape(corpus.skipped[0])}")
         if self.text and corpus.text_bytes > 0.95 * limit:
             self.say(f"  no more than {human_bytes(limit)} are used here; README.md tells how to train on all of it")
 
@@ -301,8 +301,8 @@ class Quickstart:
             dataset = IndexedDataset(prefix)
             tokens[name] = dataset.read(0, dataset.num_tokens)
             per_token = facts["bytes"] / facts["tokens"]
-            size = f"{human_count(facts['tokens'])} tokens, {facts['documents']} documents, {per_token:.2f} bytes/token"
-            self.say(f"  {use}: {size}: {shown(prefix)}.bin, .idx")
+            size = f"{human_count(facts['tokens'])} tokens, {counted(facts['documents'], 'document')}"
+            self.say(f"  {use}: {size}, {per_token:.2f} bytes/token: {shown(prefix)}.bin, .idx")
         self.baseline = unigram_loss(tokens["train"], tokens["valid"], self.vocabulary)
         held_out = self.facts["valid"]
         self.baseline_bits = self.baseline * held_out["tokens"] / held_out["bytes"] / math.log(2)
@@ -333,7 +333,8 @@ class Quickstart:
 
     def train(self) -> None:
         """Step 4: train, stop half-way, resume, evaluate."""
-        self.begin(f"Training, {self.steps} steps of {BATCH_TOKENS:,} tokens, with a stop half-way", 30 + self.steps)
+        title = f"Training, {counted(self.steps, 'step')} of {BATCH_TOKENS:,} tokens, with a stop half-way"
+        self.begin(title, 30 + self.steps)
         count, overrides = self.machine.ranks, self.overrides()
         by_hand = ["torchrun", "--nproc-per-node", str(count), "-m", "megallama.pretrain", CONFIG, *overrides]
         self.say(f"  by hand:  {escape(shlex.join(by_hand))}")
@@ -341,7 +342,7 @@ class Quickstart:
         command = [sys.executable, "-u", "-m", "megallama.pretrain", CONFIG, *overrides]
         with Ranks(command, count, self.folder / "logs", 1) as ranks:
             step = self.follow(ranks, self.steps // 2)
-            self.say(f"  step {step}: SIGTERM to all {count} ranks, as Slurm sends it before it takes the nodes away")
+            self.say(f"  step {step}: SIGTERM to all ranks, as Slurm sends it before it takes the nodes away")
             ranks.signal(signal.SIGTERM)
             statuses = ranks.wait(120)
             self.tell_evaluations()
@@ -362,7 +363,7 @@ class Quickstart:
         live = self.console.is_terminal
         step = 0
         with Progress(*columns, console=self.console, disable=not live, transient=True) as bar:
-            task = bar.add_task("starting", total=self.steps, state=f"{self.machine.ranks} ranks load torch and meet")
+            task = bar.add_task("starting", total=self.steps, state="the ranks load torch and meet")
             spoken, old = time.monotonic(), self.records("train")[-1:]
             while ranks.running():
                 self.tell_evaluations()
@@ -430,11 +431,11 @@ class Quickstart:
         png, reason = plot_loss(self.metrics, self.folder / "loss.png", title="quickstart", baseline=self.baseline)
         speeds = sorted(r["tokens_per_second"] for r in train)
         checkpoint = max((self.folder / "checkpoints").glob("step-" + "[0-9]" * 8))
-        python = shown(Path(sys.executable))
+        python, count = shown(Path(sys.executable)), self.machine.ranks
         rows = (
             ("validation loss", f"{loss:.3f} nats/token = {bits / math.log(2):.3f} bits/byte"),
             ("unigram baseline", f"{self.baseline:.3f} nats/token = {self.baseline_bits:.3f} bits/byte"),
-            ("speed", f"{human_count(speeds[len(speeds) // 2])} tokens/s on {self.machine.ranks} ranks (median)"),
+            ("speed", f"{human_count(speeds[len(speeds) // 2])} tokens/s on {counted(count, 'rank')} (median)"),
             ("loss curve", shown(png) if png else f"not drawn: {reason}"),
             ("metrics", shown(self.metrics)),
             ("TensorBoard", f"{shown(self.folder / 'tensorboard')}/"),
@@ -457,10 +458,9 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 class Output(Console):
-    """A terminal whose reader may go away."""
+    """A console that leaves it to `exit_status` when nobody reads any more."""
 
     def on_broken_pipe(self) -> None:
-        """Leave it to `exit_status`."""
         raise BrokenPipeError
 
 
@@ -483,9 +483,9 @@ def run(arguments: Sequence[str] | None) -> int:
     quickstart = Quickstart(options, console)
     try:
         quickstart.run()
-    except BrokenPipeError:
-        raise
     except (MegallamaError, StepFailed, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
         quickstart.say(f"\n[bold red]{quickstart.where()} failed:[/] {escape(str(error))}")
         quickstart.say(f"What was written so far is in {shown(quickstart.folder)}/; `make quickstart` starts over.")
         return 1

@@ -13,6 +13,7 @@ from typing import Any
 
 from megallama.comm.group import Group
 from megallama.config.errors import MegallamaError
+from megallama.config.words import counted
 
 _log = logging.getLogger(__name__)
 _log.addHandler(logging.NullHandler())  # without a run's `Logger` nothing is said twice
@@ -55,7 +56,7 @@ def agree(group: Group, what: str, work: Callable[[], Any]) -> list[Any]:
     failed.sort(key=lambda f: not issubclass(kinds.get(f[1], Exception), DamagedError))  # damage first
     rank, name, text, status, host = failed[0]
     who = f"rank {rank} on {host}: " if group.size > 1 else ""
-    others = f" (and {len(failed) - 1} more ranks: {[f[0] for f in failed[1:9]]})" if len(failed) > 1 else ""
+    others = f" (and {counted(len(failed) - 1, 'more rank')}: {[f[0] for f in failed[1:9]]})" if len(failed) > 1 else ""
     message = f"{what}: {who}{text}{others}"
     if name == _name(InternalError):
         raise InternalError(message) from cause

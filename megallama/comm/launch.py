@@ -31,6 +31,7 @@ from megallama.comm.groups import Groups, Partition, build_groups
 from megallama.comm.rendezvous import Arrival, FailureRecord, meet, open_store, port_file
 from megallama.comm.shared_memory import LARGEST, SharedMemory
 from megallama.config.schema import RunConfig
+from megallama.config.words import counted
 from megallama.plan.topology import Topology
 
 _LAUNCHERS = ("mpirun", "mpiexec", "hydra_pmi_proxy", "mpiexec.hydra", "prterun", "prted", "orted", "slurmstepd")
@@ -55,8 +56,8 @@ class Launch:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise LaunchError(
-                f"{self.launcher} says this is rank {self.rank} of {self.world_size} ranks; ranks count from 0 to "
-                f"{self.world_size - 1}: check RANK and WORLD_SIZE (or what your launcher sets)"
+                f"{self.launcher} says this is rank {self.rank} of {counted(self.world_size, 'rank')}; "
+                f"ranks count from 0 to {self.world_size - 1}: check RANK and WORLD_SIZE (or what your launcher sets)"
             )
 
 
@@ -341,7 +342,7 @@ def start(launch: Launch, run: RunConfig, config_hash: str = "", store: dist.Sto
         world_size=launch.world_size,
         timeout=timeout,
     )
-    notes.append(f"{launch.launcher}: {launch.world_size} ranks over {backend}")
+    notes.append(f"{launch.launcher}: {counted(launch.world_size, 'rank')} over {backend}")
     everybody = tuple(range(launch.world_size))
     assert dist.group.WORLD is not None
     record = FailureRecord(store, launch.rank, launch.host)
@@ -388,8 +389,8 @@ def _device(launch: Launch, run: RunConfig, notes: list[str]) -> tuple[torch.dev
     # Slurm can show each task only its own GPU: then every local rank has device 0
     if launch.local_rank >= count > 1:
         raise LaunchError(
-            f"rank {launch.rank} is process {launch.local_rank} of {launch.host}, which has {count} GPUs; "
-            f"start at most {count} processes there"
+            f"rank {launch.rank} is process {launch.local_rank} of {launch.host}, which has {counted(count, 'GPU')}; "
+            f"start at most {counted(count, 'process')} there"
         )
     device = torch.device("cuda", launch.local_rank % count)
     torch.cuda.set_device(device)
@@ -404,7 +405,8 @@ def _set_threads(run: RunConfig, sharing: int, notes: list[str]) -> None:
     cores = len(os.sched_getaffinity(0))
     threads = run.threads or max(1, cores // sharing)
     torch.set_num_threads(threads)
-    notes.append(f"{threads} CPU threads per rank ({cores} cores for {sharing} {'rank' if sharing == 1 else 'ranks'})")
+    of = f"{counted(cores, 'core')} for {counted(sharing, 'rank')}"
+    notes.append(f"{counted(threads, 'CPU thread')} per rank ({of})")
 
 
 def _one_node_network(notes: list[str]) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megallama.comm.errors import LaunchError
+from megallama.config.words import counted
 
 _LOST = re.compile(r"connection|peer|broken pipe|timed? ?out|nccl|socket", re.IGNORECASE)
 
@@ -159,8 +160,8 @@ def _compare(arrived: dict[int, Arrival], new: Arrival) -> str:
         return new.problem
     if new.world_size != first.world_size:
         return (
-            f"rank 0 ({first.host}) was started as one of {first.world_size} ranks, rank {new.rank} ({new.host}) as "
-            f"one of {new.world_size}; start every process with the same number of ranks"
+            f"rank 0 ({first.host}) was started as one of {counted(first.world_size, 'rank')}, rank {new.rank} "
+            f"({new.host}) as one of {new.world_size}; start every process with the same number of ranks"
         )
     if old is not None and (old.host, old.pid) != (new.host, new.pid):
         return (

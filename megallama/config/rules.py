@@ -12,6 +12,7 @@ from math import isqrt, lcm
 
 from megallama.config.describe import literal
 from megallama.config.schema import BatchConfig, Config
+from megallama.config.words import counted
 
 Rule = Callable[[Config, int | None], Iterator[str]]
 AXES = ("tp", "cp", "dp", "pp")
@@ -93,14 +94,14 @@ def _tensor_parallel(config: Config, ranks: int | None) -> Iterator[str]:
         unit = lcm(tp, b.micro_batch_size) // b.micro_batch_size
         yield (
             f"parallel.tp={tp} does not divide batch.micro_batch_size={b.micro_batch_size} x "
-            f"batch.seq_length={b.seq_length} = {tokens} tokens, which sequence parallelism cuts; "
+            f"batch.seq_length={b.seq_length} = {counted(tokens, 'token')}, which sequence parallelism cuts; "
             f"use batch.seq_length={_multiples(b.seq_length, unit)}, or parallel.sequence_parallel=false"
         )
     rows, chunks = tokens // (tp if config.parallel.sequence_parallel else 1), config.overlap.tensor_parallel_chunks
     if tp > 1 and rows % chunks:
         yield (
-            f"overlap.tensor_parallel_chunks={chunks} does not divide the {rows} rows of a micro-batch on a rank "
-            f"(batch.micro_batch_size x batch.seq_length{' / parallel.tp' * (rows < tokens)}); "
+            f"overlap.tensor_parallel_chunks={chunks} does not divide the {counted(rows, 'row')} of a micro-batch "
+            f"on a rank (batch.micro_batch_size x batch.seq_length{' / parallel.tp' * (rows < tokens)}); "
             f"use {_near(_divisors(rows), chunks)}"
         )
 
@@ -132,8 +133,9 @@ def _pipeline(config: Config, ranks: int | None) -> Iterator[str]:
         even = literal([layers * (s + 1) // stages - layers * s // stages for s in range(stages)])
         if len(given) != stages:
             yield (
-                f"parallel.stage_layers={given} has {len(given)} numbers, but parallel.pp={p.pp} x "
-                f"parallel.chunks={p.chunks} = {stages} stages; write {stages} numbers, for example {even}"
+                f"parallel.stage_layers={given} has {counted(len(given), 'number')}, but parallel.pp={p.pp} x "
+                f"parallel.chunks={p.chunks} = {counted(stages, 'stage')}; write {counted(stages, 'number')}, "
+                f"for example {even}"
             )
         elif sum(given) != layers:
             yield (

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from megallama.config.words import counted
 from megallama.data.errors import DataError
 from megallama.data.facts import read_facts
 
@@ -109,9 +110,8 @@ class IndexedDataset:
         expected = HEADER.size + 12 * self.num_sequences + 8 * marks
         if size != expected:
             raise DataError(
-                f"{name} has {size} bytes, expected {expected} for its {self.num_sequences} sequences and {marks} "
-                "document "
-                f"marks: it is {'truncated' if size < expected else 'too long'}; {AGAIN}"
+                f"{name} has {size} bytes, expected {expected} for its {counted(self.num_sequences, 'sequence')} and "
+                f"{marks} document marks: it is {'truncated' if size < expected else 'too long'}; {AGAIN}"
             )
         if self.num_sequences < 1 or self.num_documents < 1:
             raise DataError(f"{name} holds no documents; {AGAIN} from files that hold text")

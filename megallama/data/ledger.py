@@ -14,6 +14,7 @@ import numpy as np
 
 from megallama.config.describe import literal
 from megallama.config.schema import DataConfig
+from megallama.config.words import counted
 from megallama.data.errors import DataError
 from megallama.data.mixture import Mixture, Phase, limits_of, phases_of
 from megallama.data.samples import Samples, Source
@@ -62,7 +63,7 @@ class TrainData:
         which = next(i for i, limit in enumerate(limits) if limit is not None and counts[i] > limit)
         source, epochs = self._config.train[which], counts[which] / self.sources[which].num_windows
         why = (
-            f"step {past} would take source {literal(source.label)} to {epochs:.4g} epochs, "
+            f"step {past} would take source {literal(source.label)} to {counted(f'{epochs:.4g}', 'epoch')}, "
             f"over max_epochs={source.max_epochs:g}"
         )
         if self._config.at_max_epochs == "error" or past == 1:
@@ -149,9 +150,9 @@ class TrainData:
         changes = [{"step": p.step, "weights": weights} for p, weights in zip(phases[1:], then, strict=True)]
         were, now = (", ".join(f"{literal(_used(p))} from step {p.step}" for p in told) for told in (past, given))
         raise DataError(
-            f"the weights of data.train and data.changes are not those of the {step} steps that were made: they were "
-            f"{were}, now they say {now}. What is past cannot change; keep in data.train the weights {literal(first)} "
-            f"and write data.changes={literal(changes)}"
+            f"the weights of data.train and data.changes are not those of the {counted(step, 'step')} that were made: "
+            f"they were {were}, now they say {now}. What is past cannot change; keep in data.train the weights "
+            f"{literal(first)} and write data.changes={literal(changes)}"
         )
 
 

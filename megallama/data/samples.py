@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megallama.config.words import counted
 from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset
 
@@ -110,8 +111,9 @@ class Source:
         self.num_windows = max(self.num_tokens - 1, 0) // seq_length
         if self.num_windows < 1:
             part = "" if documents == WHOLE else f" between the shares {documents[0]:g} and {documents[1]:g}"
+            have = counted(self.num_tokens, "token")
             raise DataError(
-                f"{dataset.prefix} holds {self.num_tokens} tokens{part}, fewer than one sample of batch.seq_length + 1 "
+                f"{dataset.prefix} holds {have}{part}, fewer than one sample of batch.seq_length + 1 "
                 f"= {seq_length + 1}; use a batch.seq_length of {max(self.num_tokens - 1, 1)} or less, or more text"
             )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from math import prod
 
 from megallama.config.schema import Config
+from megallama.config.words import counted
 from megallama.plan.batch import BatchPlan
 from megallama.plan.flops import six_n, training_flops
 from megallama.plan.memory import rank_memory
@@ -40,22 +41,23 @@ def _facts(
     yield "model", f"{m.preset or 'own sizes'}: {num_parameters(m):,} parameters"
     tied = ", tied embeddings" if m.tie_embeddings else ""
     yield "", (
-        f"{m.num_layers} layers, hidden {m.hidden_size}, {n} heads of {d} ({k} key/value), "
+        f"{counted(m.num_layers, 'layer')}, hidden {m.hidden_size}, {counted(n, 'head')} of {d} ({k} key/value), "
         f"ffn {m.ffn_hidden_size}, vocabulary {m.vocab_size}{tied}"
     )
     sharded = ", sequence parallel" if p.sequence_parallel and p.tp > 1 else ""
     yield "layout", f"{topology}{sharded}; rank order {p.rank_order}"
     fp8 = "" if config.precision.fp8 == "none" else f", fp8 {config.precision.fp8} in the layers' linear maps"
     yield "precision", f"{config.precision.dtype}{fp8}, recompute {config.memory.recompute}"
-    size = b.global_batch_size
+    size, count = b.global_batch_size, counted(schedule.num_microbatches, "micro-batch")
     yield "batch", (
-        f"{size} sequences x {b.seq_length} = {size * b.seq_length:,} tokens per step = {topology.dp} replicas x "
-        f"{schedule.num_microbatches} micro-batches x {b.micro_batch_size}"
+        f"{counted(size, 'sequence')} x {b.seq_length} = {counted(size * b.seq_length, 'token', ',')} per step = "
+        f"{counted(topology.dp, 'replica')} x {count} x {b.micro_batch_size}"
     )
     if len(batch.sizes) > 1:
-        yield "", f"grows from {batch.sizes[0]} by {b.ramp_increment} over the first {b.ramp_samples:,} sequences"
+        ramp = counted(b.ramp_samples or 0, "sequence", ",")
+        yield "", f"grows from {batch.sizes[0]} by {b.ramp_increment} over the first {ramp}"
     tokens = batch.samples_after(config.train.steps) * b.seq_length
-    yield "run", f"{config.train.steps:,} steps, {tokens:,} tokens"
+    yield "run", f"{counted(config.train.steps, 'step', ',')}, {counted(tokens, 'token', ',')}"
     full, causal = (training_flops(m, b.seq_length, causal=c) for c in (False, True))
     yield "work", (
         f"{causal / 1e9:,.3f} GFLOP per token (causal attention), {full / 1e9:,.3f} (full), "

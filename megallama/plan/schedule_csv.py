@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from megallama.config.words import counted
 from megallama.plan.schedule import Action, B, F, I, Schedule, ScheduleError, W, parse_action
 
 
@@ -36,7 +37,8 @@ def read_csv(path: Path, num_ranks: int, num_stages: int, num_microbatches: int)
     lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip(", \t") and line[0] != "#"]
     if len(lines) != num_ranks:
         raise ScheduleError(
-            f"{path} has {len(lines)} lines of actions, but parallel.pp={num_ranks}; write one line per pipeline rank"
+            f"{path} has {counted(len(lines), 'line')} of actions, but parallel.pp={num_ranks}; "
+            "write one line per pipeline rank"
         )
     cells: dict[Action, Cell] = {}
     for rank, (number, line) in enumerate(lines):
@@ -79,8 +81,8 @@ def _owners(path: Path, cells: dict[Action, Cell], num_stages: int, num_microbat
             )
         if a.stage >= num_stages:
             raise ScheduleError(
-                f"{cell.place}: there is no stage {a.stage}; parallel.pp x parallel.chunks = {num_stages} stages, "
-                f"write 0 to {num_stages - 1}, or another parallel.chunks"
+                f"{cell.place}: there is no stage {a.stage}; parallel.pp x parallel.chunks = "
+                f"{counted(num_stages, 'stage')}, write 0 to {num_stages - 1}, or another parallel.chunks"
             )
         if a.microbatch >= num_microbatches:
             raise ScheduleError(
@@ -90,19 +92,20 @@ def _owners(path: Path, cells: dict[Action, Cell], num_stages: int, num_microbat
     stages, microbatches = max(owners, default=-1) + 1, max((a.microbatch for a in cells), default=-1) + 1
     if stages < num_stages:
         raise ScheduleError(
-            f"{path} has {stages} stages, but parallel.pp x parallel.chunks = {num_stages}; "
+            f"{path} has {counted(stages, 'stage')}, but parallel.pp x parallel.chunks = {num_stages}; "
             f"write stages 0 to {num_stages - 1}, or another parallel.chunks"
         )
     if microbatches < num_microbatches:
         raise ScheduleError(
-            f"{path} has {microbatches} micro-batches, but the batch gives each rank {num_microbatches}; "
+            f"{path} has {counted(microbatches, 'micro-batch')}, but the batch gives each rank {num_microbatches}; "
             f"write micro-batches 0 to {num_microbatches - 1}, or change batch.global_batch_size"
         )
     for a in (Action(F, s, m) for s in range(num_stages) for m in range(num_microbatches)):
         if a not in cells:
             raise ScheduleError(
-                f"{path} lacks {a}; each of {num_stages} stages needs a forward of each of {num_microbatches} "
-                f"micro-batches, write {a} on {'the line of its stage' if a.stage in owners else 'one of the lines'}"
+                f"{path} lacks {a}; each of {counted(num_stages, 'stage')} needs a forward of each of "
+                f"{counted(num_microbatches, 'micro-batch')}, write {a} on "
+                f"{'the line of its stage' if a.stage in owners else 'one of the lines'}"
             )
     return tuple(owners[s].rank for s in range(num_stages))
 

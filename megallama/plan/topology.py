@@ -13,6 +13,7 @@ from itertools import product
 from math import prod
 
 from megallama.config.errors import ConfigError
+from megallama.config.words import counted
 
 AXES = ("tp", "cp", "dp", "pp")
 
@@ -94,4 +95,4 @@ class Topology:
         return sorted(map(sum, product(*spans)))
 
     def __str__(self) -> str:
-        return " x ".join(f"{a}={self.size(a)}" for a in ("tp", "pp", "dp")) + f" = {self.world_size} ranks"
+        return " x ".join(f"{a}={self.size(a)}" for a in ("tp", "pp", "dp")) + f" = {counted(self.world_size, 'rank')}"

@@ -21,6 +21,7 @@ from megallama.checkpoint.manifest import read_manifest
 from megallama.checkpoint.reader import open_weights
 from megallama.config.errors import ConfigError
 from megallama.config.schema import ModelConfig
+from megallama.config.words import counted
 from megallama.data.tokenizer import Tokenizer
 from megallama.kernels.norm import accumulate_dtype, rms_norm
 from megallama.kernels.rope import rope_tables, rotate
@@ -177,7 +178,8 @@ def generate(
     if not prompt:
         raise ConfigError("the prompt has no tokens; give at least one word")
     if len(prompt) >= context:
-        raise ConfigError(f"the prompt has {len(prompt)} tokens; this model sees {context}: give at most {context - 1}")
+        length = counted(len(prompt), "token")
+        raise ConfigError(f"the prompt has {length}; this model sees {context}: give at most {context - 1}")
     if min(prompt) < 0 or max(prompt) >= vocab:
         wrong = next(token for token in prompt if not 0 <= token < vocab)
         raise ConfigError(f"the prompt holds token id {wrong}, the model 0..{vocab - 1}: use the model's own tokenizer")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megallama.config.errors import MegallamaError
+from megallama.config.words import counted
 from megallama.train.signals import SIGNALS
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class BadSteps:
         good = "no step was good" if self.last_good is None else f"last good step {self.last_good}"
         resume = f"resume from step {checkpoint}" if checkpoint is not None else "no checkpoint exists: start again"
         raise TrainingStopped(
-            f"loss or gradients were non-finite for {self.in_a_row} steps in a row ({steps}); {good}; "
+            f"loss or gradients were non-finite for {counted(self.in_a_row, 'step')} in a row ({steps}); {good}; "
             f"{resume} with a lower optimizer.lr or a longer lr_schedule.warmup_steps, "
             f"or raise train.max_bad_steps={self.max_bad_steps}"
         )

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 
 from megallama.config.schema import LogConfig
+from megallama.config.words import counted
 from megallama.train.log import Logger, human_bytes, human_count, human_duration
 
 _TAGS = {  # TensorBoard and wandb names of the scalars of a step
@@ -116,7 +117,7 @@ class ValidMetrics:
         """The console line."""
         bits = "" if self.bits_per_byte is None else f" | {self.bits_per_byte:.4f} bits/byte"
         perplexity = f"{math.exp(self.loss):.2f}" if self.loss < 20 else "large"
-        amount = f"{human_count(self.tokens)} tokens in {human_duration(self.seconds)}"
+        amount = f"{counted(human_count(self.tokens), 'token')} in {human_duration(self.seconds)}"
         name = self.tag.replace("/", " ") if self.kind == "test" else self.name
         return f"step {self.step}/{steps} | {name} loss {self.loss:.4f}{bits} | perplexity {perplexity} | {amount}"
 

@@ -19,6 +19,7 @@ from megallama.comm.launch import World
 from megallama.comm.recording import Tape
 from megallama.config.errors import MegallamaError
 from megallama.config.schema import Config
+from megallama.config.words import counted
 from megallama.data.ledger import TrainData
 from megallama.data.loader import Loader
 from megallama.data.sources import Data, open_sources
@@ -162,7 +163,7 @@ class Trainer:
             if train := self._train_data:
                 self._agreed("data", lambda: train.resume(saved, step, samples))
             optimizer.loaded(self._counters.updates)
-            at = f"step {self._counters.step}, {human_count(self._counters.tokens)} tokens"
+            at = f"step {self._counters.step}, {counted(human_count(self._counters.tokens), 'token')}"
             self._log.info(f"resumed after {at}")
         elif self._config.checkpoint.weights_from is not None:
             self._manager.load_weights(Path(self._config.checkpoint.weights_from), shards)
@@ -285,7 +286,7 @@ class Trainer:
     def _asked_to_stop(self) -> str | None:
         steps = self._config.train.stop_after_steps
         if steps is not None and self._counters.step - self._first_step >= steps:
-            return f"train.stop_after_steps={steps} steps are done"
+            return f"train.stop_after_steps={steps} is reached"
         return None
 
     def _loader(self) -> Loader:
@@ -364,8 +365,8 @@ class Trainer:
 
     def _tell_sources(self) -> None:
         for name, used in self._sources().items():
-            tokens = human_count(used["tokens"])
-            self._log.info(f"data source {name}: {used['epochs']:.4f} epochs, {tokens} tokens used")
+            tokens = counted(human_count(used["tokens"]), "token")
+            self._log.info(f"data source {name}: {used['epochs']:.4f} epochs, {tokens} used")
 
     def _sources(self) -> dict[str, dict[str, float]]:
         return self._train_data.account(self._counters.samples) if self._train_data else {}
@@ -373,7 +374,8 @@ class Trainer:
     def _finished(self) -> None:
         config = self._config
         self._log.info(
-            f"finished: {self._counters.step} steps, {human_count(self._counters.tokens)} tokens, "
+            f"finished: {counted(self._counters.step, 'step')}, "
+            f"{counted(human_count(self._counters.tokens), 'token')}, "
             f"{human_count(num_parameters(config.model))} parameters; checkpoint in {config.checkpoint.folder}"
         )
         if config.log.plot and self._world.rank == 0:

@@ -143,7 +143,7 @@ def test_alone_needs_nothing() -> None:
         assert all(isinstance(getattr(groups, name), Solo) for name in ("tp", "dp", "pp", "embedding", "kv", "world"))
         assert world.first_failure() is None
         world.report_failure("nobody to tell")
-        assert world.notes[-1].startswith("1 CPU threads per rank (")
+        assert world.notes[-1].startswith("1 CPU thread per rank (")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

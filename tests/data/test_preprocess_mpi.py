@@ -43,7 +43,7 @@ def test_the_bytes_are_those_of_one_process(jsonl: Path, tokenizer_path: Path, t
     done = run(mpirun(ranks), 0, "end", 0, *arguments, "--output", tmp_path / "many")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("many_valid.bin: 180 documents") == 1  # only the first rank reports
-    assert "skipped 1 bad records: 1 not JSON" in done.stderr and f"{corpus}:1501: not JSON" in done.stderr
+    assert "skipped 1 bad record: 1 not JSON" in done.stderr and f"{corpus}:1501: not JSON" in done.stderr
     preprocess([corpus], tmp_path / "one", tokenizer_path, split_valid=0.1, split_test=0.1)
     assert digests(tmp_path / "many") == digests(tmp_path / "one") and len(digests(tmp_path / "one")) == 9
 

@@ -79,7 +79,7 @@ CASES = [
      "FILE lacks F1.1; each of 2 stages needs a forward of each of 2 micro-batches, "
      "write F1.1 on the line of its stage"),
     ("F0.0,B0.0\n# nothing\n,",
-     "FILE has 1 lines of actions, but parallel.pp=2; write one line per pipeline rank"),
+     "FILE has 1 line of actions, but parallel.pp=2; write one line per pipeline rank"),
     ("F0.0,F0.1,B0.0,B0.1\nF1.0,B1.0,F1.1",
      "FILE lacks I1.1 and W1.1; write B1.1, or I1.1 and W1.1, behind F1.1 of FILE, line 2, cell 3"),
     ("F0.0,F0.1,B0.0,B0.1\nF1.0,B1.0,F1.1,I1.1",
@@ -104,7 +104,7 @@ def test_messages(tmp_path: Path, text: str, message: str) -> None:
 
 def test_a_stage_that_nobody_has(tmp_path: Path) -> None:
     assert read(tmp_path, "F0.0,B0.0\nF2.0,B2.0", stages=3, microbatches=1) == (
-        "FILE lacks F1.0; each of 3 stages needs a forward of each of 1 micro-batches, write F1.0 on one of the lines"
+        "FILE lacks F1.0; each of 3 stages needs a forward of each of 1 micro-batch, write F1.0 on one of the lines"
     )
 
 

@@ -12,6 +12,7 @@ from megallama.config.load import load
 from megallama.config.presets import PRESETS
 from megallama.config.rules import ramp_sizes
 from megallama.config.schema import BatchConfig, Config, ModelConfig
+from megallama.config.words import counted
 from megallama.plan.batch import BatchPlan
 from megallama.plan.params import num_parameters
 from tools.megatron.words import Flags
@@ -207,8 +208,9 @@ class Conversion:
         if self.out.get("parallel.chunks", 1) > 1 or stages < 1 or rest < 0 or rest % stages:
             shown = ", ".join(f"--{name} {n}" for name, n in said.items())
             self.problem(
-                f"{shown}: {rest} layers are left for {stages} stages; "
-                f"write parallel.stage_layers into the TOML instead (--without {','.join(said)})"
+                f"{shown}: {counted(rest, 'layer')} {'is' if rest == 1 else 'are'} left for "
+                f"{counted(stages, 'stage')}; write parallel.stage_layers into the TOML instead "
+                f"(--without {','.join(said)})"
             )
             return
         head, tail = [[] if n is None else [n] for n in (first, last)]
@@ -228,7 +230,7 @@ class Conversion:
                 )
             else:
                 size = micro * max(1, self.ranks // (out["parallel.tp"] * out["parallel.pp"]))
-                self.note(f"--global-batch-size is absent: one micro-batch per replica on {self.ranks} ranks is {size}")
+                self.note(f"--global-batch-size is absent: one micro-batch per replica (ranks: {self.ranks}) is {size}")
         out["batch.global_batch_size"] = size
         if (ramp := self.get("rampup-batch-size")) is not None:
             try:
@@ -259,7 +261,8 @@ class Conversion:
         whole, rest = divmod(samples - consumed, size)
         if rest:
             self.note(
-                f"--{name} {samples:,} is {steps + whole:,.0f} steps and {rest:,.0f} samples; the steps are taken"
+                f"--{name} {samples:,} is {counted(round(steps + whole), 'step', ',')} and "
+                f"{counted(round(rest), 'sample', ',')}; the steps are taken"
             )
         return steps + int(whole)
 
@@ -477,6 +480,7 @@ def summary(config: Config) -> str:
     shape = shape_name(config.model)
     return (
         f"{num_parameters(config.model):,} parameters{f' (the shape of {shape})' if shape else ''}; "
-        f"{b.global_batch_size} x {b.seq_length} = {b.global_batch_size * b.seq_length:,} tokens per step; "
-        f"{steps:,} steps, {samples * b.seq_length:,} tokens"
+        f"{b.global_batch_size} x {b.seq_length} = "
+        f"{counted(b.global_batch_size * b.seq_length, 'token', ',')} per step; "
+        f"{counted(steps, 'step', ',')}, {counted(samples * b.seq_length, 'token', ',')}"
     )
