@@ -22,6 +22,7 @@ from megallama.train.signals import SAVED, SignalFlag  # whatever takes time com
 
 if TYPE_CHECKING:
     from megallama.comm.launch import Launch, World
+    from megallama.config.schema import Config
     from megallama.train.log import Logger
 
 BAD_REQUEST, NOT_FINITE, FAILED, CRASHED = 2, 3, 4, 1
@@ -37,32 +38,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str], signals: SignalFlag) -> int:
     from megallama.config.errors import MegallamaError, exit_status
-    from megallama.train.log import show, show_error
+    from megallama.train.log import show_error
 
     if not arguments or {"-h", "--help"} & set(arguments):
         return exit_status(lambda: print((__doc__ or "").strip())) or (0 if arguments else BAD_REQUEST)
     from megallama.comm.launch import Launch, detect_launch  # imports torch: after --help
 
     launch = Launch()
+    signals.before_leaving(lambda: _tell(Stopped(signals.why or "", signals.status), launch))
     try:
         launch = detect_launch()
+        signals.grace += launch.rank == 0  # second; with rank 0 goes the store, which the others may be waiting for
         if launch.world_size == 1:
             signals.listen(signals.stop)
         return _run(arguments, launch, signals)
     except Stopped as stop:
-        if launch.rank == 0:
-            show(f"stopped before training began: {stop}; nothing was to be saved, start the same command again")
-        return SAVED
+        _tell(stop, launch)
+        return stop.status
     except MegallamaError as error:
+        signals.leaving(error.status)
         if launch.rank == 0 or not error.shared:
             show_error(str(error))
         return error.status
 
 
+def _tell(stop: Stopped, launch: Launch) -> None:
+    """Say why the run ends before training; one rank does."""
+    from megallama.train.log import show, show_error
+
+    if launch.rank == 0 and stop.status == SAVED:
+        show(f"stopped before training began: {stop}; nothing was to be saved, start the same command again")
+    elif launch.rank == 0:
+        show_error(str(stop))
+
+
 def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag) -> int:
     from megallama.comm.launch import start
-    from megallama.config.errors import MegallamaError
-    from megallama.config.load import load, to_toml
+    from megallama.config.load import to_toml
     from megallama.plan.plan import make_plan
     from megallama.train.log import Logger
     from megallama.train.trainer import Trainer
@@ -70,12 +82,12 @@ def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag) -> int:
     file = Path(arguments[0]) if "=" not in arguments[0] else None
     try:
         config = load(file, arguments[1:] if file else arguments, ranks=launch.world_size)
-    except MegallamaError as error:
-        error.shared = True  # every rank reads the same file
+        plan = make_plan(config, launch.world_size)
+    except Exception as problem:
+        _cannot_take_part(problem, launch, signals)
         raise
-    plan = make_plan(config, launch.world_size)
     same = hashlib.sha256(f"{to_toml(config)}{plan.schedule}".encode()).hexdigest()[:12]
-    with start(launch, config.run, same) as world:
+    with start(launch, config.run, same, listener=signals) as world:
         log = Logger(world.rank, world.world_size, Path(config.run.folder))
         try:
             return Trainer(config, plan, world, log, signals).run()
@@ -88,26 +100,52 @@ def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag) -> int:
             log.close()
 
 
+def load(file: Path | None, overrides: Sequence[str], ranks: int) -> Config:
+    """The configuration; what reads it is imported by now, after `SignalFlag`."""
+    from megallama.config.load import load as read
+
+    return read(file, overrides, ranks=ranks)
+
+
+def _cannot_take_part(problem: Exception, launch: Launch, signals: SignalFlag) -> None:
+    """Tell the other ranks, which would wait. A problem that rank 0 has too is `shared`: rank 0 says it."""
+    from megallama.comm.errors import LaunchError
+    from megallama.comm.launch import start
+    from megallama.config.errors import MegallamaError
+    from megallama.config.schema import RunConfig
+
+    text = str(problem) if isinstance(problem, MegallamaError) else f"{type(problem).__name__}: {problem}"
+    where = f"rank {launch.rank} ({launch.host}): " if launch.rank else ""
+    try:
+        if launch.world_size > 1:
+            start(launch, RunConfig(device="cpu"), problem=where + text, listener=signals)
+    except LaunchError as error:
+        if isinstance(problem, MegallamaError):
+            problem.shared = str(error) == text
+
+
 def _failed(error: Exception, world: World, log: Logger, signals: SignalFlag) -> int:
     """Say what ended the run, to this rank's file and, once, on the screen; the exit status."""
     from megallama.checkpoint.errors import InternalError
     from megallama.config.errors import MegallamaError
 
-    if signals.why is not None and signals.phase != "training":
-        raise Stopped(signals.why) from error  # the others have left
-    status = CRASHED
+    if signals.why is not None:
+        raise Stopped(signals.why, signals.status) from error  # the others have left
+    culprit = world.failed(error)
+    status = error.status if isinstance(error, (MegallamaError, InternalError)) else CRASHED
+    if status == CRASHED and signals.phase in ("training", "leaving"):
+        status = FAILED
+    signals.leaving(status)
     if isinstance(error, (MegallamaError, InternalError)):
-        status = error.status
         log.error(str(error), aloud=world.rank == 0 or not error.shared)
-    elif culprit := world.first_failure():
+    elif culprit:
         log.warn(f"{culprit}; this rank stopped because of it ({type(error).__name__})")
     else:
         trace, line = "".join(traceback.format_exception(error)).rstrip(), f"{type(error).__name__}: {error}"
         if machine := isinstance(error, OSError):  # no fault of the program: on the screen a line will do
             log.note(trace)
         log.error(line if machine else trace, aloud=True)
-    world.report_failure(f"{type(error).__name__}: {error}")
-    return FAILED if status == CRASHED and signals.phase in ("training", "leaving") else status
+    return status
 
 
 if __name__ == "__main__":

@@ -324,8 +324,8 @@ class ThreadGroup:
     def barrier(self) -> None:
         self._meet("barrier", None)()
 
-    def gather_values(self, value: Any) -> list[Any]:
-        return [json.loads(text) for text in self._meet("gather_values", json.dumps(value))()]
+    def gather_values(self, value: Any, summary: Callable[[list[Any]], Any] = list) -> Any:
+        return summary([json.loads(text) for text in self._meet("gather_values", json.dumps(value))()])
 
 
 def _describe(tensor: Tensor) -> str:

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megallama.comm.group import Group
+from megallama.comm.group import Assembly
 from megallama.config.errors import MegallamaError
 from megallama.config.words import counted
 
@@ -33,9 +33,10 @@ class InternalError(RuntimeError):
     shared, status = True, 1
 
 
-def agree(group: Group, what: str, work: Callable[[], Any]) -> list[Any]:
+def agree(group: Assembly, what: str, work: Callable[[], Any], *, collect: bool = False) -> list[Any]:
     """Run `work` on this rank; the JSON values it returned on every rank, in rank order.
 
+    collect: the values go to rank 0 alone; what the others get is not to be looked at.
     Raises, on every rank alike: DamagedError if any rank found damage, else the kind of MegallamaError that the first
     rank that failed had, with its status.  Of what is none, an OSError (a full disk, say) becomes a CheckpointError
     with status 1, all others an InternalError; their traceback is logged before anything is exchanged.
@@ -48,10 +49,15 @@ def agree(group: Group, what: str, work: Callable[[], Any]) -> list[Any]:
         cause, failure = caught, _told(caught)
         if not isinstance(caught, MegallamaError):
             _log.error("%s failed", what, exc_info=caught)
-    told = group.gather_values([value, failure])
-    failed = [(rank, *failure) for rank, (_, failure) in enumerate(told) if failure is not None]
+    values: list[Any] = []
+
+    def summary(told: list[Any]) -> list[Any]:
+        values.extend(value for value, _ in told)
+        return [[] if collect else values, [[rank, *bad] for rank, (_, bad) in enumerate(told) if bad is not None]]
+
+    everyone, failed = group.gather_values([value, failure], summary)
     if not failed:
-        return [value for value, _ in told]
+        return values if collect else everyone
     kinds = {_name(kind): kind for kind in _kinds(MegallamaError)}
     failed.sort(key=lambda f: not issubclass(kinds.get(f[1], Exception), DamagedError))  # damage first
     rank, name, text, status, host = failed[0]

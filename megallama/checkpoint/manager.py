@@ -45,7 +45,7 @@ from megallama.checkpoint.writer import (
     remove_checkpoint,
     write_checkpoint,
 )
-from megallama.comm.group import Group
+from megallama.comm.group import Assembly
 from megallama.config.errors import MegallamaError
 from megallama.config.presets import PRESETS
 from megallama.config.schema import Config, ModelConfig
@@ -66,7 +66,7 @@ class CheckpointManager:
         config: Config,
         folder: Path,
         rank: int,
-        group: Group,
+        group: Assembly,
         tokenizer: Path | None,
         log: Callable[[str], None],
         *,

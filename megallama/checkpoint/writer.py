@@ -31,7 +31,7 @@ from torch import Tensor
 from megallama.checkpoint import manifest
 from megallama.checkpoint.errors import CheckpointError, agree
 from megallama.checkpoint.layout import DTYPES, FileSet, Place
-from megallama.comm.group import Group
+from megallama.comm.group import Assembly
 from megallama.layers.shard import StateShard
 from megallama.plan.box import Box, boxes_of_range, runs
 
@@ -66,7 +66,7 @@ class Content:
             yield from ((name, i) for i in range(manifest.block_count(size, self.block_bytes)))
 
 
-def write_checkpoint(content: Content, shards: Sequence[StateShard], group: Group) -> None:
+def write_checkpoint(content: Content, shards: Sequence[StateShard], group: Assembly) -> None:
     """Write and commit one checkpoint; every rank of `group` calls it with the shards it owns.
 
     Raises: CheckpointError on every rank, naming the rank that failed and why; then nothing was
@@ -77,12 +77,15 @@ def write_checkpoint(content: Content, shards: Sequence[StateShard], group: Grou
     try:
         agree(group, what, lambda: create_files(content) if first else None)
         with Flusher([content.temporary / name for name in content.sizes()] if first else []) as flusher:
-            told = agree(group, what, lambda: _write_shards(content, shards, flusher))
-            agree(group, what, lambda: _check_complete(content, sum(written for written, _ in told)))
-            digests = {(name, index): digest for _, found in told for name, index, digest in found}
-            left = [block for block in content.blocks() if block not in digests]
-            told = agree(group, what, lambda: _digest_blocks(content, left[group.rank :: group.size], flusher))
-        digests |= {(name, index): digest for found in told for name, index, digest in found}
+            # the digests of all blocks are megabytes: rank 0 alone has them, and says which are missing, a bit each
+            told = agree(group, what, lambda: _write_shards(content, shards, flusher), collect=True)
+            shared = agree(group, what, lambda: _shared_blocks(content, told) if first else None)[0]
+            blocks = list(content.blocks())
+            bits = f"{int(shared, 16):0{len(blocks)}b}"
+            mine = [block for block, bit in zip(blocks, bits, strict=True) if bit == "1"][group.rank :: group.size]
+            rest = agree(group, what, lambda: _digest_blocks(content, mine, flusher), collect=True)
+        found = [*(found for _, found in told), *rest] if first else []
+        digests = {(name, index): digest for part in found for name, index, digest in part}
         agree(group, what, lambda: _commit(content, digests) if first else None)
     except BaseException:
         if first:
@@ -253,11 +256,17 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _check_complete(content: Content, written: int) -> None:
-    """Every element has exactly one owner, or the files would have holes."""
+def _shared_blocks(content: Content, told: Sequence[tuple[int, Digests]]) -> str:
+    """The blocks without a digest as bits, hexadecimal.
+
+    Raises: CheckpointError unless every element has exactly one owner: the files would have holes.
+    """
+    written = sum(count for count, _ in told)
     want = sum(prod(place.shape) for place in content.sets["model"].places.values())
     if written != want:
         raise CheckpointError(f"the ranks hold {written} elements of state, the model has {want}")
+    digested = {(name, index) for _, found in told for name, index, _ in found}
+    return f"{int(''.join('10'[block in digested] for block in content.blocks()), 2):x}"
 
 
 def _digest_blocks(content: Content, blocks: Sequence[tuple[str, int]], flusher: Flusher) -> Digests:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megallama.comm.errors import ContactLost
 from megallama.comm.group import Handle, Op
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -40,8 +41,9 @@ class Works:
             for work in self._works:
                 work.wait()
         except RuntimeError as error:
-            error.add_note(f"in {self._where}")
-            raise
+            lost = ContactLost(str(error))
+            lost.add_note(f"in {self._where}")
+            raise lost from error
         if self._finish is not None:
             with torch.no_grad():
                 self._finish()
@@ -128,14 +130,14 @@ class C10d:
         self._check(tensor)
         if self._direct and op == "sum" and tensor.nbytes * (self.size - 1) <= _DIRECT_BYTES:
             return self._all_reduce_direct(tensor)
-        work = dist.all_reduce(tensor, _REDUCE[op], group=self._pg, async_op=True)
+        work = started(dist.all_reduce, tensor, _REDUCE[op], group=self._pg, async_op=True)
         return self._handle("all_reduce", [work], tensor)
 
     def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
         self._check(output, shard)
         assert output.numel() == self.size * shard.numel(), f"{output.shape} is not {self.size} x {shard.shape}"
         if not self._direct:
-            work = dist.all_gather_into_tensor(output, shard, group=self._pg, async_op=True)
+            work = started(dist.all_gather_into_tensor, output, shard, group=self._pg, async_op=True)
             return self._handle("all_gather", [work], (output, shard))
         places = self._pieces(output)
         works = self._exchange([shard] * self.size, places)
@@ -148,7 +150,7 @@ class C10d:
         self._check(output, full)
         assert full.numel() == self.size * output.numel(), f"{full.shape} is not {self.size} x {output.shape}"
         if not self._direct:
-            work = dist.reduce_scatter_tensor(output, full, group=self._pg, async_op=True)
+            work = started(dist.reduce_scatter_tensor, output, full, group=self._pg, async_op=True)
             return self._handle("reduce_scatter", [work], (output, full))
         pieces = self._pieces(full)
         parts = self._receive_space(pieces[self.rank])
@@ -157,14 +159,14 @@ class C10d:
 
     def broadcast(self, tensor: Tensor, source: int) -> Handle:
         self._check(tensor)
-        work = dist.broadcast(tensor, group=self._pg, group_src=source, async_op=True)
+        work = started(dist.broadcast, tensor, group=self._pg, group_src=source, async_op=True)
         return self._handle("broadcast", [work], tensor)
 
     def send(self, tensor: Tensor, to: int, tag: int = MESSAGE) -> Handle:
         self._check(tensor)
         assert to != self.rank, f"{self.name}: rank {to} sends to itself"
         channel = self._down if to < self.rank else self._pg
-        work = dist.isend(tensor, group=channel, group_dst=to, tag=tag)
+        work = started(dist.isend, tensor, group=channel, group_dst=to, tag=tag)
         handle = self._handle(f"send to {self.ranks[to]}", [work], tensor)
         if not self._direct:
             return handle
@@ -176,7 +178,7 @@ class C10d:
         self._check(tensor)
         assert source != self.rank, f"{self.name}: rank {source} receives from itself"
         channel = self._down if self.rank < source else self._pg
-        work = dist.irecv(tensor, group=channel, group_src=source, tag=tag)
+        work = started(dist.irecv, tensor, group=channel, group_src=source, tag=tag)
         return self._handle(f"recv from {self.ranks[source]}", [work], tensor)
 
     def barrier(self) -> None:
@@ -184,7 +186,7 @@ class C10d:
         self.all_reduce(token).wait()
         token.item()  # on CUDA wait() only orders the stream; this waits for it
 
-    def gather_values(self, value: Any) -> list[Any]:
+    def gather_values(self, value: Any, summary: Callable[[list[Any]], Any] = list) -> Any:
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = torch.empty(self.size, dtype=torch.int64, device=self.device)
         self.all_gather(sizes, torch.tensor([data.numel()], device=self.device)).wait()
@@ -194,7 +196,7 @@ class C10d:
         everyone = torch.empty(self.size * mine.numel(), dtype=torch.uint8, device=self.device)
         self.all_gather(everyone, mine).wait()
         rows = everyone.cpu().view(self.size, -1)
-        return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths, strict=True)]
+        return summary([json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths, strict=True)])
 
     def bound(self, timeout: timedelta) -> None:
         """Operations that start from here on fail after `timeout`."""
@@ -229,8 +231,8 @@ class C10d:
         works = []
         for distance in range(1, self.size):
             to, source = (self.rank + distance) % self.size, (self.rank - distance) % self.size
-            works.append(dist.irecv(incoming[source], group=self._pg, group_src=source, tag=PIECE))
-            works.append(dist.isend(outgoing[to], group=self._pg, group_dst=to, tag=PIECE))
+            works.append(started(dist.irecv, incoming[source], group=self._pg, group_src=source, tag=PIECE))
+            works.append(started(dist.isend, outgoing[to], group=self._pg, group_dst=to, tag=PIECE))
         return works
 
     def _all_reduce_direct(self, tensor: Tensor) -> Handle:
@@ -249,6 +251,14 @@ class C10d:
                 elif self.rank == receiver:
                     self.recv(token, sender).wait()
         torch.cuda.synchronize(self.device)
+
+
+def started(operation: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """What `operation` returns. Raises: ContactLost where it finds that the others have gone."""
+    try:
+        return operation(*arguments, **named)
+    except RuntimeError as error:
+        raise ContactLost(f"{operation.__name__}: {error}") from error
 
 
 def add_in_order(parts: Sequence[Tensor], output: Tensor) -> None:

@@ -13,6 +13,7 @@ Positions (`rank`, `source`, `to`) are indices *within the group*; `ranks` are g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -42,16 +43,27 @@ class Done:
         return True
 
 
-class Group(Protocol):
+class Assembly(Protocol):
+    """Ranks that tell one another small values. All ranks call the same operations in the same order."""
+
+    name: str
+    rank: int
+    size: int
+
+    def gather_values(self, value: Any, summary: Callable[[list[Any]], Any] = list) -> Any:
+        """What `summary` makes of every rank's small JSON value, in rank order, on every rank; by default all of them.
+
+        Rank 0 calls `summary`; the others may. It returns a JSON value and depends on nothing but the values.
+        """
+
+
+class Group(Assembly, Protocol):
     """Ranks that communicate with one another. Tensors are contiguous and on the group's device.
 
     All ranks call the same operations with the same shapes and dtypes in the same order. Until
     `wait()` returns, an output must not be read and an input must not be written.
     """
 
-    name: str
-    rank: int
-    size: int
     ranks: tuple[int, ...]
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
@@ -84,9 +96,6 @@ class Group(Protocol):
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
-
-    def gather_values(self, value: Any) -> list[Any]:
-        """Every rank's small JSON value, in rank order, on every rank."""
 
 
 class Solo:
@@ -126,5 +135,5 @@ class Solo:
     def barrier(self) -> None:
         return None
 
-    def gather_values(self, value: Any) -> list[Any]:
-        return [value]
+    def gather_values(self, value: Any, summary: Callable[[list[Any]], Any] = list) -> Any:
+        return summary([value])

@@ -25,11 +25,12 @@ import torch
 import torch.distributed as dist
 
 from megallama.comm.c10d import C10d
-from megallama.comm.errors import LaunchError, Stopped
-from megallama.comm.group import Group, Solo
+from megallama.comm.errors import ContactLost, LaunchError, Stopped
+from megallama.comm.group import Assembly, Group, Solo
 from megallama.comm.groups import Groups, Partition, build_groups
-from megallama.comm.rendezvous import Arrival, FailureRecord, meet, open_store, port_file
+from megallama.comm.rendezvous import Arrival, meet, open_star, open_store, port_file
 from megallama.comm.shared_memory import LARGEST, SharedMemory
+from megallama.comm.star import CRASHED, FREE_CHANNEL, Listener, Star, StarGroup
 from megallama.config.schema import RunConfig
 from megallama.config.words import counted
 from megallama.plan.topology import Topology
@@ -209,10 +210,11 @@ class World:
     hosts: tuple[str, ...]  # of every rank
     notes: list[str] = field(default_factory=list)  # what was set in this process, for the log
     timeout: timedelta = timedelta(seconds=1800)  # of groups that are opened
-    record: FailureRecord | None = None  # None with one rank
+    star: Star | None = None  # None with one rank
     crowded: bool = False  # the ranks of this machine share fewer cores than they are
     shared_memory: bool = False  # groups on one machine use it
     opened: list[C10d] = field(default_factory=list)
+    channel: int = FREE_CHANNEL  # of the next host group
 
     @property
     def rank(self) -> int:
@@ -230,16 +232,15 @@ class World:
         """Open this rank's process groups; every rank calls it with the same arguments."""
         return build_groups(topology, self.rank, num_kv_heads, self._make)
 
-    def host_group(self, name: str) -> Group:
-        """A further group of all ranks for tensors in host memory, to be used by one part of the program alone.
+    def host_group(self, name: str) -> Assembly:
+        """A further group of all ranks for small values, to be used by one part of the program alone.
 
-        Checkpoints talk through theirs from a background thread while training goes on.
+        Checkpoints talk through theirs from a background thread while training goes on; `bound` does not touch it.
         """
-        if self.world_size == 1:
+        if self.star is None:
             return Solo(name, self.rank)
-        everybody = tuple(range(self.world_size))
-        group = dist.new_group(everybody, self.timeout, backend="gloo")
-        return C10d(group, name, everybody, self.rank, torch.device("cpu"))
+        self.channel += 1
+        return StarGroup(self.star, self.channel, name, self.timeout)
 
     def _make(self, name: str, partition: Partition) -> Group:
         ranks = next(ranks for ranks in partition if self.rank in ranks)
@@ -273,23 +274,31 @@ class World:
         for group in self.opened:
             group.bound(self.timeout)
 
-    def report_failure(self, text: str) -> None:
-        """Tell the other ranks why this one is leaving: `text`'s last line. Call before `close`."""
-        if self.record is not None:
-            self.record.report(text)
+    def failed(self, error: BaseException) -> str | None:
+        """Tell the other ranks that this one is leaving; 'rank 3 (node7) failed first: ...' if another one was first.
 
-    def first_failure(self) -> str | None:
-        """'rank 3 (node7) failed first: ...' if any rank has reported a failure."""
-        return self.record.first() if self.record is not None else None
+        Who has lost contact waits a moment to hear from whom: that is the echo of a failure, and decided by its type.
+        """
+        if self.star is None or getattr(error, "shared", False):
+            return None
+        lost = isinstance(error, (ContactLost, dist.DistError))
+        if lost and (first := self.star.first(5.0)):
+            return first
+        line = (str(error).strip().splitlines() or ["no message"])[0]
+        verb = "lost contact with another rank first" if lost else "failed first"
+        mine = f"rank {self.rank} ({self.launch.host}) {verb}: {type(error).__name__}: {line}"
+        self.star.end(mine, getattr(error, "status", CRASHED), mine=True)
+        first = self.star.first(0.0)
+        return first if first != mine else None
 
     def close(self) -> None:
         """End the process groups. After a failure, collectives of the other ranks break."""
-        record, self.record = self.record, None
-        if record is not None:
+        star, self.star = self.star, None
+        if star is not None:
             while self.opened:
                 self.opened.pop().close()
             dist.destroy_process_group()
-            record.part(self.world_size, self.rank == 0 and not self.launch.store_kept)
+            star.close()
 
     def __enter__(self) -> Self:
         return self
@@ -298,23 +307,28 @@ class World:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and not isinstance(error, Stopped):
-            self.report_failure(f"{type(error).__name__}: {error}")
+            self.failed(error)
         self.close()
 
 
-def start(launch: Launch, run: RunConfig, config_hash: str = "", store: dist.Store | None = None) -> World:
+def start(
+    launch: Launch, run: RunConfig, config_hash: str = "", store: dist.Store | None = None, *, problem: str = "",
+    listener: Listener | None = None,
+) -> World:  # fmt: skip
     """Bring the ranks together on their devices.
 
     `config_hash` must be the same on every rank; it says in a few characters what each was started
     with. `store` is one that all ranks have open already; by default rank 0 or the launcher keeps it.
+    `problem` is why this rank cannot take part: the others are to know. `listener` hears why the run is to end.
     Raises: LaunchError on every rank that arrived: a rank that never came within
     run.init_timeout_seconds, different numbers of ranks, configurations, torch versions or devices,
     a rank started twice, a port that is taken, CUDA asked for and absent, more processes than GPUs.
     """
     notes: list[str] = []
-    problem, device, gpu = "", torch.device("cpu"), ""
+    device, gpu = torch.device("cpu"), ""
     try:
-        device, gpu = _device(launch, run, notes)
+        if not problem:
+            device, gpu = _device(launch, run, notes)
     except LaunchError as error:
         problem = str(error)
     if launch.world_size == 1:
@@ -328,7 +342,20 @@ def start(launch: Launch, run: RunConfig, config_hash: str = "", store: dist.Sto
         launch.rank, launch.world_size, launch.host, os.getpid(), torch.__version__, device.type, gpu, cores,
         config_hash, problem,
     )  # fmt: skip
-    arrivals, store = _meet(launch, mine, run.init_timeout_seconds, store)
+    star = Star(launch.rank, launch.world_size, launch.host, listener)
+    try:
+        return _assembled(launch, run, mine, device, notes, star, store)
+    except BaseException:
+        star.close()
+        raise
+
+
+def _assembled(
+    launch: Launch, run: RunConfig, mine: Arrival, device: torch.device, notes: list[str], star: Star,
+    store: dist.Store | None,
+) -> World:  # fmt: skip
+    """The world of ranks that have met."""
+    arrivals, store = _meet(launch, mine, run.init_timeout_seconds, star, store)
     sharing = [a for a in arrivals if (a.host, a.cores) == (mine.host, mine.cores)]
     _set_threads(run, len(sharing), notes)
     if launch.local_size == launch.world_size and device.type == "cpu":
@@ -345,16 +372,17 @@ def start(launch: Launch, run: RunConfig, config_hash: str = "", store: dist.Sto
     notes.append(f"{launch.launcher}: {counted(launch.world_size, 'rank')} over {backend}")
     everybody = tuple(range(launch.world_size))
     assert dist.group.WORLD is not None
-    record = FailureRecord(store, launch.rank, launch.host)
     world = World(
-        launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, record,
+        launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, star,
         crowded=len(sharing) > len(os.sched_getaffinity(0)), shared_memory=run.shared_memory,
     )  # fmt: skip
     world.group = world._open(dist.group.WORLD, "world", everybody)
     return world
 
 
-def _meet(launch: Launch, mine: Arrival, seconds: float, store: dist.Store | None) -> tuple[list[Arrival], dist.Store]:
+def _meet(
+    launch: Launch, mine: Arrival, seconds: float, star: Star, store: dist.Store | None
+) -> tuple[list[Arrival], dist.Store]:
     """All ranks' arrivals and this attempt's part of the store."""
     leader = launch.rank == 0
     published = port_file(launch.key) if launch.master_port == 0 else None
@@ -363,7 +391,8 @@ def _meet(launch: Launch, mine: Arrival, seconds: float, store: dist.Store | Non
             keeper = leader and not launch.store_kept
             store = open_store(launch.master_addr, launch.master_port, published, keeper, launch.rank, seconds)
         store = dist.PrefixStore(f"megallama/{launch.attempt}", store)
-        return meet(store, mine, seconds, leader), store
+        open_star(star, store, mine, launch.master_addr, seconds)
+        return meet(star, mine, seconds), store
     finally:
         if leader and published is not None:
             published.unlink(missing_ok=True)

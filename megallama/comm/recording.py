@@ -79,9 +79,9 @@ class Wrapped:
         self._blocking("barrier")
         self.inner.barrier()
 
-    def gather_values(self, value: Any) -> list[Any]:
+    def gather_values(self, value: Any, summary: Callable[[list[Any]], Any] = list) -> Any:
         self._blocking("gather_values")
-        return self.inner.gather_values(value)
+        return self.inner.gather_values(value, summary)
 
 
 class Recording(Wrapped):
@@ -212,5 +212,5 @@ class Absent(Solo):
 
     all_gather = reduce_scatter = send = recv = _nothing
 
-    def gather_values(self, value: Any) -> list[Any]:
-        return [value] * self.size
+    def gather_values(self, value: Any, summary: Callable[[list[Any]], Any] = list) -> Any:
+        return summary([value] * self.size)

@@ -1,9 +1,8 @@
 """How the ranks of a run find one another, and what they learn when that fails.
 
-Rank 0 keeps a key-value store (torch's TCPStore; under torchrun the agent keeps it).  Every rank
-writes one `Arrival` there.  Rank 0 compares them and publishes a verdict: go on, or one sentence
-that names the ranks concerned, which then every rank raises.  Only after that are process groups
-made.  The store lives as long as the run and also carries the record of the first failure.
+Rank 0 keeps a key-value store (torch's TCPStore; under torchrun the agent keeps it), where it says how to reach its
+`Star`.  Every rank connects there with an `Arrival`.  Rank 0 compares them and sends a verdict: go on, or one sentence
+that names the ranks concerned, which then every rank raises.  Only after that are process groups made.
 """
 
 from __future__ import annotations
@@ -14,17 +13,16 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megallama.comm.errors import LaunchError
+from megallama.comm.errors import ContactLost, LaunchError
+from megallama.comm.star import CRASHED, MEETING, Star
 from megallama.config.words import counted
-
-_LOST = re.compile(r"connection|peer|broken pipe|timed? ?out|nccl|socket", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -104,53 +102,64 @@ def _read_port(path: Path, rank: int, seconds: float, deadline: float) -> int:
         time.sleep(0.02)
 
 
-def meet(store: dist.Store, mine: Arrival, seconds: float, leader: bool) -> list[Arrival]:
+def open_star(star: Star, store: dist.Store, mine: Arrival, address: str, seconds: float) -> None:
+    """Connect this rank to the others. Raises: LaunchError if rank 0 cannot be reached within `seconds`."""
+    loopback = address in ("127.0.0.1", "localhost", "::1")
+    if mine.rank == 0:
+        store.set("star", json.dumps([star.open(loopback), star.token]))
+        return
+    port, failure = 0, "it has not said at which port"
+    try:
+        store.wait(["star"], timedelta(seconds=seconds))
+        port, star.token = json.loads(store.get("star"))
+        star.connect("127.0.0.1" if loopback else address, port, asdict(mine), seconds)
+    except (RuntimeError, OSError, TimeoutError) as error:
+        failure = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LaunchError(
+            f"rank {mine.rank} ({mine.host}) could not reach rank 0 at {address}:{port} within {seconds:g} s "
+            f"(run.init_timeout_seconds): it has given up (its output says why), or the network between the nodes "
+            f"lets only some ports through ({failure})"
+        ) from error
+
+
+def meet(star: Star, mine: Arrival, seconds: float) -> list[Arrival]:
     """Wait for all ranks; their arrivals in rank order.
 
     Raises: LaunchError, on every rank that arrived, with what rank 0 found wrong.
     """
-    deadline = time.monotonic() + seconds
-    number = store.add("arrivals", 1)
-    store.set(f"arrival/{number}", json.dumps(asdict(mine)))
-    if leader:
-        arrived, problem = _collect(store, mine, seconds, deadline)
+    if mine.rank == 0:
+        arrived, problem, status = _collect(star, mine, time.monotonic() + seconds, seconds)
         everyone = [asdict(arrived[rank]) for rank in sorted(arrived)]
-        store.set("verdict", json.dumps({"problem": problem, "arrivals": everyone}))
-        if problem:
-            # those who are still on their way should read it too, unless the time is up
-            others = (mine.world_size if time.monotonic() < deadline else store.add("arrivals", 0)) - 1
-            _linger(lambda: store.add("readers", 0) >= others)
-            raise LaunchError(problem)
-        return [arrived[rank] for rank in sorted(arrived)]
-    try:
-        store.wait(["verdict"], timedelta(seconds=seconds + 30))
-        verdict = json.loads(store.get("verdict"))
-        store.add("readers", 1)
-    except RuntimeError as error:
-        raise LaunchError(f"rank {mine.rank} ({mine.host}) lost rank 0 while the ranks were gathering") from error
-    if verdict["problem"]:
-        raise LaunchError(verdict["problem"])
-    return [Arrival(**arrival) for arrival in verdict["arrivals"]]
+        star.post(MEETING, json.dumps([problem, status, everyone]).encode())
+    else:
+        try:
+            problem, status, everyone = json.loads(star.receive(MEETING, seconds + 30)[1])
+        except (TimeoutError, ContactLost) as error:
+            text = f"rank {mine.rank} ({mine.host}) lost rank 0 while the ranks were gathering: {error}"
+            raise LaunchError(text) from error
+    if problem:
+        refused = LaunchError(problem)
+        refused.shared, refused.status = True, status
+        raise refused
+    star.names = {arrival["rank"]: f"rank {arrival['rank']} ({arrival['host']})" for arrival in everyone}
+    return [Arrival(**arrival) for arrival in everyone]
 
 
-def _collect(store: dist.Store, mine: Arrival, seconds: float, deadline: float) -> tuple[dict[int, Arrival], str]:
-    """The leader's part: everybody who arrived in time, and what is wrong with them."""
-    arrived, read, pause = {mine.rank: mine}, 0, 0.001
-    while True:
-        count = store.add("arrivals", 0)
-        while read < count:
-            read += 1
-            other = Arrival(**json.loads(store.get(f"arrival/{read}")))
+def _collect(star: Star, mine: Arrival, deadline: float, seconds: float) -> tuple[dict[int, Arrival], str, int]:
+    """Rank 0's part: everybody who arrived in time, what is wrong with them, and the status it means."""
+    arrived = {0: mine}
+    problem = mine.problem
+    while not problem and len(arrived) < mine.world_size:
+        try:
+            other = Arrival(**json.loads(star.receive(MEETING, deadline - time.monotonic())[1]))
             problem = _compare(arrived, other)
-            if problem:
-                return arrived, problem
-            arrived[other.rank] = other
-        if len(arrived) == mine.world_size:
-            return arrived, mine.problem
-        if mine.problem or time.monotonic() > deadline:
-            return arrived, mine.problem or _missing(arrived, mine.world_size, seconds)
-        time.sleep(pause)
-        pause = min(2 * pause, 0.1)
+            arrived.setdefault(other.rank, other)
+        except TimeoutError:
+            star.expected = len(arrived) - 1  # the others are not waited for any more
+            problem = _missing(arrived, mine.world_size, seconds)
+        except ContactLost as error:
+            return arrived, str(error), CRASHED
+    return arrived, problem, LaunchError.status
 
 
 def _compare(arrived: dict[int, Arrival], new: Arrival) -> str:
@@ -214,49 +223,3 @@ def ranges(ranks: Sequence[int]) -> str:
         else:
             runs.append([rank])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
-
-
-def _linger(done: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Keep the store alive until the others have read it, but not for long."""
-    deadline = time.monotonic() + seconds
-    while not done() and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-class FailureRecord:
-    """Who failed first, kept in the store so that every other rank can name it."""
-
-    def __init__(self, store: dist.Store, rank: int, host: str) -> None:
-        self._store, self._rank, self._host = store, rank, host
-
-    def report(self, text: str) -> None:
-        """Record the last line of `text` unless another rank has failed before.
-
-        A broken connection is recorded as such: it is usually the echo of a failure elsewhere.
-        """
-        line = (text.strip().splitlines() or ["unknown error"])[-1]
-        verb = "lost contact with another rank first" if _LOST.search(line) else "failed first"
-        try:
-            if self._store.add("failures", 1) == 1:
-                self._store.set("failure", f"rank {self._rank} ({self._host}) {verb}: {line}")
-        except RuntimeError:
-            pass  # rank 0 is gone and the store with it
-
-    def first(self) -> str | None:
-        """The sentence about the first failure, if one is on record."""
-        try:
-            if self._store.add("failures", 0):
-                self._store.wait(["failure"], timedelta(seconds=5))
-                return self._store.get("failure").decode()
-        except RuntimeError:
-            pass
-        return None
-
-    def part(self, world_size: int, keeper: bool) -> None:
-        """Say goodbye; the keeper of the store waits a moment for the others' goodbyes."""
-        try:
-            self._store.add("goodbyes", 1)
-            if keeper:
-                _linger(lambda: self._store.add("goodbyes", 0) >= world_size)
-        except RuntimeError:
-            pass

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from megallama.comm.c10d import FREE_TAG, MESSAGE, C10d, add_in_order
+from megallama.comm.errors import ContactLost
 from megallama.comm.group import Done, Handle, Op
 
 LARGEST = 8 << 20  # most bytes of an operation that goes this way
@@ -331,9 +332,9 @@ class SharedMemory(C10d):
                 continue
             look = now
             if segment.owner_left() and words[at + _NUMBER] != number:
-                raise RuntimeError(f"lost the connection to rank {self.ranks[source]}: its process has left")
+                raise ContactLost(f"lost the connection to rank {self.ranks[source]}: its process has left")
             if now - start > self._seconds:
-                raise RuntimeError(f"timed out after {self._seconds:g} s waiting for rank {self.ranks[source]}")
+                raise ContactLost(f"timed out after {self._seconds:g} s waiting for rank {self.ranks[source]}")
 
     def _ring(self, segment: _Segment) -> None:
         segment.words[_BELL] += 1

@@ -38,16 +38,16 @@ class SignalFlag:
     telling: seconds for `listen`'s function to reach the other ranks; grace: seconds for the main thread to come back.
     """
 
-    def __init__(self, patience: float = 2.0, *, telling: float = 10.0, grace: float = 3.0) -> None:
+    def __init__(self, patience: float = 2.0, *, telling: float = 6.0, grace: float = 2.0) -> None:
         self.received: signal.Signals | None = None
         self.phase: Phase = "setting up"
         self.why: str | None = None  # in words, once set-up is to stop
-        self._patience, self._telling, self._grace = patience, telling, grace
+        self._patience, self._telling, self.grace = patience, telling, grace
         self._lock = threading.RLock()  # held where the phase changes, and where it decides
         self._tell: Callable[[str], None] | None = None
         self._deadline: float | None = None  # then set-up stops (`why` is None), or the process leaves
         self._last: list[Callable[[], None]] = []
-        self._status, self._for_good = SAVED, False
+        self.status, self._for_good = SAVED, False
         self._raised = False
         self._old: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] = (-1, -1)
@@ -87,12 +87,12 @@ class SignalFlag:
         if self.received is not None:
             tell(self.received.name)
 
-    def stop(self, why: str) -> None:
-        """Stop setting up, from any thread; does nothing once training has begun."""
+    def stop(self, why: str, status: int = SAVED) -> None:
+        """Stop setting up, from any thread, with this exit status; does nothing once training has begun."""
         with self._lock:
             if self._watcher is None or self.why is not None or self.phase not in ("setting up", "about to train"):
                 return
-            self.why, self._deadline = why, time.monotonic() + self._grace
+            self.why, self.status, self._deadline = why, status, time.monotonic() + self.grace
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)  # `_note` raises
 
     def before_leaving(self, act: Callable[[], None]) -> None:
@@ -120,14 +120,14 @@ class SignalFlag:
         for_good: the process ends with the flag, and the previous handlers do not come back to kill it before.
         """
         with self._lock:
-            self.phase, self._status, self._for_good = "leaving", status, for_good
+            self.phase, self.status, self._for_good = "leaving", status, for_good
 
     # ---- both ----
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.why is not None and not self._raised:
-            self._raised = True
-            raise Stopped(self.why)
+            self._raised, self._deadline = True, time.monotonic() + 10 * self.grace  # rank 0 waits for the others
+            raise Stopped(self.why, self.status)
         if self.received is None:
             self.received = signal.Signals(number)
 
@@ -166,18 +166,20 @@ class SignalFlag:
     def _too_late(self) -> None:
         with self._lock:
             before, why = self.phase in ("setting up", "about to train"), self.why
+            if self._deadline is None or time.monotonic() < self._deadline:
+                return
             self._deadline = None
         if before and why is not None:
             for act in self._last:
                 act()
-            os._exit(SAVED)
+            os._exit(self.status)
         if before and self.received is not None:  # nobody could be told
             self.stop(self.received.name)
 
     def _obey(self, number: int) -> None:
         """End the process, by a signal's default action if nothing is done yet: as it would have without a handler."""
         if self.phase == "leaving":
-            os._exit(self._status)
+            os._exit(self.status)
         libc = ctypes.CDLL(None)
         libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
         libc.signal(number, None)  # SIG_DFL is the null pointer; `signal.signal` works in the main thread only

@@ -189,7 +189,7 @@ class Trainer:
         """From here on a signal to any rank is seen by all in the next step's vote."""
         asked = self._world.group.gather_values(self._signals.last_call())
         if why := next(filter(None, asked), None):
-            raise Stopped(why)
+            raise Stopped(why, SAVED)
         self._signals.begin_training()
 
     # ---- state ----

@@ -14,7 +14,7 @@ from tests.checkpoint.states import MODEL, assert_holds, boxes, empty, make_conf
 def save_while_training(world: Any, folder: str, steps: int) -> dict[str, Any]:
     """Asynchronous saves beside all-reduces of another group; the last sum."""
     grid = Topology.fill(world.world_size, tp=2)
-    training, group = world.host_group("training"), world.host_group("checkpoint")
+    training, group = world.group, world.host_group("checkpoint")
     manager = make_manager(Path(folder), make_config(async_save=True, keep_last=1), group)
     manager.acquire()
     found = boxes(MODEL, grid, 1, world.rank, owned=True)

@@ -251,14 +251,11 @@ def arrives_before_wait(world: World) -> bool:
 
 def first_failure(world: World, bad: int) -> str | None:
     """One rank reports and leaves; what the others then learn when their collective breaks."""
-    assert world.first_failure() is None
     world.group.barrier()
     if world.rank == bad:
-        world.report_failure("Traceback\n  ...\nValueError: disk full")
-        return None
+        return world.failed(ValueError("disk full"))
     try:
         world.group.barrier()
     except RuntimeError as error:
-        world.report_failure(str(error))
-        return world.first_failure()
+        return world.failed(error)
     return "the barrier held"

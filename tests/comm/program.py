@@ -26,8 +26,8 @@ def main(arguments: list[str]) -> int:
             if bad >= 0:
                 try:
                     world.group.barrier()
-                except RuntimeError:
-                    first = world.first_failure()
+                except RuntimeError as error:
+                    first = world.failed(error)
             facts = {"rank": world.rank, "size": world.world_size, "local": [launch.local_rank, launch.local_size]}
             facts |= {"launcher": launch.launcher, "sum": x.item(), "notes": world.notes, "first": first}
             facts |= {"threads": torch.get_num_threads(), "port": launch.master_port, "hosts": world.hosts}

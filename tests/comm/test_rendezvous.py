@@ -14,7 +14,8 @@ import pytest
 import torch.distributed as dist
 
 from megallama.comm.errors import LaunchError
-from megallama.comm.rendezvous import Arrival, FailureRecord, meet, open_store, port_file, ranges
+from megallama.comm.rendezvous import Arrival, meet, open_star, open_store, port_file, ranges
+from megallama.comm.star import Star
 
 
 def arrival(rank: int, size: int = 4, **changes: Any) -> Arrival:
@@ -28,10 +29,14 @@ def gather(arrivals: list[Arrival], seconds: float = 5.0, pause: float = 0.0) ->
 
     def body(index: int) -> None:
         mine = arrivals[index]
+        star = Star(mine.rank, mine.world_size, mine.host)
         try:
-            results[index] = meet(store, mine, seconds, leader=mine.rank == 0)
+            open_star(star, store, mine, "127.0.0.1", seconds)
+            results[index] = meet(star, mine, seconds)
         except LaunchError as error:
             results[index] = str(error)
+        finally:
+            star.close()
 
     threads = [threading.Thread(target=body, args=(index,)) for index in range(len(arrivals))]
     for thread in threads:
@@ -127,24 +132,6 @@ def test_a_published_port_is_free_and_private(tmp_path: Path) -> None:
     assert int(path.read_text()) == keeper.port and os.stat(path).st_mode & 0o077 == 0
     assert open_store("127.0.0.1", 0, path, False, 1, 5).get("key") == b"value"
     assert port_file("slurm-1/2").name == f"megallama-{os.getuid()}-slurm-1-2"
-
-
-def test_first_failure() -> None:
-    store = dist.HashStore()
-    one, two = FailureRecord(store, 1, "a"), FailureRecord(store, 2, "b")
-    assert one.first() is None
-    two.report("Traceback ...\n  line\nValueError: disk full\n")
-    one.report("RuntimeError: Connection closed by peer")
-    assert one.first() == two.first() == "rank 2 (b) failed first: ValueError: disk full"
-
-
-def test_an_echo_of_a_failure_is_called_one() -> None:
-    store = dist.HashStore()
-    record = FailureRecord(store, 1, "a")
-    record.report("RuntimeError: Connection closed by peer")
-    assert record.first() == (
-        "rank 1 (a) lost contact with another rank first: RuntimeError: Connection closed by peer"
-    )
 
 
 def test_ranges() -> None:

@@ -141,8 +141,7 @@ def test_alone_needs_nothing() -> None:
         assert isinstance(world.group, Solo) and not torch.distributed.is_initialized()
         groups = world.groups(Topology(), num_kv_heads=2)
         assert all(isinstance(getattr(groups, name), Solo) for name in ("tp", "dp", "pp", "embedding", "kv", "world"))
-        assert world.first_failure() is None
-        world.report_failure("nobody to tell")
+        assert world.failed(ValueError("nobody to tell")) is None
         assert world.notes[-1].startswith("1 CPU thread per rank (")
 
 

@@ -205,6 +205,7 @@ def leaving(how: str) -> subprocess.Popen[str]:
 
 def test_a_process_whose_main_thread_does_not_come_back_leaves_with_75() -> None:
     process = leaving("stuck")
+    time.sleep(0.5)  # until it is
     process.send_signal(signal.SIGTERM)
     assert process.communicate()[0] == "last act\n"
     assert process.returncode == 75
