@@ -33,13 +33,19 @@ class InternalError(RuntimeError):
     shared, status = True, 1
 
 
+class NotFiniteError(CheckpointError):
+    """What was to be saved holds inf or nan, and was not: the message names the tensor and the rank."""
+
+    status = 3
+
+
 def agree(group: Assembly, what: str, work: Callable[[], Any], *, collect: bool = False) -> list[Any]:
     """Run `work` on this rank; the JSON values it returned on every rank, in rank order.
 
     collect: the values go to rank 0 alone; what the others get is not to be looked at.
-    Raises, on every rank alike: DamagedError if any rank found damage, else the kind of MegallamaError that the first
-    rank that failed had, with its status.  Of what is none, an OSError (a full disk, say) becomes a CheckpointError
-    with status 1, all others an InternalError; their traceback is logged before anything is exchanged.
+    Raises, on every rank alike: DamagedError or NotFiniteError if any rank has one, else the kind of MegallamaError
+    that the first rank that failed had, with its status.  Of what is none, an OSError (a full disk, say) becomes a
+    CheckpointError with status 1, all others an InternalError; their traceback is logged before anything is exchanged.
     `what` begins the message.
     """
     value, failure, cause = None, None, None
@@ -59,7 +65,7 @@ def agree(group: Assembly, what: str, work: Callable[[], Any], *, collect: bool 
     if not failed:
         return values if collect else everyone
     kinds = {_name(kind): kind for kind in _kinds(MegallamaError)}
-    failed.sort(key=lambda f: not issubclass(kinds.get(f[1], Exception), DamagedError))  # damage first
+    failed.sort(key=lambda f: not issubclass(kinds.get(f[1], Exception), (DamagedError, NotFiniteError)))  # first
     rank, name, text, status, host = failed[0]
     who = f"rank {rank} on {host}: " if group.size > 1 else ""
     others = f" (and {counted(len(failed) - 1, 'more rank')}: {[f[0] for f in failed[1:9]]})" if len(failed) > 1 else ""

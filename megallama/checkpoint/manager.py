@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from megallama.checkpoint import manifest, reader
-from megallama.checkpoint.errors import CheckpointError, DamagedError, InternalError, agree
+from megallama.checkpoint.errors import CheckpointError, DamagedError, InternalError, NotFiniteError, agree
 from megallama.checkpoint.huggingface import model_files
 from megallama.checkpoint.layout import SHARD_BYTES, STATE, layout
 from megallama.checkpoint.lock import LEASE_SECONDS, FolderLock
@@ -86,9 +86,13 @@ class CheckpointManager:
         self._line = secrets.token_hex(8)  # retention touches only the line of checkpoints that led here
         self._buffer: Tensor | None = None
         self._thread: threading.Thread | None = None
+        self._handing = threading.Lock()  # over of the folder: by a save that outlives `release`, not before it
+        self._released = False
+        self.saving = False  # behind the caller's back
         self._failure: BaseException | None = None
         self._failures = 0  # in a row
         self.saved_step: int | None = None  # of the newest checkpoint this run has loaded or completed
+        self.keep_all = False  # True: delete nothing, as long as it is not known which checkpoint is good
 
     def _use(self, config: Config) -> None:
         self._config = config
@@ -116,8 +120,11 @@ class CheckpointManager:
         agree(self._group, "checkpoint folder", work)
 
     def release(self) -> None:
-        """Give the folder's lock back."""
-        self._lock.release()
+        """Give the folder's lock back; where a save is still running that is its last act: it must not commit later."""
+        with self._handing:
+            self._released = True
+            if not self.saving:
+                self._lock.release()
 
     # ---- saving ----
 
@@ -138,7 +145,8 @@ class CheckpointManager:
         long as checkpoint.max_failures in a row are not exceeded, left to the next save to make good. Else it
         returns after the commit.
         Raises: CheckpointError on every rank if this save failed, or too many before it, or another job has
-        taken the folder; the checkpoints before it are untouched.
+        taken the folder; the checkpoints before it are untouched. NotFiniteError if this or the last save met a
+        state that is not finite.
         """
         if self._thread is not None and self._thread.is_alive():
             since = time.monotonic()
@@ -146,8 +154,8 @@ class CheckpointManager:
             self._log(f"checkpoint of step {step} waited {time.monotonic() - since:.1f} s for the one before it")
         try:
             self.finish()
-        except (CheckpointError, InternalError):
-            if self._failures > self._config.checkpoint.max_failures:
+        except (CheckpointError, InternalError) as error:
+            if self._failures > self._config.checkpoint.max_failures or isinstance(error, NotFiniteError):
                 raise
             agree(self._group, f"checkpoint of step {step}", self._lock.check)
         if not (self._config.checkpoint.async_save and behind):
@@ -163,10 +171,26 @@ class CheckpointManager:
                 self._failures += 1
                 going = self._failures <= self._config.checkpoint.max_failures
                 then = "the run goes on and saves when the next is due" if going else "the next save stops the run"
-                self._log(f"warning: checkpoint of step {step}: {error}; {then}")
+                if not isinstance(error, NotFiniteError):  # which ends the run
+                    self._log(f"warning: checkpoint of step {step}: {error}; {then}")
+            with self._handing:
+                self.saving = False
+                if self._released:
+                    self._lock.release()
 
+        self.saving = True
         self._thread = threading.Thread(target=work, name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
+
+    @property
+    def not_finite(self) -> bool:
+        """Whether the last save behind the training met a state that is not finite: `finish` raises it."""
+        return isinstance(self._failure, NotFiniteError)
+
+    def wait(self, seconds: float) -> None:
+        """Wait at most so long for a running save; `finish` raises what it met."""
+        if self._thread is not None:
+            self._thread.join(seconds)
 
     def finish(self) -> None:
         """Wait for a running save. Raises: what it raised."""
@@ -207,7 +231,13 @@ class CheckpointManager:
 
         agree(self._group, f"checkpoint of step {step}", begin)
         content = contents[0]
-        write_checkpoint(content, shards, self._group)
+        try:
+            write_checkpoint(content, shards, self._group)
+        except NotFiniteError as error:
+            alone = " on rank 0" * (self._group.size == 1)
+            good = "there is none: start again" if self.saved_step is None else f"resume from step {self.saved_step}"
+            error.args = (f"{error}{alone}; {good} with a lower optimizer.lr",)
+            raise
         self._failures, self.saved_step = 0, step
         if self._group.rank == 0:
             size = sum(content.sizes().values())
@@ -239,6 +269,8 @@ class CheckpointManager:
         keep_last, keep_every = self._config.checkpoint.keep_last, self._config.checkpoint.keep_every
         try:
             point_latest(final)
+            if self.keep_all:
+                return
             replaced = final.with_name(final.name + ".old")
             if replaced.exists():
                 remove_checkpoint(replaced)
@@ -295,6 +327,10 @@ class CheckpointManager:
             f"{self._folder} holds checkpoints, but none is usable:\n  " + "\n  ".join(listing) + "\nRestore one of "
             "them, or write checkpoint.resume=fresh (or --fresh) to start again from random weights"
         )
+
+    def newest_step(self, most: int) -> int | None:
+        """The highest step up to `most` of which the folder holds a complete checkpoint; only looks."""
+        return max((m.step for m in self._complete().values() if m.step <= most), default=None)
 
     def _candidates(self) -> list[str]:
         """Names of the step folders, newest first; those with an unreadable manifest before all others."""

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from megallama.checkpoint import manifest
-from megallama.checkpoint.errors import CheckpointError, agree
+from megallama.checkpoint.errors import CheckpointError, NotFiniteError, agree
 from megallama.checkpoint.layout import DTYPES, FileSet, Place
 from megallama.comm.group import Assembly
 from megallama.layers.shard import StateShard
@@ -69,8 +69,8 @@ class Content:
 def write_checkpoint(content: Content, shards: Sequence[StateShard], group: Assembly) -> None:
     """Write and commit one checkpoint; every rank of `group` calls it with the shards it owns.
 
-    Raises: CheckpointError on every rank, naming the rank that failed and why; then nothing was
-    committed and the temporary folder is gone.
+    Raises: CheckpointError on every rank, naming the rank that failed and why (NotFiniteError if the state holds
+    inf or nan); then nothing was committed and the temporary folder is gone.
     """
     what = f"saving {content.final} failed, the checkpoints before it are untouched"
     first = group.rank == 0
@@ -183,12 +183,16 @@ class _Output:
         self.digests: dict[int, str] = {}
 
     def write_box(self, place: Place, box: Box, tensor: Tensor) -> None:
-        """Write the elements of `box`."""
+        """Write the elements of `box`. Raises: NotFiniteError naming the first that is inf or nan."""
         item = place.item_bytes
         for start in range(0, box.numel, CHUNK_ELEMENTS):
             stop = min(start + CHUNK_ELEMENTS, box.numel)
-            data = as_bytes(tensor[start:stop].detach().to("cpu", DTYPES[place.dtype]))
-            at = 0
+            values = tensor[start:stop].detach().to("cpu", DTYPES[place.dtype])
+            if not all(map(isfinite, torch.aminmax(values))):  # no run could go on from this
+                wrong = start + int(values.isfinite().logical_not().nonzero()[0])
+                index, value = next(boxes_of_range(box, wrong, wrong + 1)).start, float(values[wrong - start])
+                raise NotFiniteError(f"{value} in {box.key}{list(index)}, for {place.file}")
+            data, at = as_bytes(values), 0
             for part in boxes_of_range(box, start, stop):
                 for first, count in runs(part, place.shape):
                     self._write(data[at : at + count * item], place.offset + first * item)

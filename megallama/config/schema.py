@@ -227,6 +227,9 @@ class CheckpointConfig(Section):
     max_failures: int = Field(
         2, ge=0, description="saves in a row that may fail behind the training steps (a full disk) before the run stops"
     )
+    finish_seconds: NonNegativeFloat = Field(
+        30.0, description="a run that ends by a failure waits at most this long for the save behind its steps [s]"
+    )
 
 
 class LogConfig(Section):

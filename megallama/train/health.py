@@ -36,8 +36,13 @@ class BadSteps:
         self.in_a_row = 0
         self.last_good: int | None = None
 
+    @property
+    def bears_another(self) -> bool:
+        """Whether the run goes on after one more bad step."""
+        return self.in_a_row + 1 < self.max_bad_steps
+
     def record(self, step: int, finite: bool, *, excused: bool = False, checkpoint: int | None = None) -> None:
-        """Note how update number `step` went; `checkpoint` is the step of the newest one, for the message.
+        """Note how update number `step` went; `checkpoint` is the newest step up to the last good one that is on disk.
 
         `excused` marks an overflow that a smaller fp16 loss scale may cure: counted as skipped, but
         not as one of the row.  Raises TrainingStopped after `max_bad_steps` bad steps in a row.
@@ -54,7 +59,7 @@ class BadSteps:
         first = step - self.in_a_row + 1
         steps = f"step {step}" if first == step else f"steps {first}-{step}"
         good = "no step was good" if self.last_good is None else f"last good step {self.last_good}"
-        resume = f"resume from step {checkpoint}" if checkpoint is not None else "no checkpoint exists: start again"
+        resume = f"resume from step {checkpoint}" if checkpoint is not None else "no checkpoint is so old: start again"
         raise TrainingStopped(
             f"loss or gradients were non-finite for {counted(self.in_a_row, 'step')} in a row ({steps}); {good}; "
             f"{resume} with a lower optimizer.lr or a longer lr_schedule.warmup_steps, "

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from megallama.checkpoint.errors import agree
+from megallama.checkpoint.errors import NotFiniteError, agree
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.comm.errors import Stopped
 from megallama.comm.launch import World
@@ -33,7 +34,7 @@ from megallama.train.assemble import DTYPES, Rank, assemble, initialize, kernels
 from megallama.train.collect import Collector
 from megallama.train.determinism import set_deterministic
 from megallama.train.evaluate import evaluate
-from megallama.train.health import BadSteps
+from megallama.train.health import BadSteps, TrainingStopped
 from megallama.train.log import Logger, human_count
 from megallama.train.metrics import Meter, MetricsWriter, peak_memory_bytes
 from megallama.train.peak import peak_flops
@@ -73,6 +74,7 @@ class Trainer:
         self._counters = Counters()
         self._scaler = LossScaler(config.precision)
         self._bad = BadSteps(config.train.max_bad_steps)
+        self._save_owed = False  # a save that was due while the steps were bad
         self._timers = Timers()
         self._tape = Tape()
         self._started = time.monotonic()
@@ -97,12 +99,23 @@ class Trainer:
             self._begin_training()
             with Collector(self._config.train.gc_interval) as self._collector:
                 return self._loop()
-        except MegallamaError as error:
-            if error.status == MegallamaError.status and self._counters.step > self._first_step:
-                error.status = FAILED
+        except BaseException as error:
+            if not isinstance(error, Stopped):
+                self._give_up(error)
             raise
         finally:
             self._manager.release()
+
+    def _give_up(self, error: BaseException) -> None:
+        """The failure is told first; then a save under way may end, as all ranks hold it whole in memory."""
+        self._world.report_failure(f"{type(error).__name__}: {error}")
+        begun, not_finite = self._counters.step > self._first_step, (TrainingStopped, NotFiniteError)
+        if isinstance(error, MegallamaError) and begun and not isinstance(error, not_finite):
+            error.status = FAILED
+        if self._manager.saving:
+            seconds = self._config.checkpoint.finish_seconds
+            self._log.info(f"{type(error).__name__}: {error}; the save under way may take up to {seconds:g} s more")
+            self._manager.wait(seconds)
 
     # ---- setting up ----
 
@@ -208,6 +221,27 @@ class Trainer:
         self._scaler.load_state_dict(saved["scaler"])
         self._bad.load_state_dict(saved["bad_steps"])
 
+    def _record_health(self, result: StepResult) -> None:
+        """Count the step. Raises: TrainingStopped after too many bad ones, naming the last checkpoint before them."""
+        bad, good = self._bad, None
+        if not (result.applied or self._excused or bad.bears_another):
+            self._manager.wait(self._config.checkpoint.finish_seconds)
+            with suppress(OSError):
+                good = self._manager.newest_step(bad.last_good or 0) if self._world.rank == 0 else None
+            good = self._world.group.gather_values(good)[0]
+        bad.record(self._counters.step, result.applied, excused=self._excused, checkpoint=good)
+        self._manager.keep_all = bad.in_a_row > 0
+
+    def _save_if_due(self, leaving: bool) -> None:
+        """Save when it is time; but while the steps are bad nobody knows since when the state has been."""
+        interval, step = self._config.checkpoint.interval, self._counters.step
+        self._save_owed |= interval > 0 and step % interval == 0
+        if leaving or (self._save_owed and not self._bad.in_a_row):
+            self._save_owed = False
+            self._save(leaving)
+        elif self._save_owed and step % interval == 0:
+            self._log.info(f"step {step} is not saved before a step is good again; nothing is deleted meanwhile")
+
     def _save(self, leaving: bool) -> None:
         self._world.bound(self._config.run.io_timeout_seconds)  # until the next step has brought all ranks together
         shards = self._rank.optimizer.shards(owned_only=True)
@@ -232,17 +266,13 @@ class Trainer:
                 last = counters.step == self._last_step
                 if counters.step % config.log.interval == 0 or last or stopped or not result.applied:
                     self._report(writer, result, loader)
-                if not (result.applied or self._excused):
-                    self._manager.finish()  # a run that ends here keeps, and names, the save under way
-                saved = self._manager.saved_step
-                self._bad.record(counters.step, result.applied, excused=self._excused, checkpoint=saved)
+                self._record_health(result)
                 interval = config.train.eval_interval
                 if interval and (counters.step % interval == 0 or last):
                     self._evaluate(writer, "valid")
                 if last:
                     self._evaluate(writer, "test")
-                if last or stopped or (config.checkpoint.interval and counters.step % config.checkpoint.interval == 0):
-                    self._save(leaving=last or stopped is not None)
+                self._save_if_due(leaving=last or stopped is not None)
                 self._collector.step(counters.step)
             self._rank.optimizer.wait()  # no rank leaves while another one still receives its weights
             self._tracer.write()

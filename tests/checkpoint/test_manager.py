@@ -18,7 +18,7 @@ import torch
 
 from megallama.checkpoint import manager as manager_module
 from megallama.checkpoint import manifest, writer
-from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint.errors import CheckpointError, NotFiniteError
 from megallama.checkpoint.lock import FolderLock
 from megallama.checkpoint.manager import _touching
 from megallama.plan.topology import Topology
@@ -120,6 +120,78 @@ def test_without_tolerance_the_next_save_raises_what_the_one_before_it_met(tmp_p
     manager = make_manager(tmp_path, make_config(async_save=True, max_failures=0))
     manager.save(1, solo_shards(STATE), {})
     with pytest.raises(CheckpointError, match="step-00000001 failed, the checkpoints before it are untouched"):
+        manager.save(2, solo_shards(STATE), {})
+
+
+def test_a_released_folder_stays_locked_until_the_save_under_way_has_ended(tmp_path, monkeypatch) -> None:
+    """Else the next job could have the folder when the old save commits into it."""
+    gate, write = threading.Event(), manager_module.write_checkpoint
+    monkeypatch.setattr(manager_module, "write_checkpoint", lambda *args: gate.wait(30) and write(*args))
+    manager = make_manager(tmp_path, make_config(async_save=True))
+    manager.acquire()
+    manager.save(1, solo_shards(STATE), {"step": 1})
+    start = time.monotonic()
+    manager.wait(0.2)
+    assert 0.2 <= time.monotonic() - start < 10 and manager.saving
+    manager.release()
+    with pytest.raises(CheckpointError, match="is in use by"):
+        make_manager(tmp_path, make_config()).acquire()
+    gate.set()
+    manager._thread.join(30)
+    assert not manager.saving and sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
+def test_without_a_save_under_way_the_folder_is_released_at_once(tmp_path) -> None:
+    manager = make_manager(tmp_path, make_config(async_save=True))
+    manager.acquire()
+    manager.save(1, solo_shards(STATE), {"step": 1})
+    manager.wait(30)
+    manager.release()
+    assert not (tmp_path / "lock").exists()
+
+
+# ---- a state that is not finite ----
+
+
+@pytest.mark.parametrize("kind", ["master", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_state_that_is_not_finite_is_never_committed(tmp_path, kind: str, value: float) -> None:
+    save_steps(tmp_path, [1])
+    bad, grid = make_state(), Topology(dp=2, tp=2)
+    bad[kind]["model.layers.2.self_attn.o_proj.weight"][20, 5] = value
+    bad[kind]["lm_head.weight"][0, 0] = 3e38  # large is no reason
+
+    def rank(group) -> str:
+        manager = make_manager(tmp_path, make_config(), group)
+        manager.resume(take(STATE, boxes(MODEL, grid, 1, group.rank, owned=True)))
+        with pytest.raises(NotFiniteError) as error:
+            manager.save(2, take(bad, boxes(MODEL, grid, 1, group.rank, owned=True)), {})
+        assert error.value.status == 3
+        return str(error.value)
+
+    texts = on_grid(grid, rank)
+    where = rf"rank \d on \S+: {value} in model.layers.2.self_attn.o_proj.weight\[20, 5\], for optimizer/{kind}-"
+    assert len(set(texts)) == 1 and re.search(where, texts[0]) and "; resume from step 1 with" in texts[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
+def test_what_a_format_cannot_hold_is_not_finite(tmp_path) -> None:
+    state = make_state()
+    state["master"]["model.norm.weight"][3] = 70_000.0
+    make_manager(tmp_path / "bf16", make_config()).save(1, solo_shards(state), {})
+    with pytest.raises(NotFiniteError, match=r"inf in model.norm.weight\[3\], for model/model-.* on rank 0; there is"):
+        make_manager(tmp_path / "fp16", make_config(dtype="fp16")).save(1, solo_shards(state), {})
+    assert not steps(tmp_path / "fp16")
+
+
+def test_a_save_behind_training_that_met_it_is_not_tolerated(tmp_path) -> None:
+    state, log = make_state(), []
+    state["exp_avg"]["model.norm.weight"][0] = float("nan")
+    manager = make_manager(tmp_path, make_config(async_save=True, max_failures=9), log=log.append)
+    manager.save(1, solo_shards(state), {})
+    manager._thread.join(30)
+    assert manager.not_finite and log == []
+    with pytest.raises(NotFiniteError):
         manager.save(2, solo_shards(STATE), {})
 
 
@@ -291,6 +363,18 @@ def test_retention(tmp_path) -> None:
     save_steps(tmp_path / "b", [1, 2, 3, 4, 5, 6, 7], keep_last=1, keep_every=3)
     assert steps(tmp_path / "b") == [3, 6, 7]
     assert (tmp_path / "b/latest").read_text() == "step-00000007\n"
+
+
+def test_nothing_is_deleted_while_it_is_not_known_which_is_good(tmp_path) -> None:
+    manager = make_manager(tmp_path, make_config(keep_last=1))
+    for step in (1, 2, 3):
+        manager.keep_all = step > 1
+        manager.save(step, solo_shards(STATE), {})
+    assert steps(tmp_path) == [1, 2, 3] and (tmp_path / "latest").read_text() == "step-00000003\n"
+    assert [manager.newest_step(most) for most in (0, 1, 2, 9)] == [None, 1, 2, 3]
+    manager.keep_all = False
+    manager.save(4, solo_shards(STATE), {})
+    assert steps(tmp_path) == [4]
 
 
 def test_going_back_replaces_the_steps_done_again(tmp_path) -> None:

@@ -34,7 +34,7 @@ def test_bad_steps_in_a_row_stop_the_run() -> None:
 
 
 def test_bad_from_the_start() -> None:
-    with pytest.raises(TrainingStopped, match=r"\(step 1\); no step was good; no checkpoint exists: start again with"):
+    with pytest.raises(TrainingStopped, match=r"\(step 1\); no step was good; no checkpoint is so old: start"):
         BadSteps(1).record(1, False)
 
 

@@ -80,7 +80,7 @@ def test_too_many_bad_steps_end_the_run(pool: Pool, tmp_path: Path) -> None:
     answers = pool.run(2, RUN, str(tmp_path), settings, "nan:3,4:1")
     assert answers[0] == answers[1] and answers[0]["type"] == "TrainingStopped"
     assert answers[0]["error"].startswith(
-        "loss or gradients were non-finite for 2 steps in a row (steps 4-5); last good step 3; resume from step 4"
+        "loss or gradients were non-finite for 2 steps in a row (steps 4-5); last good step 3; resume from step 2"
     )
 
 

@@ -1,0 +1,62 @@
+"""Runs that fail on purpose, in the processes of the pool."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megallama.checkpoint.manager as manager_module
+from megallama.comm.launch import World
+from megallama.data.errors import DataError
+from megallama.plan.plan import make_plan
+from megallama.train.log import Logger
+from megallama.train.trainer import Trainer
+from tests.small import small_config
+
+
+def run(
+    world: World, folder: str, sections: dict[str, dict[str, Any]], kind: str, victims: Sequence[int], slow: float
+) -> dict[str, Any]:
+    """Fail in the step after a save that takes `slow` seconds has begun; how `run` ended, and what was there then."""
+    torch.set_num_threads(1)
+    config = small_config(**{**sections, "run": {"folder": folder, "peak_tflops": 1.0}})
+    log = Logger(world.rank, world.world_size, Path(folder))
+    trainer = Trainer(config, make_plan(config, world.world_size), world, log)
+    one_step, write = trainer._one_step, manager_module.write_checkpoint
+
+    def failing(loader: Any) -> Any:
+        nonlocal start
+        if trainer._counters.step == config.checkpoint.interval and world.rank in victims:
+            start = time.monotonic()
+            raise DataError("planted") if kind == "DataError" else getattr(builtins, kind)("planted")
+        return one_step(loader)
+
+    def slowly(*args: Any) -> None:
+        time.sleep(slow)
+        write(*args)
+
+    trainer._one_step = failing  # type: ignore[method-assign]
+    manager_module.write_checkpoint = slowly
+    start = 0.0
+    try:
+        status, error = trainer.run(), None
+    except BaseException as caught:  # noqa: BLE001 - told to the test
+        status, error = getattr(caught, "status", None), caught
+    finally:
+        manager_module.write_checkpoint = write
+        log.close()
+    told = {
+        "type": type(error).__name__,
+        "status": status,
+        "seconds": time.monotonic() - start,
+        "saved": sorted(os.listdir(f"{folder}/checkpoints")),
+        "first": world.first_failure(),
+    }
+    trainer._manager.wait(30)  # a process that stays, unlike a run's, lets it end before its groups are closed
+    return told
