@@ -51,6 +51,7 @@ from megallama.config.presets import PRESETS
 from megallama.config.schema import Config, ModelConfig
 from megallama.layers.shard import StateShard
 
+GRACE_SECONDS = 2.0  # for the last acts of a save that the other ranks have done with
 _STEP = re.compile(r"step-\d{8,}")
 
 
@@ -187,10 +188,16 @@ class CheckpointManager:
         """Whether the last save behind the training met a state that is not finite: `finish` raises it."""
         return isinstance(self._failure, NotFiniteError)
 
-    def wait(self, seconds: float) -> None:
-        """Wait at most so long for a running save; `finish` raises what it met."""
-        if self._thread is not None:
-            self._thread.join(seconds)
+    def wait(self, seconds: float, whole: Callable[[], bool] = lambda: True) -> None:
+        """Wait at most so long for a running save, and hardly where not all ranks are there any more (`whole`).
+
+        `finish` raises what it met.
+        """
+        deadline = time.monotonic() + seconds
+        while self._thread is not None and self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+            self._thread.join(min(left, 0.1))
+            if not whole():  # the save will hear of it itself, unless what is left of it is this rank's alone
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
 
     def finish(self) -> None:
         """Wait for a running save. Raises: what it raised."""

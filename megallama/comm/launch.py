@@ -228,6 +228,11 @@ class World:
     def local_rank(self) -> int:
         return self.launch.local_rank
 
+    @property
+    def whole(self) -> bool:
+        """Whether no rank has left, as far as this one has heard."""
+        return self.star is None or not self.star.gone
+
     def groups(self, topology: Topology, num_kv_heads: int) -> Groups:
         """Open this rank's process groups; every rank calls it with the same arguments."""
         return build_groups(topology, self.rank, num_kv_heads, self._make)

@@ -53,7 +53,7 @@ class Star:
         self._sent: dict[int, bytes] = {}  # by rank 0, to be read by those as well who come late
         self._told, self._alone, self._listener = threading.Event(), False, listener
         self._links: dict[int, asyncio.StreamWriter] = {}  # by rank; below 0 those who are a second of theirs
-        self._gone: set[int] = set()  # whose connection has ended
+        self.gone: set[int] = set()  # whose connection has ended
         self._parted: set[int] = set()  # who said so before
         self._boxes: dict[int, SimpleQueue[tuple[int, bytes | None]]] = {}
         self._loop = asyncio.new_event_loop()
@@ -126,8 +126,8 @@ class Star:
     def _box(self, channel: int) -> SimpleQueue[tuple[int, bytes | None]]:
         new: SimpleQueue[tuple[int, bytes | None]] = SimpleQueue()
         box = self._boxes.setdefault(channel, new)
-        if box is new and self._gone:
-            box.put((min(self._gone), None))
+        if box is new and self.gone:
+            box.put((min(self.gone), None))
         return box
 
     # ---- news ----
@@ -143,7 +143,7 @@ class Star:
         return self._news[0] if self._news else None
 
     def _ends(self, why: str, status: int) -> None:
-        if self.rank and 0 not in self._gone:  # rank 0 knows who was first
+        if self.rank and 0 not in self.gone:  # rank 0 knows who was first
             self._write({0}, _NEWS, json.dumps(["end", why, status]).encode())
         else:
             self._learn(why, status)
@@ -168,7 +168,7 @@ class Star:
             self._parted.add(link)
 
     def _forget(self, link: int) -> None:
-        self._gone.add(link)
+        self.gone.add(link)
         for box in [*self._boxes.values()]:
             box.put((link, None))
         if self.rank == 0:
@@ -192,7 +192,7 @@ class Star:
     def _write(self, links: set[int] | None, channel: int, data: bytes) -> None:
         if channel == MEETING:
             self._sent[channel] = data
-        for link in (set(self._links) if links is None else links) - self._gone:
+        for link in (set(self._links) if links is None else links) - self.gone:
             self._links[link].write(_HEAD.pack(channel, len(data)) + data)
 
     def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -201,7 +201,7 @@ class Star:
     def close(self) -> None:
         """Part from the others; rank 0, with which the store goes, lets them go first, but not for long."""
         deadline = time.monotonic() + _LINGER
-        while len(self._gone) < self.expected and time.monotonic() < deadline:
+        while len(self.gone) < self.expected and time.monotonic() < deadline:
             time.sleep(0.01)
         self._wait(self._part())
         self._loop.call_soon_threadsafe(self._loop.stop)

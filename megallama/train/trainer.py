@@ -107,15 +107,15 @@ class Trainer:
             self._manager.release()
 
     def _give_up(self, error: BaseException) -> None:
-        """The failure is told first; then a save under way may end, as all ranks hold it whole in memory."""
-        self._world.report_failure(f"{type(error).__name__}: {error}")
+        """The failure is told first; then a save under way may end, as long as all ranks hold their parts of it."""
         begun, not_finite = self._counters.step > self._first_step, (TrainingStopped, NotFiniteError)
         if isinstance(error, MegallamaError) and begun and not isinstance(error, not_finite):
             error.status = FAILED
+        self._world.failed(error)
         if self._manager.saving:
             seconds = self._config.checkpoint.finish_seconds
             self._log.info(f"{type(error).__name__}: {error}; the save under way may take up to {seconds:g} s more")
-            self._manager.wait(seconds)
+            self._manager.wait(seconds, lambda: self._world.whole)
 
     # ---- setting up ----
 

@@ -43,11 +43,12 @@ def run(
 
     trainer._one_step = failing  # type: ignore[method-assign]
     manager_module.write_checkpoint = slowly
-    start = 0.0
+    start, first = 0.0, None
     try:
         status, error = trainer.run(), None
     except BaseException as caught:  # noqa: BLE001 - told to the test
         status, error = getattr(caught, "status", None), caught
+        first = world.failed(caught)
     finally:
         manager_module.write_checkpoint = write
         log.close()
@@ -56,7 +57,7 @@ def run(
         "status": status,
         "seconds": time.monotonic() - start,
         "saved": sorted(os.listdir(f"{folder}/checkpoints")),
-        "first": world.first_failure(),
+        "first": first,
     }
     trainer._manager.wait(30)  # a process that stays, unlike a run's, lets it end before its groups are closed
     return told
