@@ -261,7 +261,9 @@ class Measurement:
         """Rounds in turn; a system that fails is named and left out."""
         row, choices = self.row, self.fitting()
         config = self.config(*choices[0])
-        peak, origin = self.peak_flops(self.device, self.dtypes["bf16"])
+        known = self.peak_flops(self.device, self.dtypes["bf16"])
+        peak = known or self.one.measure_peak(self.device, self.dtypes["bf16"])
+        origin = "known" if known else "measured"
         per_token = {c: self.flops.training_flops(config.model, row.seq, causal=c) for c in (True, False)}
         name = row.model + (f" with {config.model.num_layers} layers" if self.layers else "")
         self.one.say(kind="row", row=f"{name} {row.seq}", **self.one.describe(self.device), peak=f"{peak:.4g} {origin}")

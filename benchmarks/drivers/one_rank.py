@@ -33,6 +33,23 @@ NO_GPU = f"error: torch {torch.__version__} finds no GPU; --cpu-check runs all o
 QUIET = ("lr_schedule.kind=constant", "lr_schedule.warmup_steps=0", "data.synthetic=true")
 
 
+def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Best FLOP/s of repeated n x n products in about `seconds` (at least two after one to warm up)."""
+    n = 8192 if device.type == "cuda" else 768
+    generator = torch.Generator(device).manual_seed(0)  # random operands: constant ones let a GPU clock higher
+    a = torch.rand(n, n, device=device, generator=generator).to(dtype)
+    out = torch.empty_like(a)
+    best, runs, begin = float("inf"), 0, time.perf_counter()
+    while runs < 3 or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        torch.mm(a, a, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elapsed = time.perf_counter() - start
+        best, runs = min(best, elapsed) if runs else best, runs + 1
+    return 2 * n**3 / best
+
+
 def config_of(overrides: Sequence[str], ranks: int = 1) -> Config:
     """A checked configuration. Raises: ConfigError."""
     return load(None, [*QUIET, *overrides], ranks=ranks)

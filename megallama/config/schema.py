@@ -272,7 +272,7 @@ class RunConfig(Section):
         "starting kernels takes longer than running them; with tp=1, pp=1, no document mask, on CUDA only"
     )  # fmt: skip
     peak_tflops: PositiveFloat | None = Field(
-        None, description="peak of one rank's device for MFU; default known or measured [TFLOP/s]"
+        None, description="peak of one rank's device for MFU; default known by name, else no MFU is shown [TFLOP/s]"
     )
 
 

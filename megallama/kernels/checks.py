@@ -28,6 +28,10 @@ class Refused(Exception):
     """A candidate that cannot be used here, with the reason."""
 
 
+class Wrong(Refused):
+    """A candidate that computes something else."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where and for what kernels are chosen."""
@@ -172,7 +176,7 @@ def agree(what: str, mine: Tensor, theirs: Tensor, tolerance: float) -> None:
     mine, theirs = mine.detach().double(), theirs.detach().double().to(mine.device)
     error = float((mine - theirs).norm() / theirs.norm())
     if not error <= tolerance:
-        raise Refused(f"{what} differs from the plain formula by {error:.1e}")
+        raise Wrong(f"{what} differs from the plain formula by {error:.1e}")
 
 
 def _agree_all(mine: dict[str, Tensor], theirs: Sequence[Tensor | None], place: Place) -> None:

@@ -22,7 +22,7 @@ from megallama.config.errors import MegallamaError
 from megallama.kernels import accelerated, checks
 from megallama.kernels.adam import AdamWStep, SumOfSquares, adamw_step, sum_of_squares
 from megallama.kernels.attention import MakeAttention, blocked_attention, sdpa
-from megallama.kernels.checks import Place, Refused
+from megallama.kernels.checks import Place, Refused, Wrong
 from megallama.kernels.fp8 import TORCH_FP8
 from megallama.kernels.gemm import Gemms, MatmulNT, matmul_nt, onednn_matmul_nt, processor
 from megallama.kernels.leaves import EAGER, Leaves, compiled_leaf
@@ -37,6 +37,7 @@ class Choice:
     operation: str
     taken: str
     refused: tuple[tuple[str, str], ...]
+    broken: bool = False  # a candidate before it is installed and does not work
 
     def __str__(self) -> str:
         reasons = "; ".join(f"not {name}: {reason}" for name, reason in self.refused)
@@ -54,6 +55,16 @@ class Kernels:
     adamw: AdamWStep
     sum_of_squares: SumOfSquares
     choices: tuple[Choice, ...]
+
+    def __str__(self) -> str:
+        """One line: what is not torch's own."""
+        used: dict[str, list[str]] = {}
+        for choice in self.choices:
+            plain = choice.operation in OPERATIONS and choice.taken == OPERATIONS[choice.operation].last[0]
+            used.setdefault("" if plain else choice.taken, []).append(choice.operation)
+        plain_ones = "the rest" if len(used) > 1 else "everything"
+        others = [f"{name} for {', '.join(operations)}" for name, operations in used.items() if name]
+        return "; ".join([*others, *([f"torch's own for {plain_ones}"] if "" in used else [])])
 
 
 @dataclass(frozen=True)
@@ -107,16 +118,18 @@ def choose_kernels(
 
 def _first(name: str, operation: Operation, place: Place, left_out: set[str]) -> tuple[Any, Choice]:
     refused: list[tuple[str, str]] = []
+    broken = False
     for kind, make in operation.candidates:
         try:
             if kind in left_out:
                 raise Refused("left out by run.without_kernels")
             made = make(place)
             operation.check(made, place)
-            return made, Choice(name, kind, tuple(refused))
+            return made, Choice(name, kind, tuple(refused), broken)
         except Exception as error:  # noqa: BLE001 - a broken package may raise anything; the reason is kept
+            broken |= isinstance(error, Wrong) or not isinstance(error, Refused)
             refused.append((kind, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__))
-    choice = Choice(name, operation.last[0], tuple(refused))
+    choice = Choice(name, operation.last[0], tuple(refused), broken)
     if name == FP8:
         raise MegallamaError(f'precision.fp8: {choice}; write precision.fp8="none"')
     return operation.last[1](place), choice

@@ -8,7 +8,7 @@ from math import prod
 from megallama.config.schema import Config
 from megallama.config.words import counted
 from megallama.plan.batch import BatchPlan
-from megallama.plan.flops import six_n, training_flops
+from megallama.plan.flops import training_flops
 from megallama.plan.memory import rank_memory
 from megallama.plan.params import global_shapes, heads, num_parameters
 from megallama.plan.partition import Stages, stage_costs
@@ -58,11 +58,9 @@ def _facts(
         yield "", f"grows from {batch.sizes[0]} by {b.ramp_increment} over the first {ramp}"
     tokens = batch.samples_after(config.train.steps) * b.seq_length
     yield "run", f"{counted(config.train.steps, 'step', ',')}, {counted(tokens, 'token', ',')}"
-    full, causal = (training_flops(m, b.seq_length, causal=c) for c in (False, True))
-    yield "work", (
-        f"{causal / 1e9:,.3f} GFLOP per token (causal attention), {full / 1e9:,.3f} (full), "
-        f"{six_n(m) / 1e9:,.3f} (6N); {causal * tokens:.3g} FLOP in all"
-    )
+    work = training_flops(m, b.seq_length, causal=True)
+    each = f"{work / 1e9:,.3f}" if work >= 1e9 else f"{work / 1e9:.4g}"
+    yield "work", f"{each} GFLOP per token (causal attention); {work * tokens:.3g} FLOP in all"
     chunks = f", {p.chunks} chunks per rank" if p.chunks > 1 else ""
     yield "schedule", (
         f"{schedule.name}{chunks}: ranks idle {report.bubble:.1%} of the step; "

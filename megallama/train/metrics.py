@@ -56,8 +56,8 @@ class StepMetrics:
     step_seconds: float  # since the previous line
     tokens_per_second: float
     tokens_per_second_per_rank: float
-    mfu_causal: float  # counting the attention that a causal mask leaves
-    mfu_full: float  # counting the whole square, as most published figures do
+    mfu_causal: float | None  # counting the attention that a causal mask leaves; None: the device's peak is not known
+    mfu_full: float | None  # counting the whole square, as most published figures do
     peak_memory_bytes: int  # of this rank so far
     consumed_tokens: int
     consumed_samples: int
@@ -70,27 +70,19 @@ class StepMetrics:
     sources: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # name -> samples, tokens, epochs so far
 
     def line(self, steps: int) -> str:
-        """The console line, of a run of `steps` steps."""
-        parts = [
-            f"step {self.step}/{steps}",
-            f"loss {self.loss:.4f}",
-            f"lr {self.lr:.2e}",
-            f"grad norm {self.grad_norm:.3f}",
-            f"{human_count(self.tokens_per_second)} tok/s ({human_count(self.tokens_per_second_per_rank)}/rank)",
-            f"MFU {100 * self.mfu_causal:.1f}% causal, {100 * self.mfu_full:.1f}% full",
-            f"mem {human_bytes(self.peak_memory_bytes)}",
-            f"{human_count(self.consumed_tokens)} tokens",
-            f"left {human_duration(self.eta_seconds)}",
-        ]
-        if self.loss_scale != 1.0:
-            parts.insert(4, f"loss scale {self.loss_scale:g}")
+        """The console line, of a run of `steps` steps: with the time before it, at most 120 columns."""
+        loss, norm = f"loss {self.loss:.4f}", f"grad norm {self.grad_norm:.3f}"
+        parts = [loss, f"lr {self.lr:.2e}", norm, f"{human_count(self.tokens_per_second)} tok/s"]
+        if self.mfu_causal is not None:
+            parts.append(f"MFU {100 * self.mfu_causal:.1f}%")
         if self.skipped:
-            parts.insert(1, f"SKIPPED, not finite ({self.skipped_steps} so far)")
-        return " | ".join(parts)
+            parts = [f"SKIPPED, not finite ({self.skipped_steps} so far)", loss, norm]
+        return " | ".join([f"step {self.step}/{steps}", *parts, f"left {human_duration(self.eta_seconds)}"])
 
     def scalars(self) -> dict[str, float]:
         """Flat names and values, for TensorBoard and wandb."""
-        values = {f"{group}/{name}": float(getattr(self, name)) for group, names in _TAGS.items() for name in names}
+        tags = {f"{group}/{name}": getattr(self, name) for group, names in _TAGS.items() for name in names}
+        values = {tag: float(value) for tag, value in tags.items() if value is not None}
         values |= {f"seconds/{name}": seconds for name, seconds in self.phase_seconds.items()}
         return values | {f"{x}/{name}": used[x] for name, used in self.sources.items() for x in ("tokens", "epochs")}
 
@@ -136,14 +128,20 @@ class Meter:
     """Turns (tokens, seconds) into rates, utilisation and the time left.
 
     `flops_causal` and `flops_full` are model FLOPs per token, forward and backward, without any
-    recomputation; `peak_flops` is one rank's.
+    recomputation; `peak_flops` is one rank's, or None.
     """
 
     def __init__(
-        self, ranks: int, flops_causal: float, flops_full: float, peak_flops: float, total_tokens: int, window: int = 20
+        self,
+        ranks: int,
+        flops_causal: float,
+        flops_full: float,
+        peak_flops: float | None,
+        total_tokens: int,
+        window: int = 20,
     ) -> None:
         self._ranks = ranks
-        self._causal, self._full = flops_causal / peak_flops, flops_full / peak_flops
+        self._flops, self._peak = (flops_causal, flops_full), peak_flops
         self._total_tokens = total_tokens
         self._laps: deque[tuple[int, float]] = deque(maxlen=window)
         self._only_first: bool | None = None  # None before the first step
@@ -155,14 +153,15 @@ class Meter:
         self._only_first = self._only_first is None
         self._laps.append((tokens, seconds))
         rate = tokens / seconds
+        causal, full = (flops * rate / self._ranks / self._peak if self._peak else None for flops in self._flops)
         recent = sum(n for n, _ in self._laps) / sum(s for _, s in self._laps)
         return StepMetrics(
             tokens=tokens,
             step_seconds=seconds,
             tokens_per_second=rate,
             tokens_per_second_per_rank=rate / self._ranks,
-            mfu_causal=rate / self._ranks * self._causal,
-            mfu_full=rate / self._ranks * self._full,
+            mfu_causal=causal,
+            mfu_full=full,
             consumed_tokens=consumed_tokens,
             eta_seconds=max(0, self._total_tokens - consumed_tokens) / recent,
             **values,
@@ -204,6 +203,7 @@ class MetricsWriter:
     ) -> None:
         self._log = log
         self._steps = steps
+        self._memory, self._loss_scale = 0, 1.0  # said last
         self._sinks: dict[str, Any] = {}
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="metrics", daemon=True)
@@ -217,8 +217,16 @@ class MetricsWriter:
             self._open("wandb", lambda: Wandb(folder, config.wandb_project, dict(settings or {})))
 
     def train(self, metrics: StepMetrics) -> None:
-        """Write a training step."""
+        """Write a training step, and say what has grown since it was said: too rarely to be on every line."""
         self._write("train", metrics)
+        if metrics.peak_memory_bytes > 1.05 * self._memory:
+            self._memory = metrics.peak_memory_bytes
+            self._log.info(f"step {metrics.step}: peak memory of this rank {human_bytes(self._memory)}")
+        if (metrics.mfu_causal or 0) > 1:
+            self._log.warn_once("MFU above 100 %: this device does more than run.peak_tflops; raise it", key="MFU")
+        if metrics.loss_scale > self._loss_scale:
+            self._log.info(f"step {metrics.step}: loss scale {metrics.loss_scale:g}")
+        self._loss_scale = metrics.loss_scale
 
     def valid(self, metrics: ValidMetrics) -> None:
         """Write an evaluation."""

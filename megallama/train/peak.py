@@ -1,17 +1,14 @@
 """The peak of one rank's device, the denominator of model FLOP/s utilisation (MFU).
 
-Data sheets give it for the GPUs on which LLaMAs are trained (dense, without sparsity); of any other
-device it is measured once, as the best rate of a large square matrix product.
+Data sheets give it for the GPUs on which LLaMAs are trained (dense, without sparsity). Of any other device it is not
+known, and no MFU is shown: a rate measured when a run starts is one of a machine that does something else as well.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Literal
 
 import torch
-
-Origin = Literal["known", "measured", "given"]
 
 # TFLOP/s of (bf16 and fp16, tf32, fp32, fp64), NVIDIA data sheets; the first name contained in the device's name counts
 _TFLOPS: dict[str, tuple[float, float, float, float]] = {
@@ -24,19 +21,13 @@ _TFLOPS: dict[str, tuple[float, float, float, float]] = {
 }
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | None = None) -> tuple[float, Origin]:
-    """(FLOP/s, where the number comes from) of matrix products in `dtype` on `device`.
-
-    `given_tflops` is run.peak_tflops and comes first; then the table; then a measurement of about
-    0.3 s with the threads that torch is set to, so ranks that share cores should measure together.
-    """
+def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | None = None) -> float | None:
+    """FLOP/s of matrix products in `dtype` on `device`: run.peak_tflops if given, else the table's; None: not known."""
     if given_tflops is not None:
-        return given_tflops * 1e12, "given"
-    if device.type == "cuda":
-        known = known_peak(torch.cuda.get_device_name(device), dtype, torch.get_float32_matmul_precision() != "highest")
-        if known is not None:
-            return known, "known"
-    return measure_peak(device, dtype), "measured"
+        return given_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    return known_peak(torch.cuda.get_device_name(device), dtype, torch.get_float32_matmul_precision() != "highest")
 
 
 def known_peak(name: str, dtype: torch.dtype, tf32: bool) -> float | None:
@@ -48,18 +39,23 @@ def known_peak(name: str, dtype: torch.dtype, tf32: bool) -> float | None:
     return None
 
 
-def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Best FLOP/s of repeated n x n products in about `seconds` (at least two after one to warm up)."""
-    n = 8192 if device.type == "cuda" else 768
-    generator = torch.Generator(device).manual_seed(0)  # random operands: constant ones let a GPU clock higher
-    a = torch.rand(n, n, device=device, generator=generator).to(dtype)
-    out = torch.empty_like(a)
-    best, runs, begin = float("inf"), 0, time.perf_counter()
-    while runs < 3 or time.perf_counter() - begin < seconds:
-        start = time.perf_counter()
-        torch.mm(a, a, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elapsed = time.perf_counter() - start
-        best, runs = min(best, elapsed) if runs else best, runs + 1
-    return 2 * n**3 / best
+def product_time_over_fp32(dtype: torch.dtype, n: int = 256) -> float:
+    """How long n x n products take in `dtype` on this processor, in times of fp32: each the best of a few; 0.05 s."""
+    best = []
+    for kind in (dtype, torch.float32):
+        a, times = torch.ones(n, n, dtype=kind), []
+        for _ in range(4):  # the first one warms up
+            start = time.perf_counter()
+            torch.mm(a, a)
+            times.append(time.perf_counter() - start)
+        best.append(min(times))
+    return best[0] / best[1]
+
+
+def slow_format(device: torch.device, dtype: torch.dtype) -> str:
+    """What is slow about a number format on a processor without instructions for it; empty if nothing."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return ""
+    name, times = ("bf16" if dtype == torch.bfloat16 else "fp16"), product_time_over_fp32(dtype)
+    slow = f"this processor has no instructions for {name}: a matrix product takes {times:.1f} times as long as in fp32"
+    return slow if times > 1.5 else ""

@@ -37,7 +37,7 @@ from megallama.train.evaluate import evaluate
 from megallama.train.health import BadSteps, TrainingStopped
 from megallama.train.log import Logger, human_count
 from megallama.train.metrics import Meter, MetricsWriter, peak_memory_bytes
-from megallama.train.peak import peak_flops
+from megallama.train.peak import peak_flops, slow_format
 from megallama.train.plot import plot_loss
 from megallama.train.signals import SAVED, SignalFlag
 from megallama.train.step import StepResult, train_step
@@ -133,8 +133,13 @@ class Trainer:
             self._log.info(line)
         if config.run.cuda_graphs and self._world.device.type != "cuda":
             self._log.info("run.cuda_graphs=true records nothing: this is no CUDA device")
-        for text in [*self._world.notes, *(f"kernel for {choice}" for choice in kernels.choices)]:
+        for text in [*self._world.notes, f"kernels: {kernels}"]:
             self._log.info(text)
+        for choice in kernels.choices:  # all of them in this rank's file, aloud where something installed does not work
+            (self._log.info if choice.broken else self._log.note)(f"kernel for {choice}")
+        slow = slow_format(self._world.device, DTYPES[config.precision.dtype]) if self._world.rank == 0 else ""
+        if slow:
+            self._log.warn(f'{slow}; write precision.dtype="fp32"')
         return kernels
 
     def _open_data(self) -> Data:
@@ -345,8 +350,11 @@ class Trainer:
 
     def _writer(self) -> MetricsWriter:
         config, counters = self._config, self._counters
-        peak, origin = peak_flops(self._world.device, DTYPES[config.precision.dtype], config.run.peak_tflops)
-        self._log.info(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s per rank ({origin})")
+        peak = peak_flops(self._world.device, DTYPES[config.precision.dtype], config.run.peak_tflops)
+        if peak is None:
+            self._log.info("MFU is not shown: the peak of this device is not known; run.peak_tflops may give it")
+        else:
+            self._log.info(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s per rank, counting causal attention")
         total = self._plan.batch.samples_after(config.train.steps) * config.batch.seq_length
         causal, full = (training_flops(config.model, config.batch.seq_length, causal=c) for c in (True, False))
         self._meter = Meter(self._world.world_size, causal, full, peak, total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from megallama.kernels.attention import Attend, MakeAttention, blocked_attention
 from megallama.kernels.checks import Place, Refused
 from megallama.kernels.documents import Documents
 from megallama.kernels.fp8 import TORCH_FP8
+from megallama.kernels.gemm import matmul_nt
 from megallama.kernels.leaves import EAGER
 from megallama.kernels.wgrad import add_wgrad
 
@@ -359,3 +361,31 @@ def test_transformer_engines_fp8_is_called_as_documented(monkeypatch: pytest.Mon
         transformer_engine__pytorch__cpp_extensions={"general_gemm": general_gemm},
     )
     checks.check_fp8(accelerated.te_fp8(ON_CUDA), BF16)
+
+
+def test_one_line_says_what_is_not_torchs_own() -> None:
+    def told(**taken: str) -> str:
+        choices = [choose.Choice(name, taken.get(name, one.last[0]), ()) for name, one in choose.OPERATIONS.items()]
+        return str(replace(kernels, choices=tuple(choices)))
+
+    kernels = choose.choose_kernels(CPU, torch.float64)
+    assert told() == "torch's own for everything"
+    assert told(AdamW="apex", RoPE="torch.compile", SwiGLU="torch.compile") == (
+        "torch.compile for RoPE, SwiGLU; apex for AdamW; torch's own for the rest"
+    )
+    assert len(told(**dict.fromkeys(("attention", "RMSNorm", "SwiGLU", "AdamW"), "Transformer Engine"))) < 110
+
+
+def test_what_is_installed_and_does_not_work_is_told_from_what_is_not_there() -> None:
+    def broken(candidate: Callable[[Place], Any]) -> bool:
+        operation = choose.Operation([("x", candidate)], ("torch mm", lambda p: matmul_nt), checks.check_product)
+        return choose._first("matrix product", operation, FP32, set())[1].broken
+
+    def absent(place: Place) -> Any:
+        raise Refused("not installed")
+
+    def unloadable(place: Place) -> Any:
+        raise ImportError("undefined symbol")
+
+    assert not broken(absent) and not broken(lambda p: matmul_nt)
+    assert broken(unloadable) and broken(lambda p: lambda a, b: 2 * matmul_nt(a, b))

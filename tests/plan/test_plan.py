@@ -39,7 +39,7 @@ def test_65b_on_2048_ranks() -> None:
         "llama-65b: 65,285,660,672 parameters",
         "tp=8 x pp=8 x dp=32 = 2048 ranks, sequence parallel",
         "2048 sequences x 2048 = 4,194,304 tokens per step = 32 replicas x 64 micro-batches x 1",
-        "398.190 GFLOP per token (causal attention), 406.239 (full), 391.714 (6N)",
+        "398.190 GFLOP per token (causal attention); ",
         "in flight per rank 8 7 6 5 4 3 2 1",
         "70-79 (10)  8,357,322,752",
         "GiB per rank",

@@ -52,16 +52,47 @@ PLAIN = LogConfig(tensorboard=False)
 
 def test_the_line() -> None:
     assert STEP.line(2000) == (
-        "step 120/2000 | loss 3.2145 | lr 3.00e-04 | grad norm 0.812 | 12.3k tok/s (3.1k/rank) | "
-        "MFU 41.2% causal, 44.0% full | mem 1.23 GB | 4.1M tokens | left 0:12:34"
+        "step 120/2000 | loss 3.2145 | lr 3.00e-04 | grad norm 0.812 | 12.3k tok/s | MFU 41.2% | left 0:12:34"
     )
+    unknown = replace(STEP, mfu_causal=None, mfu_full=None)
+    assert unknown.line(2000).endswith("| 12.3k tok/s | left 0:12:34")
+    assert not [tag for tag in unknown.scalars() if "mfu" in tag] and "speed/mfu_full" in STEP.scalars()
 
 
-def test_the_line_of_a_skipped_fp16_step() -> None:
+def test_the_line_of_a_skipped_step() -> None:
     bad = replace(STEP, skipped=True, skipped_steps=2, loss=math.nan, grad_norm=math.inf, loss_scale=65536.0)
-    assert bad.line(2000).startswith(
-        "step 120/2000 | SKIPPED, not finite (2 so far) | loss nan | lr 3.00e-04 | grad norm inf | loss scale 65536 | "
+    assert bad.line(2000) == (
+        "step 120/2000 | SKIPPED, not finite (2 so far) | loss nan | grad norm inf | left 0:12:34"
     )
+
+
+def test_lines_fit_a_terminal_of_120_columns() -> None:
+    long = replace(STEP, step=333_787, tokens_per_second=955_456, eta_seconds=17.3 * 86400, consumed_tokens=10**12)
+    time = len("23:59:59 ")
+    assert len(long.line(333_787)) + time <= 120
+    assert len(replace(long, skipped=True, skipped_steps=1234, loss=math.nan).line(333_787)) + time <= 120
+    slow = replace(VALID, step=333_787, name="wikipedia-en", tokens=2_100_000, seconds=4000)
+    assert len(slow.line(333_787)) + time <= 120
+
+
+def test_what_is_on_no_line_is_said_when_it_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = MetricsWriter(tmp_path, Logger(0, 1), PLAIN, steps=9)
+    for step, (memory, scale) in enumerate([(100, 1.0), (104, 4.0), (106, 2.0), (106, 4.0), (99, 4.0)], 1):
+        writer.train(replace(STEP, step=step, peak_memory_bytes=memory * 10**6, loss_scale=scale))
+    writer.close()
+    said = [line[9:] for line in capsys.readouterr().out.splitlines() if "|" not in line]
+    assert said == [
+        *("step 1: peak memory of this rank 100.0 MB", "step 2: loss scale 4"),
+        *("step 3: peak memory of this rank 106.0 MB", "step 4: loss scale 4"),
+    ]
+
+
+def test_more_than_the_given_peak_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = MetricsWriter(tmp_path, Logger(0, 1), PLAIN, steps=9)
+    for step in (1, 2):
+        writer.train(replace(STEP, step=step, mfu_causal=1.3))
+    writer.close()
+    assert capsys.readouterr().out.count("warning: MFU above 100 %: this device does more than run.peak_tflops") == 1
 
 
 def test_the_line_of_an_evaluation() -> None:
@@ -84,6 +115,9 @@ def test_meter() -> None:
     assert (first.tokens_per_second, first.tokens_per_second_per_rank) == (100, 25)
     assert (first.mfu_causal, first.mfu_full) == pytest.approx((0.015, 0.02))
     assert first.eta_seconds == 90
+    blind = Meter(ranks=4, flops_causal=600.0, flops_full=800.0, peak_flops=None, total_tokens=10_000)
+    same = blind.step(step=1, tokens=1000, seconds=10.0, consumed_tokens=1000, **others)
+    assert same == replace(first, mfu_causal=None, mfu_full=None)
     second = meter.step(step=2, tokens=1000, seconds=1.0, consumed_tokens=2000, **others)
     assert second.eta_seconds == 8  # the slow first step is not extrapolated
     third = meter.step(step=3, tokens=1000, seconds=3.0, consumed_tokens=3000, **others)

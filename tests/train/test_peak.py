@@ -1,13 +1,19 @@
-"""The peak of the device: the table, the override, the measurement."""
+"""The peak of the device: the table, the override; and formats that a processor has no instructions for."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from megallama.train.peak import known_peak, measure_peak, peak_flops
+from megallama.train.peak import known_peak, peak_flops, product_time_over_fp32, slow_format
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -34,19 +40,34 @@ def test_an_unknown_device_is_unknown() -> None:
     assert known_peak("NVIDIA GeForce RTX 4090", torch.bfloat16, False) is None
 
 
-def test_given_comes_first() -> None:
-    assert peak_flops(CPU, torch.float32, 1.5) == (1.5e12, "given")
+def test_given_comes_first_and_a_processor_is_not_known() -> None:
+    assert peak_flops(CPU, torch.float32, 1.5) == 1.5e12
+    assert peak_flops(CPU, torch.float32) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_cpu_is_measured(dtype: torch.dtype) -> None:
-    flops, origin = peak_flops(CPU, dtype)
-    assert origin == "measured"
-    assert 1e8 < flops < 1e15  # a core makes at least 0.1 GFLOP/s, no machine a PFLOP/s
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_format_without_instructions_is_told_with_numbers(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megallama.train.peak.product_time_over_fp32", lambda dtype: 5.23)
+    said = f"this processor has no instructions for {name}: a matrix product takes 5.2 times as long as in fp32"
+    assert slow_format(CPU, dtype) == said
+    assert slow_format(CPU, torch.float32) == slow_format(torch.device("cuda"), dtype) == ""
+    monkeypatch.setattr("megallama.train.peak.product_time_over_fp32", lambda dtype: 0.5)
+    assert slow_format(CPU, dtype) == ""
 
 
-def test_the_measurement_is_the_best_of_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([0.0, 0.0, 9.0, 9.0, 11.0, 11.0, 12.0, 12.0])  # begin; start and end of three runs; the last look
+def test_the_time_is_the_best_of_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, single = [0, 9, 9, 19, 20, 25, 30, 38], [0, 9, 10, 12, 20, 21, 30, 33]  # start and end of four runs each
+    times = iter([*half, *single])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
-    # warm-up 9 s, then 2 s, then 1 s
-    assert measure_peak(CPU, torch.float32, seconds=0.0) == 2 * 768**3 / 1.0
+    assert product_time_over_fp32(torch.bfloat16, n=8) == 5.0
+
+
+def test_without_bf16_instructions_it_is_measured_to_be_slow() -> None:
+    """oneDNN told to leave such instructions alone stands for a processor that has none."""
+    code = "import torch; from megallama.train.peak import slow_format; torch.set_num_threads(1); "
+    code += "print(slow_format(torch.device('cpu'), torch.bfloat16))"
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert "no instructions for bf16: a matrix product takes" in done.stdout, done.stderr
