@@ -38,7 +38,7 @@ from megallama.plan.check import FIXED_CHUNKS, build_schedule  # noqa: E402
 from megallama.plan.partition import stage_costs  # noqa: E402
 from megallama.plan.plan import make_plan  # noqa: E402
 from megallama.plan.schedule import Schedule, parse_action  # noqa: E402
-from megallama.plan.simulate import Report, StageCost, draw, simulate  # noqa: E402
+from megallama.plan.simulate import LEGEND, Report, StageCost, draw, simulate  # noqa: E402
 from megallama.plan.trace import BLOCKED, COMMUNICATION, Span, chrome_trace, simulated  # noqa: E402
 
 COLOURS = {
@@ -48,6 +48,8 @@ COLOURS = {
     "W": ("#e3b35c", "#b97f1e"),
 }
 """Of each kind of work: for the lower and the upper stages of a rank."""
+NAMES = {"F": "forward", "B": "backward", "I": "gradient of the input", "W": "gradient of the weights"}
+IDLE = "#eeeeee"
 USAGE = "usage: python tools/draw_schedule.py [CONFIG.toml] ranks=N [section.key=value ...] [OPTIONS]"
 ROW, LABEL, WIDTH = 26, 58, 1400  # pixels
 
@@ -124,6 +126,14 @@ def caption(schedule: Schedule, report: Report) -> str:
     )
 
 
+def legend(schedule: Schedule, report: Report) -> list[tuple[tuple[str, ...], str]]:
+    """(colours, meaning) of everything in the picture."""
+    kinds = {event.action.kind.value for event in report.events}
+    shades = 2 if any(len(schedule.stages_of(rank)) > 1 for rank in range(schedule.num_ranks)) else 1
+    dark = " (dark: upper stages)" if shades > 1 else ""
+    return [(COLOURS[k][:shades], f"{text}{dark}") for k, text in NAMES.items() if k in kinds] + [((IDLE,), "idle")]
+
+
 def svg(schedule: Schedule, report: Report) -> str:
     """The chart as an SVG document."""
     scale = (WIDTH - LABEL - 10) / report.makespan
@@ -137,7 +147,7 @@ def svg(schedule: Schedule, report: Report) -> str:
         y = ROW * (rank + 1)
         out.append(f'<text x="4" y="{y + 17}" font-size="12">rank {rank}</text>')
         out.append(
-            f'<rect x="{LABEL}" y="{y}" width="{report.makespan * scale:.2f}" height="{ROW - 2}" fill="#eeeeee"/>'
+            f'<rect x="{LABEL}" y="{y}" width="{report.makespan * scale:.2f}" height="{ROW - 2}" fill="{IDLE}"/>'
         )
     for rank, start, length, colour, label in boxes(schedule, report):
         x, y, w = LABEL + start * scale, ROW * (rank + 1), length * scale
@@ -149,12 +159,11 @@ def svg(schedule: Schedule, report: Report) -> str:
             style = 'font-size="10" text-anchor="middle" fill="white"'
             out.append(f'<text x="{x + w / 2:.2f}" y="{y + 16}" {style}>{label}</text>')
     y = ROW * (schedule.num_ranks + 1)
-    names = (("F", "forward"), ("B", "backward, or gradient of the input"), ("W", "gradient of the weights"))
-    for i, (kind, text) in enumerate(names):
-        x = LABEL + 260 * i
-        for k, colour in enumerate(COLOURS[kind]):
+    for i, (colours, text) in enumerate([*legend(schedule, report), ((), "numbers: micro-batches")]):
+        x = LABEL + 265 * i
+        for k, colour in enumerate(colours):
             out.append(f'<rect x="{x + 14 * k}" y="{y + 6}" width="12" height="12" fill="{colour}"/>')
-        out.append(f'<text x="{x + 34}" y="{y + 16}" font-size="11">{text}</text>')
+        out.append(f'<text x="{x + 14 * len(colours) + 4}" y="{y + 16}" font-size="11">{text}</text>')
     return "\n".join([*out, "</svg>"]) + "\n"
 
 
@@ -163,9 +172,10 @@ def png(schedule: Schedule, report: Report, file: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError:
         raise ConfigError("--png needs matplotlib; pip install matplotlib, or use --svg, which needs nothing") from None
-    figure = Figure(figsize=(14, 0.9 + 0.32 * schedule.num_ranks), layout="constrained")
+    figure = Figure(figsize=(14, 1.3 + 0.32 * schedule.num_ranks), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for rank, start, length, colour, label in boxes(schedule, report):
@@ -176,6 +186,10 @@ def png(schedule: Schedule, report: Report, file: Path) -> None:
         ylim=(schedule.num_ranks - 0.5, -0.5), xlim=(0, report.makespan), xlabel="ms", title=caption(schedule, report)
     )
     axes.set_yticks(range(schedule.num_ranks), [f"rank {r}" for r in range(schedule.num_ranks)])
+    axes.set_facecolor(IDLE)
+    handles = [Patch(facecolor=colours[0], label=text) for colours, text in legend(schedule, report)]
+    handles.append(Patch(facecolor="none", label="numbers: micro-batches"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
     figure.savefig(file, dpi=120)
 
 
@@ -234,7 +248,7 @@ def run(argv: Sequence[str] | None) -> None:
     if given.costs:
         costs = costs_of(given.costs, schedule.num_stages)
     report = simulate(schedule, costs, given.hop)
-    print(f"{caption(schedule, report)}\n{draw(report, given.width)}\n\n{table(schedule, report)}")
+    print(f"{caption(schedule, report)}\n{draw(report, given.width)}\n{LEGEND}\n\n{table(schedule, report)}")
     if given.svg:
         given.svg.write_text(svg(schedule, report), encoding="utf-8")
     if given.png:

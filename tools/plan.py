@@ -65,28 +65,37 @@ def plan(args: argparse.Namespace) -> int:
     if kernel not in machine.kernels:
         raise ConfigError(f"kernel={kernel} is unknown; use {', '.join(machine.kernels)}")
     config = load(file, overrides, ranks=None if args.search else ranks, need_data=False)
+    given = bool(own["hardware"])
     if args.search:
         best, legal, too_large = search(config, ranks, machine, kernel)
-        print(f"{counted(legal, 'legal layout', ',')} of {counted(ranks, 'rank')} on {machine.name}, "
+        on = machine.name if given else f"{machine.name} (assumed; hardware=KIND for others)"
+        print(f"{counted(legal, 'legal layout', ',')} of {counted(ranks, 'rank')} on {on}, "
               f"{too_large:,} too large for {machine.gpu.memory_gib:.0f} GiB; predicted to be fastest:")  # fmt: skip
         for number, f in enumerate(best, 1):
             print(f"{number:>2}. {headline(f)}\n    {settings_of(f)}\n    limited by {limits(f)}")
         return 0
     outlook = forecast(made := make_plan(config, ranks), machine, kernel)
     if args.json:
-        print(json.dumps(as_dict(outlook), indent=1))
+        print(json.dumps(as_dict(outlook) | {"hardware_assumed": not given}, indent=1))
     else:
         table = communication_table(made.config, made.topology, made.stages, made.schedule)
         table = table if ranks > 1 else "one rank communicates nothing"
+        whose = "GPUs" if given else "GPUs are assumed; hardware=KIND plans for others"
+        print(f"hardware   {machine.name} {whose}. This machine is not looked at")
         print("\n\n".join((str(made), table, text(outlook))))
     return 0
+
+
+def few(number: float, digits: int = 0) -> str:
+    """A number with `digits` decimals, and of one below 1 two digits that say something: 833,577, 16.9, 0.00014."""
+    return f"{number:,.{digits}f}" if number >= 1 or not number else f"{number:.2g}"
 
 
 def headline(f: Forecast) -> str:
     """A layout in one line."""
     p = f.prediction
-    return (f"{p.tokens_per_second:,.0f} tokens/s per GPU, {p.step_seconds:.3f} s a step, MFU {p.mfu_full:.1%}, "
-            f"{max(f.peaks) / GIB:.1f} GiB")  # fmt: skip
+    return (f"{p.tokens_per_second:,.0f} tokens/s per GPU, {few(p.step_seconds, 3)} s a step, "
+            f"MFU {few(100 * p.mfu_full, 1)}%, {max(f.peaks) / GIB:.1f} GiB")  # fmt: skip
 
 
 def limits(f: Forecast, most: int = 4) -> str:
@@ -141,9 +150,9 @@ def as_dict(f: Forecast) -> dict[str, Any]:
 def text(f: Forecast) -> str:
     """What comes below the plan's page."""
     return "\n".join(f"{name:<10} {words}" for name, words in _lines(f)) + "\n\n" + "\n".join(
-        f"{cause:>16}  {seconds:8.3f} s  {seconds / f.prediction.step_seconds:6.1%}"
+        f"{cause:>16}  {few(seconds, 3):>8} s  {seconds / f.prediction.step_seconds:6.1%}"
         for cause, seconds in sorted(f.prediction.causes.items(), key=lambda kv: -kv[1])
-        if seconds > 0
+        if seconds > 5e-4 * f.prediction.step_seconds
     )
 
 
@@ -154,15 +163,16 @@ def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
     verdict = "fits" if f.fits else f"DOES NOT FIT, {max(f.peaks) / GIB - room:.1f} GiB too much"
     parts = {"weights": m.weights, "main gradients": m.main_grads, "optimizer shard": m.optimizer,
              "activations": m.activations, "logits": m.logits, "buffers": f.buffers}  # fmt: skip
+    shares = [few(100 * share, 1) for share in (p.mfu_full, p.mfu_causal, p.hfu)]
     yield "memory", f"peak {max(f.peaks) / GIB:.2f} GiB on pipeline rank {worst}, of {room:.1f} GiB: {verdict}"
-    yield "", ", ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items())
+    yield "", ", ".join(f"{k} {few(v / GIB, 2)}" for k, v in parts.items())
     yield "hardware", f"{f.machine.name}, attention kernel {f.job.kernel}; what follows is predicted, not measured"
-    yield "step", (f"{p.step_seconds:.3f} s, {p.tokens_per_second:,.0f} tokens/s per GPU, "
+    yield "step", (f"{few(p.step_seconds, 3)} s, {p.tokens_per_second:,.0f} tokens/s per GPU, "
                    f"{p.tokens_per_second * f.job.gpus:,.0f} in all")  # fmt: skip
-    yield "", f"MFU {p.mfu_full:.1%} (full attention), {p.mfu_causal:.1%} (causal); HFU {p.hfu:.1%}"
-    yield "pipeline", f"ranks idle {f.pipeline.bubble:.1%} of its {f.pipeline.makespan:.3f} s with these times"
-    yield "run", f"{f.days:,.1f} days, {f.gpu_hours:,.0f} GPU-hours for {counted(f.tokens, 'token', ',')}"
-    yield "energy", (f"{f.mwh:,.0f} MWh, {f.tonnes_co2:,.0f} t CO2 ({f.machine.gpu.watts:.0f} W per GPU, "
+    yield "", f"MFU {shares[0]}% (full attention), {shares[1]}% (causal); HFU {shares[2]}%"
+    yield "pipeline", f"ranks idle {f.pipeline.bubble:.1%} of its {few(f.pipeline.makespan, 3)} s with these times"
+    yield "run", f"{few(f.days, 1)} days, {few(f.gpu_hours)} GPU-hours for {counted(f.tokens, 'token', ',')}"
+    yield "energy", (f"{few(f.mwh)} MWh, {few(f.tonnes_co2)} t CO2 ({f.machine.gpu.watts:.0f} W per GPU, "
                      f"PUE {PUE}, {CO2_KG_PER_KWH} kg/kWh)")  # fmt: skip
     for flag in p.flags:
         yield "beware", f"outside what the constants were fitted on: {flag}"

@@ -13,7 +13,7 @@ from megallama.plan.memory import rank_memory
 from megallama.plan.params import global_shapes, heads, num_parameters
 from megallama.plan.partition import Stages, stage_costs
 from megallama.plan.schedule import Schedule
-from megallama.plan.simulate import Report, StageCost, draw, simulate
+from megallama.plan.simulate import LEGEND, Report, StageCost, draw, simulate
 from megallama.plan.topology import Topology
 
 CHART_WIDTH = 96
@@ -29,7 +29,7 @@ def page(config: Config, topology: Topology, stages: Stages, schedule: Schedule,
     ]
     chart = draw(simulate(schedule, [StageCost()] * schedule.num_stages), CHART_WIDTH)
     if 1 < schedule.num_ranks <= 8 and schedule.num_microbatches * schedule.num_stages <= 64:
-        blocks.append(chart + "\ndigits: forward, capitals: backward, small letters: weight gradients, dots: idle")
+        blocks.append(f"{chart}\n{LEGEND}")
     return "\n\n".join(blocks)
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from megallama.plan.schedule import B, Event, F, I, Kind, Schedule, W, walk
 
+LEGEND = "digits: forward, capitals: backward (A is micro-batch 0), small letters: weight gradients, dots: idle"
+
 
 class StageCost(NamedTuple):
     """Time of one micro-batch on one stage: forward, gradient of the input, gradient of the weights."""
@@ -60,8 +62,7 @@ def simulate(schedule: Schedule, costs: Sequence[StageCost] | None = None, hop: 
 def draw(report: Report, width: int = 100) -> str:
     """An ASCII chart, one row per rank, at most `width` columns of time.
 
-    Forwards are the last digit of the micro-batch, backwards (or input gradients) capital letters A = 0, B = 1, ...,
-    weight gradients small letters, dots are idle.
+    `LEGEND` explains it: a forward is the last digit of its micro-batch, a capital also an input gradient.
     """
     scale = min(2.0, width / report.makespan)
     rows = [["."] * round(report.makespan * scale) for _ in report.busy]

@@ -24,9 +24,10 @@ def draw(*arguments: str) -> int:
 
 def test_the_chart(capsys: pytest.CaptureFixture[str]) -> None:
     assert draw(*ZB_V) == 0
-    title, rank0, rank1, empty, head, *rows = capsys.readouterr().out.split("\n")
+    title, rank0, rank1, legend, empty, head, *rows = capsys.readouterr().out.split("\n")
     assert title == "zb-v: 2 ranks, 4 stages, 4 micro-batches; 25 ms, idle 4.00%"
     assert rank0.startswith("rank  0 |0011..00") and rank1.startswith("rank  1 |..00") and len(rank0) == len(rank1)
+    assert legend.startswith("digits: forward, capitals: backward") and empty == ""
     assert head.split() == ["rank", "stages", "busy", "ms", "idle", "in", "flight", "received"]
     assert [row.split() for row in rows[:2]] == [
         ["0", "0,3", "24", "4.0%", "4", "2"], ["1", "1,2", "24", "4.0%", "4", "2"],
@@ -44,7 +45,7 @@ def test_of_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     assert draw(*settings, "batch.global_batch_size=64", "model.num_layers=8", "model.vocab_size=1000") == 0
     out = capsys.readouterr().out
     assert out.startswith("v-half: 4 ranks, 8 stages, 16 micro-batches; ")
-    busy = [float(line.split()[2]) for line in out.split("\n")[7:11]]
+    busy = [float(line.split()[2]) for line in out.split("\n")[8:12]]
     assert busy[0] > busy[1] == busy[2] == busy[3]  # the head is on rank 0
 
 
@@ -63,6 +64,23 @@ def test_pictures(tmp_path: Path) -> None:
     for r in work:
         assert float(r["width"]) == pytest.approx(width / report.makespan, abs=0.01)
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and png.stat().st_size > 10_000
+
+
+def test_every_picture_has_a_legend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    told: list[str] = []
+    monkeypatch.setattr(figure, "legend", lambda self, handles, **_: told.extend(h.get_label() for h in handles))
+    svg = tmp_path / "a.svg"
+    for words, kinds in (
+        (ZB_V, ["forward", "gradient of the input", "gradient of the weights"]),
+        (["--schedule", "1f1b", "--pp", "2", "--microbatches", "4"], ["forward", "backward"]),
+    ):
+        told.clear()
+        assert draw(*words, "--svg", str(svg), "--png", str(tmp_path / "a.png")) == 0
+        dark = " (dark: upper stages)" if words is ZB_V else ""
+        assert told == [*(kind + dark for kind in kinds), "idle", "numbers: micro-batches"]
+        texts = [t.text for t in ElementTree.parse(svg).getroot().iter("{http://www.w3.org/2000/svg}text")]
+        assert texts[-len(told) :] == told
 
 
 def test_png_without_matplotlib(

@@ -194,15 +194,26 @@ def test_page_says_what_a_run_costs(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for words in ("GiB: fits", "h100, attention kernel flash3", "tokens/s per GPU", "MFU", "HFU", "t CO2 (700 W per"):
         assert words in out, words
+    assert out.startswith("hardware   h100 GPUs. This machine is not looked at\n")
     assert tool("plan").main(["ranks=8", *LLAMA_65B, "parallel.tp=8"]) == 0
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_small_numbers_keep_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    few = tool("plan").few
+    assert [few(x) for x in (833_577.4, 17.2, 0.00014, 0)] == ["833,577", "17", "0.00014", "0"]
+    assert [few(x, 1) for x in (60.71, 1, 0.0123)] == ["60.7", "1.0", "0.012"]
+    assert tool("plan").main(["model.preset=debug", "ranks=1"]) == 0
+    out = capsys.readouterr().out
+    assert not [word for word in ("0.0 days", " 0 GPU-hours", " 0 MWh", "MFU 0.0%", "  0.0%") if word in out], out
 
 
 def test_search_by_the_tool(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["model.preset=llama-7b", "batch.global_batch_size=256", "batch.micro_batch_size=1"]
     assert tool("plan").main(["ranks=64", "--search", *words]) == 0
     head, first, settings, limited, *_ = capsys.readouterr().out.split("\n")
-    assert head.endswith("predicted to be fastest:") and " legal layouts of 64 ranks on a100-80g" in head
+    assert head.endswith("predicted to be fastest:")
+    assert " legal layouts of 64 ranks on a100-80g (assumed; hardware=KIND for others), " in head
     assert first.startswith(" 1. ") and limited.startswith("    limited by ")
     f = forecast(make_plan(load(None, [*words, *settings.split()], ranks=64, need_data=False), 64), A100, "flash2")
     assert f"{f.prediction.tokens_per_second:,.0f} tokens/s per GPU" in first
