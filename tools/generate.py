@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError("--device=cuda: this machine has no CUDA device that torch can use; use --device=cpu")
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-    folder = find_model(options.checkpoint)
+    folder = find_model(options.checkpoint, lambda text: print(f"note: {text}", file=sys.stderr))
     tokenizer = load_tokenizer(options.tokenizer or folder)
     llama = load_llama(folder, names.get(options.dtype), device)
     prompt = encode_prompt(folder, tokenizer, options.prompt)

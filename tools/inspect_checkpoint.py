@@ -2,9 +2,9 @@
 
     python tools/inspect_checkpoint.py runs/x/checkpoints/step-00001000 [--verify] [OTHER]
 
-FOLDER is a step folder, or a checkpoints folder (its newest step is taken); OTHER also a Hugging Face
+FOLDER is a step folder, or a checkpoints or run folder (its newest step is taken); OTHER also a Hugging Face
 folder, Meta's release or Megatron-style shards.  Exit status: 0 as it should be, 1 damaged or different, 2 not a
-checkpoint.
+checkpoint, or one that cannot be read now.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.checkpoint import manifest, reader  # noqa: E402
+from megallama.checkpoint.folder import newest_step  # noqa: E402
 from megallama.checkpoint.layout import STATE  # noqa: E402
 from megallama.checkpoint.source import Source, foreign_kind, open_source  # noqa: E402
 from megallama.config.errors import exit_status  # noqa: E402
@@ -39,25 +40,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str] | None) -> int:
     """Describe, verify, compare; 0 or 1. Raises: MegallamaError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a step folder, or a folder of step folders")
+    parser.add_argument("folder", type=Path, help="a step folder, a folder of step folders, or a run folder")
     parser.add_argument("other", type=Path, nargs="?", help="compare with this one, tensor by tensor")
     parser.add_argument("--verify", action="store_true", help="check the digest of every block")
     options = parser.parse_args(argv)
-    folder = _newest_step(options.folder)
-    saved = manifest.read_manifest(folder, files=False)
+    folder = _step(options.folder)
+    saved = manifest.read_manifest(folder)
     describe(folder, saved)
     status = verify(folder, saved) if options.verify else 0
     if options.other is not None:
-        status = max(status, compare(folder, saved, _newest_step(options.other)))
+        status = max(status, compare(folder, saved, _step(options.other)))
     return status
 
 
-def _newest_step(folder: Path) -> Path:
-    steps = []
-    for path in folder.glob("step-*"):
-        if path.suffix == "" and (path / manifest.NAME).is_file():
-            steps.append((manifest.read_manifest(path, files=False).sequence, path))
-    return max(steps)[1] if steps else folder
+def _step(path: Path) -> Path:
+    """The step folder that is meant, the newest where there are several; or `path` itself."""
+    if (step := reader.step_folder(path)) is not None:
+        return step
+    found = (newest_step(folder, _note) for folder in (path, path / "checkpoints"))
+    return next((step for step in found if step is not None), path)
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def describe(folder: Path, saved: manifest.Manifest) -> None:
@@ -78,20 +83,23 @@ def describe(folder: Path, saved: manifest.Manifest) -> None:
 
 def verify(folder: Path, saved: manifest.Manifest) -> int:
     """Check every block; prints each damaged one. Returns 1 if any is."""
-    num_problems = 0
+    num_problems, damaged = 0, []
     blocks = list(saved.blocks())
     for name in saved.files:
         problems = reader.verify_blocks(folder, saved, [b for b in blocks if b[0] == name])
         lines = [f"DAMAGED: {problem}" for problem in problems] or [f"  verified  {name}"]
         print("\n".join(lines), flush=True)
         num_problems += len(problems)
+        damaged += [name] * bool(problems)
     print(f"{counted(len(blocks), 'block', ',')}, {counted(num_problems, 'problem')}")
+    if damaged and all(name.startswith("model/") for name in damaged):
+        print("the training state is whole: a run resumes from it, and its next save writes model/ anew")
     return 1 if num_problems else 0
 
 
 def compare(folder: Path, saved: manifest.Manifest, other: Path) -> int:
     """Compare weights, and state if both have it, tensor by tensor. Returns 1 if anything differs."""
-    theirs = manifest.read_manifest(other) if (other / manifest.NAME).is_file() else None
+    theirs = manifest.read_manifest(other) if reader.step_folder(other) == other else None
     first, different, total = None, 0, 0
     for kind in ("model", *(STATE if theirs else ())):
         with (

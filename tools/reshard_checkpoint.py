@@ -53,7 +53,8 @@ def run(options: argparse.Namespace) -> int:
         given = f"--tp={options.tp} --pp={options.pp}"
         raise ConfigError(f"{given}: --to={options.to} has no ranks; --tp is for meta and megatron, --pp for megatron")
     folder = options.source
-    folder = folder if foreign_kind(folder) else find_model(folder)
+    if not foreign_kind(folder):
+        folder = find_model(folder, lambda text: print(f"note: {text}", file=sys.stderr))
     done = []
 
     def check(source: Source, result: Path, dtype: str) -> None:

@@ -1,6 +1,6 @@
 """Any checkpoint format to any other, tensor by tensor: in memory is one tensor and a few megabytes.
 
-The result is written as TARGET.tmp, made durable, checked, and renamed; a failure leaves nothing behind.
+The result is written beside TARGET, made durable, checked, and renamed; a failure leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from typing import Any
 import torch
 
 from megallama.checkpoint import foreign, manifest, reader
+from megallama.checkpoint.disk import sync, write_at
 from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint.folder import unfinished
 from megallama.checkpoint.foreign import Form
 from megallama.checkpoint.huggingface import TORCH_NAMES
 from megallama.checkpoint.layout import DTYPES, SHARD_BYTES, STATE, WEIGHTS, FileSet, file_set, one_file
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.checkpoint.pth import pack
 from megallama.checkpoint.source import PRECISION, Source, config_of, open_source, spans, trainable
-from megallama.checkpoint.writer import Content, Flusher, OpenFiles, as_bytes, create_files, explained, sync, write_at
+from megallama.checkpoint.writer import Content, Flusher, OpenFiles, as_bytes, create_files, explained
 from megallama.comm.group import Solo
 from megallama.config.schema import CheckpointConfig, Config, PrecisionConfig
 from megallama.layers.shard import StateShard
@@ -65,7 +67,7 @@ def convert(folder: Path, target: Path, wish: Wish, context: int | None, check: 
     """
     if target.exists():
         raise CheckpointError(f"{target} exists; give a new folder, or delete it first")
-    temporary = target.with_name(target.name + ".tmp")
+    temporary = unfinished(target)
     step = reader.step_folder(folder)
     stored = manifest.read_manifest(step).body["precision"] if step else None
     masters = step is not None and (wish.to == "step" or wish.dtype not in (None, stored))
@@ -116,7 +118,7 @@ def _plan(source: Source, wish: Wish, dtype: str) -> tuple[Form, dict[str, FileS
 
 
 def _write_files(source: Source, target: Path, wish: Wish, dtype: str) -> None:
-    """Write a target of other programs to TARGET.tmp and make it durable."""
+    """Write a target of other programs, under its unfinished name, and make it durable."""
     form, sets, small = _plan(source, wish, dtype)
     content = Content(target, sets, small, {}, 0)
     with explained(content):

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megallama.checkpoint import disk
 from megallama.checkpoint.errors import CheckpointError
 from megallama.config.schema import Config, ModelConfig, RopeScaling
 from megallama.plan.params import heads
@@ -90,11 +91,9 @@ def read_model_config(folder: Path) -> ModelConfig:
     """
     path = folder / "config.json"
     try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
+        found = disk.read_json(path)
+    except disk.MissingError:
         raise CheckpointError(f"{path} does not exist; give a step folder or a Hugging Face model folder") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
     fixed = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
     wrong = [f"{k}={found[k]!r} instead of {want!r}" for k, want in fixed.items() if found.get(k, want) != want]
     if wrong:
@@ -116,7 +115,7 @@ def read_model_config(folder: Path) -> ModelConfig:
             tie_embeddings=found.get("tie_word_embeddings", False),
             init_std=found.get("initializer_range", 0.02),
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} does not describe a LLaMA: {error}") from error
 
 

@@ -3,7 +3,9 @@
 The lock is a file created atomically (hard link) that says who holds it: host, pid, start time.  A
 holder touches it every few seconds.  A lock whose process has ended on this machine is taken over at
 once; one from another machine (a job restarted elsewhere after a crash) once it has not been touched
-for `LEASE_SECONDS`, watched by our own clock, so clocks need not agree.
+for `LEASE_SECONDS`, watched by our own clock, so clocks need not agree.  So is one that does not say
+whose it is, and one that cannot be opened after three times as long: where a file is not opened, a
+network file system may show the times of a minute ago.
 """
 
 from __future__ import annotations
@@ -11,18 +13,30 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint import disk
+from megallama.checkpoint.errors import CheckpointError, DamagedError
 
 NAME = "lock"
 LEASE_SECONDS = 60.0
+LOCK_BYTES = 1 << 16  # more is read of none
+
+
+class _Seen(NamedTuple):
+    """A lock at one time; two looks differ if somebody has touched it meanwhile."""
+
+    content: bytes | None  # None: it cannot be opened
+    inode: int
+    modified_ns: int
+    uid: int
 
 
 def _process(pid: int) -> str | None:
@@ -49,97 +63,134 @@ class FolderLock:
         self._lease = lease_seconds
         self._mine: bytes | None = None
         self._stop = threading.Event()
+        self.lost = False  # another job was seen to hold the folder
 
     def acquire(self) -> None:
-        """Take the lock. Raises: CheckpointError naming the job that holds it."""
+        """Take the lock. Raises: CheckpointError naming the job that holds it; OSError."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         me = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
         mine = json.dumps(me | {"process": _process(os.getpid()), "since": now, "id": os.urandom(8).hex()}).encode()
-        own = self._path.with_name(f"{NAME}.{os.urandom(8).hex()}")
-        own.write_bytes(mine)
-        try:
-            while True:
-                try:
-                    os.link(own, self._path)
-                    break
-                except FileExistsError:
-                    self._clear_stale()
-        finally:
-            own.unlink()
+        while not self._link(mine):
+            self._clear_stale()
         self._mine = mine
         self._stop = threading.Event()
         threading.Thread(target=self._touch, args=(self._stop,), name="checkpoint-lock", daemon=True).start()
 
     def check(self) -> None:
-        """Raises: CheckpointError if another job has taken the folder over."""
-        if self._mine is not None and self._read() != self._mine:
-            raise CheckpointError(f"{self._path} is no longer ours: {self._holder(self._read())} took the folder over")
+        """See that the lock is still ours; one that was removed is made again, and that is said.
+
+        Raises: CheckpointError if another job has taken the folder over (`lost`); UnreadableError; OSError.
+        """
+        if self._mine is None:
+            return
+        try:
+            found = disk.read_file(self._path, LOCK_BYTES)
+        except disk.MissingError:
+            self._log(f"warning: {self._path} was removed while this run holds the folder; it is made again")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            found = self._mine if self._link(self._mine) else b""
+        except DamagedError:  # a folder in its place, or a large file
+            found = b""
+        if found != self._mine:
+            self.lost = True
+            holder = _holder(_look(self._path))
+            raise CheckpointError(f"{self._path} is no longer ours: {holder} took the folder over")
 
     def release(self) -> None:
         """Give the lock back."""
         self._stop.set()
-        if self._mine is not None and self._read() == self._mine:
-            self._path.unlink()
+        with suppress(OSError):  # one that stays is taken over, for this process has ended by then
+            if self._mine is not None and (seen := _look(self._path)) and seen.content == self._mine:
+                self._path.unlink()
         self._mine = None
 
     def _touch(self, stop: threading.Event) -> None:
         while not stop.wait(self._lease / 6):
-            with suppress(OSError):  # `check` reports a lock that is gone
+            with suppress(OSError):  # `check` makes again what is gone
                 os.utime(self._path)
 
-    def _read(self) -> bytes:
+    def _link(self, mine: bytes) -> bool:
+        """Whether there was no lock, so that it is ours now."""
+        own = self._path.with_name(f"{NAME}.{os.urandom(8).hex()}")
         try:
-            return self._path.read_bytes()
-        except OSError:
-            return b""
-
-    def _holder(self, content: bytes) -> str:
-        who = _parse(content)
-        return f"the job on host {who.get('host')}, pid {who.get('pid')}, started {who.get('since')}"
+            disk.write_durably(own, mine)  # before the link: after a power failure, too, a lock says whose it is
+            os.link(own, self._path)
+        except FileExistsError:
+            seen = _look(self._path)
+            return seen is not None and seen.content == mine  # a network's answer was lost, and the link made twice
+        finally:
+            own.unlink(missing_ok=True)
+        return True
 
     def _clear_stale(self) -> None:
-        """Remove the lock if its job is gone. Raises: CheckpointError if it is not."""
-        held = self._read()
-        if not held:
-            return  # released in this moment
-        if self._alive(held):
+        """Remove the lock if its job is gone. Raises: CheckpointError if it is not; OSError."""
+        held = _look(self._path)
+        if held is None:
+            time.sleep(0.05)  # released in this moment; or a network file system needs one to show it
+            return
+        if (now := self._living(held)) is not None:
             raise CheckpointError(
-                f"{self._path.parent} is in use by {self._holder(held)[4:]}; stop that job or choose another "
-                f"checkpoint.folder (if it is certainly gone, delete {self._path})"
+                f"{self._path.parent} is in use by {_holder(now).removeprefix('the ')}; stop that job or choose "
+                f"another checkpoint.folder (if it is certainly gone, delete {self._path})"
             )
         aside = self._path.with_name(f"{NAME}.{os.urandom(8).hex()}")
         try:
             os.rename(self._path, aside)
         except FileNotFoundError:
             return
-        if aside.read_bytes() != held:  # somebody else took it over between our look and the rename
-            os.link(aside, self._path)
+        if _look(aside) != held:  # touched, or another one's, since our last look
+            with suppress(FileExistsError):
+                os.link(aside, self._path)
         else:
-            self._log(f"took over the checkpoint folder from {self._holder(held)}, which has ended")
-        aside.unlink()
+            self._log(f"took over the checkpoint folder from {_holder(held)}, which has ended")
+        try:
+            aside.unlink()
+        except OSError:  # not a file: not ours to delete
+            self._log(f"what was in the lock's place is now {aside}")
 
-    def _alive(self, held: bytes) -> bool:
-        who = _parse(held)
-        if who.get("machine") == _machine():
-            return _process(int(who["pid"])) == who["process"]
-        self._log(f"waiting up to {self._lease:g} s to see whether {self._holder(held)} still lives")
-        first, deadline = self._touched(), time.monotonic() + self._lease
+    def _living(self, held: _Seen) -> _Seen | None:
+        """The lock as it is when its job has shown to be alive; None if it has not."""
+        who = _parse(held.content)
+        process = who.get("process")
+        if who.get("machine") == _machine() and type(who.get("pid")) is int and isinstance(process, str):
+            return held if _process(who["pid"]) == process else None
+        seconds = self._lease * (1 if held.content is not None else 3)
+        self._log(f"waiting up to {seconds:g} s to see whether {_holder(held)} still lives")
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self._lease / 20))
-            if self._read() != held or self._touched() != first:
-                return True
-        return False
-
-    def _touched(self) -> int:
-        try:
-            with open(self._path, "rb") as file:  # opening asks a network file system for fresh attributes
-                return os.fstat(file.fileno()).st_mtime_ns
-        except OSError:
-            return 0
+            if (now := _look(self._path)) != held:
+                return now
+        return None
 
 
-def _parse(content: bytes) -> dict[str, Any]:
+def _look(path: Path) -> _Seen | None:
+    """A lock, or whatever is in its place, without waiting for it; None if there is nothing. Raises: OSError."""
     try:
-        return dict(json.loads(content))
+        at = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    content = None
+    if stat.S_ISREG(at.st_mode):
+        with suppress(OSError), disk.opened(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW) as fd:
+            content, at = os.read(fd, LOCK_BYTES), os.fstat(fd)  # of an open file a network file system asks its server
+    return _Seen(content, at.st_ino, at.st_mtime_ns, at.st_uid)
+
+
+def _holder(seen: _Seen | None) -> str:
+    """Whose lock it is, in words."""
+    if seen is None:
+        return "another job"
+    if "host" in (who := _parse(seen.content)):
+        return f"the job on host {who['host']}, pid {who.get('pid')}, started {who.get('since')}"
+    what = "cannot be opened" if seen.content is None else f"holds {len(seen.content)} bytes that name nobody"
+    return f"an unknown job of user id {seen.uid} (the lock {what})"
+
+
+def _parse(content: bytes | None) -> dict[str, Any]:
+    """What a lock says; nothing if it is not the content of one."""
+    try:
+        found = disk.parse_json(content or b"")
     except ValueError:
         return {}
+    return found if isinstance(found, dict) else {}

@@ -10,21 +10,19 @@
 `group` must be used by nothing else: a save talks through it from a background thread while training
 talks through its own groups (on CUDA: give it a gloo group).
 
-Folders: ``step-00001000`` is complete, ``.tmp`` is unfinished and removed at the next start,
-``.damaged`` was set aside because its bytes are not what was saved.  *Newest* is the last one
-saved: saves are numbered, so after going back to an older step its successors win.
+The names in the folder: see `folder`.  *Newest* is the last one saved: saves are numbered, so after
+going back to an older step its successors win.
 """
 
 from __future__ import annotations
 
 import hashlib
 import platform
-import re
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,25 +32,28 @@ import torch
 from torch import Tensor
 
 from megallama.checkpoint import manifest, reader
+from megallama.checkpoint.disk import UnreadableError
 from megallama.checkpoint.errors import CheckpointError, DamagedError, InternalError, NotFiniteError, agree
-from megallama.checkpoint.huggingface import model_files
-from megallama.checkpoint.layout import SHARD_BYTES, STATE, layout
-from megallama.checkpoint.lock import LEASE_SECONDS, FolderLock
-from megallama.checkpoint.writer import (
-    Content,
+from megallama.checkpoint.folder import (
+    REPLACED,
+    Brief,
+    Choice,
+    checkpoints,
     point_latest,
     recover_folder,
     remove_checkpoint,
-    write_checkpoint,
 )
+from megallama.checkpoint.huggingface import model_files
+from megallama.checkpoint.layout import SHARD_BYTES, STATE, layout
+from megallama.checkpoint.lock import LEASE_SECONDS, FolderLock
+from megallama.checkpoint.writer import Content, write_checkpoint
 from megallama.comm.group import Assembly
-from megallama.config.errors import MegallamaError
 from megallama.config.presets import PRESETS
 from megallama.config.schema import Config, ModelConfig
 from megallama.layers.shard import StateShard
 
 GRACE_SECONDS = 2.0  # for the last acts of a save that the other ranks have done with
-_STEP = re.compile(r"step-\d{8,}")
+TELL_SECONDS = 60.0  # between two lines about a save that lasts
 
 
 class CheckpointManager:
@@ -80,6 +81,8 @@ class CheckpointManager:
         self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
         self._lock = FolderLock(self._folder, self._log, lease_seconds)
         self._tokenizer = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer else None
+        self._choice = Choice(self._folder, group, self._log, previous=config.checkpoint.resume == "previous")
+        self.newest = self._choice.newest
         self._sets = layout(config.model, config.precision.dtype, shard_bytes)
         self._small = {"model/model.safetensors.index.json": self._sets["model"].index()}
         self._tokenizer_file = tokenizer
@@ -149,16 +152,12 @@ class CheckpointManager:
         taken the folder; the checkpoints before it are untouched. NotFiniteError if this or the last save met a
         state that is not finite.
         """
-        if self._thread is not None and self._thread.is_alive():
-            since = time.monotonic()
-            self._thread.join()
-            self._log(f"checkpoint of step {step} waited {time.monotonic() - since:.1f} s for the one before it")
         try:
-            self.finish()
+            self.finish(f"checkpoint of step {step}")
         except (CheckpointError, InternalError) as error:
             if self._failures > self._config.checkpoint.max_failures or isinstance(error, NotFiniteError):
                 raise
-            agree(self._group, f"checkpoint of step {step}", self._lock.check)
+            agree(self._group, f"checkpoint of step {step}", lambda: self._lock.check() if self._lock.lost else None)
         if not (self._config.checkpoint.async_save and behind):
             self._write(step, shards, counters)
             return
@@ -180,7 +179,7 @@ class CheckpointManager:
                     self._lock.release()
 
         self.saving = True
-        self._thread = threading.Thread(target=work, name=f"checkpoint-{step}", daemon=True)
+        self._thread = threading.Thread(target=work, name=f"checkpoint of step {step}", daemon=True)
         self._thread.start()
 
     @property
@@ -199,11 +198,14 @@ class CheckpointManager:
             if not whole():  # the save will hear of it itself, unless what is left of it is this rank's alone
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
 
-    def finish(self) -> None:
-        """Wait for a running save. Raises: what it raised."""
-        if self._thread is not None:
+    def finish(self, who: str = "the run") -> None:
+        """Wait for a running save; `who` waits is said. Raises: what it raised."""
+        if self._thread is not None and self._thread.is_alive():
+            since = time.monotonic()
+            self._log(f"{who} waits for the {self._thread.name}, which is still being written")
             self._thread.join()
-            self._thread = None
+            self._log(f"{who} waited {time.monotonic() - since:.1f} s for the one before it")
+        self._thread = None
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -236,15 +238,16 @@ class CheckpointManager:
             body = self._body(step, counters)
             contents.append(Content(self._step(step), self._sets, self._small, body, self._block_bytes))
 
-        agree(self._group, f"checkpoint of step {step}", begin)
-        content = contents[0]
         try:
-            write_checkpoint(content, shards, self._group)
+            with _every_minute(self._log, f"the checkpoint of step {step} is still being written"):
+                agree(self._group, f"checkpoint of step {step}", begin)
+                write_checkpoint(contents[0], shards, self._group)
         except NotFiniteError as error:
             alone = " on rank 0" * (self._group.size == 1)
             good = "there is none: start again" if self.saved_step is None else f"resume from step {self.saved_step}"
             error.args = (f"{error}{alone}; {good} with a lower optimizer.lr",)
             raise
+        content = contents[0]
         self._failures, self.saved_step = 0, step
         if self._group.rank == 0:
             size = sum(content.sizes().values())
@@ -254,7 +257,9 @@ class CheckpointManager:
     def _body(self, step: int, counters: dict[str, Any]) -> dict[str, Any]:
         sequence = 0
         if self._group.rank == 0:
-            sequence = 1 + max((m.sequence for m in self._complete().values()), default=0)
+            found = checkpoints(self._folder).values()
+            sequence = 1 + max((brief.sequence for brief in found if isinstance(brief, Brief)), default=0)
+            sequence += sum(isinstance(brief, UnreadableError) for brief in found) << 20  # surely beyond theirs
         return {
             "format": manifest.FORMAT,
             "step": step,
@@ -278,14 +283,15 @@ class CheckpointManager:
             point_latest(final)
             if self.keep_all:
                 return
-            replaced = final.with_name(final.name + ".old")
-            if replaced.exists():
-                remove_checkpoint(replaced)
-            mine = [(m.sequence, m.step, p) for p, m in self._complete().items() if m.body["line"] == self._line]
+            if (before := final.with_suffix(REPLACED)).exists():
+                remove_checkpoint(before)
+                self._log(f"{final.name} took the place of the one saved earlier")
+            known = [(path, brief) for path, brief in checkpoints(self._folder).items() if isinstance(brief, Brief)]
+            mine = [(brief.sequence, brief.step, path) for path, brief in known if brief.line == self._line]
             for _, step, path in sorted(mine)[:-keep_last]:
                 if path != final and not (keep_every and step % keep_every == 0):
                     remove_checkpoint(path)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             self._log(f"warning: tidying up {self._folder} failed: {error}")
 
     # ---- choosing ----
@@ -293,68 +299,10 @@ class CheckpointManager:
     def _step(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}"
 
-    def _complete(self) -> dict[Path, manifest.Manifest]:
-        """The step folders whose manifests verify, in no order."""
-        found = {}
-        for path in self._folders():
-            with suppress(MegallamaError):
-                found[path] = manifest.read_manifest(path, files=False)
-        return found
-
-    def _folders(self) -> list[Path]:
-        return [p for p in sorted(self._folder.glob("step-*")) if _STEP.fullmatch(p.name) and p.is_dir()]
-
-    def newest(self) -> Path | None:
-        """The newest checkpoint that is complete in the eyes of every rank; None if there has never been one.
-
-        A folder that is not (truncated, missing files, damaged manifest) is renamed to ``.damaged`` and the one before
-        it is looked at.  The contents of the files are verified by `load`.
-        Raises: CheckpointError on every rank if there are checkpoints but none is complete.
-        """
-        what = f"checkpoints in {self._folder}"
-        names = agree(self._group, what, lambda: self._candidates() if self._group.rank == 0 else None)[0]
-        problems = []
-        for name in names:
-            path = self._folder / name
-            told = self._group.gather_values(_problem(path))
-            wrong = [(rank, text) for rank, text in enumerate(told) if text is not None]
-            if not wrong:
-                return path
-            problems.append(f"{name}: {wrong[0][1]}")
-            if wrong[0][0] == 0:
-                self._set_aside(path, problems[-1])
-            else:  # rank 0 sees it whole: not damaged, but not there for everybody
-                problems[-1] += f" (seen by rank {wrong[0][0]}: is the folder shared by all nodes?)"
-                self._log(f"warning: {problems[-1]}; it is not used")
-        past = agree(self._group, what, lambda: sorted(p.name for p in self._folder.glob("step-*.damaged*")))[0]
-        if not problems and not past:
-            return None
-        listing = problems or [f"{name}: set aside earlier" for name in past]
-        raise CheckpointError(
-            f"{self._folder} holds checkpoints, but none is usable:\n  " + "\n  ".join(listing) + "\nRestore one of "
-            "them, or write checkpoint.resume=fresh (or --fresh) to start again from random weights"
-        )
-
     def newest_step(self, most: int) -> int | None:
         """The highest step up to `most` of which the folder holds a complete checkpoint; only looks."""
-        return max((m.step for m in self._complete().values() if m.step <= most), default=None)
-
-    def _candidates(self) -> list[str]:
-        """Names of the step folders, newest first; those with an unreadable manifest before all others."""
-        complete = self._complete()
-        order = {p: complete[p].sequence if p in complete else 1 << 62 for p in self._folders()}
-        return [p.name for p in sorted(order, key=lambda p: (order[p], p.name), reverse=True)]
-
-    def _set_aside(self, path: Path, why: str) -> None:
-        """Rename a damaged folder (rank 0), so that it is neither used nor deleted."""
-
-        def work() -> None:
-            if self._group.rank == 0 and path.exists():
-                names = [f"{path.name}.damaged"] + [f"{path.name}.damaged-{i}" for i in range(2, 1000)]
-                path.rename(next(n for n in map(path.with_name, names) if not n.exists()))
-
-        agree(self._group, f"setting {path} aside", work)
-        self._log(f"warning: {why}; set aside as {path.name}.damaged")
+        known = [brief.step for brief in checkpoints(self._folder).values() if isinstance(brief, Brief)]
+        return max((step for step in known if step <= most), default=None)
 
     def keep_settings(self) -> Config:
         """The configuration to go on with: settings of the newest checkpoint where a preset has changed since.
@@ -379,7 +327,7 @@ class CheckpointManager:
 
         A checkpoint that turns out damaged while it is read is set aside and the previous one is loaded.
         Raises: CheckpointError if there is none to load and "must" was asked, or all are damaged, or it is
-        of another architecture.
+        of another architecture; UnreadableError if one cannot be read now, unless "previous" was asked.
         """
         mode = self._config.checkpoint.resume
         while mode != "fresh":
@@ -394,22 +342,25 @@ class CheckpointManager:
             try:
                 return self.load(path, shards)
             except DamagedError as error:
-                self._set_aside(path, str(error))
+                self._choice.set_aside(path, error)
+            except UnreadableError as error:
+                self._choice.leave_out(path.name, error)
         return None
 
     def load(self, path: Path, shards: Sequence[StateShard]) -> dict[str, Any]:
         """Fill `shards` (of any layout; owned or copies) from a step folder; returns its counters.
 
-        Every block that is read is verified, and the ranks share the verification of the files not needed.
-        Raises, on every rank: DamagedError naming file and block; CheckpointError listing every setting in
-        which the architecture or the tokenizer differs.
+        Every block that is read is verified, and the ranks share the verification of model/: damage there is said, and
+        costs nothing, for training needs the state alone.
+        Raises, on every rank alike: DamagedError naming file and block; UnreadableError naming the file;
+        CheckpointError listing every setting in which the architecture or the tokenizer differs.
         """
-        saved: list[manifest.Manifest] = []
+        saved = self._choice.look(path)
+        rest = list(saved.blocks("model/"))[self._group.rank :: self._group.size]
 
         def check() -> None:
-            saved.append(manifest.read_manifest(path))
-            wrong = manifest.differences(saved[0].model, self._config.model)
-            tokenizer = saved[0].body["tokenizer"]
+            wrong = manifest.differences(saved.model, self._config.model)
+            tokenizer = saved.body["tokenizer"]
             if self._tokenizer and tokenizer and tokenizer != self._tokenizer:
                 wrong.append(f"data.tokenizer: checkpoint sha256 {tokenizer[:16]}..., now {self._tokenizer[:16]}...")
             if wrong:
@@ -418,16 +369,23 @@ class CheckpointManager:
                     "values, or choose another checkpoint.folder for the new model"
                 )
 
-        def read() -> None:
-            reader.load_state(path, saved[0], shards)
-            rest = list(saved[0].blocks("model/"))[self._group.rank :: self._group.size]
-            if problems := reader.verify_blocks(path, saved[0], rest):
-                raise DamagedError("; ".join(problems))
+        def read() -> list[str]:
+            reader.load_state(path, saved, shards)
+            try:
+                return reader.verify_blocks(path, saved, rest)[:3]
+            except UnreadableError as error:
+                return [str(error)]
 
         agree(self._group, "cannot resume", check)
-        agree(self._group, f"cannot load {path}", read)
-        self._line, self.saved_step = saved[0].body["line"], saved[0].step
-        return saved[0].body["counters"]
+        told = self._choice.read_on_all(f"cannot load {path}", read)
+        if problems := [problem for found in told for problem in found]:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            self._log(
+                f"warning: {problems[0]}{more}: the weights in {path / 'model'} are not to be used. The training state "
+                "is whole and training goes on from it; the next save writes model/ anew"
+            )
+        self._line, self.saved_step = saved.body["line"], saved.step
+        return saved.body["counters"]
 
     def load_weights(self, path: Path, shards: Sequence[StateShard]) -> None:
         """Fill the master weights from a step folder (its fp32 masters) or a Hugging Face folder; moments become zero.
@@ -467,19 +425,24 @@ def _touching(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         run = [] if tensor is None else [tensor]
 
 
-def _problem(path: Path) -> str | None:
-    """Why a step folder is not complete; None if it is."""
+@contextmanager
+def _every_minute(log: Callable[[str], None], what: str) -> Iterator[None]:
+    """While the body lasts, say that it does."""
+    ended, since = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not ended.wait(TELL_SECONDS):
+            log(f"{what}, for {time.monotonic() - since:.0f} s now")
+
+    threading.Thread(target=tell, daemon=True).start()
     try:
-        manifest.read_manifest(path)
-    except DamagedError as error:
-        return str(error)
-    except CheckpointError:
-        return None  # whole, but of another format: `load` says so
-    return None
+        yield
+    finally:
+        ended.set()
 
 
 def _model_of(path: Path) -> ModelConfig:
-    return manifest.read_manifest(path, files=False).model
+    return manifest.read_manifest(path).model
 
 
 def _own_version() -> str:

@@ -14,8 +14,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+
+from megallama.checkpoint import disk
+from megallama.checkpoint.disk import MissingError
 from megallama.checkpoint.errors import CheckpointError, DamagedError
 from megallama.config.presets import PRESETS
 from megallama.config.schema import ModelConfig
@@ -24,49 +28,47 @@ from megallama.plan.params import heads
 NAME = "manifest.json"
 FORMAT = 1
 BLOCK_BYTES = 4 << 20
+MANIFEST_BYTES = 1 << 29  # the most that is read; one of 65B parameters has 9 million
+MAX_LAYERS = 100_000  # no model has more
 
 
 @dataclass(frozen=True)
 class FileRecord:
     """Size and digests of one file, as saved."""
 
-    size: int
+    size: NonNegativeInt
     digest: str
     blocks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A verified manifest."""
+    """A verified manifest, of which every value has its type, and every file is one in the folder."""
 
-    body: dict[str, Any]
-    files: dict[str, FileRecord]
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return self.body["step"]
-
-    @property
-    def sequence(self) -> int:
-        """Saves of this folder are numbered; the newest checkpoint is the last save, not the highest step."""
-        return self.body["sequence"]
-
-    @property
-    def model(self) -> ModelConfig:
-        """The architecture of the saved model."""
-        return ModelConfig(**self.body["architecture"])
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block (the last one of a file may be shorter)."""
-        return self.body["block_bytes"]
+    step: NonNegativeInt  # optimizer steps done
+    sequence: int  # saves of a folder are numbered; the newest checkpoint is the last save, not the highest step
+    line: str
+    counters: dict[str, Any]
+    model: Annotated[ModelConfig, Field(validation_alias="architecture")]
+    precision: Literal["fp64", "fp32", "fp16", "bf16"]
+    shard_bytes: PositiveInt
+    block_bytes: Annotated[int, Field(ge=1, le=1 << 28)]  # the last block of a file may be shorter
+    tokenizer: str | None
+    config: dict[str, Any]
+    saved_at: str
+    saved_by_ranks: int
+    versions: dict[str, str]
+    files: dict[Annotated[str, Field(pattern=r"^(model|optimizer)/[A-Za-z0-9_][A-Za-z0-9_.-]*$")], FileRecord]
+    body: dict[str, Any]  # all of it, as it is written
 
     def blocks(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         """(file, block index) of all files whose names begin with `prefix`, in order."""
         for name, record in self.files.items():
             if name.startswith(prefix):
                 yield from ((name, i) for i in range(len(record.blocks)))
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def digest(data: bytes | bytearray | memoryview) -> str:
@@ -98,45 +100,64 @@ def file_records(sizes: dict[str, int], blocks: dict[str, list[str]]) -> dict[st
     }
 
 
-def read_manifest(folder: Path, *, files: bool = True) -> Manifest:
-    """Read and verify the manifest of a step folder; with `files`, also that all files are there in full size.
+def read_manifest(folder: Path) -> Manifest:
+    """Read and verify the manifest of a step folder; `check_sizes` looks at the files.
 
-    Raises: DamagedError naming the file; CheckpointError for a format this program does not know.
+    Raises: MissingError; DamagedError if it does not match its own digest, read twice; UnreadableError;
+    CheckpointError for a format this program does not know, or values that it never writes.
     """
     path = folder / NAME
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise DamagedError(f"{folder} has no {NAME}: it is not a complete checkpoint") from None
-    except OSError as error:
-        raise DamagedError(f"{path} cannot be read: {error}") from error
-    try:
-        body = json.loads(raw)
-        body.pop("digest", None)
-        intact = render(body) == raw
-    except (ValueError, AttributeError, TypeError):
-        intact = False
-    if not intact:
+    body = None
+    for _ in range(2):
+        try:
+            body = body or _verified(disk.read_file(path, MANIFEST_BYTES))
+        except MissingError:
+            raise MissingError(f"{folder} has no {NAME}: it is not a complete checkpoint") from None
+    if body is None:
         raise DamagedError(f"{path} is damaged: it does not match its own digest")
     if body.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder} has checkpoint format {body.get('format')}; this program reads format {FORMAT}: "
-            f"use the version that wrote it ({body.get('versions', {}).get('megallama', 'unknown')})"
+            f"use the version that wrote it ({body.get('versions', 'unknown')})"
         )
-    records = {n: FileRecord(r["size"], r["digest"], tuple(r["blocks"])) for n, r in body["files"].items()}
-    if files:
-        _check_sizes(folder, records)
-    return Manifest(body, records)
+    try:
+        saved = _MANIFEST.validate_python(body | {"body": body})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path} is not one that this program writes: {where}: {first['msg']}") from None
+    counts = {n: len(r.blocks) - block_count(r.size, saved.block_bytes) for n, r in saved.files.items()}
+    if wrong := [name for name, surplus in counts.items() if surplus]:
+        raise CheckpointError(f"{path} is not one that this program writes: the blocks of {wrong[0]} are not its size")
+    check_layers(path, saved.model)
+    return saved
 
 
-def _check_sizes(folder: Path, records: dict[str, FileRecord]) -> None:
-    for name, record in records.items():
-        try:
-            size = os.stat(folder / name).st_size
-        except OSError as error:
-            raise DamagedError(f"{folder / name} is missing: {error.strerror}") from None
-        if size != record.size:
-            raise DamagedError(f"{folder / name} has {size} bytes instead of {record.size}")
+def _verified(raw: bytes) -> dict[str, Any] | None:
+    """What a manifest says; None if it does not match its own digest."""
+    try:
+        body = disk.parse_json(raw)
+        body.pop("digest", None)
+        return body if render(body) == raw else None
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return None
+
+
+def check_layers(path: Path, model: ModelConfig, tensors: int = MAX_LAYERS) -> None:
+    """Raises: CheckpointError for more layers than so many tensors can be: to lay them out would take for ever."""
+    if model.num_layers > max(tensors, 1000):
+        raise CheckpointError(f"{path} describes a model of {model.num_layers} layers; so many are not there")
+
+
+def check_sizes(folder: Path, saved: Manifest, prefix: str = "") -> None:
+    """See that the files whose names begin with `prefix` are there in full size.
+
+    Raises: MissingError; DamagedError for another size, seen twice; UnreadableError.
+    """
+    for name, record in saved.files.items():
+        path = folder / name
+        if name.startswith(prefix) and disk.patiently(os.stat, path).st_size != record.size:
+            os.close(disk.open_file(path, record.size)[0])
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megallama.checkpoint import disk
 from megallama.checkpoint.errors import CheckpointError, DamagedError
 from megallama.checkpoint.layout import DTYPES, Place
 
@@ -23,6 +25,8 @@ class PthFile:
     """
 
     def __init__(self, path: Path) -> None:
+        fd, size = disk.open_file(path)
+        os.close(fd)
         try:
             found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # noqa: BLE001 - torch raises many types for damaged and for hostile files
@@ -33,7 +37,9 @@ class PthFile:
                     f"({first}); get the file from a source you trust as safetensors"
                 ) from None
             raise DamagedError(f"{path} cannot be read as a .pth file of tensors: {first}") from error
-        if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        values = found.values() if isinstance(found, dict) else [None]
+        plain = (t for t in values if isinstance(t, Tensor) and t.layout == torch.strided and t.device.type == "cpu")
+        if sum(tensor.nbytes <= size for tensor in plain) < len(values):  # each must be in the file
             raise CheckpointError(f"{path} is not a file of tensors by name, as Meta's consolidated.NN.pth is")
         self._tensors: dict[str, Tensor] = found
         self.places = {k: Place("", 0, tuple(t.shape), _NAMES.get(t.dtype, str(t.dtype))) for k, t in found.items()}

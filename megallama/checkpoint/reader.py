@@ -9,18 +9,20 @@ different boxes, so no two of them read the same bytes; the weights go round by 
 
 from __future__ import annotations
 
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import pairwise
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megallama.checkpoint import manifest
+from megallama.checkpoint import disk, manifest
 from megallama.checkpoint.errors import CheckpointError, DamagedError
 from megallama.checkpoint.huggingface import read_model_config
 from megallama.checkpoint.layout import DTYPES, STATE, Place, layout
@@ -47,14 +49,7 @@ class BlockFile:
         self._pool: ThreadPoolExecutor | None = None
         self._coming: Iterator[int] = iter(())
         self._ahead: deque[tuple[int, Future[memoryview]]] = deque()
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise DamagedError(f"{path} cannot be opened: {error.strerror}") from None
-        self.size = os.fstat(self._fd).st_size
-        if record is not None and self.size != record.size:
-            self.close()
-            raise DamagedError(f"{path} has {self.size} bytes instead of {record.size}")
+        self._fd, self.size = disk.open_file(path, record.size if record else None)
 
     def close(self) -> None:
         """Close the file."""
@@ -96,17 +91,23 @@ class BlockFile:
         try:
             buffer = self._free.pop()
         except IndexError:
-            buffer = bytearray(self._block_bytes)
+            buffer = bytearray(min(self._block_bytes, self.size))
         data = memoryview(buffer)[:want]
-        try:
-            count = os.preadv(self._fd, [data], first)
-        except OSError as error:
-            raise DamagedError(f"{where}: {error}") from error
-        if count != want:
-            raise DamagedError(f"{where}: {count} bytes instead of {want}")
+        self._fill(data, first)
         if self._record is not None and manifest.digest(data) != self._record.blocks[index]:
-            raise DamagedError(f"{where}: its digest is not the one in {manifest.NAME}")
+            disk.read_again(self.path, data, first)
+            if manifest.digest(data) != self._record.blocks[index]:
+                raise DamagedError(f"{where}: its digest is not the one in {manifest.NAME}")
         return data
+
+    def _fill(self, data: memoryview, start: int) -> None:
+        """Read; what goes wrong is tried again on the freshly opened file, whose word counts."""
+        with suppress(OSError):
+            if disk.read_at(self._fd, data, start) == len(data):
+                return
+        count = disk.read_again(self.path, data, start)
+        if count != len(data):
+            raise DamagedError(f"{self.path} ends at byte {start + count}, before byte {start + len(data)}")
 
     def _release(self, data: memoryview) -> None:
         assert isinstance(data.obj, bytearray)
@@ -122,18 +123,15 @@ class BlockFile:
     def read_into(self, start: int, out: memoryview) -> None:
         """Fill `out` with the bytes from `start` on; without a digest to check, straight from the file."""
         self._check(start, len(out))
+        if self._record is None:
+            self._fill(out, start)
+            return
         at = 0
         while at < len(out):
-            if self._record is None:
-                count = os.preadv(self._fd, [out[at:]], start + at)
-                if not count:
-                    raise DamagedError(f"{self.path} ended at byte {start + at} while it was read")
-            else:
-                index, inside = divmod(start + at, self._block_bytes)
-                data = self.block(index)[inside : inside + len(out) - at]
-                count = len(data)
-                out[at : at + count] = data
-            at += count
+            index, inside = divmod(start + at, self._block_bytes)
+            data = self.block(index)[inside : inside + len(out) - at]
+            out[at : at + len(data)] = data
+            at += len(data)
 
     def _check(self, start: int, count: int) -> None:
         if start < 0 or start + count > self.size:
@@ -219,57 +217,72 @@ def _rows(place: Place, box: Box, first: int, last: int) -> tuple[int, int]:
 
 
 def _read_header(label: str, file: BlockFile) -> dict[str, Place]:
-    """The tensors of a safetensors file. Raises: DamagedError if the header does not fit the file."""
+    """The tensors of a safetensors file.
+
+    Raises: DamagedError if the header does not fit the file, or says of its bytes what cannot be.
+    """
     length = int.from_bytes(file.read(0, 8), "little")
+    if length > disk.JSON_BYTES and 8 + length <= file.size:
+        raise DamagedError(f"{file.path} has a header of {length:,} bytes; at most {disk.JSON_BYTES:,} are read")
+    places = {}
     try:
-        entries = json.loads(bytes(file.read(8, length)))
-        places = {}
-        for name, entry in entries.items():
+        for name, entry in disk.parse_json(bytes(file.read(8, length))).items():
             if name == "__metadata__":
                 continue
-            start, stop = entry["data_offsets"]
-            places[name] = Place(label, 8 + length + start, tuple(entry["shape"]), entry["dtype"])
-            item = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else 0
-            if (item and stop - start != prod(entry["shape"]) * item) or 8 + length + stop > file.size:
+            (start, stop), shape = entry["data_offsets"], tuple(entry["shape"])
+            if len(shape) > 8 or not all(type(n) is int and n >= 0 for n in (start, stop, *shape)):
+                raise DamagedError(f"{file.path}: tensor {name} has a shape or a place that cannot be")
+            places[name] = place = Place(label, 8 + length + start, shape, entry["dtype"])
+            fits = entry["dtype"] not in DTYPES or stop - start == prod(shape) * place.item_bytes
+            if not fits or 8 + length + stop > file.size:
                 raise DamagedError(f"{file.path}: tensor {name} does not fit the file: bytes {start} to {stop}")
-        return places
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{file.path} has no valid safetensors header: {error!r}") from error
+    known = sorted((p.offset, prod(p.shape) * p.item_bytes, n) for n, p in places.items() if p.dtype in DTYPES)
+    for (at, count, one), (begin, _, other) in pairwise(known):
+        if at + count > begin:
+            raise DamagedError(f"{file.path}: the tensors {one} and {other} overlap")
+    return places
 
 
 def open_state(folder: Path, saved: manifest.Manifest, kind: str) -> TensorFiles:
     """The "model" weights or one of the state kinds of a step folder, verified while reading.
 
     The places follow from the architecture; a file whose header says otherwise is not ours.
+    Raises: CheckpointError if the manifest has other files than that architecture.
     """
-    files = layout(saved.model, saved.body["precision"], saved.body["shard_bytes"])[kind]
-    headers = {file.name: file.header for file in files.files}
+    want = layout(saved.model, saved.body["precision"], saved.body["shard_bytes"])[kind]
+    headers = {file.name: file.header for file in want.files}
+    for file in want.files:
+        if file.name not in saved.files or saved.files[file.name].size != file.size:
+            raise CheckpointError(f"{folder / manifest.NAME} does not list {file.name} with {file.size} bytes")
 
     def opener(name: str) -> BlockFile:
-        if name not in saved.files:
-            raise DamagedError(f"{folder / manifest.NAME} does not list {name}")
         file = BlockFile(folder / name, saved.files[name], saved.block_bytes)
-        if file.read(0, min(len(headers[name]), file.size)) != headers[name]:
+        if file.read(0, len(headers[name])) != headers[name]:
+            file.close()
             raise DamagedError(f"{folder / name} has the header of another file")
         return file
 
-    return TensorFiles(files.places, opener)
+    return TensorFiles(want.places, opener)
 
 
 def open_folder(folder: Path) -> TensorFiles:
     """The weights of a Hugging Face folder, or of our step or model folder.
 
-    Raises: CheckpointError if it holds no safetensors; DamagedError if one of its files is missing.
+    Raises: CheckpointError if it holds no safetensors; DamagedError if one of its files is missing or damaged.
     """
     if (step := step_folder(folder)) is not None:
         return open_state(step, manifest.read_manifest(step), "model")
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise DamagedError(f"{index} cannot be read: {error!r}") from error
-    elif not (folder / names[0]).is_file():
+    if disk.exists(index):
+        found = disk.read_json(index).get("weight_map")
+        named: list[Any] = [*found.values()] if isinstance(found, dict) else [found]
+        for name in named:
+            if not isinstance(name, str) or "/" in name or "\0" in name or name in ("", ".", ".."):
+                raise CheckpointError(f"{index} names {name!r}; it must name files of its own folder")
+        names = sorted(set(named))
+    elif not disk.exists(folder / names[0]):
         raise CheckpointError(
             f"{folder} holds neither {manifest.NAME} nor model.safetensors(.index.json); give a step folder or a "
             "Hugging Face folder with safetensors (save_pretrained(folder) writes them)"
@@ -283,16 +296,19 @@ def open_files(folder: Path, names: Sequence[str]) -> TensorFiles:
     for name in names:
         file = BlockFile(folder / name)
         try:
-            places |= _read_header(name, file)
+            found = _read_header(name, file)
         finally:
             file.close()
+        if twice := sorted(found.keys() & places.keys()):
+            raise CheckpointError(f"{folder}: {places[twice[0]].file} and {name} both hold {twice[0]}; remove one")
+        places |= found
     return TensorFiles(places, lambda name: BlockFile(folder / name))
 
 
 def step_folder(folder: Path) -> Path | None:
     """The step folder that `folder` is, or is the model/ of; None if it is somebody else's."""
     candidates = (folder, folder.parent) if folder.name == "model" else (folder,)
-    return next((c for c in candidates if (c / manifest.NAME).is_file()), None)
+    return next((c for c in candidates if disk.exists(c / manifest.NAME)), None)
 
 
 def fill(files: TensorFiles, kind: str, shards: Sequence[StateShard]) -> None:
@@ -314,6 +330,7 @@ def fill_weights(files: TensorFiles, shards: Sequence[StateShard]) -> None:
 
 def check_tensors(where: Path, files: TensorFiles, model: ModelConfig) -> None:
     """Raises: CheckpointError listing every tensor that is missing, unknown or of another shape."""
+    manifest.check_layers(where, model, len(files.places))
     want = global_shapes(model)
     extra = {"lm_head.weight"} if model.tie_embeddings else set()
     found = {n: p for n, p in files.places.items() if n not in extra and not n.endswith(_NOT_PARAMETERS)}
@@ -400,14 +417,9 @@ def load_state(folder: Path, saved: manifest.Manifest, shards: Sequence[StateSha
 
 
 def verify_blocks(folder: Path, saved: manifest.Manifest, blocks: Sequence[tuple[str, int]]) -> list[str]:
-    """Check blocks against their digests; what is wrong with each damaged one."""
+    """Check blocks against their digests; what is wrong with each damaged one. Raises: UnreadableError."""
     problems: list[str] = []
     opened: dict[str, BlockFile] = {}
-    for name in dict.fromkeys(name for name, _ in blocks):
-        try:
-            opened[name] = BlockFile(folder / name, saved.files[name], saved.block_bytes)
-        except DamagedError as error:
-            problems.append(str(error))
 
     def problem(block: tuple[str, int]) -> str | None:
         try:
@@ -416,8 +428,15 @@ def verify_blocks(folder: Path, saved: manifest.Manifest, blocks: Sequence[tuple
             return str(error)
         return None
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        problems += [p for p in pool.map(problem, (b for b in blocks if b[0] in opened)) if p is not None]
-    for file in opened.values():
-        file.close()
+    try:
+        for name in dict.fromkeys(name for name, _ in blocks):
+            try:
+                opened[name] = BlockFile(folder / name, saved.files[name], saved.block_bytes)
+            except DamagedError as error:
+                problems.append(str(error))
+        with ThreadPoolExecutor(THREADS) as pool:
+            problems += [p for p in pool.map(problem, (b for b in blocks if b[0] in opened)) if p is not None]
+    finally:
+        for file in opened.values():
+            file.close()
     return problems

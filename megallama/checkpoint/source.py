@@ -7,8 +7,9 @@ tensors of the model, and where several ranks hold the same tensor it must be th
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megallama.checkpoint import foreign, manifest, reader
+from megallama.checkpoint import disk, foreign, manifest, reader
 from megallama.checkpoint.errors import CheckpointError, DamagedError
 from megallama.checkpoint.foreign import EMBEDDING, Form, Piece
 from megallama.checkpoint.huggingface import model_files, read_model_config
@@ -28,9 +29,12 @@ from megallama.plan.box import Box
 
 SPAN_BYTES = 8 << 20  # what is copied at a time
 PRECISION = {name: precision for precision, name in WEIGHTS.items()}
-_CARRIED = ("config.json", "generation_config.json", "tokenizer*", "chat_template*") + (
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+# what is copied into a result: these names alone, for a folder from elsewhere may hold a link to anything
+_CARRIED = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json") + (
+    *("merges.txt", "chat_template.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer.vocab", "tokenizer_config.json"),
 )
+_CARRIED_BYTES = 1 << 28
 
 
 class TensorRows(Protocol):
@@ -169,8 +173,17 @@ def foreign_kind(folder: Path) -> str | None:
     return "meta" if alone or any(folder.glob("consolidated.*.pth")) else None
 
 
-def _carried(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for pattern in _CARRIED for p in sorted(folder.glob(pattern)) if p.is_file()}
+def _carried(folder: Path, names: Sequence[str] = _CARRIED) -> dict[str, bytes]:
+    """The files of these names that a folder has. Raises: CheckpointError for a link that leads out of it."""
+    root = folder.resolve()  # in a Hugging Face cache, models--NAME/snapshots/REVISION, a folder of links to blobs
+    blobs = [p.parent / "blobs" for p in root.parents if p.name == "snapshots" and p.parent.name.startswith("models--")]
+    found = {}
+    for name in filter(lambda name: disk.exists(root / name), names):
+        path = Path(os.path.realpath(root / name))
+        if not any(path.is_relative_to(inside) for inside in (root, *blobs)):
+            raise CheckpointError(f"{folder / name} is a link to {path}; put the file itself into the folder")
+        found[name] = disk.read_file(path, _CARRIED_BYTES)
+    return found
 
 
 def _checked(source: Source, ignored: tuple[str, ...]) -> Source:
@@ -192,10 +205,11 @@ def _open_meta(folder: Path, context: int | None) -> Source:
 
     def source(tied: bool) -> Source:
         try:
-            params = json.loads((folder / "params.json").read_bytes())
+            params = disk.read_json(folder / "params.json")
             model = foreign.meta_model(params, shapes, len(names), tied)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"{folder / 'params.json'} cannot be used: {error}") from error
+        manifest.check_layers(folder / "params.json", model, len(shapes))
         by_rows = shapes.get("tok_embeddings.weight", (0, 0))[1:] == (model.hidden_size,)
         form = foreign.meta_form(model, len(names), by_rows)
         return _checked(Source("meta", folder, model, form, files, {}), ("rope.freqs",))
@@ -214,9 +228,9 @@ def _meta_small(source: Source, context: int | None) -> dict[str, bytes]:
     model = source.model
     longest = context or (131072 if model.rope_scaling else 8192 if model.rope_theta == 500000 else 2048)
     config = config_of(model, source.formats[0], longest)
-    near = (folder / "tokenizer.model" for folder in (source.folder, source.folder.parent))  # LLaMA 1 has it above
-    path = next((path for path in near if path.is_file()), None)
-    kept = {path.name: path.read_bytes()} if path else {}
+    near = (source.folder, source.folder.parent)  # LLaMA 1 has it above
+    path = next((f / "tokenizer.model" for f in near if disk.exists(f / "tokenizer.model")), None)
+    kept = _carried(path.parent, [path.name]) if path else {}
     if path is None or not trainable(path.name, kept):
         return model_files(config, None) | kept
     files = model_files(config, path)
@@ -231,18 +245,19 @@ def trainable(name: str, small: Mapping[str, bytes]) -> bool:
 
 def _open_megatron(folder: Path, model: ModelConfig) -> Source:
     ranks = sorted(p.name for p in folder.glob("mp_rank_*/"))
-    numbers = [[int(x) for x in re.findall(r"_(\d+)", name)] for name in ranks]
+    numbers = [[int(x) for x in re.findall(r"_(\d{1,6})", name)] or [0] for name in ranks]
     pp = max((1 + n[1] for n in numbers if len(n) > 1), default=1)
-    grid = [(t, s) for t in range(1 + max(n[0] for n in numbers)) for s in range(pp)]
-    want = [foreign.megatron_file(t, s, pp) for t, s in grid]
+    tp = 1 + max(n[0] for n in numbers)
+    want = [foreign.megatron_file(i // pp, i % pp, pp) for i in range(min(tp * pp, len(ranks) + 8))]
     if sorted(name + "/model.safetensors" for name in ranks) != sorted(want):
         raise CheckpointError(f"{folder} holds {', '.join(ranks)}; it must hold {', '.join(want)}")
     files = {name: reader.open_files(folder, [name]) for name in want}
     first = files[want[0]].places
     word = first.get("embedding.word_embeddings.weight")
-    rows = word.shape[0] * (len(want) // pp) if word else model.vocab_size
+    rows = word.shape[0] * (len(want) // pp) if word and word.shape else model.vocab_size
     if rows < model.vocab_size:
         raise CheckpointError(f"{folder}: the embedding has {rows} rows in all, the vocabulary {model.vocab_size}")
+    manifest.check_layers(folder / "config.json", model, sum(len(file.places) for file in files.values()))
     local = "decoder.layers.0." + foreign.LOCAL_NORMS[0] in first
     norms = foreign.LOCAL_NORMS if local else foreign.FUSED_NORMS
     form = foreign.megatron_form(model, len(want) // pp, pp, rows, norms)

@@ -1,10 +1,10 @@
 """Writing one checkpoint: every rank its own bytes, and none of them counts until all of them are safe.
 
-    1. rank 0 creates step-N.tmp with all files in their final size (a full disk shows here)
+    1. rank 0 creates a folder of another name with all files in their final size (a full disk shows here)
     2. every rank writes the byte runs of the boxes it owns and digests the blocks that are its alone on the way;
        behind it a thread makes them durable (fsync), so the disk works from the start
     3. the blocks that several ranks wrote to are read back and digested, each rank its share
-    4. rank 0 writes the manifest, fsyncs the folders, renames step-N.tmp to step-N, fsyncs the parent
+    4. rank 0 writes the manifest, fsyncs the folders, renames the folder to step-N, fsyncs the parent
 
 After each phase the ranks agree (see `errors.agree`); if any failed, nothing is committed and the
 temporary folder is removed.  No rank ever holds another rank's data.
@@ -12,6 +12,7 @@ temporary folder is removed.  No rank ever holds another rank's data.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -29,7 +30,9 @@ import torch
 from torch import Tensor
 
 from megallama.checkpoint import manifest
+from megallama.checkpoint.disk import opened, read_at, sync, write_at, write_durably
 from megallama.checkpoint.errors import CheckpointError, NotFiniteError, agree
+from megallama.checkpoint.folder import REPLACED, remove_checkpoint, unfinished
 from megallama.checkpoint.layout import DTYPES, FileSet, Place
 from megallama.comm.group import Assembly
 from megallama.layers.shard import StateShard
@@ -38,6 +41,7 @@ from megallama.plan.box import Box, boxes_of_range, runs
 CHUNK_ELEMENTS = 1 << 20  # elements converted, digested and written while they are in the processor's cache
 THREADS = 2  # that write; more would take cores from a training that goes on
 FLUSH_BYTES = 256 << 20  # written between two requests to the disk
+fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Content:
     @property
     def temporary(self) -> Path:
         """Where it is written before it is complete."""
-        return self.final.with_name(self.final.name + ".tmp")
+        return unfinished(self.final)
 
     def sizes(self) -> dict[str, int]:
         """Final size of every file, in a fixed order."""
@@ -105,7 +109,7 @@ def create_files(content: Content) -> None:
     for name, size in sizes.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd, explained(content):
+        with opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd, explained(content):
             _allocate(fd, size)
             write_at(fd, memoryview(headers.get(name) or content.small[name]), 0)
 
@@ -134,14 +138,16 @@ def _free_bytes(folder: Path) -> int:
 
 
 def _allocate(fd: int, size: int) -> None:
-    """Give the file its size, with its blocks reserved where the file system can."""
-    try:
-        if size:
-            os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        os.ftruncate(fd, size)
+    """Give the file its size, with its blocks reserved where the file system can.
+
+    os.posix_fallocate would write to every 4 KiB of the file where it cannot (NFS before 4.2).
+    """
+    while size and fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        if (number := ctypes.get_errno()) in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            return os.ftruncate(fd, size)
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+    return None
 
 
 Digests = list[tuple[str, int, str]]  # file, block, digest
@@ -281,7 +287,7 @@ def _digest_blocks(content: Content, blocks: Sequence[tuple[str, int]], flusher:
         def part(first: int) -> Digests:
             buffer, found = memoryview(bytearray(content.block_bytes)), []
             for name, index in blocks[first::THREADS]:
-                count = os.preadv(fds[name], [buffer], index * content.block_bytes)
+                count = read_at(fds[name], buffer, index * content.block_bytes)
                 found.append((name, index, manifest.digest(buffer[:count])))
             return found
 
@@ -300,69 +306,12 @@ def _commit(content: Content, digests: Mapping[tuple[str, int], str]) -> None:
     write_durably(content.temporary / manifest.NAME, manifest.render(body))
     for folder in sorted({content.temporary, *((content.temporary / n).parent for n in sizes)}):
         sync(folder)
-    if content.final.exists():  # a step that was done again after going back; `recover_folder` knows ".old"
-        os.rename(content.final, content.final.with_name(content.final.name + ".old"))
+    if content.final.exists():  # a step that was done again after going back; `recover_folder` knows what it is
+        if (before := content.final.with_suffix(REPLACED)).exists():
+            remove_checkpoint(before)
+        os.rename(content.final, before)
     os.rename(content.temporary, content.final)
     sync(content.final.parent)
-
-
-def point_latest(final: Path) -> None:
-    """Write the hint file `latest`; the truth is the newest folder whose manifest verifies."""
-    temporary = final.with_name("latest.tmp")
-    write_durably(temporary, (final.name + "\n").encode())
-    os.rename(temporary, final.with_name("latest"))
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint so that no moment shows half of it under its name."""
-    trash = folder.with_name(folder.name + ".tmp")
-    os.rename(folder, trash)
-    shutil.rmtree(trash)
-
-
-def recover_folder(folder: Path) -> list[str]:
-    """Clean up after a crash: remove unfinished saves, finish an interrupted replacement. Returns what was done."""
-    done = []
-    for path in sorted(folder.glob("step-*.old")):
-        final = path.with_suffix("")
-        if final.exists():
-            remove_checkpoint(path)
-        else:
-            os.rename(path, final)
-            done.append(f"restored {final.name}, whose replacement was not finished")
-    for path in sorted([*folder.glob("step-*.tmp"), *folder.glob("latest.tmp")]):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-        done.append(f"removed {path.name}, which was not finished")
-    return done
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a whole file and fsync it."""
-    with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
-        write_at(fd, memoryview(data), 0)
-        os.fsync(fd)
-
-
-def sync(path: Path) -> None:
-    """Make a file or folder durable."""
-    with _opened(path, os.O_RDONLY) as fd:
-        os.fsync(fd)
-
-
-def write_at(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of `data`."""
-    while data:
-        done = os.pwrite(fd, data, offset)
-        data, offset = data[done:], offset + done
-
-
-@contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
-    fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 class OpenFiles:

@@ -264,10 +264,10 @@ def _fp8(config: Config, ranks: int | None) -> Iterator[str]:
 
 def _checkpoint(config: Config, ranks: int | None) -> Iterator[str]:
     c = config.checkpoint
-    if c.weights_from is not None and c.resume == "must":
+    if c.weights_from is not None and c.resume in ("must", "previous"):
         yield (
-            f'checkpoint.weights_from={literal(c.weights_from)} starts anew, but checkpoint.resume="must" wants to '
-            'continue; remove one, or use checkpoint.resume="auto" (continue if there is a checkpoint, else start so)'
+            f'checkpoint.weights_from={literal(c.weights_from)} starts anew, but checkpoint.resume="{c.resume}" wants '
+            'to go on; remove one, or use checkpoint.resume="auto" (go on if there is a checkpoint, else start so)'
         )
     if c.keep_every and not c.interval:
         yield (

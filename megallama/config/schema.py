@@ -217,10 +217,10 @@ class CheckpointConfig(Section):
     interval: int = Field(0, ge=0, description="steps between saves; 0 saves only at the end and on a signal [steps]")
     keep_last: PositiveInt = Field(2, description="newest checkpoints to keep")
     keep_every: int = Field(0, ge=0, description="also keep every checkpoint whose step this divides; 0 is off [steps]")
-    resume: Literal["auto", "must", "fresh"] = Field(
+    resume: Literal["auto", "must", "previous", "fresh"] = Field(
         "auto",
         description="auto resumes the newest valid checkpoint if the folder holds any, must refuses to start without "
-        "one, fresh starts from random weights",
+        "one, previous also leaves out one that cannot be read now, fresh starts from random weights",
     )
     weights_from: str | None = Field(None, description="start from the weights of this step or Hugging Face folder")
     async_save: bool = Field(True, description="write behind the training steps")

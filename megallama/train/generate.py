@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megallama.checkpoint import disk
 from megallama.checkpoint.errors import CheckpointError
-from megallama.checkpoint.manifest import read_manifest
+from megallama.checkpoint.folder import newest_step
 from megallama.checkpoint.reader import open_weights
 from megallama.config.errors import ConfigError
 from megallama.config.schema import ModelConfig
@@ -27,30 +28,24 @@ from megallama.kernels.norm import accumulate_dtype, rms_norm
 from megallama.kernels.rope import rope_tables, rotate
 from megallama.plan.params import heads
 
+MAX_CONTEXT = 1 << 24  # a model that claims more would fill the memory with tables of angles
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"  # how a decoder shows the bytes of half a character
 
 
-def find_model(path: Path) -> Path:
+def find_model(path: Path, tell: Callable[[str], None] = lambda text: None) -> Path:
     """The Hugging Face folder that `path` means.
 
     `path` is such a folder, a step folder, a folder of step folders or a run folder; of several
-    steps the one saved last is taken.  Raises CheckpointError if there is none.
+    steps the one saved last is taken; `tell` hears of damaged ones.  Raises CheckpointError if there is none.
     """
     for folder in (path, path / "model"):
-        if (folder / "config.json").is_file():
+        if disk.exists(folder / "config.json"):
             return folder
-    found: list[tuple[int, Path]] = []
-    for step in [*path.glob("step-*/"), *path.glob("checkpoints/step-*/")]:
-        if "." in step.name:
-            continue  # unfinished (.tmp) or set aside (.damaged)
-        try:
-            found.append((read_manifest(step).sequence, step))
-        except CheckpointError:
-            continue  # incomplete or damaged: never a candidate
-    if not found:
-        what = "has no complete checkpoint in it" if path.is_dir() else "is not a folder"
-        raise CheckpointError(f"{path} {what}; give a step folder, a folder of steps, a run or a Hugging Face folder")
-    return max(found)[1] / "model"
+    for folder in (path, path / "checkpoints"):
+        if (step := newest_step(folder, tell)) is not None:
+            return step / "model"
+    what = "has no complete checkpoint in it" if path.is_dir() else "is not a folder"
+    raise CheckpointError(f"{path} {what}; give a step folder, a folder of steps, a run or a Hugging Face folder")
 
 
 class Cache:
@@ -131,12 +126,13 @@ def load_llama(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     finally:
         saved.close()
     path = saved.folder / "config.json"
-    raw = json.loads(path.read_bytes())
-    if "max_position_embeddings" not in raw:
-        raise CheckpointError(f"{path} has no max_position_embeddings; add the longest sequence")
+    raw = disk.read_json(path)
+    longest = raw.get("max_position_embeddings")
+    if type(longest) is not int or not 0 < longest <= MAX_CONTEXT:
+        raise CheckpointError(f"{path} has max_position_embeddings={longest}; write the longest sequence [tokens]")
     eos = raw.get("eos_token_id")
-    ends = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    return Llama(saved.config, raw["max_position_embeddings"], weights, ends)
+    ends = frozenset(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))
+    return Llama(saved.config, longest, weights, ends)
 
 
 @dataclass(frozen=True)
@@ -231,7 +227,7 @@ def encode_prompt(folder: Path, tokenizer: Tokenizer, text: str) -> list[int]:
 def _adds_bos(folder: Path, tokenizer: Path) -> bool:
     """What tokenizer_config.json says; where it is silent, what the tokenizer's own post-processor does."""
     config = folder / "tokenizer_config.json"
-    said = json.loads(config.read_bytes()).get("add_bos_token") if config.is_file() else None
+    said = disk.read_json(config).get("add_bos_token") if disk.exists(config) else None
     if said is not None or tokenizer.suffix != ".json":
         return said is not False
     processor = json.loads(tokenizer.read_bytes()).get("post_processor") or {}

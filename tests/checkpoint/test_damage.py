@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megallama.checkpoint import manifest
+from megallama.checkpoint.disk import UnreadableError
 from megallama.checkpoint.errors import CheckpointError, DamagedError
 from megallama.plan.topology import Topology
 from tests.checkpoint.states import (
@@ -26,6 +27,7 @@ from tests.checkpoint.states import (
     save_on,
     solo_shards,
 )
+from tools.inspect_checkpoint import main as inspect
 
 OLD, NEW = make_state(seed=1), make_state(seed=2)
 
@@ -71,9 +73,11 @@ def test_every_flipped_bit_is_found_and_its_block_named(folder: Path) -> None:
         found, log = resume(folder)
         path_text = re.escape(str(path))
         where = path_text if path.name == manifest.NAME else rf"{path_text} is damaged in block {at // 4096} "
-        assert found == 1 and len(log) == 1 and re.search(where, log[0]), (path, at, log)
-        assert log[0].endswith("set aside as step-00000002.damaged")
-        (folder / "step-00000002.damaged").rename(step)
+        only_weights = path.parent.name == "model"  # which a resume does not need
+        assert found == (2 if only_weights else 1) and len(log) == 1 and re.search(where, log[0]), (path, at, log)
+        if not only_weights:
+            assert log[0].endswith("set aside as step-00000002.damaged")
+            (folder / "step-00000002.damaged").rename(step)
         path.write_bytes(original)
     assert resume(folder) == (2, [])
 
@@ -91,13 +95,40 @@ def zero_tail(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut(0), cut(-1), cut(0.5), zero_tail, Path.unlink])
-@pytest.mark.parametrize("name", ["optimizer/exp_avg-00001", "model/model-00002", "model/config", "manifest"])
+@pytest.mark.parametrize("name", ["optimizer/exp_avg-00001", "manifest"])
 def test_truncated_missing_and_zeroed_files(folder: Path, name: str, damage) -> None:
     (path,) = (folder / "step-00000002").glob(name + "*")
     damage(path)
     found, log = resume(folder)
     assert found == 1 and len(log) == 1 and path.name in log[0]
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-00000001", "step-00000002.damaged"]
+
+
+@pytest.mark.parametrize("damage", [cut(0), cut(-1), cut(0.5), zero_tail, Path.unlink])
+@pytest.mark.parametrize("name", ["model/model-00002", "model/config"])
+def test_damage_in_the_weights_is_named_and_does_not_cost_the_step(folder: Path, name: str, damage) -> None:
+    (path,) = (folder / "step-00000002").glob(name + "*")
+    damage(path)
+    log: list[str] = []
+    manager, shards = make_manager(folder, make_config(), log=log.append), empty_solo()
+    assert manager.resume(shards) == {"step": 2}
+    assert_holds(shards, NEW)
+    assert len(log) == 1 and str(path) in log[0]
+    assert f"the weights in {path.parent} are not to be used. The training state is whole" in log[0]
+    manager.save(3, shards, {"step": 3})
+    assert there(folder) == [2, 3]
+    assert make_manager(folder, make_config()).load(folder / "step-00000003", empty_solo()) == {"step": 3}
+    assert inspect([str(folder), "--verify"]) == 0 and inspect([str(folder / "step-00000002"), "--verify"]) == 1
+
+
+def test_weights_moved_away_by_hand_do_not_cost_the_step(folder: Path, tmp_path_factory, capsys) -> None:
+    shutil.move(folder / "step-00000002/model", tmp_path_factory.mktemp("elsewhere"))
+    found, log = resume(folder)
+    assert found == 2 and len(log) == 1 and "step-00000002/model/config.json cannot be opened: No such file" in log[0]
+    assert inspect([str(folder), "--verify"]) == 1
+    assert "the training state is whole: a run resumes from it, and its next save writes model/ anew" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("source", ["step-00000002/optimizer/exp_avg_sq", "step-00000001/optimizer/exp_avg"])
@@ -109,6 +140,10 @@ def test_a_file_in_another_ones_place(folder: Path, source: str) -> None:
     shutil.copy(other, path)
     found, log = resume(folder)
     assert found == 1 and f"{path} is damaged in block" in log[0]
+
+
+def there(folder: Path) -> list[int]:
+    return sorted(int(p.name[5:]) for p in folder.glob("step-*"))
 
 
 def test_a_whole_foreign_manifest_is_no_cover(folder: Path) -> None:
@@ -185,18 +220,38 @@ def test_damage_seen_by_one_rank_is_agreed_by_all(tmp_path) -> None:
     assert len(log) == 1 and re.search(rf"rank [23] on .*: {path} is damaged in block", log[0])
 
 
-def test_ranks_that_see_different_folders_take_the_newest_common_one(tmp_path) -> None:
+@pytest.mark.parametrize("mode", ["auto", "must", "previous"])
+def test_what_some_ranks_do_not_see_is_no_damage(tmp_path, mode: str) -> None:
     for name, steps in (("a", (1, 2)), ("b", (1,))):
         for step in steps:
             make_manager(tmp_path / name, make_config()).save(step, solo_shards({1: OLD, 2: NEW}[step]), {"step": step})
     log: list[str] = []
 
     def rank(group):
-        return str(make_manager(tmp_path / "ab"[group.rank], make_config(), group, log=log.append).newest())
+        manager = make_manager(tmp_path / "ab"[group.rank], make_config(resume=mode), group, log=log.append)
+        if mode == "previous":
+            return manager.newest().name
+        wanted = "rank 1 on .*b/step-00000002 has no manifest.json.*do all nodes share the folder"
+        with pytest.raises(UnreadableError, match=wanted) as error:
+            manager.newest()
+        assert "no older step is taken" in str(error.value) and "checkpoint.resume=previous" in str(error.value)
+        return None
 
-    assert [Path(p).name for p in on_grid(Topology(dp=2), rank)] == ["step-00000001"] * 2
-    assert len(log) == 1 and "seen by rank 1: is the folder shared by all nodes?" in log[0]
-    assert (tmp_path / "a/step-00000002").is_dir()
+    taken = on_grid(Topology(dp=2), rank)
+    assert taken == (["step-00000001"] * 2 if mode == "previous" else [None, None])
+    assert len(log) == (mode == "previous") and all("left out, as checkpoint.resume=previous asks" in x for x in log)
+    assert there(tmp_path / "a") == [1, 2] and there(tmp_path / "b") == [1]
+
+
+def test_checkpoints_that_only_other_ranks_see_never_mean_random_weights(tmp_path) -> None:
+    make_manager(tmp_path / "b", make_config()).save(1, solo_shards(OLD), {})
+    (tmp_path / "a").mkdir()
+
+    def rank(group):
+        with pytest.raises(CheckpointError, match="rank 1 sees step-00000001, rank 0 none; do all nodes share it"):
+            make_manager(tmp_path / "ab"[group.rank], make_config(), group).resume([])
+
+    on_grid(Topology(dp=2), rank)
 
 
 def rewrite(step: Path, **changes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -70,8 +71,9 @@ def test_async_save_keeps_one_snapshot_and_the_next_save_waits(tmp_path, monkeyp
     assert (tmp_path / "step-00000001").is_dir()
     manager.finish()
     assert steps(tmp_path) == [1, 2] and manager._buffer.data_ptr() == buffer
-    assert re.fullmatch(r"checkpoint of step 2 waited \d+\.\d s for the one before it", log[1])
-    assert log[0].startswith(f"saved {tmp_path}/step-00000001 (") and len(log) == 3
+    assert log[0] == "checkpoint of step 2 waits for the checkpoint of step 1, which is still being written"
+    assert log[1].startswith(f"saved {tmp_path}/step-00000001 (")
+    assert re.fullmatch(r"checkpoint of step 2 waited \d+\.\d s for the one before it", log[2])
     later = {kind: {n: t + 1 for n, t in tensors.items()} for kind, tensors in STATE.items()}
     for step, want in ((1, STATE), (2, later)):
         loaded = empty_solo()
@@ -80,13 +82,14 @@ def test_async_save_keeps_one_snapshot_and_the_next_save_waits(tmp_path, monkeyp
 
 
 def test_a_failed_background_save_is_raised_once_by_finish(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(os, "posix_fallocate", failing(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(writer, "fallocate", failing(OSError(errno.EIO, "Input/output error")))
     log: list[str] = []
     manager = make_manager(tmp_path, make_config(async_save=True), log=log.append)
     manager.save(1, solo_shards(STATE), {})
     with pytest.raises(CheckpointError, match="Input/output error"):
         manager.finish()
-    assert log[0].startswith("warning: checkpoint of step 1: saving") and list(tmp_path.iterdir()) == []
+    warned = [line for line in log if line.startswith("warning: ")]
+    assert warned[0].startswith("warning: checkpoint of step 1: saving") and list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     manager.save(2, solo_shards(STATE), {})
     manager.finish()
@@ -96,7 +99,7 @@ def test_a_failed_background_save_is_raised_once_by_finish(tmp_path, monkeypatch
 def test_saves_may_fail_behind_training_until_too_many_have(tmp_path, monkeypatch) -> None:
     broken, log = failing(OSError(errno.EIO, "Input/output error")), []
     manager = make_manager(tmp_path, make_config(async_save=True, max_failures=1), log=log.append)
-    monkeypatch.setattr(os, "posix_fallocate", broken)
+    monkeypatch.setattr(writer, "fallocate", broken)
     manager.save(1, solo_shards(STATE), {})
     manager.save(2, solo_shards(STATE), {})  # the first one failed: tolerated
     with pytest.raises(CheckpointError, match="step-00000002 failed, the checkpoints before it are untouched"):
@@ -107,7 +110,7 @@ def test_saves_may_fail_behind_training_until_too_many_have(tmp_path, monkeypatc
     monkeypatch.undo()
     manager.save(4, solo_shards(STATE), {})  # room again
     manager.finish()
-    monkeypatch.setattr(os, "posix_fallocate", broken)
+    monkeypatch.setattr(writer, "fallocate", broken)
     manager.save(5, solo_shards(STATE), {})
     manager.save(6, solo_shards(STATE), {})  # a success between: counted anew
     with pytest.raises(CheckpointError):
@@ -116,7 +119,7 @@ def test_saves_may_fail_behind_training_until_too_many_have(tmp_path, monkeypatc
 
 
 def test_without_tolerance_the_next_save_raises_what_the_one_before_it_met(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(os, "posix_fallocate", failing(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(writer, "fallocate", failing(OSError(errno.EIO, "Input/output error")))
     manager = make_manager(tmp_path, make_config(async_save=True, max_failures=0))
     manager.save(1, solo_shards(STATE), {})
     with pytest.raises(CheckpointError, match="step-00000001 failed, the checkpoints before it are untouched"):
@@ -264,10 +267,10 @@ def failing(error: OSError, at: int = 1):
 
 
 def save_two(tmp_path, monkeypatch, name: str, replacement) -> str:
-    """Save step 1, break os.<name>, save step 2; the error's text. Step 1 stays, nothing else does."""
+    """Save step 1, break a system call, save step 2; the error's text. Step 1 stays, nothing else does."""
     manager = make_manager(tmp_path, make_config())
     manager.save(1, solo_shards(STATE), {"step": 1})
-    monkeypatch.setattr(os, name, replacement)
+    monkeypatch.setattr(writer if name == "fallocate" else os, name, replacement)
     with pytest.raises(CheckpointError) as error:
         manager.save(2, solo_shards(STATE), {"step": 2})
     monkeypatch.undo()
@@ -283,10 +286,10 @@ def total_bytes(step: Path) -> int:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-@pytest.mark.parametrize("name", ["posix_fallocate", "pwrite"])
+@pytest.mark.parametrize("name", ["fallocate", "pwrite"])
 def test_a_full_disk_is_reported_with_numbers(tmp_path, monkeypatch, name: str, number: int) -> None:
     error = OSError(number, os.strerror(number))
-    text = save_two(tmp_path, monkeypatch, name, failing(error, at=4) if name == "posix_fallocate" else failing(error))
+    text = save_two(tmp_path, monkeypatch, name, failing(error, at=4) if name == "fallocate" else failing(error))
     need = total_bytes(tmp_path / "step-00000002")
     assert re.search(rf"no space left in {tmp_path}: a checkpoint needs {need} bytes, \d+ are free; make room", text)
 
@@ -312,8 +315,20 @@ def test_a_failed_fsync_is_never_committed(tmp_path, monkeypatch, at: int) -> No
 
 
 def test_file_systems_without_allocation_still_work(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(os, "posix_fallocate", failing(OSError(errno.EOPNOTSUPP, "not supported")))
+    answers = [errno.EINTR, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL]
+
+    def refuse(*_: object) -> int:
+        ctypes.set_errno(answers.pop(0) if len(answers) > 1 else answers[0])
+        return -1
+
+    def emulated(*_: object) -> None:
+        raise AssertionError("the C library writes a byte into every 4 KiB")
+
+    monkeypatch.setattr(writer, "fallocate", refuse)
+    monkeypatch.setattr(os, "posix_fallocate", emulated)
     make_manager(tmp_path, make_config()).save(1, solo_shards(STATE), {})
+    assert answers == [errno.EINVAL]
+    assert manifest.check_sizes(tmp_path / "step-00000001", manifest.read_manifest(tmp_path / "step-00000001")) is None
     shards = empty_solo()
     make_manager(tmp_path, make_config()).resume(shards)
     assert_holds(shards, STATE)
@@ -416,7 +431,8 @@ def test_damaged_and_unfinished_folders_are_not_counted(tmp_path) -> None:
 def test_crash_leftovers_are_cleaned_at_the_start(tmp_path) -> None:
     save_steps(tmp_path, [1, 2])
     (tmp_path / "step-00000003.tmp/model").mkdir(parents=True)
-    (tmp_path / "latest.tmp").write_text("x")
+    (tmp_path / "latest.tmp").write_text("step-0000")
+    (tmp_path / "step-00000004.megallama-unfinished").mkdir()
     os.rename(tmp_path / "step-00000002", tmp_path / "step-00000002.old")  # killed between two renames
     (tmp_path / "notes.tmp").write_text("not ours")
     log: list[str] = []
@@ -426,6 +442,7 @@ def test_crash_leftovers_are_cleaned_at_the_start(tmp_path) -> None:
     assert sorted(log) == [
         "checkpoints: removed latest.tmp, which was not finished",
         "checkpoints: removed step-00000003.tmp, which was not finished",
+        "checkpoints: removed step-00000004.megallama-unfinished, which was not finished",
         "checkpoints: restored step-00000002, whose replacement was not finished",
     ]
     assert manager.resume(empty_solo()) == {"step": 2}

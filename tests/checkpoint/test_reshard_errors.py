@@ -354,7 +354,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_a_killed_one_is_cleared_aw
         ("megatron", {"config.json", "generation_config.json", "mp_rank_00"}),
         ("step", {"step-00000000", "latest"}),
     ):
-        (tmp_path / f"{kind}.tmp/mp_rank_01").mkdir(parents=True)  # of a process that was killed
+        (tmp_path / f"{kind}.megallama-unfinished/mp_rank_01").mkdir(parents=True)  # of a process that was killed
         assert main([str(tmp_path / "hf"), str(tmp_path / kind), "--to", kind]) == 0
         assert {p.name for p in (tmp_path / kind).iterdir()} == names
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "megatron", "step"]

@@ -254,8 +254,8 @@ CASES: list[tuple[str, int | None, str, str]] = [
     ),
     (
         "checkpoint.weights_from=/w checkpoint.resume=must", None,
-        'checkpoint.weights_from="/w" starts anew, but checkpoint.resume="must" wants to continue; remove one, '
-        'or use checkpoint.resume="auto" (continue if there is a checkpoint, else start so)',
+        'checkpoint.weights_from="/w" starts anew, but checkpoint.resume="must" wants to go on; remove one, '
+        'or use checkpoint.resume="auto" (go on if there is a checkpoint, else start so)',
         "checkpoint.resume=auto",
     ),
     (

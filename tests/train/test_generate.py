@@ -199,7 +199,10 @@ def test_prompts_that_cannot_be_run(tmp_path: Path) -> None:
 def step_folder(folder: Path, sequence: int) -> Path:
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "config.json").write_text("{}")
-    (folder / "manifest.json").write_bytes(render({"format": 1, "step": 1, "sequence": sequence, "files": {}}))
+    model = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "ffn_hidden_size": 8, "vocab_size": 9}
+    body = {"format": 1, "step": 1, "sequence": sequence, "line": "", "counters": {}, "architecture": model}
+    body |= {"files": {}, "precision": "fp32", "shard_bytes": 1, "block_bytes": 1, "tokenizer": None, "config": {}}
+    (folder / "manifest.json").write_bytes(render(body | {"versions": {}, "saved_at": "", "saved_by_ranks": 1}))
     return folder
 
 
@@ -211,6 +214,9 @@ def test_find_model_takes_the_checkpoint_saved_last(tmp_path: Path) -> None:
     (damaged / "manifest.json").write_text("{}")
     step_folder(checkpoints / "step-00000400.tmp", 4)
     step_folder(checkpoints / "step-00000500.damaged", 5)  # its manifest verifies, other bytes do not
+    told: list[str] = []
+    assert find_model(checkpoints, told.append) == new / "model"
+    assert len(told) == 1 and told[0].startswith(f"{damaged} is left out: {damaged}/manifest.json is damaged")
     for given in (tmp_path / "run", checkpoints, new, new / "model"):
         assert find_model(given) == new / "model"
     assert find_model(old) == old / "model"
@@ -232,7 +238,7 @@ def test_models_that_cannot_be_read(tmp_path: Path) -> None:
         ("num_hidden_layers", 4, r"missing: model\.layers\.3\.input_layernorm\.weight"),
         ("num_hidden_layers", 2, r"unknown: model\.layers\.2\."),
         ("vocab_size", 98, r"model\.embed_tokens\.weight has shape \[97, 64\]"),
-        ("max_position_embeddings", None, "has no max_position_embeddings; add the longest sequence"),
+        ("max_position_embeddings", None, "has max_position_embeddings=None; write the longest sequence"),
     ]:
         changed = {**config, key: value}
         path.write_text(json.dumps({k: v for k, v in changed.items() if v is not None}))

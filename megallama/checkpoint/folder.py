@@ -1,0 +1,230 @@
+"""The folder of a run's checkpoints: what is in it, cleaning up after a crash, choosing what to go on from.
+
+    step-00001000                        a checkpoint
+    step-00001000.damaged, .damaged-2    set aside: its bytes are not what was saved
+    step-00001000.megallama-unfinished   being written or deleted: removed at the next start
+    step-00001000.megallama-replaced     making way for the same step, done again: restored if that is missing
+    latest                               a hint for people
+
+Earlier versions wrote ``.tmp`` and ``.old``, names that people choose, too: only what a crash left is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from megallama.checkpoint import disk, manifest
+from megallama.checkpoint.disk import MissingError, UnreadableError
+from megallama.checkpoint.errors import CheckpointError, DamagedError, agree
+from megallama.comm.group import Assembly
+
+UNFINISHED, REPLACED, DAMAGED = ".megallama-unfinished", ".megallama-replaced", ".damaged"
+_STEP = re.compile(r"step-\d{8,}")
+
+
+def unfinished(path: Path) -> Path:
+    """The name of what is not complete, or no longer."""
+    return path.with_name(path.name.removesuffix(REPLACED) + UNFINISHED)
+
+
+@dataclass(frozen=True)
+class Brief:
+    """What choosing among checkpoints needs of a manifest."""
+
+    sequence: int
+    step: int
+    line: str
+
+
+@lru_cache(maxsize=4096)  # a large model's takes long to read; it is read again only if the file changes
+def _brief(path: Path, inode: int, size: int, modified_ns: int) -> Brief:
+    saved = manifest.read_manifest(path)
+    return Brief(saved.sequence, saved.step, saved.body["line"])
+
+
+def checkpoints(folder: Path) -> dict[Path, Brief | CheckpointError]:
+    """Of every step folder what its manifest says, or why that is not known. Raises: UnreadableError."""
+    paths = [folder / name for name in disk.names(folder) if _STEP.fullmatch(name)]
+    return {path: _known(path) for path in paths if not path.is_file()}
+
+
+def _known(path: Path) -> Brief | CheckpointError:
+    try:
+        at = disk.patiently(os.stat, path / manifest.NAME)
+        return _brief(path, at.st_ino, at.st_size, at.st_mtime_ns)
+    except CheckpointError as error:
+        return error
+
+
+def newest_step(folder: Path, tell: Callable[[str], None]) -> Path | None:
+    """The checkpoint that was saved last, for tools; `tell` hears of damaged ones. Raises: UnreadableError."""
+    found = []
+    for path, brief in checkpoints(folder).items():
+        if isinstance(brief, Brief):
+            found.append((brief.sequence, path))
+        elif isinstance(brief, DamagedError):
+            tell(f"{path} is left out: {brief}")
+        else:
+            raise brief
+    return max(found)[1] if found else None
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint so that no moment shows half of it under its name."""
+    trash = unfinished(folder)
+    _remove(trash)
+    os.rename(folder, trash)
+    _remove(trash)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def recover_folder(folder: Path) -> list[str]:
+    """Clean up after a crash; a line for each thing done. Raises: UnreadableError; OSError."""
+    done = []
+    for name in disk.names(folder):
+        path, (stem, suffix) = folder / name, os.path.splitext(name)
+        if suffix not in (UNFINISHED, REPLACED, ".old", ".tmp") or not (_STEP.fullmatch(stem) or stem == "latest"):
+            continue
+        if suffix == UNFINISHED or suffix == ".tmp" and _left_by_an_earlier_version(path):
+            _remove(path)
+            done.append(f"removed {name}, which was not finished")
+        elif not disk.exists(folder / stem) and (
+            suffix == REPLACED or suffix == ".old" and not isinstance(_known(path), DamagedError)
+        ):
+            os.rename(path, folder / stem)
+            done.append(f"restored {stem}, whose replacement was not finished")
+        elif suffix == REPLACED:
+            _remove(path)
+            done.append(f"removed {name}, in whose place {stem} is")
+        else:
+            done.append(f"left {name} alone: it is not what a crash leaves; move it elsewhere if it is yours")
+    return done
+
+
+def _left_by_an_earlier_version(path: Path) -> bool:
+    """Whether this is an unfinished hint, or an unfinished save: files of the optimizer, but no manifest yet."""
+    if not path.is_dir() or path.is_symlink():
+        return path.name == "latest.tmp" and path.is_file() and path.stat().st_size < 20
+    parts = {p.relative_to(path).parts[0] for p in path.rglob("*") if not p.is_dir()}
+    return parts in (set(), {"optimizer"}, {"model", "optimizer"})
+
+
+def point_latest(final: Path) -> None:
+    """Write the hint file `latest`."""
+    temporary = unfinished(final.with_name("latest"))
+    disk.write_durably(temporary, (final.name + "\n").encode())
+    os.rename(temporary, final.with_name("latest"))
+
+
+class Choice:
+    """Which checkpoint a run goes on from; every rank of `group` has one and calls the same methods.
+
+    One that is damaged is set aside, and the one before it is looked at.  One that cannot be read now may be whole, and
+    to take an older one would throw steps away: that ends the start, unless `previous` was asked for.
+    """
+
+    def __init__(self, folder: Path, group: Assembly, log: Callable[[str], None], *, previous: bool) -> None:
+        self._folder, self._group, self._log, self._previous = folder, group, log, previous
+        self._left_out: dict[str, str] = {}  # step folders, and why they are not used
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose training state is there in full size for every rank; None if there are none.
+
+        Raises, on every rank alike: UnreadableError; CheckpointError if there are checkpoints but none is usable.
+        """
+        while True:
+            told = agree(self._group, f"checkpoints in {self._folder}", self._candidate)
+            name, known = told[0]
+            if name is None and (others := [(rank, found) for rank, (found, _) in enumerate(told) if found]):
+                rank, name = others[0]
+                raise CheckpointError(f"{self._folder}: rank {rank} sees {name}, rank 0 none; do all nodes share it?")
+            if name is None:
+                return None
+            try:
+                self.look(self._folder / name)
+                if known:  # else it could not be read before: choose again
+                    return self._folder / name
+            except DamagedError as error:
+                self.set_aside(self._folder / name, error)
+            except UnreadableError as error:
+                self.leave_out(name, error)
+
+    def _candidate(self) -> tuple[str | None, bool]:
+        """The step folder to look at next, and whether its place in the order is known; on other ranks than 0: any."""
+        if self._group.rank:
+            return next(filter(_STEP.fullmatch, disk.names(self._folder)), None), True
+        order: dict[str, int] = {}
+        for path, brief in checkpoints(self._folder).items():
+            if path.name not in self._left_out and isinstance(brief, UnreadableError):
+                self.leave_out(path.name, brief)
+            elif path.name not in self._left_out:  # the damaged ones first: each may be the newest
+                order[path.name] = brief.sequence if isinstance(brief, Brief) else 1 << 62
+        if order:
+            newest = max(order, key=lambda name: (order[name], name))
+            return newest, order[newest] < 1 << 62
+        past = [name for name in disk.names(self._folder) if name.startswith("step-") and DAMAGED in name]
+        if not self._left_out and not past:
+            return None, True
+        listing = sorted(self._left_out.values()) or [f"{name}: set aside earlier" for name in past]
+        raise CheckpointError(
+            f"{self._folder} holds checkpoints, but none is usable:\n  " + "\n  ".join(listing) + "\nRestore one of "
+            "them, or write checkpoint.resume=fresh (or --fresh) to start again from random weights"
+        )
+
+    def look(self, path: Path) -> manifest.Manifest:
+        """The manifest of a step folder whose training state is there in full size. Raises: as `read_on_all`."""
+        found: list[manifest.Manifest] = []
+
+        def work() -> None:
+            found.append(manifest.read_manifest(path))
+            manifest.check_sizes(path, found[0], "optimizer/")
+
+        self.read_on_all("cannot resume", work)
+        return found[0]
+
+    def read_on_all(self, what: str, work: Callable[[], Any]) -> list[Any]:
+        """`agree` on what all ranks read.
+
+        Raises, on every rank alike: DamagedError, also for what no rank finds; UnreadableError if a rank cannot read
+        something, or misses what another one has.
+        """
+        try:
+            return agree(self._group, what, work)
+        except MissingError as error:
+            here = isinstance(error.__cause__, MissingError)
+            if all(agree(self._group, what, lambda: here)):
+                raise
+            raise UnreadableError(f"{error} (but other ranks have it: do all nodes share the folder?)") from error
+
+    def leave_out(self, name: str, error: CheckpointError) -> None:
+        """Go on without a step that cannot be read now, if that was asked for. Raises: UnreadableError."""
+        if not self._previous:
+            raise UnreadableError(
+                f"{error}. That need not be damage: nothing was changed and no older step is taken. Once {name} can be "
+                "read start again, or write checkpoint.resume=previous to go on from the step before it"
+            )
+        self._left_out[name] = f"{name}: {error}"
+        self._log(f"warning: {self._left_out[name]}; left out, as checkpoint.resume=previous asks")
+
+    def set_aside(self, path: Path, error: DamagedError) -> None:
+        """Rename a damaged checkpoint, so that it is neither used nor deleted."""
+
+        def work() -> str:
+            names = [path.name + DAMAGED, *(f"{path.name}{DAMAGED}-{i}" for i in range(2, 1000))]
+            free = next(name for name in names if not os.path.lexists(path.with_name(name)))
+            path.rename(path.with_name(free))
+            return free
+
+        name = agree(self._group, f"setting {path} aside", lambda: None if self._group.rank else work())[0]
+        self._left_out[path.name] = f"{name}: {error}"
+        self._log(f"warning: {error}; set aside as {name}")
