@@ -14,10 +14,10 @@ import hashlib
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megallama.comm.errors import Stopped
 from megallama.train.signals import SAVED, SignalFlag  # whatever takes time comes after `SignalFlag`
 
 if TYPE_CHECKING:
@@ -38,23 +38,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str], signals: SignalFlag) -> int:
     from megallama.config.errors import MegallamaError, exit_status
-    from megallama.train.log import show_error
+    from megallama.train.log import Logger, show_error
 
     if not arguments or {"-h", "--help"} & set(arguments):
         return exit_status(lambda: print((__doc__ or "").strip())) or (0 if arguments else BAD_REQUEST)
     from megallama.comm.launch import Launch, detect_launch  # imports torch: after --help
 
     launch = Launch()
-    signals.before_leaving(lambda: _tell(Stopped(signals.why or "", signals.status), launch))
     try:
         launch = detect_launch()
-        signals.grace += launch.rank == 0  # second; with rank 0 goes the store, which the others may be waiting for
+        signals.say = partial(_say, Logger(launch.rank, launch.world_size))
         if launch.world_size == 1:
-            signals.listen(signals.stop)
+            signals.listen(signals.leave)
         return _run(arguments, launch, signals)
-    except Stopped as stop:
-        _tell(stop, launch)
-        return stop.status
     except MegallamaError as error:
         signals.leaving(error.status)
         if launch.rank == 0 or not error.shared:
@@ -62,14 +58,12 @@ def _main(arguments: Sequence[str], signals: SignalFlag) -> int:
         return error.status
 
 
-def _tell(stop: Stopped, launch: Launch) -> None:
-    """Say why the run ends before training; one rank does."""
-    from megallama.train.log import show, show_error
-
-    if launch.rank == 0 and stop.status == SAVED:
-        show(f"stopped before training began: {stop}; nothing was to be saved, start the same command again")
-    elif launch.rank == 0:
-        show_error(str(stop))
+def _say(log: Logger, why: str, status: int) -> None:
+    """Why the run ends before training; rank 0 says it aloud."""
+    if status == SAVED:
+        log.info(f"stopped before training began: {why}; nothing is to be saved, the same command starts again")
+    else:
+        log.error(why, aloud=log.rank == 0)
 
 
 def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag) -> int:
@@ -89,11 +83,9 @@ def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag) -> int:
     same = hashlib.sha256(f"{to_toml(config)}{plan.schedule}".encode()).hexdigest()[:12]
     with start(launch, config.run, same, listener=signals) as world:
         log = Logger(world.rank, world.world_size, Path(config.run.folder))
+        signals.say = partial(_say, log)
         try:
             return Trainer(config, plan, world, log, signals).run()
-        except Stopped as stop:
-            log.note(f"stopped before training began: {stop}")
-            raise
         except Exception as error:
             return _failed(error, world, log, signals)
         finally:
@@ -129,17 +121,17 @@ def _failed(error: Exception, world: World, log: Logger, signals: SignalFlag) ->
     from megallama.checkpoint.errors import InternalError
     from megallama.config.errors import MegallamaError
 
-    if signals.why is not None:
-        raise Stopped(signals.why, signals.status) from error  # the others have left
-    culprit = world.failed(error)
+    first = world.failed(error)
+    if first is not None:
+        signals.leave(*first)
     status = error.status if isinstance(error, (MegallamaError, InternalError)) else CRASHED
     if status == CRASHED and signals.phase in ("training", "leaving"):
         status = FAILED
     signals.leaving(status)
     if isinstance(error, (MegallamaError, InternalError)):
         log.error(str(error), aloud=world.rank == 0 or not error.shared)
-    elif culprit:
-        log.warn(f"{culprit}; this rank stopped because of it ({type(error).__name__})")
+    elif first is not None:
+        log.warn(f"{first[0]}; this rank stopped because of it ({type(error).__name__})")
     else:
         trace, line = "".join(traceback.format_exception(error)).rstrip(), f"{type(error).__name__}: {error}"
         if machine := isinstance(error, OSError):  # no fault of the program: on the screen a line will do

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from megallama.comm.c10d import C10d
-from megallama.comm.errors import ContactLost, LaunchError, Stopped
+from megallama.comm.errors import ContactLost, LaunchError
 from megallama.comm.group import Assembly, Group, Solo
 from megallama.comm.groups import Groups, Partition, build_groups
 from megallama.comm.rendezvous import Arrival, meet, open_star, open_store, port_file
@@ -279,8 +279,8 @@ class World:
         for group in self.opened:
             group.bound(self.timeout)
 
-    def failed(self, error: BaseException) -> str | None:
-        """Tell the other ranks that this one is leaving; 'rank 3 (node7) failed first: ...' if another one was first.
+    def failed(self, error: BaseException) -> tuple[str, int] | None:
+        """Tell the other ranks that this one leaves; 'rank 3 (node7) failed first: ...', status, if another was first.
 
         Who has lost contact waits a moment to hear from whom: that is the echo of a failure, and decided by its type.
         """
@@ -294,7 +294,7 @@ class World:
         mine = f"rank {self.rank} ({self.launch.host}) {verb}: {type(error).__name__}: {line}"
         self.star.end(mine, getattr(error, "status", CRASHED), mine=True)
         first = self.star.first(0.0)
-        return first if first != mine else None
+        return first if first is not None and first[0] != mine else None
 
     def close(self) -> None:
         """End the process groups. After a failure, collectives of the other ranks break."""
@@ -311,15 +311,20 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not isinstance(error, Stopped):
+        if error is not None:
             self.failed(error)
         self.close()
 
 
 def start(
-    launch: Launch, run: RunConfig, config_hash: str = "", store: dist.Store | None = None, *, problem: str = "",
+    launch: Launch,
+    run: RunConfig,
+    config_hash: str = "",
+    store: dist.Store | None = None,
+    *,
+    problem: str = "",
     listener: Listener | None = None,
-) -> World:  # fmt: skip
+) -> World:
     """Bring the ranks together on their devices.
 
     `config_hash` must be the same on every rank; it says in a few characters what each was started
@@ -349,40 +354,33 @@ def start(
     )  # fmt: skip
     star = Star(launch.rank, launch.world_size, launch.host, listener)
     try:
-        return _assembled(launch, run, mine, device, notes, star, store)
+        arrivals, store = _meet(launch, mine, run.init_timeout_seconds, star, store)
+        sharing = [a for a in arrivals if (a.host, a.cores) == (mine.host, mine.cores)]
+        _set_threads(run, len(sharing), notes)
+        if launch.local_size == launch.world_size and device.type == "cpu":
+            _one_node_network(notes)
+        timeout = timedelta(seconds=run.io_timeout_seconds)
+        group = _world_group(launch, device, store, timeout, notes)
+        world = World(
+            launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, star,
+            crowded=len(sharing) > len(os.sched_getaffinity(0)), shared_memory=run.shared_memory,
+        )  # fmt: skip
+        world.group = world._open(group, "world", tuple(range(launch.world_size)))
+        return world
     except BaseException:
         star.close()
         raise
 
 
-def _assembled(
-    launch: Launch, run: RunConfig, mine: Arrival, device: torch.device, notes: list[str], star: Star,
-    store: dist.Store | None,
-) -> World:  # fmt: skip
-    """The world of ranks that have met."""
-    arrivals, store = _meet(launch, mine, run.init_timeout_seconds, star, store)
-    sharing = [a for a in arrivals if (a.host, a.cores) == (mine.host, mine.cores)]
-    _set_threads(run, len(sharing), notes)
-    if launch.local_size == launch.world_size and device.type == "cpu":
-        _one_node_network(notes)
-    timeout = timedelta(seconds=run.io_timeout_seconds)
+def _world_group(
+    launch: Launch, device: torch.device, store: dist.Store, timeout: timedelta, notes: list[str]
+) -> dist.ProcessGroup:
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("group", store),
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timeout,
-    )
+    store = dist.PrefixStore("group", store)
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     notes.append(f"{launch.launcher}: {counted(launch.world_size, 'rank')} over {backend}")
-    everybody = tuple(range(launch.world_size))
     assert dist.group.WORLD is not None
-    world = World(
-        launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, star,
-        crowded=len(sharing) > len(os.sched_getaffinity(0)), shared_memory=run.shared_memory,
-    )  # fmt: skip
-    world.group = world._open(dist.group.WORLD, "world", everybody)
-    return world
+    return dist.group.WORLD
 
 
 def _meet(

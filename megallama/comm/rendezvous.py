@@ -104,21 +104,19 @@ def _read_port(path: Path, rank: int, seconds: float, deadline: float) -> int:
 
 def open_star(star: Star, store: dist.Store, mine: Arrival, address: str, seconds: float) -> None:
     """Connect this rank to the others. Raises: LaunchError if rank 0 cannot be reached within `seconds`."""
-    loopback = address in ("127.0.0.1", "localhost", "::1")
+    loopback, port = address in ("127.0.0.1", "localhost", "::1"), 0
     if mine.rank == 0:
         store.set("star", json.dumps([star.open(loopback), star.token]))
         return
-    port, failure = 0, "it has not said at which port"
     try:
         store.wait(["star"], timedelta(seconds=seconds))
         port, star.token = json.loads(store.get("star"))
         star.connect("127.0.0.1" if loopback else address, port, asdict(mine), seconds)
-    except (RuntimeError, OSError, TimeoutError) as error:
-        failure = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (RuntimeError, OSError) as error:
         raise LaunchError(
             f"rank {mine.rank} ({mine.host}) could not reach rank 0 at {address}:{port} within {seconds:g} s "
             f"(run.init_timeout_seconds): it has given up (its output says why), or the network between the nodes "
-            f"lets only some ports through ({failure})"
+            f"lets only some ports through ({str(error).partition(chr(10))[0] or type(error).__name__})"
         ) from error
 
 
@@ -130,10 +128,10 @@ def meet(star: Star, mine: Arrival, seconds: float) -> list[Arrival]:
     if mine.rank == 0:
         arrived, problem, status = _collect(star, mine, time.monotonic() + seconds, seconds)
         everyone = [asdict(arrived[rank]) for rank in sorted(arrived)]
-        star.post(MEETING, json.dumps([problem, status, everyone]).encode())
+        star.post(MEETING, [problem, status, everyone])
     else:
         try:
-            problem, status, everyone = json.loads(star.receive(MEETING, seconds + 30)[1])
+            problem, status, everyone = star.receive(MEETING, seconds + 30)[1]
         except (TimeoutError, ContactLost) as error:
             text = f"rank {mine.rank} ({mine.host}) lost rank 0 while the ranks were gathering: {error}"
             raise LaunchError(text) from error
@@ -147,11 +145,10 @@ def meet(star: Star, mine: Arrival, seconds: float) -> list[Arrival]:
 
 def _collect(star: Star, mine: Arrival, deadline: float, seconds: float) -> tuple[dict[int, Arrival], str, int]:
     """Rank 0's part: everybody who arrived in time, what is wrong with them, and the status it means."""
-    arrived = {0: mine}
-    problem = mine.problem
+    arrived, problem = {0: mine}, mine.problem
     while not problem and len(arrived) < mine.world_size:
         try:
-            other = Arrival(**json.loads(star.receive(MEETING, deadline - time.monotonic())[1]))
+            other = Arrival(**star.receive(MEETING, deadline - time.monotonic())[1])
             problem = _compare(arrived, other)
             arrived.setdefault(other.rank, other)
         except TimeoutError:

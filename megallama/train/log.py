@@ -47,11 +47,6 @@ def human_duration(seconds: float) -> str:
     return f"{days}d {hours:02d}:{minutes:02d}:{rest:02d}" if days else f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def show(text: str) -> None:
-    """Plain text on standard output, for what is said before there is a `Logger`."""
-    _print(text, error=False)
-
-
 def show_error(text: str) -> None:
     """``error: <text>`` on standard error."""
     _print(f"error: {text}", error=True)

@@ -1,8 +1,8 @@
 """Signals that ask the run to stop, from the first line of the program to its last.
 
-Before training has begun nothing is worth saving: a request interrupts the main thread wherever it is, and ends the
-process where it does not come back in time.  Then it is only noted, and the next step's vote tells all ranks.  Once
-the exit status is known a repeated request changes it no more.  Imports no torch: it is installed before that is.
+Before training has begun nothing is worth saving: all ranks are told, and each process ends where it stands, whatever
+its main thread is waiting for.  Then a request is only noted, and the next step's vote tells all ranks.  Once the exit
+status is known a repeated request changes it no more.  Imports no torch: it is installed before that is.
 """
 
 from __future__ import annotations
@@ -17,13 +17,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Literal
 
-from megallama.comm.errors import Stopped
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 SAVED = 75  # exit status: stopped as asked, with everything saved there is; the same command continues
 _INSIST = (signal.SIGTERM, signal.SIGINT)  # a second one of these is obeyed at once
-
-Phase = Literal["setting up", "about to train", "training", "leaving"]
 
 
 class SignalFlag:
@@ -35,20 +31,19 @@ class SignalFlag:
     seconds after the first.  SIGHUP stays ignored where it was (nohup).  Use as a context manager.
     Outside the main thread, where Python cannot handle signals, it does nothing.
 
-    telling: seconds for `listen`'s function to reach the other ranks; grace: seconds for the main thread to come back.
+    telling: seconds in which the other ranks can be told before training; then the process leaves without them.
     """
 
-    def __init__(self, patience: float = 2.0, *, telling: float = 6.0, grace: float = 2.0) -> None:
+    def __init__(self, patience: float = 2.0, telling: float = 6.0) -> None:
         self.received: signal.Signals | None = None
-        self.phase: Phase = "setting up"
-        self.why: str | None = None  # in words, once set-up is to stop
-        self._patience, self._telling, self.grace = patience, telling, grace
-        self._lock = threading.RLock()  # held where the phase changes, and where it decides
+        self.phase: Literal["setting up", "about to train", "training", "leaving"] = "setting up"
+        self._patience, self._telling = patience, telling
+        self._deciding = threading.Lock()  # where the phase changes, and where it is asked for
+        self._ending = threading.Lock()  # never given back: the process ends with it
         self._tell: Callable[[str], None] | None = None
-        self._deadline: float | None = None  # then set-up stops (`why` is None), or the process leaves
-        self._last: list[Callable[[], None]] = []
-        self.status, self._for_good = SAVED, False
-        self._raised = False
+        self._acts: list[Callable[[], None]] = []
+        self.say: Callable[[str, int], None] = lambda why, status: None  # to the user, before `leave` ends the process
+        self._status, self._for_good = SAVED, False
         self._old: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] = (-1, -1)
         self._old_wakeup = -1
@@ -82,35 +77,31 @@ class SignalFlag:
     # ---- before training ----
 
     def listen(self, tell: Callable[[str], None]) -> None:
-        """While set-up lasts a request calls `tell` with its name, in another thread; one that has come, now."""
+        """While set-up lasts a request calls `tell` with its name, in any thread; one that has come, now."""
         self._tell = tell
         if self.received is not None:
             tell(self.received.name)
 
-    def stop(self, why: str, status: int = SAVED) -> None:
-        """Stop setting up, from any thread, with this exit status; does nothing once training has begun."""
-        with self._lock:
-            if self._watcher is None or self.why is not None or self.phase not in ("setting up", "about to train"):
-                return
-            self.why, self.status, self._deadline = why, status, time.monotonic() + self.grace
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)  # `_note` raises
-
     def before_leaving(self, act: Callable[[], None]) -> None:
-        """`act` is done by a process that leaves without its main thread, which does it otherwise."""
-        self._last.append(act)
+        """`act` is done before `leave` ends the process."""
+        self._acts.append(act)
+
+    def leave(self, why: str, status: int = SAVED) -> None:
+        """End the process here and now, whatever its main thread does; does nothing once training has begun."""
+        if self.phase in ("training", "leaving") or self._watcher is None:
+            return
+        self._ending.acquire()
+        self.say(why, status)
+        for act in self._acts:
+            act()
+        os._exit(status)
 
     def last_call(self) -> str | None:
-        """Why to stop, if anybody has asked; else requests are left to the first step's vote from here on."""
-        with self._lock:
-            why = self.why or (self.received.name if self.received else None)
-            if why is None:
+        """The request that has come; if none has, it is left to the first step's vote from here on."""
+        with self._deciding:
+            if self.received is None:
                 self.phase = "about to train"
-            return why
-
-    def begin_training(self) -> None:
-        """All ranks have answered their `last_call`, with None."""
-        with self._lock:
-            self.phase = "training"
+            return self.received.name if self.received else None
 
     # ---- after it ----
 
@@ -119,17 +110,12 @@ class SignalFlag:
 
         for_good: the process ends with the flag, and the previous handlers do not come back to kill it before.
         """
-        with self._lock:
-            self.phase, self.status, self._for_good = "leaving", status, for_good
+        self.phase, self._status, self._for_good = "leaving", status, for_good
 
     # ---- both ----
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.why is not None and not self._raised:
-            self._raised, self._deadline = True, time.monotonic() + 10 * self.grace  # rank 0 waits for the others
-            raise Stopped(self.why, self.status)
-        if self.received is None:
-            self.received = signal.Signals(number)
+        self.received = self.received or signal.Signals(number)
 
     def _watch(self) -> None:
         """Read the number of every signal as it arrives; do what cannot wait for the main thread."""
@@ -137,9 +123,9 @@ class SignalFlag:
         arrival = select.poll()
         arrival.register(self._pipe[0], select.POLLIN)
         while True:
-            left = None if self._deadline is None else max(0.0, 1000 * (self._deadline - time.monotonic()))
-            if not arrival.poll(left):
-                self._too_late()
+            waits = self.phase == "setting up" and self.received is not None
+            if not arrival.poll(1000 * self._telling if waits else None):
+                self.leave(self.received.name if self.received else "")
                 continue
             for number in os.read(self._pipe[0], 64):
                 if number == 0:
@@ -149,37 +135,19 @@ class SignalFlag:
                     if first is not None and now - first >= self._patience:
                         self._obey(number)
                     first = first if first is not None else now
-                self._request(signal.Signals(number), now)
+                self._request(signal.Signals(number))
 
-    def _request(self, number: signal.Signals, now: float) -> None:
-        """The first request: told to the other ranks if nothing is to be saved yet."""
-        with self._lock:
-            if self._deadline is not None or self.why is not None:
-                return
+    def _request(self, number: signal.Signals) -> None:
+        with self._deciding:
             self.received = self.received or number  # where the main thread is busy its handler runs late
-            if self.phase != "setting up":
+            if self.phase != "setting up" or self._tell is None:
                 return
-            self._deadline = now + self._telling
-        if self._tell is not None:
-            self._tell(number.name)
-
-    def _too_late(self) -> None:
-        with self._lock:
-            before, why = self.phase in ("setting up", "about to train"), self.why
-            if self._deadline is None or time.monotonic() < self._deadline:
-                return
-            self._deadline = None
-        if before and why is not None:
-            for act in self._last:
-                act()
-            os._exit(self.status)
-        if before and self.received is not None:  # nobody could be told
-            self.stop(self.received.name)
+        self._tell(number.name)
 
     def _obey(self, number: int) -> None:
         """End the process, by a signal's default action if nothing is done yet: as it would have without a handler."""
         if self.phase == "leaving":
-            os._exit(self.status)
+            os._exit(self._status)
         libc = ctypes.CDLL(None)
         libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
         libc.signal(number, None)  # SIG_DFL is the null pointer; `signal.signal` works in the main thread only

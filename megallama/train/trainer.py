@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeVar
 
 from megallama.checkpoint.errors import NotFiniteError, agree
 from megallama.checkpoint.manager import CheckpointManager
-from megallama.comm.errors import Stopped
 from megallama.comm.launch import World
 from megallama.comm.recording import Tape
 from megallama.config.errors import MegallamaError
@@ -82,10 +81,7 @@ class Trainer:
         set_deterministic(config.train.deterministic)
 
     def run(self) -> int:
-        """Train until `train.steps` or until something asks to stop; the exit status.
-
-        Raises: Stopped on every rank if any was asked to stop before training began.
-        """
+        """Train until `train.steps` or until something asks to stop; the exit status."""
         kernels = self._describe()
         self._data = self._agreed("data", self._open_data)
         self._manager = self._checkpoints()
@@ -96,7 +92,9 @@ class Trainer:
             self._plan = replace(self._plan, config=self._config)
             self._rank = self._agreed("model", lambda: self._build(kernels))
             self._restore()
-            self._begin_training()
+            if why := self._asked_before():
+                self._signals.say(why, SAVED)
+                return SAVED
             with Collector(self._config.train.gc_interval) as self._collector:
                 return self._loop()
         except BaseException as error:
@@ -203,12 +201,13 @@ class Trainer:
         steps = self._config.train.steps
         return self._train_data.last_step(steps) if self._train_data else (steps, "")
 
-    def _begin_training(self) -> None:
-        """From here on a signal to any rank is seen by all in the next step's vote."""
+    def _asked_before(self) -> str | None:
+        """What asked any rank to stop; if nothing has, all see it in the next step's vote from here on."""
         asked = self._world.group.gather_values(self._signals.last_call())
-        if why := next(filter(None, asked), None):
-            raise Stopped(why, SAVED)
-        self._signals.begin_training()
+        why = next((f"{name} on rank {rank}" for rank, name in enumerate(asked) if name), None)
+        if why is None:
+            self._signals.phase = "training"
+        return why
 
     # ---- state ----
 

@@ -253,9 +253,9 @@ def first_failure(world: World, bad: int) -> str | None:
     """One rank reports and leaves; what the others then learn when their collective breaks."""
     world.group.barrier()
     if world.rank == bad:
-        return world.failed(ValueError("disk full"))
+        return (world.failed(ValueError("disk full")) or [None])[0]
     try:
         world.group.barrier()
     except RuntimeError as error:
-        return world.failed(error)
+        return (world.failed(error) or [None])[0]
     return "the barrier held"

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from megallama.comm.errors import Stopped
 from megallama.train.signals import SIGNALS, SignalFlag
 
 
@@ -133,19 +132,14 @@ def test_hangups_that_were_ignored_stay_ignored() -> None:
         signal.signal(signal.SIGHUP, old)
 
 
-def test_a_request_before_training_is_told_once_and_a_stop_interrupts() -> None:
+def test_a_request_before_training_is_told() -> None:
     told: list[str] = []
     with SignalFlag() as flag:
         flag.listen(told.append)
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
         while not told:
             time.sleep(0.01)
-        with pytest.raises(Stopped, match="SIGTERM on rank 3"):
-            flag.stop("SIGTERM on rank 3")
-            time.sleep(30)
-        flag.stop("another")
-        assert told == ["SIGTERM"] and flag.last_call() == "SIGTERM on rank 3"
+        assert told == ["SIGTERM"] and flag.last_call() == "SIGTERM"
     early: list[str] = []
     with SignalFlag() as flag:
         os.kill(os.getpid(), signal.SIGHUP)
@@ -153,38 +147,33 @@ def test_a_request_before_training_is_told_once_and_a_stop_interrupts() -> None:
         assert "SIGHUP" in early and flag.last_call() == "SIGHUP"
 
 
-def test_who_can_tell_nobody_leaves_all_the_same() -> None:
-    with SignalFlag(telling=0.05) as flag, pytest.raises(Stopped, match="SIGUSR2"):
-        os.kill(os.getpid(), signal.SIGUSR2)
-        time.sleep(30)
-    assert flag.received == signal.SIGUSR2
-
-
 def test_once_training_begins_a_request_is_only_noted() -> None:
     told: list[str] = []
-    with SignalFlag(telling=0.05, grace=0.05) as flag:
+    with SignalFlag(telling=0.05) as flag:
         flag.listen(told.append)
         assert flag.last_call() is None
         os.kill(os.getpid(), signal.SIGTERM)
-        flag.begin_training()
-        flag.stop("too late")
+        flag.phase = "training"
+        flag.leave("too late")
         time.sleep(0.3)
-        assert (flag.received, flag.why, told) == (signal.SIGTERM, None, [])
+        assert (flag.received, told) == (signal.SIGTERM, [])
 
 
 LEAVES = """
 import ctypes, os, signal, sys, time
 from megallama.train.signals import SignalFlag
-with SignalFlag(patience=0.0, grace=0.2) as flag:
-    if sys.argv[1] == "stuck":
+with SignalFlag(patience=0.0, telling=0.2) as flag:
+    if sys.argv[1] in ("alone", "nobody"):
+        flag.say = lambda why, status: print(why, status, flush=True)
         flag.before_leaving(lambda: print("last act", flush=True))
-        flag.listen(flag.stop)
+        if sys.argv[1] == "alone":
+            flag.listen(flag.leave)
         print("ready", flush=True)
         libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
         libc.pthread_mutex_lock(mutex)
-        libc.pthread_mutex_lock(mutex)
+        libc.pthread_mutex_lock(mutex)  # for ever
     flag.last_call()
-    flag.begin_training()
+    flag.phase = "training"
     flag.leaving(75, for_good=True)
     print("ready", flush=True)
     if sys.argv[1] == "slow":
@@ -203,11 +192,12 @@ def leaving(how: str) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_process_whose_main_thread_does_not_come_back_leaves_with_75() -> None:
-    process = leaving("stuck")
-    time.sleep(0.5)  # until it is
-    process.send_signal(signal.SIGTERM)
-    assert process.communicate()[0] == "last act\n"
+@pytest.mark.parametrize("how", ["alone", "nobody"])
+def test_before_training_a_process_leaves_wherever_its_main_thread_is(how: str) -> None:
+    """At once if it is alone; if the others cannot be told, without them."""
+    process = leaving(how)
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate()[0] == "SIGHUP 75\nlast act\n"
     assert process.returncode == 75
 
 
