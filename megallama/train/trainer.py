@@ -98,8 +98,7 @@ class Trainer:
             with Collector(self._config.train.gc_interval) as self._collector:
                 return self._loop()
         except BaseException as error:
-            if not isinstance(error, Stopped):
-                self._give_up(error)
+            self._give_up(error)
             raise
         finally:
             self._manager.release()
