@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.checkpoint import manifest, reader  # noqa: E402
-from megallama.checkpoint.folder import newest_step  # noqa: E402
+from megallama.checkpoint.find import find_checkpoint  # noqa: E402
 from megallama.checkpoint.layout import STATE  # noqa: E402
 from megallama.checkpoint.source import Source, foreign_kind, open_source  # noqa: E402
 from megallama.config.errors import exit_status  # noqa: E402
@@ -44,21 +44,13 @@ def run(argv: Sequence[str] | None) -> int:
     parser.add_argument("other", type=Path, nargs="?", help="compare with this one, tensor by tensor")
     parser.add_argument("--verify", action="store_true", help="check the digest of every block")
     options = parser.parse_args(argv)
-    folder = _step(options.folder)
+    folder = find_checkpoint(options.folder, _note)
     saved = manifest.read_manifest(folder)
     describe(folder, saved)
     status = verify(folder, saved) if options.verify else 0
     if options.other is not None:
-        status = max(status, compare(folder, saved, _step(options.other)))
+        status = max(status, compare(folder, saved, find_checkpoint(options.other, _note)))
     return status
-
-
-def _step(path: Path) -> Path:
-    """The step folder that is meant, the newest where there are several; or `path` itself."""
-    if (step := reader.step_folder(path)) is not None:
-        return step
-    found = (newest_step(folder, _note) for folder in (path, path / "checkpoints"))
-    return next((step for step in found if step is not None), path)
 
 
 def _note(text: str) -> None:

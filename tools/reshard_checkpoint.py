@@ -40,11 +40,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     """Check the options, convert, tell."""
     from megallama.checkpoint.convert import UnverifiedError, Wish, convert
+    from megallama.checkpoint.find import find_model
     from megallama.checkpoint.source import Source, foreign_kind, open_source
     from megallama.checkpoint.verify import compare_logits
     from megallama.config.errors import ConfigError
     from megallama.plan.params import num_parameters
-    from megallama.train.generate import find_model
 
     for name in ("tp", "pp", "shard_gb", "vocab_multiple"):
         if getattr(options, name) <= 0:

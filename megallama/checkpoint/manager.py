@@ -34,6 +34,7 @@ from torch import Tensor
 from megallama.checkpoint import manifest, reader
 from megallama.checkpoint.disk import UnreadableError
 from megallama.checkpoint.errors import CheckpointError, DamagedError, InternalError, NotFiniteError, agree
+from megallama.checkpoint.find import find_checkpoint
 from megallama.checkpoint.folder import (
     REPLACED,
     Brief,
@@ -396,8 +397,9 @@ class CheckpointManager:
         path = Path(path)
 
         def read() -> list[str]:
-            step = reader.step_folder(path)
+            step = reader.step_folder(find_checkpoint(path, self._log))
             if step is not None:
+                self._log(f"weights are those of {step}")
                 saved = manifest.read_manifest(step)
                 files, model = reader.open_state(step, saved, "master"), saved.model
             else:

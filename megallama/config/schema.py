@@ -222,7 +222,7 @@ class CheckpointConfig(Section):
         description="auto resumes the newest valid checkpoint if the folder holds any, must refuses to start without "
         "one, previous also leaves out one that cannot be read now, fresh starts from random weights",
     )
-    weights_from: str | None = Field(None, description="start from the weights of this step or Hugging Face folder")
+    weights_from: str | None = Field(None, description="start from this step's, run's or Hugging Face folder's weights")
     async_save: bool = Field(True, description="write behind the training steps")
     max_failures: int = Field(
         2, ge=0, description="saves in a row that may fail behind the training steps (a full disk) before the run stops"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megallama.checkpoint import disk
 from megallama.checkpoint.errors import CheckpointError
-from megallama.checkpoint.folder import newest_step
+from megallama.checkpoint.find import find_model
 from megallama.checkpoint.reader import open_weights
 from megallama.config.errors import ConfigError
 from megallama.config.schema import ModelConfig
@@ -30,22 +30,6 @@ from megallama.plan.params import heads
 
 MAX_CONTEXT = 1 << 24  # a model that claims more would fill the memory with tables of angles
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"  # how a decoder shows the bytes of half a character
-
-
-def find_model(path: Path, tell: Callable[[str], None] = lambda text: None) -> Path:
-    """The Hugging Face folder that `path` means.
-
-    `path` is such a folder, a step folder, a folder of step folders or a run folder; of several
-    steps the one saved last is taken; `tell` hears of damaged ones.  Raises CheckpointError if there is none.
-    """
-    for folder in (path, path / "model"):
-        if disk.exists(folder / "config.json"):
-            return folder
-    for folder in (path, path / "checkpoints"):
-        if (step := newest_step(folder, tell)) is not None:
-            return step / "model"
-    what = "has no complete checkpoint in it" if path.is_dir() else "is not a folder"
-    raise CheckpointError(f"{path} {what}; give a step folder, a folder of steps, a run or a Hugging Face folder")
 
 
 class Cache:
@@ -115,12 +99,12 @@ class Llama:
 
 
 def load_llama(folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Llama:
-    """The model of a step folder or Hugging Face folder, in the number format it was saved in or in `dtype`.
+    """The model of a step folder, run or Hugging Face folder, in the number format it was saved in or in `dtype`.
 
     Bytes are verified against the checkpoint's digests as they are read.  Raises CheckpointError for
     a folder, file or tensor that is missing, damaged or no part of a LLaMA.
     """
-    saved = open_weights(folder)
+    saved = open_weights(find_model(folder))
     try:
         weights = {name: saved.tensor(name, dtype=dtype).to(device or torch.device("cpu")) for name in saved.names}
     finally:

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from megallama.checkpoint import writer
+from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint.find import find_checkpoint, find_model
+from megallama.checkpoint.reader import open_weights
 from tests.checkpoint.formats import to
 from tests.checkpoint.states import MODEL, elements, make_config, make_manager, make_state, solo_shards
 from tools.inspect_checkpoint import main
@@ -34,6 +37,32 @@ def test_describes_the_newest_step_and_verifies_it(folder: Path, capsys) -> None
     for part in ("step-00000002: step 2, save 2", size, '{"samples": 67890}'):
         assert part in text
     assert "hidden_size = 32" in text and text.endswith(" blocks, 0 problems\n")
+
+
+def test_every_tool_takes_every_path_to_a_checkpoint(folder: Path, capsys) -> None:
+    run = folder / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for step in sorted(folder.glob("step-*")):
+        step.rename(run / "checkpoints" / step.name)
+    newest = run / "checkpoints/step-00000002"
+    (run / "checkpoints/step-00000009.damaged").mkdir()
+    for path in (run, run / "checkpoints", newest, newest / "model"):
+        assert main([str(path)]) == 0
+        assert capsys.readouterr().out.startswith(f"{newest}: step 2, save 2, ")
+        assert main([str(newest), str(path)]) == 0  # compared with
+        assert capsys.readouterr().out.endswith("\n0 of 156 tensors differ\n")
+        assert find_checkpoint(path) == newest and find_model(path) == newest / "model"
+        open_weights(find_model(path)).close()
+        shards = solo_shards(make_state(seed=9))
+        make_manager(folder / "other", make_config()).load_weights(path, shards)  # checkpoint.weights_from
+    (newest / "manifest.json").write_text("{}")
+    assert main([str(run)]) == 0
+    told = capsys.readouterr()
+    assert "step-00000001: step 1" in told.out and told.err.startswith(f"note: {newest} is left out: ")
+    assert main([str(newest)]) == 2 and "manifest.json is damaged" in capsys.readouterr().err
+    assert find_checkpoint(folder) == folder
+    with pytest.raises(CheckpointError, match="has no complete checkpoint in it; give a step folder, a folder of"):
+        find_model(folder)
 
 
 def test_names_damaged_blocks_and_missing_files(folder: Path, capsys) -> None:
