@@ -20,6 +20,7 @@ from megallama.config.describe import Setting, literal, settings
 from megallama.config.errors import ConfigError
 from megallama.config.presets import PRESETS, preset_seq_length
 from megallama.config.schema import Config, MixtureChange, SourceConfig
+from megallama.config.words import line_of
 
 COMMAND_LINE = "command line"
 TABLES: dict[str, type[BaseModel]] = {  # settings that are lists of tables
@@ -142,13 +143,16 @@ class _Reader:
         self.bad: set[str] = set()  # keys or sections whose value is not to be trusted
 
     def read_file(self, file: Path) -> None:
+        text = ""
         try:
-            tree = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+            text = file.read_text(encoding="utf-8-sig")
+            tree = tomllib.loads(text)
         except OSError as error:
             reason = error.strerror or str(error)
             raise ConfigError(f"cannot read the configuration {file}: {reason}; give the path of a TOML file") from None
         except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
-            raise ConfigError(f"{file} is not valid TOML: {error}; write lines like tp = 2 under [parallel]") from None
+            said = f"{file} is not valid TOML: {error}; write lines like tp = 2 under [parallel]"
+            raise ConfigError(said + line_of(text, error)) from None
         self._take_tree(tree, "", str(file))
 
     def read_override(self, text: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megallama.config.errors import ConfigError
+from megallama.config.words import line_of
 
 TABLES = Path(__file__).with_name("hardware.toml")
 
@@ -98,10 +99,13 @@ def load_machine(name: str) -> Machine:
     tables, given, base, said = _tables(), {}, name, f"hardware={name}"
     kinds = tables["gpu"]
     if name.endswith(".toml"):
+        text = ""
         try:
-            given = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+            text = Path(name).read_text(encoding="utf-8")
+            given = tomllib.loads(text)
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"hardware={name} cannot be read: {error}; or use {', '.join(kinds)}") from None
+            wrong = f"hardware={name} cannot be read: {error}; or use {', '.join(kinds)}"
+            raise ConfigError(wrong + line_of(text, error)) from None
         base = str(given.pop("base", ""))
         said = f'{name}: base="{base}"'
     if base not in kinds:

@@ -231,6 +231,17 @@ def test_unreadable_files(tmp_path: Path) -> None:
     broken.write_text("[parallel]\ntp 2\n")
     with pytest.raises(ConfigError, match=r"is not valid TOML: .*line 2.*; write lines like tp = 2 under \[parallel\]"):
         load(broken, [])
+    for text, line in (
+        ("[parallel]\ntp 2\n", "line 2: tp 2"),
+        ("[parallel]\ntp = 1\n\n  tp = 2  # again\n", "line 4: tp = 2  # again"),
+        ('[data]\ntrain = ["a",\n', 'line 2: train = ["a",'),
+        ("[run]\nfolder = " + "x" * 300, "line 2: folder = " + "x" * 91 + "..."),
+        (b"[run]\nfolder = \"\xff\"\n", 'line 2: folder = "\ufffd"'),
+    ):
+        broken.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ConfigError) as caught:
+            load(broken, [])
+        assert str(caught.value).split("\n")[1:] == [f"  {line}"]
     binary = tmp_path / "b.toml"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="is not valid TOML"):

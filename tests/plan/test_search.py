@@ -80,7 +80,7 @@ def test_hardware_of_the_users_own(tmp_path: Path) -> None:
         ('base = "h100"\nnic_gbt = 8', "mine.toml: nic_gbt is no constant of a GPU; did you mean nic_gbit?"),
         ('base = "h100"\nnic_gbit = "8"', "mine.toml: nic_gbit='8' must be a number above 0, like 400.0"),
         ('base = "h100"\ngemm = 0', "mine.toml: gemm=0 must be a number above 0, like"),
-        ("base = ", "mine.toml cannot be read: "),
+        ("base = ", ", h200\n  line 1: base ="),
     ],
 )
 def test_hardware_files_that_are_wrong(tmp_path: Path, content: str, message: str) -> None:
