@@ -37,6 +37,7 @@ setup(
         "pydantic>=2.7",
         "rich>=13",
         "sentencepiece>=0.2",
+        "protobuf>=4.25",
         "tokenizers>=0.19",
         "regex",
         "safetensors>=0.4",

@@ -55,6 +55,8 @@ def run(options: argparse.Namespace) -> None:
     folder = find_model(options.checkpoint, lambda text: print(f"note: {text}", file=sys.stderr))
     tokenizer = load_tokenizer(options.tokenizer or folder)
     llama = load_llama(folder, names.get(options.dtype), device)
+    for note in llama.notes:
+        print(f"note: {note}", file=sys.stderr)
     prompt = encode_prompt(folder, tokenizer, options.prompt)
     kind = str(llama.embed.dtype).removeprefix("torch.")
     print(f"{folder} in {kind} on {device}; {counted(len(prompt), 'prompt token')}", file=sys.stderr)

@@ -4,10 +4,10 @@
     mpirun -n 8 python tools/preprocess_data.py corpus/ --tokenizer tokenizer.model --output data/corpus
 
 Input: JSON lines (.jsonl .json .ndjson) and plain text (a file is a document), both also as .gz and .zst, and Parquet;
-files, folders, patterns. Every document ends with the tokenizer's end-of-document token. The output is the same for
-any number of processes and nodes. A run that was killed continues when it is started again: what is done is kept in
-PREFIX.parts until the end. Under mpirun or srun every rank is a process (this needs mpi4py, and a file system that all
-nodes see).
+files, folders, patterns. Every document ends with the end-of-document token that the tokenizer names, or --eos-token.
+The output is the same for any number of processes and nodes. A run that was killed continues when it is started again:
+what is done is kept in PREFIX.parts until the end. Under mpirun or srun every rank is a process (this needs mpi4py, and
+a file system that all nodes see).
 """
 
 from __future__ import annotations
@@ -79,6 +79,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reference-encoder", action="store_true", help="the tokenizer's own library even where a faster one is equal"
     )
+    parser.add_argument(
+        "--bos", action="store_true", help="begin every document with the tokenizer's bos, as LLaMA's own data do"
+    )
+    parser.add_argument(
+        "--eos-token", metavar="TOKEN", help="end every document with this token (default: the one the tokenizer names)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
 
@@ -131,6 +137,8 @@ def run(given: argparse.Namespace, comm: Any) -> int:
             max_bad=given.max_bad,
             max_document_bytes=int(given.max_document_mb * (1 << 20)),
             fast=not given.reference_encoder,
+            bos=given.bos,
+            eos_token=given.eos_token,
             progress=bar.update,
             comm=comm,
         )
@@ -147,7 +155,7 @@ def report(summary: Summary, seconds: float) -> None:
         )
     size, tokens = sum(out.text_bytes for out in summary.outputs), sum(out.tokens for out in summary.outputs)
     rates = f"{size / seconds / 1e6:.1f} MB/s, {tokens / seconds / 1e6:.2f} M tokens/s"
-    print(f"{seconds:.1f} s, {rates}; encoder: {summary.encoder}")
+    print(f"{summary.marks}; {seconds:.1f} s, {rates}; encoder: {summary.encoder}")
     if summary.skipped:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary.skipped.most_common())
         print(f"skipped {counted(summary.skipped.total(), 'bad record', ',')}: {kinds}", file=sys.stderr)

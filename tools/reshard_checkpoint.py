@@ -33,6 +33,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file of step and hf [1e9 bytes] (5)")
     parser.add_argument("--vocab-multiple", type=int, default=128, help="megatron pads to this times tp rows (128)")
     parser.add_argument("--context", type=int, help="longest sequence, which Meta's release does not say [tokens]")
+    heads = ("auto", "tied")
+    parser.add_argument("--head", choices=heads, default="auto", help="tied leaves out a head that is called tied")
     parser.add_argument("--verify", action="store_true", help="compare logits of source and target on random tokens")
     return parser.parse_args(arguments)
 
@@ -45,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
     from megallama.checkpoint.verify import compare_logits
     from megallama.config.errors import ConfigError
     from megallama.plan.params import num_parameters
+    from tools.reshard import second_reader
 
     for name in ("tp", "pp", "shard_gb", "vocab_multiple"):
         if getattr(options, name) <= 0:
@@ -58,17 +61,24 @@ def run(options: argparse.Namespace) -> int:
     done = []
 
     def check(source: Source, result: Path, dtype: str) -> None:
+        for note in source.notes:
+            print(f"note: {note}", file=sys.stderr)
         what = f"{source.kind}, {num_parameters(source.model):,} parameters"
         done.append(f"{source.folder} ({what}) -> {options.target} ({options.to}, {dtype})")
         if options.verify:
             step = next(result.glob("step-*"), result) if options.to == "step" else result
             with open_source(step, context=options.context) as target:
                 worst = compare_logits(source, target, dtype)
-            done.append(f"verified: logits of random tokens differ by at most {worst:.1e} of the largest")
+                sides = {"source": source, "result": target}
+                found = {name: second_reader.compare(side, dtype) for name, side in sides.items()}
+            theirs = {name: value for name, value in found.items() if value is not None}
+            worst = max(worst, *(value for value, _ in theirs.values()), 0.0)
+            by = "".join(f", from {who}'s for the {name}" for name, (_, who) in theirs.items())
+            done.append(f"verified: logits of random tokens differ by at most {worst:.1e} of the largest{by}")
 
     start = time.perf_counter()
     shard_bytes = int(options.shard_gb * 1e9)
-    wish = Wish(options.to, options.tp, options.pp, options.dtype, shard_bytes, options.vocab_multiple)
+    wish = Wish(options.to, options.tp, options.pp, options.dtype, shard_bytes, options.vocab_multiple, options.head)
     try:
         convert(folder, options.target, wish, options.context, check)
     except UnverifiedError as error:

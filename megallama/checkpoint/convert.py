@@ -12,7 +12,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from megallama.checkpoint.huggingface import TORCH_NAMES
 from megallama.checkpoint.layout import DTYPES, SHARD_BYTES, STATE, WEIGHTS, FileSet, file_set, one_file
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.checkpoint.pth import pack
-from megallama.checkpoint.source import PRECISION, Source, config_of, open_source, spans, trainable
+from megallama.checkpoint.source import PRECISION, Source, config_of, open_source, spans
 from megallama.checkpoint.writer import Content, Flusher, OpenFiles, as_bytes, create_files, explained
 from megallama.comm.group import Solo
 from megallama.config.schema import CheckpointConfig, Config, PrecisionConfig
@@ -53,6 +52,7 @@ class Wish:
     dtype: str | None = None  # as in precision.dtype
     shard_bytes: int = SHARD_BYTES
     vocab_multiple: int = foreign.VOCAB_MULTIPLE
+    head: str = "auto"  # or "tied", as in `reader.head_of`
 
 
 Check = Callable[[Source, Path, str], None]
@@ -71,7 +71,9 @@ def convert(folder: Path, target: Path, wish: Wish, context: int | None, check: 
     step = reader.step_folder(folder)
     stored = manifest.read_manifest(step).body["precision"] if step else None
     masters = step is not None and (wish.to == "step" or wish.dtype not in (None, stored))
-    with open_source(folder, "master" if masters else "model", context) as source:
+    with open_source(folder, "master" if masters else "model", context, wish.head) as source:
+        if wish.head == "tied" and not source.model.tie_embeddings:
+            raise CheckpointError(f"--head tied: {folder} does not say that its head is tied; leave the option out")
         if stored is None and len(source.formats) > 1 and wish.dtype is None:
             raise CheckpointError(f"{folder} mixes the number formats {source.formats}; choose one with --dtype")
         dtype = wish.dtype or stored or PRECISION[source.formats[0]]
@@ -105,9 +107,7 @@ def _plan(source: Source, wish: Wish, dtype: str) -> tuple[Form, dict[str, FileS
         small = {name: data for name, data in small.items() if name.startswith("tokenizer")}
         sets = {file: one_file(file + ".raw", shapes, dtype) for file, shapes in form.files.items()}
         return form, sets, small | {"params.json": params.encode()}
-    settings = json.loads(small["config.json"])
-    settings |= dict.fromkeys(("torch_dtype", "dtype"), TORCH_NAMES[PRECISION[dtype]])
-    small["config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
+    small = _small(source, PRECISION[dtype])
     if wish.to == "megatron":
         multiple = wish.vocab_multiple * wish.tp
         form = foreign.megatron_form(model, wish.tp, wish.pp, -(-model.vocab_size // multiple) * multiple)
@@ -115,6 +115,15 @@ def _plan(source: Source, wish: Wish, dtype: str) -> tuple[Form, dict[str, FileS
     form = foreign.whole_form(model)
     sets = {"": file_set("model", form.shapes, dtype, wish.shard_bytes)}
     return form, sets, small | {"model.safetensors.index.json": sets[""].index()}
+
+
+def _small(source: Source, dtype: str) -> dict[str, bytes]:
+    """config.json and the tokenizer's files, as the source has them but for the number format and the head."""
+    settings, tied = json.loads(source.small["config.json"]), source.model.tie_embeddings
+    settings |= dict.fromkeys(("torch_dtype", "dtype"), TORCH_NAMES[dtype])
+    if settings.get("tie_word_embeddings", False) != tied:
+        settings["tie_word_embeddings"] = tied
+    return {**source.small, "config.json": (json.dumps(settings, indent=2) + "\n").encode()}
 
 
 def _write_files(source: Source, target: Path, wish: Wish, dtype: str) -> None:
@@ -185,13 +194,10 @@ def _write_step(source: Source, folder: Path, shard_bytes: int, dtype: str) -> N
         update={"precision": PrecisionConfig(dtype=dtype), "checkpoint": CheckpointConfig(async_save=False)}
     )
     with ExitStack() as stack:
-        kept = Path(stack.enter_context(TemporaryDirectory()))
-        for name in source.small:
-            if name.startswith("tokenizer"):
-                (kept / name).write_bytes(source.small[name])
-        known = [name for name in ("tokenizer.model", "tokenizer.json") if trainable(name, source.small)]
         moments = [stack.enter_context(open_source(source.folder, kind)) for kind in STATE[1:]] if body else []
         shards = _Shards(list(source.form.shapes), [source, *moments])
-        tokenizer = kept / known[0] if known else None
-        manager = CheckpointManager(config, folder, 0, Solo(), tokenizer, lambda text: None, shard_bytes=shard_bytes)
+        small = _small(source, dtype)
+        manager = CheckpointManager(
+            config, folder, 0, Solo(), None, lambda text: None, small=small, shard_bytes=shard_bytes
+        )
         manager.save(body["step"] if body else 0, shards, body["counters"] if body else _START)

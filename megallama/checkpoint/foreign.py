@@ -20,6 +20,7 @@ from megallama.plan.params import global_shapes, heads
 
 Shape = tuple[int, ...]
 EMBEDDING = "model.embed_tokens.weight"
+MEGATRON_EMBEDDING, MEGATRON_HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 SPLIT_COLUMNS = ("o_proj.weight", "down_proj.weight")
 VOCAB_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times tp
 _META = dict(
@@ -217,15 +218,20 @@ def megatron_file(tp_rank: int, pp_rank: int, pp: int) -> str:
     return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if pp > 1 else "") + "/model.safetensors"
 
 
-def megatron_form(model: ModelConfig, tp: int, pp: int, vocab_rows: int, norms: Sequence[str] = FUSED_NORMS) -> Form:
-    """Megatron's GPTModel, a file for each of tp x pp ranks; `vocab_rows` is the padded vocabulary."""
+def megatron_form(
+    model: ModelConfig, tp: int, pp: int, vocab_rows: int, norms: Sequence[str] = FUSED_NORMS, copy: bool = True
+) -> Form:
+    """Megatron's GPTModel, a file for each of tp x pp ranks; `vocab_rows` is the padded vocabulary.
+
+    `copy`: the last of several stages has a copy of a tied embedding.
+    """
     n, k, _ = heads(model)
     divides(tp, "--tp", {"num_kv_heads": k, "num_heads": n, "ffn_hidden_size": model.ffn_hidden_size})
     divides(pp, "--pp", {"num_layers": model.num_layers})
     form, depth = Form(global_shapes(model)), model.num_layers // pp
     last = "lm_head.weight" if not model.tie_embeddings else EMBEDDING
     for t in range(tp):
-        _vocab(form, megatron_file(t, 0, pp), "embedding.word_embeddings.weight", EMBEDDING, (t, tp), vocab_rows)
+        _vocab(form, megatron_file(t, 0, pp), MEGATRON_EMBEDDING, EMBEDDING, (t, tp), vocab_rows)
     for i in range(model.num_layers):
         stage, local = divmod(i, depth)
         for t in range(tp):
@@ -233,8 +239,8 @@ def megatron_form(model: ModelConfig, tp: int, pp: int, vocab_rows: int, norms: 
     for t in range(tp):
         file = megatron_file(t, pp - 1, pp)
         form.stack(file, "decoder.final_layernorm.weight", [form.cut("model.norm.weight", t, tp)])
-        if pp > 1 or not model.tie_embeddings:
-            _vocab(form, file, "output_layer.weight", last, (t, tp), vocab_rows)
+        if (pp > 1 and copy) or not model.tie_embeddings:
+            _vocab(form, file, MEGATRON_HEAD, last, (t, tp), vocab_rows)
     return form
 
 

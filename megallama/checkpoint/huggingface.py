@@ -7,27 +7,41 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megallama.checkpoint import disk
 from megallama.checkpoint.errors import CheckpointError
 from megallama.config.schema import Config, ModelConfig, RopeScaling
+from megallama.config.special_tokens import NAMES, read_settings, special_id
 from megallama.plan.params import heads
 
 META_CONTEXT = 131_072  # tokens, of LLaMA 3.1 and 3.2
 TORCH_NAMES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_BEGIN = ("<|begin_of_text|>", "<s>", "<bos>")
-_END = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
+_KEPT = ("chat_template", "padding_side")  # of a tokenizer_config.json beside the tokenizer; the rest is said anew
 
 
-def model_files(config: Config, tokenizer: Path | None) -> dict[str, bytes]:
-    """The small files of model/ by name: configs and tokenizer."""
-    special = special_tokens(tokenizer) if tokenizer else {}
-    ids = {f"{kind}_token_id": special[kind][1] if kind in special else None for kind in ("bos", "eos")}
+def model_files(
+    config: Config,
+    tokenizer: Path | None,
+    marks: Mapping[str, int | None] | None = None,
+    longest: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, bytes]:
+    """The small files of model/ by name: configs and tokenizer.
+
+    `marks`: "bos_id" and "eos_id" of the training's documents. Without an eos_id the tokenizer says; without a bos_id
+    what stands before a document is the end of another, and so it is exported. `longest` is the longest sequence,
+    default that of training; `say` is told what cannot be exported as it was.
+    """
+    marks, longest = marks or {}, longest or longest_sequence(config)
+    special = special_tokens(tokenizer, marks) if tokenizer else {}
+    bos_id, eos_id = marks.get("bos_id"), special["eos"][1] if "eos" in special else marks.get("eos_id")
+    ids = {"bos_token_id": eos_id if bos_id is None else bos_id, "eos_token_id": eos_id}
     generation = {"_from_model_config": True, **{k: v for k, v in ids.items() if v is not None}}
-    out = {"config.json": _json(_config_json(config) | ids), "generation_config.json": _json(generation)}
-    return out | (_tokenizer_files(tokenizer, special, longest_sequence(config)) if tokenizer else {})
+    out = {"config.json": _json(_config_json(config, longest) | ids), "generation_config.json": _json(generation)}
+    return out | (_tokenizer_files(tokenizer, special, bos_id is not None, longest, say) if tokenizer else {})
 
 
 def longest_sequence(config: Config) -> int:
@@ -43,7 +57,7 @@ def longest_sequence(config: Config) -> int:
     return max(trained, META_CONTEXT if known else int(scaling.factor * old))
 
 
-def _config_json(config: Config) -> dict[str, Any]:
+def _config_json(config: Config, longest: int) -> dict[str, Any]:
     model = config.model
     n, k, d = heads(model)
     scaling = None
@@ -68,7 +82,7 @@ def _config_json(config: Config) -> dict[str, Any]:
         "num_key_value_heads": k,
         "head_dim": d,
         "hidden_act": "silu",
-        "max_position_embeddings": longest_sequence(config),
+        "max_position_embeddings": longest,
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
@@ -133,19 +147,30 @@ def _rope_scaling(path: Path, rope: dict[str, Any]) -> RopeScaling | None:
     )
 
 
-def special_tokens(tokenizer: Path) -> dict[str, tuple[str, int]]:
-    """(text, id) of the "bos" and "eos" tokens of a tokenizer file, where it has them."""
+def special_tokens(tokenizer: Path, marks: Mapping[str, int | None] | None = None) -> dict[str, tuple[str, int]]:
+    """(text, id) of the "bos" and "eos" tokens of a tokenizer file, where it has them; `marks` win."""
+    own: dict[str, int] = {}
     if tokenizer.suffix == ".json":
-        held = json.loads(tokenizer.read_bytes())
-        added = {t["content"]: t["id"] for t in held.get("added_tokens", [])} if merges_of(tokenizer) is None else held
-        known = {"bos": _BEGIN, "eos": _END}
-        first = {kind: next((t for t in names if t in added), None) for kind, names in known.items()}
-        return {kind: (text, added[text]) for kind, text in first.items() if text is not None}
-    from sentencepiece import SentencePieceProcessor
+        vocabulary = held = json.loads(tokenizer.read_bytes())
+        if merges_of(tokenizer) is None:
+            model = held.get("model", {}).get("vocab", {})
+            model = model if isinstance(model, dict) else {text: i for i, (text, _) in enumerate(model)}
+            vocabulary = model | {token["content"]: token["id"] for token in held.get("added_tokens", [])}
+    else:
+        from sentencepiece import SentencePieceProcessor
 
-    pieces = SentencePieceProcessor(model_file=str(tokenizer))
-    ids = {"bos": pieces.bos_id(), "eos": pieces.eos_id()}
-    return {kind: (pieces.id_to_piece(i), i) for kind, i in ids.items() if i >= 0}
+        pieces = SentencePieceProcessor(model_file=str(tokenizer))
+        vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
+        own = {kind: i for kind, i in (("bos", pieces.bos_id()), ("eos", pieces.eos_id())) if i >= 0}
+    said = {kind: special_id(kind, tokenizer, vocabulary.get, own.get(kind)) for kind in NAMES}
+    said |= {kind: i for kind in NAMES if (i := (marks or {}).get(f"{kind}_id")) is not None}
+    return {kind: (text, i) for kind in said for text, i in vocabulary.items() if i == said[kind]}
+
+
+def own_tokenizer(small: Mapping[str, bytes]) -> bytes | None:
+    """The tokenizer among small files that we use: a .model of SentencePiece (not LLaMA 3's), or a tokenizer.json."""
+    model = small.get("tokenizer.model", b"")
+    return model if model[:1] == b"\n" else small.get("tokenizer.json")  # SentencePiece's are protocol buffers
 
 
 def merges_of(tokenizer: Path) -> Path | None:
@@ -154,23 +179,56 @@ def merges_of(tokenizer: Path) -> Path | None:
     return tokenizer.with_name(name.removesuffix("vocab.json") + "merges.txt") if name.endswith("vocab.json") else None
 
 
-def _tokenizer_files(tokenizer: Path, special: dict[str, tuple[str, int]], longest: int) -> dict[str, bytes]:
-    name = "tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"
-    beside, merges = tokenizer.parent / "tokenizer_config.json", merges_of(tokenizer)
-    settings: dict[str, Any] = {f"{kind}_token": text for kind, (text, _) in special.items()}
-    more = {}
+def _tokenizer_files(
+    tokenizer: Path, special: dict[str, tuple[str, int]], begun: bool, longest: int, say: Callable[[str], None]
+) -> dict[str, bytes]:
+    """A tokenizer's files, with which Hugging Face's programs give the ids of the training.
+
+    `special` is of `special_tokens`; `begun`: every document begins with bos. A SentencePiece model comes with a
+    tokenizer.json that no version rebuilds in its own way; where that cannot be had, `say` is told.
+    """
+    from megallama.checkpoint.sentencepiece_json import NotEqualError, begin_with, to_tokenizer  # only where needed
+
+    beside, merges = read_settings(tokenizer.with_name("tokenizer_config.json")), merges_of(tokenizer)
+    first, eos = special.get("bos" if begun else "eos"), special.get("eos")
+    settings: dict[str, Any] = {key: beside[key] for key in _KEPT if key in beside}
+    settings |= {f"{kind}_token": token[0] for kind, token in (("bos", first), ("eos", eos)) if token}
+    # text never became a control token in training; chat templates of others need it to
+    settings |= {"add_bos_token": begun, "add_eos_token": False, "split_special_tokens": "chat_template" not in beside}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    settings |= {"clean_up_tokenization_spaces": False, "model_max_length": longest}
     if merges is not None:
-        name, more = "vocab.json", {"merges.txt": merges.read_bytes()}
-        settings |= {"tokenizer_class": "GPT2Tokenizer"}
-    elif name == "tokenizer.json":
-        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings |= {"tokenizer_class": "GPT2Tokenizer"} | ({"unk_token": eos[0]} if eos else {})
+        files = {"vocab.json": tokenizer.read_bytes(), "merges.txt": merges.read_bytes()}
+    elif tokenizer.suffix == ".json":
+        files = {"tokenizer.json": _begun(tokenizer.read_bytes(), first if begun else None)}
     else:
-        settings |= {"tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "legacy": False}
-        # training documents begin without a bos token, so a prompt must too
-        settings |= {"add_bos_token": False, "add_eos_token": False}
-    settings["model_max_length"] = longest
-    config = beside.read_bytes() if beside.is_file() else _json(settings)
-    return {name: tokenizer.read_bytes(), "tokenizer_config.json": config, **more}
+        files = {"tokenizer.model": tokenizer.read_bytes()}
+        try:
+            found = to_tokenizer(files["tokenizer.model"])
+            found.post_processor = begin_with(first if begun else None)
+            settings["unk_token"], files["tokenizer.json"] = found.model.unk_token, found.to_str().encode()
+        except NotEqualError as why:
+            settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": False, "unk_token": "<unk>"}
+            say(
+                f"{tokenizer} is exported without a tokenizer.json, for {why}; transformers may give other ids than "
+                "the training had: use the exported tokenizer.model with the sentencepiece library"
+            )
+    return files | {"tokenizer_config.json": _json(settings)}
+
+
+def _begun(raw: bytes, token: tuple[str, int] | None) -> bytes:
+    """A tokenizer.json that puts `token`, and nothing else, around a text; `raw` itself where it does."""
+    if token is None and not json.loads(raw).get("post_processor"):
+        return raw
+    from megallama.checkpoint.sentencepiece_json import Tokenizer, begin_with
+
+    model = Tokenizer.from_str(raw.decode())
+    bare, whole = (model.encode("a", add_special_tokens=add).ids for add in (False, True))
+    if whole == [*([token[1]] if token else []), *bare]:
+        return raw
+    model.post_processor = begin_with(token)
+    return model.to_str().encode()
 
 
 def _json(value: dict[str, Any]) -> bytes:

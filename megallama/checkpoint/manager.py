@@ -21,9 +21,10 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,13 @@ from megallama.checkpoint.folder import (
     recover_folder,
     remove_checkpoint,
 )
-from megallama.checkpoint.huggingface import model_files
+from megallama.checkpoint.huggingface import model_files, own_tokenizer
 from megallama.checkpoint.layout import SHARD_BYTES, STATE, layout
 from megallama.checkpoint.lock import LEASE_SECONDS, FolderLock
 from megallama.checkpoint.writer import Content, write_checkpoint
 from megallama.comm.group import Assembly
 from megallama.config.presets import PRESETS
-from megallama.config.schema import Config, ModelConfig
+from megallama.config.schema import Config
 from megallama.layers.shard import StateShard
 
 GRACE_SECONDS = 2.0  # for the last acts of a save that the other ranks have done with
@@ -60,8 +61,9 @@ TELL_SECONDS = 60.0  # between two lines about a save that lasts
 class CheckpointManager:
     """Saves and loads the checkpoints in `folder`; every rank of `group` has one and calls the same methods.
 
-    `group` is dedicated to checkpoints. `tokenizer` is kept in every checkpoint. `log` is called on rank 0
-    only, also from the background thread.
+    `group` is dedicated to checkpoints. `tokenizer` is kept in every checkpoint, with the `marks` that
+    `huggingface.model_files` takes; or `small`, its files as they are. `log` is called on rank 0 only, also from the
+    background thread.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class CheckpointManager:
         tokenizer: Path | None,
         log: Callable[[str], None],
         *,
+        marks: Mapping[str, int | None] | None = None,
+        small: Mapping[str, bytes] | None = None,
         shard_bytes: int = SHARD_BYTES,
         block_bytes: int = manifest.BLOCK_BYTES,
         lease_seconds: float = LEASE_SECONDS,
@@ -81,13 +85,14 @@ class CheckpointManager:
         self._log = log if group.rank == 0 else lambda text: None
         self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
         self._lock = FolderLock(self._folder, self._log, lease_seconds)
-        self._tokenizer = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer else None
+        kept = tokenizer.read_bytes() if tokenizer else own_tokenizer(small or {})
+        self._tokenizer = None if kept is None else hashlib.sha256(kept).hexdigest()
         self._choice = Choice(self._folder, group, self._log, previous=config.checkpoint.resume == "previous")
         self.newest = self._choice.newest
         self._sets = layout(config.model, config.precision.dtype, shard_bytes)
         self._small = {"model/model.safetensors.index.json": self._sets["model"].index()}
-        self._tokenizer_file = tokenizer
-        self._use(config)
+        self._describe = partial(model_files, tokenizer=tokenizer, marks=marks, say=self._log)
+        self._use(config, small)
         self._line = secrets.token_hex(8)  # retention touches only the line of checkpoints that led here
         self._buffer: Tensor | None = None
         self._thread: threading.Thread | None = None
@@ -99,9 +104,9 @@ class CheckpointManager:
         self.saved_step: int | None = None  # of the newest checkpoint this run has loaded or completed
         self.keep_all = False  # True: delete nothing, as long as it is not known which checkpoint is good
 
-    def _use(self, config: Config) -> None:
+    def _use(self, config: Config, small: Mapping[str, bytes] | None = None) -> None:
         self._config = config
-        self._small |= {f"model/{name}": data for name, data in model_files(config, self._tokenizer_file).items()}
+        self._small |= {f"model/{name}": data for name, data in (small or self._describe(config)).items()}
 
     def acquire(self) -> None:
         """Create the folder, take its lock and clean up what a crash left.
@@ -313,7 +318,7 @@ class CheckpointManager:
         config, kept = self._config, dict[str, Any]()
         path = self.newest() if config.model.preset in PRESETS and config.checkpoint.resume != "fresh" else None
         if path is not None:
-            agree(self._group, "cannot resume", lambda: kept.update(manifest.kept(_model_of(path), config.model)))
+            agree(self._group, "cannot resume", lambda: kept.update(manifest.kept(path, config.model)))
         for key, value in kept.items():
             now = getattr(config.model, key)
             self._log(f"model.{key}={value} as in {path}; its preset says {now} by now: write model.{key} to choose")
@@ -397,17 +402,24 @@ class CheckpointManager:
         path = Path(path)
 
         def read() -> list[str]:
+            mine, notes = self._config.model, list[str]()
             step = reader.step_folder(find_checkpoint(path, self._log))
             if step is not None:
                 self._log(f"weights are those of {step}")
                 saved = manifest.read_manifest(step)
                 files, model = reader.open_state(step, saved, "master"), saved.model
             else:
-                files, model = reader.open_folder(path), reader.read_model_config(path)
+                files = reader.open_folder(path)
+                model, notes = reader.head_of(path, files, reader.read_model_config(path))
             with files:
-                reader.check_tensors(path, files, self._config.model)
+                if mine.tie_embeddings and reader.head_of(path, files, mine)[0] != mine:
+                    raise CheckpointError(
+                        f"model.tie_embeddings=true, but {path} has a {reader.HEAD} that is not its embedding; write "
+                        "model.tie_embeddings=false, or leave it out with tools/reshard_checkpoint.py --head tied"
+                    )
+                reader.check_tensors(path, files, mine)
                 reader.fill_weights(files, shards)
-            return manifest.differences(model, self._config.model)
+            return notes + manifest.differences(model, mine)
 
         for line in agree(self._group, f"cannot load weights from {path}", read)[0]:
             self._log(f"warning: weights of {path}: {line}")
@@ -441,10 +453,6 @@ def _every_minute(log: Callable[[str], None], what: str) -> Iterator[None]:
         yield
     finally:
         ended.set()
-
-
-def _model_of(path: Path) -> ModelConfig:
-    return manifest.read_manifest(path).model
 
 
 def _own_version() -> str:

@@ -167,8 +167,9 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
     return settings
 
 
-def kept(saved: ModelConfig, now: ModelConfig) -> dict[str, Any]:
-    """Settings that only a preset gives, and gave otherwise when the run began: they stay those of the checkpoint."""
+def kept(folder: Path, now: ModelConfig) -> dict[str, Any]:
+    """Settings that only a preset gives, and gave otherwise when the run began: they stay those of a step folder."""
+    saved = read_manifest(folder).model
     unsaid = PRESETS.get(now.preset or "", {}).keys() - now.model_fields_set
     keys = [key for key in ("norm_eps", "rope_theta", "rope_scaling") if key in unsaid]  # no shape follows from these
     return {key: getattr(saved, key) for key in keys if getattr(saved, key) != getattr(now, key)}

@@ -17,7 +17,7 @@ from contextlib import suppress
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ SPAN_BYTES = 8 << 20  # bytes of a file turned into a tensor at a time
 CACHED_BLOCKS = 4
 THREADS = 2  # that read and digest
 AHEAD = 4  # blocks read before they are asked for
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Buffers that old Hugging Face conversions of LLaMA saved; they follow from the configuration.
 _NOT_PARAMETERS = (".rotary_emb.inv_freq",)
 
@@ -328,11 +329,55 @@ def fill_weights(files: TensorFiles, shards: Sequence[StateShard]) -> None:
         shard.exp_avg_sq.zero_()
 
 
+def head_of(where: Path, files: TensorFiles, model: ModelConfig, head: str = "auto") -> tuple[ModelConfig, list[str]]:
+    """`model` as its tensors have it, and what to say of that.
+
+    Where it is called tied but `files` hold a head that is not the embedding, that head is kept, and the model untied;
+    with head="tied" it is left out.
+    """
+    if not model.tie_embeddings or HEAD not in files.places or equal_rows(files, EMBEDDING, files, HEAD):
+        return model, []
+    return own_head(f"{where}: {HEAD}", model, head)
+
+
+def own_head(what: str, model: ModelConfig, head: str) -> tuple[ModelConfig, list[str]]:
+    """What becomes of a head that is not the embedding though config.json says so, and what to say of it."""
+    note = f"{what} is not the embedding, though config.json says tie_word_embeddings=true; it is"
+    if head == "tied":
+        return model, [f"{note} left out"]
+    return model.model_copy(update={"tie_embeddings": False}), [f"{note} kept, as a head of its own"]
+
+
+class RowReader(Protocol):
+    """Tensors by name that are read by rows: `TensorFiles`, or a file of another program."""
+
+    @property
+    def places(self) -> Mapping[str, Place]: ...
+    def read_rows(self, key: str, row: int, out: Tensor) -> None: ...
+    def close(self) -> None: ...
+
+
+def equal_rows(a: RowReader, key: str, b: RowReader, other: str, rows: int | None = None) -> bool:
+    """Whether two tensors, or their first rows, are the same to the bit."""
+    one, two = a.places[key], b.places[other]
+    if (one.shape, one.dtype) != (two.shape, two.dtype) or one.dtype not in DTYPES or not all(one.shape or [0]):
+        return False
+    rows = one.shape[0] if rows is None else rows
+    step = max(1, SPAN_BYTES // (prod(one.shape[1:]) * one.item_bytes))
+    for row in range(0, rows, step):
+        x, y = (torch.empty(min(step, rows - row), *one.shape[1:], dtype=DTYPES[one.dtype]) for _ in "ab")
+        a.read_rows(key, row, x)
+        b.read_rows(other, row, y)
+        if not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
+            return False
+    return True
+
+
 def check_tensors(where: Path, files: TensorFiles, model: ModelConfig) -> None:
     """Raises: CheckpointError listing every tensor that is missing, unknown or of another shape."""
     manifest.check_layers(where, model, len(files.places))
     want = global_shapes(model)
-    extra = {"lm_head.weight"} if model.tie_embeddings else set()
+    extra = {HEAD} if model.tie_embeddings else set()  # equal to the embedding, or left out: see `head_of`
     found = {n: p for n, p in files.places.items() if n not in extra and not n.endswith(_NOT_PARAMETERS)}
     problems = tensor_problems(want, found)
     if "missing: lm_head" in " ".join(problems):
@@ -368,8 +413,9 @@ class Weights:
         self.folder = step / "model" if step else folder
         if step and (problems := verify_blocks(step, manifest.read_manifest(step), [("model/config.json", 0)])):
             raise DamagedError(problems[0])
-        self.config: ModelConfig = read_model_config(self.folder)
+        said = read_model_config(self.folder)
         self._files = open_folder(folder)
+        self.config, self.notes = head_of(folder, self._files, said)
         check_tensors(folder, self._files, self.config)
 
     @property

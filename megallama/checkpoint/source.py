@@ -6,14 +6,12 @@ tensors of the model, and where several ranks hold the same tensor it must be th
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +19,7 @@ from torch import Tensor
 from megallama.checkpoint import disk, foreign, manifest, reader
 from megallama.checkpoint.errors import CheckpointError, DamagedError
 from megallama.checkpoint.foreign import EMBEDDING, Form, Piece
-from megallama.checkpoint.huggingface import model_files, read_model_config
+from megallama.checkpoint.huggingface import META_CONTEXT, model_files, own_tokenizer, read_model_config, special_tokens
 from megallama.checkpoint.layout import DTYPES, WEIGHTS, Place
 from megallama.checkpoint.pth import PthFile
 from megallama.config.schema import BatchConfig, Config, ModelConfig, PrecisionConfig
@@ -37,15 +35,6 @@ _CARRIED = ("config.json", "generation_config.json", "special_tokens_map.json", 
 _CARRIED_BYTES = 1 << 28
 
 
-class TensorRows(Protocol):
-    """What `Source` needs of an open file: `reader.TensorFiles`, `PthFile`."""
-
-    @property
-    def places(self) -> Mapping[str, Place]: ...
-    def read_rows(self, key: str, row: int, out: Tensor) -> None: ...
-    def close(self) -> None: ...
-
-
 @dataclass
 class Source:
     """The weights (or one kind of optimizer state) of a checkpoint in any format."""
@@ -54,9 +43,11 @@ class Source:
     folder: Path
     model: ModelConfig
     form: Form
-    files: Mapping[str, TensorRows]
+    files: Mapping[str, reader.RowReader]
     small: Mapping[str, bytes]  # config.json and the tokenizer's files, as Hugging Face has them
     saved: manifest.Manifest | None = None
+    state: str = "model"  # or "master", "exp_avg", "exp_avg_sq" of a step
+    notes: list[str] = field(default_factory=list)  # what is not as its files say
     _last: tuple[str, Tensor] | None = None
     _buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
 
@@ -66,6 +57,11 @@ class Source:
     def __exit__(self, *_: object) -> None:
         for file in self.files.values():
             file.close()
+
+    @property
+    def head_left_out(self) -> bool:
+        """Whether the files have a head of their own that is not used, as --head tied asks."""
+        return self.kind != "meta" and self.model.tie_embeddings and bool(self.notes)
 
     @property
     def formats(self) -> list[str]:
@@ -142,10 +138,10 @@ def spans(part: Tensor) -> Iterator[tuple[int, int]]:
 # ---- opening ----
 
 
-def open_source(folder: Path, state: str = "model", context: int | None = None) -> Source:
+def open_source(folder: Path, state: str = "model", context: int | None = None, head: str = "auto") -> Source:
     """Open a checkpoint of any format; of a step folder the weights, or `state` ("master", ...).
 
-    `context` is the longest sequence, which Meta's release does not tell.
+    `context` is the longest sequence, which Meta's release does not tell; `head` is as in `reader.head_of`.
     Raises: CheckpointError naming every tensor that is missing, unknown or misshapen; DamagedError naming the file.
     """
     if (step := reader.step_folder(folder)) is not None:
@@ -154,15 +150,16 @@ def open_source(folder: Path, state: str = "model", context: int | None = None) 
         if problems := reader.verify_blocks(step, saved, [b for name in small for b in saved.blocks(name)]):
             raise DamagedError("; ".join(problems))
         form, files = foreign.whole_form(saved.model), {"": reader.open_state(step, saved, state)}
-        return Source("step", step, saved.model, form, files, _carried(step / "model"), saved)
+        return Source("step", step, saved.model, form, files, _carried(step / "model"), saved, state)
     if (kind := foreign_kind(folder)) == "meta":
         return _open_meta(folder, context)
     model = read_model_config(folder)
     if kind == "megatron":
-        return _open_megatron(folder, model)
+        return _open_megatron(folder, model, head)
     found = reader.open_folder(folder)
+    model, notes = reader.head_of(folder, found, model, head)
     reader.check_tensors(folder, found, model)
-    return Source("hf", folder, model, foreign.whole_form(model), {"": found}, _carried(folder))
+    return Source("hf", folder, model, foreign.whole_form(model), {"": found}, _carried(folder), notes=notes)
 
 
 def foreign_kind(folder: Path) -> str | None:
@@ -226,24 +223,18 @@ def _open_meta(folder: Path, context: int | None) -> Source:
 def _meta_small(source: Source, context: int | None) -> dict[str, bytes]:
     """config.json and the tokenizer's files."""
     model = source.model
-    longest = context or (131072 if model.rope_scaling else 8192 if model.rope_theta == 500000 else 2048)
+    longest = context or (META_CONTEXT if model.rope_scaling else 8192 if model.rope_theta == 500000 else 2048)
     config = config_of(model, source.formats[0], longest)
     near = (source.folder, source.folder.parent)  # LLaMA 1 has it above
     path = next((f / "tokenizer.model" for f in near if disk.exists(f / "tokenizer.model")), None)
     kept = _carried(path.parent, [path.name]) if path else {}
-    if path is None or not trainable(path.name, kept):
-        return model_files(config, None) | kept
-    files = model_files(config, path)
-    settings = json.loads(files["tokenizer_config.json"]) | {"add_bos_token": True}  # Meta trained with it
-    return files | {"tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}
+    if path is None or own_tokenizer(kept) is None:
+        return model_files(config, None, None, longest) | kept
+    _, bos = special_tokens(path).get("bos", ("", None))
+    return model_files(config, path, {"bos_id": bos}, longest, source.notes.append)  # Meta trained with it
 
 
-def trainable(name: str, small: Mapping[str, bytes]) -> bool:
-    """Whether a tokenizer file is one that we use: a .model of SentencePiece (a protocol buffer), not of LLaMA 3."""
-    return name in small and (name.endswith(".json") or small[name][:1] == b"\n")
-
-
-def _open_megatron(folder: Path, model: ModelConfig) -> Source:
+def _open_megatron(folder: Path, model: ModelConfig, head: str) -> Source:
     ranks = sorted(p.name for p in folder.glob("mp_rank_*/"))
     numbers = [[int(x) for x in re.findall(r"_(\d{1,6})", name)] or [0] for name in ranks]
     pp = max((1 + n[1] for n in numbers if len(n) > 1), default=1)
@@ -253,15 +244,29 @@ def _open_megatron(folder: Path, model: ModelConfig) -> Source:
         raise CheckpointError(f"{folder} holds {', '.join(ranks)}; it must hold {', '.join(want)}")
     files = {name: reader.open_files(folder, [name]) for name in want}
     first = files[want[0]].places
-    word = first.get("embedding.word_embeddings.weight")
-    rows = word.shape[0] * (len(want) // pp) if word and word.shape else model.vocab_size
+    word = first.get(foreign.MEGATRON_EMBEDDING)
+    rows = word.shape[0] * tp if word and word.shape else model.vocab_size
     if rows < model.vocab_size:
         raise CheckpointError(f"{folder}: the embedding has {rows} rows in all, the vocabulary {model.vocab_size}")
     manifest.check_layers(folder / "config.json", model, sum(len(file.places) for file in files.values()))
     local = "decoder.layers.0." + foreign.LOCAL_NORMS[0] in first
     norms = foreign.LOCAL_NORMS if local else foreign.FUSED_NORMS
-    form = foreign.megatron_form(model, len(want) // pp, pp, rows, norms)
-    return _checked(Source("megatron", folder, model, form, files, _carried(folder)), ("_extra_state", ".inv_freq"))
+    ends = [(files[foreign.megatron_file(t, 0, pp)], files[foreign.megatron_file(t, pp - 1, pp)]) for t in range(tp)]
+    notes: list[str] = []
+    if model.tie_embeddings and any(_own_rows(*end, t * rows // tp, model.vocab_size) for t, end in enumerate(ends)):
+        model, notes = reader.own_head(f"{folder}: {foreign.MEGATRON_HEAD}", model, head)
+    form = foreign.megatron_form(model, tp, pp, rows, norms, copy=False)
+    ignored = ("_extra_state", ".inv_freq", *([foreign.MEGATRON_HEAD] if model.tie_embeddings else []))
+    return _checked(Source("megatron", folder, model, form, files, _carried(folder), notes=notes), ignored)
+
+
+def _own_rows(first: reader.RowReader, last: reader.RowReader, start: int, stop: int) -> bool:
+    """Whether rows `start` .. of a head, in the last stage's file, are there and not those of the embedding."""
+    embedding, own = foreign.MEGATRON_EMBEDDING, foreign.MEGATRON_HEAD
+    if own not in last.places or embedding not in first.places:
+        return False
+    rows = min((first.places[embedding].shape or (0,))[0], max(0, stop - start))  # below them is padding
+    return not reader.equal_rows(first, embedding, last, own, rows)
 
 
 def config_of(model: ModelConfig, kind: str, longest: int) -> Config:

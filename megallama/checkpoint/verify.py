@@ -2,7 +2,8 @@
 
 Nothing here follows `foreign`'s maps: each format is read as its own programs read it.  Meta's shards are
 joined along the dimension that each of its parallel layers splits and its pairs are turned as complex numbers;
-Megatron's fused qkv is seen as [query groups, heads of a group + 2, d].  So a mistake in a map shows.
+Megatron's fused qkv is seen as [query groups, heads of a group + 2, d].  So a mistake in a map shows.  What both
+sides would read wrongly alike is seen by other programs: `tools.reshard.second_reader` asks them.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class _Megatron(_HuggingFace):
 
     def head(self) -> tuple[Tensor, Tensor]:
         norm = _joined(self._parts(-1, "decoder.final_layernorm.weight"))
-        own = self.pp > 1 or not self.model.tie_embeddings
+        own = "output_layer.weight" in self.source.files[self.stages[-1][0]].places and not self.source.head_left_out
         head = torch.cat(self._parts(-1, "output_layer.weight")) if own else self.embedding()
         return norm, head[: self.model.vocab_size]
 
@@ -124,7 +125,7 @@ def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
 _VIEWS = {"step": _HuggingFace, "hf": _HuggingFace, "meta": _Meta, "megatron": _Megatron}
 
 
-def _run(source: Source, tokens: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+def run(source: Source, tokens: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """The hidden states after each layer, and last the logits; a layer is read when the next state is asked for."""
     model, view = source.model, _VIEWS[source.kind](source)
     (n, k, d), eps = heads(model), model.norm_eps
@@ -159,12 +160,25 @@ def compare_logits(source: Source, target: Source, precision: str, seed: int = 0
 
     Raises: UnverifiedError if it is over `TOLERANCE` or no number, naming the layer from which on states differ.
     """
-    generator, dtype = torch.Generator().manual_seed(seed), DTYPES[WEIGHTS[precision]]
-    tokens = torch.randint(source.model.vocab_size, (TOKENS,), generator=generator)
+    tokens, dtype = random_tokens(source, seed), DTYPES[WEIGHTS[precision]]
     worst = 0.0
-    for i, (a, b) in enumerate(zip(_run(source, tokens, dtype), _run(target, tokens, dtype), strict=True)):
-        worst = float((a - b).abs().max() / a.abs().max())
-        if not worst <= TOLERANCE:
-            where = "the logits" if i == source.model.num_layers else f"the states after layer {i}"
-            raise UnverifiedError(f"source and target differ: {where} of random tokens by {worst:.3g} of the largest")
+    for i, (a, b) in enumerate(zip(run(source, tokens, dtype), run(target, tokens, dtype), strict=True)):
+        where = "the logits" if i == source.model.num_layers else f"the states after layer {i}"
+        worst = difference(a, b, f"source and target differ: {where}")
     return worst
+
+
+def random_tokens(source: Source, seed: int = 0) -> Tensor:
+    """The tokens that logits are compared of, [T]."""
+    return torch.randint(source.model.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(seed))
+
+
+def difference(a: Tensor, b: Tensor, what: str) -> float:
+    """The largest one, relative to the largest value of `a`.
+
+    Raises: UnverifiedError if it is over `TOLERANCE` or no number.
+    """
+    found = float((a - b).abs().max() / a.abs().max())
+    if not found <= TOLERANCE:
+        raise UnverifiedError(f"{what} of random tokens by {found:.3g} of the largest")
+    return found

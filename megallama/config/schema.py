@@ -186,6 +186,9 @@ class DataConfig(Section):
     tokenizer: str | None = Field(
         None, description="SentencePiece .model, tokenizer.json, or GPT-2 vocab.json; kept in every checkpoint"
     )
+    eos_token: str | None = Field(
+        None, description="token that ends a document; default: what the sources record, else what the tokenizer says"
+    )
     synthetic: bool = Field(False, description="random tokens instead of data.train (speed measurements)")
     prefetch: int = Field(2, ge=0, description="batches prepared ahead in the background [batches]")
     timeout_seconds: PositiveFloat = Field(60.0, description="wait for a batch before the loader is declared stuck [s]")

@@ -49,7 +49,7 @@ class FastTokenizer:
     def __init__(self, reference: Tokenizer) -> None:
         self.reference, self.path, self.vocab_size = reference, reference.path, reference.vocab_size
         self.bos_id, self.eos_id, self.control_ids = reference.bos_id, reference.eos_id, reference.control_ids
-        self.encode, self.decode = reference.encode, reference.decode
+        self.encode, self.decode, self.id_of = reference.encode, reference.decode, reference.id_of
         self._make: Callable[[], Callable[[str], np.ndarray]] | None = None
         self._encode: Callable[[str], np.ndarray] | None = None
         self._resident = self._since_check = 0

@@ -13,8 +13,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megallama.config.special_tokens import special_id
 from megallama.data.errors import DataError
-from megallama.data.tokenizer import EOS_NAMES, OneByOne
+from megallama.data.tokenizer import OneByOne
 
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -48,8 +49,7 @@ class Gpt2Tokenizer(OneByOne):
                 raise DataError(f"{merges_path} merges {a!r} and {b!r}, but {missing[0]!r} is not in {path.name}")
             self._ranks[known[a], known[b]] = rank, known[a + b]
         self.vocab_size = max(known.values()) + 1
-        self.bos_id: int | None = None
-        self.eos_id = next((known[name] for name in EOS_NAMES if name in known), None)
+        self.bos_id, self.eos_id = (special_id(kind, path, self.id_of) for kind in ("bos", "eos"))
         value, reached = {c: b for b, c in enumerate(characters)}, {*self._bytes, *(i for _, i in self._ranks.values())}
         self.control_ids: Sequence[int] = tuple(i for i in known.values() if i not in reached)
         self._content = {i: bytes(value[c] for c in piece) for piece, i in known.items() if i in reached}

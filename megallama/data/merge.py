@@ -15,7 +15,7 @@ from megallama.data.facts import read_facts, write_facts
 from megallama.data.indexed import IndexedDataset, IndexedWriter, strip_suffix
 
 ROWS, SPAN = 1 << 16, 1 << 20  # documents, tokens copied at a time
-SAME = ("tokenizer_sha256", "vocab_size", "eos_id")
+SAME = ("tokenizer_sha256", "vocab_size", "eos_id", "bos_id")
 SUMS = ("documents", "tokens", "bytes")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megallama.config.special_tokens import NAMES, usual_id
 from megallama.data.documents import MAX_DOCUMENT_BYTES, Record, RecordReader, find_files, place, units
 from megallama.data.errors import DataError
 from megallama.data.facts import write_facts
@@ -46,6 +47,7 @@ class Summary:
 
     outputs: list[Output]
     encoder: str = ""  # what encoded, on the first process
+    marks: str = ""  # how documents begin and end
     skipped: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)  # "file:line: reason", the first few
 
@@ -98,12 +100,14 @@ def preprocess(
     max_bad: str = "",
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
     fast: bool = True,
+    bos: bool = False,
+    eos_token: str | None = None,
     progress: Callable[[int, int, int], None] | None = None,
     comm: Any = None,
 ) -> Summary:
     """Tokenize files into OUTPUT.bin/.idx, or with a split into OUTPUT_train, OUTPUT_valid and OUTPUT_test.
 
-    The tokenizer's eos ends every document.
+    The tokenizer's eos ends every document, or `eos_token`; with `bos` the tokenizer's bos begins it, as in LLaMA.
     Beside each pair PREFIX.json records documents, tokens, bytes of text (what bits per byte needs) and the tokenizer.
     Until the end OUTPUT.parts/ keeps what is done: a run that was killed continues there when it is started again.
     `max_bad`: more bad records than this stop the run: a number, or a share as "5%"; default 1 % of the records, but
@@ -119,26 +123,35 @@ def preprocess(
     _check_names(outputs, files)
     jobs = _jobs(files)
     fast = fast and sum(job.size for job in jobs) >= FAST_FROM
-    with WorkFolder(prefix, _origin(files, path, json_key, max_document_bytes)) as work:
+    tokenizer = load_tokenizer(path, fast=fast, eos_token=eos_token)
+    _check_marks(tokenizer, bos)
+    with WorkFolder(prefix, _origin(files, tokenizer, json_key, max_document_bytes, bos)) as work:
         with ExitStack() as stack:
-            task = Task(str(path), fast, json_key, max_document_bytes, strict, work.path, work.start)
-            crew = stack.enter_context(Crew(task, min(workers, len(jobs)), comm))  # they start while this one loads
-            tokenizer = load_tokenizer(path, fast=fast)
-            if tokenizer.eos_id is None:
-                raise DataError(
-                    f"tokenizer {path} has no end-of-document token; use one with </s>, <|end_of_text|> or "
-                    "<|endoftext|>"
-                )
+            task = Task(str(path), fast, json_key, max_document_bytes, strict, work.path, work.start, bos, eos_token)
+            crew = stack.enter_context(Crew(task, min(workers, len(jobs)), comm))
             crew.encode_here(tokenizer)
             dtype = dtype_for(tokenizer.vocab_size)
             writers = [stack.enter_context(IndexedWriter(out.prefix, dtype)) for out in outputs]
             join = _Join(Summary(outputs), jobs, work, writers, (split_valid, split_test), strict, limit)
             _run(join, crew, progress)
             join.summary.encoder = tokenizer.encoder
+            begin = f"begins with id {tokenizer.bos_id} and " if bos else ""
+            join.summary.marks = f"every document {begin}ends with id {tokenizer.eos_id}"
             join.check_end()
         for out in outputs:
-            write_facts(out.prefix, _facts(out, tokenizer, join.summary.skipped))
+            write_facts(out.prefix, _facts(out, tokenizer, bos, join.summary.skipped))
     return join.summary
+
+
+def _check_marks(tokenizer: Tokenizer, bos: bool) -> None:
+    """Raises: DataError if documents cannot be ended or begun."""
+    if tokenizer.eos_id is None:
+        raise DataError(
+            f"tokenizer {tokenizer.path} has no end-of-document token: it declares none, and has none of "
+            f"{', '.join(NAMES['eos'])}; name the one it has with --eos-token"
+        )
+    if bos and tokenizer.bos_id is None:
+        raise DataError(f"tokenizer {tokenizer.path} has no beginning-of-document token; leave --bos out")
 
 
 def _check_names(outputs: Sequence[Output], files: Sequence[Path]) -> None:
@@ -188,12 +201,16 @@ def _jobs(files: Sequence[Path]) -> list[Job]:
     return jobs
 
 
-def _origin(files: Sequence[Path], tokenizer: Path, json_key: str, max_document_bytes: int) -> dict[str, Any]:
-    """Everything that tokens and jobs follow from."""
+def _origin(
+    files: Sequence[Path], tokenizer: Tokenizer, json_key: str, max_document_bytes: int, bos: bool
+) -> dict[str, Any]:
+    """Everything that tokens and jobs follow from; what is as it always was is left out, so that old work goes on."""
+    marks = {"bos": tokenizer.bos_id} if bos else {}
+    marks |= {"eos": tokenizer.eos_id} if tokenizer.eos_id != usual_id("eos", tokenizer.id_of) else {}
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     layout = (1, JOB_BYTES, MAX_JOB_BYTES, MAX_JOBS, MAX_UNITS)  # the first number changes with the format of the parts
-    return {"layout": layout, "files": stats, "tokenizer": sha256_of(tokenizer), "key": json_key,
-            "limit": max_document_bytes}  # fmt: skip
+    return {"layout": layout, "files": stats, "tokenizer": sha256_of(tokenizer.path), "key": json_key,
+            "limit": max_document_bytes, **marks}  # fmt: skip
 
 
 def _run(join: _Join, crew: Crew, progress: Callable[[int, int, int], None] | None) -> None:
@@ -288,7 +305,7 @@ class _Join:
                 )
 
 
-def _facts(out: Output, tokenizer: Tokenizer, skipped: Counter[str]) -> dict[str, Any]:
+def _facts(out: Output, tokenizer: Tokenizer, bos: bool, skipped: Counter[str]) -> dict[str, Any]:
     return {
         "documents": out.documents,
         "tokens": out.tokens,
@@ -297,6 +314,7 @@ def _facts(out: Output, tokenizer: Tokenizer, skipped: Counter[str]) -> dict[str
         "tokenizer_sha256": sha256_of(tokenizer.path),
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
+        **({"bos_id": tokenizer.bos_id} if bos else {}),
         "skipped": dict(sorted(skipped.items())),
         "fingerprint": IndexedDataset(out.prefix).fingerprint()["sha256"],
     }

@@ -13,6 +13,7 @@ from megallama.data.errors import DataError
 from megallama.data.facts import read_facts
 from megallama.data.indexed import IndexedDataset
 from megallama.data.ledger import TrainData
+from megallama.data.marks import Marks, agreed_marks
 from megallama.data.samples import Reader, Source, Synthetic
 from megallama.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
 from megallama.plan.batch import BatchPlan
@@ -40,6 +41,7 @@ class Data:
     valid: tuple[ValidData, ...]
     test: tuple[ValidData, ...]
     tokenizer: Tokenizer | None
+    marks: Marks
 
 
 def open_sources(config: Config) -> Data:
@@ -49,34 +51,36 @@ def open_sources(config: Config) -> Data:
     vocabulary, or a tokenizer that is not the one the data was made with.
     """
     data, vocab_size = config.data, config.model.vocab_size
-    tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
+    tokenizer = load_tokenizer(data.tokenizer, eos_token=data.eos_token) if data.tokenizer else None
     if tokenizer and tokenizer.vocab_size > vocab_size:  # a larger vocabulary is padded: those ids never occur
         raise DataError(
             f"data.tokenizer={tokenizer.path} has {tokenizer.vocab_size} ids but model.vocab_size={vocab_size}; "
             f"write model.vocab_size={tokenizer.vocab_size} or more"
         )
-    valid, test = (tuple(_valid(s, config, tokenizer) for s in held) for held in (data.valid, data.test))
+    paths = dict.fromkeys(source.path for source in (*data.train, *data.valid, *data.test))
+    opened = {path: _open(path, vocab_size, tokenizer) for path in paths}
+    marks = agreed_marks([*opened.values()], tokenizer, data.eos_token)
+    valid, test = (tuple(_valid(s, config, opened[s.path]) for s in held) for held in (data.valid, data.test))
     if data.synthetic:
         synthetic = Synthetic(vocab_size, config.batch.seq_length, config.train.seed)
-        return Data(synthetic, valid, test, tokenizer)
+        return Data(synthetic, valid, test, tokenizer, marks)
     if not data.train:
         raise DataError(
             'data.train is empty; write data.train=["path/prefix"] (made with tools/preprocess_data.py) or '
             "data.synthetic=true"
         )
-    sources = [_source(s, config, tokenizer) for s in data.train]
-    return Data(TrainData(data, sources, BatchPlan(config.batch, 1)), valid, test, tokenizer)
+    sources = [_source(s, config, opened[s.path]) for s in data.train]
+    return Data(TrainData(data, sources, BatchPlan(config.batch, 1)), valid, test, tokenizer, marks)
 
 
-def _source(given: SourceConfig, config: Config, tokenizer: Tokenizer | None, *, shuffle: bool = True) -> Source:
-    dataset = _open(given.path, config.model.vocab_size, tokenizer)
+def _source(given: SourceConfig, config: Config, dataset: IndexedDataset, *, shuffle: bool = True) -> Source:
     num_ids = read_facts(dataset.prefix).get("vocab_size", config.model.vocab_size)
     return Source(dataset, config.batch.seq_length, config.train.seed, shuffle=shuffle, documents=given.documents,
                   mark_documents=config.data.document_mask, num_ids=num_ids)  # fmt: skip
 
 
-def _valid(given: SourceConfig, config: Config, tokenizer: Tokenizer | None) -> ValidData:
-    source = _source(given, config, tokenizer, shuffle=False)
+def _valid(given: SourceConfig, config: Config, dataset: IndexedDataset) -> ValidData:
+    source = _source(given, config, dataset, shuffle=False)
     facts = read_facts(source.dataset.prefix)
     ratio = facts["bytes"] / facts["tokens"] if facts.get("bytes") and facts.get("tokens") else None
     return ValidData(given.label, source.read, source.num_windows, ratio)

@@ -1,7 +1,8 @@
 """Tokenizers: SentencePiece models (LLaMA 1 and 2), tokenizer.json (LLaMA 3) and GPT-2's files, behind one protocol.
 
 Text never becomes a control token: a document that holds the characters "</s>" keeps them as ordinary pieces, so no
-document can fake the end of another.  Only code that means it appends `bos_id` or `eos_id`.
+document can fake the end of another.  Only code that means it adds `bos_id` or `eos_id`, which are those that the
+tokenizer declares (`config.special_tokens`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
+from megallama.config.special_tokens import special_id
 from megallama.data.errors import DataError
-
-BOS_NAMES = ("<s>", "<|begin_of_text|>", "<|startoftext|>")
-EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 
 
 class Tokenizer(Protocol):
@@ -32,6 +31,9 @@ class Tokenizer(Protocol):
     @property
     def encoder(self) -> str:
         """What does the work of `encode_arrays`; if that is not the fastest there is, the reason."""
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token, by its name; None if there is no such token."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without bos or eos."""
@@ -50,7 +52,13 @@ def join(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class OneByOne(ABC):
-    """What a tokenizer that encodes one text does with several."""
+    """What a tokenizer that encodes one text does with several, and with its vocabulary."""
+
+    _vocabulary: dict[str, int]
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token, by its name; None if there is no such token."""
+        return self._vocabulary.get(token)
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -78,8 +86,9 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path} is not a SentencePiece model; make one with tools/train_tokenizer.py") from error
         self.path, self.vocab_size = path, int(self._model.vocab_size())
-        ids = (int(self._model.bos_id()), int(self._model.eos_id()))
-        self.bos_id, self.eos_id = (None if i < 0 else i for i in ids)
+        bos, eos = (None if i < 0 else int(i) for i in (self._model.bos_id(), self._model.eos_id()))
+        self.bos_id = special_id("bos", path, self.id_of, bos)
+        self.eos_id = special_id("eos", path, self.id_of, eos)
         every = range(self.vocab_size)
         self.control_ids: Sequence[int] = [i for i in every if self._model.is_control(i) or self._model.is_unknown(i)]
         self.byte_ids = [i for i in every if self._model.is_byte(i)]
@@ -87,6 +96,11 @@ class SentencePieceTokenizer:
     def pieces(self, ids: Sequence[int]) -> set[str]:
         """The pieces of some ids, as the model writes them."""
         return {self._model.id_to_piece(i) for i in ids}
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a piece; None if there is no such piece."""
+        found = int(self._model.piece_to_id(token))  # that of <unk> for what is unknown
+        return found if self._model.id_to_piece(found) == token else None
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without bos or eos."""
@@ -106,7 +120,7 @@ class SentencePieceTokenizer:
 
 
 class JsonTokenizer(OneByOne):
-    """A tokenizer.json of the `tokenizers` library; bos and eos are known by their names."""
+    """A tokenizer.json of the `tokenizers` library."""
 
     encoder = "tokenizers"
 
@@ -120,10 +134,9 @@ class JsonTokenizer(OneByOne):
         self._model.encode_special_tokens = True  # control strings in a text stay text
         self._model.no_truncation()
         self._model.no_padding()
-        vocabulary = self._model.get_vocab(with_added_tokens=True)
-        self.path, self.vocab_size = path, max(vocabulary.values()) + 1
-        self.bos_id = next((vocabulary[name] for name in BOS_NAMES if name in vocabulary), None)
-        self.eos_id = next((vocabulary[name] for name in EOS_NAMES if name in vocabulary), None)
+        self._vocabulary = self._model.get_vocab(with_added_tokens=True)
+        self.path, self.vocab_size = path, max(self._vocabulary.values()) + 1
+        self.bos_id, self.eos_id = (special_id(kind, path, self.id_of) for kind in ("bos", "eos"))
         self.control_ids: Sequence[int] = [*self._model.get_added_tokens_decoder()]
         self.normalizer = repr(self._model.normalizer)
 
@@ -161,11 +174,12 @@ def find_tokenizer(path: str | Path) -> Path:
     return path
 
 
-def load_tokenizer(path: str | Path, *, fast: bool = True) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, fast: bool = True, eos_token: str | None = None) -> Tokenizer:
     """Open a tokenizer: a SentencePiece .model, a tokenizer.json, a GPT-2 vocab.json, or a folder that holds one.
 
     With `fast` encoding in bulk is gigatoken's if that is installed and proven equal; without, the reference library's.
-    Raises: DataError if there is none or it cannot be read.
+    `eos_token` names the token that ends a document; without it the tokenizer says.
+    Raises: DataError if there is none, it cannot be read, or it has no such token.
     """
     path = find_tokenizer(path)
     from megallama.data.fast_encoder import FastTokenizer
@@ -173,6 +187,10 @@ def load_tokenizer(path: str | Path, *, fast: bool = True) -> Tokenizer:
 
     kind = Gpt2Tokenizer if path.name.endswith("vocab.json") else JsonTokenizer
     reference: Tokenizer = SentencePieceTokenizer(path) if path.suffix == ".model" else kind(path)
+    if eos_token is not None:
+        reference.eos_id = reference.id_of(eos_token)
+        if reference.eos_id is None:
+            raise DataError(f"tokenizer {path} has no token {eos_token!r}; name one that it has, or leave it out")
     return FastTokenizer(reference) if fast else reference
 
 

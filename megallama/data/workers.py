@@ -63,6 +63,8 @@ class Task:
     strict: bool
     folder: Path
     start: int  # number of this start of the run, part of every file name
+    bos: bool = False  # begin every document with the tokenizer's bos
+    eos_token: str | None = None  # ends a document instead of what the tokenizer says
     sync: bool = False  # the processes are on several nodes
 
 
@@ -94,7 +96,8 @@ class Encoder:
     """Turns jobs into parts."""
 
     def __init__(self, task: Task, number: int, tokenizer: Tokenizer | None = None) -> None:
-        self._task, self._tokenizer = task, tokenizer or load_tokenizer(task.tokenizer, fast=task.fast)
+        self._task = task
+        self._tokenizer = tokenizer or load_tokenizer(task.tokenizer, fast=task.fast, eos_token=task.eos_token)
         self._dtype = dtype_for(self._tokenizer.vocab_size)
         self._out = PartWriter(task.folder, f"{task.start:03d}-{number:05d}", sync=task.sync)
 
@@ -121,13 +124,18 @@ class Encoder:
         return self._out.end()
 
     def _add(self, texts: list[str], sizes: list[int]) -> None:
-        """Encode texts and append them, with one eos after each."""
+        """Encode texts and append them, with one eos after each and, if asked for, bos before it."""
         tokens, lengths = self._tokenizer.encode_arrays(texts)
-        rows = np.stack([lengths + 1, sizes], axis=1).astype("<i4")
+        lengths = lengths + 1 + self._task.bos
+        rows = np.stack([lengths, sizes], axis=1).astype("<i4")
+        ends = np.cumsum(lengths)
         assert self._tokenizer.eos_id is not None
-        out = np.full(len(tokens) + len(texts), self._tokenizer.eos_id, self._dtype)
+        out = np.full(int(lengths.sum()), self._tokenizer.eos_id, self._dtype)
         inside = np.ones(len(out), bool)
-        inside[np.cumsum(lengths + 1) - 1] = False
+        inside[ends - 1] = False
+        if self._task.bos:
+            inside[ends - lengths] = False
+            out[ends - lengths] = self._tokenizer.bos_id
         out[inside] = tokens
         self._out.add(out, rows)
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from megallama.checkpoint import disk
 from megallama.checkpoint.errors import CheckpointError
 from megallama.checkpoint.find import find_model
-from megallama.checkpoint.reader import open_weights
+from megallama.checkpoint.reader import open_weights, step_folder
 from megallama.config.errors import ConfigError
 from megallama.config.schema import ModelConfig
+from megallama.config.special_tokens import read_settings
 from megallama.config.words import counted
 from megallama.data.tokenizer import Tokenizer
 from megallama.kernels.norm import accumulate_dtype, rms_norm
@@ -48,6 +49,7 @@ class Llama:
         self, model: ModelConfig, context: int, weights: Mapping[str, Tensor], eos: frozenset[int] = frozenset()
     ) -> None:
         self.model, self.weights = model, weights
+        self.notes: list[str] = []  # what is not as config.json says
         self.context = context  # longest sequence [tokens]
         self.eos = eos  # ids that end a text
         self.embed = weights["model.embed_tokens.weight"]
@@ -114,9 +116,11 @@ def load_llama(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     longest = raw.get("max_position_embeddings")
     if type(longest) is not int or not 0 < longest <= MAX_CONTEXT:
         raise CheckpointError(f"{path} has max_position_embeddings={longest}; write the longest sequence [tokens]")
-    eos = raw.get("eos_token_id")
+    eos = read_settings(saved.folder / "generation_config.json").get("eos_token_id", raw.get("eos_token_id"))
     ends = frozenset(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))
-    return Llama(saved.config, longest, weights, ends)
+    llama = Llama(saved.config, longest, weights, ends)
+    llama.notes = saved.notes
+    return llama
 
 
 @dataclass(frozen=True)
@@ -209,9 +213,10 @@ def encode_prompt(folder: Path, tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _adds_bos(folder: Path, tokenizer: Path) -> bool:
-    """What tokenizer_config.json says; where it is silent, what the tokenizer's own post-processor does."""
-    config = folder / "tokenizer_config.json"
-    said = disk.read_json(config).get("add_bos_token") if disk.exists(config) else None
+    """What tokenizer_config.json says; where it is silent, what the training or the tokenizer's post-processor does."""
+    said = read_settings(folder / "tokenizer_config.json").get("add_bos_token")
+    if said is None and step_folder(folder) is not None:
+        return False  # of a version that wrote no bos into documents, and did not say so
     if said is not None or tokenizer.suffix != ".json":
         return said is not False
     processor = json.loads(tokenizer.read_bytes()).get("post_processor") or {}

@@ -153,6 +153,7 @@ class Trainer:
             self._world.host_group("checkpoint"),
             tokenizer.path if tokenizer else None,
             self._log.info,
+            marks=self._data.marks,
         )
 
     def _build(self, kernels: Kernels) -> Rank:

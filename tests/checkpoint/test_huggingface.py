@@ -291,9 +291,9 @@ def test_sentencepiece_tokenizer_opens_with_transformers(tmp_path) -> None:
     assert theirs.encode(text) == ours.encode(text)  # no bos: training documents begin without one
     assert theirs.decode(ours.encode(text)) == text
     found = transformers.AutoConfig.from_pretrained(step / "model")
-    assert (found.bos_token_id, found.eos_token_id) == (1, 2)
+    assert (found.bos_token_id, found.eos_token_id) == (2, 2)  # documents stood behind the end of others
     generation = transformers.GenerationConfig.from_pretrained(step / "model")
-    assert (generation.bos_token_id, generation.eos_token_id) == (1, 2)
+    assert (generation.bos_token_id, generation.eos_token_id) == (2, 2)
 
 
 def test_tokenizer_json_opens_with_transformers(tmp_path) -> None:
@@ -307,7 +307,7 @@ def test_tokenizer_json_opens_with_transformers(tmp_path) -> None:
     step = saved(tmp_path / "c", make_config(), tokenizer=tmp_path / "tok.json")
     theirs = transformers.AutoTokenizer.from_pretrained(step / "model")
     assert theirs.encode("the fox", add_special_tokens=False) == ours.encode("the fox").ids
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 1)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 1)
     assert json.loads((step / "model/config.json").read_text())["eos_token_id"] == 1
 
 

@@ -13,6 +13,8 @@ from megallama.config.presets import PRESETS
 from megallama.config.schema import Config
 from megallama.plan.topology import Topology
 from tests.checkpoint.states import MODEL, empty_solo, make_config, make_manager, make_state, on_grid, solo_shards
+from tests.pool import Pool
+from tests.train.runs import curve, state_files
 
 
 def changed_preset(monkeypatch, **row: object) -> None:
@@ -65,3 +67,15 @@ def test_what_the_user_wrote_is_never_replaced(tmp_path, monkeypatch) -> None:
     fresh = preset_config("checkpoint.resume=fresh")
     assert make_manager(tmp_path, fresh).keep_settings() is fresh
     assert make_manager(tmp_path / "none", preset_config()).keep_settings().model.norm_eps == 1e-5
+
+
+def test_the_steps_after_a_resume_are_made_with_what_was_kept(pool: Pool, tmp_path) -> None:
+    steps, half = {"train": {"steps": 6}}, {"train": {"steps": 6, "stop_after_steps": 3}}
+    assert pool.run(2, "tests.train.runs:run_preset", str(tmp_path / "whole"), steps, 0.5)[0]["step"] == 6
+    assert pool.run(2, "tests.train.runs:run_preset", str(tmp_path / "cut"), half, 0.5)[0]["status"] == 75
+    assert pool.run(2, "tests.train.runs:run_preset", str(tmp_path / "cut"), steps, 1e-6)[0]["step"] == 6
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert state_files(tmp_path / "cut") == state_files(tmp_path / "whole")
+    assert "model.norm_eps=0.5 as in " in (tmp_path / "cut/run.log").read_text()
+    assert pool.run(2, "tests.train.runs:run_preset", str(tmp_path / "new"), steps, 1e-6)[0]["step"] == 6
+    assert curve(tmp_path / "new") != curve(tmp_path / "whole")

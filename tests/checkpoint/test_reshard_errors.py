@@ -166,15 +166,6 @@ def test_norms_must_be_the_same_on_all_ranks(refused, tmp_path: Path, key: str) 
     assert "these files are of different checkpoints" in text
 
 
-def test_both_copies_of_a_tied_embedding_must_be_the_same(refused, tmp_path: Path) -> None:
-    def edit(held: dict) -> None:
-        held["output_layer.weight"] = held["output_layer.weight"].clone()
-        held["output_layer.weight"][3, 3] = 9
-
-    text = refused(megatron(tmp_path, LLAMA3, mp_rank_01_001=edit), "--to", "hf")
-    assert "output_layer.weight of mp_rank_01_001/model.safetensors differs from embedding.word_" in text
-
-
 def test_parts_of_several_number_formats_are_refused(refused, tmp_path: Path) -> None:
     key = "decoder.layers.0.mlp.linear_fc2.weight"
     folder = megatron(tmp_path, mp_rank_01_000=lambda held: held.update({key: held[key].float()}))

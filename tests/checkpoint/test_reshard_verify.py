@@ -45,13 +45,13 @@ def test_a_step_folder_passes_in_every_number_format(tmp_path: Path, dtype: str)
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_compared_logits_are_those_of_transformers(tmp_path: Path, model: str) -> None:
-    from megallama.checkpoint.verify import _run
+    from megallama.checkpoint.verify import run as run_layers
 
     hf_folder(tmp_path / "hf", MODELS[model], torch.float32)
     tokens = torch.arange(20) * 6
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     with open_source(tmp_path / "hf") as source, torch.no_grad():
-        *_, mine = _run(source, tokens, torch.float32)
+        *_, mine = run_layers(source, tokens, torch.float32)
         want = theirs(tokens[None]).logits[0]
         assert (mine - want).abs().max() < 1e-5 * want.abs().max()
         assert compare_logits(source, source, "fp32") == 0.0

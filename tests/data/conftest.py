@@ -32,3 +32,24 @@ def jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer_path(jsonl: Path) -> Path:
     """A SentencePiece model of 330 ids."""
     return train_tokenizer([jsonl], jsonl.parent / "tokenizer.model", 330)
+
+
+@pytest.fixture(scope="module")
+def json_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer.json with LLaMA 3's names of control tokens, which also appends them by default."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator([text_of(i) for i in range(50)], trainer)
+    model.post_processor = processors.TemplateProcessing("<|begin_of_text|> $A", None, [("<|begin_of_text|>", 0)])
+    path = tmp_path_factory.mktemp("json") / "tokenizer.json"
+    model.save(str(path))
+    return path

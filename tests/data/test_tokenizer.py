@@ -20,27 +20,6 @@ from tests.data.conftest import text_of
 HARD = "a</s><s>b\0c\n\n    <unk> d  e\t\r\n 🦙 12345 <|end_of_text|> "
 
 
-@pytest.fixture(scope="module")
-def json_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level tokenizer.json with LLaMA 3's names of control tokens, which also appends them by default."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator([text_of(i) for i in range(50)], trainer)
-    model.post_processor = processors.TemplateProcessing("<|begin_of_text|> $A", None, [("<|begin_of_text|>", 0)])
-    path = tmp_path_factory.mktemp("json") / "tokenizer.json"
-    model.save(str(path))
-    return path
-
-
 def test_sentencepiece_has_llamas_ids(tokenizer_path: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_path)
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (330, 1, 2)

@@ -8,16 +8,19 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from megallama.comm.launch import World
 from megallama.config.errors import MegallamaError
+from megallama.config.presets import PRESETS
+from megallama.config.schema import ModelConfig
 from megallama.plan.plan import make_plan
 from megallama.train.log import Logger
 from megallama.train.signals import SignalFlag
 from megallama.train.trainer import Trainer
-from tests.small import small_config
+from tests.small import MODEL, small_config
 
 
 def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: str | None = None) -> dict[str, Any]:
@@ -39,6 +42,17 @@ def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: s
         return {"error": str(error), "type": type(error).__name__}
     finally:
         log.close()
+
+
+def run_preset(world: World, folder: str, sections: dict[str, dict[str, Any]], norm_eps: float) -> dict[str, Any]:
+    """Train a preset whose row says `norm_eps`, which the configuration leaves to it."""
+    PRESETS["changing"] = {"norm_eps": norm_eps}
+    model = {**MODEL, "preset": "changing", "norm_eps": norm_eps}
+    try:
+        with patch.object(ModelConfig, "model_fields_set", {"preset"}):
+            return run(world, folder, {**sections, "model": model})
+    finally:
+        del PRESETS["changing"]
 
 
 def _plant(trainer: Trainer, kind: str, steps: set[int], file: str = "") -> None:

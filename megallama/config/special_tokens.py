@@ -1,0 +1,47 @@
+"""Which tokens begin and end a document: what a tokenizer declares of itself, else the names that are known.
+
+Both sides ask here, the one that tokenizes and the one that exports, so that a model's config.json names the token with
+which its training documents end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megallama.config.errors import MegallamaError
+
+NAMES = {
+    "bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>"),
+    "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>"),
+}
+Lookup = Callable[[str], int | None]  # the id of a token, None where there is no such token
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON file of settings; {} where there is none. Raises: MegallamaError if it cannot be read."""
+    try:
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise MegallamaError(f"{path} cannot be read ({error}); mend it, or move it away") from error
+
+
+def usual_id(kind: str, lookup: Lookup) -> int | None:
+    """The id of the first of `NAMES` that a tokenizer has."""
+    return next((i for i in map(lookup, NAMES[kind]) if i is not None), None)
+
+
+def special_id(kind: str, tokenizer: Path, lookup: Lookup, own: int | None = None) -> int | None:
+    """The id of a tokenizer's "bos" or "eos"; None if it has none.
+
+    Beside the file tokenizer_config.json, then special_tokens_map.json may declare it; a name that the tokenizer does
+    not have counts as none.  Then comes `own`, which the file itself says, then `usual_id`.
+    """
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        said = read_settings(tokenizer.with_name(file)).get(f"{kind}_token")
+        name = said.get("content") if isinstance(said, dict) else said
+        if isinstance(name, str) and (declared := lookup(name)) is not None:
+            return declared
+    return usual_id(kind, lookup) if own is None else own
