@@ -41,13 +41,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     """Check the options, convert, tell."""
-    from megallama.checkpoint.convert import UnverifiedError, Wish, convert
     from megallama.checkpoint.find import find_model
     from megallama.checkpoint.source import Source, foreign_kind, open_source
-    from megallama.checkpoint.verify import compare_logits
     from megallama.config.errors import ConfigError
     from megallama.plan.params import num_parameters
-    from tools.reshard import second_reader
+    from tools.reshard.convert import UnverifiedError, Wish, convert
+    from tools.reshard.second_reader import compare
+    from tools.reshard.verify import compare_logits
 
     for name in ("tp", "pp", "shard_gb", "vocab_multiple"):
         if getattr(options, name) <= 0:
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
             with open_source(step, context=options.context) as target:
                 worst = compare_logits(source, target, dtype)
                 sides = {"source": source, "result": target}
-                found = {name: second_reader.compare(side, dtype) for name, side in sides.items()}
+                found = {name: compare(side, dtype) for name, side in sides.items()}
             theirs = {name: value for name, value in found.items() if value is not None}
             worst = max(worst, *(value for value, _ in theirs.values()), 0.0)
             by = "".join(f", from {who}'s for the {name}" for name, (_, who) in theirs.items())

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megallama.checkpoint.convert import Wish, convert
 from megallama.checkpoint.huggingface import model_files
 from megallama.config.schema import ModelConfig, RopeScaling
 from megallama.plan.params import global_shapes, heads
 from tests.checkpoint.states import make_config
+from tools.reshard.convert import Wish, convert
 
 Tensors = dict[str, Tensor]
 

@@ -11,9 +11,9 @@ import torch
 
 from megallama.checkpoint import foreign
 from megallama.checkpoint.source import open_source
-from megallama.checkpoint.verify import TOLERANCE, compare_logits
 from tests.checkpoint.formats import GQA, MHA, MODELS, hf_folder, read_hf, to
 from tests.checkpoint.states import make_config, make_manager, make_state, solo_shards
+from tools.reshard.verify import TOLERANCE, compare_logits
 from tools.reshard_checkpoint import main
 
 transformers = pytest.importorskip("transformers")
@@ -45,7 +45,7 @@ def test_a_step_folder_passes_in_every_number_format(tmp_path: Path, dtype: str)
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_compared_logits_are_those_of_transformers(tmp_path: Path, model: str) -> None:
-    from megallama.checkpoint.verify import run as run_layers
+    from tools.reshard.verify import run as run_layers
 
     hf_folder(tmp_path / "hf", MODELS[model], torch.float32)
     tokens = torch.arange(20) * 6
@@ -164,7 +164,7 @@ def test_a_copy_that_differs_between_ranks_is_found(tmp_path: Path) -> None:
     held = torch.load(path, weights_only=True)
     held["layers.1.ffn_norm.weight"][5] += 1
     torch.save(held, path)
-    from megallama.checkpoint.convert import UnverifiedError
+    from tools.reshard.convert import UnverifiedError
 
     with open_source(tmp_path / "hf") as a, open_source(tmp_path / "meta") as b:
         with pytest.raises(UnverifiedError, match="a norm is not the same on all tensor-parallel ranks"):

@@ -3,7 +3,7 @@
 Nothing here follows `foreign`'s maps: each format is read as its own programs read it.  Meta's shards are
 joined along the dimension that each of its parallel layers splits and its pairs are turned as complex numbers;
 Megatron's fused qkv is seen as [query groups, heads of a group + 2, d].  So a mistake in a map shows.  What both
-sides would read wrongly alike is seen by other programs: `tools.reshard.second_reader` asks them.
+sides would read wrongly alike is seen by other programs: `second_reader` asks them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megallama.checkpoint.convert import UnverifiedError
 from megallama.checkpoint.layout import DTYPES, WEIGHTS
 from megallama.checkpoint.source import Source
 from megallama.kernels.rope import inverse_frequencies
 from megallama.plan.params import heads
+from tools.reshard.convert import UnverifiedError
 
 TOKENS = 32
 TOLERANCE = 1e-4  # of the largest logit; sums in another order differ by about 1e-6
