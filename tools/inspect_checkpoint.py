@@ -76,6 +76,8 @@ def describe(folder: Path, saved: manifest.Manifest) -> None:
 def verify(folder: Path, saved: manifest.Manifest) -> int:
     """Check every block; prints each damaged one. Returns 1 if any is."""
     num_problems, damaged = 0, []
+    for kind in ("model", *STATE):
+        reader.open_state(folder, saved, kind).close()  # the files are those of the architecture
     blocks = list(saved.blocks())
     for name in saved.files:
         problems = reader.verify_blocks(folder, saved, [b for b in blocks if b[0] == name])

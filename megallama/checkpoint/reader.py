@@ -278,7 +278,7 @@ def open_folder(folder: Path) -> TensorFiles:
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if disk.exists(index):
         found = disk.read_json(index).get("weight_map")
-        named: list[Any] = [*found.values()] if isinstance(found, dict) else [found]
+        named: list[Any] = [*found.values()] if isinstance(found, dict) else [None]
         for name in named:
             if not isinstance(name, str) or "/" in name or "\0" in name or name in ("", ".", ".."):
                 raise CheckpointError(f"{index} names {name!r}; it must name files of its own folder")
@@ -478,6 +478,8 @@ def verify_blocks(folder: Path, saved: manifest.Manifest, blocks: Sequence[tuple
         for name in dict.fromkeys(name for name, _ in blocks):
             try:
                 opened[name] = BlockFile(folder / name, saved.files[name], saved.block_bytes)
+            except KeyError:
+                problems.append(f"{folder / manifest.NAME} does not list {name}")
             except DamagedError as error:
                 problems.append(str(error))
         with ThreadPoolExecutor(THREADS) as pool:
