@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -448,6 +449,109 @@ def test_crash_leftovers_are_cleaned_at_the_start(tmp_path) -> None:
     assert manager.resume(empty_solo()) == {"step": 2}
     manager.release()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "notes.tmp", "step-00000001", "step-00000002"]
+
+
+def test_what_people_name_themselves_is_left_and_named(tmp_path) -> None:
+    save_steps(tmp_path, [1, 2])
+    one = tmp_path / "step-00000001"
+    for name in ("step-00000001.old", "step-00000001.tmp", "step-00000007.tmp"):
+        shutil.copytree(one, tmp_path / name)
+    shutil.copytree(one / "model", tmp_path / "step-00000008.tmp/model")  # weights to give away
+    (tmp_path / "step-00000002.tmp").write_text("a note")
+    shutil.copytree(one / "model", tmp_path / "step-00000009.old")
+    (tmp_path / "latest.tmp").write_text("the latest of my thoughts about this run")
+    (tmp_path / "step-00000002-good").mkdir()
+    before, log = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")), []
+    manager = make_manager(tmp_path, make_config(), log=log.append)
+    for _ in range(2):
+        manager.acquire()
+        manager.release()
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+    told = [line for line in log if "alone: it is not what a crash leaves" in line]
+    assert len(told) == len(log) == 2 * 7
+    assert {line.split()[2] for line in told} == {str(p) for p in before if p.suffix in (".old", ".tmp")}
+
+
+def test_what_an_earlier_version_left_is_cleaned_up_as_it_did(tmp_path) -> None:
+    save_steps(tmp_path, [1, 2])
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000003.tmp")
+    (tmp_path / "step-00000003.tmp/manifest.json").unlink()  # it is written last
+    (tmp_path / "step-00000002").rename(tmp_path / "step-00000002.old")
+    (tmp_path / "step-00000002.old/optimizer").rename(tmp_path / "kept")  # not looked at: the manifest is
+    log: list[str] = []
+    make_manager(tmp_path, make_config(), log=log.append).acquire()
+    assert log == [
+        "checkpoints: restored step-00000002, whose replacement was not finished",
+        "checkpoints: removed step-00000003.tmp, which was not finished",
+    ]
+
+
+def test_a_step_done_again_replaces_the_one_before_and_says_so(tmp_path) -> None:
+    save_steps(tmp_path, [1])
+    log: list[str] = []
+    manager = make_manager(tmp_path, make_config(), log=log.append)
+    manager.save(1, solo_shards(make_state(seed=5)), {"again": True})
+    assert "step-00000001 took the place of the one saved earlier" in log
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert manager.load(tmp_path / "step-00000001", empty_solo()) == {"again": True}
+    for name in ("step-00000001.megallama-replaced", "step-00000002.megallama-replaced"):  # killed meanwhile
+        shutil.copytree(tmp_path / "step-00000001", tmp_path / name)
+    log.clear()
+    manager.acquire()
+    assert log == [
+        "checkpoints: removed step-00000001.megallama-replaced, in whose place step-00000001 is",
+        "checkpoints: restored step-00000002, whose replacement was not finished",
+    ]
+    manager.release()
+
+
+def test_manifests_are_read_once(tmp_path, monkeypatch) -> None:
+    """At 65B one has 9 MB, and rank 0 read all of them twice per save."""
+    save_steps(tmp_path, [1, 2, 3], keep_last=9)
+    real, read = manifest.read_manifest, []
+    monkeypatch.setattr(manifest, "read_manifest", lambda folder: (read.append(folder.name), real(folder))[1])
+    manager = make_manager(tmp_path, make_config(keep_last=9))
+    for step in (4, 5, 6):
+        manager.save(step, solo_shards(STATE), {})
+    assert sorted(read) == ["step-00000004", "step-00000005", "step-00000006"]
+    body = manifest.read_manifest(tmp_path / "step-00000001").body
+    changed = manifest.render({k: v for k, v in body.items() if k != "digest"} | {"sequence": 77})
+    (tmp_path / "step-00000001/manifest.json").write_bytes(changed)
+    assert manager.newest() == tmp_path / "step-00000001"  # the file has changed: it is read again
+
+
+# ---- saves that last ----
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_save_that_lasts_is_told_every_minute(tmp_path, monkeypatch, behind: bool) -> None:
+    monkeypatch.setattr(manager_module, "TELL_SECONDS", 0.05)
+    write, log, gate = manager_module.write_checkpoint, [], threading.Event()
+
+    def slow(*args) -> None:
+        assert gate.wait(30)
+        write(*args)
+
+    def open_when_told() -> None:
+        while sum("is still being written" in line for line in [*log]) < 3:
+            time.sleep(0.01)
+        gate.set()
+
+    monkeypatch.setattr(manager_module, "write_checkpoint", slow)
+    manager = make_manager(tmp_path, make_config(async_save=True), log=log.append)
+    opener = threading.Thread(target=open_when_told)
+    opener.start()
+    manager.save(7, solo_shards(STATE), {}, behind=behind)
+    manager.finish()
+    opener.join()
+    told = [line for line in log if line.startswith("the checkpoint of step 7 is still being written, for ")]
+    assert len(told) >= 2 and told[0].endswith(" s now") and steps(tmp_path) == [7]
+    if behind:
+        assert log[0] == "the run waits for the checkpoint of step 7, which is still being written"
+        assert re.fullmatch(r"the run waited \d+\.\d s for the one before it", log[-1])
+    count = len(log)
+    time.sleep(0.15)
+    assert len(log) == count  # and no longer when it is done
 
 
 def test_manifest_says_what_it_is(tmp_path) -> None:
