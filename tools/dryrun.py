@@ -77,6 +77,8 @@ def report(plan: Plan, done: DryRun) -> Iterator[str]:
             if call.label.endswith(step):
                 count[call.group, call.op] += ranks
                 size[call.group, call.op] += ranks * call.nbytes
+    if not count:
+        yield "  nothing: one rank has nobody to talk to"
     for group, op in sorted(count):
         calls = counted(count[group, op], "call", ",")
         yield f"  {group:>9}  {op:<14}  {calls:>18}  {size[group, op] / 1e9:>16,.6f} GB"

@@ -293,7 +293,9 @@ class _Join:
         """Raises: DataError if an output would be empty."""
         summary = self.summary
         if not self._documents:
-            bad = f"all {summary.skipped.total()} records are bad, the first: " + "".join(summary.examples[:1])
+            records = summary.skipped.total()
+            every = "the only record is" if records == 1 else f"all {records} records are"
+            bad = f"{every} bad, the first: " + "".join(summary.examples[:1])
             raise DataError(f"no documents were found: {bad if summary.examples else 'the files are empty'}")
         for out in summary.outputs:
             if not out.documents:

@@ -311,7 +311,7 @@ def test_nothing_to_write_is_an_error(tokenizer_path: Path, tmp_path: Path) -> N
     (tmp_path / "x.pdf").write_text("")
     (tmp_path / "folder").mkdir()
     for inputs, options, text in (
-        (["bad.jsonl"], {}, "no documents were found: all 1 records are bad, the first: .*bad.jsonl:1: not JSON"),
+        (["bad.jsonl"], {}, "no documents were found: the only record is bad, the first: .*bad.jsonl:1: not JSON"),
         (["empty.jsonl"], {}, "no documents were found: the files are empty"),
         (["few.jsonl"], {"split_valid": 0.01}, "out_valid would hold none of the 3 documents with split_valid=0.01"),
         (["few.jsonl"], {"split_valid": 1.5}, "split_valid=1.5 is not a share"),

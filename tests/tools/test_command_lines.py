@@ -85,6 +85,39 @@ def test_an_error_that_nobody_reads_keeps_the_status_of_a_run() -> None:
     assert done.returncode == 2
 
 
+ONE = (
+    *("batch.global_batch_size=1", "batch.micro_batch_size=1", "batch.seq_length=1", "train.steps=1"),
+    *("model.preset=debug", "model.num_layers=1", "lr_schedule.kind=constant", "lr_schedule.warmup_steps=0"),
+)
+
+
+def test_one_of_everything_is_said_in_the_singular(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every tool that counts, on one document, one rank, one step."""
+    text, out, bad = tmp_path / "one.jsonl", str(tmp_path / "one"), tmp_path / "bad.jsonl"
+    text.write_text('not JSON\n{"text": "one document"}\n')
+    bad.write_text("not JSON\n")
+    tokenizer = str(ROOT / "tests/frozen/v1/data/tokenizer.json")
+    tokens = ["--tokenizer", tokenizer, "--workers", "1", "--quiet", "--output"]
+    source = f'data.train=[{{path = "{tmp_path}/none", num_tokens = 3}}]'
+    explained = ["examples/debug.toml", "1", *ONE, "data.synthetic=false", f"data.train={out}"]
+    said = ""
+    for name, *words in (
+        ["preprocess_data", str(text), *tokens, out, "--max-bad", "50%"], ["inspect_data", out, "--verify"],
+        ["preprocess_data", str(bad), *tokens, str(tmp_path / "bad")], ["plan", "ranks=1", "--search", *ONE],
+        ["merge_datasets", out, "--quiet", "--output", str(tmp_path / "merged")], ["plan", "ranks=1", *ONE],
+        ["draw_schedule", "ranks=1", *ONE], ["dryrun", "ranks=1", *ONE], ["plan_data", *ONE, source],
+        ["explain_step", *explained],
+    ):  # fmt: skip
+        run(name, monkeypatch, *words)
+        said += "".join(capsys.readouterr())
+    for words in ("1 document, ", "1 bad record: 1 not JSON", "= 1 rank", "1 step, 1 token", "1 sample of 1 token"):
+        assert words in said, said
+    things = "documents|ranks|steps|tokens|records|samples|layers|heads|sequences|replicas|micro-batches|stages"
+    assert re.findall(rf"(?<![\w.,=-])1 (?:[a-z]+ )?(?:{things}|bytes|rows|layouts|calls|waits)\b", said) == [], said
+
+
 def fails(error: BaseException) -> Callable[[], int]:
     def raising() -> int:
         raise error
