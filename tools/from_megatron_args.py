@@ -4,10 +4,12 @@
     python tools/from_megatron_args.py train_llama2.sh -- --hidden-dropout 0   flags behind -- win over the script's
     python tools/from_megatron_args.py -- torchrun --nproc-per-node 8 pretrain_gpt.py --num-layers 32 ...
     python tools/from_megatron_args.py train.sh --without apply-layernorm-1p   a flag that is left aside
+    python tools/from_megatron_args.py train.sh --ignore-unknown               flags that are not known here, listed
     python tools/from_megatron_args.py train.sh -o my.toml --ranks 64          a file, checked for 64 ranks
 
 SCRIPT is a launch script or a file of flags; it is read, never run. Further words are its arguments. Standard error
-lists what is implied here, what has no counterpart, and what to look at. Exit status 2, and no TOML, if the flags ask
+lists every flag once: what became settings, what is implied here, what has no counterpart or no effect, what is left
+aside; then what to look at. Exit status 2, and no TOML, if the flags ask
 for a model that is not a LLaMA, or hold mistakes; all of them are listed. Needs neither torch nor Megatron.
 """
 
@@ -30,7 +32,7 @@ from tools.megatron.words import Flags, read_flags  # noqa: E402
 
 USAGE = (
     "usage: python tools/from_megatron_args.py [-o FILE] [--ranks N] [--without FLAG,...] "
-    "[SCRIPT [ARGUMENT ...] [NAME=VALUE ...]] [-- FLAGS]"
+    "[--ignore-unknown] [SCRIPT [ARGUMENT ...] [NAME=VALUE ...]] [-- FLAGS]"
 )
 OWN = ("-o", "--output", "--ranks", "--without")
 LAUNCHERS = ("torchrun", "python", "python3", "srun", "mpirun", "deepspeed", "accelerate")
@@ -46,6 +48,7 @@ class Request:
     output: Path | None = None
     ranks: int | None = None
     without: list[str] = field(default_factory=list)
+    ignore_unknown: bool = False
 
 
 def parse(argv: Sequence[str]) -> Request:
@@ -57,7 +60,9 @@ def parse(argv: Sequence[str]) -> Request:
         if word == "--":
             asked.flags += words
             break
-        if option in OWN:
+        if word == "--ignore-unknown":
+            asked.ignore_unknown = True
+        elif option in OWN:
             if not equals and not words:
                 raise ConfigError(f"{word} has no value\n{USAGE}")
             _option(asked, option, value if equals else words.pop(0))
@@ -88,12 +93,22 @@ def _option(asked: Request, option: str, value: str) -> None:
 
 def report(flags: Flags, line: str) -> str:
     """What is implied, left out, taken over from Megatron, and to be looked at."""
+    said = {flag.split()[0].lstrip("-").replace("_", "-") for flag, _ in flags.implied}
+    given = {name: text for name, text in flags.given.items() if name not in said}
+    idle = "no effect beside the other flags"
+    aside = [*flags.aside, *((text, idle) for name, text in given.items() if name not in flags.used)]
+    read = ", ".join(text for name, text in given.items() if name in flags.used)
     defaults = [(f"--{name} {value}", "") for name, value in flags.asked.items() if not _silent(name, flags)]
     size = f"for {counted(flags.ranks, 'rank')}" if flags.ranks else None
     out = [line, size or "for how many ranks is not said; --ranks N checks that"]
+    if flags.launcher:
+        out += ["", f"the launcher: {flags.launcher}"]
+    if read:
+        out += ["", "became settings, or decided about them:", *_filled(read)]
     for title, rows in (
         ("implied: so here without a setting", flags.implied),
         ("not given: Megatron's default, now written out", defaults),
+        ("left aside", aside),
     ):
         if rows:
             width = min(44, max(len(flag) for flag, _ in rows))
@@ -102,10 +117,14 @@ def report(flags: Flags, line: str) -> str:
         out += ["", "no counterpart, left out; the model and what it learns stay the same:"]
     for reason in dict.fromkeys(why for _, why in flags.left_out):
         names = ", ".join(flag for flag, why in flags.left_out if why == reason)
-        out += [f"  {reason}:", textwrap.fill(names, 118, initial_indent="    ", subsequent_indent="    ")]
+        out += [f"  {reason}:", *_filled(names)]
     if flags.notes:
         out += ["", "to look at:", *(f"  - {note}" for note in flags.notes)]
     return "\n".join(out)
+
+
+def _filled(text: str) -> list[str]:
+    return [textwrap.fill(text, 118, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)]
 
 
 def _silent(name: str, flags: Flags) -> bool:
@@ -136,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
             ) from None
         script = read_script(text, asked.given, str(asked.script))
         words, notes, source = [*script.command, *words], script.notes, asked.script.name
-    flags = read_flags(words, asked.without)
+    flags = read_flags(words, asked.without, ignore_unknown=asked.ignore_unknown)
     flags.notes[:0] = notes
     name = asked.script.stem if asked.script is not None else "from_megatron"
     config, said = convert(flags, re.sub(r"[^\w.-]", "_", name), asked.ranks)

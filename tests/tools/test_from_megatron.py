@@ -160,7 +160,7 @@ def test_rocm_llama2_70b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     told = capsys.readouterr().err
     assert "the shape of llama2-70b" in told
     # 32000 is no multiple of 128 x 8: 768 rows more, in the embedding and in the head
-    assert "Megatron pads the vocabulary to 32,768 rows, 12,582,912 parameters more; here it is 32,000" in told
+    assert "Megatron pads the vocabulary to 32,768 rows, 12,582,912 parameters more, which take part in" in told
 
 
 def test_pai_llama2_7b(tmp_path: Path) -> None:
@@ -440,3 +440,114 @@ def test_the_tables_do_not_contradict() -> None:
     assert sorted({n for n in names if names.count(n) > 1}) == []
     assert set(DEFAULTS) <= set(READ) and set(ALIASES.values()) <= set(READ)
     assert [n for n in names if n.startswith("-") or "_" in n] == []
+
+
+# ---- the report has everything ----
+
+EOD = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
+
+
+def reported(flags: str, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, str]:
+    """The report's sections of flags that were given, by their titles."""
+    assert main([*options, "--", *flags.split()]) == 0
+    out: dict[str, str] = {}
+    for part in capsys.readouterr().err.split("\n\n")[1:]:
+        title, _, body = part.partition(":")
+        if title not in ("to look at", "not given"):
+            out[title] = " ".join(body.split())
+    return out
+
+
+def sections_of(flag: str, found: dict[str, str]) -> list[str]:
+    return [title for title, body in found.items() for _ in re.findall(rf"(?<![\w-]){flag}(?![\w-])", body)]
+
+
+VALUES = {
+    **{"lr-decay-style": "cosine", "recompute-granularity": "full", "split": "98,2,0", "rampup-batch-size": "4 4 8"},
+    **{"lr-wsd-decay-style": "linear", "kv-channels": "16", "min-lr": "1e-5", "lr-warmup-fraction": "0.1"},
+    **{"context-parallel-size": "1", "num-query-groups": "2", "tensor-model-parallel-size": "2"},
+    **dict.fromkeys(("lr-decay-samples", "lr-warmup-samples"), "80"),
+    **{"distributed-timeout-minutes": "10", "train-samples": "800"},
+}
+TOGETHER = {"reset-position-ids": EOD, "reset-attention-mask": EOD, "eod-mask-loss": EOD}
+NOT_HERE = ("num-layers-per-virtual", "num-virtual-stages", "decoder-", "fp16")  # need or exclude others
+
+
+def value_of(name: str) -> str:
+    if name in READ:
+        return VALUES.get(name) or {bool: "", int: "8", float: "0.5", str: "word", list: "word"}[READ[name]]
+    return IMPLIED_VALUES[name][0][0] if name in IMPLIED_VALUES else ""
+
+
+@pytest.mark.parametrize("name", sorted({*READ, *IMPLIED, *IMPLIED_VALUES, *LEFT_OUT, *ALIASES}))
+def test_every_flag_is_in_exactly_one_section(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    known, base = ALIASES.get(name, name), LLAMA
+    if f"--{known}" in base.split() or name.startswith(NOT_HERE):
+        return
+    if name == "train-samples":
+        base = base.replace("--train-iters 100", "")
+    flags = f"{base} {TOGETHER.get(name) or f'--{name} {value_of(known)}'}".replace("*", "x")
+    found = reported(flags, capsys)
+    for word in flags.split():
+        if word.startswith("--"):
+            assert len({*sections_of(word, found)}) == 1, (word, found)
+
+
+@pytest.mark.parametrize("flags, idle", [
+    ("--rope-scaling-factor 4", "--rope-scaling-factor 4"),
+    ("--num-query-groups 2", "--num-query-groups 2"),
+    ("--min-loss-scale 2", "--min-loss-scale 2"),
+    ("--data-path a", "--data-path a"),
+    ("--lr-wsd-decay-style linear", "--lr-wsd-decay-style linear"),
+    ("--save-retain-interval 5", "--save-retain-interval 5"),
+])  # fmt: skip
+def test_what_has_no_effect_is_said(flags: str, idle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"{idle} no effect beside the other flags" in reported(f"{LLAMA} {flags}", capsys)["left aside"]
+    if "rope" in flags:
+        with_it = reported(f"{LLAMA} {flags} --use-rope-scaling", capsys)
+        assert sections_of("--rope-scaling-factor", with_it) == ["became settings, or decided about them"]
+
+
+def test_what_is_given_again_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    found = reported(f"{LLAMA} --lr 3e-4 --bf16 --layernorm-epsilon 1e-6 --norm-epsilon 1e-5", capsys)
+    for text in ("--lr 1e-3", "--bf16", "--layernorm-epsilon 1e-6"):
+        assert f"{text} given again later, which counts" in found["left aside"]
+    assert sections_of("--lr", found) == ["became settings, or decided about them", "left aside"]
+
+
+def test_unknown_flags_are_ignored_only_when_asked_and_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"{LLAMA} --newest-thing 4 5 --num-layrs 9"
+    text = refused(flags)
+    assert "--newest-thing is not known as Megatron's; if it is right, leave it aside: --without newest-thing" in text
+    assert "(--ignore-unknown: all such)" in text
+    found = reported(flags, capsys, "--ignore-unknown")
+    assert "--newest-thing 4 5 not known as Megatron's" in found["left aside"]
+    assert "--num-layrs 9 not known as Megatron's; did you mean --num-layers?" in found["left aside"]
+    script = tmp_path / "a.sh"
+    script.write_text(f"python pretrain_gpt.py {flags}\n")
+    assert main([str(script), "--ignore-unknown"]) == 0
+    assert "the launcher: python pretrain_gpt.py" in capsys.readouterr().err
+    assert "--apply-layernorm-1p" in refused(f"{LLAMA} --apply-layernorm-1p", "--ignore-unknown")  # known, and refused
+
+
+def test_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = LLAMA.replace("--mock-data", "--data-path a")
+    assert converted(f"{data} {EOD}", tmp_path).data.document_mask
+    assert "without --eod-mask-loss" not in capsys.readouterr().err
+    assert converted(f"{data} --reset-position-ids --reset-attention-mask", tmp_path).data.document_mask
+    assert "data.document_mask=true leaves out this one token per document" in capsys.readouterr().err
+    text = refused(f"{data} --eod-mask-loss")
+    assert "--eod-mask-loss alone leaves out the first token of a document, but attends across its start; give" in text
+    assert "come together" in refused(f"{data} --reset-position-ids --eod-mask-loss")
+    assert not converted(f"{data} --eod-mask-loss", tmp_path, "--without", "eod-mask-loss").data.document_mask
+
+
+def test_padding_and_the_start_of_the_learning_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    converted(LLAMA.replace("--vocab-size 512", "--vocab-size 600"), tmp_path)
+    told = capsys.readouterr().err
+    assert "to 640 rows, 5,120 parameters more, which take part in its loss (0.0645 more at the start)" in told
+    assert "begins at its peak as Megatron's, and is at its minimum one update earlier" in told
+    converted(f"{LLAMA} --lr-warmup-iters 5", tmp_path)
+    assert "one update ahead of Megatron's" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,8 @@ class Conversion:
             rows = -size % unit
             more = rows * h * (1 if not get("untie-embeddings-and-output-weights") else 2)
             self.note(
-                f"Megatron pads the vocabulary to {size + rows:,} rows, {more:,} parameters more; here it is {size:,}"
+                f"Megatron pads the vocabulary to {size + rows:,} rows, {more:,} parameters more, which take part in "
+                f"its loss ({log((size + rows) / size):.4f} more at the start); here it is {size:,}"
             )
         if get("tokenizer-type") == "NullTokenizer" and size:
             self.note(f"NullTokenizer adds one id to --vocab-size {size}; here it is {size:,}")
@@ -308,6 +310,8 @@ class Conversion:
                 )
         if warmup:
             self.note("the learning rate is one update ahead of Megatron's, whose first update runs at 0")
+        elif kind != "constant":
+            self.note("the learning rate begins at its peak as Megatron's, and is at its minimum one update earlier")
 
     def optimizer(self) -> None:
         """[optimizer]."""
@@ -329,14 +333,24 @@ class Conversion:
     def data(self) -> None:
         """[data]: sources with weights, and which share of their documents is held out."""
         get, out = self.get, self.out
-        reset = [get(f"reset-{name}") for name in ("position-ids", "attention-mask")]
+        reset, masked = [get(f"reset-{name}") for name in ("position-ids", "attention-mask")], get("eod-mask-loss")
         if any(reset) and not all(reset):
             self.problem(
                 "--reset-position-ids and --reset-attention-mask come together: give both, which becomes "
                 "data.document_mask=true, or none"
             )
+        elif masked and not any(reset):
+            self.problem(
+                "--eod-mask-loss alone leaves out the first token of a document, but attends across its start; give "
+                "--reset-position-ids --reset-attention-mask too (data.document_mask=true), or --without eod-mask-loss"
+            )
         if all(reset):
             out["data.document_mask"] = True
+            if not masked:
+                self.note(
+                    "without --eod-mask-loss Megatron predicts the first token of a document from the end of the one "
+                    "before; data.document_mask=true leaves out this one token per document"
+                )
         if get("mock-data"):
             out["data.synthetic"] = True
             return

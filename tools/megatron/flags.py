@@ -33,7 +33,7 @@ READ: dict[str, type] = {  # list: one word or more; bool: none
     # data
     "data-path": list, "train-data-path": list, "valid-data-path": list, "test-data-path": list, "split": str,
     "mock-data": bool, "tokenizer-type": str, "tokenizer-model": str, "vocab-file": str, "reset-position-ids": bool,
-    "reset-attention-mask": bool,
+    "reset-attention-mask": bool, "eod-mask-loss": bool,
     # the run
     "eval-interval": int, "eval-iters": int, "save": str, "load": str, "save-interval": int,
     "save-retain-interval": int, "log-interval": int, "wandb-project": str, "seed": int, "deterministic-mode": bool,
@@ -229,7 +229,6 @@ REFUSED: dict[str, str] = {
     "data-parallel-random-init": "replicas are equal; remove it (--without {flag})",
     "start-weight-decay": "weight decay is constant; write --weight-decay",
     "end-weight-decay": "weight decay is constant; write --weight-decay",
-    "eod-mask-loss": "the end of a document is learned like every token; remove it (--without {flag})",
     "pipeline-model-parallel-layout": "write parallel.stage_layers; remove it (--without {flag})",
     "pipeline-model-parallel-split-rank": "there is no encoder; remove it (--without {flag})",
     "data-args-path": "write its content as --data-path", "per-split-data-args-path": "write --train-data-path ...",

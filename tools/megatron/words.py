@@ -25,6 +25,10 @@ class Flags:
     implied: list[tuple[str, str]] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    given: dict[str, str] = field(default_factory=dict)  # flags of READ -> as written
+    used: set[str] = field(default_factory=set)  # flags of READ that were asked for
+    aside: list[tuple[str, str]] = field(default_factory=list)  # flags left aside, and why
+    launcher: str = ""  # the words before the program's own flags
     problems: list[str] = field(default_factory=list)
     ranks: int | None = None
     asked: dict[str, Any] = field(default_factory=dict)  # Megatron's defaults that were taken
@@ -32,6 +36,7 @@ class Flags:
 
     def get(self, name: str) -> Any:
         """The value of a flag of READ; where it is not given Megatron's default, else None (False for a switch)."""
+        self.used.add(name)
         if name in self.values:
             return self.values[name]  # None: the script gives it no value
         if name in DEFAULTS:
@@ -47,19 +52,22 @@ def find(table: dict[str, Any], name: str) -> Any:
     return next((value for pattern, value in table.items() if "*" in pattern and fnmatchcase(name, pattern)), None)
 
 
-def read_flags(words: Sequence[str], without: Sequence[str] = ()) -> Flags:
-    """Sort the words of a command (with or without launcher and program) into the tables; `without` are left aside."""
+def read_flags(words: Sequence[str], without: Sequence[str] = (), *, ignore_unknown: bool = False) -> Flags:
+    """Sort the words of a command (with or without launcher and program) into the tables.
+
+    `without` are left aside, and with `ignore_unknown` the flags that are in no table.
+    """
     flags = Flags()
     at = script_at(list(words))
     if at is not None:
-        flags.ranks = _ranks(words[:at], flags)
+        flags.ranks, flags.launcher = _ranks(words[:at], flags), plain(" ".join(words[: at + 1]))
         words = words[at + 1 :]
     gone = {_name(w) for w in without}
     seen = set()
     for name, shown, values in _pairs(words, flags):
         seen.add(name)
         if name in gone:
-            flags.notes.append(f"{' '.join([shown, *map(plain, values)])} is left aside, as --without says")
+            flags.aside.append((" ".join([shown, *map(plain, values)]), "as --without says"))
             continue
         if ALIASES.get(_name(shown)) == "num-query-groups":  # where other programs say it, it counts by itself
             flags.values["group-query-attention"] = True
@@ -69,7 +77,7 @@ def read_flags(words: Sequence[str], without: Sequence[str] = ()) -> Flags:
         if extra:
             flags.implied.append((shown, f"as {' '.join(extra)}"))
         else:
-            _take(flags, name, shown, values)
+            _take(flags, name, shown, values, ignore_unknown)
     for variable, users in flags.lost.items():
         settable = variable[1:].isidentifier() or variable[1:].isdigit()
         write = f"{variable[1:]}=VALUE behind the script" if settable else f"-- {users[0]} VALUE at the end"
@@ -93,9 +101,8 @@ def _pairs(words: Sequence[str], flags: Flags) -> list[tuple[str, str, list[str]
             shown, equals, value = word.partition("=")
             name = ALIASES.get(_name(shown), _name(shown))
             current = [value] if equals else []
-            if name in out and out[name][2] != current and name in READ and READ[name] is bool:
-                flags.notes.append(f"{shown} is given twice")
-            out.pop(name, None)
+            if earlier := out.pop(name, None):
+                flags.aside.append((plain(" ".join([earlier[1], *earlier[2]])), "given again later, which counts"))
             out[name] = (name, plain(shown), current)
         elif current is not None:
             current.append(word)
@@ -106,9 +113,10 @@ def _pairs(words: Sequence[str], flags: Flags) -> list[tuple[str, str, list[str]
     return list(out.values())
 
 
-def _take(flags: Flags, name: str, shown: str, values: list[str]) -> None:
+def _take(flags: Flags, name: str, shown: str, values: list[str], ignore_unknown: bool) -> None:
     """Put one flag where it belongs."""
     if name in READ:
+        flags.given[name] = plain(" ".join([shown, *values]))
         _read(flags, name, shown, values)
     elif name in IMPLIED_VALUES:
         allowed, why, other = IMPLIED_VALUES[name]
@@ -128,8 +136,14 @@ def _take(flags: Flags, name: str, shown: str, values: list[str]) -> None:
     else:
         known = [*READ, *IMPLIED, *IMPLIED_VALUES, *LEFT_OUT, *REFUSED]
         near = difflib.get_close_matches(name, [k for k in known if "*" not in k], n=1, cutoff=0.75)
+        if ignore_unknown:
+            why = "not known as Megatron's" + (f"; did you mean --{near[0]}?" if near else "")
+            flags.aside.append((plain(" ".join([shown, *values])), why))
+            return
         hint = f"did you mean --{near[0]}? If not" if near else "if it is right"
-        flags.problems.append(f"{shown} is not known as Megatron's; {hint}, leave it aside: --without {name}")
+        flags.problems.append(
+            f"{shown} is not known as Megatron's; {hint}, leave it aside: --without {name} (--ignore-unknown: all such)"
+        )
 
 
 def _read(flags: Flags, name: str, shown: str, values: list[str]) -> None:
