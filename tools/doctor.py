@@ -82,6 +82,8 @@ def examine(dtype: str = "bf16", device: str = "auto", measure: bool = False, co
         "kernels": [],
         "advice": [],
     }
+    if dtype in ("bf16", "fp16"):
+        found["cpu"]["product_time_over_fp32"] = guarded(lambda: product_time(dtype), None)
     problem = "" if sys.version_info >= (3, 11) else f"Python {platform.python_version()} is older than 3.11"
     try:
         found["kernels"] = kernels(dtype, device, measure, compiled)
@@ -215,6 +217,14 @@ def cpu() -> dict[str, Any]:
         "memory_limit_gib": round(int(limit) / GIB, 1) if limit.isdecimal() else None,
         "shm_gib": round(shm / GIB, 2),
     }
+
+
+def product_time(dtype: str) -> float:
+    """How long a matrix product takes in a 16-bit format, in times of fp32."""
+    from megallama.train.assemble import DTYPES
+    from megallama.train.peak import product_time_over_fp32
+
+    return round(product_time_over_fp32(DTYPES[dtype]), 2)
 
 
 def read(path: str) -> str:
@@ -369,7 +379,14 @@ def cpu_advice(have: dict[str, str], processor: dict[str, Any], dtype: str) -> l
     out = []
     if not have.get("CUDA of torch", "none").startswith("none"):
         out.append("torch is a CUDA build but finds no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES")
-    if dtype == "bf16" and not {"AVX512 bf16", "AMX bf16"} & set(processor.get("instructions", ())):
+    times = processor.get("product_time_over_fp32")
+    flags = {"AVX512 bf16", "AMX bf16"} & set(processor.get("instructions", ()))
+    if times is not None and times > 1.5:
+        out.append(
+            f"this processor has no {dtype} instructions: precision.dtype=fp32 is faster, matrix products take "
+            f"{times:.1f} times as long in {dtype}"
+        )
+    elif times is None and dtype == "bf16" and not flags:
         out.append("this processor has no bf16 instructions: precision.dtype=fp32 is probably faster")
     return out
 

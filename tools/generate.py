@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> None:
     from megallama.config.errors import ConfigError
     from megallama.data.tokenizer import load_tokenizer
     from megallama.train.generate import Sampling, encode_prompt, generate, load_llama, stream_text
+    from megallama.train.peak import slow_format
 
     sampling = Sampling(0.0 if options.greedy else options.temperature, options.top_p, options.seed)
     if options.max_tokens < 1:
@@ -60,6 +61,8 @@ def run(options: argparse.Namespace) -> None:
     prompt = encode_prompt(folder, tokenizer, options.prompt)
     kind = str(llama.embed.dtype).removeprefix("torch.")
     print(f"{folder} in {kind} on {device}; {counted(len(prompt), 'prompt token')}", file=sys.stderr)
+    if slow := slow_format(device, llama.embed.dtype):
+        print(f"note: {slow}; --dtype fp32 is faster", file=sys.stderr)
     print(options.prompt, end="", flush=True)
     drawn = generate(llama, prompt, options.max_tokens, sampling, num_ids=tokenizer.vocab_size)
     start, tokens = time.perf_counter(), Counted(drawn)

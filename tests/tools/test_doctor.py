@@ -96,6 +96,10 @@ ADVICE: list[tuple[dict[str, Any], str]] = [
     ({"versions": {"torch": "not installed"}}, "install torch: make quickstart sets up .venv"),
     ({"versions": {"CUDA of torch": "13.0"}}, "torch is a CUDA build but finds no GPU: check nvidia-smi"),
     ({"cpu": {"instructions": ["AVX2"]}}, "this processor has no bf16 instructions: precision.dtype=fp32"),
+    (
+        {"cpu": {"product_time_over_fp32": 5.23}},
+        "this processor has no bf16 instructions: precision.dtype=fp32 is faster, matrix products take 5.2 times",
+    ),
     ({"cpu": {"shm_gib": 0.06}}, "/dev/shm holds 0.06 GiB; start the container with --shm-size=1g or more"),
     ({"versions": {"mpi4py": "not installed"}}, "pip install mpi4py mpich (no system package needed): preprocessing"),
     ({"versions": {"MPI library": "none that works (x)"}}, "pip install mpich: mpi4py is there but finds no MPI"),

@@ -60,14 +60,19 @@ def test_a_format_without_instructions_is_told_with_numbers(
 def test_the_time_is_the_best_of_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     half, single = [0, 9, 9, 19, 20, 25, 30, 38], [0, 9, 10, 12, 20, 21, 30, 33]  # start and end of four runs each
     times = iter([*half, *single])
-    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("time.thread_time", lambda: next(times))
     assert product_time_over_fp32(torch.bfloat16, n=8) == 5.0
 
 
 def test_without_bf16_instructions_it_is_measured_to_be_slow() -> None:
     """oneDNN told to leave such instructions alone stands for a processor that has none."""
-    code = "import torch; from megallama.train.peak import slow_format; torch.set_num_threads(1); "
+    code = "import torch; from megallama.train.peak import slow_format; torch.set_num_threads(2); "
     code += "print(slow_format(torch.device('cpu'), torch.bfloat16))"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert "no instructions for bf16: a matrix product takes" in done.stdout, done.stderr
+
+
+def test_threads_are_left_as_they_were() -> None:
+    before = torch.get_num_threads()
+    assert product_time_over_fp32(torch.float32) < 1.5 and torch.get_num_threads() == before
