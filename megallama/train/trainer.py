@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,8 +26,6 @@ from megallama.data.sources import Data, open_sources
 from megallama.kernels.choose import Kernels
 from megallama.optim.lr import learning_rate
 from megallama.optim.scaler import LossScaler
-from megallama.plan.flops import training_flops
-from megallama.plan.params import num_parameters
 from megallama.plan.plan import Plan
 from megallama.train.assemble import DTYPES, Rank, assemble, initialize, kernels_of, same_kernels
 from megallama.train.collect import Collector
@@ -35,9 +33,8 @@ from megallama.train.determinism import set_deterministic
 from megallama.train.evaluate import evaluate
 from megallama.train.health import BadSteps, TrainingStopped
 from megallama.train.log import Logger, human_count
-from megallama.train.metrics import Meter, MetricsWriter, peak_memory_bytes
-from megallama.train.peak import peak_flops, slow_format
-from megallama.train.plot import plot_loss
+from megallama.train.peak import slow_format
+from megallama.train.report import Counters, Reporter, used_sources
 from megallama.train.signals import SAVED, SignalFlag
 from megallama.train.step import StepResult, train_step
 from megallama.train.timers import Timers
@@ -47,16 +44,6 @@ FINISHED = 0  # exit status: all steps are done
 FAILED = 4  # exit status: something failed after steps had been made
 
 T = TypeVar("T")
-
-
-@dataclass
-class Counters:
-    """How far the run is. Saved with every checkpoint."""
-
-    step: int = 0  # batches used, skipped ones included
-    updates: int = 0  # optimizer steps
-    samples: int = 0  # sequences used
-    tokens: int = 0  # tokens whose loss counted
 
 
 class Trainer:
@@ -259,23 +246,25 @@ class Trainer:
         config, counters = self._config, self._counters
         folder = Path(config.run.folder) / "trace"
         self._tracer = StepTracer(self._rank, config.log.trace_steps, folder, self._log, self._tape)
-        writer = self._writer()
+        device, log, timers = self._world.device, self._log, self._timers
+        report = Reporter(self._plan, device, log, timers, self._train_data, counters.step)
         loader = self._loader()
         stopped: str | None = None
         try:
             while counters.step < self._last_step and stopped is None:
                 result = self._one_step(loader)
+                report.made(result.tokens)
                 self._world.bound(config.run.timeout_seconds)
                 stopped = result.stop_reason or self._asked_to_stop()
                 last = counters.step == self._last_step
                 if counters.step % config.log.interval == 0 or last or stopped or not result.applied:
-                    self._report(writer, result, loader)
+                    report.step(counters, result, self._last_lr, self._bad, self._scaler, loader.wait_seconds)
                 self._record_health(result)
                 interval = config.train.eval_interval
                 if interval and (counters.step % interval == 0 or last):
-                    self._evaluate(writer, "valid")
+                    self._evaluate(report, "valid")
                 if last:
-                    self._evaluate(writer, "test")
+                    self._evaluate(report, "test")
                 self._save_if_due(leaving=last or stopped is not None)
                 self._collector.step(counters.step)
             self._rank.optimizer.wait()  # no rank leaves while another one still receives its weights
@@ -284,13 +273,13 @@ class Trainer:
             self._signals.leaving(SAVED if counters.step < self._last_step else FINISHED)
         finally:
             loader.close()
-            writer.close()
+            report.close()
         if counters.step < self._last_step:
             self._log.info(
                 f"stopped: {stopped}; saved at step {counters.step}, start the same command again to continue"
             )
             return SAVED
-        self._finished()
+        report.finished(counters)
         return FINISHED
 
     def _one_step(self, loader: Loader) -> StepResult:
@@ -314,7 +303,6 @@ class Trainer:
         if self._excused:
             self._log.info(f"step {counters.step}: overflow; loss scale now {self._scaler.scale:g}")
         self._last_lr = lr
-        self._interval_tokens += result.tokens
         return result
 
     def _asked_to_stop(self) -> str | None:
@@ -325,7 +313,6 @@ class Trainer:
 
     def _loader(self) -> Loader:
         config, batch, dp = self._config, self._plan.batch, self._rank.groups.dp
-        self._interval_tokens = 0
         firsts = {self._counters.step: self._counters.samples}  # step -> first sample, as the batch ramps up
 
         def ids_of_step(step: int) -> Sequence[Sequence[int]]:
@@ -347,75 +334,16 @@ class Trainer:
 
     # ---- telling ----
 
-    def _writer(self) -> MetricsWriter:
-        config, counters = self._config, self._counters
-        peak = peak_flops(self._world.device, DTYPES[config.precision.dtype], config.run.peak_tflops)
-        if peak is None:
-            self._log.info("MFU is not shown: the peak of this device is not known; run.peak_tflops may give it")
-        else:
-            self._log.info(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s per rank, counting causal attention")
-        total = self._plan.batch.samples_after(config.train.steps) * config.batch.seq_length
-        causal, full = (training_flops(config.model, config.batch.seq_length, causal=c) for c in (True, False))
-        self._meter = Meter(self._world.world_size, causal, full, peak, total)
-        self._timers.lap()
-        return MetricsWriter(
-            Path(config.run.folder),
-            self._log,
-            config.log,
-            steps=config.train.steps,
-            step=counters.step,
-            settings=config.model_dump(mode="json"),
-        )
-
-    def _report(self, writer: MetricsWriter, result: StepResult, loader: Loader) -> None:
-        counters = self._counters
-        seconds, phases = self._timers.lap()
-        seconds -= phases.get("save", 0.0) + phases.get("evaluate", 0.0)  # speed is that of training
-        metrics = self._meter.step(
-            tokens=self._interval_tokens,
-            seconds=seconds,
-            consumed_tokens=counters.tokens,
-            step=counters.step,
-            loss=result.loss,
-            lr=self._last_lr,
-            grad_norm=result.grad_norm,
-            peak_memory_bytes=peak_memory_bytes(self._world.device),
-            consumed_samples=counters.samples,
-            skipped=not result.applied,
-            skipped_steps=self._bad.skipped + (not result.applied),
-            loss_scale=self._scaler.scale,
-            data_wait_seconds=loader.wait_seconds,
-            sources=self._sources(),
-            phase_seconds=phases,
-        )
-        self._interval_tokens = 0
-        writer.train(metrics)
-
-    def _evaluate(self, writer: MetricsWriter, kind: Literal["valid", "test"]) -> None:
+    def _evaluate(self, report: Reporter, kind: Literal["valid", "test"]) -> None:
         """The loss on each validation source, on part of it, or on each test source, on all of it."""
         self._world.bound(self._config.run.io_timeout_seconds)
         most = self._config.train.eval_batches if kind == "valid" else None
         with self._timers.phase("evaluate"):
             for source in self._data.valid if kind == "valid" else self._data.test:
                 metrics = evaluate(self._rank, source, self._counters.step, self._counters.tokens, most)
-                writer.valid(replace(metrics, kind=kind))
+                report.evaluation(replace(metrics, kind=kind))
 
     def _tell_sources(self) -> None:
-        for name, used in self._sources().items():
+        for name, used in used_sources(self._train_data, self._counters.samples).items():
             tokens = counted(human_count(used["tokens"]), "token")
             self._log.info(f"data source {name}: {used['epochs']:.4f} epochs, {tokens} used")
-
-    def _sources(self) -> dict[str, dict[str, float]]:
-        return self._train_data.account(self._counters.samples) if self._train_data else {}
-
-    def _finished(self) -> None:
-        config = self._config
-        self._log.info(
-            f"finished: {counted(self._counters.step, 'step')}, "
-            f"{counted(human_count(self._counters.tokens), 'token')}, "
-            f"{human_count(num_parameters(config.model))} parameters; checkpoint in {config.checkpoint.folder}"
-        )
-        if config.log.plot and self._world.rank == 0:
-            folder = Path(config.run.folder)
-            png, reason = plot_loss(folder / "metrics.jsonl", folder / "loss.png")
-            self._log.info(f"loss curve: {png}" if png else f"no loss curve: {reason}")
