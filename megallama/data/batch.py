@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megallama.config.schema import Config
 from megallama.data.samples import Samples
 from megallama.kernels.documents import Documents
 
@@ -49,6 +50,12 @@ class MicroBatch:
             mask = goes_on if mask is None else mask & goes_on
             documents = Documents.of(begins[:, :-1].contiguous())
         return cls(tokens, labels, mask, documents)
+
+    @classmethod
+    def zeros(cls, config: Config) -> MicroBatch:
+        """Of the form that training data have, for a rank that has none."""
+        zeros = np.zeros((config.batch.micro_batch_size, config.batch.seq_length + 1), np.int64)
+        return cls.from_samples(Samples(zeros, zeros if config.data.document_mask else None))
 
     def pin(self) -> MicroBatch:
         """A copy in page-locked memory, from which a GPU can copy in the background."""

@@ -18,11 +18,12 @@ from types import TracebackType
 import torch
 
 from megallama.config.errors import MegallamaError
+from megallama.config.schema import Config
 from megallama.data.batch import MicroBatch
 from megallama.data.errors import DataError
 from megallama.data.samples import Reader, Samples
 
-Item = tuple[int, list[MicroBatch], BaseException | None]
+Item = tuple[int, list[MicroBatch], MegallamaError | None]
 
 
 class Transfer:
@@ -88,7 +89,7 @@ class Loader:
         self._closed, self._at = threading.Event(), "not started"
         self._queue: queue.Queue[Item] = queue.Queue(max(prefetch, 1))
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._failure: MegallamaError | None = None
         if prefetch > 0:
             self._thread = threading.Thread(target=self._work, args=(start_step,), name=f"loader-{name}", daemon=True)
             self._thread.start()
@@ -109,6 +110,17 @@ class Loader:
             with contextlib.suppress(MegallamaError):  # it is raised when that step is asked for
                 self._ahead = Transfer(self._take(), self._copies)
         return here.take()
+
+    def next_or_zeros(self, count: int, config: Config) -> tuple[list[MicroBatch], MegallamaError | None]:
+        """(`next`, None), or `count` micro-batches of zeros and why there is no data.
+
+        For a rank that has to take part in a step until all ranks know that it cannot.
+        """
+        try:
+            return self.next(), None
+        except MegallamaError as error:
+            zeros = MicroBatch.zeros(config)
+            return [zeros if self._device is None else zeros.to(self._device)] * count, error
 
     def _take(self) -> list[MicroBatch]:
         """The micro-batches of the next step, on the host."""
@@ -148,8 +160,12 @@ class Loader:
             return step, self._prepare(step), None
         except MegallamaError as error:
             return step, [], error
+        except OSError as error:
+            hint = "look at the storage"
+            return step, [], DataError(f"the {self.name} loader cannot read {self._at}: {error}; {hint}")
         except (Exception, SystemExit) as error:  # SystemExit would end the thread in silence
             failure = DataError(f"the {self.name} loader failed at {self._at}: {error!r}\n{traceback.format_exc()}")
+            failure.status = 1  # a fault of the program
             return step, [], failure
 
     def _prepare(self, step: int) -> list[MicroBatch]:

@@ -18,7 +18,7 @@ from megallama.plan.partition import Stages
 from megallama.plan.schedule import Kind, Schedule
 from megallama.plan.topology import Topology
 
-VOTE = 8  # numbers on which all ranks agree before the optimizer runs: loss, norm, non-finite, late, four signals
+VOTE = 10  # numbers of the vote before the optimizer runs: loss, norm, non-finite, late, failed, five signals
 ITEM_BYTES = {**DTYPE_BYTES, "int64": 8}
 Found = Counter[tuple[str, str, str, tuple[int, ...], str]]  # axis, operation, what, shape, format
 

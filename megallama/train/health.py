@@ -76,34 +76,55 @@ class BadSteps:
 
 
 @dataclass(frozen=True)
+class Said:
+    """What a rank wants all ranks to know."""
+
+    received: signal.Signals | None = None
+    late: bool = False  # `train.stop_after_minutes` is over
+    failed: bool = False  # it cannot go on, and takes part with stand-ins until all ranks know
+
+
+@dataclass(frozen=True)
 class Vote:
     """What one rank knows at the end of a step, or, after the sum over ranks, what all of them know.
 
     `loss` and `norm_squared` are this rank's addends (0 where another rank counts them), the others
     are numbers of ranks: of those that saw something non-finite, whose `train.stop_after_minutes` is
-    over, and of those that received each of `SIGNALS`.
+    over, that cannot go on, and of those that received each of `SIGNALS`.
     """
 
     loss: float
     norm_squared: float
     bad_ranks: int = 0
     late_ranks: int = 0
+    failed_ranks: int = 0
     signals: tuple[int, ...] = (0,) * len(SIGNALS)
 
     @classmethod
-    def of(cls, loss: float, norm_squared: float, *, finite: bool, late: bool, received: signal.Signals | None) -> Vote:
+    def of(
+        cls,
+        loss: float,
+        norm_squared: float,
+        *,
+        finite: bool,
+        late: bool,
+        received: signal.Signals | None,
+        failed: bool = False,
+    ) -> Vote:
         """The vote of one rank."""
-        return cls(loss, norm_squared, int(not finite), int(late), tuple(int(s == received) for s in SIGNALS))
+        signals = tuple(int(s == received) for s in SIGNALS)
+        return cls(loss, norm_squared, int(not finite), int(late), int(failed), signals)
 
     def pack(self) -> list[float]:
         """As numbers to be summed over all ranks, in fp64."""
-        return [self.loss, self.norm_squared, float(self.bad_ranks), float(self.late_ranks), *map(float, self.signals)]
+        ranks = (self.bad_ranks, self.late_ranks, self.failed_ranks, *self.signals)
+        return [self.loss, self.norm_squared, *map(float, ranks)]
 
     @classmethod
-    def packed(cls, known: Tensor, *, late: bool, received: signal.Signals | None) -> Tensor:
+    def packed(cls, known: Tensor, said: Said) -> Tensor:
         """`pack` of one rank's vote, made where its [loss, norm_squared] are: nothing waits for that device."""
         finite = known.isfinite().all()
-        rest = cls.of(0.0, 0.0, finite=True, late=late, received=received).pack()
+        rest = cls.of(0.0, 0.0, finite=True, late=said.late, received=said.received, failed=said.failed).pack()
         packed = known.new_zeros(len(rest))
         packed[:2] = known.where(finite, 0.0)
         packed[2] = ~finite
@@ -115,8 +136,9 @@ class Vote:
     @classmethod
     def unpack(cls, values: Sequence[float]) -> Vote:
         """From the summed numbers."""
-        loss, norm_squared, bad, late, *signals = values
-        return cls(loss, norm_squared, round(bad), round(late), tuple(map(round, signals)))
+        loss, norm_squared, *ranks = values
+        bad, late, failed, *signals = map(round, ranks)
+        return cls(loss, norm_squared, bad, late, failed, tuple(signals))
 
     @property
     def finite(self) -> bool:

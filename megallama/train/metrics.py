@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -327,6 +328,19 @@ def rewind(path: Path, step: int) -> None:
         os.replace(part, path)
     else:
         part.unlink()
+
+
+def evaluated(path: Path, step: int) -> list[list[str]]:
+    """[kind, name] of each evaluation after `step` that a metrics file holds; none where it cannot be read."""
+    found = []
+    with suppress(OSError), path.open("rb") as lines:
+        for line in lines:
+            if b'"kind": "train"' in line:
+                continue
+            with suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                found += [[record["kind"], record["name"]]] if record["step"] == step else []
+    return found
 
 
 class TensorBoard(_Appender):

@@ -2,7 +2,7 @@
 
 forward and backward of all micro-batches   (the pipeline interpreter; gradients reduce under it)
 complete the gradient reduction
-one small reduction over all ranks: loss, squared gradient norm, finite everywhere?, signals
+one small reduction over all ranks: loss, squared gradient norm, finite everywhere?, signals, failures
 decide: skip, or clip and AdamW on the shards, then gather the weights under the next forward
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +19,7 @@ from megallama.data.batch import MicroBatch
 from megallama.model.llama import StageInput
 from megallama.plan.schedule import Schedule
 from megallama.train.assemble import Rank
-from megallama.train.health import Vote
+from megallama.train.health import Said, Vote
 from megallama.train.timers import Timers
 
 
@@ -32,6 +32,7 @@ class StepResult:
     applied: bool  # False: something was not finite, and nothing was changed
     tokens: int  # counted tokens of the global batch
     stop_reason: str | None
+    failed: bool = False  # a rank cannot go on: nothing was changed, and the step does not count
 
 
 def count_tokens(rank: Rank, batches: Sequence[MicroBatch], *, masked: bool) -> int:
@@ -72,11 +73,13 @@ def train_step(
     received: signal.Signals | None = None,
     late: bool = False,
     masked: bool = False,
+    said: Callable[[], Said] | None = None,
 ) -> StepResult:
     """Train on this rank's micro-batches of one global batch; `masked`, if some of them on any rank may have masks.
 
-    All ranks return the same result.  Where the loss or the gradient is not finite on any rank,
-    no rank changes anything.
+    `said`, asked as late as possible, takes the place of `received` and `late`.
+    All ranks return the same result.  Where the loss or the gradient is not finite on any rank, or one has failed and
+    brings zeros for its batches, no rank changes anything.
     """
     timers = timers or Timers()
     tokens = count_tokens(rank, batches, masked=masked)
@@ -86,32 +89,40 @@ def train_step(
     with timers.phase("grad_sync"):
         squares = rank.optimizer.finish_grads()
     with timers.phase("agree"):
-        vote = _agree(rank, loss_sum, squares, received, late)
+        vote = _agree(rank, loss_sum, squares, said() if said else Said(received, late))
     norm = math.sqrt(vote.norm_squared) / loss_scale if vote.finite else math.nan
-    if vote.finite:
+    applied = vote.finite and not vote.failed_ranks
+    if applied:
         clip = rank.plan.config.optimizer.clip_grad
         factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
         with timers.phase("optimizer"):
             rank.optimizer.step(lr, factor / loss_scale)
-    return StepResult(vote.loss / tokens, norm, vote.finite, tokens, vote.stop_reason)
+    return StepResult(vote.loss / tokens, norm, applied, tokens, vote.stop_reason, failed=vote.failed_ranks > 0)
 
 
-def _agree(
-    rank: Rank, loss_sum: torch.Tensor, squares: torch.Tensor, received: signal.Signals | None, late: bool
-) -> Vote:
+def _agree(rank: Rank, loss_sum: torch.Tensor, squares: torch.Tensor, said: Said) -> Vote:
     """The sum over all ranks of what each one knows; its end is the step's only wait for the device."""
     known = torch.stack((loss_sum if rank.counts_loss else torch.zeros_like(loss_sum), squares))
-    packed = Vote.packed(known, late=late, received=received)
+    packed = Vote.packed(known, said)
     rank.groups.world.all_reduce(packed).wait()
     vote = Vote.unpack(rank.read(packed))
-    return vote if vote.finite else Vote(math.nan, math.nan, vote.bad_ranks, vote.late_ranks, vote.signals)
+    return vote if vote.finite else replace(vote, loss=math.nan, norm_squared=math.nan)
 
 
-def evaluate_step(rank: Rank, schedule: Schedule, batches: Sequence[MicroBatch]) -> tuple[float, int]:
-    """(sum of token losses, counted tokens) of one global batch, the same on every rank; nothing is changed."""
+def ask_all(rank: Rank, said: Said) -> Vote:
+    """What all ranks want one another to know, without a step."""
+    nothing = torch.zeros((), dtype=torch.float64, device=rank.device)
+    return _agree(rank, nothing, nothing, said)
+
+
+def evaluate_step(
+    rank: Rank, schedule: Schedule, batches: Sequence[MicroBatch], said: Callable[[], Said] = Said
+) -> tuple[Vote, int]:
+    """(vote with the sum of token losses, counted tokens) of one global batch, the same on every rank.
+
+    Nothing is changed.
+    """
     tokens = count_tokens(rank, batches, masked=True)
     with torch.no_grad():
         loss_sum = rank.runtime.run(schedule, stage_inputs(batches, 1.0))
-    total = loss_sum.reshape(1) if rank.counts_loss else torch.zeros_like(loss_sum).reshape(1)
-    rank.groups.world.all_reduce(total).wait()
-    return float(rank.read(total)[0]), tokens
+    return _agree(rank, loss_sum, torch.zeros_like(loss_sum), said()), tokens

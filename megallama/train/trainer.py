@@ -10,19 +10,21 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
-from megallama.checkpoint.errors import NotFiniteError, agree
+from megallama.checkpoint.errors import CheckpointError, InternalError, NotFiniteError, agree
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.comm.launch import World
 from megallama.comm.recording import Tape
 from megallama.config.errors import MegallamaError
 from megallama.config.schema import Config
 from megallama.config.words import counted
+from megallama.data.errors import DataError
 from megallama.data.ledger import TrainData
 from megallama.data.loader import Loader
-from megallama.data.sources import Data, open_sources
+from megallama.data.sources import Data, ValidData, open_sources
 from megallama.kernels.choose import Kernels
 from megallama.optim.lr import learning_rate
 from megallama.optim.scaler import LossScaler
@@ -30,9 +32,10 @@ from megallama.plan.plan import Plan
 from megallama.train.assemble import DTYPES, Rank, assemble, initialize, kernels_of, same_kernels
 from megallama.train.collect import Collector
 from megallama.train.determinism import set_deterministic
-from megallama.train.evaluate import evaluate
-from megallama.train.health import BadSteps, TrainingStopped
+from megallama.train.evaluate import Interrupted, evaluate
+from megallama.train.health import BadSteps, Said, TrainingStopped
 from megallama.train.log import Logger, human_count
+from megallama.train.metrics import evaluated
 from megallama.train.peak import slow_format
 from megallama.train.report import Counters, Reporter, used_sources
 from megallama.train.signals import SAVED, SignalFlag
@@ -44,6 +47,7 @@ FINISHED = 0  # exit status: all steps are done
 FAILED = 4  # exit status: something failed after steps had been made
 
 T = TypeVar("T")
+Kind = Literal["valid", "test"]
 
 
 class Trainer:
@@ -61,6 +65,8 @@ class Trainer:
         self._scaler = LossScaler(config.precision)
         self._bad = BadSteps(config.train.max_bad_steps)
         self._save_owed = False  # a save that was due while the steps were bad
+        self._missing: list[tuple[Kind, ValidData]] = []  # evaluations that the last step still lacks
+        self._evaluated_first = True  # a checkpoint of an earlier version lacks none
         self._timers = Timers()
         self._tape = Tape()
         self._started = time.monotonic()
@@ -203,12 +209,13 @@ class Trainer:
             **asdict(self._counters),
             "scaler": self._scaler.state_dict(),
             "bad_steps": self._bad.state_dict(),
+            "evaluated": self._counters.step - bool(self._missing),  # what was due up to this step
             **(self._train_data.state(self._counters.samples) if self._train_data else {}),
         }
 
     def _load_counters(self, saved: dict[str, Any]) -> None:
         self._counters = Counters(**{name: saved[name] for name in ("step", "updates", "samples", "tokens")})
-        self._first_step = self._counters.step
+        self._first_step, self._evaluated_first = self._counters.step, "evaluated" not in saved
         self._scaler.load_state_dict(saved["scaler"])
         self._bad.load_state_dict(saved["bad_steps"])
 
@@ -240,6 +247,32 @@ class Trainer:
             self._manager.save(self._counters.step, shards, self._save_counters(), behind=not leaving)
         self._tell_sources()
 
+    def _save_unsaved(self) -> None:
+        """All ranks are between two steps: what is not on disk goes there."""
+        with suppress(CheckpointError, InternalError):  # it was told, and is made good here
+            self._manager.finish()
+        if self._manager.saved_step != self._counters.step > self._first_step:
+            self._save(leaving=True)
+
+    def _end_together(self, failure: MegallamaError | None) -> NoReturn:
+        """Some rank cannot go on, and all know, between two steps: they save what is good and end with its error."""
+        told = self._world.group.gather_values([str(failure), failure.status] if failure else None)
+        found = [(rank, *what) for rank, what in enumerate(told) if what]
+        if not found:  # a save behind the steps met a state that is not finite, on all ranks alike
+            self._manager.finish()
+        rank, text, status = found[0]
+        text = f"rank {rank} on {self._world.hosts[rank]}: {text}" if self._world.world_size > 1 else text
+        if (step := self._counters.step) > self._first_step:
+            self._log.info(f"{text}; saving step {step} before the run ends")
+            try:
+                self._save_unsaved()
+                text += f"; step {step} is saved, the same command goes on from there"
+            except (CheckpointError, InternalError) as unsaved:
+                text += f"; and step {step} could not be saved: {unsaved}"
+        error = DataError(text)
+        error.shared, error.status = True, status
+        raise error from failure
+
     # ---- the loop ----
 
     def _loop(self) -> int:
@@ -249,8 +282,9 @@ class Trainer:
         device, log, timers = self._world.device, self._log, self._timers
         report = Reporter(self._plan, device, log, timers, self._train_data, counters.step)
         loader = self._loader()
-        stopped: str | None = None
         try:
+            self._missing = self._never_made()
+            stopped = self._evaluate(report)
             while counters.step < self._last_step and stopped is None:
                 result = self._one_step(loader)
                 report.made(result.tokens)
@@ -260,42 +294,40 @@ class Trainer:
                 if counters.step % config.log.interval == 0 or last or stopped or not result.applied:
                     report.step(counters, result, self._last_lr, self._bad, self._scaler, loader.wait_seconds)
                 self._record_health(result)
-                interval = config.train.eval_interval
-                if interval and (counters.step % interval == 0 or last):
-                    self._evaluate(report, "valid")
-                if last:
-                    self._evaluate(report, "test")
+                self._missing = self._due()
                 self._save_if_due(leaving=last or stopped is not None)
+                stopped = stopped or self._evaluate(report)
                 self._collector.step(counters.step)
             self._rank.optimizer.wait()  # no rank leaves while another one still receives its weights
+            self._save_unsaved()
             self._tracer.write()
-            self._manager.finish()
-            self._signals.leaving(SAVED if counters.step < self._last_step else FINISHED)
+            unfinished = counters.step < self._last_step or len(self._missing) > 0
+            self._signals.leaving(SAVED if unfinished else FINISHED)
         finally:
             loader.close()
             report.close()
-        if counters.step < self._last_step:
-            self._log.info(
-                f"stopped: {stopped}; saved at step {counters.step}, start the same command again to continue"
-            )
+        if unfinished:
+            then = "continue" if counters.step < self._last_step else "make the evaluations that are missing"
+            self._log.info(f"stopped: {stopped}; saved at step {counters.step}, start the same command again to {then}")
             return SAVED
         report.finished(counters)
         return FINISHED
 
     def _one_step(self, loader: Loader) -> StepResult:
-        config, counters = self._config, self._counters
+        config, counters, plan = self._config, self._counters, self._plan
+        size = plan.batch.global_batch(counters.samples)
         with self._timers.phase("data"):
-            batches = loader.next()
+            batches, failure = loader.next_or_zeros(plan.batch.num_microbatches(size), config)
         lr = learning_rate(counters.step, config.optimizer, config.lr_schedule)
-        minutes = config.train.stop_after_minutes
-        late = minutes is not None and time.monotonic() - self._started >= 60 * minutes
-        schedule = self._plan.schedule_for(len(batches))
-        received, masked = self._signals.received, config.data.document_mask
+        schedule, masked = plan.schedule_for(len(batches)), config.data.document_mask
+        said = partial(self._said, failure is not None or self._manager.not_finite)
         with self._tracer.step(counters.step + 1, schedule):
             result = train_step(
-                self._rank, schedule, batches, lr, self._scaler.scale, self._timers, received, late, masked
+                self._rank, schedule, batches, lr, self._scaler.scale, self._timers, masked=masked, said=said
             )
-        counters.samples += self._plan.batch.global_batch(counters.samples)
+        if result.failed:
+            self._end_together(failure)
+        counters.samples += size
         counters.step += 1
         counters.updates += result.applied
         counters.tokens += result.tokens
@@ -304,6 +336,11 @@ class Trainer:
             self._log.info(f"step {counters.step}: overflow; loss scale now {self._scaler.scale:g}")
         self._last_lr = lr
         return result
+
+    def _said(self, failed: bool) -> Said:
+        minutes = self._config.train.stop_after_minutes
+        late = minutes is not None and time.monotonic() - self._started >= 60 * minutes
+        return Said(self._signals.received, late, failed)
 
     def _asked_to_stop(self) -> str | None:
         steps = self._config.train.stop_after_steps
@@ -332,16 +369,44 @@ class Trainer:
             device=self._world.device if cuda else None,
         )
 
-    # ---- telling ----
+    # ---- evaluations ----
 
-    def _evaluate(self, report: Reporter, kind: Literal["valid", "test"]) -> None:
-        """The loss on each validation source, on part of it, or on each test source, on all of it."""
-        self._world.bound(self._config.run.io_timeout_seconds)
-        most = self._config.train.eval_batches if kind == "valid" else None
+    def _due(self) -> list[tuple[Kind, ValidData]]:
+        """The evaluations that belong after the last step: every `eval_interval` steps, and all at the end."""
+        step, interval, last = self._counters.step, self._config.train.eval_interval, self._last_step
+        due: list[tuple[Kind, ValidData]] = []
+        if interval and step and (step % interval == 0 or step == last):
+            due += [("valid", source) for source in self._data.valid]
+        return due + [("test", source) for source in self._data.test if step == last]
+
+    def _never_made(self) -> list[tuple[Kind, ValidData]]:
+        """Those that belong after the step of the checkpoint and that no earlier start has made."""
+        if self._evaluated_first or not (due := self._due()):
+            return []
+        file, step = Path(self._config.run.folder) / "metrics.jsonl", self._counters.step
+        made = self._world.group.gather_values(evaluated(file, step) if self._world.rank == 0 else [])[0]
+        return [(kind, source) for kind, source in due if [kind, source.name] not in made]
+
+    def _evaluate(self, report: Reporter) -> str | None:
+        """Make the evaluations that are missing; why all ranks stop, if that is asked for meanwhile."""
+        if self._missing:
+            self._world.bound(self._config.run.io_timeout_seconds)
         with self._timers.phase("evaluate"):
-            for source in self._data.valid if kind == "valid" else self._data.test:
-                metrics = evaluate(self._rank, source, self._counters.step, self._counters.tokens, most)
+            while self._missing:
+                (kind, source), counters = self._missing[0], self._counters
+                most = self._config.train.eval_batches if kind == "valid" else None
+                try:
+                    metrics, vote = evaluate(self._rank, source, counters.step, counters.tokens, most, self._said)
+                except Interrupted as early:
+                    if early.vote.failed_ranks:
+                        self._end_together(early.failure)
+                    self._log.info(f"evaluation on {source.name} ended {early}: the next start makes it anew")
+                    return early.vote.stop_reason
                 report.evaluation(replace(metrics, kind=kind))
+                del self._missing[0]
+                if vote.stop_reason:
+                    return vote.stop_reason
+        return None
 
     def _tell_sources(self) -> None:
         for name, used in used_sources(self._train_data, self._counters.samples).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import megallama.checkpoint.manager as manager_module
 import megallama.train.trainer as trainer_module
 from megallama.checkpoint.errors import CheckpointError
+from megallama.data.samples import Samples, Synthetic
 from megallama.pretrain import main
 from megallama.train.step import StepResult
 from tests.faults.test_bad_input import GOOD
@@ -112,6 +114,27 @@ def test_a_state_that_is_not_finite_ends_the_run(
     told = capsys.readouterr().err
     assert "checkpoints/step-00000004 failed" in told and "inf in" in told and "exp_avg_sq-" in told
     assert "on rank 0; resume from step 2 with" in told
+
+
+def test_data_that_fail_and_a_disk_that_is_full_are_both_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any) -> None:
+        raise CheckpointError("no space left")
+
+    read = Synthetic.read
+
+    def broken(self: Synthetic, ids: Any) -> Samples:
+        if min(ids) >= 3 * 4:
+            raise OSError(errno.EIO, "Input/output error", "/data/text.bin")
+        return read(self, ids)
+
+    monkeypatch.setattr(manager_module, "write_checkpoint", full)
+    monkeypatch.setattr(Synthetic, "read", broken)
+    assert main([*QUIET, f"run.folder={tmp_path}", "train.steps=9"]) == 4
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "Input/output error: '/data/text.bin'; look at the storage" in told
+    assert "; and step 3 could not be saved: no space left" in told
 
 
 @pytest.mark.parametrize("who", ["one rank", "all ranks"])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+import megallama.train.evaluate as evaluate_module
 from megallama.comm.launch import World
 from megallama.config.errors import MegallamaError
 from megallama.config.presets import PRESETS
@@ -19,13 +22,15 @@ from megallama.config.schema import ModelConfig
 from megallama.plan.plan import make_plan
 from megallama.train.log import Logger
 from megallama.train.signals import SignalFlag
+from megallama.train.step import evaluate_step
 from megallama.train.trainer import Trainer
 from tests.small import MODEL, small_config
 
 
 def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: str | None = None) -> dict[str, Any]:
     """Train; the exit status, or the error's text. `fault` is "nan:STEP:RANK" or "signal:STEP:RANK" (steps from 0),
-    or "truncate:STEP:RANK:FILE"."""
+    "truncate:STEP:RANK:FILE", "read:STEP:RANK" (its data cannot be read), "signal-in-evaluation:BATCH:RANK" or
+    "late-in-evaluation:BATCH:RANK" (batches from 1 on, of all evaluations), or "read-in-evaluation:0:RANK"."""
     torch.set_num_threads(1)
     config = small_config(**{**sections, "run": {"folder": folder, "peak_tflops": 1.0, **sections.get("run", {})}})
     log, signals = Logger(world.rank, world.world_size, Path(folder)), SignalFlag()
@@ -33,14 +38,16 @@ def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: s
     if fault is not None:
         kind, step, rank, *file = fault.split(":")
         if int(rank) == world.rank:
-            _plant(trainer, kind, {int(s) for s in step.split(",")}, *file)
+            plant = _plant_in_evaluation if kind.endswith("evaluation") else _plant
+            plant(trainer, kind, {int(s) for s in step.split(",")}, *file)
     try:
         with signals:
             status = trainer.run()
         return {"status": status, "step": trainer._counters.step, "updates": trainer._counters.updates}
     except MegallamaError as error:
-        return {"error": str(error), "type": type(error).__name__}
+        return {"error": str(error), "type": type(error).__name__, "status": error.status}
     finally:
+        evaluate_module.evaluate_step = evaluate_step
         log.close()
 
 
@@ -55,12 +62,58 @@ def run_preset(world: World, folder: str, sections: dict[str, dict[str, Any]], n
         del PRESETS["changing"]
 
 
+def _plant_in_evaluation(trainer: Trainer, kind: str, batches: set[int]) -> None:
+    made = [0]
+
+    def faulty(*args: Any) -> Any:
+        made[0] += 1
+        if made[0] in batches and kind.startswith("signal"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif made[0] in batches:
+            trainer._config = trainer._config.model_copy(
+                update={"train": trainer._config.train.model_copy(update={"stop_after_minutes": 1e-9})}
+            )
+        return evaluate_step(*args)
+
+    if kind.startswith("read"):
+        open_data = trainer._open_data
+
+        def broken() -> Any:
+            data = open_data()
+            return replace(data, valid=tuple(replace(source, read=_unreadable) for source in data.valid))
+
+        trainer._open_data = broken  # type: ignore[method-assign]
+    evaluate_module.evaluate_step = faulty  # type: ignore[assignment]
+
+
+def _break_reading(trainer: Trainer, step: int) -> None:
+    """From the batch of `step` on (from 0) nothing can be read."""
+    open_loader = trainer._loader
+
+    def broken() -> Any:
+        batch = trainer._plan.batch
+        first = batch.samples_after(step)
+        train, read = trainer._data.train, trainer._data.train.read
+        train.read = lambda ids: _unreadable(ids) if min(ids) >= first else read(ids)  # type: ignore[method-assign]
+        return open_loader()
+
+    trainer._loader = broken  # type: ignore[method-assign]
+
+
+def _unreadable(ids: Any) -> Any:
+    raise OSError(errno.EIO, os.strerror(errno.EIO), "/data/text.bin")
+
+
 def _plant(trainer: Trainer, kind: str, steps: set[int], file: str = "") -> None:
     one_step = trainer._one_step
+    if kind == "read":
+        _break_reading(trainer, min(steps))
 
     def faulty(loader: Any) -> Any:
         if trainer._counters.step in steps:
-            if kind == "signal":
+            if kind == "read":
+                pass
+            elif kind == "signal":
                 os.kill(os.getpid(), signal.SIGTERM)
             elif kind == "truncate":
                 os.truncate(file, 20)
