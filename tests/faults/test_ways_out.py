@@ -149,7 +149,7 @@ def test_a_save_under_way_is_finished_before_a_failing_run_leaves(
     assert told[1]["type"] == kind and told[1]["status"] == (4 if kind == "DataError" else None)
     assert told[0]["saved"] == ["latest", "step-00000003"] and "step-00000003" in told[1]["saved"], told
     if who == "one rank":
-        assert told[1]["first"] is None and f"rank 1 (localhost) failed first: {kind}" in told[0]["first"]
+        assert told[1]["first"] is None and f"rank 1 (localhost) failed first: {kind}" in told[0]["first"][0]
 
 
 def test_the_wait_for_a_save_ends(pool: Pool, tmp_path: Path) -> None:
