@@ -26,7 +26,7 @@ from megallama.config.words import counted  # noqa: E402
 from megallama.plan.plan import Plan, make_plan  # noqa: E402
 
 if TYPE_CHECKING:
-    from megallama.train.dryrun import DryRun
+    from tools.proof.dryrun import DryRun
 
 USAGE = "usage: python tools/dryrun.py [CONFIG.toml] ranks=N [section.key=value ...]"
 
@@ -43,8 +43,8 @@ def run(argv: Sequence[str]) -> int:
     words = parser.parse_args(bare(argv)).words
     file, ranks, overrides = read_words(words, "a dry run", USAGE)
     plan = make_plan(load(file, overrides, ranks=ranks, need_data=False), ranks)
-    from megallama.comm.agreement import Disagreement
-    from megallama.train.dryrun import dry_run
+    from tools.proof.agreement import Disagreement
+    from tools.proof.dryrun import dry_run
 
     started = time.perf_counter()
     try:

@@ -10,12 +10,12 @@ from functools import cache
 import pytest
 import torch
 
-from megallama.comm.agreement import Disagreement, Program, prove
 from megallama.comm.groups import partitions
 from megallama.comm.recording import Call, Wait
 from megallama.plan.plan import make_plan
-from megallama.train.dryrun import dry_run
 from tests.parity.matrix import Layout
+from tools.proof.agreement import Disagreement, Program, prove
+from tools.proof.dryrun import dry_run
 
 PAIR = {"pp": [(0, 1)], "world": [(0, 1)]}
 

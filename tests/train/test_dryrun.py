@@ -16,11 +16,11 @@ from megallama.config.schema import Config
 from megallama.plan.communication import collectives, communication_table
 from megallama.plan.plan import Plan, make_plan
 from megallama.train.assemble import DTYPES
-from megallama.train.dryrun import dry_run
 from megallama.train.step import evaluate_step
 from tests.parity.matrix import FURTHER, Layout, matrix
 from tests.small import build, documents, micro_batches, small_config, tokens, train
 from tests.threads import run_threads
+from tools.proof.dryrun import dry_run
 
 Key = tuple[object, ...]
 SWITCHES = ("grad_reduce", "param_gather", "tensor_parallel")

@@ -1,7 +1,7 @@
 """A dry run: every distinct rank of a job on one CPU, through the real model, pipeline and optimizer, without memory.
 
 Tensors are on torch's meta device (shapes and formats, no values), groups record and move nothing.  One rank of every
-kind (`kinds`) runs a few steps; the communication of all ranks is then proved to fit together (`comm.agreement`).
+kind (`kinds`) runs a few steps; the communication of all ranks is then proved to fit together (`agreement`).
 What decides a branch has a value: token counts are real tensors, and the votes of all ranks read as a loss and a norm
 of 1, or as not finite in the step that all ranks must skip.
 
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from megallama.comm.agreement import Program, prove
 from megallama.comm.group import Group, Solo
 from megallama.comm.groups import Partition, build_groups, partitions
 from megallama.comm.recording import Absent, Call, Recording, Wait
@@ -35,6 +34,7 @@ from megallama.plan.plan import Plan
 from megallama.plan.schedule import F, Kind
 from megallama.train.assemble import DTYPES, assemble
 from megallama.train.step import evaluate_step, train_step
+from tools.proof.agreement import Program, prove
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 

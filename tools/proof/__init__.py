@@ -1,0 +1,1 @@
+"""The proof that the ranks of a job fit together, for tools/dryrun.py."""
