@@ -1,4 +1,4 @@
-"""Fit the constants of megallama/plan/hardware.toml, and report how well they predict.
+"""Fit the constants of megallama/forecast/hardware.toml, and report how well they predict.
 
     python benchmarks/fit_planner.py          # report on the constants as they stand: benchmarks/results/planner.md
     python benchmarks/fit_planner.py --fit    # fit anew, write hardware.toml, then report
@@ -25,20 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from planner_rows import RowError, _machine, job_of_row
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megallama.config.load import load  # noqa: E402
-from megallama.plan.capacity import GIB, job_bytes  # noqa: E402
-from megallama.plan.cost import built  # noqa: E402
-from megallama.plan.forecast import Forecast, forecast  # noqa: E402
-from megallama.plan.hardware import TABLES, Machine, _tables, load_machine  # noqa: E402
-from megallama.plan.job import Job  # noqa: E402
+from megallama.forecast.capacity import GIB, job_bytes  # noqa: E402
+from megallama.forecast.cost import built  # noqa: E402
+from megallama.forecast.forecast import Forecast, forecast  # noqa: E402
+from megallama.forecast.hardware import TABLES, Machine, _tables, load_machine  # noqa: E402
+from megallama.forecast.job import Job  # noqa: E402
+from megallama.forecast.predict import seconds_by_cause  # noqa: E402
+from megallama.forecast.search import search  # noqa: E402
 from megallama.plan.plan import make_plan  # noqa: E402
-from megallama.plan.predict import seconds_by_cause  # noqa: E402
-from megallama.plan.rows import RowError, _machine, job_of_row  # noqa: E402
-from megallama.plan.search import search  # noqa: E402
 from megallama.plan.simulate import StageCost, simulate  # noqa: E402
 
 TOML: dict[str, Any] = tomllib.loads(TABLES.read_text(encoding="utf-8"))

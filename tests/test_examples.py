@@ -11,10 +11,10 @@ import pytest
 
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
-from megallama.plan.forecast import forecast
-from megallama.plan.hardware import load_machine
+from megallama.forecast.forecast import forecast
+from megallama.forecast.hardware import load_machine
+from megallama.forecast.search import search
 from megallama.plan.plan import make_plan
-from megallama.plan.search import search
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 RANKS = {  # file -> ranks it is meant for

@@ -2,14 +2,13 @@
 
 Prints the plan: layers and parameters per stage, batch arithmetic, memory per rank, the pipeline's bubble, and the
 predicted time, speed, length, energy and CO2 on a kind of GPU.  ``--json`` prints it for programs, ``--search`` looks
-for the fastest layouts, ``--rows`` prices a table of layouts.  Needs neither torch nor a GPU.  Exit status 2 if the
-configuration has errors; all of them are printed.
+for the fastest layouts.  Needs neither torch nor a GPU.  Exit status 2 if the configuration has errors; all of them are
+printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,20 +18,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megallama.analysis.communication import collectives, communication_table  # noqa: E402
 from megallama.config.errors import ConfigError, exit_status  # noqa: E402
 from megallama.config.load import load, read_words  # noqa: E402
-from megallama.plan.capacity import GIB  # noqa: E402
-from megallama.plan.communication import collectives, communication_table  # noqa: E402
-from megallama.plan.forecast import CO2_KG_PER_KWH, PUE, Forecast, forecast  # noqa: E402
-from megallama.plan.hardware import load_machine  # noqa: E402
+from megallama.forecast.capacity import GIB  # noqa: E402
+from megallama.forecast.forecast import CO2_KG_PER_KWH, PUE, Forecast, forecast  # noqa: E402
+from megallama.forecast.hardware import load_machine  # noqa: E402
+from megallama.forecast.search import search  # noqa: E402
 from megallama.plan.plan import make_plan  # noqa: E402
-from megallama.plan.predict import predict  # noqa: E402
-from megallama.plan.rows import NEEDED, RowError, assumed, job_of_row  # noqa: E402
-from megallama.plan.search import search  # noqa: E402
 
 USAGE = "usage: python tools/plan.py [CONFIG.toml] ranks=N [hardware=KIND] [kernel=NAME] [section.key=value ...]"
 OWN = ("hardware", "kernel")
-WRITTEN = ("step_time_s", "tok_s_gpu", "tflops", "mem_gb", "fits", "flags")
 UNAVOIDABLE = ("matrices", "attention", "head and loss")
 
 
@@ -42,16 +38,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print one plan, a search's findings, or a table. Raises: MegallamaError."""
+    """Print one plan, or a search's findings. Raises: MegallamaError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="CONFIG.toml, ranks=N, hardware=a100-80g|h100|h200|FILE.toml, "
                         "kernel=unfused|flash1|flash2|flash3, section.key=value")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the whole plan as JSON")
     parser.add_argument("--search", action="store_true", help="the ten fastest layouts of this model and batch")
-    parser.add_argument("--rows", metavar="FILE", help="predict every row of a CSV with validate.csv's columns")
-    parser.add_argument("-o", metavar="FILE", dest="out", help="where --rows writes; default standard output")
+    for moved in ("--rows", "-o"):
+        parser.add_argument(moved, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args([a.removeprefix("--") if "=" in a else a for a in argv])
-    return predict_table(Path(args.rows), args.out) if args.rows else plan(args)
+    if args.rows or args.o:
+        table = f"{args.rows or 'FILE.csv'} -o {args.o or 'OUT.csv'}"
+        raise ConfigError(f"tables of layouts have a program of their own: python benchmarks/planner_rows.py {table}")
+    return plan(args)
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -165,39 +164,6 @@ def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
                      f"PUE {PUE}, {CO2_KG_PER_KWH} kg/kWh)")  # fmt: skip
     for flag in p.flags:
         yield "beware", f"outside what the constants were fitted on: {flag}"
-
-
-def predict_table(path: Path, out: str | None) -> int:
-    """Predict a table; rows that cannot be predicted are named on standard error, and the others still predicted."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, row) for row in reader]
-            have = [c for c in reader.fieldnames or () if c]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"--rows {path} cannot be read: {error}") from None
-    if missing := [c for c in NEEDED if c not in have]:
-        raise ConfigError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(NEEDED)}")
-    written = [[f"measured_{c}" if c in WRITTEN else c for c in have] + list(WRITTEN)]
-    bad = 0
-    for line, row in rows:
-        try:
-            job, machine = job_of_row(row)
-            p = predict(job, machine)
-            numbers = (p.step_seconds, p.tokens_per_second, p.mfu_full * machine.gpu.peak_tflops, p.memory_bytes / 1e9)
-            fits = p.memory_bytes <= p.memory_limit
-            new = [*(f"{v:.6g}" for v in numbers), str(int(fits)), "; ".join([*assumed(row), *p.flags])]
-        except RowError as error:
-            bad += 1
-            print(f"{path}, line {line}: not predicted: {error}", file=sys.stderr)
-            new = [""] * (len(WRITTEN) - 1) + [f"not predicted: {error}"]
-        written.append([row[c] or "" for c in have] + new)
-    target = open(out, "w", encoding="utf-8", newline="") if out else sys.stdout
-    csv.writer(target, lineterminator="\n").writerows(written)
-    if out:
-        target.close()
-    print(f"{len(rows) - bad} of {len(rows)} rows predicted", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from types import ModuleType
 
 import pytest
 
+from megallama.analysis.communication import communication_table
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
 from megallama.plan.check import build_schedule
-from megallama.plan.communication import communication_table
 from megallama.plan.plan import make_plan
 from megallama.plan.schedule import forward_only
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from megallama.config.errors import MegallamaError
-from megallama.plan.hardware import load_machine
-from megallama.plan.job import job_of
+from megallama.forecast.hardware import load_machine
+from megallama.forecast.job import job_of
+from megallama.forecast.predict import flags
 from megallama.plan.plan import make_plan
-from megallama.plan.predict import flags
 from megallama.train.assemble import kernels_of, same_kernels
 from tests.small import CPU, small_config
 

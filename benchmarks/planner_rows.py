@@ -1,19 +1,31 @@
-"""Jobs from a table of published or wanted layouts, with the columns of benchmarks/measurements/validate.csv.
+"""Predict a table of layouts, published or wanted, with the columns of benchmarks/measurements/validate.csv.
 
-The measured columns may be empty or absent.  From the others it also follows which program ran (`stack_of`), as
-programs differ in what they fuse, overlap and keep; a `stack` column with a row of hardware.toml says it outright.
+    python benchmarks/planner_rows.py FILE.csv -o OUT.csv
+
+The measured columns may be empty or absent; in the output they are called measured_*.  From the others it also follows
+which program ran (`stack_of`), as programs differ in what they fuse, overlap and keep; a `stack` column with a row of
+hardware.toml says it outright.  Rows that cannot be predicted are named on standard error, and the others still are.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 
-from megallama.plan.hardware import Machine, load_machine
-from megallama.plan.job import Job
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megallama.config.errors import ConfigError, exit_status  # noqa: E402
+from megallama.forecast.hardware import Machine, load_machine  # noqa: E402
+from megallama.forecast.job import Job  # noqa: E402
+from megallama.forecast.predict import predict  # noqa: E402
 
 NEEDED = ("gpu", "layers", "hidden", "heads", "seq", "gpus", "global_batch_seqs")
+WRITTEN = ("step_time_s", "tok_s_gpu", "tflops", "mem_gb", "fits", "flags")
 GPUS = {"a100-40": "a100-40g", "a100": "a100-80g", "h200": "h200", "h100": "h100"}
 KERNELS = {"unfused": "unfused", "attention3": "flash3", "cudnn": "flash3", "triton": "flash1", "xformers": "flash1"}
 ENDS = {"zerobubble": (1, 1), "scaling": (1, 2), "scaling-rms": (1, 2)}  # modules before and after the layers
@@ -23,6 +35,48 @@ _machine = cache(load_machine)
 
 class RowError(Exception):
     """Why one row cannot be predicted."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Predict what was asked for; 0, or 2 with the error on stderr."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, metavar="FILE.csv")
+    parser.add_argument("-o", metavar="FILE", dest="out", help="default: standard output")
+    args = parser.parse_args(argv)
+    return exit_status(lambda: predict_table(args.table, args.out))
+
+
+def predict_table(path: Path, out: str | None) -> int:
+    """Predict every row of a table; 0. Raises: ConfigError if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [(reader.line_num, row) for row in reader]
+            have = [c for c in reader.fieldnames or () if c]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if missing := [c for c in NEEDED if c not in have]:
+        raise ConfigError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(NEEDED)}")
+    written = [[f"measured_{c}" if c in WRITTEN else c for c in have] + list(WRITTEN)]
+    bad = 0
+    for line, row in rows:
+        try:
+            job, machine = job_of_row(row)
+            p = predict(job, machine)
+            numbers = (p.step_seconds, p.tokens_per_second, p.mfu_full * machine.gpu.peak_tflops, p.memory_bytes / 1e9)
+            fits = p.memory_bytes <= p.memory_limit
+            new = [*(f"{v:.6g}" for v in numbers), str(int(fits)), "; ".join([*assumed(row), *p.flags])]
+        except RowError as error:
+            bad += 1
+            print(f"{path}, line {line}: not predicted: {error}", file=sys.stderr)
+            new = [""] * (len(WRITTEN) - 1) + [f"not predicted: {error}"]
+        written.append([row[c] or "" for c in have] + new)
+    target = open(out, "w", encoding="utf-8", newline="") if out else sys.stdout
+    csv.writer(target, lineterminator="\n").writerows(written)
+    if out:
+        target.close()
+    print(f"{len(rows) - bad} of {len(rows)} rows predicted", file=sys.stderr)
+    return 0
 
 
 def job_of_row(row: Row) -> tuple[Job, Machine]:
@@ -135,3 +189,7 @@ def _count(row: Row, key: str, default: int | None = None) -> int:
     if not 1 <= value < 1e9 or value != int(value):
         raise RowError(f"{key}={text} is no whole number above 0")
     return int(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -10,15 +10,15 @@ from typing import get_args
 from megallama.config.errors import ConfigError
 from megallama.config.rules import check, legal_tp
 from megallama.config.schema import Config, ParallelConfig
-from megallama.plan.capacity import GIB, job_bytes
-from megallama.plan.cost import built
+from megallama.forecast.capacity import GIB, job_bytes
+from megallama.forecast.cost import built
+from megallama.forecast.forecast import Forecast, forecast
+from megallama.forecast.hardware import Machine
+from megallama.forecast.job import Job, job_of
+from megallama.forecast.predict import predict, seconds_by_cause
 from megallama.plan.flops import head_forward, layer_forward
-from megallama.plan.forecast import Forecast, forecast
-from megallama.plan.hardware import Machine
-from megallama.plan.job import Job, job_of
 from megallama.plan.partition import balanced
 from megallama.plan.plan import make_plan
-from megallama.plan.predict import predict, seconds_by_cause
 from megallama.plan.topology import Topology
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)

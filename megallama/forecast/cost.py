@@ -24,9 +24,9 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from megallama.config.schema import ParallelConfig
+from megallama.forecast.hardware import Machine
+from megallama.forecast.job import Job
 from megallama.plan.check import compute_schedule
-from megallama.plan.hardware import Machine
-from megallama.plan.job import Job
 from megallama.plan.schedule import Schedule, ScheduleError
 from megallama.plan.simulate import StageCost, walk
 

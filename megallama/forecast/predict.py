@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log2
 
-from megallama.plan.capacity import GIB, job_bytes
-from megallama.plan.cost import Pricer, closed_form, simulated
-from megallama.plan.hardware import Machine
-from megallama.plan.job import Job
+from megallama.forecast.capacity import GIB, job_bytes
+from megallama.forecast.cost import Pricer, closed_form, simulated
+from megallama.forecast.hardware import Machine
+from megallama.forecast.job import Job
 from megallama.plan.simulate import StageCost
 
 Clock = Callable[[Job, Sequence[StageCost], float], float]

@@ -9,9 +9,9 @@ from __future__ import annotations
 from functools import lru_cache
 
 from megallama.config.schema import Config
-from megallama.plan.cost import built
-from megallama.plan.hardware import Machine
-from megallama.plan.job import Job
+from megallama.forecast.cost import built
+from megallama.forecast.hardware import Machine
+from megallama.forecast.job import Job
 from megallama.plan.memory import DTYPE_BYTES
 
 GIB = 2**30

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megallama.plan.capacity import buffer_bytes
-from megallama.plan.cost import Pricer, makespan
-from megallama.plan.hardware import Machine
-from megallama.plan.job import Job, job_of
+from megallama.forecast.capacity import buffer_bytes
+from megallama.forecast.cost import Pricer, makespan
+from megallama.forecast.hardware import Machine
+from megallama.forecast.job import Job, job_of
+from megallama.forecast.predict import Prediction, predict
 from megallama.plan.plan import Plan
-from megallama.plan.predict import Prediction, predict
 from megallama.plan.simulate import Report, simulate
 
 PUE, CO2_KG_PER_KWH = 1.1, 0.385  # Touvron et al. 2023 (arXiv:2302.13971, section 6): the US average, and its overhead

@@ -1,6 +1,6 @@
 """One training step as the models of time and memory see it: shapes, layout, and which software runs it.
 
-Jobs come from configurations (`job_of`) and from tables (`plan.rows`): the same constants price both.
+Jobs come from configurations (`job_of`) and from tables (benchmarks/planner_rows.py): the same constants price both.
 """
 
 from __future__ import annotations

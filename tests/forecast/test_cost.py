@@ -11,17 +11,17 @@ from statistics import mean, median
 
 import pytest
 
+from benchmarks.planner_rows import RowError, job_of_row
 from megallama.config.load import load
-from megallama.plan.capacity import GIB, in_flight, job_bytes, rank_bytes, saved_per_layer
-from megallama.plan.cost import Pricer, built, closed_form, makespan, simulated
+from megallama.forecast.capacity import GIB, in_flight, job_bytes, rank_bytes, saved_per_layer
+from megallama.forecast.cost import Pricer, built, closed_form, makespan, simulated
+from megallama.forecast.forecast import footprint, forecast
+from megallama.forecast.hardware import load_machine
+from megallama.forecast.job import Job, job_of
+from megallama.forecast.predict import flags, hardware_flops, predict, seconds_by_cause
 from megallama.plan.flops import training_flops
-from megallama.plan.forecast import footprint, forecast
-from megallama.plan.hardware import load_machine
-from megallama.plan.job import Job, job_of
 from megallama.plan.memory import saved_bytes
 from megallama.plan.plan import make_plan
-from megallama.plan.predict import flags, hardware_flops, predict, seconds_by_cause
-from megallama.plan.rows import RowError, job_of_row
 from megallama.plan.simulate import StageCost, simulate
 from megallama.plan.topology import Topology
 
