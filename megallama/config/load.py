@@ -19,6 +19,7 @@ from megallama.config import rules
 from megallama.config.describe import Setting, literal, settings
 from megallama.config.errors import ConfigError
 from megallama.config.presets import PRESETS, preset_seq_length
+from megallama.config.removed import REMOVED
 from megallama.config.schema import Config, MixtureChange, SourceConfig
 
 COMMAND_LINE = "command line"
@@ -212,6 +213,11 @@ class _Reader:
 
     def _take(self, key: str, value: Any, source: str) -> None:
         setting = self.known.get(key)
+        if key in REMOVED:
+            default, why = REMOVED[key]
+            if value != default:
+                self.problems.append(f"{source}: {key}={literal(value)} is no setting any more: {why}; leave it out")
+            return
         if setting is None and key in self.sections:
             self.problems.append(f"{source}: {key} is a section; write [{key}] and its settings below it")
             return

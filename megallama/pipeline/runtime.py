@@ -34,16 +34,6 @@ class Arm(Protocol):
         """They are not."""
 
 
-class Whole(Protocol):
-    """Runs a micro-batch of a rank without pipeline at once, forward and backward."""
-
-    def takes(self, *, last: bool) -> bool:
-        """Whether it runs this one, the last of a step or another."""
-
-    def run(self, batch: Any) -> Tensor:
-        """Its loss sum."""
-
-
 class Timing(NamedTuple):
     """When an action began, had what it waited for, and ended; readings of the clock."""
 
@@ -66,14 +56,13 @@ class PipelineRuntime:
 
     `hidden` is an empty tensor with the shape, format and device of what passes between stages.
     With a `clock` set, `timings` has the start of every action, when what it waited for had arrived, and its end;
-    behind them stands the wait for the last sends.  With `whole`, F runs what that takes, and its B does nothing.
+    behind them stands the wait for the last sends.
     """
 
-    def __init__(self, work: Mapping[int, StageWork], pp: Group, hidden: Tensor, whole: Whole | None = None) -> None:
+    def __init__(self, work: Mapping[int, StageWork], pp: Group, hidden: Tensor) -> None:
         self._work = work
         self._pp = pp
         self._hidden = hidden
-        self._whole = whole
         self.clock: Callable[[], Any] | None = None
         self.timings: list[Timing] = []
         self.position = "not started"  # the action under way, for messages about hangs
@@ -96,7 +85,6 @@ class PipelineRuntime:
         self._outputs: dict[tuple[Kind, int, int], Tensor] = {}
         self._graphs: dict[Key, tuple[Tensor | None, GradientEdge]] = {}
         self._in_flight: set[Key] = set()
-        self._ran_whole: set[Key] = set()
         self._sends: list[Handle] = []
         self._loss: Tensor = torch.zeros((), dtype=torch.float64, device=self._hidden.device)
         self.peak_in_flight = 0
@@ -127,11 +115,6 @@ class PipelineRuntime:
         train = torch.is_grad_enabled()
         if x is not None and train:
             x.requires_grad_()
-        if train and self._whole and self._whole.takes(last=action.microbatch == self._schedule.num_microbatches - 1):
-            self._loss += self._whole.run(self._inputs[action.microbatch])
-            self._ran_whole.add((action.stage, action.microbatch))
-            self.peak_in_flight = max(self.peak_in_flight, 1)
-            return
         out = stage(x, self._inputs[action.microbatch])
         if action.stage == self._schedule.num_stages - 1:
             self._loss += out.detach()
@@ -143,9 +126,8 @@ class PipelineRuntime:
             self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
 
     def _backward(self, action: Action) -> None:
-        if (key := (action.stage, action.microbatch)) not in self._ran_whole:
-            self._differentiate(action)
-            self._in_flight.remove(key)
+        self._differentiate(action)
+        self._in_flight.remove((action.stage, action.microbatch))
 
     def _input_grad(self, action: Action) -> None:
         queue = self._work[action.stage].queue

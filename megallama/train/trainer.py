@@ -101,8 +101,6 @@ class Trainer:
         same_kernels(self._world.group.gather_values([(c.operation, c.taken) for c in kernels.choices]))
         for line in str(self._plan).splitlines():
             self._log.info(line)
-        if config.run.cuda_graphs and self._world.device.type != "cuda":
-            self._log.info("run.cuda_graphs=true records nothing: this is no CUDA device")
         for text in [*self._world.notes, *(f"kernel for {choice}" for choice in kernels.choices)]:
             self._log.info(text)
         return kernels

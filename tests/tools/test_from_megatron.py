@@ -285,10 +285,13 @@ def test_groups_that_megatron_ignores_are_told(tmp_path: Path, capsys: pytest.Ca
     )
 
 
-def test_fp16_brings_megatrons_loss_scale(tmp_path: Path) -> None:
-    config = converted(LLAMA.replace("--bf16", "--fp16"), tmp_path)
+def test_fp16_brings_megatrons_loss_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = converted(LLAMA.replace("--bf16", "--fp16 --min-loss-scale 1"), tmp_path)
+    assert "min-loss-scale" not in capsys.readouterr().err
+    converted(LLAMA.replace("--bf16", "--fp16 --min-loss-scale 0.25"), tmp_path)
+    assert "--min-loss-scale 0.25: the loss scale of fp16 never falls below 1 here" in capsys.readouterr().err
     p = config.precision
-    assert (p.dtype, p.initial_loss_scale, p.loss_scale_window, p.min_loss_scale) == ("fp16", 2.0**32, 1000, 1.0)
+    assert (p.dtype, p.initial_loss_scale, p.loss_scale_window) == ("fp16", 2.0**32, 1000)
     assert converted(LLAMA.replace("--bf16", ""), tmp_path).precision.dtype == "fp32"
 
 

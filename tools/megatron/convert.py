@@ -321,7 +321,8 @@ class Conversion:
         if get("fp16"):
             self.out["precision.initial_loss_scale"] = get("initial-loss-scale")
             self.out["precision.loss_scale_window"] = int(get("loss-scale-window"))
-            self.out["precision.min_loss_scale"] = get("min-loss-scale")
+            if (least := get("min-loss-scale")) != 1:
+                self.note(f"--min-loss-scale {least:g}: the loss scale of fp16 never falls below 1 here")
 
     def data(self) -> None:
         """[data]: sources with weights, and which share of their documents is held out."""
