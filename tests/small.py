@@ -56,6 +56,13 @@ def build(plan: Plan, groups: Groups, device: torch.device = CPU) -> Rank:
     return rank
 
 
+def logits(rank: Rank, tokens: torch.Tensor) -> torch.Tensor:
+    """All logits [T, V] of the tokens [T] of samples, on a rank that holds the whole model."""
+    (stage,), head = rank.stages.values(), rank.stages[0].head
+    assert head is not None and rank.groups.tp.size == 1
+    return head.param.project(head.norm.forward(stage.body(None, tokens)))[:, : head.valid]
+
+
 def tokens(config: Config, steps: int, seed: int = 5) -> torch.Tensor:
     """[steps, global batch, s + 1] token ids with structure a model can learn."""
     generator = torch.Generator().manual_seed(seed)

@@ -29,9 +29,6 @@ def add_wgrad_with(product: MatmulNT) -> AddWgrad:
     return add
 
 
-add_wgrad = add_wgrad_with(matmul_nt)
-
-
 def add_wgrad_cuda(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:
     """The same in one GEMM whose output is fp32 (CUDA; torch's addmm with an output format)."""
     if fresh:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megallama.comm.group import Group, Handle
+from megallama.kernels.norm import accumulate_dtype
 from megallama.layers.param import WeightGradQueue
 from megallama.plan.schedule import Action, Kind, Schedule
 
@@ -142,7 +143,7 @@ class PipelineRuntime:
     def _differentiate(self, action: Action) -> None:
         x, edge = self._graphs.pop((action.stage, action.microbatch))
         if action.stage == self._schedule.num_stages - 1:
-            grad = torch.ones((), dtype=_loss_dtype(self._hidden.dtype), device=self._hidden.device)
+            grad = torch.ones((), dtype=accumulate_dtype(self._hidden.dtype), device=self._hidden.device)
         else:
             grad = self._take(Kind.RECV_B, action)
         torch.autograd.backward((edge,), (grad,))
@@ -196,7 +197,3 @@ def _last_gradients(actions: Sequence[Action]) -> frozenset[int]:
     weights = {a.stage: i for i, a in enumerate(actions) if a.kind in (Kind.B, Kind.W)}
     others = {a.stage: i for i, a in enumerate(actions) if a.kind in (Kind.B, Kind.I)}
     return frozenset({*weights.values(), *(i for i in others.values() if actions[i].kind is Kind.I)})
-
-
-def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -17,11 +17,13 @@ from megallama.kernels.attention import Attend, MakeAttention, blocked_attention
 from megallama.kernels.checks import Place, Refused
 from megallama.kernels.documents import Documents
 from megallama.kernels.fp8 import TORCH_FP8
+from megallama.kernels.gemm import matmul_nt
 from megallama.kernels.leaves import EAGER
-from megallama.kernels.wgrad import add_wgrad
+from megallama.kernels.wgrad import add_wgrad_with
 
 CPU = torch.device("cpu")
 BF16, FP32 = Place(CPU, torch.bfloat16), Place(CPU, torch.float32)
+add_wgrad = add_wgrad_with(matmul_nt)
 ON_CUDA = Place(torch.device("cuda"), torch.bfloat16)
 NO_CUDA = "not Transformer Engine: no CUDA device"
 

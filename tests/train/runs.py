@@ -16,7 +16,7 @@ from megallama.config.errors import MegallamaError
 from megallama.plan.plan import make_plan
 from megallama.train.log import Logger
 from megallama.train.trainer import Trainer
-from tests.small import small_config
+from tests.small import logits, small_config
 
 
 def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: str | None = None) -> dict[str, Any]:
@@ -116,7 +116,5 @@ def our_logits(world: World, folder: str, sections: dict[str, dict[str, Any]], t
     trainer._manager = trainer._checkpoints()
     trainer._rank = trainer._build(trainer._describe())
     trainer._restore()
-    stage = trainer._rank.stages[0]
-    assert stage.head is not None
     with torch.no_grad():
-        return stage.head.logits(stage.body(None, tokens.reshape(-1)))
+        return logits(trainer._rank, tokens.reshape(-1))
