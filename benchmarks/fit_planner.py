@@ -31,13 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megallama.config.load import load  # noqa: E402
-from megallama.forecast.capacity import GIB, job_bytes  # noqa: E402
-from megallama.forecast.cost import built  # noqa: E402
-from megallama.forecast.forecast import Forecast, forecast  # noqa: E402
+from megallama.forecast.forecast import GIB, Forecast, forecast, job_bytes, search, seconds_by_cause  # noqa: E402
 from megallama.forecast.hardware import TABLES, Machine, _tables, load_machine  # noqa: E402
-from megallama.forecast.job import Job  # noqa: E402
-from megallama.forecast.predict import seconds_by_cause  # noqa: E402
-from megallama.forecast.search import search  # noqa: E402
+from megallama.forecast.job import Job, built  # noqa: E402
 from megallama.plan.plan import make_plan  # noqa: E402
 from megallama.plan.simulate import StageCost, simulate  # noqa: E402
 

@@ -20,9 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import ConfigError, exit_status  # noqa: E402
+from megallama.forecast.forecast import job_bytes, predict  # noqa: E402
 from megallama.forecast.hardware import Machine, load_machine  # noqa: E402
 from megallama.forecast.job import Job  # noqa: E402
-from megallama.forecast.predict import predict  # noqa: E402
 
 NEEDED = ("gpu", "layers", "hidden", "heads", "seq", "gpus", "global_batch_seqs")
 WRITTEN = ("step_time_s", "tok_s_gpu", "tflops", "mem_gb", "fits", "flags")
@@ -63,9 +63,10 @@ def predict_table(path: Path, out: str | None) -> int:
         try:
             job, machine = job_of_row(row)
             p = predict(job, machine)
-            numbers = (p.step_seconds, p.tokens_per_second, p.mfu_full * machine.gpu.peak_tflops, p.memory_bytes / 1e9)
-            fits = p.memory_bytes <= p.memory_limit
-            new = [*(f"{v:.6g}" for v in numbers), str(int(fits)), "; ".join([*assumed(row), *p.flags])]
+            memory, tflops = job_bytes(job, machine), p.mfu_full * machine.gpu.peak_tflops
+            numbers = (p.step_seconds, p.tokens_per_second, tflops, memory / 1e9)
+            fits = str(int(memory <= p.memory_limit))
+            new = [*(f"{v:.6g}" for v in numbers), fits, "; ".join([*assumed(row), *p.flags])]
         except RowError as error:
             bad += 1
             print(f"{path}, line {line}: not predicted: {error}", file=sys.stderr)
@@ -100,25 +101,35 @@ def job_of_row(row: Row) -> tuple[Job, Machine]:
     stack, schedule = stack_of(row), _word(row, "schedule").rstrip("?").split("/")[0]
     if stack == "zerobubble" and schedule != "zb-v":
         chunks = (layers + 2) // pp if schedule == "interleaved" and (layers + 2) % pp == 0 else 1  # a layer per chunk
-    split = evenly(layers, pp * chunks, *ENDS[stack]) if pp > 1 and stack in ENDS else None
+    ends = ENDS.get(stack, (0, 0)) if pp > 1 else (0, 0)
+    split = evenly(layers, pp * chunks, *ends) or evenly(layers, pp * chunks)
     gated, recompute = _word(row, "gated") in ("1", "true"), _word(row, "recompute")
     job = Job(
-        layers, hidden, _count(row, "ffn", 4 * hidden), gated, heads, _count(row, "kv_heads", heads), hidden // heads,
-        _count(row, "vocab", 50304), _count(row, "seq"), gpus, tp, pp, dp, micro, batch // (dp * micro), cp, chunks,
+        layers, hidden, _count(row, "ffn", 4 * hidden), gated, heads, hidden,
+        _count(row, "kv_heads", heads) * (hidden // heads),
+        _count(row, "vocab", 50304), _count(row, "seq"), gpus, tp, pp, dp, micro, batch // (dp * micro), split,
+        cp=cp, chunks=chunks,
         schedule=schedule if schedule in ("gpipe", "csv") or schedule[:2] in ("zb", "v-", "du") else "1f1b",
         recompute="full" if recompute == "full" else "selective" if recompute[:5] in ("selec", "llama") else "none",
         sequence_parallel=_word(row, "sp") in ("1", "true") and tp > 1, sharding=_sharding(row), tied=not gated,
         fp8=_word(row, "dtype") == "fp8", kernel=_first(KERNELS, _word(row, "attn_kernel")) or "flash2", stack=stack,
-        network_gbit=_network(row), stage_layers=split,
+        network_gbit=_network(row),
     )  # fmt: skip
     return job, machine
 
 
-def evenly(layers: int, stages: int, before: int, after: int) -> tuple[int, ...] | None:
-    """Layers of each stage where a program shares out modules, surplus first: embedding, layers, norm and head."""
+def evenly(layers: int, stages: int, before: int = 0, after: int = 0) -> tuple[int, ...]:
+    """Layers of each stage where a program shares out modules, surplus first: embedding, layers, norm and head.
+
+    None at all where the first or the last stage has less than `before` or `after` modules.
+    """
     low, surplus = divmod(layers + before + after, stages)
-    first, *others, last = (low + (s < surplus) for s in range(stages))
-    return (first - before, *others, last - after) if first >= before and last >= after else None
+    modules = [low + (s < surplus) for s in range(stages)]
+    if modules[0] < before or modules[-1] < after:
+        return ()
+    modules[0] -= before
+    modules[-1] -= after
+    return tuple(modules)
 
 
 def assumed(row: Row) -> list[str]:

@@ -11,9 +11,8 @@ import pytest
 
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
-from megallama.forecast.forecast import forecast
+from megallama.forecast.forecast import forecast, search
 from megallama.forecast.hardware import load_machine
-from megallama.forecast.search import search
 from megallama.plan.plan import make_plan
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

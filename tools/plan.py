@@ -21,10 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megallama.analysis.communication import collectives, communication_table  # noqa: E402
 from megallama.config.errors import ConfigError, exit_status  # noqa: E402
 from megallama.config.load import load, read_words  # noqa: E402
-from megallama.forecast.capacity import GIB  # noqa: E402
-from megallama.forecast.forecast import CO2_KG_PER_KWH, PUE, Forecast, forecast  # noqa: E402
+from megallama.forecast.forecast import CO2_KG_PER_KWH, GIB, PUE, Forecast, forecast, search  # noqa: E402
 from megallama.forecast.hardware import load_machine  # noqa: E402
-from megallama.forecast.search import search  # noqa: E402
 from megallama.plan.plan import make_plan  # noqa: E402
 
 USAGE = "usage: python tools/plan.py [CONFIG.toml] ranks=N [hardware=KIND] [kernel=NAME] [section.key=value ...]"

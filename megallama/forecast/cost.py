@@ -16,19 +16,13 @@ Korthikanti et al. 2022 (arXiv:2205.05198); Narayanan et al. 2021 (arXiv:2104.04
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import accumulate
 from math import ceil, log2
 from typing import NamedTuple
 
-from pydantic import ValidationError
-
-from megallama.config.schema import ParallelConfig
 from megallama.forecast.hardware import Machine
-from megallama.forecast.job import Job
-from megallama.plan.check import compute_schedule
-from megallama.plan.schedule import Schedule, ScheduleError
-from megallama.plan.simulate import StageCost, walk
+from megallama.forecast.job import Job, built
+from megallama.plan.simulate import StageCost, simulate
 
 TILE = 128
 OPTIMIZER_BYTES = 30.0  # read and written per parameter: fp32 weight, two moments and gradient, bf16 weight
@@ -70,7 +64,7 @@ class Pricer:
             memory = kernel.passes * 2.0 * tokens * job.seq * job.heads / t / (self.gpu.memory_gb_per_s * 1e9)
             attention = scores / (peak * kernel.forward) + memory
             backward = 2 * (scores / (peak * kernel.backward) + memory)
-        slow = kernel.unaligned if job.head_dim % 8 else 1.0
+        slow = kernel.unaligned if job.width // job.heads % 8 else 1.0
         core_again = full or (job.recompute == "selective" and not kernel.causal)
         wide = stack.wide * tokens * h / (t if job.sequence_parallel else 1) / self.memory_rate
         inner = stack.inner * tokens * (job.width + job.kv_width + up * f) / t / self.memory_rate
@@ -148,7 +142,7 @@ class Pricer:
 def closed_form(job: Job, costs: Sequence[StageCost], hop: float) -> float:
     """Seconds of all micro-batches of a step."""
     p, m, name = job.pp, job.num_microbatches, job.schedule
-    ranks = [sum(sum(costs[s]) for s in job.owned(r)) for r in range(p)]
+    ranks = [sum(sum(costs[s]) for s in job.owned[r]) for r in range(p)]
     busiest, mean = max(ranks), sum(ranks) / p
     f, i, w = (sum(c[k] for c in costs) / p for k in range(3))
     idle = {
@@ -173,20 +167,5 @@ def simulated(job: Job, costs: Sequence[StageCost], hop: float) -> float:
     schedules = [s for s in (built(p, job.chunks, job.schedule, n) for n in counts) if p > 1 and s]
     if len(schedules) < len(counts):
         return closed_form(job, costs, hop)
-    spans = [makespan(s, costs, hop) for s in schedules]
+    spans = [simulate(s, costs, hop).makespan for s in schedules]
     return spans[-1] + (m - counts[-1]) / p * (spans[-1] - spans[0])
-
-
-def makespan(schedule: Schedule, costs: Sequence[StageCost], hop: float) -> float:
-    """Seconds from the first event to the last."""
-    return max(e.end for e in walk(schedule, lambda a: costs[a.stage].of(a.kind), hop))
-
-
-@lru_cache(maxsize=64)
-def built(pp: int, chunks: int, name: str, num_microbatches: int) -> Schedule | None:
-    """The compute of a schedule of ours; None where the name or the numbers are not ours."""
-    try:
-        parallel = ParallelConfig.model_validate({"pp": pp, "chunks": chunks, "schedule": name})
-        return compute_schedule(parallel, num_microbatches)
-    except (ValidationError, ScheduleError, OSError):
-        return None

@@ -106,18 +106,15 @@ def load_machine(name: str) -> Machine:
         said = f'{name}: base="{base}"'
     if base not in kinds:
         raise ConfigError(f"{said} is no known kind of GPU; {_near(base, kinds)}, or a .toml file with a base")
-    known = _merged(kinds, base)
+    known = kinds[base]
     for key, value in given.items():
         if key not in known:
             raise ConfigError(f"{name}: {key} is no constant of a GPU; {_near(key, known)}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             raise ConfigError(f"{name}: {key}={value!r} must be a number above 0, like {known[key]}")
-    return Machine(
-        name,
-        Gpu(**{**known, **given}),
-        {k: Kernel(**v) for k, v in tables["kernel"].items()},
-        {k: Stack(**_merged(tables["stack"], k)) for k in tables["stack"]},
-    )
+    kernels = {k: Kernel(**v) for k, v in tables["kernel"].items()}
+    stacks = {k: Stack(**v) for k, v in tables["stack"].items()}
+    return Machine(name, Gpu(**{**known, **given}), kernels, stacks)
 
 
 def _near(word: str, known: Iterable[str]) -> str:
@@ -125,12 +122,11 @@ def _near(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"use {', '.join(known)}"
 
 
-def _merged(rows: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    row = dict(rows[name])  # and what it takes over from its base
-    base = row.pop("base", None)
-    return {**_merged(rows, base), **row} if base else row
-
-
 @cache
 def _tables() -> dict[str, Any]:
-    return tomllib.loads(TABLES.read_text(encoding="utf-8"))
+    """Every row with what it takes over from its base, which stands above it."""
+    tables = tomllib.loads(TABLES.read_text(encoding="utf-8"))
+    for rows in tables.values():
+        for name, row in rows.items():
+            rows[name] = rows.get(row.pop("base", None), {}) | row
+    return tables

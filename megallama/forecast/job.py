@@ -1,21 +1,31 @@
 """One training step as the models of time and memory see it: shapes, layout, and which software runs it.
 
-Jobs come from configurations (`job_of`) and from tables (benchmarks/planner_rows.py): the same constants price both.
+Jobs come from configurations (`job_of`; every legal layout: `candidates`) and from tables of published layouts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
+from itertools import product
 
-from megallama.config.schema import Config
+from pydantic import ValidationError
+
+from megallama.config.rules import V_SCHEDULES, legal_tp
+from megallama.config.schema import Config, ParallelConfig
+from megallama.forecast.hardware import Machine
+from megallama.plan.check import FIXED_CHUNKS, compute_schedule
+from megallama.plan.flops import head_forward, layer_forward
 from megallama.plan.params import heads
-from megallama.plan.partition import Stages, partition
-from megallama.plan.schedule import looped
+from megallama.plan.partition import Stages, balanced, partition
+from megallama.plan.schedule import Schedule, ScheduleError, looped
 from megallama.plan.schedule_v import v_owners
 from megallama.plan.topology import Topology
 
-V_SHAPED = ("zb-v", "v-half", "dualpipe-v")  # with two chunks, as `v_owners` places them
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+RECOMPUTE = ("none", "selective", "full")
+_balanced = cache(balanced)
 
 
 @dataclass(frozen=True)
@@ -27,8 +37,8 @@ class Job:
     ffn: int
     gated: bool  # SwiGLU: three matrices; else two
     heads: int
-    kv_heads: int
-    head_dim: int
+    width: int  # elements of all queries of a token
+    kv_width: int  # and of all keys
     vocab: int
     seq: int
     gpus: int
@@ -37,6 +47,7 @@ class Job:
     dp: int
     micro_batch: int
     num_microbatches: int
+    stages: tuple[int, ...]  # layers of each stage in model order
     cp: int = 1
     chunks: int = 1
     schedule: str = "1f1b"  # 1f1b with chunks > 1 is interleaved
@@ -50,16 +61,7 @@ class Job:
     network_gbit: float | None = None  # per GPU between nodes; None: as the hardware has
     hide_tp: bool = True  # as far as the stack can
     hide_dp: bool = True
-    stage_layers: tuple[int, ...] | None = None  # layers of each stage in model order
     owners: tuple[int, ...] = ()  # rank of each stage, where a schedule says it
-
-    @property
-    def width(self) -> int:  # elements of all queries of a token (`kv_width`: of all keys)
-        return self.heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        return self.kv_heads * self.head_dim
 
     @property
     def tokens(self) -> int:  # tokens of one micro-batch on one rank
@@ -83,20 +85,15 @@ class Job:
         return self.recompute == "selective" and self.stack == "megallama"
 
     @cached_property
-    def stages(self) -> tuple[int, ...]:
-        """Layers of each stage; where nobody said, equal, and what is left over goes to the first stages."""
-        low, surplus = divmod(self.layers, self.pp * self.chunks)
-        return self.stage_layers or tuple(low + (s < surplus) for s in range(self.pp * self.chunks))
-
-    def owned(self, rank: int) -> tuple[int, ...]:
-        """The stages of a pipeline rank."""
-        in_v = self.schedule in V_SHAPED and self.chunks == 2
+    def owned(self) -> tuple[tuple[int, ...], ...]:
+        """The stages of each pipeline rank."""
+        in_v = self.schedule in V_SCHEDULES and self.chunks == 2
         owners = self.owners or (v_owners(self.pp) if in_v else looped(self.pp, self.pp * self.chunks))
-        return tuple(stage for stage, owner in enumerate(owners) if owner == rank)
+        return tuple(tuple(stage for stage, owner in enumerate(owners) if owner == rank) for rank in range(self.pp))
 
     def parameters_of(self, rank: int) -> float:
         """Matrix parameters of the ranks at one pipeline position."""
-        mine = self.owned(rank)
+        mine = self.owned[rank]
         ends = (0 in mine) + (len(self.stages) - 1 in mine and not (self.tied and self.pp == 1))
         return (sum(self.stages[s] for s in mine) * self.layer_matrix + ends * self.vocab * self.hidden) / self.tp
 
@@ -116,10 +113,68 @@ def job_of(config: Config, topology: Topology, kernel: str, stages: Stages | Non
     n, k, d = heads(m)
     split = tuple(map(len, stages or partition(config)))
     return Job(
-        m.num_layers, m.hidden_size, m.ffn_hidden_size, True, n, k, d, m.vocab_size, b.seq_length,
+        m.num_layers, m.hidden_size, m.ffn_hidden_size, True, n, n * d, k * d, m.vocab_size, b.seq_length,
         topology.world_size, p.tp, p.pp, topology.dp, b.micro_batch_size,
-        b.global_batch_size // (topology.dp * b.micro_batch_size), chunks=len(split) // p.pp, schedule=p.schedule,
-        recompute=config.memory.recompute, sequence_parallel=p.sequence_parallel and p.tp > 1, tied=m.tie_embeddings,
-        fp8=config.precision.fp8 != "none", kernel=kernel, hide_tp=o.tensor_parallel,
-        hide_dp=o.grad_reduce and o.param_gather, stage_layers=split,
+        b.global_batch_size // (topology.dp * b.micro_batch_size), split, chunks=len(split) // p.pp,
+        schedule=p.schedule, recompute=config.memory.recompute, sequence_parallel=p.sequence_parallel and p.tp > 1,
+        tied=m.tie_embeddings, fp8=config.precision.fp8 != "none", kernel=kernel, hide_tp=o.tensor_parallel,
+        hide_dp=o.grad_reduce and o.param_gather,
     )  # fmt: skip
+
+
+def candidates(config: Config, ranks: int, machine: Machine, kernel: str) -> Iterator[Job]:
+    """Every legal layout of this model and batch."""
+    m, b = config.model, config.batch
+    base = job_of(config.model_copy(update={"parallel": ParallelConfig()}), Topology(), kernel)
+    layer = layer_forward(m, b.seq_length, causal=True)
+    for tp, pp, micro in product(legal_tp(config), range(1, m.num_layers + 1), MICRO_BATCHES):
+        dp = ranks // (tp * pp)
+        count = b.global_batch_size // max(1, dp * micro)
+        if tp > machine.gpu.gpus_per_node or tp * pp * dp != ranks or dp * micro * count != b.global_batch_size:
+            continue
+        ways = product(placements(pp, m.num_layers, count), RECOMPUTE, (True, False) if tp > 1 else (False,))
+        for (schedule, chunks), recompute, sp in ways:
+            if sp and micro * b.seq_length % tp:
+                continue
+            repeats = 4 if recompute == "full" else 3
+            yield replace(
+                base, gpus=ranks, tp=tp, pp=pp, dp=dp, micro_batch=micro, num_microbatches=count, chunks=chunks,
+                schedule=schedule, recompute=recompute, sequence_parallel=sp,
+                stages=_balanced(m.num_layers, pp * chunks, repeats * layer, 3 * head_forward(m)),
+            )  # fmt: skip
+
+
+def placements(pp: int, layers: int, num_microbatches: int) -> Iterator[tuple[str, int]]:
+    """Schedules and chunks that can run this many micro-batches."""
+    for chunks in range(1, layers // pp + 1 if pp > 1 else 2):
+        if chunks == 1 or num_microbatches % pp == 0:
+            yield "1f1b", chunks
+    for name, (chunks, _) in FIXED_CHUNKS.items() if pp > 1 else ():
+        if pp * chunks <= layers and peaks_in_flight(pp, chunks, name, min(num_microbatches, 3 * pp)):
+            yield name, chunks
+
+
+def config_of(config: Config, job: Job) -> Config:
+    """The configuration with a job's layout."""
+    layout = {k: getattr(job, k) for k in ("tp", "pp", "chunks", "schedule")}
+    layout |= {"stage_layers": None, "sequence_parallel": job.sequence_parallel or job.tp == 1}
+    batch, memory = {"micro_batch_size": job.micro_batch}, {"recompute": job.recompute}
+    changes = {"parallel": layout, "batch": batch, "memory": memory}
+    return config.model_copy(update={k: getattr(config, k).model_copy(update=v) for k, v in changes.items()})
+
+
+@lru_cache(maxsize=64)
+def built(pp: int, chunks: int, name: str, num_microbatches: int) -> Schedule | None:
+    """The compute of a schedule of ours; None where the name or the numbers are not ours."""
+    try:
+        parallel = ParallelConfig.model_validate({"pp": pp, "chunks": chunks, "schedule": name})
+        return compute_schedule(parallel, num_microbatches)
+    except (ValidationError, ScheduleError):
+        return None
+
+
+@lru_cache(maxsize=1024)
+def peaks_in_flight(pp: int, chunks: int, name: str, num_microbatches: int) -> tuple[int, ...]:
+    """Micro-batches that each rank holds at once, in chunks; none where the name or the numbers are not ours."""
+    schedule = built(pp, chunks, name, num_microbatches)
+    return tuple(map(schedule.peak_in_flight, range(pp))) if schedule else ()

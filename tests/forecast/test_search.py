@@ -9,10 +9,9 @@ import pytest
 
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
-from megallama.forecast.capacity import GIB
-from megallama.forecast.forecast import forecast
+from megallama.forecast.forecast import GIB, forecast, search
 from megallama.forecast.hardware import load_machine
-from megallama.forecast.search import candidates, placements, search
+from megallama.forecast.job import candidates, placements
 from megallama.plan.plan import make_plan
 from tests.plan.test_plan import tool
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megallama.config.errors import MegallamaError
+from megallama.forecast.forecast import flags
 from megallama.forecast.hardware import load_machine
 from megallama.forecast.job import job_of
-from megallama.forecast.predict import flags
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import kernels_of, same_kernels
 from tests.small import CPU, small_config
