@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import ConfigError, exit_status  # noqa: E402
 from megallama.forecast.forecast import job_bytes, predict  # noqa: E402
-from megallama.forecast.hardware import Machine, load_machine  # noqa: E402
+from megallama.forecast.hardware import Hardware, load_hardware  # noqa: E402
 from megallama.forecast.job import Job  # noqa: E402
 
 NEEDED = ("gpu", "layers", "hidden", "heads", "seq", "gpus", "global_batch_seqs")
@@ -30,7 +30,7 @@ GPUS = {"a100-40": "a100-40g", "a100": "a100-80g", "h200": "h200", "h100": "h100
 KERNELS = {"unfused": "unfused", "attention3": "flash3", "cudnn": "flash3", "triton": "flash1", "xformers": "flash1"}
 ENDS = {"zerobubble": (1, 1), "scaling": (1, 2), "scaling-rms": (1, 2)}  # modules before and after the layers
 Row = Mapping[str, str | None]
-_machine = cache(load_machine)
+_hardware = cache(load_hardware)
 
 
 class RowError(Exception):
@@ -38,7 +38,7 @@ class RowError(Exception):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Predict what was asked for; 0, or 2 with the error on stderr."""
+    """Predict the table; 0, or 2 with the error on stderr."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, metavar="FILE.csv")
     parser.add_argument("-o", metavar="FILE", dest="out", help="default: standard output")
@@ -61,9 +61,9 @@ def predict_table(path: Path, out: str | None) -> int:
     bad = 0
     for line, row in rows:
         try:
-            job, machine = job_of_row(row)
-            p = predict(job, machine)
-            memory, tflops = job_bytes(job, machine), p.mfu_full * machine.gpu.peak_tflops
+            job, hardware = job_of_row(row)
+            p = predict(job, hardware)
+            memory, tflops = job_bytes(job, hardware), p.mfu_full * hardware.gpu.peak_tflops
             numbers = (p.step_seconds, p.tokens_per_second, tflops, memory / 1e9)
             fits = str(int(memory <= p.memory_limit))
             new = [*(f"{v:.6g}" for v in numbers), fits, "; ".join([*assumed(row), *p.flags])]
@@ -80,9 +80,9 @@ def predict_table(path: Path, out: str | None) -> int:
     return 0
 
 
-def job_of_row(row: Row) -> tuple[Job, Machine]:
-    """The job and the machine that a row describes. Raises: RowError saying which column is wrong."""
-    machine = machine_of(row)
+def job_of_row(row: Row) -> tuple[Job, Hardware]:
+    """The job and the hardware that a row describes. Raises: RowError saying which column is wrong."""
+    hardware = hardware_of(row)
     tp, pp, cp, micro = (_count(row, k, 1) for k in ("tp", "pp", "cp", "micro_batch"))
     chunks = _count(row, "vpp", 2 if pp > 1 and _word(row, "schedule").endswith("interleaved") else 1)
     if not any(_word(row, k) for k in ("tp", "pp", "dp")):
@@ -115,7 +115,7 @@ def job_of_row(row: Row) -> tuple[Job, Machine]:
         fp8=_word(row, "dtype") == "fp8", kernel=_first(KERNELS, _word(row, "attn_kernel")) or "flash2", stack=stack,
         network_gbit=_network(row),
     )  # fmt: skip
-    return job, machine
+    return job, hardware
 
 
 def evenly(layers: int, stages: int, before: int = 0, after: int = 0) -> tuple[int, ...]:
@@ -139,20 +139,20 @@ def assumed(row: Row) -> list[str]:
     return [f"{key}={value} is assumed" for key, value in used if not _word(row, key)]
 
 
-def machine_of(row: Row) -> Machine:
+def hardware_of(row: Row) -> Hardware:
     """The kind of GPU that a row names. Raises: RowError if we have no constants for it."""
     if (kind := _first(GPUS, _word(row, "gpu"))) is None:
         raise RowError(f"gpu={row.get('gpu')!r} is not among A100, H100, H200")
-    return _machine(kind)
+    return _hardware(kind)
 
 
 def stack_of(row: Row) -> str:
     """The program that ran, as a row of hardware.toml."""
-    stacks = machine_of(row).stacks
-    if said := _word(row, "stack"):
-        if said not in stacks:
-            raise RowError(f"stack={said} is unknown; use {', '.join(stacks)}")
-        return said
+    stacks = hardware_of(row).stacks
+    if named := _word(row, "stack"):
+        if named not in stacks:
+            raise RowError(f"stack={named} is unknown; use {', '.join(stacks)}")
+        return named
     mode, kernel, schedule = (_word(row, k) for k in ("dp_mode", "attn_kernel", "schedule"))
     a100 = "a100" in _word(row, "gpu")
     rules = {

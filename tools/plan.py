@@ -22,7 +22,7 @@ from megallama.analysis.communication import collectives, communication_table  #
 from megallama.config.errors import ConfigError, exit_status  # noqa: E402
 from megallama.config.load import load, read_words  # noqa: E402
 from megallama.forecast.forecast import CO2_KG_PER_KWH, GIB, PUE, Forecast, forecast, search  # noqa: E402
-from megallama.forecast.hardware import load_machine  # noqa: E402
+from megallama.forecast.hardware import load_hardware  # noqa: E402
 from megallama.plan.plan import make_plan  # noqa: E402
 
 USAGE = "usage: python tools/plan.py [CONFIG.toml] ranks=N [hardware=KIND] [kernel=NAME] [section.key=value ...]"
@@ -31,7 +31,7 @@ UNAVOIDABLE = ("matrices", "attention", "head and loss")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what was asked for; 0, or 2 with the errors on stderr."""
+    """Print the plan or the search; 0, or 2 with the errors on stderr."""
     return exit_status(lambda: run(argv))
 
 
@@ -56,19 +56,19 @@ def plan(args: argparse.Namespace) -> int:
     own = {k: [a.partition("=")[2] for a in args.words if a.startswith(f"{k}=")] for k in OWN}
     words = [a for a in args.words if a.partition("=")[0] not in own]
     file, ranks, overrides = read_words(words, "the plan", USAGE)
-    machine = load_machine((own["hardware"] or ["a100-80g"])[-1])
-    kernel = (own["kernel"] or ["flash3" if machine.gpu.peak_tflops > 400 else "flash2"])[-1]
-    if kernel not in machine.kernels:
-        raise ConfigError(f"kernel={kernel} is unknown; use {', '.join(machine.kernels)}")
+    hardware = load_hardware((own["hardware"] or ["a100-80g"])[-1])
+    kernel = (own["kernel"] or ["flash3" if hardware.gpu.peak_tflops > 400 else "flash2"])[-1]
+    if kernel not in hardware.kernels:
+        raise ConfigError(f"kernel={kernel} is unknown; use {', '.join(hardware.kernels)}")
     config = load(file, overrides, ranks=None if args.search else ranks, need_data=False)
     if args.search:
-        best, legal, too_large = search(config, ranks, machine, kernel)
-        print(f"{legal:,} legal layouts of {ranks} ranks on {machine.name}, {too_large:,} too large for "
-              f"{machine.gpu.memory_gib:.0f} GiB; predicted to be fastest:")  # fmt: skip
+        best, legal, too_large = search(config, ranks, hardware, kernel)
+        print(f"{legal:,} legal layouts of {ranks} ranks on {hardware.name}, {too_large:,} too large for "
+              f"{hardware.gpu.memory_gib:.0f} GiB; predicted to be fastest:")  # fmt: skip
         for number, f in enumerate(best, 1):
             print(f"{number:>2}. {headline(f)}\n    {settings_of(f)}\n    limited by {limits(f)}")
         return 0
-    outlook = forecast(made := make_plan(config, ranks), machine, kernel)
+    outlook = forecast(made := make_plan(config, ranks), hardware, kernel)
     if args.json:
         print(json.dumps(as_dict(outlook), indent=1))
     else:
@@ -122,7 +122,7 @@ def as_dict(f: Forecast) -> dict[str, Any]:
         ],
         "memory_limit_bytes": p.memory_limit,
         "fits": f.fits,
-        "hardware": f.machine.name,
+        "hardware": f.hardware.name,
         "kernel": f.job.kernel,
         "step_seconds": p.step_seconds,
         "seconds_by_cause": p.causes,
@@ -152,16 +152,16 @@ def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
              "activations": m.activations, "logits": m.logits, "buffers": f.buffers}  # fmt: skip
     yield "memory", f"peak {max(f.peaks) / GIB:.2f} GiB on pipeline rank {worst}, of {room:.1f} GiB: {verdict}"
     yield "", ", ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items())
-    yield "hardware", f"{f.machine.name}, attention kernel {f.job.kernel}; what follows is predicted, not measured"
+    yield "hardware", f"{f.hardware.name}, attention kernel {f.job.kernel}; what follows is predicted, not measured"
     yield "step", (f"{p.step_seconds:.3f} s, {p.tokens_per_second:,.0f} tokens/s per GPU, "
                    f"{p.tokens_per_second * f.job.gpus:,.0f} in all")  # fmt: skip
     yield "", f"MFU {p.mfu_full:.1%} (full attention), {p.mfu_causal:.1%} (causal); HFU {p.hfu:.1%}"
     yield "pipeline", f"ranks idle {f.pipeline.bubble:.1%} of its {f.pipeline.makespan:.3f} s with these times"
     yield "run", f"{f.days:,.1f} days, {f.gpu_hours:,.0f} GPU-hours for {f.tokens:,} tokens"
-    yield "energy", (f"{f.mwh:,.0f} MWh, {f.tonnes_co2:,.0f} t CO2 ({f.machine.gpu.watts:.0f} W per GPU, "
+    yield "energy", (f"{f.mwh:,.0f} MWh, {f.tonnes_co2:,.0f} t CO2 ({f.hardware.gpu.watts:.0f} W per GPU, "
                      f"PUE {PUE}, {CO2_KG_PER_KWH} kg/kWh)")  # fmt: skip
     for flag in p.flags:
-        yield "beware", f"outside what the constants were fitted on: {flag}"
+        yield "extrapolated", f"outside what the constants were fitted on: {flag}"
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Stack:
 
     speed: float = 1.0  # of matrix products, against gpu.gemm
     fp8: float = 1.5  # speed of fp8 products over bf16's
-    wide: float  # elementwise bytes per token and element of the residual stream in a layer's forward
+    residual: float  # elementwise bytes per token and element of the residual stream in a layer's forward
     inner: float  # the same per element inside attention and the feed-forward network
     head: float  # the same per logit of this rank, forward and backward
     whole: float = 0.0  # the same per logit of the whole vocabulary (programs that gather it)
@@ -66,7 +66,7 @@ class Stack:
     dp_overlap: float = 0.0  # share of gradients and parameters that may hide, if the backward is long enough
     blocking: float  # transfers between stages during which a rank waits, per forward and per backward
     scatter_gather: bool  # a transfer is cut over tp
-    launch_us: float  # one layer's forward, input or weight gradient beside its kernels
+    launch_us: float  # one layer's forward, input or weight gradient outside its kernels
     network: float = 1.0  # of what gpu.nic lets through
     ring_ns: float  # per parameter and doubling of a data-parallel ring's nodes beyond gpu.leaf_nodes
     step_ms: float  # per step
@@ -75,7 +75,7 @@ class Stack:
     param_bytes: float  # per parameter, gathered
     state_bytes: float  # held per parameter by every rank
     shard_bytes: float  # held per parameter, divided by dp
-    keep_wide: float  # kept per token and residual element (recompute none)
+    keep_residual: float  # kept per token and residual element (recompute none)
     keep_heads: float  # ... per element of q, k, v and the attention output
     keep_ffn: float  # ... per element of the feed-forward network
     keep_logits: float  # per logit of this rank
@@ -84,8 +84,8 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """All that a prediction needs beside the job."""
+class Hardware:
+    """All that a prediction needs besides the job."""
 
     name: str
     gpu: Gpu
@@ -93,28 +93,28 @@ class Machine:
     stacks: dict[str, Stack]
 
 
-def load_machine(name: str) -> Machine:
+def load_hardware(name: str) -> Hardware:
     """The GPU kind called `name`, or in the file of that name. Raises: ConfigError for unknown kinds and bad files."""
-    tables, given, base, said = _tables(), {}, name, f"hardware={name}"
+    tables, own, base, where = _tables(), {}, name, f"hardware={name}"
     kinds = tables["gpu"]
     if name.endswith(".toml"):
         try:
-            given = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+            own = tomllib.loads(Path(name).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"hardware={name} cannot be read: {error}; or use {', '.join(kinds)}") from None
-        base = str(given.pop("base", ""))
-        said = f'{name}: base="{base}"'
+        base = str(own.pop("base", ""))
+        where = f'{name}: base="{base}"'
     if base not in kinds:
-        raise ConfigError(f"{said} is no known kind of GPU; {_near(base, kinds)}, or a .toml file with a base")
+        raise ConfigError(f"{where} is no known kind of GPU; {_near(base, kinds)}, or a .toml file with a base")
     known = kinds[base]
-    for key, value in given.items():
+    for key, value in own.items():
         if key not in known:
             raise ConfigError(f"{name}: {key} is no constant of a GPU; {_near(key, known)}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             raise ConfigError(f"{name}: {key}={value!r} must be a number above 0, like {known[key]}")
     kernels = {k: Kernel(**v) for k, v in tables["kernel"].items()}
     stacks = {k: Stack(**v) for k, v in tables["stack"].items()}
-    return Machine(name, Gpu(**{**known, **given}), kernels, stacks)
+    return Hardware(name, Gpu(**{**known, **own}), kernels, stacks)
 
 
 def _near(word: str, known: Iterable[str]) -> str:

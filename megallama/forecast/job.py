@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from megallama.config.rules import V_SCHEDULES, legal_tp
 from megallama.config.schema import Config, ParallelConfig
-from megallama.forecast.hardware import Machine
+from megallama.forecast.hardware import Hardware
 from megallama.plan.check import FIXED_CHUNKS, compute_schedule
 from megallama.plan.flops import head_forward, layer_forward
 from megallama.plan.params import heads
@@ -93,9 +93,9 @@ class Job:
 
     def parameters_of(self, rank: int) -> float:
         """Matrix parameters of the ranks at one pipeline position."""
-        mine = self.owned[rank]
-        ends = (0 in mine) + (len(self.stages) - 1 in mine and not (self.tied and self.pp == 1))
-        return (sum(self.stages[s] for s in mine) * self.layer_matrix + ends * self.vocab * self.hidden) / self.tp
+        owned = self.owned[rank]
+        ends = (0 in owned) + (len(self.stages) - 1 in owned and not (self.tied and self.pp == 1))
+        return (sum(self.stages[s] for s in owned) * self.layer_matrix + ends * self.vocab * self.hidden) / self.tp
 
     @cached_property
     def rank_parameters(self) -> float:  # parameters of the fullest rank
@@ -122,7 +122,7 @@ def job_of(config: Config, topology: Topology, kernel: str, stages: Stages | Non
     )  # fmt: skip
 
 
-def candidates(config: Config, ranks: int, machine: Machine, kernel: str) -> Iterator[Job]:
+def candidates(config: Config, ranks: int, hardware: Hardware, kernel: str) -> Iterator[Job]:
     """Every legal layout of this model and batch."""
     m, b = config.model, config.batch
     base = job_of(config.model_copy(update={"parallel": ParallelConfig()}), Topology(), kernel)
@@ -130,7 +130,7 @@ def candidates(config: Config, ranks: int, machine: Machine, kernel: str) -> Ite
     for tp, pp, micro in product(legal_tp(config), range(1, m.num_layers + 1), MICRO_BATCHES):
         dp = ranks // (tp * pp)
         count = b.global_batch_size // max(1, dp * micro)
-        if tp > machine.gpu.gpus_per_node or tp * pp * dp != ranks or dp * micro * count != b.global_batch_size:
+        if tp > hardware.gpu.gpus_per_node or tp * pp * dp != ranks or dp * micro * count != b.global_batch_size:
             continue
         ways = product(placements(pp, m.num_layers, count), RECOMPUTE, (True, False) if tp > 1 else (False,))
         for (schedule, chunks), recompute, sp in ways:

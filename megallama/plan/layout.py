@@ -7,7 +7,7 @@ holds fp32 master weights and AdamW moments (ZeRO-1, Rajbhandari et al. 2020).
 
 Parameters are placed in the order in which the backward pass finishes them (the reverse of the
 forward), so buckets fill one after the other.  A bucket holds only decayed matrices, only norm
-weights, or only the tied embedding (which must lie alike on the first and on the last stage).
+weights, or only the tied embedding (which must have the same layout on the first and on the last stage).
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def saved_bytes(config: Config, recompute: str | None = None) -> int:
 
 
 def statistics_bytes(config: Config, attention: Attention = "fused") -> int:
-    """Bytes that attention keeps in one layer beside `saved_bytes`.
+    """Bytes that attention keeps in one layer on top of `saved_bytes`.
 
     fused: a log-sum-exp per token and head in fp32.  sdpa: that in the format of sums, its output a second time (if it
     has several heads), and within documents a mask [s, s] per sample and repeated key/value heads.  blocked: nothing.
@@ -134,7 +134,7 @@ def peak_saved_bytes(
 def rank_memory(
     config: Config, stages: Stages, schedule: Schedule, dp: int, pp_rank: int, attention: Attention = "fused"
 ) -> RankMemory:
-    """Bytes of the ranks at one pipeline position (alike for all tp and dp ranks there)."""
+    """Bytes of the ranks at one pipeline position (the same for all tp and dp ranks there)."""
     owned = schedule.stages_of(pp_rank)
     layouts = [stage_layout(config, stages, s, dp) for s in owned]
     numel, buckets = sum(x.numel for x in layouts), sum(len(x.buckets) for x in layouts)

@@ -258,7 +258,7 @@ def walk(schedule: Schedule, cost: Callable[[Action], float], hop: float = 0.0) 
     """Run the compute of a schedule against a clock; events in the order in which they end.
 
     An action starts when its rank is free and the values it reads are there; a value takes `hop` to another rank.
-    Raises: ScheduleError if ranks wait for one another for ever.
+    Raises: ScheduleError if ranks wait for one another forever.
     """
     programs = [[a for a in steps if a.kind.is_compute] for steps in schedule.steps]
     at = [0] * schedule.num_ranks

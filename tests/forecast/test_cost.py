@@ -27,7 +27,7 @@ from megallama.forecast.forecast import (
     saved_per_layer,
     seconds_by_cause,
 )
-from megallama.forecast.hardware import load_machine
+from megallama.forecast.hardware import load_hardware
 from megallama.forecast.job import Job, built, job_of
 from megallama.plan.flops import training_flops
 from megallama.plan.memory import saved_bytes
@@ -36,7 +36,7 @@ from megallama.plan.simulate import StageCost, simulate
 from megallama.plan.topology import Topology
 
 MEASUREMENTS = Path(__file__).parents[2] / "benchmarks" / "measurements"
-A100 = load_machine("a100-80g")
+A100 = load_hardware("a100-80g")
 SIZES = {"65B": (80, 8192, 22016, True, 64, 8192, 8192, 32000, 2048)}
 
 
@@ -128,7 +128,7 @@ def test_causes_add_up_and_overlap_hides() -> None:
     assert interleaved.causes["pp bubble"] == pytest.approx(p.causes["pp bubble"] / 5, rel=0.05)
     again = [predict(job(recompute=r), A100).causes["recompute"] for r in ("none", "selective", "full")]
     assert again[0] == 0 < again[1] < again[2] / 20
-    assert again[2] == pytest.approx(64 * 10 * sum(part.forward for part in Pricer(ours, A100).layer()))
+    assert again[2] == pytest.approx(64 * 10 * sum(item.forward for item in Pricer(ours, A100).layer()))
 
 
 def test_hardware_operations_of_recomputation() -> None:
@@ -179,12 +179,12 @@ def test_accuracy_on_the_published_measurements() -> None:
         if row["fits"] != "1" or not row["step_time_s"]:
             continue
         try:
-            own, machine = job_of_row(row)
+            own, hardware = job_of_row(row)
         except RowError:
             continue
-        seconds = sum(seconds_by_cause(own, machine).values())
+        seconds = sum(seconds_by_cause(own, hardware).values())
         name = "llama" if own.gated else "other"
-        errors[f"{own.stack} {name} {machine.name}"].append(abs(log(seconds / float(row["step_time_s"]))))
+        errors[f"{own.stack} {name} {hardware.name}"].append(abs(log(seconds / float(row["step_time_s"]))))
     llama = errors["scaling llama a100-80g"] + errors["scaling-rms llama a100-80g"]
     assert len(llama) == 153 and median(llama) < 0.023 and mean(llama) < 0.052
     assert mean(sorted(llama)[:125]) < 0.025  # 28 rows contradict their neighbours (benchmarks/results/planner.md)
@@ -197,8 +197,8 @@ def test_verdicts_on_which_layouts_fit() -> None:
     right = []
     for row in measurements("validate.csv"):
         if row["group"] == "alephalpha_llama":
-            own, machine = job_of_row(row)
-            right.append((job_bytes(own, machine) <= machine.gpu.memory_gib * GIB) == (row["fits"] == "1"))
+            own, hardware = job_of_row(row)
+            right.append((job_bytes(own, hardware) <= hardware.gpu.memory_gib * GIB) == (row["fits"] == "1"))
     assert len(right) == 360 and mean(right) >= 0.96
 
 
@@ -231,9 +231,9 @@ def test_published_bubble_rates() -> None:
 def test_adding_up_gradients_costs_as_much_for_a_small_micro_batch() -> None:
     """8 bytes per parameter, at four fifths of 2,039 GB/s: 65B's layer over tp 8 in half a millisecond."""
     for micro in (1, 4):
-        parts = {part.name: part for part in Pricer(job(micro_batch=micro), A100).layer()}
-        assert parts["gradient sums"].weight_grad == pytest.approx(8 * 809_500_672 / 8 / (0.8 * 2039e9))
-        assert parts["gradient sums"].forward == parts["gradient sums"].input_grad == 0
+        items = {item.name: item for item in Pricer(job(micro_batch=micro), A100).layer()}
+        assert items["gradient sums"].weight_grad == pytest.approx(8 * 809_500_672 / 8 / (0.8 * 2039e9))
+        assert items["gradient sums"].forward == items["gradient sums"].input_grad == 0
     assert Pricer(job(), A100).head().weight_grad > Pricer(job(), A100).product(2048, 8192, 4000)
 
 

@@ -79,10 +79,10 @@ def test_a_table_with_a_bad_row(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([str(table), "-o", str(out)]) == 0
     assert f"{table}, line 3: not predicted: seq='x' is no number\n2 of 3 rows predicted" in capsys.readouterr().err
     written = list(csv.DictReader(io.StringIO(out.read_text())))
-    job, machine = job_of_row(ROW)
-    p = predict(job, machine)
+    job, hardware = job_of_row(ROW)
+    p = predict(job, hardware)
     found = [float(written[0][k]) for k in ("measured_step_time_s", "step_time_s", "tok_s_gpu", "mem_gb")]
-    assert found == pytest.approx([1.5, p.step_seconds, p.tokens_per_second, job_bytes(job, machine) / 1e9], rel=1e-5)
+    assert found == pytest.approx([1.5, p.step_seconds, p.tokens_per_second, job_bytes(job, hardware) / 1e9], rel=1e-5)
     assert float(written[0]["tflops"]) == pytest.approx(p.mfu_full * 312, rel=1e-5) and written[0]["fits"] == "1"
     assert written[1]["step_time_s"] == "" and written[1]["flags"] == "not predicted: seq='x' is no number"
     assert float(written[2]["step_time_s"]) > 0
@@ -123,7 +123,7 @@ def test_what_a_row_leaves_open() -> None:
 def test_embedding_and_head_that_count_as_layers() -> None:
     """The zero-bubble authors' split: first and last stage hold a layer less; only interleaving has chunks."""
     row = ROW | {"attn_kernel": "", "dp_mode": "none", "sp": "0", "layers": "46", "tp": "1", "pp": "16", "dp": "4"}
-    plain, machine = job_of_row(row | {"schedule": "1f1b", "vpp": "3"})
-    assert plain.stages == (2, *[3] * 14, 2) and plain.chunks == 1 and predict(plain, machine).step_seconds > 0
+    plain, hardware = job_of_row(row | {"schedule": "1f1b", "vpp": "3"})
+    assert plain.stages == (2, *[3] * 14, 2) and plain.chunks == 1 and predict(plain, hardware).step_seconds > 0
     interleaved, _ = job_of_row(row | {"schedule": "interleaved"})
     assert interleaved.chunks == 3 and interleaved.stages == (0, *[1] * 46, 0)

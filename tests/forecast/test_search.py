@@ -10,12 +10,12 @@ import pytest
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
 from megallama.forecast.forecast import GIB, forecast, search
-from megallama.forecast.hardware import load_machine
+from megallama.forecast.hardware import load_hardware
 from megallama.forecast.job import candidates, placements
 from megallama.plan.plan import make_plan
 from tests.plan.test_plan import tool
 
-A100 = load_machine("a100-80g")
+A100 = load_hardware("a100-80g")
 LLAMA_65B = ["model.preset=llama-65b", "batch.global_batch_size=2048", "batch.micro_batch_size=1", "train.steps=333786"]
 
 
@@ -56,9 +56,9 @@ def test_nothing_fits() -> None:
 def test_hardware_of_the_users_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('base = "h100"\nnic_gbit = 800\nmemory_gib = 100.0\n')
-    mine, h100 = load_machine(str(file)), load_machine("h100")
-    assert (mine.gpu.nic_gbit, mine.gpu.memory_gib, mine.gpu.gemm) == (800, 100.0, h100.gpu.gemm)
-    assert load_machine("h200").gpu.gemm == h100.gpu.gemm and load_machine("h200").gpu.memory_gb_per_s == 4800
+    own, h100 = load_hardware(str(file)), load_hardware("h100")
+    assert (own.gpu.nic_gbit, own.gpu.memory_gib, own.gpu.gemm) == (800, 100.0, h100.gpu.gemm)
+    assert load_hardware("h200").gpu.gemm == h100.gpu.gemm and load_hardware("h200").gpu.memory_gb_per_s == 4800
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_hardware_files_that_are_wrong(tmp_path: Path, content: str, message: st
     file = tmp_path / "mine.toml"
     file.write_text(content)
     with pytest.raises(ConfigError) as error:
-        load_machine(str(file))
+        load_hardware(str(file))
     assert message in str(error.value)
 
 

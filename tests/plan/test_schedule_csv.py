@@ -91,7 +91,7 @@ CASES = [
     ("F0.0,F0.1,W0.0,I0.0,B0.1\nF1.0,B1.0,F1.1,B1.1",
      "FILE, line 1, cell 3: W0.0 needs I0.0, which stands behind it in FILE, line 1, cell 4; write I0.0 before W0.0"),
     ("F0.0,B0.0,F0.1,B0.1\nF1.0,F1.1,B1.0,B1.1",
-     "in my.csv the lines wait for one another for ever; move one of these behind what it needs:\n"
+     "in my.csv the lines wait for one another forever; move one of these behind what it needs:\n"
      "  FILE, line 1, cell 2: B0.0 needs B1.0, which stands at FILE, line 2, cell 3\n"
      "  FILE, line 2, cell 2: F1.1 needs F0.1, which stands at FILE, line 1, cell 3"),
 ]  # fmt: skip
@@ -166,5 +166,5 @@ def test_any_schedule_can_be_written_down(tmp_path: Path) -> None:
     file = tmp_path / "gpipe.csv"
     compute = gpipe(3, 4, 2)
     file.write_text("\n".join(",".join(map(str, steps)) for steps in compute.steps))
-    mine = read_csv(file, 3, 6, 4)
-    assert (mine.steps, mine.owners) == (compute.steps, compute.owners)
+    written = read_csv(file, 3, 6, 4)
+    assert (written.steps, written.owners) == (compute.steps, compute.owners)
