@@ -13,8 +13,8 @@ from megallama.comm.groups import Groups, build_groups
 from megallama.config.load import resolve
 from megallama.config.schema import Config
 from megallama.data.batch import MicroBatch
-from megallama.kernels.choose import choose_kernels
 from megallama.kernels.documents import Documents
+from megallama.kernels.select import choose_kernels
 from megallama.plan.plan import Plan, make_plan
 from megallama.train.assemble import DTYPES, Rank, assemble, initialize
 from megallama.train.step import StepResult, train_step

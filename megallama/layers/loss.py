@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from megallama.kernels.leaves import Leaves
-from megallama.kernels.norm import accumulate_dtype
+from megallama.kernels.dtypes import accumulate_dtype
+from megallama.kernels.pointwise import Leaves
 from megallama.layers.linear import TensorParallel
 from megallama.layers.norm import RMSNorm
 from megallama.layers.param import Param

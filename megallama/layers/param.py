@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megallama.comm.group import Handle
-from megallama.kernels.choose import Kernels
+from megallama.kernels.dtypes import accumulate_dtype
 from megallama.kernels.gemm import Gemms
-from megallama.kernels.norm import accumulate_dtype
+from megallama.kernels.select import Kernels
 from megallama.plan.layout import BufferLayout
 from megallama.plan.params import ParamSpec
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from megallama.comm.groups import Groups
 from megallama.config.errors import MegallamaError
 from megallama.config.schema import Config
-from megallama.kernels.choose import Kernels, choose_kernels
+from megallama.kernels.select import Kernels, choose_kernels
 from megallama.layers.linear import TensorParallel
 from megallama.layers.param import FlatBuffers
 from megallama.layers.shard import StateShard

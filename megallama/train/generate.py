@@ -22,7 +22,8 @@ from megallama.checkpoint.reader import open_weights
 from megallama.config.errors import ConfigError
 from megallama.config.schema import ModelConfig
 from megallama.data.tokenizer import Tokenizer
-from megallama.kernels.norm import accumulate_dtype, rms_norm
+from megallama.kernels.dtypes import accumulate_dtype
+from megallama.kernels.norm import rms_norm
 from megallama.kernels.rope import rope_tables, rotate
 from megallama.plan.params import heads
 

@@ -20,7 +20,7 @@ from megallama.config.schema import Config
 from megallama.data.ledger import TrainData
 from megallama.data.loader import Loader
 from megallama.data.sources import Data, open_sources
-from megallama.kernels.choose import Kernels
+from megallama.kernels.select import Kernels
 from megallama.optim.lr import learning_rate
 from megallama.optim.scaler import LossScaler
 from megallama.plan.flops import training_flops

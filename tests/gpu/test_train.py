@@ -13,7 +13,7 @@ from megallama.comm.groups import build_groups
 from megallama.config.schema import Config
 from megallama.data.loader import Loader
 from megallama.data.samples import Samples
-from megallama.kernels.choose import choose_kernels
+from megallama.kernels.select import choose_kernels
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import DTYPES, Rank, assemble, initialize
 from megallama.train.step import train_step
