@@ -66,7 +66,6 @@ class BufferLayout:
 
     buckets: tuple[Bucket, ...]
     numel: int
-    dp: int
 
     def segments(self, start: int, stop: int) -> Iterator[Segment]:
         """What lies in elements start..stop-1 of the buffer; padding lies in no segment."""
@@ -114,7 +113,7 @@ def build_layout(specs: Sequence[ParamSpec], dp: int, bucket_elements: int) -> B
     for rest in (open_, [s for s in backward if s.tied], [s for s in backward if not s.decay]):
         if rest:
             close(rest)
-    return BufferLayout(tuple(buckets), at, dp)
+    return BufferLayout(tuple(buckets), at)
 
 
 def _round_up(n: int, multiple: int) -> int:
