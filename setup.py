@@ -30,7 +30,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megallama", "megallama.*"]),
-    package_data={"megallama.plan": ["hardware.toml"]},
+    package_data={"megallama.forecast": ["hardware.toml"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

@@ -1,7 +1,7 @@
-"""Fit the constants of megallama/plan/hardware.toml, and report how well they predict.
+"""Fit the constants of megallama/forecast/hardware.toml, and report how well they predict.
 
     python benchmarks/fit_planner.py          # report on the constants as they stand: benchmarks/results/planner.md
-    python benchmarks/fit_planner.py --fit    # fit anew, write hardware.toml, then report
+    python benchmarks/fit_planner.py --fit    # fit again, write hardware.toml, then report
 
 Reads benchmarks/measurements/validate.csv and aux_validate.csv and nothing else.  Errors are of log step time; the
 loss is robust (Cauchy: single rows far off have no say); every constant has a prior in log space that keeps it
@@ -25,20 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from planner_rows import RowError, _hardware, job_of_row
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megallama.config.load import load  # noqa: E402
-from megallama.plan.capacity import GIB, job_bytes  # noqa: E402
-from megallama.plan.cost import built  # noqa: E402
-from megallama.plan.forecast import Forecast, forecast  # noqa: E402
-from megallama.plan.hardware import TABLES, Machine, _tables, load_machine  # noqa: E402
-from megallama.plan.job import Job  # noqa: E402
+from megallama.forecast.forecast import GIB, Forecast, forecast, job_bytes, search, seconds_by_cause  # noqa: E402
+from megallama.forecast.hardware import TABLES, Hardware, _tables, load_hardware  # noqa: E402
+from megallama.forecast.job import Job, built  # noqa: E402
 from megallama.plan.plan import make_plan  # noqa: E402
-from megallama.plan.predict import seconds_by_cause  # noqa: E402
-from megallama.plan.rows import RowError, _machine, job_of_row  # noqa: E402
-from megallama.plan.search import search  # noqa: E402
 from megallama.plan.simulate import StageCost, simulate  # noqa: E402
 
 TOML: dict[str, Any] = tomllib.loads(TABLES.read_text(encoding="utf-8"))
@@ -50,7 +46,7 @@ SIGMA, DELTA = 0.03, 0.04  # of log step time: noise, and where the loss turns f
 # constant -> standard deviation of its prior in log space, around the value in the file
 GPU = {"gemm": 0.1, "small": 0.4, "tp_bus": 0.3, "tp_latency_us": 0.5, "nic": 0.2, "hop_latency_us": 0.7}
 KERNEL = {"forward": 0.2, "backward": 0.2, "passes": 0.3, "unaligned": 0.5}
-STACK = {"speed": 0.05, "fp8": 0.1, "dp_overlap": 0.3, "tp_overlap": 0.3, "wide": 0.4, "inner": 0.4, "head": 0.4}
+STACK = {"speed": 0.05, "fp8": 0.1, "dp_overlap": 0.3, "tp_overlap": 0.3, "residual": 0.4, "inner": 0.4, "head": 0.4}
 STACK |= dict.fromkeys(("whole", "launch_us", "ring_ns", "blocking", "step_ms"), 0.7)
 STACK |= {"network": 0.5, "jitter": 0.5}
 
@@ -61,27 +57,27 @@ FITTED: Priors = {
     "kernel.unfused": {"unaligned": 5},
     "kernel.flash2": {"forward": 0.73, "backward": 0.65},
     "stack.deepspeed": {"network": 0.1},
-    "stack.megatron": {"wide": 20, "inner": 12, "ring_ns": 0.15},
+    "stack.megatron": {"residual": 20, "inner": 12, "ring_ns": 0.15},
     "stack.megatron-2024": {"speed": 0.95, "blocking": 4},
     "stack.megatron-deepspeed": {"speed": 0.92, "network": 0.29, "launch_us": 700},
-    "stack.zerobubble": {"wide": 30, "speed": 0.89, "head": 11},
-    "stack.scaling": {"speed": 1.07, "wide": 110, "whole": 14, "launch_us": 240, "ring_ns": 0.45, "jitter": 0.025},
-    "stack.scaling-rms": {"wide": 30},
-    "stack.fsdp": {"speed": 1, "wide": 24, "head": 18, "dp_overlap": 0.55},
+    "stack.zerobubble": {"residual": 30, "speed": 0.89, "head": 11},
+    "stack.scaling": {"speed": 1.07, "residual": 110, "whole": 14, "launch_us": 240, "ring_ns": 0.45, "jitter": 0.025},
+    "stack.scaling-rms": {"residual": 30},
+    "stack.fsdp": {"speed": 1, "residual": 24, "head": 18, "dp_overlap": 0.55},
 }
 FITTED_H100: Priors = {
     "gpu.h100": {"gemm": 0.72, "small": 110, "attention": 0.56, "tp_bus": 0.5},
     "kernel.flash3": {"forward": 0.78, "backward": 0.78},
     "stack.megatron-core": {
-        "speed": 1.1, "wide": 13, "tp_overlap": 0.6, "dp_overlap": 0.7, "ring_ns": 0.02, "fp8": 1.6,
+        "speed": 1.1, "residual": 13, "tp_overlap": 0.6, "dp_overlap": 0.7, "ring_ns": 0.02, "fp8": 1.6,
     },
-    "stack.torchtitan": {"speed": 0.8, "wide": 27, "head": 65, "fp8": 1.4},
-    "stack.nanotron": {"speed": 0.95, "wide": 20, "tp_overlap": 0.45, "dp_overlap": 0.6, "step_ms": 25},
+    "stack.torchtitan": {"speed": 0.8, "residual": 27, "head": 65, "fp8": 1.4},
+    "stack.nanotron": {"speed": 0.95, "residual": 20, "tp_overlap": 0.45, "dp_overlap": 0.6, "step_ms": 25},
 }
 Fit = tuple[dict[str, str], Job, float, str]
 
 
-def jobs() -> Iterator[tuple[dict[str, str], Job, Machine]]:
+def jobs() -> Iterator[tuple[dict[str, str], Job, Hardware]]:
     """The published rows that can be predicted."""
     with MEASURED.open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -92,14 +88,14 @@ def jobs() -> Iterator[tuple[dict[str, str], Job, Machine]]:
 def measured(kinds: tuple[str, ...]) -> list[Fit]:
     """Rows with a measured step time, or the MFU that gives it, on these kinds of GPU."""
     out = []
-    for row, job, machine in jobs():
-        flops = job.step_tokens / job.gpus * job.flops_per_token(causal=False) / machine.gpu.peak_tflops / 1e12
-        if machine.name not in kinds or row["fits"] != "1":
+    for row, job, hardware in jobs():
+        flops = job.step_tokens / job.gpus * job.flops_per_token(causal=False) / hardware.gpu.peak_tflops / 1e12
+        if hardware.name not in kinds or row["fits"] != "1":
             continue
         if row["step_time_s"]:
-            out.append((row, job, float(row["step_time_s"]), machine.name))
+            out.append((row, job, float(row["step_time_s"]), hardware.name))
         elif row["mfu_pct_reported"]:
-            out.append((row, job, 100 * flops / float(row["mfu_pct_reported"]), machine.name))
+            out.append((row, job, 100 * flops / float(row["mfu_pct_reported"]), hardware.name))
     return out
 
 
@@ -123,7 +119,7 @@ class Model:
 
     def __init__(self, fitted: Priors) -> None:
         self.names = [f"{section}.{key}" for section, keys in fitted.items() for key in keys]
-        self.machines = {k: load_machine(k) for k in ("a100-80g", "a100-40g", "h100", "h200")}
+        self.kinds = {k: load_hardware(k) for k in ("a100-80g", "a100-40g", "h100", "h200")}
         spread = {"gpu": GPU | {"attention": 0.3}, "kernel": KERNEL, "stack": STACK}
         self.spread = np.array([spread[n.split(".")[0]][n.rpartition(".")[2]] for n in self.names])
         self.prior = np.log([v for values in fitted.values() for v in values.values()])
@@ -131,27 +127,27 @@ class Model:
 
     def _value(self, name: str) -> float:
         kind, row, key = name.split(".")
-        machine = self.machines["a100-80g"]
+        hardware = self.kinds["a100-80g"]
         if kind == "gpu":
-            return getattr(self.machines[row].gpu, key)
-        return getattr((machine.kernels if kind == "kernel" else machine.stacks)[row], key)
+            return getattr(self.kinds[row].gpu, key)
+        return getattr((hardware.kernels if kind == "kernel" else hardware.stacks)[row], key)
 
-    def at(self, x: np.ndarray) -> dict[str, Machine]:
-        """The machines with these constants; rows without an own value follow their base."""
-        gpus = {k: m.gpu for k, m in self.machines.items()}
-        kernels, stacks = dict(self.machines["a100-80g"].kernels), dict(self.machines["a100-80g"].stacks)
+    def at(self, x: np.ndarray) -> dict[str, Hardware]:
+        """The hardware by kind with these constants; rows without an own value follow their base."""
+        gpus = {k: m.gpu for k, m in self.kinds.items()}
+        kernels, stacks = dict(self.kinds["a100-80g"].kernels), dict(self.kinds["a100-80g"].stacks)
         for name, value in zip(self.names, np.exp(x), strict=True):
             kind, row, key = name.split(".")
             for follower in followers(kind, row, key):
                 table = {"gpu": gpus, "kernel": kernels, "stack": stacks}[kind]
                 table[follower] = replace(table[follower], **{key: float(value)})
-        return {k: Machine(k, gpus[k], kernels, stacks) for k in gpus}
+        return {k: Hardware(k, gpus[k], kernels, stacks) for k in gpus}
 
 
 def predicted(model: Model, x: np.ndarray, rows: list[Fit]) -> np.ndarray:
     """Log seconds of each row."""
-    machines = model.at(x)
-    return np.array([math.log(sum(seconds_by_cause(job, machines[kind]).values())) for _, job, _, kind in rows])
+    kinds = model.at(x)
+    return np.array([math.log(sum(seconds_by_cause(job, kinds[kind]).values())) for _, job, _, kind in rows])
 
 
 def fit(model: Model, rows: list[Fit], rounds: int = 15) -> np.ndarray:
@@ -230,8 +226,8 @@ def odd(row: dict[str, str]) -> bool:
 def marks() -> list[str]:
     """Right and wrong verdicts on which layouts fit."""
     tally: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for row, job, machine in jobs():
-        fits = job_bytes(job, machine) <= machine.gpu.memory_gib * GIB
+    for row, job, hardware in jobs():
+        fits = job_bytes(job, hardware) <= hardware.gpu.memory_gib * GIB
         name = "alephalpha_llama" if row["group"] == "alephalpha_llama" else "all others (all but 3 fit)"
         tally[name][0] += 1
         tally[name][1] += fits and row["fits"] == "0"
@@ -265,7 +261,7 @@ BUBBLES = {
 
 
 def bubbles() -> list[str]:
-    """Simulated bubble rates beside those of Qi et al.'s tables 5 and 8.
+    """Simulated bubble rates next to those of Qi et al.'s tables 5 and 8.
 
     Table 5 was computed from the profiled times of table 9.  Table 8 has the same models on more ranks: a stage's work
     is as much shorter as it has fewer layers, a transfer is not.
@@ -311,7 +307,7 @@ RUNS = (("7b", 512), ("13b", 1024), ("33b", 2048), ("65b", 2048))
 
 def layouts() -> list[str]:
     """The best layouts for LLaMA's four models on A100 nodes, and what its paper's 380 tokens/s/GPU are like."""
-    machine = load_machine("a100-80g")
+    hardware = load_hardware("a100-80g")
     lines = ["| model | GPUs | layout | tokens/s/GPU | MFU % | GiB |", "|---" * 6 + "|"]
 
     def row(model: str, name: str, f: Forecast) -> str:
@@ -321,14 +317,14 @@ def layouts() -> list[str]:
 
     for model, gpus in RUNS:
         words = [f"model.preset=llama-{model}", "batch.global_batch_size=2048", "batch.micro_batch_size=1"]
-        for f in search(load(None, words, need_data=False), gpus, machine, "flash2")[0][:3]:
+        for f in search(load(None, words, need_data=False), gpus, hardware, "flash2")[0][:3]:
             c, p = f.plan.config, f.plan.config.parallel
             name = f"tp {p.tp} pp {p.pp} x{p.chunks} {p.schedule}, micro-batch {c.batch.micro_batch_size}, "
             lines.append(row(model, name + c.memory.recompute + ", no sp" * (not p.sequence_parallel), f))
     plain = [*words, "parallel.tp=8", "parallel.pp=8"]
     nothing = ["overlap.tensor_parallel=false", "overlap.grad_reduce=false"]
     for name, more in ((", nothing overlapped", nothing), ("", []), (", interleaved x5", ["parallel.chunks=5"])):
-        f = forecast(make_plan(load(None, plain + more, ranks=2048, need_data=False), 2048), machine, "flash2")
+        f = forecast(make_plan(load(None, plain + more, ranks=2048, need_data=False), 2048), hardware, "flash2")
         lines.append(row("65b", "tp 8 pp 8 1f1b, micro-batch 1, selective" + name, f))
     return [*lines, "| 65b | 2048 | LLaMA paper (layout not published) | 380 | 49.5 | |", *PAPER]
 
@@ -336,7 +332,7 @@ def layouts() -> list[str]:
 def main() -> None:
     """Fit if asked to, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fit", action="store_true", help="fit anew and write hardware.toml")
+    parser.add_argument("--fit", action="store_true", help="fit again and write hardware.toml")
     parser.add_argument("--out", default=str(ROOT / "benchmarks/results/planner.md"))
     args = parser.parse_args()
     if args.fit:
@@ -344,7 +340,7 @@ def main() -> None:
             model = Model(fitted)
             write(model, fit(model, measured(kinds)))
             _tables.cache_clear()
-            _machine.cache_clear()
+            _hardware.cache_clear()
     lines = []
     for kinds, fitted in SETS:
         rows, model = measured(kinds), Model(fitted)

@@ -6,11 +6,10 @@
     python benchmarks/gpu.py --seconds 240                   fewer rounds, and no row that may not end by then
     python benchmarks/gpu.py --cpu-check                     all of it on a tiny model, on the CPU; writes nothing
 
-Systems: `ours` with the kernels it chooses, `ours-torch` without Transformer Engine, `ours-graphs` with
-run.cuda_graphs, `ours-fp8` with precision.fp8=tensorwise, and transformers' LlamaForCausalLM (fp32 weights under bf16
-autocast, SDPA, fused AdamW: it keeps fp32 master weights as ours does).  A row is one process; the systems take turns,
-`--rounds` times, each built anew, one step to warm up and then `--steps` without a pause; a figure is the median over
-rounds.
+Systems: `ours` with the kernels it chooses, `ours-torch` without Transformer Engine, `ours-fp8` with
+precision.fp8=tensorwise, and transformers' LlamaForCausalLM (fp32 weights under bf16 autocast, SDPA, fused AdamW: it
+keeps fp32 master weights as ours does).  A row is one process; the systems take turns, `--rounds` times, each built
+anew, one step to warm up and then `--steps` without a pause; a figure is the median over rounds.
 
 A step has `--tokens` tokens.  Micro-batch and recomputation are the first of CHOICES with which the plan's bytes, and
 4 GB for work buffers, fit into 95 % of the device; what runs out of memory all the same goes on to the next.  A model
@@ -56,7 +55,7 @@ CHOICES = (  # tokens of a micro-batch, memory.recompute
 )  # fmt: skip
 SYSTEMS: dict[str, tuple[str, ...]] = {
     "ours": (), "transformers": (), "ours-torch": ('run.without_kernels=["Transformer Engine"]',),
-    "ours-graphs": ("run.cuda_graphs=true",), "ours-fp8": ("precision.fp8=tensorwise",),
+    "ours-fp8": ("precision.fp8=tensorwise",),
 }  # fmt: skip
 WORK_BYTES = 4e9
 
@@ -189,8 +188,7 @@ class Measurement:
         def once() -> float:
             return self.step.train_step(rank, schedule, batches, lr=1e-5).loss
 
-        warm = 4 if system == "ours-graphs" else 1  # the fourth step records the last of its kinds of micro-batch
-        return {**self.timed(once, warm), "kernels": kernels, "planned_bytes": self.planned_bytes(config)}
+        return {**self.timed(once), "kernels": kernels, "planned_bytes": self.planned_bytes(config)}
 
     def transformers(self, system: str, choice: tuple[int, str]) -> dict[str, Any]:
         """A round of transformers' model under a plain loop; checkpointing where our choice recomputes in full."""
@@ -232,10 +230,9 @@ class Measurement:
 
         return self.timed(once, 1)
 
-    def timed(self, once: Any, warm: int) -> dict[str, Any]:
+    def timed(self, once: Any) -> dict[str, Any]:
         """Seconds of a step, its loss and the peak of memory."""
-        for _ in range(warm):
-            loss = once()
+        loss = once()
         self.one.synchronize(self.device)
         start = time.perf_counter()
         for _ in range(self.row.steps):

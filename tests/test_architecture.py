@@ -14,8 +14,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, TOOLS = ROOT / "megallama", ROOT / "tools"
 # from below to above; folders of one level do not import one another
-LAYERS = ("config", "plan", "comm kernels", "layers", "checkpoint data optim pipeline model", "train")
-WITHOUT_TORCH = ("config", "plan")
+ENGINE = ("config", "plan", "comm kernels", "layers", "checkpoint data optim pipeline model", "train")
+# beside the engine: these import it and are never imported by it; each with the lines that it may have
+BESIDE = {"text": 1700, "convert": 1050, "forecast": 700, "analysis": 800, "inference": 250}
+LAYERS = (*ENGINE, " ".join(BESIDE))
+WITHOUT_TORCH = ("config", "plan", "forecast")
 ONLY_IN = {  # name -> the modules that may use it, by prefix
     "torch.distributed": ("comm.",),
     "os.environ": ("comm.launch", "tools.preprocess_data"),
@@ -143,10 +146,34 @@ def test_the_whole_package_stays_readable() -> None:
     assert total <= MAX_PACKAGE, f"{total} lines in megallama/; remove some"
 
 
+@pytest.mark.parametrize("room", [room for room in BESIDE if (PACKAGE / room).exists()])
+def test_a_room_beside_the_engine_keeps_its_size(room: str) -> None:
+    total = sum(len(p.read_text(encoding="utf-8").splitlines()) for p in (PACKAGE / room).rglob("*.py"))
+    assert total <= BESIDE[room], f"{total} lines in {room}/; remove some"
+
+
 def test_every_folder_has_its_level() -> None:
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
-    assert folders == {name for names in LAYERS for name in names.split()}
+    assert folders <= {name for names in LAYERS for name in names.split()}
     assert all((PACKAGE / f / "__init__.py").exists() for f in folders)
+
+
+def engine() -> set[str]:
+    """Every module that an import statement leads to from the entry point, those inside functions included."""
+    found, todo = set[str](), ["pretrain"]
+    while todo:
+        module = todo.pop()
+        path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+        if module not in found and path.exists():
+            found.add(module)
+            names = (n for node in ast.walk(ast.parse(path.read_text("utf-8"))) for n in imports(node, module))
+            todo += [name.removeprefix("megallama.") for name in names if name.startswith("megallama.")]
+    return found
+
+
+def test_the_engine_imports_nothing_that_stands_beside_it() -> None:
+    rooms = {module.split(".")[0] for module in engine()}
+    assert rooms > {"train", "plan", "config"} and rooms & set(BESIDE) == set()
 
 
 def where_is_rows(readme: str) -> list[str]:
@@ -210,5 +237,9 @@ def test_the_rules_bite(tmp_path: Path) -> None:
     sibling.write_text("\n".join(source), encoding="utf-8")
     assert problems(sibling, "model.other") == ["model.other:2: model/ must not import data/"]
     assert problems(sibling, "train.other") == []
+    assert problems(sibling, "forecast.other") == []
+    sibling.write_text('"""Beside."""\nfrom megallama.forecast import search', encoding="utf-8")
+    for package in ("train", "analysis"):
+        assert problems(sibling, f"{package}.x") == [f"{package}.x:2: {package}/ must not import forecast/"]
     table = "## Where is what\n| `a/b.py` | x |\n| `c/` | y |\n## Next\n| `d` |\n"
     assert where_is_rows(table) == ["a/b.py", "c/"]

@@ -11,10 +11,9 @@ import pytest
 
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
-from megallama.plan.forecast import forecast
-from megallama.plan.hardware import load_machine
+from megallama.forecast.forecast import forecast, search
+from megallama.forecast.hardware import load_hardware
 from megallama.plan.plan import make_plan
-from megallama.plan.search import search
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 RANKS = {  # file -> ranks it is meant for
@@ -124,10 +123,10 @@ def test_the_heading_of_an_example_is_true(name: str) -> None:
         assert f"{parallel.pp - 1}/{parallel.chunks * micro} " in heading
     else:
         assert f"{parallel.chunks} chunks per rank" in heading
-    best, legal, _ = search(config, ranks, load_machine("a100-80g"), "flash2")
+    best, legal, _ = search(config, ranks, load_hardware("a100-80g"), "flash2")
     said = float(re.findall(r"([\d,]+) tokens/s per GPU", heading)[0].replace(",", ""))
     assert f"of {legal:,} legal ones" in heading
-    mine = forecast(plan, load_machine("a100-80g"), "flash2").prediction.tokens_per_second
+    mine = forecast(plan, load_hardware("a100-80g"), "flash2").prediction.tokens_per_second
     assert said == pytest.approx(mine, rel=0.005) and mine > 0.99 * best[0].prediction.tokens_per_second
 
 

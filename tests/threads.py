@@ -231,10 +231,9 @@ class ThreadGroup:
     @torch.no_grad()
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
         self._check(tensor)
-        pairwise = torch.maximum if op == "max" else torch.minimum
 
         def finish(parts: list[Tensor]) -> None:
-            tensor.copy_(_sum(parts) if op == "sum" else reduce(pairwise, parts))
+            tensor.copy_(_sum(parts) if op == "sum" else reduce(torch.maximum, parts))
 
         late = self.late()
         mine = _Input(tensor, late)
@@ -276,18 +275,6 @@ class ThreadGroup:
         if not (late and _overlap(output, full)):
             _poison(output)
         return self._start(f"reduce_scatter {_describe(full)}", mine, finish)
-
-    @torch.no_grad()
-    def broadcast(self, tensor: Tensor, source: int) -> Handle:
-        self._check(tensor)
-
-        def finish(parts: list[Tensor]) -> None:
-            tensor.copy_(parts[source])
-
-        mine = _Input(tensor, self.rank == source and self.late())
-        if self.rank != source:
-            _poison(tensor)
-        return self._start(f"broadcast from {source} {_describe(tensor)}", mine, finish)
 
     def send(self, tensor: Tensor, to: int) -> Handle:
         assert to != self.rank, f"{self.name}: rank {to} sends to itself"

@@ -242,8 +242,8 @@ def kernels(dtype: str, device: str, measure: bool, compiled: bool) -> list[dict
     """A row per operation; with `measure` the microseconds of everything that works here."""
     import torch
 
-    from megallama.kernels.checks import Place
-    from megallama.kernels.choose import FP8, FP8_PRODUCTS, OPERATIONS, choose_kernels
+    from megallama.kernels.candidate import Place
+    from megallama.kernels.select import FP8, FP8_PRODUCTS, OPERATIONS, choose_kernels
     from megallama.train.assemble import DTYPES
 
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
@@ -312,7 +312,7 @@ def workload(operation: str, made: Any, place: Any) -> Callable[[], Any]:
     import torch
 
     from megallama.config.schema import OptimizerConfig
-    from megallama.kernels.norm import accumulate_dtype
+    from megallama.kernels.dtypes import accumulate_dtype
 
     tokens, h, f, heads, d, seq, vocab = CUDA_SIZE if place.device.type == "cuda" else CPU_SIZE
     wide = accumulate_dtype(place.dtype)

@@ -2,14 +2,13 @@
 
 Prints the plan: layers and parameters per stage, batch arithmetic, memory per rank, the pipeline's bubble, and the
 predicted time, speed, length, energy and CO2 on a kind of GPU.  ``--json`` prints it for programs, ``--search`` looks
-for the fastest layouts, ``--rows`` prices a table of layouts.  Needs neither torch nor a GPU.  Exit status 2 if the
-configuration has errors; all of them are printed.
+for the fastest layouts.  Needs neither torch nor a GPU.  Exit status 2 if the configuration has errors; all of them are
+printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,40 +18,38 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megallama.analysis.communication import collectives, communication_table  # noqa: E402
 from megallama.config.errors import ConfigError, exit_status  # noqa: E402
 from megallama.config.load import bare, load, read_words  # noqa: E402
 from megallama.config.words import counted  # noqa: E402
-from megallama.plan.capacity import GIB  # noqa: E402
-from megallama.plan.communication import collectives, communication_table  # noqa: E402
-from megallama.plan.forecast import CO2_KG_PER_KWH, PUE, Forecast, forecast  # noqa: E402
-from megallama.plan.hardware import load_machine  # noqa: E402
+from megallama.forecast.forecast import CO2_KG_PER_KWH, GIB, PUE, Forecast, forecast, search  # noqa: E402
+from megallama.forecast.hardware import load_hardware  # noqa: E402
 from megallama.plan.plan import make_plan  # noqa: E402
-from megallama.plan.predict import predict  # noqa: E402
-from megallama.plan.rows import NEEDED, RowError, assumed, job_of_row  # noqa: E402
-from megallama.plan.search import search  # noqa: E402
 
 USAGE = "usage: python tools/plan.py [CONFIG.toml] ranks=N [hardware=KIND] [kernel=NAME] [section.key=value ...]"
 OWN = ("hardware", "kernel")
-WRITTEN = ("step_time_s", "tok_s_gpu", "tflops", "mem_gb", "fits", "flags")
 UNAVOIDABLE = ("matrices", "attention", "head and loss")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what was asked for; 0, or 2 with the errors on stderr."""
+    """Print the plan or the search; 0, or 2 with the errors on stderr."""
     return exit_status(lambda: run(argv))
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print one plan, a search's findings, or a table. Raises: MegallamaError."""
+    """Print one plan, or a search's findings. Raises: MegallamaError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="CONFIG.toml, ranks=N, hardware=a100-80g|h100|h200|FILE.toml, "
                         "kernel=unfused|flash1|flash2|flash3, section.key=value")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the whole plan as JSON")
     parser.add_argument("--search", action="store_true", help="the ten fastest layouts of this model and batch")
-    parser.add_argument("--rows", metavar="FILE", help="predict every row of a CSV with validate.csv's columns")
-    parser.add_argument("-o", metavar="FILE", dest="out", help="where --rows writes; default standard output")
+    for moved in ("--rows", "-o"):
+        parser.add_argument(moved, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(bare(argv))
-    return predict_table(Path(args.rows), args.out) if args.rows else plan(args)
+    if args.rows or args.o:
+        table = f"{args.rows or 'FILE.csv'} -o {args.o or 'OUT.csv'}"
+        raise ConfigError(f"tables of layouts have a program of their own: python benchmarks/planner_rows.py {table}")
+    return plan(args)
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -60,28 +57,28 @@ def plan(args: argparse.Namespace) -> int:
     own = {k: [a.partition("=")[2] for a in args.words if a.startswith(f"{k}=")] for k in OWN}
     words = [a for a in args.words if a.partition("=")[0] not in own]
     file, ranks, overrides = read_words(words, "the plan", USAGE)
-    machine = load_machine((own["hardware"] or ["a100-80g"])[-1])
-    kernel = (own["kernel"] or ["flash3" if machine.gpu.peak_tflops > 400 else "flash2"])[-1]
-    if kernel not in machine.kernels:
-        raise ConfigError(f"kernel={kernel} is unknown; use {', '.join(machine.kernels)}")
+    hardware = load_hardware((own["hardware"] or ["a100-80g"])[-1])
+    kernel = (own["kernel"] or ["flash3" if hardware.gpu.peak_tflops > 400 else "flash2"])[-1]
+    if kernel not in hardware.kernels:
+        raise ConfigError(f"kernel={kernel} is unknown; use {', '.join(hardware.kernels)}")
     config = load(file, overrides, ranks=None if args.search else ranks, need_data=False)
     given = bool(own["hardware"])
     if args.search:
-        best, legal, too_large = search(config, ranks, machine, kernel)
-        on = machine.name if given else f"{machine.name} (assumed; hardware=KIND for others)"
+        best, legal, too_large = search(config, ranks, hardware, kernel)
+        on = hardware.name if given else f"{hardware.name} (assumed; hardware=KIND for others)"
         print(f"{counted(legal, 'legal layout', ',')} of {counted(ranks, 'rank')} on {on}, "
-              f"{too_large:,} too large for {machine.gpu.memory_gib:.0f} GiB; predicted to be fastest:")  # fmt: skip
+              f"{too_large:,} too large for {hardware.gpu.memory_gib:.0f} GiB; predicted to be fastest:")  # fmt: skip
         for number, f in enumerate(best, 1):
             print(f"{number:>2}. {headline(f)}\n    {settings_of(f)}\n    limited by {limits(f)}")
         return 0
-    outlook = forecast(made := make_plan(config, ranks), machine, kernel)
+    outlook = forecast(made := make_plan(config, ranks), hardware, kernel)
     if args.json:
         print(json.dumps(as_dict(outlook) | {"hardware_assumed": not given}, indent=1))
     else:
         table = communication_table(made.config, made.topology, made.stages, made.schedule)
         table = table if ranks > 1 else "one rank communicates nothing"
         whose = "GPUs" if given else "GPUs are assumed; hardware=KIND plans for others"
-        print(f"hardware   {machine.name} {whose}. This machine is not looked at")
+        print(f"hardware   {hardware.name} {whose}. This machine is not looked at")
         print("\n\n".join((str(made), table, text(outlook))))
     return 0
 
@@ -135,7 +132,7 @@ def as_dict(f: Forecast) -> dict[str, Any]:
         ],
         "memory_limit_bytes": p.memory_limit,
         "fits": f.fits,
-        "hardware": f.machine.name,
+        "hardware": f.hardware.name,
         "kernel": f.job.kernel,
         "step_seconds": p.step_seconds,
         "seconds_by_cause": p.causes,
@@ -166,49 +163,16 @@ def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
     shares = [few(100 * share, 1) for share in (p.mfu_full, p.mfu_causal, p.hfu)]
     yield "memory", f"peak {max(f.peaks) / GIB:.2f} GiB on pipeline rank {worst}, of {room:.1f} GiB: {verdict}"
     yield "", ", ".join(f"{k} {few(v / GIB, 2)}" for k, v in parts.items())
-    yield "hardware", f"{f.machine.name}, attention kernel {f.job.kernel}; what follows is predicted, not measured"
+    yield "hardware", f"{f.hardware.name}, attention kernel {f.job.kernel}; what follows is predicted, not measured"
     yield "step", (f"{few(p.step_seconds, 3)} s, {p.tokens_per_second:,.0f} tokens/s per GPU, "
                    f"{p.tokens_per_second * f.job.gpus:,.0f} in all")  # fmt: skip
     yield "", f"MFU {shares[0]}% (full attention), {shares[1]}% (causal); HFU {shares[2]}%"
     yield "pipeline", f"ranks idle {f.pipeline.bubble:.1%} of its {few(f.pipeline.makespan, 3)} s with these times"
     yield "run", f"{few(f.days, 1)} days, {few(f.gpu_hours)} GPU-hours for {counted(f.tokens, 'token', ',')}"
-    yield "energy", (f"{few(f.mwh)} MWh, {few(f.tonnes_co2)} t CO2 ({f.machine.gpu.watts:.0f} W per GPU, "
+    yield "energy", (f"{few(f.mwh)} MWh, {few(f.tonnes_co2)} t CO2 ({f.hardware.gpu.watts:.0f} W per GPU, "
                      f"PUE {PUE}, {CO2_KG_PER_KWH} kg/kWh)")  # fmt: skip
     for flag in p.flags:
-        yield "beware", f"outside what the constants were fitted on: {flag}"
-
-
-def predict_table(path: Path, out: str | None) -> int:
-    """Predict a table; rows that cannot be predicted are named on standard error, and the others still predicted."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, row) for row in reader]
-            have = [c for c in reader.fieldnames or () if c]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"--rows {path} cannot be read: {error}") from None
-    if missing := [c for c in NEEDED if c not in have]:
-        raise ConfigError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(NEEDED)}")
-    written = [[f"measured_{c}" if c in WRITTEN else c for c in have] + list(WRITTEN)]
-    bad = 0
-    for line, row in rows:
-        try:
-            job, machine = job_of_row(row)
-            p = predict(job, machine)
-            numbers = (p.step_seconds, p.tokens_per_second, p.mfu_full * machine.gpu.peak_tflops, p.memory_bytes / 1e9)
-            fits = p.memory_bytes <= p.memory_limit
-            new = [*(f"{v:.6g}" for v in numbers), str(int(fits)), "; ".join([*assumed(row), *p.flags])]
-        except RowError as error:
-            bad += 1
-            print(f"{path}, line {line}: not predicted: {error}", file=sys.stderr)
-            new = [""] * (len(WRITTEN) - 1) + [f"not predicted: {error}"]
-        written.append([row[c] or "" for c in have] + new)
-    target = open(out, "w", encoding="utf-8", newline="") if out else sys.stdout
-    csv.writer(target, lineterminator="\n").writerows(written)
-    if out:
-        target.close()
-    print(f"{len(rows) - bad} of {counted(len(rows), 'row')} predicted", file=sys.stderr)
-    return 0
+        yield "extrapolated", f"outside what the constants were fitted on: {flag}"
 
 
 if __name__ == "__main__":

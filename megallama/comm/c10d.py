@@ -23,7 +23,7 @@ from torch import Tensor
 from megallama.comm.errors import ContactLost
 from megallama.comm.group import Handle, Op
 
-_REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+_REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _HALF = (torch.bfloat16, torch.float16)
 # A gloo all-reduce in which each rank sends at most this is quicker as one direct exchange.
 _DIRECT_BYTES = 1 << 20
@@ -156,11 +156,6 @@ class C10d:
         parts = self._receive_space(pieces[self.rank])
         works = self._exchange(pieces, parts)
         return self._handle("reduce_scatter", works, (full, parts), lambda: add_in_order(parts, output.view(-1)))
-
-    def broadcast(self, tensor: Tensor, source: int) -> Handle:
-        self._check(tensor)
-        work = started(dist.broadcast, tensor, group=self._pg, group_src=source, async_op=True)
-        return self._handle("broadcast", [work], tensor)
 
     def send(self, tensor: Tensor, to: int, tag: int = MESSAGE) -> Handle:
         self._check(tensor)

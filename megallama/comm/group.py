@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-Op = Literal["sum", "max", "min"]
+Op = Literal["sum", "max"]
 
 
 class Handle(Protocol):
@@ -82,9 +82,6 @@ class Group(Assembly, Protocol):
         depends on nothing but the group, so results are bitwise the same however calls overlap.
         """
 
-    def broadcast(self, tensor: Tensor, source: int) -> Handle:
-        """Every rank receives `source`'s tensor, in place."""
-
     def send(self, tensor: Tensor, to: int) -> Handle:
         """Send to one rank; messages from one rank to another arrive in the order they were sent.
 
@@ -121,9 +118,6 @@ class Solo:
     def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
         if output.data_ptr() != full.data_ptr():
             output.copy_(full)
-        return Done()
-
-    def broadcast(self, tensor: Tensor, source: int) -> Handle:
         return Done()
 
     def send(self, tensor: Tensor, to: int) -> Handle:

@@ -24,7 +24,7 @@ class Call:
     shape: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
     nbytes: int = 0
-    peer: int | None = None  # broadcast, recv: the source; send: the destination (ranks within the group)
+    peer: int | None = None  # recv: the source; send: the destination (ranks within the group)
     reduce: Op = "sum"
     label: str = ""  # what it is for, where somebody says so; alike on all members, and on both ends of a message
 
@@ -65,9 +65,6 @@ class Wrapped:
 
     def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
         return self._call("reduce_scatter", full, lambda: self.inner.reduce_scatter(output, full))
-
-    def broadcast(self, tensor: Tensor, source: int) -> Handle:
-        return self._call("broadcast", tensor, lambda: self.inner.broadcast(tensor, source), source)
 
     def send(self, tensor: Tensor, to: int) -> Handle:
         return self._call("send", tensor, lambda: self.inner.send(tensor, to), to)

@@ -154,7 +154,7 @@ class SharedMemory(C10d):
             if op == "sum":
                 add_in_order(parts, flat)
             else:
-                flat.copy_(torch.stack(parts).amax(0) if op == "max" else torch.stack(parts).amin(0))
+                flat.copy_(torch.stack(parts).amax(0))
             self._release(_TO_ALL, due)
 
         return self._pending("all_reduce", tensor, finish)
@@ -195,15 +195,6 @@ class SharedMemory(C10d):
 
         return self._pending("reduce_scatter", (output, full), finish)
 
-    def broadcast(self, tensor: Tensor, source: int) -> Handle:
-        if tensor.nbytes > self._limit:
-            return super().broadcast(tensor, source)
-        self._check(tensor)
-        if source == self.rank:
-            self._post(_TO_ALL, self._others(), tensor.view(-1))
-            return Done()
-        return self._taking("broadcast", _TO_ALL, tensor, source)
-
     def send(self, tensor: Tensor, to: int, tag: int = MESSAGE) -> Handle:
         if tensor.nbytes > self._limit:
             return super().send(tensor, to, tag)
@@ -217,7 +208,13 @@ class SharedMemory(C10d):
             return super().recv(tensor, source, tag)
         self._check(tensor)
         assert source != self.rank, f"{self.name}: rank {source} receives from itself"
-        return self._taking(f"recv from {self.ranks[source]}", _TO_ONE, tensor, source)
+        flat, due = tensor.view(-1), self._due(_TO_ONE, [source])
+
+        def finish() -> None:
+            flat.copy_(self._read(_TO_ONE, source, due[source], flat))
+            self._release(_TO_ONE, due)
+
+        return self._pending(f"recv from {self.ranks[source]}", tensor, finish)
 
     def bound(self, timeout: timedelta) -> None:
         self._seconds = timeout.total_seconds()
@@ -240,15 +237,6 @@ class SharedMemory(C10d):
 
     def _pending(self, what: str, keep: Any, finish: Callable[[], None]) -> Handle:
         return _Pending(f"{what} of group {self.name} (ranks {self.ranks})", keep, finish)
-
-    def _taking(self, what: str, kind: int, tensor: Tensor, source: int) -> Handle:
-        due = self._due(kind, [source])
-
-        def finish() -> None:
-            tensor.view(-1).copy_(self._read(kind, source, due[source], tensor.view(-1)))
-            self._release(kind, due)
-
-        return self._pending(what, tensor, finish)
 
     def _due(self, kind: int, sources: Sequence[int]) -> dict[int, int]:
         """The numbers of the notices that an operation starting now will read."""

@@ -19,8 +19,9 @@ from megallama.config import rules
 from megallama.config.describe import Setting, literal, settings
 from megallama.config.errors import ConfigError
 from megallama.config.presets import PRESETS, preset_seq_length
+from megallama.config.removed import REMOVED
 from megallama.config.schema import Config, MixtureChange, SourceConfig
-from megallama.config.words import line_of
+from megallama.config.toml import read_toml
 
 COMMAND_LINE = "command line"
 TABLES: dict[str, type[BaseModel]] = {  # settings that are lists of tables
@@ -143,17 +144,7 @@ class _Reader:
         self.bad: set[str] = set()  # keys or sections whose value is not to be trusted
 
     def read_file(self, file: Path) -> None:
-        text = ""
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-            tree = tomllib.loads(text)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ConfigError(f"cannot read the configuration {file}: {reason}; give the path of a TOML file") from None
-        except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
-            said = f"{file} is not valid TOML: {error}; write lines like tp = 2 under [parallel]"
-            raise ConfigError(said + line_of(text, error)) from None
-        self._take_tree(tree, "", str(file))
+        self._take_tree(read_toml(file, "the configuration"), "", str(file))
 
     def read_override(self, text: str) -> None:
         """One ``section.key=value``; a leading ``--`` and ``-`` for ``_`` are accepted. ``--fresh`` is a short form."""
@@ -230,6 +221,11 @@ class _Reader:
 
     def _take(self, key: str, value: Any, source: str) -> None:
         setting = self.known.get(key)
+        if key in REMOVED:
+            default, why = REMOVED[key]
+            if value != default:
+                self.problems.append(f"{source}: {key}={literal(value)} is no setting any more: {why}; leave it out")
+            return
         if setting is None and key in self.sections:
             self.problems.append(f"{source}: {key} is a section; write [{key}] and its settings below it")
             return

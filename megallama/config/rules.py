@@ -230,15 +230,6 @@ def _lr_schedule(config: Config, ranks: int | None) -> Iterator[str]:
         )
 
 
-def _loss_scale(config: Config, ranks: int | None) -> Iterator[str]:
-    p = config.precision
-    if p.min_loss_scale > p.initial_loss_scale:
-        yield (
-            f"precision.min_loss_scale={p.min_loss_scale} is above "
-            f"precision.initial_loss_scale={p.initial_loss_scale}; use at most {p.initial_loss_scale}"
-        )
-
-
 def _fp8(config: Config, ranks: int | None) -> Iterator[str]:
     m, b, tp, p = config.model, config.batch, config.parallel.tp, config.precision
     if p.fp8 == "none":
@@ -293,32 +284,6 @@ def _timeouts(config: Config, ranks: int | None) -> Iterator[str]:
         yield (
             f"run.timeout_seconds={step:g} ends a run whose other ranks still wait for a batch, which may take "
             f"data.timeout_seconds={data:g}; use run.timeout_seconds={data:g} or more, or data.timeout_seconds={step:g}"
-        )
-
-
-def _cuda_graphs(config: Config, ranks: int | None) -> Iterator[str]:
-    if not config.run.cuda_graphs:
-        return
-    wants = {
-        "parallel.tp": (config.parallel.tp, 1, "collectives of layers are not recorded"),
-        "parallel.pp": (config.parallel.pp, 1, "messages between stages are not recorded"),
-        "parallel.schedule": (config.parallel.schedule, "1f1b", "forward and backward must follow one another"),
-        "data.document_mask": (config.data.document_mask, False, "documents change shapes"),
-    }
-    if config.run.device == "cpu":
-        yield 'run.cuda_graphs=true with run.device="cpu" records nothing; write run.cuda_graphs=false'
-    for key, (have, want, why) in wants.items():
-        if have != want:
-            yield (
-                f"run.cuda_graphs=true with {key}={literal(have)}: {why}; "
-                f"write {key}={literal(want)}, or run.cuda_graphs=false"
-            )
-    dp, b = 1 if ranks is None else dp_size(config, ranks), config.batch
-    if dp > 1 and config.overlap.grad_reduce and b.global_batch_size == b.micro_batch_size * dp:
-        yield (
-            f"run.cuda_graphs=true records nothing where each of dp={dp} ranks has one micro-batch, whose gradients "
-            f"are reduced as they are formed; write batch.global_batch_size={2 * b.global_batch_size}, "
-            "overlap.grad_reduce=false, or run.cuda_graphs=false"
         )
 
 
@@ -387,7 +352,7 @@ def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _architecture, _tensor_parallel, _pipeline, _ranks, _batch, _ramp, _lr_schedule, _loss_scale, _fp8, _cuda_graphs,
+    _architecture, _tensor_parallel, _pipeline, _ranks, _batch, _ramp, _lr_schedule, _fp8,
     _checkpoint, _log, _timeouts,
 )  # fmt: skip
 DATA_RULES: tuple[Rule, ...] = (_data, _sources, _mixture)

@@ -12,6 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from megallama.config.removed import OfAnyVersion
+
 
 class Section(BaseModel):
     """A section of the configuration: immutable, and it refuses keys it does not know."""
@@ -87,9 +89,8 @@ class PrecisionConfig(Section):
     fp8: Literal["none", "tensorwise"] = Field(
         "none", description="products of the layers' linear maps in fp8, one scale per tensor; GPUs from 8.9 on, bf16"
     )
-    initial_loss_scale: PositiveFloat = Field(65536.0, description="first loss scale of fp16")
+    initial_loss_scale: float = Field(65536.0, ge=1, description="first loss scale of fp16")
     loss_scale_window: PositiveInt = Field(1000, description="good steps before the loss scale of fp16 doubles [steps]")
-    min_loss_scale: PositiveFloat = Field(1.0, description="the fp16 loss scale never falls below this")
 
 
 class MemoryConfig(Section):
@@ -270,16 +271,12 @@ class RunConfig(Section):
     shared_memory: bool = Field(
         True, description="CPU ranks of one machine talk through shared memory where they can; false keeps gloo"
     )
-    cuda_graphs: bool = Field(
-        False, description="record a micro-batch once and start its kernels by one call: for models so small that "
-        "starting kernels takes longer than running them; with tp=1, pp=1, no document mask, on CUDA only"
-    )  # fmt: skip
     peak_tflops: PositiveFloat | None = Field(
         None, description="peak of one rank's device for MFU; default known by name, else no MFU is shown [TFLOP/s]"
     )
 
 
-class Config(Section):
+class Config(OfAnyVersion, Section):
     """A whole configuration. Build it with `megallama.config.load`, which also checks it."""
 
     model: ModelConfig = ModelConfig()

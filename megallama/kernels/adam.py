@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from megallama.config.schema import OptimizerConfig
+from megallama.kernels.candidate import APEX, TE, Operation, Place, agree, apex_module, random, te_module
 
 AdamWStep = Callable[..., None]  # the arguments of `adamw_step`
-SumOfSquares = Callable[[Sequence[Tensor]], Tensor]
 
 
 def adamw_step(
@@ -39,12 +40,51 @@ def adamw_step(
     )  # fmt: skip
 
 
-def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of squares of all elements, float64: norms of short runs first, so nothing is lost in fp32."""
-    norms = []
-    for x in tensors:
-        whole = x.numel() // 4096 * 4096
-        norms.append(torch.linalg.vector_norm(x[:whole].view(-1, 4096), dim=1))
-        norms.append(torch.linalg.vector_norm(x[whole:]).view(1))
-    device = tensors[0].device if tensors else None
-    return torch.cat(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
+def _multi_tensor_adam(kernel: Callable[..., None]) -> AdamWStep:
+    """The kernel that Transformer Engine and apex share."""
+
+    def step(
+        masters: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        steps: Sequence[Tensor],
+        config: OptimizerConfig,
+        lr: float,
+        weight_decay: float,
+        divisor: Tensor | None,
+    ) -> None:
+        if divisor is not None:
+            torch._foreach_div_(list(grads), divisor)
+        torch._foreach_add_(list(steps), 1)
+        lists = [list(grads), list(masters), list(exp_avgs), list(exp_avg_sqs)]
+        noop = torch.zeros(1, dtype=torch.int32, device=masters[0].device)
+        count = int(steps[0])
+        # chunk size, noop flag, tensors, lr, betas, eps, step, AdamW mode, bias correction, decay
+        kernel(65536, noop, lists, lr, config.beta1, config.beta2, config.eps, count, 1, 1, weight_decay)
+
+    return step
+
+
+def check_adam(step: AdamWStep, place: Place) -> None:
+    """Three steps beside torch's."""
+    results = []
+    for one in (step, adamw_step):
+        master, grad = (random(replace(place, dtype=torch.float32), 1000, seed=i) for i in range(2))
+        state = [torch.zeros_like(master), torch.zeros_like(master), torch.zeros((), device=place.device)]
+        for _ in range(3):
+            divisor = torch.tensor(2.0, device=place.device)
+            one([master], [grad.clone()], [state[0]], [state[1]], [state[2]], OptimizerConfig(), 1e-2, 0.1, divisor)
+        results.append((master, *state))
+    for name, mine, theirs in zip(("weights", "first moment", "second moment", "step"), *results, strict=True):
+        agree(name, mine, theirs, 1e-5)
+
+
+ADAMW = Operation(
+    [
+        (TE, lambda place: _multi_tensor_adam(te_module(place).multi_tensor_adam)),
+        (APEX, lambda place: _multi_tensor_adam(apex_module(place, "amp_C").multi_tensor_adam)),
+    ],
+    ("torch fused", lambda place: adamw_step),
+    check_adam,
+)

@@ -1,4 +1,4 @@
-"""Causal attention on [b, s, heads, d]: torch's fused kernels, matrix products by blocks, and the plain formula.
+"""Causal attention on [b, s, heads, d]: Transformer Engine, matrix products by blocks, torch's, and the plain formula.
 
 Each takes `documents`, None or where documents begin: a query then attends to its own document only.
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from megallama.kernels.candidate import TE, Operation, Place, Refused, agree, random, te_module
 from megallama.kernels.documents import Documents
 
 
@@ -128,3 +129,58 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None
         hidden = hidden | (at < documents.starts[:, :, None])[:, None]
     out = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ wide[2]
     return out.transpose(1, 2).to(q.dtype)
+
+
+def _te_attention(place: Place) -> MakeAttention:
+    """cuDNN or flash attention through Transformer Engine."""
+    place.need_half_on_cuda()
+    te = te_module(place, "transformer_engine.pytorch")
+
+    def make(num_heads: int, num_kv_heads: int, head_dim: int) -> Attend:
+        attention = te.DotProductAttention(
+            num_heads, head_dim, num_gqa_groups=num_kv_heads, qkv_format="bshd", attn_mask_type="causal"
+        )
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+            if documents is None:
+                out: Tensor = attention(q, k, v)
+                return out.view(*q.shape)
+            ends, longest = documents.cu_seqlens, q.shape[1]  # packed: [tokens, heads, d], by document
+            packed: dict[str, Any] = {"qkv_format": "thd", "attn_mask_type": "padding_causal"}
+            packed |= {"cu_seqlens_q": ends, "cu_seqlens_kv": ends, "max_seqlen_q": longest, "max_seqlen_kv": longest}
+            out = attention(*(part.flatten(0, 1) for part in (q, k, v)), **packed)
+            return out.view(*q.shape)
+
+        return attend
+
+    return make
+
+
+def _blocked_attention(place: Place) -> MakeAttention:
+    if place.device.type == "cuda" or place.dtype not in (torch.bfloat16, torch.float16):
+        raise Refused("16-bit formats on a CPU only")
+    return lambda num_heads, num_kv_heads, head_dim: blocked_attention
+
+
+def check_attention(make: MakeAttention, place: Place) -> None:
+    """Causal attention with grouped heads, and within documents where they matter."""
+    q, k, v = (random(place, 2, 128, n, 64, seed=n) for n in (4, 2, 2))
+    starts = torch.tensor([[0] * 70 + [70] * 58, [0] + [1] * 29 + [30] * 98], device=place.device)
+    for case in (None, Documents.of(starts)) if place.documents else (None,):
+        where = " within documents" if case else ""
+        leaves = [[t.clone().requires_grad_() for t in (q, k, v)] for _ in range(2)]
+        attends = make(4, 2, 64), plain_attention
+        outs = [attend(q, k, v, case) for attend, (q, k, v) in zip(attends, leaves, strict=True)]
+        for out in outs:
+            out.reshape(2, 128, -1).square().sum().backward()
+        agree(f"output{where}", outs[0].reshape(outs[1].shape), outs[1], 2e-2)
+        for name, mine, theirs in zip("qkv", *leaves, strict=True):
+            assert mine.grad is not None and theirs.grad is not None
+            agree(f"gradient of {name}{where}", mine.grad, theirs.grad, 4e-2)
+
+
+ATTENTION = Operation(
+    [(TE, _te_attention), ("blocks of matrix products", _blocked_attention)],
+    ("torch scaled_dot_product_attention", lambda place: lambda num_heads, num_kv_heads, head_dim: sdpa),
+    check_attention,
+)

@@ -8,6 +8,8 @@ torch's CPU build multiplies fp32 with MKL, which takes slow paths on processors
 (measured on an AMD Zen 5 core: 85 GFLOP/s, oneDNN 180).  There oneDNN, which the same build contains
 for fused layers, is called instead.  The choice follows from the processor alone, never from a
 measurement, so that two runs on one machine give the same bits.
+
+Considered and left out: apex's fused dense layers (they keep outputs that our backward makes again).
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from megallama.kernels.candidate import TOLERANCE, Operation, Place, Refused, agree, random
 
 MatmulNT = Callable[[Tensor, Tensor], Tensor]  # a [m, k], b [n, k] -> a @ b.T [m, n], a new tensor
 
@@ -48,3 +52,23 @@ def processor() -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def _onednn(place: Place) -> MatmulNT:
+    if place.device.type != "cpu" or place.dtype != torch.float32:
+        raise Refused("fp32 on a CPU only")
+    if processor() == "GenuineIntel":
+        raise Refused("MKL is as fast on this processor")
+    if not torch.backends.mkldnn.is_available():
+        raise Refused("this torch was built without oneDNN")
+    return onednn_matmul_nt
+
+
+def check_product(product: MatmulNT, place: Place) -> None:
+    """a @ b.T, also of operands that are views."""
+    a, b = (random(place, n, 48, seed=n) for n in (33, 40))
+    for x, y in ((a, b), (a[:, :40], b.t()[:, :40].t()[:, :40]), (a.t(), b[:33].t())):
+        agree("product", product(x, y), x.double() @ y.double().t(), TOLERANCE[place.dtype])
+
+
+PRODUCT = Operation([("oneDNN", _onednn)], ("torch mm", lambda place: matmul_nt), check_product)

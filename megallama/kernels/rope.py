@@ -3,6 +3,9 @@
 Frequencies are theta^(-2i/d), scaled for LLaMA 3.1 as in its reference implementation: wavelengths
 longer than original/low_freq_factor are stretched by `factor`, those shorter than
 original/high_freq_factor are kept, and those between are interpolated linearly.
+
+Considered and left out: Transformer Engine's fused RoPE (takes angles where ours are tables, writes a new tensor where
+ours turns in place, and knows documents in another layout only).
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ import torch
 from torch import Tensor
 
 from megallama.config.schema import RopeScaling
+from megallama.kernels.candidate import COMPILED, Operation, Place, agree_all, random
+from megallama.kernels.compiled import compiled
+from megallama.kernels.dtypes import accumulate_dtype
 
 Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # x, cos, sin, out
 
@@ -46,3 +52,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     a, b = wide[..., :half], wide[..., half:]
     out[..., :half] = (a * cos).addcmul_(b, sin, value=-1)
     out[..., half:] = (b * cos).addcmul_(a, sin)
+
+
+def compiled_rotate(place: Place) -> Rotate:
+    """The formula below, fused by torch.compile."""
+    turned = compiled(_rotate, place)
+
+    def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+        out.copy_(turned(x, cos, sin))
+
+    return turn
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.to(cos.dtype).chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def check_rotate(rotate: Rotate, place: Place) -> None:
+    """A turn in place and its inverse, the gradient."""
+    x, angles = random(place, 2, 16, 3, 8), random(place, 16, 1, 4, seed=1).to(accumulate_dtype(place.dtype))
+    a, b = x.double().chunk(2, -1)
+    cos, sin = angles.double().cos(), angles.double().sin()
+    out = x.clone()
+    rotate(out, angles.cos(), angles.sin(), out)
+    back = torch.empty_like(x)
+    rotate(out, angles.cos(), -angles.sin(), back)
+    want = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    agree_all({"turned heads": out, "heads turned back": back}, [want, x], place)
+
+
+ROPE = Operation([(COMPILED, compiled_rotate)], ("torch", lambda place: rotate), check_rotate)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megallama.kernels.candidate import APEX, TE, Operation, Place, Refused, agree, apex_module, random, te_module
+from megallama.kernels.dtypes import accumulate_dtype
 from megallama.kernels.gemm import MatmulNT, matmul_nt
 
 AddWgrad = Callable[[Tensor, Tensor, Tensor, bool], None]  # main_grad [out, in], dy [T, out], x [T, in], overwrite
-
 
 PRODUCT = 1 << 22  # elements of a product that exist before they are added: those of a large head come in blocks
 
@@ -29,12 +30,57 @@ def add_wgrad_with(product: MatmulNT) -> AddWgrad:
     return add
 
 
-add_wgrad = add_wgrad_with(matmul_nt)
-
-
 def add_wgrad_cuda(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:
     """The same in one GEMM whose output is fp32 (CUDA; torch's addmm with an output format)."""
     if fresh:
         torch.mm(dy.t(), x, out_dtype=torch.float32, out=main_grad)
     else:
         torch.ops.aten.addmm.dtype_out(main_grad, dy.t(), x, torch.float32, out=main_grad)
+
+
+def _addmm(place: Place) -> AddWgrad:
+    if place.device.type != "cuda" or accumulate_dtype(place.dtype) == place.dtype:
+        raise Refused("CUDA with 16-bit weights only")
+    return add_wgrad_cuda
+
+
+def _te_wgrad(place: Place) -> AddWgrad:
+    """Transformer Engine's GEMM with fp32 output and accumulation."""
+    place.need_half_on_cuda()
+    gemm = te_module(place, "transformer_engine.pytorch.cpp_extensions").general_gemm
+
+    def add(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:
+        gemm(x, dy, out_dtype=torch.float32, accumulate=not fresh, layout="NT", out=main_grad, grad=True)
+
+    return add
+
+
+def _apex_wgrad(place: Place) -> AddWgrad:
+    """apex's GEMM that accumulates into fp32."""
+    place.need_half_on_cuda()
+    extension = apex_module(place, "fused_weight_gradient_mlp_cuda")
+
+    def add(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:
+        if fresh:
+            main_grad.zero_()
+        extension.wgrad_gemm_accum_fp32(x, dy, main_grad)
+
+    return add
+
+
+def check_wgrad(add: AddWgrad, place: Place, tolerance: float = 1e-5) -> None:
+    """dy.T @ x written over what was there, and added to it."""
+    dy, x = (random(place, 64, n, seed=n) for n in (32, 48))
+    want = dy.double().t() @ x.double()
+    out = torch.full((32, 48), 7.0, dtype=accumulate_dtype(place.dtype), device=place.device)
+    add(out, dy, x, True)
+    agree("overwritten", out, want, tolerance)
+    add(out, dy, x, False)
+    agree("accumulated", out, 2 * want, tolerance)
+
+
+WGRAD = Operation(
+    [(TE, _te_wgrad), (APEX, _apex_wgrad), ("torch addmm into fp32", _addmm)],
+    ("that product, then add", lambda place: add_wgrad_with(place.product or matmul_nt)),
+    check_wgrad,
+)

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megallama.comm.group import Done, Group, Handle
-from megallama.kernels.leaves import Leaves
+from megallama.kernels.pointwise import Leaves
 from megallama.layers.norm import RMSNorm
 from megallama.layers.param import Param
 

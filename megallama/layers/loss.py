@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from megallama.kernels.leaves import Leaves
-from megallama.kernels.norm import accumulate_dtype
+from megallama.kernels.dtypes import accumulate_dtype
+from megallama.kernels.pointwise import Leaves
 from megallama.layers.linear import TensorParallel
 from megallama.layers.norm import RMSNorm
 from megallama.layers.param import Param
@@ -40,7 +40,6 @@ class LossHead:
         self.norm = norm
         self.tp = tp
         self._leaves = leaves
-        self.vocab_size = vocab_size
         self.chunk_tokens = chunk_tokens
         rows = param.data.shape[0]
         self.first = tp.group.rank * rows
@@ -53,17 +52,6 @@ class LossHead:
         """
         out: Tensor = _NormHeadLoss.apply(x, labels, mask, grad_scale, self, torch.is_grad_enabled())
         return out
-
-    def logits(self, x: Tensor) -> Tensor:
-        """All logits [T, V]: for evaluation of few tokens and for tests."""
-        normed = self.norm.forward(x)
-        full, handle = self.tp.gather_rows(normed)
-        handle.wait()
-        local = self.param.project(full)
-        out = local.new_empty(self.tp.group.size, *local.shape)
-        self.tp.group.all_gather(out.view(-1, local.shape[1]), local).wait()
-        whole = out.permute(1, 0, 2).reshape(local.shape[0], -1)
-        return whole[:, : self.vocab_size]
 
     def chunk(self, hidden: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Losses [c] of hidden rows [c, h], and the gradient of the logits [c, V/t] if `scale` [c] is given."""

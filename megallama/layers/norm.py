@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megallama.kernels.leaves import Leaves
+from megallama.kernels.pointwise import Leaves
 from megallama.layers.param import Param
 
 

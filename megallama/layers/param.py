@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megallama.comm.group import Handle
-from megallama.kernels.choose import Kernels
+from megallama.kernels.dtypes import accumulate_dtype
 from megallama.kernels.gemm import Gemms
-from megallama.kernels.norm import accumulate_dtype
+from megallama.kernels.select import Kernels
 from megallama.plan.layout import BufferLayout
 from megallama.plan.params import ParamSpec
 
@@ -40,24 +40,22 @@ class Gather:
 
 @dataclass
 class WeightGradQueue:
-    """Weight gradients put off: with `defer` on, GEMMs are queued, and `run` computes those of a micro-batch.
+    """Weight gradients put off: between `begin` and `end` GEMMs are queued, and `run` computes those of a micro-batch.
 
-    A schedule that splits the backward (zero bubble) runs the input-gradient half with `defer` on.
+    A schedule that splits the backward (zero bubble) runs the input-gradient half between them.
     The queue keeps the two operands of every GEMM alive.
     """
 
-    defer: bool = False
     groups: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
-    open: list[Callable[[], None]] = field(default_factory=list)
+    open: list[Callable[[], None]] | None = None  # of the micro-batch whose GEMMs are put off now
 
     def begin(self, microbatch: int) -> None:
         """Put the weight gradients of this micro-batch off until `end`."""
         self.open = self.groups[microbatch] = []
-        self.defer = True
 
     def end(self) -> None:
         """Compute weight gradients at once again."""
-        self.defer = False
+        self.open = None
 
     def run(self, microbatch: int) -> None:
         """Compute what was put off for this micro-batch."""
@@ -97,10 +95,10 @@ class Param:
 
     def add_wgrad(self, dy: Tensor, x: Tensor) -> None:
         """main_grad += dy [T, out].T @ x [T, in], now or when the queue runs."""
-        if self._queue.defer:
-            self._queue.open.append(lambda: self._add_now(dy, x))
-        else:
+        if self._queue.open is None:
             self._add_now(dy, x)
+        else:
+            self._queue.open.append(lambda: self._add_now(dy, x))
 
     def _add_now(self, dy: Tensor, x: Tensor) -> None:
         self.accumulate_wgrad(dy, x)

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megallama.config.schema import Config
-from megallama.kernels.choose import Kernels
 from megallama.kernels.documents import Documents
-from megallama.kernels.leaves import Leaves
-from megallama.kernels.norm import accumulate_dtype
+from megallama.kernels.dtypes import accumulate_dtype
+from megallama.kernels.pointwise import Leaves
 from megallama.kernels.rope import rope_tables
+from megallama.kernels.select import Kernels
 from megallama.layers.attention import Positions, RotaryAttention
 from megallama.layers.embedding import VocabParallelEmbedding
 from megallama.layers.linear import ColumnParallelLinear, RowParallelLinear, TensorParallel

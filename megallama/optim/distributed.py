@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megallama.comm.groups import Groups
 from megallama.config.schema import OptimizerConfig, OverlapConfig
-from megallama.kernels.adam import AdamWStep, SumOfSquares
+from megallama.kernels.adam import AdamWStep
+from megallama.kernels.grad_norm import SumOfSquares
 from megallama.layers.param import FlatBuffers
 from megallama.layers.shard import StateShard
 from megallama.optim.grad_sync import GradSync

@@ -12,7 +12,7 @@ from typing import Any
 
 from megallama.config.schema import PrecisionConfig
 
-MAX_SCALE = 2.0**24  # a scaled loss must stay far from the end of fp32
+MIN_SCALE, MAX_SCALE = 1.0, 2.0**24  # a scaled loss must stay far from the end of fp32
 
 
 class LossScaler:
@@ -26,7 +26,6 @@ class LossScaler:
         self.scale = config.initial_loss_scale if self.dynamic else 1.0
         self.good_steps = 0
         self._window = config.loss_scale_window
-        self._min = config.min_loss_scale
 
     def update(self, finite: bool) -> bool:
         """Note a step; returns True if it overflowed and the next one runs with a smaller scale.
@@ -42,7 +41,7 @@ class LossScaler:
                 self.scale = max(self.scale, min(self.scale * 2, MAX_SCALE))
             return False
         self.good_steps = 0
-        before, self.scale = self.scale, min(self.scale, max(self.scale / 2, self._min))
+        before, self.scale = self.scale, min(self.scale, max(self.scale / 2, MIN_SCALE))
         return self.scale < before
 
     def state_dict(self) -> dict[str, Any]:

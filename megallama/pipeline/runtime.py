@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megallama.comm.group import Group, Handle
+from megallama.kernels.dtypes import accumulate_dtype
 from megallama.layers.param import WeightGradQueue
 from megallama.plan.schedule import Action, Kind, Schedule
 
@@ -32,16 +33,6 @@ class Arm(Protocol):
 
     def disarm(self) -> None:
         """They are not."""
-
-
-class Whole(Protocol):
-    """Runs a micro-batch of a rank without pipeline at once, forward and backward."""
-
-    def takes(self, *, last: bool) -> bool:
-        """Whether it runs this one, the last of a step or another."""
-
-    def run(self, batch: Any) -> Tensor:
-        """Its loss sum."""
 
 
 class Timing(NamedTuple):
@@ -66,14 +57,13 @@ class PipelineRuntime:
 
     `hidden` is an empty tensor with the shape, format and device of what passes between stages.
     With a `clock` set, `timings` has the start of every action, when what it waited for had arrived, and its end;
-    behind them stands the wait for the last sends.  With `whole`, F runs what that takes, and its B does nothing.
+    behind them stands the wait for the last sends.
     """
 
-    def __init__(self, work: Mapping[int, StageWork], pp: Group, hidden: Tensor, whole: Whole | None = None) -> None:
+    def __init__(self, work: Mapping[int, StageWork], pp: Group, hidden: Tensor) -> None:
         self._work = work
         self._pp = pp
         self._hidden = hidden
-        self._whole = whole
         self.clock: Callable[[], Any] | None = None
         self.timings: list[Timing] = []
         self.position = "not started"  # the action under way, for messages about hangs
@@ -96,7 +86,6 @@ class PipelineRuntime:
         self._outputs: dict[tuple[Kind, int, int], Tensor] = {}
         self._graphs: dict[Key, tuple[Tensor | None, GradientEdge]] = {}
         self._in_flight: set[Key] = set()
-        self._ran_whole: set[Key] = set()
         self._sends: list[Handle] = []
         self._loss: Tensor = torch.zeros((), dtype=torch.float64, device=self._hidden.device)
         self.peak_in_flight = 0
@@ -127,11 +116,6 @@ class PipelineRuntime:
         train = torch.is_grad_enabled()
         if x is not None and train:
             x.requires_grad_()
-        if train and self._whole and self._whole.takes(last=action.microbatch == self._schedule.num_microbatches - 1):
-            self._loss += self._whole.run(self._inputs[action.microbatch])
-            self._ran_whole.add((action.stage, action.microbatch))
-            self.peak_in_flight = max(self.peak_in_flight, 1)
-            return
         out = stage(x, self._inputs[action.microbatch])
         if action.stage == self._schedule.num_stages - 1:
             self._loss += out.detach()
@@ -143,9 +127,8 @@ class PipelineRuntime:
             self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
 
     def _backward(self, action: Action) -> None:
-        if (key := (action.stage, action.microbatch)) not in self._ran_whole:
-            self._differentiate(action)
-            self._in_flight.remove(key)
+        self._differentiate(action)
+        self._in_flight.remove((action.stage, action.microbatch))
 
     def _input_grad(self, action: Action) -> None:
         queue = self._work[action.stage].queue
@@ -160,7 +143,7 @@ class PipelineRuntime:
     def _differentiate(self, action: Action) -> None:
         x, edge = self._graphs.pop((action.stage, action.microbatch))
         if action.stage == self._schedule.num_stages - 1:
-            grad = torch.ones((), dtype=_loss_dtype(self._hidden.dtype), device=self._hidden.device)
+            grad = torch.ones((), dtype=accumulate_dtype(self._hidden.dtype), device=self._hidden.device)
         else:
             grad = self._take(Kind.RECV_B, action)
         torch.autograd.backward((edge,), (grad,))
@@ -214,7 +197,3 @@ def _last_gradients(actions: Sequence[Action]) -> frozenset[int]:
     weights = {a.stage: i for i, a in enumerate(actions) if a.kind in (Kind.B, Kind.W)}
     others = {a.stage: i for i, a in enumerate(actions) if a.kind in (Kind.B, Kind.I)}
     return frozenset({*weights.values(), *(i for i in others.values() if actions[i].kind is Kind.I)})
-
-
-def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -104,8 +104,3 @@ def runs(box: Box, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
     if box.numel:
         yield from walk(0, base)
-
-
-def missing(want: Box, have: list[Box]) -> int:
-    """How many elements of `want` no box of `have` holds (boxes of `have` are disjoint)."""
-    return want.numel - sum(b.numel for h in have if (b := want.intersect(h)))

@@ -160,8 +160,8 @@ def _check_transfers(schedule: Schedule, moves: Moves) -> None:
 def _check_pairs(moves: Moves) -> None:
     """Both ranks of every pair list the same transfers in the same order."""
     listed = _pairs(moves)
-    for (r, peer), mine in listed.items():
-        for i, (x, y) in enumerate(zip_longest(mine, listed.get((peer, r), []))):
+    for (r, peer), own in listed.items():
+        for i, (x, y) in enumerate(zip_longest(own, listed.get((peer, r), []))):
             if x != y:
                 words = f"{x or 'none'} against {y or 'none'}"
                 raise ScheduleError(f"ranks {r} and {peer} disagree on transfer {i}: {words}")

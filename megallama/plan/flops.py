@@ -24,14 +24,9 @@ def head_forward(model: ModelConfig) -> int:
     return 2 * model.vocab_size * model.hidden_size
 
 
-def forward_flops(model: ModelConfig, seq_length: int, *, causal: bool) -> int:
-    """Forward operations of the whole model per token."""
-    return model.num_layers * layer_forward(model, seq_length, causal=causal) + head_forward(model)
-
-
 def training_flops(model: ModelConfig, seq_length: int, *, causal: bool) -> int:
     """Operations of forward and backward per token: the numerator of MFU."""
-    return 3 * forward_flops(model, seq_length, causal=causal)
+    return 3 * (model.num_layers * layer_forward(model, seq_length, causal=causal) + head_forward(model))
 
 
 def six_n(model: ModelConfig) -> int:

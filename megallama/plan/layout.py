@@ -7,7 +7,7 @@ holds fp32 master weights and AdamW moments (ZeRO-1, Rajbhandari et al. 2020).
 
 Parameters are placed in the order in which the backward pass finishes them (the reverse of the
 forward), so buckets fill one after the other.  A bucket holds only decayed matrices, only norm
-weights, or only the tied embedding (which must lie alike on the first and on the last stage).
+weights, or only the tied embedding (which must have the same layout on the first and on the last stage).
 """
 
 from __future__ import annotations
@@ -66,7 +66,6 @@ class BufferLayout:
 
     buckets: tuple[Bucket, ...]
     numel: int
-    dp: int
 
     def segments(self, start: int, stop: int) -> Iterator[Segment]:
         """What lies in elements start..stop-1 of the buffer; padding lies in no segment."""
@@ -114,7 +113,7 @@ def build_layout(specs: Sequence[ParamSpec], dp: int, bucket_elements: int) -> B
     for rest in (open_, [s for s in backward if s.tied], [s for s in backward if not s.decay]):
         if rest:
             close(rest)
-    return BufferLayout(tuple(buckets), at, dp)
+    return BufferLayout(tuple(buckets), at)
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -20,16 +20,14 @@ the input gradient, and keeps the operands of the weight gradients until these a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from megallama.config.schema import Config
 from megallama.plan.layout import BufferLayout, build_layout
-from megallama.plan.params import ParamBuilder, ParamSpec, heads
+from megallama.plan.params import ParamBuilder, heads
 from megallama.plan.partition import Stages
 from megallama.plan.schedule import Kind, Schedule
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-Attention = Literal["fused", "sdpa", "blocked"]  # a GPU's fused kernels; on a CPU torch's own, or ours (16 bits)
 
 
 @dataclass(frozen=True)
@@ -54,16 +52,12 @@ class RankMemory:
         return self.persistent + self.activations + self.logits
 
 
-def stage_specs(config: Config, stages: Stages, stage: int, tp_rank: int = 0) -> tuple[ParamSpec, ...]:
-    """The parameters of one stage on one tensor-parallel rank."""
-    p = config.parallel
-    builder = ParamBuilder(config.model, p.tp, tp_rank, p.sequence_parallel and p.tp > 1)
-    return builder.stage(stages[stage], stage == 0, stage == len(stages) - 1)
-
-
 def stage_layout(config: Config, stages: Stages, stage: int, dp: int, tp_rank: int = 0) -> BufferLayout:
     """The flat buffer of one stage on one tensor-parallel rank; its length is the same on all of them."""
-    return build_layout(stage_specs(config, stages, stage, tp_rank), dp, int(config.overlap.bucket_mb * 2**20 / 4))
+    p = config.parallel
+    builder = ParamBuilder(config.model, p.tp, tp_rank, p.sequence_parallel and p.tp > 1)
+    specs = builder.stage(stages[stage], stage == 0, stage == len(stages) - 1)
+    return build_layout(specs, dp, int(config.overlap.bucket_mb * 2**20 / 4))
 
 
 def saved_bytes(config: Config, recompute: str | None = None) -> int:
@@ -78,27 +72,17 @@ def saved_bytes(config: Config, recompute: str | None = None) -> int:
     return DTYPE_BYTES[config.precision.dtype] * (rows * outside + tokens * inside)
 
 
-def statistics_bytes(config: Config, attention: Attention = "fused") -> int:
-    """Bytes that attention keeps in one layer beside `saved_bytes`.
-
-    fused: a log-sum-exp per token and head in fp32.  sdpa: that in the format of sums, its output a second time (if it
-    has several heads), and within documents a mask [s, s] per sample and repeated key/value heads.  blocked: nothing.
-    """
-    if config.memory.recompute == "full" or attention == "blocked":
+def statistics_bytes(config: Config) -> int:
+    """Bytes that fused attention kernels keep in one layer on top of `saved_bytes`: log-sum-exps in fp32."""
+    if config.memory.recompute == "full":
         return 0
-    m, tp, tokens = config.model, config.parallel.tp, tokens_and_rows(config)[0]
-    (n, k, d), masked = heads(m), config.data.document_mask
-    local = n // tp
-    if attention == "fused":
-        return 4 * tokens * local
-    extra = (local > 1) * local * d + masked * (config.batch.seq_length + 2 * d * (local - max(1, k // tp)))
-    return tokens * (local * DTYPE_BYTES[main_dtype(config)] + extra * DTYPE_BYTES[config.precision.dtype])
+    return 4 * tokens_and_rows(config)[0] * (config.model.num_heads // config.parallel.tp)
 
 
-def stage_saved_bytes(config: Config, stages: Stages, stage: int, attention: Attention = "fused") -> int:
+def stage_saved_bytes(config: Config, stages: Stages, stage: int) -> int:
     """Bytes that a stage keeps of one micro-batch from its forward to its backward."""
     tokens, layers = tokens_and_rows(config)[0], len(stages[stage])
-    out = layers * (saved_bytes(config) + statistics_bytes(config, attention))
+    out = layers * (saved_bytes(config) + statistics_bytes(config))
     if config.data.document_mask and layers:  # angles by document
         out += tokens * heads(config.model)[2] * DTYPE_BYTES[main_dtype(config)]
     return out + (stage == 0) * 9 * tokens + (stage == len(stages) - 1) * _head_saved_bytes(config)
@@ -113,15 +97,13 @@ def deferred_bytes(config: Config, stages: Stages, stage: int) -> int:
     return len(stages[stage]) * tokens_and_rows(config)[0] * per_token
 
 
-def peak_saved_bytes(
-    config: Config, stages: Stages, schedule: Schedule, pp_rank: int, attention: Attention = "fused"
-) -> int:
+def peak_saved_bytes(config: Config, stages: Stages, schedule: Schedule, pp_rank: int) -> int:
     """Most bytes kept for backwards at once: between actions, and where full recomputation has a layer's again."""
     live, peak, last, full = 0, 0, len(stages) - 1, config.memory.recompute == "full"
-    saved = {s: stage_saved_bytes(config, stages, s, attention) for s in schedule.stages_of(pp_rank)}
+    saved = {s: stage_saved_bytes(config, stages, s) for s in schedule.stages_of(pp_rank)}
     deferred = {s: deferred_bytes(config, stages, s) for s in saved}
     partial = config.model_copy(update={"memory": config.memory.model_copy(update={"recompute": "selective"})})
-    again = saved_bytes(partial) + statistics_bytes(partial, attention) - saved_bytes(config, "full")
+    again = saved_bytes(partial) + statistics_bytes(partial) - saved_bytes(config, "full")
     for kind, s, _ in schedule.steps[pp_rank] if schedule.is_training else ():
         if full and stages[s] and kind in (Kind.B, Kind.I):  # the head is done, the input of the layer still there
             others = (len(stages[s]) - 1) * (deferred[s] // len(stages[s]) - saved_bytes(config))  # put off so far
@@ -131,10 +113,8 @@ def peak_saved_bytes(
     return peak
 
 
-def rank_memory(
-    config: Config, stages: Stages, schedule: Schedule, dp: int, pp_rank: int, attention: Attention = "fused"
-) -> RankMemory:
-    """Bytes of the ranks at one pipeline position (alike for all tp and dp ranks there)."""
+def rank_memory(config: Config, stages: Stages, schedule: Schedule, dp: int, pp_rank: int) -> RankMemory:
+    """Bytes of the ranks at one pipeline position (the same for all tp and dp ranks there)."""
     owned = schedule.stages_of(pp_rank)
     layouts = [stage_layout(config, stages, s, dp) for s in owned]
     numel, buckets = sum(x.numel for x in layouts), sum(len(x.buckets) for x in layouts)
@@ -146,7 +126,7 @@ def rank_memory(
         main_grads=numel * main,
         optimizer=numel // dp * (3 if dtype < main else 2) * main + 4 * buckets,  # with a step count per bucket
         tables=len(owned) * config.batch.seq_length * heads(config.model)[2] * main,
-        activations=peak_saved_bytes(config, stages, schedule, pp_rank, attention),
+        activations=peak_saved_bytes(config, stages, schedule, pp_rank),
         logits=chunk * padded_vocab * (dtype + main) if len(stages) - 1 in owned else 0,
     )
 

@@ -21,7 +21,9 @@ Stages = tuple[tuple[int, ...], ...]
 def partition(config: Config) -> Stages:
     """Layer numbers of each stage, in the order of the model; a stage may be without layers."""
     p, layers = config.parallel, config.model.num_layers
-    counts = p.stage_layers or balanced(layers, p.pp * p.chunks, _layer_cost(config), head_cost(config))
+    forward = layer_forward(config.model, config.batch.seq_length, causal=True)
+    repeats = 4 if config.memory.recompute == "full" else 3
+    counts = p.stage_layers or balanced(layers, p.pp * p.chunks, repeats * forward, 3 * head_forward(config.model))
     assert len(counts) == p.pp * p.chunks and sum(counts) == layers, (counts, p, layers)
     ends = list(accumulate(counts))
     return tuple(tuple(range(end - count, end)) for count, end in zip(counts, ends, strict=True))
@@ -55,13 +57,3 @@ def stage_costs(config: Config, stages: Stages) -> tuple[StageCost, ...]:
         forward = len(layers) * layer + head
         out.append(StageCost(forward, forward + again * len(layers) * layer, forward))
     return tuple(out)
-
-
-def _layer_cost(config: Config) -> float:
-    repeats = 4 if config.memory.recompute == "full" else 3
-    return repeats * layer_forward(config.model, config.batch.seq_length, causal=True)
-
-
-def head_cost(config: Config) -> float:
-    """Operations per token of the head and the loss in a training step, in the units of a layer's."""
-    return 3 * head_forward(config.model)

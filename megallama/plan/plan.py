@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from megallama.config.schema import Config
 from megallama.plan.batch import BatchPlan
@@ -23,7 +25,7 @@ class Plan:
     stages: Stages  # layer numbers of each stage, in model order
     schedule: Schedule  # of a step with the full global batch, lowered and checked
     batch: BatchPlan
-    _schedules: dict[tuple[bool, int], Schedule] = field(default_factory=dict, repr=False, compare=False)
+    _schedules: dict[tuple[object, int], Schedule] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_stages(self) -> int:
@@ -34,23 +36,20 @@ class Plan:
         """The schedule of a training step with this many micro-batches (it varies while the batch ramps up)."""
         if num_microbatches == self.schedule.num_microbatches:
             return self.schedule
-        return self._once(True, num_microbatches)
+        return self._once(build_schedule, self.config.parallel, num_microbatches)
 
     def forward_schedule(self, num_microbatches: int) -> Schedule:
         """The schedule of an evaluation."""
-        return self._once(False, num_microbatches)
+        return self._once(build_forward, self.schedule, num_microbatches)
 
     def memory(self, pp_rank: int) -> RankMemory:
         """Bytes of the ranks at one pipeline position."""
         return rank_memory(self.config, self.stages, self.schedule, self.topology.dp, pp_rank)
 
-    def _once(self, training: bool, num_microbatches: int) -> Schedule:
-        key = training, num_microbatches
+    def _once(self, build: Callable[[Any, int], Schedule], base: object, num_microbatches: int) -> Schedule:
+        key = build, num_microbatches
         if key not in self._schedules:
-            if training:
-                self._schedules[key] = build_schedule(self.config.parallel, num_microbatches)
-            else:
-                self._schedules[key] = build_forward(self.schedule, num_microbatches)
+            self._schedules[key] = build(base, num_microbatches)
         return self._schedules[key]
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ from megallama.plan.memory import rank_memory
 from megallama.plan.params import global_shapes, heads, num_parameters
 from megallama.plan.partition import Stages, stage_costs
 from megallama.plan.schedule import Schedule
-from megallama.plan.simulate import LEGEND, Report, StageCost, draw, simulate
+from megallama.plan.simulate import LEGEND, Report, draw, simulate
 from megallama.plan.topology import Topology
 
 CHART_WIDTH = 96
@@ -27,8 +27,8 @@ def page(config: Config, topology: Topology, stages: Stages, schedule: Schedule,
         _table(["stage", "rank", "layers", "parameters", "share of work"], _stage_rows(config, stages, schedule)),
         _memory_table(config, stages, schedule, topology),
     ]
-    chart = draw(simulate(schedule, [StageCost()] * schedule.num_stages), CHART_WIDTH)
     if 1 < schedule.num_ranks <= 8 and schedule.num_microbatches * schedule.num_stages <= 64:
+        chart = draw(simulate(schedule), CHART_WIDTH)
         blocks.append(f"{chart}\n{LEGEND}")
     return "\n\n".join(blocks)
 

@@ -91,19 +91,12 @@ class Schedule:
         """The stages of a pipeline rank, by chunk."""
         return tuple(stage for stage, owner in enumerate(self.owners) if owner == rank)
 
-    def last_backward(self, stage: int) -> Action:
-        """The action after which the weight gradients of `stage` are complete: its last B or W."""
-        return next(a for a in reversed(self.steps[self.rank_of(stage)]) if a.stage == stage and a.kind in (B, W))
-
-    def peak_in_flight(self, rank: int, weight: Callable[[int], int] = lambda stage: 1) -> int:
-        """Most micro-batches held for a backward at once by `rank`, each stage counted with its weight.
-
-        Without backward passes nothing is held: 0.
-        """
+    def peak_in_flight(self, rank: int) -> int:
+        """Most (stage, micro-batch) pairs held for a backward at once by `rank`; 0 without backward passes."""
         live = peak = 0
         for a in self.steps[rank] if self.is_training else ():
             if a.kind in (F, B, W):
-                live += weight(a.stage) * (1 if a.kind is F else -1)
+                live += 1 if a.kind is F else -1
                 peak = max(peak, live)
         return peak
 
@@ -136,33 +129,10 @@ class Schedule:
         own = Action(F, a.stage, a.microbatch)
         return (own,) if a.stage == self.num_stages - 1 else (own, Action(B, a.stage + 1, a.microbatch))
 
-    def __str__(self) -> str:
-        """Text that `parse` reads back."""
-        head = f"{self.name} ranks={self.num_ranks} stages={self.num_stages} microbatches={self.num_microbatches}"
-        if self.owners != looped(self.num_ranks, self.num_stages):
-            head += f" owners={','.join(map(str, self.owners))}"
-        return "\n".join([head, *(" ".join(map(str, steps)) for steps in self.steps)])
-
 
 def looped(num_ranks: int, num_stages: int) -> tuple[int, ...]:
     """The rank of each stage, where the stages go round the ranks (Narayanan et al. 2021)."""
     return tuple(stage % num_ranks for stage in range(num_stages))
-
-
-def parse(text: str) -> Schedule:
-    """The inverse of ``str(schedule)``. Raises: ScheduleError naming the word that cannot be read."""
-    head, *lines = text.strip("\n").split("\n")
-    found = re.fullmatch(r"(\S+) ranks=(\d+) stages=(\d+) microbatches=(\d+)(?: owners=([\d,]+))?", head.strip())
-    if not found:
-        raise ScheduleError(f"{head!r} is no schedule; begin with e.g. '1f1b ranks=2 stages=2 microbatches=4'")
-    name, (ranks, stages, microbatches) = found[1], map(int, found.groups()[1:4])
-    if len(lines) != ranks:
-        raise ScheduleError(f"a schedule of ranks={ranks} has {len(lines)} lines of actions; write one line per rank")
-    owners = tuple(map(int, found[5].split(","))) if found[5] else ()
-    if owners and (len(owners) != stages or max(owners) >= ranks):
-        raise ScheduleError(f"owners={found[5]} does not give each of {stages} stages a rank below {ranks}")
-    steps = tuple(tuple(map(parse_action, line.split())) for line in lines)
-    return Schedule(name, ranks, stages, microbatches, steps, owners)
 
 
 def parse_action(word: str) -> Action:
@@ -258,7 +228,7 @@ def walk(schedule: Schedule, cost: Callable[[Action], float], hop: float = 0.0) 
     """Run the compute of a schedule against a clock; events in the order in which they end.
 
     An action starts when its rank is free and the values it reads are there; a value takes `hop` to another rank.
-    Raises: ScheduleError if ranks wait for one another for ever.
+    Raises: ScheduleError if ranks wait for one another forever.
     """
     programs = [[a for a in steps if a.kind.is_compute] for steps in schedule.steps]
     at = [0] * schedule.num_ranks

@@ -147,6 +147,6 @@ def _check_order(schedule: Schedule, cells: dict[Action, Cell]) -> None:
         why[-1] += f" stands at {cells[maker].place}"
     if why:
         raise ScheduleError(
-            f"in {schedule.name} the lines wait for one another for ever; move one of these behind what it needs:\n  "
+            f"in {schedule.name} the lines wait for one another forever; move one of these behind what it needs:\n  "
             + "\n  ".join(why)
         )

@@ -74,18 +74,8 @@ class Topology:
         assert 0 <= rank < self.world_size, (rank, self.world_size)
         return {axis: rank // self.strides[axis] % self.size(axis) for axis in self.axes}
 
-    def rank(self, **coords: int) -> int:
-        """The inverse of `coords`; an axis that is not given has index 0."""
-        return sum(index * self.strides[axis] for axis, index in coords.items())
-
-    def group(self, rank: int, *axes: str) -> tuple[int, ...]:
-        """The ranks that differ from `rank` only along `axes`, ascending: one process group."""
-        here = self.coords(rank)
-        base = rank - sum(here[a] * self.strides[a] for a in axes)
-        return tuple(base + offset for offset in self._offsets(axes))
-
     def groups(self, *axes: str) -> list[tuple[int, ...]]:
-        """All groups along `axes`, by first rank: a partition of the ranks. Every rank creates them in this order."""
+        """All groups of ranks that differ only along `axes`, by first rank. Every rank creates them in this order."""
         within = self._offsets(axes)
         bases = self._offsets(tuple(a for a in self.axes if a not in axes))
         return [tuple(base + offset for offset in within) for base in bases]

@@ -77,16 +77,16 @@ def chrome_trace(timelines: Mapping[str, Sequence[Span]], flights: Mapping[str, 
 def _lanes(pid: int, first: int, flights: Sequence[Flight]) -> list[dict[str, Any]]:
     """Flights on as few threads as hold them, from number `first` on: those of a lane do not overlap."""
     lanes: dict[tuple[int, str, int], float] = {}  # rank, group, number -> when it becomes free
-    mine: list[tuple[tuple[int, str, int], Flight]] = []
+    placed: list[tuple[tuple[int, str, int], Flight]] = []
     for flight in sorted(flights, key=lambda f: f.issued):
         number = 0
         while lanes.get((flight.rank, flight.axis, number), flight.issued) > flight.issued:
             number += 1
         lanes[flight.rank, flight.axis, number] = flight.end
-        mine.append(((flight.rank, flight.axis, number), flight))
+        placed.append(((flight.rank, flight.axis, number), flight))
     tids = {lane: first + i for i, lane in enumerate(sorted(lanes))}
     events = [_thread(pid, tid, f"rank {r} {axis}" + f" ({n + 1})" * (n > 0)) for (r, axis, n), tid in tids.items()]
-    for lane, flight in mine:
+    for lane, flight in placed:
         events.append(_event(pid, tids[lane], flight.name, COMMUNICATION, flight.issued, flight.end))
         for start, end in ((flight.issued, flight.started), (flight.waited, flight.end)):
             if end > start:

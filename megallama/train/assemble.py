@@ -12,7 +12,7 @@ from torch import Tensor
 from megallama.comm.groups import Groups
 from megallama.config.errors import MegallamaError
 from megallama.config.schema import Config
-from megallama.kernels.choose import Kernels, choose_kernels
+from megallama.kernels.select import Kernels, choose_kernels
 from megallama.layers.linear import TensorParallel
 from megallama.layers.param import FlatBuffers
 from megallama.layers.shard import StateShard
@@ -23,7 +23,6 @@ from megallama.pipeline.runtime import PipelineRuntime, StageCall, StageWork
 from megallama.plan.memory import stage_layout
 from megallama.plan.params import global_shapes, init_std
 from megallama.plan.plan import Plan
-from megallama.train.graphs import CudaRecorder, GraphedMicroBatch, Recorder
 
 Wrap = Callable[[int, Stage], StageCall]  # number and stage -> what the pipeline calls in its place
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -67,14 +66,8 @@ def same_kernels(taken: Sequence[Sequence[tuple[str, str]]]) -> None:
                 )
 
 
-def assemble(
-    plan: Plan, groups: Groups, device: torch.device, kernels: Kernels, wrap: Wrap | None = None,
-    recorder: Recorder | None = None,
-) -> Rank:  # fmt: skip
-    """Build rank `groups.rank`; the weights are zero until `initialize` or a checkpoint fills them.
-
-    With run.cuda_graphs micro-batches are recorded, by `recorder` where one is given, else by CUDA if `device` is one.
-    """
+def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels, wrap: Wrap | None = None) -> Rank:
+    """Build rank `groups.rank`; the weights are zero until `initialize` or a checkpoint fills them."""
     config = plan.config
     dtype = DTYPES[config.precision.dtype]
     parallel = config.parallel
@@ -101,11 +94,7 @@ def assemble(
     hidden = torch.empty(
         tokens // (groups.tp.size if sharded else 1), config.model.hidden_size, dtype=dtype, device=device
     )
-    whole = None
-    if config.run.cuda_graphs and (recorder or device.type == "cuda"):
-        announces = config.overlap.grad_reduce and groups.dp.size > 1
-        whole = GraphedMicroBatch(work[0].stage, buffers[0], recorder or CudaRecorder(device), announces=announces)
-    return Rank(plan, groups, device, stages, buffers, optimizer, PipelineRuntime(work, groups.pp, hidden, whole))
+    return Rank(plan, groups, device, stages, buffers, optimizer, PipelineRuntime(work, groups.pp, hidden))
 
 
 def initialize(rank: Rank, seed: int) -> None:

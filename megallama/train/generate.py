@@ -25,7 +25,8 @@ from megallama.config.schema import ModelConfig
 from megallama.config.special_tokens import read_settings
 from megallama.config.words import counted
 from megallama.data.tokenizer import Tokenizer
-from megallama.kernels.norm import accumulate_dtype, rms_norm
+from megallama.kernels.dtypes import accumulate_dtype
+from megallama.kernels.norm import rms_norm
 from megallama.kernels.rope import rope_tables, rotate
 from megallama.plan.params import heads
 

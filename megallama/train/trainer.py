@@ -25,7 +25,7 @@ from megallama.data.errors import DataError
 from megallama.data.ledger import TrainData
 from megallama.data.loader import Loader
 from megallama.data.sources import Data, ValidData, open_sources
-from megallama.kernels.choose import Kernels
+from megallama.kernels.select import Kernels
 from megallama.optim.lr import learning_rate
 from megallama.optim.scaler import LossScaler
 from megallama.plan.plan import Plan
@@ -121,8 +121,6 @@ class Trainer:
         same_kernels(self._world.group.gather_values([(c.operation, c.taken) for c in kernels.choices]))
         for line in str(self._plan).splitlines():
             self._log.info(line)
-        if config.run.cuda_graphs and self._world.device.type != "cuda":
-            self._log.info("run.cuda_graphs=true records nothing: this is no CUDA device")
         for text in [*self._world.notes, f"kernels: {kernels}"]:
             self._log.info(text)
         for choice in kernels.choices:  # all of them in this rank's file, aloud where something installed does not work

@@ -140,7 +140,7 @@ def other_shape(rng: random.Random, program: Program) -> tuple[Program, str]:
 def other_reduction(rng: random.Random, program: Program) -> tuple[Program, str]:
     at = rng.choice([i for i, c in enumerate(program.calls) if c.op == "all_reduce"])
     call = program.calls[at]
-    return with_call(program, at, replace(call, reduce="min")), call.group
+    return with_call(program, at, replace(call, reduce="sum" if call.reduce == "max" else "max")), call.group
 
 
 def no_receive(rng: random.Random, program: Program) -> tuple[Program, str]:

@@ -77,7 +77,6 @@ def test_recording_writes_down_calls_in_order(pool: Pool) -> None:
             ("all_gather", "world", (6, 3), "torch.bfloat16", 36, None),
             ("reduce_scatter", "world", (6,), "torch.float32", 24, None),
             ("all_reduce", "world", (3,), "torch.float64", 24, None),
-            ("broadcast", "world", (1,), "torch.float32", 4, 1),
             ("send", "world", (4,), "torch.float32", 16, (rank + 1) % 3),
             ("recv", "world", (4,), "torch.float32", 16, (rank - 1) % 3),
             ("barrier", "world", (), "None", 0, None),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from megallama.config.describe import settings as schema_settings
 from megallama.config.errors import ConfigError, MegallamaError
@@ -190,6 +191,33 @@ SINGLE: list[tuple[str, str]] = [
 @pytest.mark.parametrize("override,message", SINGLE, ids=[s[0] for s in SINGLE])
 def test_message(override: str, message: str) -> None:
     assert problems([override]) == [f"command line: {message}"]
+
+
+GONE = {
+    "run.cuda_graphs=true": "run.cuda_graphs=true is no setting any more: micro-batches are no longer recorded as CUDA "
+    "graphs; leave it out",
+    "precision.min_loss_scale=0.25": "precision.min_loss_scale=0.25 is no setting any more: the loss scale of fp16 "
+    "never falls below 1; leave it out",
+}
+
+
+@pytest.mark.parametrize("override", GONE)
+def test_settings_that_are_gone_are_refused_unless_they_have_their_default(override: str) -> None:
+    assert problems([override]) == [f"command line: {GONE[override]}"]
+    plain = load(None, ["data.synthetic=true"])
+    assert load(None, ["data.synthetic=true", "run.cuda_graphs=false", "precision.min_loss_scale=1"]) == plain
+
+
+def test_checkpoints_of_earlier_versions_remember_settings_that_are_gone() -> None:
+    plain = load(None, ["data.synthetic=true"])
+    tree = plain.model_dump(mode="json")
+    tree["run"]["cuda_graphs"], tree["precision"]["min_loss_scale"] = True, 0.25
+    assert Config.model_validate(tree) == plain
+    with pytest.raises(ValidationError, match=r"run\n"):
+        Config.model_validate({"run": 3})
+    tree["run"]["cuda_graph"] = True
+    with pytest.raises(ValidationError, match="cuda_graph"):
+        Config.model_validate(tree)
 
 
 def test_all_problems_at_once_with_their_places(tmp_path: Path) -> None:

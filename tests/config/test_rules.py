@@ -248,11 +248,6 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "precision.fp8=none",
     ),
     (
-        "precision.min_loss_scale=8 precision.initial_loss_scale=4", None,
-        "precision.min_loss_scale=8.0 is above precision.initial_loss_scale=4.0; use at most 4.0",
-        "precision.min_loss_scale=4",
-    ),
-    (
         "checkpoint.weights_from=/w checkpoint.resume=must", None,
         'checkpoint.weights_from="/w" starts anew, but checkpoint.resume="must" wants to go on; remove one, '
         'or use checkpoint.resume="auto" (go on if there is a checkpoint, else start so)',
@@ -354,42 +349,6 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "data.synthetic=false data.train=a data.changes=[{step=9,weights={a=0}}]", None,
         "data.changes[0] leaves no source a weight above 0; give one to at least one source",
         "data.changes=[]",
-    ),
-    (
-        "run.cuda_graphs=true run.device=cpu", None,
-        'run.cuda_graphs=true with run.device="cpu" records nothing; write run.cuda_graphs=false',
-        "run.cuda_graphs=false",
-    ),
-    (
-        "run.cuda_graphs=true parallel.tp=2", None,
-        "run.cuda_graphs=true with parallel.tp=2: collectives of layers are not recorded; "
-        "write parallel.tp=1, or run.cuda_graphs=false",
-        "parallel.tp=1",
-    ),
-    (
-        "run.cuda_graphs=true parallel.pp=2", None,
-        "run.cuda_graphs=true with parallel.pp=2: messages between stages are not recorded; "
-        "write parallel.pp=1, or run.cuda_graphs=false",
-        "run.cuda_graphs=false",
-    ),
-    (
-        "run.cuda_graphs=true parallel.schedule=gpipe", None,
-        'run.cuda_graphs=true with parallel.schedule="gpipe": forward and backward must follow one another; '
-        'write parallel.schedule="1f1b", or run.cuda_graphs=false',
-        "parallel.schedule=1f1b",
-    ),
-    (
-        "run.cuda_graphs=true data.synthetic=false data.train=a data.document_mask=true", None,
-        "run.cuda_graphs=true with data.document_mask=true: documents change shapes; "
-        "write data.document_mask=false, or run.cuda_graphs=false",
-        "data.document_mask=false",
-    ),
-    (
-        "run.cuda_graphs=true batch.micro_batch_size=4 batch.global_batch_size=8", 2,
-        "run.cuda_graphs=true records nothing where each of dp=2 ranks has one micro-batch, whose gradients are "
-        "reduced as they are formed; write batch.global_batch_size=16, overlap.grad_reduce=false, or "
-        "run.cuda_graphs=false",
-        "batch.global_batch_size=16",
     ),
 ]  # fmt: skip
 

@@ -10,8 +10,9 @@ import torch
 
 from megallama.comm.group import Solo
 from megallama.comm.groups import build_groups
-from megallama.kernels import checks, choose
-from megallama.kernels.checks import Place, Refused
+from megallama.kernels import select
+from megallama.kernels.candidate import Place, Refused
+from megallama.kernels.wgrad import check_wgrad
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import Rank, assemble, initialize, kernels_of
 from tests.small import curve, deviation, small_config, solo_rank, tokens, train
@@ -27,14 +28,14 @@ def on_gpu(config: Any, device: torch.device) -> Rank:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_the_choice_is_reported(cuda: torch.device, dtype: torch.dtype) -> None:
-    choices = choose.choose_kernels(cuda, dtype).choices
+    choices = select.choose_kernels(cuda, dtype).choices
     print(*choices, sep="\n")
-    assert [c.operation for c in choices] == list(choose.OPERATIONS)
+    assert [c.operation for c in choices] == list(select.OPERATIONS)
 
 
 CANDIDATES = [
-    (name, kind, make) for name, o in choose.OPERATIONS.items() for kind, make in (*o.candidates, o.last)
-] + [(choose.FP8, kind, make) for kind, make in choose.FP8_PRODUCTS.candidates]
+    (name, kind, make) for name, o in select.OPERATIONS.items() for kind, make in (*o.candidates, o.last)
+] + [(select.FP8, kind, make) for kind, make in select.FP8_PRODUCTS.candidates]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -45,13 +46,13 @@ def test_every_candidate_is_right_both_ways(
     place = Place(cuda, dtype, documents=True, compiled=True)
     if kind == "torch.compile" and shutil.which("gcc") is None:
         pytest.skip("no gcc, which Triton needs")
-    operation = {**choose.OPERATIONS, choose.FP8: choose.FP8_PRODUCTS}[name]
+    operation = {**select.OPERATIONS, select.FP8: select.FP8_PRODUCTS}[name]
     try:
         made = make(place)
     except Refused as reason:
         pytest.skip(f"{name}: {kind}: {reason}")
     if kind == "that product, then add" and dtype == torch.bfloat16:
-        checks.check_wgrad(made, place, 1e-2)  # the product is rounded before it is added
+        check_wgrad(made, place, 1e-2)  # the product is rounded before it is added
     else:
         operation.check(made, place)
 
@@ -60,7 +61,7 @@ def test_both_fp8_products_round_alike(cuda: torch.device) -> None:
     """Transformer Engine's scales are forced to powers of two, so both implementations multiply the same numbers."""
     place = Place(cuda, torch.bfloat16)
     try:
-        te, ours = (make(place) for _, make in choose.FP8_PRODUCTS.candidates)
+        te, ours = (make(place) for _, make in select.FP8_PRODUCTS.candidates)
     except Refused as reason:
         pytest.skip(f"fp8: {reason}")
     generator = torch.Generator(cuda).manual_seed(0)

@@ -9,13 +9,28 @@ from typing import Any
 import pytest
 import torch
 
-from megallama.kernels import choose
-from megallama.kernels.checks import Place, check_norm, check_rotate, check_softmax, check_swiglu
-from megallama.kernels.leaves import EAGER, FORMULAS, compiled_leaf
+from megallama.kernels import select
+from megallama.kernels.candidate import COMPILED, Place
+from megallama.kernels.cross_entropy import compiled_softmax
+from megallama.kernels.norm import compiled_norm
+from megallama.kernels.pointwise import EAGER
+from megallama.kernels.rope import compiled_rotate
+from megallama.kernels.swiglu import compiled_swiglu
 from tests.small import curve, deviation, small_config, solo_rank, tokens, train
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: torch.compile needs a C++ compiler")
+
+
+PLACE = Place(CPU, torch.bfloat16, compiled=True)
+LEAVES: dict[str, Callable[[], Callable[..., Any]]] = {
+    "rms_norm": lambda: compiled_norm(PLACE)[0],
+    "rms_norm_backward": lambda: compiled_norm(PLACE)[1],
+    "swiglu": lambda: compiled_swiglu(PLACE)[0],
+    "swiglu_backward": lambda: compiled_swiglu(PLACE)[1],
+    "rotate": lambda: compiled_rotate(PLACE),
+    "softmax_": lambda: compiled_softmax(PLACE),
+}
 
 
 def operands(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -55,18 +70,19 @@ def error(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_formulas_are_right_before_they_are_compiled(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(torch, "compile", lambda fn, dynamic: fn)
-    place, leaf = Place(CPU, dtype), {name: compiled_leaf(name) for name in FORMULAS}
-    check_norm((leaf["rms_norm"], leaf["rms_norm_backward"]), place)
-    check_swiglu((leaf["swiglu"], leaf["swiglu_backward"]), place)
-    check_rotate(leaf["rotate"], place)
-    check_softmax(leaf["softmax_"], place)
+    place, found = Place(CPU, dtype, compiled=True), 0
+    for operation in select.OPERATIONS.values():
+        if make := dict(operation.candidates).get(COMPILED):
+            operation.check(make(place), place)
+            found += 1
+    assert found == 4
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", LEAVES)
 def test_a_compiled_leaf_is_eager_to_rounding(name: str) -> None:
     """bf16: eager rounds between its operations, the compiled one does not."""
-    leaf = compiled_leaf(name)
+    leaf = LEAVES[name]()
     for dtype, limit in ((torch.bfloat16, 8e-3), (torch.float32, 2e-6)):
         args = operands(name, dtype)
         mine, want = outcome(leaf, args), outcome(getattr(EAGER, name), args)
@@ -82,7 +98,7 @@ def test_a_compiled_leaf_is_eager_to_rounding(name: str) -> None:
 @pytest.mark.parametrize("shape", [(6, 16, 4, 8), (2, 16, 3, 8)], ids=str)
 def test_a_turn_in_place_is_the_turn_into_another_tensor(shape: tuple[int, ...]) -> None:
     """And it changes nothing else: torch 2.13 wrote into another argument when the compiled function itself wrote."""
-    leaf = compiled_leaf("rotate")
+    leaf = LEAVES["rotate"]()
     _, cos, sin, _ = operands("rotate", torch.bfloat16)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     out, eager = torch.empty_like(x), x.clone()
@@ -100,7 +116,7 @@ def test_a_turn_in_place_is_the_turn_into_another_tensor(shape: tuple[int, ...])
 def test_every_shape_is_compiled_beyond_torchs_limit() -> None:
     """Past eight shapes torch would run a function as it is, and its bits would depend on the order of shapes."""
     seen = torch._dynamo.utils.counters["stats"]
-    leaf, before = compiled_leaf("swiglu"), seen["unique_graphs"]
+    leaf, before = LEAVES["swiglu"](), seen["unique_graphs"]
     for rows in range(1, 11):
         leaf(torch.ones(rows, 6))
     assert seen["unique_graphs"] - before == 10
@@ -108,7 +124,7 @@ def test_every_shape_is_compiled_beyond_torchs_limit() -> None:
 
 @needs_compiler
 def test_softmax_of_a_real_width_in_place() -> None:
-    leaf, logits = compiled_leaf("softmax_"), torch.randn(40, 4096, generator=torch.Generator().manual_seed(1)) * 4
+    leaf, logits = LEAVES["softmax_"](), torch.randn(40, 4096, generator=torch.Generator().manual_seed(1)) * 4
     index, sums = torch.arange(40).mul(97).unsqueeze(1), torch.zeros(2, 40)
     args = logits.bfloat16(), index, sums[0], sums[1], torch.linspace(0.5, 2, 40)
     for mine, want in zip(outcome(leaf, args), outcome(EAGER.softmax_, args), strict=True):
@@ -120,7 +136,7 @@ def test_a_model_trains_with_compiled_leaves(monkeypatch: pytest.MonkeyPatch) ->
     config = small_config(precision={"dtype": "fp32"})
     data = tokens(config, 4)
     want = curve(train(solo_rank(config), data))
-    kernels = choose.choose_kernels(CPU, torch.float32, compiled=True)
+    kernels = select.choose_kernels(CPU, torch.float32, compiled=True)
     taken = {c.operation: c.taken for c in kernels.choices}
     compiled = {"RMSNorm", "RoPE", "SwiGLU", "cross entropy"}
     assert {operation for operation, kind in taken.items() if kind == "torch.compile"} == compiled
@@ -138,7 +154,7 @@ def test_where_nothing_compiles_eager_is_taken_and_the_reason_kept(monkeypatch: 
         return call
 
     monkeypatch.setattr(torch, "compile", refuses)
-    kernels = choose.choose_kernels(CPU, torch.float32, compiled=True)
+    kernels = select.choose_kernels(CPU, torch.float32, compiled=True)
     norm = kernels.choices[1]
     assert norm.taken == "torch" and norm.refused[0] == (
         "torch.compile", "InvalidCxxCompiler: No working C++ compiler found",

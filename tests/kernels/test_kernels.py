@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from megallama.config.schema import OptimizerConfig, RopeScaling
-from megallama.kernels.activation import swiglu, swiglu_backward
-from megallama.kernels.adam import adamw_step, sum_of_squares
+from megallama.kernels.adam import adamw_step
 from megallama.kernels.attention import Attend, blocked_attention, plain_attention, sdpa
 from megallama.kernels.documents import Documents
 from megallama.kernels.gemm import MatmulNT, matmul_nt, onednn_matmul_nt
+from megallama.kernels.grad_norm import sum_of_squares
 from megallama.kernels.norm import rms_norm, rms_norm_backward
 from megallama.kernels.rope import inverse_frequencies, rope_tables, rotate
+from megallama.kernels.swiglu import swiglu, swiglu_backward
 from megallama.kernels.wgrad import add_wgrad_with
 
 EPS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}

@@ -13,7 +13,7 @@ import torch
 from megallama.comm.groups import Groups
 from megallama.comm.recording import Call, Recording
 from megallama.config.schema import Config
-from megallama.kernels.choose import choose_kernels
+from megallama.kernels.select import choose_kernels
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import DTYPES, Rank, assemble, initialize
 from tests.small import CPU, curve, on_threads, small_config, tokens, train

@@ -106,9 +106,9 @@ def test_a_trace_and_a_run_beside_it(tmp_path: Path, capsys: pytest.CaptureFixtu
     titles = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
     assert titles == {0: "simulated zb-v", 1: "step 3, zb-v"}
     for rank in (0, 1):
-        mine, theirs = ([e["name"] for e in events if (e["ph"], e["pid"], e.get("tid")) == ("X", pid, rank)
+        own, theirs = ([e["name"] for e in events if (e["ph"], e["pid"], e.get("tid")) == ("X", pid, rank)
                          and e["cat"] in "FBIW"] for pid in (0, 1))  # fmt: skip
-        assert mine == theirs == [str(a) for a in schedule.steps[rank]]
+        assert own == theirs == [str(a) for a in schedule.steps[rank]]
     assert draw("--schedule", "1f1b", "--pp", "2", "--microbatches", "4", "--like", str(run)) == 2
     assert capsys.readouterr().err == f"error: --like {run} is the trace of another number of stages than 2\n"
 

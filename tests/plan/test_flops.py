@@ -6,7 +6,7 @@ import pytest
 
 from megallama.config.presets import PRESETS
 from megallama.config.schema import ModelConfig
-from megallama.plan.flops import forward_flops, head_forward, layer_forward, six_n, training_flops
+from megallama.plan.flops import head_forward, layer_forward, six_n, training_flops
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_parts_by_hand() -> None:
     assert layer_forward(model, 5, causal=False) == 2 * (2 * 8 * 24 + 2 * 8 * 12 + 3 * 8 * 10) + 4 * 24 * 5
     assert layer_forward(model, 5, causal=True) == 2 * (2 * 8 * 24 + 2 * 8 * 12 + 3 * 8 * 10) + 2 * 24 * 6
     assert head_forward(model) == 2 * 8 * 20
-    assert forward_flops(model, 5, causal=True) == 3 * layer_forward(model, 5, causal=True) + 320
+    assert training_flops(model, 5, causal=True) == 3 * (3 * layer_forward(model, 5, causal=True) + 320)
 
 
 def test_causal_counts_the_pairs_the_mask_leaves() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from megallama.config.load import load
 from megallama.config.schema import Config
-from megallama.plan.memory import rank_memory, saved_bytes, stage_layout, stage_specs, statistics_bytes
+from megallama.plan.memory import rank_memory, saved_bytes, stage_layout, statistics_bytes
 from megallama.plan.params import num_parameters
 from megallama.plan.plan import make_plan
 
@@ -91,8 +91,9 @@ def test_whole_model_is_held_once() -> None:
             part.box.numel
             for t in range(tp)
             for s in range(len(stages))
-            for spec in stage_specs(c, stages, s, t)
-            for part in spec.parts
+            for bucket in stage_layout(c, stages, s, 1, t).buckets
+            for placed in bucket.params
+            for part in placed.spec.parts
             if part.owner
         )
         assert owned == num_parameters(c.model), (tp, pp, chunks, tied)

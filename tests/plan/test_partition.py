@@ -69,13 +69,13 @@ def test_recomputation_makes_layers_dearer() -> None:
 @given(st.integers(0, 9), st.integers(1, 4), st.floats(0.01, 6))
 @settings(max_examples=100, deadline=None)
 def test_no_split_is_better(layers: int, stages: int, head: float) -> None:
-    def costs(split: tuple[int, ...]) -> list[float]:
-        return sorted((n + head * (i == stages - 1) for i, n in enumerate(split)), reverse=True)
+    def costs(counts: tuple[int, ...]) -> list[float]:
+        return sorted((n + head * (i == stages - 1) for i, n in enumerate(counts)), reverse=True)
 
-    mine = balanced(layers, stages, 1.0, head)
-    assert sum(mine) == layers and len(mine) == stages
+    split = balanced(layers, stages, 1.0, head)
+    assert sum(split) == layers and len(split) == stages
     every = (c for c in product(range(layers + 1), repeat=stages) if sum(c) == layers)
-    assert costs(mine) == min(map(costs, every))
+    assert costs(split) == min(map(costs, every))
 
 
 def test_costs() -> None:

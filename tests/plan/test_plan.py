@@ -10,10 +10,10 @@ from types import ModuleType
 
 import pytest
 
+from megallama.analysis.communication import communication_table
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
 from megallama.plan.check import build_schedule
-from megallama.plan.communication import communication_table
 from megallama.plan.plan import make_plan
 from megallama.plan.schedule import forward_only
 
@@ -94,8 +94,8 @@ def test_tool_whose_reader_has_gone_says_nothing() -> None:
     process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
-    said = process.stderr.read().decode()
-    assert (process.wait(), said) == (141, "")
+    stderr = process.stderr.read().decode()
+    assert (process.wait(), stderr) == (141, "")
 
 
 def test_tool_says_that_one_rank_communicates_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,14 +15,15 @@ from megallama.plan.check import build_forward, build_schedule, check
 from megallama.plan.schedule import Schedule, ScheduleError, gpipe, lower, parse_action
 from megallama.plan.schedule_csv import read_csv
 from megallama.plan.simulate import simulate
+from tests.plan.text import text
 
 GOOD = "F0.0,F0.1,B0.0,B0.1\nF1.0,B1.0,F1.1,B1.1\n"
 
 
-def read(tmp_path: Path, text: str, ranks: int = 2, stages: int = 2, microbatches: int = 2) -> str:
+def read(tmp_path: Path, content: str, ranks: int = 2, stages: int = 2, microbatches: int = 2) -> str:
     """What it says to this file, with the name of the file as FILE."""
     file = tmp_path / "my.csv"
-    file.write_text(text)
+    file.write_text(content)
     with pytest.raises(ScheduleError) as caught:
         read_csv(file, ranks, stages, microbatches)
     return str(caught.value).replace(str(file), "FILE")
@@ -33,7 +34,7 @@ def test_a_file_is_a_schedule(tmp_path: Path) -> None:
     file.write_text("# mine\nF0.0, F0.1,,B0.0,B0.1\n\nF1.0,I1.0,F1.1,I1.1,W1.1,W1.0,\n,,\n")
     s = build_schedule(ParallelConfig(pp=2, schedule="csv", schedule_file=str(file)), 2)
     assert (s.name, s.owners, s.num_stages) == ("my.csv", (0, 1), 2)
-    assert str(s).split("\n")[1:] == [
+    assert text(s).split("\n")[1:] == [
         "F0.0 send_F0.0 F0.1 send_F0.1 recv_B0.0 B0.0 recv_B0.1 B0.1",
         "recv_F1.0 recv_F1.1 F1.0 I1.0 send_B1.0 F1.1 I1.1 send_B1.1 W1.1 W1.0",
     ]
@@ -91,15 +92,15 @@ CASES = [
     ("F0.0,F0.1,W0.0,I0.0,B0.1\nF1.0,B1.0,F1.1,B1.1",
      "FILE, line 1, cell 3: W0.0 needs I0.0, which stands behind it in FILE, line 1, cell 4; write I0.0 before W0.0"),
     ("F0.0,B0.0,F0.1,B0.1\nF1.0,F1.1,B1.0,B1.1",
-     "in my.csv the lines wait for one another for ever; move one of these behind what it needs:\n"
+     "in my.csv the lines wait for one another forever; move one of these behind what it needs:\n"
      "  FILE, line 1, cell 2: B0.0 needs B1.0, which stands at FILE, line 2, cell 3\n"
      "  FILE, line 2, cell 2: F1.1 needs F0.1, which stands at FILE, line 1, cell 3"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text,message", CASES, ids=range(len(CASES)))
-def test_messages(tmp_path: Path, text: str, message: str) -> None:
-    assert read(tmp_path, text) == message
+@pytest.mark.parametrize("content,message", CASES, ids=range(len(CASES)))
+def test_messages(tmp_path: Path, content: str, message: str) -> None:
+    assert read(tmp_path, content) == message
 
 
 def test_a_stage_that_nobody_has(tmp_path: Path) -> None:
@@ -166,5 +167,5 @@ def test_any_schedule_can_be_written_down(tmp_path: Path) -> None:
     file = tmp_path / "gpipe.csv"
     compute = gpipe(3, 4, 2)
     file.write_text("\n".join(",".join(map(str, steps)) for steps in compute.steps))
-    mine = read_csv(file, 3, 6, 4)
-    assert (mine.steps, mine.owners) == (compute.steps, compute.owners)
+    written = read_csv(file, 3, 6, 4)
+    assert (written.steps, written.owners) == (compute.steps, compute.owners)

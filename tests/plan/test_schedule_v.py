@@ -12,12 +12,12 @@ from megallama.plan.schedule import (
     ScheduleError,
     lower,
     one_f_one_b,
-    parse,
     zero_bubble_h1,
     zero_bubble_h2,
 )
 from megallama.plan.schedule_v import dualpipe_v, v_half, v_owners, zb_v
 from megallama.plan.simulate import StageCost, simulate
+from tests.plan.text import parse, text
 
 # arXiv:2401.10241: Table 9 (profiled ms: forward, input gradient, weight gradient, transfer) and Table 5 (the bubble
 # rates computed from them, (cost - m (F + B + W)) / cost, cost the longest time of a rank from its first action to its
@@ -60,7 +60,7 @@ def proved(schedule: Schedule, max_in_flight: int) -> Schedule:
     """The lowered schedule, checked; at most 3 tensors wait on a rank, and its text is itself."""
     out = lower(schedule)
     check(out, max_in_flight, max_received=3)
-    assert parse(str(out)) == out
+    assert parse(text(out)) == out
     return out
 
 
@@ -132,7 +132,7 @@ def test_the_v() -> None:
     assert v_owners(3) == s.owners == (0, 1, 2, 2, 1, 0)
     assert [s.stages_of(r) for r in range(3)] == [(0, 5), (1, 4), (2, 3)]
     assert [s.rank_of(stage) for stage in range(6)] == [0, 1, 2, 2, 1, 0]
-    assert str(lower(zb_v(2, 2))).split("\n") == [
+    assert text(lower(zb_v(2, 2))).split("\n") == [
         "zb-v ranks=2 stages=4 microbatches=2 owners=0,1,1,0",
         "F0.0 send_F0.0 F0.1 send_F0.1 recv_F3.0 F3.0 I3.0 send_B3.0 recv_F3.1 F3.1 I3.1 send_B3.1 recv_B0.0 I0.0 "
         "W3.0 recv_B0.1 W3.1 I0.1 W0.0 W0.1",
@@ -171,10 +171,3 @@ def test_stages_of_unequal_cost() -> None:
     report = simulate(zb_v(4, 32), costs)
     assert report.busy == (9.0 * 32, 6.0 * 32, 6.0 * 32, 6.0 * 32)
     assert 9 * 32 < report.makespan <= 9 * 32 + 12
-
-
-def test_owners_that_cannot_be() -> None:
-    text = "x ranks=2 stages=2 microbatches=1 owners=0,2\nF0.0\nF1.0"
-    with pytest.raises(ScheduleError) as caught:
-        parse(text)
-    assert str(caught.value) == "owners=0,2 does not give each of 2 stages a rank below 2"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megallama.kernels import choose
+from megallama.kernels import select
 from tools import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ def test_as_a_program_on_this_machine() -> None:
     report = json.loads(done.stdout)
     assert done.returncode == 0 and report["can_train"]
     assert report["verdict"].startswith("can train in bf16 on ")
-    assert [k["operation"] for k in report["kernels"]] == [*choose.OPERATIONS, "fp8 products (precision.fp8)"]
+    assert [k["operation"] for k in report["kernels"]] == [*select.OPERATIONS, "fp8 products (precision.fp8)"]
     assert report["kernels"][0]["taken"] == "blocks of matrix products"
     assert report["kernels"][0]["refused"] == {"Transformer Engine": "no CUDA device"}
     assert report["versions"]["torch"] == torch.__version__
@@ -148,8 +148,8 @@ def test_every_implementation_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """At sizes a hundred times smaller; what --measure leaves out are the refused ones only."""
     monkeypatch.setattr(doctor, "CPU_SIZE", (64, 32, 48, 2, 16, 16, 61))
     for row in doctor.kernels("fp32", "cpu", True, False)[:-1]:
-        names = {kind for kind, _ in choose.OPERATIONS[row["operation"]].candidates}
-        assert set(row["microseconds"]) == names - set(row["refused"]) | {choose.OPERATIONS[row["operation"]].last[0]}
+        names = {kind for kind, _ in select.OPERATIONS[row["operation"]].candidates}
+        assert set(row["microseconds"]) == names - set(row["refused"]) | {select.OPERATIONS[row["operation"]].last[0]}
         assert all(us > 0 for us in row["microseconds"].values()), row
 
 

@@ -285,10 +285,13 @@ def test_groups_that_megatron_ignores_are_told(tmp_path: Path, capsys: pytest.Ca
     )
 
 
-def test_fp16_brings_megatrons_loss_scale(tmp_path: Path) -> None:
-    config = converted(LLAMA.replace("--bf16", "--fp16"), tmp_path)
+def test_fp16_brings_megatrons_loss_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = converted(LLAMA.replace("--bf16", "--fp16 --min-loss-scale 1"), tmp_path)
+    assert "never falls below" not in capsys.readouterr().err
+    converted(LLAMA.replace("--bf16", "--fp16 --min-loss-scale 0.25"), tmp_path)
+    assert "--min-loss-scale 0.25: the loss scale of fp16 never falls below 1 here" in capsys.readouterr().err
     p = config.precision
-    assert (p.dtype, p.initial_loss_scale, p.loss_scale_window, p.min_loss_scale) == ("fp16", 2.0**32, 1000, 1.0)
+    assert (p.dtype, p.initial_loss_scale, p.loss_scale_window) == ("fp16", 2.0**32, 1000)
     assert converted(LLAMA.replace("--bf16", ""), tmp_path).precision.dtype == "fp32"
 
 
@@ -339,7 +342,7 @@ def test_what_megatron_derives(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3",
          "3 x --pipeline-model-parallel-size 2 = 6 does not divide --num-layers 4; write a divisor of 2"),
         ("--pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 2",
-         "--decoder-first-pipeline-num-layers 2: 2 layers are left for 3 stages; write parallel.stage_layers"),
+         "--decoder-first-pipeline-num-layers 2: layers left for 3 stages: 2; write parallel.stage_layers"),
         ("--num-layrs 4", "--num-layrs is not known as Megatron's; did you mean --num-layers? If not, leave it aside"),
         ("--my-fork-thing 4", "--my-fork-thing is not known as Megatron's; if it is right, leave it aside"),
         ("--lr", "--lr has no value; write --lr and a number"),

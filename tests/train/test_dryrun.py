@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from megallama.analysis.communication import collectives, communication_table
 from megallama.comm.groups import Groups
 from megallama.comm.recording import Call, Recording
 from megallama.config.schema import Config
-from megallama.plan.communication import collectives, communication_table
 from megallama.plan.plan import Plan, make_plan
 from megallama.train.assemble import DTYPES
 from megallama.train.step import evaluate_step

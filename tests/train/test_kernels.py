@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from megallama.config.errors import MegallamaError
-from megallama.plan.hardware import load_machine
-from megallama.plan.job import job_of
+from megallama.forecast.forecast import flags
+from megallama.forecast.hardware import load_hardware
+from megallama.forecast.job import job_of
 from megallama.plan.plan import make_plan
-from megallama.plan.predict import flags
 from megallama.train.assemble import kernels_of, same_kernels
 from tests.small import CPU, small_config
 
@@ -37,5 +37,5 @@ def test_the_plan_says_that_fp8_is_predicted_from_other_programs() -> None:
         config = small_config(precision={"dtype": "bf16", "fp8": fp8})
         plan = make_plan(config, 1)
         assert ("fp8 tensorwise in the layers' linear maps" in str(plan)) is (fp8 != "none")
-        said.append(flags(job_of(config, plan.topology, "flash2"), load_machine("a100-80g")))
+        said.append(flags(job_of(config, plan.topology, "flash2"), load_hardware("a100-80g")))
     assert set(said[1]) - set(said[0]) == {"fp8 products have other programs' speed"}

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from megallama.analysis.communication import collectives
 from megallama.comm.group import Handle, Solo
 from megallama.comm.recording import Tape, Timed
-from megallama.plan.communication import collectives
 from megallama.plan.plan import Plan, make_plan
 from megallama.plan.trace import Flight, Span, chrome_trace, exposure
 from megallama.train.trace import Clock

@@ -210,9 +210,8 @@ class Conversion:
         if self.out.get("parallel.chunks", 1) > 1 or stages < 1 or rest < 0 or rest % stages:
             shown = ", ".join(f"--{name} {n}" for name, n in said.items())
             self.problem(
-                f"{shown}: {counted(rest, 'layer')} {'is' if rest == 1 else 'are'} left for "
-                f"{counted(stages, 'stage')}; write parallel.stage_layers into the TOML instead "
-                f"(--without {','.join(said)})"
+                f"{shown}: layers left for {counted(stages, 'stage')}: {rest}; "
+                f"write parallel.stage_layers into the TOML instead (--without {','.join(said)})"
             )
             return
         head, tail = [[] if n is None else [n] for n in (first, last)]
@@ -328,7 +327,8 @@ class Conversion:
         if get("fp16"):
             self.out["precision.initial_loss_scale"] = get("initial-loss-scale")
             self.out["precision.loss_scale_window"] = int(get("loss-scale-window"))
-            self.out["precision.min_loss_scale"] = get("min-loss-scale")
+            if (least := get("min-loss-scale")) != 1:
+                self.note(f"--min-loss-scale {least:g}: the loss scale of fp16 never falls below 1 here")
 
     def data(self) -> None:
         """[data]: sources with weights, and which share of their documents is held out."""

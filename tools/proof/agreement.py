@@ -2,7 +2,7 @@
 
 A *program* is what one rank does: its calls, in order, and where it waits for one.  Ranks that do the same share one.
 Proved are agreement: the members of every group make the same collectives on it in the same order (operation, shape,
-format, root, what it is for), and what one rank sends to another the other receives from it, in order; and progress:
+format, what it is for), and what one rank sends to another the other receives from it, in order; and progress:
 executed with these waits, all programs come to their end.
 
 A call starts without blocking; it is complete once all members of its group have made it (a message: both ends).

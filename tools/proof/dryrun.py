@@ -26,8 +26,8 @@ from megallama.comm.group import Group, Solo
 from megallama.comm.groups import Partition, build_groups, partitions
 from megallama.comm.recording import Absent, Call, Recording, Wait
 from megallama.data.batch import MicroBatch
-from megallama.kernels.choose import choose_kernels
 from megallama.kernels.documents import Documents
+from megallama.kernels.select import choose_kernels
 from megallama.model.llama import Stage, StageInput
 from megallama.plan.memory import stage_layout
 from megallama.plan.plan import Plan

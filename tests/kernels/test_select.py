@@ -12,24 +12,28 @@ import pytest
 import torch
 
 from megallama.config.errors import MegallamaError
-from megallama.kernels import accelerated, checks, choose
-from megallama.kernels.adam import adamw_step
-from megallama.kernels.attention import Attend, MakeAttention, blocked_attention, plain_attention, sdpa
-from megallama.kernels.checks import Place, Refused
+from megallama.kernels import attention, candidate, fp8, gemm, select
+from megallama.kernels.adam import adamw_step, check_adam
+from megallama.kernels.attention import Attend, MakeAttention, blocked_attention, check_attention, plain_attention, sdpa
+from megallama.kernels.candidate import APEX, TE, Operation, Place, Refused
 from megallama.kernels.documents import Documents
-from megallama.kernels.fp8 import TORCH_FP8
-from megallama.kernels.gemm import matmul_nt
-from megallama.kernels.leaves import EAGER
-from megallama.kernels.wgrad import add_wgrad
+from megallama.kernels.fp8 import TORCH_FP8, check_fp8
+from megallama.kernels.gemm import check_product, matmul_nt
+from megallama.kernels.grad_norm import check_sum_of_squares
+from megallama.kernels.norm import check_norm
+from megallama.kernels.pointwise import EAGER
+from megallama.kernels.swiglu import check_swiglu
+from megallama.kernels.wgrad import add_wgrad_with, check_wgrad
 
 CPU = torch.device("cpu")
 BF16, FP32 = Place(CPU, torch.bfloat16), Place(CPU, torch.float32)
+add_wgrad = add_wgrad_with(matmul_nt)
 ON_CUDA = Place(torch.device("cuda"), torch.bfloat16)
 NO_CUDA = "not Transformer Engine: no CUDA device"
 
 
 def test_a_cpu_takes_torch_and_says_why() -> None:
-    lines = [str(c) for c in choose.choose_kernels(CPU, torch.bfloat16).choices]
+    lines = [str(c) for c in select.choose_kernels(CPU, torch.bfloat16).choices]
     asked = "not torch.compile: run.compile=false"
     assert lines == [
         f"attention: blocks of matrix products ({NO_CUDA})",
@@ -49,8 +53,8 @@ def test_a_cpu_takes_torch_and_says_why() -> None:
     ("vendor", "taken"), [("AuthenticAMD", "oneDNN"), ("GenuineIntel", "torch mm"), ("", "oneDNN")]
 )
 def test_fp32_products_follow_from_the_processor(monkeypatch: pytest.MonkeyPatch, vendor: str, taken: str) -> None:
-    monkeypatch.setattr(choose, "processor", lambda: vendor)
-    kernels = choose.choose_kernels(CPU, torch.float32)
+    monkeypatch.setattr(gemm, "processor", lambda: vendor)
+    kernels = select.choose_kernels(CPU, torch.float32)
     assert {c.operation: c.taken for c in kernels.choices}["matrix product"] == taken
     a, b = torch.randn(5, 7), torch.randn(3, 7)
     assert torch.allclose(kernels.gemms.project(a, b), a @ b.t(), atol=1e-6)
@@ -61,23 +65,31 @@ def test_fp32_products_follow_from_the_processor(monkeypatch: pytest.MonkeyPatch
     assert kernels.layer_gemms is kernels.gemms
 
 
+def foreign(operation: str, package: str) -> Any:
+    """The function that makes a candidate of a package."""
+    return dict({**select.OPERATIONS, select.FP8: fp8.FP8_PRODUCTS}[operation].candidates)[package]
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name, make in vars(accelerated).items():
-        if name.startswith(("te_", "apex_")):
-            with pytest.raises(Refused, match="not installed"):
-                make(ON_CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    makes = [make for o in (*select.OPERATIONS.values(), fp8.FP8_PRODUCTS) for make in o.candidates]
+    asked = [make for kind, make in makes if kind in (TE, APEX)]
+    assert len(asked) == 11
+    for make in asked:
+        with pytest.raises(Refused, match="not installed"):
+            make(ON_CUDA)
     with pytest.raises(Refused, match="16-bit formats only, not torch.float32"):
-        accelerated.te_attention(replace(ON_CUDA, dtype=torch.float32))
+        foreign("attention", TE)(replace(ON_CUDA, dtype=torch.float32))
 
 
 def test_the_other_apex_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "apex" else None)
     with pytest.raises(Refused, match="not NVIDIA's; build NVIDIA/apex from source"):
-        accelerated.apex_adam(ON_CUDA)
+        foreign("AdamW", APEX)(ON_CUDA)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name.startswith("apex") else None)
     with pytest.raises(Refused, match="built without its CUDA extension amp_C"):
-        accelerated.apex_adam(ON_CUDA)
+        foreign("AdamW", APEX)(ON_CUDA)
 
 
 def broken(*args: object) -> None:
@@ -86,26 +98,26 @@ def broken(*args: object) -> None:
 
 def test_any_exception_of_a_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
-        choose.OPERATIONS, "AdamW", replace(choose.OPERATIONS["AdamW"], candidates=[("Transformer Engine", broken)])
+        select.OPERATIONS, "AdamW", replace(select.OPERATIONS["AdamW"], candidates=[("Transformer Engine", broken)])
     )
-    choice = choose.choose_kernels(CPU, torch.bfloat16).choices[7]
+    choice = select.choose_kernels(CPU, torch.bfloat16).choices[7]
     assert str(choice) == "AdamW: torch fused (not Transformer Engine: cudnn shared object not found.)"
 
 
 def test_what_the_user_left_out_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for without in ("blocks of matrix products", "attention: blocks of matrix products"):
-        choice = choose.choose_kernels(CPU, torch.bfloat16, without=(without,)).choices[0]
+        choice = select.choose_kernels(CPU, torch.bfloat16, without=(without,)).choices[0]
         assert choice.taken == "torch scaled_dot_product_attention"
         assert choice.refused[1] == ("blocks of matrix products", "left out by run.without_kernels")
-    kept = choose.choose_kernels(CPU, torch.bfloat16, without=("RMSNorm: Transformer Engine",)).choices
+    kept = select.choose_kernels(CPU, torch.bfloat16, without=("RMSNorm: Transformer Engine",)).choices
     assert kept[0].taken == "blocks of matrix products"
     assert kept[1].refused[1] == ("Transformer Engine", "left out by run.without_kernels")
     message = "run.without_kernels=['RMSNorm: apexx'] names no candidate; write for example RMSNorm: apex"
     with pytest.raises(MegallamaError) as caught:
-        choose.choose_kernels(CPU, torch.bfloat16, without=("apex", "RMSNorm: apexx"))
+        select.choose_kernels(CPU, torch.bfloat16, without=("apex", "RMSNorm: apexx"))
     assert str(caught.value) == message
     with pytest.raises(MegallamaError, match="write for example .*Transformer Engine or .*apex or"):
-        choose.choose_kernels(CPU, torch.bfloat16, without=("TE",))
+        select.choose_kernels(CPU, torch.bfloat16, without=("TE",))
 
 
 def test_fp8_is_refused_where_nothing_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,18 +126,18 @@ def test_fp8_is_refused_where_nothing_multiplies_in_it(monkeypatch: pytest.Monke
         r'not torch _scaled_mm: no CUDA device\); write precision.fp8="none"'
     ).replace("(not", r"\(not")
     with pytest.raises(MegallamaError, match=message):
-        choose.choose_kernels(CPU, torch.bfloat16, fp8="tensorwise")
+        select.choose_kernels(CPU, torch.bfloat16, fp8="tensorwise")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(Refused, match=r"compute capability 8.0 is below 8.9 \(L40S, H100, H200, B200\)"):
-        choose.FP8_PRODUCTS.candidates[1][1](ON_CUDA)
+        fp8.FP8_PRODUCTS.candidates[1][1](ON_CUDA)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert choose.FP8_PRODUCTS.candidates[1][1](ON_CUDA) is TORCH_FP8
+    assert fp8.FP8_PRODUCTS.candidates[1][1](ON_CUDA) is TORCH_FP8
 
 
 def test_fp8_is_of_the_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    products = replace(choose.FP8_PRODUCTS, candidates=[("torch _scaled_mm", lambda place: TORCH_FP8)])
-    monkeypatch.setattr(choose, "FP8_PRODUCTS", products)
-    kernels = choose.choose_kernels(CPU, torch.bfloat16, fp8="tensorwise")
+    products = replace(fp8.FP8_PRODUCTS, candidates=[("torch _scaled_mm", lambda place: TORCH_FP8)])
+    monkeypatch.setattr(select, "FP8_PRODUCTS", products)
+    kernels = select.choose_kernels(CPU, torch.bfloat16, fp8="tensorwise")
     assert kernels.layer_gemms is TORCH_FP8 and kernels.gemms is not TORCH_FP8
     assert str(kernels.choices[-1]) == "fp8 products: torch _scaled_mm"
 
@@ -166,19 +178,19 @@ WRONG: list[tuple[str, Any, str]] = [  # operation, an implementation with one m
 @pytest.mark.parametrize(("operation", "made", "reason"), WRONG, ids=[f"{w[0]}: {w[2]}" for w in WRONG])
 def test_wrong_results_are_refused(operation: str, made: Any, reason: str) -> None:
     with pytest.raises(Refused, match=f"{reason} from the plain formula by"):
-        choose.OPERATIONS[operation].check(made, FP32)
+        select.OPERATIONS[operation].check(made, FP32)
 
 
 def test_not_a_number_is_refused() -> None:
     with pytest.raises(Refused, match="x differs from the plain formula by nan"):
-        checks.agree("x", torch.tensor([1.0, torch.nan]), torch.ones(2), 1.0)
+        candidate.agree("x", torch.tensor([1.0, torch.nan]), torch.ones(2), 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", choose.OPERATIONS)
+@pytest.mark.parametrize("name", select.OPERATIONS)
 def test_every_implementation_that_this_machine_has_is_right(name: str, dtype: torch.dtype) -> None:
     """Also the last ones, which are taken without a check."""
-    operation, place = choose.OPERATIONS[name], Place(CPU, dtype, documents=True)
+    operation, place = select.OPERATIONS[name], Place(CPU, dtype, documents=True)
     for kind, make in (*operation.candidates, operation.last):
         try:
             made = make(place)
@@ -187,9 +199,9 @@ def test_every_implementation_that_this_machine_has_is_right(name: str, dtype: t
         if (name, dtype) != ("weight gradient", torch.bfloat16) and (name, dtype) != ("matrix product", torch.bfloat16):
             operation.check(made, place)
         elif kind == "torch mm":
-            checks.check_product(made, place)
+            check_product(made, place)
         else:  # a product rounded to bf16 before it is added
-            checks.check_wgrad(made, place, 1e-2)
+            check_wgrad(made, place, 1e-2)
 
 
 def across_documents(
@@ -200,18 +212,18 @@ def across_documents(
 
 
 def test_attention_that_forgets_documents_is_refused_only_where_they_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "blocked_attention", across_documents)
+    monkeypatch.setattr(attention, "blocked_attention", across_documents)
     (plain, *_), (apart, *_) = (
-        choose.choose_kernels(CPU, torch.bfloat16, documents=on).choices for on in (False, True)
+        select.choose_kernels(CPU, torch.bfloat16, documents=on).choices for on in (False, True)
     )
     assert plain.taken == "blocks of matrix products"
     assert apart.taken == "torch scaled_dot_product_attention"
     assert apart.refused[1][1].startswith("output within documents differs from the plain formula by")
     last = ("torch scaled_dot_product_attention", lambda place: as_maker(across_documents))
-    monkeypatch.setitem(choose.OPERATIONS, "attention", replace(choose.OPERATIONS["attention"], last=last))
+    monkeypatch.setitem(select.OPERATIONS, "attention", replace(select.OPERATIONS["attention"], last=last))
     message = "no attention here keeps documents apart: torch's output within documents differs .* by .*; use data.docu"
     with pytest.raises(MegallamaError, match=message):
-        choose.choose_kernels(CPU, torch.bfloat16, documents=True)
+        select.choose_kernels(CPU, torch.bfloat16, documents=True)
 
 
 class DotProductAttention:
@@ -246,9 +258,9 @@ def installed(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
 
 def test_transformer_engines_attention_is_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     module = SimpleNamespace(DotProductAttention=DotProductAttention)
-    monkeypatch.setattr(accelerated, "_module", lambda name, package: module)
-    make = accelerated.te_attention(ON_CUDA)
-    checks.check_attention(make, replace(BF16, documents=True))
+    monkeypatch.setattr(attention, "te_module", lambda place, name: module)
+    make = foreign("attention", TE)(ON_CUDA)
+    check_attention(make, replace(BF16, documents=True))
 
 
 def test_the_multi_tensor_kernels_are_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,11 +282,11 @@ def test_the_multi_tensor_kernels_are_called_as_documented(monkeypatch: pytest.M
 
     members = {"multi_tensor_adam": multi_tensor_adam, "multi_tensor_l2norm": multi_tensor_l2norm}
     installed(monkeypatch, amp_C=members, transformer_engine_torch=members, transformer_engine__pytorch={})
-    for adam in (accelerated.apex_adam, accelerated.te_adam):
-        checks.check_adam(adam(ON_CUDA), FP32)
-    for norm in (accelerated.apex_sum_of_squares, accelerated.te_sum_of_squares):
-        checks.check_sum_of_squares(norm(ON_CUDA), FP32)
-        assert norm(ON_CUDA)([]).item() == 0
+    for package in (APEX, TE):
+        check_adam(foreign("AdamW", package)(ON_CUDA), FP32)
+        norm = foreign("gradient norm", package)(ON_CUDA)
+        check_sum_of_squares(norm, FP32)
+        assert norm([]).item() == 0
 
 
 def test_fused_norms_are_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,9 +324,9 @@ def test_fused_norms_are_called_as_documented(monkeypatch: pytest.MonkeyPatch) -
         transformer_engine__pytorch={},
         transformer_engine__pytorch__constants={"TE_DType": {torch.bfloat16: "bf16"}},
     )
-    for make in (accelerated.apex_norm, accelerated.te_norm):
-        pair = make(ON_CUDA)
-        checks.check_norm(pair, BF16)
+    for package in (APEX, TE):
+        pair = foreign("RMSNorm", package)(ON_CUDA)
+        check_norm(pair, BF16)
         assert pair[1](*(torch.ones(4, 8, dtype=torch.bfloat16),) * 2, torch.ones(8), 1e-5)[1].dtype == torch.float32
 
 
@@ -329,7 +341,7 @@ def test_transformer_engines_swiglu_is_called_as_documented(monkeypatch: pytest.
 
     members = {"swiglu": swiglu, "dswiglu": dswiglu}
     installed(monkeypatch, transformer_engine_torch=members, transformer_engine__pytorch={})
-    checks.check_swiglu(accelerated.te_swiglu(ON_CUDA), BF16)
+    check_swiglu(foreign("SwiGLU", TE)(ON_CUDA), BF16)
 
 
 def test_transformer_engines_fp8_is_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,15 +372,15 @@ def test_transformer_engines_fp8_is_called_as_documented(monkeypatch: pytest.Mon
         transformer_engine__pytorch__tensor__float8_tensor={"Float8CurrentScalingQuantizer": Quantizer},
         transformer_engine__pytorch__cpp_extensions={"general_gemm": general_gemm},
     )
-    checks.check_fp8(accelerated.te_fp8(ON_CUDA), BF16)
+    check_fp8(fp8._te_fp8(ON_CUDA), BF16)
 
 
 def test_one_line_says_what_is_not_torchs_own() -> None:
     def told(**taken: str) -> str:
-        choices = [choose.Choice(name, taken.get(name, one.last[0]), ()) for name, one in choose.OPERATIONS.items()]
+        choices = [select.Choice(name, taken.get(name, one.last[0]), ()) for name, one in select.OPERATIONS.items()]
         return str(replace(kernels, choices=tuple(choices)))
 
-    kernels = choose.choose_kernels(CPU, torch.float64)
+    kernels = select.choose_kernels(CPU, torch.float64)
     assert told() == "torch's own for everything"
     assert told(AdamW="apex", RoPE="torch.compile", SwiGLU="torch.compile") == (
         "torch.compile for RoPE, SwiGLU; apex for AdamW; torch's own for the rest"
@@ -378,8 +390,8 @@ def test_one_line_says_what_is_not_torchs_own() -> None:
 
 def test_what_is_installed_and_does_not_work_is_told_from_what_is_not_there() -> None:
     def broken(candidate: Callable[[Place], Any]) -> bool:
-        operation = choose.Operation([("x", candidate)], ("torch mm", lambda p: matmul_nt), checks.check_product)
-        return choose._first("matrix product", operation, FP32, set())[1].broken
+        operation = Operation([("x", candidate)], ("torch mm", lambda p: matmul_nt), check_product)
+        return select._first("matrix product", operation, FP32, set())[1].broken
 
     def absent(place: Place) -> Any:
         raise Refused("not installed")

@@ -1,33 +1,88 @@
-"""Jobs from a table of published or wanted layouts, with the columns of benchmarks/measurements/validate.csv.
+"""Predict a table of layouts, published or wanted, with the columns of benchmarks/measurements/validate.csv.
 
-The measured columns may be empty or absent.  From the others it also follows which program ran (`stack_of`), as
-programs differ in what they fuse, overlap and keep; a `stack` column with a row of hardware.toml says it outright.
+    python benchmarks/planner_rows.py FILE.csv -o OUT.csv
+
+The measured columns may be empty or absent; in the output they are called measured_*.  From the others it also follows
+which program ran (`stack_of`), as programs differ in what they fuse, overlap and keep; a `stack` column with a row of
+hardware.toml says it outright.  Rows that cannot be predicted are named on standard error, and the others still are.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 
-from megallama.plan.hardware import Machine, load_machine
-from megallama.plan.job import Job
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megallama.config.errors import ConfigError, exit_status  # noqa: E402
+from megallama.forecast.forecast import job_bytes, predict  # noqa: E402
+from megallama.forecast.hardware import Hardware, load_hardware  # noqa: E402
+from megallama.forecast.job import Job  # noqa: E402
 
 NEEDED = ("gpu", "layers", "hidden", "heads", "seq", "gpus", "global_batch_seqs")
+WRITTEN = ("step_time_s", "tok_s_gpu", "tflops", "mem_gb", "fits", "flags")
 GPUS = {"a100-40": "a100-40g", "a100": "a100-80g", "h200": "h200", "h100": "h100"}
 KERNELS = {"unfused": "unfused", "attention3": "flash3", "cudnn": "flash3", "triton": "flash1", "xformers": "flash1"}
 ENDS = {"zerobubble": (1, 1), "scaling": (1, 2), "scaling-rms": (1, 2)}  # modules before and after the layers
 Row = Mapping[str, str | None]
-_machine = cache(load_machine)
+_hardware = cache(load_hardware)
 
 
 class RowError(Exception):
     """Why one row cannot be predicted."""
 
 
-def job_of_row(row: Row) -> tuple[Job, Machine]:
-    """The job and the machine that a row describes. Raises: RowError saying which column is wrong."""
-    machine = machine_of(row)
+def main(argv: Sequence[str]) -> int:
+    """Predict the table; 0, or 2 with the error on stderr."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, metavar="FILE.csv")
+    parser.add_argument("-o", metavar="FILE", dest="out", help="default: standard output")
+    args = parser.parse_args(argv)
+    return exit_status(lambda: predict_table(args.table, args.out))
+
+
+def predict_table(path: Path, out: str | None) -> int:
+    """Predict every row of a table; 0. Raises: ConfigError if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [(reader.line_num, row) for row in reader]
+            have = [c for c in reader.fieldnames or () if c]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if missing := [c for c in NEEDED if c not in have]:
+        raise ConfigError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(NEEDED)}")
+    written = [[f"measured_{c}" if c in WRITTEN else c for c in have] + list(WRITTEN)]
+    bad = 0
+    for line, row in rows:
+        try:
+            job, hardware = job_of_row(row)
+            p = predict(job, hardware)
+            memory, tflops = job_bytes(job, hardware), p.mfu_full * hardware.gpu.peak_tflops
+            numbers = (p.step_seconds, p.tokens_per_second, tflops, memory / 1e9)
+            fits = str(int(memory <= p.memory_limit))
+            new = [*(f"{v:.6g}" for v in numbers), fits, "; ".join([*assumed(row), *p.flags])]
+        except RowError as error:
+            bad += 1
+            print(f"{path}, line {line}: not predicted: {error}", file=sys.stderr)
+            new = [""] * (len(WRITTEN) - 1) + [f"not predicted: {error}"]
+        written.append([row[c] or "" for c in have] + new)
+    target = open(out, "w", encoding="utf-8", newline="") if out else sys.stdout
+    csv.writer(target, lineterminator="\n").writerows(written)
+    if out:
+        target.close()
+    print(f"{len(rows) - bad} of {len(rows)} rows predicted", file=sys.stderr)
+    return 0
+
+
+def job_of_row(row: Row) -> tuple[Job, Hardware]:
+    """The job and the hardware that a row describes. Raises: RowError saying which column is wrong."""
+    hardware = hardware_of(row)
     tp, pp, cp, micro = (_count(row, k, 1) for k in ("tp", "pp", "cp", "micro_batch"))
     chunks = _count(row, "vpp", 2 if pp > 1 and _word(row, "schedule").endswith("interleaved") else 1)
     if not any(_word(row, k) for k in ("tp", "pp", "dp")):
@@ -46,25 +101,35 @@ def job_of_row(row: Row) -> tuple[Job, Machine]:
     stack, schedule = stack_of(row), _word(row, "schedule").rstrip("?").split("/")[0]
     if stack == "zerobubble" and schedule != "zb-v":
         chunks = (layers + 2) // pp if schedule == "interleaved" and (layers + 2) % pp == 0 else 1  # a layer per chunk
-    split = evenly(layers, pp * chunks, *ENDS[stack]) if pp > 1 and stack in ENDS else None
+    ends = ENDS.get(stack, (0, 0)) if pp > 1 else (0, 0)
+    split = evenly(layers, pp * chunks, *ends) or evenly(layers, pp * chunks)
     gated, recompute = _word(row, "gated") in ("1", "true"), _word(row, "recompute")
     job = Job(
-        layers, hidden, _count(row, "ffn", 4 * hidden), gated, heads, _count(row, "kv_heads", heads), hidden // heads,
-        _count(row, "vocab", 50304), _count(row, "seq"), gpus, tp, pp, dp, micro, batch // (dp * micro), cp, chunks,
+        layers, hidden, _count(row, "ffn", 4 * hidden), gated, heads, hidden,
+        _count(row, "kv_heads", heads) * (hidden // heads),
+        _count(row, "vocab", 50304), _count(row, "seq"), gpus, tp, pp, dp, micro, batch // (dp * micro), split,
+        cp=cp, chunks=chunks,
         schedule=schedule if schedule in ("gpipe", "csv") or schedule[:2] in ("zb", "v-", "du") else "1f1b",
         recompute="full" if recompute == "full" else "selective" if recompute[:5] in ("selec", "llama") else "none",
         sequence_parallel=_word(row, "sp") in ("1", "true") and tp > 1, sharding=_sharding(row), tied=not gated,
         fp8=_word(row, "dtype") == "fp8", kernel=_first(KERNELS, _word(row, "attn_kernel")) or "flash2", stack=stack,
-        network_gbit=_network(row), stage_layers=split,
+        network_gbit=_network(row),
     )  # fmt: skip
-    return job, machine
+    return job, hardware
 
 
-def evenly(layers: int, stages: int, before: int, after: int) -> tuple[int, ...] | None:
-    """Layers of each stage where a program shares out modules, surplus first: embedding, layers, norm and head."""
+def evenly(layers: int, stages: int, before: int = 0, after: int = 0) -> tuple[int, ...]:
+    """Layers of each stage where a program shares out modules, surplus first: embedding, layers, norm and head.
+
+    None at all where the first or the last stage has less than `before` or `after` modules.
+    """
     low, surplus = divmod(layers + before + after, stages)
-    first, *others, last = (low + (s < surplus) for s in range(stages))
-    return (first - before, *others, last - after) if first >= before and last >= after else None
+    modules = [low + (s < surplus) for s in range(stages)]
+    if modules[0] < before or modules[-1] < after:
+        return ()
+    modules[0] -= before
+    modules[-1] -= after
+    return tuple(modules)
 
 
 def assumed(row: Row) -> list[str]:
@@ -74,20 +139,20 @@ def assumed(row: Row) -> list[str]:
     return [f"{key}={value} is assumed" for key, value in used if not _word(row, key)]
 
 
-def machine_of(row: Row) -> Machine:
+def hardware_of(row: Row) -> Hardware:
     """The kind of GPU that a row names. Raises: RowError if we have no constants for it."""
     if (kind := _first(GPUS, _word(row, "gpu"))) is None:
         raise RowError(f"gpu={row.get('gpu')!r} is not among A100, H100, H200")
-    return _machine(kind)
+    return _hardware(kind)
 
 
 def stack_of(row: Row) -> str:
     """The program that ran, as a row of hardware.toml."""
-    stacks = machine_of(row).stacks
-    if said := _word(row, "stack"):
-        if said not in stacks:
-            raise RowError(f"stack={said} is unknown; use {', '.join(stacks)}")
-        return said
+    stacks = hardware_of(row).stacks
+    if named := _word(row, "stack"):
+        if named not in stacks:
+            raise RowError(f"stack={named} is unknown; use {', '.join(stacks)}")
+        return named
     mode, kernel, schedule = (_word(row, k) for k in ("dp_mode", "attn_kernel", "schedule"))
     a100 = "a100" in _word(row, "gpu")
     rules = {
@@ -135,3 +200,7 @@ def _count(row: Row, key: str, default: int | None = None) -> int:
     if not 1 <= value < 1e9 or value != int(value):
         raise RowError(f"{key}={text} is no whole number above 0")
     return int(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

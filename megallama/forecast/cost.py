@@ -16,26 +16,20 @@ Korthikanti et al. 2022 (arXiv:2205.05198); Narayanan et al. 2021 (arXiv:2104.04
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import accumulate
 from math import ceil, log2
 from typing import NamedTuple
 
-from pydantic import ValidationError
-
-from megallama.config.schema import ParallelConfig
-from megallama.plan.check import compute_schedule
-from megallama.plan.hardware import Machine
-from megallama.plan.job import Job
-from megallama.plan.schedule import Schedule, ScheduleError
-from megallama.plan.simulate import StageCost, walk
+from megallama.forecast.hardware import Hardware
+from megallama.forecast.job import Job, built
+from megallama.plan.simulate import StageCost, simulate
 
 TILE = 128
 OPTIMIZER_BYTES = 30.0  # read and written per parameter: fp32 weight, two moments and gradient, bf16 weight
 EVENTS = 40_000  # of a schedule that is run whole; of a longer one as many micro-batches, continued at their pace
 
 
-class Part(NamedTuple):
+class CostItem(NamedTuple):
     """Seconds of one kind of work for one micro-batch: forward, input gradient, weight gradient, done again."""
 
     name: str
@@ -46,18 +40,18 @@ class Part(NamedTuple):
 
 
 class Pricer:
-    """The prices of one job on one machine."""
+    """The prices of one job on one kind of hardware."""
 
-    def __init__(self, job: Job, machine: Machine) -> None:
-        self.job, self.gpu = job, machine.gpu
-        self.kernel, self.stack = machine.kernels[job.kernel], machine.stacks[job.stack]
+    def __init__(self, job: Job, hardware: Hardware) -> None:
+        self.job, self.gpu = job, hardware.gpu
+        self.kernel, self.stack = hardware.kernels[job.kernel], hardware.stacks[job.stack]
         self.peak = self.gpu.peak_tflops * 1e12
         self.memory_rate = self.gpu.memory_gb_per_s * 1e9 * self.gpu.bandwidth
         self.add_up = self.stack.accumulate / job.tp / self.memory_rate  # a parameter's gradient to those before
         self.node_rate = self.gpu.nvlink_gb_per_s * 1e9 * self.gpu.tp_bus
         self.nic_rate = (job.network_gbit or self.gpu.nic_gbit) / 8 * 1e9 * self.gpu.nic * self.stack.network
 
-    def layer(self) -> list[Part]:
+    def layer(self) -> list[CostItem]:
         """The work of one layer on one rank for one micro-batch."""
         job, kernel, stack, full = self.job, self.kernel, self.stack, self.job.recompute == "full"
         t, tokens, h, f, up = job.tp, job.tokens, job.hidden, job.ffn, 2 if job.gated else 1
@@ -70,27 +64,27 @@ class Pricer:
             memory = kernel.passes * 2.0 * tokens * job.seq * job.heads / t / (self.gpu.memory_gb_per_s * 1e9)
             attention = scores / (peak * kernel.forward) + memory
             backward = 2 * (scores / (peak * kernel.backward) + memory)
-        slow = kernel.unaligned if job.head_dim % 8 else 1.0
+        slow = kernel.unaligned if job.width // job.heads % 8 else 1.0
         core_again = full or (job.recompute == "selective" and not kernel.causal)
-        wide = stack.wide * tokens * h / (t if job.sequence_parallel else 1) / self.memory_rate
+        residual = stack.residual * tokens * h / (t if job.sequence_parallel else 1) / self.memory_rate
         inner = stack.inner * tokens * (job.width + job.kv_width + up * f) / t / self.memory_rate
-        reuse = job.llama_way * (wide + inner / 3) / 2
+        reuse = job.llama_way * (residual + inner / 3) / 2
         tp, launch = self.tensor_parallel(), stack.launch_us * 1e-6
         return [
-            Part("matrices", matrices, matrices, matrices, full * matrices),
-            Part("attention", slow * attention, slow * backward, 0.0, core_again * slow * attention),
-            Part("elementwise", wide + inner, 1.5 * (wide + inner), 0.0, full * (wide + inner) + reuse),
-            Part("gradient sums", 0.0, 0.0, job.layer_matrix * self.add_up),
-            Part("launch", launch, launch, launch, full * launch),
-            Part("tp comm", tp, tp, 0.0, full * tp),
+            CostItem("matrices", matrices, matrices, matrices, full * matrices),
+            CostItem("attention", slow * attention, slow * backward, 0.0, core_again * slow * attention),
+            CostItem("elementwise", residual + inner, 1.5 * (residual + inner), 0.0, full * (residual + inner) + reuse),
+            CostItem("gradient sums", 0.0, 0.0, job.layer_matrix * self.add_up),
+            CostItem("launch", launch, launch, launch, full * launch),
+            CostItem("tp comm", tp, tp, 0.0, full * tp),
         ]
 
-    def head(self) -> Part:
+    def head(self) -> CostItem:
         """The output head and the loss for one micro-batch."""
         job = self.job
         gemm = self.product(job.tokens, job.hidden, job.vocab / job.tp)
         logits = (self.stack.head / job.tp + self.stack.whole) * job.tokens * job.vocab / self.memory_rate / 2
-        return Part("head and loss", gemm + logits, gemm + logits, gemm + job.vocab * job.hidden * self.add_up)
+        return CostItem("head and loss", gemm + logits, gemm + logits, gemm + job.vocab * job.hidden * self.add_up)
 
     def product(self, m: float, k: float, n: float) -> float:
         """One matrix product [m, k] x [k, n]."""
@@ -148,7 +142,7 @@ class Pricer:
 def closed_form(job: Job, costs: Sequence[StageCost], hop: float) -> float:
     """Seconds of all micro-batches of a step."""
     p, m, name = job.pp, job.num_microbatches, job.schedule
-    ranks = [sum(sum(costs[s]) for s in job.owned(r)) for r in range(p)]
+    ranks = [sum(sum(costs[s]) for s in job.owned[r]) for r in range(p)]
     busiest, mean = max(ranks), sum(ranks) / p
     f, i, w = (sum(c[k] for c in costs) / p for k in range(3))
     idle = {
@@ -173,20 +167,5 @@ def simulated(job: Job, costs: Sequence[StageCost], hop: float) -> float:
     schedules = [s for s in (built(p, job.chunks, job.schedule, n) for n in counts) if p > 1 and s]
     if len(schedules) < len(counts):
         return closed_form(job, costs, hop)
-    spans = [makespan(s, costs, hop) for s in schedules]
+    spans = [simulate(s, costs, hop).makespan for s in schedules]
     return spans[-1] + (m - counts[-1]) / p * (spans[-1] - spans[0])
-
-
-def makespan(schedule: Schedule, costs: Sequence[StageCost], hop: float) -> float:
-    """Seconds from the first event to the last."""
-    return max(e.end for e in walk(schedule, lambda a: costs[a.stage].of(a.kind), hop))
-
-
-@lru_cache(maxsize=64)
-def built(pp: int, chunks: int, name: str, num_microbatches: int) -> Schedule | None:
-    """The compute of a schedule of ours; None where the name or the numbers are not ours."""
-    try:
-        parallel = ParallelConfig.model_validate({"pp": pp, "chunks": chunks, "schedule": name})
-        return compute_schedule(parallel, num_microbatches)
-    except (ValidationError, ScheduleError, OSError):
-        return None

@@ -43,7 +43,7 @@ class Collective:
 def collectives(
     config: Config, topology: Topology, stages: Stages, schedule: Schedule, pp_rank: int, dp_rank: int = 0
 ) -> tuple[Collective, ...]:
-    """Everything that a rank communicates in one training step; alike for all tensor-parallel ranks."""
+    """Everything that a rank communicates in one training step; the same on all tensor-parallel ranks."""
     found: Found = Counter()
     hidden, dtype = (tokens_and_rows(config)[1], config.model.hidden_size), config.precision.dtype
     for stage in schedule.stages_of(pp_rank):
@@ -84,20 +84,20 @@ def _tensor(config: Config, stages: Stages, stage: int) -> Found:
 
 def _gradients(config: Config, topology: Topology, stages: Stages, stage: int, dp_rank: int) -> Found:
     """The gradients and the weights of a stage, once a step."""
-    layout, wide = stage_layout(config, stages, stage, topology.dp), main_dtype(config)
+    layout, main = stage_layout(config, stages, stage, topology.dp), main_dtype(config)
     found, copies = Found(), Counter[str]()
     for bucket in layout.buckets:
         start, stop = bucket.shard(topology.dp, dp_rank)
         if topology.dp > 1:
             size = (bucket.stop - bucket.start,)
-            found["dp", "reduce_scatter", "gradients", size, wide] += 1
+            found["dp", "reduce_scatter", "gradients", size, main] += 1
             found["dp", "all_gather", "weights", size, config.precision.dtype] += 1
         if bucket.tied:
-            found["embedding", "all_reduce", "gradients of the tied embedding", (stop - start,), wide] += 1
+            found["embedding", "all_reduce", "gradients of the tied embedding", (stop - start,), main] += 1
         for segment in layout.segments(start, stop):
             copies[segment.part.sum_over] += segment.count
     for over, what in (("tp", "gradients of norms"), ("kv", "gradients of shared key/value heads")):
-        found[over, "all_reduce", what, (copies[over],), wide] = int(copies[over] > 0)
+        found[over, "all_reduce", what, (copies[over],), main] = int(copies[over] > 0)
     return found
 
 
@@ -107,7 +107,7 @@ def communication_table(config: Config, topology: Topology, stages: Stages, sche
     rank = max(range(topology.pp), key=lambda r: sum(c.nbytes for c in each[r]))
     lines = [f"{'group':<9}  {'operation':<14}  {'of':<36}  {'calls a step':>12}  {'MiB a step':>14}"]
     for key in sorted({(c.axis, c.op, c.what) for c in each[rank]}):
-        alike = [c for c in each[rank] if (c.axis, c.op, c.what) == key]
-        numbers = f"{sum(c.count for c in alike):>12,}  {sum(c.nbytes for c in alike) / 2**20:>14,.3f}"
+        same = [c for c in each[rank] if (c.axis, c.op, c.what) == key]
+        numbers = f"{sum(c.count for c in same):>12,}  {sum(c.nbytes for c in same) / 2**20:>14,.3f}"
         lines.append(f"{key[0]:<9}  {key[1]:<14}  {key[2]:<36}  {numbers}")
     return "\n".join([*lines, f"of a rank at pipeline position {rank}, which communicates most; whole tensors"])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megallama.config.errors import ConfigError
-from megallama.config.words import line_of
+from megallama.config.toml import read_toml
 
 TABLES = Path(__file__).with_name("hardware.toml")
 
@@ -58,7 +58,7 @@ class Stack:
 
     speed: float = 1.0  # of matrix products, against gpu.gemm
     fp8: float = 1.5  # speed of fp8 products over bf16's
-    wide: float  # elementwise bytes per token and element of the residual stream in a layer's forward
+    residual: float  # elementwise bytes per token and element of the residual stream in a layer's forward
     inner: float  # the same per element inside attention and the feed-forward network
     head: float  # the same per logit of this rank, forward and backward
     whole: float = 0.0  # the same per logit of the whole vocabulary (programs that gather it)
@@ -67,7 +67,7 @@ class Stack:
     dp_overlap: float = 0.0  # share of gradients and parameters that may hide, if the backward is long enough
     blocking: float  # transfers between stages during which a rank waits, per forward and per backward
     scatter_gather: bool  # a transfer is cut over tp
-    launch_us: float  # one layer's forward, input or weight gradient beside its kernels
+    launch_us: float  # one layer's forward, input or weight gradient outside its kernels
     network: float = 1.0  # of what gpu.nic lets through
     ring_ns: float  # per parameter and doubling of a data-parallel ring's nodes beyond gpu.leaf_nodes
     step_ms: float  # per step
@@ -76,7 +76,7 @@ class Stack:
     param_bytes: float  # per parameter, gathered
     state_bytes: float  # held per parameter by every rank
     shard_bytes: float  # held per parameter, divided by dp
-    keep_wide: float  # kept per token and residual element (recompute none)
+    keep_residual: float  # kept per token and residual element (recompute none)
     keep_heads: float  # ... per element of q, k, v and the attention output
     keep_ffn: float  # ... per element of the feed-forward network
     keep_logits: float  # per logit of this rank
@@ -85,8 +85,8 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """All that a prediction needs beside the job."""
+class Hardware:
+    """All that a prediction needs besides the job."""
 
     name: str
     gpu: Gpu
@@ -94,34 +94,25 @@ class Machine:
     stacks: dict[str, Stack]
 
 
-def load_machine(name: str) -> Machine:
+def load_hardware(name: str) -> Hardware:
     """The GPU kind called `name`, or in the file of that name. Raises: ConfigError for unknown kinds and bad files."""
-    tables, given, base, said = _tables(), {}, name, f"hardware={name}"
+    tables, own, base, where = _tables(), {}, name, f"hardware={name}"
     kinds = tables["gpu"]
     if name.endswith(".toml"):
-        text = ""
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-            given = tomllib.loads(text)
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            wrong = f"hardware={name} cannot be read: {error}; or use {', '.join(kinds)}"
-            raise ConfigError(wrong + line_of(text, error)) from None
-        base = str(given.pop("base", ""))
-        said = f'{name}: base="{base}"'
+        own = read_toml(Path(name), "the hardware")
+        base = str(own.pop("base", ""))
+        where = f'{name}: base="{base}"'
     if base not in kinds:
-        raise ConfigError(f"{said} is no known kind of GPU; {_near(base, kinds)}, or a .toml file with a base")
-    known = _merged(kinds, base)
-    for key, value in given.items():
+        raise ConfigError(f"{where} is no known kind of GPU; {_near(base, kinds)}, or a .toml file with a base")
+    known = kinds[base]
+    for key, value in own.items():
         if key not in known:
             raise ConfigError(f"{name}: {key} is no constant of a GPU; {_near(key, known)}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             raise ConfigError(f"{name}: {key}={value!r} must be a number above 0, like {known[key]}")
-    return Machine(
-        name,
-        Gpu(**{**known, **given}),
-        {k: Kernel(**v) for k, v in tables["kernel"].items()},
-        {k: Stack(**_merged(tables["stack"], k)) for k in tables["stack"]},
-    )
+    kernels = {k: Kernel(**v) for k, v in tables["kernel"].items()}
+    stacks = {k: Stack(**v) for k, v in tables["stack"].items()}
+    return Hardware(name, Gpu(**{**known, **own}), kernels, stacks)
 
 
 def _near(word: str, known: Iterable[str]) -> str:
@@ -129,12 +120,11 @@ def _near(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"use {', '.join(known)}"
 
 
-def _merged(rows: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    row = dict(rows[name])  # and what it takes over from its base
-    base = row.pop("base", None)
-    return {**_merged(rows, base), **row} if base else row
-
-
 @cache
 def _tables() -> dict[str, Any]:
-    return tomllib.loads(TABLES.read_text(encoding="utf-8"))
+    """Every row with what it takes over from its base, which stands above it."""
+    tables = tomllib.loads(TABLES.read_text(encoding="utf-8"))
+    for rows in tables.values():
+        for name, row in rows.items():
+            rows[name] = rows.get(row.pop("base", None), {}) | row
+    return tables

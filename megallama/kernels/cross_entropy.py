@@ -1,0 +1,76 @@
+"""The softmax of the loss, in place of its logits.
+
+Considered and left out: the cross entropies of Transformer Engine (all logits of a micro-batch at once, reduced over a
+process group of its own) and of apex (a second copy of them).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megallama.kernels.candidate import COMPILED, Operation, Place, agree_all, random
+from megallama.kernels.compiled import compiled
+from megallama.kernels.dtypes import accumulate_dtype
+
+
+class Softmax(Protocol):
+    """What `softmax_` does."""
+
+    def __call__(self, logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
+        """Write into `logits`, `log_sum` and `picked`."""
+
+
+def softmax_(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
+    """Replace `logits` [r, v] by their softmax, times `scale` [r] if it is given.
+
+    Writes log(sum(exp(logits))) [r] and the logit [r] at `index` [r, 1], both in the format of `log_sum` in which
+    all is computed.  The logarithm needs no second pass of exponentials: the largest probability is
+    exp(largest logit) / sum.
+    """
+    exact = logits.to(log_sum.dtype)
+    chances = torch.softmax(exact, 1)
+    log_sum.copy_(exact.amax(1) - chances.amax(1).log())
+    picked.copy_(exact.gather(1, index).squeeze(1))
+    if scale is not None:
+        chances.mul_(scale.unsqueeze(1))
+    logits.copy_(chances)
+
+
+def compiled_softmax(place: Place) -> Softmax:
+    """The formula below, fused by torch.compile."""
+    formula = compiled(_softmax, place)
+
+    def into(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
+        for to, new in zip((logits, log_sum, picked), formula(logits, index, scale, log_sum.dtype), strict=True):
+            to.copy_(new)
+
+    return into
+
+
+def _softmax(logits: Tensor, index: Tensor, scale: Tensor | None, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    exact = logits.to(wide)
+    top = exact.amax(1)
+    powers = torch.exp(exact - top.unsqueeze(1))
+    total = powers.sum(1)
+    chances = powers * ((1 if scale is None else scale) / total).unsqueeze(1)
+    return chances.to(logits.dtype), top + total.log(), exact.gather(1, index).squeeze(1)
+
+
+def check_softmax(softmax_: Softmax, place: Place) -> None:
+    """Probabilities in place, their logarithm's sum and the picked logits."""
+    logits, wide = random(place, 24, 61), accumulate_dtype(place.dtype)
+    index = torch.arange(24, device=place.device).unsqueeze(1)
+    scale = index.squeeze(1).to(wide) / 12
+    for case in (None, scale):
+        rows, log_sum, picked = logits.clone(), scale.clone(), scale.clone()
+        softmax_(rows, index, log_sum, picked, case)
+        exact = logits.double()
+        chances = exact.softmax(1) * (1 if case is None else case.double().unsqueeze(1))
+        want = [chances, exact.logsumexp(1), exact.gather(1, index).squeeze(1)]
+        agree_all({"probabilities": rows, "logarithm of the sum": log_sum, "picked logits": picked}, want, place)
+
+
+CROSS_ENTROPY = Operation([(COMPILED, compiled_softmax)], ("torch", lambda place: softmax_), check_softmax)

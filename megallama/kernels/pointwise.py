@@ -1,0 +1,28 @@
+"""The pointwise operations of a layer, as one value that layers are handed: each may be another implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megallama.kernels.cross_entropy import Softmax, softmax_
+from megallama.kernels.norm import rms_norm, rms_norm_backward
+from megallama.kernels.rope import Rotate, rotate
+from megallama.kernels.swiglu import swiglu, swiglu_backward
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """Pairs of forward and backward that keep nothing but their input, as the layers' backward wants them."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    rms_norm_backward: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    swiglu: Callable[[Tensor], Tensor]
+    swiglu_backward: Callable[[Tensor, Tensor], Tensor]
+    rotate: Rotate
+    softmax_: Softmax
+
+
+EAGER = Leaves(rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, softmax_)
