@@ -333,7 +333,7 @@ class CheckpointManager:
 
         A checkpoint that turns out damaged while it is read is set aside and the previous one is loaded.
         Raises: CheckpointError if there is none to load and "must" was asked, or all are damaged, or it is
-        of another architecture; UnreadableError if one cannot be read now, unless "previous" was asked.
+        of another architecture; UnreadableError, unless "previous" was asked.
         """
         mode = self._config.checkpoint.resume
         while mode != "fresh":
@@ -356,9 +356,9 @@ class CheckpointManager:
     def load(self, path: Path, shards: Sequence[StateShard]) -> dict[str, Any]:
         """Fill `shards` (of any layout; owned or copies) from a step folder; returns its counters.
 
-        Every block that is read is verified, and the ranks share the verification of model/: damage there is said, and
-        costs nothing, for training needs the state alone.
-        Raises, on every rank alike: DamagedError naming file and block; UnreadableError naming the file;
+        Every block that is read is verified, and the ranks share the verification of model/: damage
+        there is said, and costs nothing, for training needs the state alone.
+        Raises, on every rank alike: DamagedError naming file and block; UnreadableError;
         CheckpointError listing every setting in which the architecture or the tokenizer differs.
         """
         saved = self._choice.look(path)
