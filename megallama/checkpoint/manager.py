@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.checkpoint import manifest, reader
+from megallama.checkpoint import disk, manifest, reader
 from megallama.checkpoint.disk import UnreadableError
 from megallama.checkpoint.errors import CheckpointError, DamagedError, InternalError, NotFiniteError, agree
 from megallama.checkpoint.find import find_checkpoint
@@ -328,6 +328,24 @@ class CheckpointManager:
 
     # ---- loading ----
 
+    def starts_anew(self) -> bool:
+        """Whether there is nothing to resume, by a look at the names in the folder: of rank 0, before it has the lock.
+
+        Raises: CheckpointError if "must" was asked.
+        """
+        folder = self._folder
+        names = disk.names(folder) if disk.exists(folder) and not folder.is_file() else []
+        empty = not any(name.startswith("step-") for name in names)
+        if empty and self._config.checkpoint.resume == "must":
+            raise self._nothing_to_resume()
+        return empty or self._config.checkpoint.resume == "fresh"
+
+    def _nothing_to_resume(self) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint.resume=must, but {self._folder} holds no checkpoint; set checkpoint.folder to that of the run "
+            "to continue, or checkpoint.resume=auto to start it"
+        )
+
     def resume(self, shards: Sequence[StateShard]) -> dict[str, Any] | None:
         """Load the newest valid checkpoint as checkpoint.resume says; its counters, or None: start from random weights.
 
@@ -339,10 +357,7 @@ class CheckpointManager:
         while mode != "fresh":
             path = self.newest()
             if path is None and mode == "must":
-                raise CheckpointError(
-                    f"checkpoint.resume=must, but {self._folder} holds no checkpoint; set checkpoint.folder to that of "
-                    "the run to continue, or checkpoint.resume=auto to start it"
-                )
+                raise self._nothing_to_resume()
             if path is None:
                 return None
             try:
