@@ -82,7 +82,7 @@ def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag) -> int:
         raise
     same = hashlib.sha256(f"{to_toml(config)}{plan.schedule}".encode()).hexdigest()[:12]
     with start(launch, config.run, same, listener=signals) as world:
-        log = Logger(world.rank, world.world_size, Path(config.run.folder))
+        log = Logger(world.rank, world.world_size)  # the trainer opens its files once nothing is wrong with the request
         signals.say = partial(_say, log)
         try:
             return Trainer(config, plan, world, log, signals).run()

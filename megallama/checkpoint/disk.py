@@ -1,10 +1,10 @@
 """Files, of ours and from anywhere: what is damage, and what only stands in the way.
 
-A shared file system fails for minutes and then has every byte again, so three things are told apart:
+A shared file system fails for a while and then has every byte, so three things are told apart:
 
-    damaged      not the size or the bytes that were saved, also not in a second look at the opened-anew file
+    damaged      not the size or bytes that were saved, nor after opening the file a second time
     missing      damage only if no rank sees it
-    unreadable   any other error, after trying for `PATIENCE_SECONDS`: nothing is known about the contents
+    unreadable   any other error, after `PATIENCE_SECONDS`: nothing is known about the contents
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class UnreadableError(CheckpointError):
 
 
 def patiently(work: Callable[[Path], T], path: Path) -> T:
-    """work(path), tried again while it raises an OSError that may pass. Raises: MissingError; UnreadableError."""
+    """work(path), again while it meets an error that may pass. Raises: MissingError; UnreadableError."""
     since, pause = time.monotonic(), 0.05
     while True:
         try:
@@ -71,7 +71,7 @@ def names(folder: Path) -> list[str]:
 
 
 def open_file(path: Path, size: int | None = None) -> tuple[int, int]:
-    """(descriptor, size) of a regular file. Raises: DamagedError if it is none, or, opened twice, not of `size`."""
+    """(descriptor, size) of a regular file. Raises: DamagedError if it is none or not of `size`."""
     for _ in range(2):
         fd, found = patiently(_open, path)
         if size is None or found == size:

@@ -1,12 +1,12 @@
-"""The folder of a run's checkpoints: what is in it, cleaning up after a crash, choosing what to go on from.
+"""The folder of a run's checkpoints: what is in it, cleaning up, choosing what to go on from.
 
     step-00001000                        a checkpoint
     step-00001000.damaged, .damaged-2    set aside: its bytes are not what was saved
     step-00001000.megallama-unfinished   being written or deleted: removed at the next start
-    step-00001000.megallama-replaced     making way for the same step, done again: restored if that is missing
+    step-00001000.megallama-replaced     making way for the same step: restored if that is missing
     latest                               a hint for people
 
-Earlier versions wrote ``.tmp`` and ``.old``, names that people choose, too: only what a crash left is touched.
+Earlier versions wrote ``.tmp`` and ``.old``, as people do: only what a crash left is touched.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Brief:
     line: str
 
 
-@lru_cache(maxsize=4096)  # a large model's takes long to read; it is read again only if the file changes
+@lru_cache(maxsize=4096)  # that of a large model takes long; it is read again if it changes
 def _brief(path: Path, inode: int, size: int, modified_ns: int) -> Brief:
     saved = manifest.read_manifest(path)
     return Brief(saved.sequence, saved.step, saved.body["line"])
 
 
 def checkpoints(folder: Path) -> dict[Path, Brief | CheckpointError]:
-    """Of every step folder what its manifest says, or why that is not known. Raises: UnreadableError."""
+    """What the manifest of every step folder says, or why not. Raises: UnreadableError."""
     paths = [folder / name for name in disk.names(folder) if _STEP.fullmatch(name)]
     return {path: _known(path) for path in paths if not path.is_file()}
 
@@ -64,7 +64,7 @@ def _known(path: Path) -> Brief | CheckpointError:
 
 
 def newest_step(folder: Path, tell: Callable[[str], None]) -> Path | None:
-    """The checkpoint that was saved last, for tools; `tell` hears of damaged ones. Raises: UnreadableError."""
+    """For tools: the last save; `tell` hears of damaged ones. Raises: UnreadableError."""
     found = []
     for path, brief in checkpoints(folder).items():
         if isinstance(brief, Brief):
@@ -107,12 +107,12 @@ def recover_folder(folder: Path) -> list[str]:
             _remove(path)
             done.append(f"removed {name}, in whose place {stem} is")
         else:
-            done.append(f"left {name} alone: it is not what a crash leaves; move it elsewhere if it is yours")
+            done.append(f"left {name} alone: it is not what a crash leaves; is it yours?")
     return done
 
 
 def _left_by_an_earlier_version(path: Path) -> bool:
-    """Whether this is an unfinished hint, or an unfinished save: files of the optimizer, but no manifest yet."""
+    """Whether this is an unfinished hint or save: files of the optimizer, no manifest yet."""
     if not path.is_dir() or path.is_symlink():
         return path.name == "latest.tmp" and path.is_file() and path.stat().st_size < 20
     parts = {p.relative_to(path).parts[0] for p in path.rglob("*") if not p.is_dir()}
@@ -138,15 +138,15 @@ class Choice:
         self._left_out: dict[str, str] = {}  # step folders, and why they are not used
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose training state is there in full size for every rank; None if there are none.
+        """The newest checkpoint whose training state all ranks see in full size; None if there are none.
 
-        Raises, on every rank alike: UnreadableError; CheckpointError if there are checkpoints but none is usable.
+        Raises, on every rank alike: UnreadableError; CheckpointError if none of them is usable.
         """
         while True:
             told = agree(self._group, f"checkpoints in {self._folder}", self._candidate)
             name, known = told[0]
-            if name is None and (others := [(rank, found) for rank, (found, _) in enumerate(told) if found]):
-                rank, name = others[0]
+            if name is None and any(found for found, _ in told):
+                rank, name = next((rank, found) for rank, (found, _) in enumerate(told) if found)
                 raise CheckpointError(f"{self._folder}: rank {rank} sees {name}, rank 0 none; do all nodes share it?")
             if name is None:
                 return None
@@ -160,7 +160,7 @@ class Choice:
                 self.leave_out(name, error)
 
     def _candidate(self) -> tuple[str | None, bool]:
-        """The step folder to look at next, and whether its place in the order is known; on other ranks than 0: any."""
+        """The step to look at next, and whether its place in the order is known; not on rank 0: any."""
         if self._group.rank:
             return next(filter(_STEP.fullmatch, disk.names(self._folder)), None), True
         order: dict[str, int] = {}
@@ -182,7 +182,7 @@ class Choice:
         )
 
     def look(self, path: Path) -> manifest.Manifest:
-        """The manifest of a step folder whose training state is there in full size. Raises: as `read_on_all`."""
+        """The manifest of a step whose training state is there in full size. Raises: as `read_on_all`."""
         found: list[manifest.Manifest] = []
 
         def work() -> None:
@@ -195,8 +195,8 @@ class Choice:
     def read_on_all(self, what: str, work: Callable[[], Any]) -> list[Any]:
         """`agree` on what all ranks read.
 
-        Raises, on every rank alike: DamagedError, also for what no rank finds; UnreadableError if a rank cannot read
-        something, or misses what another one has.
+        Raises, on every rank alike: DamagedError, also for what no rank finds; UnreadableError if
+        a rank cannot read something, or misses what another one has.
         """
         try:
             return agree(self._group, what, work)
@@ -207,7 +207,7 @@ class Choice:
             raise UnreadableError(f"{error} (but other ranks have it: do all nodes share the folder?)") from error
 
     def leave_out(self, name: str, error: CheckpointError) -> None:
-        """Go on without a step that cannot be read now, if that was asked for. Raises: UnreadableError."""
+        """Go on without a step that cannot be read, if asked for. Raises: UnreadableError."""
         if not self._previous:
             raise UnreadableError(
                 f"{error}. That need not be damage: nothing was changed and no older step is taken. Once {name} can be "

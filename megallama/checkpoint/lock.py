@@ -79,7 +79,7 @@ class FolderLock:
     def check(self) -> None:
         """See that the lock is still ours; one that was removed is made again, and that is said.
 
-        Raises: CheckpointError if another job has taken the folder over (`lost`); UnreadableError; OSError.
+        Raises: CheckpointError if another job has the folder now (`lost`); UnreadableError; OSError.
         """
         if self._mine is None:
             return
@@ -113,11 +113,11 @@ class FolderLock:
         """Whether there was no lock, so that it is ours now."""
         own = self._path.with_name(f"{NAME}.{os.urandom(8).hex()}")
         try:
-            disk.write_durably(own, mine)  # before the link: after a power failure, too, a lock says whose it is
+            disk.write_durably(own, mine)  # first: no power failure leaves it empty
             os.link(own, self._path)
         except FileExistsError:
             seen = _look(self._path)
-            return seen is not None and seen.content == mine  # a network's answer was lost, and the link made twice
+            return seen is not None and seen.content == mine  # the first answer was lost
         finally:
             own.unlink(missing_ok=True)
         return True
@@ -126,7 +126,7 @@ class FolderLock:
         """Remove the lock if its job is gone. Raises: CheckpointError if it is not; OSError."""
         held = _look(self._path)
         if held is None:
-            time.sleep(0.05)  # released in this moment; or a network file system needs one to show it
+            time.sleep(0.05)  # released, or not yet shown by a network
             return
         if (now := self._living(held)) is not None:
             raise CheckpointError(
@@ -165,7 +165,7 @@ class FolderLock:
 
 
 def _look(path: Path) -> _Seen | None:
-    """A lock, or whatever is in its place, without waiting for it; None if there is nothing. Raises: OSError."""
+    """A lock, or whatever is in its place; None if there is nothing. Raises: OSError."""
     try:
         at = os.lstat(path)
     except FileNotFoundError:
@@ -173,7 +173,7 @@ def _look(path: Path) -> _Seen | None:
     content = None
     if stat.S_ISREG(at.st_mode):
         with suppress(OSError), disk.opened(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW) as fd:
-            content, at = os.read(fd, LOCK_BYTES), os.fstat(fd)  # of an open file a network file system asks its server
+            content, at = os.read(fd, LOCK_BYTES), os.fstat(fd)  # opened: as the server has it
     return _Seen(content, at.st_ino, at.st_mtime_ns, at.st_uid)
 
 

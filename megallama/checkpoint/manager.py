@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.checkpoint import manifest, reader
+from megallama.checkpoint import disk, manifest, reader
 from megallama.checkpoint.disk import UnreadableError
 from megallama.checkpoint.errors import CheckpointError, DamagedError, InternalError, NotFiniteError, agree
 from megallama.checkpoint.find import find_checkpoint
@@ -328,21 +328,36 @@ class CheckpointManager:
 
     # ---- loading ----
 
+    def starts_anew(self) -> bool:
+        """Whether there is nothing to resume, by a look at the names in the folder: of rank 0, before it has the lock.
+
+        Raises: CheckpointError if "must" was asked.
+        """
+        folder = self._folder
+        names = disk.names(folder) if disk.exists(folder) and not folder.is_file() else []
+        empty = not any(name.startswith("step-") for name in names)
+        if empty and self._config.checkpoint.resume == "must":
+            raise self._nothing_to_resume()
+        return empty or self._config.checkpoint.resume == "fresh"
+
+    def _nothing_to_resume(self) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint.resume=must, but {self._folder} holds no checkpoint; set checkpoint.folder to that of the run "
+            "to continue, or checkpoint.resume=auto to start it"
+        )
+
     def resume(self, shards: Sequence[StateShard]) -> dict[str, Any] | None:
         """Load the newest valid checkpoint as checkpoint.resume says; its counters, or None: start from random weights.
 
         A checkpoint that turns out damaged while it is read is set aside and the previous one is loaded.
         Raises: CheckpointError if there is none to load and "must" was asked, or all are damaged, or it is
-        of another architecture; UnreadableError if one cannot be read now, unless "previous" was asked.
+        of another architecture; UnreadableError, unless "previous" was asked.
         """
         mode = self._config.checkpoint.resume
         while mode != "fresh":
             path = self.newest()
             if path is None and mode == "must":
-                raise CheckpointError(
-                    f"checkpoint.resume=must, but {self._folder} holds no checkpoint; set checkpoint.folder to that of "
-                    "the run to continue, or checkpoint.resume=auto to start it"
-                )
+                raise self._nothing_to_resume()
             if path is None:
                 return None
             try:
@@ -356,9 +371,9 @@ class CheckpointManager:
     def load(self, path: Path, shards: Sequence[StateShard]) -> dict[str, Any]:
         """Fill `shards` (of any layout; owned or copies) from a step folder; returns its counters.
 
-        Every block that is read is verified, and the ranks share the verification of model/: damage there is said, and
-        costs nothing, for training needs the state alone.
-        Raises, on every rank alike: DamagedError naming file and block; UnreadableError naming the file;
+        Every block that is read is verified, and the ranks share the verification of model/: damage
+        there is said, and costs nothing, for training needs the state alone.
+        Raises, on every rank alike: DamagedError naming file and block; UnreadableError;
         CheckpointError listing every setting in which the architecture or the tokenizer differs.
         """
         saved = self._choice.look(path)

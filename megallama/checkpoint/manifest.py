@@ -43,7 +43,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A verified manifest, of which every value has its type, and every file is one in the folder."""
+    """A verified manifest: its values have their types, its files are in the folder."""
 
     step: NonNegativeInt  # optimizer steps done
     sequence: int  # saves of a folder are numbered; the newest checkpoint is the last save, not the highest step
@@ -103,7 +103,7 @@ def file_records(sizes: dict[str, int], blocks: dict[str, list[str]]) -> dict[st
 def read_manifest(folder: Path) -> Manifest:
     """Read and verify the manifest of a step folder; `check_sizes` looks at the files.
 
-    Raises: MissingError; DamagedError if it does not match its own digest, read twice; UnreadableError;
+    Raises: MissingError; DamagedError if, read twice, it does not match its digest; UnreadableError;
     CheckpointError for a format this program does not know, or values that it never writes.
     """
     path = folder / NAME
@@ -144,9 +144,9 @@ def _verified(raw: bytes) -> dict[str, Any] | None:
 
 
 def check_layers(path: Path, model: ModelConfig, tensors: int = MAX_LAYERS) -> None:
-    """Raises: CheckpointError for more layers than so many tensors can be: to lay them out would take for ever."""
+    """Raises: CheckpointError for more layers than so many tensors are: laying them out takes long."""
     if model.num_layers > max(tensors, 1000):
-        raise CheckpointError(f"{path} describes a model of {model.num_layers} layers; so many are not there")
+        raise CheckpointError(f"{path} describes a model of {model.num_layers} layers; it has fewer")
 
 
 def check_sizes(folder: Path, saved: Manifest, prefix: str = "") -> None:

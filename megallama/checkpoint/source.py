@@ -27,7 +27,7 @@ from megallama.plan.box import Box
 
 SPAN_BYTES = 8 << 20  # what is copied at a time
 PRECISION = {name: precision for precision, name in WEIGHTS.items()}
-# what is copied into a result: these names alone, for a folder from elsewhere may hold a link to anything
+# what is copied into a result: these alone, for a folder from elsewhere may link to anything
 _CARRIED = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json") + (
     *("merges.txt", "chat_template.json", "chat_template.jinja"),
     *("tokenizer.json", "tokenizer.model", "tokenizer.vocab", "tokenizer_config.json"),
@@ -172,7 +172,7 @@ def foreign_kind(folder: Path) -> str | None:
 
 def _carried(folder: Path, names: Sequence[str] = _CARRIED) -> dict[str, bytes]:
     """The files of these names that a folder has. Raises: CheckpointError for a link that leads out of it."""
-    root = folder.resolve()  # in a Hugging Face cache, models--NAME/snapshots/REVISION, a folder of links to blobs
+    root = folder.resolve()  # a cache has models--NAME/snapshots/REVISION, with links to blobs
     blobs = [p.parent / "blobs" for p in root.parents if p.name == "snapshots" and p.parent.name.startswith("models--")]
     found = {}
     for name in filter(lambda name: disk.exists(root / name), names):

@@ -1,10 +1,10 @@
 """Writing one checkpoint: every rank its own bytes, and none of them counts until all of them are safe.
 
-    1. rank 0 creates a folder of another name with all files in their final size (a full disk shows here)
+    1. rank 0 creates all files in their final size, in a folder of another name (a full disk shows)
     2. every rank writes the byte runs of the boxes it owns and digests the blocks that are its alone on the way;
        behind it a thread makes them durable (fsync), so the disk works from the start
     3. the blocks that several ranks wrote to are read back and digested, each rank its share
-    4. rank 0 writes the manifest, fsyncs the folders, renames the folder to step-N, fsyncs the parent
+    4. rank 0 writes the manifest, fsyncs the folders, renames the one to step-N, fsyncs the parent
 
 After each phase the ranks agree (see `errors.agree`); if any failed, nothing is committed and the
 temporary folder is removed.  No rank ever holds another rank's data.
@@ -306,7 +306,7 @@ def _commit(content: Content, digests: Mapping[tuple[str, int], str]) -> None:
     write_durably(content.temporary / manifest.NAME, manifest.render(body))
     for folder in sorted({content.temporary, *((content.temporary / n).parent for n in sizes)}):
         sync(folder)
-    if content.final.exists():  # a step that was done again after going back; `recover_folder` knows what it is
+    if content.final.exists():  # done again after going back; `recover_folder` knows it
         if (before := content.final.with_suffix(REPLACED)).exists():
             remove_checkpoint(before)
         os.rename(content.final, before)

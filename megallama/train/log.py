@@ -80,10 +80,7 @@ class _Failures(logging.Handler):
 
 
 class Logger:
-    """The voice of one rank. Without a folder it only prints.
-
-    Raises ConfigError if the folder cannot be written when the run starts.
-    """
+    """The voice of one rank. Before it has a folder, given here or to `open`, it only prints."""
 
     def __init__(self, rank: int, world_size: int, folder: Path | None = None) -> None:
         self.rank = rank
@@ -92,12 +89,17 @@ class Logger:
         self._run: int | None = None
         self._said: set[str] = set()
         self._failures = _Failures(self)
-        if folder is None:
+        if folder is not None:
+            self.open(folder)
+
+    def open(self, folder: Path) -> None:
+        """Make the files, where there are none yet. Raises: ConfigError if they cannot be."""
+        if self._own is not None:
             return
         try:
             (folder / "logs").mkdir(parents=True, exist_ok=True)
-            self._own = _open(folder / "logs" / f"rank-{rank:04d}.log")
-            self._run = _open(folder / "run.log") if rank == 0 else None
+            self._own = _open(folder / "logs" / f"rank-{self.rank:04d}.log")
+            self._run = _open(folder / "run.log") if self.rank == 0 else None
         except OSError as error:
             raise ConfigError(
                 f"run.folder={folder} cannot be written: {error.strerror}; give run.folder a folder that can be created"

@@ -133,18 +133,12 @@ class Meter:
     """
 
     def __init__(
-        self,
-        ranks: int,
-        flops_causal: float,
-        flops_full: float,
-        peak_flops: float | None,
-        total_tokens: int,
-        window: int = 20,
+        self, ranks: int, flops_causal: float, flops_full: float, peak_flops: float | None, total_tokens: int
     ) -> None:
         self._ranks = ranks
         self._flops, self._peak = (flops_causal, flops_full), peak_flops
         self._total_tokens = total_tokens
-        self._laps: deque[tuple[int, float]] = deque(maxlen=window)
+        self._laps: deque[tuple[int, float]] = deque(maxlen=20)
         self._only_first: bool | None = None  # None before the first step
 
     def step(self, *, tokens: int, seconds: float, consumed_tokens: int, **values: Any) -> StepMetrics:

@@ -75,9 +75,10 @@ class Trainer:
 
     def run(self) -> int:
         """Train until `train.steps` or until something asks to stop; the exit status."""
-        kernels = self._describe()
         self._data = self._agreed("data", self._open_data)
         self._manager = self._checkpoints()
+        self._agreed("data", self._check_request)
+        kernels = self._describe()
         self._manager.acquire()
         self._signals.before_leaving(self._manager.release)
         try:
@@ -115,10 +116,16 @@ class Trainer:
         agree(self._world.group, what, lambda: kept.append(work()))
         return kept[0]
 
+    def _check_request(self) -> None:
+        """What a run that starts anew asks for in vain is known before anything is made."""
+        if self._world.rank == 0 and self._manager.starts_anew():
+            self._find_last_step()
+
     def _describe(self) -> Kernels:
         config = self._config
         kernels = self._agreed("kernels", lambda: kernels_of(config, self._world.device))
         same_kernels(self._world.group.gather_values([(c.operation, c.taken) for c in kernels.choices]))
+        self._agreed("run folder", lambda: self._log.open(Path(config.run.folder)))
         for line in str(self._plan).splitlines():
             self._log.info(line)
         for text in [*self._world.notes, f"kernels: {kernels}"]:

@@ -138,3 +138,27 @@ def test_a_finished_run_ends_at_once(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_help_names_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "75 saved and stopped early" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("model.vocab_size=50", "vocab_size=61"),
+        ("data.tokenizer=/no/such/tokenizer.model", "/no/such/tokenizer.model"),
+        ("data.train=/no/such/corpus", "/no/such/corpus.idx does not exist"),
+        ('data.train={path="CORPUS",max_epochs=0.1}', "over max_epochs=0.1"),
+        ("checkpoint.resume=must", "holds no checkpoint"),
+        ("train.setps=3", "unknown setting 'train.setps'"),
+    ],
+)
+def test_what_is_wrong_is_known_before_kernels_are_chosen_and_a_folder_is_made(
+    wrong: str, message: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def chosen(*args: object) -> None:
+        raise AssertionError("kernels were chosen")
+
+    monkeypatch.setattr("megallama.train.trainer.kernels_of", chosen)
+    arguments = [*GOOD, "data.synthetic=false", f"data.train={corpus}", f"run.folder={tmp_path / 'run'}"]
+    assert message in refused([*arguments, wrong.replace("CORPUS", str(corpus))], capsys)
+    assert not (tmp_path / "run").exists()

@@ -24,6 +24,7 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *arguments])
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)  # this process keeps its own
     with pytest.raises(SystemExit) as left:
         runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
     return int(left.value.code or 0)
