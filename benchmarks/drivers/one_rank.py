@@ -55,7 +55,7 @@ def build(config: Config, device: torch.device, ranks: int = 1, rank: int = 0) -
     for buffers in built.buffers.values():
         if ranks > 1:  # what other ranks would have sent
             buffers.weights.normal_(std=0.02)
-    return built, tuple(f"{c.operation}: {c.taken}" for c in kernels.choices)
+    return built, tuple(f"{c.operation}: {c.selected}" for c in kernels.choices)
 
 
 class Pretending(Absent):

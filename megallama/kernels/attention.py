@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from megallama.kernels.candidate import TE, Operation, Place, Refused, agree, random, te_module
+from megallama.kernels.candidate import TE, Operation, Target, Unsupported, agree, random, te_module
 from megallama.kernels.documents import Documents
 
 
@@ -131,10 +131,10 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None
     return out.transpose(1, 2).to(q.dtype)
 
 
-def _te_attention(place: Place) -> MakeAttention:
+def _te_attention(target: Target) -> MakeAttention:
     """cuDNN or flash attention through Transformer Engine."""
-    place.need_half_on_cuda()
-    te = te_module(place, "transformer_engine.pytorch")
+    target.need_half_on_cuda()
+    te = te_module(target, "transformer_engine.pytorch")
 
     def make(num_heads: int, num_kv_heads: int, head_dim: int) -> Attend:
         attention = te.DotProductAttention(
@@ -156,17 +156,17 @@ def _te_attention(place: Place) -> MakeAttention:
     return make
 
 
-def _blocked_attention(place: Place) -> MakeAttention:
-    if place.device.type == "cuda" or place.dtype not in (torch.bfloat16, torch.float16):
-        raise Refused("16-bit formats on a CPU only")
+def _blocked_attention(target: Target) -> MakeAttention:
+    if target.device.type == "cuda" or target.dtype not in (torch.bfloat16, torch.float16):
+        raise Unsupported("16-bit formats on a CPU only")
     return lambda num_heads, num_kv_heads, head_dim: blocked_attention
 
 
-def check_attention(make: MakeAttention, place: Place) -> None:
+def check_attention(make: MakeAttention, target: Target) -> None:
     """Causal attention with grouped heads, and within documents where they matter."""
-    q, k, v = (random(place, 2, 128, n, 64, seed=n) for n in (4, 2, 2))
-    starts = torch.tensor([[0] * 70 + [70] * 58, [0] + [1] * 29 + [30] * 98], device=place.device)
-    for case in (None, Documents.of(starts)) if place.documents else (None,):
+    q, k, v = (random(target, 2, 128, n, 64, seed=n) for n in (4, 2, 2))
+    starts = torch.tensor([[0] * 70 + [70] * 58, [0] + [1] * 29 + [30] * 98], device=target.device)
+    for case in (None, Documents.of(starts)) if target.documents else (None,):
         where = " within documents" if case else ""
         leaves = [[t.clone().requires_grad_() for t in (q, k, v)] for _ in range(2)]
         attends = make(4, 2, 64), plain_attention
@@ -181,6 +181,6 @@ def check_attention(make: MakeAttention, place: Place) -> None:
 
 ATTENTION = Operation(
     [(TE, _te_attention), ("blocks of matrix products", _blocked_attention)],
-    ("torch scaled_dot_product_attention", lambda place: lambda num_heads, num_kv_heads, head_dim: sdpa),
+    ("torch scaled_dot_product_attention", lambda target: lambda num_heads, num_kv_heads, head_dim: sdpa),
     check_attention,
 )

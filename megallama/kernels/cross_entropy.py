@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import COMPILED, Operation, Place, agree_all, random
+from megallama.kernels.candidate import COMPILED, Operation, Target, agree_all, random
 from megallama.kernels.compiled import compiled
 from megallama.kernels.dtypes import accumulate_dtype
 
@@ -39,9 +39,9 @@ def softmax_(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, sca
     logits.copy_(chances)
 
 
-def compiled_softmax(place: Place) -> Softmax:
+def compiled_softmax(target: Target) -> Softmax:
     """The formula below, fused by torch.compile."""
-    formula = compiled(_softmax, place)
+    formula = compiled(_softmax, target)
 
     def into(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
         for to, new in zip((logits, log_sum, picked), formula(logits, index, scale, log_sum.dtype), strict=True):
@@ -59,10 +59,10 @@ def _softmax(logits: Tensor, index: Tensor, scale: Tensor | None, wide: torch.dt
     return chances.to(logits.dtype), top + total.log(), exact.gather(1, index).squeeze(1)
 
 
-def check_softmax(softmax_: Softmax, place: Place) -> None:
+def check_softmax(softmax_: Softmax, target: Target) -> None:
     """Probabilities in place, their logarithm's sum and the picked logits."""
-    logits, wide = random(place, 24, 61), accumulate_dtype(place.dtype)
-    index = torch.arange(24, device=place.device).unsqueeze(1)
+    logits, wide = random(target, 24, 61), accumulate_dtype(target.dtype)
+    index = torch.arange(24, device=target.device).unsqueeze(1)
     scale = index.squeeze(1).to(wide) / 12
     for case in (None, scale):
         rows, log_sum, picked = logits.clone(), scale.clone(), scale.clone()
@@ -70,7 +70,7 @@ def check_softmax(softmax_: Softmax, place: Place) -> None:
         exact = logits.double()
         chances = exact.softmax(1) * (1 if case is None else case.double().unsqueeze(1))
         want = [chances, exact.logsumexp(1), exact.gather(1, index).squeeze(1)]
-        agree_all({"probabilities": rows, "logarithm of the sum": log_sum, "picked logits": picked}, want, place)
+        agree_all({"probabilities": rows, "logarithm of the sum": log_sum, "picked logits": picked}, want, target)
 
 
-CROSS_ENTROPY = Operation([(COMPILED, compiled_softmax)], ("torch", lambda place: softmax_), check_softmax)
+CROSS_ENTROPY = Operation([(COMPILED, compiled_softmax)], ("torch", lambda target: softmax_), check_softmax)

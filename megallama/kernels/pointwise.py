@@ -14,7 +14,7 @@ from megallama.kernels.swiglu import swiglu, swiglu_backward
 
 
 @dataclass(frozen=True)
-class Leaves:
+class PointwiseOps:
     """Pairs of forward and backward that keep nothing but their input, as the layers' backward wants them."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
@@ -25,4 +25,4 @@ class Leaves:
     softmax_: Softmax
 
 
-EAGER = Leaves(rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, softmax_)
+EAGER = PointwiseOps(rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, softmax_)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megallama.config.schema import RopeScaling
-from megallama.kernels.candidate import COMPILED, Operation, Place, agree_all, random
+from megallama.kernels.candidate import COMPILED, Operation, Target, agree_all, random
 from megallama.kernels.compiled import compiled
 from megallama.kernels.dtypes import accumulate_dtype
 
@@ -54,9 +54,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     out[..., half:] = (b * cos).addcmul_(a, sin)
 
 
-def compiled_rotate(place: Place) -> Rotate:
+def compiled_rotate(target: Target) -> Rotate:
     """The formula below, fused by torch.compile."""
-    turned = compiled(_rotate, place)
+    turned = compiled(_rotate, target)
 
     def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
         out.copy_(turned(x, cos, sin))
@@ -69,9 +69,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
-def check_rotate(rotate: Rotate, place: Place) -> None:
+def check_rotate(rotate: Rotate, target: Target) -> None:
     """A turn in place and its inverse, the gradient."""
-    x, angles = random(place, 2, 16, 3, 8), random(place, 16, 1, 4, seed=1).to(accumulate_dtype(place.dtype))
+    x, angles = random(target, 2, 16, 3, 8), random(target, 16, 1, 4, seed=1).to(accumulate_dtype(target.dtype))
     a, b = x.double().chunk(2, -1)
     cos, sin = angles.double().cos(), angles.double().sin()
     out = x.clone()
@@ -79,7 +79,7 @@ def check_rotate(rotate: Rotate, place: Place) -> None:
     back = torch.empty_like(x)
     rotate(out, angles.cos(), -angles.sin(), back)
     want = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    agree_all({"turned heads": out, "heads turned back": back}, [want, x], place)
+    agree_all({"turned heads": out, "heads turned back": back}, [want, x], target)
 
 
-ROPE = Operation([(COMPILED, compiled_rotate)], ("torch", lambda place: rotate), check_rotate)
+ROPE = Operation([(COMPILED, compiled_rotate)], ("torch", lambda target: rotate), check_rotate)

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megallama.comm.group import Done, Group, Handle
-from megallama.kernels.pointwise import Leaves
+from megallama.kernels.pointwise import PointwiseOps
 from megallama.layers.norm import RMSNorm
 from megallama.layers.param import Param
 
@@ -102,10 +102,10 @@ class ColumnParallelLinear:
 class RowParallelLinear:
     """[SwiGLU,] then y = x @ W.T with the columns of W cut over tp."""
 
-    def __init__(self, param: Param, tp: TensorParallel, leaves: Leaves, gated: bool) -> None:
+    def __init__(self, param: Param, tp: TensorParallel, pointwise: PointwiseOps, gated: bool) -> None:
         self.param = param
         self.tp = tp
-        self.leaves = leaves
+        self.pointwise = pointwise
         self.gated = gated
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class _NormColumn(Function):
 class _GatedRow(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: RowParallelLinear) -> Tensor:
-        operand = layer.leaves.swiglu(x) if layer.gated else x
+        operand = layer.pointwise.swiglu(x) if layer.gated else x
         ctx.layer = layer
         ctx.save_for_backward(x, *([operand] if layer.gated and layer.tp.keep else []))
         n = layer.tp.pieces(len(operand))
@@ -166,8 +166,8 @@ class _GatedRow(Function):
         layer: RowParallelLinear = ctx.layer
         x, *kept = ctx.saved_tensors
         dy, gather = layer.tp.gather_rows(grads[0])
-        operand = kept[0] if kept else layer.leaves.swiglu(x) if layer.gated else x
+        operand = kept[0] if kept else layer.pointwise.swiglu(x) if layer.gated else x
         gather.wait()
         doperand = layer.param.project_back(dy)
         layer.param.add_wgrad(dy, operand)
-        return layer.leaves.swiglu_backward(doperand, x) if layer.gated else doperand, None
+        return layer.pointwise.swiglu_backward(doperand, x) if layer.gated else doperand, None

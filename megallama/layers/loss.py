@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megallama.kernels.dtypes import accumulate_dtype
-from megallama.kernels.pointwise import Leaves
+from megallama.kernels.pointwise import PointwiseOps
 from megallama.layers.linear import TensorParallel
 from megallama.layers.norm import RMSNorm
 from megallama.layers.param import Param
@@ -34,12 +34,18 @@ class LossHead:
     """Hidden states [T/t, h] or [T, h] and labels [T] -> the sum of token losses, one number."""
 
     def __init__(
-        self, param: Param, norm: RMSNorm, tp: TensorParallel, leaves: Leaves, vocab_size: int, chunk_tokens: int
+        self,
+        param: Param,
+        norm: RMSNorm,
+        tp: TensorParallel,
+        pointwise: PointwiseOps,
+        vocab_size: int,
+        chunk_tokens: int,
     ) -> None:
         self.param = param
         self.norm = norm
         self.tp = tp
-        self._leaves = leaves
+        self._pointwise = pointwise
         self.chunk_tokens = chunk_tokens
         rows = param.data.shape[0]
         self.first = tp.group.rank * rows
@@ -84,7 +90,7 @@ class LossHead:
         """`softmax_` of all rows, a few at a time."""
         for rows in _blocks(local):
             part = None if scale is None else scale[rows]
-            self._leaves.softmax_(local[rows], index[rows], log_sum[rows], picked[rows], part)
+            self._pointwise.softmax_(local[rows], index[rows], log_sum[rows], picked[rows], part)
 
 
 def _multiply_rows(matrix: Tensor, factors: Tensor) -> None:

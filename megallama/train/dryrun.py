@@ -28,7 +28,7 @@ from megallama.comm.groups import Partition, build_groups, partitions
 from megallama.comm.recording import Absent, Call, Recording, Wait
 from megallama.data.batch import MicroBatch
 from megallama.kernels.documents import Documents
-from megallama.kernels.select import choose_kernels
+from megallama.kernels.select import select_kernels
 from megallama.model.llama import Stage, StageInput
 from megallama.plan.memory import stage_layout
 from megallama.plan.plan import Plan
@@ -103,7 +103,7 @@ class _Tape:
         self.waits: list[Wait] = []
         self._me, self._value, config = rank, 1.0, plan.config
         groups = build_groups(plan.topology, rank, config.model.num_kv_heads or 1, self._group)
-        kernels = choose_kernels(META, DTYPES[config.precision.dtype])
+        kernels = select_kernels(META, DTYPES[config.precision.dtype])
         built = assemble(plan, groups, META, kernels, lambda number, stage: _Repeating(number, stage, self))
         self.rank = replace(built, device=CPU, read=self._read)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megallama.kernels import select
-from megallama.kernels.candidate import Place, Refused
+from megallama.kernels.candidate import Target, Unsupported
 from megallama.kernels.fp8 import FORWARD, FP8_PRODUCTS, GRADIENT, TORCH_FP8, check_fp8, quantize
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import assemble, initialize
@@ -72,21 +72,21 @@ def test_products_are_those_of_the_rounded_operands() -> None:
 
 
 def test_the_check_tells_bf16_scales_from_missing_ones() -> None:
-    check_fp8(TORCH_FP8, Place(CPU, torch.bfloat16))
+    check_fp8(TORCH_FP8, Target(CPU, torch.bfloat16))
     wrong = replace(TORCH_FP8, project_back=lambda dy, weight: 1.1 * TORCH_FP8.project_back(dy, weight))
-    with pytest.raises(Refused, match="gradient of the input differs from the plain formula by"):
-        check_fp8(wrong, Place(CPU, torch.bfloat16))
+    with pytest.raises(Unsupported, match="gradient of the input differs from the plain formula by"):
+        check_fp8(wrong, Target(CPU, torch.bfloat16))
 
 
 def test_a_model_learns_in_fp8_and_only_its_layers_multiply_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside bf16: nearly the same losses, but not the same; head and embedding keep bf16."""
     model = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_hidden_size": 48, "vocab_size": 61}
     config = small_config(model=model, precision={"dtype": "bf16", "fp8": "tensorwise"}, optimizer={"lr": 1e-2})
-    products = replace(FP8_PRODUCTS, candidates=[("torch _scaled_mm", lambda place: TORCH_FP8)])
+    products = replace(FP8_PRODUCTS, candidates=[("torch _scaled_mm", lambda target: TORCH_FP8)])
     monkeypatch.setattr(select, "FP8_PRODUCTS", products)
     plan = make_plan(config, 1)
     groups = solo_rank(config).groups
-    rank = assemble(plan, groups, CPU, select.choose_kernels(CPU, torch.bfloat16, fp8="tensorwise"))
+    rank = assemble(plan, groups, CPU, select.select_kernels(CPU, torch.bfloat16, fp8="tensorwise"))
     initialize(rank, config.train.seed)
     params = rank.buffers[0].params
     eight = {name for name, param in params.items() if param._gemms is TORCH_FP8}

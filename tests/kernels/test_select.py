@@ -14,7 +14,7 @@ from megallama.config.errors import MegallamaError
 from megallama.kernels import attention, candidate, fp8, gemm, select
 from megallama.kernels.adam import adamw_step, check_adam
 from megallama.kernels.attention import Attend, MakeAttention, blocked_attention, check_attention, plain_attention, sdpa
-from megallama.kernels.candidate import APEX, TE, Place, Refused
+from megallama.kernels.candidate import APEX, TE, Target, Unsupported
 from megallama.kernels.documents import Documents
 from megallama.kernels.fp8 import TORCH_FP8, check_fp8
 from megallama.kernels.gemm import check_product, matmul_nt
@@ -25,14 +25,14 @@ from megallama.kernels.swiglu import check_swiglu
 from megallama.kernels.wgrad import add_wgrad_with, check_wgrad
 
 CPU = torch.device("cpu")
-BF16, FP32 = Place(CPU, torch.bfloat16), Place(CPU, torch.float32)
+BF16, FP32 = Target(CPU, torch.bfloat16), Target(CPU, torch.float32)
 add_wgrad = add_wgrad_with(matmul_nt)
-ON_CUDA = Place(torch.device("cuda"), torch.bfloat16)
+ON_CUDA = Target(torch.device("cuda"), torch.bfloat16)
 NO_CUDA = "not Transformer Engine: no CUDA device"
 
 
 def test_a_cpu_takes_torch_and_says_why() -> None:
-    lines = [str(c) for c in select.choose_kernels(CPU, torch.bfloat16).choices]
+    lines = [str(c) for c in select.select_kernels(CPU, torch.bfloat16).choices]
     asked = "not torch.compile: run.compile=false"
     assert lines == [
         f"attention: blocks of matrix products ({NO_CUDA})",
@@ -53,8 +53,8 @@ def test_a_cpu_takes_torch_and_says_why() -> None:
 )
 def test_fp32_products_follow_from_the_processor(monkeypatch: pytest.MonkeyPatch, vendor: str, taken: str) -> None:
     monkeypatch.setattr(gemm, "processor", lambda: vendor)
-    kernels = select.choose_kernels(CPU, torch.float32)
-    assert {c.operation: c.taken for c in kernels.choices}["matrix product"] == taken
+    kernels = select.select_kernels(CPU, torch.float32)
+    assert {c.operation: c.selected for c in kernels.choices}["matrix product"] == taken
     a, b = torch.randn(5, 7), torch.randn(3, 7)
     assert torch.allclose(kernels.gemms.project(a, b), a @ b.t(), atol=1e-6)
     assert torch.allclose(kernels.gemms.project_back(a, b.t()), a @ b.t(), atol=1e-6)
@@ -76,18 +76,18 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [make for kind, make in makes if kind in (TE, APEX)]
     assert len(asked) == 11
     for make in asked:
-        with pytest.raises(Refused, match="not installed"):
+        with pytest.raises(Unsupported, match="not installed"):
             make(ON_CUDA)
-    with pytest.raises(Refused, match="16-bit formats only, not torch.float32"):
+    with pytest.raises(Unsupported, match="16-bit formats only, not torch.float32"):
         foreign("attention", TE)(replace(ON_CUDA, dtype=torch.float32))
 
 
 def test_the_other_apex_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "apex" else None)
-    with pytest.raises(Refused, match="not NVIDIA's; build NVIDIA/apex from source"):
+    with pytest.raises(Unsupported, match="not NVIDIA's; build NVIDIA/apex from source"):
         foreign("AdamW", APEX)(ON_CUDA)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name.startswith("apex") else None)
-    with pytest.raises(Refused, match="built without its CUDA extension amp_C"):
+    with pytest.raises(Unsupported, match="built without its CUDA extension amp_C"):
         foreign("AdamW", APEX)(ON_CUDA)
 
 
@@ -99,24 +99,24 @@ def test_any_exception_of_a_package_is_a_reason(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(
         select.OPERATIONS, "AdamW", replace(select.OPERATIONS["AdamW"], candidates=[("Transformer Engine", broken)])
     )
-    choice = select.choose_kernels(CPU, torch.bfloat16).choices[7]
+    choice = select.select_kernels(CPU, torch.bfloat16).choices[7]
     assert str(choice) == "AdamW: torch fused (not Transformer Engine: cudnn shared object not found.)"
 
 
 def test_what_the_user_left_out_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for without in ("blocks of matrix products", "attention: blocks of matrix products"):
-        choice = select.choose_kernels(CPU, torch.bfloat16, without=(without,)).choices[0]
-        assert choice.taken == "torch scaled_dot_product_attention"
+        choice = select.select_kernels(CPU, torch.bfloat16, without=(without,)).choices[0]
+        assert choice.selected == "torch scaled_dot_product_attention"
         assert choice.refused[1] == ("blocks of matrix products", "left out by run.without_kernels")
-    kept = select.choose_kernels(CPU, torch.bfloat16, without=("RMSNorm: Transformer Engine",)).choices
-    assert kept[0].taken == "blocks of matrix products"
+    kept = select.select_kernels(CPU, torch.bfloat16, without=("RMSNorm: Transformer Engine",)).choices
+    assert kept[0].selected == "blocks of matrix products"
     assert kept[1].refused[1] == ("Transformer Engine", "left out by run.without_kernels")
     message = "run.without_kernels=['RMSNorm: apexx'] names no candidate; write for example RMSNorm: apex"
     with pytest.raises(MegallamaError) as caught:
-        select.choose_kernels(CPU, torch.bfloat16, without=("apex", "RMSNorm: apexx"))
+        select.select_kernels(CPU, torch.bfloat16, without=("apex", "RMSNorm: apexx"))
     assert str(caught.value) == message
     with pytest.raises(MegallamaError, match="write for example .*Transformer Engine or .*apex or"):
-        select.choose_kernels(CPU, torch.bfloat16, without=("TE",))
+        select.select_kernels(CPU, torch.bfloat16, without=("TE",))
 
 
 def test_fp8_is_refused_where_nothing_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,18 +125,18 @@ def test_fp8_is_refused_where_nothing_multiplies_in_it(monkeypatch: pytest.Monke
         r'not torch _scaled_mm: no CUDA device\); write precision.fp8="none"'
     ).replace("(not", r"\(not")
     with pytest.raises(MegallamaError, match=message):
-        select.choose_kernels(CPU, torch.bfloat16, fp8="tensorwise")
+        select.select_kernels(CPU, torch.bfloat16, fp8="tensorwise")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(Refused, match=r"compute capability 8.0 is below 8.9 \(L40S, H100, H200, B200\)"):
+    with pytest.raises(Unsupported, match=r"compute capability 8.0 is below 8.9 \(L40S, H100, H200, B200\)"):
         fp8.FP8_PRODUCTS.candidates[1][1](ON_CUDA)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert fp8.FP8_PRODUCTS.candidates[1][1](ON_CUDA) is TORCH_FP8
 
 
 def test_fp8_is_of_the_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    products = replace(fp8.FP8_PRODUCTS, candidates=[("torch _scaled_mm", lambda place: TORCH_FP8)])
+    products = replace(fp8.FP8_PRODUCTS, candidates=[("torch _scaled_mm", lambda target: TORCH_FP8)])
     monkeypatch.setattr(select, "FP8_PRODUCTS", products)
-    kernels = select.choose_kernels(CPU, torch.bfloat16, fp8="tensorwise")
+    kernels = select.select_kernels(CPU, torch.bfloat16, fp8="tensorwise")
     assert kernels.layer_gemms is TORCH_FP8 and kernels.gemms is not TORCH_FP8
     assert str(kernels.choices[-1]) == "fp8 products: torch _scaled_mm"
 
@@ -176,12 +176,12 @@ WRONG: list[tuple[str, Any, str]] = [  # operation, an implementation with one m
 
 @pytest.mark.parametrize(("operation", "made", "reason"), WRONG, ids=[f"{w[0]}: {w[2]}" for w in WRONG])
 def test_wrong_results_are_refused(operation: str, made: Any, reason: str) -> None:
-    with pytest.raises(Refused, match=f"{reason} from the plain formula by"):
+    with pytest.raises(Unsupported, match=f"{reason} from the plain formula by"):
         select.OPERATIONS[operation].check(made, FP32)
 
 
 def test_not_a_number_is_refused() -> None:
-    with pytest.raises(Refused, match="x differs from the plain formula by nan"):
+    with pytest.raises(Unsupported, match="x differs from the plain formula by nan"):
         candidate.agree("x", torch.tensor([1.0, torch.nan]), torch.ones(2), 1.0)
 
 
@@ -189,18 +189,18 @@ def test_not_a_number_is_refused() -> None:
 @pytest.mark.parametrize("name", select.OPERATIONS)
 def test_every_implementation_that_this_machine_has_is_right(name: str, dtype: torch.dtype) -> None:
     """Also the last ones, which are taken without a check."""
-    operation, place = select.OPERATIONS[name], Place(CPU, dtype, documents=True)
+    operation, target = select.OPERATIONS[name], Target(CPU, dtype, documents=True)
     for kind, make in (*operation.candidates, operation.last):
         try:
-            made = make(place)
-        except Refused:
+            made = make(target)
+        except Unsupported:
             continue
         if (name, dtype) != ("weight gradient", torch.bfloat16) and (name, dtype) != ("matrix product", torch.bfloat16):
-            operation.check(made, place)
+            operation.check(made, target)
         elif kind == "torch mm":
-            check_product(made, place)
+            check_product(made, target)
         else:  # a product rounded to bf16 before it is added
-            check_wgrad(made, place, 1e-2)
+            check_wgrad(made, target, 1e-2)
 
 
 def across_documents(
@@ -213,16 +213,16 @@ def across_documents(
 def test_attention_that_forgets_documents_is_refused_only_where_they_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "blocked_attention", across_documents)
     (plain, *_), (apart, *_) = (
-        select.choose_kernels(CPU, torch.bfloat16, documents=on).choices for on in (False, True)
+        select.select_kernels(CPU, torch.bfloat16, documents=on).choices for on in (False, True)
     )
-    assert plain.taken == "blocks of matrix products"
-    assert apart.taken == "torch scaled_dot_product_attention"
+    assert plain.selected == "blocks of matrix products"
+    assert apart.selected == "torch scaled_dot_product_attention"
     assert apart.refused[1][1].startswith("output within documents differs from the plain formula by")
-    last = ("torch scaled_dot_product_attention", lambda place: as_maker(across_documents))
+    last = ("torch scaled_dot_product_attention", lambda target: as_maker(across_documents))
     monkeypatch.setitem(select.OPERATIONS, "attention", replace(select.OPERATIONS["attention"], last=last))
     message = "no attention here keeps documents apart: torch's output within documents differs .* by .*; use data.docu"
     with pytest.raises(MegallamaError, match=message):
-        select.choose_kernels(CPU, torch.bfloat16, documents=True)
+        select.select_kernels(CPU, torch.bfloat16, documents=True)
 
 
 class DotProductAttention:
@@ -257,7 +257,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
 
 def test_transformer_engines_attention_is_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     module = SimpleNamespace(DotProductAttention=DotProductAttention)
-    monkeypatch.setattr(attention, "te_module", lambda place, name: module)
+    monkeypatch.setattr(attention, "te_module", lambda target, name: module)
     make = foreign("attention", TE)(ON_CUDA)
     check_attention(make, replace(BF16, documents=True))
 
