@@ -60,7 +60,7 @@ def logits(rank: Rank, tokens: torch.Tensor) -> torch.Tensor:
     """All logits [T, V] of the tokens [T] of samples, on a rank that holds the whole model."""
     (stage,), head = rank.stages.values(), rank.stages[0].head
     assert head is not None and rank.groups.tp.size == 1
-    return head.param.project(head.norm.forward(stage.body(None, tokens)))[:, : head.valid]
+    return head.param.fprop(head.norm.forward(stage.body(None, tokens)))[:, : head.valid]
 
 
 def tokens(config: Config, steps: int, seed: int = 5) -> torch.Tensor:

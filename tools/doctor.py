@@ -232,7 +232,7 @@ def kernels(dtype: str, device: str, measure: bool, compiled: bool) -> list[dict
         raise RuntimeError(f"torch {torch.__version__} finds no GPU")
     where, kind = torch.device("cuda" if cuda else "cpu"), DTYPES[dtype]
     chosen = select_kernels(where, kind, compiled=compiled)
-    target = Target(where, kind, compiled=compiled, product=chosen.gemms.project)
+    target = Target(where, kind, compiled=compiled, product=chosen.gemms.fprop)
     rows: list[dict[str, Any]] = [
         {"operation": c.operation, "taken": c.selected, "refused": dict(c.refused)} for c in chosen.choices
     ]

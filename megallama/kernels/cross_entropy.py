@@ -31,12 +31,12 @@ def softmax_(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, sca
     exp(largest logit) / sum.
     """
     exact = logits.to(log_sum.dtype)
-    chances = torch.softmax(exact, 1)
-    log_sum.copy_(exact.amax(1) - chances.amax(1).log())
+    probs = torch.softmax(exact, 1)
+    log_sum.copy_(exact.amax(1) - probs.amax(1).log())
     picked.copy_(exact.gather(1, index).squeeze(1))
     if scale is not None:
-        chances.mul_(scale.unsqueeze(1))
-    logits.copy_(chances)
+        probs.mul_(scale.unsqueeze(1))
+    logits.copy_(probs)
 
 
 def compiled_softmax(target: Target) -> Softmax:
@@ -55,8 +55,8 @@ def _softmax(logits: Tensor, index: Tensor, scale: Tensor | None, wide: torch.dt
     top = exact.amax(1)
     powers = torch.exp(exact - top.unsqueeze(1))
     total = powers.sum(1)
-    chances = powers * ((1 if scale is None else scale) / total).unsqueeze(1)
-    return chances.to(logits.dtype), top + total.log(), exact.gather(1, index).squeeze(1)
+    probs = powers * ((1 if scale is None else scale) / total).unsqueeze(1)
+    return probs.to(logits.dtype), top + total.log(), exact.gather(1, index).squeeze(1)
 
 
 def check_softmax(softmax_: Softmax, target: Target) -> None:
@@ -68,8 +68,8 @@ def check_softmax(softmax_: Softmax, target: Target) -> None:
         rows, log_sum, picked = logits.clone(), scale.clone(), scale.clone()
         softmax_(rows, index, log_sum, picked, case)
         exact = logits.double()
-        chances = exact.softmax(1) * (1 if case is None else case.double().unsqueeze(1))
-        want = [chances, exact.logsumexp(1), exact.gather(1, index).squeeze(1)]
+        probs = exact.softmax(1) * (1 if case is None else case.double().unsqueeze(1))
+        want = [probs, exact.logsumexp(1), exact.gather(1, index).squeeze(1)]
         agree_all({"probabilities": rows, "logarithm of the sum": log_sum, "picked logits": picked}, want, target)
 
 

@@ -36,25 +36,25 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x * scale.to(x.dtype)).to(dtype), inverse
 
 
-def project(x: Tensor, weight: Tensor) -> Tensor:
+def fprop(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, in] @ weight [out, in].T in bf16."""
     return _product(quantize(x, FORWARD), quantize(weight, FORWARD), fast=True)
 
 
-def project_back(dy: Tensor, weight: Tensor) -> Tensor:
+def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
     """dy [T, out] @ weight [out, in] in bf16."""
     return _product(quantize(dy, GRADIENT), _turned(*quantize(weight, FORWARD)))
 
 
-def add_wgrad(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:
+def wgrad(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
     """main_grad [out, in], fp32, += dy [T, out].T @ x [T, in]."""
     operands = _turned(*quantize(dy, GRADIENT)), _turned(*quantize(x, FORWARD))
-    product = _product(*operands, out=main_grad if fresh else torch.empty_like(main_grad))
-    if not fresh:
+    product = _product(*operands, out=main_grad if overwrite else torch.empty_like(main_grad))
+    if not overwrite:
         main_grad.add_(product)
 
 
-TORCH_FP8 = Gemms(project, project_back, add_wgrad)
+TORCH_FP8 = Gemms(fprop, dgrad, wgrad)
 
 
 def _turned(values: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,22 +84,22 @@ def _te_fp8(target: Target) -> Gemms:
     )
     bf16 = torch.bfloat16
 
-    def project(x: Tensor, weight: Tensor) -> Tensor:
+    def fprop(x: Tensor, weight: Tensor) -> Tensor:
         out: Tensor = gemm(rows4(weight), rows4(x), out_dtype=bf16, layout="TN")[0]
         return out
 
-    def project_back(dy: Tensor, weight: Tensor) -> Tensor:
+    def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
         operands = columns4(weight), rows5(dy)
         out: Tensor = gemm(*operands, out_dtype=bf16, layout="NN", grad=True, use_split_accumulator=True)[0]
         return out
 
-    def add(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:
+    def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
         gemm(
             columns4(x), columns5(dy), out_dtype=torch.float32, layout="NT", grad=True, out=main_grad,
-            accumulate=not fresh, use_split_accumulator=True,
+            accumulate=not overwrite, use_split_accumulator=True,
         )  # fmt: skip
 
-    return Gemms(project, project_back, add)
+    return Gemms(fprop, dgrad, add)
 
 
 def _where_gpus_can(make: Callable[[Target], Gemms]) -> Callable[[Target], Gemms]:
@@ -116,9 +116,9 @@ def _where_gpus_can(make: Callable[[Target], Gemms]) -> Callable[[Target], Gemms
 def check_fp8(gemms: Gemms, target: Target) -> None:
     """All three products within what rounding normal operands to fp8 costs: 2.6 % (E4M3), 5.2 % (E5M2) each."""
     x, dy, weight = (random(target, *shape, seed=shape[1]) for shape in ((64, 48), (64, 32), (32, 48)))
-    agree("product", gemms.project(x, weight), x.double() @ weight.double().t(), 6e-2)
-    agree("gradient of the input", gemms.project_back(dy, weight), dy.double() @ weight.double(), 8e-2)
-    check_wgrad(gemms.add_wgrad, target, 8e-2)
+    agree("product", gemms.fprop(x, weight), x.double() @ weight.double().t(), 6e-2)
+    agree("gradient of the input", gemms.dgrad(dy, weight), dy.double() @ weight.double(), 8e-2)
+    check_wgrad(gemms.wgrad, target, 8e-2)
 
 
 FP8_PRODUCTS = Operation(

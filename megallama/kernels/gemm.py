@@ -30,9 +30,9 @@ MatmulNT = Callable[[Tensor, Tensor], Tensor]  # a [m, k], b [n, k] -> a @ b.T [
 class Gemms:
     """The three products of a weight [out, in] with activations x [T, in] and gradients dy [T, out]."""
 
-    project: Callable[[Tensor, Tensor], Tensor]  # x, weight -> x @ weight.T
-    project_back: Callable[[Tensor, Tensor], Tensor]  # dy, weight -> dy @ weight
-    add_wgrad: Callable[[Tensor, Tensor, Tensor, bool], None]  # main_grad, dy, x, overwrite: += dy.T @ x
+    fprop: Callable[[Tensor, Tensor], Tensor]  # x, weight -> x @ weight.T
+    dgrad: Callable[[Tensor, Tensor], Tensor]  # dy, weight -> dy @ weight
+    wgrad: Callable[[Tensor, Tensor, Tensor, bool], None]  # main_grad, dy, x, overwrite: += dy.T @ x
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:

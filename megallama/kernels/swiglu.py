@@ -47,9 +47,9 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 def _swiglu_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
     wide = accumulate_dtype(gate_up.dtype)
     (gate, up), grad = gate_up.to(wide).chunk(2, -1), dout.to(wide)
-    chance = torch.sigmoid(gate)
-    dgate = grad * up * chance * (1 + gate * (1 - chance))
-    return torch.cat((dgate.to(dout.dtype), (grad * gate * chance).to(dout.dtype)), -1)
+    prob = torch.sigmoid(gate)
+    dgate = grad * up * prob * (1 + gate * (1 - prob))
+    return torch.cat((dgate.to(dout.dtype), (grad * gate * prob).to(dout.dtype)), -1)
 
 
 def _te_swiglu(target: Target) -> SwigluPair:

@@ -19,20 +19,20 @@ PRODUCT = 1 << 22  # elements of a product that exist before they are added: tho
 def add_wgrad_with(product: MatmulNT) -> AddWgrad:
     """Accumulation by a product in the operands' format and an addition in main_grad's."""
 
-    def add(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:
+    def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
         if dy.dtype == main_grad.dtype and product is matmul_nt:
-            torch.mm(dy.t(), x, out=main_grad) if fresh else main_grad.addmm_(dy.t(), x)
+            torch.mm(dy.t(), x, out=main_grad) if overwrite else main_grad.addmm_(dy.t(), x)
             return
         step = max(1, PRODUCT // main_grad.shape[1])
         for grad, part in zip(main_grad.split(step), dy.split(step, 1), strict=True):
-            grad.copy_(product(part.t(), x.t())) if fresh else grad.add_(product(part.t(), x.t()))
+            grad.copy_(product(part.t(), x.t())) if overwrite else grad.add_(product(part.t(), x.t()))
 
     return add
 
 
-def add_wgrad_cuda(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:
+def add_wgrad_cuda(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
     """The same in one GEMM whose output is fp32 (CUDA; torch's addmm with an output format)."""
-    if fresh:
+    if overwrite:
         torch.mm(dy.t(), x, out_dtype=torch.float32, out=main_grad)
     else:
         torch.ops.aten.addmm.dtype_out(main_grad, dy.t(), x, torch.float32, out=main_grad)
@@ -49,8 +49,8 @@ def _te_wgrad(target: Target) -> AddWgrad:
     target.need_half_on_cuda()
     gemm = te_module(target, "transformer_engine.pytorch.cpp_extensions").general_gemm
 
-    def add(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:
-        gemm(x, dy, out_dtype=torch.float32, accumulate=not fresh, layout="NT", out=main_grad, grad=True)
+    def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
+        gemm(x, dy, out_dtype=torch.float32, accumulate=not overwrite, layout="NT", out=main_grad, grad=True)
 
     return add
 
@@ -60,8 +60,8 @@ def _apex_wgrad(target: Target) -> AddWgrad:
     target.need_half_on_cuda()
     extension = apex_module(target, "fused_weight_gradient_mlp_cuda")
 
-    def add(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:
-        if fresh:
+    def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
+        if overwrite:
             main_grad.zero_()
         extension.wgrad_gemm_accum_fp32(x, dy, main_grad)
 

@@ -61,7 +61,7 @@ class LossHead:
 
     def chunk(self, hidden: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Losses [c] of hidden rows [c, h], and the gradient of the logits [c, V/t] if `scale` [c] is given."""
-        logits = self.param.project(hidden)
+        logits = self.param.fprop(hidden)
         local = logits[:, : self.valid]
         wide = accumulate_dtype(logits.dtype)
         index = labels - self.first
@@ -117,7 +117,7 @@ class _NormHeadLoss(Function):
         train: bool,
     ) -> Tensor:
         normed = head.norm.forward(x)
-        full, handle = head.tp.gather_rows(normed)
+        full, handle = head.tp.all_gather_sequence(normed)
         handle.wait()
         wide = accumulate_dtype(x.dtype)
         counted = torch.ones(len(labels), dtype=wide, device=x.device) if mask is None else mask.to(wide)
@@ -129,10 +129,10 @@ class _NormHeadLoss(Function):
             losses, dlogits = head.chunk(full[rows], labels[rows], scale)
             total += torch.dot(losses, counted[rows])
             if train:
-                grad[rows] = head.param.project_back(dlogits)
+                grad[rows] = head.param.dgrad(dlogits)
                 head.param.accumulate_wgrad(dlogits, full[rows])
         if train:
-            dnormed, handle = head.tp.sum_rows(grad)
+            dnormed, handle = head.tp.reduce_scatter_sequence(grad)
             handle.wait()
             ctx.head = head
             ctx.save_for_backward(x, dnormed)

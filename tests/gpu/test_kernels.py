@@ -69,9 +69,9 @@ def test_both_fp8_products_round_alike(cuda: torch.device) -> None:
     x, dy, weight = (torch.randn(shape, device=cuda, generator=generator).bfloat16() for shape in shapes)
     grads = [torch.zeros(768, 512, device=cuda) for _ in range(2)]
     for grad, gemms in zip(grads, (te, ours), strict=True):
-        gemms.add_wgrad(grad, dy, x, True)
-    forward = [gemms.project(x, weight) for gemms in (te, ours)]
-    back = [gemms.project_back(dy, weight) for gemms in (te, ours)]
+        gemms.wgrad(grad, dy, x, True)
+    forward = [gemms.fprop(x, weight) for gemms in (te, ours)]
+    back = [gemms.dgrad(dy, weight) for gemms in (te, ours)]
     for mine, theirs in (forward, back, grads):
         assert float((mine.double() - theirs.double()).norm() / theirs.double().norm()) <= 4e-3
 

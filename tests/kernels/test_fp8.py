@@ -52,28 +52,28 @@ def test_what_cannot_be_scaled(dtype: torch.dtype) -> None:
         x = rand(16, 16)
         x[3, 4] = bad
         assert quantize(x, dtype)[1].isnan()
-        assert TORCH_FP8.project(x, rand(16, 16)).isnan().all(), "fp8 would have hidden it"
+        assert TORCH_FP8.fprop(x, rand(16, 16)).isnan().all(), "fp8 would have hidden it"
 
 
 def test_products_are_those_of_the_rounded_operands() -> None:
     x, dy, weight = rand(64, 48, seed=1, size=30.0), rand(64, 32, seed=2, size=1e-6), rand(32, 48, seed=3, size=0.02)
     x8, w8, dy8 = rounded(x, FORWARD), rounded(weight, FORWARD), rounded(dy, GRADIENT)
     for mine, want in (
-        (TORCH_FP8.project(x, weight), x8 @ w8.t()),
-        (TORCH_FP8.project_back(dy, weight), dy8 @ w8),
+        (TORCH_FP8.fprop(x, weight), x8 @ w8.t()),
+        (TORCH_FP8.dgrad(dy, weight), dy8 @ w8),
     ):
         assert mine.dtype == torch.bfloat16
         assert torch.allclose(mine.double(), want, rtol=2**-8, atol=1e-6 * float(want.abs().max()))
     main_grad = torch.full((32, 48), 7.0)
-    for fresh, times in ((True, 1), (False, 2)):
-        TORCH_FP8.add_wgrad(main_grad, dy, x, fresh)
+    for overwrite, times in ((True, 1), (False, 2)):
+        TORCH_FP8.wgrad(main_grad, dy, x, overwrite)
         want = times * (dy8.t() @ x8)
         assert torch.allclose(main_grad.double(), want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
 
 
 def test_the_check_tells_bf16_scales_from_missing_ones() -> None:
     check_fp8(TORCH_FP8, Target(CPU, torch.bfloat16))
-    wrong = replace(TORCH_FP8, project_back=lambda dy, weight: 1.1 * TORCH_FP8.project_back(dy, weight))
+    wrong = replace(TORCH_FP8, dgrad=lambda dy, weight: 1.1 * TORCH_FP8.dgrad(dy, weight))
     with pytest.raises(Unsupported, match="gradient of the input differs from the plain formula by"):
         check_fp8(wrong, Target(CPU, torch.bfloat16))
 

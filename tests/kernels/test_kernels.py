@@ -175,8 +175,8 @@ def test_weight_gradients_of_a_large_matrix_are_made_in_blocks(monkeypatch: pyte
 
     dy, x = rand(33, 16, dtype=torch.bfloat16), rand(33, 24, dtype=torch.bfloat16, seed=1)
     main = torch.full((16, 24), 5.0)
-    for times, fresh in ((1, True), (2, False)):
-        add_wgrad_with(product)(main, dy, x, fresh)
+    for times, overwrite in ((1, True), (2, False)):
+        add_wgrad_with(product)(main, dy, x, overwrite)
         close(main, times * dy.double().t() @ x.double(), torch.bfloat16)
     assert sizes == [5, 5, 5, 1] * 2
 

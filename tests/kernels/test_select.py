@@ -56,10 +56,10 @@ def test_fp32_products_follow_from_the_processor(monkeypatch: pytest.MonkeyPatch
     kernels = select.select_kernels(CPU, torch.float32)
     assert {c.operation: c.selected for c in kernels.choices}["matrix product"] == taken
     a, b = torch.randn(5, 7), torch.randn(3, 7)
-    assert torch.allclose(kernels.gemms.project(a, b), a @ b.t(), atol=1e-6)
-    assert torch.allclose(kernels.gemms.project_back(a, b.t()), a @ b.t(), atol=1e-6)
+    assert torch.allclose(kernels.gemms.fprop(a, b), a @ b.t(), atol=1e-6)
+    assert torch.allclose(kernels.gemms.dgrad(a, b.t()), a @ b.t(), atol=1e-6)
     grad = torch.zeros(3, 7)
-    kernels.gemms.add_wgrad(grad, torch.ones(5, 3), a, False)
+    kernels.gemms.wgrad(grad, torch.ones(5, 3), a, False)
     assert torch.allclose(grad, a.sum(0).expand(3, 7), atol=1e-5)
     assert kernels.layer_gemms is kernels.gemms
 
@@ -167,8 +167,8 @@ WRONG: list[tuple[str, Any, str]] = [  # operation, an implementation with one m
     ("SwiGLU", (EAGER.swiglu, lambda dout, x: EAGER.swiglu_backward(dout, x.flip(1))), "gradient differs"),
     ("cross entropy", unscaled, "probabilities differs"),
     ("matrix product", lambda a, b: (a.double() @ b.double().t() * 1.001).float(), "product differs"),
-    ("weight gradient", lambda main, dy, x, fresh: add_wgrad(main, dy, x, False), "overwritten differs"),
-    ("weight gradient", lambda main, dy, x, fresh: add_wgrad(main, dy, x, True), "accumulated differs"),
+    ("weight gradient", lambda main, dy, x, overwrite: add_wgrad(main, dy, x, False), "overwritten differs"),
+    ("weight gradient", lambda main, dy, x, overwrite: add_wgrad(main, dy, x, True), "accumulated differs"),
     ("AdamW", lambda *a: adamw_step(*a[:7], 0.0, a[8]), "weights differs"),
     ("gradient norm", lambda ts: sum((t.cumsum(0)[-1:] ** 2).sum() for t in ts) * 1.0, "sum of squares differs"),
 ]

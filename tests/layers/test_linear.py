@@ -150,11 +150,11 @@ def test_pieces_are_under_way_during_products() -> None:
 
         def multiplied(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             said.append("product")
-            return gemms.project(a, b)
+            return gemms.fprop(a, b)
 
         ours = replace(tp, group=Group())  # type: ignore[arg-type]
         for linear in (layer.gate_up_proj, layer.down_proj):
-            linear.tp, linear.param._gemms = ours, replace(gemms, project=multiplied)
+            linear.tp, linear.param._gemms = ours, replace(gemms, fprop=multiplied)
         x = torch.randn(TOKENS // 2, HIDDEN, dtype=torch.float64)
         layer.down_proj(layer.gate_up_proj(x))
         return said

@@ -204,8 +204,8 @@ def write_weights_under_way(patch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]]] = {
-    "gathered rows are read early": (forget("gather_rows"), ("tp sp", "tp in pieces", "all")),
-    "summed rows are read early": (forget("sum_rows"), ("tp in pieces", "tp", "all")),
+    "gathered rows are read early": (forget("all_gather_sequence"), ("tp sp", "tp in pieces", "all")),
+    "summed rows are read early": (forget("reduce_scatter_sequence"), ("tp in pieces", "tp", "all")),
     "weights are read early": (read_weights_early, ("dp", "zb-v, dp", "all")),
     "sums of gradients are read early": (read_sums_early, ("dp", "interleaved, dp")),
     "buckets are reduced early": (reduce_early, ("dp", "interleaved, dp", "zb-v, dp")),
