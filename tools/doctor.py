@@ -296,7 +296,7 @@ def workload(operation: str, made: Any, target: Any) -> Callable[[], Any]:
     from megallama.kernels.dtypes import accumulate_dtype
 
     tokens, h, f, heads, d, seq, vocab = CUDA_SIZE if target.device.type == "cuda" else CPU_SIZE
-    wide = accumulate_dtype(target.dtype)
+    acc_dtype = accumulate_dtype(target.dtype)
 
     def rand(*shape: int, dtype: Any = target.dtype) -> Any:
         return torch.rand(shape, device=target.device).sub_(0.5).to(dtype)
@@ -309,20 +309,20 @@ def workload(operation: str, made: Any, target: Any) -> Callable[[], Any]:
         x, dy, weight = rand(tokens, h), rand(tokens, h), rand(h)
         return lambda: (made[0](x, weight, 1e-5), made[1](dy, x, weight, 1e-5))
     if operation == "RoPE":
-        q, (cos, sin) = rand(tokens // seq, seq, heads, d), (rand(seq, 1, d // 2, dtype=wide) for _ in range(2))
+        q, (cos, sin) = rand(tokens // seq, seq, heads, d), (rand(seq, 1, d // 2, dtype=acc_dtype) for _ in range(2))
         return lambda: (made(q, cos, sin, q), made(q, cos, -sin, q))
     if operation == "SwiGLU":
         packed, dout = rand(tokens, 2 * f), rand(tokens, f)
         return lambda: (made[0](packed), made[1](dout, packed))
     if operation == "cross entropy":
-        logits, scale = rand(512, vocab), rand(512, dtype=wide)
-        index, sums = torch.zeros(512, 1, dtype=torch.int64, device=target.device), rand(2, 512, dtype=wide)
+        logits, scale = rand(512, vocab), rand(512, dtype=acc_dtype)
+        index, sums = torch.zeros(512, 1, dtype=torch.int64, device=target.device), rand(2, 512, dtype=acc_dtype)
         return lambda: made(logits, index, sums[0], sums[1], scale)
     x, dy = rand(tokens, h), rand(tokens, f)
     if operation == "matrix product":
         weight = rand(f, h)
         return lambda: (made(x, weight), made(dy, weight.t()))
-    grad = rand(f, h, dtype=wide)
+    grad = rand(f, h, dtype=acc_dtype)
     if operation == "weight gradient":
         return lambda: made(grad, dy, x, False)
     if operation == "gradient norm":

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from megallama.config.schema import OptimizerConfig
-from megallama.kernels.candidate import APEX, TE, Operation, Target, agree, apex_module, random, te_module
+from megallama.kernels.candidate import APEX, TE, Operation, Target, apex_module, random, require_close, te_module
 
 AdamWStep = Callable[..., None]  # the arguments of `adamw_step`
 
@@ -76,8 +76,8 @@ def check_adam(step: AdamWStep, target: Target) -> None:
             divisor = torch.tensor(2.0, device=target.device)
             one([master], [grad.clone()], [state[0]], [state[1]], [state[2]], OptimizerConfig(), 1e-2, 0.1, divisor)
         results.append((master, *state))
-    for name, mine, theirs in zip(("weights", "first moment", "second moment", "step"), *results, strict=True):
-        agree(name, mine, theirs, 1e-5)
+    for name, result, expected in zip(("weights", "first moment", "second moment", "step"), *results, strict=True):
+        require_close(name, result, expected, 1e-5)
 
 
 ADAMW = Operation(

@@ -82,22 +82,22 @@ def apex_module(target: Target, name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def agree(what: str, mine: Tensor, theirs: Tensor, tolerance: float) -> None:
-    """Raises: Unsupported if `mine` is further from `theirs` than `tolerance`, or not a number."""
-    mine, theirs = mine.detach().double(), theirs.detach().double().to(mine.device)
-    error = float((mine - theirs).norm() / theirs.norm())
+def require_close(what: str, result: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Raises: Unsupported if `result` is further from `expected` than `tolerance`, or not a number."""
+    result, expected = result.detach().double(), expected.detach().double().to(result.device)
+    error = float((result - expected).norm() / expected.norm())
     if not error <= tolerance:
         raise Unsupported(f"{what} differs from the plain formula by {error:.1e}")
 
 
-def agree_all(mine: dict[str, Tensor], theirs: Sequence[Tensor | None], target: Target) -> None:
-    """`agree` of several results, within what the format of `target` can tell."""
-    for (what, got), want in zip(mine.items(), theirs, strict=True):
+def require_all_close(results: dict[str, Tensor], expected: Sequence[Tensor | None], target: Target) -> None:
+    """`require_close` of several results, within what the format of `target` can tell."""
+    for (what, result), want in zip(results.items(), expected, strict=True):
         assert want is not None
-        agree(what, got, want, TOLERANCE[target.dtype])
+        require_close(what, result, want, TOLERANCE[target.dtype])
 
 
 def random(target: Target, *shape: int, seed: int = 0) -> Tensor:
     """Normal values in the format of `target`, on its device."""
-    generator, wide = torch.Generator(target.device).manual_seed(seed), accumulate_dtype(target.dtype)
-    return torch.randn(shape, device=target.device, generator=generator, dtype=wide).to(target.dtype)
+    generator, acc_dtype = torch.Generator(target.device).manual_seed(seed), accumulate_dtype(target.dtype)
+    return torch.randn(shape, device=target.device, generator=generator, dtype=acc_dtype).to(target.dtype)

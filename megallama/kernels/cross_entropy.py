@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import COMPILED, Operation, Target, agree_all, random
+from megallama.kernels.candidate import COMPILED, Operation, Target, random, require_all_close
 from megallama.kernels.compiled import compiled
 from megallama.kernels.dtypes import accumulate_dtype
 
@@ -50,8 +50,10 @@ def compiled_softmax(target: Target) -> Softmax:
     return into
 
 
-def _softmax(logits: Tensor, index: Tensor, scale: Tensor | None, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    exact = logits.to(wide)
+def _softmax(
+    logits: Tensor, index: Tensor, scale: Tensor | None, acc_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    exact = logits.to(acc_dtype)
     top = exact.amax(1)
     powers = torch.exp(exact - top.unsqueeze(1))
     total = powers.sum(1)
@@ -61,16 +63,17 @@ def _softmax(logits: Tensor, index: Tensor, scale: Tensor | None, wide: torch.dt
 
 def check_softmax(softmax_: Softmax, target: Target) -> None:
     """Probabilities in place, their logarithm's sum and the picked logits."""
-    logits, wide = random(target, 24, 61), accumulate_dtype(target.dtype)
+    logits, acc_dtype = random(target, 24, 61), accumulate_dtype(target.dtype)
     index = torch.arange(24, device=target.device).unsqueeze(1)
-    scale = index.squeeze(1).to(wide) / 12
+    scale = index.squeeze(1).to(acc_dtype) / 12
     for case in (None, scale):
         rows, log_sum, picked = logits.clone(), scale.clone(), scale.clone()
         softmax_(rows, index, log_sum, picked, case)
         exact = logits.double()
         probs = exact.softmax(1) * (1 if case is None else case.double().unsqueeze(1))
         want = [probs, exact.logsumexp(1), exact.gather(1, index).squeeze(1)]
-        agree_all({"probabilities": rows, "logarithm of the sum": log_sum, "picked logits": picked}, want, target)
+        results = {"probabilities": rows, "logarithm of the sum": log_sum, "picked logits": picked}
+        require_all_close(results, want, target)
 
 
 CROSS_ENTROPY = Operation([(COMPILED, compiled_softmax)], ("torch", lambda target: softmax_), check_softmax)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import TE, Operation, Target, Unsupported, agree, random, te_module
+from megallama.kernels.candidate import TE, Operation, Target, Unsupported, random, require_close, te_module
 from megallama.kernels.gemm import Gemms
 from megallama.kernels.wgrad import check_wgrad
 
@@ -116,8 +116,8 @@ def _where_gpus_can(make: Callable[[Target], Gemms]) -> Callable[[Target], Gemms
 def check_fp8(gemms: Gemms, target: Target) -> None:
     """All three products within what rounding normal operands to fp8 costs: 2.6 % (E4M3), 5.2 % (E5M2) each."""
     x, dy, weight = (random(target, *shape, seed=shape[1]) for shape in ((64, 48), (64, 32), (32, 48)))
-    agree("product", gemms.fprop(x, weight), x.double() @ weight.double().t(), 6e-2)
-    agree("gradient of the input", gemms.dgrad(dy, weight), dy.double() @ weight.double(), 8e-2)
+    require_close("product", gemms.fprop(x, weight), x.double() @ weight.double().t(), 6e-2)
+    require_close("gradient of the input", gemms.dgrad(dy, weight), dy.double() @ weight.double(), 8e-2)
     check_wgrad(gemms.wgrad, target, 8e-2)
 
 

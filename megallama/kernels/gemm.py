@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import TOLERANCE, Operation, Target, Unsupported, agree, random
+from megallama.kernels.candidate import TOLERANCE, Operation, Target, Unsupported, random, require_close
 
 MatmulNT = Callable[[Tensor, Tensor], Tensor]  # a [m, k], b [n, k] -> a @ b.T [m, n], a new tensor
 
@@ -68,7 +68,7 @@ def check_product(product: MatmulNT, target: Target) -> None:
     """a @ b.T, also of operands that are views."""
     a, b = (random(target, n, 48, seed=n) for n in (33, 40))
     for x, y in ((a, b), (a[:, :40], b.t()[:, :40].t()[:, :40]), (a.t(), b[:33].t())):
-        agree("product", product(x, y), x.double() @ y.double().t(), TOLERANCE[target.dtype])
+        require_close("product", product(x, y), x.double() @ y.double().t(), TOLERANCE[target.dtype])
 
 
 PRODUCT = Operation([("oneDNN", _onednn)], ("torch mm", lambda target: matmul_nt), check_product)

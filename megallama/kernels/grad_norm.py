@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import APEX, TE, Operation, Target, agree, apex_module, te_module
+from megallama.kernels.candidate import APEX, TE, Operation, Target, apex_module, require_close, te_module
 from megallama.kernels.dtypes import accumulate_dtype
 
 SumOfSquares = Callable[[Sequence[Tensor]], Tensor]
@@ -41,10 +41,10 @@ def _multi_tensor_sum(kernel: Callable[..., Any]) -> SumOfSquares:
 
 def check_sum_of_squares(sum_of_squares: SumOfSquares, target: Target) -> None:
     """Over tensors of several lengths, one of them empty, with more equal terms than a plain fp32 sum bears."""
-    runs, wide = ((0.1, 700_001), (0.2, 0), (0.3, 17)), accumulate_dtype(target.dtype)
-    tensors = [torch.full((n,), value, dtype=wide, device=target.device) for value, n in runs]
+    runs, acc_dtype = ((0.1, 700_001), (0.2, 0), (0.3, 17)), accumulate_dtype(target.dtype)
+    tensors = [torch.full((n,), value, dtype=acc_dtype, device=target.device) for value, n in runs]
     want = sum(float(t.double().square().sum()) for t in tensors)
-    agree("sum of squares", sum_of_squares(tensors), torch.tensor(want), 1e-5)
+    require_close("sum of squares", sum_of_squares(tensors), torch.tensor(want), 1e-5)
 
 
 GRAD_NORM = Operation(

@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megallama.kernels.candidate import APEX, COMPILED, TE, Operation, Target, agree_all, apex_module, random, te_module
+from megallama.kernels.candidate import (
+    APEX,
+    COMPILED,
+    TE,
+    Operation,
+    Target,
+    apex_module,
+    random,
+    require_all_close,
+    te_module,
+)
 from megallama.kernels.compiled import compiled
 from megallama.kernels.dtypes import accumulate_dtype
 
@@ -36,8 +46,8 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tupl
     With r = 1/rms, n = x r and p = dy n: dweight is the sum of p over rows, and
     dx = r (dy weight - n mean(p weight)).
     """
-    wide, columns, rstd = accumulate_dtype(x.dtype), x.shape[-1], inverse_rms(x, eps)
-    normed, grad, scale = x.to(wide) * rstd, dy.to(wide), weight.to(wide)
+    acc_dtype, columns, rstd = accumulate_dtype(x.dtype), x.shape[-1], inverse_rms(x, eps)
+    normed, grad, scale = x.to(acc_dtype) * rstd, dy.to(acc_dtype), weight.to(acc_dtype)
     product = grad * normed
     mean = torch.mv(product, scale).div_(columns).unsqueeze(1)
     dx = (grad * scale).addcmul_(normed, mean, value=-1).mul_(rstd)
@@ -62,17 +72,17 @@ def compiled_norm(target: Target) -> NormPair:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.to(accumulate_dtype(x.dtype))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+    exact = x.to(accumulate_dtype(x.dtype))
+    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    kind = accumulate_dtype(x.dtype)
-    wide, grad = x.to(kind), dy.to(kind)
-    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    product = grad * wide * rstd
+    acc_dtype = accumulate_dtype(x.dtype)
+    exact, grad = x.to(acc_dtype), dy.to(acc_dtype)
+    rstd = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    product = grad * exact * rstd
     mean = (product * weight).mean(-1, keepdim=True)
-    return (rstd * (grad * weight - wide * rstd * mean)).to(x.dtype), product.sum(0)
+    return (rstd * (grad * weight - exact * rstd * mean)).to(x.dtype), product.sum(0)
 
 
 def _te_norm(target: Target) -> NormPair:
@@ -108,13 +118,13 @@ def check_norm(pair: NormPair, target: Target) -> None:
     """RMSNorm and the gradients of its input and weight."""
     (forward, backward), eps = pair, 1e-5
     x, dy, weight = (random(target, *shape, seed=i) for i, shape in enumerate([(48, 64), (48, 64), (64,)]))
-    wide = [t.double().clone().requires_grad_() for t in (x, weight)]
-    want = wide[0] * torch.rsqrt(wide[0].square().mean(-1, keepdim=True) + eps) * wide[1]
+    exact = [t.double().clone().requires_grad_() for t in (x, weight)]
+    want = exact[0] * torch.rsqrt(exact[0].square().mean(-1, keepdim=True) + eps) * exact[1]
     want.backward(dy.double())
     dx, dweight = backward(dy, x, weight, eps)
-    agree_all(
+    require_all_close(
         {"output": forward(x, weight, eps), "gradient of x": dx, "gradient of the weight": dweight},
-        [want, wide[0].grad, wide[1].grad], target,
+        [want, exact[0].grad, exact[1].grad], target,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megallama.kernels.candidate import COMPILED, TE, Operation, Target, agree_all, random, te_module
+from megallama.kernels.candidate import COMPILED, TE, Operation, Target, random, require_all_close, te_module
 from megallama.kernels.compiled import compiled
 from megallama.kernels.dtypes import accumulate_dtype
 
@@ -45,8 +45,8 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 
 def _swiglu_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
-    wide = accumulate_dtype(gate_up.dtype)
-    (gate, up), grad = gate_up.to(wide).chunk(2, -1), dout.to(wide)
+    acc_dtype = accumulate_dtype(gate_up.dtype)
+    (gate, up), grad = gate_up.to(acc_dtype).chunk(2, -1), dout.to(acc_dtype)
     prob = torch.sigmoid(gate)
     dgate = grad * up * prob * (1 + gate * (1 - prob))
     return torch.cat((dgate.to(dout.dtype), (grad * gate * prob).to(dout.dtype)), -1)
@@ -66,7 +66,8 @@ def check_swiglu(pair: SwigluPair, target: Target) -> None:
     leaf = packed.double().clone().requires_grad_()
     want = F.silu(leaf[:, :32]) * leaf[:, 32:]
     want.backward(dout.double())
-    agree_all({"output": forward(packed), "gradient": backward(dout.clone(), packed)}, [want, leaf.grad], target)
+    results = {"output": forward(packed), "gradient": backward(dout.clone(), packed)}
+    require_all_close(results, [want, leaf.grad], target)
 
 
 SWIGLU = Operation(

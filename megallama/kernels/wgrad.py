@@ -7,7 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import APEX, TE, Operation, Target, Unsupported, agree, apex_module, random, te_module
+from megallama.kernels.candidate import (
+    APEX,
+    TE,
+    Operation,
+    Target,
+    Unsupported,
+    apex_module,
+    random,
+    require_close,
+    te_module,
+)
 from megallama.kernels.dtypes import accumulate_dtype
 from megallama.kernels.gemm import MatmulNT, matmul_nt
 
@@ -74,9 +84,9 @@ def check_wgrad(add: AddWgrad, target: Target, tolerance: float = 1e-5) -> None:
     want = dy.double().t() @ x.double()
     out = torch.full((32, 48), 7.0, dtype=accumulate_dtype(target.dtype), device=target.device)
     add(out, dy, x, True)
-    agree("overwritten", out, want, tolerance)
+    require_close("overwritten", out, want, tolerance)
     add(out, dy, x, False)
-    agree("accumulated", out, 2 * want, tolerance)
+    require_close("accumulated", out, 2 * want, tolerance)
 
 
 WGRAD = Operation(

@@ -63,24 +63,24 @@ class LossHead:
         """Losses [c] of hidden rows [c, h], and the gradient of the logits [c, V/t] if `scale` [c] is given."""
         logits = self.param.fprop(hidden)
         local = logits[:, : self.valid]
-        wide = accumulate_dtype(logits.dtype)
+        acc_dtype = accumulate_dtype(logits.dtype)
         index = labels - self.first
         held = (index >= 0) & (index < self.valid)
         index = index.clamp_(0, max(0, self.valid - 1)).unsqueeze(1)
-        mine = logits.new_full((len(labels),), -torch.inf, dtype=wide)  # log of the sum of exponentials held here
-        stats = torch.zeros(2, len(labels), dtype=wide, device=logits.device)
+        local_log_sum = logits.new_full((len(labels),), -torch.inf, dtype=acc_dtype)  # of the exponentials held here
+        stats = torch.zeros(2, len(labels), dtype=acc_dtype, device=logits.device)
         alone = self.tp.group.size == 1  # then the softmax held here is the whole one: one pass less over the logits
         if self.valid:
-            self._softmax(local, index, mine, stats[1], scale if alone else None)
+            self._softmax(local, index, local_log_sum, stats[1], scale if alone else None)
             stats[1].mul_(held)
-        top = mine.clone()
+        top = local_log_sum.clone()
         self.tp.group.all_reduce(top, "max").wait()
-        stats[0] = torch.exp(mine - top)
+        stats[0] = torch.exp(local_log_sum - top)
         self.tp.group.all_reduce(stats).wait()
         total = top + stats[0].log()
         if scale is not None and self.valid:
             if not alone:
-                _multiply_rows(local, torch.exp(mine - total) * scale)
+                _multiply_rows(local, torch.exp(local_log_sum - total) * scale)
             # indexing touches one element a row; scatter_add_ in 16 bits copies the whole tensor on a CPU, twice
             local[torch.arange(len(labels), device=local.device), index.squeeze(1)] -= (scale * held).to(logits.dtype)
         logits[:, self.valid :] = 0
@@ -119,9 +119,9 @@ class _NormHeadLoss(Function):
         normed = head.norm.forward(x)
         full, handle = head.tp.all_gather_sequence(normed)
         handle.wait()
-        wide = accumulate_dtype(x.dtype)
-        counted = torch.ones(len(labels), dtype=wide, device=x.device) if mask is None else mask.to(wide)
-        total = torch.zeros((), dtype=wide, device=x.device)
+        acc_dtype = accumulate_dtype(x.dtype)
+        counted = torch.ones(len(labels), dtype=acc_dtype, device=x.device) if mask is None else mask.to(acc_dtype)
+        total = torch.zeros((), dtype=acc_dtype, device=x.device)
         grad = torch.empty_like(full) if train else full
         for a in range(0, len(labels), head.chunk_tokens):
             rows = slice(a, a + head.chunk_tokens)
@@ -142,5 +142,5 @@ class _NormHeadLoss(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         head: LossHead = ctx.head
         x, dnormed = ctx.saved_tensors
-        head.param.contributed()
+        head.param.grad_done()
         return head.norm.backward(dnormed, x), None, None, None, None, None

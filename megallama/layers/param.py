@@ -74,7 +74,7 @@ class Param:
         self.data = weight
         self.main_grad = main_grad
         self.overwrite = True  # main_grad holds nothing of this step yet: the first contribution overwrites
-        self.on_ready: Callable[[Param], None] | None = None
+        self.on_grad_done: Callable[[Param], None] | None = None
         self._gather = gather
         self._queue = queue
         self._gemms = gemms
@@ -102,10 +102,10 @@ class Param:
 
     def _add_now(self, dy: Tensor, x: Tensor) -> None:
         self.accumulate_wgrad(dy, x)
-        self.contributed()
+        self.grad_done()
 
     def accumulate_wgrad(self, dy: Tensor, x: Tensor) -> None:
-        """main_grad += dy.T @ x, one of several pieces: call `contributed` after the last."""
+        """main_grad += dy.T @ x, one of several pieces: call `grad_done` after the last."""
         self._gemms.wgrad(self.main_grad, dy, x, self.overwrite)
         self.overwrite = False
 
@@ -116,7 +116,7 @@ class Param:
         else:
             self.main_grad.add_(grad)
         self.overwrite = False
-        self.contributed()
+        self.grad_done()
 
     def add_rows(self, rows: Tensor, grad: Tensor) -> None:
         """main_grad[rows] += grad, repeated rows included."""
@@ -124,12 +124,12 @@ class Param:
             self.main_grad.zero_()
         self.main_grad.index_add_(0, rows, grad.to(self.main_grad.dtype))
         self.overwrite = False
-        self.contributed()
+        self.grad_done()
 
-    def contributed(self) -> None:
+    def grad_done(self) -> None:
         """Tell the synchronisation that one use of this parameter has been accounted for."""
-        if self.on_ready is not None:
-            self.on_ready(self)
+        if self.on_grad_done is not None:
+            self.on_grad_done(self)
 
 
 class FlatBuffers:

@@ -82,10 +82,10 @@ class Stage:
         model, pointwise = config.model, kernels.pointwise
         n, k, d = heads(model)
         size = tp.group.size
-        wide, device = accumulate_dtype(buffers.weights.dtype), buffers.weights.device
-        tables = rope_tables(config.batch.seq_length, d, model.rope_theta, model.rope_scaling, wide, device)
+        acc_dtype, device = accumulate_dtype(buffers.weights.dtype), buffers.weights.device
+        tables = rope_tables(config.batch.seq_length, d, model.rope_theta, model.rope_scaling, acc_dtype, device)
         local = n // size, max(1, k // size)
-        self.rotary = RotaryAttention(*local, *tables, kernels.attention(*local, d), pointwise.rotate)
+        self.rotary = RotaryAttention(*local, *tables, kernels.attention(*local, d), pointwise.apply_rope)
         params, eps = buffers.params, model.norm_eps
         self.recompute = config.memory.recompute == "full"
         self.embed = VocabParallelEmbedding(params["embed_tokens"], tp) if first else None

@@ -25,7 +25,7 @@ from torch.autograd import Function
 from megallama.comm.agreement import Program, prove
 from megallama.comm.group import Group, Solo
 from megallama.comm.groups import Partition, build_groups, partitions
-from megallama.comm.recording import Absent, Call, Recording, Wait
+from megallama.comm.recording import Call, FakeGroup, Recording, Wait
 from megallama.data.batch import MicroBatch
 from megallama.kernels.documents import Documents
 from megallama.kernels.select import select_kernels
@@ -111,7 +111,7 @@ class _Tape:
         ranks = next(ranks for ranks in partition if self._me in ranks)
         if len(ranks) == 1:
             return Solo(name, self._me)
-        return Recording(Absent(name, ranks, self._me), self.calls, self.waits, self.label)
+        return Recording(FakeGroup(name, ranks, self._me), self.calls, self.waits, self.label)
 
     def _read(self, tensor: Tensor) -> list[float]:
         """A loss, or the sum of votes: loss, squared norm, ranks with values that are not finite, and others."""

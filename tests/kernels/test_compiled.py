@@ -14,7 +14,7 @@ from megallama.kernels.candidate import COMPILED, Target
 from megallama.kernels.cross_entropy import compiled_softmax
 from megallama.kernels.norm import compiled_norm
 from megallama.kernels.pointwise import EAGER
-from megallama.kernels.rope import compiled_rotate
+from megallama.kernels.rope import compiled_rope
 from megallama.kernels.swiglu import compiled_swiglu
 from tests.small import curve, deviation, small_config, solo_rank, tokens, train
 
@@ -28,7 +28,7 @@ COMPILED_OPS: dict[str, Callable[[], Callable[..., Any]]] = {
     "rms_norm_backward": lambda: compiled_norm(TARGET)[1],
     "swiglu": lambda: compiled_swiglu(TARGET)[0],
     "swiglu_backward": lambda: compiled_swiglu(TARGET)[1],
-    "rotate": lambda: compiled_rotate(TARGET),
+    "apply_rope": lambda: compiled_rope(TARGET),
     "softmax_": lambda: compiled_softmax(TARGET),
 }
 
@@ -49,7 +49,7 @@ def operands(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
         "rms_norm_backward": (rand(96, 64), x, rand(64), 1e-5),
         "swiglu": (x,),
         "swiglu_backward": (rand(96, 32), x),
-        "rotate": (packed[:, :, :4], angles.cos(), angles.sin(), heads_first),
+        "apply_rope": (packed[:, :, :4], angles.cos(), angles.sin(), heads_first),
         "softmax_": (x, index, sums[0], sums[1], torch.rand(96, generator=generator)),
     }[name]
 
@@ -96,13 +96,13 @@ def test_a_compiled_operation_is_eager_to_rounding(name: str) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("shape", [(6, 16, 4, 8), (2, 16, 3, 8)], ids=str)
-def test_a_turn_in_place_is_the_turn_into_another_tensor(shape: tuple[int, ...]) -> None:
+def test_a_rotation_in_place_is_the_rotation_into_another_tensor(shape: tuple[int, ...]) -> None:
     """And it changes nothing else: torch 2.13 wrote into another argument when the compiled function itself wrote."""
-    fused = COMPILED_OPS["rotate"]()
-    _, cos, sin, _ = operands("rotate", torch.bfloat16)
+    fused = COMPILED_OPS["apply_rope"]()
+    _, cos, sin, _ = operands("apply_rope", torch.bfloat16)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     out, eager = torch.empty_like(x), x.clone()
-    EAGER.rotate(eager, cos, sin, eager)
+    EAGER.apply_rope(eager, cos, sin, eager)
     before = x.clone(), cos.clone(), sin.clone()
     with torch.no_grad():
         fused(x, cos, sin, out)

@@ -162,7 +162,7 @@ WRONG: list[tuple[str, Any, str]] = [  # operation, an implementation with one m
         (EAGER.rms_norm, lambda *a: (EAGER.rms_norm_backward(*a)[0], a[0].sum(0))),
         "gradient of the weight differs",
     ),
-    ("RoPE", lambda x, cos, sin, out: EAGER.rotate(x, cos, -sin, out), "turned heads differs"),
+    ("RoPE", lambda x, cos, sin, out: EAGER.apply_rope(x, cos, -sin, out), "rotated heads differs"),
     ("SwiGLU", (lambda x: EAGER.swiglu(x.flip(1)), EAGER.swiglu_backward), "output differs"),
     ("SwiGLU", (EAGER.swiglu, lambda dout, x: EAGER.swiglu_backward(dout, x.flip(1))), "gradient differs"),
     ("cross entropy", unscaled, "probabilities differs"),
@@ -182,7 +182,7 @@ def test_wrong_results_are_refused(operation: str, made: Any, reason: str) -> No
 
 def test_not_a_number_is_refused() -> None:
     with pytest.raises(Unsupported, match="x differs from the plain formula by nan"):
-        candidate.agree("x", torch.tensor([1.0, torch.nan]), torch.ones(2), 1.0)
+        candidate.require_close("x", torch.tensor([1.0, torch.nan]), torch.ones(2), 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

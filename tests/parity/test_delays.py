@@ -135,10 +135,10 @@ def reduce_early(patch: pytest.MonkeyPatch) -> None:
 
     def careless(self: GradSync) -> None:
         real(self)
-        self.arm()
+        self.begin_last_microbatch()
 
     patch.setattr(GradSync, "start_step", careless)
-    patch.setattr(GradSync, "_ready", _ready_without_check)
+    patch.setattr(GradSync, "_grad_done", _ready_without_check)
 
 
 def _ready_without_check(self: GradSync, param: Any) -> None:
