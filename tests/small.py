@@ -14,7 +14,7 @@ from megallama.config.load import resolve
 from megallama.config.schema import Config
 from megallama.data.batch import MicroBatch
 from megallama.kernels.documents import Documents
-from megallama.kernels.select import choose_kernels
+from megallama.kernels.select import select_kernels
 from megallama.plan.plan import Plan, make_plan
 from megallama.train.assemble import DTYPES, Rank, assemble, initialize
 from megallama.train.step import StepResult, train_step
@@ -51,7 +51,7 @@ def solo_rank(config: Config) -> Rank:
 
 def build(plan: Plan, groups: Groups, device: torch.device = CPU) -> Rank:
     """The parts of one rank, with initial weights."""
-    rank = assemble(plan, groups, device, choose_kernels(device, DTYPES[plan.config.precision.dtype]))
+    rank = assemble(plan, groups, device, select_kernels(device, DTYPES[plan.config.precision.dtype]))
     initialize(rank, plan.config.train.seed)
     return rank
 
@@ -60,7 +60,7 @@ def logits(rank: Rank, tokens: torch.Tensor) -> torch.Tensor:
     """All logits [T, V] of the tokens [T] of samples, on a rank that holds the whole model."""
     (stage,), head = rank.stages.values(), rank.stages[0].head
     assert head is not None and rank.groups.tp.size == 1
-    return head.param.project(head.norm.forward(stage.body(None, tokens)))[:, : head.valid]
+    return head.param.fprop(head.norm.forward(stage.body(None, tokens)))[:, : head.valid]
 
 
 def tokens(config: Config, steps: int, seed: int = 5) -> torch.Tensor:

@@ -242,23 +242,23 @@ def kernels(dtype: str, device: str, measure: bool, compiled: bool) -> list[dict
     """A row per operation; with `measure` the microseconds of everything that works here."""
     import torch
 
-    from megallama.kernels.candidate import Place
-    from megallama.kernels.select import FP8, FP8_PRODUCTS, OPERATIONS, choose_kernels
+    from megallama.kernels.candidate import Target
+    from megallama.kernels.select import FP8, FP8_PRODUCTS, OPERATIONS, select_kernels
     from megallama.train.assemble import DTYPES
 
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise RuntimeError(f"torch {torch.__version__} finds no GPU")
     where, kind = torch.device("cuda" if cuda else "cpu"), DTYPES[dtype]
-    chosen = choose_kernels(where, kind, compiled=compiled)
-    place = Place(where, kind, compiled=compiled, product=chosen.gemms.project)
+    chosen = select_kernels(where, kind, compiled=compiled)
+    target = Target(where, kind, compiled=compiled, product=chosen.gemms.fprop)
     rows: list[dict[str, Any]] = [
-        {"operation": c.operation, "taken": c.taken, "refused": dict(c.refused)} for c in chosen.choices
+        {"operation": c.operation, "taken": c.selected, "refused": dict(c.refused)} for c in chosen.choices
     ]
     works: dict[str, str] = {}
     for name, make in FP8_PRODUCTS.candidates:
         try:
-            FP8_PRODUCTS.check(make(place), place)
+            FP8_PRODUCTS.check(make(target), target)
             works.setdefault("taken", name)
         except Exception as error:  # noqa: BLE001 - the reason is what is asked for
             works[name] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -268,25 +268,25 @@ def kernels(dtype: str, device: str, measure: bool, compiled: bool) -> list[dict
         operation, times = OPERATIONS[row["operation"]], {}
         for name, make in operation.candidates:
             if name not in row["refused"]:  # those after the taken one have not been checked yet
-                times[name] = guarded(partial(timed, row["operation"], make, place, operation.check), None)
-        times[operation.last[0]] = guarded(partial(timed, row["operation"], operation.last[1], place), None)
+                times[name] = guarded(partial(timed, row["operation"], make, target, operation.check), None)
+        times[operation.last[0]] = guarded(partial(timed, row["operation"], operation.last[1], target), None)
         row["microseconds"] = times
     return rows
 
 
 def timed(
-    operation: str, make: Callable[[Any], Any], place: Any, check: Callable[[Any, Any], None] | None = None
+    operation: str, make: Callable[[Any], Any], target: Any, check: Callable[[Any, Any], None] | None = None
 ) -> float:
     """Microseconds of forward and backward at a size that trains: the best of many, by CUDA events on a GPU."""
     import time
 
     import torch
 
-    made = make(place)
+    made = make(target)
     if check is not None:
-        check(made, place)
-    work = workload(operation, made, place)
-    cuda = place.device.type == "cuda"
+        check(made, target)
+    work = workload(operation, made, target)
+    cuda = target.device.type == "cuda"
     for _ in range(3):
         work()
     best, begin, runs = float("inf"), time.perf_counter(), 0
@@ -307,18 +307,18 @@ def timed(
     return round(best * 1e6, 1)
 
 
-def workload(operation: str, made: Any, place: Any) -> Callable[[], Any]:
+def workload(operation: str, made: Any, target: Any) -> Callable[[], Any]:
     """One forward and backward of an operation, at the shapes of a 7B layer on a GPU and of a 100M one on a CPU."""
     import torch
 
     from megallama.config.schema import OptimizerConfig
     from megallama.kernels.dtypes import accumulate_dtype
 
-    tokens, h, f, heads, d, seq, vocab = CUDA_SIZE if place.device.type == "cuda" else CPU_SIZE
-    wide = accumulate_dtype(place.dtype)
+    tokens, h, f, heads, d, seq, vocab = CUDA_SIZE if target.device.type == "cuda" else CPU_SIZE
+    acc_dtype = accumulate_dtype(target.dtype)
 
-    def rand(*shape: int, dtype: Any = place.dtype) -> Any:
-        return torch.rand(shape, device=place.device).sub_(0.5).to(dtype)
+    def rand(*shape: int, dtype: Any = target.dtype) -> Any:
+        return torch.rand(shape, device=target.device).sub_(0.5).to(dtype)
 
     if operation == "attention":
         attend, leaves = made(heads, heads, d), [rand(tokens // seq, seq, heads, d).requires_grad_() for _ in range(3)]
@@ -328,25 +328,25 @@ def workload(operation: str, made: Any, place: Any) -> Callable[[], Any]:
         x, dy, weight = rand(tokens, h), rand(tokens, h), rand(h)
         return lambda: (made[0](x, weight, 1e-5), made[1](dy, x, weight, 1e-5))
     if operation == "RoPE":
-        q, (cos, sin) = rand(tokens // seq, seq, heads, d), (rand(seq, 1, d // 2, dtype=wide) for _ in range(2))
+        q, (cos, sin) = rand(tokens // seq, seq, heads, d), (rand(seq, 1, d // 2, dtype=acc_dtype) for _ in range(2))
         return lambda: (made(q, cos, sin, q), made(q, cos, -sin, q))
     if operation == "SwiGLU":
         packed, dout = rand(tokens, 2 * f), rand(tokens, f)
         return lambda: (made[0](packed), made[1](dout, packed))
     if operation == "cross entropy":
-        logits, scale = rand(512, vocab), rand(512, dtype=wide)
-        index, sums = torch.zeros(512, 1, dtype=torch.int64, device=place.device), rand(2, 512, dtype=wide)
+        logits, scale = rand(512, vocab), rand(512, dtype=acc_dtype)
+        index, sums = torch.zeros(512, 1, dtype=torch.int64, device=target.device), rand(2, 512, dtype=acc_dtype)
         return lambda: made(logits, index, sums[0], sums[1], scale)
     x, dy = rand(tokens, h), rand(tokens, f)
     if operation == "matrix product":
         weight = rand(f, h)
         return lambda: (made(x, weight), made(dy, weight.t()))
-    grad = rand(f, h, dtype=wide)
+    grad = rand(f, h, dtype=acc_dtype)
     if operation == "weight gradient":
         return lambda: made(grad, dy, x, False)
     if operation == "gradient norm":
         return lambda: made([grad.view(-1)])
-    state = [grad, *(torch.zeros_like(grad) for _ in range(3)), torch.zeros((), device=place.device)]
+    state = [grad, *(torch.zeros_like(grad) for _ in range(3)), torch.zeros((), device=target.device)]
     return lambda: made(*([t] for t in state), OptimizerConfig(), 1e-3, 0.1, None)
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megallama.comm.group import Done, Group, Handle, Op, Solo  # noqa: E402
 from megallama.comm.groups import Partition, build_groups  # noqa: E402
-from megallama.comm.recording import Absent  # noqa: E402
+from megallama.comm.recording import FakeGroup  # noqa: E402
 from megallama.config.load import load  # noqa: E402
 from megallama.config.schema import Config  # noqa: E402
 from megallama.data.batch import MicroBatch  # noqa: E402
@@ -72,10 +72,10 @@ def build(config: Config, device: torch.device, ranks: int = 1, rank: int = 0) -
     for buffers in built.buffers.values():
         if ranks > 1:  # what other ranks would have sent
             buffers.weights.normal_(std=0.02)
-    return built, tuple(f"{c.operation}: {c.taken}" for c in kernels.choices)
+    return built, tuple(f"{c.operation}: {c.selected}" for c in kernels.choices)
 
 
-class Pretending(Absent):
+class Pretending(FakeGroup):
     """A group whose other members are not there: what they would send is made of what this rank has.
 
     So every byte of a result is written on the device, by a copy of the right size, but nothing is awaited and

@@ -29,7 +29,7 @@ from megallama.comm.errors import ContactLost, LaunchError
 from megallama.comm.group import Assembly, Group, Solo
 from megallama.comm.groups import Groups, Partition, build_groups
 from megallama.comm.rendezvous import Arrival, meet, open_star, open_store, port_file
-from megallama.comm.shared_memory import LARGEST, SharedMemory
+from megallama.comm.shared_memory import MAX_SHM_BYTES, SharedMemory
 from megallama.comm.star import CRASHED, FREE_CHANNEL, Listener, Star, StarGroup
 from megallama.config.schema import RunConfig
 from megallama.config.words import counted
@@ -269,7 +269,7 @@ class World:
         shared = SharedMemory(group, name, ranks, self.rank, self.device)
         self.opened.append(shared)
         refused = shared.connect(self.crowded, self.timeout)
-        through = f"gloo ({refused})" if refused else f"shared memory, gloo above {LARGEST >> 20} MiB"
+        through = f"gloo ({refused})" if refused else f"shared memory, gloo above {MAX_SHM_BYTES >> 20} MiB"
         self.notes.append(f"group {name}: {through}")
         return shared
 

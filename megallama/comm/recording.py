@@ -1,6 +1,6 @@
 """Groups around a group: one writes down what is communicated, one when; and one whose other members are not there.
 
-`Recording` and `Absent` together are a dry run; `Timed` is how a traced step sees its communication.
+`Recording` and `FakeGroup` together are a dry run; `Timed` is how a traced step sees its communication.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class _TimedHandle:
         call.end = clock()
 
 
-class Absent(Solo):
+class FakeGroup(Solo):
     """The group of one rank whose other members are not there: nothing moves, and sums are its addend."""
 
     def __init__(self, name: str, ranks: tuple[int, ...], rank: int) -> None:

@@ -29,7 +29,7 @@ from megallama.comm.c10d import FREE_TAG, MESSAGE, C10d, add_in_order
 from megallama.comm.errors import ContactLost
 from megallama.comm.group import Done, Handle, Op
 
-LARGEST = 8 << 20  # most bytes of an operation that goes this way
+MAX_SHM_BYTES = 8 << 20  # most bytes of an operation that goes this way
 _ARENA = 64 << 20  # bytes of a segment's data; only what is used becomes memory
 _NOTICES, _WORDS = 2048, 4  # operations under way to one reader; words of a notice:
 _NUMBER, _PLACE, _BYTES, _READ = range(_WORDS)  # its number, where in the arena (-1: over gloo), size, number when read
@@ -102,11 +102,11 @@ class SharedMemory(C10d):
     _limit = 0  # bytes of an operation above which it goes over gloo
     _segments: Sequence[_Segment] = ()
 
-    def connect(self, crowded: bool, timeout: timedelta) -> str | None:
+    def connect(self, oversubscribed: bool, timeout: timedelta) -> str | None:
         """Map one another's segments; every rank calls it. None, or why gloo is kept.
 
         timeout: the longest wait for another rank.
-        crowded: the ranks share fewer cores than they are, so waiting must not keep a core busy.
+        oversubscribed: the ranks share fewer cores than they are, so waiting must not keep a core busy.
         """
         token, file, problem = secrets.randbits(62), -1, ""
         try:
@@ -114,7 +114,7 @@ class SharedMemory(C10d):
                 raise OSError(f"not done on {platform.machine()} processors")
             self._syscall = ctypes.CDLL(None).syscall
             file = os.memfd_create(f"megallama-{self.name}")
-            mine = _Segment(file, self.size, token, own=True)
+            own = _Segment(file, self.size, token, own=True)
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:
             problem = str(error)
@@ -125,7 +125,7 @@ class SharedMemory(C10d):
             for rank, (pid, number, token, _) in enumerate([] if problem else everyone):
                 if rank != self.rank:
                     opened.append(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC))
-                other = mine if rank == self.rank else _Segment(opened[-1], self.size, token, own=False)
+                other = own if rank == self.rank else _Segment(opened[-1], self.size, token, own=False)
                 segments.append(other)
         except (OSError, ValueError) as error:
             problem = str(error)
@@ -137,8 +137,8 @@ class SharedMemory(C10d):
         self._posted = [[0] * self.size for _ in range(_KINDS)]
         self._expected = [[0] * self.size for _ in range(_KINDS)]
         self._blocks: list[tuple[int, int, list[tuple[int, int]]]] = []  # place, end, its notices and their numbers
-        self._seconds, self._spin = timeout.total_seconds(), 0.0 if crowded else _SPIN
-        self._segments, self._limit = segments, LARGEST
+        self._seconds, self._spin = timeout.total_seconds(), 0.0 if oversubscribed else _SPIN
+        self._segments, self._limit = segments, MAX_SHM_BYTES
         return None
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
@@ -188,8 +188,8 @@ class SharedMemory(C10d):
         due = self._due(_TO_ALL, others)
 
         def finish() -> None:
-            mine = pieces[self.rank]
-            parts = [mine if r == self.rank else self._read(_TO_ALL, r, due[r], mine) for r in range(self.size)]
+            own = pieces[self.rank]
+            parts = [own if r == self.rank else self._read(_TO_ALL, r, due[r], own) for r in range(self.size)]
             add_in_order(parts, flat)
             self._release(_TO_ALL, due)
 
@@ -246,18 +246,18 @@ class SharedMemory(C10d):
 
     @torch.no_grad()
     def _post(self, kind: int, readers: Sequence[int], data: Tensor) -> None:
-        mine, notices = self._segments[self.rank], []
+        own, notices = self._segments[self.rank], []
         place = self._room(data.nbytes)
         if place >= 0:
-            mine.arena[place : place + data.nbytes].copy_(data.view(torch.uint8))
+            own.arena[place : place + data.nbytes].copy_(data.view(torch.uint8))
         for reader in readers:
             self._posted[kind][reader] += 1
             number = self._posted[kind][reader]
-            at = mine.notice(kind, reader, number)
-            if mine.words[at + _NUMBER] != mine.words[at + _READ]:
+            at = own.notice(kind, reader, number)
+            if own.words[at + _NUMBER] != own.words[at + _READ]:
                 raise RuntimeError(f"group {self.name}: more than {_NOTICES} operations under way")
-            mine.words[at + _PLACE], mine.words[at + _BYTES] = place, data.nbytes
-            mine.words[at + _NUMBER] = number  # last: whoever sees it sees everything before
+            own.words[at + _PLACE], own.words[at + _BYTES] = place, data.nbytes
+            own.words[at + _NUMBER] = number  # last: whoever sees it sees everything before
             notices.append((at, number))
             if place < 0:
                 super().send(data.clone(), reader, self._tag(kind, number))
@@ -304,17 +304,17 @@ class SharedMemory(C10d):
 
         A ring may be missed where two ranks ring at once: no sleep lasts longer than a slice.
         """
-        words, mine = segment.words, self._segments[self.rank]
+        words, own = segment.words, self._segments[self.rank]
         start = look = time.monotonic()
         while time.monotonic() - start < self._spin:
             if words[at + _NUMBER] == number:
                 return
         pause = (ctypes.c_long * 2)(0, _SLICE)
         while True:
-            bell = mine.words[_BELL] & 0xFFFFFFFF
+            bell = own.words[_BELL] & 0xFFFFFFFF
             if words[at + _NUMBER] == number:
                 return
-            self._futex(mine.bell, _FUTEX_WAIT, bell, pause)
+            self._futex(own.bell, _FUTEX_WAIT, bell, pause)
             now = time.monotonic()
             if now - look < _LOOK:
                 continue

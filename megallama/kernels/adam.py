@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from megallama.config.schema import OptimizerConfig
-from megallama.kernels.candidate import APEX, TE, Operation, Place, agree, apex_module, random, te_module
+from megallama.kernels.candidate import APEX, TE, Operation, Target, apex_module, random, require_close, te_module
 
 AdamWStep = Callable[..., None]  # the arguments of `adamw_step`
 
@@ -66,25 +66,25 @@ def _multi_tensor_adam(kernel: Callable[..., None]) -> AdamWStep:
     return step
 
 
-def check_adam(step: AdamWStep, place: Place) -> None:
+def check_adam(step: AdamWStep, target: Target) -> None:
     """Three steps beside torch's."""
     results = []
     for one in (step, adamw_step):
-        master, grad = (random(replace(place, dtype=torch.float32), 1000, seed=i) for i in range(2))
-        state = [torch.zeros_like(master), torch.zeros_like(master), torch.zeros((), device=place.device)]
+        master, grad = (random(replace(target, dtype=torch.float32), 1000, seed=i) for i in range(2))
+        state = [torch.zeros_like(master), torch.zeros_like(master), torch.zeros((), device=target.device)]
         for _ in range(3):
-            divisor = torch.tensor(2.0, device=place.device)
+            divisor = torch.tensor(2.0, device=target.device)
             one([master], [grad.clone()], [state[0]], [state[1]], [state[2]], OptimizerConfig(), 1e-2, 0.1, divisor)
         results.append((master, *state))
-    for name, mine, theirs in zip(("weights", "first moment", "second moment", "step"), *results, strict=True):
-        agree(name, mine, theirs, 1e-5)
+    for name, result, expected in zip(("weights", "first moment", "second moment", "step"), *results, strict=True):
+        require_close(name, result, expected, 1e-5)
 
 
 ADAMW = Operation(
     [
-        (TE, lambda place: _multi_tensor_adam(te_module(place).multi_tensor_adam)),
-        (APEX, lambda place: _multi_tensor_adam(apex_module(place, "amp_C").multi_tensor_adam)),
+        (TE, lambda target: _multi_tensor_adam(te_module(target).multi_tensor_adam)),
+        (APEX, lambda target: _multi_tensor_adam(apex_module(target, "amp_C").multi_tensor_adam)),
     ],
-    ("torch fused", lambda place: adamw_step),
+    ("torch fused", lambda target: adamw_step),
     check_adam,
 )

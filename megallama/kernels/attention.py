@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from megallama.kernels.candidate import TE, Operation, Place, Refused, agree, random, te_module
+from megallama.kernels.candidate import TE, Operation, Target, Unsupported, random, require_close, te_module
 from megallama.kernels.documents import Documents
 
 
@@ -92,8 +92,8 @@ def _blocks(length: int, documents: Documents | None) -> Iterator[tuple[slice, s
 def _heads_first(*parts: Tensor) -> tuple[Tensor, ...]:
     """[b, s, heads, d] as contiguous [b * n, s, d], with n the heads of the first; fewer heads are repeated."""
     n = parts[0].shape[2]
-    wide = (p if p.shape[2] == n else p.repeat_interleave(n // p.shape[2], 2) for p in parts)
-    return tuple(p.transpose(1, 2).reshape(-1, p.shape[1], p.shape[3]) for p in wide)
+    repeated = (p if p.shape[2] == n else p.repeat_interleave(n // p.shape[2], 2) for p in parts)
+    return tuple(p.transpose(1, 2).reshape(-1, p.shape[1], p.shape[3]) for p in repeated)
 
 
 def _tokens_first(grad: Tensor, like: Tensor) -> Tensor:
@@ -121,20 +121,20 @@ def _probabilities(queries: Tensor, keys: Tensor, rows: slice, seen: slice, docu
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
     """softmax(q k.T / sqrt(d)) v with every score in memory, in float64: for checks only."""
     group = q.shape[2] // k.shape[2]
-    wide = [t.double().transpose(1, 2) for t in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2))]
-    scores = wide[0] @ wide[1].transpose(2, 3) / q.shape[3] ** 0.5
+    exact = [t.double().transpose(1, 2) for t in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2))]
+    scores = exact[0] @ exact[1].transpose(2, 3) / q.shape[3] ** 0.5
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1).expand(len(q), 1, -1, -1)
     if documents is not None:
         at = torch.arange(q.shape[1], device=q.device)
         hidden = hidden | (at < documents.starts[:, :, None])[:, None]
-    out = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ wide[2]
+    out = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ exact[2]
     return out.transpose(1, 2).to(q.dtype)
 
 
-def _te_attention(place: Place) -> MakeAttention:
+def _te_attention(target: Target) -> MakeAttention:
     """cuDNN or flash attention through Transformer Engine."""
-    place.need_half_on_cuda()
-    te = te_module(place, "transformer_engine.pytorch")
+    target.need_half_on_cuda()
+    te = te_module(target, "transformer_engine.pytorch")
 
     def make(num_heads: int, num_kv_heads: int, head_dim: int) -> Attend:
         attention = te.DotProductAttention(
@@ -156,31 +156,31 @@ def _te_attention(place: Place) -> MakeAttention:
     return make
 
 
-def _blocked_attention(place: Place) -> MakeAttention:
-    if place.device.type == "cuda" or place.dtype not in (torch.bfloat16, torch.float16):
-        raise Refused("16-bit formats on a CPU only")
+def _blocked_attention(target: Target) -> MakeAttention:
+    if target.device.type == "cuda" or target.dtype not in (torch.bfloat16, torch.float16):
+        raise Unsupported("16-bit formats on a CPU only")
     return lambda num_heads, num_kv_heads, head_dim: blocked_attention
 
 
-def check_attention(make: MakeAttention, place: Place) -> None:
+def check_attention(make: MakeAttention, target: Target) -> None:
     """Causal attention with grouped heads, and within documents where they matter."""
-    q, k, v = (random(place, 2, 128, n, 64, seed=n) for n in (4, 2, 2))
-    starts = torch.tensor([[0] * 70 + [70] * 58, [0] + [1] * 29 + [30] * 98], device=place.device)
-    for case in (None, Documents.of(starts)) if place.documents else (None,):
+    q, k, v = (random(target, 2, 128, n, 64, seed=n) for n in (4, 2, 2))
+    starts = torch.tensor([[0] * 70 + [70] * 58, [0] + [1] * 29 + [30] * 98], device=target.device)
+    for case in (None, Documents.of(starts)) if target.documents else (None,):
         where = " within documents" if case else ""
         leaves = [[t.clone().requires_grad_() for t in (q, k, v)] for _ in range(2)]
         attends = make(4, 2, 64), plain_attention
         outs = [attend(q, k, v, case) for attend, (q, k, v) in zip(attends, leaves, strict=True)]
         for out in outs:
             out.reshape(2, 128, -1).square().sum().backward()
-        agree(f"output{where}", outs[0].reshape(outs[1].shape), outs[1], 2e-2)
-        for name, mine, theirs in zip("qkv", *leaves, strict=True):
-            assert mine.grad is not None and theirs.grad is not None
-            agree(f"gradient of {name}{where}", mine.grad, theirs.grad, 4e-2)
+        require_close(f"output{where}", outs[0].reshape(outs[1].shape), outs[1], 2e-2)
+        for name, result, expected in zip("qkv", *leaves, strict=True):
+            assert result.grad is not None and expected.grad is not None
+            require_close(f"gradient of {name}{where}", result.grad, expected.grad, 4e-2)
 
 
 ATTENTION = Operation(
     [(TE, _te_attention), ("blocks of matrix products", _blocked_attention)],
-    ("torch scaled_dot_product_attention", lambda place: lambda num_heads, num_kv_heads, head_dim: sdpa),
+    ("torch scaled_dot_product_attention", lambda target: lambda num_heads, num_kv_heads, head_dim: sdpa),
     check_attention,
 )

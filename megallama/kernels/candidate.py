@@ -24,84 +24,84 @@ TE, APEX, COMPILED = "Transformer Engine", "apex", "torch.compile"
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 
 
-class Refused(Exception):
+class Unsupported(Exception):
     """A candidate that cannot be used here, with the reason."""
 
 
-class Wrong(Refused):
+class Wrong(Unsupported):
     """A candidate that computes something else."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where and for what kernels are chosen."""
+class Target:
+    """Where and for what kernels are selected."""
 
     device: torch.device
     dtype: torch.dtype
     documents: bool = False  # attention must keep them apart
     compiled: bool = False  # run.compile
-    product: Callable[[Tensor, Tensor], Tensor] | None = None  # the matrix product that was chosen; None: torch's
+    product: Callable[[Tensor, Tensor], Tensor] | None = None  # the matrix product that was selected; None: torch's
 
     def need_cuda(self) -> None:
         if self.device.type != "cuda":
-            raise Refused("no CUDA device")
+            raise Unsupported("no CUDA device")
 
     def need_half_on_cuda(self) -> None:
         self.need_cuda()
         if self.dtype not in (torch.bfloat16, torch.float16):
-            raise Refused(f"16-bit formats only, not {self.dtype}")
+            raise Unsupported(f"16-bit formats only, not {self.dtype}")
 
 
 @dataclass(frozen=True)
 class Operation:
-    """The candidates for one operation, in order. The last is taken unchecked: nothing is left if it is refused.
+    """The candidates for one operation, in order. The last is selected unchecked: nothing is left if it is refused.
 
     A check takes a candidate and compares it on a small problem with the plain formula in float64: forward, backward,
-    accumulation.  It raises `Refused` with what differs and by how much (relative to the norm of what it should be).
+    accumulation.  It raises `Unsupported` with what differs and by how much, relative to the norm of what it should be.
     """
 
-    candidates: Sequence[tuple[str, Callable[[Place], Any]]]
-    last: tuple[str, Callable[[Place], Any]]
-    check: Callable[[Any, Place], None]
+    candidates: Sequence[tuple[str, Callable[[Target], Any]]]
+    last: tuple[str, Callable[[Target], Any]]
+    check: Callable[[Any, Target], None]
 
 
-def te_module(place: Place, name: str = "transformer_engine_torch") -> ModuleType:
+def te_module(target: Target, name: str = "transformer_engine_torch") -> ModuleType:
     """A module of Transformer Engine; the functions below its modules are there once the package has been imported."""
-    place.need_cuda()
+    target.need_cuda()
     if importlib.util.find_spec("transformer_engine") is None:
-        raise Refused("not installed")
+        raise Unsupported("not installed")
     importlib.import_module("transformer_engine.pytorch")
     return importlib.import_module(name)
 
 
-def apex_module(place: Place, name: str) -> ModuleType:
+def apex_module(target: Target, name: str) -> ModuleType:
     """A module of NVIDIA's apex; the package index holds an unrelated one of the same name."""
-    place.need_cuda()
+    target.need_cuda()
     if importlib.util.find_spec(name) is None:
         if importlib.util.find_spec("apex") is None:
-            raise Refused("not installed")
+            raise Unsupported("not installed")
         if importlib.util.find_spec("apex.optimizers") is None:
-            raise Refused("the installed package named apex is not NVIDIA's; build NVIDIA/apex from source")
-        raise Refused(f"apex was built without its CUDA extension {name}")
+            raise Unsupported("the installed package named apex is not NVIDIA's; build NVIDIA/apex from source")
+        raise Unsupported(f"apex was built without its CUDA extension {name}")
     return importlib.import_module(name)
 
 
-def agree(what: str, mine: Tensor, theirs: Tensor, tolerance: float) -> None:
-    """Raises: Wrong if `mine` is further from `theirs` than `tolerance`, or not a number."""
-    mine, theirs = mine.detach().double(), theirs.detach().double().to(mine.device)
-    error = float((mine - theirs).norm() / theirs.norm())
+def require_close(what: str, result: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Raises: Wrong if `result` is further from `expected` than `tolerance`, or not a number."""
+    result, expected = result.detach().double(), expected.detach().double().to(result.device)
+    error = float((result - expected).norm() / expected.norm())
     if not error <= tolerance:
         raise Wrong(f"{what} differs from the plain formula by {error:.1e}")
 
 
-def agree_all(mine: dict[str, Tensor], theirs: Sequence[Tensor | None], place: Place) -> None:
-    """`agree` of several results, within what the format of `place` can tell."""
-    for (what, got), want in zip(mine.items(), theirs, strict=True):
+def require_all_close(results: dict[str, Tensor], expected: Sequence[Tensor | None], target: Target) -> None:
+    """`require_close` of several results, within what the format of `target` can tell."""
+    for (what, result), want in zip(results.items(), expected, strict=True):
         assert want is not None
-        agree(what, got, want, TOLERANCE[place.dtype])
+        require_close(what, result, want, TOLERANCE[target.dtype])
 
 
-def random(place: Place, *shape: int, seed: int = 0) -> Tensor:
-    """Normal values in the format of `place`, on its device."""
-    generator, wide = torch.Generator(place.device).manual_seed(seed), accumulate_dtype(place.dtype)
-    return torch.randn(shape, device=place.device, generator=generator, dtype=wide).to(place.dtype)
+def random(target: Target, *shape: int, seed: int = 0) -> Tensor:
+    """Normal values in the format of `target`, on its device."""
+    generator, acc_dtype = torch.Generator(target.device).manual_seed(seed), accumulate_dtype(target.dtype)
+    return torch.randn(shape, device=target.device, generator=generator, dtype=acc_dtype).to(target.dtype)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import COMPILED, Operation, Place, agree_all, random
+from megallama.kernels.candidate import COMPILED, Operation, Target, random, require_all_close
 from megallama.kernels.compiled import compiled
 from megallama.kernels.dtypes import accumulate_dtype
 
@@ -31,17 +31,17 @@ def softmax_(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, sca
     exp(largest logit) / sum.
     """
     exact = logits.to(log_sum.dtype)
-    chances = torch.softmax(exact, 1)
-    log_sum.copy_(exact.amax(1) - chances.amax(1).log())
+    probs = torch.softmax(exact, 1)
+    log_sum.copy_(exact.amax(1) - probs.amax(1).log())
     picked.copy_(exact.gather(1, index).squeeze(1))
     if scale is not None:
-        chances.mul_(scale.unsqueeze(1))
-    logits.copy_(chances)
+        probs.mul_(scale.unsqueeze(1))
+    logits.copy_(probs)
 
 
-def compiled_softmax(place: Place) -> Softmax:
+def compiled_softmax(target: Target) -> Softmax:
     """The formula below, fused by torch.compile."""
-    formula = compiled(_softmax, place)
+    formula = compiled(_softmax, target)
 
     def into(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
         for to, new in zip((logits, log_sum, picked), formula(logits, index, scale, log_sum.dtype), strict=True):
@@ -50,27 +50,30 @@ def compiled_softmax(place: Place) -> Softmax:
     return into
 
 
-def _softmax(logits: Tensor, index: Tensor, scale: Tensor | None, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    exact = logits.to(wide)
+def _softmax(
+    logits: Tensor, index: Tensor, scale: Tensor | None, acc_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    exact = logits.to(acc_dtype)
     top = exact.amax(1)
     powers = torch.exp(exact - top.unsqueeze(1))
     total = powers.sum(1)
-    chances = powers * ((1 if scale is None else scale) / total).unsqueeze(1)
-    return chances.to(logits.dtype), top + total.log(), exact.gather(1, index).squeeze(1)
+    probs = powers * ((1 if scale is None else scale) / total).unsqueeze(1)
+    return probs.to(logits.dtype), top + total.log(), exact.gather(1, index).squeeze(1)
 
 
-def check_softmax(softmax_: Softmax, place: Place) -> None:
+def check_softmax(softmax_: Softmax, target: Target) -> None:
     """Probabilities in place, their logarithm's sum and the picked logits."""
-    logits, wide = random(place, 24, 61), accumulate_dtype(place.dtype)
-    index = torch.arange(24, device=place.device).unsqueeze(1)
-    scale = index.squeeze(1).to(wide) / 12
+    logits, acc_dtype = random(target, 24, 61), accumulate_dtype(target.dtype)
+    index = torch.arange(24, device=target.device).unsqueeze(1)
+    scale = index.squeeze(1).to(acc_dtype) / 12
     for case in (None, scale):
         rows, log_sum, picked = logits.clone(), scale.clone(), scale.clone()
         softmax_(rows, index, log_sum, picked, case)
         exact = logits.double()
-        chances = exact.softmax(1) * (1 if case is None else case.double().unsqueeze(1))
-        want = [chances, exact.logsumexp(1), exact.gather(1, index).squeeze(1)]
-        agree_all({"probabilities": rows, "logarithm of the sum": log_sum, "picked logits": picked}, want, place)
+        probs = exact.softmax(1) * (1 if case is None else case.double().unsqueeze(1))
+        want = [probs, exact.logsumexp(1), exact.gather(1, index).squeeze(1)]
+        results = {"probabilities": rows, "logarithm of the sum": log_sum, "picked logits": picked}
+        require_all_close(results, want, target)
 
 
-CROSS_ENTROPY = Operation([(COMPILED, compiled_softmax)], ("torch", lambda place: softmax_), check_softmax)
+CROSS_ENTROPY = Operation([(COMPILED, compiled_softmax)], ("torch", lambda target: softmax_), check_softmax)

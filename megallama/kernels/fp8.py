@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import TE, Operation, Place, Refused, agree, random, te_module
+from megallama.kernels.candidate import TE, Operation, Target, Unsupported, random, require_close, te_module
 from megallama.kernels.gemm import Gemms
 from megallama.kernels.wgrad import check_wgrad
 
@@ -36,25 +36,25 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x * scale.to(x.dtype)).to(dtype), inverse
 
 
-def project(x: Tensor, weight: Tensor) -> Tensor:
+def fprop(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, in] @ weight [out, in].T in bf16."""
     return _product(quantize(x, FORWARD), quantize(weight, FORWARD), fast=True)
 
 
-def project_back(dy: Tensor, weight: Tensor) -> Tensor:
+def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
     """dy [T, out] @ weight [out, in] in bf16."""
     return _product(quantize(dy, GRADIENT), _turned(*quantize(weight, FORWARD)))
 
 
-def add_wgrad(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:
+def wgrad(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
     """main_grad [out, in], fp32, += dy [T, out].T @ x [T, in]."""
     operands = _turned(*quantize(dy, GRADIENT)), _turned(*quantize(x, FORWARD))
-    product = _product(*operands, out=main_grad if fresh else torch.empty_like(main_grad))
-    if not fresh:
+    product = _product(*operands, out=main_grad if overwrite else torch.empty_like(main_grad))
+    if not overwrite:
         main_grad.add_(product)
 
 
-TORCH_FP8 = Gemms(project, project_back, add_wgrad)
+TORCH_FP8 = Gemms(fprop, dgrad, wgrad)
 
 
 def _turned(values: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,58 +70,59 @@ def _product(
     return torch._scaled_mm(a[0], b[0].t(), **scales, out_dtype=kind, use_fast_accum=fast, **where)
 
 
-def _te_fp8(place: Place) -> Gemms:
+def _te_fp8(target: Target) -> Gemms:
     """Transformer Engine's fp8 with current scaling: its quantizers and GEMM, accumulating into fp32."""
-    tex = te_module(place)
-    quantizer = te_module(place, "transformer_engine.pytorch.tensor.float8_tensor").Float8CurrentScalingQuantizer
-    gemm = te_module(place, "transformer_engine.pytorch.cpp_extensions").general_gemm
+    tex = te_module(target)
+    quantizer = te_module(target, "transformer_engine.pytorch.tensor.float8_tensor").Float8CurrentScalingQuantizer
+    gemm = te_module(target, "transformer_engine.pytorch.cpp_extensions").general_gemm
 
     def make(kind: Any, columns: bool) -> Any:  # on Hopper only a transposed copy can be read by columns
-        return quantizer(kind, place.device, rowwise=True, columnwise=columns, force_pow_2_scales=True)
+        return quantizer(kind, target.device, rowwise=True, columnwise=columns, force_pow_2_scales=True)
 
     (rows4, columns4), (rows5, columns5) = (
         (make(kind, False), make(kind, True)) for kind in (tex.DType.kFloat8E4M3, tex.DType.kFloat8E5M2)
     )
     bf16 = torch.bfloat16
 
-    def project(x: Tensor, weight: Tensor) -> Tensor:
+    def fprop(x: Tensor, weight: Tensor) -> Tensor:
         out: Tensor = gemm(rows4(weight), rows4(x), out_dtype=bf16, layout="TN")[0]
         return out
 
-    def project_back(dy: Tensor, weight: Tensor) -> Tensor:
+    def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
         operands = columns4(weight), rows5(dy)
         out: Tensor = gemm(*operands, out_dtype=bf16, layout="NN", grad=True, use_split_accumulator=True)[0]
         return out
 
-    def add(main_grad: Tensor, dy: Tensor, x: Tensor, fresh: bool) -> None:
+    def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
         gemm(
             columns4(x), columns5(dy), out_dtype=torch.float32, layout="NT", grad=True, out=main_grad,
-            accumulate=not fresh, use_split_accumulator=True,
+            accumulate=not overwrite, use_split_accumulator=True,
         )  # fmt: skip
 
-    return Gemms(project, project_back, add)
+    return Gemms(fprop, dgrad, add)
 
 
-def _where_gpus_can(make: Callable[[Place], Gemms]) -> Callable[[Place], Gemms]:
-    def checked(place: Place) -> Gemms:
-        place.need_cuda()
-        if (capability := torch.cuda.get_device_capability(place.device)) < (8, 9):
-            raise Refused(f"compute capability {capability[0]}.{capability[1]} is below 8.9 (L40S, H100, H200, B200)")
-        return make(place)
+def _where_gpus_can(make: Callable[[Target], Gemms]) -> Callable[[Target], Gemms]:
+    def checked(target: Target) -> Gemms:
+        target.need_cuda()
+        major, minor = torch.cuda.get_device_capability(target.device)
+        if (major, minor) < (8, 9):
+            raise Unsupported(f"compute capability {major}.{minor} is below 8.9 (L40S, H100, H200, B200)")
+        return make(target)
 
     return checked
 
 
-def check_fp8(gemms: Gemms, place: Place) -> None:
+def check_fp8(gemms: Gemms, target: Target) -> None:
     """All three products within what rounding normal operands to fp8 costs: 2.6 % (E4M3), 5.2 % (E5M2) each."""
-    x, dy, weight = (random(place, *shape, seed=shape[1]) for shape in ((64, 48), (64, 32), (32, 48)))
-    agree("product", gemms.project(x, weight), x.double() @ weight.double().t(), 6e-2)
-    agree("gradient of the input", gemms.project_back(dy, weight), dy.double() @ weight.double(), 8e-2)
-    check_wgrad(gemms.add_wgrad, place, 8e-2)
+    x, dy, weight = (random(target, *shape, seed=shape[1]) for shape in ((64, 48), (64, 32), (32, 48)))
+    require_close("product", gemms.fprop(x, weight), x.double() @ weight.double().t(), 6e-2)
+    require_close("gradient of the input", gemms.dgrad(dy, weight), dy.double() @ weight.double(), 8e-2)
+    check_wgrad(gemms.wgrad, target, 8e-2)
 
 
 FP8_PRODUCTS = Operation(
-    [(TE, _where_gpus_can(_te_fp8)), ("torch _scaled_mm", _where_gpus_can(lambda place: TORCH_FP8))],
-    ("nothing here can", lambda place: TORCH_FP8),
+    [(TE, _where_gpus_can(_te_fp8)), ("torch _scaled_mm", _where_gpus_can(lambda target: TORCH_FP8))],
+    ("nothing here can", lambda target: TORCH_FP8),
     check_fp8,
 )

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import TOLERANCE, Operation, Place, Refused, agree, random
+from megallama.kernels.candidate import TOLERANCE, Operation, Target, Unsupported, random, require_close
 
 MatmulNT = Callable[[Tensor, Tensor], Tensor]  # a [m, k], b [n, k] -> a @ b.T [m, n], a new tensor
 
@@ -30,9 +30,9 @@ MatmulNT = Callable[[Tensor, Tensor], Tensor]  # a [m, k], b [n, k] -> a @ b.T [
 class Gemms:
     """The three products of a weight [out, in] with activations x [T, in] and gradients dy [T, out]."""
 
-    project: Callable[[Tensor, Tensor], Tensor]  # x, weight -> x @ weight.T
-    project_back: Callable[[Tensor, Tensor], Tensor]  # dy, weight -> dy @ weight
-    add_wgrad: Callable[[Tensor, Tensor, Tensor, bool], None]  # main_grad, dy, x, overwrite: += dy.T @ x
+    fprop: Callable[[Tensor, Tensor], Tensor]  # x, weight -> x @ weight.T
+    dgrad: Callable[[Tensor, Tensor], Tensor]  # dy, weight -> dy @ weight
+    wgrad: Callable[[Tensor, Tensor, Tensor, bool], None]  # main_grad, dy, x, overwrite: += dy.T @ x
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
@@ -54,21 +54,21 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
-def _onednn(place: Place) -> MatmulNT:
-    if place.device.type != "cpu" or place.dtype != torch.float32:
-        raise Refused("fp32 on a CPU only")
+def _onednn(target: Target) -> MatmulNT:
+    if target.device.type != "cpu" or target.dtype != torch.float32:
+        raise Unsupported("fp32 on a CPU only")
     if processor() == "GenuineIntel":
-        raise Refused("MKL is as fast on this processor")
+        raise Unsupported("MKL is as fast on this processor")
     if not torch.backends.mkldnn.is_available():
-        raise Refused("this torch was built without oneDNN")
+        raise Unsupported("this torch was built without oneDNN")
     return onednn_matmul_nt
 
 
-def check_product(product: MatmulNT, place: Place) -> None:
+def check_product(product: MatmulNT, target: Target) -> None:
     """a @ b.T, also of operands that are views."""
-    a, b = (random(place, n, 48, seed=n) for n in (33, 40))
+    a, b = (random(target, n, 48, seed=n) for n in (33, 40))
     for x, y in ((a, b), (a[:, :40], b.t()[:, :40].t()[:, :40]), (a.t(), b[:33].t())):
-        agree("product", product(x, y), x.double() @ y.double().t(), TOLERANCE[place.dtype])
+        require_close("product", product(x, y), x.double() @ y.double().t(), TOLERANCE[target.dtype])
 
 
-PRODUCT = Operation([("oneDNN", _onednn)], ("torch mm", lambda place: matmul_nt), check_product)
+PRODUCT = Operation([("oneDNN", _onednn)], ("torch mm", lambda target: matmul_nt), check_product)

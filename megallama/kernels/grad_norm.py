@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import APEX, TE, Operation, Place, agree, apex_module, te_module
+from megallama.kernels.candidate import APEX, TE, Operation, Target, apex_module, require_close, te_module
 from megallama.kernels.dtypes import accumulate_dtype
 
 SumOfSquares = Callable[[Sequence[Tensor]], Tensor]
@@ -39,19 +39,19 @@ def _multi_tensor_sum(kernel: Callable[..., Any]) -> SumOfSquares:
     return sum_of_squares
 
 
-def check_sum_of_squares(sum_of_squares: SumOfSquares, place: Place) -> None:
+def check_sum_of_squares(sum_of_squares: SumOfSquares, target: Target) -> None:
     """Over tensors of several lengths, one of them empty, with more equal terms than a plain fp32 sum bears."""
-    runs, wide = ((0.1, 700_001), (0.2, 0), (0.3, 17)), accumulate_dtype(place.dtype)
-    tensors = [torch.full((n,), value, dtype=wide, device=place.device) for value, n in runs]
+    runs, acc_dtype = ((0.1, 700_001), (0.2, 0), (0.3, 17)), accumulate_dtype(target.dtype)
+    tensors = [torch.full((n,), value, dtype=acc_dtype, device=target.device) for value, n in runs]
     want = sum(float(t.double().square().sum()) for t in tensors)
-    agree("sum of squares", sum_of_squares(tensors), torch.tensor(want), 1e-5)
+    require_close("sum of squares", sum_of_squares(tensors), torch.tensor(want), 1e-5)
 
 
 GRAD_NORM = Operation(
     [
-        (TE, lambda place: _multi_tensor_sum(te_module(place).multi_tensor_l2norm)),
-        (APEX, lambda place: _multi_tensor_sum(apex_module(place, "amp_C").multi_tensor_l2norm)),
+        (TE, lambda target: _multi_tensor_sum(te_module(target).multi_tensor_l2norm)),
+        (APEX, lambda target: _multi_tensor_sum(apex_module(target, "amp_C").multi_tensor_l2norm)),
     ],
-    ("torch", lambda place: sum_of_squares),
+    ("torch", lambda target: sum_of_squares),
     check_sum_of_squares,
 )

@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megallama.kernels.candidate import APEX, COMPILED, TE, Operation, Place, agree_all, apex_module, random, te_module
+from megallama.kernels.candidate import (
+    APEX,
+    COMPILED,
+    TE,
+    Operation,
+    Target,
+    apex_module,
+    random,
+    require_all_close,
+    te_module,
+)
 from megallama.kernels.compiled import compiled
 from megallama.kernels.dtypes import accumulate_dtype
 
@@ -36,8 +46,8 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tupl
     With r = 1/rms, n = x r and p = dy n: dweight is the sum of p over rows, and
     dx = r (dy weight - n mean(p weight)).
     """
-    wide, columns, rstd = accumulate_dtype(x.dtype), x.shape[-1], inverse_rms(x, eps)
-    normed, grad, scale = x.to(wide) * rstd, dy.to(wide), weight.to(wide)
+    acc_dtype, columns, rstd = accumulate_dtype(x.dtype), x.shape[-1], inverse_rms(x, eps)
+    normed, grad, scale = x.to(acc_dtype) * rstd, dy.to(acc_dtype), weight.to(acc_dtype)
     product = grad * normed
     mean = torch.mv(product, scale).div_(columns).unsqueeze(1)
     dx = (grad * scale).addcmul_(normed, mean, value=-1).mul_(rstd)
@@ -51,45 +61,45 @@ def fused_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tu
     return dx, dweight.to(accumulate_dtype(x.dtype))
 
 
-def _torch_fused(place: Place) -> NormPair:
-    place.need_cuda()
+def _torch_fused(target: Target) -> NormPair:
+    target.need_cuda()
     return rms_norm, fused_norm_backward
 
 
-def compiled_norm(place: Place) -> NormPair:
+def compiled_norm(target: Target) -> NormPair:
     """The formulas below, fused by torch.compile."""
-    return compiled(_rms_norm, place), compiled(_rms_norm_backward, place)
+    return compiled(_rms_norm, target), compiled(_rms_norm_backward, target)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.to(accumulate_dtype(x.dtype))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+    exact = x.to(accumulate_dtype(x.dtype))
+    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    kind = accumulate_dtype(x.dtype)
-    wide, grad = x.to(kind), dy.to(kind)
-    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    product = grad * wide * rstd
+    acc_dtype = accumulate_dtype(x.dtype)
+    exact, grad = x.to(acc_dtype), dy.to(acc_dtype)
+    rstd = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    product = grad * exact * rstd
     mean = (product * weight).mean(-1, keepdim=True)
-    return (rstd * (grad * weight - wide * rstd * mean)).to(x.dtype), product.sum(0)
+    return (rstd * (grad * weight - exact * rstd * mean)).to(x.dtype), product.sum(0)
 
 
-def _te_norm(place: Place) -> NormPair:
+def _te_norm(target: Target) -> NormPair:
     """Transformer Engine's RMSNorm. Its gradient of the weight is rounded to the weight's format."""
-    place.need_half_on_cuda()
-    tex = te_module(place)
-    kind = te_module(place, "transformer_engine.pytorch.constants").TE_DType[place.dtype]
+    target.need_half_on_cuda()
+    tex = te_module(target)
+    kind = te_module(target, "transformer_engine.pytorch.constants").TE_DType[target.dtype]
     return _norm_pair(
         lambda x, weight, eps: tex.rmsnorm_fwd(x, weight, eps, None, None, kind, 0, False),
         lambda dy, x, rstd, weight, eps: tex.rmsnorm_bwd(dy, x, rstd, weight, 0, False),
     )
 
 
-def _apex_norm(place: Place) -> NormPair:
+def _apex_norm(target: Target) -> NormPair:
     """apex's RMSNorm. Its gradient of the weight is rounded to the weight's format."""
-    place.need_half_on_cuda()
-    extension = apex_module(place, "fused_layer_norm_cuda")
+    target.need_half_on_cuda()
+    extension = apex_module(target, "fused_layer_norm_cuda")
     return _norm_pair(
         lambda x, weight, eps: extension.rms_forward_affine(x, x.shape[1:], weight, eps),
         lambda dy, x, rstd, weight, eps: extension.rms_backward_affine(dy, rstd, x, x.shape[1:], weight, eps, False),
@@ -104,22 +114,22 @@ def _norm_pair(forward: Callable[..., Any], backward: Callable[..., Any]) -> Nor
     return lambda x, weight, eps: forward(x, weight, eps)[0], gradients
 
 
-def check_norm(pair: NormPair, place: Place) -> None:
+def check_norm(pair: NormPair, target: Target) -> None:
     """RMSNorm and the gradients of its input and weight."""
     (forward, backward), eps = pair, 1e-5
-    x, dy, weight = (random(place, *shape, seed=i) for i, shape in enumerate([(48, 64), (48, 64), (64,)]))
-    wide = [t.double().clone().requires_grad_() for t in (x, weight)]
-    want = wide[0] * torch.rsqrt(wide[0].square().mean(-1, keepdim=True) + eps) * wide[1]
+    x, dy, weight = (random(target, *shape, seed=i) for i, shape in enumerate([(48, 64), (48, 64), (64,)]))
+    exact = [t.double().clone().requires_grad_() for t in (x, weight)]
+    want = exact[0] * torch.rsqrt(exact[0].square().mean(-1, keepdim=True) + eps) * exact[1]
     want.backward(dy.double())
     dx, dweight = backward(dy, x, weight, eps)
-    agree_all(
+    require_all_close(
         {"output": forward(x, weight, eps), "gradient of x": dx, "gradient of the weight": dweight},
-        [want, wide[0].grad, wide[1].grad], place,
+        [want, exact[0].grad, exact[1].grad], target,
     )  # fmt: skip
 
 
 RMS_NORM = Operation(
     [(COMPILED, compiled_norm), (TE, _te_norm), (APEX, _apex_norm), ("torch fused", _torch_fused)],
-    ("torch", lambda place: (rms_norm, rms_norm_backward)),
+    ("torch", lambda target: (rms_norm, rms_norm_backward)),
     check_norm,
 )

@@ -9,20 +9,20 @@ from torch import Tensor
 
 from megallama.kernels.cross_entropy import Softmax, softmax_
 from megallama.kernels.norm import rms_norm, rms_norm_backward
-from megallama.kernels.rope import Rotate, rotate
+from megallama.kernels.rope import ApplyRope, apply_rope
 from megallama.kernels.swiglu import swiglu, swiglu_backward
 
 
 @dataclass(frozen=True)
-class Leaves:
+class PointwiseOps:
     """Pairs of forward and backward that keep nothing but their input, as the layers' backward wants them."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rms_norm_backward: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     swiglu: Callable[[Tensor], Tensor]
     swiglu_backward: Callable[[Tensor, Tensor], Tensor]
-    rotate: Rotate
+    apply_rope: ApplyRope
     softmax_: Softmax
 
 
-EAGER = Leaves(rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, softmax_)
+EAGER = PointwiseOps(rms_norm, rms_norm_backward, swiglu, swiglu_backward, apply_rope, softmax_)

@@ -1,11 +1,11 @@
-"""Rotary position embedding (Su et al. 2021) in Hugging Face's convention: element i turns with i + d/2.
+"""Rotary position embedding (Su et al. 2021) in Hugging Face's convention: element i rotates with i + d/2.
 
 Frequencies are theta^(-2i/d), scaled for LLaMA 3.1 as in its reference implementation: wavelengths
 longer than original/low_freq_factor are stretched by `factor`, those shorter than
 original/high_freq_factor are kept, and those between are interpolated linearly.
 
 Considered and left out: Transformer Engine's fused RoPE (takes angles where ours are tables, writes a new tensor where
-ours turns in place, and knows documents in another layout only).
+ours rotates in place, and knows documents in another layout only).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from megallama.config.schema import RopeScaling
-from megallama.kernels.candidate import COMPILED, Operation, Place, agree_all, random
+from megallama.kernels.candidate import COMPILED, Operation, Target, random, require_all_close
 from megallama.kernels.compiled import compiled
 from megallama.kernels.dtypes import accumulate_dtype
 
-Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # x, cos, sin, out
+ApplyRope = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # x, cos, sin, out
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype) -> Tensor:
@@ -45,41 +45,41 @@ def rope_tables(
     return angles.cos().unsqueeze(1).to(device), angles.sin().unsqueeze(1).to(device)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Turn x [b, s, heads, d] by its positions into `out`, which may be x; -sin gives the inverse: the gradient."""
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Rotate x [b, s, heads, d] by its positions into `out`, which may be x; -sin gives the inverse: the gradient."""
     half = x.shape[-1] // 2
-    wide = x.to(cos.dtype, copy=out.data_ptr() == x.data_ptr())  # fp32 for 16-bit activations
-    a, b = wide[..., :half], wide[..., half:]
+    exact = x.to(cos.dtype, copy=out.data_ptr() == x.data_ptr())  # fp32 for 16-bit activations
+    a, b = exact[..., :half], exact[..., half:]
     out[..., :half] = (a * cos).addcmul_(b, sin, value=-1)
     out[..., half:] = (b * cos).addcmul_(a, sin)
 
 
-def compiled_rotate(place: Place) -> Rotate:
+def compiled_rope(target: Target) -> ApplyRope:
     """The formula below, fused by torch.compile."""
-    turned = compiled(_rotate, place)
+    rotated = compiled(_rotated, target)
 
-    def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-        out.copy_(turned(x, cos, sin))
+    def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+        out.copy_(rotated(x, cos, sin))
 
-    return turn
+    return apply_rope
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.to(cos.dtype).chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
-def check_rotate(rotate: Rotate, place: Place) -> None:
-    """A turn in place and its inverse, the gradient."""
-    x, angles = random(place, 2, 16, 3, 8), random(place, 16, 1, 4, seed=1).to(accumulate_dtype(place.dtype))
+def check_rope(apply_rope: ApplyRope, target: Target) -> None:
+    """A rotation in place and its inverse, the gradient."""
+    x, angles = random(target, 2, 16, 3, 8), random(target, 16, 1, 4, seed=1).to(accumulate_dtype(target.dtype))
     a, b = x.double().chunk(2, -1)
     cos, sin = angles.double().cos(), angles.double().sin()
     out = x.clone()
-    rotate(out, angles.cos(), angles.sin(), out)
+    apply_rope(out, angles.cos(), angles.sin(), out)
     back = torch.empty_like(x)
-    rotate(out, angles.cos(), -angles.sin(), back)
+    apply_rope(out, angles.cos(), -angles.sin(), back)
     want = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    agree_all({"turned heads": out, "heads turned back": back}, [want, x], place)
+    require_all_close({"rotated heads": out, "heads rotated back": back}, [want, x], target)
 
 
-ROPE = Operation([(COMPILED, compiled_rotate)], ("torch", lambda place: rotate), check_rotate)
+ROPE = Operation([(COMPILED, compiled_rope)], ("torch", lambda target: apply_rope), check_rope)

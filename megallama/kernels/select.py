@@ -1,4 +1,4 @@
-"""Which implementation does each operation: candidates in order, each tried on the device before it is taken.
+"""Which implementation does each operation: candidates in order, each tried on the device before it is selected.
 
 A candidate is refused with a reason: its package is missing or fails to import (any exception
 counts), the device or number format is not its own, the user left it out (`run.without_kernels`), or its result on a
@@ -6,7 +6,7 @@ small problem differs from the plain formula.  So a broken installation costs a 
 
 The order is fixed, never measured when a run starts: two ranks could take different candidates, and norms replicated
 over tensor-parallel ranks would drift apart; a run that resumed would not repeat its bits.  ``tools/doctor.py
---measure`` times every candidate; what is slower on a device `run.without_kernels` leaves out, on all ranks alike.
+--measure`` times every candidate; what is slower on a device `run.without_kernels` pointwise out, on all ranks alike.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch
 from megallama.config.errors import MegallamaError
 from megallama.kernels.adam import ADAMW, AdamWStep
 from megallama.kernels.attention import ATTENTION, MakeAttention, check_attention
-from megallama.kernels.candidate import Operation, Place, Refused, Wrong
+from megallama.kernels.candidate import Operation, Target, Unsupported, Wrong
 from megallama.kernels.cross_entropy import CROSS_ENTROPY
 from megallama.kernels.fp8 import FP8_PRODUCTS
 from megallama.kernels.gemm import PRODUCT, Gemms
 from megallama.kernels.grad_norm import GRAD_NORM, SumOfSquares
 from megallama.kernels.norm import RMS_NORM
-from megallama.kernels.pointwise import Leaves
+from megallama.kernels.pointwise import PointwiseOps
 from megallama.kernels.rope import ROPE
 from megallama.kernels.swiglu import SWIGLU
 from megallama.kernels.wgrad import WGRAD
@@ -48,16 +48,16 @@ OPERATIONS = {  # the names are those of the log and of run.without_kernels
 
 @dataclass(frozen=True)
 class Choice:
-    """What was taken for an operation, and why not the ones before it."""
+    """What was selected for an operation, and why not the ones before it."""
 
     operation: str
-    taken: str
+    selected: str
     refused: tuple[tuple[str, str], ...]
     broken: bool = False  # a candidate before it is installed and does not work
 
     def __str__(self) -> str:
         reasons = "; ".join(f"not {name}: {reason}" for name, reason in self.refused)
-        return f"{self.operation}: {self.taken}" + (f" ({reasons})" if reasons else "")
+        return f"{self.operation}: {self.selected}" + (f" ({reasons})" if reasons else "")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Kernels:
     """The operations that have more than one implementation."""
 
     attention: MakeAttention
-    leaves: Leaves
+    pointwise: PointwiseOps
     gemms: Gemms  # of the head, and of everything without fp8
     layer_gemms: Gemms  # of the layers' linear maps
     adamw: AdamWStep
@@ -76,14 +76,14 @@ class Kernels:
         """One line: what is not torch's own."""
         used: dict[str, list[str]] = {}
         for choice in self.choices:
-            plain = choice.operation in OPERATIONS and choice.taken == OPERATIONS[choice.operation].last[0]
-            used.setdefault("" if plain else choice.taken, []).append(choice.operation)
+            plain = choice.operation in OPERATIONS and choice.selected == OPERATIONS[choice.operation].last[0]
+            used.setdefault("" if plain else choice.selected, []).append(choice.operation)
         plain_ones = "the rest" if len(used) > 1 else "everything"
         others = [f"{name} for {', '.join(operations)}" for name, operations in used.items() if name]
         return "; ".join([*others, *([f"torch's own for {plain_ones}"] if "" in used else [])])
 
 
-def choose_kernels(
+def select_kernels(
     device: torch.device,
     dtype: torch.dtype,
     *,
@@ -97,45 +97,45 @@ def choose_kernels(
     Raises: MegallamaError if no attention here does, if `fp8` is asked for and nothing here can, or if a name in
     `without` is that of no candidate.
     """
-    place = Place(device, dtype, documents, compiled)
-    taken: dict[str, Any] = {}
+    target = Target(device, dtype, documents, compiled)
+    selected: dict[str, Any] = {}
     choices, known = [], set[str]()
     for name, operation in {**OPERATIONS, **({FP8: FP8_PRODUCTS} if fp8 != "none" else {})}.items():
         known |= {text for kind, _ in operation.candidates for text in (kind, f"{name}: {kind}")}
         left_out = {kind for kind, _ in operation.candidates if {kind, f"{name}: {kind}"} & set(without)}
-        taken[name], choice = _first(name, operation, place, left_out)
+        selected[name], choice = _first(name, operation, target, left_out)
         choices.append(choice)
-        place = replace(place, product=taken.get("matrix product"))
+        target = replace(target, product=selected.get("matrix product"))
     if strange := sorted(set(without) - known):
         near = [hint for name in strange for hint in get_close_matches(name, sorted(known), 1)] or sorted(known)
         raise MegallamaError(f"run.without_kernels={strange} names no candidate; write for example {' or '.join(near)}")
-    if documents and choices[0].taken == OPERATIONS["attention"].last[0]:
+    if documents and choices[0].selected == OPERATIONS["attention"].last[0]:
         try:
-            check_attention(taken["attention"], place)
-        except Refused as error:
+            check_attention(selected["attention"], target)
+        except Unsupported as error:
             wrong = f"no attention here keeps documents apart: torch's {error}"
             raise MegallamaError(f"{wrong}; use data.document_mask=false or another torch") from error
-    product = taken["matrix product"]
-    gemms = Gemms(product, lambda dy, weight: product(dy, weight.t()), taken["weight gradient"])
-    leaves = Leaves(*(*taken["RMSNorm"], *taken["SwiGLU"], taken["RoPE"], taken["cross entropy"]))
-    layers = taken.get(FP8, gemms)
-    return Kernels(taken["attention"], leaves, gemms, layers, taken["AdamW"], taken["gradient norm"], tuple(choices))
+    product = selected["matrix product"]
+    gemms = Gemms(product, lambda dy, weight: product(dy, weight.t()), selected["weight gradient"])
+    pointwise = PointwiseOps(*(*selected["RMSNorm"], *selected["SwiGLU"], selected["RoPE"], selected["cross entropy"]))
+    update = selected["AdamW"], selected["gradient norm"]
+    return Kernels(selected["attention"], pointwise, gemms, selected.get(FP8, gemms), *update, tuple(choices))
 
 
-def _first(name: str, operation: Operation, place: Place, left_out: set[str]) -> tuple[Any, Choice]:
+def _first(name: str, operation: Operation, target: Target, left_out: set[str]) -> tuple[Any, Choice]:
     refused: list[tuple[str, str]] = []
     broken = False
     for kind, make in operation.candidates:
         try:
             if kind in left_out:
-                raise Refused("left out by run.without_kernels")
-            made = make(place)
-            operation.check(made, place)
+                raise Unsupported("left out by run.without_kernels")
+            made = make(target)
+            operation.check(made, target)
             return made, Choice(name, kind, tuple(refused), broken)
         except Exception as error:  # noqa: BLE001 - a broken package may raise anything; the reason is kept
-            broken |= isinstance(error, Wrong) or not isinstance(error, Refused)
+            broken |= isinstance(error, Wrong) or not isinstance(error, Unsupported)
             refused.append((kind, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__))
     choice = Choice(name, operation.last[0], tuple(refused), broken)
     if name == FP8:
         raise MegallamaError(f'precision.fp8: {choice}; write precision.fp8="none"')
-    return operation.last[1](place), choice
+    return operation.last[1](target), choice

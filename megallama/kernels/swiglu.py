@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megallama.kernels.candidate import COMPILED, TE, Operation, Place, agree_all, random, te_module
+from megallama.kernels.candidate import COMPILED, TE, Operation, Target, random, require_all_close, te_module
 from megallama.kernels.compiled import compiled
 from megallama.kernels.dtypes import accumulate_dtype
 
@@ -34,9 +34,9 @@ def swiglu_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
     return grad
 
 
-def compiled_swiglu(place: Place) -> SwigluPair:
+def compiled_swiglu(target: Target) -> SwigluPair:
     """The formulas below, fused by torch.compile."""
-    return compiled(_swiglu, place), compiled(_swiglu_backward, place)
+    return compiled(_swiglu, target), compiled(_swiglu_backward, target)
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
@@ -45,32 +45,33 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 
 def _swiglu_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
-    wide = accumulate_dtype(gate_up.dtype)
-    (gate, up), grad = gate_up.to(wide).chunk(2, -1), dout.to(wide)
-    chance = torch.sigmoid(gate)
-    dgate = grad * up * chance * (1 + gate * (1 - chance))
-    return torch.cat((dgate.to(dout.dtype), (grad * gate * chance).to(dout.dtype)), -1)
+    acc_dtype = accumulate_dtype(gate_up.dtype)
+    (gate, up), grad = gate_up.to(acc_dtype).chunk(2, -1), dout.to(acc_dtype)
+    prob = torch.sigmoid(gate)
+    dgate = grad * up * prob * (1 + gate * (1 - prob))
+    return torch.cat((dgate.to(dout.dtype), (grad * gate * prob).to(dout.dtype)), -1)
 
 
-def _te_swiglu(place: Place) -> SwigluPair:
+def _te_swiglu(target: Target) -> SwigluPair:
     """Transformer Engine's, one kernel each way."""
-    place.need_half_on_cuda()
-    tex = te_module(place)
+    target.need_half_on_cuda()
+    tex = te_module(target)
     return lambda gate_up: tex.swiglu(gate_up, None), lambda dout, gate_up: tex.dswiglu(dout, gate_up, None)
 
 
-def check_swiglu(pair: SwigluPair, place: Place) -> None:
+def check_swiglu(pair: SwigluPair, target: Target) -> None:
     """SwiGLU on packed gate and up, and its gradient."""
     forward, backward = pair
-    packed, dout = random(place, 48, 64), random(place, 48, 32, seed=1)
+    packed, dout = random(target, 48, 64), random(target, 48, 32, seed=1)
     leaf = packed.double().clone().requires_grad_()
     want = F.silu(leaf[:, :32]) * leaf[:, 32:]
     want.backward(dout.double())
-    agree_all({"output": forward(packed), "gradient": backward(dout.clone(), packed)}, [want, leaf.grad], place)
+    results = {"output": forward(packed), "gradient": backward(dout.clone(), packed)}
+    require_all_close(results, [want, leaf.grad], target)
 
 
 SWIGLU = Operation(
     [(COMPILED, compiled_swiglu), (TE, _te_swiglu)],
-    ("torch", lambda place: (swiglu, swiglu_backward)),
+    ("torch", lambda target: (swiglu, swiglu_backward)),
     check_swiglu,
 )

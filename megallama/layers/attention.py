@@ -1,8 +1,8 @@
 """Causal self-attention on packed projections, with rotary embeddings.
 
-On a GPU the packed output of qkv_proj is turned in place (its layer does not need its own output), and
+On a GPU the packed output of qkv_proj is rotated in place (its layer does not need its own output), and
 attention reads its parts where they are.  On a CPU, where products over heads want each head's rows
-together, the turned queries and keys and the values are written head by head instead; the packed
+together, the rotated queries and keys and the values are written head by head instead; the packed
 tensor is freed.  The gradients of the three parts are written into one packed tensor.
 """
 
@@ -16,14 +16,14 @@ from torch.autograd import Function
 
 from megallama.kernels.attention import Attend
 from megallama.kernels.documents import Documents
-from megallama.kernels.rope import Rotate
+from megallama.kernels.rope import ApplyRope
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the tokens of a micro-batch stand: how far their heads turn, and which of them may see each other."""
+    """Where the tokens of a micro-batch stand: how far heads are rotated, and which tokens may see each other."""
 
-    cos: Tensor  # [s, 1, d/2], or [b, s, 1, d/2] where documents begin anew
+    cos: Tensor  # [s, 1, d/2], or [b, s, 1, d/2] where positions begin at each document
     sin: Tensor
     documents: Documents | None = None
 
@@ -35,13 +35,13 @@ class RotaryAttention:
     """
 
     def __init__(
-        self, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor, attend: Attend, rotate: Rotate
+        self, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor, attend: Attend, apply_rope: ApplyRope
     ) -> None:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self._consecutive = Positions(cos, sin)  # [s, 1, d/2]
         self._attend = attend
-        self.rotate = rotate
+        self.apply_rope = apply_rope
 
     def positions(self, documents: Documents | None) -> Positions:
         """Positions 0 .. s-1 in every sample, or in every document."""
@@ -51,7 +51,7 @@ class RotaryAttention:
         return Positions(tables.cos[documents.positions], tables.sin[documents.positions], documents)
 
     def __call__(self, qkv: Tensor, positions: Positions) -> Tensor:
-        q, k, v = _RotateSplit.apply(qkv, self, positions)
+        q, k, v = _RopeSplit.apply(qkv, self, positions)
         out = self._attend(q, k, v, positions.documents)
         return out.reshape(qkv.shape[0], -1)
 
@@ -63,7 +63,7 @@ class RotaryAttention:
         return queries, keys, values
 
 
-class _RotateSplit(Function):
+class _RopeSplit(Function):
     @staticmethod
     def forward(
         ctx: Any, qkv: Tensor, layer: RotaryAttention, positions: Positions
@@ -74,8 +74,8 @@ class _RotateSplit(Function):
         if not qkv.is_cuda:
             new_q, new_k, new_v = map(_head_by_head, (q, k, v))
             new_v.copy_(v)
-        layer.rotate(q, positions.cos, positions.sin, new_q)
-        layer.rotate(k, positions.cos, positions.sin, new_k)
+        layer.apply_rope(q, positions.cos, positions.sin, new_q)
+        layer.apply_rope(k, positions.cos, positions.sin, new_k)
         return new_q, new_k, new_v
 
     @staticmethod
@@ -83,8 +83,8 @@ class _RotateSplit(Function):
         cos, sin = ctx.saved_tensors
         packed = grads[0].new_empty(ctx.shape)
         q, k, v = ctx.layer.split(packed)
-        ctx.layer.rotate(grads[0], cos, -sin, q)
-        ctx.layer.rotate(grads[1], cos, -sin, k)
+        ctx.layer.apply_rope(grads[0], cos, -sin, q)
+        ctx.layer.apply_rope(grads[1], cos, -sin, k)
         v.copy_(grads[2])
         return packed, None, None
 

@@ -45,7 +45,7 @@ class _Embed(Function):
         ctx.save_for_backward(rows, held)
         if layer.tp.group.size == 1:
             return out
-        out, handle = layer.tp.sum_rows(out.masked_fill_(~held.unsqueeze(1), 0))
+        out, handle = layer.tp.reduce_scatter_sequence(out.masked_fill_(~held.unsqueeze(1), 0))
         handle.wait()
         return out
 
@@ -53,7 +53,7 @@ class _Embed(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         layer: VocabParallelEmbedding = ctx.layer
         rows, held = ctx.saved_tensors
-        full, handle = layer.tp.gather_rows(grads[0])
+        full, handle = layer.tp.all_gather_sequence(grads[0])
         handle.wait()
         if layer.tp.group.size > 1:  # zeros for rows of others: picking rows would wait for the device
             full = full.masked_fill(~held.unsqueeze(1), 0)

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megallama.comm.group import Done, Group, Handle
-from megallama.kernels.pointwise import Leaves
+from megallama.kernels.pointwise import PointwiseOps
 from megallama.layers.norm import RMSNorm
 from megallama.layers.param import Param
 
@@ -47,14 +47,14 @@ class TensorParallel:
     keep: bool  # keep the operands of weight gradients instead of making them again
     chunks: int = 1  # pieces of a forward; which they are depends on nothing else, and so do the bits of the result
 
-    def gather_rows(self, shard: Tensor) -> tuple[Tensor, Handle]:
+    def all_gather_sequence(self, shard: Tensor) -> tuple[Tensor, Handle]:
         """[T/t, a] of every rank as [T, a], started; without sequence parallelism rows are whole already."""
         if not self.sequence_parallel or self.group.size == 1:
             return shard, Done()
         full = shard.new_empty(shard.shape[0] * self.group.size, *shard.shape[1:])
         return full, self._started(self.group.all_gather(full, shard.contiguous()))
 
-    def sum_rows(self, partial: Tensor) -> tuple[Tensor, Handle]:
+    def reduce_scatter_sequence(self, partial: Tensor) -> tuple[Tensor, Handle]:
         """The sum over ranks of [T, a], started: this rank's rows [T/t, a]; all rows without sequence parallelism."""
         if self.group.size == 1:
             return partial, Done()
@@ -102,10 +102,10 @@ class ColumnParallelLinear:
 class RowParallelLinear:
     """[SwiGLU,] then y = x @ W.T with the columns of W cut over tp."""
 
-    def __init__(self, param: Param, tp: TensorParallel, leaves: Leaves, gated: bool) -> None:
+    def __init__(self, param: Param, tp: TensorParallel, pointwise: PointwiseOps, gated: bool) -> None:
         self.param = param
         self.tp = tp
-        self.leaves = leaves
+        self.pointwise = pointwise
         self.gated = gated
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -121,17 +121,17 @@ class _NormColumn(Function):
         ctx.layer = layer
         ctx.save_for_backward(x, *([normed] if tp.keep else []))
         if not tp.sequence_parallel or (n := tp.pieces(len(x) * tp.group.size)) == 1:
-            full, gather = tp.gather_rows(normed)
+            full, gather = tp.all_gather_sequence(normed)
             gather.wait()
-            return layer.param.project(full)
+            return layer.param.fprop(full)
         out, shards = normed.new_empty(len(x) * tp.group.size, layer.param.data.shape[0]), normed.chunk(n)
-        full, gather = tp.gather_rows(shards[0])
+        full, gather = tp.all_gather_sequence(shards[0])
         for i in range(n):
             gather.wait()
             part = full
             if i + 1 < n:
-                full, gather = tp.gather_rows(shards[i + 1])
-            tp.place(out, layer.param.project(part), i, n)
+                full, gather = tp.all_gather_sequence(shards[i + 1])
+            tp.place(out, layer.param.fprop(part), i, n)
         return out
 
     @staticmethod
@@ -140,11 +140,11 @@ class _NormColumn(Function):
         layer: ColumnParallelLinear = ctx.layer
         x, *kept = ctx.saved_tensors
         normed = kept[0] if kept else layer.norm.forward(x)
-        full, gather = layer.tp.gather_rows(normed)
-        partial = layer.param.project_back(dy)
-        dnormed, scatter = layer.tp.sum_rows(partial)
+        full, gather = layer.tp.all_gather_sequence(normed)
+        partial = layer.param.dgrad(dy)
+        dnormed, scatter = layer.tp.reduce_scatter_sequence(partial)
         gather.wait()
-        layer.param.add_wgrad(dy, full)
+        layer.param.wgrad(dy, full)
         scatter.wait()
         return layer.norm.backward(dnormed, x), None
 
@@ -152,11 +152,11 @@ class _NormColumn(Function):
 class _GatedRow(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: RowParallelLinear) -> Tensor:
-        operand = layer.leaves.swiglu(x) if layer.gated else x
+        operand = layer.pointwise.swiglu(x) if layer.gated else x
         ctx.layer = layer
         ctx.save_for_backward(x, *([operand] if layer.gated and layer.tp.keep else []))
         n = layer.tp.pieces(len(operand))
-        sums = [layer.tp.sum_rows(layer.param.project(layer.tp.piece(operand, i, n))) for i in range(n)]
+        sums = [layer.tp.reduce_scatter_sequence(layer.param.fprop(layer.tp.piece(operand, i, n))) for i in range(n)]
         for _, handle in sums:
             handle.wait()
         return sums[0][0] if n == 1 else torch.cat([part for part, _ in sums])
@@ -165,9 +165,9 @@ class _GatedRow(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         layer: RowParallelLinear = ctx.layer
         x, *kept = ctx.saved_tensors
-        dy, gather = layer.tp.gather_rows(grads[0])
-        operand = kept[0] if kept else layer.leaves.swiglu(x) if layer.gated else x
+        dy, gather = layer.tp.all_gather_sequence(grads[0])
+        operand = kept[0] if kept else layer.pointwise.swiglu(x) if layer.gated else x
         gather.wait()
-        doperand = layer.param.project_back(dy)
-        layer.param.add_wgrad(dy, operand)
-        return layer.leaves.swiglu_backward(doperand, x) if layer.gated else doperand, None
+        doperand = layer.param.dgrad(dy)
+        layer.param.wgrad(dy, operand)
+        return layer.pointwise.swiglu_backward(doperand, x) if layer.gated else doperand, None

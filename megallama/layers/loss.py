@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megallama.kernels.dtypes import accumulate_dtype
-from megallama.kernels.pointwise import Leaves
+from megallama.kernels.pointwise import PointwiseOps
 from megallama.layers.linear import TensorParallel
 from megallama.layers.norm import RMSNorm
 from megallama.layers.param import Param
@@ -34,12 +34,18 @@ class LossHead:
     """Hidden states [T/t, h] or [T, h] and labels [T] -> the sum of token losses, one number."""
 
     def __init__(
-        self, param: Param, norm: RMSNorm, tp: TensorParallel, leaves: Leaves, vocab_size: int, chunk_tokens: int
+        self,
+        param: Param,
+        norm: RMSNorm,
+        tp: TensorParallel,
+        pointwise: PointwiseOps,
+        vocab_size: int,
+        chunk_tokens: int,
     ) -> None:
         self.param = param
         self.norm = norm
         self.tp = tp
-        self._leaves = leaves
+        self._pointwise = pointwise
         self.chunk_tokens = chunk_tokens
         rows = param.data.shape[0]
         self.first = tp.group.rank * rows
@@ -55,26 +61,26 @@ class LossHead:
 
     def chunk(self, hidden: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Losses [c] of hidden rows [c, h], and the gradient of the logits [c, V/t] if `scale` [c] is given."""
-        logits = self.param.project(hidden)
+        logits = self.param.fprop(hidden)
         local = logits[:, : self.valid]
-        wide = accumulate_dtype(logits.dtype)
+        acc_dtype = accumulate_dtype(logits.dtype)
         index = labels - self.first
         held = (index >= 0) & (index < self.valid)
         index = index.clamp_(0, max(0, self.valid - 1)).unsqueeze(1)
-        mine = logits.new_full((len(labels),), -torch.inf, dtype=wide)  # log of the sum of exponentials held here
-        stats = torch.zeros(2, len(labels), dtype=wide, device=logits.device)
+        local_log_sum = logits.new_full((len(labels),), -torch.inf, dtype=acc_dtype)  # of the exponentials held here
+        stats = torch.zeros(2, len(labels), dtype=acc_dtype, device=logits.device)
         alone = self.tp.group.size == 1  # then the softmax held here is the whole one: one pass less over the logits
         if self.valid:
-            self._softmax(local, index, mine, stats[1], scale if alone else None)
+            self._softmax(local, index, local_log_sum, stats[1], scale if alone else None)
             stats[1].mul_(held)
-        top = mine.clone()
+        top = local_log_sum.clone()
         self.tp.group.all_reduce(top, "max").wait()
-        stats[0] = torch.exp(mine - top)
+        stats[0] = torch.exp(local_log_sum - top)
         self.tp.group.all_reduce(stats).wait()
         total = top + stats[0].log()
         if scale is not None and self.valid:
             if not alone:
-                _multiply_rows(local, torch.exp(mine - total) * scale)
+                _multiply_rows(local, torch.exp(local_log_sum - total) * scale)
             # indexing touches one element a row; scatter_add_ in 16 bits copies the whole tensor on a CPU, twice
             local[torch.arange(len(labels), device=local.device), index.squeeze(1)] -= (scale * held).to(logits.dtype)
         logits[:, self.valid :] = 0
@@ -84,7 +90,7 @@ class LossHead:
         """`softmax_` of all rows, a few at a time."""
         for rows in _blocks(local):
             part = None if scale is None else scale[rows]
-            self._leaves.softmax_(local[rows], index[rows], log_sum[rows], picked[rows], part)
+            self._pointwise.softmax_(local[rows], index[rows], log_sum[rows], picked[rows], part)
 
 
 def _multiply_rows(matrix: Tensor, factors: Tensor) -> None:
@@ -111,11 +117,11 @@ class _NormHeadLoss(Function):
         train: bool,
     ) -> Tensor:
         normed = head.norm.forward(x)
-        full, handle = head.tp.gather_rows(normed)
+        full, handle = head.tp.all_gather_sequence(normed)
         handle.wait()
-        wide = accumulate_dtype(x.dtype)
-        counted = torch.ones(len(labels), dtype=wide, device=x.device) if mask is None else mask.to(wide)
-        total = torch.zeros((), dtype=wide, device=x.device)
+        acc_dtype = accumulate_dtype(x.dtype)
+        counted = torch.ones(len(labels), dtype=acc_dtype, device=x.device) if mask is None else mask.to(acc_dtype)
+        total = torch.zeros((), dtype=acc_dtype, device=x.device)
         grad = torch.empty_like(full) if train else full
         for a in range(0, len(labels), head.chunk_tokens):
             rows = slice(a, a + head.chunk_tokens)
@@ -123,10 +129,10 @@ class _NormHeadLoss(Function):
             losses, dlogits = head.chunk(full[rows], labels[rows], scale)
             total += torch.dot(losses, counted[rows])
             if train:
-                grad[rows] = head.param.project_back(dlogits)
+                grad[rows] = head.param.dgrad(dlogits)
                 head.param.accumulate_wgrad(dlogits, full[rows])
         if train:
-            dnormed, handle = head.tp.sum_rows(grad)
+            dnormed, handle = head.tp.reduce_scatter_sequence(grad)
             handle.wait()
             ctx.head = head
             ctx.save_for_backward(x, dnormed)
@@ -136,5 +142,5 @@ class _NormHeadLoss(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         head: LossHead = ctx.head
         x, dnormed = ctx.saved_tensors
-        head.param.contributed()
+        head.param.grad_done()
         return head.norm.backward(dnormed, x), None, None, None, None, None

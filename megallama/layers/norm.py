@@ -8,24 +8,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megallama.kernels.pointwise import Leaves
+from megallama.kernels.pointwise import PointwiseOps
 from megallama.layers.param import Param
 
 
 class RMSNorm:
     """x / rms(x) * weight. Nothing is kept: result and statistics can be made again from the input."""
 
-    def __init__(self, param: Param, eps: float, leaves: Leaves) -> None:
+    def __init__(self, param: Param, eps: float, pointwise: PointwiseOps) -> None:
         self.param = param
         self.eps = eps
-        self._leaves = leaves
+        self._pointwise = pointwise
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, h] -> the normalised rows, the same bits on every call."""
-        return self._leaves.rms_norm(x, self.param.weight, self.eps)
+        return self._pointwise.rms_norm(x, self.param.weight, self.eps)
 
     def backward(self, dy: Tensor, x: Tensor) -> Tensor:
         """Gradient of x; the weight's goes into main_grad."""
-        dx, dweight = self._leaves.rms_norm_backward(dy, x, self.param.weight, self.eps)
+        dx, dweight = self._pointwise.rms_norm_backward(dy, x, self.param.weight, self.eps)
         self.param.add_grad(dweight)
         return dx

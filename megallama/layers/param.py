@@ -73,8 +73,8 @@ class Param:
         self.spec = spec
         self.data = weight
         self.main_grad = main_grad
-        self.fresh = True  # main_grad holds nothing of this step yet: the first contribution overwrites
-        self.on_ready: Callable[[Param], None] | None = None
+        self.overwrite = True  # main_grad holds nothing of this step yet: the first contribution overwrites
+        self.on_grad_done: Callable[[Param], None] | None = None
         self._gather = gather
         self._queue = queue
         self._gemms = gemms
@@ -85,15 +85,15 @@ class Param:
         self._gather.wait()
         return self.data
 
-    def project(self, x: Tensor) -> Tensor:
+    def fprop(self, x: Tensor) -> Tensor:
         """x [T, in] @ weight.T -> [T, out]."""
-        return self._gemms.project(x, self.weight)
+        return self._gemms.fprop(x, self.weight)
 
-    def project_back(self, dy: Tensor) -> Tensor:
+    def dgrad(self, dy: Tensor) -> Tensor:
         """dy [T, out] @ weight -> [T, in]."""
-        return self._gemms.project_back(dy, self.weight)
+        return self._gemms.dgrad(dy, self.weight)
 
-    def add_wgrad(self, dy: Tensor, x: Tensor) -> None:
+    def wgrad(self, dy: Tensor, x: Tensor) -> None:
         """main_grad += dy [T, out].T @ x [T, in], now or when the queue runs."""
         if self._queue.open is None:
             self._add_now(dy, x)
@@ -102,34 +102,34 @@ class Param:
 
     def _add_now(self, dy: Tensor, x: Tensor) -> None:
         self.accumulate_wgrad(dy, x)
-        self.contributed()
+        self.grad_done()
 
     def accumulate_wgrad(self, dy: Tensor, x: Tensor) -> None:
-        """main_grad += dy.T @ x, one of several pieces: call `contributed` after the last."""
-        self._gemms.add_wgrad(self.main_grad, dy, x, self.fresh)
-        self.fresh = False
+        """main_grad += dy.T @ x, one of several pieces: call `grad_done` after the last."""
+        self._gemms.wgrad(self.main_grad, dy, x, self.overwrite)
+        self.overwrite = False
 
     def add_grad(self, grad: Tensor) -> None:
         """main_grad += grad."""
-        if self.fresh:
+        if self.overwrite:
             self.main_grad.copy_(grad)
         else:
             self.main_grad.add_(grad)
-        self.fresh = False
-        self.contributed()
+        self.overwrite = False
+        self.grad_done()
 
     def add_rows(self, rows: Tensor, grad: Tensor) -> None:
         """main_grad[rows] += grad, repeated rows included."""
-        if self.fresh:
+        if self.overwrite:
             self.main_grad.zero_()
         self.main_grad.index_add_(0, rows, grad.to(self.main_grad.dtype))
-        self.fresh = False
-        self.contributed()
+        self.overwrite = False
+        self.grad_done()
 
-    def contributed(self) -> None:
+    def grad_done(self) -> None:
         """Tell the synchronisation that one use of this parameter has been accounted for."""
-        if self.on_ready is not None:
-            self.on_ready(self)
+        if self.on_grad_done is not None:
+            self.on_grad_done(self)
 
 
 class FlatBuffers:
@@ -153,4 +153,4 @@ class FlatBuffers:
     def start_step(self) -> None:
         """Forget last step's gradients."""
         for param in self.params.values():
-            param.fresh = True
+            param.overwrite = True

@@ -22,7 +22,7 @@ from torch.autograd import Function
 from megallama.config.schema import Config
 from megallama.kernels.documents import Documents
 from megallama.kernels.dtypes import accumulate_dtype
-from megallama.kernels.pointwise import Leaves
+from megallama.kernels.pointwise import PointwiseOps
 from megallama.kernels.rope import rope_tables
 from megallama.kernels.select import Kernels
 from megallama.layers.attention import Positions, RotaryAttention
@@ -39,16 +39,16 @@ class TransformerLayer:
 
     def __init__(
         self, params: Mapping[str, Param], prefix: str, eps: float, tp: TensorParallel, attention: RotaryAttention,
-        leaves: Leaves,
+        pointwise: PointwiseOps,
     ):  # fmt: skip
         def norm(name: str) -> RMSNorm:
-            return RMSNorm(params[prefix + name], eps, leaves)
+            return RMSNorm(params[prefix + name], eps, pointwise)
 
         self.qkv_proj = ColumnParallelLinear(params[prefix + "qkv_proj"], norm("input_norm"), tp)
         self.attention = attention
-        self.o_proj = RowParallelLinear(params[prefix + "o_proj"], tp, leaves, gated=False)
+        self.o_proj = RowParallelLinear(params[prefix + "o_proj"], tp, pointwise, gated=False)
         self.gate_up_proj = ColumnParallelLinear(params[prefix + "gate_up_proj"], norm("post_attention_norm"), tp)
-        self.down_proj = RowParallelLinear(params[prefix + "down_proj"], tp, leaves, gated=True)
+        self.down_proj = RowParallelLinear(params[prefix + "down_proj"], tp, pointwise, gated=True)
 
     def __call__(self, x: Tensor, positions: Positions) -> Tensor:
         x = x + self.o_proj(self.attention(self.qkv_proj(x), positions))
@@ -79,22 +79,22 @@ class Stage:
         tp: TensorParallel,
         kernels: Kernels,
     ) -> None:
-        model, leaves = config.model, kernels.leaves
+        model, pointwise = config.model, kernels.pointwise
         n, k, d = heads(model)
         size = tp.group.size
-        wide, device = accumulate_dtype(buffers.weights.dtype), buffers.weights.device
-        tables = rope_tables(config.batch.seq_length, d, model.rope_theta, model.rope_scaling, wide, device)
+        acc_dtype, device = accumulate_dtype(buffers.weights.dtype), buffers.weights.device
+        tables = rope_tables(config.batch.seq_length, d, model.rope_theta, model.rope_scaling, acc_dtype, device)
         local = n // size, max(1, k // size)
-        self.rotary = RotaryAttention(*local, *tables, kernels.attention(*local, d), leaves.rotate)
+        self.rotary = RotaryAttention(*local, *tables, kernels.attention(*local, d), pointwise.apply_rope)
         params, eps = buffers.params, model.norm_eps
         self.recompute = config.memory.recompute == "full"
         self.embed = VocabParallelEmbedding(params["embed_tokens"], tp) if first else None
-        self.layers = [TransformerLayer(params, f"layers.{i}.", eps, tp, self.rotary, leaves) for i in layers]
+        self.layers = [TransformerLayer(params, f"layers.{i}.", eps, tp, self.rotary, pointwise) for i in layers]
         self.head: LossHead | None = None
         if last:
             weight = params["lm_head"] if "lm_head" in params else params["embed_tokens"]
-            norm = RMSNorm(params["norm"], eps, leaves)
-            self.head = LossHead(weight, norm, tp, leaves, model.vocab_size, config.memory.loss_chunk_tokens)
+            norm = RMSNorm(params["norm"], eps, pointwise)
+            self.head = LossHead(weight, norm, tp, pointwise, model.vocab_size, config.memory.loss_chunk_tokens)
 
     def __call__(self, hidden: Tensor | None, batch: StageInput) -> Tensor:
         """Hidden states of the stage before (None on the first) -> hidden states, or on the last stage the loss sum."""

@@ -1,7 +1,7 @@
 """Gradient synchronisation of one stage: reduce-scatter over dp, bucket by bucket, under the backward.
 
-During the last backward of a step the stage is *armed*: every parameter then reports its last
-contribution, and a bucket whose parameters have all reported is reduce-scattered at once.  Which
+During the last micro-batch of a step every parameter reports when its gradient is done, and a
+bucket whose parameters have all reported is reduce-scattered at once.  Which
 contributions are the last, the schedule says, so the order of the collectives is the same on every
 rank.  What is summed over more than dp is small and follows at the end: norm weights over tp (under
 sequence parallelism), shared key/value heads over the ranks that hold them.
@@ -35,15 +35,15 @@ class GradSync:
         self.buffers.start_step()
         self._pending = {b.index: sum(p.spec.uses for p in b.params) for b in self.buffers.layout.buckets}
 
-    def arm(self) -> None:
+    def begin_last_microbatch(self) -> None:
         """Contributions from here on are the last of their parameters."""
         for param in self.buffers.params.values():
-            param.on_ready = self._ready
+            param.on_grad_done = self._grad_done
 
-    def disarm(self) -> None:
+    def end_last_microbatch(self) -> None:
         """Contributions from here on are not the last."""
         for param in self.buffers.params.values():
-            param.on_ready = None
+            param.on_grad_done = None
 
     def finish(self) -> None:
         """Return when this rank's shards hold the sums over all ranks."""
@@ -62,7 +62,7 @@ class GradSync:
         a, b = bucket.shard(self._groups.dp.size, self._groups.dp.rank)
         return self.buffers.grads[a:b]
 
-    def _ready(self, param: Param) -> None:
+    def _grad_done(self, param: Param) -> None:
         bucket = self._bucket_of[param.spec.name]
         self._pending[bucket.index] -= 1
         assert self._pending[bucket.index] >= 0, f"{param.spec.name} contributed after its bucket was complete"

@@ -25,13 +25,13 @@ Key = tuple[int, int]  # stage, micro-batch
 StageCall = Callable[[Tensor | None, Any], Tensor]  # hidden states and micro-batch -> hidden states or loss sum
 
 
-class Arm(Protocol):
+class LastMicrobatch(Protocol):
     """What is told when the last gradients of a stage are about to be formed."""
 
-    def arm(self) -> None:
+    def begin_last_microbatch(self) -> None:
         """Contributions from here on are the last."""
 
-    def disarm(self) -> None:
+    def end_last_microbatch(self) -> None:
         """They are not."""
 
 
@@ -49,7 +49,7 @@ class StageWork:
 
     stage: StageCall
     queue: WeightGradQueue
-    sync: Arm
+    sync: LastMicrobatch
 
 
 class PipelineRuntime:
@@ -97,10 +97,10 @@ class PipelineRuntime:
             start = self._arrived = self._now()
             sync = self._work[action.stage].sync
             if index in last:
-                sync.arm()
+                sync.begin_last_microbatch()
             self._handlers[action.kind](action)
             if index in last:
-                sync.disarm()
+                sync.end_last_microbatch()
             self.timings.append(Timing(start, self._arrived, self._now()))
             self._sends = [send for send in self._sends if not send.done()]
         start = self._now()

@@ -12,7 +12,7 @@ from torch import Tensor
 from megallama.comm.groups import Groups
 from megallama.config.errors import MegallamaError
 from megallama.config.schema import Config
-from megallama.kernels.select import Kernels, choose_kernels
+from megallama.kernels.select import Kernels, select_kernels
 from megallama.layers.linear import TensorParallel
 from megallama.layers.param import FlatBuffers
 from megallama.layers.shard import StateShard
@@ -49,7 +49,7 @@ class Rank:
 
 def kernels_of(config: Config, device: torch.device) -> Kernels:
     """The implementations that this configuration uses on `device`."""
-    return choose_kernels(
+    return select_kernels(
         device, DTYPES[config.precision.dtype], documents=config.data.document_mask, fp8=config.precision.fp8,
         compiled=config.run.compile, without=config.run.without_kernels,
     )  # fmt: skip

@@ -27,7 +27,7 @@ from megallama.config.words import counted
 from megallama.data.tokenizer import Tokenizer
 from megallama.kernels.dtypes import accumulate_dtype
 from megallama.kernels.norm import rms_norm
-from megallama.kernels.rope import rope_tables, rotate
+from megallama.kernels.rope import apply_rope, rope_tables
 from megallama.plan.params import heads
 
 MAX_CONTEXT = 1 << 24  # a model that claims more would fill the memory with tables of angles
@@ -88,7 +88,7 @@ class Llama:
         parts = {"q": n, "k": k, "v": k}
         query, key, value = (self._linear(x, f"{name}{p}_proj").view(1, -1, count, d) for p, count in parts.items())
         for rows in (query, key):
-            rotate(rows, self.cos[start:stop], self.sin[start:stop], out=rows)
+            apply_rope(rows, self.cos[start:stop], self.sin[start:stop], out=rows)
         cache[0, :, start:stop] = key[0].transpose(0, 1)
         cache[1, :, start:stop] = value[0].transpose(0, 1)
         seen = None  # a single row sees everything

@@ -24,7 +24,7 @@ from megallama.plan.trace import Flight, Span, chrome_trace, exposure
 from megallama.train.assemble import Rank
 from megallama.train.log import Logger
 
-MARKS = 7  # barriers whose ends are compared: some ranks hear of an end late, but seldom of most of them
+CLOCK_SYNC_ROUNDS = 7  # barriers whose ends are compared: some ranks hear of an end late, but seldom of most of them
 
 
 class Clock:
@@ -66,7 +66,7 @@ class StepTracer:
         self._log = log
         self._tape = tape  # of the rank's groups
         self._clock = Clock(rank.device)
-        self._marks: list[Any] = []
+        self._syncs: list[Any] = []
         self._pending: list[tuple[int, Schedule, list[Any]]] = []
 
     @contextmanager
@@ -76,16 +76,16 @@ class StepTracer:
             yield
             return
         runtime, now = self._rank.runtime, self._clock.now
-        if not self._marks:
-            for _ in range(MARKS):
+        if not self._syncs:
+            for _ in range(CLOCK_SYNC_ROUNDS):
                 self._rank.groups.world.barrier()
-                self._marks.append(now())
+                self._syncs.append(now())
         self._tape.clock = runtime.clock = now
         start = now()
         yield
         end = now()
         self._tape.clock = runtime.clock = None
-        at = self._clock.since(self._marks[0])
+        at = self._clock.since(self._syncs[0])
         begin, stop = at(start), at(end)
         flights = [
             (f.axis, f"{f.op} {f.nbytes / 2**20:.3g} MiB", *_in_order(f, at, begin, stop)) for f in self._tape.calls
@@ -93,7 +93,7 @@ class StepTracer:
         for call in self._tape.calls:
             call.issued = None  # of those that are still under way, the next step shows the rest
         self._tape.calls.clear()
-        row = [[*map(at, self._marks)], begin, stop, [[at(t) for t in timing] for timing in runtime.timings], flights]
+        row = [[*map(at, self._syncs)], begin, stop, [[at(t) for t in timing] for timing in runtime.timings], flights]
         self._pending.append((number, schedule, row))
         if number == self._steps[1]:
             self.write()
@@ -107,7 +107,7 @@ class StepTracer:
         self._pending.clear()
 
     def _write(self, number: int, schedule: Schedule, rows: list[Any]) -> None:
-        ahead = [median(m - n for m, n in zip(marks, rows[0][0], strict=True)) for marks, *_ in rows]  # of rank 0
+        ahead = [median(m - n for m, n in zip(syncs, rows[0][0], strict=True)) for syncs, *_ in rows]  # of rank 0
         zero = min(begin - early for early, (_, begin, *_) in zip(ahead, rows, strict=True))
         spans = [
             Span(r, str(action), *(t - zero - ahead[r] for t in times))

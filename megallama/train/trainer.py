@@ -124,7 +124,7 @@ class Trainer:
     def _describe(self) -> Kernels:
         config = self._config
         kernels = self._agreed("kernels", lambda: kernels_of(config, self._world.device))
-        same_kernels(self._world.group.gather_values([(c.operation, c.taken) for c in kernels.choices]))
+        same_kernels(self._world.group.gather_values([(c.operation, c.selected) for c in kernels.choices]))
         self._agreed("run folder", lambda: self._log.open(Path(config.run.folder)))
         for line in str(self._plan).splitlines():
             self._log.info(line)

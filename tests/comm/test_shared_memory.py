@@ -129,7 +129,7 @@ def refused(world: World) -> str | None:
     if world.rank == 1:
         os.memfd_create = lambda name: (_ for _ in ()).throw(OSError("no such call"))  # type: ignore[assignment]
     try:
-        reason = shared.connect(crowded=False, timeout=world.timeout)
+        reason = shared.connect(oversubscribed=False, timeout=world.timeout)
     finally:
         os.memfd_create = before
     assert everything(shared)

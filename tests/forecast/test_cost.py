@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.planner_rows import RowError, evenly, job_of_row
 from megallama.config.load import load
+from megallama.forecast import cost
 from megallama.forecast.cost import Pricer, closed_form, simulated
 from megallama.forecast.forecast import (
     GIB,
@@ -107,10 +108,11 @@ def test_closed_forms_are_the_simulated_times(chunks: int, hop: float, m: int) -
     assert simulated(own, costs, hop) == simulate(schedule, costs, hop).makespan
 
 
-def test_a_long_step_is_continued_at_its_pace() -> None:
-    own = job(pp=32, num_microbatches=1003, schedule="zb-h1")
-    costs = [StageCost(1.0, 1.2, 0.7)] * 31 + [StageCost(1.1, 1.3, 0.8)]
-    schedule = built(32, 1, "zb-h1", 1003)
+def test_a_long_step_is_continued_at_its_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "EVENTS", 3000)  # 15 rounds of 8 micro-batches, of the 25 and a part that there are
+    own = job(pp=8, num_microbatches=203, schedule="zb-h1")
+    costs = [StageCost(1.0, 1.2, 0.7)] * 7 + [StageCost(1.1, 1.3, 0.8)]
+    schedule = built(8, 1, "zb-h1", 203)
     assert schedule is not None
     assert simulated(own, costs, 0.05) == pytest.approx(simulate(schedule, costs, 0.05).makespan, rel=1e-3)
 
@@ -219,11 +221,11 @@ def test_published_bubble_rates() -> None:
         elif row["metric"] in ours and (table == 1 or (row["model"], row["metric"]) == ("GPT 6.2B", "ZB-V")):
             name, chunks, close = ours[row["metric"]]
             t = times[row["model"], p // table, m // table]
-            cost = StageCost(*(t[k] / chunks / table for k in ("T_F", "T_B", "T_W")))
+            each = StageCost(*(t[k] / chunks / table for k in ("T_F", "T_B", "T_W")))
             schedule = built(p, chunks, name, m)
             assert schedule is not None
-            span = simulate(schedule, [cost] * (p * chunks), t["T_comm"]).longest_span
-            assert 1 - m * chunks * sum(cost) / span == pytest.approx(float(row["value"]), abs=close), row
+            span = simulate(schedule, [each] * (p * chunks), t["T_comm"]).longest_span
+            assert 1 - m * chunks * sum(each) / span == pytest.approx(float(row["value"]), abs=close), row
             seen += 1
     assert seen == 27
 

@@ -11,7 +11,7 @@ import torch
 from megallama.comm.group import Solo
 from megallama.comm.groups import build_groups
 from megallama.kernels import select
-from megallama.kernels.candidate import Place, Refused
+from megallama.kernels.candidate import Target, Unsupported
 from megallama.kernels.wgrad import check_wgrad
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import Rank, assemble, initialize, kernels_of
@@ -28,7 +28,7 @@ def on_gpu(config: Any, device: torch.device) -> Rank:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_the_choice_is_reported(cuda: torch.device, dtype: torch.dtype) -> None:
-    choices = select.choose_kernels(cuda, dtype).choices
+    choices = select.select_kernels(cuda, dtype).choices
     print(*choices, sep="\n")
     assert [c.operation for c in choices] == list(select.OPERATIONS)
 
@@ -43,35 +43,35 @@ CANDIDATES = [
 def test_every_candidate_is_right_both_ways(
     cuda: torch.device, name: str, kind: str, make: Any, dtype: torch.dtype
 ) -> None:
-    place = Place(cuda, dtype, documents=True, compiled=True)
+    target = Target(cuda, dtype, documents=True, compiled=True)
     if kind == "torch.compile" and shutil.which("gcc") is None:
         pytest.skip("no gcc, which Triton needs")
     operation = {**select.OPERATIONS, select.FP8: select.FP8_PRODUCTS}[name]
     try:
-        made = make(place)
-    except Refused as reason:
+        made = make(target)
+    except Unsupported as reason:
         pytest.skip(f"{name}: {kind}: {reason}")
     if kind == "that product, then add" and dtype == torch.bfloat16:
-        check_wgrad(made, place, 1e-2)  # the product is rounded before it is added
+        check_wgrad(made, target, 1e-2)  # the product is rounded before it is added
     else:
-        operation.check(made, place)
+        operation.check(made, target)
 
 
 def test_both_fp8_products_round_alike(cuda: torch.device) -> None:
     """Transformer Engine's scales are forced to powers of two, so both implementations multiply the same numbers."""
-    place = Place(cuda, torch.bfloat16)
+    target = Target(cuda, torch.bfloat16)
     try:
-        te, ours = (make(place) for _, make in select.FP8_PRODUCTS.candidates)
-    except Refused as reason:
+        te, ours = (make(target) for _, make in select.FP8_PRODUCTS.candidates)
+    except Unsupported as reason:
         pytest.skip(f"fp8: {reason}")
     generator = torch.Generator(cuda).manual_seed(0)
     shapes = (256, 512), (256, 768), (768, 512)
     x, dy, weight = (torch.randn(shape, device=cuda, generator=generator).bfloat16() for shape in shapes)
     grads = [torch.zeros(768, 512, device=cuda) for _ in range(2)]
     for grad, gemms in zip(grads, (te, ours), strict=True):
-        gemms.add_wgrad(grad, dy, x, True)
-    forward = [gemms.project(x, weight) for gemms in (te, ours)]
-    back = [gemms.project_back(dy, weight) for gemms in (te, ours)]
+        gemms.wgrad(grad, dy, x, True)
+    forward = [gemms.fprop(x, weight) for gemms in (te, ours)]
+    back = [gemms.dgrad(dy, weight) for gemms in (te, ours)]
     for mine, theirs in (forward, back, grads):
         assert float((mine.double() - theirs.double()).norm() / theirs.double().norm()) <= 4e-3
 

@@ -13,7 +13,7 @@ from megallama.comm.groups import build_groups
 from megallama.config.schema import Config
 from megallama.data.loader import Loader
 from megallama.data.samples import Samples
-from megallama.kernels.select import choose_kernels
+from megallama.kernels.select import select_kernels
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import DTYPES, Rank, assemble, initialize
 from megallama.train.step import train_step
@@ -31,7 +31,7 @@ def config() -> Config:
 def on_gpu(setting: Config, device: torch.device) -> Rank:
     plan = make_plan(setting, 1)
     groups = build_groups(plan.topology, 0, setting.model.num_kv_heads or 1, lambda name, parts: Solo(name))
-    rank = assemble(plan, groups, device, choose_kernels(device, DTYPES[setting.precision.dtype]))
+    rank = assemble(plan, groups, device, select_kernels(device, DTYPES[setting.precision.dtype]))
     initialize(rank, setting.train.seed)
     return rank
 

@@ -1,4 +1,4 @@
-"""torch.compile of the leaves: beside eager and float64, the same bits on every call, refused without a compiler."""
+"""torch.compile of pointwise operations: beside eager and float64, the same bits always, refused without a compiler."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from megallama.kernels import select
-from megallama.kernels.candidate import COMPILED, Place
+from megallama.kernels.candidate import COMPILED, Target
 from megallama.kernels.cross_entropy import compiled_softmax
 from megallama.kernels.norm import compiled_norm
 from megallama.kernels.pointwise import EAGER
-from megallama.kernels.rope import compiled_rotate
+from megallama.kernels.rope import compiled_rope
 from megallama.kernels.swiglu import compiled_swiglu
 from tests.small import curve, deviation, small_config, solo_rank, tokens, train
 
@@ -22,19 +22,19 @@ CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: torch.compile needs a C++ compiler")
 
 
-PLACE = Place(CPU, torch.bfloat16, compiled=True)
-LEAVES: dict[str, Callable[[], Callable[..., Any]]] = {
-    "rms_norm": lambda: compiled_norm(PLACE)[0],
-    "rms_norm_backward": lambda: compiled_norm(PLACE)[1],
-    "swiglu": lambda: compiled_swiglu(PLACE)[0],
-    "swiglu_backward": lambda: compiled_swiglu(PLACE)[1],
-    "rotate": lambda: compiled_rotate(PLACE),
-    "softmax_": lambda: compiled_softmax(PLACE),
+TARGET = Target(CPU, torch.bfloat16, compiled=True)
+COMPILED_OPS: dict[str, Callable[[], Callable[..., Any]]] = {
+    "rms_norm": lambda: compiled_norm(TARGET)[0],
+    "rms_norm_backward": lambda: compiled_norm(TARGET)[1],
+    "swiglu": lambda: compiled_swiglu(TARGET)[0],
+    "swiglu_backward": lambda: compiled_swiglu(TARGET)[1],
+    "apply_rope": lambda: compiled_rope(TARGET),
+    "softmax_": lambda: compiled_softmax(TARGET),
 }
 
 
 def operands(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Arguments of a leaf; what it writes comes last but for the scale of softmax_."""
+    """Arguments of an operation; what it writes comes last but for the scale of softmax_."""
     generator = torch.Generator().manual_seed(3)
 
     def rand(*shape: int) -> torch.Tensor:
@@ -49,15 +49,15 @@ def operands(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
         "rms_norm_backward": (rand(96, 64), x, rand(64), 1e-5),
         "swiglu": (x,),
         "swiglu_backward": (rand(96, 32), x),
-        "rotate": (packed[:, :, :4], angles.cos(), angles.sin(), heads_first),
+        "apply_rope": (packed[:, :, :4], angles.cos(), angles.sin(), heads_first),
         "softmax_": (x, index, sums[0], sums[1], torch.rand(96, generator=generator)),
     }[name]
 
 
-def outcome(leaf: Callable[..., Any], args: tuple[Any, ...]) -> list[torch.Tensor]:
-    """What a leaf returns and what its arguments are afterwards."""
+def outcome(fused: Callable[..., Any], args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """What an operation returns and what its arguments are afterwards."""
     args = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
-    result = leaf(*args)
+    result = fused(*args)
     results = [] if result is None else list(result) if isinstance(result, tuple) else [result]
     written = [a for a in args if isinstance(a, torch.Tensor)] if result is None else []
     return [*results, *written]
@@ -70,44 +70,44 @@ def error(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_formulas_are_right_before_they_are_compiled(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(torch, "compile", lambda fn, dynamic: fn)
-    place, found = Place(CPU, dtype, compiled=True), 0
+    target, found = Target(CPU, dtype, compiled=True), 0
     for operation in select.OPERATIONS.values():
         if make := dict(operation.candidates).get(COMPILED):
-            operation.check(make(place), place)
+            operation.check(make(target), target)
             found += 1
     assert found == 4
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", LEAVES)
-def test_a_compiled_leaf_is_eager_to_rounding(name: str) -> None:
+@pytest.mark.parametrize("name", COMPILED_OPS)
+def test_a_compiled_operation_is_eager_to_rounding(name: str) -> None:
     """bf16: eager rounds between its operations, the compiled one does not."""
-    leaf = LEAVES[name]()
+    fused = COMPILED_OPS[name]()
     for dtype, limit in ((torch.bfloat16, 8e-3), (torch.float32, 2e-6)):
         args = operands(name, dtype)
-        mine, want = outcome(leaf, args), outcome(getattr(EAGER, name), args)
+        mine, want = outcome(fused, args), outcome(getattr(EAGER, name), args)
         assert len(mine) == len(want) >= 1
         for m, w in zip(mine, want, strict=True):
             assert m.dtype == w.dtype and m.shape == w.shape
             assert error(m, w) <= limit
-        again = outcome(leaf, args)
+        again = outcome(fused, args)
         assert all(torch.equal(a, b) for a, b in zip(mine, again, strict=True)), "the same bits on every call"
 
 
 @needs_compiler
 @pytest.mark.parametrize("shape", [(6, 16, 4, 8), (2, 16, 3, 8)], ids=str)
-def test_a_turn_in_place_is_the_turn_into_another_tensor(shape: tuple[int, ...]) -> None:
+def test_a_rotation_in_place_is_the_rotation_into_another_tensor(shape: tuple[int, ...]) -> None:
     """And it changes nothing else: torch 2.13 wrote into another argument when the compiled function itself wrote."""
-    leaf = LEAVES["rotate"]()
-    _, cos, sin, _ = operands("rotate", torch.bfloat16)
+    fused = COMPILED_OPS["apply_rope"]()
+    _, cos, sin, _ = operands("apply_rope", torch.bfloat16)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     out, eager = torch.empty_like(x), x.clone()
-    EAGER.rotate(eager, cos, sin, eager)
+    EAGER.apply_rope(eager, cos, sin, eager)
     before = x.clone(), cos.clone(), sin.clone()
     with torch.no_grad():
-        leaf(x, cos, sin, out)
+        fused(x, cos, sin, out)
     assert all(map(torch.equal, (x, cos, sin), before))
-    leaf(x, cos, sin, x)
+    fused(x, cos, sin, x)
     assert torch.equal(x, out)
     assert error(x, eager) <= 8e-3
 
@@ -116,31 +116,31 @@ def test_a_turn_in_place_is_the_turn_into_another_tensor(shape: tuple[int, ...])
 def test_every_shape_is_compiled_beyond_torchs_limit() -> None:
     """Past eight shapes torch would run a function as it is, and its bits would depend on the order of shapes."""
     seen = torch._dynamo.utils.counters["stats"]
-    leaf, before = LEAVES["swiglu"](), seen["unique_graphs"]
+    fused, before = COMPILED_OPS["swiglu"](), seen["unique_graphs"]
     for rows in range(1, 11):
-        leaf(torch.ones(rows, 6))
+        fused(torch.ones(rows, 6))
     assert seen["unique_graphs"] - before == 10
 
 
 @needs_compiler
 def test_softmax_of_a_real_width_in_place() -> None:
-    leaf, logits = LEAVES["softmax_"](), torch.randn(40, 4096, generator=torch.Generator().manual_seed(1)) * 4
+    fused, logits = COMPILED_OPS["softmax_"](), torch.randn(40, 4096, generator=torch.Generator().manual_seed(1)) * 4
     index, sums = torch.arange(40).mul(97).unsqueeze(1), torch.zeros(2, 40)
     args = logits.bfloat16(), index, sums[0], sums[1], torch.linspace(0.5, 2, 40)
-    for mine, want in zip(outcome(leaf, args), outcome(EAGER.softmax_, args), strict=True):
+    for mine, want in zip(outcome(fused, args), outcome(EAGER.softmax_, args), strict=True):
         assert error(mine, want) <= 1e-3
 
 
 @needs_compiler
-def test_a_model_trains_with_compiled_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_trains_with_compiled_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(precision={"dtype": "fp32"})
     data = tokens(config, 4)
     want = curve(train(solo_rank(config), data))
-    kernels = select.choose_kernels(CPU, torch.float32, compiled=True)
-    taken = {c.operation: c.taken for c in kernels.choices}
+    kernels = select.select_kernels(CPU, torch.float32, compiled=True)
+    taken = {c.operation: c.selected for c in kernels.choices}
     compiled = {"RMSNorm", "RoPE", "SwiGLU", "cross entropy"}
     assert {operation for operation, kind in taken.items() if kind == "torch.compile"} == compiled
-    monkeypatch.setattr("tests.small.choose_kernels", lambda device, dtype: kernels)
+    monkeypatch.setattr("tests.small.select_kernels", lambda device, dtype: kernels)
     mine, again = (curve(train(solo_rank(config), data)) for _ in range(2))
     assert mine == again
     assert 0 < deviation(mine, want) < 1e-4
@@ -154,9 +154,9 @@ def test_where_nothing_compiles_eager_is_taken_and_the_reason_kept(monkeypatch: 
         return call
 
     monkeypatch.setattr(torch, "compile", refuses)
-    kernels = select.choose_kernels(CPU, torch.float32, compiled=True)
+    kernels = select.select_kernels(CPU, torch.float32, compiled=True)
     norm = kernels.choices[1]
-    assert norm.taken == "torch" and norm.refused[0] == (
+    assert norm.selected == "torch" and norm.refused[0] == (
         "torch.compile", "InvalidCxxCompiler: No working C++ compiler found",
     )  # fmt: skip
-    assert kernels.leaves == EAGER
+    assert kernels.pointwise == EAGER

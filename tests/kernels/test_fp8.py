@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megallama.kernels import select
-from megallama.kernels.candidate import Place, Refused
+from megallama.kernels.candidate import Target, Unsupported
 from megallama.kernels.fp8 import FORWARD, FP8_PRODUCTS, GRADIENT, TORCH_FP8, check_fp8, quantize
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import assemble, initialize
@@ -52,41 +52,41 @@ def test_what_cannot_be_scaled(dtype: torch.dtype) -> None:
         x = rand(16, 16)
         x[3, 4] = bad
         assert quantize(x, dtype)[1].isnan()
-        assert TORCH_FP8.project(x, rand(16, 16)).isnan().all(), "fp8 would have hidden it"
+        assert TORCH_FP8.fprop(x, rand(16, 16)).isnan().all(), "fp8 would have hidden it"
 
 
 def test_products_are_those_of_the_rounded_operands() -> None:
     x, dy, weight = rand(64, 48, seed=1, size=30.0), rand(64, 32, seed=2, size=1e-6), rand(32, 48, seed=3, size=0.02)
     x8, w8, dy8 = rounded(x, FORWARD), rounded(weight, FORWARD), rounded(dy, GRADIENT)
     for mine, want in (
-        (TORCH_FP8.project(x, weight), x8 @ w8.t()),
-        (TORCH_FP8.project_back(dy, weight), dy8 @ w8),
+        (TORCH_FP8.fprop(x, weight), x8 @ w8.t()),
+        (TORCH_FP8.dgrad(dy, weight), dy8 @ w8),
     ):
         assert mine.dtype == torch.bfloat16
         assert torch.allclose(mine.double(), want, rtol=2**-8, atol=1e-6 * float(want.abs().max()))
     main_grad = torch.full((32, 48), 7.0)
-    for fresh, times in ((True, 1), (False, 2)):
-        TORCH_FP8.add_wgrad(main_grad, dy, x, fresh)
+    for overwrite, times in ((True, 1), (False, 2)):
+        TORCH_FP8.wgrad(main_grad, dy, x, overwrite)
         want = times * (dy8.t() @ x8)
         assert torch.allclose(main_grad.double(), want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
 
 
 def test_the_check_tells_bf16_scales_from_missing_ones() -> None:
-    check_fp8(TORCH_FP8, Place(CPU, torch.bfloat16))
-    wrong = replace(TORCH_FP8, project_back=lambda dy, weight: 1.1 * TORCH_FP8.project_back(dy, weight))
-    with pytest.raises(Refused, match="gradient of the input differs from the plain formula by"):
-        check_fp8(wrong, Place(CPU, torch.bfloat16))
+    check_fp8(TORCH_FP8, Target(CPU, torch.bfloat16))
+    wrong = replace(TORCH_FP8, dgrad=lambda dy, weight: 1.1 * TORCH_FP8.dgrad(dy, weight))
+    with pytest.raises(Unsupported, match="gradient of the input differs from the plain formula by"):
+        check_fp8(wrong, Target(CPU, torch.bfloat16))
 
 
 def test_a_model_learns_in_fp8_and_only_its_layers_multiply_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside bf16: nearly the same losses, but not the same; head and embedding keep bf16."""
     model = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_hidden_size": 48, "vocab_size": 61}
     config = small_config(model=model, precision={"dtype": "bf16", "fp8": "tensorwise"}, optimizer={"lr": 1e-2})
-    products = replace(FP8_PRODUCTS, candidates=[("torch _scaled_mm", lambda place: TORCH_FP8)])
+    products = replace(FP8_PRODUCTS, candidates=[("torch _scaled_mm", lambda target: TORCH_FP8)])
     monkeypatch.setattr(select, "FP8_PRODUCTS", products)
     plan = make_plan(config, 1)
     groups = solo_rank(config).groups
-    rank = assemble(plan, groups, CPU, select.choose_kernels(CPU, torch.bfloat16, fp8="tensorwise"))
+    rank = assemble(plan, groups, CPU, select.select_kernels(CPU, torch.bfloat16, fp8="tensorwise"))
     initialize(rank, config.train.seed)
     params = rank.buffers[0].params
     eight = {name for name, param in params.items() if param._gemms is TORCH_FP8}

@@ -15,7 +15,7 @@ from megallama.kernels.documents import Documents
 from megallama.kernels.gemm import MatmulNT, matmul_nt, onednn_matmul_nt
 from megallama.kernels.grad_norm import sum_of_squares
 from megallama.kernels.norm import rms_norm, rms_norm_backward
-from megallama.kernels.rope import inverse_frequencies, rope_tables, rotate
+from megallama.kernels.rope import apply_rope, inverse_frequencies, rope_tables
 from megallama.kernels.swiglu import swiglu, swiglu_backward
 from megallama.kernels.wgrad import add_wgrad_with
 
@@ -67,12 +67,12 @@ def test_swiglu(dtype: torch.dtype) -> None:
 def test_attention(attend: Attend, seq: int, kv_heads: int, dtype: torch.dtype) -> None:
     parts = [rand(2, seq, n, 8, dtype=dtype, seed=i) for i, n in enumerate((4, kv_heads, kv_heads))]
     dout = rand(2, seq, 4, 8, dtype=dtype, seed=9)
-    leaves, wide = [p.clone().requires_grad_() for p in parts], [p.double().requires_grad_() for p in parts]
-    out, want = attend(*leaves), plain_attention(*wide)
+    leaves, exact = [p.clone().requires_grad_() for p in parts], [p.double().requires_grad_() for p in parts]
+    out, want = attend(*leaves), plain_attention(*exact)
     out.backward(dout)
     want.backward(dout.double())
     close(out.detach(), want.detach(), dtype)
-    for mine, theirs in zip(leaves, wide, strict=True):
+    for mine, theirs in zip(leaves, exact, strict=True):
         if seq > 1 or mine is leaves[2]:  # a single key gives its query and itself no gradient
             close(mine.grad, theirs.grad, dtype)
 
@@ -93,18 +93,18 @@ def test_attention_within_documents(attend: Attend, where: str, kv_heads: int, d
     starts = torch.tensor(STARTS[where])
     parts = [rand(2, 300, n, 8, dtype=dtype, seed=i) for i, n in enumerate((4, kv_heads, kv_heads))]
     dout = rand(2, 300, 4, 8, dtype=dtype, seed=9)
-    leaves, wide = [p.clone().requires_grad_() for p in parts], [p.double().requires_grad_() for p in parts]
+    leaves, exact = [p.clone().requires_grad_() for p in parts], [p.double().requires_grad_() for p in parts]
     out = attend(*leaves, Documents.of(starts))
     rows = []
     for sample, row in enumerate(starts):
         ends = [*row.unique().tolist(), 300]
-        pieces = [[w[sample : sample + 1, a:b] for w in wide] for a, b in zip(ends, ends[1:], strict=False)]
+        pieces = [[w[sample : sample + 1, a:b] for w in exact] for a, b in zip(ends, ends[1:], strict=False)]
         rows.append(torch.cat([plain_attention(*piece) for piece in pieces], 1))
     want = torch.cat(rows)
     out.backward(dout)
     want.backward(dout.double())
     close(out.detach(), want.detach(), dtype)
-    for mine, theirs in zip(leaves, wide, strict=True):
+    for mine, theirs in zip(leaves, exact, strict=True):
         if where != "single tokens" or mine is leaves[2]:
             close(mine.grad, theirs.grad, dtype)
 
@@ -126,17 +126,17 @@ def test_plain_attention_is_causal() -> None:
     assert torch.allclose(base[:, 0], plain_attention(q, k, v)[:, 0])
 
 
-def test_rope_turns_pairs_and_back() -> None:
+def test_rope_rotates_pairs_and_back() -> None:
     cos, sin = rope_tables(11, 8, 10000.0, None, torch.float64, torch.device("cpu"))
     x = rand(2, 11, 3, 8)
-    turned = x.clone()
-    rotate(turned, cos, sin, out=turned)
+    rotated = x.clone()
+    apply_rope(rotated, cos, sin, out=rotated)
     as_complex = torch.complex(x[..., :4], x[..., 4:])
     angles = torch.arange(11).double()[:, None] * 10000.0 ** (-torch.arange(4).double() / 4)
     want = as_complex * torch.polar(torch.ones_like(angles), angles)[None, :, None]
-    close(turned, torch.cat((want.real, want.imag), -1), torch.float64)
-    rotate(turned, cos, -sin, out=turned)
-    close(turned, x, torch.float64)
+    close(rotated, torch.cat((want.real, want.imag), -1), torch.float64)
+    apply_rope(rotated, cos, -sin, out=rotated)
+    close(rotated, x, torch.float64)
 
 
 def test_rope_scaling_keeps_short_and_stretches_long_wavelengths() -> None:
@@ -175,8 +175,8 @@ def test_weight_gradients_of_a_large_matrix_are_made_in_blocks(monkeypatch: pyte
 
     dy, x = rand(33, 16, dtype=torch.bfloat16), rand(33, 24, dtype=torch.bfloat16, seed=1)
     main = torch.full((16, 24), 5.0)
-    for times, fresh in ((1, True), (2, False)):
-        add_wgrad_with(product)(main, dy, x, fresh)
+    for times, overwrite in ((1, True), (2, False)):
+        add_wgrad_with(product)(main, dy, x, overwrite)
         close(main, times * dy.double().t() @ x.double(), torch.bfloat16)
     assert sizes == [5, 5, 5, 1] * 2
 

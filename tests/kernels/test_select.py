@@ -15,7 +15,7 @@ from megallama.config.errors import MegallamaError
 from megallama.kernels import attention, candidate, fp8, gemm, select
 from megallama.kernels.adam import adamw_step, check_adam
 from megallama.kernels.attention import Attend, MakeAttention, blocked_attention, check_attention, plain_attention, sdpa
-from megallama.kernels.candidate import APEX, TE, Operation, Place, Refused
+from megallama.kernels.candidate import APEX, TE, Operation, Target, Unsupported
 from megallama.kernels.documents import Documents
 from megallama.kernels.fp8 import TORCH_FP8, check_fp8
 from megallama.kernels.gemm import check_product, matmul_nt
@@ -26,14 +26,14 @@ from megallama.kernels.swiglu import check_swiglu
 from megallama.kernels.wgrad import add_wgrad_with, check_wgrad
 
 CPU = torch.device("cpu")
-BF16, FP32 = Place(CPU, torch.bfloat16), Place(CPU, torch.float32)
+BF16, FP32 = Target(CPU, torch.bfloat16), Target(CPU, torch.float32)
 add_wgrad = add_wgrad_with(matmul_nt)
-ON_CUDA = Place(torch.device("cuda"), torch.bfloat16)
+ON_CUDA = Target(torch.device("cuda"), torch.bfloat16)
 NO_CUDA = "not Transformer Engine: no CUDA device"
 
 
 def test_a_cpu_takes_torch_and_says_why() -> None:
-    lines = [str(c) for c in select.choose_kernels(CPU, torch.bfloat16).choices]
+    lines = [str(c) for c in select.select_kernels(CPU, torch.bfloat16).choices]
     asked = "not torch.compile: run.compile=false"
     assert lines == [
         f"attention: blocks of matrix products ({NO_CUDA})",
@@ -54,13 +54,13 @@ def test_a_cpu_takes_torch_and_says_why() -> None:
 )
 def test_fp32_products_follow_from_the_processor(monkeypatch: pytest.MonkeyPatch, vendor: str, taken: str) -> None:
     monkeypatch.setattr(gemm, "processor", lambda: vendor)
-    kernels = select.choose_kernels(CPU, torch.float32)
-    assert {c.operation: c.taken for c in kernels.choices}["matrix product"] == taken
+    kernels = select.select_kernels(CPU, torch.float32)
+    assert {c.operation: c.selected for c in kernels.choices}["matrix product"] == taken
     a, b = torch.randn(5, 7), torch.randn(3, 7)
-    assert torch.allclose(kernels.gemms.project(a, b), a @ b.t(), atol=1e-6)
-    assert torch.allclose(kernels.gemms.project_back(a, b.t()), a @ b.t(), atol=1e-6)
+    assert torch.allclose(kernels.gemms.fprop(a, b), a @ b.t(), atol=1e-6)
+    assert torch.allclose(kernels.gemms.dgrad(a, b.t()), a @ b.t(), atol=1e-6)
     grad = torch.zeros(3, 7)
-    kernels.gemms.add_wgrad(grad, torch.ones(5, 3), a, False)
+    kernels.gemms.wgrad(grad, torch.ones(5, 3), a, False)
     assert torch.allclose(grad, a.sum(0).expand(3, 7), atol=1e-5)
     assert kernels.layer_gemms is kernels.gemms
 
@@ -77,18 +77,18 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [make for kind, make in makes if kind in (TE, APEX)]
     assert len(asked) == 11
     for make in asked:
-        with pytest.raises(Refused, match="not installed"):
+        with pytest.raises(Unsupported, match="not installed"):
             make(ON_CUDA)
-    with pytest.raises(Refused, match="16-bit formats only, not torch.float32"):
+    with pytest.raises(Unsupported, match="16-bit formats only, not torch.float32"):
         foreign("attention", TE)(replace(ON_CUDA, dtype=torch.float32))
 
 
 def test_the_other_apex_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "apex" else None)
-    with pytest.raises(Refused, match="not NVIDIA's; build NVIDIA/apex from source"):
+    with pytest.raises(Unsupported, match="not NVIDIA's; build NVIDIA/apex from source"):
         foreign("AdamW", APEX)(ON_CUDA)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name.startswith("apex") else None)
-    with pytest.raises(Refused, match="built without its CUDA extension amp_C"):
+    with pytest.raises(Unsupported, match="built without its CUDA extension amp_C"):
         foreign("AdamW", APEX)(ON_CUDA)
 
 
@@ -100,24 +100,24 @@ def test_any_exception_of_a_package_is_a_reason(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(
         select.OPERATIONS, "AdamW", replace(select.OPERATIONS["AdamW"], candidates=[("Transformer Engine", broken)])
     )
-    choice = select.choose_kernels(CPU, torch.bfloat16).choices[7]
+    choice = select.select_kernels(CPU, torch.bfloat16).choices[7]
     assert str(choice) == "AdamW: torch fused (not Transformer Engine: cudnn shared object not found.)"
 
 
 def test_what_the_user_left_out_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for without in ("blocks of matrix products", "attention: blocks of matrix products"):
-        choice = select.choose_kernels(CPU, torch.bfloat16, without=(without,)).choices[0]
-        assert choice.taken == "torch scaled_dot_product_attention"
+        choice = select.select_kernels(CPU, torch.bfloat16, without=(without,)).choices[0]
+        assert choice.selected == "torch scaled_dot_product_attention"
         assert choice.refused[1] == ("blocks of matrix products", "left out by run.without_kernels")
-    kept = select.choose_kernels(CPU, torch.bfloat16, without=("RMSNorm: Transformer Engine",)).choices
-    assert kept[0].taken == "blocks of matrix products"
+    kept = select.select_kernels(CPU, torch.bfloat16, without=("RMSNorm: Transformer Engine",)).choices
+    assert kept[0].selected == "blocks of matrix products"
     assert kept[1].refused[1] == ("Transformer Engine", "left out by run.without_kernels")
     message = "run.without_kernels=['RMSNorm: apexx'] names no candidate; write for example RMSNorm: apex"
     with pytest.raises(MegallamaError) as caught:
-        select.choose_kernels(CPU, torch.bfloat16, without=("apex", "RMSNorm: apexx"))
+        select.select_kernels(CPU, torch.bfloat16, without=("apex", "RMSNorm: apexx"))
     assert str(caught.value) == message
     with pytest.raises(MegallamaError, match="write for example .*Transformer Engine or .*apex or"):
-        select.choose_kernels(CPU, torch.bfloat16, without=("TE",))
+        select.select_kernels(CPU, torch.bfloat16, without=("TE",))
 
 
 def test_fp8_is_refused_where_nothing_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,18 +126,18 @@ def test_fp8_is_refused_where_nothing_multiplies_in_it(monkeypatch: pytest.Monke
         r'not torch _scaled_mm: no CUDA device\); write precision.fp8="none"'
     ).replace("(not", r"\(not")
     with pytest.raises(MegallamaError, match=message):
-        select.choose_kernels(CPU, torch.bfloat16, fp8="tensorwise")
+        select.select_kernels(CPU, torch.bfloat16, fp8="tensorwise")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(Refused, match=r"compute capability 8.0 is below 8.9 \(L40S, H100, H200, B200\)"):
+    with pytest.raises(Unsupported, match=r"compute capability 8.0 is below 8.9 \(L40S, H100, H200, B200\)"):
         fp8.FP8_PRODUCTS.candidates[1][1](ON_CUDA)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert fp8.FP8_PRODUCTS.candidates[1][1](ON_CUDA) is TORCH_FP8
 
 
 def test_fp8_is_of_the_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    products = replace(fp8.FP8_PRODUCTS, candidates=[("torch _scaled_mm", lambda place: TORCH_FP8)])
+    products = replace(fp8.FP8_PRODUCTS, candidates=[("torch _scaled_mm", lambda target: TORCH_FP8)])
     monkeypatch.setattr(select, "FP8_PRODUCTS", products)
-    kernels = select.choose_kernels(CPU, torch.bfloat16, fp8="tensorwise")
+    kernels = select.select_kernels(CPU, torch.bfloat16, fp8="tensorwise")
     assert kernels.layer_gemms is TORCH_FP8 and kernels.gemms is not TORCH_FP8
     assert str(kernels.choices[-1]) == "fp8 products: torch _scaled_mm"
 
@@ -163,13 +163,13 @@ WRONG: list[tuple[str, Any, str]] = [  # operation, an implementation with one m
         (EAGER.rms_norm, lambda *a: (EAGER.rms_norm_backward(*a)[0], a[0].sum(0))),
         "gradient of the weight differs",
     ),
-    ("RoPE", lambda x, cos, sin, out: EAGER.rotate(x, cos, -sin, out), "turned heads differs"),
+    ("RoPE", lambda x, cos, sin, out: EAGER.apply_rope(x, cos, -sin, out), "rotated heads differs"),
     ("SwiGLU", (lambda x: EAGER.swiglu(x.flip(1)), EAGER.swiglu_backward), "output differs"),
     ("SwiGLU", (EAGER.swiglu, lambda dout, x: EAGER.swiglu_backward(dout, x.flip(1))), "gradient differs"),
     ("cross entropy", unscaled, "probabilities differs"),
     ("matrix product", lambda a, b: (a.double() @ b.double().t() * 1.001).float(), "product differs"),
-    ("weight gradient", lambda main, dy, x, fresh: add_wgrad(main, dy, x, False), "overwritten differs"),
-    ("weight gradient", lambda main, dy, x, fresh: add_wgrad(main, dy, x, True), "accumulated differs"),
+    ("weight gradient", lambda main, dy, x, overwrite: add_wgrad(main, dy, x, False), "overwritten differs"),
+    ("weight gradient", lambda main, dy, x, overwrite: add_wgrad(main, dy, x, True), "accumulated differs"),
     ("AdamW", lambda *a: adamw_step(*a[:7], 0.0, a[8]), "weights differs"),
     ("gradient norm", lambda ts: sum((t.cumsum(0)[-1:] ** 2).sum() for t in ts) * 1.0, "sum of squares differs"),
 ]
@@ -177,31 +177,31 @@ WRONG: list[tuple[str, Any, str]] = [  # operation, an implementation with one m
 
 @pytest.mark.parametrize(("operation", "made", "reason"), WRONG, ids=[f"{w[0]}: {w[2]}" for w in WRONG])
 def test_wrong_results_are_refused(operation: str, made: Any, reason: str) -> None:
-    with pytest.raises(Refused, match=f"{reason} from the plain formula by"):
+    with pytest.raises(Unsupported, match=f"{reason} from the plain formula by"):
         select.OPERATIONS[operation].check(made, FP32)
 
 
 def test_not_a_number_is_refused() -> None:
-    with pytest.raises(Refused, match="x differs from the plain formula by nan"):
-        candidate.agree("x", torch.tensor([1.0, torch.nan]), torch.ones(2), 1.0)
+    with pytest.raises(Unsupported, match="x differs from the plain formula by nan"):
+        candidate.require_close("x", torch.tensor([1.0, torch.nan]), torch.ones(2), 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", select.OPERATIONS)
 def test_every_implementation_that_this_machine_has_is_right(name: str, dtype: torch.dtype) -> None:
     """Also the last ones, which are taken without a check."""
-    operation, place = select.OPERATIONS[name], Place(CPU, dtype, documents=True)
+    operation, target = select.OPERATIONS[name], Target(CPU, dtype, documents=True)
     for kind, make in (*operation.candidates, operation.last):
         try:
-            made = make(place)
-        except Refused:
+            made = make(target)
+        except Unsupported:
             continue
         if (name, dtype) != ("weight gradient", torch.bfloat16) and (name, dtype) != ("matrix product", torch.bfloat16):
-            operation.check(made, place)
+            operation.check(made, target)
         elif kind == "torch mm":
-            check_product(made, place)
+            check_product(made, target)
         else:  # a product rounded to bf16 before it is added
-            check_wgrad(made, place, 1e-2)
+            check_wgrad(made, target, 1e-2)
 
 
 def across_documents(
@@ -214,16 +214,16 @@ def across_documents(
 def test_attention_that_forgets_documents_is_refused_only_where_they_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "blocked_attention", across_documents)
     (plain, *_), (apart, *_) = (
-        select.choose_kernels(CPU, torch.bfloat16, documents=on).choices for on in (False, True)
+        select.select_kernels(CPU, torch.bfloat16, documents=on).choices for on in (False, True)
     )
-    assert plain.taken == "blocks of matrix products"
-    assert apart.taken == "torch scaled_dot_product_attention"
+    assert plain.selected == "blocks of matrix products"
+    assert apart.selected == "torch scaled_dot_product_attention"
     assert apart.refused[1][1].startswith("output within documents differs from the plain formula by")
-    last = ("torch scaled_dot_product_attention", lambda place: as_maker(across_documents))
+    last = ("torch scaled_dot_product_attention", lambda target: as_maker(across_documents))
     monkeypatch.setitem(select.OPERATIONS, "attention", replace(select.OPERATIONS["attention"], last=last))
     message = "no attention here keeps documents apart: torch's output within documents differs .* by .*; use data.docu"
     with pytest.raises(MegallamaError, match=message):
-        select.choose_kernels(CPU, torch.bfloat16, documents=True)
+        select.select_kernels(CPU, torch.bfloat16, documents=True)
 
 
 class DotProductAttention:
@@ -258,7 +258,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
 
 def test_transformer_engines_attention_is_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     module = SimpleNamespace(DotProductAttention=DotProductAttention)
-    monkeypatch.setattr(attention, "te_module", lambda place, name: module)
+    monkeypatch.setattr(attention, "te_module", lambda target, name: module)
     make = foreign("attention", TE)(ON_CUDA)
     check_attention(make, replace(BF16, documents=True))
 
@@ -380,7 +380,7 @@ def test_one_line_says_what_is_not_torchs_own() -> None:
         choices = [select.Choice(name, taken.get(name, one.last[0]), ()) for name, one in select.OPERATIONS.items()]
         return str(replace(kernels, choices=tuple(choices)))
 
-    kernels = select.choose_kernels(CPU, torch.float64)
+    kernels = select.select_kernels(CPU, torch.float64)
     assert told() == "torch's own for everything"
     assert told(AdamW="apex", RoPE="torch.compile", SwiGLU="torch.compile") == (
         "torch.compile for RoPE, SwiGLU; apex for AdamW; torch's own for the rest"
@@ -389,14 +389,14 @@ def test_one_line_says_what_is_not_torchs_own() -> None:
 
 
 def test_what_is_installed_and_does_not_work_is_told_from_what_is_not_there() -> None:
-    def broken(candidate: Callable[[Place], Any]) -> bool:
+    def broken(candidate: Callable[[Target], Any]) -> bool:
         operation = Operation([("x", candidate)], ("torch mm", lambda p: matmul_nt), check_product)
         return select._first("matrix product", operation, FP32, set())[1].broken
 
-    def absent(place: Place) -> Any:
-        raise Refused("not installed")
+    def absent(target: Target) -> Any:
+        raise Unsupported("not installed")
 
-    def unloadable(place: Place) -> Any:
+    def unloadable(target: Target) -> Any:
         raise ImportError("undefined symbol")
 
     assert not broken(absent) and not broken(lambda p: matmul_nt)

@@ -13,7 +13,7 @@ import torch
 from megallama.comm.groups import Groups
 from megallama.comm.recording import Call, Recording
 from megallama.config.schema import Config
-from megallama.kernels.select import choose_kernels
+from megallama.kernels.select import select_kernels
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import DTYPES, Rank, assemble, initialize
 from tests.small import CPU, curve, on_threads, small_config, tokens, train
@@ -29,7 +29,7 @@ def recorded(config: Config, ranks: int, fn: Any) -> list[Any]:
     def body(groups: Groups) -> Any:
         calls: list[Call] = []
         groups = Groups(**{**vars(groups), "tp": Recording(groups.tp, calls)})
-        rank = assemble(plan, groups, CPU, choose_kernels(CPU, DTYPES[config.precision.dtype]))
+        rank = assemble(plan, groups, CPU, select_kernels(CPU, DTYPES[config.precision.dtype]))
         initialize(rank, 1)
         calls.clear()
         return fn(rank, calls)
@@ -150,11 +150,11 @@ def test_pieces_are_under_way_during_products() -> None:
 
         def multiplied(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             said.append("product")
-            return gemms.project(a, b)
+            return gemms.fprop(a, b)
 
         ours = replace(tp, group=Group())  # type: ignore[arg-type]
         for linear in (layer.gate_up_proj, layer.down_proj):
-            linear.tp, linear.param._gemms = ours, replace(gemms, project=multiplied)
+            linear.tp, linear.param._gemms = ours, replace(gemms, fprop=multiplied)
         x = torch.randn(TOKENS // 2, HIDDEN, dtype=torch.float64)
         layer.down_proj(layer.gate_up_proj(x))
         return said

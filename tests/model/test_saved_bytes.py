@@ -39,9 +39,9 @@ def saved_bytes(rank: Rank) -> tuple[int, int]:
         stage.body(x + 0, torch.zeros(TOKENS, dtype=torch.int64))
         stage.embed = embed
     half = sum(n for dtype, n in storages.values() if dtype == torch.bfloat16)
-    wide = sum(n for dtype, n in storages.values() if dtype == torch.float32)
-    assert half + wide == sum(n for _, n in storages.values())
-    return half, wide
+    single = sum(n for dtype, n in storages.values() if dtype == torch.float32)
+    assert half + single == sum(n for _, n in storages.values())
+    return half, single
 
 
 FORMULA = {"none": 16 * H + 6 * F, "selective": 12 * H + 4 * F, "full": 2 * H}
@@ -58,9 +58,9 @@ def test_saved_bytes_per_token_are_the_formula(recompute: str, tp: int) -> None:
         batch={"micro_batch_size": 2},
         parallel={"tp": tp},
     )
-    for half, wide in on_threads(config, tp, saved_bytes):
+    for half, single in on_threads(config, tp, saved_bytes):
         assert half * tp == TOKENS * FORMULA[recompute]
-        assert wide == STATISTICS
+        assert single == STATISTICS
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])

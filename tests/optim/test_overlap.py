@@ -39,9 +39,9 @@ def watch(rank: Rank) -> list[Event]:
     for stage, sync in zip(rank.stages, rank.optimizer.syncs, strict=True):
         bucket_of = {p.spec.name: b.index for b in sync.buffers.layout.buckets for p in b.params}
 
-        def contributed(param: Param, stage: int = stage, bucket_of: dict[str, int] = bucket_of) -> None:
+        def grad_done(param: Param, stage: int = stage, bucket_of: dict[str, int] = bucket_of) -> None:
             events.append(("contribution", stage, bucket_of[param.spec.name], action()))
-            Param.contributed(param)
+            Param.grad_done(param)
 
         def reduce(bucket: Bucket, stage: int = stage, real: Any = sync._reduce) -> None:
             events.append(("reduction", stage, bucket.index, action()))
@@ -49,7 +49,7 @@ def watch(rank: Rank) -> list[Event]:
 
         sync._reduce = reduce  # type: ignore[method-assign]
         for param in sync.buffers.params.values():
-            param.contributed = partial(contributed, param)  # type: ignore[method-assign]
+            param.grad_done = partial(grad_done, param)  # type: ignore[method-assign]
     data = tokens(rank.plan.config, 2)
     train(rank, data[:1])
     events.clear()

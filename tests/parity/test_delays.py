@@ -135,10 +135,10 @@ def reduce_early(patch: pytest.MonkeyPatch) -> None:
 
     def careless(self: GradSync) -> None:
         real(self)
-        self.arm()
+        self.begin_last_microbatch()
 
     patch.setattr(GradSync, "start_step", careless)
-    patch.setattr(GradSync, "_ready", _ready_without_check)
+    patch.setattr(GradSync, "_grad_done", _ready_without_check)
 
 
 def _ready_without_check(self: GradSync, param: Any) -> None:
@@ -204,8 +204,8 @@ def write_weights_under_way(patch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]]] = {
-    "gathered rows are read early": (forget("gather_rows"), ("tp sp", "tp in pieces", "all")),
-    "summed rows are read early": (forget("sum_rows"), ("tp in pieces", "tp", "all")),
+    "gathered rows are read early": (forget("all_gather_sequence"), ("tp sp", "tp in pieces", "all")),
+    "summed rows are read early": (forget("reduce_scatter_sequence"), ("tp in pieces", "tp", "all")),
     "weights are read early": (read_weights_early, ("dp", "zb-v, dp", "all")),
     "sums of gradients are read early": (read_sums_early, ("dp", "interleaved, dp")),
     "buckets are reduced early": (reduce_early, ("dp", "interleaved, dp", "zb-v, dp")),

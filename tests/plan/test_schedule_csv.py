@@ -151,7 +151,7 @@ WORDS = st.sampled_from(["", *CELLS.split()])
 
 
 @given(st.lists(st.lists(WORDS, max_size=9), max_size=3))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_cells_at_all_give_a_message(rows: list[list[str]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "my.csv"

@@ -64,7 +64,7 @@ def proved(schedule: Schedule, max_in_flight: int) -> Schedule:
     return out
 
 
-SIZES = [(p, m) for p in (2, 3, 4, 5, 7, 8, 12, 16) for m in (p, 2 * p, 3 * p + 1, 64)]
+SIZES = [(p, m) for p in (2, 3, 4, 5, 7, 8, 12) for m in (p, 2 * p, 3 * p + 1, 4 * p + 3)]
 
 
 @pytest.mark.parametrize("p,m", SIZES)
@@ -149,9 +149,9 @@ def test_a_plan_that_holds_more_than_promised_is_refused(monkeypatch: pytest.Mon
 
 
 def test_promises_of_interleaving() -> None:
-    for p, v in ((2, 2), (4, 5), (8, 3), (16, 2), (16, 3), (16, 5), (32, 2)):
+    for p, v in ((2, 2), (4, 5), (8, 3), (16, 2)):
         parallel = ParallelConfig(pp=p, chunks=v)
-        for m in (p, 2 * p, 4 * p):
+        for m in (p, 2 * p):
             schedule = build_schedule(parallel, m)
             assert max(schedule.peak_in_flight(r) for r in range(p)) == min(bounds(parallel, m)[0], m * v)
             assert max(schedule.peak_received(r) for r in range(p)) <= max(4, p // 2)

@@ -15,7 +15,7 @@ from tests.small import CPU, small_config
 
 def test_the_configuration_reaches_the_choice() -> None:
     config = small_config(precision={"dtype": "bf16"}, run={"without_kernels": ["blocks of matrix products"]})
-    assert kernels_of(config, CPU).choices[0].taken == "torch scaled_dot_product_attention"
+    assert kernels_of(config, CPU).choices[0].selected == "torch scaled_dot_product_attention"
     with pytest.raises(MegallamaError, match=r"precision.fp8: .*no CUDA device\); write precision.fp8=.none."):
         kernels_of(small_config(precision={"dtype": "bf16", "fp8": "tensorwise"}), CPU)
 

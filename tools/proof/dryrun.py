@@ -24,10 +24,10 @@ from torch.autograd import Function
 
 from megallama.comm.group import Group, Solo
 from megallama.comm.groups import Partition, build_groups, partitions
-from megallama.comm.recording import Absent, Call, Recording, Wait
+from megallama.comm.recording import Call, FakeGroup, Recording, Wait
 from megallama.data.batch import MicroBatch
 from megallama.kernels.documents import Documents
-from megallama.kernels.select import choose_kernels
+from megallama.kernels.select import select_kernels
 from megallama.model.llama import Stage, StageInput
 from megallama.plan.memory import stage_layout
 from megallama.plan.plan import Plan
@@ -103,7 +103,7 @@ class _Tape:
         self.waits: list[Wait] = []
         self._me, self._value, config = rank, 1.0, plan.config
         groups = build_groups(plan.topology, rank, config.model.num_kv_heads or 1, self._group)
-        kernels = choose_kernels(META, DTYPES[config.precision.dtype])
+        kernels = select_kernels(META, DTYPES[config.precision.dtype])
         built = assemble(plan, groups, META, kernels, lambda number, stage: _Repeating(number, stage, self))
         self.rank = replace(built, device=CPU, read=self._read)
 
@@ -111,7 +111,7 @@ class _Tape:
         ranks = next(ranks for ranks in partition if self._me in ranks)
         if len(ranks) == 1:
             return Solo(name, self._me)
-        return Recording(Absent(name, ranks, self._me), self.calls, self.waits, self.label)
+        return Recording(FakeGroup(name, ranks, self._me), self.calls, self.waits, self.label)
 
     def _read(self, tensor: Tensor) -> list[float]:
         """A loss, or the sum of votes: loss, squared norm, ranks with values that are not finite, and others."""
