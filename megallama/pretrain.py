@@ -94,9 +94,10 @@ def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag) -> int:
 
 def load(file: Path | None, overrides: Sequence[str], ranks: int) -> Config:
     """The configuration; what reads it is imported by now, after `SignalFlag`."""
+    from megallama.checkpoint.find import samples_before
     from megallama.config.load import load as read
 
-    return read(file, overrides, ranks=ranks)
+    return read(file, overrides, ranks=ranks, samples=samples_before)
 
 
 def _cannot_take_part(problem: Exception, launch: Launch, signals: SignalFlag) -> None:

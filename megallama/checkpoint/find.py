@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from megallama.checkpoint import disk
+from megallama.checkpoint import disk, manifest
 from megallama.checkpoint.errors import CheckpointError
 from megallama.checkpoint.folder import newest_step
 from megallama.checkpoint.reader import step_folder
+from megallama.config.schema import Config
 
 
 def find_checkpoint(path: Path, tell: Callable[[str], None] = lambda text: None) -> Path:
@@ -34,3 +36,13 @@ def find_model(path: Path, tell: Callable[[str], None] = lambda text: None) -> P
         return step / "model"
     what = "has no complete checkpoint in it" if path.is_dir() else "is not a folder"
     raise CheckpointError(f"{path} {what}; give a step folder, a folder of steps, a run or a Hugging Face folder")
+
+
+def samples_before(config: Config) -> int:
+    """How many samples lie behind the checkpoint that a run would resume; 0 where none can be read (yet)."""
+    if config.checkpoint.resume == "fresh" or config.checkpoint.folder is None:
+        return 0
+    with suppress(CheckpointError, KeyError):
+        step = newest_step(Path(config.checkpoint.folder), lambda text: None)
+        return int(manifest.read_manifest(step).body["counters"]["samples"]) if step else 0
+    return 0

@@ -102,6 +102,7 @@ class CheckpointManager:
         self._failure: BaseException | None = None
         self._failures = 0  # in a row
         self.saved_step: int | None = None  # of the newest checkpoint this run has loaded or completed
+        self.resumed: tuple[Path, dict[str, Any]] | None = None  # the checkpoint loaded, and its configuration
         self.keep_all = False  # True: delete nothing, as long as it is not known which checkpoint is good
 
     def _use(self, config: Config, small: Mapping[str, bytes] | None = None) -> None:
@@ -406,6 +407,7 @@ class CheckpointManager:
                 "is whole and training goes on from it; the next save writes model/ anew"
             )
         self._line, self.saved_step = saved.body["line"], saved.step
+        self.resumed = path, saved.body["config"]
         return saved.body["counters"]
 
     def load_weights(self, path: Path, shards: Sequence[StateShard]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,17 @@ def read_words(words: Sequence[str], what: str, usage: str) -> tuple[Path | None
 
 
 def load(
-    file: Path | None, overrides: Sequence[str] = (), *, ranks: int | None = None, need_data: bool = True
+    file: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    ranks: int | None = None,
+    need_data: bool = True,
+    samples: Callable[[Config], int] = lambda config: 0,
 ) -> Config:
     """The configuration that the file and the overrides describe, with every derived value filled in.
 
     `ranks` adds the rules that need the number of ranks; `need_data=False` leaves out those about data.
+    samples: how many a run with this configuration goes on from; batch sizes before that need not fit.
     Raises: ConfigError listing every problem at once, each with where it was said.
     """
     reader = _Reader()
@@ -83,9 +89,9 @@ def load(
     reader.apply_preset()
     config = resolve(reader.validate())
     config.model.model_fields_set.difference_update(reader.from_preset())  # "set" is what the user wrote
-    problems = reader.problems + [
-        reader.locate(p) for p in rules.check(config, ranks, need_data=need_data) if not reader.doubtful(p)
-    ]
+    ahead = rules.remaining(config.batch, samples(config)) if config.batch.ramp_start else config.batch
+    found = rules.check(config.model_copy(update={"batch": ahead}), ranks, need_data=need_data)
+    problems = reader.problems + [reader.locate(p) for p in found if not reader.doubtful(p)]
     if problems:
         many = f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  - {p}" for p in problems)
         raise ConfigError(problems[0] if len(problems) == 1 else many)

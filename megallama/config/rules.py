@@ -41,6 +41,24 @@ def ramp_sizes(batch: BatchConfig) -> tuple[int, ...]:
     return tuple(range(batch.ramp_start, batch.global_batch_size, batch.ramp_increment)) + (batch.global_batch_size,)
 
 
+def ramp_size(batch: BatchConfig, samples: int) -> int:
+    """The global batch size of the step that begins after `samples` [sequences]."""
+    sizes = ramp_sizes(batch)
+    if batch.ramp_samples is None:
+        return sizes[-1]
+    growths = len(sizes) - 1
+    return sizes[min(growths, samples * growths // batch.ramp_samples)]
+
+
+def remaining(batch: BatchConfig, samples: int) -> BatchConfig:
+    """The ramp-up that a run has before it after `samples` [sequences]: sizes that are past bind nobody."""
+    if not samples or batch.ramp_start is None or batch.ramp_increment is None or batch.ramp_samples is None:
+        return batch
+    start = ramp_size(batch, samples)
+    none = dict.fromkeys(("ramp_start", "ramp_increment", "ramp_samples"))
+    return batch.model_copy(update={"ramp_start": start} if start < batch.global_batch_size else none)
+
+
 def interleaved(config: Config) -> bool:
     """Whether the schedule is interleaved 1F1B."""
     return config.parallel.schedule == "1f1b" and config.parallel.chunks > 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megallama.config.rules import ramp_sizes
+from megallama.config.rules import ramp_size, ramp_sizes
 from megallama.config.schema import BatchConfig
 
 
@@ -30,11 +30,7 @@ class BatchPlan:
 
     def global_batch(self, samples_consumed: int) -> int:
         """Samples of the step that begins after `samples_consumed` [sequences]."""
-        sizes = self.sizes
-        growths = len(sizes) - 1
-        if not growths or self.batch.ramp_samples is None:
-            return sizes[-1]
-        return sizes[min(growths, samples_consumed * growths // self.batch.ramp_samples)]
+        return ramp_size(self.batch, samples_consumed)
 
     def num_microbatches(self, global_batch: int) -> int:
         """Micro-batches of each model replica in a step of `global_batch` samples."""

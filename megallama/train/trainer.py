@@ -18,7 +18,8 @@ from megallama.checkpoint.errors import CheckpointError, InternalError, NotFinit
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.comm.launch import World
 from megallama.comm.recording import Tape
-from megallama.config.errors import MegallamaError
+from megallama.config.errors import ConfigError, MegallamaError
+from megallama.config.rules import check, remaining
 from megallama.config.schema import Config
 from megallama.config.words import counted
 from megallama.data.errors import DataError
@@ -30,6 +31,7 @@ from megallama.optim.lr import learning_rate
 from megallama.optim.scaler import LossScaler
 from megallama.plan.plan import Plan
 from megallama.train.assemble import DTYPES, Rank, assemble, initialize, kernels_of, same_kernels
+from megallama.train.changes import changes
 from megallama.train.collect import Collector
 from megallama.train.determinism import set_deterministic
 from megallama.train.evaluate import Interrupted, evaluate
@@ -178,7 +180,12 @@ class Trainer:
                 self._agreed("data", lambda: train.resume(saved, step, samples))
             optimizer.loaded(self._counters.updates)
             at = f"step {self._counters.step}, {counted(human_count(self._counters.tokens), 'token')}"
-            self._log.info(f"resumed after {at}")
+            assert self._manager.resumed is not None
+            path, before = self._manager.resumed
+            self._log.info(f"resumed after {at}, from {path}")
+            for line in changes(before, self._config, step, samples):
+                self._log.info(f"since then: {line}")
+            self._agreed("configuration", self._check_ramp)
         elif self._config.checkpoint.weights_from is not None:
             self._manager.load_weights(Path(self._config.checkpoint.weights_from), shards)
             optimizer.loaded(steps=0)
@@ -194,6 +201,14 @@ class Trainer:
     @property
     def _train_data(self) -> TrainData | None:
         return self._data.train if isinstance(self._data.train, TrainData) else None
+
+    def _check_ramp(self) -> None:
+        """That the ranks can share every batch that is still to come."""
+        config = self._config
+        batch = remaining(config.batch, self._counters.samples)
+        problems = check(config.model_copy(update={"batch": batch}), self._world.world_size, need_data=False)
+        if problems:
+            raise ConfigError("; ".join(problems))
 
     def _find_last_step(self) -> tuple[int, str]:
         steps = self._config.train.steps

@@ -1,0 +1,56 @@
+"""What a resumed run does otherwise than the one that saved: every setting, and in words what becomes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from megallama.config.describe import literal
+from megallama.config.schema import BatchConfig, Config, LrScheduleConfig, OptimizerConfig
+from megallama.optim.lr import learning_rate
+from megallama.plan.batch import BatchPlan
+
+ORDER = ("data.train", "data.changes", "data.synthetic", "train.seed", "batch.seq_length")
+
+
+def changes(saved: Mapping[str, Any], now: Config, step: int, samples: int) -> Iterator[str]:
+    """A line for each setting that differs, then what they do to the learning rate and to the data.
+
+    saved: the configuration in a checkpoint after `step` steps and `samples` samples; what an earlier version did not
+    know yet had today's default.
+    """
+    default = Config().model_dump(mode="json")
+    changed = {}
+    for section, values in now.model_dump(mode="json").items():
+        for name, value in values.items():
+            was = saved.get(section, {}).get(name, default[section][name])
+            if was != value:
+                changed[f"{section}.{name}"] = was
+                yield f"{section}.{name} was {literal(was)} and is {literal(value)}"
+    try:
+        yield from _curve(saved, now, step)
+        if (was := _batch(saved, samples)) != (size := BatchPlan(now.batch, 1).global_batch(samples)):
+            yield f"the data come in the same order, but a step takes {size} samples instead of {was}"
+    except (ValidationError, KeyError, TypeError):
+        yield "an earlier version wrote the checkpoint: what this does to the learning rate is not known"
+    if keys := [key for key in changed if key in ORDER]:
+        yield f"the order of the data from step {step + 1} on is another one, by {', '.join(keys)}"
+
+
+def _curve(saved: Mapping[str, Any], now: Config, step: int) -> Iterator[str]:
+    optimizer, schedule = OptimizerConfig(**saved["optimizer"]), LrScheduleConfig(**saved["lr_schedule"])
+    end = max(now.train.steps, step + 1)
+    for n in range(step, end, max(1, (end - step) // 1000)):
+        was, will = learning_rate(n, optimizer, schedule), learning_rate(n, now.optimizer, now.lr_schedule)
+        if was != will:
+            keep = ""
+            if schedule.decay_steps != now.lr_schedule.decay_steps:
+                keep = f"; write lr_schedule.decay_steps={schedule.decay_steps} to keep its end where it was"
+            yield f"the learning-rate curve is another one: step {n + 1} has {will:.3g} instead of {was:.3g}{keep}"
+            return
+
+
+def _batch(saved: Mapping[str, Any], samples: int) -> int:
+    return BatchPlan(BatchConfig(**saved["batch"]), 1).global_batch(samples)
