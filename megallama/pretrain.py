@@ -68,12 +68,12 @@ def _say(log: Logger, why: str, status: int) -> None:
 
 def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag) -> int:
     from megallama.comm.launch import start
-    from megallama.config.load import to_toml
+    from megallama.config.load import is_setting, to_toml
     from megallama.plan.plan import make_plan
     from megallama.train.log import Logger
     from megallama.train.trainer import Trainer
 
-    file = Path(arguments[0]) if "=" not in arguments[0] else None
+    file = None if is_setting(arguments[0]) else Path(arguments[0])
     try:
         config = load(file, arguments[1:] if file else arguments, ranks=launch.world_size)
         plan = make_plan(config, launch.world_size)
