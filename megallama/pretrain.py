@@ -67,8 +67,11 @@ def _say(log: Logger, why: str, status: int) -> None:
 
 
 def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag) -> int:
+    from megallama.checkpoint.layout import SHARD_BYTES
+    from megallama.comm.groups import group_sizes
     from megallama.comm.launch import start
     from megallama.config.load import is_setting, to_toml
+    from megallama.plan.params import num_parameters
     from megallama.plan.plan import make_plan
     from megallama.train.log import Logger
     from megallama.train.trainer import Trainer
@@ -81,7 +84,10 @@ def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag) -> int:
         _cannot_take_part(problem, launch, signals)
         raise
     same = hashlib.sha256(f"{to_toml(config)}{plan.schedule}".encode()).hexdigest()[:12]
-    with start(launch, config.run, same, listener=signals) as world:
+    groups = group_sizes(plan.topology, launch.rank, config.model.num_kv_heads or 1)
+    sources = len(config.data.train) + len(config.data.valid) + len(config.data.test)
+    files = 2 * sources + 4 + 16 * num_parameters(config.model) // SHARD_BYTES
+    with start(launch, config.run, same, listener=signals, groups=groups, files=files) as world:
         log = Logger(world.rank, world.world_size)  # the trainer opens its files once nothing is wrong with the request
         signals.say = partial(_say, log)
         try:

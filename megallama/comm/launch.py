@@ -28,6 +28,7 @@ from megallama.comm.c10d import C10d
 from megallama.comm.errors import ContactLost, LaunchError
 from megallama.comm.group import Assembly, Group, Solo
 from megallama.comm.groups import Groups, Partition, build_groups
+from megallama.comm.limits import files_needed, raised_limit, too_many
 from megallama.comm.rendezvous import Arrival, meet, open_star, open_store, port_file
 from megallama.comm.shared_memory import LARGEST, SharedMemory
 from megallama.comm.star import CRASHED, FREE_CHANNEL, Listener, Star, StarGroup
@@ -324,15 +325,19 @@ def start(
     *,
     problem: str = "",
     listener: Listener | None = None,
+    groups: Sequence[int] = (),
+    files: int = 0,
 ) -> World:
     """Bring the ranks together on their devices.
 
     `config_hash` must be the same on every rank; it says in a few characters what each was started
     with. `store` is one that all ranks have open already; by default rank 0 or the launcher keeps it.
     `problem` is why this rank cannot take part: the others are to know. `listener` hears why the run is to end.
+    `groups` are the sizes of the groups that this rank will be in, `files` the data and checkpoint files it will open.
     Raises: LaunchError on every rank that arrived: a rank that never came within
     run.init_timeout_seconds, different numbers of ranks, configurations, torch versions or devices,
-    a rank started twice, a port that is taken, CUDA asked for and absent, more processes than GPUs.
+    a rank started twice, a port that is taken, CUDA asked for and absent, more processes than GPUs, too
+    low a limit of open files.
     """
     notes: list[str] = []
     device, gpu = torch.device("cpu"), ""
@@ -347,9 +352,9 @@ def start(
         _set_threads(run, 1, notes)
         return World(launch, device, Solo("world", 0), (launch.host,), notes)
 
-    cores = hashlib.sha256(str(sorted(os.sched_getaffinity(0))).encode()).hexdigest()[:8]
+    problem = problem or _too_many_files(launch, run, device, [launch.world_size, *groups], files)
     mine = Arrival(
-        launch.rank, launch.world_size, launch.host, os.getpid(), torch.__version__, device.type, gpu, cores,
+        launch.rank, launch.world_size, launch.host, os.getpid(), torch.__version__, device.type, gpu, _cores(),
         config_hash, problem,
     )  # fmt: skip
     star = Star(launch.rank, launch.world_size, launch.host, listener)
@@ -370,6 +375,20 @@ def start(
     except BaseException:
         star.close()
         raise
+
+
+def _cores() -> str:
+    """Identity of the set of cores that this process may use."""
+    return hashlib.sha256(str(sorted(os.sched_getaffinity(0))).encode()).hexdigest()[:8]
+
+
+def _too_many_files(
+    launch: Launch, run: RunConfig, device: torch.device, groups: Sequence[int], files: int
+) -> str:
+    first, cuda = launch.rank == 0, device.type == "cuda"
+    keeper, shared = first and not launch.store_kept, run.shared_memory
+    need = files_needed(launch.world_size, groups, files, first=first, keeper=keeper, cuda=cuda, shared=shared)
+    return too_many(need, raised_limit(), f"rank {launch.rank} ({launch.host})")
 
 
 def _world_group(

@@ -435,7 +435,7 @@ def test_a_path_may_have_an_equals_sign(tmp_path: Path, monkeypatch: pytest.Monk
     Path("lr=3e-4").write_text("[train]\nsteps = 7\n", encoding="utf-8")
     files = ("lr=3e-4", "runs/lr=3e-4.toml", "a.b=c.toml", str(tmp_path / "x=y" / "my.toml"), "my.toml")
     assert [is_setting(word) for word in files] == [False] * len(files)
-    words = ("train.steps=7", "--train.steps=7", "--lr-schedule.kind=linear", "lr=1", "optimzer.lr=3", "run.folder=a/b=c")
+    words = ("train.steps=7", "--train.steps=7", "--lr-schedule.kind=linear", "lr=1", "a.b=3", "run.folder=a/b=c")
     assert [is_setting(word) for word in words] == [True] * len(words)
     file, ranks, overrides = read_words(["lr=3e-4", "ranks=2", "data.train=a/b"], "the plan", "usage")
     assert (file, ranks, overrides) == (Path("lr=3e-4"), 2, ["data.train=a/b"])
