@@ -60,10 +60,3 @@ def build_groups(topology: Topology, rank: int, num_kv_heads: int, make: Callabl
     """
     groups = {name: make(name, parts) for name, parts in partitions(topology, num_kv_heads).items()}
     return Groups(**groups, rank=rank, coords=topology.coords(rank))
-
-
-def group_sizes(topology: Topology, rank: int, num_kv_heads: int) -> list[int]:
-    """Sizes of the process groups that `rank` opens besides the one of all ranks."""
-    parts = partitions(topology, num_kv_heads)
-    sizes = [len(ranks) for name in parts if name != "world" for ranks in parts[name] if rank in ranks]
-    return [size for size in sizes if size > 1]

@@ -9,43 +9,38 @@ import os
 import resource
 from collections.abc import Mapping, Sequence
 
-NCCL_FILES = 64  # of a communicator, about
-
 
 def raised_limit() -> int:
     """The most files this process may have open, after the soft limit was raised to the hard one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard if hard != resource.RLIM_INFINITY else 1 << 62
 
 
 def files_needed(
     ranks: int, groups: Sequence[int], files: int, *, first: bool, keeper: bool, cuda: bool, shared: bool
 ) -> dict[str, int]:
-    """Open files of a rank by what they are for; what NCCL opens is an estimate.
+    """Open files of a rank, by what they are for.
 
-    groups: sizes of the process groups it is in; files: data and checkpoint; first: it is rank 0; keeper: of the
-    store; shared: groups use shared memory too.
+    groups: sizes of its process groups; files: of data and checkpoint; first: it is rank 0; keeper: of the store.
     """
-    gloo = 0 if cuda else sum(size + 3 for size in groups)
+    groups = [size for size in groups if size > 1]
     return {
         "open already": len(os.listdir("/proc/self/fd")),
         "the store": 4 + ranks * (1 + cuda) * keeper,  # NCCL's groups connect with it once more
         "connections with rank 0": 8 + (ranks if first else 1),
-        "gloo": gloo,
-        "shared memory": 2 * sum(groups) if shared and not cuda else 0,  # mmap keeps a second one
-        "NCCL": NCCL_FILES * len(groups) if cuda else 0,
+        "NCCL, about": 64 * len(groups) * cuda,
+        "gloo": sum(size + 3 for size in groups) * (not cuda),
+        "shared memory": 2 * sum(groups) * (shared and not cuda),  # mmap keeps a second one
         "data, checkpoints and logs": 8 + files,
     }
 
 
 def too_many(need: Mapping[str, int], limit: int, where: str) -> str:
     """What to do where the limit does not suffice; empty where it does."""
-    total = sum(need.values())
-    if total <= limit:
+    if (total := sum(need.values())) <= limit:
         return ""
-    parts = ", ".join(f"{count:,} {what}" for what, count in need.items() if count)
+    parts = ", ".join(f"{what} {count:,}" for what, count in need.items() if count)
     return (
         f"{where} will have {total:,} files open ({parts}), but its limit is {limit:,}; raise the hard limit of open "
         f"files (ulimit -Hn; LimitNOFILE of the service that starts the ranks) to {total:,} or more"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megallama.comm.group import Group
-from megallama.comm.groups import group_sizes
+from megallama.comm.groups import partitions
 from megallama.comm.launch import World
 from megallama.comm.limits import files_needed
 from megallama.comm.recording import Recording
@@ -272,6 +272,6 @@ def open_files(world: World, axes: dict[str, Any]) -> tuple[int, int]:
     found = len(os.listdir("/proc/self/fd"))
     world.close()
     before = len(os.listdir("/proc/self/fd"))
-    sizes = [world.world_size, *group_sizes(topology, world.rank, 4)]
+    sizes = [len(ranks) for part in partitions(topology, 4).values() for ranks in part if world.rank in ranks]
     need = files_needed(world.world_size, sizes, 0, first=world.rank == 0, keeper=False, cuda=False, shared=True)
     return found - before, sum(need[name] for name in ("gloo", "shared memory", "connections with rank 0"))

@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from megallama.comm.groups import group_sizes
+from megallama.comm.groups import partitions
 from megallama.comm.limits import files_needed, raised_limit, too_many
 from megallama.plan.topology import Topology
 from tests.pool import Pool
@@ -19,8 +19,9 @@ def test_what_is_opened_is_counted(pool: Pool, axes: dict[str, int]) -> None:
 
 
 def test_two_thousand_ranks() -> None:
-    sizes = [2048, *group_sizes(Topology(tp=4, pp=8, dp=64), 0, 8)]
-    assert sizes == [2048, 4, 64, 8, 2]
+    parts = partitions(Topology(tp=4, pp=8, dp=64), 8).values()
+    sizes = [len(ranks) for part in parts for ranks in part if 0 in ranks]
+    assert sizes == [2048, 4, 64, 8, 2, 1]
     gpu = files_needed(2048, sizes, 200, first=False, keeper=False, cuda=True, shared=True)
     assert sum(gpu.values()) < 1024  # no rank but the first is connected with all others
     first = files_needed(2048, sizes, 200, first=True, keeper=True, cuda=True, shared=True)
@@ -28,7 +29,7 @@ def test_two_thousand_ranks() -> None:
     cpu = files_needed(2048, sizes, 200, first=False, keeper=False, cuda=False, shared=False)
     assert cpu["gloo"] == 2048 + 4 + 64 + 8 + 2 + 5 * 3
     text = too_many({"open already": 6, "gloo": 2141}, 1024, "rank 7 (node1)")
-    assert text.startswith("rank 7 (node1) will have 2,147 files open (6 open already, 2,141 gloo), but its limit is")
+    assert text.startswith("rank 7 (node1) will have 2,147 files open (open already 6, gloo 2,141), but its limit is")
     assert "raise the hard limit of open files (ulimit -Hn" in text and text.endswith("to 2,147 or more")
     assert too_many({"gloo": 1024}, 1024, "") == ""
 
