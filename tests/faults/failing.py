@@ -48,7 +48,7 @@ def run(
         status, error = trainer.run(), None
     except BaseException as caught:  # noqa: BLE001 - told to the test
         status, error = getattr(caught, "status", None), caught
-        first = (world.failed(caught) or [None])[0]
+        first = world.failed(caught)
     finally:
         manager_module.write_checkpoint = write
         log.close()
