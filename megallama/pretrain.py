@@ -14,6 +14,7 @@ import hashlib
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,23 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str], signals: SignalFlag) -> int:
     from megallama.config.errors import MegallamaError, exit_status
-    from megallama.train.log import Logger, show_error
+    from megallama.train.log import Logger
 
     if not arguments or {"-h", "--help"} & set(arguments):
         return exit_status(lambda: print((__doc__ or "").strip())) or (0 if arguments else BAD_REQUEST)
-    from megallama.comm.launch import Launch, detect_launch  # imports torch: after --help
+    from megallama.comm.launch import detect_launch  # imports torch: after --help
 
-    launch = Launch()
+    log = Logger(0, 1)
     try:
         launch = detect_launch()
-        signals.say = partial(_say, Logger(launch.rank, launch.world_size))
+        log = Logger(launch.rank, launch.world_size)
+        signals.before_leaving(partial(_say, log))
         if launch.world_size == 1:
             signals.listen(signals.leave)
-        return _run(arguments, launch, signals)
+        return _run(arguments, launch, signals, log)
     except MegallamaError as error:
         signals.leaving(error.status)
-        if launch.rank == 0 or not error.shared:
-            show_error(str(error))
+        log.error(str(error), aloud=log.rank == 0 or not error.shared)
         return error.status
 
 
@@ -66,14 +67,16 @@ def _say(log: Logger, why: str, status: int) -> None:
         log.error(why, aloud=log.rank == 0)
 
 
-def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag) -> int:
+def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag, log: Logger) -> int:
+    from megallama.checkpoint.layout import SHARD_BYTES
+    from megallama.comm.groups import partitions
     from megallama.comm.launch import start
-    from megallama.config.load import to_toml
+    from megallama.config.load import is_setting, to_toml
+    from megallama.plan.params import num_parameters
     from megallama.plan.plan import make_plan
-    from megallama.train.log import Logger
     from megallama.train.trainer import Trainer
 
-    file = Path(arguments[0]) if "=" not in arguments[0] else None
+    file = None if is_setting(arguments[0]) else Path(arguments[0])
     try:
         config = load(file, arguments[1:] if file else arguments, ranks=launch.world_size)
         plan = make_plan(config, launch.world_size)
@@ -81,13 +84,15 @@ def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag) -> int:
         _cannot_take_part(problem, launch, signals)
         raise
     same = hashlib.sha256(f"{to_toml(config)}{plan.schedule}".encode()).hexdigest()[:12]
-    with start(launch, config.run, same, listener=signals) as world:
-        log = Logger(world.rank, world.world_size)  # the trainer opens its files once nothing is wrong with the request
-        signals.say = partial(_say, log)
+    parts = partitions(plan.topology, config.model.num_kv_heads or 1).values()
+    groups = [len(ranks) for part in parts for ranks in part if launch.rank in ranks]
+    sources = len(config.data.train) + len(config.data.valid) + len(config.data.test)
+    files = 2 * sources + 4 + 16 * num_parameters(config.model) // SHARD_BYTES
+    with start(launch, config.run, same, listener=signals, groups=groups, files=files) as world:
         try:
-            return Trainer(config, plan, world, log, signals).run()
+            return Trainer(config, plan, world, log, signals).run()  # opens the log where the request is good
         except Exception as error:
-            return _failed(error, world, log, signals)
+            return _failed(error, world, log, signals, Path(config.run.folder))
         finally:
             log.close()
 
@@ -117,10 +122,10 @@ def _cannot_take_part(problem: Exception, launch: Launch, signals: SignalFlag) -
             problem.shared = str(error) == text
 
 
-def _failed(error: Exception, world: World, log: Logger, signals: SignalFlag) -> int:
+def _failed(error: Exception, world: World, log: Logger, signals: SignalFlag, folder: Path) -> int:
     """Say what ended the run, to this rank's file and, once, on the screen; the exit status."""
     from megallama.checkpoint.errors import InternalError
-    from megallama.config.errors import MegallamaError
+    from megallama.config.errors import ConfigError, MegallamaError
 
     first = world.failed(error)
     if first is not None:
@@ -129,6 +134,9 @@ def _failed(error: Exception, world: World, log: Logger, signals: SignalFlag) ->
     if status == CRASHED and signals.phase in ("training", "leaving"):
         status = FAILED
     signals.leaving(status)
+    if status != BAD_REQUEST:  # of a bad request nothing is left behind
+        with suppress(ConfigError):
+            log.open(folder)
     if isinstance(error, (MegallamaError, InternalError)):
         log.error(str(error), aloud=world.rank == 0 or not error.shared)
     elif first is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import ConfigError, exit_status  # noqa: E402
-from megallama.config.load import bare, load  # noqa: E402
+from megallama.config.load import bare, is_setting, load  # noqa: E402
 from megallama.config.schema import Config, SourceConfig  # noqa: E402
 from megallama.config.words import counted  # noqa: E402
 from megallama.data.indexed import IndexedDataset  # noqa: E402
@@ -114,7 +114,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("words", nargs="*", help="CONFIG.toml, section.key=value")
     parser.add_argument("--json", action="store_true", help="one object for programs")
     given = parser.parse_intermixed_args(bare(argv))
-    file = given.words.pop(0) if given.words and "=" not in given.words[0] else None
+    file = given.words.pop(0) if given.words and not is_setting(given.words[0]) else None
     config = load(Path(file) if file else None, given.words)
     if config.data.synthetic:
         raise ConfigError("data.synthetic=true takes nothing from any source; write data.train")

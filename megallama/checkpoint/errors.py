@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from megallama.comm.group import Assembly
 from megallama.config.errors import MegallamaError
-from megallama.config.words import counted
 
 _log = logging.getLogger(__name__)
 _log.addHandler(logging.NullHandler())  # without a run's `Logger` nothing is said twice
@@ -64,33 +64,21 @@ def agree(group: Assembly, what: str, work: Callable[[], Any], *, collect: bool 
     everyone, failed = group.gather_values([value, failure], summary)
     if not failed:
         return values if collect else everyone
-    kinds = {_name(kind): kind for kind in _kinds(MegallamaError)}
-    failed.sort(key=lambda f: not issubclass(kinds.get(f[1], Exception), (DamagedError, NotFiniteError)))  # first
-    rank, name, text, status, host = failed[0]
+    # a kind that this rank does not know is what it is an example of
+    failed = [(r, getattr(sys.modules.get(module), name, MegallamaError), *f) for r, (module, name), *f in failed]
+    failed.sort(key=lambda f: not issubclass(f[1], DamagedError))  # damage first: it decides the kind of the error
+    rank, kind, text, status, host = failed[0]
     who = f"rank {rank} on {host}: " if group.size > 1 else ""
-    others = f" (and {counted(len(failed) - 1, 'more rank')}: {[f[0] for f in failed[1:9]]})" if len(failed) > 1 else ""
-    message = f"{what}: {who}{text}{others}"
-    if name == _name(InternalError):
-        raise InternalError(message) from cause
-    kind = kinds.get(name, MegallamaError)
-    error = kind.__new__(kind, message)  # whatever else its __init__ asks for
+    others = f" (and {len(failed) - 1} more ranks: {[f[0] for f in failed[1:9]]})" if len(failed) > 1 else ""
+    error = kind.__new__(kind, f"{what}: {who}{text}{others}")  # whatever else its __init__ asks for
     error.shared, error.status = True, status
     raise error from cause
 
 
 def _told(error: Exception) -> list[Any]:
     """Kind, text and status of what `agree` raises for it, and where it happened."""
-    if isinstance(error, MegallamaError):
-        return [_name(type(error)), str(error), error.status, socket.gethostname()]
-    kind = CheckpointError if isinstance(error, OSError) else InternalError
-    return [_name(kind), f"{type(error).__name__}: {error}", InternalError.status, socket.gethostname()]
-
-
-def _kinds(base: type[MegallamaError]) -> Iterator[type[MegallamaError]]:
-    yield base
-    for kind in base.__subclasses__():
-        yield from _kinds(kind)
-
-
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    kind, text, status = type(error), str(error), getattr(error, "status", InternalError.status)
+    if not isinstance(error, MegallamaError):
+        kind = CheckpointError if isinstance(error, OSError) else InternalError
+        text, status = f"{type(error).__name__}: {error}", InternalError.status
+    return [[kind.__module__, kind.__qualname__], text, status, socket.gethostname()]

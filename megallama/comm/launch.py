@@ -14,6 +14,7 @@ import platform
 import re
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import product
@@ -28,6 +29,7 @@ from megallama.comm.c10d import C10d
 from megallama.comm.errors import ContactLost, LaunchError
 from megallama.comm.group import Assembly, Group, Solo
 from megallama.comm.groups import Groups, Partition, build_groups
+from megallama.comm.limits import files_needed, raised_limit, too_many
 from megallama.comm.rendezvous import Arrival, meet, open_star, open_store, port_file
 from megallama.comm.shared_memory import MAX_SHM_BYTES, SharedMemory
 from megallama.comm.star import CRASHED, FREE_CHANNEL, Listener, Star, StarGroup
@@ -184,20 +186,13 @@ def _tasks_per_node(text: str) -> list[int]:
 def _launcher_process() -> str:
     """The nearest ancestor that is an MPI launcher (its children are the ranks on this node), or the parent."""
     pid = os.getppid()
-    while pid > 1:
-        try:
-            name, fields = _stat(pid)
-        except OSError:
-            break
-        if name in _LAUNCHERS:
-            return f"{pid}-{fields[19]}"  # with its start time: pids come back
-        pid = int(fields[1])
+    with suppress(OSError):
+        while pid > 1:
+            name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+            if name in _LAUNCHERS:
+                return f"{pid}-{rest.split()[19]}"  # with its start time: pids come back
+            pid = int(rest.split()[1])
     return str(os.getppid())
-
-
-def _stat(pid: int) -> tuple[str, list[str]]:
-    name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
-    return name, rest.split()
 
 
 @dataclass
@@ -223,10 +218,6 @@ class World:
     @property
     def world_size(self) -> int:
         return self.launch.world_size
-
-    @property
-    def local_rank(self) -> int:
-        return self.launch.local_rank
 
     @property
     def whole(self) -> bool:
@@ -287,12 +278,11 @@ class World:
         if self.star is None or getattr(error, "shared", False):
             return None
         lost = isinstance(error, (ContactLost, dist.DistError))
-        if lost and (first := self.star.first(5.0)):
-            return first
         line = (str(error).strip().splitlines() or ["no message"])[0]
         verb = "lost contact with another rank first" if lost else "failed first"
         mine = f"rank {self.rank} ({self.launch.host}) {verb}: {type(error).__name__}: {line}"
-        self.star.end(mine, getattr(error, "status", CRASHED), mine=True)
+        if not (lost and self.star.first(5.0)):
+            self.star.end(mine, getattr(error, "status", CRASHED), mine=True)
         first = self.star.first(0.0)
         return first if first is not None and first[0] != mine else None
 
@@ -317,22 +307,18 @@ class World:
 
 
 def start(
-    launch: Launch,
-    run: RunConfig,
-    config_hash: str = "",
-    store: dist.Store | None = None,
-    *,
-    problem: str = "",
-    listener: Listener | None = None,
-) -> World:
+    launch: Launch, run: RunConfig, config_hash: str = "", store: dist.Store | None = None, *,
+    problem: str = "", listener: Listener | None = None, groups: Sequence[int] = (), files: int = 0,
+) -> World:  # fmt: skip
     """Bring the ranks together on their devices.
 
     `config_hash` must be the same on every rank; it says in a few characters what each was started
     with. `store` is one that all ranks have open already; by default rank 0 or the launcher keeps it.
-    `problem` is why this rank cannot take part: the others are to know. `listener` hears why the run is to end.
+    `problem`: why this rank cannot take part; `listener` hears why the run ends; `groups`: sizes of the groups
+    that this rank will be in; `files`: of data and checkpoints that it will open.
     Raises: LaunchError on every rank that arrived: a rank that never came within
-    run.init_timeout_seconds, different numbers of ranks, configurations, torch versions or devices,
-    a rank started twice, a port that is taken, CUDA asked for and absent, more processes than GPUs.
+    run.init_timeout_seconds, different numbers of ranks, configurations, torch versions or devices, a rank
+    started twice, a port that is taken, CUDA asked for and absent, more processes than GPUs, too few open files.
     """
     notes: list[str] = []
     device, gpu = torch.device("cpu"), ""
@@ -347,6 +333,7 @@ def start(
         _set_threads(run, 1, notes)
         return World(launch, device, Solo("world", 0), (launch.host,), notes)
 
+    problem = problem or _open_files(launch, device.type == "cuda", run.shared_memory, groups, files)
     cores = hashlib.sha256(str(sorted(os.sched_getaffinity(0))).encode()).hexdigest()[:8]
     mine = Arrival(
         launch.rank, launch.world_size, launch.host, os.getpid(), torch.__version__, device.type, gpu, cores,
@@ -360,27 +347,28 @@ def start(
         if launch.local_size == launch.world_size and device.type == "cpu":
             _one_node_network(notes)
         timeout = timedelta(seconds=run.io_timeout_seconds)
-        group = _world_group(launch, device, store, timeout, notes)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = dist.PrefixStore("group", store)
+        dist.init_process_group(backend, None, timeout, launch.world_size, launch.rank, store)
+        notes.append(f"{launch.launcher}: {counted(launch.world_size, 'rank')} over {backend}")
+        assert dist.group.WORLD is not None
         world = World(
             launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, star,
             crowded=len(sharing) > len(os.sched_getaffinity(0)), shared_memory=run.shared_memory,
         )  # fmt: skip
-        world.group = world._open(group, "world", tuple(range(launch.world_size)))
+        world.group = world._open(dist.group.WORLD, "world", tuple(range(launch.world_size)))
         return world
     except BaseException:
         star.close()
         raise
 
 
-def _world_group(
-    launch: Launch, device: torch.device, store: dist.Store, timeout: timedelta, notes: list[str]
-) -> dist.ProcessGroup:
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    store = dist.PrefixStore("group", store)
-    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
-    notes.append(f"{launch.launcher}: {counted(launch.world_size, 'rank')} over {backend}")
-    assert dist.group.WORLD is not None
-    return dist.group.WORLD
+def _open_files(launch: Launch, cuda: bool, shared: bool, groups: Sequence[int], files: int) -> str:
+    """What is wrong if this rank may not open all files it will need."""
+    first, ranks = launch.rank == 0, launch.world_size
+    keeper = first and not launch.store_kept
+    need = files_needed(ranks, groups, files, first=first, keeper=keeper, cuda=cuda, shared=shared)
+    return too_many(need, raised_limit(), f"rank {launch.rank} ({launch.host})")
 
 
 def _meet(

@@ -105,13 +105,14 @@ def _read_port(path: Path, rank: int, seconds: float, deadline: float) -> int:
 def open_star(star: Star, store: dist.Store, mine: Arrival, address: str, seconds: float) -> None:
     """Connect this rank to the others. Raises: LaunchError if rank 0 cannot be reached within `seconds`."""
     loopback, port = address in ("127.0.0.1", "localhost", "::1"), 0
-    if mine.rank == 0:
-        store.set("star", json.dumps([star.open(loopback), star.token]))
-        return
     try:
+        if mine.rank == 0:
+            store.set("star", json.dumps([star.open(loopback), star.token]))
+            return star.attend()
         store.wait(["star"], timedelta(seconds=seconds))
         port, star.token = json.loads(store.get("star"))
         star.connect("127.0.0.1" if loopback else address, port, asdict(mine), seconds)
+        star.attend()
     except (RuntimeError, OSError) as error:
         raise LaunchError(
             f"rank {mine.rank} ({mine.host}) could not reach rank 0 at {address}:{port} within {seconds:g} s "

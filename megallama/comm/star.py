@@ -30,15 +30,11 @@ _LINGER = 10.0  # seconds for the others to leave before rank 0 does
 
 
 class Listener(Protocol):
-    """Who is to know when the run ends before training has begun.
-
-    listen: call `tell`, from any thread, with what asks this rank to stop; leave: all ranks do, for this reason, with
-    this exit status (in a thread of its own); before_leaving: what is to be done before.
-    """
+    """Tells what asks this rank to stop, and leaves, in a thread of its own, when all do: why, exit status."""
 
     def listen(self, tell: Callable[[str], None]) -> None: ...
     def leave(self, why: str, status: int) -> None: ...
-    def before_leaving(self, act: Callable[[], None]) -> None: ...
+    def before_leaving(self, act: Callable[[str, int], None]) -> None: ...
 
 
 class Star:
@@ -51,8 +47,7 @@ class Star:
         self._news: tuple[str, int] | None = None
         self._told, self._quiet, self._listener = threading.Event(), False, listener
         self._links: dict[int, asyncio.StreamWriter] = {}  # by rank; from `size` on those who are a second of theirs
-        self.gone: set[int] = set()  # links that have ended
-        self._parted: set[int] = set()  # who said so before
+        self.gone: set[int] = set()  # links that have ended, or are about to
         self._boxes: dict[int, SimpleQueue[tuple[int, Any]]] = {}
         self._sent: dict[int, bytes] = {}  # by rank 0, for those as well who come late
         self._door: asyncio.Server | None = None
@@ -62,26 +57,23 @@ class Star:
 
     def open(self, loopback: bool) -> int:
         """Rank 0: the port where the others connect."""
-        if loopback or not socket.has_dualstack_ipv6():
-            door = socket.create_server(("127.0.0.1" if loopback else "", 0), backlog=4096)
-        else:
-            door = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
+        both = not loopback and socket.has_dualstack_ipv6()
+        family, host = socket.AF_INET6 if both else socket.AF_INET, "127.0.0.1" if loopback else ""
+        door = socket.create_server((host, 0), family=family, dualstack_ipv6=both)
         self._door = self._run(asyncio.start_server(self._admit, sock=door, backlog=4096, limit=_LONGEST))
-        self._attend()
         return door.getsockname()[1]
 
     def connect(self, host: str, port: int, hello: dict[str, Any], seconds: float) -> None:
         """The others: connect to rank 0, with `rank`, `host` and what `meet` wants to know. Raises: OSError."""
-        reader, self._links[0] = self._run(
-            asyncio.wait_for(asyncio.open_connection(host, port, limit=_LONGEST), seconds)
-        )
+        opening = asyncio.open_connection(host, port, limit=_LONGEST)
+        reader, self._links[0] = self._run(asyncio.wait_for(opening, seconds))
         self.post(MEETING, hello | {"token": self.token})
         asyncio.run_coroutine_threadsafe(self._serve(0, reader), self._loop)
-        self._attend()
 
-    def _attend(self) -> None:
+    def attend(self) -> None:
+        """From here on the listener can tell the others, and is told."""
         if self._listener is not None:
-            self._listener.before_leaving(self._linger)
+            self._listener.before_leaving(lambda why, status: self._linger())
             self._listener.listen(lambda name: self.end(f"{name} on {self.names[self.rank]}", SAVED))
 
     def post(self, channel: int, value: Any) -> None:
@@ -157,14 +149,12 @@ class Star:
                     self._box(channel).put((link, value))
                 elif value[0] == "ends":
                     self._learn(*value[1:])
-                elif value[0] == "gone":
-                    self._forget(value[1])
                 else:
-                    self._parted.add(link)
-        if link not in self._parted:
+                    self._forget(link if value[0] == "parts" else value[1])
+        if link not in self.gone:
             name = self.names.get(link, f"rank {link}")
             self._learn(f"{name} has left without a word: killed, or ended outside Python", CRASHED)
-        self._forget(link)
+            self._forget(link)
 
     def _report(self, why: str, status: int) -> None:
         """To rank 0, which knows what was first; without it, to oneself."""

@@ -7,6 +7,7 @@ derived values are filled in and the cross-field rules run.  All problems are re
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -44,10 +45,22 @@ ELSEWHERE = {
     "recompute_granularity": "memory.recompute", "bf16": "precision.dtype", "fp16": "precision.dtype",
 }  # fmt: skip
 
+SPOKEN = {  # the same for values
+    "gpu": "cuda", "nvidia": "cuda", "half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32",
+    "float": "fp32", "single": "fp32", "float64": "fp64", "double": "fp64",
+}  # fmt: skip
+
 
 def bare(words: Sequence[str]) -> list[str]:
     """``--section.key=value`` as ``section.key=value``: argparse would take it for an option of the tool's own."""
     return [re.sub(r"^--(?=(?:ranks|hardware|kernel|[\w-]+\.[^=]*)=)", "", word) for word in words]
+
+
+def is_setting(word: str) -> bool:
+    """Whether a word of a command line is section.key=value, not the path of a file, which may have a "=" too."""
+    key, equals, _ = word.removeprefix("--").partition("=")
+    known = any(key.replace("-", "_") == setting.key for setting in settings())
+    return bool(equals) and (known or not (os.path.exists(word) or "/" in key or word.endswith(".toml")))
 
 
 def read_words(words: Sequence[str], what: str, usage: str) -> tuple[Path | None, int, list[str]]:
@@ -55,7 +68,7 @@ def read_words(words: Sequence[str], what: str, usage: str) -> tuple[Path | None
 
     Returns the file, the ranks and the settings. Raises: ConfigError; `what` begins its message.
     """
-    files = [word for word in words if "=" not in word and not word.startswith("-")]
+    files = [word for word in words if not is_setting(word) and not word.startswith("-")]
     counts = [word for word in words if word.removeprefix("--").startswith("ranks=")]
     ranks = [count.partition("=")[2] for count in counts]
     if len(files) > 1:
@@ -302,7 +315,8 @@ class _Reader:
         example = f"; for example {key}={literal(setting.default)}" if setting.default not in (None, ()) else ""
         if error["type"] == "literal_error" and isinstance(value, str):
             options = re.findall(r'"([^"]*)"', setting.type)
-            near = difflib.get_close_matches(value.lower(), options, n=1, cutoff=0.5)
+            said = SPOKEN.get(value.lower(), value.lower())
+            near = difflib.get_close_matches(said, options, n=1, cutoff=0.5)
             example = f'; did you mean "{near[0]}"?' if near else ""
         finite = "finite, " if error["type"] == "finite_number" else ""
         none = " or none" if setting.optional else ""

@@ -174,6 +174,7 @@ def _ranks(config: Config, ranks: int | None) -> Iterator[str]:
         yield (
             f"ranks={ranks} cannot be cut into parallel.tp={p.tp} x parallel.pp={p.pp} = {unit}; use "
             f"{_multiples(ranks, unit)} ranks, or sizes whose product is {_near(_divisors(ranks), unit)}"
+            + f"; torchrun --nproc-per-node {unit} -m megallama.pretrain ... starts {unit}" * (ranks == 1)
         )
 
 

@@ -240,6 +240,7 @@ class LogConfig(Section):
     """What is written while it runs."""
 
     interval: PositiveInt = Field(1, description="steps between log lines [steps]")
+    every_rank: bool = Field(False, description="the other ranks write these lines too, each to its own file")
     tensorboard: bool = Field(True, description="write TensorBoard events to <run.folder>/tensorboard")
     wandb: bool = Field(False, description="also log to Weights & Biases if the package is installed")
     wandb_project: str = Field("megallama", description="project name there")

@@ -12,7 +12,8 @@ import torch
 
 def set_deterministic(on: bool) -> None:
     """Allow only deterministic kernels (an operation without one raises), or any."""
-    torch.use_deterministic_algorithms(on)
+    if torch.are_deterministic_algorithms_enabled() != on:  # the call imports a compiler: seconds of every rank
+        torch.use_deterministic_algorithms(on)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all buffers get written
     torch.backends.cudnn.deterministic = on
     torch.backends.cudnn.benchmark = False  # autotuning picks kernels by chance

@@ -47,11 +47,6 @@ def human_duration(seconds: float) -> str:
     return f"{days}d {hours:02d}:{minutes:02d}:{rest:02d}" if days else f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def show_error(text: str) -> None:
-    """``error: <text>`` on standard error."""
-    _print(f"error: {text}", error=True)
-
-
 def finish_output() -> None:
     """Flush what was printed; what nobody reads, or finds no room, is dropped and does not change the exit status."""
     try:
@@ -68,17 +63,6 @@ def _print(text: str, error: bool) -> None:
         pass
 
 
-class _Failures(logging.Handler):
-    """Puts tracebacks that somebody logged on the way into a rank's own file."""
-
-    def __init__(self, log: Logger) -> None:
-        super().__init__()
-        self._log = log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._log.note(self.format(record))
-
-
 class Logger:
     """The voice of one rank. Before it has a folder, given here or to `open`, it only prints."""
 
@@ -88,7 +72,10 @@ class Logger:
         self._own: int | None = None
         self._run: int | None = None
         self._said: set[str] = set()
-        self._failures = _Failures(self)
+        self._early: list[bytes] = []  # lines for this rank's file, which is not there yet
+        self._failures = logging.Handler()  # tracebacks that somebody logs on the way
+        self._failures.emit = lambda record: self.note(self._failures.format(record))  # type: ignore[method-assign]
+        logging.getLogger("megallama").addHandler(self._failures)
         if folder is not None:
             self.open(folder)
 
@@ -100,11 +87,11 @@ class Logger:
             (folder / "logs").mkdir(parents=True, exist_ok=True)
             self._own = _open(folder / "logs" / f"rank-{self.rank:04d}.log")
             self._run = _open(folder / "run.log") if self.rank == 0 else None
+            os.write(self._own, b"".join(self._early))
         except OSError as error:
             raise ConfigError(
                 f"run.folder={folder} cannot be written: {error.strerror}; give run.folder a folder that can be created"
             ) from error
-        logging.getLogger("megallama").addHandler(self._failures)
 
     def info(self, text: str) -> None:
         """A line in this rank's file; of rank 0 also on standard output and in run.log."""
@@ -128,7 +115,7 @@ class Logger:
         """What ends the run, for the files; `aloud` also on standard error."""
         self._write(f"error: {text}", self._own, self._run)
         if aloud:
-            show_error(text)
+            _print(f"error: {text}", error=True)
 
     def close(self) -> None:
         """Close the files; later lines are only printed."""
@@ -146,6 +133,8 @@ class Logger:
 
     def _write(self, text: str, *handles: int | None) -> None:
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode(errors="replace")
+        if self._own is None:
+            self._early.append(line)
         for handle in handles:
             if handle is not None:
                 try:

@@ -178,7 +178,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class MetricsWriter:
-    """Tells the log about every step and evaluation and, on rank 0, writes them to the sinks.
+    """On rank 0 tells the log about every step and evaluation and writes them to the sinks.
 
     `step` is the number of updates already made: later lines of an earlier start, and a line that a
     kill cut short, are removed from ``metrics.jsonl``; TensorBoard is told to forget them.  Of a run
@@ -198,6 +198,7 @@ class MetricsWriter:
     ) -> None:
         self._log = log
         self._steps = steps
+        self._tells = config.every_rank or log.rank == 0
         self._memory, self._loss_scale = 0, 1.0  # said last
         self._sinks: dict[str, Any] = {}
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -217,6 +218,8 @@ class MetricsWriter:
         if metrics.peak_memory_bytes > 1.05 * self._memory:
             self._memory = metrics.peak_memory_bytes
             self._log.info(f"step {metrics.step}: peak memory of this rank {human_bytes(self._memory)}")
+        if not self._tells:
+            return
         if (metrics.mfu_causal or 0) > 1:
             self._log.warn_once("MFU above 100 %: this device does more than run.peak_tflops; raise it", key="MFU")
         if metrics.loss_scale > self._loss_scale:
@@ -241,7 +244,8 @@ class MetricsWriter:
             work()
 
     def _write(self, kind: str, metrics: StepMetrics | ValidMetrics) -> None:
-        self._log.info(metrics.line(self._steps))
+        if self._tells:
+            self._log.info(metrics.line(self._steps))
         for name, sink in self._sinks.items():
             self._queue.put(partial(self._try, name, partial(sink.write, kind, metrics)))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import select
 import signal
 import threading
 import time
@@ -41,8 +40,7 @@ class SignalFlag:
         self._deciding = threading.Lock()  # where the phase changes, and where it is asked for
         self._ending = threading.Lock()  # never given back: the process ends with it
         self._tell: Callable[[str], None] | None = None
-        self._acts: list[Callable[[], None]] = []
-        self.say: Callable[[str, int], None] = lambda why, status: None  # to the user, before `leave` ends the process
+        self._acts: list[Callable[[str, int], None]] = []
         self._status, self._for_good = SAVED, False
         self._old: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] = (-1, -1)
@@ -74,16 +72,14 @@ class SignalFlag:
         for end in self._pipe:
             os.close(end)
 
-    # ---- before training ----
-
     def listen(self, tell: Callable[[str], None]) -> None:
         """While set-up lasts a request calls `tell` with its name, in any thread; one that has come, now."""
         self._tell = tell
         if self.received is not None:
             tell(self.received.name)
 
-    def before_leaving(self, act: Callable[[], None]) -> None:
-        """`act` is done before `leave` ends the process."""
+    def before_leaving(self, act: Callable[[str, int], None]) -> None:
+        """`act` is done, with the reason and the status, before `leave` ends the process."""
         self._acts.append(act)
 
     def leave(self, why: str, status: int = SAVED) -> None:
@@ -91,10 +87,11 @@ class SignalFlag:
         if self.phase in ("training", "leaving") or self._watcher is None:
             return
         self._ending.acquire()
-        self.say(why, status)
-        for act in self._acts:
-            act()
-        os._exit(status)
+        try:
+            for act in self._acts:
+                act(why, status)
+        finally:
+            os._exit(status)
 
     def last_call(self) -> str | None:
         """The request that has come; if none has, it is left to the first step's vote from here on."""
@@ -103,8 +100,6 @@ class SignalFlag:
                 self.phase = "about to train"
             return self.received.name if self.received else None
 
-    # ---- after it ----
-
     def leaving(self, status: int, *, for_good: bool = False) -> None:
         """What was to be done is done: whoever insists from here on gets this exit status.
 
@@ -112,22 +107,14 @@ class SignalFlag:
         """
         self.phase, self._status, self._for_good = "leaving", status, for_good
 
-    # ---- both ----
-
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number)
 
     def _watch(self) -> None:
         """Read the number of every signal as it arrives; do what cannot wait for the main thread."""
         first: float | None = None  # when the first that insists arrived
-        arrival = select.poll()
-        arrival.register(self._pipe[0], select.POLLIN)
-        while True:
-            waits = self.phase == "setting up" and self.received is not None
-            if not arrival.poll(1000 * self._telling if waits else None):
-                self.leave(self.received.name if self.received else "")
-                continue
-            for number in os.read(self._pipe[0], 64):
+        while data := os.read(self._pipe[0], 64):
+            for number in data:
                 if number == 0:
                     return
                 now = time.monotonic()
@@ -140,9 +127,13 @@ class SignalFlag:
     def _request(self, number: signal.Signals) -> None:
         with self._deciding:
             self.received = self.received or number  # where the main thread is busy its handler runs late
-            if self.phase != "setting up" or self._tell is None:
+            if self.phase != "setting up":
                 return
-        self._tell(number.name)
+        alone = threading.Timer(self._telling, self.leave, [number.name])
+        alone.daemon = True
+        alone.start()
+        if self._tell is not None:
+            self._tell(number.name)
 
     def _obey(self, number: int) -> None:
         """End the process, by a signal's default action if nothing is done yet: as it would have without a handler."""

@@ -82,14 +82,14 @@ class Trainer:
         self._agreed("data", self._check_request)
         kernels = self._describe()
         self._manager.acquire()
-        self._signals.before_leaving(self._manager.release)
+        self._signals.before_leaving(lambda why, status: self._manager.release())
         try:
             self._config = self._manager.keep_settings()
             self._plan = replace(self._plan, config=self._config)
             self._rank = self._agreed("model", lambda: self._build(kernels))
             self._restore()
             if why := self._asked_before():
-                self._signals.say(why, SAVED)
+                self._signals.leave(why)
                 return SAVED
             with Collector(self._config.train.gc_interval) as self._collector:
                 return self._loop()
@@ -217,10 +217,10 @@ class Trainer:
     def _asked_before(self) -> str | None:
         """What asked any rank to stop; if nothing has, all see it in the next step's vote from here on."""
         asked = self._world.group.gather_values(self._signals.last_call())
-        why = next((f"{name} on rank {rank}" for rank, name in enumerate(asked) if name), None)
-        if why is None:
-            self._signals.phase = "training"
-        return why
+        if why := next((f"{name} on rank {rank}" for rank, name in enumerate(asked) if name), None):
+            return why
+        self._signals.phase = "training"
+        return None
 
     # ---- state ----
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from megallama.comm.group import Group
+from megallama.comm.groups import partitions
 from megallama.comm.launch import World
+from megallama.comm.limits import files_needed
 from megallama.comm.recording import Recording
 from megallama.comm.shared_memory import SharedMemory
 from megallama.plan.topology import Topology
@@ -249,3 +251,17 @@ def first_failure(world: World, bad: int) -> str | None:
     except RuntimeError as error:
         return (world.failed(error) or [None])[0]
     return "the barrier held"
+
+
+def open_files(world: World, axes: dict[str, Any]) -> tuple[int, int]:
+    """Files that this rank has opened for the groups of a topology, the one of all ranks and the star; as counted."""
+    topology = Topology(**axes)
+    groups = world.groups(topology, num_kv_heads=4)
+    for name in ("tp", "dp", "pp", "embedding"):
+        getattr(groups, name).barrier()
+    found = len(os.listdir("/proc/self/fd"))
+    world.close()
+    before = len(os.listdir("/proc/self/fd"))
+    sizes = [len(ranks) for part in partitions(topology, 4).values() for ranks in part if world.rank in ranks]
+    need = files_needed(world.world_size, sizes, 0, first=world.rank == 0, keeper=False, cuda=False, shared=True)
+    return found - before, sum(need[name] for name in ("gloo", "shared memory", "connections with rank 0"))

@@ -137,7 +137,7 @@ def test_first_failure_over_groups_of_a_pool(pool: Pool) -> None:
 
 def test_alone_needs_nothing() -> None:
     with start(Launch(host="here"), RunConfig(device="cpu", threads=1)) as world:
-        assert (world.rank, world.world_size, world.local_rank, world.hosts) == (0, 1, 0, ("here",))
+        assert (world.rank, world.world_size, world.hosts) == (0, 1, ("here",))
         assert isinstance(world.group, Solo) and not torch.distributed.is_initialized()
         groups = world.groups(Topology(), num_kv_heads=2)
         assert all(isinstance(getattr(groups, name), Solo) for name in ("tp", "dp", "pp", "embedding", "kv", "world"))

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from megallama.config.describe import settings as schema_settings
 from megallama.config.errors import ConfigError, MegallamaError
-from megallama.config.load import flatten, load, read_words, resolve, to_toml
+from megallama.config.load import flatten, is_setting, load, read_words, resolve, to_toml
 from megallama.config.presets import PRESETS
 from megallama.config.schema import Config, SourceConfig
 
@@ -170,6 +170,9 @@ SINGLE: list[tuple[str, str]] = [
     ("data.changes={step=7,weights={a=-1}}", "data.changes[0].weights.a=-1 is wrong: weights must be a table with "
                                             f"numbers of at least 0 under each name; {A_CHANGE}"),
     ("data.at_max_epochs=halt", 'data.at_max_epochs="halt" must be one of "error", "stop"'),
+    ("run.device=gpu", 'run.device="gpu" must be one of "auto", "cpu", "cuda"; did you mean "cuda"?'),
+    ("precision.dtype=float16",
+     'precision.dtype="float16" must be one of "bf16", "fp16", "fp32", "fp64"; did you mean "fp16"?'),
     ("model.lr=1", "unknown setting 'model.lr'; did you mean optimizer.lr?"),
     ("lr=1", "unknown setting 'lr'; did you mean optimizer.lr?"),
     ("log.steps=1", "unknown setting 'log.steps'; did you mean train.steps?"),
@@ -453,3 +456,15 @@ def test_needs_no_torch() -> None:
         "sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'rich')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_a_path_may_have_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=3e-4").write_text("[train]\nsteps = 7\n", encoding="utf-8")
+    files = ("lr=3e-4", "runs/lr=3e-4.toml", "a.b=c.toml", str(tmp_path / "x=y" / "my.toml"), "my.toml")
+    assert [is_setting(word) for word in files] == [False] * len(files)
+    words = ("train.steps=7", "--train.steps=7", "--lr-schedule.kind=linear", "lr=1", "a.b=3", "run.folder=a/b=c")
+    assert [is_setting(word) for word in words] == [True] * len(words)
+    file, ranks, overrides = read_words(["lr=3e-4", "ranks=2", "data.train=a/b"], "the plan", "usage")
+    assert (file, ranks, overrides) == (Path("lr=3e-4"), 2, ["data.train=a/b"])
+    assert load(file, need_data=False).train.steps == 7

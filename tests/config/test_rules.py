@@ -167,6 +167,18 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "parallel.tp=2",
     ),
     (
+        "parallel.tp=2", 1,
+        "ranks=1 cannot be cut into parallel.tp=2 x parallel.pp=1 = 2; use 2 ranks, or sizes whose product is 1; "
+        "torchrun --nproc-per-node 2 -m megallama.pretrain ... starts 2",
+        "parallel.tp=1",
+    ),
+    (
+        "run.timeout_seconds=30", None,
+        "run.timeout_seconds=30 ends a run whose other ranks still wait for a batch, which may take "
+        "data.timeout_seconds=60; use run.timeout_seconds=60 or more, or data.timeout_seconds=30",
+        "run.timeout_seconds=60",
+    ),
+    (
         "batch.global_batch_size=30", 2,
         "batch.global_batch_size=30 is not a multiple of batch.micro_batch_size=4 x dp=2 (ranks / (tp x pp)) = 8; "
         "use 24 or 32",

@@ -36,6 +36,15 @@ def test_an_operation_without_a_deterministic_kernel_raises_only_when_on() -> No
     run()
 
 
+def test_what_is_so_already_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call imports torch's compiler: 1.5 seconds of CPU per rank and start."""
+    called: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", called.append)
+    set_deterministic(False)
+    set_deterministic(True)
+    assert called == [True]
+
+
 def test_new_memory_is_not_filled() -> None:
     set_deterministic(True)
     assert torch.utils.deterministic.fill_uninitialized_memory is False  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megallama.config.errors import ConfigError
-from megallama.train.log import Logger, human_bytes, human_count, human_duration, show_error
+from megallama.train.log import Logger, human_bytes, human_count, human_duration
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,13 @@ def test_a_closed_pipe_does_not_stop_the_run(tmp_path: Path) -> None:
     assert lines(tmp_path / "run.log") == ["0", "1", "2"]
 
 
-def test_an_error_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    show_error("model.hidden_size=3 is odd")
+def test_an_error_goes_to_standard_error_and_into_the_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in (0, 1):
+        log = Logger(rank, 2, tmp_path)
+        log.error("model.hidden_size=3 is odd", aloud=rank == 0)
+        log.close()
     assert capsys.readouterr() == ("", "error: model.hidden_size=3 is odd\n")
+    for name in ("run.log", "logs/rank-0000.log", "logs/rank-0001.log"):
+        assert lines(tmp_path / name) == ["error: model.hidden_size=3 is odd"]

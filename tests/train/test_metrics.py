@@ -174,12 +174,15 @@ def test_json_lines(tmp_path: Path) -> None:
     assert (third["kind"], third["name"], third["bits_per_byte"]) == ("valid", "valid", 1.2345)
 
 
-def test_every_rank_logs_the_loss_but_only_rank_0_writes_files(tmp_path: Path) -> None:
-    out = writer(tmp_path, LogConfig(), rank=1)
+@pytest.mark.parametrize("asked", [False, True])
+def test_other_ranks_write_no_files_and_step_lines_only_where_asked(tmp_path: Path, asked: bool) -> None:
+    out = writer(tmp_path, LogConfig(every_rank=asked), rank=1)
     out.train(STEP)
+    out.valid(VALID)
     out.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs"]
-    assert "| loss 3.2145 |" in (tmp_path / "logs" / "rank-0001.log").read_text()
+    text = (tmp_path / "logs" / "rank-0001.log").read_text()
+    assert text.count("| loss 3.2145 |") == asked and text.count("valid loss") == asked
 
 
 def test_a_resumed_run_forgets_what_is_done_again(tmp_path: Path) -> None:

@@ -164,8 +164,8 @@ import ctypes, os, signal, sys, time
 from megallama.train.signals import SignalFlag
 with SignalFlag(patience=0.0, telling=0.2) as flag:
     if sys.argv[1] in ("alone", "nobody"):
-        flag.say = lambda why, status: print(why, status, flush=True)
-        flag.before_leaving(lambda: print("last act", flush=True))
+        flag.before_leaving(lambda why, status: print(why, status, flush=True))
+        flag.before_leaving(lambda *_: print("last act", flush=True))
         if sys.argv[1] == "alone":
             flag.listen(flag.leave)
         print("ready", flush=True)

@@ -96,8 +96,8 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all(pool: Pool, tmp_path: P
     assert curve(tmp_path) == curve(tmp_path / "straight")
 
 
-def test_every_rank_logs_the_loss(pool: Pool, tmp_path: Path) -> None:
-    pool.run(4, RUN, str(tmp_path), sections({"tp": 2, "pp": 2}))
+def test_every_rank_logs_the_loss_where_asked(pool: Pool, tmp_path: Path) -> None:
+    pool.run(4, RUN, str(tmp_path), sections({"tp": 2, "pp": 2}) | {"log": {"every_rank": True}})
     loss = f"loss {curve(tmp_path)[-1][1]:.4f}"
     for rank in range(4):
         assert f"step 8/8 | {loss}" in (tmp_path / "logs" / f"rank-000{rank}.log").read_text()
