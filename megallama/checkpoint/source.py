@@ -6,6 +6,7 @@ tensors of the model, and where several ranks hold the same tensor it must be th
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +62,7 @@ class Source:
     @property
     def head_left_out(self) -> bool:
         """Whether the files have a head of their own that is not used, as --head tied asks."""
-        return self.kind != "meta" and self.model.tie_embeddings and bool(self.notes)
+        return self.kind in ("hf", "megatron") and self.model.tie_embeddings and bool(self.notes)
 
     @property
     def formats(self) -> list[str]:
@@ -150,7 +151,8 @@ def open_source(folder: Path, state: str = "model", context: int | None = None, 
         if problems := reader.verify_blocks(step, saved, [b for name in small for b in saved.blocks(name)]):
             raise DamagedError("; ".join(problems))
         form, files = foreign.whole_form(saved.model), {"": reader.open_state(step, saved, state)}
-        return Source("step", step, saved.model, form, files, _carried(step / "model"), saved, state)
+        carried, notes = _step_small(step / "model", saved.model)
+        return Source("step", step, saved.model, form, files, carried, saved, state, notes=notes)
     if (kind := foreign_kind(folder)) == "meta":
         return _open_meta(folder, context)
     model = read_model_config(folder)
@@ -160,6 +162,23 @@ def open_source(folder: Path, state: str = "model", context: int | None = None, 
     model, notes = reader.head_of(folder, found, model, head)
     reader.check_tensors(folder, found, model)
     return Source("hf", folder, model, foreign.whole_form(model), {"": found}, _carried(folder), notes=notes)
+
+
+def _step_small(folder: Path, model: ModelConfig) -> tuple[dict[str, bytes], list[str]]:
+    """The small files of a step, and what there is to say of them.
+
+    Earlier versions exported a SentencePiece model alone, whose ids transformers makes otherwise: it gets its
+    tokenizer.json here.
+    """
+    small, notes = _carried(folder), list[str]()
+    if "tokenizer.json" in small or not small.get("tokenizer.model", b"").startswith(b"\n"):
+        return small, notes
+    begun = json.loads(small.get("tokenizer_config.json", b"{}")).get("add_bos_token", False)
+    longest = json.loads(small["config.json"])["max_position_embeddings"]
+    bos = special_tokens(folder / "tokenizer.model").get("bos") if begun else None
+    marks = {"bos_id": bos[1] if bos else None}
+    made = model_files(config_of(model, "F32", longest), folder / "tokenizer.model", marks, longest, notes.append)
+    return small | {name: data for name, data in made.items() if name.startswith("tokenizer")}, notes
 
 
 def foreign_kind(folder: Path) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor
 
 from megallama.checkpoint import manifest
 from megallama.checkpoint.foreign import meta_ffn, meta_params
@@ -353,6 +354,22 @@ def test_the_sentencepiece_tokenizer_above_metas_folder_is_carried_and_begins_wi
     step = to(tmp_path / "llama/7B", tmp_path / "run", "step")
     assert (step / "model/tokenizer.model").read_bytes() == model.read_bytes()
     assert manifest.read_manifest(step).body["tokenizer"] == hashlib.sha256(model.read_bytes()).hexdigest()
+
+
+def test_a_step_of_an_earlier_version_is_converted_with_an_equal_tokenizer_json(tmp_path: Path) -> None:
+    """Which it has not got itself: such versions wrote the SentencePiece model alone."""
+    hf_folder(tmp_path / "hf", MHA)
+    train_sentencepiece(tmp_path).rename(tmp_path / "hf/tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": False, "legacy": False}
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps(settings))
+    step = to(tmp_path / "hf", tmp_path / "run", "step")
+    assert not (step / "model/tokenizer.json").exists()
+    to(step, tmp_path / "out", "hf")
+    ours = SentencePieceProcessor(model_file=str(tmp_path / "hf/tokenizer.model"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("the quick", " the quick", "  7", "\n dog"):
+        assert theirs(text)["input_ids"] == ours.encode(text)
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == (step / "model/tokenizer.model").read_bytes()
 
 
 def test_the_tokenizer_of_llama_3_is_carried_as_it_is(tmp_path: Path) -> None:
