@@ -6,7 +6,7 @@ work runs.  A handle keeps its tensors alive until it is waited for.
 
 Five implementations: `Solo` (one rank: every operation is the identity, so no caller asks for the
 size), `C10d` (torch.distributed: NCCL or gloo), `SharedMemory` (CPU ranks of one machine),
-`Recording` (wraps another group and writes down what was communicated) and, in the tests, threads.
+`Timed` (wraps another group and notes when) and, in the tests, threads.
 
 Positions (`rank`, `source`, `to`) are indices *within the group*; `ranks` are global ranks.
 """

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from megallama.comm.groups import partitions
-from megallama.comm.recording import Call, Wait
 from megallama.plan.plan import make_plan
 from tests.parity.matrix import Layout
 from tools.proof.agreement import Disagreement, Program, prove
 from tools.proof.dryrun import dry_run
+from tools.proof.recording import Call, Wait
 
 PAIR = {"pp": [(0, 1)], "world": [(0, 1)]}
 

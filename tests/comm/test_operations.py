@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megallama.comm.group import Group, Solo
-from megallama.comm.recording import Call, Recording
 from tests.comm import operations
 from tests.pool import Pool
 from tests.threads import run_threads
+from tools.proof.recording import Call, Recording
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from megallama.comm.groups import Groups
-from megallama.comm.recording import Call, Recording
 from megallama.config.schema import Config
 from megallama.kernels.select import select_kernels
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import DTYPES, Rank, assemble, initialize
 from tests.small import CPU, curve, on_threads, small_config, tokens, train
 from tests.threads import run_threads
+from tools.proof.recording import Call, Recording
 
 TOKENS, HIDDEN = 16, 32
 

@@ -12,7 +12,6 @@ import torch
 
 from megallama.analysis.communication import collectives, communication_table
 from megallama.comm.groups import Groups
-from megallama.comm.recording import Call, Recording
 from megallama.config.schema import Config
 from megallama.plan.plan import Plan, make_plan
 from megallama.train.assemble import DTYPES
@@ -21,6 +20,7 @@ from tests.parity.matrix import FURTHER, Layout, matrix
 from tests.small import build, documents, micro_batches, small_config, tokens, train
 from tests.threads import run_threads
 from tools.proof.dryrun import dry_run
+from tools.proof.recording import Call, Recording
 
 Key = tuple[object, ...]
 SWITCHES = ("grad_reduce", "param_gather", "tensor_parallel")

@@ -20,8 +20,8 @@ from itertools import zip_longest
 from typing import Any
 
 from megallama.comm.groups import Partition
-from megallama.comm.recording import Call, Wait
 from megallama.config.errors import MegallamaError
+from tools.proof.recording import Call, Wait
 
 Groups = Mapping[str, Partition]  # all groups by name
 Channel = tuple[str, str, int]  # "send" or "recv", group, peer within the group; all collectives: "", group, -1

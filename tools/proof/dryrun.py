@@ -24,7 +24,6 @@ from torch.autograd import Function
 
 from megallama.comm.group import Group, Solo
 from megallama.comm.groups import Partition, build_groups, partitions
-from megallama.comm.recording import Call, FakeGroup, Recording, Wait
 from megallama.data.batch import MicroBatch
 from megallama.kernels.documents import Documents
 from megallama.kernels.select import select_kernels
@@ -35,6 +34,7 @@ from megallama.plan.schedule import F, Kind
 from megallama.train.assemble import DTYPES, assemble
 from megallama.train.step import evaluate_step, train_step
 from tools.proof.agreement import Program, prove
+from tools.proof.recording import Call, FakeGroup, Recording, Wait
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 
