@@ -19,7 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megallama.train.signals import SAVED, SignalFlag  # whatever takes time comes after `SignalFlag`
+from megallama.train.signals import (
+    SAVED,
+    SignalFlag,
+)  # whatever takes time comes after `SignalFlag`
 
 if TYPE_CHECKING:
     from megallama.comm.launch import Launch, World
@@ -142,7 +145,8 @@ def _failed(error: Exception, world: World, log: Logger, signals: SignalFlag, fo
     elif first is not None:
         log.warn(f"{first[0]}; this rank stopped because of it ({type(error).__name__})")
     else:
-        trace, line = "".join(traceback.format_exception(error)).rstrip(), f"{type(error).__name__}: {error}"
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        line = f"{type(error).__name__}: {error}"
         if machine := isinstance(error, OSError):  # no fault of the program: on the screen a line will do
             log.note(trace)
         log.error(line if machine else trace, aloud=True)

@@ -1,7 +1,7 @@
 """What goes wrong with checkpoints, and how all ranks come to know it.
 
-Every phase of a save or a load ends with `agree`: each rank tells the others how it fared, so either
-all go on or all raise the same error, which names the rank that failed and why.
+Every phase of a save or a load ends with `agree`: each rank tells the others how it fared, so
+either all go on or all raise the same error, which names the rank that failed and why.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class NotFiniteError(CheckpointError):
 def agree(group: Assembly, what: str, work: Callable[[], Any], *, collect: bool = False) -> list[Any]:
     """Run `work` on this rank; the JSON values it returned on every rank, in rank order.
 
-    collect: the values go to rank 0 alone; what the others get is not to be looked at.
-    Raises, on every rank alike: DamagedError or NotFiniteError if any rank has one, else the kind of MegallamaError
-    that the first rank that failed had, with its status.  Of what is none, an OSError (a full disk, say) becomes a
-    CheckpointError with status 1, all others an InternalError; their traceback is logged before anything is exchanged.
-    `what` begins the message.
+    collect: the values go to rank 0 alone; what the others get is not to be looked at. Raises, on
+    every rank alike: DamagedError or NotFiniteError if any rank has one, else the kind of
+    MegallamaError that the first rank that failed had, with its status.  Of what is none, an
+    OSError (a full disk, say) becomes a CheckpointError with status 1, all others an InternalError;
+    their traceback is logged before anything is exchanged. `what` begins the message.
     """
     value, failure, cause = None, None, None
     try:
@@ -59,7 +59,10 @@ def agree(group: Assembly, what: str, work: Callable[[], Any], *, collect: bool 
 
     def summary(told: list[Any]) -> list[Any]:
         values.extend(value for value, _ in told)
-        return [[] if collect else values, [[rank, *bad] for rank, (_, bad) in enumerate(told) if bad is not None]]
+        return [
+            [] if collect else values,
+            [[rank, *bad] for rank, (_, bad) in enumerate(told) if bad is not None],
+        ]
 
     everyone, failed = group.gather_values([value, failure], summary)
     if not failed:

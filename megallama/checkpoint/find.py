@@ -16,7 +16,8 @@ from megallama.config.schema import Config
 def find_checkpoint(path: Path, tell: Callable[[str], None] = lambda text: None) -> Path:
     """The step folder that `path` is, or is the model/ of; of a folder of steps or a run folder the one saved last.
 
-    Any other path is returned as it is: the weights of another program, or nothing. `tell` hears of damaged steps.
+    Any other path is returned as it is: the weights of another program, or nothing. `tell` hears of
+    damaged steps.
     """
     if (step := step_folder(path)) is not None:
         return step

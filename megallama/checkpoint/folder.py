@@ -129,8 +129,9 @@ def point_latest(final: Path) -> None:
 class Choice:
     """Which checkpoint a run goes on from; every rank of `group` has one and calls the same methods.
 
-    One that is damaged is set aside, and the one before it is looked at.  One that cannot be read now may be whole, and
-    to take an older one would throw steps away: that ends the start, unless `previous` was asked for.
+    One that is damaged is set aside, and the one before it is looked at.  One that cannot be read
+    now may be whole, and to take an older one would throw steps away: that ends the start, unless
+    `previous` was asked for.
     """
 
     def __init__(self, folder: Path, group: Assembly, log: Callable[[str], None], *, previous: bool) -> None:

@@ -1,7 +1,7 @@
 """The Hugging Face side of a checkpoint: config.json both ways, generation_config.json, the tokenizer.
 
-`model/` must open with ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer``, in transformers
-4 and 5 alike, so rotary settings are written in the form that both read.
+`model/` must open with ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer``, in
+transformers 4 and 5 alike, so rotary settings are written in the form that both read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from megallama.plan.params import heads
 
 META_CONTEXT = 131_072  # tokens, of LLaMA 3.1 and 3.2
 TORCH_NAMES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_KEPT = ("chat_template", "padding_side")  # of a tokenizer_config.json beside the tokenizer; the rest is said anew
+# of a tokenizer_config.json beside the tokenizer; the rest is said anew
+_KEPT = ("chat_template", "padding_side")
 
 
 def model_files(
@@ -31,16 +32,21 @@ def model_files(
 ) -> dict[str, bytes]:
     """The small files of model/ by name: configs and tokenizer.
 
-    `marks`: "bos_id" and "eos_id" of the training's documents. Without an eos_id the tokenizer says; without a bos_id
-    what stands before a document is the end of another, and so it is exported. `longest` is the longest sequence,
-    default that of training; `say` is told what cannot be exported as it was.
+    `marks`: "bos_id" and "eos_id" of the training's documents. Without an eos_id the tokenizer
+    says; without a bos_id what stands before a document is the end of another, and so it is
+    exported. `longest` is the longest sequence, default that of training; `say` is told what cannot
+    be exported as it was.
     """
     marks, longest = marks or {}, longest or longest_sequence(config)
     special = special_tokens(tokenizer, marks) if tokenizer else {}
-    bos_id, eos_id = marks.get("bos_id"), special["eos"][1] if "eos" in special else marks.get("eos_id")
+    bos_id = marks.get("bos_id")
+    eos_id = special["eos"][1] if "eos" in special else marks.get("eos_id")
     ids = {"bos_token_id": eos_id if bos_id is None else bos_id, "eos_token_id": eos_id}
     generation = {"_from_model_config": True, **{k: v for k, v in ids.items() if v is not None}}
-    out = {"config.json": _json(_config_json(config, longest) | ids), "generation_config.json": _json(generation)}
+    out = {
+        "config.json": _json(_config_json(config, longest) | ids),
+        "generation_config.json": _json(generation),
+    }
     return out | (_tokenizer_files(tokenizer, special, bos_id is not None, longest, say) if tokenizer else {})
 
 
@@ -108,7 +114,12 @@ def read_model_config(folder: Path) -> ModelConfig:
         found = disk.read_json(path)
     except disk.MissingError:
         raise CheckpointError(f"{path} does not exist; give a step folder or a Hugging Face model folder") from None
-    fixed = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+    fixed = {
+        "model_type": "llama",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+    }
     wrong = [f"{k}={found[k]!r} instead of {want!r}" for k, want in fixed.items() if found.get(k, want) != want]
     if wrong:
         raise CheckpointError(f"{path} is not a LLaMA: {', '.join(wrong)}")
@@ -180,22 +191,39 @@ def merges_of(tokenizer: Path) -> Path | None:
 
 
 def _tokenizer_files(
-    tokenizer: Path, special: dict[str, tuple[str, int]], begun: bool, longest: int, say: Callable[[str], None]
+    tokenizer: Path,
+    special: dict[str, tuple[str, int]],
+    begun: bool,
+    longest: int,
+    say: Callable[[str], None],
 ) -> dict[str, bytes]:
     """A tokenizer's files, with which Hugging Face's programs give the ids of the training.
 
-    `special` is of `special_tokens`; `begun`: every document begins with bos. A SentencePiece model comes with a
-    tokenizer.json that no version rebuilds in its own way; where that cannot be had, `say` is told.
+    `special` is of `special_tokens`; `begun`: every document begins with bos. A SentencePiece model
+    comes with a tokenizer.json that no version rebuilds in its own way; where that cannot be had,
+    `say` is told.
     """
-    from megallama.checkpoint.sentencepiece_json import NotEqualError, begin_with, to_tokenizer  # only where needed
+    from megallama.checkpoint.sentencepiece_json import (
+        NotEqualError,
+        begin_with,
+        to_tokenizer,
+    )  # only where needed
 
-    beside, merges = read_settings(tokenizer.with_name("tokenizer_config.json")), merges_of(tokenizer)
+    beside = read_settings(tokenizer.with_name("tokenizer_config.json"))
+    merges = merges_of(tokenizer)
     first, eos = special.get("bos" if begun else "eos"), special.get("eos")
     settings: dict[str, Any] = {key: beside[key] for key in _KEPT if key in beside}
     settings |= {f"{kind}_token": token[0] for kind, token in (("bos", first), ("eos", eos)) if token}
     # text never became a control token in training; chat templates of others need it to
-    settings |= {"add_bos_token": begun, "add_eos_token": False, "split_special_tokens": "chat_template" not in beside}
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    settings |= {
+        "add_bos_token": begun,
+        "add_eos_token": False,
+        "split_special_tokens": "chat_template" not in beside,
+    }
+    settings |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
     settings |= {"clean_up_tokenization_spaces": False, "model_max_length": longest}
     if merges is not None:
         settings |= {"tokenizer_class": "GPT2Tokenizer"} | ({"unk_token": eos[0]} if eos else {})
@@ -207,7 +235,8 @@ def _tokenizer_files(
         try:
             found = to_tokenizer(files["tokenizer.model"])
             found.post_processor = begin_with(first if begun else None)
-            settings["unk_token"], files["tokenizer.json"] = found.model.unk_token, found.to_str().encode()
+            settings["unk_token"] = found.model.unk_token
+            files["tokenizer.json"] = found.to_str().encode()
         except NotEqualError as why:
             settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": False, "unk_token": "<unk>"}
             say(

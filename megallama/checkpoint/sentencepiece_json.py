@@ -1,9 +1,10 @@
 """A SentencePiece model in the form of a tokenizer.json that gives the same ids, to the last text.
 
-Byte pairs are merged by the scores of what they become, the leftmost of equals first; a tokenizer.json ranks the pairs
-themselves.  Both agree where every score is one piece's own and the pairs that make the same piece are ranked so that
-the left one of two that overlap comes first.  Where that, or anything else that decides about ids, cannot be had, the
-model is refused: other programs must then use the .model file with the sentencepiece library.
+Byte pairs are merged by the scores of what they become, the leftmost of equals first; a
+tokenizer.json ranks the pairs themselves.  Both agree where every score is one piece's own and the
+pairs that make the same piece are ranked so that the left one of two that overlap comes first.
+Where that, or anything else that decides about ids, cannot be had, the model is refused: other
+programs must then use the .model file with the sentencepiece library.
 """
 
 from __future__ import annotations
@@ -21,9 +22,24 @@ BPE = 2  # type of a model
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 Piece = tuple[str, float, int]  # text, score, type
 PROBES = (
-    *("", " ", "  two   three ", "\n", "\r\n\tx\t", "1234567890", "🦙👩\u200d👧🏽", "naïve cafe\u0301 東京"),
+    *(
+        "",
+        " ",
+        "  two   three ",
+        "\n",
+        "\r\n\tx\t",
+        "1234567890",
+        "🦙👩\u200d👧🏽",
+        "naïve cafe\u0301 東京",
+    ),
     *("\0 \ufeff\xa0", "<s>", "</s>", " <s> a</s>b<unk><0x0A>", SPACE, f"{SPACE * 2}a {SPACE}"),
-    *("a" * 99, " " * 70, "=-" * 50, "#" * 33, "def f(x):\n    return {'a': [x**2, -1e-9]}  # ==> !!! ... ---- ____"),
+    *(
+        "a" * 99,
+        " " * 70,
+        "=-" * 50,
+        "#" * 33,
+        "def f(x):\n    return {'a': [x**2, -1e-9]}  # ==> !!! ... ---- ____",
+    ),
 )
 
 
@@ -38,7 +54,8 @@ def to_tokenizer(model: bytes) -> Tokenizer:
     scores = [struct.unpack("<f", struct.pack("<I", part.get(2, [0])[-1]))[0] for part in parts]
     pieces = [(p[1][-1].decode(), score, p.get(3, [NORMAL])[-1]) for p, score in zip(parts, scores, strict=True)]
     trainer, normalizer = (_fields(file.get(number, [b""])[-1]) for number in (2, 3))
-    prefix, user = bool(normalizer.get(3, [1])[-1]), [text for text, _, kind in pieces if kind == USER_DEFINED]
+    prefix = bool(normalizer.get(3, [1])[-1])
+    user = [text for text, _, kind in pieces if kind == USER_DEFINED]
     if trainer.get(3, [1])[-1] != BPE or any(kind == UNUSED for _, _, kind in pieces):
         raise NotEqualError("it is no model of byte pairs, or has unused pieces")
     if user and (prefix or any({SPACE, " "} & {*text} for text in user)):
@@ -91,7 +108,10 @@ def _prove(model: bytes, ours: Tokenizer, pieces: Sequence[Piece]) -> None:
 
     theirs = SentencePieceProcessor(model_proto=model)
     ours.encode_special_tokens = True
-    texts = [*PROBES, *(" ".join(text for text, *_ in pieces[i : i + 64]) for i in range(0, len(pieces), 64))]
+    texts = [
+        *PROBES,
+        *(" ".join(text for text, *_ in pieces[i : i + 64]) for i in range(0, len(pieces), 64)),
+    ]
     for text in texts:
         if ours.encode(text, add_special_tokens=False).ids != theirs.encode(text):
             raise NotEqualError(f"the text {text[:40]!r} becomes other ids")

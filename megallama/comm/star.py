@@ -1,9 +1,9 @@
 """The star: one connection from every rank to rank 0, from before the ranks have met until they part.
 
-Process groups say nothing before they exist, and where they break they do not know who broke them.  Here the kernel
-closes a dead rank's connection and everybody is told; the first reason to stop, of whichever rank, reaches all; and
-small values are gathered on rank 0 without a connection between every two ranks.  A message is a line of JSON; a thread
-of each rank reads and writes them.
+Process groups say nothing before they exist, and where they break they do not know who broke them.
+Here the kernel closes a dead rank's connection and everybody is told; the first reason to stop, of
+whichever rank, reaches all; and small values are gathered on rank 0 without a connection between
+every two ranks.  A message is a line of JSON; a thread of each rank reads and writes them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class Star:
     """One rank's end of the star: rank 0 holds all connections, the others one."""
 
     def __init__(self, rank: int, size: int, host: str, listener: Listener | None = None) -> None:
-        self.rank, self.size, self.token = rank, size, secrets.token_hex(16)  # the token is for those who connect
+        # the token is for those who connect
+        self.rank = rank
+        self.size = size
+        self.token = secrets.token_hex(16)
         self.names = {rank: f"rank {rank} ({host})"}
         self.expected = size - 1 if rank == 0 else 0  # connections that must have ended before this rank leaves
         self._news: tuple[str, int] | None = None
@@ -206,7 +209,9 @@ class StarGroup:
         self._star, self._channel, self._seconds = star, channel, timeout.total_seconds()
 
     def gather_values(self, value: Any, summary: Callable[[list[Any]], Any] = list) -> Any:
-        waiting, told, deadline = "rank 0", {0: json.loads(json.dumps(value))}, time.monotonic() + self._seconds
+        waiting = "rank 0"
+        told = {0: json.loads(json.dumps(value))}
+        deadline = time.monotonic() + self._seconds
         try:
             if self.rank:
                 self._star.post(self._channel, value)

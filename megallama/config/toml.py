@@ -19,7 +19,10 @@ def read_toml(file: Path, what: str) -> dict[str, Any]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"cannot read {what} {file}: {reason}; give the path of a TOML file") from None
-    except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError also for numbers of thousands of digits
         said = f"{file} is not valid TOML: {error}; write lines like tp = 2 under [parallel]"
         raise ConfigError(said + _line_of(text, error)) from None
 
@@ -27,7 +30,8 @@ def read_toml(file: Path, what: str) -> dict[str, Any]:
 def _line_of(text: str, error: Exception) -> str:
     """On a line of its own, the line of `text` that a parser's error names; empty if it names none."""
     if isinstance(error, UnicodeDecodeError):
-        text, number = error.object.decode(errors="replace"), error.object.count(b"\n", 0, error.start) + 1
+        text = error.object.decode(errors="replace")
+        number = error.object.count(b"\n", 0, error.start) + 1
     elif found := re.search(r"at line (\d+)|at end of document", str(error)):
         number = int(found[1] or len(text.rstrip().splitlines()))
     else:

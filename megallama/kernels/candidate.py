@@ -1,9 +1,10 @@
 """What the candidates for an operation share: where they are to run, how they decline, packages, the comparison.
 
-Every operation has a file of its own with its implementations, the check that they must pass, and an `Operation` that
-lists them in order.  Implementations of Transformer Engine and of NVIDIA's apex are made by functions that import them
-when a GPU asks: both packages can fail to import in many ways (missing CUDA libraries, other versions, an unrelated
-package of the same name), so such a function returns an implementation or raises whatever it raises.
+Every operation has a file of its own with its implementations, the check that they must pass, and
+an `Operation` that lists them in order.  Implementations of Transformer Engine and of NVIDIA's apex
+are made by functions that import them when a GPU asks: both packages can fail to import in many
+ways (missing CUDA libraries, other versions, an unrelated package of the same name), so such a
+function returns an implementation or raises whatever it raises.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ class Target:
 class Operation:
     """The candidates for one operation, in order. The last is selected unchecked: nothing is left if it is refused.
 
-    A check takes a candidate and compares it on a small problem with the plain formula in float64: forward, backward,
-    accumulation.  It raises `Unsupported` with what differs and by how much, relative to the norm of what it should be.
+    A check takes a candidate and compares it on a small problem with the plain formula in float64:
+    forward, backward, accumulation.  It raises `Unsupported` with what differs and by how much,
+    relative to the norm of what it should be.
     """
 
     candidates: Sequence[tuple[str, Callable[[Target], Any]]]
@@ -103,5 +105,6 @@ def require_all_close(results: dict[str, Tensor], expected: Sequence[Tensor | No
 
 def random(target: Target, *shape: int, seed: int = 0) -> Tensor:
     """Normal values in the format of `target`, on its device."""
-    generator, acc_dtype = torch.Generator(target.device).manual_seed(seed), accumulate_dtype(target.dtype)
+    generator = torch.Generator(target.device).manual_seed(seed)
+    acc_dtype = accumulate_dtype(target.dtype)
     return torch.randn(shape, device=target.device, generator=generator, dtype=acc_dtype).to(target.dtype)

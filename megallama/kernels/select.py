@@ -1,8 +1,9 @@
 """Which implementation does each operation: candidates in order, each tried on the device before it is selected.
 
 A candidate is refused with a reason: its package is missing or fails to import (any exception
-counts), the device or number format is not its own, the user left it out (`run.without_kernels`), or its result on a
-small problem differs from the plain formula.  So a broken installation costs a line in the log, never a run.
+counts), the device or number format is not its own, the user left it out (`run.without_kernels`),
+or its result on a small problem differs from the plain formula.  So a broken installation costs a
+line in the log, never a run.
 
 The order is fixed, never measured when a run starts: two ranks could take different candidates, and norms replicated
 over tensor-parallel ranks would drift apart; a run that resumed would not repeat its bits.  ``tools/doctor.py
@@ -94,8 +95,8 @@ def select_kernels(
 ) -> Kernels:
     """Try the candidates of every operation on `device`; with `documents`, attention must also keep them apart.
 
-    Raises: MegallamaError if no attention here does, if `fp8` is asked for and nothing here can, or if a name in
-    `without` is that of no candidate.
+    Raises: MegallamaError if no attention here does, if `fp8` is asked for and nothing here can, or
+    if a name in `without` is that of no candidate.
     """
     target = Target(device, dtype, documents, compiled)
     selected: dict[str, Any] = {}
@@ -134,7 +135,12 @@ def _first(name: str, operation: Operation, target: Target, left_out: set[str]) 
             return made, Choice(name, kind, tuple(refused), broken)
         except Exception as error:  # noqa: BLE001 - a broken package may raise anything; the reason is kept
             broken |= isinstance(error, Wrong) or not isinstance(error, Unsupported)
-            refused.append((kind, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__))
+            refused.append(
+                (
+                    kind,
+                    str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+                )
+            )
     choice = Choice(name, operation.last[0], tuple(refused), broken)
     if name == FP8:
         raise MegallamaError(f'precision.fp8: {choice}; write precision.fp8="none"')

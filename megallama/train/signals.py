@@ -1,8 +1,9 @@
 """Signals that ask the run to stop, from the first line of the program to its last.
 
-Before training has begun nothing is worth saving: all ranks are told, and each process ends where it stands, whatever
-its main thread is waiting for.  Then a request is only noted, and the next step's vote tells all ranks.  Once the exit
-status is known a repeated request changes it no more.  Imports no torch: it is installed before that is.
+Before training has begun nothing is worth saving: all ranks are told, and each process ends where
+it stands, whatever its main thread is waiting for.  Then a request is only noted, and the next
+step's vote tells all ranks.  Once the exit status is known a repeated request changes it no more.
+Imports no torch: it is installed before that is.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ _INSIST = (signal.SIGTERM, signal.SIGINT)  # a second one of these is obeyed at 
 class SignalFlag:
     """While installed, a signal of `SIGNALS` sets `received` instead of killing the process.
 
-    A second SIGTERM or SIGINT ends the process at once by that signal, even where the main thread is
-    stuck in a collective: a thread watches for it.  Launchers deliver one request twice in quick
+    A second SIGTERM or SIGINT ends the process at once by that signal, even where the main thread
+    is stuck in a collective: a thread watches for it.  Launchers deliver one request twice in quick
     succession (Slurm and torchrun both forward SIGTERM), so a second one counts only `patience`
     seconds after the first.  SIGHUP stays ignored where it was (nohup).  Use as a context manager.
     Outside the main thread, where Python cannot handle signals, it does nothing.
 
-    telling: seconds in which the other ranks can be told before training; then the process leaves without them.
+    telling: seconds in which the other ranks can be told before training; then the process leaves
+    without them.
     """
 
     def __init__(self, patience: float = 2.0, telling: float = 6.0) -> None:
@@ -103,7 +105,8 @@ class SignalFlag:
     def leaving(self, status: int, *, for_good: bool = False) -> None:
         """What was to be done is done: whoever insists from here on gets this exit status.
 
-        for_good: the process ends with the flag, and the previous handlers do not come back to kill it before.
+        for_good: the process ends with the flag, and the previous handlers do not come back to kill
+        it before.
         """
         self.phase, self._status, self._for_good = "leaving", status, for_good
 
