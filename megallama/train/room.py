@@ -50,9 +50,8 @@ def check_room(told: Sequence[Told]) -> list[str]:
         has = f"{name} on {host} is {limit / GIB:.4g} GiB"
         if certain > limit:
             raise ConfigError(
-                f"weights, gradients and optimizer state of {counted(len(sharing), 'rank')} take "
-                f"{certain / GIB:.4g} GiB exactly, but {has}; use more machines, fewer ranks on each, or a smaller model "
-                "(tools/plan.py)"
+                f"the state of {counted(len(sharing), 'rank')} (weights, gradients, optimizer) takes exactly "
+                f"{certain / GIB:.4g} GiB, but {has}; use more machines, fewer ranks on each, or a smaller model"
             )
         if estimate > limit:
             warnings.append(f"with activations {estimate / GIB:.4g} GiB are expected, but {has}: it may be killed")
