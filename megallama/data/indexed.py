@@ -73,8 +73,7 @@ class _File:
             if not more:
                 raise DataError(
                     f"{self.path} ends at byte {os.fstat(self.fd).st_size}, expected {count} bytes from byte {offset} "
-                    "on; "
-                    f"it had {self.size} bytes when it was opened, so it was truncated since: {AGAIN}"
+                    f"on; it had {self.size} bytes when it was opened, so it was truncated since: {AGAIN}"
                 )
             data += more
         return data
@@ -156,9 +155,12 @@ class IndexedDataset:
     def read_rows(self, offsets: Sequence[int], out: np.ndarray) -> None:
         """Tokens offset .. offset+m-1 of each offset into the rows of `out` [n, m], which is of the file's type."""
         size, fd = self.dtype.itemsize, self._bin.fd
-        for offset, row in zip(offsets, out, strict=True):
-            if os.preadv(fd, (row,), offset * size) != row.nbytes:
-                row[:] = self.read(offset, len(row))
+        try:
+            for offset, row in zip(offsets, out, strict=True):
+                if os.preadv(fd, (row,), offset * size) != row.nbytes:
+                    row[:] = self.read(offset, len(row))
+        except OSError as error:
+            raise DataError(f"{self._bin.path} cannot be read: {error.strerror}; look at the storage") from error
 
     def starts(self, first: int, last: int) -> np.ndarray:
         """Where documents first..last begin [tokens], int64 [last - first + 1]; last may be num_documents."""

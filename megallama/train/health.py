@@ -75,6 +75,27 @@ class BadSteps:
         self.skipped, self.in_a_row, self.last_good = state["skipped"], state["in_a_row"], state["last_good"]
 
 
+class HighLoss:
+    """Notices a loss that stays above its first value: 2 % above it, for `PATIENCE` steps in a row."""
+
+    PATIENCE = 20
+
+    def __init__(self, first: float | None = None) -> None:
+        self.first, self.in_a_row = first, 0
+
+    def seen(self, loss: float) -> str | None:
+        """Note the loss of a good step; what to say of it, once."""
+        if self.first is None:
+            self.first = loss
+        self.in_a_row = self.in_a_row + 1 if loss > 1.02 * self.first else 0
+        if self.in_a_row != self.PATIENCE:
+            return None
+        return (
+            f"the loss has been above its first value, {self.first:.4f}, for {self.PATIENCE} steps, now {loss:.4f}: "
+            "the run diverges; look at optimizer.lr, lr_schedule.warmup_steps and the data"
+        )
+
+
 @dataclass(frozen=True)
 class Said:
     """What a rank wants all ranks to know."""

@@ -17,7 +17,7 @@ from megallama.plan.plan import Plan
 from megallama.train.assemble import DTYPES
 from megallama.train.health import BadSteps
 from megallama.train.log import Logger, human_count
-from megallama.train.metrics import Meter, MetricsWriter, ValidMetrics, peak_memory_bytes
+from megallama.train.metrics import Meter, MetricsWriter, peak_memory_bytes
 from megallama.train.peak import peak_flops
 from megallama.train.plot import plot_loss
 from megallama.train.step import StepResult
@@ -42,7 +42,7 @@ class Reporter:
     ) -> None:
         config = plan.config
         self._config, self._device, self._log, self._timers, self._train = config, device, log, timers, train
-        self._tokens = 0  # since the last line
+        self.tokens = 0  # since the last line
         peak = peak_flops(device, DTYPES[config.precision.dtype], config.run.peak_tflops)
         if peak is None:
             log.info("MFU is not shown: the peak of this device is not known; run.peak_tflops may give it")
@@ -52,7 +52,7 @@ class Reporter:
         causal, full = (training_flops(config.model, config.batch.seq_length, causal=c) for c in (True, False))
         self._meter = Meter(plan.topology.world_size, causal, full, peak, total)
         self._timers.lap()
-        self._writer = MetricsWriter(
+        self.writer = MetricsWriter(
             Path(config.run.folder),
             log,
             config.log,
@@ -61,10 +61,6 @@ class Reporter:
             settings=config.model_dump(mode="json"),
         )
 
-    def made(self, tokens: int) -> None:
-        """A step of so many tokens was made."""
-        self._tokens += tokens
-
     def step(
         self, counters: Counters, result: StepResult, lr: float, bad: BadSteps, scaler: LossScaler, waited: float
     ) -> None:
@@ -72,7 +68,7 @@ class Reporter:
         seconds, phases = self._timers.lap()
         seconds -= phases.get("save", 0.0) + phases.get("evaluate", 0.0)  # speed is that of training
         metrics = self._meter.step(
-            tokens=self._tokens,
+            tokens=self.tokens,
             seconds=seconds,
             consumed_tokens=counters.tokens,
             step=counters.step,
@@ -88,12 +84,8 @@ class Reporter:
             sources=used_sources(self._train, counters.samples),
             phase_seconds=phases,
         )
-        self._tokens = 0
-        self._writer.train(metrics)
-
-    def evaluation(self, metrics: ValidMetrics) -> None:
-        """Tell of an evaluation."""
-        self._writer.valid(metrics)
+        self.tokens = 0
+        self.writer.train(metrics)
 
     def finished(self, counters: Counters) -> None:
         """All steps are done."""
@@ -106,10 +98,6 @@ class Reporter:
             folder = Path(config.run.folder)
             png, reason = plot_loss(folder / "metrics.jsonl", folder / "loss.png")
             self._log.info(f"loss curve: {png}" if png else f"no loss curve: {reason}")
-
-    def close(self) -> None:
-        """Finish all files."""
-        self._writer.close()
 
 
 def used_sources(train: TrainData | None, samples: int) -> Mapping[str, Mapping[str, float]]:

@@ -21,6 +21,7 @@ from megallama.comm.recording import Tape
 from megallama.config.errors import ConfigError, MegallamaError
 from megallama.config.rules import check, remaining
 from megallama.config.schema import Config
+from megallama.config.usual import unusual
 from megallama.config.words import counted
 from megallama.data.errors import DataError
 from megallama.data.ledger import TrainData
@@ -35,11 +36,12 @@ from megallama.train.changes import changes
 from megallama.train.collect import Collector
 from megallama.train.determinism import set_deterministic
 from megallama.train.evaluate import Interrupted, evaluate
-from megallama.train.health import BadSteps, Said, TrainingStopped
+from megallama.train.health import BadSteps, HighLoss, Said, TrainingStopped
 from megallama.train.log import Logger, human_count
 from megallama.train.metrics import evaluated
 from megallama.train.peak import slow_format
 from megallama.train.report import Counters, Reporter, used_sources
+from megallama.train.room import check_room, room
 from megallama.train.signals import SAVED, SignalFlag
 from megallama.train.step import StepResult, train_step
 from megallama.train.timers import Timers
@@ -66,6 +68,7 @@ class Trainer:
         self._counters = Counters()
         self._scaler = LossScaler(config.precision)
         self._bad = BadSteps(config.train.max_bad_steps)
+        self._high = HighLoss()
         self._save_owed = False  # a save that was due while the steps were bad
         self._missing: list[tuple[Kind, ValidData]] = []  # evaluations that the last step still lacks
         self._evaluated_first = True  # a checkpoint of an earlier version lacks none
@@ -80,7 +83,10 @@ class Trainer:
         self._data = self._agreed("data", self._open_data)
         self._manager = self._checkpoints()
         self._agreed("data", self._check_request)
+        warnings = [*self._agreed("memory", self._check_room), *unusual(self._config)]
         kernels = self._describe()
+        for line in warnings:
+            self._log.info(f"warning: {line}")
         self._manager.acquire()
         self._signals.before_leaving(lambda why, status: self._manager.release())
         try:
@@ -122,6 +128,12 @@ class Trainer:
         """What a run that starts anew asks for in vain is known before anything is made."""
         if self._world.rank == 0 and self._manager.starts_anew():
             self._find_last_step()
+
+    def _check_room(self) -> list[str]:
+        rank, world = self._world.rank, self._world
+        memory = self._plan.memory(self._plan.topology.coords(rank)["pp"])
+        mine = (world.hosts[rank], memory.persistent, memory.total, room(world.device))
+        return check_room(world.group.gather_values(mine))
 
     def _describe(self) -> Kernels:
         config = self._config
@@ -229,6 +241,7 @@ class Trainer:
             **asdict(self._counters),
             "scaler": self._scaler.state_dict(),
             "bad_steps": self._bad.state_dict(),
+            "first_loss": self._high.first,
             "evaluated": self._counters.step - bool(self._missing),  # what was due up to this step
             **(self._train_data.state(self._counters.samples) if self._train_data else {}),
         }
@@ -236,6 +249,7 @@ class Trainer:
     def _load_counters(self, saved: dict[str, Any]) -> None:
         self._counters = Counters(**{name: saved[name] for name in ("step", "updates", "samples", "tokens")})
         self._first_step, self._evaluated_first = self._counters.step, "evaluated" not in saved
+        self._high = HighLoss(saved.get("first_loss"))
         self._scaler.load_state_dict(saved["scaler"])
         self._bad.load_state_dict(saved["bad_steps"])
 
@@ -247,6 +261,8 @@ class Trainer:
             with suppress(OSError):
                 good = self._manager.newest_step(bad.last_good or 0) if self._world.rank == 0 else None
             good = self._world.group.gather_values(good)[0]
+        if result.applied and (text := self._high.seen(result.loss)):
+            self._log.info(f"warning: step {self._counters.step}: {text}")
         bad.record(self._counters.step, result.applied, excused=self._excused, checkpoint=good)
         self._manager.keep_all = bad.in_a_row > 0
 
@@ -307,7 +323,7 @@ class Trainer:
             stopped = self._evaluate(report)
             while counters.step < self._last_step and stopped is None:
                 result = self._one_step(loader)
-                report.made(result.tokens)
+                report.tokens += result.tokens
                 self._world.bound(config.run.timeout_seconds)
                 stopped = result.stop_reason or self._asked_to_stop()
                 last = counters.step == self._last_step
@@ -325,7 +341,7 @@ class Trainer:
             self._signals.leaving(SAVED if unfinished else FINISHED)
         finally:
             loader.close()
-            report.close()
+            report.writer.close()
         if unfinished:
             then = "continue" if counters.step < self._last_step else "make the evaluations that are missing"
             self._log.info(f"stopped: {stopped}; saved at step {counters.step}, start the same command again to {then}")
@@ -422,7 +438,7 @@ class Trainer:
                         self._end_together(early.failure)
                     self._log.info(f"evaluation on {source.name} ended {early}: the next start makes it anew")
                     return early.vote.stop_reason
-                report.evaluation(replace(metrics, kind=kind))
+                report.writer.valid(replace(metrics, kind=kind))
                 del self._missing[0]
                 if vote.stop_reason:
                     return vote.stop_reason

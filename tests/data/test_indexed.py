@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import struct
@@ -284,3 +285,19 @@ def test_an_exception_keeps_the_earlier_pair(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert IndexedDataset(prefix).num_tokens == 18
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+def test_a_file_that_the_disk_does_not_give_back_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with IndexedWriter(tmp_path / "text", np.dtype(np.uint16)) as writer:
+        writer.add(np.arange(100))
+    dataset, out = IndexedDataset(tmp_path / "text"), np.empty((2, 10), np.uint16)
+
+    def broken(*args: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(DataError, match=r"text\.bin cannot be read: Input/output error; look at the storage"):
+        dataset.read_rows([0, 50], out)
+    monkeypatch.undo()
+    dataset.read_rows([0, 50], out)
+    assert out[:, 0].tolist() == [0, 50]
