@@ -27,7 +27,7 @@ def documents(prefix: Path) -> list[list[int]]:
 
 
 def content(prefix: Path, *suffixes: str) -> dict[str, bytes]:
-    return {s: Path(f"{prefix}{s}").read_bytes() for s in suffixes or (".bin", ".idx", ".json")}
+    return {s: Path(f"{prefix}{s}").read_bytes() for s in suffixes or (".bin", ".idx", ".sums", ".json")}
 
 
 def test_documents_are_encoded_and_ended(jsonl: Path, tokenizer_path: Path, tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_documents_are_encoded_and_ended(jsonl: Path, tokenizer_path: Path, tmp_
     (out,) = summary.outputs
     assert (out.documents, out.tokens, out.text_bytes) == (300, tokens, size)
     assert seen[-1] == (jsonl.stat().st_size, jsonl.stat().st_size, tokens)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.json", "a.sums"]
 
 
 def megatron_files(documents: list[list[int]], code: int, letter: str) -> dict[str, bytes]:
@@ -272,7 +272,7 @@ def test_too_many_bad_records_stop_the_run(
         preprocess([path], tmp_path / "a", tokenizer_path, max_bad=given, workers=processes)
     first = path.read_bytes().split(b"\n").index(b"x") + 1
     assert f"among them\n  {path}:{first}: not JSON" in str(error.value) and "--max-bad 5%" in str(error.value)
-    assert not [p for p in tmp_path.iterdir() if p.suffix in (".bin", ".idx", ".json", ".tmp")]
+    assert not [p for p in tmp_path.iterdir() if p.suffix in (".bin", ".idx", ".sums", ".json", ".tmp")]
 
 
 @pytest.mark.parametrize("given", ["many", "-1", "101%", "%", "1.5", "-2%"])

@@ -45,7 +45,7 @@ def test_the_bytes_are_those_of_one_process(jsonl: Path, tokenizer_path: Path, t
     assert done.stdout.count("many_valid.bin: 180 documents") == 1  # only the first rank reports
     assert "skipped 1 bad record: 1 not JSON" in done.stderr and f"{corpus}:1501: not JSON" in done.stderr
     preprocess([corpus], tmp_path / "one", tokenizer_path, split_valid=0.1, split_test=0.1)
-    assert digests(tmp_path / "many") == digests(tmp_path / "one") and len(digests(tmp_path / "one")) == 9
+    assert digests(tmp_path / "many") == digests(tmp_path / "one") and len(digests(tmp_path / "one")) == 12
 
 
 def test_progress_is_that_of_all_ranks(jsonl: Path, tokenizer_path: Path, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_an_error_ends_every_rank(
     arguments = (*given, "--tokenizer", tokenizer_path, "--output", tmp_path / "o")
     done = run(mpirun(2), 0, "end", 0, *arguments)
     assert done.returncode == status and text in done.stderr, done.stderr
-    assert not [p for p in tmp_path.iterdir() if p.suffix in (".bin", ".idx", ".json", ".tmp")]
+    assert not [p for p in tmp_path.iterdir() if p.suffix in (".bin", ".idx", ".sums", ".json", ".tmp")]
 
 
 def test_a_fault_in_another_rank_is_told_by_the_first(jsonl: Path, tokenizer_path: Path, tmp_path: Path) -> None:

@@ -189,4 +189,4 @@ def test_a_second_run_for_the_same_output_is_refused(jsonl: Path, tokenizer_path
         with pytest.raises(DataError, match="another process is writing .*o now; wait for it, or use another --output"):
             preprocess([jsonl], tmp_path / "o", tokenizer_path)
     preprocess([jsonl], tmp_path / "o", tokenizer_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.bin", "o.idx", "o.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.bin", "o.idx", "o.json", "o.sums"]
