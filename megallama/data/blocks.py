@@ -21,6 +21,7 @@ BLOCK = 1 << 16
 HEADER = struct.Struct("<8sQQI")
 MAGIC = b"MLSUMS\x00\x01"
 SPOTS = 8  # blocks by which a table is recognised as that of a pair
+DAMAGED = " is damaged itself; delete it, or write it with inspect_data.py --write-sums"
 AGAIN = "write it again with tools/preprocess_data.py"
 
 
@@ -120,7 +121,7 @@ class Sums:
         self._pair = [File(file.path) for file in pair]  # without a check of their own
         head = self._own.read(HEADER.size)
         if len(head) < HEADER.size or not head.startswith(MAGIC):
-            self._damaged()
+            raise DataError(f"it{DAMAGED}")
         _, *sizes, self._table = HEADER.unpack(head)
         self._blocks = [-(-size // BLOCK) for size in sizes]
         self._seen = bytearray(sum(self._blocks) // 8 + 1)  # a bit for each block: those that were compared
@@ -139,21 +140,18 @@ class Sums:
                 self._seen[byte] |= 1 << bit
 
     def _look_again(self, which: int, block: int) -> None:
-        path = self._pair[which].path
+        path, own = self._pair[which].path, self._own
         self._pair[which] = File(path)  # a passing fault is no damage
         if self._matches(which, block):
             return
-        if crc32(os.pread(self._own.fileno(), 4 * sum(self._blocks), HEADER.size)) != self._table:
-            self._damaged()
+        if crc32(os.pread(own.fileno(), 4 * sum(self._blocks), HEADER.size)) != self._table:
+            raise DataError(f"{own.name}{DAMAGED}")
         raise DataError(
-            f"{path}: the {BLOCK} bytes from {block * BLOCK} on are not what was written, says {self._own.name}: the "
-            f"file was damaged or changed since; put it back or {AGAIN}. If you know that it is right, delete the .sums"
+            f"{path}: the {BLOCK} bytes from {block * BLOCK} on are not what was written, says {own.name}: the file "
+            f"was damaged or changed since; put it back or {AGAIN}. If you know that it is right, delete the .sums"
         )
 
     def _matches(self, which: int, block: int) -> bool:
         file, start = self._pair[which], block * BLOCK
         entry = os.pread(self._own.fileno(), 4, HEADER.size + 4 * (block + which * self._blocks[0]))
         return crc32(file.read(start, min(BLOCK, file.size - start))).to_bytes(4, "little") == entry
-
-    def _damaged(self) -> None:
-        raise DataError(f"{self._own.name} is damaged itself; delete it, or write it with inspect_data.py --write-sums")

@@ -235,7 +235,6 @@ class IndexedWriter:
         self.num_documents = self.num_tokens = 0
         self._code = next(code for code, kind in CODES.items() if kind == self.dtype)
         self._files: list[BinaryIO] = []
-        self._finished = False
         with naming(self.prefix + ".bin and .idx"):
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
             self._sums = SumsWriter(self.prefix + ".sums.tmp")
@@ -278,7 +277,6 @@ class IndexedWriter:
             for file in self._files:
                 os.fsync(file.fileno())
                 file.close()
-        self._finished = True
 
     def _write_index(self) -> None:
         count, offset = self.num_documents, 0
@@ -297,7 +295,7 @@ class IndexedWriter:
 
     def commit(self) -> None:
         """Give the files their names; the index last, so that a pair with an index is whole."""
-        if not self._finished:
+        if not self._bin.closed:
             self.finish()
         for suffix in (".json", ".idx", ".sums"):  # what is old must never stand beside new tokens
             Path(self.prefix + suffix).unlink(missing_ok=True)

@@ -140,9 +140,12 @@ def test_a_source_is_checked_when_first_read_and_only_then(tmp_path: Path, monke
         read.clear()
 
 
-def test_a_damaged_block_ends_a_run_when_it_is_read(tmp_path: Path) -> None:
+def test_a_damaged_block_ends_a_run_when_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = write(tmp_path / "a")
     damage(f"{prefix}.bin", 5 * BLOCK + 10, b"\x01\x01")
+    with pytest.raises(DataError, match="are not what was written"):  # the ids that are looked at in the beginning
+        opened([(prefix, 1)], s=100, vocab=500)
+    monkeypatch.setattr(IndexedDataset, "largest_token", lambda self: 499)
     data = opened([(prefix, 1)], s=100, vocab=500)
     assert not data.notes
     with pytest.raises(DataError, match=rf"a\.bin: the 65536 bytes from {5 * BLOCK} on are not what was written"):
