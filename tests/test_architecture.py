@@ -29,8 +29,8 @@ ONLY_IN = {  # name -> the modules that may use it, by prefix
     "apex": ("kernels.",),
     "amp_C": ("kernels.",),
     "pickle": (),
-    "torch.save": ("checkpoint.pth",),
-    "torch.load": ("checkpoint.pth",),
+    "torch.save": ("tools.reshard.pth",),
+    "torch.load": ("tools.reshard.pth",),
     "NotImplementedError": (),
     "NotImplemented": (),
 }
@@ -222,7 +222,7 @@ BITES = (
     *("plan/ must not import pretrain", "f has 64 lines, at most 60", "`global`", "print belongs in train.log"),
     *("os.environ belongs in comm.launch", "f is public and has no docstring", "A is public and has no docstring"),
     *("no file docstring", "utils.py says nothing", "apex belongs in kernels."),
-    *("pickle belongs in no file", "torch.save belongs in checkpoint.pth", "torch.distributed belongs in comm."),
+    *("pickle belongs in no file", "torch.save belongs in tools.reshard.pth", "torch.distributed belongs in comm."),
     *("NotImplementedError belongs in no file", "TO" + "DO", "lines, at most 500"),
 )
 

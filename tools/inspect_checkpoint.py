@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megallama.checkpoint import manifest, reader  # noqa: E402
 from megallama.checkpoint.find import find_checkpoint  # noqa: E402
 from megallama.checkpoint.layout import STATE  # noqa: E402
-from megallama.checkpoint.source import Source, foreign_kind, open_source  # noqa: E402
 from megallama.config.errors import exit_status  # noqa: E402
 from megallama.config.words import counted  # noqa: E402
 from megallama.plan.box import Box  # noqa: E402
 from megallama.plan.params import num_parameters  # noqa: E402
+from tools.reshard.source import Source, foreign_kind, open_source  # noqa: E402
 
 CHUNK_ELEMENTS = 8 << 20
 

@@ -1,4 +1,8 @@
-"""Look into a .bin/.idx pair: `python tools/inspect_data.py PREFIX [--tokenizer PATH] [--document N] [--verify]`."""
+"""Look into a .bin/.idx pair: `python tools/inspect_data.py PREFIX [--tokenizer PATH] [--document N] [--verify]`.
+
+`--verify` compares every 64 KiB with PREFIX.sums; for a pair that has none, of an earlier version or of another tool,
+`--write-sums` makes it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import exit_status  # noqa: E402
 from megallama.config.words import counted  # noqa: E402
+from megallama.data.blocks import File, SumsWriter, naming  # noqa: E402
 from megallama.data.facts import read_facts  # noqa: E402
 from megallama.data.indexed import CHUNK, IndexedDataset  # noqa: E402
 from megallama.data.progress import ByteProgress  # noqa: E402
@@ -33,8 +38,9 @@ def run(argv: Sequence[str] | None) -> None:
     )
     parser.add_argument("--document", type=int, metavar="N", help="show document N (text with --tokenizer, else ids)")
     parser.add_argument(
-        "--verify", action="store_true", help="read everything: offsets, document marks, every token id"
+        "--verify", action="store_true", help="read everything: PREFIX.sums, offsets, document marks, every token id"
     )
+    parser.add_argument("--write-sums", action="store_true", help="verify, and write PREFIX.sums if it cannot be used")
     given = parser.parse_args(argv)
     dataset = IndexedDataset(given.prefix)
     tokenizer = load_tokenizer(given.tokenizer) if given.tokenizer else None
@@ -43,15 +49,30 @@ def run(argv: Sequence[str] | None) -> None:
         print(tokenizer.decode(ids.tolist()) if tokenizer else " ".join(map(str, ids)))
         return
     summarize(dataset)
-    if given.verify:
-        vocab_size = tokenizer.vocab_size if tokenizer else read_facts(dataset.prefix).get("vocab_size")
-        total = dataset.num_tokens * dataset.dtype.itemsize
-        with ByteProgress("verifying") as bar:
-            dataset.verify(vocab_size, lambda done: bar.update(done, total))
-        print(
-            f"verified: offsets, document marks and {counted(dataset.num_tokens, 'id', ',')}"
-            + (f" below {vocab_size}" if vocab_size else "")
-        )
+    if not given.verify and not given.write_sums:
+        return
+    vocab_size = tokenizer.vocab_size if tokenizer else read_facts(dataset.prefix).get("vocab_size")
+    total = dataset.num_tokens * dataset.dtype.itemsize
+    with ByteProgress("verifying") as bar:
+        lacking = dataset.verify(vocab_size, lambda done: bar.update(done, total))
+    below = f" below {vocab_size}" if vocab_size else ""
+    print(f"verified: offsets, document marks and {counted(dataset.num_tokens, 'id', ',')}{below}")
+    print(f"not verified: {lacking}" if lacking else f"verified: every 64 KiB is as {dataset.prefix}.sums says")
+    if lacking and given.write_sums:
+        write_sums(dataset.prefix)
+
+
+def write_sums(prefix: str) -> None:
+    """Write the checksums of a pair that was made without."""
+    path, pair = Path(prefix + ".sums"), (File(prefix + ".bin"), File(prefix + ".idx"))
+    sums = SumsWriter(prefix + ".sums.tmp")
+    with naming(str(path)), sums.file as file:
+        for offset in range(0, pair[0].size, CHUNK):
+            sums.add(pair[0].read(offset, min(CHUNK, pair[0].size - offset)))
+        sums.add(b"", last=True)
+        sums.finish(*pair)
+        Path(file.name).replace(path)
+    print(f"{path}: the checksums of the files as they are now")
 
 
 def summarize(dataset: IndexedDataset) -> None:

@@ -25,14 +25,14 @@ def run(argv: Sequence[str] | None) -> None:
     """Join the pairs. Raises: MegallamaError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefixes", nargs="+", help="the pairs, with or without .bin or .idx")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .sums and .json")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     given = parser.parse_args(argv)
     from megallama.data.merge import merge
     from megallama.data.progress import ByteProgress
 
     with ByteProgress("merging", quiet=given.quiet) as bar:
-        merged = merge(given.prefixes, given.output, bar.update)
+        merged = merge(given.prefixes, given.output, bar.update, lambda text: print(text, file=sys.stderr))
     documents, tokens = counted(merged.num_documents, "document", ","), counted(merged.num_tokens, "token", ",")
     print(f"{merged.prefix}.bin: {documents}, {tokens}")
 

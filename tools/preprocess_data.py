@@ -69,8 +69,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )  # fmt: skip
     parser.add_argument("--json-key", default="text", metavar="KEY", help="where the text is (default: text)")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad record instead of skipping it")
+    for name, share in (("", "0.1%% of all"), ("-per-file", "10%% of a file's")):
+        parser.add_argument(
+            f"--max-bad{name}", default="", metavar="N|P%", help=f"fail if more records are bad (default: {share})"
+        )
     parser.add_argument(
-        "--max-bad", default="", metavar="N|P%", help="stop if more records are bad (default: 1%% but at least 100)"
+        "--skip-bad-files", action="store_true", help="go on where a file cannot be read, or not to its end"
     )
     parser.add_argument(
         "--max-document-mb", type=float, default=MAX_DOCUMENT_MB, metavar="MB",
@@ -135,11 +139,14 @@ def run(given: argparse.Namespace, comm: Any) -> int:
             json_key=given.json_key,
             strict=given.strict,
             max_bad=given.max_bad,
+            max_bad_per_file=given.max_bad_per_file,
+            skip_bad_files=given.skip_bad_files,
             max_document_bytes=int(given.max_document_mb * (1 << 20)),
             fast=not given.reference_encoder,
             bos=given.bos,
             eos_token=given.eos_token,
             progress=bar.update,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
             comm=comm,
         )
     report(summary, time.monotonic() - start)
@@ -156,13 +163,8 @@ def report(summary: Summary, seconds: float) -> None:
     size, tokens = sum(out.text_bytes for out in summary.outputs), sum(out.tokens for out in summary.outputs)
     rates = f"{size / seconds / 1e6:.1f} MB/s, {tokens / seconds / 1e6:.2f} M tokens/s"
     print(f"{summary.marks}; {seconds:.1f} s, {rates}; encoder: {summary.encoder}")
-    if summary.skipped:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary.skipped.most_common())
-        print(f"skipped {counted(summary.skipped.total(), 'bad record', ',')}: {kinds}", file=sys.stderr)
-        for example in summary.examples:
-            print(f"  {example}", file=sys.stderr)
-        if summary.skipped.total() > len(summary.examples):
-            print(f"  ... and {summary.skipped.total() - len(summary.examples):,} more", file=sys.stderr)
+    for line in summary.losses.lines():
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -272,8 +272,8 @@ class Quickstart:
         self.vocabulary = vocabulary_for(corpus.text_bytes)
         documents = counted(corpus.documents, "document", ",")
         self.say(f"  {documents}, {human_bytes(corpus.text_bytes)}: {shown(corpus.path)}")
-        if corpus.skipped:
-            self.say(f"  {counted(len(corpus.skipped), 'file')} left out, the first: {escape(corpus.skipped[0])}")
+        for line in corpus.skipped:
+            self.say(f"  {escape(line)}")
         if self.text and corpus.text_bytes > 0.95 * limit:
             self.say(f"  no more than {human_bytes(limit)} are used here; README.md tells how to train on all of it")
 

@@ -42,11 +42,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     """Check the options, convert, tell."""
     from megallama.checkpoint.find import find_model
-    from megallama.checkpoint.source import Source, foreign_kind, open_source
     from megallama.config.errors import ConfigError
     from megallama.plan.params import num_parameters
     from tools.reshard.convert import UnverifiedError, Wish, convert
     from tools.reshard.second_reader import compare
+    from tools.reshard.source import Source, foreign_kind, open_source
     from tools.reshard.verify import compare_logits
 
     for name in ("tp", "pp", "shard_gb", "vocab_multiple"):

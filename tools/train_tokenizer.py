@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megallama.config.errors import exit_status  # noqa: E402
+from megallama.data.losses import Losses  # noqa: E402
 from megallama.data.progress import ByteProgress  # noqa: E402
 from megallama.data.train_tokenizer import train_tokenizer  # noqa: E402
 
@@ -43,9 +44,13 @@ def run(argv: Sequence[str] | None) -> None:
     parser.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="threads (default: the cores)"
     )
+    for name in ("max-bad", "max-bad-per-file"):
+        parser.add_argument(f"--{name}", default="", metavar="N|P%", help="as in tools/preprocess_data.py")
+    parser.add_argument("--skip-bad-files", action="store_true", help="as in tools/preprocess_data.py")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     given = parser.parse_args(argv)
     start = time.monotonic()
+    losses = Losses(given.max_bad, given.max_bad_per_file, skip_files=given.skip_bad_files)
     with ByteProgress("reading", then="training", quiet=given.quiet) as bar:
         path = train_tokenizer(
             given.inputs,
@@ -55,7 +60,11 @@ def run(argv: Sequence[str] | None) -> None:
             sample_bytes=int(given.sample_mb * 1e6),
             threads=given.threads,
             progress=bar.update,
+            losses=losses,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
         )
+    for line in losses.lines():
+        print(line, file=sys.stderr)
     print(f"{path}: {given.vocab_size:,} ids, {time.monotonic() - start:.1f} s")
 
 

@@ -191,6 +191,9 @@ class DataConfig(Section):
         None, description="token that ends a document; default: what the sources record, else what the tokenizer says"
     )
     synthetic: bool = Field(False, description="random tokens instead of data.train (speed measurements)")
+    checksums: bool = Field(
+        True, description="compare every 64 KiB of a source with its PREFIX.sums when it is first read"
+    )
     prefetch: int = Field(2, ge=0, description="batches prepared ahead in the background [batches]")
     timeout_seconds: PositiveFloat = Field(60.0, description="wait for a batch before the loader is declared stuck [s]")
 

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megallama.data.documents import BadRecord, RecordReader, find_files, parse, place
+from megallama.data.documents import RecordReader, place
 from megallama.data.errors import DataError
+from megallama.data.losses import Losses
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 MIN_BYTES = 100_000  # of the reader's own text
@@ -32,7 +33,7 @@ class Corpus:
     documents: int
     text_bytes: int
     cut: bool  # max_bytes was reached and the rest left out
-    skipped: tuple[str, ...]  # "file: reason" of everything left out as unreadable
+    skipped: tuple[str, ...]  # lines that tell what was left out, and why
 
 
 def build_corpus(
@@ -43,7 +44,7 @@ def build_corpus(
     The same installation (or text) always gives the same bytes.
     Raises: DataError if the text is missing, empty, unreadable or too small to train on.
     """
-    skipped: list[str] = []
+    skipped, losses = list[str](), Losses()
     if text is None:
         lib = stdlib or Path(sysconfig.get_paths()["stdlib"])
         documents: Iterable[tuple[str, str]] = [*_topics(), *_modules(lib, skipped)]
@@ -52,11 +53,12 @@ def build_corpus(
                 f"{lib} holds no Python sources (a trimmed installation?); give your own text with TEXT=path"
             )
     else:
-        documents = _own(text, json_key, skipped)
+        documents = _own(text, json_key, losses, skipped)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     try:
         count, total, cut = _write(temporary, documents, max_bytes)
+        losses.check()
         if text is not None and total < MIN_BYTES:
             note = f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else ""
             raise DataError(
@@ -66,7 +68,7 @@ def build_corpus(
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
-    return Corpus(out, count, total, cut, tuple(skipped))
+    return Corpus(out, count, total, cut, (*skipped, *(losses.lines() if losses.skipped else [])))
 
 
 def _write(path: Path, documents: Iterable[tuple[str, str]], max_bytes: int) -> tuple[int, int, bool]:
@@ -110,21 +112,16 @@ def _topics() -> Iterator[tuple[str, str]]:
         yield f"topic {name}", topics[name]
 
 
-def _own(text: Path, json_key: str, skipped: list[str]) -> Iterator[tuple[str, str]]:
+def _own(text: Path, json_key: str, losses: Losses, skipped: list[str]) -> Iterator[tuple[str, str]]:
     """The documents of the reader's text, cut to pieces no larger than what gives MIN_DOCUMENTS of them."""
     if not text.exists():
         raise DataError(f"{text} does not exist; TEXT takes a text file, a .jsonl file or a folder of them")
-    reader = RecordReader(find_files([text]), json_key=json_key)
+    reader = RecordReader(losses.find([text], skipped.append), json_key=json_key)
     if not reader.bytes_total:
         raise DataError(f"{text} is empty; give a file or folder with {MIN_BYTES:,} bytes of text or more")
     size = min(MAX_PIECE_BYTES, max(1024, reader.bytes_total // MIN_DOCUMENTS))
-    for record in reader:
+    for record, body in losses.texts(reader, json_key):
         where = place(record)
-        try:
-            body = parse(record, json_key)[0]
-        except BadRecord as error:
-            skipped.append(f"{where}: {error}")
-            continue
         for number, piece in enumerate(pieces(body, size)):
             yield f"{where} part {number}", piece
 

@@ -8,12 +8,12 @@ all units in order give the records of the files in order.  Reading is separate 
 from __future__ import annotations
 
 import functools
-import glob
 import gzip
 import importlib
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from megallama.data.errors import DataError
+from megallama.data.files import JSON_SUFFIXES, suffix_of
 
-JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-TEXT_SUFFIXES = (*".txt .text .md .rst .tex .py .c .h .cpp .hpp .java .js .ts .go .rs .sh".split(),)
-SUFFIXES = (*JSON_SUFFIXES, *TEXT_SUFFIXES, ".parquet")
+EMPTY = "empty text"
+HALVES = "half of a surrogate pair, which no text can hold, is U+FFFD now"
+TEXT_TYPE = re.compile("(large_)?(string|binary)(_view)?$|fixed_size_binary")  # of Parquet
 MAX_DOCUMENT_BYTES = 16 << 20
 CHUNK = 1 << 20
 
@@ -32,7 +33,8 @@ CHUNK = 1 << 20
 class Record(NamedTuple):
     """One raw document: a line of JSON, a row of Parquet, or a whole text file (line 0); `fault` says why it is none.
 
-    Lines count from 1 at byte `origin`, which is not 0 where a unit begins inside a file: `place` knows the true line.
+    `whole`: the file cannot be read, or no further.  Lines count from 1 at byte `origin`, which is not 0 where a unit
+    begins inside a file: `place` knows the true line.
     """
 
     file: str
@@ -40,6 +42,7 @@ class Record(NamedTuple):
     raw: bytes
     fault: str = ""
     origin: int = 0
+    whole: bool = False
 
 
 class Unit(NamedTuple):
@@ -55,7 +58,7 @@ class Unit(NamedTuple):
         whole = self.file.stat().st_size
         if not self.start and self.stop is None:
             return whole
-        if _suffix(self.file) == ".parquet":
+        if suffix_of(self.file) == ".parquet":
             groups = _row_groups(self.file)
             return whole * sum(groups[self.start : self.stop]) // max(sum(groups), 1)
         return min(whole, self.stop or whole) - self.start
@@ -67,6 +70,10 @@ class BadRecord(Exception):
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(f"{kind} ({detail})" if detail else kind)
         self.kind, self.detail = kind, detail
+
+
+class BadFile(BadRecord):
+    """A file that cannot be read, or not beyond this place."""
 
 
 class _Damaged(Exception):
@@ -85,56 +92,11 @@ def place(record: Record) -> str:
     return f"{record.file}:{line}"
 
 
-@functools.lru_cache(1024)  # `parse` asks once per record
-def _suffix(path: str | Path) -> str:
-    name = Path(path).name.lower()
-    return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
-
-
 def _library(name: str, package: str, file: Path) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
         raise DataError(f"{file} needs the package {package} to be read; pip install {package}") from None
-
-
-def find_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """The files meant by a list of files, folders (searched recursively) and glob patterns, in a fixed order.
-
-    Raises: DataError for a name that matches nothing, or a file of unknown kind.
-    """
-    files: list[Path] = []
-    for given in inputs:
-        path = Path(given)
-        if path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if _belongs(p, path)]
-            if not found:
-                raise DataError(
-                    f"{path} holds no text: expected files ending in {' '.join(SUFFIXES)}, or these with .gz or .zst"
-                )
-        elif path.is_file():
-            found = [path]
-        else:
-            found = [Path(p) for p in sorted(glob.glob(str(given), recursive=True)) if os.path.isfile(p)]
-            if not found:
-                raise DataError(f"{given} does not exist; give a file, a folder or a pattern such as 'corpus/*.jsonl'")
-        for file in found:
-            if _suffix(file) not in SUFFIXES:
-                raise DataError(
-                    f"{file} is of an unknown kind {_suffix(file)!r}; JSON lines end in {' '.join(JSON_SUFFIXES)}, "
-                    f"plain text in {' '.join(TEXT_SUFFIXES)}, both also with .gz or .zst; Parquet in .parquet"
-                )
-        files += found
-    if not files:
-        raise DataError("no input files were given; name files, folders or patterns")
-    return files
-
-
-def _belongs(path: Path, folder: Path) -> bool:
-    """Whether a file found in a folder is text of the corpus: a known kind, not hidden, no record of our own output."""
-    hidden = any(part.startswith((".", "__pycache__")) for part in path.relative_to(folder).parts)
-    ours = path.suffix == ".json" and path.with_suffix(".idx").exists()
-    return not hidden and not ours and _suffix(path) in SUFFIXES and path.is_file()
 
 
 def units(files: Sequence[Path], unit_bytes: int) -> list[Unit]:
@@ -147,7 +109,7 @@ def units(files: Sequence[Path], unit_bytes: int) -> list[Unit]:
         cuts = [0]
         if file.suffix.lower() in JSON_SUFFIXES:
             cuts = [*range(0, file.stat().st_size, unit_bytes)] or [0]
-        elif _suffix(file) == ".parquet":
+        elif suffix_of(file) == ".parquet":
             cuts, sizes = [], [unit_bytes]
             for number, size in enumerate(_row_groups(file)):
                 if sum(sizes) >= unit_bytes:
@@ -164,6 +126,8 @@ def _parquet(file: Path) -> Any:
     try:
         return parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)
     except Exception as error:  # arrow has errors of many kinds here, all of them about this file
+        if isinstance(error, OSError) and error.errno:
+            raise _Damaged(f"cannot be read: {os.strerror(error.errno)}") from None
         raise _Damaged(f"not valid Parquet: {error}") from None
 
 
@@ -196,7 +160,7 @@ class _Zstd(io.RawIOBase):
                 raise EOFError
             if not data:
                 return 0
-            frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+            frame = self._frame or self._library.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             try:
                 self._ready = memoryview(frame.decompress(data))
             except self._library.ZstdError as error:
@@ -205,6 +169,24 @@ class _Zstd(io.RawIOBase):
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
+
+
+def _decompressed(raw: BinaryIO, file: Path) -> BinaryIO:
+    """The content of an open file."""
+    kind = file.suffix.lower()
+    if kind == ".gz":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    return io.BufferedReader(_Zstd(raw, _library("zstandard", "zstandard", file)), 1 << 16) if kind == ".zst" else raw
+
+
+def head_of(file: str) -> bytes:
+    """The first 64 KiB of a file's content, or what can be read of them."""
+    head = b""
+    with suppress(OSError, EOFError, zlib.error, _Damaged), open(file, "rb") as raw:
+        stream = _decompressed(raw, Path(file))
+        while len(head) < CHUNK >> 4 and (more := stream.read(1024)):
+            head += more
+    return head
 
 
 class RecordReader:
@@ -233,26 +215,24 @@ class RecordReader:
                     self.bytes_done = finished + min(done, size)
                     yield record
             except EOFError:
-                yield Record(name, line + 1, b"", f"the {kind} file is cut off")
+                yield Record(name, line + 1, b"", f"the {kind} file is cut off", whole=True)
             except (gzip.BadGzipFile, zlib.error) as error:
-                yield Record(name, line + 1, b"", f"not valid gzip: {error}")
+                yield Record(name, line + 1, b"", f"not valid gzip: {error}", whole=True)
             except _Damaged as error:
-                yield Record(name, line + 1, b"", str(error))
+                yield Record(name, line + 1, b"", str(error), whole=True)
+            except OSError as error:
+                yield Record(name, line + 1, b"", f"cannot be read: {error.strerror}", whole=True)
             finished += size
             self.bytes_done = finished
 
     def _read(self, unit: Unit, size: int, kind: str) -> Iterator[tuple[Record, int]]:
         """The records of a unit, each with the bytes on disk read so far."""
-        if _suffix(unit.file) == ".parquet":
+        if suffix_of(unit.file) == ".parquet":
             yield from self._rows(unit, size)
             return
         with unit.file.open("rb", 1 << 17) as raw:
-            stream: BinaryIO = raw
-            if kind == "gzip":
-                stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-            elif kind == "zstd":
-                stream = io.BufferedReader(_Zstd(raw, _library("zstandard", "zstandard", unit.file)), 1 << 16)
-            if _suffix(unit.file) not in JSON_SUFFIXES:
+            stream = _decompressed(raw, unit.file)
+            if suffix_of(unit.file) not in JSON_SUFFIXES:
                 yield self._whole(stream, str(unit.file)), raw.tell()
             else:
                 for record, position in self._lines(stream, unit):
@@ -300,10 +280,12 @@ class RecordReader:
         with _parquet(unit.file) as file:
             schema, meta, arrow = file.schema_arrow, file.metadata, _library("pyarrow", "pyarrow", unit.file)
             groups = range(unit.start, meta.num_row_groups if unit.stop is None else unit.stop)
-            if key not in schema.names:
-                raise _Damaged(f'no column "{key}": it has {", ".join(schema.names[:5])}; choose with --json-key')
+            if schema.names.count(key) != 1:
+                many = "more than one" if key in schema.names else "no"
+                raise _Damaged(f'{many} column "{key}": it has {", ".join(schema.names[:5])}; choose with --json-key')
             kind = schema.field(key).type
-            if str(kind) not in ("string", "large_string", "binary", "large_binary"):
+            plain = kind.value_type if arrow.types.is_dictionary(kind) else getattr(kind, "storage_type", kind)
+            if not TEXT_TYPE.match(str(plain)):
                 raise _Damaged(f'column "{key}" is not text: but {kind}')
             line = sum(meta.row_group(i).num_rows for i in range(unit.start))
             total, done = sum(meta.row_group(i).num_rows for i in groups), 0
@@ -312,7 +294,7 @@ class RecordReader:
                 batch_size = max(1, min(4096, CHUNK * rows // max(size, 1)))
                 try:
                     for batch in file.iter_batches(batch_size, [group], [key], use_threads=False):
-                        for raw in batch.column(0).cast(arrow.large_binary()).to_pylist():
+                        for raw in batch.column(key).cast(arrow.large_binary()).to_pylist():
                             done += 1
                             fault = f'"{key}" is null' if raw is None else ""
                             if raw is not None and len(raw) > self.max_bytes:
@@ -320,20 +302,20 @@ class RecordReader:
                             yield Record(name, line + done, raw or b"", fault), disk * done // total
                 except (arrow.ArrowException, OSError) as error:
                     fault = f"not valid Parquet: {before + rows - done} rows cannot be read, {error}"
-                    yield Record(name, line + done + 1, b"", fault), disk * done // total
+                    yield Record(name, line + done + 1, b"", fault, whole=True), disk * done // total
                 done = before + rows
 
     def _too_long(self, size: int) -> str:
         return f"too long: {size} bytes, the limit is {self.max_bytes}"
 
 
-def parse(record: Record, json_key: str = "text") -> tuple[str, int]:
-    """The text of a record and its size in UTF-8 bytes. Raises: BadRecord with the reason."""
+def parse(record: Record, json_key: str = "text") -> tuple[str, int, str]:
+    """The text of a record, its size in UTF-8 bytes, and what was changed in it. Raises: BadRecord with the reason."""
     if record.fault:
-        raise BadRecord(*record.fault.split(": ", 1))
-    suffix = _suffix(record.file)
+        raise (BadFile if record.whole else BadRecord)(*record.fault.split(": ", 1))
+    suffix, changed = suffix_of(record.file), ""
     if suffix in JSON_SUFFIXES and (text := _quickly(record.raw, json_key)):
-        return text, len(text) if text.isascii() else len(text.encode("utf-8"))
+        return text, len(text) if text.isascii() else len(text.encode("utf-8")), ""
     try:
         text = record.raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -343,16 +325,11 @@ def parse(record: Record, json_key: str = "text") -> tuple[str, int]:
             raise BadRecord("a NUL character in plain text", f"at character {text.index(chr(0))}; is it a binary file?")
         size = len(record.raw)
     else:
-        text = _text_of_json(text, json_key)
-        try:
-            size = len(text) if text.isascii() else len(text.encode("utf-8"))
-        except UnicodeEncodeError as error:
-            raise BadRecord(
-                "half a surrogate pair", f"\\u{ord(text[error.start]):04x} at character {error.start}"
-            ) from None
+        text, halves = re.subn("[\ud800-\udfff]", "\ufffd", _text_of_json(text, json_key))
+        size, changed = len(text.encode("utf-8")), HALVES if halves else ""
     if not text:
-        raise BadRecord("empty text")
-    return text, size
+        raise BadRecord(EMPTY)
+    return text, size, changed
 
 
 @functools.cache
@@ -373,7 +350,7 @@ def _quickly(line: bytes, key: str) -> str:
 
 def _text_of_json(line: str, key: str) -> str:
     try:
-        value = json.loads(line)
+        value = json.loads(line, parse_int=lambda digits: int(digits[:4000]))  # longer ones raise
     except json.JSONDecodeError as error:
         raise BadRecord("not JSON", f"{error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:

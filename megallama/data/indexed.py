@@ -21,13 +21,16 @@ import hashlib
 import os
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from megallama.config.words import counted
+from megallama.data.blocks import AGAIN, File, Sums, SumsWriter, naming
 from megallama.data.errors import DataError
 from megallama.data.facts import read_facts
 
@@ -36,7 +39,6 @@ HEADER = struct.Struct("<9sQBQQ")
 CODES: dict[int, np.dtype] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 CHUNK = 1 << 20  # entries handled at a time where a whole file is walked
 NEAR = 256  # documents looked at together at the end of a search
-AGAIN = "write it again with tools/preprocess_data.py"
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -50,39 +52,6 @@ def strip_suffix(path: str | Path) -> str:
     return text[:-4] if text.endswith((".bin", ".idx")) else text
 
 
-class _File:
-    """A file opened for pread; a read beyond its end is a DataError that names it."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.fd = path, -1
-        try:
-            self.fd = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise DataError(
-                f"{path} does not exist; give the prefix of a .bin/.idx pair without the suffix, "
-                "and make the pair with tools/preprocess_data.py"
-            ) from None
-        except OSError as error:
-            raise DataError(f"cannot open {path}: {error.strerror}") from error
-        self.size = os.fstat(self.fd).st_size
-
-    def read(self, offset: int, count: int) -> bytes:
-        data = os.pread(self.fd, count, offset)
-        while len(data) < count:  # a short read is legal, an empty one is the end of the file
-            more = os.pread(self.fd, count - len(data), offset + len(data))
-            if not more:
-                raise DataError(
-                    f"{self.path} ends at byte {os.fstat(self.fd).st_size}, expected {count} bytes from byte {offset} "
-                    f"on; it had {self.size} bytes when it was opened, so it was truncated since: {AGAIN}"
-                )
-            data += more
-        return data
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-
 class IndexedDataset:
     """A .bin/.idx pair opened for reading; safe to use from several threads.
 
@@ -92,8 +61,8 @@ class IndexedDataset:
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        self.prefix = strip_suffix(prefix)
-        self._idx, self._bin = _File(self.prefix + ".idx"), _File(self.prefix + ".bin")
+        self.prefix, self.unchecked = strip_suffix(prefix), ""
+        self._idx, self._bin = File(self.prefix + ".idx"), File(self.prefix + ".bin")
         name, size = self._idx.path, self._idx.size
         if size < HEADER.size:
             raise DataError(f"{name} has {size} bytes, expected at least {HEADER.size} for its header; {AGAIN}")
@@ -126,6 +95,17 @@ class IndexedDataset:
                 f"the three files of one run together, or {AGAIN}"
             )
 
+    def check_blocks(self) -> str:
+        """From now on compare every block with PREFIX.sums when it is first read; "", or why that cannot be."""
+        try:
+            sums = Sums(self.prefix, (self._bin, self._idx))
+        except (OSError, DataError) as error:
+            why = f"{self.prefix}.sums: {getattr(error, 'strerror', error)}"
+            self.unchecked = f"{why}; a flipped bit would not be found (inspect_data.py --write-sums)"
+        else:
+            self._bin.check, self._idx.check = partial(sums.check, 0), partial(sums.check, 1)
+        return self.unchecked
+
     def _check_ends(self) -> None:
         last = self.num_sequences - 1
         length = int(self._array(HEADER.size + 4 * last, 1, "<i4")[0])
@@ -154,13 +134,8 @@ class IndexedDataset:
 
     def read_rows(self, offsets: Sequence[int], out: np.ndarray) -> None:
         """Tokens offset .. offset+m-1 of each offset into the rows of `out` [n, m], which is of the file's type."""
-        size, fd = self.dtype.itemsize, self._bin.fd
-        try:
-            for offset, row in zip(offsets, out, strict=True):
-                if os.preadv(fd, (row,), offset * size) != row.nbytes:
-                    row[:] = self.read(offset, len(row))
-        except OSError as error:
-            raise DataError(f"{self._bin.path} cannot be read: {error.strerror}; look at the storage") from error
+        for offset, row in zip(offsets, out, strict=True):
+            self._bin.read_into(row, offset * self.dtype.itemsize)
 
     def starts(self, first: int, last: int) -> np.ndarray:
         """Where documents first..last begin [tokens], int64 [last - first + 1]; last may be num_documents."""
@@ -205,18 +180,20 @@ class IndexedDataset:
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the pair's content: counts, sizes and a digest of the first and last 64 KiB of both files."""
+        sizes = {"idx_bytes": self._idx.size, "bin_bytes": self._bin.size}
         digest = hashlib.sha256()
         for file in (self._idx, self._bin):
             span = min(file.size, 1 << 16)
             digest.update(file.read(0, span) + file.read(file.size - span, span))
-        sizes = {"idx_bytes": self._idx.size, "bin_bytes": self._bin.size}
         return {"documents": self.num_documents, "tokens": self.num_tokens, **sizes, "sha256": digest.hexdigest()}
 
-    def verify(self, vocab_size: int | None = None, progress: Callable[[int], None] | None = None) -> None:
-        """Read everything: offsets contiguous, marks ascending, every token in range.
+    def verify(self, vocab_size: int | None = None, progress: Callable[[int], None] | None = None) -> str:
+        """Read everything: every block as it was written, offsets contiguous, marks ascending, every token in range.
 
-        `progress` is called with the number of .bin bytes checked so far.  Raises: DataError at the first fault.
+        Returns "", or why the blocks cannot be compared.  `progress` is called with the number of .bin bytes checked
+        so far.  Raises: DataError at the first fault.
         """
+        lacking = self.check_blocks()
         expected = 0
         for first in range(0, self.num_sequences, CHUNK):
             count = min(CHUNK, self.num_sequences - first)
@@ -242,22 +219,29 @@ class IndexedDataset:
                 )
             if progress:
                 progress((offset + len(tokens)) * self.dtype.itemsize)
+        return lacking
 
 
 class IndexedWriter:
-    """Writes a .bin/.idx pair as a stream; only `commit` makes the two files appear under their names.
+    """Writes a .bin/.idx pair and its .sums as a stream; only `commit` makes them appear under their names.
 
-    Use it in a `with` block: it commits at the end and removes its temporary files (PREFIX.bin.tmp, PREFIX.idx.tmp)
-    if an exception leaves the block.  Memory is constant: lengths go straight into the growing index.
+    Use it in a `with` block: it commits at the end and removes its temporary files (PREFIX.bin.tmp and so on) if an
+    exception leaves the block.  Memory is constant: lengths go straight into the growing index.
+    Raises: DataError naming the file that cannot be written, for example on a full disk.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
         self.prefix, self.dtype = strip_suffix(prefix), np.dtype(dtype)
         self.num_documents = self.num_tokens = 0
         self._code = next(code for code, kind in CODES.items() if kind == self.dtype)
-        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._bin = open(self.prefix + ".bin.tmp", "wb", buffering=1 << 20)  # noqa: SIM115
-        self._idx = open(self.prefix + ".idx.tmp", "w+b", buffering=1 << 20)  # noqa: SIM115
+        self._files: list[BinaryIO] = []
+        with naming(self.prefix + ".bin and .idx"):
+            Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+            self._sums = SumsWriter(self.prefix + ".sums.tmp")
+            self._files.append(self._sums.file)
+            for suffix in (".bin", ".idx"):
+                self._files.append(open(f"{self.prefix}{suffix}.tmp", "w+b", buffering=1 << 20))  # noqa: SIM115
+        _, self._bin, self._idx = self._files
         self._idx.write(bytes(HEADER.size))
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray | None = None) -> None:
@@ -274,13 +258,27 @@ class IndexedWriter:
                 raise DataError(
                     f"{self.prefix}: token id {worst} does not fit {self.dtype.name} (0..{top}); write it as int32"
                 )
-        self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
-        self._idx.write(lengths.astype("<i4").tobytes())
+        data = tokens.astype(self.dtype, copy=False).tobytes()
+        with naming(self.prefix + ".bin and .idx"):
+            self._bin.write(data)
+            self._sums.add(data)
+            self._idx.write(lengths.astype("<i4").tobytes())
         self.num_documents += len(lengths)
         self.num_tokens += len(tokens)
 
-    def commit(self) -> None:
-        """Finish both files and give them their names; the index last, so that a pair with an index is whole."""
+    def finish(self) -> None:
+        """Bring everything to the disk; all that is left for `commit` is to rename."""
+        with naming(self.prefix + ".bin and .idx"):
+            self._write_index()
+            self._bin.flush()
+            self._idx.flush()
+            self._sums.add(b"", last=True)
+            self._sums.finish(File(self._bin.name), File(self._idx.name))
+            for file in self._files:
+                os.fsync(file.fileno())
+                file.close()
+
+    def _write_index(self) -> None:
         count, offset = self.num_documents, 0
         for first in range(0, count, CHUNK):
             self._idx.seek(HEADER.size + 4 * first)
@@ -294,19 +292,21 @@ class IndexedWriter:
             self._idx.write(np.arange(first, min(first + CHUNK, count + 1), dtype="<i8").tobytes())
         self._idx.seek(0)
         self._idx.write(HEADER.pack(MAGIC, 1, self._code, count, count + 1))
-        for file in (self._bin, self._idx):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        for suffix in (".json", ".idx"):  # an old index or old facts must never stand beside new tokens
+
+    def commit(self) -> None:
+        """Give the files their names; the index last, so that a pair with an index is whole."""
+        if not self._bin.closed:
+            self.finish()
+        for suffix in (".json", ".idx", ".sums"):  # what is old must never stand beside new tokens
             Path(self.prefix + suffix).unlink(missing_ok=True)
-        os.replace(self.prefix + ".bin.tmp", self.prefix + ".bin")
-        os.replace(self.prefix + ".idx.tmp", self.prefix + ".idx")
+        for suffix in (".bin", ".sums", ".idx"):
+            os.replace(f"{self.prefix}{suffix}.tmp", self.prefix + suffix)
 
     def abort(self) -> None:
         """Remove what was written so far."""
-        for file in (self._bin, self._idx):
-            file.close()
+        for file in self._files:
+            with suppress(OSError):  # a full disk refuses again what is still buffered
+                file.close()
             Path(file.name).unlink(missing_ok=True)
 
     def __enter__(self) -> IndexedWriter:
@@ -315,4 +315,8 @@ class IndexedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.commit() if kind is None else self.abort()
+        try:
+            if kind is None:
+                self.commit()
+        finally:
+            self.abort()

@@ -20,14 +20,20 @@ SUMS = ("documents", "tokens", "bytes")
 
 
 def merge(
-    prefixes: Sequence[str | Path], output: str | Path, progress: Callable[[int, int], None] | None = None
+    prefixes: Sequence[str | Path],
+    output: str | Path,
+    progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> IndexedDataset:
     """Join pairs into OUTPUT.bin/.idx/.json, in memory that does not depend on their size.
 
-    The bytes are those that preprocessing all the text at once would have written.  `progress(bytes done, of all)`.
+    The bytes are those that preprocessing all the text at once would have written; blocks are compared with PREFIX.sums
+    where there is one, else `say` is told.  `progress(bytes done, of all)`.
     Raises: DataError naming two pairs of different token types or tokenizers, or an output that is an input.
     """
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    for note in filter(None, [dataset.check_blocks() for dataset in datasets]):
+        say(note)
     facts = [read_facts(dataset.prefix) for dataset in datasets]
     _check(datasets, facts, strip_suffix(output))
     dtype, done = datasets[0].dtype, 0

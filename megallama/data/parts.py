@@ -28,7 +28,7 @@ from zlib import crc32
 
 import numpy as np
 
-from megallama.data.documents import BadRecord, Record
+from megallama.data.documents import EMPTY, BadFile, BadRecord, Record, parse
 from megallama.data.errors import DataError
 
 SPAN = 1 << 21  # bytes of tokens read at a time
@@ -49,10 +49,28 @@ class Part:
     checksums: list[int] = field(default_factory=lambda: [0, 0])  # crc32 of its tokens, of its documents
     skipped: Counter[str] = field(default_factory=Counter)
     examples: list[tuple[str, int, int, str]] = field(default_factory=list)  # file, line, origin, reason; the first few
+    counts: dict[str, list[int]] = field(default_factory=dict)  # file -> its good, bad and empty records
+    changed: Counter[str] = field(default_factory=Counter)  # what was changed in good records
+    faults: dict[str, str] = field(default_factory=dict)  # files that cannot be read
+
+    def text(self, record: Record, json_key: str) -> tuple[str, int] | None:
+        """The text of a record and its size in bytes; None for a bad one, which is noted."""
+        try:
+            text, size, changed = parse(record, json_key)
+        except BadFile as error:
+            self.faults.setdefault(record.file, str(error))
+        except BadRecord as error:
+            self.skip(record, error)
+        else:
+            self.counts.setdefault(record.file, [0, 0, 0])[0] += 1
+            self.changed.update([changed] if changed else [])
+            return text, size
+        return None
 
     def skip(self, record: Record, error: BadRecord) -> None:
         """Note a bad record."""
         self.skipped[error.kind] += 1
+        self.counts.setdefault(record.file, [0, 0, 0])[1 + (error.kind == EMPTY)] += 1
         if len(self.examples) < MAX_EXAMPLES:
             self.examples.append((record.file, record.line, record.origin, str(error)))
 
@@ -107,9 +125,8 @@ class WorkFolder:
     """
 
     def __init__(self, prefix: str, origin: Mapping[str, Any]) -> None:
-        self._root = Path(prefix + ".parts")
-        digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
-        self.path = self._root / digest[:16]
+        self._prefix = prefix
+        self._root, self.path = Path(prefix + ".parts"), _folder(prefix, origin)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -123,7 +140,10 @@ class WorkFolder:
         self.start = 1 + max((int(p.stem.split("-")[0]) for p in self._journals), default=-1)
 
     def finished(self) -> dict[int, Part]:
-        """The parts that earlier starts of the same command finished, by job; a line cut off by a kill is none."""
+        """The parts that earlier starts of the same command finished, by job; a line cut off by a kill is none.
+
+        What could not be read then is tried again, and so is what an earlier version skipped: this one reads more.
+        """
         found = {}
         for path in self._journals:
             sizes = [_size(path.with_suffix(suffix)) for suffix in (".tokens", ".documents")]
@@ -131,6 +151,8 @@ class WorkFolder:
                 try:
                     part = Part(**json.loads(line))
                 except (ValueError, TypeError):  # after a power failure a line may be anything
+                    continue
+                if part.faults or (part.skipped and not part.counts):
                     continue
                 ends = (part.token_bytes_at + part.token_bytes, part.document_bytes_at + 8 * part.documents)
                 if all(end <= size for end, size in zip(ends, sizes, strict=True)):
@@ -173,9 +195,20 @@ class WorkFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or not any(_size(path) for path in self._root.glob("*/*.journal")):
+        if kind is None or not begun(self._prefix):
             shutil.rmtree(self._root, ignore_errors=True)
         os.close(self._lock)
+
+
+def begun(prefix: str, origin: Mapping[str, Any] | None = None) -> bool:
+    """Whether an earlier start finished a part of this output, from this origin or from any."""
+    below = _folder(prefix, origin).glob("*.journal") if origin else Path(prefix + ".parts").glob("*/*.journal")
+    return any(map(_size, below))
+
+
+def _folder(prefix: str, origin: Mapping[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
+    return Path(prefix + ".parts") / digest[:16]
 
 
 def _size(path: Path) -> int:

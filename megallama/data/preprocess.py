@@ -7,22 +7,25 @@ one, so the bytes written depend on nothing but the input, and a part once finis
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megallama.config.special_tokens import NAMES, usual_id
-from megallama.data.documents import MAX_DOCUMENT_BYTES, Record, RecordReader, find_files, place, units
+from megallama.config.words import counted
+from megallama.data.documents import MAX_DOCUMENT_BYTES, RecordReader, units
 from megallama.data.errors import DataError
 from megallama.data.facts import write_facts
+from megallama.data.files import earlier_files
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for, strip_suffix
-from megallama.data.parts import MAX_EXAMPLES, Part, WorkFolder
+from megallama.data.losses import Losses
+from megallama.data.parts import Part, WorkFolder, begun
 from megallama.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, sha256_of
 from megallama.data.workers import Crew, Job, Link, Sign, Task
 
@@ -46,10 +49,9 @@ class Summary:
     """What a run of `preprocess` did: its outputs, and the records it skipped."""
 
     outputs: list[Output]
+    losses: Losses
     encoder: str = ""  # what encoded, on the first process
     marks: str = ""  # how documents begin and end
-    skipped: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)  # "file:line: reason", the first few
 
 
 def in_validation(numbers: np.ndarray, share: str | float | Fraction) -> np.ndarray:
@@ -98,11 +100,14 @@ def preprocess(
     json_key: str = "text",
     strict: bool = False,
     max_bad: str = "",
+    max_bad_per_file: str = "",
+    skip_bad_files: bool = False,
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
     fast: bool = True,
     bos: bool = False,
     eos_token: str | None = None,
     progress: Callable[[int, int, int], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
     comm: Any = None,
 ) -> Summary:
     """Tokenize files into OUTPUT.bin/.idx, or with a split into OUTPUT_train, OUTPUT_valid and OUTPUT_test.
@@ -110,37 +115,67 @@ def preprocess(
     The tokenizer's eos ends every document, or `eos_token`; with `bos` the tokenizer's bos begins it, as in LLaMA.
     Beside each pair PREFIX.json records documents, tokens, bytes of text (what bits per byte needs) and the tokenizer.
     Until the end OUTPUT.parts/ keeps what is done: a run that was killed continues there when it is started again.
-    `max_bad`: more bad records than this stop the run: a number, or a share as "5%"; default 1 % of the records, but
-    at least 100.  `fast`: as in `load_tokenizer`.  `progress(bytes read, bytes in all, tokens)` is called as the work
-    goes on.  `comm`: an mpi4py communicator whose other ranks run `workers.serve_rank`; they are the processes then,
-    and `workers` is unread.
+    `max_bad`, `max_bad_per_file`, `skip_bad_files`: as in `Losses`, which ends the run where more is lost.  `fast`: as
+    in `load_tokenizer`.  `progress(bytes read, bytes in all, tokens)` is called as the work goes on, `say` with what is
+    not read of the inputs.  `comm`: an mpi4py communicator whose other ranks run `workers.serve_rank`; they are the
+    processes then, and `workers` is unread.
     Raises: DataError, with `strict` also for the first bad record; without it bad records are skipped and counted.
     """
     splits = _check_options(workers, split_valid, split_test)
-    limit = _bad_limit(max_bad)
-    files, prefix, path = find_files(inputs), strip_suffix(output), find_tokenizer(tokenizer_path)
+    losses = Losses(max_bad, max_bad_per_file, skip_files=skip_bad_files)
+    files, prefix, path = losses.find(inputs, say), strip_suffix(output), find_tokenizer(tokenizer_path)
     outputs = [Output(prefix + suffix) for suffix in splits]
-    _check_names(outputs, files)
-    jobs = _jobs(files)
-    fast = fast and sum(job.size for job in jobs) >= FAST_FROM
+    fast = fast and sum(file.stat().st_size for file in files) >= FAST_FROM
     tokenizer = load_tokenizer(path, fast=fast, eos_token=eos_token)
     _check_marks(tokenizer, bos)
-    with WorkFolder(prefix, _origin(files, tokenizer, json_key, max_document_bytes, bos)) as work:
+    origin_of = partial(_origin, tokenizer=tokenizer, json_key=json_key, max_document_bytes=max_document_bytes, bos=bos)
+    if begun(prefix) and not begun(prefix, origin_of(files)):
+        files = _earlier_list(inputs, files, prefix, origin_of, say)
+    _check_names(outputs, files)
+    jobs, origin = _jobs(files), origin_of(files)
+    with WorkFolder(prefix, origin) as work:
         with ExitStack() as stack:
             task = Task(str(path), fast, json_key, max_document_bytes, strict, work.path, work.start, bos, eos_token)
             crew = stack.enter_context(Crew(task, min(workers, len(jobs)), comm))
             crew.encode_here(tokenizer)
             dtype = dtype_for(tokenizer.vocab_size)
             writers = [stack.enter_context(IndexedWriter(out.prefix, dtype)) for out in outputs]
-            join = _Join(Summary(outputs), jobs, work, writers, (split_valid, split_test), strict, limit)
+            join = _Join(Summary(outputs, losses), jobs, work, writers, (split_valid, split_test), strict)
             _run(join, crew, progress)
-            join.summary.encoder = tokenizer.encoder
-            begin = f"begins with id {tokenizer.bos_id} and " if bos else ""
-            join.summary.marks = f"every document {begin}ends with id {tokenizer.eos_id}"
+            join.summary.encoder, join.summary.marks = tokenizer.encoder, _marks(tokenizer, bos)
             join.check_end()
+            _finish(writers, unchanged=origin_of(files) == origin)
         for out in outputs:
-            write_facts(out.prefix, _facts(out, tokenizer, bos, join.summary.skipped))
+            write_facts(out.prefix, _facts(out, tokenizer, bos, losses))
     return join.summary
+
+
+def _earlier_list(
+    inputs: Sequence[str | Path],
+    files: list[Path],
+    prefix: str,
+    origin_of: Callable[[Sequence[Path]], dict[str, Any]],
+    say: Callable[[str], None],
+) -> list[Path]:
+    """The files to go on with: an earlier version's list where its half-done work lies there, else `files`."""
+    old = earlier_files(inputs)
+    if not begun(prefix, origin_of(old)):
+        return files
+    said = f"goes on with the list of an earlier version, of {counted(len(old), 'file')}"
+    say(f"{said}; to begin anew delete {prefix}.parts")
+    return old
+
+
+def _finish(writers: Sequence[IndexedWriter], *, unchanged: bool) -> None:
+    if not unchanged:
+        raise DataError("files of the input were changed while they were read; start again when they are whole")
+    for writer in writers:
+        writer.finish()
+
+
+def _marks(tokenizer: Tokenizer, bos: bool) -> str:
+    begin = f"begins with id {tokenizer.bos_id} and " if bos else ""
+    return f"every document {begin}ends with id {tokenizer.eos_id}"
 
 
 def _check_marks(tokenizer: Tokenizer, bos: bool) -> None:
@@ -174,26 +209,13 @@ def _check_options(workers: int, split_valid: float, split_test: float) -> list[
     return ["_train", *held] if held else [""]
 
 
-def _bad_limit(text: str) -> Callable[[float], float]:
-    """How many of a number of records may be bad."""
-    try:
-        share = float(text.removesuffix("%")) / 100 if text.endswith("%") else 0.01
-        count = 0 if text.endswith("%") else int(text or 100)
-        if not 0 <= share <= 1 or count < 0:
-            raise ValueError
-    except ValueError:
-        raise DataError(f"max_bad={text!r} is neither a number of records nor a share such as 5%") from None
-    return lambda records: count if text and not text.endswith("%") else max(count, share * records)
-
-
 def _jobs(files: Sequence[Path]) -> list[Job]:
     """The input as jobs. They depend on the files alone, so that every start of a run has the same."""
     total = RecordReader(files).bytes_total
     size = min(max(JOB_BYTES, total // MAX_JOBS), MAX_JOB_BYTES)
     jobs: list[Job] = []
     for unit in units(files, size):
-        bytes_of_unit = RecordReader([unit]).bytes_total
-        last = jobs[-1] if jobs else None
+        bytes_of_unit, last = unit.size, jobs[-1] if jobs else None
         if last and last.size + bytes_of_unit <= size and len(last.units) < MAX_UNITS:
             jobs[-1] = Job(last.number, [*last.units, unit], last.size + bytes_of_unit)
         else:
@@ -241,10 +263,9 @@ class _Join:
         writers: Sequence[IndexedWriter],
         shares: tuple[float, float],
         strict: bool,
-        limit: Callable[[float], float],
     ) -> None:
         self.summary, self.jobs, self.parts, self.itemsize = summary, jobs, work.finished(), writers[0].dtype.itemsize
-        self._work, self._writers, self._shares, self._strict, self._limit = work, writers, shares, strict, limit
+        self._work, self._writers, self._shares, self._strict = work, writers, shares, strict
         self._next = self._documents = self._bytes = 0
         self.total = sum(job.size for job in jobs)
 
@@ -272,31 +293,21 @@ class _Join:
             out.text_bytes += int(rows[mine, 1].sum())
 
     def _judge(self, part: Part) -> None:
-        """Note the bad records of the next part; stop when the limit is sure to be passed."""
-        self.summary.skipped.update(part.skipped)
-        for file, line, origin, reason in part.examples[: MAX_EXAMPLES - len(self.summary.examples)]:
-            self.summary.examples.append(f"{place(Record(file, line, b'', '', origin))}: {reason}")
-        if self._strict and self.summary.examples:
-            raise DataError(
-                f"{self.summary.examples[0]}; correct the record, or leave out --strict to skip such records"
-            )
+        """Note what is lost in the next part; stop when it is sure to be too much."""
+        losses = self.summary.losses
+        losses.take(part)
+        if self._strict and (said := [*losses.examples, *(f"{name}: {why}" for name, why in losses.faults.items())]):
+            raise DataError(f"{said[0]}; correct the record, or leave out --strict to skip such records")
         self._bytes += self.jobs[self._next].size
-        bad, records = self.summary.skipped.total(), self._documents + part.documents + self.summary.skipped.total()
-        if bad > self._limit(records * self.total / max(self._bytes, 1)):  # the records there will be, at this rate
-            raise DataError(
-                f"{bad} of the first {records} records are bad, more than max_bad allows, among them\n  "
-                + "\n  ".join(self.summary.examples)
-                + "\ncorrect them, name the right --json-key, or allow more with --max-bad, for example --max-bad 5%"
-            )
+        if losses.hopeless(self._bytes / self.total if self.total else 1.0):
+            losses.check()
 
     def check_end(self) -> None:
-        """Raises: DataError if an output would be empty."""
+        """Raises: DataError if too much is lost or an output would be empty."""
         summary = self.summary
+        summary.losses.check()
         if not self._documents:
-            records = summary.skipped.total()
-            every = "the only record is" if records == 1 else f"all {records} records are"
-            bad = f"{every} bad, the first: " + "".join(summary.examples[:1])
-            raise DataError(f"no documents were found: {bad if summary.examples else 'the files are empty'}")
+            raise DataError("\n  ".join(["no documents were found: the files hold no text", *summary.losses.examples]))
         for out in summary.outputs:
             if not out.documents:
                 given = zip(("valid", "test"), self._shares, strict=True)
@@ -307,7 +318,7 @@ class _Join:
                 )
 
 
-def _facts(out: Output, tokenizer: Tokenizer, bos: bool, skipped: Counter[str]) -> dict[str, Any]:
+def _facts(out: Output, tokenizer: Tokenizer, bos: bool, losses: Losses) -> dict[str, Any]:
     return {
         "documents": out.documents,
         "tokens": out.tokens,
@@ -317,6 +328,7 @@ def _facts(out: Output, tokenizer: Tokenizer, bos: bool, skipped: Counter[str]) 
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
         **({"bos_id": tokenizer.bos_id} if bos else {}),
-        "skipped": dict(sorted(skipped.items())),
+        "skipped": dict(sorted(losses.skipped.items())),
+        **({"files not read": len(losses.faults)} if losses.faults else {}),
         "fingerprint": IndexedDataset(out.prefix).fingerprint()["sha256"],
     }

@@ -6,6 +6,7 @@ vocabulary, the tokenizer against both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megallama.config.schema import Config, SourceConfig
@@ -42,6 +43,7 @@ class Data:
     test: tuple[ValidData, ...]
     tokenizer: Tokenizer | None
     marks: Marks
+    notes: Sequence[str]  # why blocks of a source are not compared with checksums
 
 
 def open_sources(config: Config) -> Data:
@@ -58,19 +60,20 @@ def open_sources(config: Config) -> Data:
             f"write model.vocab_size={tokenizer.vocab_size} or more"
         )
     paths = dict.fromkeys(source.path for source in (*data.train, *data.valid, *data.test))
-    opened = {path: _open(path, vocab_size, tokenizer) for path in paths}
+    opened = {path: _open(path, config, tokenizer) for path in paths}
+    notes = [dataset.unchecked for dataset in opened.values() if dataset.unchecked]
     marks = agreed_marks([*opened.values()], tokenizer, data.eos_token)
     valid, test = (tuple(_valid(s, config, opened[s.path]) for s in held) for held in (data.valid, data.test))
     if data.synthetic:
         synthetic = Synthetic(vocab_size, config.batch.seq_length, config.train.seed)
-        return Data(synthetic, valid, test, tokenizer, marks)
+        return Data(synthetic, valid, test, tokenizer, marks, notes)
     if not data.train:
         raise DataError(
             'data.train is empty; write data.train=["path/prefix"] (made with tools/preprocess_data.py) or '
             "data.synthetic=true"
         )
     sources = [_source(s, config, opened[s.path]) for s in data.train]
-    return Data(TrainData(data, sources, BatchPlan(config.batch, 1)), valid, test, tokenizer, marks)
+    return Data(TrainData(data, sources, BatchPlan(config.batch, 1)), valid, test, tokenizer, marks, notes)
 
 
 def _source(given: SourceConfig, config: Config, dataset: IndexedDataset, *, shuffle: bool = True) -> Source:
@@ -86,8 +89,10 @@ def _valid(given: SourceConfig, config: Config, dataset: IndexedDataset) -> Vali
     return ValidData(given.label, source.read, source.num_windows, ratio)
 
 
-def _open(path: str, vocab_size: int, tokenizer: Tokenizer | None) -> IndexedDataset:
-    dataset = IndexedDataset(path)
+def _open(path: str, config: Config, tokenizer: Tokenizer | None) -> IndexedDataset:
+    dataset, vocab_size = IndexedDataset(path), config.model.vocab_size
+    if config.data.checksums:
+        dataset.check_blocks()
     facts = read_facts(dataset.prefix)
     largest = max(dataset.largest_token(), int(facts.get("vocab_size", 0)) - 1)
     if largest >= vocab_size:

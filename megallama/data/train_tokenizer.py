@@ -15,8 +15,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from megallama.data.documents import BadRecord, RecordReader, find_files, parse
+from megallama.data.documents import RecordReader
 from megallama.data.errors import DataError
+from megallama.data.losses import Losses
 
 LINE_CHARACTERS = 4096  # longer lines are cut; SentencePiece would silently leave them out
 SMALLEST = 3 + 256 + 1  # control pieces, bytes, and one piece
@@ -31,12 +32,15 @@ def train_tokenizer(
     sample_bytes: int = 200_000_000,
     threads: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    losses: Losses | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Train on files, folders or patterns and write OUTPUT (ending in .model); the same input gives the same file.
 
     Of more text than `sample_bytes` an even sample of the documents is used, always the same: training takes about
     13 times its size in memory.
     `progress(bytes read, bytes in all)` is called while reading; training itself follows, about 0.3 s per MB.
+    `losses` judges what cannot be read, by default as strictly as it does; `say` is told what is not read.
     Raises: DataError, for a vocabulary that the text is too small for with the largest possible one.
     """
     output = Path(output)
@@ -50,10 +54,11 @@ def train_tokenizer(
         raise DataError(f"sample_bytes={sample_bytes}, threads={threads}; use 1 or more of each")
     import sentencepiece
 
-    model, reader = io.BytesIO(), RecordReader(find_files(inputs), json_key=json_key)
+    losses = losses or Losses()
+    model, reader = io.BytesIO(), RecordReader(losses.find(inputs, say), json_key=json_key)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(reader, json_key, sample_bytes, progress),
+            sentence_iterator=_lines(reader, json_key, sample_bytes, progress, losses),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -93,7 +98,11 @@ def _explain(error: RuntimeError, vocab_size: int) -> DataError:
 
 
 def _lines(
-    reader: RecordReader, json_key: str, sample_bytes: int, progress: Callable[[int, int], None] | None
+    reader: RecordReader,
+    json_key: str,
+    sample_bytes: int,
+    progress: Callable[[int, int], None] | None,
+    losses: Losses,
 ) -> Iterator[str]:
     """The lines of the documents that are in the sample, cut to a length SentencePiece takes.
 
@@ -102,16 +111,14 @@ def _lines(
     """
     sample: list[tuple[int, int, bytes]] = []  # (-hash, number, text), the largest hash first
     size, limit = 0, 1 << 64
-    for number, record in enumerate(reader):
+    for _, document in losses.texts(reader, json_key):
+        number = losses.records - 1
         if progress and number % 64 == 0:
             progress(reader.bytes_done, reader.bytes_total)
         drawn = int.from_bytes(hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8).digest(), "little")
         if drawn >= limit:
             continue
-        try:
-            text = parse(record, json_key)[0].encode()
-        except BadRecord:
-            continue
+        text = document.encode()
         heapq.heappush(sample, (-drawn, number, text))
         size += len(text)
         while size > sample_bytes and len(sample) > 1:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megallama.config.errors import MegallamaError
-from megallama.data.documents import BadRecord, Record, RecordReader, Unit, parse
+from megallama.data.documents import Record, RecordReader, Unit
 from megallama.data.errors import DataError
 from megallama.data.indexed import dtype_for
 from megallama.data.parts import Part, PartWriter
@@ -108,15 +108,11 @@ class Encoder:
         for block in _blocks(reader):
             texts, sizes = [], []
             for record in block:
-                try:
-                    text, size = parse(record, task.json_key)
-                except BadRecord as error:
-                    part.skip(record, error)
-                    if task.strict:
-                        return part
-                else:
-                    texts.append(text)
-                    sizes.append(size)
+                if found := part.text(record, task.json_key):
+                    texts.append(found[0])
+                    sizes.append(found[1])
+                elif task.strict:
+                    return part
             self._add(texts, sizes)
             if time.monotonic() > reported + REPORT_SECONDS:
                 reported = time.monotonic()

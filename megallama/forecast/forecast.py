@@ -1,8 +1,8 @@
 """What a job costs on a machine (seconds by cause, speed, bytes), and a plan (its run, energy, CO2); and the best plan.
 
-Bytes of a job are a closed form, for searching and for programs that use memory otherwise than
-ours; its constants were fitted on which published layouts fit into 80 GB (Korthikanti et al. 2022,
-arXiv:2205.05198, table 2).  A plan of ours has an exact table (`plan.memory`).
+Bytes of a job are a closed form, for searching and for programs that use memory otherwise than ours; its constants were
+fitted on which published layouts fit into 80 GB (Korthikanti et al. 2022, arXiv:2205.05198, table 2).  A plan of ours
+has an exact table (`plan.memory`).
 """
 
 from __future__ import annotations

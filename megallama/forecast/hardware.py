@@ -1,7 +1,6 @@
 """Constants of GPU kinds, attention kernels and training programs: `hardware.toml`, or a file of the same form.
 
-A user's own file names the kind that it starts from and what differs: ``base = "h100"``, ``nic_gbit
-= 800.0``.
+A user's own file names the kind that it starts from and what differs: ``base = "h100"``, ``nic_gbit = 800.0``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """One training step as the models of time and memory see it: shapes, layout, and which software runs it.
 
-Jobs come from configurations (`job_of`; every legal layout: `candidates`) and from tables of
-published layouts.
+Jobs come from configurations (`job_of`; every legal layout: `candidates`) and from tables of published layouts.
 """
 
 from __future__ import annotations

@@ -152,7 +152,10 @@ class Trainer:
         return kernels
 
     def _open_data(self) -> Data:
-        return open_sources(self._config)
+        data = open_sources(self._config)
+        for text in data.notes:
+            self._log.info(text)
+        return data
 
     def _checkpoints(self) -> CheckpointManager:
         folder = self._config.checkpoint.folder

@@ -18,11 +18,11 @@ import torch
 from megallama.checkpoint import manifest, reader
 from megallama.checkpoint.errors import CheckpointError
 from megallama.checkpoint.reader import open_weights
-from megallama.checkpoint.source import open_source
 from tests.checkpoint.formats import to
 from tests.checkpoint.states import MODEL, empty_solo, make_config, make_manager, make_state, solo_shards
 from tools.generate import main as generate
 from tools.inspect_checkpoint import main as inspect
+from tools.reshard.source import open_source
 from tools.reshard_checkpoint import main as reshard
 
 SECRET = "password of root"

@@ -14,8 +14,6 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 
 from megallama.checkpoint import manifest
-from megallama.checkpoint.foreign import meta_ffn, meta_params
-from megallama.checkpoint.source import open_source
 from megallama.config.presets import PRESETS
 from megallama.config.schema import ModelConfig, RopeScaling
 from tests.checkpoint.formats import (
@@ -37,6 +35,8 @@ from tests.checkpoint.test_huggingface import train_sentencepiece
 from tests.pool import Pool
 from tests.small import small_config
 from tests.train.runs import curve, state_files
+from tools.reshard.foreign import meta_ffn, meta_params
+from tools.reshard.source import open_source
 
 transformers = pytest.importorskip("transformers")
 TOKENS = torch.tensor([5, 3, 77, 130, 0, 41, 41, 9, 100, 2])

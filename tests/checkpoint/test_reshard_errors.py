@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megallama.checkpoint import pth
 from tests.checkpoint.formats import GQA, LLAMA3, MHA, hf_folder, megatron_ranks, meta_shards, to, write_ranks
 from tests.checkpoint.states import make_config, make_manager, make_state, solo_shards
 from tools.reshard import convert as convert_module
+from tools.reshard import pth
 from tools.reshard_checkpoint import main
 
 ROOT = Path(__file__).parents[2]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megallama.checkpoint import foreign
-from megallama.checkpoint.source import open_source
 from tests.checkpoint.formats import GQA, MHA, MODELS, hf_folder, read_hf, to
 from tests.checkpoint.states import make_config, make_manager, make_state, solo_shards
+from tools.reshard import foreign
+from tools.reshard.source import open_source
 from tools.reshard.verify import TOLERANCE, compare_logits
 from tools.reshard_checkpoint import main
 

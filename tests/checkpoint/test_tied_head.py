@@ -188,7 +188,7 @@ def test_the_second_reader_is_right(tmp_path: Path, model: str) -> None:
 
 def test_verification_finds_a_setting_that_both_sides_miss(tmp_path: Path, monkeypatch, capsys) -> None:
     hf_folder(tmp_path / "hf", MHA)
-    from megallama.checkpoint import source
+    from tools.reshard import source
 
     right = source.read_model_config
     wrong = {"rope_theta": 200.0}

@@ -72,12 +72,17 @@ def test_jsonl_and_folders_and_unreadable_parts(tmp_path: Path, jsonl: Path) -> 
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(jsonl.read_bytes() * 2 + b"broken\n")  # repeated documents count once
-    (folder / "b.txt").write_bytes(b"\xff\xfe")
+    (folder / "b.png").write_bytes(b"\xff\xfe")
     (folder / "c.md").write_text("".join(text_of(i) for i in range(1000, 1600)))
     corpus = build_corpus(tmp_path / "out.jsonl", 10_000_000, folder)
     texts = {d["text"] for d in read(corpus.path)}
     assert {text_of(i) for i in range(300)} <= texts
-    assert [s.split("mine/")[1].split(" (")[0] for s in corpus.skipped] == ["a.jsonl:601: not JSON", "b.txt: not UTF-8"]
+    assert corpus.skipped[0] == f"not read: 1 of another kind (.png), the first '{folder}/b.png'"
+    assert corpus.skipped[1].startswith("skipped 1 bad record of 602 records (allowed are 0.1% in all")
+    assert "a.jsonl:601: not JSON" in corpus.skipped[2] and len(corpus.skipped) == 3
+    (folder / "b.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"1 file cannot be read:\n  .*b.txt: none of 1 record can be used: it is"):
+        build_corpus(tmp_path / "out.jsonl", 10_000_000, folder)
 
 
 def test_text_that_cannot_be_trained_on(tmp_path: Path) -> None:
@@ -89,7 +94,7 @@ def test_text_that_cannot_be_trained_on(tmp_path: Path) -> None:
         ("gone.txt", "gone.txt does not exist; TEXT takes a text file, a .jsonl file or a folder of them"),
         ("empty.txt", "empty.txt is empty; give a file or folder with 100,000 bytes"),
         ("small.txt", "small.txt holds 9 bytes of usable text, too little to train on; give 100,000 bytes or more"),
-        ("latin.txt", r"latin.txt holds 0 bytes of usable text \(1 skipped, the first: .*latin.txt: not UTF-8"),
+        ("latin.txt", r"1 file cannot be read:\n  .*latin.txt: none of 1 record can be used: not UTF-8"),
         ("book.pdf", "book.pdf is of an unknown kind '.pdf'"),
     ):
         with pytest.raises(DataError, match=text):

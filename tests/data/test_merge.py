@@ -26,8 +26,8 @@ def pairs(tokenizer_path: Path, tmp_path: Path) -> list[Path]:
         files.append(tmp_path / f"{name}.jsonl")
         lines = [json.dumps({"text": text_of(i)}) if i % 60 else "bad" for i in numbers]
         files[-1].write_text("\n".join(lines) + "\n")
-        preprocess([files[-1]], tmp_path / name, tokenizer_path)
-    preprocess(files, tmp_path / "all", tokenizer_path)
+        preprocess([files[-1]], tmp_path / name, tokenizer_path, max_bad="10%")
+    preprocess(files, tmp_path / "all", tokenizer_path, max_bad="10%")
     return [tmp_path / name for name in "abc"]
 
 

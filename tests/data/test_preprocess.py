@@ -27,7 +27,7 @@ def documents(prefix: Path) -> list[list[int]]:
 
 
 def content(prefix: Path, *suffixes: str) -> dict[str, bytes]:
-    return {s: Path(f"{prefix}{s}").read_bytes() for s in suffixes or (".bin", ".idx", ".json")}
+    return {s: Path(f"{prefix}{s}").read_bytes() for s in suffixes or (".bin", ".idx", ".sums", ".json")}
 
 
 def test_documents_are_encoded_and_ended(jsonl: Path, tokenizer_path: Path, tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_documents_are_encoded_and_ended(jsonl: Path, tokenizer_path: Path, tmp_
     (out,) = summary.outputs
     assert (out.documents, out.tokens, out.text_bytes) == (300, tokens, size)
     assert seen[-1] == (jsonl.stat().st_size, jsonl.stat().st_size, tokens)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.json", "a.sums"]
 
 
 def megatron_files(documents: list[list[int]], code: int, letter: str) -> dict[str, bytes]:
@@ -119,8 +119,9 @@ def test_the_bytes_do_not_depend_on_processes_jobs_or_blocks(
         one = content(tmp_path / f"one{part}")
         assert one == content(tmp_path / f"two{part}") == content(tmp_path / f"three{part}")
     assert sum(out.documents for out in summaries[0].outputs) == 300 * 3 + 70
-    assert all(s.skipped == {"not JSON": 1} and s.examples == summaries[0].examples for s in summaries)
-    assert summaries[0].examples[0].startswith(f"{corpus}:301: not JSON")
+    first, *others = (summary.losses for summary in summaries)
+    assert all(losses.skipped == {"not JSON": 1} and losses.lines() == first.lines() for losses in (first, *others))
+    assert first.examples[0].startswith(f"{corpus}:301: not JSON")
 
 
 def test_the_split_deals_out_every_document_once(jsonl: Path, tokenizer_path: Path, tmp_path: Path) -> None:
@@ -199,7 +200,6 @@ BAD = [
     (b'{"text": ""}', "empty text"),
     (b'{"text": "caf\xe9"}', "not UTF-8 (byte 0xe9 at byte 13)"),
     ('{"text": "x"}'.encode("utf-16"), "not UTF-8 (byte 0xff at byte 0)"),
-    (b'{"text": "ab\\ud800"}', "half a surrogate pair (\\ud800 at character 2)"),
     (b'{"text": "' + b"x" * 300000 + b'"}', "too long (300012 bytes, the limit is 200000)"),
 ]
 
@@ -212,7 +212,7 @@ def test_a_bad_record_is_named_and_skipped(tokenizer_path: Path, tmp_path: Path,
     summary = preprocess([path], tmp_path / "a", tokenizer_path, max_document_bytes=200000)
     encode = load_tokenizer(tokenizer_path).encode
     assert documents(tmp_path / "a") == [[*encode(t), 2] for t in ("one", "tw\0o 🦙")]
-    assert summary.skipped.total() == 1 and summary.examples[0].startswith(f"{path}:2: {reason}")
+    assert summary.losses.skipped.total() == 1 and summary.losses.examples[0].startswith(f"{path}:2: {reason}")
     with pytest.raises(DataError) as error:
         preprocess([path], tmp_path / "b", tokenizer_path, strict=True, max_document_bytes=200000)
     assert str(error.value).startswith(f"{path}:2: {reason}") and "leave out --strict" in str(error.value)
@@ -220,26 +220,36 @@ def test_a_bad_record_is_named_and_skipped(tokenizer_path: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("name, raw, reason", [
-    ("a.txt", b"caf\xe9", "not UTF-8 (byte 0xe9 at byte 3)"),
-    ("a.txt", b"a\0b", "a NUL character in plain text (at character 1; is it a binary file?)"),
-    ("a.txt", b"", "empty text"),
-    ("a.txt", b"x" * 300000, "too long (300000 bytes, the limit is 200000)"),
+    ("a.txt", b"caf\xe9", "none of 1 record can be used: not UTF-8 (byte 0xe9 at byte 3)"),
+    ("a.txt", b"a\0b", "none of 1 record can be used: it is UTF-16 or UTF-32; convert it"),
+    ("a.txt", b"abcdefgh\0b", "none of 1 record can be used: a NUL character in plain text (at character 8; is it a"),
+    ("a.txt", b"x" * 300000, "none of 1 record can be used: too long (300000 bytes, the limit is 200000)"),
     ("a.txt.gz", b"plain", "not valid gzip (Not a gzipped file"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-12], "the gzip file is cut off"),
 ])  # fmt: skip
-def test_a_bad_file_is_named(tokenizer_path: Path, tmp_path: Path, name: str, raw: bytes, reason: str) -> None:
-    (tmp_path / name).write_bytes(raw)
-    (tmp_path / "b.txt").write_text("good")
-    summary = preprocess([tmp_path], tmp_path / "out", tokenizer_path, max_document_bytes=200000)
-    assert summary.skipped.total() == 1
-    assert summary.examples[0].startswith(str(tmp_path / name)) and reason in summary.examples[0]
+def test_a_file_that_cannot_be_read_ends_the_run(
+    tokenizer_path: Path, tmp_path: Path, name: str, raw: bytes, reason: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(raw)
+    (tmp_path / "in" / "b.txt").write_text("good")
+    with pytest.raises(DataError) as error:
+        preprocess([tmp_path / "in"], tmp_path / "out", tokenizer_path, max_document_bytes=200000)
+    assert str(error.value).startswith(f"1 file cannot be read:\n  {tmp_path}/in/{name}: {reason}")
+    assert "--skip-bad-files" in str(error.value) and not list(tmp_path.glob("out*.*n"))
+    options = {"max_document_bytes": 200000, "skip_bad_files": True}
+    summary = preprocess([tmp_path / "in"], tmp_path / "out", tokenizer_path, **options)
     assert documents(tmp_path / "out")[-1] == [*load_tokenizer(tokenizer_path).encode("good"), 2]
+    assert summary.losses.lines()[-1].startswith(f"left out what cannot be read of {tmp_path}/in/{name}: {reason}")
+    assert json.loads((tmp_path / "out.json").read_text())["files not read"] == 1
 
 
 def test_only_the_first_bad_records_are_described(tokenizer_path: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("x\n" * 1000 + '{"text": "good"}\n')
-    summary = preprocess([tmp_path / "a.jsonl"], tmp_path / "a", tokenizer_path, max_bad="1000")
-    assert summary.skipped == {"not JSON": 1000} and len(summary.examples) == 20
+    options = {"max_bad": "1000", "max_bad_per_file": "100%"}
+    summary = preprocess([tmp_path / "a.jsonl"], tmp_path / "a", tokenizer_path, **options)
+    assert summary.losses.skipped == {"not JSON": 1000} and len(summary.losses.examples) == 20
+    assert summary.losses.lines()[-1] == "  ... and 980 more"
     assert json.loads((tmp_path / "a.json").read_text())["skipped"] == {"not JSON": 1000}
 
 
@@ -252,10 +262,11 @@ def bad_lines(path: Path, bad: int, good: int) -> Path:
 
 
 @pytest.mark.parametrize("bad, good, given, stops", [
-    (100, 50, "", False), (101, 50, "", True),  # the default: a hundred
-    (150, 15000, "", False), (160, 15000, "", True),  # or one in a hundred
+    (1, 50, "", False), (1, 1, "", False), (2, 50, "", True), (3, 1, "", True),  # the default: one
+    (5, 5000, "", False), (15, 15000, "", False), (16, 15000, "", True),  # or one in a thousand
     (3, 50, "3", False), (4, 5000, "3", True), (1, 50, "0", True),
-    (5, 95, "5%", False), (6, 94, "5%", True), (9, 1, "100%", False), (1, 99, "0%", True), (1, 199, "0.5%", False),
+    (5, 95, "5%", False), (6, 94, "5%", True), (1, 99, "0%", True), (1, 199, "0.5%", False),
+    (9, 1, "100%", True), (5, 45, "100%", False), (6, 45, "100%", True),  # a tenth of a file
 ])  # fmt: skip
 def test_too_many_bad_records_stop_the_run(
     tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -266,13 +277,13 @@ def test_too_many_bad_records_stop_the_run(
     path = bad_lines(tmp_path / "a.jsonl", bad, good)
     if not stops:
         summary = preprocess([path], tmp_path / "a", tokenizer_path, max_bad=given, workers=processes)
-        assert summary.skipped.total() == bad and summary.outputs[0].documents == good
+        assert summary.losses.skipped.total() == bad and summary.outputs[0].documents == good
         return
-    with pytest.raises(DataError, match=r"\d+ of the first \d+ records are bad, more than max_bad allows") as error:
+    with pytest.raises(DataError, match=r"\d+ of [\d,]+ records are bad, more than the .* that may be") as error:
         preprocess([path], tmp_path / "a", tokenizer_path, max_bad=given, workers=processes)
     first = path.read_bytes().split(b"\n").index(b"x") + 1
-    assert f"among them\n  {path}:{first}: not JSON" in str(error.value) and "--max-bad 5%" in str(error.value)
-    assert not [p for p in tmp_path.iterdir() if p.suffix in (".bin", ".idx", ".json", ".tmp")]
+    assert f"\n  {path}:{first}: not JSON" in str(error.value) and "--max-bad 5%" in str(error.value)
+    assert not [p for p in tmp_path.iterdir() if p.suffix in (".bin", ".idx", ".sums", ".json", ".tmp")]
 
 
 @pytest.mark.parametrize("given", ["many", "-1", "101%", "%", "1.5", "-2%"])
@@ -293,8 +304,8 @@ def test_strict_names_the_first_bad_record_of_the_input(
     with pytest.raises(DataError, match=r"a\.jsonl:103: not JSON \(Expecting property name"):
         preprocess([tmp_path / "a.jsonl"], tmp_path / "a", tokenizer_path, workers=processes, strict=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.parts"]  # what is done serves a lenient run
-    done = preprocess([tmp_path / "a.jsonl"], tmp_path / "a", tokenizer_path, workers=processes)
-    assert [example.split(":")[1] for example in done.examples] == ["103", "104", "250", "299"]
+    done = preprocess([tmp_path / "a.jsonl"], tmp_path / "a", tokenizer_path, workers=processes, max_bad="4")
+    assert [example.split(":")[1] for example in done.losses.examples] == ["103", "104", "250", "299"]
 
 
 def test_an_output_that_would_replace_an_input_is_refused(tokenizer_path: Path, tmp_path: Path) -> None:
@@ -311,8 +322,8 @@ def test_nothing_to_write_is_an_error(tokenizer_path: Path, tmp_path: Path) -> N
     (tmp_path / "x.pdf").write_text("")
     (tmp_path / "folder").mkdir()
     for inputs, options, text in (
-        (["bad.jsonl"], {}, "no documents were found: the only record is bad, the first: .*bad.jsonl:1: not JSON"),
-        (["empty.jsonl"], {}, "no documents were found: the files are empty"),
+        (["bad.jsonl"], {}, "1 file cannot be read:\n  .*bad.jsonl: none of 1 record can be used: not JSON"),
+        (["empty.jsonl"], {}, "no documents were found: the files hold no text"),
         (["few.jsonl"], {"split_valid": 0.01}, "out_valid would hold none of the 3 documents with split_valid=0.01"),
         (["few.jsonl"], {"split_valid": 1.5}, "split_valid=1.5 is not a share"),
         (["few.jsonl"], {"split_test": -0.1}, "split_test=-0.1 is not a share"),
@@ -320,12 +331,13 @@ def test_nothing_to_write_is_an_error(tokenizer_path: Path, tmp_path: Path) -> N
         (["few.jsonl"], {"workers": 0}, "workers=0; use 1 or more"),
         (["gone.jsonl"], {}, "gone.jsonl does not exist; give a file, a folder or a pattern"),
         (["*.zip"], {}, "zip does not exist; give a file, a folder or a pattern"),
-        (["folder"], {}, "folder holds no text: expected files ending in .jsonl"),
+        (["folder"], {}, "folder holds no text: JSON lines end in .jsonl"),
         (["x.pdf"], {}, "x.pdf is of an unknown kind '.pdf'; JSON lines end in .jsonl .json .ndjson"),
         ([], {}, "no input files were given"),
+        ([""], {}, "an input is empty .an unset variable of the shell"),
     ):
         with pytest.raises(DataError, match=text):
-            preprocess([tmp_path / i for i in inputs], tmp_path / "out", tokenizer_path, **options)
+            preprocess([tmp_path / i if i else i for i in inputs], tmp_path / "out", tokenizer_path, **options)
         assert [p for p in tmp_path.glob("out*") if p.name != "out.parts"] == []
 
 

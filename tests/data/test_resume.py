@@ -68,12 +68,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(corpus: Path, tokenizer_path: Path) -> dict[str, str]:
     """What a run in one go writes."""
-    preprocess([corpus], corpus.parent / "whole", tokenizer_path, split_valid=0.1)
+    preprocess([corpus], corpus.parent / "whole", tokenizer_path, split_valid=0.1, max_bad="15")
     return digests(corpus.parent / "whole")
 
 
 def options(corpus: Path, tokenizer_path: Path, prefix: Path) -> tuple[object, ...]:
-    return corpus, "--output", prefix, "--tokenizer", tokenizer_path, "--split-valid", 0.1, "--quiet"
+    return corpus, "--output", prefix, "--tokenizer", tokenizer_path, "--split-valid", 0.1, "--quiet", "--max-bad", 15
 
 
 @pytest.mark.parametrize("where, count", PLACES)
@@ -88,7 +88,7 @@ def test_killed_in_one_process(
         assert done
     again = run([], 0, "end", 0, *arguments)
     assert again.returncode == 0, again.stderr
-    assert "skipped 15 bad records: 15 not JSON" in again.stderr and "b.jsonl:189: not JSON" in again.stderr
+    assert "15 in all and 10% of one file): 15 not JSON" in again.stderr and "b.jsonl:189: not JSON" in again.stderr
     assert digests(tmp_path / "o") == undisturbed
     assert not Path(f"{tmp_path}/o.parts").exists()
 
@@ -125,6 +125,9 @@ def test_killed_often_and_continued_by_other_numbers_of_processes(
     assert digests(tmp_path / "o") == undisturbed
 
 
+LIMIT = {"max_document_bytes": 200, "max_bad": "100%", "max_bad_per_file": "100%"}
+
+
 @pytest.mark.parametrize("change", ["input", "tokenizer", "key", "limit"])
 def test_a_changed_command_never_uses_old_parts(
     jsonl: Path, tokenizer_path: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
@@ -132,7 +135,7 @@ def test_a_changed_command_never_uses_old_parts(
     (tmp_path / "a.jsonl").write_bytes(jsonl.read_bytes().replace(b'{"text"', b'{"body": "other", "text"'))
     arguments = [tmp_path / "a.jsonl", "--output", tmp_path / "o", "--workers", 1]
     assert run([], 0, "commit", 1, *arguments, "--tokenizer", tokenizer_path).returncode == -9
-    changed = {"key": {"json_key": "body"}, "limit": {"max_document_bytes": 200, "max_bad": "100%"}}.get(change, {})
+    changed = {"key": {"json_key": "body"}, "limit": LIMIT}.get(change, {})
     if change == "tokenizer":
         from megallama.data.train_tokenizer import train_tokenizer
 
@@ -189,4 +192,4 @@ def test_a_second_run_for_the_same_output_is_refused(jsonl: Path, tokenizer_path
         with pytest.raises(DataError, match="another process is writing .*o now; wait for it, or use another --output"):
             preprocess([jsonl], tmp_path / "o", tokenizer_path)
     preprocess([jsonl], tmp_path / "o", tokenizer_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.bin", "o.idx", "o.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.bin", "o.idx", "o.json", "o.sums"]

@@ -69,4 +69,5 @@ def test_two_ranks_do_the_sources_and_a_second_start_does_nothing(
     (tmp_path / "out" / "books.parts").mkdir()  # as if killed before the end
     assert "books: start 0" in submit(tmp_path, **given).stdout
     after = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
-    assert {p.name for p in before if before[p] != after.get(p)} == {"books.bin", "books.idx", "books.json"}
+    changed = {p.name for p in before if before[p] != after.get(p)}
+    assert changed == {f"books{suffix}" for suffix in (".bin", ".idx", ".json", ".sums")}

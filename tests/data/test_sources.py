@@ -157,8 +157,9 @@ def test_an_id_outside_the_vocabulary_ends_the_run(tmp_path: Path, which: str, v
         if known:
             Path(f"{prefix}.json").write_text(json.dumps({"vocab_size": known}))
     vocab = 512 if known else 330
-    data = opened([(prefixes["web"], 3), (prefixes["code"], 1)], [prefixes["held"]], s=8, vocab=vocab, test=(
-        SourceConfig(path=str(prefixes["last"])),))  # fmt: skip
+    last = (SourceConfig(path=str(prefixes["last"])),)
+    mixed = [(prefixes["web"], 3.0), (prefixes["code"], 1.0)]
+    data = opened(mixed, [prefixes["held"]], s=8, vocab=vocab, checksums=False, test=last)
     poison(prefixes[which], 329, 42)
     read_all(data)
     poison(prefixes[which], value, 43)

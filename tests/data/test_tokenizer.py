@@ -139,8 +139,11 @@ def test_a_vocabulary_the_text_does_not_support(jsonl: Path, tmp_path: Path, siz
 
 
 def test_training_without_text(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("\n{}\n")
+    (tmp_path / "a.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match="no text to train a tokenizer on"):
+        train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "a.model", 300)
+    (tmp_path / "a.jsonl").write_text("\n{}\n")
+    with pytest.raises(DataError, match=r'1 file cannot be read:\n  \S+a.jsonl: none of 1 record can be used: no key'):
         train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "a.model", 300)
     for options in ({"sample_bytes": 0}, {"threads": 0}):
         with pytest.raises(DataError, match=r"sample_bytes=\d+, threads=\d; use 1 or more of each"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def prefix(jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = tool("preprocess_data", folder / "c.jsonl", *options)
     assert done.returncode == 0, done.stderr
     assert "d.bin: 300 documents" in done.stdout and "MB/s" in done.stdout and "M tokens/s" in done.stdout
-    assert 'skipped 1 bad record: 1 no key "text"' in done.stderr and "c.jsonl:301: no key" in done.stderr
+    assert 'skipped 1 bad record of 301 records' in done.stderr and "c.jsonl:301: no key" in done.stderr
     return folder / "d"
 
 
@@ -44,9 +45,26 @@ def test_inspect_shows_counts_lengths_and_documents(prefix: Path) -> None:
     rows = [line.split() for line in done.stdout.splitlines() if " .. " in line]
     assert sum(int(row[3]) for row in rows) == 300
     assert f"verified: offsets, document marks and {facts['tokens']:,} ids below 330" in done.stdout
+    assert f"verified: every 64 KiB is as {prefix}.sums says" in done.stdout
     text = tool("inspect_data", prefix, "--document", 7, "--tokenizer", prefix.parent / "t.model").stdout
     assert text == text_of(7) + "\n"
     assert tool("inspect_data", prefix, "--document", 7).stdout.split()[-1] == "2"
+
+
+def test_inspect_finds_damage_and_writes_checksums(prefix: Path, tmp_path: Path) -> None:
+    for suffix in (".bin", ".idx", ".sums"):
+        shutil.copy(f"{prefix}{suffix}", tmp_path / f"d{suffix}")
+    raw, sums = (tmp_path / "d.bin").read_bytes(), (tmp_path / "d.sums").read_bytes()
+    (tmp_path / "d.bin").write_bytes(raw[:5000] + bytes([raw[5000] ^ 1]) + raw[5001:])
+    done = tool("inspect_data", tmp_path / "d", "--verify")
+    assert done.returncode == 2 and f"{tmp_path}/d.bin: the 65536 bytes from 0 on are not what was" in done.stderr
+    (tmp_path / "d.bin").write_bytes(raw)
+    (tmp_path / "d.sums").unlink()
+    done = tool("inspect_data", tmp_path / "d", "--verify")
+    assert done.returncode == 0 and "not verified: " in done.stdout and "d.sums: No such file" in done.stdout
+    done = tool("inspect_data", tmp_path / "d", "--write-sums")
+    assert done.returncode == 0 and (tmp_path / "d.sums").read_bytes() == sums
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.bin", "d.idx", "d.sums"]
 
 
 def test_merge_joins_pairs(prefix: Path, tmp_path: Path) -> None:

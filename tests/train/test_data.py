@@ -130,6 +130,7 @@ def test_changed_weights_or_files_do_not_resume(pool: Pool, tmp_path: Path, file
     tokens = bytearray(Path(files["code"] + ".bin").read_bytes())
     tokens[0] ^= 1
     Path(files["code"] + ".bin").write_bytes(tokens)
+    Path(files["code"] + ".sums").unlink()
     for answer in pool.run(2, RUN, str(tmp_path / "run"), settings):
         assert f'data.train source "code": {files["code"]}.bin/.idx is not what this run was' in answer["error"]
 
@@ -142,6 +143,22 @@ def test_a_file_truncated_during_training_ends_the_run_with_its_name(
     (answer,) = pool.run(1, RUN, str(tmp_path / "run"), settings, f"truncate:2:0:{files['web']}.bin")
     assert answer["type"] == "DataError"
     assert answer["error"].startswith(f"{files['web']}.bin ends at byte 20, expected 34 bytes from byte ")
+
+
+def test_damage_found_during_training_ends_the_run_with_its_name(
+    pool: Pool, tmp_path: Path, files: dict[str, str]
+) -> None:
+    """A block with a flipped bit; a source without checksums says so."""
+    Path(files["code"] + ".sums").unlink()
+    said = f"{files['code']}.sums: No such file or directory; a flipped bit would not be found"
+    for name, checksums in (("asked", True), ("unasked", False)):
+        assert pool.run(1, RUN, str(tmp_path / name), sections(files, checksums=checksums))[0]["status"] == 0
+        assert (tmp_path / name / "run.log").read_text().count(said) == checksums
+    tokens = bytearray(Path(files["web"] + ".bin").read_bytes())
+    tokens[len(tokens) // 4 * 2] ^= 1
+    Path(files["web"] + ".bin").write_bytes(tokens)
+    (answer,) = pool.run(1, RUN, str(tmp_path / "run"), sections(files))
+    assert f"{files['web']}.bin: the 65536 bytes from 0 on are not what was written" in answer["error"]
 
 
 def test_a_wrong_mixture_on_the_command_line(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,21 +16,22 @@ from typing import Any
 
 import torch
 
-from megallama.checkpoint import foreign, manifest, reader
+import tools.reshard.foreign as foreign
+from megallama.checkpoint import manifest, reader
 from megallama.checkpoint.disk import sync, write_at
 from megallama.checkpoint.errors import CheckpointError
 from megallama.checkpoint.folder import unfinished
-from megallama.checkpoint.foreign import Form
 from megallama.checkpoint.huggingface import TORCH_NAMES
 from megallama.checkpoint.layout import DTYPES, SHARD_BYTES, STATE, WEIGHTS, FileSet, file_set, one_file
 from megallama.checkpoint.manager import CheckpointManager
-from megallama.checkpoint.pth import pack
-from megallama.checkpoint.source import PRECISION, Source, config_of, open_source, spans
 from megallama.checkpoint.writer import Content, Flusher, OpenFiles, as_bytes, create_files, explained
 from megallama.comm.group import Solo
 from megallama.config.schema import CheckpointConfig, Config, PrecisionConfig
 from megallama.layers.shard import StateShard
 from megallama.plan.box import Box
+from tools.reshard.foreign import Form
+from tools.reshard.pth import pack
+from tools.reshard.source import PRECISION, Source, config_of, open_source, spans
 
 _START: dict[str, Any] = {  # counters of a run that has only its weights
     **dict.fromkeys(("step", "updates", "samples", "tokens"), 0),

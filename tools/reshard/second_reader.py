@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megallama.checkpoint.layout import DTYPES, WEIGHTS
-from megallama.checkpoint.source import Source
 from megallama.plan.params import num_parameters
+from tools.reshard.source import Source
 from tools.reshard.verify import difference, random_tokens, run
 
 MOST_PARAMETERS = 2_000_000_000  # of a model that is given to transformers, which holds it whole, in fp32

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megallama.checkpoint.layout import DTYPES, WEIGHTS
-from megallama.checkpoint.source import Source
 from megallama.kernels.rope import inverse_frequencies
 from megallama.plan.params import heads
 from tools.reshard.convert import UnverifiedError
+from tools.reshard.source import Source
 
 TOKENS = 32
 TOLERANCE = 1e-4  # of the largest logit; sums in another order differ by about 1e-6

@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megallama.checkpoint import disk, foreign, manifest, reader
+import tools.reshard.foreign as foreign
+from megallama.checkpoint import disk, manifest, reader
 from megallama.checkpoint.errors import CheckpointError, DamagedError
-from megallama.checkpoint.foreign import EMBEDDING, Form, Piece
 from megallama.checkpoint.huggingface import META_CONTEXT, model_files, own_tokenizer, read_model_config, special_tokens
 from megallama.checkpoint.layout import DTYPES, WEIGHTS, Place
-from megallama.checkpoint.pth import PthFile
 from megallama.config.schema import BatchConfig, Config, ModelConfig, PrecisionConfig
 from megallama.plan.box import Box
+from tools.reshard.foreign import EMBEDDING, Form, Piece
+from tools.reshard.pth import PthFile
 
 SPAN_BYTES = 8 << 20  # what is copied at a time
 PRECISION = {name: precision for precision, name in WEIGHTS.items()}

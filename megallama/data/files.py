@@ -1,0 +1,134 @@
+"""Which files of text are meant: given files, folders and patterns, each real file once, in a fixed order.
+
+Whatever lies in a folder is read or told: nothing is left out in silence.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import glob
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from megallama.data.errors import DataError
+
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+TEXT_SUFFIXES = (*".txt .text .md .rst .tex .py .c .h .cpp .hpp .java .js .ts .go .rs .sh".split(),)
+SUFFIXES = (*JSON_SUFFIXES, *TEXT_SUFFIXES, ".parquet")
+OUTPUTS = (".bin", ".idx", ".json", ".sums")  # of preprocessing
+KINDS = (
+    f"JSON lines end in {' '.join(JSON_SUFFIXES)}, plain text in {' '.join(TEXT_SUFFIXES)}, both also with .gz or "
+    ".zst; Parquet in .parquet"
+)
+
+
+@functools.lru_cache(1024)  # asked once per record
+def suffix_of(path: str | Path) -> str:
+    """The suffix that says what a file holds, without that of its compression."""
+    name = Path(path).name.lower()
+    return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
+
+
+class Found:
+    """The files meant by a list of files, folders (searched recursively) and glob patterns.
+
+    files: in the order given, those of a folder sorted.  faults: path -> why it or what lies in it cannot be read.
+    Raises: DataError for a name that matches nothing, or a file of unknown kind.
+    """
+
+    def __init__(self, inputs: Sequence[str | Path]) -> None:
+        self.files: list[Path] = []
+        self._left_out: dict[str, tuple[int, Path]] = {}  # reason -> number, the first
+        self.faults: dict[str, str] = {}
+        self._seen: set[str] = set()  # real names of files and folders
+        for given in inputs:
+            if not str(given).strip():
+                raise DataError("an input is empty (an unset variable of the shell?); name files, folders or patterns")
+            there = os.path.exists(given)
+            matches = [str(given)] if there else sorted(glob.glob(str(given), recursive=True))
+            if not there and matches in ([], [str(given)]):
+                raise DataError(f"{given} does not exist; give a file, a folder or a pattern such as 'corpus/*.jsonl'")
+            for match in matches:
+                self._take(Path(match))
+        if not inputs:
+            raise DataError("no input files were given; name files, folders or patterns")
+        if not self.files and not self.faults:
+            raise DataError(f"{', '.join(map(str, inputs))} holds no text: {KINDS}\n" + "\n".join(self.lines()))
+
+    def lines(self) -> list[str]:
+        """What is not read, a line for every reason."""
+        found = sorted(self._left_out.items())
+        return [f"not read: {count:,} {why}, the first {str(path)!r}" for why, (count, path) in found]
+
+    def _take(self, given: Path) -> None:
+        """A file, or everything below a folder.
+
+        Links are followed last: what is reached in two ways keeps the name that is its own.
+        """
+        if given.is_file() and suffix_of(given) not in SUFFIXES:
+            raise DataError(f"{given} is of an unknown kind {suffix_of(given)!r}; {KINDS}")
+        first, waiting, links = len(self.files), [given], list[Path]()
+        while waiting or links:
+            path = waiting.pop() if waiting else links.pop(0)
+            hidden = path != given and any(p.startswith((".", "__pycache__")) for p in path.relative_to(given).parts)
+            try:
+                why = self._examine(path, given, hidden)
+                if why == "a folder":
+                    entries = sorted(os.scandir(path), key=lambda entry: entry.name, reverse=True)
+                    links += [path / entry.name for entry in reversed(entries) if entry.is_symlink()]
+                    waiting += [path / entry.name for entry in entries if not entry.is_symlink()]
+            except OSError as error:
+                why = "hidden" if hidden else ""
+                if not hidden:
+                    self.faults[str(path)] = f"cannot be read ({error.strerror})"
+            if why and why != "a folder":
+                count, example = self._left_out.get(why, (0, path))
+                self._left_out[why] = count + 1, example
+        self.files[first:] = sorted(self.files[first:])
+
+    def _examine(self, path: Path, given: Path, hidden: bool) -> str:
+        """Why a path is left out; "a folder" for one to look into, "" for a file that was taken."""
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):
+                return "broken links" if error.errno == errno.ENOENT else "links that lead in a circle"
+            raise
+        real, folder = os.path.realpath(path), stat.S_ISDIR(mode)
+        if real in self._seen:
+            return f"{'folders (perhaps a loop of links)' if folder else 'files'} that are read under another name"
+        if folder:
+            self._seen.add(real)
+            return "a folder"
+        if hidden:
+            return "hidden"
+        if not stat.S_ISREG(mode):
+            return "not regular files"
+        if path != given and path.suffix in OUTPUTS and path.with_suffix(".idx").exists():
+            return "made by preprocessing"
+        if suffix_of(path) not in SUFFIXES:
+            return f"of another kind ({path.suffix or 'no suffix'})"
+        self._seen.add(real)
+        self.files.append(path)
+        return ""
+
+
+def earlier_files(inputs: Sequence[str | Path]) -> list[Path]:
+    """The list that versions before `Found` made, which a preprocessing begun by one of them goes on with.
+
+    They followed no links to folders and read a file that was reached twice twice.
+    """
+    files: list[Path] = []
+    for given in map(Path, inputs):
+        below = sorted(p for p in given.rglob("*") if suffix_of(p) in SUFFIXES) if given.is_dir() else []
+        for path in below:
+            hidden = any(part.startswith((".", "__pycache__")) for part in path.relative_to(given).parts)
+            ours = path.suffix == ".json" and path.with_suffix(".idx").exists()
+            files += [path] if not hidden and not ours and path.is_file() else []
+        if not given.is_dir():
+            named = [str(given)] if given.is_file() else sorted(glob.glob(str(given), recursive=True))
+            files += [Path(p) for p in named if os.path.isfile(p)]
+    return files
