@@ -18,7 +18,6 @@ from pathlib import Path
 
 from megallama.data.documents import RecordReader, place
 from megallama.data.errors import DataError
-from megallama.data.files import Found
 from megallama.data.losses import Losses
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
@@ -117,10 +116,7 @@ def _own(text: Path, json_key: str, losses: Losses, skipped: list[str]) -> Itera
     """The documents of the reader's text, cut to pieces no larger than what gives MIN_DOCUMENTS of them."""
     if not text.exists():
         raise DataError(f"{text} does not exist; TEXT takes a text file, a .jsonl file or a folder of them")
-    found = Found([text])
-    losses.faults |= found.faults
-    skipped += found.lines()
-    reader = RecordReader(found.files, json_key=json_key)
+    reader = RecordReader(losses.find([text], skipped.append), json_key=json_key)
     if not reader.bytes_total:
         raise DataError(f"{text} is empty; give a file or folder with {MIN_BYTES:,} bytes of text or more")
     size = min(MAX_PIECE_BYTES, max(1024, reader.bytes_total // MIN_DOCUMENTS))

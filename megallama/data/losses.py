@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from megallama.config.words import counted
 from megallama.data.documents import Record, RecordReader, head_of, place
 from megallama.data.errors import DataError
-from megallama.data.files import JSON_SUFFIXES, suffix_of
+from megallama.data.files import JSON_SUFFIXES, Found, suffix_of
 from megallama.data.parts import MAX_EXAMPLES, Part
 
 SURE = 100  # bad records, from which on twice too many are enough to know the end
@@ -53,6 +54,14 @@ class Losses:
         self.records = self.bad = 0
         self._crowded: list[str] = []  # files with too many bad records
         self._file, self._counts, self._reason = "", [0, 0, 0], ""
+
+    def find(self, inputs: Sequence[str | Path], say: Callable[[str], None] = lambda text: None) -> list[Path]:
+        """The files that are meant, as in `Found`; `say` is told what is not read."""
+        found = Found(inputs)
+        self.faults |= found.faults
+        for line in found.lines():
+            say(line)
+        return found.files
 
     def texts(self, reader: RecordReader, json_key: str) -> Iterator[tuple[Record, str]]:
         """The good records of a reader. Raises: DataError as `check`, at the end."""
@@ -94,10 +103,10 @@ class Losses:
             )
         if self._crowded or self.bad > self._all(self.records):
             bad = f"{self.skipped.total():,} of {counted(self.records, 'record', ',')} are bad"
+            told = [f"{bad}, more than the {self._allowed} that may be, among them", *self._crowded, *self.examples]
             raise DataError(
-                f"{bad}, more than the {self._allowed} that may be, among them\n  " + "\n  ".join([*self._crowded, *self.examples]) + "\n"
-                "correct them, name the right --json-key, or allow more with --max-bad and --max-bad-per-file, for "
-                "example --max-bad 5%"
+                "\n  ".join(told) + "\ncorrect them, name the right --json-key, or allow more with --max-bad and "
+                "--max-bad-per-file, for example --max-bad 5%"
             )
 
     def lines(self) -> list[str]:

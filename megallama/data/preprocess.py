@@ -20,7 +20,7 @@ from megallama.config.special_tokens import NAMES, usual_id
 from megallama.data.documents import MAX_DOCUMENT_BYTES, RecordReader, units
 from megallama.data.errors import DataError
 from megallama.data.facts import write_facts
-from megallama.data.files import Found, earlier_files
+from megallama.data.files import earlier_files
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for, strip_suffix
 from megallama.data.losses import Losses
 from megallama.data.parts import Part, WorkFolder, begun
@@ -121,19 +121,15 @@ def preprocess(
     """
     splits = _check_options(workers, split_valid, split_test)
     losses = Losses(max_bad, max_bad_per_file, skip_files=skip_bad_files)
-    found, prefix, path = Found(inputs), strip_suffix(output), find_tokenizer(tokenizer_path)
-    losses.faults |= found.faults
-    for line in found.lines():
-        say(line)
+    files, prefix, path = losses.find(inputs, say), strip_suffix(output), find_tokenizer(tokenizer_path)
     outputs = [Output(prefix + suffix) for suffix in splits]
-    fast = fast and sum(file.stat().st_size for file in found.files) >= FAST_FROM
+    fast = fast and sum(file.stat().st_size for file in files) >= FAST_FROM
     tokenizer = load_tokenizer(path, fast=fast, eos_token=eos_token)
     _check_marks(tokenizer, bos)
 
     def origin_of(files: Sequence[Path]) -> dict[str, Any]:
         return _origin(files, tokenizer, json_key, max_document_bytes, bos)
 
-    files = found.files
     if begun(prefix) and not begun(prefix, origin_of(files)) and begun(prefix, origin_of(old := earlier_files(inputs))):
         files = old
         say(f"goes on with the list of an earlier version, of {len(old)} files; to begin anew delete {prefix}.parts")
@@ -198,8 +194,7 @@ def _jobs(files: Sequence[Path]) -> list[Job]:
     size = min(max(JOB_BYTES, total // MAX_JOBS), MAX_JOB_BYTES)
     jobs: list[Job] = []
     for unit in units(files, size):
-        bytes_of_unit = RecordReader([unit]).bytes_total
-        last = jobs[-1] if jobs else None
+        bytes_of_unit, last = unit.size, jobs[-1] if jobs else None
         if last and last.size + bytes_of_unit <= size and len(last.units) < MAX_UNITS:
             jobs[-1] = Job(last.number, [*last.units, unit], last.size + bytes_of_unit)
         else:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from megallama.data.documents import RecordReader
 from megallama.data.errors import DataError
-from megallama.data.files import Found
 from megallama.data.losses import Losses
 
 LINE_CHARACTERS = 4096  # longer lines are cut; SentencePiece would silently leave them out
@@ -55,11 +54,8 @@ def train_tokenizer(
         raise DataError(f"sample_bytes={sample_bytes}, threads={threads}; use 1 or more of each")
     import sentencepiece
 
-    found, losses = Found(inputs), losses or Losses()
-    losses.faults |= found.faults
-    for line in found.lines():
-        say(line)
-    model, reader = io.BytesIO(), RecordReader(found.files, json_key=json_key)
+    losses = losses or Losses()
+    model, reader = io.BytesIO(), RecordReader(losses.find(inputs, say), json_key=json_key)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_lines(reader, json_key, sample_bytes, progress, losses),

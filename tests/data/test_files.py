@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megallama.data import losses
 from megallama.data import preprocess as module
 from megallama.data.errors import DataError
 from megallama.data.files import Found, earlier_files
@@ -139,7 +140,7 @@ def test_a_start_of_an_earlier_version_goes_on_with_its_own_list(
     if link:
         (folder / "linked").symlink_to(outside)
     with monkeypatch.context() as patch:  # the earlier version, up to its third part
-        patch.setattr(module, "Found", Earlier)
+        patch.setattr(losses, "Found", Earlier)
         ends: list[int] = []
         end = module.WorkFolder.read
 
