@@ -44,7 +44,7 @@ clean:
 	[ ! -f "$(VENV)/pyvenv.cfg" ] || rm -rf "$(VENV)"
 	rm -rf runs/quickstart build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(VENV)/.base: requirements/torch.txt requirements/base.txt setup.py
+$(VENV)/.base: requirements/torch.txt requirements/base.txt pyproject.toml
 	@$(SETUP) base -- $(PIP_ARGS)
 	@touch $@
 

@@ -172,7 +172,10 @@ def _look(path: Path) -> _Seen | None:
         return None
     content = None
     if stat.S_ISREG(at.st_mode):
-        with suppress(OSError), disk.opened(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW) as fd:
+        with (
+            suppress(OSError),
+            disk.opened(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW) as fd,
+        ):
             content, at = os.read(fd, LOCK_BYTES), os.fstat(fd)  # opened: as the server has it
     return _Seen(content, at.st_ino, at.st_mtime_ns, at.st_uid)
 

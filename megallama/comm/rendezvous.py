@@ -53,7 +53,13 @@ def open_store(host: str, port: int, port_file: Path | None, keeper: bool, rank:
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         store = dist.TCPStore(
-            host, port, None, True, timeout=wait, wait_for_workers=False, master_listen_fd=listener.detach()
+            host,
+            port,
+            None,
+            True,
+            timeout=wait,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
         )
         _publish(port_file, port)
         return store

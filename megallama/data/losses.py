@@ -103,7 +103,11 @@ class Losses:
             )
         if self._crowded or self.bad > self._all(self.records):
             bad = f"{self.skipped.total():,} of {counted(self.records, 'record', ',')} are bad"
-            told = [f"{bad}, more than the {self._allowed} that may be, among them", *self._crowded, *self.examples]
+            told = [
+                f"{bad}, more than the {self._allowed} that may be, among them",
+                *self._crowded,
+                *self.examples,
+            ]
             raise DataError(
                 "\n  ".join(told) + "\ncorrect them, name the right --json-key, or allow more with --max-bad and "
                 "--max-bad-per-file, for example --max-bad 5%"

@@ -40,10 +40,12 @@ def changes(saved: Mapping[str, Any], now: Config, step: int, samples: int) -> I
 
 
 def _curve(saved: Mapping[str, Any], now: Config, step: int) -> Iterator[str]:
-    optimizer, schedule = OptimizerConfig(**saved["optimizer"]), LrScheduleConfig(**saved["lr_schedule"])
+    optimizer = OptimizerConfig(**saved["optimizer"])
+    schedule = LrScheduleConfig(**saved["lr_schedule"])
     end = max(now.train.steps, step + 1)
     for n in range(step, end, max(1, (end - step) // 1000)):
-        was, will = learning_rate(n, optimizer, schedule), learning_rate(n, now.optimizer, now.lr_schedule)
+        was = learning_rate(n, optimizer, schedule)
+        will = learning_rate(n, now.optimizer, now.lr_schedule)
         if was != will:
             keep = ""
             if schedule.decay_steps != now.lr_schedule.decay_steps:

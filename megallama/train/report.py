@@ -38,10 +38,20 @@ class Reporter:
     """Turns what the trainer knows into lines, metrics and a plot."""
 
     def __init__(
-        self, plan: Plan, device: torch.device, log: Logger, timers: Timers, train: TrainData | None, step: int
+        self,
+        plan: Plan,
+        device: torch.device,
+        log: Logger,
+        timers: Timers,
+        train: TrainData | None,
+        step: int,
     ) -> None:
         config = plan.config
-        self._config, self._device, self._log, self._timers, self._train = config, device, log, timers, train
+        self._config = config
+        self._device = device
+        self._log = log
+        self._timers = timers
+        self._train = train
         self.tokens = 0  # since the last line
         peak = peak_flops(device, DTYPES[config.precision.dtype], config.run.peak_tflops)
         if peak is None:
@@ -62,7 +72,13 @@ class Reporter:
         )
 
     def step(
-        self, counters: Counters, result: StepResult, lr: float, bad: BadSteps, scaler: LossScaler, waited: float
+        self,
+        counters: Counters,
+        result: StepResult,
+        lr: float,
+        bad: BadSteps,
+        scaler: LossScaler,
+        waited: float,
     ) -> None:
         """Tell of a step, and of those since the last that was told of; `waited` seconds for data so far."""
         seconds, phases = self._timers.lap()
