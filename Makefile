@@ -1,5 +1,6 @@
 # make quickstart [TEXT=path]   set up .venv, then train a small LLaMA on 4 ranks and use it
 # make test [ARGS=...]          set up .venv, then run the test suite (ARGS go to pytest)
+# make check                    what to run after every edit: lint of what changed and the quick tests, within a minute
 # make lint                     ruff and mypy
 # make gpu PY=python3           GPU tests and benchmarks, in 600 s (benchmarks/README.md)
 # make clean                    remove .venv and runs/quickstart
@@ -20,7 +21,7 @@ SETUP = p=$$(for c in $(or $(PYTHON),python3.11 python3.12 python3); do \
 	  exit 1; \
 	fi; "$$p" tools/setup_env.py "$(VENV)"
 
-.PHONY: help quickstart test lint gpu clean
+.PHONY: help quickstart test check lint gpu clean
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -29,6 +30,9 @@ quickstart: $(VENV)/.base
 
 test: $(VENV)/.test
 	$(PY) -m pytest $(ARGS)
+
+check: $(VENV)/.test
+	@$(PY) -m tests.check
 
 lint: $(VENV)/.test
 	$(PY) -m ruff check .

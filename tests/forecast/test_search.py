@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
+from megallama.config.rules import check
 from megallama.forecast.forecast import GIB, forecast, search
 from megallama.forecast.hardware import load_hardware
-from megallama.forecast.job import candidates, placements
+from megallama.forecast.job import candidates, config_of, job_of, placements
+from megallama.plan.check import FIXED_CHUNKS
+from megallama.plan.partition import partition
 from megallama.plan.plan import make_plan
+from megallama.plan.schedule import ScheduleError
+from megallama.plan.topology import Topology
 from tests.plan.test_plan import tool
 
 A100 = load_hardware("a100-80g")
@@ -45,6 +53,34 @@ def test_candidates_are_legal_and_complete() -> None:
     assert {j.recompute for j in jobs} == {"none", "selective", "full"}
     assert {(j.schedule, j.chunks) for j in jobs if j.pp == 2} >= {("1f1b", 1), ("1f1b", 2), ("zb-h1", 1)}
     assert list(placements(4, 4, 6))[0] == ("1f1b", 1) and ("1f1b", 2) not in placements(4, 8, 6)
+
+
+@pytest.mark.parametrize(("ranks", "layers", "batch"), [(4, 4, 8), (6, 3, 12), (16, 2, 16)])
+def test_candidates_are_the_legal_layouts(ranks: int, layers: int, batch: int) -> None:
+    """All that rules and schedules accept, tried one by one, where a node has two GPUs and every stage a layer."""
+    words = ["model.preset=debug", f"model.num_layers={layers}", f"batch.global_batch_size={batch}"]
+    base = load(None, [*words, "batch.seq_length=60", "batch.micro_batch_size=1"], need_data=False)
+    jobs = list(candidates(base, ranks, replace(A100, gpu=replace(A100.gpu, gpus_per_node=2)), "flash2"))
+    legal = set()
+    sizes = product((1, 2), range(1, layers + 1), range(1, layers + 1), (1, 2, 4, 8, 16))
+    kinds = list(product(("1f1b", *FIXED_CHUNKS), ("none", "selective", "full"), (True, False)))
+    for (tp, pp, chunks, micro), (name, recompute, sp) in product(sizes, kinds):
+        layout = {"tp": tp, "pp": pp, "chunks": chunks, "schedule": name, "sequence_parallel": sp}
+        own = {"parallel": layout, "batch": {"micro_batch_size": micro}, "memory": {"recompute": recompute}}
+        config = base.model_copy(update={k: getattr(base, k).model_copy(update=v) for k, v in own.items()})
+        if pp * chunks > layers or (tp == 1 and not sp) or (pp == 1 and name != "1f1b"):
+            continue
+        if not check(config, ranks, need_data=False):
+            with suppress(ScheduleError):
+                legal.add((make_plan(config, ranks).stages, *layout.values(), micro, recompute))
+    found = []
+    for j in jobs:
+        config = config_of(base, j)
+        assert job_of(config, Topology(tp=j.tp, pp=j.pp, dp=j.dp), "flash2") == j
+        p = config.parallel
+        layout = p.tp, p.pp, p.chunks, p.schedule, p.sequence_parallel
+        found.append((partition(config), *layout, config.batch.micro_batch_size, config.memory.recompute))
+    assert len(found) == len(set(found)) and set(found) == legal
 
 
 def test_nothing_fits() -> None:

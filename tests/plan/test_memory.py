@@ -8,7 +8,14 @@ import pytest
 
 from megallama.config.load import load
 from megallama.config.schema import Config
-from megallama.plan.memory import rank_memory, saved_bytes, stage_layout, statistics_bytes
+from megallama.plan.memory import (
+    deferred_bytes,
+    rank_memory,
+    saved_bytes,
+    stage_layout,
+    stage_saved_bytes,
+    statistics_bytes,
+)
 from megallama.plan.params import num_parameters
 from megallama.plan.plan import make_plan
 
@@ -107,3 +114,84 @@ def test_activations_follow_the_schedule() -> None:
     assert [plan.memory(r).activations for r in range(2)] == [2 * (4 * layer + rows), 1 * (2 * layer + head)]
     assert rank_memory(c, plan.stages, plan.schedule, 1, 1).logits == 256 * 512 * (2 + 4)  # one micro-batch < a chunk
     assert plan.memory(0).logits == 0
+
+
+def test_what_a_split_backward_puts_off() -> None:
+    """The operands of seven weight gradients: x four times; q, k, v and the output's gradient; gate, up and product."""
+    c = config("model.preset=llama3-8b", "batch.seq_length=16", "batch.micro_batch_size=1", "parallel.tp=16")
+    stages = make_plan(c, 16).stages
+    inside = 2 * 4096 // 16 + 2 * 128 + 3 * 14336 // 16  # 16 ranks share 8 key/value heads of 128
+    assert deferred_bytes(c, stages, 0) == 32 * 16 * 2 * (4 * 4096 + inside)
+
+
+def test_what_a_stage_keeps() -> None:
+    words = ["model.preset=debug", "parallel.pp=4", "parallel.stage_layers=[1, 2, 1, 0]", "precision.dtype=fp32"]
+    plain, masked = config(*words), config(*words, "data.document_mask=true")
+    stages, tokens, h, d = make_plan(plain, 4).stages, 256, 64, 16
+    layer = saved_bytes(plain) + statistics_bytes(plain)
+    head, rows = 2 * tokens * h * 4, 9 * tokens
+    assert [stage_saved_bytes(plain, stages, s) for s in range(4)] == [layer + rows, 2 * layer, layer, head]
+    angles = tokens * d * 4  # by document, where there are layers
+    assert [stage_saved_bytes(masked, stages, s) for s in range(4)] == [
+        layer + rows + angles, 2 * layer + angles, layer + angles, head,
+    ]  # fmt: skip
+
+
+def test_full_recomputation_has_one_layer_again() -> None:
+    """While the head's input is not needed any more, and the layer's own still is."""
+    c = config("model.preset=debug", "memory.recompute=full", "parallel.pp=2")
+    partial = config("model.preset=debug", "memory.recompute=selective", "parallel.pp=2")
+    plan, tokens, h = make_plan(c, 2), 256, 64
+    again = saved_bytes(partial) + statistics_bytes(partial) - saved_bytes(c)
+    head = 2 * 2 * tokens * h
+    first, last = (stage_saved_bytes(c, plan.stages, s) for s in (0, 1))
+    assert last == 2 * saved_bytes(c) + head and again > head
+    assert [plan.memory(r).activations for r in (0, 1)] == [2 * first + again, last + again - head]
+    empty = config("model.preset=debug", "memory.recompute=full", "parallel.pp=2", "parallel.stage_layers=[4, 0]")
+    assert make_plan(empty, 2).memory(1).activations == head  # nothing to compute again
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_a_split_backward_of_several_layers(recompute: str) -> None:
+    """ZB-H1 of two ranks and two micro-batches: F F I W I W on the first, F I F I W W on the last.
+
+    An input gradient leaves all operands to be kept; computing layers again, it has put off those of the layers behind.
+    """
+    words = ["model.preset=debug", "model.num_layers=6", "parallel.pp=2", "parallel.stage_layers=[3, 3]"]
+    words += ["parallel.schedule=zb-h1", "batch.global_batch_size=8", f"memory.recompute={recompute}"]
+    c = config(*words)
+    plan = make_plan(c, 2)
+    assert [" ".join(a.kind for a in steps if a.kind.is_compute) for steps in plan.schedule.steps] == [
+        "F F I W I W", "F I F I W W",
+    ]  # fmt: skip
+    put_off, head = deferred_bytes(c, plan.stages, 0), 2 * 2 * 256 * 64
+    first, last = (stage_saved_bytes(c, plan.stages, s) for s in (0, 1))
+    peaks = [plan.memory(r).activations for r in (0, 1)]
+    if recompute == "selective":
+        assert peaks == [max(2 * first, first + put_off), max(last + put_off, 2 * put_off)]
+        return
+    partial = config(*words[:-1], "memory.recompute=selective")
+    again = saved_bytes(partial) + statistics_bytes(partial) - saved_bytes(c)
+    others = 2 * (put_off // 3 - saved_bytes(c))
+    computing = 2 * first + again + others, put_off + last + again + others - head
+    assert peaks == [max(computing[0], first + put_off), max(computing[1], 2 * put_off)]
+
+
+def test_padding_and_chunks_of_the_loss() -> None:
+    """tp cuts a vocabulary of 515 into 258 rows; a chunk is no longer than the micro-batch."""
+    words = ["model.preset=debug", "model.vocab_size=515", "parallel.tp=2", "memory.loss_chunk_tokens=100"]
+    assert make_plan(config(*words), 2).memory(0).logits == 100 * 258 * (2 + 4)
+    assert make_plan(config(*words, "precision.dtype=fp64"), 2).memory(0).logits == 100 * 258 * (8 + 8)
+
+
+def test_tables_of_every_chunk() -> None:
+    plan = make_plan(config("model.preset=debug", "parallel.pp=2", "parallel.chunks=2"), 2)
+    assert plan.memory(0).tables == 2 * 64 * 16 * 4
+
+
+def test_buckets_are_as_large_as_asked_for() -> None:
+    """bucket_mb counts fp32 gradients."""
+    c = config("model.preset=debug", "overlap.bucket_mb=0.0625")  # 16,384 elements: qkv is 12,288, o 4,096
+    first, second = stage_layout(c, make_plan(c, 1).stages, 0, 1).buckets[:2]
+    assert [p.spec.name for p in first.params] == ["lm_head"]
+    assert [p.spec.name for p in second.params] == ["layers.3.down_proj", "layers.3.gate_up_proj"]

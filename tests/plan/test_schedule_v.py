@@ -171,3 +171,19 @@ def test_stages_of_unequal_cost() -> None:
     report = simulate(zb_v(4, 32), costs)
     assert report.busy == (9.0 * 32, 6.0 * 32, 6.0 * 32, 6.0 * 32)
     assert 9 * 32 < report.makespan <= 9 * 32 + 12
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", *FIXED_CHUNKS])
+@pytest.mark.parametrize("p", [2, 3, 4, 7])
+def test_bounds_are_reached(name: str, p: int) -> None:
+    """With micro-batches enough, a rank holds as much as is promised, and no more."""
+    parallel = ParallelConfig(pp=p, chunks=FIXED_CHUNKS.get(name, (1,))[0], schedule=name)
+    schedule = build_schedule(parallel, 3 * p)
+    assert max(map(schedule.peak_in_flight, range(p))) == bounds(parallel, 3 * p)[0]
+    assert bounds(parallel, 3 * p)[1] == 4
+
+
+def test_a_users_own_schedule_promises_nothing() -> None:
+    parallel = ParallelConfig(pp=2, chunks=2, schedule="csv", schedule_file="own.csv")
+    assert bounds(parallel, 5) == (20, 20)
+    assert bounds(ParallelConfig(pp=16, chunks=2), 16) == (47, 8)
