@@ -1,0 +1,140 @@
+"""Ranks of `pretrain.main` as processes of their own, forked from a server that has torch imported."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.faults.test_bad_input import GOOD
+
+QUIET = [*GOOD, "precision.dtype=fp32", "log.tensorboard=false", "run.threads=1"]
+
+
+class Ranks:
+    """`size` processes that run `main`; rank `victim` calls the function `fault` of this file first.
+
+    terminal: what they write to, instead of a file each; `controlling`: it is the one whose end is a SIGHUP.
+    """
+
+    def __init__(
+        self, size: int, arguments: Sequence[str], folder: Path, fault: str = "", victim: int = 0, *,
+        terminal: str = "", controlling: bool = False,
+    ) -> None:  # fmt: skip
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "megallama.train.trainer", "tests.faults.ranks"])
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        self.outputs = [folder / f"out.{rank}" for rank in range(size)]
+        self.processes = []
+        given = [*QUIET, f"run.folder={folder / 'run'}", *arguments]
+        for rank, output in enumerate(self.outputs):
+            env = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            planted = fault if rank == victim else ""
+            what = (given, env if size > 1 else {}, terminal or str(output), controlling, planted)
+            self.processes.append(context.Process(target=_rank, args=what, daemon=True))
+            self.processes[-1].start()
+
+    def wait(self, seconds: float = 60.0) -> list[int | None]:
+        """Exit statuses; None for who has not left within `seconds`."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        statuses = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return statuses
+
+    def until(self, text: str, rank: int = 0, seconds: float = 60.0) -> None:
+        """Wait for a rank to have said `text`."""
+        deadline = time.monotonic() + seconds
+        while text not in self.said(rank):
+            assert time.monotonic() < deadline, self.said(rank)
+            time.sleep(0.02)
+
+    def said(self, rank: int) -> str:
+        """What a rank has printed."""
+        return self.outputs[rank].read_text(errors="replace") if self.outputs[rank].exists() else ""
+
+
+def _rank(arguments: list[str], env: dict[str, Any], output: str, controlling: bool, fault: str) -> None:
+    os.setsid()
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI", "RANK", "WORLD_"))]:
+        del os.environ[name]
+    os.environ.update({name: str(value) for name, value in env.items()})
+    how = os.O_RDWR if controlling else os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY
+    file = os.open(output, how, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    pretrain = importlib.import_module("megallama.pretrain")
+    if fault:
+        globals()[fault]()
+    os._exit(pretrain.main(arguments))
+
+
+def _instead(module: str, name: str, act: Any) -> None:
+    setattr(importlib.import_module(module), name, act)
+
+
+def dies_before_the_groups() -> None:
+    _instead("torch.distributed", "init_process_group", lambda *a, **k: os._exit(9))
+
+
+def dies_between_the_groups() -> None:
+    _instead("torch.distributed", "new_group", lambda *a, **k: os._exit(9))
+
+
+def _asked_for(seconds: float, number: int) -> Any:
+    def act(*arguments: Any, **named: Any) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(seconds)
+
+    return act
+
+
+def asked_before_the_groups() -> None:
+    _instead("torch.distributed", "init_process_group", _asked_for(40, signal.SIGTERM))
+
+
+def asked_while_data_are_opened() -> None:
+    _instead("megallama.train.trainer", "open_sources", _asked_for(40, signal.SIGHUP))
+
+
+def asked_before_anything() -> None:
+    detect = importlib.import_module("megallama.comm.launch").detect_launch
+
+    def act() -> Any:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return detect()
+
+    _instead("megallama.comm.launch", "detect_launch", act)
+
+
+def has_a_bug() -> None:
+    def broken(*arguments: Any, **named: Any) -> None:
+        raise KeyError("no such key")
+
+    _instead("megallama.train.trainer", "assemble", broken)
+
+
+def has_a_bad_disk() -> None:
+    def broken(*arguments: Any, **named: Any) -> None:
+        raise OSError(5, "Input/output error", "/data/web.bin")
+
+    _instead("megallama.train.trainer", "open_sources", broken)
+
+
+def has_no_file() -> None:
+    load = importlib.import_module("megallama.config.load").load
+    _instead("megallama.pretrain", "load", lambda file, overrides, ranks: load(Path("/nope/my.toml"), overrides))
