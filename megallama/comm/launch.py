@@ -13,8 +13,8 @@ import os
 import platform
 import re
 import socket
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import product
@@ -269,6 +269,15 @@ class World:
         self.timeout = timedelta(seconds=seconds)
         for group in self.opened:
             group.bound(self.timeout)
+
+    @contextmanager
+    def patient(self, seconds: float) -> Iterator[None]:
+        """Within, a rank may keep the others waiting this long; then all are together, and bound as before."""
+        before = self.timeout.total_seconds()
+        self.bound(seconds)
+        yield
+        self.group.barrier()
+        self.bound(before)
 
     def failed(self, error: BaseException) -> tuple[str, int] | None:
         """Tell the other ranks that this one leaves; 'rank 3 (node7) failed first: ...', status, if another was first.

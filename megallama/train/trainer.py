@@ -280,9 +280,8 @@ class Trainer:
             self._log.info(f"step {step} is not saved before a step is good again; nothing is deleted meanwhile")
 
     def _save(self, leaving: bool) -> None:
-        self._world.bound(self._config.run.io_timeout_seconds)  # until the next step has brought all ranks together
         shards = self._rank.optimizer.shards(owned_only=True)
-        with self._timers.phase("save"):
+        with self._timers.phase("save"), self._world.patient(self._config.run.io_timeout_seconds):
             self._manager.save(self._counters.step, shards, self._save_counters(), behind=not leaving)
         self._tell_sources()
 
@@ -428,9 +427,9 @@ class Trainer:
 
     def _evaluate(self, report: Reporter) -> str | None:
         """Make the evaluations that are missing; why all ranks stop, if that is asked for meanwhile."""
-        if self._missing:
-            self._world.bound(self._config.run.io_timeout_seconds)
-        with self._timers.phase("evaluate"):
+        if not self._missing:
+            return None
+        with self._timers.phase("evaluate"), self._world.patient(self._config.run.io_timeout_seconds):
             while self._missing:
                 (kind, source), counters = self._missing[0], self._counters
                 most = self._config.train.eval_batches if kind == "valid" else None

@@ -265,3 +265,11 @@ def open_files(world: World, axes: dict[str, Any]) -> tuple[int, int]:
     sizes = [len(ranks) for part in partitions(topology, 4).values() for ranks in part if world.rank in ranks]
     need = files_needed(world.world_size, sizes, 0, first=world.rank == 0, keeper=False, cuda=False, shared=True)
     return found - before, sum(need[name] for name in ("gloo", "shared memory", "connections with rank 0"))
+
+
+def bound(world: World) -> tuple[list[float], float]:
+    """The time-outs of all groups of a rank and of the checkpoint group, once steps are bound to 7 s."""
+    world.groups(Topology(tp=2), num_kv_heads=1)
+    checkpoint: Any = world.host_group("checkpoint")
+    world.bound(7.0)
+    return [group._seconds for group in world.opened], checkpoint._seconds  # type: ignore[attr-defined]
