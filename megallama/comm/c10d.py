@@ -33,13 +33,22 @@ MESSAGE, PIECE, FREE_TAG = range(3)  # tags: send/recv of callers, pieces of our
 class Works:
     """Handle of one or more torch works, and what to do once they are done."""
 
-    def __init__(self, where: str, works: Sequence[Any], keep: Any, finish: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self,
+        where: str,
+        works: Sequence[Any],
+        keep: Any,
+        finish: Callable[[], Any] | None = None,
+        longest: timedelta | None = None,
+    ) -> None:
+        """`longest`: the longest that a wait may last; None leaves that to the process group."""
         self._where, self._works, self._keep, self._finish = where, works, keep, finish
+        self._limit = () if longest is None else (longest,)
 
     def wait(self) -> None:
         try:
             for work in self._works:
-                work.wait()
+                work.wait(*self._limit)
         except RuntimeError as error:
             lost = ContactLost(str(error))
             lost.add_note(f"in {self._where}")
@@ -123,6 +132,8 @@ class C10d:
         self._pg, self._down = process_group, down or process_group
         self._direct = device.type == "cpu"
         self._sends: dict[int, _Sends] = {}
+        # gloo bounds messages by the time-out with which the group was made; NCCL's waits may not block the host
+        self._longest: timedelta | None = None
         if down is not None:
             self._connect_ring()
 
@@ -195,6 +206,7 @@ class C10d:
 
     def bound(self, timeout: timedelta) -> None:
         """Operations that start from here on fail after `timeout`."""
+        self._longest = timeout if self._direct else None
         for group in dict.fromkeys((self._pg, self._down)):
             if hasattr(group, "set_timeout"):
                 group.set_timeout(timeout)
@@ -211,7 +223,8 @@ class C10d:
             assert tensor.dtype == tensors[0].dtype, f"{self.name}: {tensor.dtype} and {tensors[0].dtype}"
 
     def _handle(self, what: str, works: Sequence[Any], keep: Any, finish: Callable[[], Any] | None = None) -> Works:
-        return Works(f"{what} of group {self.name} (ranks {self.ranks})", works, keep, finish)
+        where = f"{what} of group {self.name} (ranks {self.ranks})"
+        return Works(where, works, keep, finish, self._longest)
 
     def _pieces(self, tensor: Tensor) -> list[Tensor]:
         return list(tensor.view(-1).chunk(self.size))
