@@ -342,7 +342,8 @@ class Quickstart:
         command = [sys.executable, "-u", "-m", "megallama.pretrain", CONFIG, *overrides]
         with Ranks(command, count, self.folder / "logs", 1) as ranks:
             step = self.follow(ranks, self.steps // 2)
-            self.say(f"  step {step}: SIGTERM to all ranks, as Slurm sends it before it takes the nodes away")
+            whom = f"all {count} ranks" if count > 1 else "the rank"
+            self.say(f"  step {step}: SIGTERM to {whom}, as Slurm sends it before it takes the nodes away")
             ranks.signal(signal.SIGTERM)
             statuses = ranks.wait(120)
             self.tell_evaluations()
