@@ -228,7 +228,7 @@ class Measurement:
             optimizer.zero_grad()
             return float(total)
 
-        return self.timed(once, 1)
+        return self.timed(once)
 
     def timed(self, once: Any) -> dict[str, Any]:
         """Seconds of a step, its loss and the peak of memory."""
