@@ -136,13 +136,14 @@ class Star:
             rank = int(hello["rank"])
             link = rank if rank not in self._links else self.size + len(self._links)
             self.names[link] = f"rank {rank} ({hello['host']})"
-        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, asyncio.CancelledError):
             writer.close()
             return
         self._links[link] = writer
         writer.writelines(self._sent.values())
         self._box(channel).put((link, hello))
-        await self._serve(link, reader)
+        with suppress(asyncio.CancelledError):  # of which asyncio would print the traceback
+            await self._serve(link, reader)
 
     async def _serve(self, link: int, reader: asyncio.StreamReader) -> None:
         with suppress(OSError):

@@ -164,3 +164,14 @@ def test_strangers_are_not_admitted() -> None:
             assert stranger.recv(100) == b""
     assert together(made, lambda group: group.gather_values(group.rank)) == [[0, 1]] * 2
     close(made)
+
+
+def test_rank_0_that_ends_before_others_prints_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A connection that is still open is given up without a traceback."""
+    monkeypatch.setattr("megallama.comm.star._LINGER", 0.1)
+    made = stars(2)
+    made[0].close()
+    made[1].close()
+    assert [record.getMessage() for record in caplog.records] == []
