@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from tests.pool import Pool
 
 
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """A run that saved and stopped ignores signals from then on, in the process of its test too: given back here."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """Worker processes for tests over gloo: `pool.run(ranks, "module:function", *args)`."""
