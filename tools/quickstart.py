@@ -342,8 +342,7 @@ class Quickstart:
         command = [sys.executable, "-u", "-m", "megallama.pretrain", CONFIG, *overrides]
         with Ranks(command, count, self.folder / "logs", 1) as ranks:
             step = self.follow(ranks, self.steps // 2)
-            whom = f"all {count} ranks" if count > 1 else "the rank"
-            self.say(f"  step {step}: SIGTERM to {whom}, as Slurm sends it before it takes the nodes away")
+            self.say(f"  step {step}: SIGTERM to all {counted(count, 'rank')}, as Slurm does before it takes nodes")
             ranks.signal(signal.SIGTERM)
             statuses = ranks.wait(120)
             self.tell_evaluations()

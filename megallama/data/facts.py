@@ -29,7 +29,11 @@ def read_facts(prefix: str) -> dict[str, Any]:
 
 
 def write_facts(prefix: str, facts: Mapping[str, Any]) -> None:
-    """Write PREFIX.json, whole or not at all."""
+    """Write PREFIX.json, whole or not at all. Raises: DataError where the disk does not take it."""
     temporary = Path(prefix + ".json.tmp")
-    temporary.write_text(json.dumps(facts, indent=2) + "\n")
-    os.replace(temporary, prefix + ".json")
+    try:
+        temporary.write_text(json.dumps(facts, indent=2) + "\n")
+        os.replace(temporary, prefix + ".json")
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"cannot write {prefix}.json: {error.strerror}; make room and start again") from error

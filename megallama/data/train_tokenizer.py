@@ -78,11 +78,20 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise _explain(error, vocab_size) from error
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_bytes(model.getvalue())
-    os.replace(temporary, output)
+    _write(output, model.getvalue())
     return output
+
+
+def _write(output: Path, data: bytes) -> None:
+    """The whole file or none of it."""
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, output)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"cannot write {output}: {error.strerror}; make room and start again") from error
 
 
 def _explain(error: RuntimeError, vocab_size: int) -> DataError:

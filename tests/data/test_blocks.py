@@ -18,6 +18,7 @@ import pytest
 
 from megallama.data.blocks import BLOCK, File, SumsWriter
 from megallama.data.errors import DataError
+from megallama.data.facts import write_facts
 from megallama.data.indexed import IndexedDataset, IndexedWriter
 from megallama.data.merge import merge
 from megallama.data.preprocess import preprocess
@@ -284,3 +285,18 @@ def test_a_disk_that_refuses_at_the_end_leaves_what_was_there(
     with pytest.raises(DataError, match=r"cannot write \S+a\.bin and \.idx: No space left on device;"):
         write(tmp_path / "a", seed=2)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_metadata_that_the_disk_does_not_take_is_named_and_leaves_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_facts(str(tmp_path / "a"), {"documents": 1})
+    before = (tmp_path / "a.json").read_bytes()
+
+    def full(*args: object, **named: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(DataError, match=r"cannot write .*a\.json: No space left on device"):
+        write_facts(str(tmp_path / "a"), {"documents": 2})
+    assert (tmp_path / "a.json").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.json"]
