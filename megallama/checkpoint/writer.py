@@ -160,7 +160,11 @@ def _write_shards(content: Content, shards: Sequence[StateShard], flusher: Flush
     """
     written, sizes = 0, content.sizes()
     outputs: dict[str, _Output] = {}
-    with explained(content), OpenFiles(content.temporary) as files, ThreadPoolExecutor(THREADS) as pool:
+    with (
+        explained(content),
+        OpenFiles(content.temporary) as files,
+        ThreadPoolExecutor(THREADS) as pool,
+    ):
 
         def write(place: Place, box: Box, tensor: Tensor) -> None:
             outputs[place.file].write_box(place, box, tensor)
@@ -196,7 +200,8 @@ class _Output:
             values = tensor[start:stop].detach().to("cpu", DTYPES[place.dtype])
             if not all(map(isfinite, torch.aminmax(values))):  # no run could go on from this
                 wrong = start + int(values.isfinite().logical_not().nonzero()[0])
-                index, value = next(boxes_of_range(box, wrong, wrong + 1)).start, float(values[wrong - start])
+                index = next(boxes_of_range(box, wrong, wrong + 1)).start
+                value = float(values[wrong - start])
                 raise NotFiniteError(f"{value} in {box.key}{list(index)}, for {place.file}")
             data, at = as_bytes(values), 0
             for part in boxes_of_range(box, start, stop):
@@ -302,7 +307,10 @@ def _commit(content: Content, digests: Mapping[tuple[str, int], str]) -> None:
     blocks: dict[str, list[str]] = {name: [] for name in sizes}
     for name, index in content.blocks():
         blocks[name].append(digests[name, index])
-    body = content.body | {"block_bytes": content.block_bytes, "files": manifest.file_records(sizes, blocks)}
+    body = content.body | {
+        "block_bytes": content.block_bytes,
+        "files": manifest.file_records(sizes, blocks),
+    }
     write_durably(content.temporary / manifest.NAME, manifest.render(body))
     for folder in sorted({content.temporary, *((content.temporary / n).parent for n in sizes)}):
         sync(folder)

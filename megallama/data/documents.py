@@ -197,7 +197,10 @@ class RecordReader:
     """
 
     def __init__(
-        self, files: Sequence[Path | Unit], max_bytes: int = MAX_DOCUMENT_BYTES, json_key: str = "text"
+        self,
+        files: Sequence[Path | Unit],
+        max_bytes: int = MAX_DOCUMENT_BYTES,
+        json_key: str = "text",
     ) -> None:
         self.units = [file if isinstance(file, Unit) else Unit(file) for file in files]
         self.max_bytes, self.json_key = max_bytes, json_key
@@ -251,12 +254,24 @@ class RecordReader:
             if len(raw) == limit and raw[-1] != 10:
                 rest, end = self._skip(stream)
                 position += rest
-                yield Record(name, number, b"", self._too_long(limit + rest - end), origin), position
+                yield (
+                    Record(name, number, b"", self._too_long(limit + rest - end), origin),
+                    position,
+                )
                 continue
             line = raw.rstrip(b"\r\n")
             if line and not line.isspace():
                 first = number == 1 and not origin
-                yield Record(name, number, line.removeprefix(b"\xef\xbb\xbf") if first else line, "", origin), position
+                yield (
+                    Record(
+                        name,
+                        number,
+                        line.removeprefix(b"\xef\xbb\xbf") if first else line,
+                        "",
+                        origin,
+                    ),
+                    position,
+                )
 
     def _skip(self, stream: BinaryIO) -> tuple[int, int]:
         """Read to the end of a line of any length in bounded memory: its bytes, and how many of them end it."""
@@ -278,7 +293,9 @@ class RecordReader:
         """The rows of the column `json_key` in the unit's row groups, about CHUNK bytes of them at a time."""
         name, key = str(unit.file), self.json_key
         with _parquet(unit.file) as file:
-            schema, meta, arrow = file.schema_arrow, file.metadata, _library("pyarrow", "pyarrow", unit.file)
+            schema = file.schema_arrow
+            meta = file.metadata
+            arrow = _library("pyarrow", "pyarrow", unit.file)
             groups = range(unit.start, meta.num_row_groups if unit.stop is None else unit.stop)
             if schema.names.count(key) != 1:
                 many = "more than one" if key in schema.names else "no"
@@ -290,7 +307,9 @@ class RecordReader:
             line = sum(meta.row_group(i).num_rows for i in range(unit.start))
             total, done = sum(meta.row_group(i).num_rows for i in groups), 0
             for group in groups:  # one by one: a damaged one takes no other with it
-                rows, size, before = meta.row_group(group).num_rows, meta.row_group(group).total_byte_size, done
+                rows = meta.row_group(group).num_rows
+                size = meta.row_group(group).total_byte_size
+                before = done
                 batch_size = max(1, min(4096, CHUNK * rows // max(size, 1)))
                 try:
                     for batch in file.iter_batches(batch_size, [group], [key], use_threads=False):
@@ -302,7 +321,10 @@ class RecordReader:
                             yield Record(name, line + done, raw or b"", fault), disk * done // total
                 except (arrow.ArrowException, OSError) as error:
                     fault = f"not valid Parquet: {before + rows - done} rows cannot be read, {error}"
-                    yield Record(name, line + done + 1, b"", fault, whole=True), disk * done // total
+                    yield (
+                        Record(name, line + done + 1, b"", fault, whole=True),
+                        disk * done // total,
+                    )
                 done = before + rows
 
     def _too_long(self, size: int) -> str:
@@ -322,7 +344,10 @@ def parse(record: Record, json_key: str = "text") -> tuple[str, int, str]:
         raise BadRecord("not UTF-8", f"byte 0x{record.raw[error.start]:02x} at byte {error.start}") from None
     if suffix not in JSON_SUFFIXES:
         if "\0" in text and suffix != ".parquet":
-            raise BadRecord("a NUL character in plain text", f"at character {text.index(chr(0))}; is it a binary file?")
+            raise BadRecord(
+                "a NUL character in plain text",
+                f"at character {text.index(chr(0))}; is it a binary file?",
+            )
         size = len(record.raw)
     else:
         text, halves = re.subn("[\ud800-\udfff]", "\ufffd", _text_of_json(text, json_key))
@@ -357,11 +382,13 @@ def _text_of_json(line: str, key: str) -> str:
         raise BadRecord("not JSON", str(error)) from None
     if not isinstance(value, dict):
         raise BadRecord(
-            "not a JSON object", f'but a {type(value).__name__}; every line must be an object like {{"{key}": "..."}}'
+            "not a JSON object",
+            f'but a {type(value).__name__}; every line must be an object like {{"{key}": "..."}}',
         )
     if key not in value:
         raise BadRecord(
-            f'no key "{key}"', f"it has {', '.join(map(repr, list(value)[:5])) or 'none'}; choose with --json-key"
+            f'no key "{key}"',
+            f"it has {', '.join(map(repr, list(value)[:5])) or 'none'}; choose with --json-key",
         )
     if not isinstance(value[key], str):
         raise BadRecord(f'"{key}" is not a string', f"but a {type(value[key]).__name__}")

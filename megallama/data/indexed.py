@@ -185,7 +185,12 @@ class IndexedDataset:
         for file in (self._idx, self._bin):
             span = min(file.size, 1 << 16)
             digest.update(file.read(0, span) + file.read(file.size - span, span))
-        return {"documents": self.num_documents, "tokens": self.num_tokens, **sizes, "sha256": digest.hexdigest()}
+        return {
+            "documents": self.num_documents,
+            "tokens": self.num_tokens,
+            **sizes,
+            "sha256": digest.hexdigest(),
+        }
 
     def verify(self, vocab_size: int | None = None, progress: Callable[[int], None] | None = None) -> str:
         """Read everything: every block as it was written, offsets contiguous, marks ascending, every token in range.
@@ -313,7 +318,10 @@ class IndexedWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             if kind is None:

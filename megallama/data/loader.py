@@ -162,7 +162,11 @@ class Loader:
             return step, [], error
         except OSError as error:
             hint = "look at the storage"
-            return step, [], DataError(f"the {self.name} loader cannot read {self._at}: {error}; {hint}")
+            return (
+                step,
+                [],
+                DataError(f"the {self.name} loader cannot read {self._at}: {error}; {hint}"),
+            )
         except (Exception, SystemExit) as error:  # SystemExit would end the thread in silence
             failure = DataError(f"the {self.name} loader failed at {self._at}: {error!r}\n{traceback.format_exc()}")
             failure.status = 1  # a fault of the program
@@ -212,6 +216,9 @@ class Loader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()

@@ -133,7 +133,12 @@ class Meter:
     """
 
     def __init__(
-        self, ranks: int, flops_causal: float, flops_full: float, peak_flops: float | None, total_tokens: int
+        self,
+        ranks: int,
+        flops_causal: float,
+        flops_full: float,
+        peak_flops: float | None,
+        total_tokens: int,
     ) -> None:
         self._ranks = ranks
         self._flops, self._peak = (flops_causal, flops_full), peak_flops
