@@ -1,8 +1,10 @@
-"""Draw the rooms of the package and who imports whom: ``python tools/draw_rooms.py [FILE.svg]``."""
+"""Draw the rooms of the package and who imports whom: `python tools/draw_rooms.py [FILE.svg]`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -12,9 +14,16 @@ from megallama.analysis.rooms import draw, read_rooms  # noqa: E402
 from megallama.config.errors import ConfigError, exit_status  # noqa: E402
 
 
-def run(argv: list[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; 0 is success, 2 an error of the input."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> None:
     """Write the picture. Raises: MegallamaError where rooms import one another or the file cannot be written."""
-    target = Path(argv[0]) if argv else ROOT / "docs" / "rooms.svg"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", nargs="?", default=ROOT / "docs" / "rooms.svg", type=Path, metavar="FILE.svg")
+    target = parser.parse_args(argv).file
     picture = draw(read_rooms(ROOT / "megallama"))
     try:
         target.write_text(picture, encoding="utf-8")
@@ -23,4 +32,4 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(lambda: run(sys.argv[1:])))
+    raise SystemExit(main())

@@ -34,7 +34,7 @@ rank  0 |00112233......AAaaBBbbCCccDDdd|
 rank  1 |..001122....AA33BBaaCCbbDDccdd|
 rank  2 |....0011..AA22BB33CCaaDDbbccdd|
 rank  3 |......00AA11BB22CC33DDaabbccdd|
-digits: forward, capitals: backward, small letters: weight gradients, dots: idle
+digits: forward, capitals: backward (A is micro-batch 0), small letters: weight gradients, dots: idle
 """
 
 

@@ -113,7 +113,7 @@ def test_one_of_everything_is_said_in_the_singular(
     ):  # fmt: skip
         run(name, monkeypatch, *words)
         said += "".join(capsys.readouterr())
-    for words in ("1 document, ", "1 bad record: 1 not JSON", "= 1 rank", "1 step, 1 token", "1 sample of 1 token"):
+    for words in ("1 document, ", "1 bad record of 2 records", "= 1 rank", "1 step, 1 token", "1 sample of 1 token"):
         assert words in said, said
     things = "documents|ranks|steps|tokens|records|samples|layers|heads|sequences|replicas|micro-batches|stages"
     assert re.findall(rf"(?<![\w.,=-])1 (?:[a-z]+ )?(?:{things}|bytes|rows|layouts|calls|waits)\b", said) == [], said
