@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.words import text_of
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several ranks share few cores
 for _number in (signal.SIGHUP, signal.SIGQUIT):  # under nohup they are ignored, and so in all processes of the tests
@@ -37,3 +41,40 @@ def pool() -> Iterator[Pool]:
     workers = Pool()
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 documents as JSON lines."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text_of(i)}) + "\n" for i in range(300)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(jsonl: Path) -> Path:
+    """A SentencePiece model of 330 ids."""
+    from megallama.text.train_tokenizer import train_tokenizer
+
+    return train_tokenizer([jsonl], jsonl.parent / "tokenizer.model", 330)
+
+
+@pytest.fixture(scope="module")
+def json_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer.json with LLaMA 3's names of control tokens, which also appends them by default."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator([text_of(i) for i in range(50)], trainer)
+    model.post_processor = processors.TemplateProcessing("<|begin_of_text|> $A", None, [("<|begin_of_text|>", 0)])
+    path = tmp_path_factory.mktemp("json") / "tokenizer.json"
+    model.save(str(path))
+    return path

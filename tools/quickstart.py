@@ -38,11 +38,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from megallama.config.errors import MegallamaError, exit_status  # noqa: E402
 from megallama.config.load import flatten, load  # noqa: E402
 from megallama.config.words import counted  # noqa: E402
-from megallama.data.corpus import build_corpus  # noqa: E402
 from megallama.data.indexed import IndexedDataset  # noqa: E402
-from megallama.data.preprocess import preprocess  # noqa: E402
-from megallama.data.progress import ByteProgress  # noqa: E402
-from megallama.data.train_tokenizer import train_tokenizer  # noqa: E402
+from megallama.text.corpus import build_corpus  # noqa: E402
+from megallama.text.preprocess import preprocess  # noqa: E402
+from megallama.text.progress import ByteProgress  # noqa: E402
+from megallama.text.train_tokenizer import train_tokenizer  # noqa: E402
 from megallama.train.log import human_bytes, human_count  # noqa: E402
 from megallama.train.plot import plot_loss, read_metrics  # noqa: E402
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from megallama.analysis.recording import FakeGroup  # noqa: E402
 from megallama.comm.group import Done, Group, Handle, Op, Solo  # noqa: E402
 from megallama.comm.groups import Partition, build_groups  # noqa: E402
 from megallama.config.load import load  # noqa: E402
@@ -27,7 +28,6 @@ from megallama.config.schema import Config  # noqa: E402
 from megallama.data.batch import MicroBatch  # noqa: E402
 from megallama.plan.plan import Plan, make_plan  # noqa: E402
 from megallama.train.assemble import Rank, assemble, kernels_of  # noqa: E402
-from tools.proof.recording import FakeGroup  # noqa: E402
 
 NO_GPU = f"error: torch {torch.__version__} finds no GPU; --cpu-check runs all of it on a tiny model, on the CPU"
 QUIET = ("lr_schedule.kind=constant", "lr_schedule.warmup_steps=0", "data.synthetic=true")

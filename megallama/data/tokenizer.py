@@ -174,24 +174,22 @@ def find_tokenizer(path: str | Path) -> Path:
     return path
 
 
-def load_tokenizer(path: str | Path, *, fast: bool = True, eos_token: str | None = None) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokenizer:
     """Open a tokenizer: a SentencePiece .model, a tokenizer.json, a GPT-2 vocab.json, or a folder that holds one.
 
-    With `fast` encoding in bulk is gigatoken's if that is installed and proven equal; without, the reference library's.
     `eos_token` names the token that ends a document; without it the tokenizer says.
     Raises: DataError if there is none, it cannot be read, or it has no such token.
     """
     path = find_tokenizer(path)
-    from megallama.data.fast_encoder import FastTokenizer
     from megallama.data.gpt2 import Gpt2Tokenizer
 
     kind = Gpt2Tokenizer if path.name.endswith("vocab.json") else JsonTokenizer
-    reference: Tokenizer = SentencePieceTokenizer(path) if path.suffix == ".model" else kind(path)
+    tokenizer: Tokenizer = SentencePieceTokenizer(path) if path.suffix == ".model" else kind(path)
     if eos_token is not None:
-        reference.eos_id = reference.id_of(eos_token)
-        if reference.eos_id is None:
+        tokenizer.eos_id = tokenizer.id_of(eos_token)
+        if tokenizer.eos_id is None:
             raise DataError(f"tokenizer {path} has no token {eos_token!r}; name one that it has, or leave it out")
-    return FastTokenizer(reference) if fast else reference
+    return tokenizer
 
 
 def sha256_of(path: str | Path) -> str:

@@ -13,6 +13,7 @@ import pytest
 from megallama.checkpoint import manifest
 from megallama.checkpoint.disk import UnreadableError
 from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.commands.inspect_checkpoint import main as inspect
 from megallama.plan.topology import Topology
 from tests.checkpoint.states import (
     MODEL,
@@ -27,7 +28,6 @@ from tests.checkpoint.states import (
     save_on,
     solo_shards,
 )
-from tools.inspect_checkpoint import main as inspect
 
 OLD, NEW = make_state(seed=1), make_state(seed=2)
 

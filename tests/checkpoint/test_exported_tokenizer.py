@@ -14,7 +14,7 @@ from megallama.checkpoint.huggingface import model_files, special_tokens
 from megallama.checkpoint.sentencepiece_json import NotEqualError, to_tokenizer
 from megallama.config.errors import MegallamaError
 from megallama.data.tokenizer import load_tokenizer
-from megallama.train.generate import encode_prompt
+from megallama.inference.generate import encode_prompt
 from tests.checkpoint.states import make_config
 
 transformers = pytest.importorskip("transformers")
@@ -97,7 +97,7 @@ def exported(folder: Path, tokenizer: Path, marks: dict[str, int | None] | None 
 @pytest.mark.parametrize("kind", BPE)
 def test_sentencepiece_ids_are_those_of_the_training(tmp_path: Path, kind: str) -> None:
     (tmp_path / "t.model").write_bytes(train(**BPE[kind]))
-    ours = load_tokenizer(tmp_path / "t.model", fast=False)
+    ours = load_tokenizer(tmp_path / "t.model")
     for begin in (None, ours.bos_id):
         theirs, said = exported(tmp_path / "out", tmp_path / "t.model", {"bos_id": begin, "eos_id": 2})
         assert said == [] and len(theirs) == ours.vocab_size

@@ -18,12 +18,12 @@ import torch
 from megallama.checkpoint import manifest, reader
 from megallama.checkpoint.errors import CheckpointError
 from megallama.checkpoint.reader import open_weights
-from tests.checkpoint.formats import to
+from megallama.commands.convert import main as reshard
+from megallama.commands.generate import main as generate
+from megallama.commands.inspect_checkpoint import main as inspect
+from megallama.convert.source import open_source
 from tests.checkpoint.states import MODEL, empty_solo, make_config, make_manager, make_state, solo_shards
-from tools.generate import main as generate
-from tools.inspect_checkpoint import main as inspect
-from tools.reshard.source import open_source
-from tools.reshard_checkpoint import main as reshard
+from tests.convert.formats import to
 
 SECRET = "password of root"
 

@@ -14,8 +14,10 @@ from megallama.checkpoint import disk, manifest, reader
 from megallama.checkpoint import folder as folders
 from megallama.checkpoint.disk import UnreadableError
 from megallama.checkpoint.errors import CheckpointError
+from megallama.commands.convert import main as reshard
+from megallama.commands.inspect_checkpoint import main as inspect
+from megallama.inference.generate import find_model
 from megallama.plan.topology import Topology
-from megallama.train.generate import find_model
 from tests.checkpoint.states import (
     MODEL,
     assert_holds,
@@ -29,8 +31,6 @@ from tests.checkpoint.states import (
     save_on,
     solo_shards,
 )
-from tools.inspect_checkpoint import main as inspect
-from tools.reshard_checkpoint import main as reshard
 
 OLD, NEW = make_state(seed=1), make_state(seed=2)
 PASSING = ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "ENOTCONN", "EREMOTEIO")

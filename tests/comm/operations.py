@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megallama.analysis.recording import Recording
 from megallama.comm.group import Group
 from megallama.comm.groups import partitions
 from megallama.comm.launch import World
 from megallama.comm.limits import files_needed
 from megallama.comm.shared_memory import SharedMemory
 from megallama.plan.topology import Topology
-from tools.proof.recording import Recording
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megallama.analysis.recording import Call, Recording
 from megallama.comm.group import Group, Solo
 from tests.comm import operations
 from tests.pool import Pool
 from tests.threads import run_threads
-from tools.proof.recording import Call, Recording
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])

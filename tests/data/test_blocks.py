@@ -20,9 +20,9 @@ from megallama.data.blocks import BLOCK, File, SumsWriter
 from megallama.data.errors import DataError
 from megallama.data.facts import write_facts
 from megallama.data.indexed import IndexedDataset, IndexedWriter
-from megallama.data.merge import merge
-from megallama.data.preprocess import preprocess
 from megallama.data.samples import Source
+from megallama.text.merge import merge
+from megallama.text.preprocess import preprocess
 from tests.data.test_sources import opened
 
 U16 = np.dtype("<u2")

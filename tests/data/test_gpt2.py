@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from megallama.data.errors import DataError
 from megallama.data.gpt2 import Gpt2Tokenizer, byte_characters
 from megallama.data.tokenizer import load_tokenizer, sha256_of
-from tests.data.conftest import text_of
-from tests.data.test_fast_encoder import CONTROL, real_texts
+from tests.text.test_fast_encoder import CONTROL, real_texts
+from tests.words import text_of
 
 HARD = (
     "I'll say: it's DON'T, we've 've '  's \n'S",

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megallama.commands import prepare as preprocess_data
 from megallama.config.schema import Config, DataConfig, SourceConfig
 from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
-from megallama.data.merge import merge
-from megallama.data.parts import WorkFolder
-from megallama.data.preprocess import _origin, preprocess
 from megallama.data.sources import open_sources
 from megallama.data.tokenizer import load_tokenizer, sha256_of
-from tests.data.conftest import text_of
-from tools import preprocess_data
+from megallama.text.merge import merge
+from megallama.text.parts import WorkFolder
+from megallama.text.preprocess import _origin, preprocess
+from tests.words import text_of
 
 
 def documents(prefix: Path) -> list[list[int]]:

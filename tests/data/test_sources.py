@@ -16,9 +16,9 @@ from megallama.config.schema import Config, DataConfig, SourceConfig
 from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
 from megallama.data.ledger import TrainData
-from megallama.data.preprocess import preprocess
 from megallama.data.samples import Synthetic
 from megallama.data.sources import Data, open_sources
+from megallama.text.preprocess import preprocess
 
 
 def opened(

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from megallama.data.errors import DataError
 from megallama.data.tokenizer import load_tokenizer
-from megallama.data.train_tokenizer import train_tokenizer
-from tests.data.conftest import text_of
+from megallama.text.fast_encoder import load_fast_tokenizer
+from megallama.text.train_tokenizer import train_tokenizer
+from tests.words import text_of
 
 HARD = "a</s><s>b\0c\n\n    <unk> d  e\t\r\n 🦙 12345 <|end_of_text|> "
 
@@ -30,7 +31,7 @@ def test_sentencepiece_has_llamas_ids(tokenizer_path: Path) -> None:
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_trained_tokenizer_keeps_any_text_as_it_is(tokenizer_path: Path, fast: bool) -> None:
-    tokenizer = load_tokenizer(tokenizer_path, fast=fast)
+    tokenizer = load_fast_tokenizer(tokenizer_path, fast=fast)
 
     @settings(max_examples=300, deadline=None)
     @given(st.text(st.characters(codec="utf-8", exclude_characters="\u2581")))  # SentencePiece's own sign for a space
@@ -57,7 +58,7 @@ def test_json_has_llama_3s_names(json_path: Path) -> None:
 def test_text_round_trips_and_never_becomes_a_control_token(
     kind: str, fast: bool, request: pytest.FixtureRequest
 ) -> None:
-    tokenizer = load_tokenizer(request.getfixturevalue(kind), fast=fast)
+    tokenizer = load_fast_tokenizer(request.getfixturevalue(kind), fast=fast)
     for text in (HARD, text_of(1), " leading", "東京"):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and tokenizer.encode_arrays([text])[0].tolist() == ids

@@ -69,8 +69,9 @@ device = "cpu"
 DIE = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from megallama.data import parts, preprocess
-from tools import preprocess_data
+from megallama.text import parts
+from megallama.text import preprocess
+from megallama.commands import prepare as preprocess_data
 preprocess.JOB_BYTES = {job}
 end, calls = parts.PartWriter.end, []
 def fatal(self):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megallama.analysis.recording import Call, Recording
 from megallama.comm.groups import Groups
 from megallama.config.schema import Config
 from megallama.kernels.select import select_kernels
@@ -17,7 +18,6 @@ from megallama.plan.plan import make_plan
 from megallama.train.assemble import DTYPES, Rank, assemble, initialize
 from tests.small import CPU, curve, on_threads, small_config, tokens, train
 from tests.threads import run_threads
-from tools.proof.recording import Call, Recording
 
 TOKENS, HIDDEN = 16, 32
 

@@ -1,0 +1,92 @@
+"""Convert a checkpoint: `python tools/reshard_checkpoint.py SOURCE TARGET --to megatron --tp 2 --pp 2 --verify`.
+
+SOURCE is a step folder or run folder of ours, a Hugging Face folder, Meta's original release (params.json and
+consolidated.NN.pth) or Megatron-style shards per rank (mp_rank_*/model.safetensors and config.json); TARGET must
+not exist.  Tensors are streamed one by one.  Exit status: 0 done, 1 not verified (the result is kept as
+TARGET.unverified), 2 wrong input or failed (nothing is left).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megallama.config.errors import exit_status
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="reshard_checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="folder of any of the formats")
+    parser.add_argument("target", type=Path, help="folder to write; it must not exist")
+    parser.add_argument("--to", required=True, choices=("step", "hf", "meta", "megatron"), help="format to write")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (meta: model-parallel files) (1)")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel ranks of megatron (1)")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="number format; default the source's")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file of step and hf [1e9 bytes] (5)")
+    parser.add_argument("--vocab-multiple", type=int, default=128, help="megatron pads to this times tp rows (128)")
+    parser.add_argument("--context", type=int, help="longest sequence, which Meta's release does not say [tokens]")
+    heads = ("auto", "tied")
+    parser.add_argument("--head", choices=heads, default="auto", help="tied leaves out a head that is called tied")
+    parser.add_argument("--verify", action="store_true", help="compare logits of source and target on random tokens")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check the options, convert, tell."""
+    from megallama.checkpoint.find import find_model
+    from megallama.config.errors import ConfigError
+    from megallama.convert.convert import UnverifiedError, Wish, convert
+    from megallama.convert.second_reader import compare
+    from megallama.convert.source import Source, foreign_kind, open_source
+    from megallama.convert.verify import compare_logits
+    from megallama.plan.params import num_parameters
+
+    for name in ("tp", "pp", "shard_gb", "vocab_multiple"):
+        if getattr(options, name) <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')}={getattr(options, name)}: use a number above 0")
+    if options.tp > 1 and options.to not in ("meta", "megatron") or options.pp > 1 and options.to != "megatron":
+        given = f"--tp={options.tp} --pp={options.pp}"
+        raise ConfigError(f"{given}: --to={options.to} has no ranks; --tp is for meta and megatron, --pp for megatron")
+    folder = options.source
+    if not foreign_kind(folder):
+        folder = find_model(folder, lambda text: print(f"note: {text}", file=sys.stderr))
+    done = []
+
+    def check(source: Source, result: Path, dtype: str) -> None:
+        for note in source.notes:
+            print(f"note: {note}", file=sys.stderr)
+        what = f"{source.kind}, {num_parameters(source.model):,} parameters"
+        done.append(f"{source.folder} ({what}) -> {options.target} ({options.to}, {dtype})")
+        if options.verify:
+            step = next(result.glob("step-*"), result) if options.to == "step" else result
+            with open_source(step, context=options.context) as target:
+                worst = compare_logits(source, target, dtype)
+                sides = {"source": source, "result": target}
+                found = {name: compare(side, dtype) for name, side in sides.items()}
+            theirs = {name: value for name, value in found.items() if value is not None}
+            worst = max(worst, *(value for value, _ in theirs.values()), 0.0)
+            by = "".join(f", from {who}'s for the {name}" for name, (_, who) in theirs.items())
+            done.append(f"verified: logits of random tokens differ by at most {worst:.1e} of the largest{by}")
+
+    start = time.perf_counter()
+    shard_bytes = int(options.shard_gb * 1e9)
+    wish = Wish(options.to, options.tp, options.pp, options.dtype, shard_bytes, options.vocab_multiple, options.head)
+    try:
+        convert(folder, options.target, wish, options.context, check)
+    except UnverifiedError as error:
+        print(f"NOT VERIFIED: {error}; the result is kept as {options.target}.unverified", file=sys.stderr)
+        return 1
+    size = sum(path.stat().st_size for path in options.target.rglob("*") if path.is_file())
+    print(*done, f"{size:,} bytes, {time.perf_counter() - start:.1f} s", sep="\n")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, 1 for a result that was not verified, 2 for any other error, 130 when interrupted."""
+    return exit_status(lambda: run(parse(arguments)))

@@ -1,0 +1,450 @@
+"""What this machine can train with: kernels, versions, GPUs, processor, and what to install for more.
+
+    python tools/doctor.py [--json] [--measure] [--dtype bf16] [--device auto] [--compile]
+
+For every operation the implementation that a run would take and why not the others; --measure times all that work here,
+forward and backward, and says what to leave out (let nothing else run meanwhile). Every probe is guarded: what fails
+is reported, not raised. The last line is the verdict; the exit status is 0 if the machine can train.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megallama.config.errors import exit_status
+from megallama.config.words import counted
+
+GIB = 2**30
+NEEDED = ("torch", "numpy", "pydantic")
+OPTIONAL = {  # distribution -> what it is for
+    "transformer-engine": "fused attention, norms, fp8 and fp32 accumulation on GPUs",
+    "transformer-engine-cu12": "",
+    "transformer-engine-cu13": "",
+    "transformer-engine-torch": "",
+    "sentencepiece": "LLaMA 1 and 2 tokenizers",
+    "tokenizers": "LLaMA 3 tokenizers",
+    "regex": "pre-splitting text for a GPT-2 tokenizer",
+    "tensorboard": "curves of a run",
+    "matplotlib": "<run.folder>/loss.png",
+    "zstandard": "reading .zst text",
+    "pyarrow": "reading Parquet",
+    "mpi4py": "preprocessing on many nodes under mpirun",
+    "wandb": "",
+}
+APEX_IS = "build NVIDIA/apex from source (APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation .)"
+WRONG_APEX = f"the package named apex here is an unrelated web toolkit from the package index; for NVIDIA's {APEX_IS}"
+SMALL_SHM = GIB  # below this NCCL's and the loader's shared memory may run out
+
+# tokens, hidden, ffn, heads, head size, sequence and vocabulary that --measure uses
+CUDA_SIZE, CPU_SIZE = (8192, 4096, 11008, 32, 128, 2048, 32000), (1024, 768, 2048, 12, 64, 256, 4096)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report; 0 if this machine can train, 1 if not, 2 for a wrong argument."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Print the report; 0 or 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="the report as one JSON object")
+    parser.add_argument("--measure", action="store_true", help="time every implementation that works here")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "fp64"), default="bf16", help="default bf16")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile (run.compile=true)")
+    given = parser.parse_args(argv)
+    report = examine(given.dtype, given.device, given.measure, given.compile)
+    print(json.dumps(report, indent=2) if given.json else text(report))
+    return 0 if report["can_train"] else 1
+
+
+def examine(dtype: str = "bf16", device: str = "auto", measure: bool = False, compiled: bool = False) -> dict[str, Any]:
+    """Everything that the report says."""
+    found: dict[str, Any] = {
+        "versions": guarded(versions, {}),
+        "gpus": guarded(gpus, []),
+        "cpu": guarded(cpu, {}),
+        "kernels": [],
+        "advice": [],
+    }
+    if dtype in ("bf16", "fp16"):
+        found["cpu"]["product_time_over_fp32"] = guarded(lambda: product_time(dtype), None)
+    problem = "" if sys.version_info >= (3, 11) else f"Python {platform.python_version()} is older than 3.11"
+    try:
+        found["kernels"] = kernels(dtype, device, measure, compiled)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is what keeps this machine from training
+        problem = problem or f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    found["advice"] = guarded(lambda: advice(found, dtype), [])
+    found["can_train"] = not problem
+    found["verdict"] = f"cannot train: {problem}" if problem else can_train(found, dtype, device)
+    return found
+
+
+def guarded(probe: Callable[[], Any], otherwise: Any) -> Any:
+    """What `probe` returns, or `otherwise` if it raises; in a dictionary the reason is kept."""
+    try:
+        return probe()
+    except Exception as error:  # noqa: BLE001 - a report is never lost to a broken package
+        reason = f"not known ({type(error).__name__}: {error})"
+        return {"problem": reason} if otherwise == {} else reason if isinstance(otherwise, str) else otherwise
+
+
+def can_train(found: dict[str, Any], dtype: str, device: str) -> str:
+    """The verdict where nothing is wrong."""
+    if found["gpus"] and device != "cpu":
+        names = sorted({gpu["name"] for gpu in found["gpus"]})
+        return f"can train in {dtype} on {counted(len(found['gpus']), 'GPU')}: {', '.join(names)}"
+    cores = counted(found["cpu"].get("usable_cores", "some"), "CPU core")
+    return f"can train in {dtype} on {cores}, without a GPU"
+
+
+# ---- what is there ----
+
+
+def versions() -> dict[str, str]:
+    """Name -> version, or why there is none."""
+    out = {"python": platform.python_version()}
+    for name in (*NEEDED, *OPTIONAL):
+        out[name] = version(name)
+    out["apex"] = guarded(which_apex, "")
+    out["MPI library"] = guarded(mpi_library, "") if out["mpi4py"] != "not installed" else "not asked without mpi4py"
+    out.update(guarded(built_with, {}))
+    out["C++ compiler"] = shutil.which("g++") or shutil.which("clang++") or "none"
+    return out
+
+
+def version(distribution: str) -> str:
+    """The installed version of a distribution."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def which_apex() -> str:
+    """Which apex this is: NVIDIA's with its extensions, or the index package of the same name."""
+    parts = [name for name in ("amp_C", "fused_weight_gradient_mlp_cuda", "fused_layer_norm_cuda") if has(name)]
+    if not has("apex") and not parts:
+        return "not installed"
+    if not parts and not has("apex.optimizers"):
+        return "not NVIDIA's: an unrelated web toolkit of the same name"
+    return f"NVIDIA's, with {', '.join(parts)}" if parts else "NVIDIA's, Python only: built without CUDA extensions"
+
+
+def has(module: str) -> bool:
+    """Whether a module can be found; its parent is imported, it is not."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except Exception:  # noqa: BLE001 - a parent that fails to import has no such part
+        return False
+
+
+def mpi_library() -> str:
+    """The MPI that mpi4py finds, asked in a process of its own: a broken MPI ends the process that loads it."""
+    code = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip("\0\n ").splitlines() or ["nothing said"]
+    return " ".join(lines[0].split()) if done.returncode == 0 else f"none that works ({lines[-1].strip()})"
+
+
+def built_with() -> dict[str, str]:
+    """What torch brings along."""
+    import torch
+
+    cuda = torch.version.cuda
+    nccl = guarded(lambda: ".".join(map(str, torch.cuda.nccl.version())), "") if cuda else "none: a CPU build of torch"
+    return {
+        "CUDA of torch": cuda or "none: a CPU build of torch",
+        "cuDNN": guarded(lambda: str(torch.backends.cudnn.version() or "none"), ""),
+        "NCCL": nccl,
+        "oneDNN": "yes" if torch.backends.mkldnn.is_available() else "no",
+    }
+
+
+def gpus() -> list[dict[str, Any]]:
+    """The GPUs that torch sees."""
+    import torch
+
+    out = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        seen = torch.cuda.get_device_properties(index)
+        capability = f"{seen.major}.{seen.minor}"
+        out.append({"name": seen.name, "memory_gib": round(seen.total_memory / GIB, 1), "capability": capability})
+    for gpu, driver in zip(out, guarded(drivers, []), strict=False):
+        gpu["driver"] = driver
+    return out
+
+
+def drivers() -> list[str]:
+    """The driver's version as nvidia-smi tells it, a line per GPU."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+
+
+def cpu() -> dict[str, Any]:
+    """Processor, cores that this process may use, the instructions that matter, caches and memory."""
+    lines = (line.partition(":") for line in reversed(read("/proc/cpuinfo").splitlines()))
+    fields = {name.strip(): value.strip() for name, _, value in lines}  # the first core's, read last
+    flags = fields.get("flags", "").split()
+    memory = {k: int(v.split()[0]) * 1024 for k, v in (m.split(":") for m in read("/proc/meminfo").splitlines())}
+    quota, _, period = read("/sys/fs/cgroup/cpu.max").partition(" ")
+    limit = read("/sys/fs/cgroup/memory.max").strip()
+    shm = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
+    names = {"avx2": "AVX2", "avx512f": "AVX512", "avx512_bf16": "AVX512 bf16", "amx_bf16": "AMX bf16"}
+    return {
+        "model": fields.get("model name", platform.processor() or "not known"),
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "quota_cores": int(quota) / int(period) if quota.isdecimal() else None,
+        "instructions": [words for flag, words in names.items() if flag in flags],
+        "l3_cache": read("/sys/devices/system/cpu/cpu0/cache/index3/size").strip() or "not known",
+        "memory_gib": round(memory.get("MemTotal", 0) / GIB, 1),
+        "available_gib": round(memory.get("MemAvailable", 0) / GIB, 1),
+        "memory_limit_gib": round(int(limit) / GIB, 1) if limit.isdecimal() else None,
+        "shm_gib": round(shm / GIB, 2),
+    }
+
+
+def product_time(dtype: str) -> float:
+    """How long a matrix product takes in a 16-bit format, in times of fp32."""
+    from megallama.train.assemble import DTYPES
+    from megallama.train.peak import product_time_over_fp32
+
+    return round(product_time_over_fp32(DTYPES[dtype]), 2)
+
+
+def read(path: str) -> str:
+    """A file of the kernel's; empty where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+# ---- kernels ----
+
+
+def kernels(dtype: str, device: str, measure: bool, compiled: bool) -> list[dict[str, Any]]:
+    """A row per operation; with `measure` the microseconds of everything that works here."""
+    import torch
+
+    from megallama.kernels.candidate import Target
+    from megallama.kernels.select import FP8, FP8_PRODUCTS, OPERATIONS, select_kernels
+    from megallama.train.assemble import DTYPES
+
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise RuntimeError(f"torch {torch.__version__} finds no GPU")
+    where, kind = torch.device("cuda" if cuda else "cpu"), DTYPES[dtype]
+    chosen = select_kernels(where, kind, compiled=compiled)
+    target = Target(where, kind, compiled=compiled, product=chosen.gemms.fprop)
+    rows: list[dict[str, Any]] = [
+        {"operation": c.operation, "taken": c.selected, "refused": dict(c.refused)} for c in chosen.choices
+    ]
+    works: dict[str, str] = {}
+    for name, make in FP8_PRODUCTS.candidates:
+        try:
+            FP8_PRODUCTS.check(make(target), target)
+            works.setdefault("taken", name)
+        except Exception as error:  # noqa: BLE001 - the reason is what is asked for
+            works[name] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    taken = works.pop("taken", "nothing here can")
+    rows.append({"operation": f"{FP8} (precision.fp8)", "taken": taken, "refused": works})
+    for row in rows[:-1] if measure else ():
+        operation, times = OPERATIONS[row["operation"]], {}
+        for name, make in operation.candidates:
+            if name not in row["refused"]:  # those after the taken one have not been checked yet
+                times[name] = guarded(partial(timed, row["operation"], make, target, operation.check), None)
+        times[operation.last[0]] = guarded(partial(timed, row["operation"], operation.last[1], target), None)
+        row["microseconds"] = times
+    return rows
+
+
+def timed(
+    operation: str, make: Callable[[Any], Any], target: Any, check: Callable[[Any, Any], None] | None = None
+) -> float:
+    """Microseconds of forward and backward at a size that trains: the best of many, by CUDA events on a GPU."""
+    import time
+
+    import torch
+
+    made = make(target)
+    if check is not None:
+        check(made, target)
+    work = workload(operation, made, target)
+    cuda = target.device.type == "cuda"
+    for _ in range(3):
+        work()
+    best, begin, runs = float("inf"), time.perf_counter(), 0
+    while runs < 5 or (runs < 50 and time.perf_counter() - begin < 0.5):
+        runs += 1
+        if cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            torch.cuda.synchronize()
+            seconds = start.elapsed_time(end) / 1e3
+        else:
+            before = time.perf_counter()
+            work()
+            seconds = time.perf_counter() - before
+        best = min(best, seconds)
+    return round(best * 1e6, 1)
+
+
+def workload(operation: str, made: Any, target: Any) -> Callable[[], Any]:
+    """One forward and backward of an operation, at the shapes of a 7B layer on a GPU and of a 100M one on a CPU."""
+    import torch
+
+    from megallama.config.schema import OptimizerConfig
+    from megallama.kernels.dtypes import accumulate_dtype
+
+    tokens, h, f, heads, d, seq, vocab = CUDA_SIZE if target.device.type == "cuda" else CPU_SIZE
+    acc_dtype = accumulate_dtype(target.dtype)
+
+    def rand(*shape: int, dtype: Any = target.dtype) -> Any:
+        return torch.rand(shape, device=target.device).sub_(0.5).to(dtype)
+
+    if operation == "attention":
+        attend, leaves = made(heads, heads, d), [rand(tokens // seq, seq, heads, d).requires_grad_() for _ in range(3)]
+        dout = rand(tokens // seq, seq, heads, d)
+        return lambda: torch.autograd.grad(attend(*leaves), leaves, dout)
+    if operation == "RMSNorm":
+        x, dy, weight = rand(tokens, h), rand(tokens, h), rand(h)
+        return lambda: (made[0](x, weight, 1e-5), made[1](dy, x, weight, 1e-5))
+    if operation == "RoPE":
+        q, (cos, sin) = rand(tokens // seq, seq, heads, d), (rand(seq, 1, d // 2, dtype=acc_dtype) for _ in range(2))
+        return lambda: (made(q, cos, sin, q), made(q, cos, -sin, q))
+    if operation == "SwiGLU":
+        packed, dout = rand(tokens, 2 * f), rand(tokens, f)
+        return lambda: (made[0](packed), made[1](dout, packed))
+    if operation == "cross entropy":
+        logits, scale = rand(512, vocab), rand(512, dtype=acc_dtype)
+        index, sums = torch.zeros(512, 1, dtype=torch.int64, device=target.device), rand(2, 512, dtype=acc_dtype)
+        return lambda: made(logits, index, sums[0], sums[1], scale)
+    x, dy = rand(tokens, h), rand(tokens, f)
+    if operation == "matrix product":
+        weight = rand(f, h)
+        return lambda: (made(x, weight), made(dy, weight.t()))
+    grad = rand(f, h, dtype=acc_dtype)
+    if operation == "weight gradient":
+        return lambda: made(grad, dy, x, False)
+    if operation == "gradient norm":
+        return lambda: made([grad.view(-1)])
+    state = [grad, *(torch.zeros_like(grad) for _ in range(3)), torch.zeros((), device=target.device)]
+    return lambda: made(*([t] for t in state), OptimizerConfig(), 1e-3, 0.1, None)
+
+
+# ---- what to do ----
+
+
+def advice(found: dict[str, Any], dtype: str) -> list[str]:
+    """What to install or set for more, most important first."""
+    have, processor, out = found["versions"], found["cpu"], []
+    if missing := [name for name in NEEDED if have.get(name) == "not installed"]:
+        out.append(f"install {', '.join(missing)}: make quickstart sets up .venv with everything")
+    if str(have.get("apex", "")).startswith("not NVIDIA's"):
+        out.append(WRONG_APEX)
+    out += [*gpu_advice(found, dtype)] if found["gpus"] else [*cpu_advice(have, processor, dtype)]
+    if processor.get("shm_gib", 1) * GIB < SMALL_SHM:
+        out.append(f"/dev/shm holds {processor['shm_gib']} GiB; start the container with --shm-size=1g or more")
+    for name, use in OPTIONAL.items():
+        if use and have.get(name) == "not installed" and name != "transformer-engine":
+            extra = " mpich (no system package needed)" if name == "mpi4py" else ""
+            out.append(f"pip install {name}{extra}: {use}")
+    if str(have.get("MPI library", "")).startswith("none that works"):
+        out.append("pip install mpich: mpi4py is there but finds no MPI")
+    if have.get("C++ compiler") == "none":
+        out.append("run.compile=true would need a C++ compiler (g++); nothing else does")
+    return out + slower(found["kernels"])
+
+
+def cpu_advice(have: dict[str, str], processor: dict[str, Any], dtype: str) -> list[str]:
+    """For a machine without a GPU."""
+    out = []
+    if not have.get("CUDA of torch", "none").startswith("none"):
+        out.append("torch is a CUDA build but finds no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES")
+    times = processor.get("product_time_over_fp32")
+    flags = {"AVX512 bf16", "AMX bf16"} & set(processor.get("instructions", ()))
+    if times is not None and times > 1.5:
+        out.append(
+            f"this processor has no {dtype} instructions: precision.dtype=fp32 is faster, matrix products take "
+            f"{times:.1f} times as long in {dtype}"
+        )
+    elif times is None and dtype == "bf16" and not flags:
+        out.append("this processor has no bf16 instructions: precision.dtype=fp32 is probably faster")
+    return out
+
+
+def gpu_advice(found: dict[str, Any], dtype: str) -> list[str]:
+    """For a machine with GPUs."""
+    have, out = found["versions"], []
+    cuda = have.get("CUDA of torch", "")
+    core = f"transformer-engine-cu{cuda.split('.')[0]}"
+    if have.get("transformer-engine") == "not installed":
+        which = "2.12.0 (later ones want a newer cuBLAS than CUDA 13.0's)" if cuda == "13.0" else "the newest for it"
+        out.append(
+            f"Transformer Engine: {core} and transformer-engine-torch, {which}, with pip install --no-build-isolation; "
+            f"this torch is {have.get('torch')} for CUDA {cuda}"
+        )
+    elif have.get(core) == "not installed" or have.get("transformer-engine-torch") == "not installed":
+        out.append(f"Transformer Engine is there in part; it also needs {core} and transformer-engine-torch")
+    elif len({have[name] for name in ("transformer-engine", core, "transformer-engine-torch")}) > 1:
+        out.append(f"transformer-engine, {core} and transformer-engine-torch must have one version")
+    broken = {r["refused"].get("Transformer Engine") for r in found["kernels"]} - {None, "not installed"}
+    out += [f"Transformer Engine was refused: {reason}" for reason in sorted(map(str, broken))]
+    if have.get("apex") == "not installed" and have.get("transformer-engine") == "not installed":
+        out.append(f"apex adds fused Adam and fp32 accumulation where there is no Transformer Engine: {APEX_IS}")
+    if dtype == "bf16" and any(float(gpu["capability"]) < 8 for gpu in found["gpus"]):
+        out.append("a GPU below compute capability 8.0 has no bf16: use precision.dtype=fp16")
+    if len({gpu["name"] for gpu in found["gpus"]}) > 1:
+        out.append("the GPUs differ: a job runs at the speed of the slowest")
+    return out
+
+
+def slower(rows: list[dict[str, Any]]) -> list[str]:
+    """Where what is taken is more than 10 % slower than another: the setting that leaves it out."""
+    out = []
+    for row in rows:
+        times = {name: value for name, value in row.get("microseconds", {}).items() if value is not None}
+        best = min(times, key=lambda name: times[name], default=row["taken"])
+        if row["taken"] in times and times[row["taken"]] > 1.1 * times[best]:
+            names = list(row["microseconds"])
+            setting = json.dumps([f"{row['operation']}: {name}" for name in names[: names.index(best)]])
+            gain = times[row["taken"]] / times[best]
+            out.append(f"{row['operation']}: {best} is {gain:.2f} times as fast here; run.without_kernels={setting}")
+    return out
+
+
+# ---- telling ----
+
+
+def text(found: dict[str, Any]) -> str:
+    """The report for a reader."""
+    lines = ["KERNELS"]
+    for row in found["kernels"]:
+        speeds = row.get("microseconds", {})
+        times = "".join(f"; {name} {us:,.0f} us" for name, us in speeds.items() if us is not None)
+        lines.append(f"  {row['operation']}: {row['taken']}{times}")
+        lines += [f"      not {name}: {reason}" for name, reason in row["refused"].items()]
+    lines += ["", "VERSIONS", *(f"  {name}: {value}" for name, value in found["versions"].items()), "", "GPUS"]
+    for gpu in found["gpus"] or [{"none": ""}]:
+        lines.append("  " + ", ".join(f"{key} {value}".strip() for key, value in gpu.items()))
+    lines += ["", "PROCESSOR AND MEMORY"]
+    for key, value in found["cpu"].items():
+        words = ", ".join(value) or "none of note" if isinstance(value, list) else "none" if value is None else value
+        lines.append(f"  {key.replace('_gib', ' [GiB]').replace('_', ' ')}: {words}")
+    lines += ["", "FOR MORE", *(f"  - {line}" for line in found["advice"] or ["nothing: all is there"]), ""]
+    return "\n".join([*lines, f"This machine {found['verdict']}."])

@@ -1,0 +1,256 @@
+"""Draws a pipeline schedule.
+
+    python tools/draw_schedule.py [CONFIG.toml] ranks=N [section.key=value ...] [OPTIONS]
+    python tools/draw_schedule.py --schedule zb-v --pp 4 --microbatches 8 [OPTIONS]
+
+Prints a chart, the bubble and what every rank holds. By default a forward takes 1 ms, an input gradient 1 and a
+weight gradient 1, on each stage; of a configuration the stages cost in proportion to their arithmetic.
+
+  --schedule NAME, --pp P, --microbatches M   a schedule without a configuration; NAME may be a .csv file
+  --chunks V          its chunks per rank (default: what the schedule needs)
+  --costs F,I,W       ms of forward, input gradient and weight gradient of a micro-batch on every stage
+  --hop T             ms until another rank has a value (default 0)
+  --like TRACE.json   take the costs from the trace of a real run (log.trace_steps), and put both into --trace
+  --width N           columns of the chart (default 120)
+  --svg FILE, --png FILE, --trace FILE        write a picture, or a trace for ui.perfetto.dev
+Exit status 2 if something is wrong with the schedule, the configuration or the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from megallama.config.errors import ConfigError, exit_status
+from megallama.config.load import bare, load, read_words
+from megallama.config.schema import ParallelConfig
+from megallama.config.words import counted
+from megallama.plan.check import FIXED_CHUNKS, build_schedule
+from megallama.plan.partition import stage_costs
+from megallama.plan.plan import make_plan
+from megallama.plan.schedule import Schedule, parse_action
+from megallama.plan.simulate import LEGEND, Report, StageCost, draw, simulate
+from megallama.plan.trace import BLOCKED, COMMUNICATION, Span, chrome_trace, simulated
+
+COLOURS = {
+    "F": ("#7aa6d8", "#3f6fa8"),
+    "B": ("#7fc47f", "#3d8b4a"),
+    "I": ("#7fc47f", "#3d8b4a"),
+    "W": ("#e3b35c", "#b97f1e"),
+}
+"""Of each kind of work: for the lower and the upper stages of a rank."""
+NAMES = {"F": "forward", "B": "backward", "I": "gradient of the input", "W": "gradient of the weights"}
+IDLE = "#eeeeee"
+USAGE = "usage: python tools/draw_schedule.py [CONFIG.toml] ranks=N [section.key=value ...] [OPTIONS]"
+ROW, LABEL, WIDTH = 26, 58, 1400  # pixels
+
+
+def configured(words: Sequence[str]) -> tuple[Schedule, list[StageCost]]:
+    """The schedule of a configuration, and stage costs whose mean forward is 1 ms. Raises: ConfigError."""
+    file, ranks, overrides = read_words(words, "a drawing without --schedule", USAGE)
+    plan = make_plan(load(file, overrides, ranks=ranks, need_data=False), ranks)
+    costs = stage_costs(plan.config, plan.stages)
+    unit = sum(c.forward for c in costs) / len(costs)
+    return plan.schedule, [StageCost(*(x / unit for x in c)) for c in costs]
+
+
+def named(name: str, pp: int | None, microbatches: int | None, chunks: int | None) -> Schedule:
+    """A schedule without a configuration. Raises: ConfigError, ScheduleError."""
+    if pp is None or microbatches is None or pp < 1 or microbatches < 1:
+        raise ConfigError("--schedule needs sizes; write for example --schedule zb-v --pp 4 --microbatches 8")
+    own = name.endswith(".csv")
+    if own:
+        text = Path(name).read_text(encoding="utf-8") if Path(name).exists() else ""
+        stages = [int(s) for s in re.findall(r"[FBIW](\d+)\.\d+", text)]
+        chunks = chunks or max(1, (max(stages, default=0) + 1) // pp)
+    known = ParallelConfig.model_fields["schedule"].annotation.__args__  # type: ignore[union-attr]
+    if not own and name not in known:
+        raise ConfigError(f"--schedule {name} is unknown; write {', '.join(known[:-1])} or a file that ends in .csv")
+    chunks = chunks or FIXED_CHUNKS.get(name, (1, None))[0]
+    kind: Any = "csv" if own else name
+    return build_schedule(
+        ParallelConfig(pp=pp, chunks=chunks, schedule=kind, schedule_file=name if own else None), microbatches
+    )
+
+
+def measured(file: Path, num_stages: int) -> tuple[list[StageCost], dict[str, list[Span]]]:
+    """Median times of each stage [ms], without waits, and the timelines, in the trace of a run. Raises: ConfigError."""
+    try:
+        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--like {file} is no trace of a run: {error}; log.trace_steps=[2,3] writes them") from None
+    titles = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    waits = {(e["pid"], e["tid"], e["ts"]): e["dur"] for e in events if e["name"] == "waits"}
+    spans: dict[str, list[Span]] = defaultdict(list)
+    times: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for e in (e for e in events if e["ph"] == "X" and e["cat"] not in ("waits", COMMUNICATION, BLOCKED)):
+        waited = waits.get((e["pid"], e["tid"], e["ts"]), 0.0)
+        start, end = e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6
+        spans[titles[e["pid"]]].append(Span(e["tid"], e["name"], start, start + waited / 1e6, end))
+        if e["cat"] in ("F", "B", "I", "W"):
+            times[e["cat"], parse_action(e["name"]).stage].append((e["dur"] - waited) / 1e3)
+    mean = {key: median(values) for key, values in times.items()}
+    if not mean or max(stage for _, stage in mean) != num_stages - 1:
+        raise ConfigError(f"--like {file} is the trace of another number of stages than {num_stages}")
+    costs = []
+    for s in range(num_stages):
+        whole = mean.get(("B", s), 0.0)
+        i, w = mean.get(("I", s), whole / 2), mean.get(("W", s), whole - whole / 2)
+        costs.append(StageCost(mean["F", s], i, w))
+    return costs, dict(spans)
+
+
+def boxes(schedule: Schedule, report: Report) -> list[tuple[int, float, float, str, str]]:
+    """(rank, start, length, colour, label) of every action."""
+    out = []
+    for e in report.events:
+        upper = e.action.stage >= schedule.num_stages / 2 and len(schedule.stages_of(e.rank)) > 1
+        out.append((e.rank, e.start, e.end - e.start, COLOURS[e.action.kind][upper], str(e.action.microbatch)))
+    return out
+
+
+def caption(schedule: Schedule, report: Report) -> str:
+    """One line about the whole."""
+    return (
+        f"{schedule.name}: {counted(schedule.num_ranks, 'rank')}, {counted(schedule.num_stages, 'stage')}, "
+        f"{counted(schedule.num_microbatches, 'micro-batch')}; {report.makespan:.4g} ms, idle {report.bubble:.2%}"
+    )
+
+
+def legend(schedule: Schedule, report: Report) -> list[tuple[tuple[str, ...], str]]:
+    """(colours, meaning) of everything in the picture."""
+    kinds = {event.action.kind.value for event in report.events}
+    shades = 2 if any(len(schedule.stages_of(rank)) > 1 for rank in range(schedule.num_ranks)) else 1
+    dark = " (dark: upper stages)" if shades > 1 else ""
+    return [(COLOURS[k][:shades], f"{text}{dark}") for k, text in NAMES.items() if k in kinds] + [((IDLE,), "idle")]
+
+
+def svg(schedule: Schedule, report: Report) -> str:
+    """The chart as an SVG document."""
+    scale = (WIDTH - LABEL - 10) / report.makespan
+    height = ROW * (schedule.num_ranks + 2)
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        f'<text x="4" y="17" font-size="13">{caption(schedule, report)}</text>',
+    ]
+    for rank in range(schedule.num_ranks):
+        y = ROW * (rank + 1)
+        out.append(f'<text x="4" y="{y + 17}" font-size="12">rank {rank}</text>')
+        out.append(
+            f'<rect x="{LABEL}" y="{y}" width="{report.makespan * scale:.2f}" height="{ROW - 2}" fill="{IDLE}"/>'
+        )
+    for rank, start, length, colour, label in boxes(schedule, report):
+        x, y, w = LABEL + start * scale, ROW * (rank + 1), length * scale
+        out.append(
+            f'<rect x="{x:.2f}" y="{y}" width="{w:.2f}" height="{ROW - 2}" fill="{colour}" stroke="white" '
+            'stroke-width="0.5"/>'
+        )
+        if w > 6 * len(label) + 1:
+            style = 'font-size="10" text-anchor="middle" fill="white"'
+            out.append(f'<text x="{x + w / 2:.2f}" y="{y + 16}" {style}>{label}</text>')
+    y = ROW * (schedule.num_ranks + 1)
+    for i, (colours, text) in enumerate([*legend(schedule, report), ((), "numbers: micro-batches")]):
+        x = LABEL + 265 * i
+        for k, colour in enumerate(colours):
+            out.append(f'<rect x="{x + 14 * k}" y="{y + 6}" width="12" height="12" fill="{colour}"/>')
+        out.append(f'<text x="{x + 14 * len(colours) + 4}" y="{y + 16}" font-size="11">{text}</text>')
+    return "\n".join([*out, "</svg>"]) + "\n"
+
+
+def png(schedule: Schedule, report: Report, file: Path) -> None:
+    """The chart as a PNG. Raises: ConfigError without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError:
+        raise ConfigError("--png needs matplotlib; pip install matplotlib, or use --svg, which needs nothing") from None
+    figure = Figure(figsize=(14, 1.3 + 0.32 * schedule.num_ranks), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for rank, start, length, colour, label in boxes(schedule, report):
+        axes.broken_barh([(start, length)], (rank - 0.45, 0.9), facecolors=colour, edgecolor="white", linewidth=0.4)
+        if length / report.makespan > 0.007 * len(label):
+            axes.text(start + length / 2, rank, label, ha="center", va="center", fontsize=7, color="white")
+    axes.set(
+        ylim=(schedule.num_ranks - 0.5, -0.5), xlim=(0, report.makespan), xlabel="ms", title=caption(schedule, report)
+    )
+    axes.set_yticks(range(schedule.num_ranks), [f"rank {r}" for r in range(schedule.num_ranks)])
+    axes.set_facecolor(IDLE)
+    handles = [Patch(facecolor=colours[0], label=text) for colours, text in legend(schedule, report)]
+    handles.append(Patch(facecolor="none", label="numbers: micro-batches"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def table(schedule: Schedule, report: Report) -> str:
+    """What every rank does and holds."""
+    lines = ["rank  stages            busy ms  idle    in flight  received"]
+    for rank, busy in enumerate(report.busy):
+        stages = ",".join(map(str, schedule.stages_of(rank)))
+        idle = f"{1 - busy / report.makespan:.1%}"
+        held = f"{report.peak_in_flight[rank]:>9}  {schedule.peak_received(rank):>8}"
+        lines.append(f"{rank:>4}  {stages:<16}  {busy:>7.4g}  {idle:<6}  {held}")
+    spread = report.longest_span / max(report.busy) - 1
+    lines.append(
+        f"longest rank from its first action to its last: {report.longest_span:.4g} ms, {spread:.2%} above its work"
+    )
+    return "\n".join([*lines, "in flight: (stage, micro-batch) pairs held for a backward at once"])
+
+
+def costs_of(text: str, num_stages: int) -> list[StageCost]:
+    """--costs in numbers. Raises: ConfigError."""
+    try:
+        f, i, w = map(float, text.split(","))
+        if min(f, i, w) <= 0:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"--costs {text} are not three times above 0; write for example --costs 1,1,0.7") from None
+    return [StageCost(f, i, w)] * num_stages
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; 0 is success, 2 an error of the input."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Print the chart, write the pictures. Raises: MegallamaError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    for name in ("schedule", "costs"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    for name in ("pp", "microbatches", "chunks"):
+        parser.add_argument(f"--{name}", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--width", type=int, default=120, help=argparse.SUPPRESS)
+    parser.add_argument("--hop", type=float, default=0.0, help=argparse.SUPPRESS)
+    for name in ("like", "svg", "png", "trace"):
+        parser.add_argument(f"--{name}", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_intermixed_args(bare(sys.argv[1:] if argv is None else argv))
+    if given.schedule:
+        schedule = named(given.schedule, given.pp, given.microbatches, given.chunks)
+        costs = [StageCost()] * schedule.num_stages
+    else:
+        schedule, costs = configured(given.words)
+    real: dict[str, list[Span]] = {}
+    if given.like:
+        costs, real = measured(given.like, schedule.num_stages)
+    if given.costs:
+        costs = costs_of(given.costs, schedule.num_stages)
+    report = simulate(schedule, costs, given.hop)
+    print(f"{caption(schedule, report)}\n{draw(report, given.width)}\n{LEGEND}\n\n{table(schedule, report)}")
+    if given.svg:
+        given.svg.write_text(svg(schedule, report), encoding="utf-8")
+    if given.png:
+        png(schedule, report, given.png)
+    if given.trace:
+        timelines = {f"simulated {schedule.name}": simulated(report, 1e-3), **real}
+        given.trace.write_text(chrome_trace(timelines), encoding="utf-8")

@@ -1,0 +1,85 @@
+"""Can this job hang?  ``python tools/dryrun.py [CONFIG.toml] ranks=N [section.key=value ...]``.
+
+Builds every distinct rank of the job on this CPU, without memory for weights, executes what a few steps communicate,
+and proves over all ranks that it fits together: every collective has all its members in one order with the same
+shapes and formats, every send its receive, and no rank waits for ever.
+
+Exit status 0 if so, 1 with the first disagreement, 2 if the configuration has errors; all of them are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from megallama.config.errors import exit_status
+from megallama.config.load import bare, load, read_words
+from megallama.config.words import counted
+from megallama.plan.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from megallama.analysis.dryrun import DryRun
+
+USAGE = "usage: python tools/dryrun.py [CONFIG.toml] ranks=N [section.key=value ...]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report; 0, 1 with the disagreement or 2 with the errors on stderr."""
+    return exit_status(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print the report; 0, or 1 with the disagreement on stderr. Raises: MegallamaError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="CONFIG.toml, ranks=N, section.key=value")
+    words = parser.parse_args(bare(argv)).words
+    file, ranks, overrides = read_words(words, "a dry run", USAGE)
+    plan = make_plan(load(file, overrides, ranks=ranks, need_data=False), ranks)
+    from megallama.analysis.agreement import Disagreement
+    from megallama.analysis.dryrun import dry_run
+
+    started = time.perf_counter()
+    try:
+        done = dry_run(plan)
+    except Disagreement as error:
+        print(f"this job can hang: {error}", file=sys.stderr)
+        return 1
+    for line in report(plan, done):
+        print(line)
+    print(f"took      {time.perf_counter() - started:.1f} s, {_peak_gib():.2f} GiB at most")
+    return 0
+
+
+def report(plan: Plan, done: DryRun) -> Iterator[str]:
+    """What was executed, proved, and communicated in one step."""
+    yield f"ranks     {plan.topology}: {len(set(done.programs))} distinct"
+    yield f"executed  {', '.join(done.phases)}"
+    number, waits = sum(len(p.calls) for p in done.programs), sum(len(p.waits) for p in done.programs)
+    yield f"proved    over the {counted(number, 'call', ',')} and {counted(waits, 'wait', ',')} of all ranks:"
+    yield "          every collective has all its members in one order, every send its receive,"
+    yield "          and no rank waits for ever" + (
+        ", even if every collective held its rank" if done.blocking else " (collectives of several groups overlap)"
+    )
+    step = next(phase for phase in reversed(done.phases) if phase.startswith("step"))
+    yield f"in {step}, all ranks together, bytes of whole tensors:"
+    count: Counter[tuple[str, str]] = Counter()
+    size: Counter[tuple[str, str]] = Counter()
+    for program, ranks in Counter(done.programs).items():
+        for call in program.calls:
+            if call.label.endswith(step):
+                count[call.group, call.op] += ranks
+                size[call.group, call.op] += ranks * call.nbytes
+    if not count:
+        yield "  nothing: one rank has nobody to talk to"
+    for group, op in sorted(count):
+        calls = counted(count[group, op], "call", ",")
+        yield f"  {group:>9}  {op:<14}  {calls:>18}  {size[group, op] / 1e9:>16,.6f} GB"
+
+
+def _peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

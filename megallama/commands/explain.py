@@ -1,0 +1,168 @@
+"""Which documents a step trained on, or will: ``python tools/explain_step.py CONFIG STEP [section.key=value ...]``.
+
+STEP counts from 1, as the log does. For every sample of its global batch: the source, the sample's number in it and
+its epoch, and the documents it is made of, each with its number, the offset in it, and the text of what is used of
+it. The same tokens that the training reads, by the same code; nothing but the files and the configuration is needed
+(a run whose batch size was changed when it was resumed is explained as if it always had the one of the configuration).
+
+    --json               one object, with the ids of every piece: {"step", "samples": [{..., "pieces": [...]}]}
+    --tokens             ids instead of text
+    --chars N            show at most N characters or ids of a piece (default 160; 0: all)
+    --sample I           only sample I of the run (from 0)
+    --rank R ranks=N     only what rank R of N reads, and of that only --micro-batch M, where given
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megallama.config.errors import ConfigError, exit_status
+from megallama.config.load import bare, load
+from megallama.config.schema import Config
+from megallama.config.words import counted
+from megallama.data.indexed import IndexedDataset
+from megallama.data.ledger import TrainData
+from megallama.data.sources import open_sources
+from megallama.data.tokenizer import Tokenizer, load_tokenizer
+from megallama.plan.batch import BatchPlan
+from megallama.plan.topology import Topology
+
+NEAR = 64
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a document: its tokens offset .. offset + length - 1."""
+
+    document: int
+    offset: int
+    length: int
+    tokens: list[int]
+    text: str | None  # None without data.tokenizer
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One sample: where it comes from and what it is made of, in order."""
+
+    sample: int  # of the run
+    source: str
+    path: str
+    index: int  # of the source: its samples are 0, 1, 2, ...
+    epoch: int
+    pieces: list[Piece]
+
+
+def pieces(dataset: IndexedDataset, offset: int, tokens: np.ndarray, tokenizer: Tokenizer | None) -> list[Piece]:
+    """The documents that the tokens from `offset` of the stream on lie in; empty documents have no piece."""
+    low, high = 0, dataset.num_documents - 1
+    while low < high:  # the last document that begins at offset or before
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if int(dataset.starts(middle, middle)[0]) <= offset else (low, middle - 1)
+    found, at, end = [], offset, offset + len(tokens)
+    while at < end:
+        starts = dataset.starts(low, min(low + NEAR, dataset.num_documents)).tolist()
+        for number, (begin, stop) in enumerate(zip(starts, starts[1:], strict=False), low):
+            if at < min(stop, end):
+                ids = tokens[at - offset : min(stop, end) - offset].tolist()
+                text = tokenizer.decode(ids) if tokenizer else None
+                found.append(Piece(number, at - begin, len(ids), ids, text))
+                at += len(ids)
+        low += NEAR
+    return found
+
+
+def explain(train: TrainData, tokenizer: Tokenizer | None, numbers: Sequence[int]) -> list[Explained]:
+    """What these samples of the run are."""
+    located, indices = train.mixture.locate(np.asarray(numbers, np.int64)).tolist()
+    rows, out = train.read(numbers).tokens, []
+    for sample, number, index, tokens in zip(numbers, located, indices, rows, strict=True):
+        source = train.sources[number]
+        offset = source.offset + int(source.windows(np.array([index]))[0]) * source.seq_length
+        parts = pieces(source.dataset, offset, tokens, tokenizer)
+        name = train.mixture.names[number]
+        out.append(Explained(sample, name, source.dataset.prefix, index, index // source.num_windows, parts))
+    return out
+
+
+def numbers_of(config: Config, step: int, ranks: int | None, rank: int | None, micro: int | None) -> list[int]:
+    """The samples of a step, or what one rank reads of it. Raises: ConfigError if there is no such step or rank."""
+    if step < 1:
+        raise ConfigError(f"step {step} does not exist; steps count from 1, as in the log")
+    p = config.parallel
+    batch = BatchPlan(config.batch, 1)
+    first = batch.samples_after(step - 1)
+    size = batch.samples_after(step) - first
+    if rank is None:
+        if micro is not None or ranks is not None:
+            raise ConfigError("--micro-batch and ranks= need --rank; write for example --rank 0 ranks=8")
+        return list(range(first, first + size))
+    if ranks is None or not 0 <= rank < ranks:
+        raise ConfigError(f"--rank {rank} needs the number of ranks, above it; write for example ranks={abs(rank) + 1}")
+    topology = Topology.fill(ranks, tp=p.tp, pp=p.pp, order=p.rank_order)
+    batch = BatchPlan(config.batch, topology.dp)
+    count = batch.num_microbatches(size)
+    if micro is not None and not 0 <= micro < count:
+        raise ConfigError(f"--micro-batch {micro} does not exist; step {step} has micro-batches 0 to {count - 1}")
+    chosen = range(count) if micro is None else [micro]
+    return [i for m in chosen for i in batch.sample_ids(first, size, topology.coords(rank)["dp"], m)]
+
+
+def show(sample: Explained, *, tokens: bool, most: int) -> str:
+    """A sample as text."""
+    where = f"{sample.source} ({sample.path}) sample {sample.index}, epoch {sample.epoch}"
+    lines = [f"sample {sample.sample}: {where}"]
+    for piece in sample.pieces:
+        span = f"tokens {piece.offset}..{piece.offset + piece.length - 1}"
+        ids = tokens or piece.text is None
+        said = " ".join(map(str, piece.tokens)) if ids else json.dumps(piece.text, ensure_ascii=False)
+        cut = said if not most or len(said) <= most else said[:most] + "..."
+        lines.append(f"  document {piece.document}, {span}: {cut}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; 0 is success, 2 an error of the input."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Print the samples. Raises: MegallamaError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="the run's configuration")
+    parser.add_argument("step", type=int)
+    parser.add_argument("settings", nargs="*", metavar="section.key=value")
+    for flag in ("--json", "--tokens"):
+        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--chars", type=int, default=160, metavar="N", help=argparse.SUPPRESS)
+    for name in ("sample", "rank", "micro-batch"):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=argparse.SUPPRESS)
+    given = parser.parse_intermixed_args(bare(sys.argv[1:] if argv is None else argv))
+    counts = [s.partition("=")[2] for s in given.settings if s.startswith("ranks=")]
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise ConfigError(f"ranks={counts[-1]} is no number of ranks; write for example ranks=8")
+    ranks = int(counts[-1]) if counts else None
+    config = load(Path(given.config), [s for s in given.settings if not s.startswith("ranks=")], ranks=ranks)
+    train = open_sources(config).train
+    if not isinstance(train, TrainData):
+        raise ConfigError("data.synthetic=true makes samples of random tokens: there are no documents to explain")
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    numbers = numbers_of(config, given.step, ranks, given.rank, given.micro_batch)
+    if given.sample is not None:
+        if given.sample not in numbers:
+            raise ConfigError(f"--sample {given.sample} is not in step {given.step}: {numbers[0]} to {numbers[-1]}")
+        numbers = [given.sample]
+    samples = explain(train, tokenizer, numbers)
+    if given.json:
+        print(json.dumps({"step": given.step, "samples": [asdict(s) for s in samples]}, ensure_ascii=False))
+        return
+    print(f"step {given.step}: {counted(len(samples), 'sample')} of {counted(config.batch.seq_length, 'token')}")
+    for sample in samples:
+        print(show(sample, tokens=given.tokens, most=given.chars))

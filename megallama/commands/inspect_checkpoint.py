@@ -1,0 +1,136 @@
+"""Say what is in a checkpoint, verify every byte of it, or compare it with another one.
+
+    python tools/inspect_checkpoint.py runs/x/checkpoints/step-00001000 [--verify] [OTHER]
+
+FOLDER is a step folder, or a checkpoints or run folder (its newest step is taken); OTHER also a Hugging Face
+folder, Meta's release or Megatron-style shards.  Exit status: 0 as it should be, 1 damaged or different, 2 not a
+checkpoint, or one that cannot be read now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+
+import torch
+
+from megallama.checkpoint import manifest, reader
+from megallama.checkpoint.find import find_checkpoint
+from megallama.checkpoint.layout import STATE
+from megallama.config.errors import exit_status
+from megallama.config.words import counted
+from megallama.convert.source import Source, foreign_kind, open_source
+from megallama.plan.box import Box
+from megallama.plan.params import num_parameters
+
+CHUNK_ELEMENTS = 8 << 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Describe, verify, compare; 0 or 1. Raises: MegallamaError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a step folder, a folder of step folders, or a run folder")
+    parser.add_argument("other", type=Path, nargs="?", help="compare with this one, tensor by tensor")
+    parser.add_argument("--verify", action="store_true", help="check the digest of every block")
+    options = parser.parse_args(argv)
+    folder = find_checkpoint(options.folder, _note)
+    saved = manifest.read_manifest(folder)
+    describe(folder, saved)
+    status = verify(folder, saved) if options.verify else 0
+    if options.other is not None:
+        status = max(status, compare(folder, saved, find_checkpoint(options.other, _note)))
+    return status
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def describe(folder: Path, saved: manifest.Manifest) -> None:
+    """Print what the manifest says."""
+    body = saved.body
+    versions = ", ".join(f"{k} {v}" for k, v in body["versions"].items())
+    ranks = counted(body["saved_by_ranks"], "rank")
+    print(f"{folder}: step {saved.step}, save {saved.sequence}, {body['saved_at']}, {ranks}")
+    print(f"  versions  {versions}; format {body['format']}")
+    print(f"  model     {num_parameters(saved.model):,} parameters, saved in {body['precision']}")
+    for key, value in body["architecture"].items():
+        print(f"            {key} = {value}")
+    print(f"  counters  {json.dumps(body['counters'])}")
+    for part in ("model/", *(f"optimizer/{kind}-" for kind in STATE)):
+        sizes = [record.size for name, record in saved.files.items() if name.startswith(part)]
+        print(f"  {part.rstrip('-'):<21} {counted(len(sizes), 'file'):>9} {sum(sizes):>18,} bytes")
+
+
+def verify(folder: Path, saved: manifest.Manifest) -> int:
+    """Check every block; prints each damaged one. Returns 1 if any is."""
+    num_problems, damaged = 0, []
+    for kind in ("model", *STATE):
+        reader.open_state(folder, saved, kind).close()  # the files are those of the architecture
+    blocks = list(saved.blocks())
+    for name in saved.files:
+        problems = reader.verify_blocks(folder, saved, [b for b in blocks if b[0] == name])
+        lines = [f"DAMAGED: {problem}" for problem in problems] or [f"  verified  {name}"]
+        print("\n".join(lines), flush=True)
+        num_problems += len(problems)
+        damaged += [name] * bool(problems)
+    print(f"{counted(len(blocks), 'block', ',')}, {counted(num_problems, 'problem')}")
+    if damaged and all(name.startswith("model/") for name in damaged):
+        print("the training state is whole: a run resumes from it, and its next save writes model/ anew")
+    return 1 if num_problems else 0
+
+
+def compare(folder: Path, saved: manifest.Manifest, other: Path) -> int:
+    """Compare weights, and state if both have it, tensor by tensor. Returns 1 if anything differs."""
+    theirs = manifest.read_manifest(other) if reader.step_folder(other) == other else None
+    first, different, total = None, 0, 0
+    for kind in ("model", *(STATE if theirs else ())):
+        with (
+            reader.open_state(folder, saved, kind) as a,
+            reader.open_state(other, theirs, kind) if theirs else _open_other(other) as b,
+        ):
+            for name in sorted(a.places.keys() | b.places.keys()):
+                total += 1
+                if problem := _difference(a, b, name):
+                    different += 1
+                    first = first or f"{kind} {name}"
+                    print(f"  {kind} {name}: {problem}")
+    print(f"{different} of {counted(total, 'tensor')} differ" + (f", the first is {first}" if first else ""))
+    return 1 if different else 0
+
+
+def _open_other(folder: Path) -> reader.TensorFiles | Source:
+    return open_source(folder) if foreign_kind(folder) else reader.open_folder(folder)
+
+
+def _difference(a: reader.TensorFiles, b: reader.TensorFiles | Source, name: str) -> str | None:
+    if name not in a.places or name not in b.places:
+        return f"only in the {'first' if name in a.places else 'second'}"
+    if a.places[name].shape != b.places[name].shape:
+        return f"shape {list(a.places[name].shape)} and {list(b.places[name].shape)}"
+    count, largest = 0, 0.0
+    for box in _pieces(name, a.places[name].shape):
+        x, y = (torch.empty(box.numel, dtype=torch.float64) for _ in "ab")
+        a.read_into(box, x)
+        b.read_into(box, y)
+        differs = (x != y) & ~(x.isnan() & y.isnan())
+        count += int(differs.sum())
+        largest = max(largest, float((x - y).abs()[differs].nan_to_num(float("inf")).max()) if differs.any() else 0.0)
+    size = counted(prod(a.places[name].shape), "element")
+    return f"{count} of {size} differ, by at most {largest:.6g}" if count else None
+
+
+def _pieces(name: str, shape: tuple[int, ...]) -> Iterator[Box]:
+    """The whole tensor in pieces of some rows."""
+    whole, rows = Box.whole(name, shape), max(1, CHUNK_ELEMENTS // prod(shape[1:]))
+    for start in range(0, shape[0], rows):
+        yield whole.rows(start, min(start + rows, shape[0]))

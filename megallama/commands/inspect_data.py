@@ -1,0 +1,93 @@
+"""Look into a .bin/.idx pair: `python tools/inspect_data.py PREFIX [--tokenizer PATH] [--document N] [--verify]`.
+
+`--verify` compares every 64 KiB with PREFIX.sums; for a pair that has none, of an earlier version or of another tool,
+`--write-sums` makes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megallama.config.errors import exit_status
+from megallama.config.words import counted
+from megallama.data.blocks import File, SumsWriter, naming
+from megallama.data.facts import read_facts
+from megallama.data.indexed import CHUNK, IndexedDataset
+from megallama.data.tokenizer import load_tokenizer
+from megallama.text.progress import ByteProgress
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; 0 is success, 2 an error of the input."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Show a document, or the counts of the pair. Raises: MegallamaError."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("prefix", help="the pair, with or without .bin or .idx")
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="to decode documents and to check ids against its vocabulary"
+    )
+    parser.add_argument("--document", type=int, metavar="N", help="show document N (text with --tokenizer, else ids)")
+    parser.add_argument(
+        "--verify", action="store_true", help="read everything: PREFIX.sums, offsets, document marks, every token id"
+    )
+    parser.add_argument("--write-sums", action="store_true", help="verify, and write PREFIX.sums if it cannot be used")
+    given = parser.parse_args(argv)
+    dataset = IndexedDataset(given.prefix)
+    tokenizer = load_tokenizer(given.tokenizer) if given.tokenizer else None
+    if given.document is not None:
+        ids = dataset.document(given.document)
+        print(tokenizer.decode(ids.tolist()) if tokenizer else " ".join(map(str, ids)))
+        return
+    summarize(dataset)
+    if not given.verify and not given.write_sums:
+        return
+    vocab_size = tokenizer.vocab_size if tokenizer else read_facts(dataset.prefix).get("vocab_size")
+    total = dataset.num_tokens * dataset.dtype.itemsize
+    with ByteProgress("verifying") as bar:
+        lacking = dataset.verify(vocab_size, lambda done: bar.update(done, total))
+    below = f" below {vocab_size}" if vocab_size else ""
+    print(f"verified: offsets, document marks and {counted(dataset.num_tokens, 'id', ',')}{below}")
+    print(f"not verified: {lacking}" if lacking else f"verified: every 64 KiB is as {dataset.prefix}.sums says")
+    if lacking and given.write_sums:
+        write_sums(dataset.prefix)
+
+
+def write_sums(prefix: str) -> None:
+    """Write the checksums of a pair that was made without."""
+    path, pair = Path(prefix + ".sums"), (File(prefix + ".bin"), File(prefix + ".idx"))
+    sums = SumsWriter(prefix + ".sums.tmp")
+    with naming(str(path)), sums.file as file:
+        for offset in range(0, pair[0].size, CHUNK):
+            sums.add(pair[0].read(offset, min(CHUNK, pair[0].size - offset)))
+        sums.add(b"", last=True)
+        sums.finish(*pair)
+        Path(file.name).replace(path)
+    print(f"{path}: the checksums of the files as they are now")
+
+
+def summarize(dataset: IndexedDataset) -> None:
+    """Print counts, what preprocessing recorded, and a histogram of document lengths by powers of two."""
+    counts = np.zeros(64, np.int64)
+    shortest, longest = dataset.num_tokens, 0
+    for first in range(0, dataset.num_documents, CHUNK):
+        lengths = np.diff(dataset.starts(first, min(first + CHUNK, dataset.num_documents)))
+        counts += np.bincount(np.frexp(lengths.astype(np.float64))[1], minlength=64)[
+            :64
+        ]  # bin k: 2^(k-1) <= length < 2^k
+        shortest, longest = min(shortest, int(lengths.min())), max(longest, int(lengths.max()))
+    mean = dataset.num_tokens / dataset.num_documents
+    size = f"{counted(dataset.num_documents, 'document', ',')}, {counted(dataset.num_tokens, 'token', ',')}"
+    print(f"{dataset.prefix}: {size} of {dataset.dtype.name}")
+    print(f"document length: shortest {shortest:,}, mean {mean:,.1f}, longest {counted(longest, 'token', ',')}")
+    for key, value in read_facts(dataset.prefix).items():
+        print(f"  {key}: {value}")
+    for k in np.flatnonzero(counts):
+        low, high = (0, 0) if k == 0 else (2 ** (int(k) - 1), 2 ** int(k) - 1)
+        print(f"{low:>10,} .. {high:<10,} {counts[k]:>12,}  {'#' * max(1, int(50 * counts[k] / counts.max()))}")

@@ -1,0 +1,1 @@
+"""Reading Megatron-LM launch scripts, for `megallama from-megatron`."""

@@ -1,0 +1,34 @@
+"""Join .bin/.idx pairs: `python tools/merge_datasets.py data/a data/b data/c --output data/all`.
+
+The documents come in the order of the inputs. All must have the same tokenizer and token type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megallama.config.errors import exit_status
+from megallama.config.words import counted
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; 0 is success, 2 an error of the input."""
+    return exit_status(lambda: run(argv))
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Join the pairs. Raises: MegallamaError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prefixes", nargs="+", help="the pairs, with or without .bin or .idx")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .sums and .json")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    given = parser.parse_args(argv)
+    from megallama.text.merge import merge
+    from megallama.text.progress import ByteProgress
+
+    with ByteProgress("merging", quiet=given.quiet) as bar:
+        merged = merge(given.prefixes, given.output, bar.update, lambda text: print(text, file=sys.stderr))
+    documents, tokens = counted(merged.num_documents, "document", ","), counted(merged.num_tokens, "token", ",")
+    print(f"{merged.prefix}.bin: {documents}, {tokens}")

@@ -1,0 +1,172 @@
+"""What a run will do, before it starts: ``python tools/plan.py [CONFIG.toml] ranks=N [section.key=value ...]``.
+
+Prints the plan: layers and parameters per stage, batch arithmetic, memory per rank, the pipeline's bubble, and the
+predicted time, speed, length, energy and CO2 on a kind of GPU.  ``--json`` prints it for programs, ``--search`` looks
+for the fastest layouts.  Needs neither torch nor a GPU.  Exit status 2 if the configuration has errors; all of them are
+printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megallama.analysis.communication import collectives, communication_table
+from megallama.config.errors import ConfigError, exit_status
+from megallama.config.load import bare, load, read_words
+from megallama.config.words import counted
+from megallama.forecast.forecast import CO2_KG_PER_KWH, GIB, PUE, Forecast, forecast, search
+from megallama.forecast.hardware import load_hardware
+from megallama.plan.plan import make_plan
+
+USAGE = "usage: python tools/plan.py [CONFIG.toml] ranks=N [hardware=KIND] [kernel=NAME] [section.key=value ...]"
+OWN = ("hardware", "kernel")
+UNAVOIDABLE = ("matrices", "attention", "head and loss")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan or the search; 0, or 2 with the errors on stderr."""
+    return exit_status(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print one plan, or a search's findings. Raises: MegallamaError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="CONFIG.toml, ranks=N, hardware=a100-80g|h100|h200|FILE.toml, "
+                        "kernel=unfused|flash1|flash2|flash3, section.key=value")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="the whole plan as JSON")
+    parser.add_argument("--search", action="store_true", help="the ten fastest layouts of this model and batch")
+    for moved in ("--rows", "-o"):
+        parser.add_argument(moved, help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args(bare(argv))
+    if args.rows or args.o:
+        table = f"{args.rows or 'FILE.csv'} -o {args.o or 'OUT.csv'}"
+        raise ConfigError(f"tables of layouts have a program of their own: python benchmarks/planner_rows.py {table}")
+    return plan(args)
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Print one plan, or the layouts that a search finds."""
+    own = {k: [a.partition("=")[2] for a in args.words if a.startswith(f"{k}=")] for k in OWN}
+    words = [a for a in args.words if a.partition("=")[0] not in own]
+    file, ranks, overrides = read_words(words, "the plan", USAGE)
+    hardware = load_hardware((own["hardware"] or ["a100-80g"])[-1])
+    kernel = (own["kernel"] or ["flash3" if hardware.gpu.peak_tflops > 400 else "flash2"])[-1]
+    if kernel not in hardware.kernels:
+        raise ConfigError(f"kernel={kernel} is unknown; use {', '.join(hardware.kernels)}")
+    config = load(file, overrides, ranks=None if args.search else ranks, need_data=False)
+    given = bool(own["hardware"])
+    if args.search:
+        best, legal, too_large = search(config, ranks, hardware, kernel)
+        on = hardware.name if given else f"{hardware.name} (assumed; hardware=KIND for others)"
+        print(f"{counted(legal, 'legal layout', ',')} of {counted(ranks, 'rank')} on {on}, "
+              f"{too_large:,} too large for {hardware.gpu.memory_gib:.0f} GiB; predicted to be fastest:")  # fmt: skip
+        for number, f in enumerate(best, 1):
+            print(f"{number:>2}. {headline(f)}\n    {settings_of(f)}\n    limited by {limits(f)}")
+        return 0
+    outlook = forecast(made := make_plan(config, ranks), hardware, kernel)
+    if args.json:
+        print(json.dumps(as_dict(outlook) | {"hardware_assumed": not given}, indent=1))
+    else:
+        table = communication_table(made.config, made.topology, made.stages, made.schedule)
+        table = table if ranks > 1 else "one rank communicates nothing"
+        whose = "GPUs" if given else "GPUs are assumed; hardware=KIND plans for others"
+        print(f"hardware   {hardware.name} {whose}. This machine is not looked at")
+        print("\n\n".join((str(made), table, text(outlook))))
+    return 0
+
+
+def few(number: float, digits: int = 0) -> str:
+    """A number with `digits` decimals, and of one below 1 two digits that say something: 833,577, 16.9, 0.00014."""
+    return f"{number:,.{digits}f}" if number >= 1 or not number else f"{number:.2g}"
+
+
+def headline(f: Forecast) -> str:
+    """A layout in one line."""
+    p = f.prediction
+    return (f"{p.tokens_per_second:,.0f} tokens/s per GPU, {few(p.step_seconds, 3)} s a step, "
+            f"MFU {few(100 * p.mfu_full, 1)}%, {max(f.peaks) / GIB:.1f} GiB")  # fmt: skip
+
+
+def limits(f: Forecast, most: int = 4) -> str:
+    """The largest causes that another layout might have less of."""
+    causes = {k: v / f.prediction.step_seconds for k, v in f.prediction.causes.items() if k not in UNAVOIDABLE}
+    return ", ".join(f"{k} {v:.1%}" for k, v in sorted(causes.items(), key=lambda kv: -kv[1])[:most])
+
+
+def settings_of(f: Forecast) -> str:
+    """The settings of a layout, as one would type them."""
+    c, p = f.plan.config, f.plan.config.parallel
+    words = [f"parallel.tp={p.tp}", f"parallel.pp={p.pp}"]
+    if p.pp > 1:
+        words += [f"parallel.chunks={p.chunks}"] * (p.chunks > 1) + [f"parallel.schedule={p.schedule}"]
+    if p.tp > 1:
+        words.append(f"parallel.sequence_parallel={str(p.sequence_parallel).lower()}")
+    words += [f"batch.micro_batch_size={c.batch.micro_batch_size}", f"memory.recompute={c.memory.recompute}"]
+    return " ".join(words)
+
+
+def as_dict(f: Forecast) -> dict[str, Any]:
+    """The whole plan for programs: only numbers, texts, lists and tables."""
+    plan, p, schedule, pipeline = f.plan, f.prediction, f.plan.schedule, f.pipeline
+    parts = plan.config, plan.topology, plan.stages, schedule
+    return {
+        "config": plan.config.model_dump(mode="json"),
+        "ranks": plan.topology.world_size,
+        "topology": {a: plan.topology.size(a) for a in ("tp", "pp", "dp")},
+        "stages": [{"rank": schedule.rank_of(s), "layers": list(layers)} for s, layers in enumerate(plan.stages)],
+        "schedule": {
+            "name": schedule.name, "micro_batches": schedule.num_microbatches, "bubble": pipeline.bubble,
+            "peak_in_flight": list(pipeline.peak_in_flight),
+        },
+        "memory_bytes": [{**asdict(plan.memory(r)), "buffers": f.buffers, "peak": f.peaks[r]} for r in range(f.job.pp)],
+        "collectives": [
+            [{**asdict(c), "bytes": c.nbytes} for c in collectives(*parts, r)] for r in range(f.job.pp)
+        ],
+        "memory_limit_bytes": p.memory_limit,
+        "fits": f.fits,
+        "hardware": f.hardware.name,
+        "kernel": f.job.kernel,
+        "step_seconds": p.step_seconds,
+        "seconds_by_cause": p.causes,
+        "tokens_per_second_per_gpu": p.tokens_per_second,
+        **{k: getattr(p, k) for k in ("mfu_full", "mfu_causal", "hfu")},
+        "tokens": f.tokens,
+        **{k: getattr(f, k) for k in ("days", "gpu_hours", "mwh", "tonnes_co2")},
+        "flags": list(p.flags),
+    }  # fmt: skip
+
+
+def text(f: Forecast) -> str:
+    """What comes below the plan's page."""
+    return "\n".join(f"{name:<10} {words}" for name, words in _lines(f)) + "\n\n" + "\n".join(
+        f"{cause:>16}  {few(seconds, 3):>8} s  {seconds / f.prediction.step_seconds:6.1%}"
+        for cause, seconds in sorted(f.prediction.causes.items(), key=lambda kv: -kv[1])
+        if seconds > 5e-4 * f.prediction.step_seconds
+    )
+
+
+def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
+    p, room = f.prediction, f.prediction.memory_limit / GIB
+    worst = max(range(f.job.pp), key=f.peaks.__getitem__)
+    m = f.plan.memory(worst)
+    verdict = "fits" if f.fits else f"DOES NOT FIT, {max(f.peaks) / GIB - room:.1f} GiB too much"
+    parts = {"weights": m.weights, "main gradients": m.main_grads, "optimizer shard": m.optimizer,
+             "activations": m.activations, "logits": m.logits, "buffers": f.buffers}  # fmt: skip
+    shares = [few(100 * share, 1) for share in (p.mfu_full, p.mfu_causal, p.hfu)]
+    yield "memory", f"peak {max(f.peaks) / GIB:.2f} GiB on pipeline rank {worst}, of {room:.1f} GiB: {verdict}"
+    yield "", ", ".join(f"{k} {few(v / GIB, 2)}" for k, v in parts.items())
+    yield "hardware", f"{f.hardware.name}, attention kernel {f.job.kernel}; what follows is predicted, not measured"
+    yield "step", (f"{few(p.step_seconds, 3)} s, {p.tokens_per_second:,.0f} tokens/s per GPU, "
+                   f"{p.tokens_per_second * f.job.gpus:,.0f} in all")  # fmt: skip
+    yield "", f"MFU {shares[0]}% (full attention), {shares[1]}% (causal); HFU {shares[2]}%"
+    yield "pipeline", f"ranks idle {f.pipeline.bubble:.1%} of its {few(f.pipeline.makespan, 3)} s with these times"
+    yield "run", f"{few(f.days, 1)} days, {few(f.gpu_hours)} GPU-hours for {counted(f.tokens, 'token', ',')}"
+    yield "energy", (f"{few(f.mwh)} MWh, {few(f.tonnes_co2)} t CO2 ({f.hardware.gpu.watts:.0f} W per GPU, "
+                     f"PUE {PUE}, {CO2_KG_PER_KWH} kg/kWh)")  # fmt: skip
+    for flag in p.flags:
+        yield "extrapolated", f"outside what the constants were fitted on: {flag}"

@@ -1,0 +1,164 @@
+"""Tokenize text into a .bin/.idx pair.
+
+    python tools/preprocess_data.py corpus/ --tokenizer tokenizer.model --output data/corpus
+    mpirun -n 8 python tools/preprocess_data.py corpus/ --tokenizer tokenizer.model --output data/corpus
+
+Input: JSON lines (.jsonl .json .ndjson) and plain text (a file is a document), both also as .gz and .zst, and Parquet;
+files, folders, patterns. Every document ends with the end-of-document token that the tokenizer names, or --eos-token.
+The output is the same for any number of processes and nodes. A run that was killed continues when it is started again:
+what is done is kept in PREFIX.parts until the end. Under mpirun or srun every rank is a process (this needs mpi4py, and
+a file system that all nodes see).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from megallama.config.errors import exit_status
+from megallama.config.words import counted
+from megallama.data.errors import DataError
+
+if TYPE_CHECKING:
+    from megallama.text.preprocess import Summary
+
+MAX_DOCUMENT_MB = 16
+SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # how many processes a launcher started
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; 0 is success, 2 an error of the input."""
+    return exit_status(lambda: carry_out(parse(argv)))
+
+
+def carry_out(given: argparse.Namespace) -> int:
+    """Run as one process or as a rank; says how to go on after a failure. Raises: DataError."""
+    comm = communicator(os.environ)
+    status = exit_status(lambda: run(given, comm))
+    if status and os.path.isdir(f"{given.output}.parts"):
+        print(f"{given.output}.parts keeps what is done; the same command continues there", file=sys.stderr, flush=True)
+    if status and comm:
+        comm.Abort(status)  # the other ranks would wait for ever
+    return status
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", help="files, folders or patterns")
+    parser.add_argument(
+        "--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json"
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, tokenizer.json, or their folder"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes on this node (default: the cores); not with mpirun, srun"
+    )
+    for name in ("valid", "test"):
+        parser.add_argument(
+            f"--split-{name}", type=float, default=0.0, metavar="SHARE",
+            help=f"hold out this share of the documents: PREFIX_train, PREFIX_{name}",
+        )  # fmt: skip
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="where the text is (default: text)")
+    parser.add_argument("--strict", action="store_true", help="stop at the first bad record instead of skipping it")
+    for name, share in (("", "0.1%% of all"), ("-per-file", "10%% of a file's")):
+        parser.add_argument(
+            f"--max-bad{name}", default="", metavar="N|P%", help=f"fail if more records are bad (default: {share})"
+        )
+    parser.add_argument(
+        "--skip-bad-files", action="store_true", help="go on where a file cannot be read, or not to its end"
+    )
+    parser.add_argument(
+        "--max-document-mb", type=float, default=MAX_DOCUMENT_MB, metavar="MB",
+        help=f"longer ones are bad records ({MAX_DOCUMENT_MB})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reference-encoder", action="store_true", help="the tokenizer's own library even where a faster one is equal"
+    )
+    parser.add_argument(
+        "--bos", action="store_true", help="begin every document with the tokenizer's bos, as LLaMA's own data do"
+    )
+    parser.add_argument(
+        "--eos-token", metavar="TOKEN", help="end every document with this token (default: the one the tokenizer names)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args(argv)
+
+
+def communicator(env: Mapping[str, str]) -> Any:
+    """The ranks that mpirun or srun started, as an mpi4py communicator; None for a single process.
+
+    Raises: DataError if MPI does not see all of them: each would do the whole job.
+    """
+    size = next((int(env[name]) for name in SIZES if env.get(name, "").isdigit()), 1)
+    if size == 1:
+        return None
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise DataError(
+            f"{size} processes were started, which needs mpi4py and an MPI library ({error}); pip install mpi4py mpich"
+        ) from None
+    if size != MPI.COMM_WORLD.size:
+        raise DataError(
+            f"{size} processes were started but MPI connects {MPI.COMM_WORLD.size} of them; use the mpirun of the MPI "
+            f"that mpi4py loads ({MPI.Get_library_version().split()[0]}), or srun --mpi=pmi2 or --mpi=pmix as it needs"
+        )
+    return MPI.COMM_WORLD
+
+
+def run(given: argparse.Namespace, comm: Any) -> int:
+    """Do the work of this process."""
+    start = time.monotonic()
+    if comm and comm.rank:
+        from megallama.text.workers import serve_rank
+
+        serve_rank(comm)
+        return 0
+    if comm and given.workers is not None:
+        raise DataError("--workers does not go with mpirun or srun, where every rank is a process; leave it out")
+    from megallama.text.preprocess import preprocess
+    from megallama.text.progress import ByteProgress
+
+    with ByteProgress("tokenizing", quiet=given.quiet) as bar:
+        summary = preprocess(
+            given.inputs,
+            given.output,
+            given.tokenizer,
+            workers=len(os.sched_getaffinity(0)) if given.workers is None else given.workers,
+            split_valid=given.split_valid,
+            split_test=given.split_test,
+            json_key=given.json_key,
+            strict=given.strict,
+            max_bad=given.max_bad,
+            max_bad_per_file=given.max_bad_per_file,
+            skip_bad_files=given.skip_bad_files,
+            max_document_bytes=int(given.max_document_mb * (1 << 20)),
+            fast=not given.reference_encoder,
+            bos=given.bos,
+            eos_token=given.eos_token,
+            progress=bar.update,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+            comm=comm,
+        )
+    report(summary, time.monotonic() - start)
+    return 0
+
+
+def report(summary: Summary, seconds: float) -> None:
+    """Print what was written and what was skipped."""
+    for out in summary.outputs:
+        print(
+            f"{out.prefix}.bin: {counted(out.documents, 'document', ',')}, {counted(out.tokens, 'token', ',')}, "
+            f"{counted(out.text_bytes, 'byte', ',')} of text ({out.text_bytes / out.tokens:.2f} per token)"
+        )
+    size, tokens = sum(out.text_bytes for out in summary.outputs), sum(out.tokens for out in summary.outputs)
+    rates = f"{size / seconds / 1e6:.1f} MB/s, {tokens / seconds / 1e6:.2f} M tokens/s"
+    print(f"{summary.marks}; {seconds:.1f} s, {rates}; encoder: {summary.encoder}")
+    for line in summary.losses.lines():
+        print(line, file=sys.stderr)

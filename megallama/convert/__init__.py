@@ -1,0 +1,1 @@
+"""Checkpoints of other programs: reading, writing, comparing; beside the engine."""

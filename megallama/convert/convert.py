@@ -1,0 +1,204 @@
+"""Any checkpoint format to any other, tensor by tensor: in memory is one tensor and a few megabytes.
+
+The result is written beside TARGET, made durable, checked, and renamed; a failure leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megallama.convert.foreign as foreign
+from megallama.checkpoint import manifest, reader
+from megallama.checkpoint.disk import sync, write_at
+from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint.folder import unfinished
+from megallama.checkpoint.huggingface import TORCH_NAMES
+from megallama.checkpoint.layout import DTYPES, SHARD_BYTES, STATE, WEIGHTS, FileSet, file_set, one_file
+from megallama.checkpoint.manager import CheckpointManager
+from megallama.checkpoint.writer import Content, Flusher, OpenFiles, as_bytes, create_files, explained
+from megallama.comm.group import Solo
+from megallama.config.schema import CheckpointConfig, Config, PrecisionConfig
+from megallama.convert.foreign import Form
+from megallama.convert.pth import pack
+from megallama.convert.source import PRECISION, Source, config_of, open_source, spans
+from megallama.layers.shard import StateShard
+from megallama.plan.box import Box
+
+_START: dict[str, Any] = {  # counters of a run that has only its weights
+    **dict.fromkeys(("step", "updates", "samples", "tokens"), 0),
+    **{"scaler": {}, "bad_steps": {"skipped": 0, "in_a_row": 0, "last_good": None}},
+}
+
+
+class UnverifiedError(CheckpointError):
+    """A conversion whose result does not compute what its source computes."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What `convert` is to write; None where the source decides."""
+
+    to: str  # "step", "hf", "meta" or "megatron"
+    tp: int = 1
+    pp: int = 1
+    dtype: str | None = None  # as in precision.dtype
+    shard_bytes: int = SHARD_BYTES
+    vocab_multiple: int = foreign.VOCAB_MULTIPLE
+    head: str = "auto"  # or "tied", as in `reader.head_of`
+
+
+Check = Callable[[Source, Path, str], None]
+
+
+def convert(folder: Path, target: Path, wish: Wish, context: int | None, check: Check) -> None:
+    """Write the checkpoint `folder` to `target` in another format.
+
+    `check` is called with the source, the finished result's folder and its number format before it gets its name.
+    Raises: CheckpointError, also for a `target` that exists; UnverifiedError from `check`: the result is then kept
+    as TARGET.unverified.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target} exists; give a new folder, or delete it first")
+    temporary = unfinished(target)
+    step = reader.step_folder(folder)
+    stored = manifest.read_manifest(step).body["precision"] if step else None
+    masters = step is not None and (wish.to == "step" or wish.dtype not in (None, stored))
+    with open_source(folder, "master" if masters else "model", context, wish.head) as source:
+        if wish.head == "tied" and not source.model.tie_embeddings:
+            raise CheckpointError(f"--head tied: {folder} does not say that its head is tied; leave the option out")
+        if stored is None and len(source.formats) > 1 and wish.dtype is None:
+            raise CheckpointError(f"{folder} mixes the number formats {source.formats}; choose one with --dtype")
+        dtype = wish.dtype or stored or PRECISION[source.formats[0]]
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if wish.to == "step":
+                _write_step(source, temporary, wish.shard_bytes, dtype)
+            else:
+                _write_files(source, target, wish, WEIGHTS[dtype])
+            check(source, temporary, dtype)
+            temporary.rename(target)
+            sync(target.parent)
+        except UnverifiedError:
+            kept = target.with_name(target.name + ".unverified")
+            shutil.rmtree(kept, ignore_errors=True)
+            temporary.rename(kept)
+            raise
+        except OSError as error:
+            raise CheckpointError(f"{error.filename or target}: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _plan(source: Source, wish: Wish, dtype: str) -> tuple[Form, dict[str, FileSet], dict[str, bytes]]:
+    """(where the tensors go, the files that hold them, small files by name) of a target of other programs."""
+    model, small = source.model, dict(source.small)
+    if wish.to == "meta":
+        rows = model.rope_theta == 500000 or model.rope_scaling is not None  # LLaMA 3
+        form = foreign.meta_form(model, wish.tp, rows)
+        params = json.dumps(foreign.meta_params(model)) + "\n"
+        small = {name: data for name, data in small.items() if name.startswith("tokenizer")}
+        sets = {file: one_file(file + ".raw", shapes, dtype) for file, shapes in form.files.items()}
+        return form, sets, small | {"params.json": params.encode()}
+    small = _small(source, PRECISION[dtype])
+    if wish.to == "megatron":
+        multiple = wish.vocab_multiple * wish.tp
+        form = foreign.megatron_form(model, wish.tp, wish.pp, -(-model.vocab_size // multiple) * multiple)
+        return form, {file: one_file(file, shapes, dtype) for file, shapes in form.files.items()}, small
+    form = foreign.whole_form(model)
+    sets = {"": file_set("model", form.shapes, dtype, wish.shard_bytes)}
+    return form, sets, small | {"model.safetensors.index.json": sets[""].index()}
+
+
+def _small(source: Source, dtype: str) -> dict[str, bytes]:
+    """config.json and the tokenizer's files, as the source has them but for the number format and the head."""
+    settings, tied = json.loads(source.small["config.json"]), source.model.tie_embeddings
+    settings |= dict.fromkeys(("torch_dtype", "dtype"), TORCH_NAMES[dtype])
+    if settings.get("tie_word_embeddings", False) != tied:
+        settings["tie_word_embeddings"] = tied
+    return {**source.small, "config.json": (json.dumps(settings, indent=2) + "\n").encode()}
+
+
+def _write_files(source: Source, target: Path, wish: Wish, dtype: str) -> None:
+    """Write a target of other programs, under its unfinished name, and make it durable."""
+    form, sets, small = _plan(source, wish, dtype)
+    content = Content(target, sets, small, {}, 0)
+    with explained(content):
+        create_files(content)
+        paths = [content.temporary / name for name in content.sizes()]
+        with OpenFiles(content.temporary) as files, Flusher(paths) as flusher:
+            for name, shape in form.shapes.items():
+                _write_tensor(source, name, form, sets, files)
+                flusher.wrote(prod(shape) * DTYPES[dtype].itemsize)
+            flusher.begin()
+            flusher.finish()
+        if wish.to == "meta":
+            for file, one in sets.items():
+                raw = content.temporary / one.files[0].name
+                pack(raw, one.places, content.temporary / file)
+                raw.unlink()
+                sync(content.temporary / file)
+        for folder in {(content.temporary / name).parent for name in ("", *content.sizes())}:
+            sync(folder)
+
+
+def _write_tensor(source: Source, name: str, form: Form, sets: dict[str, FileSet], files: OpenFiles) -> None:
+    """Write all pieces of a tensor, in the target's number format."""
+    tensor, turn = source.tensor(name), form.heads_of(name)
+    tensor = foreign.paired(tensor, *turn) if turn else tensor
+    for piece in form.pieces[name]:
+        place = sets[piece.file].places[piece.key]
+        fd, row = files.open(place.file), prod(place.shape[1:]) * place.item_bytes
+        part = tensor[piece.box.within(Box.whole(name, tuple(tensor.shape)))]
+        for a, b in spans(part):
+            data = part[a:b].to(DTYPES[place.dtype])
+            if place.dtype == "F16" and not data.isfinite().all():
+                raise CheckpointError(f"{name} holds values that fp16 cannot; choose --dtype bf16 or fp32")
+            write_at(fd, as_bytes(data), place.offset + (piece.row + a) * row)
+
+
+# ---- a step folder ----
+
+
+class _Shards(Sequence[StateShard]):
+    """The state of one tensor after the other, read when it is asked for; moments that nobody has are zero."""
+
+    def __init__(self, names: Sequence[str], sources: Sequence[Source]) -> None:
+        self._names, self._sources = names, sources
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> StateShard:  # type: ignore[override]
+        name = self._names[index]
+        found = [source.tensor(name).reshape(-1) for source in self._sources]
+        zeros = torch.zeros(()).expand(found[0].shape)
+        return StateShard(Box.whole(name, self._sources[0].form.shapes[name]), *(found + [zeros, zeros])[:3])
+
+
+def _write_step(source: Source, folder: Path, shard_bytes: int, dtype: str) -> None:
+    """Write folder/step-N: of a step folder with its moments and counters, else as the start of a run."""
+    body = source.saved.body if source.saved else None
+    longest = json.loads(source.small["config.json"]).get("max_position_embeddings", 2048)
+    config = config_of(source.model, WEIGHTS[dtype], longest)
+    with suppress(ValueError):  # it may have been written by another version
+        config = Config.model_validate(body["config"]) if body else config
+    config = config.model_copy(
+        update={"precision": PrecisionConfig(dtype=dtype), "checkpoint": CheckpointConfig(async_save=False)}
+    )
+    with ExitStack() as stack:
+        moments = [stack.enter_context(open_source(source.folder, kind)) for kind in STATE[1:]] if body else []
+        shards = _Shards(list(source.form.shapes), [source, *moments])
+        small = _small(source, dtype)
+        manager = CheckpointManager(
+            config, folder, 0, Solo(), None, lambda text: None, small=small, shard_bytes=shard_bytes
+        )
+        manager.save(body["step"] if body else 0, shards, body["counters"] if body else _START)

@@ -1,0 +1,294 @@
+"""The tensors of a checkpoint in any format, one by one, under their Hugging Face names.
+
+A step folder's bytes are verified while they are read; files of other programs must hold exactly the
+tensors of the model, and where several ranks hold the same tensor it must be the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import megallama.convert.foreign as foreign
+from megallama.checkpoint import disk, manifest, reader
+from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.checkpoint.huggingface import META_CONTEXT, model_files, own_tokenizer, read_model_config, special_tokens
+from megallama.checkpoint.layout import DTYPES, WEIGHTS, Place
+from megallama.config.schema import BatchConfig, Config, ModelConfig, PrecisionConfig
+from megallama.convert.foreign import EMBEDDING, Form, Piece
+from megallama.convert.pth import PthFile
+from megallama.plan.box import Box
+
+SPAN_BYTES = 8 << 20  # what is copied at a time
+PRECISION = {name: precision for precision, name in WEIGHTS.items()}
+# what is copied into a result: these alone, for a folder from elsewhere may link to anything
+_CARRIED = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json") + (
+    *("merges.txt", "chat_template.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer.vocab", "tokenizer_config.json"),
+)
+_CARRIED_BYTES = 1 << 28
+
+
+@dataclass
+class Source:
+    """The weights (or one kind of optimizer state) of a checkpoint in any format."""
+
+    kind: str  # "step", "hf", "meta" or "megatron"
+    folder: Path
+    model: ModelConfig
+    form: Form
+    files: Mapping[str, reader.RowReader]
+    small: Mapping[str, bytes]  # config.json and the tokenizer's files, as Hugging Face has them
+    saved: manifest.Manifest | None = None
+    state: str = "model"  # or "master", "exp_avg", "exp_avg_sq" of a step
+    notes: list[str] = field(default_factory=list)  # what is not as its files say
+    _last: tuple[str, Tensor] | None = None
+    _buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.files.values():
+            file.close()
+
+    @property
+    def head_left_out(self) -> bool:
+        """Whether the files have a head of their own that is not used, as --head tied asks."""
+        return self.kind in ("hf", "megatron") and self.model.tie_embeddings and bool(self.notes)
+
+    @property
+    def formats(self) -> list[str]:
+        """The number formats of the tensors, in safetensors' names."""
+        return sorted({self._dtype(name) for name in self.form.shapes})
+
+    @property
+    def places(self) -> dict[str, Place]:
+        """The tensors as of one file, for those who compare."""
+        return {name: Place("", 0, shape, self._dtype(name)) for name, shape in self.form.shapes.items()}
+
+    def raw(self, file: str, key: str) -> Tensor:
+        """A tensor as its file has it."""
+        place = self.files[file].places[key]
+        out = torch.empty(place.shape, dtype=DTYPES[place.dtype])
+        self.files[file].read_rows(key, 0, out)
+        return out
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor in its stored format; it lies in a buffer that the next call uses again.
+
+        Raises: DamagedError if ranks that should hold the same hold something else.
+        """
+        self._last = None
+        shape, dtype = self.form.shapes[name], DTYPES[self._dtype(name)]
+        if not self._buffer.numel():  # touched once: fresh memory costs as much as the copy
+            most = max(prod(p.shape) * p.item_bytes for p in self.places.values())
+            self._buffer = torch.empty(most, dtype=torch.uint8)
+        out = self._buffer[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        filled, pieces = 0, self.form.pieces[name]
+        for piece in pieces:
+            part = out[piece.box.within(Box.whole(name, shape))]
+            if filled < out.numel() and part.is_contiguous():
+                self.files[piece.file].read_rows(piece.key, piece.row, part)
+            else:
+                self._copy(piece, part, pieces[0] if filled >= out.numel() else None)
+            filled += part.numel()
+        turn = self.form.heads_of(name)
+        return foreign.halved(out, *turn) if turn else out
+
+    def read_into(self, box: Box, out: Tensor) -> None:
+        """Fill `out` (1-D, any dtype) with the elements of `box`, of a tensor that is kept until the next one."""
+        if self._last is None or self._last[0] != box.key:
+            self._last = box.key, self.tensor(box.key)
+        out.copy_(self._last[1][box.within(Box.whole(box.key, self.form.shapes[box.key]))].reshape(-1))
+
+    def _dtype(self, name: str) -> str:
+        found = {self.files[p.file].places[p.key].dtype for p in self.form.pieces[name]}
+        if len(found) > 1:
+            raise CheckpointError(f"{self.folder}: parts of {name} have different number formats: {sorted(found)}")
+        return found.pop()
+
+    def _copy(self, piece: Piece, part: Tensor, like: Piece | None) -> None:
+        """Read a piece into the rectangle `part`, or compare it, as another copy of `like`, with what `part` holds."""
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
+        for a, b in spans(part):
+            rows = torch.empty(part[a:b].shape, dtype=part.dtype)
+            self.files[piece.file].read_rows(piece.key, piece.row + a, rows)
+            if like is None:
+                part[a:b] = rows
+            elif not torch.equal(rows.view(bits), part[a:b].view(bits)):
+                raise DamagedError(
+                    f"{self.folder}: {piece.key} of {piece.file} differs from {like.key} of {like.file}; both are "
+                    f"{piece.box.key}, which must be the same on both: these files are of different checkpoints"
+                )
+
+
+def spans(part: Tensor) -> Iterator[tuple[int, int]]:
+    """The rows of a tensor in ranges of about `SPAN_BYTES`."""
+    step = max(1, SPAN_BYTES // max(1, prod(part.shape[1:]) * part.element_size()))
+    yield from ((a, min(a + step, len(part))) for a in range(0, len(part), step))
+
+
+# ---- opening ----
+
+
+def open_source(folder: Path, state: str = "model", context: int | None = None, head: str = "auto") -> Source:
+    """Open a checkpoint of any format; of a step folder the weights, or `state` ("master", ...).
+
+    `context` is the longest sequence, which Meta's release does not tell; `head` is as in `reader.head_of`.
+    Raises: CheckpointError naming every tensor that is missing, unknown or misshapen; DamagedError naming the file.
+    """
+    if (step := reader.step_folder(folder)) is not None:
+        saved = manifest.read_manifest(step)
+        small = [name for name in saved.files if name.startswith("model/") and "safetensors" not in name]
+        if problems := reader.verify_blocks(step, saved, [b for name in small for b in saved.blocks(name)]):
+            raise DamagedError("; ".join(problems))
+        form, files = foreign.whole_form(saved.model), {"": reader.open_state(step, saved, state)}
+        carried, notes = _step_small(step / "model", saved.model)
+        return Source("step", step, saved.model, form, files, carried, saved, state, notes=notes)
+    if (kind := foreign_kind(folder)) == "meta":
+        return _open_meta(folder, context)
+    model = read_model_config(folder)
+    if kind == "megatron":
+        return _open_megatron(folder, model, head)
+    found = reader.open_folder(folder)
+    model, notes = reader.head_of(folder, found, model, head)
+    reader.check_tensors(folder, found, model)
+    return Source("hf", folder, model, foreign.whole_form(model), {"": found}, _carried(folder), notes=notes)
+
+
+def _step_small(folder: Path, model: ModelConfig) -> tuple[dict[str, bytes], list[str]]:
+    """The small files of a step, and what there is to say of them.
+
+    Earlier versions exported a SentencePiece model alone, whose ids transformers makes otherwise: it gets its
+    tokenizer.json here.
+    """
+    small, notes = _carried(folder), list[str]()
+    if "tokenizer.json" in small or not small.get("tokenizer.model", b"").startswith(b"\n"):
+        return small, notes
+    begun = json.loads(small.get("tokenizer_config.json", b"{}")).get("add_bos_token", False)
+    longest = json.loads(small["config.json"])["max_position_embeddings"]
+    bos = special_tokens(folder / "tokenizer.model").get("bos") if begun else None
+    marks = {"bos_id": bos[1] if bos else None}
+    made = model_files(config_of(model, "F32", longest), folder / "tokenizer.model", marks, longest, notes.append)
+    return small | {name: data for name, data in made.items() if name.startswith("tokenizer")}, notes
+
+
+def foreign_kind(folder: Path) -> str | None:
+    """ "meta" or "megatron", if the folder has their files."""
+    if any(folder.glob("mp_rank_*/")):
+        return "megatron"
+    alone = (folder / "params.json").is_file() and not (folder / "config.json").is_file()
+    return "meta" if alone or any(folder.glob("consolidated.*.pth")) else None
+
+
+def _carried(folder: Path, names: Sequence[str] = _CARRIED) -> dict[str, bytes]:
+    """The files of these names that a folder has. Raises: CheckpointError for a link that leads out of it."""
+    root = folder.resolve()  # a cache has models--NAME/snapshots/REVISION, with links to blobs
+    blobs = [p.parent / "blobs" for p in root.parents if p.name == "snapshots" and p.parent.name.startswith("models--")]
+    found = {}
+    for name in filter(lambda name: disk.exists(root / name), names):
+        path = Path(os.path.realpath(root / name))
+        if not any(path.is_relative_to(inside) for inside in (root, *blobs)):
+            raise CheckpointError(f"{folder / name} is a link to {path}; put the file itself into the folder")
+        found[name] = disk.read_file(path, _CARRIED_BYTES)
+    return found
+
+
+def _checked(source: Source, ignored: tuple[str, ...]) -> Source:
+    problems = []
+    for file, want in source.form.files.items():
+        found = {k: p for k, p in source.files[file].places.items() if not k.endswith(ignored)}
+        problems += [f"{file}: {problem}" for problem in reader.tensor_problems(want, found)]
+    reader.refuse(source.folder, problems)
+    return source
+
+
+def _open_meta(folder: Path, context: int | None) -> Source:
+    names = sorted(p.name for p in folder.glob("consolidated.*.pth"))
+    want = [foreign.meta_file(r) for r in range(max(1, len(names)))]
+    if names != want:
+        raise CheckpointError(f"{folder} holds {names or 'no consolidated.NN.pth'}; it must hold {want}")
+    files = {name: PthFile(folder / name) for name in names}
+    shapes = {key: p.shape for key, p in files[names[0]].places.items()}
+
+    def source(tied: bool) -> Source:
+        try:
+            params = disk.read_json(folder / "params.json")
+            model = foreign.meta_model(params, shapes, len(names), tied)
+        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+            raise CheckpointError(f"{folder / 'params.json'} cannot be used: {error}") from error
+        manifest.check_layers(folder / "params.json", model, len(shapes))
+        by_rows = shapes.get("tok_embeddings.weight", (0, 0))[1:] == (model.hidden_size,)
+        form = foreign.meta_form(model, len(names), by_rows)
+        return _checked(Source("meta", folder, model, form, files, {}), ("rope.freqs",))
+
+    found = source(tied=True)
+    try:
+        found.tensor(EMBEDDING)  # the format has no word for it: tied is a head that equals the embedding
+    except DamagedError:
+        found = source(tied=False)
+    found.small = _meta_small(found, context)
+    return found
+
+
+def _meta_small(source: Source, context: int | None) -> dict[str, bytes]:
+    """config.json and the tokenizer's files."""
+    model = source.model
+    longest = context or (META_CONTEXT if model.rope_scaling else 8192 if model.rope_theta == 500000 else 2048)
+    config = config_of(model, source.formats[0], longest)
+    near = (source.folder, source.folder.parent)  # LLaMA 1 has it above
+    path = next((f / "tokenizer.model" for f in near if disk.exists(f / "tokenizer.model")), None)
+    kept = _carried(path.parent, [path.name]) if path else {}
+    if path is None or own_tokenizer(kept) is None:
+        return model_files(config, None, None, longest) | kept
+    _, bos = special_tokens(path).get("bos", ("", None))
+    return model_files(config, path, {"bos_id": bos}, longest, source.notes.append)  # Meta trained with it
+
+
+def _open_megatron(folder: Path, model: ModelConfig, head: str) -> Source:
+    ranks = sorted(p.name for p in folder.glob("mp_rank_*/"))
+    numbers = [[int(x) for x in re.findall(r"_(\d{1,6})", name)] or [0] for name in ranks]
+    pp = max((1 + n[1] for n in numbers if len(n) > 1), default=1)
+    tp = 1 + max(n[0] for n in numbers)
+    want = [foreign.megatron_file(i // pp, i % pp, pp) for i in range(min(tp * pp, len(ranks) + 8))]
+    if sorted(name + "/model.safetensors" for name in ranks) != sorted(want):
+        raise CheckpointError(f"{folder} holds {', '.join(ranks)}; it must hold {', '.join(want)}")
+    files = {name: reader.open_files(folder, [name]) for name in want}
+    first = files[want[0]].places
+    word = first.get(foreign.MEGATRON_EMBEDDING)
+    rows = word.shape[0] * tp if word and word.shape else model.vocab_size
+    if rows < model.vocab_size:
+        raise CheckpointError(f"{folder}: the embedding has {rows} rows in all, the vocabulary {model.vocab_size}")
+    manifest.check_layers(folder / "config.json", model, sum(len(file.places) for file in files.values()))
+    local = "decoder.layers.0." + foreign.LOCAL_NORMS[0] in first
+    norms = foreign.LOCAL_NORMS if local else foreign.FUSED_NORMS
+    ends = [(files[foreign.megatron_file(t, 0, pp)], files[foreign.megatron_file(t, pp - 1, pp)]) for t in range(tp)]
+    notes: list[str] = []
+    if model.tie_embeddings and any(_own_rows(*end, t * rows // tp, model.vocab_size) for t, end in enumerate(ends)):
+        model, notes = reader.own_head(f"{folder}: {foreign.MEGATRON_HEAD}", model, head)
+    form = foreign.megatron_form(model, tp, pp, rows, norms, copy=False)
+    ignored = ("_extra_state", ".inv_freq", *([foreign.MEGATRON_HEAD] if model.tie_embeddings else []))
+    return _checked(Source("megatron", folder, model, form, files, _carried(folder), notes=notes), ignored)
+
+
+def _own_rows(first: reader.RowReader, last: reader.RowReader, start: int, stop: int) -> bool:
+    """Whether rows `start` .. of a head, in the last stage's file, are there and not those of the embedding."""
+    embedding, own = foreign.MEGATRON_EMBEDDING, foreign.MEGATRON_HEAD
+    if own not in last.places or embedding not in first.places:
+        return False
+    rows = min((first.places[embedding].shape or (0,))[0], max(0, stop - start))  # below them is padding
+    return not reader.equal_rows(first, embedding, last, own, rows)
+
+
+def config_of(model: ModelConfig, kind: str, longest: int) -> Config:
+    """A configuration of which only the model, the number format and the longest sequence matter."""
+    return Config(model=model, precision=PrecisionConfig(dtype=PRECISION[kind]), batch=BatchConfig(seq_length=longest))

@@ -1,0 +1,1 @@
+"""Raw text to tokens: documents, preprocessing, tokenizers' training, merging; beside the engine."""

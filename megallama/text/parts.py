@@ -1,0 +1,215 @@
+"""Finished pieces of a preprocessing run on disk, so that a run that was killed goes on where it was.
+
+PREFIX.parts/DIGEST/ holds, for every process of every start of the same command,
+
+    NAME.tokens      token ids of the process's finished jobs, and perhaps of one unfinished one
+    NAME.documents   int32 [n, 2] of the same documents: tokens, bytes of text
+    NAME.journal     one line of JSON per finished job (`Part`), written after the job's tokens and documents
+
+DIGEST is that of everything the tokens follow from, so pieces of another input, tokenizer or option never mix in.  Each
+file has one writer and only grows.  A part is read with its checksums: what a power failure left half-written is found.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+from zlib import crc32
+
+import numpy as np
+
+from megallama.data.errors import DataError
+from megallama.text.documents import EMPTY, BadFile, BadRecord, Record, parse
+
+SPAN = 1 << 21  # bytes of tokens read at a time
+ROWS = 4096  # documents read at a time
+MAX_EXAMPLES = 20  # bad records described one by one; all are counted
+
+
+@dataclass
+class Part:
+    """What became of one job: where its documents lie, and the records it skipped."""
+
+    job: int
+    name: str = ""
+    token_bytes_at: int = 0
+    document_bytes_at: int = 0
+    documents: int = 0
+    token_bytes: int = 0
+    checksums: list[int] = field(default_factory=lambda: [0, 0])  # crc32 of its tokens, of its documents
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: list[tuple[str, int, int, str]] = field(default_factory=list)  # file, line, origin, reason; the first few
+    counts: dict[str, list[int]] = field(default_factory=dict)  # file -> its good, bad and empty records
+    changed: Counter[str] = field(default_factory=Counter)  # what was changed in good records
+    faults: dict[str, str] = field(default_factory=dict)  # files that cannot be read
+
+    def text(self, record: Record, json_key: str) -> tuple[str, int] | None:
+        """The text of a record and its size in bytes; None for a bad one, which is noted."""
+        try:
+            text, size, changed = parse(record, json_key)
+        except BadFile as error:
+            self.faults.setdefault(record.file, str(error))
+        except BadRecord as error:
+            self.skip(record, error)
+        else:
+            self.counts.setdefault(record.file, [0, 0, 0])[0] += 1
+            self.changed.update([changed] if changed else [])
+            return text, size
+        return None
+
+    def skip(self, record: Record, error: BadRecord) -> None:
+        """Note a bad record."""
+        self.skipped[error.kind] += 1
+        self.counts.setdefault(record.file, [0, 0, 0])[1 + (error.kind == EMPTY)] += 1
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append((record.file, record.line, record.origin, str(error)))
+
+
+class PartWriter:
+    """The three files of one process. `sync`: other nodes read them, so they must leave this one after every job."""
+
+    def __init__(self, folder: Path, name: str, *, sync: bool) -> None:
+        self.name, self._sync = name, sync
+        kinds = ("tokens", "documents", "journal")
+        self._tokens, self._documents, self._journal = (
+            open(folder / f"{name}.{kind}", "xb", buffering=1 << 18) for kind in kinds
+        )
+        self.part = Part(-1)
+
+    def begin(self, job: int) -> Part:
+        """Start the part of a job; what an abandoned one wrote stays and is never read."""
+        self.part = Part(job, self.name, self._tokens.tell(), self._documents.tell())
+        return self.part
+
+    def add(self, tokens: np.ndarray, rows: np.ndarray) -> None:
+        """Append documents to the part: tokens [T] back to back, rows int32 [n, 2] (tokens, bytes of text)."""
+        part = self.part
+        if not len(rows):
+            return
+        for i, (file, array) in enumerate(((self._tokens, tokens), (self._documents, rows))):
+            file.write(array.data)
+            part.checksums[i] = crc32(array.data, part.checksums[i])
+        part.documents += len(rows)
+        part.token_bytes += tokens.nbytes
+
+    def end(self) -> Part:
+        """Finish the part: only with its line in the journal does it exist."""
+        for file in (self._tokens, self._documents):
+            _flush(file, self._sync)
+        self._journal.write(json.dumps(vars(self.part)).encode() + b"\n")
+        _flush(self._journal, self._sync)
+        return self.part
+
+
+def _flush(file: BinaryIO, sync: bool) -> None:
+    file.flush()
+    if sync:
+        os.fsync(file.fileno())
+
+
+class WorkFolder:
+    """PREFIX.parts while a run uses it: locked, so that no second run writes the same output.
+
+    `origin`: everything the tokens follow from.  Leaving the `with` block normally removes the folder, and so does an
+    error before any part was finished; else it stays for the next start.
+    """
+
+    def __init__(self, prefix: str, origin: Mapping[str, Any]) -> None:
+        self._prefix = prefix
+        self._root, self.path = Path(prefix + ".parts"), _folder(prefix, origin)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise DataError(f"another process is writing {prefix} now; wait for it, or use another --output") from None
+        except OSError:  # a file system without locks
+            pass
+        self._journals = sorted(self.path.glob("*.journal"))
+        self.start = 1 + max((int(p.stem.split("-")[0]) for p in self._journals), default=-1)
+
+    def finished(self) -> dict[int, Part]:
+        """The parts that earlier starts of the same command finished, by job; a line cut off by a kill is none.
+
+        What could not be read then is tried again, and so is what an earlier version skipped: this one reads more.
+        """
+        found = {}
+        for path in self._journals:
+            sizes = [_size(path.with_suffix(suffix)) for suffix in (".tokens", ".documents")]
+            for line in path.read_bytes().split(b"\n")[:-1]:
+                try:
+                    part = Part(**json.loads(line))
+                except (ValueError, TypeError):  # after a power failure a line may be anything
+                    continue
+                if part.faults or (part.skipped and not part.counts):
+                    continue
+                ends = (part.token_bytes_at + part.token_bytes, part.document_bytes_at + 8 * part.documents)
+                if all(end <= size for end, size in zip(ends, sizes, strict=True)):
+                    found[part.job] = part
+        return found
+
+    def read(self, part: Part, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The documents of a part, in pieces of about SPAN bytes: tokens [T], rows int32 [n, 2].
+
+        Raises: DataError at the end if the content is not what was written.
+        """
+        sums = [0, 0]
+
+        def take(file: BinaryIO, count: int, which: int) -> bytes:
+            data = file.read(count)
+            sums[which] = crc32(data, sums[which])
+            if len(data) != count:
+                raise DataError(f"{self.path}/{part.name} is cut off; delete {self._root} and start again")
+            return data
+
+        with ExitStack() as stack:
+            tokens, documents = (
+                stack.enter_context((self.path / f"{part.name}.{kind}").open("rb")) for kind in ("tokens", "documents")
+            )
+            tokens.seek(part.token_bytes_at)
+            documents.seek(part.document_bytes_at)
+            for first in range(0, part.documents, ROWS):
+                raw = take(documents, 8 * min(ROWS, part.documents - first), 1)
+                rows = np.frombuffer(raw, "<i4").reshape(-1, 2)
+                ends = np.cumsum(rows[:, 0], dtype=np.int64) * dtype.itemsize
+                for piece in np.split(rows, np.flatnonzero(np.diff(ends // SPAN)) + 1):
+                    size = int(piece[:, 0].sum(dtype=np.int64)) * dtype.itemsize
+                    yield np.frombuffer(take(tokens, size, 0), dtype), piece
+        if sums != part.checksums:
+            raise DataError(f"{self.path}/{part.name} is damaged; delete {self._root} and start again")
+
+    def __enter__(self) -> WorkFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or not begun(self._prefix):
+            shutil.rmtree(self._root, ignore_errors=True)
+        os.close(self._lock)
+
+
+def begun(prefix: str, origin: Mapping[str, Any] | None = None) -> bool:
+    """Whether an earlier start finished a part of this output, from this origin or from any."""
+    below = _folder(prefix, origin).glob("*.journal") if origin else Path(prefix + ".parts").glob("*/*.journal")
+    return any(map(_size, below))
+
+
+def _folder(prefix: str, origin: Mapping[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
+    return Path(prefix + ".parts") / digest[:16]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -1,0 +1,335 @@
+"""Text to tokens: files -> .bin/.idx, in bounded memory, on any number of processes and nodes.
+
+The input is an ordered list of jobs of about a megabyte (of more where there is very much of it).  Any process turns
+any job into a part (`workers`, `parts`); this one joins the parts in order as they come.  Documents are encoded one by
+one, so the bytes written depend on nothing but the input, and a part once finished is never made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megallama.config.special_tokens import NAMES, usual_id
+from megallama.config.words import counted
+from megallama.data.errors import DataError
+from megallama.data.facts import write_facts
+from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for, strip_suffix
+from megallama.data.tokenizer import Tokenizer, find_tokenizer, sha256_of
+from megallama.text.documents import MAX_DOCUMENT_BYTES, RecordReader, units
+from megallama.text.fast_encoder import load_fast_tokenizer
+from megallama.text.files import earlier_files
+from megallama.text.losses import Losses
+from megallama.text.parts import Part, WorkFolder, begun
+from megallama.text.workers import Crew, Job, Link, Sign, Task
+
+JOB_BYTES, MAX_JOB_BYTES = 1 << 20, 1 << 30
+FAST_FROM = 2 << 20  # bytes of input for which loading and proving the fast encoder is worth its time
+MAX_JOBS, MAX_UNITS = 20_000, 64  # jobs of a run where that many are not too large; units of a job
+
+
+@dataclass
+class Output:
+    """What one .bin/.idx pair holds."""
+
+    prefix: str
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+
+
+@dataclass
+class Summary:
+    """What a run of `preprocess` did: its outputs, and the records it skipped."""
+
+    outputs: list[Output]
+    losses: Losses
+    encoder: str = ""  # what encoded, on the first process
+    marks: str = ""  # how documents begin and end
+
+
+def in_validation(numbers: np.ndarray, share: str | float | Fraction) -> np.ndarray:
+    """Which document numbers (int64 [n]) belong to a validation split of `share`; bool [n].
+
+    Documents are dealt into consecutive groups of about 1/share; a hash of the group's number picks one of each.  So
+    the share is exact, every group holds one, and the answer depends on nothing but the number.
+    """
+    p, q = _ratio(share)
+    group = numbers * p // q
+    first, last = -(-group * q // p), -(-(group + 1) * q // p)
+    mixed = (group.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64's finalizer
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    return numbers == first + (mixed % (last - first).astype(np.uint64)).astype(np.int64)
+
+
+def _ratio(share: str | float | Fraction) -> tuple[int, int]:
+    part = Fraction(str(share)).limit_denominator(10**6)
+    return part.numerator, part.denominator
+
+
+def split_of(numbers: np.ndarray, valid: float, test: float) -> np.ndarray:
+    """Which split each document number (int64 [n]) belongs to: 0 train, 1 valid, 2 test; int64 [n].
+
+    What both hold out together is chosen as `in_validation` does, and then dealt between them in the same way.
+    """
+    if not valid and not test:
+        return np.zeros(len(numbers), np.int64)
+    both = Fraction(str(valid)) + Fraction(str(test))
+    held = in_validation(numbers, both)
+    p, q = _ratio(both)
+    tests = in_validation(numbers * p // q, Fraction(str(test)) / both) if test else np.zeros(len(numbers), bool)
+    return np.where(held, 1 + tests, 0)
+
+
+def preprocess(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    tokenizer_path: str | Path,
+    *,
+    workers: int = 1,
+    split_valid: float = 0.0,
+    split_test: float = 0.0,
+    json_key: str = "text",
+    strict: bool = False,
+    max_bad: str = "",
+    max_bad_per_file: str = "",
+    skip_bad_files: bool = False,
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
+    fast: bool = True,
+    bos: bool = False,
+    eos_token: str | None = None,
+    progress: Callable[[int, int, int], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    comm: Any = None,
+) -> Summary:
+    """Tokenize files into OUTPUT.bin/.idx, or with a split into OUTPUT_train, OUTPUT_valid and OUTPUT_test.
+
+    The tokenizer's eos ends every document, or `eos_token`; with `bos` the tokenizer's bos begins it, as in LLaMA.
+    Beside each pair PREFIX.json records documents, tokens, bytes of text (what bits per byte needs) and the tokenizer.
+    Until the end OUTPUT.parts/ keeps what is done: a run that was killed continues there when it is started again.
+    `max_bad`, `max_bad_per_file`, `skip_bad_files`: as in `Losses`, which ends the run where more is lost.  `fast`: as
+    in `load_tokenizer`.  `progress(bytes read, bytes in all, tokens)` is called as the work goes on, `say` with what is
+    not read of the inputs.  `comm`: an mpi4py communicator whose other ranks run `workers.serve_rank`; they are the
+    processes then, and `workers` is unread.
+    Raises: DataError, with `strict` also for the first bad record; without it bad records are skipped and counted.
+    """
+    splits = _check_options(workers, split_valid, split_test)
+    losses = Losses(max_bad, max_bad_per_file, skip_files=skip_bad_files)
+    files, prefix, path = losses.find(inputs, say), strip_suffix(output), find_tokenizer(tokenizer_path)
+    outputs = [Output(prefix + suffix) for suffix in splits]
+    fast = fast and sum(file.stat().st_size for file in files) >= FAST_FROM
+    tokenizer = load_fast_tokenizer(path, fast=fast, eos_token=eos_token)
+    _check_marks(tokenizer, bos)
+    origin_of = partial(_origin, tokenizer=tokenizer, json_key=json_key, max_document_bytes=max_document_bytes, bos=bos)
+    if begun(prefix) and not begun(prefix, origin_of(files)):
+        files = _earlier_list(inputs, files, prefix, origin_of, say)
+    _check_names(outputs, files)
+    jobs, origin = _jobs(files), origin_of(files)
+    with WorkFolder(prefix, origin) as work:
+        with ExitStack() as stack:
+            task = Task(str(path), fast, json_key, max_document_bytes, strict, work.path, work.start, bos, eos_token)
+            crew = stack.enter_context(Crew(task, min(workers, len(jobs)), comm))
+            crew.encode_here(tokenizer)
+            dtype = dtype_for(tokenizer.vocab_size)
+            writers = [stack.enter_context(IndexedWriter(out.prefix, dtype)) for out in outputs]
+            join = _Join(Summary(outputs, losses), jobs, work, writers, (split_valid, split_test), strict)
+            _run(join, crew, progress)
+            join.summary.encoder, join.summary.marks = tokenizer.encoder, _marks(tokenizer, bos)
+            join.check_end()
+            _finish(writers, unchanged=origin_of(files) == origin)
+        for out in outputs:
+            write_facts(out.prefix, _facts(out, tokenizer, bos, losses))
+    return join.summary
+
+
+def _earlier_list(
+    inputs: Sequence[str | Path],
+    files: list[Path],
+    prefix: str,
+    origin_of: Callable[[Sequence[Path]], dict[str, Any]],
+    say: Callable[[str], None],
+) -> list[Path]:
+    """The files to go on with: an earlier version's list where its half-done work lies there, else `files`."""
+    old = earlier_files(inputs)
+    if not begun(prefix, origin_of(old)):
+        return files
+    said = f"goes on with the list of an earlier version, of {counted(len(old), 'file')}"
+    say(f"{said}; to begin anew delete {prefix}.parts")
+    return old
+
+
+def _finish(writers: Sequence[IndexedWriter], *, unchanged: bool) -> None:
+    if not unchanged:
+        raise DataError("files of the input were changed while they were read; start again when they are whole")
+    for writer in writers:
+        writer.finish()
+
+
+def _marks(tokenizer: Tokenizer, bos: bool) -> str:
+    begin = f"begins with id {tokenizer.bos_id} and " if bos else ""
+    return f"every document {begin}ends with id {tokenizer.eos_id}"
+
+
+def _check_marks(tokenizer: Tokenizer, bos: bool) -> None:
+    """Raises: DataError if documents cannot be ended or begun."""
+    if tokenizer.eos_id is None:
+        raise DataError(
+            f"tokenizer {tokenizer.path} has no end-of-document token: it declares none, and has none of "
+            f"{', '.join(NAMES['eos'])}; name the one it has with --eos-token"
+        )
+    if bos and tokenizer.bos_id is None:
+        raise DataError(f"tokenizer {tokenizer.path} has no beginning-of-document token; leave --bos out")
+
+
+def _check_names(outputs: Sequence[Output], files: Sequence[Path]) -> None:
+    """Raises: DataError if an output would replace an input."""
+    for out in outputs:
+        if any(file.absolute() == Path(f"{out.prefix}.json").absolute() for file in files):
+            raise DataError(f"{out.prefix}.json is an input and would be replaced by the output; use another --output")
+
+
+def _check_options(workers: int, split_valid: float, split_test: float) -> list[str]:
+    """What each output's name ends in. Raises: DataError."""
+    for name, share in (("split_valid", split_valid), ("split_test", split_test)):
+        if not 0 <= share < 1:
+            raise DataError(f"{name}={share} is not a share; use a number from 0 to below 1, for example 0.05")
+    if split_valid + split_test >= 1:
+        raise DataError(f"split_valid={split_valid} and split_test={split_test} leave nothing to train on; use less")
+    if workers < 1:
+        raise DataError(f"workers={workers}; use 1 or more")
+    held = [name for name, share in (("_valid", split_valid), ("_test", split_test)) if share]
+    return ["_train", *held] if held else [""]
+
+
+def _jobs(files: Sequence[Path]) -> list[Job]:
+    """The input as jobs. They depend on the files alone, so that every start of a run has the same."""
+    total = RecordReader(files).bytes_total
+    size = min(max(JOB_BYTES, total // MAX_JOBS), MAX_JOB_BYTES)
+    jobs: list[Job] = []
+    for unit in units(files, size):
+        bytes_of_unit, last = unit.size, jobs[-1] if jobs else None
+        if last and last.size + bytes_of_unit <= size and len(last.units) < MAX_UNITS:
+            jobs[-1] = Job(last.number, [*last.units, unit], last.size + bytes_of_unit)
+        else:
+            jobs.append(Job(len(jobs), [unit], bytes_of_unit))
+    return jobs
+
+
+def _origin(
+    files: Sequence[Path], tokenizer: Tokenizer, json_key: str, max_document_bytes: int, bos: bool
+) -> dict[str, Any]:
+    """Everything that tokens and jobs follow from; what is as it always was is left out, so that old work goes on."""
+    marks = {"bos": tokenizer.bos_id} if bos else {}
+    marks |= {"eos": tokenizer.eos_id} if tokenizer.eos_id != usual_id("eos", tokenizer.id_of) else {}
+    stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    layout = (1, JOB_BYTES, MAX_JOB_BYTES, MAX_JOBS, MAX_UNITS)  # the first number changes with the format of the parts
+    return {"layout": layout, "files": stats, "tokenizer": sha256_of(tokenizer.path), "key": json_key,
+            "limit": max_document_bytes, **marks}  # fmt: skip
+
+
+def _run(join: _Join, crew: Crew, progress: Callable[[int, int, int], None] | None) -> None:
+    """Let the crew make the parts that are missing, and join what is there meanwhile."""
+    size, parts = {job.number: job.size for job in join.jobs}, join.parts
+    done, tokens = sum(size[n] for n in parts), sum(p.token_bytes for p in parts.values()) // join.itemsize
+    now: dict[Link, Sign] = {}  # how far the processes are in what is unfinished
+    for link, message in crew.run([job for job in join.jobs if job.number not in parts], join.advance):
+        if isinstance(message, Part):
+            done, tokens = done + size[message.job], tokens + message.token_bytes // join.itemsize
+            parts[message.job] = message
+        now[link] = message if isinstance(message, Sign) else Sign(0, 0)
+        if progress:
+            some = now.values()
+            progress(done + sum(s.bytes_done for s in some), join.total, tokens + sum(s.tokens for s in some))
+    while join.advance():
+        pass
+
+
+class _Join:
+    """Appends parts to the outputs in the order of the jobs, and judges their bad records."""
+
+    def __init__(
+        self,
+        summary: Summary,
+        jobs: Sequence[Job],
+        work: WorkFolder,
+        writers: Sequence[IndexedWriter],
+        shares: tuple[float, float],
+        strict: bool,
+    ) -> None:
+        self.summary, self.jobs, self.parts, self.itemsize = summary, jobs, work.finished(), writers[0].dtype.itemsize
+        self._work, self._writers, self._shares, self._strict = work, writers, shares, strict
+        self._next = self._documents = self._bytes = 0
+        self.total = sum(job.size for job in jobs)
+
+    def advance(self) -> bool:
+        """Append the part that is next, if it is there; whether it was."""
+        part = self.parts.get(self._next)
+        if part:
+            self._judge(part)
+            for tokens, rows in self._work.read(part, self._writers[0].dtype):
+                self._append(tokens, rows.astype(np.int64))
+            self._next += 1
+        return part is not None
+
+    def _append(self, tokens: np.ndarray, rows: np.ndarray) -> None:
+        numbers = np.arange(self._documents, self._documents + len(rows))
+        self._documents += len(rows)
+        which = split_of(numbers, *self._shares)
+        if not self._shares[0]:  # without a validation split the second output is the test split
+            which = np.minimum(which, 1)
+        for i, (writer, out) in enumerate(zip(self._writers, self.summary.outputs, strict=True)):
+            mine = which == i
+            ours = tokens if mine.all() else tokens[np.repeat(mine, rows[:, 0])]
+            writer.add(ours, rows[mine, 0])
+            out.documents, out.tokens = writer.num_documents, writer.num_tokens
+            out.text_bytes += int(rows[mine, 1].sum())
+
+    def _judge(self, part: Part) -> None:
+        """Note what is lost in the next part; stop when it is sure to be too much."""
+        losses = self.summary.losses
+        losses.take(part)
+        if self._strict and (said := [*losses.examples, *(f"{name}: {why}" for name, why in losses.faults.items())]):
+            raise DataError(f"{said[0]}; correct the record, or leave out --strict to skip such records")
+        self._bytes += self.jobs[self._next].size
+        if losses.hopeless(self._bytes / self.total if self.total else 1.0):
+            losses.check()
+
+    def check_end(self) -> None:
+        """Raises: DataError if too much is lost or an output would be empty."""
+        summary = self.summary
+        summary.losses.check()
+        if not self._documents:
+            raise DataError("\n  ".join(["no documents were found: the files hold no text", *summary.losses.examples]))
+        for out in summary.outputs:
+            if not out.documents:
+                given = zip(("valid", "test"), self._shares, strict=True)
+                shares = " and ".join(f"split_{name}={share}" for name, share in given if share)
+                raise DataError(
+                    f"{out.prefix} would hold none of the {self._documents} documents with {shares}; "
+                    "use a larger share, more documents, or no split"
+                )
+
+
+def _facts(out: Output, tokenizer: Tokenizer, bos: bool, losses: Losses) -> dict[str, Any]:
+    return {
+        "documents": out.documents,
+        "tokens": out.tokens,
+        "bytes": out.text_bytes,
+        "tokenizer": tokenizer.path.name,
+        "tokenizer_sha256": sha256_of(tokenizer.path),
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        **({"bos_id": tokenizer.bos_id} if bos else {}),
+        "skipped": dict(sorted(losses.skipped.items())),
+        **({"files not read": len(losses.faults)} if losses.faults else {}),
+        "fingerprint": IndexedDataset(out.prefix).fingerprint()["sha256"],
+    }

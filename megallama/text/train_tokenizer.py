@@ -1,0 +1,147 @@
+"""Training a LLaMA-style SentencePiece tokenizer.
+
+The recipe of LLaMA 1 and 2 (Touvron et al. 2023, 2.1): BPE; unknown characters as bytes; numbers split into digits;
+text as it is (identity normalisation, whitespace kept, pieces of spaces alone allowed); <unk>=0, <s>=1, </s>=2, no
+padding token. Training sees lines; a newline is then always the byte piece <0x0A>, as in LLaMA's own models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from megallama.data.errors import DataError
+from megallama.text.documents import RecordReader
+from megallama.text.losses import Losses
+
+LINE_CHARACTERS = 4096  # longer lines are cut; SentencePiece would silently leave them out
+SMALLEST = 3 + 256 + 1  # control pieces, bytes, and one piece
+
+
+def train_tokenizer(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    vocab_size: int,
+    *,
+    json_key: str = "text",
+    sample_bytes: int = 200_000_000,
+    threads: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    losses: Losses | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Train on files, folders or patterns and write OUTPUT (ending in .model); the same input gives the same file.
+
+    Of more text than `sample_bytes` an even sample of the documents is used, always the same: training takes about
+    13 times its size in memory.
+    `progress(bytes read, bytes in all)` is called while reading; training itself follows, about 0.3 s per MB.
+    `losses` judges what cannot be read, by default as strictly as it does; `say` is told what is not read.
+    Raises: DataError, for a vocabulary that the text is too small for with the largest possible one.
+    """
+    output = Path(output)
+    if output.suffix != ".model":
+        raise DataError(f"output {output} must end in .model")
+    if vocab_size < SMALLEST:
+        raise DataError(
+            f"vocab_size={vocab_size} leaves no room beside 3 control and 256 byte pieces; use {SMALLEST} or more"
+        )
+    if sample_bytes < 1 or threads < 1:
+        raise DataError(f"sample_bytes={sample_bytes}, threads={threads}; use 1 or more of each")
+    import sentencepiece
+
+    losses = losses or Losses()
+    model, reader = io.BytesIO(), RecordReader(losses.find(inputs, say), json_key=json_key)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(reader, json_key, sample_bytes, progress, losses),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            character_coverage=0.99995,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=threads,
+            max_sentence_length=8 * LINE_CHARACTERS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _explain(error, vocab_size) from error
+    _write(output, model.getvalue())
+    return output
+
+
+def _write(output: Path, data: bytes) -> None:
+    """The whole file or none of it."""
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, output)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"cannot write {output}: {error.strerror}; make room and start again") from error
+
+
+def _explain(error: RuntimeError, vocab_size: int) -> DataError:
+    if found := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", str(error)):
+        return DataError(
+            f"vocab_size={vocab_size} is more than this text supports; use {found[1]} or less, or more text"
+        )
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+        return DataError(
+            f"vocab_size={vocab_size} is less than the characters of this text need; use {found[1]} or more"
+        )
+    return DataError(f"SentencePiece could not train: {error}")
+
+
+def _lines(
+    reader: RecordReader,
+    json_key: str,
+    sample_bytes: int,
+    progress: Callable[[int, int], None] | None,
+    losses: Losses,
+) -> Iterator[str]:
+    """The lines of the documents that are in the sample, cut to a length SentencePiece takes.
+
+    The sample is the documents whose numbers have the smallest hashes: an even one of any input in one pass, with no
+    more than `sample_bytes` and a document in memory.
+    """
+    sample: list[tuple[int, int, bytes]] = []  # (-hash, number, text), the largest hash first
+    size, limit = 0, 1 << 64
+    for _, document in losses.texts(reader, json_key):
+        number = losses.records - 1
+        if progress and number % 64 == 0:
+            progress(reader.bytes_done, reader.bytes_total)
+        drawn = int.from_bytes(hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8).digest(), "little")
+        if drawn >= limit:
+            continue
+        text = document.encode()
+        heapq.heappush(sample, (-drawn, number, text))
+        size += len(text)
+        while size > sample_bytes and len(sample) > 1:
+            drawn, _, text = heapq.heappop(sample)
+            size, limit = size - len(text), -drawn
+    if progress:
+        progress(reader.bytes_total, reader.bytes_total)
+    used = 0
+    sample.sort(key=lambda entry: -entry[1])
+    while sample:
+        text = sample.pop()[2]
+        for line in text.decode().replace("\0", "").split("\n"):
+            for start in range(0, len(line), LINE_CHARACTERS):
+                used += 1
+                yield line[start : start + LINE_CHARACTERS]
+    if not used:
+        raise DataError("there is no text to train a tokenizer on in the given files")

@@ -1,0 +1,132 @@
+"""The dry run is the real program: what it records is what ranks really do, and the plan predicts it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+
+from megallama.analysis.communication import collectives, communication_table
+from megallama.analysis.dryrun import dry_run
+from megallama.analysis.recording import Call, Recording
+from megallama.comm.groups import Groups
+from megallama.config.schema import Config
+from megallama.plan.plan import Plan, make_plan
+from megallama.train.assemble import DTYPES
+from megallama.train.step import evaluate_step
+from tests.parity.matrix import FURTHER, Layout, matrix
+from tests.small import build, documents, micro_batches, small_config, tokens, train
+from tests.threads import run_threads
+
+Key = tuple[object, ...]
+SWITCHES = ("grad_reduce", "param_gather", "tensor_parallel")
+FORMATS = {**DTYPES, "int64": torch.int64}
+
+
+def key(call: Call) -> Key:
+    return replace(call, label="")  # type: ignore[return-value]
+
+
+def real_calls(config: Config, ranks: int) -> list[dict[str, list[Call]]]:
+    """What every rank really does in two steps, an evaluation and a skipped step, on threads."""
+    plan = make_plan(config, ranks)
+    data = tokens(config, 3)
+    starts = documents(config, 3) if config.data.document_mask else None
+
+    def body(groups: Groups) -> dict[str, list[Call]]:
+        calls: list[Call] = []
+
+        def recording(group: object) -> object:
+            return Recording(group, calls) if getattr(group, "size", 1) > 1 else group  # type: ignore[arg-type]
+
+        groups = Groups(**{name: recording(value) for name, value in vars(groups).items()})
+        rank = build(plan, groups)
+        out = {"loading": list(calls)}
+        for step in range(2):
+            calls.clear()
+            train(rank, data[step : step + 1], starts=None if starts is None else starts[step : step + 1])
+            out[f"step {step + 1}"] = list(calls)
+        calls.clear()
+        batches = micro_batches(rank, data[2], None, None if starts is None else starts[2])
+        evaluate_step(rank, plan.forward_schedule(len(batches)), batches)
+        out["evaluation"] = list(calls)
+        calls.clear()
+        rank.buffers[next(iter(rank.buffers))].weights.fill_(float("nan"))
+        (result,) = train(rank, data[2:], starts=None if starts is None else starts[2:])
+        assert not result.applied
+        out["skipped step 3"] = list(calls)
+        return out
+
+    return run_threads(ranks, body, plan.topology, num_kv_heads=config.model.num_kv_heads or 1)
+
+
+OTHERS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "no overlap": (4, {"parallel": {"tp": 2, "pp": 2}, "overlap": dict.fromkeys(SWITCHES, False)}),
+    "no overlap over dp": (4, {"parallel": {"pp": 2}, "overlap": dict.fromkeys(SWITCHES, False)}),
+    "many micro-batches": (2, {"parallel": {"pp": 2, "chunks": 2}, "batch": {"global_batch_size": 16}}),
+    "many micro-batches, zb-h1": (2, {"parallel": {"pp": 2, "schedule": "zb-h1"}, "batch": {"global_batch_size": 16}}),
+    "another order of ranks": (8, {"parallel": {"tp": 2, "pp": 2, "rank_order": "pp-dp-cp-tp"}}),
+    "stages without layers": (4, {"parallel": {"pp": 4, "stage_layers": [2, 0, 2, 0]}}),
+    "small buckets": (4, {"parallel": {"tp": 2}, "overlap": {"bucket_mb": 0.001}, "precision": {"dtype": "bf16"}}),
+    "one loss chunk": (2, {"parallel": {"tp": 2}, "memory": {"loss_chunk_tokens": 1000}}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_the_matrix_leaves_out(name: str) -> None:
+    ranks, sections = OTHERS[name]
+    the_same(small_config(**sections), ranks)
+
+
+@pytest.mark.parametrize("layout", [row for row in [*matrix(), *FURTHER] if row.ranks > 1], ids=str)
+def test_every_rank_does_what_the_dry_run_says(layout: Layout) -> None:
+    the_same(layout.config("fp32"), layout.ranks)
+
+
+def the_same(config: Config, ranks: int) -> None:
+    plan = make_plan(config, ranks)
+    done = dry_run(plan)
+    for rank, phases in enumerate(real_calls(config, ranks)):
+        program = done.programs[rank]
+        assert tuple(phases) == done.phases
+        for phase, calls in phases.items():
+            mine = [c for c in program.calls if c.label.endswith(phase)]
+            assert list(map(key, mine)) == list(map(key, calls)), (rank, phase)
+        assert predicted(plan, rank) == counted(phases["step 2"]), rank
+
+
+def test_a_growing_batch_runs_every_size() -> None:
+    ramp = {"global_batch_size": 8, "ramp_start": 4, "ramp_increment": 2, "ramp_samples": 100}
+    config = small_config(parallel={"pp": 2}, batch=ramp)
+    done = dry_run(make_plan(config, 2))
+    sends = [sum(c.op == "send" and c.label.endswith(f"step {i}") for c in done.programs[0].calls) for i in range(1, 5)]
+    assert sends == [4, 6, 8, 8]
+
+
+def test_the_table_of_collectives() -> None:
+    plan = make_plan(small_config(parallel={"tp": 2, "pp": 2}), 8)
+    table = communication_table(plan.config, plan.topology, plan.stages, plan.schedule).splitlines()
+    rows = {tuple(line.split()[:3]): line.split()[-2:] for line in table[1:-1]}
+    hidden = 16 * 32 * 8  # bytes of [tokens, hidden] in fp64
+    assert rows["tp", "all_gather", "layers"] == [str(4 * 2 * 6), f"{4 * 2 * 6 * hidden / 2**20:.3f}"]
+    assert rows["pp", "recv", "activations"] == ["4", f"{4 * hidden // 2 / 2**20:.3f}"]
+    assert rows["world", "all_reduce", "loss,"] == ["1", "0.000"]
+    assert table[-1].startswith("of a rank at pipeline position 1,")
+
+
+def predicted(plan: Plan, rank: int) -> Counter[Key]:
+    at = plan.topology.coords(rank)
+    found = collectives(plan.config, plan.topology, plan.stages, plan.schedule, at["pp"], at["dp"])
+    assert all(c.count > 0 and c.nbytes == c.count * prod(c.shape) * FORMATS[c.dtype].itemsize for c in found)
+    out: Counter[Key] = Counter()
+    for c in found:
+        out[c.axis, c.op, c.shape, FORMATS[c.dtype]] += c.count
+    return out
+
+
+def counted(calls: list[Call]) -> Counter[Key]:
+    return Counter((c.group, c.op, c.shape, c.dtype) for c in calls)

@@ -1,0 +1,46 @@
+"""tools/preprocess_data.py with small jobs, told to kill itself: die.py RANK WHERE COUNT arguments...
+
+The process of that MPI rank (0 without MPI) dies by SIGKILL at its COUNT-th call of WHERE (0: never).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import sys
+from typing import Any
+
+from megallama.commands import prepare as preprocess_data
+from megallama.data import indexed
+from megallama.text import parts, preprocess
+
+PLACES: dict[str, tuple[Any, str]] = {
+    "add": (parts.PartWriter, "add"),  # a block of documents is encoded
+    "end": (parts.PartWriter, "end"),  # a job's documents are written, its line in the journal is not
+    "join": (parts.WorkFolder, "read"),
+    "commit": (indexed.IndexedWriter, "commit"),
+    "replace": (os, "replace"),  # .bin, .idx, .json
+    "remove": (shutil, "rmtree"),
+}
+
+
+def main(rank: str, where: str, count: str, *arguments: str) -> int:
+    """Run the tool."""
+    preprocess.JOB_BYTES = 20_000
+    if int(count) and os.environ.get("PMI_RANK", "0") == rank:
+        owner, name = PLACES[where]
+        original, calls = getattr(owner, name), itertools.count(1)
+
+        def fatal(*given: Any, **options: Any) -> Any:
+            if next(calls) == int(count):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*given, **options)
+
+        setattr(owner, name, fatal)
+    return preprocess_data.main(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:]))

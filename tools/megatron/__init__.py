@@ -1,1 +1,0 @@
-"""Reading Megatron-LM launch scripts; used by tools/from_megatron_args.py."""
