@@ -34,8 +34,8 @@ Values come from the defaults below, then the preset (`model.preset`), the file,
 `--` and `-` instead of `_` are accepted. `none` unsets a setting that may be unset. `data.train`, `data.valid` and
 `data.test` take a path, a list of paths, or tables: `train = [{path = "a", weight = 0.7}, {path = "b", weight = 0.3}]`,
 and `data.changes` tables such as `changes = [{step = 5000, weights = {a = 0.5}}]`. Everything is
-checked before anything starts, and all errors are reported at once. `python tools/plan.py run.toml ranks=8` shows what
-a configuration leads to, `python tools/plan_data.py run.toml` what it takes from each source.
+checked before anything starts, and all errors are reported at once. `megallama plan run.toml ranks=8` shows what
+a configuration leads to, `megallama plan --data run.toml` what it takes from each source.
 """
 
 PRESET_NOTE = """\

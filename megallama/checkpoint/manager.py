@@ -432,7 +432,7 @@ class CheckpointManager:
                 if mine.tie_embeddings and reader.head_of(path, files, mine)[0] != mine:
                     raise CheckpointError(
                         f"model.tie_embeddings=true, but {path} has a {reader.HEAD} that is not its embedding; write "
-                        "model.tie_embeddings=false, or leave it out with tools/reshard_checkpoint.py --head tied"
+                        "model.tie_embeddings=false, or leave it out with megallama convert --head tied"
                     )
                 reader.check_tensors(path, files, mine)
                 reader.fill_weights(files, shards)

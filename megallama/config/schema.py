@@ -263,7 +263,7 @@ class RunConfig(Section):
         False, description="torch.compile of norm, SwiGLU, RoPE and softmax alone; needs a C++ compiler, else not done"
     )
     without_kernels: tuple[str, ...] = Field(
-        (), description='implementations not to use, e.g. "apex" or "RMSNorm: Transformer Engine"; see tools/doctor.py'
+        (), description='implementations not to use, e.g. "apex" or "RMSNorm: Transformer Engine"; see megallama doctor'
     )
     timeout_seconds: PositiveFloat = Field(
         600.0, description="longest wait of a step for another rank before the run fails; bounds steps alone [s]"

@@ -1,6 +1,6 @@
 """Hugging Face folders as other programs read them: transformers, and a second reader that shares no code with ours.
 
-Used by ``tools/reshard_checkpoint.py --verify``: a tensor or a setting that nobody here looks at would be missing from
+Used by ``megallama convert --verify``: a tensor or a setting that nobody here looks at would be missing from
 both sides of a conversion alike.
 """
 

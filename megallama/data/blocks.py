@@ -22,7 +22,7 @@ HEADER = struct.Struct("<8sQQI")
 MAGIC = b"MLSUMS\x00\x01"
 SPOTS = 8  # blocks by which a table is recognised as that of a pair
 DAMAGED = " is damaged itself; delete it, or write it with inspect_data.py --write-sums"
-AGAIN = "write it again with tools/preprocess_data.py"
+AGAIN = "write it again with megallama prepare"
 
 
 class File:
@@ -39,7 +39,7 @@ class File:
         except FileNotFoundError:
             raise DataError(
                 f"{path} does not exist; give the prefix of a .bin/.idx pair without the suffix, "
-                "and make the pair with tools/preprocess_data.py"
+                "and make the pair with megallama prepare"
             ) from None
         except OSError as error:
             raise DataError(f"cannot open {path}: {error.strerror}") from error

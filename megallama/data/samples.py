@@ -153,8 +153,8 @@ class Source:
         at, name = int(offsets[row]) + column, f"{self.dataset.prefix}.bin"
         raise DataError(
             f"{name}: token {at} of the stream, at byte {at * size}, is id {tokens[row, column]}, but the vocabulary "
-            f"has {limit} ids: the file was damaged or overwritten; look with tools/inspect_data.py --verify, and put "
-            "it back or write it again with tools/preprocess_data.py"
+            f"has {limit} ids: the file was damaged or overwritten; look with megallama inspect --verify, and put "
+            "it back or write it again with megallama prepare"
         )
 
 

@@ -69,7 +69,7 @@ def open_sources(config: Config) -> Data:
         return Data(synthetic, valid, test, tokenizer, marks, notes)
     if not data.train:
         raise DataError(
-            'data.train is empty; write data.train=["path/prefix"] (made with tools/preprocess_data.py) or '
+            'data.train is empty; write data.train=["path/prefix"] (made with megallama prepare) or '
             "data.synthetic=true"
         )
     sources = [_source(s, config, opened[s.path]) for s in data.train]

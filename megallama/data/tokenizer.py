@@ -84,7 +84,7 @@ class SentencePieceTokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise DataError(f"{path} is not a SentencePiece model; make one with tools/train_tokenizer.py") from error
+            raise DataError(f"{path} is not a SentencePiece model; make one with megallama tokenizer") from error
         self.path, self.vocab_size = path, int(self._model.vocab_size())
         bos, eos = (None if i < 0 else int(i) for i in (self._model.bos_id(), self._model.eos_id()))
         self.bos_id = special_id("bos", path, self.id_of, bos)
@@ -158,13 +158,13 @@ def find_tokenizer(path: str | Path) -> Path:
         if not found:
             raise DataError(
                 f"{path} holds neither tokenizer.model nor tokenizer.json nor vocab.json with merges.txt; name the "
-                "file, or train one with tools/train_tokenizer.py"
+                "file, or train one with megallama tokenizer"
             )
         path = found[0]
     if not path.is_file():
         raise DataError(
             f"tokenizer {path} does not exist; name a SentencePiece .model, a tokenizer.json or a GPT-2 vocab.json, or "
-            "train one with tools/train_tokenizer.py"
+            "train one with megallama tokenizer"
         )
     if path.suffix not in (".model", ".json"):
         raise DataError(

@@ -141,7 +141,7 @@ def test_a_truncated_file_is_refused_at_open(tmp_path: Path, suffix: str, keep: 
 def test_a_missing_file_is_named(tmp_path: Path, suffix: str) -> None:
     prefix = write(tmp_path / "a")
     Path(f"{prefix}{suffix}").unlink()
-    with pytest.raises(DataError, match=rf"a\{suffix} does not exist; give the prefix .* tools/preprocess_data.py"):
+    with pytest.raises(DataError, match=rf"a\{suffix} does not exist; give the prefix .* megallama prepare"):
         IndexedDataset(prefix)
 
 
