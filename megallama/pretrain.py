@@ -127,7 +127,7 @@ def _cannot_take_part(problem: Exception, launch: Launch, signals: SignalFlag) -
 
 def _failed(error: Exception, world: World, log: Logger, signals: SignalFlag, folder: Path) -> int:
     """Say what ended the run, to this rank's file and, once, on the screen; the exit status."""
-    from megallama.checkpoint.errors import InternalError
+    from megallama.comm.errors import InternalError
     from megallama.config.errors import ConfigError, MegallamaError
 
     first = world.failed(error)

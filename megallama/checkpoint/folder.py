@@ -22,8 +22,9 @@ from typing import Any
 
 from megallama.checkpoint import disk, manifest
 from megallama.checkpoint.disk import MissingError, UnreadableError
-from megallama.checkpoint.errors import CheckpointError, DamagedError, agree
+from megallama.checkpoint.errors import CheckpointError, DamagedError
 from megallama.comm.group import Assembly
+from megallama.comm.on_all_ranks import on_all_ranks
 
 UNFINISHED, REPLACED, DAMAGED = ".megallama-unfinished", ".megallama-replaced", ".damaged"
 _STEP = re.compile(r"step-\d{8,}")
@@ -144,7 +145,7 @@ class Choice:
         Raises, on every rank alike: UnreadableError; CheckpointError if none of them is usable.
         """
         while True:
-            told = agree(self._group, f"checkpoints in {self._folder}", self._candidate)
+            told = on_all_ranks(self._group, f"checkpoints in {self._folder}", self._candidate)
             name, known = told[0]
             if name is None and any(found for found, _ in told):
                 rank, name = next((rank, found) for rank, (found, _) in enumerate(told) if found)
@@ -194,16 +195,16 @@ class Choice:
         return found[0]
 
     def read_on_all(self, what: str, work: Callable[[], Any]) -> list[Any]:
-        """`agree` on what all ranks read.
+        """`on_all_ranks` of what all ranks read.
 
         Raises, on every rank alike: DamagedError, also for what no rank finds; UnreadableError if
         a rank cannot read something, or misses what another one has.
         """
         try:
-            return agree(self._group, what, work)
+            return on_all_ranks(self._group, what, work)
         except MissingError as error:
             here = isinstance(error.__cause__, MissingError)
-            if all(agree(self._group, what, lambda: here)):
+            if all(on_all_ranks(self._group, what, lambda: here)):
                 raise
             raise UnreadableError(f"{error} (but other ranks have it: do all nodes share the folder?)") from error
 
@@ -226,6 +227,6 @@ class Choice:
             path.rename(path.with_name(free))
             return free
 
-        name = agree(self._group, f"setting {path} aside", lambda: None if self._group.rank else work())[0]
+        name = on_all_ranks(self._group, f"setting {path} aside", lambda: None if self._group.rank else work())[0]
         self._left_out[path.name] = f"{name}: {error}"
         self._log(f"warning: {error}; set aside as {name}")

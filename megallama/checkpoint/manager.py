@@ -34,7 +34,7 @@ from torch import Tensor
 
 from megallama.checkpoint import disk, manifest, reader
 from megallama.checkpoint.disk import UnreadableError
-from megallama.checkpoint.errors import CheckpointError, DamagedError, InternalError, NotFiniteError, agree
+from megallama.checkpoint.errors import CheckpointError, DamagedError, NotFiniteError
 from megallama.checkpoint.find import find_checkpoint
 from megallama.checkpoint.folder import (
     REPLACED,
@@ -49,7 +49,10 @@ from megallama.checkpoint.huggingface import model_files, own_tokenizer
 from megallama.checkpoint.layout import SHARD_BYTES, STATE, layout
 from megallama.checkpoint.lock import LEASE_SECONDS, FolderLock
 from megallama.checkpoint.writer import Content, write_checkpoint
+from megallama.comm.errors import InternalError
 from megallama.comm.group import Assembly
+from megallama.comm.on_all_ranks import on_all_ranks
+from megallama.config.errors import MegallamaError
 from megallama.config.presets import PRESETS
 from megallama.config.schema import Config
 from megallama.layers.shard import StateShard
@@ -112,7 +115,7 @@ class CheckpointManager:
     def acquire(self) -> None:
         """Create the folder, take its lock and clean up what a crash left.
 
-        Raises: CheckpointError on every rank if the folder cannot be written or another job holds it.
+        Raises: CheckpointError or MachineError on every rank if the folder cannot be written or another job holds it.
         """
 
         def work() -> None:
@@ -128,7 +131,7 @@ class CheckpointManager:
                     f"cannot write to the checkpoint folder {self._folder}: {error}; choose another checkpoint.folder"
                 ) from error
 
-        agree(self._group, "checkpoint folder", work)
+        on_all_ranks(self._group, "checkpoint folder", work)
 
     def release(self) -> None:
         """Give the folder's lock back; where a save is still running that is its last act: it must not commit later."""
@@ -155,16 +158,17 @@ class CheckpointManager:
         With checkpoint.async_save and `behind` it returns after one copy to host memory; a failure is logged and, as
         long as checkpoint.max_failures in a row are not exceeded, left to the next save to make good. Else it
         returns after the commit.
-        Raises: CheckpointError on every rank if this save failed, or too many before it, or another job has
-        taken the folder; the checkpoints before it are untouched. NotFiniteError if this or the last save met a
-        state that is not finite.
+        Raises: CheckpointError or MachineError on every rank if this save failed, or too many before it, or
+        another job has taken the folder; the checkpoints before it are untouched. NotFiniteError if this or the
+        last save met a state that is not finite.
         """
         try:
             self.finish(f"checkpoint of step {step}")
-        except (CheckpointError, InternalError) as error:
+        except (MegallamaError, InternalError) as error:
             if self._failures > self._config.checkpoint.max_failures or isinstance(error, NotFiniteError):
                 raise
-            agree(self._group, f"checkpoint of step {step}", lambda: self._lock.check() if self._lock.lost else None)
+            still_ours = self._lock.check if self._lock.lost else lambda: None
+            on_all_ranks(self._group, f"checkpoint of step {step}", still_ours)
         if not (self._config.checkpoint.async_save and behind):
             self._write(step, shards, counters)
             return
@@ -247,7 +251,7 @@ class CheckpointManager:
 
         try:
             with _every_minute(self._log, f"the checkpoint of step {step} is still being written"):
-                agree(self._group, f"checkpoint of step {step}", begin)
+                on_all_ranks(self._group, f"checkpoint of step {step}", begin)
                 write_checkpoint(contents[0], shards, self._group)
         except NotFiniteError as error:
             alone = " on rank 0" * (self._group.size == 1)
@@ -319,7 +323,7 @@ class CheckpointManager:
         config, kept = self._config, dict[str, Any]()
         path = self.newest() if config.model.preset in PRESETS and config.checkpoint.resume != "fresh" else None
         if path is not None:
-            agree(self._group, "cannot resume", lambda: kept.update(manifest.kept(path, config.model)))
+            on_all_ranks(self._group, "cannot resume", lambda: kept.update(manifest.kept(path, config.model)))
         for key, value in kept.items():
             now = getattr(config.model, key)
             self._log(f"model.{key}={value} as in {path}; its preset says {now} by now: write model.{key} to choose")
@@ -398,7 +402,7 @@ class CheckpointManager:
             except UnreadableError as error:
                 return [str(error)]
 
-        agree(self._group, "cannot resume", check)
+        on_all_ranks(self._group, "cannot resume", check)
         told = self._choice.read_on_all(f"cannot load {path}", read)
         if problems := [problem for found in told for problem in found]:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -438,7 +442,7 @@ class CheckpointManager:
                 reader.fill_weights(files, shards)
             return notes + manifest.differences(model, mine)
 
-        for line in agree(self._group, f"cannot load weights from {path}", read)[0]:
+        for line in on_all_ranks(self._group, f"cannot load weights from {path}", read)[0]:
             self._log(f"warning: weights of {path}: {line}")
 
 

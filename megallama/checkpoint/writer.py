@@ -6,7 +6,7 @@
     3. the blocks that several ranks wrote to are read back and digested, each rank its share
     4. rank 0 writes the manifest, fsyncs the folders, renames the one to step-N, fsyncs the parent
 
-After each phase the ranks agree (see `errors.agree`); if any failed, nothing is committed and the
+After each phase the ranks agree (see `on_all_ranks`); if any failed, nothing is committed and the
 temporary folder is removed.  No rank ever holds another rank's data.
 """
 
@@ -31,10 +31,11 @@ from torch import Tensor
 
 from megallama.checkpoint import manifest
 from megallama.checkpoint.disk import opened, read_at, sync, write_at, write_durably
-from megallama.checkpoint.errors import CheckpointError, NotFiniteError, agree
+from megallama.checkpoint.errors import CheckpointError, NotFiniteError
 from megallama.checkpoint.folder import REPLACED, remove_checkpoint, unfinished
 from megallama.checkpoint.layout import DTYPES, FileSet, Place
 from megallama.comm.group import Assembly
+from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.layers.shard import StateShard
 from megallama.plan.box import Box, boxes_of_range, runs
 
@@ -73,24 +74,24 @@ class Content:
 def write_checkpoint(content: Content, shards: Sequence[StateShard], group: Assembly) -> None:
     """Write and commit one checkpoint; every rank of `group` calls it with the shards it owns.
 
-    Raises: CheckpointError on every rank, naming the rank that failed and why (NotFiniteError if the state holds
-    inf or nan); then nothing was committed and the temporary folder is gone.
+    Raises: CheckpointError or MachineError on every rank, naming the rank that failed and why (NotFiniteError if the
+    state holds inf or nan); then nothing was committed and the temporary folder is gone.
     """
     what = f"saving {content.final} failed, the checkpoints before it are untouched"
     first = group.rank == 0
     try:
-        agree(group, what, lambda: create_files(content) if first else None)
+        on_all_ranks(group, what, lambda: create_files(content) if first else None)
         with Flusher([content.temporary / name for name in content.sizes()] if first else []) as flusher:
             # the digests of all blocks are megabytes: rank 0 alone has them, and says which are missing, a bit each
-            told = agree(group, what, lambda: _write_shards(content, shards, flusher), collect=True)
-            shared = agree(group, what, lambda: _shared_blocks(content, told) if first else None)[0]
+            told = on_all_ranks(group, what, lambda: _write_shards(content, shards, flusher), collect=True)
+            shared = on_all_ranks(group, what, lambda: _shared_blocks(content, told) if first else None)[0]
             blocks = list(content.blocks())
             bits = f"{int(shared, 16):0{len(blocks)}b}"
             mine = [block for block, bit in zip(blocks, bits, strict=True) if bit == "1"][group.rank :: group.size]
-            rest = agree(group, what, lambda: _digest_blocks(content, mine, flusher), collect=True)
+            rest = on_all_ranks(group, what, lambda: _digest_blocks(content, mine, flusher), collect=True)
         found = [*(found for _, found in told), *rest] if first else []
         digests = {(name, index): digest for part in found for name, index, digest in part}
-        agree(group, what, lambda: _commit(content, digests) if first else None)
+        on_all_ranks(group, what, lambda: _commit(content, digests) if first else None)
     except BaseException:
         if first:
             shutil.rmtree(content.temporary, ignore_errors=True)

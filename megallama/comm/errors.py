@@ -1,4 +1,4 @@
-"""How starting and connecting ranks ends early."""
+"""How work of several ranks ends early."""
 
 from megallama.config.errors import MegallamaError
 
@@ -9,3 +9,15 @@ class LaunchError(MegallamaError):
 
 class ContactLost(RuntimeError):
     """Another rank has gone or does not answer: usually the echo of a failure elsewhere."""
+
+
+class MachineError(MegallamaError):
+    """The operating system of some rank refused something: a full disk, say."""
+
+    shared, status = True, 1
+
+
+class InternalError(RuntimeError):
+    """A fault of the program on some rank, whose log has the traceback: nothing the user can put right."""
+
+    shared, status = True, 1

@@ -14,9 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from megallama.checkpoint.errors import CheckpointError, InternalError, NotFiniteError, agree
+from megallama.checkpoint.errors import NotFiniteError
 from megallama.checkpoint.manager import CheckpointManager
+from megallama.comm.errors import InternalError
 from megallama.comm.launch import World
+from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.comm.recording import Tape
 from megallama.config.errors import ConfigError, MegallamaError
 from megallama.config.rules import check, remaining
@@ -121,7 +123,7 @@ class Trainer:
     def _agreed(self, what: str, work: Callable[[], T]) -> T:
         """Run `work` on every rank; if it fails anywhere, it has failed everywhere."""
         kept: list[T] = []
-        agree(self._world.group, what, lambda: kept.append(work()))
+        on_all_ranks(self._world.group, what, lambda: kept.append(work()))
         return kept[0]
 
     def _check_request(self) -> None:
@@ -287,7 +289,7 @@ class Trainer:
 
     def _save_unsaved(self) -> None:
         """All ranks are between two steps: what is not on disk goes there."""
-        with suppress(CheckpointError, InternalError):  # it was told, and is made good here
+        with suppress(MegallamaError, InternalError):  # it was told, and is made good here
             self._manager.finish()
         if self._manager.saved_step != self._counters.step > self._first_step:
             self._save(leaving=True)
@@ -305,7 +307,7 @@ class Trainer:
             try:
                 self._save_unsaved()
                 text += f"; step {step} is saved, the same command goes on from there"
-            except (CheckpointError, InternalError) as unsaved:
+            except (MegallamaError, InternalError) as unsaved:
                 text += f"; and step {step} could not be saved: {unsaved}"
         error = DataError(text)
         error.shared, error.status = True, status

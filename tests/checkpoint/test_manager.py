@@ -23,6 +23,7 @@ from megallama.checkpoint import manifest, writer
 from megallama.checkpoint.errors import CheckpointError, NotFiniteError
 from megallama.checkpoint.lock import FolderLock
 from megallama.checkpoint.manager import _touching
+from megallama.comm.errors import MachineError
 from megallama.plan.topology import Topology
 from tests.checkpoint.states import (
     MODEL,
@@ -87,7 +88,7 @@ def test_a_failed_background_save_is_raised_once_by_finish(tmp_path, monkeypatch
     log: list[str] = []
     manager = make_manager(tmp_path, make_config(async_save=True), log=log.append)
     manager.save(1, solo_shards(STATE), {})
-    with pytest.raises(CheckpointError, match="Input/output error"):
+    with pytest.raises(MachineError, match="Input/output error"):
         manager.finish()
     warned = [line for line in log if line.startswith("warning: ")]
     assert warned[0].startswith("warning: checkpoint of step 1: saving") and list(tmp_path.iterdir()) == []
@@ -103,7 +104,7 @@ def test_saves_may_fail_behind_training_until_too_many_have(tmp_path, monkeypatc
     monkeypatch.setattr(writer, "fallocate", broken)
     manager.save(1, solo_shards(STATE), {})
     manager.save(2, solo_shards(STATE), {})  # the first one failed: tolerated
-    with pytest.raises(CheckpointError, match="step-00000002 failed, the checkpoints before it are untouched"):
+    with pytest.raises(MachineError, match="step-00000002 failed, the checkpoints before it are untouched"):
         manager.save(3, solo_shards(STATE), {})
     told = [line for line in log if line.startswith("warning: ")]
     assert told[0].endswith("Input/output error; the run goes on and saves when the next is due")
@@ -114,7 +115,7 @@ def test_saves_may_fail_behind_training_until_too_many_have(tmp_path, monkeypatc
     monkeypatch.setattr(writer, "fallocate", broken)
     manager.save(5, solo_shards(STATE), {})
     manager.save(6, solo_shards(STATE), {})  # a success between: counted anew
-    with pytest.raises(CheckpointError):
+    with pytest.raises(MachineError):
         manager.finish()
     assert steps(tmp_path) == [4] and manager.saved_step == 4
 
@@ -123,7 +124,7 @@ def test_without_tolerance_the_next_save_raises_what_the_one_before_it_met(tmp_p
     monkeypatch.setattr(writer, "fallocate", failing(OSError(errno.EIO, "Input/output error")))
     manager = make_manager(tmp_path, make_config(async_save=True, max_failures=0))
     manager.save(1, solo_shards(STATE), {})
-    with pytest.raises(CheckpointError, match="step-00000001 failed, the checkpoints before it are untouched"):
+    with pytest.raises(MachineError, match="step-00000001 failed, the checkpoints before it are untouched"):
         manager.save(2, solo_shards(STATE), {})
 
 
@@ -267,12 +268,12 @@ def failing(error: OSError, at: int = 1):
     return call
 
 
-def save_two(tmp_path, monkeypatch, name: str, replacement) -> str:
+def save_two(tmp_path, monkeypatch, name: str, replacement, kind: type[Exception] = MachineError) -> str:
     """Save step 1, break a system call, save step 2; the error's text. Step 1 stays, nothing else does."""
     manager = make_manager(tmp_path, make_config())
     manager.save(1, solo_shards(STATE), {"step": 1})
     monkeypatch.setattr(writer if name == "fallocate" else os, name, replacement)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(kind) as error:
         manager.save(2, solo_shards(STATE), {"step": 2})
     monkeypatch.undo()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
@@ -290,7 +291,8 @@ def total_bytes(step: Path) -> int:
 @pytest.mark.parametrize("name", ["fallocate", "pwrite"])
 def test_a_full_disk_is_reported_with_numbers(tmp_path, monkeypatch, name: str, number: int) -> None:
     error = OSError(number, os.strerror(number))
-    text = save_two(tmp_path, monkeypatch, name, failing(error, at=4) if name == "fallocate" else failing(error))
+    broken = failing(error, at=4) if name == "fallocate" else failing(error)
+    text = save_two(tmp_path, monkeypatch, name, broken, CheckpointError)
     need = total_bytes(tmp_path / "step-00000002")
     assert re.search(rf"no space left in {tmp_path}: a checkpoint needs {need} bytes, \d+ are free; make room", text)
 
@@ -347,7 +349,7 @@ def test_one_failing_rank_stops_the_save_on_all_and_is_named(tmp_path, monkeypat
 
     def rank(group):
         manager = make_manager(tmp_path, make_config(), group)
-        with pytest.raises(CheckpointError) as error:
+        with pytest.raises(MachineError) as error:
             manager.save(1, take(STATE, boxes(MODEL, grid, 1, group.rank, owned=True)), {})
         return str(error.value)
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from megallama.checkpoint.errors import CheckpointError, DamagedError, InternalError, agree
-from megallama.comm.errors import LaunchError
+from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.comm.errors import InternalError, LaunchError, MachineError
+from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.config.errors import ConfigError, MegallamaError
 from megallama.data.errors import DataError
 from megallama.train.health import TrainingStopped
@@ -23,7 +24,7 @@ class Particular(MegallamaError):
 
 
 def outcome(failures: dict[int, Exception], size: int = 4, **more: Any) -> list[Any]:
-    """What `agree` does on every rank."""
+    """What `on_all_ranks` does on every rank."""
 
     def body(group: Any) -> Any:
         def work() -> int:
@@ -32,7 +33,7 @@ def outcome(failures: dict[int, Exception], size: int = 4, **more: Any) -> list[
             return group.rank
 
         try:
-            return agree(group, "loading", work, **more)
+            return on_all_ranks(group, "loading", work, **more)
         except Exception as error:  # noqa: BLE001 - looked at by the test
             return error
 
@@ -74,7 +75,7 @@ def test_damage_wins() -> None:
     ("failure", "kind", "text"),
     [
         (KeyError("no such key"), InternalError, "KeyError: 'no such key'"),
-        (OSError(28, "No space left on device"), CheckpointError, "OSError: [Errno 28] No space left on device"),
+        (OSError(28, "No space left on device"), MachineError, "OSError: [Errno 28] No space left on device"),
     ],
 )
 def test_what_nobody_can_put_right_has_status_1_and_its_traceback_is_logged_first(

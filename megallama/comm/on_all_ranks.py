@@ -1,0 +1,65 @@
+"""Work that every rank does, and that has failed everywhere if it failed anywhere.
+
+Each rank tells the others how it fared, so either all go on or all raise the same error, which names the rank that
+failed and why.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megallama.comm.errors import InternalError, MachineError
+from megallama.comm.group import Assembly
+from megallama.config.errors import MegallamaError
+
+_log = logging.getLogger(__name__)
+_log.addHandler(logging.NullHandler())  # without a run's `Logger` nothing is said twice
+
+
+def on_all_ranks(group: Assembly, what: str, work: Callable[[], Any], *, collect: bool = False) -> list[Any]:
+    """Run `work` on this rank; the JSON values it returned on every rank, in rank order.
+
+    collect: the values go to rank 0 alone; what the others get is not to be looked at. Raises, on every rank alike,
+    the kind of MegallamaError that the first rank that failed had, with its status; a `decisive` kind before others.
+    Of what is none, an OSError becomes a MachineError, all others an InternalError; their traceback is logged before
+    anything is exchanged. `what` begins the message.
+    """
+    value, failure, cause = None, None, None
+    try:
+        value = work()
+    except Exception as caught:  # noqa: BLE001 - whatever it is, the other ranks must not wait for us
+        cause, failure = caught, _described(caught)
+        if not isinstance(caught, MegallamaError):
+            _log.error("%s failed", what, exc_info=caught)
+    values: list[Any] = []
+
+    def summary(results: list[Any]) -> list[Any]:
+        values.extend(value for value, _ in results)
+        failed = [[rank, *bad] for rank, (_, bad) in enumerate(results) if bad is not None]
+        return [[] if collect else values, failed]
+
+    everyone, failed = group.gather_values([value, failure], summary)
+    if not failed:
+        return values if collect else everyone
+    # a kind that this rank does not know is what it is an example of
+    failed = [(r, getattr(sys.modules.get(module), name, MegallamaError), *f) for r, (module, name), *f in failed]
+    failed.sort(key=lambda f: not getattr(f[1], "decisive", False))
+    rank, kind, text, status, host = failed[0]
+    who = f"rank {rank} on {host}: " if group.size > 1 else ""
+    others = f" (and {len(failed) - 1} more ranks: {[f[0] for f in failed[1:9]]})" if len(failed) > 1 else ""
+    error = kind.__new__(kind, f"{what}: {who}{text}{others}")  # whatever else its __init__ asks for
+    error.shared, error.status = True, status
+    raise error from cause
+
+
+def _described(error: Exception) -> list[Any]:
+    """Kind, text and status of what all ranks raise for it, and where it happened."""
+    kind, text, status = type(error), str(error), getattr(error, "status", InternalError.status)
+    if not isinstance(error, MegallamaError):
+        kind = MachineError if isinstance(error, OSError) else InternalError
+        text, status = f"{type(error).__name__}: {error}", kind.status
+    return [[kind.__module__, kind.__qualname__], text, status, socket.gethostname()]
