@@ -131,7 +131,7 @@ def test_a_preprocessing_killed_half_way_goes_on(folder: Path, tmp_path: Path) -
     parts = next((half / "text.parts").glob("*/"))
     parts.rename(parts.with_name(digest[:16]))
     code = (
-        "import sys, hashlib; from megallama.data import preprocess, workers; preprocess.JOB_BYTES = 2000\n"
+        "import sys, hashlib; from megallama.text import preprocess, workers; preprocess.JOB_BYTES = 2000\n"
         "run, jobs = preprocess.Crew.run, []\n"
         "note = lambda todo: jobs.extend(job.number for job in todo)\n"
         "preprocess.Crew.run = lambda self, todo, *rest: note(todo) or run(self, todo, *rest)\n"

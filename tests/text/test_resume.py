@@ -35,7 +35,7 @@ def mpirun(ranks: int) -> list[str]:
 
 def run(before: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
     """die.py with some launcher before it."""
-    command = [*before, sys.executable, str(ROOT / "tests" / "data" / "die.py"), *map(str, arguments)]
+    command = [*before, sys.executable, str(ROOT / "tests" / "text" / "die.py"), *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
     assert "Traceback" not in done.stderr, done.stderr
