@@ -1,4 +1,4 @@
-"""Convert a checkpoint: `python tools/reshard_checkpoint.py SOURCE TARGET --to megatron --tp 2 --pp 2 --verify`.
+"""Convert a checkpoint: `python tools/reshard_checkpoint.py SOURCE TARGET --to megatron --tp 2 --compare-logits`.
 
 SOURCE is a step folder or run folder of ours, a Hugging Face folder, Meta's original release (params.json and
 consolidated.NN.pth) or Megatron-style shards per rank (mp_rank_*/model.safetensors and config.json); TARGET must
@@ -33,7 +33,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, help="longest sequence, which Meta's release does not say [tokens]")
     heads = ("auto", "tied")
     parser.add_argument("--head", choices=heads, default="auto", help="tied leaves out a head that is called tied")
-    parser.add_argument("--verify", action="store_true", help="compare logits of source and target on random tokens")
+    what = "compare logits of source and target on random tokens"
+    parser.add_argument("--compare-logits", "--verify", action="store_true", help=what)
     return parser.parse_args(arguments)
 
 
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     from megallama.convert.convert import UnverifiedError, Wish, convert
     from megallama.convert.second_reader import compare
     from megallama.convert.source import Source, foreign_kind, open_source
-    from megallama.convert.verify import compare_logits
+    from megallama.convert.compare_logits import compare_logits
     from megallama.plan.params import num_parameters
 
     for name in ("tp", "pp", "shard_gb", "vocab_multiple"):
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"note: {note}", file=sys.stderr)
         what = f"{source.kind}, {num_parameters(source.model):,} parameters"
         done.append(f"{source.folder} ({what}) -> {options.target} ({options.to}, {dtype})")
-        if options.verify:
+        if options.compare_logits:
             step = next(result.glob("step-*"), result) if options.to == "step" else result
             with open_source(step, context=options.context) as target:
                 worst = compare_logits(source, target, dtype)

@@ -98,7 +98,7 @@ def test_several_number_formats_need_a_choice(refused, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "hf/model.safetensors", {"format": "pt"})
     text = refused(tmp_path / "hf", "--to", "megatron")
     assert "mixes the number formats ['BF16', 'F32']; choose one with --dtype" in text
-    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "megatron", "--dtype", "fp32", "--verify"]) == 0
+    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "megatron", "--dtype", "fp32", "--compare-logits"]) == 0
 
 
 def test_values_beyond_fp16_are_refused(refused, tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_a_killed_one_is_cleared_aw
 def test_it_runs_as_a_program(tmp_path: Path) -> None:
     tensors = hf_folder(tmp_path / "hf", GQA)
     command = [sys.executable, str(ROOT / "tools/reshard_checkpoint.py"), str(tmp_path / "hf"), str(tmp_path / "out")]
-    more = ["--to", "megatron", "--tp", "2", "--verify"]
+    more = ["--to", "megatron", "--tp", "2", "--compare-logits"]
     done = subprocess.run([*command, *more], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     first, second, third = done.stdout.splitlines()

@@ -55,11 +55,11 @@ def tied(folder: Path) -> bool:
 def test_another_head_is_kept_and_said(tmp_path: Path, capsys, kind: str, change: str) -> None:
     tensors = folder_with_head(tmp_path / "hf", change)
     ranks = {"megatron": ["--tp", "2", "--pp", "2"], "meta": ["--tp", "2"]}.get(kind, [])
-    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", kind, "--verify", *ranks]) == 0
+    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", kind, "--compare-logits", *ranks]) == 0
     said = capsys.readouterr()
     assert said.err.count(f"{tmp_path / 'hf'}: lm_head.weight {NOTE} kept, as a head of its own\n") == 1
     assert ", from transformers's for the source" in said.out
-    assert main([str(tmp_path / "out"), str(tmp_path / "back"), "--to", "hf", "--verify"]) == 0
+    assert main([str(tmp_path / "out"), str(tmp_path / "back"), "--to", "hf", "--compare-logits"]) == 0
     assert NOTE not in capsys.readouterr().err
     found = read_hf(tmp_path / "back")
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
@@ -68,7 +68,7 @@ def test_another_head_is_kept_and_said(tmp_path: Path, capsys, kind: str, change
 
 def test_the_same_bits_are_tied_and_nothing_is_said(tmp_path: Path, capsys) -> None:
     tensors = folder_with_head(tmp_path / "hf", "none")
-    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "hf", "--verify"]) == 0
+    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "hf", "--compare-logits"]) == 0
     assert capsys.readouterr().err == "" and tied(tmp_path / "out")
     assert read_hf(tmp_path / "out").keys() == tensors.keys() - {HEAD}
 
@@ -76,7 +76,7 @@ def test_the_same_bits_are_tied_and_nothing_is_said(tmp_path: Path, capsys) -> N
 @pytest.mark.parametrize("kind", ["hf", "meta"])
 def test_asked_for_it_is_left_out_and_said(tmp_path: Path, capsys, kind: str) -> None:
     tensors = folder_with_head(tmp_path / "hf")
-    arguments = [str(tmp_path / "hf"), str(tmp_path / "out"), "--to", kind, "--head", "tied", "--verify"]
+    arguments = [str(tmp_path / "hf"), str(tmp_path / "out"), "--to", kind, "--head", "tied", "--compare-logits"]
     assert main(arguments) == 0
     assert f"lm_head.weight {NOTE} left out\n" in capsys.readouterr().err
     if kind == "meta":
@@ -113,7 +113,7 @@ def megatron(tmp_path: Path, pp: int, change: float | None) -> tuple[Path, Tenso
 @pytest.mark.parametrize("head", ["auto", "tied"])
 def test_megatron_shards(tmp_path: Path, capsys, pp: int, change: float | None, head: str) -> None:
     folder, tensors = megatron(tmp_path, pp, change)
-    assert main([str(folder), str(tmp_path / "out"), "--to", "hf", "--head", head, "--verify"]) == 0
+    assert main([str(folder), str(tmp_path / "out"), "--to", "hf", "--head", head, "--compare-logits"]) == 0
     said, kept = capsys.readouterr().err, change is not None and head == "auto"
     assert (f"output_layer.weight {NOTE} kept, as a head of its own" in said) == kept
     assert (f"output_layer.weight {NOTE} left out" in said) == (change is not None and head == "tied")
@@ -157,14 +157,14 @@ def test_text_is_made_with_the_head_of_the_file(tmp_path: Path) -> None:
 def test_verification_sees_a_head_that_was_dropped(tmp_path: Path, monkeypatch, capsys) -> None:
     folder_with_head(tmp_path / "hf")
     monkeypatch.setattr("megallama.checkpoint.reader.equal_rows", lambda *_: True)
-    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "hf", "--verify"]) == 1
+    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "hf", "--compare-logits"]) == 1
     assert "differently: logits of random tokens by" in capsys.readouterr().err
 
 
 def test_verification_has_a_second_reader_where_transformers_is_not(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     hf_folder(tmp_path / "hf", MHA)
-    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "hf", "--verify"]) == 0
+    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "hf", "--compare-logits"]) == 0
     assert "of the largest, from a second reader's for the source, from a second" in capsys.readouterr().out
     folder_with_head(tmp_path / "tied")
     monkeypatch.setattr("megallama.checkpoint.reader.equal_rows", lambda *_: True)
@@ -193,7 +193,7 @@ def test_verification_finds_a_setting_that_both_sides_miss(tmp_path: Path, monke
     right = source.read_model_config
     wrong = {"rope_theta": 200.0}
     monkeypatch.setattr(source, "read_model_config", lambda folder: right(folder).model_copy(update=wrong))
-    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "hf", "--verify"]) == 1
+    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "hf", "--compare-logits"]) == 1
     assert f"megallama read {tmp_path / 'hf'} differently: logits of random tokens" in capsys.readouterr().err
 
 
@@ -204,6 +204,6 @@ def test_a_folder_of_several_files_is_looked_at_too(tmp_path: Path, capsys) -> N
     held = json.loads(index.read_text())
     held["weight_map"][HEAD] = "head.safetensors"
     index.write_text(json.dumps(held))
-    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "hf", "--verify"]) == 0
+    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "hf", "--compare-logits"]) == 0
     assert "kept, as a head of its own" in capsys.readouterr().err
     assert torch.equal(read_hf(tmp_path / "out")[HEAD], load_file(tmp_path / "hf/head.safetensors")[HEAD])

@@ -1,4 +1,4 @@
-"""--verify: right conversions pass, and every kind of mistake in a map is found."""
+"""--compare-logits: right conversions pass, and every kind of mistake in a map is found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from megallama.commands.convert import main
 from megallama.convert import foreign
 from megallama.convert.source import open_source
-from megallama.convert.verify import TOLERANCE, compare_logits
+from megallama.convert.compare_logits import TOLERANCE, compare_logits
 from tests.checkpoint.states import make_config, make_manager, make_state, solo_shards
 from tests.convert.formats import GQA, MHA, MODELS, hf_folder, read_hf, to
 
@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 
 def run(source: Path, target: Path, kind: str, *more: str) -> int:
-    return main([str(source), str(target), "--to", kind, "--verify", *more])
+    return main([str(source), str(target), "--to", kind, "--compare-logits", *more])
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -45,7 +45,7 @@ def test_a_step_folder_passes_in_every_number_format(tmp_path: Path, dtype: str)
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_compared_logits_are_those_of_transformers(tmp_path: Path, model: str) -> None:
-    from megallama.convert.verify import run as run_layers
+    from megallama.convert.compare_logits import run as run_layers
 
     hf_folder(tmp_path / "hf", MODELS[model], torch.float32)
     tokens = torch.arange(20) * 6
