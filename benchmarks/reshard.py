@@ -40,7 +40,7 @@ ROWS: dict[str, tuple[str, str, list[str]]] = {  # name -> source, target, optio
     "megatron tp2 pp2 -> HF": ("megatron", "back", ["--to", "hf", "--shard-gb", "1"]),
     "HF -> meta mp2": ("hf", "meta", ["--to", "meta", "--tp", "2"]),
     "meta mp2 -> HF": ("meta", "back2", ["--to", "hf", "--shard-gb", "1"]),
-    "HF -> megatron tp2 pp2, verified": ("hf", "checked", ["--to", "megatron", "--tp", "2", "--pp", "2", "--compare-logits"]),
+    "HF -> megatron tp2 pp2, verified": ("hf", "checked", "--to megatron --tp 2 --pp 2 --compare-logits".split()),
 }
 
 

@@ -27,7 +27,7 @@ WEIGHTS = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """Where a tensor lies: its elements begin at byte `offset` of the file."""
 
     file: str
@@ -55,7 +55,7 @@ class FileSet:
     """The files that together hold every tensor of the model once."""
 
     files: tuple[TensorFile, ...]
-    places: Mapping[str, Place]
+    places: Mapping[str, TensorPlace]
 
     def index(self) -> bytes:
         """The content of Hugging Face's model.safetensors.index.json."""
@@ -88,7 +88,7 @@ def file_set(stem: str, shapes: Mapping[str, tuple[int, ...]], dtype: str, shard
         groups[-1].append(name)
         filled += nbytes
     files: list[TensorFile] = []
-    places: dict[str, Place] = {}
+    places: dict[str, TensorPlace] = {}
     for i, names in enumerate(groups, 1):
         one = one_file(f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", {n: shapes[n] for n in names}, dtype)
         files += one.files
@@ -101,7 +101,7 @@ def one_file(file: str, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> Fi
     header, size = _header(shapes, dtype)
     at, places = len(header), {}
     for name, shape in shapes.items():
-        places[name] = Place(file, at, tuple(shape), dtype)
+        places[name] = TensorPlace(file, at, tuple(shape), dtype)
         at += prod(shape) * DTYPES[dtype].itemsize
     return FileSet((TensorFile(file, header, size),), places)
 

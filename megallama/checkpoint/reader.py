@@ -25,7 +25,7 @@ from torch import Tensor
 from megallama.checkpoint import disk, manifest
 from megallama.checkpoint.errors import CheckpointError, DamagedError
 from megallama.checkpoint.huggingface import read_model_config
-from megallama.checkpoint.layout import DTYPES, STATE, Place, layout
+from megallama.checkpoint.layout import DTYPES, STATE, TensorPlace, layout
 from megallama.config.schema import ModelConfig
 from megallama.layers.shard import StateShard
 from megallama.plan.box import Box
@@ -151,7 +151,7 @@ def _blocks_of(spans: Iterable[tuple[int, int]], block_bytes: int) -> Iterator[i
 class TensorFiles:
     """Tensors by name, wherever in a set of files they lie; files are opened when first needed."""
 
-    def __init__(self, places: Mapping[str, Place], opener: Callable[[str], BlockFile]) -> None:
+    def __init__(self, places: Mapping[str, TensorPlace], opener: Callable[[str], BlockFile]) -> None:
         self.places = places
         self._opener = opener
         self._opened: dict[str, BlockFile] = {}
@@ -209,7 +209,7 @@ class TensorFiles:
         return self._opened[name]
 
 
-def _rows(place: Place, box: Box, first: int, last: int) -> tuple[int, int]:
+def _rows(place: TensorPlace, box: Box, first: int, last: int) -> tuple[int, int]:
     """The bytes [start, stop) of the file from the first to the last element of some rows of a box."""
     top = box.start[0] if len(place.shape) == 2 else 0
     start = (top + first) * place.shape[-1] + box.start[-1]
@@ -217,7 +217,7 @@ def _rows(place: Place, box: Box, first: int, last: int) -> tuple[int, int]:
     return place.offset + start * place.item_bytes, place.offset + stop * place.item_bytes
 
 
-def _read_header(label: str, file: BlockFile) -> dict[str, Place]:
+def _read_header(label: str, file: BlockFile) -> dict[str, TensorPlace]:
     """The tensors of a safetensors file.
 
     Raises: DamagedError if the header does not fit the file, or says of its bytes what cannot be.
@@ -233,7 +233,7 @@ def _read_header(label: str, file: BlockFile) -> dict[str, Place]:
             (start, stop), shape = entry["data_offsets"], tuple(entry["shape"])
             if len(shape) > 8 or not all(type(n) is int and n >= 0 for n in (start, stop, *shape)):
                 raise DamagedError(f"{file.path}: tensor {name} has a shape or a place that cannot be")
-            places[name] = place = Place(label, 8 + length + start, shape, entry["dtype"])
+            places[name] = place = TensorPlace(label, 8 + length + start, shape, entry["dtype"])
             fits = entry["dtype"] not in DTYPES or stop - start == prod(shape) * place.item_bytes
             if not fits or 8 + length + stop > file.size:
                 raise DamagedError(f"{file.path}: tensor {name} does not fit the file: bytes {start} to {stop}")
@@ -293,7 +293,7 @@ def open_folder(folder: Path) -> TensorFiles:
 
 def open_files(folder: Path, names: Sequence[str]) -> TensorFiles:
     """The tensors of some safetensors files. Raises: DamagedError for a file that is missing or truncated."""
-    places: dict[str, Place] = {}
+    places: dict[str, TensorPlace] = {}
     for name in names:
         file = BlockFile(folder / name)
         try:
@@ -352,7 +352,7 @@ class RowReader(Protocol):
     """Tensors by name that are read by rows: `TensorFiles`, or a file of another program."""
 
     @property
-    def places(self) -> Mapping[str, Place]: ...
+    def places(self) -> Mapping[str, TensorPlace]: ...
     def read_rows(self, key: str, row: int, out: Tensor) -> None: ...
     def close(self) -> None: ...
 
@@ -385,7 +385,7 @@ def check_tensors(where: Path, files: TensorFiles, model: ModelConfig) -> None:
     refuse(where, problems)
 
 
-def tensor_problems(want: Mapping[str, tuple[int, ...]], found: Mapping[str, Place]) -> list[str]:
+def tensor_problems(want: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorPlace]) -> list[str]:
     """A line for every tensor that is missing, unknown, of another shape or of a number format we do not know."""
     problems = [f"missing: {n} {list(want[n])}" for n in want if n not in found]
     problems += [f"unknown: {n} {list(found[n].shape)}" for n in found if n not in want]

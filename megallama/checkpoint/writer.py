@@ -33,7 +33,7 @@ from megallama.checkpoint import manifest
 from megallama.checkpoint.disk import opened, read_at, sync, write_at, write_durably
 from megallama.checkpoint.errors import CheckpointError, NotFiniteError
 from megallama.checkpoint.folder import REPLACED, remove_checkpoint, unfinished
-from megallama.checkpoint.layout import DTYPES, FileSet, Place
+from megallama.checkpoint.layout import DTYPES, FileSet, TensorPlace
 from megallama.comm.group import Assembly
 from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.layers.shard import StateShard
@@ -167,7 +167,7 @@ def _write_shards(content: Content, shards: Sequence[StateShard], flusher: Flush
         ThreadPoolExecutor(THREADS) as pool,
     ):
 
-        def write(place: Place, box: Box, tensor: Tensor) -> None:
+        def write(place: TensorPlace, box: Box, tensor: Tensor) -> None:
             outputs[place.file].write_box(place, box, tensor)
             flusher.wrote(box.numel * place.item_bytes)
 
@@ -193,7 +193,7 @@ class _Output:
         self._hash: hashlib._Hash | None = None
         self.digests: dict[int, str] = {}
 
-    def write_box(self, place: Place, box: Box, tensor: Tensor) -> None:
+    def write_box(self, place: TensorPlace, box: Box, tensor: Tensor) -> None:
         """Write the elements of `box`. Raises: NotFiniteError naming the first that is inf or nan."""
         item = place.item_bytes
         for start in range(0, box.numel, CHUNK_ELEMENTS):

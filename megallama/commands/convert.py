@@ -42,10 +42,10 @@ def run(options: argparse.Namespace) -> int:
     """Check the options, convert, tell."""
     from megallama.checkpoint.find import find_model
     from megallama.config.errors import ConfigError
-    from megallama.convert.convert import UnverifiedError, Wish, convert
+    from megallama.convert.compare_logits import compare_logits
+    from megallama.convert.convert import ConvertOptions, UnverifiedError, convert
     from megallama.convert.second_reader import compare
     from megallama.convert.source import Source, foreign_kind, open_source
-    from megallama.convert.compare_logits import compare_logits
     from megallama.plan.params import num_parameters
 
     for name in ("tp", "pp", "shard_gb", "vocab_multiple"):
@@ -77,9 +77,11 @@ def run(options: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     shard_bytes = int(options.shard_gb * 1e9)
-    wish = Wish(options.to, options.tp, options.pp, options.dtype, shard_bytes, options.vocab_multiple, options.head)
+    wanted = ConvertOptions(
+        options.to, options.tp, options.pp, options.dtype, shard_bytes, options.vocab_multiple, options.head
+    )
     try:
-        convert(folder, options.target, wish, options.context, check)
+        convert(folder, options.target, wanted, options.context, check)
     except UnverifiedError as error:
         print(f"NOT VERIFIED: {error}; the result is kept as {options.target}.unverified", file=sys.stderr)
         return 1

@@ -27,7 +27,7 @@ from megallama.checkpoint.manager import CheckpointManager
 from megallama.checkpoint.writer import Content, Flusher, OpenFiles, as_bytes, create_files, explained
 from megallama.comm.group import Solo
 from megallama.config.schema import CheckpointConfig, Config, PrecisionConfig
-from megallama.convert.foreign import Form
+from megallama.convert.foreign import Format
 from megallama.convert.pth import pack
 from megallama.convert.source import PRECISION, Source, config_of, open_source, spans
 from megallama.layers.shard import StateShard
@@ -44,7 +44,7 @@ class UnverifiedError(CheckpointError):
 
 
 @dataclass(frozen=True)
-class Wish:
+class ConvertOptions:
     """What `convert` is to write; None where the source decides."""
 
     to: str  # "step", "hf", "meta" or "megatron"
@@ -59,7 +59,7 @@ class Wish:
 Check = Callable[[Source, Path, str], None]
 
 
-def convert(folder: Path, target: Path, wish: Wish, context: int | None, check: Check) -> None:
+def convert(folder: Path, target: Path, options: ConvertOptions, context: int | None, check: Check) -> None:
     """Write the checkpoint `folder` to `target` in another format.
 
     `check` is called with the source, the finished result's folder and its number format before it gets its name.
@@ -71,19 +71,19 @@ def convert(folder: Path, target: Path, wish: Wish, context: int | None, check: 
     temporary = unfinished(target)
     step = reader.step_folder(folder)
     stored = manifest.read_manifest(step).body["precision"] if step else None
-    masters = step is not None and (wish.to == "step" or wish.dtype not in (None, stored))
-    with open_source(folder, "master" if masters else "model", context, wish.head) as source:
-        if wish.head == "tied" and not source.model.tie_embeddings:
+    masters = step is not None and (options.to == "step" or options.dtype not in (None, stored))
+    with open_source(folder, "master" if masters else "model", context, options.head) as source:
+        if options.head == "tied" and not source.model.tie_embeddings:
             raise CheckpointError(f"--head tied: {folder} does not say that its head is tied; leave the option out")
-        if stored is None and len(source.formats) > 1 and wish.dtype is None:
-            raise CheckpointError(f"{folder} mixes the number formats {source.formats}; choose one with --dtype")
-        dtype = wish.dtype or stored or PRECISION[source.formats[0]]
+        if stored is None and len(source.number_formats) > 1 and options.dtype is None:
+            raise CheckpointError(f"{folder} mixes the number formats {source.number_formats}; choose one with --dtype")
+        dtype = options.dtype or stored or PRECISION[source.number_formats[0]]
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            if wish.to == "step":
-                _write_step(source, temporary, wish.shard_bytes, dtype)
+            if options.to == "step":
+                _write_step(source, temporary, options.shard_bytes, dtype)
             else:
-                _write_files(source, target, wish, WEIGHTS[dtype])
+                _write_files(source, target, options, WEIGHTS[dtype])
             check(source, temporary, dtype)
             temporary.rename(target)
             sync(target.parent)
@@ -98,24 +98,24 @@ def convert(folder: Path, target: Path, wish: Wish, context: int | None, check: 
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _plan(source: Source, wish: Wish, dtype: str) -> tuple[Form, dict[str, FileSet], dict[str, bytes]]:
+def _plan(source: Source, options: ConvertOptions, dtype: str) -> tuple[Format, dict[str, FileSet], dict[str, bytes]]:
     """(where the tensors go, the files that hold them, small files by name) of a target of other programs."""
     model, small = source.model, dict(source.small)
-    if wish.to == "meta":
+    if options.to == "meta":
         rows = model.rope_theta == 500000 or model.rope_scaling is not None  # LLaMA 3
-        form = foreign.meta_form(model, wish.tp, rows)
+        format = foreign.meta_format(model, options.tp, rows)
         params = json.dumps(foreign.meta_params(model)) + "\n"
         small = {name: data for name, data in small.items() if name.startswith("tokenizer")}
-        sets = {file: one_file(file + ".raw", shapes, dtype) for file, shapes in form.files.items()}
-        return form, sets, small | {"params.json": params.encode()}
+        sets = {file: one_file(file + ".raw", shapes, dtype) for file, shapes in format.files.items()}
+        return format, sets, small | {"params.json": params.encode()}
     small = _small(source, PRECISION[dtype])
-    if wish.to == "megatron":
-        multiple = wish.vocab_multiple * wish.tp
-        form = foreign.megatron_form(model, wish.tp, wish.pp, -(-model.vocab_size // multiple) * multiple)
-        return form, {file: one_file(file, shapes, dtype) for file, shapes in form.files.items()}, small
-    form = foreign.whole_form(model)
-    sets = {"": file_set("model", form.shapes, dtype, wish.shard_bytes)}
-    return form, sets, small | {"model.safetensors.index.json": sets[""].index()}
+    if options.to == "megatron":
+        multiple = options.vocab_multiple * options.tp
+        format = foreign.megatron_format(model, options.tp, options.pp, -(-model.vocab_size // multiple) * multiple)
+        return format, {file: one_file(file, shapes, dtype) for file, shapes in format.files.items()}, small
+    format = foreign.whole_format(model)
+    sets = {"": file_set("model", format.shapes, dtype, options.shard_bytes)}
+    return format, sets, small | {"model.safetensors.index.json": sets[""].index()}
 
 
 def _small(source: Source, dtype: str) -> dict[str, bytes]:
@@ -127,20 +127,20 @@ def _small(source: Source, dtype: str) -> dict[str, bytes]:
     return {**source.small, "config.json": (json.dumps(settings, indent=2) + "\n").encode()}
 
 
-def _write_files(source: Source, target: Path, wish: Wish, dtype: str) -> None:
+def _write_files(source: Source, target: Path, options: ConvertOptions, dtype: str) -> None:
     """Write a target of other programs, under its unfinished name, and make it durable."""
-    form, sets, small = _plan(source, wish, dtype)
+    format, sets, small = _plan(source, options, dtype)
     content = Content(target, sets, small, {}, 0)
     with explained(content):
         create_files(content)
         paths = [content.temporary / name for name in content.sizes()]
         with OpenFiles(content.temporary) as files, Flusher(paths) as flusher:
-            for name, shape in form.shapes.items():
-                _write_tensor(source, name, form, sets, files)
+            for name, shape in format.shapes.items():
+                _write_tensor(source, name, format, sets, files)
                 flusher.wrote(prod(shape) * DTYPES[dtype].itemsize)
             flusher.begin()
             flusher.finish()
-        if wish.to == "meta":
+        if options.to == "meta":
             for file, one in sets.items():
                 raw = content.temporary / one.files[0].name
                 pack(raw, one.places, content.temporary / file)
@@ -150,11 +150,11 @@ def _write_files(source: Source, target: Path, wish: Wish, dtype: str) -> None:
             sync(folder)
 
 
-def _write_tensor(source: Source, name: str, form: Form, sets: dict[str, FileSet], files: OpenFiles) -> None:
+def _write_tensor(source: Source, name: str, format: Format, sets: dict[str, FileSet], files: OpenFiles) -> None:
     """Write all pieces of a tensor, in the target's number format."""
-    tensor, turn = source.tensor(name), form.heads_of(name)
+    tensor, turn = source.tensor(name), format.heads_of(name)
     tensor = foreign.paired(tensor, *turn) if turn else tensor
-    for piece in form.pieces[name]:
+    for piece in format.pieces[name]:
         place = sets[piece.file].places[piece.key]
         fd, row = files.open(place.file), prod(place.shape[1:]) * place.item_bytes
         part = tensor[piece.box.within(Box.whole(name, tuple(tensor.shape)))]
@@ -181,7 +181,7 @@ class _Shards(Sequence[StateShard]):
         name = self._names[index]
         found = [source.tensor(name).reshape(-1) for source in self._sources]
         zeros = torch.zeros(()).expand(found[0].shape)
-        return StateShard(Box.whole(name, self._sources[0].form.shapes[name]), *(found + [zeros, zeros])[:3])
+        return StateShard(Box.whole(name, self._sources[0].format.shapes[name]), *(found + [zeros, zeros])[:3])
 
 
 def _write_step(source: Source, folder: Path, shard_bytes: int, dtype: str) -> None:
@@ -196,7 +196,7 @@ def _write_step(source: Source, folder: Path, shard_bytes: int, dtype: str) -> N
     )
     with ExitStack() as stack:
         moments = [stack.enter_context(open_source(source.folder, kind)) for kind in STATE[1:]] if body else []
-        shards = _Shards(list(source.form.shapes), [source, *moments])
+        shards = _Shards(list(source.format.shapes), [source, *moments])
         small = _small(source, dtype)
         manager = CheckpointManager(
             config, folder, 0, Solo(), None, lambda text: None, small=small, shard_bytes=shard_bytes

@@ -1,6 +1,6 @@
 """Where the tensors of a LLaMA lie in the files of other programs.
 
-A *form* says of every tensor in every file which rectangles of Hugging Face tensors are stacked in its
+A *format* says of every tensor in every file which rectangles of Hugging Face tensors are stacked in its
 rows, the same idea as `plan.params.Part`.  Reading and writing follow the same map, so a format is
 described once.  docs/checkpoint_formats.md describes the formats in words.
 """
@@ -55,7 +55,7 @@ class Piece:
 
 
 @dataclass
-class Form:
+class Format:
     """The files of a format with their tensors, and where each Hugging Face tensor lies in them.
 
     The pieces of a tensor first cover it once; those after that are further copies.
@@ -100,12 +100,12 @@ def halved(weight: Tensor, count: int, d: int) -> Tensor:
     return weight.view(count, d // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
-def whole_form(model: ModelConfig) -> Form:
+def whole_format(model: ModelConfig) -> Format:
     """A Hugging Face folder: every tensor once and whole; `TensorFiles` and `FileSet` know the file."""
-    form = Form(global_shapes(model))
-    for name, shape in form.shapes.items():
-        form.stack("", name, [Box.whole(name, shape)])
-    return form
+    format = Format(global_shapes(model))
+    for name, shape in format.shapes.items():
+        format.stack("", name, [Box.whole(name, shape)])
+    return format
 
 
 def divides(size: int, option: str, what: Mapping[str, int]) -> None:
@@ -118,7 +118,7 @@ def divides(size: int, option: str, what: Mapping[str, int]) -> None:
         raise CheckpointError(f"{option}={size} does not divide {', '.join(wrong)}; use {near}")
 
 
-def meta_form(model: ModelConfig, ranks: int, embedding_rows: bool) -> Form:
+def meta_format(model: ModelConfig, ranks: int, embedding_rows: bool) -> Format:
     """Meta's release: consolidated.NN.pth of each model-parallel rank.
 
     The embedding is split by columns in LLaMA 1 and 2, by rows (`embedding_rows`) in LLaMA 3.  A tied head is a copy.
@@ -130,15 +130,15 @@ def meta_form(model: ModelConfig, ranks: int, embedding_rows: bool) -> Form:
         )
     sizes = {"num_kv_heads": k, "num_heads": n, "ffn_hidden_size": model.ffn_hidden_size}
     divides(ranks, "--tp", sizes | {"vocab_size": model.vocab_size, "hidden_size": model.hidden_size})
-    form = Form(global_shapes(model), (n, k, d))
-    for name in form.shapes:
+    format = Format(global_shapes(model), (n, k, d))
+    for name in format.shapes:
         for r in range(ranks):
             axis = 1 if name == EMBEDDING and not embedding_rows else None
-            form.stack(meta_file(r), meta_key(name), [form.cut(name, r, ranks, axis)])
+            format.stack(meta_file(r), meta_key(name), [format.cut(name, r, ranks, axis)])
     if model.tie_embeddings:
         for r in range(ranks):
-            form.stack(meta_file(r), "output.weight", [form.cut(EMBEDDING, r, ranks)])
-    return form
+            format.stack(meta_file(r), "output.weight", [format.cut(EMBEDDING, r, ranks)])
+    return format
 
 
 def meta_file(rank: int) -> str:
@@ -218,9 +218,9 @@ def megatron_file(tp_rank: int, pp_rank: int, pp: int) -> str:
     return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if pp > 1 else "") + "/model.safetensors"
 
 
-def megatron_form(
+def megatron_format(
     model: ModelConfig, tp: int, pp: int, vocab_rows: int, norms: Sequence[str] = FUSED_NORMS, copy: bool = True
-) -> Form:
+) -> Format:
     """Megatron's GPTModel, a file for each of tp x pp ranks; `vocab_rows` is the padded vocabulary.
 
     `copy`: the last of several stages has a copy of a tied embedding.
@@ -228,36 +228,36 @@ def megatron_form(
     n, k, _ = heads(model)
     divides(tp, "--tp", {"num_kv_heads": k, "num_heads": n, "ffn_hidden_size": model.ffn_hidden_size})
     divides(pp, "--pp", {"num_layers": model.num_layers})
-    form, depth = Form(global_shapes(model)), model.num_layers // pp
+    format, depth = Format(global_shapes(model)), model.num_layers // pp
     last = "lm_head.weight" if not model.tie_embeddings else EMBEDDING
     for t in range(tp):
-        _vocab(form, megatron_file(t, 0, pp), MEGATRON_EMBEDDING, EMBEDDING, (t, tp), vocab_rows)
+        _vocab(format, megatron_file(t, 0, pp), MEGATRON_EMBEDDING, EMBEDDING, (t, tp), vocab_rows)
     for i in range(model.num_layers):
         stage, local = divmod(i, depth)
         for t in range(tp):
-            _megatron_layer(form, megatron_file(t, stage, pp), i, f"decoder.layers.{local}.", (t, tp), k, norms)
+            _megatron_layer(format, megatron_file(t, stage, pp), i, f"decoder.layers.{local}.", (t, tp), k, norms)
     for t in range(tp):
         file = megatron_file(t, pp - 1, pp)
-        form.stack(file, "decoder.final_layernorm.weight", [form.cut("model.norm.weight", t, tp)])
+        format.stack(file, "decoder.final_layernorm.weight", [format.cut("model.norm.weight", t, tp)])
         if (pp > 1 and copy) or not model.tie_embeddings:
-            _vocab(form, file, MEGATRON_HEAD, last, (t, tp), vocab_rows)
-    return form
+            _vocab(format, file, MEGATRON_HEAD, last, (t, tp), vocab_rows)
+    return format
 
 
-def _vocab(form: Form, file: str, key: str, name: str, rank: tuple[int, int], rows: int) -> None:
-    per, (v, h) = rows // rank[1], form.shapes[name]
+def _vocab(format: Format, file: str, key: str, name: str, rank: tuple[int, int], rows: int) -> None:
+    per, (v, h) = rows // rank[1], format.shapes[name]
     first, stop = (min(v, r * per) for r in (rank[0], rank[0] + 1))
-    form.stack(file, key, [Box(name, (first, 0), (stop, h))], per)
+    format.stack(file, key, [Box(name, (first, 0), (stop, h))], per)
 
 
 def _megatron_layer(
-    form: Form, file: str, i: int, theirs: str, rank: tuple[int, int], k: int, norms: Sequence[str]
+    format: Format, file: str, i: int, theirs: str, rank: tuple[int, int], k: int, norms: Sequence[str]
 ) -> None:
     """One layer of one rank: query groups [their q heads, k, v] under one another; gate above up."""
     (t, tp), name = rank, f"model.layers.{i}."
     groups = range(t * k // tp, (t + 1) * k // tp)
-    qkv = [form.cut(f"{name}self_attn.{part}_proj.weight", group, k) for group in groups for part in "qkv"]
-    form.stack(file, theirs + "self_attention.linear_qkv.weight", qkv)
+    qkv = [format.cut(f"{name}self_attn.{part}_proj.weight", group, k) for group in groups for part in "qkv"]
+    format.stack(file, theirs + "self_attention.linear_qkv.weight", qkv)
     for key, parts in {
         norms[0]: ["input_layernorm"],
         "self_attention.linear_proj.weight": ["self_attn.o_proj"],
@@ -265,4 +265,4 @@ def _megatron_layer(
         "mlp.linear_fc1.weight": ["mlp.gate_proj", "mlp.up_proj"],
         "mlp.linear_fc2.weight": ["mlp.down_proj"],
     }.items():
-        form.stack(file, theirs + key, [form.cut(f"{name}{part}.weight", t, tp) for part in parts])
+        format.stack(file, theirs + key, [format.cut(f"{name}{part}.weight", t, tp) for part in parts])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megallama.checkpoint import disk
 from megallama.checkpoint.errors import CheckpointError, DamagedError
-from megallama.checkpoint.layout import DTYPES, Place
+from megallama.checkpoint.layout import DTYPES, TensorPlace
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -42,7 +42,7 @@ class PthFile:
         if sum(tensor.nbytes <= size for tensor in plain) < len(values):  # each must be in the file
             raise CheckpointError(f"{path} is not a file of tensors by name, as Meta's consolidated.NN.pth is")
         self._tensors: dict[str, Tensor] = found
-        self.places = {k: Place("", 0, tuple(t.shape), _NAMES.get(t.dtype, str(t.dtype))) for k, t in found.items()}
+        self.places = {k: TensorPlace("", 0, tuple(t.shape), _NAMES.get(t.dtype, str(t.dtype))) for k, t in found.items()}
 
     def read_rows(self, key: str, row: int, out: Tensor) -> None:
         """Fill `out` [n, ...] with rows `row` .. `row` + n - 1."""
@@ -53,7 +53,7 @@ class PthFile:
         self._tensors = {}
 
 
-def pack(raw: Path, places: Mapping[str, Place], path: Path) -> None:
+def pack(raw: Path, places: Mapping[str, TensorPlace], path: Path) -> None:
     """Write the tensors of the safetensors file `raw` as a .pth file, one by one from its mapped pages.
 
     Raises: CheckpointError if it cannot be written, as on a full disk.

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megallama.checkpoint.layout import DTYPES, WEIGHTS
-from megallama.convert.source import Source
 from megallama.convert.compare_logits import difference, random_tokens, run
+from megallama.convert.source import Source
 from megallama.plan.params import num_parameters
 
 MOST_PARAMETERS = 2_000_000_000  # of a model that is given to transformers, which holds it whole, in fp32

@@ -21,9 +21,9 @@ import megallama.convert.foreign as foreign
 from megallama.checkpoint import disk, manifest, reader
 from megallama.checkpoint.errors import CheckpointError, DamagedError
 from megallama.checkpoint.huggingface import META_CONTEXT, model_files, own_tokenizer, read_model_config, special_tokens
-from megallama.checkpoint.layout import DTYPES, WEIGHTS, Place
+from megallama.checkpoint.layout import DTYPES, WEIGHTS, TensorPlace
 from megallama.config.schema import BatchConfig, Config, ModelConfig, PrecisionConfig
-from megallama.convert.foreign import EMBEDDING, Form, Piece
+from megallama.convert.foreign import EMBEDDING, Format, Piece
 from megallama.convert.pth import PthFile
 from megallama.plan.box import Box
 
@@ -44,7 +44,7 @@ class Source:
     kind: str  # "step", "hf", "meta" or "megatron"
     folder: Path
     model: ModelConfig
-    form: Form
+    format: Format
     files: Mapping[str, reader.RowReader]
     small: Mapping[str, bytes]  # config.json and the tokenizer's files, as Hugging Face has them
     saved: manifest.Manifest | None = None
@@ -66,14 +66,14 @@ class Source:
         return self.kind in ("hf", "megatron") and self.model.tie_embeddings and bool(self.notes)
 
     @property
-    def formats(self) -> list[str]:
+    def number_formats(self) -> list[str]:
         """The number formats of the tensors, in safetensors' names."""
-        return sorted({self._dtype(name) for name in self.form.shapes})
+        return sorted({self._dtype(name) for name in self.format.shapes})
 
     @property
-    def places(self) -> dict[str, Place]:
+    def places(self) -> dict[str, TensorPlace]:
         """The tensors as of one file, for those who compare."""
-        return {name: Place("", 0, shape, self._dtype(name)) for name, shape in self.form.shapes.items()}
+        return {name: TensorPlace("", 0, shape, self._dtype(name)) for name, shape in self.format.shapes.items()}
 
     def raw(self, file: str, key: str) -> Tensor:
         """A tensor as its file has it."""
@@ -88,12 +88,12 @@ class Source:
         Raises: DamagedError if ranks that should hold the same hold something else.
         """
         self._last = None
-        shape, dtype = self.form.shapes[name], DTYPES[self._dtype(name)]
+        shape, dtype = self.format.shapes[name], DTYPES[self._dtype(name)]
         if not self._buffer.numel():  # touched once: fresh memory costs as much as the copy
             most = max(prod(p.shape) * p.item_bytes for p in self.places.values())
             self._buffer = torch.empty(most, dtype=torch.uint8)
         out = self._buffer[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
-        filled, pieces = 0, self.form.pieces[name]
+        filled, pieces = 0, self.format.pieces[name]
         for piece in pieces:
             part = out[piece.box.within(Box.whole(name, shape))]
             if filled < out.numel() and part.is_contiguous():
@@ -101,17 +101,17 @@ class Source:
             else:
                 self._copy(piece, part, pieces[0] if filled >= out.numel() else None)
             filled += part.numel()
-        turn = self.form.heads_of(name)
+        turn = self.format.heads_of(name)
         return foreign.halved(out, *turn) if turn else out
 
     def read_into(self, box: Box, out: Tensor) -> None:
         """Fill `out` (1-D, any dtype) with the elements of `box`, of a tensor that is kept until the next one."""
         if self._last is None or self._last[0] != box.key:
             self._last = box.key, self.tensor(box.key)
-        out.copy_(self._last[1][box.within(Box.whole(box.key, self.form.shapes[box.key]))].reshape(-1))
+        out.copy_(self._last[1][box.within(Box.whole(box.key, self.format.shapes[box.key]))].reshape(-1))
 
     def _dtype(self, name: str) -> str:
-        found = {self.files[p.file].places[p.key].dtype for p in self.form.pieces[name]}
+        found = {self.files[p.file].places[p.key].dtype for p in self.format.pieces[name]}
         if len(found) > 1:
             raise CheckpointError(f"{self.folder}: parts of {name} have different number formats: {sorted(found)}")
         return found.pop()
@@ -151,9 +151,9 @@ def open_source(folder: Path, state: str = "model", context: int | None = None, 
         small = [name for name in saved.files if name.startswith("model/") and "safetensors" not in name]
         if problems := reader.verify_blocks(step, saved, [b for name in small for b in saved.blocks(name)]):
             raise DamagedError("; ".join(problems))
-        form, files = foreign.whole_form(saved.model), {"": reader.open_state(step, saved, state)}
+        format, files = foreign.whole_format(saved.model), {"": reader.open_state(step, saved, state)}
         carried, notes = _step_small(step / "model", saved.model)
-        return Source("step", step, saved.model, form, files, carried, saved, state, notes=notes)
+        return Source("step", step, saved.model, format, files, carried, saved, state, notes=notes)
     if (kind := foreign_kind(folder)) == "meta":
         return _open_meta(folder, context)
     model = read_model_config(folder)
@@ -162,7 +162,7 @@ def open_source(folder: Path, state: str = "model", context: int | None = None, 
     found = reader.open_folder(folder)
     model, notes = reader.head_of(folder, found, model, head)
     reader.check_tensors(folder, found, model)
-    return Source("hf", folder, model, foreign.whole_form(model), {"": found}, _carried(folder), notes=notes)
+    return Source("hf", folder, model, foreign.whole_format(model), {"": found}, _carried(folder), notes=notes)
 
 
 def _step_small(folder: Path, model: ModelConfig) -> tuple[dict[str, bytes], list[str]]:
@@ -205,7 +205,7 @@ def _carried(folder: Path, names: Sequence[str] = _CARRIED) -> dict[str, bytes]:
 
 def _checked(source: Source, ignored: tuple[str, ...]) -> Source:
     problems = []
-    for file, want in source.form.files.items():
+    for file, want in source.format.files.items():
         found = {k: p for k, p in source.files[file].places.items() if not k.endswith(ignored)}
         problems += [f"{file}: {problem}" for problem in reader.tensor_problems(want, found)]
     reader.refuse(source.folder, problems)
@@ -228,8 +228,8 @@ def _open_meta(folder: Path, context: int | None) -> Source:
             raise CheckpointError(f"{folder / 'params.json'} cannot be used: {error}") from error
         manifest.check_layers(folder / "params.json", model, len(shapes))
         by_rows = shapes.get("tok_embeddings.weight", (0, 0))[1:] == (model.hidden_size,)
-        form = foreign.meta_form(model, len(names), by_rows)
-        return _checked(Source("meta", folder, model, form, files, {}), ("rope.freqs",))
+        format = foreign.meta_format(model, len(names), by_rows)
+        return _checked(Source("meta", folder, model, format, files, {}), ("rope.freqs",))
 
     found = source(tied=True)
     try:
@@ -244,7 +244,7 @@ def _meta_small(source: Source, context: int | None) -> dict[str, bytes]:
     """config.json and the tokenizer's files."""
     model = source.model
     longest = context or (META_CONTEXT if model.rope_scaling else 8192 if model.rope_theta == 500000 else 2048)
-    config = config_of(model, source.formats[0], longest)
+    config = config_of(model, source.number_formats[0], longest)
     near = (source.folder, source.folder.parent)  # LLaMA 1 has it above
     path = next((f / "tokenizer.model" for f in near if disk.exists(f / "tokenizer.model")), None)
     kept = _carried(path.parent, [path.name]) if path else {}
@@ -275,9 +275,9 @@ def _open_megatron(folder: Path, model: ModelConfig, head: str) -> Source:
     notes: list[str] = []
     if model.tie_embeddings and any(_own_rows(*end, t * rows // tp, model.vocab_size) for t, end in enumerate(ends)):
         model, notes = reader.own_head(f"{folder}: {foreign.MEGATRON_HEAD}", model, head)
-    form = foreign.megatron_form(model, tp, pp, rows, norms, copy=False)
+    format = foreign.megatron_format(model, tp, pp, rows, norms, copy=False)
     ignored = ("_extra_state", ".inv_freq", *([foreign.MEGATRON_HEAD] if model.tie_embeddings else []))
-    return _checked(Source("megatron", folder, model, form, files, _carried(folder), notes=notes), ignored)
+    return _checked(Source("megatron", folder, model, format, files, _carried(folder), notes=notes), ignored)
 
 
 def _own_rows(first: reader.RowReader, last: reader.RowReader, start: int, stop: int) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megallama.checkpoint.huggingface import model_files
 from megallama.config.schema import ModelConfig, RopeScaling
-from megallama.convert.convert import Wish, convert
+from megallama.convert.convert import ConvertOptions, convert
 from megallama.plan.params import global_shapes, heads
 from tests.checkpoint.states import make_config
 
@@ -71,7 +71,7 @@ def to(source: Path, target: Path, kind: str, tp: int = 1, pp: int = 1, **more) 
     """Convert without verification; the folder that holds the result."""
     check = more.pop("check", lambda *_: None)
     context = more.pop("context", None)
-    convert(source, target, Wish(kind, tp, pp, **more), context, check)
+    convert(source, target, ConvertOptions(kind, tp, pp, **more), context, check)
     return next(target.glob("step-*")) if kind == "step" else target
 
 

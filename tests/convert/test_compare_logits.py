@@ -11,8 +11,8 @@ import torch
 
 from megallama.commands.convert import main
 from megallama.convert import foreign
-from megallama.convert.source import open_source
 from megallama.convert.compare_logits import TOLERANCE, compare_logits
+from megallama.convert.source import open_source
 from tests.checkpoint.states import make_config, make_manager, make_state, solo_shards
 from tests.convert.formats import GQA, MHA, MODELS, hf_folder, read_hf, to
 
@@ -57,27 +57,27 @@ def test_the_compared_logits_are_those_of_transformers(tmp_path: Path, model: st
         assert compare_logits(source, source, "fp32") == 0.0
 
 
-def swap(a: str, b: str) -> Callable[[foreign.Form], None]:
+def swap(a: str, b: str) -> Callable[[foreign.Format], None]:
     """Write tensor `a` of every layer where `b` belongs, and the other way round."""
 
-    def mutate(form: foreign.Form) -> None:
-        for name in list(form.pieces):
+    def mutate(format: foreign.Format) -> None:
+        for name in list(format.pieces):
             if a in name:
                 other = name.replace(a, b)
-                form.pieces[name], form.pieces[other] = form.pieces[other], form.pieces[name]
+                format.pieces[name], format.pieces[other] = format.pieces[other], format.pieces[name]
 
     return mutate
 
 
-def ranks_mixed_up(part: str) -> Callable[[foreign.Form], None]:
+def ranks_mixed_up(part: str) -> Callable[[foreign.Format], None]:
     """The parts of the ranks in another order."""
 
-    def mutate(form: foreign.Form) -> None:
-        for name in list(form.pieces):
+    def mutate(format: foreign.Format) -> None:
+        for name in list(format.pieces):
             if part in name:
-                pieces = form.pieces[name]
+                pieces = format.pieces[name]
                 boxes = {key: [p.box for p in pieces if p.key == key] for key in {p.key for p in pieces}}
-                form.pieces[name] = [foreign.Piece(p.file, p.key, p.row, boxes[p.key].pop()) for p in pieces]
+                format.pieces[name] = [foreign.Piece(p.file, p.key, p.row, boxes[p.key].pop()) for p in pieces]
 
     return mutate
 
@@ -108,14 +108,14 @@ def test_a_mistake_in_a_map_is_found(
     hf_folder(tmp_path / "hf", MHA)
     if direction == "reading":
         to(tmp_path / "hf", tmp_path / "given", kind, 2)
-    right = getattr(foreign, f"{kind}_form")
+    right = getattr(foreign, f"{kind}_format")
 
-    def wrong(*args, **more) -> foreign.Form:
-        form = right(*args, **more)
-        MISTAKES[mistake](form)
-        return form
+    def wrong(*args, **more) -> foreign.Format:
+        format = right(*args, **more)
+        MISTAKES[mistake](format)
+        return format
 
-    monkeypatch.setattr(foreign, f"{kind}_form", wrong)
+    monkeypatch.setattr(foreign, f"{kind}_format", wrong)
     given, out = (tmp_path / "hf", kind) if direction == "writing" else (tmp_path / "given", "hf")
     ranks = ["--tp", "2"] if direction == "writing" else []
     assert run(given, tmp_path / "out", out, *ranks) == 1

@@ -98,7 +98,8 @@ def test_several_number_formats_need_a_choice(refused, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "hf/model.safetensors", {"format": "pt"})
     text = refused(tmp_path / "hf", "--to", "megatron")
     assert "mixes the number formats ['BF16', 'F32']; choose one with --dtype" in text
-    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "megatron", "--dtype", "fp32", "--compare-logits"]) == 0
+    more = "--to megatron --dtype fp32 --compare-logits".split()
+    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), *more]) == 0
 
 
 def test_values_beyond_fp16_are_refused(refused, tmp_path: Path) -> None:
