@@ -42,7 +42,8 @@ class PthFile:
         if sum(tensor.nbytes <= size for tensor in plain) < len(values):  # each must be in the file
             raise CheckpointError(f"{path} is not a file of tensors by name, as Meta's consolidated.NN.pth is")
         self._tensors: dict[str, Tensor] = found
-        self.places = {k: TensorPlace("", 0, tuple(t.shape), _NAMES.get(t.dtype, str(t.dtype))) for k, t in found.items()}
+        dtypes = {key: _NAMES.get(tensor.dtype, str(tensor.dtype)) for key, tensor in found.items()}
+        self.places = {key: TensorPlace("", 0, tuple(t.shape), dtypes[key]) for key, t in found.items()}
 
     def read_rows(self, key: str, row: int, out: Tensor) -> None:
         """Fill `out` [n, ...] with rows `row` .. `row` + n - 1."""
