@@ -1,3 +1,3 @@
 """megallama: pre-training LLaMA models in 3D parallel."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

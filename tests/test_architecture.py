@@ -18,7 +18,7 @@ ENGINE = ("config", "plan", "comm kernels", "layers", "checkpoint data optim pip
 # beside the engine: these import it and are never imported by it; each with the lines that it may have
 BESIDE = {"text": 2200, "convert": 1150, "forecast": 700, "analysis": 800, "inference": 250}
 LAYERS = (*ENGINE, " ".join(BESIDE), "commands")
-CEILINGS = BESIDE | {"commands": 3600}
+CEILINGS = BESIDE | {"commands": 3800}
 MAX_ENGINE, MAX_TOOLS = 15_350, 1100
 WITHOUT_TORCH = ("config", "plan", "forecast")
 ONLY_IN = {  # name -> the modules that may use it, by prefix
@@ -86,7 +86,8 @@ def import_problems(node: ast.AST, module: str) -> Iterator[str]:
             yield f"{package}/ must not import tools/"
         if parts[0] == "megallama" and len(parts) > 1 and parts[1] != package and mine is not None:
             other = level(parts[1])
-            if other is None or other >= mine:
+            entry = other is None and (package, parts[1]) != ("commands", "pretrain")  # a command runs it
+            if entry or (other is not None and other >= mine):
                 yield f"{package}/ must not import {parts[1]}{'/' if other is not None else ''}"
 
 

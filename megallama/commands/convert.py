@@ -1,4 +1,4 @@
-"""Convert a checkpoint: `python tools/reshard_checkpoint.py SOURCE TARGET --to megatron --tp 2 --compare-logits`.
+"""Convert a checkpoint: `megallama convert SOURCE TARGET --to megatron --tp 2 --pp 2 --compare-logits`.
 
 SOURCE is a step folder or run folder of ours, a Hugging Face folder, Meta's original release (params.json and
 consolidated.NN.pth) or Megatron-style shards per rank (mp_rank_*/model.safetensors and config.json); TARGET must
@@ -14,14 +14,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megallama.commands.parser import Parser
 from megallama.config.errors import exit_status
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="reshard_checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("convert", __doc__)
     parser.add_argument("source", type=Path, help="folder of any of the formats")
     parser.add_argument("target", type=Path, help="folder to write; it must not exist")
     parser.add_argument("--to", required=True, choices=("step", "hf", "meta", "megatron"), help="format to write")
@@ -35,7 +34,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--head", choices=heads, default="auto", help="tied leaves out a head that is called tied")
     what = "compare logits of source and target on random tokens"
     parser.add_argument("--compare-logits", "--verify", action="store_true", help=what)
-    return parser.parse_args(arguments)
+    return parser.read(arguments)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """What this machine can train with: kernels, versions, GPUs, processor, and what to install for more.
 
-    python tools/doctor.py [--json] [--measure] [--dtype bf16] [--device auto] [--compile]
+    megallama doctor [--json] [--measure] [--dtype bf16] [--device auto] [--compile]
 
 For every operation the implementation that a run would take and why not the others; --measure times all that work here,
 forward and backward, and says what to leave out (let nothing else run meanwhile). Every probe is guarded: what fails
@@ -9,7 +9,6 @@ is reported, not raised. The last line is the verdict; the exit status is 0 if t
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -23,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megallama.commands.parser import Parser
 from megallama.config.errors import exit_status
 from megallama.config.words import counted
 
@@ -58,15 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str] | None) -> int:
     """Print the report; 0 or 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("doctor", __doc__)
     parser.add_argument("--json", action="store_true", help="the report as one JSON object")
     parser.add_argument("--measure", action="store_true", help="time every implementation that works here")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "fp64"), default="bf16", help="default bf16")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
     parser.add_argument("--compile", action="store_true", help="with torch.compile (run.compile=true)")
-    given = parser.parse_args(argv)
-    report = examine(given.dtype, given.device, given.measure, given.compile)
-    print(json.dumps(report, indent=2) if given.json else text(report))
+    args = parser.read(argv)
+    report = examine(args.dtype, args.device, args.measure, args.compile)
+    print(json.dumps(report, indent=2) if args.json else text(report))
     return 0 if report["can_train"] else 1
 
 

@@ -1,35 +1,26 @@
-"""Draws a pipeline schedule.
+"""Draw a pipeline schedule: of a configuration, or by its name.
 
-    python tools/draw_schedule.py [CONFIG.toml] ranks=N [section.key=value ...] [OPTIONS]
-    python tools/draw_schedule.py --schedule zb-v --pp 4 --microbatches 8 [OPTIONS]
+    megallama draw [CONFIG.toml] ranks=N [section.key=value ...] [OPTIONS]
+    megallama draw --schedule zb-v --pp 4 --microbatches 8 [OPTIONS]
 
 Prints a chart, the bubble and what every rank holds. By default a forward takes 1 ms, an input gradient 1 and a
 weight gradient 1, on each stage; of a configuration the stages cost in proportion to their arithmetic.
-
-  --schedule NAME, --pp P, --microbatches M   a schedule without a configuration; NAME may be a .csv file
-  --chunks V          its chunks per rank (default: what the schedule needs)
-  --costs F,I,W       ms of forward, input gradient and weight gradient of a micro-batch on every stage
-  --hop T             ms until another rank has a value (default 0)
-  --like TRACE.json   take the costs from the trace of a real run (log.trace_steps), and put both into --trace
-  --width N           columns of the chart (default 120)
-  --svg FILE, --png FILE, --trace FILE        write a picture, or a trace for ui.perfetto.dev
 Exit status 2 if something is wrong with the schedule, the configuration or the files.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megallama.commands.parser import Parser
 from megallama.config.errors import ConfigError, exit_status
-from megallama.config.load import bare, load, read_words
+from megallama.config.load import load
 from megallama.config.schema import ParallelConfig
 from megallama.config.words import counted
 from megallama.plan.check import FIXED_CHUNKS, build_schedule
@@ -48,13 +39,11 @@ COLOURS = {
 """Of each kind of work: for the lower and the upper stages of a rank."""
 NAMES = {"F": "forward", "B": "backward", "I": "gradient of the input", "W": "gradient of the weights"}
 IDLE = "#eeeeee"
-USAGE = "usage: python tools/draw_schedule.py [CONFIG.toml] ranks=N [section.key=value ...] [OPTIONS]"
 ROW, LABEL, WIDTH = 26, 58, 1400  # pixels
 
 
-def configured(words: Sequence[str]) -> tuple[Schedule, list[StageCost]]:
+def configured(file: Path | None, ranks: int, overrides: Sequence[str]) -> tuple[Schedule, list[StageCost]]:
     """The schedule of a configuration, and stage costs whose mean forward is 1 ms. Raises: ConfigError."""
-    file, ranks, overrides = read_words(words, "a drawing without --schedule", USAGE)
     plan = make_plan(load(file, overrides, ranks=ranks, need_data=False), ranks)
     costs = stage_costs(plan.config, plan.stages)
     unit = sum(c.forward for c in costs) / len(costs)
@@ -224,33 +213,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str] | None) -> None:
     """Print the chart, write the pictures. Raises: MegallamaError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    for name in ("schedule", "costs"):
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    for name in ("pp", "microbatches", "chunks"):
-        parser.add_argument(f"--{name}", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--width", type=int, default=120, help=argparse.SUPPRESS)
-    parser.add_argument("--hop", type=float, default=0.0, help=argparse.SUPPRESS)
-    for name in ("like", "svg", "png", "trace"):
-        parser.add_argument(f"--{name}", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_intermixed_args(bare(sys.argv[1:] if argv is None else argv))
-    if given.schedule:
-        schedule = named(given.schedule, given.pp, given.microbatches, given.chunks)
+    parser = Parser("draw", __doc__, config=True, named=["ranks"])
+    own = "a schedule without a configuration; NAME may be a .csv file"
+    parser.add_argument("--schedule", metavar="NAME", help=own)
+    parser.add_argument("--pp", type=int, metavar="P", help="its pipeline ranks")
+    parser.add_argument("--microbatches", type=int, metavar="M", help="its micro-batches")
+    parser.add_argument("--chunks", type=int, metavar="V", help="its chunks per rank (default: what it needs)")
+    times = "ms of forward, input gradient and weight gradient of a micro-batch on every stage"
+    parser.add_argument("--costs", metavar="F,I,W", help=times)
+    parser.add_argument("--hop", type=float, default=0.0, metavar="T", help="ms until another rank has a value (0)")
+    like = "take the costs from the trace of a real run (log.trace_steps), and put both into --trace"
+    parser.add_argument("--like", type=Path, metavar="TRACE.json", help=like)
+    parser.add_argument("--width", type=int, default=120, metavar="N", help="columns of the chart (120)")
+    for name in ("svg", "png"):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help="write a picture")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for ui.perfetto.dev")
+    args = parser.read(argv)
+    if args.schedule:
+        schedule = named(args.schedule, args.pp, args.microbatches, args.chunks)
         costs = [StageCost()] * schedule.num_stages
     else:
-        schedule, costs = configured(given.words)
+        schedule, costs = configured(*parser.run_of(args, "a drawing without --schedule"))
     real: dict[str, list[Span]] = {}
-    if given.like:
-        costs, real = measured(given.like, schedule.num_stages)
-    if given.costs:
-        costs = costs_of(given.costs, schedule.num_stages)
-    report = simulate(schedule, costs, given.hop)
-    print(f"{caption(schedule, report)}\n{draw(report, given.width)}\n{LEGEND}\n\n{table(schedule, report)}")
-    if given.svg:
-        given.svg.write_text(svg(schedule, report), encoding="utf-8")
-    if given.png:
-        png(schedule, report, given.png)
-    if given.trace:
+    if args.like:
+        costs, real = measured(args.like, schedule.num_stages)
+    if args.costs:
+        costs = costs_of(args.costs, schedule.num_stages)
+    report = simulate(schedule, costs, args.hop)
+    print(f"{caption(schedule, report)}\n{draw(report, args.width)}\n{LEGEND}\n\n{table(schedule, report)}")
+    if args.svg:
+        args.svg.write_text(svg(schedule, report), encoding="utf-8")
+    if args.png:
+        png(schedule, report, args.png)
+    if args.trace:
         timelines = {f"simulated {schedule.name}": simulated(report, 1e-3), **real}
-        given.trace.write_text(chrome_trace(timelines), encoding="utf-8")
+        args.trace.write_text(chrome_trace(timelines), encoding="utf-8")

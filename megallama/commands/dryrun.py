@@ -1,4 +1,4 @@
-"""Can this job hang?  ``python tools/dryrun.py [CONFIG.toml] ranks=N [section.key=value ...]``.
+"""Can this job hang?  `megallama dryrun [CONFIG.toml] ranks=N [section.key=value ...]`.
 
 Builds every distinct rank of the job on this CPU, without memory for weights, executes what a few steps communicate,
 and proves over all ranks that it fits together: every collective has all its members in one order with the same
@@ -9,7 +9,6 @@ Exit status 0 if so, 1 with the first disagreement, 2 if the configuration has e
 
 from __future__ import annotations
 
-import argparse
 import resource
 import sys
 import time
@@ -17,28 +16,24 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from megallama.commands.parser import Parser
 from megallama.config.errors import exit_status
-from megallama.config.load import bare, load, read_words
+from megallama.config.load import load
 from megallama.config.words import counted
 from megallama.plan.plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from megallama.analysis.dryrun import DryRun
 
-USAGE = "usage: python tools/dryrun.py [CONFIG.toml] ranks=N [section.key=value ...]"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; 0, 1 with the disagreement or 2 with the errors on stderr."""
-    return exit_status(lambda: run(sys.argv[1:] if argv is None else argv))
+    return exit_status(lambda: run(argv))
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str] | None) -> int:
     """Print the report; 0, or 1 with the disagreement on stderr. Raises: MegallamaError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="CONFIG.toml, ranks=N, section.key=value")
-    words = parser.parse_args(bare(argv)).words
-    file, ranks, overrides = read_words(words, "a dry run", USAGE)
+    parser = Parser("dryrun", __doc__, config=True, named=["ranks"])
+    file, ranks, overrides = parser.run_of(parser.read(argv), "a dry run")
     plan = make_plan(load(file, overrides, ranks=ranks, need_data=False), ranks)
     from megallama.analysis.agreement import Disagreement
     from megallama.analysis.dryrun import dry_run

@@ -1,30 +1,23 @@
-"""Which documents a step trained on, or will: ``python tools/explain_step.py CONFIG STEP [section.key=value ...]``.
+"""Which documents a step trained on, or will: `megallama explain CONFIG.toml STEP [section.key=value ...]`.
 
 STEP counts from 1, as the log does. For every sample of its global batch: the source, the sample's number in it and
 its epoch, and the documents it is made of, each with its number, the offset in it, and the text of what is used of
 it. The same tokens that the training reads, by the same code; nothing but the files and the configuration is needed
 (a run whose batch size was changed when it was resumed is explained as if it always had the one of the configuration).
-
-    --json               one object, with the ids of every piece: {"step", "samples": [{..., "pieces": [...]}]}
-    --tokens             ids instead of text
-    --chars N            show at most N characters or ids of a piece (default 160; 0: all)
-    --sample I           only sample I of the run (from 0)
-    --rank R ranks=N     only what rank R of N reads, and of that only --micro-batch M, where given
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from megallama.commands.parser import Parser
 from megallama.config.errors import ConfigError, exit_status
-from megallama.config.load import bare, load
+from megallama.config.load import is_setting, load
 from megallama.config.schema import Config
 from megallama.config.words import counted
 from megallama.data.indexed import IndexedDataset
@@ -135,34 +128,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str] | None) -> None:
     """Print the samples. Raises: MegallamaError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="the run's configuration")
-    parser.add_argument("step", type=int)
-    parser.add_argument("settings", nargs="*", metavar="section.key=value")
-    for flag in ("--json", "--tokens"):
-        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--chars", type=int, default=160, metavar="N", help=argparse.SUPPRESS)
-    for name in ("sample", "rank", "micro-batch"):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=argparse.SUPPRESS)
-    given = parser.parse_intermixed_args(bare(sys.argv[1:] if argv is None else argv))
-    counts = [s.partition("=")[2] for s in given.settings if s.startswith("ranks=")]
+    parser = Parser("explain", __doc__, config=True, named=["ranks"])
+    parser.usage = "%(prog)s CONFIG.toml STEP [section.key=value ...] [OPTIONS]"
+    parser.add_argument("--json", action="store_true", help="one object, with the ids of every piece")
+    parser.add_argument("--tokens", action="store_true", help="ids instead of text")
+    most = "at most N characters or ids of a piece (160; 0: all)"
+    parser.add_argument("--chars", type=int, default=160, metavar="N", help=most)
+    parser.add_argument("--sample", type=int, metavar="I", help="only sample I of the run, from 0")
+    parser.add_argument("--rank", type=int, metavar="R", help="only what rank R of ranks=N reads")
+    parser.add_argument("--micro-batch", type=int, metavar="M", help="of that only micro-batch M")
+    args = parser.read(argv)
+    named = [word for word in args.words if not is_setting(word)]
+    if len(named) != 2 or not named[1].lstrip("-").isdecimal():
+        parser.error("the following arguments are required: a configuration and the number of a step")
+    counts, step = args.ranks or [], int(named[1])
     if not all(count.isdecimal() and int(count) for count in counts):
         raise ConfigError(f"ranks={counts[-1]} is no number of ranks; write for example ranks=8")
     ranks = int(counts[-1]) if counts else None
-    config = load(Path(given.config), [s for s in given.settings if not s.startswith("ranks=")], ranks=ranks)
+    config = load(Path(named[0]), [word for word in args.words if word not in named], ranks=ranks)
     train = open_sources(config).train
     if not isinstance(train, TrainData):
         raise ConfigError("data.synthetic=true makes samples of random tokens: there are no documents to explain")
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    numbers = numbers_of(config, given.step, ranks, given.rank, given.micro_batch)
-    if given.sample is not None:
-        if given.sample not in numbers:
-            raise ConfigError(f"--sample {given.sample} is not in step {given.step}: {numbers[0]} to {numbers[-1]}")
-        numbers = [given.sample]
+    numbers = numbers_of(config, step, ranks, args.rank, args.micro_batch)
+    if args.sample is not None:
+        if args.sample not in numbers:
+            raise ConfigError(f"--sample {args.sample} is not in step {step}: {numbers[0]} to {numbers[-1]}")
+        numbers = [args.sample]
     samples = explain(train, tokenizer, numbers)
-    if given.json:
-        print(json.dumps({"step": given.step, "samples": [asdict(s) for s in samples]}, ensure_ascii=False))
+    if args.json:
+        print(json.dumps({"step": step, "samples": [asdict(s) for s in samples]}, ensure_ascii=False))
         return
-    print(f"step {given.step}: {counted(len(samples), 'sample')} of {counted(config.batch.seq_length, 'token')}")
+    print(f"step {step}: {counted(len(samples), 'sample')} of {counted(config.batch.seq_length, 'token')}")
     for sample in samples:
-        print(show(sample, tokens=given.tokens, most=given.chars))
+        print(show(sample, tokens=args.tokens, most=args.chars))

@@ -1,4 +1,4 @@
-"""Continue a text with a trained model: `python tools/generate.py runs/quickstart --prompt "import "`.
+"""Continue a text with a trained model: `megallama generate runs/quickstart --prompt "import "`.
 
 CHECKPOINT is a step folder, a folder of steps or a run folder (the newest checkpoint is taken), or
 any Hugging Face folder of a LLaMA.  The text goes to standard output as it is made, everything else
@@ -13,13 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megallama.commands.parser import Parser
 from megallama.config.errors import exit_status
 from megallama.config.words import counted
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="generate.py", description=__doc__.split("\n")[0])
+    parser = Parser("generate", __doc__)
     parser.add_argument("checkpoint", type=Path, help="step folder, folder of steps, run folder or Hugging Face folder")
     parser.add_argument("--prompt", default="", help="text to continue; without it a document is begun")
     parser.add_argument("--max-tokens", type=int, default=200, help="most tokens to make (200)")
@@ -31,7 +32,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=formats, default="auto", help="number format; auto is the saved one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file or folder, if the checkpoint has none")
-    return parser.parse_args(arguments)
+    return parser.read(arguments)
 
 
 def run(options: argparse.Namespace) -> None:

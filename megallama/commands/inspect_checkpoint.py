@@ -1,6 +1,6 @@
 """Say what is in a checkpoint, verify every byte of it, or compare it with another one.
 
-    python tools/inspect_checkpoint.py runs/x/checkpoints/step-00001000 [--verify] [OTHER]
+    megallama inspect runs/x/checkpoints/step-00001000 [--verify] [OTHER]
 
 FOLDER is a step folder, or a checkpoints or run folder (its newest step is taken); OTHER also a Hugging Face
 folder, Meta's release or Megatron-style shards.  Exit status: 0 as it should be, 1 damaged or different, 2 not a
@@ -9,7 +9,6 @@ checkpoint, or one that cannot be read now.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ import torch
 from megallama.checkpoint import manifest, reader
 from megallama.checkpoint.find import find_checkpoint
 from megallama.checkpoint.layout import STATE
+from megallama.commands.parser import Parser
 from megallama.config.errors import exit_status
 from megallama.config.words import counted
 from megallama.convert.source import Source, foreign_kind, open_source
@@ -37,11 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str] | None) -> int:
     """Describe, verify, compare; 0 or 1. Raises: MegallamaError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("inspect", __doc__)
     parser.add_argument("folder", type=Path, help="a step folder, a folder of step folders, or a run folder")
     parser.add_argument("other", type=Path, nargs="?", help="compare with this one, tensor by tensor")
     parser.add_argument("--verify", action="store_true", help="check the digest of every block")
-    options = parser.parse_args(argv)
+    options = parser.read(argv)
     folder = find_checkpoint(options.folder, _note)
     saved = manifest.read_manifest(folder)
     describe(folder, saved)

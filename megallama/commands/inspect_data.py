@@ -1,4 +1,4 @@
-"""Look into a .bin/.idx pair: `python tools/inspect_data.py PREFIX [--tokenizer PATH] [--document N] [--verify]`.
+"""Look into a .bin/.idx pair: `megallama inspect PREFIX [--tokenizer PATH] [--document N] [--verify]`.
 
 `--verify` compares every 64 KiB with PREFIX.sums; for a pair that has none, of an earlier version or of another tool,
 `--write-sums` makes it.
@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from megallama.commands.parser import Parser
 from megallama.config.errors import exit_status
 from megallama.config.words import counted
 from megallama.data.blocks import File, SumsWriter, naming
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str] | None) -> None:
     """Show a document, or the counts of the pair. Raises: MegallamaError."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser("inspect", __doc__)
     parser.add_argument("prefix", help="the pair, with or without .bin or .idx")
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="to decode documents and to check ids against its vocabulary"
@@ -38,15 +38,15 @@ def run(argv: Sequence[str] | None) -> None:
         "--verify", action="store_true", help="read everything: PREFIX.sums, offsets, document marks, every token id"
     )
     parser.add_argument("--write-sums", action="store_true", help="verify, and write PREFIX.sums if it cannot be used")
-    given = parser.parse_args(argv)
-    dataset = IndexedDataset(given.prefix)
-    tokenizer = load_tokenizer(given.tokenizer) if given.tokenizer else None
-    if given.document is not None:
-        ids = dataset.document(given.document)
+    args = parser.read(argv)
+    dataset = IndexedDataset(args.prefix)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    if args.document is not None:
+        ids = dataset.document(args.document)
         print(tokenizer.decode(ids.tolist()) if tokenizer else " ".join(map(str, ids)))
         return
     summarize(dataset)
-    if not given.verify and not given.write_sums:
+    if not args.verify and not args.write_sums:
         return
     vocab_size = tokenizer.vocab_size if tokenizer else read_facts(dataset.prefix).get("vocab_size")
     total = dataset.num_tokens * dataset.dtype.itemsize
@@ -55,7 +55,7 @@ def run(argv: Sequence[str] | None) -> None:
     below = f" below {vocab_size}" if vocab_size else ""
     print(f"verified: offsets, document marks and {counted(dataset.num_tokens, 'id', ',')}{below}")
     print(f"not verified: {lacking}" if lacking else f"verified: every 64 KiB is as {dataset.prefix}.sums says")
-    if lacking and given.write_sums:
+    if lacking and args.write_sums:
         write_sums(dataset.prefix)
 
 

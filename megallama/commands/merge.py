@@ -1,14 +1,14 @@
-"""Join .bin/.idx pairs: `python tools/merge_datasets.py data/a data/b data/c --output data/all`.
+"""Join .bin/.idx pairs: `megallama merge data/a data/b data/c --output data/all`.
 
 The documents come in the order of the inputs. All must have the same tokenizer and token type.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
+from megallama.commands.parser import Parser, filled
 from megallama.config.errors import exit_status
 from megallama.config.words import counted
 
@@ -20,15 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str] | None) -> None:
     """Join the pairs. Raises: MegallamaError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("merge", __doc__)
     parser.add_argument("prefixes", nargs="+", help="the pairs, with or without .bin or .idx")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .sums and .json")
+    writes = "writes PREFIX.bin, .idx, .sums and .json"
+    parser.add_argument("--output", required=True, type=filled, metavar="PREFIX", help=writes)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    given = parser.parse_args(argv)
+    args = parser.read(argv)
     from megallama.text.merge import merge
     from megallama.text.progress import ByteProgress
 
-    with ByteProgress("merging", quiet=given.quiet) as bar:
-        merged = merge(given.prefixes, given.output, bar.update, lambda text: print(text, file=sys.stderr))
+    with ByteProgress("merging", quiet=args.quiet) as bar:
+        merged = merge(args.prefixes, args.output, bar.update, lambda text: print(text, file=sys.stderr))
     documents, tokens = counted(merged.num_documents, "document", ","), counted(merged.num_tokens, "token", ",")
     print(f"{merged.prefix}.bin: {documents}, {tokens}")

@@ -1,68 +1,69 @@
-"""What a run will do, before it starts: ``python tools/plan.py [CONFIG.toml] ranks=N [section.key=value ...]``.
+"""What a run will do, before it starts: `megallama plan [CONFIG.toml] ranks=N [section.key=value ...]`.
 
 Prints the plan: layers and parameters per stage, batch arithmetic, memory per rank, the pipeline's bubble, and the
-predicted time, speed, length, energy and CO2 on a kind of GPU.  ``--json`` prints it for programs, ``--search`` looks
-for the fastest layouts.  Needs neither torch nor a GPU.  Exit status 2 if the configuration has errors; all of them are
-printed.
+predicted time, speed, length, energy and CO2 on a kind of GPU. `--data` prints what the run takes from each source
+instead (then ranks=N may be left out). Needs neither torch nor a GPU. Exit status 2 if the configuration has errors;
+all of them are printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from megallama.analysis.communication import collectives, communication_table
+from megallama.commands import plan_data
+from megallama.commands.parser import Parser
 from megallama.config.errors import ConfigError, exit_status
-from megallama.config.load import bare, load, read_words
+from megallama.config.load import load
 from megallama.config.words import counted
 from megallama.forecast.forecast import CO2_KG_PER_KWH, GIB, PUE, Forecast, forecast, search
 from megallama.forecast.hardware import load_hardware
 from megallama.plan.plan import make_plan
 
-USAGE = "usage: python tools/plan.py [CONFIG.toml] ranks=N [hardware=KIND] [kernel=NAME] [section.key=value ...]"
-OWN = ("hardware", "kernel")
 UNAVOIDABLE = ("matrices", "attention", "head and loss")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan or the search; 0, or 2 with the errors on stderr."""
-    return exit_status(lambda: run(sys.argv[1:] if argv is None else argv))
+    return exit_status(lambda: run(argv))
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str] | None) -> int:
     """Print one plan, or a search's findings. Raises: MegallamaError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="CONFIG.toml, ranks=N, hardware=a100-80g|h100|h200|FILE.toml, "
-                        "kernel=unfused|flash1|flash2|flash3, section.key=value")  # fmt: skip
+    parser = Parser("plan", __doc__, config=True, named=["ranks", "hardware", "kernel"])
+    kinds = "a100-80g, h100, h200 or a FILE.toml (default a100-80g); also hardware=KIND"
+    parser.add_argument("--hardware", action="append", metavar="KIND", help=kinds)
+    kernels = "of attention: unfused, flash1, flash2 or flash3 (default: the hardware's); also kernel=NAME"
+    parser.add_argument("--kernel", action="append", metavar="NAME", help=kernels)
     parser.add_argument("--json", action="store_true", help="the whole plan as JSON")
     parser.add_argument("--search", action="store_true", help="the ten fastest layouts of this model and batch")
+    parser.add_argument("--data", action="store_true", help="what the run takes from each source")
     for moved in ("--rows", "-o"):
         parser.add_argument(moved, help=argparse.SUPPRESS)
-    args = parser.parse_intermixed_args(bare(argv))
+    args = parser.read(argv)
     if args.rows or args.o:
         table = f"{args.rows or 'FILE.csv'} -o {args.o or 'OUT.csv'}"
         raise ConfigError(f"tables of layouts have a program of their own: python benchmarks/planner_rows.py {table}")
-    return plan(args)
+    if args.data:
+        return plan_data.show(*parser.config_of(args), as_json=args.json)
+    return plan(args, *parser.run_of(args, "the plan"))
 
 
-def plan(args: argparse.Namespace) -> int:
+def plan(args: argparse.Namespace, file: Path | None, ranks: int, overrides: Sequence[str]) -> int:
     """Print one plan, or the layouts that a search finds."""
-    own = {k: [a.partition("=")[2] for a in args.words if a.startswith(f"{k}=")] for k in OWN}
-    words = [a for a in args.words if a.partition("=")[0] not in own]
-    file, ranks, overrides = read_words(words, "the plan", USAGE)
-    hardware = load_hardware((own["hardware"] or ["a100-80g"])[-1])
-    kernel = (own["kernel"] or ["flash3" if hardware.gpu.peak_tflops > 400 else "flash2"])[-1]
+    hardware = load_hardware((args.hardware or ["a100-80g"])[-1])
+    kernel = (args.kernel or ["flash3" if hardware.gpu.peak_tflops > 400 else "flash2"])[-1]
     if kernel not in hardware.kernels:
         raise ConfigError(f"kernel={kernel} is unknown; use {', '.join(hardware.kernels)}")
     config = load(file, overrides, ranks=None if args.search else ranks, need_data=False)
-    given = bool(own["hardware"])
     if args.search:
         best, legal, too_large = search(config, ranks, hardware, kernel)
-        on = hardware.name if given else f"{hardware.name} (assumed; hardware=KIND for others)"
+        on = hardware.name if args.hardware else f"{hardware.name} (assumed; hardware=KIND for others)"
         print(f"{counted(legal, 'legal layout', ',')} of {counted(ranks, 'rank')} on {on}, "
               f"{too_large:,} too large for {hardware.gpu.memory_gib:.0f} GiB; predicted to be fastest:")  # fmt: skip
         for number, f in enumerate(best, 1):
@@ -70,11 +71,11 @@ def plan(args: argparse.Namespace) -> int:
         return 0
     outlook = forecast(made := make_plan(config, ranks), hardware, kernel)
     if args.json:
-        print(json.dumps(as_dict(outlook) | {"hardware_assumed": not given}, indent=1))
+        print(json.dumps(as_dict(outlook) | {"hardware_assumed": not args.hardware}, indent=1))
     else:
         table = communication_table(made.config, made.topology, made.stages, made.schedule)
         table = table if ranks > 1 else "one rank communicates nothing"
-        whose = "GPUs" if given else "GPUs are assumed; hardware=KIND plans for others"
+        whose = "GPUs" if args.hardware else "GPUs are assumed; hardware=KIND plans for others"
         print(f"hardware   {hardware.name} {whose}. This machine is not looked at")
         print("\n\n".join((str(made), table, text(outlook))))
     return 0

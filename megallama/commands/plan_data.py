@@ -1,4 +1,4 @@
-"""What a run takes from each source: ``python tools/plan_data.py [CONFIG.toml] [section.key=value ...] [--json]``.
+"""What a run takes from each source: `megallama plan --data [CONFIG.toml] [section.key=value ...] [--json]`.
 
 Prints for every source its size, its share of the samples in every phase (data.changes), the tokens used, the epochs
 at the end, and the step at which its max_epochs ends the data. Sizes come from the files where they are there, else
@@ -8,15 +8,14 @@ Exit status 2 if the configuration has errors.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megallama.commands.parser import Parser
 from megallama.config.errors import ConfigError, exit_status
-from megallama.config.load import bare, is_setting, load
+from megallama.config.load import load
 from megallama.config.schema import Config, SourceConfig
 from megallama.config.words import counted
 from megallama.data.indexed import IndexedDataset
@@ -103,19 +102,23 @@ def table(config: Config, rows: Sequence[Row], firsts: Sequence[int]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; 0, or 2 with the errors on stderr."""
-    return exit_status(lambda: run(sys.argv[1:] if argv is None else argv))
+    return exit_status(lambda: run(argv))
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str] | None) -> int:
     """Print the plan. Raises: MegallamaError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="CONFIG.toml, section.key=value")
+    parser = Parser("plan --data", __doc__, config=True)
     parser.add_argument("--json", action="store_true", help="one object for programs")
-    given = parser.parse_intermixed_args(bare(argv))
-    file = given.words.pop(0) if given.words and not is_setting(given.words[0]) else None
-    config = load(Path(file) if file else None, given.words)
+    args = parser.read(argv)
+    return show(*parser.config_of(args), as_json=args.json)
+
+
+def show(file: Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
+    """Print the plan of a configuration. Raises: MegallamaError."""
+    config = load(file, overrides)
     if config.data.synthetic:
         raise ConfigError("data.synthetic=true takes nothing from any source; write data.train")
     rows, firsts = plan(config)
     described = {"phases": firsts, "sources": [asdict(row) for row in rows]}
-    print(json.dumps(described) if given.json else table(config, rows, firsts))
+    print(json.dumps(described) if as_json else table(config, rows, firsts))
+    return 0

@@ -1,7 +1,7 @@
 """Tokenize text into a .bin/.idx pair.
 
-    python tools/preprocess_data.py corpus/ --tokenizer tokenizer.model --output data/corpus
-    mpirun -n 8 python tools/preprocess_data.py corpus/ --tokenizer tokenizer.model --output data/corpus
+    megallama prepare corpus/ --tokenizer tokenizer.model --output data/corpus
+    mpirun -n 8 megallama prepare corpus/ --tokenizer tokenizer.model --output data/corpus
 
 Input: JSON lines (.jsonl .json .ndjson) and plain text (a file is a document), both also as .gz and .zst, and Parquet;
 files, folders, patterns. Every document ends with the end-of-document token that the tokenizer names, or --eos-token.
@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from megallama.commands.parser import Parser, filled
 from megallama.config.errors import exit_status
 from megallama.config.words import counted
 from megallama.data.errors import DataError
@@ -48,13 +49,14 @@ def carry_out(given: argparse.Namespace) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("prepare", __doc__)
     parser.add_argument("inputs", nargs="+", help="files, folders or patterns")
     parser.add_argument(
-        "--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json"
+        "--output", required=True, type=filled, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json"
     )
     parser.add_argument(
-        "--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, tokenizer.json, or their folder"
+        "--tokenizer", required=True, type=filled, metavar="PATH",
+        help="SentencePiece .model, tokenizer.json, or their folder",
     )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes on this node (default: the cores); not with mpirun, srun"
@@ -87,7 +89,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--eos-token", metavar="TOKEN", help="end every document with this token (default: the one the tokenizer names)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_args(argv)
+    return parser.read(argv)
 
 
 def communicator(env: Mapping[str, str]) -> Any:

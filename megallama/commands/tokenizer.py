@@ -1,20 +1,20 @@
 """Train a LLaMA-style SentencePiece tokenizer.
 
-    python tools/train_tokenizer.py corpus/ --vocab-size 32000 --output tokenizer.model
+    megallama tokenizer corpus/ --vocab-size 32000 --output tokenizer.model
 
-Input as for tools/preprocess_data.py, of any size: all of it is read once, and an even sample of the documents, always
+Input as for megallama prepare, of any size: all of it is read once, and an even sample of the documents, always
 the same, is trained on; that takes about 13 times its size in memory.
 BPE with byte fallback, digits split, text unchanged; <unk>=0, <s>=1, </s>=2.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
 from collections.abc import Sequence
 
+from megallama.commands.parser import Parser, filled
 from megallama.config.errors import exit_status
 from megallama.text.losses import Losses
 from megallama.text.progress import ByteProgress
@@ -28,9 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str] | None) -> None:
     """Train and write it. Raises: MegallamaError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("tokenizer", __doc__)
     parser.add_argument("inputs", nargs="+", help="files, folders or patterns")
-    parser.add_argument("--output", required=True, metavar="PATH", help="the model to write, ending in .model")
+    model = "the model to write, ending in .model"
+    parser.add_argument("--output", required=True, type=filled, metavar="PATH", help=model)
     parser.add_argument("--vocab-size", type=int, default=32000, metavar="N", help="token ids in all (default 32000)")
     parser.add_argument(
         "--json-key", default="text", metavar="KEY", help="where JSON lines keep the text (default: text)"
@@ -42,24 +43,24 @@ def run(argv: Sequence[str] | None) -> None:
         "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="threads (default: the cores)"
     )
     for name in ("max-bad", "max-bad-per-file"):
-        parser.add_argument(f"--{name}", default="", metavar="N|P%", help="as in tools/preprocess_data.py")
-    parser.add_argument("--skip-bad-files", action="store_true", help="as in tools/preprocess_data.py")
+        parser.add_argument(f"--{name}", default="", metavar="N|P%", help="as in megallama prepare")
+    parser.add_argument("--skip-bad-files", action="store_true", help="as in megallama prepare")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    given = parser.parse_args(argv)
+    args = parser.read(argv)
     start = time.monotonic()
-    losses = Losses(given.max_bad, given.max_bad_per_file, skip_files=given.skip_bad_files)
-    with ByteProgress("reading", then="training", quiet=given.quiet) as bar:
+    losses = Losses(args.max_bad, args.max_bad_per_file, skip_files=args.skip_bad_files)
+    with ByteProgress("reading", then="training", quiet=args.quiet) as bar:
         path = train_tokenizer(
-            given.inputs,
-            given.output,
-            given.vocab_size,
-            json_key=given.json_key,
-            sample_bytes=int(given.sample_mb * 1e6),
-            threads=given.threads,
+            args.inputs,
+            args.output,
+            args.vocab_size,
+            json_key=args.json_key,
+            sample_bytes=int(args.sample_mb * 1e6),
+            threads=args.threads,
             progress=bar.update,
             losses=losses,
             say=lambda text: print(text, file=sys.stderr, flush=True),
         )
     for line in losses.lines():
         print(line, file=sys.stderr)
-    print(f"{path}: {given.vocab_size:,} ids, {time.monotonic() - start:.1f} s")
+    print(f"{path}: {args.vocab_size:,} ids, {time.monotonic() - start:.1f} s")

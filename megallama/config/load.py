@@ -51,33 +51,11 @@ SPOKEN = {  # the same for values
 }  # fmt: skip
 
 
-def bare(words: Sequence[str]) -> list[str]:
-    """``--section.key=value`` as ``section.key=value``: argparse would take it for an option of the tool's own."""
-    return [re.sub(r"^--(?=(?:ranks|hardware|kernel|[\w-]+\.[^=]*)=)", "", word) for word in words]
-
-
 def is_setting(word: str) -> bool:
     """Whether a word of a command line is section.key=value, not the path of a file, which may have a "=" too."""
     key, equals, _ = word.removeprefix("--").partition("=")
     known = any(key.replace("-", "_") == setting.key for setting in settings())
     return bool(equals) and (known or not (os.path.exists(word) or "/" in key or word.endswith(".toml")))
-
-
-def read_words(words: Sequence[str], what: str, usage: str) -> tuple[Path | None, int, list[str]]:
-    """The command line of a tool that looks at a run before it starts: [CONFIG.toml] ranks=N [section.key=value ...].
-
-    Returns the file, the ranks and the settings. Raises: ConfigError; `what` begins its message.
-    """
-    files = [word for word in words if not is_setting(word) and not word.startswith("-")]
-    counts = [word for word in words if word.removeprefix("--").startswith("ranks=")]
-    ranks = [count.partition("=")[2] for count in counts]
-    if len(files) > 1:
-        raise ConfigError(f"two configuration files, {files[0]} and {files[1]}; give one\n{usage}")
-    if len(ranks) != 1 or not re.fullmatch("0*[1-9][0-9]{0,8}", ranks[0]):
-        said = f", not {' '.join(f'ranks={_short(count)}' for count in ranks)}" if ranks else ""
-        raise ConfigError(f"{what} needs one number of ranks{said}; write for example ranks=8\n{usage}")
-    settings = [word for word in words if word not in (*files, *counts)]
-    return Path(files[0]) if files else None, int(ranks[0]), settings
 
 
 def load(

@@ -21,7 +21,7 @@ BLOCK = 1 << 16
 HEADER = struct.Struct("<8sQQI")
 MAGIC = b"MLSUMS\x00\x01"
 SPOTS = 8  # blocks by which a table is recognised as that of a pair
-DAMAGED = " is damaged itself; delete it, or write it with inspect_data.py --write-sums"
+DAMAGED = " is damaged itself; delete it, or write it with megallama inspect PREFIX --write-sums"
 AGAIN = "write it again with megallama prepare"
 
 

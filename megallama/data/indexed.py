@@ -101,7 +101,7 @@ class IndexedDataset:
             sums = Sums(self.prefix, (self._bin, self._idx))
         except (OSError, DataError) as error:
             why = f"{self.prefix}.sums: {getattr(error, 'strerror', error)}"
-            self.unchecked = f"{why}; a flipped bit would not be found (inspect_data.py --write-sums)"
+            self.unchecked = f"{why}; a flipped bit would not be found (megallama inspect PREFIX --write-sums)"
         else:
             self._bin.check, self._idx.check = partial(sums.check, 0), partial(sums.check, 1)
         return self.unchecked

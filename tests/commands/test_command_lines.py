@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from megallama.config.errors import MegallamaError, exit_status
-from megallama.config.load import bare
 
 ROOT = Path(__file__).parents[2]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
@@ -143,13 +142,6 @@ def test_statuses(error: BaseException, status: int, said: str, capsys: pytest.C
     assert capsys.readouterr() == ("", said)
     with pytest.raises(ValueError, match="a bug"):
         exit_status(fails(ValueError("a bug")))
-
-
-def test_settings_are_told_from_options() -> None:
-    words = ["--parallel.tp=2", "--ranks=8", "--rows=x.csv", "--train.eval-interval=3", "--json", "parallel.pp=2", "-o"]
-    assert bare(words) == [
-        *("parallel.tp=2", "ranks=8", "--rows=x.csv", "train.eval-interval=3", "--json", "parallel.pp=2", "-o"),
-    ]
 
 
 def test_every_tool_is_in_the_readme() -> None:

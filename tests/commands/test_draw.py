@@ -120,8 +120,8 @@ def test_a_trace_and_a_run_beside_it(tmp_path: Path, capsys: pytest.CaptureFixtu
          "in .csv"),
         (["--schedule", "zb-v"],
          "--schedule needs sizes; write for example --schedule zb-v --pp 4 --microbatches 8"),
-        ([], "a drawing without --schedule needs one number of ranks; write for example ranks=8\nusage: python "
-         "tools/draw_schedule.py [CONFIG.toml] ranks=N [section.key=value ...] [OPTIONS]"),
+        ([], "a drawing without --schedule needs one number of ranks; write for example ranks=8\nusage: megallama "
+         "draw [CONFIG.toml] ranks=N [section.key=value ...] [OPTIONS]"),
         ([*ZB_V, "--costs", "1,2"], "--costs 1,2 are not three times above 0; write for example --costs 1,1,0.7"),
         ([*ZB_V, "--like", "none.json"],
          "--like none.json is no trace of a run: [Errno 2] No such file or directory: 'none.json'; "

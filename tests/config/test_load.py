@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from megallama.config.describe import settings as schema_settings
 from megallama.config.errors import ConfigError, MegallamaError
-from megallama.config.load import flatten, is_setting, load, read_words, resolve, to_toml
+from megallama.config.load import flatten, is_setting, load, resolve, to_toml
 from megallama.config.presets import PRESETS
 from megallama.config.schema import Config, SourceConfig
 
@@ -424,13 +424,6 @@ def test_a_huge_number_is_answered_at_once(key: str) -> None:
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("count", ["", "0", "-1", "1.5", "1" * 5000, "9999999999", "x"])
-def test_a_number_of_ranks_that_is_none(count: str) -> None:
-    with pytest.raises(ConfigError, match="needs one number of ranks, not ranks=") as caught:
-        read_words([f"ranks={count}"], "the plan", "usage")
-    assert len(str(caught.value)) < 300
-
-
 def test_a_byte_order_mark_is_no_setting(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbf[train]\nsteps = 3\n")
     assert load(tmp_path / "a.toml", [], need_data=False).train.steps == 3
@@ -465,6 +458,4 @@ def test_a_path_may_have_an_equals_sign(tmp_path: Path, monkeypatch: pytest.Monk
     assert [is_setting(word) for word in files] == [False] * len(files)
     words = ("train.steps=7", "--train.steps=7", "--lr-schedule.kind=linear", "lr=1", "a.b=3", "run.folder=a/b=c")
     assert [is_setting(word) for word in words] == [True] * len(words)
-    file, ranks, overrides = read_words(["lr=3e-4", "ranks=2", "data.train=a/b"], "the plan", "usage")
-    assert (file, ranks, overrides) == (Path("lr=3e-4"), 2, ["data.train=a/b"])
-    assert load(file, need_data=False).train.steps == 7
+    assert load(Path("lr=3e-4"), need_data=False).train.steps == 7

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megallama.commands import plan as plan_command
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
 from megallama.config.rules import check
@@ -148,7 +149,7 @@ def test_page_says_what_a_run_costs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_small_numbers_keep_digits(capsys: pytest.CaptureFixture[str]) -> None:
-    few = tool("plan").few
+    few = plan_command.few
     assert [few(x) for x in (833_577.4, 17.2, 0.00014, 0)] == ["833,577", "17", "0.00014", "0"]
     assert [few(x, 1) for x in (60.71, 1, 0.0123)] == ["60.7", "1.0", "0.012"]
     assert tool("plan").main(["model.preset=debug", "ranks=1"]) == 0

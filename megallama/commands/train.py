@@ -1,0 +1,17 @@
+"""What `megallama train --help` says; the training itself is `megallama.pretrain`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megallama import pretrain
+from megallama.commands.parser import Parser, section_table
+from megallama.config.errors import exit_status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the help, of all or of a section of the configuration."""
+    about = (pretrain.__doc__ or "").replace("python -m megallama.pretrain", "megallama train")
+    parser = Parser("train", about, config=True)
+    parser.epilog = f"sections (megallama train --help SECTION explains the settings of one):\n{section_table()}"
+    return exit_status(lambda: print(parser.read(argv), end=""))  # which asks for help, and leaves
