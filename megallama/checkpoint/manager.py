@@ -439,7 +439,10 @@ class CheckpointManager:
                         "model.tie_embeddings=false, or leave it out with megallama convert --head tied"
                     )
                 reader.check_tensors(path, files, mine)
-                reader.fill_weights(files, shards)
+                reader.fill(files, "master", shards)
+            for shard in shards:
+                shard.exp_avg.zero_()
+                shard.exp_avg_sq.zero_()
             return notes + manifest.differences(model, mine)
 
         for line in on_all_ranks(self._group, f"cannot load weights from {path}", read)[0]:

@@ -1,20 +1,19 @@
 """Reading boxes of tensors out of safetensors files, whoever wrote them, verifying what is read.
 
 A file is read in the blocks of the manifest; a block is checked against its digest before one byte
-of it is used, on threads that read ahead along the blocks that will be asked for.  Hugging Face
-folders from elsewhere have no digests and are read the same way.  Any layout, any number of ranks:
-a shard is filled by reading the byte runs of its box.  Within a data-parallel group the ranks hold
-different boxes, so no two of them read the same bytes; the weights go round by their all-gather.
+of it is used.  Hugging Face folders from elsewhere have no digests and are read the same way.  Any
+layout, any number of ranks: a shard is filled by reading the byte runs of its box.  Within a data-parallel
+group the ranks hold different boxes, so no two of them read the same bytes; the weights go round by their all-gather.
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from itertools import groupby, pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,73 +31,39 @@ from megallama.plan.box import Box
 from megallama.plan.params import global_shapes
 
 SPAN_BYTES = 8 << 20  # bytes of a file turned into a tensor at a time
-CACHED_BLOCKS = 4
-THREADS = 2  # that read and digest
-AHEAD = 4  # blocks read before they are asked for
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Buffers that old Hugging Face conversions of LLaMA saved; they follow from the configuration.
 _NOT_PARAMETERS = (".rotary_emb.inv_freq",)
 
 
 class BlockFile:
-    """A file read block by block; with a `record`, each block is verified before it is used."""
+    """A file read block by block; with a `record`, each block is verified before it is used. One thread reads it."""
 
     def __init__(self, path: Path, record: manifest.FileRecord | None = None, block_bytes: int = manifest.BLOCK_BYTES):
         self.path, self._record, self._block_bytes = path, record, block_bytes
-        self._cache: dict[int, memoryview] = {}
-        self._free: deque[bytearray] = deque()  # buffers are used again: fresh pages cost more than the reading
-        self._pool: ThreadPoolExecutor | None = None
-        self._coming: Iterator[int] = iter(())
-        self._ahead: deque[tuple[int, Future[memoryview]]] = deque()
         self._fd, self.size = disk.open_file(path, record.size if record else None)
+        # one buffer for all blocks: fresh pages cost more than the reading
+        self._buffer, self._held = memoryview(bytearray(min(block_bytes, self.size) if record else 0)), -1
 
     def close(self) -> None:
         """Close the file."""
-        while self._ahead:
-            self._ahead.popleft()[1].exception()
         os.close(self._fd)
 
-    def expect(self, spans: Iterable[tuple[int, int]], pool: ThreadPoolExecutor) -> None:
-        """From now on bytes [start, stop) will be read in this order: read their blocks ahead on `pool`."""
-        self._pool, self._coming = pool, _blocks_of(spans, self._block_bytes)
-
     def block(self, index: int) -> memoryview:
-        """One block; its bytes are good until a few more have been asked for.
-
-        Raises: DamagedError naming file and block.
-        """
-        if index in self._cache:
-            return self._cache[index]
-        while len(self._cache) >= CACHED_BLOCKS:
-            self._release(self._cache.pop(next(iter(self._cache))))
-        while self._ahead and self._ahead[0][0] < index:
-            self._release(self._ahead.popleft()[1].result())
-        ready = self._ahead.popleft()[1] if self._ahead and self._ahead[0][0] == index else None
-        data = self._verified(index) if ready is None else ready.result()
-        while self._pool is not None and len(self._ahead) < AHEAD and (later := next(self._coming, None)) is not None:
-            if later > index:
-                self._ahead.append((later, self._pool.submit(self._verified, later)))
-        self._cache[index] = data
-        return data
-
-    def verify(self, index: int) -> None:
-        """Read one block for its digest alone; any thread. Raises: DamagedError naming file and block."""
-        self._release(self._verified(index))
-
-    def _verified(self, index: int) -> memoryview:
-        first = index * self._block_bytes
-        want = min(self._block_bytes, self.size - first)
-        where = f"{self.path} is damaged in block {index} (bytes {first} to {first + want - 1})"
-        try:
-            buffer = self._free.pop()
-        except IndexError:
-            buffer = bytearray(min(self._block_bytes, self.size))
-        data = memoryview(buffer)[:want]
-        self._fill(data, first)
-        if self._record is not None and manifest.digest(data) != self._record.blocks[index]:
-            disk.read_again(self.path, data, first)
+        """One block; its bytes are good until another one is asked for. Raises: DamagedError naming file and block."""
+        assert self._record is not None
+        start = index * self._block_bytes
+        data = self._buffer[: self.size - start]
+        if index == self._held:
+            return data
+        self._held = -1
+        self._fill(data, start)
+        if manifest.digest(data) != self._record.blocks[index]:
+            disk.read_again(self.path, data, start)
             if manifest.digest(data) != self._record.blocks[index]:
+                where = f"{self.path} is damaged in block {index} (bytes {start} to {start + len(data) - 1})"
                 raise DamagedError(f"{where}: its digest is not the one in {manifest.NAME}")
+        self._held = index
         return data
 
     def _fill(self, data: memoryview, start: int) -> None:
@@ -109,10 +74,6 @@ class BlockFile:
         count = disk.read_again(self.path, data, start)
         if count != len(data):
             raise DamagedError(f"{self.path} ends at byte {start + count}, before byte {start + len(data)}")
-
-    def _release(self, data: memoryview) -> None:
-        assert isinstance(data.obj, bytearray)
-        self._free.append(data.obj)
 
     def read(self, start: int, count: int) -> bytearray:
         """Bytes start .. start + count - 1."""
@@ -139,15 +100,6 @@ class BlockFile:
             raise DamagedError(f"{self.path} ends at byte {self.size}, before byte {start + count}")
 
 
-def _blocks_of(spans: Iterable[tuple[int, int]], block_bytes: int) -> Iterator[int]:
-    """The blocks that byte ranges touch, each once where one range follows the other."""
-    last = -1
-    for start, stop in spans:
-        for index in range(max(start // block_bytes, last + 1), -(-stop // block_bytes)):
-            yield index
-            last = index
-
-
 class TensorFiles:
     """Tensors by name, wherever in a set of files they lie; files are opened when first needed."""
 
@@ -155,14 +107,11 @@ class TensorFiles:
         self.places = places
         self._opener = opener
         self._opened: dict[str, BlockFile] = {}
-        self._pool: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
         """Close all files."""
         while self._opened:
             self._opened.popitem()[1].close()
-        if self._pool is not None:
-            self._pool.shutdown()
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -170,32 +119,29 @@ class TensorFiles:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def expect(self, boxes: Sequence[Box]) -> None:
-        """From now on the boxes will be read in this order: read ahead."""
-        self._pool = self._pool or ThreadPoolExecutor(THREADS)
-        spans: dict[str, list[tuple[int, int]]] = {}
-        for box in boxes:
-            place = self.places[box.key]
-            rows = _rows(place, box, 0, prod(box.shape[:-1]))
-            spans.setdefault(place.file, []).append(rows)
-        for name, found in spans.items():
-            self._file(name).expect(found, self._pool)
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A whole tensor, in the stored format unless `dtype` is given."""
+        place = self.places[name]
+        out = torch.empty(place.shape, dtype=dtype or DTYPES[place.dtype])
+        self.read_into(Box.whole(name, place.shape), out.view(-1))
+        return out
 
     def read_into(self, box: Box, out: Tensor) -> None:
         """Fill `out` (1-D, any dtype and device) with the elements of `box` in row-major order."""
         place = self.places[box.key]
-        file, width = self._file(place.file), place.shape[-1]
+        file, width, item = self._file(place.file), place.shape[-1], place.item_bytes
         rows, cols = prod(box.shape[:-1]), box.shape[-1]
-        step = max(1, SPAN_BYTES // (width * place.item_bytes))
+        step = max(1, SPAN_BYTES // (width * item))
+        start = place.offset + item * ((box.start[0] * width if len(place.shape) == 2 else 0) + box.start[-1])
         for row in range(0, rows, step):
             n = min(step, rows - row)
-            start, stop = _rows(place, box, row, row + n)
             part = out[row * cols : (row + n) * cols]
             if cols == width and part.dtype == DTYPES[place.dtype] and part.device.type == "cpu":
                 file.read_into(start, part.view(torch.uint8).numpy().data)
-                continue
-            data = torch.frombuffer(file.read(start, stop - start), dtype=DTYPES[place.dtype])
-            part.view(n, cols).copy_(data.as_strided((n, cols), (width, 1)))
+            else:  # what lies between the rows is read too: that is one long read
+                data = torch.frombuffer(file.read(start, ((n - 1) * width + cols) * item), dtype=DTYPES[place.dtype])
+                part.view(n, cols).copy_(data.as_strided((n, cols), (width, 1)))
+            start += n * width * item
 
     def read_rows(self, key: str, row: int, out: Tensor) -> None:
         """Fill the contiguous `out` [n, ...], of the stored format, with rows `row` .. `row` + n - 1."""
@@ -207,14 +153,6 @@ class TensorFiles:
         if name not in self._opened:
             self._opened[name] = self._opener(name)
         return self._opened[name]
-
-
-def _rows(place: TensorPlace, box: Box, first: int, last: int) -> tuple[int, int]:
-    """The bytes [start, stop) of the file from the first to the last element of some rows of a box."""
-    top = box.start[0] if len(place.shape) == 2 else 0
-    start = (top + first) * place.shape[-1] + box.start[-1]
-    stop = (top + last - 1) * place.shape[-1] + box.stop[-1]
-    return place.offset + start * place.item_bytes, place.offset + stop * place.item_bytes
 
 
 def _read_header(label: str, file: BlockFile) -> dict[str, TensorPlace]:
@@ -315,18 +253,19 @@ def step_folder(folder: Path) -> Path | None:
 def fill(files: TensorFiles, kind: str, shards: Sequence[StateShard]) -> None:
     """Read state `kind` ("master", "exp_avg", "exp_avg_sq") of all shards, in the order of the files."""
     places = files.places
-    ordered = sorted(shards, key=lambda s: (places[s.box.key].file, places[s.box.key].offset, s.box))
-    files.expect([shard.box for shard in ordered])
-    for shard in ordered:
+    for shard in sorted(shards, key=lambda s: (places[s.box.key].file, places[s.box.key].offset, s.box)):
         files.read_into(shard.box, shard.state()[kind])
 
 
-def fill_weights(files: TensorFiles, shards: Sequence[StateShard]) -> None:
-    """Read weights into the masters and reset the moments to zero."""
-    fill(files, "master", shards)
-    for shard in shards:
-        shard.exp_avg.zero_()
-        shard.exp_avg_sq.zero_()
+def load_state(folder: Path, saved: manifest.Manifest, shards: Sequence[StateShard]) -> None:
+    """Fill master weights and moments of all shards from a step folder: a thread for each, reading its own files."""
+
+    def load(kind: str) -> None:
+        with open_state(folder, saved, kind) as files:
+            fill(files, kind, shards)
+
+    with ThreadPoolExecutor(len(STATE)) as pool:
+        list(pool.map(load, STATE))
 
 
 def head_of(where: Path, files: TensorFiles, model: ModelConfig, head: str = "auto") -> tuple[ModelConfig, list[str]]:
@@ -405,86 +344,52 @@ def refuse(where: Path, problems: Sequence[str]) -> None:
         raise CheckpointError(f"the tensors in {where} are not those of the model:\n  " + "\n  ".join(shown))
 
 
+@dataclass(frozen=True)
 class Weights:
-    """The weights of a saved model, read tensor by tensor (or box by box) when asked for."""
+    """The weights of a saved model, which are read when asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        step = step_folder(folder)
-        self.folder = step / "model" if step else folder
-        if step and (problems := verify_blocks(step, manifest.read_manifest(step), [("model/config.json", 0)])):
-            raise DamagedError(problems[0])
-        said = read_model_config(self.folder)
-        self._files = open_folder(folder)
-        self.config, self.notes = head_of(folder, self._files, said)
-        check_tensors(folder, self._files, self.config)
-
-    @property
-    def names(self) -> list[str]:
-        """Hugging Face names of all tensors."""
-        return list(global_shapes(self.config))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The format the weights are stored in."""
-        return DTYPES[self._files.places["model.embed_tokens.weight"].dtype]
-
-    @property
-    def tokenizer(self) -> Path | None:
-        """The tokenizer file kept with the weights."""
-        found = (self.folder / name for name in ("tokenizer.model", "tokenizer.json", "vocab.json"))
-        return next((path for path in found if path.is_file()), None)
-
-    def tensor(self, name: str, box: Box | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor, or the rectangle `box` of it; in the stored format unless `dtype` is given."""
-        place = self._files.places[name]
-        box = box or Box.whole(name, place.shape)
-        out = torch.empty(box.numel, dtype=dtype or DTYPES[place.dtype])
-        self._files.read_into(box, out)
-        return out.view(box.shape)
-
-    def close(self) -> None:
-        """Close the files."""
-        self._files.close()
+    folder: Path  # with config.json and the tokenizer
+    config: ModelConfig
+    notes: list[str]  # what is not as config.json says
+    files: TensorFiles  # holds the tensors of `config`
 
 
-def open_weights(folder: Path | str) -> Weights:
+def open_weights(folder: Path) -> Weights:
     """Open a step folder, its model/ folder, or any Hugging Face LLaMA folder.
 
     Raises: CheckpointError if it holds no LLaMA weights; DamagedError if a file is damaged or missing.
     """
-    return Weights(Path(folder))
-
-
-def load_state(folder: Path, saved: manifest.Manifest, shards: Sequence[StateShard]) -> None:
-    """Fill master weights and moments of all shards from a step folder."""
-    for kind in STATE:
-        with open_state(folder, saved, kind) as files:
-            fill(files, kind, shards)
+    step = step_folder(folder)
+    if step and (problems := verify_blocks(step, manifest.read_manifest(step), [("model/config.json", 0)])):
+        raise DamagedError(problems[0])
+    model = step / "model" if step else folder
+    described, files = read_model_config(model), open_folder(folder)
+    config, notes = head_of(folder, files, described)
+    check_tensors(folder, files, config)
+    return Weights(model, config, notes, files)
 
 
 def verify_blocks(folder: Path, saved: manifest.Manifest, blocks: Sequence[tuple[str, int]]) -> list[str]:
     """Check blocks against their digests; what is wrong with each damaged one. Raises: UnreadableError."""
-    problems: list[str] = []
-    opened: dict[str, BlockFile] = {}
 
-    def problem(block: tuple[str, int]) -> str | None:
-        try:
-            opened[block[0]].verify(block[1])
-        except DamagedError as error:
-            return str(error)
-        return None
-
-    try:
-        for name in dict.fromkeys(name for name, _ in blocks):
+    def problems(blocks: Sequence[tuple[str, int]]) -> Iterator[str]:
+        for name, group in groupby(blocks, key=lambda block: block[0]):
+            if name not in saved.files:
+                yield f"{folder / manifest.NAME} does not list {name}"
+                continue
             try:
-                opened[name] = BlockFile(folder / name, saved.files[name], saved.block_bytes)
-            except KeyError:
-                problems.append(f"{folder / manifest.NAME} does not list {name}")
+                file = BlockFile(folder / name, saved.files[name], saved.block_bytes)
             except DamagedError as error:
-                problems.append(str(error))
-        with ThreadPoolExecutor(THREADS) as pool:
-            problems += [p for p in pool.map(problem, (b for b in blocks if b[0] in opened)) if p is not None]
-    finally:
-        for file in opened.values():
-            file.close()
-    return problems
+                yield str(error)
+                continue
+            with closing(file):
+                for _, index in group:
+                    try:
+                        file.block(index)
+                    except DamagedError as error:
+                        yield str(error)
+
+    half = len(blocks) // 2
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda part: list(problems(part)), (blocks[:half], blocks[half:]))
+        return list(dict.fromkeys(problem for part in found for problem in part))  # both halves may open one file

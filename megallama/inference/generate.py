@@ -28,7 +28,7 @@ from megallama.data.tokenizer import Tokenizer
 from megallama.kernels.dtypes import accumulate_dtype
 from megallama.kernels.norm import rms_norm
 from megallama.kernels.rope import apply_rope, rope_tables
-from megallama.plan.params import heads
+from megallama.plan.params import global_shapes, heads
 
 MAX_CONTEXT = 1 << 24  # a model that claims more would fill the memory with tables of angles
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"  # how a decoder shows the bytes of half a character
@@ -108,10 +108,8 @@ def load_llama(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     a folder, file or tensor that is missing, damaged or no part of a LLaMA.
     """
     saved = open_weights(find_model(folder))
-    try:
-        weights = {name: saved.tensor(name, dtype=dtype).to(device or torch.device("cpu")) for name in saved.names}
-    finally:
-        saved.close()
+    with saved.files as files:
+        weights = {name: files.tensor(name, dtype).to(device or "cpu") for name in global_shapes(saved.config)}
     path = saved.folder / "config.json"
     raw = disk.read_json(path)
     longest = raw.get("max_position_embeddings")

@@ -15,6 +15,7 @@ from megallama.checkpoint.manifest import architecture
 from megallama.checkpoint.reader import open_weights
 from megallama.config.load import load
 from megallama.config.schema import Config, ModelConfig, RopeScaling
+from megallama.inference.generate import load_llama
 from megallama.plan.box import Box
 from megallama.plan.topology import Topology
 from tests.checkpoint.states import (
@@ -153,20 +154,22 @@ def test_weights_of_a_hugging_face_folder(model: ModelConfig, dtype: torch.dtype
 
     on_grid(grid, rank)
     weights = open_weights(tmp_path / "hf")
-    assert architecture(weights.config) == architecture(model) and weights.dtype == dtype
-    assert all(torch.equal(weights.tensor(n), t) for n, t in tensors.items()) and weights.tokenizer is None
+    assert architecture(weights.config) == architecture(model) and weights.folder == tmp_path / "hf"
+    with weights.files as files:
+        assert all(torch.equal(files.tensor(n), t) and files.tensor(n).dtype == dtype for n, t in tensors.items())
 
 
 def test_open_weights_reads_boxes_of_step_and_model_folders(tmp_path) -> None:
     step, want = saved(tmp_path, make_config()), make_state()["master"]
     name = "model.layers.2.mlp.down_proj.weight"
     for folder in (step, step / "model"):
-        weights = open_weights(folder)
-        assert weights.names == list(want) and weights.dtype == torch.bfloat16
-        assert torch.equal(weights.tensor(name), want[name].bfloat16())
-        box = weights.tensor(name, Box(name, (3, 7), (30, 21)), torch.float32)
-        assert torch.equal(box, want[name].bfloat16().float()[3:30, 7:21])
-        weights.close()
+        weights, box = open_weights(folder), torch.empty(27 * 14)
+        with weights.files as files:
+            assert weights.folder == step / "model" and list(files.places) == list(want)
+            assert files.tensor(name).dtype == torch.bfloat16
+            assert torch.equal(files.tensor(name), want[name].bfloat16())
+            files.read_into(Box(name, (3, 7), (30, 21)), box)
+        assert torch.equal(box.view(27, 14), want[name].bfloat16().float()[3:30, 7:21])
 
 
 def test_a_flipped_bit_under_open_weights_is_named(tmp_path) -> None:
@@ -176,9 +179,9 @@ def test_a_flipped_bit_under_open_weights_is_named(tmp_path) -> None:
     data[-1] ^= 4
     path.write_bytes(data)
     with pytest.raises(DamagedError, match=rf"{path.name} is damaged in block {(len(data) - 1) // 4096} "):
-        weights = open_weights(step)
-        for name in weights.names:
-            weights.tensor(name)
+        with open_weights(step).files as files:
+            for name in files.places:
+                files.tensor(name)
 
 
 def test_masters_of_our_step_folder_are_taken_and_moments_reset(tmp_path) -> None:
@@ -256,7 +259,9 @@ def test_old_rotary_buffers_are_ignored(tmp_path) -> None:
     tensors = hf_folder(tmp_path / "hf", MODEL, torch.float32)
     path = tmp_path / "hf/model.safetensors"
     save_file(load_file(path) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, path)
-    assert sorted(open_weights(tmp_path / "hf").names) == sorted(tensors)
+    assert open_weights(tmp_path / "hf").config == MODEL
+    found = load_llama(tmp_path / "hf").weights
+    assert found.keys() == tensors.keys() and all(torch.equal(found[n], t) for n, t in tensors.items())
 
 
 def train_sentencepiece(folder: Path) -> Path:
@@ -284,7 +289,6 @@ def test_sentencepiece_tokenizer_opens_with_transformers(tmp_path) -> None:
     config = make_config(MODEL.model_copy(update={"vocab_size": 330}))
     step = saved(tmp_path / "c", config, tokenizer=source)
     assert (step / "model/tokenizer.model").read_bytes() == source.read_bytes()
-    assert open_weights(step).tokenizer == step / "model/tokenizer.model"
     theirs = transformers.AutoTokenizer.from_pretrained(step / "model")
     ours = sentencepiece.SentencePieceProcessor(model_file=str(source))
     text = "the quick dog 7 Ωmega jumps"
@@ -319,7 +323,7 @@ def test_gpt2_tokenizer_opens_with_transformers(tmp_path) -> None:
     ours.save_model(str(tmp_path))
     config = make_config(MODEL.model_copy(update={"vocab_size": ours.get_vocab_size()}))
     step = saved(tmp_path / "c", config, tokenizer=tmp_path / "vocab.json")
-    assert open_weights(step).tokenizer == step / "model/vocab.json"
+    assert (step / "model/vocab.json").is_file()
     theirs = transformers.AutoTokenizer.from_pretrained(step / "model")
     assert theirs.encode("the fox\n", add_special_tokens=False) == ours.encode("the fox\n").ids
     assert theirs.eos_token_id == json.loads((step / "model/config.json").read_text())["eos_token_id"] == 0

@@ -52,7 +52,7 @@ def test_every_tool_takes_every_path_to_a_checkpoint(folder: Path, capsys) -> No
         assert main([str(newest), str(path)]) == 0  # compared with
         assert capsys.readouterr().out.endswith("\n0 of 156 tensors differ\n")
         assert find_checkpoint(path) == newest and find_model(path) == newest / "model"
-        open_weights(find_model(path)).close()
+        open_weights(find_model(path)).files.close()
         shards = solo_shards(make_state(seed=9))
         make_manager(folder / "other", make_config()).load_weights(path, shards)  # checkpoint.weights_from
     (newest / "manifest.json").write_text("{}")
