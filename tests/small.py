@@ -17,7 +17,7 @@ from megallama.kernels.documents import Documents
 from megallama.kernels.select import select_kernels
 from megallama.plan.plan import Plan, make_plan
 from megallama.train.assemble import DTYPES, Rank, assemble, initialize
-from megallama.train.step import StepResult, train_step
+from megallama.train.step import StepConsensus, train_step
 from tests.threads import run_threads
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def micro_batches(
 
 def train(
     rank: Rank, data: torch.Tensor, masks: torch.Tensor | None = None, starts: torch.Tensor | None = None
-) -> list[StepResult]:
+) -> list[StepConsensus]:
     """One training step on each batch of `data` [steps, global batch, s + 1]."""
     results = []
     for step, batch in enumerate(data):
@@ -123,7 +123,7 @@ def on_threads(config: Config, ranks: int, fn: Callable[[Rank], Any], delays: in
     return run_threads(ranks, body, plan.topology, num_kv_heads=heads, delays=delays)
 
 
-def curve(results: Sequence[StepResult]) -> list[float]:
+def curve(results: Sequence[StepConsensus]) -> list[float]:
     """Losses and gradient norms, alternating."""
     return list(itertools.chain.from_iterable((r.loss, r.grad_norm) for r in results))
 

@@ -25,7 +25,7 @@ from megallama.config.load import load
 from megallama.plan.plan import make_plan
 from megallama.train import trainer
 from megallama.train.log import Logger
-from megallama.train.step import StepResult, train_step
+from megallama.train.step import StepConsensus, train_step
 
 WARM_UP, STEPS = 2, 3
 WAIT = "waiting for ranks"
@@ -77,7 +77,7 @@ class Profiled:
         self.rank, self.calls, self.start = rank, 0, 0.0
         self.profiler = profile(activities=[ProfilerActivity.CPU])
 
-    def __call__(self, *args: Any, **kwargs: Any) -> StepResult:
+    def __call__(self, *args: Any, **kwargs: Any) -> StepConsensus:
         if self.calls == WARM_UP:
             self.profiler.__enter__()
             self.start = time.perf_counter()

@@ -16,14 +16,12 @@ import resource
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -31,9 +29,11 @@ from megallama.config.schema import LogConfig
 from megallama.config.words import counted
 from megallama.train.log import Logger, human_bytes, human_count, human_duration
 
-_TAGS = {  # TensorBoard and wandb names of the scalars of a step
-    "train": ("loss", "lr", "grad_norm", "loss_scale", "consumed_tokens", "skipped_steps"),
-    "speed": (
+Record = dict[str, Any]  # a line of metrics.jsonl: "kind" ("train", "valid" or "test"), "step", and numbers by name
+
+TAGS = {  # of the numbers of a step, those that are drawn: TensorBoard and wandb know them as group/name
+    "train": ["loss", "lr", "grad_norm", "loss_scale", "consumed_tokens", "skipped_steps"],
+    "speed": [
         "tokens_per_second",
         "tokens_per_second_per_rank",
         "mfu_causal",
@@ -41,131 +41,50 @@ _TAGS = {  # TensorBoard and wandb names of the scalars of a step
         "step_seconds",
         "data_wait_seconds",
         "peak_memory_bytes",
-    ),
+    ],
 }
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """A training step (or the `log.interval` steps that end with it), as all ranks see it."""
-
-    step: int  # updates made, this one included
-    loss: float  # mean over the global batch's counted tokens
-    lr: float
-    grad_norm: float  # before clipping
-    tokens: int  # of all ranks in step_seconds
-    step_seconds: float  # since the previous line
-    tokens_per_second: float
-    tokens_per_second_per_rank: float
-    mfu_causal: float | None  # counting the attention that a causal mask leaves; None: the device's peak is not known
-    mfu_full: float | None  # counting the whole square, as most published figures do
-    peak_memory_bytes: int  # of this rank so far
-    consumed_tokens: int
-    consumed_samples: int
-    eta_seconds: float
-    skipped: bool = False  # this step was not finite and changed nothing
-    skipped_steps: int = 0  # so far
-    loss_scale: float = 1.0
-    data_wait_seconds: float = 0.0  # waited for data so far
-    phase_seconds: Mapping[str, float] = field(default_factory=dict)
-    sources: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # name -> samples, tokens, epochs so far
-
-    def line(self, steps: int) -> str:
-        """The console line, of a run of `steps` steps: with the time before it, at most 120 columns."""
-        loss, norm = f"loss {self.loss:.4f}", f"grad norm {self.grad_norm:.3f}"
-        parts = [loss, f"lr {self.lr:.2e}", norm, f"{human_count(self.tokens_per_second)} tok/s"]
-        if self.mfu_causal is not None:
-            parts.append(f"MFU {100 * self.mfu_causal:.1f}%")
-        if self.skipped:
-            parts = [f"SKIPPED, not finite ({self.skipped_steps} so far)", loss, norm]
-        return " | ".join([f"step {self.step}/{steps}", *parts, f"left {human_duration(self.eta_seconds)}"])
-
-    def scalars(self) -> dict[str, float]:
-        """Flat names and values, for TensorBoard and wandb."""
-        tags = {f"{group}/{name}": getattr(self, name) for group, names in _TAGS.items() for name in names}
-        values = {tag: float(value) for tag, value in tags.items() if value is not None}
-        values |= {f"seconds/{name}": seconds for name, seconds in self.phase_seconds.items()}
-        return values | {f"{x}/{name}": used[x] for name, used in self.sources.items() for x in ("tokens", "epochs")}
+def scalars(record: Record) -> dict[str, float]:
+    """Flat names and values, for TensorBoard and wandb."""
+    if record["kind"] != "train":
+        tag = _tag(record)
+        values = {f"{tag}/loss": record["loss"], f"{tag}/bits_per_byte": record["bits_per_byte"]}
+    else:
+        values = {f"{group}/{name}": record[name] for group, names in TAGS.items() for name in names}
+        values |= {f"seconds/{name}": seconds for name, seconds in record["phase_seconds"].items()}
+        values |= {f"{x}/{name}": used[x] for name, used in record["sources"].items() for x in ("tokens", "epochs")}
+    return {tag: float(value) for tag, value in values.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class ValidMetrics:
-    """An evaluation after `step` updates."""
-
-    step: int
-    loss: float  # mean over the counted tokens [nats per token]
-    tokens: int
-    seconds: float
-    consumed_tokens: int
-    name: str = "valid"
-    bits_per_byte: float | None = None
-    kind: Literal["valid", "test"] = "valid"
-
-    @property
-    def tag(self) -> str:
-        """Its group in TensorBoard and wandb."""
-        return self.kind if self.name == self.kind else f"{self.kind}/{self.name}"
-
-    def line(self, steps: int) -> str:
-        """The console line."""
-        bits = "" if self.bits_per_byte is None else f" | {self.bits_per_byte:.4f} bits/byte"
-        perplexity = f"{math.exp(self.loss):.2f}" if self.loss < 20 else "large"
-        amount = f"{counted(human_count(self.tokens), 'token')} in {human_duration(self.seconds)}"
-        name = self.tag.replace("/", " ") if self.kind == "test" else self.name
-        return f"step {self.step}/{steps} | {name} loss {self.loss:.4f}{bits} | perplexity {perplexity} | {amount}"
-
-    def scalars(self) -> dict[str, float]:
-        """Flat names and values, for TensorBoard and wandb."""
-        values = {f"{self.tag}/loss": self.loss}
-        return values if self.bits_per_byte is None else values | {f"{self.tag}/bits_per_byte": self.bits_per_byte}
+def _tag(record: Record) -> str:
+    kind, name = record["kind"], record["name"]
+    return kind if name == kind else f"{kind}/{name}"
 
 
-def bits_per_byte(loss: float, tokens: float, text_bytes: float) -> float:
-    """Loss [nats per token] over `tokens` tokens of `text_bytes` bytes of text, comparable over tokenizers."""
-    return loss * tokens / (text_bytes * math.log(2))
+def line(record: Record, steps: int) -> str:
+    """The console line, of a run of `steps` steps: with the time before it, at most 120 columns."""
+    return f"step {record['step']}/{steps} | " + (_train_line if record["kind"] == "train" else _valid_line)(record)
 
 
-class Meter:
-    """Turns (tokens, seconds) into rates, utilisation and the time left.
+def _train_line(record: Record) -> str:
+    loss, norm = f"loss {record['loss']:.4f}", f"grad norm {record['grad_norm']:.3f}"
+    parts = [loss, f"lr {record['lr']:.2e}", norm, f"{human_count(record['tokens_per_second'])} tok/s"]
+    if record["mfu_causal"] is not None:
+        parts.append(f"MFU {100 * record['mfu_causal']:.1f}%")
+    if record["skipped"]:
+        parts = [f"SKIPPED, not finite ({record['skipped_steps']} so far)", loss, norm]
+    return " | ".join([*parts, f"left {human_duration(record['eta_seconds'])}"])
 
-    `flops_causal` and `flops_full` are model FLOPs per token, forward and backward, without any
-    recomputation; `peak_flops` is one rank's, or None.
-    """
 
-    def __init__(
-        self,
-        ranks: int,
-        flops_causal: float,
-        flops_full: float,
-        peak_flops: float | None,
-        total_tokens: int,
-    ) -> None:
-        self._ranks = ranks
-        self._flops, self._peak = (flops_causal, flops_full), peak_flops
-        self._total_tokens = total_tokens
-        self._laps: deque[tuple[int, float]] = deque(maxlen=20)
-        self._only_first: bool | None = None  # None before the first step
-
-    def step(self, *, tokens: int, seconds: float, consumed_tokens: int, **values: Any) -> StepMetrics:
-        """The metrics of `tokens` tokens in `seconds`; `values` are the other fields of `StepMetrics`."""
-        if self._only_first:
-            self._laps.clear()  # the first step warms everything up: it says nothing about the others
-        self._only_first = self._only_first is None
-        self._laps.append((tokens, seconds))
-        rate = tokens / seconds
-        causal, full = (flops * rate / self._ranks / self._peak if self._peak else None for flops in self._flops)
-        recent = sum(n for n, _ in self._laps) / sum(s for _, s in self._laps)
-        return StepMetrics(
-            tokens=tokens,
-            step_seconds=seconds,
-            tokens_per_second=rate,
-            tokens_per_second_per_rank=rate / self._ranks,
-            mfu_causal=causal,
-            mfu_full=full,
-            consumed_tokens=consumed_tokens,
-            eta_seconds=max(0, self._total_tokens - consumed_tokens) / recent,
-            **values,
-        )
+def _valid_line(record: Record) -> str:
+    loss, bits = record["loss"], record["bits_per_byte"]
+    name = _tag(record).replace("/", " ") if record["kind"] == "test" else record["name"]
+    parts = [f"{name} loss {loss:.4f}", f"perplexity {math.exp(loss):.2f}" if loss < 20 else "perplexity large"]
+    if bits is not None:
+        parts.insert(1, f"{bits:.4f} bits/byte")
+    amount = f"{counted(human_count(record['tokens']), 'token')} in {human_duration(record['seconds'])}"
+    return " | ".join([*parts, amount])
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -217,23 +136,28 @@ class MetricsWriter:
         if config.wandb:
             self._open("wandb", lambda: Wandb(folder, config.wandb_project, dict(settings or {})))
 
-    def train(self, metrics: StepMetrics) -> None:
-        """Write a training step, and say what has grown since it was said: too rarely to be on every line."""
-        self._write("train", metrics)
-        if metrics.peak_memory_bytes > 1.05 * self._memory:
-            self._memory = metrics.peak_memory_bytes
-            self._log.info(f"step {metrics.step}: peak memory of this rank {human_bytes(self._memory)}")
+    def write(self, record: Record) -> None:
+        """Write a training step or an evaluation."""
+        if self._tells:
+            self._log.info(line(record, self._steps))
+        for name, sink in self._sinks.items():
+            self._queue.put(partial(self._try, name, partial(sink.write, record)))
+        if record["kind"] == "train":
+            self._say_changes(record)
+
+    def _say_changes(self, record: Record) -> None:
+        """What has grown since it was said: too rarely to be on every line."""
+        step, memory, scale = record["step"], record["peak_memory_bytes"], record["loss_scale"]
+        if memory > 1.05 * self._memory:
+            self._memory = memory
+            self._log.info(f"step {step}: peak memory of this rank {human_bytes(memory)}")
         if not self._tells:
             return
-        if (metrics.mfu_causal or 0) > 1:
+        if (record["mfu_causal"] or 0) > 1:
             self._log.warn_once("MFU above 100 %: this device does more than run.peak_tflops; raise it", key="MFU")
-        if metrics.loss_scale > self._loss_scale:
-            self._log.info(f"step {metrics.step}: loss scale {metrics.loss_scale:g}")
-        self._loss_scale = metrics.loss_scale
-
-    def valid(self, metrics: ValidMetrics) -> None:
-        """Write an evaluation."""
-        self._write(metrics.kind, metrics)
+        if scale > self._loss_scale:
+            self._log.info(f"step {step}: loss scale {scale:g}")
+        self._loss_scale = scale
 
     def close(self) -> None:
         """Finish all files."""
@@ -247,12 +171,6 @@ class MetricsWriter:
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
             work()
-
-    def _write(self, kind: str, metrics: StepMetrics | ValidMetrics) -> None:
-        if self._tells:
-            self._log.info(metrics.line(self._steps))
-        for name, sink in self._sinks.items():
-            self._queue.put(partial(self._try, name, partial(sink.write, kind, metrics)))
 
     def _open(self, name: str, make: Callable[[], Any]) -> None:
         try:
@@ -300,9 +218,9 @@ class JsonLines(_Appender):
             rewind(path, step)
         super().__init__(path)
 
-    def write(self, kind: str, metrics: StepMetrics | ValidMetrics) -> None:
+    def write(self, record: Record) -> None:
         """Append a line."""
-        self.append((json.dumps(_finite({"kind": kind, **asdict(metrics)})) + "\n").encode())
+        self.append((json.dumps(_finite(record)) + "\n").encode())
 
 
 def _finite(value: Any) -> Any:
@@ -359,10 +277,10 @@ class TensorBoard(_Appender):
         start = self._event.SessionLog(status=self._event.SessionLog.START)
         self._put(step=step + 1, session_log=start)  # forget steps from here on: an earlier start's
 
-    def write(self, kind: str, metrics: StepMetrics | ValidMetrics) -> None:
-        """Add the scalars of a step."""
-        values = [self._summary.Value(tag=tag, simple_value=x) for tag, x in metrics.scalars().items()]
-        self._put(step=metrics.step, summary=self._summary(value=values))
+    def write(self, record: Record) -> None:
+        """Add the scalars of a step or an evaluation."""
+        values = [self._summary.Value(tag=tag, simple_value=x) for tag, x in scalars(record).items()]
+        self._put(step=record["step"], summary=self._summary(value=values))
 
     def _put(self, **fields: Any) -> None:
         record = io.BytesIO()
@@ -387,9 +305,9 @@ class Wandb:
             config=settings,
         )
 
-    def write(self, kind: str, metrics: StepMetrics | ValidMetrics) -> None:
-        """Log the scalars of a step."""
-        self._run.log(metrics.scalars(), step=metrics.step)
+    def write(self, record: Record) -> None:
+        """Log the scalars of a step or an evaluation."""
+        self._run.log(scalars(record), step=record["step"])
 
     def close(self) -> None:
         """Finish the run there."""

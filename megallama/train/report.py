@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megallama.config.words import counted
 from megallama.data.ledger import TrainData
-from megallama.optim.scaler import LossScaler
 from megallama.plan.flops import training_flops
 from megallama.plan.params import num_parameters
 from megallama.plan.plan import Plan
 from megallama.train.assemble import DTYPES
-from megallama.train.health import BadSteps
 from megallama.train.log import Logger, human_count
-from megallama.train.metrics import Meter, MetricsWriter, peak_memory_bytes
+from megallama.train.metrics import MetricsWriter, peak_memory_bytes
 from megallama.train.peak import peak_flops
 from megallama.train.plot import plot_loss
-from megallama.train.step import StepResult
 from megallama.train.timers import Timers
 
 
@@ -34,24 +33,49 @@ class Counters:
     tokens: int = 0  # tokens whose loss counted
 
 
+class Meter:
+    """Turns (tokens, seconds) into rates, utilisation and the time left.
+
+    `flops_causal` and `flops_full` are model FLOPs per token, forward and backward, without any
+    recomputation, counting the attention that a causal mask leaves, or the whole square, as most published figures do.
+    """
+
+    def __init__(
+        self, ranks: int, flops_causal: float, flops_full: float, peak_flops: float | None, total_tokens: int
+    ) -> None:
+        self._ranks, self._total_tokens = ranks, total_tokens
+        self._flops, self._peak = (flops_causal, flops_full), peak_flops  # the peak is one rank's
+        self._laps: deque[tuple[int, float]] = deque(maxlen=20)
+        self._only_first: bool | None = None  # None before the first step
+
+    def lap(self, tokens: int, seconds: float, consumed_tokens: int) -> dict[str, float | None]:
+        """Of `tokens` tokens of all ranks in `seconds`."""
+        if self._only_first:
+            self._laps.clear()  # the first step warms everything up: it says nothing about the others
+        self._only_first = self._only_first is None
+        self._laps.append((tokens, seconds))
+        rate = tokens / seconds
+        causal, full = (flops * rate / self._ranks / self._peak if self._peak else None for flops in self._flops)
+        recent = sum(n for n, _ in self._laps) / sum(s for _, s in self._laps)
+        return {
+            "tokens": tokens,
+            "step_seconds": seconds,
+            "tokens_per_second": rate,
+            "tokens_per_second_per_rank": rate / self._ranks,
+            "mfu_causal": causal,
+            "mfu_full": full,
+            "eta_seconds": max(0, self._total_tokens - consumed_tokens) / recent,
+        }
+
+
 class Reporter:
     """Turns what the trainer knows into lines, metrics and a plot."""
 
     def __init__(
-        self,
-        plan: Plan,
-        device: torch.device,
-        log: Logger,
-        timers: Timers,
-        train: TrainData | None,
-        step: int,
+        self, plan: Plan, device: torch.device, log: Logger, timers: Timers, train: TrainData | None, step: int
     ) -> None:
         config = plan.config
-        self._config = config
-        self._device = device
-        self._log = log
-        self._timers = timers
-        self._train = train
+        self._config, self._device, self._log, self._timers, self._train = config, device, log, timers, train
         self.tokens = 0  # since the last line
         peak = peak_flops(device, DTYPES[config.precision.dtype], config.run.peak_tflops)
         if peak is None:
@@ -61,47 +85,28 @@ class Reporter:
         total = plan.batch.samples_after(config.train.steps) * config.batch.seq_length
         causal, full = (training_flops(config.model, config.batch.seq_length, causal=c) for c in (True, False))
         self._meter = Meter(plan.topology.world_size, causal, full, peak, total)
-        self._timers.lap()
-        self.writer = MetricsWriter(
-            Path(config.run.folder),
-            log,
-            config.log,
-            steps=config.train.steps,
-            step=step,
-            settings=config.model_dump(mode="json"),
-        )
+        timers.lap()
+        folder, settings = Path(config.run.folder), config.model_dump(mode="json")
+        self.writer = MetricsWriter(folder, log, config.log, steps=config.train.steps, step=step, settings=settings)
 
-    def step(
-        self,
-        counters: Counters,
-        result: StepResult,
-        lr: float,
-        bad: BadSteps,
-        scaler: LossScaler,
-        waited: float,
-    ) -> None:
-        """Tell of a step, and of those since the last that was told of; `waited` seconds for data so far."""
+    def step(self, counters: Counters, **values: Any) -> None:
+        """Tell of a step, and of those since the last that was told of; `values` are more of its numbers by name."""
         seconds, phases = self._timers.lap()
         seconds -= phases.get("save", 0.0) + phases.get("evaluate", 0.0)  # speed is that of training
-        metrics = self._meter.step(
-            tokens=self.tokens,
-            seconds=seconds,
-            consumed_tokens=counters.tokens,
-            step=counters.step,
-            loss=result.loss,
-            lr=lr,
-            grad_norm=result.grad_norm,
-            peak_memory_bytes=peak_memory_bytes(self._device),
-            consumed_samples=counters.samples,
-            skipped=not result.applied,
-            skipped_steps=bad.skipped + (not result.applied),
-            loss_scale=scaler.scale,
-            data_wait_seconds=waited,
-            sources=used_sources(self._train, counters.samples),
-            phase_seconds=phases,
+        self.writer.write(
+            {
+                "kind": "train",
+                "step": counters.step,
+                **values,
+                **self._meter.lap(self.tokens, seconds, counters.tokens),
+                "peak_memory_bytes": peak_memory_bytes(self._device),
+                "consumed_tokens": counters.tokens,
+                "consumed_samples": counters.samples,
+                "phase_seconds": phases,
+                "sources": used_sources(self._train, counters.samples),
+            }
         )
         self.tokens = 0
-        self.writer.train(metrics)
 
     def finished(self, counters: Counters) -> None:
         """All steps are done."""

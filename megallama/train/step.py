@@ -10,29 +10,85 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megallama.data.batch import MicroBatch
 from megallama.model.llama import StageInput
 from megallama.plan.schedule import Schedule
 from megallama.train.assemble import Rank
-from megallama.train.health import Said, Vote
+from megallama.train.signals import SIGNALS
 from megallama.train.timers import Timers
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What all ranks know of a step."""
+class RankStatus:
+    """What one rank wants all ranks to know."""
 
-    loss: float  # mean over the counted tokens of the global batch [nats]
-    grad_norm: float  # of the global gradient, before clipping
-    applied: bool  # False: something was not finite, and nothing was changed
-    tokens: int  # counted tokens of the global batch
-    stop_reason: str | None
-    failed: bool = False  # a rank cannot go on: nothing was changed, and the step does not count
+    received: signal.Signals | None = None
+    late: bool = False  # `train.stop_after_minutes` is over
+    failed: bool = False  # it cannot go on, and brings zeros until all ranks know
+
+    def counts(self) -> dict[str, float]:
+        """Numbers of ranks, for this one 0 or 1: those that saw something non-finite are counted by `consensus`."""
+        signals = {number.name: float(number == self.received) for number in SIGNALS}
+        return {"bad_ranks": 0.0, "late_ranks": float(self.late), "failed_ranks": float(self.failed), **signals}
+
+
+@dataclass(frozen=True)
+class StepConsensus:
+    """What all ranks know of a step, or of a batch of an evaluation, and the same on all of them.
+
+    sums: over the ranks, by name: `loss` (of tokens) and `norm_squared`, both nan where any rank saw something
+    non-finite; `RankStatus.counts`; whatever else `rank_numbers` has.
+    """
+
+    sums: Mapping[str, float]
+    tokens: int = 1  # counted tokens of the global batch
+    loss_scale: float = 1.0
+
+    @property
+    def finite(self) -> bool:
+        """No rank saw anything non-finite."""
+        return not self.sums["bad_ranks"]
+
+    @property
+    def failed(self) -> bool:
+        """A rank cannot go on: nothing was changed, and the step does not count."""
+        return self.sums["failed_ranks"] > 0
+
+    @property
+    def applied(self) -> bool:
+        """The optimizer runs; False: nothing is changed."""
+        return self.finite and not self.failed
+
+    @property
+    def loss(self) -> float:
+        """Mean over the counted tokens of the global batch [nats]."""
+        return self.sums["loss"] / self.tokens
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the global gradient, before clipping."""
+        return math.sqrt(self.sums["norm_squared"]) / self.loss_scale
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Its scalars, by their names in metrics.jsonl."""
+        own = {"loss", "norm_squared", *RankStatus().counts()}
+        more = {name: value for name, value in self.sums.items() if name not in own}
+        return {"loss": self.loss, "grad_norm": self.grad_norm, **more}
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why all ranks save and leave after this step, in words; None to go on."""
+        for number in SIGNALS:
+            if count := round(self.sums[number.name]):
+                return f"{number.name} on {count} rank{'s' if count > 1 else ''}"
+        return "train.stop_after_minutes is over" if self.sums["late_ranks"] else None
 
 
 def count_tokens(rank: Rank, batches: Sequence[MicroBatch], *, masked: bool) -> int:
@@ -70,16 +126,13 @@ def train_step(
     lr: float,
     loss_scale: float = 1.0,
     timers: Timers | None = None,
-    received: signal.Signals | None = None,
-    late: bool = False,
     masked: bool = False,
-    said: Callable[[], Said] | None = None,
-) -> StepResult:
+    status: Callable[[], RankStatus] = RankStatus,
+) -> StepConsensus:
     """Train on this rank's micro-batches of one global batch; `masked`, if some of them on any rank may have masks.
 
-    `said`, asked as late as possible, takes the place of `received` and `late`.
-    All ranks return the same result.  Where the loss or the gradient is not finite on any rank, or one has failed and
-    brings zeros for its batches, no rank changes anything.
+    `status` is asked as late as possible.  Where the loss or the gradient is not finite on any rank, or one has failed
+    and brings zeros for its batches, no rank changes anything.
     """
     timers = timers or Timers()
     tokens = count_tokens(rank, batches, masked=masked)
@@ -89,40 +142,56 @@ def train_step(
     with timers.phase("grad_sync"):
         squares = rank.optimizer.finish_grads()
     with timers.phase("agree"):
-        vote = _agree(rank, loss_sum, squares, said() if said else Said(received, late))
-    norm = math.sqrt(vote.norm_squared) / loss_scale if vote.finite else math.nan
-    applied = vote.finite and not vote.failed_ranks
-    if applied:
+        result = consensus(rank, rank_numbers(rank, loss_sum, squares), status(), tokens, loss_scale)
+    if result.applied:
         clip = rank.plan.config.optimizer.clip_grad
-        factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+        factor = min(1.0, clip / (result.grad_norm + 1e-6)) if clip > 0 else 1.0
         with timers.phase("optimizer"):
             rank.optimizer.step(lr, factor / loss_scale)
-    return StepResult(vote.loss / tokens, norm, applied, tokens, vote.stop_reason, failed=vote.failed_ranks > 0)
+    return result
 
 
-def _agree(rank: Rank, loss_sum: torch.Tensor, squares: torch.Tensor, said: Said) -> Vote:
-    """The sum over all ranks of what each one knows; its end is the step's only wait for the device."""
-    known = torch.stack((loss_sum if rank.counts_loss else torch.zeros_like(loss_sum), squares))
-    packed = Vote.packed(known, said)
+def rank_numbers(rank: Rank, loss_sum: Tensor, squares: Tensor) -> dict[str, Tensor]:
+    """This rank's addends, each a number on its device: what is added here is in every line of metrics.jsonl.
+
+    `TAGS` (metrics.py) names those that TensorBoard and wandb get.
+    """
+    return {"loss": loss_sum if rank.counts_loss else torch.zeros_like(loss_sum), "norm_squared": squares}
+
+
+def consensus(
+    rank: Rank, numbers: Mapping[str, Tensor], status: RankStatus, tokens: int = 1, loss_scale: float = 1.0
+) -> StepConsensus:
+    """The sum over all ranks of what each one knows; reading it is the step's only wait for the device."""
+    loss, squares = numbers["loss"], numbers["norm_squared"]
+    finite = loss.isfinite() & squares.isfinite()
+    in_order = dict.fromkeys(("loss", "norm_squared"), 0.0) | status.counts()  # then whatever else there is
+    values: dict[str, Tensor | float] = {**in_order, **numbers}
+    values |= {"loss": loss.where(finite, 0.0), "norm_squared": squares.where(finite, 0.0), "bad_ranks": ~finite}
+    packed = squares.new_zeros(len(values))
+    for place, value in enumerate(values.values()):
+        if isinstance(value, Tensor):
+            packed[place].copy_(value)
+        elif value:
+            packed[place].fill_(value)
     rank.groups.world.all_reduce(packed).wait()
-    vote = Vote.unpack(rank.read(packed))
-    return vote if vote.finite else replace(vote, loss=math.nan, norm_squared=math.nan)
+    sums = dict(zip(values, rank.read(packed), strict=True))
+    if sums["bad_ranks"]:
+        sums["loss"] = sums["norm_squared"] = math.nan
+    return StepConsensus(sums, tokens, loss_scale)
 
 
-def ask_all(rank: Rank, said: Said) -> Vote:
+def ask_all(rank: Rank, status: RankStatus) -> StepConsensus:
     """What all ranks want one another to know, without a step."""
     nothing = torch.zeros((), dtype=torch.float64, device=rank.device)
-    return _agree(rank, nothing, nothing, said)
+    return consensus(rank, {"loss": nothing, "norm_squared": nothing}, status)
 
 
 def evaluate_step(
-    rank: Rank, schedule: Schedule, batches: Sequence[MicroBatch], said: Callable[[], Said] = Said
-) -> tuple[Vote, int]:
-    """(vote with the sum of token losses, counted tokens) of one global batch, the same on every rank.
-
-    Nothing is changed.
-    """
+    rank: Rank, schedule: Schedule, batches: Sequence[MicroBatch], status: Callable[[], RankStatus] = RankStatus
+) -> StepConsensus:
+    """The loss of one global batch; nothing is changed."""
     tokens = count_tokens(rank, batches, masked=True)
     with torch.no_grad():
         loss_sum = rank.runtime.run(schedule, stage_inputs(batches, 1.0))
-    return _agree(rank, loss_sum, torch.zeros_like(loss_sum), said()), tokens
+    return consensus(rank, rank_numbers(rank, loss_sum, torch.zeros_like(loss_sum)), status(), tokens)

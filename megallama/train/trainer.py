@@ -38,14 +38,14 @@ from megallama.train.changes import changes
 from megallama.train.collect import Collector
 from megallama.train.determinism import set_deterministic
 from megallama.train.evaluate import Interrupted, evaluate
-from megallama.train.health import BadSteps, HighLoss, Said, TrainingStopped
+from megallama.train.health import HighLoss, NonFiniteGuard, TrainingStopped
 from megallama.train.log import Logger, human_count
 from megallama.train.metrics import evaluated
 from megallama.train.peak import slow_format
 from megallama.train.report import Counters, Reporter, used_sources
 from megallama.train.room import check_room, room
 from megallama.train.signals import SAVED, SignalFlag
-from megallama.train.step import StepResult, train_step
+from megallama.train.step import RankStatus, StepConsensus, train_step
 from megallama.train.timers import Timers
 from megallama.train.trace import StepTracer, timed
 
@@ -69,7 +69,7 @@ class Trainer:
         self._signals = signals or SignalFlag()
         self._counters = Counters()
         self._scaler = LossScaler(config.precision)
-        self._bad = BadSteps(config.train.max_bad_steps)
+        self._bad = NonFiniteGuard(config.train.max_bad_steps)
         self._high = HighLoss()
         self._save_owed = False  # a save that was due while the steps were bad
         self._missing: list[tuple[Kind, ValidData]] = []  # evaluations that the last step still lacks
@@ -258,17 +258,17 @@ class Trainer:
         self._scaler.load_state_dict(saved["scaler"])
         self._bad.load_state_dict(saved["bad_steps"])
 
-    def _record_health(self, result: StepResult) -> None:
+    def _record_health(self, result: StepConsensus) -> None:
         """Count the step. Raises: TrainingStopped after too many bad ones, naming the last checkpoint before them."""
         bad, good = self._bad, None
-        if not (result.applied or self._excused or bad.bears_another):
+        if not (result.applied or self._loss_scale_overflow or bad.bears_another):
             self._manager.wait(self._config.checkpoint.finish_seconds)
             with suppress(OSError):
                 good = self._manager.newest_step(bad.last_good or 0) if self._world.rank == 0 else None
             good = self._world.group.gather_values(good)[0]
         if result.applied and (text := self._high.seen(result.loss)):
             self._log.info(f"warning: step {self._counters.step}: {text}")
-        bad.record(self._counters.step, result.applied, excused=self._excused, checkpoint=good)
+        bad.record(self._counters.step, result.applied, overflow=self._loss_scale_overflow, checkpoint=good)
         self._manager.keep_all = bad.in_a_row > 0
 
     def _save_if_due(self, leaving: bool) -> None:
@@ -332,7 +332,7 @@ class Trainer:
                 stopped = result.stop_reason or self._asked_to_stop()
                 last = counters.step == self._last_step
                 if counters.step % config.log.interval == 0 or last or stopped or not result.applied:
-                    report.step(counters, result, self._last_lr, self._bad, self._scaler, loader.wait_seconds)
+                    self._report_step(report, result, loader.wait_seconds)
                 self._record_health(result)
                 self._missing = self._due()
                 self._save_if_due(leaving=last or stopped is not None)
@@ -353,17 +353,29 @@ class Trainer:
         report.finished(counters)
         return FINISHED
 
-    def _one_step(self, loader: Loader) -> StepResult:
+    def _report_step(self, report: Reporter, result: StepConsensus, waited: float) -> None:
+        skipped = not result.applied
+        report.step(
+            self._counters,
+            **result.metrics,
+            lr=self._last_lr,
+            skipped=skipped,
+            skipped_steps=self._bad.skipped + skipped,
+            loss_scale=self._scaler.scale,
+            data_wait_seconds=waited,
+        )
+
+    def _one_step(self, loader: Loader) -> StepConsensus:
         config, counters, plan = self._config, self._counters, self._plan
         size = plan.batch.global_batch(counters.samples)
         with self._timers.phase("data"):
             batches, failure = loader.next_or_zeros(plan.batch.num_microbatches(size), config)
         lr = learning_rate(counters.step, config.optimizer, config.lr_schedule)
         schedule, masked = plan.schedule_for(len(batches)), config.data.document_mask
-        said = partial(self._said, failure is not None or self._manager.not_finite)
+        status = partial(self._status, failure is not None or self._manager.not_finite)
         with self._tracer.step(counters.step + 1, schedule):
             result = train_step(
-                self._rank, schedule, batches, lr, self._scaler.scale, self._timers, masked=masked, said=said
+                self._rank, schedule, batches, lr, self._scaler.scale, self._timers, masked=masked, status=status
             )
         if result.failed:
             self._end_together(failure)
@@ -371,16 +383,16 @@ class Trainer:
         counters.step += 1
         counters.updates += result.applied
         counters.tokens += result.tokens
-        self._excused = self._scaler.update(result.applied)
-        if self._excused:
+        self._loss_scale_overflow = self._scaler.update(result.applied)
+        if self._loss_scale_overflow:
             self._log.info(f"step {counters.step}: overflow; loss scale now {self._scaler.scale:g}")
         self._last_lr = lr
         return result
 
-    def _said(self, failed: bool) -> Said:
+    def _status(self, failed: bool) -> RankStatus:
         minutes = self._config.train.stop_after_minutes
         late = minutes is not None and time.monotonic() - self._started >= 60 * minutes
-        return Said(self._signals.received, late, failed)
+        return RankStatus(self._signals.received, late, failed)
 
     def _asked_to_stop(self) -> str | None:
         steps = self._config.train.stop_after_steps
@@ -436,16 +448,17 @@ class Trainer:
                 (kind, source), counters = self._missing[0], self._counters
                 most = self._config.train.eval_batches if kind == "valid" else None
                 try:
-                    metrics, vote = evaluate(self._rank, source, counters.step, counters.tokens, most, self._said)
+                    numbers, consensus = evaluate(self._rank, source, most, self._status)
                 except Interrupted as early:
-                    if early.vote.failed_ranks:
+                    if early.consensus.failed:
                         self._end_together(early.failure)
                     self._log.info(f"evaluation on {source.name} ended {early}: the next start makes it anew")
-                    return early.vote.stop_reason
-                report.writer.valid(replace(metrics, kind=kind))
+                    return early.consensus.stop_reason
+                at = {"kind": kind, "name": source.name, "step": counters.step, "consumed_tokens": counters.tokens}
+                report.writer.write(at | numbers)
                 del self._missing[0]
-                if vote.stop_reason:
-                    return vote.stop_reason
+                if consensus.stop_reason:
+                    return consensus.stop_reason
         return None
 
     def _tell_sources(self) -> None:

@@ -15,7 +15,7 @@ import megallama.train.trainer as trainer_module
 from megallama.checkpoint.errors import CheckpointError
 from megallama.data.samples import Samples, Synthetic
 from megallama.pretrain import main
-from megallama.train.step import StepResult
+from megallama.train.step import RankStatus, StepConsensus
 from tests.faults.test_bad_input import GOOD
 from tests.pool import Pool
 from tests.train.test_trainer import sections
@@ -29,13 +29,13 @@ def saved(folder: Path) -> list[int]:
 
 
 @pytest.fixture
-def each_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, Any], StepResult | None]], None]:
+def each_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, Any], StepConsensus | None]], None]:
     """Plants a function (step from 1, the rank) -> None, or the result to give instead of the step's."""
 
-    def plant(fault: Callable[[int, Any], StepResult | None]) -> None:
+    def plant(fault: Callable[[int, Any], StepConsensus | None]) -> None:
         real, calls = trainer_module.train_step, [0]
 
-        def step(rank: Any, *args: Any, **more: Any) -> StepResult:
+        def step(rank: Any, *args: Any, **more: Any) -> StepConsensus:
             calls[0] += 1
             return fault(calls[0], rank) or real(rank, *args, **more)
 
@@ -44,7 +44,7 @@ def each_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, Any],
     return plant
 
 
-BAD = StepResult(math.nan, math.nan, applied=False, tokens=16, stop_reason=None)
+BAD = StepConsensus({**RankStatus().counts(), "loss": math.nan, "norm_squared": math.nan, "bad_ranks": 1.0}, 16)
 
 
 def test_a_failed_save_and_then_a_bad_step_are_both_tolerated(

@@ -74,12 +74,13 @@ def test_evaluation_of_a_last_batch_that_only_some_ranks_can_fill() -> None:
     config = small_config()
     data = tokens(config, 1)[0, :4]
 
-    def counted(rank: Rank) -> tuple[float, int]:
+    def counted(rank: Rank) -> tuple[Any, int]:
         real = torch.ones(1, config.batch.seq_length, dtype=torch.bool)
         mask = None if rank.groups.dp.rank == 0 else ~real  # two micro-batches each; rank 1 is all padding
         rows = data[rank.groups.dp.rank :: 2]
         batches = [MicroBatch(r[None, :-1].contiguous(), r[None, 1:].contiguous(), mask) for r in rows]
-        return evaluate_step(rank, rank.plan.forward_schedule(2), batches)
+        known = evaluate_step(rank, rank.plan.forward_schedule(2), batches)
+        return known.sums, known.tokens
 
     (a, tokens_a), (b, tokens_b) = on_threads(config, 2, counted)
     assert a == b and tokens_a == tokens_b == 2 * config.batch.seq_length

@@ -15,12 +15,14 @@ from unittest.mock import patch
 import torch
 
 import megallama.train.evaluate as evaluate_module
+import megallama.train.step as step_module
 from megallama.comm.launch import World
 from megallama.config.errors import MegallamaError
 from megallama.config.presets import PRESETS
 from megallama.config.schema import ModelConfig
 from megallama.plan.plan import make_plan
 from megallama.train.log import Logger
+from megallama.train.metrics import TAGS
 from megallama.train.signals import SignalFlag
 from megallama.train.step import evaluate_step
 from megallama.train.trainer import Trainer
@@ -49,6 +51,19 @@ def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: s
     finally:
         evaluate_module.evaluate_step = evaluate_step
         log.close()
+
+
+def run_with_another_metric(world: World, folder: str, sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Train with one more number that is summed over the ranks, added where the other ones are: two edits."""
+    own = step_module.rank_numbers
+
+    def numbers(rank: Any, *args: torch.Tensor) -> dict[str, torch.Tensor]:
+        held = sum(len(stage.layers) for stage in rank.stages.values())
+        return {**own(rank, *args), "layers_held": torch.tensor(float(held))}
+
+    tags = {**TAGS, "train": [*TAGS["train"], "layers_held"]}
+    with patch.object(step_module, "rank_numbers", numbers), patch.dict(TAGS, tags):
+        return run(world, folder, sections)
 
 
 def run_preset(world: World, folder: str, sections: dict[str, dict[str, Any]], norm_eps: float) -> dict[str, Any]:

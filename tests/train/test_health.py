@@ -1,22 +1,23 @@
-"""Bad steps, and the vote of all ranks."""
+"""Bad steps, and the consensus of all ranks."""
 
 from __future__ import annotations
 
 import json
 import math
 import signal
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from megallama.train.health import BadSteps, TrainingStopped, Vote
+from megallama.train.health import NonFiniteGuard, TrainingStopped
 from megallama.train.signals import SIGNALS
+from megallama.train.step import RankStatus, StepConsensus, consensus
+from tests.small import on_threads, small_config
 
 
 def test_bad_steps_in_a_row_stop_the_run() -> None:
-    bad = BadSteps(3)
+    bad = NonFiniteGuard(3)
     bad.record(40, True)
     bad.record(41, False)
     bad.record(42, False)
@@ -35,57 +36,60 @@ def test_bad_steps_in_a_row_stop_the_run() -> None:
 
 def test_bad_from_the_start() -> None:
     with pytest.raises(TrainingStopped, match=r"\(step 1\); no step was good; no checkpoint is so old: start"):
-        BadSteps(1).record(1, False)
+        NonFiniteGuard(1).record(1, False)
 
 
 def test_overflows_that_a_smaller_scale_may_cure_do_not_stop_the_run() -> None:
-    bad = BadSteps(2)
+    bad = NonFiniteGuard(2)
     for step in range(1, 9):
-        bad.record(step, False, excused=True)
+        bad.record(step, False, overflow=True)
     assert (bad.skipped, bad.in_a_row, bad.last_good) == (8, 0, None)
 
 
 def test_the_count_continues_after_a_resume() -> None:
-    first = BadSteps(3)
+    first = NonFiniteGuard(3)
     for step, finite in ((1, True), (2, False), (3, False)):
         first.record(step, finite)
-    second = BadSteps(3)
+    second = NonFiniteGuard(3)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     with pytest.raises(TrainingStopped, match=r"\(steps 2-4\); last good step 1"):
         second.record(4, False)
 
 
-def add(*votes: Vote) -> Vote:
-    """What every rank holds after the sum."""
-    return Vote.unpack([math.fsum(column) for column in zip(*(vote.pack() for vote in votes), strict=True)])
+def agreed(*ranks: tuple[float, float, RankStatus]) -> StepConsensus:
+    """What every rank knows after a step in which they had these losses, squared norms and statuses."""
+
+    def own(rank: Any) -> StepConsensus:
+        loss, squares, status = ranks[rank.groups.rank]
+        numbers = {"loss": torch.tensor(loss).double(), "norm_squared": torch.tensor(squares).double()}
+        return consensus(rank, numbers, status, tokens=2, loss_scale=4.0)
+
+    first, *others = on_threads(small_config(), len(ranks), own)
+    assert all(repr(other) == repr(first) for other in others)  # nan is not equal to nan
+    return first
 
 
-def test_votes_add_up() -> None:
-    total = add(
-        Vote.of(1.5, 4.0, finite=True, late=False, received=None),
-        Vote.of(0.0, 5.0, finite=True, late=True, received=None),
-    )
-    assert (total.loss, total.norm_squared, total.finite, total.late_ranks) == (1.5, 9.0, True, 1)
+def test_what_the_ranks_know_adds_up() -> None:
+    total = agreed((1.5, 4.0, RankStatus()), (0.0, 5.0, RankStatus(late=True)))
+    assert (total.loss, total.grad_norm, total.tokens) == (0.75, 0.75, 2)
+    assert total.finite and total.applied and not total.failed
+    assert total.metrics == {"loss": 0.75, "grad_norm": 0.75}
     assert total.stop_reason == "train.stop_after_minutes is over"
 
 
 def test_one_rank_decides_for_all() -> None:
-    good = Vote.of(1.0, 1.0, finite=True, late=False, received=None)
-    bad = Vote.of(math.nan, math.inf, finite=False, late=False, received=None)
-    assert good.finite and good.stop_reason is None
-    total = add(good, bad, bad, good)
-    assert (total.finite, total.bad_ranks) == (False, 2)
-    assert math.isnan(total.loss)
+    good, bad = (1.0, 1.0, RankStatus()), (math.nan, 1.0, RankStatus())
+    alone = agreed(good)
+    assert alone.applied and alone.stop_reason is None
+    total = agreed(good, bad, (1.0, math.inf, RankStatus()), good)
+    assert (total.finite, total.applied, total.failed, total.sums["bad_ranks"]) == (False, False, False, 2)
+    assert math.isnan(total.loss) and math.isnan(total.grad_norm)
+    total = agreed(good, (0.0, 0.0, RankStatus(failed=True)))
+    assert (total.finite, total.applied, total.failed) == (True, False, True)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_on_any_rank_is_everybodys(number: signal.Signals) -> None:
-    quiet = Vote.of(1.0, 1.0, finite=True, late=True, received=None)
-    loud = Vote.of(1.0, 1.0, finite=True, late=False, received=number)
-    assert add(quiet, loud).stop_reason == f"{number.name} on 1 rank"
-    assert add(loud, quiet, loud).stop_reason == f"{number.name} on 2 ranks"
-
-
-def test_the_module_needs_no_torch() -> None:
-    code = "import sys, megallama.train.health; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+    quiet, loud = (1.0, 1.0, RankStatus(late=True)), (1.0, 1.0, RankStatus(number))
+    assert agreed(quiet, loud).stop_reason == f"{number.name} on 1 rank"
+    assert agreed(loud, quiet, quiet, loud).stop_reason == f"{number.name} on 2 ranks"

@@ -10,7 +10,6 @@ import re
 import sys
 import threading
 import types
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,66 +18,69 @@ import torch
 
 from megallama.config.schema import LogConfig
 from megallama.train.log import Logger
-from megallama.train.metrics import (
-    Meter,
-    MetricsWriter,
-    StepMetrics,
-    ValidMetrics,
-    bits_per_byte,
-    peak_memory_bytes,
-    rewind,
-)
+from megallama.train.metrics import MetricsWriter, Record, line, peak_memory_bytes, rewind
+from megallama.train.metrics import scalars as tags
+from megallama.train.report import Meter
 
-STEP = StepMetrics(
-    step=120,
-    loss=3.21449,
-    lr=3e-4,
-    grad_norm=0.8119,
-    tokens=32768,
-    step_seconds=2.5,
-    tokens_per_second=12345.6,
-    tokens_per_second_per_rank=3086.4,
-    mfu_causal=0.412,
-    mfu_full=0.44,
-    peak_memory_bytes=1_234_000_000,
-    consumed_tokens=4_100_000,
-    consumed_samples=16016,
-    eta_seconds=754.2,
-    phase_seconds={"forward": 1.25},
-)
-VALID = ValidMetrics(step=120, loss=2.0, tokens=50_000, seconds=3.0, consumed_tokens=4_100_000, bits_per_byte=1.2345)
+STEP: Record = {
+    "kind": "train",
+    "step": 120,
+    "loss": 3.21449,
+    "lr": 3e-4,
+    "grad_norm": 0.8119,
+    "tokens": 32768,
+    "step_seconds": 2.5,
+    "tokens_per_second": 12345.6,
+    "tokens_per_second_per_rank": 3086.4,
+    "mfu_causal": 0.412,
+    "mfu_full": 0.44,
+    "peak_memory_bytes": 1_234_000_000,
+    "consumed_tokens": 4_100_000,
+    "consumed_samples": 16016,
+    "eta_seconds": 754.2,
+    "phase_seconds": {"forward": 1.25},
+    "skipped": False,
+    "skipped_steps": 0,
+    "loss_scale": 1.0,
+    "data_wait_seconds": 0.0,
+    "sources": {},
+}
+VALID: Record = {
+    "kind": "valid", "step": 120, "loss": 2.0, "tokens": 50_000, "seconds": 3.0, "consumed_tokens": 4_100_000,
+    "name": "valid", "bits_per_byte": 1.2345,
+}  # fmt: skip
 PLAIN = LogConfig(tensorboard=False)
 
 
 def test_the_line() -> None:
-    assert STEP.line(2000) == (
+    assert line(STEP, 2000) == (
         "step 120/2000 | loss 3.2145 | lr 3.00e-04 | grad norm 0.812 | 12.3k tok/s | MFU 41.2% | left 0:12:34"
     )
-    unknown = replace(STEP, mfu_causal=None, mfu_full=None)
-    assert unknown.line(2000).endswith("| 12.3k tok/s | left 0:12:34")
-    assert not [tag for tag in unknown.scalars() if "mfu" in tag] and "speed/mfu_full" in STEP.scalars()
+    unknown = {**STEP, "mfu_causal": None, "mfu_full": None}
+    assert line(unknown, 2000).endswith("| 12.3k tok/s | left 0:12:34")
+    assert not [tag for tag in tags(unknown) if "mfu" in tag] and "speed/mfu_full" in tags(STEP)
 
 
 def test_the_line_of_a_skipped_step() -> None:
-    bad = replace(STEP, skipped=True, skipped_steps=2, loss=math.nan, grad_norm=math.inf, loss_scale=65536.0)
-    assert bad.line(2000) == (
+    bad = {**STEP, "skipped": True, "skipped_steps": 2, "loss": math.nan, "grad_norm": math.inf, "loss_scale": 65536.0}
+    assert line(bad, 2000) == (
         "step 120/2000 | SKIPPED, not finite (2 so far) | loss nan | grad norm inf | left 0:12:34"
     )
 
 
 def test_lines_fit_a_terminal_of_120_columns() -> None:
-    long = replace(STEP, step=333_787, tokens_per_second=955_456, eta_seconds=17.3 * 86400, consumed_tokens=10**12)
+    long = {**STEP, "step": 333_787, "tokens_per_second": 955_456, "eta_seconds": 17.3 * 86400}
     time = len("23:59:59 ")
-    assert len(long.line(333_787)) + time <= 120
-    assert len(replace(long, skipped=True, skipped_steps=1234, loss=math.nan).line(333_787)) + time <= 120
-    slow = replace(VALID, step=333_787, name="wikipedia-en", tokens=2_100_000, seconds=4000)
-    assert len(slow.line(333_787)) + time <= 120
+    assert len(line(long, 333_787)) + time <= 120
+    assert len(line({**long, "skipped": True, "skipped_steps": 1234, "loss": math.nan}, 333_787)) + time <= 120
+    slow = {**VALID, "step": 333_787, "name": "wikipedia-en", "tokens": 2_100_000, "seconds": 4000}
+    assert len(line(slow, 333_787)) + time <= 120
 
 
 def test_what_is_on_no_line_is_said_when_it_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writer = MetricsWriter(tmp_path, Logger(0, 1), PLAIN, steps=9)
     for step, (memory, scale) in enumerate([(100, 1.0), (104, 4.0), (106, 2.0), (106, 4.0), (99, 4.0)], 1):
-        writer.train(replace(STEP, step=step, peak_memory_bytes=memory * 10**6, loss_scale=scale))
+        writer.write({**STEP, "step": step, "peak_memory_bytes": memory * 10**6, "loss_scale": scale})
     writer.close()
     said = [line[9:] for line in capsys.readouterr().out.splitlines() if "|" not in line]
     assert said == [
@@ -90,39 +92,33 @@ def test_what_is_on_no_line_is_said_when_it_grows(tmp_path: Path, capsys: pytest
 def test_more_than_the_given_peak_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writer = MetricsWriter(tmp_path, Logger(0, 1), PLAIN, steps=9)
     for step in (1, 2):
-        writer.train(replace(STEP, step=step, mfu_causal=1.3))
+        writer.write({**STEP, "step": step, "mfu_causal": 1.3})
     writer.close()
     assert capsys.readouterr().out.count("warning: MFU above 100 %: this device does more than run.peak_tflops") == 1
 
 
 def test_the_line_of_an_evaluation() -> None:
-    assert VALID.line(2000) == (
+    assert line(VALID, 2000) == (
         "step 120/2000 | valid loss 2.0000 | 1.2345 bits/byte | perplexity 7.39 | 50.0k tokens in 0:00:03"
     )
-    huge = replace(VALID, name="code", loss=800.0, bits_per_byte=None)
-    assert huge.line(2000) == "step 120/2000 | code loss 800.0000 | perplexity large | 50.0k tokens in 0:00:03"
-
-
-def test_bits_per_byte() -> None:
-    assert bits_per_byte(math.log(256), 10, 10) == pytest.approx(8)  # a byte per token, all equally likely
-    assert bits_per_byte(2 * math.log(2), 100, 400) == pytest.approx(0.5)
+    huge = {**VALID, "name": "code", "loss": 800.0, "bits_per_byte": None}
+    assert line(huge, 2000) == "step 120/2000 | code loss 800.0000 | perplexity large | 50.0k tokens in 0:00:03"
 
 
 def test_meter() -> None:
     meter = Meter(ranks=4, flops_causal=600.0, flops_full=800.0, peak_flops=1e6, total_tokens=10_000)
-    others: dict[str, Any] = {"lr": 1e-3, "grad_norm": 1.0, "loss": 2.0, "peak_memory_bytes": 5, "consumed_samples": 1}
-    first = meter.step(step=1, tokens=1000, seconds=10.0, consumed_tokens=1000, **others)
-    assert (first.tokens_per_second, first.tokens_per_second_per_rank) == (100, 25)
-    assert (first.mfu_causal, first.mfu_full) == pytest.approx((0.015, 0.02))
-    assert first.eta_seconds == 90
+    first = meter.lap(tokens=1000, seconds=10.0, consumed_tokens=1000)
+    assert (first["tokens_per_second"], first["tokens_per_second_per_rank"]) == (100, 25)
+    assert (first["mfu_causal"], first["mfu_full"]) == pytest.approx((0.015, 0.02))
+    assert (first["eta_seconds"], first["tokens"], first["step_seconds"]) == (90, 1000, 10.0)
     blind = Meter(ranks=4, flops_causal=600.0, flops_full=800.0, peak_flops=None, total_tokens=10_000)
-    same = blind.step(step=1, tokens=1000, seconds=10.0, consumed_tokens=1000, **others)
-    assert same == replace(first, mfu_causal=None, mfu_full=None)
-    second = meter.step(step=2, tokens=1000, seconds=1.0, consumed_tokens=2000, **others)
-    assert second.eta_seconds == 8  # the slow first step is not extrapolated
-    third = meter.step(step=3, tokens=1000, seconds=3.0, consumed_tokens=3000, **others)
-    assert third.eta_seconds == 14  # 7000 tokens at 2000 tokens in 4 s
-    assert meter.step(step=4, tokens=1, seconds=1.0, consumed_tokens=10_001, **others).eta_seconds == 0
+    same = blind.lap(tokens=1000, seconds=10.0, consumed_tokens=1000)
+    assert same == {**first, "mfu_causal": None, "mfu_full": None}
+    second = meter.lap(tokens=1000, seconds=1.0, consumed_tokens=2000)
+    assert second["eta_seconds"] == 8  # the slow first step is not extrapolated
+    third = meter.lap(tokens=1000, seconds=3.0, consumed_tokens=3000)
+    assert third["eta_seconds"] == 14  # 7000 tokens at 2000 tokens in 4 s
+    assert meter.lap(tokens=1, seconds=1.0, consumed_tokens=10_001)["eta_seconds"] == 0
 
 
 def test_peak_memory_is_that_of_this_process() -> None:
@@ -154,7 +150,7 @@ def test_a_sink_that_hangs_costs_no_step(tmp_path: Path, monkeypatch: pytest.Mon
     write = out._sinks["metrics.jsonl"].write
     monkeypatch.setattr(out._sinks["metrics.jsonl"], "write", lambda *what: (go.wait(60), write(*what)))
     for step in range(1, 4):
-        out.train(replace(STEP, step=step))  # returns at once
+        out.write({**STEP, "step": step})  # returns at once
     assert (tmp_path / "metrics.jsonl").read_text() == ""
     go.set()
     out.close()
@@ -163,9 +159,9 @@ def test_a_sink_that_hangs_costs_no_step(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_json_lines(tmp_path: Path) -> None:
     out = writer(tmp_path)
-    out.train(STEP)
-    out.train(replace(STEP, step=121, loss=math.nan, skipped=True))
-    out.valid(VALID)
+    out.write(STEP)
+    out.write({**STEP, "step": 121, "loss": math.nan, "skipped": True})
+    out.write(VALID)
     out.close()
     first, second, third = read(tmp_path / "metrics.jsonl")
     assert (first["kind"], first["step"], first["loss"]) == ("train", 120, 3.21449)
@@ -177,8 +173,8 @@ def test_json_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("asked", [False, True])
 def test_other_ranks_write_no_files_and_step_lines_only_where_asked(tmp_path: Path, asked: bool) -> None:
     out = writer(tmp_path, LogConfig(every_rank=asked), rank=1)
-    out.train(STEP)
-    out.valid(VALID)
+    out.write(STEP)
+    out.write(VALID)
     out.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs"]
     text = (tmp_path / "logs" / "rank-0001.log").read_text()
@@ -188,14 +184,14 @@ def test_other_ranks_write_no_files_and_step_lines_only_where_asked(tmp_path: Pa
 def test_a_resumed_run_forgets_what_is_done_again(tmp_path: Path) -> None:
     out = writer(tmp_path)
     for step in range(1, 8):
-        out.train(replace(STEP, step=step))
+        out.write({**STEP, "step": step})
         if step % 3 == 0:
-            out.valid(replace(VALID, step=step))
+            out.write({**VALID, "step": step})
     out.close()
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes() + b'{"kind": "train", "step": 5, "lo')  # cut by a kill
     out = writer(tmp_path, step=4)
-    out.train(replace(STEP, step=5, loss=9.0))
+    out.write({**STEP, "step": 5, "loss": 9.0})
     out.close()
     records = read(path)
     kept = ", ".join(f"{r['kind']} {r['step']}" for r in records)
@@ -214,7 +210,7 @@ def test_a_line_in_the_middle_that_is_no_record_is_removed(tmp_path: Path) -> No
 def test_a_run_from_scratch_keeps_the_old_file_aside(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     out = writer(tmp_path)
-    out.train(STEP)
+    out.write(STEP)
     out.close()
     assert read(tmp_path / "metrics.old.jsonl") == [{"step": 1}]
     assert [r["step"] for r in read(tmp_path / "metrics.jsonl")] == [120]
@@ -224,7 +220,7 @@ def test_a_full_disk_leaves_whole_lines_and_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = writer(tmp_path)
-    out.train(replace(STEP, step=1))
+    out.write({**STEP, "step": 1})
     write, room = os.write, [40]
 
     def limited(handle: int, data: bytes) -> int:
@@ -237,11 +233,11 @@ def test_a_full_disk_leaves_whole_lines_and_one_warning(
 
     written(out)
     monkeypatch.setattr(os, "write", limited)
-    out.train(replace(STEP, step=2))  # 40 bytes of it fit
-    out.train(replace(STEP, step=3))  # nothing fits
+    out.write({**STEP, "step": 2})  # 40 bytes of it fit
+    out.write({**STEP, "step": 3})  # nothing fits
     written(out)
     monkeypatch.undo()
-    out.train(replace(STEP, step=4))
+    out.write({**STEP, "step": 4})
     out.close()
     assert [r["step"] for r in read(tmp_path / "metrics.jsonl")] == [1, 4]
     warning = "warning: metrics.jsonl could not be written: [Errno 28] No space left on device; training goes on"
@@ -252,7 +248,7 @@ def test_files_that_cannot_be_opened_do_not_stop_the_run(tmp_path: Path, capsys:
     (tmp_path / "metrics.jsonl").mkdir()
     (tmp_path / "tensorboard").write_text("a file")
     out = writer(tmp_path, LogConfig(), step=3)
-    out.train(STEP)
+    out.write(STEP)
     out.close()
     shown = capsys.readouterr().out
     assert shown.count("warning: no metrics.jsonl output: ") == 1
@@ -272,8 +268,8 @@ def test_tensorboard_reads_it_and_forgets_after_a_resume(tmp_path: Path, monkeyp
         monkeypatch.setattr("time.time", lambda clock=clock: clock)
         out = writer(tmp_path, LogConfig(), step=start)
         for step in range(start + 1, start + 5):
-            out.train(replace(STEP, step=step, loss=100.0 * start + step))
-        out.valid(VALID)
+            out.write({**STEP, "step": step, "loss": 100.0 * start + step})
+        out.write(VALID)
         out.close()
     monkeypatch.undo()
     found = scalars(tmp_path / "tensorboard")
@@ -293,7 +289,7 @@ def test_a_missing_package_costs_one_warning(
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     out = writer(tmp_path, config)
-    out.train(STEP)
+    out.write(STEP)
     out.close()
     shown = capsys.readouterr().out
     package = name.split(".")[0]
@@ -329,7 +325,7 @@ def test_wandb_continues_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     config = LogConfig(tensorboard=False, wandb=True, wandb_project="mine")
     for step in (0, 120):
         out = writer(tmp_path, config, step=step, settings={"optimizer.lr": 3e-4})
-        out.train(STEP)
+        out.write(STEP)
         out.close()
     first, second = fake.calls[0], fake.calls[3]
     assert first["project"] == "mine" and first["config"] == {"optimizer.lr": 3e-4}
@@ -343,7 +339,7 @@ def test_a_broken_wandb_costs_one_warning(
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(broken=True))
     out = writer(tmp_path, LogConfig(tensorboard=False, wandb=True))
     for _ in range(3):
-        out.train(STEP)
+        out.write(STEP)
     out.close()
     assert capsys.readouterr().out.count("warning: wandb could not be written: no network; training goes on") == 1
     assert len(read(tmp_path / "metrics.jsonl")) == 3

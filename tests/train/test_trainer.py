@@ -12,6 +12,7 @@ import pytest
 from megallama.data.indexed import IndexedWriter
 from tests.pool import Pool
 from tests.train.runs import curve, records, state_files
+from tests.train.test_metrics import scalars
 
 RUN = "tests.train.runs:run"
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -101,6 +102,15 @@ def test_every_rank_logs_the_loss_where_asked(pool: Pool, tmp_path: Path) -> Non
     loss = f"loss {curve(tmp_path)[-1][1]:.4f}"
     for rank in range(4):
         assert f"step 8/8 | {loss}" in (tmp_path / "logs" / f"rank-000{rank}.log").read_text()
+
+
+def test_another_synchronised_metric_is_two_edits(pool: Pool, tmp_path: Path) -> None:
+    """What `rank_numbers` has more is summed over the ranks and stands in metrics.jsonl; `TAGS` draws it."""
+    settings = sections({"tp": 2, "pp": 2}, "fp32", steps=3) | {"log": {"tensorboard": True}}
+    answers = pool.run(4, "tests.train.runs:run_with_another_metric", str(tmp_path), settings)
+    assert answers == [{"status": 0, "step": 3, "updates": 3}] * 4
+    assert [r["layers_held"] for r in records(tmp_path)] == [8.0] * 3  # four layers, each held by two ranks
+    assert scalars(tmp_path / "tensorboard")["train/layers_held"] == [(1, 8.0), (2, 8.0), (3, 8.0)]
 
 
 def test_evaluation_is_the_mean_over_real_samples(pool: Pool, tmp_path: Path) -> None:

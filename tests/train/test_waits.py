@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megallama.pipeline.runtime import PipelineRuntime
 from megallama.train.assemble import Rank
-from megallama.train.health import SIGNALS
-from megallama.train.step import train_step
+from megallama.train.signals import SIGNALS
+from megallama.train.step import RankStatus, train_step
 from tests.small import documents, micro_batches, on_threads, small_config, tokens
 
 ATEN = torch.ops.aten
@@ -125,6 +125,6 @@ def test_what_only_the_host_knows_is_told_with_the_rest(number: Any) -> None:
     def body(rank: Rank) -> str | None:
         batches = micro_batches(rank, tokens(config, 1)[0])
         schedule, mine = rank.plan.schedule_for(len(batches)), number if rank.groups.rank == 1 else None
-        return train_step(rank, schedule, batches, 1e-3, received=mine, late=True).stop_reason
+        return train_step(rank, schedule, batches, 1e-3, status=lambda: RankStatus(mine, late=True)).stop_reason
 
     assert on_threads(config, 2, body) == [f"{number.name} on 1 rank"] * 2
