@@ -57,6 +57,33 @@ def test_the_source_distribution_holds_what_its_readme_names(built: tuple[Path, 
     assert left_out <= {".gitignore", ".ci/run"}
 
 
+COMMAND_LINES = (
+    (["--help"], 0), (["plan", "model.preset=debug", "ranks=4", "parallel.pp=2"], 0), (["doctor", "--help"], 0),
+    (["draw", "--schedule", "zb-v", "--pp", "2", "--microbatches", "4"], 0), (["train", "--help", "model"], 0),
+    (["train", "model.preset=debug"], 2), (["inspect", "nothing"], 2), (["no-such-command"], 2),
+)  # fmt: skip
+
+
+def test_the_wheel_alone_has_the_command(built: tuple[Path, Path], tmp_path: Path) -> None:
+    """From any folder, without the repository."""
+    with zipfile.ZipFile(built[1]) as wheel:
+        wheel.extractall(tmp_path / "site")
+        entries = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+        assert "megallama = megallama.cli:main\n" in wheel.read(entries).decode()
+    (tmp_path / "elsewhere").mkdir()
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"}
+    for words, status in COMMAND_LINES:
+        code = "import sys; from megallama.cli import main; import megallama; print(megallama.__file__); "
+        code += "sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", code, *words]
+        done = subprocess.run(
+            command, cwd=tmp_path / "elsewhere", capture_output=True, text=True, env=environment, timeout=120
+        )
+        assert done.returncode == status and done.stdout.startswith(str(tmp_path / "site")), (words, done.stderr)
+        assert ("error: " in done.stderr) == (status == 2) and "Traceback" not in done.stderr
+    assert [*(tmp_path / "elsewhere").iterdir()] == []
+
+
 def test_the_pinned_versions_lie_in_the_ranges() -> None:
     lines = [line for name in ("torch", "base", "test") for line in (ROOT / f"requirements/{name}.txt").open()]
     pins = [Requirement(line.strip()) for line in lines if "==" in line and not line.startswith("#")]

@@ -274,34 +274,15 @@ def kernels(dtype: str, device: str, measure: bool, compiled: bool) -> list[dict
 def timed(
     operation: str, make: Callable[[Any], Any], target: Any, check: Callable[[Any, Any], None] | None = None
 ) -> float:
-    """Microseconds of forward and backward at a size that trains: the best of many, by CUDA events on a GPU."""
-    import time
-
+    """Microseconds of forward and backward at a size that trains: the best of half a second's; a GPU is waited for."""
     import torch
+    from torch.utils.benchmark import Timer
 
     made = make(target)
     if check is not None:
         check(made, target)
-    work = workload(operation, made, target)
-    cuda = target.device.type == "cuda"
-    for _ in range(3):
-        work()
-    best, begin, runs = float("inf"), time.perf_counter(), 0
-    while runs < 5 or (runs < 50 and time.perf_counter() - begin < 0.5):
-        runs += 1
-        if cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            work()
-            end.record()
-            torch.cuda.synchronize()
-            seconds = start.elapsed_time(end) / 1e3
-        else:
-            before = time.perf_counter()
-            work()
-            seconds = time.perf_counter() - before
-        best = min(best, seconds)
-    return round(best * 1e6, 1)
+    timer = Timer("work()", globals={"work": workload(operation, made, target)}, num_threads=torch.get_num_threads())
+    return round(min(timer.blocked_autorange(min_run_time=0.5).times) * 1e6, 1)
 
 
 def workload(operation: str, made: Any, target: Any) -> Callable[[], Any]:

@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         self._named, self._config = named, config
         helped: dict[str, Any] = {"nargs": "?", "metavar": "SECTION"} if config else {"nargs": 0}
         what = "this text; with a section or a setting: what may be set there" if config else "this text"
-        self.add_argument("-h", "--help", action=_Help, help=what, **helped)
+        self.add_argument("-h", "--help", action=_Help, dest=argparse.SUPPRESS, help=what, **helped)
         if config:
             words = "[CONFIG.toml] [section.key=value ...]"
             self.usage = f"%(prog)s {words.replace(' ', ' ranks=N ', 1) if 'ranks' in named else words} [OPTIONS]"

@@ -10,71 +10,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
+from megallama.analysis.sources import SourceShare, source_shares
 from megallama.commands.parser import Parser
 from megallama.config.errors import ConfigError, exit_status
 from megallama.config.load import load
-from megallama.config.schema import Config, SourceConfig
+from megallama.config.schema import Config
 from megallama.config.words import counted
-from megallama.data.indexed import IndexedDataset
-from megallama.data.mixture import Mixture, limits_of, phases_of
-from megallama.data.samples import Source
 from megallama.plan.batch import BatchPlan
 
 
-@dataclass(frozen=True)
-class Row:
-    """What the run takes from one source."""
-
-    source: str
-    tokens: int  # of one epoch: what is used of the corpus
-    measured: bool  # from the files, not from num_tokens
-    shares: tuple[float, ...]  # of the samples, in each phase
-    used_tokens: int
-    epochs: float
-    max_epochs: float | None
-    last_step: int | None  # the last step before max_epochs is passed; None: it is not
-
-
-def size_of(source: SourceConfig, config: Config) -> tuple[int, int, bool]:
-    """Windows and tokens of one epoch, and whether the files say so. Raises: ConfigError if nothing tells."""
-    seq_length = config.batch.seq_length
-    if Path(source.path.removesuffix(".bin").removesuffix(".idx") + ".idx").exists():
-        opened = Source(IndexedDataset(source.path), seq_length, 0, documents=source.documents)
-        return opened.num_windows, opened.num_tokens, True
-    if source.num_tokens is None:
-        raise ConfigError(
-            f"there are no files {source.path}.bin and .idx to take the size of source {source.label!r} from; write "
-            f'data.train=[{{path = "{source.path}", num_tokens = 1_000_000_000}}] with its number of tokens'
-        )
-    tokens = round(source.num_tokens * (source.documents[1] - source.documents[0]))
-    if tokens <= seq_length:
-        have = counted(tokens, "token")
-        raise ConfigError(f"source {source.label!r} has {have}, less than one sample of {seq_length + 1}")
-    return (tokens - 1) // seq_length, tokens, False
-
-
-def plan(config: Config) -> tuple[list[Row], list[int]]:
-    """The rows, in the order of data.train, and the first step of every phase."""
-    batch, sources, steps = BatchPlan(config.batch, 1), config.data.train, config.train.steps
-    phases = [p for p in phases_of(config.data, batch.samples_after) if p.step <= steps]
-    sizes = [size_of(source, config) for source in sources]
-    mixture = Mixture([source.label for source in sources], phases)
-    counts, rows = mixture.counts(batch.samples_after(steps)), []
-    limits = limits_of(sources, [windows for windows, _, _ in sizes])
-    for i, (source, (windows, tokens, measured)) in enumerate(zip(sources, sizes, strict=True)):
-        shares = tuple(p.weights[source.label] / sum(p.weights.values()) for p in phases)
-        alone = [limit if j == i else None for j, limit in enumerate(limits)]
-        past = mixture.first_step_past(alone, steps, batch.samples_after)
-        used, epochs = counts[i] * config.batch.seq_length, counts[i] / windows
-        last = None if past is None else past - 1
-        rows.append(Row(source.label, tokens, measured, shares, used, epochs, source.max_epochs, last))
-    return rows, [p.step for p in phases]
-
-
-def table(config: Config, rows: Sequence[Row], firsts: Sequence[int]) -> str:
+def table(config: Config, rows: Sequence[SourceShare], firsts: Sequence[int]) -> str:
     """The plan as text."""
     b, steps = config.batch, config.train.steps
     samples = BatchPlan(b, 1).samples_after(steps)
@@ -118,7 +66,7 @@ def show(file: Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
     config = load(file, overrides)
     if config.data.synthetic:
         raise ConfigError("data.synthetic=true takes nothing from any source; write data.train")
-    rows, firsts = plan(config)
+    rows, firsts = source_shares(config)
     described = {"phases": firsts, "sources": [asdict(row) for row in rows]}
     print(json.dumps(described) if as_json else table(config, rows, firsts))
     return 0

@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,60 +37,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(lambda: carry_out(parse(argv)))
 
 
-def carry_out(given: argparse.Namespace) -> int:
+def carry_out(args: argparse.Namespace) -> int:
     """Run as one process or as a rank; says how to go on after a failure. Raises: DataError."""
     comm = communicator(os.environ)
-    status = exit_status(lambda: run(given, comm))
-    if status and os.path.isdir(f"{given.output}.parts"):
-        print(f"{given.output}.parts keeps what is done; the same command continues there", file=sys.stderr, flush=True)
+    try:
+        status = exit_status(lambda: run(args, comm))
+    except BaseException:
+        if comm:  # a fault of the program: without this the rank would wait in MPI's own exit for the others
+            traceback.print_exc()
+            comm.Abort(1)
+        raise
+    if status and os.path.isdir(f"{args.output}.parts"):
+        print(f"{args.output}.parts keeps what is done; the same command continues there", file=sys.stderr, flush=True)
     if status and comm:
         comm.Abort(status)  # the other ranks would wait for ever
     return status
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """The command line; options have the names of `preprocess`'s parameters."""
     parser = Parser("prepare", __doc__)
-    parser.add_argument("inputs", nargs="+", help="files, folders or patterns")
-    parser.add_argument(
-        "--output", required=True, type=filled, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json"
-    )
-    parser.add_argument(
-        "--tokenizer", required=True, type=filled, metavar="PATH",
-        help="SentencePiece .model, tokenizer.json, or their folder",
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes on this node (default: the cores); not with mpirun, srun"
-    )
+    add = parser.add_argument
+    add("inputs", nargs="+", help="files, folders or patterns")
+    add("--output", required=True, type=filled, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json")
+    kinds = "SentencePiece .model, tokenizer.json, or their folder"
+    add("--tokenizer", required=True, type=filled, dest="tokenizer_path", metavar="PATH", help=kinds)
+    add("--workers", type=int, metavar="N", help="processes on this node (default: the cores); not with mpirun, srun")
     for name in ("valid", "test"):
-        parser.add_argument(
-            f"--split-{name}", type=float, default=0.0, metavar="SHARE",
-            help=f"hold out this share of the documents: PREFIX_train, PREFIX_{name}",
-        )  # fmt: skip
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="where the text is (default: text)")
-    parser.add_argument("--strict", action="store_true", help="stop at the first bad record instead of skipping it")
-    for name, share in (("", "0.1%% of all"), ("-per-file", "10%% of a file's")):
-        parser.add_argument(
-            f"--max-bad{name}", default="", metavar="N|P%", help=f"fail if more records are bad (default: {share})"
-        )
-    parser.add_argument(
-        "--skip-bad-files", action="store_true", help="go on where a file cannot be read, or not to its end"
-    )
-    parser.add_argument(
-        "--max-document-mb", type=float, default=MAX_DOCUMENT_MB, metavar="MB",
-        help=f"longer ones are bad records ({MAX_DOCUMENT_MB})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--reference-encoder", action="store_true", help="the tokenizer's own library even where a faster one is equal"
-    )
-    parser.add_argument(
-        "--bos", action="store_true", help="begin every document with the tokenizer's bos, as LLaMA's own data do"
-    )
-    parser.add_argument(
-        "--eos-token", metavar="TOKEN", help="end every document with this token (default: the one the tokenizer names)"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+        held = f"hold out this share of the documents: PREFIX_train, PREFIX_{name}"
+        add(f"--split-{name}", type=float, default=0.0, metavar="SHARE", help=held)
+    add_input_options(parser)
+    add("--strict", action="store_true", help="stop at the first bad record instead of skipping it")
+    longer = f"longer ones are bad records ({MAX_DOCUMENT_MB})"
+    add("--max-document-mb", type=float, default=MAX_DOCUMENT_MB, metavar="MB", help=longer)
+    own = "the tokenizer's own library even where a faster one is equal"
+    add("--reference-encoder", dest="fast", action="store_false", help=own)
+    add("--bos", action="store_true", help="begin every document with the tokenizer's bos, as LLaMA's own data do")
+    ends = "end every document with this token (default: the one the tokenizer names)"
+    add("--eos-token", metavar="TOKEN", help=ends)
+    add("--quiet", action="store_true", help="no progress bar")
     return parser.read(argv)
+
+
+def add_input_options(parser: Parser) -> None:
+    """What commands that read text have in common."""
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="where the text is (default: text)")
+    for name, share in (("", "0.1%% of all"), ("-per-file", "10%% of a file's")):
+        more = f"fail if more records are bad (default: {share})"
+        parser.add_argument(f"--max-bad{name}", default="", metavar="N|P%", help=more)
+    skip = "go on where a file cannot be read, or not to its end"
+    parser.add_argument("--skip-bad-files", action="store_true", help=skip)
 
 
 def communicator(env: Mapping[str, str]) -> Any:
@@ -114,7 +111,7 @@ def communicator(env: Mapping[str, str]) -> Any:
     return MPI.COMM_WORLD
 
 
-def run(given: argparse.Namespace, comm: Any) -> int:
+def run(args: argparse.Namespace, comm: Any) -> int:
     """Do the work of this process."""
     start = time.monotonic()
     if comm and comm.rank:
@@ -122,34 +119,22 @@ def run(given: argparse.Namespace, comm: Any) -> int:
 
         serve_rank(comm)
         return 0
-    if comm and given.workers is not None:
+    if comm and args.workers is not None:
         raise DataError("--workers does not go with mpirun or srun, where every rank is a process; leave it out")
     from megallama.text.preprocess import preprocess
     from megallama.text.progress import ByteProgress
 
-    with ByteProgress("tokenizing", quiet=given.quiet) as bar:
-        summary = preprocess(
-            given.inputs,
-            given.output,
-            given.tokenizer,
-            workers=len(os.sched_getaffinity(0)) if given.workers is None else given.workers,
-            split_valid=given.split_valid,
-            split_test=given.split_test,
-            json_key=given.json_key,
-            strict=given.strict,
-            max_bad=given.max_bad,
-            max_bad_per_file=given.max_bad_per_file,
-            skip_bad_files=given.skip_bad_files,
-            max_document_bytes=int(given.max_document_mb * (1 << 20)),
-            fast=not given.reference_encoder,
-            bos=given.bos,
-            eos_token=given.eos_token,
-            progress=bar.update,
-            say=lambda text: print(text, file=sys.stderr, flush=True),
-            comm=comm,
-        )
+    options = dict(vars(args), max_document_bytes=int(args.max_document_mb * (1 << 20)))
+    options["workers"] = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    del options["max_document_mb"]
+    with ByteProgress("tokenizing", quiet=options.pop("quiet")) as bar:
+        summary = preprocess(**options, progress=bar.update, say=_say, comm=comm)
     report(summary, time.monotonic() - start)
     return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def report(summary: Summary, seconds: float) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 
 from megallama.commands.parser import Parser, filled
+from megallama.commands.prepare import add_input_options
 from megallama.config.errors import exit_status
 from megallama.text.losses import Losses
 from megallama.text.progress import ByteProgress
@@ -33,18 +34,13 @@ def run(argv: Sequence[str] | None) -> None:
     model = "the model to write, ending in .model"
     parser.add_argument("--output", required=True, type=filled, metavar="PATH", help=model)
     parser.add_argument("--vocab-size", type=int, default=32000, metavar="N", help="token ids in all (default 32000)")
-    parser.add_argument(
-        "--json-key", default="text", metavar="KEY", help="where JSON lines keep the text (default: text)"
-    )
+    add_input_options(parser)
     parser.add_argument(
         "--sample-mb", type=float, default=200, metavar="MB", help="train on an even sample of at most this much (200)"
     )
     parser.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="threads (default: the cores)"
     )
-    for name in ("max-bad", "max-bad-per-file"):
-        parser.add_argument(f"--{name}", default="", metavar="N|P%", help="as in megallama prepare")
-    parser.add_argument("--skip-bad-files", action="store_true", help="as in megallama prepare")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.read(argv)
     start = time.monotonic()

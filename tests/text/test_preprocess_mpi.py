@@ -101,3 +101,14 @@ def test_ranks_that_do_not_see_one_another_are_refused(jsonl: Path, tokenizer_pa
     assert done.returncode not in (0, 1)
     assert "2 processes were started but MPI connects 1 of them; use the mpirun of the MPI" in done.stderr
     assert "srun --mpi=pmi2 or --mpi=pmix" in done.stderr
+
+
+def test_a_fault_of_the_program_in_the_first_rank_ends_all(jsonl: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    """The other rank waits for work in MPI, and the first one's own exit would wait for it."""
+    program = "import sys; from megallama.commands import prepare; from megallama.text import preprocess as module\n"
+    program += "module._check_options = lambda *x: 1 / 0\nraise SystemExit(prepare.main(sys.argv[1:]))"
+    arguments = (jsonl, "--tokenizer", tokenizer_path, "--output", tmp_path / "o")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*mpirun(2), sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "ZeroDivisionError" in done.stderr
