@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -81,7 +81,7 @@ def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag, log: Log
 
     file = None if is_setting(arguments[0]) else Path(arguments[0])
     try:
-        config = load(file, arguments[1:] if file else arguments, ranks=launch.world_size)
+        config = load(file, arguments[1:] if file else arguments, launch.world_size, log.info)
         plan = make_plan(config, launch.world_size)
     except Exception as problem:
         _cannot_take_part(problem, launch, signals)
@@ -100,12 +100,12 @@ def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag, log: Log
             log.close()
 
 
-def load(file: Path | None, overrides: Sequence[str], ranks: int) -> Config:
+def load(file: Path | None, overrides: Sequence[str], ranks: int, note: Callable[[str], None]) -> Config:
     """The configuration; what reads it is imported by now, after `SignalFlag`."""
     from megallama.checkpoint.find import samples_before
     from megallama.config.load import load as read
 
-    return read(file, overrides, ranks=ranks, samples=samples_before)
+    return read(file, overrides, ranks=ranks, samples=samples_before, note=note)
 
 
 def _cannot_take_part(problem: Exception, launch: Launch, signals: SignalFlag) -> None:

@@ -33,7 +33,7 @@ python -m megallama.pretrain run.toml parallel.tp=4 --train.steps=500 data.train
 Values come from the defaults below, then the preset (`model.preset`), the file, and the command line. A leading
 `--` and `-` instead of `_` are accepted. `none` unsets a setting that may be unset. `data.train`, `data.valid` and
 `data.test` take a path, a list of paths, or tables: `train = [{path = "a", weight = 0.7}, {path = "b", weight = 0.3}]`,
-and `data.changes` tables such as `changes = [{step = 5000, weights = {a = 0.5}}]`. Everything is
+and `data.mixture_schedule` tables such as `mixture_schedule = [{step = 5000, weights = {a = 0.5}}]`. Everything is
 checked before anything starts, and all errors are reported at once. `megallama plan run.toml ranks=8` shows what
 a configuration leads to, `megallama plan --data run.toml` what it takes from each source.
 """
@@ -60,7 +60,7 @@ def _tables() -> str:
     """The fields of the tables in lists."""
     parts = []
     sources = "`data.train`, `data.valid` and `data.test`"
-    for where, model in ((sources, SourceConfig), ("`data.changes`", MixtureChange)):
+    for where, model in ((sources, SourceConfig), ("`data.mixture_schedule`", MixtureChange)):
         rows = [_row(s) for s in settings(model)]
         parts.append("\n".join([f"### Tables in {where}", "", *HEAD, *rows]) + "\n")
     return "\n".join(parts)

@@ -1,6 +1,6 @@
 """What a run takes from each source: `megallama plan --data [CONFIG.toml] [section.key=value ...] [--json]`.
 
-Prints for every source its size, its share of the samples in every phase (data.changes), the tokens used, the epochs
+Prints for every source its size, its share of the samples in every phase of the mixture, the tokens used, the epochs
 at the end, and the step at which its max_epochs ends the data. Sizes come from the files where they are there, else
 from num_tokens of the source. `--json` prints the same as one object. Needs neither torch nor the files.
 Exit status 2 if the configuration has errors.
@@ -43,8 +43,8 @@ def table(config: Config, rows: Sequence[SourceShare], firsts: Sequence[int]) ->
         out += ["", "* num_tokens of the configuration; the files are not here"]
     ends = [row.last_step for row in rows if row.last_step is not None]
     if ends:
-        what = "refused" if config.data.at_max_epochs == "error" else f"over after step {min(ends):,}"
-        out += ["", f'with data.at_max_epochs="{config.data.at_max_epochs}" this run is {what}']
+        what = "refused" if config.data.on_exhausted == "error" else f"over after step {min(ends):,}"
+        out += ["", f'with data.on_exhausted="{config.data.on_exhausted}" this run is {what}']
     return "\n".join(out)
 
 

@@ -20,6 +20,11 @@ class ConfigError(MegallamaError):
     """A configuration that cannot be used; the message lists every problem found, one per line."""
 
 
+def say(text: str) -> None:
+    """A line for whoever started a command, beside its output."""
+    sys.stderr.write(f"note: {text}\n")
+
+
 def exit_status(run: Callable[[], int | None]) -> int:
     """The status of a tool: what it returns (0 for None) or argparse leaves with, 2 for an error, 130 for Ctrl-C.
 

@@ -18,16 +18,16 @@ from pydantic import BaseModel, ValidationError
 
 from megallama.config import rules
 from megallama.config.describe import Setting, literal, settings
-from megallama.config.errors import ConfigError
+from megallama.config.errors import ConfigError, say
 from megallama.config.presets import PRESETS, preset_seq_length
-from megallama.config.removed import REMOVED
+from megallama.config.removed import LINEAR, REMOVED, RENAMED
 from megallama.config.schema import Config, MixtureChange, SourceConfig
 from megallama.config.toml import read_toml
 
 COMMAND_LINE = "command line"
 TABLES: dict[str, type[BaseModel]] = {  # settings that are lists of tables
     **dict.fromkeys(("data.train", "data.valid", "data.test"), SourceConfig),
-    "data.changes": MixtureChange,
+    "data.mixture_schedule": MixtureChange,
 }
 
 # Names that other programs give to our settings, for the suggestion only.
@@ -65,11 +65,13 @@ def load(
     ranks: int | None = None,
     need_data: bool = True,
     samples: Callable[[Config], int] = lambda config: 0,
+    note: Callable[[str], None] = say,
 ) -> Config:
     """The configuration that the file and the overrides describe, with every derived value filled in.
 
     `ranks` adds the rules that need the number of ranks; `need_data=False` leaves out those about data.
     samples: how many a run with this configuration goes on from; batch sizes before that need not fit.
+    note: told, for each setting under a name of earlier versions, what it is called now.
     Raises: ConfigError listing every problem at once, each with where it was said.
     """
     reader = _Reader()
@@ -78,6 +80,9 @@ def load(
     for text in overrides:
         reader.read_override(text)
     reader.apply_preset()
+    reader.apply_linear()
+    for line in reader.notes:
+        note(line)
     config = resolve(reader.validate())
     config.model.model_fields_set.difference_update(reader.from_preset())  # "set" is what the user wrote
     ahead = rules.remaining(config.batch, samples(config)) if config.batch.ramp_start else config.batch
@@ -98,7 +103,7 @@ def resolve(config: Config) -> Config:
         b = b.model_copy(update={"seq_length": preset_seq_length(m.preset)})
     end = s.decay_steps or config.train.steps
     warmup = s.warmup_steps if "warmup_steps" in s.model_fields_set else min(s.warmup_steps, end // 10)
-    decay = s.wsd_decay_steps or max(1, end // 10)
+    decay = max(1, end // 10) if s.wsd_decay_steps is None else s.wsd_decay_steps
     s = s.model_copy(update={"decay_steps": end, "wsd_decay_steps": decay, "warmup_steps": warmup})
     c = c.model_copy(update={"folder": c.folder or str(Path(config.run.folder) / "checkpoints")})
     return config.model_copy(update={"model": m, "batch": b, "lr_schedule": s, "checkpoint": c})
@@ -137,6 +142,8 @@ class _Reader:
         self.sections = tuple(dict.fromkeys(key.partition(".")[0] for key in self.known))
         self.values: dict[str, Any] = {}
         self.sources: dict[str, str] = {}
+        self.spellings: dict[str, tuple[str, str]] = {}  # of settings with two names: the one used, and where
+        self.notes: dict[str, None] = {}
         self.problems: list[str] = []
         self.bad: set[str] = set()  # keys or sections whose value is not to be trusted
 
@@ -147,7 +154,7 @@ class _Reader:
         """One ``section.key=value``; a leading ``--`` and ``-`` for ``_`` are accepted. ``--fresh`` is a short form."""
         text = "checkpoint.resume=fresh" if text == "--fresh" else text
         key, equals, raw = text.removeprefix("--").partition("=")
-        key = key.strip().replace("-", "_")
+        key = self._current(key.strip().replace("-", "_"), COMMAND_LINE)
         if not equals:
             self.problems.append(f"{COMMAND_LINE}: {text!r} has no value; write section.key=value, e.g. parallel.tp=2")
             return
@@ -175,6 +182,15 @@ class _Reader:
         self._take_tree({"model": PRESETS[name]}, "", f"preset {name}")
         for key, value in said.items():
             self._take(key, value, sources[key])
+
+    def apply_linear(self) -> None:
+        """What an earlier version called a linear schedule."""
+        if self.values.get(key := "lr_schedule.kind") == "linear":
+            source = self.sources[key]
+            now = " and ".join(f"lr_schedule.{name}={literal(value)}" for name, value in LINEAR.items())
+            self.notes[f'{source}: {key}="linear" is now {now}, the same curve'] = None
+            for name, value in LINEAR.items():
+                self._take(f"lr_schedule.{name}", value, source)
 
     def from_preset(self) -> list[str]:
         """The fields of `model` whose values are the preset's."""
@@ -207,7 +223,7 @@ class _Reader:
 
     def _take_tree(self, tree: Mapping[str, Any], prefix: str, source: str) -> None:
         for name, value in tree.items():
-            key = prefix + name
+            key = self._current(prefix + name, source)
             inner = any(k.startswith(key + ".") for k in self.known)
             if inner and isinstance(value, Mapping):
                 if key in self.known:  # an empty nested table is a table with its defaults
@@ -215,6 +231,19 @@ class _Reader:
                 self._take_tree(value, key + ".", source)
             else:
                 self._take(key, value, source)
+
+    def _current(self, key: str, source: str) -> str:
+        """Today's name of a setting, of which a note tells; both names together are a problem."""
+        new = RENAMED.get(key, key)
+        if new != key:
+            self.notes[f"{source}: {key} is now called {new}; it was read as that"] = None
+        if new in RENAMED.values():
+            other, place = self.spellings.setdefault(new, (key, source))
+            if other != key:
+                both = f"{other} ({place}) and {key} ({source})"
+                self.problems.append(f"{both} are the old and the new name of one setting; write {new} alone")
+                self.bad.add(new)
+        return new
 
     def _take(self, key: str, value: Any, source: str) -> None:
         setting = self.known.get(key)

@@ -310,7 +310,7 @@ def _data(config: Config, ranks: int | None) -> Iterator[str]:
     d = config.data
     if d.synthetic and d.train:
         yield "data.synthetic=true leaves data.train unread; write data.synthetic=false, or leave data.train out"
-    for key in ("changes", "document_mask"):
+    for key in ("mixture_schedule", "document_mask"):
         if d.synthetic and (value := getattr(d, key)):
             yield f"data.synthetic=true leaves data.{key}={literal(value)} unread; leave one of them out"
     if not d.train and not d.synthetic:
@@ -338,8 +338,8 @@ def _sources(config: Config, ranks: int | None) -> Iterator[str]:
                 yield f"{where}.documents={literal(s.documents)} is no part of 0 to 1; write for example [0.0, 0.98]"
             if key != "train" and (s.weight != 1 or s.max_epochs is not None):
                 yield f"{where} has a weight or max_epochs, but is read alone and once; leave them out"
-    if d.at_max_epochs == "stop" and all(s.max_epochs is None for s in d.train):
-        yield 'data.at_max_epochs="stop" without any max_epochs; write train = [{path = "...", max_epochs = 2.0}]'
+    if d.on_exhausted == "stop" and all(s.max_epochs is None for s in d.train):
+        yield 'data.on_exhausted="stop" without any max_epochs; write train = [{path = "...", max_epochs = 2.0}]'
 
 
 def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
@@ -348,8 +348,8 @@ def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
     ever, last = {s.label for s in d.train if s.weight}, 1
     if d.train and not ever:
         yield "data.train has only weights of 0; write a weight above 0 for at least one source"
-    for i, change in enumerate(d.changes):
-        where = f"data.changes[{i}]"
+    for i, change in enumerate(d.mixture_schedule):
+        where = f"data.mixture_schedule[{i}]"
         if change.step <= last:
             then = "2, as step 1 has the weights of data.train" if not i else f"{last + 1}, later than the one before"
             yield f"{where}.step={change.step} is too early; use at least {then}"
@@ -365,8 +365,8 @@ def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
     for name in [s.label for s in d.train if s.label not in ever]:
         if ever:
             yield (
-                f"data.train gives {literal(name)} the weight 0, and no data.changes raises it; leave it out, "
-                f"or write data.changes={literal([{'step': 1000, 'weights': {name: 1.0}}])}"
+                f"data.train gives {literal(name)} the weight 0, and no data.mixture_schedule raises it; leave it out, "
+                f"or write data.mixture_schedule={literal([{'step': 1000, 'weights': {name: 1.0}}])}"
             )
 
 

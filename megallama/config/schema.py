@@ -131,7 +131,7 @@ class OptimizerConfig(Section):
 class LrScheduleConfig(Section):
     """Learning rate over steps."""
 
-    kind: Literal["cosine", "linear", "constant", "wsd"] = Field("cosine", description="shape after warm-up")
+    kind: Literal["cosine", "constant", "wsd"] = Field("cosine", description="shape after warm-up")
     warmup_steps: int = Field(
         2000, ge=0, description="linear warm-up; where it is not given at most a tenth of decay_steps [steps]"
     )
@@ -139,8 +139,8 @@ class LrScheduleConfig(Section):
         None, description="step at which the minimum is reached; default train.steps [steps]"
     )
     min_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate / peak")
-    wsd_decay_steps: PositiveInt | None = Field(
-        None, description="length of wsd's final decay; default a tenth of decay_steps [steps]"
+    wsd_decay_steps: NonNegativeInt | None = Field(
+        None, description="length of wsd's linear decay; 0 is all after warm-up, default a tenth of decay_steps [steps]"
     )
 
 
@@ -149,7 +149,9 @@ class SourceConfig(Section):
 
     path: str = Field(description="prefix of a .bin/.idx pair")
     weight: NonNegativeFloat = Field(1.0, description="share of the samples, relative to the other sources")
-    name: str | None = Field(None, description="what logs and data.changes call it; default the last part of path")
+    name: str | None = Field(
+        None, description="what logs and data.mixture_schedule call it; default the last part of path"
+    )
     documents: tuple[float, float] = Field(
         (0.0, 1.0), description="use only the documents from this share of the corpus to that one"
     )
@@ -160,7 +162,7 @@ class SourceConfig(Section):
 
     @property
     def label(self) -> str:
-        """What logs and data.changes call it."""
+        """What logs and data.mixture_schedule call it."""
         return self.name or self.path.rstrip("/").rpartition("/")[2].removesuffix(".bin").removesuffix(".idx")
 
 
@@ -175,8 +177,10 @@ class DataConfig(Section):
     """Where samples come from."""
 
     train: tuple[SourceConfig, ...] = Field((), description="training sources: a path, a list of paths, or tables")
-    changes: tuple[MixtureChange, ...] = Field((), description="later weights of the training sources, by step")
-    at_max_epochs: Literal["error", "stop"] = Field(
+    mixture_schedule: tuple[MixtureChange, ...] = Field(
+        (), description="later weights of the training sources, by step"
+    )
+    on_exhausted: Literal["error", "stop"] = Field(
         "error", description="a run that would pass a source's max_epochs is refused, or stops before that step"
     )
     valid: tuple[SourceConfig, ...] = Field((), description="validation sources, each evaluated alone; default: none")

@@ -53,7 +53,7 @@ class TrainData:
     def last_step(self, steps: int) -> tuple[int, str]:
         """(the last of `steps` steps for which no source passes its max_epochs, why it is the last or "").
 
-        Raises: DataError if that is not all of them and data.at_max_epochs is "error", or it is none.
+        Raises: DataError if that is not all of them and data.on_exhausted is "error", or it is none.
         """
         limits = limits_of(self._config.train, [source.num_windows for source in self.sources])
         past = self.mixture.first_step_past(limits, steps, self._samples_after)
@@ -66,12 +66,12 @@ class TrainData:
             f"step {past} would take source {literal(source.label)} to {counted(f'{epochs:.4g}', 'epoch')}, "
             f"over max_epochs={source.max_epochs:g}"
         )
-        if self._config.at_max_epochs == "error" or past == 1:
+        if self._config.on_exhausted == "error" or past == 1:
             total = self.mixture.counts(self._samples_after(steps))[which] / self.sources[which].num_windows
-            fewer = f'train.steps={past - 1}, data.at_max_epochs="stop", ' if past > 1 else ""
+            fewer = f'train.steps={past - 1}, data.on_exhausted="stop", ' if past > 1 else ""
             raise DataError(
                 f"{why} (all of train.steps={steps}: {total:.4g}); use {fewer}a larger max_epochs, or a smaller weight "
-                "(from some step on: data.changes)"
+                "(from some step on: data.mixture_schedule)"
             )
         return past - 1, why
 
@@ -129,7 +129,7 @@ class TrainData:
             change = [{"step": step + 1, "weights": {name: 0.0}}]
             raise DataError(
                 f"data.train has no source {literal(name)} ({old['path']}), of which this run used {old['samples']} "
-                f"samples; keep it, and take no more of it with data.changes={literal(change)}"
+                f"samples; keep it, and take no more of it with data.mixture_schedule={literal(change)}"
             )
         number = self.mixture.names.index(name)
         items = self._identities[number].items()
@@ -150,9 +150,10 @@ class TrainData:
         changes = [{"step": p.step, "weights": weights} for p, weights in zip(phases[1:], then, strict=True)]
         were, now = (", ".join(f"{literal(_used(p))} from step {p.step}" for p in told) for told in (past, given))
         raise DataError(
-            f"the weights of data.train and data.changes are not those of the {counted(step, 'step')} that were made: "
-            f"they were {were}, now they say {now}. What is past cannot change; keep in data.train the weights "
-            f"{literal(first)} and write data.changes={literal(changes)}"
+            "the weights of data.train and data.mixture_schedule are not those of "
+            f"the {counted(step, 'step')} that were made: they were {were}, now they say {now}. What is past cannot "
+            f"change; keep in data.train the weights {literal(first)} and write "
+            f"data.mixture_schedule={literal(changes)}"
         )
 
 

@@ -27,9 +27,9 @@ class Phase:
 
 
 def phases_of(config: DataConfig, samples_after: Callable[[int], int]) -> tuple[Phase, ...]:
-    """The phases that data.train and data.changes describe; samples_after(n): samples of the first n steps."""
+    """The phases that data.train and data.mixture_schedule describe; samples_after(n): samples of the first n steps."""
     phases = [Phase(1, 0, {s.label: s.weight for s in config.train})]
-    for change in config.changes:
+    for change in config.mixture_schedule:
         weights = {**phases[-1].weights, **change.weights}
         phases.append(Phase(change.step, samples_after(change.step - 1), weights))
     return tuple(phases)

@@ -18,9 +18,9 @@ def learning_rate(step: int, optimizer: OptimizerConfig, schedule: LrScheduleCon
 
     - warm-up, n <= warmup_steps: p n / warmup_steps
     - constant: p
-    - linear: p - (p - m) x, with x = (n - warmup) / (decay_steps - warmup), at most 1
-    - cosine (Loshchilov & Hutter 2017): m + (p - m) (1 + cos(pi x)) / 2
-    - wsd, warm-up, stable, decay (Hu et al. 2024): p until decay_steps - wsd_decay_steps, then linear down to m
+    - cosine (Loshchilov & Hutter 2017): m + (p - m) (1 + cos(pi x)) / 2, x = (n - warmup) / (decay_steps - warmup)
+    - wsd, warm-up, stable, decay (Hu et al. 2024): p until decay_steps - wsd_decay_steps (0: until the warm-up's end),
+      then linear down to m
 
     All are continuous in n.  Without a warm-up the first update runs at the peak.
     """
@@ -35,7 +35,7 @@ def learning_rate(step: int, optimizer: OptimizerConfig, schedule: LrScheduleCon
     if schedule.kind == "wsd":
         length = schedule.wsd_decay_steps
         assert length is not None, "wsd_decay_steps is filled in when a configuration is loaded"
-        start = max(warmup, end - length)
+        start = max(warmup, end - (length or end))
     x = 1.0 if n >= end else max(0.0, (n - start) / (end - start))
     above = (1 + cos(pi * x)) / 2 if schedule.kind == "cosine" else 1 - x
     return optimizer.lr * (schedule.min_ratio + (1 - schedule.min_ratio) * above)

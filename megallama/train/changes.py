@@ -8,11 +8,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from megallama.config.describe import literal
+from megallama.config.removed import current
 from megallama.config.schema import BatchConfig, Config, LrScheduleConfig, OptimizerConfig
 from megallama.optim.lr import learning_rate
 from megallama.plan.batch import BatchPlan
 
-ORDER = ("data.train", "data.changes", "data.synthetic", "train.seed", "batch.seq_length")
+ORDER = ("data.train", "data.mixture_schedule", "data.synthetic", "train.seed", "batch.seq_length")
 
 
 def changes(saved: Mapping[str, Any], now: Config, step: int, samples: int) -> Iterator[str]:
@@ -21,6 +22,7 @@ def changes(saved: Mapping[str, Any], now: Config, step: int, samples: int) -> I
     saved: the configuration in a checkpoint after `step` steps and `samples` samples; what an earlier version did not
     know yet had today's default.
     """
+    saved = current(saved)
     default = Config().model_dump(mode="json")
     changed = {}
     for section, values in now.model_dump(mode="json").items():

@@ -50,7 +50,7 @@ def run(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 writer.add(np.array(encoded(tokenizer, number), np.int64))
     config = load(None, [
         f"data.train=[{{path='{folder}/a', weight=0.6}}, {{path='{folder}/b', weight=0.4, documents=[0.25, 1]}}]",
-        "data.changes=[{step=4, weights={a=0.1}}]", f"data.tokenizer={tokenizer_path}", "model.vocab_size=330",
+        "data.mixture_schedule=[{step=4, weights={a=0.1}}]", f"data.tokenizer={tokenizer_path}", "model.vocab_size=330",
         "batch.seq_length=64", "batch.global_batch_size=8", "batch.micro_batch_size=2", "train.steps=100",
         "batch.ramp_start=4", "batch.ramp_increment=4", "batch.ramp_samples=10",
     ])  # fmt: skip
@@ -145,7 +145,10 @@ def test_what_one_rank_reads(run: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["9", "--rank", "2"], "--rank 2 needs the number of ranks, above it; write for example ranks=3"),
         (["9", "--rank", "1", "ranks=2", "--micro-batch", "2"], "--micro-batch 2 does not exist; step 9 has micro-ba"),
         (["1", "--sample", "4"], "--sample 4 is not in step 1: 0 to 3"),
-        (["1", "data.synthetic=true", "data.train=[]", "data.changes=[]"], "data.synthetic=true makes samples of"),
+        (
+            ["1", "data.synthetic=true", "data.train=[]", "data.mixture_schedule=[]"],
+            "data.synthetic=true makes samples of",
+        ),
         (["1", "data.trian=x"], "unknown setting 'data.trian'; did you mean data.train?"),
     ],
 )
@@ -217,9 +220,9 @@ def test_caps_and_the_step_they_are_reached(capsys: pytest.CaptureFixture[str]) 
     rows = plan(arguments, capsys)["sources"]
     assert [(r["last_step"], r["epochs"], r["measured"]) for r in rows] == [(75, 4.0, False), (None, 400 / 900, False)]
     assert tool("plan_data").main(arguments) == 0
-    assert 'with data.at_max_epochs="error" this run is refused' in capsys.readouterr().out
-    assert tool("plan_data").main([*arguments, "data.at_max_epochs=stop"]) == 0
-    assert 'with data.at_max_epochs="stop" this run is over after step 75' in capsys.readouterr().out
+    assert 'with data.on_exhausted="error" this run is refused' in capsys.readouterr().out
+    assert tool("plan_data").main([*arguments, "data.on_exhausted=stop"]) == 0
+    assert 'with data.on_exhausted="stop" this run is over after step 75' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

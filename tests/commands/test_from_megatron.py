@@ -109,7 +109,7 @@ def test_a_small_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     b, t, o, s = config.batch, config.train, config.optimizer, config.lr_schedule
     assert (b.global_batch_size, b.micro_batch_size, b.seq_length, t.steps) == (8, 2, 32, 100)
     assert (o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.clip_grad) == (1e-3, 0.9, 0.999, 1e-8, 0.01, 1.0)
-    assert (s.kind, s.warmup_steps, s.decay_steps, s.min_ratio) == ("linear", 0, 100, 0.0)
+    assert (s.kind, s.wsd_decay_steps, s.warmup_steps, s.decay_steps, s.min_ratio) == ("wsd", 0, 0, 100, 0.0)
     assert (t.eval_interval, t.eval_batches, config.log.interval, t.seed) == (1000, 100, 100, 1234)
     assert (config.precision.dtype, config.memory.recompute, config.data.synthetic) == ("bf16", "none", True)
     told = capsys.readouterr().err
@@ -176,7 +176,7 @@ def test_pai_llama2_7b(tmp_path: Path) -> None:
     assert num_parameters(config.model) == 6_738_415_616
     assert config.batch.global_batch_size * config.batch.seq_length * config.train.steps == 999_292_928
     s = config.lr_schedule
-    assert (s.kind, s.warmup_steps, s.decay_steps, s.min_ratio) == ("linear", 9, 953, 0.1)
+    assert (s.kind, s.wsd_decay_steps, s.warmup_steps, s.decay_steps, s.min_ratio) == ("wsd", 0, 9, 953, 0.1)
     assert [(d.path, d.documents) for d in config.data.valid] == [("mmap", (0.99, 1.0))]
     assert [(d.path, d.documents) for d in config.data.train] == [("mmap", (0.0, 1.0))]  # its own flag wins
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +91,17 @@ def test_sources_in_a_file(tmp_path: Path) -> None:
 def test_mixtures_of_the_command_line(tmp_path: Path) -> None:
     config = load(None, [
         'data.train=[{path = "x/c4.bin", weight = 0.5, documents = [0, 0.9], max_epochs = 2}, "w.en"]',
-        'data.changes=[{step = 100, weights = {c4 = 1, "w.en" = 0.5}}]', "data.test=held/out/",
+        'data.mixture_schedule=[{step = 100, weights = {c4 = 1, "w.en" = 0.5}}]', "data.test=held/out/",
     ])  # fmt: skip
     first, second = config.data.train
     assert (first.label, first.documents, first.max_epochs, second.label) == ("c4", (0.0, 0.9), 2.0, "w.en")
-    assert [(c.step, c.weights) for c in config.data.changes] == [(100, {"c4": 1.0, "w.en": 0.5})]
+    assert [(c.step, c.weights) for c in config.data.mixture_schedule] == [(100, {"c4": 1.0, "w.en": 0.5})]
     assert [s.label for s in config.data.test] == ["out"]
-    assert load(None, ["data.train=a", "data.changes={step = 2, weights = {a = 3}}"]).data.changes[0].step == 2
+    one = load(None, ["data.train=a", "data.mixture_schedule={step = 2, weights = {a = 3}}"])
+    assert one.data.mixture_schedule[0].step == 2
     file = tmp_path / "out.toml"
     file.write_text(to_toml(config), encoding="utf-8")
-    assert 'changes = [{step = 100, weights = {c4 = 1.0, "w.en" = 0.5}}]' in file.read_text()
+    assert 'mixture_schedule = [{step = 100, weights = {c4 = 1.0, "w.en" = 0.5}}]' in file.read_text()
     assert load(file, []) == config
 
 
@@ -163,13 +165,15 @@ SINGLE: list[tuple[str, str]] = [
     ("data.train=[{path='a',max_epochs=0}]", f"data.train[0].max_epochs=0 must be a number above 0; {A_SOURCE}"),
     ("data.valid=[3]", f"data.valid[0]=3 is not known; {A_SOURCE}"),
     ("data.test=[{path=3}]", f"data.test[0].path=3 must be text; {A_SOURCE}"),
-    ("data.changes=[{step=7}]", f"data.changes[0] has no weights; {A_CHANGE}"),
-    ("data.changes=[5]", f"data.changes[0]=5 is not known; {A_CHANGE}"),
-    ("data.changes=soon", f'data.changes[0]="soon" is not known; {A_CHANGE}'),
-    ("data.changes=[{step=0,weights={}}]", f"data.changes[0].step=0 must be a whole number above 0; {A_CHANGE}"),
-    ("data.changes={step=7,weights={a=-1}}", "data.changes[0].weights.a=-1 is wrong: weights must be a table with "
-                                            f"numbers of at least 0 under each name; {A_CHANGE}"),
-    ("data.at_max_epochs=halt", 'data.at_max_epochs="halt" must be one of "error", "stop"'),
+    ("data.mixture_schedule=[{step=7}]", f"data.mixture_schedule[0] has no weights; {A_CHANGE}"),
+    ("data.mixture_schedule=[5]", f"data.mixture_schedule[0]=5 is not known; {A_CHANGE}"),
+    ("data.mixture_schedule=soon", f'data.mixture_schedule[0]="soon" is not known; {A_CHANGE}'),
+    ("data.mixture_schedule=[{step=0,weights={}}]",
+     f"data.mixture_schedule[0].step=0 must be a whole number above 0; {A_CHANGE}"),
+    ("data.mixture_schedule={step=7,weights={a=-1}}",
+     "data.mixture_schedule[0].weights.a=-1 is wrong: weights must be a table with "
+     f"numbers of at least 0 under each name; {A_CHANGE}"),
+    ("data.on_exhausted=halt", 'data.on_exhausted="halt" must be one of "error", "stop"'),
     ("run.device=gpu", 'run.device="gpu" must be one of "auto", "cpu", "cuda"; did you mean "cuda"?'),
     ("precision.dtype=float16",
      'precision.dtype="float16" must be one of "bf16", "fp16", "fp32", "fp64"; did you mean "fp16"?'),
@@ -221,6 +225,67 @@ def test_checkpoints_of_earlier_versions_remember_settings_that_are_gone() -> No
     tree["run"]["cuda_graph"] = True
     with pytest.raises(ValidationError, match="cuda_graph"):
         Config.model_validate(tree)
+
+
+def notes(file: Path | None, overrides: Sequence[str]) -> tuple[list[str], Config]:
+    lines: list[str] = []
+    return lines, load(file, overrides, need_data=False, note=lines.append)
+
+
+def test_settings_with_a_new_name_are_read_under_the_old_one_with_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    source = 'train = [{path = "a", max_epochs = 2.0}]\n'
+    file.write_text(f'[data]\n{source}at_max_epochs = "stop"\nchanges = [{{step = 5, weights = {{a = 2.0}}}}]\n')
+    lines, config = notes(file, ["data.at_max_epochs=error", "--data.at-max-epochs=stop"])
+    assert lines == [
+        f"{file}: data.at_max_epochs is now called data.on_exhausted; it was read as that",
+        f"{file}: data.changes is now called data.mixture_schedule; it was read as that",
+        "command line: data.at_max_epochs is now called data.on_exhausted; it was read as that",
+    ]
+    new = ["data.on_exhausted=stop", "data.mixture_schedule=[{step=5, weights={a=2.0}}]"]
+    assert notes(None, [f"data.{source.strip().replace('train = ', 'train=')}", *new]) == ([], config)
+    assert problems(["data.at_max_epochs=halt"])[0].startswith('command line: data.on_exhausted="halt" must be one of')
+
+
+def test_the_old_and_the_new_name_together_are_an_error(tmp_path: Path) -> None:
+    old, new = "data.at_max_epochs=error", "data.on_exhausted=error"
+    both = "are the old and the new name of one setting; write data.on_exhausted alone"
+    line = "command line"
+    assert problems([old, new]) == [f"data.at_max_epochs ({line}) and data.on_exhausted ({line}) {both}"]
+    assert problems([new], '[data]\nat_max_epochs = "error"\n', tmp_path) == [
+        f"data.at_max_epochs ({tmp_path / 'run.toml'}) and data.on_exhausted ({line}) {both}"
+    ]
+
+
+def test_a_line_is_said_once_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    load(None, ["data.at_max_epochs=error", "data.at_max_epochs=error"], need_data=False)
+    said = "command line: data.at_max_epochs is now called data.on_exhausted; it was read as that"
+    assert capsys.readouterr() == ("", f"note: {said}\n")
+
+
+def test_linear_is_wsd_without_a_stable_part(tmp_path: Path) -> None:
+    words = ["lr_schedule.warmup_steps=3", "train.steps=40"]
+    lines, config = notes(None, ["lr_schedule.kind=linear", "lr_schedule.wsd_decay_steps=7", *words])
+    assert lines == [
+        'command line: lr_schedule.kind="linear" is now lr_schedule.kind="wsd" and lr_schedule.wsd_decay_steps=0, '
+        "the same curve"
+    ]
+    assert notes(None, ["lr_schedule.kind=wsd", "lr_schedule.wsd_decay_steps=0", *words]) == ([], config)
+    assert notes(None, ["lr_schedule.kind=linear", "lr_schedule.kind=cosine"])[0] == []
+    (tmp_path / "c.toml").write_text(to_toml(config))
+    assert notes(tmp_path / "c.toml", []) == ([], config)
+
+
+def test_checkpoints_are_read_under_both_names() -> None:
+    source = {"path": "a", "max_epochs": 2.0}
+    config = resolve(Config.model_validate({"data": {"train": [source], "on_exhausted": "stop"},
+                                            "lr_schedule": {"kind": "wsd", "wsd_decay_steps": 0}}))  # fmt: skip
+    tree = config.model_dump(mode="json")
+    assert Config.model_validate(tree) == config
+    data = tree["data"]
+    data["at_max_epochs"], data["changes"] = data.pop("on_exhausted"), data.pop("mixture_schedule")
+    tree["lr_schedule"] |= {"kind": "linear", "wsd_decay_steps": 10}
+    assert Config.model_validate(tree) == config
 
 
 def test_all_problems_at_once_with_their_places(tmp_path: Path) -> None:
@@ -381,7 +446,8 @@ def test_an_empty_text_inside_a_list_or_table(key: str) -> None:
     ("data.train=['a'] # b", "data.train=['a'] # b is not a TOML value (Unclosed array"),
     ("data.train='a'\n'b'", "data.train='a'\\n'b' is not a TOML value (Expected '=' after a key"),
     ("data.train='a'\ntrain.steps=3", "data.train='a'\\ntrain.steps=3 is not a TOML value (Unclosed array"),
-    ("data.changes=[{step=2,weights={a=x}}]", "data.changes=[{step=2,weights={a=x}}] is not a TOML value (Invalid"),
+    ("data.mixture_schedule=[{step=2,weights={a=x}}]",
+     "data.mixture_schedule=[{step=2,weights={a=x}}] is not a TOML value (Invalid"),
     ("run.without_kernels=[apex]", "run.without_kernels=[apex] is not a TOML value (Invalid value"),
     ("run.folder='a'b", "run.folder='a'b is not a TOML value (Expected newline"),
     ('data.tokenizer="a', 'data.tokenizer="a is not a TOML value (Unterminated string'),

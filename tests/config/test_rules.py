@@ -287,9 +287,10 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "data.valid=b",
     ),
     (
-        "data.changes=[{step=5,weights={a=1}}]", None,
-        "data.synthetic=true leaves data.changes=[{step = 5, weights = {a = 1.0}}] unread; leave one of them out",
-        "data.changes=[]",
+        "data.mixture_schedule=[{step=5,weights={a=1}}]", None,
+        "data.synthetic=true leaves data.mixture_schedule=[{step = 5, weights = {a = 1.0}}] unread; leave one of them "
+        "out",
+        "data.mixture_schedule=[]",
     ),
     (
         "data.document_mask=true", None,
@@ -322,8 +323,8 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "data.test=b",
     ),
     (
-        "data.synthetic=false data.train=a data.at_max_epochs=stop", None,
-        'data.at_max_epochs="stop" without any max_epochs; write train = [{path = "...", max_epochs = 2.0}]',
+        "data.synthetic=false data.train=a data.on_exhausted=stop", None,
+        'data.on_exhausted="stop" without any max_epochs; write train = [{path = "...", max_epochs = 2.0}]',
         "data.train={path='a',max_epochs=2}",
     ),
     (
@@ -333,34 +334,35 @@ CASES: list[tuple[str, int | None, str, str]] = [
     ),
     (
         "data.synthetic=false data.train=['a',{path='b',weight=0}]", None,
-        'data.train gives "b" the weight 0, and no data.changes raises it; leave it out, or write '
-        "data.changes=[{step = 1000, weights = {b = 1.0}}]",
-        "data.changes=[{step=9,weights={b=1}}]",
+        'data.train gives "b" the weight 0, and no data.mixture_schedule raises it; leave it out, or write '
+        "data.mixture_schedule=[{step = 1000, weights = {b = 1.0}}]",
+        "data.mixture_schedule=[{step=9,weights={b=1}}]",
     ),
     (
-        "data.synthetic=false data.train=['books','code'] data.changes=[{step=9,weights={boks=1}}]", None,
-        'data.changes[0] gives a weight to "boks", which data.train does not have; did you mean "books"?',
-        "data.changes=[{step=9,weights={books=1}}]",
+        "data.synthetic=false data.train=['books','code'] data.mixture_schedule=[{step=9,weights={boks=1}}]", None,
+        'data.mixture_schedule[0] gives a weight to "boks", which data.train does not have; did you mean "books"?',
+        "data.mixture_schedule=[{step=9,weights={books=1}}]",
     ),
     (
-        "data.synthetic=false data.train=['books','code'] data.changes=[{step=9,weights={xyz=1}}]", None,
-        'data.changes[0] gives a weight to "xyz", which data.train does not have; its sources are "books" or "code"',
-        "data.changes=[]",
+        "data.synthetic=false data.train=['books','code'] data.mixture_schedule=[{step=9,weights={xyz=1}}]", None,
+        'data.mixture_schedule[0] gives a weight to "xyz", which data.train does not have; its sources are "books" or '
+        '"code"',
+        "data.mixture_schedule=[]",
     ),
     (
-        "data.synthetic=false data.train=a data.changes=[{step=1,weights={a=2}}]", None,
-        "data.changes[0].step=1 is too early; use at least 2, as step 1 has the weights of data.train",
-        "data.changes=[{step=2,weights={a=2}}]",
+        "data.synthetic=false data.train=a data.mixture_schedule=[{step=1,weights={a=2}}]", None,
+        "data.mixture_schedule[0].step=1 is too early; use at least 2, as step 1 has the weights of data.train",
+        "data.mixture_schedule=[{step=2,weights={a=2}}]",
     ),
     (
-        "data.synthetic=false data.train=a data.changes=[{step=9,weights={a=2}},{step=9,weights={a=3}}]", None,
-        "data.changes[1].step=9 is too early; use at least 10, later than the one before",
-        "data.changes=[{step=9,weights={a=2}},{step=10,weights={a=3}}]",
+        "data.synthetic=false data.train=a data.mixture_schedule=[{step=9,weights={a=2}},{step=9,weights={a=3}}]", None,
+        "data.mixture_schedule[1].step=9 is too early; use at least 10, later than the one before",
+        "data.mixture_schedule=[{step=9,weights={a=2}},{step=10,weights={a=3}}]",
     ),
     (
-        "data.synthetic=false data.train=a data.changes=[{step=9,weights={a=0}}]", None,
-        "data.changes[0] leaves no source a weight above 0; give one to at least one source",
-        "data.changes=[]",
+        "data.synthetic=false data.train=a data.mixture_schedule=[{step=9,weights={a=0}}]", None,
+        "data.mixture_schedule[0] leaves no source a weight above 0; give one to at least one source",
+        "data.mixture_schedule=[]",
     ),
 ]  # fmt: skip
 

@@ -118,7 +118,8 @@ def test_a_change_repeats_no_document_of_an_unfinished_epoch(files: dict[str, Pa
     ramp = {"ramp_start": 2, "ramp_increment": 1, "ramp_samples": 12}
     given = config(files, {"a": 0.9, "b": 0.1, "c": 0.0}, batch=ramp)
     changes = [change(11, a=0.2, b=0.8), change(26, a=0.5, b=0.25, c=0.25)]
-    given = Config.model_validate(given.model_dump() | {"data": {**given.data.model_dump(), "changes": changes}})
+    data = {**given.data.model_dump(), "mixture_schedule": changes}
+    given = Config.model_validate(given.model_dump() | {"data": data})
     train = open_sources(given).train
     assert isinstance(train, TrainData)
     steps = BatchPlan(given.batch, 1)
@@ -183,7 +184,7 @@ def refused(train: TrainData, state: dict[str, Any], step: int = 10) -> str:
 
 def with_changes(files: dict[str, Path], shares: dict[str, float], *changes: dict[str, Any]) -> TrainData:
     data = config(files, shares).data.model_dump()
-    return train_data(files, shares, data={**data, "changes": changes})
+    return train_data(files, shares, data={**data, "mixture_schedule": changes})
 
 
 def test_a_resumed_run_goes_on_in_the_same_order(files: dict[str, Path]) -> None:
@@ -232,10 +233,10 @@ def test_weights_edited_without_a_change_are_refused_with_what_to_write(files: d
     edited = with_changes(files, {"a": 0.5, "b": 0.5, "c": 0.25}, change(20, c=0.1))
     text = refused(edited, state)
     assert text == (
-        "the weights of data.train and data.changes are not those of the 10 steps that were made: they were "
+        "the weights of data.train and data.mixture_schedule are not those of the 10 steps that were made: they were "
         "{a = 0.7, b = 0.3} from step 1, {a = 0.6, b = 0.4} from step 5, now they say {a = 0.5, b = 0.5, c = 0.25} "
         "from step 1. What is past cannot change; keep in data.train the weights {a = 0.7, b = 0.3, c = 0.0} and write "
-        "data.changes=[{step = 5, weights = {a = 0.6, b = 0.4, c = 0.0}}, "
+        "data.mixture_schedule=[{step = 5, weights = {a = 0.6, b = 0.4, c = 0.0}}, "
         "{step = 11, weights = {a = 0.5, b = 0.5, c = 0.25}}, {step = 20, weights = {a = 0.5, b = 0.5, c = 0.1}}]"
     )
     told = text.rpartition("write ")[2]
@@ -250,7 +251,7 @@ def test_weights_edited_without_a_change_are_refused_with_what_to_write(files: d
 
 def test_a_past_change_that_was_removed_or_moved_is_refused(files: dict[str, Path]) -> None:
     state = saved(with_changes(files, {"a": 0.7, "b": 0.3}, change(5, a=0.6, b=0.4)), 40)
-    hint = "write data.changes=[{step = 5, weights = {a = 0.6, b = 0.4}}"
+    hint = "write data.mixture_schedule=[{step = 5, weights = {a = 0.6, b = 0.4}}"
     assert refused(train_data(files, {"a": 0.7, "b": 0.3}), state).endswith(
         f"{hint}, {{step = 11, weights = {{a = 0.7, b = 0.3}}}}]"
     )
@@ -262,7 +263,7 @@ def test_a_source_that_was_used_must_stay(files: dict[str, Path]) -> None:
     state = saved(train_data(files, {"a": 0.7, "b": 0.3}), 40)
     assert refused(train_data(files, {"a": 1.0}), state) == (
         f'data.train has no source "b" ({files["b"]}), of which this run used 12 samples; keep it, and take no more of '
-        "it with data.changes=[{step = 11, weights = {b = 0.0}}]"
+        "it with data.mixture_schedule=[{step = 11, weights = {b = 0.0}}]"
     )
 
 
@@ -318,10 +319,10 @@ def test_the_step_at_which_a_cap_would_be_passed(files: dict[str, Path]) -> None
         train.last_step(100)
     assert str(error.value) == (
         'step 38 would take source "b" to 1.52 epochs, over max_epochs=1.5 (all of train.steps=100: 4); '
-        'use train.steps=37, data.at_max_epochs="stop", a larger max_epochs, or a smaller weight (from some step on: '
-        "data.changes)"
+        'use train.steps=37, data.on_exhausted="stop", a larger max_epochs, or a smaller weight (from some step on: '
+        "data.mixture_schedule)"
     )
-    data = {**config(files, {"a": 0.5, "b": 0.5}, **given).data.model_dump(), "at_max_epochs": "stop"}
+    data = {**config(files, {"a": 0.5, "b": 0.5}, **given).data.model_dump(), "on_exhausted": "stop"}
     stopping = train_data(files, {}, data=data)
     assert stopping.last_step(100) == (37, 'step 38 would take source "b" to 1.52 epochs, over max_epochs=1.5')
     assert stopping.last_step(37) == (37, "")
@@ -330,18 +331,19 @@ def test_the_step_at_which_a_cap_would_be_passed(files: dict[str, Path]) -> None
 def test_a_cap_below_the_first_step_is_an_error_either_way(files: dict[str, Path]) -> None:
     data = config(files, {"a": 0.5, "c": 0.5}, source={"c": {"max_epochs": 0.01}}).data.model_dump()
     with pytest.raises(DataError, match=r"^step 1 would take .*; use a larger max_epochs, or a smaller weight"):
-        train_data(files, {}, data={**data, "at_max_epochs": "stop"}).last_step(5)
+        train_data(files, {}, data={**data, "on_exhausted": "stop"}).last_step(5)
 
 
 def test_caps_count_over_changes(files: dict[str, Path]) -> None:
     data = config(files, {"a": 0.5, "b": 0.5}, source={"b": {"max_epochs": 1.0}}).data.model_dump()
-    train = train_data(files, {}, data={**data, "changes": [change(21, b=0.0)], "at_max_epochs": "stop"})
+    train = train_data(files, {}, data={**data, "mixture_schedule": [change(21, b=0.0)], "on_exhausted": "stop"})
     assert train.last_step(500) == (500, "") and train.account(2000)["b"]["epochs"] == 0.8
 
 
 def test_phases_follow_the_ramp() -> None:
-    given = load(None, ["data.train=['a', 'b']", "data.changes=[{step=3, weights={a=2}}]", "batch.global_batch_size=32",
-                        "batch.ramp_start=8", "batch.ramp_increment=8", "batch.ramp_samples=30"])  # fmt: skip
+    given = load(None, ["data.train=['a', 'b']", "data.mixture_schedule=[{step=3, weights={a=2}}]",
+                        "batch.global_batch_size=32", "batch.ramp_start=8", "batch.ramp_increment=8",
+                        "batch.ramp_samples=30"])  # fmt: skip
     plan = BatchPlan(given.batch, 1)
     assert [(p.sample, dict(p.weights)) for p in phases_of(given.data, plan.samples_after)] == [
         (0, {"a": 1.0, "b": 1.0}), (16, {"a": 2.0, "b": 1.0})

@@ -16,7 +16,19 @@ OPTIMIZER = OptimizerConfig(lr=PEAK)
 
 def schedule(kind: Any, **keys: Any) -> LrScheduleConfig:
     defaults: dict[str, Any] = {"warmup_steps": 10, "decay_steps": 110, "min_ratio": 0.1, "wsd_decay_steps": 20}
+    if kind == "linear":
+        kind, keys = "wsd", {"wsd_decay_steps": 0, **keys}
     return LrScheduleConfig(kind=kind, **{**defaults, **keys})
+
+
+@pytest.mark.parametrize(("warmup", "end", "ratio"), [(0, 7, 0.1), (1, 7, 0.0), (10, 110, 0.1), (109, 110, 1.0)])
+def test_wsd_without_a_stable_part_is_what_linear_was_to_the_bit(warmup: int, end: int, ratio: float) -> None:
+    given = schedule("linear", warmup_steps=warmup, decay_steps=end, min_ratio=ratio)
+    for n in range(1, end + 5):
+        start = max(warmup, 1)
+        x = 1.0 if n >= end else max(0.0, (n - start) / (end - start))
+        linear = PEAK * n / start if n <= start else PEAK * (ratio + (1 - ratio) * (1 - x))
+        assert learning_rate(n - 1, OPTIMIZER, given) == linear
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])

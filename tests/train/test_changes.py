@@ -43,6 +43,18 @@ def test_a_curve_that_changes_only_in_words_is_not_another_one() -> None:
     assert lines == ["lr_schedule.min_ratio was 0.1 and is 0.2"]
 
 
+def test_names_of_earlier_versions_are_no_change() -> None:
+    source = {"path": "a", "max_epochs": 2.0}
+    now = {"data": {"train": [source], "on_exhausted": "stop"}, "lr_schedule": {"kind": "wsd", "wsd_decay_steps": 0}}
+    saved = small_config(**now).model_dump(mode="json")
+    data = saved["data"]
+    data |= {"at_max_epochs": data.pop("on_exhausted"), "changes": data.pop("mixture_schedule")}
+    saved["lr_schedule"] |= {"kind": "linear", "wsd_decay_steps": 1}
+    assert list(changes(saved, small_config(**now), 6, 48)) == []
+    later = list(changes(saved, small_config(**now, batch={"global_batch_size": 16}), 6, 48))
+    assert later[0] == "batch.global_batch_size was 8 and is 16"
+
+
 def test_batches_seeds_and_formats() -> None:
     lines = told({}, batch={"global_batch_size": 16}, train={"seed": 8}, precision={"dtype": "fp32"})
     for line in (
@@ -66,8 +78,10 @@ def test_a_run_says_where_it_resumes_and_what_is_new(tmp_path: Path, capsys: pyt
     run = [*QUIET, f"run.folder={tmp_path}"]
     assert main([*run, "train.steps=6"]) == 0
     assert "since then" not in capsys.readouterr().out
-    assert main([*run, "train.steps=20", "optimizer.lr=1e-3"]) == 0
+    assert main([*run, "train.steps=20", "optimizer.lr=1e-3", "data.at_max_epochs=error"]) == 0
     out = capsys.readouterr().out
+    old = "command line: data.at_max_epochs is now called data.on_exhausted; it was read as that\n"
+    assert out.count(old) == 1 and (tmp_path / "logs" / "rank-0000.log").read_text().count(old) == 1
     assert f"resumed after step 6, 384 tokens, from {tmp_path / 'checkpoints' / 'step-00000006'}" in out
     assert "since then: optimizer.lr was 0.0003 and is 0.001" in out
     assert "since then: the learning-rate curve is another one: step 7 has" in out

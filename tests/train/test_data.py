@@ -41,7 +41,7 @@ def sections(files: dict[str, str], parallel: dict[str, Any] | None = None, **da
 
 def test_the_ledger_is_logged_saved_and_shown_again(pool: Pool, tmp_path: Path, files: dict[str, str]) -> None:
     run, changes = tmp_path / "run", [{"step": 5, "weights": {"code": 0.75}}]
-    settings = sections(files, {"pp": 2}, changes=changes)
+    settings = sections(files, {"pp": 2}, mixture_schedule=changes)
     settings["train"]["stop_after_steps"] = 4
     answers = pool.run(4, RUN, str(run), settings)
     assert [a.get("status") for a in answers] == [75] * 4, answers
@@ -104,7 +104,7 @@ def test_held_out_sets_are_evaluated_alone_by_name_and_test_once_in_full(
 
 @pytest.mark.parametrize("at", ["error", "stop"])
 def test_a_cap_on_epochs(pool: Pool, tmp_path: Path, files: dict[str, str], at: str) -> None:
-    settings = sections(files, at_max_epochs=at)
+    settings = sections(files, on_exhausted=at)
     settings["data"]["train"][1]["max_epochs"] = 0.45  # 9 samples, 2 in every step
     answers = pool.run(2, RUN, str(tmp_path / "run"), settings)
     why = 'step 5 would take source "code" to 0.5 epochs, over max_epochs=0.45'
@@ -125,7 +125,7 @@ def test_changed_weights_or_files_do_not_resume(pool: Pool, tmp_path: Path, file
     pool.run(2, RUN, str(tmp_path / "run"), settings)
     settings["data"]["train"][0]["weight"] = 0.5
     for answer in pool.run(2, RUN, str(tmp_path / "run"), settings):
-        assert "write data.changes=[{step = 3, weights = {web = 0.5, code = 0.25}}]" in answer["error"]
+        assert "write data.mixture_schedule=[{step = 3, weights = {web = 0.5, code = 0.25}}]" in answer["error"]
     settings["data"]["train"][0]["weight"] = 0.75
     tokens = bytearray(Path(files["code"] + ".bin").read_bytes())
     tokens[0] ^= 1
@@ -162,9 +162,9 @@ def test_damage_found_during_training_ends_the_run_with_its_name(
 
 
 def test_a_wrong_mixture_on_the_command_line(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [f"data.train={files['web']}", "data.changes=[{step=3, weights={wbe=1}}]"]
+    arguments = [f"data.train={files['web']}", "data.mixture_schedule=[{step=3, weights={wbe=1}}]"]
     assert main(arguments) == 2
-    assert 'data.changes[0] gives a weight to "wbe", which data.train does not have; did you mean "web"?' in (
+    assert 'data.mixture_schedule[0] gives a weight to "wbe", which data.train does not have; did you mean "web"?' in (
         capsys.readouterr().err
     )
 

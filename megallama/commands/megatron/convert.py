@@ -285,7 +285,7 @@ class Conversion:
         out["train.steps"] = steps
         lr, low, style = self.need("lr", "the learning rate"), get("min-lr"), get("lr-decay-style")
         out["optimizer.lr"] = lr
-        kind = {"cosine": "cosine", "linear": "linear", "constant": "constant", "WSD": "wsd"}.get(style)
+        kind = {"cosine": "cosine", "linear": "wsd", "constant": "constant", "WSD": "wsd"}.get(style)
         if kind is None:
             self.problem(f"--lr-decay-style {style}: there are cosine, linear, constant and WSD")
         out["lr_schedule.kind"] = kind
@@ -301,7 +301,9 @@ class Conversion:
             self.problem(f"--min-lr {low:g} is above --lr {lr:g}; write at most {lr:g}")
         elif lr:
             out["lr_schedule.min_ratio"] = float(f"{low / lr:.12g}")
-        if kind == "wsd":
+        if style == "linear":
+            out["lr_schedule.wsd_decay_steps"] = 0  # all after the warm-up
+        elif style == "WSD":
             out["lr_schedule.wsd_decay_steps"] = self.amount("lr-wsd-decay", "the last decay")
             if (shape := get("lr-wsd-decay-style")) != "linear":
                 self.problem(
