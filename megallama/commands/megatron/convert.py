@@ -272,9 +272,7 @@ class Conversion:
         iters, samples = self.get(f"{stem}-iters"), self.get(f"{stem}-samples")
         if iters and samples:
             self.problem(f"--{stem}-iters {iters} and --{stem}-samples {samples}: give one of them ({what})")
-        return (
-            iters if iters is not None else self.steps_of(samples, f"{stem}-samples") if samples is not None else None
-        )
+        return self.steps_of(samples, f"{stem}-samples") if iters is None and samples is not None else iters
 
     def steps(self) -> None:
         """[train] steps and [lr_schedule]."""
@@ -301,14 +299,11 @@ class Conversion:
             self.problem(f"--min-lr {low:g} is above --lr {lr:g}; write at most {lr:g}")
         elif lr:
             out["lr_schedule.min_ratio"] = float(f"{low / lr:.12g}")
-        if style == "linear":
-            out["lr_schedule.wsd_decay_steps"] = 0  # all after the warm-up
-        elif style == "WSD":
-            out["lr_schedule.wsd_decay_steps"] = self.amount("lr-wsd-decay", "the last decay")
-            if (shape := get("lr-wsd-decay-style")) != "linear":
-                self.problem(
-                    f"--lr-wsd-decay-style {shape}: the last decay is linear here; write --lr-wsd-decay-style linear"
-                )
+        if kind == "wsd":  # linear is a decay that begins where the warm-up ends
+            out["lr_schedule.wsd_decay_steps"] = 0 if style == "linear" else self.amount("lr-wsd-decay", "the last decay")
+        if style == "WSD" and (shape := get("lr-wsd-decay-style")) != "linear":
+            flag = "--lr-wsd-decay-style"
+            self.problem(f"{flag} {shape}: the last decay is linear here; write {flag} linear")
         if warmup:
             self.note("the learning rate is one update ahead of Megatron's, whose first update runs at 0")
         elif kind != "constant":
