@@ -300,7 +300,8 @@ class Conversion:
         elif lr:
             out["lr_schedule.min_ratio"] = float(f"{low / lr:.12g}")
         if kind == "wsd":  # linear is a decay that begins where the warm-up ends
-            out["lr_schedule.wsd_decay_steps"] = 0 if style == "linear" else self.amount("lr-wsd-decay", "the last decay")
+            length = 0 if style == "linear" else self.amount("lr-wsd-decay", "the last decay")
+            out["lr_schedule.wsd_decay_steps"] = length
         if style == "WSD" and (shape := get("lr-wsd-decay-style")) != "linear":
             flag = "--lr-wsd-decay-style"
             self.problem(f"{flag} {shape}: the last decay is linear here; write {flag} linear")
