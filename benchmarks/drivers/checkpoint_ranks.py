@@ -21,12 +21,13 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from megallama.checkpoint.layout import STATE  # noqa: E402
 from megallama.checkpoint.manager import CheckpointManager  # noqa: E402
 from megallama.comm.c10d import C10d  # noqa: E402
 from megallama.comm.group import Group, Solo  # noqa: E402
 from megallama.config.load import resolve  # noqa: E402
 from megallama.config.schema import Config  # noqa: E402
-from megallama.layers.shard import StateShard  # noqa: E402
+from megallama.layers.shard import Shard  # noqa: E402
 from megallama.plan.box import Box  # noqa: E402
 from megallama.plan.layout import build_layout  # noqa: E402
 from megallama.plan.params import ParamBuilder, global_shapes  # noqa: E402
@@ -69,12 +70,12 @@ class Bench:
         self.config = resolve(Config.model_validate(settings))
         self.numel = sum(torch.Size(s).numel() for s in global_shapes(self.config.model).values())
 
-    def shards(self, **axes: int) -> list[StateShard]:
+    def shards(self, **axes: int) -> list[Shard]:
         """This rank's part of the state under a layout."""
         found = boxes(self.config, Topology.fill(self.ranks, **axes), self.rank)
         sizes = [b.numel for b in found]
         flat = [torch.randn(sum(sizes)).split(sizes) for _ in range(3)]  # views, as the optimizer's are
-        return [StateShard(b, *three) for b, *three in zip(found, *flat, strict=True)]
+        return [Shard(b, dict(zip(STATE, three, strict=True))) for b, *three in zip(found, *flat, strict=True)]
 
     def manager(self, name: str) -> CheckpointManager:
         """A manager of its own folder."""
@@ -181,7 +182,7 @@ def memcpy(bench: Bench, nbytes: int, rounds: int) -> None:
         bench.timed("one memcpy of the state", number, lambda: target.copy_(source), nbytes)
 
 
-def async_rounds(bench: Bench, shards: list[StateShard], state: dict[str, Any], rounds: int) -> None:
+def async_rounds(bench: Bench, shards: list[Shard], state: dict[str, Any], rounds: int) -> None:
     """How long the training waits for a save that goes on behind it."""
     nbytes = 12 * sum(s.box.numel for s in shards)
     memcpy(bench, nbytes, rounds)

@@ -67,7 +67,8 @@ def build(config: Config, device: torch.device, ranks: int = 1, rank: int = 0) -
     kernels = kernels_of(config, device)
     built = assemble(plan, groups, device, kernels)
     for shard in built.optimizer.shards(owned_only=False):
-        shard.master.fill_(1.0) if "norm" in shard.box.key else shard.master.normal_(std=0.02)
+        master = shard.state["master"]
+        master.fill_(1.0) if "norm" in shard.box.key else master.normal_(std=0.02)
     built.optimizer.loaded(0)
     for buffers in built.buffers.values():
         if ranks > 1:  # what other ranks would have sent

@@ -55,7 +55,7 @@ from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.config.errors import MegallamaError
 from megallama.config.presets import PRESETS
 from megallama.config.schema import Config
-from megallama.layers.shard import StateShard
+from megallama.layers.shard import Shard
 
 GRACE_SECONDS = 2.0  # for the last acts of a save that the other ranks have done with
 TELL_SECONDS = 60.0  # between two lines about a save that lasts
@@ -142,17 +142,17 @@ class CheckpointManager:
 
     # ---- saving ----
 
-    def prepare(self, shards: Sequence[StateShard]) -> None:
+    def prepare(self, shards: Sequence[Shard]) -> None:
         """Allocate and touch the host buffer of asynchronous saves, so that the first save is as fast as later ones."""
         if not self._config.checkpoint.async_save or not shards:
             return
-        master = shards[0].master
-        need = sum(3 * s.box.numel for s in shards)
+        master = shards[0].state["master"]
+        need = sum(len(STATE) * s.box.numel for s in shards)
         if self._buffer is None or self._buffer.numel() < need or self._buffer.dtype != master.dtype:
             self._buffer = torch.empty(need, dtype=master.dtype, pin_memory=master.is_cuda)
             self._buffer.zero_()  # touches the pages: zeros() would leave that to the first save
 
-    def save(self, step: int, shards: Sequence[StateShard], counters: dict[str, Any], *, behind: bool = True) -> None:
+    def save(self, step: int, shards: Sequence[Shard], counters: dict[str, Any], *, behind: bool = True) -> None:
         """Save the state of `step`: the boxes this rank owns, and `counters` (JSON; equal on all ranks).
 
         With checkpoint.async_save and `behind` it returns after one copy to host memory; a failure is logged and, as
@@ -221,13 +221,13 @@ class CheckpointManager:
         if failure is not None:
             raise failure
 
-    def _snapshot(self, shards: Sequence[StateShard]) -> list[StateShard]:
+    def _snapshot(self, shards: Sequence[Shard]) -> list[Shard]:
         """Copy the state into the host buffer."""
         self.prepare(shards)
         snapshot: list[dict[str, Tensor]] = [{} for _ in shards]
         at = 0
         for kind in STATE:
-            tensors = [shard.state()[kind].detach() for shard in shards]
+            tensors = [shard.state[kind].detach() for shard in shards]
             for whole in _touching(tensors):
                 assert self._buffer is not None
                 self._buffer[at : at + whole.numel()].copy_(whole, non_blocking=True)
@@ -236,11 +236,11 @@ class CheckpointManager:
             for copies, tensor in zip(snapshot, tensors, strict=True):
                 copies[kind] = self._buffer[first : first + tensor.numel()]  # type: ignore[index]
                 first += tensor.numel()
-        if shards and shards[0].master.is_cuda:
-            torch.cuda.current_stream(shards[0].master.device).synchronize()
-        return [StateShard(shard.box, **copies) for shard, copies in zip(shards, snapshot, strict=True)]
+        if shards and shards[0].state["master"].is_cuda:
+            torch.cuda.current_stream(shards[0].state["master"].device).synchronize()
+        return [Shard(shard.box, copies) for shard, copies in zip(shards, snapshot, strict=True)]
 
-    def _write(self, step: int, shards: Sequence[StateShard], counters: dict[str, Any]) -> None:
+    def _write(self, step: int, shards: Sequence[Shard], counters: dict[str, Any]) -> None:
         started = time.monotonic()
         contents: list[Content] = []
 
@@ -351,7 +351,7 @@ class CheckpointManager:
             "to continue, or checkpoint.resume=auto to start it"
         )
 
-    def resume(self, shards: Sequence[StateShard]) -> dict[str, Any] | None:
+    def resume(self, shards: Sequence[Shard]) -> dict[str, Any] | None:
         """Load the newest valid checkpoint as checkpoint.resume says; its counters, or None: start from random weights.
 
         A checkpoint that turns out damaged while it is read is set aside and the previous one is loaded.
@@ -373,7 +373,7 @@ class CheckpointManager:
                 self._choice.leave_out(path.name, error)
         return None
 
-    def load(self, path: Path, shards: Sequence[StateShard]) -> dict[str, Any]:
+    def load(self, path: Path, shards: Sequence[Shard]) -> dict[str, Any]:
         """Fill `shards` (of any layout; owned or copies) from a step folder; returns its counters.
 
         Every block that is read is verified, and the ranks share the verification of model/: damage
@@ -414,7 +414,7 @@ class CheckpointManager:
         self.resumed = path, saved.body["config"]
         return saved.body["counters"]
 
-    def load_weights(self, path: Path, shards: Sequence[StateShard]) -> None:
+    def load_weights(self, path: Path, shards: Sequence[Shard]) -> None:
         """Fill the master weights from a step folder (its fp32 masters) or a Hugging Face folder; moments become zero.
 
         Raises, on every rank: CheckpointError naming every tensor that is missing, unknown or of another
@@ -441,8 +441,8 @@ class CheckpointManager:
                 reader.check_tensors(path, files, mine)
                 reader.fill(files, "master", shards)
             for shard in shards:
-                shard.exp_avg.zero_()
-                shard.exp_avg_sq.zero_()
+                for moment in STATE[1:]:
+                    shard.state[moment].zero_()
             return notes + manifest.differences(model, mine)
 
         for line in on_all_ranks(self._group, f"cannot load weights from {path}", read)[0]:

@@ -26,7 +26,7 @@ from megallama.checkpoint.errors import CheckpointError, DamagedError
 from megallama.checkpoint.huggingface import read_model_config
 from megallama.checkpoint.layout import DTYPES, STATE, TensorPlace, layout
 from megallama.config.schema import ModelConfig
-from megallama.layers.shard import StateShard
+from megallama.layers.shard import Shard
 from megallama.plan.box import Box
 from megallama.plan.params import global_shapes
 
@@ -250,14 +250,14 @@ def step_folder(folder: Path) -> Path | None:
     return next((c for c in candidates if disk.exists(c / manifest.NAME)), None)
 
 
-def fill(files: TensorFiles, kind: str, shards: Sequence[StateShard]) -> None:
+def fill(files: TensorFiles, kind: str, shards: Sequence[Shard]) -> None:
     """Read state `kind` ("master", "exp_avg", "exp_avg_sq") of all shards, in the order of the files."""
     places = files.places
     for shard in sorted(shards, key=lambda s: (places[s.box.key].file, places[s.box.key].offset, s.box)):
-        files.read_into(shard.box, shard.state()[kind])
+        files.read_into(shard.box, shard.state[kind])
 
 
-def load_state(folder: Path, saved: manifest.Manifest, shards: Sequence[StateShard]) -> None:
+def load_state(folder: Path, saved: manifest.Manifest, shards: Sequence[Shard]) -> None:
     """Fill master weights and moments of all shards from a step folder: a thread for each, reading its own files."""
 
     def load(kind: str) -> None:

@@ -36,7 +36,7 @@ from megallama.checkpoint.folder import REPLACED, remove_checkpoint, unfinished
 from megallama.checkpoint.layout import DTYPES, FileSet, TensorPlace
 from megallama.comm.group import Assembly
 from megallama.comm.on_all_ranks import on_all_ranks
-from megallama.layers.shard import StateShard
+from megallama.layers.shard import Shard
 from megallama.plan.box import Box, boxes_of_range, runs
 
 CHUNK_ELEMENTS = 1 << 20  # elements converted, digested and written while they are in the processor's cache
@@ -71,7 +71,7 @@ class Content:
             yield from ((name, i) for i in range(manifest.block_count(size, self.block_bytes)))
 
 
-def write_checkpoint(content: Content, shards: Sequence[StateShard], group: Assembly) -> None:
+def write_checkpoint(content: Content, shards: Sequence[Shard], group: Assembly) -> None:
     """Write and commit one checkpoint; every rank of `group` calls it with the shards it owns.
 
     Raises: CheckpointError or MachineError on every rank, naming the rank that failed and why (NotFiniteError if the
@@ -154,7 +154,7 @@ def _allocate(fd: int, size: int) -> None:
 Digests = list[tuple[str, int, str]]  # file, block, digest
 
 
-def _write_shards(content: Content, shards: Sequence[StateShard], flusher: Flusher) -> tuple[int, Digests]:
+def _write_shards(content: Content, shards: Sequence[Shard], flusher: Flusher) -> tuple[int, Digests]:
     """Write this rank's byte runs, each shard asked for once.
 
     Returns the number of elements and the digests of the blocks that this rank wrote alone.
@@ -172,8 +172,8 @@ def _write_shards(content: Content, shards: Sequence[StateShard], flusher: Flush
             flusher.wrote(box.numel * place.item_bytes)
 
         for shard in shards:  # one after the other: its memory may be that of the next one
-            assert shard.master.numel() == shard.box.numel, shard.box
-            tensors = shard.state() | {"model": shard.master}
+            assert shard.state["master"].numel() == shard.box.numel, shard.box
+            tensors = shard.state | {"model": shard.state["master"]}
             places = [content.sets[kind].places[shard.box.key] for kind in tensors]
             for name in {place.file for place in places} - outputs.keys():
                 outputs[name] = _Output(files.open(name), sizes[name], content.block_bytes)

@@ -30,7 +30,7 @@ from megallama.config.schema import CheckpointConfig, Config, PrecisionConfig
 from megallama.convert.foreign import Format
 from megallama.convert.pth import pack
 from megallama.convert.source import PRECISION, Source, config_of, open_source, spans
-from megallama.layers.shard import StateShard
+from megallama.layers.shard import Shard
 from megallama.plan.box import Box
 
 _START: dict[str, Any] = {  # counters of a run that has only its weights
@@ -168,7 +168,7 @@ def _write_tensor(source: Source, name: str, format: Format, sets: dict[str, Fil
 # ---- a step folder ----
 
 
-class _Shards(Sequence[StateShard]):
+class _Shards(Sequence[Shard]):
     """The state of one tensor after the other, read when it is asked for; moments that nobody has are zero."""
 
     def __init__(self, names: Sequence[str], sources: Sequence[Source]) -> None:
@@ -177,11 +177,12 @@ class _Shards(Sequence[StateShard]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, index: int) -> StateShard:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Shard:  # type: ignore[override]
         name = self._names[index]
         found = [source.tensor(name).reshape(-1) for source in self._sources]
         zeros = torch.zeros(()).expand(found[0].shape)
-        return StateShard(Box.whole(name, self._sources[0].format.shapes[name]), *(found + [zeros, zeros])[:3])
+        state = dict(zip(STATE, found + [zeros, zeros], strict=False))
+        return Shard(Box.whole(name, self._sources[0].format.shapes[name]), state)
 
 
 def _write_step(source: Source, folder: Path, shard_bytes: int, dtype: str) -> None:

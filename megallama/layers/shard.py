@@ -1,7 +1,6 @@
 """The unit of optimizer state: a rectangle of one global tensor with its master weights and moments.
 
-The distributed optimizer holds its state as such shards, and the checkpoint reads and writes them;
-neither has to know the other.
+The optimizer holds its state as such shards, and the checkpoint reads and writes them; neither has to know the other.
 """
 
 from __future__ import annotations
@@ -14,18 +13,13 @@ from megallama.plan.box import Box
 
 
 @dataclass(frozen=True)
-class StateShard:
+class Shard:
     """The state of the elements of `box`, a rectangle of the Hugging Face tensor ``box.key``.
 
-    The tensors are contiguous 1-D views of the box's elements in row-major order, fp32 (fp64 in
-    fp64 mode), on the optimizer's device.  A checkpoint is loaded by writing into them.
+    `state` is by the name of the files: "master" (the weights), "exp_avg", "exp_avg_sq". The tensors are contiguous
+    1-D views of the box's elements in row-major order, fp32 (fp64 in fp64 mode), on the optimizer's device.  A
+    checkpoint is loaded by writing into them.
     """
 
     box: Box
-    master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-    def state(self) -> dict[str, Tensor]:
-        """The three tensors by the name of their files."""
-        return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+    state: dict[str, Tensor]

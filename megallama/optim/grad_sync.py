@@ -9,10 +9,12 @@ sequence parallelism), shared key/value heads over the ranks that hold them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from megallama.comm.group import Group, Handle
+from megallama.comm.group import Handle
 from megallama.comm.groups import Groups
 from megallama.layers.param import FlatBuffers, Param
 from megallama.plan.layout import Bucket, Segment
@@ -57,10 +59,13 @@ class GradSync:
             gap.zero_()
         self._sum_copies()
 
-    def shard(self, bucket: Bucket) -> Tensor:
-        """This rank's range of a bucket's gradients."""
-        a, b = bucket.shard(self._groups.dp.size, self._groups.dp.rank)
-        return self.buffers.grads[a:b]
+    def range_of(self, bucket: Bucket) -> tuple[int, int]:
+        """This rank's shard of a bucket, as a range of the flat buffers."""
+        return bucket.shard(self._groups.dp.size, self._groups.dp.rank)
+
+    def segments(self, bucket: Bucket) -> Iterator[Segment]:
+        """What of the model lies in this rank's shard of a bucket."""
+        return self.buffers.layout.segments(*self.range_of(bucket))
 
     def _grad_done(self, param: Param) -> None:
         bucket = self._bucket_of[param.spec.name]
@@ -71,34 +76,27 @@ class GradSync:
 
     def _reduce(self, bucket: Bucket) -> None:
         full = self.buffers.grads[bucket.start : bucket.stop]
-        self._handles[bucket.index] = self._groups.dp.reduce_scatter(self.shard(bucket), full)
+        shard = self.buffers.grads[slice(*self.range_of(bucket))]
+        self._handles[bucket.index] = self._groups.dp.reduce_scatter(shard, full)
 
     def _sum_copies(self) -> None:
+        """All-reduce what several ranks hold, as one packed tensor: it lies alike on every rank of the group."""
+        held = [s for bucket in self.buffers.layout.buckets for s in self.segments(bucket)]
         for over, group in (("tp", self._groups.tp), ("kv", self._groups.kv)):
-            if group.size > 1:
-                self._sum_segments([s for s in self._shard_segments() if s.part.sum_over == over], group)
-
-    def _shard_segments(self) -> list[Segment]:
-        layout, dp = self.buffers.layout, self._groups.dp
-        return [s for b in layout.buckets for s in layout.segments(*b.shard(dp.size, dp.rank))]
+            views = [self.buffers.grads[s.offset : s.offset + s.count] for s in held if s.part.sum_over == over]
+            if views and group.size > 1:
+                packed = torch.cat(views)
+                group.all_reduce(packed).wait()
+                for view, summed in zip(views, packed.split([v.numel() for v in views]), strict=True):
+                    view.copy_(summed)
 
     def _gaps(self) -> list[Tensor]:
         """The ranges of this rank's shards that hold no element of the model."""
-        dp, gaps = self._groups.dp, []
+        gaps = []
         for bucket in self.buffers.layout.buckets:
-            at, stop = bucket.shard(dp.size, dp.rank)
-            for segment in self.buffers.layout.segments(at, stop):
+            at, stop = self.range_of(bucket)
+            for segment in self.segments(bucket):
                 gaps.append(self.buffers.grads[at : segment.offset])
                 at = segment.offset + segment.count
             gaps.append(self.buffers.grads[at:stop])
         return [gap for gap in gaps if gap.numel()]
-
-    def _sum_segments(self, segments: list[Segment], group: Group) -> None:
-        """All-reduce the segments as one packed tensor; they lie alike on every rank of the group."""
-        if not segments:
-            return
-        views = [self.buffers.grads[s.offset : s.offset + s.count] for s in segments]
-        packed = torch.cat(views)
-        group.all_reduce(packed).wait()
-        for view, summed in zip(views, packed.split([s.count for s in segments]), strict=True):
-            view.copy_(summed)

@@ -15,10 +15,11 @@ from megallama.config.schema import Config
 from megallama.kernels.select import Kernels, select_kernels
 from megallama.layers.linear import TensorParallel
 from megallama.layers.param import FlatBuffers
-from megallama.layers.shard import StateShard
+from megallama.layers.shard import Shard
 from megallama.model.init import fill
 from megallama.model.llama import Stage
-from megallama.optim.distributed import DistributedOptimizer
+from megallama.optim.adamw import AdamW
+from megallama.optim.update import Update
 from megallama.pipeline.runtime import PipelineRuntime, StageCall, StageWork
 from megallama.plan.memory import stage_layout
 from megallama.plan.params import global_shapes, init_std
@@ -37,7 +38,7 @@ class Rank:
     device: torch.device
     stages: dict[int, Stage]  # global stage number -> stage
     buffers: dict[int, FlatBuffers]
-    optimizer: DistributedOptimizer
+    optimizer: Update
     runtime: PipelineRuntime
     read: Callable[[Tensor], list[Any]] = Tensor.tolist  # the values of a small tensor; waits for the device
 
@@ -83,9 +84,8 @@ def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels,
         layout = stage_layout(config, plan.stages, number, groups.dp.size, groups.tp.rank)
         buffers[number] = FlatBuffers(layout, dtype, device, kernels)
         stages[number] = Stage(config, buffers[number], layers, first, last, tp, kernels)
-    optimizer = DistributedOptimizer(
-        list(buffers.values()), groups, config.optimizer, config.overlap, kernels.adamw, kernels.sum_of_squares
-    )
+    rule = AdamW(config.optimizer, kernels.adamw)
+    optimizer = Update(list(buffers.values()), groups, config.overlap, rule, kernels.sum_of_squares)
     work = {
         number: StageWork(wrap(number, stage) if wrap else stage, buffers[number].queue, sync)
         for (number, stage), sync in zip(stages.items(), optimizer.syncs, strict=True)
@@ -103,9 +103,10 @@ def initialize(rank: Rank, seed: int) -> None:
     rank.optimizer.loaded(steps=0)
 
 
-def fill_shards(shards: Sequence[StateShard], rank: Rank, seed: int) -> None:
+def fill_shards(shards: Sequence[Shard], rank: Rank, seed: int) -> None:
     """Initial values of the masters, element by element."""
     model = rank.plan.config.model
     shapes = global_shapes(model)
     for shard in shards:
-        fill(shard.master.view(shard.box.shape), shard.box, shapes[shard.box.key], seed, init_std(model, shard.box.key))
+        key, master = shard.box.key, shard.state["master"]
+        fill(master.view(shard.box.shape), shard.box, shapes[key], seed, init_std(model, key))

@@ -140,14 +140,15 @@ def train_step(
     with timers.phase("forward_backward"):
         loss_sum = rank.runtime.run(schedule, stage_inputs(batches, loss_scale / tokens))
     with timers.phase("grad_sync"):
-        squares = rank.optimizer.finish_grads()
+        squares = rank.optimizer.reduce()
     with timers.phase("agree"):
         result = consensus(rank, rank_numbers(rank, loss_sum, squares), status(), tokens, loss_scale)
     if result.applied:
         clip = rank.plan.config.optimizer.clip_grad
         factor = min(1.0, clip / (result.grad_norm + 1e-6)) if clip > 0 else 1.0
         with timers.phase("optimizer"):
-            rank.optimizer.step(lr, factor / loss_scale)
+            rank.optimizer.compute(lr, factor / loss_scale)
+            rank.optimizer.gather()
     return result
 
 

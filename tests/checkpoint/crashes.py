@@ -132,7 +132,7 @@ def resumed(folder: Path) -> tuple[str, list[str]]:
     assert counters is not None
     kind = "new" if counters.get("new") else "old"
     want = solo_shards(make_state(MODEL, seed=2 if kind == "new" else 1))
-    same = all(torch.equal(a.state()[k], b.state()[k]) for a, b in zip(shards, want, strict=True) for k in a.state())
+    same = all(torch.equal(a.state[k], b.state[k]) for a, b in zip(shards, want, strict=True) for k in a.state)
     return kind if same else "MIXED", sorted(p.name for p in folder.iterdir())
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megallama.checkpoint.layout import STATE as KINDS
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.comm.group import Group, Solo
 from megallama.config.schema import BatchConfig, CheckpointConfig, Config, ModelConfig, PrecisionConfig
-from megallama.layers.shard import StateShard
+from megallama.layers.shard import Shard
 from megallama.plan.box import Box
 from megallama.plan.layout import build_layout
 from megallama.plan.params import ParamBuilder, global_shapes
@@ -42,7 +43,7 @@ def make_state(model: ModelConfig = MODEL, dtype: torch.dtype = torch.float32, s
     generator = torch.Generator().manual_seed(seed)
     return {
         kind: {n: torch.randn(s, generator=generator, dtype=dtype) for n, s in global_shapes(model).items()}
-        for kind in ("master", "exp_avg", "exp_avg_sq")
+        for kind in KINDS
     }
 
 
@@ -69,30 +70,30 @@ def boxes(model: ModelConfig, grid: Topology, chunks: int, rank: int, owned: boo
     return out
 
 
-def take(state: State, found: Sequence[Box]) -> list[StateShard]:
+def take(state: State, found: Sequence[Box]) -> list[Shard]:
     """Shards holding the elements of `state`."""
 
     def cut(tensors: dict[str, Tensor], box: Box) -> Tensor:
         return tensors[box.key][box.within(_whole(tensors, box))].reshape(-1).clone()
 
-    return [StateShard(box, *(cut(tensors, box) for tensors in state.values())) for box in found]
+    return [Shard(box, {kind: cut(tensors, box) for kind, tensors in state.items()}) for box in found]
 
 
-def empty(found: Sequence[Box], dtype: torch.dtype = torch.float32) -> list[StateShard]:
+def empty(found: Sequence[Box], dtype: torch.dtype = torch.float32) -> list[Shard]:
     """Shards full of NaN, to be loaded into."""
-    return [StateShard(b, *(torch.full((b.numel,), float("nan"), dtype=dtype) for _ in range(3))) for b in found]
+    return [Shard(b, {k: torch.full((b.numel,), float("nan"), dtype=dtype) for k in KINDS}) for b in found]
 
 
 def _whole(tensors: dict[str, Tensor], box: Box) -> Box:
     return Box.whole(box.key, tuple(tensors[box.key].shape))
 
 
-def assert_holds(shards: Sequence[StateShard], state: State) -> None:
+def assert_holds(shards: Sequence[Shard], state: State) -> None:
     """Every shard is bitwise the reference's elements."""
     assert shards
     for shard, want in zip(shards, take(state, [s.box for s in shards]), strict=True):
-        for kind, tensor in shard.state().items():
-            assert torch.equal(tensor, want.state()[kind].to(tensor.dtype)), (shard.box, kind)
+        for kind, tensor in shard.state.items():
+            assert torch.equal(tensor, want.state[kind].to(tensor.dtype)), (shard.box, kind)
 
 
 def on_grid(grid: Topology, fn: Callable[[Group], Any]) -> list[Any]:
@@ -119,11 +120,11 @@ def save_on(
     on_grid(grid, rank)
 
 
-def solo_shards(state: State) -> list[StateShard]:
+def solo_shards(state: State) -> list[Shard]:
     return take(state, [Box.whole(n, tuple(t.shape)) for n, t in state["master"].items()])
 
 
-def empty_solo(model: ModelConfig = MODEL, dtype: torch.dtype = torch.float32) -> list[StateShard]:
+def empty_solo(model: ModelConfig = MODEL, dtype: torch.dtype = torch.float32) -> list[Shard]:
     return empty([Box.whole(n, s) for n, s in global_shapes(model).items()], dtype)
 
 

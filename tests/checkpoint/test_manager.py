@@ -64,7 +64,7 @@ def test_async_save_keeps_one_snapshot_and_the_next_save_waits(tmp_path, monkeyp
     manager.save(1, shards, {"step": 1})
     assert steps(tmp_path) == []  # it returned before the write
     for shard in shards:  # training goes on
-        for tensor in shard.state().values():
+        for tensor in shard.state.values():
             tensor.add_(1)
     thread = manager._thread
     join = thread.join

@@ -254,8 +254,8 @@ def test_a_step_from_weights_is_the_start_of_a_run(tmp_path: Path) -> None:
     counters = make_manager(tmp_path / "run", make_config(GQA)).resume(shards)
     assert counters is not None and (counters["step"], counters["tokens"], counters["scaler"]) == (0, 0, {})
     for shard in shards:
-        assert torch.equal(shard.master, tensors[shard.box.key].float().reshape(-1))
-        assert not shard.exp_avg.any() and not shard.exp_avg_sq.any()
+        assert torch.equal(shard.state["master"], tensors[shard.box.key].float().reshape(-1))
+        assert not shard.state["exp_avg"].any() and not shard.state["exp_avg_sq"].any()
     assert_equal(read_hf(step / "model"), tensors)
 
 
@@ -267,7 +267,7 @@ def test_a_step_from_a_step_keeps_moments_and_counters(tmp_path: Path) -> None:
     shards = empty_solo(GQA)
     make_manager(tmp_path / "b", make_config(GQA, "fp32")).resume(shards)
     for shard in shards:
-        for kind, tensor in shard.state().items():
+        for kind, tensor in shard.state.items():
             assert torch.equal(tensor, state[kind][shard.box.key].reshape(-1)), kind
     assert_equal(read_hf(step / "model"), state["master"])
 

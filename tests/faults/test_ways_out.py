@@ -73,7 +73,7 @@ def test_no_save_and_no_retention_while_steps_are_bad(
 
     def spoil(step: int, rank: Any) -> None:
         if step == 6:
-            rank.optimizer.shards(owned_only=True)[0].master[0] = math.inf
+            rank.optimizer.shards(owned_only=True)[0].state["master"][0] = math.inf
 
     each_step(spoil)
     arguments = [*QUIET, f"run.folder={tmp_path}", "checkpoint.interval=2", "train.max_bad_steps=5", "train.steps=40"]
@@ -106,7 +106,7 @@ def test_a_state_that_is_not_finite_ends_the_run(
 
     def spoil(step: int, rank: Any) -> None:
         if step == 3:
-            rank.optimizer.shards(owned_only=True)[0].exp_avg_sq[0] = math.inf
+            rank.optimizer.shards(owned_only=True)[0].state["exp_avg_sq"][0] = math.inf
 
     each_step(spoil)
     assert main([*QUIET, f"run.folder={tmp_path}", "checkpoint.interval=2", "train.steps=40"]) == 3

@@ -27,7 +27,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 
 
 def pieces(rank: Rank) -> list[tuple[Box, torch.Tensor]]:
-    return [(s.box, s.master.clone()) for s in rank.optimizer.shards(owned_only=True)]
+    return [(s.box, s.state["master"].clone()) for s in rank.optimizer.shards(owned_only=True)]
 
 
 def fingerprint(shards: list[tuple[Box, torch.Tensor]], model: dict[str, tuple[int, ...]]) -> str:

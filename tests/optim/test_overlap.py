@@ -129,7 +129,8 @@ def test_a_step_waits_for_gathers_that_nobody_has_read() -> None:
         train(rank, tokens(rank.plan.config, 1))
         for sync in rank.optimizer.syncs:
             sync.buffers.grads.fill_(1e-3)
-        rank.optimizer.step(1e-3, 1.0)
+        rank.optimizer.compute(1e-3, 1.0)
+        rank.optimizer.gather()
         rank.optimizer.wait()
         return [b.weights.clone() for b in rank.buffers.values()]
 

@@ -13,8 +13,8 @@ from megallama.comm.group import Done, Handle
 from megallama.config.schema import Config
 from megallama.layers.linear import TensorParallel
 from megallama.layers.param import Gather
-from megallama.optim.distributed import DistributedOptimizer
 from megallama.optim.grad_sync import GradSync
+from megallama.optim.update import Update
 from megallama.pipeline.runtime import PipelineRuntime
 from megallama.train.assemble import Rank
 from tests.small import curve, on_threads, small_config, tokens, train
@@ -49,7 +49,7 @@ def config_of(name: str, dtype: str) -> Config:
 def outcome(rank: Rank) -> list[Tensor]:
     """Losses, norms, this rank's sums of gradients, and its weights, as they are after a few steps."""
     numbers = curve(train(rank, tokens(rank.plan.config, STEPS)))
-    grads = [sync.shard(bucket).clone() for sync in rank.optimizer.syncs for bucket in sync.buffers.layout.buckets]
+    grads = [tensors["grads"].clone() for _, held in rank.optimizer._held for _, tensors in held]
     rank.optimizer.wait()
     return [torch.tensor(numbers, dtype=torch.float64), *grads, *(b.weights for b in rank.buffers.values())]
 
@@ -192,15 +192,15 @@ def zero_grads_under_way(patch: pytest.MonkeyPatch) -> None:
 
 def write_weights_under_way(patch: pytest.MonkeyPatch) -> None:
     """Round the masters once more while the weights are being gathered."""
-    real = DistributedOptimizer._publish
+    real = Update.gather
 
-    def careless(self: DistributedOptimizer, overlap: bool) -> None:
-        real(self, overlap)
-        for _, states in self._states:
-            for state in states:
-                state.weights.mul_(0.5)
+    def careless(self: Update, **overlap: bool) -> None:
+        real(self, **overlap)
+        for _, held in self._held:
+            for _, tensors in held:
+                tensors["weights"].mul_(0.5)
 
-    patch.setattr(DistributedOptimizer, "_publish", careless)
+    patch.setattr(Update, "gather", careless)
 
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]]] = {

@@ -89,9 +89,9 @@ def measured(rank: Rank, data: Tensor, starts: Tensor | None) -> tuple[int, ...]
         train(rank, data, starts=starts)
     kept.sample()
     buffers, tables = rank.buffers.values(), [s.rotary.positions(None) for s in rank.stages.values()]
-    states = [s for _, shards in rank.optimizer._states for s in shards]
+    held = [tensors for _, held in rank.optimizer._held for _, tensors in held]
     weights = {b.weights.untyped_storage().data_ptr() for b in buffers}
-    tensors = [t for s in states for t in (s.master, s.exp_avg, s.exp_avg_sq, s.step)]
+    tensors = [h[name] for h in held for name in ("master", "exp_avg", "exp_avg_sq", "step")]
     own = [t for t in tensors if t.untyped_storage().data_ptr() not in weights]
     return (
         sum(b.weights.nbytes for b in buffers),

@@ -34,12 +34,12 @@ def gradients(rank: Rank) -> tuple[float, dict[str, torch.Tensor]]:
 
     rank.optimizer.start_step()
     rank.runtime.run(rank.plan.schedule_for(len(batches)), stage_inputs(batches, 1e-3))
-    squares = rank.optimizer.finish_grads().reshape(1)
+    squares = rank.optimizer.reduce().reshape(1)
     rank.groups.world.all_reduce(squares).wait()
     whole = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in global_shapes(config.model).items()}
-    for sync, states in rank.optimizer._states:
-        for state in states:
-            for segment in sync.buffers.layout.segments(state.start, state.stop):
+    for sync in rank.optimizer.syncs:
+        for bucket in sync.buffers.layout.buckets:
+            for segment in sync.segments(bucket):
                 if segment.part.owner:
                     at = segment.offset
                     for box in segment.boxes():
@@ -109,10 +109,11 @@ def test_without_clipping_gradients_are_taken_as_they_are() -> None:
 def test_masters_are_the_weights_where_the_formats_agree() -> None:
     for dtype, shared in (("fp32", True), ("fp64", True), ("bf16", False), ("fp16", False)):
         rank = solo_rank(small_config(precision={"dtype": dtype}))
-        (states,) = [states for _, states in rank.optimizer._states]
-        assert all((s.master.data_ptr() == s.weights.data_ptr()) is shared for s in states)
+        ((_, held),) = rank.optimizer._held
+        pairs = [(tensors["weights"], tensors["master"]) for _, tensors in held]
+        assert all((weights.data_ptr() == master.data_ptr()) is shared for weights, master in pairs)
         if not shared:  # weights are the rounded masters
-            assert all(torch.equal(s.weights, s.master.to(s.weights.dtype)) for s in states)
+            assert all(torch.equal(weights, master.to(weights.dtype)) for weights, master in pairs)
 
 
 def test_unequal_masks_over_micro_batches_equal_one_large_batch() -> None:

@@ -1,0 +1,25 @@
+"""AdamW (Loshchilov & Hutter 2019), the rule by which `Update` changes the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megallama.config.schema import OptimizerConfig
+from megallama.kernels.adam import AdamWStep
+
+
+class AdamW:
+    """One step of AdamW on buckets' shards; `kernel` is the implementation."""
+
+    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, config: OptimizerConfig, kernel: AdamWStep) -> None:
+        self._config, self._kernel = config, kernel
+
+    def __call__(self, shards: Sequence[dict[str, Tensor]], lr: float, multiplier: float, decay: bool) -> None:
+        first = shards[0]["grads"]
+        divisor = None if multiplier == 1.0 else first.new_full((), 1 / multiplier)
+        lists = ([shard[name] for shard in shards] for name in ("master", "grads", *self.moments, "step"))
+        self._kernel(*lists, self._config, lr, self._config.weight_decay if decay else 0.0, divisor)
