@@ -181,18 +181,16 @@ def test_the_engine_imports_nothing_that_stands_beside_it() -> None:
     assert rooms > {"train", "plan", "config"} and rooms & set(BESIDE) == set()
 
 
-def where_is_rows(readme: str) -> list[str]:
-    """First cells of the README's table below the heading "Where is ...": one path in backticks each."""
-    section = re.search(r"^## Where is[^\n]*\n(.*?)(?=^## )", readme, re.S | re.M)
-    assert section, "README.md has no section `## Where is ...`"
-    return re.findall(r"^\| `([^`]+)`", section.group(1), re.M)
+def where_is_rows(document: str) -> list[str]:
+    """First cells of the table: one path in backticks each."""
+    return re.findall(r"^\| `([^`]+)`", document, re.M)
 
 
-def test_the_readme_map_is_true() -> None:
-    rows = where_is_rows((ROOT / "README.md").read_text(encoding="utf-8"))
+def test_the_map_is_true() -> None:
+    rows = where_is_rows((ROOT / "docs" / "where_is_what.md").read_text(encoding="utf-8"))
     assert [row for row in rows if not (ROOT / row).exists()] == []
     folders = {f"megallama/{p.name}/" for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
-    assert folders - set(rows) == set(), "folders that the README's table does not list"
+    assert folders - set(rows) == set(), "folders that docs/where_is_what.md does not list"
 
 
 @pytest.mark.parametrize("script", [s for s in SCRIPTS_WITHOUT_TORCH if (TOOLS / s).exists()])
@@ -246,5 +244,5 @@ def test_the_rules_bite(tmp_path: Path) -> None:
     sibling.write_text('"""Beside."""\nfrom megallama.forecast import search', encoding="utf-8")
     for package in ("train", "analysis"):
         assert problems(sibling, f"{package}.x") == [f"{package}.x:2: {package}/ must not import forecast/"]
-    table = "## Where is what\n| `a/b.py` | x |\n| `c/` | y |\n## Next\n| `d` |\n"
+    table = "| path | what |\n|---|---|\n| `a/b.py` | x |\n| `c/` | y |\n"
     assert where_is_rows(table) == ["a/b.py", "c/"]

@@ -142,8 +142,3 @@ def test_statuses(error: BaseException, status: int, said: str, capsys: pytest.C
     assert capsys.readouterr() == ("", said)
     with pytest.raises(ValueError, match="a bug"):
         exit_status(fails(ValueError("a bug")))
-
-
-def test_every_tool_is_in_the_readme() -> None:
-    row = re.search(r"^\| `tools/` \| (.+) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
-    assert row and set(TOOLS) - set(row[1].split(", ")) <= {"setup_env"}
