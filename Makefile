@@ -6,9 +6,10 @@
 # make clean                    remove .venv and runs/quickstart
 #
 # PYTHON=...    the interpreter to build .venv from         VENV=...   where to build it (default .venv)
-# PIP_ARGS=...  further options for pip: a mirror, a proxy
+# PIP_ARGS=...  further options for pip: a mirror, a proxy            JOBS=...   test files that run at a time (default 2)
 
 VENV ?= .venv
+JOBS ?= 2
 PY := $(VENV)/bin/python
 SETUP = p=$$(for c in $(or $(PYTHON),python3.11 python3.12 python3); do \
 	  "$$c" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$c"; break; }; \
@@ -29,7 +30,7 @@ quickstart: $(VENV)/.base
 	@$(PY) tools/quickstart.py $(if $(TEXT),--text "$(TEXT)") $(ARGS)
 
 test: $(VENV)/.test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: $(VENV)/.test
 	@$(PY) -m tests.check
