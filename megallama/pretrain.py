@@ -102,7 +102,7 @@ def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag, log: Log
 
 def load(file: Path | None, overrides: Sequence[str], ranks: int, note: Callable[[str], None]) -> Config:
     """The configuration; what reads it is imported by now, after `SignalFlag`."""
-    from megallama.checkpoint.find import samples_before
+    from megallama.checkpoint.folder import samples_before
     from megallama.config.load import load as read
 
     return read(file, overrides, ranks=ranks, samples=samples_before, note=note)

@@ -79,7 +79,7 @@ class Bench:
 
     def manager(self, name: str) -> CheckpointManager:
         """A manager of its own folder."""
-        return CheckpointManager(self.config, self.folder / name, self.rank, self.own, None, lambda text: None)
+        return CheckpointManager(self.config, self.folder / name, self.own, None, lambda text: None)
 
     def timed(self, row: str, round_: int, work: Callable[[], Any], nbytes: float) -> None:
         """Run `work` on all ranks between two barriers and print what it took."""

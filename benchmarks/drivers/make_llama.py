@@ -31,8 +31,8 @@ def main() -> None:
     folder.mkdir(parents=True)
     for name, data in (model_files(config, None) | {"model.safetensors.index.json": files.index()}).items():
         (folder / name).write_bytes(data)
-    for file in files.files:
-        (folder / file.name).write_bytes(file.header)
+    for name, header in files.headers.items():
+        (folder / name).write_bytes(header)
     generator = torch.Generator().manual_seed(1)
     for name, place in files.places.items():
         values = torch.randn(place.shape, generator=generator) * 0.02 + ("norm" in name)

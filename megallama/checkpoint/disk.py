@@ -118,20 +118,20 @@ def read_file(path: Path, most: int = JSON_BYTES) -> bytes:
     return bytes(data[: read_again(path, memoryview(data), 0)])
 
 
-def parse_json(data: bytes) -> Any:
-    """The JSON value. Raises: ValueError."""
+def parse_object(data: bytes) -> dict[str, Any]:
+    """The object in JSON. Raises: ValueError."""
     try:
-        return json.loads(data)
+        if isinstance(found := json.loads(data), dict):
+            return found
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    raise ValueError("it holds no JSON object")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises: CheckpointError."""
     try:
-        if isinstance(found := parse_json(read_file(path)), dict):
-            return found
-        raise ValueError("it holds no JSON object")
+        return parse_object(read_file(path))
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
 

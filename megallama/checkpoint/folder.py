@@ -1,7 +1,7 @@
 """The folder of a run's checkpoints: what is in it, cleaning up, choosing what to go on from.
 
     step-00001000                        a checkpoint
-    step-00001000.damaged, .damaged-2    set aside: its bytes are not what was saved
+    step-00001000.damaged, .damaged-2    quarantined: its bytes are not what was saved
     step-00001000.megallama-unfinished   being written or deleted: removed at the next start
     step-00001000.megallama-replaced     making way for the same step: restored if that is missing
     latest                               a hint for people
@@ -15,17 +15,20 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import lru_cache
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from megallama.checkpoint import disk, manifest
 from megallama.checkpoint.disk import MissingError, UnreadableError
 from megallama.checkpoint.errors import CheckpointError, DamagedError
 from megallama.comm.group import Assembly
 from megallama.comm.on_all_ranks import on_all_ranks
+from megallama.config.schema import Config
 
+T = TypeVar("T")
 UNFINISHED, REPLACED, DAMAGED = ".megallama-unfinished", ".megallama-replaced", ".damaged"
 _STEP = re.compile(r"step-\d{8,}")
 
@@ -35,28 +38,27 @@ def unfinished(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(REPLACED) + UNFINISHED)
 
 
-@dataclass(frozen=True)
-class Brief:
+class Brief(NamedTuple):
     """What choosing among checkpoints needs of a manifest."""
 
     sequence: int
     step: int
-    line: str
+    lineage: str
 
 
 @lru_cache(maxsize=4096)  # that of a large model takes long; it is read again if it changes
 def _brief(path: Path, inode: int, size: int, modified_ns: int) -> Brief:
     saved = manifest.read_manifest(path)
-    return Brief(saved.sequence, saved.step, saved.body["line"])
+    return Brief(saved.sequence, saved.step, saved.lineage)
 
 
 def checkpoints(folder: Path) -> dict[Path, Brief | CheckpointError]:
     """What the manifest of every step folder says, or why not. Raises: UnreadableError."""
     paths = [folder / name for name in disk.names(folder) if _STEP.fullmatch(name)]
-    return {path: _known(path) for path in paths if not path.is_file()}
+    return {path: _brief_of(path) for path in paths if not path.is_file()}
 
 
-def _known(path: Path) -> Brief | CheckpointError:
+def _brief_of(path: Path) -> Brief | CheckpointError:
     try:
         at = disk.patiently(os.stat, path / manifest.NAME)
         return _brief(path, at.st_ino, at.st_size, at.st_mtime_ns)
@@ -64,17 +66,48 @@ def _known(path: Path) -> Brief | CheckpointError:
         return error
 
 
-def newest_step(folder: Path, tell: Callable[[str], None]) -> Path | None:
-    """For tools: the last save; `tell` hears of damaged ones. Raises: UnreadableError."""
-    found = []
+def known(folder: Path) -> list[tuple[Brief, Path]]:
+    """Those with a good manifest, in the order of their saves. Raises: UnreadableError."""
+    return sorted((b, path) for path, b in checkpoints(folder).items() if isinstance(b, Brief))
+
+
+def newest_step(folder: Path, log: Callable[[str], None]) -> Path | None:
+    """The last save, only looking; `log` hears of damaged ones. Raises: UnreadableError."""
     for path, brief in checkpoints(folder).items():
-        if isinstance(brief, Brief):
-            found.append((brief.sequence, path))
-        elif isinstance(brief, DamagedError):
-            tell(f"{path} is left out: {brief}")
-        else:
+        if isinstance(brief, DamagedError):
+            log(f"{path} is left out: {brief}")
+        elif isinstance(brief, CheckpointError):
             raise brief
-    return max(found)[1] if found else None
+    found = known(folder)
+    return found[-1][1] if found else None
+
+
+def step_folder(folder: Path) -> Path | None:
+    """The step folder that `folder` is, or is the model/ of; None if it is somebody else's."""
+    candidates = (folder, folder.parent) if folder.name == "model" else (folder,)
+    return next((c for c in candidates if disk.exists(c / manifest.NAME)), None)
+
+
+def find_checkpoint(path: Path, log: Callable[[str], None] = lambda text: None) -> Path:
+    """The step folder that `path` is, or is the model/ of; of a folder of steps or a run folder the one saved last.
+
+    Any other path is returned as it is: the weights of another program, or nothing. `log` hears of
+    damaged steps.
+    """
+    if (step := step_folder(path)) is not None:
+        return step
+    found = (newest_step(folder, log) for folder in (path, path / "checkpoints"))
+    return next((step for step in found if step is not None), path)
+
+
+def samples_before(config: Config) -> int:
+    """How many samples lie behind the checkpoint that a run would resume; 0 where none can be read (yet)."""
+    if config.checkpoint.resume == "fresh" or config.checkpoint.folder is None:
+        return 0
+    with suppress(CheckpointError, KeyError):
+        step = newest_step(Path(config.checkpoint.folder), lambda text: None)
+        return int(manifest.read_manifest(step).body["counters"]["samples"]) if step else 0
+    return 0
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -100,7 +133,7 @@ def recover_folder(folder: Path) -> list[str]:
             _remove(path)
             done.append(f"removed {name}, which was not finished")
         elif not disk.exists(folder / stem) and (
-            suffix == REPLACED or suffix == ".old" and not isinstance(_known(path), DamagedError)
+            suffix == REPLACED or suffix == ".old" and not isinstance(_brief_of(path), DamagedError)
         ):
             os.rename(path, folder / stem)
             done.append(f"restored {stem}, whose replacement was not finished")
@@ -130,7 +163,7 @@ def point_latest(final: Path) -> None:
 class Choice:
     """Which checkpoint a run goes on from; every rank of `group` has one and calls the same methods.
 
-    One that is damaged is set aside, and the one before it is looked at.  One that cannot be read
+    One that is damaged is quarantined, and the one before it is looked at.  One that cannot be read
     now may be whole, and to take an older one would throw steps away: that ends the start, unless
     `previous` was asked for.
     """
@@ -139,45 +172,46 @@ class Choice:
         self._folder, self._group, self._log, self._previous = folder, group, log, previous
         self._left_out: dict[str, str] = {}  # step folders, and why they are not used
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint whose training state all ranks see in full size; None if there are none.
+    def newest(self, work: Callable[[Path], T]) -> T | None:
+        """work(path) of the newest checkpoint that can be used; None if there are no checkpoints.
 
-        Raises, on every rank alike: UnreadableError; CheckpointError if none of them is usable.
+        Raises, on every rank alike: UnreadableError; CheckpointError if none of them can be used.
         """
         while True:
-            told = on_all_ranks(self._group, f"checkpoints in {self._folder}", self._candidate)
-            name, known = told[0]
-            if name is None and any(found for found, _ in told):
-                rank, name = next((rank, found) for rank, (found, _) in enumerate(told) if found)
+            results = on_all_ranks(self._group, f"checkpoints in {self._folder}", self._candidate)
+            name, known = results[0]
+            if name is None and any(found for found, _ in results):
+                rank, name = next((rank, found) for rank, (found, _) in enumerate(results) if found)
                 raise CheckpointError(f"{self._folder}: rank {rank} sees {name}, rank 0 none; do all nodes share it?")
             if name is None:
                 return None
+            path = self._folder / name
             try:
-                self.look(self._folder / name)
-                if known:  # else it could not be read before: choose again
-                    return self._folder / name
+                if known:
+                    return work(path)
+                self.look(path)  # it can be read by now, and so put in its place: choose again
             except DamagedError as error:
-                self.set_aside(self._folder / name, error)
+                self._quarantine(path, error)
             except UnreadableError as error:
-                self.leave_out(name, error)
+                self._leave_out(name, error)
 
     def _candidate(self) -> tuple[str | None, bool]:
         """The step to look at next, and whether its place in the order is known; not on rank 0: any."""
         if self._group.rank:
             return next(filter(_STEP.fullmatch, disk.names(self._folder)), None), True
-        order: dict[str, int] = {}
+        order: list[tuple[float, str]] = []
         for path, brief in checkpoints(self._folder).items():
             if path.name not in self._left_out and isinstance(brief, UnreadableError):
-                self.leave_out(path.name, brief)
+                self._leave_out(path.name, brief)
             elif path.name not in self._left_out:  # the damaged ones first: each may be the newest
-                order[path.name] = brief.sequence if isinstance(brief, Brief) else 1 << 62
+                order.append((brief.sequence if isinstance(brief, Brief) else inf, path.name))
         if order:
-            newest = max(order, key=lambda name: (order[name], name))
-            return newest, order[newest] < 1 << 62
+            sequence, name = max(order)
+            return name, sequence < inf
         past = [name for name in disk.names(self._folder) if name.startswith("step-") and DAMAGED in name]
         if not self._left_out and not past:
             return None, True
-        listing = sorted(self._left_out.values()) or [f"{name}: set aside earlier" for name in past]
+        listing = sorted(self._left_out.values()) or [f"{name}: quarantined earlier" for name in past]
         raise CheckpointError(
             f"{self._folder} holds checkpoints, but none is usable:\n  " + "\n  ".join(listing) + "\nRestore one of "
             "them, or write checkpoint.resume=fresh (or --fresh) to start again from random weights"
@@ -208,7 +242,7 @@ class Choice:
                 raise
             raise UnreadableError(f"{error} (but other ranks have it: do all nodes share the folder?)") from error
 
-    def leave_out(self, name: str, error: CheckpointError) -> None:
+    def _leave_out(self, name: str, error: CheckpointError) -> None:
         """Go on without a step that cannot be read, if asked for. Raises: UnreadableError."""
         if not self._previous:
             raise UnreadableError(
@@ -218,15 +252,15 @@ class Choice:
         self._left_out[name] = f"{name}: {error}"
         self._log(f"warning: {self._left_out[name]}; left out, as checkpoint.resume=previous asks")
 
-    def set_aside(self, path: Path, error: DamagedError) -> None:
+    def _quarantine(self, path: Path, error: DamagedError) -> None:
         """Rename a damaged checkpoint, so that it is neither used nor deleted."""
 
-        def work() -> str:
+        def work() -> str | None:
+            if self._group.rank:
+                return None
             names = [path.name + DAMAGED, *(f"{path.name}{DAMAGED}-{i}" for i in range(2, 1000))]
-            free = next(name for name in names if not os.path.lexists(path.with_name(name)))
-            path.rename(path.with_name(free))
-            return free
+            return path.rename(next(p for p in map(path.with_name, names) if not os.path.lexists(p))).name
 
-        name = on_all_ranks(self._group, f"setting {path} aside", lambda: None if self._group.rank else work())[0]
+        name = on_all_ranks(self._group, f"quarantining {path}", work)[0]
         self._left_out[path.name] = f"{name}: {error}"
-        self._log(f"warning: {error}; set aside as {name}")
+        self._log(f"warning: {error}; quarantined as {name}")

@@ -19,8 +19,10 @@ from megallama.plan.params import heads
 
 META_CONTEXT = 131_072  # tokens, of LLaMA 3.1 and 3.2
 TORCH_NAMES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-# of a tokenizer_config.json beside the tokenizer; the rest is said anew
-_KEPT = ("chat_template", "padding_side")
+_KEPT = ("chat_template", "padding_side")  # of a tokenizer_config.json beside it
+_ROPE = {key: key for key in ("factor", "low_freq_factor", "high_freq_factor")} | {
+    "original_max_position_embeddings": "original_max_position"  # Hugging Face's name of ours
+}
 
 
 def model_files(
@@ -28,13 +30,13 @@ def model_files(
     tokenizer: Path | None,
     marks: Mapping[str, int | None] | None = None,
     longest: int | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, bytes]:
     """The small files of model/ by name: configs and tokenizer.
 
     `marks`: "bos_id" and "eos_id" of the training's documents. Without an eos_id the tokenizer
     says; without a bos_id what stands before a document is the end of another, and so it is
-    exported. `longest` is the longest sequence, default that of training; `say` is told what cannot
+    exported. `longest` is the longest sequence, default that of training; `log` hears what cannot
     be exported as it was.
     """
     marks, longest = marks or {}, longest or longest_sequence(config)
@@ -43,11 +45,8 @@ def model_files(
     eos_id = special["eos"][1] if "eos" in special else marks.get("eos_id")
     ids = {"bos_token_id": eos_id if bos_id is None else bos_id, "eos_token_id": eos_id}
     generation = {"_from_model_config": True, **{k: v for k, v in ids.items() if v is not None}}
-    out = {
-        "config.json": _json(_config_json(config, longest) | ids),
-        "generation_config.json": _json(generation),
-    }
-    return out | (_tokenizer_files(tokenizer, special, bos_id is not None, longest, say) if tokenizer else {})
+    out = {"config.json": _json(_config_json(config, longest) | ids), "generation_config.json": _json(generation)}
+    return out | (_tokenizer_files(tokenizer, special, bos_id is not None, longest, log) if tokenizer else {})
 
 
 def longest_sequence(config: Config) -> int:
@@ -66,16 +65,9 @@ def longest_sequence(config: Config) -> int:
 def _config_json(config: Config, longest: int) -> dict[str, Any]:
     model = config.model
     n, k, d = heads(model)
-    scaling = None
+    scaling: dict[str, Any] | None = None
     if model.rope_scaling is not None:
-        s = model.rope_scaling
-        scaling = {
-            "rope_type": "llama3",
-            "factor": s.factor,
-            "low_freq_factor": s.low_freq_factor,
-            "high_freq_factor": s.high_freq_factor,
-            "original_max_position_embeddings": s.original_max_position,
-        }
+        scaling = {"rope_type": "llama3"} | {key: getattr(model.rope_scaling, ours) for key, ours in _ROPE.items()}
     dtype = TORCH_NAMES[config.precision.dtype]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -114,12 +106,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         found = disk.read_json(path)
     except disk.MissingError:
         raise CheckpointError(f"{path} does not exist; give a step folder or a Hugging Face model folder") from None
-    fixed = {
-        "model_type": "llama",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "hidden_act": "silu",
-    }
+    fixed = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
     wrong = [f"{k}={found[k]!r} instead of {want!r}" for k, want in fixed.items() if found.get(k, want) != want]
     if wrong:
         raise CheckpointError(f"{path} is not a LLaMA: {', '.join(wrong)}")
@@ -150,12 +137,7 @@ def _rope_scaling(path: Path, rope: dict[str, Any]) -> RopeScaling | None:
         return None
     if kind != "llama3":
         raise CheckpointError(f"{path} has rotary scaling {kind!r}; only 'llama3' (and none) is supported")
-    return RopeScaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_max_position=rope["original_max_position_embeddings"],
-    )
+    return RopeScaling(**{ours: rope[key] for key, ours in _ROPE.items()})
 
 
 def special_tokens(tokenizer: Path, marks: Mapping[str, int | None] | None = None) -> dict[str, tuple[str, int]]:
@@ -173,9 +155,9 @@ def special_tokens(tokenizer: Path, marks: Mapping[str, int | None] | None = Non
         pieces = SentencePieceProcessor(model_file=str(tokenizer))
         vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
         own = {kind: i for kind, i in (("bos", pieces.bos_id()), ("eos", pieces.eos_id())) if i >= 0}
-    said = {kind: special_id(kind, tokenizer, vocabulary.get, own.get(kind)) for kind in NAMES}
-    said |= {kind: i for kind in NAMES if (i := (marks or {}).get(f"{kind}_id")) is not None}
-    return {kind: (text, i) for kind in said for text, i in vocabulary.items() if i == said[kind]}
+    ids = {kind: special_id(kind, tokenizer, vocabulary.get, own.get(kind)) for kind in NAMES}
+    ids |= {kind: i for kind in NAMES if (i := (marks or {}).get(f"{kind}_id")) is not None}
+    return {kind: (text, i) for kind in ids for text, i in vocabulary.items() if i == ids[kind]}
 
 
 def own_tokenizer(small: Mapping[str, bytes]) -> bytes | None:
@@ -191,40 +173,31 @@ def merges_of(tokenizer: Path) -> Path | None:
 
 
 def _tokenizer_files(
-    tokenizer: Path,
-    special: dict[str, tuple[str, int]],
-    begun: bool,
-    longest: int,
-    say: Callable[[str], None],
+    tokenizer: Path, special: dict[str, tuple[str, int]], begun: bool, longest: int, log: Callable[[str], None]
 ) -> dict[str, bytes]:
     """A tokenizer's files, with which Hugging Face's programs give the ids of the training.
 
     `special` is of `special_tokens`; `begun`: every document begins with bos. A SentencePiece model
     comes with a tokenizer.json that no version rebuilds in its own way; where that cannot be had,
-    `say` is told.
+    `log` hears of it.
     """
-    from megallama.checkpoint.sentencepiece_json import (
-        NotEqualError,
-        begin_with,
-        to_tokenizer,
-    )  # only where needed
+    from megallama.checkpoint.sentencepiece_json import NotEqualError, begin_with, to_tokenizer  # only where needed
 
-    beside = read_settings(tokenizer.with_name("tokenizer_config.json"))
+    existing = read_settings(tokenizer.with_name("tokenizer_config.json"))
     merges = merges_of(tokenizer)
     first, eos = special.get("bos" if begun else "eos"), special.get("eos")
-    settings: dict[str, Any] = {key: beside[key] for key in _KEPT if key in beside}
+    settings: dict[str, Any] = {key: existing[key] for key in _KEPT if key in existing}
     settings |= {f"{kind}_token": token[0] for kind, token in (("bos", first), ("eos", eos)) if token}
-    # text never became a control token in training; chat templates of others need it to
     settings |= {
         "add_bos_token": begun,
         "add_eos_token": False,
-        "split_special_tokens": "chat_template" not in beside,
-    }
-    settings |= {
+        # text never became a control token in training; chat templates of others need it to
+        "split_special_tokens": "chat_template" not in existing,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": longest,
     }
-    settings |= {"clean_up_tokenization_spaces": False, "model_max_length": longest}
     if merges is not None:
         settings |= {"tokenizer_class": "GPT2Tokenizer"} | ({"unk_token": eos[0]} if eos else {})
         files = {"vocab.json": tokenizer.read_bytes(), "merges.txt": merges.read_bytes()}
@@ -239,7 +212,7 @@ def _tokenizer_files(
             files["tokenizer.json"] = found.to_str().encode()
         except NotEqualError as why:
             settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": False, "unk_token": "<unk>"}
-            say(
+            log(
                 f"{tokenizer} is exported without a tokenizer.json, for {why}; transformers may give other ids than "
                 "the training had: use the exported tokenizer.model with the sentencepiece library"
             )

@@ -42,19 +42,11 @@ class TensorPlace:
 
 
 @dataclass(frozen=True)
-class TensorFile:
-    """A file's name within the checkpoint, its first bytes and its final size."""
-
-    name: str
-    header: bytes
-    size: int
-
-
-@dataclass(frozen=True)
 class FileSet:
-    """The files that together hold every tensor of the model once."""
+    """The files that together hold every tensor once, by their names within the checkpoint."""
 
-    files: tuple[TensorFile, ...]
+    headers: Mapping[str, bytes]  # the first bytes of each file
+    sizes: Mapping[str, int]
     places: Mapping[str, TensorPlace]
 
     def index(self) -> bytes:
@@ -78,42 +70,34 @@ def layout(model: ModelConfig, precision: str, shard_bytes: int = SHARD_BYTES) -
 def file_set(stem: str, shapes: Mapping[str, tuple[int, ...]], dtype: str, shard_bytes: int) -> FileSet:
     """Lay tensors out in the given order over files of about `shard_bytes`."""
     item = DTYPES[dtype].itemsize
-    groups: list[list[str]] = [[]]
+    groups: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in shapes.items():
         nbytes = prod(shape) * item
         if groups[-1] and filled + nbytes > shard_bytes:
-            groups.append([])
+            groups.append({})
             filled = 0
-        groups[-1].append(name)
+        groups[-1][name] = shape
         filled += nbytes
-    files: list[TensorFile] = []
-    places: dict[str, TensorPlace] = {}
-    for i, names in enumerate(groups, 1):
-        one = one_file(f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", {n: shapes[n] for n in names}, dtype)
-        files += one.files
+    headers, sizes, places = dict[str, bytes](), dict[str, int](), dict[str, TensorPlace]()
+    for i, group in enumerate(groups, 1):
+        one = one_file(f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", group, dtype)
+        headers |= one.headers
+        sizes |= one.sizes
         places |= one.places
-    return FileSet(tuple(files), places)
+    return FileSet(headers, sizes, places)
 
 
 def one_file(file: str, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> FileSet:
-    """Lay tensors out in the given order in one file."""
-    header, size = _header(shapes, dtype)
-    at, places = len(header), {}
-    for name, shape in shapes.items():
-        places[name] = TensorPlace(file, at, tuple(shape), dtype)
-        at += prod(shape) * DTYPES[dtype].itemsize
-    return FileSet((TensorFile(file, header, size),), places)
-
-
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> tuple[bytes, int]:
-    """(the header's bytes, padded so that data is aligned to 8 bytes; size of the whole file)."""
+    """Lay tensors out in the given order in one file, with a header of safetensors."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    starts, at = {}, 0
     for name, shape in shapes.items():
-        end = at + prod(shape) * DTYPES[dtype].itemsize
+        starts[name], end = at, at + prod(shape) * DTYPES[dtype].itemsize
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, 8 + len(text) + at
+    text += b" " * (-len(text) % 8)  # data is aligned to 8 bytes
+    header = len(text).to_bytes(8, "little") + text
+    places = {name: TensorPlace(file, len(header) + starts[name], tuple(shapes[name]), dtype) for name in starts}
+    return FileSet({file: header}, {file: len(header) + at}, places)

@@ -61,18 +61,18 @@ class FolderLock:
         self._path = folder / NAME
         self._log = log
         self._lease = lease_seconds
-        self._mine: bytes | None = None
+        self._own: bytes | None = None
         self._stop = threading.Event()
         self.lost = False  # another job was seen to hold the folder
 
     def acquire(self) -> None:
         """Take the lock. Raises: CheckpointError naming the job that holds it; OSError."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
-        mine = json.dumps(me | {"process": _process(os.getpid()), "since": now, "id": os.urandom(8).hex()}).encode()
-        while not self._link(mine):
+        job = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
+        own = json.dumps(job | {"process": _process(os.getpid()), "since": now, "id": os.urandom(8).hex()}).encode()
+        while not self._link(own):
             self._clear_stale()
-        self._mine = mine
+        self._own = own
         self._stop = threading.Event()
         threading.Thread(target=self._touch, args=(self._stop,), name="checkpoint-lock", daemon=True).start()
 
@@ -81,17 +81,17 @@ class FolderLock:
 
         Raises: CheckpointError if another job has the folder now (`lost`); UnreadableError; OSError.
         """
-        if self._mine is None:
+        if self._own is None:
             return
         try:
             found = disk.read_file(self._path, LOCK_BYTES)
         except disk.MissingError:
             self._log(f"warning: {self._path} was removed while this run holds the folder; it is made again")
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            found = self._mine if self._link(self._mine) else b""
+            found = self._own if self._link(self._own) else b""
         except DamagedError:  # a folder in its place, or a large file
             found = b""
-        if found != self._mine:
+        if found != self._own:
             self.lost = True
             holder = _holder(_look(self._path))
             raise CheckpointError(f"{self._path} is no longer ours: {holder} took the folder over")
@@ -100,26 +100,26 @@ class FolderLock:
         """Give the lock back."""
         self._stop.set()
         with suppress(OSError):  # one that stays is taken over, for this process has ended by then
-            if self._mine is not None and (seen := _look(self._path)) and seen.content == self._mine:
+            if self._own is not None and (seen := _look(self._path)) and seen.content == self._own:
                 self._path.unlink()
-        self._mine = None
+        self._own = None
 
     def _touch(self, stop: threading.Event) -> None:
         while not stop.wait(self._lease / 6):
             with suppress(OSError):  # `check` makes again what is gone
                 os.utime(self._path)
 
-    def _link(self, mine: bytes) -> bool:
+    def _link(self, content: bytes) -> bool:
         """Whether there was no lock, so that it is ours now."""
-        own = self._path.with_name(f"{NAME}.{os.urandom(8).hex()}")
+        new = self._path.with_name(f"{NAME}.{os.urandom(8).hex()}")
         try:
-            disk.write_durably(own, mine)  # first: no power failure leaves it empty
-            os.link(own, self._path)
+            disk.write_durably(new, content)  # first: no power failure leaves it empty
+            os.link(new, self._path)
         except FileExistsError:
             seen = _look(self._path)
-            return seen is not None and seen.content == mine  # the first answer was lost
+            return seen is not None and seen.content == content  # the first answer was lost
         finally:
-            own.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
         return True
 
     def _clear_stale(self) -> None:
@@ -172,10 +172,7 @@ def _look(path: Path) -> _Seen | None:
         return None
     content = None
     if stat.S_ISREG(at.st_mode):
-        with (
-            suppress(OSError),
-            disk.opened(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW) as fd,
-        ):
+        with suppress(OSError), disk.opened(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW) as fd:
             content, at = os.read(fd, LOCK_BYTES), os.fstat(fd)  # opened: as the server has it
     return _Seen(content, at.st_ino, at.st_mtime_ns, at.st_uid)
 
@@ -193,7 +190,6 @@ def _holder(seen: _Seen | None) -> str:
 def _parse(content: bytes | None) -> dict[str, Any]:
     """What a lock says; nothing if it is not the content of one."""
     try:
-        found = disk.parse_json(content or b"")
+        return disk.parse_object(content or b"")
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}

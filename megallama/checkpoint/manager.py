@@ -1,6 +1,6 @@
 """The checkpoints of one run: saving behind training, choosing what to resume from, keeping order.
 
-    manager = CheckpointManager(config, folder, rank, group, tokenizer, log)
+    manager = CheckpointManager(config, folder, group, tokenizer, log)
     manager.acquire()                                  one job per folder; cleans up after a crash
     counters = manager.resume(shards)                  or None: start from random weights
     ...
@@ -21,11 +21,12 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,10 @@ import torch
 from torch import Tensor
 
 from megallama.checkpoint import disk, manifest, reader
+from megallama.checkpoint import folder as folders
 from megallama.checkpoint.disk import UnreadableError
-from megallama.checkpoint.errors import CheckpointError, DamagedError, NotFiniteError
-from megallama.checkpoint.find import find_checkpoint
-from megallama.checkpoint.folder import (
-    REPLACED,
-    Brief,
-    Choice,
-    checkpoints,
-    point_latest,
-    recover_folder,
-    remove_checkpoint,
-)
-from megallama.checkpoint.huggingface import model_files, own_tokenizer
+from megallama.checkpoint.errors import CheckpointError, NotFiniteError
+from megallama.checkpoint.huggingface import model_files, own_tokenizer, read_model_config
 from megallama.checkpoint.layout import SHARD_BYTES, STATE, layout
 from megallama.checkpoint.lock import LEASE_SECONDS, FolderLock
 from megallama.checkpoint.writer import Content, write_checkpoint
@@ -73,7 +65,6 @@ class CheckpointManager:
         self,
         config: Config,
         folder: Path,
-        rank: int,
         group: Assembly,
         tokenizer: Path | None,
         log: Callable[[str], None],
@@ -90,13 +81,12 @@ class CheckpointManager:
         self._lock = FolderLock(self._folder, self._log, lease_seconds)
         kept = tokenizer.read_bytes() if tokenizer else own_tokenizer(small or {})
         self._tokenizer = None if kept is None else hashlib.sha256(kept).hexdigest()
-        self._choice = Choice(self._folder, group, self._log, previous=config.checkpoint.resume == "previous")
-        self.newest = self._choice.newest
+        self._choice = folders.Choice(self._folder, group, self._log, previous=config.checkpoint.resume == "previous")
         self._sets = layout(config.model, config.precision.dtype, shard_bytes)
         self._small = {"model/model.safetensors.index.json": self._sets["model"].index()}
-        self._describe = partial(model_files, tokenizer=tokenizer, marks=marks, say=self._log)
+        self._describe = partial(model_files, tokenizer=tokenizer, marks=marks, log=self._log)
         self._use(config, small)
-        self._line = secrets.token_hex(8)  # retention touches only the line of checkpoints that led here
+        self._lineage = secrets.token_hex(8)  # retention deletes only checkpoints of this one
         self._buffer: Tensor | None = None
         self._thread: threading.Thread | None = None
         self._handing = threading.Lock()  # over of the folder: by a save that outlives `release`, not before it
@@ -124,7 +114,7 @@ class CheckpointManager:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._lock.acquire()
-                for done in recover_folder(self._folder):
+                for done in folders.recover_folder(self._folder):
                     self._log(f"checkpoints: {done}")
             except OSError as error:
                 raise CheckpointError(
@@ -152,7 +142,7 @@ class CheckpointManager:
             self._buffer = torch.empty(need, dtype=master.dtype, pin_memory=master.is_cuda)
             self._buffer.zero_()  # touches the pages: zeros() would leave that to the first save
 
-    def save(self, step: int, shards: Sequence[Shard], counters: dict[str, Any], *, behind: bool = True) -> None:
+    def save(self, step: int, shards: Iterable[Shard], counters: dict[str, Any], *, behind: bool = True) -> None:
         """Save the state of `step`: the boxes this rank owns, and `counters` (JSON; equal on all ranks).
 
         With checkpoint.async_save and `behind` it returns after one copy to host memory; a failure is logged and, as
@@ -172,7 +162,7 @@ class CheckpointManager:
         if not (self._config.checkpoint.async_save and behind):
             self._write(step, shards, counters)
             return
-        snapshot = self._snapshot(shards)
+        snapshot = self._snapshot([*shards])
 
         def work() -> None:
             try:
@@ -210,7 +200,7 @@ class CheckpointManager:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
 
     def finish(self, who: str = "the run") -> None:
-        """Wait for a running save; `who` waits is said. Raises: what it raised."""
+        """Wait for a running save; it is logged that `who` waits. Raises: what it raised."""
         if self._thread is not None and self._thread.is_alive():
             since = time.monotonic()
             self._log(f"{who} waits for the {self._thread.name}, which is still being written")
@@ -224,30 +214,26 @@ class CheckpointManager:
     def _snapshot(self, shards: Sequence[Shard]) -> list[Shard]:
         """Copy the state into the host buffer."""
         self.prepare(shards)
-        snapshot: list[dict[str, Tensor]] = [{} for _ in shards]
-        at = 0
-        for kind in STATE:
-            tensors = [shard.state[kind].detach() for shard in shards]
-            for whole in _touching(tensors):
-                assert self._buffer is not None
-                self._buffer[at : at + whole.numel()].copy_(whole, non_blocking=True)
-                at += whole.numel()
-            first = at - sum(t.numel() for t in tensors)
-            for copies, tensor in zip(snapshot, tensors, strict=True):
-                copies[kind] = self._buffer[first : first + tensor.numel()]  # type: ignore[index]
-                first += tensor.numel()
+        tensors = [shard.state[kind].detach() for kind in STATE for shard in shards]
+        sizes, at = [tensor.numel() for tensor in tensors], 0
+        buffer = torch.empty(0) if self._buffer is None else self._buffer[: sum(sizes)]
+        for whole in _touching(tensors):
+            buffer[at : at + whole.numel()].copy_(whole, non_blocking=True)
+            at += whole.numel()
         if shards and shards[0].state["master"].is_cuda:
             torch.cuda.current_stream(shards[0].state["master"].device).synchronize()
-        return [Shard(shard.box, copies) for shard, copies in zip(shards, snapshot, strict=True)]
+        copies = buffer.split(sizes)
+        states = (dict(zip(STATE, copies[i :: len(shards)], strict=True)) for i in range(len(shards)))
+        return [Shard(shard.box, state) for shard, state in zip(shards, states, strict=True)]
 
-    def _write(self, step: int, shards: Sequence[Shard], counters: dict[str, Any]) -> None:
+    def _write(self, step: int, shards: Iterable[Shard], counters: dict[str, Any]) -> None:
         started = time.monotonic()
         contents: list[Content] = []
 
         def begin() -> None:
             self._lock.check()
-            body = self._body(step, counters)
-            contents.append(Content(self._step(step), self._sets, self._small, body, self._block_bytes))
+            final, body = self._folder / f"step-{step:08d}", self._body(step, counters)
+            contents.append(Content(final, self._sets, self._small, body, self._block_bytes))
 
         try:
             with _every_minute(self._log, f"the checkpoint of step {step} is still being written"):
@@ -261,21 +247,21 @@ class CheckpointManager:
         content = contents[0]
         self._failures, self.saved_step = 0, step
         if self._group.rank == 0:
-            size = sum(content.sizes().values())
+            size = sum(content.sizes.values())
             self._log(f"saved {content.final} ({size / 1e9:.3g} GB, {time.monotonic() - started:.1f} s)")
             self._tidy(content.final)
 
     def _body(self, step: int, counters: dict[str, Any]) -> dict[str, Any]:
         sequence = 0
         if self._group.rank == 0:
-            found = checkpoints(self._folder).values()
-            sequence = 1 + max((brief.sequence for brief in found if isinstance(brief, Brief)), default=0)
+            found = folders.checkpoints(self._folder).values()
+            sequence = 1 + max((brief.sequence for brief in found if isinstance(brief, folders.Brief)), default=0)
             sequence += sum(isinstance(brief, UnreadableError) for brief in found) << 20  # surely beyond theirs
         return {
             "format": manifest.FORMAT,
             "step": step,
             "sequence": sequence,
-            "line": self._line,
+            "line": self._lineage,
             "counters": counters,
             "architecture": manifest.architecture(self._config.model),
             "precision": self._config.precision.dtype,
@@ -291,55 +277,56 @@ class CheckpointManager:
         """Point `latest` at the new checkpoint, delete those not to be kept. The save is done: failures only warn."""
         keep_last, keep_every = self._config.checkpoint.keep_last, self._config.checkpoint.keep_every
         try:
-            point_latest(final)
+            folders.point_latest(final)
             if self.keep_all:
                 return
-            if (before := final.with_suffix(REPLACED)).exists():
-                remove_checkpoint(before)
+            if (before := final.with_suffix(folders.REPLACED)).exists():
+                folders.remove_checkpoint(before)
                 self._log(f"{final.name} took the place of the one saved earlier")
-            known = [(path, brief) for path, brief in checkpoints(self._folder).items() if isinstance(brief, Brief)]
-            mine = [(brief.sequence, brief.step, path) for path, brief in known if brief.line == self._line]
-            for _, step, path in sorted(mine)[:-keep_last]:
-                if path != final and not (keep_every and step % keep_every == 0):
-                    remove_checkpoint(path)
+            own = [one for one in folders.known(self._folder) if one[0].lineage == self._lineage]
+            for brief, path in own[:-keep_last]:
+                if path != final and not (keep_every and brief.step % keep_every == 0):
+                    folders.remove_checkpoint(path)
         except (OSError, CheckpointError) as error:
             self._log(f"warning: tidying up {self._folder} failed: {error}")
 
     # ---- choosing ----
 
-    def _step(self, step: int) -> Path:
-        return self._folder / f"step-{step:08d}"
+    def newest(self) -> tuple[Path, manifest.Manifest] | None:
+        """The newest whose training state all ranks see in full size. Raises: as `Choice.newest`."""
+        return self._choice.newest(lambda path: (path, self._choice.look(path)))
 
     def newest_step(self, most: int) -> int | None:
         """The highest step up to `most` of which the folder holds a complete checkpoint; only looks."""
-        known = [brief.step for brief in checkpoints(self._folder).values() if isinstance(brief, Brief)]
-        return max((step for step in known if step <= most), default=None)
+        return max((brief.step for brief, _ in folders.known(self._folder) if brief.step <= most), default=None)
 
     def keep_settings(self) -> Config:
         """The configuration to go on with: settings of the newest checkpoint where a preset has changed since.
 
         Each is logged.  Raises: as `newest`.
         """
-        config, kept = self._config, dict[str, Any]()
-        path = self.newest() if config.model.preset in PRESETS and config.checkpoint.resume != "fresh" else None
-        if path is not None:
-            on_all_ranks(self._group, "cannot resume", lambda: kept.update(manifest.kept(path, config.model)))
+        model = self._config.model
+        if model.preset not in PRESETS or self._config.checkpoint.resume == "fresh":
+            return self._config
+        if (found := self.newest()) is None:
+            return self._config
+        path, saved = found
+        kept = manifest.kept(saved.model, model)
         for key, value in kept.items():
-            now = getattr(config.model, key)
+            now = getattr(model, key)
             self._log(f"model.{key}={value} as in {path}; its preset says {now} by now: write model.{key} to choose")
         if kept:
-            self._use(config.model_copy(update={"model": config.model.model_copy(update=kept)}))
+            self._use(self._config.model_copy(update={"model": model.model_copy(update=kept)}))
         return self._config
 
     # ---- loading ----
 
-    def starts_anew(self) -> bool:
+    def starts_fresh(self) -> bool:
         """Whether there is nothing to resume, by a look at the names in the folder: of rank 0, before it has the lock.
 
         Raises: CheckpointError if "must" was asked.
         """
-        folder = self._folder
-        names = disk.names(folder) if disk.exists(folder) and not folder.is_file() else []
+        names = [] if self._folder.is_file() else disk.names(self._folder)
         empty = not any(name.startswith("step-") for name in names)
         if empty and self._config.checkpoint.resume == "must":
             raise self._nothing_to_resume()
@@ -354,24 +341,16 @@ class CheckpointManager:
     def resume(self, shards: Sequence[Shard]) -> dict[str, Any] | None:
         """Load the newest valid checkpoint as checkpoint.resume says; its counters, or None: start from random weights.
 
-        A checkpoint that turns out damaged while it is read is set aside and the previous one is loaded.
+        One that turns out damaged while it is read is quarantined, and the one before it loaded.
         Raises: CheckpointError if there is none to load and "must" was asked, or all are damaged, or it is
         of another architecture; UnreadableError, unless "previous" was asked.
         """
-        mode = self._config.checkpoint.resume
-        while mode != "fresh":
-            path = self.newest()
-            if path is None and mode == "must":
-                raise self._nothing_to_resume()
-            if path is None:
-                return None
-            try:
-                return self.load(path, shards)
-            except DamagedError as error:
-                self._choice.set_aside(path, error)
-            except UnreadableError as error:
-                self._choice.leave_out(path.name, error)
-        return None
+        if self._config.checkpoint.resume == "fresh":
+            return None
+        counters = self._choice.newest(lambda path: self.load(path, shards))
+        if counters is None and self._config.checkpoint.resume == "must":
+            raise self._nothing_to_resume()
+        return counters
 
     def load(self, path: Path, shards: Sequence[Shard]) -> dict[str, Any]:
         """Fill `shards` (of any layout; owned or copies) from a step folder; returns its counters.
@@ -403,14 +382,14 @@ class CheckpointManager:
                 return [str(error)]
 
         on_all_ranks(self._group, "cannot resume", check)
-        told = self._choice.read_on_all(f"cannot load {path}", read)
-        if problems := [problem for found in told for problem in found]:
+        results = self._choice.read_on_all(f"cannot load {path}", read)
+        if problems := [problem for found in results for problem in found]:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             self._log(
                 f"warning: {problems[0]}{more}: the weights in {path / 'model'} are not to be used. The training state "
-                "is whole and training goes on from it; the next save writes model/ anew"
+                "is whole and training goes on from it; the next save writes model/ again"
             )
-        self._line, self.saved_step = saved.body["line"], saved.step
+        self._lineage, self.saved_step = saved.lineage, saved.step
         self.resumed = path, saved.body["config"]
         return saved.body["counters"]
 
@@ -420,30 +399,28 @@ class CheckpointManager:
         Raises, on every rank: CheckpointError naming every tensor that is missing, unknown or of another
         shape; DamagedError naming file and block.
         """
-        path = Path(path)
 
         def read() -> list[str]:
-            mine, notes = self._config.model, list[str]()
-            step = reader.step_folder(find_checkpoint(path, self._log))
-            if step is not None:
+            now, notes = self._config.model, list[str]()
+            if (step := folders.step_folder(folders.find_checkpoint(path, self._log))) is not None:
                 self._log(f"weights are those of {step}")
                 saved = manifest.read_manifest(step)
                 files, model = reader.open_state(step, saved, "master"), saved.model
             else:
                 files = reader.open_folder(path)
-                model, notes = reader.head_of(path, files, reader.read_model_config(path))
+                model, notes = reader.head_of(path, files, read_model_config(path))
             with files:
-                if mine.tie_embeddings and reader.head_of(path, files, mine)[0] != mine:
+                if now.tie_embeddings and reader.head_of(path, files, now)[0] != now:
                     raise CheckpointError(
                         f"model.tie_embeddings=true, but {path} has a {reader.HEAD} that is not its embedding; write "
                         "model.tie_embeddings=false, or leave it out with megallama convert --head tied"
                     )
-                reader.check_tensors(path, files, mine)
+                reader.check_tensors(path, files, now)
                 reader.fill(files, "master", shards)
             for shard in shards:
                 for moment in STATE[1:]:
                     shard.state[moment].zero_()
-            return notes + manifest.differences(model, mine)
+            return notes + manifest.differences(model, now)
 
         for line in on_all_ranks(self._group, f"cannot load weights from {path}", read)[0]:
             self._log(f"warning: weights of {path}: {line}")
@@ -451,16 +428,14 @@ class CheckpointManager:
 
 def _touching(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     """The same elements in the same order, with what lies side by side in memory as one tensor: few large copies."""
-    run: list[Tensor] = []
-    for tensor in [*tensors, None]:
-        if run and tensor is not None and tensor.data_ptr() == run[-1].data_ptr() + run[-1].nbytes and (
-            tensor.untyped_storage().data_ptr() == run[-1].untyped_storage().data_ptr()
-        ):
-            run.append(tensor)
-            continue
-        if run:
-            yield run[0].as_strided((sum(t.numel() for t in run),), (1,))
-        run = [] if tensor is None else [tensor]
+    starts = accumulate((tensor.nbytes for tensor in tensors), initial=0)
+
+    def origin(one: tuple[Tensor, int]) -> tuple[int, int]:  # where the run would begin
+        return one[0].untyped_storage().data_ptr(), one[0].data_ptr() - one[1]
+
+    for _, found in groupby(zip(tensors, starts, strict=False), origin):
+        run = [tensor for tensor, _ in found]
+        yield run[0].as_strided((sum(tensor.numel() for tensor in run),), (1,))
 
 
 @contextmanager
@@ -468,11 +443,11 @@ def _every_minute(log: Callable[[str], None], what: str) -> Iterator[None]:
     """While the body lasts, say that it does."""
     ended, since = threading.Event(), time.monotonic()
 
-    def tell() -> None:
+    def remind() -> None:
         while not ended.wait(TELL_SECONDS):
             log(f"{what}, for {time.monotonic() - since:.0f} s now")
 
-    threading.Thread(target=tell, daemon=True).start()
+    threading.Thread(target=remind, daemon=True).start()
     try:
         yield
     finally:

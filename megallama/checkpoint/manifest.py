@@ -47,7 +47,7 @@ class Manifest:
 
     step: NonNegativeInt  # optimizer steps done
     sequence: int  # saves of a folder are numbered; the newest checkpoint is the last save, not the highest step
-    line: str
+    lineage: Annotated[str, Field(validation_alias="line")]  # of the run
     counters: dict[str, Any]
     model: Annotated[ModelConfig, Field(validation_alias="architecture")]
     precision: Literal["fp64", "fp32", "fp16", "bf16"]
@@ -92,14 +92,6 @@ def render(body: dict[str, Any]) -> bytes:
     return (json.dumps(body | {"digest": digest(plain.encode())}, sort_keys=True, indent=1) + "\n").encode()
 
 
-def file_records(sizes: dict[str, int], blocks: dict[str, list[str]]) -> dict[str, Any]:
-    """The manifest's "files" section."""
-    return {
-        name: {"size": size, "digest": digest("".join(blocks[name]).encode()), "blocks": blocks[name]}
-        for name, size in sizes.items()
-    }
-
-
 def read_manifest(folder: Path) -> Manifest:
     """Read and verify the manifest of a step folder; `check_sizes` looks at the files.
 
@@ -136,10 +128,10 @@ def read_manifest(folder: Path) -> Manifest:
 def _verified(raw: bytes) -> dict[str, Any] | None:
     """What a manifest says; None if it does not match its own digest."""
     try:
-        body = disk.parse_json(raw)
+        body = disk.parse_object(raw)
         body.pop("digest", None)
         return body if render(body) == raw else None
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, RecursionError):
         return None
 
 
@@ -167,9 +159,8 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
     return settings
 
 
-def kept(folder: Path, now: ModelConfig) -> dict[str, Any]:
-    """Settings that only a preset gives, and gave otherwise when the run began: they stay those of a step folder."""
-    saved = read_manifest(folder).model
+def kept(saved: ModelConfig, now: ModelConfig) -> dict[str, Any]:
+    """What only a preset gives, and gave otherwise when the run began: a resumed run keeps it."""
     unsaid = PRESETS.get(now.preset or "", {}).keys() - now.model_fields_set
     keys = [key for key in ("norm_eps", "rope_theta", "rope_scaling") if key in unsaid]  # no shape follows from these
     return {key: getattr(saved, key) for key in keys if getattr(saved, key) != getattr(now, key)}

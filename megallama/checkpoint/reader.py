@@ -2,8 +2,9 @@
 
 A file is read in the blocks of the manifest; a block is checked against its digest before one byte
 of it is used.  Hugging Face folders from elsewhere have no digests and are read the same way.  Any
-layout, any number of ranks: a shard is filled by reading the byte runs of its box.  Within a data-parallel
-group the ranks hold different boxes, so no two of them read the same bytes; the weights go round by their all-gather.
+layout, any number of ranks: a shard is filled by reading the byte runs of its box.  Within a
+data-parallel group the ranks hold different boxes, so no two of them read the same bytes; the weights
+go round by their all-gather.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, suppress
 from itertools import groupby, pairwise
 from math import prod
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megallama.checkpoint import disk, manifest
 from megallama.checkpoint.errors import CheckpointError, DamagedError
-from megallama.checkpoint.huggingface import read_model_config
+from megallama.checkpoint.folder import step_folder
 from megallama.checkpoint.layout import DTYPES, STATE, TensorPlace, layout
 from megallama.config.schema import ModelConfig
 from megallama.layers.shard import Shard
@@ -37,7 +37,7 @@ _NOT_PARAMETERS = (".rotary_emb.inv_freq",)
 
 
 class BlockFile:
-    """A file read block by block; with a `record`, each block is verified before it is used. One thread reads it."""
+    """A file read in blocks, by one thread; with a `record`, each is verified before it is used."""
 
     def __init__(self, path: Path, record: manifest.FileRecord | None = None, block_bytes: int = manifest.BLOCK_BYTES):
         self.path, self._record, self._block_bytes = path, record, block_bytes
@@ -50,7 +50,7 @@ class BlockFile:
         os.close(self._fd)
 
     def block(self, index: int) -> memoryview:
-        """One block; its bytes are good until another one is asked for. Raises: DamagedError naming file and block."""
+        """A block, until another one is asked for. Raises: DamagedError naming file and block."""
         assert self._record is not None
         start = index * self._block_bytes
         data = self._buffer[: self.size - start]
@@ -100,7 +100,13 @@ class BlockFile:
             raise DamagedError(f"{self.path} ends at byte {self.size}, before byte {start + count}")
 
 
-class TensorFiles:
+def spans(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Rows in ranges of about `SPAN_BYTES`."""
+    step = max(1, SPAN_BYTES // max(1, row_bytes))
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+class TensorFiles(AbstractContextManager["TensorFiles"]):
     """Tensors by name, wherever in a set of files they lie; files are opened when first needed."""
 
     def __init__(self, places: Mapping[str, TensorPlace], opener: Callable[[str], BlockFile]) -> None:
@@ -112,9 +118,6 @@ class TensorFiles:
         """Close all files."""
         while self._opened:
             self._opened.popitem()[1].close()
-
-    def __enter__(self) -> TensorFiles:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -131,11 +134,9 @@ class TensorFiles:
         place = self.places[box.key]
         file, width, item = self._file(place.file), place.shape[-1], place.item_bytes
         rows, cols = prod(box.shape[:-1]), box.shape[-1]
-        step = max(1, SPAN_BYTES // (width * item))
         start = place.offset + item * ((box.start[0] * width if len(place.shape) == 2 else 0) + box.start[-1])
-        for row in range(0, rows, step):
-            n = min(step, rows - row)
-            part = out[row * cols : (row + n) * cols]
+        for a, b in spans(rows, width * item):
+            n, part = b - a, out[a * cols : b * cols]
             if cols == width and part.dtype == DTYPES[place.dtype] and part.device.type == "cpu":
                 file.read_into(start, part.view(torch.uint8).numpy().data)
             else:  # what lies between the rows is read too: that is one long read
@@ -165,7 +166,7 @@ def _read_header(label: str, file: BlockFile) -> dict[str, TensorPlace]:
         raise DamagedError(f"{file.path} has a header of {length:,} bytes; at most {disk.JSON_BYTES:,} are read")
     places = {}
     try:
-        for name, entry in disk.parse_json(bytes(file.read(8, length))).items():
+        for name, entry in disk.parse_object(bytes(file.read(8, length))).items():
             if name == "__metadata__":
                 continue
             (start, stop), shape = entry["data_offsets"], tuple(entry["shape"])
@@ -175,7 +176,7 @@ def _read_header(label: str, file: BlockFile) -> dict[str, TensorPlace]:
             fits = entry["dtype"] not in DTYPES or stop - start == prod(shape) * place.item_bytes
             if not fits or 8 + length + stop > file.size:
                 raise DamagedError(f"{file.path}: tensor {name} does not fit the file: bytes {start} to {stop}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{file.path} has no valid safetensors header: {error!r}") from error
     known = sorted((p.offset, prod(p.shape) * p.item_bytes, n) for n, p in places.items() if p.dtype in DTYPES)
     for (at, count, one), (begin, _, other) in pairwise(known):
@@ -191,14 +192,13 @@ def open_state(folder: Path, saved: manifest.Manifest, kind: str) -> TensorFiles
     Raises: CheckpointError if the manifest has other files than that architecture.
     """
     want = layout(saved.model, saved.body["precision"], saved.body["shard_bytes"])[kind]
-    headers = {file.name: file.header for file in want.files}
-    for file in want.files:
-        if file.name not in saved.files or saved.files[file.name].size != file.size:
-            raise CheckpointError(f"{folder / manifest.NAME} does not list {file.name} with {file.size} bytes")
+    for name, size in want.sizes.items():
+        if name not in saved.files or saved.files[name].size != size:
+            raise CheckpointError(f"{folder / manifest.NAME} does not list {name} with {size} bytes")
 
     def opener(name: str) -> BlockFile:
         file = BlockFile(folder / name, saved.files[name], saved.block_bytes)
-        if file.read(0, len(headers[name])) != headers[name]:
+        if file.read(0, len(want.headers[name])) != want.headers[name]:
             file.close()
             raise DamagedError(f"{folder / name} has the header of another file")
         return file
@@ -244,12 +244,6 @@ def open_files(folder: Path, names: Sequence[str]) -> TensorFiles:
     return TensorFiles(places, lambda name: BlockFile(folder / name))
 
 
-def step_folder(folder: Path) -> Path | None:
-    """The step folder that `folder` is, or is the model/ of; None if it is somebody else's."""
-    candidates = (folder, folder.parent) if folder.name == "model" else (folder,)
-    return next((c for c in candidates if disk.exists(c / manifest.NAME)), None)
-
-
 def fill(files: TensorFiles, kind: str, shards: Sequence[Shard]) -> None:
     """Read state `kind` ("master", "exp_avg", "exp_avg_sq") of all shards, in the order of the files."""
     places = files.places
@@ -258,7 +252,7 @@ def fill(files: TensorFiles, kind: str, shards: Sequence[Shard]) -> None:
 
 
 def load_state(folder: Path, saved: manifest.Manifest, shards: Sequence[Shard]) -> None:
-    """Fill master weights and moments of all shards from a step folder: a thread for each, reading its own files."""
+    """Fill masters and moments of all shards from a step folder, with a thread for each kind."""
 
     def load(kind: str) -> None:
         with open_state(folder, saved, kind) as files:
@@ -302,11 +296,10 @@ def equal_rows(a: RowReader, key: str, b: RowReader, other: str, rows: int | Non
     if (one.shape, one.dtype) != (two.shape, two.dtype) or one.dtype not in DTYPES or not all(one.shape or [0]):
         return False
     rows = one.shape[0] if rows is None else rows
-    step = max(1, SPAN_BYTES // (prod(one.shape[1:]) * one.item_bytes))
-    for row in range(0, rows, step):
-        x, y = (torch.empty(min(step, rows - row), *one.shape[1:], dtype=DTYPES[one.dtype]) for _ in "ab")
-        a.read_rows(key, row, x)
-        b.read_rows(other, row, y)
+    for start, stop in spans(rows, prod(one.shape[1:]) * one.item_bytes):
+        x, y = (torch.empty(stop - start, *one.shape[1:], dtype=DTYPES[one.dtype]) for _ in "ab")
+        a.read_rows(key, start, x)
+        b.read_rows(other, start, y)
         if not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
             return False
     return True
@@ -344,31 +337,6 @@ def refuse(where: Path, problems: Sequence[str]) -> None:
         raise CheckpointError(f"the tensors in {where} are not those of the model:\n  " + "\n  ".join(shown))
 
 
-@dataclass(frozen=True)
-class Weights:
-    """The weights of a saved model, which are read when asked for."""
-
-    folder: Path  # with config.json and the tokenizer
-    config: ModelConfig
-    notes: list[str]  # what is not as config.json says
-    files: TensorFiles  # holds the tensors of `config`
-
-
-def open_weights(folder: Path) -> Weights:
-    """Open a step folder, its model/ folder, or any Hugging Face LLaMA folder.
-
-    Raises: CheckpointError if it holds no LLaMA weights; DamagedError if a file is damaged or missing.
-    """
-    step = step_folder(folder)
-    if step and (problems := verify_blocks(step, manifest.read_manifest(step), [("model/config.json", 0)])):
-        raise DamagedError(problems[0])
-    model = step / "model" if step else folder
-    described, files = read_model_config(model), open_folder(folder)
-    config, notes = head_of(folder, files, described)
-    check_tensors(folder, files, config)
-    return Weights(model, config, notes, files)
-
-
 def verify_blocks(folder: Path, saved: manifest.Manifest, blocks: Sequence[tuple[str, int]]) -> list[str]:
     """Check blocks against their digests; what is wrong with each damaged one. Raises: UnreadableError."""
 
@@ -378,16 +346,14 @@ def verify_blocks(folder: Path, saved: manifest.Manifest, blocks: Sequence[tuple
                 yield f"{folder / manifest.NAME} does not list {name}"
                 continue
             try:
-                file = BlockFile(folder / name, saved.files[name], saved.block_bytes)
+                with closing(BlockFile(folder / name, saved.files[name], saved.block_bytes)) as file:
+                    for _, index in group:
+                        try:
+                            file.block(index)
+                        except DamagedError as error:
+                            yield str(error)
             except DamagedError as error:
                 yield str(error)
-                continue
-            with closing(file):
-                for _, index in group:
-                    try:
-                        file.block(index)
-                    except DamagedError as error:
-                        yield str(error)
 
     half = len(blocks) // 2
     with ThreadPoolExecutor(2) as pool:

@@ -22,24 +22,10 @@ BPE = 2  # type of a model
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 Piece = tuple[str, float, int]  # text, score, type
 PROBES = (
-    *(
-        "",
-        " ",
-        "  two   three ",
-        "\n",
-        "\r\n\tx\t",
-        "1234567890",
-        "🦙👩\u200d👧🏽",
-        "naïve cafe\u0301 東京",
-    ),
-    *("\0 \ufeff\xa0", "<s>", "</s>", " <s> a</s>b<unk><0x0A>", SPACE, f"{SPACE * 2}a {SPACE}"),
-    *(
-        "a" * 99,
-        " " * 70,
-        "=-" * 50,
-        "#" * 33,
-        "def f(x):\n    return {'a': [x**2, -1e-9]}  # ==> !!! ... ---- ____",
-    ),
+    # between the bars: white space, digits, characters of several codes, control tokens as text; then what is long
+    *"| |  two   three |\n|\r\n\tx\t|1234567890|🦙👩\u200d👧🏽|naïve cafe\u0301 東京|\0 \ufeff\xa0|<s>|</s>".split("|"),
+    *(" <s> a</s>b<unk><0x0A>", SPACE, f"{SPACE * 2}a {SPACE}", "a" * 99, " " * 70, "=-" * 50, "#" * 33),
+    "def f(x):\n    return {'a': [x**2, -1e-9]}  # ==> !!! ... ---- ____",
 )
 
 
@@ -108,11 +94,8 @@ def _prove(model: bytes, ours: Tokenizer, pieces: Sequence[Piece]) -> None:
 
     theirs = SentencePieceProcessor(model_proto=model)
     ours.encode_special_tokens = True
-    texts = [
-        *PROBES,
-        *(" ".join(text for text, *_ in pieces[i : i + 64]) for i in range(0, len(pieces), 64)),
-    ]
-    for text in texts:
+    listed = (" ".join(text for text, *_ in pieces[i : i + 64]) for i in range(0, len(pieces), 64))
+    for text in [*PROBES, *listed]:
         if ours.encode(text, add_special_tokens=False).ids != theirs.encode(text):
             raise NotEqualError(f"the text {text[:40]!r} becomes other ids")
 

@@ -17,10 +17,12 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import compress, islice
 from math import isfinite, prod
 from pathlib import Path
 from threading import Lock
@@ -60,18 +62,19 @@ class Content:
         """Where it is written before it is complete."""
         return unfinished(self.final)
 
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """Final size of every file, in a fixed order."""
-        sizes = {f.name: f.size for s in self.sets.values() for f in s.files}
+        sizes = {name: size for one in self.sets.values() for name, size in one.sizes.items()}
         return dict(sorted((sizes | {name: len(data) for name, data in self.small.items()}).items()))
 
     def blocks(self) -> Iterator[tuple[str, int]]:
         """(file, index) of every block, in a fixed order."""
-        for name, size in self.sizes().items():
+        for name, size in self.sizes.items():
             yield from ((name, i) for i in range(manifest.block_count(size, self.block_bytes)))
 
 
-def write_checkpoint(content: Content, shards: Sequence[Shard], group: Assembly) -> None:
+def write_checkpoint(content: Content, shards: Iterable[Shard], group: Assembly) -> None:
     """Write and commit one checkpoint; every rank of `group` calls it with the shards it owns.
 
     Raises: CheckpointError or MachineError on every rank, naming the rank that failed and why (NotFiniteError if the
@@ -81,15 +84,15 @@ def write_checkpoint(content: Content, shards: Sequence[Shard], group: Assembly)
     first = group.rank == 0
     try:
         on_all_ranks(group, what, lambda: create_files(content) if first else None)
-        with Flusher([content.temporary / name for name in content.sizes()] if first else []) as flusher:
+        with Flusher([content.temporary / name for name in content.sizes] if first else []) as flusher:
             # the digests of all blocks are megabytes: rank 0 alone has them, and says which are missing, a bit each
-            told = on_all_ranks(group, what, lambda: _write_shards(content, shards, flusher), collect=True)
-            shared = on_all_ranks(group, what, lambda: _shared_blocks(content, told) if first else None)[0]
+            written = on_all_ranks(group, what, lambda: _write_shards(content, shards, flusher), collect=True)
+            bits = on_all_ranks(group, what, lambda: _shared_blocks(content, written) if first else None)[0]
             blocks = list(content.blocks())
-            bits = f"{int(shared, 16):0{len(blocks)}b}"
-            mine = [block for block, bit in zip(blocks, bits, strict=True) if bit == "1"][group.rank :: group.size]
-            rest = on_all_ranks(group, what, lambda: _digest_blocks(content, mine, flusher), collect=True)
-        found = [*(found for _, found in told), *rest] if first else []
+            shared = compress(blocks, map(int, f"{int(bits, 16):0{len(blocks)}b}"))
+            own = list(islice(shared, group.rank, None, group.size))
+            rest = on_all_ranks(group, what, lambda: _digest_blocks(content, own, flusher), collect=True)
+        found = [*(digests for _, digests in written), *rest] if first else []
         digests = {(name, index): digest for part in found for name, index, digest in part}
         on_all_ranks(group, what, lambda: _commit(content, digests) if first else None)
     except BaseException:
@@ -100,26 +103,27 @@ def write_checkpoint(content: Content, shards: Sequence[Shard], group: Assembly)
 
 def create_files(content: Content) -> None:
     """Make the temporary folder and all files in final size, with headers and small files written."""
-    folder, sizes = content.temporary, content.sizes()
+    folder, sizes = content.temporary, content.sizes
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
         shutil.rmtree(folder)
-    if (free := _free_bytes(folder.parent)) < sum(sizes.values()):
-        raise _no_space(content, free)
-    headers = {f.name: f.header for s in content.sets.values() for f in s.files}
-    for name, size in sizes.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd, explained(content):
-            _allocate(fd, size)
-            write_at(fd, memoryview(headers.get(name) or content.small[name]), 0)
+    headers = {name: header for one in content.sets.values() for name, header in one.headers.items()}
+    with explained(content):
+        if _free_bytes(folder.parent) < sum(sizes.values()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        for name, size in sizes.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
+                _allocate(fd, size)
+                write_at(fd, memoryview(headers.get(name) or content.small[name]), 0)
 
 
-def _no_space(content: Content, free: int) -> CheckpointError:
-    return CheckpointError(
-        f"no space left in {content.final.parent}: a checkpoint needs {sum(content.sizes().values())} bytes, "
-        f"{free} are free; make room, lower checkpoint.keep_last, or choose another folder (checkpoint.folder)"
-    )
+@contextmanager
+def open_files(folder: Path) -> Iterator[Callable[[str], int]]:
+    """Descriptors of a folder's files by name, opened when first asked for, closed together."""
+    with ExitStack() as stack:
+        yield cache(lambda name: stack.enter_context(opened(folder / name, os.O_RDWR)))
 
 
 @contextmanager
@@ -130,7 +134,11 @@ def explained(content: Content) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise _no_space(content, _free_bytes(content.final.parent)) from error
+        folder, need = content.final.parent, sum(content.sizes.values())
+        raise CheckpointError(
+            f"no space left in {folder}: a checkpoint needs {need} bytes, {_free_bytes(folder)} are free; make room, "
+            "lower checkpoint.keep_last, or choose another folder (checkpoint.folder)"
+        ) from error
 
 
 def _free_bytes(folder: Path) -> int:
@@ -154,18 +162,14 @@ def _allocate(fd: int, size: int) -> None:
 Digests = list[tuple[str, int, str]]  # file, block, digest
 
 
-def _write_shards(content: Content, shards: Sequence[Shard], flusher: Flusher) -> tuple[int, Digests]:
+def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -> tuple[int, Digests]:
     """Write this rank's byte runs, each shard asked for once.
 
     Returns the number of elements and the digests of the blocks that this rank wrote alone.
     """
-    written, sizes = 0, content.sizes()
+    written, sizes = 0, content.sizes
     outputs: dict[str, _Output] = {}
-    with (
-        explained(content),
-        OpenFiles(content.temporary) as files,
-        ThreadPoolExecutor(THREADS) as pool,
-    ):
+    with explained(content), open_files(content.temporary) as fd_of, ThreadPoolExecutor(THREADS) as pool:
 
         def write(place: TensorPlace, box: Box, tensor: Tensor) -> None:
             outputs[place.file].write_box(place, box, tensor)
@@ -176,8 +180,8 @@ def _write_shards(content: Content, shards: Sequence[Shard], flusher: Flusher) -
             tensors = shard.state | {"model": shard.state["master"]}
             places = [content.sets[kind].places[shard.box.key] for kind in tensors]
             for name in {place.file for place in places} - outputs.keys():
-                outputs[name] = _Output(files.open(name), sizes[name], content.block_bytes)
-                flusher.follow(content.temporary / name)
+                outputs[name] = _Output(fd_of(name), sizes[name], content.block_bytes)
+                flusher.paths.add(content.temporary / name)
             list(pool.map(write, places, [shard.box] * len(places), tensors.values()))
             written += shard.box.numel
         flusher.begin()
@@ -227,17 +231,13 @@ class _Output:
                 self.digests[index] = manifest.spelled(self._hash)
 
 
-class Flusher:
+class Flusher(AbstractContextManager["Flusher"]):
     """Makes files durable while they are still being written: a thread that follows the writers with fsync."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths, self._written, self._pool = dict.fromkeys(paths), 0, ThreadPoolExecutor(1)
+    def __init__(self, paths: Iterable[Path] = ()) -> None:
+        self.paths, self._written, self._pool = {*paths}, 0, ThreadPoolExecutor(1)  # `paths`: what is written
         self._flushes: list[Future[None]] = []
         self._counting = Lock()
-
-    def follow(self, path: Path) -> None:
-        """This file is written too."""
-        self._paths[path] = None
 
     def wrote(self, count: int) -> None:
         """`count` more bytes were written; any thread."""
@@ -257,11 +257,8 @@ class Flusher:
             flush.result()
 
     def _flush(self) -> None:
-        for path in [*self._paths]:
+        for path in sorted(self.paths):
             sync(path)
-
-    def __enter__(self) -> Flusher:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
@@ -272,23 +269,23 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _shared_blocks(content: Content, told: Sequence[tuple[int, Digests]]) -> str:
+def _shared_blocks(content: Content, results: Sequence[tuple[int, Digests]]) -> str:
     """The blocks without a digest as bits, hexadecimal.
 
     Raises: CheckpointError unless every element has exactly one owner: the files would have holes.
     """
-    written = sum(count for count, _ in told)
+    written = sum(count for count, _ in results)
     want = sum(prod(place.shape) for place in content.sets["model"].places.values())
     if written != want:
         raise CheckpointError(f"the ranks hold {written} elements of state, the model has {want}")
-    digested = {(name, index) for _, found in told for name, index, _ in found}
+    digested = {(name, index) for _, digests in results for name, index, _ in digests}
     return f"{int(''.join('10'[block in digested] for block in content.blocks()), 2):x}"
 
 
 def _digest_blocks(content: Content, blocks: Sequence[tuple[str, int]], flusher: Flusher) -> Digests:
     """Digests of blocks that several ranks wrote, read back while this rank's files become durable."""
-    with OpenFiles(content.temporary) as files, ThreadPoolExecutor(THREADS) as pool:
-        fds = {name: files.open(name) for name, _ in blocks}
+    with open_files(content.temporary) as fd_of, ThreadPoolExecutor(THREADS) as pool:
+        fds = {name: fd_of(name) for name, _ in blocks}  # one thread opens them
 
         def part(first: int) -> Digests:
             buffer, found = memoryview(bytearray(content.block_bytes)), []
@@ -304,14 +301,13 @@ def _digest_blocks(content: Content, blocks: Sequence[tuple[str, int]], flusher:
 
 def _commit(content: Content, digests: Mapping[tuple[str, int], str]) -> None:
     """Write the manifest and give the folder its name."""
-    sizes = content.sizes()
-    blocks: dict[str, list[str]] = {name: [] for name in sizes}
+    sizes = content.sizes
+    files: dict[str, Any] = {name: {"size": size, "blocks": []} for name, size in sizes.items()}
     for name, index in content.blocks():
-        blocks[name].append(digests[name, index])
-    body = content.body | {
-        "block_bytes": content.block_bytes,
-        "files": manifest.file_records(sizes, blocks),
-    }
+        files[name]["blocks"].append(digests[name, index])
+    for record in files.values():
+        record["digest"] = manifest.digest("".join(record["blocks"]).encode())
+    body = content.body | {"block_bytes": content.block_bytes, "files": files}
     write_durably(content.temporary / manifest.NAME, manifest.render(body))
     for folder in sorted({content.temporary, *((content.temporary / n).parent for n in sizes)}):
         sync(folder)
@@ -321,24 +317,3 @@ def _commit(content: Content, digests: Mapping[tuple[str, int], str]) -> None:
         os.rename(content.final, before)
     os.rename(content.temporary, content.final)
     sync(content.final.parent)
-
-
-class OpenFiles:
-    """File descriptors of a folder by name, opened when first asked for, closed together."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._fds: dict[str, int] = {}
-
-    def open(self, name: str) -> int:
-        """The descriptor of a file, open for reading and writing."""
-        if name not in self._fds:
-            self._fds[name] = os.open(self._folder / name, os.O_RDWR | os.O_CLOEXEC)
-        return self._fds[name]
-
-    def __enter__(self) -> OpenFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._fds:
-            os.close(self._fds.popitem()[1])

@@ -39,12 +39,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     """Check the options, convert, tell."""
-    from megallama.checkpoint.find import find_model
     from megallama.config.errors import ConfigError
-    from megallama.convert.compare_logits import compare_logits
+    from megallama.convert.compare_logits import compare_logits, compare_with_others
     from megallama.convert.convert import ConvertOptions, UnverifiedError, convert
-    from megallama.convert.second_reader import compare
     from megallama.convert.source import Source, foreign_kind, open_source
+    from megallama.inference.generate import find_model
     from megallama.plan.params import num_parameters
 
     for name in ("tp", "pp", "shard_gb", "vocab_multiple"):
@@ -68,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
             with open_source(step, context=options.context) as target:
                 worst = compare_logits(source, target, dtype)
                 sides = {"source": source, "result": target}
-                found = {name: compare(side, dtype) for name, side in sides.items()}
+                found = {name: compare_with_others(side, dtype) for name, side in sides.items()}
             theirs = {name: value for name, value in found.items() if value is not None}
             worst = max(worst, *(value for value, _ in theirs.values()), 0.0)
             by = "".join(f", from {who}'s for the {name}" for name, (_, who) in theirs.items())

@@ -39,10 +39,9 @@ def run(options: argparse.Namespace) -> None:
     """Load, then stream."""
     import torch
 
-    from megallama.checkpoint.find import find_model
     from megallama.config.errors import ConfigError
     from megallama.data.tokenizer import load_tokenizer
-    from megallama.inference.generate import Sampling, encode_prompt, generate, load_llama, stream_text
+    from megallama.inference.generate import Sampling, encode_prompt, find_model, generate, load_llama, stream_text
     from megallama.train.peak import slow_format
 
     sampling = Sampling(0.0 if options.greedy else options.temperature, options.top_p, options.seed)

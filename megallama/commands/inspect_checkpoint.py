@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from megallama.checkpoint import manifest, reader
-from megallama.checkpoint.find import find_checkpoint
+from megallama.checkpoint.folder import find_checkpoint, step_folder
 from megallama.checkpoint.layout import STATE
 from megallama.commands.parser import Parser
 from megallama.config.errors import exit_status
@@ -85,13 +85,13 @@ def verify(folder: Path, saved: manifest.Manifest) -> int:
         damaged += [name] * bool(problems)
     print(f"{counted(len(blocks), 'block', ',')}, {counted(num_problems, 'problem')}")
     if damaged and all(name.startswith("model/") for name in damaged):
-        print("the training state is whole: a run resumes from it, and its next save writes model/ anew")
+        print("the training state is whole: a run resumes from it, and its next save writes model/ again")
     return 1 if num_problems else 0
 
 
 def compare(folder: Path, saved: manifest.Manifest, other: Path) -> int:
     """Compare weights, and state if both have it, tensor by tensor. Returns 1 if anything differs."""
-    theirs = manifest.read_manifest(other) if reader.step_folder(other) == other else None
+    theirs = manifest.read_manifest(other) if step_folder(other) == other else None
     first, different, total = None, 0, 0
     for kind in ("model", *(STATE if theirs else ())):
         with (

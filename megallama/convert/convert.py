@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from math import prod
@@ -15,27 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import megallama.convert.foreign as foreign
 from megallama.checkpoint import manifest, reader
 from megallama.checkpoint.disk import sync, write_at
 from megallama.checkpoint.errors import CheckpointError
-from megallama.checkpoint.folder import unfinished
+from megallama.checkpoint.folder import step_folder, unfinished
 from megallama.checkpoint.huggingface import TORCH_NAMES
-from megallama.checkpoint.layout import DTYPES, SHARD_BYTES, STATE, WEIGHTS, FileSet, file_set, one_file
+from megallama.checkpoint.layout import DTYPES, SHARD_BYTES, STATE, WEIGHTS, FileSet, TensorPlace, file_set, one_file
 from megallama.checkpoint.manager import CheckpointManager
-from megallama.checkpoint.writer import Content, Flusher, OpenFiles, as_bytes, create_files, explained
+from megallama.checkpoint.writer import Content, Flusher, as_bytes, create_files, explained, open_files
 from megallama.comm.group import Solo
 from megallama.config.schema import CheckpointConfig, Config, PrecisionConfig
 from megallama.convert.foreign import Format
 from megallama.convert.pth import pack
-from megallama.convert.source import PRECISION, Source, config_of, open_source, spans
+from megallama.convert.source import PRECISION, Source, config_of, open_source
 from megallama.layers.shard import Shard
 from megallama.plan.box import Box
 
 _START: dict[str, Any] = {  # counters of a run that has only its weights
-    **dict.fromkeys(("step", "updates", "samples", "tokens"), 0),
-    **{"scaler": {}, "bad_steps": {"skipped": 0, "in_a_row": 0, "last_good": None}},
+    **{"step": 0, "updates": 0, "samples": 0, "tokens": 0, "scaler": {}},
+    "bad_steps": {"skipped": 0, "in_a_row": 0, "last_good": None},
 }
 
 
@@ -52,7 +53,7 @@ class ConvertOptions:
     pp: int = 1
     dtype: str | None = None  # as in precision.dtype
     shard_bytes: int = SHARD_BYTES
-    vocab_multiple: int = foreign.VOCAB_MULTIPLE
+    vocab_multiple: int = 128  # Megatron pads the vocabulary to a multiple of this times tp
     head: str = "auto"  # or "tied", as in `reader.head_of`
 
 
@@ -69,7 +70,7 @@ def convert(folder: Path, target: Path, options: ConvertOptions, context: int | 
     if target.exists():
         raise CheckpointError(f"{target} exists; give a new folder, or delete it first")
     temporary = unfinished(target)
-    step = reader.step_folder(folder)
+    step = step_folder(folder)
     stored = manifest.read_manifest(step).body["precision"] if step else None
     masters = step is not None and (options.to == "step" or options.dtype not in (None, stored))
     with open_source(folder, "master" if masters else "model", context, options.head) as source:
@@ -133,56 +134,44 @@ def _write_files(source: Source, target: Path, options: ConvertOptions, dtype: s
     content = Content(target, sets, small, {}, 0)
     with explained(content):
         create_files(content)
-        paths = [content.temporary / name for name in content.sizes()]
-        with OpenFiles(content.temporary) as files, Flusher(paths) as flusher:
+        paths = [content.temporary / name for name in content.sizes]
+        with open_files(content.temporary) as fd_of, Flusher(paths) as flusher:
             for name, shape in format.shapes.items():
-                _write_tensor(source, name, format, sets, files)
+                tensor, turn = source.tensor(name), format.pairs.get(name)
+                tensor = foreign.paired(tensor, *turn) if turn else tensor
+                for piece in format.pieces[name]:
+                    place = sets[piece.file].places[piece.key]
+                    part = tensor[piece.box.within(Box.whole(name, tuple(tensor.shape)))]
+                    _write_rows(name, part, place, piece.row, fd_of(place.file))
                 flusher.wrote(prod(shape) * DTYPES[dtype].itemsize)
             flusher.begin()
             flusher.finish()
         if options.to == "meta":
             for file, one in sets.items():
-                raw = content.temporary / one.files[0].name
+                raw = content.temporary / next(iter(one.sizes))
                 pack(raw, one.places, content.temporary / file)
                 raw.unlink()
                 sync(content.temporary / file)
-        for folder in {(content.temporary / name).parent for name in ("", *content.sizes())}:
+        for folder in {(content.temporary / name).parent for name in ("", *content.sizes)}:
             sync(folder)
 
 
-def _write_tensor(source: Source, name: str, format: Format, sets: dict[str, FileSet], files: OpenFiles) -> None:
-    """Write all pieces of a tensor, in the target's number format."""
-    tensor, turn = source.tensor(name), format.heads_of(name)
-    tensor = foreign.paired(tensor, *turn) if turn else tensor
-    for piece in format.pieces[name]:
-        place = sets[piece.file].places[piece.key]
-        fd, row = files.open(place.file), prod(place.shape[1:]) * place.item_bytes
-        part = tensor[piece.box.within(Box.whole(name, tuple(tensor.shape)))]
-        for a, b in spans(part):
-            data = part[a:b].to(DTYPES[place.dtype])
-            if place.dtype == "F16" and not data.isfinite().all():
-                raise CheckpointError(f"{name} holds values that fp16 cannot; choose --dtype bf16 or fp32")
-            write_at(fd, as_bytes(data), place.offset + (piece.row + a) * row)
+def _write_rows(name: str, part: Tensor, place: TensorPlace, first: int, fd: int) -> None:
+    """Write a part of a tensor in the target's number format, from row `first` of its place on."""
+    row = prod(place.shape[1:]) * place.item_bytes
+    for a, b in reader.spans(len(part), row):
+        data = part[a:b].to(DTYPES[place.dtype])
+        if place.dtype == "F16" and not data.isfinite().all():
+            raise CheckpointError(f"{name} holds values that fp16 cannot; choose --dtype bf16 or fp32")
+        write_at(fd, as_bytes(data), place.offset + (first + a) * row)
 
 
-# ---- a step folder ----
-
-
-class _Shards(Sequence[Shard]):
+def _shards(shapes: Mapping[str, tuple[int, ...]], sources: Sequence[Source]) -> Iterator[Shard]:
     """The state of one tensor after the other, read when it is asked for; moments that nobody has are zero."""
-
-    def __init__(self, names: Sequence[str], sources: Sequence[Source]) -> None:
-        self._names, self._sources = names, sources
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, index: int) -> Shard:  # type: ignore[override]
-        name = self._names[index]
-        found = [source.tensor(name).reshape(-1) for source in self._sources]
+    for name, shape in shapes.items():
+        found = [source.tensor(name).reshape(-1) for source in sources]
         zeros = torch.zeros(()).expand(found[0].shape)
-        state = dict(zip(STATE, found + [zeros, zeros], strict=False))
-        return Shard(Box.whole(name, self._sources[0].format.shapes[name]), state)
+        yield Shard(Box.whole(name, shape), dict(zip(STATE, [*found, zeros, zeros], strict=False)))
 
 
 def _write_step(source: Source, folder: Path, shard_bytes: int, dtype: str) -> None:
@@ -197,9 +186,7 @@ def _write_step(source: Source, folder: Path, shard_bytes: int, dtype: str) -> N
     )
     with ExitStack() as stack:
         moments = [stack.enter_context(open_source(source.folder, kind)) for kind in STATE[1:]] if body else []
-        shards = _Shards(list(source.format.shapes), [source, *moments])
-        small = _small(source, dtype)
-        manager = CheckpointManager(
-            config, folder, 0, Solo(), None, lambda text: None, small=small, shard_bytes=shard_bytes
-        )
-        manager.save(body["step"] if body else 0, shards, body["counters"] if body else _START)
+        small, log = _small(source, dtype), lambda text: None
+        manager = CheckpointManager(config, folder, Solo(), None, log, small=small, shard_bytes=shard_bytes)
+        step, counters = (body["step"], body["counters"]) if body else (0, _START)
+        manager.save(step, _shards(source.format.shapes, [source, *moments]), counters)

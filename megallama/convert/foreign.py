@@ -22,18 +22,18 @@ Shape = tuple[int, ...]
 EMBEDDING = "model.embed_tokens.weight"
 MEGATRON_EMBEDDING, MEGATRON_HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 SPLIT_COLUMNS = ("o_proj.weight", "down_proj.weight")
-VOCAB_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times tp
-_META = dict(
-    zip(
-        ("input_layernorm", *(f"self_attn.{x}_proj" for x in "qkvo"), "post_attention_layernorm")
-        + ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-        ("attention_norm", *(f"attention.w{x}" for x in "qkvo"), "ffn_norm", *(f"feed_forward.w{x}" for x in "132")),
-        strict=True,
-    )
-)
+META_FILE = "consolidated.{:02d}.pth"  # of a model-parallel rank
+_META = {f"self_attn.{x}_proj": f"attention.w{x}" for x in "qkvo"} | {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+}
 _META_ENDS = {EMBEDDING: "tok_embeddings.weight", "model.norm.weight": "norm.weight", "lm_head.weight": "output.weight"}
 _META_MULTIPLES = (256, 1024, 4096, 128, 64, 32, 16, 8, 4, 2, 1)
 _META_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}  # constants of its code
+_META_FACTOR = {False: 8.0, True: 32.0}  # unless it is said: LLaMA 3.1; 3.2, whose head is tied
 _META_PARAMS = {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps"} | {
     *("vocab_size", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "max_seq_len", "max_batch_size")
 }
@@ -62,7 +62,8 @@ class Format:
     """
 
     shapes: Mapping[str, Shape]  # of the Hugging Face tensors
-    pairs: tuple[int, int, int] | None = None  # heads (n, k, d), where rotary pairs lie side by side (see `paired`)
+    # heads and head size where rotary pairs lie side by side (q_proj, k_proj): see `paired`
+    pairs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     files: dict[str, dict[str, Shape]] = field(default_factory=dict)
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
 
@@ -82,12 +83,6 @@ class Format:
             return whole
         a, b = (shape[axis] // size * r for r in (rank, rank + 1))
         return whole.rows(a, b) if axis == 0 else Box(name, (0, a), (shape[0], b))
-
-    def heads_of(self, name: str) -> tuple[int, int] | None:
-        """(heads, head size) of q_proj and k_proj where their rows must be re-ordered; None for all else."""
-        if self.pairs is None or not name.endswith(("q_proj.weight", "k_proj.weight")):
-            return None
-        return self.pairs[0 if "q_proj" in name else 1], self.pairs[2]
 
 
 def paired(weight: Tensor, count: int, d: int) -> Tensor:
@@ -130,20 +125,15 @@ def meta_format(model: ModelConfig, ranks: int, embedding_rows: bool) -> Format:
         )
     sizes = {"num_kv_heads": k, "num_heads": n, "ffn_hidden_size": model.ffn_hidden_size}
     divides(ranks, "--tp", sizes | {"vocab_size": model.vocab_size, "hidden_size": model.hidden_size})
-    format = Format(global_shapes(model), (n, k, d))
-    for name in format.shapes:
+    turned = {"q_proj.weight": (n, d), "k_proj.weight": (k, d)}
+    shapes = global_shapes(model)
+    format = Format(shapes, {name: turned[name[-13:]] for name in shapes if name[-13:] in turned})
+    keys = [(name, meta_key(name)) for name in shapes] + [(EMBEDDING, "output.weight")] * model.tie_embeddings
+    for name, key in keys:
         for r in range(ranks):
-            axis = 1 if name == EMBEDDING and not embedding_rows else None
-            format.stack(meta_file(r), meta_key(name), [format.cut(name, r, ranks, axis)])
-    if model.tie_embeddings:
-        for r in range(ranks):
-            format.stack(meta_file(r), "output.weight", [format.cut(EMBEDDING, r, ranks)])
+            axis = 1 if key == _META_ENDS[EMBEDDING] and not embedding_rows else None
+            format.stack(META_FILE.format(r), key, [format.cut(name, r, ranks, axis)])
     return format
-
-
-def meta_file(rank: int) -> str:
-    """The file of a model-parallel rank."""
-    return f"consolidated.{rank:02d}.pth"
 
 
 def meta_key(name: str) -> str:
@@ -166,8 +156,7 @@ def meta_params(model: ModelConfig) -> dict[str, Any]:
     h, f, (n, k, _) = model.hidden_size, model.ffn_hidden_size, heads(model)
     ratio = f / int(2 * 4 * h / 3)
     multipliers = [None, *(round(ratio, digits) for digits in range(1, 9)), (f + 0.5) / int(2 * 4 * h / 3)]
-    fits = ((m, u) for m in multipliers for u in _META_MULTIPLES if meta_ffn(h, u, m) == f)
-    multiplier, multiple_of = next(fits)
+    multiplier, multiple_of = next((m, u) for m in multipliers for u in _META_MULTIPLES if meta_ffn(h, u, m) == f)
     params: dict[str, Any] = {"dim": h, "n_layers": model.num_layers, "n_heads": n, "vocab_size": model.vocab_size}
     params |= {"multiple_of": multiple_of, "norm_eps": model.norm_eps}
     params |= {"n_kv_heads": k} if k != n else {}
@@ -177,13 +166,8 @@ def meta_params(model: ModelConfig) -> dict[str, Any]:
         return params
     if wrong := [f"{key}={getattr(scaling, key):g}" for key, v in _META_ROPE.items() if getattr(scaling, key) != v]:
         raise CheckpointError(f"model.rope_scaling {', '.join(wrong)}: Meta's code has only {_META_ROPE}")
-    known = scaling.factor == _meta_factor(model.tie_embeddings)
+    known = scaling.factor == _META_FACTOR[model.tie_embeddings]
     return params | {"use_scaled_rope": True} | ({} if known else {"rope_scaling_factor": scaling.factor})
-
-
-def _meta_factor(tied: bool) -> float:
-    """The scaling where params.json does not say it: that of LLaMA 3.2 for a tied head, else that of 3.1."""
-    return 32.0 if tied else 8.0
 
 
 def meta_model(params: Mapping[str, Any], shapes: Mapping[str, Shape], ranks: int, tied: bool) -> ModelConfig:
@@ -191,12 +175,11 @@ def meta_model(params: Mapping[str, Any], shapes: Mapping[str, Shape], ranks: in
 
     Raises: CheckpointError for keys that are unknown or missing.
     """
-    needed = {"dim", "n_layers", "n_heads", "norm_eps"}
     problems = [f"does not know {key!r}" for key in sorted(params.keys() - _META_PARAMS)]
-    problems += [f"needs {key!r}" for key in sorted(needed - params.keys())]
+    problems += [f"needs {key!r}" for key in ("dim", "n_heads", "n_layers", "norm_eps") if key not in params]
     if problems:
         raise CheckpointError("params.json is not that of a LLaMA 1, 2 or 3: this tool " + ", ".join(problems))
-    factor = params.get("rope_scaling_factor") or _meta_factor(tied)
+    factor = params.get("rope_scaling_factor") or _META_FACTOR[tied]
     vocab, width = ((shapes.get(k) or (0,))[0] * ranks for k in ("output.weight", "layers.0.feed_forward.w1.weight"))
     return ModelConfig(
         hidden_size=params["dim"],

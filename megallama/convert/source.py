@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 import megallama.convert.foreign as foreign
 from megallama.checkpoint import disk, manifest, reader
 from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.checkpoint.folder import step_folder
 from megallama.checkpoint.huggingface import META_CONTEXT, model_files, own_tokenizer, read_model_config, special_tokens
 from megallama.checkpoint.layout import DTYPES, WEIGHTS, TensorPlace
 from megallama.config.schema import BatchConfig, Config, ModelConfig, PrecisionConfig
@@ -27,18 +29,17 @@ from megallama.convert.foreign import EMBEDDING, Format, Piece
 from megallama.convert.pth import PthFile
 from megallama.plan.box import Box
 
-SPAN_BYTES = 8 << 20  # what is copied at a time
 PRECISION = {name: precision for precision, name in WEIGHTS.items()}
 # what is copied into a result: these alone, for a folder from elsewhere may link to anything
-_CARRIED = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json") + (
-    *("merges.txt", "chat_template.json", "chat_template.jinja"),
-    *("tokenizer.json", "tokenizer.model", "tokenizer.vocab", "tokenizer_config.json"),
-)
+_CARRIED = (
+    "config.json generation_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
+    "chat_template.json chat_template.jinja tokenizer.json tokenizer.model tokenizer.vocab tokenizer_config.json"
+).split()
 _CARRIED_BYTES = 1 << 28
 
 
 @dataclass
-class Source:
+class Source(AbstractContextManager["Source"]):
     """The weights (or one kind of optimizer state) of a checkpoint in any format."""
 
     kind: str  # "step", "hf", "meta" or "megatron"
@@ -52,9 +53,6 @@ class Source:
     notes: list[str] = field(default_factory=list)  # what is not as its files say
     _last: tuple[str, Tensor] | None = None
     _buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-
-    def __enter__(self) -> Source:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for file in self.files.values():
@@ -101,7 +99,7 @@ class Source:
             else:
                 self._copy(piece, part, pieces[0] if filled >= out.numel() else None)
             filled += part.numel()
-        turn = self.format.heads_of(name)
+        turn = self.format.pairs.get(name)
         return foreign.halved(out, *turn) if turn else out
 
     def read_into(self, box: Box, out: Tensor) -> None:
@@ -118,35 +116,25 @@ class Source:
 
     def _copy(self, piece: Piece, part: Tensor, like: Piece | None) -> None:
         """Read a piece into the rectangle `part`, or compare it, as another copy of `like`, with what `part` holds."""
-        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
-        for a, b in spans(part):
+        for a, b in reader.spans(len(part), prod(part.shape[1:]) * part.element_size()):
             rows = torch.empty(part[a:b].shape, dtype=part.dtype)
             self.files[piece.file].read_rows(piece.key, piece.row + a, rows)
             if like is None:
                 part[a:b] = rows
-            elif not torch.equal(rows.view(bits), part[a:b].view(bits)):
+            elif not torch.equal(rows.view(torch.uint8), part[a:b].view(torch.uint8)):
                 raise DamagedError(
                     f"{self.folder}: {piece.key} of {piece.file} differs from {like.key} of {like.file}; both are "
                     f"{piece.box.key}, which must be the same on both: these files are of different checkpoints"
                 )
 
 
-def spans(part: Tensor) -> Iterator[tuple[int, int]]:
-    """The rows of a tensor in ranges of about `SPAN_BYTES`."""
-    step = max(1, SPAN_BYTES // max(1, prod(part.shape[1:]) * part.element_size()))
-    yield from ((a, min(a + step, len(part))) for a in range(0, len(part), step))
-
-
-# ---- opening ----
-
-
 def open_source(folder: Path, state: str = "model", context: int | None = None, head: str = "auto") -> Source:
     """Open a checkpoint of any format; of a step folder the weights, or `state` ("master", ...).
 
-    `context` is the longest sequence, which Meta's release does not tell; `head` is as in `reader.head_of`.
+    `context` is the longest sequence, which Meta's release does not say; `head` is as in `reader.head_of`.
     Raises: CheckpointError naming every tensor that is missing, unknown or misshapen; DamagedError naming the file.
     """
-    if (step := reader.step_folder(folder)) is not None:
+    if (step := step_folder(folder)) is not None:
         saved = manifest.read_manifest(step)
         small = [name for name in saved.files if name.startswith("model/") and "safetensors" not in name]
         if problems := reader.verify_blocks(step, saved, [b for name in small for b in saved.blocks(name)]):
@@ -176,9 +164,9 @@ def _step_small(folder: Path, model: ModelConfig) -> tuple[dict[str, bytes], lis
         return small, notes
     begun = json.loads(small.get("tokenizer_config.json", b"{}")).get("add_bos_token", False)
     longest = json.loads(small["config.json"])["max_position_embeddings"]
-    bos = special_tokens(folder / "tokenizer.model").get("bos") if begun else None
-    marks = {"bos_id": bos[1] if bos else None}
-    made = model_files(config_of(model, "F32", longest), folder / "tokenizer.model", marks, longest, notes.append)
+    tokenizer = folder / "tokenizer.model"
+    _, bos = special_tokens(tokenizer).get("bos", ("", None)) if begun else ("", None)
+    made = model_files(config_of(model, "F32", longest), tokenizer, {"bos_id": bos}, longest, notes.append)
     return small | {name: data for name, data in made.items() if name.startswith("tokenizer")}, notes
 
 
@@ -214,7 +202,7 @@ def _checked(source: Source, ignored: tuple[str, ...]) -> Source:
 
 def _open_meta(folder: Path, context: int | None) -> Source:
     names = sorted(p.name for p in folder.glob("consolidated.*.pth"))
-    want = [foreign.meta_file(r) for r in range(max(1, len(names)))]
+    want = [foreign.META_FILE.format(r) for r in range(max(1, len(names)))]
     if names != want:
         raise CheckpointError(f"{folder} holds {names or 'no consolidated.NN.pth'}; it must hold {want}")
     files = {name: PthFile(folder / name) for name in names}
@@ -222,8 +210,7 @@ def _open_meta(folder: Path, context: int | None) -> Source:
 
     def source(tied: bool) -> Source:
         try:
-            params = disk.read_json(folder / "params.json")
-            model = foreign.meta_model(params, shapes, len(names), tied)
+            model = foreign.meta_model(disk.read_json(folder / "params.json"), shapes, len(names), tied)
         except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"{folder / 'params.json'} cannot be used: {error}") from error
         manifest.check_layers(folder / "params.json", model, len(shapes))
@@ -248,17 +235,15 @@ def _meta_small(source: Source, context: int | None) -> dict[str, bytes]:
     near = (source.folder, source.folder.parent)  # LLaMA 1 has it above
     path = next((f / "tokenizer.model" for f in near if disk.exists(f / "tokenizer.model")), None)
     kept = _carried(path.parent, [path.name]) if path else {}
-    if path is None or own_tokenizer(kept) is None:
-        return model_files(config, None, None, longest) | kept
-    _, bos = special_tokens(path).get("bos", ("", None))
-    return model_files(config, path, {"bos_id": bos}, longest, source.notes.append)  # Meta trained with it
+    usable = path if own_tokenizer(kept) else None
+    _, bos = special_tokens(usable).get("bos", ("", None)) if usable else ("", None)  # Meta trained with it
+    return model_files(config, usable, {"bos_id": bos}, longest, source.notes.append) | kept
 
 
 def _open_megatron(folder: Path, model: ModelConfig, head: str) -> Source:
     ranks = sorted(p.name for p in folder.glob("mp_rank_*/"))
     numbers = [[int(x) for x in re.findall(r"_(\d{1,6})", name)] or [0] for name in ranks]
-    pp = max((1 + n[1] for n in numbers if len(n) > 1), default=1)
-    tp = 1 + max(n[0] for n in numbers)
+    tp, pp = (1 + max(sum(n[i : i + 1]) for n in numbers) for i in (0, 1))  # PPP only where there are several
     want = [foreign.megatron_file(i // pp, i % pp, pp) for i in range(min(tp * pp, len(ranks) + 8))]
     if sorted(name + "/model.safetensors" for name in ranks) != sorted(want):
         raise CheckpointError(f"{folder} holds {', '.join(ranks)}; it must hold {', '.join(want)}")
@@ -271,22 +256,18 @@ def _open_megatron(folder: Path, model: ModelConfig, head: str) -> Source:
     manifest.check_layers(folder / "config.json", model, sum(len(file.places) for file in files.values()))
     local = "decoder.layers.0." + foreign.LOCAL_NORMS[0] in first
     norms = foreign.LOCAL_NORMS if local else foreign.FUSED_NORMS
-    ends = [(files[foreign.megatron_file(t, 0, pp)], files[foreign.megatron_file(t, pp - 1, pp)]) for t in range(tp)]
-    notes: list[str] = []
-    if model.tie_embeddings and any(_own_rows(*end, t * rows // tp, model.vocab_size) for t, end in enumerate(ends)):
+    notes, own = list[str](), False
+    for t in range(tp if model.tie_embeddings else 0):
+        one, other = (files[foreign.megatron_file(t, stage, pp)] for stage in (0, pp - 1))
+        if foreign.MEGATRON_EMBEDDING in one.places and foreign.MEGATRON_HEAD in other.places:
+            held = (one.places[foreign.MEGATRON_EMBEDDING].shape or (0,))[0]
+            held = min(held, max(0, model.vocab_size - t * rows // tp))  # below them is padding
+            own = own or not reader.equal_rows(one, foreign.MEGATRON_EMBEDDING, other, foreign.MEGATRON_HEAD, held)
+    if own:
         model, notes = reader.own_head(f"{folder}: {foreign.MEGATRON_HEAD}", model, head)
     format = foreign.megatron_format(model, tp, pp, rows, norms, copy=False)
     ignored = ("_extra_state", ".inv_freq", *([foreign.MEGATRON_HEAD] if model.tie_embeddings else []))
     return _checked(Source("megatron", folder, model, format, files, _carried(folder), notes=notes), ignored)
-
-
-def _own_rows(first: reader.RowReader, last: reader.RowReader, start: int, stop: int) -> bool:
-    """Whether rows `start` .. of a head, in the last stage's file, are there and not those of the embedding."""
-    embedding, own = foreign.MEGATRON_EMBEDDING, foreign.MEGATRON_HEAD
-    if own not in last.places or embedding not in first.places:
-        return False
-    rows = min((first.places[embedding].shape or (0,))[0], max(0, stop - start))  # below them is padding
-    return not reader.equal_rows(first, embedding, last, own, rows)
 
 
 def config_of(model: ModelConfig, kind: str, longest: int) -> Config:

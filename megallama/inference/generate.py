@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megallama.checkpoint import disk
-from megallama.checkpoint.errors import CheckpointError
-from megallama.checkpoint.find import find_model
-from megallama.checkpoint.reader import open_weights, step_folder
+from megallama.checkpoint import disk, manifest, reader
+from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.checkpoint.folder import find_checkpoint, step_folder
+from megallama.checkpoint.huggingface import read_model_config
 from megallama.config.errors import ConfigError
 from megallama.config.schema import ModelConfig
 from megallama.config.special_tokens import read_settings
@@ -101,24 +101,44 @@ class Llama:
         return self._linear(mixed[0].transpose(0, 1).reshape(-1, n * d), name + "o_proj")
 
 
+def find_model(path: Path, tell: Callable[[str], None] = lambda text: None) -> Path:
+    """The Hugging Face folder that `path` means: one itself, or the model/ of the step that `find_checkpoint` finds.
+
+    Raises: CheckpointError if there is none.
+    """
+    for folder in (path, path / "model"):
+        if disk.exists(folder / "config.json"):
+            return folder
+    if (step := find_checkpoint(path, tell)) != path:
+        return step / "model"
+    what = "has no complete checkpoint in it" if path.is_dir() else "is not a folder"
+    raise CheckpointError(f"{path} {what}; give a step folder, a folder of steps, a run or a Hugging Face folder")
+
+
 def load_llama(folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Llama:
     """The model of a step folder, run or Hugging Face folder, in the number format it was saved in or in `dtype`.
 
     Bytes are verified against the checkpoint's digests as they are read.  Raises CheckpointError for
     a folder, file or tensor that is missing, damaged or no part of a LLaMA.
     """
-    saved = open_weights(find_model(folder))
-    with saved.files as files:
-        weights = {name: files.tensor(name, dtype).to(device or "cpu") for name in global_shapes(saved.config)}
-    path = saved.folder / "config.json"
+    folder = find_model(folder)
+    step = step_folder(folder)
+    if step and (problems := reader.verify_blocks(step, manifest.read_manifest(step), [("model/config.json", 0)])):
+        raise DamagedError(problems[0])
+    model = read_model_config(folder)
+    with reader.open_folder(folder) as files:
+        model, notes = reader.head_of(folder, files, model)
+        reader.check_tensors(folder, files, model)
+        weights = {name: files.tensor(name, dtype).to(device or "cpu") for name in global_shapes(model)}
+    path = folder / "config.json"
     raw = disk.read_json(path)
     longest = raw.get("max_position_embeddings")
     if type(longest) is not int or not 0 < longest <= MAX_CONTEXT:
         raise CheckpointError(f"{path} has max_position_embeddings={longest}; write the longest sequence [tokens]")
-    eos = read_settings(saved.folder / "generation_config.json").get("eos_token_id", raw.get("eos_token_id"))
+    eos = read_settings(folder / "generation_config.json").get("eos_token_id", raw.get("eos_token_id"))
     ends = frozenset(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))
-    llama = Llama(saved.config, longest, weights, ends)
-    llama.notes = saved.notes
+    llama = Llama(model, longest, weights, ends)
+    llama.notes = notes
     return llama
 
 

@@ -128,7 +128,7 @@ class Trainer:
 
     def _check_request(self) -> None:
         """What a run that starts anew asks for in vain is known before anything is made."""
-        if self._world.rank == 0 and self._manager.starts_anew():
+        if self._world.rank == 0 and self._manager.starts_fresh():
             self._find_last_step()
 
     def _check_room(self) -> list[str]:
@@ -166,7 +166,6 @@ class Trainer:
         return CheckpointManager(
             self._config,
             Path(folder),
-            self._world.rank,
             self._world.host_group("checkpoint"),
             tokenizer.path if tokenizer else None,
             self._log.info,

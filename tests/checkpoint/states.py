@@ -104,7 +104,7 @@ def make_manager(folder: Path, config: Config, group: Group | None = None, **mor
     group = group or Solo()
     tokenizer, log = more.pop("tokenizer", None), more.pop("log", lambda text: None)
     settings = {"shard_bytes": 60_000, "block_bytes": 4096, "lease_seconds": 0.6} | more
-    return CheckpointManager(config, folder, group.rank, group, tokenizer, log, **settings)
+    return CheckpointManager(config, folder, group, tokenizer, log, **settings)
 
 
 def save_on(

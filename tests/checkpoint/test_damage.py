@@ -1,4 +1,4 @@
-"""No damaged byte is ever used: it is named, the folder set aside, the checkpoint before it loaded."""
+"""No damaged byte is ever used: it is named, the folder quarantined, the checkpoint before it loaded."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_every_flipped_bit_is_found_and_its_block_named(folder: Path) -> None:
         only_weights = path.parent.name == "model"  # which a resume does not need
         assert found == (2 if only_weights else 1) and len(log) == 1 and re.search(where, log[0]), (path, at, log)
         if not only_weights:
-            assert log[0].endswith("set aside as step-00000002.damaged")
+            assert log[0].endswith("quarantined as step-00000002.damaged")
             (folder / "step-00000002.damaged").rename(step)
         path.write_bytes(original)
     assert resume(folder) == (2, [])
@@ -126,7 +126,7 @@ def test_weights_moved_away_by_hand_do_not_cost_the_step(folder: Path, tmp_path_
     found, log = resume(folder)
     assert found == 2 and len(log) == 1 and "step-00000002/model/config.json cannot be opened: No such file" in log[0]
     assert inspect([str(folder), "--verify"]) == 1
-    assert "the training state is whole: a run resumes from it, and its next save writes model/ anew" in (
+    assert "the training state is whole: a run resumes from it, and its next save writes model/ again" in (
         capsys.readouterr().out
     )
 
@@ -164,7 +164,7 @@ def test_hint_file_is_only_a_hint(folder: Path) -> None:
 def test_no_usable_checkpoint_never_means_random_weights(folder: Path) -> None:
     for step in (1, 2):
         next((folder / f"step-0000000{step}/optimizer").glob("master-00002*")).unlink()
-    for _ in range(2):  # the second time both are already set aside
+    for _ in range(2):  # the second time both are already quarantined
         with pytest.raises(CheckpointError, match=r"(?s)none is usable:.*step-00000001.*checkpoint.resume=fresh"):
             resume(folder)
     assert make_manager(folder, make_config(resume="fresh")).resume(empty_solo()) is None
@@ -177,7 +177,7 @@ def test_damage_found_while_reading_in_all_checkpoints(folder: Path) -> None:
         resume(folder)
 
 
-def test_damage_is_set_aside_again_under_another_name(folder: Path) -> None:
+def test_damage_is_quarantined_again_under_another_name(folder: Path) -> None:
     shutil.copytree(folder / "step-00000002", folder / "step-00000002.damaged")
     (folder / "step-00000002/manifest.json").unlink()
     assert resume(folder)[0] == 1
@@ -230,7 +230,7 @@ def test_what_some_ranks_do_not_see_is_no_damage(tmp_path, mode: str) -> None:
     def rank(group):
         manager = make_manager(tmp_path / "ab"[group.rank], make_config(resume=mode), group, log=log.append)
         if mode == "previous":
-            return manager.newest().name
+            return manager.newest()[0].name
         wanted = "rank 1 on .*b/step-00000002 has no manifest.json.*do all nodes share the folder"
         with pytest.raises(UnreadableError, match=wanted) as error:
             manager.newest()
@@ -260,7 +260,7 @@ def rewrite(step: Path, **changes) -> None:
     (step / "manifest.json").write_bytes(manifest.render(body | changes))
 
 
-def test_a_newer_format_is_refused_not_set_aside(folder: Path) -> None:
+def test_a_newer_format_is_refused_not_quarantined(folder: Path) -> None:
     rewrite(folder / "step-00000002", format=2)
     with pytest.raises(CheckpointError, match="has checkpoint format 2; this program reads format 1"):
         resume(folder)

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from megallama.checkpoint import manifest, reader
+from megallama.checkpoint import manifest
 from megallama.checkpoint.errors import CheckpointError
-from megallama.checkpoint.reader import open_weights
 from megallama.commands.convert import main as reshard
 from megallama.commands.generate import main as generate
 from megallama.commands.inspect_checkpoint import main as inspect
 from megallama.convert.source import open_source
+from megallama.inference.generate import load_llama
 from tests.checkpoint.states import MODEL, empty_solo, make_config, make_manager, make_state, solo_shards
 from tests.convert.formats import to
 
@@ -73,7 +73,7 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], what: str = "", *,
         with pytest.raises(CheckpointError):
             make_manager(folder.parent / "new", make_config()).load_weights(folder, empty_solo())
     with pytest.raises(CheckpointError) as error:
-        open_weights(folder)
+        load_llama(folder)
     assert what in texts[1], texts
     return str(error.value)
 
@@ -375,5 +375,5 @@ def test_tensors_larger_than_their_pth_file_are_refused(hf: Path, tmp_path: Path
 
 
 def test_a_sound_folder_passes_all_this(hf: Path, step: Path, tmp_path: Path) -> None:
-    assert reader.open_weights(hf).config == reader.open_weights(step).config
+    assert load_llama(hf).model == load_llama(step).model
     assert reshard([str(hf), str(tmp_path / "out"), "--to", "meta"]) == 0

@@ -12,7 +12,7 @@ import torch
 from megallama.checkpoint.errors import CheckpointError, DamagedError
 from megallama.checkpoint.huggingface import model_files, read_model_config
 from megallama.checkpoint.manifest import architecture
-from megallama.checkpoint.reader import open_weights
+from megallama.checkpoint.reader import open_folder
 from megallama.config.load import load
 from megallama.config.schema import Config, ModelConfig, RopeScaling
 from megallama.inference.generate import load_llama
@@ -153,35 +153,31 @@ def test_weights_of_a_hugging_face_folder(model: ModelConfig, dtype: torch.dtype
         assert_holds(shards, state)
 
     on_grid(grid, rank)
-    weights = open_weights(tmp_path / "hf")
-    assert architecture(weights.config) == architecture(model) and weights.folder == tmp_path / "hf"
-    with weights.files as files:
-        assert all(torch.equal(files.tensor(n), t) and files.tensor(n).dtype == dtype for n, t in tensors.items())
+    llama = load_llama(tmp_path / "hf")
+    assert architecture(llama.model) == architecture(model) and llama.weights.keys() == tensors.keys()
+    assert all(torch.equal(llama.weights[n], t) and llama.weights[n].dtype == dtype for n, t in tensors.items())
 
 
-def test_open_weights_reads_boxes_of_step_and_model_folders(tmp_path) -> None:
+def test_open_folder_reads_boxes_of_step_and_model_folders(tmp_path) -> None:
     step, want = saved(tmp_path, make_config()), make_state()["master"]
     name = "model.layers.2.mlp.down_proj.weight"
     for folder in (step, step / "model"):
-        weights, box = open_weights(folder), torch.empty(27 * 14)
-        with weights.files as files:
-            assert weights.folder == step / "model" and list(files.places) == list(want)
-            assert files.tensor(name).dtype == torch.bfloat16
+        box = torch.empty(27 * 14)
+        with open_folder(folder) as files:
+            assert list(files.places) == list(want) and files.tensor(name).dtype == torch.bfloat16
             assert torch.equal(files.tensor(name), want[name].bfloat16())
             files.read_into(Box(name, (3, 7), (30, 21)), box)
         assert torch.equal(box.view(27, 14), want[name].bfloat16().float()[3:30, 7:21])
 
 
-def test_a_flipped_bit_under_open_weights_is_named(tmp_path) -> None:
+def test_a_flipped_bit_under_load_llama_is_named(tmp_path) -> None:
     step = saved(tmp_path, make_config())
     path = next((step / "model").glob("*.safetensors"))
     data = bytearray(path.read_bytes())
     data[-1] ^= 4
     path.write_bytes(data)
     with pytest.raises(DamagedError, match=rf"{path.name} is damaged in block {(len(data) - 1) // 4096} "):
-        with open_weights(step).files as files:
-            for name in files.places:
-                files.tensor(name)
+        load_llama(step)
 
 
 def test_masters_of_our_step_folder_are_taken_and_moments_reset(tmp_path) -> None:
@@ -226,15 +222,15 @@ def test_foreign_architectures_are_refused(change: dict, message: str, tmp_path)
     path = tmp_path / "other/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
-        open_weights(tmp_path / "other")
+        load_llama(tmp_path / "other")
 
 
 def test_folders_without_weights_are_refused(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="config.json does not exist; give a step folder or a Hugging Face"):
-        open_weights(tmp_path)
+        read_model_config(tmp_path)
     shutil.copy(saved(tmp_path, make_config()) / "model/config.json", tmp_path)
     with pytest.raises(CheckpointError, match=r"neither manifest.json nor model.safetensors\(.index.json\)"):
-        open_weights(tmp_path)
+        load_llama(tmp_path)
 
 
 def test_foreign_files_cut_short_are_named(tmp_path) -> None:
@@ -250,7 +246,7 @@ def test_foreign_files_cut_short_are_named(tmp_path) -> None:
     ):
         path.write_bytes(data)
         with pytest.raises(DamagedError, match=f"model.safetensors.*{message}"):
-            open_weights(tmp_path / "hf")
+            load_llama(tmp_path / "hf")
 
 
 def test_old_rotary_buffers_are_ignored(tmp_path) -> None:
@@ -259,7 +255,6 @@ def test_old_rotary_buffers_are_ignored(tmp_path) -> None:
     tensors = hf_folder(tmp_path / "hf", MODEL, torch.float32)
     path = tmp_path / "hf/model.safetensors"
     save_file(load_file(path) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, path)
-    assert open_weights(tmp_path / "hf").config == MODEL
     found = load_llama(tmp_path / "hf").weights
     assert found.keys() == tensors.keys() and all(torch.equal(found[n], t) for n, t in tensors.items())
 

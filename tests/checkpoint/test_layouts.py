@@ -112,28 +112,28 @@ def test_safetensors_reads_our_files(dtype: str, bits: torch.dtype, tmp_path) ->
 
 def test_headers_do_not_change_without_a_new_format_number() -> None:
     sets = layout(MODEL, "bf16", 60_000)
-    headers = hashlib.sha256(b"".join(f.header for s in sets.values() for f in s.files)).hexdigest()
+    headers = hashlib.sha256(b"".join(h for s in sets.values() for h in s.headers.values())).hexdigest()
     assert headers == "394bbfaa51b850dcb78c2637ad6b31375f64a0f2e33b1232d52d4f79ac147223"
-    assert {len(f.header) % 8 for s in sets.values() for f in s.files} == {0}
+    assert {len(h) % 8 for s in sets.values() for h in s.headers.values()} == {0}
 
 
 def test_files_are_begun_at_the_size_limit() -> None:
     shapes = {"a": (4, 10), "b": (1000,), "c": (3,), "d": (3,)}
     found = file_set("x/y", shapes, "F32", 200)
-    assert [f.name for f in found.files] == [f"x/y-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert list(found.sizes) == [f"x/y-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert [p.file[4] for p in found.places.values()] == ["0"] * 4
     assert [int(p.file[4:9]) for p in found.places.values()] == [1, 2, 3, 3]
     assert json.loads(found.index())["metadata"]["total_size"] == (40 + 1000 + 6) * 4
     assert found.places["d"].offset == found.places["c"].offset + 12
-    assert found.files[1].size == len(found.files[1].header) + 4000
+    assert found.sizes["x/y-00002-of-00003.safetensors"] == len(found.headers["x/y-00002-of-00003.safetensors"]) + 4000
 
 
 def test_sizes_of_the_released_models() -> None:
     llama_7b = ModelConfig(hidden_size=4096, num_layers=32, num_heads=32, ffn_hidden_size=11008, vocab_size=32000)
     sets = layout(llama_7b, "bf16")
-    assert len(sets["model"].files) == 3 and len(sets["master"].files) == 6
+    assert len(sets["model"].sizes) == 3 and len(sets["master"].sizes) == 6
     assert json.loads(sets["model"].index())["metadata"]["total_size"] == 2 * 6_738_415_616
-    assert all(f.size < 5_000_100_000 for s in sets.values() for f in s.files)
+    assert all(size < 5_000_100_000 for s in sets.values() for size in s.sizes.values())
 
 
 def test_state_that_no_rank_owns_is_an_error(tmp_path) -> None:

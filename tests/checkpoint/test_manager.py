@@ -401,7 +401,7 @@ def test_going_back_replaces_the_steps_done_again(tmp_path) -> None:
     manager.load(tmp_path / "step-00000010", empty_solo())
     again = make_state(seed=5)
     manager.save(20, solo_shards(again), {"step": 20})
-    assert manager.newest() == tmp_path / "step-00000020"  # the last saved, not the highest
+    assert manager.newest()[0] == tmp_path / "step-00000020"  # the last saved, not the highest
     shards = empty_solo()
     assert manager.resume(shards) == {"step": 20}
     assert_holds(shards, again)
@@ -412,7 +412,7 @@ def test_a_fresh_start_does_not_delete_the_checkpoints_of_the_run_before(tmp_pat
     save_steps(tmp_path, [100, 200])
     save_steps(tmp_path, [1, 2, 3])  # another manager that loaded nothing: another line
     assert steps(tmp_path) == [2, 3, 100, 200]
-    assert make_manager(tmp_path, make_config()).newest() == tmp_path / "step-00000003"
+    assert make_manager(tmp_path, make_config()).newest()[0] == tmp_path / "step-00000003"
     manager = make_manager(tmp_path, make_config())
     manager.resume(empty_solo())
     manager.save(4, solo_shards(STATE), {})
@@ -440,7 +440,7 @@ def test_crash_leftovers_are_cleaned_at_the_start(tmp_path) -> None:
     (tmp_path / "notes.tmp").write_text("not ours")
     log: list[str] = []
     manager = make_manager(tmp_path, make_config(), log=log.append)
-    assert manager.newest() == tmp_path / "step-00000001"
+    assert manager.newest()[0] == tmp_path / "step-00000001"
     manager.acquire()
     assert sorted(log) == [
         "checkpoints: removed latest.tmp, which was not finished",
@@ -519,7 +519,7 @@ def test_manifests_are_read_once(tmp_path, monkeypatch) -> None:
     body = manifest.read_manifest(tmp_path / "step-00000001").body
     changed = manifest.render({k: v for k, v in body.items() if k != "digest"} | {"sequence": 77})
     (tmp_path / "step-00000001/manifest.json").write_bytes(changed)
-    assert manager.newest() == tmp_path / "step-00000001"  # the file has changed: it is read again
+    assert manager.newest()[0] == tmp_path / "step-00000001"  # the file has changed: it is read again
 
 
 # ---- saves that last ----

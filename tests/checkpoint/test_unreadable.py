@@ -135,7 +135,7 @@ def test_what_is_saved_after_an_unreadable_step_counts_as_newer_than_it(folder: 
     assert manager.resume(shards) == {"step": 1}
     manager.save(3, shards, {"step": 3})
     monkeypatch.undo()
-    assert make_manager(folder, make_config()).newest().name == "step-00000003"
+    assert make_manager(folder, make_config()).newest()[0].name == "step-00000003"
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])

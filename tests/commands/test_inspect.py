@@ -11,9 +11,9 @@ import pytest
 
 from megallama.checkpoint import writer
 from megallama.checkpoint.errors import CheckpointError
-from megallama.checkpoint.find import find_checkpoint, find_model
-from megallama.checkpoint.reader import open_weights
+from megallama.checkpoint.folder import find_checkpoint
 from megallama.commands.inspect_checkpoint import main
+from megallama.inference.generate import find_model, load_llama
 from tests.checkpoint.states import MODEL, elements, make_config, make_manager, make_state, solo_shards
 from tests.convert.formats import to
 
@@ -52,7 +52,7 @@ def test_every_tool_takes_every_path_to_a_checkpoint(folder: Path, capsys) -> No
         assert main([str(newest), str(path)]) == 0  # compared with
         assert capsys.readouterr().out.endswith("\n0 of 156 tensors differ\n")
         assert find_checkpoint(path) == newest and find_model(path) == newest / "model"
-        open_weights(find_model(path)).files.close()
+        load_llama(path)
         shards = solo_shards(make_state(seed=9))
         make_manager(folder / "other", make_config()).load_weights(path, shards)  # checkpoint.weights_from
     (newest / "manifest.json").write_text("{}")

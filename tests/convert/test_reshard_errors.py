@@ -339,7 +339,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_a_killed_one_is_cleared_aw
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert_module, "_write_tensor", interrupted)
+        patch.setattr(convert_module, "_write_rows", interrupted)
         assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "hf"]) == 130
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
     for kind, names in (

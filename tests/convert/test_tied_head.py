@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megallama.checkpoint.errors import CheckpointError
-from megallama.checkpoint.reader import open_weights
 from megallama.commands.convert import main
-from megallama.convert import second_reader
+from megallama.convert.compare_logits import _second_reading
 from megallama.inference.generate import load_llama
 from tests.checkpoint.states import assert_holds, empty_solo, make_config, make_manager
 from tests.convert.formats import (
@@ -151,7 +150,7 @@ def test_text_is_made_with_the_head_of_the_file(tmp_path: Path) -> None:
     tensors = folder_with_head(tmp_path / "hf")
     llama = load_llama(tmp_path / "hf")
     assert torch.equal(llama.head, tensors[HEAD]) and len(llama.notes) == 1 and NOTE in llama.notes[0]
-    assert open_weights(tmp_path / "hf").config.tie_embeddings is False
+    assert llama.model.tie_embeddings is False
 
 
 def test_verification_sees_a_head_that_was_dropped(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -181,7 +180,7 @@ def test_the_second_reader_is_right(tmp_path: Path, model: str) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     with torch.no_grad():
         want = theirs(tokens[None]).logits[0]
-        found, head = second_reader._second_reading(tmp_path / "hf", tokens, torch.float32)
+        found, head = _second_reading(tmp_path / "hf", tokens, torch.float32)
     assert (found - want).abs().max() < 1e-5 * want.abs().max()
     assert head == ("model.embed_tokens" if MODELS[model].tie_embeddings else "lm_head")
 

@@ -149,7 +149,7 @@ def beside() -> None:
     """Beside the fp32 checkpoints: what damage, a crash in a replacement and a crash in a save leave."""
     folder = OUT / "fp32" / "checkpoints"
     three, two = folder / "step-00000003", folder / "step-00000002"
-    damaged = folder / "step-00000004.damaged"  # set aside by an earlier start
+    damaged = folder / "step-00000004.damaged"  # quarantined by an earlier start
     shutil.copytree(three, damaged)
     raw = bytearray((damaged / "manifest.json").read_bytes())
     raw[200] ^= 1
