@@ -36,6 +36,7 @@ import one_rank  # noqa: E402
 import torch  # noqa: E402
 from report import RESULTS, header, machine, median, table  # noqa: E402
 
+from megallama.pipeline.runtime import Observer  # noqa: E402
 from megallama.plan.memory import rank_memory  # noqa: E402
 from megallama.train.step import train_step  # noqa: E402
 
@@ -51,13 +52,20 @@ LAYOUTS = {
 KINDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 
 
-class Clock:
-    """Readings of the host's clock, each with an event on the device; `runtime.clock` gets their numbers."""
+class Clock(Observer):
+    """Readings of the host's clock, each with an event on the device, at the ends of actions, by number."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._host: list[float] = []
         self._events: list[Any] = []
+        self.timings: list[list[float]] = []  # start and end of every action, and of the wait for the last sends
+
+    def started(self, action: Any) -> None:
+        self.timings.append([self()])
+
+    def ended(self) -> None:
+        self.timings[-1].append(self())
 
     def __call__(self) -> float:
         self._host.append(time.perf_counter())
@@ -80,16 +88,14 @@ class Clock:
 
 def actions(rank: Any, schedule: Any, batches: list[Any], device: torch.device) -> dict[str, dict[str, float]]:
     """Kind -> milliseconds of its median action, on the device and to issue; and of the whole pipeline part."""
-    rank.runtime.clock = clock = Clock(device)
+    rank.runtime.observer = clock = Clock(device)
     begin = clock()
     train_step(rank, schedule, batches, lr=1e-5)
     one_rank.synchronize(device)
-    rank.runtime.clock = None
+    rank.runtime.observer = Observer()
     seen: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    timings = rank.runtime.timings
-    for action, timing in zip(schedule.steps[rank.groups.pp.rank], timings, strict=False):
+    for action, at in zip(schedule.steps[rank.groups.pp.rank], clock.timings, strict=False):
         if action.kind.is_compute:
-            at = timing.start, timing.end
             seen[KINDS[str(action.kind.value)]].append((clock.device(*at), clock.host(*at)))
     out = {
         kind: {
@@ -97,7 +103,7 @@ def actions(rank: Any, schedule: Any, batches: list[Any], device: torch.device) 
         }
         for kind, x in seen.items()
     }  # fmt: skip
-    whole = begin, timings[-1].end
+    whole = begin, clock.timings[-1][1]
     out["pipeline"] = {"device_ms": 1e3 * clock.device(*whole), "issue_ms": 1e3 * clock.host(*whole), "count": 1}
     return out
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megallama.train.signals import (
     SAVED,
@@ -27,6 +27,7 @@ from megallama.train.signals import (
 if TYPE_CHECKING:
     from megallama.comm.launch import Launch, World
     from megallama.config.schema import Config
+    from megallama.plan.plan import Plan
     from megallama.train.log import Logger
 
 BAD_REQUEST, NOT_FINITE, FAILED, CRASHED = 2, 3, 4, 1
@@ -35,18 +36,18 @@ BAD_REQUEST, NOT_FINITE, FAILED, CRASHED = 2, 3, 4, 1
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these arguments (default: the command line's); the exit status."""
     with SignalFlag() as signals:
-        status = _main(list(sys.argv[1:] if argv is None else argv), signals)
+        status = _run(list(sys.argv[1:] if argv is None else argv), signals)
         signals.leaving(status, for_good=argv is None or status == SAVED)
         return status
 
 
-def _main(arguments: Sequence[str], signals: SignalFlag) -> int:
+def _run(arguments: Sequence[str], signals: SignalFlag) -> int:
     from megallama.config.errors import MegallamaError, exit_status
     from megallama.train.log import Logger
 
     if not arguments or {"-h", "--help"} & set(arguments):
         return exit_status(lambda: print((__doc__ or "").strip())) or (0 if arguments else BAD_REQUEST)
-    from megallama.comm.launch import detect_launch  # imports torch: after --help
+    from megallama.comm.launch import detect_launch, start  # imports torch: after --help
 
     log = Logger(0, 1)
     try:
@@ -55,7 +56,18 @@ def _main(arguments: Sequence[str], signals: SignalFlag) -> int:
         signals.before_leaving(partial(_say, log))
         if launch.world_size == 1:
             signals.listen(signals.leave)
-        return _run(arguments, launch, signals, log)
+        from megallama.train.loop import TrainingLoop
+        from megallama.train.setup import set_up
+
+        config, plan, needs = _request(arguments, launch, signals, log)
+        with start(launch, config.run, listener=signals, **needs) as world:
+            try:
+                with set_up(config, plan, world, log, signals) as setup:  # opens the log where the request is good
+                    return TrainingLoop(setup).run()
+            except Exception as error:
+                return _failed(error, world, log, signals, Path(config.run.folder))
+            finally:
+                log.close()
     except MegallamaError as error:
         signals.leaving(error.status)
         log.error(str(error), aloud=log.rank == 0 or not error.shared)
@@ -70,14 +82,15 @@ def _say(log: Logger, why: str, status: int) -> None:
         log.error(why, aloud=log.rank == 0)
 
 
-def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag, log: Logger) -> int:
+def _request(
+    arguments: Sequence[str], launch: Launch, signals: SignalFlag, log: Logger
+) -> tuple[Config, Plan, dict[str, Any]]:
+    """Configuration, plan, and what `start` has to know of them."""
     from megallama.checkpoint.layout import SHARD_BYTES
     from megallama.comm.groups import partitions
-    from megallama.comm.launch import start
     from megallama.config.load import is_setting, to_toml
     from megallama.plan.params import num_parameters
     from megallama.plan.plan import make_plan
-    from megallama.train.trainer import Trainer
 
     file = None if is_setting(arguments[0]) else Path(arguments[0])
     try:
@@ -91,13 +104,7 @@ def _run(arguments: Sequence[str], launch: Launch, signals: SignalFlag, log: Log
     groups = [len(ranks) for part in parts for ranks in part if launch.rank in ranks]
     sources = len(config.data.train) + len(config.data.valid) + len(config.data.test)
     files = 2 * sources + 4 + 16 * num_parameters(config.model) // SHARD_BYTES
-    with start(launch, config.run, same, listener=signals, groups=groups, files=files) as world:
-        try:
-            return Trainer(config, plan, world, log, signals).run()  # opens the log where the request is good
-        except Exception as error:
-            return _failed(error, world, log, signals, Path(config.run.folder))
-        finally:
-            log.close()
+    return config, plan, {"config_hash": same, "groups": groups, "files": files}
 
 
 def load(file: Path | None, overrides: Sequence[str], ranks: int, note: Callable[[str], None]) -> Config:

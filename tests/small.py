@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from megallama.comm.group import Solo
 from megallama.comm.groups import Groups, build_groups
 from megallama.config.load import resolve
 from megallama.config.schema import Config
-from megallama.data.batch import MicroBatch
 from megallama.kernels.documents import Documents
 from megallama.kernels.select import select_kernels
+from megallama.layers.batch import MicroBatch
+from megallama.model.llama import Stage
 from megallama.plan.plan import Plan, make_plan
-from megallama.train.assemble import DTYPES, Rank, assemble, initialize
+from megallama.train.assemble import DTYPES, Worker, assemble, initialize
 from megallama.train.step import StepConsensus, train_step
 from tests.threads import run_threads
 
@@ -42,25 +44,33 @@ def small_config(**sections: dict[str, Any]) -> Config:
     return resolve(Config.model_validate(merged))
 
 
-def solo_rank(config: Config) -> Rank:
+def solo_rank(config: Config) -> Worker:
     """The parts of a job of one rank, with initial weights."""
     plan = make_plan(config, 1)
     groups = build_groups(plan.topology, 0, config.model.num_kv_heads or 1, lambda name, parts: Solo(name))
     return build(plan, groups)
 
 
-def build(plan: Plan, groups: Groups, device: torch.device = CPU) -> Rank:
+def build(plan: Plan, groups: Groups, device: torch.device = CPU) -> Worker:
     """The parts of one rank, with initial weights."""
     rank = assemble(plan, groups, device, select_kernels(device, DTYPES[plan.config.precision.dtype]))
     initialize(rank, plan.config.train.seed)
     return rank
 
 
-def logits(rank: Rank, tokens: torch.Tensor) -> torch.Tensor:
+def body_of(stage: Stage, embed: bool = True) -> Stage:
+    """A copy of the stage without its head, and without its embedding if so asked for."""
+    part = copy(stage)
+    part.head, part.embed = None, stage.embed if embed else None
+    return part
+
+
+def logits(rank: Worker, tokens: torch.Tensor) -> torch.Tensor:
     """All logits [T, V] of the tokens [T] of samples, on a rank that holds the whole model."""
     (stage,), head = rank.stages.values(), rank.stages[0].head
     assert head is not None and rank.groups.tp.size == 1
-    return head.param.fprop(head.norm.forward(stage.body(None, tokens)))[:, : head.valid]
+    hidden = body_of(stage)(None, MicroBatch(tokens, tokens))
+    return head.param.fprop(head.norm.forward(hidden))[:, : head.valid]
 
 
 def tokens(config: Config, steps: int, seed: int = 5) -> torch.Tensor:
@@ -82,7 +92,7 @@ def documents(config: Config, steps: int, seed: int = 6) -> torch.Tensor:
 
 
 def micro_batches(
-    rank: Rank, data: torch.Tensor, masks: torch.Tensor | None = None, starts: torch.Tensor | None = None
+    rank: Worker, data: torch.Tensor, masks: torch.Tensor | None = None, starts: torch.Tensor | None = None
 ) -> list[MicroBatch]:
     """This rank's micro-batches of one global batch [global batch, s + 1]; of documents, if `starts` says where."""
     size, dp = rank.plan.config.batch.micro_batch_size, rank.groups.dp
@@ -100,7 +110,7 @@ def micro_batches(
 
 
 def train(
-    rank: Rank, data: torch.Tensor, masks: torch.Tensor | None = None, starts: torch.Tensor | None = None
+    rank: Worker, data: torch.Tensor, masks: torch.Tensor | None = None, starts: torch.Tensor | None = None
 ) -> list[StepConsensus]:
     """One training step on each batch of `data` [steps, global batch, s + 1]."""
     results = []
@@ -113,7 +123,7 @@ def train(
     return results
 
 
-def on_threads(config: Config, ranks: int, fn: Callable[[Rank], Any], delays: int | None = None) -> list[Any]:
+def on_threads(config: Config, ranks: int, fn: Callable[[Worker], Any], delays: int | None = None) -> list[Any]:
     """fn on every rank of a job whose ranks are threads; `delays` is the seed of random ones."""
     plan = make_plan(config, ranks)
     heads = config.model.num_kv_heads or 1

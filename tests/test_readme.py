@@ -13,7 +13,7 @@ from megallama import cli, pretrain
 from megallama.config.describe import settings
 from megallama.config.load import load
 from megallama.config.schema import Config
-from megallama.train import trainer
+from megallama.train import loop, setup
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -77,8 +77,8 @@ def test_the_files_to_read_are_eight() -> None:
 def test_exit_statuses_are_the_programs() -> None:
     rows = dict(re.findall(r"^\| (\d+) \| (.+) \|$", README, re.M))
     assert set(rows) == {"0", "75", "2", "4", "3", "1"}
-    constants = (trainer.FINISHED, trainer.SAVED, pretrain.BAD_REQUEST, pretrain.NOT_FINITE, pretrain.CRASHED)
-    assert constants == (0, 75, 2, 3, 1) and trainer.FAILED == pretrain.FAILED == 4
+    constants = (loop.FINISHED, loop.SAVED, pretrain.BAD_REQUEST, pretrain.NOT_FINITE, pretrain.CRASHED)
+    assert constants == (0, 75, 2, 3, 1) and setup.FAILED == pretrain.FAILED == 4
 
 
 def test_layout_table_is_the_examples() -> None:

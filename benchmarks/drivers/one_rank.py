@@ -25,9 +25,9 @@ from megallama.comm.group import Done, Group, Handle, Op, Solo  # noqa: E402
 from megallama.comm.groups import Partition, build_groups  # noqa: E402
 from megallama.config.load import load  # noqa: E402
 from megallama.config.schema import Config  # noqa: E402
-from megallama.data.batch import MicroBatch  # noqa: E402
+from megallama.layers.batch import MicroBatch  # noqa: E402
 from megallama.plan.plan import Plan, make_plan  # noqa: E402
-from megallama.train.assemble import Rank, assemble, kernels_of  # noqa: E402
+from megallama.train.assemble import Worker, assemble, kernels_of  # noqa: E402
 
 NO_GPU = f"error: torch {torch.__version__} finds no GPU; --cpu-check runs all of it on a tiny model, on the CPU"
 QUIET = ("lr_schedule.kind=constant", "lr_schedule.warmup_steps=0", "data.synthetic=true")
@@ -55,7 +55,7 @@ def config_of(overrides: Sequence[str], ranks: int = 1) -> Config:
     return load(None, [*QUIET, *overrides], ranks=ranks)
 
 
-def build(config: Config, device: torch.device, ranks: int = 1, rank: int = 0) -> tuple[Rank, tuple[str, ...]]:
+def build(config: Config, device: torch.device, ranks: int = 1, rank: int = 0) -> tuple[Worker, tuple[str, ...]]:
     """Rank `rank` of a job of `ranks` on `device`, with random weights; and which kernels were chosen."""
     plan = make_plan(config, ranks)
 

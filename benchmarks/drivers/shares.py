@@ -23,8 +23,10 @@ from megallama.comm import c10d, shared_memory
 from megallama.comm.launch import detect_launch, start
 from megallama.config.load import load
 from megallama.plan.plan import make_plan
-from megallama.train import trainer
+from megallama.train import loop
 from megallama.train.log import Logger
+from megallama.train.setup import set_up
+from megallama.train.signals import SignalFlag
 from megallama.train.step import StepConsensus, train_step
 
 WARM_UP, STEPS = 2, 3
@@ -98,9 +100,10 @@ def main() -> None:
     config = load(None, sys.argv[1:], ranks=launch.world_size)
     mark_waits()
     with start(launch, config.run) as world:
-        trainer.train_step = Profiled(world.rank)  # type: ignore[assignment]
+        loop.train_step = Profiled(world.rank)  # type: ignore[assignment]
         log = Logger(1, max(2, world.world_size))  # rank 1 of it: says nothing on standard output
-        trainer.Trainer(config, make_plan(config, launch.world_size), world, log).run()
+        with set_up(config, make_plan(config, launch.world_size), world, log, SignalFlag()) as setup:
+            loop.TrainingLoop(setup).run()
 
 
 if __name__ == "__main__":

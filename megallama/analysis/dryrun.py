@@ -26,13 +26,13 @@ from megallama.analysis.agreement import Program, prove
 from megallama.analysis.recording import Call, FakeGroup, Recording, Wait
 from megallama.comm.group import Group, Solo
 from megallama.comm.groups import Partition, build_groups, partitions
-from megallama.data.batch import MicroBatch
 from megallama.kernels.documents import Documents
 from megallama.kernels.select import select_kernels
-from megallama.model.llama import Stage, StageInput
+from megallama.layers.batch import MicroBatch
+from megallama.model.llama import Stage
 from megallama.plan.memory import stage_layout
 from megallama.plan.plan import Plan
-from megallama.plan.schedule import F, Kind
+from megallama.plan.schedule import Action, F, Kind
 from megallama.train.assemble import DTYPES, assemble
 from megallama.train.step import evaluate_step, train_step
 
@@ -120,17 +120,18 @@ class _Tape:
 
     def label(self) -> str:
         """What a call is for, alike on all members of its group: action and phase; of a message, the value's maker."""
-        kind, _, at = (action := self.action()).partition("_")
-        if at:  # send_F2.0 and recv_F3.0 are one message
-            stage, _, microbatch = at[1:].partition(".")
-            maker = int(stage) - (kind == "recv") * (1 if at[0] == "F" else -1)
-            action = f"the result of {at[0]}{maker}.{microbatch}"
-        return f"{action} of {self.phase}" if action else self.phase
+        if (action := self.rank.runtime.observer.action) is None:
+            return self.phase
+        if action.kind.is_compute:
+            return f"{action} of {self.phase}"
+        way, _, made_by = action.kind.partition("_")  # send_F2.0 and recv_F3.0 are one message
+        maker = action.stage - (way == "recv") * (1 if made_by == "F" else -1)
+        return f"the result of {made_by}{maker}.{action.microbatch} of {self.phase}"
 
-    def action(self) -> str:
-        """The action under way, as text; empty outside the pipeline."""
-        word, _, rest = self.rank.runtime.position.partition(" (")
-        return word if rest else ""
+    def action(self) -> Action:
+        """The action under way."""
+        assert (action := self.rank.runtime.observer.action) is not None, "outside the pipeline"
+        return action
 
     def _batches(self, size: int) -> list[MicroBatch]:
         b, masked = self.plan.config.batch, self.plan.config.data.document_mask
@@ -174,12 +175,12 @@ class _Repeating:
         self._out: dict[bool, Tensor] = {}
         self._anchor = torch.zeros(0, requires_grad=True)  # the first stage has no input that asks for a gradient
 
-    def __call__(self, hidden: Tensor | None, batch: StageInput) -> Tensor:
+    def __call__(self, hidden: Tensor | None, batch: MicroBatch) -> Tensor:
         train = torch.is_grad_enabled()
         if self._phase != self._tape.phase:
             self._phase = self._tape.phase
             self._choose(train)
-        if int(self._tape.action().partition(".")[2]) in self._whole:
+        if self._tape.action().microbatch in self._whole:
             out = self._stage(hidden, batch)
             self._out[train] = torch.empty_like(out)
             return out
@@ -188,7 +189,7 @@ class _Repeating:
         return repeated
 
     def backward(self) -> None:
-        self._repeat(Kind(self._tape.action()[0]), True)
+        self._repeat(self._tape.action().kind, True)
 
     def _choose(self, train: bool) -> None:
         """The micro-batches to run in full in this phase, and for each kind of action the one to learn from."""

@@ -81,14 +81,14 @@ class Timed(Wrapped):
     def _call(
         self, op: str, tensor: Tensor, start: Callable[[], Handle], peer: int | None = None, reduce: Op = "sum"
     ) -> Handle:
-        call = TimedCall(self.name, op, tensor.nbytes)
-        if (clock := self._tape.clock) is None:
-            return _TimedHandle(start(), call, self._tape)
-        self._tape.calls.append(call)
-        call.issued = clock()
-        handle = _TimedHandle(start(), call, self._tape)
-        call.started = clock()
-        return handle
+        call, clock = TimedCall(self.name, op, tensor.nbytes), self._tape.clock
+        if clock is not None:
+            self._tape.calls.append(call)
+            call.issued = clock()
+        handle = start()
+        if clock is not None:
+            call.started = clock()
+        return _TimedHandle(handle, call, self._tape)
 
 
 class _TimedHandle:
@@ -101,8 +101,7 @@ class _TimedHandle:
         self._note(self._inner.wait)
 
     def done(self) -> bool:
-        done = self._inner.done()
-        if done:
+        if done := self._inner.done():
             self._note(lambda: None)
         return done
 

@@ -13,15 +13,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 
 import torch
 
 from megallama.config.errors import MegallamaError
 from megallama.config.schema import Config
-from megallama.data.batch import MicroBatch
 from megallama.data.errors import DataError
-from megallama.data.samples import Reader, Samples
+from megallama.data.samples import Reader
+from megallama.layers.batch import MicroBatch
 
 Item = tuple[int, list[MicroBatch], MegallamaError | None]
 
@@ -56,7 +55,7 @@ class Transfer:
 
 
 class Loader:
-    """Delivers the micro-batches of step after step: `next()`, or iterate.
+    """Delivers the micro-batches of step after step, `next()`, or iterate.
 
     read(ids): the samples with these numbers.
     ids_of_step(step): sample numbers of each micro-batch of this rank.
@@ -88,8 +87,8 @@ class Loader:
         self.name, self.step, self.wait_seconds = name, start_step, 0.0
         self._closed, self._at = threading.Event(), "not started"
         self._queue: queue.Queue[Item] = queue.Queue(max(prefetch, 1))
-        self._thread: threading.Thread | None = None
         self._failure: MegallamaError | None = None
+        self._thread: threading.Thread | None = None
         if prefetch > 0:
             self._thread = threading.Thread(target=self._work, args=(start_step,), name=f"loader-{name}", daemon=True)
             self._thread.start()
@@ -161,12 +160,8 @@ class Loader:
         except MegallamaError as error:
             return step, [], error
         except OSError as error:
-            hint = "look at the storage"
-            return (
-                step,
-                [],
-                DataError(f"the {self.name} loader cannot read {self._at}: {error}; {hint}"),
-            )
+            text = f"the {self.name} loader cannot read {self._at}: {error}; look at the storage"
+            return step, [], DataError(text)
         except (Exception, SystemExit) as error:  # SystemExit would end the thread in silence
             failure = DataError(f"the {self.name} loader failed at {self._at}: {error!r}\n{traceback.format_exc()}")
             failure.status = 1  # a fault of the program
@@ -183,8 +178,9 @@ class Loader:
         for row in rows:
             here = slice(first, first := first + len(row))
             real = None if end is None else [i < end for i in row]
-            batch = MicroBatch.from_samples(Samples(tokens[here], None if starts is None else starts[here]), real)
-            batches.append(batch.pin() if self._copies else batch)
+            batch = MicroBatch.of(tokens[here], None if starts is None else starts[here], real)
+            # a GPU copies from page-locked memory in the background
+            batches.append(batch.each(torch.Tensor.pin_memory) if self._copies else batch)
         return batches
 
     def _work(self, step: int) -> None:
@@ -215,10 +211,5 @@ class Loader:
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()

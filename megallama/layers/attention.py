@@ -29,7 +29,7 @@ class Positions:
 
 
 class RotaryAttention:
-    """[T, (n + 2k) d] packed q, k, v of this rank's heads -> [T, n d].
+    """From [T, (n + 2k) d] packed q, k, v of this rank's heads to what `attend` takes.
 
     `attend` maps q [b, s, n, d], k and v [b, s, k, d] to [b, s, n, d], causally.
     """
@@ -40,7 +40,7 @@ class RotaryAttention:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self._consecutive = Positions(cos, sin)  # [s, 1, d/2]
-        self._attend = attend
+        self.attend = attend
         self.apply_rope = apply_rope
 
     def positions(self, documents: Documents | None) -> Positions:
@@ -50,10 +50,10 @@ class RotaryAttention:
         tables = self._consecutive
         return Positions(tables.cos[documents.positions], tables.sin[documents.positions], documents)
 
-    def __call__(self, qkv: Tensor, positions: Positions) -> Tensor:
-        q, k, v = _RopeSplit.apply(qkv, self, positions)
-        out = self._attend(q, k, v, positions.documents)
-        return out.reshape(qkv.shape[0], -1)
+    def heads(self, qkv: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries, rotated keys and values, [b, s, heads, d], of a packed tensor, which may be overwritten."""
+        queries, keys, values = _RopeSplit.apply(qkv, self, positions)
+        return queries, keys, values
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views [b, s, heads, d] of the three parts of a packed tensor."""

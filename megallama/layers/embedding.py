@@ -28,19 +28,14 @@ class VocabParallelEmbedding:
         out: Tensor = _Embed.apply(self._anchor, tokens, self)
         return out
 
-    def local_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Row of each token in this rank's range, clamped, and whether it is held here."""
-        rows = self.param.data.shape[0]
-        local = tokens - self.tp.group.rank * rows
-        held = (local >= 0) & (local < rows)
-        return local.clamp_(0, rows - 1), held
-
 
 class _Embed(Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, tokens: Tensor, layer: VocabParallelEmbedding) -> Tensor:
-        rows, held = layer.local_rows(tokens)
-        out = torch.index_select(layer.param.weight, 0, rows)
+        count = layer.param.data.shape[0]  # of the ids that this rank holds
+        rows = tokens - layer.tp.group.rank * count
+        held = (rows >= 0) & (rows < count)
+        out = torch.index_select(layer.param.weight, 0, rows.clamp_(0, count - 1))
         ctx.layer = layer
         ctx.save_for_backward(rows, held)
         if layer.tp.group.size == 1:

@@ -23,6 +23,7 @@ from torch.autograd import Function
 
 from megallama.kernels.dtypes import accumulate_dtype
 from megallama.kernels.pointwise import PointwiseOps
+from megallama.layers.batch import MicroBatch
 from megallama.layers.linear import TensorParallel
 from megallama.layers.norm import RMSNorm
 from megallama.layers.param import Param
@@ -51,12 +52,9 @@ class LossHead:
         self.first = tp.group.rank * rows
         self.valid = max(0, min(rows, vocab_size - self.first))  # the other rows are padding
 
-    def __call__(self, x: Tensor, labels: Tensor, mask: Tensor | None, grad_scale: Tensor | float) -> Tensor:
-        """The sum over counted tokens of -log p(label), replicated over tp.
-
-        The gradient that flows back is that of ``grad_scale * sum``.
-        """
-        out: Tensor = _NormHeadLoss.apply(x, labels, mask, grad_scale, self, torch.is_grad_enabled())
+    def __call__(self, x: Tensor, batch: MicroBatch) -> Tensor:
+        """The sum over counted tokens of -log p(label), replicated over tp."""
+        out: Tensor = _NormHeadLoss.apply(x, batch, self, torch.is_grad_enabled())
         return out
 
     def chunk(self, hidden: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -71,7 +69,9 @@ class LossHead:
         stats = torch.zeros(2, len(labels), dtype=acc_dtype, device=logits.device)
         alone = self.tp.group.size == 1  # then the softmax held here is the whole one: one pass less over the logits
         if self.valid:
-            self._softmax(local, index, local_log_sum, stats[1], scale if alone else None)
+            for rows in _blocks(local):
+                part = scale[rows] if scale is not None and alone else None
+                self._pointwise.softmax_(local[rows], index[rows], local_log_sum[rows], stats[1][rows], part)
             stats[1].mul_(held)
         top = local_log_sum.clone()
         self.tp.group.all_reduce(top, "max").wait()
@@ -85,12 +85,6 @@ class LossHead:
             local[torch.arange(len(labels), device=local.device), index.squeeze(1)] -= (scale * held).to(logits.dtype)
         logits[:, self.valid :] = 0
         return total - stats[1], logits
-
-    def _softmax(self, local: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
-        """`softmax_` of all rows, a few at a time."""
-        for rows in _blocks(local):
-            part = None if scale is None else scale[rows]
-            self._pointwise.softmax_(local[rows], index[rows], log_sum[rows], picked[rows], part)
 
 
 def _multiply_rows(matrix: Tensor, factors: Tensor) -> None:
@@ -107,25 +101,18 @@ def _blocks(matrix: Tensor) -> Iterator[slice]:
 
 class _NormHeadLoss(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        labels: Tensor,
-        mask: Tensor | None,
-        grad_scale: Tensor | float,
-        head: LossHead,
-        train: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, batch: MicroBatch, head: LossHead, train: bool) -> Tensor:
         normed = head.norm.forward(x)
         full, handle = head.tp.all_gather_sequence(normed)
         handle.wait()
         acc_dtype = accumulate_dtype(x.dtype)
-        counted = torch.ones(len(labels), dtype=acc_dtype, device=x.device) if mask is None else mask.to(acc_dtype)
+        labels, mask = batch.labels.reshape(-1), batch.mask
+        counted = torch.ones_like(labels, dtype=acc_dtype) if mask is None else mask.reshape(-1).to(acc_dtype)
         total = torch.zeros((), dtype=acc_dtype, device=x.device)
         grad = torch.empty_like(full) if train else full
         for a in range(0, len(labels), head.chunk_tokens):
             rows = slice(a, a + head.chunk_tokens)
-            scale = counted[rows] * grad_scale if train else None
+            scale = counted[rows] * batch.grad_scale if train else None
             losses, dlogits = head.chunk(full[rows], labels[rows], scale)
             total += torch.dot(losses, counted[rows])
             if train:
@@ -143,4 +130,4 @@ class _NormHeadLoss(Function):
         head: LossHead = ctx.head
         x, dnormed = ctx.saved_tensors
         head.param.grad_done()
-        return head.norm.backward(dnormed, x), None, None, None, None, None
+        return head.norm.backward(dnormed, x), None, None, None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 
 import torch
 from torch import Tensor
@@ -31,14 +32,9 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _key(seed: int, name: str) -> tuple[int, int]:
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-
-
 def normal_at(index: Tensor, seed: int, name: str) -> Tensor:
     """Standard normal deviates, float64, of elements `index` (int64, any shape) of the tensor `name`."""
-    k0, k1 = _key(seed, name)
+    k0, k1 = struct.unpack("<2I", hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest())
     low, high = index & _MASK32, index >> 32
     a = _mix(_mix(low ^ k0) ^ _mix(high ^ k1) ^ k1)
     b = _mix(_mix(a ^ low) ^ k0)

@@ -12,7 +12,6 @@ residual stream.  Nothing here asks how many ranks there are: groups of one rank
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +19,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megallama.config.schema import Config
-from megallama.kernels.documents import Documents
 from megallama.kernels.dtypes import accumulate_dtype
 from megallama.kernels.pointwise import PointwiseOps
 from megallama.kernels.rope import rope_tables
 from megallama.kernels.select import Kernels
 from megallama.layers.attention import Positions, RotaryAttention
+from megallama.layers.batch import MicroBatch
 from megallama.layers.embedding import VocabParallelEmbedding
 from megallama.layers.linear import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from megallama.layers.loss import LossHead
@@ -51,19 +50,10 @@ class TransformerLayer:
         self.down_proj = RowParallelLinear(params[prefix + "down_proj"], tp, pointwise, gated=True)
 
     def __call__(self, x: Tensor, positions: Positions) -> Tensor:
-        x = x + self.o_proj(self.attention(self.qkv_proj(x), positions))
+        qkv = self.qkv_proj(x)
+        heads = self.attention.attend(*self.attention.heads(qkv, positions), positions.documents)
+        x = x + self.o_proj(heads.reshape(qkv.shape[0], -1))
         return x + self.down_proj(self.gate_up_proj(x))
-
-
-@dataclass(frozen=True)
-class StageInput:
-    """What a stage is told about a micro-batch besides its hidden states."""
-
-    tokens: Tensor  # [T] ids; read by the first stage
-    labels: Tensor  # [T] next ids; read by the last stage
-    mask: Tensor | None = None  # [T] True where the loss counts; None counts all
-    grad_scale: Tensor | float = 1.0  # the backward pass yields the gradient of grad_scale * sum of losses
-    documents: Documents | None = None  # attention and positions start anew at each; None: at each sample
 
 
 class Stage:
@@ -96,22 +86,17 @@ class Stage:
             norm = RMSNorm(params["norm"], eps, pointwise)
             self.head = LossHead(weight, norm, tp, pointwise, model.vocab_size, config.memory.loss_chunk_tokens)
 
-    def __call__(self, hidden: Tensor | None, batch: StageInput) -> Tensor:
-        """Hidden states of the stage before (None on the first) -> hidden states, or on the last stage the loss sum."""
-        x = self.body(hidden, batch.tokens, batch.documents)
-        return x if self.head is None else self.head(x, batch.labels, batch.mask, batch.grad_scale)
-
-    def body(self, hidden: Tensor | None, tokens: Tensor, documents: Documents | None = None) -> Tensor:
-        """Embedding and layers: [T/t, h] or [T, h]."""
+    def __call__(self, hidden: Tensor | None, batch: MicroBatch) -> Tensor:
+        """Hidden states [T/t, h] or [T, h] of the stage before (None on the first) -> this stage's, or the loss sum."""
         if self.embed is None:
             assert hidden is not None, "only the first stage makes its own hidden states"
             x = hidden
         else:
-            x = self.embed(tokens)
-        again, positions = self.recompute and torch.is_grad_enabled(), self.rotary.positions(documents)
+            x = self.embed(batch.tokens.reshape(-1))
+        again, positions = self.recompute and torch.is_grad_enabled(), self.rotary.positions(batch.documents)
         for layer in self.layers:
             x = _Recompute.apply(x, layer, positions) if again else layer(x, positions)
-        return x
+        return x if self.head is None else self.head(x, batch)
 
 
 class _Recompute(Function):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +18,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megallama.comm.group import Group, Handle
 from megallama.kernels.dtypes import accumulate_dtype
+from megallama.layers.batch import MicroBatch
 from megallama.layers.param import WeightGradQueue
 from megallama.plan.schedule import Action, Kind, Schedule
 
-Key = tuple[int, int]  # stage, micro-batch
-StageCall = Callable[[Tensor | None, Any], Tensor]  # hidden states and micro-batch -> hidden states or loss sum
+StageCall = Callable[[Tensor | None, MicroBatch], Tensor]  # hidden states and micro-batch -> hidden states or loss sum
 
 
 class LastMicrobatch(Protocol):
@@ -35,12 +35,21 @@ class LastMicrobatch(Protocol):
         """They are not."""
 
 
-class Timing(NamedTuple):
-    """When an action began, had what it waited for, and ended; readings of the clock."""
+class Observer:
+    """Is told of every action of a pipeline; this one remembers which is under way, for messages about a rank."""
 
-    start: Any
-    arrived: Any
-    end: Any
+    action: Action | None = None  # None outside, and in the wait for the last sends
+
+    def started(self, action: Action | None) -> None:
+        """It begins; None stands for the wait for the last sends."""
+        self.action = action
+
+    def arrived(self) -> None:
+        """What it waited for has come from another rank."""
+
+    def ended(self) -> None:
+        """It is over."""
+        self.action = None
 
 
 @dataclass(frozen=True)
@@ -56,58 +65,48 @@ class PipelineRuntime:
     """Runs the schedule of one pipeline rank over one batch.
 
     `hidden` is an empty tensor with the shape, format and device of what passes between stages.
-    With a `clock` set, `timings` has the start of every action, when what it waited for had arrived, and its end;
-    behind them stands the wait for the last sends.
     """
 
     def __init__(self, work: Mapping[int, StageWork], pp: Group, hidden: Tensor) -> None:
         self._work = work
         self._pp = pp
         self._hidden = hidden
-        self.clock: Callable[[], Any] | None = None
-        self.timings: list[Timing] = []
-        self.position = "not started"  # the action under way, for messages about hangs
-        self.peak_in_flight = 0
+        self.observer = Observer()
         self._handlers: dict[Kind, Callable[[Action], None]] = {
             Kind.F: self._forward,
-            Kind.B: self._backward,
+            Kind.B: self._differentiate,
             Kind.I: self._input_grad,
             Kind.W: self._weight_grad,
-            Kind.SEND_F: self._send_forward,
-            Kind.RECV_F: self._recv_forward,
-            Kind.SEND_B: self._send_backward,
-            Kind.RECV_B: self._recv_backward,
+            Kind.SEND_F: self._send,
+            Kind.RECV_F: self._recv,
+            Kind.SEND_B: self._send,
+            Kind.RECV_B: self._recv,
         }
 
-    def run(self, schedule: Schedule, inputs: Sequence[Any]) -> Tensor:
+    def run(self, schedule: Schedule, inputs: Sequence[MicroBatch]) -> Tensor:
         """Execute this rank's actions; the sum of token losses (zero on ranks without the last stage)."""
         self._schedule, self._inputs = schedule, inputs
         self._received: dict[tuple[Kind, int, int], tuple[Tensor, Handle]] = {}
         self._outputs: dict[tuple[Kind, int, int], Tensor] = {}
-        self._graphs: dict[Key, tuple[Tensor | None, GradientEdge]] = {}
-        self._in_flight: set[Key] = set()
+        self._graphs: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
         self._sends: list[Handle] = []
         self._loss: Tensor = torch.zeros((), dtype=torch.float64, device=self._hidden.device)
-        self.peak_in_flight = 0
-        self.timings = []
         actions = schedule.steps[self._pp.rank]
         last = _last_gradients(actions)
         for index, action in enumerate(actions):
-            self.position = f"{action} (action {index} of {schedule.name})"
-            start = self._arrived = self._now()
+            self.observer.started(action)
             sync = self._work[action.stage].sync
             if index in last:
                 sync.begin_last_microbatch()
             self._handlers[action.kind](action)
             if index in last:
                 sync.end_last_microbatch()
-            self.timings.append(Timing(start, self._arrived, self._now()))
+            self.observer.ended()
             self._sends = [send for send in self._sends if not send.done()]
-        start = self._now()
+        self.observer.started(None)
         for send in self._sends:
             send.wait()
-        self.timings.append(Timing(start, now := self._now(), now))
-        self.position = "finished"
+        self.observer.ended()
         return self._loss
 
     def _forward(self, action: Action) -> None:
@@ -123,12 +122,6 @@ class PipelineRuntime:
             self._outputs[Kind.F, action.stage, action.microbatch] = out.detach()
         if train:
             self._graphs[action.stage, action.microbatch] = (x, get_gradient_edge(out))
-            self._in_flight.add((action.stage, action.microbatch))
-            self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
-
-    def _backward(self, action: Action) -> None:
-        self._differentiate(action)
-        self._in_flight.remove((action.stage, action.microbatch))
 
     def _input_grad(self, action: Action) -> None:
         queue = self._work[action.stage].queue
@@ -138,7 +131,6 @@ class PipelineRuntime:
 
     def _weight_grad(self, action: Action) -> None:
         self._work[action.stage].queue.run(action.microbatch)
-        self._in_flight.remove((action.stage, action.microbatch))
 
     def _differentiate(self, action: Action) -> None:
         x, edge = self._graphs.pop((action.stage, action.microbatch))
@@ -154,38 +146,23 @@ class PipelineRuntime:
 
     def _take(self, kind: Kind, action: Action) -> Tensor:
         """The value from the neighbouring stage: received, or left by it on this same rank."""
-        step = -1 if kind is Kind.RECV_F else 1
-        if self._schedule.rank_of(action.stage + step) == self._pp.rank:
-            made_by = Kind.F if kind is Kind.RECV_F else Kind.B
-            return self._outputs.pop((made_by, action.stage + step, action.microbatch))
+        made_by, stage = (Kind.F, action.stage - 1) if kind is Kind.RECV_F else (Kind.B, action.stage + 1)
+        if self._schedule.rank_of(stage) == self._pp.rank:
+            return self._outputs.pop((made_by, stage, action.microbatch))
         tensor, handle = self._received.pop((kind, action.stage, action.microbatch))
         handle.wait()
-        self._arrived = self._now()
+        self.observer.arrived()
         return tensor
 
-    def _now(self) -> Any:
-        return self.clock() if self.clock is not None else 0.0
-
-    def _send_forward(self, action: Action) -> None:
-        self._send(Kind.F, action, action.stage + 1)
-
-    def _send_backward(self, action: Action) -> None:
-        self._send(Kind.B, action, action.stage - 1)
-
-    def _recv_forward(self, action: Action) -> None:
-        self._recv(action, action.stage - 1)
-
-    def _recv_backward(self, action: Action) -> None:
-        self._recv(action, action.stage + 1)
-
-    def _send(self, made_by: Kind, action: Action, to_stage: int) -> None:
+    def _send(self, action: Action) -> None:
+        made_by, to = (Kind.F, action.stage + 1) if action.kind is Kind.SEND_F else (Kind.B, action.stage - 1)
         value = self._outputs.pop((made_by, action.stage, action.microbatch)).contiguous()
-        self._sends.append(self._pp.send(value, self._schedule.rank_of(to_stage)))
+        self._sends.append(self._pp.send(value, self._schedule.rank_of(to)))
 
-    def _recv(self, action: Action, from_stage: int) -> None:
+    def _recv(self, action: Action) -> None:
+        source = self._schedule.rank_of(action.stage + (-1 if action.kind is Kind.RECV_F else 1))
         buffer = torch.empty_like(self._hidden)
-        handle = self._pp.recv(buffer, self._schedule.rank_of(from_stage))
-        self._received[action.kind, action.stage, action.microbatch] = (buffer, handle)
+        self._received[action.kind, action.stage, action.microbatch] = (buffer, self._pp.recv(buffer, source))
 
 
 def _last_gradients(actions: Sequence[Action]) -> frozenset[int]:

@@ -15,7 +15,6 @@ from megallama.config.schema import Config
 from megallama.kernels.select import Kernels, select_kernels
 from megallama.layers.linear import TensorParallel
 from megallama.layers.param import FlatBuffers
-from megallama.layers.shard import Shard
 from megallama.model.init import fill
 from megallama.model.llama import Stage
 from megallama.optim.adamw import AdamW
@@ -30,7 +29,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 
 @dataclass(frozen=True)
-class Rank:
+class Worker:
     """Everything that one rank trains with."""
 
     plan: Plan
@@ -56,18 +55,18 @@ def kernels_of(config: Config, device: torch.device) -> Kernels:
     )  # fmt: skip
 
 
-def same_kernels(taken: Sequence[Sequence[tuple[str, str]]]) -> None:
+def same_kernels(selected: Sequence[Sequence[tuple[str, str]]]) -> None:
     """Raises: MegallamaError, on every rank alike, if the ranks took different (operation, implementation) pairs."""
-    for rank, pairs in enumerate(taken):
-        for (operation, mine), (_, other) in zip(taken[0], pairs, strict=True):
-            if mine != other:
+    for rank, pairs in enumerate(selected):
+        for (operation, own), (_, other) in zip(selected[0], pairs, strict=True):
+            if own != other:
                 raise MegallamaError(
-                    f"{operation}: rank 0 took {mine}, rank {rank} {other}; its log says why. Make the installations "
-                    f'alike, or write run.without_kernels=["{operation}: {mine}"]'
+                    f"{operation}: rank 0 took {own}, rank {rank} {other}; its log says why. Make the installations "
+                    f'alike, or write run.without_kernels=["{operation}: {own}"]'
                 )
 
 
-def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels, wrap: Wrap | None = None) -> Rank:
+def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels, wrap: Wrap | None = None) -> Worker:
     """Build rank `groups.rank`; the weights are zero until `initialize` or a checkpoint fills them."""
     config = plan.config
     dtype = DTYPES[config.precision.dtype]
@@ -94,19 +93,14 @@ def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels,
     hidden = torch.empty(
         tokens // (groups.tp.size if sharded else 1), config.model.hidden_size, dtype=dtype, device=device
     )
-    return Rank(plan, groups, device, stages, buffers, optimizer, PipelineRuntime(work, groups.pp, hidden))
+    return Worker(plan, groups, device, stages, buffers, optimizer, PipelineRuntime(work, groups.pp, hidden))
 
 
-def initialize(rank: Rank, seed: int) -> None:
+def initialize(worker: Worker, seed: int) -> None:
     """Write initial weights that depend on the seed and the model alone, never on the layout."""
-    fill_shards(rank.optimizer.shards(owned_only=False), rank, seed)
-    rank.optimizer.loaded(steps=0)
-
-
-def fill_shards(shards: Sequence[Shard], rank: Rank, seed: int) -> None:
-    """Initial values of the masters, element by element."""
-    model = rank.plan.config.model
+    model = worker.plan.config.model
     shapes = global_shapes(model)
-    for shard in shards:
+    for shard in worker.optimizer.shards(owned_only=False):
         key, master = shard.box.key, shard.state["master"]
         fill(master.view(shard.box.shape), shard.box, shapes[key], seed, init_std(model, key))
+    worker.optimizer.loaded(steps=0)

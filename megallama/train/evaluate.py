@@ -10,7 +10,7 @@ from functools import partial
 from megallama.config.errors import MegallamaError
 from megallama.data.loader import Loader
 from megallama.data.sources import ValidData
-from megallama.train.assemble import Rank
+from megallama.train.assemble import Worker
 from megallama.train.metrics import Record
 from megallama.train.step import RankStatus, StepConsensus, ask_all, evaluate_step
 
@@ -24,7 +24,7 @@ class Interrupted(Exception):
 
 
 def evaluate(
-    rank: Rank,
+    worker: Worker,
     source: ValidData,
     most: int | None,
     status: Callable[[bool], RankStatus] = lambda failed: RankStatus(failed=failed),
@@ -36,23 +36,25 @@ def evaluate(
     Raises: Interrupted on all ranks if any of them was asked to stop, or has no data.
     """
     started = time.monotonic()
-    config, plan = rank.plan.config, rank.plan
+    config, plan = worker.plan.config, worker.plan
     size = config.batch.global_batch_size
     batches = min(most or source.num_samples, -(-source.num_samples // size))
     count = plan.batch.num_microbatches(size)
 
     def ids_of_step(batch: int) -> Sequence[Sequence[int]]:
-        return [plan.batch.sample_ids(batch * size, size, rank.groups.dp.rank, m) for m in range(count)]
+        return [plan.batch.sample_ids(batch * size, size, worker.groups.dp.rank, m) for m in range(count)]
 
-    total, tokens, known = 0.0, 0, ask_all(rank, status(False))
+    total, tokens, known = 0.0, 0, ask_all(worker, status(False))
     schedule = plan.forward_schedule(count)
-    with Loader(source.read, ids_of_step, stop_step=batches, num_samples=source.num_samples, prefetch=0,
-                device=rank.device if rank.device.type == "cuda" else None, name=source.name) as loader:  # fmt: skip
+    with Loader(
+        source.read, ids_of_step, stop_step=batches, num_samples=source.num_samples, prefetch=0, device=worker.device,
+        name=source.name,
+    ) as loader:  # fmt: skip
         for batch in range(batches):
             if known.stop_reason:
                 raise Interrupted(known, None, f"after {batch} of {batches} batches")
             micro_batches, failure = loader.next_or_zeros(count, config)
-            known = evaluate_step(rank, schedule, micro_batches, partial(status, failure is not None))
+            known = evaluate_step(worker, schedule, micro_batches, partial(status, failure is not None))
             if known.failed:
                 raise Interrupted(known, failure, f"in batch {batch + 1} of {batches}")
             total, tokens = total + known.sums["loss"], tokens + known.tokens

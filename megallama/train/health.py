@@ -5,6 +5,7 @@ Both see only what all ranks know (`StepConsensus`), so every rank reaches the s
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from megallama.config.errors import MegallamaError
@@ -18,14 +19,14 @@ class TrainingStopped(MegallamaError):
     status = 3
 
 
+@dataclass
 class NonFiniteGuard:
     """Counts skipped steps; raises when too many follow one another."""
 
-    def __init__(self, max_bad_steps: int) -> None:
-        self.max_bad_steps = max_bad_steps
-        self.skipped = 0
-        self.in_a_row = 0
-        self.last_good: int | None = None
+    max_bad_steps: int
+    skipped: int = 0
+    in_a_row: int = 0
+    last_good: int | None = None
 
     @property
     def bears_another(self) -> bool:
@@ -58,12 +59,8 @@ class NonFiniteGuard:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters as JSON values."""
+        """The counters as JSON values, and what makes the same guard again."""
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "last_good": self.last_good}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`."""
-        self.skipped, self.in_a_row, self.last_good = state["skipped"], state["in_a_row"], state["last_good"]
 
 
 class HighLoss:

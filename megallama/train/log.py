@@ -71,7 +71,7 @@ class Logger:
         self._width = len(str(world_size - 1))
         self._own: int | None = None
         self._run: int | None = None
-        self._said: set[str] = set()
+        self._once: set[str] = set()
         self._early: list[bytes] = []  # lines for this rank's file, which is not there yet
         self._failures = logging.Handler()  # tracebacks that somebody logs on the way
         self._failures.emit = lambda record: self.note(self._failures.format(record))  # type: ignore[method-assign]
@@ -103,8 +103,8 @@ class Logger:
 
     def warn_once(self, text: str, key: str | None = None) -> None:
         """A warning that is given once per `key` (default: the text itself)."""
-        if (key or text) not in self._said:
-            self._said.add(key or text)
+        if (key or text) not in self._once:
+            self._once.add(key or text)
             self.warn(text)
 
     def note(self, text: str) -> None:
@@ -140,8 +140,8 @@ class Logger:
                 try:
                     os.write(handle, line)
                 except OSError as error:
-                    if "log" not in self._said:
-                        self._said.add("log")
+                    if "log" not in self._once:
+                        self._once.add("log")
                         _print(f"warning: log lines are lost: {error.strerror}; training goes on", error=False)
 
 

@@ -206,7 +206,6 @@ class _Appender:
             raise
 
     def close(self) -> None:
-        """Close the file."""
         os.close(self._file)
 
 
@@ -219,7 +218,6 @@ class JsonLines(_Appender):
         super().__init__(path)
 
     def write(self, record: Record) -> None:
-        """Append a line."""
         self.append((json.dumps(_finite(record)) + "\n").encode())
 
 
@@ -235,33 +233,15 @@ def rewind(path: Path, step: int) -> None:
         os.replace(path, path.with_name("metrics.old.jsonl"))
         return
     part = path.with_name(path.name + ".tmp")
-    dropped = False
     with path.open("rb") as old, part.open("wb") as new:
         for line in old:
-            try:
-                keep = line.endswith(b"\n") and json.loads(line)["step"] <= step
-            except (ValueError, KeyError, TypeError):
-                keep = False
-            if keep:
-                new.write(line)
-            dropped |= not keep
-    if dropped:
+            with suppress(ValueError, KeyError, TypeError):
+                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                    new.write(line)
+    if part.stat().st_size < path.stat().st_size:
         os.replace(part, path)
     else:
         part.unlink()
-
-
-def evaluated(path: Path, step: int) -> list[list[str]]:
-    """[kind, name] of each evaluation after `step` that a metrics file holds; none where it cannot be read."""
-    found = []
-    with suppress(OSError), path.open("rb") as lines:
-        for line in lines:
-            if b'"kind": "train"' in line:
-                continue
-            with suppress(ValueError, KeyError, TypeError):
-                record = json.loads(line)
-                found += [[record["kind"], record["name"]]] if record["step"] == step else []
-    return found
 
 
 class TensorBoard(_Appender):
@@ -278,7 +258,6 @@ class TensorBoard(_Appender):
         self._put(step=step + 1, session_log=start)  # forget steps from here on: an earlier start's
 
     def write(self, record: Record) -> None:
-        """Add the scalars of a step or an evaluation."""
         values = [self._summary.Value(tag=tag, simple_value=x) for tag, x in scalars(record).items()]
         self._put(step=record["step"], summary=self._summary(value=values))
 
@@ -306,9 +285,7 @@ class Wandb:
         )
 
     def write(self, record: Record) -> None:
-        """Log the scalars of a step or an evaluation."""
         self._run.log(scalars(record), step=record["step"])
 
     def close(self) -> None:
-        """Finish the run there."""
         self._run.finish()

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megallama.train.log import human_count
 
-_Record = dict[str, Any]
+Record = dict[str, Any]
 _TRAIN, _VALID, _BASELINE = "#1f5fa8", "#d1495b", "#6b6b6b"
 
 
-def read_metrics(path: Path) -> list[_Record]:
+def read_metrics(path: Path) -> Iterator[Record]:
     """The records of a metrics file; lines that are no JSON (one may be half written) are left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return [record for record in records if isinstance(record, dict)]
+    with path.open("rb") as lines:
+        for line in lines:
+            with suppress(ValueError):
+                if isinstance(record := json.loads(line), dict):
+                    yield record
 
 
 def smooth(values: list[float], width: int) -> list[float]:
@@ -56,7 +56,7 @@ def plot_loss(metrics: Path, png: Path, *, title: str = "", baseline: float | No
     return png, ""
 
 
-def _draw(train: list[_Record], valid: list[_Record], png: Path, title: str, baseline: float | None) -> None:
+def _draw(train: list[Record], valid: list[Record], png: Path, title: str, baseline: float | None) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
@@ -86,7 +86,7 @@ def _draw(train: list[_Record], valid: list[_Record], png: Path, title: str, bas
     figure.savefig(png, dpi=150)
 
 
-def _ramped(train: list[_Record]) -> bool:
+def _ramped(train: list[Record]) -> bool:
     """The number of tokens per step was not the same all along."""
     first, last = train[0], train[-1]
     return first["consumed_tokens"] * last["step"] != last["consumed_tokens"] * first["step"]

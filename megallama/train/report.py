@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Self
 
 from megallama.config.words import counted
-from megallama.data.ledger import TrainData
+from megallama.optim.lr import learning_rate
 from megallama.plan.flops import training_flops
 from megallama.plan.params import num_parameters
-from megallama.plan.plan import Plan
 from megallama.train.assemble import DTYPES
-from megallama.train.log import Logger, human_count
-from megallama.train.metrics import MetricsWriter, peak_memory_bytes
+from megallama.train.log import human_count
+from megallama.train.metrics import MetricsWriter, Record, peak_memory_bytes
 from megallama.train.peak import peak_flops
 from megallama.train.plot import plot_loss
+from megallama.train.setup import Setup
+from megallama.train.step import StepConsensus
 from megallama.train.timers import Timers
-
-
-@dataclass
-class Counters:
-    """How far the run is. Saved with every checkpoint."""
-
-    step: int = 0  # batches used, skipped ones included
-    updates: int = 0  # optimizer steps
-    samples: int = 0  # sequences used
-    tokens: int = 0  # tokens whose loss counted
 
 
 class Meter:
@@ -69,15 +56,13 @@ class Meter:
 
 
 class Reporter:
-    """Turns what the trainer knows into lines, metrics and a plot."""
+    """Turns what the loop knows into lines, metrics and a plot; a context manager, which finishes all files."""
 
-    def __init__(
-        self, plan: Plan, device: torch.device, log: Logger, timers: Timers, train: TrainData | None, step: int
-    ) -> None:
-        config = plan.config
-        self._config, self._device, self._log, self._timers, self._train = config, device, log, timers, train
+    def __init__(self, setup: Setup, timers: Timers) -> None:
+        self._setup, self._progress, self._timers = setup, setup.progress, timers
         self.tokens = 0  # since the last line
-        peak = peak_flops(device, DTYPES[config.precision.dtype], config.run.peak_tflops)
+        config, plan, log = setup.config, setup.plan, setup.log
+        peak = peak_flops(setup.world.device, DTYPES[config.precision.dtype], config.run.peak_tflops)
         if peak is None:
             log.info("MFU is not shown: the peak of this device is not known; run.peak_tflops may give it")
         else:
@@ -86,41 +71,53 @@ class Reporter:
         causal, full = (training_flops(config.model, config.batch.seq_length, causal=c) for c in (True, False))
         self._meter = Meter(plan.topology.world_size, causal, full, peak, total)
         timers.lap()
-        folder, settings = Path(config.run.folder), config.model_dump(mode="json")
-        self.writer = MetricsWriter(folder, log, config.log, steps=config.train.steps, step=step, settings=settings)
+        self._folder, settings = Path(config.run.folder), config.model_dump(mode="json")
+        self._writer = MetricsWriter(
+            self._folder, log, config.log, steps=config.train.steps, step=self._progress.step, settings=settings
+        )
 
-    def step(self, counters: Counters, **values: Any) -> None:
-        """Tell of a step, and of those since the last that was told of; `values` are more of its numbers by name."""
+    def step(self, result: StepConsensus, waited: float) -> None:
+        """Tell of a step, and of those since the last that was told of; `waited` seconds for data so far."""
         seconds, phases = self._timers.lap()
         seconds -= phases.get("save", 0.0) + phases.get("evaluate", 0.0)  # speed is that of training
-        self.writer.write(
-            {
-                "kind": "train",
-                "step": counters.step,
-                **values,
-                **self._meter.lap(self.tokens, seconds, counters.tokens),
-                "peak_memory_bytes": peak_memory_bytes(self._device),
-                "consumed_tokens": counters.tokens,
-                "consumed_samples": counters.samples,
-                "phase_seconds": phases,
-                "sources": used_sources(self._train, counters.samples),
-            }
-        )
+        progress, config = self._progress, self._setup.config
+        record = {
+            "kind": "train",
+            "step": progress.step,
+            **result.metrics,
+            "lr": learning_rate(progress.step - 1, config.optimizer, config.lr_schedule),
+            **self._meter.lap(self.tokens, seconds, progress.tokens),
+            "peak_memory_bytes": peak_memory_bytes(self._setup.world.device),
+            "consumed_tokens": progress.tokens,
+            "consumed_samples": progress.samples,
+            "skipped": not result.applied,
+            "skipped_steps": progress.guard.skipped + (not result.applied),
+            "loss_scale": progress.scaler.scale,
+            "data_wait_seconds": waited,
+            "phase_seconds": phases,
+            "sources": self._setup.used(),
+        }
         self.tokens = 0
+        self._writer.write(record)
 
-    def finished(self, counters: Counters) -> None:
+    def evaluation(self, kind: str, name: str, numbers: Record) -> None:
+        """Tell of an evaluation after the last step."""
+        at = {"kind": kind, "name": name, "step": self._progress.step, "consumed_tokens": self._progress.tokens}
+        self._writer.write(at | numbers)
+
+    def finished(self) -> None:
         """All steps are done."""
-        config = self._config
-        self._log.info(
-            f"finished: {counted(counters.step, 'step')}, {counted(human_count(counters.tokens), 'token')}, "
+        config, log, progress = self._setup.config, self._setup.log, self._progress
+        log.info(
+            f"finished: {counted(progress.step, 'step')}, {counted(human_count(progress.tokens), 'token')}, "
             f"{human_count(num_parameters(config.model))} parameters; checkpoint in {config.checkpoint.folder}"
         )
-        if config.log.plot and self._log.rank == 0:
-            folder = Path(config.run.folder)
-            png, reason = plot_loss(folder / "metrics.jsonl", folder / "loss.png")
-            self._log.info(f"loss curve: {png}" if png else f"no loss curve: {reason}")
+        if config.log.plot and log.rank == 0:
+            png, reason = plot_loss(self._folder / "metrics.jsonl", self._folder / "loss.png")
+            log.info(f"loss curve: {png}" if png else f"no loss curve: {reason}")
 
+    def __enter__(self) -> Self:
+        return self
 
-def used_sources(train: TrainData | None, samples: int) -> Mapping[str, Mapping[str, float]]:
-    """What the first `samples` samples took of each source; nothing is known of synthetic data."""
-    return train.account(samples) if train else {}
+    def __exit__(self, *exception: object) -> None:
+        self._writer.close()

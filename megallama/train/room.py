@@ -13,7 +13,7 @@ from megallama.config.errors import ConfigError
 from megallama.config.words import counted
 
 GIB = 2**30
-Told = tuple[str, int, int, dict[str, int]]  # of a rank: its host, bytes it certainly needs, by estimate, `room`
+RankNeeds = tuple[str, int, int, dict[str, int]]  # of a rank: its host, bytes it certainly needs, by estimate, `room`
 
 
 def room(device: torch.device, root: Path = Path("/")) -> dict[str, int]:
@@ -41,11 +41,12 @@ def _cgroups(root: Path) -> Iterator[tuple[str, int]]:
                         yield str(file), int(file.read_text())
 
 
-def check_room(told: Sequence[Told]) -> list[str]:
+def check_room(needs: Sequence[RankNeeds]) -> list[str]:
     """Warnings where an estimate exceeds a limit. Raises: ConfigError where what is certain does."""
     warnings = []
-    for host, name, limit in sorted({(there, name, limit) for there, _, _, has in told for name, limit in has.items()}):
-        sharing = [(bytes_, most) for there, bytes_, most, has in told if there == host and name in has]
+    limits = {(host, name, limit) for host, _, _, has in needs for name, limit in has.items()}
+    for host, name, limit in sorted(limits):
+        sharing = [(bytes_, most) for there, bytes_, most, has in needs if there == host and name in has]
         certain, estimate = map(sum, zip(*sharing, strict=True))
         has = f"{name} on {host} is {limit / GIB:.4g} GiB"
         if certain > limit:

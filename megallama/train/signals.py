@@ -2,7 +2,7 @@
 
 Before training has begun nothing is worth saving: all ranks are told, and each process ends where
 it stands, whatever its main thread is waiting for.  Then a request is only noted, and the next
-step's vote tells all ranks.  Once the exit status is known a repeated request changes it no more.
+step's consensus tells all ranks.  Once the exit status is known a repeated request changes it no more.
 Imports no torch: it is installed before that is.
 """
 
@@ -96,7 +96,7 @@ class SignalFlag:
             os._exit(status)
 
     def last_call(self) -> str | None:
-        """The request that has come; if none has, it is left to the first step's vote from here on."""
+        """The request that has come; if none has, it is left to the first step's consensus from here on."""
         with self._deciding:
             if self.received is None:
                 self.phase = "about to train"

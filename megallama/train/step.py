@@ -11,15 +11,14 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from megallama.data.batch import MicroBatch
-from megallama.model.llama import StageInput
+from megallama.layers.batch import MicroBatch
 from megallama.plan.schedule import Schedule
-from megallama.train.assemble import Rank
+from megallama.train.assemble import Worker
 from megallama.train.signals import SIGNALS
 from megallama.train.timers import Timers
 
@@ -51,19 +50,14 @@ class StepConsensus:
     loss_scale: float = 1.0
 
     @property
-    def finite(self) -> bool:
-        """No rank saw anything non-finite."""
-        return not self.sums["bad_ranks"]
-
-    @property
     def failed(self) -> bool:
         """A rank cannot go on: nothing was changed, and the step does not count."""
         return self.sums["failed_ranks"] > 0
 
     @property
     def applied(self) -> bool:
-        """The optimizer runs; False: nothing is changed."""
-        return self.finite and not self.failed
+        """The optimizer runs. False: a rank saw something non-finite or cannot go on, and nothing is changed."""
+        return not (self.sums["bad_ranks"] or self.failed)
 
     @property
     def loss(self) -> float:
@@ -91,7 +85,7 @@ class StepConsensus:
         return "train.stop_after_minutes is over" if self.sums["late_ranks"] else None
 
 
-def count_tokens(rank: Rank, batches: Sequence[MicroBatch], *, masked: bool) -> int:
+def count_tokens(worker: Worker, batches: Sequence[MicroBatch], *, masked: bool) -> int:
     """Tokens of the global batch whose loss counts: the divisor of loss and gradient, known before the forward.
 
     masked: whether any rank may leave tokens out, which all ranks must answer alike.
@@ -99,28 +93,14 @@ def count_tokens(rank: Rank, batches: Sequence[MicroBatch], *, masked: bool) -> 
     assert masked or all(b.mask is None for b in batches), "masked tokens that the other ranks do not know of"
     counted = sum(b.num_counted for b in batches)
     if not masked:
-        return counted * rank.groups.dp.size
-    total = torch.tensor([counted], dtype=torch.int64, device=rank.device)
-    rank.groups.dp.all_reduce(total).wait()
+        return counted * worker.groups.dp.size
+    total = torch.tensor([counted], dtype=torch.int64, device=worker.device)
+    worker.groups.dp.all_reduce(total).wait()
     return max(int(total), 1)  # documents of one token predict nothing
 
 
-def stage_inputs(batches: Sequence[MicroBatch], grad_scale: float) -> list[StageInput]:
-    """Micro-batches as the stages take them: flat."""
-    return [
-        StageInput(
-            b.tokens.reshape(-1),
-            b.labels.reshape(-1),
-            None if b.mask is None else b.mask.reshape(-1),
-            grad_scale,
-            b.documents,
-        )
-        for b in batches
-    ]
-
-
 def train_step(
-    rank: Rank,
+    worker: Worker,
     schedule: Schedule,
     batches: Sequence[MicroBatch],
     lr: float,
@@ -135,33 +115,33 @@ def train_step(
     and brings zeros for its batches, no rank changes anything.
     """
     timers = timers or Timers()
-    tokens = count_tokens(rank, batches, masked=masked)
-    rank.optimizer.start_step()
+    tokens = count_tokens(worker, batches, masked=masked)
+    worker.optimizer.start_step()
     with timers.phase("forward_backward"):
-        loss_sum = rank.runtime.run(schedule, stage_inputs(batches, loss_scale / tokens))
+        loss_sum = worker.runtime.run(schedule, [replace(b, grad_scale=loss_scale / tokens) for b in batches])
     with timers.phase("grad_sync"):
-        squares = rank.optimizer.reduce()
+        squares = worker.optimizer.reduce()
     with timers.phase("agree"):
-        result = consensus(rank, rank_numbers(rank, loss_sum, squares), status(), tokens, loss_scale)
+        result = consensus(worker, rank_numbers(worker, loss_sum, squares), status(), tokens, loss_scale)
     if result.applied:
-        clip = rank.plan.config.optimizer.clip_grad
+        clip = worker.plan.config.optimizer.clip_grad
         factor = min(1.0, clip / (result.grad_norm + 1e-6)) if clip > 0 else 1.0
         with timers.phase("optimizer"):
-            rank.optimizer.compute(lr, factor / loss_scale)
-            rank.optimizer.gather()
+            worker.optimizer.compute(lr, factor / loss_scale)
+            worker.optimizer.gather()
     return result
 
 
-def rank_numbers(rank: Rank, loss_sum: Tensor, squares: Tensor) -> dict[str, Tensor]:
+def rank_numbers(worker: Worker, loss_sum: Tensor, squares: Tensor) -> dict[str, Tensor]:
     """This rank's addends, each a number on its device: what is added here is in every line of metrics.jsonl.
 
     `TAGS` (metrics.py) names those that TensorBoard and wandb get.
     """
-    return {"loss": loss_sum if rank.counts_loss else torch.zeros_like(loss_sum), "norm_squared": squares}
+    return {"loss": loss_sum if worker.counts_loss else torch.zeros_like(loss_sum), "norm_squared": squares}
 
 
 def consensus(
-    rank: Rank, numbers: Mapping[str, Tensor], status: RankStatus, tokens: int = 1, loss_scale: float = 1.0
+    worker: Worker, numbers: Mapping[str, Tensor], status: RankStatus, tokens: int = 1, loss_scale: float = 1.0
 ) -> StepConsensus:
     """The sum over all ranks of what each one knows; reading it is the step's only wait for the device."""
     loss, squares = numbers["loss"], numbers["norm_squared"]
@@ -175,24 +155,24 @@ def consensus(
             packed[place].copy_(value)
         elif value:
             packed[place].fill_(value)
-    rank.groups.world.all_reduce(packed).wait()
-    sums = dict(zip(values, rank.read(packed), strict=True))
+    worker.groups.world.all_reduce(packed).wait()
+    sums = dict(zip(values, worker.read(packed), strict=True))
     if sums["bad_ranks"]:
         sums["loss"] = sums["norm_squared"] = math.nan
     return StepConsensus(sums, tokens, loss_scale)
 
 
-def ask_all(rank: Rank, status: RankStatus) -> StepConsensus:
+def ask_all(worker: Worker, status: RankStatus) -> StepConsensus:
     """What all ranks want one another to know, without a step."""
-    nothing = torch.zeros((), dtype=torch.float64, device=rank.device)
-    return consensus(rank, {"loss": nothing, "norm_squared": nothing}, status)
+    nothing = torch.zeros((), dtype=torch.float64, device=worker.device)
+    return consensus(worker, {"loss": nothing, "norm_squared": nothing}, status)
 
 
 def evaluate_step(
-    rank: Rank, schedule: Schedule, batches: Sequence[MicroBatch], status: Callable[[], RankStatus] = RankStatus
+    worker: Worker, schedule: Schedule, batches: Sequence[MicroBatch], status: Callable[[], RankStatus] = RankStatus
 ) -> StepConsensus:
     """The loss of one global batch; nothing is changed."""
-    tokens = count_tokens(rank, batches, masked=True)
+    tokens = count_tokens(worker, batches, masked=True)
     with torch.no_grad():
-        loss_sum = rank.runtime.run(schedule, stage_inputs(batches, 1.0))
-    return consensus(rank, rank_numbers(rank, loss_sum, torch.zeros_like(loss_sum)), status(), tokens)
+        loss_sum = worker.runtime.run(schedule, batches)
+    return consensus(worker, rank_numbers(worker, loss_sum, torch.zeros_like(loss_sum)), status(), tokens)

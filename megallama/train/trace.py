@@ -19,9 +19,10 @@ import torch
 
 from megallama.comm.groups import Groups
 from megallama.comm.recording import Tape, Timed, TimedCall
-from megallama.plan.schedule import Schedule
+from megallama.config.schema import Config
+from megallama.pipeline.runtime import Observer, PipelineRuntime
+from megallama.plan.schedule import Action, Schedule
 from megallama.plan.trace import Flight, Span, chrome_trace, exposure
-from megallama.train.assemble import Rank
 from megallama.train.log import Logger
 
 CLOCK_SYNC_ROUNDS = 7  # barriers whose ends are compared: some ranks hear of an end late, but seldom of most of them
@@ -35,7 +36,6 @@ class Clock:
         self._device = device
 
     def now(self) -> Any:
-        """A reading."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -50,41 +50,44 @@ class Clock:
         return lambda reading: zero.elapsed_time(reading) / 1e3
 
 
-def timed(groups: Groups, tape: Tape) -> Groups:
-    """The same groups; those of several ranks write on the tape."""
-    wrap = {name: g for name, g in vars(groups).items() if name not in ("rank", "coords") and g.size > 1}
-    return Groups(**{**vars(groups), **{name: Timed(group, tape) for name, group in wrap.items()}})
+class StepTracer(Observer):
+    """Writes a file per pipeline for each step from the first to the last of `log.trace_steps`."""
 
-
-class StepTracer:
-    """Writes a file per pipeline for each step from the first to the last of `steps`."""
-
-    def __init__(self, rank: Rank, steps: tuple[int, int] | None, folder: Path, log: Logger, tape: Tape) -> None:
-        self._rank = rank
-        self._steps = steps or (0, -1)
-        self._folder = folder
-        self._log = log
-        self._tape = tape  # of the rank's groups
-        self._clock = Clock(rank.device)
+    def __init__(self, config: Config, groups: Groups, device: torch.device, log: Logger) -> None:
+        self._log, self._tape, self._clock = log, Tape(), Clock(device)
+        self._steps, self._folder = config.log.trace_steps or (0, -1), Path(config.run.folder) / "trace"
+        self.groups = _timed(groups, self._tape) if config.log.trace_steps else groups  # the ones to use
+        self._timings: list[list[Any]] = []  # of each action: start, when what it waited for had arrived, end
         self._syncs: list[Any] = []
         self._pending: list[tuple[int, Schedule, list[Any]]] = []
 
+    def started(self, action: Action | None) -> None:
+        super().started(action)
+        self._timings.append([now := self._clock.now(), now, now])
+
+    def arrived(self) -> None:
+        self._timings[-1][1] = self._clock.now()
+
+    def ended(self) -> None:
+        super().ended()
+        self._timings[-1][2] = self._clock.now()
+
     @contextmanager
-    def step(self, number: int, schedule: Schedule) -> Iterator[None]:
+    def step(self, runtime: PipelineRuntime, number: int, schedule: Schedule) -> Iterator[None]:
         """Trace the ``with`` block, if step `number` is to be."""
         if not self._steps[0] <= number <= self._steps[1]:
             yield
             return
-        runtime, now = self._rank.runtime, self._clock.now
+        now, before = self._clock.now, runtime.observer
         if not self._syncs:
             for _ in range(CLOCK_SYNC_ROUNDS):
-                self._rank.groups.world.barrier()
+                self.groups.world.barrier()
                 self._syncs.append(now())
-        self._tape.clock = runtime.clock = now
+        self._tape.clock, runtime.observer, self._timings = now, self, []
         start = now()
         yield
         end = now()
-        self._tape.clock = runtime.clock = None
+        self._tape.clock, runtime.observer = None, before
         at = self._clock.since(self._syncs[0])
         begin, stop = at(start), at(end)
         flights = [
@@ -93,7 +96,7 @@ class StepTracer:
         for call in self._tape.calls:
             call.issued = None  # of those that are still under way, the next step shows the rest
         self._tape.calls.clear()
-        row = [[*map(at, self._syncs)], begin, stop, [[at(t) for t in timing] for timing in runtime.timings], flights]
+        row = [[*map(at, self._syncs)], begin, stop, [[*map(at, times)] for times in self._timings], flights]
         self._pending.append((number, schedule, row))
         if number == self._steps[1]:
             self.write()
@@ -101,8 +104,8 @@ class StepTracer:
     def write(self) -> None:
         """Write the files of the steps traced so far: after the last of them, so that none waits for a disk."""
         for number, schedule, row in self._pending:
-            rows = self._rank.groups.pp.gather_values(row)
-            if self._rank.groups.pp.rank == 0:
+            rows = self.groups.pp.gather_values(row)
+            if self.groups.pp.rank == 0:
                 self._write(number, schedule, rows)
         self._pending.clear()
 
@@ -119,7 +122,7 @@ class StepTracer:
             for r, (*_, found) in enumerate(rows)
             for axis, name, *times in found
         ]
-        coords, seconds = self._rank.groups.coords, max(stop - begin for _, begin, stop, *_ in rows)
+        coords, seconds = self.groups.coords, max(stop - begin for _, begin, stop, *_ in rows)
         title = f"step {number}, {schedule.name}"
         file = self._folder / f"step-{number:08d}-dp{coords['dp']}-tp{coords['tp']}.json"
         try:
@@ -130,6 +133,12 @@ class StepTracer:
             self._log.warn(f"no trace of step {number}: {file} cannot be written: {error.strerror}")
         words = exposure(flights, len(rows), seconds)
         self._log.info(f"step {number}: {seconds * 1e3:.1f} ms, blocked in communication: {words}")
+
+
+def _timed(groups: Groups, tape: Tape) -> Groups:
+    """The same groups; those of several ranks write on the tape."""
+    wrap = {name: g for name, g in vars(groups).items() if name not in ("rank", "coords") and g.size > 1}
+    return Groups(**{**vars(groups), **{name: Timed(group, tape) for name, group in wrap.items()}})
 
 
 def _in_order(call: TimedCall, at: Callable[[Any], float], begin: float, end: float) -> list[float]:

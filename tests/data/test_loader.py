@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from megallama.data.batch import MicroBatch
 from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter
 from megallama.data.loader import Item, Loader
 from megallama.data.samples import Samples, Source
+from megallama.layers.batch import MicroBatch
 
 
 def read(ids: Sequence[int]) -> Samples:

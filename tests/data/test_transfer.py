@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from megallama.data.batch import MicroBatch
 from megallama.data.errors import DataError
 from megallama.data.loader import Loader
 from megallama.data.samples import Samples
+from megallama.layers.batch import MicroBatch
 
 GPU = torch.device("cuda", 0)
 

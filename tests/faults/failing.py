@@ -16,7 +16,9 @@ from megallama.comm.launch import World
 from megallama.data.errors import DataError
 from megallama.plan.plan import make_plan
 from megallama.train.log import Logger
-from megallama.train.trainer import Trainer
+from megallama.train.loop import TrainingLoop
+from megallama.train.setup import set_up
+from megallama.train.signals import SignalFlag
 from tests.small import small_config
 
 
@@ -27,12 +29,11 @@ def run(
     torch.set_num_threads(1)
     config = small_config(**{**sections, "run": {"folder": folder, "peak_tflops": 1.0}})
     log = Logger(world.rank, world.world_size, Path(folder))
-    trainer = Trainer(config, make_plan(config, world.world_size), world, log)
-    one_step, write = trainer._one_step, manager_module.write_checkpoint
+    write = manager_module.write_checkpoint
 
     def failing(loader: Any) -> Any:
         nonlocal start
-        if trainer._counters.step == config.checkpoint.interval and world.rank in victims:
+        if loop.progress.step == config.checkpoint.interval and world.rank in victims:
             start = time.monotonic()
             raise DataError("planted") if kind == "DataError" else getattr(builtins, kind)("planted")
         return one_step(loader)
@@ -41,11 +42,13 @@ def run(
         time.sleep(slow)
         write(*args)
 
-    trainer._one_step = failing  # type: ignore[method-assign]
     manager_module.write_checkpoint = slowly
     start, first = 0.0, None
     try:
-        status, error = trainer.run(), None
+        with set_up(config, make_plan(config, world.world_size), world, log, SignalFlag()) as setup:
+            loop = TrainingLoop(setup)
+            one_step, loop._one_step = loop._one_step, failing  # type: ignore[method-assign]
+            status, error = loop.run(), None
     except BaseException as caught:  # noqa: BLE001 - told to the test
         status, error = getattr(caught, "status", None), caught
         first = world.failed(caught)
@@ -59,5 +62,5 @@ def run(
         "saved": sorted(os.listdir(f"{folder}/checkpoints")),
         "first": first,
     }
-    trainer._manager.wait(30)  # a process that stays, unlike a run's, lets it end before its groups are closed
+    setup.manager.wait(30)  # a process that stays, unlike a run's, lets it end before its groups are closed
     return told

@@ -29,7 +29,7 @@ class Ranks:
         terminal: str = "", controlling: bool = False,
     ) -> None:  # fmt: skip
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "megallama.train.trainer", "tests.faults.ranks"])
+        context.set_forkserver_preload(["torch", "megallama.train.loop", "tests.faults.ranks"])
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         self.outputs = [folder / f"out.{rank}" for rank in range(size)]
@@ -108,7 +108,7 @@ def asked_before_the_groups() -> None:
 
 
 def asked_while_data_are_opened() -> None:
-    _instead("megallama.train.trainer", "open_sources", _asked_for(40, signal.SIGHUP))
+    _instead("megallama.train.setup", "open_sources", _asked_for(40, signal.SIGHUP))
 
 
 def asked_before_anything() -> None:
@@ -125,14 +125,14 @@ def has_a_bug() -> None:
     def broken(*arguments: Any, **named: Any) -> None:
         raise KeyError("no such key")
 
-    _instead("megallama.train.trainer", "assemble", broken)
+    _instead("megallama.train.setup", "assemble", broken)
 
 
 def has_a_bad_disk() -> None:
     def broken(*arguments: Any, **named: Any) -> None:
         raise OSError(5, "Input/output error", "/data/web.bin")
 
-    _instead("megallama.train.trainer", "open_sources", broken)
+    _instead("megallama.train.setup", "open_sources", broken)
 
 
 def has_no_file() -> None:

@@ -158,7 +158,7 @@ def test_what_is_wrong_is_known_before_kernels_are_chosen_and_a_folder_is_made(
     def chosen(*args: object) -> None:
         raise AssertionError("kernels were chosen")
 
-    monkeypatch.setattr("megallama.train.trainer.kernels_of", chosen)
+    monkeypatch.setattr("megallama.train.setup.kernels_of", chosen)
     arguments = [*GOOD, "data.synthetic=false", f"data.train={corpus}", f"run.folder={tmp_path / 'run'}"]
     assert message in refused([*arguments, wrong.replace("CORPUS", str(corpus))], capsys)
     assert not (tmp_path / "run").exists()

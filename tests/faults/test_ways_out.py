@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import megallama.checkpoint.manager as manager_module
-import megallama.train.trainer as trainer_module
+import megallama.train.loop as loop_module
 from megallama.checkpoint.errors import CheckpointError
 from megallama.data.samples import Samples, Synthetic
 from megallama.pretrain import main
@@ -33,13 +33,13 @@ def each_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, Any],
     """Plants a function (step from 1, the rank) -> None, or the result to give instead of the step's."""
 
     def plant(fault: Callable[[int, Any], StepConsensus | None]) -> None:
-        real, calls = trainer_module.train_step, [0]
+        real, calls = loop_module.train_step, [0]
 
         def step(rank: Any, *args: Any, **more: Any) -> StepConsensus:
             calls[0] += 1
             return fault(calls[0], rank) or real(rank, *args, **more)
 
-        monkeypatch.setattr(trainer_module, "train_step", step)
+        monkeypatch.setattr(loop_module, "train_step", step)
 
     return plant
 

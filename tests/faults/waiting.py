@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-import megallama.train.trainer as trainer_module
+import megallama.train.loop as loop_module
+import megallama.train.setup as setup_module
 from megallama.comm.launch import World
 from megallama.plan.plan import make_plan
 from megallama.train.log import Logger
-from megallama.train.trainer import Trainer
+from megallama.train.signals import SignalFlag
 from tests.small import small_config
 
 
@@ -21,8 +22,7 @@ def run(world: World, folder: str, sections: dict[str, dict[str, Any]], where: s
     torch.set_num_threads(1)
     config = small_config(**{**sections, "run": {"folder": folder, "peak_tflops": 1.0, **sections["run"]}})
     log = Logger(world.rank, world.world_size, Path(folder))
-    trainer = Trainer(config, make_plan(config, world.world_size), world, log)
-    owner: Any = trainer if where == "_save" else trainer_module
+    owner: Any = {"_save": loop_module.TrainingLoop, "open_sources": setup_module}.get(where, loop_module)
     real, calls = getattr(owner, where), [0]
 
     def slow(*arguments: Any, **named: Any) -> Any:
@@ -35,7 +35,8 @@ def run(world: World, folder: str, sections: dict[str, dict[str, Any]], where: s
         setattr(owner, where, slow)
     began = time.monotonic()
     try:
-        return {"status": trainer.run(), "error": "", "seconds": 0.0}
+        with setup_module.set_up(config, make_plan(config, world.world_size), world, log, SignalFlag()) as setup:
+            return {"status": loop_module.TrainingLoop(setup).run(), "error": "", "seconds": 0.0}
     except RuntimeError as error:
         return {"status": None, "error": f"{type(error).__name__}: {error}", "seconds": time.monotonic() - began}
     finally:

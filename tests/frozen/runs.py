@@ -13,7 +13,9 @@ from megallama.config.errors import MegallamaError
 from megallama.config.load import load
 from megallama.plan.plan import make_plan
 from megallama.train.log import Logger
-from megallama.train.trainer import Trainer
+from megallama.train.loop import TrainingLoop
+from megallama.train.setup import set_up
+from megallama.train.signals import SignalFlag
 
 
 def run(world: World, file: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -22,7 +24,8 @@ def run(world: World, file: str, overrides: Sequence[str]) -> dict[str, Any]:
     config = load(Path(file), overrides, ranks=world.world_size)
     log = Logger(world.rank, world.world_size, Path(config.run.folder))
     try:
-        return {"status": Trainer(config, make_plan(config, world.world_size), world, log).run()}
+        with set_up(config, make_plan(config, world.world_size), world, log, SignalFlag()) as setup:
+            return {"status": TrainingLoop(setup).run()}
     except MegallamaError as error:
         return {"error": str(error)}
     finally:

@@ -14,11 +14,11 @@ from megallama.kernels import select
 from megallama.kernels.candidate import Target, Unsupported
 from megallama.kernels.wgrad import check_wgrad
 from megallama.plan.plan import make_plan
-from megallama.train.assemble import Rank, assemble, initialize, kernels_of
+from megallama.train.assemble import Worker, assemble, initialize, kernels_of
 from tests.small import curve, deviation, small_config, solo_rank, tokens, train
 
 
-def on_gpu(config: Any, device: torch.device) -> Rank:
+def on_gpu(config: Any, device: torch.device) -> Worker:
     plan = make_plan(config, 1)
     groups = build_groups(plan.topology, 0, config.model.num_kv_heads, lambda name, parts: Solo(name))
     rank = assemble(plan, groups, device, kernels_of(config, device))

@@ -15,7 +15,7 @@ from megallama.data.loader import Loader
 from megallama.data.samples import Samples
 from megallama.kernels.select import select_kernels
 from megallama.plan.plan import make_plan
-from megallama.train.assemble import DTYPES, Rank, assemble, initialize
+from megallama.train.assemble import DTYPES, Worker, assemble, initialize
 from megallama.train.step import train_step
 from tests.small import micro_batches, small_config, tokens, train
 
@@ -28,7 +28,7 @@ def config() -> Config:
     return small_config(**base)
 
 
-def on_gpu(setting: Config, device: torch.device) -> Rank:
+def on_gpu(setting: Config, device: torch.device) -> Worker:
     plan = make_plan(setting, 1)
     groups = build_groups(plan.topology, 0, setting.model.num_kv_heads or 1, lambda name, parts: Solo(name))
     rank = assemble(plan, groups, device, select_kernels(device, DTYPES[setting.precision.dtype]))

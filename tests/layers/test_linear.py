@@ -15,7 +15,7 @@ from megallama.comm.groups import Groups
 from megallama.config.schema import Config
 from megallama.kernels.select import select_kernels
 from megallama.plan.plan import make_plan
-from megallama.train.assemble import DTYPES, Rank, assemble, initialize
+from megallama.train.assemble import DTYPES, Worker, assemble, initialize
 from tests.small import CPU, curve, on_threads, small_config, tokens, train
 from tests.threads import run_threads
 
@@ -37,7 +37,7 @@ def recorded(config: Config, ranks: int, fn: Any) -> list[Any]:
     return run_threads(ranks, body, plan.topology, num_kv_heads=config.model.num_kv_heads or 1)
 
 
-def one_layer(rank: Rank, calls: list[Call]) -> tuple[list[Call], list[Call]]:
+def one_layer(rank: Worker, calls: list[Call]) -> tuple[list[Call], list[Call]]:
     """What one layer communicates in its forward and in its backward."""
     layer = rank.stages[0].layers[0]
     rows = TOKENS // (rank.groups.tp.size if rank.plan.config.parallel.sequence_parallel else 1)
@@ -72,7 +72,7 @@ def test_without_sequence_parallelism_there_are_two_all_reduces_each_way() -> No
 
 
 def test_one_rank_communicates_nothing() -> None:
-    def calls_of(rank: Rank) -> tuple[list[Call], list[Call]]:
+    def calls_of(rank: Worker) -> tuple[list[Call], list[Call]]:
         calls: list[Call] = []
         return one_layer(rank, calls)
 
@@ -85,7 +85,7 @@ def test_backward_is_the_adjoint_of_forward(tp: int, sequence_parallel: bool) ->
     """<J u, w> summed over ranks equals <u, J' w>: the directional derivative by central differences."""
     config = small_config(parallel={"tp": tp, "sequence_parallel": sequence_parallel}, model={"init_std": 0.2})
 
-    def body(rank: Rank) -> tuple[float, float]:
+    def body(rank: Worker) -> tuple[float, float]:
         layer, group = rank.stages[0].layers[0], rank.groups.tp
         positions = rank.stages[0].rotary.positions(None)
         generator = torch.Generator().manual_seed(3)
@@ -120,7 +120,7 @@ def test_a_forward_in_pieces_communicates_pieces(recompute: str, chunks: int) ->
 def test_pieces_are_under_way_during_products() -> None:
     """What of a piece is under way while another one is multiplied, in the order of a trace."""
 
-    def order(rank: Rank, calls: list[Call]) -> list[str]:
+    def order(rank: Worker, calls: list[Call]) -> list[str]:
         said: list[str] = []
         layer, tp = rank.stages[0].layers[0], rank.stages[0].layers[0].qkv_proj.tp
         group, gemms = tp.group, layer.gate_up_proj.param._gemms
@@ -169,7 +169,7 @@ def test_pieces_are_under_way_during_products() -> None:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("tp", [2, 4])
 def test_a_forward_in_pieces_is_the_whole_one(tp: int, recompute: str, sequence_parallel: bool) -> None:
-    def outcome(rank: Rank) -> torch.Tensor:
+    def outcome(rank: Worker) -> torch.Tensor:
         numbers = curve(train(rank, tokens(rank.plan.config, 2)))
         return torch.cat((torch.tensor(numbers, dtype=torch.float64), rank.buffers[0].grads))
 
@@ -192,7 +192,7 @@ def test_a_forward_in_pieces_is_the_whole_one(tp: int, recompute: str, sequence_
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_overlap_changes_no_bit(dtype: str, chunks: int) -> None:
-    def grads(rank: Rank) -> torch.Tensor:
+    def grads(rank: Worker) -> torch.Tensor:
         x = torch.randn(8, HIDDEN, generator=torch.Generator().manual_seed(rank.groups.tp.rank)).to(DTYPES[dtype])
         out = rank.stages[0].layers[0](x.requires_grad_(), rank.stages[0].rotary.positions(None))
         out.backward(torch.ones_like(out))

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megallama.layers import loss
-from megallama.train.assemble import DTYPES, Rank
+from megallama.layers.batch import MicroBatch
+from megallama.train.assemble import DTYPES, Worker
 from tests.small import on_threads, small_config, solo_rank
 
 TOKENS = 30
@@ -21,7 +22,7 @@ def batch(vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden, labels, torch.rand(TOKENS, generator=generator) < 0.6
 
 
-def loss_of(rank: Rank, masked: bool) -> tuple[float, torch.Tensor]:
+def loss_of(rank: Worker, masked: bool) -> tuple[float, torch.Tensor]:
     """The loss sum and this rank's gradient of the hidden states."""
     config = rank.plan.config
     head = rank.stages[0].head
@@ -30,7 +31,7 @@ def loss_of(rank: Rank, masked: bool) -> tuple[float, torch.Tensor]:
     tp = rank.groups.tp
     rows = slice(tp.rank * TOKENS // tp.size, (tp.rank + 1) * TOKENS // tp.size)
     leaf = hidden[rows].to(DTYPES[config.precision.dtype]).requires_grad_()
-    total = head(leaf, labels, mask if masked else None, 0.5)
+    total = head(leaf, MicroBatch(labels, labels, mask if masked else None, grad_scale=0.5))
     total.backward()
     assert leaf.grad is not None
     return total.item(), leaf.grad
@@ -70,11 +71,11 @@ def test_a_rank_that_holds_only_padding_takes_no_part() -> None:
     total, _ = loss_of(solo_rank(small_config(model=model)), True)
     config = small_config(model=model, parallel={"tp": 4, "sequence_parallel": False})
 
-    def body(rank: Rank) -> tuple[float, float]:
+    def body(rank: Worker) -> tuple[float, float]:
         head = rank.stages[0].head
         assert head is not None
         hidden, labels, mask = batch(5)
-        total = head(hidden.requires_grad_(), labels, mask, 1.0)
+        total = head(hidden.requires_grad_(), MicroBatch(labels, labels, mask))
         total.backward()
         rows = head.param.main_grad[head.valid :]
         return total.item(), float(rows.abs().sum()) if rows.numel() else 0.0
@@ -103,9 +104,9 @@ def test_logits_of_the_whole_micro_batch_never_exist(monkeypatch: pytest.MonkeyP
     rank = solo_rank(small_config(precision={"dtype": "bf16"}, memory={"loss_chunk_tokens": 200}))
     head = rank.stages[0].head
     assert head is not None
-    hidden = torch.randn(1000, 32, dtype=torch.bfloat16).requires_grad_()
+    hidden, labels = torch.randn(1000, 32, dtype=torch.bfloat16).requires_grad_(), torch.zeros(1000, dtype=torch.int64)
     monkeypatch.setattr(loss, "ELEMENTS_IN_FP32", 64 * 61)
     with _LargestTensor(61) as seen:
-        head(hidden, torch.zeros(1000, dtype=torch.int64), None, 1.0)
+        head(hidden, MicroBatch(labels, labels))
     assert seen.rows[torch.bfloat16] == 200
     assert seen.rows[torch.float32] <= 64

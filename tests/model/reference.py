@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, modeling_rope_utils
 from transformers.models.llama import modeling_llama
 
 from megallama.config.schema import Config
-from megallama.train.assemble import DTYPES, Rank
+from megallama.train.assemble import DTYPES, Worker
 
 
 class _Lifted(ModuleType):
@@ -38,7 +38,7 @@ def lifted(dtype: torch.dtype) -> Iterator[None]:
             module.torch = torch
 
 
-def full_tensors(rank: Rank, what: str) -> dict[str, torch.Tensor]:
+def full_tensors(rank: Worker, what: str) -> dict[str, torch.Tensor]:
     """Weights ("data") or gradients ("main_grad") of a one-rank job by their Hugging Face names."""
     out = {}
     for buffers in rank.buffers.values():

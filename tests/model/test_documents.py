@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from megallama.config.schema import Config
-from megallama.data.batch import MicroBatch
-from megallama.model.llama import StageInput
-from megallama.train.assemble import Rank
-from megallama.train.step import evaluate_step, stage_inputs
+from megallama.layers.batch import MicroBatch
+from megallama.train.assemble import Worker
+from megallama.train.step import evaluate_step
 from tests.model.reference import full_tensors
 from tests.small import curve, documents, micro_batches, on_threads, small_config, solo_rank, tokens, train
 
@@ -38,14 +37,14 @@ def test_equal_to_the_documents_one_by_one(recompute: str, kv_heads: int) -> Non
     packed = solo_rank(config)
     batches = micro_batches(packed, tokens(config, 1)[0], starts=documents(config, 1)[0])
     packed.optimizer.start_step()
-    loss = packed.runtime.run(packed.plan.schedule_for(len(batches)), stage_inputs(batches, 1.0))
+    loss = packed.runtime.run(packed.plan.schedule_for(len(batches)), batches)
 
     alone, total = None, torch.zeros((), dtype=torch.float64)
     for inputs, labels in pieces(config):  # a model of exactly this length, so nothing is padded or masked
         rank = solo_rank(small_config(model={"init_std": 0.2, "num_kv_heads": kv_heads}, batch={
             "seq_length": len(inputs), "global_batch_size": 1}, memory={"recompute": recompute}))  # fmt: skip
         rank.optimizer.start_step()
-        part = rank.stages[0](None, StageInput(inputs, labels))
+        part = rank.stages[0](None, MicroBatch(inputs, labels))
         part.backward()
         total += part.detach()
         gradients = full_tensors(rank, "main_grad")
@@ -74,7 +73,7 @@ def test_evaluation_of_a_last_batch_that_only_some_ranks_can_fill() -> None:
     config = small_config()
     data = tokens(config, 1)[0, :4]
 
-    def counted(rank: Rank) -> tuple[Any, int]:
+    def counted(rank: Worker) -> tuple[Any, int]:
         real = torch.ones(1, config.batch.seq_length, dtype=torch.bool)
         mask = None if rank.groups.dp.rank == 0 else ~real  # two micro-batches each; rank 1 is all padding
         rows = data[rank.groups.dp.rank :: 2]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megallama.model.llama import StageInput
+from megallama.layers.batch import MicroBatch
 from tests.model.reference import full_tensors, lifted, reference_model
 from tests.small import logits as our_logits
 from tests.small import small_config, solo_rank, tokens
@@ -47,7 +47,7 @@ def test_logits_loss_and_gradients(shape: str, dtype: str, recompute: str) -> No
         loss.backward()
 
     stage = rank.stages[0]
-    total = stage(None, StageInput(inputs.reshape(-1), labels.reshape(-1), None, 1 / labels.numel()))
+    total = stage(None, MicroBatch(inputs, labels, grad_scale=1 / labels.numel()))
     total.backward()
     with torch.no_grad():
         mine = our_logits(rank, inputs.reshape(-1)).view_as(logits)

@@ -11,7 +11,7 @@ import torch
 
 from megallama.model.init import fill, normal_at
 from megallama.plan.box import Box
-from megallama.train.assemble import Rank
+from megallama.train.assemble import Worker
 from tests.small import on_threads, small_config
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
@@ -26,7 +26,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-def pieces(rank: Rank) -> list[tuple[Box, torch.Tensor]]:
+def pieces(rank: Worker) -> list[tuple[Box, torch.Tensor]]:
     return [(s.box, s.state["master"].clone()) for s in rank.optimizer.shards(owned_only=True)]
 
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from megallama.train.assemble import Rank
-from tests.small import on_threads, small_config, tokens, train
+from megallama.layers.batch import MicroBatch
+from megallama.train.assemble import Worker
+from tests.small import body_of, on_threads, small_config, tokens, train
 
 H, F, HEADS, TOKENS = 64, 96, 4, 32
 SIZES = {"hidden_size": H, "ffn_hidden_size": F, "num_heads": HEADS, "num_layers": 1, "vocab_size": 61}
 
 
-def saved_bytes(rank: Rank) -> tuple[int, int]:
+def saved_bytes(rank: Worker) -> tuple[int, int]:
     """(16-bit bytes, fp32 bytes) that one layer keeps; a tensor kept twice counts once, weights never."""
     layer = rank.stages[0].layers[0]
     storages: dict[int, tuple[torch.dtype, int]] = {}
@@ -35,9 +36,8 @@ def saved_bytes(rank: Rank) -> tuple[int, int]:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         stage = rank.stages[0]
         stage.layers = [layer]
-        embed, stage.embed = stage.embed, None
-        stage.body(x + 0, torch.zeros(TOKENS, dtype=torch.int64))
-        stage.embed = embed
+        ids = torch.zeros(TOKENS, dtype=torch.int64)
+        body_of(stage, embed=False)(x + 0, MicroBatch(ids, ids))
     half = sum(n for dtype, n in storages.values() if dtype == torch.bfloat16)
     single = sum(n for dtype, n in storages.values() if dtype == torch.float32)
     assert half + single == sum(n for _, n in storages.values())
@@ -69,7 +69,7 @@ def test_gradients_are_the_same_bits_in_all_modes(dtype: str, tp: int) -> None:
     def gradients(recompute: str) -> list[Any]:
         config = small_config(precision={"dtype": dtype}, memory={"recompute": recompute}, parallel={"tp": tp})
 
-        def one(rank: Rank) -> torch.Tensor:
+        def one(rank: Worker) -> torch.Tensor:
             train(rank, tokens(config, 2))
             return torch.cat([rank.buffers[0].grads.double(), rank.buffers[0].weights.double()])
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from megallama.layers.batch import MicroBatch
 from megallama.layers.param import Param
 from megallama.plan.layout import Bucket
-from megallama.train.assemble import Rank
-from tests.small import on_threads, small_config, tokens, train
+from megallama.train.assemble import Worker
+from tests.small import body_of, on_threads, small_config, tokens, train
 
 SCHEDULES: dict[str, tuple[int, dict[str, Any]]] = {
     "one stage": (2, {}),
@@ -29,12 +30,12 @@ SCHEDULES: dict[str, tuple[int, dict[str, Any]]] = {
 Event = tuple[str, int, int, str]  # contribution or reduction, stage, bucket, action
 
 
-def watch(rank: Rank) -> list[Event]:
+def watch(rank: Worker) -> list[Event]:
     """Contributions to buckets and their reductions, in order, in the second of two steps."""
     events: list[Event] = []
 
     def action() -> str:
-        return rank.runtime.position.partition(" ")[0]
+        return str(rank.runtime.observer.action)
 
     for stage, sync in zip(rank.stages, rank.optimizer.syncs, strict=True):
         bucket_of = {p.spec.name: b.index for b in sync.buffers.layout.buckets for p in b.params}
@@ -66,7 +67,7 @@ def test_a_bucket_is_reduced_with_its_last_gradient(name: str, tied: bool) -> No
         parallel=parallel, batch=batch, overlap={"bucket_mb": 0.01}, model={"tie_embeddings": tied, "vocab_size": 64}
     )
 
-    def body(rank: Rank) -> tuple[list[Event], list[tuple[int, int]]]:
+    def body(rank: Worker) -> tuple[list[Event], list[tuple[int, int]]]:
         buckets = [
             (stage, b.index)
             for stage, sync in zip(rank.stages, rank.optimizer.syncs, strict=True)
@@ -81,7 +82,7 @@ def test_a_bucket_is_reduced_with_its_last_gradient(name: str, tied: bool) -> No
             last, reduction = mine[-2:]
             assert [events[i][0] for i in mine[-2:]] == ["contribution", "reduction"]
             assert reduction == last + 1, "something else was computed first"
-            assert events[reduction][3] == events[last][3] != "finished"
+            assert events[reduction][3] == events[last][3] != "None"
         assert len(buckets) > 2 * len({stage for stage, _ in buckets}), "too few buckets to show anything"
 
 
@@ -98,7 +99,7 @@ def test_with_interleaving_the_first_chunks_are_reduced_while_others_compute() -
 def test_weights_are_awaited_bucket_by_bucket() -> None:
     """When the forward of the first layer runs, the gathers of later layers are still under way."""
 
-    def body(rank: Rank) -> list[int]:
+    def body(rank: Worker) -> list[int]:
         stage, buffers = rank.stages[0], rank.buffers[0]
         train(rank, tokens(rank.plan.config, 1))
         pending: list[int] = []
@@ -112,7 +113,7 @@ def test_weights_are_awaited_bucket_by_bucket() -> None:
 
             layer.down_proj = counted  # type: ignore[assignment]
         batch = tokens(rank.plan.config, 1)[0]
-        hidden = stage.body(None, batch[0, :-1].reshape(-1))
+        hidden = body_of(stage)(None, MicroBatch(batch[0, :-1], batch[0, 1:]))
         assert hidden.shape[0] == batch.shape[1] - 1
         rank.optimizer.wait()
         return pending
@@ -125,7 +126,7 @@ def test_weights_are_awaited_bucket_by_bucket() -> None:
 def test_a_step_waits_for_gathers_that_nobody_has_read() -> None:
     """Two optimizer steps and no forward between: the second one must not write under the gathers of the first."""
 
-    def body(rank: Rank) -> list[Any]:
+    def body(rank: Worker) -> list[Any]:
         train(rank, tokens(rank.plan.config, 1))
         for sync in rank.optimizer.syncs:
             sync.buffers.grads.fill_(1e-3)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from megallama.plan.params import global_shapes
-from megallama.train.assemble import Rank
+from megallama.train.assemble import Worker
 from tests.small import micro_batches, on_threads, small_config, solo_rank, tokens, train
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
@@ -26,14 +27,12 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def gradients(rank: Rank) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(rank: Worker) -> tuple[float, dict[str, torch.Tensor]]:
     """The squared norm as counted, and this rank's counted gradients placed into whole tensors."""
     config = rank.plan.config
     batches = micro_batches(rank, tokens(config, 1)[0])
-    from megallama.train.step import stage_inputs
-
     rank.optimizer.start_step()
-    rank.runtime.run(rank.plan.schedule_for(len(batches)), stage_inputs(batches, 1e-3))
+    rank.runtime.run(rank.plan.schedule_for(len(batches)), [replace(b, grad_scale=1e-3) for b in batches])
     squares = rank.optimizer.reduce().reshape(1)
     rank.groups.world.all_reduce(squares).wait()
     whole = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in global_shapes(config.model).items()}
@@ -66,7 +65,7 @@ def test_gradients_and_their_norm_are_those_of_one_rank(ranks: int, parallel: di
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("parallel", [{}, {"pp": 2, "schedule": "zb-h1"}, {"pp": 2, "chunks": 2}], ids=str)
 def test_overlap_changes_no_bit(parallel: dict[str, Any], dtype: str) -> None:
-    def weights(rank: Rank) -> list[torch.Tensor]:
+    def weights(rank: Worker) -> list[torch.Tensor]:
         train(rank, tokens(rank.plan.config, 3))
         rank.optimizer.wait()
         return [buffers.weights.clone() for buffers in rank.buffers.values()]

@@ -16,7 +16,7 @@ from megallama.layers.param import Gather
 from megallama.optim.grad_sync import GradSync
 from megallama.optim.update import Update
 from megallama.pipeline.runtime import PipelineRuntime
-from megallama.train.assemble import Rank
+from megallama.train.assemble import Worker
 from tests.small import curve, on_threads, small_config, tokens, train
 
 STEPS, SEEDS = 3, (1, 2, 3)
@@ -46,7 +46,7 @@ def config_of(name: str, dtype: str) -> Config:
     return small_config(**{**sections, "precision": {"dtype": dtype}})
 
 
-def outcome(rank: Rank) -> list[Tensor]:
+def outcome(rank: Worker) -> list[Tensor]:
     """Losses, norms, this rank's sums of gradients, and its weights, as they are after a few steps."""
     numbers = curve(train(rank, tokens(rank.plan.config, STEPS)))
     grads = [tensors["grads"].clone() for _, held in rank.optimizer._held for _, tensors in held]

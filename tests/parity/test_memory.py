@@ -13,7 +13,7 @@ from megallama.config.schema import Config
 from megallama.plan import memory
 from megallama.plan.memory import DTYPE_BYTES, rank_memory, tokens_and_rows
 from megallama.plan.params import heads
-from megallama.train.assemble import Rank
+from megallama.train.assemble import Worker
 from tests.parity.matrix import FURTHER, Layout, matrix
 from tests.small import documents, on_threads, tokens, train
 
@@ -36,7 +36,7 @@ def kept_by_attention(config: Config) -> int:
 class Kept:
     """Counts the bytes of unique storages that graphs or queues of weight gradients keep alive."""
 
-    def __init__(self, rank: Rank) -> None:
+    def __init__(self, rank: Worker) -> None:
         self.rank = rank
         self.graphs: dict[int, list[int]] = {}  # storage -> saved so often, bytes
         self.peak = 0
@@ -79,7 +79,7 @@ class Held:
         self.entry[0] -= 1
 
 
-def measured(rank: Rank, data: Tensor, starts: Tensor | None) -> tuple[int, ...]:
+def measured(rank: Worker, data: Tensor, starts: Tensor | None) -> tuple[int, ...]:
     """(weights, main gradients, optimizer, tables, peak of what backwards need) of a rank that trains a step."""
     kept = Kept(rank)
     handlers = rank.runtime._handlers
@@ -110,7 +110,7 @@ def test_the_plan_predicts_every_byte(layout: Layout, dtype: str, monkeypatch: p
     data = tokens(config, 1)
     starts = documents(config, 1) if layout.documents else None
 
-    def body(rank: Rank) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def body(rank: Worker) -> tuple[tuple[int, ...], tuple[int, ...]]:
         plan, groups = rank.plan, rank.groups
         m = rank_memory(config, plan.stages, plan.schedule, groups.dp.size, groups.pp.rank)
         return (m.weights, m.main_grads, m.optimizer, m.tables, m.activations), measured(rank, data, starts)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import time
 import weakref
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megallama.pipeline.runtime import _last_gradients
-from megallama.plan.schedule import parse_action
-from megallama.train.assemble import Rank
+from megallama.pipeline.runtime import Observer, StageWork, _last_gradients
+from megallama.plan.schedule import Action, Kind, parse_action
+from megallama.train.assemble import Worker
 from tests.small import curve, deviation, micro_batches, on_threads, small_config, solo_rank, tokens, train
 
 OWN = Path(__file__).parents[1] / "parity" / "own.csv"
@@ -83,6 +85,19 @@ class LiveGraphs:
         self.forward += 1
 
 
+class Held(Observer):
+    """The most forwards whose backward was not over."""
+
+    def __init__(self) -> None:
+        self.peak, self._now = 0, 0
+
+    def ended(self) -> None:
+        kind = self.action.kind if self.action else None
+        self._now += (kind is Kind.F) - (kind in (Kind.B, Kind.W))
+        self.peak = max(self.peak, self._now)
+        super().ended()
+
+
 @pytest.mark.parametrize(
     ("ranks", "parallel"), [s for s in SCHEDULES if "stage_layers" not in s[1]], ids=lambda x: str(x)
 )
@@ -90,14 +105,14 @@ def test_live_activations_are_the_schedules_own_count(ranks: int, parallel: dict
     config = small_config(parallel=parallel)
     data = tokens(config, 1)
 
-    def measure(rank: Rank) -> tuple[int, int, int]:
+    def measure(rank: Worker) -> tuple[int, int, int]:
         live = LiveGraphs()
-        for stage in rank.stages.values():
-            _call_before(stage, live.next_forward)
+        _call_before(rank, live.next_forward)
         schedule = rank.plan.schedule_for(len(micro_batches(rank, data[0])))
+        rank.runtime.observer = held = Held()
         with saved_tensors_hooks(live.pack, lambda tensor: tensor):
             train(rank, data)
-        return live.peak, rank.runtime.peak_in_flight, schedule.peak_in_flight(rank.groups.pp.rank)
+        return live.peak, held.peak, schedule.peak_in_flight(rank.groups.pp.rank)
 
     for graphs, counted, promised in on_threads(config, ranks, measure):
         assert counted == promised
@@ -114,9 +129,10 @@ def test_a_schedule_of_ones_own_holds_what_it_says() -> None:
     data = tokens(config, 2)
     want = curve(train(solo_rank(small_config(batch={"global_batch_size": 4})), data))
 
-    def measure(rank: Rank) -> tuple[float, int, tuple[int, ...]]:
+    def measure(rank: Worker) -> tuple[float, int, tuple[int, ...]]:
+        rank.runtime.observer = held = Held()
         mine = curve(train(rank, data))
-        return deviation(mine, want), rank.runtime.peak_in_flight, tuple(rank.stages)
+        return deviation(mine, want), held.peak, tuple(rank.stages)
 
     (first, peak0, stages0), (second, peak1, stages1) = on_threads(config, 2, measure)
     assert max(first, second) <= 1e-12
@@ -132,14 +148,20 @@ def test_gradients_that_are_the_last() -> None:
     assert _last_gradients([parse_action(word) for word in "F1.0 F0.0 I0.0 B1.0 W0.0".split()]) == {2, 3, 4}
 
 
-def _call_before(stage: Any, hook: Any) -> None:
-    body = stage.body
+def _call_before(rank: Worker, hook: Any) -> None:
+    """Call `hook` before every forward of a stage."""
 
-    def wrapped(*args: Any) -> Any:
+    def wrapped(stage: Any, *args: Any) -> Any:
         hook()
-        return body(*args)
+        return stage(*args)
 
-    stage.body = wrapped
+    _wrap(rank, wrapped)
+
+
+def _wrap(rank: Worker, wrapped: Any) -> None:
+    work: dict[int, StageWork] = rank.runtime._work  # type: ignore[assignment]
+    for number, part in work.items():
+        work[number] = replace(part, stage=partial(wrapped, part.stage))
 
 
 def test_an_output_is_freed_once_it_has_been_sent() -> None:
@@ -147,24 +169,22 @@ def test_an_output_is_freed_once_it_has_been_sent() -> None:
     config = small_config(parallel={"pp": 2, "schedule": "gpipe"})
     data = tokens(config, 1)
 
-    def measure(rank: Rank) -> int:
+    def measure(rank: Worker) -> int:
         if rank.groups.pp.rank == 1:
             train(rank, data)
             return 0
         outputs: list[StorageWeakRef] = []
         alive = []
-        stage = rank.stages[0]
-        body = stage.body
 
-        def wrapped(*args: Any) -> torch.Tensor:
+        def wrapped(stage: Any, *args: Any) -> torch.Tensor:
             while not all(send.done() for send in rank.runtime._sends):
                 time.sleep(0.001)
             alive.append(sum(not ref.expired() for ref in outputs))
-            out: torch.Tensor = body(*args)
+            out: torch.Tensor = stage(*args)
             outputs.append(StorageWeakRef(out.untyped_storage()))
             return out
 
-        stage.body = wrapped  # type: ignore[method-assign]
+        _wrap(rank, wrapped)
         train(rank, data)
         assert len(alive) == 8
         return max(alive)
@@ -172,9 +192,46 @@ def test_an_output_is_freed_once_it_has_been_sent() -> None:
     assert on_threads(config, 2, measure)[0] == 0
 
 
-def test_the_position_names_the_action_under_way() -> None:
+class Noted(Observer):
+    """What an observer is told."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def started(self, action: Action | None) -> None:
+        super().started(action)
+        self.seen.append(str(self.action))
+
+    def arrived(self) -> None:
+        self.seen.append(f"input of {self.action}")
+
+    def ended(self) -> None:
+        self.seen.append(f"end of {self.action}")
+        super().ended()
+
+
+def test_an_observer_is_told_of_every_action_and_its_input() -> None:
+    config = small_config(batch={"global_batch_size": 1}, parallel={"pp": 2})
+
+    def body(rank: Worker) -> list[str]:
+        rank.runtime.observer = noted = Noted()
+        train(rank, tokens(config, 1))
+        assert noted.action is None
+        return noted.seen
+
+    first, second = on_threads(config, 2, body)
+    assert first[:4] == ["F0.0", "end of F0.0", "send_F0.0", "end of send_F0.0"]
+    assert first[-5:] == ["B0.0", "input of B0.0", "end of B0.0", "None", "end of None"]
+    assert second[2:5] == ["F1.0", "input of F1.0", "end of F1.0"]
+
+
+def test_the_action_that_failed_is_known() -> None:
     rank = solo_rank(small_config())
-    seen = []
-    rank.runtime.clock = lambda: seen.append(rank.runtime.position) or 0.0
-    train(rank, tokens(rank.plan.config, 1))
-    assert seen[0].startswith("F0.0 (action 0 of ") and rank.runtime.position == "finished"
+
+    def broken(stage: Any, *args: Any) -> Any:
+        raise RuntimeError("planted")
+
+    _wrap(rank, broken)
+    with pytest.raises(RuntimeError, match="planted"):
+        train(rank, tokens(rank.plan.config, 1))
+    assert str(rank.runtime.observer.action) == "F0.0"

@@ -22,10 +22,11 @@ from megallama.config.presets import PRESETS
 from megallama.config.schema import ModelConfig
 from megallama.plan.plan import make_plan
 from megallama.train.log import Logger
+from megallama.train.loop import TrainingLoop
 from megallama.train.metrics import TAGS
+from megallama.train.setup import set_up
 from megallama.train.signals import SignalFlag
 from megallama.train.step import evaluate_step
-from megallama.train.trainer import Trainer
 from tests.small import MODEL, logits, small_config
 
 
@@ -36,16 +37,16 @@ def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: s
     torch.set_num_threads(1)
     config = small_config(**{**sections, "run": {"folder": folder, "peak_tflops": 1.0, **sections.get("run", {})}})
     log, signals = Logger(world.rank, world.world_size, Path(folder)), SignalFlag()
-    trainer = Trainer(config, make_plan(config, world.world_size), world, log, signals)
-    if fault is not None:
-        kind, step, rank, *file = fault.split(":")
-        if int(rank) == world.rank:
-            plant = _plant_in_evaluation if kind.endswith("evaluation") else _plant
-            plant(trainer, kind, {int(s) for s in step.split(",")}, *file)
     try:
-        with signals:
-            status = trainer.run()
-        return {"status": status, "step": trainer._counters.step, "updates": trainer._counters.updates}
+        with signals, set_up(config, make_plan(config, world.world_size), world, log, signals) as setup:
+            loop = TrainingLoop(setup)
+            if fault is not None:
+                kind, step, rank, *file = fault.split(":")
+                if int(rank) == world.rank:
+                    plant = _plant_in_evaluation if kind.endswith("evaluation") else _plant
+                    plant(loop, kind, {int(s) for s in step.split(",")}, *file)
+            status = loop.run()
+        return {"status": status, "step": setup.progress.step, "updates": setup.progress.updates}
     except MegallamaError as error:
         return {"error": str(error), "type": type(error).__name__, "status": error.status}
     finally:
@@ -77,7 +78,7 @@ def run_preset(world: World, folder: str, sections: dict[str, dict[str, Any]], n
         del PRESETS["changing"]
 
 
-def _plant_in_evaluation(trainer: Trainer, kind: str, batches: set[int]) -> None:
+def _plant_in_evaluation(loop: TrainingLoop, kind: str, batches: set[int]) -> None:
     made = [0]
 
     def faulty(*args: Any) -> Any:
@@ -85,47 +86,35 @@ def _plant_in_evaluation(trainer: Trainer, kind: str, batches: set[int]) -> None
         if made[0] in batches and kind.startswith("signal"):
             os.kill(os.getpid(), signal.SIGTERM)
         elif made[0] in batches:
-            trainer._config = trainer._config.model_copy(
-                update={"train": trainer._config.train.model_copy(update={"stop_after_minutes": 1e-9})}
-            )
+            train = loop._config.train.model_copy(update={"stop_after_minutes": 1e-9})
+            loop._config = loop._config.model_copy(update={"train": train})
         return evaluate_step(*args)
 
     if kind.startswith("read"):
-        open_data = trainer._open_data
-
-        def broken() -> Any:
-            data = open_data()
-            return replace(data, valid=tuple(replace(source, read=_unreadable) for source in data.valid))
-
-        trainer._open_data = broken  # type: ignore[method-assign]
+        data = loop.setup.data
+        data = replace(data, valid=tuple(replace(source, read=_unreadable) for source in data.valid))
+        loop.setup = replace(loop.setup, data=data)
     evaluate_module.evaluate_step = faulty  # type: ignore[assignment]
 
 
-def _break_reading(trainer: Trainer, step: int) -> None:
+def _break_reading(loop: TrainingLoop, step: int) -> None:
     """From the batch of `step` on (from 0) nothing can be read."""
-    open_loader = trainer._loader
-
-    def broken() -> Any:
-        batch = trainer._plan.batch
-        first = batch.samples_after(step)
-        train, read = trainer._data.train, trainer._data.train.read
-        train.read = lambda ids: _unreadable(ids) if min(ids) >= first else read(ids)  # type: ignore[method-assign]
-        return open_loader()
-
-    trainer._loader = broken  # type: ignore[method-assign]
+    first, train = loop.setup.plan.batch.samples_after(step), loop.setup.data.train
+    read = train.read
+    train.read = lambda ids: _unreadable(ids) if min(ids) >= first else read(ids)  # type: ignore[method-assign]
 
 
 def _unreadable(ids: Any) -> Any:
     raise OSError(errno.EIO, os.strerror(errno.EIO), "/data/text.bin")
 
 
-def _plant(trainer: Trainer, kind: str, steps: set[int], file: str = "") -> None:
-    one_step = trainer._one_step
+def _plant(loop: TrainingLoop, kind: str, steps: set[int], file: str = "") -> None:
+    one_step = loop._one_step
     if kind == "read":
-        _break_reading(trainer, min(steps))
+        _break_reading(loop, min(steps))
 
     def faulty(loader: Any) -> Any:
-        if trainer._counters.step in steps:
+        if loop.progress.step in steps:
             if kind == "read":
                 pass
             elif kind == "signal":
@@ -133,7 +122,7 @@ def _plant(trainer: Trainer, kind: str, steps: set[int], file: str = "") -> None
             elif kind == "truncate":
                 os.truncate(file, 20)
             else:  # one element of one gradient of one rank
-                sync = trainer._rank.optimizer.syncs[0]
+                sync = loop.setup.worker.optimizer.syncs[0]
                 finish = sync.finish
 
                 def poisoned() -> None:
@@ -144,7 +133,7 @@ def _plant(trainer: Trainer, kind: str, steps: set[int], file: str = "") -> None
                 sync.finish = poisoned  # type: ignore[method-assign]
         return one_step(loader)
 
-    trainer._one_step = faulty  # type: ignore[method-assign]
+    loop._one_step = faulty  # type: ignore[method-assign]
 
 
 def records(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -169,13 +158,12 @@ def live_memory(world: World, folder: str, sections: dict[str, dict[str, Any]], 
     torch.set_num_threads(1)
     config = small_config(**{**sections, "run": {"folder": folder, "peak_tflops": 1.0}})
     log = Logger(world.rank, world.world_size, Path(folder))
-    trainer = Trainer(config, make_plan(config, world.world_size), world, log)
-    one_step, seen = trainer._one_step, []
+    seen = []
 
     def watched(loader: Any) -> Any:
         result = one_step(loader)
-        if trainer._counters.step in marks:
-            trainer._manager.finish()  # a save still under way holds its own
+        if loop.progress.step in marks:
+            setup.manager.finish()  # a save still under way holds its own
             gc.collect()
             tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors()}
             status = Path("/proc/self/status").read_text()
@@ -183,8 +171,10 @@ def live_memory(world: World, folder: str, sections: dict[str, dict[str, Any]], 
             seen.append([len(tensors), sum(tensors.values()), resident, len(gc.get_objects())])
         return result
 
-    trainer._one_step = watched  # type: ignore[method-assign]
-    trainer.run()
+    with set_up(config, make_plan(config, world.world_size), world, log, SignalFlag()) as setup:
+        loop = TrainingLoop(setup)
+        one_step, loop._one_step = loop._one_step, watched  # type: ignore[method-assign]
+        loop.run()
     log.close()
     return seen
 
@@ -196,10 +186,5 @@ def _tensors() -> list[torch.Tensor]:
 def our_logits(world: World, folder: str, sections: dict[str, dict[str, Any]], tokens: torch.Tensor) -> torch.Tensor:
     """Logits [b * s, V] of the newest checkpoint, by the training code."""
     config = small_config(**{**sections, "run": {"folder": folder}})
-    trainer = Trainer(config, make_plan(config, 1), world, Logger(0, 1))
-    trainer._data = trainer._open_data()
-    trainer._manager = trainer._checkpoints()
-    trainer._rank = trainer._build(trainer._describe())
-    trainer._restore()
-    with torch.no_grad():
-        return logits(trainer._rank, tokens.reshape(-1))
+    with set_up(config, make_plan(config, 1), world, Logger(0, 1), SignalFlag()) as setup, torch.no_grad():
+        return logits(setup.worker, tokens.reshape(-1))

@@ -55,7 +55,7 @@ def test_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("content", "count"), [("", 0), ('{"a": 1}\n\n[1]\n{"b": 2}\n{"c"', 2)])
 def test_lines_that_are_no_records_are_left_out(content: str, count: int, tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text(content)
-    assert len(read_metrics(tmp_path / "m.jsonl")) == count
+    assert len(list(read_metrics(tmp_path / "m.jsonl"))) == count
 
 
 def test_reasons_for_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,13 +48,3 @@ def test_a_phase_ends_with_its_exception() -> None:
     with timers.phase("c"):
         clock.now += 2
     assert timers.lap() == (3, {"a": 0, "b": 1, "c": 2})
-
-
-def test_the_device_is_waited_for_only_when_asked() -> None:
-    waits = []
-    clock = Clock()
-    timers = Timers(synchronize=lambda: waits.append(clock.reads), clock=clock)
-    with timers.phase("a"):
-        pass
-    timers.lap()
-    assert waits == [1, 2, 3]  # before the reads at the begin and end of the phase and at the lap

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megallama.pipeline.runtime import PipelineRuntime
-from megallama.train.assemble import Rank
+from megallama.train.assemble import Worker
 from megallama.train.signals import SIGNALS
 from megallama.train.step import RankStatus, train_step
 from tests.small import documents, micro_batches, on_threads, small_config, tokens
@@ -43,7 +43,7 @@ class Watch(TorchDispatchMode):
         self.read.append(what)
 
 
-def watched(rank: Rank, data: Tensor, monkeypatch: pytest.MonkeyPatch, starts: Tensor | None = None) -> list[str]:
+def watched(rank: Worker, data: Tensor, monkeypatch: pytest.MonkeyPatch, starts: Tensor | None = None) -> list[str]:
     """What a training step reads."""
     watch = Watch()
     run = rank.runtime.run
@@ -104,7 +104,7 @@ def test_the_watch_sees(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "mask": lambda t: t[t > 0],
     }
 
-    def body(rank: Rank) -> None:
+    def body(rank: Worker) -> None:
         forward = PipelineRuntime._forward
 
         def reading(self: PipelineRuntime, action: Any) -> None:
@@ -122,7 +122,7 @@ def test_the_watch_sees(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_only_the_host_knows_is_told_with_the_rest(number: Any) -> None:
     config = small_config()
 
-    def body(rank: Rank) -> str | None:
+    def body(rank: Worker) -> str | None:
         batches = micro_batches(rank, tokens(config, 1)[0])
         schedule, mine = rank.plan.schedule_for(len(batches)), number if rank.groups.rank == 1 else None
         return train_step(rank, schedule, batches, 1e-3, status=lambda: RankStatus(mine, late=True)).stop_reason

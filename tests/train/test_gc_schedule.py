@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from megallama.train import collect
-from megallama.train.collect import Collector
+from megallama.train import gc_schedule as collect
+from megallama.train.gc_schedule import GcSchedule
 from tests.pool import Pool
 
 
@@ -31,7 +31,7 @@ def restored() -> Iterator[None]:
 
 def test_only_at_the_interval() -> None:
     alive = []
-    with Collector(3) as collector:
+    with GcSchedule(3) as collector:
         assert not gc.isenabled() and gc.get_freeze_count() > 0
         for number in range(1, 8):
             alive.append(weakref.ref(Cycle()))
@@ -45,14 +45,14 @@ def test_only_at_the_interval() -> None:
 
 def test_zero_leaves_it_to_python() -> None:
     before = gc.get_freeze_count()
-    with Collector(0) as collector:
+    with GcSchedule(0) as collector:
         assert gc.isenabled() and gc.get_freeze_count() == before
         collector.step(5)
 
 
 def test_what_was_off_stays_off() -> None:
     gc.disable()
-    with pytest.raises(ZeroDivisionError), Collector(1):
+    with pytest.raises(ZeroDivisionError), GcSchedule(1):
         raise ZeroDivisionError
     assert not gc.isenabled() and gc.get_freeze_count() == 0
 
@@ -63,21 +63,21 @@ def collections(world: Any, folder: str, interval: int) -> list[int]:
 
     seen, real = [], collect.gc.collect
 
-    class Noted(Collector):
+    class Noted(GcSchedule):
         def step(self, number: int) -> None:
             collect.gc.collect = lambda *a: seen.append(number)  # type: ignore[assignment]
             super().step(number)
             collect.gc.collect = real
 
-    before, runs_module = collect.Collector, __import__("megallama.train.trainer", fromlist=["x"])
-    runs_module.Collector = Noted
+    before, runs_module = collect.GcSchedule, __import__("megallama.train.loop", fromlist=["x"])
+    runs_module.GcSchedule = Noted
     try:
         runs.run(world, folder, {"train": {"steps": 7, "gc_interval": interval}})
     finally:
-        runs_module.Collector = before
+        runs_module.GcSchedule = before
     return seen
 
 
 def test_all_ranks_of_a_run_collect_after_the_same_steps(pool: Pool, tmp_path: Path) -> None:
-    answers = pool.run(2, "tests.train.test_collect:collections", str(tmp_path), 3)
+    answers = pool.run(2, "tests.train.test_gc_schedule:collections", str(tmp_path), 3)
     assert answers == [[3, 6], [3, 6]]

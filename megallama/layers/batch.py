@@ -1,16 +1,15 @@
-"""A micro-batch: what one forward pass of one model replica consumes."""
+"""A micro-batch: what one forward pass of one model replica consumes, from the loader to the stages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megallama.config.schema import Config
-from megallama.data.samples import Samples
 from megallama.kernels.documents import Documents
 
 
@@ -21,9 +20,10 @@ class MicroBatch:
     tokens, labels: int64 [b, s]; labels[i, t] is the token after tokens[i, t].
     mask: bool [b, s], True where the loss counts; None where all of it does.  It comes from positions, never from
     token values.
-    documents: where documents begin; None where samples run across them. With it the last token of a document
-    predicts nothing.
+    documents: where documents begin, and with them attention and positions; None where samples run across them.  With
+    it the last token of a document predicts nothing.
     num_counted: how many tokens the loss counts; known before anything is on a device.
+    grad_scale: the backward pass yields the gradient of grad_scale * sum of losses.
     """
 
     tokens: Tensor
@@ -31,6 +31,7 @@ class MicroBatch:
     mask: Tensor | None = None
     documents: Documents | None = None
     num_counted: int = -1
+    grad_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.num_counted < 0:
@@ -38,14 +39,14 @@ class MicroBatch:
             object.__setattr__(self, "num_counted", counted)
 
     @classmethod
-    def from_samples(cls, samples: Samples, real: Sequence[bool] | None = None) -> MicroBatch:
-        """Of b samples; rows whose `real` is False are padding and count nothing."""
-        tokens, labels = (torch.from_numpy(x.astype(np.int64)) for x in (samples.tokens[:, :-1], samples.tokens[:, 1:]))
+    def of(cls, ids: np.ndarray, starts: np.ndarray | None, real: Sequence[bool] | None = None) -> MicroBatch:
+        """Of b samples of s + 1 ids, and where documents start; rows whose `real` is False are padding: not counted."""
+        tokens, labels = (torch.from_numpy(x.astype(np.int64)) for x in (ids[:, :-1], ids[:, 1:]))
         mask = documents = None
         if real is not None and not all(real):
             mask = torch.tensor(real)[:, None].expand(labels.shape).contiguous()
-        if samples.starts is not None:
-            begins = torch.from_numpy(samples.starts)
+        if starts is not None:
+            begins = torch.from_numpy(starts)
             goes_on = begins[:, 1:] != torch.arange(1, begins.shape[1])
             mask = goes_on if mask is None else mask & goes_on
             documents = Documents.of(begins[:, :-1].contiguous())
@@ -55,11 +56,7 @@ class MicroBatch:
     def zeros(cls, config: Config) -> MicroBatch:
         """Of the form that training data have, for a rank that has none."""
         zeros = np.zeros((config.batch.micro_batch_size, config.batch.seq_length + 1), np.int64)
-        return cls.from_samples(Samples(zeros, zeros if config.data.document_mask else None))
-
-    def pin(self) -> MicroBatch:
-        """A copy in page-locked memory, from which a GPU can copy in the background."""
-        return self.each(Tensor.pin_memory)
+        return cls.of(zeros, zeros if config.data.document_mask else None)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device; does not wait for the copy if the source is pinned."""
@@ -69,4 +66,4 @@ class MicroBatch:
         """The same with all tensors changed."""
         mask = None if self.mask is None else change(self.mask)
         documents = None if self.documents is None else self.documents.each(change)
-        return MicroBatch(change(self.tokens), change(self.labels), mask, documents, self.num_counted)
+        return replace(self, tokens=change(self.tokens), labels=change(self.labels), mask=mask, documents=documents)

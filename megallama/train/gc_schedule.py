@@ -11,7 +11,7 @@ import gc
 from typing import Self
 
 
-class Collector:
+class GcSchedule:
     """While entered, nothing is collected but by `step`; interval 0 leaves everything to Python."""
 
     def __init__(self, interval: int) -> None:

@@ -1,0 +1,217 @@
+"""What a training run needs, made once and in this order: data, kernels, the folder's lock, model, state.
+
+Before the lock is taken nothing is changed.  Whatever can fail on one rank alone is agreed on by all ranks, so that a
+fault ends the run with its message instead of leaving others waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from megallama.checkpoint.errors import NotFiniteError
+from megallama.checkpoint.manager import CheckpointManager
+from megallama.comm.launch import World
+from megallama.comm.on_all_ranks import on_all_ranks
+from megallama.config.errors import ConfigError, MegallamaError
+from megallama.config.rules import check, remaining
+from megallama.config.schema import Config
+from megallama.config.usual import unusual
+from megallama.config.words import counted
+from megallama.data.ledger import TrainData
+from megallama.data.sources import Data, open_sources
+from megallama.kernels.select import Kernels
+from megallama.plan.plan import Plan
+from megallama.train.assemble import DTYPES, Worker, assemble, initialize, kernels_of, same_kernels
+from megallama.train.changes import changes
+from megallama.train.determinism import set_deterministic
+from megallama.train.health import TrainingStopped
+from megallama.train.log import Logger, human_count
+from megallama.train.peak import slow_format
+from megallama.train.progress import Progress
+from megallama.train.room import check_room, room
+from megallama.train.signals import SignalFlag
+from megallama.train.trace import StepTracer
+
+FAILED = 4  # exit status: something failed after steps had been made
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything the loop needs, on one rank."""
+
+    config: Config
+    plan: Plan
+    world: World
+    log: Logger
+    signals: SignalFlag
+    data: Data
+    manager: CheckpointManager
+    worker: Worker
+    tracer: StepTracer  # of the rank's groups
+    progress: Progress
+    last_step: int = 0  # train.steps, or fewer where the data end; known once the state is restored
+
+    @property
+    def train_data(self) -> TrainData | None:
+        """The training data; None if they are synthetic."""
+        return self.data.train if isinstance(self.data.train, TrainData) else None
+
+    def used(self) -> dict[str, dict[str, float]]:
+        """What has been used of each source so far; nothing is known of synthetic data."""
+        return self.train_data.account(self.progress.samples) if self.train_data else {}
+
+    def tell_sources(self) -> None:
+        for name, used in self.used().items():
+            tokens = counted(human_count(used["tokens"]), "token")
+            self.log.info(f"data source {name}: {used['epochs']:.4f} epochs, {tokens} used")
+
+
+@contextmanager
+def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: SignalFlag) -> Iterator[Setup]:
+    """Set up a run; within, its folder is its own. An error within is told to the other ranks, saves may end."""
+    progress = Progress(config)
+    set_deterministic(config.train.deterministic)
+    data = _on_all(world, "data", lambda: _open_data(config, log))
+    manager = _checkpoints(config, data, world, log)
+    # what a run that starts anew asks for in vain is known before anything is made
+    _on_all(world, "data", lambda: world.rank == 0 and manager.starts_fresh() and _last_step(config, data))
+    warnings = [*_on_all(world, "memory", lambda: _check_room(plan, world)), *unusual(config)]
+    kernels = _choose_kernels(config, plan, world, log)
+    for line in warnings:
+        log.info(f"warning: {line}")
+    manager.acquire()
+    signals.before_leaving(lambda why, status: manager.release())
+    setup: Setup | None = None
+    try:
+        config = manager.keep_settings()
+        plan = replace(plan, config=config)
+        worker, tracer = _on_all(world, "model", lambda: _build(plan, world, log, kernels, manager))
+        setup = Setup(config, plan, world, log, signals, data, manager, worker, tracer, progress)
+        yield replace(setup, last_step=_restore(setup))
+    except BaseException as error:
+        if setup and (action := setup.worker.runtime.observer.action):
+            log.note(f"this rank stood in {action} of its pipeline")
+        _give_up(error, config, progress, manager, world, log)
+        raise
+    finally:
+        manager.release()
+
+
+def _give_up(
+    error: BaseException, config: Config, progress: Progress, manager: CheckpointManager, world: World, log: Logger
+) -> None:
+    """The failure is told first; then a save under way may end, as long as all ranks hold their parts of it."""
+    begun, not_finite = progress.step > progress.first_step, (TrainingStopped, NotFiniteError)
+    if isinstance(error, MegallamaError) and begun and not isinstance(error, not_finite):
+        error.status = FAILED
+    world.failed(error)
+    if manager.saving:
+        seconds = config.checkpoint.finish_seconds
+        log.info(f"{type(error).__name__}: {error}; the save under way may take up to {seconds:g} s more")
+        manager.wait(seconds, lambda: world.whole)
+
+
+def _on_all(world: World, what: str, work: Callable[[], T]) -> T:
+    """Run `work` on every rank; if it fails anywhere, it has failed everywhere."""
+    kept: list[T] = []
+    on_all_ranks(world.group, what, lambda: kept.append(work()))
+    return kept[0]
+
+
+def _open_data(config: Config, log: Logger) -> Data:
+    data = open_sources(config)
+    for text in data.notes:
+        log.info(text)
+    return data
+
+
+def _last_step(config: Config, data: Data) -> tuple[int, str]:
+    """After which step the data end, at most `train.steps`, and why before it."""
+    steps = config.train.steps
+    return data.train.last_step(steps) if isinstance(data.train, TrainData) else (steps, "")
+
+
+def _check_room(plan: Plan, world: World) -> list[str]:
+    memory = plan.memory(plan.topology.coords(world.rank)["pp"])
+    own = (world.hosts[world.rank], memory.persistent, memory.total, room(world.device))
+    return check_room(world.group.gather_values(own))
+
+
+def _checkpoints(config: Config, data: Data, world: World, log: Logger) -> CheckpointManager:
+    assert config.checkpoint.folder is not None, "filled in when a configuration is loaded"
+    group, folder = world.host_group("checkpoint"), Path(config.checkpoint.folder)
+    tokenizer = data.tokenizer.path if data.tokenizer else None
+    return CheckpointManager(config, folder, group, tokenizer, log.info, marks=data.marks)
+
+
+def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> Kernels:
+    """The same ones on every rank; from here on the log has files, and says what will run."""
+    kernels = _on_all(world, "kernels", lambda: kernels_of(config, world.device))
+    same_kernels(world.group.gather_values([(c.operation, c.selected) for c in kernels.choices]))
+    _on_all(world, "run folder", lambda: log.open(Path(config.run.folder)))
+    for text in [*str(plan).splitlines(), *world.notes, f"kernels: {kernels}"]:
+        log.info(text)
+    for choice in kernels.choices:  # all of them in this rank's file, aloud where something installed does not work
+        (log.info if choice.broken else log.note)(f"kernel for {choice}")
+    slow = slow_format(world.device, DTYPES[config.precision.dtype]) if world.rank == 0 else ""
+    if slow:
+        log.warn(f'{slow}; write precision.dtype="fp32"')
+    return kernels
+
+
+def _build(
+    plan: Plan, world: World, log: Logger, kernels: Kernels, manager: CheckpointManager
+) -> tuple[Worker, StepTracer]:
+    before, config = len(world.notes), plan.config
+    groups = world.groups(plan.topology, config.model.num_kv_heads or 1)
+    for text in world.notes[before:]:
+        log.info(text)
+    tracer = StepTracer(config, groups, world.device, log)
+    worker = assemble(plan, tracer.groups, world.device, kernels)
+    if config.checkpoint.interval:  # the last save needs no snapshot: nothing trains meanwhile
+        manager.prepare(worker.optimizer.shards(owned_only=True))
+    return worker, tracer
+
+
+def _restore(setup: Setup) -> int:
+    """Newest checkpoint, given weights, or random weights; the log says which. Returns the last step."""
+    config, progress, log, world, manager = setup.config, setup.progress, setup.log, setup.world, setup.manager
+    optimizer, train = setup.worker.optimizer, setup.train_data
+    shards = optimizer.shards(owned_only=False)
+    saved = manager.resume(shards)
+    if saved is not None:
+        progress.load_state_dict(saved)
+        if train:
+            _on_all(world, "data", lambda: train.resume(saved, progress.step, progress.samples))
+        optimizer.loaded(progress.updates)
+        assert manager.resumed is not None
+        path, before = manager.resumed
+        log.info(f"resumed after step {progress.step}, {counted(human_count(progress.tokens), 'token')}, from {path}")
+        for line in changes(before, config, progress.step, progress.samples):
+            log.info(f"since then: {line}")
+        _on_all(world, "configuration", lambda: _check_ramp(config, progress.samples, world.world_size))
+    elif config.checkpoint.weights_from is not None:
+        manager.load_weights(Path(config.checkpoint.weights_from), shards)
+        optimizer.loaded(steps=0)
+        log.info(f"starting from the weights of {config.checkpoint.weights_from}")
+    else:
+        initialize(setup.worker, config.train.seed)
+        log.info(f"starting from random weights of seed {config.train.seed}")
+    last, why = _on_all(world, "data", lambda: _last_step(config, setup.data))
+    if why:
+        log.info(f"the data end after step {last} of {config.train.steps}: {why}")
+    setup.tell_sources()
+    return last
+
+
+def _check_ramp(config: Config, samples: int, ranks: int) -> None:
+    """That the ranks can share every batch that is still to come."""
+    rest = config.model_copy(update={"batch": remaining(config.batch, samples)})
+    if problems := check(rest, ranks, need_data=False):
+        raise ConfigError("; ".join(problems))
