@@ -106,7 +106,7 @@ class Pool:
             self._start_worker()
         for rank in range(size):
             launch = Launch(
-                rank, size, rank, size, "torchrun", "localhost", "127.0.0.1", self._store.port,
+                rank, size, rank, True, "torchrun", "localhost", "127.0.0.1", self._store.port,
                 store_kept=True, attempt=self._calls,
             )  # fmt: skip
             self._workers[rank][1].send_bytes(pickle.dumps((launch, run, target, args)))

@@ -9,9 +9,9 @@ does not depend on when anybody waits.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any
@@ -25,22 +25,16 @@ from megallama.comm.group import Handle, Op
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _HALF = (torch.bfloat16, torch.float16)
-# A gloo all-reduce in which each rank sends at most this is quicker as one direct exchange.
-_DIRECT_BYTES = 1 << 20
 MESSAGE, PIECE, FREE_TAG = range(3)  # tags: send/recv of callers, pieces of our own collectives; free from here on
 
 
 class Works:
-    """Handle of one or more torch works, and what to do once they are done."""
+    """Handle of works of torch, and of what to do once they are done."""
 
     def __init__(
-        self,
-        where: str,
-        works: Sequence[Any],
-        keep: Any,
-        finish: Callable[[], Any] | None = None,
+        self, where: str, works: Sequence[Any], keep: Any, finish: Callable[[], Any] | None = None,
         longest: timedelta | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`longest`: the longest that a wait may last; None leaves that to the process group."""
         self._where, self._works, self._keep, self._finish = where, works, keep, finish
         self._limit = () if longest is None else (longest,)
@@ -48,64 +42,47 @@ class Works:
     def wait(self) -> None:
         try:
             for work in self._works:
-                work.wait(*self._limit)
+                try:
+                    work.wait(*self._limit)
+                except RuntimeError as error:
+                    raise ContactLost(str(error)) from error
+            if self._finish is not None:
+                with torch.no_grad():
+                    self._finish()
         except RuntimeError as error:
-            lost = ContactLost(str(error))
-            lost.add_note(f"in {self._where}")
-            raise lost from error
-        if self._finish is not None:
-            with torch.no_grad():
-                self._finish()
+            error.add_note(f"in {self._where}")
+            raise
         self._works, self._keep, self._finish = (), None, None
 
     def done(self) -> bool:
         return self._finish is None and all(work.is_completed() for work in self._works)
 
 
-class _Sends:
-    """Sends to one rank over gloo, waited for in order by a thread.
+class _Sent:
+    """Handle of a send over gloo, which tells that it has completed only to somebody who waits, and only once.
 
-    Gloo tells that a send has completed only to somebody who waits for it, and only once; without
-    the thread a caller could not free what has arrived before it is willing to wait.
+    A thread per receiver waits, in order: nobody else could free what has arrived without being willing to wait.
     """
 
-    def __init__(self) -> None:
-        self._queue: SimpleQueue[_Send] = SimpleQueue()
-        threading.Thread(target=self._watch, daemon=True, name="gloo-sends").start()
-
-    def add(self, works: Works) -> Handle:
-        send = _Send(works)
-        self._queue.put(send)
-        return send
-
-    def _watch(self) -> None:
-        while True:
-            self._queue.get().watch()
-
-
-class _Send:
-    """Handle of one of `_Sends`."""
-
-    def __init__(self, works: Works) -> None:
-        self._works, self._over = works, threading.Event()
-        self._error: RuntimeError | None = None
-
-    def watch(self) -> None:
-        try:
-            self._works.wait()
-        except RuntimeError as error:
-            self._error = error
-        self._over.set()
+    def __init__(self, works: Works, queue: SimpleQueue[tuple[Works, Future[None]]]) -> None:
+        self._over: Future[None] = Future()
+        queue.put((works, self._over))
 
     def wait(self) -> None:
-        self._over.wait()
-        if self._error is not None:
-            raise self._error
+        self._over.result()
 
     def done(self) -> bool:
-        if self._error is not None:
-            raise self._error
-        return self._over.is_set()
+        return self._over.done() and self._over.result() is None
+
+
+def _wait_in_order(queue: SimpleQueue[tuple[Works, Future[None]]]) -> None:
+    while True:
+        works, over = queue.get()
+        try:
+            works.wait()
+            over.set_result(None)
+        except RuntimeError as error:
+            over.set_exception(error)
 
 
 class C10d:
@@ -115,6 +92,9 @@ class C10d:
     ranks: messages to lower ranks use it.  NCCL runs the messages of two ranks one after another;
     with a channel per direction two ranks that both send first do not wait for each other for ever.
     """
+
+    # a gloo all-reduce in which each rank sends at most this is quicker as one direct exchange
+    _direct_bytes = 1 << 20
 
     def __init__(
         self,
@@ -131,7 +111,7 @@ class C10d:
         self.device = device
         self._pg, self._down = process_group, down or process_group
         self._direct = device.type == "cpu"
-        self._sends: dict[int, _Sends] = {}
+        self._sends: dict[int, SimpleQueue[tuple[Works, Future[None]]]] = {}
         # gloo bounds messages by the time-out with which the group was made; NCCL's waits may not block the host
         self._longest: timedelta | None = None
         if down is not None:
@@ -139,10 +119,18 @@ class C10d:
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
         self._check(tensor)
-        if self._direct and op == "sum" and tensor.nbytes * (self.size - 1) <= _DIRECT_BYTES:
-            return self._all_reduce_direct(tensor)
-        work = started(dist.all_reduce, tensor, _REDUCE[op], group=self._pg, async_op=True)
-        return self._handle("all_reduce", [work], tensor)
+        if not self._direct or tensor.nbytes * (self.size - 1) > self._direct_bytes:
+            work = started(dist.all_reduce, tensor, _REDUCE[op], group=self._pg, async_op=True)
+            return self._handle("all_reduce", [work], tensor)
+        flat = tensor.view(-1)
+
+        def reduce(parts: Sequence[Tensor]) -> None:
+            if op == "sum":
+                add_in_order(parts, flat)
+            else:
+                flat.copy_(torch.stack([*parts]).amax(0))
+
+        return self._exchange("all_reduce", tensor, [flat] * self.size, reduce)
 
     def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
         self._check(output, shard)
@@ -151,11 +139,13 @@ class C10d:
             work = started(dist.all_gather_into_tensor, output, shard, group=self._pg, async_op=True)
             return self._handle("all_gather", [work], (output, shard))
         places = self._pieces(output)
-        works = self._exchange([shard] * self.size, places)
-        if places[self.rank].data_ptr() != shard.data_ptr():
-            with torch.no_grad():
-                places[self.rank].copy_(shard.view(-1))
-        return self._handle("all_gather", works, (output, shard))
+
+        def put(parts: Sequence[Tensor]) -> None:
+            for place, part in zip(places, parts, strict=True):
+                if place.data_ptr() != part.data_ptr():
+                    place.copy_(part)
+
+        return self._exchange("all_gather", output, [shard.view(-1)] * self.size, put, places)
 
     def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
         self._check(output, full)
@@ -163,10 +153,8 @@ class C10d:
         if not self._direct:
             work = started(dist.reduce_scatter_tensor, output, full, group=self._pg, async_op=True)
             return self._handle("reduce_scatter", [work], (output, full))
-        pieces = self._pieces(full)
-        parts = self._receive_space(pieces[self.rank])
-        works = self._exchange(pieces, parts)
-        return self._handle("reduce_scatter", works, (full, parts), lambda: add_in_order(parts, output.view(-1)))
+        flat = output.view(-1)
+        return self._exchange("reduce_scatter", full, self._pieces(full), lambda parts: add_in_order(parts, flat))
 
     def send(self, tensor: Tensor, to: int, tag: int = MESSAGE) -> Handle:
         self._check(tensor)
@@ -177,8 +165,9 @@ class C10d:
         if not self._direct:
             return handle
         if to not in self._sends:
-            self._sends[to] = _Sends()
-        return self._sends[to].add(handle)
+            self._sends[to] = SimpleQueue()
+            threading.Thread(target=_wait_in_order, args=(self._sends[to],), daemon=True, name="gloo-sends").start()
+        return _Sent(handle, self._sends[to])
 
     def recv(self, tensor: Tensor, source: int, tag: int = MESSAGE) -> Handle:
         self._check(tensor)
@@ -193,16 +182,9 @@ class C10d:
         token.item()  # on CUDA wait() only orders the stream; this waits for it
 
     def gather_values(self, value: Any, summary: Callable[[list[Any]], Any] = list) -> Any:
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = torch.empty(self.size, dtype=torch.int64, device=self.device)
-        self.all_gather(sizes, torch.tensor([data.numel()], device=self.device)).wait()
-        lengths = sizes.tolist()
-        mine = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
-        mine[: data.numel()] = data.to(self.device)
-        everyone = torch.empty(self.size * mine.numel(), dtype=torch.uint8, device=self.device)
-        self.all_gather(everyone, mine).wait()
-        rows = everyone.cpu().view(self.size, -1)
-        return summary([json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths, strict=True)])
+        everyone: list[Any] = [None] * self.size
+        started(dist.all_gather_object, everyone, value, group=self._pg)
+        return summary(everyone)
 
     def bound(self, timeout: timedelta) -> None:
         """Operations that start from here on fail after `timeout`."""
@@ -229,25 +211,24 @@ class C10d:
     def _pieces(self, tensor: Tensor) -> list[Tensor]:
         return list(tensor.view(-1).chunk(self.size))
 
-    def _receive_space(self, mine: Tensor) -> list[Tensor]:
-        """One tensor per rank to receive into; this rank's own is `mine`."""
-        space = list(mine.new_empty((self.size - 1, mine.numel())).unbind())
-        return [*space[: self.rank], mine, *space[self.rank :]]
+    def _exchange(
+        self, what: str, keep: Any, outgoing: Sequence[Tensor], use: Callable[[Sequence[Tensor]], None],
+        incoming: Sequence[Tensor] = (),
+    ) -> Handle:  # fmt: skip
+        """Give outgoing[r] to every other rank r; `use` gets what each rank gave to this one, in rank order.
 
-    def _exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> list[Any]:
-        """Start sending outgoing[r] to every other rank r and receiving its piece into incoming[r]."""
+        incoming: where to receive it, if that matters.
+        """
+        own = outgoing[self.rank]
+        others = [p for r, p in enumerate(incoming) if r != self.rank]
+        parts = others or [*own.new_empty((self.size - 1, own.numel())).unbind()]
+        parts.insert(self.rank, own)
         works = []
         for distance in range(1, self.size):
             to, source = (self.rank + distance) % self.size, (self.rank - distance) % self.size
-            works.append(started(dist.irecv, incoming[source], group=self._pg, group_src=source, tag=PIECE))
+            works.append(started(dist.irecv, parts[source], group=self._pg, group_src=source, tag=PIECE))
             works.append(started(dist.isend, outgoing[to], group=self._pg, group_dst=to, tag=PIECE))
-        return works
-
-    def _all_reduce_direct(self, tensor: Tensor) -> Handle:
-        flat = tensor.view(-1)
-        parts = self._receive_space(flat)
-        works = self._exchange([flat] * self.size, parts)
-        return self._handle("all_reduce", works, (tensor, parts), lambda: add_in_order(parts, flat))
+        return self._handle(what, works, (keep, outgoing), lambda: use(parts))
 
     def _connect_ring(self) -> None:
         """Open NCCL's connections between neighbours in one order: opened on first use, ranks could wait crosswise."""

@@ -14,11 +14,9 @@ import platform
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import product
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -30,14 +28,12 @@ from megallama.comm.errors import ContactLost, LaunchError
 from megallama.comm.group import Assembly, Group, Solo
 from megallama.comm.groups import Groups, Partition, build_groups
 from megallama.comm.limits import files_needed, raised_limit, too_many
-from megallama.comm.rendezvous import Arrival, meet, open_star, open_store, port_file
+from megallama.comm.rendezvous import Arrival, open_store, port_file, rendezvous
 from megallama.comm.shared_memory import MAX_SHM_BYTES, SharedMemory
-from megallama.comm.star import CRASHED, FREE_CHANNEL, Listener, Star, StarGroup
+from megallama.comm.star import CRASHED, Listener, Star, StarGroup
 from megallama.config.schema import RunConfig
 from megallama.config.words import counted
 from megallama.plan.topology import Topology
-
-_LAUNCHERS = ("mpirun", "mpiexec", "hydra_pmi_proxy", "mpiexec.hydra", "prterun", "prted", "orted", "slurmstepd")
 
 
 @dataclass(frozen=True)
@@ -47,9 +43,9 @@ class Launch:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    local_size: int = 1
+    one_node: bool = True  # all ranks are on this machine
     launcher: str = "alone"  # alone | torchrun | openmpi | mpich | slurm
-    host: str = "localhost"
+    host: str = field(default_factory=socket.gethostname)
     master_addr: str = "127.0.0.1"
     master_port: int = 0  # 0: rank 0 takes a free port and publishes it under `key` (one node only)
     key: str = ""  # what the processes of this run, and no others on this machine, have in common
@@ -79,9 +75,7 @@ def detect_launch(env: Mapping[str, str] | None = None) -> Launch:
     # srun --mpi=pmi2 sets PMI_RANK too, but not MPI_LOCALRANKID: that is Slurm's launch
     if env.get("PMI_RANK") and (env.get("MPI_LOCALRANKID") or not env.get("SLURM_PROCID")):
         return _mpi(env, "mpich", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"), "")
-    if env.get("SLURM_PROCID"):
-        return _slurm(env)
-    return Launch(host=socket.gethostname())
+    return _slurm(env) if env.get("SLURM_PROCID") else Launch()
 
 
 def _number(env: Mapping[str, str], name: str, default: int) -> int:
@@ -95,35 +89,27 @@ def _number(env: Mapping[str, str], name: str, default: int) -> int:
 def _torchrun(env: Mapping[str, str]) -> Launch:
     rank, size = _number(env, "RANK", 0), _number(env, "WORLD_SIZE", 1)
     return Launch(
-        rank,
-        size,
-        _number(env, "LOCAL_RANK", rank),
-        _number(env, "LOCAL_WORLD_SIZE", size),
-        "torchrun",
-        socket.gethostname(),
-        env.get("MASTER_ADDR") or "127.0.0.1",
-        _number(env, "MASTER_PORT", 29500),
+        rank, size, _number(env, "LOCAL_RANK", rank), _number(env, "LOCAL_WORLD_SIZE", size) == size, "torchrun",
+        master_addr=env.get("MASTER_ADDR") or "127.0.0.1", master_port=_number(env, "MASTER_PORT", 29500),
         store_kept=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         attempt=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
-    )
+    )  # fmt: skip
 
 
 def _mpi(env: Mapping[str, str], launcher: str, names: Sequence[str], job: str) -> Launch:
     """`names` of the rank, size, local rank and local size; `job` is the same in all processes of the run."""
     rank, size = _number(env, names[0], 0), _number(env, names[1], 1)
-    local_rank, local_size = _number(env, names[2], rank), _number(env, names[3], size)
-    nodes = hosts(env.get("SLURM_JOB_NODELIST", ""))
-    if local_size == size:
-        nodes = ["127.0.0.1"]
-    elif not env.get("MASTER_ADDR") and not nodes:
+    local_rank, one_node = _number(env, names[2], rank), _number(env, names[3], size) == size
+    node = "127.0.0.1" if one_node else first_node(env.get("SLURM_JOB_NODELIST", ""))[0]
+    if not node and not env.get("MASTER_ADDR"):
         raise LaunchError(
             f"mpirun started {size} ranks on several nodes and nothing says where rank 0 is; "
             f"set MASTER_ADDR to its host and MASTER_PORT to a free port there for every rank "
             f"({'-x MASTER_ADDR=host' if launcher == 'openmpi' else '-genv MASTER_ADDR host'})"
         )
-    addr, port = _address(env, nodes, local_size == size, job or env.get("SLURM_JOB_ID", ""))
-    key = f"{launcher}-{job or _launcher_process()}"
-    return Launch(rank, size, local_rank, local_size, launcher, socket.gethostname(), addr, port, key)
+    address = _address(env, node, one_node, job or env.get("SLURM_JOB_ID", ""))
+    key = f"{launcher}-{job or os.getppid()}"  # on one node the launcher's process is the parent of all
+    return Launch(rank, size, local_rank, one_node, launcher, socket.gethostname(), *address, key)
 
 
 def _slurm(env: Mapping[str, str]) -> Launch:
@@ -134,65 +120,30 @@ def _slurm(env: Mapping[str, str]) -> Launch:
             f"SLURM_NTASKS={size}, but srun did not start this process; in an sbatch script write "
             f"'srun python -m megallama.pretrain ...', or --ntasks=1 for one rank"
         )
-    nodes = hosts(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "")
-    tasks = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "")
-    one_node = len(nodes) <= 1
-    node = _number(env, "SLURM_NODEID", 0)
-    local_size = size if one_node else tasks[node] if node < len(tasks) else _number(env, "SLURM_NTASKS_PER_NODE", 1)
+    node, one_node = first_node(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "")
     job = "-".join(env.get(name) or "0" for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
-    addr, port = _address(env, ["127.0.0.1"] if one_node else nodes, one_node, job)
+    address = _address(env, "127.0.0.1" if one_node else node, one_node, job)
     local_rank = _number(env, "SLURM_LOCALID", rank)
-    return Launch(rank, size, local_rank, local_size, "slurm", socket.gethostname(), addr, port, f"slurm-{job}")
+    return Launch(rank, size, local_rank, one_node, "slurm", socket.gethostname(), *address, f"slurm-{job}")
 
 
-def _address(env: Mapping[str, str], nodes: Sequence[str], one_node: bool, job: str) -> tuple[str, int]:
-    """MASTER_ADDR and MASTER_PORT as given; else the first node, and a port made from the job's name.
+def _address(env: Mapping[str, str], node: str, one_node: bool, job: str) -> tuple[str, int]:
+    """MASTER_ADDR and MASTER_PORT as given; else the node of rank 0, and a port made from the job's name.
 
     On one node the port may be 0: rank 0 publishes a free one.
     """
-    addr = env.get("MASTER_ADDR") or nodes[0]
+    addr = env.get("MASTER_ADDR") or node
     if env.get("MASTER_PORT") or (one_node and not env.get("MASTER_ADDR")):
         return addr, _number(env, "MASTER_PORT", 0)
     # below the range from which the kernel hands out ports by itself
     return addr, 20000 + int(hashlib.sha256(job.encode()).hexdigest(), 16) % 12000 if job else 29500
 
 
-def hosts(nodelist: str) -> list[str]:
-    """Slurm's node list as names: node[01-03,07],login -> node01, node02, node03, node07, login."""
-    names: list[str] = []
-    for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
-        parts = re.split(r"\[([^\]]*)\]", item)  # text, bracket, text, bracket, text ...
-        choices = [[text] if i % 2 == 0 else _numbers(text) for i, text in enumerate(parts)]
-        names += ["".join(choice) for choice in product(*choices)]
-    return names
-
-
-def _numbers(text: str) -> list[str]:
-    out: list[str] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        out += [str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1)]
-    return out
-
-
-def _tasks_per_node(text: str) -> list[int]:
-    """Slurm's short form: 2(x3),1 -> 2, 2, 2, 1."""
-    counts: list[int] = []
-    for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
-        counts += [int(tasks)] * int(times or 1)
-    return counts
-
-
-def _launcher_process() -> str:
-    """The nearest ancestor that is an MPI launcher (its children are the ranks on this node), or the parent."""
-    pid = os.getppid()
-    with suppress(OSError):
-        while pid > 1:
-            name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
-            if name in _LAUNCHERS:
-                return f"{pid}-{rest.split()[19]}"  # with its start time: pids come back
-            pid = int(rest.split()[1])
-    return str(os.getppid())
+def first_node(nodelist: str) -> tuple[str, bool]:
+    """The first node of Slurm's list, and whether there is no other: node[01-03,07],login -> node01, False."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
+    assert first is not None, "it matches the empty text too"
+    return re.sub(r"\[(\w*)[^\]]*\]", r"\1", first[0]), not re.search(r",|\[[^\]]*-", nodelist)
 
 
 @dataclass
@@ -206,10 +157,9 @@ class World:
     notes: list[str] = field(default_factory=list)  # what was set in this process, for the log
     timeout: timedelta = timedelta(seconds=1800)  # of groups that are opened
     star: Star | None = None  # None with one rank
-    crowded: bool = False  # the ranks of this machine share fewer cores than they are
+    oversubscribed: bool = False  # the ranks of this machine share fewer cores than they are
     shared_memory: bool = False  # groups on one machine use it
     opened: list[C10d] = field(default_factory=list)
-    channel: int = FREE_CHANNEL  # of the next host group
 
     @property
     def rank(self) -> int:
@@ -222,7 +172,7 @@ class World:
     @property
     def whole(self) -> bool:
         """Whether no rank has left, as far as this one has heard."""
-        return self.star is None or not self.star.gone
+        return self.star is None or not self.star.left
 
     def groups(self, topology: Topology, num_kv_heads: int) -> Groups:
         """Open this rank's process groups; every rank calls it with the same arguments."""
@@ -233,10 +183,7 @@ class World:
 
         Checkpoints talk through theirs from a background thread while training goes on; `bound` does not touch it.
         """
-        if self.star is None:
-            return Solo(name, self.rank)
-        self.channel += 1
-        return StarGroup(self.star, self.channel, name, self.timeout)
+        return StarGroup(self.star, name, self.timeout) if self.star else Solo(name, self.rank)
 
     def _make(self, name: str, partition: Partition) -> Group:
         ranks = next(ranks for ranks in partition if self.rank in ranks)
@@ -259,7 +206,7 @@ class World:
             return self.opened[-1]
         shared = SharedMemory(group, name, ranks, self.rank, self.device)
         self.opened.append(shared)
-        refused = shared.connect(self.crowded, self.timeout)
+        refused = shared.connect(self.oversubscribed, self.timeout)
         through = f"gloo ({refused})" if refused else f"shared memory, gloo above {MAX_SHM_BYTES >> 20} MiB"
         self.notes.append(f"group {name}: {through}")
         return shared
@@ -289,11 +236,11 @@ class World:
         lost = isinstance(error, (ContactLost, dist.DistError))
         line = (str(error).strip().splitlines() or ["no message"])[0]
         verb = "lost contact with another rank first" if lost else "failed first"
-        mine = f"rank {self.rank} ({self.launch.host}) {verb}: {type(error).__name__}: {line}"
+        own = f"rank {self.rank} ({self.launch.host}) {verb}: {type(error).__name__}: {line}"
         if not (lost and self.star.first(5.0)):
-            self.star.end(mine, getattr(error, "status", CRASHED), mine=True)
+            self.star.end(own, getattr(error, "status", CRASHED), own=True)
         first = self.star.first(0.0)
-        return first if first is not None and first[0] != mine else None
+        return first if first is not None and first[0] != own else None
 
     def close(self) -> None:
         """End the process groups. After a failure, collectives of the other ranks break."""
@@ -342,18 +289,22 @@ def start(
         _set_threads(run, 1, notes)
         return World(launch, device, Solo("world", 0), (launch.host,), notes)
 
-    problem = problem or _open_files(launch, device.type == "cuda", run.shared_memory, groups, files)
+    leader, where = launch.rank == 0, f"rank {launch.rank} ({launch.host})"
+    need = files_needed(
+        launch.world_size, groups, files, first=leader, store_host=leader and not launch.store_kept,
+        cuda=device.type == "cuda", shared=run.shared_memory,
+    )  # fmt: skip
     cores = hashlib.sha256(str(sorted(os.sched_getaffinity(0))).encode()).hexdigest()[:8]
-    mine = Arrival(
+    own = Arrival(
         launch.rank, launch.world_size, launch.host, os.getpid(), torch.__version__, device.type, gpu, cores,
-        config_hash, problem,
+        config_hash, problem or too_many(need, raised_limit(), where),
     )  # fmt: skip
     star = Star(launch.rank, launch.world_size, launch.host, listener)
     try:
-        arrivals, store = _meet(launch, mine, run.init_timeout_seconds, star, store)
-        sharing = [a for a in arrivals if (a.host, a.cores) == (mine.host, mine.cores)]
+        arrivals, store = _gather(launch, own, run.init_timeout_seconds, star, store)
+        sharing = [a for a in arrivals if (a.host, a.cores) == (own.host, own.cores)]
         _set_threads(run, len(sharing), notes)
-        if launch.local_size == launch.world_size and device.type == "cpu":
+        if launch.one_node and device.type == "cpu":
             _one_node_network(notes)
         timeout = timedelta(seconds=run.io_timeout_seconds)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -363,7 +314,7 @@ def start(
         assert dist.group.WORLD is not None
         world = World(
             launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, star,
-            crowded=len(sharing) > len(os.sched_getaffinity(0)), shared_memory=run.shared_memory,
+            oversubscribed=len(sharing) > len(os.sched_getaffinity(0)), shared_memory=run.shared_memory,
         )  # fmt: skip
         world.group = world._open(dist.group.WORLD, "world", tuple(range(launch.world_size)))
         return world
@@ -372,27 +323,18 @@ def start(
         raise
 
 
-def _open_files(launch: Launch, cuda: bool, shared: bool, groups: Sequence[int], files: int) -> str:
-    """What is wrong if this rank may not open all files it will need."""
-    first, ranks = launch.rank == 0, launch.world_size
-    keeper = first and not launch.store_kept
-    need = files_needed(ranks, groups, files, first=first, keeper=keeper, cuda=cuda, shared=shared)
-    return too_many(need, raised_limit(), f"rank {launch.rank} ({launch.host})")
-
-
-def _meet(
-    launch: Launch, mine: Arrival, seconds: float, star: Star, store: dist.Store | None
+def _gather(
+    launch: Launch, own: Arrival, seconds: float, star: Star, store: dist.Store | None
 ) -> tuple[list[Arrival], dist.Store]:
     """All ranks' arrivals and this attempt's part of the store."""
     leader = launch.rank == 0
     published = port_file(launch.key) if launch.master_port == 0 else None
     try:
         if store is None:
-            keeper = leader and not launch.store_kept
-            store = open_store(launch.master_addr, launch.master_port, published, keeper, launch.rank, seconds)
+            host_it = leader and not launch.store_kept
+            store = open_store(launch.master_addr, launch.master_port, published, host_it, launch.rank, seconds)
         store = dist.PrefixStore(f"megallama/{launch.attempt}", store)
-        open_star(star, store, mine, launch.master_addr, seconds)
-        return meet(star, mine, seconds), store
+        return rendezvous(star, store, own, launch.master_addr, seconds), store
     finally:
         if leader and published is not None:
             published.unlink(missing_ok=True)

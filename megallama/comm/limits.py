@@ -18,16 +18,16 @@ def raised_limit() -> int:
 
 
 def files_needed(
-    ranks: int, groups: Sequence[int], files: int, *, first: bool, keeper: bool, cuda: bool, shared: bool
+    ranks: int, groups: Sequence[int], files: int, *, first: bool, store_host: bool, cuda: bool, shared: bool
 ) -> dict[str, int]:
     """Open files of a rank, by what they are for.
 
-    groups: sizes of its process groups; files: of data and checkpoint; first: it is rank 0; keeper: of the store.
+    groups: sizes of its process groups; files: of data and checkpoint; first: it is rank 0; store_host: of the store.
     """
     groups = [size for size in groups if size > 1]
     return {
         "open already": len(os.listdir("/proc/self/fd")),
-        "the store": 4 + ranks * (1 + cuda) * keeper,  # NCCL's groups connect with it once more
+        "the store": 4 + ranks * (1 + cuda) * store_host,  # NCCL's groups connect with it once more
         "connections with rank 0": 8 + (ranks if first else 1),
         "NCCL, about": 64 * len(groups) * cuda,
         "gloo": sum(size + 3 for size in groups) * (not cuda),

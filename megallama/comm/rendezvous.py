@@ -14,15 +14,16 @@ import socket
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from megallama.comm.errors import ContactLost, LaunchError
-from megallama.comm.star import CRASHED, MEETING, Star
-from megallama.config.words import counted
+from megallama.comm.star import ARRIVALS, CRASHED, Star
 
 
 @dataclass(frozen=True)
@@ -40,37 +41,36 @@ class Arrival:
     config: str = ""
     problem: str = ""
 
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+        return f"rank {self.rank} ({self.host})"
 
-def open_store(host: str, port: int, port_file: Path | None, keeper: bool, rank: int, seconds: float) -> dist.TCPStore:
-    """Rank 0's store: as its keeper (rank 0) or as a client.
 
-    With a `port_file` all ranks are on this machine: the keeper takes any free port of the loopback
+def open_store(
+    host: str, port: int, port_file: Path | None, store_host: bool, rank: int, seconds: float
+) -> dist.TCPStore:
+    """Rank 0's store: as its host or as a client.
+
+    With a `port_file` all ranks are on this machine: the host takes any free port of the loopback
     interface and writes its number there.
     Raises: LaunchError if the port is taken or rank 0 cannot be reached within `seconds`.
     """
-    deadline, wait = time.monotonic() + seconds, timedelta(seconds=seconds)
-    if keeper and port_file is not None:
-        listener = socket.create_server(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        store = dist.TCPStore(
-            host,
-            port,
-            None,
-            True,
-            timeout=wait,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+    deadline, listener = time.monotonic() + seconds, None
+    if port_file is not None and store_host:
+        door = socket.create_server(("127.0.0.1", 0))
+        port, listener = door.getsockname()[1], door.detach()
         _publish(port_file, port)
-        return store
-    if port_file is not None:
+    elif port_file is not None:
         port = _read_port(port_file, rank, seconds, deadline)
+    left = timedelta(seconds=max(0.1, deadline - time.monotonic()))
     try:
-        left = timedelta(seconds=max(0.1, deadline - time.monotonic()))
-        return dist.TCPStore(host, port, None, keeper, timeout=left, wait_for_workers=False)
+        return dist.TCPStore(
+            host, port, None, store_host, left, wait_for_workers=False, master_listen_fd=listener
+        )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         text = str(error).splitlines()[0]
-        if keeper and ("in use" in text or "EADDRINUSE" in text):
+        if store_host and ("in use" in text or "EADDRINUSE" in text):
             raise LaunchError(
                 f"port {port} of {host} is taken, perhaps by another run; set MASTER_PORT to a free port on every rank"
             ) from error
@@ -94,76 +94,79 @@ def _publish(path: Path, port: int) -> None:
 
 
 def _read_port(path: Path, rank: int, seconds: float, deadline: float) -> int:
-    while True:
-        try:
+    while time.monotonic() < deadline:
+        with suppress(FileNotFoundError):
             if path.stat().st_uid == os.getuid():  # nobody else can hand us a port
                 return int(path.read_text())
-        except FileNotFoundError:
-            pass
-        if time.monotonic() > deadline:
-            raise LaunchError(
-                f"rank 0 never arrived within {seconds:g} s (run.init_timeout_seconds): rank {rank} found no "
-                f"{path}; look at the output of rank 0"
-            )
         time.sleep(0.02)
+    raise LaunchError(
+        f"rank 0 never arrived within {seconds:g} s (run.init_timeout_seconds): rank {rank} found no "
+        f"{path}; look at the output of rank 0"
+    )
 
 
-def open_star(star: Star, store: dist.Store, mine: Arrival, address: str, seconds: float) -> None:
-    """Connect this rank to the others. Raises: LaunchError if rank 0 cannot be reached within `seconds`."""
+def rendezvous(star: Star, store: dist.Store, own: Arrival, address: str, seconds: float) -> list[Arrival]:
+    """Connect this rank to the others and wait for all; their arrivals in rank order.
+
+    Raises: LaunchError if rank 0 cannot be reached, or, on every rank that arrived, with what rank 0 found wrong.
+    """
     loopback, port = address in ("127.0.0.1", "localhost", "::1"), 0
     try:
-        if mine.rank == 0:
+        if own.rank == 0:
             store.set("star", json.dumps([star.open(loopback), star.token]))
-            return star.attend()
-        store.wait(["star"], timedelta(seconds=seconds))
-        port, star.token = json.loads(store.get("star"))
-        star.connect("127.0.0.1" if loopback else address, port, asdict(mine), seconds)
-        star.attend()
+        else:
+            store.wait(["star"], timedelta(seconds=seconds))
+            port, star.token = json.loads(store.get("star"))
+            star.connect("127.0.0.1" if loopback else address, port, asdict(own), seconds)
     except (RuntimeError, OSError) as error:
         raise LaunchError(
-            f"rank {mine.rank} ({mine.host}) could not reach rank 0 at {address}:{port} within {seconds:g} s "
+            f"{own.name} could not reach rank 0 at {address}:{port} within {seconds:g} s "
             f"(run.init_timeout_seconds): it has given up (its output says why), or the network between the nodes "
             f"lets only some ports through ({str(error).partition(chr(10))[0] or type(error).__name__})"
         ) from error
-
-
-def meet(star: Star, mine: Arrival, seconds: float) -> list[Arrival]:
-    """Wait for all ranks; their arrivals in rank order.
-
-    Raises: LaunchError, on every rank that arrived, with what rank 0 found wrong.
-    """
-    if mine.rank == 0:
-        arrived, problem, status = _collect(star, mine, time.monotonic() + seconds, seconds)
-        everyone = [asdict(arrived[rank]) for rank in sorted(arrived)]
-        star.post(MEETING, [problem, status, everyone])
-    else:
-        try:
-            problem, status, everyone = star.receive(MEETING, seconds + 30)[1]
-        except (TimeoutError, ContactLost) as error:
-            text = f"rank {mine.rank} ({mine.host}) lost rank 0 while the ranks were gathering: {error}"
-            raise LaunchError(text) from error
+    star.attend()
+    try:
+        if own.rank == 0:
+            verdict = _collect(star, own, seconds)
+            star.post(ARRIVALS, verdict)
+        else:
+            verdict = star.receive(ARRIVALS, seconds + 30)[1]
+    except (TimeoutError, ContactLost) as error:
+        raise LaunchError(f"{own.name} lost rank 0 while the ranks were gathering: {error}") from error
+    problem, status, everyone = verdict
     if problem:
         refused = LaunchError(problem)
         refused.shared, refused.status = True, status
         raise refused
-    star.names = {arrival["rank"]: f"rank {arrival['rank']} ({arrival['host']})" for arrival in everyone}
-    return [Arrival(**arrival) for arrival in everyone]
+    arrivals = [Arrival(**arrival) for arrival in everyone]
+    star.names = {arrival.rank: arrival.name for arrival in arrivals}
+    return arrivals
 
 
-def _collect(star: Star, mine: Arrival, deadline: float, seconds: float) -> tuple[dict[int, Arrival], str, int]:
-    """Rank 0's part: everybody who arrived in time, what is wrong with them, and the status it means."""
-    arrived, problem = {0: mine}, mine.problem
-    while not problem and len(arrived) < mine.world_size:
+def _collect(star: Star, own: Arrival, seconds: float) -> tuple[str, int, list[dict[str, Any]]]:
+    """Rank 0's verdict: what is wrong with those who came in time, the status it means, and who they are."""
+    arrived, problem, status, deadline = {0: own}, own.problem, LaunchError.status, time.monotonic() + seconds
+    while not problem and len(arrived) < own.world_size:
         try:
-            other = Arrival(**star.receive(MEETING, deadline - time.monotonic())[1])
+            other = Arrival(**star.receive(ARRIVALS, deadline - time.monotonic())[1])
             problem = _compare(arrived, other)
             arrived.setdefault(other.rank, other)
         except TimeoutError:
             star.expected = len(arrived) - 1  # the others are not waited for any more
-            problem = _missing(arrived, mine.world_size, seconds)
+            problem = _missing(arrived, own.world_size, seconds)
         except ContactLost as error:
-            return arrived, str(error), CRASHED
-    return arrived, problem, LaunchError.status
+            problem, status = str(error), CRASHED
+    return problem, status, [asdict(arrived[rank]) for rank in sorted(arrived)]
+
+
+_SAME = {  # what must be the same on every rank: how it is said where rank 0 has a, and another one b
+    "world_size": "{first} was started as one of {a} ranks, {new} as one of {b}; "
+    "start every process with the same number of ranks",
+    "torch": "{first} has torch {a}, {new} has {b}; use the same environment on every node",
+    "device": "{first} runs on {a}, {new} on {b}; set run.device=cpu, or give every rank a GPU",
+    "config": "{first} and {new} have different configurations ({a} and {b}); "
+    "start every rank with the same file and overrides",
+}
 
 
 def _compare(arrived: dict[int, Arrival], new: Arrival) -> str:
@@ -171,33 +174,16 @@ def _compare(arrived: dict[int, Arrival], new: Arrival) -> str:
     first, old = arrived[0], arrived.get(new.rank)
     if new.problem:
         return new.problem
-    if new.world_size != first.world_size:
-        return (
-            f"rank 0 ({first.host}) was started as one of {counted(first.world_size, 'rank')}, rank {new.rank} "
-            f"({new.host}) as one of {new.world_size}; start every process with the same number of ranks"
-        )
-    if old is not None and (old.host, old.pid) != (new.host, new.pid):
+    if old is not None:
         return (
             f"two processes are rank {new.rank}: {old.host} pid {old.pid} and {new.host} pid {new.pid}; either a rank "
             f"was started twice or two runs share one address: give each run its own MASTER_PORT"
         )
-    if new.torch != first.torch:
-        return (
-            f"rank 0 ({first.host}) has torch {first.torch}, rank {new.rank} ({new.host}) has {new.torch}; "
-            f"use the same environment on every node"
-        )
-    if new.device != first.device:
-        return (
-            f"rank 0 ({first.host}) runs on {first.device}, rank {new.rank} ({new.host}) on {new.device}; "
-            f"set run.device=cpu, or give every rank a GPU"
-        )
-    if new.config != first.config:
-        return (
-            f"rank 0 ({first.host}) and rank {new.rank} ({new.host}) have different configurations "
-            f"({first.config} and {new.config}); start every rank with the same file and overrides"
-        )
+    for fact, text in _SAME.items():
+        if (a := getattr(first, fact)) != (b := getattr(new, fact)):
+            return text.format(first=first.name, new=new.name, a=a, b=b)
     for other in arrived.values():
-        if new.gpu and other.gpu == new.gpu and other.rank != new.rank:
+        if new.gpu and other.gpu == new.gpu:
             return (
                 f"ranks {other.rank} and {new.rank} ({new.host}) use the same GPU; "
                 f"start one process per GPU, or run with run.device=cpu"

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.comm.c10d import FREE_TAG, MESSAGE, C10d, add_in_order
+from megallama.comm.c10d import FREE_TAG, MESSAGE, C10d
 from megallama.comm.errors import ContactLost
-from megallama.comm.group import Done, Handle, Op
+from megallama.comm.group import Done, Handle
 
 MAX_SHM_BYTES = 8 << 20  # most bytes of an operation that goes this way
 _ARENA = 64 << 20  # bytes of a segment's data; only what is used becomes memory
@@ -73,29 +73,6 @@ class _Segment:
         return True
 
 
-class _Pending:
-    """Handle of an operation that ends by reading what others posted."""
-
-    def __init__(self, where: str, keep: Any, finish: Callable[[], None]) -> None:
-        self._where, self._keep = where, keep
-        self._finish: Callable[[], None] | None = finish
-
-    def wait(self) -> None:
-        finish, self._finish = self._finish, None
-        if finish is None:
-            return
-        try:
-            with torch.no_grad():
-                finish()
-        except RuntimeError as error:
-            error.add_note(f"in {self._where}")
-            raise
-        self._keep = None
-
-    def done(self) -> bool:
-        return self._finish is None
-
-
 class SharedMemory(C10d):
     """A gloo group whose small operations go through shared memory once `connect` has succeeded."""
 
@@ -139,61 +116,26 @@ class SharedMemory(C10d):
         self._blocks: list[tuple[int, int, list[tuple[int, int]]]] = []  # place, end, its notices and their numbers
         self._seconds, self._spin = timeout.total_seconds(), 0.0 if oversubscribed else _SPIN
         self._segments, self._limit = segments, MAX_SHM_BYTES
+        self._direct_bytes = MAX_SHM_BYTES
         return None
 
-    def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
-        if tensor.nbytes * (self.size - 1) > self._limit:
-            return super().all_reduce(tensor, op)
-        self._check(tensor)
-        flat, others = tensor.view(-1), self._others()
-        self._post(_TO_ALL, others, flat)
+    def _exchange(
+        self, what: str, keep: Any, outgoing: Sequence[Tensor], use: Callable[[Sequence[Tensor]], None],
+        incoming: Sequence[Tensor] = (),
+    ) -> Handle:  # fmt: skip
+        own = outgoing[self.rank]
+        if self.size * own.nbytes > self._limit:
+            return super()._exchange(what, keep, outgoing, use, incoming)
+        others = [r for r in range(self.size) if r != self.rank]
+        for readers in [others] if outgoing[0] is outgoing[-1] else [[r] for r in others]:
+            self._post(_TO_ALL, readers, outgoing[readers[0]])
         due = self._due(_TO_ALL, others)
 
         def finish() -> None:
-            parts = [flat if r == self.rank else self._read(_TO_ALL, r, due[r], flat) for r in range(self.size)]
-            if op == "sum":
-                add_in_order(parts, flat)
-            else:
-                flat.copy_(torch.stack(parts).amax(0))
+            use([own if r == self.rank else self._read(_TO_ALL, r, due[r], own) for r in range(self.size)])
             self._release(_TO_ALL, due)
 
-        return self._pending("all_reduce", tensor, finish)
-
-    def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
-        if output.nbytes > self._limit:
-            return super().all_gather(output, shard)
-        self._check(output, shard)
-        assert output.numel() == self.size * shard.numel(), f"{output.shape} is not {self.size} x {shard.shape}"
-        places, others = self._pieces(output), self._others()
-        self._post(_TO_ALL, others, shard.view(-1))
-        due = self._due(_TO_ALL, others)
-
-        def finish() -> None:
-            if places[self.rank].data_ptr() != shard.data_ptr():
-                places[self.rank].copy_(shard.view(-1))
-            for r in others:
-                places[r].copy_(self._read(_TO_ALL, r, due[r], places[r]))
-            self._release(_TO_ALL, due)
-
-        return self._pending("all_gather", (output, shard), finish)
-
-    def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
-        if full.nbytes > self._limit:
-            return super().reduce_scatter(output, full)
-        self._check(output, full)
-        assert full.numel() == self.size * output.numel(), f"{full.shape} is not {self.size} x {output.shape}"
-        pieces, flat, others = self._pieces(full), output.view(-1), self._others()
-        for r in others:
-            self._post(_TO_ALL, [r], pieces[r])
-        due = self._due(_TO_ALL, others)
-
-        def finish() -> None:
-            own = pieces[self.rank]
-            parts = [own if r == self.rank else self._read(_TO_ALL, r, due[r], own) for r in range(self.size)]
-            add_in_order(parts, flat)
-            self._release(_TO_ALL, due)
-
-        return self._pending("reduce_scatter", (output, full), finish)
+        return self._handle(what, [], (keep, outgoing), finish)
 
     def send(self, tensor: Tensor, to: int, tag: int = MESSAGE) -> Handle:
         if tensor.nbytes > self._limit:
@@ -214,7 +156,7 @@ class SharedMemory(C10d):
             flat.copy_(self._read(_TO_ONE, source, due[source], flat))
             self._release(_TO_ONE, due)
 
-        return self._pending(f"recv from {self.ranks[source]}", tensor, finish)
+        return self._handle(f"recv from {self.ranks[source]}", [], tensor, finish)
 
     def bound(self, timeout: timedelta) -> None:
         self._seconds = timeout.total_seconds()
@@ -231,12 +173,6 @@ class SharedMemory(C10d):
             os.close(segment.file)
         self._segments, self._limit = (), 0
         super().close()
-
-    def _others(self) -> list[int]:
-        return [r for r in range(self.size) if r != self.rank]
-
-    def _pending(self, what: str, keep: Any, finish: Callable[[], None]) -> Handle:
-        return _Pending(f"{what} of group {self.name} (ranks {self.ranks})", keep, finish)
 
     def _due(self, kind: int, sources: Sequence[int]) -> dict[int, int]:
         """The numbers of the notices that an operation starting now will read."""

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
                     world.group.barrier()
                 except RuntimeError as error:
                     first = (world.failed(error) or [None])[0]
-            facts = {"rank": world.rank, "size": world.world_size, "local": [launch.local_rank, launch.local_size]}
+            facts = {"rank": world.rank, "size": world.world_size, "local": [launch.local_rank, launch.one_node]}
             facts |= {"launcher": launch.launcher, "sum": x.item(), "notes": world.notes, "first": first}
             facts |= {"threads": torch.get_num_threads(), "port": launch.master_port, "hosts": world.hosts}
             print(json.dumps(facts), flush=True)

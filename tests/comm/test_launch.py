@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megallama.comm.errors import LaunchError
-from megallama.comm.launch import Launch, detect_launch, hosts
+from megallama.comm.launch import Launch, detect_launch, first_node
 from megallama.config.errors import MegallamaError
 
 TORCHRUN = {
@@ -18,34 +18,34 @@ OPENMPI = {
 }  # fmt: skip
 MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "4"}
 SLURM = {
-    "SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "2", "SLURM_NODEID": "1",
-    "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "4711", "SLURM_STEP_TASKS_PER_NODE": "3(x2),1",
+    "SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "2",
+    "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "4711",
     "SLURM_STEP_NODELIST": "node[03-04],gpu7", "SLURM_JOB_NODELIST": "node[01-04],gpu7",
 }  # fmt: skip
 
 
 def facts(launch: Launch) -> tuple[object, ...]:
-    return launch.launcher, launch.rank, launch.world_size, launch.local_rank, launch.local_size
+    return launch.launcher, launch.rank, launch.world_size, launch.local_rank, launch.one_node
 
 
 def test_alone() -> None:
     launch = detect_launch({})
-    assert facts(launch) == ("alone", 0, 1, 0, 1)
-    assert facts(detect_launch({"RANK": "", "SLURM_JOB_ID": "3"})) == ("alone", 0, 1, 0, 1)
+    assert facts(launch) == ("alone", 0, 1, 0, True)
+    assert facts(detect_launch({"RANK": "", "SLURM_JOB_ID": "3"})) == ("alone", 0, 1, 0, True)
 
 
 def test_torchrun() -> None:
     launch = detect_launch(TORCHRUN)
-    assert facts(launch) == ("torchrun", 5, 8, 1, 4)
+    assert facts(launch) == ("torchrun", 5, 8, 1, False)
     assert (launch.master_addr, launch.master_port, launch.store_kept, launch.attempt) == ("n0", 29501, True, 2)
     by_hand = detect_launch({"RANK": "1", "WORLD_SIZE": "2"})
-    assert facts(by_hand) == ("torchrun", 1, 2, 1, 2)
+    assert facts(by_hand) == ("torchrun", 1, 2, 1, True)
     assert (by_hand.master_addr, by_hand.master_port, by_hand.store_kept) == ("127.0.0.1", 29500, False)
 
 
 def test_openmpi() -> None:
     launch = detect_launch(OPENMPI)
-    assert facts(launch) == ("openmpi", 1, 4, 1, 4)
+    assert facts(launch) == ("openmpi", 1, 4, 1, True)
     assert (launch.master_addr, launch.master_port, launch.key) == ("127.0.0.1", 0, "openmpi-prterun-a-17@1")
 
 
@@ -64,16 +64,16 @@ def test_openmpi_on_several_nodes() -> None:
 
 def test_mpich() -> None:
     launch = detect_launch(MPICH)
-    assert facts(launch) == ("mpich", 3, 4, 3, 4)
+    assert facts(launch) == ("mpich", 3, 4, 3, True)
     assert launch.master_port == 0 and launch.key.startswith("mpich-")
     assert launch.key == detect_launch({**MPICH, "PMI_RANK": "0", "MPI_LOCALRANKID": "0"}).key
 
 
 def test_slurm() -> None:
     launch = detect_launch(SLURM)
-    assert facts(launch) == ("slurm", 5, 7, 2, 3)
+    assert facts(launch) == ("slurm", 5, 7, 2, False)
     assert launch.master_addr == "node03" and 20000 <= launch.master_port < 32000
-    assert detect_launch({**SLURM, "SLURM_PROCID": "6", "SLURM_NODEID": "2"}).local_size == 1
+    assert detect_launch({**SLURM, "SLURM_STEP_NODELIST": "node03"}).one_node
     assert detect_launch({**SLURM, "SLURM_JOB_ID": "4712"}).master_port != launch.master_port
     given = detect_launch({**SLURM, "MASTER_ADDR": "a", "MASTER_PORT": "5"})
     assert (given.master_addr, given.master_port) == ("a", 5)
@@ -81,14 +81,14 @@ def test_slurm() -> None:
 
 def test_slurm_on_one_node_takes_a_free_port() -> None:
     launch = detect_launch({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "3"})
-    assert facts(launch) == ("slurm", 1, 2, 1, 2)
+    assert facts(launch) == ("slurm", 1, 2, 1, True)
     assert (launch.master_addr, launch.master_port, launch.key) == ("127.0.0.1", 0, "slurm-0-3-0")
 
 
 def test_sbatch_without_srun_is_an_error() -> None:
     with pytest.raises(LaunchError, match="SLURM_NTASKS=4, but srun did not start this process; .* write 'srun python"):
         detect_launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"})
-    assert facts(detect_launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"})) == ("slurm", 0, 1, 0, 1)
+    assert facts(detect_launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"})) == ("slurm", 0, 1, 0, True)
 
 
 def test_slurm_comes_last() -> None:
@@ -108,15 +108,18 @@ def test_values_that_make_no_sense() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "names"),
+    ("text", "first", "alone"),
     [
-        ("", []),
-        ("a", ["a"]),
-        ("node[01-04,07]", ["node01", "node02", "node03", "node04", "node07"]),
-        ("a,b[9-10],c-1", ["a", "b9", "b10", "c-1"]),
-        ("r[1-2]n[01,03]-ib", ["r1n01-ib", "r1n03-ib", "r2n01-ib", "r2n03-ib"]),
-        ("n[098-101]", ["n098", "n099", "n100", "n101"]),
+        ("", "", True),
+        ("a", "a", True),
+        ("c-1", "c-1", True),
+        ("n[07]", "n07", True),
+        ("node[01-04,07]", "node01", False),
+        ("a,b[9-10],c-1", "a", False),
+        ("c-1,b[9-10]", "c-1", False),
+        ("r[1-2]n[01,03]-ib", "r1n01-ib", False),
+        ("n[098-101]", "n098", False),
     ],
 )
-def test_node_lists(text: str, names: list[str]) -> None:
-    assert hosts(text) == names
+def test_node_lists(text: str, first: str, alone: bool) -> None:
+    assert first_node(text) == (first, alone)

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from megallama.comm.errors import LaunchError
-from megallama.comm.rendezvous import Arrival, meet, open_star, open_store, port_file, ranges
+from megallama.comm.rendezvous import Arrival, open_store, port_file, ranges, rendezvous
 from megallama.comm.star import Star
 
 
@@ -23,7 +23,7 @@ def arrival(rank: int, size: int = 4, **changes: Any) -> Arrival:
 
 
 def gather(arrivals: list[Arrival], seconds: float = 5.0, pause: float = 0.0) -> list[list[Arrival] | str]:
-    """meet() of all arrivals, `pause` seconds apart; what each got, or its error."""
+    """rendezvous() of all arrivals, `pause` seconds apart; what each got, or its error."""
     store = dist.HashStore()
     results: list[list[Arrival] | str] = [""] * len(arrivals)
 
@@ -31,8 +31,7 @@ def gather(arrivals: list[Arrival], seconds: float = 5.0, pause: float = 0.0) ->
         mine = arrivals[index]
         star = Star(mine.rank, mine.world_size, mine.host)
         try:
-            open_star(star, store, mine, "127.0.0.1", seconds)
-            results[index] = meet(star, mine, seconds)
+            results[index] = rendezvous(star, store, mine, "127.0.0.1", seconds)
         except LaunchError as error:
             results[index] = str(error)
         finally:
@@ -127,9 +126,9 @@ def test_rank_0_is_not_there(tmp_path: Path) -> None:
 
 def test_a_published_port_is_free_and_private(tmp_path: Path) -> None:
     path = tmp_path / "port"
-    keeper = open_store("127.0.0.1", 0, path, True, 0, 5)
-    keeper.set("key", "value")
-    assert int(path.read_text()) == keeper.port and os.stat(path).st_mode & 0o077 == 0
+    host = open_store("127.0.0.1", 0, path, True, 0, 5)
+    host.set("key", "value")
+    assert int(path.read_text()) == host.port and os.stat(path).st_mode & 0o077 == 0
     assert open_store("127.0.0.1", 0, path, False, 1, 5).get("key") == b"value"
     assert port_file("slurm-1/2").name == f"megallama-{os.getuid()}-slurm-1-2"
 

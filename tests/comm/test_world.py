@@ -66,7 +66,8 @@ def free_port() -> str:
 
 
 def check_two(found: list[dict[str, Any]], launcher: str) -> None:
-    assert [(f["rank"], f["size"], f["local"], f["sum"]) for f in found] == [(0, 2, [0, 2], 1.0), (1, 2, [1, 2], 1.0)]
+    facts = [(f["rank"], f["size"], f["local"], f["sum"]) for f in found]
+    assert facts == [(0, 2, [0, True], 1.0), (1, 2, [1, True], 1.0)]
     assert {f["launcher"] for f in found} == {launcher}
     assert found[0]["hosts"] == [socket.gethostname()] * 2
     assert f"{launcher}: 2 ranks over gloo" in found[0]["notes"]
