@@ -128,7 +128,7 @@ def _plant(loop: TrainingLoop, kind: str, steps: set[int], file: str = "") -> No
                 def poisoned() -> None:
                     sync.finish = finish  # type: ignore[method-assign]
                     finish()
-                    sync.shard(sync.buffers.layout.buckets[0])[0] = torch.nan
+                    sync.buffers.grads[sync.range_of(sync.buffers.layout.buckets[0])[0]] = torch.nan
 
                 sync.finish = poisoned  # type: ignore[method-assign]
         return one_step(loader)
