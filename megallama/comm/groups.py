@@ -21,13 +21,18 @@ class Groups:
     """Everything a rank can talk to."""
 
     tp: Group  # tensor parallel: the same layers, other slices of them
-    dp: Group  # data parallel: the same slices, other samples
+    dp: Group  # data parallel: the same slices, other samples: who reads which
     pp: Group  # pipeline: the same samples and slices, other layers
     embedding: Group  # the ranks of the first and the last stage: they hold the two copies of a tied embedding
     kv: Group  # tensor-parallel ranks with copies of the same key/value heads (tp > num_kv_heads)
     world: Group
     rank: int
     coords: dict[str, int]
+
+    @property
+    def dp_cp(self) -> Group:
+        """Over whom gradients are reduced and the optimizer's state is sharded: the ranks with the same weights."""
+        return self.dp
 
 
 def partitions(topology: Topology, num_kv_heads: int) -> dict[str, list[tuple[int, ...]]]:

@@ -1,9 +1,9 @@
-"""Gradient synchronisation of one stage: reduce-scatter over dp, bucket by bucket, under the backward.
+"""Gradient synchronisation of one stage: reduce-scatter over dp_cp, bucket by bucket, under the backward.
 
 During the last micro-batch of a step every parameter reports when its gradient is done, and a
 bucket whose parameters have all reported is reduce-scattered at once.  Which
 contributions are the last, the schedule says, so the order of the collectives is the same on every
-rank.  What is summed over more than dp is small and follows at the end: norm weights over tp (under
+rank.  What is summed over more than dp_cp is small and follows at the end: norm weights over tp (under
 sequence parallelism), shared key/value heads over the ranks that hold them.
 """
 
@@ -61,7 +61,7 @@ class GradSync:
 
     def range_of(self, bucket: Bucket) -> tuple[int, int]:
         """This rank's shard of a bucket, as a range of the flat buffers."""
-        return bucket.shard(self._groups.dp.size, self._groups.dp.rank)
+        return bucket.shard(self._groups.dp_cp.size, self._groups.dp_cp.rank)
 
     def segments(self, bucket: Bucket) -> Iterator[Segment]:
         """What of the model lies in this rank's shard of a bucket."""
@@ -77,7 +77,7 @@ class GradSync:
     def _reduce(self, bucket: Bucket) -> None:
         full = self.buffers.grads[bucket.start : bucket.stop]
         shard = self.buffers.grads[slice(*self.range_of(bucket))]
-        self._handles[bucket.index] = self._groups.dp.reduce_scatter(shard, full)
+        self._handles[bucket.index] = self._groups.dp_cp.reduce_scatter(shard, full)
 
     def _sum_copies(self) -> None:
         """All-reduce what several ranks hold, as one packed tensor: it lies alike on every rank of the group."""

@@ -1,6 +1,6 @@
 """The step of the sharded optimizer in three phases: reduce the gradients, compute the shards, gather the weights.
 
-Each data-parallel rank holds fp32 master weights and a rule's state of its shard of every bucket (ZeRO-1, Rajbhandari
+Each rank of dp_cp holds fp32 master weights and a rule's state of its shard of every bucket (ZeRO-1, Rajbhandari
 et al. 2020), updates them from the reduce-scattered gradients, casts the result into its range of the weights and
 all-gathers the bucket.  The gathers are awaited bucket by bucket when the next forward first reads a weight.
 
@@ -105,7 +105,7 @@ class Update:
                 self._rule(shards, lr, multiplier, decay)
 
     def gather(self, *, overlap: bool = True) -> None:
-        """Masters -> weights on every data-parallel rank, in the order in which the forward reads them.
+        """Masters -> weights on every rank of dp_cp, in the order in which the forward reads them.
 
         With overlap.param_gather and `overlap` it returns at once, and who reads a weight waits for it.
         """
@@ -115,7 +115,7 @@ class Update:
                     tensors["weights"].copy_(tensors["master"])
                 full = sync.buffers.weights[bucket.start : bucket.stop]
                 gather = sync.buffers.gathers[bucket.index]
-                gather.start(self._groups.dp.all_gather(full, tensors["weights"]))
+                gather.start(self._groups.dp_cp.all_gather(full, tensors["weights"]))
                 if not (overlap and self._overlap_gather):
                     gather.wait()
 

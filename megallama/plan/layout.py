@@ -2,8 +2,9 @@
 
 The parameters of one stage lie in one flat buffer, cut into *buckets*.  Gradients have a buffer of
 the same layout.  A bucket is what one reduce-scatter or all-gather moves; its length is a multiple
-of dp, and data-parallel rank r owns its r-th equal range, the rank's *shard* of the bucket: there it
-holds fp32 master weights and AdamW moments (ZeRO-1, Rajbhandari et al. 2020).
+of dp_cp (the number of ranks with the same weights), and rank r of these owns its r-th equal range, the
+rank's *shard* of the bucket: there it holds fp32 master weights and AdamW moments (ZeRO-1,
+Rajbhandari et al. 2020).
 
 Parameters are placed in the order in which the backward pass finishes them (the reverse of the
 forward), so buckets fill one after the other.  A bucket holds only decayed matrices, only norm
@@ -31,7 +32,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Elements start..stop-1 of the flat buffer; stop - start is a multiple of dp."""
+    """Elements start..stop-1 of the flat buffer; stop - start is a multiple of dp_cp."""
 
     index: int
     start: int
@@ -40,10 +41,10 @@ class Bucket:
     decay: bool
     tied: bool
 
-    def shard(self, dp: int, dp_rank: int) -> tuple[int, int]:
-        """The range of the flat buffer that data-parallel rank `dp_rank` optimizes."""
-        per = (self.stop - self.start) // dp
-        return self.start + dp_rank * per, self.start + (dp_rank + 1) * per
+    def shard(self, dp_cp: int, rank: int) -> tuple[int, int]:
+        """The range of the flat buffer that rank `rank` of dp_cp optimizes."""
+        per = (self.stop - self.start) // dp_cp
+        return self.start + rank * per, self.start + (rank + 1) * per
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _segments(placement: Placement, start: int, stop: int) -> Iterator[Segment]:
             yield Segment(a, b - a, part, a - first)
 
 
-def build_layout(specs: Sequence[ParamSpec], dp: int, bucket_elements: int) -> BufferLayout:
+def build_layout(specs: Sequence[ParamSpec], dp_cp: int, bucket_elements: int) -> BufferLayout:
     """Place the parameters of one stage (given in forward order) into buckets.
 
     A bucket is closed once it holds `bucket_elements` or more; a parameter is never split over buckets.
@@ -99,7 +100,7 @@ def build_layout(specs: Sequence[ParamSpec], dp: int, bucket_elements: int) -> B
         for spec in chosen:
             placed.append(Placement(spec, at))
             at += _round_up(spec.numel, ALIGN)
-        at = start + _round_up(at - start, dp * ALIGN)
+        at = start + _round_up(at - start, dp_cp * ALIGN)
         buckets.append(Bucket(len(buckets), start, at, tuple(placed), chosen[0].decay, chosen[0].tied))
 
     backward = list(reversed(specs))

@@ -52,12 +52,12 @@ class RankMemory:
         return self.persistent + self.activations + self.logits
 
 
-def stage_layout(config: Config, stages: Stages, stage: int, dp: int, tp_rank: int = 0) -> BufferLayout:
+def stage_layout(config: Config, stages: Stages, stage: int, dp_cp: int, tp_rank: int = 0) -> BufferLayout:
     """The flat buffer of one stage on one tensor-parallel rank; its length is the same on all of them."""
     p = config.parallel
     builder = ParamBuilder(config.model, p.tp, tp_rank, p.sequence_parallel and p.tp > 1)
     specs = builder.stage(stages[stage], stage == 0, stage == len(stages) - 1)
-    return build_layout(specs, dp, int(config.overlap.bucket_mb * 2**20 / 4))
+    return build_layout(specs, dp_cp, int(config.overlap.bucket_mb * 2**20 / 4))
 
 
 def saved_bytes(config: Config, recompute: str | None = None) -> int:
@@ -113,10 +113,10 @@ def peak_saved_bytes(config: Config, stages: Stages, schedule: Schedule, pp_rank
     return peak
 
 
-def rank_memory(config: Config, stages: Stages, schedule: Schedule, dp: int, pp_rank: int) -> RankMemory:
-    """Bytes of the ranks at one pipeline position (the same for all tp and dp ranks there)."""
+def rank_memory(config: Config, stages: Stages, schedule: Schedule, dp_cp: int, pp_rank: int) -> RankMemory:
+    """Bytes of the ranks at one pipeline position (the same for all other ranks there)."""
     owned = schedule.stages_of(pp_rank)
-    layouts = [stage_layout(config, stages, s, dp) for s in owned]
+    layouts = [stage_layout(config, stages, s, dp_cp) for s in owned]
     numel, buckets = sum(x.numel for x in layouts), sum(len(x.buckets) for x in layouts)
     dtype, main = DTYPE_BYTES[config.precision.dtype], DTYPE_BYTES[main_dtype(config)]
     padded_vocab = -(-config.model.vocab_size // config.parallel.tp)
@@ -124,7 +124,7 @@ def rank_memory(config: Config, stages: Stages, schedule: Schedule, dp: int, pp_
     return RankMemory(
         weights=numel * dtype,
         main_grads=numel * main,
-        optimizer=numel // dp * (3 if dtype < main else 2) * main + 4 * buckets,  # with a step count per bucket
+        optimizer=numel // dp_cp * (3 if dtype < main else 2) * main + 4 * buckets,  # with a step count per bucket
         tables=len(owned) * config.batch.seq_length * heads(config.model)[2] * main,
         activations=peak_saved_bytes(config, stages, schedule, pp_rank),
         logits=chunk * padded_vocab * (dtype + main) if len(stages) - 1 in owned else 0,

@@ -44,7 +44,7 @@ class Plan:
 
     def memory(self, pp_rank: int) -> RankMemory:
         """Bytes of the ranks at one pipeline position."""
-        return rank_memory(self.config, self.stages, self.schedule, self.topology.dp, pp_rank)
+        return rank_memory(self.config, self.stages, self.schedule, self.topology.dp_cp, pp_rank)
 
     def _once(self, build: Callable[[Any, int], Schedule], base: object, num_microbatches: int) -> Schedule:
         key = build, num_microbatches

@@ -89,7 +89,7 @@ def _stage_rows(config: Config, stages: Stages, schedule: Schedule) -> list[list
 
 
 def _memory_table(config: Config, stages: Stages, schedule: Schedule, topology: Topology) -> str:
-    memory = [rank_memory(config, stages, schedule, topology.dp, rank) for rank in range(schedule.num_ranks)]
+    memory = [rank_memory(config, stages, schedule, topology.dp_cp, rank) for rank in range(schedule.num_ranks)]
     unit, name = (2**30, "GiB") if max(m.total for m in memory) >= 2**30 else (2**20, "MiB")
     rows = []
     for rank, m in enumerate(memory):

@@ -69,6 +69,11 @@ class Topology:
         """Number of ranks along these axes together."""
         return prod(getattr(self, a) for a in axes)
 
+    @property
+    def dp_cp(self) -> int:
+        """Ranks with the same weights: over them gradients are reduced and optimizer state is sharded."""
+        return self.size("dp", "cp")
+
     def coords(self, rank: int) -> dict[str, int]:
         """Global rank -> its index on every axis."""
         assert 0 <= rank < self.world_size, (rank, self.world_size)

@@ -80,7 +80,7 @@ def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels,
     for number in plan.schedule.stages_of(groups.pp.rank):
         first, last = number == 0, number == plan.num_stages - 1
         layers = plan.stages[number]
-        layout = stage_layout(config, plan.stages, number, groups.dp.size, groups.tp.rank)
+        layout = stage_layout(config, plan.stages, number, groups.dp_cp.size, groups.tp.rank)
         buffers[number] = FlatBuffers(layout, dtype, device, kernels)
         stages[number] = Stage(config, buffers[number], layers, first, last, tp, kernels)
     rule = AdamW(config.optimizer, kernels.adamw)

@@ -67,7 +67,7 @@ def test_row_statistics() -> None:
 def test_persistent_bytes(dtype: str, weight: int, main: int) -> None:
     plan = make_plan(config("model.preset=debug", f"precision.dtype={dtype}", "parallel.pp=2", "parallel.tp=2"), 16)
     for rank, m in enumerate(plan.memory(r) for r in range(2)):
-        layout = stage_layout(plan.config, plan.stages, rank, dp=4)
+        layout = stage_layout(plan.config, plan.stages, rank, dp_cp=4)
         numel, copies = layout.numel, 3 if weight < main else 2  # fp32 and fp64 weights are their own masters
         assert (m.weights, m.main_grads) == (numel * weight, numel * main)
         assert m.optimizer == numel * copies * main // 4 + 4 * len(layout.buckets)
