@@ -198,6 +198,7 @@ class Star:
             writer.write(line)
 
     async def _leave(self) -> None:
+        self._listener = None  # who leaves need not hear that the others close their ends
         if self._door is not None:
             self._door.close()
         self._write(_LEFT, self.rank)
