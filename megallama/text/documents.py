@@ -7,7 +7,6 @@ all units in order give the records of the files in order.  Reading is separate 
 
 from __future__ import annotations
 
-import functools
 import gzip
 import importlib
 import io
@@ -28,6 +27,9 @@ HALVES = "half of a surrogate pair, which no text can hold, is U+FFFD now"
 TEXT_TYPE = re.compile("(large_)?(string|binary)(_view)?$|fixed_size_binary")  # of Parquet
 MAX_DOCUMENT_BYTES = 16 << 20
 CHUNK = 1 << 20
+_orjson: Any = None
+with suppress(ImportError):
+    _orjson = importlib.import_module("orjson")
 
 
 class Record(NamedTuple):
@@ -49,19 +51,9 @@ class Unit(NamedTuple):
     """A piece of work: the lines that begin in bytes [start, stop) of a file; of Parquet row groups [start, stop)."""
 
     file: Path
-    start: int = 0
-    stop: int | None = None  # to the end
-
-    @property
-    def size(self) -> int:
-        """Its bytes on disk."""
-        whole = self.file.stat().st_size
-        if not self.start and self.stop is None:
-            return whole
-        if suffix_of(self.file) == ".parquet":
-            groups = _row_groups(self.file)
-            return whole * sum(groups[self.start : self.stop]) // max(sum(groups), 1)
-        return min(whole, self.stop or whole) - self.start
+    start: int
+    stop: int | None  # None: to the end
+    size: int  # bytes on disk
 
 
 class BadRecord(Exception):
@@ -69,11 +61,7 @@ class BadRecord(Exception):
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(f"{kind} ({detail})" if detail else kind)
-        self.kind, self.detail = kind, detail
-
-
-class BadFile(BadRecord):
-    """A file that cannot be read, or not beyond this place."""
+        self.kind = kind
 
 
 class _Damaged(Exception):
@@ -92,10 +80,11 @@ def place(record: Record) -> str:
     return f"{record.file}:{line}"
 
 
-def _library(name: str, package: str, file: Path) -> Any:
+def _library(name: str, file: Path) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
+        package = name.split(".")[0]
         raise DataError(f"{file} needs the package {package} to be read; pip install {package}") from None
 
 
@@ -106,23 +95,24 @@ def units(files: Sequence[Path], unit_bytes: int) -> list[Unit]:
     """
     out = []
     for file in files:
-        cuts = [0]
+        whole, cuts, groups = file.stat().st_size, [0], list[int]()
         if file.suffix.lower() in JSON_SUFFIXES:
-            cuts = [*range(0, file.stat().st_size, unit_bytes)] or [0]
+            cuts = [*range(0, whole, unit_bytes)] or cuts
         elif suffix_of(file) == ".parquet":
-            cuts, sizes = [], [unit_bytes]
-            for number, size in enumerate(_row_groups(file)):
-                if sum(sizes) >= unit_bytes:
-                    cuts, sizes = [*cuts, number], []
-                sizes.append(size)
-        stops: list[int | None] = [*cuts[1:], None]
-        out += [Unit(file, start, stop) for start, stop in zip(cuts or [0], stops, strict=False)]
+            groups, held = _row_groups(file), 0
+            for number, size in enumerate(groups):
+                if held >= unit_bytes:
+                    cuts, held = [*cuts, number], 0
+                held += size
+        for start, stop in zip(cuts, [*cuts[1:], None], strict=True):
+            share = whole * sum(groups[start:stop]) // max(sum(groups), 1) if groups else (stop or whole) - start
+            out.append(Unit(file, start, stop, share if len(cuts) > 1 else whole))
     return out
 
 
 def _parquet(file: Path) -> Any:
     """A Parquet file opened so that it is read by pages and not by row groups, which may be gigabytes."""
-    parquet = _library("pyarrow.parquet", "pyarrow", file)
+    parquet = _library("pyarrow.parquet", file)
     try:
         return parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)
     except Exception as error:  # arrow has errors of many kinds here, all of them about this file
@@ -142,33 +132,33 @@ def _row_groups(file: Path) -> list[int]:
 
 
 class _Zstd(io.RawIOBase):
-    """Decompresses zstd frames, one after the other."""
+    """Decompresses zstd frames in turn; the library's own reader would take a file that is cut off for whole."""
 
     def __init__(self, raw: BinaryIO, library: Any) -> None:
-        self._raw, self._library = raw, library
-        self._frame: Any = None
-        self._rest, self._ready = b"", memoryview(b"")
+        self._pieces, self._ready = self._decompress(raw, library), memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            # little at a time: bytes that decompress to thousands of times their size must not fill the memory
-            data = self._rest or self._raw.read(1024)
-            if not data and self._frame:
-                raise EOFError
-            if not data:
-                return 0
-            frame = self._frame or self._library.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            try:
-                self._ready = memoryview(frame.decompress(data))
-            except self._library.ZstdError as error:
-                raise _Damaged(f"not valid zstd: {error}") from None
-            self._frame, self._rest = (None, frame.unused_data) if frame.eof else (frame, b"")
+        if not self._ready:
+            self._ready = next(filter(None, self._pieces), self._ready)
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
+
+    def _decompress(self, raw: BinaryIO, library: Any) -> Iterator[memoryview]:
+        frame, data = None, b""
+        # little at a time: bytes that decompress to thousands of times their size must not fill the memory
+        while data := data or raw.read(1024):
+            frame = frame or library.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            try:
+                yield memoryview(frame.decompress(data))
+            except library.ZstdError as error:
+                raise _Damaged(f"not valid zstd: {error}") from None
+            frame, data = (None, frame.unused_data) if frame.eof else (frame, b"")
+        if frame:
+            raise EOFError
 
 
 def _decompressed(raw: BinaryIO, file: Path) -> BinaryIO:
@@ -176,7 +166,7 @@ def _decompressed(raw: BinaryIO, file: Path) -> BinaryIO:
     kind = file.suffix.lower()
     if kind == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    return io.BufferedReader(_Zstd(raw, _library("zstandard", "zstandard", file)), 1 << 16) if kind == ".zst" else raw
+    return io.BufferedReader(_Zstd(raw, _library("zstandard", file)), 1 << 16) if kind == ".zst" else raw
 
 
 def head_of(file: str) -> bytes:
@@ -197,49 +187,49 @@ class RecordReader:
     """
 
     def __init__(
-        self,
-        files: Sequence[Path | Unit],
-        max_bytes: int = MAX_DOCUMENT_BYTES,
-        json_key: str = "text",
+        self, files: Sequence[Path | Unit], max_bytes: int = MAX_DOCUMENT_BYTES, json_key: str = "text"
     ) -> None:
-        self.units = [file if isinstance(file, Unit) else Unit(file) for file in files]
+        self.units = [file if isinstance(file, Unit) else Unit(file, 0, None, file.stat().st_size) for file in files]
         self.max_bytes, self.json_key = max_bytes, json_key
-        self._sizes = [unit.size for unit in self.units]
-        self.bytes_total, self.bytes_done = sum(self._sizes), 0
+        self.bytes_total, self.bytes_done = sum(unit.size for unit in self.units), 0
+        self._read_of_unit = 0  # bytes on disk
 
     def __iter__(self) -> Iterator[Record]:
         finished = 0
-        for unit, size in zip(self.units, self._sizes, strict=True):
-            line, name = 0, str(unit.file)
-            kind = {".gz": "gzip", ".zst": "zstd"}.get(unit.file.suffix.lower(), "")
+        for unit in self.units:
+            line, fault = 0, ""
             try:
-                for record, done in self._read(unit, size, kind):
+                for record in self._read(unit):
                     line = record.line
-                    self.bytes_done = finished + min(done, size)
+                    self.bytes_done = finished + min(self._read_of_unit, unit.size)
                     yield record
             except EOFError:
-                yield Record(name, line + 1, b"", f"the {kind} file is cut off", whole=True)
+                fault = f"the {'gzip' if unit.file.suffix.lower() == '.gz' else 'zstd'} file is cut off"
             except (gzip.BadGzipFile, zlib.error) as error:
-                yield Record(name, line + 1, b"", f"not valid gzip: {error}", whole=True)
+                fault = f"not valid gzip: {error}"
             except _Damaged as error:
-                yield Record(name, line + 1, b"", str(error), whole=True)
+                fault = str(error)
             except OSError as error:
-                yield Record(name, line + 1, b"", f"cannot be read: {error.strerror}", whole=True)
-            finished += size
+                fault = f"cannot be read: {error.strerror}"
+            if fault:
+                yield Record(str(unit.file), line + 1, b"", fault, whole=True)
+            finished += unit.size
             self.bytes_done = finished
 
-    def _read(self, unit: Unit, size: int, kind: str) -> Iterator[tuple[Record, int]]:
-        """The records of a unit, each with the bytes on disk read so far."""
+    def _read(self, unit: Unit) -> Iterator[Record]:
         if suffix_of(unit.file) == ".parquet":
-            yield from self._rows(unit, size)
+            yield from self._rows(unit)
             return
         with unit.file.open("rb", 1 << 17) as raw:
             stream = _decompressed(raw, unit.file)
             if suffix_of(unit.file) not in JSON_SUFFIXES:
-                yield self._whole(stream, str(unit.file)), raw.tell()
-            else:
-                for record, position in self._lines(stream, unit):
-                    yield record, raw.tell() if kind else position - unit.start
+                record = self._whole(stream, str(unit.file))
+                self._read_of_unit = raw.tell()
+                yield record
+                return
+            for record, position in self._lines(stream, unit):
+                self._read_of_unit = position - unit.start if stream is raw else raw.tell()
+                yield record
 
     def _lines(self, stream: BinaryIO, unit: Unit) -> Iterator[tuple[Record, int]]:
         """The lines that begin in the unit, each with the byte after it; blank ones count but are no records."""
@@ -250,28 +240,15 @@ class RecordReader:
             position += self._skip(stream)[0] - 1
         origin = position
         while position < stop and (raw := stream.readline(limit)):
-            number, position = number + 1, position + len(raw)
+            number, position, fault = number + 1, position + len(raw), ""
             if len(raw) == limit and raw[-1] != 10:
                 rest, end = self._skip(stream)
                 position += rest
-                yield (
-                    Record(name, number, b"", self._too_long(limit + rest - end), origin),
-                    position,
-                )
-                continue
-            line = raw.rstrip(b"\r\n")
-            if line and not line.isspace():
-                first = number == 1 and not origin
-                yield (
-                    Record(
-                        name,
-                        number,
-                        line.removeprefix(b"\xef\xbb\xbf") if first else line,
-                        "",
-                        origin,
-                    ),
-                    position,
-                )
+                raw, fault = b"", self._too_long(limit + rest - end)
+            if fault or raw.strip():
+                line = raw.rstrip(b"\r\n")
+                line = line if origin or number > 1 else line.removeprefix(b"\xef\xbb\xbf")
+                yield Record(name, number, line, fault, origin), position
 
     def _skip(self, stream: BinaryIO) -> tuple[int, int]:
         """Read to the end of a line of any length in bounded memory: its bytes, and how many of them end it."""
@@ -289,14 +266,11 @@ class RecordReader:
             size += len(rest)
         return Record(name, 0, b"", self._too_long(size))
 
-    def _rows(self, unit: Unit, disk: int) -> Iterator[tuple[Record, int]]:
+    def _rows(self, unit: Unit) -> Iterator[Record]:
         """The rows of the column `json_key` in the unit's row groups, about CHUNK bytes of them at a time."""
-        name, key = str(unit.file), self.json_key
+        name, key, arrow = str(unit.file), self.json_key, _library("pyarrow", unit.file)
         with _parquet(unit.file) as file:
-            schema = file.schema_arrow
-            meta = file.metadata
-            arrow = _library("pyarrow", "pyarrow", unit.file)
-            groups = range(unit.start, meta.num_row_groups if unit.stop is None else unit.stop)
+            meta, schema = file.metadata, file.schema_arrow
             if schema.names.count(key) != 1:
                 many = "more than one" if key in schema.names else "no"
                 raise _Damaged(f'{many} column "{key}": it has {", ".join(schema.names[:5])}; choose with --json-key')
@@ -304,28 +278,24 @@ class RecordReader:
             plain = kind.value_type if arrow.types.is_dictionary(kind) else getattr(kind, "storage_type", kind)
             if not TEXT_TYPE.match(str(plain)):
                 raise _Damaged(f'column "{key}" is not text: but {kind}')
-            line = sum(meta.row_group(i).num_rows for i in range(unit.start))
-            total, done = sum(meta.row_group(i).num_rows for i in groups), 0
-            for group in groups:  # one by one: a damaged one takes no other with it
-                rows = meta.row_group(group).num_rows
-                size = meta.row_group(group).total_byte_size
-                before = done
-                batch_size = max(1, min(4096, CHUNK * rows // max(size, 1)))
+            rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+            before, total = sum(rows[: unit.start]), sum(rows[unit.start : unit.stop])
+            line = before
+            for group in range(len(rows))[unit.start : unit.stop]:  # one by one: a damaged one takes no other with it
+                end, size = line + rows[group], max(meta.row_group(group).total_byte_size, 1)
+                batch_size = max(1, min(4096, CHUNK * rows[group] // size))
                 try:
                     for batch in file.iter_batches(batch_size, [group], [key], use_threads=False):
                         for raw in batch.column(key).cast(arrow.large_binary()).to_pylist():
-                            done += 1
-                            fault = f'"{key}" is null' if raw is None else ""
+                            line, fault = line + 1, f'"{key}" is null' if raw is None else ""
                             if raw is not None and len(raw) > self.max_bytes:
                                 raw, fault = b"", self._too_long(len(raw))
-                            yield Record(name, line + done, raw or b"", fault), disk * done // total
+                            self._read_of_unit = unit.size * (line - before) // total
+                            yield Record(name, line, raw or b"", fault)
                 except (arrow.ArrowException, OSError) as error:
-                    fault = f"not valid Parquet: {before + rows - done} rows cannot be read, {error}"
-                    yield (
-                        Record(name, line + done + 1, b"", fault, whole=True),
-                        disk * done // total,
-                    )
-                done = before + rows
+                    fault = f"not valid Parquet: {end - line} rows cannot be read, {error}"
+                    yield Record(name, line + 1, b"", fault, whole=True)
+                line = end
 
     def _too_long(self, size: int) -> str:
         return f"too long: {size} bytes, the limit is {self.max_bytes}"
@@ -334,7 +304,7 @@ class RecordReader:
 def parse(record: Record, json_key: str = "text") -> tuple[str, int, str]:
     """The text of a record, its size in UTF-8 bytes, and what was changed in it. Raises: BadRecord with the reason."""
     if record.fault:
-        raise (BadFile if record.whole else BadRecord)(*record.fault.split(": ", 1))
+        raise BadRecord(*record.fault.split(": ", 1))
     suffix, changed = suffix_of(record.file), ""
     if suffix in JSON_SUFFIXES and (text := _quickly(record.raw, json_key)):
         return text, len(text) if text.isascii() else len(text.encode("utf-8")), ""
@@ -342,32 +312,21 @@ def parse(record: Record, json_key: str = "text") -> tuple[str, int, str]:
         text = record.raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRecord("not UTF-8", f"byte 0x{record.raw[error.start]:02x} at byte {error.start}") from None
-    if suffix not in JSON_SUFFIXES:
-        if "\0" in text and suffix != ".parquet":
-            raise BadRecord(
-                "a NUL character in plain text",
-                f"at character {text.index(chr(0))}; is it a binary file?",
-            )
-        size = len(record.raw)
-    else:
+    if suffix in JSON_SUFFIXES:
         text, halves = re.subn("[\ud800-\udfff]", "\ufffd", _text_of_json(text, json_key))
-        size, changed = len(text.encode("utf-8")), HALVES if halves else ""
+        changed = HALVES if halves else ""
+    elif "\0" in text and suffix != ".parquet":
+        where = f"at character {text.index(chr(0))}; is it a binary file?"
+        raise BadRecord("a NUL character in plain text", where)
     if not text:
         raise BadRecord(EMPTY)
-    return text, size, changed
-
-
-@functools.cache
-def _orjson() -> Any:
-    with suppress(ImportError):
-        return importlib.import_module("orjson")
-    return None
+    return text, len(text.encode("utf-8")), changed
 
 
 def _quickly(line: bytes, key: str) -> str:
     """The text of a line by orjson, where it is installed and sees nothing wrong; else "", and json is to say why."""
     with suppress(ValueError):
-        value = _orjson().loads(line) if _orjson() else None
+        value = _orjson.loads(line) if _orjson else None
         if isinstance(value, dict) and isinstance(text := value.get(key), str):
             return text
     return ""
@@ -381,15 +340,11 @@ def _text_of_json(line: str, key: str) -> str:
     except (ValueError, RecursionError) as error:
         raise BadRecord("not JSON", str(error)) from None
     if not isinstance(value, dict):
-        raise BadRecord(
-            "not a JSON object",
-            f'but a {type(value).__name__}; every line must be an object like {{"{key}": "..."}}',
-        )
+        expected = f'every line must be an object like {{"{key}": "..."}}'
+        raise BadRecord("not a JSON object", f"but a {type(value).__name__}; {expected}")
     if key not in value:
-        raise BadRecord(
-            f'no key "{key}"',
-            f"it has {', '.join(map(repr, list(value)[:5])) or 'none'}; choose with --json-key",
-        )
+        keys = ", ".join(map(repr, list(value)[:5])) or "none"
+        raise BadRecord(f'no key "{key}"', f"it has {keys}; choose with --json-key")
     if not isinstance(value[key], str):
         raise BadRecord(f'"{key}" is not a string', f"but a {type(value[key]).__name__}")
     return value[key]

@@ -29,7 +29,7 @@ from zlib import crc32
 import numpy as np
 
 from megallama.data.errors import DataError
-from megallama.text.documents import EMPTY, BadFile, BadRecord, Record, parse
+from megallama.text.documents import EMPTY, BadRecord, Record, parse
 
 SPAN = 1 << 21  # bytes of tokens read at a time
 ROWS = 4096  # documents read at a time
@@ -57,15 +57,15 @@ class Part:
         """The text of a record and its size in bytes; None for a bad one, which is noted."""
         try:
             text, size, changed = parse(record, json_key)
-        except BadFile as error:
-            self.faults.setdefault(record.file, str(error))
         except BadRecord as error:
-            self.skip(record, error)
-        else:
-            self.counts.setdefault(record.file, [0, 0, 0])[0] += 1
-            self.changed.update([changed] if changed else [])
-            return text, size
-        return None
+            if record.whole:
+                self.faults.setdefault(record.file, str(error))
+            else:
+                self.skip(record, error)
+            return None
+        self.counts.setdefault(record.file, [0, 0, 0])[0] += 1
+        self.changed.update([changed] if changed else [])
+        return text, size
 
     def skip(self, record: Record, error: BadRecord) -> None:
         """Note a bad record."""

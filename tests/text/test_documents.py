@@ -77,12 +77,11 @@ def test_units_cover_json_lines_exactly_once(
 def test_what_a_unit_holds(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\n" + b"two\n" + b"\xef\xbb\xbfthree")
-    assert units([path], 9) == [Unit(path, 0, 9), Unit(path, 9, 18), Unit(path, 18, None)]
-    assert [u.size for u in units([path], 9)] == [9, 9, path.stat().st_size - 18]
-    assert seen([Unit(path, 0, 9)]) == [("a.jsonl:1", b"one", "")]
-    assert seen([Unit(path, 9, 18)]) == [("a.jsonl:3", b"two", ""), ("a.jsonl:4", b"\xef\xbb\xbfthree", "")]
-    assert seen([Unit(path, 18, None)]) == []
-    records = [*RecordReader([Unit(path, 9, 18)])]
+    assert units([path], 9) == [Unit(path, 0, 9, 9), Unit(path, 9, 18, 9), Unit(path, 18, None, 3)]
+    assert seen([Unit(path, 0, 9, 9)]) == [("a.jsonl:1", b"one", "")]
+    assert seen([Unit(path, 9, 18, 9)]) == [("a.jsonl:3", b"two", ""), ("a.jsonl:4", b"\xef\xbb\xbfthree", "")]
+    assert seen([Unit(path, 18, None, 3)]) == []
+    records = [*RecordReader([Unit(path, 9, 18, 9)])]
     assert [(r.line, r.origin) for r in records] == [(1, 9), (2, 9)]
 
 
@@ -189,7 +188,7 @@ def test_parquet_rows_are_documents(tmp_path: Path, kind: str) -> None:
     assert all(sizes[0] < h < 3 * sizes[0] for h in held[:-1])
     assert sum(u.size for u in cut) == pytest.approx(path.stat().st_size, abs=5)
     assert seen(cut) == seen([path]) == [(f"a.parquet:{i}", t.encode(), "") for i, t in enumerate(texts, 1)]
-    assert units([path], 1 << 30) == [Unit(path, 0, None)]
+    assert units([path], 1 << 30) == [Unit(path, 0, None, path.stat().st_size)]
 
 
 def test_parquet_is_read_by_pages(tmp_path: Path) -> None:
@@ -349,7 +348,7 @@ def test_the_quick_parser_changes_nothing(line: bytes) -> None:
         except BadRecord as error:
             return str(error)
 
-    assert readers._orjson() is not None
+    assert readers._orjson is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "_quickly", lambda line, key: "")
         slow = result()
