@@ -23,7 +23,7 @@ from megallama.data.errors import DataError
 from megallama.data.facts import write_facts
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for, strip_suffix
 from megallama.data.tokenizer import Tokenizer, find_tokenizer, sha256_of
-from megallama.text.documents import MAX_DOCUMENT_BYTES, RecordReader, units
+from megallama.text.documents import MAX_DOCUMENT_BYTES, units
 from megallama.text.fast_encoder import load_fast_tokenizer
 from megallama.text.files import earlier_files
 from megallama.text.losses import Losses
@@ -128,59 +128,35 @@ def preprocess(
     outputs = [Output(prefix + suffix) for suffix in splits]
     fast = fast and sum(file.stat().st_size for file in files) >= FAST_FROM
     tokenizer = load_fast_tokenizer(path, fast=fast, eos_token=eos_token)
-    _check_marks(tokenizer, bos)
+    marks = _marks(tokenizer, bos)
     origin_of = partial(_origin, tokenizer=tokenizer, json_key=json_key, max_document_bytes=max_document_bytes, bos=bos)
-    if begun(prefix) and not begun(prefix, origin_of(files)):
-        files = _earlier_list(inputs, files, prefix, origin_of, say)
+    if begun(prefix) and not begun(prefix, origin_of(files)) and begun(prefix, origin_of(old := earlier_files(inputs))):
+        files = old
+        said = f"goes on with the list of an earlier version, of {counted(len(old), 'file')}"
+        say(f"{said}; to begin anew delete {prefix}.parts")
     _check_names(outputs, files)
     jobs, origin = _jobs(files), origin_of(files)
     with WorkFolder(prefix, origin) as work:
         with ExitStack() as stack:
             task = Task(str(path), fast, json_key, max_document_bytes, strict, work.path, work.start, bos, eos_token)
-            crew = stack.enter_context(Crew(task, min(workers, len(jobs)), comm))
-            crew.encode_here(tokenizer)
+            crew = stack.enter_context(Crew(task, tokenizer, min(workers, len(jobs)), comm))
             dtype = dtype_for(tokenizer.vocab_size)
             writers = [stack.enter_context(IndexedWriter(out.prefix, dtype)) for out in outputs]
             join = _Join(Summary(outputs, losses), jobs, work, writers, (split_valid, split_test), strict)
-            _run(join, crew, progress)
-            join.summary.encoder, join.summary.marks = tokenizer.encoder, _marks(tokenizer, bos)
+            join.run(crew, progress)
+            join.summary.encoder, join.summary.marks = tokenizer.encoder, marks
             join.check_end()
-            _finish(writers, unchanged=origin_of(files) == origin)
+            if origin_of(files) != origin:
+                raise DataError("files of the input were changed while they were read; start again when they are whole")
+            for writer in writers:
+                writer.finish()
         for out in outputs:
             write_facts(out.prefix, _facts(out, tokenizer, bos, losses))
     return join.summary
 
 
-def _earlier_list(
-    inputs: Sequence[str | Path],
-    files: list[Path],
-    prefix: str,
-    origin_of: Callable[[Sequence[Path]], dict[str, Any]],
-    say: Callable[[str], None],
-) -> list[Path]:
-    """The files to go on with: an earlier version's list where its half-done work lies there, else `files`."""
-    old = earlier_files(inputs)
-    if not begun(prefix, origin_of(old)):
-        return files
-    said = f"goes on with the list of an earlier version, of {counted(len(old), 'file')}"
-    say(f"{said}; to begin anew delete {prefix}.parts")
-    return old
-
-
-def _finish(writers: Sequence[IndexedWriter], *, unchanged: bool) -> None:
-    if not unchanged:
-        raise DataError("files of the input were changed while they were read; start again when they are whole")
-    for writer in writers:
-        writer.finish()
-
-
 def _marks(tokenizer: Tokenizer, bos: bool) -> str:
-    begin = f"begins with id {tokenizer.bos_id} and " if bos else ""
-    return f"every document {begin}ends with id {tokenizer.eos_id}"
-
-
-def _check_marks(tokenizer: Tokenizer, bos: bool) -> None:
-    """Raises: DataError if documents cannot be ended or begun."""
+    """How documents begin and end. Raises: DataError if they cannot be ended or begun."""
     if tokenizer.eos_id is None:
         raise DataError(
             f"tokenizer {tokenizer.path} has no end-of-document token: it declares none, and has none of "
@@ -188,6 +164,8 @@ def _check_marks(tokenizer: Tokenizer, bos: bool) -> None:
         )
     if bos and tokenizer.bos_id is None:
         raise DataError(f"tokenizer {tokenizer.path} has no beginning-of-document token; leave --bos out")
+    begin = f"begins with id {tokenizer.bos_id} and " if bos else ""
+    return f"every document {begin}ends with id {tokenizer.eos_id}"
 
 
 def _check_names(outputs: Sequence[Output], files: Sequence[Path]) -> None:
@@ -212,15 +190,14 @@ def _check_options(workers: int, split_valid: float, split_test: float) -> list[
 
 def _jobs(files: Sequence[Path]) -> list[Job]:
     """The input as jobs. They depend on the files alone, so that every start of a run has the same."""
-    total = RecordReader(files).bytes_total
-    size = min(max(JOB_BYTES, total // MAX_JOBS), MAX_JOB_BYTES)
+    size = min(max(JOB_BYTES, sum(file.stat().st_size for file in files) // MAX_JOBS), MAX_JOB_BYTES)
     jobs: list[Job] = []
     for unit in units(files, size):
-        bytes_of_unit, last = unit.size, jobs[-1] if jobs else None
-        if last and last.size + bytes_of_unit <= size and len(last.units) < MAX_UNITS:
-            jobs[-1] = Job(last.number, [*last.units, unit], last.size + bytes_of_unit)
+        last = jobs[-1] if jobs else None
+        if last and last.size + unit.size <= size and len(last.units) < MAX_UNITS:
+            jobs[-1] = Job(last.number, [*last.units, unit], last.size + unit.size)
         else:
-            jobs.append(Job(len(jobs), [unit], bytes_of_unit))
+            jobs.append(Job(len(jobs), [unit], unit.size))
     return jobs
 
 
@@ -236,23 +213,6 @@ def _origin(
             "limit": max_document_bytes, **marks}  # fmt: skip
 
 
-def _run(join: _Join, crew: Crew, progress: Callable[[int, int, int], None] | None) -> None:
-    """Let the crew make the parts that are missing, and join what is there meanwhile."""
-    size, parts = {job.number: job.size for job in join.jobs}, join.parts
-    done, tokens = sum(size[n] for n in parts), sum(p.token_bytes for p in parts.values()) // join.itemsize
-    now: dict[Link, Sign] = {}  # how far the processes are in what is unfinished
-    for link, message in crew.run([job for job in join.jobs if job.number not in parts], join.advance):
-        if isinstance(message, Part):
-            done, tokens = done + size[message.job], tokens + message.token_bytes // join.itemsize
-            parts[message.job] = message
-        now[link] = message if isinstance(message, Sign) else Sign(0, 0)
-        if progress:
-            some = now.values()
-            progress(done + sum(s.bytes_done for s in some), join.total, tokens + sum(s.tokens for s in some))
-    while join.advance():
-        pass
-
-
 class _Join:
     """Appends parts to the outputs in the order of the jobs, and judges their bad records."""
 
@@ -265,58 +225,70 @@ class _Join:
         shares: tuple[float, float],
         strict: bool,
     ) -> None:
-        self.summary, self.jobs, self.parts, self.itemsize = summary, jobs, work.finished(), writers[0].dtype.itemsize
+        self.summary, self._jobs, self._parts, self._dtype = summary, jobs, work.finished(), writers[0].dtype
         self._work, self._writers, self._shares, self._strict = work, writers, shares, strict
         self._next = self._documents = self._bytes = 0
-        self.total = sum(job.size for job in jobs)
+        self._total = sum(job.size for job in jobs)
 
-    def advance(self) -> bool:
+    def run(self, crew: Crew, progress: Callable[[int, int, int], None] | None) -> None:
+        """Let the crew make the parts that are missing, and join what is there meanwhile."""
+        parts, itemsize = self._parts, self._dtype.itemsize
+        done, tokens = sum(self._jobs[n].size for n in parts), sum(p.token_bytes for p in parts.values()) // itemsize
+        now: dict[Link, Sign] = {}  # how far the processes are in what is unfinished
+        for link, message in crew.run([job for job in self._jobs if job.number not in parts], self._advance):
+            if isinstance(message, Part):
+                done, tokens = done + self._jobs[message.job].size, tokens + message.token_bytes // itemsize
+                parts[message.job] = message
+            now[link] = message if isinstance(message, Sign) else Sign(0, 0)
+            if progress:
+                some = now.values()
+                progress(done + sum(s.bytes_done for s in some), self._total, tokens + sum(s.tokens for s in some))
+        while self._advance():
+            pass
+
+    def _advance(self) -> bool:
         """Append the part that is next, if it is there; whether it was."""
-        part = self.parts.get(self._next)
+        part = self._parts.get(self._next)
         if part:
             self._judge(part)
-            for tokens, rows in self._work.read(part, self._writers[0].dtype):
+            for tokens, rows in self._work.read(part, self._dtype):
                 self._append(tokens, rows.astype(np.int64))
             self._next += 1
         return part is not None
 
     def _append(self, tokens: np.ndarray, rows: np.ndarray) -> None:
-        numbers = np.arange(self._documents, self._documents + len(rows))
+        which = split_of(np.arange(self._documents, self._documents + len(rows)), *self._shares)
         self._documents += len(rows)
-        which = split_of(numbers, *self._shares)
         if not self._shares[0]:  # without a validation split the second output is the test split
             which = np.minimum(which, 1)
         for i, (writer, out) in enumerate(zip(self._writers, self.summary.outputs, strict=True)):
-            mine = which == i
-            ours = tokens if mine.all() else tokens[np.repeat(mine, rows[:, 0])]
-            writer.add(ours, rows[mine, 0])
+            here = which == i
+            writer.add(tokens if here.all() else tokens[np.repeat(here, rows[:, 0])], rows[here, 0])
             out.documents, out.tokens = writer.num_documents, writer.num_tokens
-            out.text_bytes += int(rows[mine, 1].sum())
+            out.text_bytes += int(rows[here, 1].sum())
 
     def _judge(self, part: Part) -> None:
         """Note what is lost in the next part; stop when it is sure to be too much."""
         losses = self.summary.losses
         losses.take(part)
-        if self._strict and (said := [*losses.examples, *(f"{name}: {why}" for name, why in losses.faults.items())]):
-            raise DataError(f"{said[0]}; correct the record, or leave out --strict to skip such records")
-        self._bytes += self.jobs[self._next].size
-        if losses.hopeless(self._bytes / self.total if self.total else 1.0):
+        if self._strict and (found := [*losses.examples, *(f"{name}: {why}" for name, why in losses.faults.items())]):
+            raise DataError(f"{found[0]}; correct the record, or leave out --strict to skip such records")
+        self._bytes += self._jobs[self._next].size
+        if losses.hopeless(self._bytes / self._total if self._total else 1.0):
             losses.check()
 
     def check_end(self) -> None:
         """Raises: DataError if too much is lost or an output would be empty."""
-        summary = self.summary
-        summary.losses.check()
+        losses, shares = self.summary.losses, zip(("valid", "test"), self._shares, strict=True)
+        losses.check()
         if not self._documents:
-            raise DataError("\n  ".join(["no documents were found: the files hold no text", *summary.losses.examples]))
-        for out in summary.outputs:
-            if not out.documents:
-                given = zip(("valid", "test"), self._shares, strict=True)
-                shares = " and ".join(f"split_{name}={share}" for name, share in given if share)
-                raise DataError(
-                    f"{out.prefix} would hold none of the {self._documents} documents with {shares}; "
-                    "use a larger share, more documents, or no split"
-                )
+            raise DataError("\n  ".join(["no documents were found: the files hold no text", *losses.examples]))
+        if empty := [out.prefix for out in self.summary.outputs if not out.documents]:
+            given = " and ".join(f"split_{name}={share}" for name, share in shares if share)
+            raise DataError(
+                f"{empty[0]} would hold none of the {self._documents} documents with {given}; "
+                "use a larger share, more documents, or no split"
+            )
 
 
 def _facts(out: Output, tokenizer: Tokenizer, bos: bool, losses: Losses) -> dict[str, Any]:

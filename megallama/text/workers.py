@@ -19,7 +19,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +27,7 @@ from megallama.config.errors import MegallamaError
 from megallama.data.errors import DataError
 from megallama.data.indexed import dtype_for
 from megallama.data.tokenizer import Tokenizer
-from megallama.text.documents import Record, RecordReader, Unit
+from megallama.text.documents import RecordReader, Unit
 from megallama.text.fast_encoder import load_fast_tokenizer
 from megallama.text.parts import Part, PartWriter
 
@@ -84,7 +83,7 @@ class Rank:
         """Wait for a message."""
         return self._comm.recv(source=self.rank)
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Wait until everything sent has arrived."""
         for request in self._sent:
             request.wait()
@@ -106,18 +105,21 @@ class Encoder:
         """Read, encode and write the documents of a job; with `strict` up to the first bad record."""
         part, reported, task = self._out.begin(job.number), time.monotonic(), self._task
         reader = RecordReader(job.units, task.max_document_bytes, task.json_key)
-        for block in _blocks(reader):
-            texts, sizes = [], []
-            for record in block:
-                if found := part.text(record, task.json_key):
-                    texts.append(found[0])
-                    sizes.append(found[1])
-                elif task.strict:
-                    return part
-            self._add(texts, sizes)
+        texts, sizes, held = list[str](), list[int](), 0
+        for record in reader:
+            if found := part.text(record, task.json_key):
+                texts.append(found[0])
+                sizes.append(found[1])
+                held += found[1]
+            elif task.strict:
+                return part
+            if held >= BLOCK_BYTES or len(texts) >= BLOCK_RECORDS:
+                self._add(texts, sizes)
+                texts, sizes, held = [], [], 0
             if time.monotonic() > reported + REPORT_SECONDS:
                 reported = time.monotonic()
                 link.send(Sign(reader.bytes_done, part.token_bytes // self._dtype.itemsize))
+        self._add(texts, sizes)
         return self._out.end()
 
     def _add(self, texts: list[str], sizes: list[int]) -> None:
@@ -135,19 +137,6 @@ class Encoder:
             out[ends - lengths] = self._tokenizer.bos_id
         out[inside] = tokens
         self._out.add(out, rows)
-
-
-def _blocks(reader: RecordReader) -> Iterator[list[Record]]:
-    block: list[Record] = []
-    size = 0
-    for record in reader:
-        block.append(record)
-        size += len(record.raw)
-        if size >= BLOCK_BYTES or len(block) >= BLOCK_RECORDS:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
 
 
 def serve(link: Link, task: Task, number: int, tokenizer: Tokenizer | None = None) -> None:
@@ -171,7 +160,7 @@ def serve_rank(comm: Any) -> None:
     link = Rank(comm, 0)
     comm.gather(socket.gethostname())
     serve(link, comm.bcast(None), comm.rank)
-    link.finish()
+    link.close()
 
 
 def _child(link: Connection, task: Task, number: int) -> None:
@@ -180,14 +169,13 @@ def _child(link: Connection, task: Task, number: int) -> None:
 
 
 class Crew:
-    """All processes of a run, from the first one's side.
+    """All processes of a run, from the first one's side, which encodes too, in a thread.
 
     Entering the `with` block starts those on this node, leaving it ends them.
     """
 
-    def __init__(self, task: Task, processes: int, comm: Any = None) -> None:
-        self._task, self._comm, self._size = task, comm, comm.size if comm else processes
-        self._thread: threading.Thread | None = None
+    def __init__(self, task: Task, tokenizer: Tokenizer, processes: int, comm: Any = None) -> None:
+        self._task, self._tokenizer, self._processes, self._comm = task, tokenizer, processes, comm
         self._links: dict[Link, int] = {}  # to the number of jobs it has
         self._children: dict[Link, multiprocessing.process.BaseProcess] = {}
 
@@ -195,28 +183,20 @@ class Crew:
         if self._comm:
             hosts = set(self._comm.gather(socket.gethostname()))
             self._task = self._comm.bcast(replace(self._task, sync=len(hosts) > 1))
-            self._links = {Rank(self._comm, rank): 0 for rank in range(1, self._size)}
+            self._links = {Rank(self._comm, rank): 0 for rank in range(1, self._comm.size)}
         spawn = multiprocessing.get_context("spawn")  # a fork could copy the locks of another thread
-        for number in range(1, 1 if self._comm else self._size):
+        for number in range(1, 1 if self._comm else self._processes):
             ours, theirs = spawn.Pipe()
             child = spawn.Process(target=_child, args=(theirs, self._task, number), daemon=True)
             child.start()
             theirs.close()
             self._children[ours] = child
             self._links[ours] = 0
-        return self
-
-    def encode_here(self, tokenizer: Tokenizer) -> None:
-        """Let this process encode too, in a thread."""
         ours, theirs = multiprocessing.Pipe()
-
-        def live() -> None:
-            with theirs:
-                serve(theirs, self._task, 0, tokenizer)
-
-        self._thread = threading.Thread(target=live, daemon=True)
+        self._thread = threading.Thread(target=serve, args=(theirs, self._task, 0, self._tokenizer), daemon=True)
         self._thread.start()
         self._links[ours] = 0
+        return self
 
     def run(self, jobs: Sequence[Job], meanwhile: Callable[[], bool]) -> Iterator[tuple[Link, Part | Sign]]:
         """What the processes report, as it comes, until every job has become a part.
@@ -224,9 +204,8 @@ class Crew:
         `meanwhile` does a little of other work and says whether there was any.
         """
         left = deque(jobs)
-        for _ in range(AHEAD):
-            for link in self._links:
-                self._give(link, left)
+        for link in [*self._links] * AHEAD:
+            self._give(link, left)
         while any(self._links.values()):
             for link in self._ready(block=not meanwhile()):
                 message = self._receive(link)
@@ -244,13 +223,12 @@ class Crew:
     def _ready(self, block: bool) -> list[Link]:
         """The lines on which a message waits; with `block` at least one."""
         pipes = [link for link in self._links if isinstance(link, Connection)]
-        ready: list[Link] = wait(pipes, None if block and not self._comm else 0)  # type: ignore[assignment]
-        while self._comm:
-            ready += [link for link in self._links if isinstance(link, Rank) and self._comm.iprobe(link.rank)]
+        while True:
+            ready = [link for link in self._links if isinstance(link, Rank) and self._comm.iprobe(link.rank)]
+            patience = 0.0 if ready or not block else POLL_SECONDS if self._comm else None
+            ready += wait(pipes, patience)  # type: ignore[arg-type]
             if ready or not block:
-                break
-            ready = wait(pipes, POLL_SECONDS)  # type: ignore[assignment]
-        return ready
+                return [*ready]
 
     def _receive(self, link: Link) -> Part | Sign:
         try:
@@ -265,19 +243,14 @@ class Crew:
             raise DataError(message)
         return message
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for link in self._links:
             if kind is None:
                 with suppress(OSError):
                     link.send(None)
-            if isinstance(link, Rank) and kind is None:
-                link.finish()
-            elif isinstance(link, Connection):
+            if kind is None or isinstance(link, Connection):
                 link.close()
         for child in self._children.values():
             child.terminate()
             child.join()
-        if self._thread:
-            self._thread.join()
+        self._thread.join()
