@@ -29,11 +29,17 @@ def read_facts(prefix: str) -> dict[str, Any]:
 
 
 def write_facts(prefix: str, facts: Mapping[str, Any]) -> None:
-    """Write PREFIX.json, whole or not at all. Raises: DataError where the disk does not take it."""
-    temporary = Path(prefix + ".json.tmp")
+    """Write PREFIX.json, as `write_whole` does."""
+    write_whole(Path(prefix + ".json"), json.dumps(facts, indent=2).encode() + b"\n")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all. Raises: DataError where the disk does not take it."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(json.dumps(facts, indent=2) + "\n")
-        os.replace(temporary, prefix + ".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write {prefix}.json: {error.strerror}; make room and start again") from error
+        raise DataError(f"cannot write {path}: {error.strerror}; make room and start again") from error

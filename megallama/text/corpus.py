@@ -13,6 +13,7 @@ import json
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,12 @@ def build_corpus(
                 f"{lib} holds no Python sources (a trimmed installation?); give your own text with TEXT=path"
             )
     else:
-        documents = _own(text, json_key, losses, skipped)
+        if not text.exists():
+            raise DataError(f"{text} does not exist; TEXT takes a text file, a .jsonl file or a folder of them")
+        reader = RecordReader(losses.find([text], skipped.append), json_key=json_key)
+        if not reader.bytes_total:
+            raise DataError(f"{text} is empty; give a file or folder with {MIN_BYTES:,} bytes of text or more")
+        documents = _own(reader, losses)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     try:
@@ -91,39 +97,30 @@ def _write(path: Path, documents: Iterable[tuple[str, str]], max_bytes: int) -> 
 def _modules(lib: Path, skipped: list[str]) -> Iterator[tuple[str, str]]:
     """The standard library's modules, ordered by a hash of their names: any share of it is a fair one."""
     names = []
-    for path in lib.rglob("*.py"):
-        name = path.relative_to(lib)
-        generated = name.name.startswith("_sysconfigdata") or name.parts[0].startswith("config-")
-        if not LEFT_OUT.intersection(name.parts) and not generated:
-            names.append(name.as_posix())
-    for text in sorted(names, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest()):
+    for path in (path.relative_to(lib) for path in lib.rglob("*.py")):
+        generated = path.name.startswith("_sysconfigdata") or path.parts[0].startswith("config-")
+        if not LEFT_OUT.intersection(path.parts) and not generated:
+            names.append(path.as_posix())
+    for name in sorted(names, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest()):
         try:
-            yield text, (lib / text).read_text("utf-8")
+            yield name, (lib / name).read_text("utf-8")
         except (UnicodeDecodeError, OSError) as error:
-            skipped.append(f"{text}: {'not UTF-8' if isinstance(error, UnicodeDecodeError) else error.strerror}")
+            skipped.append(f"{name}: {'not UTF-8' if isinstance(error, UnicodeDecodeError) else error.strerror}")
 
 
 def _topics() -> Iterator[tuple[str, str]]:
-    try:
+    with suppress(ImportError):  # some distributions leave it out
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions leave it out
-        return
-    for name in sorted(topics):
-        yield f"topic {name}", topics[name]
+
+        yield from ((f"topic {name}", topics[name]) for name in sorted(topics))
 
 
-def _own(text: Path, json_key: str, losses: Losses, skipped: list[str]) -> Iterator[tuple[str, str]]:
+def _own(reader: RecordReader, losses: Losses) -> Iterator[tuple[str, str]]:
     """The documents of the reader's text, cut to pieces no larger than what gives MIN_DOCUMENTS of them."""
-    if not text.exists():
-        raise DataError(f"{text} does not exist; TEXT takes a text file, a .jsonl file or a folder of them")
-    reader = RecordReader(losses.find([text], skipped.append), json_key=json_key)
-    if not reader.bytes_total:
-        raise DataError(f"{text} is empty; give a file or folder with {MIN_BYTES:,} bytes of text or more")
     size = min(MAX_PIECE_BYTES, max(1024, reader.bytes_total // MIN_DOCUMENTS))
-    for record, body in losses.texts(reader, json_key):
+    for record, body in losses.texts(reader):
         where = place(record)
-        for number, piece in enumerate(pieces(body, size)):
-            yield f"{where} part {number}", piece
+        yield from ((f"{where} part {number}", piece) for number, piece in enumerate(pieces(body, size)))
 
 
 def pieces(text: str, size: int) -> Iterator[str]:
@@ -132,10 +129,9 @@ def pieces(text: str, size: int) -> Iterator[str]:
     The pieces joined are the text. A line longer than twice the size is cut where it is.
     """
     start = 0
-    while len(text) - start > 2 * size:
-        end = text.find("\n\n", start + size, start + 2 * size)
-        end = end + 2 if end >= 0 else text.find("\n", start + size, start + 2 * size) + 1
-        end = end or start + 2 * size
+    while (last := start + 2 * size) < len(text):
+        blank, line = (text.find(end, start + size, last) for end in ("\n\n", "\n"))
+        end = blank + 2 if blank >= 0 else line + 1 or last
         yield text[start:end]
         start = end
     yield text[start:]

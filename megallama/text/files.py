@@ -10,6 +10,7 @@ import functools
 import glob
 import os
 import stat
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,8 +61,8 @@ class Found:
 
     def lines(self) -> list[str]:
         """What is not read, a line for every reason."""
-        found = sorted(self._left_out.items())
-        return [f"not read: {count:,} {why}, the first {str(path)!r}" for why, (count, path) in found]
+        left_out = sorted(self._left_out.items())
+        return [f"not read: {count:,} {why}, the first {str(path)!r}" for why, (count, path) in left_out]
 
     def _take(self, given: Path) -> None:
         """A file, or everything below a folder.
@@ -70,16 +71,16 @@ class Found:
         """
         if given.is_file() and suffix_of(given) not in SUFFIXES:
             raise DataError(f"{given} is of an unknown kind {suffix_of(given)!r}; {KINDS}")
-        first, waiting, links = len(self.files), [given], list[Path]()
-        while waiting or links:
-            path = waiting.pop() if waiting else links.pop(0)
-            hidden = path != given and any(p.startswith((".", "__pycache__")) for p in path.relative_to(given).parts)
+        first, waiting = len(self.files), deque([given])
+        while waiting:
+            path = waiting.pop()
+            hidden = _hidden(path, given)
             try:
                 why = self._examine(path, given, hidden)
                 if why == "a folder":
-                    entries = sorted(os.scandir(path), key=lambda entry: entry.name, reverse=True)
-                    links += [path / entry.name for entry in reversed(entries) if entry.is_symlink()]
-                    waiting += [path / entry.name for entry in entries if not entry.is_symlink()]
+                    entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+                    waiting.extendleft(path / entry.name for entry in entries if entry.is_symlink())
+                    waiting.extend(path / entry.name for entry in reversed(entries) if not entry.is_symlink())
             except OSError as error:
                 why = "hidden" if hidden else ""
                 if not hidden:
@@ -116,19 +117,20 @@ class Found:
         return ""
 
 
+def _hidden(path: Path, given: Path) -> bool:
+    return path != given and any(part.startswith((".", "__pycache__")) for part in path.relative_to(given).parts)
+
+
 def earlier_files(inputs: Sequence[str | Path]) -> list[Path]:
     """The list that versions before `Found` made, which a preprocessing begun by one of them goes on with.
 
-    They followed no links to folders and read a file that was reached twice twice.
+    They followed no links to folders, and what was reached twice was read twice.
     """
     files: list[Path] = []
     for given in map(Path, inputs):
-        below = sorted(p for p in given.rglob("*") if suffix_of(p) in SUFFIXES) if given.is_dir() else []
-        for path in below:
-            hidden = any(part.startswith((".", "__pycache__")) for part in path.relative_to(given).parts)
-            ours = path.suffix == ".json" and path.with_suffix(".idx").exists()
-            files += [path] if not hidden and not ours and path.is_file() else []
-        if not given.is_dir():
-            named = [str(given)] if given.is_file() else sorted(glob.glob(str(given), recursive=True))
-            files += [Path(p) for p in named if os.path.isfile(p)]
+        found = [given] if given.is_file() else [Path(p) for p in sorted(glob.glob(str(given), recursive=True))]
+        if given.is_dir():
+            texts = sorted(p for p in given.rglob("*") if suffix_of(p) in SUFFIXES and not _hidden(p, given))
+            found = [p for p in texts if p.suffix != ".json" or not p.with_suffix(".idx").exists()]
+        files += filter(Path.is_file, found)
     return files

@@ -25,15 +25,13 @@ def limit_of(text: str, name: str, default: str) -> Callable[[float], float]:
 
     Where nothing was said one always may: in a small file an accident is a large share.
     """
-    given = text or default
-    try:
-        share = given.endswith("%")
-        amount = float(given[:-1]) / 100 if share else int(given)
-        if amount < 0 or (share and not amount <= 1):
-            raise ValueError
-    except ValueError:
-        raise DataError(f"{name}={text!r} is neither a number of records nor a share such as 5%") from None
-    return lambda records: max(amount * records, 0 if text else 1) if share else amount
+    value = text or default
+    share = value.endswith("%")
+    with suppress(ValueError):
+        amount = float(value[:-1]) / 100 if share else int(value)
+        if 0 <= amount and (not share or amount <= 1):
+            return lambda records: max(amount * records, 0 if text else 1) if share else amount
+    raise DataError(f"{name}={text!r} is neither a number of records nor a share such as 5%")
 
 
 class Losses:
@@ -46,8 +44,8 @@ class Losses:
     def __init__(self, max_bad: str = "", max_bad_per_file: str = "", *, skip_files: bool = False) -> None:
         self._all = limit_of(max_bad, "max_bad", "0.1%")
         self._one = limit_of(max_bad_per_file, "max_bad_per_file", "10%")
-        self._allowed = f"{max_bad or '0.1%'} in all and {max_bad_per_file or '10%'} of one file"
         self._skip_files = skip_files
+        self._allowed = f"{max_bad or '0.1%'} in all and {max_bad_per_file or '10%'} of one file"
         self.skipped, self.changed = Counter[str](), Counter[str]()
         self.examples: list[str] = []  # "FILE:LINE: reason", the first few
         self.faults: dict[str, str] = {}  # files that cannot be read
@@ -63,11 +61,11 @@ class Losses:
             say(line)
         return found.files
 
-    def texts(self, reader: RecordReader, json_key: str) -> Iterator[tuple[Record, str]]:
+    def texts(self, reader: RecordReader) -> Iterator[tuple[Record, str]]:
         """The good records of a reader. Raises: DataError as `check`, at the end."""
         for record in reader:
             part = Part(0)
-            found = part.text(record, json_key)
+            found = part.text(record, reader.json_key)
             self.take(part)
             if found:
                 yield record, found[0]
@@ -103,13 +101,9 @@ class Losses:
             )
         if self._crowded or self.bad > self._all(self.records):
             bad = f"{self.skipped.total():,} of {counted(self.records, 'record', ',')} are bad"
-            told = [
-                f"{bad}, more than the {self._allowed} that may be, among them",
-                *self._crowded,
-                *self.examples,
-            ]
+            lines = [f"{bad}, more than the {self._allowed} that may be, among them", *self._crowded, *self.examples]
             raise DataError(
-                "\n  ".join(told) + "\ncorrect them, name the right --json-key, or allow more with --max-bad and "
+                "\n  ".join(lines) + "\ncorrect them, name the right --json-key, or allow more with --max-bad and "
                 "--max-bad-per-file, for example --max-bad 5%"
             )
 
@@ -129,13 +123,14 @@ class Losses:
     def _close(self) -> None:
         """Judge a file whose records have all come."""
         good, bad, empty = self._counts
-        some = f"of {counted(sum(self._counts), 'record', ',')}"
-        if bad and not good:
+        some, unusable = f"of {counted(sum(self._counts), 'record', ',')}", bad and not good
+        if unusable or bad + empty > self._one(sum(self._counts)):
             why = seems(self._file) or self._reason
-            self.faults.setdefault(self._file, f"none {some} can be used: {why}")
-            self.bad -= bad  # they are judged as a file
-        elif bad + empty > self._one(sum(self._counts)):
-            self._crowded.append(f"{self._file}: {bad + empty:,} {some} are bad; {seems(self._file) or self._reason}")
+            if unusable:
+                self.faults.setdefault(self._file, f"none {some} can be used: {why}")
+                self.bad -= bad  # they are judged as a file
+            else:
+                self._crowded.append(f"{self._file}: {bad + empty:,} {some} are bad; {why}")
         self._counts, self._reason = [0, 0, 0], ""
 
 

@@ -42,11 +42,7 @@ def merge(
         for dataset in datasets:
             for first in range(0, dataset.num_documents, ROWS):
                 starts = dataset.starts(first, min(first + ROWS, dataset.num_documents))
-                cuts = [
-                    0,
-                    *(np.flatnonzero(np.diff((starts[1:] - starts[0]) // SPAN)) + 1),
-                    len(starts) - 1,
-                ]
+                cuts = [0, *(np.flatnonzero(np.diff((starts[1:] - starts[0]) // SPAN)) + 1), len(starts) - 1]
                 for low, high in zip(cuts, cuts[1:], strict=False):
                     tokens = dataset.read(int(starts[low]), int(starts[high] - starts[low]))
                     writer.add(tokens, np.diff(starts[low : high + 1]))
@@ -55,12 +51,10 @@ def merge(
                         progress(done, total)
     if all(facts):
         skipped: Counter[str] = sum((Counter(each.get("skipped", {})) for each in facts), Counter())
-        sums = {key: sum(each.get(key, 0) for each in facts) for key in SUMS}
-        own = {
-            "skipped": dict(sorted(skipped.items())),
-            "fingerprint": IndexedDataset(output).fingerprint()["sha256"],
-        }
-        write_facts(writer.prefix, facts[0] | sums | own)
+        own: dict[str, Any] = {key: sum(each.get(key, 0) for each in facts) for key in SUMS}
+        own["skipped"] = dict(sorted(skipped.items()))
+        own["fingerprint"] = IndexedDataset(output).fingerprint()["sha256"]
+        write_facts(writer.prefix, facts[0] | own)
     return IndexedDataset(output)
 
 

@@ -19,10 +19,8 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 from zlib import crc32
 
@@ -84,7 +82,6 @@ class PartWriter:
         self._tokens, self._documents, self._journal = (
             open(folder / f"{name}.{kind}", "xb", buffering=1 << 18) for kind in kinds
         )
-        self.part = Part(-1)
 
     def begin(self, job: int) -> Part:
         """Start the part of a job; what an abandoned one wrote stays and is never read."""
@@ -93,28 +90,22 @@ class PartWriter:
 
     def add(self, tokens: np.ndarray, rows: np.ndarray) -> None:
         """Append documents to the part: tokens [T] back to back, rows int32 [n, 2] (tokens, bytes of text)."""
-        part = self.part
-        if not len(rows):
-            return
         for i, (file, array) in enumerate(((self._tokens, tokens), (self._documents, rows))):
-            file.write(array.data)
-            part.checksums[i] = crc32(array.data, part.checksums[i])
-        part.documents += len(rows)
-        part.token_bytes += tokens.nbytes
+            data = array.tobytes()
+            file.write(data)
+            self.part.checksums[i] = crc32(data, self.part.checksums[i])
+        self.part.documents += len(rows)
+        self.part.token_bytes += tokens.nbytes
 
     def end(self) -> Part:
         """Finish the part: only with its line in the journal does it exist."""
-        for file in (self._tokens, self._documents):
-            _flush(file, self._sync)
-        self._journal.write(json.dumps(vars(self.part)).encode() + b"\n")
-        _flush(self._journal, self._sync)
+        line = json.dumps(vars(self.part)).encode() + b"\n"
+        for file, rest in ((self._tokens, b""), (self._documents, b""), (self._journal, line)):
+            file.write(rest)
+            file.flush()
+            if self._sync:
+                os.fsync(file.fileno())
         return self.part
-
-
-def _flush(file: BinaryIO, sync: bool) -> None:
-    file.flush()
-    if sync:
-        os.fsync(file.fileno())
 
 
 class WorkFolder:
@@ -125,8 +116,7 @@ class WorkFolder:
     """
 
     def __init__(self, prefix: str, origin: Mapping[str, Any]) -> None:
-        self._prefix = prefix
-        self._root, self.path = Path(prefix + ".parts"), _folder(prefix, origin)
+        self._root, self.path = Path(prefix + ".parts"), folder_of(prefix, origin)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -146,7 +136,8 @@ class WorkFolder:
         """
         found = {}
         for path in self._journals:
-            sizes = [_size(path.with_suffix(suffix)) for suffix in (".tokens", ".documents")]
+            files = [path.with_suffix(suffix) for suffix in (".tokens", ".documents")]
+            sizes = [file.stat().st_size if file.exists() else 0 for file in files]
             for line in path.read_bytes().split(b"\n")[:-1]:
                 try:
                     part = Part(**json.loads(line))
@@ -166,50 +157,40 @@ class WorkFolder:
         """
         sums = [0, 0]
 
-        def take(file: BinaryIO, count: int, which: int) -> bytes:
-            data = file.read(count)
+        def take(file: BinaryIO, kind: np.dtype, count: int, which: int) -> np.ndarray:
+            data = file.read(count * kind.itemsize)
             sums[which] = crc32(data, sums[which])
-            if len(data) != count:
+            if len(data) != count * kind.itemsize:
                 raise DataError(f"{self.path}/{part.name} is cut off; delete {self._root} and start again")
-            return data
+            return np.frombuffer(data, kind)
 
-        with ExitStack() as stack:
-            tokens, documents = (
-                stack.enter_context((self.path / f"{part.name}.{kind}").open("rb")) for kind in ("tokens", "documents")
-            )
+        name = self.path / part.name
+        with open(f"{name}.tokens", "rb") as tokens, open(f"{name}.documents", "rb") as documents:
             tokens.seek(part.token_bytes_at)
             documents.seek(part.document_bytes_at)
             for first in range(0, part.documents, ROWS):
-                raw = take(documents, 8 * min(ROWS, part.documents - first), 1)
-                rows = np.frombuffer(raw, "<i4").reshape(-1, 2)
+                rows = take(documents, np.dtype("<i4"), 2 * min(ROWS, part.documents - first), 1).reshape(-1, 2)
                 ends = np.cumsum(rows[:, 0], dtype=np.int64) * dtype.itemsize
                 for piece in np.split(rows, np.flatnonzero(np.diff(ends // SPAN)) + 1):
-                    size = int(piece[:, 0].sum(dtype=np.int64)) * dtype.itemsize
-                    yield np.frombuffer(take(tokens, size, 0), dtype), piece
+                    yield take(tokens, dtype, int(piece[:, 0].sum(dtype=np.int64)), 0), piece
         if sums != part.checksums:
             raise DataError(f"{self.path}/{part.name} is damaged; delete {self._root} and start again")
 
     def __enter__(self) -> WorkFolder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None or not begun(self._prefix):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not begun(self._root):
             shutil.rmtree(self._root, ignore_errors=True)
         os.close(self._lock)
 
 
-def begun(prefix: str, origin: Mapping[str, Any] | None = None) -> bool:
-    """Whether an earlier start finished a part of this output, from this origin or from any."""
-    below = _folder(prefix, origin).glob("*.journal") if origin else Path(prefix + ".parts").glob("*/*.journal")
-    return any(map(_size, below))
+def begun(folder: Path) -> bool:
+    """Whether an earlier start finished a part that lies anywhere below a folder."""
+    return any(path.stat().st_size for path in folder.rglob("*.journal"))
 
 
-def _folder(prefix: str, origin: Mapping[str, Any]) -> Path:
+def folder_of(prefix: str, origin: Mapping[str, Any]) -> Path:
+    """Where the parts of this output lie that are made from this origin."""
     digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
     return Path(prefix + ".parts") / digest[:16]
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0

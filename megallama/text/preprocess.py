@@ -27,7 +27,7 @@ from megallama.text.documents import MAX_DOCUMENT_BYTES, units
 from megallama.text.fast_encoder import load_fast_tokenizer
 from megallama.text.files import earlier_files
 from megallama.text.losses import Losses
-from megallama.text.parts import Part, WorkFolder, begun
+from megallama.text.parts import Part, WorkFolder, begun, folder_of
 from megallama.text.workers import Crew, Job, Link, Sign, Task
 
 JOB_BYTES, MAX_JOB_BYTES = 1 << 20, 1 << 30
@@ -130,10 +130,11 @@ def preprocess(
     tokenizer = load_fast_tokenizer(path, fast=fast, eos_token=eos_token)
     marks = _marks(tokenizer, bos)
     origin_of = partial(_origin, tokenizer=tokenizer, json_key=json_key, max_document_bytes=max_document_bytes, bos=bos)
-    if begun(prefix) and not begun(prefix, origin_of(files)) and begun(prefix, origin_of(old := earlier_files(inputs))):
-        files = old
-        said = f"goes on with the list of an earlier version, of {counted(len(old), 'file')}"
-        say(f"{said}; to begin anew delete {prefix}.parts")
+    if Path(prefix + ".parts").exists() and not begun(folder_of(prefix, origin_of(files))):
+        old = earlier_files(inputs)
+        if begun(folder_of(prefix, origin_of(old))):
+            files, number = old, counted(len(old), "file")
+            say(f"goes on with the list of an earlier version, of {number}; to begin anew delete {prefix}.parts")
     _check_names(outputs, files)
     jobs, origin = _jobs(files), origin_of(files)
     with WorkFolder(prefix, origin) as work:

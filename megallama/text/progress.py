@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,10 +20,7 @@ class ByteProgress:
 
     def __init__(self, title: str, *, then: str = "", quiet: bool = False) -> None:
         self._title, self._then, self._quiet = title, then, quiet
-        self._bar: Progress | None = None
-        if not quiet and sys.stderr.isatty():
-            self._bar = _bar()
-            self._task = self._bar.add_task(title, total=None, rate="")
+        self._bar = None if quiet or not sys.stderr.isatty() else _bar(title)
         self._start = self._line = time.monotonic()
 
     def update(self, done: int, total: int, tokens: int = 0) -> None:
@@ -33,13 +29,12 @@ class ByteProgress:
         seconds = max(now - self._start, 1e-6)
         rate = f"{done / seconds / 1e6:.1f} MB/s" + (f", {tokens / seconds / 1e6:.2f} M tokens/s" if tokens else "")
         if self._bar and done >= total and self._then:
-            self._bar.update(self._task, description=self._then, total=None, rate="")
+            self._bar.update(self._bar.task_ids[0], description=self._then, total=None, rate="")
         elif self._bar:
-            self._bar.update(self._task, completed=done, total=total, rate=rate)
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, rate=rate)
         elif not self._quiet and now - self._line >= LINE_SECONDS:
             self._line, left = now, seconds * (total - done) / max(done, 1)
-            text = f"{self._title}: {100 * done / max(total, 1):.0f} %, {rate}, {left:.0f} s left\n"
-            sys.stderr.write(text)
+            sys.stderr.write(f"{self._title}: {100 * done / max(total, 1):.0f} %, {rate}, {left:.0f} s left\n")
             sys.stderr.flush()
 
     def __enter__(self) -> ByteProgress:
@@ -47,17 +42,17 @@ class ByteProgress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.stop()
 
 
-def _bar() -> Progress:
+def _bar(title: str) -> Progress:
     from rich import progress as rich  # takes as long to import as everything else of this room
     from rich.console import Console
 
     columns = [rich.TextColumn("{task.description} {task.fields[rate]}"), rich.BarColumn(), rich.TaskProgressColumn()]
     times = [rich.TimeElapsedColumn(), rich.TextColumn("left"), rich.TimeRemainingColumn()]
-    return rich.Progress(*columns, *times, console=Console(stderr=True), transient=True)
+    bar = rich.Progress(*columns, *times, console=Console(stderr=True), transient=True)
+    bar.add_task(title, total=None, rate="")
+    return bar

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import heapq
 import io
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megallama.data.errors import DataError
+from megallama.data.facts import write_whole
 from megallama.text.documents import RecordReader
 from megallama.text.losses import Losses
 
@@ -38,12 +38,11 @@ def train_tokenizer(
     """Train on files, folders or patterns and write OUTPUT (ending in .model); the same input gives the same file.
 
     Of more text than `sample_bytes` an even sample of the documents is used, always the same: training takes about
-    13 times its size in memory.
-    `progress(bytes read, bytes in all)` is called while reading; training itself follows, about 0.3 s per MB.
+    13 times its size in memory, and 0.3 s per MB after the reading, which `progress(bytes read, bytes in all)` follows.
     `losses` judges what cannot be read, by default as strictly as it does; `say` is told what is not read.
     Raises: DataError, for a vocabulary that the text is too small for with the largest possible one.
     """
-    output = Path(output)
+    output, losses = Path(output), losses or Losses()
     if output.suffix != ".model":
         raise DataError(f"output {output} must end in .model")
     if vocab_size < SMALLEST:
@@ -54,11 +53,10 @@ def train_tokenizer(
         raise DataError(f"sample_bytes={sample_bytes}, threads={threads}; use 1 or more of each")
     import sentencepiece
 
-    losses = losses or Losses()
     model, reader = io.BytesIO(), RecordReader(losses.find(inputs, say), json_key=json_key)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(reader, json_key, sample_bytes, progress, losses),
+            sentence_iterator=_lines(reader, sample_bytes, progress, losses),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -78,40 +76,22 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise _explain(error, vocab_size) from error
-    _write(output, model.getvalue())
+    write_whole(output, model.getvalue())
     return output
 
 
-def _write(output: Path, data: bytes) -> None:
-    """The whole file or none of it."""
-    temporary = output.with_name(output.name + ".tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, output)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write {output}: {error.strerror}; make room and start again") from error
-
-
 def _explain(error: RuntimeError, vocab_size: int) -> DataError:
-    if found := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", str(error)):
-        return DataError(
-            f"vocab_size={vocab_size} is more than this text supports; use {found[1]} or less, or more text"
-        )
-    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-        return DataError(
-            f"vocab_size={vocab_size} is less than the characters of this text need; use {found[1]} or more"
-        )
+    for pattern, why in (
+        (r"too high .* to a value <= (\d+)", "more than this text supports; use {} or less, or more text"),
+        (r"smaller than required_chars.* vs (\d+)", "less than the characters of this text need; use {} or more"),
+    ):
+        if found := re.search(pattern, str(error)):
+            return DataError(f"vocab_size={vocab_size} is {why.format(found[1])}")
     return DataError(f"SentencePiece could not train: {error}")
 
 
 def _lines(
-    reader: RecordReader,
-    json_key: str,
-    sample_bytes: int,
-    progress: Callable[[int, int], None] | None,
-    losses: Losses,
+    reader: RecordReader, sample_bytes: int, progress: Callable[[int, int], None] | None, losses: Losses
 ) -> Iterator[str]:
     """The lines of the documents that are in the sample, cut to a length SentencePiece takes.
 
@@ -120,7 +100,7 @@ def _lines(
     """
     sample: list[tuple[int, int, bytes]] = []  # (-hash, number, text), the largest hash first
     size, limit = 0, 1 << 64
-    for _, document in losses.texts(reader, json_key):
+    for _, document in losses.texts(reader):
         number = losses.records - 1
         if progress and number % 64 == 0:
             progress(reader.bytes_done, reader.bytes_total)
@@ -135,13 +115,9 @@ def _lines(
             size, limit = size - len(text), -drawn
     if progress:
         progress(reader.bytes_total, reader.bytes_total)
-    used = 0
+    if not any(text.strip(b"\0\n") for _, _, text in sample):
+        raise DataError("there is no text to train a tokenizer on in the given files")
     sample.sort(key=lambda entry: -entry[1])
     while sample:
-        text = sample.pop()[2]
-        for line in text.decode().replace("\0", "").split("\n"):
-            for start in range(0, len(line), LINE_CHARACTERS):
-                used += 1
-                yield line[start : start + LINE_CHARACTERS]
-    if not used:
-        raise DataError("there is no text to train a tokenizer on in the given files")
+        for line in sample.pop()[2].decode().replace("\0", "").split("\n"):
+            yield from (line[at : at + LINE_CHARACTERS] for at in range(0, len(line), LINE_CHARACTERS))

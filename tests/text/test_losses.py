@@ -28,7 +28,7 @@ GOOD = b'{"text": "one"}\n'
 def read(files: Sequence[Path], **limits: Any) -> tuple[list[str], Losses]:
     """The good texts, and what was lost. Raises: DataError if that is too much."""
     losses = Losses(**limits)
-    return [text for _, text in losses.texts(RecordReader(files), "text")], losses
+    return [text for _, text in losses.texts(RecordReader(files))], losses
 
 
 def refused(files: Sequence[Path], **limits: Any) -> str:
