@@ -120,15 +120,16 @@ class SentencePieceTokenizer:
 
 
 class JsonTokenizer(OneByOne):
-    """A tokenizer.json of the `tokenizers` library."""
+    """A tokenizer.json of the `tokenizers` library; `content`: what stands in it, where that is not the file's own."""
 
     encoder = "tokenizers"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: bytes = b"") -> None:
         import tokenizers
 
+        self.content = content or path.read_bytes()
         try:
-            self._model = tokenizers.Tokenizer.from_file(str(path))
+            self._model = tokenizers.Tokenizer.from_buffer(self.content)
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{path} is not a tokenizer.json that `tokenizers` can read: {error}") from error
         self._model.encode_special_tokens = True  # control strings in a text stay text

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megallama.data.gpt2 import Gpt2Tokenizer
 from megallama.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer, join, load_tokenizer
 
 CACHE_BYTES = 24 << 20  # gigatoken remembers every word it meets; when that has taken so much it starts afresh
@@ -153,12 +152,10 @@ def _resident_bytes() -> int:
 
 def _as_json(tokenizer: Tokenizer) -> tuple[str | bytes, Sequence[int]]:
     """The tokenizer.json that gigatoken is to be, and the ids whose appearance means that the reference must decide."""
-    if isinstance(tokenizer, Gpt2Tokenizer):
-        return tokenizer.as_json(), tokenizer.control_ids
     if isinstance(tokenizer, JsonTokenizer):
         if {*re.findall(r"(\w+)\(", tokenizer.normalizer)} - {"Sequence", "Prepend", "Replace", "String"}:
             raise ValueError(f"its normalizer is {tokenizer.normalizer[:80]}")
-        return tokenizer.path.read_bytes(), tokenizer.control_ids
+        return tokenizer.content, tokenizer.control_ids
     assert isinstance(tokenizer, SentencePieceTokenizer)
     from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 

@@ -91,14 +91,6 @@ def test_its_names(folder: Path, tmp_path: Path) -> None:
         load_tokenizer(folder / "merges.txt")
 
 
-def test_its_memory_of_words_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = Gpt2Tokenizer(folder / "vocab.json")
-    expected = [ours.encode(t) for t in HARD]
-    monkeypatch.setattr("megallama.data.gpt2.CACHE_WORDS", 10)
-    ours._cache.clear()
-    assert [ours.encode(t) for t in HARD] == expected and len(ours._cache) <= 10
-
-
 BYTES = {c: b for b, c in enumerate(byte_characters())}
 
 

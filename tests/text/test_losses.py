@@ -191,7 +191,7 @@ def test_a_file_that_vanishes_is_no_bad_record(tmp_path: Path) -> None:
     reader, losses = RecordReader([tmp_path / "a.jsonl", tmp_path / "b.jsonl"]), Losses()
     (tmp_path / "b.jsonl").unlink()
     with pytest.raises(DataError, match=r"b.jsonl: cannot be read .No such file or directory."):
-        list(losses.texts(reader, "text"))
+        list(losses.texts(reader))
 
 
 KINDS: dict[str, Any] = {
