@@ -34,7 +34,7 @@ def main(row: str, prefix: str, samples: int) -> None:
     train = open_sources(config).train
     assert isinstance(train, TrainData)
     train.last_step(config.train.steps)
-    batches = Loader(train.read, ids_of_step, prefetch=0).next()
+    batches = next(Loader(train.read, ids_of_step, prefetch=0))
     seconds = time.perf_counter() - start
     assert sum(len(batch.labels) for batch in batches) == BATCH
     if row != "samples":

@@ -41,7 +41,6 @@ class Gpt2Tokenizer(JsonTokenizer):
         self.control_ids = tuple(i for piece, i in known.items() if piece not in reached)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids; control tokens have none."""
         control = {*self.control_ids}
         return super().decode([i for i in ids if int(i) not in control])
 

@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -115,10 +114,10 @@ class IndexedDataset:
             raise DataError(f"{self._idx.path}: its first offset or its document marks are damaged; {AGAIN}")
         expected = pointer + length * self.dtype.itemsize
         if self._bin.size != expected:
+            what = "truncated" if self._bin.size < expected else "of another run"
             raise DataError(
                 f"{self._bin.path} has {self._bin.size} bytes, expected {expected} from {Path(self._idx.path).name}: "
-                "it is "
-                f"{'truncated' if self._bin.size < expected else 'of another run'}; {AGAIN}"
+                f"it is {what}; {AGAIN}"
             )
 
     def _array(self, offset: int, count: int, dtype: str) -> np.ndarray:
@@ -180,17 +179,12 @@ class IndexedDataset:
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the pair's content: counts, sizes and a digest of the first and last 64 KiB of both files."""
-        sizes = {"idx_bytes": self._idx.size, "bin_bytes": self._bin.size}
         digest = hashlib.sha256()
         for file in (self._idx, self._bin):
             span = min(file.size, 1 << 16)
             digest.update(file.read(0, span) + file.read(file.size - span, span))
-        return {
-            "documents": self.num_documents,
-            "tokens": self.num_tokens,
-            **sizes,
-            "sha256": digest.hexdigest(),
-        }
+        counts = {"documents": self.num_documents, "tokens": self.num_tokens}
+        return counts | {"idx_bytes": self._idx.size, "bin_bytes": self._bin.size, "sha256": digest.hexdigest()}
 
     def verify(self, vocab_size: int | None = None, progress: Callable[[int], None] | None = None) -> str:
         """Read everything: every block as it was written, offsets contiguous, marks ascending, every token in range.
@@ -317,12 +311,7 @@ class IndexedWriter:
     def __enter__(self) -> IndexedWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self.commit()

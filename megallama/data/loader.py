@@ -55,15 +55,15 @@ class Transfer:
 
 
 class Loader:
-    """Delivers the micro-batches of step after step, `next()`, or iterate.
+    """Delivers the micro-batches of step after step: `next(loader)`, or iterate.
 
     read(ids): the samples with these numbers.
     ids_of_step(step): sample numbers of each micro-batch of this rank.
     start_step .. stop_step - 1: the steps delivered (stop_step None: no end).
     num_samples: ids from here on are padding (a mask leaves them out of the loss); None: every id is real.
-    prefetch: steps prepared ahead; 0 prepares in `next()` itself, without a thread.
+    prefetch: steps prepared ahead; 0 prepares in `next` itself, without a thread.
     device: where to; for a GPU the thread pins what it prepares, and while a step runs the next one is copied.
-    `wait_seconds` is the time spent waiting in `next()` so far.
+    `wait_seconds` is the time spent waiting in `next` so far.
     """
 
     def __init__(
@@ -93,7 +93,10 @@ class Loader:
             self._thread = threading.Thread(target=self._work, args=(start_step,), name=f"loader-{name}", daemon=True)
             self._thread.start()
 
-    def next(self) -> list[MicroBatch]:
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
         """The micro-batches of the next step, on the device.
 
         Raises: DataError if the thread is stuck; what it raised if it failed; StopIteration after the last step.
@@ -111,12 +114,12 @@ class Loader:
         return here.take()
 
     def next_or_zeros(self, count: int, config: Config) -> tuple[list[MicroBatch], MegallamaError | None]:
-        """(`next`, None), or `count` micro-batches of zeros and why there is no data.
+        """(the next ones, None), or `count` micro-batches of zeros and why there is no data.
 
         For a rank that has to take part in a step until all ranks know that it cannot.
         """
         try:
-            return self.next(), None
+            return next(self), None
         except MegallamaError as error:
             zeros = MicroBatch.zeros(config)
             return [zeros if self._device is None else zeros.to(self._device)] * count, error
@@ -158,14 +161,13 @@ class Loader:
         try:
             return step, self._prepare(step), None
         except MegallamaError as error:
-            return step, [], error
+            failure = error
         except OSError as error:
-            text = f"the {self.name} loader cannot read {self._at}: {error}; look at the storage"
-            return step, [], DataError(text)
+            failure = DataError(f"the {self.name} loader cannot read {self._at}: {error}; look at the storage")
         except (Exception, SystemExit) as error:  # SystemExit would end the thread in silence
             failure = DataError(f"the {self.name} loader failed at {self._at}: {error!r}\n{traceback.format_exc()}")
             failure.status = 1  # a fault of the program
-            return step, [], failure
+        return step, [], failure
 
     def _prepare(self, step: int) -> list[MicroBatch]:
         """All micro-batches of the step, read at once."""
@@ -202,14 +204,8 @@ class Loader:
         if self._thread:
             self._thread.join(1.0)
 
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
-        return self
-
-    def __next__(self) -> list[MicroBatch]:
-        return self.next()
-
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

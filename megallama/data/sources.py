@@ -69,8 +69,7 @@ def open_sources(config: Config) -> Data:
         return Data(synthetic, valid, test, tokenizer, marks, notes)
     if not data.train:
         raise DataError(
-            'data.train is empty; write data.train=["path/prefix"] (made with megallama prepare) or '
-            "data.synthetic=true"
+            'data.train is empty; write data.train=["path/prefix"] (made with megallama prepare) or data.synthetic=true'
         )
     sources = [_source(s, config, opened[s.path]) for s in data.train]
     return Data(TrainData(data, sources, BatchPlan(config.batch, 1)), valid, test, tokenizer, marks, notes)

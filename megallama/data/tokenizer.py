@@ -8,7 +8,6 @@ tokenizer declares (`config.special_tokens`).
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -51,24 +50,6 @@ def join(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(rows) if rows else np.empty(0, np.uint32), lengths
 
 
-class OneByOne(ABC):
-    """What a tokenizer that encodes one text does with several, and with its vocabulary."""
-
-    _vocabulary: dict[str, int]
-
-    def id_of(self, token: str) -> int | None:
-        """The id of a token, by its name; None if there is no such token."""
-        return self._vocabulary.get(token)
-
-    @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, without bos or eos."""
-
-    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of several texts back to back, uint32 [T], and how many each has, int64 [n]."""
-        return join([np.array(self.encode(text), np.uint32) for text in texts])
-
-
 class SentencePieceTokenizer:
     """A SentencePiece .model file."""
 
@@ -98,16 +79,13 @@ class SentencePieceTokenizer:
         return {self._model.id_to_piece(i) for i in ids}
 
     def id_of(self, token: str) -> int | None:
-        """The id of a piece; None if there is no such piece."""
         found = int(self._model.piece_to_id(token))  # that of <unk> for what is unknown
         return found if self._model.id_to_piece(found) == token else None
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without bos or eos."""
         return self._model.encode(text, out_type=int)
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of several texts back to back, uint32 [T], and how many each has, int64 [n]."""
         if not hasattr(self._model, "encode_as_numpy"):  # before 0.2.2
             rows = self._model.encode(list(texts), out_type=int, num_threads=1)
             return join([np.array(ids, np.uint32) for ids in rows])
@@ -115,11 +93,10 @@ class SentencePieceTokenizer:
         return join([row.view(np.uint32) for row in rows])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids; control tokens have none."""
         return self._model.decode([int(i) for i in ids])
 
 
-class JsonTokenizer(OneByOne):
+class JsonTokenizer:
     """A tokenizer.json of the `tokenizers` library; `content`: what stands in it, where that is not the file's own."""
 
     encoder = "tokenizers"
@@ -141,12 +118,16 @@ class JsonTokenizer(OneByOne):
         self.control_ids: Sequence[int] = [*self._model.get_added_tokens_decoder()]
         self.normalizer = repr(self._model.normalizer)
 
+    def id_of(self, token: str) -> int | None:
+        return self._vocabulary.get(token)
+
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without bos or eos."""
         return self._model.encode(text, add_special_tokens=False).ids
 
+    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return join([np.array(self.encode(text), np.uint32) for text in texts])
+
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids; control tokens have none."""
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
 
 

@@ -306,8 +306,11 @@ def parse(record: Record, json_key: str = "text") -> tuple[str, int, str]:
     if record.fault:
         raise BadRecord(*record.fault.split(": ", 1))
     suffix, changed = suffix_of(record.file), ""
-    if suffix in JSON_SUFFIXES and (text := _quickly(record.raw, json_key)):
-        return text, len(text) if text.isascii() else len(text.encode("utf-8")), ""
+    if suffix in JSON_SUFFIXES and _orjson:  # what it sees anything wrong with, json is to explain
+        with suppress(ValueError):
+            value = _orjson.loads(record.raw)
+            if isinstance(value, dict) and isinstance(text := value.get(json_key), str) and text:
+                return text, len(text.encode()), ""
     try:
         text = record.raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -316,20 +319,10 @@ def parse(record: Record, json_key: str = "text") -> tuple[str, int, str]:
         text, halves = re.subn("[\ud800-\udfff]", "\ufffd", _text_of_json(text, json_key))
         changed = HALVES if halves else ""
     elif "\0" in text and suffix != ".parquet":
-        where = f"at character {text.index(chr(0))}; is it a binary file?"
-        raise BadRecord("a NUL character in plain text", where)
+        raise BadRecord("a NUL character in plain text", f"at character {text.index(chr(0))}; is it a binary file?")
     if not text:
         raise BadRecord(EMPTY)
     return text, len(text.encode("utf-8")), changed
-
-
-def _quickly(line: bytes, key: str) -> str:
-    """The text of a line by orjson, where it is installed and sees nothing wrong; else "", and json is to say why."""
-    with suppress(ValueError):
-        value = _orjson.loads(line) if _orjson else None
-        if isinstance(value, dict) and isinstance(text := value.get(key), str):
-            return text
-    return ""
 
 
 def _text_of_json(line: str, key: str) -> str:

@@ -31,6 +31,7 @@ from megallama.text.parts import Part, WorkFolder, begun, folder_of
 from megallama.text.workers import Crew, Job, Link, Sign, Task
 
 JOB_BYTES, MAX_JOB_BYTES = 1 << 20, 1 << 30
+EARLIER = "goes on with the list of an earlier version, of {}; to begin anew delete {}.parts"
 FAST_FROM = 2 << 20  # bytes of input for which loading and proving the fast encoder is worth its time
 MAX_JOBS, MAX_UNITS = 20_000, 64  # jobs of a run where that many are not too large; units of a job
 
@@ -61,7 +62,7 @@ def in_validation(numbers: np.ndarray, share: str | float | Fraction) -> np.ndar
     Documents are dealt into consecutive groups of about 1/share; a hash of the group's number picks one of each.  So
     the share is exact, every group holds one, and the answer depends on nothing but the number.
     """
-    p, q = _ratio(share)
+    p, q = Fraction(str(share)).limit_denominator(10**6).as_integer_ratio()
     group = numbers * p // q
     first, last = -(-group * q // p), -(-(group + 1) * q // p)
     mixed = (group.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64's finalizer
@@ -71,23 +72,18 @@ def in_validation(numbers: np.ndarray, share: str | float | Fraction) -> np.ndar
     return numbers == first + (mixed % (last - first).astype(np.uint64)).astype(np.int64)
 
 
-def _ratio(share: str | float | Fraction) -> tuple[int, int]:
-    part = Fraction(str(share)).limit_denominator(10**6)
-    return part.numerator, part.denominator
-
-
 def split_of(numbers: np.ndarray, valid: float, test: float) -> np.ndarray:
     """Which split each document number (int64 [n]) belongs to: 0 train, 1 valid, 2 test; int64 [n].
 
     What both hold out together is chosen as `in_validation` does, and then dealt between them in the same way.
     """
-    if not valid and not test:
+    both, tests = Fraction(str(valid)) + Fraction(str(test)), np.zeros(len(numbers), bool)
+    if not both:
         return np.zeros(len(numbers), np.int64)
-    both = Fraction(str(valid)) + Fraction(str(test))
-    held = in_validation(numbers, both)
-    p, q = _ratio(both)
-    tests = in_validation(numbers * p // q, Fraction(str(test)) / both) if test else np.zeros(len(numbers), bool)
-    return np.where(held, 1 + tests, 0)
+    if test:
+        p, q = both.limit_denominator(10**6).as_integer_ratio()
+        tests = in_validation(numbers * p // q, Fraction(str(test)) / both)
+    return np.where(in_validation(numbers, both), 1 + tests, 0)
 
 
 def preprocess(
@@ -116,26 +112,24 @@ def preprocess(
     The tokenizer's eos ends every document, or `eos_token`; with `bos` the tokenizer's bos begins it, as in LLaMA.
     Beside each pair PREFIX.json records documents, tokens, bytes of text (what bits per byte needs) and the tokenizer.
     Until the end OUTPUT.parts/ keeps what is done: a run that was killed continues there when it is started again.
-    `max_bad`, `max_bad_per_file`, `skip_bad_files`: as in `Losses`, which ends the run where more is lost.  `fast`: as
-    in `load_tokenizer`.  `progress(bytes read, bytes in all, tokens)` is called as the work goes on, `say` with what is
-    not read of the inputs.  `comm`: an mpi4py communicator whose other ranks run `workers.serve_rank`; they are the
-    processes then, and `workers` is unread.
+    `max_bad`, `max_bad_per_file`, `skip_bad_files`: as in `Losses`, which ends the run where more is lost.
+    `progress(bytes read, bytes in all, tokens)` is called as the work goes on, `say` with what is not read of `inputs`.
+    `comm`: an mpi4py communicator whose other ranks run `workers.serve_rank`, instead of `workers` processes.
     Raises: DataError, with `strict` also for the first bad record; without it bad records are skipped and counted.
     """
-    splits = _check_options(workers, split_valid, split_test)
-    losses = Losses(max_bad, max_bad_per_file, skip_files=skip_bad_files)
-    files, prefix, path = losses.find(inputs, say), strip_suffix(output), find_tokenizer(tokenizer_path)
-    outputs = [Output(prefix + suffix) for suffix in splits]
+    losses, prefix = Losses(max_bad, max_bad_per_file, skip_files=skip_bad_files), strip_suffix(output)
+    outputs = [Output(prefix + suffix) for suffix in _check_options(workers, split_valid, split_test)]
+    files, path = losses.find(inputs, say), find_tokenizer(tokenizer_path)
     fast = fast and sum(file.stat().st_size for file in files) >= FAST_FROM
     tokenizer = load_fast_tokenizer(path, fast=fast, eos_token=eos_token)
-    marks = _marks(tokenizer, bos)
+    summary = Summary(outputs, losses, marks=_marks(tokenizer, bos))
     origin_of = partial(_origin, tokenizer=tokenizer, json_key=json_key, max_document_bytes=max_document_bytes, bos=bos)
     if Path(prefix + ".parts").exists() and not begun(folder_of(prefix, origin_of(files))):
-        old = earlier_files(inputs)
-        if begun(folder_of(prefix, origin_of(old))):
-            files, number = old, counted(len(old), "file")
-            say(f"goes on with the list of an earlier version, of {number}; to begin anew delete {prefix}.parts")
-    _check_names(outputs, files)
+        if begun(folder_of(prefix, origin_of(old := earlier_files(inputs)))):
+            say(EARLIER.format(counted(len(old), "file"), prefix))
+            files = old
+    if clash := {Path(out.prefix + ".json").absolute() for out in outputs} & {file.absolute() for file in files}:
+        raise DataError(f"{clash.pop()} is an input and would be replaced by the output; use another --output")
     jobs, origin = _jobs(files), origin_of(files)
     with WorkFolder(prefix, origin) as work:
         with ExitStack() as stack:
@@ -143,17 +137,15 @@ def preprocess(
             crew = stack.enter_context(Crew(task, tokenizer, min(workers, len(jobs)), comm))
             dtype = dtype_for(tokenizer.vocab_size)
             writers = [stack.enter_context(IndexedWriter(out.prefix, dtype)) for out in outputs]
-            join = _Join(Summary(outputs, losses), jobs, work, writers, (split_valid, split_test), strict)
-            join.run(crew, progress)
-            join.summary.encoder, join.summary.marks = tokenizer.encoder, marks
-            join.check_end()
+            _Join(summary, jobs, work, writers, (split_valid, split_test), strict).run(crew, progress)
+            summary.encoder = tokenizer.encoder
             if origin_of(files) != origin:
                 raise DataError("files of the input were changed while they were read; start again when they are whole")
             for writer in writers:
                 writer.finish()
         for out in outputs:
             write_facts(out.prefix, _facts(out, tokenizer, bos, losses))
-    return join.summary
+    return summary
 
 
 def _marks(tokenizer: Tokenizer, bos: bool) -> str:
@@ -167,13 +159,6 @@ def _marks(tokenizer: Tokenizer, bos: bool) -> str:
         raise DataError(f"tokenizer {tokenizer.path} has no beginning-of-document token; leave --bos out")
     begin = f"begins with id {tokenizer.bos_id} and " if bos else ""
     return f"every document {begin}ends with id {tokenizer.eos_id}"
-
-
-def _check_names(outputs: Sequence[Output], files: Sequence[Path]) -> None:
-    """Raises: DataError if an output would replace an input."""
-    for out in outputs:
-        if any(file.absolute() == Path(f"{out.prefix}.json").absolute() for file in files):
-            raise DataError(f"{out.prefix}.json is an input and would be replaced by the output; use another --output")
 
 
 def _check_options(workers: int, split_valid: float, split_test: float) -> list[str]:
@@ -246,6 +231,7 @@ class _Join:
                 progress(done + sum(s.bytes_done for s in some), self._total, tokens + sum(s.tokens for s in some))
         while self._advance():
             pass
+        self.check_end()
 
     def _advance(self) -> bool:
         """Append the part that is next, if it is there; whether it was."""

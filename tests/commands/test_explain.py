@@ -81,7 +81,7 @@ def test_the_documents_of_a_step_are_its_tokens(run: Path, step: int, capsys: py
         return [batch.sample_ids(first, size, 0, m) for m in range(batch.num_microbatches(size))]
 
     with Loader(train.read, ids, stop_step=1, prefetch=0) as loader:
-        delivered = loader.next()
+        delivered = next(loader)
     rows = torch.cat([torch.cat([b.tokens, b.labels[:, -1:]], dim=1) for b in delivered]).tolist()
     told = explained([str(run), str(step)], capsys)
     assert (told["step"], [s["sample"] for s in told["samples"]]) == (step, list(range(first, first + size)))

@@ -42,7 +42,7 @@ def test_batches_of_every_step_from_any_start(prefetch: int) -> None:
 
 def test_labels_are_the_next_tokens() -> None:
     with Loader(read, ids_of_step, start_step=1, prefetch=1, device=torch.device("cpu")) as loader:
-        batch = loader.next()[1]
+        batch = next(loader)[1]
     assert batch.tokens.tolist() == [[600, 601, 602, 603], [700, 701, 702, 703]]
     assert batch.labels.tolist() == [[601, 602, 603, 604], [701, 702, 703, 704]]
     assert batch.mask is None and batch.num_counted == 8
@@ -71,10 +71,10 @@ def test_an_exception_in_the_thread_is_raised_with_its_traceback() -> None:
 
     for prefetch in (0, 2):
         loader = Loader(broken, ids_of_step, prefetch=prefetch, name="valid")
-        assert first_tokens(loader.next()) == [[0, 1], [2, 3]]
+        assert first_tokens(next(loader)) == [[0, 1], [2, 3]]
         for _ in range(2):  # and again if asked again
             with pytest.raises(DataError) as error:
-                loader.next()
+                next(loader)
             text = str(error.value)
             assert "the valid loader failed at step 1, samples 4 to 7: ZeroDivisionError" in text
             assert "np.zeros(1 // 0)" in text
@@ -86,7 +86,7 @@ def test_an_error_for_the_user_comes_out_as_it_is() -> None:
         raise DataError("a.bin ends at byte 10")
 
     with Loader(truncated, ids_of_step) as loader, pytest.raises(DataError, match="^a.bin ends at byte 10$"):
-        loader.next()
+        next(loader)
 
 
 def test_a_stuck_thread_is_named_within_the_timeout() -> None:
@@ -98,9 +98,9 @@ def test_a_stuck_thread_is_named_within_the_timeout() -> None:
         return read(ids)
 
     with Loader(stuck, ids_of_step, timeout_seconds=0.2) as loader:
-        loader.next()
+        next(loader)
         with pytest.raises(DataError) as error:
-            loader.next()
+            next(loader)
         release.set()
     assert str(error.value) == (
         "the train loader has delivered nothing for 0.2 s: its thread loader-train is at step 1, samples 4 to 7; "
@@ -131,9 +131,9 @@ def test_what_would_end_the_thread_is_an_error_that_says_where() -> None:
         return read(ids) if max(ids) < 4 else sys.exit("gone")
 
     with Loader(leaving, ids_of_step) as loader:
-        loader.next()
+        next(loader)
         with pytest.raises(DataError, match="loader failed at step 1, samples 4 to 7: SystemExit.'gone'."):
-            loader.next()
+            next(loader)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -151,10 +151,10 @@ def test_a_thread_that_dies_is_named_long_before_the_timeout() -> None:
     with Loader(held, ids_of_step, timeout_seconds=60) as loader:
         loader._attempt = dying  # type: ignore[method-assign]
         hold.set()
-        assert first_tokens(loader.next()) == [[0, 1], [2, 3]]
+        assert first_tokens(next(loader)) == [[0, 1], [2, 3]]
         start = time.monotonic()
         with pytest.raises(DataError) as error:
-            loader.next()
+            next(loader)
         assert time.monotonic() - start < 30
     assert str(error.value) == "the train loader is dead: its thread loader-train ended at step 0, samples 0 to 3"
 
@@ -172,11 +172,11 @@ def test_a_file_truncated_while_it_is_read_is_named(tmp_path: Path, prefetch: in
     """pread, not mmap: an error with a name in it, where a mapping would kill the process by SIGBUS."""
     source = Source(IndexedDataset(numbers(tmp_path / "a")), 16, 7)
     with Loader(source.read, ids_of_step, prefetch=prefetch) as loader:
-        loader.next()
+        next(loader)
         os.truncate(tmp_path / "a.bin", 100)
         with pytest.raises(DataError, match=r"a.bin ends at byte 100, expected 34 bytes from byte \d+ .* truncated"):
             for _ in range(10):
-                loader.next()
+                next(loader)
 
 
 def test_document_starts_and_the_mask_from_them(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_document_starts_and_the_mask_from_them(tmp_path: Path) -> None:
     source = Source(dataset, 16, 7, mark_documents=True)
     with Loader(source.read, ids_of_step, prefetch=0, num_samples=7) as loader:
         for step in range(2):
-            for ids, batch in zip(ids_of_step(step), loader.next(), strict=True):
+            for ids, batch in zip(ids_of_step(step), next(loader), strict=True):
                 assert batch.documents is not None and batch.mask is not None
                 for row, i in enumerate(ids):
                     first = int(source.windows(np.array([i if i < 7 else 0]))[0]) * 16

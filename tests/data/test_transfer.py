@@ -101,20 +101,20 @@ def filled(it: Loader) -> None:
 def test_the_next_step_is_copied_while_one_runs(fake: FakeCuda) -> None:
     with loader(stop_step=3) as it:
         filled(it)
-        first = it.next()
+        first = next(it)
         start = ["copy 0 on copies", "event on copies"]
         used = ["compute waits for copies", *["used by compute"] * 2]  # tokens and labels
         assert [x for x in fake.log if "1 on" not in x][:2] == start and fake.log[-3:] == used
         assert step_of(first[0]) == 0
         filled(it) if it._ahead is None else None
         fake.log.clear()
-        second = it.next()
+        second = next(it)
         assert step_of(second[0]) == 1
-        third = it.next()
+        third = next(it)
         assert step_of(third[0]) == 2
         assert [x for x in fake.log if x.startswith("copy 2")] == ["copy 2 on copies"]  # once, and of no step after it
         with pytest.raises(StopIteration):
-            it.next()
+            next(it)
     assert set(fake.pinned.values()) == {"loader-train"}
 
 
@@ -122,7 +122,7 @@ def test_a_copy_starts_before_the_step_that_needs_it(fake: FakeCuda) -> None:
     with loader(stop_step=9, prefetch=3) as it:
         for step in range(8):
             filled(it)
-            it.next()
+            next(it)
             assert fake.log.index(f"copy {step + 1} on copies") > 0  # already, though nobody has asked for it
             assert fake.log[-3] == "compute waits for copies"
 
@@ -131,10 +131,10 @@ def test_originals_stay_until_they_are_copied(fake: FakeCuda) -> None:
     with loader(stop_step=6) as it:
         for _ in range(3):
             filled(it)
-            it.next()
+            next(it)
         assert len(it._leaving) == 3  # no copy has ended
         fake.side.done = True
-        it.next()
+        next(it)
         assert len(it._leaving) == 1
 
 
@@ -145,10 +145,10 @@ def test_a_fault_of_the_next_step_comes_with_that_step(fake: FakeCuda) -> None:
     with loader(read=broken) as it:
         while it._queue.qsize() < 2:
             time.sleep(0.001)
-        assert step_of(it.next()[0]) == 0
+        assert step_of(next(it)[0]) == 0
         for _ in range(2):
             with pytest.raises(DataError, match="loader failed at step 1, samples 2 to 3: ZeroDivisionError"):
-                it.next()
+                next(it)
 
 
 def test_without_a_thread_nothing_is_ahead(fake: FakeCuda) -> None:
