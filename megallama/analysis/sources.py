@@ -33,7 +33,7 @@ def size_of(source: SourceConfig, config: Config) -> tuple[int, int, bool]:
     seq_length = config.batch.seq_length
     if Path(source.path.removesuffix(".bin").removesuffix(".idx") + ".idx").exists():
         opened = Source(IndexedDataset(source.path), seq_length, 0, documents=source.documents)
-        return opened.num_windows, opened.num_tokens, True
+        return opened.num_sequences, opened.num_tokens, True
     if source.num_tokens is None:
         raise ConfigError(
             f"there are no files {source.path}.bin and .idx to take the size of source {source.label!r} from; write "

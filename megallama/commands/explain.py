@@ -21,9 +21,9 @@ from megallama.config.load import is_setting, load
 from megallama.config.schema import Config
 from megallama.config.words import counted
 from megallama.data.indexed import IndexedDataset
-from megallama.data.ledger import TrainData
 from megallama.data.sources import open_sources
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
+from megallama.data.train_dataset import TrainData
 from megallama.plan.batch import BatchPlan
 from megallama.plan.topology import Topology
 
@@ -78,10 +78,10 @@ def explain(train: TrainData, tokenizer: Tokenizer | None, numbers: Sequence[int
     rows, out = train.read(numbers).tokens, []
     for sample, number, index, tokens in zip(numbers, located, indices, rows, strict=True):
         source = train.sources[number]
-        offset = source.offset + int(source.windows(np.array([index]))[0]) * source.seq_length
+        offset = source.offset + int(source.sequences(np.array([index]))[0]) * source.seq_length
         parts = pieces(source.dataset, offset, tokens, tokenizer)
         name = train.mixture.names[number]
-        out.append(Explained(sample, name, source.dataset.prefix, index, index // source.num_windows, parts))
+        out.append(Explained(sample, name, source.dataset.prefix, index, index // source.num_sequences, parts))
     return out
 
 

@@ -115,9 +115,9 @@ def run(args: argparse.Namespace, comm: Any) -> int:
     """Do the work of this process."""
     start = time.monotonic()
     if comm and comm.rank:
-        from megallama.text.workers import serve_rank
+        from megallama.text.workers import rank_main
 
-        serve_rank(comm)
+        rank_main(comm)
         return 0
     if comm and args.workers is not None:
         raise DataError("--workers does not go with mpirun or srun, where every rank is a process; leave it out")

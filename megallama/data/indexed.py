@@ -31,7 +31,7 @@ import numpy as np
 from megallama.config.words import counted
 from megallama.data.blocks import AGAIN, File, Sums, SumsWriter, naming
 from megallama.data.errors import DataError
-from megallama.data.facts import read_facts
+from megallama.data.metadata import read_metadata
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -86,7 +86,7 @@ class IndexedDataset:
         self._marks_at = HEADER.size + 12 * self.num_sequences
         self._check_ends()
         self.num_tokens = self._bin.size // self.dtype.itemsize
-        made = read_facts(self.prefix).get("fingerprint")
+        made = read_metadata(self.prefix).get("fingerprint")
         if made and made != (found := self.fingerprint()["sha256"]):
             raise DataError(
                 f"{self._bin.path} or {Path(name).name} is not the file that {Path(self.prefix).name}.json describes "

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megallama.data.errors import DataError
-from megallama.data.facts import read_facts
 from megallama.data.indexed import IndexedDataset
+from megallama.data.metadata import read_metadata
 from megallama.data.tokenizer import Tokenizer
 
 LOOK = 16  # documents looked at where nothing is recorded
@@ -18,9 +18,9 @@ def marks_of(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> Marks:
 
     Where nothing is recorded, a control token that begins (ends) all of the first documents is their mark.
     """
-    facts = read_facts(dataset.prefix)
-    if "eos_id" in facts:
-        return {"bos_id": facts.get("bos_id"), "eos_id": facts["eos_id"]}
+    metadata = read_metadata(dataset.prefix)
+    if "eos_id" in metadata:
+        return {"bos_id": metadata.get("bos_id"), "eos_id": metadata["eos_id"]}
     if tokenizer is None:
         return {}
     starts = dataset.starts(0, min(LOOK, dataset.num_documents)).tolist()
@@ -43,18 +43,18 @@ def agreed_marks(datasets: Sequence[IndexedDataset], tokenizer: Tokenizer | None
             if kind in (marks := marks_of(dataset, tokenizer)):
                 seen.setdefault(marks[kind], dataset.prefix)
         if len(seen) > 1:
-            told = " and ".join(f"those of {prefix} with {_said(mark)}" for mark, prefix in seen.items())
+            values = " and ".join(f"those of {prefix} with {_name(mark)}" for mark, prefix in seen.items())
             raise DataError(
-                f"documents {verb} differently: {told}; preprocess the text again with the same --eos-token and --bos"
+                f"documents {verb} differently: {values}; preprocess the text again with the same --eos-token and --bos"
             )
         if seen and kind == "eos_id" and eos_token and tokenizer and tokenizer.eos_id not in seen:
             raise DataError(
                 f"data.eos_token={eos_token!r} is id {tokenizer.eos_id}, but documents of {[*seen.values()][0]} end "
-                f"with {_said([*seen][0])}; leave it out, or preprocess the text again with --eos-token"
+                f"with {_name([*seen][0])}; leave it out, or preprocess the text again with --eos-token"
             )
         agreed |= dict.fromkeys([kind] if seen else [], next(iter(seen), None))
     return agreed
 
 
-def _said(mark: int | None) -> str:
+def _name(mark: int | None) -> str:
     return "no token of their own" if mark is None else f"id {mark}"

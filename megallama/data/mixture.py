@@ -35,10 +35,10 @@ def phases_of(config: DataConfig, samples_after: Callable[[int], int]) -> tuple[
     return tuple(phases)
 
 
-def limits_of(sources: Sequence[SourceConfig], windows: Sequence[int]) -> list[int | None]:
-    """Most samples that max_epochs allows of each source; windows: its samples of one epoch."""
+def limits_of(sources: Sequence[SourceConfig], sequences: Sequence[int]) -> list[int | None]:
+    """Most samples that max_epochs allows of each source; sequences: its samples of one epoch."""
     caps = [None if source.max_epochs is None else Fraction(str(source.max_epochs)) for source in sources]
-    return [None if cap is None else int(cap * count) for cap, count in zip(caps, windows, strict=True)]
+    return [None if cap is None else int(cap * count) for cap, count in zip(caps, sequences, strict=True)]
 
 
 class Mixture:

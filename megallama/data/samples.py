@@ -1,9 +1,9 @@
 """Sample i of a corpus as a pure function of (seed, i, files): no index, no shuffle array, no start-up cost.
 
-The token stream of a corpus is cut into windows of seq_length + 1 tokens, seq_length apart (the last token of one is
+The token stream of a corpus is cut into sequences of seq_length + 1 tokens, seq_length apart (the last token of one is
 the first of the next, so every token is predicted once).  Epoch e visits them in the order of a keyed permutation
 computed on the fly: a Feistel network over pairs (left, right) with left < a, right < b and a * b just above the
-number of windows (Black and Rogaway 2002, "Ciphers with arbitrary finite domains": their generalised network, and
+number of sequences (Black and Rogaway 2002, "Ciphers with arbitrary finite domains": their generalised network, and
 walking the cycle until the result is in range). Nothing here knows the length of the run, the number of ranks or
 where the run was resumed.
 """
@@ -85,11 +85,11 @@ def _add_mixed(half: np.ndarray, other: np.ndarray, key: int, modulus: int) -> n
 
 
 class Source:
-    """The windows of one corpus in the order a run visits them; with shuffle=False in file order (validation).
+    """The sequences of one corpus in the order a run visits them; with shuffle=False in file order (validation).
 
     documents: only the documents from this share of the corpus to that one; the ranges (0, x) and (x, 1) share none.
     num_ids: a token id from here on is damage; None where nothing is known about them.
-    Raises: DataError if what is used of the corpus is smaller than one window.
+    Raises: DataError if what is used of the corpus is smaller than one sequence.
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class Source:
         self.first, last = (int(Fraction(str(share)) * dataset.num_documents) for share in documents)
         self.offset, end = (int(dataset.starts(n, n)[0]) for n in (self.first, last))
         self.num_tokens, self.num_documents = end - self.offset, last - self.first
-        self.num_windows = max(self.num_tokens - 1, 0) // seq_length
-        if self.num_windows < 1:
+        self.num_sequences = max(self.num_tokens - 1, 0) // seq_length
+        if self.num_sequences < 1:
             part = "" if documents == WHOLE else f" between the shares {documents[0]:g} and {documents[1]:g}"
             have = counted(self.num_tokens, "token")
             raise DataError(
@@ -121,17 +121,17 @@ class Source:
         """What the order of the samples rests on: the content of the files, and which documents of them are used."""
         return {**self.dataset.fingerprint(), "first document": self.first, "used documents": self.num_documents}
 
-    def windows(self, indices: np.ndarray) -> np.ndarray:
-        """Which windows (the first token of one is offset + window * seq_length) the samples are, int64 [n]."""
-        epochs, out = np.divmod(indices, self.num_windows)
+    def sequences(self, indices: np.ndarray) -> np.ndarray:
+        """Which sequences (the first token of one is offset + sequence * seq_length) the samples are, int64 [n]."""
+        epochs, out = np.divmod(indices, self.num_sequences)
         for epoch in set(epochs.tolist()) if self.shuffle else ():
             here = epochs == epoch
-            out[here] = Permutation(self.num_windows, self.seed, epoch)(out[here])
+            out[here] = Permutation(self.num_sequences, self.seed, epoch)(out[here])
         return out
 
     def read(self, indices: Sequence[int] | np.ndarray) -> Samples:
         """The samples with these indices. Raises: DataError for an id outside the vocabulary."""
-        offsets = self.offset + self.windows(np.asarray(indices, np.int64)) * self.seq_length
+        offsets = self.offset + self.sequences(np.asarray(indices, np.int64)) * self.seq_length
         tokens = np.empty((len(offsets), self.seq_length + 1), self.dataset.dtype)
         self.dataset.read_rows(offsets.tolist(), tokens)
         self._check_ids(tokens, offsets)

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 
 from megallama.config.schema import Config, SourceConfig
 from megallama.data.errors import DataError
-from megallama.data.facts import read_facts
 from megallama.data.indexed import IndexedDataset
-from megallama.data.ledger import TrainData
 from megallama.data.marks import Marks, agreed_marks
+from megallama.data.metadata import read_metadata
 from megallama.data.samples import Reader, Source, Synthetic
 from megallama.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
+from megallama.data.train_dataset import TrainData
 from megallama.plan.batch import BatchPlan
 
 
 @dataclass(frozen=True)
 class ValidData:
-    """One validation or test source: samples 0 .. num_samples - 1 are all its windows, each once, in file order.
+    """One validation or test source: samples 0 .. num_samples - 1 are all its sequences, each once, in file order.
 
     bytes_per_token: bytes of text per token (eos included), None where the corpus does not record it; bits per byte is
     loss / ln 2 / bytes_per_token.
@@ -75,37 +75,35 @@ def open_sources(config: Config) -> Data:
     return Data(TrainData(data, sources, BatchPlan(config.batch, 1)), valid, test, tokenizer, marks, notes)
 
 
-def _source(given: SourceConfig, config: Config, dataset: IndexedDataset, *, shuffle: bool = True) -> Source:
-    num_ids = read_facts(dataset.prefix).get("vocab_size", config.model.vocab_size)
-    return Source(dataset, config.batch.seq_length, config.train.seed, shuffle=shuffle, documents=given.documents,
+def _source(source: SourceConfig, config: Config, dataset: IndexedDataset, *, shuffle: bool = True) -> Source:
+    num_ids = read_metadata(dataset.prefix).get("vocab_size", config.model.vocab_size)
+    return Source(dataset, config.batch.seq_length, config.train.seed, shuffle=shuffle, documents=source.documents,
                   mark_documents=config.data.document_mask, num_ids=num_ids)  # fmt: skip
 
 
-def _valid(given: SourceConfig, config: Config, dataset: IndexedDataset) -> ValidData:
-    source = _source(given, config, dataset, shuffle=False)
-    facts = read_facts(source.dataset.prefix)
-    ratio = facts["bytes"] / facts["tokens"] if facts.get("bytes") and facts.get("tokens") else None
-    return ValidData(given.label, source.read, source.num_windows, ratio)
+def _valid(source: SourceConfig, config: Config, dataset: IndexedDataset) -> ValidData:
+    opened = _source(source, config, dataset, shuffle=False)
+    metadata = read_metadata(dataset.prefix)
+    ratio = metadata["bytes"] / metadata["tokens"] if metadata.get("bytes") and metadata.get("tokens") else None
+    return ValidData(source.label, opened.read, opened.num_sequences, ratio)
 
 
 def _open(path: str, config: Config, tokenizer: Tokenizer | None) -> IndexedDataset:
     dataset, vocab_size = IndexedDataset(path), config.model.vocab_size
     if config.data.checksums:
         dataset.check_blocks()
-    facts = read_facts(dataset.prefix)
-    largest = max(dataset.largest_token(), int(facts.get("vocab_size", 0)) - 1)
+    metadata = read_metadata(dataset.prefix)
+    largest = max(dataset.largest_token(), int(metadata.get("vocab_size", 0)) - 1)
     if largest >= vocab_size:
         raise DataError(
-            f"{dataset.prefix} was made with a vocabulary of at least {largest + 1} ids but "
-            f"model.vocab_size={vocab_size}; "
-            f"write model.vocab_size={facts.get('vocab_size', largest + 1)} (the size of its tokenizer) or more, or "
+            f"{dataset.prefix} was made with a vocabulary of at least {largest + 1} ids but model.vocab_size={vocab_size}; "
+            f"write model.vocab_size={metadata.get('vocab_size', largest + 1)} (the size of its tokenizer) or more, or "
             "preprocess the text again"
         )
-    made_with = facts.get("tokenizer_sha256")
+    made_with = metadata.get("tokenizer_sha256")
     if tokenizer and made_with and made_with != sha256_of(tokenizer.path):
         raise DataError(
-            f"{dataset.prefix} was made with another tokenizer ({facts.get('tokenizer')}, sha256 {made_with[:12]}...) "
-            "than "
-            f"data.tokenizer={tokenizer.path}; name that one, or preprocess the text again"
+            f"{dataset.prefix} was made with another tokenizer ({metadata.get('tokenizer')}, sha256 {made_with[:12]}...)"
+            f" than data.tokenizer={tokenizer.path}; name that one, or preprocess the text again"
         )
     return dataset

@@ -45,13 +45,13 @@ class Found:
         self._left_out: dict[str, tuple[int, Path]] = {}  # reason -> number, the first
         self.faults: dict[str, str] = {}
         self._seen: set[str] = set()  # real names of files and folders
-        for given in inputs:
-            if not str(given).strip():
+        for name in inputs:
+            if not str(name).strip():
                 raise DataError("an input is empty (an unset variable of the shell?); name files, folders or patterns")
-            there = os.path.exists(given)
-            matches = [str(given)] if there else sorted(glob.glob(str(given), recursive=True))
-            if not there and matches in ([], [str(given)]):
-                raise DataError(f"{given} does not exist; give a file, a folder or a pattern such as 'corpus/*.jsonl'")
+            there = os.path.exists(name)
+            matches = [str(name)] if there else sorted(glob.glob(str(name), recursive=True))
+            if not there and matches in ([], [str(name)]):
+                raise DataError(f"{name} does not exist; give a file, a folder or a pattern such as 'corpus/*.jsonl'")
             for match in matches:
                 self._take(Path(match))
         if not inputs:
@@ -64,19 +64,19 @@ class Found:
         left_out = sorted(self._left_out.items())
         return [f"not read: {count:,} {why}, the first {str(path)!r}" for why, (count, path) in left_out]
 
-    def _take(self, given: Path) -> None:
+    def _take(self, root: Path) -> None:
         """A file, or everything below a folder.
 
         Links are followed last: what is reached in two ways keeps the name that is its own.
         """
-        if given.is_file() and suffix_of(given) not in SUFFIXES:
-            raise DataError(f"{given} is of an unknown kind {suffix_of(given)!r}; {KINDS}")
-        first, waiting = len(self.files), deque([given])
+        if root.is_file() and suffix_of(root) not in SUFFIXES:
+            raise DataError(f"{root} is of an unknown kind {suffix_of(root)!r}; {KINDS}")
+        first, waiting = len(self.files), deque([root])
         while waiting:
             path = waiting.pop()
-            hidden = _hidden(path, given)
+            hidden = _hidden(path, root)
             try:
-                why = self._examine(path, given, hidden)
+                why = self._examine(path, root, hidden)
                 if why == "a folder":
                     entries = sorted(os.scandir(path), key=lambda entry: entry.name)
                     waiting.extendleft(path / entry.name for entry in entries if entry.is_symlink())
@@ -90,7 +90,7 @@ class Found:
                 self._left_out[why] = count + 1, example
         self.files[first:] = sorted(self.files[first:])
 
-    def _examine(self, path: Path, given: Path, hidden: bool) -> str:
+    def _examine(self, path: Path, root: Path, hidden: bool) -> str:
         """Why a path is left out; "a folder" for one to look into, "" for a file that was taken."""
         try:
             mode = path.stat().st_mode
@@ -108,7 +108,7 @@ class Found:
             return "hidden"
         if not stat.S_ISREG(mode):
             return "not regular files"
-        if path != given and path.suffix in OUTPUTS and path.with_suffix(".idx").exists():
+        if path != root and path.suffix in OUTPUTS and path.with_suffix(".idx").exists():
             return "made by preprocessing"
         if suffix_of(path) not in SUFFIXES:
             return f"of another kind ({path.suffix or 'no suffix'})"
@@ -117,8 +117,8 @@ class Found:
         return ""
 
 
-def _hidden(path: Path, given: Path) -> bool:
-    return path != given and any(part.startswith((".", "__pycache__")) for part in path.relative_to(given).parts)
+def _hidden(path: Path, root: Path) -> bool:
+    return path != root and any(part.startswith((".", "__pycache__")) for part in path.relative_to(root).parts)
 
 
 def earlier_files(inputs: Sequence[str | Path]) -> list[Path]:
@@ -127,10 +127,10 @@ def earlier_files(inputs: Sequence[str | Path]) -> list[Path]:
     They followed no links to folders, and what was reached twice was read twice.
     """
     files: list[Path] = []
-    for given in map(Path, inputs):
-        found = [given] if given.is_file() else [Path(p) for p in sorted(glob.glob(str(given), recursive=True))]
-        if given.is_dir():
-            texts = sorted(p for p in given.rglob("*") if suffix_of(p) in SUFFIXES and not _hidden(p, given))
+    for root in map(Path, inputs):
+        found = [root] if root.is_file() else [Path(p) for p in sorted(glob.glob(str(root), recursive=True))]
+        if root.is_dir():
+            texts = sorted(p for p in root.rglob("*") if suffix_of(p) in SUFFIXES and not _hidden(p, root))
             found = [p for p in texts if p.suffix != ".json" or not p.with_suffix(".idx").exists()]
         files += filter(Path.is_file, found)
     return files

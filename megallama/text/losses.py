@@ -15,7 +15,7 @@ from megallama.config.words import counted
 from megallama.data.errors import DataError
 from megallama.text.documents import Record, RecordReader, head_of, place
 from megallama.text.files import JSON_SUFFIXES, Found, suffix_of
-from megallama.text.parts import MAX_EXAMPLES, Part
+from megallama.text.shards import MAX_EXAMPLES, TextShard
 
 SURE = 100  # bad records, from which on twice too many are enough to know the end
 
@@ -64,25 +64,25 @@ class Losses:
     def texts(self, reader: RecordReader) -> Iterator[tuple[Record, str]]:
         """The good records of a reader. Raises: DataError as `check`, at the end."""
         for record in reader:
-            part = Part(0)
-            found = part.text(record, reader.json_key)
-            self.take(part)
+            shard = TextShard(0)
+            found = shard.text(record, reader.json_key)
+            self.take(shard)
             if found:
                 yield record, found[0]
         self.check()
 
-    def take(self, part: Part) -> None:
+    def take(self, shard: TextShard) -> None:
         """What became of the next records."""
-        self.skipped.update(part.skipped)
-        self.changed.update(part.changed)
-        self.faults |= part.faults
-        for file, line, origin, reason in part.examples[: MAX_EXAMPLES - len(self.examples)]:
+        self.skipped.update(shard.skipped)
+        self.changed.update(shard.changed)
+        self.faults |= shard.faults
+        for file, line, origin, reason in shard.examples[: MAX_EXAMPLES - len(self.examples)]:
             self.examples.append(f"{place(Record(file, line, b'', '', origin))}: {reason}")
-        for file, counts in part.counts.items():
+        for file, counts in shard.counts.items():
             if file != self._file:
                 self._close()
                 self._file = file
-            self._reason = self._reason or next((e[3] for e in part.examples if e[0] == file), "")
+            self._reason = self._reason or next((e[3] for e in shard.examples if e[0] == file), "")
             self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
             self.records, self.bad = self.records + sum(counts), self.bad + counts[1]
 

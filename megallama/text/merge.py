@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from megallama.data.errors import DataError
-from megallama.data.facts import read_facts, write_facts
 from megallama.data.indexed import IndexedDataset, IndexedWriter, strip_suffix
+from megallama.data.metadata import read_metadata, write_metadata
 
 ROWS, SPAN = 1 << 16, 1 << 20  # documents, tokens copied at a time
 SAME = ("tokenizer_sha256", "vocab_size", "eos_id", "bos_id")
@@ -34,8 +34,8 @@ def merge(
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     for note in filter(None, [dataset.check_blocks() for dataset in datasets]):
         say(note)
-    facts = [read_facts(dataset.prefix) for dataset in datasets]
-    _check(datasets, facts, strip_suffix(output))
+    metadata = [read_metadata(dataset.prefix) for dataset in datasets]
+    _check(datasets, metadata, strip_suffix(output))
     dtype, done = datasets[0].dtype, 0
     total = sum(dataset.num_tokens for dataset in datasets) * dtype.itemsize
     with IndexedWriter(output, dtype) as writer:
@@ -49,18 +49,18 @@ def merge(
                     done += tokens.nbytes
                     if progress:
                         progress(done, total)
-    if all(facts):
-        skipped: Counter[str] = sum((Counter(each.get("skipped", {})) for each in facts), Counter())
-        own: dict[str, Any] = {key: sum(each.get(key, 0) for each in facts) for key in SUMS}
+    if all(metadata):
+        skipped: Counter[str] = sum((Counter(each.get("skipped", {})) for each in metadata), Counter())
+        own: dict[str, Any] = {key: sum(each.get(key, 0) for each in metadata) for key in SUMS}
         own["skipped"] = dict(sorted(skipped.items()))
         own["fingerprint"] = IndexedDataset(output).fingerprint()["sha256"]
-        write_facts(writer.prefix, facts[0] | own)
+        write_metadata(writer.prefix, metadata[0] | own)
     return IndexedDataset(output)
 
 
-def _check(datasets: Sequence[IndexedDataset], facts: Sequence[dict[str, Any]], output: str) -> None:
-    first, known = datasets[0], facts[0]
-    for dataset, own in zip(datasets, facts, strict=True):
+def _check(datasets: Sequence[IndexedDataset], metadata: Sequence[dict[str, Any]], output: str) -> None:
+    first, known = datasets[0], metadata[0]
+    for dataset, own in zip(datasets, metadata, strict=True):
         with suppress(OSError):
             if Path(dataset.prefix + ".bin").samefile(output + ".bin"):
                 raise DataError(f"{output} is one of the inputs; write to another --output")

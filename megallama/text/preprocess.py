@@ -1,8 +1,8 @@
 """Text to tokens: files -> .bin/.idx, in bounded memory, on any number of processes and nodes.
 
 The input is an ordered list of jobs of about a megabyte (of more where there is very much of it).  Any process turns
-any job into a part (`workers`, `parts`); this one joins the parts in order as they come.  Documents are encoded one by
-one, so the bytes written depend on nothing but the input, and a part once finished is never made again.
+any job into a shard (`workers`, `shards`); this one joins them in order as they come.  Documents are encoded one by
+one, so the bytes written depend on nothing but the input, and a shard once finished is never made again.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import numpy as np
 from megallama.config.special_tokens import NAMES, usual_id
 from megallama.config.words import counted
 from megallama.data.errors import DataError
-from megallama.data.facts import write_facts
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for, strip_suffix
+from megallama.data.metadata import write_metadata
 from megallama.data.tokenizer import Tokenizer, find_tokenizer, sha256_of
 from megallama.text.documents import MAX_DOCUMENT_BYTES, units
 from megallama.text.fast_encoder import load_fast_tokenizer
 from megallama.text.files import earlier_files
 from megallama.text.losses import Losses
-from megallama.text.parts import Part, WorkFolder, begun, folder_of
-from megallama.text.workers import Crew, Job, Link, Sign, Task
+from megallama.text.shards import TextShard, WorkFolder, begun, folder_of
+from megallama.text.workers import Connection, Job, Progress, Task, WorkerPool
 
 JOB_BYTES, MAX_JOB_BYTES = 1 << 20, 1 << 30
 EARLIER = "goes on with the list of an earlier version, of {}; to begin anew delete {}.parts"
@@ -114,7 +114,7 @@ def preprocess(
     Until the end OUTPUT.parts/ keeps what is done: a run that was killed continues there when it is started again.
     `max_bad`, `max_bad_per_file`, `skip_bad_files`: as in `Losses`, which ends the run where more is lost.
     `progress(bytes read, bytes in all, tokens)` is called as the work goes on, `say` with what is not read of `inputs`.
-    `comm`: an mpi4py communicator whose other ranks run `workers.serve_rank`, instead of `workers` processes.
+    `comm`: an mpi4py communicator whose other ranks run `workers.rank_main`, instead of `workers` processes.
     Raises: DataError, with `strict` also for the first bad record; without it bad records are skipped and counted.
     """
     losses, prefix = Losses(max_bad, max_bad_per_file, skip_files=skip_bad_files), strip_suffix(output)
@@ -134,17 +134,17 @@ def preprocess(
     with WorkFolder(prefix, origin) as work:
         with ExitStack() as stack:
             task = Task(str(path), fast, json_key, max_document_bytes, strict, work.path, work.start, bos, eos_token)
-            crew = stack.enter_context(Crew(task, tokenizer, min(workers, len(jobs)), comm))
+            pool = stack.enter_context(WorkerPool(task, tokenizer, min(workers, len(jobs)), comm))
             dtype = dtype_for(tokenizer.vocab_size)
             writers = [stack.enter_context(IndexedWriter(out.prefix, dtype)) for out in outputs]
-            _Join(summary, jobs, work, writers, (split_valid, split_test), strict).run(crew, progress)
+            _Join(summary, jobs, work, writers, (split_valid, split_test), strict).run(pool, progress)
             summary.encoder = tokenizer.encoder
             if origin_of(files) != origin:
                 raise DataError("files of the input were changed while they were read; start again when they are whole")
             for writer in writers:
                 writer.finish()
         for out in outputs:
-            write_facts(out.prefix, _facts(out, tokenizer, bos, losses))
+            write_metadata(out.prefix, _metadata(out, tokenizer, bos, losses))
     return summary
 
 
@@ -194,13 +194,13 @@ def _origin(
     marks = {"bos": tokenizer.bos_id} if bos else {}
     marks |= {"eos": tokenizer.eos_id} if tokenizer.eos_id != usual_id("eos", tokenizer.id_of) else {}
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    layout = (1, JOB_BYTES, MAX_JOB_BYTES, MAX_JOBS, MAX_UNITS)  # the first number changes with the format of the parts
+    layout = (1, JOB_BYTES, MAX_JOB_BYTES, MAX_JOBS, MAX_UNITS)  # the first number changes with the shards' format
     return {"layout": layout, "files": stats, "tokenizer": sha256_of(tokenizer.path), "key": json_key,
             "limit": max_document_bytes, **marks}  # fmt: skip
 
 
 class _Join:
-    """Appends parts to the outputs in the order of the jobs, and judges their bad records."""
+    """Appends shards to the outputs in the order of the jobs, and judges their bad records."""
 
     def __init__(
         self,
@@ -211,21 +211,21 @@ class _Join:
         shares: tuple[float, float],
         strict: bool,
     ) -> None:
-        self.summary, self._jobs, self._parts, self._dtype = summary, jobs, work.finished(), writers[0].dtype
+        self.summary, self._jobs, self._shards, self._dtype = summary, jobs, work.finished(), writers[0].dtype
         self._work, self._writers, self._shares, self._strict = work, writers, shares, strict
         self._next = self._documents = self._bytes = 0
         self._total = sum(job.size for job in jobs)
 
-    def run(self, crew: Crew, progress: Callable[[int, int, int], None] | None) -> None:
-        """Let the crew make the parts that are missing, and join what is there meanwhile."""
-        parts, itemsize = self._parts, self._dtype.itemsize
-        done, tokens = sum(self._jobs[n].size for n in parts), sum(p.token_bytes for p in parts.values()) // itemsize
-        now: dict[Link, Sign] = {}  # how far the processes are in what is unfinished
-        for link, message in crew.run([job for job in self._jobs if job.number not in parts], self._advance):
-            if isinstance(message, Part):
+    def run(self, pool: WorkerPool, progress: Callable[[int, int, int], None] | None) -> None:
+        """Let the pool make the shards that are missing, and join what is there meanwhile."""
+        shards, itemsize = self._shards, self._dtype.itemsize
+        done, tokens = sum(self._jobs[n].size for n in shards), sum(p.token_bytes for p in shards.values()) // itemsize
+        now: dict[Connection, Progress] = {}  # how far the processes are in what is unfinished
+        for connection, message in pool.run([job for job in self._jobs if job.number not in shards], self._advance):
+            if isinstance(message, TextShard):
                 done, tokens = done + self._jobs[message.job].size, tokens + message.token_bytes // itemsize
-                parts[message.job] = message
-            now[link] = message if isinstance(message, Sign) else Sign(0, 0)
+                shards[message.job] = message
+            now[connection] = message if isinstance(message, Progress) else Progress(0, 0)
             if progress:
                 some = now.values()
                 progress(done + sum(s.bytes_done for s in some), self._total, tokens + sum(s.tokens for s in some))
@@ -234,14 +234,14 @@ class _Join:
         self.check_end()
 
     def _advance(self) -> bool:
-        """Append the part that is next, if it is there; whether it was."""
-        part = self._parts.get(self._next)
-        if part:
-            self._judge(part)
-            for tokens, rows in self._work.read(part, self._dtype):
+        """Append the shard that is next, if it is there; whether it was."""
+        shard = self._shards.get(self._next)
+        if shard:
+            self._judge(shard)
+            for tokens, rows in self._work.read(shard, self._dtype):
                 self._append(tokens, rows.astype(np.int64))
             self._next += 1
-        return part is not None
+        return shard is not None
 
     def _append(self, tokens: np.ndarray, rows: np.ndarray) -> None:
         which = split_of(np.arange(self._documents, self._documents + len(rows)), *self._shares)
@@ -254,10 +254,10 @@ class _Join:
             out.documents, out.tokens = writer.num_documents, writer.num_tokens
             out.text_bytes += int(rows[here, 1].sum())
 
-    def _judge(self, part: Part) -> None:
-        """Note what is lost in the next part; stop when it is sure to be too much."""
+    def _judge(self, shard: TextShard) -> None:
+        """Note what is lost in the next shard; stop when it is sure to be too much."""
         losses = self.summary.losses
-        losses.take(part)
+        losses.take(shard)
         if self._strict and (found := [*losses.examples, *(f"{name}: {why}" for name, why in losses.faults.items())]):
             raise DataError(f"{found[0]}; correct the record, or leave out --strict to skip such records")
         self._bytes += self._jobs[self._next].size
@@ -271,14 +271,14 @@ class _Join:
         if not self._documents:
             raise DataError("\n  ".join(["no documents were found: the files hold no text", *losses.examples]))
         if empty := [out.prefix for out in self.summary.outputs if not out.documents]:
-            given = " and ".join(f"split_{name}={share}" for name, share in shares if share)
+            split = " and ".join(f"split_{name}={share}" for name, share in shares if share)
             raise DataError(
-                f"{empty[0]} would hold none of the {self._documents} documents with {given}; "
+                f"{empty[0]} would hold none of the {self._documents} documents with {split}; "
                 "use a larger share, more documents, or no split"
             )
 
 
-def _facts(out: Output, tokenizer: Tokenizer, bos: bool, losses: Losses) -> dict[str, Any]:
+def _metadata(out: Output, tokenizer: Tokenizer, bos: bool, losses: Losses) -> dict[str, Any]:
     return {
         "documents": out.documents,
         "tokens": out.tokens,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megallama.data.errors import DataError
-from megallama.data.facts import write_whole
+from megallama.data.metadata import write_whole
 from megallama.text.documents import RecordReader
 from megallama.text.losses import Losses
 

@@ -1,8 +1,8 @@
 """The processes that encode: on this node, or the ranks of an MPI program on many nodes.
 
 The first process hands out jobs, two ahead to each, and encodes too, in a thread.  The others hang on a pipe or on MPI:
-they read their jobs' text themselves and write tokens themselves (`parts`), so only names and numbers travel.  When the
-first process dies, for whatever reason, the others end; when one of them dies, it says so.
+they read their jobs' text and write tokens (`shards`) themselves, so only names and numbers travel.  When the first
+process dies, for whatever reason, the others end; when one of them dies, it says so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection as PipeConnection
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from megallama.data.indexed import dtype_for
 from megallama.data.tokenizer import Tokenizer
 from megallama.text.documents import RecordReader, Unit
 from megallama.text.fast_encoder import load_fast_tokenizer
-from megallama.text.parts import Part, PartWriter
+from megallama.text.shards import ShardWriter, TextShard
 
 BLOCK_BYTES, BLOCK_RECORDS = 1 << 20, 4096  # encoded at a time
 AHEAD = 2  # jobs each process has
@@ -38,14 +39,14 @@ POLL_SECONDS = 0.001  # how often MPI is asked for messages
 
 
 class Job(NamedTuple):
-    """A piece of the input that one process turns into a `Part`; job n + 1 follows job n in the input."""
+    """A piece of the input that one process turns into a `TextShard`; job n + 1 follows job n in the input."""
 
     number: int
     units: list[Unit]
     size: int  # bytes on disk
 
 
-class Sign(NamedTuple):
+class Progress(NamedTuple):
     """How far a process is in its present job."""
 
     bytes_done: int
@@ -68,7 +69,7 @@ class Task:
     sync: bool = False  # the processes are on several nodes
 
 
-class Rank:
+class RankConnection:
     """The line to another rank of an mpi4py communicator."""
 
     def __init__(self, comm: Any, rank: int) -> None:
@@ -89,36 +90,36 @@ class Rank:
             request.wait()
 
 
-Link = Connection | Rank
+Connection = PipeConnection | RankConnection
 
 
 class Encoder:
-    """Turns jobs into parts."""
+    """Turns jobs into shards."""
 
     def __init__(self, task: Task, number: int, tokenizer: Tokenizer | None = None) -> None:
         self._task = task
         self._tokenizer = tokenizer or load_fast_tokenizer(task.tokenizer, fast=task.fast, eos_token=task.eos_token)
         self._dtype = dtype_for(self._tokenizer.vocab_size)
-        self._out = PartWriter(task.folder, f"{task.start:03d}-{number:05d}", sync=task.sync)
+        self._out = ShardWriter(task.folder, f"{task.start:03d}-{number:05d}", sync=task.sync)
 
-    def encode(self, job: Job, link: Link) -> Part:
+    def encode(self, job: Job, connection: Connection) -> TextShard:
         """Read, encode and write the documents of a job; with `strict` up to the first bad record."""
-        part, reported, task = self._out.begin(job.number), time.monotonic(), self._task
+        shard, reported, task = self._out.begin(job.number), time.monotonic(), self._task
         reader = RecordReader(job.units, task.max_document_bytes, task.json_key)
         texts, sizes, held = list[str](), list[int](), 0
         for record in reader:
-            if found := part.text(record, task.json_key):
+            if found := shard.text(record, task.json_key):
                 texts.append(found[0])
                 sizes.append(found[1])
                 held += found[1]
             elif task.strict:
-                return part
+                return shard
             if held >= BLOCK_BYTES or len(texts) >= BLOCK_RECORDS:
                 self._add(texts, sizes)
                 texts, sizes, held = [], [], 0
             if time.monotonic() > reported + REPORT_SECONDS:
                 reported = time.monotonic()
-                link.send(Sign(reader.bytes_done, part.token_bytes // self._dtype.itemsize))
+                connection.send(Progress(reader.bytes_done, shard.token_bytes // self._dtype.itemsize))
         self._add(texts, sizes)
         return self._out.end()
 
@@ -139,12 +140,12 @@ class Encoder:
         self._out.add(out, rows)
 
 
-def serve(link: Link, task: Task, number: int, tokenizer: Tokenizer | None = None) -> None:
+def worker_main(connection: Connection, task: Task, number: int, tokenizer: Tokenizer | None = None) -> None:
     """A process's life: encode jobs until None comes, or the other end is gone; a fault is sent as text."""
     try:
         encoder = Encoder(task, number, tokenizer)
-        while (job := link.recv()) is not None:
-            link.send(encoder.encode(job, link))
+        while (job := connection.recv()) is not None:
+            connection.send(encoder.encode(job, connection))
     except EOFError:
         return
     except Exception as error:
@@ -152,23 +153,23 @@ def serve(link: Link, task: Task, number: int, tokenizer: Tokenizer | None = Non
         if isinstance(error, OSError):
             text = str(error) if error.filename else f"{task.folder}: {error}"
         with suppress(OSError):
-            link.send(text)
+            connection.send(text)
 
 
-def serve_rank(comm: Any) -> None:
+def rank_main(comm: Any) -> None:
     """The life of an MPI rank other than the first."""
-    link = Rank(comm, 0)
+    connection = RankConnection(comm, 0)
     comm.gather(socket.gethostname())
-    serve(link, comm.bcast(None), comm.rank)
-    link.close()
+    worker_main(connection, comm.bcast(None), comm.rank)
+    connection.close()
 
 
-def _child(link: Connection, task: Task, number: int) -> None:
+def _child(connection: PipeConnection, task: Task, number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; the pipe then ends us
-    serve(link, task, number)
+    worker_main(connection, task, number)
 
 
-class Crew:
+class WorkerPool:
     """All processes of a run, from the first one's side, which encodes too, in a thread.
 
     Entering the `with` block starts those on this node, leaving it ends them.
@@ -176,14 +177,14 @@ class Crew:
 
     def __init__(self, task: Task, tokenizer: Tokenizer, processes: int, comm: Any = None) -> None:
         self._task, self._tokenizer, self._processes, self._comm = task, tokenizer, processes, comm
-        self._links: dict[Link, int] = {}  # to the number of jobs it has
-        self._children: dict[Link, multiprocessing.process.BaseProcess] = {}
+        self._connections: dict[Connection, int] = {}  # to the number of jobs it has
+        self._children: dict[Connection, multiprocessing.process.BaseProcess] = {}
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WorkerPool:
         if self._comm:
             hosts = set(self._comm.gather(socket.gethostname()))
             self._task = self._comm.bcast(replace(self._task, sync=len(hosts) > 1))
-            self._links = {Rank(self._comm, rank): 0 for rank in range(1, self._comm.size)}
+            self._connections = {RankConnection(self._comm, rank): 0 for rank in range(1, self._comm.size)}
         spawn = multiprocessing.get_context("spawn")  # a fork could copy the locks of another thread
         for number in range(1, 1 if self._comm else self._processes):
             ours, theirs = spawn.Pipe()
@@ -191,50 +192,52 @@ class Crew:
             child.start()
             theirs.close()
             self._children[ours] = child
-            self._links[ours] = 0
+            self._connections[ours] = 0
         ours, theirs = multiprocessing.Pipe()
-        self._thread = threading.Thread(target=serve, args=(theirs, self._task, 0, self._tokenizer), daemon=True)
+        self._thread = threading.Thread(target=worker_main, args=(theirs, self._task, 0, self._tokenizer), daemon=True)
         self._thread.start()
-        self._links[ours] = 0
+        self._connections[ours] = 0
         return self
 
-    def run(self, jobs: Sequence[Job], meanwhile: Callable[[], bool]) -> Iterator[tuple[Link, Part | Sign]]:
-        """What the processes report, as it comes, until every job has become a part.
+    def run(
+        self, jobs: Sequence[Job], meanwhile: Callable[[], bool]
+    ) -> Iterator[tuple[Connection, TextShard | Progress]]:
+        """What the processes report, as it comes, until every job has become a shard.
 
         `meanwhile` does a little of other work and says whether there was any.
         """
         left = deque(jobs)
-        for link in [*self._links] * AHEAD:
-            self._give(link, left)
-        while any(self._links.values()):
-            for link in self._ready(block=not meanwhile()):
-                message = self._receive(link)
-                if isinstance(message, Part):
-                    self._links[link] -= 1
-                    self._give(link, left)
-                yield link, message
+        for connection in [*self._connections] * AHEAD:
+            self._give(connection, left)
+        while any(self._connections.values()):
+            for connection in self._ready(block=not meanwhile()):
+                message = self._receive(connection)
+                if isinstance(message, TextShard):
+                    self._connections[connection] -= 1
+                    self._give(connection, left)
+                yield connection, message
 
-    def _give(self, link: Link, left: deque[Job]) -> None:
+    def _give(self, connection: Connection, left: deque[Job]) -> None:
         if left:
             with suppress(OSError):  # a dead process is noticed where its answer is awaited
-                link.send(left.popleft())
-            self._links[link] += 1
+                connection.send(left.popleft())
+            self._connections[connection] += 1
 
-    def _ready(self, block: bool) -> list[Link]:
+    def _ready(self, block: bool) -> list[Connection]:
         """The lines on which a message waits; with `block` at least one."""
-        pipes = [link for link in self._links if isinstance(link, Connection)]
+        pipes = [one for one in self._connections if isinstance(one, PipeConnection)]
+        ranks = [one for one in self._connections if isinstance(one, RankConnection)]
         while True:
-            ready = [link for link in self._links if isinstance(link, Rank) and self._comm.iprobe(link.rank)]
-            patience = 0.0 if ready or not block else POLL_SECONDS if self._comm else None
-            ready += wait(pipes, patience)  # type: ignore[arg-type]
+            ready: list[Any] = [one for one in ranks if self._comm.iprobe(one.rank)]
+            ready += wait(pipes, 0.0 if ready or not block else POLL_SECONDS if ranks else None)
             if ready or not block:
-                return [*ready]
+                return ready
 
-    def _receive(self, link: Link) -> Part | Sign:
+    def _receive(self, connection: Connection) -> TextShard | Progress:
         try:
-            message = link.recv()
+            message = connection.recv()
         except (EOFError, OSError):
-            child = self._children[link]
+            child = self._children[connection]
             child.join(5)
             raise DataError(
                 f"a worker process died (exit status {child.exitcode}); if memory ran out (-9), use fewer --workers"
@@ -244,12 +247,12 @@ class Crew:
         return message
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for link in self._links:
+        for connection in self._connections:
             if kind is None:
                 with suppress(OSError):
-                    link.send(None)
-            if kind is None or isinstance(link, Connection):
-                link.close()
+                    connection.send(None)
+            if kind is None or isinstance(connection, PipeConnection):
+                connection.close()
         for child in self._children.values():
             child.terminate()
             child.join()

@@ -21,7 +21,7 @@ from megallama.config.rules import check, remaining
 from megallama.config.schema import Config
 from megallama.config.usual import unusual
 from megallama.config.words import counted
-from megallama.data.ledger import TrainData
+from megallama.data.train_dataset import TrainData
 from megallama.data.sources import Data, open_sources
 from megallama.kernels.select import Kernels
 from megallama.plan.plan import Plan
@@ -64,7 +64,7 @@ class Setup:
 
     def used(self) -> dict[str, dict[str, float]]:
         """What has been used of each source so far; nothing is known of synthetic data."""
-        return self.train_data.account(self.progress.samples) if self.train_data else {}
+        return self.train_data.consumption(self.progress.samples) if self.train_data else {}
 
     def tell_sources(self) -> None:
         for name, used in self.used().items():

@@ -17,10 +17,10 @@ import torch
 
 from megallama.config.load import load, to_toml
 from megallama.data.indexed import IndexedWriter
-from megallama.data.ledger import TrainData
 from megallama.data.loader import Loader
 from megallama.data.sources import open_sources
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
+from megallama.data.train_dataset import TrainData
 from megallama.plan.batch import BatchPlan
 from tests.words import text_of
 
@@ -114,10 +114,10 @@ def test_sources_indices_and_epochs(run: Path, capsys: pytest.CaptureFixture[str
         for sample in explained([str(run), str(step)], capsys)["samples"]:
             seen[sample["source"]].append(sample["index"])
             source = train.sources["ab".index(sample["source"])]
-            assert sample["epoch"] == sample["index"] // source.num_windows
+            assert sample["epoch"] == sample["index"] // source.num_sequences
     total = BatchPlan(load(run).batch, 1).samples_after(30)
     assert {name: len(numbers) for name, numbers in seen.items()} == {
-        name: used["samples"] for name, used in train.account(total).items()
+        name: used["samples"] for name, used in train.consumption(total).items()
     }
     assert all(numbers == list(range(len(numbers))) for numbers in seen.values())
 
@@ -205,7 +205,7 @@ def test_sizes_come_from_files_where_they_are(run: Path, capsys: pytest.CaptureF
     told = plan([str(run)], capsys)
     assert told["phases"] == [1, 4]
     steps = BatchPlan(load(run).batch, 1).samples_after(100)
-    account = train.account(steps)
+    account = train.consumption(steps)
     for row, source in zip(told["sources"], train.sources, strict=True):
         assert (row["tokens"], row["measured"]) == (source.num_tokens, True)
         assert row["used_tokens"] == account[row["source"]]["tokens"]
@@ -214,7 +214,7 @@ def test_sizes_come_from_files_where_they_are(run: Path, capsys: pytest.CaptureF
 
 
 def test_caps_and_the_step_they_are_reached(capsys: pytest.CaptureFixture[str]) -> None:
-    """a: 2 of 4 samples of 10 tokens a step; 100 windows and 1.5 epochs last 75 steps."""
+    """a: 2 of 4 samples of 10 tokens a step; 100 sequences and 1.5 epochs last 75 steps."""
     arguments = ["data.train=[{path='/n/a', num_tokens=1001, max_epochs=1.5}, {path='/n/b', num_tokens=9001}]",
                  "batch.seq_length=10", "batch.global_batch_size=4", "train.steps=200"]  # fmt: skip
     rows = plan(arguments, capsys)["sources"]

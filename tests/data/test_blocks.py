@@ -18,8 +18,8 @@ import pytest
 
 from megallama.data.blocks import BLOCK, File, SumsWriter
 from megallama.data.errors import DataError
-from megallama.data.facts import write_facts
 from megallama.data.indexed import IndexedDataset, IndexedWriter
+from megallama.data.metadata import write_metadata
 from megallama.data.samples import Source
 from megallama.text.merge import merge
 from megallama.text.preprocess import preprocess
@@ -122,7 +122,7 @@ def test_damage_in_a_small_pair_is_no_other_pair(tmp_path: Path, documents: int,
 def test_a_source_is_checked_when_first_read_and_only_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = IndexedDataset(write(tmp_path / "a"))
     source = Source(dataset, 100, 1, mark_documents=True)
-    want = source.read(range(source.num_windows))
+    want = source.read(range(source.num_sequences))
     assert dataset.check_blocks() == ""
     read: list[tuple[int, int]] = []
     pure = os.preadv
@@ -133,7 +133,7 @@ def test_a_source_is_checked_when_first_read_and_only_then(tmp_path: Path, monke
 
     monkeypatch.setattr(os, "preadv", preadv)
     for again in range(2):
-        found = source.read(range(source.num_windows))
+        found = source.read(range(source.num_sequences))
         assert np.array_equal(found.tokens, want.tokens) and np.array_equal(found.starts, want.starts)
         blocks = sorted(offset for count, offset in read if count > 5_000)
         expected = [*(n * BLOCK for n in range(14)), 0, BLOCK]  # of .bin and of .idx
@@ -290,7 +290,7 @@ def test_a_disk_that_refuses_at_the_end_leaves_what_was_there(
 def test_metadata_that_the_disk_does_not_take_is_named_and_leaves_the_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_facts(str(tmp_path / "a"), {"documents": 1})
+    write_metadata(str(tmp_path / "a"), {"documents": 1})
     before = (tmp_path / "a.json").read_bytes()
 
     def full(*args: object, **named: object) -> int:
@@ -298,5 +298,5 @@ def test_metadata_that_the_disk_does_not_take_is_named_and_leaves_the_old(
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(DataError, match=r"cannot write .*a\.json: No space left on device"):
-        write_facts(str(tmp_path / "a"), {"documents": 2})
+        write_metadata(str(tmp_path / "a"), {"documents": 2})
     assert (tmp_path / "a.json").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.json"]

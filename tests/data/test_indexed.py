@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megallama.data.errors import DataError
-from megallama.data.facts import write_facts
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
+from megallama.data.metadata import write_metadata
 
 U16, I32 = dtype_for(100), dtype_for(70000)
 DOCUMENTS = [[5, 6, 7, 2], [2], [9] * 10 + [2], [1, 65535]]
@@ -249,7 +249,7 @@ def test_ten_million_documents_are_opened_without_reading_them(tmp_path: Path, m
 def test_a_replaced_file_is_refused_at_open(tmp_path: Path, suffix: str, at: int) -> None:
     prefix = write(tmp_path / "a")
     fingerprint = IndexedDataset(prefix).fingerprint()["sha256"]
-    write_facts(str(prefix), {"fingerprint": fingerprint})
+    write_metadata(str(prefix), {"fingerprint": fingerprint})
     assert IndexedDataset(prefix).num_tokens == 18
     damage(f"{prefix}{suffix}", at, b"\x09")
     with pytest.raises(DataError, match=r"a\.bin or a\.idx is not the file that a\.json describes .*one was replaced"):
@@ -257,7 +257,7 @@ def test_a_replaced_file_is_refused_at_open(tmp_path: Path, suffix: str, at: int
 
 
 def test_new_tokens_never_stand_beside_old_facts(tmp_path: Path) -> None:
-    write_facts(str(write(tmp_path / "a")), {"documents": 4})
+    write_metadata(str(write(tmp_path / "a")), {"documents": 4})
     write(tmp_path / "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.sums"]
 

@@ -189,7 +189,7 @@ def test_document_starts_and_the_mask_from_them(tmp_path: Path) -> None:
             for ids, batch in zip(ids_of_step(step), next(loader), strict=True):
                 assert batch.documents is not None and batch.mask is not None
                 for row, i in enumerate(ids):
-                    first = int(source.windows(np.array([i if i < 7 else 0]))[0]) * 16
+                    first = int(source.sequences(np.array([i if i < 7 else 0]))[0]) * 16
                     starts, at = [], 0
                     for t in range(16):
                         at = t if first + t in begins else at

@@ -15,8 +15,8 @@ from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
 from megallama.data.sources import open_sources
 from megallama.data.tokenizer import load_tokenizer, sha256_of
 from megallama.text.merge import merge
-from megallama.text.parts import WorkFolder
 from megallama.text.preprocess import _origin, preprocess
+from megallama.text.shards import WorkFolder
 from tests.words import text_of
 
 

@@ -1,4 +1,4 @@
-"""Mixtures with changing weights, the ledger, caps: exact shares in every phase, nothing twice, nothing forgotten."""
+"""Mixtures with changing weights, consumption, caps: exact shares in every phase, nothing twice, nothing forgotten."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megallama.config.load import load, resolve
 from megallama.config.schema import Config
 from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedWriter
-from megallama.data.ledger import TrainData
 from megallama.data.loader import Loader
 from megallama.data.mixture import Mixture, Phase, phases_of
 from megallama.data.sources import open_sources
+from megallama.data.train_dataset import TrainData
 from megallama.plan.batch import BatchPlan
 
 NAMES = ["web", "code", "books", "wiki"]
@@ -86,7 +86,7 @@ def corpus(prefix: Path, tokens: int, low: int = 0) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    """a: 100 windows of 10 tokens, b: 50, c: 30."""
+    """a: 100 sequences of 10 tokens, b: 50, c: 30."""
     sizes = {"a": 1010, "b": 510, "c": 310}
     return {name: corpus(tmp_path / name, size, 10_000 * i) for i, (name, size) in enumerate(sizes.items())}
 
@@ -127,10 +127,10 @@ def test_a_change_repeats_no_document_of_an_unfinished_epoch(files: dict[str, Pa
     assert [p.sample for p in train.mixture.phases] == [0, *firsts] and firsts[0] < 40
     total = steps.samples_after(40)
     rows = train.read(range(total)).tokens[:, 0]
-    for low, windows in ((0, 100), (10_000, 50), (20_000, 30)):
+    for low, sequences in ((0, 100), (10_000, 50), (20_000, 30)):
         mine = rows[(rows >= low) & (rows < low + 10_000)]
-        for epoch in range(0, len(mine), windows):
-            part = mine[epoch : epoch + windows]
+        for epoch in range(0, len(mine), sequences):
+            part = mine[epoch : epoch + sequences]
             assert len(np.unique(part)) == len(part)
     assert not (rows[: firsts[1]] >= 20_000).any() and (rows[firsts[1] :] >= 20_000).sum() in (15, 16)
 
@@ -199,7 +199,7 @@ def test_a_resumed_run_goes_on_in_the_same_order(files: dict[str, Path]) -> None
     again.resume(state, 10, 40)
     assert [p.sample for p in again.mixture.phases] == [0, 16, 40]
     assert np.array_equal(again.read(range(40)).tokens, first.read(range(40)).tokens)
-    assert again.account(40) == first.account(40)
+    assert again.consumption(40) == first.consumption(40)
 
 
 def test_a_change_at_the_very_step_of_the_checkpoint_is_made_once(files: dict[str, Path]) -> None:
@@ -214,7 +214,7 @@ def test_a_new_source_joins_with_a_change(files: dict[str, Path]) -> None:
     first = train_data(files, {"a": 0.7, "b": 0.3})
     again = with_changes(files, {"a": 0.7, "b": 0.3, "c": 0.0}, change(11, a=0.5, c=0.2))
     again.resume(saved(first, 40), 10, 40)
-    assert again.account(40)["c"]["samples"] == 0 and again.account(140)["c"]["samples"] == 20
+    assert again.consumption(40)["c"]["samples"] == 0 and again.consumption(140)["c"]["samples"] == 20
     assert np.array_equal(again.read(range(40)).tokens, first.read(range(40)).tokens)
 
 
@@ -225,7 +225,7 @@ def test_another_batch_size_moves_only_the_changes_to_come(files: dict[str, Path
     again = train_data(files, {}, data=data, batch={"seq_length": 10, "micro_batch_size": 1, "global_batch_size": 8})
     again.resume(saved(first, 40), 10, 40)
     assert [p.sample for p in again.mixture.phases] == [0, 16, 56]
-    assert again.account(40) == first.account(40)
+    assert again.consumption(40) == first.consumption(40)
 
 
 def test_weights_edited_without_a_change_are_refused_with_what_to_write(files: dict[str, Path]) -> None:
@@ -314,7 +314,7 @@ def test_the_step_at_which_a_cap_would_be_passed(files: dict[str, Path]) -> None
     given = {"source": {"b": {"max_epochs": 1.5}}}
     train = train_data(files, {"a": 0.5, "b": 0.5}, **given)
     assert train.last_step(37) == (37, "")
-    assert train.account(4 * 37)["b"]["samples"] == 74
+    assert train.consumption(4 * 37)["b"]["samples"] == 74
     with pytest.raises(DataError) as error:
         train.last_step(100)
     assert str(error.value) == (
@@ -337,7 +337,7 @@ def test_a_cap_below_the_first_step_is_an_error_either_way(files: dict[str, Path
 def test_caps_count_over_changes(files: dict[str, Path]) -> None:
     data = config(files, {"a": 0.5, "b": 0.5}, source={"b": {"max_epochs": 1.0}}).data.model_dump()
     train = train_data(files, {}, data={**data, "mixture_schedule": [change(21, b=0.0)], "on_exhausted": "stop"})
-    assert train.last_step(500) == (500, "") and train.account(2000)["b"]["epochs"] == 0.8
+    assert train.last_step(500) == (500, "") and train.consumption(2000)["b"]["epochs"] == 0.8
 
 
 def test_phases_follow_the_ramp() -> None:

@@ -16,7 +16,7 @@ from megallama.data.samples import Permutation, Source, Synthetic
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> IndexedDataset:
-    """1003 tokens, token i is i: 100 windows of 10 + 1 and two tokens that fill no window."""
+    """1003 tokens, token i is i: 100 sequences of 10 + 1 and two tokens that fill no sequence."""
     with IndexedWriter(tmp_path / "a", dtype_for(2000)) as writer:
         writer.add(np.arange(1003), np.array([500, 503]))
     return IndexedDataset(tmp_path / "a")
@@ -101,20 +101,20 @@ def test_the_order_is_well_mixed() -> None:
 
 def test_an_epoch_shows_every_window_once(dataset: IndexedDataset) -> None:
     source = Source(dataset, 10, seed=5)
-    assert source.num_windows == 100
+    assert source.num_sequences == 100
     for epoch in (0, 1, 2):
         samples = source.read(range(100 * epoch, 100 * (epoch + 1))).tokens
         assert all(np.array_equal(s, np.arange(s[0], s[0] + 11)) for s in samples)
         assert sorted(int(s[0]) for s in samples) == list(range(0, 1000, 10))
-    orders = [tuple(source.windows(np.arange(100 * e, 100 * e + 100))) for e in range(4)]
+    orders = [tuple(source.sequences(np.arange(100 * e, 100 * e + 100))) for e in range(4)]
     assert len(set(orders)) == 4
 
 
 def test_a_sample_depends_on_seed_number_and_size_alone(dataset: IndexedDataset) -> None:
-    forwards = Source(dataset, 10, seed=5).windows(np.arange(250)).tolist()
+    forwards = Source(dataset, 10, seed=5).sequences(np.arange(250)).tolist()
     source = Source(dataset, 10, seed=5)
-    assert [int(source.windows(np.array([i]))[0]) for i in reversed(range(250))] == forwards[::-1]
-    assert forwards != Source(dataset, 10, seed=6).windows(np.arange(250)).tolist()
+    assert [int(source.sequences(np.array([i]))[0]) for i in reversed(range(250))] == forwards[::-1]
+    assert forwards != Source(dataset, 10, seed=6).sequences(np.arange(250)).tolist()
     assert forwards[:5] + forwards[100:105] == [62, 67, 28, 93, 20, 60, 85, 91, 44, 48]  # never changes
 
 
@@ -131,7 +131,7 @@ def test_document_ranges_share_no_token(tmp_path: Path) -> None:
     dataset = IndexedDataset(tmp_path / "a")
     ranges = [(0.0, 0.9), (0.9, 1.0), (0.0, 0.07), (0.07, 0.5), (0.5, 1.0)]
     sources = [Source(dataset, 8, 5, documents=part) for part in ranges]
-    seen = [set(np.unique(s.read(np.arange(s.num_windows)).tokens).tolist()) for s in sources]
+    seen = [set(np.unique(s.read(np.arange(s.num_sequences)).tokens).tolist()) for s in sources]
     assert [(s.first, s.num_documents) for s in sources] == [(0, 189), (189, 22), (0, 14), (14, 91), (105, 106)]
     assert max(seen[0]) < lengths[:189].sum() <= min(seen[1])
     for groups in (seen[:2], seen[2:]):

@@ -15,9 +15,9 @@ import pytest
 from megallama.config.schema import Config, DataConfig, SourceConfig
 from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
-from megallama.data.ledger import TrainData
 from megallama.data.samples import Synthetic
 from megallama.data.sources import Data, open_sources
+from megallama.data.train_dataset import TrainData
 from megallama.text.preprocess import preprocess
 
 
@@ -59,7 +59,7 @@ def test_a_mixture_takes_its_shares_in_each_sources_order(tmp_path: Path) -> Non
     from_a = [int(s[0]) for s in samples if s[0] < 1000]
     assert len(from_a) == 30
     assert all(sorted(from_a[e : e + 10]) == list(range(0, 100, 10)) for e in (0, 10, 20))
-    assert train.account(40) == {
+    assert train.consumption(40) == {
         "a": {"samples": 30, "tokens": 300, "epochs": 3.0},
         "b": {"samples": 10, "tokens": 100, "epochs": 2.0},
     }
@@ -138,9 +138,9 @@ def poison(prefix: Path, value: int, token: int) -> None:
 
 
 def read_all(data: Data) -> None:
-    """Every window of every source once."""
+    """Every sequence of every source once."""
     assert isinstance(data.train, TrainData)
-    data.train.read(range(2 * max(source.num_windows for source in data.train.sources) * len(data.train.sources)))
+    data.train.read(range(2 * max(source.num_sequences for source in data.train.sources) * len(data.train.sources)))
     for held in (*data.valid, *data.test):
         held.read(range(held.num_samples))
 

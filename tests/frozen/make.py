@@ -69,17 +69,17 @@ device = "cpu"
 DIE = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from megallama.text import parts
+from megallama.text import shards
 from megallama.text import preprocess
 from megallama.commands import prepare as preprocess_data
 preprocess.JOB_BYTES = {job}
-end, calls = parts.PartWriter.end, []
+end, calls = shards.ShardWriter.end, []
 def fatal(self):
     calls.append(1)
     if len(calls) > 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return end(self)
-parts.PartWriter.end = fatal
+shards.ShardWriter.end = fatal
 preprocess_data.main(sys.argv[1:])
 """
 

@@ -135,9 +135,9 @@ def test_a_preprocessing_killed_half_way_goes_on(folder: Path, tmp_path: Path) -
     parts.rename(parts.with_name(digest[:16]))
     code = (
         "import sys, hashlib; from megallama.text import preprocess, workers; preprocess.JOB_BYTES = 2000\n"
-        "run, jobs = preprocess.Crew.run, []\n"
+        "run, jobs = preprocess.WorkerPool.run, []\n"
         "note = lambda todo: jobs.extend(job.number for job in todo)\n"
-        "preprocess.Crew.run = lambda self, todo, *rest: note(todo) or run(self, todo, *rest)\n"
+        "preprocess.WorkerPool.run = lambda self, todo, *rest: note(todo) or run(self, todo, *rest)\n"
         "from tools import preprocess_data; status = preprocess_data.main(sys.argv[1:]); print('jobs', jobs)\n"
         "sys.exit(status)"
     )

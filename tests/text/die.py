@@ -14,12 +14,12 @@ from typing import Any
 
 from megallama.commands import prepare as preprocess_data
 from megallama.data import indexed
-from megallama.text import parts, preprocess
+from megallama.text import preprocess, shards
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "add": (parts.PartWriter, "add"),  # a block of documents is encoded
-    "end": (parts.PartWriter, "end"),  # a job's documents are written, its line in the journal is not
-    "join": (parts.WorkFolder, "read"),
+    "add": (shards.ShardWriter, "add"),  # a block of documents is encoded
+    "end": (shards.ShardWriter, "end"),  # a job's documents are written, its line in the journal is not
+    "join": (shards.WorkFolder, "read"),
     "commit": (indexed.IndexedWriter, "commit"),
     "replace": (os, "replace"),  # .bin, .idx, .json
     "remove": (shutil, "rmtree"),

@@ -23,7 +23,7 @@ module.JOB_BYTES, workers.REPORT_SECONDS = 5000, 0.0
 workers.BLOCK_BYTES = 1000
 seen = []
 if MPI.COMM_WORLD.rank:
-    workers.serve_rank(MPI.COMM_WORLD)
+    workers.rank_main(MPI.COMM_WORLD)
 else:
     module.preprocess(sys.argv[1:2], *sys.argv[2:4], progress=lambda *x: seen.append(x), comm=MPI.COMM_WORLD)
     print(json.dumps(seen))

@@ -14,8 +14,8 @@ import pytest
 
 from megallama.data.errors import DataError
 from megallama.text import preprocess as module
-from megallama.text.parts import WorkFolder
 from megallama.text.preprocess import preprocess
+from megallama.text.shards import WorkFolder
 from tests.words import text_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""Whole runs on files: the ledger in log, metrics and checkpoint; named held-out sets; caps; what resuming refuses."""
+"""Whole runs on files: consumption in log, metrics and checkpoint; named held-out sets; caps; what resuming refuses."""
 
 from __future__ import annotations
 

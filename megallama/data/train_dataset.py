@@ -1,4 +1,4 @@
-"""What a run takes from each source: told, kept in every checkpoint, held against the configuration on resuming.
+"""What a run takes from each source: reported, kept in every checkpoint, held against the configuration on resuming.
 
 The order of the samples is a function of the files, the seed, the sample length and the weights of every step so far.
 A checkpoint records them all; a run that would go on with others is refused with what to write instead.
@@ -24,7 +24,7 @@ ANEW = "begin another run from these weights with checkpoint.weights_from and a 
 
 
 class TrainData:
-    """The training sources, read in the order of their mixture, and the account of what was read."""
+    """The training sources, read in the order of their mixture, and what was consumed."""
 
     def __init__(self, config: DataConfig, sources: Sequence[Source], batch: BatchPlan) -> None:
         self.sources, self._config, self._batch = tuple(sources), config, batch
@@ -42,11 +42,11 @@ class TrainData:
         tokens = np.concatenate([part.tokens for part in parts])
         return Samples(tokens[row], np.concatenate(starts)[row] if starts else None)
 
-    def account(self, samples: int) -> dict[str, dict[str, float]]:
+    def consumption(self, samples: int) -> dict[str, dict[str, float]]:
         """What the first `samples` samples took: source name -> {"samples", "tokens", "epochs"}."""
         counts = self.mixture.counts(samples)
         return {
-            name: {"samples": n, "tokens": n * source.seq_length, "epochs": n / source.num_windows}
+            name: {"samples": n, "tokens": n * source.seq_length, "epochs": n / source.num_sequences}
             for name, source, n in zip(self.mixture.names, self.sources, counts, strict=True)
         }
 
@@ -55,19 +55,19 @@ class TrainData:
 
         Raises: DataError if that is not all of them and data.on_exhausted is "error", or it is none.
         """
-        limits = limits_of(self._config.train, [source.num_windows for source in self.sources])
+        limits = limits_of(self._config.train, [source.num_sequences for source in self.sources])
         past = self.mixture.first_step_past(limits, steps, self._samples_after)
         if past is None:
             return steps, ""
         counts = self.mixture.counts(self._samples_after(past))
         which = next(i for i, limit in enumerate(limits) if limit is not None and counts[i] > limit)
-        source, epochs = self._config.train[which], counts[which] / self.sources[which].num_windows
+        source, epochs = self._config.train[which], counts[which] / self.sources[which].num_sequences
         why = (
             f"step {past} would take source {literal(source.label)} to {counted(f'{epochs:.4g}', 'epoch')}, "
             f"over max_epochs={source.max_epochs:g}"
         )
         if self._config.on_exhausted == "error" or past == 1:
-            total = self.mixture.counts(self._samples_after(steps))[which] / self.sources[which].num_windows
+            total = self.mixture.counts(self._samples_after(steps))[which] / self.sources[which].num_sequences
             fewer = f'train.steps={past - 1}, data.on_exhausted="stop", ' if past > 1 else ""
             raise DataError(
                 f"{why} (all of train.steps={steps}: {total:.4g}); use {fewer}a larger max_epochs, or a smaller weight "
@@ -79,7 +79,7 @@ class TrainData:
 
     def state(self, samples: int) -> dict[str, Any]:
         """What a checkpoint after `samples` samples keeps, for `resume`."""
-        named = zip(self.account(samples).items(), self.sources, self._identities, strict=True)
+        named = zip(self.consumption(samples).items(), self.sources, self._identities, strict=True)
         return {
             "sources": [
                 {"name": name, "path": source.dataset.prefix, **used, "identity": identity}
@@ -110,12 +110,12 @@ class TrainData:
         self._done, self._consumed = step, samples
         later = [p for p in phases_of(self._config, self._samples_after) if p.step > step]
         self.mixture = Mixture(self.mixture.names, [*past, *later])
-        account = self.account(samples)
+        used = self.consumption(samples)
         for old in saved["sources"]:
-            if old["samples"] and (given := account[old["name"]]["samples"]) != old["samples"]:
+            if old["samples"] and (gives := used[old["name"]]["samples"]) != old["samples"]:
                 raise DataError(
                     f"the checkpoint of step {step} says that source {literal(old['name'])} gave {old['samples']} "
-                    f"samples, its weights give {given}: another version of this program wrote it; {ANEW}"
+                    f"samples, its weights give {gives}: another version of this program wrote it; {ANEW}"
                 )
 
     def _samples_after(self, steps: int) -> int:
@@ -141,14 +141,14 @@ class TrainData:
 
     def _check_weights(self, past: Sequence[Phase], step: int) -> None:
         """That the configuration gives the steps that were made the weights they were made with."""
-        given = [p for p in self.mixture.phases if p.step <= max(step, 1)]
-        if [(p.step, _used(p)) for p in given] == [(p.step, _used(p)) for p in past]:
+        present = [p for p in self.mixture.phases if p.step <= max(step, 1)]
+        if [(p.step, _used(p)) for p in present] == [(p.step, _used(p)) for p in past]:
             return
-        new = [] if _used(given[-1]) == _used(past[-1]) else [Phase(step + 1, 0, given[-1].weights)]
+        new = [] if _used(present[-1]) == _used(past[-1]) else [Phase(step + 1, 0, present[-1].weights)]
         phases = [*past, *new, *(p for p in self.mixture.phases if p.step > step)]
         first, *then = ({name: p.weights.get(name, 0.0) for name in self.mixture.names} for p in phases)
         changes = [{"step": p.step, "weights": weights} for p, weights in zip(phases[1:], then, strict=True)]
-        were, now = (", ".join(f"{literal(_used(p))} from step {p.step}" for p in told) for told in (past, given))
+        were, now = (", ".join(f"{literal(_used(p))} from step {p.step}" for p in made) for made in (past, present))
         raise DataError(
             "the weights of data.train and data.mixture_schedule are not those of "
             f"the {counted(step, 'step')} that were made: they were {were}, now they say {now}. What is past cannot "

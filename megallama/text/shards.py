@@ -4,10 +4,10 @@ PREFIX.parts/DIGEST/ holds, for every process of every start of the same command
 
     NAME.tokens      token ids of the process's finished jobs, and perhaps of one unfinished one
     NAME.documents   int32 [n, 2] of the same documents: tokens, bytes of text
-    NAME.journal     one line of JSON per finished job (`Part`), written after the job's tokens and documents
+    NAME.journal     one line of JSON per finished job (`TextShard`), written after the job's tokens and documents
 
 DIGEST is that of everything the tokens follow from, so pieces of another input, tokenizer or option never mix in.  Each
-file has one writer and only grows.  A part is read with its checksums: what a power failure left half-written is found.
+file has one writer and only grows.  A shard is read with its checksums: what a power failure left incomplete is found.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_EXAMPLES = 20  # bad records described one by one; all are counted
 
 
 @dataclass
-class Part:
+class TextShard:
     """What became of one job: where its documents lie, and the records it skipped."""
 
     job: int
@@ -73,7 +73,7 @@ class Part:
             self.examples.append((record.file, record.line, record.origin, str(error)))
 
 
-class PartWriter:
+class ShardWriter:
     """The three files of one process. `sync`: other nodes read them, so they must leave this one after every job."""
 
     def __init__(self, folder: Path, name: str, *, sync: bool) -> None:
@@ -83,36 +83,36 @@ class PartWriter:
             open(folder / f"{name}.{kind}", "xb", buffering=1 << 18) for kind in kinds
         )
 
-    def begin(self, job: int) -> Part:
-        """Start the part of a job; what an abandoned one wrote stays and is never read."""
-        self.part = Part(job, self.name, self._tokens.tell(), self._documents.tell())
-        return self.part
+    def begin(self, job: int) -> TextShard:
+        """Start the shard of a job; what an abandoned one wrote stays and is never read."""
+        self.shard = TextShard(job, self.name, self._tokens.tell(), self._documents.tell())
+        return self.shard
 
     def add(self, tokens: np.ndarray, rows: np.ndarray) -> None:
-        """Append documents to the part: tokens [T] back to back, rows int32 [n, 2] (tokens, bytes of text)."""
+        """Append documents to the shard: tokens [T] back to back, rows int32 [n, 2] (tokens, bytes of text)."""
         for i, (file, array) in enumerate(((self._tokens, tokens), (self._documents, rows))):
             data = array.tobytes()
             file.write(data)
-            self.part.checksums[i] = crc32(data, self.part.checksums[i])
-        self.part.documents += len(rows)
-        self.part.token_bytes += tokens.nbytes
+            self.shard.checksums[i] = crc32(data, self.shard.checksums[i])
+        self.shard.documents += len(rows)
+        self.shard.token_bytes += tokens.nbytes
 
-    def end(self) -> Part:
-        """Finish the part: only with its line in the journal does it exist."""
-        line = json.dumps(vars(self.part)).encode() + b"\n"
+    def end(self) -> TextShard:
+        """Finish the shard: only with its line in the journal does it exist."""
+        line = json.dumps(vars(self.shard)).encode() + b"\n"
         for file, rest in ((self._tokens, b""), (self._documents, b""), (self._journal, line)):
             file.write(rest)
             file.flush()
             if self._sync:
                 os.fsync(file.fileno())
-        return self.part
+        return self.shard
 
 
 class WorkFolder:
     """PREFIX.parts while a run uses it: locked, so that no second run writes the same output.
 
     `origin`: everything the tokens follow from.  Leaving the `with` block normally removes the folder, and so does an
-    error before any part was finished; else it stays for the next start.
+    error before any shard was finished; else it stays for the next start.
     """
 
     def __init__(self, prefix: str, origin: Mapping[str, Any]) -> None:
@@ -129,8 +129,8 @@ class WorkFolder:
         self._journals = sorted(self.path.glob("*.journal"))
         self.start = 1 + max((int(p.stem.split("-")[0]) for p in self._journals), default=-1)
 
-    def finished(self) -> dict[int, Part]:
-        """The parts that earlier starts of the same command finished, by job; a line cut off by a kill is none.
+    def finished(self) -> dict[int, TextShard]:
+        """The shards that earlier starts of the same command finished, by job; a line cut off by a kill is none.
 
         What could not be read then is tried again, and so is what an earlier version skipped: this one reads more.
         """
@@ -140,18 +140,18 @@ class WorkFolder:
             sizes = [file.stat().st_size if file.exists() else 0 for file in files]
             for line in path.read_bytes().split(b"\n")[:-1]:
                 try:
-                    part = Part(**json.loads(line))
+                    shard = TextShard(**json.loads(line))
                 except (ValueError, TypeError):  # after a power failure a line may be anything
                     continue
-                if part.faults or (part.skipped and not part.counts):
+                if shard.faults or (shard.skipped and not shard.counts):
                     continue
-                ends = (part.token_bytes_at + part.token_bytes, part.document_bytes_at + 8 * part.documents)
+                ends = (shard.token_bytes_at + shard.token_bytes, shard.document_bytes_at + 8 * shard.documents)
                 if all(end <= size for end, size in zip(ends, sizes, strict=True)):
-                    found[part.job] = part
+                    found[shard.job] = shard
         return found
 
-    def read(self, part: Part, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The documents of a part, in pieces of about SPAN bytes: tokens [T], rows int32 [n, 2].
+    def read(self, shard: TextShard, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The documents of a shard, in pieces of about SPAN bytes: tokens [T], rows int32 [n, 2].
 
         Raises: DataError at the end if the content is not what was written.
         """
@@ -161,20 +161,20 @@ class WorkFolder:
             data = file.read(count * kind.itemsize)
             sums[which] = crc32(data, sums[which])
             if len(data) != count * kind.itemsize:
-                raise DataError(f"{self.path}/{part.name} is cut off; delete {self._root} and start again")
+                raise DataError(f"{self.path}/{shard.name} is cut off; delete {self._root} and start again")
             return np.frombuffer(data, kind)
 
-        name = self.path / part.name
+        name = self.path / shard.name
         with open(f"{name}.tokens", "rb") as tokens, open(f"{name}.documents", "rb") as documents:
-            tokens.seek(part.token_bytes_at)
-            documents.seek(part.document_bytes_at)
-            for first in range(0, part.documents, ROWS):
-                rows = take(documents, np.dtype("<i4"), 2 * min(ROWS, part.documents - first), 1).reshape(-1, 2)
+            tokens.seek(shard.token_bytes_at)
+            documents.seek(shard.document_bytes_at)
+            for first in range(0, shard.documents, ROWS):
+                rows = take(documents, np.dtype("<i4"), 2 * min(ROWS, shard.documents - first), 1).reshape(-1, 2)
                 ends = np.cumsum(rows[:, 0], dtype=np.int64) * dtype.itemsize
                 for piece in np.split(rows, np.flatnonzero(np.diff(ends // SPAN)) + 1):
                     yield take(tokens, dtype, int(piece[:, 0].sum(dtype=np.int64)), 0), piece
-        if sums != part.checksums:
-            raise DataError(f"{self.path}/{part.name} is damaged; delete {self._root} and start again")
+        if sums != shard.checksums:
+            raise DataError(f"{self.path}/{shard.name} is damaged; delete {self._root} and start again")
 
     def __enter__(self) -> WorkFolder:
         return self
@@ -186,11 +186,11 @@ class WorkFolder:
 
 
 def begun(folder: Path) -> bool:
-    """Whether an earlier start finished a part that lies anywhere below a folder."""
+    """Whether an earlier start finished a shard that lies anywhere below a folder."""
     return any(path.stat().st_size for path in folder.rglob("*.journal"))
 
 
 def folder_of(prefix: str, origin: Mapping[str, Any]) -> Path:
-    """Where the parts of this output lie that are made from this origin."""
+    """Where the shards of this output lie that are made from this origin."""
     digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
     return Path(prefix + ".parts") / digest[:16]

@@ -11,26 +11,26 @@ from typing import Any
 from megallama.data.errors import DataError
 
 
-def read_facts(prefix: str) -> dict[str, Any]:
+def read_metadata(prefix: str) -> dict[str, Any]:
     """What preprocessing recorded in PREFIX.json; {} where there is no such file (a corpus of another tool)."""
     path = Path(prefix + ".json")
     if not path.is_file():
         return {}
     try:
-        facts = json.loads(path.read_text("utf-8"))
+        metadata = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); preprocess the text again, or delete this file") from error
-    if not isinstance(facts, dict):
+    if not isinstance(metadata, dict):
         raise DataError(f"{path} is damaged (it holds no object); preprocess the text again, or delete this file")
     for key in ("documents", "tokens", "bytes", "vocab_size"):
-        if key in facts and (type(facts[key]) is not int or facts[key] < 0):
-            raise DataError(f"{path} is damaged ({key} is {facts[key]!r}); preprocess the text again, or delete it")
-    return facts
+        if key in metadata and (type(metadata[key]) is not int or metadata[key] < 0):
+            raise DataError(f"{path} is damaged ({key} is {metadata[key]!r}); preprocess the text again, or delete it")
+    return metadata
 
 
-def write_facts(prefix: str, facts: Mapping[str, Any]) -> None:
+def write_metadata(prefix: str, metadata: Mapping[str, Any]) -> None:
     """Write PREFIX.json, as `write_whole` does."""
-    write_whole(Path(prefix + ".json"), json.dumps(facts, indent=2).encode() + b"\n")
+    write_whole(Path(prefix + ".json"), json.dumps(metadata, indent=2).encode() + b"\n")
 
 
 def write_whole(path: Path, data: bytes) -> None:

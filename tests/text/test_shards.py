@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megallama.data.errors import DataError
-from megallama.text import parts as module
+from megallama.text import shards as module
 from megallama.text.documents import BadRecord, Record
-from megallama.text.parts import PartWriter, WorkFolder
+from megallama.text.shards import ShardWriter, WorkFolder
 
 JOBS = st.lists(st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=5), min_size=1, max_size=4)
 U16 = np.dtype("<u2")
@@ -20,7 +20,7 @@ U16 = np.dtype("<u2")
 
 def write(folder: Path, name: str, jobs: list[list[list[list[int]]]], *, sync: bool = False) -> None:
     """Jobs of blocks of documents, each document's size in bytes ten times that in tokens."""
-    writer = PartWriter(folder, name, sync=sync)
+    writer = ShardWriter(folder, name, sync=sync)
     for number, job in enumerate(jobs):
         part = writer.begin(number)
         for block in job:
