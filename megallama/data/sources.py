@@ -96,14 +96,14 @@ def _open(path: str, config: Config, tokenizer: Tokenizer | None) -> IndexedData
     largest = max(dataset.largest_token(), int(metadata.get("vocab_size", 0)) - 1)
     if largest >= vocab_size:
         raise DataError(
-            f"{dataset.prefix} was made with a vocabulary of at least {largest + 1} ids but model.vocab_size={vocab_size}; "
-            f"write model.vocab_size={metadata.get('vocab_size', largest + 1)} (the size of its tokenizer) or more, or "
-            "preprocess the text again"
+            f"{dataset.prefix} was made with a vocabulary of at least {largest + 1} ids but model.vocab_size="
+            f"{vocab_size}; write model.vocab_size={metadata.get('vocab_size', largest + 1)} (the size of its "
+            "tokenizer) or more, or preprocess the text again"
         )
     made_with = metadata.get("tokenizer_sha256")
     if tokenizer and made_with and made_with != sha256_of(tokenizer.path):
         raise DataError(
-            f"{dataset.prefix} was made with another tokenizer ({metadata.get('tokenizer')}, sha256 {made_with[:12]}...)"
-            f" than data.tokenizer={tokenizer.path}; name that one, or preprocess the text again"
+            f"{dataset.prefix} was made with another tokenizer ({metadata.get('tokenizer')}, sha256 {made_with[:12]}"
+            f"...) than data.tokenizer={tokenizer.path}; name that one, or preprocess the text again"
         )
     return dataset

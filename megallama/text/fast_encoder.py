@@ -13,7 +13,7 @@ import functools
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,7 @@ class FastTokenizer:
         self.encode, self.decode, self.id_of = reference.encode, reference.decode, reference.id_of
         self._make: Callable[[], Callable[[str], np.ndarray]] | None = None
         self._encode: Callable[[str], np.ndarray] | None = None
+        self._splits_words = not isinstance(reference, SentencePieceTokenizer)  # by an expression, that is
         self._resident = self._since_check = 0
 
     @functools.cached_property
@@ -68,10 +69,13 @@ class FastTokenizer:
             content, doubtful = _as_json(self.reference)
             self._doubtful = np.zeros(self.vocab_size, bool)
             self._doubtful[list(doubtful)] = True
-            self._unassigned = None if isinstance(self.reference, SentencePieceTokenizer) else _Unassigned()
+            version = unicodedata.unidata_version
+            if self._splits_words and int(version.split(".")[0]) > NEWEST_UNICODE:
+                raise ValueError(f"this Python has Unicode {version}, which `tokenizers` does not know yet")
             self._make = lambda: gigatoken.Tokenizer.from_json(content).encode
             self._afresh()
-            for text in self._proof():
+            pieces = [self.reference.decode([i]) for i in range(0, self.vocab_size, -(-self.vocab_size // PIECES))]
+            for text in (*PROBES, " ".join(pieces), "".join(pieces)):
                 if self._arrays([text])[0].tolist() != self.reference.encode(text):
                     raise ValueError(f"it encodes {text[:40]!r} differently")
             return f"gigatoken, proven equal to {self.reference.encoder}"
@@ -94,13 +98,14 @@ class FastTokenizer:
             rows.append(self._encode(text))  # type: ignore[misc]
             self._since_check += len(text)
             if self._since_check >= CHECK_EVERY:
-                self._bound_memory()
+                self._since_check = 0
+                if _resident_bytes() - self._resident > CACHE_BYTES:
+                    self._afresh()
         tokens, lengths = join(rows)
         again = np.searchsorted(np.cumsum(lengths), np.flatnonzero(self._doubtful[tokens]), "right")
-        if self._unassigned is not None:
-            wide = [i for i, text in enumerate(texts) if not text.isascii()]
+        if self._splits_words and (wide := [i for i, text in enumerate(texts) if not text.isascii()]):
             characters = np.frombuffer("".join(texts[i] for i in wide).encode("utf-32-le"), "<u4")
-            ends, found = np.cumsum([len(texts[i]) for i in wide]), np.flatnonzero(self._unassigned(characters))
+            ends, found = np.cumsum([len(texts[i]) for i in wide]), np.flatnonzero(_unassigned()[characters])
             again = np.append(again, np.array(wide, np.int64)[np.searchsorted(ends, found, "right")])
         if not again.size:
             return tokens, lengths
@@ -108,38 +113,18 @@ class FastTokenizer:
             rows[i] = np.array(self.reference.encode(texts[i]), np.uint32)
         return join(rows)
 
-    def _proof(self) -> Iterator[str]:
-        step = -(-self.vocab_size // PIECES)
-        pieces = [self.reference.decode([i]) for i in range(0, self.vocab_size, step)]
-        return iter((*PROBES, " ".join(pieces), "".join(pieces)))
-
     def _afresh(self) -> None:
         self._encode = None  # frees the old one first
         self._encode = self._make() if self._make else None
-        self._resident, self._since_check = _resident_bytes(), 0
-
-    def _bound_memory(self) -> None:
-        self._since_check = 0
-        if _resident_bytes() - self._resident > CACHE_BYTES:
-            self._afresh()
+        self._resident = _resident_bytes()
 
 
-class _Unassigned:
-    """Which characters are none of this Python's Unicode, or of its private planes; asked block by block of 256."""
-
-    def __init__(self) -> None:
-        if int(unicodedata.unidata_version.split(".")[0]) > NEWEST_UNICODE:
-            version = unicodedata.unidata_version
-            raise ValueError(f"this Python has Unicode {version}, which `tokenizers` does not know yet")
-        self._table, self._seen = np.zeros((0x1100, 256), bool), np.zeros(0x1100, bool)
-
-    def __call__(self, characters: np.ndarray) -> np.ndarray:
-        """bool [n] for code points uint32 [n]."""
-        for block in np.flatnonzero((np.bincount(characters >> 8, minlength=0x1100) > 0) & ~self._seen).tolist():
-            self._seen[block] = True
-            unused = ("Cn", "Co") if block >= 0xF00 else ("Cn",)
-            self._table[block] = [unicodedata.category(chr(256 * block + i)) in unused for i in range(256)]
-        return self._table.reshape(-1)[characters]
+@functools.cache
+def _unassigned() -> np.ndarray:
+    """Which code points are none of this Python's Unicode, or of its private planes (the last two); bool [0x110000]."""
+    table = np.ones(0x110000, bool)
+    table[:0xF0000] = np.fromiter((unicodedata.category(chr(c)) == "Cn" for c in range(0xF0000)), bool, 0xF0000)
+    return table
 
 
 def _resident_bytes() -> int:
