@@ -37,8 +37,8 @@ def phases_of(config: DataConfig, samples_after: Callable[[int], int]) -> tuple[
 
 def limits_of(sources: Sequence[SourceConfig], sequences: Sequence[int]) -> list[int | None]:
     """Most samples that max_epochs allows of each source; sequences: its samples of one epoch."""
-    caps = [None if source.max_epochs is None else Fraction(str(source.max_epochs)) for source in sources]
-    return [None if cap is None else int(cap * count) for cap, count in zip(caps, sequences, strict=True)]
+    caps = zip((source.max_epochs for source in sources), sequences, strict=True)
+    return [None if epochs is None else int(Fraction(str(epochs)) * count) for epochs, count in caps]
 
 
 class Mixture:

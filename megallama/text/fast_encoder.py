@@ -55,7 +55,6 @@ class FastTokenizer:
         self.reference, self.path, self.vocab_size = reference, reference.path, reference.vocab_size
         self.bos_id, self.eos_id, self.control_ids = reference.bos_id, reference.eos_id, reference.control_ids
         self.encode, self.decode, self.id_of = reference.encode, reference.decode, reference.id_of
-        self._make: Callable[[], Callable[[str], np.ndarray]] | None = None
         self._encode: Callable[[str], np.ndarray] | None = None
         self._splits_words = not isinstance(reference, SentencePieceTokenizer)  # by an expression, that is
         self._resident = self._since_check = 0
@@ -67,12 +66,12 @@ class FastTokenizer:
             import gigatoken
 
             content, doubtful = _as_json(self.reference)
+            self._make = functools.partial(gigatoken.Tokenizer.from_json, content)
             self._doubtful = np.zeros(self.vocab_size, bool)
             self._doubtful[list(doubtful)] = True
             version = unicodedata.unidata_version
             if self._splits_words and int(version.split(".")[0]) > NEWEST_UNICODE:
                 raise ValueError(f"this Python has Unicode {version}, which `tokenizers` does not know yet")
-            self._make = lambda: gigatoken.Tokenizer.from_json(content).encode
             self._afresh()
             pieces = [self.reference.decode([i]) for i in range(0, self.vocab_size, -(-self.vocab_size // PIECES))]
             for text in (*PROBES, " ".join(pieces), "".join(pieces)):
@@ -115,7 +114,7 @@ class FastTokenizer:
 
     def _afresh(self) -> None:
         self._encode = None  # frees the old one first
-        self._encode = self._make() if self._make else None
+        self._encode = self._make().encode
         self._resident = _resident_bytes()
 
 

@@ -55,22 +55,18 @@ class TextShard:
         """The text of a record and its size in bytes; None for a bad one, which is noted."""
         try:
             text, size, changed = parse(record, json_key)
+            self.counts.setdefault(record.file, [0, 0, 0])[0] += 1
+            self.changed.update([changed] if changed else [])
+            return text, size
         except BadRecord as error:
             if record.whole:
                 self.faults.setdefault(record.file, str(error))
-            else:
-                self.skip(record, error)
+                return None
+            self.skipped[error.kind] += 1
+            self.counts.setdefault(record.file, [0, 0, 0])[1 + (error.kind == EMPTY)] += 1
+            if len(self.examples) < MAX_EXAMPLES:
+                self.examples.append((record.file, record.line, record.origin, str(error)))
             return None
-        self.counts.setdefault(record.file, [0, 0, 0])[0] += 1
-        self.changed.update([changed] if changed else [])
-        return text, size
-
-    def skip(self, record: Record, error: BadRecord) -> None:
-        """Note a bad record."""
-        self.skipped[error.kind] += 1
-        self.counts.setdefault(record.file, [0, 0, 0])[1 + (error.kind == EMPTY)] += 1
-        if len(self.examples) < MAX_EXAMPLES:
-            self.examples.append((record.file, record.line, record.origin, str(error)))
 
 
 class ShardWriter:
@@ -127,7 +123,7 @@ class WorkFolder:
         except OSError:  # a file system without locks
             pass
         self._journals = sorted(self.path.glob("*.journal"))
-        self.start = 1 + max((int(p.stem.split("-")[0]) for p in self._journals), default=-1)
+        self.start = 1 + max((int(path.stem.split("-")[0]) for path in self._journals), default=-1)
 
     def finished(self) -> dict[int, TextShard]:
         """The shards that earlier starts of the same command finished, by job; a line cut off by a kill is none.
