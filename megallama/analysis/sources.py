@@ -29,7 +29,7 @@ class SourceShare:
 
 
 def size_of(source: SourceConfig, config: Config) -> tuple[int, int, bool]:
-    """Windows and tokens of one epoch, and whether the files say so. Raises: ConfigError if nothing tells."""
+    """Sequences and tokens of one epoch, and whether the files say so. Raises: ConfigError if nothing tells."""
     seq_length = config.batch.seq_length
     if Path(source.path.removesuffix(".bin").removesuffix(".idx") + ".idx").exists():
         opened = Source(IndexedDataset(source.path), seq_length, 0, documents=source.documents)
@@ -53,12 +53,12 @@ def source_shares(config: Config) -> tuple[list[SourceShare], list[int]]:
     sizes = [size_of(source, config) for source in sources]
     mixture = Mixture([source.label for source in sources], phases)
     counts, rows = mixture.counts(batch.samples_after(steps)), []
-    limits = limits_of(sources, [windows for windows, _, _ in sizes])
-    for i, (source, (windows, tokens, measured)) in enumerate(zip(sources, sizes, strict=True)):
+    limits = limits_of(sources, [sequences for sequences, _, _ in sizes])
+    for i, (source, (sequences, tokens, measured)) in enumerate(zip(sources, sizes, strict=True)):
         shares = tuple(p.weights[source.label] / sum(p.weights.values()) for p in phases)
         alone = [limit if j == i else None for j, limit in enumerate(limits)]
         past = mixture.first_step_past(alone, steps, batch.samples_after)
-        used, epochs = counts[i] * config.batch.seq_length, counts[i] / windows
+        used, epochs = counts[i] * config.batch.seq_length, counts[i] / sequences
         last = None if past is None else past - 1
         rows.append(SourceShare(source.label, tokens, measured, shares, used, epochs, source.max_epochs, last))
     return rows, [p.step for p in phases]

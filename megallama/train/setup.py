@@ -21,8 +21,8 @@ from megallama.config.rules import check, remaining
 from megallama.config.schema import Config
 from megallama.config.usual import unusual
 from megallama.config.words import counted
-from megallama.data.train_dataset import TrainData
 from megallama.data.sources import Data, open_sources
+from megallama.data.train_dataset import TrainData
 from megallama.kernels.select import Kernels
 from megallama.plan.plan import Plan
 from megallama.train.assemble import DTYPES, Worker, assemble, initialize, kernels_of, same_kernels
