@@ -296,7 +296,7 @@ def test_metadata_that_the_disk_does_not_take_is_named_and_leaves_the_old(
     def full(*args: object, **named: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(DataError, match=r"cannot write .*a\.json: No space left on device"):
         write_metadata(str(tmp_path / "a"), {"documents": 2})
     assert (tmp_path / "a.json").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.json"]
