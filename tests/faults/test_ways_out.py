@@ -18,7 +18,7 @@ from megallama.pretrain import main
 from megallama.train.step import RankStatus, StepConsensus
 from tests.faults.test_bad_input import GOOD
 from tests.pool import Pool
-from tests.train.test_trainer import sections
+from tests.train.test_loop import sections
 
 QUIET = [*GOOD, "precision.dtype=fp32", "log.tensorboard=false"]
 

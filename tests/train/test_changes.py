@@ -12,7 +12,7 @@ from tests.faults.test_bad_input import GOOD
 from tests.pool import Pool
 from tests.small import small_config
 from tests.train.runs import curve
-from tests.train.test_trainer import RUN, sections
+from tests.train.test_loop import RUN, sections
 
 QUIET = [*GOOD, "log.tensorboard=false", "lr_schedule.kind=cosine"]
 
