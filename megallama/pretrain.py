@@ -116,7 +116,7 @@ def load(file: Path | None, overrides: Sequence[str], ranks: int, note: Callable
 
 
 def _cannot_take_part(problem: Exception, launch: Launch, signals: SignalFlag) -> None:
-    """Tell the other ranks, which would wait. A problem that rank 0 has too is `shared`: rank 0 says it."""
+    """Tell the other ranks, which would wait. What rank 0 has too is `shared`: it says it."""
     from megallama.comm.errors import LaunchError
     from megallama.comm.launch import start
     from megallama.config.errors import MegallamaError

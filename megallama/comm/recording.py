@@ -52,7 +52,7 @@ class Wrapped:
 
 @dataclass
 class TimedCall:
-    """When one operation was called and waited for, as readings of the tape's clock; None outside traced steps."""
+    """When an operation was called and waited for, by the tape's clock; None outside a step."""
 
     axis: str
     op: str
@@ -72,7 +72,7 @@ class Tape:
 
 
 class Timed(Wrapped):
-    """Passes every operation on to `inner`; while the tape has a clock, notes when it was started and waited for."""
+    """While the tape has a clock, notes when operations were started and waited for."""
 
     def __init__(self, inner: Group, tape: Tape) -> None:
         super().__init__(inner)

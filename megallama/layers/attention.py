@@ -21,7 +21,7 @@ from megallama.kernels.rope import ApplyRope
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the tokens of a micro-batch stand: how far heads are rotated, and which tokens may see each other."""
+    """How far the heads of each token are rotated, and which tokens may see each other."""
 
     cos: Tensor  # [s, 1, d/2], or [b, s, 1, d/2] where positions begin at each document
     sin: Tensor
@@ -51,7 +51,7 @@ class RotaryAttention:
         return Positions(tables.cos[documents.positions], tables.sin[documents.positions], documents)
 
     def heads(self, qkv: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries, rotated keys and values, [b, s, heads, d], of a packed tensor, which may be overwritten."""
+        """Rotated queries and keys, values [b, s, heads, d] of `qkv`, which may be overwritten."""
         queries, keys, values = _RopeSplit.apply(qkv, self, positions)
         return queries, keys, values
 

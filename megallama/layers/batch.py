@@ -1,4 +1,4 @@
-"""A micro-batch: what one forward pass of one model replica consumes, from the loader to the stages."""
+"""A micro-batch: what one forward pass of one model replica consumes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class MicroBatch:
 
     @classmethod
     def of(cls, ids: np.ndarray, starts: np.ndarray | None, real: Sequence[bool] | None = None) -> MicroBatch:
-        """Of b samples of s + 1 ids, and where documents start; rows whose `real` is False are padding: not counted."""
+        """Of b samples of s + 1 ids; rows whose `real` is False are padding and count nothing."""
         tokens, labels = (torch.from_numpy(x.astype(np.int64)) for x in (ids[:, :-1], ids[:, 1:]))
         mask = documents = None
         if real is not None and not all(real):

@@ -50,7 +50,7 @@ class _Embed(Function):
         rows, held = ctx.saved_tensors
         full, handle = layer.tp.all_gather_sequence(grads[0])
         handle.wait()
-        if layer.tp.group.size > 1:  # zeros for rows of others: picking rows would wait for the device
+        if layer.tp.group.size > 1:  # picking rows instead would wait for the device
             full = full.masked_fill(~held.unsqueeze(1), 0)
         layer.param.add_rows(rows, full)
         return None, None, None

@@ -43,19 +43,19 @@ class TensorParallel:
 
     group: Group
     sequence_parallel: bool
-    overlap: bool  # collectives run under GEMMs; off, each is waited for at once; the results are the same bits
+    overlap: bool  # collectives run under GEMMs; off, each is awaited at once: the same bits
     keep: bool  # keep the operands of weight gradients instead of making them again
-    chunks: int = 1  # pieces of a forward; which they are depends on nothing else, and so do the bits of the result
+    chunks: int = 1  # pieces of a forward; bits depend on them
 
     def all_gather_sequence(self, shard: Tensor) -> tuple[Tensor, Handle]:
-        """[T/t, a] of every rank as [T, a], started; without sequence parallelism rows are whole already."""
+        """[T/t, a] of every rank as [T, a], started; whole already without sequence parallelism."""
         if not self.sequence_parallel or self.group.size == 1:
             return shard, Done()
         full = shard.new_empty(shard.shape[0] * self.group.size, *shard.shape[1:])
         return full, self._started(self.group.all_gather(full, shard.contiguous()))
 
     def reduce_scatter_sequence(self, partial: Tensor) -> tuple[Tensor, Handle]:
-        """The sum over ranks of [T, a], started: this rank's rows [T/t, a]; all rows without sequence parallelism."""
+        """The sum over ranks of [T, a], started: rows [T/t, a], or all without sequence parallelism."""
         if self.group.size == 1:
             return partial, Done()
         if not self.sequence_parallel:
@@ -64,7 +64,7 @@ class TensorParallel:
         return shard, self._started(self.group.reduce_scatter(shard, partial))
 
     def pieces(self, tokens: int) -> int:
-        """Into how many a forward over all `tokens` is cut: whole if they do not divide (never in training)."""
+        """Into how many a forward is cut: 1 if `tokens` do not divide (never in training)."""
         return self.chunks if self.group.size > 1 and tokens % (self._blocks * self.chunks) == 0 else 1
 
     def piece(self, x: Tensor, number: int, of: int) -> Tensor:

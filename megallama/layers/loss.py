@@ -58,16 +58,16 @@ class LossHead:
         return out
 
     def chunk(self, hidden: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Losses [c] of hidden rows [c, h], and the gradient of the logits [c, V/t] if `scale` [c] is given."""
+        """Losses [c] of rows [c, h], and with `scale` [c] the gradient of the logits [c, V/t]."""
         logits = self.param.fprop(hidden)
         local = logits[:, : self.valid]
         acc_dtype = accumulate_dtype(logits.dtype)
         index = labels - self.first
         held = (index >= 0) & (index < self.valid)
         index = index.clamp_(0, max(0, self.valid - 1)).unsqueeze(1)
-        local_log_sum = logits.new_full((len(labels),), -torch.inf, dtype=acc_dtype)  # of the exponentials held here
+        local_log_sum = logits.new_full((len(labels),), -torch.inf, dtype=acc_dtype)
         stats = torch.zeros(2, len(labels), dtype=acc_dtype, device=logits.device)
-        alone = self.tp.group.size == 1  # then the softmax held here is the whole one: one pass less over the logits
+        alone = self.tp.group.size == 1  # the softmax is whole: one pass less over the logits
         if self.valid:
             for rows in _blocks(local):
                 part = scale[rows] if scale is not None and alone else None
@@ -88,7 +88,7 @@ class LossHead:
 
 
 def _multiply_rows(matrix: Tensor, factors: Tensor) -> None:
-    """matrix [r, v] times factors [r], in the format of the factors, in place and a few rows at a time."""
+    """matrix [r, v] times factors [r], in their format, in place, a few rows at a time."""
     for rows in [slice(None)] if matrix.is_cuda else _blocks(matrix):
         matrix[rows] = matrix[rows].to(factors.dtype).mul_(factors[rows].unsqueeze(1))
 

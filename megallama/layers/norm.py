@@ -13,7 +13,7 @@ from megallama.layers.param import Param
 
 
 class RMSNorm:
-    """x / rms(x) * weight. Nothing is kept: result and statistics can be made again from the input."""
+    """x / rms(x) * weight. Nothing is kept: all of it can be made again from the input."""
 
     def __init__(self, param: Param, eps: float, pointwise: PointwiseOps) -> None:
         self.param = param

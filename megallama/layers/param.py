@@ -40,7 +40,7 @@ class Gather:
 
 @dataclass
 class WeightGradQueue:
-    """Weight gradients put off: between `begin` and `end` GEMMs are queued, and `run` computes those of a micro-batch.
+    """Weight gradients put off: `begin` to `end` queues GEMMs, `run` computes a micro-batch's.
 
     A schedule that splits the backward (zero bubble) runs the input-gradient half between them.
     The queue keeps the two operands of every GEMM alive.
@@ -73,7 +73,7 @@ class Param:
         self.spec = spec
         self.data = weight
         self.main_grad = main_grad
-        self.overwrite = True  # main_grad holds nothing of this step yet: the first contribution overwrites
+        self.overwrite = True  # main_grad holds nothing of this step yet
         self.on_grad_done: Callable[[Param], None] | None = None
         self._gather = gather
         self._queue = queue

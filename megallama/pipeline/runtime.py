@@ -22,7 +22,7 @@ from megallama.layers.batch import MicroBatch
 from megallama.layers.param import WeightGradQueue
 from megallama.plan.schedule import Action, Kind, Schedule
 
-StageCall = Callable[[Tensor | None, MicroBatch], Tensor]  # hidden states and micro-batch -> hidden states or loss sum
+StageCall = Callable[[Tensor | None, MicroBatch], Tensor]  # -> hidden states or loss sum
 
 
 class LastMicrobatch(Protocol):
@@ -36,7 +36,7 @@ class LastMicrobatch(Protocol):
 
 
 class Observer:
-    """Is told of every action of a pipeline; this one remembers which is under way, for messages about a rank."""
+    """Is told of every action of a pipeline; remembers the one under way, for messages."""
 
     action: Action | None = None  # None outside, and in the wait for the last sends
 
@@ -54,7 +54,7 @@ class Observer:
 
 @dataclass(frozen=True)
 class StageWork:
-    """A stage of this rank, its queue of weight gradients, and who wants to know of the last ones."""
+    """A stage, its queue of weight gradients, and who wants to know of the last ones."""
 
     stage: StageCall
     queue: WeightGradQueue
@@ -84,7 +84,7 @@ class PipelineRuntime:
         }
 
     def run(self, schedule: Schedule, inputs: Sequence[MicroBatch]) -> Tensor:
-        """Execute this rank's actions; the sum of token losses (zero on ranks without the last stage)."""
+        """Execute this rank's actions; the sum of token losses (zero without the last stage)."""
         self._schedule, self._inputs = schedule, inputs
         self._received: dict[tuple[Kind, int, int], tuple[Tensor, Handle]] = {}
         self._outputs: dict[tuple[Kind, int, int], Tensor] = {}

@@ -44,7 +44,7 @@ class Flight(NamedTuple):
 
 
 def exposure(flights: Sequence[Flight], ranks: int, seconds: float) -> str:
-    """Blocked time by group, mean over the pipeline ranks of a step of `seconds`: ``tp 12.3 ms (4.1 %), pp ...``."""
+    """Blocked time by group, mean over pipeline ranks: ``tp 12.3 ms (4.1 %), pp ...``."""
     sums: dict[str, float] = {}
     for flight in flights:
         sums[flight.axis] = sums.get(flight.axis, 0.0) + flight.blocked / ranks
@@ -59,7 +59,7 @@ def simulated(report: Report, unit: float = 1.0) -> list[Span]:
 
 
 def chrome_trace(timelines: Mapping[str, Sequence[Span]], flights: Mapping[str, Sequence[Flight]] | None = None) -> str:
-    """The text of a trace file with these timelines, and with the communication of some of them, by name."""
+    """The text of a trace file: timelines, and the communication of some of them, by name."""
     events: list[dict[str, Any]] = []
     for pid, (title, spans) in enumerate(timelines.items()):
         events.append({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": title}})
@@ -75,7 +75,7 @@ def chrome_trace(timelines: Mapping[str, Sequence[Span]], flights: Mapping[str, 
 
 
 def _lanes(pid: int, first: int, flights: Sequence[Flight]) -> list[dict[str, Any]]:
-    """Flights on as few threads as hold them, from number `first` on: those of a lane do not overlap."""
+    """Flights on as few threads as hold them, from number `first` on, without overlap."""
     lanes: dict[tuple[int, str, int], float] = {}  # rank, group, number -> when it becomes free
     placed: list[tuple[tuple[int, str, int], Flight]] = []
     for flight in sorted(flights, key=lambda f: f.issued):

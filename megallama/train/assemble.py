@@ -39,11 +39,11 @@ class Worker:
     buffers: dict[int, FlatBuffers]
     optimizer: Update
     runtime: PipelineRuntime
-    read: Callable[[Tensor], list[Any]] = Tensor.tolist  # the values of a small tensor; waits for the device
+    read: Callable[[Tensor], list[Any]] = Tensor.tolist  # of a small tensor; waits for the device
 
     @property
     def counts_loss(self) -> bool:
-        """Whether this rank's loss sum enters the sum over all ranks: one per sample, on the last stage."""
+        """Whether its loss enters the sum over all ranks: one rank per sample, on the last stage."""
         return self.plan.num_stages - 1 in self.stages and self.groups.tp.rank == 0
 
 
@@ -56,7 +56,7 @@ def kernels_of(config: Config, device: torch.device) -> Kernels:
 
 
 def same_kernels(selected: Sequence[Sequence[tuple[str, str]]]) -> None:
-    """Raises: MegallamaError, on every rank alike, if the ranks took different (operation, implementation) pairs."""
+    """Raises: MegallamaError, on every rank alike, if (operation, implementation) pairs differ."""
     for rank, pairs in enumerate(selected):
         for (operation, own), (_, other) in zip(selected[0], pairs, strict=True):
             if own != other:
@@ -67,7 +67,7 @@ def same_kernels(selected: Sequence[Sequence[tuple[str, str]]]) -> None:
 
 
 def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels, wrap: Wrap | None = None) -> Worker:
-    """Build rank `groups.rank`; the weights are zero until `initialize` or a checkpoint fills them."""
+    """Build rank `groups.rank`; weights are zero until `initialize` or a checkpoint fills them."""
     config = plan.config
     dtype = DTYPES[config.precision.dtype]
     parallel = config.parallel

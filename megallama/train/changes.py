@@ -1,4 +1,4 @@
-"""What a resumed run does otherwise than the one that saved: every setting, and in words what becomes of it."""
+"""What a resumed run does otherwise than the one that saved: settings, and what becomes of them."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 
 def set_deterministic(on: bool) -> None:
     """Allow only deterministic kernels (an operation without one raises), or any."""
-    if torch.are_deterministic_algorithms_enabled() != on:  # the call imports a compiler: seconds of every rank
+    if torch.are_deterministic_algorithms_enabled() != on:  # the call takes seconds: it imports a compiler
         torch.use_deterministic_algorithms(on)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all buffers get written
     torch.backends.cudnn.deterministic = on

@@ -1,4 +1,4 @@
-"""The loss on held-out text: the first global batches of a source, or all of it, without any shuffling."""
+"""The loss on held-out text: the first global batches of a source, or all of it, in file order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megallama.train.step import RankStatus, StepConsensus, ask_all, evaluate_st
 
 
 class Interrupted(Exception):
-    """An evaluation that all ranks ended between two batches; `failure` of this rank's data, if it has one."""
+    """An evaluation that all ranks ended between two batches; `failure`: of this rank's data."""
 
     def __init__(self, consensus: StepConsensus, failure: MegallamaError | None, done: str) -> None:
         super().__init__(done)
@@ -29,7 +29,7 @@ def evaluate(
     most: int | None,
     status: Callable[[bool], RankStatus] = lambda failed: RankStatus(failed=failed),
 ) -> tuple[Record, StepConsensus]:
-    """Loss, tokens, bits per byte and seconds over at most `most` global batches, and the consensus of the last one.
+    """Loss, tokens, seconds over at most `most` global batches, and the consensus of the last one.
 
     A last batch that is not full is padded with samples that do not count. All ranks return the same.
     status: what this rank wants the others to know, given whether its data failed.

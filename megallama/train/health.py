@@ -1,6 +1,6 @@
 """Is the run well? Steps that were not finite are counted, and a loss that stays high is noticed.
 
-Both see only what all ranks know (`StepConsensus`), so every rank reaches the same verdict in the same step.
+Both see only what all ranks know (`StepConsensus`): every rank reaches the same verdict.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class NonFiniteGuard:
         return self.in_a_row + 1 < self.max_bad_steps
 
     def record(self, step: int, finite: bool, *, overflow: bool = False, checkpoint: int | None = None) -> None:
-        """Note how update number `step` went; `checkpoint` is the newest step up to the last good one that is on disk.
+        """Note how step `step` went; `checkpoint`: the newest on disk up to the last good one.
 
-        `overflow`: a smaller fp16 loss scale may cure it; counted as skipped, but not as one of the row.
+        `overflow`: a smaller loss scale may cure it; counted as skipped, but not in the row.
         Raises TrainingStopped after `max_bad_steps` bad steps in a row.
         """
         if finite:
@@ -64,7 +64,7 @@ class NonFiniteGuard:
 
 
 class HighLoss:
-    """Notices a loss that stays above its first value: 2 % above it, for `PATIENCE` steps in a row."""
+    """Notices a loss that stays 2 % above its first value for `PATIENCE` steps in a row."""
 
     PATIENCE = 20
 

@@ -48,7 +48,7 @@ def human_duration(seconds: float) -> str:
 
 
 def finish_output() -> None:
-    """Flush what was printed; what nobody reads, or finds no room, is dropped and does not change the exit status."""
+    """Flush what was printed; what nobody reads, or finds no room, is dropped: the status stays."""
     try:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -59,7 +59,7 @@ def finish_output() -> None:
 def _print(text: str, error: bool) -> None:
     try:
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
-    except (OSError, ValueError):  # the terminal or the reader of a pipe has gone, or the stream is closed
+    except (OSError, ValueError):  # the reader has gone, or the stream is closed
         pass
 
 

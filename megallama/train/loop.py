@@ -36,7 +36,7 @@ class TrainingLoop:
         self.setup, self.progress = setup, setup.progress
         self._config, self._world, self._log, self._manager = setup.config, setup.world, setup.log, setup.manager
         self._timers = Timers()
-        self._missing: list[tuple[Kind, ValidData]] = []  # evaluations that the last step still lacks
+        self._missing: list[tuple[Kind, ValidData]] = []  # evaluations of the last step
         self._overflow = False  # of the loss scale, in the last step
         self._save_owed = False  # a save that was due while the steps were bad
 
@@ -77,7 +77,7 @@ class TrainingLoop:
             return FINISHED
 
     def _asked_before(self) -> str | None:
-        """What asked any rank to stop; if nothing has, all see it in the next step's consensus from here on."""
+        """What asked any rank to stop; from here on the consensus of a step says it."""
         signals = self.setup.signals
         asked = self._world.group.gather_values(signals.last_call())
         if why := next((f"{name} on rank {rank}" for rank, name in enumerate(asked) if name), None):
@@ -120,7 +120,7 @@ class TrainingLoop:
 
     def _loader(self) -> Loader:
         config, batch, dp = self._config, self.setup.plan.batch, self.setup.worker.groups.dp
-        firsts = {self.progress.step: self.progress.samples}  # step -> first sample, as the batch ramps up
+        firsts = {self.progress.step: self.progress.samples}  # step -> first sample: a batch may ramp up
 
         def ids_of_step(step: int) -> Sequence[Sequence[int]]:
             first = firsts.pop(step)
@@ -141,7 +141,7 @@ class TrainingLoop:
     # ---- health and checkpoints ----
 
     def _record_health(self, result: StepConsensus) -> None:
-        """Count the step. Raises: TrainingStopped after too many bad ones, naming the last checkpoint before them."""
+        """Count the step. Raises: TrainingStopped after too many bad ones."""
         guard, step, good = self.progress.guard, self.progress.step, None
         if not (result.applied or self._overflow or guard.bears_another):
             self._manager.wait(self._config.checkpoint.finish_seconds)
@@ -154,7 +154,7 @@ class TrainingLoop:
         self._manager.keep_all = guard.in_a_row > 0
 
     def _save_if_due(self, leaving: bool) -> None:
-        """Save when it is time; but while the steps are bad nobody knows since when the state has been."""
+        """Save when it is time; but while steps are bad nobody knows since when the state is."""
         interval, step = self._config.checkpoint.interval, self.progress.step
         self._save_owed |= interval > 0 and step % interval == 0
         if leaving or (self._save_owed and not self.progress.guard.in_a_row):
@@ -180,7 +180,7 @@ class TrainingLoop:
             self._save(leaving=True)
 
     def _end_together(self, failure: MegallamaError | None) -> NoReturn:
-        """Some rank cannot go on, and all know, between two steps: they save what is good and end with its error."""
+        """Some rank cannot go on, and all know: they save what is good and end with its error."""
         failures = self._world.group.gather_values([str(failure), failure.status] if failure else None)
         found = [(rank, *what) for rank, what in enumerate(failures) if what]
         if not found:  # a save behind the steps met a state that is not finite, on all ranks alike
@@ -201,7 +201,7 @@ class TrainingLoop:
     # ---- evaluations ----
 
     def _due(self) -> list[tuple[Kind, ValidData]]:
-        """The evaluations that belong after the last step: every `eval_interval` steps, and all at the end."""
+        """The evaluations that belong after the last step, and at the end of the run all."""
         step, interval, last = self.progress.step, self._config.train.eval_interval, self.setup.last_step
         due: list[tuple[Kind, ValidData]] = []
         if interval and step and (step % interval == 0 or step == last):
@@ -220,7 +220,7 @@ class TrainingLoop:
         return [(kind, source) for kind, source in due if [kind, source.name] not in made]
 
     def _evaluate(self, report: Reporter) -> str | None:
-        """Make the evaluations that are missing; why all ranks stop, if that is asked for meanwhile."""
+        """Make the evaluations that are missing; why all ranks stop, if asked for meanwhile."""
         if not self._missing:
             return None
         with self._timers.phase("evaluate"), self._world.patient(self._config.run.io_timeout_seconds):

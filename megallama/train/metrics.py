@@ -29,9 +29,9 @@ from megallama.config.schema import LogConfig
 from megallama.config.words import counted
 from megallama.train.log import Logger, human_bytes, human_count, human_duration
 
-Record = dict[str, Any]  # a line of metrics.jsonl: "kind" ("train", "valid" or "test"), "step", and numbers by name
+Record = dict[str, Any]  # a line of metrics.jsonl: "kind" (train, valid, test), "step", numbers
 
-TAGS = {  # of the numbers of a step, those that are drawn: TensorBoard and wandb know them as group/name
+TAGS = {  # the numbers of a step that TensorBoard and wandb get, as group/name
     "train": ["loss", "lr", "grad_norm", "loss_scale", "consumed_tokens", "skipped_steps"],
     "speed": [
         "tokens_per_second",
@@ -228,7 +228,7 @@ def _finite(value: Any) -> Any:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Remove from a metrics file the lines after `step` and those that are no JSON; at step 0 put it aside."""
+    """Remove the lines after `step` and those that are no JSON; at step 0 put the file aside."""
     if step == 0:
         os.replace(path, path.with_name("metrics.old.jsonl"))
         return

@@ -22,7 +22,7 @@ _TFLOPS: dict[str, tuple[float, float, float, float]] = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | None = None) -> float | None:
-    """FLOP/s of matrix products in `dtype` on `device`: run.peak_tflops if given, else the table's; None: not known."""
+    """FLOP/s of matrix products: run.peak_tflops if given, else the table's; None: not known."""
     if given_tflops is not None:
         return given_tflops * 1e12
     if device.type != "cuda":
@@ -31,7 +31,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | N
 
 
 def known_peak(name: str, dtype: torch.dtype, tf32: bool) -> float | None:
-    """Data-sheet FLOP/s of a GPU by its CUDA device name, or None; `tf32`: fp32 products may round to it."""
+    """Data-sheet FLOP/s of a GPU by its name, or None; `tf32`: fp32 products may round to it."""
     for part, (half, rounded, single, double) in _TFLOPS.items():
         if part in name:
             rates = {torch.bfloat16: half, torch.float16: half, torch.float64: double}
@@ -40,7 +40,7 @@ def known_peak(name: str, dtype: torch.dtype, tf32: bool) -> float | None:
 
 
 def product_time_over_fp32(dtype: torch.dtype, n: int = 256) -> float:
-    """How long n x n products take in `dtype` on a core of this processor, in times of fp32; about 0.05 s.
+    """How long n x n products take on a core of this processor, in times of fp32; takes 0.05 s.
 
     The best of a few, in processor time: what else runs on the machine counts little.
     """
@@ -58,7 +58,7 @@ def product_time_over_fp32(dtype: torch.dtype, n: int = 256) -> float:
 
 
 def slow_format(device: torch.device, dtype: torch.dtype) -> str:
-    """What is slow about a number format on a processor without instructions for it; empty if nothing."""
+    """What is slow about a number format that the processor has no instructions for, or nothing."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return ""
     name, times = ("bf16" if dtype == torch.bfloat16 else "fp16"), product_time_over_fp32(dtype)

@@ -15,7 +15,7 @@ _TRAIN, _VALID, _BASELINE = "#1f5fa8", "#d1495b", "#6b6b6b"
 
 
 def read_metrics(path: Path) -> Iterator[Record]:
-    """The records of a metrics file; lines that are no JSON (one may be half written) are left out."""
+    """The records of a metrics file, without lines that are no JSON (one may be half written)."""
     with path.open("rb") as lines:
         for line in lines:
             with suppress(ValueError):

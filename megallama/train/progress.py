@@ -19,7 +19,7 @@ class Progress:
         self.samples = 0  # sequences used
         self.tokens = 0  # tokens whose loss counted
         self.first_step = 0  # of this start: steps from here on were made by it
-        self.may_lack_evaluations = False  # of the step it starts from: an earlier version noted nothing about them
+        self.may_lack_evaluations = False  # of the step it starts from; False: not known
         self.started = time.monotonic()
         self.scaler = LossScaler(config.precision)
         self.guard = NonFiniteGuard(config.train.max_bad_steps)

@@ -38,7 +38,7 @@ class Meter:
     def lap(self, tokens: int, seconds: float, consumed_tokens: int) -> dict[str, float | None]:
         """Of `tokens` tokens of all ranks in `seconds`."""
         if self._only_first:
-            self._laps.clear()  # the first step warms everything up: it says nothing about the others
+            self._laps.clear()  # the first step warms everything up: it tells nothing
         self._only_first = self._only_first is None
         self._laps.append((tokens, seconds))
         rate = tokens / seconds
@@ -56,7 +56,7 @@ class Meter:
 
 
 class Reporter:
-    """Turns what the loop knows into lines, metrics and a plot; a context manager, which finishes all files."""
+    """Turns what the loop knows into lines, metrics and a plot. A context manager."""
 
     def __init__(self, setup: Setup, timers: Timers) -> None:
         self._setup, self._progress, self._timers = setup, setup.progress, timers
@@ -77,7 +77,7 @@ class Reporter:
         )
 
     def step(self, result: StepConsensus, waited: float) -> None:
-        """Tell of a step, and of those since the last that was told of; `waited` seconds for data so far."""
+        """Tell of the steps since the last that was told of; `waited` seconds for data so far."""
         seconds, phases = self._timers.lap()
         seconds -= phases.get("save", 0.0) + phases.get("evaluate", 0.0)  # speed is that of training
         progress, config = self._progress, self._setup.config

@@ -1,4 +1,4 @@
-"""Whether the ranks of a machine have room for what a run needs, by what the kernel and the device say."""
+"""Whether the ranks of a machine have room for what a run needs, as kernel and device say."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megallama.config.errors import ConfigError
 from megallama.config.words import counted
 
 GIB = 2**30
-RankNeeds = tuple[str, int, int, dict[str, int]]  # of a rank: its host, bytes it certainly needs, by estimate, `room`
+RankNeeds = tuple[str, int, int, dict[str, int]]  # host, bytes: certain, by estimate, `room`
 
 
 def room(device: torch.device, root: Path = Path("/")) -> dict[str, int]:
@@ -42,7 +42,7 @@ def _cgroups(root: Path) -> Iterator[tuple[str, int]]:
 
 
 def check_room(needs: Sequence[RankNeeds]) -> list[str]:
-    """Warnings where an estimate exceeds a limit. Raises: ConfigError where what is certain does."""
+    """Warnings where an estimate exceeds a limit. Raises: ConfigError where certain needs do."""
     warnings = []
     limits = {(host, name, limit) for host, _, _, has in needs for name, limit in has.items()}
     for host, name, limit in sorted(limits):

@@ -74,7 +74,7 @@ class Setup:
 
 @contextmanager
 def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: SignalFlag) -> Iterator[Setup]:
-    """Set up a run; within, its folder is its own. An error within is told to the other ranks, saves may end."""
+    """Set up a run; within, its folder is locked, and an error is told to the other ranks."""
     progress = Progress(config)
     set_deterministic(config.train.deterministic)
     data = _on_all(world, "data", lambda: _open_data(config, log))
@@ -106,7 +106,7 @@ def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: Signa
 def _give_up(
     error: BaseException, config: Config, progress: Progress, manager: CheckpointManager, world: World, log: Logger
 ) -> None:
-    """The failure is told first; then a save under way may end, as long as all ranks hold their parts of it."""
+    """The failure is told first; then a save under way may end, if all ranks still hold theirs."""
     begun, not_finite = progress.step > progress.first_step, (TrainingStopped, NotFiniteError)
     if isinstance(error, MegallamaError) and begun and not isinstance(error, not_finite):
         error.status = FAILED
@@ -157,7 +157,7 @@ def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> Ke
     _on_all(world, "run folder", lambda: log.open(Path(config.run.folder)))
     for text in [*str(plan).splitlines(), *world.notes, f"kernels: {kernels}"]:
         log.info(text)
-    for choice in kernels.choices:  # all of them in this rank's file, aloud where something installed does not work
+    for choice in kernels.choices:  # aloud where something installed does not work
         (log.info if choice.broken else log.note)(f"kernel for {choice}")
     slow = slow_format(world.device, DTYPES[config.precision.dtype]) if world.rank == 0 else ""
     if slow:
@@ -180,7 +180,7 @@ def _build(
 
 
 def _restore(setup: Setup) -> int:
-    """Newest checkpoint, given weights, or random weights; the log says which. Returns the last step."""
+    """Newest checkpoint, given weights, or random ones: the log says which. The last step."""
     config, progress, log, world, manager = setup.config, setup.progress, setup.log, setup.world, setup.manager
     optimizer, train = setup.worker.optimizer, setup.train_data
     shards = optimizer.shards(owned_only=False)

@@ -75,7 +75,7 @@ class SignalFlag:
             os.close(end)
 
     def listen(self, tell: Callable[[str], None]) -> None:
-        """While set-up lasts a request calls `tell` with its name, in any thread; one that has come, now."""
+        """While set-up lasts a request calls `tell` with its name; one that has come, now."""
         self._tell = tell
         if self.received is not None:
             tell(self.received.name)
@@ -85,7 +85,7 @@ class SignalFlag:
         self._acts.append(act)
 
     def leave(self, why: str, status: int = SAVED) -> None:
-        """End the process here and now, whatever its main thread does; does nothing once training has begun."""
+        """End the process here and now, whatever its main thread does, but not once training began."""
         if self.phase in ("training", "leaving") or self._watcher is None:
             return
         self._ending.acquire()
@@ -96,7 +96,7 @@ class SignalFlag:
             os._exit(status)
 
     def last_call(self) -> str | None:
-        """The request that has come; if none has, it is left to the first step's consensus from here on."""
+        """The request that has come; from here on the consensus of a step tells of one."""
         with self._deciding:
             if self.received is None:
                 self.phase = "about to train"
@@ -114,7 +114,7 @@ class SignalFlag:
         self.received = self.received or signal.Signals(number)
 
     def _watch(self) -> None:
-        """Read the number of every signal as it arrives; do what cannot wait for the main thread."""
+        """Read the number of every signal; do what cannot wait for the main thread."""
         first: float | None = None  # when the first that insists arrived
         while data := os.read(self._pipe[0], 64):
             for number in data:
@@ -129,7 +129,7 @@ class SignalFlag:
 
     def _request(self, number: signal.Signals) -> None:
         with self._deciding:
-            self.received = self.received or number  # where the main thread is busy its handler runs late
+            self.received = self.received or number  # a busy main thread runs its handler late
             if self.phase != "setting up":
                 return
         alone = threading.Timer(self._telling, self.leave, [number.name])
@@ -139,10 +139,10 @@ class SignalFlag:
             self._tell(number.name)
 
     def _obey(self, number: int) -> None:
-        """End the process, by a signal's default action if nothing is done yet: as it would have without a handler."""
+        """End the process, by the signal's default action if nothing is done yet."""
         if self.phase == "leaving":
             os._exit(self._status)
         libc = ctypes.CDLL(None)
         libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-        libc.signal(number, None)  # SIG_DFL is the null pointer; `signal.signal` works in the main thread only
+        libc.signal(number, None)  # SIG_DFL; `signal.signal` works in the main thread only
         os.kill(os.getpid(), number)

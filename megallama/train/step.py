@@ -32,7 +32,7 @@ class RankStatus:
     failed: bool = False  # it cannot go on, and brings zeros until all ranks know
 
     def counts(self) -> dict[str, float]:
-        """Numbers of ranks, for this one 0 or 1: those that saw something non-finite are counted by `consensus`."""
+        """Numbers of ranks, for this one 0 or 1; `consensus` sets that of `bad_ranks`."""
         signals = {number.name: float(number == self.received) for number in SIGNALS}
         return {"bad_ranks": 0.0, "late_ranks": float(self.late), "failed_ranks": float(self.failed), **signals}
 
@@ -56,7 +56,7 @@ class StepConsensus:
 
     @property
     def applied(self) -> bool:
-        """The optimizer runs. False: a rank saw something non-finite or cannot go on, and nothing is changed."""
+        """The optimizer runs. False: not finite on some rank, or one cannot go on."""
         return not (self.sums["bad_ranks"] or self.failed)
 
     @property
@@ -86,7 +86,7 @@ class StepConsensus:
 
 
 def count_tokens(worker: Worker, batches: Sequence[MicroBatch], *, masked: bool) -> int:
-    """Tokens of the global batch whose loss counts: the divisor of loss and gradient, known before the forward.
+    """Tokens of the global batch whose loss counts: the divisor of loss and gradient.
 
     masked: whether any rank may leave tokens out, which all ranks must answer alike.
     """
@@ -109,7 +109,7 @@ def train_step(
     masked: bool = False,
     status: Callable[[], RankStatus] = RankStatus,
 ) -> StepConsensus:
-    """Train on this rank's micro-batches of one global batch; `masked`, if some of them on any rank may have masks.
+    """Train on this rank's micro-batches; `masked`: some of them, on any rank, may have masks.
 
     `status` is asked as late as possible.  Where the loss or the gradient is not finite on any rank, or one has failed
     and brings zeros for its batches, no rank changes anything.
@@ -133,7 +133,7 @@ def train_step(
 
 
 def rank_numbers(worker: Worker, loss_sum: Tensor, squares: Tensor) -> dict[str, Tensor]:
-    """This rank's addends, each a number on its device: what is added here is in every line of metrics.jsonl.
+    """This rank's addends, numbers on its device; more of them would stand in metrics.jsonl.
 
     `TAGS` (metrics.py) names those that TensorBoard and wandb get.
     """
@@ -143,10 +143,10 @@ def rank_numbers(worker: Worker, loss_sum: Tensor, squares: Tensor) -> dict[str,
 def consensus(
     worker: Worker, numbers: Mapping[str, Tensor], status: RankStatus, tokens: int = 1, loss_scale: float = 1.0
 ) -> StepConsensus:
-    """The sum over all ranks of what each one knows; reading it is the step's only wait for the device."""
+    """The sum over all ranks of what each knows; the step's only wait for the device."""
     loss, squares = numbers["loss"], numbers["norm_squared"]
     finite = loss.isfinite() & squares.isfinite()
-    in_order = dict.fromkeys(("loss", "norm_squared"), 0.0) | status.counts()  # then whatever else there is
+    in_order = dict.fromkeys(("loss", "norm_squared"), 0.0) | status.counts()  # then others
     values: dict[str, Tensor | float] = {**in_order, **numbers}
     values |= {"loss": loss.where(finite, 0.0), "norm_squared": squares.where(finite, 0.0), "bad_ranks": ~finite}
     packed = squares.new_zeros(len(values))

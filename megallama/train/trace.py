@@ -25,11 +25,11 @@ from megallama.plan.schedule import Action, Schedule
 from megallama.plan.trace import Flight, Span, chrome_trace, exposure
 from megallama.train.log import Logger
 
-CLOCK_SYNC_ROUNDS = 7  # barriers whose ends are compared: some ranks hear of an end late, but seldom of most of them
+CLOCK_SYNC_ROUNDS = 7  # barriers whose ends are compared: a rank may hear of some of them late
 
 
 class Clock:
-    """Readings of the host's clock, or events on the device's stream, and the seconds between them."""
+    """Readings of the host's clock, or events on the device's stream; seconds between them."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -57,7 +57,7 @@ class StepTracer(Observer):
         self._log, self._tape, self._clock = log, Tape(), Clock(device)
         self._steps, self._folder = config.log.trace_steps or (0, -1), Path(config.run.folder) / "trace"
         self.groups = _timed(groups, self._tape) if config.log.trace_steps else groups  # the ones to use
-        self._timings: list[list[Any]] = []  # of each action: start, when what it waited for had arrived, end
+        self._timings: list[list[Any]] = []  # of each action: start, input there, end
         self._syncs: list[Any] = []
         self._pending: list[tuple[int, Schedule, list[Any]]] = []
 
@@ -102,7 +102,7 @@ class StepTracer(Observer):
             self.write()
 
     def write(self) -> None:
-        """Write the files of the steps traced so far: after the last of them, so that none waits for a disk."""
+        """Write the files of all steps, after the last of them: none waits for a disk."""
         for number, schedule, row in self._pending:
             rows = self.groups.pp.gather_values(row)
             if self.groups.pp.rank == 0:
