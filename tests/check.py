@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICK: tuple[tuple[str, ...], ...] = (
     ("tests/layers", "tests/data/test_indexed.py", "tests/data/test_samples.py", "tests/data/test_blend.py"),
     ("tests/plan", "tests/forecast"),
-    ("tests/test_architecture.py", "tests/config", "tests/analysis/test_rooms.py"),
+    ("tests/test_architecture.py", "tests/config", "tests/analysis/test_rooms.py", "tests/commands/test_cli.py"),
 )
 
 

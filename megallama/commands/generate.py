@@ -8,9 +8,10 @@ to standard error.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megallama.commands.parser import Parser
@@ -63,27 +64,14 @@ def run(options: argparse.Namespace) -> None:
         print(f"note: {slow}; --dtype fp32 is faster", file=sys.stderr)
     print(options.prompt, end="", flush=True)
     drawn = generate(llama, prompt, options.max_tokens, sampling, num_ids=tokenizer.vocab_size)
-    start, tokens = time.perf_counter(), Counted(drawn)
+    start, count = time.perf_counter(), itertools.count()
+    tokens = (token for token, _ in zip(drawn, count, strict=False))
     for piece in stream_text(tokens, tokenizer.decode, prompt):
         print(piece, end="", flush=True)
     print(flush=True)
-    rate = tokens.count / (time.perf_counter() - start)
-    print(f"{counted(tokens.count, 'token')}, {rate:.1f} tokens/s", file=sys.stderr)
-
-
-class Counted:
-    """An iterator that knows how many tokens it gave."""
-
-    def __init__(self, tokens: Iterator[int]) -> None:
-        self.tokens, self.count = tokens, 0
-
-    def __iter__(self) -> Iterator[int]:
-        return self
-
-    def __next__(self) -> int:
-        token = next(self.tokens)
-        self.count += 1
-        return token
+    made = next(count)  # zip asks for a number after each token only
+    rate = made / (time.perf_counter() - start)
+    print(f"{counted(made, 'token')}, {rate:.1f} tokens/s", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
