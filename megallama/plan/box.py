@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 
@@ -49,58 +50,32 @@ class Box:
 
     def rows(self, first: int, last: int) -> Box:
         """Rows first..last-1 of this box (relative to it), as a box."""
-        return Box(
-            self.key,
-            (self.start[0] + first, *self.start[1:]),
-            (self.start[0] + last, *self.stop[1:]),
-        )
+        at = self.start[0]
+        return Box(self.key, (at + first, *self.start[1:]), (at + last, *self.stop[1:]))
 
 
 def boxes_of_range(local: Box, start: int, stop: int) -> Iterator[Box]:
     """The elements start..stop-1 of `local` flattened row by row, as boxes, in order."""
-    if start >= stop:
-        return
-    if len(local.shape) == 1:
-        yield local.rows(start, stop)
-        return
     row = prod(local.shape[1:])
-
-    def partial(index: int, a: int, b: int) -> Iterator[Box]:
-        inner = Box(local.key, local.start[1:], local.stop[1:])
-        for box in boxes_of_range(inner, a, b):
-            at = local.start[0] + index
+    while start < stop:
+        index, head = divmod(start, row)
+        if whole := 0 if head else (stop - start) // row:
+            yield local.rows(index, index + whole)
+            start += whole * row
+            continue
+        tail = min(stop - index * row, row)  # of this one row
+        inner, at = Box(local.key, local.start[1:], local.stop[1:]), local.start[0] + index
+        for box in boxes_of_range(inner, head, tail):
             yield Box(local.key, (at, *box.start), (at + 1, *box.stop))
-
-    first, head = divmod(start, row)
-    last, tail = divmod(stop, row)
-    if first == last:
-        yield from partial(first, head, tail)
-        return
-    if head:
-        yield from partial(first, head, row)
-        first += 1
-    if first < last:
-        yield local.rows(first, last)
-    if tail:
-        yield from partial(last, 0, tail)
+        start = index * row + tail
 
 
 def runs(box: Box, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """The runs (first element, count) of `box` in a row-major tensor of `shape`, merged where they touch."""
-    inner = 1
-    axis = len(shape)
+    inner, axis = 1, len(shape)
     while axis > 0 and (axis == len(shape) or box.shape[axis] == shape[axis]):
         axis -= 1
         inner *= box.shape[axis]
     strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
-    base = sum(a * s for a, s in zip(box.start, strides, strict=True))
-
-    def walk(level: int, offset: int) -> Iterator[tuple[int, int]]:
-        if level == axis:
-            yield offset, inner
-            return
-        for i in range(box.shape[level]):
-            yield from walk(level + 1, offset + i * strides[level])
-
-    if box.numel:
-        yield from walk(0, base)
+    for outer in product(*map(range, box.start[:axis], box.stop[:axis])) if box.numel else ():
+        yield sum(a * s for a, s in zip((*outer, *box.start[axis:]), strides, strict=True)), inner

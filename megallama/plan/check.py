@@ -26,6 +26,7 @@ from megallama.plan.schedule import (
     gpipe,
     lower,
     one_f_one_b,
+    stuck_at,
     zero_bubble_h1,
     zero_bubble_h2,
 )
@@ -92,7 +93,7 @@ def check(schedule: Schedule, max_in_flight: int | None = None, max_received: in
     moves = [[None if a.kind in COMPUTE else _move(schedule, a) for a in steps] for steps in schedule.steps]
     _check_transfers(schedule, moves)
     _check_pairs(moves)
-    _check_progress(schedule, moves)
+    _check_progress(schedule)
     for rank in range(schedule.num_ranks):
         peak = schedule.peak_in_flight(rank)
         if max_in_flight is not None and peak > max_in_flight:
@@ -159,7 +160,10 @@ def _check_transfers(schedule: Schedule, moves: Moves) -> None:
 
 def _check_pairs(moves: Moves) -> None:
     """Both ranks of every pair list the same transfers in the same order."""
-    listed = _pairs(moves)
+    listed: dict[tuple[int, int], list[Action]] = {}
+    for rank, row in enumerate(moves):
+        for value, peer in filter(None, row):
+            listed.setdefault((rank, peer), []).append(value)
     for (r, peer), own in listed.items():
         for i, (x, y) in enumerate(zip_longest(own, listed.get((peer, r), []))):
             if x != y:
@@ -167,44 +171,20 @@ def _check_pairs(moves: Moves) -> None:
                 raise ScheduleError(f"ranks {r} and {peer} disagree on transfer {i}: {words}")
 
 
-def _check_progress(schedule: Schedule, moves: Moves) -> None:
-    """The ranks reach the end of their lists (pairs agree, see _check_pairs)."""
-    posted: dict[tuple[int, int], int] = dict.fromkeys(_pairs(moves), 0)
-    index: dict[tuple[int, Action], tuple[int, int]] = {}  # (rank, value) -> (peer, position in the pair's sequence)
-    at = [0] * schedule.num_ranks
+def _check_progress(schedule: Schedule) -> None:
+    """The ranks reach the end of their lists: a compute waits until what it receives has been sent.
 
-    def advance(rank: int) -> bool:
-        steps, begin = schedule.steps[rank], at[rank]
-        while at[rank] < len(steps):
-            a, move = steps[at[rank]], moves[rank][at[rank]]
-            if move is None:
-                for value in schedule.needs(a):
-                    peer, position = index.get((rank, value), (rank, -1))
-                    if peer != rank and posted[peer, rank] <= position:
-                        return at[rank] > begin
-            else:
-                value, peer = move
-                if a.kind in RECVS:
-                    index[rank, value] = (peer, posted[rank, peer])
-                posted[rank, peer] += 1
-            at[rank] += 1
-        return at[rank] > begin
+    Nothing else waits, as pairs list the same transfers in the same order (see _check_pairs).
+    """
 
-    while sum(map(advance, range(schedule.num_ranks))):
-        pass
-    stuck = [f"rank {r} at {steps[at[r]]}" for r, steps in enumerate(schedule.steps) if at[r] < len(steps)]
+    def waits(a: Action) -> list[Action]:
+        own = schedule.rank_of(a.stage)
+        return [v for v in schedule.needs(a) if schedule.rank_of(v.stage) != own] if a.kind in COMPUTE else []
+
+    stuck, _ = stuck_at(schedule.steps, waits, lambda a: a._replace(kind=SENDS[a.kind]) if a.kind in SENDS else None)
     if stuck:
-        raise ScheduleError(f"the schedule {schedule.name} deadlocks: {', '.join(stuck)}")
-
-
-def _pairs(moves: Moves) -> dict[tuple[int, int], list[Action]]:
-    """(rank, peer) -> the values that cross between them, in the order in which `rank` lists them."""
-    pairs: dict[tuple[int, int], list[Action]] = {}
-    for rank, row in enumerate(moves):
-        for move in row:
-            if move is not None:
-                pairs.setdefault((rank, move[1]), []).append(move[0])
-    return pairs
+        words = ", ".join(f"rank {rank} at {a}" for rank, a in stuck.items())
+        raise ScheduleError(f"the schedule {schedule.name} deadlocks: {words}")
 
 
 def _move(schedule: Schedule, a: Action) -> tuple[Action, int]:

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
@@ -145,12 +146,7 @@ def parse_action(word: str) -> Action:
 
 def gpipe(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Schedule:
     """All forwards, then all backwards: the simplest schedule, the most memory."""
-
-    def order(rank: int) -> list[Action]:
-        f, b = _orders(rank, num_ranks, num_microbatches, chunks)
-        return f + b
-
-    return _build("gpipe", num_ranks, num_microbatches, chunks, order)
+    return _alternating("gpipe", num_ranks, num_microbatches, chunks, lambda behind: num_microbatches * chunks)
 
 
 def one_f_one_b(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Schedule:
@@ -166,14 +162,8 @@ def one_f_one_b(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Sched
             f"interleaved 1F1B (chunks={chunks}) needs a number of micro-batches that is a multiple of pp={num_ranks}, "
             f"not {num_microbatches}; use {' or '.join(map(str, near))} micro-batches, or chunks=1"
         )
-
-    def order(rank: int) -> list[Action]:
-        f, b = _orders(rank, num_ranks, num_microbatches, chunks)
-        behind = num_ranks - rank - 1
-        warmup = behind if chunks == 1 else 2 * behind + (chunks - 1) * num_ranks
-        return _warm_up_then_alternate(f, b, min(warmup, len(f)))
-
-    return _build("1f1b", num_ranks, num_microbatches, chunks, order)
+    pace, more = (1, 0) if chunks == 1 else (2, (chunks - 1) * num_ranks)
+    return _alternating("1f1b", num_ranks, num_microbatches, chunks, lambda behind: pace * behind + more)
 
 
 def zero_bubble_h1(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -187,21 +177,43 @@ def zero_bubble_h2(num_ranks: int, num_microbatches: int) -> Schedule:
 
 
 def _zero_bubble(name: str, num_ranks: int, num_microbatches: int, depth: int) -> Schedule:
-    def order(rank: int) -> list[Action]:
-        f, b = _orders(rank, num_ranks, num_microbatches, chunks=1)
-        out: list[Action] = []
-        owed: list[Action] = []
-        for a in _warm_up_then_alternate(f, b, min(depth * (num_ranks - rank - 1), len(f))):
-            if a.kind is F:
-                out.append(a)
-                continue
-            out.append(a._replace(kind=I))
-            owed.append(a._replace(kind=W))
-            if len(owed) > depth * rank:
-                out.append(owed.pop(0))
-        return out + owed
+    whole = _alternating(name, num_ranks, num_microbatches, 1, lambda behind: depth * behind)
+    return replace(whole, steps=tuple(tuple(_split(steps, depth * r)) for r, steps in enumerate(whole.steps)))
 
-    return _build(name, num_ranks, num_microbatches, 1, order)
+
+def _split(steps: Sequence[Action], delay: int) -> Iterator[Action]:
+    """The same with every backward in two halves, the second after `delay` more."""
+    owed: deque[Action] = deque()
+    for a in steps:
+        yield a if a.kind is F else a._replace(kind=I)
+        if a.kind is B:
+            owed.append(a._replace(kind=W))
+            if len(owed) > delay:
+                yield owed.popleft()
+    yield from owed
+
+
+def _alternating(
+    name: str, num_ranks: int, num_microbatches: int, chunks: int, warmup: Callable[[int], int]
+) -> Schedule:
+    """`warmup(ranks behind this one)` forwards, then a forward and a backward in turn, then what is left.
+
+    Groups of P micro-batches pass through one chunk after the other.
+    """
+    passes = [
+        (chunk, microbatch)
+        for first in range(0, num_microbatches, num_ranks)
+        for chunk in range(chunks)
+        for microbatch in range(first, min(first + num_ranks, num_microbatches))
+    ]
+    steps = []
+    for rank in range(num_ranks):
+        f = [Action(F, chunk * num_ranks + rank, m) for chunk, m in passes]
+        b = [Action(B, (chunks - 1 - chunk) * num_ranks + rank, m) for chunk, m in passes]
+        ahead = min(warmup(num_ranks - rank - 1), len(f))
+        steady = [a for pair in zip(f[ahead:], b, strict=False) for a in pair]
+        steps.append((*f[:ahead], *steady, *b[len(f) - ahead :]))
+    return Schedule(name, num_ranks, num_ranks * chunks, num_microbatches, tuple(steps))
 
 
 def forward_only(num_ranks: int, num_microbatches: int, owners: Sequence[int]) -> Schedule:
@@ -268,6 +280,24 @@ def walk(schedule: Schedule, cost: Callable[[Action], float], hop: float = 0.0) 
         raise ScheduleError(f"the schedule {schedule.name} deadlocks: {', '.join(stuck)} wait for values nobody makes")
 
 
+def stuck_at(
+    steps: Sequence[Sequence[Action]], waits: Callable[[Action], Iterable[Action]], gives: Callable[[Action], object]
+) -> tuple[dict[int, Action], set[object]]:
+    """Let all ranks go on until each is at its end or waits for values that nobody gives; no clock.
+
+    Returns: the ranks that are not at their end with the action that each waits at, and the values given.
+    """
+    given: set[object] = set()
+    at, moved = [0] * len(steps), True
+    while moved:
+        moved = False
+        for rank, row in enumerate(steps):
+            while at[rank] < len(row) and given.issuperset(waits(row[at[rank]])):
+                given.add(gives(row[at[rank]]))
+                at[rank], moved = at[rank] + 1, True
+    return {rank: row[i] for rank, (row, i) in enumerate(zip(steps, at, strict=True)) if i < len(row)}, given
+
+
 def lower(schedule: Schedule) -> Schedule:
     """Insert sends and receives so that no pair of ranks can disagree about their order.
 
@@ -289,29 +319,3 @@ def lower(schedule: Schedule) -> Schedule:
         out[event.rank].append(Action(send, value.stage, value.microbatch))
         out[schedule.rank_of(consumer)].append(Action(recv, consumer, value.microbatch))
     return replace(schedule, steps=tuple(map(tuple, out)))
-
-
-def _orders(rank: int, num_ranks: int, num_microbatches: int, chunks: int) -> tuple[list[Action], list[Action]]:
-    """This rank's forwards and backwards: groups of P micro-batches pass through one chunk after the other."""
-    passes = [
-        (chunk, microbatch)
-        for first in range(0, num_microbatches, num_ranks)
-        for chunk in range(chunks)
-        for microbatch in range(first, min(first + num_ranks, num_microbatches))
-    ]
-    forward = [Action(F, chunk * num_ranks + rank, m) for chunk, m in passes]
-    backward = [Action(B, (chunks - 1 - chunk) * num_ranks + rank, m) for chunk, m in passes]
-    return forward, backward
-
-
-def _warm_up_then_alternate(f: Sequence[Action], b: Sequence[Action], warmup: int) -> list[Action]:
-    steady = [a for pair in zip(f[warmup:], b, strict=False) for a in pair]
-    return [*f[:warmup], *steady, *b[len(f) - warmup :]]
-
-
-def _build(
-    name: str, num_ranks: int, num_microbatches: int, chunks: int, order: Callable[[int], list[Action]]
-) -> Schedule:
-    assert num_ranks > 0 and num_microbatches > 0 and chunks > 0, (num_ranks, num_microbatches, chunks)
-    steps = tuple(tuple(order(rank)) for rank in range(num_ranks))
-    return Schedule(name, num_ranks, num_ranks * chunks, num_microbatches, steps)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megallama.config.words import counted
-from megallama.plan.schedule import Action, B, F, I, Schedule, ScheduleError, W, parse_action
+from megallama.plan.schedule import Action, B, F, I, Schedule, ScheduleError, W, parse_action, stuck_at
 
 
 class Cell(NamedTuple):
@@ -126,19 +126,9 @@ def _check_backwards(path: Path, cells: dict[Action, Cell]) -> None:
 
 def _check_order(schedule: Schedule, cells: dict[Action, Cell]) -> None:
     """Every action comes after what it needs, on its own line and across the lines."""
-    made: set[Action] = set()
-    at = [0] * schedule.num_ranks
-    moved = True
-    while moved:
-        moved = False
-        for rank, steps in enumerate(schedule.steps):
-            while at[rank] < len(steps) and made.issuperset(schedule.needs(a := steps[at[rank]])):
-                if value := schedule.produces(a):
-                    made.add(value)
-                at[rank], moved = at[rank] + 1, True
-    stuck = [steps[i] for steps, i in zip(schedule.steps, at, strict=True) if i < len(steps)]
+    stuck, made = stuck_at(schedule.steps, schedule.needs, schedule.produces)
     why = []
-    for a in stuck:
+    for a in stuck.values():
         need = next(v for v in schedule.needs(a) if v not in made)
         maker = need if need in cells else need._replace(kind=I)
         why.append(f"{cells[a].place}: {a} needs {maker}, which")

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-from megallama.plan.schedule import Action, B, F, I, Schedule, ScheduleError, W
+from megallama.plan.schedule import Action, F, I, Kind, Schedule, ScheduleError, W
 
 UNITS = 6  # work of a rank for one micro-batch: F, I and W on two stages
 
@@ -109,38 +109,25 @@ def _fill(name: str, p: int, m: int, pattern: Pattern, limit: int, compute: int)
 
 
 def _dualpipe_rank(rank: int, p: int, m: int) -> tuple[Action, ...]:
-    """The phases of one rank: fill, turn, steady pairs, and their mirror image."""
-    stages = rank, 2 * p - 1 - rank
-    count = {(kind, chunk): 0 for kind in (F, B) for chunk in (0, 1)}
+    """The phases of one rank: fill, turn, steady pairs, and their mirror image.
+
+    Of the last 2 (rank + 1) backwards the second half is split: its W wait until the end.
+    """
+    behind = p - 1 - rank
+    ends = ["B1", "B0"] * (rank + 1)
+    words = ["F0"] * (2 * behind) + ["F0", "F1"] * (rank + 1) + ["I1", "W", "F1"] * behind
+    words += ["F0", "B1", "F1", "B0"] * (m - 2 * p + rank + 1) + ["B1", "F1", "B0"] * behind
+    words += ends[: rank + 1] + [word.replace("B", "I") for word in ends[rank + 1 :]] + ["W", "I0"] * behind
+    stages, done = (rank, 2 * p - 1 - rank), dict.fromkeys(("F0", "F1", "B0", "B1"), 0)
     out: list[Action] = []
     owed: deque[Action] = deque()
-
-    def run(*words: str) -> None:
-        for word in words:
-            if word == "W":
-                out.append(owed.popleft())
-                continue
-            kind, chunk = (F if word[0] == "F" else B), int(word[1])
-            a = Action(I if word[0] == "I" else kind, stages[chunk], count[kind, chunk])
-            count[kind, chunk] += 1
-            out.append(a)
-            if a.kind is I:
-                owed.append(a._replace(kind=W))
-
-    behind = p - 1 - rank
-    for words, times in (
-        (("F0",), 2 * behind),
-        (("F0", "F1"), rank + 1),
-        (("I1", "W", "F1"), behind),
-        (("F0", "B1", "F1", "B0"), m - 2 * p + rank + 1),
-        (("B1", "F1", "B0"), behind),
-    ):
-        for _ in range(times):
-            run(*words)
-    last = [word for _ in range(rank + 1) for word in ("B1", "B0")]
-    split = rank + 1  # of the last 2 (rank + 1) backwards the second half is split: its W wait until the end
-    run(*last[:split], *(f"I{word[1]}" for word in last[split:]))
-    for _ in range(behind):
-        run("W", "I0")
-    run(*("W" for _ in range(len(owed))))
-    return tuple(out)
+    for word in words:
+        if word == "W":
+            out.append(owed.popleft())
+            continue
+        count = word.replace("I", "B")
+        out.append(Action(Kind(word[0]), stages[int(word[1])], done[count]))
+        done[count] += 1
+        if word[0] == "I":
+            owed.append(out[-1]._replace(kind=W))
+    return (*out, *owed)
