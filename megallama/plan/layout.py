@@ -71,19 +71,13 @@ class BufferLayout:
     def segments(self, start: int, stop: int) -> Iterator[Segment]:
         """What lies in elements start..stop-1 of the buffer; padding lies in no segment."""
         for bucket in self.buckets:
-            if bucket.stop <= start or bucket.start >= stop:
-                continue
-            for placement in bucket.params:
-                yield from _segments(placement, start, stop)
-
-
-def _segments(placement: Placement, start: int, stop: int) -> Iterator[Segment]:
-    row = placement.spec.numel // placement.spec.shape[0]
-    for part in placement.spec.parts:
-        first = placement.offset + part.row * row
-        a, b = max(first, start), min(first + part.box.numel, stop)
-        if a < b:
-            yield Segment(a, b - a, part, a - first)
+            for placement in bucket.params if start < bucket.stop and bucket.start < stop else ():
+                row = placement.spec.numel // placement.spec.shape[0]
+                for part in placement.spec.parts:
+                    first = placement.offset + part.row * row
+                    a, b = max(first, start), min(first + part.box.numel, stop)
+                    if a < b:
+                        yield Segment(a, b - a, part, a - first)
 
 
 def build_layout(specs: Sequence[ParamSpec], dp_cp: int, bucket_elements: int) -> BufferLayout:
@@ -91,29 +85,22 @@ def build_layout(specs: Sequence[ParamSpec], dp_cp: int, bucket_elements: int) -
 
     A bucket is closed once it holds `bucket_elements` or more; a parameter is never split over buckets.
     """
+    backward = list(reversed(specs))
+    groups: list[list[ParamSpec]] = [[]]
+    for spec in (s for s in backward if s.decay and not s.tied):
+        groups[-1].append(spec)
+        if sum(s.numel for s in groups[-1]) >= bucket_elements:
+            groups.append([])
+    groups += [[s for s in backward if s.tied], [s for s in backward if not s.decay]]
     buckets: list[Bucket] = []
     at = 0
-
-    def close(chosen: list[ParamSpec]) -> None:
-        nonlocal at
+    for group in filter(None, groups):
         start, placed = at, []
-        for spec in chosen:
+        for spec in group:
             placed.append(Placement(spec, at))
             at += _round_up(spec.numel, ALIGN)
         at = start + _round_up(at - start, dp_cp * ALIGN)
-        buckets.append(Bucket(len(buckets), start, at, tuple(placed), chosen[0].decay, chosen[0].tied))
-
-    backward = list(reversed(specs))
-    matrices = [s for s in backward if s.decay and not s.tied]
-    open_: list[ParamSpec] = []
-    for spec in matrices:
-        open_.append(spec)
-        if sum(s.numel for s in open_) >= bucket_elements:
-            close(open_)
-            open_ = []
-    for rest in (open_, [s for s in backward if s.tied], [s for s in backward if not s.decay]):
-        if rest:
-            close(rest)
+        buckets.append(Bucket(len(buckets), start, at, tuple(placed), group[0].decay, group[0].tied))
     return BufferLayout(tuple(buckets), at)
 
 

@@ -1,9 +1,9 @@
 """Which parameters a rank holds, and what each of their rows is in the whole model.
 
-A `ParamSpec` describes one local tensor: its shape, how it is initialised, whether it is decayed,
-and its *parts*: the rectangles of Hugging Face tensors that lie in its rows.  It is written once,
-here, and read by the model (which module holds it), the initialiser, the gradient synchronisation,
-clipping, the optimizer's shards and the checkpoint.  Padding rows belong to no part.
+A `ParamSpec` describes one local tensor: its shape, whether it is decayed, and its *parts*: the
+rectangles of Hugging Face tensors that lie in its rows.  It is written once, here, and read by the
+model (which module holds it), the gradient synchronisation, clipping, the optimizer's shards and the
+checkpoint.  Padding rows belong to no part.
 
     local tensor     parts                                  split over tp
     embed_tokens     embed_tokens                           rows (vocabulary, padded to a multiple of tp)
@@ -19,10 +19,10 @@ clipping, the optimizer's shards and the checkpoint.  Padding rows belong to no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod, sqrt
-from typing import Literal
+from typing import Any, Literal
 
 from megallama.config.schema import ModelConfig
 from megallama.plan.box import Box
@@ -35,8 +35,7 @@ class Part:
     """Rows ``row .. row + box.shape[0]`` of a local tensor are `box` of the global tensor ``box.key``."""
 
     box: Box
-    global_shape: tuple[int, ...]
-    row: int
+    row: int = 0
     sum_over: SumOver = "none"  # the group over which this part's gradient is summed besides dp
     owner: bool = True  # False on all but one rank that hold a copy: counted in norms and saved once
 
@@ -49,7 +48,6 @@ class ParamSpec:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     decay: bool
-    init_std: float | None  # None: ones (norm weights)
     tied: bool = False  # a copy lives on the first and on the last stage; gradients are summed over both
     uses: int = 1  # contributions to its gradient per micro-batch
 
@@ -118,34 +116,35 @@ class ParamBuilder:
         `first` adds the embedding, `last` the final norm and the head.  With tied embeddings a
         stage that is both holds the matrix once, under the name ``embed_tokens``.
         """
-        specs: list[ParamSpec] = []
-        tie = self.model.tie_embeddings
+        embedding, tie, specs = "model.embed_tokens.weight", self.model.tie_embeddings, list[ParamSpec]()
         if first:
-            specs.append(self._vocab("embed_tokens", "model.embed_tokens.weight", tied=tie and not last, owner=True))
-            if tie and last:
-                specs[0] = replace(specs[0], uses=2)
+            whole = tie and last
+            specs.append(self._vocab("embed_tokens", embedding, tied=tie and not last, uses=2 if whole else 1))
         for i in layers:
-            specs += self._layer(i)
+            specs += self._layer(f"layers.{i}.", f"model.layers.{i}.")
         if last:
             specs.append(self._norm("norm", "model.norm.weight"))
-            if not tie:
-                specs.append(self._vocab("lm_head", "lm_head.weight", tied=False, owner=True))
-            elif not first:
-                specs.append(self._vocab("lm_head", "model.embed_tokens.weight", tied=True, owner=False))
+        if last and not tie:
+            specs.append(self._vocab("lm_head", "lm_head.weight"))
+        elif last and not first:
+            specs.append(self._vocab("lm_head", embedding, owner=False, tied=True))
         return tuple(specs)
 
-    def _layer(self, i: int) -> list[ParamSpec]:
-        local, name = f"layers.{i}.", f"model.layers.{i}."
-        f = self.model.ffn_hidden_size
+    def _layer(self, name: str, key: str) -> list[ParamSpec]:
+        n, k, _ = heads(self.model)
+        attention, mlp, hidden = f"{key}self_attn.", f"{key}mlp.", self._even(self.model.ffn_hidden_size)
+        rows = {f"{attention}q_proj.weight": self._heads(n)}
+        rows |= {f"{attention}{x}_proj.weight": self._heads(k) for x in "kv"}
+        qkv, copies = self._rows(f"{name}qkv_proj", rows), max(1, self.tp // k)
+        over: SumOver = "kv" if copies > 1 else "none"
+        shared = (replace(part, sum_over=over, owner=self.tp_rank % copies == 0) for part in qkv.parts[1:])
         return [
-            self._norm(local + "input_norm", name + "input_layernorm.weight"),
-            self._qkv(local + "qkv_proj", name + "self_attn."),
-            self._columns(local + "o_proj", name + "self_attn.o_proj.weight", self._heads(self.model.num_heads)),
-            self._norm(local + "post_attention_norm", name + "post_attention_layernorm.weight"),
-            self._packed(
-                local + "gate_up_proj", [(name + f"mlp.{x}_proj.weight", self._even(f), f) for x in ("gate", "up")]
-            ),
-            self._columns(local + "down_proj", name + "mlp.down_proj.weight", self._even(f)),
+            self._norm(f"{name}input_norm", f"{key}input_layernorm.weight"),
+            replace(qkv, parts=(qkv.parts[0], *shared)),
+            self._columns(f"{name}o_proj", f"{attention}o_proj.weight", self._heads(n)),
+            self._norm(f"{name}post_attention_norm", f"{key}post_attention_layernorm.weight"),
+            self._rows(f"{name}gate_up_proj", {f"{mlp}{x}_proj.weight": hidden for x in ("gate", "up")}),
+            self._columns(f"{name}down_proj", f"{mlp}down_proj.weight", hidden),
         ]
 
     def _even(self, size: int) -> tuple[int, int]:
@@ -156,47 +155,30 @@ class ParamBuilder:
 
     def _heads(self, count: int) -> tuple[int, int]:
         """This rank's range of rows of `count` heads; ranks share a head when tp > count."""
-        d = heads(self.model)[2]
-        if self.tp <= count:
-            a, b = self._even(count)
-        else:
-            a = self.tp_rank // (self.tp // count)
-            b = a + 1
+        d, shared = heads(self.model)[2], self.tp_rank // max(1, self.tp // count)
+        a, b = self._even(count) if self.tp <= count else (shared, shared + 1)
         return a * d, b * d
 
     def _norm(self, name: str, key: str) -> ParamSpec:
         shape = (self.model.hidden_size,)
         over: SumOver = "tp" if self.sequence_parallel and self.tp > 1 else "none"
-        part = Part(Box.whole(key, shape), shape, 0, over, owner=self.tp_rank == 0)
-        return ParamSpec(name, shape, (part,), decay=False, init_std=None)
+        return ParamSpec(name, shape, (Part(Box.whole(key, shape), 0, over, self.tp_rank == 0),), decay=False)
 
-    def _qkv(self, name: str, prefix: str) -> ParamSpec:
-        n, k, d = heads(self.model)
-        copies = max(1, self.tp // k)
-        owner, over = self.tp_rank % copies == 0, ("kv" if copies > 1 else "none")
-        rows: list[tuple[str, tuple[int, int], int]] = [(prefix + "q_proj.weight", self._heads(n), n * d)]
-        rows += [(prefix + f"{x}_proj.weight", self._heads(k), k * d) for x in ("k", "v")]
-        spec = self._packed(name, rows)
-        shared = tuple(Part(p.box, p.global_shape, p.row, over, owner) for p in spec.parts[1:])  # type: ignore[arg-type]
-        return ParamSpec(name, spec.shape, (spec.parts[0], *shared), spec.decay, spec.init_std)
-
-    def _packed(self, name: str, rows: list[tuple[str, tuple[int, int], int]]) -> ParamSpec:
+    def _rows(self, name: str, rows: Mapping[str, tuple[int, int]]) -> ParamSpec:
         """Row ranges of several [size, h] tensors under one another."""
         h, at, parts = self.model.hidden_size, 0, []
-        for key, (a, b), size in rows:
-            parts.append(Part(Box(key, (a, 0), (b, h)), (size, h), at))
+        for key, (a, b) in rows.items():
+            parts.append(Part(Box(key, (a, 0), (b, h)), at))
             at += b - a
-        return ParamSpec(name, (at, h), tuple(parts), decay=True, init_std=init_std(self.model, rows[0][0]))
+        return ParamSpec(name, (at, h), tuple(parts), decay=True)
 
     def _columns(self, name: str, key: str, columns: tuple[int, int]) -> ParamSpec:
         h, (a, b) = self.model.hidden_size, columns
-        shape = global_shapes(self.model)[key] if self.tp > 1 else (h, b - a)
-        part = Part(Box(key, (0, a), (h, b)), shape, 0)
-        return ParamSpec(name, (h, b - a), (part,), decay=True, init_std=init_std(self.model, key))
+        return ParamSpec(name, (h, b - a), (Part(Box(key, (0, a), (h, b))),), decay=True)
 
-    def _vocab(self, name: str, key: str, tied: bool, owner: bool) -> ParamSpec:
+    def _vocab(self, name: str, key: str, owner: bool = True, **kind: Any) -> ParamSpec:
         v, h = self.model.vocab_size, self.model.hidden_size
         per = -(-v // self.tp)
         a, b = min(v, self.tp_rank * per), min(v, (self.tp_rank + 1) * per)
-        parts = (Part(Box(key, (a, 0), (b, h)), (v, h), 0, owner=owner),) if a < b else ()
-        return ParamSpec(name, (per, h), parts, decay=True, init_std=init_std(self.model, key), tied=tied)
+        parts = (Part(Box(key, (a, 0), (b, h)), owner=owner),) if a < b else ()
+        return ParamSpec(name, (per, h), parts, decay=True, **kind)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from math import prod
 
 from megallama.config.schema import Config
 from megallama.config.words import counted
 from megallama.plan.batch import BatchPlan
 from megallama.plan.flops import training_flops
 from megallama.plan.memory import rank_memory
-from megallama.plan.params import global_shapes, heads, num_parameters
+from megallama.plan.params import ParamBuilder, heads, num_parameters
 from megallama.plan.partition import Stages, stage_costs
 from megallama.plan.schedule import Schedule
 from megallama.plan.simulate import LEGEND, Report, draw, simulate
@@ -70,18 +69,10 @@ def _facts(
 
 def _stage_rows(config: Config, stages: Stages, schedule: Schedule) -> list[list[str]]:
     costs = [sum(c) for c in stage_costs(config, stages)]
-    shapes = global_shapes(config.model)
-    sizes = {key: prod(shape) for key, shape in shapes.items()}
-    per_layer = sum(size for key, size in sizes.items() if key.startswith("model.layers.0."))
     rows = []
     for number, layers in enumerate(stages):
-        parameters = len(layers) * per_layer
-        if number == 0:
-            parameters += sizes["model.embed_tokens.weight"]
-        if number == len(stages) - 1:
-            parameters += sizes["model.norm.weight"] + sizes.get("lm_head.weight", 0)
-            if config.model.tie_embeddings and number:
-                parameters += sizes["model.embed_tokens.weight"]
+        specs = ParamBuilder(config.model).stage(layers, number == 0, number == len(stages) - 1)
+        parameters = sum(spec.numel for spec in specs)
         which = f"{layers[0]}-{layers[-1]} ({len(layers)})" if layers else "none"
         share = f"{costs[number] / sum(costs):.1%}"
         rows.append([str(number), str(schedule.rank_of(number)), which, f"{parameters:,}", share])

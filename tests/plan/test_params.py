@@ -32,7 +32,6 @@ def test_every_element_is_owned_once(model: ModelConfig, tp: int, stages: int) -
         for spec in specs(model, tp, rank, stages):
             for part in spec.parts:
                 where = tuple(map(slice, part.box.start, part.box.stop))
-                assert part.global_shape == held[part.box.key].shape
                 assert part.row + part.box.shape[0] <= spec.shape[0]
                 held[part.box.key][where] += 1
                 owned[part.box.key][where] += part.owner
@@ -68,7 +67,6 @@ def test_shapes_and_order() -> None:
 def test_decay_and_initial_values() -> None:
     for spec in specs(MODEL, 1, 0):
         assert spec.decay == ("norm" not in spec.name)
-        assert (spec.init_std is None) == ("norm" in spec.name)
     small = 0.02 / sqrt(6)
     assert init_std(MODEL, "model.layers.0.self_attn.o_proj.weight") == small
     assert init_std(MODEL, "model.layers.0.mlp.down_proj.weight") == small
