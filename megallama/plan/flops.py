@@ -8,7 +8,7 @@ either in full (every query with every key, the convention of Korthikanti et al.
 from __future__ import annotations
 
 from megallama.config.schema import ModelConfig
-from megallama.plan.params import heads, num_parameters
+from megallama.plan.params import heads
 
 
 def layer_forward(model: ModelConfig, seq_length: int, *, causal: bool) -> int:
@@ -27,8 +27,3 @@ def head_forward(model: ModelConfig) -> int:
 def training_flops(model: ModelConfig, seq_length: int, *, causal: bool) -> int:
     """Operations of forward and backward per token: the numerator of MFU."""
     return 3 * (model.num_layers * layer_forward(model, seq_length, causal=causal) + head_forward(model))
-
-
-def six_n(model: ModelConfig) -> int:
-    """The rule of thumb 6N per token, N with the embedding (Kaplan et al. 2020)."""
-    return 6 * num_parameters(model)

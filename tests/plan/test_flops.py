@@ -6,7 +6,8 @@ import pytest
 
 from megallama.config.presets import PRESETS
 from megallama.config.schema import ModelConfig
-from megallama.plan.flops import head_forward, layer_forward, six_n, training_flops
+from megallama.plan.flops import head_forward, layer_forward, training_flops
+from megallama.plan.params import num_parameters
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ def test_llama_at_2048(name: str, matmul: int, six: float, full: float, causal: 
     layers, h, s = model.num_layers, model.hidden_size, 2048
     assert training_flops(model, s, causal=False) == 3 * (2 * matmul + 4 * layers * s * h)
     assert training_flops(model, s, causal=True) == 3 * (2 * matmul + 2 * layers * h * (s + 1))
-    assert round(six_n(model) / 1e9, 3) == six
+    assert round(6 * num_parameters(model) / 1e9, 3) == six  # the rule of thumb 6N (Kaplan et al. 2020)
     assert round(training_flops(model, s, causal=False) / 1e9, 3) == full
     assert round(training_flops(model, s, causal=True) / 1e9, 3) == causal
 
