@@ -10,58 +10,40 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from megallama.config.schema import OptimizerConfig
-from megallama.kernels.candidate import APEX, TE, Operation, Target, apex_module, random, require_close, te_module
+from megallama.kernels.candidate import APEX, TE, Operation, Target, require_close
 
-AdamWStep = Callable[..., None]  # the arguments of `adamw_step`
+Lists = Sequence[list[Tensor]]  # masters, gradients, first moments, second moments, step counts
+AdamWStep = Callable[[Lists, OptimizerConfig, float, float, Tensor | None], None]  # with lr, decay, divisor
 
 
-def adamw_step(
-    masters: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    config: OptimizerConfig,
-    lr: float,
-    weight_decay: float,
-    divisor: Tensor | None,
-) -> None:
-    """One step of torch's fused AdamW, in place; `steps` are incremented.
+def adamw_step(lists: Lists, config: OptimizerConfig, lr: float, decay: float, divisor: Tensor | None) -> None:
+    """One step of torch's fused AdamW, in place; step counts are incremented.
 
     Gradients are divided by `divisor` on the way (clipping and loss scale in the same pass).
     """
+    masters, grads, exp_avgs, exp_avg_sqs, steps = lists
     if divisor is not None and divisor.dtype == torch.float64:  # the fused kernel takes an fp32 divisor only
-        torch._foreach_div_(list(grads), divisor)
+        torch._foreach_div_(grads, divisor)
         divisor = None
     adamw(
-        list(masters), list(grads), list(exp_avgs), list(exp_avg_sqs), [], list(steps),
+        masters, grads, exp_avgs, exp_avg_sqs, [], steps,
         fused=True, grad_scale=divisor, amsgrad=False, maximize=False, has_complex=False,
-        beta1=config.beta1, beta2=config.beta2, eps=config.eps, lr=lr, weight_decay=weight_decay,
+        beta1=config.beta1, beta2=config.beta2, eps=config.eps, lr=lr, weight_decay=decay,
     )  # fmt: skip
 
 
 def _multi_tensor_adam(kernel: Callable[..., None]) -> AdamWStep:
     """The kernel that Transformer Engine and apex share."""
 
-    def step(
-        masters: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        steps: Sequence[Tensor],
-        config: OptimizerConfig,
-        lr: float,
-        weight_decay: float,
-        divisor: Tensor | None,
-    ) -> None:
+    def step(lists: Lists, config: OptimizerConfig, lr: float, decay: float, divisor: Tensor | None) -> None:
+        masters, grads, exp_avgs, exp_avg_sqs, steps = lists
         if divisor is not None:
-            torch._foreach_div_(list(grads), divisor)
-        torch._foreach_add_(list(steps), 1)
-        lists = [list(grads), list(masters), list(exp_avgs), list(exp_avg_sqs)]
+            torch._foreach_div_(grads, divisor)
+        torch._foreach_add_(steps, 1)
         noop = torch.zeros(1, dtype=torch.int32, device=masters[0].device)
-        count = int(steps[0])
         # chunk size, noop flag, tensors, lr, betas, eps, step, AdamW mode, bias correction, decay
-        kernel(65536, noop, lists, lr, config.beta1, config.beta2, config.eps, count, 1, 1, weight_decay)
+        kernel(65536, noop, [grads, masters, exp_avgs, exp_avg_sqs], lr, config.beta1, config.beta2, config.eps,
+               int(steps[0]), 1, 1, decay)  # fmt: skip
 
     return step
 
@@ -70,11 +52,12 @@ def check_adam(step: AdamWStep, target: Target) -> None:
     """Three steps beside torch's."""
     results = []
     for one in (step, adamw_step):
-        master, grad = (random(replace(target, dtype=torch.float32), 1000, seed=i) for i in range(2))
+        master, grad = (replace(target, dtype=torch.float32).random(1000, seed=i) for i in range(2))
         state = [torch.zeros_like(master), torch.zeros_like(master), torch.zeros((), device=target.device)]
         for _ in range(3):
             divisor = torch.tensor(2.0, device=target.device)
-            one([master], [grad.clone()], [state[0]], [state[1]], [state[2]], OptimizerConfig(), 1e-2, 0.1, divisor)
+            lists = [[t] for t in (master, grad.clone(), *state)]
+            one(lists, OptimizerConfig(), 1e-2, 0.1, divisor)
         results.append((master, *state))
     for name, result, expected in zip(("weights", "first moment", "second moment", "step"), *results, strict=True):
         require_close(name, result, expected, 1e-5)
@@ -82,8 +65,8 @@ def check_adam(step: AdamWStep, target: Target) -> None:
 
 ADAMW = Operation(
     [
-        (TE, lambda target: _multi_tensor_adam(te_module(target).multi_tensor_adam)),
-        (APEX, lambda target: _multi_tensor_adam(apex_module(target, "amp_C").multi_tensor_adam)),
+        (TE, lambda target: _multi_tensor_adam(target.te_module().multi_tensor_adam)),
+        (APEX, lambda target: _multi_tensor_adam(target.apex_module("amp_C").multi_tensor_adam)),
     ],
     ("torch fused", lambda target: adamw_step),
     check_adam,

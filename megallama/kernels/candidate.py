@@ -52,6 +52,37 @@ class Target:
         if self.dtype not in (torch.bfloat16, torch.float16):
             raise Unsupported(f"16-bit formats only, not {self.dtype}")
 
+    def need_fp8(self) -> None:
+        self.need_cuda()
+        major, minor = torch.cuda.get_device_capability(self.device)
+        if (major, minor) < (8, 9):
+            raise Unsupported(f"compute capability {major}.{minor} is below 8.9 (L40S, H100, H200, B200)")
+
+    def te_module(self, name: str = "transformer_engine_torch") -> ModuleType:
+        """A module of Transformer Engine; functions below its modules are there once the package was imported."""
+        self.need_cuda()
+        if importlib.util.find_spec("transformer_engine") is None:
+            raise Unsupported("not installed")
+        importlib.import_module("transformer_engine.pytorch")
+        return importlib.import_module(name)
+
+    def apex_module(self, name: str) -> ModuleType:
+        """A module of NVIDIA's apex; the package index holds an unrelated one of the same name."""
+        self.need_cuda()
+        if importlib.util.find_spec(name) is None:
+            if importlib.util.find_spec("apex") is None:
+                raise Unsupported("not installed")
+            if importlib.util.find_spec("apex.optimizers") is None:
+                raise Unsupported("the installed package named apex is not NVIDIA's; build NVIDIA/apex from source")
+            raise Unsupported(f"apex was built without its CUDA extension {name}")
+        return importlib.import_module(name)
+
+    def random(self, *shape: int, seed: int = 0) -> Tensor:
+        """Normal values in this format, on this device."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        acc_dtype = accumulate_dtype(self.dtype)
+        return torch.randn(shape, device=self.device, generator=generator, dtype=acc_dtype).to(self.dtype)
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -67,27 +98,6 @@ class Operation:
     check: Callable[[Any, Target], None]
 
 
-def te_module(target: Target, name: str = "transformer_engine_torch") -> ModuleType:
-    """A module of Transformer Engine; the functions below its modules are there once the package has been imported."""
-    target.need_cuda()
-    if importlib.util.find_spec("transformer_engine") is None:
-        raise Unsupported("not installed")
-    importlib.import_module("transformer_engine.pytorch")
-    return importlib.import_module(name)
-
-
-def apex_module(target: Target, name: str) -> ModuleType:
-    """A module of NVIDIA's apex; the package index holds an unrelated one of the same name."""
-    target.need_cuda()
-    if importlib.util.find_spec(name) is None:
-        if importlib.util.find_spec("apex") is None:
-            raise Unsupported("not installed")
-        if importlib.util.find_spec("apex.optimizers") is None:
-            raise Unsupported("the installed package named apex is not NVIDIA's; build NVIDIA/apex from source")
-        raise Unsupported(f"apex was built without its CUDA extension {name}")
-    return importlib.import_module(name)
-
-
 def require_close(what: str, result: Tensor, expected: Tensor, tolerance: float) -> None:
     """Raises: Wrong if `result` is further from `expected` than `tolerance`, or not a number."""
     result, expected = result.detach().double(), expected.detach().double().to(result.device)
@@ -96,15 +106,14 @@ def require_close(what: str, result: Tensor, expected: Tensor, tolerance: float)
         raise Wrong(f"{what} differs from the plain formula by {error:.1e}")
 
 
-def require_all_close(results: dict[str, Tensor], expected: Sequence[Tensor | None], target: Target) -> None:
+def require_all_close(results: dict[str, Tensor], expected: Sequence[Tensor], target: Target) -> None:
     """`require_close` of several results, within what the format of `target` can tell."""
     for (what, result), want in zip(results.items(), expected, strict=True):
-        assert want is not None
         require_close(what, result, want, TOLERANCE[target.dtype])
 
 
-def random(target: Target, *shape: int, seed: int = 0) -> Tensor:
-    """Normal values in the format of `target`, on its device."""
-    generator = torch.Generator(target.device).manual_seed(seed)
-    acc_dtype = accumulate_dtype(target.dtype)
-    return torch.randn(shape, device=target.device, generator=generator, dtype=acc_dtype).to(target.dtype)
+def with_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
+    """What a function returns, then the gradients of its inputs, as autograd has them."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    out = function(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, dout)]

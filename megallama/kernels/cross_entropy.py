@@ -6,21 +6,16 @@ process group of its own) and of apex (a second copy of them).
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import COMPILED, Operation, Target, random, require_all_close
+from megallama.kernels.candidate import COMPILED, Operation, Target, require_all_close
 from megallama.kernels.compiled import compiled
 from megallama.kernels.dtypes import accumulate_dtype
 
-
-class Softmax(Protocol):
-    """What `softmax_` does."""
-
-    def __call__(self, logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
-        """Write into `logits`, `log_sum` and `picked`."""
+Softmax = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None]  # what `softmax_` does
 
 
 def softmax_(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
@@ -63,7 +58,7 @@ def _softmax(
 
 def check_softmax(softmax_: Softmax, target: Target) -> None:
     """Probabilities in place, their logarithm's sum and the picked logits."""
-    logits, acc_dtype = random(target, 24, 61), accumulate_dtype(target.dtype)
+    logits, acc_dtype = target.random(24, 61), accumulate_dtype(target.dtype)
     index = torch.arange(24, device=target.device).unsqueeze(1)
     scale = index.squeeze(1).to(acc_dtype) / 12
     for case in (None, scale):

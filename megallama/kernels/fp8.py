@@ -14,13 +14,12 @@ what it calls, quantizer and GEMM.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import TE, Operation, Target, Unsupported, random, require_close, te_module
+from megallama.kernels.candidate import TE, Operation, Target, require_close
 from megallama.kernels.gemm import Gemms
 from megallama.kernels.wgrad import check_wgrad
 
@@ -72,9 +71,10 @@ def _product(
 
 def _te_fp8(target: Target) -> Gemms:
     """Transformer Engine's fp8 with current scaling: its quantizers and GEMM, accumulating into fp32."""
-    tex = te_module(target)
-    quantizer = te_module(target, "transformer_engine.pytorch.tensor.float8_tensor").Float8CurrentScalingQuantizer
-    gemm = te_module(target, "transformer_engine.pytorch.cpp_extensions").general_gemm
+    target.need_fp8()
+    tex = target.te_module()
+    quantizer = target.te_module("transformer_engine.pytorch.tensor.float8_tensor").Float8CurrentScalingQuantizer
+    gemm = target.te_module("transformer_engine.pytorch.cpp_extensions").general_gemm
 
     def make(kind: Any, columns: bool) -> Any:  # on Hopper only a transposed copy can be read by columns
         return quantizer(kind, target.device, rowwise=True, columnwise=columns, force_pow_2_scales=True)
@@ -102,27 +102,21 @@ def _te_fp8(target: Target) -> Gemms:
     return Gemms(fprop, dgrad, add)
 
 
-def _where_gpus_can(make: Callable[[Target], Gemms]) -> Callable[[Target], Gemms]:
-    def checked(target: Target) -> Gemms:
-        target.need_cuda()
-        major, minor = torch.cuda.get_device_capability(target.device)
-        if (major, minor) < (8, 9):
-            raise Unsupported(f"compute capability {major}.{minor} is below 8.9 (L40S, H100, H200, B200)")
-        return make(target)
-
-    return checked
+def _torch_fp8(target: Target) -> Gemms:
+    target.need_fp8()
+    return TORCH_FP8
 
 
 def check_fp8(gemms: Gemms, target: Target) -> None:
     """All three products within what rounding normal operands to fp8 costs: 2.6 % (E4M3), 5.2 % (E5M2) each."""
-    x, dy, weight = (random(target, *shape, seed=shape[1]) for shape in ((64, 48), (64, 32), (32, 48)))
+    x, dy, weight = (target.random(*shape, seed=shape[1]) for shape in ((64, 48), (64, 32), (32, 48)))
     require_close("product", gemms.fprop(x, weight), x.double() @ weight.double().t(), 6e-2)
     require_close("gradient of the input", gemms.dgrad(dy, weight), dy.double() @ weight.double(), 8e-2)
     check_wgrad(gemms.wgrad, target, 8e-2)
 
 
 FP8_PRODUCTS = Operation(
-    [(TE, _where_gpus_can(_te_fp8)), ("torch _scaled_mm", _where_gpus_can(lambda target: TORCH_FP8))],
+    [(TE, _te_fp8), ("torch _scaled_mm", _torch_fp8)],
     ("nothing here can", lambda target: TORCH_FP8),
     check_fp8,
 )

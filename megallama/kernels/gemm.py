@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import TOLERANCE, Operation, Target, Unsupported, random, require_close
+from megallama.kernels.candidate import TOLERANCE, Operation, Target, Unsupported, require_close
 
 MatmulNT = Callable[[Tensor, Tensor], Tensor]  # a [m, k], b [n, k] -> a @ b.T [m, n], a new tensor
 
@@ -66,7 +66,7 @@ def _onednn(target: Target) -> MatmulNT:
 
 def check_product(product: MatmulNT, target: Target) -> None:
     """a @ b.T, also of operands that are views."""
-    a, b = (random(target, n, 48, seed=n) for n in (33, 40))
+    a, b = (target.random(n, 48, seed=n) for n in (33, 40))
     for x, y in ((a, b), (a[:, :40], b.t()[:, :40].t()[:, :40]), (a.t(), b[:33].t())):
         require_close("product", product(x, y), x.double() @ y.double().t(), TOLERANCE[target.dtype])
 

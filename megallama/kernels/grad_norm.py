@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import APEX, TE, Operation, Target, apex_module, require_close, te_module
+from megallama.kernels.candidate import APEX, TE, Operation, Target, require_close
 from megallama.kernels.dtypes import accumulate_dtype
 
 SumOfSquares = Callable[[Sequence[Tensor]], Tensor]
@@ -49,8 +49,8 @@ def check_sum_of_squares(sum_of_squares: SumOfSquares, target: Target) -> None:
 
 GRAD_NORM = Operation(
     [
-        (TE, lambda target: _multi_tensor_sum(te_module(target).multi_tensor_l2norm)),
-        (APEX, lambda target: _multi_tensor_sum(apex_module(target, "amp_C").multi_tensor_l2norm)),
+        (TE, lambda target: _multi_tensor_sum(target.te_module().multi_tensor_l2norm)),
+        (APEX, lambda target: _multi_tensor_sum(target.apex_module("amp_C").multi_tensor_l2norm)),
     ],
     ("torch", lambda target: sum_of_squares),
     check_sum_of_squares,

@@ -12,17 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megallama.kernels.candidate import (
-    APEX,
-    COMPILED,
-    TE,
-    Operation,
-    Target,
-    apex_module,
-    random,
-    require_all_close,
-    te_module,
-)
+from megallama.kernels.candidate import APEX, COMPILED, TE, Operation, Target, require_all_close, with_gradients
 from megallama.kernels.compiled import compiled
 from megallama.kernels.dtypes import accumulate_dtype
 
@@ -88,8 +78,8 @@ def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tup
 def _te_norm(target: Target) -> NormPair:
     """Transformer Engine's RMSNorm. Its gradient of the weight is rounded to the weight's format."""
     target.need_half_on_cuda()
-    tex = te_module(target)
-    kind = te_module(target, "transformer_engine.pytorch.constants").TE_DType[target.dtype]
+    tex = target.te_module()
+    kind = target.te_module("transformer_engine.pytorch.constants").TE_DType[target.dtype]
     return _norm_pair(
         lambda x, weight, eps: tex.rmsnorm_fwd(x, weight, eps, None, None, kind, 0, False),
         lambda dy, x, rstd, weight, eps: tex.rmsnorm_bwd(dy, x, rstd, weight, 0, False),
@@ -99,7 +89,7 @@ def _te_norm(target: Target) -> NormPair:
 def _apex_norm(target: Target) -> NormPair:
     """apex's RMSNorm. Its gradient of the weight is rounded to the weight's format."""
     target.need_half_on_cuda()
-    extension = apex_module(target, "fused_layer_norm_cuda")
+    extension = target.apex_module("fused_layer_norm_cuda")
     return _norm_pair(
         lambda x, weight, eps: extension.rms_forward_affine(x, x.shape[1:], weight, eps),
         lambda dy, x, rstd, weight, eps: extension.rms_backward_affine(dy, rstd, x, x.shape[1:], weight, eps, False),
@@ -117,15 +107,14 @@ def _norm_pair(forward: Callable[..., Any], backward: Callable[..., Any]) -> Nor
 def check_norm(pair: NormPair, target: Target) -> None:
     """RMSNorm and the gradients of its input and weight."""
     (forward, backward), eps = pair, 1e-5
-    x, dy, weight = (random(target, *shape, seed=i) for i, shape in enumerate([(48, 64), (48, 64), (64,)]))
-    exact = [t.double().clone().requires_grad_() for t in (x, weight)]
-    want = exact[0] * torch.rsqrt(exact[0].square().mean(-1, keepdim=True) + eps) * exact[1]
-    want.backward(dy.double())
+    x, dy, weight = (target.random(*shape, seed=i) for i, shape in enumerate([(48, 64), (48, 64), (64,)]))
+
+    def exact(x: Tensor, weight: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
     dx, dweight = backward(dy, x, weight, eps)
-    require_all_close(
-        {"output": forward(x, weight, eps), "gradient of x": dx, "gradient of the weight": dweight},
-        [want, exact[0].grad, exact[1].grad], target,
-    )  # fmt: skip
+    results = {"output": forward(x, weight, eps), "gradient of x": dx, "gradient of the weight": dweight}
+    require_all_close(results, with_gradients(exact, (x.double(), weight.double()), dy.double()), target)
 
 
 RMS_NORM = Operation(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megallama.config.schema import RopeScaling
-from megallama.kernels.candidate import COMPILED, Operation, Target, random, require_all_close
+from megallama.kernels.candidate import COMPILED, Operation, Target, require_all_close
 from megallama.kernels.compiled import compiled
 from megallama.kernels.dtypes import accumulate_dtype
 
@@ -71,7 +71,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def check_rope(apply_rope: ApplyRope, target: Target) -> None:
     """A rotation in place and its inverse, the gradient."""
-    x, angles = random(target, 2, 16, 3, 8), random(target, 16, 1, 4, seed=1).to(accumulate_dtype(target.dtype))
+    x, angles = target.random(2, 16, 3, 8), target.random(16, 1, 4, seed=1).to(accumulate_dtype(target.dtype))
     a, b = x.double().chunk(2, -1)
     cos, sin = angles.double().cos(), angles.double().sin()
     out = x.clone()

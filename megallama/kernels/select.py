@@ -135,12 +135,7 @@ def _first(name: str, operation: Operation, target: Target, left_out: set[str]) 
             return made, Choice(name, kind, tuple(refused), broken)
         except Exception as error:  # noqa: BLE001 - a broken package may raise anything; the reason is kept
             broken |= isinstance(error, Wrong) or not isinstance(error, Unsupported)
-            refused.append(
-                (
-                    kind,
-                    str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-                )
-            )
+            refused.append((kind, next(iter(str(error).strip().splitlines()), type(error).__name__)))
     choice = Choice(name, operation.last[0], tuple(refused), broken)
     if name == FP8:
         raise MegallamaError(f'precision.fp8: {choice}; write precision.fp8="none"')

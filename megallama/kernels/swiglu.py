@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megallama.kernels.candidate import COMPILED, TE, Operation, Target, random, require_all_close, te_module
+from megallama.kernels.candidate import COMPILED, TE, Operation, Target, require_all_close, with_gradients
 from megallama.kernels.compiled import compiled
 from megallama.kernels.dtypes import accumulate_dtype
 
@@ -55,19 +55,17 @@ def _swiglu_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
 def _te_swiglu(target: Target) -> SwigluPair:
     """Transformer Engine's, one kernel each way."""
     target.need_half_on_cuda()
-    tex = te_module(target)
+    tex = target.te_module()
     return lambda gate_up: tex.swiglu(gate_up, None), lambda dout, gate_up: tex.dswiglu(dout, gate_up, None)
 
 
 def check_swiglu(pair: SwigluPair, target: Target) -> None:
     """SwiGLU on packed gate and up, and its gradient."""
     forward, backward = pair
-    packed, dout = random(target, 48, 64), random(target, 48, 32, seed=1)
-    leaf = packed.double().clone().requires_grad_()
-    want = F.silu(leaf[:, :32]) * leaf[:, 32:]
-    want.backward(dout.double())
+    packed, dout = target.random(48, 64), target.random(48, 32, seed=1)
+    want = with_gradients(lambda x: F.silu(x[:, :32]) * x[:, 32:], [packed.double()], dout.double())
     results = {"output": forward(packed), "gradient": backward(dout.clone(), packed)}
-    require_all_close(results, [want, leaf.grad], target)
+    require_all_close(results, want, target)
 
 
 SWIGLU = Operation(

@@ -7,17 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import (
-    APEX,
-    TE,
-    Operation,
-    Target,
-    Unsupported,
-    apex_module,
-    random,
-    require_close,
-    te_module,
-)
+from megallama.kernels.candidate import APEX, TE, Operation, Target, Unsupported, require_close
 from megallama.kernels.dtypes import accumulate_dtype
 from megallama.kernels.gemm import MatmulNT, matmul_nt
 
@@ -57,7 +47,7 @@ def _addmm(target: Target) -> AddWgrad:
 def _te_wgrad(target: Target) -> AddWgrad:
     """Transformer Engine's GEMM with fp32 output and accumulation."""
     target.need_half_on_cuda()
-    gemm = te_module(target, "transformer_engine.pytorch.cpp_extensions").general_gemm
+    gemm = target.te_module("transformer_engine.pytorch.cpp_extensions").general_gemm
 
     def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
         gemm(x, dy, out_dtype=torch.float32, accumulate=not overwrite, layout="NT", out=main_grad, grad=True)
@@ -68,7 +58,7 @@ def _te_wgrad(target: Target) -> AddWgrad:
 def _apex_wgrad(target: Target) -> AddWgrad:
     """apex's GEMM that accumulates into fp32."""
     target.need_half_on_cuda()
-    extension = apex_module(target, "fused_weight_gradient_mlp_cuda")
+    extension = target.apex_module("fused_weight_gradient_mlp_cuda")
 
     def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
         if overwrite:
@@ -80,7 +70,7 @@ def _apex_wgrad(target: Target) -> AddWgrad:
 
 def check_wgrad(add: AddWgrad, target: Target, tolerance: float = 1e-5) -> None:
     """dy.T @ x written over what was there, and added to it."""
-    dy, x = (random(target, 64, n, seed=n) for n in (32, 48))
+    dy, x = (target.random(64, n, seed=n) for n in (32, 48))
     want = dy.double().t() @ x.double()
     out = torch.full((32, 48), 7.0, dtype=accumulate_dtype(target.dtype), device=target.device)
     add(out, dy, x, True)

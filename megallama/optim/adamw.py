@@ -21,5 +21,5 @@ class AdamW:
     def __call__(self, shards: Sequence[dict[str, Tensor]], lr: float, multiplier: float, decay: bool) -> None:
         first = shards[0]["grads"]
         divisor = None if multiplier == 1.0 else first.new_full((), 1 / multiplier)
-        lists = ([shard[name] for shard in shards] for name in ("master", "grads", *self.moments, "step"))
-        self._kernel(*lists, self._config, lr, self._config.weight_decay if decay else 0.0, divisor)
+        lists = [[shard[name] for shard in shards] for name in ("master", "grads", *self.moments, "step")]
+        self._kernel(lists, self._config, lr, self._config.weight_decay if decay else 0.0, divisor)

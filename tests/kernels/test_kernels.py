@@ -189,7 +189,7 @@ def test_adamw_follows_the_paper(dtype: torch.dtype) -> None:
     want, wm, wv = master.double().clone(), torch.zeros(1000).double(), torch.zeros(1000).double()
     for t in range(1, 4):
         divisor = torch.tensor(4.0, dtype=dtype)
-        adamw_step([master], [grad.clone()], [m], [v], [step], config, 1e-2, 0.1, divisor)
+        adamw_step([[t] for t in (master, grad.clone(), m, v, step)], config, 1e-2, 0.1, divisor)
         g = grad.double() / 4
         wm, wv = 0.9 * wm + 0.1 * g, 0.95 * wv + 0.05 * g * g
         want = want * (1 - 1e-2 * 0.1) - 1e-2 * (wm / (1 - 0.9**t)) / ((wv / (1 - 0.95**t)).sqrt() + 1e-8)
