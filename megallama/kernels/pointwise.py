@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megallama.kernels.cross_entropy import Softmax, softmax_
-from megallama.kernels.norm import rms_norm, rms_norm_backward
-from megallama.kernels.rope import ApplyRope, apply_rope
-from megallama.kernels.swiglu import swiglu, swiglu_backward
+from megallama.kernels.cross_entropy import Softmax
+from megallama.kernels.rope import ApplyRope
 
 
 @dataclass(frozen=True)
@@ -23,6 +21,3 @@ class PointwiseOps:
     swiglu_backward: Callable[[Tensor, Tensor], Tensor]
     apply_rope: ApplyRope
     softmax_: Softmax
-
-
-EAGER = PointwiseOps(rms_norm, rms_norm_backward, swiglu, swiglu_backward, apply_rope, softmax_)

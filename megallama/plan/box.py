@@ -36,14 +36,6 @@ class Box:
         """How many elements it holds."""
         return prod(self.shape)
 
-    def intersect(self, other: Box) -> Box | None:
-        """The common rectangle, or None where there is none."""
-        if self.key != other.key:
-            return None
-        start = tuple(map(max, self.start, other.start))
-        stop = tuple(map(min, self.stop, other.stop))
-        return Box(self.key, start, stop) if all(a < b for a, b in zip(start, stop, strict=True)) else None
-
     def within(self, outer: Box) -> tuple[slice, ...]:
         """Slices that select this box from an array holding `outer`."""
         return tuple(slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, outer.start, strict=True))

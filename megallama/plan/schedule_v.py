@@ -16,30 +16,12 @@ DualPipeV, half of DualPipe, DeepSeek-AI 2024 (arXiv:2412.19437).
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from dataclasses import replace
+from itertools import accumulate
 
 from megallama.plan.schedule import Action, F, I, Kind, Schedule, ScheduleError, W
 
 UNITS = 6  # work of a rank for one micro-batch: F, I and W on two stages
-
-
-class Pattern(NamedTuple):
-    """Units from a rank to the next: forward down and up the V, backward down and up; and at the turns between."""
-
-    f_down: int
-    f_up: int
-    b_down: int
-    b_up: int
-    turns: tuple[int, int, int]
-
-    def times(self, num_ranks: int) -> tuple[list[int], list[int]]:
-        """When micro-batch 0 is on each stage: (forward, backward) [units]."""
-        p, (bottom, top, back) = num_ranks, self.turns
-        forward = [self.f_down * s for s in range(p)]
-        forward += [forward[-1] + bottom + self.f_up * s for s in range(p)]
-        backward = [forward[-1] + top + self.b_down * s for s in range(p)]
-        backward += [backward[-1] + back + self.b_up * s for s in range(p)]
-        return forward, backward[::-1]
 
 
 def v_owners(num_ranks: int) -> tuple[int, ...]:
@@ -49,14 +31,14 @@ def v_owners(num_ranks: int) -> tuple[int, ...]:
 
 def zb_v(num_ranks: int, num_microbatches: int) -> Schedule:
     """ZB-V: no bubble but the fill of P-1 units (F = I = W = 1), at the peak memory of 1F1B, on every rank."""
-    return _fill("zb-v", num_ranks, num_microbatches, Pattern(4, 2, 4, 2, (1, 1, 1)), 2 * num_ranks, compute=2)
+    return _fill("zb-v", num_ranks, num_microbatches, (4, 2), (1, 1, 1), 2 * num_ranks, compute=2)
 
 
 def v_half(num_ranks: int, num_microbatches: int) -> Schedule:
     """V-Half: half of 1F1B's bubble at half its peak memory, (P+2)//2 micro-batches on every rank."""
     turns = (1, 1, 1) if num_ranks % 2 else (4, 1, 4)
     limit = 2 * ((num_ranks + 2) // 2)
-    return _fill("v-half", num_ranks, num_microbatches, Pattern(1, 2, 1, 2, turns), limit, compute=1)
+    return _fill("v-half", num_ranks, num_microbatches, (1, 2), turns, limit, compute=1)
 
 
 def dualpipe_v(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -73,15 +55,19 @@ def dualpipe_v(num_ranks: int, num_microbatches: int) -> Schedule:
     return Schedule("dualpipe-v", num_ranks, 2 * num_ranks, num_microbatches, steps, v_owners(num_ranks))
 
 
-def _fill(name: str, p: int, m: int, pattern: Pattern, limit: int, compute: int) -> Schedule:
+def _fill(
+    name: str, p: int, m: int, hops: tuple[int, int], turns: tuple[int, int, int], limit: int, compute: int
+) -> Schedule:
     """Run F and I, of `compute` times W's length, in the pattern's order, and W where they leave room.
 
-    Never more than `limit` are in flight.
+    hops: units from a rank to the next on the way down and up. Never more than `limit` are in flight.
     """
     schedule = Schedule(name, p, 2 * p, m, ((),) * p, v_owners(p))
-    forward, backward = pattern.times(p)
-    timed = [(at[s] + UNITS * i, s, Action(kind, s, i))
-             for kind, at in ((F, forward), (I, backward)) for s in range(2 * p) for i in range(m)]  # fmt: skip
+    (down, up), (bottom, top, back), between = hops, turns, p - 1
+    legs = [0, *[down] * between, bottom, *[up] * between, top, *[down] * between, back, *[up] * between]
+    times = list(accumulate(legs))  # when micro-batch 0 is on stages 0 .. 2p-1, then on its way back
+    timed = [(times[at] + UNITS * i, s, Action(kind, s, i))
+             for s in range(2 * p) for kind, at in ((F, s), (I, -1 - s)) for i in range(m)]  # fmt: skip
     queues: list[deque[Action]] = [deque() for _ in range(p)]
     for _, s, a in sorted(timed):
         queues[schedule.rank_of(s)].append(a)
@@ -105,7 +91,7 @@ def _fill(name: str, p: int, m: int, pattern: Pattern, limit: int, compute: int)
                 owed[rank].append(a._replace(kind=W))
         now += 1
         assert now <= UNITS * compute * (m + 4 * p), f"{name} of {p} ranks and {m} micro-batches does not end"
-    return Schedule(name, p, 2 * p, m, tuple(map(tuple, out)), v_owners(p))
+    return replace(schedule, steps=tuple(map(tuple, out)))
 
 
 def _dualpipe_rank(rank: int, p: int, m: int) -> tuple[Action, ...]:

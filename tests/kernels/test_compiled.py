@@ -13,10 +13,10 @@ from megallama.kernels import select
 from megallama.kernels.candidate import COMPILED, Target
 from megallama.kernels.cross_entropy import compiled_softmax
 from megallama.kernels.norm import compiled_norm
-from megallama.kernels.pointwise import EAGER
 from megallama.kernels.rope import compiled_rope
 from megallama.kernels.swiglu import compiled_swiglu
 from tests.small import curve, deviation, small_config, solo_rank, tokens, train
+from tests.kernels.eager import EAGER
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: torch.compile needs a C++ compiler")

@@ -21,9 +21,9 @@ from megallama.kernels.fp8 import TORCH_FP8, check_fp8
 from megallama.kernels.gemm import check_product, matmul_nt
 from megallama.kernels.grad_norm import check_sum_of_squares
 from megallama.kernels.norm import check_norm
-from megallama.kernels.pointwise import EAGER
 from megallama.kernels.swiglu import check_swiglu
 from megallama.kernels.wgrad import add_wgrad_with, check_wgrad
+from tests.kernels.eager import EAGER
 
 CPU = torch.device("cpu")
 BF16, FP32 = Target(CPU, torch.bfloat16), Target(CPU, torch.float32)
