@@ -59,7 +59,8 @@ def literal(value: Any) -> str:
     if isinstance(value, BaseModel):
         value = {k: v for k, v in value.model_dump().items() if v is not None}
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_bare_key(k)} = {literal(v)}" for k, v in value.items()) + "}"
+        names = {k: k if re.fullmatch("[A-Za-z0-9_-]+", k) else literal(k) for k in value}
+        return "{" + ", ".join(f"{names[k]} = {literal(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(literal, value)) + "]"
     if isinstance(value, float):
@@ -67,30 +68,20 @@ def literal(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")
 
 
-def _bare_key(key: str) -> str:
-    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else literal(key)
-
-
 def _setting(key: str, field: FieldInfo) -> Setting:
-    kinds = _members(field.annotation)
+    annotation = field.annotation
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kinds = [kind for kind in members if kind is not NoneType]
     text, _, unit = (field.description or "").partition(" [")
     return Setting(
         key=key,
-        type=" or ".join(_words(k, tuple(field.metadata)) for k in kinds if k is not NoneType),
-        kinds=tuple(_bare(k) for k in kinds if k is not NoneType),
-        optional=NoneType in kinds,
+        type=" or ".join(_words(kind, tuple(field.metadata)) for kind in kinds),
+        kinds=tuple(get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds),
+        optional=NoneType in members,
         default=None if field.is_required() else field.get_default(),
         unit=unit.rstrip("]"),
         meaning=text,
     )
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-
-
-def _bare(kind: Any) -> Any:
-    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def _words(kind: Any, limits: tuple[Any, ...]) -> str:
@@ -118,7 +109,5 @@ def _words(kind: Any, limits: tuple[Any, ...]) -> str:
 
 
 def _limit(limit: Any) -> str:
-    for kind, words in ((Gt, "above"), (Ge, "of at least"), (Lt, "below"), (Le, "up to")):
-        if isinstance(limit, kind):
-            return f"{words} {getattr(limit, kind.__name__.lower())}"
-    return ""
+    words = {Gt: "above", Ge: "of at least", Lt: "below", Le: "up to"}.get(type(limit))
+    return f"{words} {getattr(limit, type(limit).__name__.lower())}" if words else ""

@@ -1,6 +1,6 @@
 """Reading a configuration: defaults, then the preset, the TOML file and ``section.key=value`` overrides.
 
-Settings are gathered under their dotted names together with where each was said; then they are validated,
+Settings are gathered under their dotted names together with where each comes from; then they are validated,
 derived values are filled in and the cross-field rules run.  All problems are reported together.
 """
 
@@ -45,7 +45,7 @@ ELSEWHERE = {
     "recompute_granularity": "memory.recompute", "bf16": "precision.dtype", "fp16": "precision.dtype",
 }  # fmt: skip
 
-SPOKEN = {  # the same for values
+OTHER_WORDS = {  # the same for values
     "gpu": "cuda", "nvidia": "cuda", "half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32",
     "float": "fp32", "single": "fp32", "float64": "fp64", "double": "fp64",
 }  # fmt: skip
@@ -72,7 +72,7 @@ def load(
     `ranks` adds the rules that need the number of ranks; `need_data=False` leaves out those about data.
     samples: how many a run with this configuration goes on from; batch sizes before that need not fit.
     note: told, for each setting under a name of earlier versions, what it is called now.
-    Raises: ConfigError listing every problem at once, each with where it was said.
+    Raises: ConfigError listing every problem at once, each with where it comes from.
     """
     reader = _Reader()
     if file is not None:
@@ -165,7 +165,7 @@ class _Reader:
             self.bad.add(key)
 
     def apply_preset(self) -> None:
-        """Put the preset's row under what the user said."""
+        """Put the preset's row under the user's own values."""
         name = self.values.get("model.preset")
         if not isinstance(name, str):
             return
@@ -177,10 +177,10 @@ class _Reader:
             self.problems.append(f"{unknown}; {hint}presets: {', '.join(PRESETS)}")
             self.bad |= {"model", "batch.seq_length"}
             return
-        said, sources = self.values, self.sources
+        values, sources = self.values, self.sources
         self.values, self.sources = {}, {}
         self._take_tree({"model": PRESETS[name]}, "", f"preset {name}")
-        for key, value in said.items():
+        for key, value in values.items():
             self._take(key, value, sources[key])
 
     def apply_linear(self) -> None:
@@ -214,12 +214,12 @@ class _Reader:
         return any(re.search(rf"\b{re.escape(key)}\b", problem) for key in self.bad)
 
     def locate(self, problem: str) -> str:
-        """`problem` with the places where its settings were said."""
+        """`problem` with the places where its settings come from."""
         keys = re.findall(r"\b([a-z_]+(?:\.[a-z_0-9]+)+)\b", problem.split(";")[0])
-        said = {key: self.sources[key] for key in keys if key in self.sources}
-        if len(set(said.values())) <= 1:
-            return ": ".join([*set(said.values()), problem])
-        return f"{problem} ({', '.join(f'{key}: {source}' for key, source in said.items())})"
+        places = {key: self.sources[key] for key in keys if key in self.sources}
+        if len(set(places.values())) <= 1:
+            return ": ".join([*set(places.values()), problem])
+        return f"{problem} ({', '.join(f'{key}: {source}' for key, source in places.items())})"
 
     def _take_tree(self, tree: Mapping[str, Any], prefix: str, source: str) -> None:
         for name, value in tree.items():
@@ -291,8 +291,8 @@ class _Reader:
                 hint = "close the quotes"
                 if raw.startswith(("[", "{")):
                     hint = f'texts in it need quotes, and the shell others around all of it: \'{key}=["a", "b"]\''
-                said = _short(raw.replace("\n", "\\n"))
-                raise ConfigError(f"{key}={said} is not a TOML value ({error}); {hint}") from None
+                shown = _short(raw.replace("\n", "\\n"))
+                raise ConfigError(f"{key}={shown} is not a TOML value ({error}); {hint}") from None
             return {"True": True, "False": False}.get(raw, raw)
 
     def _tree(self) -> dict[str, Any]:
@@ -322,8 +322,8 @@ class _Reader:
         example = f"; for example {key}={literal(setting.default)}" if setting.default not in (None, ()) else ""
         if error["type"] == "literal_error" and isinstance(value, str):
             options = re.findall(r'"([^"]*)"', setting.type)
-            said = SPOKEN.get(value.lower(), value.lower())
-            near = difflib.get_close_matches(said, options, n=1, cutoff=0.5)
+            word = OTHER_WORDS.get(value.lower(), value.lower())
+            near = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
             example = f'; did you mean "{near[0]}"?' if near else ""
         finite = "finite, " if error["type"] == "finite_number" else ""
         none = " or none" if setting.optional else ""

@@ -29,11 +29,6 @@ def check(config: Config, ranks: int | None = None, *, need_data: bool = True) -
     return [problem for rule in rules for problem in rule(config, ranks)]
 
 
-def dp_size(config: Config, ranks: int) -> int:
-    """Data-parallel size: what tp and pp leave of the ranks (1 where they do not divide them)."""
-    return max(1, ranks // (config.parallel.tp * config.parallel.pp))
-
-
 def ramp_sizes(batch: BatchConfig) -> tuple[int, ...]:
     """Every global batch size the run uses, in order [sequences]."""
     if batch.ramp_start is None or batch.ramp_increment is None:
@@ -57,11 +52,6 @@ def remaining(batch: BatchConfig, samples: int) -> BatchConfig:
     start = ramp_size(batch, samples)
     none = dict.fromkeys(("ramp_start", "ramp_increment", "ramp_samples"))
     return batch.model_copy(update={"ramp_start": start} if start < batch.global_batch_size else none)
-
-
-def interleaved(config: Config) -> bool:
-    """Whether the schedule is interleaved 1F1B."""
-    return config.parallel.schedule == "1f1b" and config.parallel.chunks > 1
 
 
 def legal_tp(config: Config) -> list[int]:
@@ -147,17 +137,17 @@ def _pipeline(config: Config, ranks: int | None) -> Iterator[str]:
             'write parallel.schedule="csv", or leave the file out'
         )
     if p.stage_layers is not None:
-        given = list(p.stage_layers)
+        counts = list(p.stage_layers)
         even = literal([layers * (s + 1) // stages - layers * s // stages for s in range(stages)])
-        if len(given) != stages:
+        if len(counts) != stages:
             yield (
-                f"parallel.stage_layers={given} has {counted(len(given), 'number')}, but parallel.pp={p.pp} x "
+                f"parallel.stage_layers={counts} has {counted(len(counts), 'number')}, but parallel.pp={p.pp} x "
                 f"parallel.chunks={p.chunks} = {counted(stages, 'stage')}; write {counted(stages, 'number')}, "
                 f"for example {even}"
             )
-        elif sum(given) != layers:
+        elif sum(counts) != layers:
             yield (
-                f"parallel.stage_layers={given} adds up to {sum(given)}, but model.num_layers={layers}; "
+                f"parallel.stage_layers={counts} adds up to {sum(counts)}, but model.num_layers={layers}; "
                 f"write numbers that add up to it, for example {even}"
             )
     axes = p.rank_order.split("-")
@@ -184,9 +174,9 @@ def _batch(config: Config, ranks: int | None) -> Iterator[str]:
         return  # dp is not known; the rule above speaks
     unit, words = b.micro_batch_size, f"batch.micro_batch_size={b.micro_batch_size}"
     if ranks is not None:
-        dp = dp_size(config, ranks)
+        dp = ranks // (p.tp * p.pp)
         unit, words = unit * dp, f"{words} x dp={dp} (ranks / (tp x pp)) = {unit * dp}"
-    if interleaved(config):
+    if p.schedule == "1f1b" and p.chunks > 1:
         unit, words = unit * p.pp, f"{words} times parallel.pp={p.pp} (needed to interleave parallel.chunks={p.chunks})"
     if b.global_batch_size % unit:
         yield (

@@ -40,8 +40,8 @@ def special_id(kind: str, tokenizer: Path, lookup: Lookup, own: int | None = Non
     not have counts as none.  Then comes `own`, which the file itself says, then `usual_id`.
     """
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        said = read_settings(tokenizer.with_name(file)).get(f"{kind}_token")
-        name = said.get("content") if isinstance(said, dict) else said
+        name = read_settings(tokenizer.with_name(file)).get(f"{kind}_token")
+        name = name.get("content") if isinstance(name, dict) else name
         if isinstance(name, str) and (declared := lookup(name)) is not None:
             return declared
     return usual_id(kind, lookup) if own is None else own

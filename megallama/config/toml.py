@@ -19,12 +19,9 @@ def read_toml(file: Path, what: str) -> dict[str, Any]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"cannot read {what} {file}: {reason}; give the path of a TOML file") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError also for numbers of thousands of digits
-        said = f"{file} is not valid TOML: {error}; write lines like tp = 2 under [parallel]"
-        raise ConfigError(said + _line_of(text, error)) from None
+    except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
+        wrong = f"{file} is not valid TOML: {error}; write lines like tp = 2 under [parallel]"
+        raise ConfigError(wrong + _line_of(text, error)) from None
 
 
 def _line_of(text: str, error: Exception) -> str:

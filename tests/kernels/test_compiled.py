@@ -15,8 +15,8 @@ from megallama.kernels.cross_entropy import compiled_softmax
 from megallama.kernels.norm import compiled_norm
 from megallama.kernels.rope import compiled_rope
 from megallama.kernels.swiglu import compiled_swiglu
-from tests.small import curve, deviation, small_config, solo_rank, tokens, train
 from tests.kernels.eager import EAGER
+from tests.small import curve, deviation, small_config, solo_rank, tokens, train
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: torch.compile needs a C++ compiler")
