@@ -372,6 +372,7 @@ def test_transformer_engines_fp8_is_called_as_documented(monkeypatch: pytest.Mon
         transformer_engine__pytorch__tensor__float8_tensor={"Float8CurrentScalingQuantizer": Quantizer},
         transformer_engine__pytorch__cpp_extensions={"general_gemm": general_gemm},
     )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     check_fp8(fp8._te_fp8(ON_CUDA), BF16)
 
 
