@@ -110,10 +110,3 @@ def require_all_close(results: dict[str, Tensor], expected: Sequence[Tensor], ta
     """`require_close` of several results, within what the format of `target` can tell."""
     for (what, result), want in zip(results.items(), expected, strict=True):
         require_close(what, result, want, TOLERANCE[target.dtype])
-
-
-def with_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
-    """What a function returns, then the gradients of its inputs, as autograd has them."""
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    out = function(*leaves)
-    return [out, *torch.autograd.grad(out, leaves, dout)]

@@ -64,9 +64,7 @@ def check_softmax(softmax_: Softmax, target: Target) -> None:
     for case in (None, scale):
         rows, log_sum, picked = logits.clone(), scale.clone(), scale.clone()
         softmax_(rows, index, log_sum, picked, case)
-        exact = logits.double()
-        probs = exact.softmax(1) * (1 if case is None else case.double().unsqueeze(1))
-        want = [probs, exact.logsumexp(1), exact.gather(1, index).squeeze(1)]
+        want = _softmax(logits.double(), index, None if case is None else case.double(), torch.float64)
         results = {"probabilities": rows, "logarithm of the sum": log_sum, "picked logits": picked}
         require_all_close(results, want, target)
 
