@@ -178,10 +178,13 @@ def _check_progress(schedule: Schedule) -> None:
     """
 
     def waits(a: Action) -> list[Action]:
-        own = schedule.rank_of(a.stage)
-        return [v for v in schedule.needs(a) if schedule.rank_of(v.stage) != own] if a.kind in COMPUTE else []
+        values = schedule.needs(a) if a.kind in COMPUTE else ()
+        return [v for v in values if schedule.rank_of(v.stage) != schedule.rank_of(a.stage)]
 
-    stuck, _ = stuck_at(schedule.steps, waits, lambda a: a._replace(kind=SENDS[a.kind]) if a.kind in SENDS else None)
+    def gives(a: Action) -> list[Action]:
+        return [a._replace(kind=SENDS[a.kind])] if a.kind in SENDS else []
+
+    stuck, _ = stuck_at(schedule, waits, gives)
     if stuck:
         words = ", ".join(f"rank {rank} at {a}" for rank, a in stuck.items())
         raise ScheduleError(f"the schedule {schedule.name} deadlocks: {words}")

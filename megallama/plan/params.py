@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod, sqrt
-from typing import Any, Literal
+from typing import Literal
 
 from megallama.config.schema import ModelConfig
 from megallama.plan.box import Box
@@ -116,10 +116,12 @@ class ParamBuilder:
         `first` adds the embedding, `last` the final norm and the head.  With tied embeddings a
         stage that is both holds the matrix once, under the name ``embed_tokens``.
         """
-        embedding, tie, specs = "model.embed_tokens.weight", self.model.tie_embeddings, list[ParamSpec]()
+        embedding, tie = "model.embed_tokens.weight", self.model.tie_embeddings
+        specs: list[ParamSpec] = []
         if first:
-            whole = tie and last
-            specs.append(self._vocab("embed_tokens", embedding, tied=tie and not last, uses=2 if whole else 1))
+            specs.append(self._vocab("embed_tokens", embedding, tied=tie and not last))
+            if tie and last:
+                specs[0] = replace(specs[0], uses=2)
         for i in layers:
             specs += self._layer(f"layers.{i}.", f"model.layers.{i}.")
         if last:
@@ -127,17 +129,19 @@ class ParamBuilder:
         if last and not tie:
             specs.append(self._vocab("lm_head", "lm_head.weight"))
         elif last and not first:
-            specs.append(self._vocab("lm_head", embedding, owner=False, tied=True))
+            specs.append(self._vocab("lm_head", embedding, tied=True, owner=False))
         return tuple(specs)
 
     def _layer(self, name: str, key: str) -> list[ParamSpec]:
         n, k, _ = heads(self.model)
-        attention, mlp, hidden = f"{key}self_attn.", f"{key}mlp.", self._even(self.model.ffn_hidden_size)
+        attention, mlp = f"{key}self_attn.", f"{key}mlp."
+        hidden = self._even(self.model.ffn_hidden_size)
         rows = {f"{attention}q_proj.weight": self._heads(n)}
         rows |= {f"{attention}{x}_proj.weight": self._heads(k) for x in "kv"}
         qkv, copies = self._rows(f"{name}qkv_proj", rows), max(1, self.tp // k)
         over: SumOver = "kv" if copies > 1 else "none"
-        shared = (replace(part, sum_over=over, owner=self.tp_rank % copies == 0) for part in qkv.parts[1:])
+        owner = self.tp_rank % copies == 0
+        shared = (replace(part, sum_over=over, owner=owner) for part in qkv.parts[1:])
         return [
             self._norm(f"{name}input_norm", f"{key}input_layernorm.weight"),
             replace(qkv, parts=(qkv.parts[0], *shared)),
@@ -162,7 +166,8 @@ class ParamBuilder:
     def _norm(self, name: str, key: str) -> ParamSpec:
         shape = (self.model.hidden_size,)
         over: SumOver = "tp" if self.sequence_parallel and self.tp > 1 else "none"
-        return ParamSpec(name, shape, (Part(Box.whole(key, shape), 0, over, self.tp_rank == 0),), decay=False)
+        part = Part(Box.whole(key, shape), 0, over, owner=self.tp_rank == 0)
+        return ParamSpec(name, shape, (part,), decay=False)
 
     def _rows(self, name: str, rows: Mapping[str, tuple[int, int]]) -> ParamSpec:
         """Row ranges of several [size, h] tensors under one another."""
@@ -176,9 +181,9 @@ class ParamBuilder:
         h, (a, b) = self.model.hidden_size, columns
         return ParamSpec(name, (h, b - a), (Part(Box(key, (0, a), (h, b))),), decay=True)
 
-    def _vocab(self, name: str, key: str, owner: bool = True, **kind: Any) -> ParamSpec:
+    def _vocab(self, name: str, key: str, tied: bool = False, owner: bool = True) -> ParamSpec:
         v, h = self.model.vocab_size, self.model.hidden_size
         per = -(-v // self.tp)
         a, b = min(v, self.tp_rank * per), min(v, (self.tp_rank + 1) * per)
         parts = (Part(Box(key, (a, 0), (b, h)), owner=owner),) if a < b else ()
-        return ParamSpec(name, (per, h), parts, decay=True, **kind)
+        return ParamSpec(name, (per, h), parts, decay=True, tied=tied)

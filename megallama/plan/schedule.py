@@ -10,6 +10,8 @@ r, r+P, r+2P, ...  A micro-batch is *in flight* on a stage from its forward unti
 Text form of an action: kind, stage, micro-batch, e.g. ``F2.0`` or ``send_F2.0`` (a transfer bears the stage
 of the rank that lists it: ``send_F2.0`` is received as ``recv_F3.0``).
 
+Builders take `p`, the number of pipeline ranks, and `m`, that of micro-batches.
+
 Papers: GPipe, Huang et al. 2019 (arXiv:1811.06965); 1F1B and interleaving, Narayanan et al. 2021
 (arXiv:2104.04473); zero bubble (split backward), Qi et al. 2023 (arXiv:2401.10241).
 """
@@ -144,41 +146,42 @@ def parse_action(word: str) -> Action:
     return Action(Kind(found[1]), int(found[2]), int(found[3]))
 
 
-def gpipe(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Schedule:
+def gpipe(p: int, m: int, chunks: int = 1) -> Schedule:
     """All forwards, then all backwards: the simplest schedule, the most memory."""
-    return _alternating("gpipe", num_ranks, num_microbatches, chunks, lambda behind: num_microbatches * chunks)
+    return _alternating("gpipe", p, m, chunks, lambda behind: m * chunks)
 
 
-def one_f_one_b(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Schedule:
+def one_f_one_b(p: int, m: int, chunks: int = 1) -> Schedule:
     """1F1B; with `chunks` > 1, interleaved 1F1B.
 
     Bubble over ideal time: (P-1) / (chunks * M).
     Raises: ScheduleError if chunks > 1 and M is not a multiple of P.
     """
-    if chunks > 1 and num_microbatches % num_ranks:
-        below = num_microbatches // num_ranks * num_ranks
-        near = [m for m in (below, below + num_ranks) if m]
+    if chunks > 1 and m % p:
+        below = m // p * p
+        near = " or ".join(str(n) for n in (below, below + p) if n)
         raise ScheduleError(
-            f"interleaved 1F1B (chunks={chunks}) needs a number of micro-batches that is a multiple of pp={num_ranks}, "
-            f"not {num_microbatches}; use {' or '.join(map(str, near))} micro-batches, or chunks=1"
+            f"interleaved 1F1B (chunks={chunks}) needs a number of micro-batches that is a multiple of pp={p}, "
+            f"not {m}; use {near} micro-batches, or chunks=1"
         )
-    pace, more = (1, 0) if chunks == 1 else (2, (chunks - 1) * num_ranks)
-    return _alternating("1f1b", num_ranks, num_microbatches, chunks, lambda behind: pace * behind + more)
+    pace, more = (1, 0) if chunks == 1 else (2, (chunks - 1) * p)
+    return _alternating("1f1b", p, m, chunks, lambda behind: pace * behind + more)
 
 
-def zero_bubble_h1(num_ranks: int, num_microbatches: int) -> Schedule:
+def zero_bubble_h1(p: int, m: int) -> Schedule:
     """ZB-H1: 1F1B with the backward split; rank r delays r weight gradients, at 1F1B's peak memory."""
-    return _zero_bubble("zb-h1", num_ranks, num_microbatches, 1)
+    return _zero_bubble("zb-h1", p, m, 1)
 
 
-def zero_bubble_h2(num_ranks: int, num_microbatches: int) -> Schedule:
+def zero_bubble_h2(p: int, m: int) -> Schedule:
     """ZB-H2: twice as many forwards first, and as many weight gradients delayed: 2P-1 micro-batches in flight."""
-    return _zero_bubble("zb-h2", num_ranks, num_microbatches, 2)
+    return _zero_bubble("zb-h2", p, m, 2)
 
 
-def _zero_bubble(name: str, num_ranks: int, num_microbatches: int, depth: int) -> Schedule:
-    whole = _alternating(name, num_ranks, num_microbatches, 1, lambda behind: depth * behind)
-    return replace(whole, steps=tuple(tuple(_split(steps, depth * r)) for r, steps in enumerate(whole.steps)))
+def _zero_bubble(name: str, p: int, m: int, depth: int) -> Schedule:
+    whole = _alternating(name, p, m, 1, lambda behind: depth * behind)
+    split = (_split(steps, depth * rank) for rank, steps in enumerate(whole.steps))
+    return replace(whole, steps=tuple(map(tuple, split)))
 
 
 def _split(steps: Sequence[Action], delay: int) -> Iterator[Action]:
@@ -193,38 +196,36 @@ def _split(steps: Sequence[Action], delay: int) -> Iterator[Action]:
     yield from owed
 
 
-def _alternating(
-    name: str, num_ranks: int, num_microbatches: int, chunks: int, warmup: Callable[[int], int]
-) -> Schedule:
-    """`warmup(ranks behind this one)` forwards, then a forward and a backward in turn, then what is left.
+def _alternating(name: str, p: int, m: int, chunks: int, warmup: Callable[[int], int]) -> Schedule:
+    """`warmup(ranks behind this one)` forwards, then a forward and a backward in turn, then the rest.
 
     Groups of P micro-batches pass through one chunk after the other.
     """
     passes = [
         (chunk, microbatch)
-        for first in range(0, num_microbatches, num_ranks)
+        for first in range(0, m, p)
         for chunk in range(chunks)
-        for microbatch in range(first, min(first + num_ranks, num_microbatches))
+        for microbatch in range(first, min(first + p, m))
     ]
     steps = []
-    for rank in range(num_ranks):
-        f = [Action(F, chunk * num_ranks + rank, m) for chunk, m in passes]
-        b = [Action(B, (chunks - 1 - chunk) * num_ranks + rank, m) for chunk, m in passes]
-        ahead = min(warmup(num_ranks - rank - 1), len(f))
+    for rank in range(p):
+        f = [Action(F, chunk * p + rank, microbatch) for chunk, microbatch in passes]
+        b = [Action(B, (chunks - 1 - chunk) * p + rank, microbatch) for chunk, microbatch in passes]
+        ahead = min(warmup(p - rank - 1), len(f))
         steady = [a for pair in zip(f[ahead:], b, strict=False) for a in pair]
         steps.append((*f[:ahead], *steady, *b[len(f) - ahead :]))
-    return Schedule(name, num_ranks, num_ranks * chunks, num_microbatches, tuple(steps))
+    return Schedule(name, p, p * chunks, m, tuple(steps))
 
 
-def forward_only(num_ranks: int, num_microbatches: int, owners: Sequence[int]) -> Schedule:
+def forward_only(p: int, m: int, owners: Sequence[int]) -> Schedule:
     """Forwards alone, lowered: an evaluation, with any number of micro-batches and any placement of the stages.
 
     A rank with c stages takes a micro-batch every c units of time: micro-batch m is on stage s at time s + c m.
     """
-    chunks = max(1, len(owners) // num_ranks)
-    wave = sorted((s + chunks * m, s, m) for s in range(len(owners)) for m in range(num_microbatches))
-    steps = tuple(tuple(Action(F, s, m) for _, s, m in wave if owners[s] == rank) for rank in range(num_ranks))
-    return lower(Schedule("forward", num_ranks, len(owners), num_microbatches, steps, tuple(owners)))
+    chunks = max(1, len(owners) // p)
+    wave = sorted((s + chunks * i, s, i) for s in range(len(owners)) for i in range(m))
+    steps = tuple(tuple(Action(F, s, i) for _, s, i in wave if owners[s] == rank) for rank in range(p))
+    return lower(Schedule("forward", p, len(owners), m, steps, tuple(owners)))
 
 
 class Event(NamedTuple):
@@ -280,22 +281,26 @@ def walk(schedule: Schedule, cost: Callable[[Action], float], hop: float = 0.0) 
         raise ScheduleError(f"the schedule {schedule.name} deadlocks: {', '.join(stuck)} wait for values nobody makes")
 
 
+Values = Iterable[Action]
+
+
 def stuck_at(
-    steps: Sequence[Sequence[Action]], waits: Callable[[Action], Iterable[Action]], gives: Callable[[Action], object]
-) -> tuple[dict[int, Action], set[object]]:
+    schedule: Schedule, waits: Callable[[Action], Values], gives: Callable[[Action], Values]
+) -> tuple[dict[int, Action], set[Action]]:
     """Let all ranks go on until each is at its end or waits for values that nobody gives; no clock.
 
-    Returns: the ranks that are not at their end with the action that each waits at, and the values given.
+    Returns: where the ranks are that did not reach their end, and all values that were given.
     """
-    given: set[object] = set()
-    at, moved = [0] * len(steps), True
+    values: set[Action] = set()
+    left = {rank: deque(row) for rank, row in enumerate(schedule.steps)}
+    moved = True
     while moved:
         moved = False
-        for rank, row in enumerate(steps):
-            while at[rank] < len(row) and given.issuperset(waits(row[at[rank]])):
-                given.add(gives(row[at[rank]]))
-                at[rank], moved = at[rank] + 1, True
-    return {rank: row[i] for rank, (row, i) in enumerate(zip(steps, at, strict=True)) if i < len(row)}, given
+        for row in left.values():
+            while row and values.issuperset(waits(row[0])):
+                values.update(gives(row.popleft()))
+                moved = True
+    return {rank: row[0] for rank, row in left.items() if row}, values
 
 
 def lower(schedule: Schedule) -> Schedule:

@@ -126,7 +126,7 @@ def _check_backwards(path: Path, cells: dict[Action, Cell]) -> None:
 
 def _check_order(schedule: Schedule, cells: dict[Action, Cell]) -> None:
     """Every action comes after what it needs, on its own line and across the lines."""
-    stuck, made = stuck_at(schedule.steps, schedule.needs, schedule.produces)
+    stuck, made = stuck_at(schedule, schedule.needs, lambda a: filter(None, [schedule.produces(a)]))
     why = []
     for a in stuck.values():
         need = next(v for v in schedule.needs(a) if v not in made)

@@ -56,18 +56,29 @@ def dualpipe_v(num_ranks: int, num_microbatches: int) -> Schedule:
 
 
 def _fill(
-    name: str, p: int, m: int, hops: tuple[int, int], turns: tuple[int, int, int], limit: int, compute: int
+    name: str,
+    p: int,
+    m: int,
+    hops: tuple[int, int],
+    turns: tuple[int, int, int],
+    limit: int,
+    compute: int,
 ) -> Schedule:
     """Run F and I, of `compute` times W's length, in the pattern's order, and W where they leave room.
 
     hops: units from a rank to the next on the way down and up. Never more than `limit` are in flight.
     """
     schedule = Schedule(name, p, 2 * p, m, ((),) * p, v_owners(p))
-    (down, up), (bottom, top, back), between = hops, turns, p - 1
-    legs = [0, *[down] * between, bottom, *[up] * between, top, *[down] * between, back, *[up] * between]
-    times = list(accumulate(legs))  # when micro-batch 0 is on stages 0 .. 2p-1, then on its way back
-    timed = [(times[at] + UNITS * i, s, Action(kind, s, i))
-             for s in range(2 * p) for kind, at in ((F, s), (I, -1 - s)) for i in range(m)]  # fmt: skip
+    down, up = ([hop] * (p - 1) for hop in hops)
+    bottom, top, back = turns
+    # when micro-batch 0 is on stages 0 .. 2p-1, then on its way back
+    times = list(accumulate([0, *down, bottom, *up, top, *down, back, *up]))
+    timed = [
+        (times[at] + UNITS * i, s, Action(kind, s, i))
+        for s in range(2 * p)
+        for kind, at in ((F, s), (I, -1 - s))
+        for i in range(m)
+    ]
     queues: list[deque[Action]] = [deque() for _ in range(p)]
     for _, s, a in sorted(timed):
         queues[schedule.rank_of(s)].append(a)
@@ -103,7 +114,8 @@ def _dualpipe_rank(rank: int, p: int, m: int) -> tuple[Action, ...]:
     ends = ["B1", "B0"] * (rank + 1)
     words = ["F0"] * (2 * behind) + ["F0", "F1"] * (rank + 1) + ["I1", "W", "F1"] * behind
     words += ["F0", "B1", "F1", "B0"] * (m - 2 * p + rank + 1) + ["B1", "F1", "B0"] * behind
-    words += ends[: rank + 1] + [word.replace("B", "I") for word in ends[rank + 1 :]] + ["W", "I0"] * behind
+    words += ends[: rank + 1] + [word.replace("B", "I") for word in ends[rank + 1 :]]
+    words += ["W", "I0"] * behind
     stages, done = (rank, 2 * p - 1 - rank), dict.fromkeys(("F0", "F1", "B0", "B1"), 0)
     out: list[Action] = []
     owed: deque[Action] = deque()
