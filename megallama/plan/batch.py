@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megallama.config.rules import ramp_size
+from megallama.config.rules import ramp_size, ramp_sizes
 from megallama.config.schema import BatchConfig
 
 
@@ -22,6 +22,11 @@ class BatchPlan:
 
     batch: BatchConfig
     dp: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Every global batch size of the run, in order [sequences]."""
+        return ramp_sizes(self.batch)
 
     def global_batch(self, samples_consumed: int) -> int:
         """Samples of the step that begins after `samples_consumed` [sequences]."""

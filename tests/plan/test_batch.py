@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megallama.config.rules import ramp_sizes
 from megallama.config.schema import BatchConfig
 from megallama.plan.batch import BatchPlan
 
@@ -15,7 +14,7 @@ RAMP = BatchConfig(global_batch_size=32, micro_batch_size=2, ramp_start=8, ramp_
 
 def test_constant() -> None:
     plan = BatchPlan(BatchConfig(global_batch_size=24, micro_batch_size=2), dp=3)
-    assert ramp_sizes(plan.batch) == (24,) and plan.global_batch(0) == plan.global_batch(10**12) == 24
+    assert plan.sizes == (24,) and plan.global_batch(0) == plan.global_batch(10**12) == 24
     assert plan.num_microbatches(24) == 4
     assert plan.samples_after(1000) == 24000
     assert plan.sample_ids(100, 24, dp_rank=2, microbatch=1) == range(100 + (1 * 3 + 2) * 2, 100 + (1 * 3 + 2) * 2 + 2)
@@ -32,7 +31,7 @@ def test_a_step_reads_its_samples_once(dp: int, micro: int) -> None:
 
 def test_ramp() -> None:
     plan = BatchPlan(RAMP, dp=2)
-    assert ramp_sizes(plan.batch) == (8, 16, 24, 32)
+    assert plan.sizes == (8, 16, 24, 32)
     assert [plan.global_batch(n) for n in (0, 31, 32, 63, 64, 95, 96, 10**9)] == [8, 8, 16, 16, 24, 24, 32, 32]
     sizes, consumed = [], 0
     while consumed < 200:
@@ -52,4 +51,4 @@ def test_ramp_never_shrinks_and_ends(start: int, increments: int, samples: int) 
     plan = BatchPlan(batch, 1)
     sizes = [plan.global_batch(n) for n in range(samples + 1)]
     assert sizes == sorted(sizes) and sizes[0] == start and sizes[-1] == batch.global_batch_size
-    assert set(sizes) <= set(ramp_sizes(plan.batch))
+    assert set(sizes) <= set(plan.sizes)
