@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megallama.commands.from_megatron import run as main
-from megallama.commands.megatron.flags import ALIASES, DEFAULTS, IMPLIED, IMPLIED_VALUES, LEFT_OUT, READ, REFUSED
+from megallama.commands.megatron.flags import ALIASES, IMPLIED, LEFT_OUT, REFUSED, SETTINGS, TABLE
 from megallama.config.describe import settings
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
@@ -92,7 +92,7 @@ EPFL = """
 def converted(flags: str, tmp_path: Path, *options: str) -> Config:
     """What the tool writes for these flags, loaded as a user would."""
     out = tmp_path / "made.toml"
-    assert main(["-o", str(out), *options, "--", *flags.split()]) == 0
+    main(["-o", str(out), *options, "--", *flags.split()])
     return load(out, (), need_data=False)
 
 
@@ -118,7 +118,7 @@ def test_a_small_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_the_toml_goes_to_standard_output(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["--", *LLAMA.split()]) == 0
+    main(["--", *LLAMA.split()])
     out = tmp_path / "a.toml"
     out.write_text(capsys.readouterr().out)
     assert load(out, (), ranks=4) == converted(LLAMA, tmp_path)
@@ -191,7 +191,7 @@ def test_megatron_llm_llama2_7b(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (config.data.tokenizer, config.checkpoint.folder) == ("tokenizer.model", "ck")
     told = capsys.readouterr().err
     assert "--use_rms_norm" in told and "as --normalization RMSNorm --disable-bias-linear" in told
-    assert "--load ck0: weights of Megatron become ours by tools/reshard_checkpoint.py" in told
+    assert "--load ck0: weights of Megatron become ours by megallama convert" in told
     assert "the last 0.1 % of the documents stay unread" in told
 
 
@@ -388,10 +388,10 @@ def test_what_must_be_said(gone: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to convert; give a launch script, or flags behind --\nusage: python tools/from_megatron_args.py"),
+        ([], "nothing to convert; give a log, a launch script, or flags behind --\nusage: megallama from-megatron"),
         (["no/such.sh"], "cannot read no/such.sh: No such file or directory; give a launch script, or flags behind --"),
         (["--ranks", "many", "--", "--lr", "1"], "--ranks 'many' is not a number of ranks; write"),
-        (["-o"], "-o has no value\nusage:"),
+        (["-o"], "argument -o/--output: expected one argument\nusage: megallama from-megatron"),
         (["--without", "fp8-format", "--", *LLAMA.split()], "--without fp8-format: the command line has no"),
         (["--ranks", "3", "--", *LLAMA.split()], "batch.global_batch_size=8 is not a multiple of"),
         (["--", "8", "--lr", "1"], "'8' stands before the first flag; flags begin with --, values follow them"),
@@ -425,24 +425,27 @@ def test_as_a_program(tmp_path: Path) -> None:
         "error: 1 problem on Megatron's command line:\n"
         "  - --lr fast: this is not a number; write for example --lr 0.1\n"
     )
-    assert told.returncode == 0 and "--without" in told.stdout and "it is read, never run" in told.stdout
+    assert told.returncode == 0 and "--without" in told.stdout and "is read, never run" in told.stdout
 
 
-def test_the_document_names_what_there_is() -> None:
+def test_the_document_has_the_table() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "from_megatron.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (`--.+) \| (`.+) \|$", text, re.M)
-    flags = {name for row, _ in rows for name in re.findall(r"`--([a-z0-9-]+)`", row)}
-    keys = {key for _, row in rows for key in re.findall(r"`([a-z_]+\.[a-z_0-9]+)", row)}
-    assert len(flags) > 50 and flags <= set(READ)
-    assert len(keys) > 40 and keys <= {setting.key for setting in settings()}
+    rows = []
+    for key in SETTINGS:
+        flags = [f"`--{name}`" for name, row in TABLE.items() if (row.fate, row.why) == ("setting", key)]
+        rows.append(f"| {', '.join(flags)} | {f'`{key}`' if '.' in key else key} |")
+    assert "\n".join(rows) in text, "\n".join(rows)
+    keys = {setting.key for setting in settings()}
+    assert {key for key in SETTINGS if "." in key} <= keys and len(keys) > 40
 
 
 def test_the_tables_do_not_contradict() -> None:
-    tables: list[dict[str, object]] = [dict(READ), dict(IMPLIED), dict(IMPLIED_VALUES), dict(LEFT_OUT), dict(REFUSED)]
-    names = [name for table in tables for name in table]
-    assert sorted({n for n in names if names.count(n) > 1}) == []
-    assert set(DEFAULTS) <= set(READ) and set(ALIASES.values()) <= set(READ)
-    assert [n for n in names if n.startswith("-") or "_" in n] == []
+    names = [flag.partition(":")[0].split("|") for flags in SETTINGS.values() for flag in flags.split()]
+    flat = [name for group in names for name in group]
+    flat += [f.partition("=")[0] for table in (IMPLIED, REFUSED, LEFT_OUT) for fs in table.values() for f in fs.split()]
+    assert sorted({n for n in flat if flat.count(n) > 1}) == []
+    assert set(ALIASES.values()) <= set(TABLE) and not set(ALIASES) & set(TABLE)
+    assert [n for n in flat if n.startswith("-") or "_" in n] == []
 
 
 # ---- the report has everything ----
@@ -452,7 +455,7 @@ EOD = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
 
 def reported(flags: str, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, str]:
     """The report's sections of flags that were given, by their titles."""
-    assert main([*options, "--", *flags.split()]) == 0
+    main([*options, "--", *flags.split()])
     out: dict[str, str] = {}
     for part in capsys.readouterr().err.split("\n\n")[1:]:
         title, _, body = part.partition(":")
@@ -477,12 +480,13 @@ NOT_HERE = ("num-layers-per-virtual", "num-virtual-stages", "decoder-", "fp16") 
 
 
 def value_of(name: str) -> str:
-    if name in READ:
-        return VALUES.get(name) or {bool: "", int: "8", float: "0.5", str: "word", list: "word"}[READ[name]]
-    return IMPLIED_VALUES[name][0][0] if name in IMPLIED_VALUES else ""
+    row = TABLE[name]
+    if row.fate == "setting":
+        return VALUES.get(name) or {bool: "", int: "8", float: "0.5", str: "word", list: "word"}[row.kind]
+    return row.values[0] if row.values else ""
 
 
-@pytest.mark.parametrize("name", sorted({*READ, *IMPLIED, *IMPLIED_VALUES, *LEFT_OUT, *ALIASES}))
+@pytest.mark.parametrize("name", sorted({*ALIASES, *(name for name, row in TABLE.items() if row.fate != "refused")}))
 def test_every_flag_is_in_exactly_one_section(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     known, base = ALIASES.get(name, name), LLAMA
     if f"--{known}" in base.split() or name.startswith(NOT_HERE):
@@ -530,7 +534,7 @@ def test_unknown_flags_are_ignored_only_when_asked_and_listed(
     assert "--num-layrs 9 not known as Megatron's; did you mean --num-layers?" in found["left aside"]
     script = tmp_path / "a.sh"
     script.write_text(f"python pretrain_gpt.py {flags}\n")
-    assert main([str(script), "--ignore-unknown"]) == 0
+    main([str(script), "--ignore-unknown"])
     assert "the launcher: python pretrain_gpt.py" in capsys.readouterr().err
     assert "--apply-layernorm-1p" in refused(f"{LLAMA} --apply-layernorm-1p", "--ignore-unknown")  # known, and refused
 

@@ -1,247 +1,371 @@
-"""Megatron-LM's flags as facts: which have a value, and what becomes of each here.
+"""Megatron-LM's flags and what becomes of each: one table, from which reading, report and documentation are made.
 
-Names without dashes. A flag is in one of four tables: `READ` (it becomes a setting, or decides about one), `IMPLIED`
-(what it asks for is always so here), `LEFT_OUT` (no counterpart, and none needed: the model and what it learns stay the
-same to rounding) and `REFUSED` (it asks for another model, or for other arithmetic, than there is here).  Patterns with
-``*`` stand for families.  Source: megatron/training/arguments.py of Megatron-LM 0.4 to 0.15 (names, types, defaults).
+A flag becomes a setting (or decides about one), is *implied* (what it asks for is always so here), *left out* (no
+counterpart, and none needed: the model and what it learns stay the same to rounding) or *refused* (it asks for another
+model, or for other arithmetic, than there is here). Names are without dashes; ``*`` stands for families. Source:
+megatron/training/arguments.py of Megatron-LM 0.4 to 0.18 (names, types, defaults).
 """
 
 from __future__ import annotations
 
-READ: dict[str, type] = {  # list: one word or more; bool: none
-    # the model
-    "num-layers": int, "hidden-size": int, "ffn-hidden-size": int, "num-attention-heads": int, "kv-channels": int,
-    "group-query-attention": bool, "num-query-groups": int, "vocab-size": int, "padded-vocab-size": int,
-    "make-vocab-size-divisible-by": int, "norm-epsilon": float, "rotary-base": float, "use-rope-scaling": bool,
-    "rope-scaling-factor": float, "untie-embeddings-and-output-weights": bool, "init-method-std": float,
-    "position-embedding-type": str, "use-rotary-position-embeddings": bool, "normalization": str, "swiglu": bool,
-    "disable-bias-linear": bool, "hidden-dropout": float, "attention-dropout": float, "seq-length": int,
-    # the layout
-    "tensor-model-parallel-size": int, "pipeline-model-parallel-size": int, "context-parallel-size": int,
-    "num-layers-per-virtual-pipeline-stage": int, "num-virtual-stages-per-pipeline-rank": int,
-    "decoder-first-pipeline-num-layers": int, "decoder-last-pipeline-num-layers": int, "sequence-parallel": bool,
-    "use-tp-pp-dp-mapping": bool, "recompute-granularity": str, "recompute-activations": bool,
-    "checkpoint-activations": bool,
-    # batch, steps, learning rate
-    "micro-batch-size": int, "global-batch-size": int, "rampup-batch-size": list, "train-iters": int,
-    "train-samples": int, "lr": float, "min-lr": float, "lr-decay-style": str, "lr-decay-iters": int,
-    "lr-decay-samples": int, "lr-warmup-iters": int, "lr-warmup-samples": int, "lr-warmup-fraction": float,
-    "lr-wsd-decay-style": str, "lr-wsd-decay-iters": int, "lr-wsd-decay-samples": int, "adam-beta1": float,
-    "adam-beta2": float, "adam-eps": float, "weight-decay": float, "clip-grad": float,
-    # formats of numbers
-    "bf16": bool, "fp16": bool, "initial-loss-scale": float, "min-loss-scale": float, "loss-scale-window": float,
-    # data
-    "data-path": list, "train-data-path": list, "valid-data-path": list, "test-data-path": list, "split": str,
-    "mock-data": bool, "tokenizer-type": str, "tokenizer-model": str, "vocab-file": str, "reset-position-ids": bool,
-    "reset-attention-mask": bool, "eod-mask-loss": bool,
-    # the run
-    "eval-interval": int, "eval-iters": int, "save": str, "load": str, "save-interval": int,
-    "save-retain-interval": int, "log-interval": int, "wandb-project": str, "seed": int, "deterministic-mode": bool,
-    "exit-interval": int, "exit-duration-in-mins": float, "distributed-timeout-minutes": float,
-}  # fmt: skip
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from math import isfinite
+from typing import Any
 
-DEFAULTS: dict[str, object] = {  # Megatron's, where they matter and are not ours or not LLaMA's
-    "num-query-groups": 1, "norm-epsilon": 1e-5, "rotary-base": 10000.0, "rope-scaling-factor": 8.0,
-    "init-method-std": 0.02, "hidden-dropout": 0.1, "attention-dropout": 0.1, "normalization": "LayerNorm",
-    "position-embedding-type": "learned_absolute", "tensor-model-parallel-size": 1, "pipeline-model-parallel-size": 1,
-    "context-parallel-size": 1, "make-vocab-size-divisible-by": 128, "min-lr": 0.0, "lr-decay-style": "linear",
-    "lr-wsd-decay-style": "exponential", "adam-beta1": 0.9, "adam-beta2": 0.999, "adam-eps": 1e-8,
-    "weight-decay": 0.01, "clip-grad": 1.0, "initial-loss-scale": 2.0**32, "min-loss-scale": 1.0,
-    "loss-scale-window": 1000.0, "eval-interval": 1000, "eval-iters": 100, "log-interval": 100, "seed": 1234,
-    "split": "969,30,1",
-}  # fmt: skip
-
-ALIASES = {  # other names of a flag: older versions, Megatron-LLM, Megatron-DeepSpeed
-    "layernorm-epsilon": "norm-epsilon", "encoder-seq-length": "seq-length", "encoder-num-layers": "num-layers",
-    "num-attention-heads-kv": "num-query-groups", "num-key-value-heads": "num-query-groups",
-    "no-tie-embed-logits": "untie-embeddings-and-output-weights", "persistent-save-interval": "save-interval",
-    "rope-theta": "rotary-base",
-}  # fmt: skip
-
-DIALECT: dict[str, list[str]] = {  # Megatron-LLM's way to say it; its layers have no biases
-    "use-rms-norm": ["--normalization", "RMSNorm", "--disable-bias-linear"],
-    "glu-activation swiglu": ["--swiglu"],
+SETTINGS = {  # setting: its flags, as name|older name:type=Megatron's default; without a type it is a switch
+    "model.num_layers": "num-layers|encoder-num-layers:int",
+    "model.hidden_size": "hidden-size:int",
+    "model.num_heads": "num-attention-heads:int",
+    "model.num_kv_heads": "group-query-attention num-query-groups|num-attention-heads-kv|num-key-value-heads:int=1",
+    "model.head_dim": "kv-channels:int",
+    "model.ffn_hidden_size": "ffn-hidden-size:int",
+    "model.vocab_size": "vocab-size:int padded-vocab-size:int make-vocab-size-divisible-by:int=128 tokenizer-type:str",
+    "model.norm_eps": "norm-epsilon|layernorm-epsilon:float=1e-5",
+    "model.rope_theta": "rotary-base|rope-theta:float=10000",
+    "model.rope_scaling.factor": "use-rope-scaling rope-scaling-factor:float=8",
+    "model.tie_embeddings": "untie-embeddings-and-output-weights|no-tie-embed-logits",
+    "model.init_std": "init-method-std:float=0.02",
+    "what makes it a LLaMA": "normalization:str=LayerNorm position-embedding-type:str=learned_absolute swiglu"
+    " use-rotary-position-embeddings disable-bias-linear hidden-dropout:float=0.1 attention-dropout:float=0.1"
+    " context-parallel-size:int=1",
+    "parallel.tp": "tensor-model-parallel-size:int=1",
+    "parallel.pp": "pipeline-model-parallel-size:int=1",
+    "parallel.chunks": "num-layers-per-virtual-pipeline-stage:int num-virtual-stages-per-pipeline-rank:int",
+    "parallel.stage_layers": "decoder-first-pipeline-num-layers:int decoder-last-pipeline-num-layers:int",
+    "parallel.sequence_parallel": "sequence-parallel",
+    "parallel.rank_order": "use-tp-pp-dp-mapping",
+    "memory.recompute": "recompute-granularity:str recompute-activations checkpoint-activations",
+    "batch.micro_batch_size": "micro-batch-size:int",
+    "batch.global_batch_size": "global-batch-size:int",
+    "batch.seq_length": "seq-length|encoder-seq-length:int",
+    "batch.ramp_start": "rampup-batch-size:list",
+    "train.steps": "train-iters:int train-samples:int",
+    "optimizer.lr": "lr:float",
+    "optimizer.beta1": "adam-beta1:float=0.9",
+    "optimizer.beta2": "adam-beta2:float=0.999",
+    "optimizer.eps": "adam-eps:float=1e-8",
+    "optimizer.weight_decay": "weight-decay:float=0.01",
+    "optimizer.clip_grad": "clip-grad:float=1",
+    "lr_schedule.kind": "lr-decay-style:str=linear lr-wsd-decay-style:str=exponential",
+    "lr_schedule.min_ratio": "min-lr:float=0",
+    "lr_schedule.decay_steps": "lr-decay-iters:int lr-decay-samples:int",
+    "lr_schedule.warmup_steps": "lr-warmup-iters:int lr-warmup-samples:int lr-warmup-fraction:float",
+    "lr_schedule.wsd_decay_steps": "lr-wsd-decay-iters:int lr-wsd-decay-samples:int",
+    "precision.dtype": "bf16 fp16",
+    "precision.initial_loss_scale": "initial-loss-scale:float=4294967296 min-loss-scale:float=1",
+    "precision.loss_scale_window": "loss-scale-window:float=1000",
+    "data.train": "data-path:list train-data-path:list",
+    "data.valid": "valid-data-path:list split:str=969,30,1",
+    "data.test": "test-data-path:list",
+    "data.synthetic": "mock-data",
+    "data.tokenizer": "tokenizer-model:str vocab-file:str",
+    "data.document_mask": "reset-position-ids reset-attention-mask eod-mask-loss",
+    "train.eval_interval": "eval-interval:int=1000",
+    "train.eval_batches": "eval-iters:int=100",
+    "train.seed": "seed:int=1234",
+    "train.deterministic": "deterministic-mode",
+    "train.stop_after_steps": "exit-interval:int",
+    "train.stop_after_minutes": "exit-duration-in-mins:float",
+    "checkpoint.folder": "save:str load:str",
+    "checkpoint.interval": "save-interval|persistent-save-interval:int",
+    "checkpoint.keep_every": "save-retain-interval:int",
+    "log.interval": "log-interval:int=100",
+    "log.wandb_project": "wandb-project:str",
+    "run.timeout_seconds": "distributed-timeout-minutes:float",
 }
-
-IMPLIED: dict[str, str] = {
-    "use-distributed-optimizer": "the optimizer state is always sharded over data parallel ranks",
-    "overlap-grad-reduce": "overlap.grad_reduce is on by default; the result is bitwise the same",
-    "overlap-param-gather": "overlap.param_gather is on by default; the result is bitwise the same",
-    "tp-comm-overlap": "overlap.tensor_parallel is on by default; the result is bitwise the same",
-    "async-save": "checkpoint.async_save is on by default",
-    "calculate-per-token-loss": "the loss is always divided by the global number of tokens that count",
-    "attention-softmax-in-fp32": "always",
-    "accumulate-allreduce-grads-in-fp32": "main gradients and their reduction are always fp32",
-    "exit-signal-handler": "SIGTERM, SIGUSR1, SIGUSR2 and SIGINT save and leave with status 75",
-    "decoupled-weight-decay": "AdamW",
-    "use-flash-attn*": "the fastest attention found is taken",
-    "attention-backend": "the fastest attention found is taken",
-    "use-mcore-models": "there is one implementation of the model",
-    "no-position-embedding": "rotary positions only; there is no learned table",
-    "no-query-key-layer-scaling": "always",
-    "cross-entropy-loss-fusion": "the loss is computed in chunks: fp32 logits of the whole batch never exist",
-    "no-async-tensor-model-parallel-allreduce": "overlap.tensor_parallel decides",
-    "use-cpu-initialization": "initial weights follow from the seed alone, for every layout",
-    "adam-decoupled": "AdamW",
-    "check-for-nan-in-loss-and-grad": "a step that is not finite is skipped; train.max_bad_steps in a row end the run",
-    "wandb-logger": "log.wandb follows from --wandb-project",
+IMPLIED = {  # why it is so: flags; name=value|value: only with these values, and refused with others
+    "the optimizer state is always sharded over data parallel ranks": "use-distributed-optimizer",
+    "overlap.grad_reduce is on by default; the result is bitwise the same": "overlap-grad-reduce",
+    "overlap.param_gather is on by default; the result is bitwise the same": "overlap-param-gather",
+    "overlap.tensor_parallel is on by default; the result is bitwise the same": "tp-comm-overlap"
+    " no-async-tensor-model-parallel-allreduce",
+    "checkpoint.async_save is on by default": "async-save",
+    "the loss is always divided by the global number of tokens that count": "calculate-per-token-loss",
+    "main gradients, their reduction and the softmax are always fp32": "accumulate-allreduce-grads-in-fp32"
+    " attention-softmax-in-fp32 no-query-key-layer-scaling",
+    "SIGTERM, SIGUSR1, SIGUSR2 and SIGINT save and leave with status 75": "exit-signal-handler",
+    "there is AdamW only": "optimizer=adam decoupled-weight-decay adam-decoupled",
+    "the fastest attention and the fastest kernels found are taken": "use-flash-attn* attention-backend"
+    " transformer-impl=transformer_engine|local",
+    "there is one implementation of the model": "use-mcore-models",
+    "rotary positions turn whole heads here": "no-position-embedding rotary-percent=1.0|1 rope-type=rope",
+    "positions are not interpolated here": "rotary-seq-len-interpolation-factor=1|1.0",
+    "the loss is computed in chunks: fp32 logits of the whole batch never exist": "cross-entropy-loss-fusion",
+    "initial weights follow from the seed alone, for every layout": "use-cpu-initialization",
+    "a step that is not finite is skipped; train.max_bad_steps in a row end the run": "check-for-nan-in-loss-and-grad",
+    "log.wandb follows from --wandb-project": "wandb-logger",
+    "weight decay is constant here": "weight-decay-incr-style=constant",
+    "there is no mixture of experts": "num-experts=1|0 expert-model-parallel-size=1",
+    "NCCL on GPUs and gloo on CPUs": "distributed-backend=nccl|gloo",
+    "every sample is used": "sample-rate=1|1.0",
+    "attention has an ordinary softmax": "softmax-type=vanilla",
+    "the warm-up starts at 0 here": "lr-warmup-init=0|0.0",
+    "as --normalization RMSNorm --disable-bias-linear": "use-rms-norm",  # Megatron-LLM's layers have no biases
+    "as --swiglu": "glu-activation=swiglu",
 }
+LEFT_OUT = {  # why: flags
+    "a matter of speed that the program decides itself": "*-fusion *-fusion-impl no-persist-layer-norm *tp-comm-*"
+    " *overlap-* ddp-* *align-* *manual-gc* empty-unused-memory-level *cuda-graph* *te-rng-tracker use-te-* *wgrad-*"
+    " *nccl-* *sharp* high-priority-stream-groups no-scatter-gather-tensors-in-pipeline microbatch-group-size-per-*"
+    " use-turbo onnx-safe distribute-saved-activations use-contiguous-parameters-in-local-ddp delay-* *-comm-backend"
+    " use-ring-exchange-p2p train-sync-interval no-create-attention-mask-in-dataloader no-mmap-bin-files disable-msc"
+    " num-dataset-builder-threads mid-level-dataset-surplus init-model-with-meta-device *symmetric-*"
+    " num-distributed-optimizer-instances disable-bf16-reduced-precision-matmul no-clone-scatter-output-in-embedding"
+    " suggested-communication-unit-size object-storage-cache-path enable-experimental fsdp-double-buffer"
+    " use-fused-weighted-squared-relu hierarchical-context-parallel-sizes expert-tensor-parallel-size",
+    "a batch is prepared in the background by one thread per rank": "num-workers",
+    "files are mapped, without cache files and padding; the order of samples follows from train.seed alone": "data-impl"
+    " data-cache-path dataloader-type multiple-validation-sets allow-ambiguous-pad-tokens",
+    "rotary positions have no table": "max-position-embeddings add-position-embedding",
+    "tokenizers are read from their files, as their libraries do, and no code of theirs is run": "merge-file tiktoken-*"
+    " trust-remote-code legacy-tokenizer tokenizer-metadata",
+    "stages are balanced by cost, embedding and head included": "account-for-*-in-pipeline-split",
+    "memory.recompute treats every layer alike": "recompute-method recompute-num-layers",
+    "memory.recompute=selective recomputes norms, rotary positions and SwiGLU": "recompute-modules",
+    "gradients are reduced in fp32: more exact, twice the bytes": "grad-reduce-in-bf16",
+    'matrix products run in bf16; precision.fp8="tensorwise" is for Hopper': "fp8 *fp8-* te-precision-config-file"
+    " reuse-grad-buf-* first-last-layers-bf16 num-layers-at-*-in-bf16",
+    "optimizer states are fp32: more exact": "main-*-dtype exp-avg*-dtype use-precision-aware-optimizer",
+    "the fp16 loss scale halves at the first overflow": "hysteresis",
+    "logs are always whole: metrics.jsonl, TensorBoard, one file per rank": "tensorboard-* log-* no-log-* timing-log-*"
+    " logging-level *one-logger* app-tag-* *barrier-with-* *straggler-* result-rejected-tracker-filename"
+    " dump-param-to-param-group-map config-logger-dir check-for-* wandb-*",
+    "a step that is not finite is always skipped, and no other": "no-check-for-nan-in-loss-and-grad rerun-mode"
+    " iterations-to-skip error-injection-*",
+    "checkpoints have one format: Hugging Face weights, all optimizer states, digests, resumed exactly": "*ckpt-*"
+    " use-dist-ckpt no-save-* no-load-* non-persistent-* distrib-optim-* replication* load-main-params-from-ckpt"
+    " no-strict-fsdp-dtensor-load no-use-tokenizer-model-from-checkpoint-args check-weight-hash-* *-initialization",
+    "the configuration decides; a resume that contradicts the checkpoint is refused": "use-checkpoint-* override-opt*"
+    " use-mp-args-from-checkpoint-args",
+    "checkpoint.resume=must": "exit-on-missing-checkpoint",
+    "no profiler inside; `nsys profile` and torch.profiler work from outside": "profile profile-* use-pytorch-profiler"
+    " record-memory-history memory-snapshot-path run-workload-inspector-server",
+    "run.timeout_seconds": "distributed-timeout-seconds-after-init",
+    "checkpoints use gloo": "disable-gloo-process-groups use-gloo-process-groups",
+    "status 75 and requeue": "adlr-autoresume* enable-ft-package calc-ft-timeouts inprocess-*",
+    "the batch is the same for any number of ranks": "decrease-batch-size-if-needed",
+    "the optimizer state is sharded (ZeRO-1), gradients and weights are not": "*fsdp* deepspeed* zero-stage"
+    " data-parallel-sharding-strategy no-pipeline-parallel enable-full-sharding-in-hsdp",
+    "training only": "inference-* max-tokens-to-oom flash-decode use-legacy-static-engine decode-only-* *-for-prefill"
+    " disable-chunked-prefill output-bert-embeddings",
+    "of parts that are not chosen": "cp-comm-type moe-* sgd-* muon-* lion-* *-cpu-offload no-pin-cpu-* rl-* grpo-*"
+    " optimizer-offload-fraction langrl-* q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim"
+    " mscale* rotary-scaling-factor mamba-* relative-attention-* ict-* biencoder-* titles-data-path num-classes mask-*"
+    " num-channels patch-dim swin-* img-* short-seq-prob dino-* retriever-* vocab-extra-ids indexer-* iter-per-epoch"
+    " *per-class-fraction classes-fraction head-lr-mult query-in-block-prob use-legacy-models"
+    " fim-* dsa-* gdp-* mhc-* linear-* logits-* qk-clip-* flight-recorder-* ft-num-* null-tokenizer-* sft-*",
+    "the launcher or Megatron itself says it": "local-rank lazy-mpu-init rank world-size data-parallel-size"
+    " params-dtype transformer-pipeline-model-parallel-size virtual-pipeline-model-parallel-size",
+}
+REFUSED = {  # why: flags; name=flag: what to write instead
+    "LLaMA has none": "add-qkv-bias qk-layernorm qk-l2-norm window-size window-attn-skip-freq multi-latent-attention"
+    " use-bias parallel-attn parallel-layernorm no-rope-freq mrope-section glu-linear-offset lima-dropout spec"
+    " activation-func-clamp-value mtp-num-layers mtp-* retro-add-retriever retro-* bert-* vision-pretraining vision-*"
+    " hybrid-layer-pattern hybrid-override-pattern hybrid-* is-hybrid-model heterogeneous-layers-config-path"
+    " heterogeneous-*",
+    "RMSNorm's weights are stored as they are": "apply-layernorm-1p",
+    "LLaMA adds the residual before the norm": "apply-residual-connection-post-layernorm",
+    "the feed-forward network is SwiGLU": "squared-relu=swiglu openai-gelu=swiglu quick-geglu=swiglu geglu=swiglu",
+    "rotary positions turn elements i and i + d/2 of a head": "rotary-interleaved",
+    "the residual has the format of the weights": "fp32-residual-connection",
+    "scores are not scaled by layer": "apply-query-key-layer-scaling",
+    "the loss is computed in fp32": "fp16-lm-cross-entropy",
+    "one learning rate for all parameters": "decoupled-lr decoupled-min-lr",
+    "the fp16 loss scale is dynamic": "loss-scale=initial-loss-scale",
+    "embeddings are drawn like all weights, and decayed": "embedding-init-method-std",
+    "weights are drawn from a normal distribution": "init-method-xavier-uniform",
+    "replicas are equal": "data-parallel-random-init",
+    "weight decay is constant": "start-weight-decay=weight-decay end-weight-decay=weight-decay",
+    "parallel.stage_layers says it in the TOML": "pipeline-model-parallel-layout",
+    "there is no encoder": "pipeline-model-parallel-split-rank decoder-num-layers=num-layers decoder-*"
+    " decoder-seq-length=seq-length",
+    "there is no such flag any more": "warmup=lr-warmup-iters batch-size=micro-batch-size full-validation=eval-iters"
+    " model-parallel-size=tensor-model-parallel-size train-data-exact-num-epochs=train-iters",
+    "files of flags are not read": "data-args-path=data-path per-split-data-args-path=train-data-path yaml-cfg",
+    "a run starts from weights by checkpoint.weights_from=FOLDER": "finetune pretrained-checkpoint",
+    "there is training on text only, from its beginning to its end": "perform-rl-step sft fim-data",
+    "optimizer states and activations stay on their device": "optimizer-cpu-offload cpu-offloading-num-layers",
+    "matrix products run in bf16": "fp4 fp4-*",
+    "megallama plan says what a run will do, without one": "skip-train test-mode",
+}
+NOT_CHOSEN = "of parts that are not chosen"
+KINDS = {int: "a whole number", float: "a number", str: "a word", list: "one word or more"}
+SIZES = ("-size", "-layers", "-heads", "-groups", "-length", "-by", "-rank", "-stage", "-channels")  # from 1 on
+MARK = "\0"  # \0?NAME\0 stands for a variable without a value, \0!NAME\0 for one that is not plain
+TYPES = {"": bool, "int": int, "float": float, "str": str, "list": list}  # list: one word or more; bool: none
 
-IMPLIED_VALUES: dict[str, tuple[tuple[str, ...], str, str]] = {  # flag -> values that are so here, why, else
-    "optimizer": (("adam",), "AdamW", "there is AdamW only"),
-    "weight-decay-incr-style": (("constant",), "weight decay is constant", "weight decay is constant here"),
-    "rotary-percent": (("1.0", "1"), "rotary positions turn whole heads", "rotary positions turn whole heads here"),
-    "rotary-seq-len-interpolation-factor": (("1", "1.0"), "no interpolation", "positions are not interpolated here"),
-    "expert-model-parallel-size": (("1",), "no experts", "there is no mixture of experts"),
-    "glu-activation": (("swiglu",), "the feed-forward network is SwiGLU", "the feed-forward network is SwiGLU here"),
-    "num-experts": (("1", "0"), "no experts", "there is no mixture of experts"),
-    "distributed-backend": (("nccl", "gloo"), "NCCL on GPUs, gloo on CPUs", "NCCL on GPUs and gloo on CPUs"),
-    "transformer-impl": (
-        ("transformer_engine", "local"), "the fastest kernel found is taken", "there is no such implementation",
-    ),
-    "rope-type": (("rope",), "rotary positions", "positions are rotary, without yarn"),
-    "sample-rate": (("1", "1.0"), "every sample is used", "every sample is used"),
-    "softmax-type": (("vanilla",), "an ordinary softmax", "attention has an ordinary softmax"),
-    "lr-warmup-init": (("0", "0.0"), "the warm-up starts at 0", "the warm-up starts at 0 here"),
-}  # fmt: skip
 
-_SPEED = "a matter of speed that the program decides itself"
-_LOGS = "logs are always whole: metrics.jsonl, TensorBoard, one file per rank"
-_FILES = "checkpoints have one format: Hugging Face weights, all optimizer states, digests, resumed exactly"
-_PROFILE = "no profiler inside; `nsys profile` and torch.profiler work from outside"
-_DEEPSPEED = "DeepSpeed's; the optimizer state is sharded (ZeRO-1), gradients and weights are not"
+@dataclass(frozen=True)
+class Row:
+    """What becomes of one flag."""
 
-LEFT_OUT: dict[str, str] = {
-    "max-position-embeddings": "rotary positions have no table",
-    "no-*-fusion": _SPEED, "*-fusion-impl": _SPEED, "no-persist-layer-norm": _SPEED, "tp-comm-*": _SPEED,
-    "disable-tp-comm-*": _SPEED, "overlap-p2p-*": _SPEED, "no-overlap-p2p-*": _SPEED, "ddp-*": _SPEED,
-    "no-align-*": _SPEED, "align-*": _SPEED, "overlap-param-gather-with-optimizer-step": _SPEED,
-    "manual-gc*": _SPEED, "no-manual-gc-eval": _SPEED, "empty-unused-memory-level": _SPEED, "cuda-graph-*": _SPEED,
-    "enable-cuda-graph": _SPEED, "external-cuda-graph": _SPEED, "te-rng-tracker": _SPEED, "use-te-*": _SPEED,
-    "defer-embedding-wgrad-compute": _SPEED, "wgrad-deferral-limit": _SPEED, "use-nccl-ub": _SPEED,
-    "use-sharp": _SPEED, "sharp-*": _SPEED, "nccl-*": _SPEED, "high-priority-stream-groups": _SPEED,
-    "no-scatter-gather-tensors-in-pipeline": _SPEED, "microbatch-group-size-per-virtual-pipeline-stage": _SPEED,
-    "distribute-saved-activations": _SPEED, "use-contiguous-parameters-in-local-ddp": _SPEED,
-    "pipeline-model-parallel-comm-backend": _SPEED, "use-ring-exchange-p2p": _SPEED, "train-sync-interval": _SPEED,
-    "num-workers": "a batch is prepared in the background by one thread per rank", "data-cache-path": "no cache files",
-    "no-create-attention-mask-in-dataloader": _SPEED, "no-mmap-bin-files": _SPEED,
-    "num-dataset-builder-threads": _SPEED, "mid-level-dataset-surplus": _SPEED, "data-impl": "files are mapped",
-    "dataloader-type": "the order of samples follows from train.seed alone",
-    "merge-file": "GPT-2's merges.txt is taken from beside its vocab.json",
-    "tiktoken-*": "the tokenizer.json has the pattern", "trust-remote-code": "no code of a tokenizer is ever run",
-    "legacy-tokenizer": "tokenizers are read as their libraries do", "tokenizer-metadata": "not needed",
-    "local-rank": "the launcher says it", "lazy-mpu-init": "not needed",
-    "account-for-*-in-pipeline-split": "stages are balanced by cost, embedding and head included",
-    "recompute-method": "memory.recompute treats every layer alike",
-    "recompute-num-layers": "memory.recompute treats every layer alike",
-    "recompute-modules": "memory.recompute=selective recomputes norms, rotary positions and SwiGLU",
-    "grad-reduce-in-bf16": "gradients are reduced in fp32: more exact, twice the bytes",
-    "fp8-*": 'matrix products run in bf16; precision.fp8="tensorwise" is for Hopper',
-    "fp8": "matrix products run in bf16",
-    "first-last-layers-bf16": "all layers run in bf16", "num-layers-at-*-in-bf16": "all layers run in bf16",
-    "hysteresis": "the fp16 loss scale halves at the first overflow",
-    "tensorboard-*": _LOGS, "log-*": _LOGS, "no-log-*": _LOGS, "timing-log-*": _LOGS, "logging-level": _LOGS,
-    "wandb-*": "log.wandb and log.wandb_project only", "no-one-logger": _LOGS, "one-logger-*": _LOGS,
-    "app-tag-*": _LOGS, "no-barrier-with-level-1-timing": _LOGS, "disable-straggler-on-startup": _LOGS,
-    "straggler-*": _LOGS, "config-logger-dir": "the whole configuration is in every checkpoint and log",
-    "no-check-for-nan-in-loss-and-grad": "a step that is not finite is always skipped",
-    "check-for-*": "loss and gradient norm are in metrics.jsonl", "rerun-mode": "no second run of a step",
-    "ckpt-*": _FILES, "no-ckpt-*": _FILES, "dist-ckpt-*": _FILES, "use-dist-ckpt": _FILES, "no-save-*": _FILES,
-    "no-load-*": _FILES, "auto-detect-ckpt-format": _FILES, "exit-on-missing-checkpoint": "checkpoint.resume=must",
-    "use-checkpoint-*": "the configuration decides; a resume that contradicts the checkpoint is refused",
-    "override-opt*": "the configuration decides the learning rate, also after a resume",
-    "no-initialization": "weights that are loaded are not initialised first", "non-persistent-*": _FILES,
-    "use-persistent-ckpt-worker": _FILES, "no-use-tokenizer-model-from-checkpoint-args": _FILES,
-    "use-mp-args-from-checkpoint-args": "a checkpoint has no layout",
-    "profile": _PROFILE, "profile-*": _PROFILE, "use-pytorch-profiler": _PROFILE, "record-memory-history": _PROFILE,
-    "memory-snapshot-path": _PROFILE, "distributed-timeout-seconds-after-init": "run.timeout_seconds",
-    "disable-gloo-process-groups": "checkpoints use gloo", "adlr-autoresume*": "status 75 and requeue",
-    "enable-ft-package": "status 75 and requeue", "calc-ft-timeouts": "status 75 and requeue",
-    "inprocess-*": "status 75 and requeue", "run-workload-inspector-server": _PROFILE,
-    "use-torch-fsdp2": _DEEPSPEED, "use-megatron-fsdp": _DEEPSPEED, "init-model-with-meta-device": _SPEED,
-    "data-parallel-sharding-strategy": _DEEPSPEED, "deepspeed*": _DEEPSPEED, "zero-stage": _DEEPSPEED,
-    "no-pipeline-parallel": _DEEPSPEED, "num-distributed-optimizer-instances": _SPEED,
-    "inference-*": "training only", "max-tokens-to-oom": "training only", "use-legacy-models": "one model",
-    "cp-comm-type": "there is no context parallelism", "disable-bf16-reduced-precision-matmul": _SPEED,
-    "no-strict-fsdp-dtensor-load": _FILES, "load-main-params-from-ckpt": _FILES, "replication*": _FILES,
-    "moe-*": "there are no experts, and --num-experts would be refused", "iterations-to-skip": "none is skipped",
-}  # fmt: skip
+    fate: str  # setting, implied, left out, refused
+    why: str  # the setting, or the reason
+    kind: type = bool
+    default: Any = None  # Megatron's, where it matters
+    values: tuple[str, ...] = ()  # the only ones that are implied; what to write instead of what is refused
 
-LEFT_OUT |= {
-    **dict.fromkeys(
-        ("no-clone-scatter-output-in-embedding", "disable-symmetric-registration", "fsdp-double-buffer",
-         "suggested-communication-unit-size", "delay-wgrad-compute", "overlap-moe-expert-parallel-comm",
-         "object-storage-cache-path", "enable-experimental", "disable-msc", "use-turbo", "onnx-safe",
-         "use-fused-weighted-squared-relu", "hierarchical-context-parallel-sizes", "expert-tensor-parallel-size"),
-        _SPEED,
-    ),
-    **dict.fromkeys(
-        ("sgd-*", "muon-*", "optimizer-offload-fraction", "use-torch-optimizer-for-cpu-offload", "no-pin-cpu-*",
-         "overlap-cpu-optimizer-d2h-h2d"), "of optimizers that are not chosen",
-    ),
-    **dict.fromkeys(("rl-*", "grpo-*", "langrl-*"), "of training that is not chosen (--perform-rl-step is refused)"),
-    **dict.fromkeys(
-        ("q-lora-rank", "kv-lora-rank", "qk-head-dim", "qk-pos-emb-head-dim", "v-head-dim", "rotary-scaling-factor",
-         "mscale*", "mamba-*", "relative-attention-*", "ict-*", "biencoder-*", "titles-data-path", "num-classes",
-         "num-channels", "patch-dim", "swin-*", "mask-*", "img-*", "short-seq-prob", "dino-*",
-         "retriever-*", "vocab-extra-ids"),
-        "of models that are not chosen",
-    ),
-    **dict.fromkeys(
-        ("main-*-dtype", "exp-avg*-dtype", "use-precision-aware-optimizer"), "optimizer states are fp32: more exact",
-    ),
-    **dict.fromkeys(
-        ("no-fp8-*", "keep-fp8-*", "te-precision-config-file", "reuse-grad-buf-*"), "matrix products run in bf16",
-    ),
-    **dict.fromkeys(("torch-fsdp2-*", "enable-full-sharding-in-hsdp"), _DEEPSPEED),
-    **dict.fromkeys(
-        ("flash-decode", "use-legacy-static-engine", "decode-only-*", "symmetric-ar-type", "*-for-prefill",
-         "disable-chunked-prefill", "output-bert-embeddings"), "training only",
-    ),
-    "distrib-optim-*": _FILES, "result-rejected-tracker-filename": _LOGS, "error-injection-*": "no faults are planted",
-    "dump-param-to-param-group-map": _LOGS, "check-weight-hash-*": "replicas get their weights from one gather",
-    "decrease-batch-size-if-needed": "the batch is the same for any number of ranks",
-    "multiple-validation-sets": "each source of data.valid is evaluated alone",
-    "allow-ambiguous-pad-tokens": "samples have no padding",
-}  # fmt: skip
 
-_LLAMA = "LLaMA has none; remove it (--without {flag})"
-REFUSED: dict[str, str] = {
-    "apply-layernorm-1p": "RMSNorm's weights are stored as they are; remove it (--without {flag})",
-    "apply-residual-connection-post-layernorm": "LLaMA adds the residual before the norm; remove it (--without {flag})",
-    "squared-relu": "the feed-forward network is SwiGLU; write --swiglu", "openai-gelu": "write --swiglu",
-    "quick-geglu": "the feed-forward network is SwiGLU; write --swiglu", "geglu": "write --swiglu",
-    "add-qkv-bias": _LLAMA, "qk-layernorm": _LLAMA, "qk-l2-norm": _LLAMA, "window-size": _LLAMA,
-    "window-attn-skip-freq": _LLAMA, "multi-latent-attention": _LLAMA, "mtp-*": _LLAMA,
-    "use-bias": _LLAMA, "parallel-attn": _LLAMA, "parallel-layernorm": _LLAMA, "no-rope-freq": _LLAMA,
-    "mrope-section": _LLAMA, "glu-linear-offset": _LLAMA, "activation-func-clamp-value": _LLAMA,
-    "retro-*": _LLAMA, "bert-*": _LLAMA, "vision-*": _LLAMA, "heterogeneous-*": _LLAMA, "spec": _LLAMA,
-    "hybrid-*": _LLAMA, "is-hybrid-model": _LLAMA, "lima-dropout": _LLAMA,
-    "rotary-interleaved": "rotary positions turn elements i and i + d/2 of a head; remove it (--without {flag})",
-    "fp32-residual-connection": "the residual has the format of the weights; remove it (--without {flag})",
-    "apply-query-key-layer-scaling": "scores are not scaled by layer; remove it (--without {flag})",
-    "fp16-lm-cross-entropy": "the loss is computed in fp32; remove it (--without {flag})",
-    "decoupled-lr": "one learning rate for all parameters; remove it (--without {flag})",
-    "decoupled-min-lr": "one learning rate for all parameters; remove it (--without {flag})",
-    "loss-scale": "the fp16 loss scale is dynamic; use --bf16, or --initial-loss-scale",
-    "embedding-init-method-std": "embeddings are drawn like all weights, and decayed; remove it (--without {flag})",
-    "init-method-xavier-uniform": "weights are drawn from a normal distribution; remove it (--without {flag})",
-    "data-parallel-random-init": "replicas are equal; remove it (--without {flag})",
-    "start-weight-decay": "weight decay is constant; write --weight-decay",
-    "end-weight-decay": "weight decay is constant; write --weight-decay",
-    "pipeline-model-parallel-layout": "write parallel.stage_layers; remove it (--without {flag})",
-    "pipeline-model-parallel-split-rank": "there is no encoder; remove it (--without {flag})",
-    "data-args-path": "write its content as --data-path", "per-split-data-args-path": "write --train-data-path ...",
-    "train-data-exact-num-epochs": "write --train-iters", "full-validation": "write --eval-iters",
-    "model-parallel-size": "write --tensor-model-parallel-size", "batch-size": "write --micro-batch-size",
-    "warmup": "write --lr-warmup-fraction", "yaml-cfg": "write the flags that are in it",
-    "finetune": "start from weights by checkpoint.weights_from=FOLDER; remove it (--without {flag})",
-    "pretrained-checkpoint": "start from weights by checkpoint.weights_from=FOLDER; remove it (--without {flag})",
-    "perform-rl-step": "training on text only; remove it (--without {flag})", "sft": "training on text only",
-    "optimizer-cpu-offload": "optimizer states stay on their device; remove it (--without {flag})",
-    "cpu-offloading-num-layers": "activations stay on their device; remove it (--without {flag})",
-    "fp4-*": "matrix products run in bf16; remove it (--without {flag})",
-    "decoder-*": "there is no encoder beside the decoder; write --num-layers and --seq-length",
-    "skip-train": "tools/plan.py says what a run will do, without one; remove it (--without {flag})",
-    "test-mode": "tools/plan.py says what a run will do, without one; remove it (--without {flag})",
-}  # fmt: skip
+ALIASES: dict[str, str] = {}  # other names of a flag: older versions, Megatron-LLM, Megatron-DeepSpeed
+TABLE: dict[str, Row] = {}
+for _why, _flags in SETTINGS.items():
+    for _names, _, _rest in (flag.partition(":") for flag in _flags.split()):
+        (_name, *_older), (_kind, _, _default) = _names.split("|"), _rest.partition("=")
+        ALIASES |= dict.fromkeys(_older, _name)
+        TABLE[_name] = Row("setting", _why, TYPES[_kind], TYPES[_kind](_default) if _default else None)
+for _fate, _reasons in ("implied", IMPLIED), ("refused", REFUSED), ("left out", LEFT_OUT):
+    for _why, _flags in _reasons.items():
+        for _name, _, _values in (flag.partition("=") for flag in _flags.split()):
+            TABLE[_name] = Row(_fate, _why, values=tuple(_values.split("|")) if _values else ())
+
+
+def find(name: str) -> Row | None:
+    """The row of a flag, or of the family that it belongs to."""
+    families = (row for pattern, row in TABLE.items() if "*" in pattern and fnmatchcase(name, pattern))
+    return TABLE.get(name) or next(families, None)
+
+
+def plain(words: Sequence[str]) -> str:
+    """The words as they are written, variables without a value included."""
+    return re.sub(f"{MARK}.([^{MARK}]*){MARK}", r"$\1", " ".join(words))
+
+
+def key_of(word: str) -> str:
+    """The name of a flag in the table."""
+    name = word.lstrip("-").replace("_", "-")
+    return ALIASES.get(name, name)
+
+
+@dataclass
+class Flags:
+    """What a command line says."""
+
+    values: dict[str, Any] = field(default_factory=dict)  # of settings, converted
+    given: dict[str, str] = field(default_factory=dict)  # of settings, as written
+    asked: dict[str, Any] = field(default_factory=dict)  # what was asked for -> Megatron's default, where it was taken
+    implied: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    aside: list[tuple[str, str]] = field(default_factory=list)  # flags left aside, and why
+    unlisted: list[str] = field(default_factory=list)  # printed by Megatron, and not known here
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    lost: dict[str, list[str]] = field(default_factory=dict)  # variables without a value -> the flags that need them
+    launcher: str = ""  # the words before the program's own flags
+    ranks: int | None = None
+
+    def get(self, name: str) -> Any:
+        """The value of a flag; where it is not given Megatron's default, else None (False for a switch)."""
+        row = TABLE[name]
+        self.asked[name] = None if name in self.values else row.default
+        return self.values.get(name, False if row.kind is bool else row.default)
+
+    def read(self, words: Sequence[str], without: Sequence[str] = (), *, ignore_unknown: bool = False) -> None:
+        """Sort the words of a command; `without`, and on demand flags that are not known, are left aside."""
+        at = next((n for n, word in enumerate(words, 1) if word.endswith(".py")), 0)
+        self.launcher = plain(words[:at])
+        per = re.search(r"--(?:nproc.per.node|num.gpus)[ =](\d+)", self.launcher)
+        nodes = re.search(r"--n(?:um.)?nodes[ =](\S+)", self.launcher)
+        if per and (nodes is None or nodes[1].isdecimal()):
+            self.ranks = int(per[1]) * int(nodes[1] if nodes else 1)
+        gone, flags = {key_of(word) for word in without}, self.pairs(words[at:])
+        for name, (shown, values) in flags.items():
+            row, text = find(name), plain([shown, *values])
+            near = difflib.get_close_matches(name, [n for n in TABLE if "*" not in n], n=1, cutoff=0.75)
+            if name in gone:
+                self.aside.append((text, "as --without says"))
+            elif row is not None:
+                self.take(row, name, shown, values)
+            elif ignore_unknown:
+                self.aside.append((text, f"not known as Megatron's{f'; did you mean --{near[0]}?' if near else ''}"))
+            else:
+                hint = f"did you mean --{near[0]}? If not" if near else "if it is right"
+                write = f"leave it aside: --without {name} (--ignore-unknown: all such)"
+                self.problems.append(f"{shown} is not known as Megatron's; {hint}, {write}")
+        for name in sorted(gone - flags.keys()):
+            self.problems.append(f"--without {name}: the command line has no --{name}; remove it from --without")
+        for name, users in self.lost.items():
+            kind, variable, ends = name[0], name[1:], "behind the script, or convert the list that Megatron prints"
+            needed = f", for {', '.join(users[:3])}{' ...' if len(users) > 3 else ''}," if users else ""
+            why = "is set under a condition or computed, which is not read"
+            write = f"{variable}={'FLAGS' if kind == '+' else 'VALUE'} {ends}"
+            if kind == "?":
+                settable = variable.isidentifier() or variable.isdigit()
+                why = "has no value in the script"
+                write = f"{variable}=VALUE behind the script" if settable else f"-- {users[0]} VALUE at the end"
+            self.problems.append(f"${variable.rstrip('+')}{needed} {why}; write {write}")
+
+    def pairs(self, words: Sequence[str]) -> dict[str, tuple[str, list[str]]]:
+        """name -> the flag as written, values; a later one wins over an earlier one of the same name."""
+        out: dict[str, tuple[str, list[str]]] = {}
+        current: list[str] | None = None
+        for word in words:
+            if word.startswith("--") and len(word) > 2:
+                shown, equals, value = word.partition("=")
+                if earlier := out.pop(key_of(shown), None):
+                    self.aside.append((plain([earlier[0], *earlier[1]]), "given again later, which counts"))
+                current = [value] if equals else []
+                out[key_of(shown)] = (shown, current)
+            elif word.startswith(f"{MARK}+"):
+                self.lost.setdefault(word.strip(MARK), [])
+            elif current is not None:
+                current.append(word)
+            elif word.startswith(MARK):
+                self.notes.append(f"{plain([word])} has no value in the script; left out")
+            else:
+                self.problems.append(f"{word!r} stands before the first flag; flags begin with --, values follow them")
+        return out
+
+    def take(self, row: Row, name: str, shown: str, values: list[str]) -> None:
+        """Put one flag where it belongs."""
+        text, said = plain([shown, *values]), " ".join(v for v in values if MARK not in v)
+        if row.fate == "setting":
+            self.given[name] = text
+            if name == "num-query-groups" and key_of(shown) != shown.lstrip("-").replace("_", "-"):
+                self.values["group-query-attention"] = True  # where other programs say it, it counts by itself
+            self.values[name] = self.value(row, name, shown, values)
+        elif row.fate == "left out":
+            self.left_out.append((text, row.why))
+        elif row.fate == "refused":
+            write = f"write --{row.values[0]}" if row.values else f"remove it (--without {name})"
+            self.problems.append(f"{text}: {row.why}; {write}")
+        elif row.values and said.lower() not in row.values:
+            write = f"write {shown} {row.values[0]}, or remove it (--without {name})"
+            self.problems.append(f"{text}: {row.why}; {write}")
+        else:
+            self.implied.append((f"{shown} {said}" if row.values else shown, row.why))
+            if row.why.startswith("as --"):
+                more = self.pairs(row.why.split()[1:])
+                self.values |= {flag: words[0] if words else True for flag, (_, words) in more.items()}
+
+    def value(self, row: Row, name: str, shown: str, values: list[str]) -> Any:
+        """The value of a flag that becomes a setting, or None and a problem."""
+        kind, sized = row.kind, row.kind is int and name.endswith(SIZES)
+        behind = [v for v in values[kind is not bool :] if v.startswith(f"{MARK}?")] if kind is not list else []
+        self.notes += [f"{plain([v])} has no value in the script; left out" for v in behind]
+        values = [v for v in values if v not in behind]
+        missing = re.findall(f"{MARK}([^{MARK}]*){MARK}", " ".join(values))
+        for variable in missing:
+            self.lost.setdefault(variable, []).append(shown)
+        if kind is bool and values:
+            self.problems.append(f"{shown} takes no value, but {plain(values)!r} follows; remove it")
+        elif kind is not bool and not values:
+            self.problems.append(f"{shown} has no value; write {shown} and {KINDS[kind]}")
+        elif kind is not list and len(values) > 1:
+            self.problems.append(f"{shown} takes one value, but got {plain(values)!r}; write {shown} {values[0]}")
+        elif kind in (bool, str, list):
+            return None if missing else {bool: True, list: values}.get(kind, values and values[0].strip("'\""))
+        elif not missing:
+            try:
+                number = float(values[0])
+                if isfinite(number) and not (kind is int and number % 1) and not (sized and number < 1):
+                    return kind(number)
+            except ValueError:
+                pass
+            what = KINDS[kind] + " above 0" * sized
+            like = f"{row.default:g}" if row.default else "8" if kind is int else "0.1"
+            self.problems.append(f"{shown} {values[0]}: this is not {what}; write for example {shown} {like}")
+        return None
