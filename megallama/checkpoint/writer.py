@@ -109,7 +109,7 @@ def create_files(content: Content) -> None:
         shutil.rmtree(folder)
     headers = {name: header for one in content.sets.values() for name, header in one.headers.items()}
     with explained(content):
-        if _free_bytes(folder.parent) < sum(sizes.values()):
+        if shutil.disk_usage(folder.parent).free < sum(sizes.values()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for name, size in sizes.items():
             path = folder / name
@@ -136,14 +136,9 @@ def explained(content: Content) -> Iterator[None]:
             raise
         folder, need = content.final.parent, sum(content.sizes.values())
         raise CheckpointError(
-            f"no space left in {folder}: a checkpoint needs {need} bytes, {_free_bytes(folder)} are free; make room, "
-            "lower checkpoint.keep_last, or choose another folder (checkpoint.folder)"
+            f"no space left in {folder}: a checkpoint needs {need} bytes, {shutil.disk_usage(folder).free} are free; "
+            "make room, lower checkpoint.keep_last, or choose another folder (checkpoint.folder)"
         ) from error
-
-
-def _free_bytes(folder: Path) -> int:
-    space = os.statvfs(folder)
-    return space.f_bavail * space.f_frsize
 
 
 def _allocate(fd: int, size: int) -> None:

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from megallama.checkpoint import manifest
 from megallama.checkpoint.disk import UnreadableError
 from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.checkpoint.reader import BlockFile, verify_blocks
 from megallama.commands.inspect_checkpoint import main as inspect
 from megallama.plan.topology import Topology
 from tests.checkpoint.states import (
@@ -200,6 +202,36 @@ def test_explicit_load_of_a_damaged_folder_names_file_and_block(folder: Path) ->
     with pytest.raises(DamagedError, match=where):
         make_manager(folder, make_config()).load(folder / "step-00000002", empty_solo())
     assert (folder / "step-00000002").is_dir()
+
+
+def test_no_byte_of_a_damaged_block_is_given_out_afterwards(folder: Path) -> None:
+    step = folder / "step-00000002"
+    saved = manifest.read_manifest(step)
+    path = next((step / "optimizer").glob("master-00001*"))
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    with closing(BlockFile(path, saved.files[f"optimizer/{path.name}"], saved.block_bytes)) as file:
+        for _ in range(2):
+            assert file.read(10, 4000) == data[10:4010]
+            with pytest.raises(DamagedError, match="is damaged in block 1 "):
+                file.read(4000, 200)
+        assert file.read(8192, 100) == data[8192:8292]
+
+
+def test_damage_in_both_halves_of_the_blocks_is_listed_once_and_in_order(folder: Path) -> None:
+    step = folder / "step-00000002"
+    saved = manifest.read_manifest(step)
+    name = next(name for name in saved.files if "exp_avg-00001" in name)
+    blocks = [block for block in saved.blocks() if block[0] == name]
+    data = bytearray((step / name).read_bytes())
+    for index in (1, len(blocks) - 1):
+        data[4096 * index] ^= 1
+    (step / name).write_bytes(data)
+    found = verify_blocks(step, saved, blocks)
+    assert [int(re.search(r"damaged in block (\d+)", problem)[1]) for problem in found] == [1, len(blocks) - 1]
+    (step / name).write_bytes(data[:-1])
+    assert verify_blocks(step, saved, blocks) == [f"{step / name} has {len(data) - 1} bytes instead of {len(data)}"]
 
 
 def test_damage_seen_by_one_rank_is_agreed_by_all(tmp_path) -> None:

@@ -299,7 +299,7 @@ def test_a_full_disk_is_reported_with_numbers(tmp_path, monkeypatch, name: str, 
 
 def test_a_disk_too_small_is_seen_before_the_first_byte(tmp_path, monkeypatch) -> None:
     class Space:
-        f_bavail, f_frsize = 10, 4096
+        f_blocks, f_bfree, f_bavail, f_frsize = 100, 20, 10, 4096
 
     def no_write(*args):
         raise AssertionError("written to a disk that is too small")
