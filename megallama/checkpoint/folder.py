@@ -106,7 +106,7 @@ def samples_before(config: Config) -> int:
         return 0
     with suppress(CheckpointError, KeyError):
         step = newest_step(Path(config.checkpoint.folder), lambda text: None)
-        return int(manifest.read_manifest(step).body["counters"]["samples"]) if step else 0
+        return int(manifest.read_manifest(step).counters["samples"]) if step else 0
     return 0
 
 

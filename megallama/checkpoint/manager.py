@@ -365,7 +365,7 @@ class CheckpointManager:
 
         def check() -> None:
             wrong = manifest.differences(saved.model, self._config.model)
-            tokenizer = saved.body["tokenizer"]
+            tokenizer = saved.tokenizer
             if self._tokenizer and tokenizer and tokenizer != self._tokenizer:
                 wrong.append(f"data.tokenizer: checkpoint sha256 {tokenizer[:16]}..., now {self._tokenizer[:16]}...")
             if wrong:
@@ -390,8 +390,8 @@ class CheckpointManager:
                 "is whole and training goes on from it; the next save writes model/ again"
             )
         self._lineage, self.saved_step = saved.lineage, saved.step
-        self.resumed = path, saved.body["config"]
-        return saved.body["counters"]
+        self.resumed = path, saved.config
+        return saved.counters
 
     def load_weights(self, path: Path, shards: Sequence[Shard]) -> None:
         """Fill the master weights from a step folder (its fp32 masters) or a Hugging Face folder; moments become zero.

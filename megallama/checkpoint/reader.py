@@ -191,7 +191,7 @@ def open_state(folder: Path, saved: manifest.Manifest, kind: str) -> TensorFiles
     The places follow from the architecture; a file whose header says otherwise is not ours.
     Raises: CheckpointError if the manifest has other files than that architecture.
     """
-    want = layout(saved.model, saved.body["precision"], saved.body["shard_bytes"])[kind]
+    want = layout(saved.model, saved.precision, saved.shard_bytes)[kind]
     for name, size in want.sizes.items():
         if name not in saved.files or saved.files[name].size != size:
             raise CheckpointError(f"{folder / manifest.NAME} does not list {name} with {size} bytes")

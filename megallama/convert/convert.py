@@ -71,7 +71,7 @@ def convert(folder: Path, target: Path, options: ConvertOptions, context: int | 
         raise CheckpointError(f"{target} exists; give a new folder, or delete it first")
     temporary = unfinished(target)
     step = step_folder(folder)
-    stored = manifest.read_manifest(step).body["precision"] if step else None
+    stored = manifest.read_manifest(step).precision if step else None
     masters = step is not None and (options.to == "step" or options.dtype not in (None, stored))
     with open_source(folder, "master" if masters else "model", context, options.head) as source:
         if options.head == "tied" and not source.model.tie_embeddings:
@@ -176,17 +176,17 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], sources: Sequence[Source]) ->
 
 def _write_step(source: Source, folder: Path, shard_bytes: int, dtype: str) -> None:
     """Write folder/step-N: of a step folder with its moments and counters, else as the start of a run."""
-    body = source.saved.body if source.saved else None
+    saved = source.saved
     longest = json.loads(source.small["config.json"]).get("max_position_embeddings", 2048)
     config = config_of(source.model, WEIGHTS[dtype], longest)
     with suppress(ValueError):  # it may have been written by another version
-        config = Config.model_validate(body["config"]) if body else config
+        config = Config.model_validate(saved.config) if saved else config
     config = config.model_copy(
         update={"precision": PrecisionConfig(dtype=dtype), "checkpoint": CheckpointConfig(async_save=False)}
     )
     with ExitStack() as stack:
-        moments = [stack.enter_context(open_source(source.folder, kind)) for kind in STATE[1:]] if body else []
+        moments = [stack.enter_context(open_source(source.folder, kind)) for kind in STATE[1:]] if saved else []
         small, log = _small(source, dtype), lambda text: None
         manager = CheckpointManager(config, folder, Solo(), None, log, small=small, shard_bytes=shard_bytes)
-        step, counters = (body["step"], body["counters"]) if body else (0, _START)
+        step, counters = (saved.step, saved.counters) if saved else (0, _START)
         manager.save(step, _shards(source.format.shapes, [source, *moments]), counters)
