@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import compress, islice
@@ -226,13 +226,13 @@ class _Output:
                 self.digests[index] = manifest.spelled(self._hash)
 
 
-class Flusher(AbstractContextManager["Flusher"]):
+class Flusher(ThreadPoolExecutor):
     """Makes files durable while they are still being written: a thread that follows the writers with fsync."""
 
     def __init__(self, paths: Iterable[Path] = ()) -> None:
-        self.paths, self._written, self._pool = {*paths}, 0, ThreadPoolExecutor(1)  # `paths`: what is written
-        self._flushes: list[Future[None]] = []
-        self._counting = Lock()
+        super().__init__(1)
+        self.paths, self._written, self._counting = {*paths}, 0, Lock()  # `paths`: what is written
+        self._flushes: list[Future[list[None]]] = []
 
     def wrote(self, count: int) -> None:
         """`count` more bytes were written; any thread."""
@@ -244,19 +244,12 @@ class Flusher(AbstractContextManager["Flusher"]):
 
     def begin(self) -> None:
         """Make durable what has been written so far, behind the caller's back."""
-        self._flushes.append(self._pool.submit(self._flush))
+        self._flushes.append(self.submit(lambda: list(map(sync, sorted(self.paths)))))
 
     def finish(self) -> None:
         """Wait until all that was written before the last `begin` is durable. Raises: what an fsync raised."""
         for flush in self._flushes:
             flush.result()
-
-    def _flush(self) -> None:
-        for path in sorted(self.paths):
-            sync(path)
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
