@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, suppress
+from contextlib import ExitStack, closing, suppress
+from functools import cache
 from itertools import groupby, pairwise
 from math import prod
 from pathlib import Path
@@ -106,21 +107,13 @@ def spans(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-class TensorFiles(AbstractContextManager["TensorFiles"]):
+class TensorFiles(ExitStack):
     """Tensors by name, wherever in a set of files they lie; files are opened when first needed."""
 
     def __init__(self, places: Mapping[str, TensorPlace], opener: Callable[[str], BlockFile]) -> None:
+        super().__init__()
         self.places = places
-        self._opener = opener
-        self._opened: dict[str, BlockFile] = {}
-
-    def close(self) -> None:
-        """Close all files."""
-        while self._opened:
-            self._opened.popitem()[1].close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._file = cache(lambda name: self.enter_context(closing(opener(name))))
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A whole tensor, in the stored format unless `dtype` is given."""
@@ -149,11 +142,6 @@ class TensorFiles(AbstractContextManager["TensorFiles"]):
         place = self.places[key]
         start = place.offset + row * prod(place.shape[1:]) * place.item_bytes
         self._file(place.file).read_into(start, out.view(-1).view(torch.uint8).numpy().data)
-
-    def _file(self, name: str) -> BlockFile:
-        if name not in self._opened:
-            self._opened[name] = self._opener(name)
-        return self._opened[name]
 
 
 def _read_header(label: str, file: BlockFile) -> dict[str, TensorPlace]:
@@ -233,11 +221,8 @@ def open_files(folder: Path, names: Sequence[str]) -> TensorFiles:
     """The tensors of some safetensors files. Raises: DamagedError for a file that is missing or truncated."""
     places: dict[str, TensorPlace] = {}
     for name in names:
-        file = BlockFile(folder / name)
-        try:
+        with closing(BlockFile(folder / name)) as file:
             found = _read_header(name, file)
-        finally:
-            file.close()
         if twice := sorted(found.keys() & places.keys()):
             raise CheckpointError(f"{folder}: {places[twice[0]].file} and {name} both hold {twice[0]}; remove one")
         places |= found
