@@ -73,13 +73,15 @@ def known(folder: Path) -> list[tuple[Brief, Path]]:
 
 def newest_step(folder: Path, log: Callable[[str], None]) -> Path | None:
     """The last save, only looking; `log` hears of damaged ones. Raises: UnreadableError."""
+    found = []
     for path, brief in checkpoints(folder).items():
-        if isinstance(brief, DamagedError):
+        if isinstance(brief, Brief):
+            found.append((brief, path))
+        elif isinstance(brief, DamagedError):
             log(f"{path} is left out: {brief}")
-        elif isinstance(brief, CheckpointError):
+        else:
             raise brief
-    found = known(folder)
-    return found[-1][1] if found else None
+    return max(found)[1] if found else None
 
 
 def step_folder(folder: Path) -> Path | None:
