@@ -113,6 +113,10 @@ def read_model_config(folder: Path) -> ModelConfig:
     try:
         rope = {"rope_theta": found.get("rope_theta", 10000.0)}
         rope |= found.get("rope_parameters") or found.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise CheckpointError(f"{path} has rotary scaling {kind!r}; only 'llama3' (and none) is supported")
+        scaling = {ours: rope[key] for key, ours in _ROPE.items()} if kind == "llama3" else None
         return ModelConfig(
             hidden_size=found["hidden_size"],
             num_layers=found["num_hidden_layers"],
@@ -123,21 +127,12 @@ def read_model_config(folder: Path) -> ModelConfig:
             vocab_size=found["vocab_size"],
             norm_eps=found.get("rms_norm_eps", 1e-6),
             rope_theta=rope["rope_theta"],
-            rope_scaling=_rope_scaling(path, rope),
+            rope_scaling=RopeScaling(**scaling) if scaling else None,
             tie_embeddings=found.get("tie_word_embeddings", False),
             init_std=found.get("initializer_range", 0.02),
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} does not describe a LLaMA: {error}") from error
-
-
-def _rope_scaling(path: Path, rope: dict[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise CheckpointError(f"{path} has rotary scaling {kind!r}; only 'llama3' (and none) is supported")
-    return RopeScaling(**{ours: rope[key] for key, ours in _ROPE.items()})
 
 
 def special_tokens(tokenizer: Path, marks: Mapping[str, int | None] | None = None) -> dict[str, tuple[str, int]]:
