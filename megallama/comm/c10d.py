@@ -9,6 +9,7 @@ does not depend on when anybody waits.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -59,9 +60,9 @@ class Works:
 
 
 class _Sent:
-    """Handle of a send over gloo, which tells that it has completed only to somebody who waits, and only once.
+    """Handle of a send over gloo, which says that it is over only to somebody who waits, and once.
 
-    A thread per receiver waits, in order: nobody else could free what has arrived without being willing to wait.
+    A thread per receiver waits, in order: else nobody could free what has arrived without waiting.
     """
 
     def __init__(self, works: Works, queue: SimpleQueue[tuple[Works, Future[None]]]) -> None:
@@ -112,7 +113,7 @@ class C10d:
         self._pg, self._down = process_group, down or process_group
         self._direct = device.type == "cpu"
         self._sends: dict[int, SimpleQueue[tuple[Works, Future[None]]]] = {}
-        # gloo bounds messages by the time-out with which the group was made; NCCL's waits may not block the host
+        # gloo bounds messages by the time-out of the group's making; NCCL's waits may not block the host
         self._longest: timedelta | None = None
         if down is not None:
             self._connect_ring()
@@ -182,9 +183,16 @@ class C10d:
         token.item()  # on CUDA wait() only orders the stream; this waits for it
 
     def gather_values(self, value: Any, summary: Callable[[list[Any]], Any] = list) -> Any:
-        everyone: list[Any] = [None] * self.size
-        started(dist.all_gather_object, everyone, value, group=self._pg)
-        return summary(everyone)
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = torch.empty(self.size, dtype=torch.int64, device=self.device)
+        self.all_gather(sizes, torch.tensor([data.numel()], device=self.device)).wait()
+        lengths = sizes.tolist()
+        own = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
+        own[: data.numel()] = data.to(self.device)
+        everyone = torch.empty(self.size * own.numel(), dtype=torch.uint8, device=self.device)
+        self.all_gather(everyone, own).wait()
+        rows = everyone.cpu().view(self.size, -1)
+        return summary([json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths, strict=True)])
 
     def bound(self, timeout: timedelta) -> None:
         """Operations that start from here on fail after `timeout`."""
@@ -215,7 +223,7 @@ class C10d:
         self, what: str, keep: Any, outgoing: Sequence[Tensor], use: Callable[[Sequence[Tensor]], None],
         incoming: Sequence[Tensor] = (),
     ) -> Handle:  # fmt: skip
-        """Give outgoing[r] to every other rank r; `use` gets what each rank gave to this one, in rank order.
+        """Give outgoing[r] to every other rank r; what each gave to this one, in rank order, goes to `use`.
 
         incoming: where to receive it, if that matters.
         """

@@ -31,7 +31,7 @@ class Groups:
 
     @property
     def dp_cp(self) -> Group:
-        """Over whom gradients are reduced and the optimizer's state is sharded: the ranks with the same weights."""
+        """The ranks with the same weights: over them gradients are reduced and state is sharded."""
         return self.dp
 
 

@@ -97,7 +97,7 @@ def _torchrun(env: Mapping[str, str]) -> Launch:
 
 
 def _mpi(env: Mapping[str, str], launcher: str, names: Sequence[str], job: str) -> Launch:
-    """`names` of the rank, size, local rank and local size; `job` is the same in all processes of the run."""
+    """`names` of rank, size, local rank, local size; `job` is the same in all processes of the run."""
     rank, size = _number(env, names[0], 0), _number(env, names[1], 1)
     local_rank, one_node = _number(env, names[2], rank), _number(env, names[3], size) == size
     node = "127.0.0.1" if one_node else first_node(env.get("SLURM_JOB_NODELIST", ""))[0]
@@ -108,7 +108,7 @@ def _mpi(env: Mapping[str, str], launcher: str, names: Sequence[str], job: str) 
             f"({'-x MASTER_ADDR=host' if launcher == 'openmpi' else '-genv MASTER_ADDR host'})"
         )
     address = _address(env, node, one_node, job or env.get("SLURM_JOB_ID", ""))
-    key = f"{launcher}-{job or os.getppid()}"  # on one node the launcher's process is the parent of all
+    key = f"{launcher}-{job or os.getppid()}"  # on one node all have one parent
     return Launch(rank, size, local_rank, one_node, launcher, socket.gethostname(), *address, key)
 
 
@@ -140,7 +140,7 @@ def _address(env: Mapping[str, str], node: str, one_node: bool, job: str) -> tup
 
 
 def first_node(nodelist: str) -> tuple[str, bool]:
-    """The first node of Slurm's list, and whether there is no other: node[01-03,07],login -> node01, False."""
+    """The first node of Slurm's list, and whether it is alone: node[01-03,07],login -> node01, False."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
     assert first is not None, "it matches the empty text too"
     return re.sub(r"\[(\w*)[^\]]*\]", r"\1", first[0]), not re.search(r",|\[[^\]]*-", nodelist)

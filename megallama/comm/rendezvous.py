@@ -1,8 +1,9 @@
 """How the ranks of a run find one another, and what they learn when that fails.
 
-Rank 0 keeps a key-value store (torch's TCPStore; under torchrun the agent keeps it), where it says how to reach its
-`Star`.  Every rank connects there with an `Arrival`.  Rank 0 compares them and sends a verdict: go on, or one sentence
-that names the ranks concerned, which then every rank raises.  Only after that are process groups made.
+Rank 0 keeps a key-value store (torch's TCPStore; under torchrun the agent keeps it), where it says how
+to reach its `Star`.  Every rank connects there with an `Arrival`.  Rank 0 compares them and sends a
+verdict: go on, or one sentence that names the ranks concerned, which then every rank raises.  Only
+after that are process groups made.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def _read_port(path: Path, rank: int, seconds: float, deadline: float) -> int:
 def rendezvous(star: Star, store: dist.Store, own: Arrival, address: str, seconds: float) -> list[Arrival]:
     """Connect this rank to the others and wait for all; their arrivals in rank order.
 
-    Raises: LaunchError if rank 0 cannot be reached, or, on every rank that arrived, with what rank 0 found wrong.
+    Raises: LaunchError if rank 0 cannot be reached; on all who arrived, with what rank 0 found wrong.
     """
     loopback, port = address in ("127.0.0.1", "localhost", "::1"), 0
     try:
@@ -144,8 +145,9 @@ def rendezvous(star: Star, store: dist.Store, own: Arrival, address: str, second
 
 
 def _collect(star: Star, own: Arrival, seconds: float) -> tuple[str, int, list[dict[str, Any]]]:
-    """Rank 0's verdict: what is wrong with those who came in time, the status it means, and who they are."""
-    arrived, problem, status, deadline = {0: own}, own.problem, LaunchError.status, time.monotonic() + seconds
+    """Rank 0's verdict: what is wrong with those who came, the status it means, and who they are."""
+    arrived, problem, status = {0: own}, own.problem, LaunchError.status
+    deadline = time.monotonic() + seconds
     while not problem and len(arrived) < own.world_size:
         try:
             other = Arrival(**star.receive(ARRIVALS, deadline - time.monotonic())[1])
@@ -159,7 +161,7 @@ def _collect(star: Star, own: Arrival, seconds: float) -> tuple[str, int, list[d
     return problem, status, [asdict(arrived[rank]) for rank in sorted(arrived)]
 
 
-_SAME = {  # what must be the same on every rank: how it is said where rank 0 has a, and another one b
+_SAME = {  # what must be the same on every rank; what is said where rank 0 has a and another b
     "world_size": "{first} was started as one of {a} ranks, {new} as one of {b}; "
     "start every process with the same number of ranks",
     "torch": "{first} has torch {a}, {new} has {b}; use the same environment on every node",

@@ -3,7 +3,7 @@
 Process groups say nothing before they exist, and where they break they do not know who broke them.
 Here the kernel closes a dead rank's connection and everybody is told; the first reason to stop, of
 whichever rank, reaches all; and small values are gathered on rank 0 without a connection between
-every two ranks.  A message is a line of JSON, [what it is about, value]; a thread reads and writes them.
+every two ranks.  A message is a line of JSON, [what about, value]; a thread reads and writes them.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Star:
         self.rank, self.size = rank, size
         self.token = secrets.token_hex(16)  # rank 0's is for those who connect
         self.names = {rank: f"rank {rank} ({host})"}
-        self.expected = size - 1 if rank == 0 else 0  # connections that must have ended before this rank leaves
+        self.expected = size - 1 if rank == 0 else 0  # connections that end before this rank leaves
         self.left: list[int] = []  # ranks whose connections have ended, or are about to
         self._news: tuple[str, int] | None = None
         self._listener, self._quiet = listener, False
         self._links: dict[asyncio.StreamWriter, int] = {}  # of a rank started twice there are two
-        self._changed = threading.Condition()  # guards what the thread writes: messages, news, who left
+        self._changed = threading.Condition()  # of messages, news, who left
         self._messages: defaultdict[str, deque[tuple[int, Any]]] = defaultdict(deque)
         self._sent: dict[str, bytes] = {}  # by rank 0, for those as well who come late
         self._door: asyncio.Server | None = None
@@ -66,7 +66,7 @@ class Star:
         return door.getsockname()[1]
 
     def connect(self, host: str, port: int, arrival: dict[str, Any], seconds: float) -> None:
-        """The others: connect to rank 0, with `rank`, `host` and what it wants to know. Raises: OSError."""
+        """The others: connect to rank 0, with `rank`, `host` and what it asks. Raises: OSError."""
         opening = asyncio.open_connection(host, port, limit=_LONGEST)
         reader, writer = self._run(asyncio.wait_for(opening, seconds))
         self._links[writer] = 0
@@ -84,7 +84,7 @@ class Star:
         self._loop.call_soon_threadsafe(self._write, about, value)
 
     def receive(self, about: str, seconds: float) -> tuple[int, Any]:
-        """The next message: from whom, and what. Raises: TimeoutError; ContactLost once any rank has left."""
+        """The next one: from whom, and what. Raises: TimeoutError; ContactLost once any rank has left."""
         with self._changed:
             messages = self._messages[about]
             if not self._changed.wait_for(lambda: messages or self.left, max(seconds, 0.0)):
@@ -95,7 +95,7 @@ class Star:
         raise ContactLost(self._news[0] if self._news else f"{self.names.get(rank, f'rank {rank}')} has left")
 
     def end(self, why: str, status: int, *, own: bool = False) -> None:
-        """Tell all ranks why the run ends, unless another reason was first; `own`: this rank is leaving already."""
+        """Tell all ranks why the run ends, if nobody has before; `own`: this rank is leaving already."""
         self._quiet |= own
         self._loop.call_soon_threadsafe(self._report, why, status)
 
@@ -139,7 +139,7 @@ class Star:
             await self._serve(rank, reader, writer)
 
     async def _serve(self, rank: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Read what comes from `rank` until its connection ends, which it says before where it lives."""
+        """Read what comes from `rank` until its connection ends, as announced or not."""
         said = False
         with suppress(OSError):
             async for line in reader:

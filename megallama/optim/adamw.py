@@ -18,8 +18,8 @@ class AdamW:
     def __init__(self, config: OptimizerConfig, kernel: AdamWStep) -> None:
         self._config, self._kernel = config, kernel
 
-    def __call__(self, shards: Sequence[dict[str, Tensor]], lr: float, multiplier: float, decay: bool) -> None:
-        first = shards[0]["grads"]
-        divisor = None if multiplier == 1.0 else first.new_full((), 1 / multiplier)
-        lists = [[shard[name] for shard in shards] for name in ("master", "grads", *self.moments, "step")]
+    def __call__(self, shards: Sequence[dict[str, Tensor]], lr: float, scale: float, decay: bool) -> None:
+        first, names = shards[0]["grads"], ("master", "grads", *self.moments, "step")
+        divisor = None if scale == 1.0 else first.new_full((), 1 / scale)
+        lists = [[shard[name] for shard in shards] for name in names]
         self._kernel(lists, self._config, lr, self._config.weight_decay if decay else 0.0, divisor)

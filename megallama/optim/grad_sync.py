@@ -1,10 +1,10 @@
-"""Gradient synchronisation of one stage: reduce-scatter over dp_cp, bucket by bucket, under the backward.
+"""Gradient synchronisation of one stage: a reduce-scatter per bucket over dp_cp, under the backward.
 
 During the last micro-batch of a step every parameter reports when its gradient is done, and a
 bucket whose parameters have all reported is reduce-scattered at once.  Which
 contributions are the last, the schedule says, so the order of the collectives is the same on every
-rank.  What is summed over more than dp_cp is small and follows at the end: norm weights over tp (under
-sequence parallelism), shared key/value heads over the ranks that hold them.
+rank.  What is summed over more than dp_cp is small and follows at the end: norm weights over tp
+(under sequence parallelism), shared key/value heads over the ranks that hold them.
 """
 
 from __future__ import annotations
@@ -80,14 +80,15 @@ class GradSync:
         self._handles[bucket.index] = self._groups.dp_cp.reduce_scatter(shard, full)
 
     def _sum_copies(self) -> None:
-        """All-reduce what several ranks hold, as one packed tensor: it lies alike on every rank of the group."""
+        """All-reduce what several ranks hold, packed: it lies alike on every rank of the group."""
         held = [s for bucket in self.buffers.layout.buckets for s in self.segments(bucket)]
         for over, group in (("tp", self._groups.tp), ("kv", self._groups.kv)):
-            views = [self.buffers.grads[s.offset : s.offset + s.count] for s in held if s.part.sum_over == over]
-            if views and group.size > 1:
+            chosen = [s for s in held if s.part.sum_over == over]
+            if chosen and group.size > 1:
+                views = [self.buffers.grads[s.offset : s.offset + s.count] for s in chosen]
                 packed = torch.cat(views)
                 group.all_reduce(packed).wait()
-                for view, summed in zip(views, packed.split([v.numel() for v in views]), strict=True):
+                for view, summed in zip(views, packed.split([s.count for s in chosen]), strict=True):
                     view.copy_(summed)
 
     def _gaps(self) -> list[Tensor]:

@@ -1,8 +1,9 @@
-"""The step of the sharded optimizer in three phases: reduce the gradients, compute the shards, gather the weights.
+"""The sharded optimizer's step in three phases: reduce gradients, compute shards, gather weights.
 
-Each rank of dp_cp holds fp32 master weights and a rule's state of its shard of every bucket (ZeRO-1, Rajbhandari
-et al. 2020), updates them from the reduce-scattered gradients, casts the result into its range of the weights and
-all-gathers the bucket.  The gathers are awaited bucket by bucket when the next forward first reads a weight.
+Each rank of dp_cp holds fp32 master weights and a rule's state of its shard of every bucket (ZeRO-1,
+Rajbhandari et al. 2020), updates them from the reduce-scattered gradients, casts the result into its
+range of the weights and all-gathers the bucket.  The gathers are awaited bucket by bucket when the
+next forward first reads a weight.
 
 Where weights are fp32 (or fp64) already, the masters are the weights themselves.
 """
@@ -23,31 +24,35 @@ from megallama.layers.shard import Shard
 from megallama.optim.grad_sync import GradSync
 from megallama.plan.layout import Bucket
 
-Tensors = dict[str, Tensor]  # of this rank's range of one bucket: weights, grads, master, the rule's moments; and step
+# of this rank's range of one bucket: weights, grads, master, the rule's moments; and step
+Tensors = dict[str, Tensor]
 
 
 class Rule(Protocol):
     """How one step changes elements, each by itself."""
 
-    moments: tuple[str, ...]  # state beside the master weights, of their shape; zero before the first step
+    moments: tuple[str, ...]  # state beside the masters, of their shape; zero before the first step
 
-    def __call__(self, shards: Sequence[Tensors], lr: float, multiplier: float, decay: bool) -> None:
-        """Update "master" and the moments from "grads" times `multiplier`, and count "step" up, in place."""
+    def __call__(self, shards: Sequence[Tensors], lr: float, scale: float, decay: bool) -> None:
+        """In place: update "master" and the moments from "grads" times `scale`; count "step" up."""
 
 
 class Update:
     """What one rank does to the weights of all its stages in a step."""
 
     def __init__(
-        self, stages: Sequence[FlatBuffers], groups: Groups, overlap: OverlapConfig, rule: Rule, squares: SumOfSquares
+        self,
+        stages: Sequence[FlatBuffers],
+        groups: Groups,
+        overlap: OverlapConfig,
+        rule: Rule,
+        sum_of_squares: SumOfSquares,
     ) -> None:
         self.syncs = [GradSync(buffers, groups, overlap.grad_reduce) for buffers in stages]
-        self._groups, self._rule, self._sum_of_squares = groups, rule, squares
+        self._groups, self._rule, self._sum_of_squares = groups, rule, sum_of_squares
         self._overlap_gather = overlap.param_gather
-        self._held = [
-            (sync, [(bucket, self._tensors(sync, bucket)) for bucket in sync.buffers.layout.buckets])
-            for sync in self.syncs
-        ]
+        buckets = ((sync, bucket) for sync in self.syncs for bucket in sync.buffers.layout.buckets)
+        self._held = [(sync, bucket, self._tensors(sync, bucket)) for sync, bucket in buckets]
 
     def _tensors(self, sync: GradSync, bucket: Bucket) -> Tensors:
         at = slice(*sync.range_of(bucket))
@@ -65,19 +70,19 @@ class Update:
     def reduce(self) -> Tensor:
         """Complete the gradients; the sum of squares of what this rank counts of them, float64.
 
-        Summed over all ranks of the job it is the squared norm of the global gradient: elements that
-        several ranks hold are counted by one.
+        Summed over all ranks of the job it is the squared norm of the global gradient: elements
+        that several ranks hold are counted by one.
         """
         for sync in self.syncs:
             sync.finish()
         self._sum_tied()
-        counted = [run for sync, held in self._held for bucket, _ in held for run in self._counted(sync, bucket)]
+        counted = [run for sync, bucket, _ in self._held for run in self._counted(sync, bucket)]
         total = self._sum_of_squares(counted)
         return total.to(self.syncs[0].buffers.grads.device)
 
     def _sum_tied(self) -> None:
-        """Give both copies of a tied embedding, on two ranks or on one, the sum of their gradients."""
-        copies = [tensors["grads"] for _, held in self._held for bucket, tensors in held if bucket.tied]
+        """Both copies of a tied embedding, on two ranks or on one, get the sum of their gradients."""
+        copies = [tensors["grads"] for _, bucket, tensors in self._held if bucket.tied]
         for copy in copies[1:]:
             copies[0].add_(copy)
         for copy in copies[:1]:
@@ -97,20 +102,20 @@ class Update:
         return [sync.buffers.grads[a:b] for a, b in ranges]
 
     def compute(self, lr: float, multiplier: float) -> None:
-        """Apply the rule to this rank's shards, with gradients times `multiplier` (clipping and loss scale)."""
-        self.wait()  # the forward has waited for what it read; nothing may be written that is being gathered
+        """Apply the rule to this rank's shards; `multiplier` of gradients: clipping and loss scale."""
+        self.wait()  # for what no forward has read: nothing is written that is being gathered
         for decay in (True, False):
-            shards = [tensors for _, held in self._held for bucket, tensors in held if bucket.decay is decay]
+            shards = [tensors for _, bucket, tensors in self._held if bucket.decay is decay]
             if shards:
                 self._rule(shards, lr, multiplier, decay)
 
     def gather(self, *, overlap: bool = True) -> None:
         """Masters -> weights on every rank of dp_cp, in the order in which the forward reads them.
 
-        With overlap.param_gather and `overlap` it returns at once, and who reads a weight waits for it.
+        With overlap.param_gather and `overlap` it returns at once: who reads a weight waits for it.
         """
-        for sync, held in self._held:
-            for bucket, tensors in reversed(held):
+        for sync in self.syncs:
+            for bucket, tensors in reversed([(b, t) for s, b, t in self._held if s is sync]):
                 if tensors["master"].data_ptr() != tensors["weights"].data_ptr():
                     tensors["weights"].copy_(tensors["master"])
                 full = sync.buffers.weights[bucket.start : bucket.stop]
@@ -132,24 +137,21 @@ class Update:
         element once.  The tensors are views: writing into them and calling `loaded` is how a
         checkpoint, or the initial weights, are put in.
         """
-        out = []
-        for sync, held in self._held:
-            for bucket, tensors in held:
-                start, _ = sync.range_of(bucket)
-                for segment in sync.segments(bucket):
-                    if owned_only and not segment.part.owner:
-                        continue
-                    at = segment.offset - start
-                    for box in segment.boxes():
-                        rows = slice(at, at + box.numel)
-                        names = ("master", *self._rule.moments)
-                        out.append(Shard(box, {name: tensors[name][rows] for name in names}))
-                        at += box.numel
+        names, out = ("master", *self._rule.moments), []
+        for sync, bucket, tensors in self._held:
+            start, _ = sync.range_of(bucket)
+            for segment in sync.segments(bucket):
+                if owned_only and not segment.part.owner:
+                    continue
+                at = segment.offset - start
+                for box in segment.boxes():
+                    rows = slice(at, at + box.numel)
+                    out.append(Shard(box, {name: tensors[name][rows] for name in names}))
+                    at += box.numel
         return out
 
     def loaded(self, steps: int) -> None:
         """The shards have been written; `steps` optimizer steps lie behind them."""
-        for _, held in self._held:
-            for _, tensors in held:
-                tensors["step"].fill_(steps)
+        for *_, tensors in self._held:
+            tensors["step"].fill_(steps)
         self.gather(overlap=False)

@@ -152,6 +152,14 @@ def test_who_leaves_has_not_died_and_who_does_not_answer_is_named() -> None:
     close(made)
 
 
+def test_who_leaves_is_not_told_that_the_other_end_closes() -> None:
+    heard = [Heard() for _ in range(3)]
+    made = stars(3, heard)
+    for star in reversed(made):
+        star.close()
+    assert [listener.left for listener in heard] == [[], [], []] and made[0].left == [2, 1]
+
+
 def test_strangers_are_not_admitted() -> None:
     made = stars(2)
     port = made[0]._door.sockets[0].getsockname()[1]  # type: ignore[union-attr]

@@ -52,8 +52,9 @@ def test_a_storm_of_signals_during_and_after_the_save_still_ends_with_75(tmp_pat
     ranks.until("step 3/")
     for _ in range(60):
         for process in ranks.processes:
-            if process.is_alive():
-                os.kill(process.pid or 0, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it may leave at any moment
+                if process.is_alive():
+                    os.kill(process.pid or 0, signal.SIGTERM)
         time.sleep(0.01)
     assert ranks.wait() == [75, 75]
     assert "saved at step" in ranks.said(0)

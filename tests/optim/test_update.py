@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from megallama.kernels.grad_norm import sum_of_squares
+from megallama.optim.update import Update
 from megallama.plan.params import global_shapes
 from megallama.train.assemble import Worker
 from tests.small import micro_batches, on_threads, small_config, solo_rank, tokens, train
@@ -97,6 +100,34 @@ def test_clipping_and_decay_follow_the_formula() -> None:
         assert torch.allclose(param.data, want, rtol=1e-9, atol=1e-12), name
 
 
+class Descent:
+    """A second rule: plain gradient descent, with one number per element beside the masters."""
+
+    moments: tuple[str, ...] = ("last",)
+
+    def __call__(self, shards: Sequence[dict[str, torch.Tensor]], lr: float, scale: float, decay: bool) -> None:
+        for shard in shards:
+            shard["last"].copy_(shard["grads"] * scale)
+            shard["master"].sub_(lr * shard["last"])
+            shard["step"].add_(1)
+
+
+def test_another_rule_has_its_state_in_the_shards() -> None:
+    config = small_config(precision={"dtype": "bf16"})
+    rank = solo_rank(config)
+    update = Update([*rank.buffers.values()], rank.groups, config.overlap, Descent(), sum_of_squares)
+    for shard in update.shards(owned_only=True):
+        assert [*shard.state] == ["master", "last"]
+        shard.state["master"].fill_(1.0)
+    update.loaded(steps=3)
+    rank.buffers[0].grads.fill_(0.5)
+    update.compute(0.25, 2.0)
+    update.gather()
+    update.wait()
+    assert all((p.data == 0.75).all() for p in rank.buffers[0].params.values())
+    assert all((s.state["last"] == 1.0).all() for s in update.shards(owned_only=True))
+
+
 def test_without_clipping_gradients_are_taken_as_they_are() -> None:
     config = small_config(optimizer={"clip_grad": 0.0})
     rank = solo_rank(config)
@@ -108,8 +139,7 @@ def test_without_clipping_gradients_are_taken_as_they_are() -> None:
 def test_masters_are_the_weights_where_the_formats_agree() -> None:
     for dtype, shared in (("fp32", True), ("fp64", True), ("bf16", False), ("fp16", False)):
         rank = solo_rank(small_config(precision={"dtype": dtype}))
-        ((_, held),) = rank.optimizer._held
-        pairs = [(tensors["weights"], tensors["master"]) for _, tensors in held]
+        pairs = [(tensors["weights"], tensors["master"]) for *_, tensors in rank.optimizer._held]
         assert all((weights.data_ptr() == master.data_ptr()) is shared for weights, master in pairs)
         if not shared:  # weights are the rounded masters
             assert all(torch.equal(weights, master.to(weights.dtype)) for weights, master in pairs)

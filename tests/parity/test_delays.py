@@ -49,7 +49,7 @@ def config_of(name: str, dtype: str) -> Config:
 def outcome(rank: Worker) -> list[Tensor]:
     """Losses, norms, this rank's sums of gradients, and its weights, as they are after a few steps."""
     numbers = curve(train(rank, tokens(rank.plan.config, STEPS)))
-    grads = [tensors["grads"].clone() for _, held in rank.optimizer._held for _, tensors in held]
+    grads = [tensors["grads"].clone() for *_, tensors in rank.optimizer._held]
     rank.optimizer.wait()
     return [torch.tensor(numbers, dtype=torch.float64), *grads, *(b.weights for b in rank.buffers.values())]
 
@@ -196,9 +196,8 @@ def write_weights_under_way(patch: pytest.MonkeyPatch) -> None:
 
     def careless(self: Update, **overlap: bool) -> None:
         real(self, **overlap)
-        for _, held in self._held:
-            for _, tensors in held:
-                tensors["weights"].mul_(0.5)
+        for *_, tensors in self._held:
+            tensors["weights"].mul_(0.5)
 
     patch.setattr(Update, "gather", careless)
 

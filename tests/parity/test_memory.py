@@ -89,7 +89,7 @@ def measured(rank: Worker, data: Tensor, starts: Tensor | None) -> tuple[int, ..
         train(rank, data, starts=starts)
     kept.sample()
     buffers, tables = rank.buffers.values(), [s.rotary.positions(None) for s in rank.stages.values()]
-    held = [tensors for _, held in rank.optimizer._held for _, tensors in held]
+    held = [tensors for *_, tensors in rank.optimizer._held]
     weights = {b.weights.untyped_storage().data_ptr() for b in buffers}
     tensors = [h[name] for h in held for name in ("master", "exp_avg", "exp_avg_sq", "step")]
     own = [t for t in tensors if t.untyped_storage().data_ptr() not in weights]
