@@ -50,9 +50,8 @@ def build_corpus(
         lib = stdlib or Path(sysconfig.get_paths()["stdlib"])
         documents: Iterable[tuple[str, str]] = [*_topics(), *_modules(lib, skipped)]
         if not documents:
-            raise DataError(
-                f"{lib} holds no Python sources (a trimmed installation?); give your own text with TEXT=path"
-            )
+            what = f"{lib} holds no Python sources (a trimmed installation?)"
+            raise DataError(f"{what}; give your own text with TEXT=path")
     else:
         if not text.exists():
             raise DataError(f"{text} does not exist; TEXT takes a text file, a .jsonl file or a folder of them")
@@ -67,10 +66,8 @@ def build_corpus(
         losses.check()
         if text is not None and total < MIN_BYTES:
             note = f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else ""
-            raise DataError(
-                f"{text} holds {total:,} bytes of usable text{note}, too little to train on; give {MIN_BYTES:,} bytes "
-                "or more of UTF-8 text, as a file or a folder"
-            )
+            little = f"{text} holds {total:,} bytes of usable text{note}, too little to train on"
+            raise DataError(f"{little}; give {MIN_BYTES:,} bytes or more of UTF-8 text, as a file or a folder")
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)

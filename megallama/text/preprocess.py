@@ -199,31 +199,30 @@ def _origin(
             "limit": max_document_bytes, **marks}  # fmt: skip
 
 
+@dataclass
 class _Join:
     """Appends shards to the outputs in the order of the jobs, and judges their bad records."""
 
-    def __init__(
-        self,
-        summary: Summary,
-        jobs: Sequence[Job],
-        work: WorkFolder,
-        writers: Sequence[IndexedWriter],
-        shares: tuple[float, float],
-        strict: bool,
-    ) -> None:
-        self.summary, self._jobs, self._shards, self._dtype = summary, jobs, work.finished(), writers[0].dtype
-        self._work, self._writers, self._shares, self._strict = work, writers, shares, strict
+    summary: Summary
+    jobs: Sequence[Job]
+    work: WorkFolder
+    writers: Sequence[IndexedWriter]
+    shares: tuple[float, float]
+    strict: bool
+
+    def __post_init__(self) -> None:
+        self.shards, self.dtype = self.work.finished(), self.writers[0].dtype
         self._next = self._documents = self._bytes = 0
-        self._total = sum(job.size for job in jobs)
+        self._total = sum(job.size for job in self.jobs)
 
     def run(self, pool: WorkerPool, progress: Callable[[int, int, int], None] | None) -> None:
         """Let the pool make the shards that are missing, and join what is there meanwhile."""
-        shards, itemsize = self._shards, self._dtype.itemsize
-        done, tokens = sum(self._jobs[n].size for n in shards), sum(p.token_bytes for p in shards.values()) // itemsize
+        shards, itemsize = self.shards, self.dtype.itemsize
+        done, tokens = sum(self.jobs[n].size for n in shards), sum(p.token_bytes for p in shards.values()) // itemsize
         now: dict[Connection, Progress] = {}  # how far the processes are in what is unfinished
-        for connection, message in pool.run([job for job in self._jobs if job.number not in shards], self._advance):
+        for connection, message in pool.run([job for job in self.jobs if job.number not in shards], self._advance):
             if isinstance(message, TextShard):
-                done, tokens = done + self._jobs[message.job].size, tokens + message.token_bytes // itemsize
+                done, tokens = done + self.jobs[message.job].size, tokens + message.token_bytes // itemsize
                 shards[message.job] = message
             now[connection] = message if isinstance(message, Progress) else Progress(0, 0)
             if progress:
@@ -235,20 +234,20 @@ class _Join:
 
     def _advance(self) -> bool:
         """Append the shard that is next, if it is there; whether it was."""
-        shard = self._shards.get(self._next)
+        shard = self.shards.get(self._next)
         if shard:
             self._judge(shard)
-            for tokens, rows in self._work.read(shard, self._dtype):
+            for tokens, rows in self.work.read(shard, self.dtype):
                 self._append(tokens, rows.astype(np.int64))
             self._next += 1
         return shard is not None
 
     def _append(self, tokens: np.ndarray, rows: np.ndarray) -> None:
-        which = split_of(np.arange(self._documents, self._documents + len(rows)), *self._shares)
+        which = split_of(np.arange(self._documents, self._documents + len(rows)), *self.shares)
         self._documents += len(rows)
-        if not self._shares[0]:  # without a validation split the second output is the test split
+        if not self.shares[0]:  # without a validation split the second output is the test split
             which = np.minimum(which, 1)
-        for i, (writer, out) in enumerate(zip(self._writers, self.summary.outputs, strict=True)):
+        for i, (writer, out) in enumerate(zip(self.writers, self.summary.outputs, strict=True)):
             here = which == i
             writer.add(tokens if here.all() else tokens[np.repeat(here, rows[:, 0])], rows[here, 0])
             out.documents, out.tokens = writer.num_documents, writer.num_tokens
@@ -258,15 +257,15 @@ class _Join:
         """Note what is lost in the next shard; stop when it is sure to be too much."""
         losses = self.summary.losses
         losses.take(shard)
-        if self._strict and (found := [*losses.examples, *(f"{name}: {why}" for name, why in losses.faults.items())]):
+        if self.strict and (found := [*losses.examples, *(f"{name}: {why}" for name, why in losses.faults.items())]):
             raise DataError(f"{found[0]}; correct the record, or leave out --strict to skip such records")
-        self._bytes += self._jobs[self._next].size
+        self._bytes += self.jobs[self._next].size
         if losses.hopeless(self._bytes / self._total if self._total else 1.0):
             losses.check()
 
     def check_end(self) -> None:
         """Raises: DataError if too much is lost or an output would be empty."""
-        losses, shares = self.summary.losses, zip(("valid", "test"), self._shares, strict=True)
+        losses, shares = self.summary.losses, zip(("valid", "test"), self.shares, strict=True)
         losses.check()
         if not self._documents:
             raise DataError("\n  ".join(["no documents were found: the files hold no text", *losses.examples]))

@@ -76,12 +76,11 @@ class RankConnection:
         self._comm, self.rank, self._sent = comm, rank, list[Any]()
 
     def send(self, message: Any) -> None:
-        """Send a message without waiting for its arrival."""
+        """Does not wait for its arrival."""
         self._sent = [request for request in self._sent if not request.test()[0]]
         self._sent.append(self._comm.isend(message, self.rank))
 
     def recv(self) -> Any:
-        """Wait for a message."""
         return self._comm.recv(source=self.rank)
 
     def close(self) -> None:
@@ -125,19 +124,13 @@ class Encoder:
 
     def _add(self, texts: list[str], sizes: list[int]) -> None:
         """Encode texts and append them, with one eos after each and, if asked for, bos before it."""
+        eos, bos = self._tokenizer.eos_id, self._tokenizer.bos_id if self._task.bos else None
         tokens, lengths = self._tokenizer.encode_arrays(texts)
-        lengths = lengths + 1 + self._task.bos
-        rows = np.stack([lengths, sizes], axis=1).astype("<i4")
-        ends = np.cumsum(lengths)
-        assert self._tokenizer.eos_id is not None
-        out = np.full(int(lengths.sum()), self._tokenizer.eos_id, self._dtype)
-        inside = np.ones(len(out), bool)
-        inside[ends - 1] = False
-        if self._task.bos:
-            inside[ends - lengths] = False
-            out[ends - lengths] = self._tokenizer.bos_id
-        out[inside] = tokens
-        self._out.add(out, rows)
+        if eos is not None:
+            tokens, lengths = np.insert(tokens, np.cumsum(lengths), eos), lengths + 1
+        if bos is not None:
+            tokens, lengths = np.insert(tokens, np.cumsum(lengths) - lengths, bos), lengths + 1
+        self._out.add(tokens.astype(self._dtype), np.stack([lengths, sizes], axis=1).astype("<i4"))
 
 
 def worker_main(connection: Connection, task: Task, number: int, tokenizer: Tokenizer | None = None) -> None:
@@ -239,9 +232,8 @@ class WorkerPool:
         except (EOFError, OSError):
             child = self._children[connection]
             child.join(5)
-            raise DataError(
-                f"a worker process died (exit status {child.exitcode}); if memory ran out (-9), use fewer --workers"
-            ) from None
+            died = f"a worker process died (exit status {child.exitcode})"
+            raise DataError(f"{died}; if memory ran out (-9), use fewer --workers") from None
         if isinstance(message, str):
             raise DataError(message)
         return message
