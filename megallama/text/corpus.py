@@ -1,9 +1,8 @@
 """A corpus for the first run: text that every Python installation carries, or the reader's own.
 
-The embedded default is the source code of the standard library (a document per module) and the reference texts of
-`help()` (a document per topic): a few megabytes of real, coherent text without a download.  The reader's own text is
-taken from a file or folder; long documents are cut at paragraph or line ends, so that even one book has documents to
-hold out.
+The default is the source code of the standard library (a document per module) and the texts of `help()` (a document
+per topic): a few megabytes of coherent text without a download.  Of the reader's own text, long documents are cut at
+paragraph or line ends, so that even one book has documents to hold out.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Corpus:
 def build_corpus(
     out: Path, max_bytes: int, text: Path | None = None, *, json_key: str = "text", stdlib: Path | None = None
 ) -> Corpus:
-    """Write at most `max_bytes` of text as JSON lines {"text", "source"}: the default corpus, or `text` (file, folder).
+    """Write at most `max_bytes` as JSON lines {"text", "source"}: the default corpus, or `text` (file, folder).
 
     The same installation (or text) always gives the same bytes.
     Raises: DataError if the text is missing, empty, unreadable or too small to train on.
@@ -75,7 +74,7 @@ def build_corpus(
 
 
 def _write(path: Path, documents: Iterable[tuple[str, str]], max_bytes: int) -> tuple[int, int, bool]:
-    """Write documents, each content once, until one does not fit: their number, bytes, and whether any is left."""
+    """Write documents, each content once, until one does not fit: number, bytes, whether any is left."""
     count = total = 0
     seen: set[bytes] = set()
     with path.open("w", encoding="utf-8") as file:
@@ -92,7 +91,7 @@ def _write(path: Path, documents: Iterable[tuple[str, str]], max_bytes: int) -> 
 
 
 def _modules(lib: Path, skipped: list[str]) -> Iterator[tuple[str, str]]:
-    """The standard library's modules, ordered by a hash of their names: any share of it is a fair one."""
+    """The standard library's modules, ordered by a hash of their names: any part of it is a fair one."""
     names = []
     for path in (path.relative_to(lib) for path in lib.rglob("*.py")):
         generated = path.name.startswith("_sysconfigdata") or path.parts[0].startswith("config-")
@@ -113,7 +112,7 @@ def _topics() -> Iterator[tuple[str, str]]:
 
 
 def _own(reader: RecordReader, losses: Losses) -> Iterator[tuple[str, str]]:
-    """The documents of the reader's text, cut to pieces no larger than what gives MIN_DOCUMENTS of them."""
+    """The documents of the reader's text, cut to pieces that make at least MIN_DOCUMENTS."""
     size = min(MAX_PIECE_BYTES, max(1024, reader.bytes_total // MIN_DOCUMENTS))
     for record, body in losses.texts(reader):
         where = place(record)
@@ -121,10 +120,7 @@ def _own(reader: RecordReader, losses: Losses) -> Iterator[tuple[str, str]]:
 
 
 def pieces(text: str, size: int) -> Iterator[str]:
-    """Cut a text into pieces of about `size` characters: after a blank line if one comes, else after a line.
-
-    The pieces joined are the text. A line longer than twice the size is cut where it is.
-    """
+    """Cut a text into pieces of `size` to twice as many characters: after a blank line, a line, or anywhere."""
     start = 0
     while (last := start + 2 * size) < len(text):
         blank, line = (text.find(end, start + size, last) for end in ("\n\n", "\n"))

@@ -1,8 +1,7 @@
-"""Reading documents out of files, streaming and in a fixed order, with every fault named by file and line.
+"""Reading documents out of files as streams, in a fixed order, every fault named by file and line.
 
-JSON lines and plain text, each also as .gz or .zst, and Parquet.  A corpus is cut into units of work (`units`): a part
-of a plain JSON lines file, some row groups of a Parquet file, or a whole file; `RecordReader` reads any of them, and
-all units in order give the records of the files in order.  Reading is separate from parsing (`parse`, per record).
+JSON lines and plain text, each also as .gz or .zst, and Parquet.  `units` cuts a corpus into pieces of work, which
+`RecordReader` reads: all of them in order give the records of the files in order.  `parse` takes records apart.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ with suppress(ImportError):
 
 
 class Record(NamedTuple):
-    """One raw document: a line of JSON, a row of Parquet, or a whole text file (line 0); `fault` says why it is none.
+    """One raw document: a line of JSON, a row of Parquet, or a text file (line 0); `fault`: why it is none.
 
-    `whole`: the file cannot be read, or no further.  Lines count from 1 at byte `origin`, which is not 0 where a unit
-    begins inside a file: `place` knows the true line.
+    `whole`: the file cannot be read, or no further.  Lines count from 1 at byte `origin`, that of the unit: `place`
+    knows the true line.
     """
 
     file: str
@@ -48,7 +47,7 @@ class Record(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A piece of work: the lines that begin in bytes [start, stop) of a file; of Parquet row groups [start, stop)."""
+    """The lines that begin in bytes [start, stop) of a file; of Parquet, row groups [start, stop)."""
 
     file: Path
     start: int
@@ -57,7 +56,7 @@ class Unit(NamedTuple):
 
 
 class BadRecord(Exception):
-    """A record that holds no usable text: `kind` is what is wrong, `detail` the particulars of this one."""
+    """A record that holds no usable text: what is wrong, and the particulars of this one."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(f"{kind} ({detail})" if detail else kind)
@@ -69,7 +68,7 @@ class _Damaged(Exception):
 
 
 def place(record: Record) -> str:
-    """FILE:LINE of a record, or FILE for a whole file; for a unit inside a file it counts the lines before it."""
+    """FILE:LINE of a record, or FILE for a text file; counts the lines before a unit inside a file."""
     if not record.line:
         return record.file
     line, left = record.line, record.origin
@@ -89,9 +88,9 @@ def _library(name: str, file: Path) -> Any:
 
 
 def units(files: Sequence[Path], unit_bytes: int) -> list[Unit]:
-    """Cut files into units of about `unit_bytes` in the order of the files, to be read by different processes.
+    """Cut files into units of about `unit_bytes`, in the order of the files.
 
-    Plain JSON lines are cut anywhere, Parquet at its row groups; compressed files and text files stay whole.
+    Plain JSON lines are cut anywhere, Parquet at row groups; compressed files and text files stay whole.
     """
     out = []
     for file in files:
@@ -111,7 +110,7 @@ def units(files: Sequence[Path], unit_bytes: int) -> list[Unit]:
 
 
 def _parquet(file: Path) -> Any:
-    """A Parquet file opened so that it is read by pages and not by row groups, which may be gigabytes."""
+    """An open file that is read by pages and not by row groups, which may be gigabytes."""
     parquet = _library("pyarrow.parquet", file)
     try:
         return parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)
@@ -132,7 +131,7 @@ def _row_groups(file: Path) -> list[int]:
 
 
 class _Zstd(io.RawIOBase):
-    """Decompresses zstd frames in turn; the library's own reader would take a file that is cut off for whole."""
+    """Decompresses zstd frames; the library's own reader takes a file that is cut off for whole."""
 
     def __init__(self, raw: BinaryIO, library: Any) -> None:
         self._pieces, self._ready = self._decompress(raw, library), memoryview(b"")
@@ -149,7 +148,7 @@ class _Zstd(io.RawIOBase):
 
     def _decompress(self, raw: BinaryIO, library: Any) -> Iterator[memoryview]:
         frame, data = None, b""
-        # little at a time: bytes that decompress to thousands of times their size must not fill the memory
+        # little at a time: what decompresses to thousands of times its size must not fill the memory
         while data := data or raw.read(1024):
             frame = frame or library.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             try:
@@ -180,10 +179,9 @@ def head_of(file: str) -> bytes:
 
 
 class RecordReader:
-    """Iterates over the records of files, or of units of them, in order.
+    """The records of files, or of units of them, in order.
 
-    It has read `bytes_done` of `bytes_total` (on disk). `json_key` is the column of Parquet files; JSON lines are taken
-    apart by `parse`.
+    `bytes_done` of `bytes_total` on disk are read. `json_key`: the column of Parquet files.
     """
 
     def __init__(
@@ -232,7 +230,7 @@ class RecordReader:
                 yield record
 
     def _lines(self, stream: BinaryIO, unit: Unit) -> Iterator[tuple[Record, int]]:
-        """The lines that begin in the unit, each with the byte after it; blank ones count but are no records."""
+        """The lines that begin in the unit, each with the byte after it; blank ones only count."""
         name, number, limit, position = str(unit.file), 0, self.max_bytes + 1, unit.start
         stop = float("inf") if unit.stop is None else unit.stop
         if position:  # the line that byte start - 1 is in began before: it is another unit's
@@ -251,7 +249,7 @@ class RecordReader:
                 yield Record(name, number, line, fault, origin), position
 
     def _skip(self, stream: BinaryIO) -> tuple[int, int]:
-        """Read to the end of a line of any length in bounded memory: its bytes, and how many of them end it."""
+        """Skip the rest of a line of any length in bounded memory: its bytes, and how many end it."""
         size, rest = 0, b""
         while not rest.endswith(b"\n") and (rest := stream.readline(CHUNK)):
             size += len(rest)
@@ -267,7 +265,7 @@ class RecordReader:
         return Record(name, 0, b"", self._too_long(size))
 
     def _rows(self, unit: Unit) -> Iterator[Record]:
-        """The rows of the column `json_key` in the unit's row groups, about CHUNK bytes of them at a time."""
+        """The rows of the column `json_key` in the unit's row groups, about CHUNK bytes at a time."""
         name, key, arrow = str(unit.file), self.json_key, _library("pyarrow", unit.file)
         with _parquet(unit.file) as file:
             meta, schema = file.metadata, file.schema_arrow
@@ -281,7 +279,7 @@ class RecordReader:
             rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
             before, total = sum(rows[: unit.start]), sum(rows[unit.start : unit.stop])
             line = before
-            for group in range(len(rows))[unit.start : unit.stop]:  # one by one: a damaged one takes no other with it
+            for group in range(len(rows))[unit.start : unit.stop]:  # a damaged one takes no other with it
                 end, size = line + rows[group], max(meta.row_group(group).total_byte_size, 1)
                 batch_size = max(1, min(4096, CHUNK * rows[group] // size))
                 try:
@@ -302,7 +300,7 @@ class RecordReader:
 
 
 def parse(record: Record, json_key: str = "text") -> tuple[str, int, str]:
-    """The text of a record, its size in UTF-8 bytes, and what was changed in it. Raises: BadRecord with the reason."""
+    """The text of a record, its size in UTF-8 bytes, and what was changed in it. Raises: BadRecord."""
     if record.fault:
         raise BadRecord(*record.fault.split(": ", 1))
     suffix, changed = suffix_of(record.file), ""

@@ -1,10 +1,8 @@
-"""Encoding by gigatoken where it is installed and proven to give the very ids of the reference library.
+"""Encoding by gigatoken, ten to fifty times faster, where it is proven to give the ids of the reference library.
 
-gigatoken encodes ten to fifty times faster than the libraries that define what a tokenizer means.  It is used only
-after it has encoded a set of difficult texts and pieces of the vocabulary itself to the same ids.  Two kinds of
-documents, which it is known to encode differently, always go to the reference: those that come out with a control
-token in them, and, where an expression splits text into words, those with characters that are not assigned in the
-Unicode of this Python: newer ones are letters to one library and unknown to the other.
+It must first encode difficult texts and pieces of the vocabulary to the same ids.  Two kinds of documents it is known
+to encode differently, and they go to the reference: those with a control token in the result, and, where an expression
+splits words, those with characters unassigned in this Python's Unicode: letters to one library, unknown to the other.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import numpy as np
 
 from megallama.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer, join, load_tokenizer
 
-CACHE_BYTES = 24 << 20  # gigatoken remembers every word it meets; when that has taken so much it starts afresh
+CACHE_BYTES = 24 << 20  # of all the words gigatoken has met; then it starts afresh
 CHECK_EVERY = 1 << 18  # characters between two looks at the memory
 NEWEST_UNICODE = 16  # that `tokenizers` and gigatoken both know
 PIECES = 2000  # of the vocabulary in the proof
@@ -40,16 +38,13 @@ PROBES = (
 
 
 def load_fast_tokenizer(path: str | Path, *, fast: bool = True, eos_token: str | None = None) -> Tokenizer:
-    """As `load_tokenizer`; with `fast` its `encode_arrays` is gigatoken's, where that is installed and proven equal."""
+    """As `load_tokenizer`; with `fast` its `encode_arrays` is gigatoken's, where that is proven equal."""
     tokenizer = load_tokenizer(path, eos_token=eos_token)
     return FastTokenizer(tokenizer) if fast else tokenizer
 
 
 class FastTokenizer:
-    """A tokenizer whose `encode_arrays` is gigatoken's where that is proven equal; everything else is the reference's.
-
-    gigatoken is loaded and tested at the first use of `encode_arrays` or `encoder`.
-    """
+    """A tokenizer whose `encode_arrays` is gigatoken's, which is loaded and tested at its first use."""
 
     def __init__(self, reference: Tokenizer) -> None:
         self.reference, self.path, self.vocab_size = reference, reference.path, reference.vocab_size
@@ -120,7 +115,7 @@ class FastTokenizer:
 
 @functools.cache
 def _unassigned() -> np.ndarray:
-    """Which code points are none of this Python's Unicode, or of its private planes (the last two); bool [0x110000]."""
+    """Which code points this Python's Unicode does not have, or only in private planes; bool [0x110000]."""
     table = np.ones(0x110000, bool)
     table[:0xF0000] = np.fromiter((unicodedata.category(chr(c)) == "Cn" for c in range(0xF0000)), bool, 0xF0000)
     return table
@@ -135,7 +130,7 @@ def _resident_bytes() -> int:
 
 
 def _as_json(tokenizer: Tokenizer) -> tuple[str | bytes, Sequence[int]]:
-    """The tokenizer.json that gigatoken is to be, and the ids whose appearance means that the reference must decide."""
+    """The tokenizer.json for gigatoken, and the ids whose appearance leaves a text to the reference."""
     if isinstance(tokenizer, JsonTokenizer):
         if {*re.findall(r"(\w+)\(", tokenizer.normalizer)} - {"Sequence", "Prepend", "Replace", "String"}:
             raise ValueError(f"its normalizer is {tokenizer.normalizer[:80]}")

@@ -1,6 +1,6 @@
-"""Which files of text are meant: given files, folders and patterns, each real file once, in a fixed order.
+"""Which files of text are meant by files, folders and patterns: each real file once, in a fixed order.
 
-Whatever lies in a folder is read or told: nothing is left out in silence.
+Whatever lies in a folder is read or reported: nothing is left out in silence.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def suffix_of(path: str | Path) -> str:
 class Found:
     """The files meant by a list of files, folders (searched recursively) and glob patterns.
 
-    files: in the order given, those of a folder sorted.  faults: path -> why it or what lies in it cannot be read.
+    files: in the order of the inputs, those of a folder sorted.  faults: path -> why it cannot be read.
     Raises: DataError for a name that matches nothing, or a file of unknown kind.
     """
 
@@ -122,7 +122,7 @@ def _hidden(path: Path, root: Path) -> bool:
 
 
 def earlier_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """The list that versions before `Found` made, which a preprocessing begun by one of them goes on with.
+    """The list of versions before `Found`, with which a preprocessing begun by one of them goes on.
 
     They followed no links to folders, and what was reached twice was read twice.
     """

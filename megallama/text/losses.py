@@ -1,6 +1,6 @@
-"""What of an input is lost: bad records, judged as shares of all and of their file, and files that cannot be read.
+"""What of an input is lost: bad records, as shares of all and of their file, and files that cannot be read.
 
-A bad record is an accident. A file that is cut off, unreadable or without one good record is none: it ends the work.
+A bad record is an accident. A file that is cut off, unreadable or without one good record ends the work.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def limit_of(text: str, name: str, default: str) -> Callable[[float], float]:
 
 
 class Losses:
-    """Takes what became of the records of files, file after file, and says when too much is lost.
+    """Counts what became of the records of files, file after file, and says when too much is lost.
 
     max_bad, max_bad_per_file: as in `limit_of`; skip_files: go on without files that cannot be read.
-    Empty texts lose nothing: they count only within their file.
+    Empty texts count only within their file.
     """
 
     def __init__(self, max_bad: str = "", max_bad_per_file: str = "", *, skip_files: bool = False) -> None:
@@ -87,11 +87,11 @@ class Losses:
             self.records, self.bad = self.records + sum(counts), self.bad + counts[1]
 
     def hopeless(self, done: float) -> bool:
-        """Whether, this share of the input being read, far too many records are bad for the rest to mend it."""
+        """Whether the rest of the input, of which this share is read, cannot mend it."""
         return not self._skip_files and self.bad > SURE + 2 * self._all(self.records / done)
 
     def check(self) -> None:
-        """Raises: DataError if a file could not be read, or more records were bad than is allowed."""
+        """Raises: DataError if a file could not be read, or too many records were bad."""
         self._close()
         found = [f"{name}: {reason}" for name, reason in self.faults.items()]
         if found and not self._skip_files:
@@ -135,7 +135,7 @@ class Losses:
 
 
 def seems(file: str) -> str:
-    """What a file that cannot be used seems to be instead of lines of JSON, or of UTF-8; "" where nothing is seen."""
+    """What a file that cannot be used seems to be instead of JSON lines or UTF-8; "" where nothing is seen."""
     head = head_of(file)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
         return "it is UTF-16 or UTF-32; convert it to UTF-8: iconv -f UTF-16 -t UTF-8"

@@ -25,10 +25,9 @@ def merge(
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> IndexedDataset:
-    """Join pairs into OUTPUT.bin/.idx/.json, in memory that does not depend on their size.
+    """Join pairs into OUTPUT.bin/.idx/.json, the bytes of preprocessing all the text at once, in bounded memory.
 
-    The bytes are those that preprocessing all the text at once would have written; blocks are compared with PREFIX.sums
-    where there is one, else `say` is told.  `progress(bytes done, of all)`.
+    Blocks are compared with PREFIX.sums; `say` gets a line where there is none.  `progress(bytes done, of all)`.
     Raises: DataError naming two pairs of different token types or tokenizers, or an output that is an input.
     """
     datasets = [IndexedDataset(prefix) for prefix in prefixes]

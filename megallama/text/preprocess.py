@@ -1,8 +1,8 @@
 """Text to tokens: files -> .bin/.idx, in bounded memory, on any number of processes and nodes.
 
-The input is an ordered list of jobs of about a megabyte (of more where there is very much of it).  Any process turns
-any job into a shard (`workers`, `shards`); this one joins them in order as they come.  Documents are encoded one by
-one, so the bytes written depend on nothing but the input, and a shard once finished is never made again.
+The input is an ordered list of jobs of about a megabyte.  Any process turns any job into a shard (`workers`, `shards`);
+this one joins them in order as they come.  Documents are encoded one by one, so the bytes depend on the input alone.
+A finished shard is never made again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megallama.text.workers import Connection, Job, Progress, Task, WorkerPool
 
 JOB_BYTES, MAX_JOB_BYTES = 1 << 20, 1 << 30
 EARLIER = "goes on with the list of an earlier version, of {}; to begin anew delete {}.parts"
-FAST_FROM = 2 << 20  # bytes of input for which loading and proving the fast encoder is worth its time
+FAST_FROM = 2 << 20  # bytes of input that are worth loading and proving the fast encoder
 MAX_JOBS, MAX_UNITS = 20_000, 64  # jobs of a run where that many are not too large; units of a job
 
 
@@ -59,8 +59,8 @@ class Summary:
 def in_validation(numbers: np.ndarray, share: str | float | Fraction) -> np.ndarray:
     """Which document numbers (int64 [n]) belong to a validation split of `share`; bool [n].
 
-    Documents are dealt into consecutive groups of about 1/share; a hash of the group's number picks one of each.  So
-    the share is exact, every group holds one, and the answer depends on nothing but the number.
+    Documents are dealt into consecutive groups of about 1/share; a hash of the group's number picks one of each: the
+    share is exact, and the answer depends on nothing but the number.
     """
     p, q = Fraction(str(share)).limit_denominator(10**6).as_integer_ratio()
     group = numbers * p // q
@@ -75,7 +75,7 @@ def in_validation(numbers: np.ndarray, share: str | float | Fraction) -> np.ndar
 def split_of(numbers: np.ndarray, valid: float, test: float) -> np.ndarray:
     """Which split each document number (int64 [n]) belongs to: 0 train, 1 valid, 2 test; int64 [n].
 
-    What both hold out together is chosen as `in_validation` does, and then dealt between them in the same way.
+    What both hold out is chosen by `in_validation`, and then dealt between them in the same way.
     """
     both, tests = Fraction(str(valid)) + Fraction(str(test)), np.zeros(len(numbers), bool)
     if not both:
@@ -109,13 +109,13 @@ def preprocess(
 ) -> Summary:
     """Tokenize files into OUTPUT.bin/.idx, or with a split into OUTPUT_train, OUTPUT_valid and OUTPUT_test.
 
-    The tokenizer's eos ends every document, or `eos_token`; with `bos` the tokenizer's bos begins it, as in LLaMA.
-    Beside each pair PREFIX.json records documents, tokens, bytes of text (what bits per byte needs) and the tokenizer.
-    Until the end OUTPUT.parts/ keeps what is done: a run that was killed continues there when it is started again.
+    The tokenizer's eos, or `eos_token`, ends every document; with `bos` its bos begins it, as in LLaMA.
+    PREFIX.json records documents, tokens, bytes of text (what bits per byte needs) and the tokenizer.
+    Until the end OUTPUT.parts/ keeps what is done, for the next start of a run that was killed.
     `max_bad`, `max_bad_per_file`, `skip_bad_files`: as in `Losses`, which ends the run where more is lost.
-    `progress(bytes read, bytes in all, tokens)` is called as the work goes on, `say` with what is not read of `inputs`.
-    `comm`: an mpi4py communicator whose other ranks run `workers.rank_main`, instead of `workers` processes.
-    Raises: DataError, with `strict` also for the first bad record; without it bad records are skipped and counted.
+    `progress(bytes read, bytes in all, tokens)`; `say` gets what is not read of `inputs`.
+    `comm`: an mpi4py communicator whose other ranks run `rank_main`, instead of `workers` processes.
+    Raises: DataError, with `strict` also for the first bad record, which else is skipped and counted.
     """
     losses, prefix = Losses(max_bad, max_bad_per_file, skip_files=skip_bad_files), strip_suffix(output)
     outputs = [Output(prefix + suffix) for suffix in _check_options(workers, split_valid, split_test)]
@@ -175,7 +175,7 @@ def _check_options(workers: int, split_valid: float, split_test: float) -> list[
 
 
 def _jobs(files: Sequence[Path]) -> list[Job]:
-    """The input as jobs. They depend on the files alone, so that every start of a run has the same."""
+    """The input as jobs, which depend on the files alone: every start of a run has the same."""
     size = min(max(JOB_BYTES, sum(file.stat().st_size for file in files) // MAX_JOBS), MAX_JOB_BYTES)
     jobs: list[Job] = []
     for unit in units(files, size):
@@ -190,7 +190,7 @@ def _jobs(files: Sequence[Path]) -> list[Job]:
 def _origin(
     files: Sequence[Path], tokenizer: Tokenizer, json_key: str, max_document_bytes: int, bos: bool
 ) -> dict[str, Any]:
-    """Everything that tokens and jobs follow from; what is as it always was is left out, so that old work goes on."""
+    """All that tokens and jobs follow from, without what is as it always was, so that old work goes on."""
     marks = {"bos": tokenizer.bos_id} if bos else {}
     marks |= {"eos": tokenizer.eos_id} if tokenizer.eos_id != usual_id("eos", tokenizer.id_of) else {}
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -1,6 +1,6 @@
-"""A progress bar over bytes for the long jobs of this room: MB/s, tokens/s and the time left, on standard error.
+"""A progress bar over bytes: MB/s, tokens/s and the time left, on standard error.
 
-Where standard error is no terminal (a log file), a plain line every few seconds instead.
+Where that is no terminal (a log file), a plain line every few seconds instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LINE_SECONDS = 10.0
 
 
 class ByteProgress:
-    """Shows how far a job is; `then` names what it does after the last byte, for a time nobody can tell."""
+    """Shows how far a job is; `then`: what it does after the last byte, for a time nobody can tell."""
 
     def __init__(self, title: str, *, then: str = "", quiet: bool = False) -> None:
         self._title, self._then, self._quiet = title, then, quiet

@@ -1,4 +1,4 @@
-"""Finished pieces of a preprocessing run on disk, so that a run that was killed goes on where it was.
+"""Finished pieces of a preprocessing run on disk, from which a run that was killed goes on.
 
 PREFIX.parts/DIGEST/ holds, for every process of every start of the same command,
 
@@ -6,8 +6,8 @@ PREFIX.parts/DIGEST/ holds, for every process of every start of the same command
     NAME.documents   int32 [n, 2] of the same documents: tokens, bytes of text
     NAME.journal     one line of JSON per finished job (`TextShard`), written after the job's tokens and documents
 
-DIGEST is that of everything the tokens follow from, so pieces of another input, tokenizer or option never mix in.  Each
-file has one writer and only grows.  A shard is read with its checksums: what a power failure left incomplete is found.
+DIGEST is of everything the tokens follow from: pieces of another input, tokenizer or option never mix in.  Each file
+has one writer and only grows.  Checksums show what a power failure left incomplete.
 """
 
 from __future__ import annotations
