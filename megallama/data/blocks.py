@@ -1,8 +1,7 @@
 """Files read by offset, and the checksums of their blocks, by which a single flipped bit is found.
 
 PREFIX.sums lies beside a .bin/.idx pair, whose bytes stay Megatron's: a header (magic, bytes of .bin and of .idx, crc32
-of the table), then the table: crc32 of every 64 KiB of .bin and after them of .idx, uint32, all little-endian.  The
-last block of a file may be shorter.
+of the table), then the table: crc32 of every 64 KiB of .bin and then of .idx, uint32, all little-endian.
 """
 
 from __future__ import annotations
@@ -26,10 +25,7 @@ AGAIN = "write it again with megallama prepare"
 
 
 class File:
-    """A file opened for pread; whatever keeps bytes from being read is a DataError that names it.
-
-    `check`: called with offset and count before bytes are read.
-    """
+    """A file opened for pread; what cannot be read is a DataError. `check(offset, count)` comes before a read."""
 
     def __init__(self, path: str) -> None:
         self.path, self.fd = path, -1
@@ -46,7 +42,6 @@ class File:
         self.size = os.fstat(self.fd).st_size
 
     def read(self, offset: int, count: int) -> bytes:
-        """Bytes offset .. offset+count-1."""
         data = bytearray(count)
         self.read_into(data, offset)
         return bytes(data)
@@ -76,7 +71,7 @@ class File:
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Give an error of writing the name of its file, which the system does not. Raises: DataError."""
+    """Name the file in an error of writing, which the system does not. Raises: DataError."""
     try:
         yield
     except OSError as error:
@@ -131,7 +126,7 @@ class Sums:
             raise DataError("it is of another pair and not used")
 
     def check(self, which: int, offset: int, count: int) -> None:
-        """Compare the blocks of bytes offset .. offset+count-1 of .bin (0) or .idx (1). Raises: DataError."""
+        """Compare the blocks of these bytes of .bin (0) or .idx (1). Raises: DataError."""
         for block in range(offset // BLOCK, (offset + count - 1) // BLOCK + 1):
             byte, bit = divmod(block + which * self._blocks[0], 8)
             if not self._seen[byte] >> bit & 1:

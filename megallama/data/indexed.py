@@ -11,8 +11,8 @@ PREFIX.bin is nothing but token ids, one document after the other.  PREFIX.idx s
     int64[n]  first byte of each sequence in .bin
     int64[d]  first sequence of each document, and n at the end
 
-Reading uses pread, never mmap: a file that shrinks while a run is reading it is then an error with a name in it and
-not a SIGBUS, and the process does not seem to grow with every page it has touched.
+Reading uses pread, never mmap: a file that shrinks under a run is then an error with a name in it and not a SIGBUS,
+and the process does not seem to grow with every page it has touched.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class IndexedDataset:
     """A .bin/.idx pair opened for reading; safe to use from several threads.
 
     Opening costs the same for any size: it checks the header, both sizes, the first and last offsets, and the
-    fingerprint if PREFIX.json has one.
-    Raises: DataError naming the file, what was found and what was expected.
+    fingerprint if PREFIX.json has one. Raises: DataError.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -95,7 +94,7 @@ class IndexedDataset:
             )
 
     def check_blocks(self) -> str:
-        """From now on compare every block with PREFIX.sums when it is first read; "", or why that cannot be."""
+        """Compare every block with PREFIX.sums when it is first read; "", or why that cannot be."""
         try:
             sums = Sums(self.prefix, (self._bin, self._idx))
         except (OSError, DataError) as error:
@@ -132,7 +131,7 @@ class IndexedDataset:
         return np.frombuffer(self._bin.read(offset * size, count * size), self.dtype)
 
     def read_rows(self, offsets: Sequence[int], out: np.ndarray) -> None:
-        """Tokens offset .. offset+m-1 of each offset into the rows of `out` [n, m], which is of the file's type."""
+        """The m tokens from each offset on into the rows of `out` [n, m], which is of the file's type."""
         for offset, row in zip(offsets, out, strict=True):
             self._bin.read_into(row, offset * self.dtype.itemsize)
 
@@ -146,9 +145,9 @@ class IndexedDataset:
         return np.append(pointers, self.num_tokens)[marks - low]
 
     def documents_in(self, offset: int, count: int) -> np.ndarray:
-        """Where documents begin among the tokens offset .. offset+count-1, ascending token offsets, int64 [n].
+        """Where documents begin among the tokens offset .. offset+count-1, ascending, int64 [n].
 
-        Found by bisection in the index file: nothing of the size of the corpus is ever in memory.
+        By bisection in the index file: nothing of the size of the corpus is ever in memory.
         """
         low, high, found = 0, self.num_documents, []
         while high - low > NEAR:
@@ -165,20 +164,20 @@ class IndexedDataset:
         return np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)  # empty documents begin together
 
     def document(self, number: int) -> np.ndarray:
-        """The tokens of one document, in the file's type. Raises: DataError if there is no such document."""
+        """The tokens of one document, in the file's type. Raises: DataError."""
         if not 0 <= number < self.num_documents:
             raise DataError(f"{self.prefix} holds documents 0..{self.num_documents - 1}, not {number}")
         start, stop = (int(x) for x in self.starts(number, number + 1))
         return self.read(start, stop - start)
 
     def largest_token(self, *, spots: int = 64, span: int = 4096) -> int:
-        """The largest token id in evenly spread spots of the stream: a check that costs the same for any size."""
+        """The largest token id in evenly spread spots: a check that costs the same for any size."""
         span = min(span, self.num_tokens)
         offsets = {int(x) for x in np.linspace(0, self.num_tokens - span, spots)}
         return max(int(self.read(offset, span).max()) for offset in offsets)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the pair's content: counts, sizes and a digest of the first and last 64 KiB of both files."""
+        """What identifies the content: counts, sizes, a digest of the first and last 64 KiB of both files."""
         digest = hashlib.sha256()
         for file in (self._idx, self._bin):
             span = min(file.size, 1 << 16)
@@ -187,10 +186,9 @@ class IndexedDataset:
         return counts | {"idx_bytes": self._idx.size, "bin_bytes": self._bin.size, "sha256": digest.hexdigest()}
 
     def verify(self, vocab_size: int | None = None, progress: Callable[[int], None] | None = None) -> str:
-        """Read everything: every block as it was written, offsets contiguous, marks ascending, every token in range.
+        """Read everything: blocks as they were written, offsets contiguous, marks ascending, tokens in range.
 
-        Returns "", or why the blocks cannot be compared.  `progress` is called with the number of .bin bytes checked
-        so far.  Raises: DataError at the first fault.
+        "", or why the blocks cannot be compared.  `progress(bytes of .bin checked)`.  Raises: DataError.
         """
         lacking = self.check_blocks()
         expected = 0
@@ -222,10 +220,9 @@ class IndexedDataset:
 
 
 class IndexedWriter:
-    """Writes a .bin/.idx pair and its .sums as a stream; only `commit` makes them appear under their names.
+    """Writes a .bin/.idx pair and its .sums as a stream, in constant memory.
 
-    Use it in a `with` block: it commits at the end and removes its temporary files (PREFIX.bin.tmp and so on) if an
-    exception leaves the block.  Memory is constant: lengths go straight into the growing index.
+    The end of the `with` block gives them their names, an exception removes them (PREFIX.bin.tmp and so on).
     Raises: DataError naming the file that cannot be written, for example on a full disk.
     """
 
@@ -244,19 +241,15 @@ class IndexedWriter:
         self._idx.write(bytes(HEADER.size))
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray | None = None) -> None:
-        """Append documents: `tokens` [T] of one document, or of several whose sizes are `lengths` [n] (their sum is T).
-
-        Raises: DataError for an id that the file's type cannot hold.
-        """
+        """Append a document `tokens` [T], or several of `lengths` [n]. Raises: DataError for an id too large."""
         lengths = np.array([len(tokens)]) if lengths is None else lengths
         assert int(lengths.sum()) == len(tokens), (lengths.sum(), len(tokens))
         if len(tokens) and tokens.dtype != self.dtype:
             low, high, top = int(tokens.min()), int(tokens.max()), int(np.iinfo(self.dtype).max)
             if low < 0 or high > top:
                 worst = low if low < 0 else high
-                raise DataError(
-                    f"{self.prefix}: token id {worst} does not fit {self.dtype.name} (0..{top}); write it as int32"
-                )
+                what = f"token id {worst} does not fit {self.dtype.name} (0..{top})"
+                raise DataError(f"{self.prefix}: {what}; write it as int32")
         data = tokens.astype(self.dtype, copy=False).tobytes()
         with naming(self.prefix + ".bin and .idx"):
             self._bin.write(data)

@@ -1,8 +1,8 @@
 """Micro-batches prepared ahead of the training step by one background thread, and copied to a GPU one step ahead.
 
-The thread asks two pure functions, which sample numbers a step needs and what tokens samples have, so a loader started
-at step n delivers what one started at 0 would deliver at n.  A fault in the thread is raised where the batch is asked
-for; a thread that delivers nothing (hanging storage) becomes an error that says where it is.
+Which samples a step needs and what they hold are pure functions: a loader started at step n delivers what one started
+at 0 would.  A fault in the thread is raised where the batch is asked for; a thread that delivers nothing (hanging
+storage) becomes an error that says where it is.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The mixture of a run: which source sample n comes from, through every change of the weights.
 
-A phase is a stretch of steps with constant weights, each with a `Blend` of its own that starts at the phase's first
-sample; every source goes on in it where it stopped, so no document comes again before its source's epoch ends.  Within
-a phase the shares are exact after every sample.  Nothing depends on the order in which the sources are listed.
+A phase is a stretch of steps with constant weights and a `Blend` of its own, in which every source goes on where it
+stopped: no document comes again before its source's epoch ends.  Within a phase the shares are exact after every
+sample.  Nothing depends on the order in which the sources are listed.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _add_mixed(half: np.ndarray, other: np.ndarray, key: int, modulus: int) -> n
 
 
 class Source:
-    """The sequences of one corpus in the order a run visits them; with shuffle=False in file order (validation).
+    """The sequences of one corpus as a run visits them; with shuffle=False in file order (validation).
 
     documents: only the documents from this share of the corpus to that one; the ranges (0, x) and (x, 1) share none.
     num_ids: a token id from here on is damage; None where nothing is known about them.
@@ -122,7 +122,7 @@ class Source:
         return {**self.dataset.fingerprint(), "first document": self.first, "used documents": self.num_documents}
 
     def sequences(self, indices: np.ndarray) -> np.ndarray:
-        """Which sequences (the first token of one is offset + sequence * seq_length) the samples are, int64 [n]."""
+        """Which sequences the samples are, int64 [n]; one begins at offset + its number * seq_length."""
         epochs, out = np.divmod(indices, self.num_sequences)
         for epoch in set(epochs.tolist()) if self.shuffle else ():
             here = epochs == epoch
@@ -144,7 +144,7 @@ class Source:
         return Samples(tokens, np.maximum.accumulate(starts, axis=1))
 
     def _check_ids(self, tokens: np.ndarray, offsets: np.ndarray) -> None:
-        """Every batch, not only the files at the start: they may be overwritten while a run reads them."""
+        """In every batch, for files may be overwritten while a run reads them."""
         size, limit = tokens.itemsize, self._num_ids
         ids = tokens.view(f"<u{size}")  # a negative id is a huge one
         if limit is None or not tokens.size or int(ids.max()) < limit:

@@ -1,8 +1,7 @@
-"""Tokenizers: SentencePiece models (LLaMA 1 and 2), tokenizer.json (LLaMA 3) and GPT-2's files, behind one protocol.
+"""Tokenizers: SentencePiece models (LLaMA 1 and 2), tokenizer.json (LLaMA 3) and GPT-2's files.
 
-Text never becomes a control token: a document that holds the characters "</s>" keeps them as ordinary pieces, so no
-document can fake the end of another.  Only code that means it adds `bos_id` or `eos_id`, which are those that the
-tokenizer declares (`config.special_tokens`).
+Text never becomes a control token: a document that holds the characters "</s>" keeps them as ordinary pieces, so none
+can fake the end of another.  `bos_id` and `eos_id` are those that the tokenizer declares (`config.special_tokens`).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Tokenizer(Protocol):
         """The ids of a text, without bos or eos."""
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of several texts back to back, uint32 [T], and how many each has, int64 [n]; the fast way."""
+        """The ids of several texts back to back, uint32 [T], and how many each has, int64 [n]."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; control tokens have none."""

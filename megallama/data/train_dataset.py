@@ -51,7 +51,7 @@ class TrainData:
         }
 
     def last_step(self, steps: int) -> tuple[int, str]:
-        """(the last of `steps` steps for which no source passes its max_epochs, why it is the last or "").
+        """(the last of `steps` steps in which no source passes its max_epochs, why it is the last or "").
 
         Raises: DataError if that is not all of them and data.on_exhausted is "error", or it is none.
         """

@@ -1,8 +1,8 @@
 """Training a LLaMA-style SentencePiece tokenizer.
 
 The recipe of LLaMA 1 and 2 (Touvron et al. 2023, 2.1): BPE; unknown characters as bytes; numbers split into digits;
-text as it is (identity normalisation, whitespace kept, pieces of spaces alone allowed); <unk>=0, <s>=1, </s>=2, no
-padding token. Training sees lines; a newline is then always the byte piece <0x0A>, as in LLaMA's own models.
+text as it is (identity normalisation, whitespace kept, pieces of spaces allowed); <unk>=0, <s>=1, </s>=2, no padding
+token. Training sees lines; a newline is then always the byte piece <0x0A>, as in LLaMA's own models.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def train_tokenizer(
 ) -> Path:
     """Train on files, folders or patterns and write OUTPUT (ending in .model); the same input gives the same file.
 
-    Of more text than `sample_bytes` an even sample of the documents is used, always the same: training takes about
-    13 times its size in memory, and 0.3 s per MB after the reading, which `progress(bytes read, bytes in all)` follows.
-    `losses` judges what cannot be read, by default as strictly as it does; `say` is told what is not read.
-    Raises: DataError, for a vocabulary that the text is too small for with the largest possible one.
+    Of more text than `sample_bytes` an even sample of the documents is used. Training takes 13 times its size in memory
+    and 0.3 s per MB after the reading, which `progress(bytes read, bytes in all)` follows.
+    `losses` judges what cannot be read; `say` gets what is not read.
+    Raises: DataError, which names the largest possible vocabulary where the text is too small.
     """
     output, losses = Path(output), losses or Losses()
     if output.suffix != ".model":
@@ -93,10 +93,10 @@ def _explain(error: RuntimeError, vocab_size: int) -> DataError:
 def _lines(
     reader: RecordReader, sample_bytes: int, progress: Callable[[int, int], None] | None, losses: Losses
 ) -> Iterator[str]:
-    """The lines of the documents that are in the sample, cut to a length SentencePiece takes.
+    """The lines of the sample, cut to a length SentencePiece takes.
 
-    The sample is the documents whose numbers have the smallest hashes: an even one of any input in one pass, with no
-    more than `sample_bytes` and a document in memory.
+    It is the documents whose numbers have the smallest hashes: an even sample in one pass, with no more than
+    `sample_bytes` and a document in memory.
     """
     sample: list[tuple[int, int, bytes]] = []  # (-hash, number, text), the largest hash first
     size, limit = 0, 1 << 64

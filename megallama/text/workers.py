@@ -1,8 +1,8 @@
 """The processes that encode: on this node, or the ranks of an MPI program on many nodes.
 
-The first process hands out jobs, two ahead to each, and encodes too, in a thread.  The others hang on a pipe or on MPI:
-they read their jobs' text and write tokens (`shards`) themselves, so only names and numbers travel.  When the first
-process dies, for whatever reason, the others end; when one of them dies, it says so.
+The first process hands out jobs, two ahead to each, and encodes too, in a thread.  The others read their jobs' text and
+write tokens (`shards`) themselves, so only names and numbers travel, by a pipe or MPI.  When the first process dies,
+the others end; when one of them dies, it says so.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ POLL_SECONDS = 0.001  # how often MPI is asked for messages
 
 
 class Job(NamedTuple):
-    """A piece of the input that one process turns into a `TextShard`; job n + 1 follows job n in the input."""
+    """A piece of the input that becomes a `TextShard`; job n + 1 follows job n in the input."""
 
     number: int
     units: list[Unit]
@@ -102,7 +102,7 @@ class Encoder:
         self._out = ShardWriter(task.folder, f"{task.start:03d}-{number:05d}", sync=task.sync)
 
     def encode(self, job: Job, connection: Connection) -> TextShard:
-        """Read, encode and write the documents of a job; with `strict` up to the first bad record."""
+        """Read, encode and write a job's documents; with `strict` up to the first bad record."""
         shard, reported, task = self._out.begin(job.number), time.monotonic(), self._task
         reader = RecordReader(job.units, task.max_document_bytes, task.json_key)
         texts, sizes, held = list[str](), list[int](), 0
@@ -123,7 +123,7 @@ class Encoder:
         return self._out.end()
 
     def _add(self, texts: list[str], sizes: list[int]) -> None:
-        """Encode texts and append them, with one eos after each and, if asked for, bos before it."""
+        """Encode texts and append them, with eos after each and perhaps bos before it."""
         eos, bos = self._tokenizer.eos_id, self._tokenizer.bos_id if self._task.bos else None
         tokens, lengths = self._tokenizer.encode_arrays(texts)
         if eos is not None:
@@ -134,7 +134,7 @@ class Encoder:
 
 
 def worker_main(connection: Connection, task: Task, number: int, tokenizer: Tokenizer | None = None) -> None:
-    """A process's life: encode jobs until None comes, or the other end is gone; a fault is sent as text."""
+    """Encode jobs until None comes, or the other end is gone; a fault is sent as text."""
     try:
         encoder = Encoder(task, number, tokenizer)
         while (job := connection.recv()) is not None:
@@ -163,10 +163,7 @@ def _child(connection: PipeConnection, task: Task, number: int) -> None:
 
 
 class WorkerPool:
-    """All processes of a run, from the first one's side, which encodes too, in a thread.
-
-    Entering the `with` block starts those on this node, leaving it ends them.
-    """
+    """All processes of a run, and a thread of this one; those on this node live as long as the `with` block."""
 
     def __init__(self, task: Task, tokenizer: Tokenizer, processes: int, comm: Any = None) -> None:
         self._task, self._tokenizer, self._processes, self._comm = task, tokenizer, processes, comm
@@ -195,10 +192,7 @@ class WorkerPool:
     def run(
         self, jobs: Sequence[Job], meanwhile: Callable[[], bool]
     ) -> Iterator[tuple[Connection, TextShard | Progress]]:
-        """What the processes report, as it comes, until every job has become a shard.
-
-        `meanwhile` does a little of other work and says whether there was any.
-        """
+        """What the processes report until every job is a shard; `meanwhile` says if it had other work to do."""
         left = deque(jobs)
         for connection in [*self._connections] * AHEAD:
             self._give(connection, left)
