@@ -7,6 +7,7 @@ sample.  Nothing depends on the order in which the sources are listed.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -85,8 +86,4 @@ class Mixture:
 
         if all(limit is None for limit in limits) or not past(steps):
             return None
-        low, high = 0, steps
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if past(middle) else (middle, high)
-        return high
+        return 1 + bisect_left(range(1, steps + 1), True, key=past)

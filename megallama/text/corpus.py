@@ -75,19 +75,18 @@ def build_corpus(
 
 def _write(path: Path, documents: Iterable[tuple[str, str]], max_bytes: int) -> tuple[int, int, bool]:
     """Write documents, each content once, until one does not fit: number, bytes, whether any is left."""
-    count = total = 0
-    seen: set[bytes] = set()
+    seen, total = set[bytes](), 0
     with path.open("w", encoding="utf-8") as file:
         for source, body in documents:
             raw = body.encode("utf-8")
             if total + len(raw) > max_bytes:
-                return count, total, True
+                return len(seen), total, True
             digest = hashlib.blake2b(raw, digest_size=16).digest()
             if digest not in seen and body.strip():
                 seen.add(digest)
+                total += len(raw)
                 file.write(json.dumps({"text": body, "source": source}, ensure_ascii=False) + "\n")
-                count, total = count + 1, total + len(raw)
-    return count, total, False
+    return len(seen), total, False
 
 
 def _modules(lib: Path, skipped: list[str]) -> Iterator[tuple[str, str]]:

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from typing import Any
 
 LINE_SECONDS = 10.0
 
@@ -47,7 +44,7 @@ class ByteProgress:
             self._bar.stop()
 
 
-def _bar(title: str) -> Progress:
+def _bar(title: str) -> Any:
     from rich import progress as rich  # takes as long to import as everything else of this room
     from rich.console import Console
 
