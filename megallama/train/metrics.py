@@ -16,7 +16,7 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from megallama.config.schema import LogConfig
+from megallama.config.schema import Config
 from megallama.config.words import counted
 from megallama.train.log import Logger, human_bytes, human_count, human_duration
 
@@ -110,19 +110,9 @@ class MetricsWriter:
     costs no step.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        log: Logger,
-        config: LogConfig,
-        *,
-        steps: int,
-        step: int = 0,
-        settings: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._log = log
-        self._steps = steps
-        self._tells = config.every_rank or log.rank == 0
+    def __init__(self, config: Config, log: Logger, step: int = 0) -> None:
+        folder, self._log, self._steps = Path(config.run.folder), log, config.train.steps
+        self._tells = config.log.every_rank or log.rank == 0
         self._memory, self._loss_scale = 0, 1.0  # said last
         self._sinks: dict[str, Any] = {}
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -131,10 +121,10 @@ class MetricsWriter:
             return
         self._thread.start()
         self._open("metrics.jsonl", lambda: JsonLines(folder / "metrics.jsonl", step))
-        if config.tensorboard:
+        if config.log.tensorboard:
             self._open("TensorBoard", lambda: TensorBoard(folder / "tensorboard", step))
-        if config.wandb:
-            self._open("wandb", lambda: Wandb(folder, config.wandb_project, dict(settings or {})))
+        if config.log.wandb:
+            self._open("wandb", lambda: Wandb(folder, config))
 
     def write(self, record: Record) -> None:
         """Write a training step or an evaluation."""
@@ -270,18 +260,18 @@ class TensorBoard(_Appender):
 class Wandb:
     """Scalars to Weights & Biases; a resumed run continues the same one."""
 
-    def __init__(self, folder: Path, project: str, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Config) -> None:
         wandb = importlib.import_module("wandb")
         name = folder / "wandb-id.txt"
         if not name.exists():
             name.write_text(os.urandom(6).hex() + "\n")
         self._run = wandb.init(
-            project=project,
+            project=config.log.wandb_project,
             dir=str(folder),
             name=folder.name,
             id=name.read_text().strip(),
             resume="allow",
-            config=settings,
+            config=config.model_dump(mode="json"),
         )
 
     def write(self, record: Record) -> None:

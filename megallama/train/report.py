@@ -71,10 +71,7 @@ class Reporter:
         causal, full = (training_flops(config.model, config.batch.seq_length, causal=c) for c in (True, False))
         self._meter = Meter(plan.topology.world_size, causal, full, peak, total)
         timers.lap()
-        self._folder, settings = Path(config.run.folder), config.model_dump(mode="json")
-        self._writer = MetricsWriter(
-            self._folder, log, config.log, steps=config.train.steps, step=self._progress.step, settings=settings
-        )
+        self._writer = MetricsWriter(config, log, self._progress.step)
 
     def step(self, result: StepConsensus, waited: float) -> None:
         """Tell of the steps since the last that was told of; `waited` seconds for data so far."""
@@ -113,7 +110,8 @@ class Reporter:
             f"{human_count(num_parameters(config.model))} parameters; checkpoint in {config.checkpoint.folder}"
         )
         if config.log.plot and log.rank == 0:
-            png, reason = plot_loss(self._folder / "metrics.jsonl", self._folder / "loss.png")
+            folder = Path(config.run.folder)
+            png, reason = plot_loss(folder / "metrics.jsonl", folder / "loss.png")
             log.info(f"loss curve: {png}" if png else f"no loss curve: {reason}")
 
     def __enter__(self) -> Self:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from megallama.config.schema import LogConfig
+from megallama.config.schema import Config, LogConfig, RunConfig, TrainConfig
 from megallama.train.log import Logger
 from megallama.train.metrics import MetricsWriter, Record, line, peak_memory_bytes, rewind
 from megallama.train.metrics import scalars as tags
@@ -52,6 +52,14 @@ VALID: Record = {
 PLAIN = LogConfig(tensorboard=False)
 
 
+def config_of(folder: Path, log: LogConfig) -> Config:
+    return Config(run=RunConfig(folder=str(folder)), log=log, train=TrainConfig(steps=2000))
+
+
+def writer(folder: Path, log: LogConfig = PLAIN, rank: int = 0, step: int = 0) -> MetricsWriter:
+    return MetricsWriter(config_of(folder, log), Logger(rank, 2, folder), step)
+
+
 def test_the_line() -> None:
     assert line(STEP, 2000) == (
         "step 120/2000 | loss 3.2145 | lr 3.00e-04 | grad norm 0.812 | 12.3k tok/s | MFU 41.2% | left 0:12:34"
@@ -78,10 +86,10 @@ def test_lines_fit_a_terminal_of_120_columns() -> None:
 
 
 def test_what_is_on_no_line_is_said_when_it_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    writer = MetricsWriter(tmp_path, Logger(0, 1), PLAIN, steps=9)
+    out = MetricsWriter(config_of(tmp_path, PLAIN), Logger(0, 1))
     for step, (memory, scale) in enumerate([(100, 1.0), (104, 4.0), (106, 2.0), (106, 4.0), (99, 4.0)], 1):
-        writer.write({**STEP, "step": step, "peak_memory_bytes": memory * 10**6, "loss_scale": scale})
-    writer.close()
+        out.write({**STEP, "step": step, "peak_memory_bytes": memory * 10**6, "loss_scale": scale})
+    out.close()
     said = [line[9:] for line in capsys.readouterr().out.splitlines() if "|" not in line]
     assert said == [
         *("step 1: peak memory of this rank 100.0 MB", "step 2: loss scale 4"),
@@ -90,10 +98,10 @@ def test_what_is_on_no_line_is_said_when_it_grows(tmp_path: Path, capsys: pytest
 
 
 def test_more_than_the_given_peak_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    writer = MetricsWriter(tmp_path, Logger(0, 1), PLAIN, steps=9)
+    out = MetricsWriter(config_of(tmp_path, PLAIN), Logger(0, 1))
     for step in (1, 2):
-        writer.write({**STEP, "step": step, "mfu_causal": 1.3})
-    writer.close()
+        out.write({**STEP, "step": step, "mfu_causal": 1.3})
+    out.close()
     assert capsys.readouterr().out.count("warning: MFU above 100 %: this device does more than run.peak_tflops") == 1
 
 
@@ -134,8 +142,6 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def writer(folder: Path, config: LogConfig = PLAIN, rank: int = 0, step: int = 0, **keys: Any) -> MetricsWriter:
-    return MetricsWriter(folder, Logger(rank, 2, folder), config, steps=2000, step=step, **keys)
 
 
 def written(out: MetricsWriter) -> None:
@@ -324,11 +330,11 @@ def test_wandb_continues_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = LogConfig(tensorboard=False, wandb=True, wandb_project="mine")
     for step in (0, 120):
-        out = writer(tmp_path, config, step=step, settings={"optimizer.lr": 3e-4})
+        out = writer(tmp_path, config, step=step)
         out.write(STEP)
         out.close()
     first, second = fake.calls[0], fake.calls[3]
-    assert first["project"] == "mine" and first["config"] == {"optimizer.lr": 3e-4}
+    assert first["project"] == "mine" and first["config"]["optimizer"]["lr"] == Config().optimizer.lr
     assert first["id"] == second["id"] and first["resume"] == "allow" and len(first["id"]) == 12
     assert fake.calls[1:3] == [(120, 3.21449), "finish"]
 
