@@ -223,6 +223,17 @@ def test_compute_that_waits_for_ever() -> None:
     )
 
 
+def test_a_value_that_is_made_but_sent_too_late() -> None:
+    """Rank 0 has F0.1, which rank 1 waits for, and sends it only after F3.0, for which it waits itself."""
+    hangs = """mine ranks=3 stages=6 microbatches=2
+        F0.0 send_F0.0 F0.1 recv_F3.0 F3.0 send_F0.1 send_F3.0 recv_F3.1 F3.1 send_F3.1
+        recv_F1.0 recv_F1.1 F1.1 send_F1.1 F1.0 send_F1.0 recv_F4.0 F4.0 send_F4.0 recv_F4.1 F4.1 send_F4.1
+        recv_F2.1 recv_F2.0 F2.0 send_F2.0 F2.1 send_F2.1 recv_F5.0 F5.0 recv_F5.1 F5.1"""
+    with pytest.raises(ScheduleError) as caught:
+        check(parse(hangs))
+    assert str(caught.value) == "the schedule mine deadlocks: rank 0 at F3.0, rank 1 at F1.1, rank 2 at F2.0"
+
+
 def test_ranks_that_wait_for_one_another() -> None:
     """Every pair agrees, every rank is in order by itself, and yet the job hangs: rank 1 wants micro-batch 1 first."""
     hangs = """mine ranks=3 stages=6 microbatches=2
