@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megallama.checkpoint import reader
 from megallama.checkpoint.errors import CheckpointError, DamagedError
 from megallama.checkpoint.huggingface import model_files, read_model_config
 from megallama.checkpoint.manifest import architecture
-from megallama.checkpoint.reader import open_folder
 from megallama.config.load import load
 from megallama.config.schema import Config, ModelConfig, RopeScaling
 from megallama.inference.generate import load_llama
@@ -158,12 +158,14 @@ def test_weights_of_a_hugging_face_folder(model: ModelConfig, dtype: torch.dtype
     assert all(torch.equal(llama.weights[n], t) and llama.weights[n].dtype == dtype for n, t in tensors.items())
 
 
-def test_open_folder_reads_boxes_of_step_and_model_folders(tmp_path) -> None:
+@pytest.mark.parametrize("span", [reader.SPAN_BYTES, 300])
+def test_open_folder_reads_boxes_of_step_and_model_folders(tmp_path, monkeypatch, span: int) -> None:
+    monkeypatch.setattr(reader, "SPAN_BYTES", span)
     step, want = saved(tmp_path, make_config()), make_state()["master"]
     name = "model.layers.2.mlp.down_proj.weight"
     for folder in (step, step / "model"):
         box = torch.empty(27 * 14)
-        with open_folder(folder) as files:
+        with reader.open_folder(folder) as files:
             assert list(files.places) == list(want) and files.tensor(name).dtype == torch.bfloat16
             assert torch.equal(files.tensor(name), want[name].bfloat16())
             files.read_into(Box(name, (3, 7), (30, 21)), box)
