@@ -288,6 +288,11 @@ def test_checkpoints_are_read_under_both_names() -> None:
     assert Config.model_validate(tree) == config
 
 
+def test_a_checkpoint_with_both_names_is_no_checkpoint_of_any_version() -> None:
+    with pytest.raises(ValidationError, match="at_max_epochs"):
+        Config.model_validate({"data": {"at_max_epochs": "stop", "on_exhausted": "error"}})
+
+
 def test_all_problems_at_once_with_their_places(tmp_path: Path) -> None:
     text = 'tp = 3\n[parallel]\nshedule = "1f1b"\npp = "2"\n[model]\npreset = "llama3-8b"\n[optimizer]\nlr = -1\n'
     file = tmp_path / "run.toml"

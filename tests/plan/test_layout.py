@@ -96,3 +96,8 @@ def test_segment_of_a_part() -> None:
     (segment,) = made.segments(first + 5, first + 40)
     assert (segment.part, segment.first, segment.count) == (k, 5, 35)
     assert [b.numel for b in segment.boxes()] == [11, 16, 8]
+
+
+def test_a_bucket_is_closed_once_it_is_exactly_full() -> None:
+    first = next(s for s in reversed(stage()) if s.decay and not s.tied)
+    assert [p.spec for p in layout(1, first.numel).buckets[0].params] == [first]
