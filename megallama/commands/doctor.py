@@ -35,6 +35,7 @@ OPTIONAL = {  # distribution -> what it is for
     "transformer-engine-torch": "",
     "sentencepiece": "LLaMA 1 and 2 tokenizers",
     "tokenizers": "LLaMA 3 and GPT-2 tokenizers",
+    "regex": "the check of a GPT-2 tokenizer",
     "tensorboard": "curves of a run",
     "matplotlib": "<run.folder>/loss.png",
     "zstandard": "reading .zst text",
@@ -324,7 +325,7 @@ def workload(operation: str, made: Any, target: Any) -> Callable[[], Any]:
     if operation == "gradient norm":
         return lambda: made([grad.view(-1)])
     state = [grad, *(torch.zeros_like(grad) for _ in range(3)), torch.zeros((), device=target.device)]
-    return lambda: made(*([t] for t in state), OptimizerConfig(), 1e-3, 0.1, None)
+    return lambda: made([[t] for t in state], OptimizerConfig(), 1e-3, 0.1, None)
 
 
 # ---- what to do ----

@@ -2,6 +2,7 @@
 
 In both files a byte is written as one visible character: itself where it is printable in Latin-1, else the next free
 one from U+0100 on.  A token that no merge reaches, such as <|endoftext|>, is a control token: text never becomes one.
+That the library splits text into words as GPT-2 does is checked against GPT-2's own expression when it is loaded.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 from megallama.data.errors import DataError
 from megallama.data.tokenizer import JsonTokenizer
 
+SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # Radford et al. 2019, encoder.py
+PROBE = "It's 'LL don't  3.14,\n\tna\u00efve \u2167\u00b2 \u6771\u4eac e\u0301 \u00a0x \U0001f469\u200d\u2028 a "
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 
 
@@ -26,6 +29,8 @@ class Gpt2Tokenizer(JsonTokenizer):
     """vocab.json with the merges.txt beside it, or PREFIXvocab.json with PREFIXmerges.txt."""
 
     def __init__(self, path: Path) -> None:
+        import regex
+
         merges_path = path.with_name(path.name.removesuffix("vocab.json") + "merges.txt")
         known, pairs, characters = _read_vocabulary(path), _read_merges(merges_path), byte_characters()
         if lacking := [i for i, c in enumerate(characters) if c not in known]:
@@ -37,6 +42,9 @@ class Gpt2Tokenizer(JsonTokenizer):
         form = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         content = {"version": "1.0", "added_tokens": [], "pre_tokenizer": form, "decoder": form, "model": model}
         super().__init__(path, json.dumps(content).encode())
+        spans = self._model.pre_tokenizer.pre_tokenize_str(PROBE)
+        if [PROBE[a:b] for _, (a, b) in spans] != regex.findall(SPLIT, PROBE):
+            raise DataError(f"this version of `tokenizers` splits text unlike GPT-2; {path} needs another one")
         reached = {*characters, *(a + b for a, b in pairs)}
         self.control_ids = tuple(i for piece, i in known.items() if piece not in reached)
 

@@ -37,7 +37,7 @@ def test_a_command_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> No
     assert (out, err.splitlines()[0]) == ("", "error: there is no command 'trian'; did you mean train?")
 
 
-@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "from-megatron"])
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
     """From any folder; nothing but the help is printed, and nothing is written."""
     monkeypatch.chdir(tmp_path)
@@ -47,7 +47,7 @@ def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str], tm
     assert [*tmp_path.iterdir()] == []
 
 
-@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name not in ("train", "from-megatron")])
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "train"])
 def test_an_option_that_does_not_exist(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([name, "--no-such-option"]) == 2
     out, err = capsys.readouterr()

@@ -111,3 +111,10 @@ def test_what_is_no_gpt_2_is_refused(tmp_path: Path, vocabulary: str, merges: st
     with pytest.raises(DataError) as error:
         load_tokenizer(tmp_path)
     assert text in str(error.value)
+
+
+def test_a_library_that_splits_otherwise_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it would encode is not what the model was trained on."""
+    monkeypatch.setattr("megallama.data.gpt2.SPLIT", r"\S+|\s+")
+    with pytest.raises(DataError, match="this version of `tokenizers` splits text unlike GPT-2; .* needs another one"):
+        load_tokenizer(folder)
