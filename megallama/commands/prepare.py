@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from megallama.text.preprocess import Summary
 
 MAX_DOCUMENT_MB = 16
+SAYING = 0.5  # seconds in which mpirun, which ends all at once, passes on what was printed last
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # how many processes a launcher started
 
 
@@ -45,11 +46,13 @@ def carry_out(args: argparse.Namespace) -> int:
     except BaseException:
         if comm:  # a fault of the program: without this the rank would wait in MPI's own exit for the others
             traceback.print_exc()
+            time.sleep(SAYING)
             comm.Abort(1)
         raise
     if status and os.path.isdir(f"{args.output}.parts"):
         print(f"{args.output}.parts keeps what is done; the same command continues there", file=sys.stderr, flush=True)
     if status and comm:
+        time.sleep(SAYING)
         comm.Abort(status)  # the other ranks would wait for ever
     return status
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megallama.checkpoint import folder as folders
 from megallama.checkpoint import manifest
 from megallama.checkpoint.disk import UnreadableError
 from megallama.checkpoint.errors import CheckpointError, DamagedError
@@ -191,6 +192,20 @@ def test_empty_folder(tmp_path) -> None:
     assert make_manager(tmp_path / "absent", make_config(resume="auto")).newest() is None
     with pytest.raises(CheckpointError, match="checkpoint.resume=must, but .* holds no checkpoint"):
         make_manager(tmp_path, make_config(resume="must")).resume([])
+
+
+def test_an_older_step_that_is_misread_once_is_not_taken_for_the_newest(folder: Path, monkeypatch) -> None:
+    real, hurt = manifest.read_manifest, []
+
+    def misread(path: Path) -> manifest.Manifest:
+        if path.name == "step-00000001" and not hurt:
+            hurt.append(path)
+            raise DamagedError(f"{path} is damaged")
+        return real(path)
+
+    monkeypatch.setattr(manifest, "read_manifest", misread)
+    folders._brief.cache_clear()  # as in another process
+    assert resume(folder) == (2, []) and len(hurt) == 1
 
 
 def test_explicit_load_of_a_damaged_folder_names_file_and_block(folder: Path) -> None:
