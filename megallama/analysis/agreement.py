@@ -1,4 +1,4 @@
-"""Proof that what the ranks of a job are about to communicate fits together, so that none waits for ever.
+"""Proof that what the ranks of a job are about to communicate fits together, so that none waits without end.
 
 A *program* is what one rank does: its calls, in order, and where it waits for one.  Ranks that do the same share one.
 Proved are agreement: the members of every group make the same collectives on it in the same order (operation, shape,

@@ -43,7 +43,7 @@ META, CPU = torch.device("meta"), torch.device("cpu")
 class DryRun:
     """What was executed and proved."""
 
-    programs: tuple[Program, ...]  # of every rank; ranks that are alike share one
+    programs: tuple[Program, ...]  # of every rank; equal ranks share one
     phases: tuple[str, ...]  # the labels of calls end with the name of their phase
     blocking: bool  # it would end even if every collective held its rank
 
@@ -119,7 +119,7 @@ class _Tape:
         return [good, good, 1 - good, *[0.0] * tensor.numel()][: tensor.numel()]
 
     def label(self) -> str:
-        """What a call is for, alike on all members of its group: action and phase; of a message, the value's maker."""
+        """What a call is for, the same on all of its group: action and phase; of a message, the value's maker."""
         if (action := self.rank.runtime.observer.action) is None:
             return self.phase
         if action.kind.is_compute:

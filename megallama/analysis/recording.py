@@ -24,7 +24,7 @@ class Call:
     nbytes: int = 0
     peer: int | None = None  # recv: the source; send: the destination (ranks within the group)
     reduce: Op = "sum"
-    label: str = ""  # what it is for, where somebody says so; alike on all members, and on both ends of a message
+    label: str = ""  # what it is for, where somebody says so; the same on all members, and on both ends of a message
 
     def __str__(self) -> str:
         peer = "" if self.peer is None else f" {'to' if self.op == 'send' else 'from'} member {self.peer}"

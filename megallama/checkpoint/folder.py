@@ -177,7 +177,7 @@ class Choice:
     def newest(self, work: Callable[[Path], T]) -> T | None:
         """work(path) of the newest checkpoint that can be used; None if there are no checkpoints.
 
-        Raises, on every rank alike: UnreadableError; CheckpointError if none of them can be used.
+        Raises, on every rank: UnreadableError; CheckpointError if none of them can be used.
         """
         while True:
             results = on_all_ranks(self._group, f"checkpoints in {self._folder}", self._candidate)
@@ -233,7 +233,7 @@ class Choice:
     def read_on_all(self, what: str, work: Callable[[], Any]) -> list[Any]:
         """`on_all_ranks` of what all ranks read.
 
-        Raises, on every rank alike: DamagedError, also for what no rank finds; UnreadableError if
+        Raises, on every rank: DamagedError, also for what no rank finds; UnreadableError if
         a rank cannot read something, or misses what another one has.
         """
         try:

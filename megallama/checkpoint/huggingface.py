@@ -1,7 +1,7 @@
 """The Hugging Face side of a checkpoint: config.json both ways, generation_config.json, the tokenizer.
 
 `model/` must open with ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer``, in
-transformers 4 and 5 alike, so rotary settings are written in the form that both read.
+transformers 4 and 5, so rotary settings are written in the form that both read.
 """
 
 from __future__ import annotations

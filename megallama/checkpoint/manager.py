@@ -357,7 +357,7 @@ class CheckpointManager:
 
         Every block that is read is verified, and the ranks share the verification of model/: damage
         there is said, and costs nothing, for training needs the state alone.
-        Raises, on every rank alike: DamagedError naming file and block; UnreadableError;
+        Raises, on every rank: DamagedError naming file and block; UnreadableError;
         CheckpointError listing every setting in which the architecture or the tokenizer differs.
         """
         saved = self._choice.look(path)

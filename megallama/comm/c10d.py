@@ -91,7 +91,7 @@ class C10d:
 
     `down`, given for NCCL groups that send and receive, is a second process group of the same
     ranks: messages to lower ranks use it.  NCCL runs the messages of two ranks one after another;
-    with a channel per direction two ranks that both send first do not wait for each other for ever.
+    with a channel per direction two ranks that both send first do not wait for each other without end.
     """
 
     # a gloo all-reduce in which each rank sends at most this is quicker as one direct exchange

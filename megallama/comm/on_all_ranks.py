@@ -24,7 +24,7 @@ def on_all_ranks(group: Assembly, what: str, work: Callable[[], Any], *, collect
     """Run `work` on this rank; the JSON values it returned on every rank, in rank order.
 
     collect: the values go to rank 0 alone; what the others get is not to be looked at. Raises, on
-    every rank alike, the kind of MegallamaError that the first rank that failed had, with its status;
+    every rank, the kind of MegallamaError that the first rank that failed had, with its status;
     a `decisive` kind before others. Of what is none, an OSError becomes a MachineError, all others an
     InternalError; their traceback is logged before anything is exchanged. `what` begins the message.
     """

@@ -53,7 +53,7 @@ def carry_out(args: argparse.Namespace) -> int:
         print(f"{args.output}.parts keeps what is done; the same command continues there", file=sys.stderr, flush=True)
     if status and comm:
         time.sleep(SAYING)
-        comm.Abort(status)  # the other ranks would wait for ever
+        comm.Abort(status)  # the other ranks would wait without end
     return status
 
 

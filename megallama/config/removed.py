@@ -1,6 +1,6 @@
 """Settings of earlier versions: those with another name now, and those that are gone.
 
-Files are read under both names for ever, and a setting that is gone is no error where it has its default: earlier
+Files are read under both names always, and a setting that is gone is no error where it has its default: earlier
 versions wrote every setting into the files of a run.
 """
 

@@ -266,8 +266,9 @@ def _checkpoint(config: Config, ranks: int | None) -> Iterator[str]:
     c = config.checkpoint
     if c.weights_from is not None and c.resume in ("must", "previous"):
         yield (
-            f'checkpoint.weights_from={literal(c.weights_from)} starts anew, but checkpoint.resume="{c.resume}" wants '
-            'to go on; remove one, or use checkpoint.resume="auto" (go on if there is a checkpoint, else start so)'
+            f'checkpoint.weights_from={literal(c.weights_from)} begins at step 0, but '
+            f'checkpoint.resume="{c.resume}" wants to go on; remove one, or use '
+            'checkpoint.resume="auto" (go on if there is a checkpoint, else start so)'
         )
     if c.keep_every and not c.interval:
         yield (

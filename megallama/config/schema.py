@@ -186,7 +186,7 @@ class DataConfig(Section):
     valid: tuple[SourceConfig, ...] = Field((), description="validation sources, each evaluated alone; default: none")
     test: tuple[SourceConfig, ...] = Field((), description="sources evaluated once, in full, after the last step")
     document_mask: bool = Field(
-        False, description="attention and positions start anew at every document; default: samples run across documents"
+        False, description="attention and positions begin at every document; default: samples run across documents"
     )
     tokenizer: str | None = Field(
         None, description="SentencePiece .model, tokenizer.json, or GPT-2 vocab.json; kept in every checkpoint"

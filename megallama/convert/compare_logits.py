@@ -3,7 +3,7 @@
 Nothing here follows `foreign`'s maps: each format is read as its own programs read it.  Meta's shards are
 joined along the dimension that each of its parallel layers splits and its pairs are turned as complex numbers;
 Megatron's fused qkv is seen as [query groups, heads of a group + 2, d].  So a mistake in a map shows.  A tensor or a
-setting that nobody here looks at would be missing from both sides alike: Hugging Face folders are read by transformers
+setting that nobody here looks at would be missing from both sides: Hugging Face folders are read by transformers
 too, and by a second reader that shares no code with ours.
 """
 
@@ -184,7 +184,7 @@ def difference(a: Tensor, b: Tensor, what: str) -> float:
 def compare_with_others(source: Source, precision: str) -> tuple[float, str] | None:
     """How far logits of a Hugging Face folder are from another program's, relative to the largest, and whose those are.
 
-    None for what no other program reads alike: other formats, master weights, a head that was left out.
+    None for what no other program reads: other formats, master weights, a head that was left out.
     Raises: UnverifiedError.
     """
     if source.kind not in ("hf", "step") or source.state != "model" or source.head_left_out:

@@ -80,7 +80,7 @@ class GradSync:
         self._handles[bucket.index] = self._groups.dp_cp.reduce_scatter(shard, full)
 
     def _sum_copies(self) -> None:
-        """All-reduce what several ranks hold, packed: it lies alike on every rank of the group."""
+        """All-reduce what several ranks hold, packed: it has one layout on every rank of the group."""
         held = [s for bucket in self.buffers.layout.buckets for s in self.segments(bucket)]
         for over, group in (("tp", self._groups.tp), ("kv", self._groups.kv)):
             chosen = [s for s in held if s.part.sum_over == over]

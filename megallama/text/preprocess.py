@@ -31,7 +31,7 @@ from megallama.text.shards import TextShard, WorkFolder, begun, folder_of
 from megallama.text.workers import Connection, Job, Progress, Task, WorkerPool
 
 JOB_BYTES, MAX_JOB_BYTES = 1 << 20, 1 << 30
-EARLIER = "goes on with the list of an earlier version, of {}; to begin anew delete {}.parts"
+EARLIER = "goes on with the list of an earlier version, of {}; to begin again delete {}.parts"
 FAST_FROM = 2 << 20  # bytes of input that are worth loading and proving the fast encoder
 MAX_JOBS, MAX_UNITS = 20_000, 64  # jobs of a run where that many are not too large; units of a job
 

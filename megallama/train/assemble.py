@@ -56,7 +56,7 @@ def kernels_of(config: Config, device: torch.device) -> Kernels:
 
 
 def same_kernels(selected: Sequence[Sequence[tuple[str, str]]]) -> None:
-    """Raises: MegallamaError, on every rank alike, if (operation, implementation) pairs differ."""
+    """Raises: MegallamaError, on every rank, if (operation, implementation) pairs differ."""
     for rank, pairs in enumerate(selected):
         for (operation, own), (_, other) in zip(selected[0], pairs, strict=True):
             if own != other:

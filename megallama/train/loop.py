@@ -183,7 +183,7 @@ class TrainingLoop:
         """Some rank cannot go on, and all know: they save what is good and end with its error."""
         failures = self._world.group.gather_values([str(failure), failure.status] if failure else None)
         found = [(rank, *what) for rank, what in enumerate(failures) if what]
-        if not found:  # a save behind the steps met a state that is not finite, on all ranks alike
+        if not found:  # a save behind the steps met a state that is not finite, on all ranks
             self._manager.finish()
         rank, text, status = found[0]
         text = f"rank {rank} on {self._world.hosts[rank]}: {text}" if self._world.world_size > 1 else text
@@ -232,7 +232,7 @@ class TrainingLoop:
                 except Interrupted as early:
                     if early.consensus.failed:
                         self._end_together(early.failure)
-                    self._log.info(f"evaluation on {source.name} ended {early}: the next start makes it anew")
+                    self._log.info(f"evaluation on {source.name} ended {early}: the next start makes it again")
                     return early.consensus.stop_reason
                 report.evaluation(kind, source.name, numbers)
                 del self._missing[0]

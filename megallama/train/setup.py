@@ -79,7 +79,7 @@ def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: Signa
     set_deterministic(config.train.deterministic)
     data = _on_all(world, "data", lambda: _open_data(config, log))
     manager = _checkpoints(config, data, world, log)
-    # what a run that starts anew asks for in vain is known before anything is made
+    # what a run that starts from the beginning asks for in vain is known before anything is made
     _on_all(world, "data", lambda: world.rank == 0 and manager.starts_fresh() and _last_step(config, data))
     warnings = [*_on_all(world, "memory", lambda: _check_room(plan, world)), *unusual(config)]
     kernels = _choose_kernels(config, plan, world, log)

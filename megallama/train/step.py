@@ -88,7 +88,7 @@ class StepConsensus:
 def count_tokens(worker: Worker, batches: Sequence[MicroBatch], *, masked: bool) -> int:
     """Tokens of the global batch whose loss counts: the divisor of loss and gradient.
 
-    masked: whether any rank may leave tokens out, which all ranks must answer alike.
+    masked: whether any rank may leave tokens out, which all ranks must answer in the same way.
     """
     assert masked or all(b.mask is None for b in batches), "masked tokens that the other ranks do not know of"
     counted = sum(b.num_counted for b in batches)

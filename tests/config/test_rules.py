@@ -261,7 +261,7 @@ CASES: list[tuple[str, int | None, str, str]] = [
     ),
     (
         "checkpoint.weights_from=/w checkpoint.resume=must", None,
-        'checkpoint.weights_from="/w" starts anew, but checkpoint.resume="must" wants to go on; remove one, '
+        'checkpoint.weights_from="/w" begins at step 0, but checkpoint.resume="must" wants to go on; remove one, '
         'or use checkpoint.resume="auto" (go on if there is a checkpoint, else start so)',
         "checkpoint.resume=auto",
     ),

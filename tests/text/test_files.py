@@ -160,7 +160,7 @@ def test_a_start_of_an_earlier_version_goes_on_with_its_own_list(
     said: list[str] = []
     preprocess([folder], tmp_path / "o", tokenizer_path, say=said.append)
     assert IndexedDataset(tmp_path / "o").num_documents == 600
-    assert f"goes on with the list of an earlier version, of 2 files; to begin anew delete {tmp_path}/o.parts" in said
+    assert f"goes on with the list of an earlier version, of 2 files; to begin again delete {tmp_path}/o.parts" in said
     preprocess([folder], tmp_path / "o", tokenizer_path)
     assert IndexedDataset(tmp_path / "o").num_documents == 300 + link
 
