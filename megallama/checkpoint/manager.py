@@ -53,6 +53,12 @@ GRACE_SECONDS = 2.0  # for the last acts of a save that the other ranks have don
 TELL_SECONDS = 60.0  # between two lines about a save that lasts
 
 
+def look_for_weights(path: Path) -> None:
+    """Raises: CheckpointError if there are no weights to begin with, before anything is made for a run that asks."""
+    if folders.step_folder(folders.find_checkpoint(path)) is None:
+        reader.open_folder(path).close()
+
+
 class CheckpointManager:
     """Saves and loads the checkpoints in `folder`; every rank of `group` has one and calls the same methods.
 

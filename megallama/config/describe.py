@@ -105,7 +105,7 @@ def _words(kind: Any, limits: tuple[Any, ...]) -> str:
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"a table with {', '.join(kind.model_fields)}"
     name = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-    return " ".join([name, *(filter(None, (_limit(m) for m in limits)))])
+    return " ".join([name, *(filter(None, map(_limit, sorted(limits, key=lambda m: isinstance(m, (Lt, Le))))))])
 
 
 def _limit(limit: Any) -> str:

@@ -35,7 +35,7 @@ class ModelConfig(Section):
 
     preset: str | None = Field(None, description="name of a row of megallama/config/presets.py; other keys override it")
     hidden_size: PositiveInt = Field(256, description="width h of the residual stream")
-    num_layers: PositiveInt = Field(4, description="number of transformer layers")
+    num_layers: PositiveInt = Field(4, le=10_000, description="number of transformer layers")
     num_heads: PositiveInt = Field(4, description="number of query heads n")
     num_kv_heads: PositiveInt | None = Field(None, description="number of key/value heads; default num_heads")
     head_dim: PositiveInt | None = Field(None, description="size d of a head; default hidden_size / num_heads")
@@ -74,7 +74,9 @@ class ParallelConfig(Section):
 class BatchConfig(Section):
     """Batch arithmetic. A sample is one sequence of seq_length tokens."""
 
-    global_batch_size: PositiveInt = Field(32, description="samples per optimizer step over all ranks [sequences]")
+    global_batch_size: PositiveInt = Field(
+        32, le=1_000_000, description="samples per optimizer step over all ranks [sequences]"
+    )
     micro_batch_size: PositiveInt = Field(4, description="samples per forward of one model replica [sequences]")
     seq_length: PositiveInt = Field(256, description="tokens per sample; a preset brings its own default [tokens]")
     ramp_start: PositiveInt | None = Field(None, description="first global batch size of the ramp-up [sequences]")

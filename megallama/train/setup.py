@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megallama.checkpoint.errors import NotFiniteError
-from megallama.checkpoint.manager import CheckpointManager
+from megallama.checkpoint.manager import CheckpointManager, look_for_weights
 from megallama.comm.launch import World
 from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.config.errors import ConfigError, MegallamaError
@@ -79,8 +79,7 @@ def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: Signa
     set_deterministic(config.train.deterministic)
     data = _on_all(world, "data", lambda: _open_data(config, log))
     manager = _checkpoints(config, data, world, log)
-    # what a run that starts from the beginning asks for in vain is known before anything is made
-    _on_all(world, "data", lambda: world.rank == 0 and manager.starts_fresh() and _last_step(config, data))
+    _check_beginning(config, data, manager, world)
     warnings = [*_on_all(world, "memory", lambda: _check_room(plan, world)), *unusual(config)]
     kernels = _choose_kernels(config, plan, world, log)
     for line in warnings:
@@ -101,6 +100,14 @@ def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: Signa
         raise
     finally:
         manager.release()
+
+
+def _check_beginning(config: Config, data: Data, manager: CheckpointManager, world: World) -> None:
+    """What a run that starts from the beginning asks for in vain is known before anything is made."""
+    starts = _on_all(world, "checkpoints", lambda: world.rank == 0 and manager.starts_fresh())
+    _on_all(world, "data", lambda: starts and _last_step(config, data))
+    if (source := config.checkpoint.weights_from) is not None:
+        _on_all(world, f"cannot load weights from {source}", lambda: look_for_weights(Path(source)) if starts else None)
 
 
 def _give_up(

@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from megallama.config.describe import Setting
 from megallama.config.describe import settings as schema_settings
 from megallama.config.errors import ConfigError, MegallamaError
 from megallama.config.load import flatten, is_setting, load, resolve, to_toml
 from megallama.config.presets import PRESETS
 from megallama.config.schema import Config, SourceConfig
+from megallama.plan.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 SCHEDULES = '"gpipe", "1f1b", "zb-h1", "zb-h2", "zb-v", "v-half", "dualpipe-v", "csv"'
@@ -498,6 +500,19 @@ def test_a_huge_number_is_answered_at_once(key: str) -> None:
 def test_a_byte_order_mark_is_no_setting(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbf[train]\nsteps = 3\n")
     assert load(tmp_path / "a.toml", [], need_data=False).train.steps == 3
+
+
+@pytest.mark.parametrize("setting", [s for s in schema_settings() if int in s.kinds], ids=lambda s: s.key)
+def test_a_number_that_is_far_too_large_is_refused_or_planned_at_once(setting: Setting) -> None:
+    """Sizes that would fill the memory with the plan itself are errors of the configuration."""
+    start = time.monotonic()
+    try:
+        made = make_plan(load(None, ["data.synthetic=true", f"{setting.key}=1000000000000"], ranks=1), 1)
+    except ConfigError as error:
+        assert setting.key in str(error)
+    else:
+        assert str(made)
+    assert time.monotonic() - start < 20
 
 
 def test_flatten() -> None:

@@ -148,6 +148,7 @@ def test_help_names_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> Non
         ("data.train=/no/such/corpus", "/no/such/corpus.idx does not exist"),
         ('data.train={path="CORPUS",max_epochs=0.1}', "over max_epochs=0.1"),
         ("checkpoint.resume=must", "holds no checkpoint"),
+        ("checkpoint.weights_from=/no/such/weights", "cannot load weights from /no/such/weights: "),
         ("train.setps=3", "unknown setting 'train.setps'"),
     ],
 )
