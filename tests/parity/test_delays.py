@@ -16,6 +16,7 @@ from megallama.layers.param import Gather
 from megallama.optim.grad_sync import GradSync
 from megallama.optim.update import Update
 from megallama.pipeline.runtime import PipelineRuntime
+from megallama.plan.schedule import Action, Kind
 from megallama.train.assemble import Worker
 from tests.small import curve, on_threads, small_config, tokens, train
 
@@ -162,9 +163,10 @@ def reuse_sent_memory(patch: pytest.MonkeyPatch) -> None:
     """What an allocator does with a tensor that is freed before the message has left."""
     real = PipelineRuntime._send
 
-    def careless(self: PipelineRuntime, made_by: Any, action: Any, to_stage: int) -> None:
+    def careless(self: PipelineRuntime, action: Action) -> None:
+        made_by = Kind.F if action.kind is Kind.SEND_F else Kind.B
         value = self._outputs[made_by, action.stage, action.microbatch]
-        real(self, made_by, action, to_stage)
+        real(self, action)
         value.fill_(1e3)
 
     patch.setattr(PipelineRuntime, "_send", careless)
