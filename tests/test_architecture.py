@@ -19,7 +19,7 @@ ENGINE = ("config", "plan", "comm kernels", "layers", "checkpoint data optim pip
 BESIDE = {"text": 1900, "convert": 1050, "forecast": 700, "analysis": 800, "inference": 250}
 LAYERS = (*ENGINE, " ".join(BESIDE), "commands")
 CEILINGS = BESIDE | {"commands": 3090}
-MAX_ENGINE, MAX_TOOLS = 14_430, 900
+MAX_ENGINE, MAX_TOOLS = 14_450, 900
 WITHOUT_TORCH = ("config", "plan", "forecast")
 ONLY_IN = {  # name -> the modules that may use it, by prefix
     "torch.distributed": ("comm.",),
