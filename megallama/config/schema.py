@@ -75,7 +75,7 @@ class BatchConfig(Section):
     """Batch arithmetic. A sample is one sequence of seq_length tokens."""
 
     global_batch_size: PositiveInt = Field(
-        32, le=1_000_000, description="samples per optimizer step over all ranks [sequences]"
+        32, le=10_000_000, description="samples per optimizer step over all ranks [sequences]"
     )
     micro_batch_size: PositiveInt = Field(4, description="samples per forward of one model replica [sequences]")
     seq_length: PositiveInt = Field(256, description="tokens per sample; a preset brings its own default [tokens]")
