@@ -447,7 +447,7 @@ class Quickstart:
         self.say(f"\n[bold]Next[/]\n  {escape(again)}")
         self.say(f"  {python} -m tensorboard.main --logdir {shown(self.folder / 'tensorboard')}")
         self.say("  make quickstart TEXT=path/to/your/text")
-        self.say('  README.md, "From the quickstart to your own data"')
+        self.say('  README.md, "Your own run"')
         self.say(f"Done in {spoken_time(time.monotonic() - self.began)}.")
         if loss >= self.baseline and self.steps >= STEPS:
             raise StepFailed("the model did not learn more than the frequencies of the tokens; that should not happen")
