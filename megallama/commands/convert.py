@@ -14,8 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megallama.commands.parser import Parser
-from megallama.config.errors import exit_status
+from megallama.commands.parser import Parser, main_of
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -88,6 +87,4 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, 1 for a result that was not verified, 2 for any other error, 130 when interrupted."""
-    return exit_status(lambda: run(parse(arguments)))
+main = main_of(lambda arguments: run(parse(arguments)))

@@ -22,8 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megallama.commands.parser import Parser
-from megallama.config.errors import exit_status
+from megallama.commands.parser import Parser, main_of
 from megallama.config.words import counted
 
 GIB = 2**30
@@ -51,11 +50,6 @@ SMALL_SHM = GIB  # below this NCCL's and the loader's shared memory may run out
 CUDA_SIZE, CPU_SIZE = (8192, 4096, 11008, 32, 128, 2048, 32000), (1024, 768, 2048, 12, 64, 256, 4096)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; 0 if this machine can train, 1 if not, 2 for a wrong argument."""
-    return exit_status(lambda: run(argv))
-
-
 def run(argv: Sequence[str] | None) -> int:
     """Print the report; 0 or 1."""
     parser = Parser("doctor", __doc__)
@@ -68,6 +62,9 @@ def run(argv: Sequence[str] | None) -> int:
     report = examine(args.dtype, args.device, args.measure, args.compile)
     print(json.dumps(report, indent=2) if args.json else text(report))
     return 0 if report["can_train"] else 1
+
+
+main = main_of(run)
 
 
 def examine(dtype: str = "bf16", device: str = "auto", measure: bool = False, compiled: bool = False) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megallama.commands.parser import Parser
-from megallama.config.errors import ConfigError, exit_status
+from megallama.commands.parser import Parser, main_of
+from megallama.config.errors import ConfigError
 from megallama.config.load import load
 from megallama.config.schema import ParallelConfig
 from megallama.config.words import counted
@@ -206,11 +206,6 @@ def costs_of(text: str, num_stages: int) -> list[StageCost]:
     return [StageCost(f, i, w)] * num_stages
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; 0 is success, 2 an error of the input."""
-    return exit_status(lambda: run(argv))
-
-
 def run(argv: Sequence[str] | None) -> None:
     """Print the chart, write the pictures. Raises: MegallamaError."""
     parser = Parser("draw", __doc__, config=True, named=["ranks"])
@@ -248,3 +243,6 @@ def run(argv: Sequence[str] | None) -> None:
     if args.trace:
         timelines = {f"simulated {schedule.name}": simulated(report, 1e-3), **real}
         args.trace.write_text(chrome_trace(timelines), encoding="utf-8")
+
+
+main = main_of(run)

@@ -16,19 +16,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from megallama.commands.parser import Parser
-from megallama.config.errors import exit_status
+from megallama.commands.parser import Parser, main_of
 from megallama.config.load import load
 from megallama.config.words import counted
 from megallama.plan.plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from megallama.analysis.dryrun import DryRun
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; 0, 1 with the disagreement or 2 with the errors on stderr."""
-    return exit_status(lambda: run(argv))
-
 
 def run(argv: Sequence[str] | None) -> int:
     """Print the report; 0, or 1 with the disagreement on stderr. Raises: MegallamaError."""
@@ -48,6 +42,9 @@ def run(argv: Sequence[str] | None) -> int:
         print(line)
     print(f"took      {time.perf_counter() - started:.1f} s, {_peak_gib():.2f} GiB at most")
     return 0
+
+
+main = main_of(run)
 
 
 def report(plan: Plan, done: DryRun) -> Iterator[str]:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megallama.commands.parser import Parser
-from megallama.config.errors import ConfigError, exit_status
+from megallama.commands.parser import Parser, main_of
+from megallama.config.errors import ConfigError
 from megallama.config.load import is_setting, load
 from megallama.config.schema import Config
 from megallama.config.words import counted
@@ -121,11 +121,6 @@ def show(sample: Explained, *, tokens: bool, most: int) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; 0 is success, 2 an error of the input."""
-    return exit_status(lambda: run(argv))
-
-
 def run(argv: Sequence[str] | None) -> None:
     """Print the samples. Raises: MegallamaError."""
     parser = Parser("explain", __doc__, config=True, named=["ranks"])
@@ -162,3 +157,6 @@ def run(argv: Sequence[str] | None) -> None:
     print(f"step {step}: {counted(len(samples), 'sample')} of {counted(config.batch.seq_length, 'token')}")
     for sample in samples:
         print(show(sample, tokens=args.tokens, most=args.chars))
+
+
+main = main_of(run)

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from megallama.commands.megatron.convert import LLAMA, convert, summary, to_toml
 from megallama.commands.megatron.flags import ALIASES, MARK, NOT_CHOSEN, TABLE, Flags, find, plain
-from megallama.commands.parser import Parser
-from megallama.config.errors import ConfigError, exit_status
+from megallama.commands.parser import Parser, main_of
+from megallama.config.errors import ConfigError
 from megallama.config.words import counted
 
 QUOTED = r"'[^']*'|\"(?:\\.|[^\"\\])*\""
@@ -212,11 +212,6 @@ def filled(text: str) -> str:
     return textwrap.fill(text, 118, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 is success, 2 an error of the input."""
-    return exit_status(lambda: run(argv))
-
-
 def run(argv: Sequence[str] | None) -> None:
     """Print the TOML, or write it; the report goes to standard error. Raises: MegallamaError."""
     own = list(sys.argv[1:] if argv is None else argv)
@@ -258,3 +253,6 @@ def run(argv: Sequence[str] | None) -> None:
         print(toml, end="")
     else:
         args.output.write_text(toml, encoding="utf-8")
+
+
+main = main_of(run)

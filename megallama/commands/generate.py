@@ -14,8 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megallama.commands.parser import Parser
-from megallama.config.errors import exit_status
+from megallama.commands.parser import Parser, main_of
 from megallama.config.words import counted
 
 
@@ -74,6 +73,4 @@ def run(options: argparse.Namespace) -> None:
     print(f"{counted(made, 'token')}, {rate:.1f} tokens/s", file=sys.stderr)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, 2 for wrong input, 130 when interrupted."""
-    return exit_status(lambda: run(parse(arguments)))
+main = main_of(lambda arguments: run(parse(arguments)))

@@ -20,19 +20,13 @@ import torch
 from megallama.checkpoint import manifest, reader
 from megallama.checkpoint.folder import find_checkpoint, step_folder
 from megallama.checkpoint.layout import STATE
-from megallama.commands.parser import Parser
-from megallama.config.errors import exit_status
+from megallama.commands.parser import Parser, main_of
 from megallama.config.words import counted
 from megallama.convert.source import Source, foreign_kind, open_source
 from megallama.plan.box import Box
 from megallama.plan.params import num_parameters
 
 CHUNK_ELEMENTS = 8 << 20
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status."""
-    return exit_status(lambda: run(argv))
 
 
 def run(argv: Sequence[str] | None) -> int:
@@ -49,6 +43,9 @@ def run(argv: Sequence[str] | None) -> int:
     if options.other is not None:
         status = max(status, compare(folder, saved, find_checkpoint(options.other, _note)))
     return status
+
+
+main = main_of(run)
 
 
 def _note(text: str) -> None:

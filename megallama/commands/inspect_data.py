@@ -11,19 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megallama.commands.parser import Parser
-from megallama.config.errors import exit_status
+from megallama.commands.parser import Parser, main_of
 from megallama.config.words import counted
 from megallama.data.blocks import File, SumsWriter, naming
 from megallama.data.indexed import CHUNK, IndexedDataset
 from megallama.data.metadata import read_metadata
 from megallama.data.tokenizer import load_tokenizer
 from megallama.text.progress import ByteProgress
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; 0 is success, 2 an error of the input."""
-    return exit_status(lambda: run(argv))
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -57,6 +51,9 @@ def run(argv: Sequence[str] | None) -> None:
     print(f"not verified: {lacking}" if lacking else f"verified: every 64 KiB is as {dataset.prefix}.sums says")
     if lacking and args.write_sums:
         write_sums(dataset.prefix)
+
+
+main = main_of(run)
 
 
 def write_sums(prefix: str) -> None:

@@ -8,14 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from megallama.commands.parser import Parser, filled
-from megallama.config.errors import exit_status
+from megallama.commands.parser import Parser, filled, main_of
 from megallama.config.words import counted
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; 0 is success, 2 an error of the input."""
-    return exit_status(lambda: run(argv))
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -33,3 +27,6 @@ def run(argv: Sequence[str] | None) -> None:
         merged = merge(args.prefixes, args.output, bar.update, lambda text: print(text, file=sys.stderr))
     documents, tokens = counted(merged.num_documents, "document", ","), counted(merged.num_tokens, "token", ",")
     print(f"{merged.prefix}.bin: {documents}, {tokens}")
+
+
+main = main_of(run)

@@ -10,11 +10,11 @@ import difflib
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from megallama.config.errors import ConfigError
+from megallama.config.errors import ConfigError, exit_status
 
 if TYPE_CHECKING:
     from megallama.config.describe import Setting
@@ -83,6 +83,21 @@ class _Help(argparse.Action):
         name = values if isinstance(values, str) and "=" not in values and not values.endswith(".toml") else ""
         parser._print_message(explain(name) if name else parser.format_help(), sys.stdout)
         parser.exit()
+
+
+class Main(Protocol):
+    """A command as a function: from its arguments (None: the process's) to its exit status."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
+
+
+def main_of(run: Callable[[Sequence[str] | None], int | None]) -> Main:
+    """The command that does `run`, an error told as one text."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        return exit_status(lambda: run(argv))
+
+    return main
 
 
 def filled(text: str) -> str:

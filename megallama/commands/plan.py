@@ -17,8 +17,8 @@ from typing import Any
 
 from megallama.analysis.communication import collectives, communication_table
 from megallama.commands import plan_data
-from megallama.commands.parser import Parser
-from megallama.config.errors import ConfigError, exit_status
+from megallama.commands.parser import Parser, main_of
+from megallama.config.errors import ConfigError
 from megallama.config.load import load
 from megallama.config.words import counted
 from megallama.forecast.forecast import CO2_KG_PER_KWH, GIB, PUE, Forecast, forecast, search
@@ -26,11 +26,6 @@ from megallama.forecast.hardware import load_hardware
 from megallama.plan.plan import make_plan
 
 UNAVOIDABLE = ("matrices", "attention", "head and loss")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan or the search; 0, or 2 with the errors on stderr."""
-    return exit_status(lambda: run(argv))
 
 
 def run(argv: Sequence[str] | None) -> int:
@@ -52,6 +47,9 @@ def run(argv: Sequence[str] | None) -> int:
     if args.data:
         return plan_data.show(*parser.config_of(args), as_json=args.json)
     return plan(args, *parser.run_of(args, "the plan"))
+
+
+main = main_of(run)
 
 
 def plan(args: argparse.Namespace, file: Path | None, ranks: int, overrides: Sequence[str]) -> int:

@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megallama.analysis.sources import SourceShare, source_shares
-from megallama.commands.parser import Parser
-from megallama.config.errors import ConfigError, exit_status
+from megallama.commands.parser import Parser, main_of
+from megallama.config.errors import ConfigError
 from megallama.config.load import load
 from megallama.config.schema import Config
 from megallama.config.words import counted
@@ -48,17 +48,15 @@ def table(config: Config, rows: Sequence[SourceShare], firsts: Sequence[int]) ->
     return "\n".join(out)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan; 0, or 2 with the errors on stderr."""
-    return exit_status(lambda: run(argv))
-
-
 def run(argv: Sequence[str] | None) -> int:
     """Print the plan. Raises: MegallamaError."""
     parser = Parser("plan --data", __doc__, config=True)
     parser.add_argument("--json", action="store_true", help="one object for programs")
     args = parser.read(argv)
     return show(*parser.config_of(args), as_json=args.json)
+
+
+main = main_of(run)
 
 
 def show(file: Path | None, overrides: Sequence[str], *, as_json: bool) -> int:

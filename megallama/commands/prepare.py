@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megallama.commands.parser import Parser, filled
+from megallama.commands.parser import Parser, filled, main_of
 from megallama.config.errors import exit_status
 from megallama.config.words import counted
 from megallama.data.errors import DataError
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
 MAX_DOCUMENT_MB = 16
 SAYING = 0.5  # seconds in which mpirun, which ends all at once, passes on what was printed last
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # how many processes a launcher started
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; 0 is success, 2 an error of the input."""
-    return exit_status(lambda: carry_out(parse(argv)))
 
 
 def carry_out(args: argparse.Namespace) -> int:
@@ -152,3 +147,6 @@ def report(summary: Summary, seconds: float) -> None:
     print(f"{summary.marks}; {seconds:.1f} s, {rates}; encoder: {summary.encoder}")
     for line in summary.losses.lines():
         print(line, file=sys.stderr)
+
+
+main = main_of(lambda argv: carry_out(parse(argv)))

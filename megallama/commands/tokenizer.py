@@ -14,17 +14,11 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megallama.commands.parser import Parser, filled
+from megallama.commands.parser import Parser, filled, main_of
 from megallama.commands.prepare import add_input_options
-from megallama.config.errors import exit_status
 from megallama.text.losses import Losses
 from megallama.text.progress import ByteProgress
 from megallama.text.train_tokenizer import train_tokenizer
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; 0 is success, 2 an error of the input."""
-    return exit_status(lambda: run(argv))
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -60,3 +54,6 @@ def run(argv: Sequence[str] | None) -> None:
     for line in losses.lines():
         print(line, file=sys.stderr)
     print(f"{path}: {args.vocab_size:,} ids, {time.monotonic() - start:.1f} s")
+
+
+main = main_of(run)
