@@ -51,7 +51,7 @@ def run(words: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise MegallamaError(f"there is no command {name!r}{hint}\n{USAGE}")
-    if name == "train" and not {"-h", "--help"} & set(rest):
+    if name == "train" and rest and not {"-h", "--help"} & set(rest):
         return train(rest)
     module = importlib.import_module(f"megallama.commands.{name.replace('-', '_')}")
     status: int = module.main(rest)

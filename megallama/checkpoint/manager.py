@@ -53,12 +53,6 @@ GRACE_SECONDS = 2.0  # for the last acts of a save that the other ranks have don
 TELL_SECONDS = 60.0  # between two lines about a save that lasts
 
 
-def look_for_weights(path: Path) -> None:
-    """Raises: CheckpointError if there are no weights to begin with, before anything is made for a run that asks."""
-    if folders.step_folder(folders.find_checkpoint(path)) is None:
-        reader.open_folder(path).close()
-
-
 class CheckpointManager:
     """Saves and loads the checkpoints in `folder`; every rank of `group` has one and calls the same methods.
 
@@ -399,6 +393,11 @@ class CheckpointManager:
         self.resumed = path, saved.config
         return saved.counters
 
+    def check_weights(self, path: Path) -> None:
+        """Raises: CheckpointError, DamagedError if `load_weights` could not begin with them, by names and headers."""
+        with self._weights(path, lambda text: None):
+            pass
+
     def load_weights(self, path: Path, shards: Sequence[Shard]) -> None:
         """Fill the master weights from a step folder (its fp32 masters) or a Hugging Face folder; moments become zero.
 
@@ -407,29 +406,35 @@ class CheckpointManager:
         """
 
         def read() -> list[str]:
-            now, notes = self._config.model, list[str]()
-            if (step := folders.step_folder(folders.find_checkpoint(path, self._log))) is not None:
-                self._log(f"weights are those of {step}")
-                saved = manifest.read_manifest(step)
-                files, model = reader.open_state(step, saved, "master"), saved.model
-            else:
-                files = reader.open_folder(path)
-                model, notes = reader.head_of(path, files, read_model_config(path))
-            with files:
-                if now.tie_embeddings and reader.head_of(path, files, now)[0] != now:
-                    raise CheckpointError(
-                        f"model.tie_embeddings=true, but {path} has a {reader.HEAD} that is not its embedding; write "
-                        "model.tie_embeddings=false, or leave it out with megallama convert --head tied"
-                    )
-                reader.check_tensors(path, files, now)
+            with self._weights(path, self._log) as (files, notes):
                 reader.fill(files, "master", shards)
             for shard in shards:
                 for moment in STATE[1:]:
                     shard.state[moment].zero_()
-            return notes + manifest.differences(model, now)
+            return notes
 
         for line in on_all_ranks(self._group, f"cannot load weights from {path}", read)[0]:
             self._log(f"warning: weights of {path}: {line}")
+
+    @contextmanager
+    def _weights(self, path: Path, log: Callable[[str], None]) -> Iterator[tuple[reader.TensorFiles, list[str]]]:
+        """The tensors of this model in a folder, and what else is to be said of them."""
+        now, notes = self._config.model, list[str]()
+        if (step := folders.step_folder(folders.find_checkpoint(path, log))) is not None:
+            log(f"weights are those of {step}")
+            saved = manifest.read_manifest(step)
+            files, model = reader.open_state(step, saved, "master"), saved.model
+        else:
+            files = reader.open_folder(path)
+            model, notes = reader.head_of(path, files, read_model_config(path))
+        with files:
+            if now.tie_embeddings and reader.head_of(path, files, now)[0] != now:
+                raise CheckpointError(
+                    f"model.tie_embeddings=true, but {path} has a {reader.HEAD} that is not its embedding; write "
+                    "model.tie_embeddings=false, or leave it out with megallama convert --head tied"
+                )
+            reader.check_tensors(path, files, now)
+            yield files, notes + manifest.differences(model, now)
 
 
 def _touching(tensors: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("path", help="a checkpoint, a run folder, or a pair with or without .bin or .idx")
         return exit_status(lambda: print(parser.read(words), end=""))
     pair = any(_is_pair(path) for path in paths)
+    if not pair and not Path(paths[0]).exists():
+        sys.stderr.write(f"error: {paths[0]} does not exist; name a checkpoint, a run folder or a .bin/.idx pair\n")
+        return 2
     status: int = _module("data" if pair else "checkpoint").main(words)
     return status
 

@@ -14,4 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = (pretrain.__doc__ or "").replace("python -m megallama.pretrain", "megallama train")
     parser = Parser("train", about, config=True)
     parser.epilog = f"sections (megallama train --help SECTION explains the settings of one):\n{section_table()}"
+    if not argv:
+        parser.print_help()
+        return 2
     return exit_status(lambda: print(parser.read(argv), end=""))  # which asks for help, and leaves

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megallama.checkpoint.errors import NotFiniteError
-from megallama.checkpoint.manager import CheckpointManager, look_for_weights
+from megallama.checkpoint.manager import CheckpointManager
 from megallama.comm.launch import World
 from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.config.errors import ConfigError, MegallamaError
@@ -103,11 +103,12 @@ def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: Signa
 
 
 def _check_beginning(config: Config, data: Data, manager: CheckpointManager, world: World) -> None:
-    """What a run that starts from the beginning asks for in vain is known before anything is made."""
+    """What a run that starts from the beginning asks for in vain is known before anything is made: by rank 0."""
     starts = _on_all(world, "checkpoints", lambda: world.rank == 0 and manager.starts_fresh())
     _on_all(world, "data", lambda: starts and _last_step(config, data))
-    if (source := config.checkpoint.weights_from) is not None:
-        _on_all(world, f"cannot load weights from {source}", lambda: look_for_weights(Path(source)) if starts else None)
+    if (path := config.checkpoint.weights_from) is not None:
+        what = f"cannot load weights from {path}"
+        _on_all(world, what, lambda: manager.check_weights(Path(path)) if starts else None)
 
 
 def _give_up(

@@ -122,6 +122,12 @@ def test_an_empty_name(words: list[str], capsys: pytest.CaptureFixture[str], tmp
     assert "it is empty; name a file or a folder" in capsys.readouterr().err and [*tmp_path.iterdir()] == []
 
 
+def test_training_without_a_word_is_helped(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train"]) == 2
+    alone = capsys.readouterr().out
+    assert cli.main(["train", "--help"]) == 0 and capsys.readouterr().out == alone
+
+
 def test_training_by_the_command_is_the_entry_point(tmp_path: Path) -> None:
     """Its status and its messages; and what a run must have before anything that takes time is imported first."""
     command = [sys.executable, "-m", "megallama", "train", "model.preset=debug", "parallel.tp=3"]
@@ -140,5 +146,7 @@ def test_what_is_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "document length: shortest" in capsys.readouterr().out
     assert cli.main(["inspect", str(tmp_path)]) == 2
     assert "has no manifest.json: it is not a complete checkpoint" in capsys.readouterr().err
+    assert cli.main(["inspect", str(tmp_path / "none"), "--verify"]) == 2
+    assert "none does not exist; name a checkpoint, a run folder or a .bin/.idx pair\n" in capsys.readouterr().err
     assert cli.main(["inspect", str(tmp_path / "none.bin")]) == 2
     assert "does not exist; give the prefix" in capsys.readouterr().err

@@ -149,6 +149,7 @@ def test_help_names_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> Non
         ('data.train={path="CORPUS",max_epochs=0.1}', "over max_epochs=0.1"),
         ("checkpoint.resume=must", "holds no checkpoint"),
         ("checkpoint.weights_from=/no/such/weights", "cannot load weights from /no/such/weights: "),
+        ("checkpoint.weights_from=tests/frozen/v1/bf16", "the tensors in tests/frozen/v1/bf16 are not those of the"),
         ("train.setps=3", "unknown setting 'train.setps'"),
     ],
 )
