@@ -102,7 +102,7 @@ def _read_port(path: Path, rank: int, seconds: float, deadline: float) -> int:
         time.sleep(0.02)
     raise LaunchError(
         f"rank 0 never arrived within {seconds:g} s (run.init_timeout_seconds): rank {rank} found no "
-        f"{path}; look at the output of rank 0"
+        f"{path}; look at the output of rank 0, and where a script stands between mpirun and python set MASTER_PORT"
     )
 
 
