@@ -13,7 +13,7 @@ from reading import BATCH, RUN_SAMPLES, SEQ_LENGTH, SHARES, resident_mib, say
 from megallama.config.schema import Config
 from megallama.data.loader import Loader
 from megallama.data.sources import open_sources
-from megallama.data.train_dataset import TrainData
+from megallama.data.train_dataset import TrainDataset
 
 
 def ids_of_step(step: int) -> list[range]:
@@ -32,7 +32,7 @@ def main(row: str, prefix: str, samples: int) -> None:
     })  # fmt: skip
     before, start = resident_mib(), time.perf_counter()
     train = open_sources(config).train
-    assert isinstance(train, TrainData)
+    assert isinstance(train, TrainDataset)
     train.last_step(config.train.steps)
     batches = next(Loader(train.read, ids_of_step, prefetch=0))
     seconds = time.perf_counter() - start

@@ -23,7 +23,7 @@ from megallama.config.words import counted
 from megallama.data.indexed import IndexedDataset
 from megallama.data.sources import open_sources
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
-from megallama.data.train_dataset import TrainData
+from megallama.data.train_dataset import TrainDataset
 from megallama.plan.batch import BatchPlan
 from megallama.plan.topology import Topology
 
@@ -72,7 +72,7 @@ def pieces(dataset: IndexedDataset, offset: int, tokens: np.ndarray, tokenizer: 
     return found
 
 
-def explain(train: TrainData, tokenizer: Tokenizer | None, numbers: Sequence[int]) -> list[Explained]:
+def explain(train: TrainDataset, tokenizer: Tokenizer | None, numbers: Sequence[int]) -> list[Explained]:
     """What these samples of the run are."""
     located, indices = train.mixture.locate(np.asarray(numbers, np.int64)).tolist()
     rows, out = train.read(numbers).tokens, []
@@ -142,7 +142,7 @@ def run(argv: Sequence[str] | None) -> None:
     ranks = int(counts[-1]) if counts else None
     config = load(Path(named[0]), [word for word in args.words if word not in named], ranks=ranks)
     train = open_sources(config).train
-    if not isinstance(train, TrainData):
+    if not isinstance(train, TrainDataset):
         raise ConfigError("data.synthetic=true makes samples of random tokens: there are no documents to explain")
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     numbers = numbers_of(config, step, ranks, args.rank, args.micro_batch)

@@ -16,12 +16,12 @@ from megallama.data.marks import Marks, agreed_marks
 from megallama.data.metadata import read_metadata
 from megallama.data.samples import Reader, Source, Synthetic
 from megallama.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
-from megallama.data.train_dataset import TrainData
+from megallama.data.train_dataset import TrainDataset
 from megallama.plan.batch import BatchPlan
 
 
 @dataclass(frozen=True)
-class ValidData:
+class ValidDataset:
     """One validation or test source: samples 0 .. num_samples - 1 are all its sequences, each once, in file order.
 
     bytes_per_token: bytes of text per token (eos included), None where the corpus does not record it; bits per byte is
@@ -38,9 +38,9 @@ class ValidData:
 class Data:
     """All the data of a run, open and checked."""
 
-    train: TrainData | Synthetic
-    valid: tuple[ValidData, ...]
-    test: tuple[ValidData, ...]
+    train: TrainDataset | Synthetic
+    valid: tuple[ValidDataset, ...]
+    test: tuple[ValidDataset, ...]
     tokenizer: Tokenizer | None
     marks: Marks
     notes: Sequence[str]  # why blocks of a source are not compared with checksums
@@ -72,7 +72,7 @@ def open_sources(config: Config) -> Data:
             'data.train is empty; write data.train=["path/prefix"] (made with megallama prepare) or data.synthetic=true'
         )
     sources = [_source(s, config, opened[s.path]) for s in data.train]
-    return Data(TrainData(data, sources, BatchPlan(config.batch, 1)), valid, test, tokenizer, marks, notes)
+    return Data(TrainDataset(data, sources, BatchPlan(config.batch, 1)), valid, test, tokenizer, marks, notes)
 
 
 def _source(source: SourceConfig, config: Config, dataset: IndexedDataset, *, shuffle: bool = True) -> Source:
@@ -81,11 +81,11 @@ def _source(source: SourceConfig, config: Config, dataset: IndexedDataset, *, sh
                   mark_documents=config.data.document_mask, num_ids=num_ids)  # fmt: skip
 
 
-def _valid(source: SourceConfig, config: Config, dataset: IndexedDataset) -> ValidData:
+def _valid(source: SourceConfig, config: Config, dataset: IndexedDataset) -> ValidDataset:
     opened = _source(source, config, dataset, shuffle=False)
     metadata = read_metadata(dataset.prefix)
     ratio = metadata["bytes"] / metadata["tokens"] if metadata.get("bytes") and metadata.get("tokens") else None
-    return ValidData(source.label, opened.read, opened.num_sequences, ratio)
+    return ValidDataset(source.label, opened.read, opened.num_sequences, ratio)
 
 
 def _open(path: str, config: Config, tokenizer: Tokenizer | None) -> IndexedDataset:

@@ -23,7 +23,7 @@ from megallama.plan.batch import BatchPlan
 ANEW = "begin another run from these weights with checkpoint.weights_from and a new run.folder"
 
 
-class TrainData:
+class TrainDataset:
     """The training sources, read in the order of their mixture, and what was consumed."""
 
     def __init__(self, config: DataConfig, sources: Sequence[Source], batch: BatchPlan) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 
 from megallama.config.errors import MegallamaError
 from megallama.data.loader import Loader
-from megallama.data.sources import ValidData
+from megallama.data.sources import ValidDataset
 from megallama.train.assemble import Worker
 from megallama.train.metrics import Record
 from megallama.train.step import RankStatus, StepConsensus, ask_all, evaluate_step
@@ -25,7 +25,7 @@ class Interrupted(Exception):
 
 def evaluate(
     worker: Worker,
-    source: ValidData,
+    source: ValidDataset,
     most: int | None,
     status: Callable[[bool], RankStatus] = lambda failed: RankStatus(failed=failed),
 ) -> tuple[Record, StepConsensus]:

@@ -22,7 +22,7 @@ from megallama.config.schema import Config
 from megallama.config.usual import unusual
 from megallama.config.words import counted
 from megallama.data.sources import Data, open_sources
-from megallama.data.train_dataset import TrainData
+from megallama.data.train_dataset import TrainDataset
 from megallama.kernels.select import Kernels
 from megallama.plan.plan import Plan
 from megallama.train.assemble import DTYPES, Worker, assemble, initialize, kernels_of, same_kernels
@@ -58,9 +58,9 @@ class Setup:
     last_step: int = 0  # train.steps, or fewer where the data end; known once the state is restored
 
     @property
-    def train_data(self) -> TrainData | None:
+    def train_data(self) -> TrainDataset | None:
         """The training data; None if they are synthetic."""
-        return self.data.train if isinstance(self.data.train, TrainData) else None
+        return self.data.train if isinstance(self.data.train, TrainDataset) else None
 
     def used(self) -> dict[str, dict[str, float]]:
         """What has been used of each source so far; nothing is known of synthetic data."""
@@ -142,7 +142,7 @@ def _open_data(config: Config, log: Logger) -> Data:
 def _last_step(config: Config, data: Data) -> tuple[int, str]:
     """After which step the data end, at most `train.steps`, and why before it."""
     steps = config.train.steps
-    return data.train.last_step(steps) if isinstance(data.train, TrainData) else (steps, "")
+    return data.train.last_step(steps) if isinstance(data.train, TrainDataset) else (steps, "")
 
 
 def _check_room(plan: Plan, world: World) -> list[str]:

@@ -20,7 +20,7 @@ from megallama.data.indexed import IndexedWriter
 from megallama.data.loader import Loader
 from megallama.data.sources import open_sources
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
-from megallama.data.train_dataset import TrainData
+from megallama.data.train_dataset import TrainDataset
 from megallama.plan.batch import BatchPlan
 from tests.words import text_of
 
@@ -108,7 +108,7 @@ def from_files(prefix: str, document: int, offset: int, length: int) -> list[int
 
 def test_sources_indices_and_epochs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = open_sources(load(run)).train
-    assert isinstance(train, TrainData)
+    assert isinstance(train, TrainDataset)
     seen: dict[str, list[int]] = {"a": [], "b": []}
     for step in range(1, 31):
         for sample in explained([str(run), str(step)], capsys)["samples"]:
@@ -201,7 +201,7 @@ def test_the_mixture_of_the_paper_gives_its_epochs(capsys: pytest.CaptureFixture
 
 def test_sizes_come_from_files_where_they_are(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = open_sources(load(run)).train
-    assert isinstance(train, TrainData)
+    assert isinstance(train, TrainDataset)
     told = plan([str(run)], capsys)
     assert told["phases"] == [1, 4]
     steps = BatchPlan(load(run).batch, 1).samples_after(100)

@@ -21,7 +21,7 @@ from megallama.data.indexed import IndexedWriter
 from megallama.data.loader import Loader
 from megallama.data.mixture import Mixture, Phase, phases_of
 from megallama.data.sources import open_sources
-from megallama.data.train_dataset import TrainData
+from megallama.data.train_dataset import TrainDataset
 from megallama.plan.batch import BatchPlan
 
 NAMES = ["web", "code", "books", "wiki"]
@@ -104,9 +104,9 @@ def config(files: dict[str, Path], shares: dict[str, float], **sections: dict[st
     return resolve(Config.model_validate(merged))
 
 
-def train_data(files: dict[str, Path], shares: dict[str, float], **sections: dict[str, Any]) -> TrainData:
+def train_data(files: dict[str, Path], shares: dict[str, float], **sections: dict[str, Any]) -> TrainDataset:
     train = open_sources(config(files, shares, **sections)).train
-    assert isinstance(train, TrainData)
+    assert isinstance(train, TrainDataset)
     return train
 
 
@@ -121,7 +121,7 @@ def test_a_change_repeats_no_document_of_an_unfinished_epoch(files: dict[str, Pa
     data = {**given.data.model_dump(), "mixture_schedule": changes}
     given = Config.model_validate(given.model_dump() | {"data": data})
     train = open_sources(given).train
-    assert isinstance(train, TrainData)
+    assert isinstance(train, TrainDataset)
     steps = BatchPlan(given.batch, 1)
     firsts = [steps.samples_after(10), steps.samples_after(25)]
     assert [p.sample for p in train.mixture.phases] == [0, *firsts] and firsts[0] < 40
@@ -141,7 +141,7 @@ def test_a_change_repeats_no_document_of_an_unfinished_epoch(files: dict[str, Pa
     start=st.integers(0, 20), length=st.integers(1, 6),
 )  # fmt: skip
 def test_the_order_is_the_same_for_any_ranks_workers_start_and_length(
-    shared: TrainData, dp: int, micro: int, prefetch: int, start: int, length: int
+    shared: TrainDataset, dp: int, micro: int, prefetch: int, start: int, length: int
 ) -> None:
     """The tokens of the global batches, put together from what every rank's loader delivers."""
     given = Config.model_validate({"batch": {"micro_batch_size": micro, "global_batch_size": 12, "seq_length": 10}})
@@ -163,7 +163,7 @@ def test_the_order_is_the_same_for_any_ranks_workers_start_and_length(
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> TrainData:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> TrainDataset:
     folder = tmp_path_factory.mktemp("shared")
     files = {"a": corpus(folder / "a", 1010), "b": corpus(folder / "b", 510, 10_000)}
     return train_data(files, {"a": 0.6, "b": 0.4})
@@ -172,17 +172,17 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> TrainData:
 # ---- resuming ----
 
 
-def saved(train: TrainData, samples: int) -> dict[str, Any]:
+def saved(train: TrainDataset, samples: int) -> dict[str, Any]:
     return json.loads(json.dumps(train.state(samples)))  # type: ignore[no-any-return]
 
 
-def refused(train: TrainData, state: dict[str, Any], step: int = 10) -> str:
+def refused(train: TrainDataset, state: dict[str, Any], step: int = 10) -> str:
     with pytest.raises(DataError) as error:
         train.resume(state, step, 4 * step)
     return str(error.value)
 
 
-def with_changes(files: dict[str, Path], shares: dict[str, float], *changes: dict[str, Any]) -> TrainData:
+def with_changes(files: dict[str, Path], shares: dict[str, float], *changes: dict[str, Any]) -> TrainDataset:
     data = config(files, shares).data.model_dump()
     return train_data(files, shares, data={**data, "mixture_schedule": changes})
 
@@ -244,7 +244,7 @@ def test_weights_edited_without_a_change_are_refused_with_what_to_write(files: d
     loaded = load(None, [f"data.train=[{', '.join(names)}]", told, "batch.seq_length=10", "batch.global_batch_size=4",
                          "train.seed=7", "model.vocab_size=30000"])  # fmt: skip
     train = open_sources(loaded).train
-    assert isinstance(train, TrainData)
+    assert isinstance(train, TrainDataset)
     train.resume(state, 10, 40)  # what it says to write is accepted
     assert [p.step for p in train.mixture.phases] == [1, 5, 11, 20]
 

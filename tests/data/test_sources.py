@@ -17,7 +17,7 @@ from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
 from megallama.data.samples import Synthetic
 from megallama.data.sources import Data, open_sources
-from megallama.data.train_dataset import TrainData
+from megallama.data.train_dataset import TrainDataset
 from megallama.text.preprocess import preprocess
 
 
@@ -54,7 +54,7 @@ def numbers(prefix: Path, low: int, count: int) -> Path:
 def test_a_mixture_takes_its_shares_in_each_sources_order(tmp_path: Path) -> None:
     a, b = numbers(tmp_path / "a", 0, 101), numbers(tmp_path / "b", 1000, 51)
     train = opened([(a, 3), (b, 1)], s=10, seed=7, vocab=2000).train
-    assert isinstance(train, TrainData)
+    assert isinstance(train, TrainDataset)
     samples = train.read(range(40)).tokens
     from_a = [int(s[0]) for s in samples if s[0] < 1000]
     assert len(from_a) == 30
@@ -139,7 +139,7 @@ def poison(prefix: Path, value: int, token: int) -> None:
 
 def read_all(data: Data) -> None:
     """Every sequence of every source once."""
-    assert isinstance(data.train, TrainData)
+    assert isinstance(data.train, TrainDataset)
     data.train.read(range(2 * max(source.num_sequences for source in data.train.sources) * len(data.train.sources)))
     for held in (*data.valid, *data.test):
         held.read(range(held.num_samples))
@@ -181,7 +181,7 @@ def test_an_int32_id_outside_the_vocabulary_ends_the_run(tmp_path: Path, value: 
 def test_the_check_of_ids_costs_next_to_nothing(tmp_path: Path) -> None:
     """A thousandth of a step is the limit; the smallest step anyone measures here takes 100 ms."""
     data = opened([(numbers(tmp_path / "wide", 0, 100_000), 1)], s=256, vocab=100_000).train
-    assert isinstance(data, TrainData)
+    assert isinstance(data, TrainDataset)
     source = data.sources[0]
     tokens, offsets = source.read(range(8)).tokens, np.arange(8)
     seconds = min(timeit.repeat(lambda: source._check_ids(tokens, offsets), number=100, repeat=5)) / 100
