@@ -88,7 +88,7 @@ def record(plan: Plan, rank: int) -> Program:
 
 def _phases(plan: Plan) -> list[tuple[str, Callable[[_Tape], None]]]:
     """Loading, a step of every batch size and one more of the last, an evaluation, a step that is skipped."""
-    sizes = [*plan.batch.sizes, plan.config.batch.global_batch_size]
+    sizes = [*plan.config.batch.sizes, plan.config.batch.global_batch_size]
     steps = [(f"step {i}", partial(_Tape.train, size=size)) for i, size in enumerate(sizes, 1)]
     skipped = f"skipped step {len(sizes) + 1}", partial(_Tape.train, size=sizes[-1], loss=nan)
     return [("loading", lambda tape: tape.rank.optimizer.loaded(0)), *steps, ("evaluation", _Tape.evaluate), skipped]

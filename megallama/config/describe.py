@@ -47,6 +47,17 @@ def settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Sett
                 yield from settings(kind, key + ".")
 
 
+def flatten(config: Config) -> dict[str, Any]:
+    """Every setting under its dotted name, in the order of the schema; nested tables as well as their fields."""
+    out: dict[str, Any] = {}
+    for setting in settings():
+        value: Any = config
+        for name in setting.key.split("."):
+            value = getattr(value, name, None)
+        out[setting.key] = value
+    return {k: v for k, v in out.items() if k.count(".") == 1 or out[k.rpartition(".")[0]] is not None}
+
+
 def sections() -> Mapping[str, str]:
     """Section name -> what it is about."""
     return {name: (field.annotation.__doc__ or "") for name, field in Config.model_fields.items() if field.annotation}

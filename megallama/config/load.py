@@ -17,12 +17,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from megallama.config import rules
-from megallama.config.describe import Setting, literal, settings
+from megallama.config.describe import Setting, flatten, literal, settings
 from megallama.config.errors import ConfigError, say
 from megallama.config.presets import PRESETS, preset_seq_length
-from megallama.config.removed import LINEAR, REMOVED, RENAMED
-from megallama.config.schema import Config, MixtureChange, SourceConfig
-from megallama.config.toml import read_toml
+from megallama.config.schema import LINEAR, REMOVED, RENAMED, Config, MixtureChange, SourceConfig
 
 COMMAND_LINE = "command line"
 TABLES: dict[str, type[BaseModel]] = {  # settings that are lists of tables
@@ -85,7 +83,7 @@ def load(
         note(line)
     config = resolve(reader.validate())
     config.model.model_fields_set.difference_update(reader.from_preset())  # "set" is what the user wrote
-    ahead = rules.remaining(config.batch, samples(config)) if config.batch.ramp_start else config.batch
+    ahead = config.batch.remaining(samples(config)) if config.batch.ramp_start else config.batch
     found = rules.check(config.model_copy(update={"batch": ahead}), ranks, need_data=need_data)
     problems = reader.problems + [reader.locate(p) for p in found if not reader.doubtful(p)]
     if problems:
@@ -107,17 +105,6 @@ def resolve(config: Config) -> Config:
     s = s.model_copy(update={"decay_steps": end, "wsd_decay_steps": decay, "warmup_steps": warmup})
     c = c.model_copy(update={"folder": c.folder or str(Path(config.run.folder) / "checkpoints")})
     return config.model_copy(update={"model": m, "batch": b, "lr_schedule": s, "checkpoint": c})
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """Every setting under its dotted name, in the order of the schema; nested tables as well as their fields."""
-    out: dict[str, Any] = {}
-    for setting in settings():
-        value: Any = config
-        for name in setting.key.split("."):
-            value = getattr(value, name, None)
-        out[setting.key] = value
-    return {k: v for k, v in out.items() if k.count(".") == 1 or out[k.rpartition(".")[0]] is not None}
 
 
 def to_toml(config: Config) -> str:
@@ -396,3 +383,30 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(map(_tuples, value))
     return {key: _tuples(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+
+def read_toml(file: Path, what: str) -> dict[str, Any]:
+    """Read `file`, which is `what` in words. Raises: ConfigError with the line where the file is no TOML."""
+    text = ""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        return tomllib.loads(text)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"cannot read {what} {file}: {reason}; give the path of a TOML file") from None
+    except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
+        wrong = f"{file} is not valid TOML: {error}; write lines like tp = 2 under [parallel]"
+        raise ConfigError(wrong + _line_of(text, error)) from None
+
+
+def _line_of(text: str, error: Exception) -> str:
+    """On a line of its own, the line of `text` that a parser's error names; empty if it names none."""
+    if isinstance(error, UnicodeDecodeError):
+        text = error.object.decode(errors="replace")
+        number = error.object.count(b"\n", 0, error.start) + 1
+    elif found := re.search(r"at line (\d+)|at end of document", str(error)):
+        number = int(found[1] or len(text.rstrip().splitlines()))
+    else:
+        return ""
+    line = [*text.split("\n"), ""][number - 1].strip()
+    return f"\n  line {number}: {line if len(line) <= 100 else line[:100] + '...'}"

@@ -10,14 +10,24 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator
 from math import isqrt, lcm
 
-from megallama.config.describe import literal
-from megallama.config.schema import BatchConfig, Config
+from megallama.config.describe import flatten, literal
+from megallama.config.schema import Config
 from megallama.config.words import counted
 
 Rule = Callable[[Config, int | None], Iterator[str]]
 AXES = ("tp", "cp", "dp", "pp")
 LARGEST_TRIED = 1 << 20  # among the divisors of a number; a message about 10**18 heads needs no more
 V_SCHEDULES = ("zb-v", "v-half", "dualpipe-v")  # stage r and its mirror image on one rank
+USUAL = {  # far below or above which a setting is named, and what is usual
+    "optimizer.lr": (1e-6, 1e-2, "1e-5 to 3e-3"),
+    "optimizer.beta1": (0.5, 0.99, "0.9"),
+    "optimizer.beta2": (0.8, 0.9999, "0.95 to 0.999"),
+    "optimizer.eps": (1e-12, 1e-4, "1e-8 to 1e-5"),
+    "optimizer.weight_decay": (0.0, 0.5, "0 to 0.1"),
+    "optimizer.clip_grad": (0.05, 10.0, "1.0"),
+    "model.init_std": (1e-3, 0.1, "0.006 to 0.02"),
+}
+MOST_BATCH_TOKENS = 1 << 26
 
 
 def check(config: Config, ranks: int | None = None, *, need_data: bool = True) -> list[str]:
@@ -27,31 +37,6 @@ def check(config: Config, ranks: int | None = None, *, need_data: bool = True) -
     """
     rules = RULES + (DATA_RULES if need_data else ())
     return [problem for rule in rules for problem in rule(config, ranks)]
-
-
-def ramp_sizes(batch: BatchConfig) -> tuple[int, ...]:
-    """Every global batch size the run uses, in order [sequences]."""
-    if batch.ramp_start is None or batch.ramp_increment is None:
-        return (batch.global_batch_size,)
-    return tuple(range(batch.ramp_start, batch.global_batch_size, batch.ramp_increment)) + (batch.global_batch_size,)
-
-
-def ramp_size(batch: BatchConfig, samples: int) -> int:
-    """The global batch size of the step that begins after `samples` [sequences]."""
-    sizes = ramp_sizes(batch)
-    if batch.ramp_samples is None:
-        return sizes[-1]
-    growths = len(sizes) - 1
-    return sizes[min(growths, samples * growths // batch.ramp_samples)]
-
-
-def remaining(batch: BatchConfig, samples: int) -> BatchConfig:
-    """The ramp-up that a run has before it after `samples` [sequences]: sizes that are past bind nobody."""
-    if not samples or batch.ramp_start is None or batch.ramp_increment is None or batch.ramp_samples is None:
-        return batch
-    start = ramp_size(batch, samples)
-    none = dict.fromkeys(("ramp_start", "ramp_increment", "ramp_samples"))
-    return batch.model_copy(update={"ramp_start": start} if start < batch.global_batch_size else none)
 
 
 def legal_tp(config: Config) -> list[int]:
@@ -184,7 +169,7 @@ def _batch(config: Config, ranks: int | None) -> Iterator[str]:
             f"use {_multiples(b.global_batch_size, unit)}"
         )
     least = unit * 2 * p.pp
-    if p.schedule == "dualpipe-v" and (size := ramp_sizes(b)[0]) < least and ranks is not None:
+    if p.schedule == "dualpipe-v" and (size := b.sizes[0]) < least and ranks is not None:
         key = "global_batch_size" if b.ramp_start is None else "ramp_start"
         yield (
             f"batch.{key}={size} is below {words} times 2 x parallel.pp={p.pp} = {least}, the least for "
@@ -366,6 +351,19 @@ RULES: tuple[Rule, ...] = (
     _checkpoint, _log, _timeouts,
 )  # fmt: skip
 DATA_RULES: tuple[Rule, ...] = (_data, _sources, _mixture)
+
+
+def unusual(config: Config) -> Iterator[str]:
+    """A line for each such setting, with the usual range."""
+    settings = flatten(config)
+    for key, (low, high, usual) in USUAL.items():
+        if not low <= settings[key] <= high:
+            yield f"{key}={settings[key]:g} is far from what LLaMA-like models were trained with, usually {usual}"
+    warmup, end = config.lr_schedule.warmup_steps, config.lr_schedule.decay_steps or config.train.steps
+    if warmup > end / 2:
+        yield f"lr_schedule.warmup_steps={warmup} is most of {end} steps; usually it is 0.1 to 10 %"
+    if (tokens := config.batch.global_batch_size * config.batch.seq_length) > MOST_BATCH_TOKENS:
+        yield f"batch.global_batch_size x batch.seq_length is {tokens:,} tokens; usually a step takes 0.5 to 16 million"
 
 
 def _divisors(n: int) -> list[int]:

@@ -2,17 +2,32 @@
 
 The description of a field is its documentation: the configuration reference is generated from this
 file.  Units stand in square brackets at the end of a description.  A value of ``None`` means
-"derived from the others"; `megallama.config.load` fills every derived value in, so code that
-receives a `Config` never sees those ``None``.
+"derived from the others"; `megallama.config.load` fills every derived value in.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
-from megallama.config.removed import OfAnyVersion
+RENAMED = {"data.at_max_epochs": "data.on_exhausted", "data.changes": "data.mixture_schedule"}
+REMOVED: dict[str, tuple[Any, str]] = {  # dotted key -> (its default, why no other value is possible any more)
+    "precision.min_loss_scale": (1.0, "the loss scale of fp16 never falls below 1"),
+    "run.cuda_graphs": (False, "micro-batches are no longer recorded as CUDA graphs"),
+}
+LINEAR = {"kind": "wsd", "wsd_decay_steps": 0}
+"""What lr_schedule.kind="linear" is now: the same curve to the bit, whatever its wsd_decay_steps said."""
 
 
 class Section(BaseModel):
@@ -82,6 +97,31 @@ class BatchConfig(Section):
     ramp_start: PositiveInt | None = Field(None, description="first global batch size of the ramp-up [sequences]")
     ramp_increment: PositiveInt | None = Field(None, description="growth of the global batch each time [sequences]")
     ramp_samples: PositiveInt | None = Field(None, description="samples after which the ramp has ended [sequences]")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Every global batch size of the run, in order [sequences]."""
+        end = self.global_batch_size
+        if self.ramp_start is None or self.ramp_increment is None:
+            return (end,)
+        return (*range(self.ramp_start, end, self.ramp_increment), end)
+
+    def size_after(self, samples: int) -> int:
+        """The global batch size of the step that begins after `samples` [sequences].
+
+        Each size lasts an equal share of ramp_samples (Narayanan et al. 2021).
+        """
+        sizes = self.sizes
+        growths = len(sizes) - 1
+        return sizes[min(growths, samples * growths // self.ramp_samples) if self.ramp_samples else growths]
+
+    def remaining(self, samples: int) -> BatchConfig:
+        """The ramp-up that a run has before it after `samples` [sequences]: sizes that are past bind nobody."""
+        if not (samples and self.ramp_start and self.ramp_increment and self.ramp_samples):
+            return self
+        start = self.size_after(samples)
+        none = dict.fromkeys(("ramp_start", "ramp_increment", "ramp_samples"))
+        return self.model_copy(update={"ramp_start": start} if start < self.global_batch_size else none)
 
 
 class PrecisionConfig(Section):
@@ -286,7 +326,22 @@ class RunConfig(Section):
     )
 
 
-class Config(OfAnyVersion, Section):
+def current(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that any version recorded, by section, under today's names."""
+    out = {section: dict(values) if isinstance(values, Mapping) else values for section, values in tree.items()}
+    for key in (*RENAMED, *REMOVED):
+        section, _, name = key.partition(".")
+        values, new = out.get(section), RENAMED.get(key, "").partition(".")[2]
+        if isinstance(values, dict) and name in values and new not in values:
+            value = values.pop(name)
+            values |= {new: value} if new else {}
+    schedule = out.get("lr_schedule")
+    if isinstance(schedule, dict) and schedule.get("kind") == "linear":
+        schedule |= LINEAR
+    return out
+
+
+class Config(Section):
     """A whole configuration. Build it with `megallama.config.load`, which also checks it."""
 
     model: ModelConfig = ModelConfig()
@@ -302,3 +357,8 @@ class Config(OfAnyVersion, Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_version(cls, tree: Any) -> Any:
+        return current(tree) if isinstance(tree, Mapping) else tree  # checkpoints remember the one they came from

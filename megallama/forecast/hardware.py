@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megallama.config.errors import ConfigError
-from megallama.config.toml import read_toml
+from megallama.config.load import read_toml
 
 TABLES = Path(__file__).with_name("hardware.toml")
 

@@ -3,16 +3,12 @@
 A step takes the next `global_batch` samples.  Micro-batch m of data-parallel rank r holds the samples
 ``first + (m * dp + r) * micro_batch_size + [0 .. micro_batch_size)``; so which samples make up a step depends
 on the number of samples consumed alone, and never on the layout.
-
-Ramp-up (Narayanan et al. 2021): the batch grows from ramp_start by ramp_increment, each size lasting an equal
-share of ramp_samples.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megallama.config.rules import ramp_size, ramp_sizes
 from megallama.config.schema import BatchConfig
 
 
@@ -22,15 +18,6 @@ class BatchPlan:
 
     batch: BatchConfig
     dp: int
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Every global batch size of the run, in order [sequences]."""
-        return ramp_sizes(self.batch)
-
-    def global_batch(self, samples_consumed: int) -> int:
-        """Samples of the step that begins after `samples_consumed` [sequences]."""
-        return ramp_size(self.batch, samples_consumed)
 
     def num_microbatches(self, global_batch: int) -> int:
         """Micro-batches of each model replica in a step of `global_batch` samples."""
@@ -48,7 +35,7 @@ class BatchPlan:
     def samples_after(self, steps: int, done: int = 0, consumed: int = 0) -> int:
         """Samples consumed by the first `steps` steps, of which `done` consumed `consumed`."""
         while done < steps:
-            if (size := self.global_batch(consumed)) == self.batch.global_batch_size:
+            if (size := self.batch.size_after(consumed)) == self.batch.global_batch_size:
                 return consumed + (steps - done) * size
             consumed, done = consumed + size, done + 1
         return consumed

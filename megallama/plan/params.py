@@ -59,26 +59,8 @@ class ParamSpec:
 
 def global_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model by its Hugging Face name, with its global shape, in file order."""
-    h, f, v = model.hidden_size, model.ffn_hidden_size, model.vocab_size
-    n, k, d = heads(model)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, h)}
-    for i in range(model.num_layers):
-        layer = f"model.layers.{i}."
-        shapes |= {
-            layer + "input_layernorm.weight": (h,),
-            layer + "self_attn.q_proj.weight": (n * d, h),
-            layer + "self_attn.k_proj.weight": (k * d, h),
-            layer + "self_attn.v_proj.weight": (k * d, h),
-            layer + "self_attn.o_proj.weight": (h, n * d),
-            layer + "post_attention_layernorm.weight": (h,),
-            layer + "mlp.gate_proj.weight": (f, h),
-            layer + "mlp.up_proj.weight": (f, h),
-            layer + "mlp.down_proj.weight": (h, f),
-        }
-    shapes["model.norm.weight"] = (h,)
-    if not model.tie_embeddings:
-        shapes["lm_head.weight"] = (v, h)
-    return shapes
+    specs = ParamBuilder(model).stage(range(model.num_layers), True, True)
+    return {part.box.key: part.box.stop for spec in specs for part in spec.parts}
 
 
 def heads(model: ModelConfig) -> tuple[int, int, int]:

@@ -52,9 +52,9 @@ def _facts(
         f"{counted(size, 'sequence')} x {b.seq_length} = {counted(size * b.seq_length, 'token', ',')} per step = "
         f"{counted(topology.dp, 'replica')} x {count} x {b.micro_batch_size}"
     )
-    if len(batch.sizes) > 1:
+    if len(b.sizes) > 1:
         ramp = counted(b.ramp_samples or 0, "sequence", ",")
-        yield "", f"grows from {batch.sizes[0]} by {b.ramp_increment} over the first {ramp}"
+        yield "", f"grows from {b.ramp_start} by {b.ramp_increment} over the first {ramp}"
     tokens = batch.samples_after(config.train.steps) * b.seq_length
     yield "run", f"{counted(config.train.steps, 'step', ',')}, {counted(tokens, 'token', ',')}"
     work = training_flops(m, b.seq_length, causal=True)

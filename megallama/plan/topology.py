@@ -1,8 +1,7 @@
 """Where every rank stands: arithmetic on rank numbers.
 
-Ranks fill a grid.  `order` lists the axes from fastest to slowest varying, in the spelling Megatron uses
-("tp-cp-dp-pp"): neighbouring global ranks, usually one node, differ in the first axis first, so the axis
-that talks most comes first.  Along an axis, ranks are `stride` apart; groups follow from strides alone.
+`order` lists the axes from fastest to slowest varying, in the spelling Megatron uses: neighbouring ranks, usually
+of one node, differ in the first axis, so the one that talks most comes first.
 """
 
 from __future__ import annotations
@@ -30,11 +29,7 @@ class Topology:
     ends: tuple[int, int] = (0, -1)  # pipeline ranks of the first and of the last stage; -1 becomes pp - 1
 
     def __post_init__(self) -> None:
-        if sorted(self.axes) != sorted(AXES):
-            raise ConfigError(f'order="{self.order}" must name each of tp, cp, dp, pp once; for example "tp-cp-dp-pp"')
-        for axis in AXES:
-            if self.size(axis) < 1:
-                raise ConfigError(f"{axis}={self.size(axis)} is not a size; use 1 or more")
+        assert sorted(self.axes) == sorted(AXES) and min(map(self.size, AXES)) > 0, self  # config.rules speak of it
         object.__setattr__(self, "ends", (self.ends[0], self.ends[1] % self.pp))
 
     @classmethod

@@ -8,10 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from megallama.config.describe import literal
-from megallama.config.removed import current
-from megallama.config.schema import BatchConfig, Config, LrScheduleConfig, OptimizerConfig
+from megallama.config.schema import BatchConfig, Config, LrScheduleConfig, OptimizerConfig, current
 from megallama.optim.lr import learning_rate
-from megallama.plan.batch import BatchPlan
 
 ORDER = ("data.train", "data.mixture_schedule", "data.synthetic", "train.seed", "batch.seq_length")
 
@@ -33,7 +31,8 @@ def changes(saved: Mapping[str, Any], now: Config, step: int, samples: int) -> I
                 yield f"{section}.{name} was {literal(was)} and is {literal(value)}"
     try:
         yield from _curve(saved, now, step)
-        if (was := _batch(saved, samples)) != (size := BatchPlan(now.batch, 1).global_batch(samples)):
+        was, size = (b.size_after(samples) for b in (BatchConfig(**saved["batch"]), now.batch))
+        if was != size:
             yield f"the data come in the same order, but a step takes {size} samples instead of {was}"
     except (ValidationError, KeyError, TypeError):
         yield "an earlier version wrote the checkpoint: what this does to the learning rate is not known"
@@ -54,7 +53,3 @@ def _curve(saved: Mapping[str, Any], now: Config, step: int) -> Iterator[str]:
                 keep = f"; write lr_schedule.decay_steps={schedule.decay_steps} to keep its end where it was"
             yield f"the learning-rate curve is another one: step {n + 1} has {will:.3g} instead of {was:.3g}{keep}"
             return
-
-
-def _batch(saved: Mapping[str, Any], samples: int) -> int:
-    return BatchPlan(BatchConfig(**saved["batch"]), 1).global_batch(samples)

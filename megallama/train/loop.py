@@ -87,7 +87,7 @@ class TrainingLoop:
 
     def _one_step(self, loader: Loader) -> StepConsensus:
         config, progress, plan = self._config, self.progress, self.setup.plan
-        size = plan.batch.global_batch(progress.samples)
+        size = plan.config.batch.size_after(progress.samples)
         with self._timers.phase("data"):
             batches, failure = loader.next_or_zeros(plan.batch.num_microbatches(size), config)
         lr = learning_rate(progress.step, config.optimizer, config.lr_schedule)
@@ -124,7 +124,7 @@ class TrainingLoop:
 
         def ids_of_step(step: int) -> Sequence[Sequence[int]]:
             first = firsts.pop(step)
-            size = batch.global_batch(first)
+            size = batch.batch.size_after(first)
             firsts[step + 1] = first + size
             return [batch.sample_ids(first, size, dp.rank, m) for m in range(batch.num_microbatches(size))]
 

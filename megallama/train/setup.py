@@ -17,9 +17,8 @@ from megallama.checkpoint.manager import CheckpointManager
 from megallama.comm.launch import World
 from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.config.errors import ConfigError, MegallamaError
-from megallama.config.rules import check, remaining
+from megallama.config.rules import check, unusual
 from megallama.config.schema import Config
-from megallama.config.usual import unusual
 from megallama.config.words import counted
 from megallama.data.sources import Data, open_sources
 from megallama.data.train_dataset import TrainDataset
@@ -220,6 +219,6 @@ def _restore(setup: Setup) -> int:
 
 def _check_ramp(config: Config, samples: int, ranks: int) -> None:
     """That the ranks can share every batch that is still to come."""
-    rest = config.model_copy(update={"batch": remaining(config.batch, samples)})
+    rest = config.model_copy(update={"batch": config.batch.remaining(samples)})
     if problems := check(rest, ranks, need_data=False):
         raise ConfigError("; ".join(problems))

@@ -6,7 +6,7 @@ import pytest
 
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
-from megallama.config.rules import check, legal_tp, ramp_sizes
+from megallama.config.rules import check, legal_tp
 from megallama.config.schema import Config
 
 # overrides, ranks, the message, overrides that put it right
@@ -415,5 +415,5 @@ def test_helpers() -> None:
     config = load(None, ["model.preset=llama3-8b", "parallel.tp=2", "parallel.pp=2"], need_data=False)
     assert legal_tp(config) == [1, 2, 4, 8, 16, 32]
     ramp = Config.model_validate({"batch": {"ramp_start": 8, "ramp_increment": 12, "ramp_samples": 9}}).batch
-    assert ramp_sizes(ramp) == (8, 20, 32)
-    assert ramp_sizes(Config().batch) == (32,)
+    assert ramp.sizes == (8, 20, 32)
+    assert Config().batch.sizes == (32,)

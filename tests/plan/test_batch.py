@@ -14,7 +14,7 @@ RAMP = BatchConfig(global_batch_size=32, micro_batch_size=2, ramp_start=8, ramp_
 
 def test_constant() -> None:
     plan = BatchPlan(BatchConfig(global_batch_size=24, micro_batch_size=2), dp=3)
-    assert plan.sizes == (24,) and plan.global_batch(0) == plan.global_batch(10**12) == 24
+    assert plan.batch.sizes == (24,) and plan.batch.size_after(0) == plan.batch.size_after(10**12) == 24
     assert plan.num_microbatches(24) == 4
     assert plan.samples_after(1000) == 24000
     assert plan.sample_ids(100, 24, dp_rank=2, microbatch=1) == range(100 + (1 * 3 + 2) * 2, 100 + (1 * 3 + 2) * 2 + 2)
@@ -31,11 +31,11 @@ def test_a_step_reads_its_samples_once(dp: int, micro: int) -> None:
 
 def test_ramp() -> None:
     plan = BatchPlan(RAMP, dp=2)
-    assert plan.sizes == (8, 16, 24, 32)
-    assert [plan.global_batch(n) for n in (0, 31, 32, 63, 64, 95, 96, 10**9)] == [8, 8, 16, 16, 24, 24, 32, 32]
+    assert plan.batch.sizes == (8, 16, 24, 32)
+    assert [plan.batch.size_after(n) for n in (0, 31, 32, 63, 64, 95, 96, 10**9)] == [8, 8, 16, 16, 24, 24, 32, 32]
     sizes, consumed = [], 0
     while consumed < 200:
-        sizes.append(plan.global_batch(consumed))
+        sizes.append(plan.batch.size_after(consumed))
         consumed += sizes[-1]
     assert sizes == [8] * 4 + [16] * 2 + [24] * 2 + [32] * 3
     assert [plan.samples_after(n) for n in (0, 1, 4, 5, 8, 9, 11)] == [0, 8, 32, 48, 112, 144, 208]
@@ -49,6 +49,6 @@ def test_ramp_never_shrinks_and_ends(start: int, increments: int, samples: int) 
         ramp_samples=samples,
     )  # fmt: skip
     plan = BatchPlan(batch, 1)
-    sizes = [plan.global_batch(n) for n in range(samples + 1)]
+    sizes = [plan.batch.size_after(n) for n in range(samples + 1)]
     assert sizes == sorted(sizes) and sizes[0] == start and sizes[-1] == batch.global_batch_size
-    assert set(sizes) <= set(plan.sizes)
+    assert set(sizes) <= set(plan.batch.sizes)

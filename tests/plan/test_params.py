@@ -45,6 +45,22 @@ def test_every_element_is_owned_once(model: ModelConfig, tp: int, stages: int) -
         assert (count == want).all(), key
 
 
+def test_the_tensors_of_the_whole_model() -> None:
+    """Hugging Face's names and shapes, written out."""
+    layers = [
+        (f"model.layers.{i}.{name}.weight", shape)
+        for i in range(3)
+        for name, shape in (
+            ("input_layernorm", (16,)), ("self_attn.q_proj", (32, 16)), ("self_attn.k_proj", (8, 16)),
+            ("self_attn.v_proj", (8, 16)), ("self_attn.o_proj", (16, 32)), ("post_attention_layernorm", (16,)),
+            ("mlp.gate_proj", (24, 16)), ("mlp.up_proj", (24, 16)), ("mlp.down_proj", (16, 24)),
+        )
+    ]  # fmt: skip
+    whole = [("model.embed_tokens.weight", (21, 16)), *layers, ("model.norm.weight", (16,))]
+    assert list(global_shapes(TIED).items()) == whole
+    assert list(global_shapes(MODEL).items()) == [*whole, ("lm_head.weight", (21, 16))]
+
+
 def test_shapes_and_order() -> None:
     names = {s.name: s for s in specs(MODEL, 2, 1)}
     assert list(names)[:7] == [

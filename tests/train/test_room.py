@@ -9,7 +9,7 @@ import torch
 
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
-from megallama.config.usual import unusual
+from megallama.config.rules import unusual
 from megallama.pretrain import main
 from megallama.train import room as room_module
 from megallama.train.health import HighLoss

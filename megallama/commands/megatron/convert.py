@@ -13,7 +13,6 @@ from megallama.config.describe import literal, settings
 from megallama.config.errors import ConfigError, MegallamaError
 from megallama.config.load import load
 from megallama.config.presets import PRESETS
-from megallama.config.rules import ramp_sizes
 from megallama.config.schema import BatchConfig, Config
 from megallama.config.words import counted
 from megallama.plan.batch import BatchPlan
@@ -189,7 +188,7 @@ class Conversion:
             self.problem(f"--{stem}-iters {steps} and --{stem}-samples {samples}: give one of them ({what})")
         sizes = {key.partition(".")[2]: n for key, n in self.out.items() if key.startswith("batch.") and n is not None}
         batch = None if min(sizes.values(), default=0) < 1 else BatchConfig(**sizes)
-        if steps or samples is None or batch is None or not ramp_sizes(batch):
+        if steps or samples is None or batch is None:
             return steps
         plan = BatchPlan(batch, 1)
         steps = bisect_right(range(samples + 1), samples, key=plan.samples_after) - 1
