@@ -15,7 +15,6 @@ from megallama.commands.parser import Parser, main_of
 from megallama.config.words import counted
 from megallama.data.blocks import File, SumsWriter, naming
 from megallama.data.indexed import CHUNK, IndexedDataset
-from megallama.data.metadata import read_metadata
 from megallama.data.tokenizer import load_tokenizer
 from megallama.text.progress import ByteProgress
 
@@ -42,7 +41,7 @@ def run(argv: Sequence[str] | None) -> None:
     summarize(dataset)
     if not args.verify and not args.write_sums:
         return
-    vocab_size = tokenizer.vocab_size if tokenizer else read_metadata(dataset.prefix).get("vocab_size")
+    vocab_size = tokenizer.vocab_size if tokenizer else dataset.metadata.get("vocab_size")
     total = dataset.num_tokens * dataset.dtype.itemsize
     with ByteProgress("verifying") as bar:
         lacking = dataset.verify(vocab_size, lambda done: bar.update(done, total))
@@ -83,7 +82,7 @@ def summarize(dataset: IndexedDataset) -> None:
     size = f"{counted(dataset.num_documents, 'document', ',')}, {counted(dataset.num_tokens, 'token', ',')}"
     print(f"{dataset.prefix}: {size} of {dataset.dtype.name}")
     print(f"document length: shortest {shortest:,}, mean {mean:,.1f}, longest {counted(longest, 'token', ',')}")
-    for key, value in read_metadata(dataset.prefix).items():
+    for key, value in dataset.metadata.items():
         print(f"  {key}: {value}")
     for k in np.flatnonzero(counts):
         low, high = (0, 0) if k == 0 else (2 ** (int(k) - 1), 2 ** int(k) - 1)

@@ -10,6 +10,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from zlib import crc32
 
 import numpy as np
@@ -76,6 +77,18 @@ def naming(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}; nothing there was replaced") from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all. Raises: DataError where the disk does not take it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"cannot write {path}: {error.strerror}; make room and start again") from error
 
 
 class SumsWriter:

@@ -1,4 +1,4 @@
-"""Tokenized corpora on disk: Megatron's .bin/.idx pair, written in bounded memory and read by pread.
+"""Tokenized corpora on disk: Megatron's .bin/.idx pair, written in bounded memory and read by pread; PREFIX.json.
 
 PREFIX.bin is nothing but token ids, one document after the other.  PREFIX.idx says where they begin, all little-endian:
 
@@ -11,6 +11,7 @@ PREFIX.bin is nothing but token ids, one document after the other.  PREFIX.idx s
     int64[n]  first byte of each sequence in .bin
     int64[d]  first sequence of each document, and n at the end
 
+PREFIX.json is what preprocessing recorded: counts, the tokenizer, the pair's fingerprint.
 Reading uses pread, never mmap: a file that shrinks under a run is then an error with a name in it and not a SIGBUS,
 and the process does not seem to grow with every page it has touched.
 """
@@ -18,9 +19,11 @@ and the process does not seem to grow with every page it has touched.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import struct
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -29,15 +32,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megallama.config.words import counted
-from megallama.data.blocks import AGAIN, File, Sums, SumsWriter, naming
+from megallama.data.blocks import AGAIN, File, Sums, SumsWriter, naming, write_whole
 from megallama.data.errors import DataError
-from megallama.data.metadata import read_metadata
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 CODES: dict[int, np.dtype] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 CHUNK = 1 << 20  # entries handled at a time where a whole file is walked
-NEAR = 256  # documents looked at together at the end of a search
+NEAR = 256  # documents looked at together
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -51,11 +53,31 @@ def strip_suffix(path: str | Path) -> str:
     return text[:-4] if text.endswith((".bin", ".idx")) else text
 
 
+def _read_metadata(prefix: str) -> dict[str, Any]:
+    path = Path(prefix + ".json")
+    try:
+        metadata = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); preprocess the text again, or delete this file") from error
+    if not isinstance(metadata, dict):
+        raise DataError(f"{path} is damaged (it holds no object); preprocess the text again, or delete this file")
+    for key in ("documents", "tokens", "bytes", "vocab_size"):
+        if key in metadata and (type(metadata[key]) is not int or metadata[key] < 0):
+            raise DataError(f"{path} is damaged ({key} is {metadata[key]!r}); preprocess the text again, or delete it")
+    return metadata
+
+
+def write_metadata(prefix: str, metadata: Mapping[str, Any]) -> None:
+    """Write PREFIX.json, whole or not at all. Raises: DataError."""
+    write_whole(Path(prefix + ".json"), json.dumps(metadata, indent=2).encode() + b"\n")
+
+
 class IndexedDataset:
     """A .bin/.idx pair opened for reading; safe to use from several threads.
 
     Opening costs the same for any size: it checks the header, both sizes, the first and last offsets, and the
-    fingerprint if PREFIX.json has one. Raises: DataError.
+    fingerprint if PREFIX.json has one. `metadata`: of PREFIX.json, {} where there is none (a corpus of another tool).
+    Raises: DataError.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -85,7 +107,8 @@ class IndexedDataset:
         self._marks_at = HEADER.size + 12 * self.num_sequences
         self._check_ends()
         self.num_tokens = self._bin.size // self.dtype.itemsize
-        made = read_metadata(self.prefix).get("fingerprint")
+        self.metadata = _read_metadata(self.prefix)
+        made = self.metadata.get("fingerprint")
         if made and made != (found := self.fingerprint()["sha256"]):
             raise DataError(
                 f"{self._bin.path} or {Path(name).name} is not the file that {Path(self.prefix).name}.json describes "
@@ -149,19 +172,19 @@ class IndexedDataset:
 
         By bisection in the index file: nothing of the size of the corpus is ever in memory.
         """
-        low, high, found = 0, self.num_documents, []
-        while high - low > NEAR:
-            middle = (low + high) // 2
-            at = int.from_bytes(self._idx.read(self._marks_at + 8 * middle, 8), "little") * 8 + self._pointers_at
-            begin = int.from_bytes(self._idx.read(at, 8), "little") if at < self._marks_at else self._bin.size
-            low, high = (middle + 1, high) if begin < offset * self.dtype.itemsize else (low, middle)
-        while low < self.num_documents:
+        groups, found = range(0, self.num_documents, NEAR), []
+        first = max(bisect_left(groups, offset * self.dtype.itemsize, key=self._first_byte) - 1, 0)
+        for low in groups[first:]:
             near = self.starts(low, min(low + NEAR, self.num_documents) - 1)
             found.append(near[(near >= offset) & (near < offset + count)])
             if near[-1] >= offset + count:
                 break
-            low += NEAR
-        return np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)  # empty documents begin together
+        return np.unique(np.concatenate(found))  # empty documents begin together
+
+    def _first_byte(self, document: int) -> int:
+        """Of a document in .bin; as `starts`, but quick."""
+        at = int.from_bytes(self._idx.read(self._marks_at + 8 * document, 8), "little") * 8 + self._pointers_at
+        return int.from_bytes(self._idx.read(at, 8), "little") if at < self._marks_at else self._bin.size
 
     def document(self, number: int) -> np.ndarray:
         """The tokens of one document, in the file's type. Raises: DataError."""
@@ -259,7 +282,9 @@ class IndexedWriter:
         self.num_tokens += len(tokens)
 
     def finish(self) -> None:
-        """Bring everything to the disk; all that is left for `commit` is to rename."""
+        """Bring everything to the disk; all that is left for the end of the block is to rename."""
+        if self._bin.closed:
+            return
         with naming(self.prefix + ".bin and .idx"):
             self._write_index()
             self._bin.flush()
@@ -285,28 +310,19 @@ class IndexedWriter:
         self._idx.seek(0)
         self._idx.write(HEADER.pack(MAGIC, 1, self._code, count, count + 1))
 
-    def commit(self) -> None:
-        """Give the files their names; the index last, so that a pair with an index is whole."""
-        if not self._bin.closed:
-            self.finish()
-        for suffix in (".json", ".idx", ".sums"):  # what is old must never stand beside new tokens
-            Path(self.prefix + suffix).unlink(missing_ok=True)
-        for suffix in (".bin", ".sums", ".idx"):
-            os.replace(f"{self.prefix}{suffix}.tmp", self.prefix + suffix)
-
-    def abort(self) -> None:
-        """Remove what was written so far."""
-        for file in self._files:
-            with suppress(OSError):  # a full disk refuses again what is still buffered
-                file.close()
-            Path(file.name).unlink(missing_ok=True)
-
     def __enter__(self) -> IndexedWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                self.commit()
+                self.finish()
+                for suffix in (".json", ".idx", ".sums"):  # what is old must never stand beside new tokens
+                    Path(self.prefix + suffix).unlink(missing_ok=True)
+                for suffix in (".bin", ".sums", ".idx"):  # the index last: a pair with an index is whole
+                    os.replace(f"{self.prefix}{suffix}.tmp", self.prefix + suffix)
         finally:
-            self.abort()
+            for file in self._files:
+                with suppress(OSError):  # a full disk refuses again what is still buffered
+                    file.close()
+                Path(file.name).unlink(missing_ok=True)

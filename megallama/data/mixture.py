@@ -1,21 +1,117 @@
-"""The mixture of a run: which source sample n comes from, through every change of the weights.
+"""Which source sample n comes from: exact shares at every moment, for runs of any length, without arrays of run length.
 
-A phase is a stretch of steps with constant weights and a `Blend` of its own, in which every source goes on where it
-stopped: no document comes again before its source's epoch ends.  Within a phase the shares are exact after every
-sample.  Nothing depends on the order in which the sources are listed.
+After n samples a source of share w has given floor(n w) or ceil(n w) of them, for every n: never a whole sample off.
+Such a sequence is a fair schedule of one processor (Baruah, Cohen, Plaxton and Varvel 1996, "Proportionate
+progress"): the j-th sample of a source must fall into the slots floor((j-1)/w)+1 .. ceil(j/w).  Taking the earliest
+deadline first finds one, but only from n = 0 on.  To ask for any n at once, the line is cut into blocks of at least
+4 / (smallest share), and the counts at their ends are given in closed form:
+
+At n the sources with fraction f = n w - floor(n w) > 0 are inside a slot window; as many as the f sum to are rounded
+up. The future is feasible if, ordered by deadline, every prefix with fractions summing to F has floor(F) rounded up;
+the past, if the same holds ordered by release (Hall's condition for windows that straddle n; none straddles both ends
+of a block). The fractions satisfy both chains of constraints, so an integral choice exists; walking the deadlines and
+taking the earliest release seen whenever one is due finds it. Inside a block, earliest deadline first never misses.
+
+All arithmetic is on exact integers: 0.67 is 67/100.  One block is kept: O(sources + 1 / smallest share) memory.
 """
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import gcd, lcm
 
 import numpy as np
 
 from megallama.config.schema import DataConfig, SourceConfig
-from megallama.data.blend import Blend
+from megallama.data.errors import DataError
+
+MIN_SHARE = Fraction(1, 100_000)
+MIN_BLOCK = 256
+
+
+class Blend:
+    """A sequence of source numbers in which every source keeps its share exactly.
+
+    Raises: DataError for a weight that is not positive or vanishes beside the others.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        exact = [Fraction(str(weight)) for weight in weights]
+        if not exact or min(exact) <= 0:
+            raise DataError(f"the weights of the data sources are {list(weights)}; every weight must be positive")
+        if min(exact) < sum(exact) * MIN_SHARE:
+            raise DataError(
+                f"a data source has weight {float(min(exact))} of {float(sum(exact))} in all, less than 1 sample in "
+                f"{MIN_SHARE.denominator:,}; leave it out or raise its weight"
+            )
+        whole = lcm(*(x.denominator for x in exact))
+        parts = [int(x * whole) for x in exact]
+        shared = gcd(*parts)
+        self.parts = tuple(part // shared for part in parts)
+        self.total = sum(self.parts)
+        self.block_length = max(MIN_BLOCK, 4 * -(-self.total // min(self.parts)))
+        self._block = (-1, np.empty((2, 0), np.int64))  # number; source of each slot, its index in the source
+
+    def locate(self, numbers: np.ndarray) -> np.ndarray:
+        """Where samples come from: int64 [2, n], source and index in it. A source's indices are 0, 1, 2, ..."""
+        blocks, slots = np.divmod(numbers, self.block_length)
+        out = np.empty((2, len(numbers)), np.int64)
+        for number in sorted(set(blocks.tolist())):
+            if self._block[0] != number:
+                self._block = (number, self._build(number))
+            here = blocks == number
+            out[:, here] = self._block[1][:, slots[here]]
+        return out
+
+    def counts(self, n: int) -> list[int]:
+        """How many of the first n samples each source gives; within one sample of n times its share."""
+        number, slot = divmod(n, self.block_length)
+        counts = self._counts_at(n - slot)
+        if slot:
+            counts = (counts + np.bincount(self._build(number)[0, :slot], minlength=len(counts))).tolist()
+        return counts
+
+    def _counts_at(self, n: int) -> list[int]:
+        """The counts at a block end, in closed form (see the top of the file)."""
+        counts, open_windows = [], []
+        for source, part in enumerate(self.parts):
+            done, rest = divmod(n * part, self.total)
+            counts.append(done)
+            if rest:  # (deadline, source, release, fraction * total)
+                open_windows.append((-(-(done + 1) * self.total // part), source, done * self.total // part, rest))
+        seen: list[tuple[int, int]] = []
+        mass = 0  # sum of their fractions less what was rounded up, times total
+        for _, source, release, rest in sorted(open_windows):
+            heapq.heappush(seen, (release, source))
+            mass += rest
+            if mass >= self.total:
+                mass -= self.total
+                counts[heapq.heappop(seen)[1]] += 1
+        return counts
+
+    def _build(self, number: int) -> np.ndarray:
+        """Lay out one block: earliest deadline first between the counts at its two ends."""
+        start, stop = number * self.block_length, (number + 1) * self.block_length
+        units = []  # (release, deadline, source, index): slots release+1 .. deadline may hold it
+        before, after = self._counts_at(start), self._counts_at(stop)
+        for source, part in enumerate(self.parts):
+            for index in range(before[source], after[source]):
+                deadline = min(-(-(index + 1) * self.total // part), stop)
+                units.append((max(index * self.total // part, start), deadline, source, index))
+        units.sort(reverse=True)
+        chosen: list[list[int]] = []
+        ready: list[tuple[int, int, int]] = []
+        for slot in range(start, stop):
+            while units and units[-1][0] <= slot:
+                heapq.heappush(ready, units.pop()[1:])
+            deadline, *unit = heapq.heappop(ready)
+            assert deadline > slot, (self.parts, slot)
+            chosen.append(unit)
+        return np.array(chosen, np.int64).T
 
 
 @dataclass(frozen=True)
@@ -43,7 +139,11 @@ def limits_of(sources: Sequence[SourceConfig], sequences: Sequence[int]) -> list
 
 
 class Mixture:
-    """Samples 0, 1, 2, ... of several sources. Memory and start-up cost depend on sources and phases alone."""
+    """Samples 0, 1, 2, ... of several sources, of which each phase has a `Blend`.
+
+    A source goes on in a phase where it stopped: no document comes again before its epoch ends.  Nothing depends on
+    the order in which the sources are listed.
+    """
 
     def __init__(self, names: Sequence[str], phases: Sequence[Phase]) -> None:
         self.names, self.phases = tuple(names), tuple(phases)

@@ -102,8 +102,9 @@ class Source:
         documents: tuple[float, float] = WHOLE,
         mark_documents: bool = False,
         num_ids: int | None = None,
+        name: str = "",
     ) -> None:
-        self.dataset, self.seq_length, self.seed, self.shuffle = dataset, seq_length, seed, shuffle
+        self.dataset, self.seq_length, self.seed, self.shuffle, self.name = dataset, seq_length, seed, shuffle, name
         self._mark, self._num_ids = mark_documents, num_ids
         self.first, last = (int(Fraction(str(share)) * dataset.num_documents) for share in documents)
         self.offset, end = (int(dataset.starts(n, n)[0]) for n in (self.first, last))
@@ -116,6 +117,15 @@ class Source:
                 f"{dataset.prefix} holds {have}{part}, fewer than one sample of batch.seq_length + 1 "
                 f"= {seq_length + 1}; use a batch.seq_length of {max(self.num_tokens - 1, 1)} or less, or more text"
             )
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text per token of the corpus, eos included, None where it does not record them.
+
+        Bits per byte is loss / ln 2 / bytes_per_token.
+        """
+        size, tokens = self.dataset.metadata.get("bytes"), self.dataset.metadata.get("tokens")
+        return size / tokens if size and tokens else None
 
     def identity(self) -> dict[str, int | str]:
         """What the order of the samples rests on: the content of the files, and which documents of them are used."""

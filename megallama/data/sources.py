@@ -1,7 +1,7 @@
 """From the configuration to open data: the training sources mixed by weight, validation and test sources.
 
 Everything that can be known to be wrong before the first step is checked here: files, token ids against the model's
-vocabulary, the tokenizer against both.
+vocabulary, the tokenizer against both, how documents begin and end against one another.
 """
 
 from __future__ import annotations
@@ -12,37 +12,24 @@ from dataclasses import dataclass
 from megallama.config.schema import Config, SourceConfig
 from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset
-from megallama.data.marks import Marks, agreed_marks
-from megallama.data.metadata import read_metadata
-from megallama.data.samples import Reader, Source, Synthetic
+from megallama.data.samples import Source, Synthetic
 from megallama.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
 from megallama.data.train_dataset import TrainDataset
 from megallama.plan.batch import BatchPlan
 
-
-@dataclass(frozen=True)
-class ValidDataset:
-    """One validation or test source: samples 0 .. num_samples - 1 are all its sequences, each once, in file order.
-
-    bytes_per_token: bytes of text per token (eos included), None where the corpus does not record it; bits per byte is
-    loss / ln 2 / bytes_per_token.
-    """
-
-    name: str
-    read: Reader
-    num_samples: int
-    bytes_per_token: float | None
+LOOK = 16  # documents looked at where nothing is recorded
+SpecialIds = dict[str, int | None]  # "bos_id", "eos_id": what begins and ends documents; None: nothing does
 
 
 @dataclass(frozen=True)
 class Data:
-    """All the data of a run, open and checked."""
+    """All the data of a run, open and checked; validation and test sources are in file order."""
 
     train: TrainDataset | Synthetic
-    valid: tuple[ValidDataset, ...]
-    test: tuple[ValidDataset, ...]
+    valid: Sequence[Source]
+    test: Sequence[Source]
     tokenizer: Tokenizer | None
-    marks: Marks
+    special_ids: SpecialIds
     notes: Sequence[str]  # why blocks of a source are not compared with checksums
 
 
@@ -61,38 +48,39 @@ def open_sources(config: Config) -> Data:
         )
     paths = dict.fromkeys(source.path for source in (*data.train, *data.valid, *data.test))
     opened = {path: _open(path, config, tokenizer) for path in paths}
-    notes = [dataset.unchecked for dataset in opened.values() if dataset.unchecked]
-    marks = agreed_marks([*opened.values()], tokenizer, data.eos_token)
-    valid, test = (tuple(_valid(s, config, opened[s.path]) for s in held) for held in (data.valid, data.test))
+    special_ids = _common_ids([*opened.values()], tokenizer, data.eos_token)
+
+    def source(of: SourceConfig, *, shuffle: bool = False) -> Source:
+        return Source(
+            opened[of.path],
+            config.batch.seq_length,
+            config.train.seed,
+            name=of.label,
+            shuffle=shuffle,
+            documents=of.documents,
+            mark_documents=data.document_mask,
+            num_ids=opened[of.path].metadata.get("vocab_size", vocab_size),
+        )
+
+    valid, test = ([source(each) for each in held] for held in (data.valid, data.test))
+    train: TrainDataset | Synthetic
     if data.synthetic:
-        synthetic = Synthetic(vocab_size, config.batch.seq_length, config.train.seed)
-        return Data(synthetic, valid, test, tokenizer, marks, notes)
-    if not data.train:
+        train = Synthetic(vocab_size, config.batch.seq_length, config.train.seed)
+    elif data.train:
+        train = TrainDataset(data, [source(each, shuffle=True) for each in data.train], BatchPlan(config.batch, 1))
+    else:
         raise DataError(
             'data.train is empty; write data.train=["path/prefix"] (made with megallama prepare) or data.synthetic=true'
         )
-    sources = [_source(s, config, opened[s.path]) for s in data.train]
-    return Data(TrainDataset(data, sources, BatchPlan(config.batch, 1)), valid, test, tokenizer, marks, notes)
-
-
-def _source(source: SourceConfig, config: Config, dataset: IndexedDataset, *, shuffle: bool = True) -> Source:
-    num_ids = read_metadata(dataset.prefix).get("vocab_size", config.model.vocab_size)
-    return Source(dataset, config.batch.seq_length, config.train.seed, shuffle=shuffle, documents=source.documents,
-                  mark_documents=config.data.document_mask, num_ids=num_ids)  # fmt: skip
-
-
-def _valid(source: SourceConfig, config: Config, dataset: IndexedDataset) -> ValidDataset:
-    opened = _source(source, config, dataset, shuffle=False)
-    metadata = read_metadata(dataset.prefix)
-    ratio = metadata["bytes"] / metadata["tokens"] if metadata.get("bytes") and metadata.get("tokens") else None
-    return ValidDataset(source.label, opened.read, opened.num_sequences, ratio)
+    notes = [dataset.unchecked for dataset in opened.values() if dataset.unchecked]
+    return Data(train, valid, test, tokenizer, special_ids, notes)
 
 
 def _open(path: str, config: Config, tokenizer: Tokenizer | None) -> IndexedDataset:
     dataset, vocab_size = IndexedDataset(path), config.model.vocab_size
     if config.data.checksums:
         dataset.check_blocks()
-    metadata = read_metadata(dataset.prefix)
+    metadata = dataset.metadata
     largest = max(dataset.largest_token(), int(metadata.get("vocab_size", 0)) - 1)
     if largest >= vocab_size:
         raise DataError(
@@ -107,3 +95,47 @@ def _open(path: str, config: Config, tokenizer: Tokenizer | None) -> IndexedData
             f"...) than data.tokenizer={tokenizer.path}; name that one, or preprocess the text again"
         )
     return dataset
+
+
+def _ids_of(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> SpecialIds:
+    """Those that are known: recorded, or a control token that begins (ends) all of the first documents."""
+    metadata = dataset.metadata
+    if "eos_id" in metadata:
+        return {"bos_id": metadata.get("bos_id"), "eos_id": metadata["eos_id"]}
+    if tokenizer is None:
+        return {}
+    starts = dataset.starts(0, min(LOOK, dataset.num_documents)).tolist()
+    spans = [(a, b) for a, b in zip(starts, starts[1:], strict=False) if a < b]
+    ends = ([a for a, _ in spans], [b - 1 for _, b in spans])
+    seen = [{int(dataset.read(at, 1)[0]) for at in offsets} for offsets in ends]
+    bos, eos = (ids.pop() if len(ids) == 1 and ids <= {*tokenizer.control_ids} else None for ids in seen)
+    return {"bos_id": bos} | ({} if eos is None else {"eos_id": eos})
+
+
+def _common_ids(datasets: Sequence[IndexedDataset], tokenizer: Tokenizer | None, eos_token: str | None) -> SpecialIds:
+    """Those that all corpora have; an end that nobody knows is the tokenizer's.
+
+    Raises: DataError if corpora differ, or do not end with `eos_token`, where it is given.
+    """
+    common: SpecialIds = {"eos_id": tokenizer.eos_id if tokenizer else None}
+    for kind, verb in (("eos_id", "end"), ("bos_id", "begin")):
+        seen: dict[int | None, str] = {}  # id -> the first corpus with it
+        for dataset in datasets:
+            if kind in (ids := _ids_of(dataset, tokenizer)):
+                seen.setdefault(ids[kind], dataset.prefix)
+        if len(seen) > 1:
+            values = " and ".join(f"those of {prefix} with {_name(i)}" for i, prefix in seen.items())
+            raise DataError(
+                f"documents {verb} differently: {values}; preprocess the text again with the same --eos-token and --bos"
+            )
+        if seen and kind == "eos_id" and eos_token and tokenizer and tokenizer.eos_id not in seen:
+            raise DataError(
+                f"data.eos_token={eos_token!r} is id {tokenizer.eos_id}, but documents of {[*seen.values()][0]} end "
+                f"with {_name([*seen][0])}; leave it out, or preprocess the text again with --eos-token"
+            )
+        common |= dict.fromkeys([kind] if seen else [], next(iter(seen), None))
+    return common
+
+
+def _name(mark: int | None) -> str:
+    return "no token of their own" if mark is None else f"id {mark}"

@@ -1,12 +1,13 @@
 """Tokenizers: SentencePiece models (LLaMA 1 and 2), tokenizer.json (LLaMA 3) and GPT-2's files.
 
 Text never becomes a control token: a document that holds the characters "</s>" keeps them as ordinary pieces, so none
-can fake the end of another.  `bos_id` and `eos_id` are those that the tokenizer declares (`config.special_tokens`).
+can fake the end of another.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,10 @@ import numpy as np
 
 from megallama.config.special_tokens import special_id
 from megallama.data.errors import DataError
+
+SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # Radford et al. 2019, encoder.py
+PROBE = "It's 'LL don't  3.14,\n\tna\u00efve \u2167\u00b2 \u6771\u4eac e\u0301 \u00a0x \U0001f469\u200d\u2028 a "
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 
 
 class Tokenizer(Protocol):
@@ -130,6 +135,64 @@ class JsonTokenizer:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
+def byte_characters() -> list[str]:
+    """The character that stands for each of the 256 bytes."""
+    hidden = iter(range(256, 512))
+    return [chr(b if b in PRINTABLE else next(hidden)) for b in range(256)]
+
+
+class Gpt2Tokenizer(JsonTokenizer):
+    """vocab.json with the merges.txt beside it, or PREFIXvocab.json with PREFIXmerges.txt."""
+
+    def __init__(self, path: Path) -> None:
+        import regex
+
+        merges_path = path.with_name(path.name.removesuffix("vocab.json") + "merges.txt")
+        known, pairs, characters = _read_vocabulary(path), _read_merges(merges_path), byte_characters()
+        if lacking := [i for i, c in enumerate(characters) if c not in known]:
+            raise DataError(f"{path} lacks {len(lacking)} of the 256 bytes, the first 0x{lacking[0]:02x}")
+        for a, b in pairs:
+            if missing := [piece for piece in (a, b, a + b) if piece not in known]:
+                raise DataError(f"{merges_path} merges {a!r} and {b!r}, but {missing[0]!r} is not in {path.name}")
+        model = {"type": "BPE", "vocab": known, "merges": pairs}
+        form = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        content = {"version": "1.0", "added_tokens": [], "pre_tokenizer": form, "decoder": form, "model": model}
+        super().__init__(path, json.dumps(content).encode())
+        spans = self._model.pre_tokenizer.pre_tokenize_str(PROBE)
+        if [PROBE[a:b] for _, (a, b) in spans] != regex.findall(SPLIT, PROBE):
+            raise DataError(f"this version of `tokenizers` splits text unlike GPT-2; {path} needs another one")
+        reached = {*characters, *(a + b for a, b in pairs)}
+        self.control_ids = tuple(i for piece, i in known.items() if piece not in reached)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        control = {*self.control_ids}
+        return super().decode([i for i in ids if int(i) not in control])
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict) or not found or not all(type(i) is int and i >= 0 for i in found.values()):
+        raise DataError(f'{path} is not a vocabulary of GPT-2\'s form {{"token": id, ...}}')
+    return found
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; a GPT-2 vocabulary needs its merges beside it")
+    pairs = []
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+        a, space, b = line.rstrip("\r").partition(" ")
+        if line.startswith("#version") or not line.strip():
+            continue
+        if not (a and space and b) or " " in b:
+            raise DataError(f"{path}:{number}: {line[:40]!r} is not a merge; every line names two tokens")
+        pairs.append((a, b))
+    return pairs
+
+
 def find_tokenizer(path: str | Path) -> Path:
     """The file meant by a tokenizer's path: itself, or what a folder holds. Raises: DataError if there is none."""
     path = Path(path)
@@ -162,8 +225,6 @@ def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokeniz
     Raises: DataError if there is none, it cannot be read, or it has no such token.
     """
     path = find_tokenizer(path)
-    from megallama.data.gpt2 import Gpt2Tokenizer
-
     kind = Gpt2Tokenizer if path.name.endswith("vocab.json") else JsonTokenizer
     tokenizer: Tokenizer = SentencePieceTokenizer(path) if path.suffix == ".model" else kind(path)
     if eos_token is not None:

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from megallama.data.errors import DataError
-from megallama.data.indexed import IndexedDataset, IndexedWriter, strip_suffix
-from megallama.data.metadata import read_metadata, write_metadata
+from megallama.data.indexed import IndexedDataset, IndexedWriter, strip_suffix, write_metadata
 
 ROWS, SPAN = 1 << 16, 1 << 20  # documents, tokens copied at a time
 SAME = ("tokenizer_sha256", "vocab_size", "eos_id", "bos_id")
@@ -33,7 +32,7 @@ def merge(
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     for note in filter(None, [dataset.check_blocks() for dataset in datasets]):
         say(note)
-    metadata = [read_metadata(dataset.prefix) for dataset in datasets]
+    metadata = [dataset.metadata for dataset in datasets]
     _check(datasets, metadata, strip_suffix(output))
     dtype, done = datasets[0].dtype, 0
     total = sum(dataset.num_tokens for dataset in datasets) * dtype.itemsize

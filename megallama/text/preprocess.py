@@ -20,8 +20,7 @@ import numpy as np
 from megallama.config.special_tokens import NAMES, usual_id
 from megallama.config.words import counted
 from megallama.data.errors import DataError
-from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for, strip_suffix
-from megallama.data.metadata import write_metadata
+from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for, strip_suffix, write_metadata
 from megallama.data.tokenizer import Tokenizer, find_tokenizer, sha256_of
 from megallama.text.documents import MAX_DOCUMENT_BYTES, units
 from megallama.text.fast_encoder import load_fast_tokenizer

@@ -14,8 +14,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from megallama.data.blocks import write_whole
 from megallama.data.errors import DataError
-from megallama.data.metadata import write_whole
 from megallama.text.documents import RecordReader
 from megallama.text.losses import Losses
 

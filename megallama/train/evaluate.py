@@ -9,7 +9,7 @@ from functools import partial
 
 from megallama.config.errors import MegallamaError
 from megallama.data.loader import Loader
-from megallama.data.sources import ValidDataset
+from megallama.data.samples import Source
 from megallama.train.assemble import Worker
 from megallama.train.metrics import Record
 from megallama.train.step import RankStatus, StepConsensus, ask_all, evaluate_step
@@ -25,7 +25,7 @@ class Interrupted(Exception):
 
 def evaluate(
     worker: Worker,
-    source: ValidDataset,
+    source: Source,
     most: int | None,
     status: Callable[[bool], RankStatus] = lambda failed: RankStatus(failed=failed),
 ) -> tuple[Record, StepConsensus]:
@@ -38,7 +38,7 @@ def evaluate(
     started = time.monotonic()
     config, plan = worker.plan.config, worker.plan
     size = config.batch.global_batch_size
-    batches = min(most or source.num_samples, -(-source.num_samples // size))
+    batches = min(most or source.num_sequences, -(-source.num_sequences // size))
     count = plan.batch.num_microbatches(size)
 
     def ids_of_step(batch: int) -> Sequence[Sequence[int]]:
@@ -47,7 +47,7 @@ def evaluate(
     total, tokens, known = 0.0, 0, ask_all(worker, status(False))
     schedule = plan.forward_schedule(count)
     with Loader(
-        source.read, ids_of_step, stop_step=batches, num_samples=source.num_samples, prefetch=0, device=worker.device,
+        source.read, ids_of_step, stop_step=batches, num_samples=source.num_sequences, prefetch=0, device=worker.device,
         name=source.name,
     ) as loader:  # fmt: skip
         for batch in range(batches):

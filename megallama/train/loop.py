@@ -13,7 +13,7 @@ from megallama.comm.errors import InternalError
 from megallama.config.errors import MegallamaError
 from megallama.data.errors import DataError
 from megallama.data.loader import Loader
-from megallama.data.sources import ValidDataset
+from megallama.data.samples import Source
 from megallama.optim.lr import learning_rate
 from megallama.train.evaluate import Interrupted, evaluate
 from megallama.train.gc_schedule import GcSchedule
@@ -36,7 +36,7 @@ class TrainingLoop:
         self.setup, self.progress = setup, setup.progress
         self._config, self._world, self._log, self._manager = setup.config, setup.world, setup.log, setup.manager
         self._timers = Timers()
-        self._missing: list[tuple[Kind, ValidDataset]] = []  # evaluations of the last step
+        self._missing: list[tuple[Kind, Source]] = []  # evaluations of the last step
         self._overflow = False  # of the loss scale, in the last step
         self._save_owed = False  # a save that was due while the steps were bad
 
@@ -200,15 +200,15 @@ class TrainingLoop:
 
     # ---- evaluations ----
 
-    def _due(self) -> list[tuple[Kind, ValidDataset]]:
+    def _due(self) -> list[tuple[Kind, Source]]:
         """The evaluations that belong after the last step, and at the end of the run all."""
         step, interval, last = self.progress.step, self._config.train.eval_interval, self.setup.last_step
-        due: list[tuple[Kind, ValidDataset]] = []
+        due: list[tuple[Kind, Source]] = []
         if interval and step and (step % interval == 0 or step == last):
             due += [("valid", source) for source in self.setup.data.valid]
         return due + [("test", source) for source in self.setup.data.test if step == last]
 
-    def _never_made(self) -> list[tuple[Kind, ValidDataset]]:
+    def _never_made(self) -> list[tuple[Kind, Source]]:
         """Those that belong after the step of the checkpoint and that no earlier start has made."""
         if not (self.progress.may_lack_evaluations and (due := self._due())):
             return []

@@ -154,7 +154,7 @@ def _checkpoints(config: Config, data: Data, world: World, log: Logger) -> Check
     assert config.checkpoint.folder is not None, "filled in when a configuration is loaded"
     group, folder = world.host_group("checkpoint"), Path(config.checkpoint.folder)
     tokenizer = data.tokenizer.path if data.tokenizer else None
-    return CheckpointManager(config, folder, group, tokenizer, log.info, marks=data.marks)
+    return CheckpointManager(config, folder, group, tokenizer, log.info, marks=data.special_ids)
 
 
 def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> Kernels:

@@ -18,8 +18,7 @@ import pytest
 
 from megallama.data.blocks import BLOCK, File, SumsWriter
 from megallama.data.errors import DataError
-from megallama.data.indexed import IndexedDataset, IndexedWriter
-from megallama.data.metadata import write_metadata
+from megallama.data.indexed import IndexedDataset, IndexedWriter, write_metadata
 from megallama.data.samples import Source
 from megallama.text.merge import merge
 from megallama.text.preprocess import preprocess

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallama.data.errors import DataError
-from megallama.data.gpt2 import Gpt2Tokenizer, byte_characters
-from megallama.data.tokenizer import load_tokenizer, sha256_of
+from megallama.data.tokenizer import Gpt2Tokenizer, byte_characters, load_tokenizer, sha256_of
 from tests.text.test_fast_encoder import CONTROL, real_texts
 from tests.words import text_of
 
@@ -115,6 +114,6 @@ def test_what_is_no_gpt_2_is_refused(tmp_path: Path, vocabulary: str, merges: st
 
 def test_a_library_that_splits_otherwise_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it would encode is not what the model was trained on."""
-    monkeypatch.setattr("megallama.data.gpt2.SPLIT", r"\S+|\s+")
+    monkeypatch.setattr("megallama.data.tokenizer.SPLIT", r"\S+|\s+")
     with pytest.raises(DataError, match="this version of `tokenizers` splits text unlike GPT-2; .* needs another one"):
         load_tokenizer(folder)

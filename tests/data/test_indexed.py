@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megallama.data.errors import DataError
-from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
-from megallama.data.metadata import write_metadata
+from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for, write_metadata
 
 U16, I32 = dtype_for(100), dtype_for(70000)
 DOCUMENTS = [[5, 6, 7, 2], [2], [9] * 10 + [2], [1, 65535]]

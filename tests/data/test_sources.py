@@ -78,9 +78,9 @@ def test_validation_visits_every_window_once_in_order(corpus: Path, tokenizer_pa
     files = [(Path(f"{corpus}_train"), 1.0)], [Path(f"{corpus}_valid")]
     data = opened(*files, tokenizer=str(tokenizer_path), s=16, seed=7, vocab=330)
     (valid,) = data.valid
-    tokens = IndexedDataset(f"{corpus}_valid").read(0, 16 * valid.num_samples + 1)
+    tokens = IndexedDataset(f"{corpus}_valid").read(0, 16 * valid.num_sequences + 1)
     assert valid.name == "text_valid"
-    assert np.array_equal(valid.read(range(valid.num_samples)).tokens[:, :-1].reshape(-1), tokens[:-1])
+    assert np.array_equal(valid.read(range(valid.num_sequences)).tokens[:, :-1].reshape(-1), tokens[:-1])
     facts = json.loads(Path(f"{corpus}_valid.json").read_text())
     assert valid.bytes_per_token == facts["bytes"] / facts["tokens"]
     assert data.tokenizer is not None and data.tokenizer.vocab_size == 330
@@ -142,7 +142,7 @@ def read_all(data: Data) -> None:
     assert isinstance(data.train, TrainDataset)
     data.train.read(range(2 * max(source.num_sequences for source in data.train.sources) * len(data.train.sources)))
     for held in (*data.valid, *data.test):
-        held.read(range(held.num_samples))
+        held.read(range(held.num_sequences))
 
 
 @pytest.mark.parametrize("which", ["web", "code", "held", "last"])

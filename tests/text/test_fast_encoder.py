@@ -18,8 +18,7 @@ from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megallama.data.gpt2 import byte_characters
-from megallama.data.tokenizer import Tokenizer
+from megallama.data.tokenizer import Tokenizer, byte_characters
 from megallama.text import fast_encoder
 from megallama.text.fast_encoder import FastTokenizer, load_fast_tokenizer
 
