@@ -26,22 +26,22 @@ HALVES = "half of a surrogate pair, which no text can hold, is U+FFFD now"
 TEXT_TYPE = re.compile("(large_)?(string|binary)(_view)?$|fixed_size_binary")  # of Parquet
 MAX_DOCUMENT_BYTES = 16 << 20
 CHUNK = 1 << 20
+BOM = b"\xef\xbb\xbf"
 _orjson: Any = None
 with suppress(ImportError):
     _orjson = importlib.import_module("orjson")
 
 
 class Record(NamedTuple):
-    """One raw document: a line of JSON, a row of Parquet, or a text file (line 0); `fault`: why it is none.
+    """One raw document: a line of JSON, a row of Parquet, or a text file (line 0); `fault`: of a `BadRecord`.
 
-    `whole`: the file cannot be read, or no further.  Lines count from 1 at byte `origin`, that of the unit: `place`
-    knows the true line.
+    `whole`: the file cannot be read, or no further.  Lines count from 1 at byte `origin`: `place` knows the true line.
     """
 
     file: str
     line: int
     raw: bytes
-    fault: str = ""
+    fault: tuple[str, ...] = ()
     origin: int = 0
     whole: bool = False
 
@@ -56,15 +56,11 @@ class Unit(NamedTuple):
 
 
 class BadRecord(Exception):
-    """A record that holds no usable text: what is wrong, and the particulars of this one."""
+    """A record or a file without usable text: what is wrong, and perhaps the particulars of this one."""
 
-    def __init__(self, kind: str, detail: str = "") -> None:
-        super().__init__(f"{kind} ({detail})" if detail else kind)
-        self.kind = kind
-
-
-class _Damaged(Exception):
-    """A file that cannot be read on; the text is the fault of its last record."""
+    def __init__(self, *fault: str) -> None:
+        super().__init__(f"{fault[0]} ({fault[1]})" if fault[1:] else fault[0])
+        self.fault = fault
 
 
 def place(record: Record) -> str:
@@ -94,18 +90,21 @@ def units(files: Sequence[Path], unit_bytes: int) -> list[Unit]:
     """
     out = []
     for file in files:
-        whole, cuts, groups = file.stat().st_size, [0], list[int]()
+        whole, cuts, groups, held = file.stat().st_size, [0], list[int](), 0
         if file.suffix.lower() in JSON_SUFFIXES:
             cuts = [*range(0, whole, unit_bytes)] or cuts
         elif suffix_of(file) == ".parquet":
-            groups, held = _row_groups(file), 0
+            with suppress(BadRecord), _parquet(file) as opened:  # reading it will report the damage
+                meta = opened.metadata
+                groups = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
             for number, size in enumerate(groups):
                 if held >= unit_bytes:
                     cuts, held = [*cuts, number], 0
                 held += size
+        total = sum(groups)
         for start, stop in zip(cuts, [*cuts[1:], None], strict=True):
-            share = whole * sum(groups[start:stop]) // max(sum(groups), 1) if groups else (stop or whole) - start
-            out.append(Unit(file, start, stop, share if len(cuts) > 1 else whole))
+            size = whole * sum(groups[start:stop]) // total if total else (stop or whole) - start
+            out.append(Unit(file, start, stop, size))
     return out
 
 
@@ -116,18 +115,8 @@ def _parquet(file: Path) -> Any:
         return parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)
     except Exception as error:  # arrow has errors of many kinds here, all of them about this file
         if isinstance(error, OSError) and error.errno:
-            raise _Damaged(f"cannot be read: {os.strerror(error.errno)}") from None
-        raise _Damaged(f"not valid Parquet: {error}") from None
-
-
-def _row_groups(file: Path) -> list[int]:
-    """The bytes of each row group; none where the file is damaged, which reading it will report."""
-    try:
-        with _parquet(file) as opened:
-            meta = opened.metadata
-            return [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
-    except _Damaged:
-        return []
+            raise BadRecord("cannot be read", os.strerror(error.errno)) from None
+        raise BadRecord("not valid Parquet", str(error)) from None
 
 
 class _Zstd(io.RawIOBase):
@@ -154,7 +143,7 @@ class _Zstd(io.RawIOBase):
             try:
                 yield memoryview(frame.decompress(data))
             except library.ZstdError as error:
-                raise _Damaged(f"not valid zstd: {error}") from None
+                raise BadRecord("not valid zstd", str(error)) from None
             frame, data = (None, frame.unused_data) if frame.eof else (frame, b"")
         if frame:
             raise EOFError
@@ -171,7 +160,7 @@ def _decompressed(raw: BinaryIO, file: Path) -> BinaryIO:
 def head_of(file: str) -> bytes:
     """The first 64 KiB of a file's content, or what can be read of them."""
     head = b""
-    with suppress(OSError, EOFError, zlib.error, _Damaged), open(file, "rb") as raw:
+    with suppress(OSError, EOFError, zlib.error, BadRecord), open(file, "rb") as raw:
         stream = _decompressed(raw, Path(file))
         while len(head) < CHUNK >> 4 and (more := stream.read(1024)):
             head += more
@@ -190,63 +179,58 @@ class RecordReader:
         self.units = [file if isinstance(file, Unit) else Unit(file, 0, None, file.stat().st_size) for file in files]
         self.max_bytes, self.json_key = max_bytes, json_key
         self.bytes_total, self.bytes_done = sum(unit.size for unit in self.units), 0
-        self._read_of_unit = 0  # bytes on disk
 
     def __iter__(self) -> Iterator[Record]:
         finished = 0
         for unit in self.units:
-            line, fault = 0, ""
+            line, fault = 0, tuple[str, ...]()
             try:
-                for record in self._read(unit):
+                for record, read in self._read(unit):
                     line = record.line
-                    self.bytes_done = finished + min(self._read_of_unit, unit.size)
+                    self.bytes_done = finished + min(read, unit.size)
                     yield record
             except EOFError:
-                fault = f"the {'gzip' if unit.file.suffix.lower() == '.gz' else 'zstd'} file is cut off"
+                fault = (f"the {'gzip' if unit.file.suffix.lower() == '.gz' else 'zstd'} file is cut off",)
             except (gzip.BadGzipFile, zlib.error) as error:
-                fault = f"not valid gzip: {error}"
-            except _Damaged as error:
-                fault = str(error)
+                fault = ("not valid gzip", str(error))
+            except BadRecord as error:
+                fault = error.fault
             except OSError as error:
-                fault = f"cannot be read: {error.strerror}"
+                fault = ("cannot be read", str(error.strerror))
             if fault:
                 yield Record(str(unit.file), line + 1, b"", fault, whole=True)
             finished += unit.size
             self.bytes_done = finished
 
-    def _read(self, unit: Unit) -> Iterator[Record]:
-        if suffix_of(unit.file) == ".parquet":
+    def _read(self, unit: Unit) -> Iterator[tuple[Record, int]]:
+        """The records of a unit, each with the bytes of it on disk that are read then."""
+        kind = suffix_of(unit.file)
+        if kind == ".parquet":
             yield from self._rows(unit)
             return
         with unit.file.open("rb", 1 << 17) as raw:
-            stream = _decompressed(raw, unit.file)
-            if suffix_of(unit.file) not in JSON_SUFFIXES:
-                record = self._whole(stream, str(unit.file))
-                self._read_of_unit = raw.tell()
-                yield record
-                return
-            for record, position in self._lines(stream, unit):
-                self._read_of_unit = position - unit.start if stream is raw else raw.tell()
-                yield record
+            records = self._lines if kind in JSON_SUFFIXES else self._whole
+            for record in records(_decompressed(raw, unit.file), unit):
+                yield record, raw.tell() - unit.start
 
-    def _lines(self, stream: BinaryIO, unit: Unit) -> Iterator[tuple[Record, int]]:
-        """The lines that begin in the unit, each with the byte after it; blank ones only count."""
-        name, number, limit, position = str(unit.file), 0, self.max_bytes + 1, unit.start
+    def _lines(self, stream: BinaryIO, unit: Unit) -> Iterator[Record]:
+        """The lines that begin in the unit; blank ones only count."""
+        number, limit, position = 0, self.max_bytes + 1, unit.start
         stop = float("inf") if unit.stop is None else unit.stop
         if position:  # the line that byte start - 1 is in began before: it is another unit's
             stream.seek(position - 1)
             position += self._skip(stream)[0] - 1
         origin = position
-        while position < stop and (raw := stream.readline(limit)):
-            number, position, fault = number + 1, position + len(raw), ""
-            if len(raw) == limit and raw[-1] != 10:
+        while position < stop and (line := stream.readline(limit)):
+            number, position, fault = number + 1, position + len(line), tuple[str, ...]()
+            if len(line) == limit and line[-1] != 10:
                 rest, end = self._skip(stream)
                 position += rest
-                raw, fault = b"", self._too_long(limit + rest - end)
-            if fault or raw.strip():
-                line = raw.rstrip(b"\r\n")
-                line = line if origin or number > 1 else line.removeprefix(b"\xef\xbb\xbf")
-                yield Record(name, number, line, fault, origin), position
+                line, fault = b"", self._too_long(limit + rest - end)
+            if fault or line.strip():
+                line = line.rstrip(b"\r\n")
+                line = line if origin or number > 1 else line.removeprefix(BOM)
+                yield Record(str(unit.file), number, line, fault, origin)
 
     def _skip(self, stream: BinaryIO) -> tuple[int, int]:
         """Skip the rest of a line of any length in bounded memory: its bytes, and how many end it."""
@@ -255,29 +239,26 @@ class RecordReader:
             size += len(rest)
         return size, len(rest) - len(rest.rstrip(b"\r\n"))
 
-    def _whole(self, stream: BinaryIO, name: str) -> Record:
-        raw = stream.read(self.max_bytes + 1)
-        size = len(raw)
-        if size <= self.max_bytes:
-            return Record(name, 0, raw.removeprefix(b"\xef\xbb\xbf"))
-        while rest := stream.read(CHUNK):
-            size += len(rest)
-        return Record(name, 0, b"", self._too_long(size))
+    def _whole(self, stream: BinaryIO, unit: Unit) -> Iterator[Record]:
+        text = stream.read(self.max_bytes + 1)
+        fault = self._too_long(len(text) + sum(map(len, iter(lambda: stream.read(CHUNK), b""))))
+        yield Record(str(unit.file), 0, b"" if fault else text.removeprefix(BOM), fault)
 
-    def _rows(self, unit: Unit) -> Iterator[Record]:
+    def _rows(self, unit: Unit) -> Iterator[tuple[Record, int]]:
         """The rows of the column `json_key` in the unit's row groups, about CHUNK bytes at a time."""
         name, key, arrow = str(unit.file), self.json_key, _library("pyarrow", unit.file)
         with _parquet(unit.file) as file:
             meta, schema = file.metadata, file.schema_arrow
             if schema.names.count(key) != 1:
                 many = "more than one" if key in schema.names else "no"
-                raise _Damaged(f'{many} column "{key}": it has {", ".join(schema.names[:5])}; choose with --json-key')
+                names = ", ".join(schema.names[:5])
+                raise BadRecord(f'{many} column "{key}"', f"it has {names}; choose with --json-key")
             kind = schema.field(key).type
             plain = kind.value_type if arrow.types.is_dictionary(kind) else getattr(kind, "storage_type", kind)
             if not TEXT_TYPE.match(str(plain)):
-                raise _Damaged(f'column "{key}" is not text: but {kind}')
+                raise BadRecord(f'column "{key}" is not text', f"but {kind}")
             rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
-            before, total = sum(rows[: unit.start]), sum(rows[unit.start : unit.stop])
+            before, total, read = sum(rows[: unit.start]), sum(rows[unit.start : unit.stop]), 0
             line = before
             for group in range(len(rows))[unit.start : unit.stop]:  # a damaged one takes no other with it
                 end, size = line + rows[group], max(meta.row_group(group).total_byte_size, 1)
@@ -285,24 +266,24 @@ class RecordReader:
                 try:
                     for batch in file.iter_batches(batch_size, [group], [key], use_threads=False):
                         for raw in batch.column(key).cast(arrow.large_binary()).to_pylist():
-                            line, fault = line + 1, f'"{key}" is null' if raw is None else ""
-                            if raw is not None and len(raw) > self.max_bytes:
-                                raw, fault = b"", self._too_long(len(raw))
-                            self._read_of_unit = unit.size * (line - before) // total
-                            yield Record(name, line, raw or b"", fault)
+                            line, fault = line + 1, self._too_long(len(raw or b""))
+                            if raw is None:
+                                fault = (f'"{key}" is null',)
+                            read = unit.size * (line - before) // total
+                            yield Record(name, line, raw if raw and not fault else b"", fault), read
                 except (arrow.ArrowException, OSError) as error:
-                    fault = f"not valid Parquet: {end - line} rows cannot be read, {error}"
-                    yield Record(name, line + 1, b"", fault, whole=True)
+                    fault = ("not valid Parquet", f"{end - line} rows cannot be read, {error}")
+                    yield Record(name, line + 1, b"", fault, whole=True), read
                 line = end
 
-    def _too_long(self, size: int) -> str:
-        return f"too long: {size} bytes, the limit is {self.max_bytes}"
+    def _too_long(self, size: int) -> tuple[str, ...]:
+        return ("too long", f"{size} bytes, the limit is {self.max_bytes}") if size > self.max_bytes else ()
 
 
 def parse(record: Record, json_key: str = "text") -> tuple[str, int, str]:
     """The text of a record, its size in UTF-8 bytes, and what was changed in it. Raises: BadRecord."""
     if record.fault:
-        raise BadRecord(*record.fault.split(": ", 1))
+        raise BadRecord(*record.fault)
     suffix, changed = suffix_of(record.file), ""
     if suffix in JSON_SUFFIXES and _orjson:  # what it sees anything wrong with, json is to explain
         with suppress(ValueError):

@@ -77,7 +77,7 @@ class Losses:
         self.changed.update(shard.changed)
         self.faults |= shard.faults
         for file, line, origin, reason in shard.examples[: MAX_EXAMPLES - len(self.examples)]:
-            self.examples.append(f"{place(Record(file, line, b'', '', origin))}: {reason}")
+            self.examples.append(f"{place(Record(file, line, b'', (), origin))}: {reason}")
         for file, counts in shard.counts.items():
             if file != self._file:
                 self._close()

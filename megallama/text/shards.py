@@ -62,8 +62,8 @@ class TextShard:
             if record.whole:
                 self.faults.setdefault(record.file, str(error))
                 return None
-            self.skipped[error.kind] += 1
-            self.counts.setdefault(record.file, [0, 0, 0])[1 + (error.kind == EMPTY)] += 1
+            self.skipped[error.fault[0]] += 1
+            self.counts.setdefault(record.file, [0, 0, 0])[1 + (error.fault[0] == EMPTY)] += 1
             if len(self.examples) < MAX_EXAMPLES:
                 self.examples.append((record.file, record.line, record.origin, str(error)))
             return None

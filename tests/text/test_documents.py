@@ -31,7 +31,7 @@ Seen = list[tuple[str, bytes, str]]
 def seen(files: Sequence[Path | Unit], max_bytes: int = 1 << 20, key: str = "text") -> Seen:
     """FILE:LINE (without the folder), content and fault of every record."""
     reader = RecordReader(files, max_bytes, key)
-    found = [(place(r).rpartition("/")[2], r.raw, r.fault) for r in reader]
+    found = [(place(r).rpartition("/")[2], r.raw, ": ".join(r.fault)) for r in reader]
     assert reader.bytes_done == reader.bytes_total == sum(u.size for u in reader.units)
     return found
 

@@ -27,7 +27,7 @@ def write(folder: Path, name: str, jobs: list[list[list[list[int]]]], *, sync: b
             rows = np.array([(len(ids), 10 * len(ids)) for ids in block], "<i4").reshape(-1, 2)
             writer.add(np.array(sum(block, []), U16), rows)
         for line in range(30 * number):
-            part.text(Record("f", line, b"", "kind: why", 7), "text")
+            part.text(Record("f", line, b"", ("kind", "why"), 7), "text")
         writer.end()
     writer.begin(99)  # and one that is never finished
     writer.add(np.array([1, 2], U16), np.array([[2, 5]], "<i4"))
