@@ -10,7 +10,7 @@ import functools
 import glob
 import os
 import stat
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from megallama.data.errors import DataError
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TEXT_SUFFIXES = (*".txt .text .md .rst .tex .py .c .h .cpp .hpp .java .js .ts .go .rs .sh".split(),)
 SUFFIXES = (*JSON_SUFFIXES, *TEXT_SUFFIXES, ".parquet")
+LINKS = {errno.ENOENT: "broken links", errno.ELOOP: "links that lead in a circle"}
 OUTPUTS = (".bin", ".idx", ".json", ".sums")  # of preprocessing
 KINDS = (
     f"JSON lines end in {' '.join(JSON_SUFFIXES)}, plain text in {' '.join(TEXT_SUFFIXES)}, both also with .gz or "
@@ -42,8 +43,8 @@ class Found:
 
     def __init__(self, inputs: Sequence[str | Path]) -> None:
         self.files: list[Path] = []
-        self._left_out: dict[str, tuple[int, Path]] = {}  # reason -> number, the first
         self.faults: dict[str, str] = {}
+        self._left_out = defaultdict[str, list[Path]](list)  # by reason
         self._seen: set[str] = set()  # real names of files and folders
         for name in inputs:
             if not str(name).strip():
@@ -62,7 +63,7 @@ class Found:
     def lines(self) -> list[str]:
         """What is not read, a line for every reason."""
         left_out = sorted(self._left_out.items())
-        return [f"not read: {count:,} {why}, the first {str(path)!r}" for why, (count, path) in left_out]
+        return [f"not read: {len(paths):,} {why}, the first {str(paths[0])!r}" for why, paths in left_out]
 
     def _take(self, root: Path) -> None:
         """A file, or everything below a folder.
@@ -74,37 +75,29 @@ class Found:
         first, waiting = len(self.files), deque([root])
         while waiting:
             path = waiting.pop()
-            hidden = _hidden(path, root)
             try:
-                why = self._examine(path, root, hidden)
-                if why == "a folder":
-                    entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-                    waiting.extendleft(path / entry.name for entry in entries if entry.is_symlink())
-                    waiting.extend(path / entry.name for entry in reversed(entries) if not entry.is_symlink())
+                why = self._examine(path, root, waiting)
             except OSError as error:
-                why = "hidden" if hidden else ""
-                if not hidden:
+                why = LINKS.get(error.errno or 0, "hidden" if _hidden(path, root) else "")
+                if not why:
                     self.faults[str(path)] = f"cannot be read ({error.strerror})"
-            if why and why != "a folder":
-                count, example = self._left_out.get(why, (0, path))
-                self._left_out[why] = count + 1, example
+            if why:
+                self._left_out[why].append(path)
         self.files[first:] = sorted(self.files[first:])
 
-    def _examine(self, path: Path, root: Path, hidden: bool) -> str:
-        """Why a path is left out; "a folder" for one to look into, "" for a file that was taken."""
-        try:
-            mode = path.stat().st_mode
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP):
-                return "broken links" if error.errno == errno.ENOENT else "links that lead in a circle"
-            raise
-        real, folder = os.path.realpath(path), stat.S_ISDIR(mode)
+    def _examine(self, path: Path, root: Path, waiting: deque[Path]) -> str:
+        """Take a file, or let what is in a folder wait; else why it is left out."""
+        mode, real = path.stat().st_mode, os.path.realpath(path)
+        folder = stat.S_ISDIR(mode)
         if real in self._seen:
             return f"{'folders (perhaps a loop of links)' if folder else 'files'} that are read under another name"
         if folder:
             self._seen.add(real)
-            return "a folder"
-        if hidden:
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+            waiting.extendleft(path / entry.name for entry in entries if entry.is_symlink())
+            waiting.extend(path / entry.name for entry in reversed(entries) if not entry.is_symlink())
+            return ""
+        if _hidden(path, root):
             return "hidden"
         if not stat.S_ISREG(mode):
             return "not regular files"
