@@ -1,8 +1,8 @@
 """Text to tokens: files -> .bin/.idx, in bounded memory, on any number of processes and nodes.
 
-The input is an ordered list of jobs of about a megabyte.  Any process turns any job into a shard (`workers`, `shards`);
-this one joins them in order as they come.  Documents are encoded one by one, so the bytes depend on the input alone.
-A finished shard is never made again.
+The input is an ordered list of tasks of about a megabyte.  Any process turns any task into a shard (`workers`,
+`shards`); this one joins them in order as they come.  Documents are encoded one by one, so the bytes depend on the
+input alone.  A finished shard is never made again.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from megallama.text.fast_encoder import load_fast_tokenizer
 from megallama.text.files import earlier_files
 from megallama.text.losses import Losses
 from megallama.text.shards import TextShard, WorkFolder, begun, folder_of
-from megallama.text.workers import Connection, Job, Progress, Task, WorkerPool
+from megallama.text.workers import Connection, Encoder, Progress, Task, WorkerPool
 
-JOB_BYTES, MAX_JOB_BYTES = 1 << 20, 1 << 30
-EARLIER = "goes on with the list of an earlier version, of {}; to begin again delete {}.parts"
+TASK_BYTES, MAX_TASK_BYTES = 1 << 20, 1 << 30
 FAST_FROM = 2 << 20  # bytes of input that are worth loading and proving the fast encoder
-MAX_JOBS, MAX_UNITS = 20_000, 64  # jobs of a run where that many are not too large; units of a job
+MAX_TASKS, MAX_UNITS = 20_000, 64  # tasks of a run where that many are not too large; units of a task
 
 
 @dataclass
@@ -125,18 +124,20 @@ def preprocess(
     origin_of = partial(_origin, tokenizer=tokenizer, json_key=json_key, max_document_bytes=max_document_bytes, bos=bos)
     if Path(prefix + ".parts").exists() and not begun(folder_of(prefix, origin_of(files))):
         if begun(folder_of(prefix, origin_of(old := earlier_files(inputs)))):
-            say(EARLIER.format(counted(len(old), "file"), prefix))
+            what = f"goes on with the list of an earlier version, of {counted(len(old), 'file')}"
+            say(f"{what}; to begin again delete {prefix}.parts")
             files = old
     if clash := {Path(out.prefix + ".json").absolute() for out in outputs} & {file.absolute() for file in files}:
         raise DataError(f"{clash.pop()} is an input and would be replaced by the output; use another --output")
-    jobs, origin = _jobs(files), origin_of(files)
+    tasks, origin = _tasks(files), origin_of(files)
     with WorkFolder(prefix, origin) as work:
         with ExitStack() as stack:
-            task = Task(str(path), fast, json_key, max_document_bytes, strict, work.path, work.start, bos, eos_token)
-            pool = stack.enter_context(WorkerPool(task, tokenizer, min(workers, len(jobs)), comm))
+            where = (work.path, work.start)
+            encoder = Encoder(str(path), fast, json_key, max_document_bytes, strict, *where, bos, eos_token)
+            pool = stack.enter_context(WorkerPool(encoder, tokenizer, min(workers, len(tasks)), comm))
             dtype = dtype_for(tokenizer.vocab_size)
             writers = [stack.enter_context(IndexedWriter(out.prefix, dtype)) for out in outputs]
-            _Join(summary, jobs, work, writers, (split_valid, split_test), strict).run(pool, progress)
+            _Join(summary, tasks, work, writers, (split_valid, split_test), strict).run(pool, progress)
             summary.encoder = tokenizer.encoder
             if origin_of(files) != origin:
                 raise DataError("files of the input were changed while they were read; start again when they are whole")
@@ -173,37 +174,37 @@ def _check_options(workers: int, split_valid: float, split_test: float) -> list[
     return ["_train", *held] if held else [""]
 
 
-def _jobs(files: Sequence[Path]) -> list[Job]:
-    """The input as jobs, which depend on the files alone: every start of a run has the same."""
-    size = min(max(JOB_BYTES, sum(file.stat().st_size for file in files) // MAX_JOBS), MAX_JOB_BYTES)
-    jobs: list[Job] = []
+def _tasks(files: Sequence[Path]) -> list[Task]:
+    """The input as tasks, which depend on the files alone: every start of a run has the same."""
+    size = min(max(TASK_BYTES, sum(file.stat().st_size for file in files) // MAX_TASKS), MAX_TASK_BYTES)
+    tasks: list[Task] = []
     for unit in units(files, size):
-        last = jobs[-1] if jobs else None
+        last = tasks[-1] if tasks else None
         if last and last.size + unit.size <= size and len(last.units) < MAX_UNITS:
-            jobs[-1] = Job(last.number, [*last.units, unit], last.size + unit.size)
+            tasks[-1] = Task(last.number, [*last.units, unit], last.size + unit.size)
         else:
-            jobs.append(Job(len(jobs), [unit], unit.size))
-    return jobs
+            tasks.append(Task(len(tasks), [unit], unit.size))
+    return tasks
 
 
 def _origin(
     files: Sequence[Path], tokenizer: Tokenizer, json_key: str, max_document_bytes: int, bos: bool
 ) -> dict[str, Any]:
-    """All that tokens and jobs follow from, without what is as it always was, so that old work goes on."""
+    """All that tokens and tasks follow from, without what is as it always was, so that old work goes on."""
     marks = {"bos": tokenizer.bos_id} if bos else {}
     marks |= {"eos": tokenizer.eos_id} if tokenizer.eos_id != usual_id("eos", tokenizer.id_of) else {}
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    layout = (1, JOB_BYTES, MAX_JOB_BYTES, MAX_JOBS, MAX_UNITS)  # the first number changes with the shards' format
+    layout = (1, TASK_BYTES, MAX_TASK_BYTES, MAX_TASKS, MAX_UNITS)  # the first number changes with the shards' format
     return {"layout": layout, "files": stats, "tokenizer": sha256_of(tokenizer.path), "key": json_key,
             "limit": max_document_bytes, **marks}  # fmt: skip
 
 
 @dataclass
 class _Join:
-    """Appends shards to the outputs in the order of the jobs, and judges their bad records."""
+    """Appends shards to the outputs in the order of the tasks, and judges their bad records."""
 
     summary: Summary
-    jobs: Sequence[Job]
+    tasks: Sequence[Task]
     work: WorkFolder
     writers: Sequence[IndexedWriter]
     shares: tuple[float, float]
@@ -212,34 +213,39 @@ class _Join:
     def __post_init__(self) -> None:
         self.shards, self.dtype = self.work.finished(), self.writers[0].dtype
         self._next = self._documents = self._bytes = 0
-        self._total = sum(job.size for job in self.jobs)
+        self._total = sum(task.size for task in self.tasks)
 
     def run(self, pool: WorkerPool, progress: Callable[[int, int, int], None] | None) -> None:
         """Let the pool make the shards that are missing, and join what is there meanwhile."""
-        shards, itemsize = self.shards, self.dtype.itemsize
-        done, tokens = sum(self.jobs[n].size for n in shards), sum(p.token_bytes for p in shards.values()) // itemsize
-        now: dict[Connection, Progress] = {}  # how far the processes are in what is unfinished
-        for connection, message in pool.run([job for job in self.jobs if job.number not in shards], self._advance):
-            if isinstance(message, TextShard):
-                done, tokens = done + self.jobs[message.job].size, tokens + message.token_bytes // itemsize
-                shards[message.job] = message
+        shards, now = self.shards, dict[Connection, Progress]()  # how far the processes are in what is unfinished
+        done, size = sum(self.tasks[n].size for n in shards), sum(shard.token_bytes for shard in shards.values())
+        for connection, message in pool.run([task for task in self.tasks if task.number not in shards], self._advance):
             now[connection] = message if isinstance(message, Progress) else Progress(0, 0)
+            if isinstance(message, TextShard):
+                done, size = done + self.tasks[message.job].size, size + message.token_bytes
+                shards[message.job] = message
             if progress:
-                some = now.values()
-                progress(done + sum(s.bytes_done for s in some), self._total, tokens + sum(s.tokens for s in some))
+                read, written = (sum(values) for values in zip((done, size), *now.values(), strict=True))
+                progress(read, self._total, written // self.dtype.itemsize)
         while self._advance():
             pass
         self.check_end()
 
     def _advance(self) -> bool:
         """Append the shard that is next, if it is there; whether it was."""
-        shard = self.shards.get(self._next)
-        if shard:
-            self._judge(shard)
-            for tokens, rows in self.work.read(shard, self.dtype):
-                self._append(tokens, rows.astype(np.int64))
-            self._next += 1
-        return shard is not None
+        if self._next not in self.shards:
+            return False
+        shard, losses = self.shards[self._next], self.summary.losses
+        losses.take(shard)
+        if self.strict and (found := [*losses.examples, *(f"{name}: {why}" for name, why in losses.faults.items())]):
+            raise DataError(f"{found[0]}; correct the record, or leave out --strict to skip such records")
+        self._bytes += self.tasks[self._next].size
+        if losses.hopeless(self._bytes / self._total if self._total else 1.0):
+            losses.check()
+        for tokens, rows in self.work.read(shard, self.dtype):
+            self._append(tokens, rows.astype(np.int64))
+        self._next += 1
+        return True
 
     def _append(self, tokens: np.ndarray, rows: np.ndarray) -> None:
         which = split_of(np.arange(self._documents, self._documents + len(rows)), *self.shares)
@@ -251,16 +257,6 @@ class _Join:
             writer.add(tokens if here.all() else tokens[np.repeat(here, rows[:, 0])], rows[here, 0])
             out.documents, out.tokens = writer.num_documents, writer.num_tokens
             out.text_bytes += int(rows[here, 1].sum())
-
-    def _judge(self, shard: TextShard) -> None:
-        """Note what is lost in the next shard; stop when it is sure to be too much."""
-        losses = self.summary.losses
-        losses.take(shard)
-        if self.strict and (found := [*losses.examples, *(f"{name}: {why}" for name, why in losses.faults.items())]):
-            raise DataError(f"{found[0]}; correct the record, or leave out --strict to skip such records")
-        self._bytes += self.jobs[self._next].size
-        if losses.hopeless(self._bytes / self._total if self._total else 1.0):
-            losses.check()
 
     def check_end(self) -> None:
         """Raises: DataError if too much is lost or an output would be empty."""

@@ -2,9 +2,9 @@
 
 PREFIX.parts/DIGEST/ holds, for every process of every start of the same command,
 
-    NAME.tokens      token ids of the process's finished jobs, and perhaps of one unfinished one
+    NAME.tokens      token ids of the process's finished tasks, and perhaps of one unfinished one
     NAME.documents   int32 [n, 2] of the same documents: tokens, bytes of text
-    NAME.journal     one line of JSON per finished job (`TextShard`), written after the job's tokens and documents
+    NAME.journal     one line of JSON per finished task (`TextShard`), written after its tokens and documents
 
 DIGEST is of everything the tokens follow from: pieces of another input, tokenizer or option never mix in.  Each file
 has one writer and only grows.  Checksums show what a power failure left incomplete.
@@ -19,6 +19,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,9 +37,9 @@ MAX_EXAMPLES = 20  # bad records described one by one; all are counted
 
 @dataclass
 class TextShard:
-    """What became of one job: where its documents lie, and the records it skipped."""
+    """What became of one task: where its documents lie, and the records it skipped."""
 
-    job: int
+    job: int  # the task's number
     name: str = ""
     token_bytes_at: int = 0
     document_bytes_at: int = 0
@@ -70,25 +71,23 @@ class TextShard:
 
 
 class ShardWriter:
-    """The three files of one process. `sync`: other nodes read them, so they must leave this one after every job."""
+    """The three files of one process. `sync`: other nodes read them, so they must leave this one after every task."""
 
     def __init__(self, folder: Path, name: str, *, sync: bool) -> None:
         self.name, self._sync = name, sync
         kinds = ("tokens", "documents", "journal")
-        self._tokens, self._documents, self._journal = (
-            open(folder / f"{name}.{kind}", "xb", buffering=1 << 18) for kind in kinds
-        )
+        self._files = [open(folder / f"{name}.{kind}", "xb", buffering=1 << 18) for kind in kinds]
 
-    def begin(self, job: int) -> TextShard:
-        """Start the shard of a job; what an abandoned one wrote stays and is never read."""
-        self.shard = TextShard(job, self.name, self._tokens.tell(), self._documents.tell())
+    def begin(self, task: int) -> TextShard:
+        """Start the shard of a task; what an abandoned one wrote stays and is never read."""
+        self.shard = TextShard(task, self.name, self._files[0].tell(), self._files[1].tell())
         return self.shard
 
     def add(self, tokens: np.ndarray, rows: np.ndarray) -> None:
         """Append documents to the shard: tokens [T] back to back, rows int32 [n, 2] (tokens, bytes of text)."""
-        for i, (file, array) in enumerate(((self._tokens, tokens), (self._documents, rows))):
+        for i, array in enumerate((tokens, rows)):
             data = array.tobytes()
-            file.write(data)
+            self._files[i].write(data)
             self.shard.checksums[i] = crc32(data, self.shard.checksums[i])
         self.shard.documents += len(rows)
         self.shard.token_bytes += tokens.nbytes
@@ -96,7 +95,7 @@ class ShardWriter:
     def end(self) -> TextShard:
         """Finish the shard: only with its line in the journal does it exist."""
         line = json.dumps(vars(self.shard)).encode() + b"\n"
-        for file, rest in ((self._tokens, b""), (self._documents, b""), (self._journal, line)):
+        for file, rest in zip(self._files, (b"", b"", line), strict=True):
             file.write(rest)
             file.flush()
             if self._sync:
@@ -104,7 +103,7 @@ class ShardWriter:
         return self.shard
 
 
-class WorkFolder:
+class WorkFolder(AbstractContextManager["WorkFolder"]):
     """PREFIX.parts while a run uses it: locked, so that no second run writes the same output.
 
     `origin`: everything the tokens follow from.  Leaving the `with` block normally removes the folder, and so does an
@@ -117,16 +116,16 @@ class WorkFolder:
         self._lock = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise DataError(f"another process is writing {prefix} now; wait for it, or use another --output") from None
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:  # any other is of a file system without locks
+            if isinstance(error, BlockingIOError):
+                os.close(self._lock)
+                what = f"another process is writing {prefix} now"
+                raise DataError(f"{what}; wait for it, or use another --output") from None
         self._journals = sorted(self.path.glob("*.journal"))
         self.start = 1 + max((int(path.stem.split("-")[0]) for path in self._journals), default=-1)
 
     def finished(self) -> dict[int, TextShard]:
-        """The shards that earlier starts of the same command finished, by job; a line cut off by a kill is none.
+        """The shards that earlier starts of the same command finished, by task; a line cut off by a kill is none.
 
         What could not be read then is tried again, and so is what an earlier version skipped: this one reads more.
         """
@@ -135,15 +134,12 @@ class WorkFolder:
             files = [path.with_suffix(suffix) for suffix in (".tokens", ".documents")]
             sizes = [file.stat().st_size if file.exists() else 0 for file in files]
             for line in path.read_bytes().split(b"\n")[:-1]:
-                try:
+                with suppress(ValueError, TypeError):  # after a power failure a line may be anything
                     shard = TextShard(**json.loads(line))
-                except (ValueError, TypeError):  # after a power failure a line may be anything
-                    continue
-                if shard.faults or (shard.skipped and not shard.counts):
-                    continue
-                ends = (shard.token_bytes_at + shard.token_bytes, shard.document_bytes_at + 8 * shard.documents)
-                if all(end <= size for end, size in zip(ends, sizes, strict=True)):
-                    found[shard.job] = shard
+                    ends = (shard.token_bytes_at + shard.token_bytes, shard.document_bytes_at + 8 * shard.documents)
+                    whole = all(end <= size for end, size in zip(ends, sizes, strict=True))
+                    if whole and not shard.faults and (shard.counts or not shard.skipped):
+                        found[shard.job] = shard
         return found
 
     def read(self, shard: TextShard, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -171,9 +167,6 @@ class WorkFolder:
                     yield take(tokens, dtype, int(piece[:, 0].sum(dtype=np.int64)), 0), piece
         if sums != shard.checksums:
             raise DataError(f"{self.path}/{shard.name} is damaged; delete {self._root} and start again")
-
-    def __enter__(self) -> WorkFolder:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or not begun(self._root):

@@ -72,7 +72,7 @@ sys.path.insert(0, {root!r})
 from megallama.text import shards
 from megallama.text import preprocess
 from megallama.commands import prepare as preprocess_data
-preprocess.JOB_BYTES = {job}
+preprocess.TASK_BYTES = {job}
 end, calls = shards.ShardWriter.end, []
 def fatal(self):
     calls.append(1)

@@ -134,7 +134,7 @@ def test_a_preprocessing_killed_half_way_goes_on(folder: Path, tmp_path: Path) -
     parts = next((half / "text.parts").glob("*/"))
     parts.rename(parts.with_name(digest[:16]))
     code = (
-        "import sys, hashlib; from megallama.text import preprocess, workers; preprocess.JOB_BYTES = 2000\n"
+        "import sys, hashlib; from megallama.text import preprocess, workers; preprocess.TASK_BYTES = 2000\n"
         "run, jobs = preprocess.WorkerPool.run, []\n"
         "note = lambda todo: jobs.extend(job.number for job in todo)\n"
         "preprocess.WorkerPool.run = lambda self, todo, *rest: note(todo) or run(self, todo, *rest)\n"

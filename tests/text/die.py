@@ -28,7 +28,7 @@ PLACES: dict[str, tuple[Any, str]] = {
 
 def main(rank: str, where: str, count: str, *arguments: str) -> int:
     """Run the tool."""
-    preprocess.JOB_BYTES = 20_000
+    preprocess.TASK_BYTES = 20_000
     if int(count) and os.environ.get("PMI_RANK", "0") == rank:
         owner, name = PLACES[where]
         original, calls = getattr(owner, name), itertools.count(1)

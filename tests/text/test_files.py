@@ -132,7 +132,7 @@ def test_a_start_of_an_earlier_version_goes_on_with_its_own_list(
     tmp_path: Path, jsonl: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch, link: bool
 ) -> None:
     """It followed no links: the documents behind one are not of its list, and its jobs are as it cut them."""
-    monkeypatch.setattr(module, "JOB_BYTES", 2000)
+    monkeypatch.setattr(module, "TASK_BYTES", 2000)
     folder, outside = tmp_path / "in", make(tmp_path / "outside", "more.jsonl")
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(jsonl.read_bytes())

@@ -111,7 +111,7 @@ def test_the_bytes_do_not_depend_on_processes_jobs_or_blocks(
     parts = [""] if split == (0, 0) else ["_train", "_valid", "_test"][: 3 if split[1] else 2]
     summaries = []
     for name, processes, job, block in (("one", 1, 1 << 20, 99999), ("two", 2, 5000, 99999), ("three", 3, 700, 300)):
-        monkeypatch.setattr(module, "JOB_BYTES", job)
+        monkeypatch.setattr(module, "TASK_BYTES", job)
         monkeypatch.setattr("megallama.text.workers.BLOCK_BYTES", block)
         options = {"workers": processes, "split_valid": split[0], "split_test": split[1]}
         summaries.append(preprocess([corpus, tmp_path / "more"], tmp_path / name, tokenizer_path, **options))
@@ -272,7 +272,7 @@ def test_too_many_bad_records_stop_the_run(
     tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     bad: int, good: int, given: str, stops: bool,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(module, "JOB_BYTES", 20000)
+    monkeypatch.setattr(module, "TASK_BYTES", 20000)
     processes = 2 if good >= 15000 else 1  # with several jobs
     path = bad_lines(tmp_path / "a.jsonl", bad, good)
     if not stops:
@@ -296,7 +296,7 @@ def test_a_wrong_limit_of_bad_records_is_refused(jsonl: Path, tokenizer_path: Pa
 def test_strict_names_the_first_bad_record_of_the_input(
     jsonl: Path, tokenizer_path: Path, tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "JOB_BYTES", 3000)
+    monkeypatch.setattr(module, "TASK_BYTES", 3000)
     lines = jsonl.read_bytes().split(b"\n")[:-1]
     for number in (103, 104, 250, 299):
         lines[number - 1] = b"{" * number

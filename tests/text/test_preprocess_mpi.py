@@ -19,7 +19,7 @@ import json, sys
 from mpi4py import MPI
 from megallama.text import preprocess as module
 from megallama.text import workers
-module.JOB_BYTES, workers.REPORT_SECONDS = 5000, 0.0
+module.TASK_BYTES, workers.REPORT_SECONDS = 5000, 0.0
 workers.BLOCK_BYTES = 1000
 seen = []
 if MPI.COMM_WORLD.rank:

@@ -144,7 +144,7 @@ def test_a_changed_command_never_uses_old_parts(
         stat = (tmp_path / "a.jsonl").stat()
         (tmp_path / "a.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes().replace(b"fox", b"dog"))
         assert (tmp_path / "a.jsonl").stat().st_size == stat.st_size
-    monkeypatch.setattr(module, "JOB_BYTES", 20_000)
+    monkeypatch.setattr(module, "TASK_BYTES", 20_000)
     preprocess([tmp_path / "a.jsonl"], tmp_path / "o", tokenizer_path, **changed)
     preprocess([tmp_path / "a.jsonl"], tmp_path / "fresh", tokenizer_path, **changed)
     assert digests(tmp_path / "o") == digests(tmp_path / "fresh")
