@@ -108,7 +108,6 @@ def preprocess(
     """Tokenize files into OUTPUT.bin/.idx, or with a split into OUTPUT_train, OUTPUT_valid and OUTPUT_test.
 
     The tokenizer's eos, or `eos_token`, ends every document; with `bos` its bos begins it, as in LLaMA.
-    PREFIX.json records documents, tokens, bytes of text (what bits per byte needs) and the tokenizer.
     Until the end OUTPUT.parts/ keeps what is done, for the next start of a run that was killed.
     `max_bad`, `max_bad_per_file`, `skip_bad_files`: as in `Losses`, which ends the run where more is lost.
     `progress(bytes read, bytes in all, tokens)`; `say` gets what is not read of `inputs`.
@@ -132,8 +131,7 @@ def preprocess(
     tasks, origin = _tasks(files), origin_of(files)
     with WorkFolder(prefix, origin) as work:
         with ExitStack() as stack:
-            where = (work.path, work.start)
-            encoder = Encoder(str(path), fast, json_key, max_document_bytes, strict, *where, bos, eos_token)
+            encoder = Encoder(path, fast, json_key, max_document_bytes, strict, bos, eos_token, work.path, work.start)
             pool = stack.enter_context(WorkerPool(encoder, tokenizer, min(workers, len(tasks)), comm))
             dtype = dtype_for(tokenizer.vocab_size)
             writers = [stack.enter_context(IndexedWriter(out.prefix, dtype)) for out in outputs]

@@ -81,15 +81,15 @@ Connection = PipeConnection | RankConnection
 class Encoder:
     """Turns tasks into shards: sent to every process, and made ready there by `start`."""
 
-    tokenizer_path: str
+    tokenizer_path: Path
     fast: bool
     json_key: str
     max_document_bytes: int
     strict: bool
-    folder: Path
-    number: int  # of this start of the run, part of every file name
     bos: bool  # begin every document with the tokenizer's bos
     eos_token: str | None  # ends a document instead of what the tokenizer says
+    folder: Path
+    number: int  # of this start of the run, part of every file name
     sync: bool = False  # the processes are on several nodes
 
     def start(self, process: int, tokenizer: Tokenizer | None) -> None:
