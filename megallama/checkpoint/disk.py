@@ -1,10 +1,7 @@
 """Files, of ours and from anywhere: what is damage, and what only stands in the way.
 
-A shared file system fails for a while and then has every byte, so three things are told apart:
-
-    damaged      not the size or bytes that were saved, nor after opening the file a second time
-    missing      damage only if no rank sees it
-    unreadable   any other error, after `PATIENCE_SECONDS`: nothing is known about the contents
+A shared file system fails for a while and then has every byte, so files are opened a second time before
+they are called damaged, and other errors get `PATIENCE_SECONDS`.
 """
 
 from __future__ import annotations
@@ -19,13 +16,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.config.errors import MegallamaError
 
 PATIENCE_SECONDS = 30.0
 JSON_BYTES = 25_000_000  # the most that is read of a configuration, an index or a header
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV)
 
 T = TypeVar("T")
+
+
+class CheckpointError(MegallamaError):
+    """A checkpoint that cannot be written or used."""
+
+
+class DamagedError(CheckpointError):
+    """Bytes are not what was saved; the message names the file and, where it is known, the block."""
+
+    decisive = True  # damage that one rank sees is what a load ends with
 
 
 class MissingError(DamagedError):
@@ -50,11 +57,10 @@ def patiently(work: Callable[[Path], T], path: Path) -> T:
                 raise MissingError(f"{path} cannot be opened: {why}") from None
             if isinstance(error, PermissionError):
                 why = f"{why} for user id {os.geteuid()}; use chmod or chown"
-            elif tried < PATIENCE_SECONDS:
-                time.sleep(pause)
-                pause = min(2 * pause, 2.0)
-                continue
-            raise UnreadableError(f"{path} cannot be read, tried for {tried:.0f} s: {why}") from error
+            if isinstance(error, PermissionError) or tried >= PATIENCE_SECONDS:
+                raise UnreadableError(f"{path} cannot be read, tried for {tried:.0f} s: {why}") from error
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
 
 
 def exists(path: Path) -> bool:
@@ -66,7 +72,7 @@ def exists(path: Path) -> bool:
 
 
 def names(folder: Path) -> list[str]:
-    """The names in a folder, in order; none if there is no folder. Raises: UnreadableError."""
+    """The names in a folder, in order; none if there is no folder. Raises: as `patiently`."""
     return sorted(patiently(os.listdir, folder)) if exists(folder) else []
 
 

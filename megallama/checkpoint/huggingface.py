@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megallama.checkpoint import disk
-from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint.disk import CheckpointError
 from megallama.config.schema import Config, ModelConfig, RopeScaling
 from megallama.config.special_tokens import NAMES, read_settings, special_id
 from megallama.plan.params import heads

@@ -1,11 +1,9 @@
 """One job per checkpoint folder.
 
-The lock is a file created atomically (hard link) that says who holds it: host, pid, start time.  A
-holder touches it every few seconds.  A lock whose process has ended on this machine is taken over at
-once; one from another machine (a job restarted elsewhere after a crash) once it has not been touched
-for `LEASE_SECONDS`, watched by our own clock, so clocks need not agree.  So is one that does not say
-whose it is, and one that cannot be opened after three times as long: where a file is not opened, a
-network file system may show the times of a minute ago.
+The lock is a file created atomically (hard link) that says who holds it; a holder touches it every few
+seconds. One whose process has ended on this machine is taken over at once; one from another machine, or
+that does not say whose it is, once it has not been touched for `LEASE_SECONDS` of our own clock. One that
+cannot be opened gets three times as long, for of such a network file system may show old times.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megallama.checkpoint import disk
-from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.checkpoint.disk import CheckpointError, DamagedError
 
 NAME = "lock"
 LEASE_SECONDS = 60.0
@@ -37,6 +35,26 @@ class _Seen(NamedTuple):
     inode: int
     modified_ns: int
     uid: int
+
+    @property
+    def job(self) -> dict[str, Any]:
+        """What it says; nothing if it is not the content of a lock."""
+        try:
+            return disk.parse_object(self.content or b"")
+        except ValueError:
+            return {}
+
+
+def every(seconds: float, work: Callable[[], None]) -> threading.Event:
+    """Call `work` again and again in a thread, until the event is set."""
+    stop = threading.Event()
+
+    def loop() -> None:
+        while not stop.wait(seconds):
+            work()
+
+    threading.Thread(target=loop, name="checkpoint-timer", daemon=True).start()
+    return stop
 
 
 def _process(pid: int) -> str | None:
@@ -55,12 +73,10 @@ def _machine() -> str:
 
 
 class FolderLock:
-    """The lock of one folder; `acquire`, `check` before each write, `release`."""
+    """The lock of one folder."""
 
     def __init__(self, folder: Path, log: Callable[[str], None], lease_seconds: float = LEASE_SECONDS) -> None:
-        self._path = folder / NAME
-        self._log = log
-        self._lease = lease_seconds
+        self._path, self._log, self._lease = folder / NAME, log, lease_seconds
         self._own: bytes | None = None
         self._stop = threading.Event()
         self.lost = False  # another job was seen to hold the folder
@@ -72,12 +88,10 @@ class FolderLock:
         own = json.dumps(job | {"process": _process(os.getpid()), "since": now, "id": os.urandom(8).hex()}).encode()
         while not self._link(own):
             self._clear_stale()
-        self._own = own
-        self._stop = threading.Event()
-        threading.Thread(target=self._touch, args=(self._stop,), name="checkpoint-lock", daemon=True).start()
+        self._own, self._stop = own, every(self._lease / 6, self._touch)
 
     def check(self) -> None:
-        """See that the lock is still ours; one that was removed is made again, and that is said.
+        """See before a save that the lock is still ours; one that was removed is made again.
 
         Raises: CheckpointError if another job has the folder now (`lost`); UnreadableError; OSError.
         """
@@ -104,10 +118,9 @@ class FolderLock:
                 self._path.unlink()
         self._own = None
 
-    def _touch(self, stop: threading.Event) -> None:
-        while not stop.wait(self._lease / 6):
-            with suppress(OSError):  # `check` makes again what is gone
-                os.utime(self._path)
+    def _touch(self) -> None:
+        with suppress(OSError):  # `check` makes again what is gone
+            os.utime(self._path)
 
     def _link(self, content: bytes) -> bool:
         """Whether there was no lock, so that it is ours now."""
@@ -150,11 +163,10 @@ class FolderLock:
 
     def _living(self, held: _Seen) -> _Seen | None:
         """The lock as it is when its job has shown to be alive; None if it has not."""
-        who = _parse(held.content)
-        process = who.get("process")
+        who, process = held.job, held.job.get("process")
         if who.get("machine") == _machine() and type(who.get("pid")) is int and isinstance(process, str):
             return held if _process(who["pid"]) == process else None
-        seconds = self._lease * (1 if held.content is not None else 3)
+        seconds = self._lease * (3 if held.content is None else 1)
         self._log(f"waiting up to {seconds:g} s to see whether {_holder(held)} still lives")
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -181,15 +193,7 @@ def _holder(seen: _Seen | None) -> str:
     """Whose lock it is, in words."""
     if seen is None:
         return "another job"
-    if "host" in (who := _parse(seen.content)):
+    if "host" in (who := seen.job):
         return f"the job on host {who['host']}, pid {who.get('pid')}, started {who.get('since')}"
     what = "cannot be opened" if seen.content is None else f"holds {len(seen.content)} bytes that name nobody"
     return f"an unknown job of user id {seen.uid} (the lock {what})"
-
-
-def _parse(content: bytes | None) -> dict[str, Any]:
-    """What a lock says; nothing if it is not the content of one."""
-    try:
-        return disk.parse_object(content or b"")
-    except ValueError:
-        return {}

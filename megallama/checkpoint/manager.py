@@ -1,17 +1,12 @@
 """The checkpoints of one run: saving behind training, choosing what to resume from, keeping order.
 
     manager = CheckpointManager(config, folder, group, tokenizer, log)
-    manager.acquire()                                  one job per folder; cleans up after a crash
+    manager.acquire()
     counters = manager.resume(shards)                  or None: start from random weights
-    ...
-    manager.save(step, shards, counters)               returns after one copy of the state
+    manager.save(step, shards, counters)               again and again
     manager.finish(); manager.release()
 
-`group` must be used by nothing else: a save talks through it from a background thread while training
-talks through its own groups (on CUDA: give it a gloo group).
-
-The names in the folder: see `folder`.  *Newest* is the last one saved: saves are numbered, so after
-going back to an older step its successors win.
+*Newest* is the last one saved, not the highest step: after going back to an older step its successors win.
 """
 
 from __future__ import annotations
@@ -25,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
@@ -33,14 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megallama import __version__
 from megallama.checkpoint import disk, manifest, reader
 from megallama.checkpoint import folder as folders
-from megallama.checkpoint.disk import UnreadableError
-from megallama.checkpoint.errors import CheckpointError, NotFiniteError
+from megallama.checkpoint.disk import CheckpointError, UnreadableError
 from megallama.checkpoint.huggingface import model_files, own_tokenizer, read_model_config
 from megallama.checkpoint.layout import SHARD_BYTES, STATE, layout
-from megallama.checkpoint.lock import LEASE_SECONDS, FolderLock
-from megallama.checkpoint.writer import Content, write_checkpoint
+from megallama.checkpoint.lock import LEASE_SECONDS, FolderLock, every
+from megallama.checkpoint.writer import Content, NotFiniteError, write_checkpoint
 from megallama.comm.errors import InternalError
 from megallama.comm.group import Assembly
 from megallama.comm.on_all_ranks import on_all_ranks
@@ -56,9 +50,9 @@ TELL_SECONDS = 60.0  # between two lines about a save that lasts
 class CheckpointManager:
     """Saves and loads the checkpoints in `folder`; every rank of `group` has one and calls the same methods.
 
-    `group` is dedicated to checkpoints. `tokenizer` is kept in every checkpoint, with the `marks` that
-    `huggingface.model_files` takes; or `small`, its files as they are. `log` is called on rank 0 only, also from the
-    background thread.
+    `group` serves nothing else, for saves talk through it in the background (on CUDA: a gloo group).
+    `tokenizer` is kept in every checkpoint, with the `marks` of `huggingface.model_files`; or `small`, its
+    files as they are. `log` is called on rank 0 only, by any thread.
     """
 
     def __init__(
@@ -133,24 +127,19 @@ class CheckpointManager:
     # ---- saving ----
 
     def prepare(self, shards: Sequence[Shard]) -> None:
-        """Allocate and touch the host buffer of asynchronous saves, so that the first save is as fast as later ones."""
-        if not self._config.checkpoint.async_save or not shards:
-            return
-        master = shards[0].state["master"]
-        need = sum(len(STATE) * s.box.numel for s in shards)
-        if self._buffer is None or self._buffer.numel() < need or self._buffer.dtype != master.dtype:
+        """Make the host buffer of asynchronous saves, so that the first save is as fast as later ones."""
+        if self._config.checkpoint.async_save and shards and self._buffer is None:
+            need, master = sum(len(STATE) * s.box.numel for s in shards), shards[0].state["master"]
             self._buffer = torch.empty(need, dtype=master.dtype, pin_memory=master.is_cuda)
             self._buffer.zero_()  # touches the pages: zeros() would leave that to the first save
 
     def save(self, step: int, shards: Iterable[Shard], counters: dict[str, Any], *, behind: bool = True) -> None:
         """Save the state of `step`: the boxes this rank owns, and `counters` (JSON; equal on all ranks).
 
-        With checkpoint.async_save and `behind` it returns after one copy to host memory; a failure is logged and, as
-        long as checkpoint.max_failures in a row are not exceeded, left to the next save to make good. Else it
-        returns after the commit.
-        Raises: CheckpointError or MachineError on every rank if this save failed, or too many before it, or
-        another job has taken the folder; the checkpoints before it are untouched. NotFiniteError if this or the
-        last save met a state that is not finite.
+        With checkpoint.async_save and `behind` it returns after one copy to host memory, and up to
+        checkpoint.max_failures failures in a row are only logged. Raises, on every rank: CheckpointError or
+        MachineError if this save failed, or too many before it, or another job has the folder;
+        NotFiniteError, of this save or the last.
         """
         try:
             self.finish(f"checkpoint of step {step}")
@@ -189,10 +178,7 @@ class CheckpointManager:
         return isinstance(self._failure, NotFiniteError)
 
     def wait(self, seconds: float, whole: Callable[[], bool] = lambda: True) -> None:
-        """Wait at most so long for a running save, and hardly where not all ranks are there any more (`whole`).
-
-        `finish` raises what it met.
-        """
+        """Wait at most so long for a running save, and hardly where not all ranks are there any more (`whole`)."""
         deadline = time.monotonic() + seconds
         while self._thread is not None and self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
             self._thread.join(min(left, 0.1))
@@ -228,23 +214,27 @@ class CheckpointManager:
 
     def _write(self, step: int, shards: Iterable[Shard], counters: dict[str, Any]) -> None:
         started = time.monotonic()
-        contents: list[Content] = []
 
-        def begin() -> None:
+        def remind() -> None:
+            passed = time.monotonic() - started
+            self._log(f"the checkpoint of step {step} is still being written, for {passed:.0f} s now")
+
+        def begin() -> dict[str, Any]:
             self._lock.check()
-            final, body = self._folder / f"step-{step:08d}", self._body(step, counters)
-            contents.append(Content(final, self._sets, self._small, body, self._block_bytes))
+            return self._body(step, counters) if self._group.rank == 0 else {}
 
+        reminder = every(TELL_SECONDS, remind)
         try:
-            with _every_minute(self._log, f"the checkpoint of step {step} is still being written"):
-                on_all_ranks(self._group, f"checkpoint of step {step}", begin)
-                write_checkpoint(contents[0], shards, self._group)
+            body = on_all_ranks(self._group, f"checkpoint of step {step}", begin)[0]
+            content = Content(self._folder / f"step-{step:08d}", self._sets, self._small, body, self._block_bytes)
+            write_checkpoint(content, shards, self._group)
         except NotFiniteError as error:
             alone = " on rank 0" * (self._group.size == 1)
             good = "there is none: start again" if self.saved_step is None else f"resume from step {self.saved_step}"
             error.args = (f"{error}{alone}; {good} with a lower optimizer.lr",)
             raise
-        content = contents[0]
+        finally:
+            reminder.set()
         self._failures, self.saved_step = 0, step
         if self._group.rank == 0:
             size = sum(content.sizes.values())
@@ -252,11 +242,9 @@ class CheckpointManager:
             self._tidy(content.final)
 
     def _body(self, step: int, counters: dict[str, Any]) -> dict[str, Any]:
-        sequence = 0
-        if self._group.rank == 0:
-            found = folders.checkpoints(self._folder).values()
-            sequence = 1 + max((brief.sequence for brief in found if isinstance(brief, folders.Brief)), default=0)
-            sequence += sum(isinstance(brief, UnreadableError) for brief in found) << 20  # surely beyond theirs
+        found = folders.checkpoints(self._folder).values()
+        sequence = 1 + max((brief.sequence for brief in found if isinstance(brief, folders.Brief)), default=0)
+        sequence += sum(isinstance(brief, UnreadableError) for brief in found) << 20  # surely beyond theirs
         return {
             "format": manifest.FORMAT,
             "step": step,
@@ -270,7 +258,7 @@ class CheckpointManager:
             "config": self._config.model_dump(mode="json"),
             "saved_at": datetime.now().astimezone().isoformat(timespec="seconds"),
             "saved_by_ranks": self._group.size,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "megallama": _own_version()},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "megallama": __version__},
         }
 
     def _tidy(self, final: Path) -> None:
@@ -449,24 +437,3 @@ def _touching(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         yield run[0].as_strided((sum(tensor.numel() for tensor in run),), (1,))
 
 
-@contextmanager
-def _every_minute(log: Callable[[str], None], what: str) -> Iterator[None]:
-    """While the body lasts, say that it does."""
-    ended, since = threading.Event(), time.monotonic()
-
-    def remind() -> None:
-        while not ended.wait(TELL_SECONDS):
-            log(f"{what}, for {time.monotonic() - since:.0f} s now")
-
-    threading.Thread(target=remind, daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
-
-
-def _own_version() -> str:
-    try:
-        return version("megallama")
-    except PackageNotFoundError:
-        return "source tree"

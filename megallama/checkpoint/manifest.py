@@ -1,16 +1,14 @@
 """The manifest: what a checkpoint is, and the digest of every block of every file.
 
-A folder is a checkpoint if and only if it has a manifest that verifies, for the manifest is written
-last.  Files are digested in blocks (SHA-256, the first 128 bits), so damage is found in the moment
-the bytes are read and can be named; a file's digest is the digest of its block digests; the manifest
-carries its own.
+A folder is a checkpoint if and only if it has a manifest that verifies, for that is written last. Files are
+digested in blocks (SHA-256, the first 128 bits), so damage is found when the bytes are read; a file's digest
+is that of its block digests, and the manifest carries its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from megallama.checkpoint import disk
-from megallama.checkpoint.disk import MissingError
-from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.checkpoint.disk import CheckpointError, DamagedError, MissingError
 from megallama.config.presets import PRESETS
 from megallama.config.schema import ModelConfig
 from megallama.plan.params import heads
@@ -28,6 +25,7 @@ from megallama.plan.params import heads
 NAME = "manifest.json"
 FORMAT = 1
 BLOCK_BYTES = 4 << 20
+DIGITS = 32  # of a SHA-256 in hexadecimal
 MANIFEST_BYTES = 1 << 29  # the most that is read; one of 65B parameters has 9 million
 MAX_LAYERS = 100_000  # no model has more
 
@@ -43,7 +41,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A verified manifest: its values have their types, its files are in the folder."""
+    """A verified manifest; its files are in the folder."""
 
     step: NonNegativeInt  # optimizer steps done
     sequence: int  # saves of a folder are numbered; the newest checkpoint is the last save, not the highest step
@@ -73,17 +71,7 @@ _MANIFEST = TypeAdapter(Manifest)
 
 def digest(data: bytes | bytearray | memoryview) -> str:
     """The digest of a block."""
-    return spelled(hashlib.sha256(data))
-
-
-def spelled(hashed: hashlib._Hash) -> str:
-    """How the manifest writes a SHA-256."""
-    return hashed.hexdigest()[:32]
-
-
-def block_count(size: int, block_bytes: int) -> int:
-    """Blocks of a file of `size` bytes."""
-    return -(-size // block_bytes)
+    return hashlib.sha256(data).hexdigest()[:DIGITS]
 
 
 def render(body: dict[str, Any]) -> bytes:
@@ -93,13 +81,12 @@ def render(body: dict[str, Any]) -> bytes:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and verify the manifest of a step folder; `check_sizes` looks at the files.
+    """Read and verify the manifest of a step folder.
 
     Raises: MissingError; DamagedError if, read twice, it does not match its digest; UnreadableError;
-    CheckpointError for a format this program does not know, or values that it never writes.
+    CheckpointError for another format, or values that are never written.
     """
-    path = folder / NAME
-    body = None
+    path, body = folder / NAME, None
     for _ in range(2):
         try:
             body = body or _verified(disk.read_file(path, MANIFEST_BYTES))
@@ -118,9 +105,9 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{path} is not one that this program writes: {where}: {first['msg']}") from None
-    counts = {n: len(r.blocks) - block_count(r.size, saved.block_bytes) for n, r in saved.files.items()}
-    if wrong := [name for name, surplus in counts.items() if surplus]:
-        raise CheckpointError(f"{path} is not one that this program writes: the blocks of {wrong[0]} are not its size")
+    for name, record in saved.files.items():
+        if len(record.blocks) != -(-record.size // saved.block_bytes):
+            raise CheckpointError(f"{path} is not one that this program writes: the blocks of {name} are not its size")
     check_layers(path, saved.model)
     return saved
 
@@ -139,17 +126,6 @@ def check_layers(path: Path, model: ModelConfig, tensors: int = MAX_LAYERS) -> N
     """Raises: CheckpointError for more layers than so many tensors are: laying them out takes long."""
     if model.num_layers > max(tensors, 1000):
         raise CheckpointError(f"{path} describes a model of {model.num_layers} layers; it has fewer")
-
-
-def check_sizes(folder: Path, saved: Manifest, prefix: str = "") -> None:
-    """See that the files whose names begin with `prefix` are there in full size.
-
-    Raises: MissingError; DamagedError for another size, seen twice; UnreadableError.
-    """
-    for name, record in saved.files.items():
-        path = folder / name
-        if name.startswith(prefix) and disk.patiently(os.stat, path).st_size != record.size:
-            os.close(disk.open_file(path, record.size)[0])
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:

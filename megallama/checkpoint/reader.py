@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megallama.checkpoint import disk, manifest
-from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.checkpoint.disk import CheckpointError, DamagedError
 from megallama.checkpoint.folder import step_folder
 from megallama.checkpoint.layout import DTYPES, STATE, TensorPlace, layout
 from megallama.config.schema import ModelConfig

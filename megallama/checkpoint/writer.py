@@ -32,8 +32,7 @@ import torch
 from torch import Tensor
 
 from megallama.checkpoint import manifest
-from megallama.checkpoint.disk import opened, read_at, sync, write_at, write_durably
-from megallama.checkpoint.errors import CheckpointError, NotFiniteError
+from megallama.checkpoint.disk import CheckpointError, opened, read_at, sync, write_at, write_durably
 from megallama.checkpoint.folder import REPLACED, remove_checkpoint, unfinished
 from megallama.checkpoint.layout import DTYPES, FileSet, TensorPlace
 from megallama.comm.group import Assembly
@@ -45,6 +44,12 @@ CHUNK_ELEMENTS = 1 << 20  # elements converted, digested and written while they 
 THREADS = 2  # that write; more would take cores from a training that goes on
 FLUSH_BYTES = 256 << 20  # written between two requests to the disk
 fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+
+
+class NotFiniteError(CheckpointError):
+    """What was to be saved holds inf or nan, and was not: the message names the tensor and the rank."""
+
+    status = 3
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Content:
     def blocks(self) -> Iterator[tuple[str, int]]:
         """(file, index) of every block, in a fixed order."""
         for name, size in self.sizes.items():
-            yield from ((name, i) for i in range(manifest.block_count(size, self.block_bytes)))
+            yield from ((name, i) for i in range(-(-size // self.block_bytes)))
 
 
 def write_checkpoint(content: Content, shards: Iterable[Shard], group: Assembly) -> None:
@@ -223,7 +228,7 @@ class _Output:
                 continue
             self._hash.update(part)
             if self._at == min((index + 1) * self._block_bytes, self._size):
-                self.digests[index] = manifest.spelled(self._hash)
+                self.digests[index] = self._hash.hexdigest()[: manifest.DIGITS]
 
 
 class Flusher(ThreadPoolExecutor):

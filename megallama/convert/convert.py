@@ -19,8 +19,7 @@ from torch import Tensor
 
 import megallama.convert.foreign as foreign
 from megallama.checkpoint import manifest, reader
-from megallama.checkpoint.disk import sync, write_at
-from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint.disk import CheckpointError, sync, write_at
 from megallama.checkpoint.folder import step_folder, unfinished
 from megallama.checkpoint.huggingface import TORCH_NAMES
 from megallama.checkpoint.layout import DTYPES, SHARD_BYTES, STATE, WEIGHTS, FileSet, TensorPlace, file_set, one_file

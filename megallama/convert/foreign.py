@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint.disk import CheckpointError
 from megallama.config.schema import ModelConfig, RopeScaling
 from megallama.plan.box import Box
 from megallama.plan.params import global_shapes, heads

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megallama.checkpoint import disk
-from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.checkpoint.disk import CheckpointError, DamagedError
 from megallama.checkpoint.layout import DTYPES, TensorPlace
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import megallama.convert.foreign as foreign
 from megallama.checkpoint import disk, manifest, reader
-from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.checkpoint.disk import CheckpointError, DamagedError
 from megallama.checkpoint.folder import step_folder
 from megallama.checkpoint.huggingface import META_CONTEXT, model_files, own_tokenizer, read_model_config, special_tokens
 from megallama.checkpoint.layout import DTYPES, WEIGHTS, TensorPlace

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megallama.checkpoint import disk, manifest, reader
-from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.checkpoint.disk import CheckpointError, DamagedError
 from megallama.checkpoint.folder import find_checkpoint, step_folder
 from megallama.checkpoint.huggingface import read_model_config
 from megallama.config.errors import ConfigError

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from megallama.checkpoint.errors import NotFiniteError
 from megallama.checkpoint.manager import CheckpointManager
+from megallama.checkpoint.writer import NotFiniteError
 from megallama.comm.launch import World
 from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.config.errors import ConfigError, MegallamaError

@@ -13,8 +13,7 @@ import pytest
 
 from megallama.checkpoint import folder as folders
 from megallama.checkpoint import manifest
-from megallama.checkpoint.disk import UnreadableError
-from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.checkpoint.disk import CheckpointError, DamagedError, UnreadableError
 from megallama.checkpoint.reader import BlockFile, verify_blocks
 from megallama.commands.inspect_checkpoint import main as inspect
 from megallama.plan.topology import Topology

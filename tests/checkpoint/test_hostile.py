@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megallama.checkpoint import manifest
-from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint.disk import CheckpointError
 from megallama.commands.convert import main as reshard
 from megallama.commands.generate import main as generate
 from megallama.commands.inspect_checkpoint import main as inspect

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megallama.checkpoint import reader
-from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.checkpoint.disk import CheckpointError, DamagedError
 from megallama.checkpoint.huggingface import model_files, read_model_config
 from megallama.checkpoint.manifest import architecture
 from megallama.config.load import load

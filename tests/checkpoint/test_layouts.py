@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint.disk import CheckpointError
 from megallama.checkpoint.layout import file_set, layout
 from megallama.config.schema import ModelConfig
 from megallama.plan.topology import Topology

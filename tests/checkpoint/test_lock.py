@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megallama.checkpoint import disk, lock
-from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint.disk import CheckpointError
 from megallama.checkpoint.lock import FolderLock
 from tests.checkpoint.states import make_config, make_manager, make_state, solo_shards
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megallama.checkpoint import manifest
-from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint.disk import CheckpointError
 from megallama.config.load import load
 from megallama.config.presets import PRESETS
 from megallama.config.schema import Config

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megallama.checkpoint.errors import CheckpointError, DamagedError
+from megallama.checkpoint.disk import CheckpointError, DamagedError
 from megallama.comm.errors import InternalError, LaunchError, MachineError
 from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.config.errors import ConfigError, MegallamaError

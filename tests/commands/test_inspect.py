@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megallama.checkpoint import writer
-from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint.disk import CheckpointError
 from megallama.checkpoint.folder import find_checkpoint
 from megallama.commands.inspect_checkpoint import main
 from megallama.inference.generate import find_model, load_llama

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint.disk import CheckpointError
 from megallama.commands.convert import main
 from megallama.convert.compare_logits import _second_reading
 from megallama.inference.generate import load_llama

@@ -12,7 +12,7 @@ import pytest
 
 import megallama.checkpoint.manager as manager_module
 import megallama.train.loop as loop_module
-from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint.disk import CheckpointError
 from megallama.data.samples import Samples, Synthetic
 from megallama.pretrain import main
 from megallama.train.step import RankStatus, StepConsensus

@@ -12,7 +12,7 @@ import tokenizers
 import torch
 import transformers
 
-from megallama.checkpoint.errors import CheckpointError
+from megallama.checkpoint.disk import CheckpointError
 from megallama.checkpoint.manifest import render
 from megallama.commands.generate import main
 from megallama.config.errors import ConfigError
