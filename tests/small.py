@@ -13,7 +13,7 @@ from megallama.comm.group import Solo
 from megallama.comm.groups import Groups, build_groups
 from megallama.config.load import resolve
 from megallama.config.schema import Config
-from megallama.kernels.documents import Documents
+from megallama.kernels.attention import Documents
 from megallama.kernels.select import select_kernels
 from megallama.layers.batch import MicroBatch
 from megallama.model.llama import Stage

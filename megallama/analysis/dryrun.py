@@ -26,7 +26,7 @@ from megallama.analysis.agreement import Program, prove
 from megallama.analysis.recording import Call, FakeGroup, Recording, Wait
 from megallama.comm.group import Group, Solo
 from megallama.comm.groups import Partition, build_groups, partitions
-from megallama.kernels.documents import Documents
+from megallama.kernels.attention import Documents
 from megallama.kernels.select import select_kernels
 from megallama.layers.batch import MicroBatch
 from megallama.model.llama import Stage

@@ -287,7 +287,7 @@ def workload(operation: str, made: Any, target: Any) -> Callable[[], Any]:
     import torch
 
     from megallama.config.schema import OptimizerConfig
-    from megallama.kernels.dtypes import accumulate_dtype
+    from megallama.kernels.candidate import accumulate_dtype
 
     tokens, h, f, heads, d, seq, vocab = CUDA_SIZE if target.device.type == "cuda" else CPU_SIZE
     acc_dtype = accumulate_dtype(target.dtype)

@@ -23,7 +23,7 @@ from torch import Tensor
 from megallama.checkpoint.layout import DTYPES, WEIGHTS
 from megallama.convert.convert import UnverifiedError
 from megallama.convert.source import Source
-from megallama.kernels.rope import inverse_frequencies
+from megallama.kernels.pointwise import inverse_frequencies
 from megallama.plan.params import heads, num_parameters
 
 TOLERANCE = 1e-4  # of the largest logit; sums in another order differ by about 1e-6

@@ -25,9 +25,8 @@ from megallama.config.schema import ModelConfig
 from megallama.config.special_tokens import read_settings
 from megallama.config.words import counted
 from megallama.data.tokenizer import Tokenizer
-from megallama.kernels.dtypes import accumulate_dtype
-from megallama.kernels.norm import rms_norm
-from megallama.kernels.rope import apply_rope, rope_tables
+from megallama.kernels.candidate import accumulate_dtype
+from megallama.kernels.pointwise import apply_rope, rms_norm, rope_tables
 from megallama.plan.params import global_shapes, heads
 
 MAX_CONTEXT = 1 << 24  # a model that claims more would fill the memory with tables of angles

@@ -1,10 +1,10 @@
 """What the candidates for an operation share: where they are to run, how they decline, packages, the comparison.
 
-Every operation has a file of its own with its implementations, the check that they must pass, and
-an `Operation` that lists them in order.  Implementations of Transformer Engine and of NVIDIA's apex
-are made by functions that import them when a GPU asks: both packages can fail to import in many
-ways (missing CUDA libraries, other versions, an unrelated package of the same name), so such a
-function returns an implementation or raises whatever it raises.
+A file of this folder holds the implementations of its operations and, for each, an `Operation` that
+lists them in order with the small problem on which they are compared.  Implementations of
+Transformer Engine and of NVIDIA's apex are made by functions that import them when a GPU asks: both
+packages can fail to import in many ways (missing CUDA libraries, other versions, an unrelated
+package of the same name), so such a function returns an implementation or raises whatever it raises.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import cycle
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from megallama.kernels.dtypes import accumulate_dtype
 
 TE, APEX, COMPILED = "Transformer Engine", "apex", "torch.compile"
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5, torch.float64: 1e-12}
@@ -33,6 +33,11 @@ class Wrong(Unsupported):
     """A candidate that computes something else."""
 
 
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The format in which sums over `dtype` are formed: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class Target:
     """Where and for what kernels are selected."""
@@ -41,7 +46,8 @@ class Target:
     dtype: torch.dtype
     documents: bool = False  # attention must keep them apart
     compiled: bool = False  # run.compile
-    product: Callable[[Tensor, Tensor], Tensor] | None = None  # the matrix product that was selected; None: torch's
+    product: Callable[[Tensor, Tensor], Tensor] | None = None  # the selected one; None: torch's
+    exact: bool = False  # random values of `dtype`, but held in float64: operands of the reference
 
     def need_cuda(self) -> None:
         if self.device.type != "cuda":
@@ -52,14 +58,8 @@ class Target:
         if self.dtype not in (torch.bfloat16, torch.float16):
             raise Unsupported(f"16-bit formats only, not {self.dtype}")
 
-    def need_fp8(self) -> None:
-        self.need_cuda()
-        major, minor = torch.cuda.get_device_capability(self.device)
-        if (major, minor) < (8, 9):
-            raise Unsupported(f"compute capability {major}.{minor} is below 8.9 (L40S, H100, H200, B200)")
-
     def te_module(self, name: str = "transformer_engine_torch") -> ModuleType:
-        """A module of Transformer Engine; functions below its modules are there once the package was imported."""
+        """A module of Transformer Engine, whose modules work once the package was imported."""
         self.need_cuda()
         if importlib.util.find_spec("transformer_engine") is None:
             raise Unsupported("not installed")
@@ -77,36 +77,62 @@ class Target:
             raise Unsupported(f"apex was built without its CUDA extension {name}")
         return importlib.import_module(name)
 
+    def compile(self, formula: Callable[..., Any]) -> Callable[..., Any]:
+        """`formula` fused by torch.compile, for each shape that it meets.
+
+        Only pointwise formulas are compiled: graphs stay small and nothing that communicates is
+        inside one.  It needs a C++ compiler (on a GPU also Triton) at run time.  Measured on an AMD
+        Zen 5 core in bf16, forward and backward, 2048 x 256 / 1024 x 768: RMSNorm 2.1 / 2.3 times
+        as fast as eager, SwiGLU 1.9 / 1.3, RoPE 4.2 / 3.1, softmax 1.4 / 1.3; the first call of
+        each compiles for some seconds.
+        """
+        if not self.compiled:
+            raise Unsupported("run.compile=false")
+        # never symbolic shapes: then bits depend on the operands alone, not on which shapes came first, and a
+        # resumed run repeats them.  A formula writes into no argument: torch 2.13 was seen to write into another
+        fused, met = torch.compile(formula, dynamic=False), set[Any]()
+
+        def call(*args: Any) -> Any:
+            plain = [a.detach() if isinstance(a, Tensor) else a for a in args]  # saved tensors remember their graph
+            shapes = tuple((a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in plain)
+            new = shapes not in met  # beyond its limit of shapes torch would go on uncompiled: other bits
+            met.add(shapes)
+            with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1000) if new else nullcontext():
+                return fused(*plain)
+
+        return call
+
     def random(self, *shape: int, seed: int = 0) -> Tensor:
         """Normal values in this format, on this device."""
         generator = torch.Generator(self.device).manual_seed(seed)
         acc_dtype = accumulate_dtype(self.dtype)
-        return torch.randn(shape, device=self.device, generator=generator, dtype=acc_dtype).to(self.dtype)
+        values = torch.randn(shape, device=self.device, generator=generator, dtype=acc_dtype).to(self.dtype)
+        return values.double() if self.exact else values
 
 
 @dataclass(frozen=True)
 class Operation:
     """The candidates for one operation, in order. The last is selected unchecked: nothing is left if it is refused.
 
-    A check takes a candidate and compares it on a small problem with the plain formula in float64:
-    forward, backward, accumulation.  It raises `Unsupported` with what differs and by how much,
-    relative to the norm of what it should be.
+    `results` runs an implementation on a small problem: forward, backward, accumulation, by name.
     """
 
     candidates: Sequence[tuple[str, Callable[[Target], Any]]]
     last: tuple[str, Callable[[Target], Any]]
-    check: Callable[[Any, Target], None]
+    results: Callable[[Any, Target], list[tuple[str, Tensor]]]
+    tolerances: Sequence[float] = ()  # of the results in turn; what the format can tell where there are none
+    plain: Any = None  # the formula with which all are compared, where it is not the last candidate
 
+    def check(self, made: Any, target: Target) -> None:
+        """Compare an implementation with the plain formula in float64, relative to the norm of what should be.
 
-def require_close(what: str, result: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Raises: Wrong if `result` is further from `expected` than `tolerance`, or not a number."""
-    result, expected = result.detach().double(), expected.detach().double().to(result.device)
-    error = float((result - expected).norm() / expected.norm())
-    if not error <= tolerance:
-        raise Wrong(f"{what} differs from the plain formula by {error:.1e}")
-
-
-def require_all_close(results: dict[str, Tensor], expected: Sequence[Tensor], target: Target) -> None:
-    """`require_close` of several results, within what the format of `target` can tell."""
-    for (what, result), want in zip(results.items(), expected, strict=True):
-        require_close(what, result, want, TOLERANCE[target.dtype])
+        Raises: Wrong with the name of what differs and by how much, also if it is not a number.
+        """
+        exact = replace(target, exact=True, product=None)
+        wanted = self.results(self.plain or self.last[1](exact), exact)
+        tolerances = cycle(self.tolerances or [TOLERANCE[target.dtype]])
+        for (name, result), (_, want) in zip(self.results(made, target), wanted, strict=True):
+            want = want.detach().double().to(result.device)
+            error = float((result.detach().double() - want).norm() / want.norm())
+            if not error <= next(tolerances):
+                raise Wrong(f"{name} differs from the plain formula by {error:.1e}")

@@ -1,15 +1,14 @@
-"""The matrix product of the linear layers, in the one form that all three of a layer's GEMMs take: a @ b.T.
+"""Matrix products: that of the linear layers, the weight gradient that adds to fp32, and both in fp8.
+
+All three GEMMs of a layer have one form, a @ b.T:
 
     forward  y  = x @ W.T          matmul_nt(x, W)
     dgrad    dx = dy @ W           matmul_nt(dy, W.T)
     wgrad    dW = dy.T @ x         matmul_nt(dy.T, x.T)
 
-torch's CPU build multiplies fp32 with MKL, which takes slow paths on processors that are not Intel's
-(measured on an AMD Zen 5 core: 85 GFLOP/s, oneDNN 180).  There oneDNN, which the same build contains
-for fused layers, is called instead.  The choice follows from the processor alone, never from a
-measurement, so that two runs on one machine give the same bits.
-
-Considered and left out: apex's fused dense layers (they keep outputs that our backward makes again).
+Considered and left out: apex's fused dense layers (they keep outputs that our backward makes again),
+`te.Linear` under `te.autocast` (our linear layers are hand-written functions, so they call what it
+calls, quantizer and GEMM).
 """
 
 from __future__ import annotations
@@ -17,22 +16,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import TOLERANCE, Operation, Target, Unsupported, require_close
+from megallama.kernels.candidate import APEX, TE, Operation, Target, Unsupported, accumulate_dtype
 
 MatmulNT = Callable[[Tensor, Tensor], Tensor]  # a [m, k], b [n, k] -> a @ b.T [m, n], a new tensor
+AddWgrad = Callable[[Tensor, Tensor, Tensor, bool], None]  # main_grad [out, in], dy, x, overwrite
+Results = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Gemms:
     """The three products of a weight [out, in] with activations x [T, in] and gradients dy [T, out]."""
 
-    fprop: Callable[[Tensor, Tensor], Tensor]  # x, weight -> x @ weight.T
+    fprop: MatmulNT  # x, weight -> x @ weight.T
     dgrad: Callable[[Tensor, Tensor], Tensor]  # dy, weight -> dy @ weight
-    wgrad: Callable[[Tensor, Tensor, Tensor, bool], None]  # main_grad, dy, x, overwrite: += dy.T @ x
+    wgrad: AddWgrad  # += dy.T @ x
+
+    @classmethod
+    def of(cls, product: MatmulNT, wgrad: AddWgrad) -> Gemms:
+        """All by one product but the last."""
+        return cls(product, lambda dy, weight: product(dy, weight.t()), wgrad)
+
+
+# ---- the product ----
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
@@ -55,6 +65,11 @@ def processor() -> str:
 
 
 def _onednn(target: Target) -> MatmulNT:
+    """torch's CPU build multiplies fp32 with MKL, which is slow on processors that are not Intel's.
+
+    Measured on an AMD Zen 5 core: 85 GFLOP/s, oneDNN, which the same build contains, 180.  The choice
+    follows from the processor, never from a measurement: two runs on one machine give the same bits.
+    """
     if target.device.type != "cpu" or target.dtype != torch.float32:
         raise Unsupported("fp32 on a CPU only")
     if processor() == "GenuineIntel":
@@ -64,11 +79,190 @@ def _onednn(target: Target) -> MatmulNT:
     return onednn_matmul_nt
 
 
-def check_product(product: MatmulNT, target: Target) -> None:
-    """a @ b.T, also of operands that are views."""
+def _product_results(product: MatmulNT, target: Target) -> Results:
+    """Also of operands that are views."""
     a, b = (target.random(n, 48, seed=n) for n in (33, 40))
-    for x, y in ((a, b), (a[:, :40], b.t()[:, :40].t()[:, :40]), (a.t(), b[:33].t())):
-        require_close("product", product(x, y), x.double() @ y.double().t(), TOLERANCE[target.dtype])
+    pairs = (a, b), (a[:, :40], b.t()[:, :40].t()[:, :40]), (a.t(), b[:33].t())
+    return [("product", product(x, y)) for x, y in pairs]
 
 
-PRODUCT = Operation([("oneDNN", _onednn)], ("torch mm", lambda target: matmul_nt), check_product)
+PRODUCT = Operation([("oneDNN", _onednn)], ("torch mm", lambda target: matmul_nt), _product_results)
+
+
+# ---- weight gradients accumulated straight into fp32: main_grad += dy.T @ x ----
+
+MAX_PRODUCT = 1 << 22  # elements of a product that exist before they are added: those of a large head come in blocks
+
+
+def add_wgrad_with(product: MatmulNT) -> AddWgrad:
+    """Accumulation by a product in the operands' format and an addition in main_grad's."""
+
+    def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
+        if dy.dtype == main_grad.dtype and product is matmul_nt:
+            torch.mm(dy.t(), x, out=main_grad) if overwrite else main_grad.addmm_(dy.t(), x)
+            return
+        step = max(1, MAX_PRODUCT // main_grad.shape[1])
+        for grad, part in zip(main_grad.split(step), dy.split(step, 1), strict=True):
+            grad.copy_(product(part.t(), x.t())) if overwrite else grad.add_(product(part.t(), x.t()))
+
+    return add
+
+
+def _addmm(target: Target) -> AddWgrad:
+    """One GEMM whose output is fp32: torch's addmm with an output format."""
+    if target.device.type != "cuda" or accumulate_dtype(target.dtype) == target.dtype:
+        raise Unsupported("CUDA with 16-bit weights only")
+
+    def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
+        if overwrite:
+            torch.mm(dy.t(), x, out_dtype=torch.float32, out=main_grad)
+        else:
+            torch.ops.aten.addmm.dtype_out(main_grad, dy.t(), x, torch.float32, out=main_grad)
+
+    return add
+
+
+def _te_wgrad(target: Target) -> AddWgrad:
+    target.need_half_on_cuda()
+    gemm = target.te_module("transformer_engine.pytorch.cpp_extensions").general_gemm
+
+    def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
+        gemm(x, dy, out_dtype=torch.float32, accumulate=not overwrite, layout="NT", out=main_grad, grad=True)
+
+    return add
+
+
+def _apex_wgrad(target: Target) -> AddWgrad:
+    target.need_half_on_cuda()
+    extension = target.apex_module("fused_weight_gradient_mlp_cuda")
+
+    def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
+        if overwrite:
+            main_grad.zero_()
+        extension.wgrad_gemm_accum_fp32(x, dy, main_grad)
+
+    return add
+
+
+def _wgrad_results(add: AddWgrad, target: Target) -> Results:
+    """Written over what was there, and added to it."""
+    dy, x = (target.random(64, n, seed=n) for n in (32, 48))
+    first = torch.full((32, 48), 7.0, dtype=accumulate_dtype(dy.dtype), device=target.device)
+    add(first, dy, x, True)
+    second = first.clone()
+    add(second, dy, x, False)
+    return [("overwritten", first), ("accumulated", second)]
+
+
+WGRAD = Operation(
+    [(TE, _te_wgrad), (APEX, _apex_wgrad), ("torch addmm into fp32", _addmm)],
+    ("that product, then add", lambda target: add_wgrad_with(target.product or matmul_nt)),
+    _wgrad_results,
+    (1e-5,),
+)
+
+
+# ---- fp8 with current scaling (Micikevicius et al. 2022) ----
+#
+# Weights and activations are rounded to E4M3 (largest value 448), gradients to E5M2 (57344), each with one scale
+# for the whole tensor from its own largest element: a power of two, so that scaling rounds nothing and every
+# element is rounded once.  Sums are fp32 in the GEMM; outputs are bf16, weight gradients fp32.
+#
+# Hopper multiplies fp8 only as a @ b.T with both operands contiguous along the sum (and sizes that are multiples
+# of 16): the backward's operands are transposed after rounding.  Nothing is kept: each GEMM rounds its own operands.
+
+FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
+Scaled = tuple[Tensor, Tensor]  # fp8 values and the inverse of their scale, one fp32 number
+
+
+def quantize(x: Tensor, dtype: torch.dtype, *, transpose: bool = False) -> Scaled:
+    """x or x.T times a power of two in `dtype`, and the inverse of that power, on the device."""
+    largest = torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32)
+    _, exponent = torch.frexp(torch.finfo(dtype).max / largest.clamp(1e-30))
+    scale = torch.ldexp(torch.ones_like(largest), (exponent - 1).clamp_(-100, 100))
+    inverse = torch.where(largest.isfinite(), 1 / scale, torch.nan)  # fp8 would hide an infinity
+    values = (x * scale.to(x.dtype)).to(dtype)
+    return values.t().contiguous() if transpose else values, inverse
+
+
+def _scaled_mm(a: Scaled, b: Scaled, out: Tensor | None = None, fast: bool = False) -> Tensor:
+    """a [m, k] @ b [n, k].T in bf16 or into `out`; `fast` lets a GPU add in fewer bits than fp32's."""
+    kind, where = (torch.bfloat16, {}) if out is None else (out.dtype, {"out": out})
+    scales = {"scale_a": a[1], "scale_b": b[1]}
+    return torch._scaled_mm(a[0], b[0].t(), **scales, out_dtype=kind, use_fast_accum=fast, **where)
+
+
+def _fprop(x: Tensor, weight: Tensor) -> Tensor:
+    return _scaled_mm(quantize(x, FORWARD), quantize(weight, FORWARD), fast=True)
+
+
+def _dgrad(dy: Tensor, weight: Tensor) -> Tensor:
+    return _scaled_mm(quantize(dy, GRADIENT), quantize(weight, FORWARD, transpose=True))
+
+
+def _wgrad(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
+    operands = quantize(dy, GRADIENT, transpose=True), quantize(x, FORWARD, transpose=True)
+    product = _scaled_mm(*operands, out=main_grad if overwrite else torch.empty_like(main_grad))
+    if not overwrite:
+        main_grad.add_(product)
+
+
+TORCH_FP8 = Gemms(_fprop, _dgrad, _wgrad)
+
+
+def _need_fp8(target: Target) -> None:
+    target.need_cuda()
+    major, minor = torch.cuda.get_device_capability(target.device)
+    if (major, minor) < (8, 9):
+        raise Unsupported(f"compute capability {major}.{minor} is below 8.9 (L40S, H100, H200, B200)")
+
+
+def _torch_fp8(target: Target) -> Gemms:
+    _need_fp8(target)
+    return TORCH_FP8
+
+
+def _te_fp8(target: Target) -> Gemms:
+    """Transformer Engine's quantizers and GEMM, which accumulates into fp32."""
+    _need_fp8(target)
+    tex = target.te_module()
+    quantizer = target.te_module("transformer_engine.pytorch.tensor.float8_tensor").Float8CurrentScalingQuantizer
+    gemm = target.te_module("transformer_engine.pytorch.cpp_extensions").general_gemm
+
+    def make(kind: Any, columns: bool) -> Any:  # on Hopper only a transposed copy can be read by columns
+        return quantizer(kind, target.device, rowwise=True, columnwise=columns, force_pow_2_scales=True)
+
+    (rows4, columns4), (rows5, columns5) = (
+        (make(kind, False), make(kind, True)) for kind in (tex.DType.kFloat8E4M3, tex.DType.kFloat8E5M2)
+    )
+    forward: dict[str, Any] = {"out_dtype": torch.bfloat16, "layout": "TN"}
+    backward: dict[str, Any] = {"grad": True, "use_split_accumulator": True}
+
+    def fprop(x: Tensor, weight: Tensor) -> Tensor:
+        out: Tensor = gemm(rows4(weight), rows4(x), **forward)[0]
+        return out
+
+    def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
+        out: Tensor = gemm(columns4(weight), rows5(dy), out_dtype=torch.bfloat16, layout="NN", **backward)[0]
+        return out
+
+    def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
+        into: dict[str, Any] = {"out": main_grad, "out_dtype": torch.float32, "accumulate": not overwrite}
+        gemm(columns4(x), columns5(dy), layout="NT", **into, **backward)
+
+    return Gemms(fprop, dgrad, add)
+
+
+def _fp8_results(gemms: Gemms, target: Target) -> Results:
+    x, dy, weight = (target.random(*shape, seed=shape[1]) for shape in ((64, 48), (64, 32), (32, 48)))
+    products = [("product", gemms.fprop(x, weight)), ("gradient of the input", gemms.dgrad(dy, weight))]
+    return products + _wgrad_results(gemms.wgrad, target)
+
+
+FP8_PRODUCTS = Operation(
+    [(TE, _te_fp8), ("torch _scaled_mm", _torch_fp8)],
+    ("nothing here can", lambda target: TORCH_FP8),
+    _fp8_results,
+    (6e-2, 8e-2, 8e-2, 8e-2),  # rounding normal operands costs 2.6 % (E4M3), 5.2 % (E5M2) each
+    plain=Gemms.of(matmul_nt, add_wgrad_with(matmul_nt)),
+)

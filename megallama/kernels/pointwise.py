@@ -1,19 +1,38 @@
-"""The pointwise operations of a layer, as one value that layers are handed: each may be another implementation."""
+"""The pointwise operations of a layer: RMSNorm, rotary embedding, SwiGLU, and the softmax of the loss.
+
+Backwards need nothing but the input of their forward: what else they read is formed again in their
+own pass.  The private formulas are for torch.compile, which fuses them: all in the accumulation
+format, where the eager operations round between their steps.
+
+Considered and left out: Transformer Engine's fused RoPE (takes angles where ours are tables, writes
+a new tensor where ours rotates in place, and knows documents in another layout only), its cross
+entropy (all logits of a micro-batch at once, reduced over a process group of its own), and apex's
+(a second copy of the logits).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megallama.kernels.cross_entropy import Softmax
-from megallama.kernels.rope import ApplyRope
+from megallama.config.schema import RopeScaling
+from megallama.kernels.candidate import APEX, COMPILED, TE, Operation, Target, accumulate_dtype
+
+NormPair = tuple[Callable[[Tensor, Tensor, float], Tensor], Callable[..., tuple[Tensor, Tensor]]]
+SwigluPair = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
+ApplyRope = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # x, cos, sin, out
+Softmax = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None]  # what `softmax_` does
 
 
 @dataclass(frozen=True)
 class PointwiseOps:
-    """Pairs of forward and backward that keep nothing but their input, as the layers' backward wants them."""
+    """What layers are handed: each may be another implementation."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rms_norm_backward: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -21,3 +40,281 @@ class PointwiseOps:
     swiglu_backward: Callable[[Tensor, Tensor], Tensor]
     apply_rope: ApplyRope
     softmax_: Softmax
+
+
+# ---- RMSNorm (Zhang & Sennrich 2019) of activations [T, h] with a weight [h] ----
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / rms(x) * weight`` in x's format; the same bits on every call."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / rms of each row, [T, 1] in fp32 (fp64 for fp64)."""
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulate_dtype(x.dtype))
+    return norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(dx [T, h] in x's format, dweight [h] in fp32).
+
+    With r = 1/rms, n = x r and p = dy n: dweight is the sum of p over rows, and
+    dx = r (dy weight - n mean(p weight)).
+    """
+    acc_dtype, columns, rstd = accumulate_dtype(x.dtype), x.shape[-1], _inverse_rms(x, eps)
+    normed, grad, scale = x.to(acc_dtype) * rstd, dy.to(acc_dtype), weight.to(acc_dtype)
+    product = grad * normed
+    mean = torch.mv(product, scale).div_(columns).unsqueeze(1)
+    dx = (grad * scale).addcmul_(normed, mean, value=-1).mul_(rstd)
+    return dx.to(x.dtype), product.sum(0)
+
+
+def _norm_formula(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    exact = x.to(accumulate_dtype(x.dtype))
+    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def _norm_backward_formula(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    acc_dtype = accumulate_dtype(x.dtype)
+    exact, grad = x.to(acc_dtype), dy.to(acc_dtype)
+    rstd = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    product = grad * exact * rstd
+    mean = (product * weight).mean(-1, keepdim=True)
+    return (rstd * (grad * weight - exact * rstd * mean)).to(x.dtype), product.sum(0)
+
+
+def _fused_norm(target: Target) -> NormPair:
+    """The kernel behind the gradient of `F.rms_norm` on CUDA."""
+    target.need_cuda()
+    backward = torch.ops.aten._fused_rms_norm_backward
+    return _norm_pair(
+        lambda x, weight, eps: (rms_norm(x, weight, eps),),
+        lambda dy, x, rstd, weight, eps: backward(dy, x, [x.shape[-1]], rstd, weight, [True, True]),
+    )
+
+
+def _te_norm(target: Target) -> NormPair:
+    target.need_half_on_cuda()
+    tex = target.te_module()
+    kind = target.te_module("transformer_engine.pytorch.constants").TE_DType[target.dtype]
+    return _norm_pair(
+        lambda x, weight, eps: tex.rmsnorm_fwd(x, weight, eps, None, None, kind, 0, False),
+        lambda dy, x, rstd, weight, eps: tex.rmsnorm_bwd(dy, x, rstd.view(-1), weight, 0, False),
+    )
+
+
+def _apex_norm(target: Target) -> NormPair:
+    target.need_half_on_cuda()
+    extension = target.apex_module("fused_layer_norm_cuda")
+    forward, backward = extension.rms_forward_affine, extension.rms_backward_affine
+    return _norm_pair(
+        lambda x, weight, eps: forward(x, x.shape[1:], weight, eps),
+        lambda dy, x, rstd, weight, eps: backward(dy, rstd.view(-1), x, x.shape[1:], weight, eps, False),
+    )
+
+
+def _norm_pair(forward: Callable[..., Any], backward: Callable[..., Any]) -> NormPair:
+    """Kernels that want statistics in the backward: made again from the input, not kept."""
+
+    def gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        dx, dweight = backward(dy, x, _inverse_rms(x, eps), weight, eps)[:2]
+        # Transformer Engine and apex have rounded it to the weight's format; sums go on in fp32
+        return dx, dweight.to(accumulate_dtype(x.dtype))
+
+    return lambda x, weight, eps: forward(x, weight, eps)[0], gradients
+
+
+def _norm_results(pair: NormPair, target: Target) -> list[tuple[str, Tensor]]:
+    (forward, backward), eps = pair, 1e-5
+    x, dy, weight = (target.random(*shape, seed=i) for i, shape in enumerate([(48, 64), (48, 64), (64,)]))
+    dx, dweight = backward(dy, x, weight, eps)
+    return [("output", forward(x, weight, eps)), ("gradient of x", dx), ("gradient of the weight", dweight)]
+
+
+RMS_NORM = Operation(
+    [
+        (COMPILED, lambda target: (target.compile(_norm_formula), target.compile(_norm_backward_formula))),
+        (TE, _te_norm),
+        (APEX, _apex_norm),
+        ("torch fused", _fused_norm),
+    ],
+    ("torch", lambda target: (rms_norm, rms_norm_backward)),
+    _norm_results,
+)
+
+
+# ---- rotary position embedding (Su et al. 2021), as Hugging Face's: element i rotates with i + d/2 ----
+
+
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype) -> Tensor:
+    """[d/2] angles per position, theta^(-2i/d), in `dtype` (fp32, or fp64 for verification).
+
+    Scaled for LLaMA 3.1 as in its reference implementation: wavelengths longer than
+    original/low_freq_factor are stretched by `factor`, those shorter than
+    original/high_freq_factor are kept, and those between are interpolated linearly.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).to(dtype) / head_dim
+    inverse = 1.0 / (theta**exponent)
+    if scaling is None:
+        return inverse
+    wavelength = 2 * math.pi / inverse
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = (scaling.original_max_position / wavelength - low) / (high - low)
+    smooth = smooth.clamp(0, 1)
+    return (1 - smooth) * inverse / scaling.factor + smooth * inverse
+
+
+def rope_tables(
+    seq_length: int, head_dim: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each [s, 1, d/2] in `dtype`: angles of positions 0..s-1."""
+    angles = torch.outer(torch.arange(seq_length).to(dtype), inverse_frequencies(head_dim, theta, scaling, dtype))
+    return angles.cos().unsqueeze(1).to(device), angles.sin().unsqueeze(1).to(device)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Rotate x [b, s, heads, d] by its positions into `out`, which may be x; -sin gives the inverse: the gradient."""
+    half = x.shape[-1] // 2
+    # fp32 for 16-bit activations; in place, both halves are still read after the first is written
+    exact = x.to(cos.dtype, copy=out.data_ptr() == x.data_ptr())
+    a, b = exact[..., :half], exact[..., half:]
+    out[..., :half] = (a * cos).addcmul_(b, sin, value=-1)
+    out[..., half:] = (b * cos).addcmul_(a, sin)
+
+
+def _compiled_rope(target: Target) -> ApplyRope:
+    rotated = target.compile(_rope_formula)
+
+    def into(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+        out.copy_(rotated(x, cos, sin))
+
+    return into
+
+
+def _rope_formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.to(cos.dtype).chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def _rope_results(apply_rope: ApplyRope, target: Target) -> list[tuple[str, Tensor]]:
+    x, angles = target.random(2, 16, 3, 8), target.random(16, 1, 4, seed=1)
+    cos, sin = (f(angles.to(accumulate_dtype(x.dtype))) for f in (torch.cos, torch.sin))
+    out, back = x.clone(), torch.empty_like(x)
+    apply_rope(out, cos, sin, out)
+    apply_rope(out, cos, -sin, back)
+    return [("rotated heads", out), ("heads rotated back", back)]
+
+
+ROPE = Operation([(COMPILED, _compiled_rope)], ("torch", lambda target: apply_rope), _rope_results)
+
+
+# ---- SwiGLU (Shazeer 2020) of the packed output of gate and up: [T, 2f] -> [T, f] ----
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient [T, 2f] of gate_up; `dout` [T, f] is overwritten.
+
+    d(up) = dout * silu(gate);  d(gate) = dout * up * silu'(gate).
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad = torch.empty_like(gate_up)
+    dgate, dup = grad.chunk(2, dim=-1)
+    torch.mul(F.silu(gate), dout, out=dup)
+    dgate.copy_(torch.ops.aten.silu_backward(dout.mul_(up), gate))
+    return grad
+
+
+def _swiglu_formula(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.to(accumulate_dtype(gate_up.dtype)).chunk(2, -1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def _swiglu_backward_formula(dout: Tensor, gate_up: Tensor) -> Tensor:
+    acc_dtype = accumulate_dtype(gate_up.dtype)
+    (gate, up), grad = gate_up.to(acc_dtype).chunk(2, -1), dout.to(acc_dtype)
+    prob = torch.sigmoid(gate)
+    dgate = grad * up * prob * (1 + gate * (1 - prob))
+    return torch.cat((dgate.to(dout.dtype), (grad * gate * prob).to(dout.dtype)), -1)
+
+
+def _te_swiglu(target: Target) -> SwigluPair:
+    target.need_half_on_cuda()
+    tex = target.te_module()
+    return lambda gate_up: tex.swiglu(gate_up, None), lambda dout, gate_up: tex.dswiglu(dout, gate_up, None)
+
+
+def _swiglu_results(pair: SwigluPair, target: Target) -> list[tuple[str, Tensor]]:
+    packed, dout = target.random(48, 64), target.random(48, 32, seed=1)
+    return [("output", pair[0](packed)), ("gradient", pair[1](dout, packed))]
+
+
+SWIGLU = Operation(
+    [
+        (COMPILED, lambda target: (target.compile(_swiglu_formula), target.compile(_swiglu_backward_formula))),
+        (TE, _te_swiglu),
+    ],
+    ("torch", lambda target: (swiglu, swiglu_backward)),
+    _swiglu_results,
+)
+
+
+# ---- the softmax of the loss, in place of its logits ----
+
+
+def softmax_(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
+    """Replace `logits` [r, v] by their softmax, times `scale` [r] if it is given.
+
+    Writes log(sum(exp(logits))) [r] and the logit [r] at `index` [r, 1], both in the format of
+    `log_sum`, in which all is computed.
+    """
+    exact = logits.to(log_sum.dtype)
+    probs = torch.softmax(exact, 1)
+    # no second pass of exponentials: the largest probability is exp(largest logit) / sum
+    log_sum.copy_(exact.amax(1) - probs.amax(1).log())
+    picked.copy_(exact.gather(1, index).squeeze(1))
+    if scale is not None:
+        probs.mul_(scale.unsqueeze(1))
+    logits.copy_(probs)
+
+
+def _compiled_softmax(target: Target) -> Softmax:
+    formula = target.compile(_softmax_formula)
+
+    def into(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
+        for to, new in zip((logits, log_sum, picked), formula(logits, index, scale, log_sum.dtype), strict=True):
+            to.copy_(new)
+
+    return into
+
+
+def _softmax_formula(
+    logits: Tensor, index: Tensor, scale: Tensor | None, acc_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    exact = logits.to(acc_dtype)
+    top = exact.amax(1)
+    powers = torch.exp(exact - top.unsqueeze(1))
+    total = powers.sum(1)
+    probs = powers * ((1 if scale is None else scale) / total).unsqueeze(1)
+    return probs.to(logits.dtype), top + total.log(), exact.gather(1, index).squeeze(1)
+
+
+def _softmax_results(softmax_: Softmax, target: Target) -> list[tuple[str, Tensor]]:
+    logits = target.random(24, 61)
+    index = torch.arange(24, device=target.device).unsqueeze(1)
+    scale = index.squeeze(1).to(accumulate_dtype(logits.dtype)) / 12
+    results = []
+    for case in (None, scale):
+        rows, log_sum, picked = logits.clone(), scale.clone(), scale.clone()
+        softmax_(rows, index, log_sum, picked, case)
+        results += [("probabilities", rows), ("logarithm of the sum", log_sum), ("picked logits", picked)]
+    return results
+
+
+CROSS_ENTROPY = Operation([(COMPILED, _compiled_softmax)], ("torch", lambda target: softmax_), _softmax_results)

@@ -1,13 +1,14 @@
-"""Which implementation does each operation: candidates in order, each tried on the device before it is selected.
+"""Which implementation does each operation: candidates in order, each tried on the device.
 
 A candidate is refused with a reason: its package is missing or fails to import (any exception
 counts), the device or number format is not its own, the user left it out (`run.without_kernels`),
 or its result on a small problem differs from the plain formula.  So a broken installation costs a
 line in the log, never a run.
 
-The order is fixed, never measured when a run starts: two ranks could take different candidates, and norms replicated
-over tensor-parallel ranks would drift apart; a run that resumed would not repeat its bits.  ``megallama doctor
---measure`` times every candidate; what is slower on a device `run.without_kernels` leaves out, on all ranks.
+The order is fixed, never measured when a run starts: two ranks could take different candidates, and
+norms replicated over tensor-parallel ranks would drift apart; a run that resumed would not repeat
+its bits.  ``megallama doctor --measure`` times every candidate; what is slower on a device
+`run.without_kernels` leaves out, on all ranks.
 """
 
 from __future__ import annotations
@@ -20,18 +21,11 @@ from typing import Any
 import torch
 
 from megallama.config.errors import MegallamaError
-from megallama.kernels.adam import ADAMW, AdamWStep
-from megallama.kernels.attention import ATTENTION, MakeAttention, check_attention
+from megallama.kernels.attention import ATTENTION, MakeAttention
 from megallama.kernels.candidate import Operation, Target, Unsupported, Wrong
-from megallama.kernels.cross_entropy import CROSS_ENTROPY
-from megallama.kernels.fp8 import FP8_PRODUCTS
-from megallama.kernels.gemm import PRODUCT, Gemms
-from megallama.kernels.grad_norm import GRAD_NORM, SumOfSquares
-from megallama.kernels.norm import RMS_NORM
-from megallama.kernels.pointwise import PointwiseOps
-from megallama.kernels.rope import ROPE
-from megallama.kernels.swiglu import SWIGLU
-from megallama.kernels.wgrad import WGRAD
+from megallama.kernels.gemm import FP8_PRODUCTS, PRODUCT, WGRAD, Gemms
+from megallama.kernels.optimizer import ADAMW, GRAD_NORM, AdamWStep, SumOfSquares
+from megallama.kernels.pointwise import CROSS_ENTROPY, RMS_NORM, ROPE, SWIGLU, PointwiseOps
 
 FP8 = "fp8 products"
 OPERATIONS = {  # the names are those of the log and of run.without_kernels
@@ -96,39 +90,40 @@ def select_kernels(
     """Try the candidates of every operation on `device`; with `documents`, attention must also keep them apart.
 
     Raises: MegallamaError if no attention here does, if `fp8` is asked for and nothing here can, or
-    if a name in `without` is that of no candidate.
+        if a name in `without` is that of no candidate.
     """
-    target = Target(device, dtype, documents, compiled)
-    selected: dict[str, Any] = {}
-    choices, known = [], set[str]()
-    for name, operation in {**OPERATIONS, **({FP8: FP8_PRODUCTS} if fp8 != "none" else {})}.items():
-        known |= {text for kind, _ in operation.candidates for text in (kind, f"{name}: {kind}")}
-        left_out = {kind for kind, _ in operation.candidates if {kind, f"{name}: {kind}"} & set(without)}
-        selected[name], choice = _first(name, operation, target, left_out)
-        choices.append(choice)
-        target = replace(target, product=selected.get("matrix product"))
+    operations = OPERATIONS | ({FP8: FP8_PRODUCTS} if fp8 != "none" else {})
+    kinds = ((name, kind) for name, operation in operations.items() for kind, _ in operation.candidates)
+    known = {text for name, kind in kinds for text in (kind, f"{name}: {kind}")}
     if strange := sorted(set(without) - known):
         near = [hint for name in strange for hint in get_close_matches(name, sorted(known), 1)] or sorted(known)
         raise MegallamaError(f"run.without_kernels={strange} names no candidate; write for example {' or '.join(near)}")
-    if documents and choices[0].selected == OPERATIONS["attention"].last[0]:
+    target = Target(device, dtype, documents, compiled)
+    selected: dict[str, Any] = {}
+    choices = []
+    for name, operation in operations.items():
+        selected[name], choice = _first(name, operation, target, without)
+        choices.append(choice)
+        target = replace(target, product=selected.get("matrix product"))
+    attention = OPERATIONS["attention"]
+    if documents and choices[0].selected == attention.last[0]:  # the last is not checked, but here much hangs on it
         try:
-            check_attention(selected["attention"], target)
+            attention.check(selected["attention"], target)
         except Unsupported as error:
             wrong = f"no attention here keeps documents apart: torch's {error}"
             raise MegallamaError(f"{wrong}; use data.document_mask=false or another torch") from error
-    product = selected["matrix product"]
-    gemms = Gemms(product, lambda dy, weight: product(dy, weight.t()), selected["weight gradient"])
-    pointwise = PointwiseOps(*(*selected["RMSNorm"], *selected["SwiGLU"], selected["RoPE"], selected["cross entropy"]))
+    gemms = Gemms.of(selected["matrix product"], selected["weight gradient"])
+    ops = (*selected["RMSNorm"], *selected["SwiGLU"], selected["RoPE"], selected["cross entropy"])
     update = selected["AdamW"], selected["gradient norm"]
-    return Kernels(selected["attention"], pointwise, gemms, selected.get(FP8, gemms), *update, tuple(choices))
+    return Kernels(selected["attention"], PointwiseOps(*ops), gemms, selected.get(FP8, gemms), *update, tuple(choices))
 
 
-def _first(name: str, operation: Operation, target: Target, left_out: set[str]) -> tuple[Any, Choice]:
+def _first(name: str, operation: Operation, target: Target, without: Sequence[str]) -> tuple[Any, Choice]:
     refused: list[tuple[str, str]] = []
     broken = False
     for kind, make in operation.candidates:
         try:
-            if kind in left_out:
+            if {kind, f"{name}: {kind}"} & set(without):
                 raise Unsupported("left out by run.without_kernels")
             made = make(target)
             operation.check(made, target)

@@ -14,9 +14,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from megallama.kernels.attention import Attend
-from megallama.kernels.documents import Documents
-from megallama.kernels.rope import ApplyRope
+from megallama.kernels.attention import Attend, Documents
+from megallama.kernels.pointwise import ApplyRope
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megallama.config.schema import Config
-from megallama.kernels.documents import Documents
+from megallama.kernels.attention import Documents
 
 
 @dataclass(frozen=True)

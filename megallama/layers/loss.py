@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from megallama.kernels.dtypes import accumulate_dtype
+from megallama.kernels.candidate import accumulate_dtype
 from megallama.kernels.pointwise import PointwiseOps
 from megallama.layers.batch import MicroBatch
 from megallama.layers.linear import TensorParallel

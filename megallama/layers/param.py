@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megallama.comm.group import Handle
-from megallama.kernels.dtypes import accumulate_dtype
+from megallama.kernels.candidate import accumulate_dtype
 from megallama.kernels.gemm import Gemms
 from megallama.kernels.select import Kernels
 from megallama.plan.layout import BufferLayout

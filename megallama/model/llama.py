@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megallama.config.schema import Config
-from megallama.kernels.dtypes import accumulate_dtype
-from megallama.kernels.pointwise import PointwiseOps
-from megallama.kernels.rope import rope_tables
+from megallama.kernels.candidate import accumulate_dtype
+from megallama.kernels.pointwise import PointwiseOps, rope_tables
 from megallama.kernels.select import Kernels
 from megallama.layers.attention import Positions, RotaryAttention
 from megallama.layers.batch import MicroBatch

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megallama.config.schema import OptimizerConfig
-from megallama.kernels.adam import AdamWStep
+from megallama.kernels.optimizer import AdamWStep
 
 
 class AdamW:

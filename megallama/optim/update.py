@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megallama.comm.groups import Groups
 from megallama.config.schema import OverlapConfig
-from megallama.kernels.grad_norm import SumOfSquares
+from megallama.kernels.optimizer import SumOfSquares
 from megallama.layers.param import FlatBuffers
 from megallama.layers.shard import Shard
 from megallama.optim.grad_sync import GradSync

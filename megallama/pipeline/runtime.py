@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megallama.comm.group import Group, Handle
-from megallama.kernels.dtypes import accumulate_dtype
+from megallama.kernels.candidate import accumulate_dtype
 from megallama.layers.batch import MicroBatch
 from megallama.layers.param import WeightGradQueue
 from megallama.plan.schedule import Action, Kind, Schedule

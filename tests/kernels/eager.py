@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from megallama.kernels.cross_entropy import softmax_
-from megallama.kernels.norm import rms_norm, rms_norm_backward
-from megallama.kernels.pointwise import PointwiseOps
-from megallama.kernels.rope import apply_rope
-from megallama.kernels.swiglu import swiglu, swiglu_backward
+from megallama.kernels.pointwise import (
+    PointwiseOps,
+    apply_rope,
+    rms_norm,
+    rms_norm_backward,
+    softmax_,
+    swiglu,
+    swiglu_backward,
+)
 
 EAGER = PointwiseOps(rms_norm, rms_norm_backward, swiglu, swiglu_backward, apply_rope, softmax_)

@@ -11,10 +11,6 @@ import torch
 
 from megallama.kernels import select
 from megallama.kernels.candidate import COMPILED, Target
-from megallama.kernels.cross_entropy import compiled_softmax
-from megallama.kernels.norm import compiled_norm
-from megallama.kernels.rope import compiled_rope
-from megallama.kernels.swiglu import compiled_swiglu
 from tests.kernels.eager import EAGER
 from tests.small import curve, deviation, small_config, solo_rank, tokens, train
 
@@ -23,13 +19,19 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++:
 
 
 TARGET = Target(CPU, torch.bfloat16, compiled=True)
+
+
+def compiled(operation: str) -> Any:
+    return dict(select.OPERATIONS[operation].candidates)[COMPILED](TARGET)
+
+
 COMPILED_OPS: dict[str, Callable[[], Callable[..., Any]]] = {
-    "rms_norm": lambda: compiled_norm(TARGET)[0],
-    "rms_norm_backward": lambda: compiled_norm(TARGET)[1],
-    "swiglu": lambda: compiled_swiglu(TARGET)[0],
-    "swiglu_backward": lambda: compiled_swiglu(TARGET)[1],
-    "apply_rope": lambda: compiled_rope(TARGET),
-    "softmax_": lambda: compiled_softmax(TARGET),
+    "rms_norm": lambda: compiled("RMSNorm")[0],
+    "rms_norm_backward": lambda: compiled("RMSNorm")[1],
+    "swiglu": lambda: compiled("SwiGLU")[0],
+    "swiglu_backward": lambda: compiled("SwiGLU")[1],
+    "apply_rope": lambda: compiled("RoPE"),
+    "softmax_": lambda: compiled("cross entropy"),
 }
 
 

@@ -9,7 +9,7 @@ import torch
 
 from megallama.kernels import select
 from megallama.kernels.candidate import Target, Unsupported
-from megallama.kernels.fp8 import FORWARD, FP8_PRODUCTS, GRADIENT, TORCH_FP8, check_fp8, quantize
+from megallama.kernels.gemm import FORWARD, FP8_PRODUCTS, GRADIENT, TORCH_FP8, quantize
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import assemble, initialize
 from tests.small import CPU, curve, deviation, small_config, solo_rank, tokens, train
@@ -72,10 +72,10 @@ def test_products_are_those_of_the_rounded_operands() -> None:
 
 
 def test_the_check_tells_bf16_scales_from_missing_ones() -> None:
-    check_fp8(TORCH_FP8, Target(CPU, torch.bfloat16))
+    FP8_PRODUCTS.check(TORCH_FP8, Target(CPU, torch.bfloat16))
     wrong = replace(TORCH_FP8, dgrad=lambda dy, weight: 1.1 * TORCH_FP8.dgrad(dy, weight))
     with pytest.raises(Unsupported, match="gradient of the input differs from the plain formula by"):
-        check_fp8(wrong, Target(CPU, torch.bfloat16))
+        FP8_PRODUCTS.check(wrong, Target(CPU, torch.bfloat16))
 
 
 def test_a_model_learns_in_fp8_and_only_its_layers_multiply_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

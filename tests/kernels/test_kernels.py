@@ -9,15 +9,19 @@ import torch
 import torch.nn.functional as F
 
 from megallama.config.schema import OptimizerConfig, RopeScaling
-from megallama.kernels.adam import adamw_step
-from megallama.kernels.attention import Attend, blocked_attention, plain_attention, sdpa
-from megallama.kernels.documents import Documents
-from megallama.kernels.gemm import MatmulNT, matmul_nt, onednn_matmul_nt
-from megallama.kernels.grad_norm import sum_of_squares
-from megallama.kernels.norm import rms_norm, rms_norm_backward
-from megallama.kernels.rope import apply_rope, inverse_frequencies, rope_tables
-from megallama.kernels.swiglu import swiglu, swiglu_backward
-from megallama.kernels.wgrad import add_wgrad_with
+from megallama.kernels.attention import Attend, Documents, blocked_attention, sdpa
+from megallama.kernels.gemm import MatmulNT, add_wgrad_with, matmul_nt, onednn_matmul_nt
+from megallama.kernels.optimizer import adamw_step, sum_of_squares
+from megallama.kernels.pointwise import (
+    apply_rope,
+    inverse_frequencies,
+    rms_norm,
+    rms_norm_backward,
+    rope_tables,
+    swiglu,
+    swiglu_backward,
+)
+from tests.kernels.plain import plain_attention
 
 EPS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 DTYPES = list(EPS)
@@ -166,7 +170,7 @@ def test_weight_gradients_accumulate(dtype: torch.dtype, product: MatmulNT) -> N
 
 
 def test_weight_gradients_of_a_large_matrix_are_made_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megallama.kernels.wgrad.PRODUCT", 5 * 24)
+    monkeypatch.setattr("megallama.kernels.gemm.MAX_PRODUCT", 5 * 24)
     sizes = []
 
     def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -12,18 +12,13 @@ import pytest
 import torch
 
 from megallama.config.errors import MegallamaError
-from megallama.kernels import attention, candidate, fp8, gemm, select
-from megallama.kernels.adam import adamw_step, check_adam
-from megallama.kernels.attention import Attend, MakeAttention, blocked_attention, check_attention, plain_attention, sdpa
+from megallama.kernels import attention, gemm, select
+from megallama.kernels.attention import Attend, Documents, MakeAttention, blocked_attention, sdpa
 from megallama.kernels.candidate import APEX, TE, Operation, Target, Unsupported
-from megallama.kernels.documents import Documents
-from megallama.kernels.fp8 import TORCH_FP8, check_fp8
-from megallama.kernels.gemm import check_product, matmul_nt
-from megallama.kernels.grad_norm import check_sum_of_squares
-from megallama.kernels.norm import check_norm
-from megallama.kernels.swiglu import check_swiglu
-from megallama.kernels.wgrad import add_wgrad_with, check_wgrad
+from megallama.kernels.gemm import FP8_PRODUCTS, PRODUCT, TORCH_FP8, WGRAD, add_wgrad_with, matmul_nt
+from megallama.kernels.optimizer import adamw_step
 from tests.kernels.eager import EAGER
+from tests.kernels.plain import plain_attention
 
 CPU = torch.device("cpu")
 BF16, FP32 = Target(CPU, torch.bfloat16), Target(CPU, torch.float32)
@@ -67,13 +62,13 @@ def test_fp32_products_follow_from_the_processor(monkeypatch: pytest.MonkeyPatch
 
 def foreign(operation: str, package: str) -> Any:
     """The function that makes a candidate of a package."""
-    return dict({**select.OPERATIONS, select.FP8: fp8.FP8_PRODUCTS}[operation].candidates)[package]
+    return dict({**select.OPERATIONS, select.FP8: FP8_PRODUCTS}[operation].candidates)[package]
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    makes = [make for o in (*select.OPERATIONS.values(), fp8.FP8_PRODUCTS) for make in o.candidates]
+    makes = [make for o in (*select.OPERATIONS.values(), FP8_PRODUCTS) for make in o.candidates]
     asked = [make for kind, make in makes if kind in (TE, APEX)]
     assert len(asked) == 11
     for make in asked:
@@ -129,13 +124,13 @@ def test_fp8_is_refused_where_nothing_multiplies_in_it(monkeypatch: pytest.Monke
         select.select_kernels(CPU, torch.bfloat16, fp8="tensorwise")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(Unsupported, match=r"compute capability 8.0 is below 8.9 \(L40S, H100, H200, B200\)"):
-        fp8.FP8_PRODUCTS.candidates[1][1](ON_CUDA)
+        FP8_PRODUCTS.candidates[1][1](ON_CUDA)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert fp8.FP8_PRODUCTS.candidates[1][1](ON_CUDA) is TORCH_FP8
+    assert FP8_PRODUCTS.candidates[1][1](ON_CUDA) is TORCH_FP8
 
 
 def test_fp8_is_of_the_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    products = replace(fp8.FP8_PRODUCTS, candidates=[("torch _scaled_mm", lambda target: TORCH_FP8)])
+    products = replace(FP8_PRODUCTS, candidates=[("torch _scaled_mm", lambda target: TORCH_FP8)])
     monkeypatch.setattr(select, "FP8_PRODUCTS", products)
     kernels = select.select_kernels(CPU, torch.bfloat16, fp8="tensorwise")
     assert kernels.layer_gemms is TORCH_FP8 and kernels.gemms is not TORCH_FP8
@@ -182,8 +177,9 @@ def test_wrong_results_are_refused(operation: str, made: Any, reason: str) -> No
 
 
 def test_not_a_number_is_refused() -> None:
+    operation = Operation([], ("", lambda p: 1.0), lambda made, p: [("x", torch.tensor([1.0, made]))], (1.0,))
     with pytest.raises(Unsupported, match="x differs from the plain formula by nan"):
-        candidate.require_close("x", torch.tensor([1.0, torch.nan]), torch.ones(2), 1.0)
+        operation.check(torch.nan, FP32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -199,9 +195,9 @@ def test_every_implementation_that_this_machine_has_is_right(name: str, dtype: t
         if (name, dtype) != ("weight gradient", torch.bfloat16) and (name, dtype) != ("matrix product", torch.bfloat16):
             operation.check(made, target)
         elif kind == "torch mm":
-            check_product(made, target)
+            PRODUCT.check(made, target)
         else:  # a product rounded to bf16 before it is added
-            check_wgrad(made, target, 1e-2)
+            replace(WGRAD, tolerances=(1e-2,)).check(made, target)
 
 
 def across_documents(
@@ -260,7 +256,7 @@ def test_transformer_engines_attention_is_called_as_documented(monkeypatch: pyte
     module = SimpleNamespace(DotProductAttention=DotProductAttention)
     monkeypatch.setattr(Target, "te_module", lambda self, name: module)
     make = foreign("attention", TE)(ON_CUDA)
-    check_attention(make, replace(BF16, documents=True))
+    select.OPERATIONS["attention"].check(make, replace(BF16, documents=True))
 
 
 def test_the_multi_tensor_kernels_are_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,9 +279,9 @@ def test_the_multi_tensor_kernels_are_called_as_documented(monkeypatch: pytest.M
     members = {"multi_tensor_adam": multi_tensor_adam, "multi_tensor_l2norm": multi_tensor_l2norm}
     installed(monkeypatch, amp_C=members, transformer_engine_torch=members, transformer_engine__pytorch={})
     for package in (APEX, TE):
-        check_adam(foreign("AdamW", package)(ON_CUDA), FP32)
+        select.OPERATIONS["AdamW"].check(foreign("AdamW", package)(ON_CUDA), FP32)
         norm = foreign("gradient norm", package)(ON_CUDA)
-        check_sum_of_squares(norm, FP32)
+        select.OPERATIONS["gradient norm"].check(norm, FP32)
         assert norm([]).item() == 0
 
 
@@ -326,7 +322,7 @@ def test_fused_norms_are_called_as_documented(monkeypatch: pytest.MonkeyPatch) -
     )
     for package in (APEX, TE):
         pair = foreign("RMSNorm", package)(ON_CUDA)
-        check_norm(pair, BF16)
+        select.OPERATIONS["RMSNorm"].check(pair, BF16)
         assert pair[1](*(torch.ones(4, 8, dtype=torch.bfloat16),) * 2, torch.ones(8), 1e-5)[1].dtype == torch.float32
 
 
@@ -341,7 +337,7 @@ def test_transformer_engines_swiglu_is_called_as_documented(monkeypatch: pytest.
 
     members = {"swiglu": swiglu, "dswiglu": dswiglu}
     installed(monkeypatch, transformer_engine_torch=members, transformer_engine__pytorch={})
-    check_swiglu(foreign("SwiGLU", TE)(ON_CUDA), BF16)
+    select.OPERATIONS["SwiGLU"].check(foreign("SwiGLU", TE)(ON_CUDA), BF16)
 
 
 def test_transformer_engines_fp8_is_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,7 +369,7 @@ def test_transformer_engines_fp8_is_called_as_documented(monkeypatch: pytest.Mon
         transformer_engine__pytorch__cpp_extensions={"general_gemm": general_gemm},
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    check_fp8(fp8._te_fp8(ON_CUDA), BF16)
+    FP8_PRODUCTS.check(gemm._te_fp8(ON_CUDA), BF16)
 
 
 def test_one_line_says_what_is_not_torchs_own() -> None:
@@ -391,8 +387,8 @@ def test_one_line_says_what_is_not_torchs_own() -> None:
 
 def test_what_is_installed_and_does_not_work_is_told_from_what_is_not_there() -> None:
     def broken(candidate: Callable[[Target], Any]) -> bool:
-        operation = Operation([("x", candidate)], ("torch mm", lambda p: matmul_nt), check_product)
-        return select._first("matrix product", operation, FP32, set())[1].broken
+        operation = Operation([("x", candidate)], ("torch mm", lambda p: matmul_nt), PRODUCT.results)
+        return select._first("matrix product", operation, FP32, ())[1].broken
 
     def absent(target: Target) -> Any:
         raise Unsupported("not installed")

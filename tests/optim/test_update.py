@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megallama.kernels.grad_norm import sum_of_squares
+from megallama.kernels.optimizer import sum_of_squares
 from megallama.optim.update import Update
 from megallama.plan.params import global_shapes
 from megallama.train.assemble import Worker

@@ -1,0 +1,114 @@
+"""What the optimizer computes on flat shards: AdamW (Loshchilov & Hutter 2019) and the gradient's norm.
+
+Transformer Engine and apex share one pair of kernels over many tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from megallama.config.schema import OptimizerConfig
+from megallama.kernels.candidate import APEX, TE, Operation, Target, accumulate_dtype
+
+Lists = Sequence[list[Tensor]]  # masters, gradients, first moments, second moments, step counts
+AdamWStep = Callable[[Lists, OptimizerConfig, float, float, Tensor | None], None]  # with lr, decay, divisor
+SumOfSquares = Callable[[Sequence[Tensor]], Tensor]
+CHUNK = 65536  # elements that a block of a multi-tensor kernel works on
+
+
+def adamw_step(lists: Lists, config: OptimizerConfig, lr: float, decay: float, divisor: Tensor | None) -> None:
+    """One step of torch's fused AdamW, in place; step counts are incremented.
+
+    Gradients are divided by `divisor` on the way (clipping and loss scale in the same pass).
+    """
+    masters, grads, exp_avgs, exp_avg_sqs, steps = lists
+    if divisor is not None and divisor.dtype == torch.float64:  # the fused kernel takes an fp32 divisor only
+        torch._foreach_div_(grads, divisor)
+        divisor = None
+    adamw(
+        masters, grads, exp_avgs, exp_avg_sqs, [], steps,
+        fused=True, grad_scale=divisor, amsgrad=False, maximize=False, has_complex=False,
+        beta1=config.beta1, beta2=config.beta2, eps=config.eps, lr=lr, weight_decay=decay,
+    )  # fmt: skip
+
+
+def _multi_tensor_adam(kernel: Callable[..., None]) -> AdamWStep:
+    def step(lists: Lists, config: OptimizerConfig, lr: float, decay: float, divisor: Tensor | None) -> None:
+        masters, grads, exp_avgs, exp_avg_sqs, steps = lists
+        if divisor is not None:
+            torch._foreach_div_(grads, divisor)
+        torch._foreach_add_(steps, 1)
+        noop = torch.zeros(1, dtype=torch.int32, device=masters[0].device)
+        betas, adamw_mode, bias_correction = (config.beta1, config.beta2), 1, 1
+        kernel(CHUNK, noop, [grads, masters, exp_avgs, exp_avg_sqs], lr, *betas, config.eps,
+               int(steps[0]), adamw_mode, bias_correction, decay)  # fmt: skip
+
+    return step
+
+
+def _adam_results(step: AdamWStep, target: Target) -> list[tuple[str, Tensor]]:
+    """After three steps."""
+    master, grad = (target.random(1000, seed=i) for i in range(2))
+    master, grad = (t.to(accumulate_dtype(t.dtype)) for t in (master, grad))
+    state = [master, torch.zeros_like(master), torch.zeros_like(master), torch.zeros((), device=target.device)]
+    for _ in range(3):
+        divisor = torch.tensor(2.0, device=target.device)
+        step([[t] for t in (master, grad.clone(), *state[1:])], OptimizerConfig(), 1e-2, 0.1, divisor)
+    return list(zip(("weights", "first moment", "second moment", "step"), state, strict=True))
+
+
+ADAMW = Operation(
+    [
+        (TE, lambda target: _multi_tensor_adam(target.te_module().multi_tensor_adam)),
+        (APEX, lambda target: _multi_tensor_adam(target.apex_module("amp_C").multi_tensor_adam)),
+    ],
+    ("torch fused", lambda target: adamw_step),
+    _adam_results,
+    (1e-5,),
+)
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of squares of all elements, float64: norms of short runs first, so nothing is lost in fp32."""
+    norms = []
+    for x in tensors:
+        whole = x.numel() // 4096 * 4096
+        norms.append(torch.linalg.vector_norm(x[:whole].view(-1, 4096), dim=1))
+        norms.append(torch.linalg.vector_norm(x[whole:]).view(1))
+    device = tensors[0].device if tensors else None
+    return torch.cat(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
+
+
+def _multi_tensor_sum(kernel: Callable[..., Any]) -> SumOfSquares:
+    def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+        held = [x for x in tensors if x.numel()]
+        if not held:
+            return torch.zeros((), dtype=torch.float64)
+        noop = torch.zeros(1, dtype=torch.int32, device=held[0].device)
+        norm: Tensor = kernel(CHUNK, noop, [held], False)[0]  # not also of each tensor
+        return norm.double().square().sum()
+
+    return sum_of_squares
+
+
+def _norm_results(sum_of_squares: SumOfSquares, target: Target) -> list[tuple[str, Tensor]]:
+    """Over tensors of several lengths, one of them empty, with more equal terms than a plain fp32 sum bears."""
+    like, runs = target.random(1), ((0.1, 700_001), (0.2, 0), (0.3, 17))
+    like = like.to(accumulate_dtype(like.dtype))
+    return [("sum of squares", sum_of_squares([like.new_full((n,), value) for value, n in runs]))]
+
+
+GRAD_NORM = Operation(
+    [
+        (TE, lambda target: _multi_tensor_sum(target.te_module().multi_tensor_l2norm)),
+        (APEX, lambda target: _multi_tensor_sum(target.apex_module("amp_C").multi_tensor_l2norm)),
+    ],
+    ("torch", lambda target: sum_of_squares),
+    _norm_results,
+    (1e-5,),
+)
