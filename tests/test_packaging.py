@@ -57,6 +57,12 @@ def test_the_source_distribution_holds_what_its_readme_names(built: tuple[Path, 
     assert left_out <= {".gitignore", ".ci/run"}
 
 
+def test_the_licence_is_said_once_for_every_file() -> None:
+    (every,) = tomllib.loads((ROOT / "REUSE.toml").read_text(encoding="utf-8"))["annotations"]
+    assert every["path"] == "**" and every["SPDX-License-Identifier"] == PROJECT["license"] == "Apache-2.0"
+    assert (ROOT / "LICENSES" / "Apache-2.0.txt").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
 COMMAND_LINES = (
     (["--help"], 0), (["plan", "model.preset=debug", "ranks=4", "parallel.pp=2"], 0), (["doctor", "--help"], 0),
     (["draw", "--schedule", "zb-v", "--pp", "2", "--microbatches", "4"], 0), (["train", "--help", "model"], 0),

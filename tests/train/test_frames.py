@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import torch.nn.functional as F
 import megallama
 from megallama.pretrain import main
 from tests.faults.test_bad_input import GOOD
+from tests.test_architecture import CEILINGS, MAX_ENGINE, PACKAGE, num_lines
 
 OURS = str(Path(megallama.__file__).parent)
 
@@ -39,3 +44,31 @@ def test_at_most_ten_frames_from_the_entry_to_the_attention_kernel(
     forward = [stack for stack in stacks if "_forward" in stack]  # the others are the check of the kernel
     assert forward and all(stack[0] == "main" and stack[-1] == "sdpa" for stack in forward)
     assert max(map(len, forward)) <= 10, forward[0]
+
+
+LOADED = """
+import os, pathlib, sys
+from megallama.pretrain import main
+status = main(sys.argv[2:])
+ours = sorted(name for name in sys.modules if name.split(".")[0] == "megallama")
+pathlib.Path(sys.argv[1], f"loaded.{os.environ['RANK']}").write_text(" ".join(ours))
+sys.exit(status)
+"""
+
+
+def test_four_ranks_load_the_engine_and_nothing_beside_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    arguments = [*GOOD, "precision.dtype=fp32", "parallel.tp=2", "parallel.pp=2", "run.threads=1"]
+    arguments += ["checkpoint.interval=1", "log.plot=true", f"run.folder={tmp_path / 'run'}"]
+    ranks = []
+    for rank in range(4):
+        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4, "MASTER_PORT": port}
+        env = os.environ | {name: str(value) for name, value in here.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        ranks.append(subprocess.Popen([sys.executable, "-c", LOADED, str(tmp_path), *arguments], env=env))
+    assert [rank.wait(120) for rank in ranks] == [0, 0, 0, 0]
+    loaded = {name for rank in range(4) for name in (tmp_path / f"loaded.{rank}").read_text().split()}
+    paths = [PACKAGE.joinpath(*name.split(".")[1:]) for name in loaded]
+    files = [path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py" for path in paths]
+    assert {name.split(".")[1] for name in loaded if "." in name} & set(CEILINGS) == set()
+    assert num_lines(files) <= MAX_ENGINE
