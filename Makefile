@@ -30,7 +30,7 @@ quickstart: $(VENV)/.base
 	@$(PY) tools/quickstart.py $(if $(TEXT),--text "$(TEXT)") $(ARGS)
 
 test: $(VENV)/.test
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.test
 	@$(PY) -m tests.check

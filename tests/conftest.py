@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +21,30 @@ for _number in (signal.SIGHUP, signal.SIGQUIT):  # under nohup they are ignored,
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The files that take longest, by seconds: they go first, or one core works on the last of them while the other is idle.
+LONGEST = (
+    *("test_lint.py", "parity/test_matrix.py", "quickstart/test_main_job.py", "analysis/test_dryrun.py"),
+    *("checkpoint/test_crashes.py", "train/test_flat.py", "comm/test_world.py", "train/test_gpu_benchmarks.py"),
+    *("faults/test_waiting.py", "train/test_loop.py", "train/test_data.py", "text/test_fast_encoder.py"),
+    *("faults/test_bad_input.py", "optim/test_update.py", "train/test_frames.py", "convert/test_reshard_errors.py"),
+)
+
 if TYPE_CHECKING:
     from tests.pool import Pool
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the others as they were."""
+    here = Path(__file__).parent
+    place = {here / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_heap() -> None:
+    """What was imported until here is no business of the collector, which walked through it in every test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +55,15 @@ def signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """A run takes all cores for its one rank; the test after it computes with one thread again, beside another file."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
