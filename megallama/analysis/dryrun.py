@@ -137,7 +137,7 @@ class _Tape:
         b, masked = self.plan.config.batch, self.plan.config.data.document_mask
         tokens = torch.zeros(b.micro_batch_size, b.seq_length, dtype=torch.int64)
         mask, documents = (torch.ones_like(tokens).bool(), Documents.of(tokens)) if masked else (None, None)
-        return [MicroBatch(tokens, tokens, mask, documents).to(META)] * self.plan.batch.num_microbatches(size)
+        return [MicroBatch(tokens, tokens, mask, documents).to(META)] * b.num_microbatches(size, self.plan.topology.dp)
 
     def train(self, size: int, loss: float = 1.0) -> None:
         batches, masked = self._batches(size), self.plan.config.data.document_mask

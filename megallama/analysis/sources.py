@@ -11,7 +11,6 @@ from megallama.config.words import counted
 from megallama.data.indexed import IndexedDataset
 from megallama.data.mixture import Mixture, limits_of, phases_of
 from megallama.data.samples import Source
-from megallama.plan.batch import BatchPlan
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def size_of(source: SourceConfig, config: Config) -> tuple[int, int, bool]:
 
 def source_shares(config: Config) -> tuple[list[SourceShare], list[int]]:
     """The rows, in the order of data.train, and the first step of every phase."""
-    batch, sources, steps = BatchPlan(config.batch, 1), config.data.train, config.train.steps
+    batch, sources, steps = config.batch, config.data.train, config.train.steps
     phases = [p for p in phases_of(config.data, batch.samples_after) if p.step <= steps]
     sizes = [size_of(source, config) for source in sources]
     mixture = Mixture([source.label for source in sources], phases)

@@ -24,7 +24,6 @@ from megallama.data.indexed import IndexedDataset
 from megallama.data.sources import open_sources
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.data.train_dataset import TrainDataset
-from megallama.plan.batch import BatchPlan
 from megallama.plan.topology import Topology
 
 NEAR = 64
@@ -89,8 +88,7 @@ def numbers_of(config: Config, step: int, ranks: int | None, rank: int | None, m
     """The samples of a step, or what one rank reads of it. Raises: ConfigError if there is no such step or rank."""
     if step < 1:
         raise ConfigError(f"step {step} does not exist; steps count from 1, as in the log")
-    p = config.parallel
-    batch = BatchPlan(config.batch, 1)
+    p, batch = config.parallel, config.batch
     first = batch.samples_after(step - 1)
     size = batch.samples_after(step) - first
     if rank is None:
@@ -100,12 +98,10 @@ def numbers_of(config: Config, step: int, ranks: int | None, rank: int | None, m
     if ranks is None or not 0 <= rank < ranks:
         raise ConfigError(f"--rank {rank} needs the number of ranks, above it; write for example ranks={abs(rank) + 1}")
     topology = Topology.fill(ranks, tp=p.tp, pp=p.pp, order=p.rank_order)
-    batch = BatchPlan(config.batch, topology.dp)
-    count = batch.num_microbatches(size)
-    if micro is not None and not 0 <= micro < count:
-        raise ConfigError(f"--micro-batch {micro} does not exist; step {step} has micro-batches 0 to {count - 1}")
-    chosen = range(count) if micro is None else [micro]
-    return [i for m in chosen for i in batch.sample_ids(first, size, topology.coords(rank)["dp"], m)]
+    found = batch.sample_ids(first, size, topology.dp, topology.coords(rank)["dp"])
+    if micro is not None and not 0 <= micro < len(found):
+        raise ConfigError(f"--micro-batch {micro} does not exist; step {step} has micro-batches 0 to {len(found) - 1}")
+    return [i for ids in (found if micro is None else [found[micro]]) for i in ids]
 
 
 def show(sample: Explained, *, tokens: bool, most: int) -> str:

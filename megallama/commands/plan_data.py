@@ -19,13 +19,12 @@ from megallama.config.errors import ConfigError
 from megallama.config.load import load
 from megallama.config.schema import Config
 from megallama.config.words import counted
-from megallama.plan.batch import BatchPlan
 
 
 def table(config: Config, rows: Sequence[SourceShare], firsts: Sequence[int]) -> str:
     """The plan as text."""
     b, steps = config.batch, config.train.steps
-    samples = BatchPlan(b, 1).samples_after(steps)
+    samples = b.samples_after(steps)
     phases = [f"share from step {n:,}" for n in firsts]
     lines = [["source", "tokens", *phases, "used tokens", "epochs", "max", "last step"]]
     for row in rows:

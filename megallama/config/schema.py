@@ -115,6 +115,30 @@ class BatchConfig(Section):
         growths = len(sizes) - 1
         return sizes[min(growths, samples * growths // self.ramp_samples) if self.ramp_samples else growths]
 
+    def samples_after(self, steps: int, done: int = 0, consumed: int = 0) -> int:
+        """Samples consumed by the first `steps` steps, of which `done` consumed `consumed`."""
+        while done < steps:
+            if (size := self.size_after(consumed)) == self.global_batch_size:
+                return consumed + (steps - done) * size
+            consumed, done = consumed + size, done + 1
+        return consumed
+
+    def num_microbatches(self, size: int, dp: int) -> int:
+        """Micro-batches of each of dp model replicas in a step of `size` samples."""
+        count, rest = divmod(size, self.micro_batch_size * dp)
+        assert not rest and count, (size, self, dp)
+        return count
+
+    def sample_ids(self, first: int, size: int, dp: int, dp_rank: int) -> list[range]:
+        """The samples of each micro-batch of one rank, in a step of `size` samples that begins with sample `first`.
+
+        Replicas take turns, so which samples make up a step depends on the samples before it, never on the layout.
+        """
+        n = self.micro_batch_size
+        starts = range(first + dp_rank * n, first + size, dp * n)
+        assert len(starts) == self.num_microbatches(size, dp) and 0 <= dp_rank < dp, (dp_rank, dp)
+        return [range(start, start + n) for start in starts]
+
     def remaining(self, samples: int) -> BatchConfig:
         """The ramp-up that a run has before it after `samples` [sequences]: sizes that are past bind nobody."""
         if not (samples and self.ramp_start and self.ramp_increment and self.ramp_samples):

@@ -15,7 +15,6 @@ from megallama.data.indexed import IndexedDataset
 from megallama.data.samples import Source, Synthetic
 from megallama.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
 from megallama.data.train_dataset import TrainDataset
-from megallama.plan.batch import BatchPlan
 
 LOOK = 16  # documents looked at where nothing is recorded
 SpecialIds = dict[str, int | None]  # "bos_id", "eos_id": what begins and ends documents; None: nothing does
@@ -67,7 +66,7 @@ def open_sources(config: Config) -> Data:
     if data.synthetic:
         train = Synthetic(vocab_size, config.batch.seq_length, config.train.seed)
     elif data.train:
-        train = TrainDataset(data, [source(each, shuffle=True) for each in data.train], BatchPlan(config.batch, 1))
+        train = TrainDataset(data, [source(each, shuffle=True) for each in data.train], config.batch)
     else:
         raise DataError(
             'data.train is empty; write data.train=["path/prefix"] (made with megallama prepare) or data.synthetic=true'

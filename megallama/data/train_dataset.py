@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from megallama.config.describe import literal
-from megallama.config.schema import DataConfig
+from megallama.config.schema import BatchConfig, DataConfig
 from megallama.config.words import counted
 from megallama.data.errors import DataError
 from megallama.data.mixture import Mixture, Phase, limits_of, phases_of
 from megallama.data.samples import Samples, Source
-from megallama.plan.batch import BatchPlan
 
 ANEW = "begin another run from these weights with checkpoint.weights_from and a new run.folder"
 
@@ -26,7 +25,7 @@ ANEW = "begin another run from these weights with checkpoint.weights_from and a 
 class TrainDataset:
     """The training sources, read in the order of their mixture, and what was consumed."""
 
-    def __init__(self, config: DataConfig, sources: Sequence[Source], batch: BatchPlan) -> None:
+    def __init__(self, config: DataConfig, sources: Sequence[Source], batch: BatchConfig) -> None:
         self.sources, self._config, self._batch = tuple(sources), config, batch
         self._identities = [source.identity() for source in sources]
         self._order = {"batch.seq_length": sources[0].seq_length, "train.seed": sources[0].seed}

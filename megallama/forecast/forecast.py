@@ -193,7 +193,7 @@ def forecast(plan: Plan, hardware: Hardware, kernel: str) -> Forecast:
     prediction = predict(job, hardware, lambda _, costs, hop: simulate(plan.schedule, costs, hop).makespan)
     price, buffers = Pricer(job, hardware), buffer_bytes(plan.config, hardware)
     peaks = tuple(plan.memory(rank).total + buffers for rank in range(job.pp))
-    tokens = plan.batch.samples_after(plan.config.train.steps) * plan.config.batch.seq_length
+    tokens = plan.config.batch.samples_after(plan.config.train.steps) * plan.config.batch.seq_length
     gpu_hours = tokens / prediction.tokens_per_second / 3600
     return Forecast(
         plan, hardware, job, prediction, simulate(plan.schedule, price.stages(), price.hop()), buffers,

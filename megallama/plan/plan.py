@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megallama.config.schema import Config
-from megallama.plan.batch import BatchPlan
 from megallama.plan.check import build_forward, build_schedule
 from megallama.plan.memory import RankMemory, rank_memory
 from megallama.plan.partition import Stages, partition
@@ -24,7 +23,6 @@ class Plan:
     topology: Topology
     stages: Stages  # layer numbers of each stage, in model order
     schedule: Schedule  # of a step with the full global batch, lowered and checked
-    batch: BatchPlan
     _schedules: dict[tuple[object, int], Schedule] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -53,7 +51,7 @@ class Plan:
         return self._schedules[key]
 
     def __str__(self) -> str:
-        return page(self.config, self.topology, self.stages, self.schedule, self.batch)
+        return page(self.config, self.topology, self.stages, self.schedule)
 
 
 def make_plan(config: Config, ranks: int) -> Plan:
@@ -63,7 +61,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
     """
     p = config.parallel
     topology = Topology.fill(ranks, tp=p.tp, pp=p.pp, order=p.rank_order)
-    batch = BatchPlan(config.batch, topology.dp)
-    schedule = build_schedule(p, batch.num_microbatches(config.batch.global_batch_size))
+    count = config.batch.num_microbatches(config.batch.global_batch_size, topology.dp)
+    schedule = build_schedule(p, count)
     topology = replace(topology, ends=(schedule.owners[0], schedule.owners[-1]))
-    return Plan(config, topology, partition(config), schedule, batch)
+    return Plan(config, topology, partition(config), schedule)

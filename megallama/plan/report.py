@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 
 from megallama.config.schema import Config
 from megallama.config.words import counted
-from megallama.plan.batch import BatchPlan
 from megallama.plan.flops import training_flops
 from megallama.plan.memory import rank_memory
 from megallama.plan.params import ParamBuilder, heads, num_parameters
@@ -18,11 +17,11 @@ from megallama.plan.topology import Topology
 CHART_WIDTH = 96
 
 
-def page(config: Config, topology: Topology, stages: Stages, schedule: Schedule, batch: BatchPlan) -> str:
+def page(config: Config, topology: Topology, stages: Stages, schedule: Schedule) -> str:
     """Model, layout, batch, work, schedule, and a table of stages and one of memory."""
     report = simulate(schedule, stage_costs(config, stages))
     blocks = [
-        "\n".join(f"{name:<10} {text}" for name, text in _facts(config, topology, schedule, batch, report)),
+        "\n".join(f"{name:<10} {text}" for name, text in _facts(config, topology, schedule, report)),
         _table(["stage", "rank", "layers", "parameters", "share of work"], _stage_rows(config, stages, schedule)),
         _memory_table(config, stages, schedule, topology),
     ]
@@ -32,9 +31,7 @@ def page(config: Config, topology: Topology, stages: Stages, schedule: Schedule,
     return "\n\n".join(blocks)
 
 
-def _facts(
-    config: Config, topology: Topology, schedule: Schedule, batch: BatchPlan, report: Report
-) -> Iterator[tuple[str, str]]:
+def _facts(config: Config, topology: Topology, schedule: Schedule, report: Report) -> Iterator[tuple[str, str]]:
     m, b, p = config.model, config.batch, config.parallel
     n, k, d = heads(m)
     yield "model", f"{m.preset or 'own sizes'}: {num_parameters(m):,} parameters"
@@ -55,7 +52,7 @@ def _facts(
     if len(b.sizes) > 1:
         ramp = counted(b.ramp_samples or 0, "sequence", ",")
         yield "", f"grows from {b.ramp_start} by {b.ramp_increment} over the first {ramp}"
-    tokens = batch.samples_after(config.train.steps) * b.seq_length
+    tokens = b.samples_after(config.train.steps) * b.seq_length
     yield "run", f"{counted(config.train.steps, 'step', ',')}, {counted(tokens, 'token', ',')}"
     work = training_flops(m, b.seq_length, causal=True)
     each = f"{work / 1e9:,.3f}" if work >= 1e9 else f"{work / 1e9:.4g}"

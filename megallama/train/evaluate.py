@@ -39,10 +39,11 @@ def evaluate(
     config, plan = worker.plan.config, worker.plan
     size = config.batch.global_batch_size
     batches = min(most or source.num_sequences, -(-source.num_sequences // size))
-    count = plan.batch.num_microbatches(size)
+    dp = worker.groups.dp
+    count = config.batch.num_microbatches(size, dp.size)
 
     def ids_of_step(batch: int) -> Sequence[Sequence[int]]:
-        return [plan.batch.sample_ids(batch * size, size, worker.groups.dp.rank, m) for m in range(count)]
+        return config.batch.sample_ids(batch * size, size, dp.size, dp.rank)
 
     total, tokens, known = 0.0, 0, ask_all(worker, status(False))
     schedule = plan.forward_schedule(count)

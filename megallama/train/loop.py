@@ -87,9 +87,9 @@ class TrainingLoop:
 
     def _one_step(self, loader: Loader) -> StepConsensus:
         config, progress, plan = self._config, self.progress, self.setup.plan
-        size = plan.config.batch.size_after(progress.samples)
+        size = config.batch.size_after(progress.samples)
         with self._timers.phase("data"):
-            batches, failure = loader.next_or_zeros(plan.batch.num_microbatches(size), config)
+            batches, failure = loader.next_or_zeros(config.batch.num_microbatches(size, plan.topology.dp), config)
         lr = learning_rate(progress.step, config.optimizer, config.lr_schedule)
         schedule, masked = plan.schedule_for(len(batches)), config.data.document_mask
         status = partial(self._status, failure is not None or self._manager.not_finite)
@@ -119,14 +119,14 @@ class TrainingLoop:
         return None
 
     def _loader(self) -> Loader:
-        config, batch, dp = self._config, self.setup.plan.batch, self.setup.worker.groups.dp
+        config, batch, dp = self._config, self._config.batch, self.setup.worker.groups.dp
         firsts = {self.progress.step: self.progress.samples}  # step -> first sample: a batch may ramp up
 
         def ids_of_step(step: int) -> Sequence[Sequence[int]]:
             first = firsts.pop(step)
-            size = batch.batch.size_after(first)
+            size = batch.size_after(first)
             firsts[step + 1] = first + size
-            return [batch.sample_ids(first, size, dp.rank, m) for m in range(batch.num_microbatches(size))]
+            return batch.sample_ids(first, size, dp.size, dp.rank)
 
         return Loader(
             self.setup.data.train.read,

@@ -67,7 +67,7 @@ class Reporter:
             log.info("MFU is not shown: the peak of this device is not known; run.peak_tflops may give it")
         else:
             log.info(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s per rank, counting causal attention")
-        total = plan.batch.samples_after(config.train.steps) * config.batch.seq_length
+        total = config.batch.samples_after(config.train.steps) * config.batch.seq_length
         causal, full = (training_flops(config.model, config.batch.seq_length, causal=c) for c in (True, False))
         self._meter = Meter(plan.topology.world_size, causal, full, peak, total)
         timers.lap()

@@ -21,7 +21,6 @@ from megallama.data.loader import Loader
 from megallama.data.sources import open_sources
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.data.train_dataset import TrainDataset
-from megallama.plan.batch import BatchPlan
 from tests.words import text_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,11 +73,11 @@ def test_the_documents_of_a_step_are_its_tokens(run: Path, step: int, capsys: py
     """Three ways: what the loader delivers, the bytes of .bin by .idx, and the original texts encoded again."""
     config = load(run)
     train, tokenizer = open_sources(config).train, load_tokenizer(str(config.data.tokenizer))
-    batch = BatchPlan(config.batch, 1)
+    batch = config.batch
     first, size = batch.samples_after(step - 1), batch.samples_after(step) - batch.samples_after(step - 1)
 
     def ids(step: int) -> list[range]:
-        return [batch.sample_ids(first, size, 0, m) for m in range(batch.num_microbatches(size))]
+        return batch.sample_ids(first, size, 1, 0)
 
     with Loader(train.read, ids, stop_step=1, prefetch=0) as loader:
         delivered = next(loader)
@@ -115,7 +114,7 @@ def test_sources_indices_and_epochs(run: Path, capsys: pytest.CaptureFixture[str
             seen[sample["source"]].append(sample["index"])
             source = train.sources["ab".index(sample["source"])]
             assert sample["epoch"] == sample["index"] // source.num_sequences
-    total = BatchPlan(load(run).batch, 1).samples_after(30)
+    total = load(run).batch.samples_after(30)
     assert {name: len(numbers) for name, numbers in seen.items()} == {
         name: used["samples"] for name, used in train.consumption(total).items()
     }
@@ -204,7 +203,7 @@ def test_sizes_come_from_files_where_they_are(run: Path, capsys: pytest.CaptureF
     assert isinstance(train, TrainDataset)
     told = plan([str(run)], capsys)
     assert told["phases"] == [1, 4]
-    steps = BatchPlan(load(run).batch, 1).samples_after(100)
+    steps = load(run).batch.samples_after(100)
     account = train.consumption(steps)
     for row, source in zip(told["sources"], train.sources, strict=True):
         assert (row["tokens"], row["measured"]) == (source.num_tokens, True)

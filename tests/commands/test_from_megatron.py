@@ -18,7 +18,6 @@ from megallama.config.errors import ConfigError
 from megallama.config.load import load
 from megallama.config.schema import Config
 from megallama.optim.lr import learning_rate
-from megallama.plan.batch import BatchPlan
 from megallama.plan.params import num_parameters
 
 LLAMA = (
@@ -136,7 +135,7 @@ def test_nvidia_llama3_8b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     config = converted(NVIDIA + "--normalization RMSNorm", tmp_path, without, "--ranks", "8")
     assert num_parameters(config.model) == 8_030_261_248
     assert (config.model.rope_theta, config.model.init_std, config.model.num_kv_heads) == (1e6, 0.0134, 8)
-    samples = BatchPlan(config.batch, 8).samples_after(config.train.steps)
+    samples = config.batch.samples_after(config.train.steps)
     assert (config.train.steps, samples) == (1_953_125_000 // 128, 1_953_125_000 - 8)
     s = config.lr_schedule
     assert (s.decay_steps, s.warmup_steps) == (1_949_218_748 // 128, 3_906_252 // 128)
@@ -234,7 +233,7 @@ def test_ramp_up(tmp_path: Path) -> None:
         ends.append(consumed)
     inside = [sum(end <= samples for end in ends) for samples in (2000, 101, 1500)]
     assert [config.train.steps, config.lr_schedule.warmup_steps, config.lr_schedule.decay_steps] == inside
-    assert BatchPlan(config.batch, 1).samples_after(config.train.steps) == ends[inside[0] - 1]
+    assert config.batch.samples_after(config.train.steps) == ends[inside[0] - 1]
     assert (config.batch.ramp_start, config.batch.ramp_increment, config.batch.ramp_samples) == (4, 4, 300)
 
 

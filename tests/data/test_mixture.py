@@ -22,7 +22,6 @@ from megallama.data.loader import Loader
 from megallama.data.mixture import Mixture, Phase, phases_of
 from megallama.data.sources import open_sources
 from megallama.data.train_dataset import TrainDataset
-from megallama.plan.batch import BatchPlan
 
 NAMES = ["web", "code", "books", "wiki"]
 weights = st.one_of(st.just(0.0), st.integers(1, 9), st.floats(0.05, 1))
@@ -122,7 +121,7 @@ def test_a_change_repeats_no_document_of_an_unfinished_epoch(files: dict[str, Pa
     given = Config.model_validate(given.model_dump() | {"data": data})
     train = open_sources(given).train
     assert isinstance(train, TrainDataset)
-    steps = BatchPlan(given.batch, 1)
+    steps = given.batch
     firsts = [steps.samples_after(10), steps.samples_after(25)]
     assert [p.sample for p in train.mixture.phases] == [0, *firsts] and firsts[0] < 40
     total = steps.samples_after(40)
@@ -145,19 +144,17 @@ def test_the_order_is_the_same_for_any_ranks_workers_start_and_length(
 ) -> None:
     """The tokens of the global batches, put together from what every rank's loader delivers."""
     given = Config.model_validate({"batch": {"micro_batch_size": micro, "global_batch_size": 12, "seq_length": 10}})
-    plan = BatchPlan(given.batch, dp)
-    count = plan.num_microbatches(12)
     expected = shared.read(range(12 * start, 12 * (start + length))).tokens.reshape(length, 12, 11)
     found = np.zeros_like(expected)
     for rank in range(dp):
 
         def ids(step: int, rank: int = rank) -> list[range]:
-            return [plan.sample_ids(12 * step, 12, rank, m) for m in range(count)]
+            return given.batch.sample_ids(12 * step, 12, dp, rank)
 
         with Loader(shared.read, ids, start_step=start, stop_step=start + length, prefetch=prefetch) as loader:
             for at, batches in enumerate(loader):
                 for m, batch in enumerate(batches):
-                    rows = [i - 12 * (start + at) for i in plan.sample_ids(12 * (start + at), 12, rank, m)]
+                    rows = [i - 12 * (start + at) for i in ids(start + at, rank)[m]]
                     found[at, rows, :-1], found[at, rows, -1] = batch.tokens.numpy(), batch.labels[:, -1].numpy()
     assert np.array_equal(found, expected)
 
@@ -344,7 +341,6 @@ def test_phases_follow_the_ramp() -> None:
     given = load(None, ["data.train=['a', 'b']", "data.mixture_schedule=[{step=3, weights={a=2}}]",
                         "batch.global_batch_size=32", "batch.ramp_start=8", "batch.ramp_increment=8",
                         "batch.ramp_samples=30"])  # fmt: skip
-    plan = BatchPlan(given.batch, 1)
-    assert [(p.sample, dict(p.weights)) for p in phases_of(given.data, plan.samples_after)] == [
+    assert [(p.sample, dict(p.weights)) for p in phases_of(given.data, given.batch.samples_after)] == [
         (0, {"a": 1.0, "b": 1.0}), (16, {"a": 2.0, "b": 1.0})
     ]  # fmt: skip

@@ -54,7 +54,7 @@ def test_page_of_every_kind() -> None:
     text = str(make_plan(config, 2))
     assert "grows from 8 by 8 over the first 64 sequences" in text and "tied embeddings" in text
     # 4 steps of 8 or 16 or 24 sequences, then 32 to step 100
-    assert f"100 steps, {64 * make_plan(config, 2).batch.samples_after(100):,} tokens" in text
+    assert f"100 steps, {64 * config.batch.samples_after(100):,} tokens" in text
     zb = load(None, ["model.preset=debug", "parallel.pp=4", "parallel.schedule=zb-h1"], ranks=4, need_data=False)
     assert "rank  0 |0011" in str(make_plan(zb, 4)) and "zb-h1" in str(make_plan(zb, 4))
     deep = load(None, ["model.num_layers=40", "parallel.pp=32"], ranks=32, need_data=False)

@@ -99,7 +99,7 @@ def _plant_in_evaluation(loop: TrainingLoop, kind: str, batches: set[int]) -> No
 
 def _break_reading(loop: TrainingLoop, step: int) -> None:
     """From the batch of `step` on (from 0) nothing can be read."""
-    first, train = loop.setup.plan.batch.samples_after(step), loop.setup.data.train
+    first, train = loop.setup.plan.config.batch.samples_after(step), loop.setup.data.train
     read = train.read
     train.read = lambda ids: _unreadable(ids) if min(ids) >= first else read(ids)  # type: ignore[method-assign]
 

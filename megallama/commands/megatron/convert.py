@@ -15,7 +15,6 @@ from megallama.config.load import load
 from megallama.config.presets import PRESETS
 from megallama.config.schema import BatchConfig, Config
 from megallama.config.words import counted
-from megallama.plan.batch import BatchPlan
 from megallama.plan.params import num_parameters
 
 LLAMA = (  # flag, its value for a LLaMA, what a LLaMA has, what Megatron has without the flag
@@ -190,9 +189,8 @@ class Conversion:
         batch = None if min(sizes.values(), default=0) < 1 else BatchConfig(**sizes)
         if steps or samples is None or batch is None:
             return steps
-        plan = BatchPlan(batch, 1)
-        steps = bisect_right(range(samples + 1), samples, key=plan.samples_after) - 1
-        rest = samples - plan.samples_after(steps)
+        steps = bisect_right(range(samples + 1), samples, key=batch.samples_after) - 1
+        rest = samples - batch.samples_after(steps)
         if rest:
             count = f"{counted(steps, 'step', ',')} and {counted(rest, 'sample', ',')}"
             self.note(f"--{stem}-samples {samples:,} is {count}; the steps are taken")
@@ -343,5 +341,5 @@ def summary(config: Config) -> str:
     return (
         f"{num_parameters(m):,} parameters{f' (the shape of {same[0]})' if same else ''}; {b.global_batch_size} x "
         f"{b.seq_length} = {counted(tokens, 'token', ',')} per step; {counted(steps, 'step', ',')}, "
-        f"{counted(BatchPlan(b, 1).samples_after(steps) * b.seq_length, 'token', ',')}"
+        f"{counted(b.samples_after(steps) * b.seq_length, 'token', ',')}"
     )

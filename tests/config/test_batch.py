@@ -7,38 +7,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallama.config.schema import BatchConfig
-from megallama.plan.batch import BatchPlan
 
 RAMP = BatchConfig(global_batch_size=32, micro_batch_size=2, ramp_start=8, ramp_increment=8, ramp_samples=96)
 
 
 def test_constant() -> None:
-    plan = BatchPlan(BatchConfig(global_batch_size=24, micro_batch_size=2), dp=3)
-    assert plan.batch.sizes == (24,) and plan.batch.size_after(0) == plan.batch.size_after(10**12) == 24
-    assert plan.num_microbatches(24) == 4
-    assert plan.samples_after(1000) == 24000
-    assert plan.sample_ids(100, 24, dp_rank=2, microbatch=1) == range(100 + (1 * 3 + 2) * 2, 100 + (1 * 3 + 2) * 2 + 2)
+    batch = BatchConfig(global_batch_size=24, micro_batch_size=2)
+    assert batch.sizes == (24,) and batch.size_after(0) == batch.size_after(10**12) == 24
+    assert batch.num_microbatches(24, dp=3) == 4
+    assert batch.samples_after(1000) == 24000
+    ids = batch.sample_ids(100, 24, dp=3, dp_rank=2)
+    assert ids == [range(100 + (m * 3 + 2) * 2, 100 + (m * 3 + 2) * 2 + 2) for m in range(4)]
 
 
 @pytest.mark.parametrize("dp,micro", [(1, 1), (1, 8), (2, 2), (4, 1), (8, 1), (2, 4)])
 def test_a_step_reads_its_samples_once(dp: int, micro: int) -> None:
-    plan = BatchPlan(BatchConfig(global_batch_size=16, micro_batch_size=micro), dp)
-    ids = [
-        i for m in range(plan.num_microbatches(16)) for r in range(dp) for i in plan.sample_ids(48, 16, r, m)
-    ]  # fmt: skip
+    batch = BatchConfig(global_batch_size=16, micro_batch_size=micro)
+    ranks = [batch.sample_ids(48, 16, dp, rank) for rank in range(dp)]
+    ids = [i for found in zip(*ranks, strict=True) for samples in found for i in samples]
     assert ids == list(range(48, 64))
 
 
 def test_ramp() -> None:
-    plan = BatchPlan(RAMP, dp=2)
-    assert plan.batch.sizes == (8, 16, 24, 32)
-    assert [plan.batch.size_after(n) for n in (0, 31, 32, 63, 64, 95, 96, 10**9)] == [8, 8, 16, 16, 24, 24, 32, 32]
+    assert RAMP.sizes == (8, 16, 24, 32)
+    assert [RAMP.size_after(n) for n in (0, 31, 32, 63, 64, 95, 96, 10**9)] == [8, 8, 16, 16, 24, 24, 32, 32]
     sizes, consumed = [], 0
     while consumed < 200:
-        sizes.append(plan.batch.size_after(consumed))
+        sizes.append(RAMP.size_after(consumed))
         consumed += sizes[-1]
     assert sizes == [8] * 4 + [16] * 2 + [24] * 2 + [32] * 3
-    assert [plan.samples_after(n) for n in (0, 1, 4, 5, 8, 9, 11)] == [0, 8, 32, 48, 112, 144, 208]
+    assert [RAMP.samples_after(n) for n in (0, 1, 4, 5, 8, 9, 11)] == [0, 8, 32, 48, 112, 144, 208]
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 200))
@@ -48,7 +46,6 @@ def test_ramp_never_shrinks_and_ends(start: int, increments: int, samples: int) 
         global_batch_size=start + increments * 3, micro_batch_size=1, ramp_start=start, ramp_increment=3,
         ramp_samples=samples,
     )  # fmt: skip
-    plan = BatchPlan(batch, 1)
-    sizes = [plan.batch.size_after(n) for n in range(samples + 1)]
+    sizes = [batch.size_after(n) for n in range(samples + 1)]
     assert sizes == sorted(sizes) and sizes[0] == start and sizes[-1] == batch.global_batch_size
-    assert set(sizes) <= set(plan.batch.sizes)
+    assert set(sizes) <= set(batch.sizes)
