@@ -35,7 +35,7 @@ from megallama.forecast.forecast import GIB, Forecast, forecast, job_bytes, sear
 from megallama.forecast.hardware import TABLES, Hardware, _tables, load_hardware  # noqa: E402
 from megallama.forecast.job import Job, built  # noqa: E402
 from megallama.plan.plan import make_plan  # noqa: E402
-from megallama.plan.simulate import StageCost, simulate  # noqa: E402
+from megallama.plan.timeline import StageCost, simulate  # noqa: E402
 
 TOML: dict[str, Any] = tomllib.loads(TABLES.read_text(encoding="utf-8"))
 AUXILIARY = ROOT / "benchmarks/measurements/aux_validate.csv"

@@ -15,9 +15,9 @@ from math import prod
 
 from megallama.config.schema import Config
 from megallama.plan.memory import DTYPE_BYTES, main_dtype, stage_layout, tokens_and_rows
-from megallama.plan.partition import Stages
 from megallama.plan.schedule import Kind, Schedule
 from megallama.plan.topology import Topology
+from megallama.plan.work import Stages
 
 VOTE = 10  # numbers of the vote before the optimizer runs: loss, norm, non-finite, late, failed, five signals
 ITEM_BYTES = {**DTYPE_BYTES, "int64": 8}
@@ -52,7 +52,7 @@ def collectives(
             for key, count in _tensor(config, stages, stage).items():
                 found[key] += count * schedule.num_microbatches
         found += _gradients(config, topology, stages, stage, dp_rank)
-    if schedule.rank_of(0) == schedule.rank_of(len(stages) - 1):  # both copies of a tied embedding are here
+    if schedule.owners[0] == schedule.owners[-1]:  # both copies of a tied embedding are here
         found = Found({key: n for key, n in found.items() if key[0] != "embedding"})
     for action in schedule.steps[pp_rank]:
         if not action.kind.is_compute:

@@ -23,12 +23,22 @@ from megallama.config.errors import ConfigError
 from megallama.config.load import load
 from megallama.config.schema import ParallelConfig
 from megallama.config.words import counted
-from megallama.plan.check import FIXED_CHUNKS, build_schedule
-from megallama.plan.partition import stage_costs
+from megallama.plan.builders import FIXED_CHUNKS, build_schedule
 from megallama.plan.plan import make_plan
 from megallama.plan.schedule import Schedule, parse_action
-from megallama.plan.simulate import LEGEND, Report, StageCost, draw, simulate
-from megallama.plan.trace import BLOCKED, COMMUNICATION, Span, chrome_trace, simulated
+from megallama.plan.timeline import (
+    BLOCKED,
+    COMMUNICATION,
+    LEGEND,
+    Report,
+    Span,
+    StageCost,
+    chrome_trace,
+    draw,
+    simulate,
+    simulated,
+)
+from megallama.plan.work import stage_costs
 
 COLOURS = {
     "F": ("#7aa6d8", "#3f6fa8"),

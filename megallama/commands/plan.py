@@ -117,7 +117,7 @@ def as_dict(f: Forecast) -> dict[str, Any]:
         "config": plan.config.model_dump(mode="json"),
         "ranks": plan.topology.world_size,
         "topology": {a: plan.topology.size(a) for a in ("tp", "pp", "dp")},
-        "stages": [{"rank": schedule.rank_of(s), "layers": list(layers)} for s, layers in enumerate(plan.stages)],
+        "stages": [{"rank": schedule.owners[s], "layers": list(layers)} for s, layers in enumerate(plan.stages)],
         "schedule": {
             "name": schedule.name, "micro_batches": schedule.num_microbatches, "bubble": pipeline.bubble,
             "peak_in_flight": list(pipeline.peak_in_flight),

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from megallama.forecast.hardware import Hardware
 from megallama.forecast.job import Job, built
-from megallama.plan.simulate import StageCost, simulate
+from megallama.plan.timeline import StageCost, simulate
 
 TILE = 128
 OPTIMIZER_BYTES = 30.0  # read and written per parameter: fp32 weight, two moments and gradient, bf16 weight

@@ -20,7 +20,7 @@ from megallama.forecast.hardware import Hardware
 from megallama.forecast.job import Job, candidates, config_of, job_of, peaks_in_flight
 from megallama.plan.memory import DTYPE_BYTES
 from megallama.plan.plan import Plan, make_plan
-from megallama.plan.simulate import Report, StageCost, simulate
+from megallama.plan.timeline import Report, StageCost, simulate
 
 GIB = 2**30
 PUE, CO2_KG_PER_KWH = 1.1, 0.385  # Touvron et al. 2023 (arXiv:2302.13971, section 6): the US average, and its overhead

@@ -15,13 +15,11 @@ from pydantic import ValidationError
 from megallama.config.rules import V_SCHEDULES, legal_tp
 from megallama.config.schema import Config, ParallelConfig
 from megallama.forecast.hardware import Hardware
-from megallama.plan.check import FIXED_CHUNKS, compute_schedule
-from megallama.plan.flops import head_forward, layer_forward
+from megallama.plan.builders import FIXED_CHUNKS, compute_schedule, v_owners
 from megallama.plan.params import heads
-from megallama.plan.partition import Stages, balanced, partition
 from megallama.plan.schedule import Schedule, ScheduleError, looped
-from megallama.plan.schedule_v import v_owners
 from megallama.plan.topology import Topology
+from megallama.plan.work import Stages, balanced, head_forward, layer_forward, partition
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 RECOMPUTE = ("none", "selective", "full")
@@ -102,7 +100,7 @@ class Job:
         return max(map(self.parameters_of, range(self.pp)))
 
     def flops_per_token(self, *, causal: bool) -> float:
-        """Model operations of forward and backward per token, as `plan.flops` counts them."""
+        """Model operations of forward and backward per token, as `plan.work` counts them."""
         attention = 2 * self.width * (self.seq + 1) if causal else 4 * self.width * self.seq
         return 3 * (self.layers * (2 * self.layer_matrix + attention) + 2 * self.vocab * self.hidden)
 

@@ -147,7 +147,7 @@ class PipelineRuntime:
     def _take(self, kind: Kind, action: Action) -> Tensor:
         """The value from the neighbouring stage: received, or left by it on this same rank."""
         made_by, stage = (Kind.F, action.stage - 1) if kind is Kind.RECV_F else (Kind.B, action.stage + 1)
-        if self._schedule.rank_of(stage) == self._pp.rank:
+        if self._schedule.owners[stage] == self._pp.rank:
             return self._outputs.pop((made_by, stage, action.microbatch))
         tensor, handle = self._received.pop((kind, action.stage, action.microbatch))
         handle.wait()
@@ -157,10 +157,10 @@ class PipelineRuntime:
     def _send(self, action: Action) -> None:
         made_by, to = (Kind.F, action.stage + 1) if action.kind is Kind.SEND_F else (Kind.B, action.stage - 1)
         value = self._outputs.pop((made_by, action.stage, action.microbatch)).contiguous()
-        self._sends.append(self._pp.send(value, self._schedule.rank_of(to)))
+        self._sends.append(self._pp.send(value, self._schedule.owners[to]))
 
     def _recv(self, action: Action) -> None:
-        source = self._schedule.rank_of(action.stage + (-1 if action.kind is Kind.RECV_F else 1))
+        source = self._schedule.owners[action.stage + (-1 if action.kind is Kind.RECV_F else 1)]
         buffer = torch.empty_like(self._hidden)
         self._received[action.kind, action.stage, action.microbatch] = (buffer, self._pp.recv(buffer, source))
 

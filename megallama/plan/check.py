@@ -7,84 +7,14 @@ blocking and blocks only where it computes with a value that has not arrived.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import zip_longest
-from pathlib import Path
 
-from megallama.config.schema import ParallelConfig
-from megallama.plan.schedule import (
-    COMPUTE,
-    Action,
-    B,
-    F,
-    I,
-    Kind,
-    Schedule,
-    ScheduleError,
-    W,
-    forward_only,
-    gpipe,
-    lower,
-    one_f_one_b,
-    stuck_at,
-    zero_bubble_h1,
-    zero_bubble_h2,
-)
-from megallama.plan.schedule_csv import read_csv
-from megallama.plan.schedule_v import dualpipe_v, v_half, zb_v
+from megallama.plan.schedule import COMPUTE, Action, B, F, I, Kind, Schedule, ScheduleError, W, stuck_at
 
 SENDS = {Kind.SEND_F: F, Kind.SEND_B: B}
 RECVS = {Kind.RECV_F: F, Kind.RECV_B: B}
 Moves = list[list[tuple[Action, int] | None]]
 """For each action of each rank, None if it computes, else the value it moves and the rank on the other side."""
-
-
-FIXED_CHUNKS: dict[str, tuple[int, Callable[[int, int], Schedule]]] = {
-    "zb-h1": (1, zero_bubble_h1), "zb-h2": (1, zero_bubble_h2),
-    "zb-v": (2, zb_v), "v-half": (2, v_half), "dualpipe-v": (2, dualpipe_v),
-}  # fmt: skip
-"""Schedules for one number of chunks per rank: that number, and the builder."""
-
-
-def compute_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedule:
-    """The compute of one training step under this layout, without transfers."""
-    name, pp, chunks = parallel.schedule, parallel.pp, parallel.chunks
-    if name == "csv":
-        return read_csv(Path(parallel.schedule_file or ""), pp, pp * chunks, num_microbatches)
-    if (build := FIXED_CHUNKS.get(name)) is not None:
-        if chunks != build[0]:
-            words = "one chunk" if build[0] == 1 else "two chunks"
-            raise ScheduleError(f"{name} has {words} per rank, not chunks={chunks}; use chunks={build[0]} or 1f1b")
-        return build[1](pp, num_microbatches)
-    return {"gpipe": gpipe, "1f1b": one_f_one_b}[name](pp, num_microbatches, chunks)
-
-
-def build_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedule:
-    """The schedule of one training step under this layout, lowered and checked.
-
-    Raises: ScheduleError if this number of micro-batches does not suit the schedule.
-    """
-    schedule = lower(compute_schedule(parallel, num_microbatches))
-    check(schedule, *bounds(parallel, num_microbatches))
-    return schedule
-
-
-def bounds(parallel: ParallelConfig, m: int) -> tuple[int, int]:
-    """What a rank holds at most: (stage, micro-batch) pairs in flight, and received tensors that wait."""
-    p, v = parallel.pp, parallel.chunks
-    in_flight = {
-        "gpipe": m * v, "1f1b": p if v == 1 else 2 * (p - 1) + (v - 1) * p + 1, "zb-h1": p, "zb-h2": 2 * p - 1,
-        "zb-v": 2 * p, "v-half": 2 * ((p + 2) // 2), "dualpipe-v": 2 * p + 1,
-    }  # fmt: skip
-    everything = p * v * m  # a user's own schedule promises nothing
-    return in_flight.get(parallel.schedule, everything), everything if parallel.schedule == "csv" else max(4, p // 2)
-
-
-def build_forward(training: Schedule, num_microbatches: int) -> Schedule:
-    """The schedule of an evaluation where the stages lie as in `training`, lowered and checked."""
-    schedule = forward_only(training.num_ranks, num_microbatches, training.owners)
-    check(schedule)
-    return schedule
 
 
 def check(schedule: Schedule, max_in_flight: int | None = None, max_received: int | None = None) -> None:
@@ -114,8 +44,8 @@ def _check_compute(schedule: Schedule) -> None:
             key = (a.stage, a.microbatch)
             if key not in want:
                 raise ScheduleError(f"rank {rank}, step {i}, {a}: there is no such stage or micro-batch")
-            if schedule.rank_of(a.stage) != rank:
-                raise ScheduleError(f"rank {rank}, step {i}, {a}: stage of rank {schedule.rank_of(a.stage)}")
+            if schedule.owners[a.stage] != rank:
+                raise ScheduleError(f"rank {rank}, step {i}, {a}: stage of rank {schedule.owners[a.stage]}")
             if key in done[a.kind]:
                 raise ScheduleError(f"rank {rank}, step {i}, {a}: runs twice")
             if a.kind in before and key not in done[before[a.kind]]:
@@ -154,7 +84,7 @@ def _check_transfers(schedule: Schedule, moves: Moves) -> None:
                 raise ScheduleError(f"rank {rank}, step {i}, {a}: sent before it was made")
             seen.add(value)
         for v in sorted(made - sent):
-            if (c := schedule.consumer(v)) is not None and schedule.rank_of(c) != rank:
+            if (c := schedule.consumer(v)) is not None and schedule.owners[c] != rank:
                 raise ScheduleError(f"rank {rank} never sends {v}")
 
 
@@ -179,7 +109,7 @@ def _check_progress(schedule: Schedule) -> None:
 
     def waits(a: Action) -> list[Action]:
         values = schedule.needs(a) if a.kind in COMPUTE else ()
-        return [v for v in values if schedule.rank_of(v.stage) != schedule.rank_of(a.stage)]
+        return [v for v in values if schedule.owners[v.stage] != schedule.owners[a.stage]]
 
     def gives(a: Action) -> list[Action]:
         return [a._replace(kind=SENDS[a.kind])] if a.kind in SENDS else []
@@ -196,7 +126,7 @@ def _move(schedule: Schedule, a: Action) -> tuple[Action, int]:
     other = a.stage + (1 if (kind is F) == (a.kind in SENDS) else -1)
     if not 0 <= other < schedule.num_stages:
         raise ScheduleError(f"{a}: there is no stage on the other side")
-    return Action(kind, a.stage if a.kind in SENDS else other, a.microbatch), schedule.rank_of(other)
+    return Action(kind, a.stage if a.kind in SENDS else other, a.microbatch), schedule.owners[other]
 
 
 def _list(keys: set[tuple[int, int]]) -> str:

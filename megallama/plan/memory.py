@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from megallama.config.schema import Config
 from megallama.plan.layout import BufferLayout, build_layout
 from megallama.plan.params import ParamBuilder, heads
-from megallama.plan.partition import Stages
 from megallama.plan.schedule import Kind, Schedule
+from megallama.plan.work import Stages
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
@@ -72,11 +72,10 @@ def saved_bytes(config: Config, recompute: str | None = None) -> int:
     return DTYPE_BYTES[config.precision.dtype] * (rows * outside + tokens * inside)
 
 
-def statistics_bytes(config: Config) -> int:
+def statistics_bytes(config: Config, recompute: str | None = None) -> int:
     """Bytes that fused attention kernels keep in one layer on top of `saved_bytes`: log-sum-exps in fp32."""
-    if config.memory.recompute == "full":
-        return 0
-    return 4 * tokens_and_rows(config)[0] * (config.model.num_heads // config.parallel.tp)
+    kept = (recompute or config.memory.recompute) != "full"
+    return kept * 4 * tokens_and_rows(config)[0] * (config.model.num_heads // config.parallel.tp)
 
 
 def stage_saved_bytes(config: Config, stages: Stages, stage: int) -> int:
@@ -102,8 +101,7 @@ def peak_saved_bytes(config: Config, stages: Stages, schedule: Schedule, pp_rank
     live, peak, last, full = 0, 0, len(stages) - 1, config.memory.recompute == "full"
     saved = {s: stage_saved_bytes(config, stages, s) for s in schedule.stages_of(pp_rank)}
     deferred = {s: deferred_bytes(config, stages, s) for s in saved}
-    partial = config.model_copy(update={"memory": config.memory.model_copy(update={"recompute": "selective"})})
-    again = saved_bytes(partial) + statistics_bytes(partial) - saved_bytes(config, "full")
+    again = saved_bytes(config, "selective") + statistics_bytes(config, "selective") - saved_bytes(config, "full")
     for kind, s, _ in schedule.steps[pp_rank] if schedule.is_training else ():
         if full and stages[s] and kind in (Kind.B, Kind.I):  # the head is done, the input of the layer still there
             others = (len(stages[s]) - 1) * (deferred[s] // len(stages[s]) - saved_bytes(config))  # put off so far

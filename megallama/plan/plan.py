@@ -1,18 +1,22 @@
-"""The plan of a run: everything that follows from the configuration and the number of ranks."""
+"""The plan of a run: everything that follows from the configuration and the number of ranks; and a page of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megallama.config.schema import Config
-from megallama.plan.check import build_forward, build_schedule
+from megallama.config.words import counted
+from megallama.plan.builders import build_forward, build_schedule
 from megallama.plan.memory import RankMemory, rank_memory
-from megallama.plan.partition import Stages, partition
-from megallama.plan.report import page
+from megallama.plan.params import ParamBuilder, heads, num_parameters
 from megallama.plan.schedule import Schedule
+from megallama.plan.timeline import LEGEND, draw, simulate
 from megallama.plan.topology import Topology
+from megallama.plan.work import Stages, partition, stage_costs, training_flops
+
+CHART_WIDTH = 96
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Plan:
         return self._schedules[key]
 
     def __str__(self) -> str:
-        return page(self.config, self.topology, self.stages, self.schedule)
+        return _page(self)
 
 
 def make_plan(config: Config, ranks: int) -> Plan:
@@ -65,3 +69,84 @@ def make_plan(config: Config, ranks: int) -> Plan:
     schedule = build_schedule(p, count)
     topology = replace(topology, ends=(schedule.owners[0], schedule.owners[-1]))
     return Plan(config, topology, partition(config), schedule)
+
+
+def _page(plan: Plan) -> str:
+    """Model, layout, batch, work, schedule, and a table of stages and one of memory."""
+    schedule = plan.schedule
+    blocks = ["\n".join(f"{name:<10} {text}" for name, text in _facts(plan)), _stage_table(plan), _memory_table(plan)]
+    if 1 < schedule.num_ranks <= 8 and schedule.num_microbatches * schedule.num_stages <= 64:
+        chart = draw(simulate(schedule), CHART_WIDTH)
+        blocks.append(f"{chart}\n{LEGEND}")
+    return "\n\n".join(blocks)
+
+
+def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    config, topology, schedule = plan.config, plan.topology, plan.schedule
+    m, b, p = config.model, config.batch, config.parallel
+    n, k, d = heads(m)
+    yield "model", f"{m.preset or 'own sizes'}: {num_parameters(m):,} parameters"
+    tied = ", tied embeddings" if m.tie_embeddings else ""
+    yield "", (
+        f"{counted(m.num_layers, 'layer')}, hidden {m.hidden_size}, {counted(n, 'head')} of {d} ({k} key/value), "
+        f"ffn {m.ffn_hidden_size}, vocabulary {m.vocab_size}{tied}"
+    )
+    sharded = ", sequence parallel" if p.sequence_parallel and p.tp > 1 else ""
+    yield "layout", f"{topology}{sharded}; rank order {p.rank_order}"
+    fp8 = "" if config.precision.fp8 == "none" else f", fp8 {config.precision.fp8} in the layers' linear maps"
+    yield "precision", f"{config.precision.dtype}{fp8}, recompute {config.memory.recompute}"
+    size, count = b.global_batch_size, counted(schedule.num_microbatches, "micro-batch")
+    yield "batch", (
+        f"{counted(size, 'sequence')} x {b.seq_length} = {counted(size * b.seq_length, 'token', ',')} per step = "
+        f"{counted(topology.dp, 'replica')} x {count} x {b.micro_batch_size}"
+    )
+    if len(b.sizes) > 1:
+        ramp = counted(b.ramp_samples or 0, "sequence", ",")
+        yield "", f"grows from {b.ramp_start} by {b.ramp_increment} over the first {ramp}"
+    tokens = b.samples_after(config.train.steps) * b.seq_length
+    yield "run", f"{counted(config.train.steps, 'step', ',')}, {counted(tokens, 'token', ',')}"
+    work = training_flops(m, b.seq_length, causal=True)
+    each = f"{work / 1e9:,.3f}" if work >= 1e9 else f"{work / 1e9:.4g}"
+    yield "work", f"{each} GFLOP per token (causal attention); {work * tokens:.3g} FLOP in all"
+    report = simulate(schedule, stage_costs(config, plan.stages))
+    chunks = f", {p.chunks} chunks per rank" if p.chunks > 1 else ""
+    yield "schedule", (
+        f"{schedule.name}{chunks}: ranks idle {report.bubble:.1%} of the step; "
+        f"in flight per rank {_ranges(report.peak_in_flight)}"
+    )
+
+
+def _stage_table(plan: Plan) -> str:
+    costs = [sum(c) for c in stage_costs(plan.config, plan.stages)]
+    rows = []
+    for number, layers in enumerate(plan.stages):
+        specs = ParamBuilder(plan.config.model).stage(layers, number == 0, number == plan.num_stages - 1)
+        parameters = sum(spec.numel for spec in specs)
+        which = f"{layers[0]}-{layers[-1]} ({len(layers)})" if layers else "none"
+        share = f"{costs[number] / sum(costs):.1%}"
+        rows.append([str(number), str(plan.schedule.owners[number]), which, f"{parameters:,}", share])
+    return _table(["stage", "rank", "layers", "parameters", "share of work"], rows)
+
+
+def _memory_table(plan: Plan) -> str:
+    memory = [plan.memory(rank) for rank in range(plan.schedule.num_ranks)]
+    unit, name = (2**30, "GiB") if max(m.total for m in memory) >= 2**30 else (2**20, "MiB")
+    rows = []
+    for rank, m in enumerate(memory):
+        cells = [f"{v / unit:.2f}" for v in (m.weights, m.main_grads, m.optimizer, m.activations, m.logits, m.total)]
+        rows.append([str(rank), *cells[:3], str(plan.schedule.peak_in_flight(rank)), *cells[3:]])
+    head = ["pipeline rank", "weights", "main grads", "optimizer", "in flight", "activations", "logits", "total"]
+    return _table(head, rows) + f"\n{name} per rank; communication and work buffers come on top"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    """Columns aligned right; of more than 20 rows the middle ones are left out."""
+    if len(rows) > 20:
+        rows = [*rows[:9], ["..."] * len(head), *rows[-10:]]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in [head, *rows])
+
+
+def _ranges(values: Iterable[int]) -> str:
+    words = list(map(str, values))
+    return " ".join(words if len(words) <= 16 else [*words[:8], "...", *words[-4:]])

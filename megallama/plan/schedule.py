@@ -9,11 +9,6 @@ r, r+P, r+2P, ...  A micro-batch is *in flight* on a stage from its forward unti
 
 Text form of an action: kind, stage, micro-batch, e.g. ``F2.0`` or ``send_F2.0`` (a transfer bears the stage
 of the rank that lists it: ``send_F2.0`` is received as ``recv_F3.0``).
-
-Builders take `p`, the number of pipeline ranks, and `m`, that of micro-batches.
-
-Papers: GPipe, Huang et al. 2019 (arXiv:1811.06965); 1F1B and interleaving, Narayanan et al. 2021
-(arXiv:2104.04473); zero bubble (split backward), Qi et al. 2023 (arXiv:2401.10241).
 """
 
 from __future__ import annotations
@@ -21,7 +16,7 @@ from __future__ import annotations
 import heapq
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
@@ -86,10 +81,6 @@ class Schedule:
         """Whether it has backward passes."""
         return any(a.kind in (B, I) for a in self.steps[0])
 
-    def rank_of(self, stage: int) -> int:
-        """The pipeline rank that owns a stage."""
-        return self.owners[stage]
-
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages of a pipeline rank, by chunk."""
         return tuple(stage for stage, owner in enumerate(self.owners) if owner == rank)
@@ -110,7 +101,7 @@ class Schedule:
             if a.kind in (Kind.RECV_F, Kind.RECV_B):
                 held += 1
             elif a.kind.is_compute:
-                held -= any(self.rank_of(v.stage) != rank for v in self.needs(a))
+                held -= any(self.owners[v.stage] != rank for v in self.needs(a))
             peak = max(peak, held)
         return peak
 
@@ -146,88 +137,6 @@ def parse_action(word: str) -> Action:
     return Action(Kind(found[1]), int(found[2]), int(found[3]))
 
 
-def gpipe(p: int, m: int, chunks: int = 1) -> Schedule:
-    """All forwards, then all backwards: the simplest schedule, the most memory."""
-    return _alternating("gpipe", p, m, chunks, lambda behind: m * chunks)
-
-
-def one_f_one_b(p: int, m: int, chunks: int = 1) -> Schedule:
-    """1F1B; with `chunks` > 1, interleaved 1F1B.
-
-    Bubble over ideal time: (P-1) / (chunks * M).
-    Raises: ScheduleError if chunks > 1 and M is not a multiple of P.
-    """
-    if chunks > 1 and m % p:
-        below = m // p * p
-        near = " or ".join(str(n) for n in (below, below + p) if n)
-        raise ScheduleError(
-            f"interleaved 1F1B (chunks={chunks}) needs a number of micro-batches that is a multiple of pp={p}, "
-            f"not {m}; use {near} micro-batches, or chunks=1"
-        )
-    pace, more = (1, 0) if chunks == 1 else (2, (chunks - 1) * p)
-    return _alternating("1f1b", p, m, chunks, lambda behind: pace * behind + more)
-
-
-def zero_bubble_h1(p: int, m: int) -> Schedule:
-    """ZB-H1: 1F1B with the backward split; rank r delays r weight gradients, at 1F1B's peak memory."""
-    return _zero_bubble("zb-h1", p, m, 1)
-
-
-def zero_bubble_h2(p: int, m: int) -> Schedule:
-    """ZB-H2: twice as many forwards first, and as many weight gradients delayed: 2P-1 micro-batches in flight."""
-    return _zero_bubble("zb-h2", p, m, 2)
-
-
-def _zero_bubble(name: str, p: int, m: int, depth: int) -> Schedule:
-    whole = _alternating(name, p, m, 1, lambda behind: depth * behind)
-    split = (_split(steps, depth * rank) for rank, steps in enumerate(whole.steps))
-    return replace(whole, steps=tuple(map(tuple, split)))
-
-
-def _split(steps: Sequence[Action], delay: int) -> Iterator[Action]:
-    """The same with every backward in two halves, the second after `delay` more."""
-    owed: deque[Action] = deque()
-    for a in steps:
-        yield a if a.kind is F else a._replace(kind=I)
-        if a.kind is B:
-            owed.append(a._replace(kind=W))
-            if len(owed) > delay:
-                yield owed.popleft()
-    yield from owed
-
-
-def _alternating(name: str, p: int, m: int, chunks: int, warmup: Callable[[int], int]) -> Schedule:
-    """`warmup(ranks behind this one)` forwards, then a forward and a backward in turn, then the rest.
-
-    Groups of P micro-batches pass through one chunk after the other.
-    """
-    passes = [
-        (chunk, microbatch)
-        for first in range(0, m, p)
-        for chunk in range(chunks)
-        for microbatch in range(first, min(first + p, m))
-    ]
-    steps = []
-    for rank in range(p):
-        f = [Action(F, chunk * p + rank, microbatch) for chunk, microbatch in passes]
-        b = [Action(B, (chunks - 1 - chunk) * p + rank, microbatch) for chunk, microbatch in passes]
-        ahead = min(warmup(p - rank - 1), len(f))
-        steady = [a for pair in zip(f[ahead:], b, strict=False) for a in pair]
-        steps.append((*f[:ahead], *steady, *b[len(f) - ahead :]))
-    return Schedule(name, p, p * chunks, m, tuple(steps))
-
-
-def forward_only(p: int, m: int, owners: Sequence[int]) -> Schedule:
-    """Forwards alone, lowered: an evaluation, with any number of micro-batches and any placement of the stages.
-
-    A rank with c stages takes a micro-batch every c units of time: micro-batch m is on stage s at time s + c m.
-    """
-    chunks = max(1, len(owners) // p)
-    wave = sorted((s + chunks * i, s, i) for s in range(len(owners)) for i in range(m))
-    steps = tuple(tuple(Action(F, s, i) for _, s, i in wave if owners[s] == rank) for rank in range(p))
-    return lower(Schedule("forward", p, len(owners), m, steps, tuple(owners)))
-
-
 class Event(NamedTuple):
     """One compute action and when it runs."""
 
@@ -243,41 +152,31 @@ def walk(schedule: Schedule, cost: Callable[[Action], float], hop: float = 0.0) 
     An action starts when its rank is free and the values it reads are there; a value takes `hop` to another rank.
     Raises: ScheduleError if ranks wait for one another forever.
     """
-    programs = [[a for a in steps if a.kind.is_compute] for steps in schedule.steps]
-    at = [0] * schedule.num_ranks
+    left = [deque(a for a in steps if a.kind.is_compute) for steps in schedule.steps]
     free = [0.0] * schedule.num_ranks
     made: dict[Action, float] = {}
     waiting: dict[Action, list[int]] = {}
     running: list[tuple[float, int, float]] = []
-
-    def start(rank: int) -> None:
-        if at[rank] == len(programs[rank]):
-            return
-        a = programs[rank][at[rank]]
-        begin = free[rank]
-        for value in schedule.needs(a):
-            if value not in made:
-                waiting.setdefault(value, []).append(rank)
-                return
-            begin = max(begin, made[value] + hop * (schedule.rank_of(value.stage) != rank))
-        heapq.heappush(running, (begin + cost(a), rank, begin))
-
-    for rank in range(schedule.num_ranks):
-        start(rank)
-    while running:
-        end, rank, begin = heapq.heappop(running)
-        a = programs[rank][at[rank]]
-        yield Event(begin, end, rank, a)
-        at[rank] += 1
-        free[rank] = end
-        value = schedule.produces(a)
-        woken = waiting.pop(value, []) if value is not None else []
-        if value is not None:
-            made[value] = end
-        for r in (rank, *woken):
-            start(r)
-    stuck = [f"rank {r} at {p[i]}" for r, (p, i) in enumerate(zip(programs, at, strict=True)) if i < len(p)]
-    if stuck:
+    idle = list(range(schedule.num_ranks))
+    while idle or running:
+        for rank in [rank for rank in idle if left[rank]]:
+            needs = schedule.needs(left[rank][0])
+            if lacking := [value for value in needs if value not in made]:
+                waiting.setdefault(lacking[0], []).append(rank)
+                continue
+            there = [made[value] + hop * (schedule.owners[value.stage] != rank) for value in needs]
+            begin = max(free[rank], *there) if there else free[rank]
+            heapq.heappush(running, (begin + cost(left[rank][0]), rank, begin))
+        idle = []
+        if running:
+            end, rank, begin = heapq.heappop(running)
+            a = left[rank].popleft()
+            yield Event(begin, end, rank, a)
+            free[rank], idle = end, [rank]
+            if (value := schedule.produces(a)) is not None:
+                made[value] = end
+                idle += waiting.pop(value, [])
+    if stuck := [f"rank {rank} at {row[0]}" for rank, row in enumerate(left) if row]:
         raise ScheduleError(f"the schedule {schedule.name} deadlocks: {', '.join(stuck)} wait for values nobody makes")
 
 
@@ -318,9 +217,9 @@ def lower(schedule: Schedule) -> Schedule:
         out[event.rank].append(event.action)
         value = schedule.produces(event.action)
         consumer = None if value is None else schedule.consumer(value)
-        if value is None or consumer is None or schedule.rank_of(consumer) == event.rank:
+        if value is None or consumer is None or schedule.owners[consumer] == event.rank:
             continue
         send, recv = (Kind.SEND_F, Kind.RECV_F) if value.kind is F else (Kind.SEND_B, Kind.RECV_B)
         out[event.rank].append(Action(send, value.stage, value.microbatch))
-        out[schedule.rank_of(consumer)].append(Action(recv, consumer, value.microbatch))
+        out[schedule.owners[consumer]].append(Action(recv, consumer, value.microbatch))
     return replace(schedule, steps=tuple(map(tuple, out)))

@@ -8,8 +8,8 @@ from typing import Self
 
 from megallama.config.words import counted
 from megallama.optim.lr import learning_rate
-from megallama.plan.flops import training_flops
 from megallama.plan.params import num_parameters
+from megallama.plan.work import training_flops
 from megallama.train.assemble import DTYPES
 from megallama.train.log import human_count
 from megallama.train.metrics import MetricsWriter, Record, peak_memory_bytes

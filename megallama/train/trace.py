@@ -22,7 +22,7 @@ from megallama.comm.recording import Tape, Timed, TimedCall
 from megallama.config.schema import Config
 from megallama.pipeline.runtime import Observer, PipelineRuntime
 from megallama.plan.schedule import Action, Schedule
-from megallama.plan.trace import Flight, Span, chrome_trace, exposure
+from megallama.plan.timeline import Flight, Span, chrome_trace, exposure
 from megallama.train.log import Logger
 
 CLOCK_SYNC_ROUNDS = 7  # barriers whose ends are compared: a rank may hear of some of them late

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from megallama.commands import draw as draw_command
-from megallama.plan.schedule_v import zb_v
-from megallama.plan.simulate import StageCost, simulate
-from megallama.plan.trace import Span, chrome_trace, simulated
+from megallama.plan.builders import zb_v
+from megallama.plan.timeline import Span, StageCost, chrome_trace, simulate, simulated
 
 ZB_V = ["--schedule", "zb-v", "--pp", "2", "--microbatches", "4"]
 

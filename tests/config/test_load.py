@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from megallama.config.describe import Setting
+from megallama.config.describe import Setting, flatten
 from megallama.config.describe import settings as schema_settings
 from megallama.config.errors import ConfigError, MegallamaError
-from megallama.config.load import flatten, is_setting, load, resolve, to_toml
+from megallama.config.load import is_setting, load, resolve, to_toml
 from megallama.config.presets import PRESETS
 from megallama.config.schema import Config, SourceConfig
 from megallama.plan.plan import make_plan

@@ -28,7 +28,7 @@ from megallama.forecast.forecast import (
 )
 from megallama.forecast.hardware import Gpu, Hardware, Kernel, Stack
 from megallama.forecast.job import Job
-from megallama.plan.simulate import StageCost
+from megallama.plan.timeline import StageCost
 
 GPU = Gpu(
     peak_tflops=1000.0, memory_gib=64.0, memory_gb_per_s=2000.0, nvlink_gb_per_s=200.0, nic_gbit=80.0, gpus_per_node=8,

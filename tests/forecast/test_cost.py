@@ -30,11 +30,11 @@ from megallama.forecast.forecast import (
 )
 from megallama.forecast.hardware import load_hardware
 from megallama.forecast.job import Job, built, job_of
-from megallama.plan.flops import training_flops
 from megallama.plan.memory import saved_bytes
 from megallama.plan.plan import make_plan
-from megallama.plan.simulate import StageCost, simulate
+from megallama.plan.timeline import StageCost, simulate
 from megallama.plan.topology import Topology
+from megallama.plan.work import training_flops
 
 MEASUREMENTS = Path(__file__).parents[2] / "benchmarks" / "measurements"
 A100 = load_hardware("a100-80g")

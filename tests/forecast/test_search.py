@@ -17,11 +17,11 @@ from megallama.config.rules import check
 from megallama.forecast.forecast import GIB, forecast, search
 from megallama.forecast.hardware import load_hardware
 from megallama.forecast.job import candidates, config_of, job_of, placements
-from megallama.plan.check import FIXED_CHUNKS
-from megallama.plan.partition import partition
+from megallama.plan.builders import FIXED_CHUNKS
 from megallama.plan.plan import make_plan
 from megallama.plan.schedule import ScheduleError
 from megallama.plan.topology import Topology
+from megallama.plan.work import partition
 from tests.plan.test_plan import tool
 
 A100 = load_hardware("a100-80g")

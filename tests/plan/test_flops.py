@@ -6,8 +6,8 @@ import pytest
 
 from megallama.config.presets import PRESETS
 from megallama.config.schema import ModelConfig
-from megallama.plan.flops import head_forward, layer_forward, training_flops
 from megallama.plan.params import num_parameters
+from megallama.plan.work import head_forward, layer_forward, training_flops
 
 
 @pytest.mark.parametrize(

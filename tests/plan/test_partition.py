@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallama.config.load import load
-from megallama.plan.flops import head_forward, layer_forward
-from megallama.plan.partition import balanced, partition, stage_costs
+from megallama.plan.work import balanced, head_forward, layer_forward, partition, stage_costs
 
 
 def counts(*overrides: str) -> list[int]:

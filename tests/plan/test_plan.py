@@ -13,9 +13,8 @@ import pytest
 from megallama.analysis.communication import communication_table
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
-from megallama.plan.check import build_schedule
+from megallama.plan.builders import build_schedule, forward_only
 from megallama.plan.plan import make_plan
-from megallama.plan.schedule import forward_only
 
 ROOT = Path(__file__).parents[2]
 

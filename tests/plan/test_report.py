@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from megallama.config.load import load
-from megallama.plan.plan import make_plan
-from megallama.plan.report import _ranges
+from megallama.plan.plan import _ranges, make_plan
 
 PAGE = """
 model      debug: 217,664 parameters

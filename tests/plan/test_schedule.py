@@ -12,21 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallama.config.schema import ParallelConfig
-from megallama.plan.check import FIXED_CHUNKS, build_forward, build_schedule, check, compute_schedule
-from megallama.plan.schedule import (
-    Action,
-    Kind,
-    Schedule,
-    ScheduleError,
+from megallama.plan.builders import (
+    FIXED_CHUNKS,
+    build_forward,
+    build_schedule,
+    compute_schedule,
+    dualpipe_v,
     forward_only,
     gpipe,
-    looped,
-    lower,
     one_f_one_b,
+    zb_v,
     zero_bubble_h1,
 )
-from megallama.plan.schedule_v import dualpipe_v, zb_v
-from megallama.plan.simulate import StageCost, draw, simulate
+from megallama.plan.check import check
+from megallama.plan.schedule import Action, Kind, Schedule, ScheduleError, looped, lower
+from megallama.plan.timeline import StageCost, draw, simulate
 from tests.plan.text import parse, text
 
 F, B, I, W = Kind.F, Kind.B, Kind.I, Kind.W  # noqa: E741

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallama.config.schema import ParallelConfig
-from megallama.plan.check import build_forward, build_schedule, check
-from megallama.plan.schedule import Schedule, ScheduleError, gpipe, lower, parse_action
+from megallama.plan.builders import build_forward, build_schedule, gpipe
+from megallama.plan.check import check
+from megallama.plan.schedule import Schedule, ScheduleError, lower, parse_action
 from megallama.plan.schedule_csv import read_csv
-from megallama.plan.simulate import simulate
+from megallama.plan.timeline import simulate
 from tests.plan.text import text
 
 GOOD = "F0.0,F0.1,B0.0,B0.1\nF1.0,B1.0,F1.1,B1.1\n"

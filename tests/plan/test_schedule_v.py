@@ -5,18 +5,21 @@ from __future__ import annotations
 import pytest
 
 from megallama.config.schema import ParallelConfig
-from megallama.plan.check import FIXED_CHUNKS, bounds, build_schedule, check
-from megallama.plan.schedule import (
-    Kind,
-    Schedule,
-    ScheduleError,
-    lower,
+from megallama.plan.builders import (
+    FIXED_CHUNKS,
+    bounds,
+    build_schedule,
+    dualpipe_v,
     one_f_one_b,
+    v_half,
+    v_owners,
+    zb_v,
     zero_bubble_h1,
     zero_bubble_h2,
 )
-from megallama.plan.schedule_v import dualpipe_v, v_half, v_owners, zb_v
-from megallama.plan.simulate import StageCost, simulate
+from megallama.plan.check import check
+from megallama.plan.schedule import Kind, Schedule, ScheduleError, lower
+from megallama.plan.timeline import StageCost, simulate
 from tests.plan.text import parse, text
 
 # arXiv:2401.10241: Table 9 (profiled ms: forward, input gradient, weight gradient, transfer) and Table 5 (the bubble
@@ -131,7 +134,7 @@ def test_the_v() -> None:
     s = zb_v(3, 3)
     assert v_owners(3) == s.owners == (0, 1, 2, 2, 1, 0)
     assert [s.stages_of(r) for r in range(3)] == [(0, 5), (1, 4), (2, 3)]
-    assert [s.rank_of(stage) for stage in range(6)] == [0, 1, 2, 2, 1, 0]
+    assert [s.owners[stage] for stage in range(6)] == [0, 1, 2, 2, 1, 0]
     assert text(lower(zb_v(2, 2))).split("\n") == [
         "zb-v ranks=2 stages=4 microbatches=2 owners=0,1,1,0",
         "F0.0 send_F0.0 F0.1 send_F0.1 recv_F3.0 F3.0 I3.0 send_B3.0 recv_F3.1 F3.1 I3.1 send_B3.1 recv_B0.0 I0.0 "

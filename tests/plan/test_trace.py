@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from megallama.plan.schedule import lower, one_f_one_b
-from megallama.plan.simulate import simulate
-from megallama.plan.trace import Flight, Span, chrome_trace, exposure, simulated
+from megallama.plan.builders import one_f_one_b
+from megallama.plan.schedule import lower
+from megallama.plan.timeline import Flight, Span, chrome_trace, exposure, simulate, simulated
 
 FLIGHTS = [
     Flight(0, "dp", "reduce", 1.0, 1.1, 1.5, 1.8),

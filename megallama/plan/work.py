@@ -1,9 +1,12 @@
-"""Which layers each pipeline stage holds.
+"""How much there is to compute, per token, and which layers each pipeline stage holds.
 
-All layers cost the same; the last stage also computes the head and the loss (the embedding costs nothing), so
-equal counts are not always best.  The split chosen has the smallest most expensive stage, and among those the
-smallest second most expensive, and so on.  Of the stages before the last, later ones take the surplus: early
-ones hold more micro-batches in flight, and the first also holds the embedding.
+A multiply-add is two operations.  Only matrix products count; the embedding is a look-up.  Attention is counted
+either in full (every query with every key, the convention of Korthikanti et al. 2022, arXiv:2205.05198) or causally
+(what the mask leaves, and what the kernels do).  A training step costs three forwards; recomputation is not counted.
+
+All layers cost the same; the last stage also computes the head and the loss, so equal counts are not always best.
+The split chosen has the smallest most expensive stage, and among those the smallest second most expensive, and so
+on.  Of the stages before the last, later ones take the surplus: early ones hold more micro-batches in flight.
 """
 
 from __future__ import annotations
@@ -11,11 +14,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from megallama.config.schema import Config
-from megallama.plan.flops import head_forward, layer_forward
-from megallama.plan.simulate import StageCost
+from megallama.config.schema import Config, ModelConfig
+from megallama.plan.params import heads
+from megallama.plan.timeline import StageCost
 
 Stages = tuple[tuple[int, ...], ...]
+
+
+def layer_forward(model: ModelConfig, seq_length: int, *, causal: bool) -> int:
+    """Forward operations of one layer per token: the seven matrices and attention."""
+    h, (n, k, d) = model.hidden_size, heads(model)
+    matrices = h * (2 * n * d + 2 * k * d + 3 * model.ffn_hidden_size)
+    attention = 2 * n * d * (seq_length + 1) if causal else 4 * n * d * seq_length
+    return 2 * matrices + attention
+
+
+def head_forward(model: ModelConfig) -> int:
+    """Forward operations of the output head per token."""
+    return 2 * model.vocab_size * model.hidden_size
+
+
+def training_flops(model: ModelConfig, seq_length: int, *, causal: bool) -> int:
+    """Operations of forward and backward per token: the numerator of MFU."""
+    return 3 * (model.num_layers * layer_forward(model, seq_length, causal=causal) + head_forward(model))
 
 
 def partition(config: Config) -> Stages:
