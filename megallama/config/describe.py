@@ -47,15 +47,13 @@ def settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Sett
                 yield from settings(kind, key + ".")
 
 
-def flatten(config: Config) -> dict[str, Any]:
+def flatten(model: BaseModel, prefix: str = "") -> dict[str, Any]:
     """Every setting under its dotted name, in the order of the schema; nested tables as well as their fields."""
     out: dict[str, Any] = {}
-    for setting in settings():
-        value: Any = config
-        for name in setting.key.split("."):
-            value = getattr(value, name, None)
-        out[setting.key] = value
-    return {k: v for k, v in out.items() if k.count(".") == 1 or out[k.rpartition(".")[0]] is not None}
+    for name, value in model:
+        out |= {prefix + name: value} if prefix else {}  # else a section
+        out |= flatten(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {}
+    return out
 
 
 def sections() -> Mapping[str, str]:

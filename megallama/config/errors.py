@@ -28,7 +28,7 @@ def say(text: str) -> None:
 def exit_status(run: Callable[[], int | None]) -> int:
     """The status of a tool: what it returns (0 for None) or argparse leaves with, 2 for an error, 130 for Ctrl-C.
 
-    141, as the shell has it, where whoever read the output has gone (``| head``). Errors are told on standard error.
+    141, as the shell has it, where whoever read the output has gone (``| head``).
     """
     try:
         status = _status(run)

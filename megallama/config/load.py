@@ -1,7 +1,6 @@
 """Reading a configuration: defaults, then the preset, the TOML file and ``section.key=value`` overrides.
 
-Settings are gathered under their dotted names together with where each comes from; then they are validated,
-derived values are filled in and the cross-field rules run.  All problems are reported together.
+Settings are gathered under their dotted names with where each comes from, so that all problems are reported together.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from megallama.config import rules
-from megallama.config.describe import Setting, flatten, literal, settings
+from megallama.config.describe import Setting, literal, settings
 from megallama.config.errors import ConfigError, say
 from megallama.config.presets import PRESETS, preset_seq_length
 from megallama.config.schema import LINEAR, REMOVED, RENAMED, Config, MixtureChange, SourceConfig
 
 COMMAND_LINE = "command line"
+SECTIONS = tuple(Config.model_fields)
 TABLES: dict[str, type[BaseModel]] = {  # settings that are lists of tables
     **dict.fromkeys(("data.train", "data.valid", "data.test"), SourceConfig),
     "data.mixture_schedule": MixtureChange,
 }
 
-# Names that other programs give to our settings, for the suggestion only.
-ELSEWHERE = {
+ELSEWHERE = {  # names that other programs give to our settings, for the suggestion only
     "tensor_model_parallel_size": "parallel.tp", "tensor_parallel": "parallel.tp", "tp_size": "parallel.tp",
     "pipeline_model_parallel_size": "parallel.pp", "pp_size": "parallel.pp", "dp": "parallel.tp and parallel.pp",
     "virtual_pipeline_model_parallel_size": "parallel.chunks", "num_attention_heads": "model.num_heads",
@@ -74,7 +73,7 @@ def load(
     """
     reader = _Reader()
     if file is not None:
-        reader.read_file(file)
+        reader.take_tree(read_toml(file, "the configuration"), "", str(file))
     for text in overrides:
         reader.read_override(text)
     reader.apply_preset()
@@ -82,7 +81,8 @@ def load(
     for line in reader.notes:
         note(line)
     config = resolve(reader.validate())
-    config.model.model_fields_set.difference_update(reader.from_preset())  # "set" is what the user wrote
+    preset = (key.split(".")[1] for key, source in reader.sources.items() if source.startswith("preset "))
+    config.model.model_fields_set.difference_update(preset)  # "set" is what the user wrote
     ahead = config.batch.remaining(samples(config)) if config.batch.ramp_start else config.batch
     found = rules.check(config.model_copy(update={"batch": ahead}), ranks, need_data=need_data)
     problems = reader.problems + [reader.locate(p) for p in found if not reader.doubtful(p)]
@@ -111,13 +111,9 @@ def to_toml(config: Config) -> str:
     """The configuration as a TOML file that `load` reads back to an equal one."""
     preset = PRESETS.get(config.model.preset or "", {})
     lines: list[str] = []
-    for key, value in flatten(config).items():
-        section, _, name = key.partition(".")
-        if "." in name or (value is None and preset.get(name) is None):
-            continue  # the fields of a nested table are written with it; what is absent is None
-        if f"[{section}]" not in lines:
-            lines += ["", f"[{section}]"]
-        lines.append(f"{name} = {literal(value)}")
+    for section, values in config:
+        lines += ["", f"[{section}]"]  # what is absent is None, but for what a preset sets
+        lines += [f"{k} = {literal(v)}" for k, v in values if v is not None or preset.get(k) is not None]
     return "\n".join(lines[1:]) + "\n"
 
 
@@ -126,7 +122,6 @@ class _Reader:
 
     def __init__(self) -> None:
         self.known: dict[str, Setting] = {s.key: s for s in settings()}
-        self.sections = tuple(dict.fromkeys(key.partition(".")[0] for key in self.known))
         self.values: dict[str, Any] = {}
         self.sources: dict[str, str] = {}
         self.spellings: dict[str, tuple[str, str]] = {}  # of settings with two names: the one used, and where
@@ -134,22 +129,38 @@ class _Reader:
         self.problems: list[str] = []
         self.bad: set[str] = set()  # keys or sections whose value is not to be trusted
 
-    def read_file(self, file: Path) -> None:
-        self._take_tree(read_toml(file, "the configuration"), "", str(file))
-
     def read_override(self, text: str) -> None:
-        """One ``section.key=value``; a leading ``--`` and ``-`` for ``_`` are accepted. ``--fresh`` is a short form."""
+        """One ``section.key=value``; a leading ``--`` and ``-`` for ``_`` are accepted. ``--fresh`` is a short form.
+
+        A value is TOML, or the text itself.
+        """
         text = "checkpoint.resume=fresh" if text == "--fresh" else text
         key, equals, raw = text.removeprefix("--").partition("=")
-        key = self._current(key.strip().replace("-", "_"), COMMAND_LINE)
+        key, raw = self._current(key.strip().replace("-", "_"), COMMAND_LINE), raw.strip()
         if not equals:
             self.problems.append(f"{COMMAND_LINE}: {text!r} has no value; write section.key=value, e.g. parallel.tp=2")
             return
-        try:
-            self._take(key, self._parse(key, raw.strip()), COMMAND_LINE)
-        except ConfigError as error:
-            self.problems.append(f"{COMMAND_LINE}: {error}")
-            self.bad.add(key)
+        words = key in self.known and str in self.known[key].kinds
+        quotes = ('"', "'") if words else ('"', "'", "[", "{")
+        value: Any = raw
+        if raw.startswith(quotes) or not (words or key in TABLES):
+            try:
+                value = tomllib.loads(f"x = {raw}")["x"]
+                tomllib.loads(f"x = [{raw}]")  # fails where a line or a comment follows the value: it would be dropped
+            except (ValueError, RecursionError) as error:
+                if raw.startswith(quotes):  # it only begins like TOML
+                    self._no_toml(key, raw, error)
+                    return
+                value = {"True": True, "False": False}.get(raw, raw)
+        self._take(key, value, COMMAND_LINE)
+
+    def _no_toml(self, key: str, raw: str, error: Exception) -> None:
+        hint = "close the quotes"
+        if raw.startswith(("[", "{")):
+            hint = f'texts in it need quotes, and the shell others around all of it: \'{key}=["a", "b"]\''
+        shown = _short(raw.replace("\n", "\\n"))
+        self.problems.append(f"{COMMAND_LINE}: {key}={shown} is not a TOML value ({error}); {hint}")
+        self.bad.add(key)
 
     def apply_preset(self) -> None:
         """Put the preset's row under the user's own values."""
@@ -159,29 +170,24 @@ class _Reader:
         if name not in PRESETS:
             near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
             hint = f'did you mean "{near[0]}"? ' if near else ""
-            source = self.sources["model.preset"]
-            unknown = f"{source}: model.preset={literal(name)} is unknown"
+            unknown = f"{self.sources['model.preset']}: model.preset={literal(name)} is unknown"
             self.problems.append(f"{unknown}; {hint}presets: {', '.join(PRESETS)}")
             self.bad |= {"model", "batch.seq_length"}
             return
-        values, sources = self.values, self.sources
-        self.values, self.sources = {}, {}
-        self._take_tree({"model": PRESETS[name]}, "", f"preset {name}")
-        for key, value in values.items():
+        own, self.values = self.values, {}
+        sources, self.sources = self.sources, {}
+        self.take_tree({"model": PRESETS[name]}, "", f"preset {name}")
+        for key, value in own.items():
             self._take(key, value, sources[key])
 
     def apply_linear(self) -> None:
         """What an earlier version called a linear schedule."""
         if self.values.get(key := "lr_schedule.kind") == "linear":
-            source = self.sources[key]
-            now = " and ".join(f"lr_schedule.{name}={literal(value)}" for name, value in LINEAR.items())
-            self.notes[f'{source}: {key}="linear" is now {now}, the same curve'] = None
-            for name, value in LINEAR.items():
-                self._take(f"lr_schedule.{name}", value, source)
-
-    def from_preset(self) -> list[str]:
-        """The fields of `model` whose values are the preset's."""
-        return [key.split(".")[1] for key, source in self.sources.items() if source.startswith("preset ")]
+            source, now = self.sources[key], {f"lr_schedule.{name}": value for name, value in LINEAR.items()}
+            words = " and ".join(f"{name}={literal(value)}" for name, value in now.items())
+            self.notes[f'{source}: {key}="linear" is now {words}, the same curve'] = None
+            for name, value in now.items():
+                self._take(name, value, source)
 
     def validate(self) -> Config:
         """The configuration of all values that are right by themselves; the others become problems."""
@@ -194,7 +200,7 @@ class _Reader:
             self.bad |= refused
             prefixes = tuple(f"{key}." for key in refused)
             self.values = {k: v for k, v in self.values.items() if not f"{k}.".startswith(prefixes)}
-            return Config.model_validate(self._tree(), strict=True)
+            return self.validate()
 
     def doubtful(self, problem: str) -> bool:
         """Whether a message of the rules speaks of a setting that was already refused."""
@@ -208,16 +214,14 @@ class _Reader:
             return ": ".join([*set(places.values()), problem])
         return f"{problem} ({', '.join(f'{key}: {source}' for key, source in places.items())})"
 
-    def _take_tree(self, tree: Mapping[str, Any], prefix: str, source: str) -> None:
+    def take_tree(self, tree: Mapping[str, Any], prefix: str, source: str) -> None:
         for name, value in tree.items():
             key = self._current(prefix + name, source)
-            inner = any(k.startswith(key + ".") for k in self.known)
-            if inner and isinstance(value, Mapping):
-                if key in self.known:  # an empty nested table is a table with its defaults
-                    self._take(key, {}, source)
-                self._take_tree(value, key + ".", source)
-            else:
-                self._take(key, value, source)
+            table = isinstance(value, Mapping) and any(k.startswith(key + ".") for k in self.known)
+            if not table or key in self.known:  # an empty nested table is a table with its defaults
+                self._take(key, {} if table else value, source)
+            if table:
+                self.take_tree(value, key + ".", source)
 
     def _current(self, key: str, source: str) -> str:
         """Today's name of a setting, of which a note tells; both names together are a problem."""
@@ -233,17 +237,15 @@ class _Reader:
         return new
 
     def _take(self, key: str, value: Any, source: str) -> None:
-        setting = self.known.get(key)
         if key in REMOVED:
             default, why = REMOVED[key]
             if value != default:
                 self.problems.append(f"{source}: {key}={literal(value)} is no setting any more: {why}; leave it out")
             return
-        if setting is None and key in self.sections:
-            self.problems.append(f"{source}: {key} is a section; write [{key}] and its settings below it")
-            return
-        if setting is None:
-            self.problems.append(f"{source}: unknown setting {key!r}; {self._suggest(key)}")
+        if (setting := self.known.get(key)) is None:
+            section = f"{key} is a section; write [{key}] and its settings below it"
+            unknown = section if key in SECTIONS else f"unknown setting {key!r}; {self._suggest(key)}"
+            self.problems.append(f"{source}: {unknown}")
             return
         if wrong := _unusable(value):
             none = '"none" or ' if setting.optional else ""
@@ -262,26 +264,6 @@ class _Reader:
         self.values.pop(key, None)  # later words come later, also in the order of the dict
         self.values[key], self.sources[key] = value, source
 
-    def _parse(self, key: str, raw: str) -> Any:
-        """A value of the command line: TOML, or the text itself. Raises: ConfigError for what only begins like TOML."""
-        setting = self.known.get(key)
-        text = setting is not None and str in setting.kinds
-        quotes = ('"', "'") if text else ('"', "'", "[", "{")
-        if (text or key in TABLES) and not raw.startswith(quotes):
-            return raw
-        try:
-            value = tomllib.loads(f"x = {raw}")["x"]
-            tomllib.loads(f"x = [{raw}]")  # fails where a line or a comment follows the value, which would be dropped
-            return value
-        except (ValueError, RecursionError) as error:
-            if raw.startswith(quotes):
-                hint = "close the quotes"
-                if raw.startswith(("[", "{")):
-                    hint = f'texts in it need quotes, and the shell others around all of it: \'{key}=["a", "b"]\''
-                shown = _short(raw.replace("\n", "\\n"))
-                raise ConfigError(f"{key}={shown} is not a TOML value ({error}); {hint}") from None
-            return {"True": True, "False": False}.get(raw, raw)
-
     def _tree(self) -> dict[str, Any]:
         tree: dict[str, Any] = {}
         for key, value in self.values.items():
@@ -296,7 +278,7 @@ class _Reader:
         """Turn one of pydantic's errors into a message; its key joins `refused`."""
         path = list(error["loc"])
         key = str(path.pop(0))
-        while path and f"{key}.{path[0]}" in self.known or key in self.sections:
+        while path and f"{key}.{path[0]}" in self.known or key in SECTIONS:
             key += f".{path.pop(0)}"
         setting, value = self.known[key], self.values.get(key)
         source = self.sources.get(key, "defaults")
@@ -317,6 +299,7 @@ class _Reader:
         self.problems.append(f"{source}: {key}={_short(literal(value))} must be {finite}{setting.type}{none}{example}")
 
     def _suggest(self, key: str) -> str:
+        """What may have been meant; messages of the rules about it say nothing new."""
         section, leaf = key.partition(".")[0], key.rpartition(".")[2]
         inside = [k for k in self.known if k.startswith(section + ".")]
         names = [k for k in self.known if k.rpartition(".")[2] == leaf]
@@ -326,13 +309,13 @@ class _Reader:
             leaves = {k.rpartition(".")[2]: k for k in reversed(candidates)}
             names = names or [leaves[n] for n in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)]
         if not names and not inside:
-            names = [f"[{s}]" for s in difflib.get_close_matches(section, self.sections, n=1)]
+            names = [f"[{s}]" for s in difflib.get_close_matches(section, SECTIONS, n=1)]
         self.bad |= {name for name in names if name in self.known}
         if names:
             return f"did you mean {' or '.join(names)}?"
         if inside:
             return f"[{section}] has {', '.join(k.partition('.')[2] for k in inside if k.count('.') == 1)}"
-        return f"the sections are {', '.join(self.sections)}"
+        return f"the sections are {', '.join(SECTIONS)}"
 
 
 def _unusable(value: Any) -> str:

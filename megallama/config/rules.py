@@ -1,4 +1,4 @@
-"""What settings must be to one another. Each rule names the values and the nearest ones that work.
+"""What settings must be to one another, with the nearest values that work; and which are far from the usual.
 
 A rule is a generator of messages, given a configuration whose derived values are filled in and the number
 of ranks (None while it is unknown: then nothing is said about ranks or data parallelism).
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from math import isqrt, lcm
 
 from megallama.config.describe import flatten, literal
-from megallama.config.schema import Config
+from megallama.config.schema import Config, ModelConfig
 from megallama.config.words import counted
 
 Rule = Callable[[Config, int | None], Iterator[str]]
@@ -39,12 +39,10 @@ def check(config: Config, ranks: int | None = None, *, need_data: bool = True) -
     return [problem for rule in rules for problem in rule(config, ranks)]
 
 
-def legal_tp(config: Config) -> list[int]:
+def legal_tp(model: ModelConfig) -> list[int]:
     """The tensor-parallel sizes that the architecture can be cut into."""
-    m = config.model
-    kv = m.num_kv_heads or m.num_heads
-    sizes = _divisors(m.num_heads)
-    return [t for t in sizes if m.ffn_hidden_size % t == 0 and (kv % t == 0 or t % kv == 0)]
+    sizes, kv = _divisors(model.num_heads), model.num_kv_heads or model.num_heads
+    return [t for t in sizes if model.ffn_hidden_size % t == 0 and (kv % t == 0 or t % kv == 0)]
 
 
 def _architecture(config: Config, ranks: int | None) -> Iterator[str]:
@@ -53,16 +51,14 @@ def _architecture(config: Config, ranks: int | None) -> Iterator[str]:
     if m.num_heads % kv:
         use = _any(_divisors(m.num_heads))
         yield f"model.num_kv_heads={kv} does not divide model.num_heads={m.num_heads}; use {use}"
-    if m.head_dim is None and m.hidden_size % m.num_heads:
+    if m.head_dim is None:
         yield (
             f"model.num_heads={m.num_heads} does not divide model.hidden_size={m.hidden_size}; "
             f"use {_near(_divisors(m.hidden_size), m.num_heads)} heads, or set model.head_dim"
         )
-    elif (head_dim := m.head_dim or m.hidden_size // m.num_heads) % 2:
-        yield (
-            f"model.head_dim={head_dim} is odd, but rotary embeddings turn pairs of elements; "
-            f"use {_any([d for d in (head_dim - 1, head_dim + 1) if d > 0])}"
-        )
+    elif (d := m.head_dim) % 2:
+        use = _any([n for n in (d - 1, d + 1) if n])
+        yield f"model.head_dim={d} is odd, but rotary embeddings turn pairs of elements; use {use}"
     if m.vocab_size < 2:
         yield f"model.vocab_size={m.vocab_size} leaves nothing to predict; use at least 2"
     if (s := m.rope_scaling) is not None and s.low_freq_factor >= s.high_freq_factor:
@@ -74,7 +70,7 @@ def _architecture(config: Config, ranks: int | None) -> Iterator[str]:
 
 def _tensor_parallel(config: Config, ranks: int | None) -> Iterator[str]:
     m, b, tp = config.model, config.batch, config.parallel.tp
-    kv, use = m.num_kv_heads or m.num_heads, f"use {_any(legal_tp(config))}"
+    kv, use = m.num_kv_heads or m.num_heads, f"use {_any(legal_tp(m))}"
     if kv % tp and tp % kv:
         verb = "does not divide" if tp < kv else "is not a multiple of"
         yield f"parallel.tp={tp} {verb} model.num_kv_heads={kv}; {use}"
@@ -142,24 +138,18 @@ def _pipeline(config: Config, ranks: int | None) -> Iterator[str]:
         yield f'parallel.rank_order="{p.rank_order}" must name each of tp, cp, dp, pp once; for example "{whole}"'
 
 
-def _ranks(config: Config, ranks: int | None) -> Iterator[str]:
-    p = config.parallel
-    unit = p.tp * p.pp
-    if ranks is not None and ranks % unit:
-        yield (
-            f"ranks={ranks} cannot be cut into parallel.tp={p.tp} x parallel.pp={p.pp} = {unit}; use "
-            f"{_multiples(ranks, unit)} ranks, or sizes whose product is {_near(_divisors(ranks), unit)}"
-            + f"; torchrun --nproc-per-node {unit} -m megallama.pretrain ... starts {unit}" * (ranks == 1)
-        )
-
-
 def _batch(config: Config, ranks: int | None) -> Iterator[str]:
     b, p = config.batch, config.parallel
-    if ranks is not None and ranks % (p.tp * p.pp):
-        return  # dp is not known; the rule above speaks
     unit, words = b.micro_batch_size, f"batch.micro_batch_size={b.micro_batch_size}"
     if ranks is not None:
-        dp = ranks // (p.tp * p.pp)
+        dp, rest = divmod(ranks, size := p.tp * p.pp)
+        if rest:
+            yield (
+                f"ranks={ranks} cannot be cut into parallel.tp={p.tp} x parallel.pp={p.pp} = {size}; use "
+                f"{_multiples(ranks, size)} ranks, or sizes whose product is {_near(_divisors(ranks), size)}"
+                + f"; torchrun --nproc-per-node {size} -m megallama.pretrain ... starts {size}" * (ranks == 1)
+            )
+            return  # dp is not known
         unit, words = unit * dp, f"{words} x dp={dp} (ranks / (tp x pp)) = {unit * dp}"
     if p.schedule == "1f1b" and p.chunks > 1:
         unit, words = unit * p.pp, f"{words} times parallel.pp={p.pp} (needed to interleave parallel.chunks={p.chunks})"
@@ -267,13 +257,9 @@ def _checkpoint(config: Config, ranks: int | None) -> Iterator[str]:
         )
 
 
-def _log(config: Config, ranks: int | None) -> Iterator[str]:
-    steps = config.log.trace_steps
-    if steps is not None and steps[0] > steps[1]:
+def _log_and_timeouts(config: Config, ranks: int | None) -> Iterator[str]:
+    if (steps := config.log.trace_steps) is not None and steps[0] > steps[1]:
         yield f"log.trace_steps={literal(steps)} ends before it begins; write log.trace_steps={literal(sorted(steps))}"
-
-
-def _timeouts(config: Config, ranks: int | None) -> Iterator[str]:
     step, data = config.run.timeout_seconds, config.data.timeout_seconds
     if step < data:
         yield (
@@ -347,8 +333,7 @@ def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _architecture, _tensor_parallel, _pipeline, _ranks, _batch, _ramp, _lr_schedule, _fp8,
-    _checkpoint, _log, _timeouts,
+    _architecture, _tensor_parallel, _pipeline, _batch, _ramp, _lr_schedule, _fp8, _checkpoint, _log_and_timeouts,
 )  # fmt: skip
 DATA_RULES: tuple[Rule, ...] = (_data, _sources, _mixture)
 

@@ -1,7 +1,6 @@
 """Which tokens begin and end a document: what a tokenizer declares of itself, else the names that are known.
 
-Both sides ask here, the one that tokenizes and the one that exports, so that a model's config.json names the token with
-which its training documents end.
+Both the tokenizing and the exporting side ask here: a model's config.json names the end of its training documents.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ def usual_id(kind: str, lookup: Lookup) -> int | None:
 def special_id(kind: str, tokenizer: Path, lookup: Lookup, own: int | None = None) -> int | None:
     """The id of a tokenizer's "bos" or "eos"; None if it has none.
 
-    Beside the file tokenizer_config.json, then special_tokens_map.json may declare it; a name that the tokenizer does
-    not have counts as none.  Then comes `own`, which the file itself says, then `usual_id`.
+    Two files beside it may declare a name that it has.  Then comes `own`, which the file itself says, then `usual_id`.
     """
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         name = read_settings(tokenizer.with_name(file)).get(f"{kind}_token")

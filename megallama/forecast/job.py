@@ -125,7 +125,7 @@ def candidates(config: Config, ranks: int, hardware: Hardware, kernel: str) -> I
     m, b = config.model, config.batch
     base = job_of(config.model_copy(update={"parallel": ParallelConfig()}), Topology(), kernel)
     layer = layer_forward(m, b.seq_length, causal=True)
-    for tp, pp, micro in product(legal_tp(config), range(1, m.num_layers + 1), MICRO_BATCHES):
+    for tp, pp, micro in product(legal_tp(config.model), range(1, m.num_layers + 1), MICRO_BATCHES):
         dp = ranks // (tp * pp)
         count = b.global_batch_size // max(1, dp * micro)
         if tp > hardware.gpu.gpus_per_node or tp * pp * dp != ranks or dp * micro * count != b.global_batch_size:

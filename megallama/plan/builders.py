@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -50,22 +51,16 @@ def one_f_one_b(p: int, m: int, chunks: int = 1) -> Schedule:
             f"interleaved 1F1B (chunks={chunks}) needs a number of micro-batches that is a multiple of pp={p}, "
             f"not {m}; use {near} micro-batches, or chunks=1"
         )
-    pace, more = (1, 0) if chunks == 1 else (2, (chunks - 1) * p)
-    return _alternating("1f1b", p, m, chunks, lambda behind: pace * behind + more)
+    pace = 1 if chunks == 1 else 2
+    return _alternating("1f1b", p, m, chunks, lambda behind: pace * behind + (chunks - 1) * p)
 
 
-def zero_bubble_h1(p: int, m: int) -> Schedule:
-    """ZB-H1: 1F1B with the backward split; rank r delays r weight gradients, at 1F1B's peak memory."""
-    return _zero_bubble("zb-h1", p, m, 1)
+def zero_bubble(p: int, m: int, depth: int) -> Schedule:
+    """ZB-H1 and, with depth 2, ZB-H2: the backward split, and rank r delays r weight gradients times `depth`.
 
-
-def zero_bubble_h2(p: int, m: int) -> Schedule:
-    """ZB-H2: twice as many forwards first, and as many weight gradients delayed: 2P-1 micro-batches in flight."""
-    return _zero_bubble("zb-h2", p, m, 2)
-
-
-def _zero_bubble(name: str, p: int, m: int, depth: int) -> Schedule:
-    whole = _alternating(name, p, m, 1, lambda behind: depth * behind)
+    H1 begins like 1F1B, at its peak memory; H2 with twice as many forwards: 2P-1 micro-batches in flight.
+    """
+    whole = _alternating(f"zb-h{depth}", p, m, 1, lambda behind: depth * behind)
     split = (_split(steps, depth * rank) for rank, steps in enumerate(whole.steps))
     return replace(whole, steps=tuple(map(tuple, split)))
 
@@ -213,7 +208,7 @@ def _dualpipe_rank(rank: int, p: int, m: int) -> tuple[Action, ...]:
 
 
 FIXED_CHUNKS: dict[str, tuple[int, Callable[[int, int], Schedule]]] = {
-    "zb-h1": (1, zero_bubble_h1), "zb-h2": (1, zero_bubble_h2),
+    "zb-h1": (1, partial(zero_bubble, depth=1)), "zb-h2": (1, partial(zero_bubble, depth=2)),
     "zb-v": (2, zb_v), "v-half": (2, v_half), "dualpipe-v": (2, dualpipe_v),
 }  # fmt: skip
 """Schedules for one number of chunks per rank: that number, and the builder."""

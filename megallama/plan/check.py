@@ -1,15 +1,14 @@
 """Proofs about a lowered schedule, without running it: complete, ordered, in agreement, free of deadlock.
 
-The transfers between two ranks form one sequence, in both directions together, as on an NCCL communicator:
-transfer k happens once both ranks have posted it and transfer k-1 has happened.  A rank posts without
-blocking and blocks only where it computes with a value that has not arrived.
+The transfers between two ranks form one sequence, in both directions together, as on an NCCL communicator: transfer k
+happens once both ranks have posted it and transfer k-1 has happened.  A rank blocks only where it computes.
 """
 
 from __future__ import annotations
 
 from itertools import zip_longest
 
-from megallama.plan.schedule import COMPUTE, Action, B, F, I, Kind, Schedule, ScheduleError, W, stuck_at
+from megallama.plan.schedule import Action, B, F, I, Kind, Schedule, ScheduleError, W, stuck_at
 
 SENDS = {Kind.SEND_F: F, Kind.SEND_B: B}
 RECVS = {Kind.RECV_F: F, Kind.RECV_B: B}
@@ -20,7 +19,7 @@ Moves = list[list[tuple[Action, int] | None]]
 def check(schedule: Schedule, max_in_flight: int | None = None, max_received: int | None = None) -> None:
     """Prove a lowered schedule, and that no rank holds more than this. Raises: ScheduleError naming rank and action."""
     _check_compute(schedule)
-    moves = [[None if a.kind in COMPUTE else _move(schedule, a) for a in steps] for steps in schedule.steps]
+    moves = [[None if a.kind.is_compute else _move(schedule, a) for a in steps] for steps in schedule.steps]
     _check_transfers(schedule, moves)
     _check_pairs(moves)
     _check_progress(schedule)
@@ -39,7 +38,7 @@ def _check_compute(schedule: Schedule) -> None:
     before = {B: F, I: F, W: I}
     for rank, steps in enumerate(schedule.steps):
         for i, a in enumerate(steps):
-            if a.kind not in COMPUTE:
+            if not a.kind.is_compute:
                 continue
             key = (a.stage, a.microbatch)
             if key not in want:
@@ -108,14 +107,13 @@ def _check_progress(schedule: Schedule) -> None:
     """
 
     def waits(a: Action) -> list[Action]:
-        values = schedule.needs(a) if a.kind in COMPUTE else ()
+        values = schedule.needs(a) if a.kind.is_compute else ()
         return [v for v in values if schedule.owners[v.stage] != schedule.owners[a.stage]]
 
     def gives(a: Action) -> list[Action]:
         return [a._replace(kind=SENDS[a.kind])] if a.kind in SENDS else []
 
-    stuck, _ = stuck_at(schedule, waits, gives)
-    if stuck:
+    if stuck := stuck_at(schedule, waits, gives)[0]:
         words = ", ".join(f"rank {rank} at {a}" for rank, a in stuck.items())
         raise ScheduleError(f"the schedule {schedule.name} deadlocks: {words}")
 

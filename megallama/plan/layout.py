@@ -1,14 +1,12 @@
 """Flat buffers: where every parameter lies, in which bucket, and who optimizes which range.
 
-The parameters of one stage lie in one flat buffer, cut into *buckets*.  Gradients have a buffer of
-the same layout.  A bucket is what one reduce-scatter or all-gather moves; its length is a multiple
-of dp_cp (the number of ranks with the same weights), and rank r of these owns its r-th equal range, the
-rank's *shard* of the bucket: there it holds fp32 master weights and AdamW moments (ZeRO-1,
-Rajbhandari et al. 2020).
+The parameters of one stage lie in one flat buffer, cut into *buckets*, and so do their gradients.  A bucket is what
+one reduce-scatter or all-gather moves; its length is a multiple of dp_cp (the number of ranks with the same weights),
+and rank r of these owns its r-th equal range, the rank's *shard* of the bucket: there it holds fp32 master weights and
+AdamW moments (ZeRO-1, Rajbhandari et al. 2020).
 
-Parameters are placed in the order in which the backward pass finishes them (the reverse of the
-forward), so buckets fill one after the other.  A bucket holds only decayed matrices, only norm
-weights, or only the tied embedding (which must have the same layout on the first and on the last stage).
+Parameters lie in the order in which the backward pass finishes them, so buckets fill one after the other.  A bucket
+holds only decayed matrices, only norm weights, or only the tied embedding (the same on the first and the last stage).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Bytes of one rank: what lives all the time, exactly, and what lives between forward and backward.
 
-Persistent: the flat buffers as `plan.layout` lays them out, padding included: weights in the training format,
-main gradients in fp32, and this rank's shard of master weights and two moments in fp32 (all fp64 with fp64; where
-weights have that format already they are their own masters), and tables of rotary angles.
+Persistent: the flat buffers as `plan.layout` lays them out: weights in the training format, main gradients in fp32,
+and this rank's shard of master weights and two moments in fp32 (all fp64 with fp64; where weights have that format
+already they are their own masters), and tables of rotary angles.
 
 Activations saved per layer, for b bytes per element, T tokens and MHA (x, q, k, v, attention output, the residual
 after attention, gate and up; `none` keeps the two norm outputs and the SwiGLU product as well):
@@ -62,13 +62,11 @@ def stage_layout(config: Config, stages: Stages, stage: int, dp_cp: int, tp_rank
 
 def saved_bytes(config: Config, recompute: str | None = None) -> int:
     """Activation bytes that one layer keeps of one micro-batch on one rank, without row statistics."""
-    m, tp = config.model, config.parallel.tp
-    n, k, d = heads(m)
-    h, f, local_kv = m.hidden_size, m.ffn_hidden_size // tp, max(1, k // tp)
-    tokens, rows = tokens_and_rows(config)
+    h, f, tp = config.model.hidden_size, config.model.ffn_hidden_size // config.parallel.tp, config.parallel.tp
+    (n, k, d), (tokens, rows) = heads(config.model), tokens_and_rows(config)
+    attention = 2 * d * (n // tp + max(1, k // tp))  # q and the output; k, v
     outside = {"none": 4 * h, "selective": 2 * h, "full": h}[mode := recompute or config.memory.recompute]
-    heads_bytes = 2 * d * (n // tp + local_kv)  # q, attention output; k, v
-    inside = {"none": heads_bytes + 3 * f, "selective": heads_bytes + 2 * f, "full": 0}[mode]
+    inside = {"none": attention + 3 * f, "selective": attention + 2 * f, "full": 0}[mode]
     return DTYPE_BYTES[config.precision.dtype] * (rows * outside + tokens * inside)
 
 

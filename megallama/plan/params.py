@@ -1,9 +1,8 @@
 """Which parameters a rank holds, and what each of their rows is in the whole model.
 
-A `ParamSpec` describes one local tensor: its shape, whether it is decayed, and its *parts*: the
-rectangles of Hugging Face tensors that lie in its rows.  It is written once, here, and read by the
-model (which module holds it), the gradient synchronisation, clipping, the optimizer's shards and the
-checkpoint.  Padding rows belong to no part.
+A `ParamSpec` describes one local tensor and its *parts*: the rectangles of Hugging Face tensors that lie in its rows.
+It is written once, here, and read by the model, the gradient synchronisation, clipping, the optimizer's shards and
+the checkpoint.  Padding rows belong to no part.
 
     local tensor     parts                                  split over tp
     embed_tokens     embed_tokens                           rows (vocabulary, padded to a multiple of tp)
@@ -101,9 +100,8 @@ class ParamBuilder:
         embedding, tie = "model.embed_tokens.weight", self.model.tie_embeddings
         specs: list[ParamSpec] = []
         if first:
-            specs.append(self._vocab("embed_tokens", embedding, tied=tie and not last))
-            if tie and last:
-                specs[0] = replace(specs[0], uses=2)
+            matrix = self._vocab("embed_tokens", embedding, tied=tie and not last)
+            specs.append(replace(matrix, uses=2 if tie and last else 1))
         for i in layers:
             specs += self._layer(f"layers.{i}.", f"model.layers.{i}.")
         if last:

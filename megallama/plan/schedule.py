@@ -1,9 +1,8 @@
-"""Pipeline schedules as data: what every pipeline rank does, in order.
+"""Pipeline schedules as data: one list of actions per pipeline rank.
 
-A *compute schedule* is one list of actions per pipeline rank.  `lower` adds the sends and receives that
-the compute implies; `check.check` proves the result; one runtime interprets it.
+`builders` make the compute, `lower` adds the sends and receives that it implies, `check.check` proves the result.
 
-Words.  A *stage* is a run of consecutive layers, numbered 0 .. num_stages-1 from the embedding to the
+A *stage* is a run of consecutive layers, numbered 0 .. num_stages-1 from the embedding to the
 loss.  The stages that a rank owns are its *chunks*; unless a schedule says otherwise (`owners`), rank r of P has
 r, r+P, r+2P, ...  A micro-batch is *in flight* on a stage from its forward until its backward has finished.
 
@@ -43,15 +42,14 @@ class Kind(StrEnum):
     @property
     def is_compute(self) -> bool:
         """Whether it computes; otherwise it transfers."""
-        return self in COMPUTE
+        return self in (F, B, I, W)
 
 
 F, B, I, W = Kind.F, Kind.B, Kind.I, Kind.W  # noqa: E741
-COMPUTE = frozenset((F, B, I, W))
 
 
 class Action(NamedTuple):
-    """One thing one rank does: a kind of work, on one stage, for one micro-batch."""
+    """One thing one rank does, on one stage, for one micro-batch."""
 
     kind: Kind
     stage: int
@@ -180,12 +178,10 @@ def walk(schedule: Schedule, cost: Callable[[Action], float], hop: float = 0.0) 
         raise ScheduleError(f"the schedule {schedule.name} deadlocks: {', '.join(stuck)} wait for values nobody makes")
 
 
-Values = Iterable[Action]
+Values = Callable[[Action], Iterable[Action]]
 
 
-def stuck_at(
-    schedule: Schedule, waits: Callable[[Action], Values], gives: Callable[[Action], Values]
-) -> tuple[dict[int, Action], set[Action]]:
+def stuck_at(schedule: Schedule, waits: Values, gives: Values) -> tuple[dict[int, Action], set[Action]]:
     """Let all ranks go on until each is at its end or waits for values that nobody gives; no clock.
 
     Returns: where the ranks are that did not reach their end, and all values that were given.
@@ -205,12 +201,10 @@ def stuck_at(
 def lower(schedule: Schedule) -> Schedule:
     """Insert sends and receives so that no pair of ranks can disagree about their order.
 
-    Follows the clock (F = I = W = 1).  When a value is made, its send is listed by the producer and the matching
-    receive by the consumer at the same moment, so both ranks of a pair list the same transfers in the same order,
-    and no transfer depends on a later one: NCCL and gloo cannot deadlock when transfers are posted without
-    blocking.  A receive comes before whatever the consumer computes meanwhile, so it is hidden under it.
-
-    Raises: ScheduleError if some rank waits for a value nobody makes.
+    Follows the clock (F = I = W = 1).  When a value is made, its producer lists the send and its consumer the receive,
+    so both list the same transfers in the same order, and no transfer depends on a later one: NCCL and gloo cannot
+    deadlock when transfers are posted without blocking.  A receive comes before whatever the consumer computes
+    meanwhile, so it is hidden under it.  Raises: ScheduleError if some rank waits for a value nobody makes.
     """
     out: list[list[Action]] = [[] for _ in schedule.steps]
     for event in walk(schedule, lambda a: 2.0 if a.kind is B else 1.0):

@@ -4,8 +4,7 @@
     F1.0,B1.0,F1.1,B1.1
 
 ``F2.0`` is the forward of stage 2 for micro-batch 0; ``B2.0`` its backward, or ``I2.0`` and later ``W2.0`` the two
-halves of it.  Who computes a stage owns it.  Sends and receives are inserted afterwards.  Empty cells, empty
-lines and lines that begin with # say nothing.
+halves of it.  Who computes a stage owns it.  Empty cells, empty lines and lines that begin with # say nothing.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Topology:
         return {axis: rank // self.strides[axis] % self.size(axis) for axis in self.axes}
 
     def groups(self, *axes: str) -> list[tuple[int, ...]]:
-        """All groups of ranks that differ only along `axes`, by first rank. Every rank creates them in this order."""
+        """All groups of ranks that differ only along `axes`, by first rank: every rank creates them in this order."""
         within = self._offsets(axes)
         bases = self._offsets(tuple(a for a in self.axes if a not in axes))
         return [tuple(base + offset for offset in within) for base in bases]

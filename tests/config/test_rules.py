@@ -413,7 +413,7 @@ def test_defaults_need_only_data() -> None:
 
 def test_helpers() -> None:
     config = load(None, ["model.preset=llama3-8b", "parallel.tp=2", "parallel.pp=2"], need_data=False)
-    assert legal_tp(config) == [1, 2, 4, 8, 16, 32]
+    assert legal_tp(config.model) == [1, 2, 4, 8, 16, 32]
     ramp = Config.model_validate({"batch": {"ramp_start": 8, "ramp_increment": 12, "ramp_samples": 9}}).batch
     assert ramp.sizes == (8, 20, 32)
     assert Config().batch.sizes == (32,)

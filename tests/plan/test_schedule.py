@@ -22,7 +22,7 @@ from megallama.plan.builders import (
     gpipe,
     one_f_one_b,
     zb_v,
-    zero_bubble_h1,
+    zero_bubble,
 )
 from megallama.plan.check import check
 from megallama.plan.schedule import Action, Kind, Schedule, ScheduleError, looped, lower
@@ -69,7 +69,7 @@ def test_interleaved_closed_form(p: int, m: int, v: int) -> None:
 
 @pytest.mark.parametrize("p,m", [(p, m) for p in (1, 2, 4, 8) for m in (8, 16, 32)])
 def test_zero_bubble_closed_form(p: int, m: int) -> None:
-    r = simulate(proved(zero_bubble_h1(p, m), max_in_flight=p))
+    r = simulate(proved(zero_bubble(p, m, 1), max_in_flight=p))
     assert r.makespan == 3 * m + (p - 1)  # bubble (p-1)(F+I-W)
     assert r.peak_in_flight == (p,) * p
 
@@ -142,7 +142,7 @@ def test_forward_only(p: int, m: int, v: int) -> None:
     assert sum(a.kind is F for steps in s.steps for a in steps) == p * v * m
 
 
-MUTATED = [one_f_one_b(3, 4), one_f_one_b(2, 4, 2), gpipe(3, 3), zero_bubble_h1(3, 4), zb_v(2, 3), dualpipe_v(2, 4)]
+MUTATED = [one_f_one_b(3, 4), one_f_one_b(2, 4, 2), gpipe(3, 3), zero_bubble(3, 4, 1), zb_v(2, 3), dualpipe_v(2, 4)]
 
 
 @given(st.sampled_from(MUTATED), st.data())
@@ -276,7 +276,7 @@ def test_one_rank_needs_no_transfers() -> None:
 
 
 def test_chart() -> None:
-    assert draw(simulate(lower(zero_bubble_h1(2, 2)))).split("\n") == [
+    assert draw(simulate(lower(zero_bubble(2, 2, 1)))).split("\n") == [
         "rank  0 |0011..AAaaBBbb|",
         "rank  1 |..00AA11BBaabb|",
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from megallama.config.schema import ParallelConfig
@@ -14,8 +16,7 @@ from megallama.plan.builders import (
     v_half,
     v_owners,
     zb_v,
-    zero_bubble_h1,
-    zero_bubble_h2,
+    zero_bubble,
 )
 from megallama.plan.check import check
 from megallama.plan.schedule import Kind, Schedule, ScheduleError, lower
@@ -41,8 +42,8 @@ RATES = [
 BUILDERS = {
     "1f1b": (one_f_one_b, 0.0001),
     "interleaved": (lambda p, m: one_f_one_b(p, m, 3), 0.0037),
-    "zb-h1": (zero_bubble_h1, 0.0001),
-    "zb-h2": (zero_bubble_h2, 0.0001),
+    "zb-h1": (partial(zero_bubble, depth=1), 0.0001),
+    "zb-h2": (partial(zero_bubble, depth=2), 0.0001),
 }
 
 
@@ -106,7 +107,7 @@ def test_few_micro_batches(p: int, m: int) -> None:
 
 @pytest.mark.parametrize("p,m", [(2, 8), (4, 16), (8, 16), (8, 24)])
 def test_zb_h2(p: int, m: int) -> None:
-    report = simulate(lower(zero_bubble_h2(p, m)))
+    report = simulate(lower(zero_bubble(p, m, 2)))
     assert report.peak_in_flight == (2 * p - 1,) * p
     assert report.longest_span == 3 * m  # no bubble from a rank's first action to its last
 
@@ -145,7 +146,7 @@ def test_the_v() -> None:
 
 
 def test_a_plan_that_holds_more_than_promised_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FIXED_CHUNKS, "zb-h1", (1, zero_bubble_h2))
+    monkeypatch.setitem(FIXED_CHUNKS, "zb-h1", (1, partial(zero_bubble, depth=2)))
     with pytest.raises(ScheduleError) as caught:
         build_schedule(ParallelConfig(pp=4, schedule="zb-h1"), 8)
     assert str(caught.value) == "rank 0 holds 7 micro-batches at once, more than 4"
