@@ -35,16 +35,12 @@ class Setting:
 def settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Setting]:
     """Every setting, in the order of the schema; a nested table comes before its own fields."""
     for name, field in model.model_fields.items():
-        key = prefix + name
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            yield from settings(section, key + ".")
-            continue
-        setting = _setting(key, field)
-        yield setting
-        for kind in setting.kinds:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from settings(kind, key + ".")
+        setting = _setting(prefix + name, field)
+        tables = [kind for kind in setting.kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if field.annotation not in tables:  # else a section
+            yield setting
+        for table in tables:
+            yield from settings(table, setting.key + ".")
 
 
 def flatten(model: BaseModel, prefix: str = "") -> dict[str, Any]:
@@ -107,16 +103,12 @@ def _words(kind: Any, limits: tuple[Any, ...]) -> str:
             return f"a path, or a list of paths or of tables with {', '.join(inner.model_fields)}"
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             return f"a list of tables with {', '.join(inner.model_fields)}"
-        words = _words(inner, ())
         if rest != [...]:
             return f"a list of {1 + len(rest)} numbers"
-        return "a list of " + words.replace("a whole number", "whole numbers")
+        return "a list of " + _words(inner, ()).replace("a whole number", "whole numbers")
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"a table with {', '.join(kind.model_fields)}"
-    name = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-    return " ".join([name, *(filter(None, map(_limit, sorted(limits, key=lambda m: isinstance(m, (Lt, Le))))))])
-
-
-def _limit(limit: Any) -> str:
-    words = {Gt: "above", Ge: "of at least", Lt: "below", Le: "up to"}.get(type(limit))
-    return f"{words} {getattr(limit, type(limit).__name__.lower())}" if words else ""
+    words = [{bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]]
+    for bound, text in {Gt: "above", Ge: "of at least", Lt: "below", Le: "up to"}.items():
+        words += [f"{text} {getattr(m, bound.__name__.lower())}" for m in limits if isinstance(m, bound)]
+    return " ".join(words)

@@ -31,7 +31,23 @@ def exit_status(run: Callable[[], int | None]) -> int:
     141, as the shell has it, where whoever read the output has gone (``| head``).
     """
     try:
-        status = _status(run)
+        try:
+            status = run() or 0
+        except SystemExit as left:
+            if _reader_gone():  # argparse swallows it
+                raise BrokenPipeError from None
+            if isinstance(left.code, str):
+                sys.stderr.write(f"{left.code}\n")
+            status = left.code if isinstance(left.code, int) else int(left.code is not None)
+        except (MegallamaError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+            sys.stderr.write(f"error: {text}\n")
+            status = 2
+        except KeyboardInterrupt:
+            sys.stderr.write("\nstopped\n")
+            status = 130
         sys.stdout.flush()
         sys.stderr.flush()
         return status
@@ -45,26 +61,6 @@ def drop_output() -> None:
     hole = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(hole, descriptor)
-
-
-def _status(run: Callable[[], int | None]) -> int:
-    try:
-        return run() or 0
-    except SystemExit as left:
-        if _reader_gone():  # argparse swallows it
-            raise BrokenPipeError from None
-        if isinstance(left.code, str):
-            sys.stderr.write(f"{left.code}\n")
-        return left.code if isinstance(left.code, int) else int(left.code is not None)
-    except BrokenPipeError:
-        raise
-    except (MegallamaError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        sys.stderr.write(f"error: {text}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped\n")
-        return 130
 
 
 def _reader_gone() -> bool:

@@ -85,8 +85,8 @@ def load(
     config.model.model_fields_set.difference_update(preset)  # "set" is what the user wrote
     ahead = config.batch.remaining(samples(config)) if config.batch.ramp_start else config.batch
     found = rules.check(config.model_copy(update={"batch": ahead}), ranks, need_data=need_data)
-    problems = reader.problems + [reader.locate(p) for p in found if not reader.doubtful(p)]
-    if problems:
+    found = [p for p in found if not any(re.search(rf"\b{re.escape(key)}\b", p) for key in reader.bad)]
+    if problems := reader.problems + [reader.locate(p) for p in found]:  # what was refused already is said once
         many = f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  - {p}" for p in problems)
         raise ConfigError(problems[0] if len(problems) == 1 else many)
     return config
@@ -201,10 +201,6 @@ class _Reader:
             prefixes = tuple(f"{key}." for key in refused)
             self.values = {k: v for k, v in self.values.items() if not f"{k}.".startswith(prefixes)}
             return self.validate()
-
-    def doubtful(self, problem: str) -> bool:
-        """Whether a message of the rules speaks of a setting that was already refused."""
-        return any(re.search(rf"\b{re.escape(key)}\b", problem) for key in self.bad)
 
     def locate(self, problem: str) -> str:
         """`problem` with the places where its settings come from."""

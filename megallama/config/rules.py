@@ -282,10 +282,6 @@ def _data(config: Config, ranks: int | None) -> Iterator[str]:
             f"train.eval_interval={config.train.eval_interval} but data.valid is empty; "
             "write data.valid=PREFIX, or train.eval_interval=0"
         )
-
-
-def _sources(config: Config, ranks: int | None) -> Iterator[str]:
-    d = config.data
     for key, sources in (("train", d.train), ("valid", d.valid), ("test", d.test)):
         seen: set[str] = set()
         for i, s in enumerate(sources):
@@ -335,7 +331,7 @@ def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
 RULES: tuple[Rule, ...] = (
     _architecture, _tensor_parallel, _pipeline, _batch, _ramp, _lr_schedule, _fp8, _checkpoint, _log_and_timeouts,
 )  # fmt: skip
-DATA_RULES: tuple[Rule, ...] = (_data, _sources, _mixture)
+DATA_RULES: tuple[Rule, ...] = (_data, _mixture)
 
 
 def unusual(config: Config) -> Iterator[str]:

@@ -2,14 +2,12 @@
 
 Builders take `p`, the number of pipeline ranks, and `m`, that of micro-batches.
 
-ZB-V and V-Half are one generator.  Their stages lie like a V: rank r of P owns stages r and 2P-1-r, so embedding and
-loss are on rank 0.  In the steady state every rank repeats the same six units of work per micro-batch: F, I and W of
-its two stages.  A *pattern* says how many units a micro-batch takes from a rank to the next on the way down and up,
-forward and backward, and how long it rests at the three turns; that fixes the order of F and I on every rank, and how
-many micro-batches are in flight.  W fills the units in which the next F or I cannot run.
-
-Which order comes out depends on what W is taken to cost while it is made.  W = F/2 for ZB-V and W = F for V-Half gave
-the shortest steps over stages whose W costs 0.5 to 1 of F and whose transfers 0 to 0.2 of F, of all that were tried.
+In a V, rank r of P owns stages r and 2P-1-r, so embedding and loss are on rank 0.  ZB-V and V-Half are one generator:
+in the steady state every rank repeats the same six units of work per micro-batch, F, I and W of its two stages.
+A *pattern* says how many units a micro-batch takes from a rank to the next on the way down and up, and how long it
+rests at the three turns; that fixes the order of F and I, and how many are in flight.  W fills the units in which the
+next F or I cannot run.  Of all that were tried, W = F/2 for ZB-V and W = F for V-Half gave the shortest steps over
+stages whose W costs 0.5 to 1 of F and whose transfers 0 to 0.2 of F.
 
 Papers: GPipe, Huang et al. 2019 (arXiv:1811.06965); 1F1B and interleaving, Narayanan et al. 2021 (arXiv:2104.04473);
 zero bubble (split backward) and ZB-V, Qi et al. 2023 (arXiv:2401.10241); patterns and V-Half, Qi et al. 2024
@@ -39,9 +37,8 @@ def gpipe(p: int, m: int, chunks: int = 1) -> Schedule:
 
 
 def one_f_one_b(p: int, m: int, chunks: int = 1) -> Schedule:
-    """1F1B; with `chunks` > 1, interleaved 1F1B.
+    """1F1B; with `chunks` > 1, interleaved 1F1B. Bubble over ideal time: (P-1) / (chunks * M).
 
-    Bubble over ideal time: (P-1) / (chunks * M).
     Raises: ScheduleError if chunks > 1 and M is not a multiple of P.
     """
     if chunks > 1 and m % p:
@@ -82,12 +79,8 @@ def _alternating(name: str, p: int, m: int, chunks: int, warmup: Callable[[int],
 
     Groups of P micro-batches pass through one chunk after the other.
     """
-    passes = [
-        (chunk, microbatch)
-        for first in range(0, m, p)
-        for chunk in range(chunks)
-        for microbatch in range(first, min(first + p, m))
-    ]
+    groups = [range(first, min(first + p, m)) for first in range(0, m, p)]
+    passes = [(chunk, microbatch) for group in groups for chunk in range(chunks) for microbatch in group]
     steps = []
     for rank in range(p):
         f = [Action(F, chunk * p + rank, microbatch) for chunk, microbatch in passes]
@@ -155,9 +148,8 @@ def _fill(
         for kind, at in ((F, s), (I, -1 - s))
         for i in range(m)
     ]
-    queues: list[deque[Action]] = [deque() for _ in range(p)]
-    for _, s, a in sorted(timed):
-        queues[schedule.owners[s]].append(a)
+    timed.sort()
+    queues = [deque(a for _, s, a in timed if schedule.owners[s] == rank) for rank in range(p)]
     owed: list[deque[Action]] = [deque() for _ in range(p)]
     out: list[list[Action]] = [[] for _ in range(p)]
     live, free, made, now = [0] * p, [0] * p, dict[Action, int](), 0
@@ -228,10 +220,7 @@ def compute_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedul
 
 
 def build_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedule:
-    """The schedule of one training step under this layout, lowered and checked.
-
-    Raises: ScheduleError if this number of micro-batches does not suit the schedule.
-    """
+    """The schedule of one training step, lowered and checked. Raises: ScheduleError if it cannot run so many."""
     schedule = lower(compute_schedule(parallel, num_microbatches))
     check(schedule, *bounds(parallel, num_microbatches))
     return schedule

@@ -1,8 +1,7 @@
 """Bytes of one rank: what lives all the time, exactly, and what lives between forward and backward.
 
-Persistent: the flat buffers as `plan.layout` lays them out: weights in the training format, main gradients in fp32,
-and this rank's shard of master weights and two moments in fp32 (all fp64 with fp64; where weights have that format
-already they are their own masters), and tables of rotary angles.
+Master weights, main gradients and the two moments are fp32 (all fp64 with fp64; where weights have that format
+already they are their own masters).
 
 Activations saved per layer, for b bytes per element, T tokens and MHA (x, q, k, v, attention output, the residual
 after attention, gate and up; `none` keeps the two norm outputs and the SwiGLU product as well):
@@ -11,10 +10,9 @@ after attention, gate and up; `none` keeps the two norm outputs and the SwiGLU p
     selective  b (6h + 2f)  = 12h + 4f
     full       b h          =  2h
 
-Tensor parallelism divides what lies inside attention and the feed-forward network; sequence parallelism the rest
-too (Korthikanti et al. 2022, arXiv:2205.05198, table 2).  Besides, attention kernels keep `statistics_bytes`, the
-embedding its row numbers, the loss head its input and a gradient.  A split backward (zero bubble) frees all this with
-the input gradient, and keeps the operands of the weight gradients until these are formed.
+Tensor parallelism divides what lies inside attention and the feed-forward network; sequence parallelism the rest too
+(Korthikanti et al. 2022, arXiv:2205.05198, table 2).  The embedding keeps its row numbers, the loss head its input and
+a gradient.  A split backward frees all this with the input gradient, and keeps the operands of the weight gradients.
 """
 
 from __future__ import annotations

@@ -29,11 +29,6 @@ class Plan:
     schedule: Schedule  # of a step with the full global batch, lowered and checked
     _schedules: dict[tuple[object, int], Schedule] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
-    def num_stages(self) -> int:
-        """Pipeline stages of the whole model."""
-        return len(self.stages)
-
     def schedule_for(self, num_microbatches: int) -> Schedule:
         """The schedule of a training step with this many micro-batches (it varies while the batch ramps up)."""
         if num_microbatches == self.schedule.num_microbatches:
@@ -120,7 +115,7 @@ def _stage_table(plan: Plan) -> str:
     costs = [sum(c) for c in stage_costs(plan.config, plan.stages)]
     rows = []
     for number, layers in enumerate(plan.stages):
-        specs = ParamBuilder(plan.config.model).stage(layers, number == 0, number == plan.num_stages - 1)
+        specs = ParamBuilder(plan.config.model).stage(layers, number == 0, number == len(plan.stages) - 1)
         parameters = sum(spec.numel for spec in specs)
         which = f"{layers[0]}-{layers[-1]} ({len(layers)})" if layers else "none"
         share = f"{costs[number] / sum(costs):.1%}"

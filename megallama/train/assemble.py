@@ -44,7 +44,7 @@ class Worker:
     @property
     def counts_loss(self) -> bool:
         """Whether its loss enters the sum over all ranks: one rank per sample, on the last stage."""
-        return self.plan.num_stages - 1 in self.stages and self.groups.tp.rank == 0
+        return len(self.plan.stages) - 1 in self.stages and self.groups.tp.rank == 0
 
 
 def kernels_of(config: Config, device: torch.device) -> Kernels:
@@ -78,7 +78,7 @@ def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels,
     )  # fmt: skip
     stages, buffers = {}, {}
     for number in plan.schedule.stages_of(groups.pp.rank):
-        first, last = number == 0, number == plan.num_stages - 1
+        first, last = number == 0, number == len(plan.stages) - 1
         layers = plan.stages[number]
         layout = stage_layout(config, plan.stages, number, groups.dp_cp.size, groups.tp.rank)
         buffers[number] = FlatBuffers(layout, dtype, device, kernels)
