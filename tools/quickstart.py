@@ -36,9 +36,8 @@ from rich.markup import escape  # noqa: E402
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn  # noqa: E402
 
 from megallama.config.describe import flatten  # noqa: E402
-from megallama.config.errors import MegallamaError, exit_status  # noqa: E402
+from megallama.config.errors import MegallamaError, counted, exit_status  # noqa: E402
 from megallama.config.load import load  # noqa: E402
-from megallama.config.words import counted  # noqa: E402
 from megallama.data.indexed import IndexedDataset  # noqa: E402
 from megallama.text.corpus import build_corpus  # noqa: E402
 from megallama.text.preprocess import preprocess  # noqa: E402

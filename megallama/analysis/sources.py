@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megallama.config.errors import ConfigError
+from megallama.config.errors import ConfigError, counted
 from megallama.config.schema import Config, SourceConfig
-from megallama.config.words import counted
 from megallama.data.indexed import IndexedDataset
 from megallama.data.mixture import Mixture, limits_of, phases_of
 from megallama.data.samples import Source

@@ -31,8 +31,8 @@ from megallama.comm.limits import files_needed, raised_limit, too_many
 from megallama.comm.rendezvous import Arrival, open_store, port_file, rendezvous
 from megallama.comm.shared_memory import MAX_SHM_BYTES, SharedMemory
 from megallama.comm.star import CRASHED, Listener, Star, StarGroup
+from megallama.config.errors import counted
 from megallama.config.schema import RunConfig
-from megallama.config.words import counted
 from megallama.plan.topology import Topology
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megallama.commands.parser import Parser, main_of
-from megallama.config.words import counted
+from megallama.config.errors import counted
 
 GIB = 2**30
 NEEDED = ("torch", "numpy", "pydantic")

@@ -19,10 +19,9 @@ from statistics import median
 from typing import Any
 
 from megallama.commands.parser import Parser, main_of
-from megallama.config.errors import ConfigError
+from megallama.config.errors import ConfigError, counted
 from megallama.config.load import load
 from megallama.config.schema import ParallelConfig
-from megallama.config.words import counted
 from megallama.plan.builders import FIXED_CHUNKS, build_schedule
 from megallama.plan.plan import make_plan
 from megallama.plan.schedule import Schedule, parse_action

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from megallama.commands.parser import Parser, main_of
+from megallama.config.errors import counted
 from megallama.config.load import load
-from megallama.config.words import counted
 from megallama.plan.plan import Plan, make_plan
 
 if TYPE_CHECKING:

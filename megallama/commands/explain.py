@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from megallama.commands.parser import Parser, main_of
-from megallama.config.errors import ConfigError
+from megallama.config.errors import ConfigError, counted
 from megallama.config.load import is_setting, load
 from megallama.config.schema import Config
-from megallama.config.words import counted
 from megallama.data.indexed import IndexedDataset
 from megallama.data.sources import open_sources
 from megallama.data.tokenizer import Tokenizer, load_tokenizer

@@ -24,8 +24,7 @@ from pathlib import Path
 from megallama.commands.megatron.convert import LLAMA, convert, summary, to_toml
 from megallama.commands.megatron.flags import ALIASES, MARK, NOT_CHOSEN, TABLE, Flags, find, plain
 from megallama.commands.parser import Parser, main_of
-from megallama.config.errors import ConfigError
-from megallama.config.words import counted
+from megallama.config.errors import ConfigError, counted
 
 QUOTED = r"'[^']*'|\"(?:\\.|[^\"\\])*\""
 COMPUTED = r"\$\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)|`[^`]*`|\$\{[^}]*\}"

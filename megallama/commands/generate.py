@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megallama.commands.parser import Parser, main_of
-from megallama.config.words import counted
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -39,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     """Load, then stream."""
     import torch
 
-    from megallama.config.errors import ConfigError
+    from megallama.config.errors import ConfigError, counted
     from megallama.data.tokenizer import load_tokenizer
     from megallama.inference.generate import Sampling, encode_prompt, find_model, generate, load_llama, stream_text
     from megallama.train.peak import slow_format

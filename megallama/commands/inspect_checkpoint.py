@@ -21,7 +21,7 @@ from megallama.checkpoint import manifest, reader
 from megallama.checkpoint.folder import find_checkpoint, step_folder
 from megallama.checkpoint.layout import STATE
 from megallama.commands.parser import Parser, main_of
-from megallama.config.words import counted
+from megallama.config.errors import counted
 from megallama.convert.source import Source, foreign_kind, open_source
 from megallama.plan.box import Box
 from megallama.plan.params import num_parameters

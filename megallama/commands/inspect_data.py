@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megallama.commands.parser import Parser, main_of
-from megallama.config.words import counted
+from megallama.config.errors import counted
 from megallama.data.blocks import File, SumsWriter, naming
 from megallama.data.indexed import CHUNK, IndexedDataset
 from megallama.data.tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from megallama.commands.parser import Parser, filled, main_of
-from megallama.config.words import counted
+from megallama.config.errors import counted
 
 
 def run(argv: Sequence[str] | None) -> None:

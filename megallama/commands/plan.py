@@ -18,9 +18,8 @@ from typing import Any
 from megallama.analysis.communication import collectives, communication_table
 from megallama.commands import plan_data
 from megallama.commands.parser import Parser, main_of
-from megallama.config.errors import ConfigError
+from megallama.config.errors import ConfigError, counted
 from megallama.config.load import load
-from megallama.config.words import counted
 from megallama.forecast.forecast import CO2_KG_PER_KWH, GIB, PUE, Forecast, forecast, search
 from megallama.forecast.hardware import load_hardware
 from megallama.plan.plan import make_plan

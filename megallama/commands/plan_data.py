@@ -15,10 +15,9 @@ from pathlib import Path
 
 from megallama.analysis.sources import SourceShare, source_shares
 from megallama.commands.parser import Parser, main_of
-from megallama.config.errors import ConfigError
+from megallama.config.errors import ConfigError, counted
 from megallama.config.load import load
 from megallama.config.schema import Config
-from megallama.config.words import counted
 
 
 def table(config: Config, rows: Sequence[SourceShare], firsts: Sequence[int]) -> str:

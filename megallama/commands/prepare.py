@@ -21,8 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megallama.commands.parser import Parser, filled, main_of
-from megallama.config.errors import exit_status
-from megallama.config.words import counted
+from megallama.config.errors import counted, exit_status
 from megallama.data.errors import DataError
 
 if TYPE_CHECKING:

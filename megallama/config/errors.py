@@ -1,4 +1,4 @@
-"""The errors a user can cause. `pretrain.main` prints them without a traceback and exits with their status."""
+"""The errors a user can cause, and how a command ends by them; notes, and how counts are said."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ class MegallamaError(Exception):
 
 class ConfigError(MegallamaError):
     """A configuration that cannot be used; the message lists every problem found, one per line."""
+
+
+def counted(number: int | str, noun: str, form: str = "") -> str:
+    """``1 document``, ``2 documents``, ``0 micro-batches``; ``2,000 documents`` in the `form` ","."""
+    text = format(number, form)
+    ending = "" if text == "1" else "es" if noun.endswith(("s", "x", "tch", "sh")) else "s"
+    return f"{text} {noun}{ending}"
 
 
 def say(text: str) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from math import isqrt, lcm
 
 from megallama.config.describe import flatten, literal
+from megallama.config.errors import counted
 from megallama.config.schema import Config, ModelConfig
-from megallama.config.words import counted
 
 Rule = Callable[[Config, int | None], Iterator[str]]
 AXES = ("tp", "cp", "dp", "pp")

@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megallama.config.words import counted
+from megallama.config.errors import counted
 from megallama.data.blocks import AGAIN, File, Sums, SumsWriter, naming, write_whole
 from megallama.data.errors import DataError
 

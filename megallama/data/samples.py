@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megallama.config.words import counted
+from megallama.config.errors import counted
 from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset
 

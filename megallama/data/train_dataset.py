@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from megallama.config.describe import literal
+from megallama.config.errors import counted
 from megallama.config.schema import BatchConfig, DataConfig
-from megallama.config.words import counted
 from megallama.data.errors import DataError
 from megallama.data.mixture import Mixture, Phase, limits_of, phases_of
 from megallama.data.samples import Samples, Source

@@ -20,10 +20,9 @@ from megallama.checkpoint import disk, manifest, reader
 from megallama.checkpoint.disk import CheckpointError, DamagedError
 from megallama.checkpoint.folder import find_checkpoint, step_folder
 from megallama.checkpoint.huggingface import read_model_config
-from megallama.config.errors import ConfigError
+from megallama.config.errors import ConfigError, counted
 from megallama.config.schema import ModelConfig
 from megallama.config.special_tokens import read_settings
-from megallama.config.words import counted
 from megallama.data.tokenizer import Tokenizer
 from megallama.kernels.candidate import accumulate_dtype
 from megallama.kernels.pointwise import apply_rope, rms_norm, rope_tables

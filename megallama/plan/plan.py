@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megallama.config.errors import counted
 from megallama.config.schema import Config
-from megallama.config.words import counted
 from megallama.plan.builders import build_forward, build_schedule
 from megallama.plan.memory import RankMemory, rank_memory
 from megallama.plan.params import ParamBuilder, heads, num_parameters

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from megallama.config.words import counted
+from megallama.config.errors import counted
 from megallama.plan.schedule import Action, B, F, I, Schedule, ScheduleError, W, parse_action, stuck_at
 
 

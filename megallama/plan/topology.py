@@ -11,8 +11,7 @@ from functools import cached_property
 from itertools import product
 from math import prod
 
-from megallama.config.errors import ConfigError
-from megallama.config.words import counted
+from megallama.config.errors import ConfigError, counted
 
 AXES = ("tp", "cp", "dp", "pp")
 

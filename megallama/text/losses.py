@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megallama.config.words import counted
+from megallama.config.errors import counted
 from megallama.data.errors import DataError
 from megallama.text.documents import Record, RecordReader, head_of, place
 from megallama.text.files import JSON_SUFFIXES, Found, suffix_of

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from megallama.config.errors import counted
 from megallama.config.special_tokens import NAMES, usual_id
-from megallama.config.words import counted
 from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for, strip_suffix, write_metadata
 from megallama.data.tokenizer import Tokenizer, find_tokenizer, sha256_of

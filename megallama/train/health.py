@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megallama.config.errors import MegallamaError
-from megallama.config.words import counted
+from megallama.config.errors import MegallamaError, counted
 
 
 class TrainingStopped(MegallamaError):

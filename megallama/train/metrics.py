@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
+from megallama.config.errors import counted
 from megallama.config.schema import Config
-from megallama.config.words import counted
 from megallama.train.log import Logger, human_bytes, human_count, human_duration
 
 Record = dict[str, Any]  # a line of metrics.jsonl: "kind" (train, valid, test), "step", numbers

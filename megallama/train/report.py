@@ -6,7 +6,7 @@ from collections import deque
 from pathlib import Path
 from typing import Self
 
-from megallama.config.words import counted
+from megallama.config.errors import counted
 from megallama.optim.lr import learning_rate
 from megallama.plan.params import num_parameters
 from megallama.plan.work import training_flops

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megallama.config.errors import ConfigError
-from megallama.config.words import counted
+from megallama.config.errors import ConfigError, counted
 
 GIB = 2**30
 RankNeeds = tuple[str, int, int, dict[str, int]]  # host, bytes: certain, by estimate, `room`

@@ -16,10 +16,9 @@ from megallama.checkpoint.manager import CheckpointManager
 from megallama.checkpoint.writer import NotFiniteError
 from megallama.comm.launch import World
 from megallama.comm.on_all_ranks import on_all_ranks
-from megallama.config.errors import ConfigError, MegallamaError
+from megallama.config.errors import ConfigError, MegallamaError, counted
 from megallama.config.rules import check, unusual
 from megallama.config.schema import Config
-from megallama.config.words import counted
 from megallama.data.sources import Data, open_sources
 from megallama.data.train_dataset import TrainDataset
 from megallama.kernels.select import Kernels

@@ -10,11 +10,10 @@ from typing import Any
 
 from megallama.commands.megatron.flags import SETTINGS, Flags
 from megallama.config.describe import literal, settings
-from megallama.config.errors import ConfigError, MegallamaError
+from megallama.config.errors import ConfigError, MegallamaError, counted
 from megallama.config.load import load
 from megallama.config.presets import PRESETS
 from megallama.config.schema import BatchConfig, Config
-from megallama.config.words import counted
 from megallama.plan.params import num_parameters
 
 LLAMA = (  # flag, its value for a LLaMA, what a LLaMA has, what Megatron has without the flag

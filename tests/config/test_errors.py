@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megallama.config.words import counted
+from megallama.config.errors import counted
 
 
 @pytest.mark.parametrize(
