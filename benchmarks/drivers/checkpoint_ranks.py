@@ -27,7 +27,7 @@ from megallama.comm.c10d import C10d  # noqa: E402
 from megallama.comm.group import Group, Solo  # noqa: E402
 from megallama.config.load import resolve  # noqa: E402
 from megallama.config.schema import Config  # noqa: E402
-from megallama.layers.shard import Shard  # noqa: E402
+from megallama.layers.param import Shard  # noqa: E402
 from megallama.plan.box import Box  # noqa: E402
 from megallama.plan.layout import build_layout  # noqa: E402
 from megallama.plan.params import ParamBuilder, global_shapes  # noqa: E402

@@ -41,7 +41,7 @@ from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.config.errors import MegallamaError
 from megallama.config.presets import PRESETS
 from megallama.config.schema import Config
-from megallama.layers.shard import Shard
+from megallama.layers.param import Shard
 
 GRACE_SECONDS = 2.0  # for the last acts of a save that the other ranks have done with
 TELL_SECONDS = 60.0  # between two lines about a save that lasts

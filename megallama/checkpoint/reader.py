@@ -27,7 +27,7 @@ from megallama.checkpoint.disk import CheckpointError, DamagedError
 from megallama.checkpoint.folder import step_folder
 from megallama.checkpoint.layout import DTYPES, STATE, TensorPlace, layout
 from megallama.config.schema import ModelConfig
-from megallama.layers.shard import Shard
+from megallama.layers.param import Shard
 from megallama.plan.box import Box
 from megallama.plan.params import global_shapes
 

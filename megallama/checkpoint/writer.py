@@ -37,7 +37,7 @@ from megallama.checkpoint.folder import REPLACED, remove_checkpoint, unfinished
 from megallama.checkpoint.layout import DTYPES, FileSet, TensorPlace
 from megallama.comm.group import Assembly
 from megallama.comm.on_all_ranks import on_all_ranks
-from megallama.layers.shard import Shard
+from megallama.layers.param import Shard
 from megallama.plan.box import Box, boxes_of_range, runs
 
 CHUNK_ELEMENTS = 1 << 20  # elements converted, digested and written while they are in the processor's cache

@@ -30,7 +30,7 @@ from megallama.config.schema import CheckpointConfig, Config, PrecisionConfig
 from megallama.convert.foreign import Format
 from megallama.convert.pth import pack
 from megallama.convert.source import PRECISION, Source, config_of, open_source
-from megallama.layers.shard import Shard
+from megallama.layers.param import Shard
 from megallama.plan.box import Box
 
 _START: dict[str, Any] = {  # counters of a run that has only its weights

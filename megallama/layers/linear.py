@@ -17,9 +17,10 @@ Touvron et al. 2023, section 2.4): a column layer contains the RMSNorm before it
 input; a row layer may contain SwiGLU and keeps its input.  Both make the operand of the weight
 gradient again.  With ``keep=True`` (recompute = "none") they keep that operand too.
 
-The forward has no second GEMM to run a collective under.  With ``chunks`` = n > 1 it cuts its rows: the all-gather of
-a piece runs under the GEMM of the piece before, the reduce-scatter (or all-reduce) under that of the next.  A piece
-holds an n-th of every rank's rows, so the result is in order; with 1 < n a pass over the output puts it there.
+The forward has no second GEMM to run a collective under.  With ``chunks`` = n > 1 it cuts its rows:
+the all-gather of a piece runs under the GEMM of the piece before, the reduce-scatter (or all-reduce)
+under that of the next.  A piece holds an n-th of every rank's rows, so the result is in order; with
+1 < n a pass over the output puts it there.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from torch.autograd import Function
 
 from megallama.comm.group import Done, Group, Handle
 from megallama.kernels.pointwise import PointwiseOps
-from megallama.layers.norm import RMSNorm
 from megallama.layers.param import Param
 
 
@@ -85,13 +85,36 @@ class TensorParallel:
         return handle
 
 
-class ColumnParallelLinear:
-    """[RMSNorm,] then y = x @ W.T with the rows of W cut over tp."""
+@dataclass(eq=False)
+class RMSNorm:
+    """x / rms(x) * weight [T, h]. Nothing is kept: all of it can be made again from the input.
 
-    def __init__(self, param: Param, norm: RMSNorm, tp: TensorParallel) -> None:
-        self.param = param
-        self.norm = norm
-        self.tp = tp
+    Under sequence parallelism every rank normalises its own rows, so the weight's gradient is a
+    partial sum; its `ParamSpec` says so (``sum_over="tp"``) and the synchronisation adds the parts.
+    """
+
+    param: Param
+    eps: float
+    _pointwise: PointwiseOps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised rows, the same bits on every call."""
+        return self._pointwise.rms_norm(x, self.param.weight, self.eps)
+
+    def backward(self, dy: Tensor, x: Tensor) -> Tensor:
+        """Gradient of x; the weight's goes into main_grad."""
+        dx, dweight = self._pointwise.rms_norm_backward(dy, x, self.param.weight, self.eps)
+        self.param.add_grad(dweight)
+        return dx
+
+
+@dataclass(eq=False)
+class ColumnParallelLinear:
+    """RMSNorm, then y = x @ W.T with the rows of W cut over tp."""
+
+    param: Param
+    norm: RMSNorm
+    tp: TensorParallel
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T/t, a] (SP) or [T, a] -> [T, b/t]."""
@@ -99,14 +122,14 @@ class ColumnParallelLinear:
         return out
 
 
+@dataclass(eq=False)
 class RowParallelLinear:
     """[SwiGLU,] then y = x @ W.T with the columns of W cut over tp."""
 
-    def __init__(self, param: Param, tp: TensorParallel, pointwise: PointwiseOps, gated: bool) -> None:
-        self.param = param
-        self.tp = tp
-        self.pointwise = pointwise
-        self.gated = gated
+    param: Param
+    tp: TensorParallel
+    pointwise: PointwiseOps
+    gated: bool
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, a/t] ([T, 2a/t] packed gate and up if `gated`) -> [T/t, b] (SP) or [T, b]."""
@@ -139,10 +162,8 @@ class _NormColumn(Function):
         (dy,) = grads
         layer: ColumnParallelLinear = ctx.layer
         x, *kept = ctx.saved_tensors
-        normed = kept[0] if kept else layer.norm.forward(x)
-        full, gather = layer.tp.all_gather_sequence(normed)
-        partial = layer.param.dgrad(dy)
-        dnormed, scatter = layer.tp.reduce_scatter_sequence(partial)
+        full, gather = layer.tp.all_gather_sequence(kept[0] if kept else layer.norm.forward(x))
+        dnormed, scatter = layer.tp.reduce_scatter_sequence(layer.param.dgrad(dy))
         gather.wait()
         layer.param.wgrad(dy, full)
         scatter.wait()

@@ -7,7 +7,8 @@ step tells the gradient synchronisation that the parameter is ready.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,44 +18,39 @@ from megallama.comm.group import Handle
 from megallama.kernels.candidate import accumulate_dtype
 from megallama.kernels.gemm import Gemms
 from megallama.kernels.select import Kernels
+from megallama.plan.box import Box
 from megallama.plan.layout import BufferLayout
 from megallama.plan.params import ParamSpec
 
 
+@dataclass
 class Gather:
     """The parameter all-gather of one bucket; every parameter of the bucket holds the same one."""
 
-    def __init__(self) -> None:
-        self._handle: Handle | None = None
-
-    def start(self, handle: Handle) -> None:
-        """Remember the gather under way."""
-        self._handle = handle
+    handle: Handle | None = None  # of the gather under way
 
     def wait(self) -> None:
         """Return when the bucket's weights are whole."""
-        if self._handle is not None:
-            self._handle.wait()
-            self._handle = None
+        if self.handle is not None:
+            self.handle.wait()
+            self.handle = None
 
 
 @dataclass
 class WeightGradQueue:
-    """Weight gradients put off: `begin` to `end` queues GEMMs, `run` computes a micro-batch's.
+    """Weight gradients put off, by micro-batch: each keeps the two operands of its GEMM alive.
 
-    A schedule that splits the backward (zero bubble) runs the input-gradient half between them.
-    The queue keeps the two operands of every GEMM alive.
+    A schedule that splits the backward (zero bubble) runs the input-gradient half within `put_off`.
     """
 
     groups: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     open: list[Callable[[], None]] | None = None  # of the micro-batch whose GEMMs are put off now
 
-    def begin(self, microbatch: int) -> None:
-        """Put the weight gradients of this micro-batch off until `end`."""
+    @contextmanager
+    def put_off(self, microbatch: int) -> Iterator[None]:
+        """Queue the weight gradients that the ``with`` block would compute."""
         self.open = self.groups[microbatch] = []
-
-    def end(self) -> None:
-        """Compute weight gradients at once again."""
+        yield
         self.open = None
 
     def run(self, microbatch: int) -> None:
@@ -64,20 +60,18 @@ class WeightGradQueue:
                 work()
 
 
+@dataclass(eq=False)
 class Param:
     """One local weight with its fp32 gradient."""
 
-    def __init__(
-        self, spec: ParamSpec, weight: Tensor, main_grad: Tensor, gather: Gather, queue: WeightGradQueue, gemms: Gemms
-    ) -> None:
-        self.spec = spec
-        self.data = weight
-        self.main_grad = main_grad
-        self.overwrite = True  # main_grad holds nothing of this step yet
-        self.on_grad_done: Callable[[Param], None] | None = None
-        self._gather = gather
-        self._queue = queue
-        self._gemms = gemms
+    spec: ParamSpec
+    data: Tensor
+    main_grad: Tensor
+    _gather: Gather
+    _queue: WeightGradQueue
+    _gemms: Gemms
+    overwrite: bool = True  # main_grad holds nothing of this step yet: it is written, never zeroed and added to
+    on_grad_done: Callable[[Param], None] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -95,14 +89,12 @@ class Param:
 
     def wgrad(self, dy: Tensor, x: Tensor) -> None:
         """main_grad += dy [T, out].T @ x [T, in], now or when the queue runs."""
-        if self._queue.open is None:
-            self._add_now(dy, x)
-        else:
-            self._queue.open.append(lambda: self._add_now(dy, x))
 
-    def _add_now(self, dy: Tensor, x: Tensor) -> None:
-        self.accumulate_wgrad(dy, x)
-        self.grad_done()
+        def add() -> None:
+            self.accumulate_wgrad(dy, x)
+            self.grad_done()
+
+        add() if self._queue.open is None else self._queue.open.append(add)
 
     def accumulate_wgrad(self, dy: Tensor, x: Tensor) -> None:
         """main_grad += dy.T @ x, one of several pieces: call `grad_done` after the last."""
@@ -111,10 +103,7 @@ class Param:
 
     def add_grad(self, grad: Tensor) -> None:
         """main_grad += grad."""
-        if self.overwrite:
-            self.main_grad.copy_(grad)
-        else:
-            self.main_grad.add_(grad)
+        self.main_grad.copy_(grad) if self.overwrite else self.main_grad.add_(grad)
         self.overwrite = False
         self.grad_done()
 
@@ -150,7 +139,15 @@ class FlatBuffers:
                 gemms = kernels.layer_gemms if spec.name.startswith("layers.") else kernels.gemms
                 self.params[spec.name] = Param(spec, weight, grad, gather, self.queue, gemms)
 
-    def start_step(self) -> None:
-        """Forget last step's gradients."""
-        for param in self.params.values():
-            param.overwrite = True
+
+@dataclass(frozen=True)
+class Shard:
+    """The optimizer's state of the elements of `box`, a rectangle of the Hugging Face tensor ``box.key``.
+
+    `state` is by the name of the files: "master" (the weights), "exp_avg", "exp_avg_sq".  The tensors
+    are contiguous 1-D views of the box's elements in row-major order, fp32 (fp64 in fp64 mode), on
+    the optimizer's device.  A checkpoint is loaded by writing into them.
+    """
+
+    box: Box
+    state: dict[str, Tensor]

@@ -11,7 +11,7 @@ residual stream.  Nothing here asks how many ranks there are: groups of one rank
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,11 +24,9 @@ from megallama.kernels.pointwise import PointwiseOps, rope_tables
 from megallama.kernels.select import Kernels
 from megallama.layers.attention import Positions, RotaryAttention
 from megallama.layers.batch import MicroBatch
-from megallama.layers.embedding import VocabParallelEmbedding
-from megallama.layers.linear import ColumnParallelLinear, RowParallelLinear, TensorParallel
-from megallama.layers.loss import LossHead
-from megallama.layers.norm import RMSNorm
+from megallama.layers.linear import ColumnParallelLinear, RMSNorm, RowParallelLinear, TensorParallel
 from megallama.layers.param import FlatBuffers, Param
+from megallama.layers.vocab import LossHead, VocabParallelEmbedding
 from megallama.plan.params import heads
 
 
@@ -36,17 +34,16 @@ class TransformerLayer:
     """One layer: [T/t, h] or [T, h] in and out."""
 
     def __init__(
-        self, params: Mapping[str, Param], prefix: str, eps: float, tp: TensorParallel, attention: RotaryAttention,
-        pointwise: PointwiseOps,
-    ):  # fmt: skip
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(params[prefix + name], eps, pointwise)
+        self, params: dict[str, Param], eps: float, tp: TensorParallel, attention: RotaryAttention, ops: PointwiseOps
+    ):
+        def column(name: str, norm: str) -> ColumnParallelLinear:
+            return ColumnParallelLinear(params[name], RMSNorm(params[norm], eps, ops), tp)
 
-        self.qkv_proj = ColumnParallelLinear(params[prefix + "qkv_proj"], norm("input_norm"), tp)
+        self.qkv_proj = column("qkv_proj", "input_norm")
         self.attention = attention
-        self.o_proj = RowParallelLinear(params[prefix + "o_proj"], tp, pointwise, gated=False)
-        self.gate_up_proj = ColumnParallelLinear(params[prefix + "gate_up_proj"], norm("post_attention_norm"), tp)
-        self.down_proj = RowParallelLinear(params[prefix + "down_proj"], tp, pointwise, gated=True)
+        self.o_proj = RowParallelLinear(params["o_proj"], tp, ops, gated=False)
+        self.gate_up_proj = column("gate_up_proj", "post_attention_norm")
+        self.down_proj = RowParallelLinear(params["down_proj"], tp, ops, gated=True)
 
     def __call__(self, x: Tensor, positions: Positions) -> Tensor:
         qkv = self.qkv_proj(x)
@@ -59,39 +56,31 @@ class Stage:
     """Consecutive layers of the model, on one rank."""
 
     def __init__(
-        self,
-        config: Config,
-        buffers: FlatBuffers,
-        layers: Sequence[int],
-        first: bool,
-        last: bool,
-        tp: TensorParallel,
+        self, config: Config, buffers: FlatBuffers, layers: Sequence[int], first: bool, last: bool, tp: TensorParallel,
         kernels: Kernels,
-    ) -> None:
-        model, pointwise = config.model, kernels.pointwise
+    ) -> None:  # fmt: skip
+        model, ops, params, eps = config.model, kernels.pointwise, buffers.params, config.model.norm_eps
         n, k, d = heads(model)
-        size = tp.group.size
+        local = n // tp.group.size, max(1, k // tp.group.size)  # shared key/value heads are on several ranks
         acc_dtype, device = accumulate_dtype(buffers.weights.dtype), buffers.weights.device
         tables = rope_tables(config.batch.seq_length, d, model.rope_theta, model.rope_scaling, acc_dtype, device)
-        local = n // size, max(1, k // size)
-        self.rotary = RotaryAttention(*local, *tables, kernels.attention(*local, d), pointwise.apply_rope)
-        params, eps = buffers.params, model.norm_eps
+        self.rotary = RotaryAttention(*local, *tables, kernels.attention(*local, d), ops.apply_rope)
         self.recompute = config.memory.recompute == "full"
         self.embed = VocabParallelEmbedding(params["embed_tokens"], tp) if first else None
-        self.layers = [TransformerLayer(params, f"layers.{i}.", eps, tp, self.rotary, pointwise) for i in layers]
+        self.layers = []
+        for prefix in (f"layers.{i}." for i in layers):
+            own = {name.removeprefix(prefix): p for name, p in params.items() if name.startswith(prefix)}
+            self.layers.append(TransformerLayer(own, eps, tp, self.rotary, ops))
         self.head: LossHead | None = None
         if last:
             weight = params["lm_head"] if "lm_head" in params else params["embed_tokens"]
-            norm = RMSNorm(params["norm"], eps, pointwise)
-            self.head = LossHead(weight, norm, tp, pointwise, model.vocab_size, config.memory.loss_chunk_tokens)
+            norm = RMSNorm(params["norm"], eps, ops)
+            self.head = LossHead(weight, norm, tp, ops, model.vocab_size, config.memory.loss_chunk_tokens)
 
     def __call__(self, hidden: Tensor | None, batch: MicroBatch) -> Tensor:
         """Hidden states [T/t, h] or [T, h] of the stage before (None on the first) -> this stage's, or the loss sum."""
-        if self.embed is None:
-            assert hidden is not None, "only the first stage makes its own hidden states"
-            x = hidden
-        else:
-            x = self.embed(batch.tokens.reshape(-1))
+        x = self.embed(batch.tokens.reshape(-1)) if self.embed else hidden
+        assert x is not None, "only the first stage makes its own hidden states"
         again, positions = self.recompute and torch.is_grad_enabled(), self.rotary.positions(batch.documents)
         for layer in self.layers:
             x = _Recompute.apply(x, layer, positions) if again else layer(x, positions)

@@ -10,6 +10,7 @@ rank.  What is summed over more than dp_cp is small and follows at the end: norm
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -34,16 +35,16 @@ class GradSync:
 
     def start_step(self) -> None:
         """Nothing of this step has been reduced yet."""
-        self.buffers.start_step()
+        for param in self.buffers.params.values():
+            param.overwrite = True
         self._pending = {b.index: sum(p.spec.uses for p in b.params) for b in self.buffers.layout.buckets}
 
-    def begin_last_microbatch(self) -> None:
-        """Contributions from here on are the last of their parameters."""
+    @contextmanager
+    def last_microbatch(self) -> Iterator[None]:
+        """Contributions in the ``with`` block are the last of their parameters."""
         for param in self.buffers.params.values():
             param.on_grad_done = self._grad_done
-
-    def end_last_microbatch(self) -> None:
-        """Contributions from here on are not the last."""
+        yield
         for param in self.buffers.params.values():
             param.on_grad_done = None
 

@@ -19,8 +19,7 @@ from torch import Tensor
 from megallama.comm.groups import Groups
 from megallama.config.schema import OverlapConfig
 from megallama.kernels.optimizer import SumOfSquares
-from megallama.layers.param import FlatBuffers
-from megallama.layers.shard import Shard
+from megallama.layers.param import FlatBuffers, Shard
 from megallama.optim.grad_sync import GradSync
 from megallama.plan.layout import Bucket
 
@@ -120,7 +119,7 @@ class Update:
                     tensors["weights"].copy_(tensors["master"])
                 full = sync.buffers.weights[bucket.start : bucket.stop]
                 gather = sync.buffers.gathers[bucket.index]
-                gather.start(self._groups.dp_cp.all_gather(full, tensors["weights"]))
+                gather.handle = self._groups.dp_cp.all_gather(full, tensors["weights"])
                 if not (overlap and self._overlap_gather):
                     gather.wait()
 

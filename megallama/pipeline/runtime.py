@@ -9,8 +9,8 @@ is freed once it has been sent.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,16 +23,6 @@ from megallama.layers.param import WeightGradQueue
 from megallama.plan.schedule import Action, Kind, Schedule
 
 StageCall = Callable[[Tensor | None, MicroBatch], Tensor]  # -> hidden states or loss sum
-
-
-class LastMicrobatch(Protocol):
-    """What is told when the last gradients of a stage are about to be formed."""
-
-    def begin_last_microbatch(self) -> None:
-        """Contributions from here on are the last."""
-
-    def end_last_microbatch(self) -> None:
-        """They are not."""
 
 
 class Observer:
@@ -54,11 +44,11 @@ class Observer:
 
 @dataclass(frozen=True)
 class StageWork:
-    """A stage, its queue of weight gradients, and who wants to know of the last ones."""
+    """A stage and what its backward feeds."""
 
     stage: StageCall
     queue: WeightGradQueue
-    sync: LastMicrobatch
+    last_gradients: Callable[[], AbstractContextManager[None]]  # around actions that form the last of a parameter
 
 
 class PipelineRuntime:
@@ -95,12 +85,8 @@ class PipelineRuntime:
         last = _last_gradients(actions)
         for index, action in enumerate(actions):
             self.observer.started(action)
-            sync = self._work[action.stage].sync
-            if index in last:
-                sync.begin_last_microbatch()
-            self._handlers[action.kind](action)
-            if index in last:
-                sync.end_last_microbatch()
+            with self._work[action.stage].last_gradients() if index in last else nullcontext():
+                self._handlers[action.kind](action)
             self.observer.ended()
             self._sends = [send for send in self._sends if not send.done()]
         self.observer.started(None)
@@ -124,10 +110,8 @@ class PipelineRuntime:
             self._graphs[action.stage, action.microbatch] = (x, get_gradient_edge(out))
 
     def _input_grad(self, action: Action) -> None:
-        queue = self._work[action.stage].queue
-        queue.begin(action.microbatch)
-        self._differentiate(action)
-        queue.end()
+        with self._work[action.stage].queue.put_off(action.microbatch):
+            self._differentiate(action)
 
     def _weight_grad(self, action: Action) -> None:
         self._work[action.stage].queue.run(action.microbatch)

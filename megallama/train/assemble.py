@@ -86,7 +86,7 @@ def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels,
     rule = AdamW(config.optimizer, kernels.adamw)
     optimizer = Update(list(buffers.values()), groups, config.overlap, rule, kernels.sum_of_squares)
     work = {
-        number: StageWork(wrap(number, stage) if wrap else stage, buffers[number].queue, sync)
+        number: StageWork(wrap(number, stage) if wrap else stage, buffers[number].queue, sync.last_microbatch)
         for (number, stage), sync in zip(stages.items(), optimizer.syncs, strict=True)
     }
     tokens = config.batch.micro_batch_size * config.batch.seq_length

@@ -15,7 +15,7 @@ from megallama.checkpoint.layout import STATE as KINDS
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.comm.group import Group, Solo
 from megallama.config.schema import BatchConfig, CheckpointConfig, Config, ModelConfig, PrecisionConfig
-from megallama.layers.shard import Shard
+from megallama.layers.param import Shard
 from megallama.plan.box import Box
 from megallama.plan.layout import build_layout
 from megallama.plan.params import ParamBuilder, global_shapes

@@ -108,7 +108,7 @@ def test_weights_are_awaited_bucket_by_bucket() -> None:
 
             def counted(x: Any, linear: Any = layer.down_proj, call: Any = call) -> Any:
                 out = call(linear, x)
-                pending.append(sum(g._handle is not None for g in buffers.gathers))
+                pending.append(sum(g.handle is not None for g in buffers.gathers))
                 return out
 
             layer.down_proj = counted  # type: ignore[assignment]

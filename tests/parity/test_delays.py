@@ -136,7 +136,7 @@ def reduce_early(patch: pytest.MonkeyPatch) -> None:
 
     def careless(self: GradSync) -> None:
         real(self)
-        self.begin_last_microbatch()
+        self.last_microbatch().__enter__()
 
     patch.setattr(GradSync, "start_step", careless)
     patch.setattr(GradSync, "_grad_done", _ready_without_check)

@@ -1,15 +1,15 @@
-"""Final norm, output head and vocabulary-parallel cross entropy as one function, chunked over tokens.
+"""What is cut over tp by the vocabulary: the embedding before the layers, and head and loss behind them.
 
-The gradient of the loss is formed where the logits are: each chunk of tokens makes its logits
-[c, V/t], turns them in place into the gradient of the logits, multiplies that into the gradient of
-the hidden states and of the head, and is gone.  So the logits of a micro-batch never exist at once,
-in fp32 even those of a chunk exist only a block of rows at a time, and the backward pass has nothing
-left to compute but the norm.
+The loss is one function of final norm, output head and cross entropy, chunked over tokens, and its
+gradient is formed where the logits are: each chunk of tokens makes its logits [c, V/t], turns them
+in place into the gradient of the logits, multiplies that into the gradient of the hidden states and
+of the head, and is gone.  So the logits of a micro-batch never exist at once, in fp32 even those of
+a chunk exist only a block of rows at a time, and the backward pass has nothing left to compute but
+the norm.
 
 Over tp two small reductions a chunk make it exact: the maximum over ranks of the logarithm of each
 rank's sum of exponentials, then the sum over ranks together with the logit of the label (Shoeybi et
-al. 2019).  Padding columns of the vocabulary take no part.  Labels are marked as not counted by `mask`, never by
-their value.
+al. 2019).  Padding columns of the vocabulary count for nothing.
 """
 
 from __future__ import annotations
@@ -24,33 +24,64 @@ from torch.autograd import Function
 from megallama.kernels.candidate import accumulate_dtype
 from megallama.kernels.pointwise import PointwiseOps
 from megallama.layers.batch import MicroBatch
-from megallama.layers.linear import TensorParallel
-from megallama.layers.norm import RMSNorm
+from megallama.layers.linear import RMSNorm, TensorParallel
 from megallama.layers.param import Param
 
 ELEMENTS_IN_FP32 = 1 << 19  # logits that exist in fp32 at a time when they are computed in 16 bits
+
+
+class VocabParallelEmbedding:
+    """Token ids [T] -> [T/t, h] (sequence parallelism) or [T, h]."""
+
+    def __init__(self, param: Param, tp: TensorParallel) -> None:
+        self.param = param
+        self.tp = tp
+        self._anchor = torch.zeros(0, requires_grad=True)  # makes autograd call our backward
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        out: Tensor = _Embed.apply(self._anchor, tokens, self)
+        return out
+
+
+class _Embed(Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, tokens: Tensor, layer: VocabParallelEmbedding) -> Tensor:
+        count = layer.param.data.shape[0]  # of the ids that this rank holds
+        rows = tokens - layer.tp.group.rank * count
+        held = (rows >= 0) & (rows < count)
+        out = torch.index_select(layer.param.weight, 0, rows.clamp_(0, count - 1))
+        ctx.layer = layer
+        ctx.save_for_backward(rows, held)
+        if layer.tp.group.size == 1:
+            return out
+        # zeros for ids of other ranks: the sum has one term that is not zero, so it is exact in every format
+        out, handle = layer.tp.reduce_scatter_sequence(out.masked_fill_(~held.unsqueeze(1), 0))
+        handle.wait()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        layer: VocabParallelEmbedding = ctx.layer
+        rows, held = ctx.saved_tensors
+        full, handle = layer.tp.all_gather_sequence(grads[0])
+        handle.wait()
+        if layer.tp.group.size > 1:  # picking rows instead would wait for the device
+            full = full.masked_fill(~held.unsqueeze(1), 0)
+        layer.param.add_rows(rows, full)
+        return None, None, None
 
 
 class LossHead:
     """Hidden states [T/t, h] or [T, h] and labels [T] -> the sum of token losses, one number."""
 
     def __init__(
-        self,
-        param: Param,
-        norm: RMSNorm,
-        tp: TensorParallel,
-        pointwise: PointwiseOps,
-        vocab_size: int,
-        chunk_tokens: int,
+        self, param: Param, norm: RMSNorm, tp: TensorParallel, pointwise: PointwiseOps, vocab: int, chunk_tokens: int
     ) -> None:
-        self.param = param
-        self.norm = norm
-        self.tp = tp
-        self._pointwise = pointwise
-        self.chunk_tokens = chunk_tokens
+        self.param, self.norm, self.tp, self.chunk_tokens = param, norm, tp, chunk_tokens
+        self._softmax = pointwise.softmax_
         rows = param.data.shape[0]
         self.first = tp.group.rank * rows
-        self.valid = max(0, min(rows, vocab_size - self.first))  # the other rows are padding
+        self.valid = max(0, min(rows, vocab - self.first))  # the other rows are padding
 
     def __call__(self, x: Tensor, batch: MicroBatch) -> Tensor:
         """The sum over counted tokens of -log p(label), replicated over tp."""
@@ -71,7 +102,7 @@ class LossHead:
         if self.valid:
             for rows in _blocks(local):
                 part = scale[rows] if scale is not None and alone else None
-                self._pointwise.softmax_(local[rows], index[rows], local_log_sum[rows], stats[1][rows], part)
+                self._softmax(local[rows], index[rows], local_log_sum[rows], stats[1][rows], part)
             stats[1].mul_(held)
         top = local_log_sum.clone()
         self.tp.group.all_reduce(top, "max").wait()
