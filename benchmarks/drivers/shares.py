@@ -31,7 +31,7 @@ from megallama.train.step import StepConsensus, train_step
 
 WARM_UP, STEPS = 2, 3
 WAIT = "waiting for ranks"
-ATTENTION = ("_Blocked", "_RopeSplit", "scaled_dot_product")
+ATTENTION = ("_Blocked", "Rotary", "scaled_dot_product")
 PRODUCTS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
 OPTIMIZER = ("aten::_fused_adamw", "aten::linalg_vector_norm")
 KINDS = ("products", "attention", "optimizer", WAIT, "other operations", "Python and data")

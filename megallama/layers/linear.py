@@ -1,7 +1,7 @@
 """Column- and row-parallel linear layers (Shoeybi et al. 2019) with sequence parallelism (Korthikanti et al. 2022).
 
-A layer is one autograd function that contains its collectives, so that they can run under its own
-GEMMs.  `T` tokens, `t` tensor-parallel ranks, [a, b] the global weight, SP = sequence parallelism:
+A layer is one node of autograd and contains its collectives, so that they can run under its own GEMMs.
+  `T` tokens, `t` tensor-parallel ranks, [a, b] the global weight, SP = sequence parallelism:
 
     column, W [b/t, a]      forward                       backward
       SP                    x [T/t, a] --all-gather-->    all-gather of x under the dgrad GEMM,
@@ -30,11 +30,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from megallama.comm.group import Done, Group, Handle
 from megallama.kernels.pointwise import PointwiseOps
-from megallama.layers.param import Param
+from megallama.layers.param import Layer, Param
 
 
 @dataclass(frozen=True)
@@ -109,86 +108,66 @@ class RMSNorm:
 
 
 @dataclass(eq=False)
-class ColumnParallelLinear:
-    """RMSNorm, then y = x @ W.T with the rows of W cut over tp."""
+class ColumnParallelLinear(Layer):
+    """RMSNorm, then y = x @ W.T with the rows of W cut over tp: x [T/t, a] (SP) or [T, a] -> [T, b/t]."""
 
     param: Param
     norm: RMSNorm
     tp: TensorParallel
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T/t, a] (SP) or [T, a] -> [T, b/t]."""
-        out: Tensor = _NormColumn.apply(x, self)
-        return out
-
-
-@dataclass(eq=False)
-class RowParallelLinear:
-    """[SwiGLU,] then y = x @ W.T with the columns of W cut over tp."""
-
-    param: Param
-    tp: TensorParallel
-    pointwise: PointwiseOps
-    gated: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, a/t] ([T, 2a/t] packed gate and up if `gated`) -> [T/t, b] (SP) or [T, b]."""
-        out: Tensor = _GatedRow.apply(x, self)
-        return out
-
-
-class _NormColumn(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: ColumnParallelLinear) -> Tensor:
-        normed, tp = layer.norm.forward(x), layer.tp
-        ctx.layer = layer
+    def forward(self, ctx: Any, x: Tensor) -> Tensor:
+        normed, tp = self.norm.forward(x), self.tp
         ctx.save_for_backward(x, *([normed] if tp.keep else []))
         if not tp.sequence_parallel or (n := tp.pieces(len(x) * tp.group.size)) == 1:
             full, gather = tp.all_gather_sequence(normed)
             gather.wait()
-            return layer.param.fprop(full)
-        out, shards = normed.new_empty(len(x) * tp.group.size, layer.param.data.shape[0]), normed.chunk(n)
+            return self.param.fprop(full)
+        out, shards = normed.new_empty(len(x) * tp.group.size, self.param.data.shape[0]), normed.chunk(n)
         full, gather = tp.all_gather_sequence(shards[0])
         for i in range(n):
             gather.wait()
             part = full
             if i + 1 < n:
                 full, gather = tp.all_gather_sequence(shards[i + 1])
-            tp.place(out, layer.param.fprop(part), i, n)
+            tp.place(out, self.param.fprop(part), i, n)
         return out
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (dy,) = grads
-        layer: ColumnParallelLinear = ctx.layer
+    def backward(self, ctx: Any, dy: Tensor) -> tuple[Tensor]:
         x, *kept = ctx.saved_tensors
-        full, gather = layer.tp.all_gather_sequence(kept[0] if kept else layer.norm.forward(x))
-        dnormed, scatter = layer.tp.reduce_scatter_sequence(layer.param.dgrad(dy))
+        full, gather = self.tp.all_gather_sequence(kept[0] if kept else self.norm.forward(x))
+        dnormed, scatter = self.tp.reduce_scatter_sequence(self.param.dgrad(dy))
         gather.wait()
-        layer.param.wgrad(dy, full)
+        self.param.wgrad(dy, full)
         scatter.wait()
-        return layer.norm.backward(dnormed, x), None
+        return (self.norm.backward(dnormed, x),)
 
 
-class _GatedRow(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: RowParallelLinear) -> Tensor:
-        operand = layer.pointwise.swiglu(x) if layer.gated else x
-        ctx.layer = layer
-        ctx.save_for_backward(x, *([operand] if layer.gated and layer.tp.keep else []))
-        n = layer.tp.pieces(len(operand))
-        sums = [layer.tp.reduce_scatter_sequence(layer.param.fprop(layer.tp.piece(operand, i, n))) for i in range(n)]
+@dataclass(eq=False)
+class RowParallelLinear(Layer):
+    """[SwiGLU,] then y = x @ W.T with the columns of W cut over tp -> [T/t, b] (SP) or [T, b].
+
+    x is [T, a/t], or [T, 2a/t], packed gate and up, if `gated`.
+    """
+
+    param: Param
+    tp: TensorParallel
+    pointwise: PointwiseOps
+    gated: bool
+
+    def forward(self, ctx: Any, x: Tensor) -> Tensor:
+        operand = self.pointwise.swiglu(x) if self.gated else x
+        ctx.save_for_backward(x, *([operand] if self.gated and self.tp.keep else []))
+        n = self.tp.pieces(len(operand))
+        sums = [self.tp.reduce_scatter_sequence(self.param.fprop(self.tp.piece(operand, i, n))) for i in range(n)]
         for _, handle in sums:
             handle.wait()
         return sums[0][0] if n == 1 else torch.cat([part for part, _ in sums])
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        layer: RowParallelLinear = ctx.layer
+    def backward(self, ctx: Any, dy: Tensor) -> tuple[Tensor]:
         x, *kept = ctx.saved_tensors
-        dy, gather = layer.tp.all_gather_sequence(grads[0])
-        operand = kept[0] if kept else layer.pointwise.swiglu(x) if layer.gated else x
+        full, gather = self.tp.all_gather_sequence(dy)
+        operand = kept[0] if kept else self.pointwise.swiglu(x) if self.gated else x
         gather.wait()
-        doperand = layer.param.dgrad(dy)
-        layer.param.wgrad(dy, operand)
-        return layer.pointwise.swiglu_backward(doperand, x) if layer.gated else doperand, None
+        doperand = self.param.dgrad(full)
+        self.param.wgrad(full, operand)
+        return (self.pointwise.swiglu_backward(doperand, x) if self.gated else doperand,)

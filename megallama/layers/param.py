@@ -1,4 +1,4 @@
-"""Parameters: views into one flat weight buffer and one flat fp32 gradient buffer per stage.
+"""What layers are made of: parameters, views into one flat weight buffer and one fp32 gradient buffer per stage.
 
 Gradients of weights never pass through autograd.  The hand-written backward functions hand each
 weight gradient to its `Param`, which adds it into `main_grad` at once; the last contribution of a
@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from megallama.comm.group import Handle
 from megallama.kernels.candidate import accumulate_dtype
@@ -119,6 +121,35 @@ class Param:
         """Tell the synchronisation that one use of this parameter has been accounted for."""
         if self.on_grad_done is not None:
             self.on_grad_done(self)
+
+
+class _Apply(Function):
+    @staticmethod
+    def forward(ctx: Any, layer: Layer, *args: Any) -> Any:
+        ctx.layer = layer
+        return layer.forward(ctx, *args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, *ctx.layer.backward(ctx, *grads)
+
+
+class Layer:
+    """A map that writes its own backward: one node of autograd, in which what is kept and communicated is visible.
+
+    `forward` (ctx, arguments) keeps on ctx what `backward` (ctx, gradients of the results) reads;
+    that returns one gradient, or None, for each argument.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., tuple[Any, ...]]
+    _function: ClassVar[Any]
+
+    def __init_subclass__(cls) -> None:
+        cls._function = type(cls.__name__, (_Apply,), {})  # a name of its own, for profiles
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function.apply(self, *args)
 
 
 class FlatBuffers:

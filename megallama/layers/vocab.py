@@ -19,18 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from megallama.kernels.candidate import accumulate_dtype
 from megallama.kernels.pointwise import PointwiseOps
 from megallama.layers.batch import MicroBatch
 from megallama.layers.linear import RMSNorm, TensorParallel
-from megallama.layers.param import Param
+from megallama.layers.param import Layer, Param
 
 ELEMENTS_IN_FP32 = 1 << 19  # logits that exist in fp32 at a time when they are computed in 16 bits
 
 
-class VocabParallelEmbedding:
+class VocabParallelEmbedding(Layer):
     """Token ids [T] -> [T/t, h] (sequence parallelism) or [T, h]."""
 
     def __init__(self, param: Param, tp: TensorParallel) -> None:
@@ -38,40 +37,33 @@ class VocabParallelEmbedding:
         self.tp = tp
         self._anchor = torch.zeros(0, requires_grad=True)  # makes autograd call our backward
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        out: Tensor = _Embed.apply(self._anchor, tokens, self)
-        return out
+    def __call__(self, tokens: Tensor) -> Any:
+        return super().__call__(self._anchor, tokens)
 
-
-class _Embed(Function):
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, tokens: Tensor, layer: VocabParallelEmbedding) -> Tensor:
-        count = layer.param.data.shape[0]  # of the ids that this rank holds
-        rows = tokens - layer.tp.group.rank * count
+    def forward(self, ctx: Any, anchor: Tensor, tokens: Tensor) -> Tensor:
+        count = self.param.data.shape[0]  # of the ids that this rank holds
+        rows = tokens - self.tp.group.rank * count
         held = (rows >= 0) & (rows < count)
-        out = torch.index_select(layer.param.weight, 0, rows.clamp_(0, count - 1))
-        ctx.layer = layer
+        out = torch.index_select(self.param.weight, 0, rows.clamp_(0, count - 1))
         ctx.save_for_backward(rows, held)
-        if layer.tp.group.size == 1:
+        if self.tp.group.size == 1:
             return out
         # zeros for ids of other ranks: the sum has one term that is not zero, so it is exact in every format
-        out, handle = layer.tp.reduce_scatter_sequence(out.masked_fill_(~held.unsqueeze(1), 0))
+        out, handle = self.tp.reduce_scatter_sequence(out.masked_fill_(~held.unsqueeze(1), 0))
         handle.wait()
         return out
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        layer: VocabParallelEmbedding = ctx.layer
+    def backward(self, ctx: Any, dout: Tensor) -> tuple[None, None]:
         rows, held = ctx.saved_tensors
-        full, handle = layer.tp.all_gather_sequence(grads[0])
+        full, handle = self.tp.all_gather_sequence(dout)
         handle.wait()
-        if layer.tp.group.size > 1:  # picking rows instead would wait for the device
+        if self.tp.group.size > 1:  # picking rows instead would wait for the device
             full = full.masked_fill(~held.unsqueeze(1), 0)
-        layer.param.add_rows(rows, full)
-        return None, None, None
+        self.param.add_rows(rows, full)
+        return None, None
 
 
-class LossHead:
+class LossHead(Layer):
     """Hidden states [T/t, h] or [T, h] and labels [T] -> the sum of token losses, one number."""
 
     def __init__(
@@ -83,10 +75,36 @@ class LossHead:
         self.first = tp.group.rank * rows
         self.valid = max(0, min(rows, vocab - self.first))  # the other rows are padding
 
-    def __call__(self, x: Tensor, batch: MicroBatch) -> Tensor:
+    def __call__(self, x: Tensor, batch: MicroBatch) -> Any:
         """The sum over counted tokens of -log p(label), replicated over tp."""
-        out: Tensor = _NormHeadLoss.apply(x, batch, self, torch.is_grad_enabled())
-        return out
+        return super().__call__(x, batch, torch.is_grad_enabled())
+
+    def forward(self, ctx: Any, x: Tensor, batch: MicroBatch, train: bool) -> Tensor:
+        full, handle = self.tp.all_gather_sequence(self.norm.forward(x))
+        handle.wait()
+        acc_dtype = accumulate_dtype(x.dtype)
+        labels, mask = batch.labels.reshape(-1), batch.mask
+        counted = torch.ones_like(labels, dtype=acc_dtype) if mask is None else mask.reshape(-1).to(acc_dtype)
+        total = torch.zeros((), dtype=acc_dtype, device=x.device)
+        grad = torch.empty_like(full) if train else full
+        for a in range(0, len(labels), self.chunk_tokens):
+            rows = slice(a, a + self.chunk_tokens)
+            scale = counted[rows] * batch.grad_scale if train else None
+            losses, dlogits = self.chunk(full[rows], labels[rows], scale)
+            total += torch.dot(losses, counted[rows])
+            if train:
+                grad[rows] = self.param.dgrad(dlogits)
+                self.param.accumulate_wgrad(dlogits, full[rows])
+        if train:
+            dnormed, handle = self.tp.reduce_scatter_sequence(grad)
+            handle.wait()
+            ctx.save_for_backward(x, dnormed)
+        return total
+
+    def backward(self, ctx: Any, dtotal: Tensor) -> tuple[Tensor, None, None]:
+        x, dnormed = ctx.saved_tensors
+        self.param.grad_done()
+        return self.norm.backward(dnormed, x), None, None
 
     def chunk(self, hidden: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Losses [c] of rows [c, h], and with `scale` [c] the gradient of the logits [c, V/t]."""
@@ -128,37 +146,3 @@ def _blocks(matrix: Tensor) -> Iterator[slice]:
     """Rows that may exist in fp32 at a time."""
     at_once = max(1, ELEMENTS_IN_FP32 // matrix.shape[1])
     return (slice(a, a + at_once) for a in range(0, len(matrix), at_once))
-
-
-class _NormHeadLoss(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, batch: MicroBatch, head: LossHead, train: bool) -> Tensor:
-        normed = head.norm.forward(x)
-        full, handle = head.tp.all_gather_sequence(normed)
-        handle.wait()
-        acc_dtype = accumulate_dtype(x.dtype)
-        labels, mask = batch.labels.reshape(-1), batch.mask
-        counted = torch.ones_like(labels, dtype=acc_dtype) if mask is None else mask.reshape(-1).to(acc_dtype)
-        total = torch.zeros((), dtype=acc_dtype, device=x.device)
-        grad = torch.empty_like(full) if train else full
-        for a in range(0, len(labels), head.chunk_tokens):
-            rows = slice(a, a + head.chunk_tokens)
-            scale = counted[rows] * batch.grad_scale if train else None
-            losses, dlogits = head.chunk(full[rows], labels[rows], scale)
-            total += torch.dot(losses, counted[rows])
-            if train:
-                grad[rows] = head.param.dgrad(dlogits)
-                head.param.accumulate_wgrad(dlogits, full[rows])
-        if train:
-            dnormed, handle = head.tp.reduce_scatter_sequence(grad)
-            handle.wait()
-            ctx.head = head
-            ctx.save_for_backward(x, dnormed)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        head: LossHead = ctx.head
-        x, dnormed = ctx.saved_tensors
-        head.param.grad_done()
-        return head.norm.backward(dnormed, x), None, None, None

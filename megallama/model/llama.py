@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megallama.config.schema import Config
+from megallama.kernels.attention import Attend
 from megallama.kernels.candidate import accumulate_dtype
 from megallama.kernels.pointwise import PointwiseOps, rope_tables
 from megallama.kernels.select import Kernels
-from megallama.layers.attention import Positions, RotaryAttention
+from megallama.layers.attention import Positions, Rotary
 from megallama.layers.batch import MicroBatch
 from megallama.layers.linear import ColumnParallelLinear, RMSNorm, RowParallelLinear, TensorParallel
 from megallama.layers.param import FlatBuffers, Param
@@ -34,20 +35,21 @@ class TransformerLayer:
     """One layer: [T/t, h] or [T, h] in and out."""
 
     def __init__(
-        self, params: dict[str, Param], eps: float, tp: TensorParallel, attention: RotaryAttention, ops: PointwiseOps
-    ):
+        self, params: dict[str, Param], eps: float, tp: TensorParallel, rotary: Rotary, attend: Attend,
+        ops: PointwiseOps,
+    ) -> None:  # fmt: skip
         def column(name: str, norm: str) -> ColumnParallelLinear:
             return ColumnParallelLinear(params[name], RMSNorm(params[norm], eps, ops), tp)
 
         self.qkv_proj = column("qkv_proj", "input_norm")
-        self.attention = attention
+        self.rotary, self.attend = rotary, attend
         self.o_proj = RowParallelLinear(params["o_proj"], tp, ops, gated=False)
         self.gate_up_proj = column("gate_up_proj", "post_attention_norm")
         self.down_proj = RowParallelLinear(params["down_proj"], tp, ops, gated=True)
 
     def __call__(self, x: Tensor, positions: Positions) -> Tensor:
         qkv = self.qkv_proj(x)
-        heads = self.attention.attend(*self.attention.heads(qkv, positions), positions.documents)
+        heads = self.attend(*self.rotary(qkv, positions), positions.documents)
         x = x + self.o_proj(heads.reshape(qkv.shape[0], -1))
         return x + self.down_proj(self.gate_up_proj(x))
 
@@ -64,13 +66,14 @@ class Stage:
         local = n // tp.group.size, max(1, k // tp.group.size)  # shared key/value heads are on several ranks
         acc_dtype, device = accumulate_dtype(buffers.weights.dtype), buffers.weights.device
         tables = rope_tables(config.batch.seq_length, d, model.rope_theta, model.rope_scaling, acc_dtype, device)
-        self.rotary = RotaryAttention(*local, *tables, kernels.attention(*local, d), ops.apply_rope)
+        self.rotary = Rotary(*local, *tables, ops.apply_rope)
+        attend = kernels.attention(*local, d)
         self.recompute = config.memory.recompute == "full"
         self.embed = VocabParallelEmbedding(params["embed_tokens"], tp) if first else None
         self.layers = []
         for prefix in (f"layers.{i}." for i in layers):
             own = {name.removeprefix(prefix): p for name, p in params.items() if name.startswith(prefix)}
-            self.layers.append(TransformerLayer(own, eps, tp, self.rotary, ops))
+            self.layers.append(TransformerLayer(own, eps, tp, self.rotary, attend, ops))
         self.head: LossHead | None = None
         if last:
             weight = params["lm_head"] if "lm_head" in params else params["embed_tokens"]
