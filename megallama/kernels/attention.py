@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from megallama.kernels.candidate import TE, Operation, Target, Unsupported
+from megallama.kernels.candidate import TE, Operation, Results, Target, Unsupported
 
 Attend = Callable[..., Tensor]  # causal: q [b, s, n, d], k and v [b, s, k, d], documents or None -> [b, s, n, d]
 MakeAttention = Callable[[int, int, int], Attend]  # query heads, kv heads, head size
@@ -175,7 +175,7 @@ def _blocked_attention(target: Target) -> MakeAttention:
     return lambda num_heads, num_kv_heads, head_dim: blocked_attention
 
 
-def _results(make: MakeAttention, target: Target) -> list[tuple[str, Tensor]]:
+def _results(make: MakeAttention, target: Target) -> Results:
     """With grouped heads, and within documents where they matter."""
     q, k, v, dout = (target.random(2, 128, n, 64, seed=i) for i, n in enumerate((4, 2, 2, 4)))
     starts = torch.tensor([[0] * 70 + [70] * 58, [0] + [1] * 29 + [30] * 98], device=target.device)
@@ -189,14 +189,9 @@ def _results(make: MakeAttention, target: Target) -> list[tuple[str, Tensor]]:
     return results
 
 
-def _torch_attention(num_heads: int, num_kv_heads: int, head_dim: int) -> Attend:
-    return sdpa
-
-
 ATTENTION = Operation(
     [(TE, _te_attention), ("blocks of matrix products", _blocked_attention)],
-    ("torch scaled_dot_product_attention", lambda target: _torch_attention),
+    ("torch scaled_dot_product_attention", lambda target: lambda num_heads, num_kv_heads, head_dim: sdpa),
     _results,
     (2e-2, 4e-2, 4e-2, 4e-2),
-    plain=_torch_attention,
 )

@@ -1,10 +1,10 @@
-"""What the candidates for an operation share: where they are to run, how they decline, packages, the comparison.
+"""What the candidates for an operation share: where they are to run, how they decline, the comparison.
 
 A file of this folder holds the implementations of its operations and, for each, an `Operation` that
-lists them in order with the small problem on which they are compared.  Implementations of
-Transformer Engine and of NVIDIA's apex are made by functions that import them when a GPU asks: both
-packages can fail to import in many ways (missing CUDA libraries, other versions, an unrelated
-package of the same name), so such a function returns an implementation or raises whatever it raises.
+lists them in order with the small problem on which they are compared.  Functions make those of
+Transformer Engine and of NVIDIA's apex, and import them when a GPU asks: both packages can fail to
+import in many ways (missing CUDA libraries, other versions, an unrelated package of the same name),
+so such a function returns an implementation or raises whatever it raises.
 """
 
 from __future__ import annotations
@@ -78,18 +78,16 @@ class Target:
         return importlib.import_module(name)
 
     def compile(self, formula: Callable[..., Any]) -> Callable[..., Any]:
-        """`formula` fused by torch.compile, for each shape that it meets.
+        """`formula` fused by torch.compile, which needs a C++ compiler (on a GPU also Triton) at run time.
 
-        Only pointwise formulas are compiled: graphs stay small and nothing that communicates is
-        inside one.  It needs a C++ compiler (on a GPU also Triton) at run time.  Measured on an AMD
-        Zen 5 core in bf16, forward and backward, 2048 x 256 / 1024 x 768: RMSNorm 2.1 / 2.3 times
-        as fast as eager, SwiGLU 1.9 / 1.3, RoPE 4.2 / 3.1, softmax 1.4 / 1.3; the first call of
-        each compiles for some seconds.
+        Measured on an AMD Zen 5 core in bf16, forward and backward, 2048 x 256 / 1024 x 768, against
+        eager: RMSNorm 2.1 / 2.3 times as fast, SwiGLU 1.9 / 1.3, RoPE 4.2 / 3.1, softmax 1.4 / 1.3;
+        the first call of each shape compiles for some seconds.
         """
         if not self.compiled:
             raise Unsupported("run.compile=false")
-        # never symbolic shapes: then bits depend on the operands alone, not on which shapes came first, and a
-        # resumed run repeats them.  A formula writes into no argument: torch 2.13 was seen to write into another
+        # never symbolic shapes: bits would depend on which shapes came first, and a resumed run not repeat them
+        # a formula writes into no argument: torch 2.13 was seen to write into another
         fused, met = torch.compile(formula, dynamic=False), set[Any]()
 
         def call(*args: Any) -> Any:
@@ -110,23 +108,23 @@ class Target:
         return values.double() if self.exact else values
 
 
+Results = list[tuple[str, Tensor]]  # what an implementation makes of a small problem, by name
+
+
 @dataclass(frozen=True)
 class Operation:
-    """The candidates for one operation, in order. The last is selected unchecked: nothing is left if it is refused.
-
-    `results` runs an implementation on a small problem: forward, backward, accumulation, by name.
-    """
+    """The candidates for one operation, in order. The last is selected unchecked: nothing else is left."""
 
     candidates: Sequence[tuple[str, Callable[[Target], Any]]]
     last: tuple[str, Callable[[Target], Any]]
-    results: Callable[[Any, Target], list[tuple[str, Tensor]]]
-    tolerances: Sequence[float] = ()  # of the results in turn; what the format can tell where there are none
+    results: Callable[[Any, Target], Results]  # forward, backward, accumulation
+    tolerances: Sequence[float] = ()  # of the results in turn; none: what the format can tell
     plain: Any = None  # the formula with which all are compared, where it is not the last candidate
 
     def check(self, made: Any, target: Target) -> None:
-        """Compare an implementation with the plain formula in float64, relative to the norm of what should be.
+        """Compare with the plain formula in float64, relative to the norm of what should be.
 
-        Raises: Wrong with the name of what differs and by how much, also if it is not a number.
+        Raises: Wrong, with the name of what differs, or is not a number, and by how much.
         """
         exact = replace(target, exact=True, product=None)
         wanted = self.results(self.plain or self.last[1](exact), exact)

@@ -21,16 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.kernels.candidate import APEX, TE, Operation, Target, Unsupported, accumulate_dtype
+from megallama.kernels.candidate import APEX, TE, Operation, Results, Target, Unsupported, accumulate_dtype
 
 MatmulNT = Callable[[Tensor, Tensor], Tensor]  # a [m, k], b [n, k] -> a @ b.T [m, n], a new tensor
 AddWgrad = Callable[[Tensor, Tensor, Tensor, bool], None]  # main_grad [out, in], dy, x, overwrite
-Results = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Gemms:
-    """The three products of a weight [out, in] with activations x [T, in] and gradients dy [T, out]."""
+    """The three products of a weight [out, in], x [T, in] and dy [T, out]."""
 
     fprop: MatmulNT  # x, weight -> x @ weight.T
     dgrad: Callable[[Tensor, Tensor], Tensor]  # dy, weight -> dy @ weight
@@ -40,9 +39,6 @@ class Gemms:
     def of(cls, product: MatmulNT, wgrad: AddWgrad) -> Gemms:
         """All by one product but the last."""
         return cls(product, lambda dy, weight: product(dy, weight.t()), wgrad)
-
-
-# ---- the product ----
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
@@ -89,9 +85,7 @@ def _product_results(product: MatmulNT, target: Target) -> Results:
 PRODUCT = Operation([("oneDNN", _onednn)], ("torch mm", lambda target: matmul_nt), _product_results)
 
 
-# ---- weight gradients accumulated straight into fp32: main_grad += dy.T @ x ----
-
-MAX_PRODUCT = 1 << 22  # elements of a product that exist before they are added: those of a large head come in blocks
+MAX_PRODUCT = 1 << 22  # elements that exist before they are added: those of a large head come in blocks
 
 
 def add_wgrad_with(product: MatmulNT) -> AddWgrad:
@@ -162,21 +156,18 @@ WGRAD = Operation(
 )
 
 
-# ---- fp8 with current scaling (Micikevicius et al. 2022) ----
-#
-# Weights and activations are rounded to E4M3 (largest value 448), gradients to E5M2 (57344), each with one scale
-# for the whole tensor from its own largest element: a power of two, so that scaling rounds nothing and every
-# element is rounded once.  Sums are fp32 in the GEMM; outputs are bf16, weight gradients fp32.
-#
-# Hopper multiplies fp8 only as a @ b.T with both operands contiguous along the sum (and sizes that are multiples
-# of 16): the backward's operands are transposed after rounding.  Nothing is kept: each GEMM rounds its own operands.
-
-FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
+# fp8 with current scaling (Micikevicius et al. 2022).  Sums are fp32 in the GEMM; outputs are bf16, weight
+# gradients fp32.  Hopper multiplies fp8 only as a @ b.T with both operands contiguous along the sum (and sizes
+# that are multiples of 16): the backward's are transposed after rounding.  Nothing is kept: each GEMM rounds its own.
+FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2  # largest values 448, 57344
 Scaled = tuple[Tensor, Tensor]  # fp8 values and the inverse of their scale, one fp32 number
 
 
 def quantize(x: Tensor, dtype: torch.dtype, *, transpose: bool = False) -> Scaled:
-    """x or x.T times a power of two in `dtype`, and the inverse of that power, on the device."""
+    """x or x.T times a power of two in `dtype`, and the inverse of that power, on the device.
+
+    One power for the whole tensor, from its largest element: it rounds nothing, so elements are rounded once.
+    """
     largest = torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32)
     _, exponent = torch.frexp(torch.finfo(dtype).max / largest.clamp(1e-30))
     scale = torch.ldexp(torch.ones_like(largest), (exponent - 1).clamp_(-100, 100))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from megallama.config.schema import OptimizerConfig
-from megallama.kernels.candidate import APEX, TE, Operation, Target, accumulate_dtype
+from megallama.kernels.candidate import APEX, TE, Operation, Results, Target, accumulate_dtype
 
 Lists = Sequence[list[Tensor]]  # masters, gradients, first moments, second moments, step counts
 AdamWStep = Callable[[Lists, OptimizerConfig, float, float, Tensor | None], None]  # with lr, decay, divisor
@@ -51,7 +51,7 @@ def _multi_tensor_adam(kernel: Callable[..., None]) -> AdamWStep:
     return step
 
 
-def _adam_results(step: AdamWStep, target: Target) -> list[tuple[str, Tensor]]:
+def _adam_results(step: AdamWStep, target: Target) -> Results:
     """After three steps."""
     master, grad = (target.random(1000, seed=i) for i in range(2))
     master, grad = (t.to(accumulate_dtype(t.dtype)) for t in (master, grad))
@@ -96,7 +96,7 @@ def _multi_tensor_sum(kernel: Callable[..., Any]) -> SumOfSquares:
     return sum_of_squares
 
 
-def _norm_results(sum_of_squares: SumOfSquares, target: Target) -> list[tuple[str, Tensor]]:
+def _norm_results(sum_of_squares: SumOfSquares, target: Target) -> Results:
     """Over tensors of several lengths, one of them empty, with more equal terms than a plain fp32 sum bears."""
     like, runs = target.random(1), ((0.1, 700_001), (0.2, 0), (0.3, 17))
     like = like.to(accumulate_dtype(like.dtype))

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megallama.config.schema import RopeScaling
-from megallama.kernels.candidate import APEX, COMPILED, TE, Operation, Target, accumulate_dtype
+from megallama.kernels.candidate import APEX, COMPILED, TE, Operation, Results, Target, accumulate_dtype
 
 NormPair = tuple[Callable[[Tensor, Tensor, float], Tensor], Callable[..., tuple[Tensor, Tensor]]]
 SwigluPair = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
@@ -42,11 +42,8 @@ class PointwiseOps:
     softmax_: Softmax
 
 
-# ---- RMSNorm (Zhang & Sennrich 2019) of activations [T, h] with a weight [h] ----
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / rms(x) * weight`` in x's format; the same bits on every call."""
+    """RMSNorm (Zhang & Sennrich 2019): ``x / rms(x) * weight`` of x [T, h]; the same bits on every call."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
@@ -125,7 +122,7 @@ def _norm_pair(forward: Callable[..., Any], backward: Callable[..., Any]) -> Nor
     return lambda x, weight, eps: forward(x, weight, eps)[0], gradients
 
 
-def _norm_results(pair: NormPair, target: Target) -> list[tuple[str, Tensor]]:
+def _norm_results(pair: NormPair, target: Target) -> Results:
     (forward, backward), eps = pair, 1e-5
     x, dy, weight = (target.random(*shape, seed=i) for i, shape in enumerate([(48, 64), (48, 64), (64,)]))
     dx, dweight = backward(dy, x, weight, eps)
@@ -144,11 +141,8 @@ RMS_NORM = Operation(
 )
 
 
-# ---- rotary position embedding (Su et al. 2021), as Hugging Face's: element i rotates with i + d/2 ----
-
-
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype) -> Tensor:
-    """[d/2] angles per position, theta^(-2i/d), in `dtype` (fp32, or fp64 for verification).
+    """[d/2] angles per position, theta^(-2i/d), in `dtype`, of the rotary embedding (Su et al. 2021).
 
     Scaled for LLaMA 3.1 as in its reference implementation: wavelengths longer than
     original/low_freq_factor are stretched by `factor`, those shorter than
@@ -174,7 +168,10 @@ def rope_tables(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Rotate x [b, s, heads, d] by its positions into `out`, which may be x; -sin gives the inverse: the gradient."""
+    """Rotate x [b, s, heads, d] by its positions into `out`, which may be x; -sin gives the gradient.
+
+    Element i is rotated with i + d/2, as Hugging Face does.
+    """
     half = x.shape[-1] // 2
     # fp32 for 16-bit activations; in place, both halves are still read after the first is written
     exact = x.to(cos.dtype, copy=out.data_ptr() == x.data_ptr())
@@ -197,7 +194,7 @@ def _rope_formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
-def _rope_results(apply_rope: ApplyRope, target: Target) -> list[tuple[str, Tensor]]:
+def _rope_results(apply_rope: ApplyRope, target: Target) -> Results:
     x, angles = target.random(2, 16, 3, 8), target.random(16, 1, 4, seed=1)
     cos, sin = (f(angles.to(accumulate_dtype(x.dtype))) for f in (torch.cos, torch.sin))
     out, back = x.clone(), torch.empty_like(x)
@@ -209,11 +206,8 @@ def _rope_results(apply_rope: ApplyRope, target: Target) -> list[tuple[str, Tens
 ROPE = Operation([(COMPILED, _compiled_rope)], ("torch", lambda target: apply_rope), _rope_results)
 
 
-# ---- SwiGLU (Shazeer 2020) of the packed output of gate and up: [T, 2f] -> [T, f] ----
-
-
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up."""
+    """silu(gate) * up (Shazeer 2020) of both, packed: [T, 2f] -> [T, f]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
@@ -250,7 +244,7 @@ def _te_swiglu(target: Target) -> SwigluPair:
     return lambda gate_up: tex.swiglu(gate_up, None), lambda dout, gate_up: tex.dswiglu(dout, gate_up, None)
 
 
-def _swiglu_results(pair: SwigluPair, target: Target) -> list[tuple[str, Tensor]]:
+def _swiglu_results(pair: SwigluPair, target: Target) -> Results:
     packed, dout = target.random(48, 64), target.random(48, 32, seed=1)
     return [("output", pair[0](packed)), ("gradient", pair[1](dout, packed))]
 
@@ -263,9 +257,6 @@ SWIGLU = Operation(
     ("torch", lambda target: (swiglu, swiglu_backward)),
     _swiglu_results,
 )
-
-
-# ---- the softmax of the loss, in place of its logits ----
 
 
 def softmax_(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
@@ -305,7 +296,7 @@ def _softmax_formula(
     return probs.to(logits.dtype), top + total.log(), exact.gather(1, index).squeeze(1)
 
 
-def _softmax_results(softmax_: Softmax, target: Target) -> list[tuple[str, Tensor]]:
+def _softmax_results(softmax_: Softmax, target: Target) -> Results:
     logits = target.random(24, 61)
     index = torch.arange(24, device=target.device).unsqueeze(1)
     scale = index.squeeze(1).to(accumulate_dtype(logits.dtype)) / 12

@@ -1,4 +1,6 @@
-"""LLaMA (Touvron et al. 2023) as pipeline stages: pre-norm RMSNorm, rotary attention, SwiGLU, no biases.
+"""LLaMA (Touvron et al. 2023) as pipeline stages, and its initial weights.
+
+Pre-norm RMSNorm, rotary attention, SwiGLU, no biases:
 
     x = x + o_proj(attention(qkv_proj(norm(x))))
     x = x + down_proj(swiglu(gate_up_proj(norm(x))))
@@ -11,6 +13,9 @@ residual stream.  Nothing here asks how many ranks there are: groups of one rank
 
 from __future__ import annotations
 
+import hashlib
+import math
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +33,11 @@ from megallama.layers.batch import MicroBatch
 from megallama.layers.linear import ColumnParallelLinear, RMSNorm, RowParallelLinear, TensorParallel
 from megallama.layers.param import FlatBuffers, Param
 from megallama.layers.vocab import LossHead, VocabParallelEmbedding
+from megallama.plan.box import Box
 from megallama.plan.params import heads
+
+BLOCK = 1 << 17  # initial weights made at a time: the temporaries stay in the cache
+_MASK32 = 0xFFFFFFFF
 
 
 class TransformerLayer:
@@ -107,3 +116,38 @@ class _Recompute(Function):
             out = ctx.layer(leaf, Positions(cos, sin, ctx.documents))
         torch.autograd.backward(out, grads)
         return leaf.grad, None, None
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit words (in int64): the `lowbias32` hash found by Wellons (2018)."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK32
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK32
+    return x ^ (x >> 16)
+
+
+def normal_at(index: Tensor, seed: int, name: str) -> Tensor:
+    """Standard normal deviates, float64, of elements `index` (int64, any shape) of the tensor `name`.
+
+    A function of (seed, name of the Hugging Face tensor, index in the global tensor), so of no layout:
+    two 32-bit words of a counter-based mixing function, and the Box-Muller transform of them.
+    """
+    k0, k1 = struct.unpack("<2I", hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest())
+    low, high = index & _MASK32, index >> 32
+    a = _mix(_mix(low ^ k0) ^ _mix(high ^ k1) ^ k1)
+    b = _mix(_mix(a ^ low) ^ k0)
+    radius = torch.sqrt(-2 * torch.log((a.double() + 0.5) / 2**32))
+    return radius * torch.cos(b.double() * (2 * math.pi / 2**32))
+
+
+def fill(out: Tensor, box: Box, global_shape: tuple[int, ...], seed: int, std: float | None) -> None:
+    """Write the initial values of `box` into `out` [box.shape]; std None means ones."""
+    if std is None:
+        out.fill_(1)
+        return
+    step = max(1, BLOCK // box.shape[1])
+    rows, columns = (torch.arange(a, b, device=out.device) for a, b in zip(box.start, box.stop, strict=True))
+    for part, row in zip(out.split(step), rows.split(step), strict=True):
+        index = row.unsqueeze(1) * global_shape[1] + columns
+        part.copy_(normal_at(index, seed, box.key) * std)

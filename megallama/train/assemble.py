@@ -15,8 +15,7 @@ from megallama.config.schema import Config
 from megallama.kernels.select import Kernels, select_kernels
 from megallama.layers.linear import TensorParallel
 from megallama.layers.param import FlatBuffers
-from megallama.model.init import fill
-from megallama.model.llama import Stage
+from megallama.model.llama import Stage, fill
 from megallama.optim.adamw import AdamW
 from megallama.optim.update import Update
 from megallama.pipeline.runtime import PipelineRuntime, StageCall, StageWork

@@ -13,7 +13,7 @@ import torch
 
 from megallama.config.errors import MegallamaError
 from megallama.kernels import attention, gemm, select
-from megallama.kernels.attention import Attend, Documents, MakeAttention, blocked_attention, sdpa
+from megallama.kernels.attention import ATTENTION, Attend, Documents, MakeAttention, blocked_attention, sdpa
 from megallama.kernels.candidate import APEX, TE, Operation, Target, Unsupported
 from megallama.kernels.gemm import FP8_PRODUCTS, PRODUCT, TORCH_FP8, WGRAD, add_wgrad_with, matmul_nt
 from megallama.kernels.optimizer import adamw_step
@@ -216,7 +216,7 @@ def test_attention_that_forgets_documents_is_refused_only_where_they_matter(monk
     assert apart.selected == "torch scaled_dot_product_attention"
     assert apart.refused[1][1].startswith("output within documents differs from the plain formula by")
     last = ("torch scaled_dot_product_attention", lambda target: as_maker(across_documents))
-    monkeypatch.setitem(select.OPERATIONS, "attention", replace(select.OPERATIONS["attention"], last=last))
+    monkeypatch.setitem(select.OPERATIONS, "attention", replace(ATTENTION, last=last, plain=as_maker(plain_attention)))
     message = "no attention here keeps documents apart: torch's output within documents differs .* by .*; use data.docu"
     with pytest.raises(MegallamaError, match=message):
         select.select_kernels(CPU, torch.bfloat16, documents=True)

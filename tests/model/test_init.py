@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megallama.model.init import fill, normal_at
+from megallama.model.llama import fill, normal_at
 from megallama.plan.box import Box
 from megallama.train.assemble import Worker
 from tests.small import on_threads, small_config
