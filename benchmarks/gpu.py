@@ -88,11 +88,11 @@ class Measurement:
         import torch
 
         from megallama.plan import flops, memory, plan
-        from megallama.train import assemble, peak, step
+        from megallama.train import assemble, speed, step
 
         self.row, self.one, self.torch = row, one_rank, torch
         self.flops, self.memory, self.plan, self.step = flops, memory, plan, step
-        self.kernels_of, self.dtypes, self.peak_flops = assemble.kernels_of, assemble.DTYPES, peak.peak_flops
+        self.kernels_of, self.dtypes, self.peak_flops = assemble.kernels_of, assemble.DTYPES, speed.peak_flops
         self.device = torch.device(row.device)
         if self.device.type == "cuda":
             if not torch.cuda.is_available():

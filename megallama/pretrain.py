@@ -13,24 +13,23 @@ from __future__ import annotations
 import hashlib
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megallama.train.signals import (
-    SAVED,
-    SignalFlag,
-)  # whatever takes time comes after `SignalFlag`
+from megallama.comm.errors import InternalError, LaunchError
+from megallama.config.errors import ConfigError, MegallamaError, exit_status
+from megallama.train.log import Logger, finish_output
+from megallama.train.signals import FAILED, SAVED, SignalFlag  # whatever takes time comes after `SignalFlag`
 
 if TYPE_CHECKING:
     from megallama.comm.launch import Launch, World
     from megallama.config.schema import Config
     from megallama.plan.plan import Plan
-    from megallama.train.log import Logger
 
-BAD_REQUEST, NOT_FINITE, FAILED, CRASHED = 2, 3, 4, 1
+CRASHED, BAD_REQUEST, NOT_FINITE = 1, 2, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,9 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str], signals: SignalFlag) -> int:
-    from megallama.config.errors import MegallamaError, exit_status
-    from megallama.train.log import Logger
-
     if not arguments or {"-h", "--help"} & set(arguments):
         return exit_status(lambda: print((__doc__ or "").strip())) or (0 if arguments else BAD_REQUEST)
     from megallama.comm.launch import detect_launch, start  # imports torch: after --help
@@ -86,15 +82,17 @@ def _request(
     arguments: Sequence[str], launch: Launch, signals: SignalFlag, log: Logger
 ) -> tuple[Config, Plan, dict[str, Any]]:
     """Configuration, plan, and what `start` has to know of them."""
+    from megallama.checkpoint.folder import samples_before
     from megallama.checkpoint.layout import SHARD_BYTES
     from megallama.comm.groups import partitions
-    from megallama.config.load import is_setting, to_toml
+    from megallama.config.load import is_setting, load, to_toml
     from megallama.plan.params import num_parameters
     from megallama.plan.plan import make_plan
 
     file = None if is_setting(arguments[0]) else Path(arguments[0])
     try:
-        config = load(file, arguments[1:] if file else arguments, launch.world_size, log.info)
+        overrides, ranks = arguments[1:] if file else arguments, launch.world_size
+        config = load(file, overrides, ranks=ranks, samples=samples_before, note=log.info)
         plan = make_plan(config, launch.world_size)
     except Exception as problem:
         _cannot_take_part(problem, launch, signals)
@@ -107,19 +105,9 @@ def _request(
     return config, plan, {"config_hash": same, "groups": groups, "files": files}
 
 
-def load(file: Path | None, overrides: Sequence[str], ranks: int, note: Callable[[str], None]) -> Config:
-    """The configuration; what reads it is imported by now, after `SignalFlag`."""
-    from megallama.checkpoint.folder import samples_before
-    from megallama.config.load import load as read
-
-    return read(file, overrides, ranks=ranks, samples=samples_before, note=note)
-
-
 def _cannot_take_part(problem: Exception, launch: Launch, signals: SignalFlag) -> None:
     """Tell the other ranks, which would wait. What rank 0 has too is `shared`: it says it."""
-    from megallama.comm.errors import LaunchError
     from megallama.comm.launch import start
-    from megallama.config.errors import MegallamaError
     from megallama.config.schema import RunConfig
 
     text = str(problem) if isinstance(problem, MegallamaError) else f"{type(problem).__name__}: {problem}"
@@ -134,9 +122,6 @@ def _cannot_take_part(problem: Exception, launch: Launch, signals: SignalFlag) -
 
 def _failed(error: Exception, world: World, log: Logger, signals: SignalFlag, folder: Path) -> int:
     """Say what ended the run, to this rank's file and, once, on the screen; the exit status."""
-    from megallama.comm.errors import InternalError
-    from megallama.config.errors import ConfigError, MegallamaError
-
     first = world.failed(error)
     if first is not None:
         signals.leave(*first)
@@ -152,17 +137,15 @@ def _failed(error: Exception, world: World, log: Logger, signals: SignalFlag, fo
     elif first is not None:
         log.warn(f"{first[0]}; this rank stopped because of it ({type(error).__name__})")
     else:
-        trace = "".join(traceback.format_exception(error)).rstrip()
-        line = f"{type(error).__name__}: {error}"
-        if machine := isinstance(error, OSError):  # no fault of the program: on the screen a line will do
-            log.note(trace)
-        log.error(line if machine else trace, aloud=True)
+        text = "".join(traceback.format_exception(error)).rstrip()
+        if isinstance(error, OSError):  # no fault of the program: on the screen a line will do
+            log.note(text)
+            text = f"{type(error).__name__}: {error}"
+        log.error(text, aloud=True)
     return status
 
 
 if __name__ == "__main__":
-    from megallama.train.log import finish_output
-
     status = main()
     finish_output()
     sys.exit(status)

@@ -44,7 +44,7 @@ from megallama.text.preprocess import preprocess  # noqa: E402
 from megallama.text.progress import ByteProgress  # noqa: E402
 from megallama.text.train_tokenizer import train_tokenizer  # noqa: E402
 from megallama.train.log import human_bytes, human_count  # noqa: E402
-from megallama.train.plot import plot_loss, read_metrics  # noqa: E402
+from megallama.train.metrics import plot_loss, read_metrics  # noqa: E402
 
 CONFIG = "examples/quickstart.toml"
 STEPS, BATCH_TOKENS, MAX_VOCABULARY = 200, 32 * 256, 4096

@@ -216,7 +216,7 @@ def cpu() -> dict[str, Any]:
 def product_time(dtype: str) -> float:
     """How long a matrix product takes in a 16-bit format, in times of fp32."""
     from megallama.train.assemble import DTYPES
-    from megallama.train.peak import product_time_over_fp32
+    from megallama.train.speed import product_time_over_fp32
 
     return round(product_time_over_fp32(DTYPES[dtype]), 2)
 

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     from megallama.config.errors import ConfigError, counted
     from megallama.data.tokenizer import load_tokenizer
     from megallama.inference.generate import Sampling, encode_prompt, find_model, generate, load_llama, stream_text
-    from megallama.train.peak import slow_format
+    from megallama.train.speed import slow_format
 
     sampling = Sampling(0.0 if options.greedy else options.temperature, options.top_p, options.seed)
     if options.max_tokens < 1:

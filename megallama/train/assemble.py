@@ -67,10 +67,8 @@ def same_kernels(selected: Sequence[Sequence[tuple[str, str]]]) -> None:
 
 def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels, wrap: Wrap | None = None) -> Worker:
     """Build rank `groups.rank`; weights are zero until `initialize` or a checkpoint fills them."""
-    config = plan.config
-    dtype = DTYPES[config.precision.dtype]
-    parallel = config.parallel
-    sharded = parallel.sequence_parallel and groups.tp.size > 1
+    config, dtype = plan.config, DTYPES[plan.config.precision.dtype]
+    sharded = config.parallel.sequence_parallel and groups.tp.size > 1
     tp = TensorParallel(
         groups.tp, sharded, overlap=config.overlap.tensor_parallel, keep=config.memory.recompute == "none",
         chunks=config.overlap.tensor_parallel_chunks,
@@ -78,20 +76,17 @@ def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels,
     stages, buffers = {}, {}
     for number in plan.schedule.stages_of(groups.pp.rank):
         first, last = number == 0, number == len(plan.stages) - 1
-        layers = plan.stages[number]
         layout = stage_layout(config, plan.stages, number, groups.dp_cp.size, groups.tp.rank)
         buffers[number] = FlatBuffers(layout, dtype, device, kernels)
-        stages[number] = Stage(config, buffers[number], layers, first, last, tp, kernels)
+        stages[number] = Stage(config, buffers[number], plan.stages[number], first, last, tp, kernels)
     rule = AdamW(config.optimizer, kernels.adamw)
     optimizer = Update(list(buffers.values()), groups, config.overlap, rule, kernels.sum_of_squares)
     work = {
         number: StageWork(wrap(number, stage) if wrap else stage, buffers[number].queue, sync.last_microbatch)
         for (number, stage), sync in zip(stages.items(), optimizer.syncs, strict=True)
     }
-    tokens = config.batch.micro_batch_size * config.batch.seq_length
-    hidden = torch.empty(
-        tokens // (groups.tp.size if sharded else 1), config.model.hidden_size, dtype=dtype, device=device
-    )
+    rows = config.batch.micro_batch_size * config.batch.seq_length // (groups.tp.size if sharded else 1)
+    hidden = torch.empty(rows, config.model.hidden_size, dtype=dtype, device=device)
     return Worker(plan, groups, device, stages, buffers, optimizer, PipelineRuntime(work, groups.pp, hidden))
 
 

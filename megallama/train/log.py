@@ -1,9 +1,7 @@
 """What the run says: the only place that prints.
 
-Rank 0 speaks on standard output and in ``run.log``; every rank keeps its own ``logs/rank-0003.log``,
-so a run can be followed, and a crash understood, from any rank's file.  Each line is one unbuffered
-write: nothing is lost when the process is killed.  A full disk or a closed terminal costs log lines,
-never the run.
+Rank 0 speaks on standard output and in ``run.log``; every rank keeps its own ``logs/rank-0003.log``. Each line is one
+unbuffered write: nothing is lost when the process is killed.  A full disk or a closed terminal never costs the run.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from megallama.config.errors import ConfigError, drop_output
@@ -19,24 +18,19 @@ from megallama.config.errors import ConfigError, drop_output
 
 def human_count(number: float) -> str:
     """``950``, ``12.3k``, ``4.1M``, ``6.7B``, ``1.4T``."""
-    if number < 999.5:
-        return f"{number:.0f}"
-    for unit in ("k", "M", "B"):
-        number /= 1000
-        if number < 999.95:
-            return f"{number:.1f}{unit}"
-    return f"{number / 1000:.1f}T"
+    return _scaled(number, ["", "k", "M", "B", "T"], [0, 1, 1, 1, 1])
 
 
 def human_bytes(number: float) -> str:
     """``512 B``, ``1.5 kB``, ``38.4 MB``, ``1.23 GB``, ``4.20 TB`` (powers of 1000)."""
-    if number < 999.5:
-        return f"{number:.0f} B"
-    for unit, digits in (("kB", 1), ("MB", 1), ("GB", 2)):
-        number /= 1000
-        if round(number, digits) < 1000:
-            return f"{number:.{digits}f} {unit}"
-    return f"{number / 1000:.2f} TB"
+    return _scaled(number, [" B", " kB", " MB", " GB", " TB"], [0, 1, 1, 2, 2])
+
+
+def _scaled(number: float, units: list[str], digits: list[int]) -> str:
+    place = 0
+    while round(number, digits[place]) >= 1000 and place + 1 < len(units):
+        number, place = number / 1000, place + 1
+    return f"{number:.{digits[place]}f}{units[place]}"
 
 
 def human_duration(seconds: float) -> str:
@@ -57,19 +51,16 @@ def finish_output() -> None:
 
 
 def _print(text: str, error: bool) -> None:
-    try:
+    with suppress(OSError, ValueError):  # the reader has gone, or the stream is closed
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
-    except (OSError, ValueError):  # the reader has gone, or the stream is closed
-        pass
 
 
 class Logger:
     """The voice of one rank. Before it has a folder, given here or to `open`, it only prints."""
 
     def __init__(self, rank: int, world_size: int, folder: Path | None = None) -> None:
-        self.rank = rank
-        self._width = len(str(world_size - 1))
-        self._own: int | None = None
+        self.rank, self._width = rank, len(str(world_size - 1))
+        self._own: int | None = None  # handles of the two files
         self._run: int | None = None
         self._once: set[str] = set()
         self._early: list[bytes] = []  # lines for this rank's file, which is not there yet

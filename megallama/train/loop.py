@@ -1,32 +1,114 @@
-"""Step after step, until the end, a signal or a fault: training, evaluations, saving, stopping."""
+"""Step after step, until the end, a signal or a fault: training, evaluating, saving, stopping."""
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 from megallama.comm.errors import InternalError
-from megallama.config.errors import MegallamaError
+from megallama.config.errors import MegallamaError, counted
 from megallama.data.errors import DataError
 from megallama.data.loader import Loader
 from megallama.data.samples import Source
 from megallama.optim.lr import learning_rate
-from megallama.train.evaluate import Interrupted, evaluate
-from megallama.train.gc_schedule import GcSchedule
-from megallama.train.plot import read_metrics
-from megallama.train.report import Reporter
+from megallama.plan.params import num_parameters
+from megallama.plan.work import training_flops
+from megallama.train.assemble import DTYPES
+from megallama.train.log import human_count
+from megallama.train.metrics import MetricsWriter, Record, plot_loss, read_metrics
 from megallama.train.setup import Setup
 from megallama.train.signals import SAVED
-from megallama.train.step import RankStatus, StepConsensus, train_step
-from megallama.train.timers import Timers
+from megallama.train.speed import Meter, Timers, peak_flops, peak_memory_bytes
+from megallama.train.step import RankStatus, StepConsensus, evaluate, train_step
 
 FINISHED = 0  # exit status: all steps are done
 
-Kind = Literal["valid", "test"]
+
+@contextmanager
+def gc_schedule(interval: int) -> Iterator[Callable[[int], object]]:
+    """Within, nothing is collected but by calls with a step that `interval` divides; 0: by Python.
+
+    Python collects at another moment on every rank: tens of milliseconds in which the others wait.
+    """
+    if not interval:
+        yield lambda step: None
+        return
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # what existed before the first step is not looked at again
+    gc.disable()
+    try:
+        yield lambda step: None if step % interval else gc.collect()
+    finally:
+        gc.unfreeze()
+        if was_on:
+            gc.enable()
+
+
+class Reporter:
+    """Turns what the loop knows into lines, metrics and a plot."""
+
+    def __init__(self, setup: Setup, timers: Timers) -> None:
+        self._setup, self._progress, self._timers = setup, setup.progress, timers
+        self.tokens = 0  # since the last line
+        config, plan, log = setup.config, setup.plan, setup.log
+        peak = peak_flops(setup.world.device, DTYPES[config.precision.dtype], config.run.peak_tflops)
+        if peak is None:
+            log.info("MFU is not shown: the peak of this device is not known; run.peak_tflops may give it")
+        else:
+            log.info(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s per rank, counting causal attention")
+        total = config.batch.samples_after(config.train.steps) * config.batch.seq_length
+        causal, full = (training_flops(config.model, config.batch.seq_length, causal=c) for c in (True, False))
+        self._meter = Meter(plan.topology.world_size, (causal, full), peak, total)
+        timers.lap()
+        self._writer = MetricsWriter(config, log, self._progress.step)
+        self.close = self._writer.close
+
+    def step(self, result: StepConsensus, waited: float) -> None:
+        """Tell of the steps since the last that was told of; `waited` seconds for data so far."""
+        seconds, phases = self._timers.lap()
+        seconds -= phases.get("save", 0.0) + phases.get("evaluate", 0.0)  # speed is that of training
+        progress = self._progress
+        record = {
+            "kind": "train",
+            "step": progress.step,
+            **result.metrics,
+            "lr": progress.lr,
+            **self._meter.lap(self.tokens, seconds, progress.tokens),
+            "peak_memory_bytes": peak_memory_bytes(self._setup.world.device),
+            "consumed_tokens": progress.tokens,
+            "consumed_samples": progress.samples,
+            "skipped": not result.applied,
+            "skipped_steps": progress.guard.skipped + (not result.applied),
+            "loss_scale": progress.scaler.scale,
+            "data_wait_seconds": waited,
+            "phase_seconds": phases,
+            "sources": self._setup.used(),
+        }
+        self.tokens = 0
+        self._writer.write(record)
+
+    def evaluation(self, kind: str, name: str, numbers: Record) -> None:
+        """Tell of an evaluation after the last step."""
+        at = {"kind": kind, "name": name, "step": self._progress.step, "consumed_tokens": self._progress.tokens}
+        self._writer.write(at | numbers)
+
+    def finished(self) -> None:
+        """All steps are done."""
+        config, log, progress = self._setup.config, self._setup.log, self._progress
+        log.info(
+            f"finished: {counted(progress.step, 'step')}, {counted(human_count(progress.tokens), 'token')}, "
+            f"{human_count(num_parameters(config.model))} parameters; checkpoint in {config.checkpoint.folder}"
+        )
+        if config.log.plot and log.rank == 0:
+            folder = Path(config.run.folder)
+            png, reason = plot_loss(folder / "metrics.jsonl", folder / "loss.png")
+            log.info(f"loss curve: {png}" if png else f"no loss curve: {reason}")
 
 
 class TrainingLoop:
@@ -36,61 +118,58 @@ class TrainingLoop:
         self.setup, self.progress = setup, setup.progress
         self._config, self._world, self._log, self._manager = setup.config, setup.world, setup.log, setup.manager
         self._timers = Timers()
-        self._missing: list[tuple[Kind, Source]] = []  # evaluations of the last step
+        self._missing: list[tuple[str, Source]] = []  # kind, source: evaluations of the last step
         self._overflow = False  # of the loss scale, in the last step
         self._save_owed = False  # a save that was due while the steps were bad
 
     def run(self) -> int:
         """Train until `train.steps` or until something asks to stop; the exit status."""
-        if why := self._asked_before():
-            self.setup.signals.leave(why)
-            return SAVED
-        config, progress, last_step = self._config, self.progress, self.setup.last_step
-        with GcSchedule(config.train.gc_interval) as gc_schedule:
-            with Reporter(self.setup, self._timers) as report, self._loader() as loader:
-                self._missing = self._never_made()
-                stopped = self._evaluate(report)
-                while progress.step < last_step and stopped is None:
-                    result = self._one_step(loader)
-                    report.tokens += result.tokens
-                    self._world.bound(config.run.timeout_seconds)
-                    stopped = result.stop_reason or self._enough_steps()
-                    last = progress.step == last_step
-                    if progress.step % config.log.interval == 0 or last or stopped or not result.applied:
-                        report.step(result, loader.wait_seconds)
-                    self._record_health(result)
-                    self._missing = self._due()
-                    self._save_if_due(leaving=last or stopped is not None)
-                    stopped = stopped or self._evaluate(report)
-                    gc_schedule.step(progress.step)
-                self.setup.worker.optimizer.wait()  # no rank leaves while another one still receives its weights
-                self._save_unsaved()
-                self.setup.tracer.write()
-                unfinished = progress.step < last_step or len(self._missing) > 0
-                self.setup.signals.leaving(SAVED if unfinished else FINISHED)
-            if unfinished:
-                then = "continue" if progress.step < last_step else "make the evaluations that are missing"
-                again = f"start the same command again to {then}"
-                self._log.info(f"stopped: {stopped}; saved at step {progress.step}, {again}")
+        signals, group = self.setup.signals, self._world.group
+        for rank, name in enumerate(group.gather_values(signals.last_call())):
+            if name:
+                signals.leave(f"{name} on rank {rank}")
                 return SAVED
-            report.finished()
-            return FINISHED
-
-    def _asked_before(self) -> str | None:
-        """What asked any rank to stop; from here on the consensus of a step says it."""
-        signals = self.setup.signals
-        asked = self._world.group.gather_values(signals.last_call())
-        if why := next((f"{name} on rank {rank}" for rank, name in enumerate(asked) if name), None):
-            return why
-        signals.phase = "training"
-        return None
+        signals.phase = "training"  # from here on the consensus of a step says who asks to stop
+        config, progress, last_step = self._config, self.progress, self.setup.last_step
+        with (
+            gc_schedule(config.train.gc_interval) as collect_garbage,
+            closing(Reporter(self.setup, self._timers)) as report,
+            self._loader() as loader,
+        ):
+            self._missing = self._never_made()
+            stopped = self._evaluate(report)
+            while progress.step < last_step and stopped is None:
+                result = self._one_step(loader)
+                report.tokens += result.tokens
+                self._world.bound(config.run.timeout_seconds)
+                stopped = result.stop_reason or self._enough_steps()
+                last = progress.step == last_step
+                if progress.step % config.log.interval == 0 or last or stopped or not result.applied:
+                    report.step(result, loader.wait_seconds)
+                self._record_health(result)
+                self._missing = self._due()
+                self._save_if_due(leaving=last or stopped is not None)
+                stopped = stopped or self._evaluate(report)
+                collect_garbage(progress.step)
+            self.setup.worker.optimizer.wait()  # no rank leaves while another one still receives its weights
+            self._save_unsaved()
+            self.setup.tracer.write()
+            unfinished = progress.step < last_step or len(self._missing) > 0
+            signals.leaving(SAVED if unfinished else FINISHED)
+        if unfinished:
+            then = "continue" if progress.step < last_step else "make the evaluations that are missing"
+            again = f"start the same command again to {then}"
+            self._log.info(f"stopped: {stopped}; saved at step {progress.step}, {again}")
+            return SAVED
+        report.finished()
+        return FINISHED
 
     def _one_step(self, loader: Loader) -> StepConsensus:
         config, progress, plan = self._config, self.progress, self.setup.plan
         size = config.batch.size_after(progress.samples)
         with self._timers.phase("data"):
             batches, failure = loader.next_or_zeros(config.batch.num_microbatches(size, plan.topology.dp), config)
-        lr = learning_rate(progress.step, config.optimizer, config.lr_schedule)
+        lr = progress.lr = learning_rate(progress.step, config.optimizer, config.lr_schedule)
         schedule, masked = plan.schedule_for(len(batches)), config.data.document_mask
         status = partial(self._status, failure is not None or self._manager.not_finite)
         scale, worker = progress.scaler.scale, self.setup.worker
@@ -143,7 +222,7 @@ class TrainingLoop:
     def _record_health(self, result: StepConsensus) -> None:
         """Count the step. Raises: TrainingStopped after too many bad ones."""
         guard, step, good = self.progress.guard, self.progress.step, None
-        if not (result.applied or self._overflow or guard.bears_another):
+        if not (result.applied or self._overflow) and guard.in_a_row + 1 >= guard.max_bad_steps:
             self._manager.wait(self._config.checkpoint.finish_seconds)
             with suppress(OSError):
                 good = self._manager.newest_step(guard.last_good or 0) if self._world.rank == 0 else None
@@ -200,15 +279,15 @@ class TrainingLoop:
 
     # ---- evaluations ----
 
-    def _due(self) -> list[tuple[Kind, Source]]:
+    def _due(self) -> list[tuple[str, Source]]:
         """The evaluations that belong after the last step, and at the end of the run all."""
-        step, interval, last = self.progress.step, self._config.train.eval_interval, self.setup.last_step
-        due: list[tuple[Kind, Source]] = []
-        if interval and step and (step % interval == 0 or step == last):
-            due += [("valid", source) for source in self.setup.data.valid]
-        return due + [("test", source) for source in self.setup.data.test if step == last]
+        step, interval, data = self.progress.step, self._config.train.eval_interval, self.setup.data
+        last = step == self.setup.last_step
+        valid = data.valid if interval and step and (step % interval == 0 or last) else ()
+        test = data.test if last else ()
+        return [*(("valid", source) for source in valid), *(("test", source) for source in test)]
 
-    def _never_made(self) -> list[tuple[Kind, Source]]:
+    def _never_made(self) -> list[tuple[str, Source]]:
         """Those that belong after the step of the checkpoint and that no earlier start has made."""
         if not (self.progress.may_lack_evaluations and (due := self._due())):
             return []
@@ -227,15 +306,14 @@ class TrainingLoop:
             while self._missing:
                 kind, source = self._missing[0]
                 most = self._config.train.eval_batches if kind == "valid" else None
-                try:
-                    numbers, consensus = evaluate(self.setup.worker, source, most, self._status)
-                except Interrupted as early:
-                    if early.consensus.failed:
-                        self._end_together(early.failure)
-                    self._log.info(f"evaluation on {source.name} ended {early}: the next start makes it again")
-                    return early.consensus.stop_reason
+                numbers, known, failure = evaluate(self.setup.worker, source, most, self._status)
+                if known.failed:
+                    self._end_together(failure)
+                if isinstance(numbers, str):
+                    self._log.info(f"evaluation on {source.name} ended {numbers}: the next start makes it again")
+                    return known.stop_reason
                 report.evaluation(kind, source.name, numbers)
                 del self._missing[0]
-                if consensus.stop_reason:
-                    return consensus.stop_reason
+                if known.stop_reason:
+                    return known.stop_reason
         return None

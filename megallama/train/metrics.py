@@ -1,7 +1,6 @@
-"""The numbers of a step, and where they go: a console line, ``metrics.jsonl``, TensorBoard, wandb.
+"""Where the numbers of a step go: a console line, ``metrics.jsonl``, TensorBoard, wandb, a plot.
 
-Metrics are for looking at: no failure of a sink (a full disk, a missing package, no network) ever
-touches the training.  It costs one warning and the numbers that could not be written.
+No failure of a sink (a full disk, a missing package, no network) costs more than a warning.
 """
 
 from __future__ import annotations
@@ -12,24 +11,22 @@ import io
 import json
 import math
 import os
-import resource
 import socket
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
-import torch
+import numpy as np
 
 from megallama.config.errors import counted
 from megallama.config.schema import Config
 from megallama.train.log import Logger, human_bytes, human_count, human_duration
 
 Record = dict[str, Any]  # a line of metrics.jsonl: "kind" (train, valid, test), "step", numbers
+_TRAIN, _VALID, _BASELINE = "#1f5fa8", "#d1495b", "#6b6b6b"  # colours of the plot
 
 TAGS = {  # the numbers of a step that TensorBoard and wandb get, as group/name
     "train": ["loss", "lr", "grad_norm", "loss_scale", "consumed_tokens", "skipped_steps"],
@@ -64,50 +61,28 @@ def _tag(record: Record) -> str:
 
 def line(record: Record, steps: int) -> str:
     """The console line, of a run of `steps` steps: with the time before it, at most 120 columns."""
-    return f"step {record['step']}/{steps} | " + (_train_line if record["kind"] == "train" else _valid_line)(record)
-
-
-def _train_line(record: Record) -> str:
-    loss, norm = f"loss {record['loss']:.4f}", f"grad norm {record['grad_norm']:.3f}"
-    parts = [loss, f"lr {record['lr']:.2e}", norm, f"{human_count(record['tokens_per_second'])} tok/s"]
-    if record["mfu_causal"] is not None:
-        parts.append(f"MFU {100 * record['mfu_causal']:.1f}%")
-    if record["skipped"]:
-        parts = [f"SKIPPED, not finite ({record['skipped_steps']} so far)", loss, norm]
-    return " | ".join([*parts, f"left {human_duration(record['eta_seconds'])}"])
-
-
-def _valid_line(record: Record) -> str:
-    loss, bits = record["loss"], record["bits_per_byte"]
-    name = _tag(record).replace("/", " ") if record["kind"] == "test" else record["name"]
+    step, kind, loss = f"step {record['step']}/{steps}", record["kind"], record["loss"]
+    if kind == "train":
+        norm = f"grad norm {record['grad_norm']:.3f}"
+        parts = [f"loss {loss:.4f}", f"lr {record['lr']:.2e}", norm]
+        parts.append(f"{human_count(record['tokens_per_second'])} tok/s")
+        if record["mfu_causal"] is not None:
+            parts.append(f"MFU {100 * record['mfu_causal']:.1f}%")
+        if record["skipped"]:
+            parts = [f"SKIPPED, not finite ({record['skipped_steps']} so far)", parts[0], norm]
+        return " | ".join([step, *parts, f"left {human_duration(record['eta_seconds'])}"])
+    name = _tag(record).replace("/", " ") if kind == "test" else record["name"]
     parts = [f"{name} loss {loss:.4f}", f"perplexity {math.exp(loss):.2f}" if loss < 20 else "perplexity large"]
-    if bits is not None:
-        parts.insert(1, f"{bits:.4f} bits/byte")
-    amount = f"{counted(human_count(record['tokens']), 'token')} in {human_duration(record['seconds'])}"
-    return " | ".join([*parts, amount])
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this process ever held: allocated on a GPU, else resident.
-
-    On Linux VmHWM, because ru_maxrss starts from the launcher's size.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if record["bits_per_byte"] is not None:
+        parts.insert(1, f"{record['bits_per_byte']:.4f} bits/byte")
+    amount = counted(human_count(record["tokens"]), "token")
+    return " | ".join([step, *parts, f"{amount} in {human_duration(record['seconds'])}"])
 
 
 class MetricsWriter:
-    """On rank 0 tells the log about every step and evaluation and writes them to the sinks.
+    """Tells the log about every step and evaluation, and on rank 0 writes them to the sinks.
 
-    `step` is the number of updates already made: later lines of an earlier start, and a line that a
-    kill cut short, are removed from ``metrics.jsonl``; TensorBoard is told to forget them.  Of a run
-    that starts again from 0 the old file is kept as ``metrics.old.jsonl``.  A thread writes, so that a slow file system
-    costs no step.
+    step: already made; what an earlier start wrote of later ones is removed, or kept as ``metrics.old.jsonl``.
     """
 
     def __init__(self, config: Config, log: Logger, step: int = 0) -> None:
@@ -115,11 +90,9 @@ class MetricsWriter:
         self._tells = config.log.every_rank or log.rank == 0
         self._memory, self._loss_scale = 0, 1.0  # said last
         self._sinks: dict[str, Any] = {}
-        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="metrics", daemon=True)
+        self._thread = ThreadPoolExecutor(1, "metrics")  # a slow file system costs no step
         if log.rank != 0:
             return
-        self._thread.start()
         self._open("metrics.jsonl", lambda: JsonLines(folder / "metrics.jsonl", step))
         if config.log.tensorboard:
             self._open("TensorBoard", lambda: TensorBoard(folder / "tensorboard", step))
@@ -131,7 +104,7 @@ class MetricsWriter:
         if self._tells:
             self._log.info(line(record, self._steps))
         for name, sink in self._sinks.items():
-            self._queue.put(partial(self._try, name, partial(sink.write, record)))
+            self._thread.submit(self._try, name, sink.write, record)
         if record["kind"] == "train":
             self._say_changes(record)
 
@@ -152,15 +125,9 @@ class MetricsWriter:
     def close(self) -> None:
         """Finish all files."""
         for name, sink in self._sinks.items():
-            self._queue.put(partial(self._try, name, sink.close))
-        self._queue.put(None)
-        if self._thread.ident is not None:  # of a rank that writes
-            self._thread.join()
+            self._thread.submit(self._try, name, sink.close)
+        self._thread.shutdown()
         self._sinks = {}
-
-    def _work(self) -> None:
-        while (work := self._queue.get()) is not None:
-            work()
 
     def _open(self, name: str, make: Callable[[], Any]) -> None:
         try:
@@ -171,9 +138,9 @@ class MetricsWriter:
         except Exception as error:  # a sink may fail in any way
             self._log.warn_once(f"no {name} output: {error}; training goes on")
 
-    def _try(self, name: str, action: Callable[[], None]) -> None:
+    def _try(self, name: str, action: Callable[..., None], *arguments: Record) -> None:
         try:
-            action()
+            action(*arguments)
         except Exception as error:
             self._log.warn_once(f"{name} could not be written: {error}; training goes on", key=name)
 
@@ -208,17 +175,12 @@ class JsonLines(_Appender):
         super().__init__(path)
 
     def write(self, record: Record) -> None:
-        self.append((json.dumps(_finite(record)) + "\n").encode())
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        finite = json.loads(json.dumps(record), parse_constant=lambda name: None)
+        self.append((json.dumps(finite) + "\n").encode())
 
 
 def rewind(path: Path, step: int) -> None:
-    """Remove the lines after `step` and those that are no JSON; at step 0 put the file aside."""
+    """Remove lines after `step`, and one that a kill cut short; at 0 keep the file by another name."""
     if step == 0:
         os.replace(path, path.with_name("metrics.old.jsonl"))
         return
@@ -279,3 +241,66 @@ class Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def read_metrics(path: Path) -> Iterator[Record]:
+    """The records of a metrics file, without lines that are no JSON (one may be half written)."""
+    with path.open("rb") as lines:
+        for line in lines:
+            with suppress(ValueError):
+                if isinstance(record := json.loads(line), dict):
+                    yield record
+
+
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """Mean over the `width` values around each one, fewer at the ends (as many on either side)."""
+    total, i = np.cumsum([0.0, *values]), np.arange(len(values))
+    reach = np.minimum(np.minimum(i, i[::-1]), width // 2)
+    return ((total[i + reach + 1] - total[i - reach]) / (2 * reach + 1)).tolist()
+
+
+def plot_loss(metrics: Path, png: Path, *, title: str = "", baseline: float | None = None) -> tuple[Path | None, str]:
+    """Draw the losses over tokens; (png, "") or (None, why not). baseline: the corpus's unigram loss."""
+    try:
+        records = [r for r in read_metrics(metrics) if isinstance(r.get("loss"), float) and "consumed_tokens" in r]
+    except OSError as error:
+        return None, f"{metrics} cannot be read: {error.strerror}"
+    train = [r for r in records if r.get("kind") == "train" and not r.get("skipped")]
+    if len(train) < 2:
+        return None, f"{metrics} holds fewer than 2 training steps"
+    try:
+        _draw(train, [r for r in records if r.get("kind") == "valid"], png, title, baseline)
+    except ImportError:
+        return None, "matplotlib is not installed; pip install matplotlib"
+    except OSError as error:
+        return None, f"{png} cannot be written: {error.strerror}"
+    return png, ""
+
+
+def _draw(train: list[Record], valid: list[Record], png: Path, title: str, baseline: float | None) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    tokens, losses = [r["consumed_tokens"] for r in train], [r["loss"] for r in train]
+    axes.plot(tokens, losses, color=_TRAIN, linewidth=0.7, alpha=0.35)
+    axes.plot(tokens, smooth(losses, max(3, len(losses) // 40)), color=_TRAIN, linewidth=1.8, label="training")
+    for i, name in enumerate(sorted({r["name"] for r in valid})):
+        points = [r for r in valid if r["name"] == name]
+        label = f"{'validation' if name == 'valid' else name} (last {points[-1]['loss']:.3f})"
+        xs, ys = [r["consumed_tokens"] for r in points], [r["loss"] for r in points]
+        axes.plot(xs, ys, color=_VALID, marker="os^Dv"[i % 5], markersize=5, linewidth=1, label=label, clip_on=False)
+    if baseline is not None:
+        axes.axhline(baseline, color=_BASELINE, linestyle="--", linewidth=1, label=f"unigram baseline ({baseline:.3f})")
+    axes.set(xlabel="tokens", ylabel="loss [nats per token]", title=title, xlim=(0, tokens[-1]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: human_count(x)))
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    per_step = tokens[-1] / train[-1]["step"]
+    above = axes.secondary_xaxis("top", functions=(lambda x: x / per_step, lambda x: x * per_step))
+    ramped = train[0]["consumed_tokens"] * train[-1]["step"] != tokens[-1] * train[0]["step"]
+    above.set_xlabel("step (mean tokens per step)" if ramped else "step")
+    axes.legend(frameon=False)
+    png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png, dpi=150)

@@ -1,17 +1,78 @@
-"""How far a run is: what a checkpoint holds of it besides tensors."""
+"""How far a run is and how well it goes: what a checkpoint holds of it besides tensors."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
+from megallama.config.errors import MegallamaError, counted
 from megallama.config.schema import Config
 from megallama.optim.scaler import LossScaler
-from megallama.train.health import HighLoss, NonFiniteGuard
+
+
+class TrainingStopped(MegallamaError):
+    """The run cannot go on by itself: too many steps in a row were not finite."""
+
+    shared = True
+    status = 3
+
+
+@dataclass
+class NonFiniteGuard:
+    """Counts skipped steps; raises when too many follow one another."""
+
+    max_bad_steps: int
+    skipped: int = 0
+    in_a_row: int = 0
+    last_good: int | None = None
+
+    def record(self, step: int, finite: bool, *, overflow: bool = False, checkpoint: int | None = None) -> None:
+        """Note how step `step` went; `overflow`: a smaller loss scale may cure it.
+
+        checkpoint: the newest on disk up to the last good one, for the message of TrainingStopped.
+        """
+        if finite:
+            self.in_a_row, self.last_good = 0, step
+            return
+        self.skipped += 1
+        self.in_a_row += not overflow
+        if overflow or self.in_a_row < self.max_bad_steps:
+            return
+        first = step - self.in_a_row + 1
+        steps = f"step {step}" if first == step else f"steps {first}-{step}"
+        good = "no step was good" if self.last_good is None else f"last good step {self.last_good}"
+        resume = f"resume from step {checkpoint}" if checkpoint is not None else "no checkpoint is so old: start again"
+        raise TrainingStopped(
+            f"loss or gradients were non-finite for {counted(self.in_a_row, 'step')} in a row ({steps}); {good}; "
+            f"{resume} with a lower optimizer.lr or a longer lr_schedule.warmup_steps, "
+            f"or raise train.max_bad_steps={self.max_bad_steps}"
+        )
+
+
+class HighLoss:
+    """Notices a loss that stays 2 % above its first value for `PATIENCE` steps in a row."""
+
+    PATIENCE = 20
+
+    def __init__(self, first: float | None = None) -> None:
+        self.first, self.in_a_row = first, 0
+
+    def seen(self, loss: float) -> str | None:
+        """Note the loss of a good step; what to say of it, once."""
+        if self.first is None:
+            self.first = loss
+        self.in_a_row = self.in_a_row + 1 if loss > 1.02 * self.first else 0
+        if self.in_a_row != self.PATIENCE:
+            return None
+        return (
+            f"the loss has been above its first value, {self.first:.4f}, for {self.PATIENCE} steps, now {loss:.4f}: "
+            "the run diverges; look at optimizer.lr, lr_schedule.warmup_steps and the data"
+        )
 
 
 class Progress:
-    """Counters and the state of what watches the run; the same on every rank, but for `started`."""
+    """Counters, and the state of what watches the run."""
 
     def __init__(self, config: Config) -> None:
         self.step = 0  # batches used, skipped ones included
@@ -21,16 +82,18 @@ class Progress:
         self.first_step = 0  # of this start: steps from here on were made by it
         self.may_lack_evaluations = False  # of the step it starts from; False: not known
         self.started = time.monotonic()
+        self.lr = 0.0  # of the last step
         self.scaler = LossScaler(config.precision)
         self.guard = NonFiniteGuard(config.train.max_bad_steps)
         self.high_loss = HighLoss()
 
     def state_dict(self, evaluated: int) -> dict[str, Any]:
         """As JSON values; `evaluated`: the step up to which all evaluations have been made."""
+        guard = self.guard
         return {
             **{name: getattr(self, name) for name in ("step", "updates", "samples", "tokens")},
             "scaler": self.scaler.state_dict(),
-            "bad_steps": self.guard.state_dict(),
+            "bad_steps": {"skipped": guard.skipped, "in_a_row": guard.in_a_row, "last_good": guard.last_good},
             "first_loss": self.high_loss.first,
             "evaluated": evaluated,
         }

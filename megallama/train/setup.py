@@ -1,42 +1,44 @@
 """What a training run needs, made once and in this order: data, kernels, the folder's lock, model, state.
 
-Before the lock is taken nothing is changed.  Whatever can fail on one rank alone is agreed on by all ranks, so that a
-fault ends the run with its message instead of leaving others waiting.
+Before the lock is taken nothing is changed.  What fails on one rank fails on all: none is left waiting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
 
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.checkpoint.writer import NotFiniteError
 from megallama.comm.launch import World
 from megallama.comm.on_all_ranks import on_all_ranks
+from megallama.config.describe import literal
 from megallama.config.errors import ConfigError, MegallamaError, counted
 from megallama.config.rules import check, unusual
-from megallama.config.schema import Config
+from megallama.config.schema import BatchConfig, Config, LrScheduleConfig, OptimizerConfig, current
 from megallama.data.sources import Data, open_sources
 from megallama.data.train_dataset import TrainDataset
 from megallama.kernels.select import Kernels
+from megallama.optim.lr import learning_rate
 from megallama.plan.plan import Plan
 from megallama.train.assemble import DTYPES, Worker, assemble, initialize, kernels_of, same_kernels
-from megallama.train.changes import changes
-from megallama.train.determinism import set_deterministic
-from megallama.train.health import TrainingStopped
 from megallama.train.log import Logger, human_count
-from megallama.train.peak import slow_format
-from megallama.train.progress import Progress
-from megallama.train.room import check_room, room
-from megallama.train.signals import SignalFlag
+from megallama.train.progress import Progress, TrainingStopped
+from megallama.train.signals import FAILED, SignalFlag
+from megallama.train.speed import slow_format
 from megallama.train.trace import StepTracer
 
-FAILED = 4  # exit status: something failed after steps had been made
-
 T = TypeVar("T")
+GIB = 2**30
+RankNeeds = tuple[str, int, int, dict[str, int]]  # host, bytes: certain, by estimate, `room`
+ORDER = ("data.train", "data.mixture_schedule", "data.synthetic", "train.seed", "batch.seq_length")
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,28 @@ class Setup:
             self.log.info(f"data source {name}: {used['epochs']:.4f} epochs, {tokens} used")
 
 
+def set_deterministic(on: bool) -> None:
+    """Allow only deterministic kernels, or any; an operation without one raises.
+
+    cuBLAS also needs CUBLAS_WORKSPACE_CONFIG=:4096:8 from the launcher, or torch says so.
+    """
+    if torch.are_deterministic_algorithms_enabled() != on:  # the call takes seconds: it imports a compiler
+        torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all buffers get written
+    torch.backends.cudnn.deterministic = on
+    torch.backends.cudnn.benchmark = False  # autotuning picks kernels by chance
+
+
 @contextmanager
 def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: SignalFlag) -> Iterator[Setup]:
     """Set up a run; within, its folder is locked, and an error is told to the other ranks."""
     progress = Progress(config)
     set_deterministic(config.train.deterministic)
     data = _on_all(world, "data", lambda: _open_data(config, log))
-    manager = _checkpoints(config, data, world, log)
+    assert config.checkpoint.folder is not None, "filled in when a configuration is loaded"
+    group, folder = world.host_group("checkpoint"), Path(config.checkpoint.folder)
+    tokenizer = data.tokenizer.path if data.tokenizer else None
+    manager = CheckpointManager(config, folder, group, tokenizer, log.info, marks=data.special_ids)
     _check_beginning(config, data, manager, world)
     warnings = [*_on_all(world, "memory", lambda: _check_room(plan, world)), *unusual(config)]
     kernels = _choose_kernels(config, plan, world, log)
@@ -94,33 +111,26 @@ def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: Signa
     except BaseException as error:
         if setup and (action := setup.worker.runtime.observer.action):
             log.note(f"this rank stood in {action} of its pipeline")
-        _give_up(error, config, progress, manager, world, log)
+        begun, not_finite = progress.step > progress.first_step, (TrainingStopped, NotFiniteError)
+        if isinstance(error, MegallamaError) and begun and not isinstance(error, not_finite):
+            error.status = FAILED
+        world.failed(error)  # first; then a save under way may end, if no rank has left
+        if manager.saving:
+            seconds = config.checkpoint.finish_seconds
+            log.info(f"{type(error).__name__}: {error}; the save under way may take up to {seconds:g} s more")
+            manager.wait(seconds, lambda: world.whole)
         raise
     finally:
         manager.release()
 
 
 def _check_beginning(config: Config, data: Data, manager: CheckpointManager, world: World) -> None:
-    """What a run that starts from the beginning asks for in vain is known before anything is made: by rank 0."""
+    """What a fresh start asks for in vain is known before anything is made: by rank 0."""
     starts = _on_all(world, "checkpoints", lambda: world.rank == 0 and manager.starts_fresh())
     _on_all(world, "data", lambda: starts and _last_step(config, data))
     if (path := config.checkpoint.weights_from) is not None:
         what = f"cannot load weights from {path}"
         _on_all(world, what, lambda: manager.check_weights(Path(path)) if starts else None)
-
-
-def _give_up(
-    error: BaseException, config: Config, progress: Progress, manager: CheckpointManager, world: World, log: Logger
-) -> None:
-    """The failure is told first; then a save under way may end, if all ranks still hold theirs."""
-    begun, not_finite = progress.step > progress.first_step, (TrainingStopped, NotFiniteError)
-    if isinstance(error, MegallamaError) and begun and not isinstance(error, not_finite):
-        error.status = FAILED
-    world.failed(error)
-    if manager.saving:
-        seconds = config.checkpoint.finish_seconds
-        log.info(f"{type(error).__name__}: {error}; the save under way may take up to {seconds:g} s more")
-        manager.wait(seconds, lambda: world.whole)
 
 
 def _on_all(world: World, what: str, work: Callable[[], T]) -> T:
@@ -147,13 +157,6 @@ def _check_room(plan: Plan, world: World) -> list[str]:
     memory = plan.memory(plan.topology.coords(world.rank)["pp"])
     own = (world.hosts[world.rank], memory.persistent, memory.total, room(world.device))
     return check_room(world.group.gather_values(own))
-
-
-def _checkpoints(config: Config, data: Data, world: World, log: Logger) -> CheckpointManager:
-    assert config.checkpoint.folder is not None, "filled in when a configuration is loaded"
-    group, folder = world.host_group("checkpoint"), Path(config.checkpoint.folder)
-    tokenizer = data.tokenizer.path if data.tokenizer else None
-    return CheckpointManager(config, folder, group, tokenizer, log.info, marks=data.special_ids)
 
 
 def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> Kernels:
@@ -221,3 +224,81 @@ def _check_ramp(config: Config, samples: int, ranks: int) -> None:
     rest = config.model_copy(update={"batch": config.batch.remaining(samples)})
     if problems := check(rest, ranks, need_data=False):
         raise ConfigError("; ".join(problems))
+
+
+def room(device: torch.device, root: Path = Path("/")) -> dict[str, int]:
+    """Bytes that this rank shares with others, by the name of what limits them."""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        return {f"{gpu.name} {gpu.uuid}": gpu.total_memory}
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {"physical memory": physical, **dict(_cgroups(root))}
+
+
+def _cgroups(root: Path) -> Iterator[tuple[str, int]]:
+    """The limits of this process's control group and of those around it, versions 1 and 2."""
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            top = root / ("sys/fs/cgroup/memory" if controllers else "sys/fs/cgroup")
+            at = top / path.lstrip("/")
+            for folder in [at, *at.parents]:
+                file = folder / ("memory.limit_in_bytes" if controllers else "memory.max")
+                with suppress(OSError, ValueError):  # a name of the host in a container; "max"
+                    if folder.is_relative_to(top):
+                        yield str(file), int(file.read_text())
+
+
+def check_room(needs: Sequence[RankNeeds]) -> list[str]:
+    """Warnings where an estimate exceeds a limit. Raises: ConfigError where certain needs do."""
+    warnings = []
+    limits = {(host, name, limit) for host, _, _, has in needs for name, limit in has.items()}
+    for host, name, limit in sorted(limits):
+        sharing = [(bytes_, most) for there, bytes_, most, has in needs if there == host and name in has]
+        certain, estimate = map(sum, zip(*sharing, strict=True))
+        has = f"{name} on {host} is {limit / GIB:.4g} GiB"
+        if certain > limit:
+            raise ConfigError(
+                f"the state of {counted(len(sharing), 'rank')} (weights, gradients, optimizer) takes exactly "
+                f"{certain / GIB:.4g} GiB, but {has}; use more machines, fewer ranks on each, or a smaller model"
+            )
+        if estimate > limit:
+            warnings.append(f"with activations {estimate / GIB:.4g} GiB are expected, but {has}: it may be killed")
+    return warnings
+
+
+def changes(saved: Mapping[str, Any], now: Config, step: int, samples: int) -> Iterator[str]:
+    """A line per setting that `saved` has otherwise, and what they do to learning rate and data."""
+    saved, default = current(saved), Config().model_dump(mode="json")
+    changed = []
+    for section, values in now.model_dump(mode="json").items():
+        for name, value in values.items():
+            was = saved.get(section, {}).get(name, default[section][name])  # may be newer than `saved`
+            if was != value:
+                changed.append(f"{section}.{name}")
+                yield f"{section}.{name} was {literal(was)} and is {literal(value)}"
+    try:
+        yield from _curve(saved, now, step)
+        was, size = (b.size_after(samples) for b in (BatchConfig(**saved["batch"]), now.batch))
+        if was != size:
+            yield f"the data come in the same order, but a step takes {size} samples instead of {was}"
+    except (ValidationError, KeyError, TypeError):
+        yield "an earlier version wrote the checkpoint: what this does to the learning rate is not known"
+    if keys := [key for key in changed if key in ORDER]:
+        yield f"the order of the data from step {step + 1} on is another one, by {', '.join(keys)}"
+
+
+def _curve(saved: Mapping[str, Any], now: Config, step: int) -> Iterator[str]:
+    optimizer, schedule = OptimizerConfig(**saved["optimizer"]), LrScheduleConfig(**saved["lr_schedule"])
+    end = max(now.train.steps, step + 1)
+    for n in range(step, end, max(1, (end - step) // 1000)):
+        was = learning_rate(n, optimizer, schedule)
+        will = learning_rate(n, now.optimizer, now.lr_schedule)
+        if was != will:
+            keep = ""
+            if schedule.decay_steps != now.lr_schedule.decay_steps:
+                keep = f"; write lr_schedule.decay_steps={schedule.decay_steps} to keep its end where it was"
+            yield f"the learning-rate curve is another one: step {n + 1} has {will:.3g} instead of {was:.3g}{keep}"
+            return

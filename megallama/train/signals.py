@@ -1,14 +1,12 @@
 """Signals that ask the run to stop, from the first line of the program to its last.
 
-Before training has begun nothing is worth saving: all ranks are told, and each process ends where
-it stands, whatever its main thread is waiting for.  Then a request is only noted, and the next
-step's consensus tells all ranks.  Once the exit status is known a repeated request changes it no more.
-Imports no torch: it is installed before that is.
+Before training nothing is worth saving: all ranks are told, and each process ends where it stands, whatever its main
+thread is waiting for.  Then a request is only noted, and the next step's consensus tells all ranks.
 """
 
 from __future__ import annotations
 
-import ctypes
+import ctypes  # and no torch, whose import takes seconds
 import os
 import signal
 import threading
@@ -19,20 +17,18 @@ from typing import Any, Literal
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 SAVED = 75  # exit status: stopped as asked, with everything saved there is; the same command continues
+FAILED = 4  # exit status: something failed after steps had been made
 _INSIST = (signal.SIGTERM, signal.SIGINT)  # a second one of these is obeyed at once
 
 
 class SignalFlag:
     """While installed, a signal of `SIGNALS` sets `received` instead of killing the process.
 
-    A second SIGTERM or SIGINT ends the process at once by that signal, even where the main thread
-    is stuck in a collective: a thread watches for it.  Launchers deliver one request twice in quick
-    succession (Slurm and torchrun both forward SIGTERM), so a second one counts only `patience`
-    seconds after the first.  SIGHUP stays ignored where it was (nohup).  Use as a context manager.
-    Outside the main thread, where Python cannot handle signals, it does nothing.
+    A second SIGTERM or SIGINT ends the process at once by that signal, even where the main thread is stuck in a
+    collective: a thread watches for it.  Outside the main thread it does nothing.
 
-    telling: seconds in which the other ranks can be told before training; then the process leaves
-    without them.
+    patience: seconds before a second one counts: Slurm and torchrun both forward one request.
+    telling: seconds in which the other ranks can be told before training; then the process leaves without them.
     """
 
     def __init__(self, patience: float = 2.0, telling: float = 6.0) -> None:
@@ -58,7 +54,7 @@ class SignalFlag:
         self._watcher.start()
         self._old_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self._old[number] = signal.signal(number, self._note)
         return self
 
@@ -103,11 +99,7 @@ class SignalFlag:
             return self.received.name if self.received else None
 
     def leaving(self, status: int, *, for_good: bool = False) -> None:
-        """What was to be done is done: whoever insists from here on gets this exit status.
-
-        for_good: the process ends with the flag, and the previous handlers do not come back to kill
-        it before.
-        """
+        """All is done: who insists gets this status; `for_good`: no handler comes back to kill before."""
         self.phase, self._status, self._for_good = "leaving", status, for_good
 
     def _note(self, number: int, frame: FrameType | None) -> None:

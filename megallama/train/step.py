@@ -1,4 +1,4 @@
-"""One training step and one evaluation: what happens between two batches, in order.
+"""One training step, and an evaluation: what happens between two batches, in order.
 
 forward and backward of all micro-batches   (the pipeline interpreter; gradients reduce under it)
 complete the gradient reduction
@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from megallama.config.errors import MegallamaError
+from megallama.data.loader import Loader
+from megallama.data.samples import Source
 from megallama.layers.batch import MicroBatch
 from megallama.plan.schedule import Schedule
 from megallama.train.assemble import Worker
+from megallama.train.metrics import Record
 from megallama.train.signals import SIGNALS
-from megallama.train.timers import Timers
+from megallama.train.speed import Timers
 
 
 @dataclass(frozen=True)
@@ -37,37 +43,19 @@ class RankStatus:
         return {"bad_ranks": 0.0, "late_ranks": float(self.late), "failed_ranks": float(self.failed), **signals}
 
 
-@dataclass(frozen=True)
 class StepConsensus:
-    """What all ranks know of a step, or of a batch of an evaluation, and the same on all of them.
+    """What all ranks know of a step, or of a batch of an evaluation of `tokens` counted tokens.
 
-    sums: over the ranks, by name: `loss` (of tokens) and `norm_squared`, both nan where any rank saw something
-    non-finite; `RankStatus.counts`; whatever else `rank_numbers` has.
+    sums: over the ranks, by name: `loss` of tokens and `norm_squared`, both nan where any is not finite;
+    `RankStatus.counts`; whatever else `rank_numbers` has.
     """
 
-    sums: Mapping[str, float]
-    tokens: int = 1  # counted tokens of the global batch
-    loss_scale: float = 1.0
-
-    @property
-    def failed(self) -> bool:
-        """A rank cannot go on: nothing was changed, and the step does not count."""
-        return self.sums["failed_ranks"] > 0
-
-    @property
-    def applied(self) -> bool:
-        """The optimizer runs. False: not finite on some rank, or one cannot go on."""
-        return not (self.sums["bad_ranks"] or self.failed)
-
-    @property
-    def loss(self) -> float:
-        """Mean over the counted tokens of the global batch [nats]."""
-        return self.sums["loss"] / self.tokens
-
-    @property
-    def grad_norm(self) -> float:
-        """Of the global gradient, before clipping."""
-        return math.sqrt(self.sums["norm_squared"]) / self.loss_scale
+    def __init__(self, sums: Mapping[str, float], tokens: int = 1, loss_scale: float = 1.0) -> None:
+        self.sums, self.tokens = sums, tokens
+        self.loss = sums["loss"] / tokens  # mean over the counted tokens of the global batch [nats]
+        self.grad_norm = math.sqrt(sums["norm_squared"]) / loss_scale  # of the global gradient, before clipping
+        self.failed = sums["failed_ranks"] > 0  # a rank cannot go on: the step does not count
+        self.applied = not (sums["bad_ranks"] or self.failed)  # the optimizer runs
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -86,10 +74,7 @@ class StepConsensus:
 
 
 def count_tokens(worker: Worker, batches: Sequence[MicroBatch], *, masked: bool) -> int:
-    """Tokens of the global batch whose loss counts: the divisor of loss and gradient.
-
-    masked: whether any rank may leave tokens out, which all ranks must answer in the same way.
-    """
+    """Tokens of the global batch whose loss counts; `masked`: any rank may leave some out."""
     assert masked or all(b.mask is None for b in batches), "masked tokens that the other ranks do not know of"
     counted = sum(b.num_counted for b in batches)
     if not masked:
@@ -111,8 +96,7 @@ def train_step(
 ) -> StepConsensus:
     """Train on this rank's micro-batches; `masked`: some of them, on any rank, may have masks.
 
-    `status` is asked as late as possible.  Where the loss or the gradient is not finite on any rank, or one has failed
-    and brings zeros for its batches, no rank changes anything.
+    `status` is asked late.  Where a rank has failed, or loss or gradient is not finite, nothing changes.
     """
     timers = timers or Timers()
     tokens = count_tokens(worker, batches, masked=masked)
@@ -133,10 +117,7 @@ def train_step(
 
 
 def rank_numbers(worker: Worker, loss_sum: Tensor, squares: Tensor) -> dict[str, Tensor]:
-    """This rank's addends, numbers on its device; more of them would stand in metrics.jsonl.
-
-    `TAGS` (metrics.py) names those that TensorBoard and wandb get.
-    """
+    """This rank's addends; more would stand in metrics.jsonl, and be drawn if named in its `TAGS`."""
     return {"loss": loss_sum if worker.counts_loss else torch.zeros_like(loss_sum), "norm_squared": squares}
 
 
@@ -146,26 +127,17 @@ def consensus(
     """The sum over all ranks of what each knows; the step's only wait for the device."""
     loss, squares = numbers["loss"], numbers["norm_squared"]
     finite = loss.isfinite() & squares.isfinite()
-    in_order = dict.fromkeys(("loss", "norm_squared"), 0.0) | status.counts()  # then others
-    values: dict[str, Tensor | float] = {**in_order, **numbers}
-    values |= {"loss": loss.where(finite, 0.0), "norm_squared": squares.where(finite, 0.0), "bad_ranks": ~finite}
-    packed = squares.new_zeros(len(values))
+    own = {"loss": loss.where(finite, 0.0), "norm_squared": squares.where(finite, 0.0), "bad_ranks": ~finite}
+    values: dict[str, Tensor | float] = {**own, **status.counts(), **numbers, **own}
+    packed = squares.new_zeros(len(values))  # in this order: the bits of a sum may depend on its place
     for place, value in enumerate(values.values()):
-        if isinstance(value, Tensor):
-            packed[place].copy_(value)
-        elif value:
-            packed[place].fill_(value)
+        if isinstance(value, Tensor) or value:
+            packed[place] = value
     worker.groups.world.all_reduce(packed).wait()
     sums = dict(zip(values, worker.read(packed), strict=True))
     if sums["bad_ranks"]:
         sums["loss"] = sums["norm_squared"] = math.nan
     return StepConsensus(sums, tokens, loss_scale)
-
-
-def ask_all(worker: Worker, status: RankStatus) -> StepConsensus:
-    """What all ranks want one another to know, without a step."""
-    nothing = torch.zeros((), dtype=torch.float64, device=worker.device)
-    return consensus(worker, {"loss": nothing, "norm_squared": nothing}, status)
 
 
 def evaluate_step(
@@ -176,3 +148,39 @@ def evaluate_step(
     with torch.no_grad():
         loss_sum = worker.runtime.run(schedule, batches)
     return consensus(worker, rank_numbers(worker, loss_sum, torch.zeros_like(loss_sum)), status(), tokens)
+
+
+def evaluate(
+    worker: Worker, source: Source, most: int | None, status: Callable[[bool], RankStatus]
+) -> tuple[Record | str, StepConsensus, MegallamaError | None]:
+    """Loss, tokens, seconds over the first `most` batches of held-out text; last consensus; own failure.
+
+    A last batch that is not full is padded with samples that do not count.  Where a rank wants to stop, all end, and
+    say how far they got.  status: of this rank, given whether its data failed.
+    """
+    started, config, plan = time.monotonic(), worker.plan.config, worker.plan
+    size = config.batch.global_batch_size
+    batches = min(most or source.num_sequences, -(-source.num_sequences // size))
+    dp = worker.groups.dp
+    count = config.batch.num_microbatches(size, dp.size)
+
+    def ids_of_step(batch: int) -> Sequence[Sequence[int]]:
+        return config.batch.sample_ids(batch * size, size, dp.size, dp.rank)
+
+    nothing = torch.zeros((), dtype=torch.float64, device=worker.device)
+    known = consensus(worker, {"loss": nothing, "norm_squared": nothing}, status(False))
+    total, tokens, done, failure, schedule = 0.0, 0, 0, None, plan.forward_schedule(count)
+    with Loader(
+        source.read, ids_of_step, stop_step=batches, num_samples=source.num_sequences, prefetch=0, device=worker.device,
+        name=source.name,
+    ) as loader:  # fmt: skip
+        while done < batches and not (known.stop_reason or known.failed):
+            micro_batches, failure = loader.next_or_zeros(count, config)
+            known = evaluate_step(worker, schedule, micro_batches, partial(status, failure is not None))
+            total, tokens, done = total + known.sums["loss"], tokens + known.tokens, done + 1
+    if known.failed or done < batches:
+        return f"after {done} of {batches} batches", known, failure
+    mean = total / tokens
+    bits = mean / math.log(2) / source.bytes_per_token if source.bytes_per_token else None
+    seconds = time.monotonic() - started
+    return {"loss": mean, "tokens": tokens, "seconds": seconds, "bits_per_byte": bits}, known, None

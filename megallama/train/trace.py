@@ -1,9 +1,7 @@
 """What really happened in a step: every action of the pipeline and every communication, by the clock.
 
 The file has the form in which a simulation is drawn.  A few barriers before the first traced step make the clocks of
-the ranks agree.  On a CPU readings are the host's.  On a GPU they are events on the stream of the
-kernels, read after the step: nothing is awaited for them, and what is called blocked is the time in which that stream
-stood still for a communication, not that of the host.
+the ranks agree.  On a GPU nothing waits for a reading; blocked is where its stream of kernels stood still.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from megallama.comm.groups import Groups
-from megallama.comm.recording import Tape, Timed, TimedCall
+from megallama.comm.recording import Tape, Timed
 from megallama.config.schema import Config
 from megallama.pipeline.runtime import Observer, PipelineRuntime
 from megallama.plan.schedule import Action, Schedule
@@ -29,11 +28,10 @@ CLOCK_SYNC_ROUNDS = 7  # barriers whose ends are compared: a rank may hear of so
 
 
 class Clock:
-    """Readings of the host's clock, or events on the device's stream; seconds between them."""
+    """Readings of the host's clock, or events on the GPU's stream; seconds between them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._device = device
+        self._cuda, self._device = device.type == "cuda", device
 
     def now(self) -> Any:
         if not self._cuda:
@@ -56,7 +54,9 @@ class StepTracer(Observer):
     def __init__(self, config: Config, groups: Groups, device: torch.device, log: Logger) -> None:
         self._log, self._tape, self._clock = log, Tape(), Clock(device)
         self._steps, self._folder = config.log.trace_steps or (0, -1), Path(config.run.folder) / "trace"
-        self.groups = _timed(groups, self._tape) if config.log.trace_steps else groups  # the ones to use
+        several = [] if self._steps[1] < 0 else [g for g in vars(groups).items() if getattr(g[1], "size", 1) > 1]
+        timed: dict[str, Any] = {name: Timed(group, self._tape) for name, group in several}
+        self.groups = replace(groups, **timed)  # the ones to use: those of several ranks write on the tape
         self._timings: list[list[Any]] = []  # of each action: start, input there, end
         self._syncs: list[Any] = []
         self._pending: list[tuple[int, Schedule, list[Any]]] = []
@@ -90,10 +90,11 @@ class StepTracer(Observer):
         self._tape.clock, runtime.observer = None, before
         at = self._clock.since(self._syncs[0])
         begin, stop = at(start), at(end)
-        flights = [
-            (f.axis, f"{f.op} {f.nbytes / 2**20:.3g} MiB", *_in_order(f, at, begin, stop)) for f in self._tape.calls
-        ]
-        for call in self._tape.calls:
+        flights = []
+        for call in self._tape.calls:  # what lies outside the step is put at its border
+            issued = (begin, begin) if call.issued is None else (at(call.issued), at(call.started))
+            ended = (stop, stop) if call.end is None else (at(call.waited), at(call.end))
+            flights.append((call.axis, f"{call.op} {call.nbytes / 2**20:.3g} MiB", *issued, *ended))
             call.issued = None  # of those that are still under way, the next step shows the rest
         self._tape.calls.clear()
         row = [[*map(at, self._syncs)], begin, stop, [[*map(at, times)] for times in self._timings], flights]
@@ -133,16 +134,3 @@ class StepTracer(Observer):
             self._log.warn(f"no trace of step {number}: {file} cannot be written: {error.strerror}")
         words = exposure(flights, len(rows), seconds)
         self._log.info(f"step {number}: {seconds * 1e3:.1f} ms, blocked in communication: {words}")
-
-
-def _timed(groups: Groups, tape: Tape) -> Groups:
-    """The same groups; those of several ranks write on the tape."""
-    wrap = {name: g for name, g in vars(groups).items() if name not in ("rank", "coords") and g.size > 1}
-    return Groups(**{**vars(groups), **{name: Timed(group, tape) for name, group in wrap.items()}})
-
-
-def _in_order(call: TimedCall, at: Callable[[Any], float], begin: float, end: float) -> list[float]:
-    """Issued, started, waited, end; what lies outside the step is put at its border."""
-    before, after = (begin, begin), (end, end)
-    issued = before if call.issued is None else (at(call.issued), at(call.started))
-    return [*issued, *(after if call.end is None else (at(call.waited), at(call.end)))]

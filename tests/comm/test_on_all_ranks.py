@@ -12,7 +12,7 @@ from megallama.comm.errors import InternalError, LaunchError, MachineError
 from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.config.errors import ConfigError, MegallamaError
 from megallama.data.errors import DataError
-from megallama.train.health import TrainingStopped
+from megallama.train.progress import TrainingStopped
 from tests.threads import run_threads
 
 

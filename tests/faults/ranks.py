@@ -137,4 +137,4 @@ def has_a_bad_disk() -> None:
 
 def has_no_file() -> None:
     load = importlib.import_module("megallama.config.load").load
-    _instead("megallama.pretrain", "load", lambda file, overrides, *rest: load(Path("/nope/my.toml"), overrides))
+    _instead("megallama.config.load", "load", lambda file, overrides, **rest: load(Path("/nope/my.toml"), overrides))

@@ -14,7 +14,6 @@ from unittest.mock import patch
 
 import torch
 
-import megallama.train.evaluate as evaluate_module
 import megallama.train.step as step_module
 from megallama.comm.launch import World
 from megallama.config.errors import MegallamaError
@@ -50,7 +49,7 @@ def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: s
     except MegallamaError as error:
         return {"error": str(error), "type": type(error).__name__, "status": error.status}
     finally:
-        evaluate_module.evaluate_step = evaluate_step
+        step_module.evaluate_step = evaluate_step
         log.close()
 
 
@@ -94,7 +93,7 @@ def _plant_in_evaluation(loop: TrainingLoop, kind: str, batches: set[int]) -> No
         data = loop.setup.data
         data = replace(data, valid=tuple(replace(source, read=_unreadable) for source in data.valid))
         loop.setup = replace(loop.setup, data=data)
-    evaluate_module.evaluate_step = faulty  # type: ignore[assignment]
+    step_module.evaluate_step = faulty  # type: ignore[assignment]
 
 
 def _break_reading(loop: TrainingLoop, step: int) -> None:

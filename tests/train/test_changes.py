@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megallama.pretrain import main
-from megallama.train.changes import changes
+from megallama.train.setup import changes
 from tests.faults.test_bad_input import GOOD
 from tests.pool import Pool
 from tests.small import small_config

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megallama.train.determinism import set_deterministic
+from megallama.train.setup import set_deterministic
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
-from megallama.train import gc_schedule as collect
-from megallama.train.gc_schedule import GcSchedule
+from megallama.train import loop
+from megallama.train.loop import gc_schedule
 from tests.pool import Pool
 
 
@@ -31,13 +33,13 @@ def restored() -> Iterator[None]:
 
 def test_only_at_the_interval() -> None:
     alive = []
-    with GcSchedule(3) as collector:
+    with gc_schedule(3) as collect:
         assert not gc.isenabled() and gc.get_freeze_count() > 0
         for number in range(1, 8):
             alive.append(weakref.ref(Cycle()))
             for _ in range(3000):
                 _ = [[] for _ in range(3)]  # enough new objects for Python's own collections
-            collector.step(number)
+            collect(number)
             left = sum(ref() is not None for ref in alive)
             assert left == number % 3, number
     assert gc.isenabled() and gc.get_freeze_count() == 0
@@ -45,14 +47,14 @@ def test_only_at_the_interval() -> None:
 
 def test_zero_leaves_it_to_python() -> None:
     before = gc.get_freeze_count()
-    with GcSchedule(0) as collector:
+    with gc_schedule(0) as collect:
         assert gc.isenabled() and gc.get_freeze_count() == before
-        collector.step(5)
+        collect(5)
 
 
 def test_what_was_off_stays_off() -> None:
     gc.disable()
-    with pytest.raises(ZeroDivisionError), GcSchedule(1):
+    with pytest.raises(ZeroDivisionError), gc_schedule(1):
         raise ZeroDivisionError
     assert not gc.isenabled() and gc.get_freeze_count() == 0
 
@@ -61,20 +63,21 @@ def collections(world: Any, folder: str, interval: int) -> list[int]:
     """The steps after which a run collects."""
     from tests.train import runs
 
-    seen, real = [], collect.gc.collect
+    seen, real = [], gc.collect
 
-    class Noted(GcSchedule):
-        def step(self, number: int) -> None:
-            collect.gc.collect = lambda *a: seen.append(number)  # type: ignore[assignment]
-            super().step(number)
-            collect.gc.collect = real
+    @contextmanager
+    def noted(interval: int) -> Iterator[Callable[[int], None]]:
+        with gc_schedule(interval) as collect:
 
-    before, runs_module = collect.GcSchedule, __import__("megallama.train.loop", fromlist=["x"])
-    runs_module.GcSchedule = Noted
-    try:
+            def step(number: int) -> None:
+                gc.collect = lambda *a: seen.append(number)  # type: ignore[assignment]
+                collect(number)
+                gc.collect = real
+
+            yield step
+
+    with patch.object(loop, "gc_schedule", noted):
         runs.run(world, folder, {"train": {"steps": 7, "gc_interval": interval}})
-    finally:
-        runs_module.GcSchedule = before
     return seen
 
 

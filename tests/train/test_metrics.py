@@ -18,9 +18,9 @@ import torch
 
 from megallama.config.schema import Config, LogConfig, RunConfig, TrainConfig
 from megallama.train.log import Logger
-from megallama.train.metrics import MetricsWriter, Record, line, peak_memory_bytes, rewind
+from megallama.train.metrics import MetricsWriter, Record, line, rewind
 from megallama.train.metrics import scalars as tags
-from megallama.train.report import Meter
+from megallama.train.speed import Meter, peak_memory_bytes
 
 STEP: Record = {
     "kind": "train",
@@ -114,12 +114,12 @@ def test_the_line_of_an_evaluation() -> None:
 
 
 def test_meter() -> None:
-    meter = Meter(ranks=4, flops_causal=600.0, flops_full=800.0, peak_flops=1e6, total_tokens=10_000)
+    meter = Meter(ranks=4, flops=(600.0, 800.0), peak_flops=1e6, total_tokens=10_000)
     first = meter.lap(tokens=1000, seconds=10.0, consumed_tokens=1000)
     assert (first["tokens_per_second"], first["tokens_per_second_per_rank"]) == (100, 25)
     assert (first["mfu_causal"], first["mfu_full"]) == pytest.approx((0.015, 0.02))
     assert (first["eta_seconds"], first["tokens"], first["step_seconds"]) == (90, 1000, 10.0)
-    blind = Meter(ranks=4, flops_causal=600.0, flops_full=800.0, peak_flops=None, total_tokens=10_000)
+    blind = Meter(ranks=4, flops=(600.0, 800.0), peak_flops=None, total_tokens=10_000)
     same = blind.lap(tokens=1000, seconds=10.0, consumed_tokens=1000)
     assert same == {**first, "mfu_causal": None, "mfu_full": None}
     second = meter.lap(tokens=1000, seconds=1.0, consumed_tokens=2000)
@@ -147,7 +147,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def written(out: MetricsWriter) -> None:
     """Return when the thread has written everything."""
     over = threading.Event()
-    out._queue.put(over.set)
+    out._thread.submit(over.set)
     assert over.wait(60)
 
 

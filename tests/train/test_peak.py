@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megallama.train.peak import known_peak, peak_flops, product_time_over_fp32, slow_format
+from megallama.train.speed import peak_flops, product_time_over_fp32, slow_format
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -32,12 +32,17 @@ ROOT = Path(__file__).parents[2]
         ("NVIDIA H200", torch.float64, False, 67),
     ],
 )
-def test_known_devices(name: str, dtype: torch.dtype, tf32: bool, tflops: float) -> None:
-    assert known_peak(name, dtype, tf32) == tflops * 1e12
+def test_known_devices(
+    name: str, dtype: torch.dtype, tf32: bool, tflops: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high" if tf32 else "highest")
+    assert peak_flops(torch.device("cuda"), dtype) == tflops * 1e12
 
 
-def test_an_unknown_device_is_unknown() -> None:
-    assert known_peak("NVIDIA GeForce RTX 4090", torch.bfloat16, False) is None
+def test_an_unknown_device_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) is None
 
 
 def test_given_comes_first_and_a_processor_is_not_known() -> None:
@@ -49,11 +54,11 @@ def test_given_comes_first_and_a_processor_is_not_known() -> None:
 def test_a_format_without_instructions_is_told_with_numbers(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megallama.train.peak.product_time_over_fp32", lambda dtype: 5.23)
+    monkeypatch.setattr("megallama.train.speed.product_time_over_fp32", lambda dtype: 5.23)
     said = f"this processor has no instructions for {name}: a matrix product takes 5.2 times as long as in fp32"
     assert slow_format(CPU, dtype) == said
     assert slow_format(CPU, torch.float32) == slow_format(torch.device("cuda"), dtype) == ""
-    monkeypatch.setattr("megallama.train.peak.product_time_over_fp32", lambda dtype: 0.5)
+    monkeypatch.setattr("megallama.train.speed.product_time_over_fp32", lambda dtype: 0.5)
     assert slow_format(CPU, dtype) == ""
 
 
@@ -66,7 +71,7 @@ def test_the_time_is_the_best_of_its_runs(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_without_bf16_instructions_it_is_measured_to_be_slow() -> None:
     """oneDNN told to leave such instructions alone stands for a processor that has none."""
-    code = "import torch; from megallama.train.peak import slow_format; torch.set_num_threads(2); "
+    code = "import torch; from megallama.train.speed import slow_format; torch.set_num_threads(2); "
     code += "print(slow_format(torch.device('cpu'), torch.bfloat16))"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)

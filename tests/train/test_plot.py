@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib.axes
 import pytest
 
-from megallama.train.plot import plot_loss, read_metrics, smooth
+from megallama.train.metrics import plot_loss, read_metrics, smooth
 
 
 def test_smooth_is_a_centred_mean() -> None:

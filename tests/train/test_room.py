@@ -11,9 +11,9 @@ from megallama.config.errors import ConfigError
 from megallama.config.load import load
 from megallama.config.rules import unusual
 from megallama.pretrain import main
-from megallama.train import room as room_module
-from megallama.train.health import HighLoss
-from megallama.train.room import GIB, check_room, room
+from megallama.train import setup as room_module
+from megallama.train.progress import HighLoss
+from megallama.train.setup import GIB, check_room, room
 from tests.faults.test_bad_input import GOOD, refused
 
 CPU = torch.device("cpu")

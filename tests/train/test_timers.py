@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megallama.train.timers import Timers
+from megallama.train.speed import Timers
 
 
 class Clock:
