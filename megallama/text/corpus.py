@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megallama.data.blocks import write_whole
 from megallama.data.errors import DataError
 from megallama.text.documents import RecordReader, place
 from megallama.text.losses import Losses
 
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
+FOLDERS = "site-packages|dist-packages|test|tests|idle_test|encodings|pydoc_data|__pycache__"
+LEFT_OUT = re.compile(f"config-|(.*/)?(_sysconfigdata|({FOLDERS})/)")
 MIN_BYTES = 100_000  # of the reader's own text
 MIN_DOCUMENTS, MAX_PIECE_BYTES = 64, 16_384  # the sizes into which long documents are cut follow from these
 
@@ -32,16 +34,13 @@ class Corpus:
     path: Path
     documents: int
     text_bytes: int
-    cut: bool  # max_bytes was reached and the rest left out
     skipped: tuple[str, ...]  # lines that tell what was left out, and why
 
 
-def build_corpus(
-    out: Path, max_bytes: int, text: Path | None = None, *, json_key: str = "text", stdlib: Path | None = None
-) -> Corpus:
+def build_corpus(out: Path, max_bytes: int, text: Path | None = None, *, stdlib: Path | None = None) -> Corpus:
     """Write at most `max_bytes` as JSON lines {"text", "source"}: the default corpus, or `text` (file, folder).
 
-    The same installation (or text) always gives the same bytes.
+    Each content stands there once. The same installation (or text) always gives the same bytes.
     Raises: DataError if the text is missing, empty, unreadable or too small to train on.
     """
     skipped, losses = list[str](), Losses()
@@ -54,49 +53,37 @@ def build_corpus(
     else:
         if not text.exists():
             raise DataError(f"{text} does not exist; TEXT takes a text file, a .jsonl file or a folder of them")
-        reader = RecordReader(losses.find([text], skipped.append), json_key=json_key)
+        reader = RecordReader(losses.find([text], skipped.append))
         if not reader.bytes_total:
             raise DataError(f"{text} is empty; give a file or folder with {MIN_BYTES:,} bytes of text or more")
-        documents = _own(reader, losses)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    try:
-        count, total, cut = _write(temporary, documents, max_bytes)
-        losses.check()
-        if text is not None and total < MIN_BYTES:
-            note = f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else ""
-            little = f"{text} holds {total:,} bytes of usable text{note}, too little to train on"
-            raise DataError(f"{little}; give {MIN_BYTES:,} bytes or more of UTF-8 text, as a file or a folder")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return Corpus(out, count, total, cut, (*skipped, *(losses.lines() if losses.skipped else [])))
-
-
-def _write(path: Path, documents: Iterable[tuple[str, str]], max_bytes: int) -> tuple[int, int, bool]:
-    """Write documents, each content once, until one does not fit: number, bytes, whether any is left."""
-    seen, total = set[bytes](), 0
-    with path.open("w", encoding="utf-8") as file:
-        for source, body in documents:
-            raw = body.encode("utf-8")
-            if total + len(raw) > max_bytes:
-                return len(seen), total, True
-            digest = hashlib.blake2b(raw, digest_size=16).digest()
-            if digest not in seen and body.strip():
-                seen.add(digest)
-                total += len(raw)
-                file.write(json.dumps({"text": body, "source": source}, ensure_ascii=False) + "\n")
-    return len(seen), total, False
+        size = min(MAX_PIECE_BYTES, max(1024, reader.bytes_total // MIN_DOCUMENTS))
+        documents = (
+            (f"{place(record)} part {number}", piece)
+            for record, body in losses.texts(reader)
+            for number, piece in enumerate(pieces(body, size))
+        )
+    sources, total = dict[str, str](), 0  # by content
+    for source, body in documents:
+        if (grown := total + len(body.encode())) > max_bytes:
+            break
+        if body not in sources and body.strip():
+            sources[body], total = source, grown
+    losses.check()
+    if text is not None and total < MIN_BYTES:
+        note = f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else ""
+        little = f"{text} holds {total:,} bytes of usable text{note}, too little to train on"
+        raise DataError(f"{little}; give {MIN_BYTES:,} bytes or more of UTF-8 text, as a file or a folder")
+    lines = (json.dumps({"text": body, "source": sources[body]}, ensure_ascii=False) for body in sources)
+    write_whole(out, "".join(line + "\n" for line in lines).encode())
+    return Corpus(out, len(sources), total, (*skipped, *(losses.lines() if losses.skipped else [])))
 
 
 def _modules(lib: Path, skipped: list[str]) -> Iterator[tuple[str, str]]:
     """The standard library's modules, ordered by a hash of their names: any part of it is a fair one."""
-    names = []
-    for path in (path.relative_to(lib) for path in lib.rglob("*.py")):
-        generated = path.name.startswith("_sysconfigdata") or path.parts[0].startswith("config-")
-        if not LEFT_OUT.intersection(path.parts) and not generated:
-            names.append(path.as_posix())
+    names = [path.relative_to(lib).as_posix() for path in lib.rglob("*.py")]
     for name in sorted(names, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest()):
+        if LEFT_OUT.match(name):
+            continue
         try:
             yield name, (lib / name).read_text("utf-8")
         except (UnicodeDecodeError, OSError) as error:
@@ -108,14 +95,6 @@ def _topics() -> Iterator[tuple[str, str]]:
         from pydoc_data.topics import topics
 
         yield from ((f"topic {name}", topics[name]) for name in sorted(topics))
-
-
-def _own(reader: RecordReader, losses: Losses) -> Iterator[tuple[str, str]]:
-    """The documents of the reader's text, cut to pieces that make at least MIN_DOCUMENTS."""
-    size = min(MAX_PIECE_BYTES, max(1024, reader.bytes_total // MIN_DOCUMENTS))
-    for record, body in losses.texts(reader):
-        where = place(record)
-        yield from ((f"{where} part {number}", piece) for number, piece in enumerate(pieces(body, size)))
 
 
 def pieces(text: str, size: int) -> Iterator[str]:
