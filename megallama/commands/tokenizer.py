@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from megallama.commands.parser import Parser, filled, main_of
 from megallama.commands.prepare import add_input_options
-from megallama.text.losses import Losses
+from megallama.text.inputs import Losses
 from megallama.text.progress import ByteProgress
 from megallama.text.train_tokenizer import train_tokenizer
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from megallama.data.blocks import write_whole
 from megallama.data.errors import DataError
 from megallama.text.documents import RecordReader, place
-from megallama.text.losses import Losses
+from megallama.text.inputs import Losses
 
 FOLDERS = "site-packages|dist-packages|test|tests|idle_test|encodings|pydoc_data|__pycache__"
 LEFT_OUT = re.compile(f"config-|(.*/)?(_sysconfigdata|({FOLDERS})/)")

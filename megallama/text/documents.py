@@ -6,6 +6,7 @@ JSON lines and plain text, each also as .gz or .zst, and Parquet.  `units` cuts 
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib
 import io
@@ -19,8 +20,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from megallama.data.errors import DataError
-from megallama.text.files import JSON_SUFFIXES, suffix_of
 
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+TEXT_SUFFIXES = (*".txt .text .md .rst .tex .py .c .h .cpp .hpp .java .js .ts .go .rs .sh".split(),)
+SUFFIXES = (*JSON_SUFFIXES, *TEXT_SUFFIXES, ".parquet")
+KINDS = (
+    f"JSON lines end in {' '.join(JSON_SUFFIXES)}, plain text in {' '.join(TEXT_SUFFIXES)}, both also with .gz or "
+    ".zst; Parquet in .parquet"
+)
 EMPTY = "empty text"
 HALVES = "half of a surrogate pair, which no text can hold, is U+FFFD now"
 TEXT_TYPE = re.compile("(large_)?(string|binary)(_view)?$|fixed_size_binary")  # of Parquet
@@ -30,6 +37,13 @@ BOM = b"\xef\xbb\xbf"
 _orjson: Any = None
 with suppress(ImportError):
     _orjson = importlib.import_module("orjson")
+
+
+@functools.lru_cache(1024)  # asked once per record
+def suffix_of(path: str | Path) -> str:
+    """The suffix that says what a file holds, without that of its compression."""
+    name = Path(path).name.lower()
+    return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
 
 
 class Record(NamedTuple):
@@ -155,16 +169,6 @@ def _decompressed(raw: BinaryIO, file: Path) -> BinaryIO:
     if kind == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
     return io.BufferedReader(_Zstd(raw, _library("zstandard", file)), 1 << 16) if kind == ".zst" else raw
-
-
-def head_of(file: str) -> bytes:
-    """The first 64 KiB of a file's content, or what can be read of them."""
-    head = b""
-    with suppress(OSError, EOFError, zlib.error, BadRecord), open(file, "rb") as raw:
-        stream = _decompressed(raw, Path(file))
-        while len(head) < CHUNK >> 4 and (more := stream.read(1024)):
-            head += more
-    return head
 
 
 class RecordReader:
@@ -320,3 +324,25 @@ def _text_of_json(line: str, key: str) -> str:
     if not isinstance(value[key], str):
         raise BadRecord(f'"{key}" is not a string', f"but a {type(value[key]).__name__}")
     return value[key]
+
+
+def seems(file: str) -> str:
+    """What a file that cannot be used seems to be instead of JSON lines or UTF-8; "" where nothing is seen."""
+    head = b""
+    with suppress(OSError, EOFError, zlib.error, BadRecord), open(file, "rb") as raw:
+        stream = _decompressed(raw, Path(file))
+        while len(head) < CHUNK >> 4 and (more := stream.read(1024)):
+            head += more
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
+        return "it is UTF-16 or UTF-32; convert it to UTF-8: iconv -f UTF-16 -t UTF-8"
+    text = head.decode("utf-8", "ignore").lstrip("\ufeff \t\r\n")
+    first = text.partition("\n")[0]
+    if suffix_of(file) not in JSON_SUFFIXES or not first:
+        return ""
+    if first[0] == "[":
+        return "it is a JSON array, not one object per line; convert it: jq -c '.[]'"
+    if first[0] == "{":
+        with suppress(ValueError, RecursionError):
+            return "" if json.loads(first) else ""
+        return "its JSON objects go over several lines, not one per line; convert it: jq -c ." if "\n" in text else ""
+    return "it seems to be a table (CSV), not JSON lines" if first.count(",") + first.count("\t") else ""

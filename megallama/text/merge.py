@@ -21,7 +21,7 @@ SUMS = ("documents", "tokens", "bytes")
 def merge(
     prefixes: Sequence[str | Path],
     output: str | Path,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> IndexedDataset:
     """Join pairs into OUTPUT.bin/.idx/.json, the bytes of preprocessing all the text at once, in bounded memory.
@@ -45,8 +45,7 @@ def merge(
                     tokens = dataset.read(int(starts[low]), int(starts[high] - starts[low]))
                     writer.add(tokens, np.diff(starts[low : high + 1]))
                     done += tokens.nbytes
-                    if progress:
-                        progress(done, total)
+                    progress(done, total)
     if all(metadata):
         skipped: Counter[str] = sum((Counter(each.get("skipped", {})) for each in metadata), Counter())
         own: dict[str, Any] = {key: sum(each.get(key, 0) for each in metadata) for key in SUMS}

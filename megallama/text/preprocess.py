@@ -24,8 +24,7 @@ from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for, str
 from megallama.data.tokenizer import Tokenizer, find_tokenizer, sha256_of
 from megallama.text.documents import MAX_DOCUMENT_BYTES, units
 from megallama.text.fast_encoder import load_fast_tokenizer
-from megallama.text.files import earlier_files
-from megallama.text.losses import Losses
+from megallama.text.inputs import Losses, earlier_files
 from megallama.text.shards import TextShard, WorkFolder, begun, folder_of
 from megallama.text.workers import Connection, Encoder, Progress, Task, WorkerPool
 
@@ -57,8 +56,7 @@ class Summary:
 def in_validation(numbers: np.ndarray, share: str | float | Fraction) -> np.ndarray:
     """Which document numbers (int64 [n]) belong to a validation split of `share`; bool [n].
 
-    Documents are dealt into consecutive groups of about 1/share; a hash of the group's number picks one of each: the
-    share is exact, and the answer depends on nothing but the number.
+    Of consecutive groups of about 1/share a hash of the group's number picks one document each: the share is exact.
     """
     p, q = Fraction(str(share)).limit_denominator(10**6).as_integer_ratio()
     group = numbers * p // q
@@ -75,13 +73,13 @@ def split_of(numbers: np.ndarray, valid: float, test: float) -> np.ndarray:
 
     What both hold out is chosen by `in_validation`, and then dealt between them in the same way.
     """
-    both, tests = Fraction(str(valid)) + Fraction(str(test)), np.zeros(len(numbers), bool)
-    if not both:
-        return np.zeros(len(numbers), np.int64)
+    which, both = np.zeros(len(numbers), np.int64), Fraction(str(valid)) + Fraction(str(test))
+    if both:
+        which[in_validation(numbers, both)] = 1
     if test:
         p, q = both.limit_denominator(10**6).as_integer_ratio()
-        tests = in_validation(numbers * p // q, Fraction(str(test)) / both)
-    return np.where(in_validation(numbers, both), 1 + tests, 0)
+        which[in_validation(numbers * p // q, Fraction(str(test)) / both) & (which > 0)] = 2
+    return which
 
 
 def preprocess(
@@ -218,7 +216,7 @@ class _Join:
         shards, now = self.shards, dict[Connection, Progress]()  # how far the processes are in what is unfinished
         done, size = sum(self.tasks[n].size for n in shards), sum(shard.token_bytes for shard in shards.values())
         for connection, message in pool.run([task for task in self.tasks if task.number not in shards], self._advance):
-            now[connection] = message if isinstance(message, Progress) else Progress(0, 0)
+            now[connection] = message if isinstance(message, tuple) else (0, 0)
             if isinstance(message, TextShard):
                 done, size = done + self.tasks[message.job].size, size + message.token_bytes
                 shards[message.job] = message

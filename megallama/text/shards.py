@@ -64,9 +64,10 @@ class TextShard:
                 self.faults.setdefault(record.file, str(error))
                 return None
             self.skipped[error.fault[0]] += 1
-            self.counts.setdefault(record.file, [0, 0, 0])[1 + (error.fault[0] == EMPTY)] += 1
-            if len(self.examples) < MAX_EXAMPLES:
+            counts = self.counts.setdefault(record.file, [0, 0, 0])
+            if len(self.examples) < MAX_EXAMPLES or not any(counts[1:]):  # every file has one, its reason
                 self.examples.append((record.file, record.line, record.origin, str(error)))
+            counts[1 + (error.fault[0] == EMPTY)] += 1
             return None
 
 
@@ -143,10 +144,7 @@ class WorkFolder(AbstractContextManager["WorkFolder"]):
         return found
 
     def read(self, shard: TextShard, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The documents of a shard, in pieces of about SPAN bytes: tokens [T], rows int32 [n, 2].
-
-        Raises: DataError at the end if the content is not what was written.
-        """
+        """The documents of a shard, about SPAN bytes at a time: tokens [T], rows int32 [n, 2]. Raises: DataError."""
         sums = [0, 0]
 
         def take(file: BinaryIO, kind: np.dtype, count: int, which: int) -> np.ndarray:

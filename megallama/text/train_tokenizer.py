@@ -17,7 +17,7 @@ from pathlib import Path
 from megallama.data.blocks import write_whole
 from megallama.data.errors import DataError
 from megallama.text.documents import RecordReader
-from megallama.text.losses import Losses
+from megallama.text.inputs import Losses
 
 LINE_CHARACTERS = 4096  # longer lines are cut; SentencePiece would silently leave them out
 SMALLEST = 3 + 256 + 1  # control pieces, bytes, and one piece
@@ -31,7 +31,7 @@ def train_tokenizer(
     json_key: str = "text",
     sample_bytes: int = 200_000_000,
     threads: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     losses: Losses | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
@@ -46,9 +46,8 @@ def train_tokenizer(
     if output.suffix != ".model":
         raise DataError(f"output {output} must end in .model")
     if vocab_size < SMALLEST:
-        raise DataError(
-            f"vocab_size={vocab_size} leaves no room beside 3 control and 256 byte pieces; use {SMALLEST} or more"
-        )
+        what = f"vocab_size={vocab_size} leaves no room beside 3 control and 256 byte pieces"
+        raise DataError(f"{what}; use {SMALLEST} or more")
     if sample_bytes < 1 or threads < 1:
         raise DataError(f"sample_bytes={sample_bytes}, threads={threads}; use 1 or more of each")
     import sentencepiece
@@ -91,18 +90,17 @@ def _explain(error: RuntimeError, vocab_size: int) -> DataError:
 
 
 def _lines(
-    reader: RecordReader, sample_bytes: int, progress: Callable[[int, int], None] | None, losses: Losses
+    reader: RecordReader, sample_bytes: int, progress: Callable[[int, int], None], losses: Losses
 ) -> Iterator[str]:
     """The lines of the sample, cut to a length SentencePiece takes.
 
-    It is the documents whose numbers have the smallest hashes: an even sample in one pass, with no more than
-    `sample_bytes` and a document in memory.
+    It is the documents whose numbers have the smallest hashes: an even sample in one pass, in bounded memory.
     """
     sample: list[tuple[int, int, bytes]] = []  # (-hash, number, text), the largest hash first
     size, limit = 0, 1 << 64
     for _, document in losses.texts(reader):
         number = losses.records - 1
-        if progress and number % 64 == 0:
+        if number % 64 == 0:
             progress(reader.bytes_done, reader.bytes_total)
         drawn = int.from_bytes(hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8).digest(), "little")
         if drawn >= limit:
@@ -113,8 +111,7 @@ def _lines(
         while size > sample_bytes and len(sample) > 1:
             drawn, _, text = heapq.heappop(sample)
             size, limit = size - len(text), -drawn
-    if progress:
-        progress(reader.bytes_total, reader.bytes_total)
+    progress(reader.bytes_total, reader.bytes_total)
     if not any(text.strip(b"\0\n") for _, _, text in sample):
         raise DataError("there is no text to train a tokenizer on in the given files")
     sample.sort(key=lambda entry: -entry[1])

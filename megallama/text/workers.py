@@ -47,21 +47,14 @@ class Task(NamedTuple):
     size: int  # bytes on disk
 
 
-class Progress(NamedTuple):
-    """How far a process is in its present task."""
-
-    bytes_done: int
-    token_bytes: int
-
-
+Progress = tuple[int, int]  # of a process in its present task: bytes read, bytes of tokens written
 class RankConnection:
-    """The line to another rank of an mpi4py communicator."""
+    """The line to another rank of an mpi4py communicator; sending does not wait for the arrival."""
 
     def __init__(self, comm: Any, rank: int) -> None:
         self._comm, self.rank, self._sent = comm, rank, list[Any]()
 
     def send(self, message: Any) -> None:
-        """Does not wait for its arrival."""
         self._sent = [request for request in self._sent if not request.test()[0]]
         self._sent.append(self._comm.isend(message, self.rank))
 
@@ -114,7 +107,7 @@ class Encoder:
                 block, held = [], 0
             if time.monotonic() > reported + REPORT_SECONDS:
                 reported = time.monotonic()
-                connection.send(Progress(reader.bytes_done, shard.token_bytes))
+                connection.send((reader.bytes_done, shard.token_bytes))
         self._write(block)
         return self._out.end()
 
@@ -132,12 +125,14 @@ class Encoder:
 
 def worker_main(connection: Connection, encoder: Encoder, process: int, tokenizer: Tokenizer | None = None) -> None:
     """Encode tasks until None comes, or the other end is gone; a fault is sent as text."""
+    if process and multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; the pipe then ends us
     try:
         encoder.start(process, tokenizer)
         while (task := connection.recv()) is not None:
             connection.send(encoder.encode(task, connection))
     except EOFError:
-        return
+        pass
     except Exception as error:
         text = str(error) if isinstance(error, MegallamaError) else f"a process failed:\n{traceback.format_exc()}"
         if isinstance(error, OSError):
@@ -154,11 +149,6 @@ def rank_main(comm: Any) -> None:
     connection.close()
 
 
-def _child(connection: PipeConnection, encoder: Encoder, process: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; the pipe then ends us
-    worker_main(connection, encoder, process)
-
-
 class WorkerPool(AbstractContextManager["WorkerPool"]):
     """All processes of a run, and a thread of this one; those on this node live as long as the `with` block."""
 
@@ -172,7 +162,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         spawn = multiprocessing.get_context("spawn")  # a fork could copy the locks of another thread
         for number in range(1, 1 if comm else processes):
             ours, theirs = spawn.Pipe()
-            child = spawn.Process(target=_child, args=(theirs, encoder, number), daemon=True)
+            child = spawn.Process(target=worker_main, args=(theirs, encoder, number), daemon=True)
             child.start()
             theirs.close()
             self._workers[ours] = child

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from megallama.data.errors import DataError
 from megallama.text import documents as readers
 from megallama.text.documents import BadRecord, Record, RecordReader, Unit, parse, place, units
-from megallama.text.files import Found
+from megallama.text.inputs import Found
 from megallama.text.preprocess import preprocess
 from tests.text.test_preprocess import documents
 from tests.words import text_of

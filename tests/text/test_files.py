@@ -11,9 +11,9 @@ import pytest
 
 from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset
-from megallama.text import losses
+from megallama.text import inputs as module_of_inputs
 from megallama.text import preprocess as module
-from megallama.text.files import Found, earlier_files
+from megallama.text.inputs import Found, earlier_files
 from megallama.text.preprocess import preprocess
 from megallama.text.train_tokenizer import train_tokenizer
 
@@ -140,7 +140,7 @@ def test_a_start_of_an_earlier_version_goes_on_with_its_own_list(
     if link:
         (folder / "linked").symlink_to(outside)
     with monkeypatch.context() as patch:  # the earlier version, up to its third part
-        patch.setattr(losses, "Found", Earlier)
+        patch.setattr(module_of_inputs, "Found", Earlier)
         ends: list[int] = []
         end = module.WorkFolder.read
 

@@ -18,7 +18,7 @@ import zstandard
 from megallama.data.errors import DataError
 from megallama.text import documents
 from megallama.text.documents import RecordReader
-from megallama.text.losses import Losses
+from megallama.text.inputs import Losses
 from megallama.text.preprocess import preprocess
 from megallama.text.train_tokenizer import train_tokenizer
 
