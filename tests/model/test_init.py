@@ -81,3 +81,27 @@ def test_any_rectangle_is_a_cut_of_the_whole() -> None:
     fill(part, Box("w", (41, 7), (54, 36)), (70, 50), 3, 0.02)
     assert torch.equal(part, whole[41:54, 7:36])
     assert abs(whole.std().item() - 0.02) < 0.001
+
+
+def by_hand(index: int, seed: int, name: str) -> float:
+    """One value in plain integers: the mixing function of Wellons (lowbias32), then Box and Muller's transform."""
+
+    def mix(x: int) -> int:
+        x = ((x ^ x >> 16) * 0x7FEB352D) % 2**32
+        x = ((x ^ x >> 15) * 0x846CA68B) % 2**32
+        return x ^ x >> 16
+
+    key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    k0, k1 = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
+    low, high = index % 2**32, index // 2**32
+    a = mix(mix(low ^ k0) ^ mix(high ^ k1) ^ k1)
+    b = mix(mix(a ^ low) ^ k0)
+    return math.sqrt(-2 * math.log((a + 0.5) / 2**32)) * math.cos(b * (2 * math.pi / 2**32))
+
+
+def test_values_are_those_of_the_first_version() -> None:
+    """A run that starts today from a seed starts where it would have started then."""
+    index = torch.tensor([0, 1, 2**33 + 5])
+    values = normal_at(index, 7, "lm_head.weight").tolist()
+    assert values == pytest.approx([0.13976706865700197, -0.5262532647548631, 0.3328443661834406], rel=1e-12)
+    assert values == pytest.approx([by_hand(i, 7, "lm_head.weight") for i in index.tolist()], rel=1e-12)
