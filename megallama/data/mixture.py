@@ -61,10 +61,11 @@ class Blend:
         blocks, slots = np.divmod(numbers, self.block_length)
         out = np.empty((2, len(numbers)), np.int64)
         for number in sorted(set(blocks.tolist())):
-            if self._block[0] != number:
-                self._block = (number, self._build(number))
+            block = self._block  # read once: another thread may ask for another block meanwhile
+            if block[0] != number:
+                block = self._block = (number, self._build(number))
             here = blocks == number
-            out[:, here] = self._block[1][:, slots[here]]
+            out[:, here] = block[1][:, slots[here]]
         return out
 
     def counts(self, n: int) -> list[int]:
