@@ -129,6 +129,11 @@ def rendezvous(star: Star, store: dist.Store, own: Arrival, address: str, second
     try:
         if own.rank == 0:
             verdict = _collect(star, own, seconds)
+            if not verdict[0]:
+                star.full = (
+                    f"{{stranger}} came to {address}, where all {own.world_size} ranks of a run have arrived already; "
+                    f"two runs share one address: give each run its own MASTER_PORT"
+                )
             star.post(ARRIVALS, verdict)
         else:
             verdict = star.receive(ARRIVALS, seconds + 30)[1]
@@ -137,7 +142,7 @@ def rendezvous(star: Star, store: dist.Store, own: Arrival, address: str, second
     problem, status, everyone = verdict
     if problem:
         refused = LaunchError(problem)
-        refused.shared, refused.status = True, status
+        refused.shared, refused.status = bool(everyone), status  # a stranger says it itself: rank 0 is not its own
         raise refused
     arrivals = [Arrival(**arrival) for arrival in everyone]
     star.names = {arrival.rank: arrival.name for arrival in arrivals}

@@ -24,9 +24,13 @@ from megallama.comm.errors import ContactLost
 
 ARRIVALS = "arrivals"  # to rank 0: who somebody is; from rank 0: its verdict
 _ENDS, _LEFT = "ends", "left"  # why the run ends, and its status; a rank whose connection ends
-CRASHED, SAVED = 1, 75  # exit statuses
+CRASHED, REFUSED, SAVED = 1, 2, 75  # exit statuses
 _LONGEST = 1 << 30  # bytes of a message
 _PATIENCE = 10.0  # seconds for the others to leave before rank 0 does
+
+
+def _line(about: str, value: Any) -> bytes:
+    return json.dumps([about, value]).encode() + b"\n"
 
 
 class Listener(Protocol):
@@ -48,6 +52,7 @@ class Star:
         self.left: list[int] = []  # ranks whose connections have ended, or are about to
         self._news: tuple[str, int] | None = None
         self._listener, self._quiet = listener, False
+        self.full = ""  # once all ranks are there: what {stranger} is told, who comes after them
         self._links: dict[asyncio.StreamWriter, int] = {}  # of a rank started twice there are two
         self._changed = threading.Condition()  # of messages, news, who left
         self._messages: defaultdict[str, deque[tuple[int, Any]]] = defaultdict(deque)
@@ -132,6 +137,11 @@ class Star:
         except (ValueError, KeyError, TypeError, AttributeError, OSError, asyncio.CancelledError):
             writer.close()
             return
+        if self.full:  # of another run, whose rank 0 did not get this port: it must not end this one when it leaves
+            text = self.full.format(stranger=f"rank {rank} ({arrival['host']})")
+            writer.writelines(_line(*message) for message in ((ARRIVALS, [text, REFUSED, []]), (_LEFT, self.rank)))
+            writer.close()
+            return
         self._links[writer] = rank
         writer.writelines(self._sent.values())
         self._keep(about, rank, arrival)
@@ -191,7 +201,7 @@ class Star:
             self._write(_LEFT, rank)
 
     def _write(self, about: str, value: Any) -> None:
-        line = json.dumps([about, value]).encode() + b"\n"
+        line = _line(about, value)
         if about in (ARRIVALS, _ENDS):
             self._sent[about] = line
         for writer in self._links:

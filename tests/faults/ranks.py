@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.faults.hosts import enter
 from tests.faults.test_bad_input import GOOD
 
 QUIET = [*GOOD, "precision.dtype=fp32", "log.tensorboard=false", "run.threads=1"]
@@ -22,24 +23,25 @@ class Ranks:
     """`size` processes that run `main`; rank `victim` calls the function `fault` of this file first.
 
     terminal: what they write to, instead of a file each; `controlling`: it is the one whose end is a SIGHUP.
+    hosts: where each of them runs, by the names of `tests.faults.hosts`; `env`: more of the environment.
     """
 
     def __init__(
         self, size: int, arguments: Sequence[str], folder: Path, fault: str = "", victim: int = 0, *,
-        terminal: str = "", controlling: bool = False,
+        terminal: str = "", controlling: bool = False, hosts: Sequence[str] = (), env: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "megallama.train.loop", "tests.faults.ranks"])
         with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+            self.port = server.getsockname()[1]
         self.outputs = [folder / f"out.{rank}" for rank in range(size)]
         self.processes = []
         given = [*QUIET, f"run.folder={folder / 'run'}", *arguments]
         for rank, output in enumerate(self.outputs):
-            env = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            planted = fault if rank == victim else ""
-            what = (given, env if size > 1 else {}, terminal or str(output), controlling, planted)
+            own = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port, **(env or {})}
+            planted, host = fault if rank == victim else "", hosts[rank] if hosts else ""
+            what = (given, own if size > 1 else {}, terminal or str(output), controlling, planted, host)
             self.processes.append(context.Process(target=_rank, args=what, daemon=True))
             self.processes[-1].start()
 
@@ -66,8 +68,10 @@ class Ranks:
         return self.outputs[rank].read_text(errors="replace") if self.outputs[rank].exists() else ""
 
 
-def _rank(arguments: list[str], env: dict[str, Any], output: str, controlling: bool, fault: str) -> None:
+def _rank(arguments: list[str], env: dict[str, Any], output: str, controlling: bool, fault: str, host: str) -> None:
     os.setsid()
+    if host:
+        enter(host)
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI", "RANK", "WORLD_"))]:
         del os.environ[name]
     os.environ.update({name: str(value) for name, value in env.items()})

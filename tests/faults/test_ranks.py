@@ -47,6 +47,20 @@ def test_a_signal_to_one_rank_before_training_ends_all_with_75(
     assert not list((tmp_path / "run").rglob("step-*")) and not list((tmp_path / "run").rglob("lock"))
 
 
+def test_a_second_run_at_the_address_of_a_first_is_refused_and_does_not_end_it(tmp_path: Path) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    first = Ranks(2, ["train.steps=1000000"], folders[0])
+    first.until("step 3/")
+    second = Ranks(2, ["run.init_timeout_seconds=20"], folders[1], env={"MASTER_PORT": first.port})
+    assert second.wait() == [2, 2]
+    assert f"port {first.port} of 127.0.0.1 is taken" in second.said(0)
+    assert f"error: rank 1 ({HOST}) came to 127.0.0.1, where all 2 ranks of a run have arrived" in second.said(1)
+    os.kill(first.processes[0].pid or 0, signal.SIGUSR1)
+    assert first.wait() == [75, 75]
+
+
 def test_a_storm_of_signals_during_and_after_the_save_still_ends_with_75(tmp_path: Path) -> None:
     ranks = Ranks(2, ["train.steps=1000000"], tmp_path)
     ranks.until("step 3/")

@@ -1,0 +1,92 @@
+"""Two hosts with a cable between them: what a run over a network meets. Skipped where network namespaces cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.hosts import Hosts, why_not
+from tests.faults.ranks import Ranks
+
+BOUND = ["run.timeout_seconds=3", "data.timeout_seconds=3", "run.io_timeout_seconds=8", "run.init_timeout_seconds=6"]
+ENDLESS = ["parallel.tp=2", "train.steps=1000000", *BOUND]
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    if reason := why_not():
+        pytest.skip(f"no network namespaces: {reason}")
+    with Hosts() as two:
+        yield two
+
+
+def over(hosts: Hosts, arguments: list[str], folder: Path, port: int = 29611, **env: str) -> Ranks:
+    """A run of a rank on each host."""
+    folder.mkdir(exist_ok=True)
+    where: dict[str, Any] = {"MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": port}
+    where |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GLOO_SOCKET_IFNAME": hosts.interface}
+    return Ranks(2, arguments, folder, hosts=hosts.names, env=where | env)
+
+
+def losses(folder: Path) -> list[float]:
+    records = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+def test_a_run_over_a_network_is_that_of_one_host(hosts: Hosts, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    assert over(hosts, ["parallel.tp=2", *BOUND], tmp_path / "two").wait() == [0, 0]
+    assert Ranks(2, ["parallel.tp=2"], tmp_path / "one").wait() == [0, 0]
+    assert losses(tmp_path / "two") == losses(tmp_path / "one") and len(losses(tmp_path / "two")) == 2
+
+
+@pytest.mark.parametrize("fault", ["cut", "lose_one_way"])
+def test_a_link_that_is_cut_ends_both_ranks(hosts: Hosts, tmp_path: Path, fault: str) -> None:
+    ranks = over(hosts, ENDLESS, tmp_path)
+    ranks.until("step 3/")
+    getattr(hosts, fault)()
+    began = time.monotonic()
+    assert ranks.wait(90) == [4, 4]
+    assert time.monotonic() - began < 60
+    assert "in group tp" in ranks.said(0) or "of group tp (ranks (0, 1))" in ranks.said(0)
+
+
+def test_a_host_that_is_gone_and_comes_back(hosts: Hosts, tmp_path: Path) -> None:
+    arguments = [*ENDLESS, "checkpoint.interval=2"]
+    ranks = over(hosts, arguments, tmp_path)
+    ranks.until("step-00000004 (")
+    hosts.cut()  # first: nobody hears of the death
+    os.kill(ranks.processes[1].pid or 0, signal.SIGKILL)
+    assert ranks.wait(90) == [4, -9]
+    hosts.mend()
+    again = over(hosts, [*arguments, "train.stop_after_steps=2"], tmp_path)
+    assert again.wait() == [75, 75]
+    assert "resumed after step" in again.said(0) and "quarantined" not in again.said(0)
+
+
+def test_a_name_that_does_not_resolve_is_said_by_every_rank_that_needs_it(hosts: Hosts, tmp_path: Path) -> None:
+    ranks = over(hosts, BOUND, tmp_path, MASTER_ADDR="no-such-host.invalid")
+    began = time.monotonic()
+    assert ranks.wait() == [2, 2]
+    assert time.monotonic() - began < 45
+    assert all("no-such-host.invalid:29611" in ranks.said(rank) for rank in range(2))
+
+
+def test_two_jobs_on_the_same_hosts(hosts: Hosts, tmp_path: Path) -> None:
+    first = over(hosts, ENDLESS, tmp_path / "a")
+    first.until("step 2/")
+    other = over(hosts, ["parallel.tp=2", *BOUND], tmp_path / "b", port=29612)
+    assert other.wait() == [0, 0]
+    same = over(hosts, ["parallel.tp=2", *BOUND], tmp_path / "c")  # the first one's port
+    assert same.wait() == [2, 2]
+    assert "port 29611" in same.said(0) and "is taken, perhaps by another run" in same.said(0)
+    assert f"error: rank 1 ({hosts.names[1]}) came to {hosts.addresses[0]}, where all 2 ranks" in same.said(1)
+    os.kill(first.processes[1].pid or 0, signal.SIGTERM)
+    assert first.wait() == [75, 75]
