@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from megallama.comm.group import Solo
-from megallama.comm.groups import Groups, build_groups
+from megallama.comm.group import Groups, Solo, build_groups
 from megallama.config.load import resolve
 from megallama.config.schema import Config
 from megallama.kernels.attention import Documents

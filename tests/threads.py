@@ -25,8 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.comm.group import Group, Handle, Op, Solo
-from megallama.comm.groups import Groups, build_groups
+from megallama.comm.group import Group, Groups, Handle, Op, Solo, build_groups
 from megallama.plan.topology import Topology
 
 _HALF = (torch.bfloat16, torch.float16)

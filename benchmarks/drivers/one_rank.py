@@ -21,8 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megallama.analysis.recording import FakeGroup  # noqa: E402
-from megallama.comm.group import Done, Group, Handle, Op, Solo  # noqa: E402
-from megallama.comm.groups import Partition, build_groups  # noqa: E402
+from megallama.comm.group import Done, Group, Handle, Op, Partition, Solo, build_groups  # noqa: E402
 from megallama.config.load import load  # noqa: E402
 from megallama.config.schema import Config  # noqa: E402
 from megallama.layers.batch import MicroBatch  # noqa: E402

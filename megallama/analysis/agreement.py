@@ -20,7 +20,7 @@ from itertools import zip_longest
 from typing import Any
 
 from megallama.analysis.recording import Call, Wait
-from megallama.comm.groups import Partition
+from megallama.comm.group import Partition
 from megallama.config.errors import MegallamaError
 
 Groups = Mapping[str, Partition]  # all groups by name

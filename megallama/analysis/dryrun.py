@@ -24,8 +24,7 @@ from torch.autograd import Function
 
 from megallama.analysis.agreement import Program, prove
 from megallama.analysis.recording import Call, FakeGroup, Recording, Wait
-from megallama.comm.group import Group, Solo
-from megallama.comm.groups import Partition, build_groups, partitions
+from megallama.comm.group import Group, Partition, Solo, build_groups, partitions
 from megallama.kernels.attention import Documents
 from megallama.kernels.select import select_kernels
 from megallama.layers.batch import MicroBatch

@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import re
+import resource
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,9 +26,7 @@ import torch.distributed as dist
 
 from megallama.comm.c10d import C10d
 from megallama.comm.errors import ContactLost, LaunchError
-from megallama.comm.group import Assembly, Group, Solo
-from megallama.comm.groups import Groups, Partition, build_groups
-from megallama.comm.limits import files_needed, raised_limit, too_many
+from megallama.comm.group import Assembly, Group, Groups, Partition, Solo, build_groups
 from megallama.comm.rendezvous import Arrival, open_store, port_file, rendezvous
 from megallama.comm.shared_memory import MAX_SHM_BYTES, SharedMemory
 from megallama.comm.star import CRASHED, Listener, Star, StarGroup
@@ -60,83 +59,69 @@ class Launch:
             )
 
 
+_NAMES = {  # launcher -> its variables for rank, ranks, rank on this node, ranks on this node
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "openmpi": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),  # last: the others inherit its variables
+}
+
+
 def detect_launch(env: Mapping[str, str] | None = None) -> Launch:
     """Read from `env` (default: this process's environment) how this process was started.
 
-    Slurm comes last: mpirun and torchrun inside an allocation inherit its variables.
     Raises: LaunchError for values that are no numbers and for what cannot be known.
     """
-    env = os.environ if env is None else env
-    if env.get("RANK") and env.get("WORLD_SIZE"):
-        return _torchrun(env)
-    if env.get("OMPI_COMM_WORLD_RANK"):
-        names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
-        return _mpi(env, "openmpi", names, env.get("PMIX_NAMESPACE", ""))
-    # srun --mpi=pmi2 sets PMI_RANK too, but not MPI_LOCALRANKID: that is Slurm's launch
-    if env.get("PMI_RANK") and (env.get("MPI_LOCALRANKID") or not env.get("SLURM_PROCID")):
-        return _mpi(env, "mpich", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"), "")
-    return _slurm(env) if env.get("SLURM_PROCID") else Launch()
-
-
-def _number(env: Mapping[str, str], name: str, default: int) -> int:
-    text = env.get(name) or str(default)
-    try:
-        return int(text)
-    except ValueError:
-        raise LaunchError(f"{name}={text!r} in the environment is not a number; unset it or correct it") from None
-
-
-def _torchrun(env: Mapping[str, str]) -> Launch:
-    rank, size = _number(env, "RANK", 0), _number(env, "WORLD_SIZE", 1)
-    return Launch(
-        rank, size, _number(env, "LOCAL_RANK", rank), _number(env, "LOCAL_WORLD_SIZE", size) == size, "torchrun",
-        master_addr=env.get("MASTER_ADDR") or "127.0.0.1", master_port=_number(env, "MASTER_PORT", 29500),
-        store_kept=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        attempt=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
-    )  # fmt: skip
-
-
-def _mpi(env: Mapping[str, str], launcher: str, names: Sequence[str], job: str) -> Launch:
-    """`names` of rank, size, local rank, local size; `job` is the same in all processes of the run."""
-    rank, size = _number(env, names[0], 0), _number(env, names[1], 1)
+    env = {name: value for name, value in (os.environ if env is None else env).items() if value}
+    # srun --mpi=pmi2 sets PMI_RANK too
+    sure = {"torchrun": "WORLD_SIZE" in env, "mpich": "MPI_LOCALRANKID" in env or "SLURM_PROCID" not in env}
+    launcher = next((name for name, (rank, *_) in _NAMES.items() if rank in env and sure.get(name, True)), "")
+    if not launcher:
+        return Launch()
+    names = _NAMES[launcher]
+    rank, size = _number(env, names[0], 0), _number(env, names[1] if names[1] in env else "SLURM_NTASKS", 1)
     local_rank, one_node = _number(env, names[2], rank), _number(env, names[3], size) == size
-    node = "127.0.0.1" if one_node else first_node(env.get("SLURM_JOB_NODELIST", ""))[0]
-    if not node and not env.get("MASTER_ADDR"):
+    node, key = "127.0.0.1", ""
+    job = env.get("PMIX_NAMESPACE", "") if launcher == "openmpi" else ""
+    if launcher == "slurm":
+        if size > 1 and "SLURM_STEP_ID" not in env:
+            raise LaunchError(
+                f"SLURM_NTASKS={size}, but srun did not start this process; in an sbatch script write "
+                f"'srun python -m megallama.pretrain ...', or --ntasks=1 for one rank"
+            )
+        node, one_node = first_node(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
+        job = "-".join(env.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+        key = f"slurm-{job}"
+    elif launcher != "torchrun":
+        node = first_node(env.get("SLURM_JOB_NODELIST", ""))[0]
+        key = f"{launcher}-{job or os.getppid()}"  # on one node all have one parent
+        job = job or env.get("SLURM_JOB_ID", "")
+    address = env.get("MASTER_ADDR", "127.0.0.1" if one_node else node)
+    if not address:
         raise LaunchError(
             f"mpirun started {size} ranks on several nodes and nothing says where rank 0 is; "
             f"set MASTER_ADDR to its host and MASTER_PORT to a free port there for every rank "
             f"({'-x MASTER_ADDR=host' if launcher == 'openmpi' else '-genv MASTER_ADDR host'})"
         )
-    address = _address(env, node, one_node, job or env.get("SLURM_JOB_ID", ""))
-    key = f"{launcher}-{job or os.getppid()}"  # on one node all have one parent
-    return Launch(rank, size, local_rank, one_node, launcher, socket.gethostname(), *address, key)
+    port = 29500
+    if key and one_node and "MASTER_ADDR" not in env:
+        port = 0
+    elif job:  # below the range from which the kernel hands out ports by itself
+        port = 20000 + int(hashlib.sha256(job.encode()).hexdigest(), 16) % 12000
+    return Launch(
+        rank, size, local_rank, one_node, launcher, key=key,
+        master_addr=address, master_port=_number(env, "MASTER_PORT", port),
+        store_kept=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
+    )  # fmt: skip
 
 
-def _slurm(env: Mapping[str, str]) -> Launch:
-    rank = _number(env, "SLURM_PROCID", 0)
-    size = _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
-    if size > 1 and not env.get("SLURM_STEP_ID"):
-        raise LaunchError(
-            f"SLURM_NTASKS={size}, but srun did not start this process; in an sbatch script write "
-            f"'srun python -m megallama.pretrain ...', or --ntasks=1 for one rank"
-        )
-    node, one_node = first_node(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "")
-    job = "-".join(env.get(name) or "0" for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
-    address = _address(env, "127.0.0.1" if one_node else node, one_node, job)
-    local_rank = _number(env, "SLURM_LOCALID", rank)
-    return Launch(rank, size, local_rank, one_node, "slurm", socket.gethostname(), *address, f"slurm-{job}")
-
-
-def _address(env: Mapping[str, str], node: str, one_node: bool, job: str) -> tuple[str, int]:
-    """MASTER_ADDR and MASTER_PORT as given; else the node of rank 0, and a port made from the job's name.
-
-    On one node the port may be 0: rank 0 publishes a free one.
-    """
-    addr = env.get("MASTER_ADDR") or node
-    if env.get("MASTER_PORT") or (one_node and not env.get("MASTER_ADDR")):
-        return addr, _number(env, "MASTER_PORT", 0)
-    # below the range from which the kernel hands out ports by itself
-    return addr, 20000 + int(hashlib.sha256(job.encode()).hexdigest(), 16) % 12000 if job else 29500
+def _number(env: Mapping[str, str], name: str, default: int) -> int:
+    text = env.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise LaunchError(f"{name}={text!r} in the environment is not a number; unset it or correct it") from None
 
 
 def first_node(nodelist: str) -> tuple[str, bool]:
@@ -398,3 +383,40 @@ def keep_memory() -> bool:
     mallopt = ctypes.CDLL("libc.so.6").mallopt
     no_mmap, no_trim, top_pad = mallopt(-4, 0), mallopt(-1, 2**31 - 1), mallopt(-2, 256 << 20)
     return bool(no_mmap and no_trim and top_pad)
+
+
+def raised_limit() -> int:
+    """The most files this process may have open, after the soft limit was raised to the hard one."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else 1 << 62
+
+
+def files_needed(
+    ranks: int, groups: Sequence[int], files: int, *, first: bool, store_host: bool, cuda: bool, shared: bool
+) -> dict[str, int]:
+    """Open files of a rank, by what they are for: every connection is one, and without room gloo ends the process.
+
+    groups: sizes of its process groups; files: of data and checkpoint; first: it is rank 0; store_host: of the store.
+    """
+    groups = [size for size in groups if size > 1]
+    return {
+        "open already": len(os.listdir("/proc/self/fd")),
+        "the store": 4 + ranks * (1 + cuda) * store_host,  # NCCL's groups connect with it once more
+        "connections with rank 0": 8 + (ranks if first else 1),
+        "NCCL, about": 64 * len(groups) * cuda,
+        "gloo": sum(size + 3 for size in groups) * (not cuda),
+        "shared memory": 2 * sum(groups) * (shared and not cuda),  # mmap keeps a second one
+        "data, checkpoints and logs": 8 + files,
+    }
+
+
+def too_many(need: Mapping[str, int], limit: int, where: str) -> str:
+    """What to do where the limit does not suffice; empty where it does."""
+    if (total := sum(need.values())) <= limit:
+        return ""
+    parts = ", ".join(f"{what} {count:,}" for what, count in need.items() if count)
+    return (
+        f"{where} will have {total:,} files open ({parts}), but its limit is {limit:,}; raise the hard limit of open "
+        f"files (ulimit -Hn; LimitNOFILE of the service that starts the ranks) to {total:,} or more"
+    )

@@ -1,8 +1,4 @@
-"""The learning rate as a pure function of the step: warm-up, then a shape, then the minimum.
-
-Everything is written in n = step + 1, the number of the update being made (1, 2, ...), so the first
-update already learns, update `warmup_steps` runs at the peak and update `decay_steps` at the minimum.
-"""
+"""The learning rate as a pure function of the step: warm-up, then a shape, then the minimum."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from megallama.config.schema import LrScheduleConfig, OptimizerConfig
 def learning_rate(step: int, optimizer: OptimizerConfig, schedule: LrScheduleConfig) -> float:
     """Learning rate of update `step` (counted from 0).
 
-    With n = step + 1, peak p and minimum m = min_ratio * p:
+    With n = step + 1, so that the first update already learns, peak p and minimum m = min_ratio * p:
 
     - warm-up, n <= warmup_steps: p n / warmup_steps
     - constant: p
@@ -29,12 +25,9 @@ def learning_rate(step: int, optimizer: OptimizerConfig, schedule: LrScheduleCon
         return optimizer.lr * n / warmup
     if schedule.kind == "constant":
         return optimizer.lr
-    end = schedule.decay_steps
-    assert end is not None, "decay_steps is filled in when a configuration is loaded"
-    start = warmup
+    start, end, length = warmup, schedule.decay_steps, schedule.wsd_decay_steps
+    assert end is not None and length is not None, "they are filled in when a configuration is loaded"
     if schedule.kind == "wsd":
-        length = schedule.wsd_decay_steps
-        assert length is not None, "wsd_decay_steps is filled in when a configuration is loaded"
         start = max(warmup, end - (length or end))
     x = 1.0 if n >= end else max(0.0, (n - start) / (end - start))
     above = (1 + cos(pi * x)) / 2 if schedule.kind == "cosine" else 1 - x

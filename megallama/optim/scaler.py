@@ -1,9 +1,7 @@
-"""Dynamic loss scaling for fp16 (Micikevicius et al. 2018): a state machine without tensors.
+"""Dynamic loss scaling for fp16 (Micikevicius et al. 2018), whose gradients below 6e-8 vanish.
 
-fp16 gradients below 6e-8 vanish, so the loss is multiplied by `scale` before the backward pass and
-the gradients are divided by it afterwards.  Too large a scale overflows: then the step is skipped
-and the scale halved; after a window of good steps it is doubled.  Every other format has the range
-of fp32, and the scaler is the identity.
+Too large a scale overflows: then the step is skipped and the scale halved; after a window of good
+steps it is doubled.  Every other format has the range of fp32, and the scaler is the identity.
 """
 
 from __future__ import annotations
@@ -16,10 +14,7 @@ MIN_SCALE, MAX_SCALE = 1.0, 2.0**24  # a scaled loss must stay far from the end 
 
 
 class LossScaler:
-    """`scale` multiplies the loss of the next step; `update` is told how the step went.
-
-    The state depends only on the sequence of `finite` flags, which all ranks share.
-    """
+    """`scale` multiplies the loss of the next step, and divides its gradients."""
 
     def __init__(self, config: PrecisionConfig) -> None:
         self.dynamic = config.dtype == "fp16"
@@ -28,9 +23,9 @@ class LossScaler:
         self._window = config.loss_scale_window
 
     def update(self, finite: bool) -> bool:
-        """Note a step; returns True if it overflowed and the next one runs with a smaller scale.
+        """Note a step; whether it overflowed, so that the next one runs with a smaller scale.
 
-        False after a step that was not finite means that no scale is to blame: the numbers are bad.
+        False after a step that was not finite: no scale is to blame, the numbers are bad.
         """
         if not self.dynamic:
             return False

@@ -1,30 +1,111 @@
-"""The sharded optimizer's step in three phases: reduce gradients, compute shards, gather weights.
+"""The sharded optimizer: gradients are reduced, shards computed, weights gathered.
 
 Each rank of dp_cp holds fp32 master weights and a rule's state of its shard of every bucket (ZeRO-1,
-Rajbhandari et al. 2020), updates them from the reduce-scattered gradients, casts the result into its
-range of the weights and all-gathers the bucket.  The gathers are awaited bucket by bucket when the
-next forward first reads a weight.
+Rajbhandari et al. 2020).  A bucket's gradients are reduce-scattered under the backward, once all its
+parameters have reported that theirs are done.  Which contributions are the last, the schedule says,
+so the order of the collectives is the same on every rank.  The updated masters are cast into the
+rank's range of the weights, and the bucket is all-gathered: the next forward waits for it where it
+first reads one of its weights.
 
 Where weights are fp32 (or fp64) already, the masters are the weights themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megallama.comm.groups import Groups
-from megallama.config.schema import OverlapConfig
-from megallama.kernels.optimizer import SumOfSquares
-from megallama.layers.param import FlatBuffers, Shard
-from megallama.optim.grad_sync import GradSync
-from megallama.plan.layout import Bucket
+from megallama.comm.group import Groups, Handle
+from megallama.config.schema import OptimizerConfig, OverlapConfig
+from megallama.kernels.optimizer import AdamWStep, SumOfSquares
+from megallama.layers.param import FlatBuffers, Param, Shard
+from megallama.plan.layout import Bucket, Segment
 
 # of this rank's range of one bucket: weights, grads, master, the rule's moments; and step
 Tensors = dict[str, Tensor]
+
+
+class GradSync:
+    """Sums the main gradients of one stage; this rank's shards hold the result."""
+
+    def __init__(self, buffers: FlatBuffers, groups: Groups, overlap: bool) -> None:
+        self.buffers = buffers
+        self._groups = groups
+        self._overlap = overlap
+        self._bucket_of = {p.spec.name: b for b in buffers.layout.buckets for p in b.params}
+        self._pending: dict[int, int] = {}
+        self._handles: dict[int, Handle] = {}
+        self._padding: list[Tensor] = []  # what no element of the model lies in
+        for bucket in buffers.layout.buckets:
+            start, stop = self.range_of(bucket)
+            edges = [start, *(at for s in self.segments(bucket) for at in (s.offset, s.offset + s.count)), stop]
+            self._padding += [buffers.grads[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+
+    def start_step(self) -> None:
+        """Nothing of this step has been reduced yet."""
+        for param in self.buffers.params.values():
+            param.overwrite = True
+        self._pending = {b.index: sum(p.spec.uses for p in b.params) for b in self.buffers.layout.buckets}
+
+    @contextmanager
+    def last_microbatch(self) -> Iterator[None]:
+        """Contributions in the ``with`` block are the last of their parameters."""
+        for param in self.buffers.params.values():
+            param.on_grad_done = self._grad_done
+        yield
+        for param in self.buffers.params.values():
+            param.on_grad_done = None
+
+    def finish(self) -> None:
+        """Return when this rank's shards hold the sums over all ranks."""
+        for bucket in self.buffers.layout.buckets:
+            if bucket.index not in self._handles:
+                self._reduce(bucket)
+        for handle in self._handles.values():
+            handle.wait()
+        self._handles.clear()
+        for gap in self._padding:  # a reduction may have left anything there
+            gap.zero_()
+        self._sum_copies()
+
+    def range_of(self, bucket: Bucket) -> tuple[int, int]:
+        """This rank's shard of a bucket, as a range of the flat buffers."""
+        return bucket.shard(self._groups.dp_cp.size, self._groups.dp_cp.rank)
+
+    def segments(self, bucket: Bucket) -> Iterator[Segment]:
+        """What of the model lies in this rank's shard of a bucket."""
+        return self.buffers.layout.segments(*self.range_of(bucket))
+
+    def _grad_done(self, param: Param) -> None:
+        bucket = self._bucket_of[param.spec.name]
+        self._pending[bucket.index] -= 1
+        assert self._pending[bucket.index] >= 0, f"{param.spec.name} contributed after its bucket was complete"
+        if self._pending[bucket.index] == 0 and self._overlap:
+            self._reduce(bucket)
+
+    def _reduce(self, bucket: Bucket) -> None:
+        full = self.buffers.grads[bucket.start : bucket.stop]
+        shard = self.buffers.grads[slice(*self.range_of(bucket))]
+        self._handles[bucket.index] = self._groups.dp_cp.reduce_scatter(shard, full)
+
+    def _sum_copies(self) -> None:
+        """All-reduce what several ranks hold, packed: it is small, and laid out alike on every rank of the group.
+
+        Norm weights over tp (under sequence parallelism), shared key/value heads over the ranks that hold them.
+        """
+        held = [s for bucket in self.buffers.layout.buckets for s in self.segments(bucket)]
+        for over, group in (("tp", self._groups.tp), ("kv", self._groups.kv)):
+            chosen = [s for s in held if s.part.sum_over == over]
+            if chosen and group.size > 1:
+                views = [self.buffers.grads[s.offset : s.offset + s.count] for s in chosen]
+                packed = torch.cat(views)
+                group.all_reduce(packed).wait()
+                for view, summed in zip(views, packed.split([s.count for s in chosen]), strict=True):
+                    view.copy_(summed)
 
 
 class Rule(Protocol):
@@ -36,17 +117,27 @@ class Rule(Protocol):
         """In place: update "master" and the moments from "grads" times `scale`; count "step" up."""
 
 
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2019) as `kernel` computes it."""
+
+    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, config: OptimizerConfig, kernel: AdamWStep) -> None:
+        self._config, self._kernel = config, kernel
+
+    def __call__(self, shards: Sequence[Tensors], lr: float, scale: float, decay: bool) -> None:
+        divisor = None if scale == 1.0 else shards[0]["grads"].new_full((), 1 / scale)
+        lists = [[shard[name] for shard in shards] for name in ("master", "grads", *self.moments, "step")]
+        self._kernel(lists, self._config, lr, self._config.weight_decay if decay else 0.0, divisor)
+
+
 class Update:
-    """What one rank does to the weights of all its stages in a step."""
+    """What one rank does to the weights of all its stages in a step: `reduce`, `compute`, `gather`."""
 
     def __init__(
-        self,
-        stages: Sequence[FlatBuffers],
-        groups: Groups,
-        overlap: OverlapConfig,
-        rule: Rule,
+        self, stages: Sequence[FlatBuffers], groups: Groups, overlap: OverlapConfig, rule: Rule,
         sum_of_squares: SumOfSquares,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.syncs = [GradSync(buffers, groups, overlap.grad_reduce) for buffers in stages]
         self._groups, self._rule, self._sum_of_squares = groups, rule, sum_of_squares
         self._overlap_gather = overlap.param_gather
@@ -75,8 +166,7 @@ class Update:
         for sync in self.syncs:
             sync.finish()
         self._sum_tied()
-        counted = [run for sync, bucket, _ in self._held for run in self._counted(sync, bucket)]
-        total = self._sum_of_squares(counted)
+        total = self._sum_of_squares([run for sync, bucket, _ in self._held for run in self._counted(sync, bucket)])
         return total.to(self.syncs[0].buffers.grads.device)
 
     def _sum_tied(self) -> None:
@@ -92,20 +182,20 @@ class Update:
     def _counted(self, sync: GradSync, bucket: Bucket) -> list[Tensor]:
         ranges: list[list[int]] = []
         for segment in sync.segments(bucket):
+            start, stop = segment.offset, segment.offset + segment.count
             if not segment.part.owner:
                 continue
-            if ranges and ranges[-1][1] == segment.offset:
-                ranges[-1][1] += segment.count
+            if ranges and ranges[-1][1] == start:
+                ranges[-1][1] = stop
             else:
-                ranges.append([segment.offset, segment.offset + segment.count])
+                ranges.append([start, stop])
         return [sync.buffers.grads[a:b] for a, b in ranges]
 
     def compute(self, lr: float, multiplier: float) -> None:
         """Apply the rule to this rank's shards; `multiplier` of gradients: clipping and loss scale."""
         self.wait()  # for what no forward has read: nothing is written that is being gathered
         for decay in (True, False):
-            shards = [tensors for _, bucket, tensors in self._held if bucket.decay is decay]
-            if shards:
+            if shards := [tensors for _, bucket, tensors in self._held if bucket.decay is decay]:
                 self._rule(shards, lr, multiplier, decay)
 
     def gather(self, *, overlap: bool = True) -> None:
@@ -115,7 +205,7 @@ class Update:
         """
         for sync in self.syncs:
             for bucket, tensors in reversed([(b, t) for s, b, t in self._held if s is sync]):
-                if tensors["master"].data_ptr() != tensors["weights"].data_ptr():
+                if tensors["master"] is not tensors["weights"]:
                     tensors["weights"].copy_(tensors["master"])
                 full = sync.buffers.weights[bucket.start : bucket.stop]
                 gather = sync.buffers.gathers[bucket.index]
@@ -130,22 +220,20 @@ class Update:
                 gather.wait()
 
     def shards(self, owned_only: bool) -> list[Shard]:
-        """What this rank holds of the state, as rectangles of the model's tensors.
+        """This rank's state as rectangles of the model's tensors.
 
         `owned_only` leaves out copies that another rank counts: together the ranks then hold every
-        element once.  The tensors are views: writing into them and calling `loaded` is how a
-        checkpoint, or the initial weights, are put in.
+        element once.  The tensors are views: a checkpoint, or the initial weights, are written into
+        them, and then `loaded` is called.
         """
-        names, out = ("master", *self._rule.moments), []
+        out = []
         for sync, bucket, tensors in self._held:
             start, _ = sync.range_of(bucket)
             for segment in sync.segments(bucket):
-                if owned_only and not segment.part.owner:
-                    continue
                 at = segment.offset - start
-                for box in segment.boxes():
+                for box in segment.boxes() if segment.part.owner or not owned_only else ():
                     rows = slice(at, at + box.numel)
-                    out.append(Shard(box, {name: tensors[name][rows] for name in names}))
+                    out.append(Shard(box, {name: tensors[name][rows] for name in ("master", *self._rule.moments)}))
                     at += box.numel
         return out
 

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.comm.groups import Groups
+from megallama.comm.group import Groups
 from megallama.config.errors import MegallamaError
 from megallama.config.schema import Config
 from megallama.kernels.select import Kernels, select_kernels
 from megallama.layers.linear import TensorParallel
 from megallama.layers.param import FlatBuffers
 from megallama.model.llama import Stage, fill
-from megallama.optim.adamw import AdamW
-from megallama.optim.update import Update
+from megallama.optim.update import AdamW, Update
 from megallama.pipeline.runtime import PipelineRuntime, StageCall, StageWork
 from megallama.plan.memory import stage_layout
 from megallama.plan.params import global_shapes, init_std

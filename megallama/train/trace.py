@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megallama.comm.groups import Groups
+from megallama.comm.group import Groups
 from megallama.comm.recording import Tape, Timed
 from megallama.config.schema import Config
 from megallama.pipeline.runtime import Observer, PipelineRuntime

@@ -13,7 +13,7 @@ import torch
 from megallama.analysis.agreement import Disagreement, Program, prove
 from megallama.analysis.dryrun import dry_run
 from megallama.analysis.recording import Call, Wait
-from megallama.comm.groups import partitions
+from megallama.comm.group import partitions
 from megallama.plan.plan import make_plan
 from tests.parity.matrix import Layout
 

@@ -13,7 +13,7 @@ import torch
 from megallama.analysis.communication import collectives, communication_table
 from megallama.analysis.dryrun import dry_run
 from megallama.analysis.recording import Call, Recording
-from megallama.comm.groups import Groups
+from megallama.comm.group import Groups
 from megallama.config.schema import Config
 from megallama.plan.plan import Plan, make_plan
 from megallama.train.assemble import DTYPES

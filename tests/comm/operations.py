@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from megallama.analysis.recording import Recording
-from megallama.comm.group import Group
-from megallama.comm.groups import partitions
-from megallama.comm.launch import World
-from megallama.comm.limits import files_needed
+from megallama.comm.group import Group, partitions
+from megallama.comm.launch import World, files_needed
 from megallama.comm.shared_memory import SharedMemory
 from megallama.plan.topology import Topology
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from megallama.comm.group import Solo
-from megallama.comm.groups import Groups, build_groups, partitions
+from megallama.comm.group import Groups, Solo, build_groups, partitions
 from megallama.plan.topology import Topology
 from tests.pool import Pool
 from tests.threads import run_threads

@@ -6,8 +6,8 @@ import resource
 
 import pytest
 
-from megallama.comm.groups import partitions
-from megallama.comm.limits import files_needed, raised_limit, too_many
+from megallama.comm.group import partitions
+from megallama.comm.launch import files_needed, raised_limit, too_many
 from megallama.plan.topology import Topology
 from tests.pool import Pool
 

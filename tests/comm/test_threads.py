@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megallama.comm.group import Group, Solo
-from megallama.comm.groups import Groups
+from megallama.comm.group import Group, Groups, Solo
 from megallama.plan.topology import Topology
 from tests.threads import ThreadGroup, run_threads
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megallama.comm.group import Solo
-from megallama.comm.groups import build_groups
+from megallama.comm.group import Solo, build_groups
 from megallama.kernels import select
 from megallama.kernels.candidate import Target, Unsupported
 from megallama.plan.plan import make_plan

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megallama.comm.group import Solo
-from megallama.comm.groups import build_groups
+from megallama.comm.group import Solo, build_groups
 from megallama.config.schema import Config
 from megallama.data.loader import Loader
 from megallama.data.samples import Samples

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megallama.analysis.recording import Call, Recording
-from megallama.comm.groups import Groups
+from megallama.comm.group import Groups
 from megallama.config.schema import Config
 from megallama.kernels.select import select_kernels
 from megallama.plan.plan import make_plan

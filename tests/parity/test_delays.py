@@ -13,8 +13,7 @@ from megallama.comm.group import Done, Handle
 from megallama.config.schema import Config
 from megallama.layers.linear import TensorParallel
 from megallama.layers.param import Gather
-from megallama.optim.grad_sync import GradSync
-from megallama.optim.update import Update
+from megallama.optim.update import GradSync, Update
 from megallama.pipeline.runtime import PipelineRuntime
 from megallama.plan.schedule import Action, Kind
 from megallama.train.assemble import Worker
