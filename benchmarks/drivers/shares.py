@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megallama.comm import c10d, shared_memory
+from megallama.comm import c10d
 from megallama.comm.launch import detect_launch, start
 from megallama.config.load import load
 from megallama.plan.plan import make_plan
@@ -63,13 +63,13 @@ def shares(events: Any, seconds: float) -> dict[str, float]:
 
 def mark_waits() -> None:
     """Let every wait for another rank appear among the profiled events."""
-    for handle in (c10d.Works, shared_memory._Pending):
+    plain = c10d.Works.wait
 
-        def wait(self: Any, plain: Any = handle.wait) -> None:
-            with record_function(WAIT):
-                plain(self)
+    def wait(self: Any) -> None:
+        with record_function(WAIT):
+            plain(self)
 
-        handle.wait = wait  # type: ignore[method-assign]
+    c10d.Works.wait = wait  # type: ignore[method-assign]
 
 
 class Profiled:

@@ -30,15 +30,15 @@ MESSAGE, PIECE, FREE_TAG = range(3)  # tags: send/recv of callers, pieces of our
 
 
 class Works:
-    """Handle of works of torch, and of what to do once they are done."""
+    """Handle of works of torch, and of what to do once they are done.
+
+    `limit`: the longest that a wait may last; empty leaves that to the process group.
+    """
 
     def __init__(
-        self, where: str, works: Sequence[Any], keep: Any, finish: Callable[[], Any] | None = None,
-        longest: timedelta | None = None,
-    ) -> None:  # fmt: skip
-        """`longest`: the longest that a wait may last; None leaves that to the process group."""
-        self._where, self._works, self._keep, self._finish = where, works, keep, finish
-        self._limit = () if longest is None else (longest,)
+        self, where: str, works: Sequence[Any], keep: Any, finish: Callable[[], Any] | None, limit: Sequence[timedelta]
+    ) -> None:
+        self._where, self._works, self._keep, self._finish, self._limit = where, works, keep, finish, limit
 
     def wait(self) -> None:
         try:
@@ -59,31 +59,27 @@ class Works:
         return self._finish is None and all(work.is_completed() for work in self._works)
 
 
-class _Sent:
+class _Sent(Future[None]):
     """Handle of a send over gloo, which says that it is over only to somebody who waits, and once.
 
     A thread per receiver waits, in order: else nobody could free what has arrived without waiting.
     """
 
-    def __init__(self, works: Works, queue: SimpleQueue[tuple[Works, Future[None]]]) -> None:
-        self._over: Future[None] = Future()
-        queue.put((works, self._over))
-
     def wait(self) -> None:
-        self._over.result()
+        self.result()
 
     def done(self) -> bool:
-        return self._over.done() and self._over.result() is None
+        return super().done() and self.result() is None
 
 
-def _wait_in_order(queue: SimpleQueue[tuple[Works, Future[None]]]) -> None:
+def _wait_in_order(queue: SimpleQueue[tuple[Works, _Sent]]) -> None:
     while True:
-        works, over = queue.get()
+        works, sent = queue.get()
         try:
             works.wait()
-            over.set_result(None)
+            sent.set_result(None)
         except RuntimeError as error:
-            over.set_exception(error)
+            sent.set_exception(error)
 
 
 class C10d:
@@ -98,23 +94,18 @@ class C10d:
     _direct_bytes = 1 << 20
 
     def __init__(
-        self,
-        process_group: dist.ProcessGroup,
-        name: str,
-        ranks: Sequence[int],
-        rank: int,
-        device: torch.device,
+        self, process_group: dist.ProcessGroup, name: str, ranks: Sequence[int], rank: int, device: torch.device,
         down: dist.ProcessGroup | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`rank` is the global rank of this process, one of the global `ranks`."""
         self.name, self.ranks = name, tuple(ranks)
         self.rank, self.size = self.ranks.index(rank), len(self.ranks)
         self.device = device
         self._pg, self._down = process_group, down or process_group
         self._direct = device.type == "cpu"
-        self._sends: dict[int, SimpleQueue[tuple[Works, Future[None]]]] = {}
+        self._sends: dict[int, SimpleQueue[tuple[Works, _Sent]]] = {}
         # gloo bounds messages by the time-out of the group's making; NCCL's waits may not block the host
-        self._longest: timedelta | None = None
+        self._limit: tuple[timedelta, ...] = ()
         if down is not None:
             self._connect_ring()
 
@@ -158,8 +149,7 @@ class C10d:
         return self._exchange("reduce_scatter", full, self._pieces(full), lambda parts: add_in_order(parts, flat))
 
     def send(self, tensor: Tensor, to: int, tag: int = MESSAGE) -> Handle:
-        self._check(tensor)
-        assert to != self.rank, f"{self.name}: rank {to} sends to itself"
+        self._check(tensor, peer=to)
         channel = self._down if to < self.rank else self._pg
         work = started(dist.isend, tensor, group=channel, group_dst=to, tag=tag)
         handle = self._handle(f"send to {self.ranks[to]}", [work], tensor)
@@ -168,11 +158,11 @@ class C10d:
         if to not in self._sends:
             self._sends[to] = SimpleQueue()
             threading.Thread(target=_wait_in_order, args=(self._sends[to],), daemon=True, name="gloo-sends").start()
-        return _Sent(handle, self._sends[to])
+        self._sends[to].put((handle, sent := _Sent()))
+        return sent
 
     def recv(self, tensor: Tensor, source: int, tag: int = MESSAGE) -> Handle:
-        self._check(tensor)
-        assert source != self.rank, f"{self.name}: rank {source} receives from itself"
+        self._check(tensor, peer=source)
         channel = self._down if self.rank < source else self._pg
         work = started(dist.irecv, tensor, group=channel, group_src=source, tag=tag)
         return self._handle(f"recv from {self.ranks[source]}", [work], tensor)
@@ -196,7 +186,7 @@ class C10d:
 
     def bound(self, timeout: timedelta) -> None:
         """Operations that start from here on fail after `timeout`."""
-        self._longest = timeout if self._direct else None
+        self._limit = (timeout,) if self._direct else ()
         for group in dict.fromkeys((self._pg, self._down)):
             if hasattr(group, "set_timeout"):
                 group.set_timeout(timeout)
@@ -207,14 +197,15 @@ class C10d:
         """Let go of the process groups: gloo closes its connections when nothing refers to them."""
         del self._pg, self._down
 
-    def _check(self, *tensors: Tensor) -> None:
+    def _check(self, *tensors: Tensor, peer: int = -1) -> None:
+        assert peer != self.rank, f"{self.name}: rank {peer} sends to itself, or receives from itself"
         for tensor in tensors:
             assert tensor.is_contiguous() and tensor.numel(), f"{self.name}: {tuple(tensor.shape)} empty or strided"
             assert tensor.dtype == tensors[0].dtype, f"{self.name}: {tensor.dtype} and {tensors[0].dtype}"
 
     def _handle(self, what: str, works: Sequence[Any], keep: Any, finish: Callable[[], Any] | None = None) -> Works:
         where = f"{what} of group {self.name} (ranks {self.ranks})"
-        return Works(where, works, keep, finish, self._longest)
+        return Works(where, works, keep, finish, self._limit)
 
     def _pieces(self, tensor: Tensor) -> list[Tensor]:
         return list(tensor.view(-1).chunk(self.size))

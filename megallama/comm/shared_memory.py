@@ -76,7 +76,7 @@ class _Segment:
 class SharedMemory(C10d):
     """A gloo group whose small operations go through shared memory once `connect` has succeeded."""
 
-    _limit = 0  # bytes of an operation above which it goes over gloo
+    _most_bytes = 0  # an operation of more goes over gloo
     _segments: Sequence[_Segment] = ()
 
     def connect(self, oversubscribed: bool, timeout: timedelta) -> str | None:
@@ -115,7 +115,7 @@ class SharedMemory(C10d):
         self._expected = [[0] * self.size for _ in range(_KINDS)]
         self._blocks: list[tuple[int, int, list[tuple[int, int]]]] = []  # place, end, its notices and their numbers
         self._seconds, self._spin = timeout.total_seconds(), 0.0 if oversubscribed else _SPIN
-        self._segments, self._limit = segments, MAX_SHM_BYTES
+        self._segments, self._most_bytes = segments, MAX_SHM_BYTES
         self._direct_bytes = MAX_SHM_BYTES
         return None
 
@@ -124,39 +124,26 @@ class SharedMemory(C10d):
         incoming: Sequence[Tensor] = (),
     ) -> Handle:  # fmt: skip
         own = outgoing[self.rank]
-        if self.size * own.nbytes > self._limit:
+        if self.size * own.nbytes > self._most_bytes:
             return super()._exchange(what, keep, outgoing, use, incoming)
         others = [r for r in range(self.size) if r != self.rank]
         for readers in [others] if outgoing[0] is outgoing[-1] else [[r] for r in others]:
             self._post(_TO_ALL, readers, outgoing[readers[0]])
-        due = self._due(_TO_ALL, others)
-
-        def finish() -> None:
-            use([own if r == self.rank else self._read(_TO_ALL, r, due[r], own) for r in range(self.size)])
-            self._release(_TO_ALL, due)
-
-        return self._handle(what, [], (keep, outgoing), finish)
+        return self._take(what, _TO_ALL, others, (keep, outgoing), own, use)
 
     def send(self, tensor: Tensor, to: int, tag: int = MESSAGE) -> Handle:
-        if tensor.nbytes > self._limit:
+        if tensor.nbytes > self._most_bytes:
             return super().send(tensor, to, tag)
-        self._check(tensor)
-        assert to != self.rank, f"{self.name}: rank {to} sends to itself"
+        self._check(tensor, peer=to)
         self._post(_TO_ONE, [to], tensor.view(-1))
         return Done()
 
     def recv(self, tensor: Tensor, source: int, tag: int = MESSAGE) -> Handle:
-        if tensor.nbytes > self._limit:
+        if tensor.nbytes > self._most_bytes:
             return super().recv(tensor, source, tag)
-        self._check(tensor)
-        assert source != self.rank, f"{self.name}: rank {source} receives from itself"
-        flat, due = tensor.view(-1), self._due(_TO_ONE, [source])
-
-        def finish() -> None:
-            flat.copy_(self._read(_TO_ONE, source, due[source], flat))
-            self._release(_TO_ONE, due)
-
-        return self._handle(f"recv from {self.ranks[source]}", [], tensor, finish)
+        self._check(tensor, peer=source)
+        flat, what = tensor.view(-1), f"recv from {self.ranks[source]}"
+        return self._take(what, _TO_ONE, [source], tensor, flat, lambda parts: flat.copy_(parts[source]))
 
     def bound(self, timeout: timedelta) -> None:
         self._seconds = timeout.total_seconds()
@@ -171,14 +158,8 @@ class SharedMemory(C10d):
                 self._ring(segment)
         for segment in self._segments:
             os.close(segment.file)
-        self._segments, self._limit = (), 0
+        self._segments, self._most_bytes = (), 0
         super().close()
-
-    def _due(self, kind: int, sources: Sequence[int]) -> dict[int, int]:
-        """The numbers of the notices that an operation starting now will read."""
-        for source in sources:
-            self._expected[kind][source] += 1
-        return {source: self._expected[kind][source] for source in sources}
 
     @torch.no_grad()
     def _post(self, kind: int, readers: Sequence[int], data: Tensor) -> None:
@@ -215,8 +196,25 @@ class SharedMemory(C10d):
     def _tag(self, kind: int, number: int) -> int:
         return FREE_TAG + number % (1 << 20) * _KINDS + kind
 
+    def _take(
+        self, what: str, kind: int, sources: Sequence[int], keep: Any, own: Tensor,
+        use: Callable[[Sequence[Tensor]], Any],
+    ) -> Handle:  # fmt: skip
+        """Give the next of every source to `use`, in rank order, `own` where nothing is read."""
+        for source in sources:
+            self._expected[kind][source] += 1
+        due = {source: self._expected[kind][source] for source in sources}
+
+        def finish() -> None:
+            use([self._read(kind, r, due[r], own) if r in due else own for r in range(self.size)])
+            for source, number in due.items():
+                segment = self._segments[source]
+                segment.words[segment.notice(kind, self.rank, number) + _READ] = number
+
+        return self._handle(what, [], keep, finish)
+
     def _read(self, kind: int, source: int, number: int, like: Tensor) -> Tensor:
-        """What `source` posted as this notice, where it lies: read only, until `_release`."""
+        """What `source` posted as this notice, where it lies: read only, and not once it is marked as read."""
         segment = self._segments[source]
         at = segment.notice(kind, self.rank, number)
         if segment.words[at + _NUMBER] != number:
@@ -229,11 +227,6 @@ class SharedMemory(C10d):
         data = torch.empty_like(like)
         super().recv(data, source, self._tag(kind, number)).wait()
         return data
-
-    def _release(self, kind: int, due: dict[int, int]) -> None:
-        for source, number in due.items():
-            segment = self._segments[source]
-            segment.words[segment.notice(kind, self.rank, number) + _READ] = number
 
     def _sleep_until(self, segment: _Segment, at: int, number: int, source: int) -> None:
         """Poll for a moment, then sleep until the bell rings; look now and then whether `source` lives.
