@@ -58,9 +58,9 @@ class Documents:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-    """torch's fused attention, with grouped key/value heads; documents are a mask of s * s booleans per sample."""
+    """torch's fused attention; documents are a mask of s * s booleans per sample."""
     visible, group = None if documents is None else documents.visible, q.shape[2] // k.shape[2]
-    if visible is not None and group > 1:  # no fused kernel of torch takes a mask and grouped heads together
+    if visible is not None and group > 1:  # no fused kernel takes both
         k, v, group = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), 1
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=group > 1)
@@ -118,7 +118,7 @@ def _blocks(length: int, documents: Documents | None) -> Iterator[tuple[slice, s
 
 
 def _heads_first(*parts: Tensor) -> tuple[Tensor, ...]:
-    """[b, s, heads, d] as contiguous [b * n, s, d], with n the heads of the first; fewer heads are repeated."""
+    """[b, s, heads, d] as contiguous [b * n, s, d], n the heads of the first; fewer are repeated."""
     n = parts[0].shape[2]
     repeated = (p if p.shape[2] == n else p.repeat_interleave(n // p.shape[2], 2) for p in parts)
     return tuple(p.transpose(1, 2).reshape(-1, p.shape[1], p.shape[3]) for p in repeated)
@@ -131,10 +131,10 @@ def _tokens_first(grad: Tensor, like: Tensor) -> Tensor:
     return (grouped.squeeze(2) if grouped.shape[2] == 1 else grouped.sum(2)).transpose(1, 2)
 
 
-def _probabilities(queries: Tensor, keys: Tensor, rows: slice, seen: slice, documents: Documents | None) -> Tensor:
-    """softmax of the scores [b n, r, e] of the queries `rows` over the keys `seen`, which end where the rows end."""
-    count, scale = rows.stop - rows.start, queries.shape[2] ** -0.5
-    scores = torch.baddbmm(queries.new_empty(()), queries[:, rows], keys[:, seen].transpose(1, 2), beta=0, alpha=scale)
+def _probabilities(q: Tensor, k: Tensor, rows: slice, seen: slice, documents: Documents | None) -> Tensor:
+    """softmax of the scores [b n, r, e] of the queries `rows` over the keys `seen`, which end where they end."""
+    count, scale = rows.stop - rows.start, q.shape[2] ** -0.5
+    scores = torch.baddbmm(q.new_empty(()), q[:, rows], k[:, seen].transpose(1, 2), beta=0, alpha=scale)
     future = torch.full((count, count), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
     scores[:, :, scores.shape[2] - count :].add_(future)  # far faster than masked_fill_ on a CPU
     if documents is not None:

@@ -7,8 +7,7 @@ All three GEMMs of a layer have one form, a @ b.T:
     wgrad    dW = dy.T @ x         matmul_nt(dy.T, x.T)
 
 Considered and left out: apex's fused dense layers (they keep outputs that our backward makes again),
-`te.Linear` under `te.autocast` (our linear layers are hand-written functions, so they call what it
-calls, quantizer and GEMM).
+`te.Linear` under `te.autocast` (our layers write their own backward, so they call what it calls).
 """
 
 from __future__ import annotations
@@ -220,11 +219,10 @@ def _te_fp8(target: Target) -> Gemms:
     quantizer = target.te_module("transformer_engine.pytorch.tensor.float8_tensor").Float8CurrentScalingQuantizer
     gemm = target.te_module("transformer_engine.pytorch.cpp_extensions").general_gemm
 
-    def make(kind: Any, columns: bool) -> Any:  # on Hopper only a transposed copy can be read by columns
-        return quantizer(kind, target.device, rowwise=True, columnwise=columns, force_pow_2_scales=True)
-
-    (rows4, columns4), (rows5, columns5) = (
-        (make(kind, False), make(kind, True)) for kind in (tex.DType.kFloat8E4M3, tex.DType.kFloat8E5M2)
+    rows4, columns4, rows5, columns5 = (  # on Hopper only a transposed copy can be read by columns
+        quantizer(kind, target.device, rowwise=True, columnwise=columns, force_pow_2_scales=True)
+        for kind in (tex.DType.kFloat8E4M3, tex.DType.kFloat8E5M2)
+        for columns in (False, True)
     )
     forward: dict[str, Any] = {"out_dtype": torch.bfloat16, "layout": "TN"}
     backward: dict[str, Any] = {"grad": True, "use_split_accumulator": True}

@@ -4,10 +4,9 @@ Backwards need nothing but the input of their forward: what else they read is fo
 own pass.  The private formulas are for torch.compile, which fuses them: all in the accumulation
 format, where the eager operations round between their steps.
 
-Considered and left out: Transformer Engine's fused RoPE (takes angles where ours are tables, writes
-a new tensor where ours rotates in place, and knows documents in another layout only), its cross
-entropy (all logits of a micro-batch at once, reduced over a process group of its own), and apex's
-(a second copy of the logits).
+Considered and left out: Transformer Engine's RoPE (takes angles where ours are tables, writes a new
+tensor where ours rotates in place, knows documents in another layout only), its cross entropy (all
+logits of a micro-batch at once, reduced over a group of its own), apex's (a copy of the logits).
 """
 
 from __future__ import annotations
