@@ -48,7 +48,7 @@ class StageWork:
 
     stage: StageCall
     queue: WeightGradQueue
-    last_gradients: Callable[[], AbstractContextManager[None]]  # around actions that form the last of a parameter
+    last_gradients: Callable[[], AbstractContextManager[None]]  # around actions that form them
 
 
 class PipelineRuntime:
@@ -76,8 +76,8 @@ class PipelineRuntime:
     def run(self, schedule: Schedule, inputs: Sequence[MicroBatch]) -> Tensor:
         """Execute this rank's actions; the sum of token losses (zero without the last stage)."""
         self._schedule, self._inputs = schedule, inputs
-        self._received: dict[tuple[Kind, int, int], tuple[Tensor, Handle]] = {}
-        self._outputs: dict[tuple[Kind, int, int], Tensor] = {}
+        # by who takes it (F or B, stage, micro-batch), also where that is another rank; a handle if it comes from one
+        self._values: dict[tuple[Kind, int, int], tuple[Tensor, Handle | None]] = {}
         self._graphs: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
         self._sends: list[Handle] = []
         self._loss: Tensor = torch.zeros((), dtype=torch.float64, device=self._hidden.device)
@@ -97,7 +97,7 @@ class PipelineRuntime:
 
     def _forward(self, action: Action) -> None:
         stage = self._work[action.stage].stage
-        x = self._take(Kind.RECV_F, action) if action.stage > 0 else None
+        x = self._take(Kind.F, action) if action.stage > 0 else None
         train = torch.is_grad_enabled()
         if x is not None and train:
             x.requires_grad_()
@@ -105,7 +105,7 @@ class PipelineRuntime:
         if action.stage == self._schedule.num_stages - 1:
             self._loss += out.detach()
         else:
-            self._outputs[Kind.F, action.stage, action.microbatch] = out.detach()
+            self._values[Kind.F, action.stage + 1, action.microbatch] = out.detach(), None
         if train:
             self._graphs[action.stage, action.microbatch] = (x, get_gradient_edge(out))
 
@@ -121,39 +121,39 @@ class PipelineRuntime:
         if action.stage == self._schedule.num_stages - 1:
             grad = torch.ones((), dtype=accumulate_dtype(self._hidden.dtype), device=self._hidden.device)
         else:
-            grad = self._take(Kind.RECV_B, action)
+            grad = self._take(Kind.B, action)
         torch.autograd.backward((edge,), (grad,))
         if x is not None:
             assert x.grad is not None
-            self._outputs[Kind.B, action.stage, action.microbatch] = x.grad
+            self._values[Kind.B, action.stage - 1, action.microbatch] = x.grad, None
             x.grad = None
 
     def _take(self, kind: Kind, action: Action) -> Tensor:
         """The value from the neighbouring stage: received, or left by it on this same rank."""
-        made_by, stage = (Kind.F, action.stage - 1) if kind is Kind.RECV_F else (Kind.B, action.stage + 1)
-        if self._schedule.owners[stage] == self._pp.rank:
-            return self._outputs.pop((made_by, stage, action.microbatch))
-        tensor, handle = self._received.pop((kind, action.stage, action.microbatch))
-        handle.wait()
-        self.observer.arrived()
-        return tensor
+        value, handle = self._values.pop((kind, action.stage, action.microbatch))
+        if handle is not None:
+            handle.wait()
+            self.observer.arrived()
+        return value
 
     def _send(self, action: Action) -> None:
-        made_by, to = (Kind.F, action.stage + 1) if action.kind is Kind.SEND_F else (Kind.B, action.stage - 1)
-        value = self._outputs.pop((made_by, action.stage, action.microbatch)).contiguous()
-        self._sends.append(self._pp.send(value, self._schedule.owners[to]))
+        kind, to = (Kind.F, action.stage + 1) if action.kind is Kind.SEND_F else (Kind.B, action.stage - 1)
+        value, _ = self._values.pop((kind, to, action.microbatch))
+        self._sends.append(self._pp.send(value.contiguous(), self._schedule.owners[to]))
 
     def _recv(self, action: Action) -> None:
-        source = self._schedule.owners[action.stage + (-1 if action.kind is Kind.RECV_F else 1)]
+        kind, source = (Kind.F, action.stage - 1) if action.kind is Kind.RECV_F else (Kind.B, action.stage + 1)
         buffer = torch.empty_like(self._hidden)
-        self._received[action.kind, action.stage, action.microbatch] = (buffer, self._pp.recv(buffer, source))
+        handle = self._pp.recv(buffer, self._schedule.owners[source])
+        self._values[kind, action.stage, action.microbatch] = buffer, handle
 
 
 def _last_gradients(actions: Sequence[Action]) -> frozenset[int]:
     """Positions in which the last gradients of a stage's parameters are formed.
 
-    The last B or W has those of the large weights, the last B or I the others.  Where the latter is a B before that W,
-    it is left out, for it would also announce the weights: the others are then reduced at the end of the step.
+    The last B or W has those of the large weights, the last B or I the others.  Where the latter is a
+    B before that W, it is left out, for it would also announce the weights: the others are then
+    reduced at the end of the step.
     """
     weights = {a.stage: i for i, a in enumerate(actions) if a.kind in (Kind.B, Kind.W)}
     others = {a.stage: i for i, a in enumerate(actions) if a.kind in (Kind.B, Kind.I)}
