@@ -182,6 +182,37 @@ def test_not_a_number_is_refused() -> None:
         operation.check(torch.nan, FP32)
 
 
+def test_the_reference_is_the_last_one_on_the_same_numbers_in_float64() -> None:
+    seen: dict[str, torch.Tensor] = {}
+
+    def results(made: str, target: Target) -> list[tuple[str, torch.Tensor]]:
+        seen[made] = target.random(5)
+        return [("x", seen[made]), ("y", seen[made])]
+
+    operation = Operation([], ("last", lambda target: "last"), results)
+    operation.check("made", BF16)
+    assert seen["made"].dtype == torch.bfloat16 and seen["last"].dtype == torch.float64
+    assert torch.equal(seen["made"].double(), seen["last"])
+    replace(operation, plain="plain").check("made", BF16)
+    assert torch.equal(seen["plain"], seen["last"])
+
+
+def test_every_result_has_its_tolerance() -> None:
+    def off_by(x: float, y: float) -> Operation:
+        both = {"last": (1.0, 1.0), "made": (1 + x, 1 + y)}
+        return Operation(
+            [],
+            ("last", lambda target: "last"),
+            lambda made, target: list(zip("xy", map(torch.tensor, both[made]), strict=True)),
+            (0.5, 0.1),
+        )
+
+    off_by(0.4, 0.05).check("made", FP32)
+    for x, y, wrong in ((0.6, 0.0, "x"), (0.4, 0.2, "y")):
+        with pytest.raises(Unsupported, match=f"{wrong} differs"):
+            off_by(x, y).check("made", FP32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", select.OPERATIONS)
 def test_every_implementation_that_this_machine_has_is_right(name: str, dtype: torch.dtype) -> None:
