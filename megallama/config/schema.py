@@ -1,14 +1,13 @@
 """Everything a user can set: one frozen pydantic model per section, one field per setting.
 
-The description of a field is its documentation: the configuration reference is generated from this
-file.  Units stand in square brackets at the end of a description.  A value of ``None`` means
-"derived from the others"; `megallama.config.load` fills every derived value in.
+The meaning of an option is its documentation: the configuration reference is generated from this file.  Units stand in
+square brackets at its end.  None means "derived from the others"; `megallama.config.load` fills every such value in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -21,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+T = TypeVar("T")
 RENAMED = {"data.at_max_epochs": "data.on_exhausted", "data.changes": "data.mixture_schedule"}
 REMOVED: dict[str, tuple[Any, str]] = {  # dotted key -> (its default, why no other value is possible any more)
     "precision.min_loss_scale": (1.0, "the loss scale of fp16 never falls below 1"),
@@ -28,6 +28,11 @@ REMOVED: dict[str, tuple[Any, str]] = {  # dotted key -> (its default, why no ot
 }
 LINEAR = {"kind": "wsd", "wsd_decay_steps": 0}
 """What lr_schedule.kind="linear" is now: the same curve to the bit, whatever its wsd_decay_steps said."""
+
+
+def option(default: T, meaning: str, **limits: Any) -> T:
+    """One setting; limits as pydantic has them."""
+    return Field(default, description=meaning, **limits)
 
 
 class Section(BaseModel):
@@ -39,64 +44,62 @@ class Section(BaseModel):
 class RopeScaling(Section):
     """LLaMA 3.1's frequency scaling of rotary embeddings; all four constants (Dubey et al. 2024, 3.2)."""
 
-    factor: PositiveFloat = Field(8.0, description="divisor of the low frequencies")
-    low_freq_factor: PositiveFloat = Field(1.0, description="wavelengths above original/this are fully scaled")
-    high_freq_factor: PositiveFloat = Field(4.0, description="wavelengths below original/this are kept")
-    original_max_position: PositiveInt = Field(8192, description="context of the model before scaling [tokens]")
+    factor: PositiveFloat = option(8.0, "divisor of the low frequencies")
+    low_freq_factor: PositiveFloat = option(1.0, "wavelengths above original/this are fully scaled")
+    high_freq_factor: PositiveFloat = option(4.0, "wavelengths below original/this are kept")
+    original_max_position: PositiveInt = option(8192, "context of the model before scaling [tokens]")
 
 
 class ModelConfig(Section):
     """The architecture. Give a preset, or the sizes, or a preset and the sizes that differ."""
 
-    preset: str | None = Field(None, description="name of a row of megallama/config/presets.py; other keys override it")
-    hidden_size: PositiveInt = Field(256, description="width h of the residual stream")
-    num_layers: PositiveInt = Field(4, le=10_000, description="number of transformer layers")
-    num_heads: PositiveInt = Field(4, description="number of query heads n")
-    num_kv_heads: PositiveInt | None = Field(None, description="number of key/value heads; default num_heads")
-    head_dim: PositiveInt | None = Field(None, description="size d of a head; default hidden_size / num_heads")
-    ffn_hidden_size: PositiveInt = Field(688, description="width f of the SwiGLU feed-forward network")
-    vocab_size: PositiveInt = Field(4096, description="number of token ids; the tokenizer's or more")
-    norm_eps: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
-    rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
-    rope_scaling: RopeScaling | None = Field(None, description="LLaMA 3.1 scaling of the rotary frequencies")
-    tie_embeddings: bool = Field(False, description="the output head is the embedding matrix")
-    init_std: PositiveFloat = Field(
-        0.02, description="standard deviation of initial weights; o_proj and down_proj use it / sqrt(2 num_layers)"
+    preset: str | None = option(None, "name of a row of megallama/config/presets.py; other keys override it")
+    hidden_size: PositiveInt = option(256, "width h of the residual stream")
+    num_layers: PositiveInt = option(4, "number of transformer layers", le=10_000)
+    num_heads: PositiveInt = option(4, "number of query heads n")
+    num_kv_heads: PositiveInt | None = option(None, "number of key/value heads; default num_heads")
+    head_dim: PositiveInt | None = option(None, "size d of a head; default hidden_size / num_heads")
+    ffn_hidden_size: PositiveInt = option(688, "width f of the SwiGLU feed-forward network")
+    vocab_size: PositiveInt = option(4096, "number of token ids; the tokenizer's or more")
+    norm_eps: PositiveFloat = option(1e-5, "epsilon of RMSNorm")
+    rope_theta: PositiveFloat = option(10000.0, "base of the rotary frequencies")
+    rope_scaling: RopeScaling | None = option(None, "LLaMA 3.1 scaling of the rotary frequencies")
+    tie_embeddings: bool = option(False, "the output head is the embedding matrix")
+    init_std: PositiveFloat = option(
+        0.02, "standard deviation of initial weights; o_proj and down_proj use it / sqrt(2 num_layers)"
     )
 
 
 class ParallelConfig(Section):
     """How the model is cut over ranks; dp is what remains of the number of ranks."""
 
-    tp: PositiveInt = Field(1, description="tensor parallel size [ranks]")
-    pp: PositiveInt = Field(1, description="pipeline parallel size [ranks]")
-    chunks: PositiveInt = Field(1, description="model chunks per pipeline rank (virtual stages); >1 interleaves")
-    sequence_parallel: bool = Field(True, description="shard norms and residuals over tp; no effect with tp=1")
-    schedule: Literal["gpipe", "1f1b", "zb-h1", "zb-h2", "zb-v", "v-half", "dualpipe-v", "csv"] = Field(
+    tp: PositiveInt = option(1, "tensor parallel size [ranks]")
+    pp: PositiveInt = option(1, "pipeline parallel size [ranks]")
+    chunks: PositiveInt = option(1, "model chunks per pipeline rank (virtual stages); >1 interleaves")
+    sequence_parallel: bool = option(True, "shard norms and residuals over tp; no effect with tp=1")
+    schedule: Literal["gpipe", "1f1b", "zb-h1", "zb-h2", "zb-v", "v-half", "dualpipe-v", "csv"] = option(
         "1f1b",
-        description="pipeline schedule; 1f1b with chunks>1 is interleaved 1F1B; zb-v, v-half and dualpipe-v want "
-        "chunks=2 and put stages r and 2pp-1-r on rank r; csv is your own",
+        "pipeline schedule; 1f1b with chunks>1 is interleaved 1F1B; zb-v, v-half and dualpipe-v want chunks=2 and "
+        "put stages r and 2pp-1-r on rank r; csv is your own",
     )
-    schedule_file: str | None = Field(
-        None, description="with schedule=csv: a line per pipeline rank with cells like F0.3,B1.2 or I1.2,W1.2"
+    schedule_file: str | None = option(
+        None, "with schedule=csv: a line per pipeline rank with cells like F0.3,B1.2 or I1.2,W1.2"
     )
-    stage_layers: tuple[NonNegativeInt, ...] | None = Field(
-        None, description="layers of each of the pp*chunks stages, in model order; default balanced by cost"
+    stage_layers: tuple[NonNegativeInt, ...] | None = option(
+        None, "layers of each of the pp*chunks stages, in model order; default balanced by cost"
     )
-    rank_order: str = Field("tp-cp-dp-pp", description="axes from fastest to slowest varying over ranks")
+    rank_order: str = option("tp-cp-dp-pp", "axes from fastest to slowest varying over ranks")
 
 
 class BatchConfig(Section):
     """Batch arithmetic. A sample is one sequence of seq_length tokens."""
 
-    global_batch_size: PositiveInt = Field(
-        32, le=10_000_000, description="samples per optimizer step over all ranks [sequences]"
-    )
-    micro_batch_size: PositiveInt = Field(4, description="samples per forward of one model replica [sequences]")
-    seq_length: PositiveInt = Field(256, description="tokens per sample; a preset brings its own default [tokens]")
-    ramp_start: PositiveInt | None = Field(None, description="first global batch size of the ramp-up [sequences]")
-    ramp_increment: PositiveInt | None = Field(None, description="growth of the global batch each time [sequences]")
-    ramp_samples: PositiveInt | None = Field(None, description="samples after which the ramp has ended [sequences]")
+    global_batch_size: PositiveInt = option(32, "samples per optimizer step over all ranks [sequences]", le=10_000_000)
+    micro_batch_size: PositiveInt = option(4, "samples per forward of one model replica [sequences]")
+    seq_length: PositiveInt = option(256, "tokens per sample; a preset brings its own default [tokens]")
+    ramp_start: PositiveInt | None = option(None, "first global batch size of the ramp-up [sequences]")
+    ramp_increment: PositiveInt | None = option(None, "growth of the global batch each time [sequences]")
+    ramp_samples: PositiveInt | None = option(None, "samples after which the ramp has ended [sequences]")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -151,62 +154,59 @@ class BatchConfig(Section):
 class PrecisionConfig(Section):
     """Number formats. Master weights, main gradients and reductions are fp32 (fp64 with dtype fp64)."""
 
-    dtype: Literal["bf16", "fp16", "fp32", "fp64"] = Field("bf16", description="format of weights and activations")
-    fp8: Literal["none", "tensorwise"] = Field(
-        "none", description="products of the layers' linear maps in fp8, one scale per tensor; GPUs from 8.9 on, bf16"
+    dtype: Literal["bf16", "fp16", "fp32", "fp64"] = option("bf16", "format of weights and activations")
+    fp8: Literal["none", "tensorwise"] = option(
+        "none", "products of the layers' linear maps in fp8, one scale per tensor; GPUs from 8.9 on, bf16"
     )
-    initial_loss_scale: float = Field(65536.0, ge=1, description="first loss scale of fp16")
-    loss_scale_window: PositiveInt = Field(1000, description="good steps before the loss scale of fp16 doubles [steps]")
+    initial_loss_scale: float = option(65536.0, "first loss scale of fp16", ge=1)
+    loss_scale_window: PositiveInt = option(1000, "good steps before the loss scale of fp16 doubles [steps]")
 
 
 class MemoryConfig(Section):
     """What is kept for the backward pass."""
 
-    recompute: Literal["none", "selective", "full"] = Field(
-        "selective",
-        description="none keeps 16h+6f bytes per token and layer in bf16, selective 12h+4f (no extra GEMM), full 2h",
+    recompute: Literal["none", "selective", "full"] = option(
+        "selective", "none keeps 16h+6f bytes per token and layer in bf16, selective 12h+4f (no extra GEMM), full 2h"
     )
-    loss_chunk_tokens: PositiveInt = Field(
-        512, description="tokens whose logits exist at once in the loss; fp32 logits exist for fewer [tokens]"
+    loss_chunk_tokens: PositiveInt = option(
+        512, "tokens whose logits exist at once in the loss; fp32 logits exist for fewer [tokens]"
     )
 
 
 class OverlapConfig(Section):
     """Communication under computation. Every switch gives bitwise the same result on or off."""
 
-    grad_reduce: bool = Field(True, description="reduce-scatter gradients under the last backward")
-    param_gather: bool = Field(True, description="all-gather parameters under the next forward")
-    tensor_parallel: bool = Field(True, description="tensor-parallel collectives under dgrad and wgrad GEMMs")
-    tensor_parallel_chunks: PositiveInt = Field(
-        1, description="pieces of a forward whose tensor-parallel collectives run under its GEMMs; 1 does not cut it"
+    grad_reduce: bool = option(True, "reduce-scatter gradients under the last backward")
+    param_gather: bool = option(True, "all-gather parameters under the next forward")
+    tensor_parallel: bool = option(True, "tensor-parallel collectives under dgrad and wgrad GEMMs")
+    tensor_parallel_chunks: PositiveInt = option(
+        1, "pieces of a forward whose tensor-parallel collectives run under its GEMMs; 1 does not cut it"
     )
-    bucket_mb: PositiveFloat = Field(64.0, description="size of a gradient bucket in fp32 [MiB]")
+    bucket_mb: PositiveFloat = option(64.0, "size of a gradient bucket in fp32 [MiB]")
 
 
 class OptimizerConfig(Section):
     """AdamW (Loshchilov & Hutter 2019) with the LLaMA paper's values; decay on matrices only."""
 
-    lr: PositiveFloat = Field(3e-4, description="peak learning rate")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
-    eps: PositiveFloat = Field(1e-8, description="epsilon of AdamW")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices")
-    clip_grad: float = Field(1.0, ge=0, description="global gradient norm above which gradients are scaled; 0 is off")
+    lr: PositiveFloat = option(3e-4, "peak learning rate")
+    beta1: float = option(0.9, "decay of the first moment", ge=0, lt=1)
+    beta2: float = option(0.95, "decay of the second moment", ge=0, lt=1)
+    eps: PositiveFloat = option(1e-8, "epsilon of AdamW")
+    weight_decay: NonNegativeFloat = option(0.1, "decoupled weight decay of matrices")
+    clip_grad: NonNegativeFloat = option(1.0, "global gradient norm above which gradients are scaled; 0 is off")
 
 
 class LrScheduleConfig(Section):
     """Learning rate over steps."""
 
-    kind: Literal["cosine", "constant", "wsd"] = Field("cosine", description="shape after warm-up")
-    warmup_steps: int = Field(
-        2000, ge=0, description="linear warm-up; where it is not given at most a tenth of decay_steps [steps]"
+    kind: Literal["cosine", "constant", "wsd"] = option("cosine", "shape after warm-up")
+    warmup_steps: int = option(
+        2000, "linear warm-up; where it is not given at most a tenth of decay_steps [steps]", ge=0
     )
-    decay_steps: PositiveInt | None = Field(
-        None, description="step at which the minimum is reached; default train.steps [steps]"
-    )
-    min_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate / peak")
-    wsd_decay_steps: NonNegativeInt | None = Field(
-        None, description="length of wsd's linear decay; 0 is all after warm-up, default a tenth of decay_steps [steps]"
+    decay_steps: PositiveInt | None = option(None, "step at which the minimum is reached; default train.steps [steps]")
+    min_ratio: float = option(0.1, "final learning rate / peak", ge=0, le=1)
+    wsd_decay_steps: NonNegativeInt | None = option(
+        None, "length of wsd's linear decay; 0 is all after warm-up, default a tenth of decay_steps [steps]"
     )
 
 
@@ -214,16 +214,14 @@ class SourceConfig(Section):
     """One tokenized corpus."""
 
     path: str = Field(description="prefix of a .bin/.idx pair")
-    weight: NonNegativeFloat = Field(1.0, description="share of the samples, relative to the other sources")
-    name: str | None = Field(
-        None, description="what logs and data.mixture_schedule call it; default the last part of path"
+    weight: NonNegativeFloat = option(1.0, "share of the samples, relative to the other sources")
+    name: str | None = option(None, "what logs and data.mixture_schedule call it; default the last part of path")
+    documents: tuple[float, float] = option(
+        (0.0, 1.0), "use only the documents from this share of the corpus to that one"
     )
-    documents: tuple[float, float] = Field(
-        (0.0, 1.0), description="use only the documents from this share of the corpus to that one"
-    )
-    max_epochs: PositiveFloat | None = Field(None, description="most passes over the corpus; default: no limit")
-    num_tokens: PositiveInt | None = Field(
-        None, description="size of the corpus, for a plan made where its files are not [tokens]"
+    max_epochs: PositiveFloat | None = option(None, "most passes over the corpus; default: no limit")
+    num_tokens: PositiveInt | None = option(
+        None, "size of the corpus, for a plan made where its files are not [tokens]"
     )
 
     @property
@@ -242,111 +240,107 @@ class MixtureChange(Section):
 class DataConfig(Section):
     """Where samples come from."""
 
-    train: tuple[SourceConfig, ...] = Field((), description="training sources: a path, a list of paths, or tables")
-    mixture_schedule: tuple[MixtureChange, ...] = Field(
-        (), description="later weights of the training sources, by step"
+    train: tuple[SourceConfig, ...] = option((), "training sources: a path, a list of paths, or tables")
+    mixture_schedule: tuple[MixtureChange, ...] = option((), "later weights of the training sources, by step")
+    on_exhausted: Literal["error", "stop"] = option(
+        "error", "a run that would pass a source's max_epochs is refused, or stops before that step"
     )
-    on_exhausted: Literal["error", "stop"] = Field(
-        "error", description="a run that would pass a source's max_epochs is refused, or stops before that step"
+    valid: tuple[SourceConfig, ...] = option((), "validation sources, each evaluated alone; default: none")
+    test: tuple[SourceConfig, ...] = option((), "sources evaluated once, in full, after the last step")
+    document_mask: bool = option(
+        False, "attention and positions begin at every document; default: samples run across documents"
     )
-    valid: tuple[SourceConfig, ...] = Field((), description="validation sources, each evaluated alone; default: none")
-    test: tuple[SourceConfig, ...] = Field((), description="sources evaluated once, in full, after the last step")
-    document_mask: bool = Field(
-        False, description="attention and positions begin at every document; default: samples run across documents"
+    tokenizer: str | None = option(
+        None, "SentencePiece .model, tokenizer.json, or GPT-2 vocab.json; kept in every checkpoint"
     )
-    tokenizer: str | None = Field(
-        None, description="SentencePiece .model, tokenizer.json, or GPT-2 vocab.json; kept in every checkpoint"
+    eos_token: str | None = option(
+        None, "token that ends a document; default: what the sources record, else what the tokenizer says"
     )
-    eos_token: str | None = Field(
-        None, description="token that ends a document; default: what the sources record, else what the tokenizer says"
-    )
-    synthetic: bool = Field(False, description="random tokens instead of data.train (speed measurements)")
-    checksums: bool = Field(
-        True, description="compare every 64 KiB of a source with its PREFIX.sums when it is first read"
-    )
-    prefetch: int = Field(2, ge=0, description="batches prepared ahead in the background [batches]")
-    timeout_seconds: PositiveFloat = Field(60.0, description="wait for a batch before the loader is declared stuck [s]")
+    synthetic: bool = option(False, "random tokens instead of data.train (speed measurements)")
+    checksums: bool = option(True, "compare every 64 KiB of a source with its PREFIX.sums when it is first read")
+    prefetch: NonNegativeInt = option(2, "batches prepared ahead in the background [batches]")
+    timeout_seconds: PositiveFloat = option(60.0, "wait for a batch before the loader is declared stuck [s]")
 
 
 class TrainConfig(Section):
     """The run."""
 
-    steps: PositiveInt = Field(100, description="optimizer steps in all [steps]")
-    seed: int = Field(1234, ge=0, lt=2**63, description="seed of initial weights and of the sample order")
-    eval_interval: int = Field(0, ge=0, description="steps between evaluations; 0 is never [steps]")
-    eval_batches: PositiveInt = Field(8, description="global batches per evaluation [batches]")
-    max_bad_steps: PositiveInt = Field(10, description="skipped (non-finite) steps in a row that stop the run [steps]")
-    stop_after_steps: PositiveInt | None = Field(
-        None, description="save and leave after this many steps of this start [steps]"
+    steps: PositiveInt = option(100, "optimizer steps in all [steps]")
+    seed: int = option(1234, "seed of initial weights and of the sample order", ge=0, lt=2**63)
+    eval_interval: NonNegativeInt = option(0, "steps between evaluations; 0 is never [steps]")
+    eval_batches: PositiveInt = option(8, "global batches per evaluation [batches]")
+    max_bad_steps: PositiveInt = option(10, "skipped (non-finite) steps in a row that stop the run [steps]")
+    stop_after_steps: PositiveInt | None = option(None, "save and leave after this many steps of this start [steps]")
+    stop_after_minutes: PositiveFloat | None = option(None, "save and leave after this long [min]")
+    deterministic: bool = option(False, "only deterministic kernels")
+    gc_interval: int = option(
+        100,
+        "Python collects garbage after steps that this divides, on all ranks at once, and at no other time; 0 "
+        "leaves it to Python [steps]",
+        ge=0,
     )
-    stop_after_minutes: PositiveFloat | None = Field(None, description="save and leave after this long [min]")
-    deterministic: bool = Field(False, description="only deterministic kernels")
-    gc_interval: int = Field(
-        100, ge=0, description="Python collects garbage after steps that this divides, on all ranks at once, and at no "
-        "other time; 0 leaves it to Python [steps]"
-    )  # fmt: skip
 
 
 class CheckpointConfig(Section):
     """Saving and resuming."""
 
-    folder: str | None = Field(None, description="where step-N folders are written; default <run.folder>/checkpoints")
-    interval: int = Field(0, ge=0, description="steps between saves; 0 saves only at the end and on a signal [steps]")
-    keep_last: PositiveInt = Field(2, description="newest checkpoints to keep")
-    keep_every: int = Field(0, ge=0, description="also keep every checkpoint whose step this divides; 0 is off [steps]")
-    resume: Literal["auto", "must", "previous", "fresh"] = Field(
+    folder: str | None = option(None, "where step-N folders are written; default <run.folder>/checkpoints")
+    interval: NonNegativeInt = option(0, "steps between saves; 0 saves only at the end and on a signal [steps]")
+    keep_last: PositiveInt = option(2, "newest checkpoints to keep")
+    keep_every: NonNegativeInt = option(0, "also keep every checkpoint whose step this divides; 0 is off [steps]")
+    resume: Literal["auto", "must", "previous", "fresh"] = option(
         "auto",
-        description="auto resumes the newest valid checkpoint if the folder holds any, must refuses to start without "
-        "one, previous also leaves out one that cannot be read now, fresh starts from random weights",
+        "auto resumes the newest valid checkpoint if the folder holds any, must refuses to start without one, "
+        "previous also leaves out one that cannot be read now, fresh starts from random weights",
     )
-    weights_from: str | None = Field(None, description="start from this step's, run's or Hugging Face folder's weights")
-    async_save: bool = Field(True, description="write behind the training steps")
-    max_failures: int = Field(
-        2, ge=0, description="saves in a row that may fail behind the training steps (a full disk) before the run stops"
+    weights_from: str | None = option(None, "start from this step's, run's or Hugging Face folder's weights")
+    async_save: bool = option(True, "write behind the training steps")
+    max_failures: int = option(
+        2, "saves in a row that may fail behind the training steps (a full disk) before the run stops", ge=0
     )
-    finish_seconds: NonNegativeFloat = Field(
-        30.0, description="a run that ends by a failure waits at most this long for the save behind its steps [s]"
+    finish_seconds: NonNegativeFloat = option(
+        30.0, "a run that ends by a failure waits at most this long for the save behind its steps [s]"
     )
 
 
 class LogConfig(Section):
     """What is written while it runs."""
 
-    interval: PositiveInt = Field(1, description="steps between log lines [steps]")
-    every_rank: bool = Field(False, description="the other ranks write these lines too, each to its own file")
-    tensorboard: bool = Field(True, description="write TensorBoard events to <run.folder>/tensorboard")
-    wandb: bool = Field(False, description="also log to Weights & Biases if the package is installed")
-    wandb_project: str = Field("megallama", description="project name there")
-    trace_steps: tuple[PositiveInt, PositiveInt] | None = Field(
-        None, description="first and last step whose pipeline is timed, action by action, into <run.folder>/trace"
+    interval: PositiveInt = option(1, "steps between log lines [steps]")
+    every_rank: bool = option(False, "the other ranks write these lines too, each to its own file")
+    tensorboard: bool = option(True, "write TensorBoard events to <run.folder>/tensorboard")
+    wandb: bool = option(False, "also log to Weights & Biases if the package is installed")
+    wandb_project: str = option("megallama", "project name there")
+    trace_steps: tuple[PositiveInt, PositiveInt] | None = option(
+        None, "first and last step whose pipeline is timed, action by action, into <run.folder>/trace"
     )
-    plot: bool = Field(True, description="draw <run.folder>/loss.png at the end, if matplotlib is installed")
+    plot: bool = option(True, "draw <run.folder>/loss.png at the end, if matplotlib is installed")
 
 
 class RunConfig(Section):
     """The process environment of the run."""
 
-    folder: str = Field("runs/default", description="logs, metrics.jsonl and checkpoints of this run")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
-    threads: int = Field(0, ge=0, description="CPU threads per rank; 0 divides the cores among the ranks of a node")
-    compile: bool = Field(
-        False, description="torch.compile of norm, SwiGLU, RoPE and softmax alone; needs a C++ compiler, else not done"
+    folder: str = option("runs/default", "logs, metrics.jsonl and checkpoints of this run")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes CUDA where there is one")
+    threads: NonNegativeInt = option(0, "CPU threads per rank; 0 divides the cores among the ranks of a node")
+    compile: bool = option(
+        False, "torch.compile of norm, SwiGLU, RoPE and softmax alone; needs a C++ compiler, else not done"
     )
-    without_kernels: tuple[str, ...] = Field(
-        (), description='implementations not to use, e.g. "apex" or "RMSNorm: Transformer Engine"; see megallama doctor'
+    without_kernels: tuple[str, ...] = option(
+        (), 'implementations not to use, e.g. "apex" or "RMSNorm: Transformer Engine"; see megallama doctor'
     )
-    timeout_seconds: PositiveFloat = Field(
-        600.0, description="longest wait of a step for another rank before the run fails; bounds steps alone [s]"
+    timeout_seconds: PositiveFloat = option(
+        600.0, "longest wait of a step for another rank before the run fails; bounds steps alone [s]"
     )
-    io_timeout_seconds: PositiveFloat = Field(
-        1800.0, description="the same while setting up, up to the first step, and around saves and evaluations [s]"
+    io_timeout_seconds: PositiveFloat = option(
+        1800.0, "the same while setting up, up to the first step, and around saves and evaluations [s]"
     )
-    init_timeout_seconds: PositiveFloat = Field(120.0, description="longest wait for all ranks to arrive [s]")
-    shared_memory: bool = Field(
-        True, description="CPU ranks of one machine talk through shared memory where they can; false keeps gloo"
+    init_timeout_seconds: PositiveFloat = option(120.0, "longest wait for all ranks to arrive [s]")
+    shared_memory: bool = option(
+        True, "CPU ranks of one machine talk through shared memory where they can; false keeps gloo"
     )
-    peak_tflops: PositiveFloat | None = Field(
-        None, description="peak of one rank's device for MFU; default known by name, else no MFU is shown [TFLOP/s]"
+    peak_tflops: PositiveFloat | None = option(
+        None, "peak of one rank's device for MFU; default known by name, else no MFU is shown [TFLOP/s]"
     )
 
 
