@@ -146,7 +146,7 @@ class _Tape:
 
     def evaluate(self) -> None:
         batches = self._batches(self.plan.config.batch.global_batch_size)
-        self.schedule = self.plan.forward_schedule(len(batches))
+        self.schedule = self.plan.schedule_for(len(batches), training=False)
         evaluate_step(self.rank, self.schedule, batches)
 
     def said(self, label: str) -> Program:

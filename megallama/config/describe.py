@@ -1,7 +1,4 @@
-"""The settings as a table: dotted name, type in words, default, unit and meaning, read off the schema.
-
-`load` takes from it what a wrong value should have been, the configuration reference its rows.
-"""
+"""The settings as a table, read off the schema: dotted name, type in words, default, unit and meaning."""
 
 from __future__ import annotations
 

@@ -130,10 +130,7 @@ class _Reader:
         self.bad: set[str] = set()  # keys or sections whose value is not to be trusted
 
     def read_override(self, text: str) -> None:
-        """One ``section.key=value``; a leading ``--`` and ``-`` for ``_`` are accepted. ``--fresh`` is a short form.
-
-        A value is TOML, or the text itself.
-        """
+        """One ``section.key=value``, TOML or a text itself; ``--`` before it and ``-`` for ``_`` are accepted."""
         text = "checkpoint.resume=fresh" if text == "--fresh" else text
         key, equals, raw = text.removeprefix("--").partition("=")
         key, raw = self._current(key.strip().replace("-", "_"), COMMAND_LINE), raw.strip()

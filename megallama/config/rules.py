@@ -31,10 +31,7 @@ MOST_BATCH_TOKENS = 1 << 26
 
 
 def check(config: Config, ranks: int | None = None, *, need_data: bool = True) -> list[str]:
-    """Every combination of settings that cannot work, in words; empty when all is well.
-
-    `need_data=False` leaves out the rules about data sources (planning and generating need none).
-    """
+    """Every combination of settings that cannot work, in words; `need_data=False`: the rules about sources left out."""
     rules = RULES + (DATA_RULES if need_data else ())
     return [problem for rule in rules for problem in rule(config, ranks)]
 

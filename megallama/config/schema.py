@@ -110,10 +110,7 @@ class BatchConfig(Section):
         return (*range(self.ramp_start, end, self.ramp_increment), end)
 
     def size_after(self, samples: int) -> int:
-        """The global batch size of the step that begins after `samples` [sequences].
-
-        Each size lasts an equal share of ramp_samples (Narayanan et al. 2021).
-        """
+        """The global batch size of the step after `samples`; each lasts an equal share of ramp_samples [sequences]."""
         sizes = self.sizes
         growths = len(sizes) - 1
         return sizes[min(growths, samples * growths // self.ramp_samples) if self.ramp_samples else growths]
@@ -133,9 +130,9 @@ class BatchConfig(Section):
         return count
 
     def sample_ids(self, first: int, size: int, dp: int, dp_rank: int) -> list[range]:
-        """The samples of each micro-batch of one rank, in a step of `size` samples that begins with sample `first`.
+        """The samples of each micro-batch of one rank, in a step of `size` samples from `first` on.
 
-        Replicas take turns, so which samples make up a step depends on the samples before it, never on the layout.
+        Replicas take turns: what makes up a step depends on the samples before it, never on the layout.
         """
         n = self.micro_batch_size
         starts = range(first + dp_rank * n, first + size, dp * n)

@@ -33,10 +33,7 @@ def usual_id(kind: str, lookup: Lookup) -> int | None:
 
 
 def special_id(kind: str, tokenizer: Path, lookup: Lookup, own: int | None = None) -> int | None:
-    """The id of a tokenizer's "bos" or "eos"; None if it has none.
-
-    Two files beside it may declare a name that it has.  Then comes `own`, which the file itself says, then `usual_id`.
-    """
+    """The id of a tokenizer's "bos" or "eos", if any: by a file beside it, else `own` of its file, else `usual_id`."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         name = read_settings(tokenizer.with_name(file)).get(f"{kind}_token")
         name = name.get("content") if isinstance(name, dict) else name

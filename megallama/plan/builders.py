@@ -5,9 +5,8 @@ Builders take `p`, the number of pipeline ranks, and `m`, that of micro-batches.
 In a V, rank r of P owns stages r and 2P-1-r, so embedding and loss are on rank 0.  ZB-V and V-Half are one generator:
 in the steady state every rank repeats the same six units of work per micro-batch, F, I and W of its two stages.
 A *pattern* says how many units a micro-batch takes from a rank to the next on the way down and up, and how long it
-rests at the three turns; that fixes the order of F and I, and how many are in flight.  W fills the units in which the
-next F or I cannot run.  Of all that were tried, W = F/2 for ZB-V and W = F for V-Half gave the shortest steps over
-stages whose W costs 0.5 to 1 of F and whose transfers 0 to 0.2 of F.
+rests at the three turns; that fixes the order of F and I, and how many are in flight.  W fills what is left.  Of all
+costs of W that were tried, F/2 for ZB-V and F for V-Half gave the shortest steps where W costs 0.5 to 1 of F.
 
 Papers: GPipe, Huang et al. 2019 (arXiv:1811.06965); 1F1B and interleaving, Narayanan et al. 2021 (arXiv:2104.04473);
 zero bubble (split backward) and ZB-V, Qi et al. 2023 (arXiv:2401.10241); patterns and V-Half, Qi et al. 2024
@@ -53,10 +52,7 @@ def one_f_one_b(p: int, m: int, chunks: int = 1) -> Schedule:
 
 
 def zero_bubble(p: int, m: int, depth: int) -> Schedule:
-    """ZB-H1 and, with depth 2, ZB-H2: the backward split, and rank r delays r weight gradients times `depth`.
-
-    H1 begins like 1F1B, at its peak memory; H2 with twice as many forwards: 2P-1 micro-batches in flight.
-    """
+    """ZB-H1 and, with depth 2, ZB-H2: `depth` times 1F1B's first forwards, and r * depth weight gradients delayed."""
     whole = _alternating(f"zb-h{depth}", p, m, 1, lambda behind: depth * behind)
     split = (_split(steps, depth * rank) for rank, steps in enumerate(whole.steps))
     return replace(whole, steps=tuple(map(tuple, split)))
@@ -92,10 +88,7 @@ def _alternating(name: str, p: int, m: int, chunks: int, warmup: Callable[[int],
 
 
 def forward_only(p: int, m: int, owners: Sequence[int]) -> Schedule:
-    """Forwards alone, lowered: an evaluation, with any number of micro-batches and any placement of the stages.
-
-    A rank with c stages takes a micro-batch every c units of time: micro-batch m is on stage s at time s + c m.
-    """
+    """Forwards alone, lowered: with c stages per rank, micro-batch i is on stage s at time s + c i."""
     chunks = max(1, len(owners) // p)
     wave = sorted((s + chunks * i, s, i) for s in range(len(owners)) for i in range(m))
     steps = tuple(tuple(Action(F, s, i) for _, s, i in wave if owners[s] == rank) for rank in range(p))
@@ -119,10 +112,7 @@ def v_half(p: int, m: int) -> Schedule:
 
 
 def dualpipe_v(p: int, m: int) -> Schedule:
-    """DualPipeV: forwards and whole backwards of the two stages in pairs, split backwards at the ends only.
-
-    Peak memory 2P + 1 of (stage, micro-batch). Raises: ScheduleError if there are fewer than 2P micro-batches.
-    """
+    """DualPipeV: forwards and whole backwards in pairs, split ones at the ends. Raises: ScheduleError if m < 2 p."""
     if m < 2 * p:
         least = f"{2 * p} micro-batches"
         raise ScheduleError(f"dualpipe-v needs at least 2 x pp={least}, not {m}; use {least}, or zb-v")
@@ -133,9 +123,9 @@ def dualpipe_v(p: int, m: int) -> Schedule:
 def _fill(
     name: str, p: int, m: int, hops: tuple[int, int], turns: tuple[int, int, int], limit: int, compute: int
 ) -> Schedule:
-    """Run F and I, of `compute` times W's length, in the pattern's order, and W where they leave room.
+    """F and I, of `compute` times W's length, in the pattern's order, and W where they leave room; at most `limit`.
 
-    hops: units from a rank to the next on the way down and up. Never more than `limit` are in flight.
+    hops: units from a rank to the next on the way down and up.
     """
     schedule = Schedule(name, p, 2 * p, m, ((),) * p, v_owners(p))
     down, up = ([hop] * (p - 1) for hop in hops)
@@ -174,10 +164,7 @@ def _fill(
 
 
 def _dualpipe_rank(rank: int, p: int, m: int) -> tuple[Action, ...]:
-    """The phases of one rank: fill, turn, steady pairs, and their mirror image.
-
-    Of the last 2 (rank + 1) backwards the second half is split: its W wait until the end.
-    """
+    """The phases of one rank: fill, turn, steady pairs, and their mirror image, whose last rank + 1 W wait."""
     behind = p - 1 - rank
     ends = ["B1", "B0"] * (rank + 1)
     words = ["F0"] * (2 * behind) + ["F0", "F1"] * (rank + 1) + ["I1", "W", "F1"] * behind

@@ -1,7 +1,7 @@
 """Proofs about a lowered schedule, without running it: complete, ordered, in agreement, free of deadlock.
 
-The transfers between two ranks form one sequence, in both directions together, as on an NCCL communicator: transfer k
-happens once both ranks have posted it and transfer k-1 has happened.  A rank blocks only where it computes.
+The transfers between two ranks form one sequence, both directions together, as on an NCCL communicator: each happens
+once both ranks have posted it and the one before has happened.  A rank blocks only where it computes.
 """
 
 from __future__ import annotations
@@ -101,10 +101,7 @@ def _check_pairs(moves: Moves) -> None:
 
 
 def _check_progress(schedule: Schedule) -> None:
-    """The ranks reach the end of their lists: a compute waits until what it receives has been sent.
-
-    Nothing else waits, as pairs list the same transfers in the same order (see _check_pairs).
-    """
+    """The ranks reach the end of their lists: a compute, and after _check_pairs nothing else, waits for a send."""
 
     def waits(a: Action) -> list[Action]:
         values = schedule.needs(a) if a.kind.is_compute else ()

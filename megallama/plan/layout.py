@@ -1,9 +1,8 @@
 """Flat buffers: where every parameter lies, in which bucket, and who optimizes which range.
 
 The parameters of one stage lie in one flat buffer, cut into *buckets*, and so do their gradients.  A bucket is what
-one reduce-scatter or all-gather moves; its length is a multiple of dp_cp (the number of ranks with the same weights),
-and rank r of these owns its r-th equal range, the rank's *shard* of the bucket: there it holds fp32 master weights and
-AdamW moments (ZeRO-1, Rajbhandari et al. 2020).
+one reduce-scatter or all-gather moves; of the dp_cp ranks with the same weights, rank r owns its r-th equal range, its
+*shard*: there it holds master weights and AdamW moments (ZeRO-1, Rajbhandari et al. 2020).
 
 Parameters lie in the order in which the backward pass finishes them, so buckets fill one after the other.  A bucket
 holds only decayed matrices, only norm weights, or only the tied embedding (the same on the first and the last stage).
@@ -79,10 +78,7 @@ class BufferLayout:
 
 
 def build_layout(specs: Sequence[ParamSpec], dp_cp: int, bucket_elements: int) -> BufferLayout:
-    """Place the parameters of one stage (given in forward order) into buckets.
-
-    A bucket is closed once it holds `bucket_elements` or more; a parameter is never split over buckets.
-    """
+    """Place the parameters of one stage, given in forward order; a bucket ends once it holds `bucket_elements`."""
     backward = list(reversed(specs))
     groups: list[list[ParamSpec]] = [[]]
     for spec in (s for s in backward if s.decay and not s.tied):

@@ -11,8 +11,8 @@ after attention, gate and up; `none` keeps the two norm outputs and the SwiGLU p
     full       b h          =  2h
 
 Tensor parallelism divides what lies inside attention and the feed-forward network; sequence parallelism the rest too
-(Korthikanti et al. 2022, arXiv:2205.05198, table 2).  The embedding keeps its row numbers, the loss head its input and
-a gradient.  A split backward frees all this with the input gradient, and keeps the operands of the weight gradients.
+(Korthikanti et al. 2022, arXiv:2205.05198, table 2).  A split backward frees all this with the input gradient, and
+keeps the operands of the weight gradients.
 """
 
 from __future__ import annotations

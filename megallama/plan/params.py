@@ -1,8 +1,7 @@
 """Which parameters a rank holds, and what each of their rows is in the whole model.
 
 A `ParamSpec` describes one local tensor and its *parts*: the rectangles of Hugging Face tensors that lie in its rows.
-It is written once, here, and read by the model, the gradient synchronisation, clipping, the optimizer's shards and
-the checkpoint.  Padding rows belong to no part.
+Padding rows belong to no part.
 
     local tensor     parts                                  split over tp
     embed_tokens     embed_tokens                           rows (vocabulary, padded to a multiple of tp)
@@ -92,11 +91,7 @@ class ParamBuilder:
     sequence_parallel: bool = False
 
     def stage(self, layers: Sequence[int], first: bool, last: bool) -> tuple[ParamSpec, ...]:
-        """The parameters of one stage in forward order.
-
-        `first` adds the embedding, `last` the final norm and the head.  With tied embeddings a
-        stage that is both holds the matrix once, under the name ``embed_tokens``.
-        """
+        """The parameters of one stage in forward order; a stage that is `first` and `last` holds a tied matrix once."""
         embedding, tie = "model.embed_tokens.weight", self.model.tie_embeddings
         specs: list[ParamSpec] = []
         if first:

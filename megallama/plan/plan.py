@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
 
 from megallama.config.errors import counted
 from megallama.config.schema import Config
@@ -27,27 +27,20 @@ class Plan:
     topology: Topology
     stages: Stages  # layer numbers of each stage, in model order
     schedule: Schedule  # of a step with the full global batch, lowered and checked
-    _schedules: dict[tuple[object, int], Schedule] = field(default_factory=dict, repr=False, compare=False)
+    _schedules: dict[tuple[bool, int], Schedule] = field(default_factory=dict, repr=False, compare=False)
 
-    def schedule_for(self, num_microbatches: int) -> Schedule:
-        """The schedule of a training step with this many micro-batches (it varies while the batch ramps up)."""
-        if num_microbatches == self.schedule.num_microbatches:
+    def schedule_for(self, num_microbatches: int, *, training: bool = True) -> Schedule:
+        """The schedule of a step (its number varies while the batch ramps up) or an evaluation; each is built once."""
+        if training and num_microbatches == self.schedule.num_microbatches:
             return self.schedule
-        return self._once(build_schedule, self.config.parallel, num_microbatches)
-
-    def forward_schedule(self, num_microbatches: int) -> Schedule:
-        """The schedule of an evaluation."""
-        return self._once(build_forward, self.schedule, num_microbatches)
+        build = partial(build_schedule, self.config.parallel) if training else partial(build_forward, self.schedule)
+        if (key := (training, num_microbatches)) not in self._schedules:
+            self._schedules[key] = build(num_microbatches)
+        return self._schedules[key]
 
     def memory(self, pp_rank: int) -> RankMemory:
         """Bytes of the ranks at one pipeline position."""
         return rank_memory(self.config, self.stages, self.schedule, self.topology.dp_cp, pp_rank)
-
-    def _once(self, build: Callable[[Any, int], Schedule], base: object, num_microbatches: int) -> Schedule:
-        key = build, num_microbatches
-        if key not in self._schedules:
-            self._schedules[key] = build(base, num_microbatches)
-        return self._schedules[key]
 
     def __str__(self) -> str:
         return _page(self)

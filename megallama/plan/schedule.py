@@ -2,12 +2,11 @@
 
 `builders` make the compute, `lower` adds the sends and receives that it implies, `check.check` proves the result.
 
-A *stage* is a run of consecutive layers, numbered 0 .. num_stages-1 from the embedding to the
-loss.  The stages that a rank owns are its *chunks*; unless a schedule says otherwise (`owners`), rank r of P has
-r, r+P, r+2P, ...  A micro-batch is *in flight* on a stage from its forward until its backward has finished.
+A *stage* is a run of consecutive layers, numbered from the embedding to the loss.  The stages that a rank owns are its
+*chunks*.  A micro-batch is *in flight* on a stage from its forward until its backward has finished.
 
-Text form of an action: kind, stage, micro-batch, e.g. ``F2.0`` or ``send_F2.0`` (a transfer bears the stage
-of the rank that lists it: ``send_F2.0`` is received as ``recv_F3.0``).
+Text form of an action: kind, stage, micro-batch, e.g. ``F2.0``.  A transfer bears the stage of the rank that lists it:
+``send_F2.0`` is received as ``recv_F3.0``.
 """
 
 from __future__ import annotations
@@ -145,9 +144,8 @@ class Event(NamedTuple):
 
 
 def walk(schedule: Schedule, cost: Callable[[Action], float], hop: float = 0.0) -> Iterator[Event]:
-    """Run the compute of a schedule against a clock; events in the order in which they end.
+    """Run the compute against a clock; events in the order in which they end. A value takes `hop` to another rank.
 
-    An action starts when its rank is free and the values it reads are there; a value takes `hop` to another rank.
     Raises: ScheduleError if ranks wait for one another forever.
     """
     left = [deque(a for a in steps if a.kind.is_compute) for steps in schedule.steps]
@@ -182,10 +180,7 @@ Values = Callable[[Action], Iterable[Action]]
 
 
 def stuck_at(schedule: Schedule, waits: Values, gives: Values) -> tuple[dict[int, Action], set[Action]]:
-    """Let all ranks go on until each is at its end or waits for values that nobody gives; no clock.
-
-    Returns: where the ranks are that did not reach their end, and all values that were given.
-    """
+    """Without a clock: where the ranks are that wait for values which nobody gives, and all values that were given."""
     values: set[Action] = set()
     left = {rank: deque(row) for rank, row in enumerate(schedule.steps)}
     moved = True
@@ -202,9 +197,8 @@ def lower(schedule: Schedule) -> Schedule:
     """Insert sends and receives so that no pair of ranks can disagree about their order.
 
     Follows the clock (F = I = W = 1).  When a value is made, its producer lists the send and its consumer the receive,
-    so both list the same transfers in the same order, and no transfer depends on a later one: NCCL and gloo cannot
-    deadlock when transfers are posted without blocking.  A receive comes before whatever the consumer computes
-    meanwhile, so it is hidden under it.  Raises: ScheduleError if some rank waits for a value nobody makes.
+    so no transfer depends on a later one: NCCL and gloo cannot deadlock when transfers are posted without blocking.
+    Raises: ScheduleError if some rank waits for a value nobody makes.
     """
     out: list[list[Action]] = [[] for _ in schedule.steps]
     for event in walk(schedule, lambda a: 2.0 if a.kind is B else 1.0):

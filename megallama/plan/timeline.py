@@ -1,9 +1,8 @@
 """A step against the clock, simulated or measured: time, bubble and memory, an ASCII chart, and a trace file.
 
-A trace is of Chrome's trace events, which ui.perfetto.dev and chrome://tracing open.  Every timeline is a process and
-every pipeline rank a thread of it, so that a simulated and a measured step, both beginning at 0, lie one below the
-other.  Communication lies on lanes of its own, by rank and group: a bar from the call to the end of the wait, and
-inside it, as `blocked`, what the rank could not compute in.
+In a trace (Chrome's trace events, for ui.perfetto.dev) every timeline is a process and every pipeline rank a thread of
+it.  Communication lies on lanes of its own, by rank and group: a bar from the call to the end of the wait, and inside
+it, as `blocked`, what the rank could not compute in.
 """
 
 from __future__ import annotations
@@ -53,10 +52,7 @@ class Report:
 
 
 def simulate(schedule: Schedule, costs: Sequence[StageCost] | None = None, hop: float = 0.0) -> Report:
-    """Run a schedule against a clock; `costs` per stage (default 1, 1, 1), `hop` the time of one transfer.
-
-    Transfers are posted without blocking; a compute waits for the values it reads.
-    """
+    """Run a schedule against a clock; `costs` per stage (default 1, 1, 1), `hop` the time of one transfer."""
     costs = costs or [StageCost()] * schedule.num_stages
     assert len(costs) == schedule.num_stages, (len(costs), schedule.num_stages)
     events = tuple(walk(schedule, lambda a: costs[a.stage].of(a.kind), hop))
@@ -68,10 +64,7 @@ def simulate(schedule: Schedule, costs: Sequence[StageCost] | None = None, hop: 
 
 
 def draw(report: Report, width: int = 100) -> str:
-    """An ASCII chart, one row per rank, at most `width` columns of time.
-
-    `LEGEND` explains it: a forward is the last digit of its micro-batch, a capital also an input gradient.
-    """
+    """An ASCII chart, one row per rank, at most `width` columns of time; `LEGEND` explains it."""
     scale = min(2.0, width / report.makespan)
     rows = [["."] * round(report.makespan * scale) for _ in report.busy]
     for event in report.events:

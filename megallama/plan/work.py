@@ -1,12 +1,11 @@
 """How much there is to compute, per token, and which layers each pipeline stage holds.
 
-A multiply-add is two operations.  Only matrix products count; the embedding is a look-up.  Attention is counted
-either in full (every query with every key, the convention of Korthikanti et al. 2022, arXiv:2205.05198) or causally
-(what the mask leaves, and what the kernels do).  A training step costs three forwards; recomputation is not counted.
+A multiply-add is two operations; only matrix products count.  Attention is counted either in full (the convention of
+Korthikanti et al. 2022, arXiv:2205.05198) or causally (what the mask leaves).  A training step costs three forwards;
+recomputation is not counted.
 
-All layers cost the same; the last stage also computes the head and the loss, so equal counts are not always best.
-The split chosen has the smallest most expensive stage, and among those the smallest second most expensive, and so
-on.  Of the stages before the last, later ones take the surplus: early ones hold more micro-batches in flight.
+The last stage also computes the head and the loss, so equal counts of layers are not always best.  Of the stages before
+it, later ones take the surplus: early ones hold more micro-batches in flight.
 """
 
 from __future__ import annotations
@@ -66,10 +65,7 @@ def balanced(layers: int, stages: int, layer_cost: float, head: float) -> tuple[
 
 
 def stage_costs(config: Config, stages: Stages) -> tuple[StageCost, ...]:
-    """Forward, input-gradient and weight-gradient operations per token of each stage.
-
-    Full recomputation repeats the layers' forward before the input gradient.
-    """
+    """Forward, input-gradient (with what full recomputation repeats) and weight-gradient operations per token."""
     layer = layer_forward(config.model, config.batch.seq_length, causal=True)
     again = config.memory.recompute == "full"
     out = []

@@ -169,7 +169,7 @@ def evaluate(
 
     nothing = torch.zeros((), dtype=torch.float64, device=worker.device)
     known = consensus(worker, {"loss": nothing, "norm_squared": nothing}, status(False))
-    total, tokens, done, failure, schedule = 0.0, 0, 0, None, plan.forward_schedule(count)
+    total, tokens, done, failure, schedule = 0.0, 0, 0, None, plan.schedule_for(count, training=False)
     with Loader(
         source.read, ids_of_step, stop_step=batches, num_samples=source.num_sequences, prefetch=0, device=worker.device,
         name=source.name,

@@ -52,7 +52,7 @@ def real_calls(config: Config, ranks: int) -> list[dict[str, list[Call]]]:
             out[f"step {step + 1}"] = list(calls)
         calls.clear()
         batches = micro_batches(rank, data[2], None, None if starts is None else starts[2])
-        evaluate_step(rank, plan.forward_schedule(len(batches)), batches)
+        evaluate_step(rank, plan.schedule_for(len(batches), training=False), batches)
         out["evaluation"] = list(calls)
         calls.clear()
         rank.buffers[next(iter(rank.buffers))].weights.fill_(float("nan"))

@@ -78,7 +78,7 @@ def test_evaluation_of_a_last_batch_that_only_some_ranks_can_fill() -> None:
         mask = None if rank.groups.dp.rank == 0 else ~real  # two micro-batches each; rank 1 is all padding
         rows = data[rank.groups.dp.rank :: 2]
         batches = [MicroBatch(r[None, :-1].contiguous(), r[None, 1:].contiguous(), mask) for r in rows]
-        known = evaluate_step(rank, rank.plan.forward_schedule(2), batches)
+        known = evaluate_step(rank, rank.plan.schedule_for(2, training=False), batches)
         return known.sums, known.tokens
 
     (a, tokens_a), (b, tokens_b) = on_threads(config, 2, counted)

@@ -67,7 +67,7 @@ def test_schedules_of_other_sizes() -> None:
     assert plan.schedule_for(8) is plan.schedule
     assert plan.schedule_for(3) == build_schedule(plan.config.parallel, 3)
     assert plan.schedule_for(3) is plan.schedule_for(3)
-    assert plan.forward_schedule(3) == forward_only(2, 3, (0, 1))
+    assert plan.schedule_for(3, training=False) == forward_only(2, 3, (0, 1))
 
 
 def test_ranks_that_do_not_fit() -> None:
