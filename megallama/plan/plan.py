@@ -43,7 +43,11 @@ class Plan:
         return rank_memory(self.config, self.stages, self.schedule, self.topology.dp_cp, pp_rank)
 
     def __str__(self) -> str:
-        return _page(self)
+        schedule, facts = self.schedule, "\n".join(f"{name:<10} {text}" for name, text in _facts(self))
+        blocks = [facts, _stage_table(self), _memory_table(self)]
+        if 1 < schedule.num_ranks <= 8 and schedule.num_microbatches * schedule.num_stages <= 64:
+            blocks.append(f"{draw(simulate(schedule), CHART_WIDTH)}\n{LEGEND}")
+        return "\n\n".join(blocks)
 
 
 def make_plan(config: Config, ranks: int) -> Plan:
@@ -57,16 +61,6 @@ def make_plan(config: Config, ranks: int) -> Plan:
     schedule = build_schedule(p, count)
     topology = replace(topology, ends=(schedule.owners[0], schedule.owners[-1]))
     return Plan(config, topology, partition(config), schedule)
-
-
-def _page(plan: Plan) -> str:
-    """Model, layout, batch, work, schedule, and a table of stages and one of memory."""
-    schedule = plan.schedule
-    blocks = ["\n".join(f"{name:<10} {text}" for name, text in _facts(plan)), _stage_table(plan), _memory_table(plan)]
-    if 1 < schedule.num_ranks <= 8 and schedule.num_microbatches * schedule.num_stages <= 64:
-        chart = draw(simulate(schedule), CHART_WIDTH)
-        blocks.append(f"{chart}\n{LEGEND}")
-    return "\n\n".join(blocks)
 
 
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
