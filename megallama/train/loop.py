@@ -20,7 +20,7 @@ from megallama.plan.params import num_parameters
 from megallama.plan.work import training_flops
 from megallama.train.assemble import DTYPES
 from megallama.train.log import human_count
-from megallama.train.metrics import MetricsWriter, Record, plot_loss, read_metrics
+from megallama.train.metrics import MetricsWriter, plot_loss, read_metrics
 from megallama.train.setup import Setup
 from megallama.train.signals import SAVED
 from megallama.train.speed import Meter, Timers, peak_flops, peak_memory_bytes
@@ -66,8 +66,8 @@ class Reporter:
         causal, full = (training_flops(config.model, config.batch.seq_length, causal=c) for c in (True, False))
         self._meter = Meter(plan.topology.world_size, (causal, full), peak, total)
         timers.lap()
-        self._writer = MetricsWriter(config, log, self._progress.step)
-        self.close = self._writer.close
+        writer = MetricsWriter(config, log, self._progress.step)
+        self.write, self.close = writer.write, writer.close
 
     def step(self, result: StepConsensus, waited: float) -> None:
         """Tell of the steps since the last that was told of; `waited` seconds for data so far."""
@@ -91,12 +91,7 @@ class Reporter:
             "sources": self._setup.used(),
         }
         self.tokens = 0
-        self._writer.write(record)
-
-    def evaluation(self, kind: str, name: str, numbers: Record) -> None:
-        """Tell of an evaluation after the last step."""
-        at = {"kind": kind, "name": name, "step": self._progress.step, "consumed_tokens": self._progress.tokens}
-        self._writer.write(at | numbers)
+        self.write(record)
 
     def finished(self) -> None:
         """All steps are done."""
@@ -312,7 +307,8 @@ class TrainingLoop:
                 if isinstance(numbers, str):
                     self._log.info(f"evaluation on {source.name} ended {numbers}: the next start makes it again")
                     return known.stop_reason
-                report.evaluation(kind, source.name, numbers)
+                at = {"step": self.progress.step, "consumed_tokens": self.progress.tokens}
+                report.write({"kind": kind, "name": source.name, **at, **numbers})
                 del self._missing[0]
                 if known.stop_reason:
                     return known.stop_reason
