@@ -127,9 +127,9 @@ def consensus(
     """The sum over all ranks of what each knows; the step's only wait for the device."""
     loss, squares = numbers["loss"], numbers["norm_squared"]
     finite = loss.isfinite() & squares.isfinite()
-    own = {"loss": loss.where(finite, 0.0), "norm_squared": squares.where(finite, 0.0), "bad_ranks": ~finite}
-    values: dict[str, Tensor | float] = {**own, **status.counts(), **numbers, **own}
-    packed = squares.new_zeros(len(values))  # in this order: the bits of a sum may depend on its place
+    first = {"loss": loss, "norm_squared": squares}  # the bits of a sum may depend on its place
+    values: dict[str, Tensor | float] = {**first, **status.counts(), **numbers, "bad_ranks": ~finite}
+    packed = squares.new_zeros(len(values))
     for place, value in enumerate(values.values()):
         if isinstance(value, Tensor) or value:
             packed[place] = value
