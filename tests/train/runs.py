@@ -7,7 +7,6 @@ import gc
 import json
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -90,9 +89,8 @@ def _plant_in_evaluation(loop: TrainingLoop, kind: str, batches: set[int]) -> No
         return evaluate_step(*args)
 
     if kind.startswith("read"):
-        data = loop.setup.data
-        data = replace(data, valid=tuple(replace(source, read=_unreadable) for source in data.valid))
-        loop.setup = replace(loop.setup, data=data)
+        for source in loop.setup.data.valid:
+            source.read = _unreadable  # type: ignore[method-assign]
     step_module.evaluate_step = faulty  # type: ignore[assignment]
 
 
