@@ -22,36 +22,7 @@ from megallama.data.errors import DataError
 from megallama.data.samples import Reader
 from megallama.layers.batch import MicroBatch
 
-Item = tuple[int, list[MicroBatch], MegallamaError | None]
-
-
-class Transfer:
-    """Micro-batches in page-locked memory on their way to a GPU, on a stream of their own.
-
-    The originals are kept until `arrived`: a page that is being copied must not become another batch.
-    """
-
-    def __init__(self, batches: Sequence[MicroBatch], stream: torch.cuda.Stream) -> None:
-        self._pinned, self._device = batches, stream.device
-        with torch.cuda.stream(stream):
-            self._there = [batch.to(stream.device) for batch in batches]
-            self._end = stream.record_event()
-
-    def take(self) -> list[MicroBatch]:
-        """The copies, for use by the current stream, which waits for them; the caller does not."""
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(self._end)
-
-        def used(tensor: torch.Tensor) -> torch.Tensor:
-            tensor.record_stream(current)  # made on another stream: not to be reused before this one is through
-            return tensor
-
-        there, self._there = [batch.each(used) for batch in self._there], []
-        return there
-
-    def arrived(self) -> bool:
-        """Whether everything has been copied."""
-        return self._end.query()
+Item = tuple[list[MicroBatch], MegallamaError | None]  # of one step; why there are none
 
 
 class Loader:
@@ -82,8 +53,7 @@ class Loader:
         self._read, self._ids_of_step, self._num_samples = read, ids_of_step, num_samples
         self._stop_step, self._timeout, self._device = stop_step, timeout_seconds, device
         self._copies = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
-        self._ahead: Transfer | None = None  # of the next step
-        self._leaving: list[Transfer] = []  # whose originals may still be read
+        self._ahead: tuple[list[MicroBatch], torch.cuda.Event] | None = None  # the next step, and its arrival
         self.name, self.step, self.wait_seconds = name, start_step, 0.0
         self._closed, self._at = threading.Event(), "not started"
         self._queue: queue.Queue[Item] = queue.Queue(max(prefetch, 1))
@@ -105,13 +75,25 @@ class Loader:
             batches = self._take()
             self.step += 1
             return batches if self._device is None else [batch.to(self._device) for batch in batches]
-        here, self._ahead = self._ahead or Transfer(self._take(), self._copies), None
+        (there, arrived), self._ahead = self._ahead or self._send(self._copies), None
         self.step += 1
-        self._leaving = [t for t in self._leaving if not t.arrived()] + [here]
         if self.step != self._stop_step and not self._queue.empty():
             with contextlib.suppress(MegallamaError):  # it is raised when that step is asked for
-                self._ahead = Transfer(self._take(), self._copies)
-        return here.take()
+                self._ahead = self._send(self._copies)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(arrived)  # the stream waits, the caller does not
+
+        def used(tensor: torch.Tensor) -> torch.Tensor:
+            tensor.record_stream(current)  # made on another stream: not to be reused before this one is through
+            return tensor
+
+        return [batch.each(used) for batch in there]
+
+    def _send(self, stream: torch.cuda.Stream) -> tuple[list[MicroBatch], torch.cuda.Event]:
+        """The next step on its way to the GPU: torch reuses page-locked memory only after the copies out of it."""
+        batches = self._take()
+        with torch.cuda.stream(stream):
+            return [batch.to(stream.device) for batch in batches], stream.record_event()
 
     def next_or_zeros(self, count: int, config: Config) -> tuple[list[MicroBatch], MegallamaError | None]:
         """(the next ones, None), or `count` micro-batches of zeros and why there is no data.
@@ -126,48 +108,41 @@ class Loader:
 
     def _take(self) -> list[MicroBatch]:
         """The micro-batches of the next step, on the host."""
+        if not self._failure:
+            if self.step == self._stop_step:
+                raise StopIteration
+            start = time.monotonic()
+            try:
+                batches, self._failure = self._wait() if self._thread else self._attempt(self.step)
+            finally:
+                self.wait_seconds += time.monotonic() - start
         if self._failure:
             raise self._failure
-        if self.step == self._stop_step:
-            raise StopIteration
-        start = time.monotonic()
-        try:
-            number, batches, self._failure = self._wait(start) if self._thread else self._attempt(self.step)
-        finally:
-            self.wait_seconds += time.monotonic() - start
-        if self._failure:
-            raise self._failure
-        assert number == self.step, (number, self.step)
         return batches
 
-    def _wait(self, start: float) -> Item:
-        """What the thread puts into the queue. Raises: DataError if it has died, or has nothing in time."""
-        assert self._thread
-        while True:
-            alive = self._thread.is_alive()  # before looking: what a thread put there last is still delivered
-            try:
-                return self._queue.get(timeout=min(self._timeout, 0.5) if alive else 0.0)
-            except queue.Empty:
-                where = f"its thread {self._thread.name}"
-                if not alive:
-                    raise DataError(f"the {self.name} loader is dead: {where} ended at {self._at}") from None
-                if time.monotonic() - start >= self._timeout:
-                    raise DataError(
-                        f"the {self.name} loader has delivered nothing for {self._timeout:g} s: {where} is at "
-                        f"{self._at}; look at the storage, or raise data.timeout_seconds"
-                    ) from None
+    def _wait(self) -> Item:
+        """What the thread puts into the queue. Raises: DataError if it has nothing in time."""
+        try:
+            return self._queue.get(timeout=self._timeout)
+        except queue.Empty:
+            raise DataError(
+                f"the {self.name} loader has delivered nothing for {self._timeout:g} s: its thread loader-{self.name} "
+                f"is at {self._at}; look at the storage, or raise data.timeout_seconds"
+            ) from None
 
     def _attempt(self, step: int) -> Item:
         try:
-            return step, self._prepare(step), None
+            return self._prepare(step), None
         except MegallamaError as error:
             failure = error
         except OSError as error:
             failure = DataError(f"the {self.name} loader cannot read {self._at}: {error}; look at the storage")
-        except (Exception, SystemExit) as error:  # SystemExit would end the thread in silence
+        except KeyboardInterrupt:  # comes in the main thread alone
+            raise
+        except BaseException as error:  # whatever it is: it would end the thread in silence
             failure = DataError(f"the {self.name} loader failed at {self._at}: {error!r}\n{traceback.format_exc()}")
             failure.status = 1  # a fault of the program
-        return step, [], failure
+        return [], failure
 
     def _prepare(self, step: int) -> list[MicroBatch]:
         """All micro-batches of the step, read at once."""
@@ -186,21 +161,18 @@ class Loader:
         return batches
 
     def _work(self, step: int) -> None:
-        while step != self._stop_step and not self._closed.is_set():
-            item = self._attempt(step)
-            while not self._closed.is_set():
-                try:
-                    self._queue.put(item, timeout=0.2)
-                    break
-                except queue.Full:
-                    continue
-            if item[2]:
-                return
+        failure = None
+        while step != self._stop_step and not failure and not self._closed.is_set():
+            batches, failure = self._attempt(step)
+            self._queue.put((batches, failure))
             step += 1
 
     def close(self) -> None:
         """End the thread; one that hangs is left behind (it is a daemon)."""
         self._closed.set()
+        with contextlib.suppress(queue.Empty):  # room for what the thread may hold
+            while self._thread:
+                self._queue.get_nowait()
         if self._thread:
             self._thread.join(1.0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import torch
 
 from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter
-from megallama.data.loader import Item, Loader
+from megallama.data.loader import Loader
 from megallama.data.samples import Samples, Source
 from megallama.layers.batch import MicroBatch
 
@@ -126,37 +125,37 @@ def test_the_thread_stays_ahead_and_ends_when_closed() -> None:
     assert "loader-train" not in [t.name for t in threading.enumerate()]
 
 
-def test_what_would_end_the_thread_is_an_error_that_says_where() -> None:
-    def leaving(ids: Sequence[int]) -> Samples:
-        return read(ids) if max(ids) < 4 else sys.exit("gone")
-
-    with Loader(leaving, ids_of_step) as loader:
-        next(loader)
-        with pytest.raises(DataError, match="loader failed at step 1, samples 4 to 7: SystemExit.'gone'."):
-            next(loader)
+class Panic(BaseException):
+    """As a library written in Rust raises it: no Exception."""
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_dies_is_named_long_before_the_timeout() -> None:
-    """By an exception outside of what is caught; what it had delivered before still comes out."""
+@pytest.mark.parametrize("ending", [SystemExit("gone"), Panic("gone"), GeneratorExit("gone")])
+def test_what_would_end_the_thread_is_an_error_that_says_where(ending: BaseException) -> None:
+    """At once, and not after the time of a stuck thread; what it had delivered before still comes out."""
     hold = threading.Event()
 
-    def held(ids: Sequence[int]) -> Samples:
+    def leaving(ids: Sequence[int]) -> Samples:
         hold.wait(60)
-        return read(ids)
+        if max(ids) < 4:
+            return read(ids)
+        raise ending
 
-    def dying(step: int) -> Item:
-        raise SystemExit
-
-    with Loader(held, ids_of_step, timeout_seconds=60) as loader:
-        loader._attempt = dying  # type: ignore[method-assign]
+    with Loader(leaving, ids_of_step, timeout_seconds=60) as loader:
         hold.set()
         assert first_tokens(next(loader)) == [[0, 1], [2, 3]]
         start = time.monotonic()
-        with pytest.raises(DataError) as error:
+        what = f"loader failed at step 1, samples 4 to 7: {type(ending).__name__}.'gone'."
+        with pytest.raises(DataError, match=what) as error:
             next(loader)
-        assert time.monotonic() - start < 30
-    assert str(error.value) == "the train loader is dead: its thread loader-train ended at step 0, samples 0 to 3"
+        assert time.monotonic() - start < 30 and error.value.status == 1
+
+
+def test_ctrl_c_is_no_fault_of_the_data() -> None:
+    def interrupted(ids: Sequence[int]) -> Samples:
+        raise KeyboardInterrupt
+
+    with Loader(interrupted, ids_of_step, prefetch=0) as loader, pytest.raises(KeyboardInterrupt):
+        next(loader)
 
 
 def numbers(prefix: Path) -> Path:

@@ -21,18 +21,13 @@ GPU = torch.device("cuda", 0)
 
 
 class FakeEvent:
-    """Done once a `FakeStream` says so."""
-
     def __init__(self, stream: FakeStream) -> None:
         self.stream = stream
-
-    def query(self) -> bool:
-        return self.stream.done
 
 
 class FakeStream:
     def __init__(self, name: str, log: list[str]) -> None:
-        self.name, self.log, self.done, self.device = name, log, False, GPU
+        self.name, self.log, self.device = name, log, GPU
 
     def record_event(self) -> FakeEvent:
         self.log.append(f"event on {self.name}")
@@ -125,17 +120,6 @@ def test_a_copy_starts_before_the_step_that_needs_it(fake: FakeCuda) -> None:
             next(it)
             assert fake.log.index(f"copy {step + 1} on copies") > 0  # already, though nobody has asked for it
             assert fake.log[-3] == "compute waits for copies"
-
-
-def test_originals_stay_until_they_are_copied(fake: FakeCuda) -> None:
-    with loader(stop_step=6) as it:
-        for _ in range(3):
-            filled(it)
-            next(it)
-        assert len(it._leaving) == 3  # no copy has ended
-        fake.side.done = True
-        next(it)
-        assert len(it._leaving) == 1
 
 
 def test_a_fault_of_the_next_step_comes_with_that_step(fake: FakeCuda) -> None:
