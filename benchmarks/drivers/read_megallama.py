@@ -12,8 +12,7 @@ from reading import BATCH, RUN_SAMPLES, SEQ_LENGTH, SHARES, resident_mib, say
 
 from megallama.config.schema import Config
 from megallama.data.loader import Loader
-from megallama.data.sources import open_sources
-from megallama.data.train_dataset import TrainDataset
+from megallama.data.sources import TrainDataset, open_sources
 
 
 def ids_of_step(step: int) -> list[range]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from megallama.config.errors import ConfigError, counted
 from megallama.config.schema import Config, SourceConfig
 from megallama.data.indexed import IndexedDataset
-from megallama.data.mixture import Mixture, limits_of, phases_of
+from megallama.data.mixture import Mixture, phases_of
 from megallama.data.samples import Source
 
 
@@ -51,11 +51,9 @@ def source_shares(config: Config) -> tuple[list[SourceShare], list[int]]:
     sizes = [size_of(source, config) for source in sources]
     mixture = Mixture([source.label for source in sources], phases)
     counts, rows = mixture.counts(batch.samples_after(steps)), []
-    limits = limits_of(sources, [sequences for sequences, _, _ in sizes])
     for i, (source, (sequences, tokens, measured)) in enumerate(zip(sources, sizes, strict=True)):
         shares = tuple(p.weights[source.label] / sum(p.weights.values()) for p in phases)
-        alone = [limit if j == i else None for j, limit in enumerate(limits)]
-        past = mixture.first_step_past(alone, steps, batch.samples_after)
+        past = mixture.step_past(source, sequences, steps, batch.samples_after)
         used, epochs = counts[i] * config.batch.seq_length, counts[i] / sequences
         last = None if past is None else past - 1
         rows.append(SourceShare(source.label, tokens, measured, shares, used, epochs, source.max_epochs, last))

@@ -20,9 +20,8 @@ from megallama.config.errors import ConfigError, counted
 from megallama.config.load import is_setting, load
 from megallama.config.schema import Config
 from megallama.data.indexed import IndexedDataset
-from megallama.data.sources import open_sources
+from megallama.data.sources import TrainDataset, open_sources
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
-from megallama.data.train_dataset import TrainDataset
 from megallama.plan.topology import Topology
 
 NEAR = 64

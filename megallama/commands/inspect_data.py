@@ -62,7 +62,6 @@ def write_sums(prefix: str) -> None:
     with naming(str(path)), sums.file as file:
         for offset in range(0, pair[0].size, CHUNK):
             sums.add(pair[0].read(offset, min(CHUNK, pair[0].size - offset)))
-        sums.add(b"", last=True)
         sums.finish(*pair)
         Path(file.name).replace(path)
     print(f"{path}: the checksums of the files as they are now")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ class File:
     """A file opened for pread; what cannot be read is a DataError. `check(offset, count)` comes before a read."""
 
     def __init__(self, path: str) -> None:
-        self.path, self.fd = path, -1
+        self.path = path
         self.check: Callable[[int, int], None] | None = None
         try:
             self.fd = os.open(path, os.O_RDONLY)
@@ -40,11 +41,11 @@ class File:
             ) from None
         except OSError as error:
             raise DataError(f"cannot open {path}: {error.strerror}") from error
+        weakref.finalize(self, os.close, self.fd)
         self.size = os.fstat(self.fd).st_size
 
     def read(self, offset: int, count: int) -> bytes:
-        data = bytearray(count)
-        self.read_into(data, offset)
+        self.read_into(data := bytearray(count), offset)
         return bytes(data)
 
     def read_into(self, out: bytearray | np.ndarray, offset: int) -> None:
@@ -64,10 +65,6 @@ class File:
                     f"on; it had {self.size} bytes when it was opened, so it was truncated since: {AGAIN}"
                 )
             done += more
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
 
 
 @contextmanager
@@ -109,7 +106,8 @@ class SumsWriter:
         self._table, self._rest = crc32(entries, self._table), data[end:]
 
     def finish(self, data: File, idx: File) -> None:
-        """Add all of .idx, and write the header."""
+        """End .bin, add all of .idx, and write the header."""
+        self.add(b"", last=True)
         for at in range(0, idx.size, BLOCK):
             self.add(idx.read(at, min(BLOCK, idx.size - at)))
         self.add(b"", last=True)

@@ -129,12 +129,11 @@ class IndexedDataset:
 
     def _check_ends(self) -> None:
         last = self.num_sequences - 1
-        length = int(self._array(HEADER.size + 4 * last, 1, "<i4")[0])
-        first, pointer = (int(self._array(self._pointers_at + 8 * i, 1, "<i8")[0]) for i in (0, last))
-        marks = (int(self._array(self._marks_at + 8 * i, 1, "<i8")[0]) for i in (0, self.num_documents))
-        if first != 0 or tuple(marks) != (0, self.num_sequences):
+        first, pointer = (self._int(self._pointers_at + 8 * i) for i in (0, last))
+        marks = [self._int(self._marks_at + 8 * i) for i in (0, self.num_documents)]
+        if first != 0 or marks != [0, self.num_sequences]:
             raise DataError(f"{self._idx.path}: its first offset or its document marks are damaged; {AGAIN}")
-        expected = pointer + length * self.dtype.itemsize
+        expected = pointer + self._int(HEADER.size + 4 * last, 4) * self.dtype.itemsize
         if self._bin.size != expected:
             what = "truncated" if self._bin.size < expected else "of another run"
             raise DataError(
@@ -142,9 +141,11 @@ class IndexedDataset:
                 f"it is {what}; {AGAIN}"
             )
 
+    def _int(self, offset: int, size: int = 8) -> int:
+        return int.from_bytes(self._idx.read(offset, size), "little", signed=True)
+
     def _array(self, offset: int, count: int, dtype: str) -> np.ndarray:
-        kind = np.dtype(dtype)
-        return np.frombuffer(self._idx.read(offset, count * kind.itemsize), kind)
+        return np.frombuffer(self._idx.read(offset, count * int(dtype[-1])), dtype)
 
     def read(self, offset: int, count: int) -> np.ndarray:
         """Tokens offset .. offset+count-1 of the whole stream, [count] in the file's type."""
@@ -183,8 +184,8 @@ class IndexedDataset:
 
     def _first_byte(self, document: int) -> int:
         """Of a document in .bin; as `starts`, but quick."""
-        at = int.from_bytes(self._idx.read(self._marks_at + 8 * document, 8), "little") * 8 + self._pointers_at
-        return int.from_bytes(self._idx.read(at, 8), "little") if at < self._marks_at else self._bin.size
+        at = self._pointers_at + 8 * self._int(self._marks_at + 8 * document)
+        return self._int(at) if at < self._marks_at else self._bin.size
 
     def document(self, number: int) -> np.ndarray:
         """The tokens of one document, in the file's type. Raises: DataError."""
@@ -270,8 +271,7 @@ class IndexedWriter:
         if len(tokens) and tokens.dtype != self.dtype:
             low, high, top = int(tokens.min()), int(tokens.max()), int(np.iinfo(self.dtype).max)
             if low < 0 or high > top:
-                worst = low if low < 0 else high
-                what = f"token id {worst} does not fit {self.dtype.name} (0..{top})"
+                what = f"token id {low if low < 0 else high} does not fit {self.dtype.name} (0..{top})"
                 raise DataError(f"{self.prefix}: {what}; write it as int32")
         data = tokens.astype(self.dtype, copy=False).tobytes()
         with naming(self.prefix + ".bin and .idx"):
@@ -289,7 +289,6 @@ class IndexedWriter:
             self._write_index()
             self._bin.flush()
             self._idx.flush()
-            self._sums.add(b"", last=True)
             self._sums.finish(File(self._bin.name), File(self._idx.name))
             for file in self._files:
                 os.fsync(file.fileno())

@@ -1,8 +1,7 @@
 """Micro-batches prepared ahead of the training step by one background thread, and copied to a GPU one step ahead.
 
-Which samples a step needs and what they hold are pure functions: a loader started at step n delivers what one started
-at 0 would.  A fault in the thread is raised where the batch is asked for; a thread that delivers nothing (hanging
-storage) becomes an error that says where it is.
+A fault in the thread is raised where the batch is asked for; a thread that delivers nothing (hanging storage) becomes
+an error that says where it is.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ Item = tuple[list[MicroBatch], MegallamaError | None]  # of one step; why there 
 class Loader:
     """Delivers the micro-batches of step after step: `next(loader)`, or iterate.
 
-    read(ids): the samples with these numbers.
     ids_of_step(step): sample numbers of each micro-batch of this rank.
     start_step .. stop_step - 1: the steps delivered (stop_step None: no end).
     num_samples: ids from here on are padding (a mask leaves them out of the loss); None: every id is real.
@@ -67,10 +65,7 @@ class Loader:
         return self
 
     def __next__(self) -> list[MicroBatch]:
-        """The micro-batches of the next step, on the device.
-
-        Raises: DataError if the thread is stuck; what it raised if it failed; StopIteration after the last step.
-        """
+        """Of the next step, on the device. Raises: DataError if the thread is stuck; what it raised if it failed."""
         if self._copies is None:
             batches = self._take()
             self.step += 1
@@ -96,10 +91,7 @@ class Loader:
             return [batch.to(stream.device) for batch in batches], stream.record_event()
 
     def next_or_zeros(self, count: int, config: Config) -> tuple[list[MicroBatch], MegallamaError | None]:
-        """(the next ones, None), or `count` micro-batches of zeros and why there is no data.
-
-        For a rank that has to take part in a step until all ranks know that it cannot.
-        """
+        """As `next`; where it fails, zeros and why, for a step that ends when all ranks know of it."""
         try:
             return next(self), None
         except MegallamaError as error:
@@ -113,22 +105,18 @@ class Loader:
                 raise StopIteration
             start = time.monotonic()
             try:
-                batches, self._failure = self._wait() if self._thread else self._attempt(self.step)
+                item = self._queue.get(timeout=self._timeout) if self._thread else self._attempt(self.step)
+            except queue.Empty:
+                raise DataError(
+                    f"the {self.name} loader has delivered nothing for {self._timeout:g} s: its thread "
+                    f"loader-{self.name} is at {self._at}; look at the storage, or raise data.timeout_seconds"
+                ) from None
             finally:
                 self.wait_seconds += time.monotonic() - start
+            batches, self._failure = item
         if self._failure:
             raise self._failure
         return batches
-
-    def _wait(self) -> Item:
-        """What the thread puts into the queue. Raises: DataError if it has nothing in time."""
-        try:
-            return self._queue.get(timeout=self._timeout)
-        except queue.Empty:
-            raise DataError(
-                f"the {self.name} loader has delivered nothing for {self._timeout:g} s: its thread loader-{self.name} "
-                f"is at {self._at}; look at the storage, or raise data.timeout_seconds"
-            ) from None
 
     def _attempt(self, step: int) -> Item:
         try:

@@ -31,6 +31,7 @@ from megallama.data.errors import DataError
 
 MIN_SHARE = Fraction(1, 100_000)
 MIN_BLOCK = 256
+SamplesAfter = Callable[[int], int]  # of the first n steps
 
 
 class Blend:
@@ -124,19 +125,13 @@ class Phase:
     weights: Mapping[str, float]  # by source name; a source that is missing has weight 0
 
 
-def phases_of(config: DataConfig, samples_after: Callable[[int], int]) -> tuple[Phase, ...]:
-    """The phases that data.train and data.mixture_schedule describe; samples_after(n): samples of the first n steps."""
+def phases_of(config: DataConfig, samples_after: SamplesAfter) -> tuple[Phase, ...]:
+    """The phases that data.train and data.mixture_schedule describe."""
     phases = [Phase(1, 0, {s.label: s.weight for s in config.train})]
     for change in config.mixture_schedule:
         weights = {**phases[-1].weights, **change.weights}
         phases.append(Phase(change.step, samples_after(change.step - 1), weights))
     return tuple(phases)
-
-
-def limits_of(sources: Sequence[SourceConfig], sequences: Sequence[int]) -> list[int | None]:
-    """Most samples that max_epochs allows of each source; sequences: its samples of one epoch."""
-    caps = zip((source.max_epochs for source in sources), sequences, strict=True)
-    return [None if epochs is None else int(Fraction(str(epochs)) * count) for epochs, count in caps]
 
 
 class Mixture:
@@ -176,15 +171,13 @@ class Mixture:
         counts[chosen] += blend.counts(n - int(self._firsts[number]))
         return counts.tolist()
 
-    def first_step_past(
-        self, limits: Sequence[int | None], steps: int, samples_after: Callable[[int], int]
-    ) -> int | None:
-        """The first of `steps` steps that takes more samples of a source than its limit; None if none does."""
+    def step_past(self, source: SourceConfig, sequences: int, steps: int, samples_after: SamplesAfter) -> int | None:
+        """The first of `steps` steps that takes a source of so many sequences past max_epochs; None if none does."""
+        number = self.names.index(source.label)
 
         def past(step: int) -> bool:
-            counts = self.counts(samples_after(step))
-            return any(limit is not None and count > limit for count, limit in zip(counts, limits, strict=True))
+            return self.counts(samples_after(step))[number] > Fraction(str(source.max_epochs)) * sequences
 
-        if all(limit is None for limit in limits) or not past(steps):
+        if source.max_epochs is None or not past(steps):
             return None
         return 1 + bisect_left(range(1, steps + 1), True, key=past)

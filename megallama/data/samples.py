@@ -29,22 +29,17 @@ WHOLE = (0.0, 1.0)
 
 
 class Samples(NamedTuple):
-    """n samples of s + 1 tokens.
+    """n samples of s + 1 tokens; starts: where in the sample the document of each token begins, 0 if before it."""
 
-    tokens: integers [n, s + 1], of the files' type.
-    starts: int64 [n, s + 1], the position in the sample at which the document of each token begins (0 where it began
-    before the sample); None unless asked for.
-    """
-
-    tokens: np.ndarray
-    starts: np.ndarray | None = None
+    tokens: np.ndarray  # integers [n, s + 1], of the files' type
+    starts: np.ndarray | None = None  # int64 [n, s + 1]; None unless asked for
 
 
 Reader = Callable[[Sequence[int]], Samples]  # sample numbers -> the samples; a pure function
 
 
 class Permutation:
-    """A bijection of range(size) chosen by integer keys; another key, another order."""
+    """A bijection of range(size) chosen by integer keys."""
 
     def __init__(self, size: int, *key: int) -> None:
         self.size = size
@@ -54,7 +49,7 @@ class Permutation:
         self._keys = struct.unpack(f"<{ROUNDS}Q", digest)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Where each of the positions goes, int64 [n]."""
+        """Where each position goes, int64 [n]."""
         b, i = np.uint64(self._right), positions.astype(np.uint64)
         left = i // b
         right = i - left * b
@@ -120,15 +115,12 @@ class Source:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes of text per token of the corpus, eos included, None where it does not record them.
-
-        Bits per byte is loss / ln 2 / bytes_per_token.
-        """
+        """Of the corpus's text, eos included; None where it is not recorded."""
         size, tokens = self.dataset.metadata.get("bytes"), self.dataset.metadata.get("tokens")
         return size / tokens if size and tokens else None
 
     def identity(self) -> dict[str, int | str]:
-        """What the order of the samples rests on: the content of the files, and which documents of them are used."""
+        """What the order of the samples rests on: the content of the files, and which of their documents are used."""
         return {**self.dataset.fingerprint(), "first document": self.first, "used documents": self.num_documents}
 
     def sequences(self, indices: np.ndarray) -> np.ndarray:
@@ -176,8 +168,6 @@ class Synthetic:
 
     def read(self, ids: Sequence[int]) -> Samples:
         """The samples with these numbers."""
-        return Samples(np.stack([self._sample(int(i)) for i in ids]))
-
-    def _sample(self, i: int) -> np.ndarray:
-        generator = np.random.Generator(np.random.Philox(key=np.array([self.seed & MASK, i], np.uint64)))
-        return generator.integers(0, self.vocab_size, self.seq_length + 1)
+        keys = [np.array([self.seed & MASK, int(i)], np.uint64) for i in ids]
+        draws = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
+        return Samples(np.stack([draw.integers(0, self.vocab_size, self.seq_length + 1) for draw in draws]))

@@ -6,18 +6,165 @@ vocabulary, the tokenizer against both, how documents begin and end against one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from operator import itemgetter
+from typing import Any
 
-from megallama.config.schema import Config, SourceConfig
+import numpy as np
+
+from megallama.config.describe import literal
+from megallama.config.errors import counted
+from megallama.config.schema import BatchConfig, Config, DataConfig, SourceConfig
 from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset
-from megallama.data.samples import Source, Synthetic
+from megallama.data.mixture import Mixture, Phase, phases_of
+from megallama.data.samples import Samples, Source, Synthetic
 from megallama.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
-from megallama.data.train_dataset import TrainDataset
 
+ANEW = "begin another run from these weights with checkpoint.weights_from and a new run.folder"
 LOOK = 16  # documents looked at where nothing is recorded
 SpecialIds = dict[str, int | None]  # "bos_id", "eos_id": what begins and ends documents; None: nothing does
+
+
+class TrainDataset:
+    """The training sources, read in the order of their mixture, and what was consumed of them.
+
+    The order of the samples is a function of the files, the seed, the sample length and the weights of every step so
+    far.  A checkpoint records them all; a run that would go on with others is refused with what to write instead.
+    """
+
+    def __init__(self, config: DataConfig, sources: Sequence[Source], batch: BatchConfig) -> None:
+        self.sources, self._config, self._batch = sources, config, batch
+        self._identities = {source.name: source.identity() for source in sources}
+        self._order = {"batch.seq_length": sources[0].seq_length, "train.seed": sources[0].seed}
+        self._done = self._consumed = 0
+        self.mixture = Mixture([source.name for source in sources], phases_of(config, batch.samples_after))
+
+    def read(self, ids: Sequence[int]) -> Samples:
+        """The samples with these numbers."""
+        located, indices = self.mixture.locate(np.asarray(ids, np.int64))
+        parts = [self.sources[number].read(indices[located == number]) for number in sorted(set(located.tolist()))]
+        row = np.argsort(np.argsort(located, kind="stable"))  # of each sample in the parts, one after the other
+        starts = [part.starts for part in parts if part.starts is not None]
+        tokens = np.concatenate([part.tokens for part in parts])
+        return Samples(tokens[row], np.concatenate(starts)[row] if starts else None)
+
+    def consumption(self, samples: int) -> dict[str, dict[str, float]]:
+        """What the first `samples` samples took: source name -> {"samples", "tokens", "epochs"}."""
+        return {
+            source.name: {"samples": n, "tokens": n * source.seq_length, "epochs": n / source.num_sequences}
+            for source, n in zip(self.sources, self.mixture.counts(samples), strict=True)
+        }
+
+    def last_step(self, steps: int) -> tuple[int, str]:
+        """(the last of `steps` steps in which no source passes its max_epochs, why it is the last or "").
+
+        Raises: DataError if that is not all of them and data.on_exhausted is "error", or it is none.
+        """
+        ends = [
+            (past, config.label, config.max_epochs)
+            for config, source in zip(self._config.train, self.sources, strict=True)
+            if (past := self.mixture.step_past(config, source.num_sequences, steps, self._samples_after))
+        ]
+        if not ends:
+            return steps, ""
+        past, name, most = min(ends, key=itemgetter(0))
+        epochs, total = (self.consumption(self._samples_after(n))[name]["epochs"] for n in (past, steps))
+        why = (
+            f"step {past} would take source {literal(name)} to {counted(f'{epochs:.4g}', 'epoch')}, "
+            f"over max_epochs={most:g}"
+        )
+        if self._config.on_exhausted == "error" or past == 1:
+            fewer = f'train.steps={past - 1}, data.on_exhausted="stop", ' if past > 1 else ""
+            raise DataError(
+                f"{why} (all of train.steps={steps}: {total:.4g}); use {fewer}a larger max_epochs, or a smaller weight "
+                "(from some step on: data.mixture_schedule)"
+            )
+        return past - 1, why
+
+    def state(self, samples: int) -> dict[str, Any]:
+        """What a checkpoint after `samples` samples keeps, for `resume`."""
+        used = self.consumption(samples)
+        return {
+            "sources": [
+                {"name": s.name, "path": s.dataset.prefix, **used[s.name], "identity": self._identities[s.name]}
+                for s in self.sources
+            ],
+            "mixture": [asdict(phase) for phase in self.mixture.phases if phase.sample < max(samples, 1)],
+            "order": self._order,
+        }
+
+    def resume(self, saved: Mapping[str, Any], step: int, samples: int) -> None:
+        """Go on from a checkpoint made after `step` steps and `samples` samples.
+
+        Raises: DataError if files, seed, sample length or the weights of these steps are not those of the checkpoint.
+        """
+        if not saved.get("mixture"):
+            return  # made by an older version, or with synthetic data
+        for key, now in self._order.items():
+            if (was := saved["order"][key]) != now:
+                raise DataError(
+                    f"{key}={now} would change the order of the samples, {samples} of which were used with "
+                    f"{key}={was}; write {key}={was}, or {ANEW}"
+                )
+        old_sources = [old for old in saved["sources"] if old["samples"]]
+        for old in old_sources:
+            self._check_source(old, step)
+        past = [Phase(**phase) for phase in saved["mixture"]]
+        self._check_weights(past, step)
+        self._done, self._consumed = step, samples
+        later = [p for p in phases_of(self._config, self._samples_after) if p.step > step]
+        self.mixture = Mixture(self.mixture.names, [*past, *later])
+        used = self.consumption(samples)
+        for old in old_sources:
+            if (gives := used[old["name"]]["samples"]) != old["samples"]:
+                raise DataError(
+                    f"the checkpoint of step {step} says that source {literal(old['name'])} gave {old['samples']} "
+                    f"samples, its weights give {gives}: another version of this program wrote it; {ANEW}"
+                )
+
+    def _samples_after(self, steps: int) -> int:
+        known = (self._done, self._consumed) if steps >= self._done else (0, 0)
+        return self._batch.samples_after(steps, *known)
+
+    def _check_source(self, old: Mapping[str, Any], step: int) -> None:
+        """That a source of which samples were used is still there, and the same."""
+        name, was = old["name"], old["identity"]
+        source = next((source for source in self.sources if source.name == name), None)
+        if source is None:
+            change = [{"step": step + 1, "weights": {name: 0.0}}]
+            raise DataError(
+                f"data.train has no source {literal(name)} ({old['path']}), of which this run used {old['samples']} "
+                f"samples; keep it, and take no more of it with data.mixture_schedule={literal(change)}"
+            )
+        items = self._identities[name].items()
+        if differing := [f"{key} {was.get(key)}, now {now}" for key, now in items if was.get(key) != now]:
+            raise DataError(
+                f"data.train source {literal(name)}: {source.dataset.prefix}.bin/.idx is not what this run was trained "
+                f"on ({'; '.join(differing)}); put the files and their documents range back, or {ANEW}"
+            )
+
+    def _check_weights(self, past: Sequence[Phase], step: int) -> None:
+        """That the configuration gives the steps that were made the weights they were made with."""
+        present = [p for p in self.mixture.phases if p.step <= max(step, 1)]
+        if [(p.step, _used(p)) for p in present] == [(p.step, _used(p)) for p in past]:
+            return
+        new = [] if _used(present[-1]) == _used(past[-1]) else [Phase(step + 1, 0, present[-1].weights)]
+        phases = [*past, *new, *(p for p in self.mixture.phases if p.step > step)]
+        first, *then = ({name: p.weights.get(name, 0.0) for name in self.mixture.names} for p in phases)
+        changes = [{"step": p.step, "weights": weights} for p, weights in zip(phases[1:], then, strict=True)]
+        were, now = (", ".join(f"{literal(_used(p))} from step {p.step}" for p in made) for made in (past, present))
+        raise DataError(
+            "the weights of data.train and data.mixture_schedule are not those of "
+            f"the {counted(step, 'step')} that were made: they were {were}, now they say {now}. What is past cannot "
+            f"change; keep in data.train the weights {literal(first)} and write "
+            f"data.mixture_schedule={literal(changes)}"
+        )
+
+
+def _used(phase: Phase) -> dict[str, float]:
+    return {name: weight for name, weight in phase.weights.items() if weight}
 
 
 @dataclass(frozen=True)
@@ -122,19 +269,16 @@ def _common_ids(datasets: Sequence[IndexedDataset], tokenizer: Tokenizer | None,
         for dataset in datasets:
             if kind in (ids := _ids_of(dataset, tokenizer)):
                 seen.setdefault(ids[kind], dataset.prefix)
+        names = {i: "no token of their own" if i is None else f"id {i}" for i in seen}
         if len(seen) > 1:
-            values = " and ".join(f"those of {prefix} with {_name(i)}" for i, prefix in seen.items())
+            values = " and ".join(f"those of {prefix} with {names[i]}" for i, prefix in seen.items())
             raise DataError(
                 f"documents {verb} differently: {values}; preprocess the text again with the same --eos-token and --bos"
             )
         if seen and kind == "eos_id" and eos_token and tokenizer and tokenizer.eos_id not in seen:
             raise DataError(
                 f"data.eos_token={eos_token!r} is id {tokenizer.eos_id}, but documents of {[*seen.values()][0]} end "
-                f"with {_name([*seen][0])}; leave it out, or preprocess the text again with --eos-token"
+                f"with {[*names.values()][0]}; leave it out, or preprocess the text again with --eos-token"
             )
         common |= dict.fromkeys([kind] if seen else [], next(iter(seen), None))
     return common
-
-
-def _name(mark: int | None) -> str:
-    return "no token of their own" if mark is None else f"id {mark}"

@@ -23,8 +23,7 @@ from megallama.config.describe import literal
 from megallama.config.errors import ConfigError, MegallamaError, counted
 from megallama.config.rules import check, unusual
 from megallama.config.schema import BatchConfig, Config, LrScheduleConfig, OptimizerConfig, current
-from megallama.data.sources import Data, open_sources
-from megallama.data.train_dataset import TrainDataset
+from megallama.data.sources import Data, TrainDataset, open_sources
 from megallama.kernels.select import Kernels
 from megallama.optim.lr import learning_rate
 from megallama.plan.plan import Plan

@@ -18,9 +18,8 @@ import torch
 from megallama.config.load import load, to_toml
 from megallama.data.indexed import IndexedWriter
 from megallama.data.loader import Loader
-from megallama.data.sources import open_sources
+from megallama.data.sources import TrainDataset, open_sources
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
-from megallama.data.train_dataset import TrainDataset
 from tests.words import text_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,8 +20,7 @@ from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedWriter
 from megallama.data.loader import Loader
 from megallama.data.mixture import Mixture, Phase, phases_of
-from megallama.data.sources import open_sources
-from megallama.data.train_dataset import TrainDataset
+from megallama.data.sources import TrainDataset, open_sources
 
 NAMES = ["web", "code", "books", "wiki"]
 weights = st.one_of(st.just(0.0), st.integers(1, 9), st.floats(0.05, 1))

@@ -16,8 +16,7 @@ from megallama.config.schema import Config, DataConfig, SourceConfig
 from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
 from megallama.data.samples import Synthetic
-from megallama.data.sources import Data, open_sources
-from megallama.data.train_dataset import TrainDataset
+from megallama.data.sources import Data, TrainDataset, open_sources
 from megallama.text.preprocess import preprocess
 
 
