@@ -41,7 +41,7 @@ class File:
             ) from None
         except OSError as error:
             raise DataError(f"cannot open {path}: {error.strerror}") from error
-        weakref.finalize(self, os.close, self.fd)
+        weakref.finalize(self, os.close, self.fd).atexit = False  # a loader's thread may still read
         self.size = os.fstat(self.fd).st_size
 
     def read(self, offset: int, count: int) -> bytes:

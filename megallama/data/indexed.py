@@ -12,8 +12,7 @@ PREFIX.bin is nothing but token ids, one document after the other.  PREFIX.idx s
     int64[d]  first sequence of each document, and n at the end
 
 PREFIX.json is what preprocessing recorded: counts, the tokenizer, the pair's fingerprint.
-Reading uses pread, never mmap: a file that shrinks under a run is then an error with a name in it and not a SIGBUS,
-and the process does not seem to grow with every page it has touched.
+Reading uses pread, never mmap: a file that shrinks under a run is then an error with a name in it and not a SIGBUS.
 """
 
 from __future__ import annotations
@@ -75,9 +74,8 @@ def write_metadata(prefix: str, metadata: Mapping[str, Any]) -> None:
 class IndexedDataset:
     """A .bin/.idx pair opened for reading; safe to use from several threads.
 
-    Opening costs the same for any size: it checks the header, both sizes, the first and last offsets, and the
-    fingerprint if PREFIX.json has one. `metadata`: of PREFIX.json, {} where there is none (a corpus of another tool).
-    Raises: DataError.
+    Opening costs the same for any size. `metadata`: PREFIX.json, {} where there is none (a corpus of another tool).
+    Raises: DataError for a wrong header, size, first or last offset, or a fingerprint unlike that of PREFIX.json.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -169,10 +167,7 @@ class IndexedDataset:
         return np.append(pointers, self.num_tokens)[marks - low]
 
     def documents_in(self, offset: int, count: int) -> np.ndarray:
-        """Where documents begin among the tokens offset .. offset+count-1, ascending, int64 [n].
-
-        By bisection in the index file: nothing of the size of the corpus is ever in memory.
-        """
+        """Where documents begin among the tokens offset .. offset+count-1, ascending, int64 [n]."""
         groups, found = range(0, self.num_documents, NEAR), []
         first = max(bisect_left(groups, offset * self.dtype.itemsize, key=self._first_byte) - 1, 0)
         for low in groups[first:]:
@@ -209,7 +204,7 @@ class IndexedDataset:
         counts = {"documents": self.num_documents, "tokens": self.num_tokens}
         return counts | {"idx_bytes": self._idx.size, "bin_bytes": self._bin.size, "sha256": digest.hexdigest()}
 
-    def verify(self, vocab_size: int | None = None, progress: Callable[[int], None] | None = None) -> str:
+    def verify(self, vocab_size: int | None = None, progress: Callable[[int], None] = lambda size: None) -> str:
         """Read everything: blocks as they were written, offsets contiguous, marks ascending, tokens in range.
 
         "", or why the blocks cannot be compared.  `progress(bytes of .bin checked)`.  Raises: DataError.
@@ -238,8 +233,7 @@ class IndexedDataset:
                     f"{self._bin.path}: token {offset + at} of the stream is id {tokens[at]}, "
                     f"outside the vocabulary of {vocab_size} ids; use the tokenizer this corpus was made with"
                 )
-            if progress:
-                progress((offset + len(tokens)) * self.dtype.itemsize)
+            progress((offset + len(tokens)) * self.dtype.itemsize)
         return lacking
 
 
@@ -247,7 +241,7 @@ class IndexedWriter:
     """Writes a .bin/.idx pair and its .sums as a stream, in constant memory.
 
     The end of the `with` block gives them their names, an exception removes them (PREFIX.bin.tmp and so on).
-    Raises: DataError naming the file that cannot be written, for example on a full disk.
+    Raises: DataError if they cannot be written.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:

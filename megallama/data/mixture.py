@@ -135,10 +135,9 @@ def phases_of(config: DataConfig, samples_after: SamplesAfter) -> tuple[Phase, .
 
 
 class Mixture:
-    """Samples 0, 1, 2, ... of several sources, of which each phase has a `Blend`.
+    """A `Blend` for each phase; nothing depends on the order in which the sources are listed.
 
-    A source goes on in a phase where it stopped: no document comes again before its epoch ends.  Nothing depends on
-    the order in which the sources are listed.
+    A source goes on in a phase where it stopped: no document comes again before its epoch ends.
     """
 
     def __init__(self, names: Sequence[str], phases: Sequence[Phase]) -> None:
@@ -152,7 +151,7 @@ class Mixture:
             self._parts.append((blend, np.array(chosen), before))
 
     def locate(self, numbers: np.ndarray) -> np.ndarray:
-        """Where samples come from: int64 [2, n], source and index in it. A source's indices are 0, 1, 2, ..."""
+        """As `Blend.locate`."""
         phases = np.searchsorted(self._firsts, numbers, side="right") - 1
         out = np.empty((2, len(numbers)), np.int64)
         for number in set(phases.tolist()):

@@ -43,6 +43,7 @@ class Tokenizer(Protocol):
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of several texts back to back, uint32 [T], and how many each has, int64 [n]."""
+        return join([np.array(self.encode(text), np.uint32) for text in texts])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; control tokens have none."""
@@ -54,7 +55,7 @@ def join(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(rows) if rows else np.empty(0, np.uint32), lengths
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece .model file."""
 
     encoder = "sentencepiece"
@@ -71,11 +72,10 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path} is not a SentencePiece model; make one with megallama tokenizer") from error
         self.path, self.vocab_size = path, int(self._model.vocab_size())
-        bos, eos = (None if i < 0 else int(i) for i in (self._model.bos_id(), self._model.eos_id()))
-        self.bos_id = special_id("bos", path, self.id_of, bos)
-        self.eos_id = special_id("eos", path, self.id_of, eos)
+        own = {"bos": int(self._model.bos_id()), "eos": int(self._model.eos_id())}
+        self.bos_id, self.eos_id = (special_id(k, path, self.id_of, None if i < 0 else i) for k, i in own.items())
         every = range(self.vocab_size)
-        self.control_ids: Sequence[int] = [i for i in every if self._model.is_control(i) or self._model.is_unknown(i)]
+        self.control_ids = [i for i in every if self._model.is_control(i) or self._model.is_unknown(i)]
         self.byte_ids = [i for i in every if self._model.is_byte(i)]
 
     def pieces(self, ids: Sequence[int]) -> set[str]:
@@ -91,8 +91,7 @@ class SentencePieceTokenizer:
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if not hasattr(self._model, "encode_as_numpy"):  # before 0.2.2
-            rows = self._model.encode(list(texts), out_type=int, num_threads=1)
-            return join([np.array(ids, np.uint32) for ids in rows])
+            return super().encode_arrays(texts)
         rows = self._model.encode(list(texts), return_type="numpy", num_threads=1)
         return join([row.view(np.uint32) for row in rows])
 
@@ -100,8 +99,8 @@ class SentencePieceTokenizer:
         return self._model.decode([int(i) for i in ids])
 
 
-class JsonTokenizer:
-    """A tokenizer.json of the `tokenizers` library; `content`: what stands in it, where that is not the file's own."""
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json of the `tokenizers` library; `content`: what is read instead of the file."""
 
     encoder = "tokenizers"
 
@@ -127,9 +126,6 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
-
-    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return join([np.array(self.encode(text), np.uint32) for text in texts])
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -219,9 +215,8 @@ def find_tokenizer(path: str | Path) -> Path:
 
 
 def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokenizer:
-    """Open a tokenizer: a SentencePiece .model, a tokenizer.json, a GPT-2 vocab.json, or a folder that holds one.
+    """Open a tokenizer's file, or that in a folder; `eos_token` names the end of a document, else the tokenizer does.
 
-    `eos_token` names the token that ends a document; without it the tokenizer says.
     Raises: DataError if there is none, it cannot be read, or it has no such token.
     """
     path = find_tokenizer(path)
