@@ -21,8 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megallama.commands.parser import Parser, filled, main_of
-from megallama.config.errors import counted, exit_status
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError, counted, exit_status
 
 if TYPE_CHECKING:
     from megallama.text.preprocess import Summary

@@ -20,6 +20,10 @@ class ConfigError(MegallamaError):
     """A configuration that cannot be used; the message lists every problem found, one per line."""
 
 
+class DataError(MegallamaError):
+    """Something is wrong with a corpus, a tokenizer or a data file."""
+
+
 def counted(number: int | str, noun: str, form: str = "") -> str:
     """``1 document``, ``2 documents``, ``0 micro-batches``; ``2,000 documents`` in the `form` ","."""
     text = format(number, form)

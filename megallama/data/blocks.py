@@ -16,7 +16,7 @@ from zlib import crc32
 
 import numpy as np
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 
 BLOCK = 1 << 16
 HEADER = struct.Struct("<8sQQI")

@@ -30,9 +30,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megallama.config.errors import counted
+from megallama.config.errors import DataError, counted
 from megallama.data.blocks import AGAIN, File, Sums, SumsWriter, naming, write_whole
-from megallama.data.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")

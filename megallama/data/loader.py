@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from megallama.config.errors import MegallamaError
+from megallama.config.errors import DataError, MegallamaError
 from megallama.config.schema import Config
-from megallama.data.errors import DataError
 from megallama.data.samples import Reader
 from megallama.layers.batch import MicroBatch
 

@@ -26,8 +26,8 @@ from math import gcd, lcm
 
 import numpy as np
 
+from megallama.config.errors import DataError
 from megallama.config.schema import DataConfig, SourceConfig
-from megallama.data.errors import DataError
 
 MIN_SHARE = Fraction(1, 100_000)
 MIN_BLOCK = 256

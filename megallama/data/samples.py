@@ -19,8 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megallama.config.errors import counted
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError, counted
 from megallama.data.indexed import IndexedDataset
 
 MASK = (1 << 64) - 1

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from megallama.config.describe import literal
-from megallama.config.errors import counted
+from megallama.config.errors import DataError, counted
 from megallama.config.schema import BatchConfig, Config, DataConfig, SourceConfig
-from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset
 from megallama.data.mixture import Mixture, Phase, phases_of
 from megallama.data.samples import Samples, Source, Synthetic

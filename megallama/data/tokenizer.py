@@ -14,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
+from megallama.config.errors import DataError
 from megallama.config.special_tokens import special_id
-from megallama.data.errors import DataError
 
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # Radford et al. 2019, encoder.py
 PROBE = "It's 'LL don't  3.14,\n\tna\u00efve \u2167\u00b2 \u6771\u4eac e\u0301 \u00a0x \U0001f469\u200d\u2028 a "

@@ -16,8 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megallama.config.errors import DataError
 from megallama.data.blocks import write_whole
-from megallama.data.errors import DataError
 from megallama.text.documents import RecordReader, place
 from megallama.text.inputs import Losses
 

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TEXT_SUFFIXES = (*".txt .text .md .rst .tex .py .c .h .cpp .hpp .java .js .ts .go .rs .sh".split(),)

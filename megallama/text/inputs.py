@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megallama.config.errors import counted
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError, counted
 from megallama.text.documents import KINDS, SUFFIXES, Record, RecordReader, place, seems, suffix_of
 from megallama.text.shards import MAX_EXAMPLES, TextShard
 

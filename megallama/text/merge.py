@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter, strip_suffix, write_metadata
 
 ROWS, SPAN = 1 << 16, 1 << 20  # documents, tokens copied at a time

@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from megallama.config.errors import counted
+from megallama.config.errors import DataError, counted
 from megallama.config.special_tokens import NAMES, usual_id
-from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for, strip_suffix, write_metadata
 from megallama.data.tokenizer import Tokenizer, find_tokenizer, sha256_of
 from megallama.text.documents import MAX_DOCUMENT_BYTES, units

@@ -27,7 +27,7 @@ from zlib import crc32
 
 import numpy as np
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.text.documents import EMPTY, BadRecord, Record, parse
 
 SPAN = 1 << 21  # bytes of tokens read at a time

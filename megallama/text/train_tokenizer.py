@@ -14,8 +14,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from megallama.config.errors import DataError
 from megallama.data.blocks import write_whole
-from megallama.data.errors import DataError
 from megallama.text.documents import RecordReader
 from megallama.text.inputs import Losses
 

@@ -25,8 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megallama.config.errors import MegallamaError
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError, MegallamaError
 from megallama.data.indexed import dtype_for
 from megallama.data.tokenizer import Tokenizer
 from megallama.text.documents import RecordReader, Unit

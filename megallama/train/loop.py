@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megallama.comm.errors import InternalError
-from megallama.config.errors import MegallamaError, counted
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError, MegallamaError, counted
 from megallama.data.loader import Loader
 from megallama.data.samples import Source
 from megallama.optim.lr import learning_rate

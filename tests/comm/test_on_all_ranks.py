@@ -10,8 +10,7 @@ import pytest
 from megallama.checkpoint.disk import CheckpointError, DamagedError
 from megallama.comm.errors import InternalError, LaunchError, MachineError
 from megallama.comm.on_all_ranks import on_all_ranks
-from megallama.config.errors import ConfigError, MegallamaError
-from megallama.data.errors import DataError
+from megallama.config.errors import ConfigError, DataError, MegallamaError
 from megallama.train.progress import TrainingStopped
 from tests.threads import run_threads
 

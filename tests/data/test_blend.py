@@ -10,7 +10,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.data.mixture import Blend
 
 weight = st.one_of(st.integers(1, 9), st.floats(0.05, 1), st.sampled_from([0.01, 1.0, 1 / 3]))

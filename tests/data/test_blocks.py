@@ -16,8 +16,8 @@ from zlib import crc32
 import numpy as np
 import pytest
 
+from megallama.config.errors import DataError
 from megallama.data.blocks import BLOCK, File, SumsWriter
-from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter, write_metadata
 from megallama.data.samples import Source
 from megallama.text.merge import merge

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.data.tokenizer import Gpt2Tokenizer, byte_characters, load_tokenizer, sha256_of
 from tests.text.test_fast_encoder import CONTROL, real_texts
 from tests.words import text_of

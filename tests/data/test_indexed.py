@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for, write_metadata
 
 U16, I32 = dtype_for(100), dtype_for(70000)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter
 from megallama.data.loader import Loader
 from megallama.data.samples import Samples, Source

@@ -14,9 +14,9 @@ from hypothesis import Phase as Stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megallama.config.errors import DataError
 from megallama.config.load import load, resolve
 from megallama.config.schema import Config
-from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedWriter
 from megallama.data.loader import Loader
 from megallama.data.mixture import Mixture, Phase, phases_of

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
 from megallama.data.samples import Permutation, Source, Synthetic
 

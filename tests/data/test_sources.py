@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megallama.config.errors import DataError
 from megallama.config.schema import Config, DataConfig, SourceConfig
-from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
 from megallama.data.samples import Synthetic
 from megallama.data.sources import Data, TrainDataset, open_sources

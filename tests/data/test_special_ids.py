@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from megallama.commands import prepare as preprocess_data
+from megallama.config.errors import DataError
 from megallama.config.schema import Config, DataConfig, SourceConfig
-from megallama.data.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
 from megallama.data.sources import open_sources
 from megallama.data.tokenizer import load_tokenizer, sha256_of

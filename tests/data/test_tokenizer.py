@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.data.tokenizer import load_tokenizer
 from megallama.text.fast_encoder import load_fast_tokenizer
 from megallama.text.train_tokenizer import train_tokenizer

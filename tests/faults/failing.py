@@ -13,7 +13,7 @@ import torch
 
 import megallama.checkpoint.manager as manager_module
 from megallama.comm.launch import World
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.plan.plan import make_plan
 from megallama.train.log import Logger
 from megallama.train.loop import TrainingLoop

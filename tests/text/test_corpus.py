@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.text.corpus import build_corpus, pieces
 from tests.words import text_of
 

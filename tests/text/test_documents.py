@@ -17,7 +17,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.text import documents as readers
 from megallama.text.documents import BadRecord, Record, RecordReader, Unit, parse, place, units
 from megallama.text.inputs import Found

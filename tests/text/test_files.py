@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.data.indexed import IndexedDataset
 from megallama.text import inputs as module_of_inputs
 from megallama.text import preprocess as module

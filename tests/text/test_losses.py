@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.text import documents
 from megallama.text.documents import RecordReader
 from megallama.text.inputs import Losses

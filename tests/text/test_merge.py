@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter
 from megallama.text import merge as module
 from megallama.text.merge import merge

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.data.indexed import IndexedDataset
 from megallama.data.tokenizer import load_tokenizer, sha256_of
 from megallama.text import preprocess as module

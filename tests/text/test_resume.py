@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.text import preprocess as module
 from megallama.text.preprocess import preprocess
 from megallama.text.shards import WorkFolder

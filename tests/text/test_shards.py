@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megallama.data.errors import DataError
+from megallama.config.errors import DataError
 from megallama.text import shards as module
 from megallama.text.documents import Record
 from megallama.text.shards import ShardWriter, WorkFolder
