@@ -23,7 +23,7 @@ import os
 import struct
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -83,25 +83,21 @@ class IndexedDataset:
         name, size = self._idx.path, self._idx.size
         if size < HEADER.size:
             raise DataError(f"{name} has {size} bytes, expected at least {HEADER.size} for its header; {AGAIN}")
-        magic, version, code, self.num_sequences, marks = HEADER.unpack(self._idx.read(0, HEADER.size))
-        if magic != MAGIC:
-            raise DataError(f"{name} begins with {magic!r}, expected {MAGIC!r}: it is no Megatron index; {AGAIN}")
-        if version != 1:
-            raise DataError(f"{name} has format version {version}, expected 1; {AGAIN}")
-        if code not in CODES:
-            raise DataError(f"{name} has token type code {code}, expected 8 (uint16) or 4 (int32); {AGAIN}")
-        self.dtype = CODES[code]
-        self.num_documents = marks - 1
-        expected = HEADER.size + 12 * self.num_sequences + 8 * marks
-        if size != expected:
-            raise DataError(
-                f"{name} has {size} bytes, expected {expected} for its {counted(self.num_sequences, 'sequence')} and "
-                f"{marks} document marks: it is {'truncated' if size < expected else 'too long'}; {AGAIN}"
-            )
-        if self.num_sequences < 1 or self.num_documents < 1:
-            raise DataError(f"{name} holds no documents; {AGAIN} from files that hold text")
-        self._pointers_at = HEADER.size + 4 * self.num_sequences
-        self._marks_at = HEADER.size + 12 * self.num_sequences
+        magic, version, code, count, marks = HEADER.unpack(self._idx.read(0, HEADER.size))
+        self._pointers_at, self._marks_at = HEADER.size + 4 * count, HEADER.size + 12 * count
+        expected = self._marks_at + 8 * marks
+        held = f"{counted(count, 'sequence')} and {marks} document marks"
+        length = "truncated" if size < expected else "too long"
+        for wrong, what in (
+            (magic != MAGIC, f"begins with {magic!r}, expected {MAGIC!r}: it is no Megatron index; {AGAIN}"),
+            (version != 1, f"has format version {version}, expected 1; {AGAIN}"),
+            (code not in CODES, f"has token type code {code}, expected 8 (uint16) or 4 (int32); {AGAIN}"),
+            (size != expected, f"has {size} bytes, expected {expected} for its {held}: it is {length}; {AGAIN}"),
+            (count < 1 or marks < 2, f"holds no documents; {AGAIN} from files that hold text"),
+        ):
+            if wrong:
+                raise DataError(f"{name} {what}")
+        self.dtype, self.num_sequences, self.num_documents = CODES[code], count, marks - 1
         self._check_ends()
         self.num_tokens = self._bin.size // self.dtype.itemsize
         self.metadata = _read_metadata(self.prefix)
@@ -208,8 +204,7 @@ class IndexedDataset:
 
         "", or why the blocks cannot be compared.  `progress(bytes of .bin checked)`.  Raises: DataError.
         """
-        lacking = self.check_blocks()
-        expected = 0
+        lacking, expected = self.check_blocks(), 0
         for first in range(0, self.num_sequences, CHUNK):
             count = min(CHUNK, self.num_sequences - first)
             lengths = self._array(HEADER.size + 4 * first, count, "<i4").astype(np.int64)
@@ -236,7 +231,7 @@ class IndexedDataset:
         return lacking
 
 
-class IndexedWriter:
+class IndexedWriter(AbstractContextManager["IndexedWriter"]):
     """Writes a .bin/.idx pair and its .sums as a stream, in constant memory.
 
     The end of the `with` block gives them their names, an exception removes them (PREFIX.bin.tmp and so on).
@@ -301,9 +296,6 @@ class IndexedWriter:
             self._idx.write(np.arange(first, min(first + CHUNK, count + 1), dtype="<i8").tobytes())
         self._idx.seek(0)
         self._idx.write(HEADER.pack(MAGIC, 1, self._code, count, count + 1))
-
-    def __enter__(self) -> IndexedWriter:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:

@@ -6,12 +6,12 @@ an error that says where it is.
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 
 import torch
 
@@ -23,7 +23,7 @@ from megallama.layers.batch import MicroBatch
 Item = tuple[list[MicroBatch], MegallamaError | None]  # of one step; why there are none
 
 
-class Loader:
+class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
     """Delivers the micro-batches of step after step: `next(loader)`, or iterate.
 
     ids_of_step(step): sample numbers of each micro-batch of this rank.
@@ -60,9 +60,6 @@ class Loader:
             self._thread = threading.Thread(target=self._work, args=(start_step,), name=f"loader-{name}", daemon=True)
             self._thread.start()
 
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
-        return self
-
     def __next__(self) -> list[MicroBatch]:
         """Of the next step, on the device. Raises: DataError if the thread is stuck; what it raised if it failed."""
         if self._copies is None:
@@ -72,7 +69,7 @@ class Loader:
         (there, arrived), self._ahead = self._ahead or self._send(self._copies), None
         self.step += 1
         if self.step != self._stop_step and not self._queue.empty():
-            with contextlib.suppress(MegallamaError):  # it is raised when that step is asked for
+            with suppress(MegallamaError):  # it is raised when that step is asked for
                 self._ahead = self._send(self._copies)
         current = torch.cuda.current_stream(self._device)
         current.wait_event(arrived)  # the stream waits, the caller does not
@@ -157,14 +154,11 @@ class Loader:
     def close(self) -> None:
         """End the thread; one that hangs is left behind (it is a daemon)."""
         self._closed.set()
-        with contextlib.suppress(queue.Empty):  # room for what the thread may hold
+        with suppress(queue.Empty):  # room for what the thread may hold
             while self._thread:
                 self._queue.get_nowait()
         if self._thread:
             self._thread.join(1.0)
-
-    def __enter__(self) -> Loader:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -4,8 +4,7 @@ The token stream of a corpus is cut into sequences of seq_length + 1 tokens, seq
 the first of the next, so every token is predicted once).  Epoch e visits them in the order of a keyed permutation
 computed on the fly: a Feistel network over pairs (left, right) with left < a, right < b and a * b just above the
 number of sequences (Black and Rogaway 2002, "Ciphers with arbitrary finite domains": their generalised network, and
-walking the cycle until the result is in range). Nothing here knows the length of the run, the number of ranks or
-where the run was resumed.
+walking the cycle until the result is in range).
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def _add_mixed(half: np.ndarray, other: np.ndarray, key: int, modulus: int) -> n
 class Source:
     """The sequences of one corpus as a run visits them; with shuffle=False in file order (validation).
 
-    documents: only the documents from this share of the corpus to that one; the ranges (0, x) and (x, 1) share none.
+    documents: only those from this share of the corpus to that one; the ranges (0, x) and (x, 1) share none.
     num_ids: a token id from here on is damage; None where nothing is known about them.
     Raises: DataError if what is used of the corpus is smaller than one sequence.
     """

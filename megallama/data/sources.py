@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -68,12 +67,10 @@ class TrainDataset:
         ]
         if not ends:
             return steps, ""
-        past, name, most = min(ends, key=itemgetter(0))
+        past, name, most = min(ends, key=lambda end: end[0])
         epochs, total = (self.consumption(self._samples_after(n))[name]["epochs"] for n in (past, steps))
-        why = (
-            f"step {past} would take source {literal(name)} to {counted(f'{epochs:.4g}', 'epoch')}, "
-            f"over max_epochs={most:g}"
-        )
+        taken = f"{literal(name)} to {counted(f'{epochs:.4g}', 'epoch')}"
+        why = f"step {past} would take source {taken}, over max_epochs={most:g}"
         if self._config.on_exhausted == "error" or past == 1:
             fewer = f'train.steps={past - 1}, data.on_exhausted="stop", ' if past > 1 else ""
             raise DataError(
@@ -97,7 +94,7 @@ class TrainDataset:
     def resume(self, saved: Mapping[str, Any], step: int, samples: int) -> None:
         """Go on from a checkpoint made after `step` steps and `samples` samples.
 
-        Raises: DataError if files, seed, sample length or the weights of these steps are not those of the checkpoint.
+        Raises: DataError if files, seed, sample length or past weights are not those of the checkpoint.
         """
         if not saved.get("mixture"):
             return  # made by an older version, or with synthetic data
@@ -179,11 +176,7 @@ class Data:
 
 
 def open_sources(config: Config) -> Data:
-    """Open what the section `data` names.
-
-    Raises: DataError for a missing or damaged file, a source too small for one sample, token ids outside the
-    vocabulary, or a tokenizer that is not the one the data was made with.
-    """
+    """Open what the section `data` names. Raises: DataError for whatever of it can be known to be wrong."""
     data, vocab_size = config.data, config.model.vocab_size
     tokenizer = load_tokenizer(data.tokenizer, eos_token=data.eos_token) if data.tokenizer else None
     if tokenizer and tokenizer.vocab_size > vocab_size:  # a larger vocabulary is padded: those ids never occur
@@ -223,9 +216,9 @@ def open_sources(config: Config) -> Data:
 
 def _open(path: str, config: Config, tokenizer: Tokenizer | None) -> IndexedDataset:
     dataset, vocab_size = IndexedDataset(path), config.model.vocab_size
+    metadata = dataset.metadata
     if config.data.checksums:
         dataset.check_blocks()
-    metadata = dataset.metadata
     largest = max(dataset.largest_token(), int(metadata.get("vocab_size", 0)) - 1)
     if largest >= vocab_size:
         raise DataError(
@@ -258,10 +251,7 @@ def _ids_of(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> SpecialIds:
 
 
 def _common_ids(datasets: Sequence[IndexedDataset], tokenizer: Tokenizer | None, eos_token: str | None) -> SpecialIds:
-    """Those that all corpora have; an end that nobody knows is the tokenizer's.
-
-    Raises: DataError if corpora differ, or do not end with `eos_token`, where it is given.
-    """
+    """Those that all corpora have; an end that nobody knows is the tokenizer's. Raises: DataError if they differ."""
     common: SpecialIds = {"eos_id": tokenizer.eos_id if tokenizer else None}
     for kind, verb in (("eos_id", "end"), ("bos_id", "begin")):
         seen: dict[int | None, str] = {}  # id -> the first corpus with it

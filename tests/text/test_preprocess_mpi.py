@@ -78,7 +78,8 @@ def test_an_error_ends_every_rank(
 def test_a_fault_in_another_rank_is_told_by_the_first(jsonl: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     program = PROGRAM.replace("if MPI", "if MPI.COMM_WORLD.rank: workers.dtype_for = lambda size: 1 / 0\nif MPI")
     program += "    raise SystemExit('not reached')\n"
-    program = program.replace("    module.pre", "    from megallama.text.merge import DataError\n    try: module.pre")
+    imports = "    from megallama.config.errors import DataError\n"
+    program = program.replace("    module.pre", imports + "    try: module.pre")
     program = program.replace("    print(json.dumps(seen))", (
         "    except DataError as error: print('told:', error, flush=True); MPI.COMM_WORLD.Abort(3)"
     ))  # fmt: skip
