@@ -1,18 +1,18 @@
-"""Which source sample n comes from: exact shares at every moment, for runs of any length, without arrays of run length.
+"""Which source sample n comes from: exact shares at every moment, without arrays of the run's length.
 
-After n samples a source of share w has given floor(n w) or ceil(n w) of them, for every n: never a whole sample off.
-Such a sequence is a fair schedule of one processor (Baruah, Cohen, Plaxton and Varvel 1996, "Proportionate
-progress"): the j-th sample of a source must fall into the slots floor((j-1)/w)+1 .. ceil(j/w).  Taking the earliest
-deadline first finds one, but only from n = 0 on.  To ask for any n at once, the line is cut into blocks of at least
-4 / (smallest share), and the counts at their ends are given in closed form:
+After n samples a source of share w has given floor(n w) or ceil(n w) of them, for every n.  Such a sequence is a fair
+schedule of one processor (Baruah, Cohen, Plaxton and Varvel 1996, "Proportionate progress"): the j-th sample of a
+source falls into the slots floor((j-1)/w)+1 .. ceil(j/w).  Earliest deadline first finds one, but only from n = 0 on.
+To ask for any n at once, the line is cut into blocks of at least 4 / (smallest share), with the counts at their ends
+in closed form:
 
 At n the sources with fraction f = n w - floor(n w) > 0 are inside a slot window; as many as the f sum to are rounded
 up. The future is feasible if, ordered by deadline, every prefix with fractions summing to F has floor(F) rounded up;
-the past, if the same holds ordered by release (Hall's condition for windows that straddle n; none straddles both ends
-of a block). The fractions satisfy both chains of constraints, so an integral choice exists; walking the deadlines and
-taking the earliest release seen whenever one is due finds it. Inside a block, earliest deadline first never misses.
+the past, if the same holds ordered by release (Hall's condition; no window straddles both ends of a block).  The
+fractions satisfy both, so an integral choice exists; walking the deadlines and taking the earliest release seen
+whenever one is due finds it.
 
-All arithmetic is on exact integers: 0.67 is 67/100.  One block is kept: O(sources + 1 / smallest share) memory.
+All arithmetic is on exact integers: 0.67 is 67/100.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SamplesAfter = Callable[[int], int]  # of the first n steps
 
 
 class Blend:
-    """A sequence of source numbers in which every source keeps its share exactly.
+    """A sequence of source numbers in which every source keeps its share exactly. One block is kept in memory.
 
     Raises: DataError for a weight that is not positive or vanishes beside the others.
     """
