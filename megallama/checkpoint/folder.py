@@ -92,8 +92,7 @@ def step_folder(folder: Path) -> Path | None:
 def find_checkpoint(path: Path, log: Callable[[str], None] = lambda text: None) -> Path:
     """The step folder that `path` is, or is the model/ of; of a folder of steps or a run folder the one saved last.
 
-    Any other path is returned as it is: the weights of another program, or nothing. `log` hears of
-    damaged steps.
+    Any other path is returned as it is. `log` hears of damaged steps.
     """
     if (step := step_folder(path)) is not None:
         return step
@@ -103,11 +102,10 @@ def find_checkpoint(path: Path, log: Callable[[str], None] = lambda text: None) 
 
 def samples_before(config: Config) -> int:
     """How many samples lie behind the checkpoint that a run would resume; 0 where none can be read (yet)."""
-    if config.checkpoint.resume == "fresh" or config.checkpoint.folder is None:
-        return 0
+    folder = None if config.checkpoint.resume == "fresh" else config.checkpoint.folder
     with suppress(CheckpointError, KeyError):
-        step = newest_step(Path(config.checkpoint.folder), lambda text: None)
-        return int(manifest.read_manifest(step).counters["samples"]) if step else 0
+        if folder is not None and (step := newest_step(Path(folder), lambda text: None)):
+            return int(manifest.read_manifest(step).counters["samples"])
     return 0
 
 
@@ -164,9 +162,8 @@ def point_latest(final: Path) -> None:
 class Choice:
     """Which checkpoint a run goes on from; every rank of `group` has one and calls the same methods.
 
-    One that is damaged is quarantined, and the one before it is looked at.  One that cannot be read
-    now may be whole, and to take an older one would throw steps away: that ends the start, unless
-    `previous` was asked for.
+    One that is damaged is quarantined, and the one before it taken. One that cannot be read now may be whole, and
+    an older one would throw steps away: that ends the start, unless `previous` was asked for.
     """
 
     def __init__(self, folder: Path, group: Assembly, log: Callable[[str], None], *, previous: bool) -> None:
@@ -174,9 +171,9 @@ class Choice:
         self._left_out: dict[str, str] = {}  # step folders, and why they are not used
 
     def newest(self, work: Callable[[Path], T]) -> T | None:
-        """work(path) of the newest checkpoint that can be used; None if there are no checkpoints.
+        """work(path) of the newest that can be used; None if there is none.
 
-        Raises, on every rank: UnreadableError; CheckpointError if none of them can be used.
+        Raises, on every rank: UnreadableError; CheckpointError if none of those there can be used.
         """
         while True:
             results = on_all_ranks(self._group, f"checkpoints in {self._folder}", self._candidate)
@@ -232,11 +229,7 @@ class Choice:
         return found[0]
 
     def read_on_all(self, what: str, work: Callable[[], Any]) -> list[Any]:
-        """`on_all_ranks` of what all ranks read.
-
-        Raises, on every rank: DamagedError, also for what no rank finds; UnreadableError if
-        a rank cannot read something, or misses what another one has.
-        """
+        """`on_all_ranks` of reading. Raises: UnreadableError also if a rank misses what another one has."""
         try:
             return on_all_ranks(self._group, what, work)
         except MissingError as error:
@@ -246,7 +239,7 @@ class Choice:
             raise UnreadableError(f"{error} (but other ranks have it: do all nodes share the folder?)") from error
 
     def _leave_out(self, name: str, error: CheckpointError) -> None:
-        """Go on without a step that cannot be read, if asked for. Raises: UnreadableError."""
+        """Go on without a step that cannot be read, if that was asked for. Raises: UnreadableError."""
         if not self._previous:
             raise UnreadableError(
                 f"{error}. That need not be damage: nothing was changed and no older step is taken. Once {name} can be "

@@ -1,15 +1,20 @@
-"""The Hugging Face side of a checkpoint: config.json both ways, generation_config.json, the tokenizer.
+"""The Hugging Face side of a checkpoint: config.json both ways, and the tokenizer's files.
 
-`model/` must open with ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer``, in
-transformers 4 and 5, so rotary settings are written in the form that both read.
+`model/` must open with ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer``, in transformers 4 and 5, so
+rotary settings are written in the form that both read, and a SentencePiece model comes with a tokenizer.json.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.unknown_fields import UnknownFieldSet
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from megallama.checkpoint import disk
 from megallama.checkpoint.disk import CheckpointError
@@ -23,6 +28,16 @@ _KEPT = ("chat_template", "padding_side")  # of a tokenizer_config.json beside i
 _ROPE = {key: key for key in ("factor", "low_freq_factor", "high_freq_factor")} | {
     "original_max_position_embeddings": "original_max_position"  # Hugging Face's name of ours
 }
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of pieces in a .model file
+BPE = 2  # type of a model
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
+Piece = tuple[str, float, int]  # text, score, type
+PROBES = (
+    # between the bars: white space, digits, characters of several codes, control tokens as text; then what is long
+    *"| |  two   three |\n|\r\n\tx\t|1234567890|🦙👩\u200d👧🏽|naïve cafe\u0301 東京|\0 \ufeff\xa0|<s>|</s>".split("|"),
+    *(" <s> a</s>b<unk><0x0A>", SPACE, f"{SPACE * 2}a {SPACE}", "a" * 99, " " * 70, "=-" * 50, "#" * 33),
+    "def f(x):\n    return {'a': [x**2, -1e-9]}  # ==> !!! ... ---- ____",
+)
 
 
 def model_files(
@@ -34,10 +49,9 @@ def model_files(
 ) -> dict[str, bytes]:
     """The small files of model/ by name: configs and tokenizer.
 
-    `marks`: "bos_id" and "eos_id" of the training's documents. Without an eos_id the tokenizer
-    says; without a bos_id what stands before a document is the end of another, and so it is
-    exported. `longest` is the longest sequence, default that of training; `log` hears what cannot
-    be exported as it was.
+    `marks`: "bos_id" and "eos_id" of the training's documents. Without an eos_id the tokenizer says; without a
+    bos_id a document begins with the end of another. `longest` is the longest sequence, default that of
+    training; `log` hears what cannot be exported as it was.
     """
     marks, longest = marks or {}, longest or longest_sequence(config)
     special = special_tokens(tokenizer, marks) if tokenizer else {}
@@ -50,25 +64,19 @@ def model_files(
 
 
 def longest_sequence(config: Config) -> int:
-    """The longest sequence of the exported model: that of training, or with scaled rotary frequencies theirs [tokens].
-
-    Meta's scalings, of factor 8 in LLaMA 3.1 and 32 in 3.2, both go with 131,072.
-    """
+    """The longest sequence of the exported model [tokens]: that of training, or of scaled rotary frequencies."""
     scaling, trained = config.model.rope_scaling, config.batch.seq_length
     if scaling is None:
         return trained
     old = scaling.original_max_position
-    known = (scaling.factor, old) in ((8.0, 8192), (32.0, 8192))
-    return max(trained, META_CONTEXT if known else int(scaling.factor * old))
+    meta = old == 8192 and scaling.factor in (8.0, 32.0)  # of LLaMA 3.1 and 3.2
+    return max(trained, META_CONTEXT if meta else int(scaling.factor * old))
 
 
 def _config_json(config: Config, longest: int) -> dict[str, Any]:
-    model = config.model
+    model, dtype = config.model, TORCH_NAMES[config.precision.dtype]
     n, k, d = heads(model)
-    scaling: dict[str, Any] | None = None
-    if model.rope_scaling is not None:
-        scaling = {"rope_type": "llama3"} | {key: getattr(model.rope_scaling, ours) for key, ours in _ROPE.items()}
-    dtype = TORCH_NAMES[config.precision.dtype]
+    scaling = {"rope_type": "llama3"} | {key: getattr(model.rope_scaling, ours, None) for key, ours in _ROPE.items()}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -84,7 +92,7 @@ def _config_json(config: Config, longest: int) -> dict[str, Any]:
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
-        "rope_scaling": scaling,
+        "rope_scaling": scaling if model.rope_scaling else None,
         "tie_word_embeddings": model.tie_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -97,10 +105,7 @@ def _config_json(config: Config, longest: int) -> dict[str, Any]:
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """The architecture that a Hugging Face config.json describes.
-
-    Raises: CheckpointError if it is missing, unreadable or no LLaMA.
-    """
+    """The architecture of a Hugging Face config.json. Raises: CheckpointError if it is missing, or no LLaMA's."""
     path = folder / "config.json"
     try:
         found = disk.read_json(path)
@@ -172,12 +177,8 @@ def _tokenizer_files(
 ) -> dict[str, bytes]:
     """A tokenizer's files, with which Hugging Face's programs give the ids of the training.
 
-    `special` is of `special_tokens`; `begun`: every document begins with bos. A SentencePiece model
-    comes with a tokenizer.json that no version rebuilds in its own way; where that cannot be had,
-    `log` hears of it.
+    `special` is of `special_tokens`; `begun`: every document begins with bos.
     """
-    from megallama.checkpoint.sentencepiece_json import NotEqualError, begin_with, to_tokenizer  # only where needed
-
     existing = read_settings(tokenizer.with_name("tokenizer_config.json"))
     merges = merges_of(tokenizer)
     first, eos = special.get("bos" if begun else "eos"), special.get("eos")
@@ -202,7 +203,7 @@ def _tokenizer_files(
         files = {"tokenizer.model": tokenizer.read_bytes()}
         try:
             found = to_tokenizer(files["tokenizer.model"])
-            found.post_processor = begin_with(first if begun else None)
+            found.post_processor = _begin_with(first if begun else None)
             settings["unk_token"] = found.model.unk_token
             files["tokenizer.json"] = found.to_str().encode()
         except NotEqualError as why:
@@ -218,15 +219,97 @@ def _begun(raw: bytes, token: tuple[str, int] | None) -> bytes:
     """A tokenizer.json that puts `token`, and nothing else, around a text; `raw` itself where it does."""
     if token is None and not json.loads(raw).get("post_processor"):
         return raw
-    from megallama.checkpoint.sentencepiece_json import Tokenizer, begin_with
-
     model = Tokenizer.from_str(raw.decode())
     bare, whole = (model.encode("a", add_special_tokens=add).ids for add in (False, True))
     if whole == [*([token[1]] if token else []), *bare]:
         return raw
-    model.post_processor = begin_with(token)
+    model.post_processor = _begin_with(token)
     return model.to_str().encode()
 
 
 def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
+
+
+class NotEqualError(Exception):
+    """No tokenizer.json gives the ids of a SentencePiece model; the message says why."""
+
+
+def to_tokenizer(model: bytes) -> Tokenizer:
+    """The fast tokenizer of a SentencePiece .model file that gives the same ids, to the last text.
+
+    SentencePiece merges byte pairs by the scores of what they become, the leftmost of equals first; a tokenizer.json
+    ranks the pairs themselves. Both agree where every score is one piece's own and the pairs that make the same piece
+    are ranked so that the left one of two that overlap comes first. Raises: NotEqualError where that cannot be had.
+    """
+    file = _fields(model)
+    parts = [_fields(part) for part in file[1]]
+    scores = [struct.unpack("<f", struct.pack("<I", part.get(2, [0])[-1]))[0] for part in parts]
+    pieces = [(p[1][-1].decode(), score, p.get(3, [NORMAL])[-1]) for p, score in zip(parts, scores, strict=True)]
+    trainer, normalizer = (_fields(file.get(number, [b""])[-1]) for number in (2, 3))
+    prefix = bool(normalizer.get(3, [1])[-1])
+    user = [text for text, _, kind in pieces if kind == USER_DEFINED]
+    if trainer.get(3, [1])[-1] != BPE or any(kind == UNUSED for _, _, kind in pieces):
+        raise NotEqualError("it is no model of byte pairs, or has unused pieces")
+    if user and (prefix or any({SPACE, " "} & {*text} for text in user)):
+        raise NotEqualError("it has user-defined symbols, and begins a text with a space or has them with spaces")
+    found = Tokenizer(
+        models.BPE(
+            {text: i for i, (text, _, _) in enumerate(pieces)},
+            [*_merges(pieces)],
+            unk_token=next(text for text, _, kind in pieces if kind == UNKNOWN),
+            fuse_unk=True,
+            byte_fallback=bool(trainer.get(35, [0])[-1]),
+        )
+    )
+    before, after = [normalizers.Prepend(SPACE)], [decoders.Strip(" ", 1, 0)]
+    found.normalizer = normalizers.Sequence([*before * prefix, normalizers.Replace(" ", SPACE)])
+    plain = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    found.decoder = decoders.Sequence([*plain, *after * prefix])
+    found.add_special_tokens([text for text, _, kind in pieces if kind in (UNKNOWN, CONTROL)])
+    found.add_tokens([AddedToken(text, normalized=False) for text in user])
+    _prove(model, found, pieces)
+    return found
+
+
+def _begin_with(token: tuple[str, int] | None) -> processors.TemplateProcessing:
+    """The post-processor that puts a token before a text, or nothing."""
+    first = [token[0]] if token else []
+    return processors.TemplateProcessing([*first, "$A"], [*first, "$A", *first, "$B:1"], [token] if token else [])
+
+
+def _merges(pieces: Sequence[Piece]) -> Iterator[tuple[str, str]]:
+    """All pairs of pieces that become a piece, the first to be merged first. Raises: NotEqualError."""
+    scores = {text: score for text, score, kind in pieces if kind == NORMAL}
+    if odd := next((text for text in scores if any(c not in scores for c in text)), None):
+        raise NotEqualError(f"its piece {odd!r} has characters that are no pieces")
+    last = None
+    for text in sorted(scores, key=lambda text: -scores[text]):
+        pairs = [(text[:i], text[i:]) for i in range(1, len(text)) if text[:i] in scores and text[i:] in scores]
+        if pairs and scores[text] == last:
+            raise NotEqualError(f"another piece has the score of its piece {text!r}")
+        last = scores[text] if pairs else last
+        while pairs:
+            first = next((a for a in pairs if not any(b[1] == a[0] and a != b for b in pairs)), pairs[0])
+            pairs.remove(first)
+            yield first
+
+
+def _prove(model: bytes, ours: Tokenizer, pieces: Sequence[Piece]) -> None:
+    """Raises: NotEqualError if a difficult text, or a piece, becomes other ids than SentencePiece gives it."""
+    from sentencepiece import SentencePieceProcessor
+
+    theirs = SentencePieceProcessor(model_proto=model)
+    ours.encode_special_tokens = True
+    listed = (" ".join(text for text, *_ in pieces[i : i + 64]) for i in range(0, len(pieces), 64))
+    for text in [*PROBES, *listed]:
+        if ours.encode(text, add_special_tokens=False).ids != theirs.encode(text):
+            raise NotEqualError(f"the text {text[:40]!r} becomes other ids")
+
+
+def _fields(raw: bytes) -> dict[int, list[Any]]:
+    """The values of a protocol buffer's message by field number: whole numbers, or bytes."""
+    out: dict[int, list[Any]] = {}
+    for field in UnknownFieldSet(Empty.FromString(raw)):
+        out.setdefault(field.field_number, []).append(field.data)
+    return out

@@ -3,9 +3,9 @@
     model/       model-0000i-of-0000N.safetensors       weights in the training format, + index.json
     optimizer/   master-, exp_avg-, exp_avg_sq-0000i-of-0000N.safetensors     the same names and shapes
 
-No rank count, tensor- or pipeline-parallel size enters, so ranks of any layout write the same bytes,
-and a rank that knows which boxes it owns knows where they belong.  The files are safetensors files
-(8 bytes header length, a JSON header, row-major little-endian data).
+No rank count, tensor- or pipeline-parallel size enters, so ranks of any layout write the same bytes, and a rank
+that knows which boxes it owns knows where they belong. The files are safetensors files (8 bytes header length,
+a JSON header, row-major little-endian data).
 """
 
 from __future__ import annotations
@@ -58,10 +58,7 @@ class FileSet:
 
 
 def layout(model: ModelConfig, precision: str, shard_bytes: int = SHARD_BYTES) -> dict[str, FileSet]:
-    """The file sets "model", "master", "exp_avg" and "exp_avg_sq" of a checkpoint.
-
-    `precision` is precision.dtype: weights are saved in it, state in fp32 (fp64 with fp64).
-    """
+    """The file sets by kind: "model", saved in precision.dtype, and those of `STATE`, in fp32 (fp64 with fp64)."""
     shapes, state = global_shapes(model), "F64" if precision == "fp64" else "F32"
     sets = {"model": file_set("model/model", shapes, WEIGHTS[precision], shard_bytes)}
     return sets | {kind: file_set(f"optimizer/{kind}", shapes, state, shard_bytes) for kind in STATE}

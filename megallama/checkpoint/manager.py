@@ -97,10 +97,7 @@ class CheckpointManager:
         self._small |= {f"model/{name}": data for name, data in (small or self._describe(config)).items()}
 
     def acquire(self) -> None:
-        """Create the folder, take its lock and clean up what a crash left.
-
-        Raises: CheckpointError or MachineError on every rank if the folder cannot be written or another job holds it.
-        """
+        """Create the folder, take its lock and clean up what a crash left. Raises: CheckpointError on every rank."""
 
         def work() -> None:
             if self._group.rank:
@@ -118,7 +115,7 @@ class CheckpointManager:
         on_all_ranks(self._group, "checkpoint folder", work)
 
     def release(self) -> None:
-        """Give the folder's lock back; where a save is still running that is its last act: it must not commit later."""
+        """Give the folder's lock back; a save that still runs does it as its last act."""
         with self._handing:
             self._released = True
             if not self.saving:
@@ -174,7 +171,7 @@ class CheckpointManager:
 
     @property
     def not_finite(self) -> bool:
-        """Whether the last save behind the training met a state that is not finite: `finish` raises it."""
+        """Whether the last save met a state that is not finite: `finish` raises it."""
         return isinstance(self._failure, NotFiniteError)
 
     def wait(self, seconds: float, whole: Callable[[], bool] = lambda: True) -> None:
@@ -186,7 +183,7 @@ class CheckpointManager:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
 
     def finish(self, who: str = "the run") -> None:
-        """Wait for a running save; it is logged that `who` waits. Raises: what it raised."""
+        """Wait for a running save; the log says that `who` does. Raises: what it raised."""
         if self._thread is not None and self._thread.is_alive():
             since = time.monotonic()
             self._log(f"{who} waits for the {self._thread.name}, which is still being written")
@@ -263,7 +260,7 @@ class CheckpointManager:
         }
 
     def _tidy(self, final: Path) -> None:
-        """Point `latest` at the new checkpoint, delete those not to be kept. The save is done: failures only warn."""
+        """Point `latest` at the new checkpoint, delete those not to be kept; failures only warn."""
         keep_last, keep_every = self._config.checkpoint.keep_last, self._config.checkpoint.keep_every
         try:
             folders.point_latest(final)
@@ -290,14 +287,14 @@ class CheckpointManager:
         return max((brief.step for brief, _ in folders.known(self._folder) if brief.step <= most), default=None)
 
     def keep_settings(self) -> Config:
-        """The configuration to go on with: settings of the newest checkpoint where a preset has changed since.
+        """The configuration, with settings of the newest checkpoint where a preset has changed since (logged).
 
-        Each is logged.  Raises: as `newest`.
+        Raises: as `newest`.
         """
-        model = self._config.model
-        if model.preset not in PRESETS or self._config.checkpoint.resume == "fresh":
-            return self._config
-        if (found := self.newest()) is None:
+        model, found = self._config.model, None
+        if model.preset in PRESETS and self._config.checkpoint.resume != "fresh":
+            found = self.newest()
+        if found is None:
             return self._config
         path, saved = found
         kept = manifest.kept(saved.model, model)
@@ -311,9 +308,9 @@ class CheckpointManager:
     # ---- loading ----
 
     def starts_fresh(self) -> bool:
-        """Whether there is nothing to resume, by a look at the names in the folder: of rank 0, before it has the lock.
+        """Whether there is nothing to resume, by the names in the folder; before the lock is taken.
 
-        Raises: CheckpointError if "must" was asked.
+        Raises: CheckpointError if checkpoint.resume is "must".
         """
         names = [] if self._folder.is_file() else disk.names(self._folder)
         empty = not any(name.startswith("step-") for name in names)
@@ -328,11 +325,9 @@ class CheckpointManager:
         )
 
     def resume(self, shards: Sequence[Shard]) -> dict[str, Any] | None:
-        """Load the newest valid checkpoint as checkpoint.resume says; its counters, or None: start from random weights.
+        """Load the newest valid checkpoint as checkpoint.resume says; its counters, or None: there is none.
 
-        One that turns out damaged while it is read is quarantined, and the one before it loaded.
-        Raises: CheckpointError if there is none to load and "must" was asked, or all are damaged, or it is
-        of another architecture; UnreadableError, unless "previous" was asked.
+        Raises: as `Choice.newest` and `load`; CheckpointError if there is none but must be.
         """
         if self._config.checkpoint.resume == "fresh":
             return None
@@ -342,12 +337,10 @@ class CheckpointManager:
         return counters
 
     def load(self, path: Path, shards: Sequence[Shard]) -> dict[str, Any]:
-        """Fill `shards` (of any layout; owned or copies) from a step folder; returns its counters.
+        """Fill `shards` (of any layout; owned or copies) from a step folder; its counters.
 
-        Every block that is read is verified, and the ranks share the verification of model/: damage
-        there is said, and costs nothing, for training needs the state alone.
-        Raises, on every rank: DamagedError naming file and block; UnreadableError;
-        CheckpointError listing every setting in which the architecture or the tokenizer differs.
+        The ranks share the verification of model/, where damage is only told: training needs the state alone.
+        Raises, on every rank: DamagedError; UnreadableError; CheckpointError if the model or the tokenizer differs.
         """
         saved = self._choice.look(path)
         rest = list(saved.blocks("model/"))[self._group.rank :: self._group.size]
@@ -383,15 +376,14 @@ class CheckpointManager:
         return saved.counters
 
     def check_weights(self, path: Path) -> None:
-        """Raises: CheckpointError, DamagedError if `load_weights` could not begin with them, by names and headers."""
+        """Raises: CheckpointError if `load_weights` would, as far as names and headers tell."""
         with self._weights(path, lambda text: None):
             pass
 
     def load_weights(self, path: Path, shards: Sequence[Shard]) -> None:
-        """Fill the master weights from a step folder (its fp32 masters) or a Hugging Face folder; moments become zero.
+        """Fill the master weights from a step folder's masters or a Hugging Face folder; moments become zero.
 
-        Raises, on every rank: CheckpointError naming every tensor that is missing, unknown or of another
-        shape; DamagedError naming file and block.
+        Raises, on every rank: CheckpointError naming every tensor that does not fit; DamagedError.
         """
 
         def read() -> list[str]:
@@ -436,5 +428,3 @@ def _touching(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     for _, found in groupby(zip(tensors, starts, strict=False), origin):
         run = [tensor for tensor, _ in found]
         yield run[0].as_strided((sum(tensor.numel() for tensor in run),), (1,))
-
-

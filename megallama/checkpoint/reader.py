@@ -1,10 +1,7 @@
 """Reading boxes of tensors out of safetensors files, whoever wrote them, verifying what is read.
 
-A file is read in the blocks of the manifest; a block is checked against its digest before one byte
-of it is used.  Hugging Face folders from elsewhere have no digests and are read the same way.  Any
-layout, any number of ranks: a shard is filled by reading the byte runs of its box.  Within a
-data-parallel group the ranks hold different boxes, so no two of them read the same bytes; the weights
-go round by their all-gather.
+A file is read in the blocks of the manifest; a block is checked against its digest before one byte of it is
+used. Hugging Face folders from elsewhere have no digests and are read the same way.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ from functools import cache
 from itertools import groupby, pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +30,7 @@ from megallama.plan.params import global_shapes
 
 SPAN_BYTES = 8 << 20  # bytes of a file turned into a tensor at a time
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# Buffers that old Hugging Face conversions of LLaMA saved; they follow from the configuration.
-_NOT_PARAMETERS = (".rotary_emb.inv_freq",)
+_NOT_A_PARAMETER = ".rotary_emb.inv_freq"  # buffers in old Hugging Face conversions; the configuration says them
 
 
 class BlockFile:
@@ -43,8 +39,8 @@ class BlockFile:
     def __init__(self, path: Path, record: manifest.FileRecord | None = None, block_bytes: int = manifest.BLOCK_BYTES):
         self.path, self._record, self._block_bytes = path, record, block_bytes
         self._fd, self.size = disk.open_file(path, record.size if record else None)
-        # one buffer for all blocks: fresh pages cost more than the reading
-        self._buffer, self._held = memoryview(bytearray(min(block_bytes, self.size) if record else 0)), -1
+        self._held = -1  # one buffer for all blocks: fresh pages cost more than the reading
+        self._buffer = memoryview(bytearray(min(block_bytes, self.size) if record else 0))
 
     def close(self) -> None:
         """Close the file."""
@@ -57,11 +53,11 @@ class BlockFile:
         data = self._buffer[: self.size - start]
         if index == self._held:
             return data
-        self._held = -1
+        self._held, digest = -1, self._record.blocks[index]
         self._fill(data, start)
-        if manifest.digest(data) != self._record.blocks[index]:
+        if manifest.digest(data) != digest:
             disk.read_again(self.path, data, start)
-            if manifest.digest(data) != self._record.blocks[index]:
+            if manifest.digest(data) != digest:
                 where = f"{self.path} is damaged in block {index} (bytes {start} to {start + len(data) - 1})"
                 raise DamagedError(f"{where}: its digest is not the one in {manifest.NAME}")
         self._held = index
@@ -145,10 +141,7 @@ class TensorFiles(ExitStack):
 
 
 def _read_header(label: str, file: BlockFile) -> dict[str, TensorPlace]:
-    """The tensors of a safetensors file.
-
-    Raises: DamagedError if the header does not fit the file, or says of its bytes what cannot be.
-    """
+    """The tensors of a safetensors file. Raises: DamagedError if the header cannot be that of the file."""
     length = int.from_bytes(file.read(0, 8), "little")
     if length > disk.JSON_BYTES and 8 + length <= file.size:
         raise DamagedError(f"{file.path} has a header of {length:,} bytes; at most {disk.JSON_BYTES:,} are read")
@@ -176,8 +169,8 @@ def _read_header(label: str, file: BlockFile) -> dict[str, TensorPlace]:
 def open_state(folder: Path, saved: manifest.Manifest, kind: str) -> TensorFiles:
     """The "model" weights or one of the state kinds of a step folder, verified while reading.
 
-    The places follow from the architecture; a file whose header says otherwise is not ours.
-    Raises: CheckpointError if the manifest has other files than that architecture.
+    The places follow from the architecture. Raises: CheckpointError if the manifest has other files than it;
+    while reading: DamagedError also for a file whose header says otherwise.
     """
     want = layout(saved.model, saved.precision, saved.shard_bytes)[kind]
     for name, size in want.sizes.items():
@@ -195,10 +188,7 @@ def open_state(folder: Path, saved: manifest.Manifest, kind: str) -> TensorFiles
 
 
 def open_folder(folder: Path) -> TensorFiles:
-    """The weights of a Hugging Face folder, or of our step or model folder.
-
-    Raises: CheckpointError if it holds no safetensors; DamagedError if one of its files is missing or damaged.
-    """
+    """The weights of a Hugging Face folder, or of our step or model folder. Raises: CheckpointError."""
     if (step := step_folder(folder)) is not None:
         return open_state(step, manifest.read_manifest(step), "model")
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
@@ -237,7 +227,7 @@ def fill(files: TensorFiles, kind: str, shards: Sequence[Shard]) -> None:
 
 
 def load_state(folder: Path, saved: manifest.Manifest, shards: Sequence[Shard]) -> None:
-    """Fill masters and moments of all shards from a step folder, with a thread for each kind."""
+    """Fill masters and moments of all shards from a step folder, each kind by a thread."""
 
     def load(kind: str) -> None:
         with open_state(folder, saved, kind) as files:
@@ -250,8 +240,8 @@ def load_state(folder: Path, saved: manifest.Manifest, shards: Sequence[Shard]) 
 def head_of(where: Path, files: TensorFiles, model: ModelConfig, head: str = "auto") -> tuple[ModelConfig, list[str]]:
     """`model` as its tensors have it, and what to say of that.
 
-    Where it is called tied but `files` hold a head that is not the embedding, that head is kept, and the model untied;
-    with head="tied" it is left out.
+    A head that is not the embedding of a model that is called tied is kept, and the model untied; with
+    head="tied" it is left out.
     """
     if not model.tie_embeddings or HEAD not in files.places or equal_rows(files, EMBEDDING, files, HEAD):
         return model, []
@@ -266,16 +256,7 @@ def own_head(what: str, model: ModelConfig, head: str) -> tuple[ModelConfig, lis
     return model.model_copy(update={"tie_embeddings": False}), [f"{note} kept, as a head of its own"]
 
 
-class RowReader(Protocol):
-    """Tensors by name that are read by rows: `TensorFiles`, or a file of another program."""
-
-    @property
-    def places(self) -> Mapping[str, TensorPlace]: ...
-    def read_rows(self, key: str, row: int, out: Tensor) -> None: ...
-    def close(self) -> None: ...
-
-
-def equal_rows(a: RowReader, key: str, b: RowReader, other: str, rows: int | None = None) -> bool:
+def equal_rows(a: TensorFiles, key: str, b: TensorFiles, other: str, rows: int | None = None) -> bool:
     """Whether two tensors, or their first rows, are the same to the bit."""
     one, two = a.places[key], b.places[other]
     if (one.shape, one.dtype) != (two.shape, two.dtype) or one.dtype not in DTYPES or not all(one.shape or [0]):
@@ -295,22 +276,20 @@ def check_tensors(where: Path, files: TensorFiles, model: ModelConfig) -> None:
     manifest.check_layers(where, model, len(files.places))
     want = global_shapes(model)
     extra = {HEAD} if model.tie_embeddings else set()  # equal to the embedding, or left out: see `head_of`
-    found = {n: p for n, p in files.places.items() if n not in extra and not n.endswith(_NOT_PARAMETERS)}
+    found = {n: p for n, p in files.places.items() if n not in extra and not n.endswith(_NOT_A_PARAMETER)}
     problems = tensor_problems(want, found)
-    if "missing: lm_head" in " ".join(problems):
+    if HEAD in want and HEAD not in found:
         problems.append("(a model without lm_head.weight has model.tie_embeddings=true)")
     refuse(where, problems)
 
 
 def tensor_problems(want: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorPlace]) -> list[str]:
     """A line for every tensor that is missing, unknown, of another shape or of a number format we do not know."""
-    problems = [f"missing: {n} {list(want[n])}" for n in want if n not in found]
-    problems += [f"unknown: {n} {list(found[n].shape)}" for n in found if n not in want]
-    problems += [
-        f"{n} has shape {list(found[n].shape)}, the model needs {list(want[n])}"
-        for n in want
-        if n in found and found[n].shape != want[n]
-    ]
+    problems = [f"missing: {n} {list(shape)}" for n, shape in want.items() if n not in found]
+    problems += [f"unknown: {n} {list(p.shape)}" for n, p in found.items() if n not in want]
+    for n, shape in want.items():
+        if n in found and found[n].shape != shape:
+            problems.append(f"{n} has shape {list(found[n].shape)}, the model needs {list(shape)}")
     problems += [f"{n} has dtype {p.dtype}, not of {[*DTYPES]}" for n, p in found.items() if p.dtype not in DTYPES]
     return problems
 
@@ -325,22 +304,23 @@ def refuse(where: Path, problems: Sequence[str]) -> None:
 def verify_blocks(folder: Path, saved: manifest.Manifest, blocks: Sequence[tuple[str, int]]) -> list[str]:
     """Check blocks against their digests; what is wrong with each damaged one. Raises: UnreadableError."""
 
-    def problems(blocks: Sequence[tuple[str, int]]) -> Iterator[str]:
+    def problems(blocks: Sequence[tuple[str, int]]) -> list[str]:
+        found = []
         for name, group in groupby(blocks, key=lambda block: block[0]):
-            if name not in saved.files:
-                yield f"{folder / manifest.NAME} does not list {name}"
-                continue
             try:
                 with closing(BlockFile(folder / name, saved.files[name], saved.block_bytes)) as file:
                     for _, index in group:
                         try:
                             file.block(index)
                         except DamagedError as error:
-                            yield str(error)
+                            found.append(str(error))
             except DamagedError as error:
-                yield str(error)
+                found.append(str(error))
+            except KeyError:
+                found.append(f"{folder / manifest.NAME} does not list {name}")
+        return found
 
     half = len(blocks) // 2
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda part: list(problems(part)), (blocks[:half], blocks[half:]))
-        return list(dict.fromkeys(problem for part in found for problem in part))  # both halves may open one file
+        one, other = pool.map(problems, (blocks[:half], blocks[half:]))
+    return list(dict.fromkeys(one + other))  # both may open one file

@@ -1,13 +1,11 @@
 """Writing one checkpoint: every rank its own bytes, and none of them counts until all of them are safe.
 
     1. rank 0 creates all files in their final size, in a folder of another name (a full disk shows)
-    2. every rank writes the byte runs of the boxes it owns and digests the blocks that are its alone on the way;
-       behind it a thread makes them durable (fsync), so the disk works from the start
+    2. every rank writes the byte runs of the boxes it owns, digests the blocks that are its alone, and fsyncs behind
     3. the blocks that several ranks wrote to are read back and digested, each rank its share
     4. rank 0 writes the manifest, fsyncs the folders, renames the one to step-N, fsyncs the parent
 
-After each phase the ranks agree (see `on_all_ranks`); if any failed, nothing is committed and the
-temporary folder is removed.  No rank ever holds another rank's data.
+A phase that fails on one rank has failed on all (`on_all_ranks`): nothing is committed.
 """
 
 from __future__ import annotations
@@ -82,8 +80,7 @@ class Content:
 def write_checkpoint(content: Content, shards: Iterable[Shard], group: Assembly) -> None:
     """Write and commit one checkpoint; every rank of `group` calls it with the shards it owns.
 
-    Raises: CheckpointError or MachineError on every rank, naming the rank that failed and why (NotFiniteError if the
-    state holds inf or nan); then nothing was committed and the temporary folder is gone.
+    Raises, on every rank: as `on_all_ranks`; NotFiniteError. Nothing was committed, and the temporary folder is gone.
     """
     what = f"saving {content.final} failed, the checkpoints before it are untouched"
     first = group.rank == 0
@@ -133,7 +130,7 @@ def open_files(folder: Path) -> Iterator[Callable[[str], int]]:
 
 @contextmanager
 def explained(content: Content) -> Iterator[None]:
-    """Turn a full disk (or quota, or file size limit) into an error with numbers."""
+    """Turn a full disk (or quota, or file size limit) into a CheckpointError with numbers."""
     try:
         yield
     except OSError as error:
@@ -163,12 +160,8 @@ Digests = list[tuple[str, int, str]]  # file, block, digest
 
 
 def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -> tuple[int, Digests]:
-    """Write this rank's byte runs, each shard asked for once.
-
-    Returns the number of elements and the digests of the blocks that this rank wrote alone.
-    """
-    written, sizes = 0, content.sizes
-    outputs: dict[str, _Output] = {}
+    """Write this rank's byte runs; how many elements, and the digests of the blocks that it wrote alone."""
+    written, outputs = 0, dict[str, _Output]()
     with explained(content), open_files(content.temporary) as fd_of, ThreadPoolExecutor(THREADS) as pool:
 
         def write(place: TensorPlace, box: Box, tensor: Tensor) -> None:
@@ -180,7 +173,7 @@ def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -
             tensors = shard.state | {"model": shard.state["master"]}
             places = [content.sets[kind].places[shard.box.key] for kind in tensors]
             for name in {place.file for place in places} - outputs.keys():
-                outputs[name] = _Output(fd_of(name), sizes[name], content.block_bytes)
+                outputs[name] = _Output(fd_of(name), content.sizes[name], content.block_bytes)
                 flusher.paths.add(content.temporary / name)
             list(pool.map(write, places, [shard.box] * len(places), tensors.values()))
             written += shard.box.numel
@@ -232,7 +225,7 @@ class _Output:
 
 
 class Flusher(ThreadPoolExecutor):
-    """Makes files durable while they are still being written: a thread that follows the writers with fsync."""
+    """A thread that follows the writers with fsync, so that the disk works from the start."""
 
     def __init__(self, paths: Iterable[Path] = ()) -> None:
         super().__init__(1)
@@ -243,16 +236,16 @@ class Flusher(ThreadPoolExecutor):
         """`count` more bytes were written; any thread."""
         with self._counting:
             self._written += count
-            if self._written >= FLUSH_BYTES and not (self._flushes and not self._flushes[-1].done()):
+            if self._written >= FLUSH_BYTES and all(flush.done() for flush in self._flushes):
                 self._written = 0
                 self.begin()
 
     def begin(self) -> None:
-        """Make durable what has been written so far, behind the caller's back."""
+        """Make durable what has been written so far, in the background."""
         self._flushes.append(self.submit(lambda: list(map(sync, sorted(self.paths)))))
 
     def finish(self) -> None:
-        """Wait until all that was written before the last `begin` is durable. Raises: what an fsync raised."""
+        """Wait for all that was begun. Raises: what an fsync raised."""
         for flush in self._flushes:
             flush.result()
 
@@ -263,10 +256,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def _shared_blocks(content: Content, results: Sequence[tuple[int, Digests]]) -> str:
-    """The blocks without a digest as bits, hexadecimal.
-
-    Raises: CheckpointError unless every element has exactly one owner: the files would have holes.
-    """
+    """The blocks without a digest as bits, hexadecimal. Raises: CheckpointError if elements have no owner, or two."""
     written = sum(count for count, _ in results)
     want = sum(prod(place.shape) for place in content.sets["model"].places.values())
     if written != want:

@@ -46,7 +46,7 @@ class Source(AbstractContextManager["Source"]):
     folder: Path
     model: ModelConfig
     format: Format
-    files: Mapping[str, reader.RowReader]
+    files: Mapping[str, reader.TensorFiles | PthFile]
     small: Mapping[str, bytes]  # config.json and the tokenizer's files, as Hugging Face has them
     saved: manifest.Manifest | None = None
     state: str = "model"  # or "master", "exp_avg", "exp_avg_sq" of a step

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from megallama.checkpoint.huggingface import model_files, special_tokens
-from megallama.checkpoint.sentencepiece_json import NotEqualError, to_tokenizer
+from megallama.checkpoint.huggingface import NotEqualError, model_files, special_tokens, to_tokenizer
 from megallama.config.errors import MegallamaError
 from megallama.data.tokenizer import load_tokenizer
 from megallama.inference.generate import encode_prompt
