@@ -83,7 +83,7 @@ def _request(
 ) -> tuple[Config, Plan, dict[str, Any]]:
     """Configuration, plan, and what `start` has to know of them."""
     from megallama.checkpoint.folder import samples_before
-    from megallama.checkpoint.layout import SHARD_BYTES
+    from megallama.checkpoint.manifest import SHARD_BYTES
     from megallama.comm.group import partitions
     from megallama.config.load import is_setting, load, to_toml
     from megallama.plan.params import num_parameters

@@ -21,8 +21,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megallama.checkpoint.layout import STATE  # noqa: E402
 from megallama.checkpoint.manager import CheckpointManager  # noqa: E402
+from megallama.checkpoint.manifest import STATE  # noqa: E402
 from megallama.comm.c10d import C10d  # noqa: E402
 from megallama.comm.group import Group, Solo  # noqa: E402
 from megallama.config.load import resolve  # noqa: E402

@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megallama.checkpoint.huggingface import model_files
-from megallama.checkpoint.layout import file_set
+from megallama.checkpoint.manifest import file_set
 from megallama.config.schema import BatchConfig, Config, ModelConfig, PrecisionConfig
 from megallama.plan.params import global_shapes
 

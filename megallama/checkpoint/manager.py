@@ -32,8 +32,8 @@ from megallama.checkpoint import disk, manifest, reader
 from megallama.checkpoint import folder as folders
 from megallama.checkpoint.disk import CheckpointError, UnreadableError
 from megallama.checkpoint.huggingface import model_files, own_tokenizer, read_model_config
-from megallama.checkpoint.layout import SHARD_BYTES, STATE, layout
 from megallama.checkpoint.lock import LEASE_SECONDS, FolderLock, every
+from megallama.checkpoint.manifest import SHARD_BYTES, STATE, layout
 from megallama.checkpoint.writer import Content, NotFiniteError, write_checkpoint
 from megallama.comm.errors import InternalError
 from megallama.comm.group import Assembly

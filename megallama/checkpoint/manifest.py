@@ -1,26 +1,34 @@
-"""The manifest: what a checkpoint is, and the digest of every block of every file.
+"""What a checkpoint is: where every byte lies, and the manifest with the digest of every block of every file.
 
-A folder is a checkpoint if and only if it has a manifest that verifies, for that is written last. Files are
-digested in blocks (SHA-256, the first 128 bits), so damage is found when the bytes are read; a file's digest
-is that of its block digests, and the manifest carries its own.
+    model/       model-0000i-of-0000N.safetensors       weights in the training format, + index.json
+    optimizer/   master-, exp_avg-, exp_avg_sq-0000i-of-0000N.safetensors     the same names and shapes
+    manifest.json
+
+No rank count, tensor- or pipeline-parallel size enters the layout, so ranks of any layout write the same bytes, and a
+rank that knows which boxes it owns knows where they belong. The files are safetensors files (8 bytes header length,
+a JSON header, row-major little-endian data). A folder is a checkpoint if and only if it has a manifest that verifies,
+for that is written last. Files are digested in blocks (SHA-256, the first 128 bits), so damage is found when the
+bytes are read; a file's digest is that of its block digests, and the manifest carries its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from megallama.checkpoint import disk
 from megallama.checkpoint.disk import CheckpointError, DamagedError, MissingError
 from megallama.config.presets import PRESETS
 from megallama.config.schema import ModelConfig
-from megallama.plan.params import heads
+from megallama.plan.params import global_shapes, heads
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -28,6 +36,81 @@ BLOCK_BYTES = 4 << 20
 DIGITS = 32  # of a SHA-256 in hexadecimal
 MANIFEST_BYTES = 1 << 29  # the most that is read; one of 65B parameters has 9 million
 MAX_LAYERS = 100_000  # no model has more
+SHARD_BYTES = 5_000_000_000  # a new file is begun before a tensor that would grow one beyond this
+STATE = ("master", "exp_avg", "exp_avg_sq")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WEIGHTS = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor lies: its elements begin at byte `offset` of the file."""
+
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """The files that together hold every tensor once, by their names within the checkpoint."""
+
+    headers: Mapping[str, bytes]  # the first bytes of each file
+    sizes: Mapping[str, int]
+    places: Mapping[str, TensorPlace]
+
+    def index(self) -> bytes:
+        """The content of Hugging Face's model.safetensors.index.json."""
+        total = sum(prod(p.shape) * p.item_bytes for p in self.places.values())
+        where = {name: p.file.rpartition("/")[2] for name, p in self.places.items()}
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
+        return (text + "\n").encode()
+
+
+def layout(model: ModelConfig, precision: str, shard_bytes: int = SHARD_BYTES) -> dict[str, FileSet]:
+    """The file sets by kind: "model", saved in precision.dtype, and those of `STATE`, in fp32 (fp64 with fp64)."""
+    shapes, state = global_shapes(model), "F64" if precision == "fp64" else "F32"
+    sets = {"model": file_set("model/model", shapes, WEIGHTS[precision], shard_bytes)}
+    return sets | {kind: file_set(f"optimizer/{kind}", shapes, state, shard_bytes) for kind in STATE}
+
+
+def file_set(stem: str, shapes: Mapping[str, tuple[int, ...]], dtype: str, shard_bytes: int) -> FileSet:
+    """Lay tensors out in the given order over files of about `shard_bytes`."""
+    groups, filled = list[dict[str, tuple[int, ...]]](), 0
+    for name, shape in shapes.items():
+        nbytes = prod(shape) * DTYPES[dtype].itemsize
+        if not groups or filled + nbytes > shard_bytes:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = shape
+        filled += nbytes
+    names = (f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
+    return lay_out(dict(zip(names, groups, strict=True)), dtype)
+
+
+def lay_out(files: Mapping[str, Mapping[str, tuple[int, ...]]], dtype: str) -> FileSet:
+    """Lay the tensors of each file out in the given order, with a header of safetensors."""
+    headers, sizes, places = dict[str, bytes](), dict[str, int](), dict[str, TensorPlace]()
+    for file, shapes in files.items():
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        starts, at = {}, 0
+        for name, shape in shapes.items():
+            starts[name], end = at, at + prod(shape) * DTYPES[dtype].itemsize
+            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+            at = end
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # data is aligned to 8 bytes
+        headers[file] = len(text).to_bytes(8, "little") + text
+        sizes[file] = len(headers[file]) + at
+        for name, shape in shapes.items():
+            places[name] = TensorPlace(file, len(headers[file]) + starts[name], tuple(shape), dtype)
+    return FileSet(headers, sizes, places)
 
 
 @dataclass(frozen=True)

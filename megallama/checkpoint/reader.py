@@ -22,7 +22,7 @@ from torch import Tensor
 from megallama.checkpoint import disk, manifest
 from megallama.checkpoint.disk import CheckpointError, DamagedError
 from megallama.checkpoint.folder import step_folder
-from megallama.checkpoint.layout import DTYPES, STATE, TensorPlace, layout
+from megallama.checkpoint.manifest import DTYPES, STATE, TensorPlace, layout
 from megallama.config.schema import ModelConfig
 from megallama.layers.param import Shard
 from megallama.plan.box import Box

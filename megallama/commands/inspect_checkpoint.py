@@ -19,7 +19,7 @@ import torch
 
 from megallama.checkpoint import manifest, reader
 from megallama.checkpoint.folder import find_checkpoint, step_folder
-from megallama.checkpoint.layout import STATE
+from megallama.checkpoint.manifest import STATE
 from megallama.commands.parser import Parser, main_of
 from megallama.config.errors import counted
 from megallama.convert.source import Source, foreign_kind, open_source

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from megallama.checkpoint.layout import DTYPES, WEIGHTS
+from megallama.checkpoint.manifest import DTYPES, WEIGHTS
 from megallama.convert.convert import UnverifiedError
 from megallama.convert.source import Source
 from megallama.kernels.pointwise import inverse_frequencies

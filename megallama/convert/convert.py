@@ -22,8 +22,8 @@ from megallama.checkpoint import manifest, reader
 from megallama.checkpoint.disk import CheckpointError, sync, write_at
 from megallama.checkpoint.folder import step_folder, unfinished
 from megallama.checkpoint.huggingface import TORCH_NAMES
-from megallama.checkpoint.layout import DTYPES, SHARD_BYTES, STATE, WEIGHTS, FileSet, TensorPlace, file_set, one_file
 from megallama.checkpoint.manager import CheckpointManager
+from megallama.checkpoint.manifest import DTYPES, SHARD_BYTES, STATE, WEIGHTS, FileSet, TensorPlace, file_set, lay_out
 from megallama.checkpoint.writer import Content, Flusher, as_bytes, create_files, explained, open_files
 from megallama.comm.group import Solo
 from megallama.config.schema import CheckpointConfig, Config, PrecisionConfig
@@ -106,13 +106,13 @@ def _plan(source: Source, options: ConvertOptions, dtype: str) -> tuple[Format, 
         format = foreign.meta_format(model, options.tp, rows)
         params = json.dumps(foreign.meta_params(model)) + "\n"
         small = {name: data for name, data in small.items() if name.startswith("tokenizer")}
-        sets = {file: one_file(file + ".raw", shapes, dtype) for file, shapes in format.files.items()}
+        sets = {file: lay_out({file + ".raw": shapes}, dtype) for file, shapes in format.files.items()}
         return format, sets, small | {"params.json": params.encode()}
     small = _small(source, PRECISION[dtype])
     if options.to == "megatron":
         multiple = options.vocab_multiple * options.tp
         format = foreign.megatron_format(model, options.tp, options.pp, -(-model.vocab_size // multiple) * multiple)
-        return format, {file: one_file(file, shapes, dtype) for file, shapes in format.files.items()}, small
+        return format, {file: lay_out({file: shapes}, dtype) for file, shapes in format.files.items()}, small
     format = foreign.whole_format(model)
     sets = {"": file_set("model", format.shapes, dtype, options.shard_bytes)}
     return format, sets, small | {"model.safetensors.index.json": sets[""].index()}

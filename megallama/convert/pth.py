@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megallama.checkpoint import disk
 from megallama.checkpoint.disk import CheckpointError, DamagedError
-from megallama.checkpoint.layout import DTYPES, TensorPlace
+from megallama.checkpoint.manifest import DTYPES, TensorPlace
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -23,7 +23,7 @@ from megallama.checkpoint import disk, manifest, reader
 from megallama.checkpoint.disk import CheckpointError, DamagedError
 from megallama.checkpoint.folder import step_folder
 from megallama.checkpoint.huggingface import META_CONTEXT, model_files, own_tokenizer, read_model_config, special_tokens
-from megallama.checkpoint.layout import DTYPES, WEIGHTS, TensorPlace
+from megallama.checkpoint.manifest import DTYPES, WEIGHTS, TensorPlace
 from megallama.config.schema import BatchConfig, Config, ModelConfig, PrecisionConfig
 from megallama.convert.foreign import EMBEDDING, Format, Piece
 from megallama.convert.pth import PthFile

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.checkpoint.layout import STATE as KINDS
 from megallama.checkpoint.manager import CheckpointManager
+from megallama.checkpoint.manifest import STATE as KINDS
 from megallama.comm.group import Group, Solo
 from megallama.config.schema import BatchConfig, CheckpointConfig, Config, ModelConfig, PrecisionConfig
 from megallama.layers.param import Shard

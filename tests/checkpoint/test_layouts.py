@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megallama.checkpoint.disk import CheckpointError
-from megallama.checkpoint.layout import file_set, layout
+from megallama.checkpoint.manifest import file_set, layout
 from megallama.config.schema import ModelConfig
 from megallama.plan.topology import Topology
 from tests.checkpoint.states import (
