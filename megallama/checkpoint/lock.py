@@ -44,6 +44,12 @@ class _Seen(NamedTuple):
         except ValueError:
             return {}
 
+    def __str__(self) -> str:
+        if "host" in (job := self.job):
+            return f"the job on host {job['host']}, pid {job.get('pid')}, started {job.get('since')}"
+        what = "cannot be opened" if self.content is None else f"holds {len(self.content)} bytes that name nobody"
+        return f"an unknown job of user id {self.uid} (the lock {what})"
+
 
 def every(seconds: float, work: Callable[[], None]) -> threading.Event:
     """Call `work` again and again in a thread, until the event is set."""
@@ -107,7 +113,7 @@ class FolderLock:
             found = b""
         if found != self._own:
             self.lost = True
-            holder = _holder(_look(self._path))
+            holder = _look(self._path) or "another job"
             raise CheckpointError(f"{self._path} is no longer ours: {holder} took the folder over")
 
     def release(self) -> None:
@@ -143,7 +149,7 @@ class FolderLock:
             return
         if (now := self._living(held)) is not None:
             raise CheckpointError(
-                f"{self._path.parent} is in use by {_holder(now).removeprefix('the ')}; stop that job or choose "
+                f"{self._path.parent} is in use by {str(now).removeprefix('the ')}; stop that job or choose "
                 f"another checkpoint.folder (if it is certainly gone, delete {self._path})"
             )
         aside = self._path.with_name(f"{NAME}.{os.urandom(8).hex()}")
@@ -155,7 +161,7 @@ class FolderLock:
             with suppress(FileExistsError):
                 os.link(aside, self._path)
         else:
-            self._log(f"took over the checkpoint folder from {_holder(held)}, which has ended")
+            self._log(f"took over the checkpoint folder from {held}, which has ended")
         try:
             aside.unlink()
         except OSError:  # not a file: not ours to delete
@@ -163,11 +169,11 @@ class FolderLock:
 
     def _living(self, held: _Seen) -> _Seen | None:
         """The lock as it is when its job has shown to be alive; None if it has not."""
-        who, process = held.job, held.job.get("process")
-        if who.get("machine") == _machine() and type(who.get("pid")) is int and isinstance(process, str):
-            return held if _process(who["pid"]) == process else None
+        machine, pid, process = (held.job.get(key) for key in ("machine", "pid", "process"))
+        if machine == _machine() and type(pid) is int and isinstance(process, str):
+            return held if _process(pid) == process else None
         seconds = self._lease * (3 if held.content is None else 1)
-        self._log(f"waiting up to {seconds:g} s to see whether {_holder(held)} still lives")
+        self._log(f"waiting up to {seconds:g} s to see whether {held} still lives")
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self._lease / 20))
@@ -187,13 +193,3 @@ def _look(path: Path) -> _Seen | None:
         with suppress(OSError), disk.opened(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW) as fd:
             content, at = os.read(fd, LOCK_BYTES), os.fstat(fd)  # opened: as the server has it
     return _Seen(content, at.st_ino, at.st_mtime_ns, at.st_uid)
-
-
-def _holder(seen: _Seen | None) -> str:
-    """Whose lock it is, in words."""
-    if seen is None:
-        return "another job"
-    if "host" in (who := seen.job):
-        return f"the job on host {who['host']}, pid {who.get('pid')}, started {who.get('since')}"
-    what = "cannot be opened" if seen.content is None else f"holds {len(seen.content)} bytes that name nobody"
-    return f"an unknown job of user id {seen.uid} (the lock {what})"

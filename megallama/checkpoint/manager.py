@@ -239,9 +239,9 @@ class CheckpointManager:
             self._tidy(content.final)
 
     def _body(self, step: int, counters: dict[str, Any]) -> dict[str, Any]:
+        versions = {"torch": torch.__version__, "megallama": megallama.__version__}
         found = folders.checkpoints(self._folder).values()
         sequence = 1 + max((brief.sequence for brief in found if isinstance(brief, folders.Brief)), default=0)
-        versions = {"torch": torch.__version__, "megallama": megallama.__version__}
         sequence += sum(isinstance(brief, UnreadableError) for brief in found) << 20  # surely beyond theirs
         return {
             "format": manifest.FORMAT,

@@ -147,9 +147,9 @@ def _read_header(label: str, file: BlockFile) -> dict[str, TensorPlace]:
         raise DamagedError(f"{file.path} has a header of {length:,} bytes; at most {disk.JSON_BYTES:,} are read")
     places = {}
     try:
-        for name, entry in disk.parse_object(bytes(file.read(8, length))).items():
-            if name == "__metadata__":
-                continue
+        entries = disk.parse_object(bytes(file.read(8, length)))
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
             (start, stop), shape = entry["data_offsets"], tuple(entry["shape"])
             if len(shape) > 8 or not all(type(n) is int and n >= 0 for n in (start, stop, *shape)):
                 raise DamagedError(f"{file.path}: tensor {name} has a shape or a place that cannot be")
