@@ -32,7 +32,6 @@ from megallama.checkpoint import disk, manifest, reader
 from megallama.checkpoint import folder as folders
 from megallama.checkpoint.disk import CheckpointError, UnreadableError
 from megallama.checkpoint.huggingface import model_files, own_tokenizer, read_model_config
-from megallama.checkpoint.lock import LEASE_SECONDS, FolderLock, every
 from megallama.checkpoint.manifest import SHARD_BYTES, STATE, layout
 from megallama.checkpoint.writer import Content, NotFiniteError, write_checkpoint
 from megallama.comm.errors import InternalError
@@ -67,12 +66,12 @@ class CheckpointManager:
         small: Mapping[str, bytes] | None = None,
         shard_bytes: int = SHARD_BYTES,
         block_bytes: int = manifest.BLOCK_BYTES,
-        lease_seconds: float = LEASE_SECONDS,
+        lease_seconds: float = folders.LEASE_SECONDS,
     ) -> None:
         self._folder, self._group = Path(folder), group
         self._log = log if group.rank == 0 else lambda text: None
         self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
-        self._lock = FolderLock(self._folder, self._log, lease_seconds)
+        self._lock = folders.FolderLock(self._folder, self._log, lease_seconds)
         kept = tokenizer.read_bytes() if tokenizer else own_tokenizer(small or {})
         self._tokenizer = None if kept is None else hashlib.sha256(kept).hexdigest()
         self._choice = folders.Choice(self._folder, group, self._log, previous=config.checkpoint.resume == "previous")
@@ -220,7 +219,7 @@ class CheckpointManager:
             self._lock.check()
             return self._body(step, counters) if self._group.rank == 0 else {}
 
-        reminder = every(TELL_SECONDS, remind)
+        reminder = folders.every(TELL_SECONDS, remind)
         try:
             body = on_all_ranks(self._group, f"checkpoint of step {step}", begin)[0]
             content = Content(self._folder / f"step-{step:08d}", self._sets, self._small, body, self._block_bytes)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from megallama.checkpoint import disk, lock
+from megallama.checkpoint import disk
+from megallama.checkpoint import folder as folders
 from megallama.checkpoint.disk import CheckpointError
-from megallama.checkpoint.lock import FolderLock
+from megallama.checkpoint.folder import FolderLock
 from tests.checkpoint.states import make_config, make_manager, make_state, solo_shards
 
 ODD = {
@@ -23,9 +24,9 @@ ODD = {
     "a list": b"[1]",
     "a number": b"7",
     "nested": b"[" * 50_000,
-    "no pid": json.dumps({"machine": lock._machine(), "process": "1"}).encode(),
-    "a pid in words": json.dumps({"machine": lock._machine(), "process": "1", "pid": "seven"}).encode(),
-    "a process that is a list": json.dumps({"machine": lock._machine(), "process": [1], "pid": 7}).encode(),
+    "no pid": json.dumps({"machine": folders._machine(), "process": "1"}).encode(),
+    "a pid in words": json.dumps({"machine": folders._machine(), "process": "1", "pid": "seven"}).encode(),
+    "a process that is a list": json.dumps({"machine": folders._machine(), "process": [1], "pid": 7}).encode(),
     "huge": b"x" * 3_000_000,
 }
 

@@ -21,7 +21,7 @@ import torch
 from megallama.checkpoint import manager as manager_module
 from megallama.checkpoint import manifest, writer
 from megallama.checkpoint.disk import CheckpointError
-from megallama.checkpoint.lock import FolderLock
+from megallama.checkpoint.folder import FolderLock
 from megallama.checkpoint.manager import _touching
 from megallama.checkpoint.reader import verify_blocks
 from megallama.checkpoint.writer import NotFiniteError
@@ -598,7 +598,7 @@ def test_all_ranks_are_refused_together(tmp_path) -> None:
 
 
 def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path) -> None:
-    code = "import os, pathlib, sys; from megallama.checkpoint.lock import FolderLock\n"
+    code = "import os, pathlib, sys; from megallama.checkpoint.folder import FolderLock\n"
     code += "FolderLock(pathlib.Path(sys.argv[1]), print).acquire(); os.kill(os.getpid(), 9)"
     root = str(Path(__file__).parents[2])
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, check=False)
