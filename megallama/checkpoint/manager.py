@@ -81,7 +81,7 @@ class CheckpointManager:
         self._use(config, small)
         self._lineage = secrets.token_hex(8)  # retention deletes only checkpoints of this one
         self._buffer: Tensor | None = None
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread()  # of the last save in the background
         self._handing = threading.Lock()  # over of the folder: by a save that outlives `release`, not before it
         self._released = False
         self.saving = False  # behind the caller's back
@@ -176,19 +176,18 @@ class CheckpointManager:
     def wait(self, seconds: float, whole: Callable[[], bool] = lambda: True) -> None:
         """Wait at most so long for a running save, and hardly where not all ranks are there any more (`whole`)."""
         deadline = time.monotonic() + seconds
-        while self._thread is not None and self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+        while self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
             self._thread.join(min(left, 0.1))
             if not whole():  # the save will hear of it itself, unless what is left of it is this rank's alone
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
 
     def finish(self, who: str = "the run") -> None:
         """Wait for a running save; the log says that `who` does. Raises: what it raised."""
-        if self._thread is not None and self._thread.is_alive():
+        if self._thread.is_alive():
             since = time.monotonic()
             self._log(f"{who} waits for the {self._thread.name}, which is still being written")
             self._thread.join()
             self._log(f"{who} waited {time.monotonic() - since:.1f} s for the one before it")
-        self._thread = None
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -197,11 +196,10 @@ class CheckpointManager:
         """Copy the state into the host buffer."""
         self.prepare(shards)
         tensors = [shard.state[kind].detach() for kind in STATE for shard in shards]
-        sizes, at = [tensor.numel() for tensor in tensors], 0
+        sizes, runs = [tensor.numel() for tensor in tensors], list(_touching(tensors))
         buffer = torch.empty(0) if self._buffer is None else self._buffer[: sum(sizes)]
-        for whole in _touching(tensors):
-            buffer[at : at + whole.numel()].copy_(whole, non_blocking=True)
-            at += whole.numel()
+        for copy, run in zip(buffer.split([run.numel() for run in runs]), runs, strict=True):
+            copy.copy_(run, non_blocking=True)
         if shards and shards[0].state["master"].is_cuda:
             torch.cuda.current_stream(shards[0].state["master"].device).synchronize()
         copies = buffer.split(sizes)
