@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from megallama.checkpoint import disk
 from megallama.checkpoint.disk import CheckpointError, DamagedError, MissingError
@@ -113,8 +113,7 @@ def lay_out(files: Mapping[str, Mapping[str, tuple[int, ...]]], dtype: str) -> F
     return FileSet(headers, sizes, places)
 
 
-@dataclass(frozen=True)
-class FileRecord:
+class FileRecord(BaseModel, frozen=True):
     """Size and digests of one file, as saved."""
 
     size: NonNegativeInt
@@ -122,9 +121,8 @@ class FileRecord:
     blocks: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """A verified manifest; its files are in the folder."""
+class Manifest(BaseModel, frozen=True):
+    """A verified manifest."""
 
     step: NonNegativeInt  # optimizer steps done
     sequence: int  # saves of a folder are numbered; the newest checkpoint is the last save, not the highest step
@@ -147,9 +145,6 @@ class Manifest:
         for name, record in self.files.items():
             if name.startswith(prefix):
                 yield from ((name, i) for i in range(len(record.blocks)))
-
-
-_MANIFEST = TypeAdapter(Manifest)
 
 
 def digest(data: bytes | bytearray | memoryview) -> str:
@@ -183,7 +178,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"use the version that wrote it ({body.get('versions', 'unknown')})"
         )
     try:
-        saved = _MANIFEST.validate_python(body | {"body": body})
+        saved = Manifest.model_validate(body | {"body": body})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
