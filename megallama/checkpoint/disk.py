@@ -30,7 +30,7 @@ class CheckpointError(MegallamaError):
 
 
 class DamagedError(CheckpointError):
-    """Bytes are not what was saved; the message names the file and, where it is known, the block."""
+    """Bytes are not what was saved; the message names the file, and the block."""
 
     decisive = True  # damage that one rank sees is what a load ends with
 
@@ -46,7 +46,7 @@ class UnreadableError(CheckpointError):
 
 
 def patiently(work: Callable[[Path], T], path: Path) -> T:
-    """work(path), again while it meets an error that may pass. Raises: MissingError; UnreadableError."""
+    """work(path), again while errors may pass. Raises: MissingError; UnreadableError."""
     since, pause = time.monotonic(), 0.05
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: one job at a time, what is in it, cleaning up, choosing what to go on from.
+"""The folder of a run's checkpoints: its lock, what is in it, cleaning up, choosing.
 
     step-00001000                        a checkpoint
     step-00001000.damaged, .damaged-2    quarantined: its bytes are not what was saved
@@ -94,16 +94,13 @@ def newest_step(folder: Path, log: Callable[[str], None]) -> Path | None:
 
 
 def step_folder(folder: Path) -> Path | None:
-    """The step folder that `folder` is, or is the model/ of; None if it is somebody else's."""
+    """The step folder that `folder` is, or is the model/ of; None if it is neither."""
     candidates = (folder, folder.parent) if folder.name == "model" else (folder,)
     return next((c for c in candidates if disk.exists(c / manifest.NAME)), None)
 
 
 def find_checkpoint(path: Path, log: Callable[[str], None] = lambda text: None) -> Path:
-    """The step folder that `path` is, or is the model/ of; of a folder of steps or a run folder the one saved last.
-
-    Any other path is returned as it is. `log` hears of damaged steps.
-    """
+    """The step folder that `path` is or is in; of a folder of steps or a run folder the newest; else `path`."""
     if (step := step_folder(path)) is not None:
         return step
     found = (newest_step(folder, log) for folder in (path, path / "checkpoints"))
@@ -111,7 +108,7 @@ def find_checkpoint(path: Path, log: Callable[[str], None] = lambda text: None) 
 
 
 def samples_before(config: Config) -> int:
-    """How many samples lie behind the checkpoint that a run would resume; 0 where none can be read (yet)."""
+    """The samples behind the checkpoint that a run would resume; 0 where none can be read."""
     folder = None if config.checkpoint.resume == "fresh" else config.checkpoint.folder
     with suppress(CheckpointError, KeyError):
         if folder is not None and (step := newest_step(Path(folder), lambda text: None)):
@@ -205,7 +202,7 @@ def every(seconds: float, work: Callable[[], None]) -> threading.Event:
 
 
 def _process(pid: int) -> str | None:
-    """The start time of a process in clock ticks since boot: with the pid, its identity. None if it is gone."""
+    """The start time of a process [ticks since boot]: with the pid, its identity. None if it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -222,9 +219,9 @@ def _machine() -> str:
 class FolderLock:
     """The lock of one folder: a file created atomically (hard link) and touched every few seconds.
 
-    One whose process has ended on this machine is taken over at once; one from another machine, or that does not say
-    whose it is, once it has not been touched for `LEASE_SECONDS`; one that cannot be opened after three times as
-    long, for of such a network file system may show old times.
+    One whose process has ended on this machine is taken over at once; one from another machine, or
+    of nobody, once it has not been touched for `LEASE_SECONDS`; one that cannot be opened after three
+    times as long, for of such a network file system may show old times.
     """
 
     def __init__(self, folder: Path, log: Callable[[str], None], lease_seconds: float = LEASE_SECONDS) -> None:
@@ -344,8 +341,8 @@ def _look(path: Path) -> _Seen | None:
 class Choice:
     """Which checkpoint a run goes on from; every rank of `group` has one and calls the same methods.
 
-    One that is damaged is quarantined, and the one before it taken. One that cannot be read now may be whole, and
-    an older one would throw steps away: that ends the start, unless `previous` was asked for.
+    One that is damaged is quarantined, and the one before it taken. One that cannot be read now may be
+    whole, and an older one would throw steps away: that ends the start, unless `previous` is wanted.
     """
 
     def __init__(self, folder: Path, group: Assembly, log: Callable[[str], None], *, previous: bool) -> None:
@@ -398,7 +395,7 @@ class Choice:
         )
 
     def look(self, path: Path) -> manifest.Manifest:
-        """The manifest of a step whose training state is there in full size. Raises: as `read_on_all`."""
+        """The manifest of a step whose state is there in full size. Raises: as `read_on_all`."""
         found: list[manifest.Manifest] = []
 
         def work() -> None:
@@ -411,7 +408,7 @@ class Choice:
         return found[0]
 
     def read_on_all(self, what: str, work: Callable[[], Any]) -> list[Any]:
-        """`on_all_ranks` of reading. Raises: UnreadableError also if a rank misses what another one has."""
+        """`on_all_ranks` of reading. Raises: UnreadableError also for what only some ranks miss."""
         try:
             return on_all_ranks(self._group, what, work)
         except MissingError as error:

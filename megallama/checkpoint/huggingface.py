@@ -49,9 +49,8 @@ def model_files(
 ) -> dict[str, bytes]:
     """The small files of model/ by name: configs and tokenizer.
 
-    `marks`: "bos_id" and "eos_id" of the training's documents. Without an eos_id the tokenizer says; without a
-    bos_id a document begins with the end of another. `longest` is the longest sequence, default that of
-    training; `log` hears what cannot be exported as it was.
+    `marks`: "bos_id" and "eos_id" of the training's documents. Without an eos_id the tokenizer says;
+    without a bos_id a document begins with the end of another. `log` hears what cannot be exported.
     """
     marks, longest = marks or {}, longest or longest_sequence(config)
     special = special_tokens(tokenizer, marks) if tokenizer else {}
@@ -64,7 +63,7 @@ def model_files(
 
 
 def longest_sequence(config: Config) -> int:
-    """The longest sequence of the exported model [tokens]: that of training, or of scaled rotary frequencies."""
+    """Of the exported model [tokens]: that of training, or of scaled rotary frequencies."""
     scaling, trained = config.model.rope_scaling, config.batch.seq_length
     if scaling is None:
         return trained
@@ -105,7 +104,7 @@ def _config_json(config: Config, longest: int) -> dict[str, Any]:
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """The architecture of a Hugging Face config.json. Raises: CheckpointError if it is missing, or no LLaMA's."""
+    """The architecture of a Hugging Face config.json. Raises: CheckpointError."""
     path = folder / "config.json"
     try:
         found = disk.read_json(path)
@@ -161,13 +160,13 @@ def special_tokens(tokenizer: Path, marks: Mapping[str, int | None] | None = Non
 
 
 def own_tokenizer(small: Mapping[str, bytes]) -> bytes | None:
-    """The tokenizer among small files that we use: a .model of SentencePiece (not LLaMA 3's), or a tokenizer.json."""
+    """The tokenizer that we use: a .model of SentencePiece (not LLaMA 3's), or a tokenizer.json."""
     model = small.get("tokenizer.model", b"")
     return model if model[:1] == b"\n" else small.get("tokenizer.json")  # SentencePiece's are protocol buffers
 
 
 def merges_of(tokenizer: Path) -> Path | None:
-    """The merges.txt that belongs to GPT-2's vocab.json; None for the other kinds of tokenizer, which are one file."""
+    """The merges.txt of GPT-2's vocab.json; None for the other kinds, which are one file."""
     name = tokenizer.name
     return tokenizer.with_name(name.removesuffix("vocab.json") + "merges.txt") if name.endswith("vocab.json") else None
 
@@ -216,7 +215,7 @@ def _tokenizer_files(
 
 
 def _begun(raw: bytes, token: tuple[str, int] | None) -> bytes:
-    """A tokenizer.json that puts `token`, and nothing else, around a text; `raw` itself where it does."""
+    """A tokenizer.json that puts `token`, and nothing else, around a text."""
     if token is None and not json.loads(raw).get("post_processor"):
         return raw
     model = Tokenizer.from_str(raw.decode())
@@ -238,9 +237,9 @@ class NotEqualError(Exception):
 def to_tokenizer(model: bytes) -> Tokenizer:
     """The fast tokenizer of a SentencePiece .model file that gives the same ids, to the last text.
 
-    SentencePiece merges byte pairs by the scores of what they become, the leftmost of equals first; a tokenizer.json
-    ranks the pairs themselves. Both agree where every score is one piece's own and the pairs that make the same piece
-    are ranked so that the left one of two that overlap comes first. Raises: NotEqualError where that cannot be had.
+    SentencePiece merges byte pairs by the scores of what they become, the leftmost of equals first;
+    a tokenizer.json ranks the pairs themselves. Both agree where every score is one piece's own and, of
+    two overlapping pairs that make the same piece, the left one is ranked first. Raises: NotEqualError.
     """
     file = _fields(model)
     parts = [_fields(part) for part in file[1]]
@@ -296,7 +295,7 @@ def _merges(pieces: Sequence[Piece]) -> Iterator[tuple[str, str]]:
 
 
 def _prove(model: bytes, ours: Tokenizer, pieces: Sequence[Piece]) -> None:
-    """Raises: NotEqualError if a difficult text, or a piece, becomes other ids than SentencePiece gives it."""
+    """Raises: NotEqualError if a difficult text, or a piece, becomes other ids."""
     from sentencepiece import SentencePieceProcessor
 
     theirs = SentencePieceProcessor(model_proto=model)

@@ -47,11 +47,11 @@ TELL_SECONDS = 60.0  # between two lines about a save that lasts
 
 
 class CheckpointManager:
-    """Saves and loads the checkpoints in `folder`; every rank of `group` has one and calls the same methods.
+    """Saves and loads the checkpoints in `folder`; every rank of `group` calls the same methods.
 
     `group` serves nothing else, for saves talk through it in the background (on CUDA: a gloo group).
-    `tokenizer` is kept in every checkpoint, with the `marks` of `huggingface.model_files`; or `small`, its
-    files as they are. `log` is called on rank 0 only, by any thread.
+    `tokenizer` and `marks` go to `huggingface.model_files`, or `small` has its files. `log` is called
+    on rank 0 only, by any thread.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class CheckpointManager:
         self._small |= {f"model/{name}": data for name, data in (small or self._describe(config)).items()}
 
     def acquire(self) -> None:
-        """Create the folder, take its lock and clean up what a crash left. Raises: CheckpointError on every rank."""
+        """Create and lock the folder, clean up what a crash left. Raises: CheckpointError on every rank."""
 
         def work() -> None:
             if self._group.rank:
@@ -123,19 +123,19 @@ class CheckpointManager:
     # ---- saving ----
 
     def prepare(self, shards: Sequence[Shard]) -> None:
-        """Make the host buffer of asynchronous saves, so that the first save is as fast as later ones."""
+        """Make the host buffer of asynchronous saves, so that the first one is as fast as later ones."""
         if self._config.checkpoint.async_save and shards and self._buffer is None:
             need, master = sum(len(STATE) * s.box.numel for s in shards), shards[0].state["master"]
             self._buffer = torch.empty(need, dtype=master.dtype, pin_memory=master.is_cuda)
             self._buffer.zero_()  # touches the pages: zeros() would leave that to the first save
 
     def save(self, step: int, shards: Iterable[Shard], counters: dict[str, Any], *, behind: bool = True) -> None:
-        """Save the state of `step`: the boxes this rank owns, and `counters` (JSON; equal on all ranks).
+        """Save the state of `step`: the boxes this rank owns, and `counters` (JSON).
 
         With checkpoint.async_save and `behind` it returns after one copy to host memory, and up to
-        checkpoint.max_failures failures in a row are only logged. Raises, on every rank: CheckpointError or
-        MachineError if this save failed, or too many before it, or another job has the folder;
-        NotFiniteError, of this save or the last.
+        checkpoint.max_failures failures in a row are only logged. Raises, on every rank:
+        CheckpointError or MachineError if this save failed, or too many before it, or another job
+        has the folder; NotFiniteError, of this save or the last.
         """
         try:
             self.finish(f"checkpoint of step {step}")
@@ -174,7 +174,7 @@ class CheckpointManager:
         return isinstance(self._failure, NotFiniteError)
 
     def wait(self, seconds: float, whole: Callable[[], bool] = lambda: True) -> None:
-        """Wait at most so long for a running save, and hardly where not all ranks are there any more (`whole`)."""
+        """Wait at most so long for a running save; hardly where not all ranks are there (`whole`)."""
         deadline = time.monotonic() + seconds
         while self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
             self._thread.join(min(left, 0.1))
@@ -284,10 +284,7 @@ class CheckpointManager:
         return max((brief.step for brief, _ in folders.known(self._folder) if brief.step <= most), default=None)
 
     def keep_settings(self) -> Config:
-        """The configuration, with settings of the newest checkpoint where a preset has changed since (logged).
-
-        Raises: as `newest`.
-        """
+        """The configuration, as the newest checkpoint has it where a preset has changed since."""
         model, found = self._config.model, None
         if model.preset in PRESETS and self._config.checkpoint.resume != "fresh":
             found = self.newest()
@@ -322,7 +319,7 @@ class CheckpointManager:
         )
 
     def resume(self, shards: Sequence[Shard]) -> dict[str, Any] | None:
-        """Load the newest valid checkpoint as checkpoint.resume says; its counters, or None: there is none.
+        """Load the newest checkpoint as checkpoint.resume says; its counters, or None: there is none.
 
         Raises: as `Choice.newest` and `load`; CheckpointError if there is none but must be.
         """
@@ -336,8 +333,8 @@ class CheckpointManager:
     def load(self, path: Path, shards: Sequence[Shard]) -> dict[str, Any]:
         """Fill `shards` (of any layout; owned or copies) from a step folder; its counters.
 
-        The ranks share the verification of model/, where damage is only told: training needs the state alone.
-        Raises, on every rank: DamagedError; UnreadableError; CheckpointError if the model or the tokenizer differs.
+        The ranks share the verification of model/, where damage is only logged. Raises, on every rank:
+        DamagedError; UnreadableError; CheckpointError if the model or the tokenizer differs.
         """
         saved = self._choice.look(path)
         rest = list(saved.blocks("model/"))[self._group.rank :: self._group.size]
@@ -378,7 +375,7 @@ class CheckpointManager:
             pass
 
     def load_weights(self, path: Path, shards: Sequence[Shard]) -> None:
-        """Fill the master weights from a step folder's masters or a Hugging Face folder; moments become zero.
+        """Fill the masters from those of a step, or a Hugging Face folder; moments become zero.
 
         Raises, on every rank: CheckpointError naming every tensor that does not fit; DamagedError.
         """
@@ -416,7 +413,7 @@ class CheckpointManager:
 
 
 def _touching(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The same elements in the same order, with what lies side by side in memory as one tensor: few large copies."""
+    """The same elements, with what lies side by side in memory as one tensor: few large copies."""
     starts = accumulate((tensor.nbytes for tensor in tensors), initial=0)
 
     def origin(one: tuple[Tensor, int]) -> tuple[int, int]:  # where the run would begin

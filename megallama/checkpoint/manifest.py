@@ -1,14 +1,13 @@
-"""What a checkpoint is: where every byte lies, and the manifest with the digest of every block of every file.
+"""What a checkpoint is: where every byte lies, and the manifest with the digests.
 
     model/       model-0000i-of-0000N.safetensors       weights in the training format, + index.json
     optimizer/   master-, exp_avg-, exp_avg_sq-0000i-of-0000N.safetensors     the same names and shapes
     manifest.json
 
-No rank count, tensor- or pipeline-parallel size enters the layout, so ranks of any layout write the same bytes, and a
-rank that knows which boxes it owns knows where they belong. The files are safetensors files (8 bytes header length,
-a JSON header, row-major little-endian data). A folder is a checkpoint if and only if it has a manifest that verifies,
-for that is written last. Files are digested in blocks (SHA-256, the first 128 bits), so damage is found when the
-bytes are read; a file's digest is that of its block digests, and the manifest carries its own.
+Places follow from the model alone, so ranks of any layout write the same bytes. The files are safetensors
+files (8 bytes header length, a JSON header, row-major little-endian data), digested in blocks (SHA-256, the
+first 128 bits), so that damage is found when the bytes are read; a file's digest is that of its block
+digests. A folder is a checkpoint if it has a manifest that verifies, for that is written last.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ class FileSet:
 
 
 def layout(model: ModelConfig, precision: str, shard_bytes: int = SHARD_BYTES) -> dict[str, FileSet]:
-    """The file sets by kind: "model", saved in precision.dtype, and those of `STATE`, in fp32 (fp64 with fp64)."""
+    """The file sets by kind: "model" in precision.dtype, and `STATE` in fp32 (fp64 with fp64)."""
     shapes, state = global_shapes(model), "F64" if precision == "fp64" else "F32"
     sets = {"model": file_set("model/model", shapes, WEIGHTS[precision], shard_bytes)}
     return sets | {kind: file_set(f"optimizer/{kind}", shapes, state, shard_bytes) for kind in STATE}
@@ -125,7 +124,7 @@ class Manifest(BaseModel, frozen=True):
     """A verified manifest."""
 
     step: NonNegativeInt  # optimizer steps done
-    sequence: int  # saves of a folder are numbered; the newest checkpoint is the last save, not the highest step
+    sequence: int  # number of the save in its folder
     lineage: Annotated[str, Field(validation_alias="line")]  # of the run
     counters: dict[str, Any]
     model: Annotated[ModelConfig, Field(validation_alias="architecture")]

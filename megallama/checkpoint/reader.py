@@ -80,7 +80,7 @@ class BlockFile:
         return out
 
     def read_into(self, start: int, out: memoryview) -> None:
-        """Fill `out` with the bytes from `start` on; without a digest to check, straight from the file."""
+        """Fill `out` with the bytes from `start` on."""
         self._check(start, len(out))
         if self._record is None:
             self._fill(out, start)
@@ -134,14 +134,14 @@ class TensorFiles(ExitStack):
             start += n * width * item
 
     def read_rows(self, key: str, row: int, out: Tensor) -> None:
-        """Fill the contiguous `out` [n, ...], of the stored format, with rows `row` .. `row` + n - 1."""
+        """Fill the contiguous `out` [n, ...], of the stored format, with rows from `row` on."""
         place = self.places[key]
         start = place.offset + row * prod(place.shape[1:]) * place.item_bytes
         self._file(place.file).read_into(start, out.view(-1).view(torch.uint8).numpy().data)
 
 
 def _read_header(label: str, file: BlockFile) -> dict[str, TensorPlace]:
-    """The tensors of a safetensors file. Raises: DamagedError if the header cannot be that of the file."""
+    """The tensors of a safetensors file. Raises: DamagedError."""
     length = int.from_bytes(file.read(0, 8), "little")
     if length > disk.JSON_BYTES and 8 + length <= file.size:
         raise DamagedError(f"{file.path} has a header of {length:,} bytes; at most {disk.JSON_BYTES:,} are read")
@@ -169,8 +169,8 @@ def _read_header(label: str, file: BlockFile) -> dict[str, TensorPlace]:
 def open_state(folder: Path, saved: manifest.Manifest, kind: str) -> TensorFiles:
     """The "model" weights or one of the state kinds of a step folder, verified while reading.
 
-    The places follow from the architecture. Raises: CheckpointError if the manifest has other files than it;
-    while reading: DamagedError also for a file whose header says otherwise.
+    The places follow from the architecture. Raises: CheckpointError if the manifest lists other files;
+    later DamagedError also for a file whose header says otherwise.
     """
     want = layout(saved.model, saved.precision, saved.shard_bytes)[kind]
     for name, size in want.sizes.items():
@@ -208,7 +208,7 @@ def open_folder(folder: Path) -> TensorFiles:
 
 
 def open_files(folder: Path, names: Sequence[str]) -> TensorFiles:
-    """The tensors of some safetensors files. Raises: DamagedError for a file that is missing or truncated."""
+    """The tensors of some safetensors files. Raises: DamagedError; CheckpointError."""
     places: dict[str, TensorPlace] = {}
     for name in names:
         with closing(BlockFile(folder / name)) as file:
@@ -220,7 +220,7 @@ def open_files(folder: Path, names: Sequence[str]) -> TensorFiles:
 
 
 def fill(files: TensorFiles, kind: str, shards: Sequence[Shard]) -> None:
-    """Read state `kind` ("master", "exp_avg", "exp_avg_sq") of all shards, in the order of the files."""
+    """Read state `kind` of all shards, in the order of the files."""
     places = files.places
     for shard in sorted(shards, key=lambda s: (places[s.box.key].file, places[s.box.key].offset, s.box)):
         files.read_into(shard.box, shard.state[kind])
@@ -249,7 +249,7 @@ def head_of(where: Path, files: TensorFiles, model: ModelConfig, head: str = "au
 
 
 def own_head(what: str, model: ModelConfig, head: str) -> tuple[ModelConfig, list[str]]:
-    """What becomes of a head that is not the embedding though config.json says so, and what to say of it."""
+    """What becomes of the model if its head is not the embedding, and what to say of it."""
     note = f"{what} is not the embedding, though config.json says tie_word_embeddings=true; it is"
     if head == "tied":
         return model, [f"{note} left out"]
@@ -284,7 +284,7 @@ def check_tensors(where: Path, files: TensorFiles, model: ModelConfig) -> None:
 
 
 def tensor_problems(want: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorPlace]) -> list[str]:
-    """A line for every tensor that is missing, unknown, of another shape or of a number format we do not know."""
+    """A line for every tensor that is missing, unknown or of another shape or number format."""
     problems = [f"missing: {n} {list(shape)}" for n, shape in want.items() if n not in found]
     problems += [f"unknown: {n} {list(p.shape)}" for n, p in found.items() if n not in want]
     for n, shape in want.items():

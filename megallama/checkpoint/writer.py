@@ -1,7 +1,7 @@
 """Writing one checkpoint: every rank its own bytes, and none of them counts until all of them are safe.
 
     1. rank 0 creates all files in their final size, in a folder of another name (a full disk shows)
-    2. every rank writes the byte runs of the boxes it owns, digests the blocks that are its alone, and fsyncs behind
+    2. every rank writes the byte runs of its boxes, digests the blocks that are its alone, and fsyncs behind
     3. the blocks that several ranks wrote to are read back and digested, each rank its share
     4. rank 0 writes the manifest, fsyncs the folders, renames the one to step-N, fsyncs the parent
 
@@ -45,7 +45,7 @@ fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 
 
 class NotFiniteError(CheckpointError):
-    """What was to be saved holds inf or nan, and was not: the message names the tensor and the rank."""
+    """What was to be saved holds inf or nan; the message names the tensor and the rank."""
 
     status = 3
 
@@ -80,7 +80,7 @@ class Content:
 def write_checkpoint(content: Content, shards: Iterable[Shard], group: Assembly) -> None:
     """Write and commit one checkpoint; every rank of `group` calls it with the shards it owns.
 
-    Raises, on every rank: as `on_all_ranks`; NotFiniteError. Nothing was committed, and the temporary folder is gone.
+    Raises, on every rank: as `on_all_ranks`; NotFiniteError. Then nothing was committed.
     """
     what = f"saving {content.final} failed, the checkpoints before it are untouched"
     first = group.rank == 0
@@ -256,7 +256,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def _shared_blocks(content: Content, results: Sequence[tuple[int, Digests]]) -> str:
-    """The blocks without a digest as bits, hexadecimal. Raises: CheckpointError if elements have no owner, or two."""
+    """The blocks without a digest as bits, hexadecimal. Raises: CheckpointError for elements without one owner."""
     written = sum(count for count, _ in results)
     want = sum(prod(place.shape) for place in content.sets["model"].places.values())
     if written != want:
