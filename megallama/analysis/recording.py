@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megallama.comm.group import Done, Group, Handle, Op, Solo
-from megallama.comm.recording import Wrapped
+from megallama.comm.group import Done, Group, Handle, Op, Solo, Wrapped
 
 
 @dataclass(frozen=True)

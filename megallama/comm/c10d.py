@@ -1,9 +1,8 @@
 """Groups over torch.distributed: NCCL between GPUs, gloo between CPUs.
 
-NCCL's own collectives are used as they are.  Gloo's are not all good: its reduce-scatter and
-all-gather take two to five times as long as sending the pieces directly, and a small all-reduce
-twice as long, so these are built from point-to-point messages.  Gloo moves them in a thread of its
-own, and the sum is taken in `wait()`, always in rank order (half precision in fp32), so the result
+Gloo's reduce-scatter and all-gather take two to five times as long as sending the pieces directly,
+and a small all-reduce twice as long, so these are built from point-to-point messages.  Gloo moves
+them in a thread of its own, and the sum is taken in `wait()`, always in rank order, so the result
 does not depend on when anybody waits.
 """
 
@@ -90,8 +89,7 @@ class C10d:
     with a channel per direction two ranks that both send first do not wait for each other without end.
     """
 
-    # a gloo all-reduce in which each rank sends at most this is quicker as one direct exchange
-    _direct_bytes = 1 << 20
+    _direct_bytes = 1 << 20  # a gloo all-reduce in which a rank sends no more is quicker as one direct exchange
 
     def __init__(
         self, process_group: dist.ProcessGroup, name: str, ranks: Sequence[int], rank: int, device: torch.device,
@@ -115,14 +113,7 @@ class C10d:
             work = started(dist.all_reduce, tensor, _REDUCE[op], group=self._pg, async_op=True)
             return self._handle("all_reduce", [work], tensor)
         flat = tensor.view(-1)
-
-        def reduce(parts: Sequence[Tensor]) -> None:
-            if op == "sum":
-                add_in_order(parts, flat)
-            else:
-                flat.copy_(torch.stack([*parts]).amax(0))
-
-        return self._exchange("all_reduce", tensor, [flat] * self.size, reduce)
+        return self._exchange("all_reduce", tensor, [flat] * self.size, lambda parts: _reduce(parts, flat, op))
 
     def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
         self._check(output, shard)
@@ -146,7 +137,7 @@ class C10d:
             work = started(dist.reduce_scatter_tensor, output, full, group=self._pg, async_op=True)
             return self._handle("reduce_scatter", [work], (output, full))
         flat = output.view(-1)
-        return self._exchange("reduce_scatter", full, self._pieces(full), lambda parts: add_in_order(parts, flat))
+        return self._exchange("reduce_scatter", full, self._pieces(full), lambda parts: _reduce(parts, flat))
 
     def send(self, tensor: Tensor, to: int, tag: int = MESSAGE) -> Handle:
         self._check(tensor, peer=to)
@@ -249,15 +240,18 @@ def started(operation: Callable[..., Any], *arguments: Any, **named: Any) -> Any
         raise ContactLost(f"{operation.__name__}: {error}") from error
 
 
-def add_in_order(parts: Sequence[Tensor], output: Tensor) -> None:
-    """output = the sum of `parts`, two or more, added in order; `output` may be one of them.
+def _reduce(parts: Sequence[Tensor], output: Tensor, op: Op = "sum") -> None:
+    """output = the largest, or the sum, of `parts`, two or more, added in order; `output` may be one of them.
 
     Half precision is added in fp32 and rounded once.
     """
-    if len(parts) == 2:
+    if op == "max":
+        total = torch.stack([*parts]).amax(0)
+    elif len(parts) == 2:
         torch.add(parts[0], parts[1], out=output)  # torch adds halves in fp32 too
         return
-    total = parts[0].float().add_(parts[1]) if parts[0].dtype in _HALF else parts[0] + parts[1]
-    for part in parts[2:]:
-        total.add_(part)
+    else:
+        total = parts[0].float().add_(parts[1]) if parts[0].dtype in _HALF else parts[0] + parts[1]
+        for part in parts[2:]:
+            total.add_(part)
     output.copy_(total)

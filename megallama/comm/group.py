@@ -124,17 +124,55 @@ class Solo:
             output.copy_(full)
         return Done()
 
-    def send(self, tensor: Tensor, to: int) -> Handle:
-        raise AssertionError("a group of one rank has nobody to send to")
+    def send(self, *_: Any, **named: Any) -> Handle:
+        raise AssertionError("a group of one rank has nobody to send to and nobody to receive from")
 
-    def recv(self, tensor: Tensor, source: int) -> Handle:
-        raise AssertionError("a group of one rank has nobody to receive from")
+    recv = send
 
     def barrier(self) -> None:
         return None
 
     def gather_values(self, value: Any, summary: Callable[[list[Any]], Any] = list) -> Any:
         return summary([value])
+
+
+class Wrapped:
+    """A group around another: who inherits says in `_call` what comes before and after its operations."""
+
+    def __init__(self, inner: Group) -> None:
+        self.inner = inner
+        self.name, self.rank, self.size, self.ranks = inner.name, inner.rank, inner.size, inner.ranks
+
+    def _call(
+        self, op: str, tensor: Tensor, start: Callable[[], Handle], peer: int | None = None, reduce: Op = "sum"
+    ) -> Handle:
+        raise AssertionError("said by those who inherit")
+
+    def _blocking(self, op: str) -> None:
+        """Before an operation without a handle."""
+
+    def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
+        return self._call("all_reduce", tensor, lambda: self.inner.all_reduce(tensor, op), reduce=op)
+
+    def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
+        return self._call("all_gather", output, lambda: self.inner.all_gather(output, shard))
+
+    def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
+        return self._call("reduce_scatter", full, lambda: self.inner.reduce_scatter(output, full))
+
+    def send(self, tensor: Tensor, to: int) -> Handle:
+        return self._call("send", tensor, lambda: self.inner.send(tensor, to), to)
+
+    def recv(self, tensor: Tensor, source: int) -> Handle:
+        return self._call("recv", tensor, lambda: self.inner.recv(tensor, source), source)
+
+    def barrier(self) -> None:
+        self._blocking("barrier")
+        self.inner.barrier()
+
+    def gather_values(self, value: Any, summary: Callable[[list[Any]], Any] = list) -> Any:
+        self._blocking("gather_values")
+        return self.inner.gather_values(value, summary)
 
 
 @dataclass(frozen=True)

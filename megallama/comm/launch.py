@@ -1,8 +1,7 @@
 """How a process learns which rank it is, and how ranks become a `World`. The only reader of the environment.
 
-`detect_launch` understands torchrun, mpirun (Open MPI, MPICH and its relatives) and srun; a process
-started by none of them is a run of one rank.  `start` chooses the device, meets the other ranks
-(`rendezvous`), sets what the device needs and opens the process group.  One rank opens nothing.
+A process that neither torchrun, mpirun (Open MPI, MPICH and its relatives) nor srun started is a run of
+one rank, which opens nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -50,6 +48,11 @@ class Launch:
     key: str = ""  # what the processes of this run, and no others on this machine, have in common
     store_kept: bool = False  # the launcher keeps the store (torchrun's agent), not rank 0
     attempt: int = 0  # restarts before this one
+
+    @property
+    def keeps_store(self) -> bool:
+        """Whether the store is in this process."""
+        return self.rank == 0 and not self.store_kept
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -174,22 +177,17 @@ class World:
         ranks = next(ranks for ranks in partition if self.rank in ranks)
         if len(ranks) == 1:
             return Solo(name, self.rank)
-        if name == "world":
+        if name == "world" and self.opened:
             return self.group
-        down = None
-        if name == "pp" and self.device.type == "cuda":
-            down = dist.new_group(ranks, self.timeout, use_local_synchronization=True)
-        group = dist.new_group(ranks, self.timeout, use_local_synchronization=True)
-        return self._open(group, name, ranks, down)
-
-    def _open(
-        self, group: dist.ProcessGroup, name: str, ranks: tuple[int, ...], down: dist.ProcessGroup | None = None
-    ) -> Group:
+        made: list[Any] = [dist.group.WORLD]
+        if name != "world":
+            directions = 2 if name == "pp" and self.device.type == "cuda" else 1
+            made = [dist.new_group(ranks, self.timeout, use_local_synchronization=True) for _ in range(directions)]
         together = len({self.hosts[rank] for rank in ranks}) == 1
         if not (self.shared_memory and together and self.device.type == "cpu"):
-            self.opened.append(C10d(group, name, ranks, self.rank, self.device, down))
+            self.opened.append(C10d(made[-1], name, ranks, self.rank, self.device, *made[:-1]))
             return self.opened[-1]
-        shared = SharedMemory(group, name, ranks, self.rank, self.device)
+        shared = SharedMemory(made[-1], name, ranks, self.rank, self.device)
         self.opened.append(shared)
         refused = shared.connect(self.oversubscribed, self.timeout)
         through = f"gloo ({refused})" if refused else f"shared memory, gloo above {MAX_SHM_BYTES >> 20} MiB"
@@ -239,9 +237,7 @@ class World:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
             self.failed(error)
         self.close()
@@ -253,10 +249,9 @@ def start(
 ) -> World:  # fmt: skip
     """Bring the ranks together on their devices.
 
-    `config_hash` must be the same on every rank; it says in a few characters what each was started
-    with. `store` is one that all ranks have open already; by default rank 0 or the launcher keeps it.
-    `problem`: why this rank cannot take part; `listener` hears why the run ends; `groups`: sizes of the groups
-    that this rank will be in; `files`: of data and checkpoints that it will open.
+    `config_hash`: in a few characters what the rank was started with. `store`: one that all ranks have open
+    already. `problem`: why this rank cannot take part. `listener` hears why the run ends. `groups`: sizes of
+    the groups that this rank will be in. `files`: of data and checkpoints that it will open.
     Raises: LaunchError on every rank that arrived: a rank that never came within
     run.init_timeout_seconds, different numbers of ranks, configurations, torch versions or devices, a rank
     started twice, a port that is taken, CUDA asked for and absent, more processes than GPUs, too few open files.
@@ -274,15 +269,15 @@ def start(
         _set_threads(run, 1, notes)
         return World(launch, device, Solo("world", 0), (launch.host,), notes)
 
-    leader, where = launch.rank == 0, f"rank {launch.rank} ({launch.host})"
     need = files_needed(
-        launch.world_size, groups, files, first=leader, store_host=leader and not launch.store_kept,
+        launch.world_size, groups, files, first=launch.rank == 0, store_host=launch.keeps_store,
         cuda=device.type == "cuda", shared=run.shared_memory,
     )  # fmt: skip
+    problem = problem or too_many(need, raised_limit(), f"rank {launch.rank} ({launch.host})")
     cores = hashlib.sha256(str(sorted(os.sched_getaffinity(0))).encode()).hexdigest()[:8]
     own = Arrival(
         launch.rank, launch.world_size, launch.host, os.getpid(), torch.__version__, device.type, gpu, cores,
-        config_hash, problem or too_many(need, raised_limit(), where),
+        config_hash, problem,
     )  # fmt: skip
     star = Star(launch.rank, launch.world_size, launch.host, listener)
     try:
@@ -296,12 +291,11 @@ def start(
         store = dist.PrefixStore("group", store)
         dist.init_process_group(backend, None, timeout, launch.world_size, launch.rank, store)
         notes.append(f"{launch.launcher}: {counted(launch.world_size, 'rank')} over {backend}")
-        assert dist.group.WORLD is not None
         world = World(
             launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, star,
             oversubscribed=len(sharing) > len(os.sched_getaffinity(0)), shared_memory=run.shared_memory,
         )  # fmt: skip
-        world.group = world._open(dist.group.WORLD, "world", tuple(range(launch.world_size)))
+        world.group = world._make("world", [tuple(range(launch.world_size))])
         return world
     except BaseException:
         star.close()
@@ -312,16 +306,14 @@ def _gather(
     launch: Launch, own: Arrival, seconds: float, star: Star, store: dist.Store | None
 ) -> tuple[list[Arrival], dist.Store]:
     """All ranks' arrivals and this attempt's part of the store."""
-    leader = launch.rank == 0
-    published = port_file(launch.key) if launch.master_port == 0 else None
+    host, port = launch.master_addr, launch.master_port
+    published = None if port else port_file(launch.key)
     try:
-        if store is None:
-            host_it = leader and not launch.store_kept
-            store = open_store(launch.master_addr, launch.master_port, published, host_it, launch.rank, seconds)
+        store = store or open_store(host, port, published, launch.keeps_store, launch.rank, seconds)
         store = dist.PrefixStore(f"megallama/{launch.attempt}", store)
-        return rendezvous(star, store, own, launch.master_addr, seconds), store
+        return rendezvous(star, store, own, host, seconds), store
     finally:
-        if leader and published is not None:
+        if launch.rank == 0 and published is not None:
             published.unlink(missing_ok=True)
 
 

@@ -1,9 +1,8 @@
 """How the ranks of a run find one another, and what they learn when that fails.
 
-Rank 0 keeps a key-value store (torch's TCPStore; under torchrun the agent keeps it), where it says how
-to reach its `Star`.  Every rank connects there with an `Arrival`.  Rank 0 compares them and sends a
-verdict: go on, or one sentence that names the ranks concerned, which then every rank raises.  Only
-after that are process groups made.
+In a key-value store (torch's TCPStore) rank 0 says how to reach its `Star`.  Every rank connects there
+with an `Arrival`.  Rank 0 compares them and sends a verdict: go on, or one sentence that names the
+ranks concerned, which then every rank raises.  Only after that are process groups made.
 """
 
 from __future__ import annotations
@@ -61,14 +60,14 @@ def open_store(
     if port_file is not None and store_host:
         door = socket.create_server(("127.0.0.1", 0))
         port, listener = door.getsockname()[1], door.detach()
-        _publish(port_file, port)
+        with tempfile.NamedTemporaryFile("w", dir=port_file.parent, prefix=port_file.name, delete=False) as file:
+            file.write(str(port))
+        os.replace(file.name, port_file)
     elif port_file is not None:
         port = _read_port(port_file, rank, seconds, deadline)
     left = timedelta(seconds=max(0.1, deadline - time.monotonic()))
     try:
-        return dist.TCPStore(
-            host, port, None, store_host, left, wait_for_workers=False, master_listen_fd=listener
-        )  # fmt: skip
+        return dist.TCPStore(host, port, None, store_host, left, wait_for_workers=False, master_listen_fd=listener)
     except (RuntimeError, ValueError) as error:
         text = str(error).splitlines()[0]
         if store_host and ("in use" in text or "EADDRINUSE" in text):
@@ -85,13 +84,6 @@ def open_store(
 def port_file(key: str) -> Path:
     """Where rank 0 of the run `key` publishes its port to the other ranks of this machine."""
     return Path(tempfile.gettempdir()) / f"megallama-{os.getuid()}-{re.sub(r'[^A-Za-z0-9.-]', '-', key)}"
-
-
-def _publish(path: Path, port: int) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w") as file:
-        file.write(str(port))
-    os.replace(name, path)
 
 
 def _read_port(path: Path, rank: int, seconds: float, deadline: float) -> int:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from megallama.comm.group import Groups
-from megallama.comm.recording import Tape, Timed
+from megallama.comm.group import Done, Group, Groups, Handle, Op, Wrapped
 from megallama.config.schema import Config
 from megallama.pipeline.runtime import Observer, PipelineRuntime
 from megallama.plan.schedule import Action, Schedule
@@ -46,6 +46,69 @@ class Clock:
             return lambda reading: reading - zero
         torch.cuda.synchronize(self._device)
         return lambda reading: zero.elapsed_time(reading) / 1e3
+
+
+@dataclass
+class Tape:
+    """What `Timed` groups write while `clock` is set, in order of the calls."""
+
+    clock: Callable[[], Any] | None = None
+    calls: list[TimedCall] = field(default_factory=list)
+
+
+@dataclass
+class TimedCall:
+    """A handle that notes its first wait; by the tape's clock, None outside a traced step."""
+
+    axis: str
+    op: str
+    nbytes: int
+    tape: Tape
+    inner: Handle = Done()
+    issued: Any = None
+    started: Any = None  # the call that started it has returned
+    waited: Any = None  # somebody began to wait
+    end: Any = None  # and need not wait any more
+
+    def wait(self) -> None:
+        self._note(self.inner.wait)
+
+    def done(self) -> bool:
+        if done := self.inner.done():
+            self._note(lambda: None)
+        return done
+
+    def _note(self, wait: Callable[[], None]) -> None:
+        clock = None if self.end is not None else self.tape.clock
+        if clock is not None:
+            if self.issued is None:  # before the traced step
+                self.tape.calls.append(self)
+            self.waited = clock()
+        wait()
+        if clock is not None:
+            self.end = clock()
+        self.inner = Done()  # the tape must not keep its tensors
+
+
+class Timed(Wrapped):
+    """While the tape has a clock, notes when operations were started and waited for."""
+
+    def __init__(self, inner: Group, tape: Tape) -> None:
+        super().__init__(inner)
+        self._tape = tape
+
+    def _call(
+        self, op: str, tensor: Tensor, start: Callable[[], Handle], peer: int | None = None, reduce: Op = "sum"
+    ) -> Handle:
+        call, clock = TimedCall(self.name, op, tensor.nbytes, self._tape), self._tape.clock
+        if clock is None:
+            call.inner = start()
+            return call
+        self._tape.calls.append(call)
+        call.issued = clock()
+        call.inner = start()
+        call.started = clock()
+        return call
 
 
 class StepTracer(Observer):

@@ -14,10 +14,9 @@ import torch
 
 from megallama.analysis.communication import collectives
 from megallama.comm.group import Handle, Solo
-from megallama.comm.recording import Tape, Timed
 from megallama.plan.plan import Plan, make_plan
 from megallama.plan.timeline import Flight, Span, chrome_trace, exposure
-from megallama.train.trace import Clock
+from megallama.train.trace import Clock, Tape, Timed
 from tests.pool import Pool
 from tests.small import small_config
 
