@@ -1,9 +1,9 @@
 """The star: one connection from every rank to rank 0, from before the ranks have met until they leave.
 
-Process groups say nothing before they exist, and where they break they do not know who broke them.
-Here the kernel closes a dead rank's connection and everybody is told; the first reason to stop, of
-whichever rank, reaches all; and small values are gathered on rank 0 without a connection between
-every two ranks.  A message is a line of JSON, [what about, value]; a thread reads and writes them.
+Process groups do not know who broke them.  Here the kernel closes a dead rank's connection and
+everybody is told; the first reason to stop, of whichever rank, reaches all; and small values are
+gathered on rank 0 without a connection between every two ranks.  A message is a line of JSON,
+[what about, value]; a thread reads and writes them.
 """
 
 from __future__ import annotations
@@ -132,16 +132,16 @@ class Star:
             about, arrival = json.loads(await reader.readline())
             if not secrets.compare_digest(arrival.pop("token"), self.token):
                 raise ValueError("a stranger")
-            rank = int(arrival["rank"])
-            self.names.setdefault(rank, f"rank {rank} ({arrival['host']})")
+            rank, name = int(arrival["rank"]), f"rank {arrival['rank']} ({arrival['host']})"
         except (ValueError, KeyError, TypeError, AttributeError, OSError, asyncio.CancelledError):
             writer.close()
             return
         if self.full:  # of another run, whose rank 0 did not get this port: it must not end this one when it leaves
-            text = self.full.format(stranger=f"rank {rank} ({arrival['host']})")
-            writer.writelines(_line(*message) for message in ((ARRIVALS, [text, REFUSED, []]), (_LEFT, self.rank)))
+            verdict = [self.full.format(stranger=name), REFUSED, []]
+            writer.writelines([_line(ARRIVALS, verdict), _line(_LEFT, self.rank)])
             writer.close()
             return
+        self.names.setdefault(rank, name)
         self._links[writer] = rank
         writer.writelines(self._sent.values())
         self._keep(about, rank, arrival)
@@ -175,8 +175,7 @@ class Star:
             self._changed.notify_all()
 
     def _report(self, why: str, status: int) -> None:
-        """To rank 0, which knows what was first; without it, to oneself."""
-        if self.rank == 0 or 0 in self.left:
+        if self.rank == 0 or 0 in self.left:  # who knows what was first; without it everybody for themselves
             self._learn(why, status)
         else:
             self._write(_ENDS, [why, status])
