@@ -167,10 +167,7 @@ class World:
         return build_groups(topology, self.rank, num_kv_heads, self._make)
 
     def host_group(self, name: str) -> Assembly:
-        """A further group of all ranks for small values, to be used by one part of the program alone.
-
-        Checkpoints talk through theirs from a background thread while training goes on; `bound` does not touch it.
-        """
+        """A further group of all ranks for small values, for one thread alone; `bound` does not touch it."""
         return StarGroup(self.star, name, self.timeout) if self.star else Solo(name, self.rank)
 
     def _make(self, name: str, partition: Partition) -> Group:
@@ -212,7 +209,7 @@ class World:
     def failed(self, error: BaseException) -> tuple[str, int] | None:
         """Tell the other ranks that this one leaves; 'rank 3 (node7) failed first: ...', status, if another was first.
 
-        Who has lost contact waits a moment to hear from whom: that is the echo of a failure, and decided by its type.
+        Lost contact is the echo of a failure: who has lost it waits a moment to hear of that.
         """
         if self.star is None or getattr(error, "shared", False):
             return None
@@ -309,7 +306,8 @@ def _gather(
     host, port = launch.master_addr, launch.master_port
     published = None if port else port_file(launch.key)
     try:
-        store = store or open_store(host, port, published, launch.keeps_store, launch.rank, seconds)
+        if store is None:
+            store = open_store(host, port, published, launch.keeps_store, launch.rank, seconds)
         store = dist.PrefixStore(f"megallama/{launch.attempt}", store)
         return rendezvous(star, store, own, host, seconds), store
     finally:
@@ -358,7 +356,7 @@ def _set_threads(run: RunConfig, sharing: int, notes: list[str]) -> None:
 
 
 def _one_node_network(notes: list[str]) -> None:
-    """Gloo looks for the interface of the host name, which may be none or a slow one; here loopback is right."""
+    """Gloo would take the interface of the host name, which may be none or a slow one."""
     if "GLOO_SOCKET_IFNAME" not in os.environ and "lo" in (name for _, name in socket.if_nameindex()):
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         notes.append("GLOO_SOCKET_IFNAME=lo (all ranks are on this node)")
@@ -367,8 +365,7 @@ def _one_node_network(notes: list[str]) -> None:
 def keep_memory() -> bool:
     """Tell glibc to keep freed memory; whether it could. Call before the first large tensor.
 
-    By default glibc returns every large tensor to the kernel and faults it in again, page by page,
-    in the next step: 100,000 and more faults per training step.
+    By default every large tensor is faulted in again, page by page: 100,000 and more faults per training step.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -1,8 +1,4 @@
-"""Work that every rank does, and that has failed everywhere if it failed anywhere.
-
-Each rank tells the others how it fared, so either all go on or all raise the same error, which names
-the rank that failed and why.
-"""
+"""Work that every rank does, and that has failed everywhere if it failed anywhere."""
 
 from __future__ import annotations
 
@@ -23,10 +19,10 @@ _log.addHandler(logging.NullHandler())  # without a run's `Logger` nothing is sa
 def on_all_ranks(group: Assembly, what: str, work: Callable[[], Any], *, collect: bool = False) -> list[Any]:
     """Run `work` on this rank; the JSON values it returned on every rank, in rank order.
 
-    collect: the values go to rank 0 alone; what the others get is not to be looked at. Raises, on
-    every rank, the kind of MegallamaError that the first rank that failed had, with its status;
-    a `decisive` kind before others. Of what is none, an OSError becomes a MachineError, all others an
-    InternalError; their traceback is logged before anything is exchanged. `what` begins the message.
+    collect: the values go to rank 0 alone; the others must not look at theirs. Raises, on every rank,
+    the kind of MegallamaError that the first rank that failed had, with its status; a `decisive` kind
+    before others. Of what is none, an OSError becomes a MachineError, all others an InternalError;
+    their traceback is logged before anything is exchanged. The message: `what`, the rank, and why.
     """
     value, failure, cause = None, None, None
     try:

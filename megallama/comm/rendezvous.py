@@ -52,8 +52,7 @@ def open_store(
 ) -> dist.TCPStore:
     """Rank 0's store: as its host or as a client.
 
-    With a `port_file` all ranks are on this machine: the host takes any free port of the loopback
-    interface and writes its number there.
+    Into a `port_file`, of ranks on one machine, the host writes which free port of the loopback interface it took.
     Raises: LaunchError if the port is taken or rank 0 cannot be reached within `seconds`.
     """
     deadline, listener = time.monotonic() + seconds, None
@@ -178,8 +177,8 @@ def _compare(arrived: dict[int, Arrival], new: Arrival) -> str:
             f"two processes are rank {new.rank}: {old.host} pid {old.pid} and {new.host} pid {new.pid}; either a rank "
             f"was started twice or two runs share one address: give each run its own MASTER_PORT"
         )
-    for fact, text in _SAME.items():
-        if (a := getattr(first, fact)) != (b := getattr(new, fact)):
+    for name, text in _SAME.items():
+        if (a := getattr(first, name)) != (b := getattr(new, name)):
             return text.format(first=first.name, new=new.name, a=a, b=b)
     for other in arrived.values():
         if new.gpu and other.gpu == new.gpu:

@@ -1,12 +1,10 @@
 """Groups of ranks on one machine that talk through memory they share; what is large goes over gloo as before.
 
-Every rank owns a segment: an anonymous file in memory that its peers map too, so it has no name and nothing is
-left behind by a killed process.  To start an operation a rank copies its data into its own segment and posts a
-notice for each reader; to end it, it waits for the others' notices and reads, or sums, straight out of their
-segments.  Sums are taken in rank order, half precision in fp32: the bits are those of `C10d`.
-
-A notice is four 64-bit words that two processes write without locks.  That whoever sees the number of a notice
-also sees what was written before it is a promise of x86 processors; on others gloo is kept.
+Every rank owns a segment: an anonymous file in memory that its peers map too, so that a killed process leaves
+nothing behind.  To start an operation a rank copies its data into its own segment and posts a notice for each
+reader; to end it, it waits for the others' notices and reads, or sums, straight out of their segments, with the
+bits of `C10d`.  That whoever sees the number of a notice also sees what was written before it, without locks, is
+a promise of x86 processors; on others gloo is kept.
 """
 
 from __future__ import annotations
@@ -82,7 +80,6 @@ class SharedMemory(C10d):
     def connect(self, oversubscribed: bool, timeout: timedelta) -> str | None:
         """Map one another's segments; every rank calls it. None, or why gloo is kept.
 
-        timeout: the longest wait for another rank.
         oversubscribed: the ranks share fewer cores than they are, so waiting must not keep a core busy.
         """
         token, file, problem = secrets.randbits(62), -1, ""
@@ -115,8 +112,7 @@ class SharedMemory(C10d):
         self._expected = [[0] * self.size for _ in range(_KINDS)]
         self._blocks: list[tuple[int, int, list[tuple[int, int]]]] = []  # place, end, its notices and their numbers
         self._seconds, self._spin = timeout.total_seconds(), 0.0 if oversubscribed else _SPIN
-        self._segments, self._most_bytes = segments, MAX_SHM_BYTES
-        self._direct_bytes = MAX_SHM_BYTES
+        self._segments, self._most_bytes, self._direct_bytes = segments, MAX_SHM_BYTES, MAX_SHM_BYTES
         return None
 
     def _exchange(

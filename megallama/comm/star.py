@@ -150,11 +150,11 @@ class Star:
 
     async def _serve(self, rank: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Read what comes from `rank` until its connection ends, as announced or not."""
-        said = False
+        announced = False
         with suppress(OSError):
             async for line in reader:
                 about, value = json.loads(line)
-                if said := about == _LEFT and value == rank:
+                if announced := about == _LEFT and value == rank:
                     break
                 elif about == _LEFT:
                     self._forget(value)
@@ -164,7 +164,7 @@ class Star:
                     self._keep(about, rank, value)
         self._links.pop(writer)
         writer.close()
-        if not said:
+        if not announced:
             name = self.names.get(rank, f"rank {rank}")
             self._learn(f"{name} has left without a word: killed, or ended outside Python", CRASHED)
         self._forget(rank)

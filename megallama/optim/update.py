@@ -93,7 +93,7 @@ class GradSync:
         self._handles[bucket.index] = self._groups.dp_cp.reduce_scatter(shard, full)
 
     def _sum_copies(self) -> None:
-        """All-reduce what several ranks hold, packed: it is small, and laid out alike on every rank of the group.
+        """All-reduce what several ranks hold, packed: it is small, with one layout on every rank of the group.
 
         Norm weights over tp (under sequence parallelism), shared key/value heads over the ranks that hold them.
         """
