@@ -201,17 +201,15 @@ def partitions(topology: Topology, num_kv_heads: int) -> dict[str, list[tuple[in
     """
     tp_groups = topology.groups("tp")
     copies = max(1, topology.tp // num_kv_heads) if num_kv_heads else 1
-    first_last, middle = [], []
-    for ranks in topology.groups("pp"):
-        ends = sorted({ranks[end] for end in topology.ends})
-        first_last.append(tuple(ends))
-        middle += [(rank,) for rank in ranks if rank not in ends]
+    pipelines = topology.groups("pp")
+    ends = [tuple(sorted({ranks[end] for end in topology.ends})) for ranks in pipelines]
+    middle = [(rank,) for ranks, two in zip(pipelines, ends, strict=True) for rank in ranks if rank not in two]
     return {
         "world": [tuple(range(topology.world_size))],
         "tp": tp_groups,
         "dp": topology.groups("dp"),
-        "pp": topology.groups("pp"),
-        "embedding": first_last + middle,
+        "pp": pipelines,
+        "embedding": ends + middle,
         "kv": [ranks[i : i + copies] for ranks in tp_groups for i in range(0, len(ranks), copies)],
     }
 
