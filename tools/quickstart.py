@@ -39,10 +39,9 @@ from megallama.config.describe import flatten  # noqa: E402
 from megallama.config.errors import MegallamaError, counted, exit_status  # noqa: E402
 from megallama.config.load import load  # noqa: E402
 from megallama.data.indexed import IndexedDataset  # noqa: E402
-from megallama.text.corpus import build_corpus  # noqa: E402
 from megallama.text.preprocess import preprocess  # noqa: E402
 from megallama.text.progress import ByteProgress  # noqa: E402
-from megallama.text.train_tokenizer import train_tokenizer  # noqa: E402
+from megallama.text.train_tokenizer import build_corpus, train_tokenizer  # noqa: E402
 from megallama.train.log import human_bytes, human_count  # noqa: E402
 from megallama.train.metrics import plot_loss, read_metrics  # noqa: E402
 
@@ -292,7 +291,7 @@ class Quickstart:
             with ByteProgress("  tokenizing") as bar:
                 outputs = preprocess([self.data / "corpus.jsonl"], self.data / "tokens", self.tokenizer,
                                      split_valid=share, progress=bar.update).outputs  # fmt: skip
-            if outputs[1].tokens >= BATCH_TOKENS:
+            if outputs[1].num_tokens >= BATCH_TOKENS:
                 break
         tokens = {}
         for name, use in (("train", "training"), ("valid", "validation (held out)")):

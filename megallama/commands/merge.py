@@ -20,7 +20,7 @@ def run(argv: Sequence[str] | None) -> None:
     parser.add_argument("--output", required=True, type=filled, metavar="PREFIX", help=writes)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.read(argv)
-    from megallama.text.merge import merge
+    from megallama.text.preprocess import merge
     from megallama.text.progress import ByteProgress
 
     with ByteProgress("merging", quiet=args.quiet) as bar:

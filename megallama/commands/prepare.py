@@ -136,12 +136,11 @@ def _say(text: str) -> None:
 def report(summary: Summary, seconds: float) -> None:
     """Print what was written and what was skipped."""
     for out in summary.outputs:
-        print(
-            f"{out.prefix}.bin: {counted(out.documents, 'document', ',')}, {counted(out.tokens, 'token', ',')}, "
-            f"{counted(out.text_bytes, 'byte', ',')} of text ({out.text_bytes / out.tokens:.2f} per token)"
-        )
-    size, tokens = sum(out.text_bytes for out in summary.outputs), sum(out.tokens for out in summary.outputs)
-    rates = f"{size / seconds / 1e6:.1f} MB/s, {tokens / seconds / 1e6:.2f} M tokens/s"
+        documents, tokens = counted(out.num_documents, "document", ","), counted(out.num_tokens, "token", ",")
+        text = f"{counted(out.text_bytes, 'byte', ',')} of text ({out.text_bytes / out.num_tokens:.2f} per token)"
+        print(f"{out.prefix}.bin: {documents}, {tokens}, {text}")
+    size, number = sum(out.text_bytes for out in summary.outputs), sum(out.num_tokens for out in summary.outputs)
+    rates = f"{size / seconds / 1e6:.1f} MB/s, {number / seconds / 1e6:.2f} M tokens/s"
     print(f"{summary.marks}; {seconds:.1f} s, {rates}; encoder: {summary.encoder}")
     for line in summary.losses.lines():
         print(line, file=sys.stderr)

@@ -1,7 +1,7 @@
 """Reading documents out of files as streams, in a fixed order, every fault named by file and line.
 
-JSON lines and plain text, each also as .gz or .zst, and Parquet.  `units` cuts a corpus into pieces of work, which
-`RecordReader` reads: all of them in order give the records of the files in order.  `parse` takes records apart.
+JSON lines and plain text, each also as .gz or .zst, and Parquet.  `units` cuts a corpus into pieces of work;
+`RecordReader` reads files or units, which in order give the same records.  `parse` takes records apart.
 """
 
 from __future__ import annotations
@@ -98,10 +98,7 @@ def _library(name: str, file: Path) -> Any:
 
 
 def units(files: Sequence[Path], unit_bytes: int) -> list[Unit]:
-    """Cut files into units of about `unit_bytes`, in the order of the files.
-
-    Plain JSON lines are cut anywhere, Parquet at row groups; compressed files and text files stay whole.
-    """
+    """Cut files into units of about `unit_bytes`: JSON lines anywhere, Parquet at row groups, all else stays whole."""
     out = []
     for file in files:
         whole, cuts, groups, held = file.stat().st_size, [0], list[int](), 0
@@ -172,10 +169,7 @@ def _decompressed(raw: BinaryIO, file: Path) -> BinaryIO:
 
 
 class RecordReader:
-    """The records of files, or of units of them, in order.
-
-    `bytes_done` of `bytes_total` on disk are read. `json_key`: the column of Parquet files.
-    """
+    """The records of files or units, in order; `bytes_done` of `bytes_total` on disk are read."""
 
     def __init__(
         self, files: Sequence[Path | Unit], max_bytes: int = MAX_DOCUMENT_BYTES, json_key: str = "text"
@@ -185,13 +179,12 @@ class RecordReader:
         self.bytes_total, self.bytes_done = sum(unit.size for unit in self.units), 0
 
     def __iter__(self) -> Iterator[Record]:
-        finished = 0
         for unit in self.units:
-            line, fault = 0, tuple[str, ...]()
+            line, fault, before = 0, tuple[str, ...](), self.bytes_done
             try:
                 for record, read in self._read(unit):
                     line = record.line
-                    self.bytes_done = finished + min(read, unit.size)
+                    self.bytes_done = before + min(read, unit.size)
                     yield record
             except EOFError:
                 fault = (f"the {'gzip' if unit.file.suffix.lower() == '.gz' else 'zstd'} file is cut off",)
@@ -203,8 +196,7 @@ class RecordReader:
                 fault = ("cannot be read", str(error.strerror))
             if fault:
                 yield Record(str(unit.file), line + 1, b"", fault, whole=True)
-            finished += unit.size
-            self.bytes_done = finished
+            self.bytes_done = before + unit.size
 
     def _read(self, unit: Unit) -> Iterator[tuple[Record, int]]:
         """The records of a unit, each with the bytes of it on disk that are read then."""
@@ -254,8 +246,7 @@ class RecordReader:
         with _parquet(unit.file) as file:
             meta, schema = file.metadata, file.schema_arrow
             if schema.names.count(key) != 1:
-                many = "more than one" if key in schema.names else "no"
-                names = ", ".join(schema.names[:5])
+                many, names = "more than one" if key in schema.names else "no", ", ".join(schema.names[:5])
                 raise BadRecord(f'{many} column "{key}"', f"it has {names}; choose with --json-key")
             kind = schema.field(key).type
             plain = kind.value_type if arrow.types.is_dictionary(kind) else getattr(kind, "storage_type", kind)
@@ -330,9 +321,7 @@ def seems(file: str) -> str:
     """What a file that cannot be used seems to be instead of JSON lines or UTF-8; "" where nothing is seen."""
     head = b""
     with suppress(OSError, EOFError, zlib.error, BadRecord), open(file, "rb") as raw:
-        stream = _decompressed(raw, Path(file))
-        while len(head) < CHUNK >> 4 and (more := stream.read(1024)):
-            head += more
+        head = cast(io.BufferedReader, _decompressed(raw, Path(file))).read1(CHUNK >> 4)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
         return "it is UTF-16 or UTF-32; convert it to UTF-8: iconv -f UTF-16 -t UTF-8"
     text = head.decode("utf-8", "ignore").lstrip("\ufeff \t\r\n")

@@ -1,8 +1,8 @@
 """Encoding by gigatoken, ten to fifty times faster, where it is proven to give the ids of the reference library.
 
-It must first encode difficult texts and pieces of the vocabulary to the same ids.  Two kinds of documents it is known
-to encode differently, and they go to the reference: those with a control token in the result, and, where an expression
-splits words, those with characters unassigned in this Python's Unicode: letters to one library, unknown to the other.
+It must first encode difficult texts and pieces of the vocabulary to the same ids.  Two kinds of documents go to the
+reference: those with a control token in the result, and, where an expression splits words, those with characters
+unassigned in this Python's Unicode: letters to one library, unknown to the other.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ class FastTokenizer:
 
             content, doubtful = _as_json(self.reference)
             self._make = functools.partial(gigatoken.Tokenizer.from_json, content)
-            self._doubtful = np.zeros(self.vocab_size, bool)
-            self._doubtful[list(doubtful)] = True
+            self._doubtful = np.isin(np.arange(self.vocab_size), doubtful)
             version = unicodedata.unidata_version
             if self._splits_words and int(version.split(".")[0]) > NEWEST_UNICODE:
                 raise ValueError(f"this Python has Unicode {version}, which `tokenizers` does not know yet")

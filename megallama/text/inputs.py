@@ -101,11 +101,8 @@ def _hidden(path: Path, root: Path) -> bool:
 
 
 def earlier_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """The list of versions before `Found`, with which a preprocessing begun by one of them goes on.
-
-    They followed no links to folders, and what was reached twice was read twice.
-    """
-    files: list[Path] = []
+    """The list of versions before `Found`: without links to folders, what is reached twice two times."""
+    files = list[Path]()
     for root in map(Path, inputs):
         found = [root] if root.is_file() else [Path(p) for p in sorted(glob.glob(str(root), recursive=True))]
         if root.is_dir():
@@ -178,9 +175,10 @@ class Losses:
             self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
             self.records, self.bad = self.records + sum(counts), self.bad + counts[1]
 
-    def hopeless(self, done: float) -> bool:
-        """Whether the rest of the input, of which this share is read, cannot mend it."""
-        return not self._skip_files and self.bad > SURE + 2 * self._all(self.records / done)
+    def check_early(self, done: float) -> None:
+        """As `check`, if the rest of the input, of which this share is read, cannot mend it."""
+        if not self._skip_files and self.bad > SURE + 2 * self._all(self.records / done):
+            self.check()
 
     def check(self) -> None:
         """Raises: DataError if a file could not be read, or too many records were bad."""

@@ -1,14 +1,14 @@
-"""Text to tokens: files -> .bin/.idx, in bounded memory, on any number of processes and nodes.
+"""Text to tokens: files -> .bin/.idx, in bounded memory, on any number of processes and nodes; and pairs -> one pair.
 
 The input is an ordered list of tasks of about a megabyte.  Any process turns any task into a shard (`workers`,
-`shards`); this one joins them in order as they come.  Documents are encoded one by one, so the bytes depend on the
-input alone.  A finished shard is never made again.
+`shards`), and never again; this one joins them in order as they come.  The bytes depend on the input alone.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -29,17 +29,14 @@ from megallama.text.workers import Connection, Encoder, Progress, Task, WorkerPo
 
 TASK_BYTES, MAX_TASK_BYTES = 1 << 20, 1 << 30
 FAST_FROM = 2 << 20  # bytes of input that are worth loading and proving the fast encoder
+ROWS, SPAN = 1 << 16, 1 << 20  # documents, tokens merged at a time
 MAX_TASKS, MAX_UNITS = 20_000, 64  # tasks of a run where that many are not too large; units of a task
 
 
-@dataclass
-class Output:
-    """What one .bin/.idx pair holds."""
+class Output(IndexedWriter):
+    """One .bin/.idx pair, and how much text it holds."""
 
-    prefix: str
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
+    text_bytes = 0
 
 
 @dataclass
@@ -98,7 +95,7 @@ def preprocess(
     fast: bool = True,
     bos: bool = False,
     eos_token: str | None = None,
-    progress: Callable[[int, int, int], None] | None = None,
+    progress: Callable[[int, int, int], None] = lambda done, total, tokens: None,
     say: Callable[[str], None] = lambda text: None,
     comm: Any = None,
 ) -> Summary:
@@ -112,18 +109,18 @@ def preprocess(
     Raises: DataError, with `strict` also for the first bad record, which else is skipped and counted.
     """
     losses, prefix = Losses(max_bad, max_bad_per_file, skip_files=skip_bad_files), strip_suffix(output)
-    outputs = [Output(prefix + suffix) for suffix in _check_options(workers, split_valid, split_test)]
+    prefixes = [prefix + suffix for suffix in _check_options(workers, split_valid, split_test)]
     files, path = losses.find(inputs, say), find_tokenizer(tokenizer_path)
     fast = fast and sum(file.stat().st_size for file in files) >= FAST_FROM
     tokenizer = load_fast_tokenizer(path, fast=fast, eos_token=eos_token)
-    summary = Summary(outputs, losses, marks=_marks(tokenizer, bos))
+    summary = Summary([], losses, marks=_marks(tokenizer, bos))
     origin_of = partial(_origin, tokenizer=tokenizer, json_key=json_key, max_document_bytes=max_document_bytes, bos=bos)
     if Path(prefix + ".parts").exists() and not begun(folder_of(prefix, origin_of(files))):
         if begun(folder_of(prefix, origin_of(old := earlier_files(inputs)))):
             what = f"goes on with the list of an earlier version, of {counted(len(old), 'file')}"
             say(f"{what}; to begin again delete {prefix}.parts")
             files = old
-    if clash := {Path(out.prefix + ".json").absolute() for out in outputs} & {file.absolute() for file in files}:
+    if clash := {Path(name + ".json").absolute() for name in prefixes} & {file.absolute() for file in files}:
         raise DataError(f"{clash.pop()} is an input and would be replaced by the output; use another --output")
     tasks, origin = _tasks(files), origin_of(files)
     with WorkFolder(prefix, origin) as work:
@@ -131,14 +128,14 @@ def preprocess(
             encoder = Encoder(path, fast, json_key, max_document_bytes, strict, bos, eos_token, work.path, work.start)
             pool = stack.enter_context(WorkerPool(encoder, tokenizer, min(workers, len(tasks)), comm))
             dtype = dtype_for(tokenizer.vocab_size)
-            writers = [stack.enter_context(IndexedWriter(out.prefix, dtype)) for out in outputs]
-            _Join(summary, tasks, work, writers, (split_valid, split_test), strict).run(pool, progress)
+            summary.outputs += [stack.push(Output(name, dtype)) for name in prefixes]
+            _Join(summary, tasks, work, (split_valid, split_test), strict).run(pool, progress)
             summary.encoder = tokenizer.encoder
             if origin_of(files) != origin:
                 raise DataError("files of the input were changed while they were read; start again when they are whole")
-            for writer in writers:
-                writer.finish()
-        for out in outputs:
+            for out in summary.outputs:
+                out.finish()
+        for out in summary.outputs:
             write_metadata(out.prefix, _metadata(out, tokenizer, bos, losses))
     return summary
 
@@ -201,17 +198,16 @@ class _Join:
     summary: Summary
     tasks: Sequence[Task]
     work: WorkFolder
-    writers: Sequence[IndexedWriter]
     shares: tuple[float, float]
     strict: bool
 
     def __post_init__(self) -> None:
-        self.shards, self.dtype = self.work.finished(), self.writers[0].dtype
+        self.shards, self.dtype = self.work.finished(), self.summary.outputs[0].dtype
         self._next = self._documents = self._bytes = 0
         self._total = sum(task.size for task in self.tasks)
 
-    def run(self, pool: WorkerPool, progress: Callable[[int, int, int], None] | None) -> None:
-        """Let the pool make the shards that are missing, and join what is there meanwhile."""
+    def run(self, pool: WorkerPool, progress: Callable[[int, int, int], None]) -> None:
+        """Let the pool make the missing shards, and join what is there meanwhile. Raises: DataError."""
         shards, now = self.shards, dict[Connection, Progress]()  # how far the processes are in what is unfinished
         done, size = sum(self.tasks[n].size for n in shards), sum(shard.token_bytes for shard in shards.values())
         for connection, message in pool.run([task for task in self.tasks if task.number not in shards], self._advance):
@@ -219,12 +215,18 @@ class _Join:
             if isinstance(message, TextShard):
                 done, size = done + self.tasks[message.job].size, size + message.token_bytes
                 shards[message.job] = message
-            if progress:
-                read, written = (sum(values) for values in zip((done, size), *now.values(), strict=True))
-                progress(read, self._total, written // self.dtype.itemsize)
+            read, written = (sum(values) for values in zip((done, size), *now.values(), strict=True))
+            progress(read, self._total, written // self.dtype.itemsize)
         while self._advance():
             pass
-        self.check_end()
+        losses, shares = self.summary.losses, zip(("valid", "test"), self.shares, strict=True)
+        losses.check()
+        if not self._documents:
+            raise DataError("\n  ".join(["no documents were found: the files hold no text", *losses.examples]))
+        if empty := [out.prefix for out in self.summary.outputs if not out.num_documents]:
+            split = " and ".join(f"split_{name}={share}" for name, share in shares if share)
+            what = f"{empty[0]} would hold none of the {self._documents} documents with {split}"
+            raise DataError(f"{what}; use a larger share, more documents, or no split")
 
     def _advance(self) -> bool:
         """Append the shard that is next, if it is there; whether it was."""
@@ -235,8 +237,7 @@ class _Join:
         if self.strict and (found := [*losses.examples, *(f"{name}: {why}" for name, why in losses.faults.items())]):
             raise DataError(f"{found[0]}; correct the record, or leave out --strict to skip such records")
         self._bytes += self.tasks[self._next].size
-        if losses.hopeless(self._bytes / self._total if self._total else 1.0):
-            losses.check()
+        losses.check_early(self._bytes / self._total if self._total else 1.0)
         for tokens, rows in self.work.read(shard, self.dtype):
             self._append(tokens, rows.astype(np.int64))
         self._next += 1
@@ -247,30 +248,16 @@ class _Join:
         self._documents += len(rows)
         if not self.shares[0]:  # without a validation split the second output is the test split
             which = np.minimum(which, 1)
-        for i, (writer, out) in enumerate(zip(self.writers, self.summary.outputs, strict=True)):
+        for i, out in enumerate(self.summary.outputs):
             here = which == i
-            writer.add(tokens if here.all() else tokens[np.repeat(here, rows[:, 0])], rows[here, 0])
-            out.documents, out.tokens = writer.num_documents, writer.num_tokens
+            out.add(tokens if here.all() else tokens[np.repeat(here, rows[:, 0])], rows[here, 0])
             out.text_bytes += int(rows[here, 1].sum())
-
-    def check_end(self) -> None:
-        """Raises: DataError if too much is lost or an output would be empty."""
-        losses, shares = self.summary.losses, zip(("valid", "test"), self.shares, strict=True)
-        losses.check()
-        if not self._documents:
-            raise DataError("\n  ".join(["no documents were found: the files hold no text", *losses.examples]))
-        if empty := [out.prefix for out in self.summary.outputs if not out.documents]:
-            split = " and ".join(f"split_{name}={share}" for name, share in shares if share)
-            raise DataError(
-                f"{empty[0]} would hold none of the {self._documents} documents with {split}; "
-                "use a larger share, more documents, or no split"
-            )
 
 
 def _metadata(out: Output, tokenizer: Tokenizer, bos: bool, losses: Losses) -> dict[str, Any]:
     return {
-        "documents": out.documents,
-        "tokens": out.tokens,
+        "documents": out.num_documents,
+        "tokens": out.num_tokens,
         "bytes": out.text_bytes,
         "tokenizer": tokenizer.path.name,
         "tokenizer_sha256": sha256_of(tokenizer.path),
@@ -281,3 +268,66 @@ def _metadata(out: Output, tokenizer: Tokenizer, bos: bool, losses: Losses) -> d
         **({"files not read": len(losses.faults)} if losses.faults else {}),
         "fingerprint": IndexedDataset(out.prefix).fingerprint()["sha256"],
     }
+
+
+def merge(
+    prefixes: Sequence[str | Path],
+    output: str | Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> IndexedDataset:
+    """Join pairs in order into OUTPUT.bin/.idx/.json, the bytes of preprocessing all the text at once.
+
+    Blocks are compared with PREFIX.sums; `say` gets a line where there is none.  `progress(bytes done, of all)`.
+    Raises: DataError naming two pairs of different token types or tokenizers, or an output that is an input.
+    """
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    for note in filter(None, [dataset.check_blocks() for dataset in datasets]):
+        say(note)
+    metadata = [dataset.metadata for dataset in datasets]
+    _check_pairs(datasets, metadata, strip_suffix(output))
+    dtype, done = datasets[0].dtype, 0
+    total = sum(dataset.num_tokens for dataset in datasets) * dtype.itemsize
+    with IndexedWriter(output, dtype) as writer:
+        for dataset in datasets:
+            for first in range(0, dataset.num_documents, ROWS):
+                starts = dataset.starts(first, min(first + ROWS, dataset.num_documents))
+                cuts = [0, *(np.flatnonzero(np.diff((starts[1:] - starts[0]) // SPAN)) + 1), len(starts) - 1]
+                for low, high in zip(cuts, cuts[1:], strict=False):
+                    tokens = dataset.read(int(starts[low]), int(starts[high] - starts[low]))
+                    writer.add(tokens, np.diff(starts[low : high + 1]))
+                    done += tokens.nbytes
+                    progress(done, total)
+    if all(metadata):
+        skipped: Counter[str] = sum((Counter(each.get("skipped", {})) for each in metadata), Counter())
+        sums = ("documents", "tokens", "bytes")
+        own: dict[str, Any] = {key: sum(each.get(key, 0) for each in metadata) for key in sums}
+        own["skipped"] = dict(sorted(skipped.items()))
+        own["fingerprint"] = IndexedDataset(output).fingerprint()["sha256"]
+        write_metadata(writer.prefix, metadata[0] | own)
+    return IndexedDataset(output)
+
+
+def _check_pairs(datasets: Sequence[IndexedDataset], metadata: Sequence[dict[str, Any]], output: str) -> None:
+    first, known = datasets[0], metadata[0]
+    for dataset, own in zip(datasets, metadata, strict=True):
+        with suppress(OSError):
+            if Path(dataset.prefix + ".bin").samefile(output + ".bin"):
+                raise DataError(f"{output} is one of the inputs; write to another --output")
+        if dataset.dtype != first.dtype:
+            raise DataError(
+                f"{dataset.prefix} holds {dataset.dtype.name} tokens and {first.prefix} {first.dtype.name}: they were "
+                "made with vocabularies of different sizes; preprocess one of them again with the other's tokenizer"
+            )
+        if bool(own) != bool(known):
+            none, some = (dataset, first) if known else (first, dataset)
+            raise DataError(
+                f"{none.prefix}.json is missing, so nothing says that it was made with the tokenizer of {some.prefix}; "
+                f"preprocess it again, or move {some.prefix}.json away if you know that it has"
+            )
+        for key in ("tokenizer_sha256", "vocab_size", "eos_id", "bos_id"):
+            if own.get(key) != known.get(key):
+                raise DataError(
+                    f"{dataset.prefix} and {first.prefix} were made with different tokenizers ({key}: {own.get(key)} "
+                    f"and {known.get(key)}); preprocess one of them again with the other's"
+                )

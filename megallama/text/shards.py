@@ -54,21 +54,21 @@ class TextShard:
 
     def text(self, record: Record, json_key: str) -> tuple[str, int] | None:
         """The text of a record and its size in bytes; None for a bad one, which is noted."""
+        counts = self.counts.setdefault(record.file, [0, 0, 0])
         try:
             text, size, changed = parse(record, json_key)
-            self.counts.setdefault(record.file, [0, 0, 0])[0] += 1
-            self.changed.update([changed] if changed else [])
-            return text, size
         except BadRecord as error:
             if record.whole:
                 self.faults.setdefault(record.file, str(error))
                 return None
-            self.skipped[error.fault[0]] += 1
-            counts = self.counts.setdefault(record.file, [0, 0, 0])
             if len(self.examples) < MAX_EXAMPLES or not any(counts[1:]):  # every file has one, its reason
                 self.examples.append((record.file, record.line, record.origin, str(error)))
+            self.skipped[error.fault[0]] += 1
             counts[1 + (error.fault[0] == EMPTY)] += 1
             return None
+        counts[0] += 1
+        self.changed.update([changed] if changed else [])
+        return text, size
 
 
 class ShardWriter:
@@ -107,8 +107,8 @@ class ShardWriter:
 class WorkFolder(AbstractContextManager["WorkFolder"]):
     """PREFIX.parts while a run uses it: locked, so that no second run writes the same output.
 
-    `origin`: everything the tokens follow from.  Leaving the `with` block normally removes the folder, and so does an
-    error before any shard was finished; else it stays for the next start.
+    `origin`: everything the tokens follow from.  The end of the `with` block removes the folder; an error does so only
+    before any shard was finished: else it stays for the next start.
     """
 
     def __init__(self, prefix: str, origin: Mapping[str, Any]) -> None:
@@ -126,10 +126,7 @@ class WorkFolder(AbstractContextManager["WorkFolder"]):
         self.start = 1 + max((int(path.stem.split("-")[0]) for path in self._journals), default=-1)
 
     def finished(self) -> dict[int, TextShard]:
-        """The shards that earlier starts of the same command finished, by task; a line cut off by a kill is none.
-
-        What could not be read then is tried again, and so is what an earlier version skipped: this one reads more.
-        """
+        """Shards of earlier starts by task; those with unreadable files, or of a version that read less, are none."""
         found = {}
         for path in self._journals:
             files = [path.with_suffix(suffix) for suffix in (".tokens", ".documents")]

@@ -1,8 +1,8 @@
-"""Training a LLaMA-style SentencePiece tokenizer.
+"""Training a LLaMA-style SentencePiece tokenizer; and a corpus for the first run.
 
 The recipe of LLaMA 1 and 2 (Touvron et al. 2023, 2.1): BPE; unknown characters as bytes; numbers split into digits;
-text as it is (identity normalisation, whitespace kept, pieces of spaces allowed); <unk>=0, <s>=1, </s>=2, no padding
-token. Training sees lines; a newline is then always the byte piece <0x0A>, as in LLaMA's own models.
+text as it is; <unk>=0, <s>=1, </s>=2, no padding. Training sees lines: a newline is always the byte piece <0x0A>.
+The corpus is the reader's own text, or the standard library's modules and the topics of `help()`: no download.
 """
 
 from __future__ import annotations
@@ -10,17 +10,25 @@ from __future__ import annotations
 import hashlib
 import heapq
 import io
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from megallama.config.errors import DataError
 from megallama.data.blocks import write_whole
-from megallama.text.documents import RecordReader
+from megallama.text.documents import RecordReader, place
 from megallama.text.inputs import Losses
 
 LINE_CHARACTERS = 4096  # longer lines are cut; SentencePiece would silently leave them out
 SMALLEST = 3 + 256 + 1  # control pieces, bytes, and one piece
+FOLDERS = "site-packages|dist-packages|test|tests|idle_test|encodings|pydoc_data|__pycache__"
+LEFT_OUT = re.compile(f"config-|(.*/)?(_sysconfigdata|({FOLDERS})/)")
+MIN_BYTES = 100_000  # of the reader's own text
+MIN_DOCUMENTS, MAX_PIECE_BYTES = 64, 16_384  # the sizes into which long documents are cut follow from these
 
 
 def train_tokenizer(
@@ -37,9 +45,8 @@ def train_tokenizer(
 ) -> Path:
     """Train on files, folders or patterns and write OUTPUT (ending in .model); the same input gives the same file.
 
-    Of more text than `sample_bytes` an even sample of the documents is used. Training takes 13 times its size in memory
-    and 0.3 s per MB after the reading, which `progress(bytes read, bytes in all)` follows.
-    `losses` judges what cannot be read; `say` gets what is not read.
+    Of more text an even sample of `sample_bytes` is used: 13 times its size in memory, 0.3 s per MB after the reading.
+    `progress(bytes read, bytes in all)`; `losses` judges what cannot be read; `say` gets what is not read.
     Raises: DataError, which names the largest possible vocabulary where the text is too small.
     """
     output, losses = Path(output), losses or Losses()
@@ -92,10 +99,7 @@ def _explain(error: RuntimeError, vocab_size: int) -> DataError:
 def _lines(
     reader: RecordReader, sample_bytes: int, progress: Callable[[int, int], None], losses: Losses
 ) -> Iterator[str]:
-    """The lines of the sample, cut to a length SentencePiece takes.
-
-    It is the documents whose numbers have the smallest hashes: an even sample in one pass, in bounded memory.
-    """
+    """The lines, cut to length, of the documents whose numbers have the smallest hashes: an even sample in one pass."""
     sample: list[tuple[int, int, bytes]] = []  # (-hash, number, text), the largest hash first
     size, limit = 0, 1 << 64
     for _, document in losses.texts(reader):
@@ -118,3 +122,83 @@ def _lines(
     while sample:
         for line in sample.pop()[2].decode().replace("\0", "").split("\n"):
             yield from (line[at : at + LINE_CHARACTERS] for at in range(0, len(line), LINE_CHARACTERS))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What `build_corpus` wrote."""
+
+    path: Path
+    documents: int
+    text_bytes: int
+    skipped: tuple[str, ...]  # lines that tell what was left out, and why
+
+
+def build_corpus(out: Path, max_bytes: int, text: Path | None = None, *, stdlib: Path | None = None) -> Corpus:
+    """Write at most `max_bytes` as JSON lines {"text", "source"}: the default corpus, or `text` (file, folder).
+
+    Each content stands there once. The same installation (or text) always gives the same bytes.
+    Raises: DataError if the text is missing, empty, unreadable or too small to train on.
+    """
+    skipped, losses = list[str](), Losses()
+    if text is None:
+        lib = stdlib or Path(sysconfig.get_paths()["stdlib"])
+        documents: Iterable[tuple[str, str]] = [*_topics(), *_modules(lib, skipped)]
+        if not documents:
+            what = f"{lib} holds no Python sources (a trimmed installation?)"
+            raise DataError(f"{what}; give your own text with TEXT=path")
+    else:
+        if not text.exists():
+            raise DataError(f"{text} does not exist; TEXT takes a text file, a .jsonl file or a folder of them")
+        reader = RecordReader(losses.find([text], skipped.append))
+        if not reader.bytes_total:
+            raise DataError(f"{text} is empty; give a file or folder with {MIN_BYTES:,} bytes of text or more")
+        size = min(MAX_PIECE_BYTES, max(1024, reader.bytes_total // MIN_DOCUMENTS))
+        documents = (
+            (f"{place(record)} part {number}", piece)
+            for record, body in losses.texts(reader)
+            for number, piece in enumerate(pieces(body, size))
+        )
+    sources, total = dict[str, str](), 0  # by content
+    for source, body in documents:
+        if (grown := total + len(body.encode())) > max_bytes:
+            break
+        if body not in sources and body.strip():
+            sources[body], total = source, grown
+    losses.check()
+    if text is not None and total < MIN_BYTES:
+        note = f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else ""
+        little = f"{text} holds {total:,} bytes of usable text{note}, too little to train on"
+        raise DataError(f"{little}; give {MIN_BYTES:,} bytes or more of UTF-8 text, as a file or a folder")
+    lines = (json.dumps({"text": body, "source": sources[body]}, ensure_ascii=False) for body in sources)
+    write_whole(out, "".join(line + "\n" for line in lines).encode())
+    return Corpus(out, len(sources), total, (*skipped, *(losses.lines() if losses.skipped else [])))
+
+
+def _modules(lib: Path, skipped: list[str]) -> Iterator[tuple[str, str]]:
+    """The standard library's modules, ordered by a hash of their names: any part of it is a fair one."""
+    names = (path.relative_to(lib).as_posix() for path in lib.rglob("*.py"))
+    names = (name for name in names if not LEFT_OUT.match(name))
+    for name in sorted(names, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest()):
+        try:
+            yield name, (lib / name).read_text("utf-8")
+        except (UnicodeDecodeError, OSError) as error:
+            skipped.append(f"{name}: {'not UTF-8' if isinstance(error, UnicodeDecodeError) else error.strerror}")
+
+
+def _topics() -> Iterator[tuple[str, str]]:
+    with suppress(ImportError):  # some distributions leave it out
+        from pydoc_data.topics import topics
+
+        yield from ((f"topic {name}", topics[name]) for name in sorted(topics))
+
+
+def pieces(text: str, size: int) -> Iterator[str]:
+    """Cut a text into pieces of `size` to twice as many characters: after a blank line, a line, or anywhere."""
+    start = 0
+    while (last := start + 2 * size) < len(text):
+        blank, line = (text.find(end, start + size, last) for end in ("\n\n", "\n"))
+        end = blank + 2 if blank >= 0 else line + 1 or last
+        yield text[start:end]
+        start = end
+    yield text[start:]

@@ -1,8 +1,7 @@
 """The processes that encode: on this node, or the ranks of an MPI program on many nodes.
 
-The first process hands out tasks, two ahead to each, and encodes too, in a thread.  The others read their tasks' text
-and write tokens (`shards`) themselves, so only names and numbers travel, by a pipe or MPI.  When the first process
-dies, the others end; when one of them dies, it says so.
+The first process hands out tasks, and encodes too, in a thread.  The others read text and write tokens (`shards`)
+themselves, so only names and numbers travel, by a pipe or MPI.  When it dies, the others end; it tells of their death.
 """
 
 from __future__ import annotations
@@ -46,7 +45,6 @@ class Task(NamedTuple):
     size: int  # bytes on disk
 
 
-Progress = tuple[int, int]  # of a process in its present task: bytes read, bytes of tokens written
 class RankConnection:
     """The line to another rank of an mpi4py communicator; sending does not wait for the arrival."""
 
@@ -67,6 +65,7 @@ class RankConnection:
 
 
 Connection = PipeConnection | RankConnection
+Progress = tuple[int, int]  # of a process in its present task: bytes read, bytes of tokens written
 
 
 @dataclass
@@ -173,7 +172,10 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
     def run(
         self, tasks: Sequence[Task], meanwhile: Callable[[], bool]
     ) -> Iterator[tuple[Connection, TextShard | Progress]]:
-        """What the processes report until every task is a shard; `meanwhile` says if it had other work to do."""
+        """What the processes report until every task is a shard; `meanwhile` says if it had other work to do.
+
+        Raises: DataError if one of them failed or died.
+        """
         left = deque(tasks)
         for connection in self._connections * AHEAD:
             self._give(connection, left)
@@ -181,7 +183,15 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
             ready: list[Any] = [rank for rank in self._ranks if self._comm.iprobe(rank.rank)]
             patience = (POLL_SECONDS if self._ranks else None) if not (meanwhile() or ready) else 0.0
             for connection in [*ready, *wait(self._workers, patience)]:
-                message = self._receive(connection)
+                try:
+                    message = connection.recv()
+                except (EOFError, OSError):
+                    child: Any = self._workers[connection]
+                    child.join(5)
+                    died = f"a worker process died (exit status {child.exitcode})"
+                    raise DataError(f"{died}; if memory ran out (-9), use fewer --workers") from None
+                if isinstance(message, str):
+                    raise DataError(message)
                 if isinstance(message, TextShard):
                     self._tasks[connection] -= 1
                     self._give(connection, left)
@@ -192,18 +202,6 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
             with suppress(OSError):  # a dead process is noticed where its answer is awaited
                 connection.send(left.popleft())
             self._tasks[connection] += 1
-
-    def _receive(self, connection: Connection) -> TextShard | Progress:
-        try:
-            message = connection.recv()
-        except (EOFError, OSError):
-            child: Any = self._workers[connection]  # type: ignore[index]
-            child.join(5)
-            died = f"a worker process died (exit status {child.exitcode})"
-            raise DataError(f"{died}; if memory ran out (-9), use fewer --workers") from None
-        if isinstance(message, str):
-            raise DataError(message)
-        return message
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for connection in self._connections:

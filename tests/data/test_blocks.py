@@ -20,8 +20,7 @@ from megallama.config.errors import DataError
 from megallama.data.blocks import BLOCK, File, SumsWriter
 from megallama.data.indexed import IndexedDataset, IndexedWriter, write_metadata
 from megallama.data.samples import Source
-from megallama.text.merge import merge
-from megallama.text.preprocess import preprocess
+from megallama.text.preprocess import merge, preprocess
 from tests.data.test_sources import opened
 
 U16 = np.dtype("<u2")

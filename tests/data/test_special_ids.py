@@ -14,8 +14,7 @@ from megallama.config.schema import Config, DataConfig, SourceConfig
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
 from megallama.data.sources import open_sources
 from megallama.data.tokenizer import load_tokenizer, sha256_of
-from megallama.text.merge import merge
-from megallama.text.preprocess import _origin, preprocess
+from megallama.text.preprocess import _origin, merge, preprocess
 from megallama.text.shards import WorkFolder
 from tests.words import text_of
 

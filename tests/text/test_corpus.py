@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megallama.config.errors import DataError
-from megallama.text.corpus import build_corpus, pieces
+from megallama.text.train_tokenizer import build_corpus, pieces
 from tests.words import text_of
 
 
@@ -43,7 +43,7 @@ def test_unreadable_and_repeated_modules_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_missing_standard_library_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megallama.text.corpus._topics", lambda: iter(()))
+    monkeypatch.setattr("megallama.text.train_tokenizer._topics", lambda: iter(()))
     with pytest.raises(DataError, match=r"holds no Python sources .* give your own text with TEXT=path"):
         build_corpus(tmp_path / "out.jsonl", 1000, stdlib=tmp_path)
 

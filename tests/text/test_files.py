@@ -107,7 +107,7 @@ def test_a_folder_that_cannot_be_listed_ends_the_work(
     with pytest.raises(DataError, match=expected):
         train_tokenizer([folder], tmp_path / "o.model", 300)
     summary = preprocess([folder], tmp_path / "o", tokenizer_path, skip_bad_files=True)
-    assert summary.outputs[0].documents == 1
+    assert summary.outputs[0].num_documents == 1
     assert f"left out what cannot be read of {folder}/secret: cannot" in "\n".join(summary.losses.lines())
 
 
@@ -178,14 +178,14 @@ def test_a_file_changed_while_it_is_read_is_an_error(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl.read_bytes())
-    check = module._Join.check_end
+    check = module_of_inputs.Losses.check
 
     def late(self: Any) -> None:
         with path.open("a") as file:
             file.write('{"text": "late"}\n')
         check(self)
 
-    monkeypatch.setattr(module._Join, "check_end", late)
+    monkeypatch.setattr(module_of_inputs.Losses, "check", late)
     with pytest.raises(DataError, match="files of the input were changed while they were read; start again"):
         preprocess([path], tmp_path / "o", tokenizer_path)
     monkeypatch.undo()

@@ -139,10 +139,10 @@ def test_all_files_that_cannot_be_read_are_named(tmp_path: Path, tokenizer_path:
         assert not list(tmp_path.glob("o.*n")) and not list(tmp_path.glob("t*"))
     assert (tmp_path / "o.parts").is_dir()  # what is done serves the next start
     said = preprocess([folder], tmp_path / "o", tokenizer_path, skip_bad_files=True)
-    assert len(said.losses.faults) == 4 and said.outputs[0].documents > 100
+    assert len(said.losses.faults) == 4 and said.outputs[0].num_documents > 100
     losses = Losses(skip_files=True)
     train_tokenizer([folder], tmp_path / "t.model", 276, losses=losses)
-    assert losses.faults == said.losses.faults and losses.records == said.outputs[0].documents
+    assert losses.faults == said.losses.faults and losses.records == said.outputs[0].num_documents
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
@@ -182,7 +182,7 @@ def test_an_io_error_is_no_bad_record(
             preprocess([tmp_path / "a.jsonl", tmp_path / "b.txt"], tmp_path / "o", tokenizer_path)
         assert refused([tmp_path / "a.jsonl", tmp_path / "b.txt"]).startswith("1 file cannot be read")
     summary = preprocess([tmp_path / "a.jsonl", tmp_path / "b.txt"], tmp_path / "o", tokenizer_path)
-    assert summary.outputs[0].documents == 501
+    assert summary.outputs[0].num_documents == 501
 
 
 def test_a_file_that_vanishes_is_no_bad_record(tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ import pytest
 
 from megallama.config.errors import DataError
 from megallama.data.indexed import IndexedDataset, IndexedWriter
-from megallama.text import merge as module
-from megallama.text.merge import merge
-from megallama.text.preprocess import preprocess
+from megallama.text import preprocess as module
+from megallama.text.preprocess import merge, preprocess
 from megallama.text.train_tokenizer import train_tokenizer
 from tests.text.test_preprocess import content
 from tests.words import text_of

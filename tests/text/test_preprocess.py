@@ -49,7 +49,7 @@ def test_documents_are_encoded_and_ended(jsonl: Path, tokenizer_path: Path, tmp_
         "fingerprint": IndexedDataset(tmp_path / "a").fingerprint()["sha256"],
     }
     (out,) = summary.outputs
-    assert (out.documents, out.tokens, out.text_bytes) == (300, tokens, size)
+    assert (out.num_documents, out.num_tokens, out.text_bytes) == (300, tokens, size)
     assert seen[-1] == (jsonl.stat().st_size, jsonl.stat().st_size, tokens)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.json", "a.sums"]
 
@@ -118,7 +118,7 @@ def test_the_bytes_do_not_depend_on_processes_jobs_or_blocks(
     for part in parts:
         one = content(tmp_path / f"one{part}")
         assert one == content(tmp_path / f"two{part}") == content(tmp_path / f"three{part}")
-    assert sum(out.documents for out in summaries[0].outputs) == 300 * 3 + 70
+    assert sum(out.num_documents for out in summaries[0].outputs) == 300 * 3 + 70
     first, *others = (summary.losses for summary in summaries)
     assert all(losses.skipped == {"not JSON": 1} and losses.lines() == first.lines() for losses in (first, *others))
     assert first.examples[0].startswith(f"{corpus}:301: not JSON")
@@ -277,7 +277,7 @@ def test_too_many_bad_records_stop_the_run(
     path = bad_lines(tmp_path / "a.jsonl", bad, good)
     if not stops:
         summary = preprocess([path], tmp_path / "a", tokenizer_path, max_bad=given, workers=processes)
-        assert summary.losses.skipped.total() == bad and summary.outputs[0].documents == good
+        assert summary.losses.skipped.total() == bad and summary.outputs[0].num_documents == good
         return
     with pytest.raises(DataError, match=r"\d+ of [\d,]+ records are bad, more than the .* that may be") as error:
         preprocess([path], tmp_path / "a", tokenizer_path, max_bad=given, workers=processes)
