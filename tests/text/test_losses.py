@@ -271,3 +271,24 @@ def test_every_json_string_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert texts == [*lines.values()] and not losses.skipped
     changed = "half of a surrogate pair, which no text can hold, is U+FFFD now"
     assert losses.changed == {changed: 3} and losses.lines()[-1] == f"changed 3 records: {changed}"
+
+
+def test_every_file_without_a_good_record_says_why(tmp_path: Path, tokenizer_path: Path) -> None:
+    """However many bad records came before it in the same task; only the first of all are described one by one."""
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n" * 30)
+    (tmp_path / "b.jsonl").write_bytes(b"x\n" * 3)
+    (tmp_path / "c.jsonl").write_bytes(GOOD * 9)
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    with pytest.raises(DataError) as caught:
+        preprocess(files, tmp_path / "o", tokenizer_path)
+    assert f"\n  {tmp_path}/a.jsonl: none of 30 records can be used: no key" in str(caught.value)
+    assert f"\n  {tmp_path}/b.jsonl: none of 3 records can be used: not JSON (Expecting value" in str(caught.value)
+    summary = preprocess(files, tmp_path / "o", tokenizer_path, skip_bad_files=True)
+    assert len(summary.losses.examples) == 20 and summary.losses.skipped == {'no key "text"': 30, "not JSON": 3}
+
+
+def test_a_name_with_a_colon_is_named_whole(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
+    reader, losses = RecordReader([tmp_path / "a.parquet"], json_key="a: b"), Losses(skip_files=True)
+    assert [*losses.texts(reader)] == []
+    assert [*losses.faults.values()] == ['no column "a: b" (it has text; choose with --json-key)']
