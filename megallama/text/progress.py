@@ -35,7 +35,8 @@ class ByteProgress(ExitStack):
         seconds = max(now - self._start, 1e-6)
         rate = f"{done / seconds / 1e6:.1f} MB/s" + (f", {tokens / seconds / 1e6:.2f} M tokens/s" if tokens else "")
         if self._bar and done >= total and self._then:
-            self._bar.update(self._task, description=self._then, total=None, rate="")
+            self._bar.tasks[0].total = None  # the bar pulses; to `update` None is no change
+            self._bar.update(self._task, description=self._then, rate="")
         elif self._bar:
             self._bar.update(self._task, completed=done, total=total, rate=rate)
         elif not self._quiet and now - self._line >= LINE_SECONDS:
