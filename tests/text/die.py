@@ -20,7 +20,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "add": (shards.ShardWriter, "add"),  # a block of documents is encoded
     "end": (shards.ShardWriter, "end"),  # a job's documents are written, its line in the journal is not
     "join": (shards.WorkFolder, "read"),
-    "commit": (indexed.IndexedWriter, "commit"),
+    "commit": (indexed.IndexedWriter, "__exit__"),  # .bin, .sums and .idx get their names
     "replace": (os, "replace"),  # .bin, .idx, .json
     "remove": (shutil, "rmtree"),
 }
