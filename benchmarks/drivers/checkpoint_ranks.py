@@ -29,8 +29,7 @@ from megallama.config.load import resolve  # noqa: E402
 from megallama.config.schema import Config  # noqa: E402
 from megallama.layers.param import Shard  # noqa: E402
 from megallama.plan.box import Box  # noqa: E402
-from megallama.plan.layout import build_layout  # noqa: E402
-from megallama.plan.params import ParamBuilder, global_shapes  # noqa: E402
+from megallama.plan.params import ParamBuilder, build_layout, global_shapes  # noqa: E402
 from megallama.plan.topology import Topology  # noqa: E402
 
 MODEL = {"hidden_size": 768, "num_layers": 14, "num_heads": 12, "ffn_hidden_size": 2048, "vocab_size": 32000}

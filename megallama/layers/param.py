@@ -21,8 +21,7 @@ from megallama.kernels.candidate import accumulate_dtype
 from megallama.kernels.gemm import Gemms
 from megallama.kernels.select import Kernels
 from megallama.plan.box import Box
-from megallama.plan.layout import BufferLayout
-from megallama.plan.params import ParamSpec
+from megallama.plan.params import BufferLayout, ParamSpec
 
 
 @dataclass

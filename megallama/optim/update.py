@@ -23,7 +23,7 @@ from megallama.comm.group import Groups, Handle
 from megallama.config.schema import OptimizerConfig, OverlapConfig
 from megallama.kernels.optimizer import AdamWStep, SumOfSquares
 from megallama.layers.param import FlatBuffers, Param, Shard
-from megallama.plan.layout import Bucket, Segment
+from megallama.plan.params import Bucket, Segment
 
 # of this rank's range of one bucket: weights, grads, master, the rule's moments; and step
 Tensors = dict[str, Tensor]

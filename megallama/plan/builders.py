@@ -23,8 +23,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from megallama.config.schema import ParallelConfig
-from megallama.plan.check import check
-from megallama.plan.schedule import Action, B, F, I, Kind, Schedule, ScheduleError, W, lower
+from megallama.plan.schedule import Action, B, F, I, Kind, Schedule, ScheduleError, W, check, lower
 from megallama.plan.schedule_csv import read_csv
 
 UNITS = 6  # work of a rank for one micro-batch in a V: F, I and W on two stages

@@ -20,8 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megallama.config.schema import Config
-from megallama.plan.layout import BufferLayout, build_layout
-from megallama.plan.params import ParamBuilder, heads
+from megallama.plan.params import BufferLayout, ParamBuilder, build_layout, heads
 from megallama.plan.schedule import Kind, Schedule
 from megallama.plan.work import Stages
 

@@ -17,8 +17,7 @@ from megallama.comm.group import Group, Solo
 from megallama.config.schema import BatchConfig, CheckpointConfig, Config, ModelConfig, PrecisionConfig
 from megallama.layers.param import Shard
 from megallama.plan.box import Box
-from megallama.plan.layout import build_layout
-from megallama.plan.params import ParamBuilder, global_shapes
+from megallama.plan.params import ParamBuilder, build_layout, global_shapes
 from megallama.plan.topology import Topology
 from tests.threads import run_threads
 

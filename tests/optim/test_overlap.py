@@ -10,7 +10,7 @@ import pytest
 
 from megallama.layers.batch import MicroBatch
 from megallama.layers.param import Param
-from megallama.plan.layout import Bucket
+from megallama.plan.params import Bucket
 from megallama.train.assemble import Worker
 from tests.small import body_of, on_threads, small_config, tokens, train
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from megallama.config.schema import ModelConfig
-from megallama.plan.layout import ALIGN, BufferLayout, build_layout
-from megallama.plan.params import ParamBuilder, ParamSpec, global_shapes
+from megallama.plan.params import ALIGN, BufferLayout, ParamBuilder, ParamSpec, build_layout, global_shapes
 
 MODEL = ModelConfig(
     hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, ffn_hidden_size=24, vocab_size=21, tie_embeddings=True

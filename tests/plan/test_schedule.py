@@ -24,8 +24,7 @@ from megallama.plan.builders import (
     zb_v,
     zero_bubble,
 )
-from megallama.plan.check import check
-from megallama.plan.schedule import Action, Kind, Schedule, ScheduleError, looped, lower
+from megallama.plan.schedule import Action, Kind, Schedule, ScheduleError, check, looped, lower
 from megallama.plan.timeline import StageCost, draw, simulate
 from tests.plan.text import parse, text
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from megallama.config.schema import ParallelConfig
 from megallama.plan.builders import build_forward, build_schedule, gpipe
-from megallama.plan.check import check
-from megallama.plan.schedule import Schedule, ScheduleError, lower, parse_action
+from megallama.plan.schedule import Schedule, ScheduleError, check, lower, parse_action
 from megallama.plan.schedule_csv import read_csv
 from megallama.plan.timeline import simulate
 from tests.plan.text import text

@@ -18,8 +18,7 @@ from megallama.plan.builders import (
     zb_v,
     zero_bubble,
 )
-from megallama.plan.check import check
-from megallama.plan.schedule import Kind, Schedule, ScheduleError, lower
+from megallama.plan.schedule import Kind, Schedule, ScheduleError, check, lower
 from megallama.plan.timeline import StageCost, simulate
 from tests.plan.text import parse, text
 
