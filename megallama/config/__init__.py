@@ -1,1 +1,1 @@
-"""What the user may say: the settings, the presets, how they are read, and which combinations make sense."""
+"""What the user may say: settings, presets, how they are read, what makes sense."""

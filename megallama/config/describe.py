@@ -41,7 +41,7 @@ def settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Sett
 
 
 def flatten(model: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Every setting under its dotted name, in the order of the schema; nested tables as well as their fields."""
+    """Dotted name -> value of every setting; nested tables as well as their fields."""
     out: dict[str, Any] = {}
     for name, value in model:
         out |= {prefix + name: value} if prefix else {}  # else a section

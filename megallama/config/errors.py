@@ -68,7 +68,7 @@ def exit_status(run: Callable[[], int | None]) -> int:
 
 
 def drop_output() -> None:
-    """Let go of what is still buffered: the flush at the end of the process would complain and change its status."""
+    """Let go of what is buffered: the flush at exit would complain and change the status."""
     hole = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(hole, descriptor)

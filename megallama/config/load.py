@@ -49,7 +49,7 @@ OTHER_WORDS = {  # the same for values
 
 
 def is_setting(word: str) -> bool:
-    """Whether a word of a command line is section.key=value, not the path of a file, which may have a "=" too."""
+    """Whether a word is section.key=value, not the path of a file, which may have a "=" too."""
     key, equals, _ = word.removeprefix("--").partition("=")
     known = any(key.replace("-", "_") == setting.key for setting in settings())
     return bool(equals) and (known or not (os.path.exists(word) or "/" in key or word.endswith(".toml")))
@@ -130,7 +130,7 @@ class _Reader:
         self.bad: set[str] = set()  # keys or sections whose value is not to be trusted
 
     def read_override(self, text: str) -> None:
-        """One ``section.key=value``, TOML or a text itself; ``--`` before it and ``-`` for ``_`` are accepted."""
+        """One ``section.key=value``, TOML or a text itself; ``--`` and ``-`` for ``_`` are accepted."""
         text = "checkpoint.resume=fresh" if text == "--fresh" else text
         key, equals, raw = text.removeprefix("--").partition("=")
         key, raw = self._current(key.strip().replace("-", "_"), COMMAND_LINE), raw.strip()
@@ -187,7 +187,7 @@ class _Reader:
                 self._take(name, value, source)
 
     def validate(self) -> Config:
-        """The configuration of all values that are right by themselves; the others become problems."""
+        """The configuration of the values that are right; the others become problems."""
         try:
             return Config.model_validate(self._tree(), strict=True)
         except ValidationError as error:
@@ -348,7 +348,7 @@ def _table_problem(key: str, path: list[Any], error: Any) -> str:
 
 
 def _tables(key: str, value: Any) -> Any:
-    """The shorthands of a list of tables: one table, and for sources a path or a list of paths."""
+    """The shorthands of a list of tables: one table; for sources a path, or paths."""
     items = value if isinstance(value, (list, tuple)) else [value]
     named = TABLES[key] is SourceConfig
     return tuple({"path": item} if named and isinstance(item, str) else item for item in items)
@@ -362,7 +362,7 @@ def _tuples(value: Any) -> Any:
 
 
 def read_toml(file: Path, what: str) -> dict[str, Any]:
-    """Read `file`, which is `what` in words. Raises: ConfigError with the line where the file is no TOML."""
+    """Read `file`, which is `what` in words. Raises: ConfigError with the wrong line."""
     text = ""
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -376,7 +376,7 @@ def read_toml(file: Path, what: str) -> dict[str, Any]:
 
 
 def _line_of(text: str, error: Exception) -> str:
-    """On a line of its own, the line of `text` that a parser's error names; empty if it names none."""
+    """The line of `text` that a parser's error names, after a line break; or nothing."""
     if isinstance(error, UnicodeDecodeError):
         text = error.object.decode(errors="replace")
         number = error.object.count(b"\n", 0, error.start) + 1

@@ -31,7 +31,7 @@ MOST_BATCH_TOKENS = 1 << 26
 
 
 def check(config: Config, ranks: int | None = None, *, need_data: bool = True) -> list[str]:
-    """Every combination of settings that cannot work, in words; `need_data=False`: the rules about sources left out."""
+    """What cannot work together, in words; need_data=False leaves the sources out."""
     rules = RULES + (DATA_RULES if need_data else ())
     return [problem for rule in rules for problem in rule(config, ranks)]
 
@@ -150,11 +150,9 @@ def _batch(config: Config, ranks: int | None) -> Iterator[str]:
         unit, words = unit * dp, f"{words} x dp={dp} (ranks / (tp x pp)) = {unit * dp}"
     if p.schedule == "1f1b" and p.chunks > 1:
         unit, words = unit * p.pp, f"{words} times parallel.pp={p.pp} (needed to interleave parallel.chunks={p.chunks})"
-    if b.global_batch_size % unit:
-        yield (
-            f"batch.global_batch_size={b.global_batch_size} is not a multiple of {words}; "
-            f"use {_multiples(b.global_batch_size, unit)}"
-        )
+    for key in ("global_batch_size", "ramp_start", "ramp_increment"):
+        if (value := getattr(b, key) or 0) % unit:
+            yield f"batch.{key}={value} is not a multiple of {words}; use {_multiples(value, unit)}"
     least = unit * 2 * p.pp
     if p.schedule == "dualpipe-v" and (size := b.sizes[0]) < least and ranks is not None:
         key = "global_batch_size" if b.ramp_start is None else "ramp_start"
@@ -162,9 +160,6 @@ def _batch(config: Config, ranks: int | None) -> Iterator[str]:
             f"batch.{key}={size} is below {words} times 2 x parallel.pp={p.pp} = {least}, the least for "
             f'parallel.schedule="dualpipe-v"; use {least}, or parallel.schedule="zb-v"'
         )
-    for key, value in (("ramp_start", b.ramp_start), ("ramp_increment", b.ramp_increment)):
-        if value is not None and value % unit:
-            yield f"batch.{key}={value} is not a multiple of {words}; use {_multiples(value, unit)}"
 
 
 def _ramp(config: Config, ranks: int | None) -> Iterator[str]:

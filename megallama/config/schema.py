@@ -110,7 +110,7 @@ class BatchConfig(Section):
         return (*range(self.ramp_start, end, self.ramp_increment), end)
 
     def size_after(self, samples: int) -> int:
-        """The global batch size of the step after `samples`; each lasts an equal share of ramp_samples [sequences]."""
+        """The global batch size after `samples`: each lasts an equal share of ramp_samples."""
         sizes = self.sizes
         growths = len(sizes) - 1
         return sizes[min(growths, samples * growths // self.ramp_samples) if self.ramp_samples else growths]
@@ -140,7 +140,7 @@ class BatchConfig(Section):
         return [range(start, start + n) for start in starts]
 
     def remaining(self, samples: int) -> BatchConfig:
-        """The ramp-up that a run has before it after `samples` [sequences]: sizes that are past bind nobody."""
+        """The ramp-up that is left after `samples`: sizes that are past bind nobody."""
         if not (samples and self.ramp_start and self.ramp_increment and self.ramp_samples):
             return self
         start = self.size_after(samples)

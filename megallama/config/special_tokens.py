@@ -33,7 +33,7 @@ def usual_id(kind: str, lookup: Lookup) -> int | None:
 
 
 def special_id(kind: str, tokenizer: Path, lookup: Lookup, own: int | None = None) -> int | None:
-    """The id of a tokenizer's "bos" or "eos", if any: by a file beside it, else `own` of its file, else `usual_id`."""
+    """A tokenizer's "bos" or "eos": by a file beside it, else `own` of its file, else the usual."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         name = read_settings(tokenizer.with_name(file)).get(f"{kind}_token")
         name = name.get("content") if isinstance(name, dict) else name

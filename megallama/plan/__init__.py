@@ -1,1 +1,1 @@
-"""What will happen, decided before any tensor exists, from the configuration and the number of ranks alone."""
+"""What will happen, decided from the configuration and the number of ranks alone."""

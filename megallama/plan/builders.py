@@ -1,4 +1,4 @@
-"""The schedules: who computes what in which order; chosen by a configuration, lowered and checked.
+"""The schedules, and which of them a configuration chooses.
 
 Builders take `p`, the number of pipeline ranks, and `m`, that of micro-batches.
 
@@ -51,7 +51,7 @@ def one_f_one_b(p: int, m: int, chunks: int = 1) -> Schedule:
 
 
 def zero_bubble(p: int, m: int, depth: int) -> Schedule:
-    """ZB-H1 and, with depth 2, ZB-H2: `depth` times 1F1B's first forwards, and r * depth weight gradients delayed."""
+    """ZB-H1, or ZB-H2 with depth 2: rank r delays r * depth weight gradients."""
     whole = _alternating(f"zb-h{depth}", p, m, 1, lambda behind: depth * behind)
     split = (_split(steps, depth * rank) for rank, steps in enumerate(whole.steps))
     return replace(whole, steps=tuple(map(tuple, split)))
@@ -70,7 +70,7 @@ def _split(steps: Sequence[Action], delay: int) -> Iterator[Action]:
 
 
 def _alternating(name: str, p: int, m: int, chunks: int, warmup: Callable[[int], int]) -> Schedule:
-    """`warmup(ranks behind this one)` forwards, then a forward and a backward in turn, then the rest.
+    """`warmup(ranks behind)` forwards, then a forward and a backward in turn, then the rest.
 
     Groups of P micro-batches pass through one chunk after the other.
     """
@@ -100,18 +100,18 @@ def v_owners(p: int) -> tuple[int, ...]:
 
 
 def zb_v(p: int, m: int) -> Schedule:
-    """ZB-V: no bubble but the fill of P-1 units (F = I = W = 1), at the peak memory of 1F1B, on every rank."""
+    """ZB-V: no bubble but the fill of P-1 units, at the peak memory of 1F1B."""
     return _fill("zb-v", p, m, (4, 2), (1, 1, 1), 2 * p, compute=2)
 
 
 def v_half(p: int, m: int) -> Schedule:
-    """V-Half: half of 1F1B's bubble at half its peak memory, (P+2)//2 micro-batches on every rank."""
+    """V-Half: half of 1F1B's bubble at half its peak memory."""
     turns = (1, 1, 1) if p % 2 else (4, 1, 4)
     return _fill("v-half", p, m, (1, 2), turns, 2 * ((p + 2) // 2), compute=1)
 
 
 def dualpipe_v(p: int, m: int) -> Schedule:
-    """DualPipeV: forwards and whole backwards in pairs, split ones at the ends. Raises: ScheduleError if m < 2 p."""
+    """DualPipeV: forwards and backwards in pairs. Raises: ScheduleError if m < 2 p."""
     if m < 2 * p:
         least = f"{2 * p} micro-batches"
         raise ScheduleError(f"dualpipe-v needs at least 2 x pp={least}, not {m}; use {least}, or zb-v")
@@ -122,7 +122,7 @@ def dualpipe_v(p: int, m: int) -> Schedule:
 def _fill(
     name: str, p: int, m: int, hops: tuple[int, int], turns: tuple[int, int, int], limit: int, compute: int
 ) -> Schedule:
-    """F and I, of `compute` times W's length, in the pattern's order, and W where they leave room; at most `limit`.
+    """F and I, `compute` times as long as W, in the pattern's order, and W where they leave room.
 
     hops: units from a rank to the next on the way down and up.
     """
@@ -163,7 +163,7 @@ def _fill(
 
 
 def _dualpipe_rank(rank: int, p: int, m: int) -> tuple[Action, ...]:
-    """The phases of one rank: fill, turn, steady pairs, and their mirror image, whose last rank + 1 W wait."""
+    """The phases of one rank: fill, turn, steady pairs, and their mirror image."""
     behind = p - 1 - rank
     ends = ["B1", "B0"] * (rank + 1)
     words = ["F0"] * (2 * behind) + ["F0", "F1"] * (rank + 1) + ["I1", "W", "F1"] * behind
@@ -206,7 +206,7 @@ def compute_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedul
 
 
 def build_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedule:
-    """The schedule of one training step, lowered and checked. Raises: ScheduleError if it cannot run so many."""
+    """The schedule of one training step, lowered and checked. Raises: ScheduleError."""
     schedule = lower(compute_schedule(parallel, num_microbatches))
     check(schedule, *bounds(parallel, num_microbatches))
     return schedule
@@ -224,7 +224,7 @@ def bounds(parallel: ParallelConfig, m: int) -> tuple[int, int]:
 
 
 def build_forward(training: Schedule, num_microbatches: int) -> Schedule:
-    """The schedule of an evaluation where the stages lie as in `training`, lowered and checked."""
+    """The schedule of an evaluation, lowered and checked."""
     schedule = forward_only(training.num_ranks, num_microbatches, training.owners)
     check(schedule)
     return schedule

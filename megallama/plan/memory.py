@@ -50,7 +50,7 @@ class RankMemory:
 
 
 def stage_layout(config: Config, stages: Stages, stage: int, dp_cp: int, tp_rank: int = 0) -> BufferLayout:
-    """The flat buffer of one stage on one tensor-parallel rank; its length is the same on all of them."""
+    """The flat buffer of one stage on one tensor-parallel rank."""
     p = config.parallel
     builder = ParamBuilder(config.model, p.tp, tp_rank, p.sequence_parallel and p.tp > 1)
     specs = builder.stage(stages[stage], stage == 0, stage == len(stages) - 1)
@@ -58,7 +58,7 @@ def stage_layout(config: Config, stages: Stages, stage: int, dp_cp: int, tp_rank
 
 
 def saved_bytes(config: Config, recompute: str | None = None) -> int:
-    """Activation bytes that one layer keeps of one micro-batch on one rank, without row statistics."""
+    """Bytes that one layer keeps of one micro-batch, without row statistics."""
     h, f, tp = config.model.hidden_size, config.model.ffn_hidden_size // config.parallel.tp, config.parallel.tp
     (n, k, d), (tokens, rows) = heads(config.model), tokens_and_rows(config)
     attention = 2 * d * (n // tp + max(1, k // tp))  # q and the output; k, v
@@ -68,7 +68,7 @@ def saved_bytes(config: Config, recompute: str | None = None) -> int:
 
 
 def statistics_bytes(config: Config, recompute: str | None = None) -> int:
-    """Bytes that fused attention kernels keep in one layer on top of `saved_bytes`: log-sum-exps in fp32."""
+    """What fused attention keeps on top of `saved_bytes`: log-sum-exps in fp32."""
     kept = (recompute or config.memory.recompute) != "full"
     return kept * 4 * tokens_and_rows(config)[0] * (config.model.num_heads // config.parallel.tp)
 
@@ -92,7 +92,7 @@ def deferred_bytes(config: Config, stages: Stages, stage: int) -> int:
 
 
 def peak_saved_bytes(config: Config, stages: Stages, schedule: Schedule, pp_rank: int) -> int:
-    """Most bytes kept for backwards at once: between actions, and where full recomputation has a layer's again."""
+    """Most bytes kept for backwards at once, also where a layer is computed again."""
     live, peak, last, full = 0, 0, len(stages) - 1, config.memory.recompute == "full"
     saved = {s: stage_saved_bytes(config, stages, s) for s in schedule.stages_of(pp_rank)}
     deferred = {s: deferred_bytes(config, stages, s) for s in saved}
@@ -134,6 +134,6 @@ def main_dtype(config: Config) -> str:
 
 
 def tokens_and_rows(config: Config) -> tuple[int, int]:
-    """Tokens of a micro-batch, and rows of it that this rank holds where sequence parallelism cuts."""
+    """Tokens of a micro-batch, and rows of it where sequence parallelism cuts."""
     tokens = config.batch.micro_batch_size * config.batch.seq_length
     return tokens, tokens // config.parallel.tp if config.parallel.sequence_parallel else tokens

@@ -1,4 +1,4 @@
-"""Which parameters a rank holds, what each of their rows is in the whole model, and where it lies in flat buffers.
+"""Which parameters a rank holds: parts of the whole model, and places in flat buffers.
 
 A `ParamSpec` describes one local tensor and its *parts*: the rectangles of Hugging Face tensors that lie in its rows.
 Padding rows belong to no part.
@@ -64,7 +64,7 @@ class ParamSpec:
 
 
 def global_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model by its Hugging Face name, with its global shape, in file order."""
+    """Hugging Face name -> global shape of every tensor, in file order."""
     specs = ParamBuilder(model).stage(range(model.num_layers), True, True)
     return {part.box.key: part.box.stop for spec in specs for part in spec.parts}
 
@@ -99,7 +99,7 @@ class ParamBuilder:
     sequence_parallel: bool = False
 
     def stage(self, layers: Sequence[int], first: bool, last: bool) -> tuple[ParamSpec, ...]:
-        """The parameters of one stage in forward order; a stage that is `first` and `last` holds a tied matrix once."""
+        """The parameters of one stage in forward order; a tied matrix once."""
         embedding, tie = "model.embed_tokens.weight", self.model.tie_embeddings
         specs: list[ParamSpec] = []
         if first:
@@ -199,7 +199,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Segment:
-    """`count` elements at `offset` of the flat buffer are the flat range from `first` of `part.box`."""
+    """`count` elements at `offset` of the buffer: the flat range from `first` of `part.box`."""
 
     offset: int
     count: int
@@ -231,7 +231,7 @@ class BufferLayout:
 
 
 def build_layout(specs: Sequence[ParamSpec], dp_cp: int, bucket_elements: int) -> BufferLayout:
-    """Place the parameters of one stage, given in forward order; a bucket ends once it holds `bucket_elements`."""
+    """Place `specs`, given in forward order; a bucket ends once it holds `bucket_elements`."""
     backward = list(reversed(specs))
     groups: list[list[ParamSpec]] = [[]]
     for spec in (s for s in backward if s.decay and not s.tied):

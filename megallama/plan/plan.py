@@ -1,4 +1,4 @@
-"""The plan of a run: everything that follows from the configuration and the number of ranks; and a page of it."""
+"""The plan of a run, and a page of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Plan:
     _schedules: dict[tuple[bool, int], Schedule] = field(default_factory=dict, repr=False, compare=False)
 
     def schedule_for(self, num_microbatches: int, *, training: bool = True) -> Schedule:
-        """The schedule of a step (its number varies while the batch ramps up) or an evaluation; each is built once."""
+        """The schedule of a step or an evaluation; each is built once."""
         if training and num_microbatches == self.schedule.num_microbatches:
             return self.schedule
         build = partial(build_schedule, self.config.parallel) if training else partial(build_forward, self.schedule)

@@ -28,7 +28,7 @@ class ScheduleError(MegallamaError):
 
 
 class Kind(StrEnum):
-    """What an action does. I and W are the two halves of B: gradient of the input, gradient of the weights."""
+    """What an action does. I and W are the halves of B: gradient of input and of weights."""
 
     F = "F"
     B = "B"
@@ -86,7 +86,7 @@ class Schedule:
         return tuple(stage for stage, owner in enumerate(self.owners) if owner == rank)
 
     def peak_in_flight(self, rank: int) -> int:
-        """Most (stage, micro-batch) pairs held for a backward at once by `rank`; 0 without backward passes."""
+        """Most (stage, micro-batch) pairs of `rank` held for a backward at once."""
         live = peak = 0
         for a in self.steps[rank] if self.is_training else ():
             if a.kind in (F, B, W):
@@ -106,7 +106,7 @@ class Schedule:
         return peak
 
     def produces(self, a: Action) -> Action | None:
-        """The value a compute action hands on: an F value (activation) or a B value (gradient of its input)."""
+        """What a compute action hands on: an F value (activation) or a B value (gradient)."""
         return a if a.kind is F or a.kind is B else Action(B, a.stage, a.microbatch) if a.kind is I else None
 
     def consumer(self, value: Action) -> int | None:
@@ -147,7 +147,7 @@ class Event(NamedTuple):
 
 
 def walk(schedule: Schedule, cost: Callable[[Action], float], hop: float = 0.0) -> Iterator[Event]:
-    """Run the compute against a clock; events in the order in which they end. A value takes `hop` to another rank.
+    """Run the compute against a clock; events as they end. A value takes `hop` to another rank.
 
     Raises: ScheduleError if ranks wait for one another forever.
     """
@@ -183,7 +183,7 @@ Values = Callable[[Action], Iterable[Action]]
 
 
 def stuck_at(schedule: Schedule, waits: Values, gives: Values) -> tuple[dict[int, Action], set[Action]]:
-    """Without a clock: where the ranks are that wait for values which nobody gives, and all values that were given."""
+    """Without a clock: where ranks wait for values that nobody gives, and all that were given."""
     values: set[Action] = set()
     left = {rank: deque(row) for rank, row in enumerate(schedule.steps)}
     moved = True
@@ -217,11 +217,11 @@ def lower(schedule: Schedule) -> Schedule:
 
 
 Moves = list[list[tuple[Action, int] | None]]
-"""For each action of each rank, None if it computes, else the value it moves and the rank on the other side."""
+"""By rank and action: None if it computes, else the value it moves and the other rank."""
 
 
 def check(schedule: Schedule, max_in_flight: int | None = None, max_received: int | None = None) -> None:
-    """Prove a lowered schedule, and that no rank holds more than this. Raises: ScheduleError naming rank and action."""
+    """Prove a lowered schedule, and that no rank holds more. Raises: ScheduleError."""
     _check_compute(schedule)
     moves = [[None if a.kind.is_compute else _move(schedule, a) for a in steps] for steps in schedule.steps]
     _check_transfers(schedule, moves)
@@ -236,7 +236,7 @@ def check(schedule: Schedule, max_in_flight: int | None = None, max_received: in
 
 
 def _check_compute(schedule: Schedule) -> None:
-    """Every stage runs every micro-batch once, forward before backward, on the rank that owns it."""
+    """Every stage runs every micro-batch once, forward before backward, on its rank."""
     want = {(s, m) for s in range(schedule.num_stages) for m in range(schedule.num_microbatches)}
     done: dict[Kind, set[tuple[int, int]]] = {k: set() for k in (F, B, I, W)}
     before = {B: F, I: F, W: I}
@@ -265,7 +265,7 @@ def _check_compute(schedule: Schedule) -> None:
 
 
 def _check_transfers(schedule: Schedule, moves: Moves) -> None:
-    """Every value another rank needs is sent once, after it was made, and received once, before it is used."""
+    """Values are sent once, after they were made, and received once, before they are used."""
     for rank, steps in enumerate(schedule.steps):
         made: set[Action] = set()
         sent: set[Action] = set()
@@ -292,7 +292,7 @@ def _check_transfers(schedule: Schedule, moves: Moves) -> None:
 
 
 def _check_pairs(moves: Moves) -> None:
-    """Both ranks of every pair list the same transfers in the same order, in which an NCCL communicator does them."""
+    """Both ranks of a pair list the same transfers in the order of an NCCL communicator."""
     listed: dict[tuple[int, int], list[Action]] = {}
     for rank, row in enumerate(moves):
         for value, peer in filter(None, row):
@@ -305,7 +305,7 @@ def _check_pairs(moves: Moves) -> None:
 
 
 def _check_progress(schedule: Schedule) -> None:
-    """The ranks reach the end of their lists: a compute, and after _check_pairs nothing else, waits for a send."""
+    """All reach their end: a compute waits for a send, and after _check_pairs nothing else."""
 
     def waits(a: Action) -> list[Action]:
         values = schedule.needs(a) if a.kind.is_compute else ()

@@ -24,7 +24,7 @@ class Cell(NamedTuple):
 
 
 def read_csv(path: Path, num_ranks: int, num_stages: int, num_microbatches: int) -> Schedule:
-    """The schedule in a file, for a job of this size. Raises: ScheduleError naming the place and what to write."""
+    """The schedule in a file, for a job of this size. Raises: ScheduleError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""A step against the clock, simulated or measured: time, bubble and memory, an ASCII chart, and a trace file.
+"""A step against the clock, simulated or measured; an ASCII chart, and a trace file.
 
 In a trace (Chrome's trace events, for ui.perfetto.dev) every timeline is a process and every pipeline rank a thread of
 it.  Communication lies on lanes of its own, by rank and group: a bar from the call to the end of the wait, and inside
@@ -19,7 +19,7 @@ COMMUNICATION, BLOCKED = "communication", "blocked"  # categories of events that
 
 
 class StageCost(NamedTuple):
-    """Time of one micro-batch on one stage: forward, gradient of the input, gradient of the weights."""
+    """Time of one micro-batch on one stage."""
 
     forward: float = 1.0
     input_grad: float = 1.0
@@ -46,7 +46,7 @@ class Report:
 
     @property
     def longest_span(self) -> float:
-        """Longest time from a rank's first action to its last; what a step takes where ranks do not wait at its end."""
+        """Longest time from a rank's first action to its last."""
         starts, ends = {e.rank: e.start for e in reversed(self.events)}, {e.rank: e.end for e in self.events}
         return max(ends[rank] - starts[rank] for rank in ends)
 

@@ -33,7 +33,7 @@ class Topology:
 
     @classmethod
     def fill(cls, ranks: int, *, tp: int = 1, pp: int = 1, cp: int = 1, order: str = "tp-cp-dp-pp") -> Topology:
-        """The topology whose dp uses up `ranks`. Raises: ConfigError if tp * pp * cp does not divide them."""
+        """The topology whose dp uses up `ranks`. Raises: ConfigError if they cannot be cut."""
         unit = tp * pp * cp
         dp, rest = divmod(ranks, unit)
         if rest or not dp:
@@ -65,7 +65,7 @@ class Topology:
 
     @property
     def dp_cp(self) -> int:
-        """Ranks with the same weights: over them gradients are reduced and optimizer state is sharded."""
+        """Ranks with the same weights: they share gradients and optimizer state."""
         return self.size("dp", "cp")
 
     def coords(self, rank: int) -> dict[str, int]:
@@ -74,7 +74,7 @@ class Topology:
         return {axis: rank // self.strides[axis] % self.size(axis) for axis in self.axes}
 
     def groups(self, *axes: str) -> list[tuple[int, ...]]:
-        """All groups of ranks that differ only along `axes`, by first rank: every rank creates them in this order."""
+        """All groups of ranks that differ only along `axes`, in the order of their creation."""
         within = self._offsets(axes)
         bases = self._offsets(tuple(a for a in self.axes if a not in axes))
         return [tuple(base + offset for offset in within) for base in bases]

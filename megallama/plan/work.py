@@ -65,7 +65,7 @@ def balanced(layers: int, stages: int, layer_cost: float, head: float) -> tuple[
 
 
 def stage_costs(config: Config, stages: Stages) -> tuple[StageCost, ...]:
-    """Forward, input-gradient (with what full recomputation repeats) and weight-gradient operations per token."""
+    """Operations per token of each stage, with what full recomputation repeats."""
     layer = layer_forward(config.model, config.batch.seq_length, causal=True)
     again = config.memory.recompute == "full"
     out = []
