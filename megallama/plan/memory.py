@@ -57,10 +57,11 @@ def stage_layout(config: Config, stages: Stages, stage: int, dp_cp: int, tp_rank
     return build_layout(specs, dp_cp, int(config.overlap.bucket_mb * 2**20 / 4))
 
 
-def saved_bytes(config: Config, recompute: str | None = None) -> int:
-    """Bytes that one layer keeps of one micro-batch, without row statistics."""
-    h, f, tp = config.model.hidden_size, config.model.ffn_hidden_size // config.parallel.tp, config.parallel.tp
-    (n, k, d), (tokens, rows) = heads(config.model), tokens_and_rows(config)
+def saved_bytes(config: Config, recompute: str | None = None, *, gathered: bool = False) -> int:
+    """Bytes that one layer keeps of one micro-batch, without row statistics; gathered: every row of everything."""
+    m, tp = config.model, config.parallel.tp
+    (n, k, d), (tokens, rows) = heads(m), tokens_and_rows(config)
+    h, f, rows = m.hidden_size, m.ffn_hidden_size // tp, tokens if gathered else rows
     attention = 2 * d * (n // tp + max(1, k // tp))  # q and the output; k, v
     outside = {"none": 4 * h, "selective": 2 * h, "full": h}[mode := recompute or config.memory.recompute]
     inside = {"none": attention + 3 * f, "selective": attention + 2 * f, "full": 0}[mode]
@@ -84,11 +85,7 @@ def stage_saved_bytes(config: Config, stages: Stages, stage: int) -> int:
 
 def deferred_bytes(config: Config, stages: Stages, stage: int) -> int:
     """Bytes that a stage keeps of one micro-batch between the two halves of a split backward."""
-    m, tp = config.model, config.parallel.tp
-    n, k, d = heads(m)
-    inside = d * (2 * n // tp + 2 * max(1, k // tp)) + 3 * (m.ffn_hidden_size // tp)
-    per_token = DTYPE_BYTES[config.precision.dtype] * (4 * m.hidden_size + inside)
-    return len(stages[stage]) * tokens_and_rows(config)[0] * per_token
+    return len(stages[stage]) * saved_bytes(config, "none", gathered=True)
 
 
 def peak_saved_bytes(config: Config, stages: Stages, schedule: Schedule, pp_rank: int) -> int:
@@ -107,7 +104,7 @@ def peak_saved_bytes(config: Config, stages: Stages, schedule: Schedule, pp_rank
 
 
 def rank_memory(config: Config, stages: Stages, schedule: Schedule, dp_cp: int, pp_rank: int) -> RankMemory:
-    """Bytes of the ranks at one pipeline position (the same for all other ranks there)."""
+    """Bytes of each of the ranks at one pipeline position."""
     owned = schedule.stages_of(pp_rank)
     layouts = [stage_layout(config, stages, s, dp_cp) for s in owned]
     numel, buckets = sum(x.numel for x in layouts), sum(len(x.buckets) for x in layouts)
