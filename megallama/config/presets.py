@@ -13,15 +13,12 @@ def _row(hidden: int, layers: int, heads: int, ffn: int, **rest: Any) -> dict[st
     return {"hidden_size": hidden, "num_layers": layers, "num_heads": heads, "ffn_hidden_size": ffn, **rest}
 
 
-def _scaling(factor: float) -> dict[str, Any]:
-    return {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}
-
-
 _V1: dict[str, Any] = {"vocab_size": 32000, "norm_eps": 1e-6}
 _V2: dict[str, Any] = {"vocab_size": 32000, "norm_eps": 1e-5}
 _V3: dict[str, Any] = {"num_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0}
-_V31 = _V3 | {"rope_scaling": _scaling(8.0)}
-_V32 = _V3 | {"rope_scaling": _scaling(32.0), "tie_embeddings": True}
+_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}
+_V31 = _V3 | {"rope_scaling": {"factor": 8.0, **_SCALING}}
+_V32 = _V3 | {"rope_scaling": {"factor": 32.0, **_SCALING}, "tie_embeddings": True}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "debug": _row(64, 4, 4, 176, num_kv_heads=2, vocab_size=512),

@@ -86,14 +86,6 @@ def _alternating(name: str, p: int, m: int, chunks: int, warmup: Callable[[int],
     return Schedule(name, p, p * chunks, m, tuple(steps))
 
 
-def forward_only(p: int, m: int, owners: Sequence[int]) -> Schedule:
-    """Forwards alone, lowered: with c stages per rank, micro-batch i is on stage s at time s + c i."""
-    chunks = max(1, len(owners) // p)
-    wave = sorted((s + chunks * i, s, i) for s in range(len(owners)) for i in range(m))
-    steps = tuple(tuple(Action(F, s, i) for _, s, i in wave if owners[s] == rank) for rank in range(p))
-    return lower(Schedule("forward", p, len(owners), m, steps, tuple(owners)))
-
-
 def v_owners(p: int) -> tuple[int, ...]:
     """The rank of each stage of a V."""
     return (*range(p), *reversed(range(p)))
@@ -223,8 +215,15 @@ def bounds(parallel: ParallelConfig, m: int) -> tuple[int, int]:
     return in_flight.get(parallel.schedule, everything), everything if parallel.schedule == "csv" else max(4, p // 2)
 
 
-def build_forward(training: Schedule, num_microbatches: int) -> Schedule:
-    """The schedule of an evaluation, lowered and checked."""
-    schedule = forward_only(training.num_ranks, num_microbatches, training.owners)
+def build_forward(training: Schedule, m: int) -> Schedule:
+    """The schedule of an evaluation, lowered and checked, where the stages lie as in `training`.
+
+    With c stages per rank, micro-batch i is on stage s at time s + c i.
+    """
+    owners, p = training.owners, training.num_ranks
+    chunks = max(1, len(owners) // p)
+    wave = sorted((s + chunks * i, s, i) for s in range(len(owners)) for i in range(m))
+    steps = tuple(tuple(Action(F, s, i) for _, s, i in wave if owners[s] == rank) for rank in range(p))
+    schedule = lower(Schedule("forward", p, len(owners), m, steps, owners))
     check(schedule)
     return schedule

@@ -16,8 +16,6 @@ from megallama.plan.timeline import LEGEND, draw, simulate
 from megallama.plan.topology import Topology
 from megallama.plan.work import Stages, partition, stage_costs, training_flops
 
-CHART_WIDTH = 96
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,7 +44,7 @@ class Plan:
         schedule, facts = self.schedule, "\n".join(f"{name:<10} {text}" for name, text in _facts(self))
         blocks = [facts, _stage_table(self), _memory_table(self)]
         if 1 < schedule.num_ranks <= 8 and schedule.num_microbatches * schedule.num_stages <= 64:
-            blocks.append(f"{draw(simulate(schedule), CHART_WIDTH)}\n{LEGEND}")
+            blocks.append(f"{draw(simulate(schedule), width=96)}\n{LEGEND}")
         return "\n\n".join(blocks)
 
 

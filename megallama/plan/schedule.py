@@ -133,7 +133,7 @@ def parse_action(word: str) -> Action:
     """The inverse of ``str(action)``. Raises: ScheduleError naming the word."""
     found = re.fullmatch(r"([A-Za-z_]+?)(\d+)\.(\d+)", word)
     if not found or found[1] not in Kind._value2member_map_:
-        raise ScheduleError(f"{word!r} is no action; write {', '.join(Kind)} with stage.microbatch, e.g. F2.0")
+        raise ScheduleError(f"{word!r} is no action; write F, B, I or W with stage.micro-batch, e.g. F2.0")
     return Action(Kind(found[1]), int(found[2]), int(found[3]))
 
 

@@ -56,10 +56,8 @@ def read_csv(path: Path, num_ranks: int, num_stages: int, num_microbatches: int)
 def _action(word: str, place: str) -> Action:
     try:
         a = parse_action(word)
-    except ScheduleError:
-        raise ScheduleError(
-            f"{place}: {word!r} is no action; write F, B, I or W with stage.micro-batch, e.g. F2.0"
-        ) from None
+    except ScheduleError as error:
+        raise ScheduleError(f"{place}: {error}") from None
     if not a.kind.is_compute:
         raise ScheduleError(f"{place}: {word!r} is a transfer; leave it out, the program inserts what F, B and I need")
     return a

@@ -12,8 +12,7 @@ from itertools import product
 from math import prod
 
 from megallama.config.errors import ConfigError, counted
-
-AXES = ("tp", "cp", "dp", "pp")
+from megallama.config.rules import AXES
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 from megallama.analysis.communication import communication_table
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
-from megallama.plan.builders import build_schedule, forward_only
+from megallama.plan.builders import build_forward, build_schedule
 from megallama.plan.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def test_schedules_of_other_sizes() -> None:
     assert plan.schedule_for(8) is plan.schedule
     assert plan.schedule_for(3) == build_schedule(plan.config.parallel, 3)
     assert plan.schedule_for(3) is plan.schedule_for(3)
-    assert plan.schedule_for(3, training=False) == forward_only(2, 3, (0, 1))
+    assert plan.schedule_for(3, training=False) == build_forward(plan.schedule, 3)
 
 
 def test_ranks_that_do_not_fit() -> None:
