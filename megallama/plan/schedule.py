@@ -61,6 +61,10 @@ class Action(NamedTuple):
         return f"{self.kind}{self.stage}.{self.microbatch}"
 
 
+Values = Callable[[Action], Iterable[Action]]
+Moves = list[list[tuple[Action, int] | None]]  # by rank and action: None if it computes, else value and other rank
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The plan of one training step (or evaluation): `steps[rank]` is executed left to right."""
@@ -179,9 +183,6 @@ def walk(schedule: Schedule, cost: Callable[[Action], float], hop: float = 0.0) 
         raise ScheduleError(f"the schedule {schedule.name} deadlocks: {', '.join(stuck)} wait for values nobody makes")
 
 
-Values = Callable[[Action], Iterable[Action]]
-
-
 def stuck_at(schedule: Schedule, waits: Values, gives: Values) -> tuple[dict[int, Action], set[Action]]:
     """Without a clock: where ranks wait for values that nobody gives, and all that were given."""
     values: set[Action] = set()
@@ -214,10 +215,6 @@ def lower(schedule: Schedule) -> Schedule:
         out[event.rank].append(Action(send, value.stage, value.microbatch))
         out[schedule.owners[consumer]].append(Action(recv, consumer, value.microbatch))
     return replace(schedule, steps=tuple(map(tuple, out)))
-
-
-Moves = list[list[tuple[Action, int] | None]]
-"""By rank and action: None if it computes, else the value it moves and the other rank."""
 
 
 def check(schedule: Schedule, max_in_flight: int | None = None, max_received: int | None = None) -> None:
