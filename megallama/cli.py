@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megallama.config.errors import MegallamaError, exit_status
 
@@ -52,21 +52,25 @@ def run(words: list[str]) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise MegallamaError(f"there is no command {name!r}{hint}\n{USAGE}")
     if name == "train" and rest and not {"-h", "--help"} & set(rest):
-        return train(rest)
-    module = importlib.import_module(f"megallama.commands.{name.replace('-', '_')}")
-    status: int = module.main(rest)
-    return status
+        sys.argv[1:] = rest
+        from megallama.pretrain import main as pretrain
+        from megallama.train.log import finish_output
+
+        status = pretrain()
+        finish_output()  # this process ends with the run
+        return status
+    return command(name)(rest)
 
 
-def train(arguments: list[str]) -> int:
-    """Train in this process, which ends with it."""
-    sys.argv[1:] = arguments
-    from megallama.pretrain import main as pretrain
-    from megallama.train.log import finish_output
+def command(name: str) -> Callable[..., int]:
+    """One command as a function: from its arguments (without: the process's) to its exit status."""
 
-    status = pretrain()
-    finish_output()
-    return status
+    def main(argv: Sequence[str] | None = None) -> int:
+        words = list(sys.argv[1:] if argv is None else argv)
+        module = importlib.import_module(f"megallama.commands.{name.replace('-', '_')}")
+        return exit_status(lambda: module.run(words))
+
+    return main
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""`megallama plan-data` under the name it had before there was one command."""
+"""`megallama plan --data` under the name it had before there was one command."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megallama.commands.plan_data import main  # noqa: E402
+from megallama.cli import command  # noqa: E402
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command("plan")(["--data", *sys.argv[1:]]))

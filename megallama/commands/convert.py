@@ -14,10 +14,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megallama.commands.parser import Parser, main_of
+from megallama.commands.parser import Parser
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = Parser("convert", __doc__)
     parser.add_argument("source", type=Path, help="folder of any of the formats")
@@ -36,9 +36,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.read(arguments)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(argv: Sequence[str]) -> int:
     """Check the options, convert, tell."""
-    from megallama.config.errors import ConfigError
+    options = parse(argv)
+    from megallama.config.errors import ConfigError, say
     from megallama.convert.compare_logits import compare_logits, compare_with_others
     from megallama.convert.convert import ConvertOptions, UnverifiedError, convert
     from megallama.convert.source import Source, foreign_kind, open_source
@@ -51,14 +52,11 @@ def run(options: argparse.Namespace) -> int:
     if options.tp > 1 and options.to not in ("meta", "megatron") or options.pp > 1 and options.to != "megatron":
         given = f"--tp={options.tp} --pp={options.pp}"
         raise ConfigError(f"{given}: --to={options.to} has no ranks; --tp is for meta and megatron, --pp for megatron")
-    folder = options.source
-    if not foreign_kind(folder):
-        folder = find_model(folder, lambda text: print(f"note: {text}", file=sys.stderr))
-    done = []
+    folder, done = options.source if foreign_kind(options.source) else find_model(options.source, say), []
 
     def check(source: Source, result: Path, dtype: str) -> None:
         for note in source.notes:
-            print(f"note: {note}", file=sys.stderr)
+            say(note)
         what = f"{source.kind}, {num_parameters(source.model):,} parameters"
         done.append(f"{source.folder} ({what}) -> {options.target} ({options.to}, {dtype})")
         if options.compare_logits:
@@ -72,8 +70,7 @@ def run(options: argparse.Namespace) -> int:
             by = "".join(f", from {who}'s for the {name}" for name, (_, who) in theirs.items())
             done.append(f"verified: logits of random tokens differ by at most {worst:.1e} of the largest{by}")
 
-    start = time.perf_counter()
-    shard_bytes = int(options.shard_gb * 1e9)
+    start, shard_bytes = time.perf_counter(), int(options.shard_gb * 1e9)
     wanted = ConvertOptions(
         options.to, options.tp, options.pp, options.dtype, shard_bytes, options.vocab_multiple, options.head
     )
@@ -85,6 +82,3 @@ def run(options: argparse.Namespace) -> int:
     size = sum(path.stat().st_size for path in options.target.rglob("*") if path.is_file())
     print(*done, f"{size:,} bytes, {time.perf_counter() - start:.1f} s", sep="\n")
     return 0
-
-
-main = main_of(lambda arguments: run(parse(arguments)))

@@ -18,20 +18,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megallama.commands.parser import Parser, main_of
+from megallama.commands.parser import Parser
 from megallama.config.errors import counted
 
 GIB = 2**30
 NEEDED = ("torch", "numpy", "pydantic")
 OPTIONAL = {  # distribution -> what it is for
     "transformer-engine": "fused attention, norms, fp8 and fp32 accumulation on GPUs",
-    "transformer-engine-cu12": "",
-    "transformer-engine-cu13": "",
-    "transformer-engine-torch": "",
+    **dict.fromkeys([f"transformer-engine-{part}" for part in ("cu12", "cu13", "torch")], ""),
     "sentencepiece": "LLaMA 1 and 2 tokenizers",
     "tokenizers": "LLaMA 3 and GPT-2 tokenizers",
     "regex": "the check of a GPT-2 tokenizer",
@@ -44,13 +43,12 @@ OPTIONAL = {  # distribution -> what it is for
 }
 APEX_IS = "build NVIDIA/apex from source (APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation .)"
 WRONG_APEX = f"the package named apex here is an unrelated web toolkit from the package index; for NVIDIA's {APEX_IS}"
-SMALL_SHM = GIB  # below this NCCL's and the loader's shared memory may run out
 
 # tokens, hidden, ffn, heads, head size, sequence and vocabulary that --measure uses
 CUDA_SIZE, CPU_SIZE = (8192, 4096, 11008, 32, 128, 2048, 32000), (1024, 768, 2048, 12, 64, 256, 4096)
 
 
-def run(argv: Sequence[str] | None) -> int:
+def run(argv: Sequence[str]) -> int:
     """Print the report; 0 or 1."""
     parser = Parser("doctor", __doc__)
     parser.add_argument("--json", action="store_true", help="the report as one JSON object")
@@ -62,9 +60,6 @@ def run(argv: Sequence[str] | None) -> int:
     report = examine(args.dtype, args.device, args.measure, args.compile)
     print(json.dumps(report, indent=2) if args.json else text(report))
     return 0 if report["can_train"] else 1
-
-
-main = main_of(run)
 
 
 def examine(dtype: str = "bf16", device: str = "auto", measure: bool = False, compiled: bool = False) -> dict[str, Any]:
@@ -82,11 +77,18 @@ def examine(dtype: str = "bf16", device: str = "auto", measure: bool = False, co
     try:
         found["kernels"] = kernels(dtype, device, measure, compiled)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what keeps this machine from training
-        problem = problem or f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        problem = problem or f"{type(error).__name__}: {reason(error)}"
     found["advice"] = guarded(lambda: advice(found, dtype), [])
-    found["can_train"] = not problem
-    found["verdict"] = f"cannot train: {problem}" if problem else can_train(found, dtype, device)
-    return found
+    seen = {gpu["name"] for gpu in found["gpus"] if device != "cpu"}
+    where = f"{counted(found['cpu'].get('usable_cores', 'some'), 'CPU core')}, without a GPU"
+    where = f"{counted(len(found['gpus']), 'GPU')}: {', '.join(sorted(seen))}" if seen else where
+    verdict = f"cannot train: {problem}" if problem else f"can train in {dtype} on {where}"
+    return found | {"can_train": not problem, "verdict": verdict}
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def guarded(probe: Callable[[], Any], otherwise: Any) -> Any:
@@ -94,40 +96,21 @@ def guarded(probe: Callable[[], Any], otherwise: Any) -> Any:
     try:
         return probe()
     except Exception as error:  # noqa: BLE001 - a report is never lost to a broken package
-        reason = f"not known ({type(error).__name__}: {error})"
-        return {"problem": reason} if otherwise == {} else reason if isinstance(otherwise, str) else otherwise
-
-
-def can_train(found: dict[str, Any], dtype: str, device: str) -> str:
-    """The verdict where nothing is wrong."""
-    if found["gpus"] and device != "cpu":
-        names = sorted({gpu["name"] for gpu in found["gpus"]})
-        return f"can train in {dtype} on {counted(len(found['gpus']), 'GPU')}: {', '.join(names)}"
-    cores = counted(found["cpu"].get("usable_cores", "some"), "CPU core")
-    return f"can train in {dtype} on {cores}, without a GPU"
-
-
-# ---- what is there ----
+        why = f"not known ({type(error).__name__}: {error})"
+        return {"problem": why} if otherwise == {} else why if isinstance(otherwise, str) else otherwise
 
 
 def versions() -> dict[str, str]:
     """Name -> version, or why there is none."""
-    out = {"python": platform.python_version()}
+    out = {"python": platform.python_version()} | dict.fromkeys((*NEEDED, *OPTIONAL), "not installed")
     for name in (*NEEDED, *OPTIONAL):
-        out[name] = version(name)
+        with suppress(importlib.metadata.PackageNotFoundError):
+            out[name] = importlib.metadata.version(name)
     out["apex"] = guarded(which_apex, "")
     out["MPI library"] = guarded(mpi_library, "") if out["mpi4py"] != "not installed" else "not asked without mpi4py"
     out.update(guarded(built_with, {}))
     out["C++ compiler"] = shutil.which("g++") or shutil.which("clang++") or "none"
     return out
-
-
-def version(distribution: str) -> str:
-    """The installed version of a distribution."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def which_apex() -> str:
@@ -179,15 +162,11 @@ def gpus() -> list[dict[str, Any]]:
         seen = torch.cuda.get_device_properties(index)
         capability = f"{seen.major}.{seen.minor}"
         out.append({"name": seen.name, "memory_gib": round(seen.total_memory / GIB, 1), "capability": capability})
-    for gpu, driver in zip(out, guarded(drivers, []), strict=False):
-        gpu["driver"] = driver
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    asked = partial(subprocess.run, query, capture_output=True, text=True, timeout=20, check=True)
+    for gpu, driver in zip(out, guarded(lambda: asked().stdout.split(), []) if out else (), strict=False):
+        gpu["driver"] = driver  # a line per GPU
     return out
-
-
-def drivers() -> list[str]:
-    """The driver's version as nvidia-smi tells it, a line per GPU."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
 
 
 def cpu() -> dict[str, Any]:
@@ -229,9 +208,6 @@ def read(path: str) -> str:
         return ""
 
 
-# ---- kernels ----
-
-
 def kernels(dtype: str, device: str, measure: bool, compiled: bool) -> list[dict[str, Any]]:
     """A row per operation; with `measure` the microseconds of everything that works here."""
     import torch
@@ -255,22 +231,20 @@ def kernels(dtype: str, device: str, measure: bool, compiled: bool) -> list[dict
             FP8_PRODUCTS.check(make(target), target)
             works.setdefault("taken", name)
         except Exception as error:  # noqa: BLE001 - the reason is what is asked for
-            works[name] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            works[name] = reason(error)
     taken = works.pop("taken", "nothing here can")
     rows.append({"operation": f"{FP8} (precision.fp8)", "taken": taken, "refused": works})
     for row in rows[:-1] if measure else ():
         operation, times = OPERATIONS[row["operation"]], {}
-        for name, make in operation.candidates:
+        for name, make in (*operation.candidates, operation.last):
             if name not in row["refused"]:  # those after the taken one have not been checked yet
-                times[name] = guarded(partial(timed, row["operation"], make, target, operation.check), None)
-        times[operation.last[0]] = guarded(partial(timed, row["operation"], operation.last[1], target), None)
+                check = operation.check if name != operation.last[0] else None
+                times[name] = guarded(partial(timed, row["operation"], make, target, check), None)
         row["microseconds"] = times
     return rows
 
 
-def timed(
-    operation: str, make: Callable[[Any], Any], target: Any, check: Callable[[Any, Any], None] | None = None
-) -> float:
+def timed(operation: str, make: Callable[[Any], Any], target: Any, check: Callable[[Any, Any], None] | None) -> float:
     """Microseconds of forward and backward at a size that trains: the best of half a second's; a GPU is waited for."""
     import torch
     from torch.utils.benchmark import Timer
@@ -325,24 +299,21 @@ def workload(operation: str, made: Any, target: Any) -> Callable[[], Any]:
     return lambda: made([[t] for t in state], OptimizerConfig(), 1e-3, 0.1, None)
 
 
-# ---- what to do ----
-
-
 def advice(found: dict[str, Any], dtype: str) -> list[str]:
     """What to install or set for more, most important first."""
     have, processor, out = found["versions"], found["cpu"], []
     if missing := [name for name in NEEDED if have.get(name) == "not installed"]:
         out.append(f"install {', '.join(missing)}: make quickstart sets up .venv with everything")
-    if str(have.get("apex", "")).startswith("not NVIDIA's"):
+    if have.get("apex", "").startswith("not NVIDIA's"):
         out.append(WRONG_APEX)
-    out += [*gpu_advice(found, dtype)] if found["gpus"] else [*cpu_advice(have, processor, dtype)]
-    if processor.get("shm_gib", 1) * GIB < SMALL_SHM:
+    out += gpu_advice(found, dtype) if found["gpus"] else cpu_advice(have, processor, dtype)
+    if processor.get("shm_gib", 1) < 1:  # NCCL's and the loader's shared memory may run out
         out.append(f"/dev/shm holds {processor['shm_gib']} GiB; start the container with --shm-size=1g or more")
     for name, use in OPTIONAL.items():
         if use and have.get(name) == "not installed" and name != "transformer-engine":
             extra = " mpich (no system package needed)" if name == "mpi4py" else ""
             out.append(f"pip install {name}{extra}: {use}")
-    if str(have.get("MPI library", "")).startswith("none that works"):
+    if have.get("MPI library", "").startswith("none that works"):
         out.append("pip install mpich: mpi4py is there but finds no MPI")
     if have.get("C++ compiler") == "none":
         out.append("run.compile=true would need a C++ compiler (g++); nothing else does")
@@ -404,9 +375,6 @@ def slower(rows: list[dict[str, Any]]) -> list[str]:
             gain = times[row["taken"]] / times[best]
             out.append(f"{row['operation']}: {best} is {gain:.2f} times as fast here; run.without_kernels={setting}")
     return out
-
-
-# ---- telling ----
 
 
 def text(found: dict[str, Any]) -> str:

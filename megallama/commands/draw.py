@@ -18,25 +18,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megallama.commands.parser import Parser, main_of
+from megallama.commands.parser import Parser
 from megallama.config.errors import ConfigError, counted
 from megallama.config.load import load
 from megallama.config.schema import ParallelConfig
+from megallama.plan import timeline
 from megallama.plan.builders import FIXED_CHUNKS, build_schedule
 from megallama.plan.plan import make_plan
 from megallama.plan.schedule import Schedule, parse_action
-from megallama.plan.timeline import (
-    BLOCKED,
-    COMMUNICATION,
-    LEGEND,
-    Report,
-    Span,
-    StageCost,
-    chrome_trace,
-    draw,
-    simulate,
-    simulated,
-)
+from megallama.plan.timeline import Report, Span, StageCost, chrome_trace, draw, simulate, simulated
 from megallama.plan.work import stage_costs
 
 COLOURS = {
@@ -49,14 +39,6 @@ COLOURS = {
 NAMES = {"F": "forward", "B": "backward", "I": "gradient of the input", "W": "gradient of the weights"}
 IDLE = "#eeeeee"
 ROW, LABEL, WIDTH = 26, 58, 1400  # pixels
-
-
-def configured(file: Path | None, ranks: int, overrides: Sequence[str]) -> tuple[Schedule, list[StageCost]]:
-    """The schedule of a configuration, and stage costs whose mean forward is 1 ms. Raises: ConfigError."""
-    plan = make_plan(load(file, overrides, ranks=ranks, need_data=False), ranks)
-    costs = stage_costs(plan.config, plan.stages)
-    unit = sum(c.forward for c in costs) / len(costs)
-    return plan.schedule, [StageCost(*(x / unit for x in c)) for c in costs]
 
 
 def named(name: str, pp: int | None, microbatches: int | None, chunks: int | None) -> Schedule:
@@ -88,7 +70,8 @@ def measured(file: Path, num_stages: int) -> tuple[list[StageCost], dict[str, li
     waits = {(e["pid"], e["tid"], e["ts"]): e["dur"] for e in events if e["name"] == "waits"}
     spans: dict[str, list[Span]] = defaultdict(list)
     times: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for e in (e for e in events if e["ph"] == "X" and e["cat"] not in ("waits", COMMUNICATION, BLOCKED)):
+    other = ("waits", timeline.COMMUNICATION, timeline.BLOCKED)
+    for e in (e for e in events if e["ph"] == "X" and e["cat"] not in other):
         waited = waits.get((e["pid"], e["tid"], e["ts"]), 0.0)
         start, end = e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6
         spans[titles[e["pid"]]].append(Span(e["tid"], e["name"], start, start + waited / 1e6, end))
@@ -215,7 +198,7 @@ def costs_of(text: str, num_stages: int) -> list[StageCost]:
     return [StageCost(f, i, w)] * num_stages
 
 
-def run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str]) -> None:
     """Print the chart, write the pictures. Raises: MegallamaError."""
     parser = Parser("draw", __doc__, config=True, named=["ranks"])
     own = "a schedule without a configuration; NAME may be a .csv file"
@@ -237,14 +220,18 @@ def run(argv: Sequence[str] | None) -> None:
         schedule = named(args.schedule, args.pp, args.microbatches, args.chunks)
         costs = [StageCost()] * schedule.num_stages
     else:
-        schedule, costs = configured(*parser.run_of(args, "a drawing without --schedule"))
+        file, ranks, overrides = parser.run_of(args, "a drawing without --schedule")
+        plan = make_plan(load(file, overrides, ranks=ranks, need_data=False), ranks)
+        found = stage_costs(plan.config, plan.stages)
+        unit = sum(c.forward for c in found) / len(found)  # the mean forward takes 1 ms
+        schedule, costs = plan.schedule, [StageCost(*(x / unit for x in c)) for c in found]
     real: dict[str, list[Span]] = {}
     if args.like:
         costs, real = measured(args.like, schedule.num_stages)
     if args.costs:
         costs = costs_of(args.costs, schedule.num_stages)
     report = simulate(schedule, costs, args.hop)
-    print(f"{caption(schedule, report)}\n{draw(report, args.width)}\n{LEGEND}\n\n{table(schedule, report)}")
+    print(f"{caption(schedule, report)}\n{draw(report, args.width)}\n{timeline.LEGEND}\n\n{table(schedule, report)}")
     if args.svg:
         args.svg.write_text(svg(schedule, report), encoding="utf-8")
     if args.png:
@@ -252,6 +239,3 @@ def run(argv: Sequence[str] | None) -> None:
     if args.trace:
         timelines = {f"simulated {schedule.name}": simulated(report, 1e-3), **real}
         args.trace.write_text(chrome_trace(timelines), encoding="utf-8")
-
-
-main = main_of(run)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from megallama.commands.parser import Parser, main_of
+from megallama.commands.parser import Parser
 from megallama.config.errors import counted
 from megallama.config.load import load
 from megallama.plan.plan import Plan, make_plan
@@ -24,7 +24,8 @@ from megallama.plan.plan import Plan, make_plan
 if TYPE_CHECKING:
     from megallama.analysis.dryrun import DryRun
 
-def run(argv: Sequence[str] | None) -> int:
+
+def run(argv: Sequence[str]) -> int:
     """Print the report; 0, or 1 with the disagreement on stderr. Raises: MegallamaError."""
     parser = Parser("dryrun", __doc__, config=True, named=["ranks"])
     file, ranks, overrides = parser.run_of(parser.read(argv), "a dry run")
@@ -40,11 +41,9 @@ def run(argv: Sequence[str] | None) -> int:
         return 1
     for line in report(plan, done):
         print(line)
-    print(f"took      {time.perf_counter() - started:.1f} s, {_peak_gib():.2f} GiB at most")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"took      {time.perf_counter() - started:.1f} s, {peak:.2f} GiB at most")
     return 0
-
-
-main = main_of(run)
 
 
 def report(plan: Plan, done: DryRun) -> Iterator[str]:
@@ -71,7 +70,3 @@ def report(plan: Plan, done: DryRun) -> Iterator[str]:
     for group, op in sorted(count):
         calls = counted(count[group, op], "call", ",")
         yield f"  {group:>9}  {op:<14}  {calls:>18}  {size[group, op] / 1e9:>16,.6f} GB"
-
-
-def _peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -9,13 +9,14 @@ it. The same tokens that the training reads, by the same code; nothing but the f
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megallama.commands.parser import Parser, main_of
+from megallama.commands.parser import Parser
 from megallama.config.errors import ConfigError, counted
 from megallama.config.load import is_setting, load
 from megallama.config.schema import Config
@@ -23,8 +24,6 @@ from megallama.data.indexed import IndexedDataset
 from megallama.data.sources import TrainDataset, open_sources
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.plan.topology import Topology
-
-NEAR = 64
 
 
 @dataclass(frozen=True)
@@ -52,20 +51,13 @@ class Explained:
 
 def pieces(dataset: IndexedDataset, offset: int, tokens: np.ndarray, tokenizer: Tokenizer | None) -> list[Piece]:
     """The documents that the tokens from `offset` of the stream on lie in; empty documents have no piece."""
-    low, high = 0, dataset.num_documents - 1
-    while low < high:  # the last document that begins at offset or before
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if int(dataset.starts(middle, middle)[0]) <= offset else (low, middle - 1)
     found, at, end = [], offset, offset + len(tokens)
+    number = bisect_right(range(dataset.num_documents), offset, key=lambda n: int(dataset.starts(n, n)[0])) - 1
     while at < end:
-        starts = dataset.starts(low, min(low + NEAR, dataset.num_documents)).tolist()
-        for number, (begin, stop) in enumerate(zip(starts, starts[1:], strict=False), low):
-            if at < min(stop, end):
-                ids = tokens[at - offset : min(stop, end) - offset].tolist()
-                text = tokenizer.decode(ids) if tokenizer else None
-                found.append(Piece(number, at - begin, len(ids), ids, text))
-                at += len(ids)
-        low += NEAR
+        begin, stop = dataset.starts(number, number + 1).tolist()
+        if ids := tokens[at - offset : min(stop, end) - offset].tolist():
+            found.append(Piece(number, at - begin, len(ids), ids, tokenizer.decode(ids) if tokenizer else None))
+        at, number = at + len(ids), number + 1
     return found
 
 
@@ -115,7 +107,7 @@ def show(sample: Explained, *, tokens: bool, most: int) -> str:
     return "\n".join(lines)
 
 
-def run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str]) -> None:
     """Print the samples. Raises: MegallamaError."""
     parser = Parser("explain", __doc__, config=True, named=["ranks"])
     parser.usage = "%(prog)s CONFIG.toml STEP [section.key=value ...] [OPTIONS]"
@@ -151,6 +143,3 @@ def run(argv: Sequence[str] | None) -> None:
     print(f"step {step}: {counted(len(samples), 'sample')} of {counted(config.batch.seq_length, 'token')}")
     for sample in samples:
         print(show(sample, tokens=args.tokens, most=args.chars))
-
-
-main = main_of(run)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from megallama.commands.megatron.convert import LLAMA, convert, summary, to_toml
 from megallama.commands.megatron.flags import ALIASES, MARK, NOT_CHOSEN, TABLE, Flags, find, plain
-from megallama.commands.parser import Parser, main_of
+from megallama.commands.parser import Parser
 from megallama.config.errors import ConfigError, counted
 
 QUOTED = r"'[^']*'|\"(?:\\.|[^\"\\])*\""
@@ -46,7 +46,7 @@ class Script:
 
     def __init__(self, text: str, given: dict[str, str]) -> None:
         """Go through the statements in order. Raises: ConfigError for a quote or bracket that is never closed."""
-        self.given, self.variables = given, dict[str, str | list[str]](given)
+        self.given, self.variables = given, {name: [value] for name, value in given.items()}  # a string is one item
         self.commands: list[list[str]] = []
         text = re.sub(rf"({QUOTED})|(?<!\S)#[^\n]*", r"\1", text, flags=re.S)
         rest = re.sub(rf"{QUOTED}|\\.", lambda found: re.sub(".", "_", found[0]), text, flags=re.S)
@@ -70,30 +70,30 @@ class Script:
 
     def assign(self, name: str, more: str, raw: str, *, doubtful: bool) -> None:
         """NAME=raw or NAME+=raw; a mark stands for what is computed, or set under a condition."""
-        before, end = self.variables.get(name, ""), f"{name}+"
+        before, end = self.variables.get(name, []), f"{name}+"
+        computed = re.fullmatch(COMPUTED, raw.strip('"')) and not re.fullmatch(VARIABLE, raw.strip('"'))
         if name in self.given:
-            if raw.startswith("(") and isinstance(before, str):
-                self.variables[name] = shlex.split(before)
+            self.variables[name] = shlex.split(self.given[name]) if raw.startswith("(") else before
         elif doubtful and (more or re.match(rf'"?\$\{{?{name}\b', raw)):  # it goes on
             mark = self.given.get(end, f"{MARK}+{end}{MARK}")
             self.given |= {end: ""} if end in self.given else {}  # once
             if not re.match(r'["(]?\s*(?:\$\{?\w+\}?)?\s*(?:[|>]|2>)', raw) and mark not in before:
-                self.variables[name] = [*before, *mark.split()] if isinstance(before, list) else f"{before} {mark}"
-        elif doubtful or (re.fullmatch(COMPUTED, raw.strip('"')) and not re.fullmatch(VARIABLE, raw.strip('"'))):
-            self.variables[name] = f"{MARK}{'+' if '--' in raw or f'{MARK}+' in before else '!'}{name}{MARK}"
+                self.variables[name] = [*before, *mark.split()]
+        elif doubtful or computed:
+            flags = "--" in raw or f"{MARK}+" in " ".join(before)
+            self.variables[name] = [f"{MARK}{'+' if flags else '!'}{name}{MARK}"]
         elif raw.startswith("("):
             self.variables[name] = [*(before if more else ()), *self.words(raw[1:-1])]
         else:
-            self.variables[name] = (str(before) if more else "") + " ".join(self.words(raw, r"(\W)"))
+            self.variables[name] = [" ".join(before if more else ()) + " ".join(self.words(raw, r"(\W)"))]
 
     def words(self, raw: str, special: str = r"(['\"\\])") -> list[str]:
         """The words that the shell makes of a piece of the script; `special` signs of a value are its own."""
 
         def piece(found: re.Match[str]) -> str:
-            text, array = found[0], re.fullmatch(r'"\$\{(\w+)\[@\]\}"', found[0])
-            items = self.variables.get(array[1], "") if array else ""
-            if array:
-                return items if isinstance(items, str) else shlex.join(items)
+            text = found[0]
+            if array := re.fullmatch(r'"\$\{(\w+)\[@\]\}"', text):
+                return self.given.get(array[1]) or shlex.join(self.variables.get(array[1], ()))
             if text[0] == '"':
                 return f'"{INSIDE.sub(inside, text[1:-1])}"'
             return text if text[0] in "\\'" else re.sub(special, r"\\\1", self.value(found))
@@ -108,13 +108,13 @@ class Script:
     def value(self, found: re.Match[str]) -> str:
         """What $NAME, ${NAME}, ${NAME:-other} stand for; all else that begins with $ is not read."""
         name = found["name"] or found["short"]
-        value = "" if name in ("@", "*") else self.variables.get(name or "")
+        items = [] if name in ("@", "*") else self.variables.get(name or "")
         if name is None:
             command = re.search(r"[\w./-]+", found[0])
             return f"{MARK}?({command[0] if command else ''}...){MARK}"
-        if found["other"] is not None and (value is None or (not value and found["op"])):
+        if found["other"] is not None and (items is None or (found["op"] and not " ".join(items))):
             return " ".join(self.words(found["other"]))
-        return f"{MARK}?{name}{MARK}" if value is None else value if isinstance(value, str) else " ".join(value)
+        return f"{MARK}?{name}{MARK}" if items is None else " ".join(items)
 
 
 def read_script(text: str, given: dict[str, str], name: str, flags: Flags) -> list[str]:
@@ -128,8 +128,8 @@ def read_script(text: str, given: dict[str, str], name: str, flags: Flags) -> li
         if len(script.commands) > 1:
             flags.notes.append(f"taken of {len(script.commands)} commands: {plain(command[:3])} ...")
         return command
-    texts = {k: v if isinstance(v, str) else " ".join(v) for k, v in script.variables.items() if k not in given}
-    lists = {k: v for k, v in texts.items() if v.lstrip().startswith("--")}
+    texts = {name: " ".join(items) for name, items in script.variables.items() if name not in given}
+    lists = {name: text for name, text in texts.items() if text.lstrip().startswith("--")}
     if not lists:
         line = "the one with `torchrun ... pretrain_gpt.py --num-layers ...`"
         raise ConfigError(f"{name} holds no flags of Megatron; give the launch script, {line}, or flags behind --")
@@ -174,18 +174,17 @@ def read_listing(text: str, flags: Flags) -> list[str]:
 
 def report(flags: Flags, line: str) -> str:
     """What became of every flag, Megatron's defaults that were taken over, and what is to be looked at."""
-    said = {flag.split()[0].lstrip("-").replace("_", "-") for flag, _ in flags.implied}
-    given = {name: text for name, text in flags.given.items() if name not in said}
-    idle = [(text, "no effect beside the other flags") for name, text in given.items() if name not in flags.asked]
+    given, asked = flags.given, flags.asked
+    idle = [(text, "no effect beside the other flags") for name, text in given.items() if name not in asked]
     parts = {"context-parallel-size", "make-vocab-size-divisible-by", "num-query-groups", "rope-scaling-factor"}
     parts |= {name for name, *_ in LLAMA} | (set() if "data-path" in flags.values else {"split"})
     if not {"data-path", "valid-data-path"} & flags.values.keys():
         parts |= {"eval-iters", "eval-interval"}
-    defaults = [(f"--{n} {value}", "") for n, value in flags.asked.items() if value is not None and n not in parts]
+    defaults = [(f"--{n} {value}", "") for n, value in asked.items() if value is not None and n not in parts]
     known = f"for {counted(flags.ranks, 'rank')}" if flags.ranks else None
     out = [line, known or "for how many ranks is not said; --ranks N checks that"]
     out += ["", f"the launcher: {flags.launcher}"] if flags.launcher else []
-    read = ", ".join(text for name, text in given.items() if name in flags.asked)
+    read = ", ".join(text for name, text in given.items() if name in asked)
     out += ["", "became settings, or decided about them:", filled(read)] if read else []
     for title, rows in (
         ("implied: so here without a setting", flags.implied),
@@ -211,9 +210,9 @@ def filled(text: str) -> str:
     return textwrap.fill(text, 118, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
 
 
-def run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str]) -> None:
     """Print the TOML, or write it; the report goes to standard error. Raises: MegallamaError."""
-    own = list(sys.argv[1:] if argv is None else argv)
+    own = list(argv)
     at = own.index("--") if "--" in own else len(own)
     words, flags = own[at + 1 :], Flags()
     own = re.sub("(^|\0)--without\0", r"\1--without=", "\0".join(own[:at])).split("\0") if at else []
@@ -244,14 +243,12 @@ def run(argv: Sequence[str] | None) -> None:
         words = [*(read_listing(text, flags) if listed else read_script(text, given, args.source, flags)), *words]
     without = [name.strip() for names in args.without for name in names.split(",") if name.strip()]
     flags.read(words, without, ignore_unknown=args.ignore_unknown)
+    flags.ranks = int(args.ranks) if args.ranks else flags.ranks
     name = re.sub(r"[^\w.-]", "_", source.stem)
-    config, said = convert(flags, "from_megatron" if name == "-" else name, int(args.ranks) if args.ranks else None)
+    config, said = convert(flags, "from_megatron" if name == "-" else name)
     toml = to_toml(said, [f"From Megatron-LM's flags, by megallama from-megatron {source}", summary(config)])
     print(report(flags, summary(config)), file=sys.stderr)
     if args.output is None:
         print(toml, end="")
     else:
         args.output.write_text(toml, encoding="utf-8")
-
-
-main = main_of(run)

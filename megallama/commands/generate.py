@@ -7,18 +7,18 @@ to standard error.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megallama.commands.parser import Parser, main_of
+from megallama.commands.parser import Parser
+from megallama.config.errors import counted
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+def run(argv: Sequence[str]) -> None:
+    """Load, then stream."""
     parser = Parser("generate", __doc__)
     parser.add_argument("checkpoint", type=Path, help="step folder, folder of steps, run folder or Hugging Face folder")
     parser.add_argument("--prompt", default="", help="text to continue; without it a document is begun")
@@ -31,14 +31,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=formats, default="auto", help="number format; auto is the saved one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file or folder, if the checkpoint has none")
-    return parser.read(arguments)
-
-
-def run(options: argparse.Namespace) -> None:
-    """Load, then stream."""
+    options = parser.read(argv)
     import torch
 
-    from megallama.config.errors import ConfigError, counted
+    from megallama.config.errors import ConfigError, say
     from megallama.data.tokenizer import load_tokenizer
     from megallama.inference.generate import Sampling, encode_prompt, find_model, generate, load_llama, stream_text
     from megallama.train.speed import slow_format
@@ -50,16 +46,16 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError("--device=cuda: this machine has no CUDA device that torch can use; use --device=cpu")
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-    folder = find_model(options.checkpoint, lambda text: print(f"note: {text}", file=sys.stderr))
+    folder = find_model(options.checkpoint, say)
     tokenizer = load_tokenizer(options.tokenizer or folder)
     llama = load_llama(folder, names.get(options.dtype), device)
     for note in llama.notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(note)
     prompt = encode_prompt(folder, tokenizer, options.prompt)
     kind = str(llama.embed.dtype).removeprefix("torch.")
     print(f"{folder} in {kind} on {device}; {counted(len(prompt), 'prompt token')}", file=sys.stderr)
     if slow := slow_format(device, llama.embed.dtype):
-        print(f"note: {slow}; --dtype fp32 is faster", file=sys.stderr)
+        say(f"{slow}; --dtype fp32 is faster")
     print(options.prompt, end="", flush=True)
     drawn = generate(llama, prompt, options.max_tokens, sampling, num_ids=tokenizer.vocab_size)
     start, count = time.perf_counter(), itertools.count()
@@ -70,6 +66,3 @@ def run(options: argparse.Namespace) -> None:
     made = next(count)  # zip asks for a number after each token only
     rate = made / (time.perf_counter() - start)
     print(f"{counted(made, 'token')}, {rate:.1f} tokens/s", file=sys.stderr)
-
-
-main = main_of(lambda arguments: run(parse(arguments)))

@@ -1,17 +1,8 @@
-"""Say what is in a checkpoint, verify every byte of it, or compare it with another one.
-
-    megallama inspect runs/x/checkpoints/step-00001000 [--verify] [OTHER]
-
-FOLDER is a step folder, or a checkpoints or run folder (its newest step is taken); OTHER also a Hugging Face
-folder, Meta's release or Megatron-style shards.  Exit status: 0 as it should be, 1 damaged or different, 2 not a
-checkpoint, or one that cannot be read now.
-"""
+"""What is in a checkpoint, whether every byte of it is whole, and how it differs from another one."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 
@@ -20,8 +11,7 @@ import torch
 from megallama.checkpoint import manifest, reader
 from megallama.checkpoint.folder import find_checkpoint, step_folder
 from megallama.checkpoint.manifest import STATE
-from megallama.commands.parser import Parser, main_of
-from megallama.config.errors import counted
+from megallama.config.errors import counted, say
 from megallama.convert.source import Source, foreign_kind, open_source
 from megallama.plan.box import Box
 from megallama.plan.params import num_parameters
@@ -29,27 +19,15 @@ from megallama.plan.params import num_parameters
 CHUNK_ELEMENTS = 8 << 20
 
 
-def run(argv: Sequence[str] | None) -> int:
-    """Describe, verify, compare; 0 or 1. Raises: MegallamaError."""
-    parser = Parser("inspect", __doc__)
-    parser.add_argument("folder", type=Path, help="a step folder, a folder of step folders, or a run folder")
-    parser.add_argument("other", type=Path, nargs="?", help="compare with this one, tensor by tensor")
-    parser.add_argument("--verify", action="store_true", help="check the digest of every block")
-    options = parser.read(argv)
-    folder = find_checkpoint(options.folder, _note)
+def inspect_checkpoint(path: Path, other: Path | None, *, verified: bool) -> int:
+    """Describe, verify, compare; 0, or 1 for what is damaged or different. Raises: MegallamaError."""
+    folder = find_checkpoint(path, say)
     saved = manifest.read_manifest(folder)
     describe(folder, saved)
-    status = verify(folder, saved) if options.verify else 0
-    if options.other is not None:
-        status = max(status, compare(folder, saved, find_checkpoint(options.other, _note)))
+    status = verify(folder, saved) if verified else 0
+    if other is not None:
+        status = max(status, compare(folder, saved, find_checkpoint(other, say)))
     return status
-
-
-main = main_of(run)
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
 
 
 def describe(folder: Path, saved: manifest.Manifest) -> None:
@@ -89,11 +67,12 @@ def verify(folder: Path, saved: manifest.Manifest) -> int:
 def compare(folder: Path, saved: manifest.Manifest, other: Path) -> int:
     """Compare weights, and state if both have it, tensor by tensor. Returns 1 if anything differs."""
     theirs = manifest.read_manifest(other) if step_folder(other) == other else None
+    foreign = open_source if foreign_kind(other) else reader.open_folder
     first, different, total = None, 0, 0
     for kind in ("model", *(STATE if theirs else ())):
         with (
             reader.open_state(folder, saved, kind) as a,
-            reader.open_state(other, theirs, kind) if theirs else _open_other(other) as b,
+            reader.open_state(other, theirs, kind) if theirs else foreign(other) as b,
         ):
             for name in sorted(a.places.keys() | b.places.keys()):
                 total += 1
@@ -105,29 +84,20 @@ def compare(folder: Path, saved: manifest.Manifest, other: Path) -> int:
     return 1 if different else 0
 
 
-def _open_other(folder: Path) -> reader.TensorFiles | Source:
-    return open_source(folder) if foreign_kind(folder) else reader.open_folder(folder)
-
-
 def _difference(a: reader.TensorFiles, b: reader.TensorFiles | Source, name: str) -> str | None:
     if name not in a.places or name not in b.places:
         return f"only in the {'first' if name in a.places else 'second'}"
     if a.places[name].shape != b.places[name].shape:
         return f"shape {list(a.places[name].shape)} and {list(b.places[name].shape)}"
-    count, largest = 0, 0.0
-    for box in _pieces(name, a.places[name].shape):
+    shape, count, largest = a.places[name].shape, 0, 0.0
+    rows = max(1, CHUNK_ELEMENTS // prod(shape[1:]))
+    for start in range(0, shape[0], rows):
+        box = Box.whole(name, shape).rows(start, min(start + rows, shape[0]))
         x, y = (torch.empty(box.numel, dtype=torch.float64) for _ in "ab")
         a.read_into(box, x)
         b.read_into(box, y)
         differs = (x != y) & ~(x.isnan() & y.isnan())
         count += int(differs.sum())
         largest = max(largest, float((x - y).abs()[differs].nan_to_num(float("inf")).max()) if differs.any() else 0.0)
-    size = counted(prod(a.places[name].shape), "element")
+    size = counted(prod(shape), "element")
     return f"{count} of {size} differ, by at most {largest:.6g}" if count else None
-
-
-def _pieces(name: str, shape: tuple[int, ...]) -> Iterator[Box]:
-    """The whole tensor in pieces of some rows."""
-    whole, rows = Box.whole(name, shape), max(1, CHUNK_ELEMENTS // prod(shape[1:]))
-    for start in range(0, shape[0], rows):
-        yield whole.rows(start, min(start + rows, shape[0]))

@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from megallama.commands.parser import Parser, filled, main_of
+from megallama.commands.parser import Parser, filled
 from megallama.config.errors import counted
 
 
-def run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str]) -> None:
     """Join the pairs. Raises: MegallamaError."""
     parser = Parser("merge", __doc__)
     parser.add_argument("prefixes", nargs="+", help="the pairs, with or without .bin or .idx")
@@ -27,6 +27,3 @@ def run(argv: Sequence[str] | None) -> None:
         merged = merge(args.prefixes, args.output, bar.update, lambda text: print(text, file=sys.stderr))
     documents, tokens = counted(merged.num_documents, "document", ","), counted(merged.num_tokens, "token", ",")
     print(f"{merged.prefix}.bin: {documents}, {tokens}")
-
-
-main = main_of(run)

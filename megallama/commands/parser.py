@@ -10,14 +10,11 @@ import difflib
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
-from megallama.config.errors import ConfigError, exit_status
-
-if TYPE_CHECKING:
-    from megallama.config.describe import Setting
+from megallama.config.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +30,7 @@ class Parser(argparse.ArgumentParser):
             description=(about or "").strip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             add_help=False,
+            allow_abbrev=False,  # what is written today must mean the same when another option is added
         )
         self._named, self._config = named, config
         helped: dict[str, Any] = {"nargs": "?", "metavar": "SECTION"} if config else {"nargs": 0}
@@ -45,20 +43,19 @@ class Parser(argparse.ArgumentParser):
         if "ranks" in named:
             self.add_argument("--ranks", action="append", metavar="N", help="the number of ranks; also ranks=N")
 
-    def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """The arguments, options and words in any order. Raises: ConfigError."""
         known = rf"^(?:--)?(?=(?:{'|'.join(self._named)})=)" if self._named else "^(?!)"
-        words = [re.sub(known, "--", word) for word in (sys.argv[1:] if argv is None else argv)]
-        if not self._config:
-            return self.parse_args(words)
-        return self.parse_intermixed_args([re.sub(r"^--(?=[\w-]+\.[^=]*=)", "", word) for word in words])
+        words = [re.sub(known, "--", word) for word in argv]
+        words = [re.sub(r"^--(?=[\w-]+\.[^=]*=)", "", word) for word in words] if self._config else words
+        return self.parse_intermixed_args(words)
 
     def run_of(self, args: argparse.Namespace, what: str) -> tuple[Path | None, int, list[str]]:
         """File, ranks and settings of a run that is looked at before it starts. Raises: ConfigError about `what`."""
         file, overrides = self.config_of(args)
         given = args.ranks or []
         if len(given) != 1 or not re.fullmatch("0*[1-9][0-9]{0,8}", given[0]):
-            but = f", not {' '.join(f'ranks={_short(count)}' for count in given)}" if given else ""
+            but = f", not {' '.join(f'ranks={count:.40}' for count in given)}" if given else ""
             self.error(f"{what} needs one number of ranks{but}; write for example ranks=8")
         return file, int(given[0]), overrides
 
@@ -73,7 +70,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises: ConfigError."""
-        raise ConfigError(f"{message}\n{self.format_usage().strip()}")
+        wrong = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(wrong[1], self._option_string_actions, 1) if wrong else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{message}{hint}\n{self.format_usage().strip()}")
 
 
 class _Help(argparse.Action):
@@ -83,21 +83,6 @@ class _Help(argparse.Action):
         name = values if isinstance(values, str) and "=" not in values and not values.endswith(".toml") else ""
         parser._print_message(explain(name) if name else parser.format_help(), sys.stdout)
         parser.exit()
-
-
-class Main(Protocol):
-    """A command as a function: from its arguments (None: the process's) to its exit status."""
-
-    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
-
-
-def main_of(run: Callable[[Sequence[str] | None], int | None]) -> Main:
-    """The command that does `run`, an error told as one text."""
-
-    def main(argv: Sequence[str] | None = None) -> int:
-        return exit_status(lambda: run(argv))
-
-    return main
 
 
 def filled(text: str) -> str:
@@ -116,7 +101,7 @@ def section_table() -> str:
 
 def explain(name: str) -> str:
     """The settings of a section, or one of them: type, default, unit, meaning. Raises: ConfigError if there is none."""
-    from megallama.config.describe import sections, settings
+    from megallama.config.describe import literal, sections, settings
 
     name = name.strip("[]").replace("-", "_")
     found = [s for s in settings() if s.key == name or s.key.startswith(f"{name}.")]
@@ -124,22 +109,14 @@ def explain(name: str) -> str:
         near = difflib.get_close_matches(name, [*sections(), *(s.key for s in settings())], 1)
         hint = f"did you mean {near[0]}? Sections are" if near else "sections are"
         raise ConfigError(f"there is no section and no setting {name!r}; {hint} {', '.join(sections())}")
-    head = [f"[{name}] {_first(sections()[name])}", ""] if name in sections() else []
-    return "\n".join([*head, *(line for setting in found for line in _lines(setting))]) + "\n"
-
-
-def _lines(setting: Setting) -> Iterator[str]:
-    from megallama.config.describe import literal
-
-    unit = f" [{setting.unit}]" if setting.unit else ""
-    default = "" if setting.default is None else f"; default {literal(setting.default)}"
-    yield f"{setting.key} = {setting.type}{unit}{default}"
-    yield textwrap.fill(setting.meaning, 100, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+    out = [f"[{name}] {_first(sections()[name])}", ""] if name in sections() else []
+    fill = textwrap.TextWrapper(100, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False).fill
+    for setting in found:
+        unit = f" [{setting.unit}]" if setting.unit else ""
+        default = "" if setting.default is None else f"; default {literal(setting.default)}"
+        out += [f"{setting.key} = {setting.type}{unit}{default}", fill(setting.meaning)]
+    return "\n".join(out) + "\n"
 
 
 def _first(about: str) -> str:
     return about.strip().split("\n\n")[0].replace("\n", " ")
-
-
-def _short(text: str, most: int = 40) -> str:
-    return text if len(text) <= most else text[:most] + "..."

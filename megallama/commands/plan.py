@@ -1,9 +1,12 @@
 """What a run will do, before it starts: `megallama plan [CONFIG.toml] ranks=N [section.key=value ...]`.
 
 Prints the plan: layers and parameters per stage, batch arithmetic, memory per rank, the pipeline's bubble, and the
-predicted time, speed, length, energy and CO2 on a kind of GPU. `--data` prints what the run takes from each source
-instead (then ranks=N may be left out). Needs neither torch nor a GPU. Exit status 2 if the configuration has errors;
-all of them are printed.
+predicted time, speed, length, energy and CO2 on a kind of GPU. Needs neither torch nor a GPU. Exit status 2 if the
+configuration has errors; all of them are printed.
+
+`--data` prints what the run takes from each source instead (then ranks=N may be left out): its size, its share of the
+samples in every phase of the mixture, the tokens used, the epochs at the end, and the step at which its max_epochs
+ends the data. Sizes come from the files where they are there, else from num_tokens of the source.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from megallama.analysis.communication import collectives, communication_table
-from megallama.commands import plan_data
-from megallama.commands.parser import Parser, main_of
+from megallama.analysis.sources import SourceShare, source_shares
+from megallama.commands.parser import Parser
 from megallama.config.errors import ConfigError, counted
 from megallama.config.load import load
+from megallama.config.schema import Config
 from megallama.forecast.forecast import CO2_KG_PER_KWH, GIB, PUE, Forecast, forecast, search
 from megallama.forecast.hardware import load_hardware
 from megallama.plan.plan import make_plan
@@ -27,7 +31,7 @@ from megallama.plan.plan import make_plan
 UNAVOIDABLE = ("matrices", "attention", "head and loss")
 
 
-def run(argv: Sequence[str] | None) -> int:
+def run(argv: Sequence[str]) -> int:
     """Print one plan, or a search's findings. Raises: MegallamaError."""
     parser = Parser("plan", __doc__, config=True, named=["ranks", "hardware", "kernel"])
     kinds = "a100-80g, h100, h200 or a FILE.toml (default a100-80g); also hardware=KIND"
@@ -44,11 +48,8 @@ def run(argv: Sequence[str] | None) -> int:
         table = f"{args.rows or 'FILE.csv'} -o {args.o or 'OUT.csv'}"
         raise ConfigError(f"tables of layouts have a program of their own: python benchmarks/planner_rows.py {table}")
     if args.data:
-        return plan_data.show(*parser.config_of(args), as_json=args.json)
+        return data(*parser.config_of(args), as_json=args.json)
     return plan(args, *parser.run_of(args, "the plan"))
-
-
-main = main_of(run)
 
 
 def plan(args: argparse.Namespace, file: Path | None, ranks: int, overrides: Sequence[str]) -> int:
@@ -168,3 +169,40 @@ def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
                      f"PUE {PUE}, {CO2_KG_PER_KWH} kg/kWh)")  # fmt: skip
     for flag in p.flags:
         yield "extrapolated", f"outside what the constants were fitted on: {flag}"
+
+
+def data(file: Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
+    """Print what the run of a configuration takes from each source. Raises: MegallamaError."""
+    config = load(file, overrides)
+    if config.data.synthetic:
+        raise ConfigError("data.synthetic=true takes nothing from any source; write data.train")
+    rows, firsts = source_shares(config)
+    described = {"phases": firsts, "sources": [asdict(row) for row in rows]}
+    print(json.dumps(described) if as_json else data_table(config, rows, firsts))
+    return 0
+
+
+def data_table(config: Config, rows: Sequence[SourceShare], firsts: Sequence[int]) -> str:
+    """That as text."""
+    b, steps = config.batch, config.train.steps
+    samples = b.samples_after(steps)
+    phases = [f"share from step {n:,}" for n in firsts]
+    lines = [["source", "tokens", *phases, "used tokens", "epochs", "max", "last step"]]
+    for row in rows:
+        size = f"{row.tokens:,}{'' if row.measured else '*'}"
+        shares = [f"{100 * share:.2f} %" for share in row.shares]
+        cap = [f"{x:{form}}" if x is not None else "" for x, form in ((row.max_epochs, "g"), (row.last_step, ","))]
+        lines.append([row.source, size, *shares, f"{row.used_tokens:,}", f"{row.epochs:.2f}", *cap])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    size = f"{counted(samples, 'sample', ',')} of {b.seq_length} = {counted(samples * b.seq_length, 'token', ',')}"
+    out = [f"{counted(steps, 'step', ',')}, {size}", ""]
+    for line in lines:
+        name, *cells = line
+        out.append("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip())
+    if not all(row.measured for row in rows):
+        out += ["", "* num_tokens of the configuration; the files are not here"]
+    ends = [row.last_step for row in rows if row.last_step is not None]
+    if ends:
+        what = "refused" if config.data.on_exhausted == "error" else f"over after step {min(ends):,}"
+        out += ["", f'with data.on_exhausted="{config.data.on_exhausted}" this run is {what}']
+    return "\n".join(out)

@@ -18,9 +18,10 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from megallama.commands.parser import Parser, filled, main_of
+from megallama.commands.parser import Parser, filled
 from megallama.config.errors import DataError, counted, exit_status
 
 if TYPE_CHECKING:
@@ -31,11 +32,12 @@ SAYING = 0.5  # seconds in which mpirun, which ends all at once, passes on what 
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # how many processes a launcher started
 
 
-def carry_out(args: argparse.Namespace) -> int:
+def run(argv: Sequence[str]) -> int:
     """Run as one process or as a rank; says how to go on after a failure. Raises: DataError."""
+    args = parse(argv)
     comm = communicator(os.environ)
     try:
-        status = exit_status(lambda: run(args, comm))
+        status = exit_status(lambda: carry_out(args, comm))
     except BaseException:
         if comm:  # a fault of the program: without this the rank would wait in MPI's own exit for the others
             traceback.print_exc()
@@ -50,7 +52,7 @@ def carry_out(args: argparse.Namespace) -> int:
     return status
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; options have the names of `preprocess`'s parameters."""
     parser = Parser("prepare", __doc__)
     add = parser.add_argument
@@ -107,7 +109,7 @@ def communicator(env: Mapping[str, str]) -> Any:
     return MPI.COMM_WORLD
 
 
-def run(args: argparse.Namespace, comm: Any) -> int:
+def carry_out(args: argparse.Namespace, comm: Any) -> int:
     """Do the work of this process."""
     start = time.monotonic()
     if comm and comm.rank:
@@ -124,13 +126,9 @@ def run(args: argparse.Namespace, comm: Any) -> int:
     options["workers"] = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
     del options["max_document_mb"]
     with ByteProgress("tokenizing", quiet=options.pop("quiet")) as bar:
-        summary = preprocess(**options, progress=bar.update, say=_say, comm=comm)
+        summary = preprocess(**options, progress=bar.update, say=partial(print, file=sys.stderr, flush=True), comm=comm)
     report(summary, time.monotonic() - start)
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def report(summary: Summary, seconds: float) -> None:
@@ -144,6 +142,3 @@ def report(summary: Summary, seconds: float) -> None:
     print(f"{summary.marks}; {seconds:.1f} s, {rates}; encoder: {summary.encoder}")
     for line in summary.losses.lines():
         print(line, file=sys.stderr)
-
-
-main = main_of(lambda argv: carry_out(parse(argv)))

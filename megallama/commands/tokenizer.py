@@ -14,14 +14,14 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megallama.commands.parser import Parser, filled, main_of
+from megallama.commands.parser import Parser, filled
 from megallama.commands.prepare import add_input_options
 from megallama.text.inputs import Losses
 from megallama.text.progress import ByteProgress
 from megallama.text.train_tokenizer import train_tokenizer
 
 
-def run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str]) -> None:
     """Train and write it. Raises: MegallamaError."""
     parser = Parser("tokenizer", __doc__)
     parser.add_argument("inputs", nargs="+", help="files, folders or patterns")
@@ -54,6 +54,3 @@ def run(argv: Sequence[str] | None) -> None:
     for line in losses.lines():
         print(line, file=sys.stderr)
     print(f"{path}: {args.vocab_size:,} ids, {time.monotonic() - start:.1f} s")
-
-
-main = main_of(run)

@@ -7,14 +7,14 @@ import re
 import pytest
 
 from megallama.analysis import dryrun as library
-from megallama.commands import dryrun
+from megallama.cli import command
 from megallama.plan.plan import Plan
 
 LAYOUT = ["parallel.tp=2", "parallel.pp=2", "model.preset=debug", "batch.global_batch_size=16"]
 
 
 def test_it_reports_what_was_proved(capsys: pytest.CaptureFixture[str]) -> None:
-    assert dryrun.main(["ranks=8", *LAYOUT]) == 0
+    assert command("dryrun")(["ranks=8", *LAYOUT]) == 0
     out = capsys.readouterr().out
     assert "tp=2 x pp=2 x dp=2 = 8 ranks: 3 distinct" in out  # norms of the last stage: shards differ
     assert "executed  loading, step 1, step 2, evaluation, skipped step 3" in out
@@ -38,7 +38,7 @@ def test_a_job_that_can_hang_has_status_1(
         return library.Program(tuple(calls), ()) if rank else program
 
     monkeypatch.setattr(library, "record", record)
-    assert dryrun.main(["ranks=8", *LAYOUT]) == 1
+    assert command("dryrun")(["ranks=8", *LAYOUT]) == 1
     err = capsys.readouterr().err
     assert err.startswith("this job can hang: group world of ranks 0, 1, 2, 3, 4, 5, 6, 7, call 1: "), err
     assert "rank 0 says all_reduce (10,) float64 in step 2, rank 4 says all_reduce (10,) float64 in evaluation" in err
@@ -59,5 +59,5 @@ def test_a_job_that_can_hang_has_status_1(
 def test_errors_of_a_user_have_status_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert dryrun.main(arguments) == 2
+    assert command("dryrun")(arguments) == 2
     assert message in capsys.readouterr().err

@@ -15,7 +15,7 @@ from megallama.checkpoint import folder as folders
 from megallama.checkpoint import manifest
 from megallama.checkpoint.disk import CheckpointError, DamagedError, UnreadableError
 from megallama.checkpoint.reader import BlockFile, verify_blocks
-from megallama.commands.inspect_checkpoint import main as inspect
+from megallama.cli import command
 from megallama.plan.topology import Topology
 from tests.checkpoint.states import (
     MODEL,
@@ -30,6 +30,9 @@ from tests.checkpoint.states import (
     save_on,
     solo_shards,
 )
+
+inspect = command("inspect")
+
 
 OLD, NEW = make_state(seed=1), make_state(seed=2)
 

@@ -17,14 +17,15 @@ import torch
 
 from megallama.checkpoint import manifest
 from megallama.checkpoint.disk import CheckpointError
-from megallama.commands.convert import main as reshard
-from megallama.commands.generate import main as generate
-from megallama.commands.inspect_checkpoint import main as inspect
+from megallama.cli import command
 from megallama.convert.source import open_source
 from megallama.inference.generate import load_llama
 from tests.checkpoint.states import MODEL, empty_solo, make_config, make_manager, make_state, solo_shards
 from tests.convert.formats import to
 
+reshard = command("convert")
+generate = command("generate")
+inspect = command("inspect")
 SECRET = "password of root"
 
 

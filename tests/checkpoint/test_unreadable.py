@@ -13,8 +13,7 @@ import pytest
 from megallama.checkpoint import disk, manifest, reader
 from megallama.checkpoint import folder as folders
 from megallama.checkpoint.disk import CheckpointError, UnreadableError
-from megallama.commands.convert import main as reshard
-from megallama.commands.inspect_checkpoint import main as inspect
+from megallama.cli import command
 from megallama.inference.generate import find_model
 from megallama.plan.topology import Topology
 from tests.checkpoint.states import (
@@ -30,6 +29,10 @@ from tests.checkpoint.states import (
     save_on,
     solo_shards,
 )
+
+reshard = command("convert")
+inspect = command("inspect")
+
 
 OLD, NEW = make_state(seed=1), make_state(seed=2)
 PASSING = ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "ENOTCONN", "EREMOTEIO")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_table_of_commands_is_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
     files = {p.stem.replace("_", "-") for p in (ROOT / "megallama" / "commands").glob("*.py")}
-    parts = {"--init--", "parser", "plan-data", "inspect-data", "inspect-checkpoint"}  # of other commands
+    parts = {"--init--", "parser", "inspect-checkpoint"}  # of other commands
     assert files - parts == set(cli.COMMANDS)
     assert cli.main(["--help"]) == 0
     listed = capsys.readouterr().out
@@ -88,6 +88,20 @@ def test_ranks_and_settings_in_every_form(words: list[str]) -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.read(["run.toml", *words, "--json"])
     assert parser.run_of(args, "the plan") == (Path("run.toml"), 8, ["parallel.tp=2"]) and args.json
+
+
+@pytest.mark.parametrize("words, message", [
+    (["plan", "--rank", "4"], "unrecognized arguments: --rank; did you mean --ranks?\nusage: megallama plan "),
+    (["dryrun", "--rank=4"], "unrecognized arguments: --rank=4; did you mean --ranks?\n"),
+    (["doctor", "--meas"], "unrecognized arguments: --meas; did you mean --measure?\n"),
+    (["from-megatron", "--out", "x", "--", "--lr", "1"], "unrecognized arguments: --out; did you mean --output?\n"),
+    (["merge", "a", "--output", "b", "--no-such-option"], "unrecognized arguments: --no-such-option\nusage: "),
+])  # fmt: skip
+def test_options_are_written_out(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """An abbreviation would mean something else, or nothing, as soon as a second option begins like it."""
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize("count", ["", "0", "-1", "1.5", "1" * 5000, "9999999999", "x"])

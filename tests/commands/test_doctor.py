@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megallama.cli import command
 from megallama.commands import doctor
 from megallama.kernels import select
 
@@ -41,7 +42,7 @@ def test_as_a_program_on_this_machine() -> None:
 
 
 def test_the_text_ends_with_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main(["--device", "cpu", "--dtype", "fp32"]) == 0
+    assert command("doctor")(["--device", "cpu", "--dtype", "fp32"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("This machine can train in fp32 on ")
     heads = [line for line in lines if line.isupper()]
@@ -79,7 +80,7 @@ def test_what_raises_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["verdict"] == "cannot train: RuntimeError: libcudart.so: no such file"
     assert "libcudart.so" in doctor.text(report)
     monkeypatch.setattr(doctor, "examine", lambda *a: report)
-    assert doctor.main([]) == 1
+    assert command("doctor")([]) == 1
 
 
 def test_a_gpu_that_is_asked_for_and_not_there() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megallama.cli import command
 from megallama.commands import draw as draw_command
 from megallama.plan.builders import zb_v
 from megallama.plan.timeline import Span, StageCost, chrome_trace, simulate, simulated
@@ -17,7 +18,7 @@ ZB_V = ["--schedule", "zb-v", "--pp", "2", "--microbatches", "4"]
 
 
 def draw(*arguments: str) -> int:
-    return draw_command.main(list(arguments))
+    return command("draw")(arguments)
 
 
 def test_the_chart(capsys: pytest.CaptureFixture[str]) -> None:

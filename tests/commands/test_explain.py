@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import struct
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from megallama.cli import command
 from megallama.config.load import load, to_toml
 from megallama.data.indexed import IndexedWriter
 from megallama.data.loader import Loader
@@ -27,15 +26,6 @@ EPOCHS = {  # Touvron et al. 2023, table 1
     "commoncrawl": "1.10", "c4": "1.06", "github": "0.64", "wikipedia": "2.45", "books": "2.23", "arxiv": "1.06",
     "stackexchange": "1.03",
 }  # fmt: skip
-
-
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +53,7 @@ def encoded(tokenizer: Tokenizer, number: int) -> list[int]:
 
 
 def explained(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    assert tool("explain_step").main([*arguments, "--json"]) == 0
+    assert command("explain")([*arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)  # type: ignore[no-any-return]
 
 
@@ -153,7 +143,7 @@ def test_what_one_rank_reads(run: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_what_cannot_be_explained(
     run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool("explain_step").main([str(run), *arguments]) == 2
+    assert command("explain")([str(run), *arguments]) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ") and message in text
 
@@ -180,7 +170,7 @@ def test_the_text_of_a_step_as_a_program_without_torch(run: Path) -> None:
 
 
 def plan(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    assert tool("plan_data").main([*arguments, "--json"]) == 0
+    assert command("plan")(["--data", *arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)  # type: ignore[no-any-return]
 
 
@@ -190,7 +180,7 @@ def test_the_mixture_of_the_paper_gives_its_epochs(capsys: pytest.CaptureFixture
     assert {s["source"]: f"{s['epochs']:.2f}" for s in told["sources"]} == EPOCHS
     assert sum(s["used_tokens"] for s in told["sources"]) == 333_787 * 2048 * 2048
     assert [s["shares"] for s in told["sources"]] == [[x] for x in (0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02)]
-    assert tool("plan_data").main([example]) == 0
+    assert command("plan")(["--data", example]) == 0
     text = capsys.readouterr().out
     assert text.startswith("333,787 steps, 683,595,776 samples of 2048 = 1,400,004,149,248 tokens\n")
     assert [line.split()[-1] for line in text.splitlines()[3:10]] == list(EPOCHS.values())
@@ -217,9 +207,9 @@ def test_caps_and_the_step_they_are_reached(capsys: pytest.CaptureFixture[str]) 
                  "batch.seq_length=10", "batch.global_batch_size=4", "train.steps=200"]  # fmt: skip
     rows = plan(arguments, capsys)["sources"]
     assert [(r["last_step"], r["epochs"], r["measured"]) for r in rows] == [(75, 4.0, False), (None, 400 / 900, False)]
-    assert tool("plan_data").main(arguments) == 0
+    assert command("plan")(["--data", *arguments]) == 0
     assert 'with data.on_exhausted="error" this run is refused' in capsys.readouterr().out
-    assert tool("plan_data").main([*arguments, "data.on_exhausted=stop"]) == 0
+    assert command("plan")(["--data", *arguments, "data.on_exhausted=stop"]) == 0
     assert 'with data.on_exhausted="stop" this run is over after step 75' in capsys.readouterr().out
 
 
@@ -234,6 +224,6 @@ def test_caps_and_the_step_they_are_reached(capsys: pytest.CaptureFixture[str]) 
     ],
 )
 def test_what_cannot_be_planned(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool("plan_data").main(arguments) == 2
+    assert command("plan")(["--data", *arguments]) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ") and message in text

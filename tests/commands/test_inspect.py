@@ -12,10 +12,12 @@ import pytest
 from megallama.checkpoint import writer
 from megallama.checkpoint.disk import CheckpointError
 from megallama.checkpoint.folder import find_checkpoint
-from megallama.commands.inspect_checkpoint import main
+from megallama.cli import command
 from megallama.inference.generate import find_model, load_llama
 from tests.checkpoint.states import MODEL, elements, make_config, make_manager, make_state, solo_shards
 from tests.convert.formats import to
+
+main = command("inspect")
 
 
 @pytest.fixture

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megallama.commands.convert import main
+from megallama.cli import command
 from megallama.convert import foreign
 from megallama.convert.compare_logits import TOLERANCE, compare_logits
 from megallama.convert.source import open_source
 from tests.checkpoint.states import make_config, make_manager, make_state, solo_shards
 from tests.convert.formats import GQA, MHA, MODELS, hf_folder, read_hf, to
+
+main = command("convert")
+
 
 transformers = pytest.importorskip("transformers")
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megallama.commands.convert import main
+from megallama.cli import command
 from megallama.convert import convert as convert_module
 from megallama.convert import pth
 from tests.checkpoint.states import make_config, make_manager, make_state, solo_shards
 from tests.convert.formats import GQA, LLAMA3, MHA, hf_folder, megatron_ranks, meta_shards, to, write_ranks
 
+main = command("convert")
 ROOT = Path(__file__).parents[2]
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megallama.checkpoint.disk import CheckpointError
-from megallama.commands.convert import main
+from megallama.cli import command
 from megallama.convert.compare_logits import _second_reading
 from megallama.inference.generate import load_llama
 from tests.checkpoint.states import assert_holds, empty_solo, make_config, make_manager
@@ -27,6 +27,7 @@ from tests.convert.formats import (
     write_ranks,
 )
 
+main = command("convert")
 TIED = MHA.model_copy(update={"tie_embeddings": True})
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 NOTE = "is not the embedding, though config.json says tie_word_embeddings=true; it is"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megallama.commands import prepare as preprocess_data
+from megallama.cli import command
 from megallama.config.errors import DataError
 from megallama.config.schema import Config, DataConfig, SourceConfig
 from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
@@ -59,7 +59,7 @@ def test_empty_documents_have_both_marks(tokenizer_path: Path, tmp_path: Path) -
 
 def test_another_end_by_name(jsonl: Path, json_path: Path, tmp_path: Path, capsys) -> None:
     arguments = [str(jsonl), "--tokenizer", str(json_path), "--quiet", "--workers", "1"]
-    assert preprocess_data.main([*arguments, "--output", str(tmp_path / "a"), "--eos-token", "<|begin_of_text|>"]) == 0
+    assert command("prepare")([*arguments, "--output", str(tmp_path / "a"), "--eos-token", "<|begin_of_text|>"]) == 0
     assert "every document ends with id 0;" in capsys.readouterr().out
     assert {ids[-1] for ids in documents(tmp_path / "a")} == {0}
     assert marks(json_path, tmp_path / "a") == {"bos_id": None, "eos_id": 0}  # what is recorded wins
@@ -68,7 +68,7 @@ def test_another_end_by_name(jsonl: Path, json_path: Path, tmp_path: Path, capsy
         DataError, match=r"data.eos_token='<\|end_of_text\|>' is id 1, but documents of .*a end with id 0"
     ):
         marks(json_path, tmp_path / "a", eos_token="<|end_of_text|>")
-    assert preprocess_data.main([*arguments, "--output", str(tmp_path / "b"), "--eos-token", "<none>"]) == 2
+    assert command("prepare")([*arguments, "--output", str(tmp_path / "b"), "--eos-token", "<none>"]) == 2
     assert "has no token '<none>'; name one that it has, or leave it out" in capsys.readouterr().err
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megallama.cli import command
 from megallama.commands import plan as plan_command
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
@@ -22,7 +23,6 @@ from megallama.plan.plan import make_plan
 from megallama.plan.schedule import ScheduleError
 from megallama.plan.topology import Topology
 from megallama.plan.work import partition
-from tests.plan.test_plan import tool
 
 A100 = load_hardware("a100-80g")
 LLAMA_65B = ["model.preset=llama-65b", "batch.global_batch_size=2048", "batch.micro_batch_size=1", "train.steps=333786"]
@@ -118,15 +118,15 @@ def test_hardware_files_that_are_wrong(tmp_path: Path, content: str, message: st
 
 
 def test_unknown_hardware_and_kernels(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool("plan").main(["ranks=8", "hardware=a100"]) == 2
+    assert command("plan")(["ranks=8", "hardware=a100"]) == 2
     assert "hardware=a100 is no known kind of GPU; did you mean a100-80g?" in capsys.readouterr().err
-    assert tool("plan").main(["ranks=8", "kernel=flash9"]) == 2
+    assert command("plan")(["ranks=8", "kernel=flash9"]) == 2
     assert "kernel=flash9 is unknown; use unfused, flash1, flash2, flash3" in capsys.readouterr().err
 
 
 def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*LLAMA_65B, "parallel.tp=8", "parallel.pp=4", "parallel.chunks=5"]
-    assert tool("plan").main(["ranks=2048", "--json", *words]) == 0
+    assert command("plan")(["ranks=2048", "--json", *words]) == 0
     shown = json.loads(capsys.readouterr().out)
     plan = make_plan(load(None, words, ranks=2048, need_data=False), 2048)
     f = forecast(plan, A100, "flash2")
@@ -139,12 +139,12 @@ def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_page_says_what_a_run_costs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool("plan").main(["ranks=2048", *LLAMA_65B, "parallel.tp=8", "parallel.pp=8", "hardware=h100"]) == 0
+    assert command("plan")(["ranks=2048", *LLAMA_65B, "parallel.tp=8", "parallel.pp=8", "hardware=h100"]) == 0
     out = capsys.readouterr().out
     for words in ("GiB: fits", "h100, attention kernel flash3", "tokens/s per GPU", "MFU", "HFU", "t CO2 (700 W per"):
         assert words in out, words
     assert out.startswith("hardware   h100 GPUs. This machine is not looked at\n")
-    assert tool("plan").main(["ranks=8", *LLAMA_65B, "parallel.tp=8"]) == 0
+    assert command("plan")(["ranks=8", *LLAMA_65B, "parallel.tp=8"]) == 0
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
@@ -152,14 +152,14 @@ def test_small_numbers_keep_digits(capsys: pytest.CaptureFixture[str]) -> None:
     few = plan_command.few
     assert [few(x) for x in (833_577.4, 17.2, 0.00014, 0)] == ["833,577", "17", "0.00014", "0"]
     assert [few(x, 1) for x in (60.71, 1, 0.0123)] == ["60.7", "1.0", "0.012"]
-    assert tool("plan").main(["model.preset=debug", "ranks=1"]) == 0
+    assert command("plan")(["model.preset=debug", "ranks=1"]) == 0
     out = capsys.readouterr().out
     assert not [word for word in ("0.0 days", " 0 GPU-hours", " 0 MWh", "MFU 0.0%", "  0.0%") if word in out], out
 
 
 def test_search_by_the_tool(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["model.preset=llama-7b", "batch.global_batch_size=256", "batch.micro_batch_size=1"]
-    assert tool("plan").main(["ranks=64", "--search", *words]) == 0
+    assert command("plan")(["ranks=64", "--search", *words]) == 0
     head, first, settings, limited, *_ = capsys.readouterr().out.split("\n")
     assert head.endswith("predicted to be fastest:")
     assert " legal layouts of 64 ranks on a100-80g (assumed; hardware=KIND for others), " in head
@@ -170,6 +170,6 @@ def test_search_by_the_tool(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_tables_have_a_program_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool("plan").main(["--rows", "in.csv", "-o", "out.csv"]) == 2
+    assert command("plan")(["--rows", "in.csv", "-o", "out.csv"]) == 2
     want = "error: tables of layouts have a program of their own: python benchmarks/planner_rows.py in.csv -o out.csv\n"
     assert capsys.readouterr().err == want

@@ -71,7 +71,7 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 from megallama.text import shards
 from megallama.text import preprocess
-from megallama.commands import prepare as preprocess_data
+from megallama.cli import command
 preprocess.TASK_BYTES = {job}
 end, calls = shards.ShardWriter.end, []
 def fatal(self):
@@ -80,7 +80,7 @@ def fatal(self):
         os.kill(os.getpid(), signal.SIGKILL)
     return end(self)
 shards.ShardWriter.end = fatal
-preprocess_data.main(sys.argv[1:])
+command("prepare")()
 """
 
 

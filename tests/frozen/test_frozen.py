@@ -138,7 +138,7 @@ def test_a_preprocessing_killed_half_way_goes_on(folder: Path, tmp_path: Path) -
         "run, jobs = preprocess.WorkerPool.run, []\n"
         "note = lambda todo: jobs.extend(job.number for job in todo)\n"
         "preprocess.WorkerPool.run = lambda self, todo, *rest: note(todo) or run(self, todo, *rest)\n"
-        "from tools import preprocess_data; status = preprocess_data.main(sys.argv[1:]); print('jobs', jobs)\n"
+        "from megallama.cli import command; status = command('prepare')(); print('jobs', jobs)\n"
         "sys.exit(status)"
     )
     arguments = ["data/text.jsonl", "--tokenizer", "data/tokenizer.json", "--output", "half/text", "--workers", "1"]

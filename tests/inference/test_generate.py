@@ -14,11 +14,12 @@ import transformers
 
 from megallama.checkpoint.disk import CheckpointError
 from megallama.checkpoint.manifest import render
-from megallama.commands.generate import main
+from megallama.cli import command
 from megallama.config.errors import ConfigError
 from megallama.data.tokenizer import load_tokenizer
 from megallama.inference.generate import Sampling, draw, encode_prompt, find_model, generate, load_llama, stream_text
 
+main = command("generate")
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from megallama.analysis.communication import communication_table
+from megallama.cli import command
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
 from megallama.plan.builders import build_forward, build_schedule
@@ -78,7 +79,7 @@ def test_ranks_that_do_not_fit() -> None:
 def test_tool_prints_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.toml"
     file.write_text('[model]\npreset = "debug"\n')
-    assert tool("plan").main([str(file), "--ranks=8", "--parallel.tp=2"]) == 0
+    assert command("plan")([str(file), "--ranks=8", "--parallel.tp=2"]) == 0
     want = make_plan(load(file, ["parallel.tp=2"], need_data=False), 8)
     table = communication_table(want.config, want.topology, want.stages, want.schedule)
     assert "tp" in table and f"\n{want}\n\n{table}\n\nmemory     peak" in (out := capsys.readouterr().out)
@@ -98,7 +99,7 @@ def test_tool_whose_reader_has_gone_says_nothing() -> None:
 
 
 def test_tool_says_that_one_rank_communicates_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool("plan").main(["model.preset=debug", "ranks=1"]) == 0
+    assert command("plan")(["model.preset=debug", "ranks=1"]) == 0
     assert "\n\none rank communicates nothing\n\nmemory     peak" in capsys.readouterr().out
 
 
@@ -114,7 +115,7 @@ def test_tool_says_that_one_rank_communicates_nothing(capsys: pytest.CaptureFixt
     ],
 )
 def test_tool_refuses(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool("plan").main(argv) == 2
+    assert command("plan")(argv) == 2
     captured = capsys.readouterr()
     assert captured.err.split("\n")[0] == f"error: {message}" and captured.out == ""
 

@@ -12,7 +12,7 @@ import signal
 import sys
 from typing import Any
 
-from megallama.commands import prepare as preprocess_data
+from megallama.cli import command
 from megallama.data import indexed
 from megallama.text import preprocess, shards
 
@@ -39,7 +39,7 @@ def main(rank: str, where: str, count: str, *arguments: str) -> int:
             return original(*given, **options)
 
         setattr(owner, name, fatal)
-    return preprocess_data.main(arguments)
+    return command("prepare")(arguments)
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ def test_ranks_that_do_not_see_one_another_are_refused(jsonl: Path, tokenizer_pa
 
 def test_a_fault_of_the_program_in_the_first_rank_ends_all(jsonl: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     """The other rank waits for work in MPI, and the first one's own exit would wait for it."""
-    program = "import sys; from megallama.commands import prepare; from megallama.text import preprocess as module\n"
-    program += "module._check_options = lambda *x: 1 / 0\nraise SystemExit(prepare.main(sys.argv[1:]))"
+    program = "import sys; from megallama.cli import command; from megallama.text import preprocess as module\n"
+    program += "module._check_options = lambda *x: 1 / 0\nraise SystemExit(command('prepare')())"
     arguments = (jsonl, "--tokenizer", tokenizer_path, "--output", tmp_path / "o")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*mpirun(2), sys.executable, "-c", program, *map(str, arguments)]

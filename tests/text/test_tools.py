@@ -80,7 +80,7 @@ def test_preprocessing_never_imports_torch(prefix: Path, tmp_path: Path, argumen
     given = arguments or [str(prefix.parent / "c.jsonl"), *options]
     program = (
         "import sys\n"
-        "from megallama.commands.prepare import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "from megallama.cli import command\ntry:\n    command('prepare')()\nexcept SystemExit: pass\n"
         "print([x for x in ('torch', 'pydantic', 'transformers', 'mpi4py', 'rich') if x in sys.modules])"
     )
     command = [sys.executable, "-c", program, *given]
@@ -101,7 +101,7 @@ def test_preprocess_splits_off_two_parts(prefix: Path, tmp_path: Path) -> None:
 def test_errors_have_status_2(prefix: Path, tmp_path: Path) -> None:
     strict = ("--tokenizer", prefix.parent / "t.model", "--output", tmp_path / "x", "--strict", "--quiet")
     for name, arguments, text in (
-        ("inspect_data", (tmp_path / "gone",), "gone.idx does not exist"),
+        ("inspect_data", (tmp_path / "gone",), "gone does not exist; name a checkpoint"),
         ("inspect_data", (prefix, "--document", 300), "holds documents 0..299, not 300"),
         ("merge_datasets", (prefix, tmp_path / "gone", "--output", tmp_path / "m"), "gone.idx does not exist"),
         ("preprocess_data", (prefix.parent / "c.jsonl", *strict[:-2], "--max-bad", "x"), "max_bad='x' is neither"),
