@@ -92,9 +92,8 @@ def summarize(dataset: IndexedDataset) -> None:
     shortest, longest = dataset.num_tokens, 0
     for first in range(0, dataset.num_documents, CHUNK):
         lengths = np.diff(dataset.starts(first, min(first + CHUNK, dataset.num_documents)))
-        counts += np.bincount(np.frexp(lengths.astype(np.float64))[1], minlength=64)[
-            :64
-        ]  # bin k: 2^(k-1) <= length < 2^k
+        bins = np.frexp(lengths.astype(np.float64))[1]  # bin k: 2^(k-1) <= length < 2^k
+        counts += np.bincount(bins, minlength=64)[:64]
         shortest, longest = min(shortest, int(lengths.min())), max(longest, int(lengths.max()))
     mean = dataset.num_tokens / dataset.num_documents
     size = f"{counted(dataset.num_documents, 'document', ',')}, {counted(dataset.num_tokens, 'token', ',')}"

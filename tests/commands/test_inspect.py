@@ -117,3 +117,15 @@ def test_runs_as_a_program_and_refuses_what_is_no_checkpoint(tmp_path) -> None:
     command = [sys.executable, "-m", "tools.inspect_checkpoint", str(tmp_path)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "has no manifest.json: it is not a complete checkpoint" in done.stderr
+
+
+def test_options_in_any_order_and_those_of_the_other_kind(folder: Path, capsys) -> None:
+    a, pair = str(folder / "step-00000001"), str(Path(__file__).parents[1] / "frozen/v1/data/text_valid")
+    assert main([a, "--verify", a]) == 0
+    out = capsys.readouterr().out
+    assert ", 0 problems\n" in out and out.endswith("0 of 156 tensors differ\n")
+    for more in (["--document", "0"], ["--write-sums"], ["--tokenizer", "x"]):
+        assert main([a, *more]) == 2
+        assert f"error: {a} is no pair, which --tokenizer, --document and --write-sums" in capsys.readouterr().err
+    assert main([pair, a]) == 2
+    assert capsys.readouterr().err.startswith(f"error: a pair is not compared with {a}; leave it out\nusage: ")
