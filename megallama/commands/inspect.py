@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--tokenizer", metavar="PATH", help=ids)
     parser.add_argument("--document", type=int, metavar="N", help="show document N (text with --tokenizer, else ids)")
     parser.add_argument("--write-sums", action="store_true", help="verify, and write PREFIX.sums if it cannot be used")
-    args = parser.read(argv)
+    args = parser.parse_intermixed_args(list(argv))
     path = Path(args.path)
     if path.suffix in (".bin", ".idx") or (Path(f"{path}.idx").exists() and not path.is_dir()):
         if args.other is not None:

@@ -47,8 +47,9 @@ class Parser(argparse.ArgumentParser):
         """The arguments, options and words in any order. Raises: ConfigError."""
         known = rf"^(?:--)?(?=(?:{'|'.join(self._named)})=)" if self._named else "^(?!)"
         words = [re.sub(known, "--", word) for word in argv]
-        words = [re.sub(r"^--(?=[\w-]+\.[^=]*=)", "", word) for word in words] if self._config else words
-        return self.parse_intermixed_args(words)
+        if not self._config:
+            return self.parse_args(words)
+        return self.parse_intermixed_args([re.sub(r"^--(?=[\w-]+\.[^=]*=)", "", word) for word in words])
 
     def run_of(self, args: argparse.Namespace, what: str) -> tuple[Path | None, int, list[str]]:
         """File, ranks and settings of a run that is looked at before it starts. Raises: ConfigError about `what`."""
