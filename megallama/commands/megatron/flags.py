@@ -32,13 +32,16 @@ SETTINGS = {  # setting: its flags, as name|older name:type=Megatron's default; 
     "model.rope_scaling.factor": "use-rope-scaling rope-scaling-factor:float=8",
     "model.tie_embeddings": "untie-embeddings-and-output-weights|no-tie-embed-logits",
     "model.init_std": "init-method-std:float=0.02",
-    "what makes it a LLaMA": "normalization:str=LayerNorm position-embedding-type:str=learned_absolute swiglu"
-        " use-rotary-position-embeddings disable-bias-linear hidden-dropout:float=0.1"
-        " attention-dropout:float=0.1 context-parallel-size:int=1",
+    "what makes it a LLaMA": "normalization:str=LayerNorm"
+        " position-embedding-type:str=learned_absolute swiglu use-rotary-position-embeddings"
+        " disable-bias-linear hidden-dropout:float=0.1 attention-dropout:float=0.1"
+        " context-parallel-size:int=1",
     "parallel.tp": "tensor-model-parallel-size:int=1",
     "parallel.pp": "pipeline-model-parallel-size:int=1",
-    "parallel.chunks": "num-layers-per-virtual-pipeline-stage:int num-virtual-stages-per-pipeline-rank:int",
-    "parallel.stage_layers": "decoder-first-pipeline-num-layers:int decoder-last-pipeline-num-layers:int",
+    "parallel.chunks": "num-layers-per-virtual-pipeline-stage:int"
+        " num-virtual-stages-per-pipeline-rank:int",
+    "parallel.stage_layers": "decoder-first-pipeline-num-layers:int"
+        " decoder-last-pipeline-num-layers:int",
     "parallel.sequence_parallel": "sequence-parallel",
     "parallel.rank_order": "use-tp-pp-dp-mapping",
     "memory.recompute": "recompute-granularity:str recompute-activations checkpoint-activations",
@@ -87,17 +90,20 @@ IMPLIED = {  # why it is so: flags; name=value|value: only with these values, an
     "overlap.tensor_parallel is on by default; the result is bitwise the same":
         "tp-comm-overlap no-async-tensor-model-parallel-allreduce",
     "checkpoint.async_save is on by default": "async-save",
-    "the loss is always divided by the global number of tokens that count": "calculate-per-token-loss",
-    "main gradients, their reduction and the softmax are always fp32": "accumulate-allreduce-grads-in-fp32"
-        " attention-softmax-in-fp32 no-query-key-layer-scaling",
+    "the loss is always divided by the global number of tokens that count":
+        "calculate-per-token-loss",
+    "main gradients, their reduction and the softmax are always fp32":
+        "accumulate-allreduce-grads-in-fp32 attention-softmax-in-fp32 no-query-key-layer-scaling",
     "SIGTERM, SIGUSR1, SIGUSR2 and SIGINT save and leave with status 75": "exit-signal-handler",
     "there is AdamW only": "optimizer=adam decoupled-weight-decay adam-decoupled",
-    "the fastest attention and the fastest kernels found are taken": "use-flash-attn* attention-backend"
-        " transformer-impl=transformer_engine|local",
+    "the fastest attention and the fastest kernels found are taken": "use-flash-attn*"
+        " attention-backend transformer-impl=transformer_engine|local",
     "there is one implementation of the model": "use-mcore-models",
-    "rotary positions turn whole heads here": "no-position-embedding rotary-percent=1.0|1 rope-type=rope",
+    "rotary positions turn whole heads here": "no-position-embedding rotary-percent=1.0|1"
+        " rope-type=rope",
     "positions are not interpolated here": "rotary-seq-len-interpolation-factor=1|1.0",
-    "the loss is computed in chunks: fp32 logits of the whole batch never exist": "cross-entropy-loss-fusion",
+    "the loss is computed in chunks: fp32 logits of the whole batch never exist":
+        "cross-entropy-loss-fusion",
     "initial weights follow from the seed alone, for every layout": "use-cpu-initialization",
     "a step that is not finite is skipped; train.max_bad_steps in a row end the run":
         "check-for-nan-in-loss-and-grad",
@@ -112,20 +118,23 @@ IMPLIED = {  # why it is so: flags; name=value|value: only with these values, an
     "as --swiglu": "glu-activation=swiglu",
 }
 LEFT_OUT = {  # why: flags
-    "a matter of speed that the program decides itself": "*-fusion *-fusion-impl no-persist-layer-norm"
-        " *tp-comm-* *overlap-* ddp-* *align-* *manual-gc* empty-unused-memory-level *cuda-graph*"
-        " *te-rng-tracker use-te-* *wgrad-* *nccl-* *sharp* high-priority-stream-groups"
-        " no-scatter-gather-tensors-in-pipeline microbatch-group-size-per-* use-turbo onnx-safe"
-        " distribute-saved-activations use-contiguous-parameters-in-local-ddp delay-* *-comm-backend"
-        " use-ring-exchange-p2p train-sync-interval no-create-attention-mask-in-dataloader no-mmap-bin-files"
-        " disable-msc num-dataset-builder-threads mid-level-dataset-surplus init-model-with-meta-device"
+    "a matter of speed that the program decides itself": "*-fusion *-fusion-impl"
+        " no-persist-layer-norm *tp-comm-* *overlap-* ddp-* *align-* *manual-gc*"
+        " empty-unused-memory-level *cuda-graph* *te-rng-tracker use-te-* *wgrad-* *nccl-* *sharp*"
+        " high-priority-stream-groups no-scatter-gather-tensors-in-pipeline"
+        " microbatch-group-size-per-* use-turbo onnx-safe distribute-saved-activations"
+        " use-contiguous-parameters-in-local-ddp delay-* *-comm-backend use-ring-exchange-p2p"
+        " train-sync-interval no-create-attention-mask-in-dataloader no-mmap-bin-files disable-msc"
+        " num-dataset-builder-threads mid-level-dataset-surplus init-model-with-meta-device"
         " *symmetric-* num-distributed-optimizer-instances disable-bf16-reduced-precision-matmul"
-        " no-clone-scatter-output-in-embedding suggested-communication-unit-size object-storage-cache-path"
-        " enable-experimental fsdp-double-buffer use-fused-weighted-squared-relu"
-        " hierarchical-context-parallel-sizes expert-tensor-parallel-size",
+        " no-clone-scatter-output-in-embedding suggested-communication-unit-size"
+        " object-storage-cache-path enable-experimental fsdp-double-buffer"
+        " use-fused-weighted-squared-relu hierarchical-context-parallel-sizes"
+        " expert-tensor-parallel-size",
     "a batch is prepared in the background by one thread per rank": "num-workers",
     "files are mapped, without cache files and padding; the order of samples follows from train.seed alone":
-        "data-impl data-cache-path dataloader-type multiple-validation-sets allow-ambiguous-pad-tokens",
+        "data-impl data-cache-path dataloader-type multiple-validation-sets"
+        " allow-ambiguous-pad-tokens",
     "rotary positions have no table": "max-position-embeddings add-position-embedding",
     "tokenizers are read from their files, as their libraries do, and no code of theirs is run":
         "merge-file tiktoken-* trust-remote-code legacy-tokenizer tokenizer-metadata",
@@ -134,19 +143,21 @@ LEFT_OUT = {  # why: flags
     "memory.recompute=selective recomputes norms, rotary positions and SwiGLU": "recompute-modules",
     "gradients are reduced in fp32: more exact, twice the bytes": "grad-reduce-in-bf16",
     'matrix products run in bf16; precision.fp8="tensorwise" is for Hopper':
-        "fp8 *fp8-* te-precision-config-file reuse-grad-buf-* first-last-layers-bf16 num-layers-at-*-in-bf16",
-    "optimizer states are fp32: more exact": "main-*-dtype exp-avg*-dtype use-precision-aware-optimizer",
+        "fp8 *fp8-* te-precision-config-file reuse-grad-buf-* first-last-layers-bf16"
+        " num-layers-at-*-in-bf16",
+    "optimizer states are fp32: more exact": "main-*-dtype exp-avg*-dtype"
+        " use-precision-aware-optimizer",
     "the fp16 loss scale halves at the first overflow": "hysteresis",
     "logs are always whole: metrics.jsonl, TensorBoard, one file per rank":
-        "tensorboard-* log-* no-log-* timing-log-* logging-level *one-logger* app-tag-* *barrier-with-*"
-        " *straggler-* result-rejected-tracker-filename dump-param-to-param-group-map config-logger-dir"
-        " check-for-* wandb-*",
-    "a step that is not finite is always skipped, and no other": "no-check-for-nan-in-loss-and-grad rerun-mode"
-        " iterations-to-skip error-injection-*",
+        "tensorboard-* log-* no-log-* timing-log-* logging-level *one-logger* app-tag-*"
+        " *barrier-with-* *straggler-* result-rejected-tracker-filename"
+        " dump-param-to-param-group-map config-logger-dir check-for-* wandb-*",
+    "a step that is not finite is always skipped, and no other":
+        "no-check-for-nan-in-loss-and-grad rerun-mode iterations-to-skip error-injection-*",
     "checkpoints have one format: Hugging Face weights, all optimizer states, digests, resumed exactly":
         "*ckpt-* use-dist-ckpt no-save-* no-load-* non-persistent-* distrib-optim-* replication*"
-        " load-main-params-from-ckpt no-strict-fsdp-dtensor-load no-use-tokenizer-model-from-checkpoint-args"
-        " check-weight-hash-* *-initialization",
+        " load-main-params-from-ckpt no-strict-fsdp-dtensor-load"
+        " no-use-tokenizer-model-from-checkpoint-args check-weight-hash-* *-initialization",
     "the configuration decides; a resume that contradicts the checkpoint is refused":
         "use-checkpoint-* override-opt* use-mp-args-from-checkpoint-args",
     "checkpoint.resume=must": "exit-on-missing-checkpoint",
@@ -160,28 +171,31 @@ LEFT_OUT = {  # why: flags
     "the optimizer state is sharded (ZeRO-1), gradients and weights are not":
         "*fsdp* deepspeed* zero-stage data-parallel-sharding-strategy no-pipeline-parallel"
         " enable-full-sharding-in-hsdp",
-    "training only": "inference-* max-tokens-to-oom flash-decode use-legacy-static-engine decode-only-*"
-        " *-for-prefill disable-chunked-prefill output-bert-embeddings",
-    "of parts that are not chosen": "cp-comm-type moe-* sgd-* muon-* lion-* *-cpu-offload no-pin-cpu-* rl-*"
-        " grpo-* optimizer-offload-fraction langrl-* q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim"
-        " v-head-dim mscale* rotary-scaling-factor mamba-* relative-attention-* ict-* biencoder-*"
-        " titles-data-path num-classes mask-* num-channels patch-dim swin-* img-* short-seq-prob dino-*"
-        " retriever-* vocab-extra-ids indexer-* iter-per-epoch *per-class-fraction classes-fraction"
-        " head-lr-mult query-in-block-prob use-legacy-models fim-* dsa-* gdp-* mhc-* linear-* logits-*"
-        " qk-clip-* flight-recorder-* ft-num-* null-tokenizer-* sft-*",
-    "the launcher or Megatron itself says it": "local-rank lazy-mpu-init rank world-size data-parallel-size"
-        " params-dtype transformer-pipeline-model-parallel-size virtual-pipeline-model-parallel-size",
+    "training only": "inference-* max-tokens-to-oom flash-decode use-legacy-static-engine"
+        " decode-only-* *-for-prefill disable-chunked-prefill output-bert-embeddings",
+    "of parts that are not chosen": "cp-comm-type moe-* sgd-* muon-* lion-* *-cpu-offload"
+        " no-pin-cpu-* rl-* grpo-* optimizer-offload-fraction langrl-* q-lora-rank kv-lora-rank"
+        " qk-head-dim qk-pos-emb-head-dim v-head-dim mscale* rotary-scaling-factor mamba-*"
+        " relative-attention-* ict-* biencoder-* titles-data-path num-classes mask-* num-channels"
+        " patch-dim swin-* img-* short-seq-prob dino-* retriever-* vocab-extra-ids indexer-*"
+        " iter-per-epoch *per-class-fraction classes-fraction head-lr-mult query-in-block-prob"
+        " use-legacy-models fim-* dsa-* gdp-* mhc-* linear-* logits-* qk-clip-* flight-recorder-*"
+        " ft-num-* null-tokenizer-* sft-*",
+    "the launcher or Megatron itself says it": "local-rank lazy-mpu-init rank world-size"
+        " data-parallel-size params-dtype transformer-pipeline-model-parallel-size"
+        " virtual-pipeline-model-parallel-size",
 }
 REFUSED = {  # why: flags; name=flag: what to write instead
     "LLaMA has none": "add-qkv-bias qk-layernorm qk-l2-norm window-size window-attn-skip-freq"
-        " multi-latent-attention use-bias parallel-attn parallel-layernorm no-rope-freq mrope-section"
-        " glu-linear-offset lima-dropout spec activation-func-clamp-value mtp-num-layers mtp-*"
-        " retro-add-retriever retro-* bert-* vision-pretraining vision-* hybrid-layer-pattern"
-        " hybrid-override-pattern hybrid-* is-hybrid-model heterogeneous-layers-config-path heterogeneous-*",
+        " multi-latent-attention use-bias parallel-attn parallel-layernorm no-rope-freq"
+        " mrope-section glu-linear-offset lima-dropout spec activation-func-clamp-value"
+        " mtp-num-layers mtp-* retro-add-retriever retro-* bert-* vision-pretraining vision-*"
+        " hybrid-layer-pattern hybrid-override-pattern hybrid-* is-hybrid-model"
+        " heterogeneous-layers-config-path heterogeneous-*",
     "RMSNorm's weights are stored as they are": "apply-layernorm-1p",
     "LLaMA adds the residual before the norm": "apply-residual-connection-post-layernorm",
-    "the feed-forward network is SwiGLU": "squared-relu=swiglu openai-gelu=swiglu quick-geglu=swiglu"
-        " geglu=swiglu",
+    "the feed-forward network is SwiGLU": "squared-relu=swiglu openai-gelu=swiglu"
+        " quick-geglu=swiglu geglu=swiglu",
     "rotary positions turn elements i and i + d/2 of a head": "rotary-interleaved",
     "the residual has the format of the weights": "fp32-residual-connection",
     "scores are not scaled by layer": "apply-query-key-layer-scaling",
@@ -193,15 +207,17 @@ REFUSED = {  # why: flags; name=flag: what to write instead
     "replicas are equal": "data-parallel-random-init",
     "weight decay is constant": "start-weight-decay=weight-decay end-weight-decay=weight-decay",
     "parallel.stage_layers says it in the TOML": "pipeline-model-parallel-layout",
-    "there is no encoder": "pipeline-model-parallel-split-rank decoder-num-layers=num-layers decoder-*"
-        " decoder-seq-length=seq-length",
+    "there is no encoder": "pipeline-model-parallel-split-rank decoder-num-layers=num-layers"
+        " decoder-* decoder-seq-length=seq-length",
     "there is no such flag any more": "warmup=lr-warmup-iters batch-size=micro-batch-size"
         " full-validation=eval-iters model-parallel-size=tensor-model-parallel-size"
         " train-data-exact-num-epochs=train-iters",
-    "files of flags are not read": "data-args-path=data-path per-split-data-args-path=train-data-path yaml-cfg",
+    "files of flags are not read": "data-args-path=data-path"
+        " per-split-data-args-path=train-data-path yaml-cfg",
     "a run starts from weights by checkpoint.weights_from=FOLDER": "finetune pretrained-checkpoint",
     "there is training on text only, from its beginning to its end": "perform-rl-step sft fim-data",
-    "optimizer states and activations stay on their device": "optimizer-cpu-offload cpu-offloading-num-layers",
+    "optimizer states and activations stay on their device": "optimizer-cpu-offload"
+        " cpu-offloading-num-layers",
     "matrix products run in bf16": "fp4 fp4-*",
     "megallama plan says what a run will do, without one": "skip-train test-mode",
 }
