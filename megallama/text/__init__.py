@@ -1,1 +1,1 @@
-"""Raw text to tokens: documents, preprocessing, tokenizers' training, merging; beside the engine."""
+"""Raw text to tokens: reading, encoding, merging, and training tokenizers."""

@@ -1,7 +1,7 @@
 """Reading documents out of files as streams, in a fixed order, every fault named by file and line.
 
-JSON lines and plain text, each also as .gz or .zst, and Parquet.  `units` cuts a corpus into pieces of work;
-`RecordReader` reads files or units, which in order give the same records.  `parse` takes records apart.
+JSON lines and plain text, each also as .gz or .zst, and Parquet.  `units` cuts files into pieces of work;
+`RecordReader` reads files or units: in order the same records.  `parse` takes records apart.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def suffix_of(path: str | Path) -> str:
 
 
 class Record(NamedTuple):
-    """One raw document: a line of JSON, a row of Parquet, or a text file (line 0); `fault`: of a `BadRecord`.
+    """A raw document: a line of JSON, a row of Parquet, a text file (line 0); `fault`: of a `BadRecord`.
 
-    `whole`: the file cannot be read, or no further.  Lines count from 1 at byte `origin`: `place` knows the true line.
+    `whole`: the file cannot be read on.  Lines count from 1 at byte `origin`: `place` knows the true line.
     """
 
     file: str
@@ -61,7 +61,7 @@ class Record(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """The lines that begin in bytes [start, stop) of a file; of Parquet, row groups [start, stop)."""
+    """The lines that begin in bytes [start, stop) of a file; of Parquet, row groups."""
 
     file: Path
     start: int
@@ -70,7 +70,7 @@ class Unit(NamedTuple):
 
 
 class BadRecord(Exception):
-    """A record or a file without usable text: what is wrong, and perhaps the particulars of this one."""
+    """A record or file without usable text: what is wrong, and perhaps particulars."""
 
     def __init__(self, *fault: str) -> None:
         super().__init__(f"{fault[0]} ({fault[1]})" if fault[1:] else fault[0])
@@ -78,7 +78,7 @@ class BadRecord(Exception):
 
 
 def place(record: Record) -> str:
-    """FILE:LINE of a record, or FILE for a text file; counts the lines before a unit inside a file."""
+    """FILE:LINE of a record, or FILE of a text file; counts the lines before its unit."""
     if not record.line:
         return record.file
     line, left = record.line, record.origin
@@ -98,7 +98,7 @@ def _library(name: str, file: Path) -> Any:
 
 
 def units(files: Sequence[Path], unit_bytes: int) -> list[Unit]:
-    """Cut files into units of about `unit_bytes`: JSON lines anywhere, Parquet at row groups, all else stays whole."""
+    """Cut JSON lines anywhere, Parquet at row groups, about `unit_bytes` each; all else stays whole."""
     out = []
     for file in files:
         whole, cuts, groups, held = file.stat().st_size, [0], list[int](), 0
@@ -148,7 +148,7 @@ class _Zstd(io.RawIOBase):
 
     def _decompress(self, raw: BinaryIO, library: Any) -> Iterator[memoryview]:
         frame, data = None, b""
-        # little at a time: what decompresses to thousands of times its size must not fill the memory
+        # a little: it may decompress to thousands of times its size
         while data := data or raw.read(1024):
             frame = frame or library.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             try:
@@ -229,7 +229,7 @@ class RecordReader:
                 yield Record(str(unit.file), number, line, fault, origin)
 
     def _skip(self, stream: BinaryIO) -> tuple[int, int]:
-        """Skip the rest of a line of any length in bounded memory: its bytes, and how many end it."""
+        """Skip the rest of a line of any length: its bytes, and how many end it."""
         size, rest = 0, b""
         while not rest.endswith(b"\n") and (rest := stream.readline(CHUNK)):
             size += len(rest)
@@ -241,7 +241,7 @@ class RecordReader:
         yield Record(str(unit.file), 0, b"" if fault else text.removeprefix(BOM), fault)
 
     def _rows(self, unit: Unit) -> Iterator[tuple[Record, int]]:
-        """The rows of the column `json_key` in the unit's row groups, about CHUNK bytes at a time."""
+        """The rows of the column `json_key` in the unit, about CHUNK bytes at a time."""
         name, key, arrow = str(unit.file), self.json_key, _library("pyarrow", unit.file)
         with _parquet(unit.file) as file:
             meta, schema = file.metadata, file.schema_arrow
@@ -276,7 +276,7 @@ class RecordReader:
 
 
 def parse(record: Record, json_key: str = "text") -> tuple[str, int, str]:
-    """The text of a record, its size in UTF-8 bytes, and what was changed in it. Raises: BadRecord."""
+    """The text, its size in UTF-8 bytes, and what was changed in it. Raises: BadRecord."""
     if record.fault:
         raise BadRecord(*record.fault)
     suffix, changed = suffix_of(record.file), ""
@@ -318,7 +318,7 @@ def _text_of_json(line: str, key: str) -> str:
 
 
 def seems(file: str) -> str:
-    """What a file that cannot be used seems to be instead of JSON lines or UTF-8; "" where nothing is seen."""
+    """What a file seems to be instead of JSON lines or UTF-8; "" where nothing is seen."""
     head = b""
     with suppress(OSError, EOFError, zlib.error, BadRecord), open(file, "rb") as raw:
         head = cast(io.BufferedReader, _decompressed(raw, Path(file))).read1(CHUNK >> 4)

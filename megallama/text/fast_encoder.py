@@ -1,7 +1,7 @@
-"""Encoding by gigatoken, ten to fifty times faster, where it is proven to give the ids of the reference library.
+"""Encoding by gigatoken, ten to fifty times faster, where it is proven to give the reference's ids.
 
-It must first encode difficult texts and pieces of the vocabulary to the same ids.  Two kinds of documents go to the
-reference: those with a control token in the result, and, where an expression splits words, those with characters
+It must first encode difficult texts and pieces of the vocabulary alike.  Two kinds of documents go to
+the reference: with a control token in the result, or, where an expression splits words, with characters
 unassigned in this Python's Unicode: letters to one library, unknown to the other.
 """
 
@@ -38,13 +38,13 @@ PROBES = (
 
 
 def load_fast_tokenizer(path: str | Path, *, fast: bool = True, eos_token: str | None = None) -> Tokenizer:
-    """As `load_tokenizer`; with `fast` its `encode_arrays` is gigatoken's, where that is proven equal."""
+    """As `load_tokenizer`; with `fast` a `FastTokenizer`."""
     tokenizer = load_tokenizer(path, eos_token=eos_token)
     return FastTokenizer(tokenizer) if fast else tokenizer
 
 
 class FastTokenizer:
-    """A tokenizer whose `encode_arrays` is gigatoken's, which is loaded and tested at its first use."""
+    """A tokenizer with gigatoken's `encode_arrays`, loaded and tested at its first use."""
 
     def __init__(self, reference: Tokenizer) -> None:
         self.reference, self.path, self.vocab_size = reference, reference.path, reference.vocab_size
@@ -114,7 +114,7 @@ class FastTokenizer:
 
 @functools.cache
 def _unassigned() -> np.ndarray:
-    """Which code points this Python's Unicode does not have, or only in private planes; bool [0x110000]."""
+    """Code points that this Python's Unicode lacks, or has in private planes; bool [0x110000]."""
     table = np.ones(0x110000, bool)
     table[:0xF0000] = np.fromiter((unicodedata.category(chr(c)) == "Cn" for c in range(0xF0000)), bool, 0xF0000)
     return table
@@ -129,7 +129,7 @@ def _resident_bytes() -> int:
 
 
 def _as_json(tokenizer: Tokenizer) -> tuple[str | bytes, Sequence[int]]:
-    """The tokenizer.json for gigatoken, and the ids whose appearance leaves a text to the reference."""
+    """The tokenizer.json for gigatoken, and the ids that leave a text to the reference."""
     if isinstance(tokenizer, JsonTokenizer):
         if {*re.findall(r"(\w+)\(", tokenizer.normalizer)} - {"Sequence", "Prepend", "Replace", "String"}:
             raise ValueError(f"its normalizer is {tokenizer.normalizer[:80]}")
@@ -140,7 +140,7 @@ def _as_json(tokenizer: Tokenizer) -> tuple[str | bytes, Sequence[int]]:
     content = json.loads(sentencepiece_to_tokenizer_json(tokenizer.path.read_bytes()))
     if any(step["type"] not in ("Prepend", "Replace") for step in content["normalizer"]["normalizers"]):
         raise ValueError("its normalization is not the identity")
-    # the conversion makes control pieces matchable and reachable by merges; in SentencePiece they are neither
+    # the conversion makes control pieces reachable; in SentencePiece they are not
     content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
     reserved, model = tokenizer.pieces([*tokenizer.control_ids, *tokenizer.byte_ids]), content["model"]
     model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in reserved]

@@ -1,8 +1,8 @@
 """Which files of text are meant by files, folders and patterns, and what of them is lost.
 
-Each real file is read once, in a fixed order; whatever lies in a folder is read or reported.  A bad record is an
-accident: they are counted as shares of all and of their file.  A file that is cut off, unreadable or without one good
-record ends the work.
+Each real file is read once, in a fixed order; whatever lies in a folder is read or reported.
+Bad records are accidents, counted as shares of all and of their file.  A file that is cut off, unreadable
+or without one good record ends the work.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SURE = 100  # bad records, from which on twice too many are enough to know the e
 
 
 class Found:
-    """The files meant by files, folders (searched recursively) and glob patterns, in order, those of a folder sorted.
+    """The files meant by files, folders and glob patterns, in order, those of a folder sorted.
 
-    faults: path -> why it cannot be read.  Raises: DataError for a name that matches nothing, or of unknown kind.
+    faults: path -> why it cannot be read.  Raises: DataError for a name that means nothing.
     """
 
     def __init__(self, inputs: Sequence[str | Path]) -> None:
@@ -55,7 +55,7 @@ class Found:
         return [f"not read: {len(paths):,} {why}, the first {str(paths[0])!r}" for why, paths in left_out]
 
     def _take(self, root: Path) -> None:
-        """A file, or all below a folder, links last: what is reached in two ways keeps the name that is its own."""
+        """A file, or all below a folder, links last: what is reached twice keeps its own name."""
         if root.is_file() and suffix_of(root) not in SUFFIXES:
             raise DataError(f"{root} is of an unknown kind {suffix_of(root)!r}; {KINDS}")
         first, waiting = len(self.files), deque([root])
@@ -101,7 +101,7 @@ def _hidden(path: Path, root: Path) -> bool:
 
 
 def earlier_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """The list of versions before `Found`: without links to folders, what is reached twice two times."""
+    """The list of versions before `Found`: no links to folders, what is named twice is twice."""
     files = list[Path]()
     for root in map(Path, inputs):
         found = [root] if root.is_file() else [Path(p) for p in sorted(glob.glob(str(root), recursive=True))]

@@ -1,7 +1,7 @@
-"""Text to tokens: files -> .bin/.idx, in bounded memory, on any number of processes and nodes; and pairs -> one pair.
+"""Text to tokens: files -> .bin/.idx, in bounded memory, on any number of processes; pairs -> one pair.
 
-The input is an ordered list of tasks of about a megabyte.  Any process turns any task into a shard (`workers`,
-`shards`), and never again; this one joins them in order as they come.  The bytes depend on the input alone.
+The input is a list of tasks of about a megabyte.  Any process turns any task into a shard (`workers`,
+`shards`), once; this one joins them in order as they come.  The bytes depend on the input alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megallama.text.workers import Connection, Encoder, Progress, Task, WorkerPo
 TASK_BYTES, MAX_TASK_BYTES = 1 << 20, 1 << 30
 FAST_FROM = 2 << 20  # bytes of input that are worth loading and proving the fast encoder
 ROWS, SPAN = 1 << 16, 1 << 20  # documents, tokens merged at a time
-MAX_TASKS, MAX_UNITS = 20_000, 64  # tasks of a run where that many are not too large; units of a task
+MAX_TASKS, MAX_UNITS = 20_000, 64  # of a run, unless too large; of a task
 
 
 class Output(IndexedWriter):
@@ -52,7 +52,7 @@ class Summary:
 def in_validation(numbers: np.ndarray, share: str | float | Fraction) -> np.ndarray:
     """Which document numbers (int64 [n]) belong to a validation split of `share`; bool [n].
 
-    Of consecutive groups of about 1/share a hash of the group's number picks one document each: the share is exact.
+    A hash of its number picks one of each group of about 1/share documents: the share is exact.
     """
     p, q = Fraction(str(share)).limit_denominator(10**6).as_integer_ratio()
     group = numbers * p // q
@@ -99,14 +99,14 @@ def preprocess(
     say: Callable[[str], None] = lambda text: None,
     comm: Any = None,
 ) -> Summary:
-    """Tokenize files into OUTPUT.bin/.idx, or with a split into OUTPUT_train, OUTPUT_valid and OUTPUT_test.
+    """Tokenize files into OUTPUT.bin/.idx, or with a split into OUTPUT_train, _valid and _test.
 
-    The tokenizer's eos, or `eos_token`, ends every document; with `bos` its bos begins it, as in LLaMA.
+    The tokenizer's eos, or `eos_token`, ends every document; with `bos` its bos begins it.
     Until the end OUTPUT.parts/ keeps what is done, for the next start of a run that was killed.
-    `max_bad`, `max_bad_per_file`, `skip_bad_files`: as in `Losses`, which ends the run where more is lost.
+    `max_bad`, `max_bad_per_file`, `skip_bad_files`: as in `Losses`, which ends the run.
     `progress(bytes read, bytes in all, tokens)`; `say` gets what is not read of `inputs`.
-    `comm`: an mpi4py communicator whose other ranks run `rank_main`, instead of `workers` processes.
-    Raises: DataError, with `strict` also for the first bad record, which else is skipped and counted.
+    `comm`: an mpi4py communicator whose other ranks run `rank_main`, instead of `workers`.
+    Raises: DataError, with `strict` also for the first bad record, which else is skipped.
     """
     losses, prefix = Losses(max_bad, max_bad_per_file, skip_files=skip_bad_files), strip_suffix(output)
     prefixes = [prefix + suffix for suffix in _check_options(workers, split_valid, split_test)]
@@ -182,7 +182,7 @@ def _tasks(files: Sequence[Path]) -> list[Task]:
 def _origin(
     files: Sequence[Path], tokenizer: Tokenizer, json_key: str, max_document_bytes: int, bos: bool
 ) -> dict[str, Any]:
-    """All that tokens and tasks follow from, without what is as it always was, so that old work goes on."""
+    """All that tokens and tasks follow from, without what always was so: old work goes on."""
     marks = {"bos": tokenizer.bos_id} if bos else {}
     marks |= {"eos": tokenizer.eos_id} if tokenizer.eos_id != usual_id("eos", tokenizer.id_of) else {}
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -207,7 +207,7 @@ class _Join:
         self._total = sum(task.size for task in self.tasks)
 
     def run(self, pool: WorkerPool, progress: Callable[[int, int, int], None]) -> None:
-        """Let the pool make the missing shards, and join what is there meanwhile. Raises: DataError."""
+        """Let the pool make what is missing, and join what is there. Raises: DataError."""
         shards, now = self.shards, dict[Connection, Progress]()  # how far the processes are in what is unfinished
         done, size = sum(self.tasks[n].size for n in shards), sum(shard.token_bytes for shard in shards.values())
         for connection, message in pool.run([task for task in self.tasks if task.number not in shards], self._advance):
@@ -276,10 +276,10 @@ def merge(
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> IndexedDataset:
-    """Join pairs in order into OUTPUT.bin/.idx/.json, the bytes of preprocessing all the text at once.
+    """Join pairs in order into OUTPUT.bin/.idx/.json: the bytes of preprocessing all at once.
 
-    Blocks are compared with PREFIX.sums; `say` gets a line where there is none.  `progress(bytes done, of all)`.
-    Raises: DataError naming two pairs of different token types or tokenizers, or an output that is an input.
+    Compares with PREFIX.sums; `say` gets a line where there is none.  `progress(bytes done, of all)`.
+    Raises: DataError naming two pairs of different token types or tokenizers.
     """
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     for note in filter(None, [dataset.check_blocks() for dataset in datasets]):

@@ -13,14 +13,14 @@ LINE_SECONDS = 10.0
 
 
 class ByteProgress(ExitStack):
-    """Shows how far a job is; `then`: what it does after the last byte, for a time nobody can tell."""
+    """Shows how far a job is; `then`: what it does after the last byte."""
 
     def __init__(self, title: str, *, then: str = "", quiet: bool = False) -> None:
         super().__init__()
         self._title, self._then, self._quiet, self._bar = title, then, quiet, None
         self._start = self._line = time.monotonic()
         if not quiet and sys.stderr.isatty():
-            from rich import progress as rich  # takes as long to import as everything else of this room
+            from rich import progress as rich  # slow to import
             from rich.console import Console
 
             columns = [rich.TextColumn("{task.description} {task.fields[rate]}"), rich.BarColumn()]

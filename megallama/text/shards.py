@@ -4,10 +4,10 @@ PREFIX.parts/DIGEST/ holds, for every process of every start of the same command
 
     NAME.tokens      token ids of the process's finished tasks, and perhaps of one unfinished one
     NAME.documents   int32 [n, 2] of the same documents: tokens, bytes of text
-    NAME.journal     one line of JSON per finished task (`TextShard`), written after its tokens and documents
+    NAME.journal     a line of JSON per finished task (`TextShard`), written last
 
-DIGEST is of everything the tokens follow from: pieces of another input, tokenizer or option never mix in.  Each file
-has one writer and only grows.  Checksums show what a power failure left incomplete.
+DIGEST is of everything the tokens follow from: shards of another input or option never mix in.
+Each file has one writer and only grows.  Checksums show what a power failure left incomplete.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TextShard:
     token_bytes: int = 0
     checksums: list[int] = field(default_factory=lambda: [0, 0])  # crc32 of its tokens, of its documents
     skipped: Counter[str] = field(default_factory=Counter)
-    examples: list[tuple[str, int, int, str]] = field(default_factory=list)  # file, line, origin, reason; the first few
+    examples: list[tuple[str, int, int, str]] = field(default_factory=list)  # file, line, origin, reason
     counts: dict[str, list[int]] = field(default_factory=dict)  # file -> its good, bad and empty records
     changed: Counter[str] = field(default_factory=Counter)  # what was changed in good records
     faults: dict[str, str] = field(default_factory=dict)  # files that cannot be read
@@ -72,7 +72,7 @@ class TextShard:
 
 
 class ShardWriter:
-    """The three files of one process. `sync`: other nodes read them, so they must leave this one after every task."""
+    """The three files of a process. `sync`: other nodes read them after every task."""
 
     def __init__(self, folder: Path, name: str, *, sync: bool) -> None:
         self.name, self._sync = name, sync
@@ -85,7 +85,7 @@ class ShardWriter:
         return self.shard
 
     def add(self, tokens: np.ndarray, rows: np.ndarray) -> None:
-        """Append documents to the shard: tokens [T] back to back, rows int32 [n, 2] (tokens, bytes of text)."""
+        """Append documents: tokens [T] back to back, rows int32 [n, 2] (tokens, bytes of text)."""
         for i, array in enumerate((tokens, rows)):
             data = array.tobytes()
             self._files[i].write(data)
@@ -107,8 +107,8 @@ class ShardWriter:
 class WorkFolder(AbstractContextManager["WorkFolder"]):
     """PREFIX.parts while a run uses it: locked, so that no second run writes the same output.
 
-    `origin`: everything the tokens follow from.  The end of the `with` block removes the folder; an error does so only
-    before any shard was finished: else it stays for the next start.
+    `origin`: everything the tokens follow from.  The end of the `with` block removes the folder; an error
+    does so only before any shard was finished.
     """
 
     def __init__(self, prefix: str, origin: Mapping[str, Any]) -> None:
@@ -126,7 +126,7 @@ class WorkFolder(AbstractContextManager["WorkFolder"]):
         self.start = 1 + max((int(path.stem.split("-")[0]) for path in self._journals), default=-1)
 
     def finished(self) -> dict[int, TextShard]:
-        """Shards of earlier starts by task; those with unreadable files, or of a version that read less, are none."""
+        """Shards of earlier starts by task, but for those that lacked what may be readable now."""
         found = {}
         for path in self._journals:
             files = [path.with_suffix(suffix) for suffix in (".tokens", ".documents")]
@@ -141,7 +141,7 @@ class WorkFolder(AbstractContextManager["WorkFolder"]):
         return found
 
     def read(self, shard: TextShard, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The documents of a shard, about SPAN bytes at a time: tokens [T], rows int32 [n, 2]. Raises: DataError."""
+        """Its documents, about SPAN bytes at a time: tokens [T], rows [n, 2]. Raises: DataError."""
         sums = [0, 0]
 
         def take(file: BinaryIO, kind: np.dtype, count: int, which: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Training a LLaMA-style SentencePiece tokenizer; and a corpus for the first run.
 
-The recipe of LLaMA 1 and 2 (Touvron et al. 2023, 2.1): BPE; unknown characters as bytes; numbers split into digits;
-text as it is; <unk>=0, <s>=1, </s>=2, no padding. Training sees lines: a newline is always the byte piece <0x0A>.
-The corpus is the reader's own text, or the standard library's modules and the topics of `help()`: no download.
+The recipe of LLaMA 1 and 2 (Touvron et al. 2023, 2.1): BPE; unknown characters as bytes; digits split;
+text as it is; <unk>=0, <s>=1, </s>=2. Training sees lines: a newline is always the byte piece <0x0A>.
+The corpus is the reader's own text, or the standard library and the topics of `help()`: no download.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SMALLEST = 3 + 256 + 1  # control pieces, bytes, and one piece
 FOLDERS = "site-packages|dist-packages|test|tests|idle_test|encodings|pydoc_data|__pycache__"
 LEFT_OUT = re.compile(f"config-|(.*/)?(_sysconfigdata|({FOLDERS})/)")
 MIN_BYTES = 100_000  # of the reader's own text
-MIN_DOCUMENTS, MAX_PIECE_BYTES = 64, 16_384  # the sizes into which long documents are cut follow from these
+MIN_DOCUMENTS, MAX_PIECE_BYTES = 64, 16_384  # into which long ones are cut
 
 
 def train_tokenizer(
@@ -43,10 +43,10 @@ def train_tokenizer(
     losses: Losses | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Train on files, folders or patterns and write OUTPUT (ending in .model); the same input gives the same file.
+    """Train on files, folders or patterns and write OUTPUT.model; the same input gives the same file.
 
-    Of more text an even sample of `sample_bytes` is used: 13 times its size in memory, 0.3 s per MB after the reading.
-    `progress(bytes read, bytes in all)`; `losses` judges what cannot be read; `say` gets what is not read.
+    Of more text an even sample of `sample_bytes` is used: 13 times that in memory, 0.3 s per MB.
+    `progress(bytes read, bytes in all)`; `losses` judges what is lost; `say` gets what is not read.
     Raises: DataError, which names the largest possible vocabulary where the text is too small.
     """
     output, losses = Path(output), losses or Losses()
@@ -99,7 +99,7 @@ def _explain(error: RuntimeError, vocab_size: int) -> DataError:
 def _lines(
     reader: RecordReader, sample_bytes: int, progress: Callable[[int, int], None], losses: Losses
 ) -> Iterator[str]:
-    """The lines, cut to length, of the documents whose numbers have the smallest hashes: an even sample in one pass."""
+    """The lines, cut to length, of the documents of smallest hash: an even sample in one pass."""
     sample: list[tuple[int, int, bytes]] = []  # (-hash, number, text), the largest hash first
     size, limit = 0, 1 << 64
     for _, document in losses.texts(reader):
@@ -135,9 +135,9 @@ class Corpus:
 
 
 def build_corpus(out: Path, max_bytes: int, text: Path | None = None, *, stdlib: Path | None = None) -> Corpus:
-    """Write at most `max_bytes` as JSON lines {"text", "source"}: the default corpus, or `text` (file, folder).
+    """Write JSON lines {"text", "source"} of the default corpus, or of `text` (file, folder).
 
-    Each content stands there once. The same installation (or text) always gives the same bytes.
+    At most `max_bytes` of text, each content once; the same installation (or text) gives the same bytes.
     Raises: DataError if the text is missing, empty, unreadable or too small to train on.
     """
     skipped, losses = list[str](), Losses()
@@ -176,7 +176,7 @@ def build_corpus(out: Path, max_bytes: int, text: Path | None = None, *, stdlib:
 
 
 def _modules(lib: Path, skipped: list[str]) -> Iterator[tuple[str, str]]:
-    """The standard library's modules, ordered by a hash of their names: any part of it is a fair one."""
+    """The standard library's modules in the order of a hash: any part is a fair one."""
     names = (path.relative_to(lib).as_posix() for path in lib.rglob("*.py"))
     names = (name for name in names if not LEFT_OUT.match(name))
     for name in sorted(names, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest()):
@@ -194,7 +194,7 @@ def _topics() -> Iterator[tuple[str, str]]:
 
 
 def pieces(text: str, size: int) -> Iterator[str]:
-    """Cut a text into pieces of `size` to twice as many characters: after a blank line, a line, or anywhere."""
+    """Cut into pieces of `size` to twice as many characters: after a blank line, a line, or anywhere."""
     start = 0
     while (last := start + 2 * size) < len(text):
         blank, line = (text.find(end, start + size, last) for end in ("\n\n", "\n"))

@@ -1,7 +1,7 @@
 """The processes that encode: on this node, or the ranks of an MPI program on many nodes.
 
-The first process hands out tasks, and encodes too, in a thread.  The others read text and write tokens (`shards`)
-themselves, so only names and numbers travel, by a pipe or MPI.  When it dies, the others end; it tells of their death.
+The first process hands out tasks, and encodes too, in a thread.  The others read text and write tokens
+themselves: only names and numbers travel.  When it dies, the others end; it tells of their death.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def rank_main(comm: Any) -> None:
 
 
 class WorkerPool(AbstractContextManager["WorkerPool"]):
-    """All processes of a run, and a thread of this one; those on this node live as long as the `with` block."""
+    """The processes of a run, and a thread of this one, which end with the `with` block."""
 
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer, processes: int, comm: Any = None) -> None:
         self._comm, self._ranks, self._tasks = comm, list[RankConnection](), Counter[Connection]()  # tasks it has
@@ -172,7 +172,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
     def run(
         self, tasks: Sequence[Task], meanwhile: Callable[[], bool]
     ) -> Iterator[tuple[Connection, TextShard | Progress]]:
-        """What the processes report until every task is a shard; `meanwhile` says if it had other work to do.
+        """What the processes report until every task is a shard; `meanwhile`: had it other work?
 
         Raises: DataError if one of them failed or died.
         """
