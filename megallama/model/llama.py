@@ -17,6 +17,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,20 +25,76 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megallama.config.schema import Config
-from megallama.kernels.attention import Attend
+from megallama.kernels.attention import Attend, Documents
 from megallama.kernels.candidate import accumulate_dtype
-from megallama.kernels.pointwise import PointwiseOps, rope_tables
+from megallama.kernels.pointwise import ApplyRope, PointwiseOps, rope_tables
 from megallama.kernels.select import Kernels
-from megallama.layers.attention import Positions, Rotary
 from megallama.layers.batch import MicroBatch
 from megallama.layers.linear import ColumnParallelLinear, RMSNorm, RowParallelLinear, TensorParallel
-from megallama.layers.param import FlatBuffers, Param
+from megallama.layers.param import FlatBuffers, Layer, Param
 from megallama.layers.vocab import LossHead, VocabParallelEmbedding
 from megallama.plan.box import Box
 from megallama.plan.params import heads
 
 BLOCK = 1 << 17  # initial weights made at a time: the temporaries stay in the cache
 _MASK32 = 0xFFFFFFFF
+
+
+@dataclass(eq=False)
+class Rotary(Layer):
+    """From [T, (n + 2k) d], packed q, k, v of this rank's heads, to rotated q and k, and v: [b, s, heads, d].
+
+    Kept are the tables alone: the gradient of a rotation is the inverse rotation.
+
+    On a GPU the packed tensor is rotated in place (the layer that made it does not need it), and
+    attention reads its parts where they are.  On a CPU, where products over heads want each head's
+    rows together, they are written head by head instead; the packed tensor is freed.  The gradients
+    of the three parts are written into one packed tensor.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    cos: Tensor  # [s, 1, d/2]
+    sin: Tensor
+    apply_rope: ApplyRope
+
+    def tables(self, documents: Documents | None) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of 0 .. s-1 in every sample; in every document: [b, s, 1, d/2]."""
+        if documents is None:
+            return self.cos, self.sin
+        return self.cos[documents.positions], self.sin[documents.positions]
+
+    def forward(self, ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        ctx.shape = qkv.shape
+        ctx.save_for_backward(cos, sin)
+        q, k, v = new_q, new_k, new_v = self._split(qkv)
+        if not qkv.is_cuda:
+            new_q, new_k, new_v = (_head_by_head(part) for part in (q, k, v))
+            new_v.copy_(v)
+        self.apply_rope(q, cos, sin, new_q)
+        self.apply_rope(k, cos, sin, new_k)
+        return new_q, new_k, new_v
+
+    def backward(self, ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        packed = dq.new_empty(ctx.shape)
+        q, k, v = self._split(packed)
+        self.apply_rope(dq, cos, -sin, q)
+        self.apply_rope(dk, cos, -sin, k)
+        v.copy_(dv)
+        return packed, None, None
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """Views [b, s, heads, d] of the three parts of a packed tensor."""
+        n, k = self.num_heads, self.num_kv_heads
+        heads = qkv.view(-1, len(self.cos), n + 2 * k, qkv.shape[1] // (n + 2 * k))
+        return heads.split([n, k, k], dim=2)
+
+
+def _head_by_head(part: Tensor) -> Tensor:
+    """Uninitialised [b, s, heads, d] like `part`, in which the rows of a head lie together."""
+    b, s, heads, d = part.shape
+    return part.new_empty(b, heads, s, d).transpose(1, 2)
 
 
 class TransformerLayer:
@@ -56,9 +113,9 @@ class TransformerLayer:
         self.gate_up_proj = column("gate_up_proj", "post_attention_norm")
         self.down_proj = RowParallelLinear(params["down_proj"], tp, ops, gated=True)
 
-    def __call__(self, x: Tensor, positions: Positions) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None = None) -> Tensor:
         qkv = self.qkv_proj(x)
-        heads = self.attend(*self.rotary(qkv, positions), positions.documents)
+        heads = self.attend(*self.rotary(qkv, cos, sin), documents)
         x = x + self.o_proj(heads.reshape(qkv.shape[0], -1))
         return x + self.down_proj(self.gate_up_proj(x))
 
@@ -93,9 +150,10 @@ class Stage:
         """Hidden states [T/t, h] or [T, h] of the stage before (None on the first) -> this stage's, or the loss sum."""
         x = self.embed(batch.tokens.reshape(-1)) if self.embed else hidden
         assert x is not None, "only the first stage makes its own hidden states"
-        again, positions = self.recompute and torch.is_grad_enabled(), self.rotary.positions(batch.documents)
+        again, tables = self.recompute and torch.is_grad_enabled(), self.rotary.tables(batch.documents)
         for layer in self.layers:
-            x = _Recompute.apply(x, layer, positions) if again else layer(x, positions)
+            inputs = x, *tables, batch.documents
+            x = _Recompute.apply(layer, *inputs) if again else layer(*inputs)
         return x if self.head is None else self.head(x, batch)
 
 
@@ -103,19 +161,21 @@ class _Recompute(Function):
     """Keep a layer's input only, and run the layer again for its backward (Chen et al. 2016)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: TransformerLayer, positions: Positions) -> Tensor:
-        ctx.layer, ctx.documents = layer, positions.documents
-        ctx.save_for_backward(x, positions.cos, positions.sin)
-        return layer(x, positions)
+    def forward(
+        ctx: Any, layer: TransformerLayer, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None
+    ) -> Tensor:
+        ctx.layer, ctx.documents = layer, documents
+        ctx.save_for_backward(x, cos, sin)
+        return layer(x, cos, sin, documents)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        x, cos, sin = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tables = ctx.saved_tensors
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
-            out = ctx.layer(leaf, Positions(cos, sin, ctx.documents))
+            out = ctx.layer(leaf, *tables, ctx.documents)
         torch.autograd.backward(out, grads)
-        return leaf.grad, None, None
+        return None, leaf.grad, None, None, None
 
 
 def _mix(x: Tensor) -> Tensor:

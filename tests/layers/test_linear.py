@@ -42,7 +42,7 @@ def one_layer(rank: Worker, calls: list[Call]) -> tuple[list[Call], list[Call]]:
     layer = rank.stages[0].layers[0]
     rows = TOKENS // (rank.groups.tp.size if rank.plan.config.parallel.sequence_parallel else 1)
     x = torch.randn(rows, HIDDEN, dtype=DTYPES[rank.plan.config.precision.dtype], requires_grad=True)
-    out = layer(x, rank.stages[0].rotary.positions(None))
+    out = layer(x, *rank.stages[0].rotary.tables(None))
     forward = list(calls)
     calls.clear()
     out.backward(torch.randn_like(out))
@@ -87,15 +87,15 @@ def test_backward_is_the_adjoint_of_forward(tp: int, sequence_parallel: bool) ->
 
     def body(rank: Worker) -> tuple[float, float]:
         layer, group = rank.stages[0].layers[0], rank.groups.tp
-        positions = rank.stages[0].rotary.positions(None)
+        tables = rank.stages[0].rotary.tables(None)
         generator = torch.Generator().manual_seed(3)
         rows = TOKENS // (tp if sequence_parallel else 1)
         whole = torch.randn(3, TOKENS, HIDDEN, dtype=torch.float64, generator=generator)
         x, u, w = (t[group.rank * rows : (group.rank + 1) * rows] if sequence_parallel else t for t in whole)
         leaf = x.clone().requires_grad_()
-        layer(leaf, positions).backward(w)
+        layer(leaf, *tables).backward(w)
         with torch.no_grad():
-            step = (layer(x + 1e-6 * u, positions) - layer(x - 1e-6 * u, positions)) / 2e-6
+            step = (layer(x + 1e-6 * u, *tables) - layer(x - 1e-6 * u, *tables)) / 2e-6
         assert leaf.grad is not None
         products = torch.stack(((step * w).sum(), (u * leaf.grad).sum()))
         if sequence_parallel:  # otherwise every rank holds all rows
@@ -194,7 +194,7 @@ def test_a_forward_in_pieces_is_the_whole_one(tp: int, recompute: str, sequence_
 def test_overlap_changes_no_bit(dtype: str, chunks: int) -> None:
     def grads(rank: Worker) -> torch.Tensor:
         x = torch.randn(8, HIDDEN, generator=torch.Generator().manual_seed(rank.groups.tp.rank)).to(DTYPES[dtype])
-        out = rank.stages[0].layers[0](x.requires_grad_(), rank.stages[0].rotary.positions(None))
+        out = rank.stages[0].layers[0](x.requires_grad_(), *rank.stages[0].rotary.tables(None))
         out.backward(torch.ones_like(out))
         assert x.grad is not None
         return torch.cat((x.grad.reshape(-1).float(), rank.buffers[0].grads))

@@ -21,8 +21,8 @@ def saved_bytes(rank: Worker) -> tuple[int, int]:
     layer = rank.stages[0].layers[0]
     storages: dict[int, tuple[torch.dtype, int]] = {}
     keep_alive = []
-    tables = rank.stages[0].rotary.positions(None)
-    permanent = {t.untyped_storage().data_ptr() for t in (tables.cos, tables.sin)}
+    tables = rank.stages[0].rotary.tables(None)
+    permanent = {t.untyped_storage().data_ptr() for t in tables}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() in permanent:

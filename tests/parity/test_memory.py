@@ -40,8 +40,8 @@ class Kept:
         self.rank = rank
         self.graphs: dict[int, list[int]] = {}  # storage -> saved so often, bytes
         self.peak = 0
-        tables = [stage.rotary.positions(None) for stage in rank.stages.values()]
-        permanent = [*(b.weights for b in rank.buffers.values()), *(x for t in tables for x in (t.cos, t.sin))]
+        tables = [stage.rotary.tables(None) for stage in rank.stages.values()]
+        permanent = [*(b.weights for b in rank.buffers.values()), *(x for t in tables for x in t)]
         self.permanent = {t.untyped_storage().data_ptr() for t in permanent}
 
     def pack(self, tensor: Tensor) -> Held:
@@ -88,7 +88,7 @@ def measured(rank: Worker, data: Tensor, starts: Tensor | None) -> tuple[int, ..
     with saved_tensors_hooks(kept.pack, lambda held: held.tensor):
         train(rank, data, starts=starts)
     kept.sample()
-    buffers, tables = rank.buffers.values(), [s.rotary.positions(None) for s in rank.stages.values()]
+    buffers, tables = rank.buffers.values(), [s.rotary.tables(None) for s in rank.stages.values()]
     held = [tensors for *_, tensors in rank.optimizer._held]
     weights = {b.weights.untyped_storage().data_ptr() for b in buffers}
     tensors = [h[name] for h in held for name in ("master", "exp_avg", "exp_avg_sq", "step")]
@@ -97,7 +97,7 @@ def measured(rank: Worker, data: Tensor, starts: Tensor | None) -> tuple[int, ..
         sum(b.weights.nbytes for b in buffers),
         sum(b.grads.nbytes for b in buffers),
         sum(t.untyped_storage().nbytes() for t in own),
-        sum(t.cos.nbytes + t.sin.nbytes for t in tables),
+        sum(x.nbytes for t in tables for x in t),
         kept.peak,
     )
 
