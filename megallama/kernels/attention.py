@@ -1,6 +1,6 @@
 """Causal attention on [b, s, heads, d]: Transformer Engine's, matrix products by blocks, torch's.
 
-Each takes `documents`, None or where documents begin: a query then attends to its own document only.
+Each takes `documents`, None or where they begin: a query then attends to its own only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from megallama.kernels.candidate import TE, Operation, Results, Target, Unsupported
 
-Attend = Callable[..., Tensor]  # causal: q [b, s, n, d], k and v [b, s, k, d], documents or None -> [b, s, n, d]
+Attend = Callable[..., Tensor]  # q [b, s, n, d], k and v [b, s, k, d], documents -> [b, s, n, d]
 MakeAttention = Callable[[int, int, int], Attend]  # query heads, kv heads, head size
 BLOCK = 128  # queries whose scores `blocked_attention` has in memory
 
@@ -27,8 +27,8 @@ class Documents:
     """Where documents lie in b samples of s tokens, the first of them cut at the sample's front.
 
     Make one with `of`, on the host: how many there are decides a shape.
-    starts: int64 [b, s], where in the sample each token's document begins: at most the token's index.
-    cu_seqlens: int32 [documents + 1], where each begins among the b * s tokens, and b * s at the end.
+    starts: int64 [b, s], where in the sample each token's document begins.
+    cu_seqlens: int32 [documents + 1], where each begins among all tokens, and b * s.
     """
 
     starts: Tensor
@@ -48,7 +48,7 @@ class Documents:
 
     @cached_property
     def visible(self) -> Tensor:
-        """bool [b, 1, s, s]: True where the query of the row may attend to the key of the column."""
+        """bool [b, 1, s, s]: True where the row's query may attend to the column's key."""
         at = torch.arange(self.starts.shape[1], device=self.starts.device)
         return ((at[None, :] <= at[:, None]) & (at >= self.starts[:, :, None]))[:, None]
 
@@ -70,11 +70,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) ->
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
     """By batched products over blocks of queries; bitwise the same on every call.
 
-    On a CPU torch's fused attention does 16-bit formats slowly.  Here a block of queries sees only the
-    keys up to its end, and is a batched product, a softmax and another product, all of which have
-    fast 16-bit kernels.  Kept are q, k and v; the backward makes a block's probabilities again, so
-    memory is that of the fused kernels (measured on an AMD Zen 5 core, bf16, 12 heads of 64, 512
-    tokens: 2.4 times as fast forward and backward).
+    On a CPU torch's fused attention does 16-bit formats slowly.  Here a block sees only the keys up to
+    its end, and is a batched product, a softmax and a product, all of which have fast 16-bit kernels.
+    Kept are q, k and v; the backward makes probabilities again, so memory is that of the fused kernels
+    (AMD Zen 5 core, bf16, 12 heads of 64, 512 tokens: 2.4 times as fast forward and backward).
     """
     out: Tensor = _Blocked.apply(q, k, v, documents)
     return out
@@ -118,7 +117,7 @@ def _blocks(length: int, documents: Documents | None) -> Iterator[tuple[slice, s
 
 
 def _heads_first(*parts: Tensor) -> tuple[Tensor, ...]:
-    """[b, s, heads, d] as contiguous [b * n, s, d], n the heads of the first; fewer are repeated."""
+    """[b, s, heads, d] as contiguous [b * n, s, d], n those of the first; fewer are repeated."""
     n = parts[0].shape[2]
     repeated = (p if p.shape[2] == n else p.repeat_interleave(n // p.shape[2], 2) for p in parts)
     return tuple(p.transpose(1, 2).reshape(-1, p.shape[1], p.shape[3]) for p in repeated)
@@ -132,7 +131,7 @@ def _tokens_first(grad: Tensor, like: Tensor) -> Tensor:
 
 
 def _probabilities(q: Tensor, k: Tensor, rows: slice, seen: slice, documents: Documents | None) -> Tensor:
-    """softmax of the scores [b n, r, e] of the queries `rows` over the keys `seen`, which end where they end."""
+    """softmax of the scores [b n, r, e] of queries `rows` over keys `seen`, which end together."""
     count, scale = rows.stop - rows.start, q.shape[2] ** -0.5
     scores = torch.baddbmm(q.new_empty(()), q[:, rows], k[:, seen].transpose(1, 2), beta=0, alpha=scale)
     future = torch.full((count, count), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)

@@ -1,4 +1,4 @@
-"""What the candidates for an operation share: where they are to run, how they decline, the comparison.
+"""What the candidates for an operation share: where they run, how they decline, the comparison.
 
 A file of this folder holds the implementations of its operations and, for each, an `Operation` that
 lists them in order with the small problem on which they are compared.  Functions make those of
@@ -78,7 +78,7 @@ class Target:
         return importlib.import_module(name)
 
     def compile(self, formula: Callable[..., Any]) -> Callable[..., Any]:
-        """`formula` fused by torch.compile, which needs a C++ compiler (on a GPU also Triton) at run time.
+        """`formula` fused by torch.compile; it needs a C++ compiler (on a GPU also Triton).
 
         Measured on an AMD Zen 5 core in bf16, forward and backward, 2048 x 256 / 1024 x 768, against
         eager: RMSNorm 2.1 / 2.3 times as fast, SwiGLU 1.9 / 1.3, RoPE 4.2 / 3.1, softmax 1.4 / 1.3;
@@ -86,12 +86,12 @@ class Target:
         """
         if not self.compiled:
             raise Unsupported("run.compile=false")
-        # never symbolic shapes: bits would depend on which shapes came first, and a resumed run not repeat them
+        # no symbolic shapes: bits would depend on which came first, and a resumed run not repeat them
         # a formula writes into no argument: torch 2.13 was seen to write into another
         fused, met = torch.compile(formula, dynamic=False), set[Any]()
 
         def call(*args: Any) -> Any:
-            plain = [a.detach() if isinstance(a, Tensor) else a for a in args]  # saved tensors remember their graph
+            plain = [a.detach() if isinstance(a, Tensor) else a for a in args]  # saved ones know their graph
             shapes = tuple((a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in plain)
             new = shapes not in met  # beyond its limit of shapes torch would go on uncompiled: other bits
             met.add(shapes)
@@ -113,7 +113,7 @@ Results = list[tuple[str, Tensor]]  # what an implementation makes of a small pr
 
 @dataclass(frozen=True)
 class Operation:
-    """The candidates for one operation, in order. The last is selected unchecked: nothing else is left."""
+    """Candidates for an operation, in order. The last is selected unchecked: nothing else is left."""
 
     candidates: Sequence[tuple[str, Callable[[Target], Any]]]
     last: tuple[str, Callable[[Target], Any]]

@@ -1,4 +1,4 @@
-"""Matrix products: that of the linear layers, the weight gradient that adds to fp32, and both in fp8.
+"""Matrix products of the linear layers, the weight gradients that add to fp32, and both in fp8.
 
 All three GEMMs of a layer have one form, a @ b.T:
 
@@ -6,7 +6,7 @@ All three GEMMs of a layer have one form, a @ b.T:
     dgrad    dx = dy @ W           matmul_nt(dy, W.T)
     wgrad    dW = dy.T @ x         matmul_nt(dy.T, x.T)
 
-Considered and left out: apex's fused dense layers (they keep outputs that our backward makes again),
+Left out: apex's fused dense layers (they keep outputs that our backward makes again) and
 `te.Linear` under `te.autocast` (our layers write their own backward, so they call what it calls).
 """
 
@@ -62,8 +62,8 @@ def processor() -> str:
 def _onednn(target: Target) -> MatmulNT:
     """torch's CPU build multiplies fp32 with MKL, which is slow on processors that are not Intel's.
 
-    Measured on an AMD Zen 5 core: 85 GFLOP/s, oneDNN, which the same build contains, 180.  The choice
-    follows from the processor, never from a measurement: two runs on one machine give the same bits.
+    Measured on an AMD Zen 5 core: 85 GFLOP/s, oneDNN, which the same build contains, 180.  The
+    processor decides, never a measurement: two runs on one machine give the same bits.
     """
     if target.device.type != "cpu" or target.dtype != torch.float32:
         raise Unsupported("fp32 on a CPU only")
@@ -84,7 +84,7 @@ def _product_results(product: MatmulNT, target: Target) -> Results:
 PRODUCT = Operation([("oneDNN", _onednn)], ("torch mm", lambda target: matmul_nt), _product_results)
 
 
-MAX_PRODUCT = 1 << 22  # elements that exist before they are added: those of a large head come in blocks
+MAX_PRODUCT = 1 << 22  # elements that exist before they are added: a large head comes in blocks
 
 
 def add_wgrad_with(product: MatmulNT) -> AddWgrad:
@@ -155,9 +155,9 @@ WGRAD = Operation(
 )
 
 
-# fp8 with current scaling (Micikevicius et al. 2022).  Sums are fp32 in the GEMM; outputs are bf16, weight
-# gradients fp32.  Hopper multiplies fp8 only as a @ b.T with both operands contiguous along the sum (and sizes
-# that are multiples of 16): the backward's are transposed after rounding.  Nothing is kept: each GEMM rounds its own.
+# fp8 with current scaling (Micikevicius et al. 2022): fp32 sums; bf16 outputs, fp32 weight gradients.
+# Hopper wants a @ b.T with operands contiguous along the sum (and sizes that are multiples of 16): the
+# backward's are transposed after rounding.  Nothing is kept: each GEMM rounds its own operands.
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2  # largest values 448, 57344
 Scaled = tuple[Tensor, Tensor]  # fp8 values and the inverse of their scale, one fp32 number
 
@@ -165,7 +165,7 @@ Scaled = tuple[Tensor, Tensor]  # fp8 values and the inverse of their scale, one
 def quantize(x: Tensor, dtype: torch.dtype, *, transpose: bool = False) -> Scaled:
     """x or x.T times a power of two in `dtype`, and the inverse of that power, on the device.
 
-    One power for the whole tensor, from its largest element: it rounds nothing, so elements are rounded once.
+    One power for the whole tensor, from its largest element: scaling rounds nothing.
     """
     largest = torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32)
     _, exponent = torch.frexp(torch.finfo(dtype).max / largest.clamp(1e-30))
@@ -176,7 +176,7 @@ def quantize(x: Tensor, dtype: torch.dtype, *, transpose: bool = False) -> Scale
 
 
 def _scaled_mm(a: Scaled, b: Scaled, out: Tensor | None = None, fast: bool = False) -> Tensor:
-    """a [m, k] @ b [n, k].T in bf16 or into `out`; `fast` lets a GPU add in fewer bits than fp32's."""
+    """a [m, k] @ b [n, k].T in bf16 or into `out`; `fast`: a GPU may add in fewer bits."""
     kind, where = (torch.bfloat16, {}) if out is None else (out.dtype, {"out": out})
     scales = {"scale_a": a[1], "scale_b": b[1]}
     return torch._scaled_mm(a[0], b[0].t(), **scales, out_dtype=kind, use_fast_accum=fast, **where)

@@ -1,4 +1,4 @@
-"""What the optimizer computes on flat shards: AdamW (Loshchilov & Hutter 2019) and the gradient's norm.
+"""What the optimizer computes on shards: AdamW (Loshchilov & Hutter 2019), the gradient's norm.
 
 Transformer Engine and apex share one pair of kernels over many tensors.
 """
@@ -27,7 +27,7 @@ def adamw_step(lists: Lists, config: OptimizerConfig, lr: float, decay: float, d
     Gradients are divided by `divisor` on the way (clipping and loss scale in the same pass).
     """
     masters, grads, exp_avgs, exp_avg_sqs, steps = lists
-    if divisor is not None and divisor.dtype == torch.float64:  # the fused kernel takes an fp32 divisor only
+    if divisor is not None and divisor.dtype == torch.float64:  # the kernel takes fp32
         torch._foreach_div_(grads, divisor)
         divisor = None
     adamw(
@@ -74,7 +74,7 @@ ADAMW = Operation(
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of squares of all elements, float64: norms of short runs first, so nothing is lost in fp32."""
+    """The sum of squares, float64: norms of short runs first, so nothing is lost in fp32."""
     norms = []
     for x in tensors:
         whole = x.numel() // 4096 * 4096
@@ -97,7 +97,7 @@ def _multi_tensor_sum(kernel: Callable[..., Any]) -> SumOfSquares:
 
 
 def _norm_results(sum_of_squares: SumOfSquares, target: Target) -> Results:
-    """Over tensors of several lengths, one of them empty, with more equal terms than a plain fp32 sum bears."""
+    """Over several lengths, one of them 0, with more equal terms than a plain fp32 sum bears."""
     like, runs = target.random(1), ((0.1, 700_001), (0.2, 0), (0.3, 17))
     like = like.to(accumulate_dtype(like.dtype))
     return [("sum of squares", sum_of_squares([like.new_full((n,), value) for value, n in runs]))]

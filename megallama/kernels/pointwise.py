@@ -1,4 +1,4 @@
-"""The pointwise operations of a layer: RMSNorm, rotary embedding, SwiGLU, and the softmax of the loss.
+"""Pointwise operations: RMSNorm, rotary embedding, SwiGLU, and the softmax of the loss.
 
 Backwards need nothing but the input of their forward: what else they read is formed again in their
 own pass.  The private formulas are for torch.compile, which fuses them: all in the accumulation
@@ -42,7 +42,7 @@ class PointwiseOps:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm (Zhang & Sennrich 2019): ``x / rms(x) * weight`` of x [T, h]; the same bits on every call."""
+    """RMSNorm (Zhang & Sennrich 2019): ``x / rms(x) * weight``; the same bits on every call."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
@@ -141,7 +141,7 @@ RMS_NORM = Operation(
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype) -> Tensor:
-    """[d/2] angles per position, theta^(-2i/d), in `dtype`, of the rotary embedding (Su et al. 2021).
+    """[d/2] angles per position, theta^(-2i/d), of rotary embeddings (Su et al. 2021).
 
     Scaled for LLaMA 3.1 as in its reference implementation: wavelengths longer than
     original/low_freq_factor are stretched by `factor`, those shorter than
@@ -167,7 +167,7 @@ def rope_tables(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Rotate x [b, s, heads, d] by its positions into `out`, which may be x; -sin gives the gradient.
+    """Rotate x [b, s, heads, d] by its positions into `out`, perhaps x; -sin gives the gradient.
 
     Element i is rotated with i + d/2, as Hugging Face does.
     """

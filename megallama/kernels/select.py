@@ -34,7 +34,7 @@ OPERATIONS = {  # the names are those of the log and of run.without_kernels
     "RoPE": ROPE,
     "SwiGLU": SWIGLU,
     "cross entropy": CROSS_ENTROPY,
-    "matrix product": PRODUCT,  # before the weight gradient, whose last candidate multiplies with it
+    "matrix product": PRODUCT,  # before the weight gradient, which may use it
     "weight gradient": WGRAD,
     "AdamW": ADAMW,
     "gradient norm": GRAD_NORM,
@@ -87,7 +87,7 @@ def select_kernels(
     compiled: bool = False,
     without: Sequence[str] = (),
 ) -> Kernels:
-    """Try the candidates of every operation on `device`; with `documents`, attention must also keep them apart.
+    """Try the candidates of every operation; with `documents`, attention must keep them apart.
 
     Raises: MegallamaError if no attention here does, if `fp8` is asked for and nothing here can, or
         if a name in `without` is that of no candidate.
@@ -106,7 +106,7 @@ def select_kernels(
         choices.append(choice)
         target = replace(target, product=selected.get("matrix product"))
     attention = OPERATIONS["attention"]
-    if documents and choices[0].selected == attention.last[0]:  # the last is not checked, but here much hangs on it
+    if documents and choices[0].selected == attention.last[0]:
         try:
             attention.check(selected["attention"], target)
         except Unsupported as error:
@@ -128,7 +128,7 @@ def _first(name: str, operation: Operation, target: Target, without: Sequence[st
             made = make(target)
             operation.check(made, target)
             return made, Choice(name, kind, tuple(refused), broken)
-        except Exception as error:  # noqa: BLE001 - a broken package may raise anything; the reason is kept
+        except Exception as error:  # noqa: BLE001 - a broken package may raise anything
             broken |= isinstance(error, Wrong) or not isinstance(error, Unsupported)
             refused.append((kind, next(iter(str(error).strip().splitlines()), type(error).__name__)))
     choice = Choice(name, operation.last[0], tuple(refused), broken)

@@ -18,10 +18,9 @@ class MicroBatch:
     """Tokens and what they should predict.
 
     tokens, labels: int64 [b, s]; labels[i, t] is the token after tokens[i, t].
-    mask: bool [b, s], True where the loss counts; None where all of it does.  It comes from positions,
-        never from token values.
-    documents: where documents begin, and with them attention and positions, and the last token of each
-        predicts nothing; None where samples run across them.
+    mask: bool [b, s], True where the loss counts; None: everywhere.  Never from token values.
+    documents: where documents begin, and with them attention and positions (the last token of each
+        predicts nothing); None where samples run across them.
     num_counted: how many tokens the loss counts; known before anything is on a device.
     grad_scale: the backward pass yields the gradient of grad_scale * sum of losses.
     """

@@ -1,6 +1,6 @@
-"""Column- and row-parallel linear layers (Shoeybi et al. 2019) with sequence parallelism (Korthikanti et al. 2022).
+"""Column- and row-parallel linear layers (Shoeybi et al. 2019), sequence parallel (Korthikanti et al. 2022).
 
-A layer is one node of autograd and contains its collectives, so that they can run under its own GEMMs.
+A layer is one node of autograd and contains its collectives: they can run under its own GEMMs.
   `T` tokens, `t` tensor-parallel ranks, [a, b] the global weight, SP = sequence parallelism:
 
     column, W [b/t, a]      forward                       backward
@@ -54,7 +54,7 @@ class TensorParallel:
         return full, self._started(self.group.all_gather(full, shard.contiguous()))
 
     def reduce_scatter_sequence(self, partial: Tensor) -> tuple[Tensor, Handle]:
-        """The sum over ranks of [T, a], started: rows [T/t, a], or all without sequence parallelism."""
+        """The sum over ranks of [T, a], started: rows [T/t, a] (SP), or all of it."""
         if self.group.size == 1:
             return partial, Done()
         if not self.sequence_parallel:
@@ -109,7 +109,7 @@ class RMSNorm:
 
 @dataclass(eq=False)
 class ColumnParallelLinear(Layer):
-    """RMSNorm, then y = x @ W.T with the rows of W cut over tp: x [T/t, a] (SP) or [T, a] -> [T, b/t]."""
+    """RMSNorm, then y = x @ W.T, rows of W cut over tp: x [T/t, a] (SP) or [T, a] -> [T, b/t]."""
 
     param: Param
     norm: RMSNorm

@@ -1,4 +1,4 @@
-"""What layers are made of: parameters, views into one flat weight buffer and one fp32 gradient buffer per stage.
+"""What layers are made of: parameters, views into one weight and one fp32 gradient buffer per stage.
 
 Gradients of weights never pass through autograd.  The hand-written backward functions hand each
 weight gradient to its `Param`, which adds it into `main_grad` at once; the last contribution of a
@@ -71,7 +71,7 @@ class Param:
     _gather: Gather
     _queue: WeightGradQueue
     _gemms: Gemms
-    overwrite: bool = True  # main_grad holds nothing of this step yet: it is written, never zeroed and added to
+    overwrite: bool = True  # main_grad holds nothing of this step yet
     on_grad_done: Callable[[Param], None] | None = None
 
     @property
@@ -134,7 +134,7 @@ class _Apply(Function):
 
 
 class Layer:
-    """A map that writes its own backward: one node of autograd, in which what is kept and communicated is visible.
+    """A map with its own backward: one node of autograd; what it keeps and communicates is visible.
 
     `forward` (ctx, arguments) keeps on ctx what `backward` (ctx, gradients of the results) reads;
     that returns one gradient, or None, for each argument.
@@ -172,7 +172,7 @@ class FlatBuffers:
 
 @dataclass(frozen=True)
 class Shard:
-    """The optimizer's state of the elements of `box`, a rectangle of the Hugging Face tensor ``box.key``.
+    """The optimizer's state of `box`, a rectangle of the Hugging Face tensor ``box.key``.
 
     `state` is by the name of the files: "master" (the weights), "exp_avg", "exp_avg_sq".  The tensors
     are contiguous 1-D views of the box's elements in row-major order, fp32 (fp64 in fp64 mode), on

@@ -1,4 +1,4 @@
-"""What is cut over tp by the vocabulary: the embedding before the layers, and head and loss behind them.
+"""What is cut over tp by the vocabulary: the embedding, and the head with the loss.
 
 The loss is one function of final norm, output head and cross entropy, chunked over tokens, and its
 gradient is formed where the logits are: each chunk of tokens makes its logits [c, V/t], turns them
@@ -48,7 +48,7 @@ class VocabParallelEmbedding(Layer):
         ctx.save_for_backward(rows, held)
         if self.tp.group.size == 1:
             return out
-        # zeros for ids of other ranks: the sum has one term that is not zero, so it is exact in every format
+        # zeros for ids of other ranks: the sum has one term that is not zero, so it is exact
         out, handle = self.tp.reduce_scatter_sequence(out.masked_fill_(~held.unsqueeze(1), 0))
         handle.wait()
         return out
@@ -130,8 +130,9 @@ class LossHead(Layer):
         if scale is not None and self.valid:
             if not alone:
                 _multiply_rows(local, torch.exp(local_log_sum - total) * scale)
-            # indexing touches one element a row; scatter_add_ in 16 bits copies the whole tensor on a CPU, twice
-            local[torch.arange(len(labels), device=local.device), index.squeeze(1)] -= (scale * held).to(logits.dtype)
+            # one element a row; scatter_add_ in 16 bits copies the whole tensor on a CPU, twice
+            every = torch.arange(len(labels), device=local.device)
+            local[every, index.squeeze(1)] -= (scale * held).to(logits.dtype)
         logits[:, self.valid :] = 0
         return total - stats[1], logits
 

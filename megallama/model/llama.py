@@ -42,7 +42,7 @@ _MASK32 = 0xFFFFFFFF
 
 @dataclass(eq=False)
 class Rotary(Layer):
-    """From [T, (n + 2k) d], packed q, k, v of this rank's heads, to rotated q and k, and v: [b, s, heads, d].
+    """Packed q, k, v [T, (n + 2k) d] of this rank's heads -> rotated q and k, and v: [b, s, heads, d].
 
     Kept are the tables alone: the gradient of a rotation is the inverse rotation.
 
@@ -129,7 +129,7 @@ class Stage:
     ) -> None:  # fmt: skip
         model, ops, params, eps = config.model, kernels.pointwise, buffers.params, config.model.norm_eps
         n, k, d = heads(model)
-        local = n // tp.group.size, max(1, k // tp.group.size)  # shared key/value heads are on several ranks
+        local = n // tp.group.size, max(1, k // tp.group.size)  # key/value heads may be shared
         acc_dtype, device = accumulate_dtype(buffers.weights.dtype), buffers.weights.device
         tables = rope_tables(config.batch.seq_length, d, model.rope_theta, model.rope_scaling, acc_dtype, device)
         self.rotary = Rotary(*local, *tables, ops.apply_rope)
@@ -147,7 +147,7 @@ class Stage:
             self.head = LossHead(weight, norm, tp, ops, model.vocab_size, config.memory.loss_chunk_tokens)
 
     def __call__(self, hidden: Tensor | None, batch: MicroBatch) -> Tensor:
-        """Hidden states [T/t, h] or [T, h] of the stage before (None on the first) -> this stage's, or the loss sum."""
+        """Hidden states [T/t, h] or [T, h] of the stage before, or None -> its own, or the loss sum."""
         x = self.embed(batch.tokens.reshape(-1)) if self.embed else hidden
         assert x is not None, "only the first stage makes its own hidden states"
         again, tables = self.recompute and torch.is_grad_enabled(), self.rotary.tables(batch.documents)
@@ -188,9 +188,9 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def normal_at(index: Tensor, seed: int, name: str) -> Tensor:
-    """Standard normal deviates, float64, of elements `index` (int64, any shape) of the tensor `name`.
+    """Standard normal deviates, float64, of elements `index` (int64) of the tensor `name`.
 
-    A function of (seed, name of the Hugging Face tensor, index in the global tensor), so of no layout:
+    A function of (seed, name of the Hugging Face tensor, global index), so of no layout:
     two 32-bit words of a counter-based mixing function, and the Box-Muller transform of them.
     """
     k0, k1 = struct.unpack("<2I", hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest())

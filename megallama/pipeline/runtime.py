@@ -1,4 +1,4 @@
-"""The interpreter of pipeline schedules: one handler per kind of action, one path for every schedule.
+"""The interpreter of pipeline schedules: a handler per kind of action, one path for all schedules.
 
 A schedule is a list of actions per pipeline rank (`megallama.plan.schedule`); a pipeline of one rank
 is a list without transfers.  Sends and receives are posted where the schedule says and awaited where
@@ -76,7 +76,7 @@ class PipelineRuntime:
     def run(self, schedule: Schedule, inputs: Sequence[MicroBatch]) -> Tensor:
         """Execute this rank's actions; the sum of token losses (zero without the last stage)."""
         self._schedule, self._inputs = schedule, inputs
-        # by who takes it (F or B, stage, micro-batch), also where that is another rank; a handle if it comes from one
+        # by who takes it (F or B, stage, micro-batch), here or on another rank; a handle if received
         self._values: dict[tuple[Kind, int, int], tuple[Tensor, Handle | None]] = {}
         self._graphs: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
         self._sends: list[Handle] = []
