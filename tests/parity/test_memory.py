@@ -18,14 +18,14 @@ from tests.parity.matrix import FURTHER, Layout, matrix
 from tests.small import documents, on_threads, tokens, train
 
 
-def kept_by_attention(config: Config) -> int:
+def kept_by_attention(config: Config, recompute: str | None = None) -> int:
     """What attention on a CPU keeps of a layer, where the plan counts the log-sum-exps of a GPU's fused kernels.
 
     Ours (16 bits): nothing.  torch's: log-sum-exps in the format of sums, its output a second time (if it has several
     heads), and within documents a mask [s, s] per sample and repeated key/value heads.
     """
     size = DTYPE_BYTES[config.precision.dtype]
-    if config.memory.recompute == "full" or size == 2:
+    if (recompute or config.memory.recompute) == "full" or size == 2:
         return 0
     (n, k, d), tp, tokens = heads(config.model), config.parallel.tp, tokens_and_rows(config)[0]
     local, masked = n // tp, config.data.document_mask
