@@ -61,6 +61,7 @@ def test_derived_values() -> None:
     assert (schedule.warmup_steps, schedule.decay_steps, schedule.wsd_decay_steps) == (500, 5000, 500)
     assert config.checkpoint.folder == "/r/checkpoints"
     assert config.batch.ramp_start is None
+    assert config.train.seed == 1234  # another default would be another run
     long = load(None, ["data.synthetic=true", "train.steps=500000", "lr_schedule.decay_steps=400000"]).lr_schedule
     assert (long.warmup_steps, long.decay_steps, long.wsd_decay_steps) == (2000, 400000, 40000)
     assert load(None, ["data.synthetic=true", "lr_schedule.warmup_steps=50"]).lr_schedule.warmup_steps == 50

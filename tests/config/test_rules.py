@@ -259,6 +259,13 @@ CASES: list[tuple[str, int | None, str, str]] = [
         'or precision.fp8="none"',
         "precision.fp8=none",
     ),
+    (  # each of the four has a copy of a key/value head: (2 + 2 x 1) x 4 is a multiple
+        "precision.fp8=tensorwise parallel.tp=4 model.num_heads=8 model.num_kv_heads=2 model.head_dim=4 "
+        "model.ffn_hidden_size=704", 4,
+        'precision.fp8="tensorwise" multiplies only sizes that are multiples of 16, but model.num_heads x '
+        'model.head_dim / parallel.tp = 8; use those, or precision.fp8="none"',
+        "precision.fp8=none",
+    ),
     (
         "checkpoint.weights_from=/w checkpoint.resume=must", None,
         'checkpoint.weights_from="/w" begins at step 0, but checkpoint.resume="must" wants to go on; remove one, '

@@ -52,6 +52,7 @@ def test_page_of_every_kind() -> None:
     ramp = ["batch.ramp_start=8", "batch.ramp_increment=8", "batch.ramp_samples=64"]
     config = load(None, ["model.preset=llama3.2-1b", "batch.seq_length=64", *ramp], ranks=2, need_data=False)
     text = str(make_plan(config, 2))
+    assert config.parallel.sequence_parallel and "sequence parallel" not in text  # of one rank there is none
     assert "grows from 8 by 8 over the first 64 sequences" in text and "tied embeddings" in text
     # 4 steps of 8 or 16 or 24 sequences, then 32 to step 100
     assert f"100 steps, {64 * config.batch.samples_after(100):,} tokens" in text
