@@ -50,13 +50,13 @@ class NonFiniteGuard:
         )
 
 
+@dataclass
 class HighLoss:
     """Notices a loss that stays 2 % above its first value for `PATIENCE` steps in a row."""
 
     PATIENCE = 20
-
-    def __init__(self, first: float | None = None) -> None:
-        self.first, self.in_a_row = first, 0
+    first: float | None = None
+    in_a_row: int = 0
 
     def seen(self, loss: float) -> str | None:
         """Note the loss of a good step; what to say of it, once."""
