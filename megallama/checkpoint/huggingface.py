@@ -24,12 +24,10 @@ from megallama.plan.params import heads
 
 META_CONTEXT = 131_072  # tokens, of LLaMA 3.1 and 3.2
 TORCH_NAMES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_KEPT = ("chat_template", "padding_side")  # of a tokenizer_config.json beside it
 _ROPE = {key: key for key in ("factor", "low_freq_factor", "high_freq_factor")} | {
     "original_max_position_embeddings": "original_max_position"  # Hugging Face's name of ours
 }
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of pieces in a .model file
-BPE = 2  # type of a model
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 Piece = tuple[str, float, int]  # text, score, type
 PROBES = (
@@ -181,7 +179,7 @@ def _tokenizer_files(
     existing = read_settings(tokenizer.with_name("tokenizer_config.json"))
     merges = merges_of(tokenizer)
     first, eos = special.get("bos" if begun else "eos"), special.get("eos")
-    settings: dict[str, Any] = {key: existing[key] for key in _KEPT if key in existing}
+    settings: dict[str, Any] = {k: existing[k] for k in ("chat_template", "padding_side") if k in existing}
     settings |= {f"{kind}_token": token[0] for kind, token in (("bos", first), ("eos", eos)) if token}
     settings |= {
         "add_bos_token": begun,
@@ -248,7 +246,7 @@ def to_tokenizer(model: bytes) -> Tokenizer:
     trainer, normalizer = (_fields(file.get(number, [b""])[-1]) for number in (2, 3))
     prefix = bool(normalizer.get(3, [1])[-1])
     user = [text for text, _, kind in pieces if kind == USER_DEFINED]
-    if trainer.get(3, [1])[-1] != BPE or any(kind == UNUSED for _, _, kind in pieces):
+    if trainer.get(3, [1])[-1] != 2 or any(kind == UNUSED for _, _, kind in pieces):
         raise NotEqualError("it is no model of byte pairs, or has unused pieces")
     if user and (prefix or any({SPACE, " "} & {*text} for text in user)):
         raise NotEqualError("it has user-defined symbols, and begins a text with a space or has them with spaces")

@@ -82,14 +82,14 @@ class CheckpointManager:
         self._lineage = secrets.token_hex(8)  # retention deletes only checkpoints of this one
         self._buffer: Tensor | None = None
         self._thread = threading.Thread()  # of the last save in the background
-        self._handing = threading.Lock()  # over of the folder: by a save that outlives `release`, not before it
+        self._handing = threading.Lock()  # the lock over to a save that outlives `release`
         self._released = False
         self.saving = False  # behind the caller's back
         self._failure: BaseException | None = None
         self._failures = 0  # in a row
-        self.saved_step: int | None = None  # of the newest checkpoint this run has loaded or completed
-        self.resumed: tuple[Path, dict[str, Any]] | None = None  # the checkpoint loaded, and its configuration
-        self.keep_all = False  # True: delete nothing, as long as it is not known which checkpoint is good
+        self.saved_step: int | None = None  # of the newest loaded or completed
+        self.resumed: tuple[Path, dict[str, Any]] | None = None  # with its configuration
+        self.keep_all = False  # while nobody knows which checkpoint is good
 
     def _use(self, config: Config, small: Mapping[str, bytes] | None = None) -> None:
         self._config = config
@@ -119,8 +119,6 @@ class CheckpointManager:
             self._released = True
             if not self.saving:
                 self._lock.release()
-
-    # ---- saving ----
 
     def prepare(self, shards: Sequence[Shard]) -> None:
         """Make the host buffer of asynchronous saves, so that the first one is as fast as later ones."""
@@ -178,7 +176,7 @@ class CheckpointManager:
         deadline = time.monotonic() + seconds
         while self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
             self._thread.join(min(left, 0.1))
-            if not whole():  # the save will hear of it itself, unless what is left of it is this rank's alone
+            if not whole():  # the save hears of it too, or is in its last acts
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
 
     def finish(self, who: str = "the run") -> None:
@@ -273,8 +271,6 @@ class CheckpointManager:
         except (OSError, CheckpointError) as error:
             self._log(f"warning: tidying up {self._folder} failed: {error}")
 
-    # ---- choosing ----
-
     def newest(self) -> tuple[Path, manifest.Manifest] | None:
         """The newest whose training state all ranks see in full size. Raises: as `Choice.newest`."""
         return self._choice.newest(lambda path: (path, self._choice.look(path)))
@@ -298,8 +294,6 @@ class CheckpointManager:
         if kept:
             self._use(self._config.model_copy(update={"model": model.model_copy(update=kept)}))
         return self._config
-
-    # ---- loading ----
 
     def starts_fresh(self) -> bool:
         """Whether there is nothing to resume, by the names in the folder; before the lock is taken.

@@ -215,7 +215,7 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
 def kept(saved: ModelConfig, now: ModelConfig) -> dict[str, Any]:
     """What only a preset gives, and gave otherwise when the run began: a resumed run keeps it."""
     unsaid = PRESETS.get(now.preset or "", {}).keys() - now.model_fields_set
-    keys = [key for key in ("norm_eps", "rope_theta", "rope_scaling") if key in unsaid]  # no shape follows from these
+    keys = [key for key in ("norm_eps", "rope_theta", "rope_scaling") if key in unsaid]  # of no shape
     return {key: getattr(saved, key) for key in keys if getattr(saved, key) != getattr(now, key)}
 
 

@@ -30,7 +30,7 @@ from megallama.plan.params import global_shapes
 
 SPAN_BYTES = 8 << 20  # bytes of a file turned into a tensor at a time
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_NOT_A_PARAMETER = ".rotary_emb.inv_freq"  # buffers in old Hugging Face conversions; the configuration says them
+_NOT_A_PARAMETER = ".rotary_emb.inv_freq"  # a buffer in old Hugging Face folders
 
 
 class BlockFile:
@@ -275,7 +275,7 @@ def check_tensors(where: Path, files: TensorFiles, model: ModelConfig) -> None:
     """Raises: CheckpointError listing every tensor that is missing, unknown or of another shape."""
     manifest.check_layers(where, model, len(files.places))
     want = global_shapes(model)
-    extra = {HEAD} if model.tie_embeddings else set()  # equal to the embedding, or left out: see `head_of`
+    extra = {HEAD} if model.tie_embeddings else set()  # see `head_of`
     found = {n: p for n, p in files.places.items() if n not in extra and not n.endswith(_NOT_A_PARAMETER)}
     problems = tensor_problems(want, found)
     if HEAD in want and HEAD not in found:

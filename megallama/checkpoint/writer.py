@@ -38,9 +38,10 @@ from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.layers.param import Shard
 from megallama.plan.box import Box, boxes_of_range, runs
 
-CHUNK_ELEMENTS = 1 << 20  # elements converted, digested and written while they are in the processor's cache
+CHUNK_ELEMENTS = 1 << 20  # handled while they are in the processor's cache
 THREADS = 2  # that write; more would take cores from a training that goes on
 FLUSH_BYTES = 256 << 20  # written between two requests to the disk
+Digests = list[tuple[str, int, str]]  # file, block, digest
 fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 
 
@@ -87,7 +88,7 @@ def write_checkpoint(content: Content, shards: Iterable[Shard], group: Assembly)
     try:
         on_all_ranks(group, what, lambda: create_files(content) if first else None)
         with Flusher([content.temporary / name for name in content.sizes] if first else []) as flusher:
-            # the digests of all blocks are megabytes: rank 0 alone has them, and says which are missing, a bit each
+            # digests are megabytes: rank 0 alone has them, and says which are missing, a bit each
             written = on_all_ranks(group, what, lambda: _write_shards(content, shards, flusher), collect=True)
             bits = on_all_ranks(group, what, lambda: _shared_blocks(content, written) if first else None)[0]
             blocks = list(content.blocks())
@@ -154,9 +155,6 @@ def _allocate(fd: int, size: int) -> None:
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
     return None
-
-
-Digests = list[tuple[str, int, str]]  # file, block, digest
 
 
 def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -> tuple[int, Digests]:
