@@ -281,10 +281,9 @@ class CheckpointManager:
 
     def keep_settings(self) -> Config:
         """The configuration, as the newest checkpoint has it where a preset has changed since."""
-        model, found = self._config.model, None
-        if model.preset in PRESETS and self._config.checkpoint.resume != "fresh":
-            found = self.newest()
-        if found is None:
+        model = self._config.model
+        looks = model.preset in PRESETS and self._config.checkpoint.resume != "fresh"
+        if not looks or (found := self.newest()) is None:
             return self._config
         path, saved = found
         kept = manifest.kept(saved.model, model)
