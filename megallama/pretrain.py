@@ -19,8 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megallama.comm.errors import InternalError, LaunchError
-from megallama.config.errors import ConfigError, MegallamaError, exit_status
+from megallama.config.errors import ConfigError, InternalError, LaunchError, MegallamaError, exit_status
 from megallama.train.log import Logger, finish_output
 from megallama.train.signals import FAILED, SAVED, SignalFlag  # whatever takes time comes after `SignalFlag`
 

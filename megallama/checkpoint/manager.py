@@ -34,10 +34,9 @@ from megallama.checkpoint.disk import CheckpointError, UnreadableError
 from megallama.checkpoint.huggingface import model_files, own_tokenizer, read_model_config
 from megallama.checkpoint.manifest import SHARD_BYTES, STATE, layout
 from megallama.checkpoint.writer import Content, NotFiniteError, write_checkpoint
-from megallama.comm.errors import InternalError
 from megallama.comm.group import Assembly
 from megallama.comm.on_all_ranks import on_all_ranks
-from megallama.config.errors import MegallamaError
+from megallama.config.errors import InternalError, MegallamaError
 from megallama.config.presets import PRESETS
 from megallama.config.schema import Config
 from megallama.layers.param import Shard

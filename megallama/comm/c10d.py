@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megallama.comm.errors import ContactLost
-from megallama.comm.group import Handle, Op
+from megallama.comm.group import ContactLost, Handle, Op
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _HALF = (torch.bfloat16, torch.float16)

@@ -26,6 +26,10 @@ Partition = Sequence[tuple[int, ...]]
 Op = Literal["sum", "max"]
 
 
+class ContactLost(RuntimeError):
+    """Another rank has gone or does not answer: usually the echo of a failure elsewhere."""
+
+
 class Handle(Protocol):
     """A communication under way."""
 

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from megallama.comm.errors import InternalError, MachineError
 from megallama.comm.group import Assembly
-from megallama.config.errors import MegallamaError
+from megallama.config.errors import InternalError, MachineError, MegallamaError
 
 _log = logging.getLogger(__name__)
 _log.addHandler(logging.NullHandler())  # without a run's `Logger` nothing is said twice

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megallama.comm.errors import ContactLost, LaunchError
+from megallama.comm.group import ContactLost
 from megallama.comm.star import ARRIVALS, CRASHED, Star
+from megallama.config.errors import LaunchError
 
 
 @dataclass(frozen=True)

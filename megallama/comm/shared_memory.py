@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from megallama.comm.c10d import FREE_TAG, MESSAGE, C10d
-from megallama.comm.errors import ContactLost
-from megallama.comm.group import Done, Handle
+from megallama.comm.group import ContactLost, Done, Handle
 
 MAX_SHM_BYTES = 8 << 20  # most bytes of an operation that goes this way
 _ARENA = 64 << 20  # bytes of a segment's data; only what is used becomes memory

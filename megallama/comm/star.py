@@ -20,7 +20,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Protocol
 
-from megallama.comm.errors import ContactLost
+from megallama.comm.group import ContactLost
 
 ARRIVALS = "arrivals"  # to rank 0: who somebody is; from rank 0: its verdict
 _ENDS, _LEFT = "ends", "left"  # why the run ends, and its status; a rank whose connection ends

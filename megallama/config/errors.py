@@ -1,4 +1,4 @@
-"""The errors a user can cause, and how a command ends by them; notes, and how counts are said."""
+"""The errors by which a command ends, and how; notes, and how counts are said."""
 
 from __future__ import annotations
 
@@ -22,6 +22,22 @@ class ConfigError(MegallamaError):
 
 class DataError(MegallamaError):
     """Something is wrong with a corpus, a tokenizer or a data file."""
+
+
+class LaunchError(MegallamaError):
+    """The processes of a run could not be brought together, or lack the device they were promised."""
+
+
+class MachineError(MegallamaError):
+    """The operating system of some rank refused something: a full disk, say."""
+
+    shared, status = True, 1
+
+
+class InternalError(RuntimeError):
+    """A fault of the program on some rank, whose log has the traceback: nothing the user can put right."""
+
+    shared, status = True, 1
 
 
 def counted(number: int | str, noun: str, form: str = "") -> str:

@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from megallama.comm.errors import InternalError
-from megallama.config.errors import DataError, MegallamaError, counted
+from megallama.config.errors import DataError, InternalError, MegallamaError, counted
 from megallama.data.loader import Loader
 from megallama.data.samples import Source
 from megallama.optim.lr import learning_rate

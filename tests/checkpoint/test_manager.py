@@ -25,7 +25,7 @@ from megallama.checkpoint.folder import FolderLock
 from megallama.checkpoint.manager import _touching
 from megallama.checkpoint.reader import verify_blocks
 from megallama.checkpoint.writer import NotFiniteError
-from megallama.comm.errors import MachineError
+from megallama.config.errors import MachineError
 from megallama.plan.topology import Topology
 from tests.checkpoint.states import (
     MODEL,

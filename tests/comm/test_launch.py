@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megallama.comm.errors import LaunchError
 from megallama.comm.launch import Launch, detect_launch, first_node
-from megallama.config.errors import MegallamaError
+from megallama.config.errors import LaunchError, MegallamaError
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "n0",

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megallama.comm.errors import LaunchError
 from megallama.comm.rendezvous import Arrival, open_store, port_file, ranges, rendezvous
 from megallama.comm.star import Star
+from megallama.config.errors import LaunchError
 
 
 def arrival(rank: int, size: int = 4, **changes: Any) -> Arrival:

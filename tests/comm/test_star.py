@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megallama.comm.errors import ContactLost
+from megallama.comm.group import ContactLost
 from megallama.comm.star import CRASHED, SAVED, Star, StarGroup
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from megallama.comm.errors import LaunchError
 from megallama.comm.group import Solo
 from megallama.comm.launch import Launch, keep_memory, start
+from megallama.config.errors import LaunchError
 from megallama.config.schema import RunConfig
 from megallama.plan.topology import Topology
 from tests.pool import Pool
