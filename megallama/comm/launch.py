@@ -24,9 +24,8 @@ import torch.distributed as dist
 
 from megallama.comm.c10d import C10d
 from megallama.comm.group import Assembly, ContactLost, Group, Groups, Partition, Solo, build_groups
-from megallama.comm.rendezvous import Arrival, open_store, port_file, rendezvous
+from megallama.comm.rendezvous import CRASHED, Arrival, Listener, Star, StarGroup, open_store, port_file, rendezvous
 from megallama.comm.shared_memory import MAX_SHM_BYTES, SharedMemory
-from megallama.comm.star import CRASHED, Listener, Star, StarGroup
 from megallama.config.errors import LaunchError, counted
 from megallama.config.schema import RunConfig
 from megallama.plan.topology import Topology

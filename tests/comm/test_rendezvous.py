@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megallama.comm.rendezvous import Arrival, open_store, port_file, ranges, rendezvous
-from megallama.comm.star import Star
+from megallama.comm.rendezvous import Arrival, Star, open_store, port_file, ranges, rendezvous
 from megallama.config.errors import LaunchError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megallama.comm.group import ContactLost
-from megallama.comm.star import CRASHED, SAVED, Star, StarGroup
+from megallama.comm.rendezvous import CRASHED, SAVED, Star, StarGroup
 
 
 class Heard:
@@ -179,7 +179,7 @@ def test_rank_0_that_ends_before_others_prints_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A connection that is still open is given up without a traceback."""
-    monkeypatch.setattr("megallama.comm.star._PATIENCE", 0.1)
+    monkeypatch.setattr("megallama.comm.rendezvous._PATIENCE", 0.1)
     made = stars(2)
     made[0].close()
     made[1].close()
