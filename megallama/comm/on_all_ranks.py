@@ -27,9 +27,12 @@ def on_all_ranks(group: Assembly, what: str, work: Callable[[], Any], *, collect
     try:
         value = work()
     except Exception as caught:  # noqa: BLE001 - whatever it is, the other ranks must not wait for us
-        cause, failure = caught, _described(caught)
+        kind, text, status = type(caught), str(caught), getattr(caught, "status", 0)
         if not isinstance(caught, MegallamaError):
             _log.error("%s failed", what, exc_info=caught)
+            kind = MachineError if isinstance(caught, OSError) else InternalError
+            text, status = f"{type(caught).__name__}: {caught}", kind.status
+        cause, failure = caught, [[kind.__module__, kind.__qualname__], text, status, socket.gethostname()]
     values: list[Any] = []
 
     def summary(results: list[Any]) -> list[Any]:
@@ -49,12 +52,3 @@ def on_all_ranks(group: Assembly, what: str, work: Callable[[], Any], *, collect
     error = kind.__new__(kind, f"{what}: {who}{text}{others}")  # whatever else its __init__ asks for
     error.shared, error.status = True, status
     raise error from cause
-
-
-def _described(error: Exception) -> list[Any]:
-    """Kind, text and status of what all ranks raise for it, and where it happened."""
-    kind, text, status = type(error), str(error), getattr(error, "status", InternalError.status)
-    if not isinstance(error, MegallamaError):
-        kind = MachineError if isinstance(error, OSError) else InternalError
-        text, status = f"{type(error).__name__}: {error}", kind.status
-    return [[kind.__module__, kind.__qualname__], text, status, socket.gethostname()]
