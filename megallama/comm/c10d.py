@@ -120,7 +120,7 @@ class C10d:
         if not self._direct:
             work = started(dist.all_gather_into_tensor, output, shard, group=self._pg, async_op=True)
             return self._handle("all_gather", [work], (output, shard))
-        places = self._pieces(output)
+        places = output.view(-1).chunk(self.size)
 
         def put(parts: Sequence[Tensor]) -> None:
             for place, part in zip(places, parts, strict=True):
@@ -135,8 +135,8 @@ class C10d:
         if not self._direct:
             work = started(dist.reduce_scatter_tensor, output, full, group=self._pg, async_op=True)
             return self._handle("reduce_scatter", [work], (output, full))
-        flat = output.view(-1)
-        return self._exchange("reduce_scatter", full, self._pieces(full), lambda parts: _reduce(parts, flat))
+        flat, pieces = output.view(-1), full.view(-1).chunk(self.size)
+        return self._exchange("reduce_scatter", full, pieces, lambda parts: _reduce(parts, flat))
 
     def send(self, tensor: Tensor, to: int, tag: int = MESSAGE) -> Handle:
         self._check(tensor, peer=to)
@@ -196,9 +196,6 @@ class C10d:
     def _handle(self, what: str, works: Sequence[Any], keep: Any, finish: Callable[[], Any] | None = None) -> Works:
         where = f"{what} of group {self.name} (ranks {self.ranks})"
         return Works(where, works, keep, finish, self._limit)
-
-    def _pieces(self, tensor: Tensor) -> list[Tensor]:
-        return list(tensor.view(-1).chunk(self.size))
 
     def _exchange(
         self, what: str, keep: Any, outgoing: Sequence[Tensor], use: Callable[[Sequence[Tensor]], None],

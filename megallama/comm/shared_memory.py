@@ -16,6 +16,7 @@ import os
 import platform
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -107,8 +108,7 @@ class SharedMemory(C10d):
             for file in filter(lambda f: f >= 0, opened):
                 os.close(file)
             return problem
-        self._posted = [[0] * self.size for _ in range(_KINDS)]
-        self._expected = [[0] * self.size for _ in range(_KINDS)]
+        self._posted, self._expected = Counter[tuple[int, int]](), Counter[tuple[int, int]]()  # by kind and peer
         self._blocks: list[tuple[int, int, list[tuple[int, int]]]] = []  # place, end, its notices and their numbers
         self._seconds, self._spin = timeout.total_seconds(), 0.0 if oversubscribed else _SPIN
         self._segments, self._most_bytes, self._direct_bytes = segments, MAX_SHM_BYTES, MAX_SHM_BYTES
@@ -163,8 +163,7 @@ class SharedMemory(C10d):
         if place >= 0:
             own.arena[place : place + data.nbytes].copy_(data.view(torch.uint8))
         for reader in readers:
-            self._posted[kind][reader] += 1
-            number = self._posted[kind][reader]
+            number = self._posted[kind, reader] = self._posted[kind, reader] + 1
             at = own.notice(kind, reader, number)
             if own.words[at + _NUMBER] != own.words[at + _READ]:
                 raise RuntimeError(f"group {self.name}: more than {_NOTICES} operations under way")
@@ -196,9 +195,8 @@ class SharedMemory(C10d):
         use: Callable[[Sequence[Tensor]], Any],
     ) -> Handle:  # fmt: skip
         """Give the next of every source to `use`, in rank order, `own` where nothing is read."""
-        for source in sources:
-            self._expected[kind][source] += 1
-        due = {source: self._expected[kind][source] for source in sources}
+        self._expected.update((kind, source) for source in sources)
+        due = {source: self._expected[kind, source] for source in sources}
 
         def finish() -> None:
             use([self._read(kind, r, due[r], own) if r in due else own for r in range(self.size)])
