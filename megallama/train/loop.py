@@ -29,17 +29,14 @@ FINISHED = 0  # exit status: all steps are done
 
 @contextmanager
 def gc_schedule(interval: int) -> Iterator[Callable[[int], object]]:
-    """Within, nothing is collected but by calls with a step that `interval` divides; 0: by Python.
-
-    Python collects at another moment on every rank: tens of milliseconds in which the others wait.
-    """
+    """Within, nothing is collected but by calls with a step that `interval` divides; 0: by Python."""
     if not interval:
         yield lambda step: None
         return
     was_on = gc.isenabled()
     gc.collect()
     gc.freeze()  # what existed before the first step is not looked at again
-    gc.disable()
+    gc.disable()  # Python collects at another moment on every rank, while the others wait
     try:
         yield lambda step: None if step % interval else gc.collect()
     finally:
@@ -210,8 +207,6 @@ class TrainingLoop:
             device=self._world.device,
         )
 
-    # ---- health and checkpoints ----
-
     def _record_health(self, result: StepConsensus) -> None:
         """Count the step. Raises: TrainingStopped after too many bad ones."""
         guard, step, good = self.progress.guard, self.progress.step, None
@@ -269,8 +264,6 @@ class TrainingLoop:
         error = DataError(text)
         error.shared, error.status = True, status
         raise error from failure
-
-    # ---- evaluations ----
 
     def _due(self) -> list[tuple[str, Source]]:
         """The evaluations that belong after the last step, and at the end of the run all."""

@@ -28,9 +28,9 @@ class NonFiniteGuard:
     last_good: int | None = None
 
     def record(self, step: int, finite: bool, *, overflow: bool = False, checkpoint: int | None = None) -> None:
-        """Note how step `step` went; `overflow`: a smaller loss scale may cure it.
+        """Note how step `step` went; raises TrainingStopped after too many bad ones in a row.
 
-        checkpoint: the newest on disk up to the last good one, for the message of TrainingStopped.
+        overflow: a smaller loss scale may cure it.  checkpoint: the newest on disk up to the last good step.
         """
         if finite:
             self.in_a_row, self.last_good = 0, step

@@ -94,10 +94,7 @@ def train_step(
     masked: bool = False,
     status: Callable[[], RankStatus] = RankStatus,
 ) -> StepConsensus:
-    """Train on this rank's micro-batches; `masked`: some of them, on any rank, may have masks.
-
-    `status` is asked late.  Where a rank has failed, or loss or gradient is not finite, nothing changes.
-    """
+    """Train on this rank's micro-batches; where a rank has failed, or not all is finite, nothing changes."""
     timers = timers or Timers()
     tokens = count_tokens(worker, batches, masked=masked)
     worker.optimizer.start_step()
