@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -98,8 +98,16 @@ class IndexedDataset:
             if wrong:
                 raise DataError(f"{name} {what}")
         self.dtype, self.num_sequences, self.num_documents = CODES[code], count, marks - 1
-        self._check_ends()
-        self.num_tokens = self._bin.size // self.dtype.itemsize
+        first, pointer = (self._int(self._pointers_at + 8 * i) for i in (0, count - 1))
+        if first != 0 or [self._int(self._marks_at + 8 * i) for i in (0, marks - 1)] != [0, count]:
+            raise DataError(f"{name}: its first offset or its document marks are damaged; {AGAIN}")
+        size, expected = self._bin.size, pointer + self._int(self._pointers_at - 4, 4) * self.dtype.itemsize
+        if size != expected:
+            raise DataError(
+                f"{self._bin.path} has {size} bytes, expected {expected} from {Path(name).name}: it is "
+                f"{'truncated' if size < expected else 'of another run'}; {AGAIN}"
+            )
+        self.num_tokens = size // self.dtype.itemsize
         self.metadata = _read_metadata(self.prefix)
         made = self.metadata.get("fingerprint")
         if made and made != (found := self.fingerprint()["sha256"]):
@@ -120,20 +128,6 @@ class IndexedDataset:
             self._bin.check, self._idx.check = partial(sums.check, 0), partial(sums.check, 1)
         return self.unchecked
 
-    def _check_ends(self) -> None:
-        last = self.num_sequences - 1
-        first, pointer = (self._int(self._pointers_at + 8 * i) for i in (0, last))
-        marks = [self._int(self._marks_at + 8 * i) for i in (0, self.num_documents)]
-        if first != 0 or marks != [0, self.num_sequences]:
-            raise DataError(f"{self._idx.path}: its first offset or its document marks are damaged; {AGAIN}")
-        expected = pointer + self._int(HEADER.size + 4 * last, 4) * self.dtype.itemsize
-        if self._bin.size != expected:
-            what = "truncated" if self._bin.size < expected else "of another run"
-            raise DataError(
-                f"{self._bin.path} has {self._bin.size} bytes, expected {expected} from {Path(self._idx.path).name}: "
-                f"it is {what}; {AGAIN}"
-            )
-
     def _int(self, offset: int, size: int = 8) -> int:
         return int.from_bytes(self._idx.read(offset, size), "little", signed=True)
 
@@ -142,7 +136,7 @@ class IndexedDataset:
 
     def read(self, offset: int, count: int) -> np.ndarray:
         """Tokens offset .. offset+count-1 of the whole stream, [count] in the file's type."""
-        if offset < 0 or count < 0 or offset + count > self.num_tokens:
+        if offset < 0 or count < 0 or offset + count > self.num_tokens:  # of a damaged index
             raise DataError(f"{self._bin.path} holds {self.num_tokens} tokens; {offset}..{offset + count} are outside")
         size = self.dtype.itemsize
         return np.frombuffer(self._bin.read(offset * size, count * size), self.dtype)
@@ -242,14 +236,12 @@ class IndexedWriter(AbstractContextManager["IndexedWriter"]):
         self.prefix, self.dtype = strip_suffix(prefix), np.dtype(dtype)
         self.num_documents = self.num_tokens = 0
         self._code = next(code for code, kind in CODES.items() if kind == self.dtype)
-        self._files: list[BinaryIO] = []
         with naming(self.prefix + ".bin and .idx"):
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
             self._sums = SumsWriter(self.prefix + ".sums.tmp")
-            self._files.append(self._sums.file)
-            for suffix in (".bin", ".idx"):
-                self._files.append(open(f"{self.prefix}{suffix}.tmp", "w+b", buffering=1 << 20))  # noqa: SIM115
-        _, self._bin, self._idx = self._files
+            names = (f"{self.prefix}{suffix}.tmp" for suffix in (".bin", ".idx"))
+            self._bin, self._idx = (open(name, "w+b", buffering=CHUNK) for name in names)
+        self._files = (self._sums.file, self._bin, self._idx)
         self._idx.write(bytes(HEADER.size))
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray | None = None) -> None:

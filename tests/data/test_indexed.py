@@ -163,6 +163,15 @@ def test_a_document_that_is_not_there(tmp_path: Path, number: int) -> None:
         IndexedDataset(write(tmp_path / "a")).document(number)
 
 
+def test_a_document_that_a_damaged_index_puts_outside_is_refused(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "a")
+    damage(f"{prefix}.idx", 34 + 16 + 16, struct.pack("<q", 2 * 999))  # where document 2 begins
+    data = IndexedDataset(prefix)
+    for number in (1, 2):
+        with pytest.raises(DataError, match=r"a\.bin holds 18 tokens; \d+\.\.\d+ are outside"):
+            data.document(number)
+
+
 def test_verify_finds_a_token_outside_the_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="token 17 of the stream is id 65535, outside the vocabulary of 100 ids"):
         IndexedDataset(write(tmp_path / "a")).verify(100)
