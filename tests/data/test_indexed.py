@@ -147,6 +147,10 @@ def test_a_missing_file_is_named(tmp_path: Path, suffix: str) -> None:
 def test_a_corpus_without_documents_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no documents"):
         IndexedDataset(write(tmp_path / "a", []))
+    (tmp_path / "b.idx").write_bytes(struct.pack("<9sQBQQiqq", b"MMIDIDX\x00\x00", 1, 8, 1, 1, 1, 0, 0))
+    (tmp_path / "b.bin").write_bytes(b"ab")
+    with pytest.raises(DataError, match="holds no documents"):
+        IndexedDataset(tmp_path / "b")
 
 
 def test_truncation_while_reading_is_an_error(tmp_path: Path) -> None:
@@ -220,6 +224,16 @@ def test_documents_of_several_sequences_in_a_range(tmp_path: Path) -> None:
         patch.setattr("megallama.data.indexed.NEAR", 1)
         data = IndexedDataset(tmp_path / "m")
         assert [data.documents_in(offset, 2).tolist() for offset in range(5)] == [[0], [], [3], [3], []]
+
+
+def test_empty_documents_at_the_end_hide_none_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another tool stores them: without a sequence of their own."""
+    monkeypatch.setattr("megallama.data.indexed.NEAR", 1)
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, 2, 9)
+    (tmp_path / "m.idx").write_bytes(header + struct.pack("<2i2q9q", 1, 2, 0, 2, 0, 1, *[2] * 7))
+    (tmp_path / "m.bin").write_bytes(struct.pack("<3H", *range(3)))
+    data = IndexedDataset(tmp_path / "m")
+    assert [data.documents_in(offset, 1).tolist() for offset in range(3)] == [[0], [1], []]
 
 
 def test_ten_million_documents_are_opened_without_reading_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

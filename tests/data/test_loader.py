@@ -77,6 +77,9 @@ def test_an_exception_in_the_thread_is_raised_with_its_traceback() -> None:
             text = str(error.value)
             assert "the valid loader failed at step 1, samples 4 to 7: ZeroDivisionError" in text
             assert "np.zeros(1 // 0)" in text
+        if loader._thread:  # prepares nothing more
+            loader._thread.join(30)
+            assert not loader._thread.is_alive()
         loader.close()
 
 

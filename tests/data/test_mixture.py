@@ -324,6 +324,14 @@ def test_the_step_at_which_a_cap_would_be_passed(files: dict[str, Path]) -> None
     assert stopping.last_step(37) == (37, "")
 
 
+def test_a_cap_reached_to_the_sample_is_not_passed_and_the_first_of_two_counts(files: dict[str, Path]) -> None:
+    """Each gives 2 samples of a step: a may give 60, b 50."""
+    train = train_data(files, {"a": 0.5, "b": 0.5}, source={"a": {"max_epochs": 0.6}, "b": {"max_epochs": 1.0}})
+    assert train.last_step(25) == (25, "") and train.consumption(4 * 25)["b"]["epochs"] == 1
+    with pytest.raises(DataError, match=r'^step 26 would take source "b" to 1.04 epochs, over max_epochs=1 '):
+        train.last_step(100)
+
+
 def test_a_cap_below_the_first_step_is_an_error_either_way(files: dict[str, Path]) -> None:
     data = config(files, {"a": 0.5, "c": 0.5}, source={"c": {"max_epochs": 0.01}}).data.model_dump()
     with pytest.raises(DataError, match=r"^step 1 would take .*; use a larger max_epochs, or a smaller weight"):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceTrainer
 
 from megallama.config.errors import DataError
 from megallama.data.tokenizer import load_tokenizer
@@ -27,6 +28,15 @@ def test_sentencepiece_has_llamas_ids(tokenizer_path: Path) -> None:
     assert tokenizer.encode("\n")[-1] == 3 + 10  # the byte piece <0x0A>, as in LLaMA
     digits = tokenizer.encode("12")
     assert tokenizer.encode("1221")[-4:] == [digits[-2], digits[-1], digits[-1], digits[-2]]  # digits never merge
+
+
+def test_sentencepiece_without_marks(jsonl: Path, tmp_path: Path) -> None:
+    texts = iter(jsonl.read_text().splitlines())
+    options = {"vocab_size": 300, "bos_id": -1, "eos_id": -1, "hard_vocab_limit": False, "minloglevel": 2}
+    with (tmp_path / "t.model").open("wb") as file:
+        SentencePieceTrainer.train(sentence_iterator=texts, model_writer=file, **options)
+    tokenizer = load_tokenizer(tmp_path / "t.model")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.control_ids) == (None, None, [0])
 
 
 @pytest.mark.parametrize("fast", [True, False])
