@@ -17,12 +17,14 @@ from tests.checkpoint.states import (
     assert_holds,
     boxes,
     empty,
+    empty_solo,
     file_hashes,
     make_config,
     make_manager,
     make_state,
     on_grid,
     save_on,
+    solo_shards,
 )
 
 TIED = MODEL.model_copy(update={"tie_embeddings": True})
@@ -126,6 +128,22 @@ def test_files_are_begun_at_the_size_limit() -> None:
     assert json.loads(found.index())["metadata"]["total_size"] == (40 + 1000 + 6) * 4
     assert found.places["d"].offset == found.places["c"].offset + 12
     assert found.sizes["x/y-00002-of-00003.safetensors"] == len(found.headers["x/y-00002-of-00003.safetensors"]) + 4000
+
+
+def test_a_file_may_be_exactly_full() -> None:
+    places = file_set("x/y", dict.fromkeys("abcd", (25,)), "F32", 200).places
+    assert [int(place.file[4:9]) for place in places.values()] == [1, 1, 2, 2]
+
+
+def test_a_block_may_be_the_whole_file(tmp_path) -> None:
+    state = make_state()
+    sizes = layout(MODEL, "fp32", 60_000)["master"].sizes
+    for step, size in enumerate(sorted(sizes.values()), 1):
+        manager = make_manager(tmp_path, make_config(keep_last=1), block_bytes=size)
+        manager.save(step, solo_shards(state), {})
+        shards = empty_solo()
+        manager.load(tmp_path / f"step-{step:08d}", shards)
+        assert_holds(shards, state)
 
 
 def test_sizes_of_the_released_models() -> None:

@@ -656,10 +656,12 @@ def test_a_lock_of_another_machine_that_is_touched_is_respected(tmp_path) -> Non
 
 
 def test_the_holder_touches_its_lock(tmp_path) -> None:
-    lock = FolderLock(tmp_path, print, lease_seconds=0.1)
+    lock = FolderLock(tmp_path, print, lease_seconds=3)
     lock.acquire()
     os.utime(tmp_path / "lock", (1, 1))
+    deadline = time.monotonic() + 3
     while os.stat(tmp_path / "lock").st_mtime < 2:
+        assert time.monotonic() < deadline  # another job would take it over
         time.sleep(0.01)
     lock.release()
 
