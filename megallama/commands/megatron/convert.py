@@ -65,6 +65,8 @@ def architecture(flags: Flags, out: dict[str, Any]) -> None:
         shown = f"{value:g}" if isinstance(value, float) else "" if value is True else str(value)
         if shown.lower() == right.lower():
             flags.implied.append((given or f"--{name}", f"LLaMA has {what}"))
+        elif given and flags.values.get(name, value) is None:
+            continue  # its value is none, which has been said
         elif given:
             flags.problem(f"--{name} {shown}: LLaMA has {what}; {write}")
         else:
