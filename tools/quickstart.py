@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
@@ -35,7 +36,6 @@ from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn  # noqa: E402
 
-from megallama.config.describe import flatten  # noqa: E402
 from megallama.config.errors import MegallamaError, counted, exit_status  # noqa: E402
 from megallama.config.load import load  # noqa: E402
 from megallama.data.indexed import IndexedDataset  # noqa: E402
@@ -327,7 +327,8 @@ class Quickstart:
             "train.eval_batches": batches,
         }
         config = load(ROOT / CONFIG, ranks=4)
-        usual = flatten(config) | {"data.train": config.data.train[0].path, "data.valid": config.data.valid[0].path}
+        usual = {key: attrgetter(key)(config) for key in values}
+        usual |= {"data.train": config.data.train[0].path, "data.valid": config.data.valid[0].path}
         return [f"{key}={value}" for key, value in values.items() if usual[key] != value]
 
     def train(self) -> None:

@@ -40,15 +40,6 @@ def settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Sett
             yield from settings(table, setting.key + ".")
 
 
-def flatten(model: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value of every setting; nested tables as well as their fields."""
-    out: dict[str, Any] = {}
-    for name, value in model:
-        out |= {prefix + name: value} if prefix else {}  # else a section
-        out |= flatten(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {}
-    return out
-
-
 def sections() -> Mapping[str, str]:
     """Section name -> what it is about."""
     return {name: (field.annotation.__doc__ or "") for name, field in Config.model_fields.items() if field.annotation}

@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 from math import isqrt, lcm
+from operator import attrgetter
 
-from megallama.config.describe import flatten, literal
+from megallama.config.describe import literal
 from megallama.config.errors import counted
 from megallama.config.schema import Config, ModelConfig
 
@@ -229,7 +230,7 @@ def _fp8(config: Config, ranks: int | None) -> Iterator[str]:
         yield f"{start} multiplies only sizes that are multiples of 16, but {', '.join(odd)}; use those, {instead}"
 
 
-def _checkpoint(config: Config, ranks: int | None) -> Iterator[str]:
+def _running(config: Config, ranks: int | None) -> Iterator[str]:
     c = config.checkpoint
     if c.weights_from is not None and c.resume in ("must", "previous"):
         yield (
@@ -247,9 +248,6 @@ def _checkpoint(config: Config, ranks: int | None) -> Iterator[str]:
             f"checkpoint.keep_every={c.keep_every} is not a multiple of checkpoint.interval={c.interval}; "
             f"use {_multiples(c.keep_every, c.interval)}"
         )
-
-
-def _log_and_timeouts(config: Config, ranks: int | None) -> Iterator[str]:
     if (steps := config.log.trace_steps) is not None and steps[0] > steps[1]:
         yield f"log.trace_steps={literal(steps)} ends before it begins; write log.trace_steps={literal(sorted(steps))}"
     step, data = config.run.timeout_seconds, config.data.timeout_seconds
@@ -321,17 +319,16 @@ def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _architecture, _tensor_parallel, _pipeline, _batch, _ramp, _lr_schedule, _fp8, _checkpoint, _log_and_timeouts,
+    _architecture, _tensor_parallel, _pipeline, _batch, _ramp, _lr_schedule, _fp8, _running,
 )  # fmt: skip
 DATA_RULES: tuple[Rule, ...] = (_data, _mixture)
 
 
 def unusual(config: Config) -> Iterator[str]:
     """A line for each such setting, with the usual range."""
-    settings = flatten(config)
     for key, (low, high, usual) in USUAL.items():
-        if not low <= settings[key] <= high:
-            yield f"{key}={settings[key]:g} is far from what LLaMA-like models were trained with, usually {usual}"
+        if not low <= (value := attrgetter(key)(config)) <= high:
+            yield f"{key}={value:g} is far from what LLaMA-like models were trained with, usually {usual}"
     warmup, end = config.lr_schedule.warmup_steps, config.lr_schedule.decay_steps or config.train.steps
     if warmup > end / 2:
         yield f"lr_schedule.warmup_steps={warmup} is most of {end} steps; usually it is 0.1 to 10 %"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from megallama.config.describe import Setting, flatten
+from megallama.config.describe import Setting
 from megallama.config.describe import settings as schema_settings
 from megallama.config.errors import ConfigError, MegallamaError
 from megallama.config.load import is_setting, load, resolve, to_toml
@@ -514,12 +514,6 @@ def test_a_number_that_is_far_too_large_is_refused_or_planned_at_once(setting: S
     else:
         assert str(made)
     assert time.monotonic() - start < 20
-
-
-def test_flatten() -> None:
-    flat = flatten(load(None, ["model.preset=llama3.1-8b", "data.train=a"]))
-    assert (flat["parallel.tp"], flat["model.rope_scaling.factor"], flat["batch.ramp_start"]) == (1, 8.0, None)
-    assert "model.rope_scaling.factor" not in flatten(load(None, ["data.train=a"]))
 
 
 def test_config_is_frozen_and_hashable() -> None:
