@@ -49,3 +49,11 @@ def test_ramp_never_shrinks_and_ends(start: int, increments: int, samples: int) 
     sizes = [batch.size_after(n) for n in range(samples + 1)]
     assert sizes == sorted(sizes) and sizes[0] == start and sizes[-1] == batch.global_batch_size
     assert set(sizes) <= set(batch.sizes)
+
+
+def test_what_is_left_of_a_ramp() -> None:
+    """Sizes that are past bind nobody: neither the first of them, nor the increment once the ramp has ended."""
+    assert RAMP.remaining(0) is RAMP
+    assert [RAMP.remaining(n).ramp_start for n in (31, 32, 95)] == [8, 16, 24]
+    ended = RAMP.remaining(96)
+    assert (ended.ramp_start, ended.ramp_increment, ended.ramp_samples) == (None, None, None)
