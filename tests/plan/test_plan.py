@@ -70,6 +70,7 @@ def test_schedules_of_other_sizes() -> None:
     assert plan.schedule_for(3) == build_schedule(plan.config.parallel, 3)
     assert plan.schedule_for(3) is plan.schedule_for(3)
     assert plan.schedule_for(3, training=False) == build_forward(plan.schedule, 3)
+    assert not plan.schedule_for(8, training=False).is_training
 
 
 def test_ranks_that_do_not_fit() -> None:
