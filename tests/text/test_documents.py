@@ -353,3 +353,27 @@ def test_the_quick_parser_changes_nothing(line: bytes) -> None:
         patch.setattr(readers, "_orjson", None)
         slow = result()
     assert result() == slow
+
+
+def test_what_is_as_long_as_may_be_is_read(tmp_path: Path) -> None:
+    """The limit is of the document's bytes as they are read: a line of JSON, a value of Parquet, a text file."""
+    for extra, fault in ((0, []), (1, ["too long (51 bytes, the limit is 50)"])):
+        text = "x" * (50 + extra)
+        (tmp_path / "a.txt").write_text(text)
+        line = json.dumps({"text": "y" * (38 + extra)})
+        (tmp_path / "b.jsonl").write_text(f"{line}\n")
+        (tmp_path / "c.jsonl").write_text(line)
+        pq.write_table(table([text]), tmp_path / "d.parquet")
+        for name in ("a.txt", "b.jsonl", "c.jsonl", "d.parquet"):
+            good, bad = outcome([tmp_path / name], max_bytes=50)
+            assert [reason.partition(": ")[2] for reason in bad] == fault and len(good) == 1 - extra, name
+
+
+def test_how_far_a_unit_of_parquet_is_read(tmp_path: Path) -> None:
+    """In the middle of a file as at its beginning: the share of the unit's own rows."""
+    pq.write_table(table([text_of(i) for i in range(90)]), tmp_path / "a.parquet", row_group_size=30)
+    cut = units([tmp_path / "a.parquet"], 1)
+    assert [(unit.start, unit.stop) for unit in cut] == [(0, 1), (1, 2), (2, None)]
+    for unit in cut:
+        reader = RecordReader([unit])
+        assert [reader.bytes_done for _ in reader] == [unit.size * i // 30 for i in range(1, 31)]

@@ -74,9 +74,12 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
 
 
 def test_without_links_the_order_is_what_it_always_was(tmp_path: Path) -> None:
-    names = ("b.jsonl", "a/z.jsonl", "a.jsonl", "a-b/c.jsonl", "B.txt", "ab.txt", "a/b/c.txt", "é.md")
+    names = ("b.jsonl", "a/z.jsonl", "a.jsonl", "a-b/c.jsonl", "B.txt", "ab.txt", "a/b/c.txt", "é.md", "d.json")
     folder = make(tmp_path / "in", *names)
-    assert Found([folder]).files == earlier_files([folder]) == sorted(p for p in folder.rglob("*") if p.is_file())
+    every = sorted(p for p in folder.rglob("*") if p.is_file())
+    make(folder, "made.json", "made.idx", ".hidden/e.txt")
+    assert Found([folder]).files == earlier_files([folder]) == every
+    assert earlier_files([folder / "d.json", f"{folder}/*.txt"]) == [folder / n for n in ("d.json", "B.txt", "ab.txt")]
 
 
 def test_files_named_twice_are_read_once(tmp_path: Path) -> None:

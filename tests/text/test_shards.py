@@ -67,3 +67,19 @@ def test_a_folder_without_a_part_is_removed_after_an_error_and_one_with_a_part_s
     with WorkFolder(str(tmp_path / "o"), {}) as work:  # the next start has names of its own
         assert work.start == 1 and list(work.finished()) == [0]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["tokens", "documents"])
+def test_a_part_at_the_end_of_its_files_is_whole_until_a_byte_is_missing(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(KeyboardInterrupt), WorkFolder(str(tmp_path / "o"), {}) as work:
+        writer = ShardWriter(work.path, "000-00000", sync=False)
+        writer.begin(0)
+        writer.add(np.array([1, 2], U16), np.array([[2, 5]], "<i4"))
+        writer.end()
+        raise KeyboardInterrupt
+    path = work.path / f"000-00000.{kind}"
+    for raw, found in ((path.read_bytes(), [0]), (path.read_bytes()[:-1], [])):
+        path.write_bytes(raw)
+        with pytest.raises(KeyboardInterrupt), WorkFolder(str(tmp_path / "o"), {}) as work:
+            assert list(work.finished()) == found
+            raise KeyboardInterrupt
