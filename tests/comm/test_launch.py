@@ -31,6 +31,9 @@ def test_alone() -> None:
     launch = detect_launch({})
     assert facts(launch) == ("alone", 0, 1, 0, True)
     assert facts(detect_launch({"RANK": "", "SLURM_JOB_ID": "3"})) == ("alone", 0, 1, 0, True)
+    empty = {"RANK": "", "WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "", "PMI_RANK": "", "SLURM_PROCID": ""}
+    assert facts(detect_launch(empty)) == ("alone", 0, 1, 0, True)
+    assert detect_launch({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "", "MASTER_PORT": ""}).master_port == 29500
 
 
 def test_torchrun() -> None:
@@ -66,6 +69,17 @@ def test_mpich() -> None:
     assert facts(launch) == ("mpich", 3, 4, 3, True)
     assert launch.master_port == 0 and launch.key.startswith("mpich-")
     assert launch.key == detect_launch({**MPICH, "PMI_RANK": "0", "MPI_LOCALRANKID": "0"}).key
+    given = detect_launch({**MPICH, "MASTER_ADDR": "n0"})
+    assert (given.master_addr, given.master_port, given.one_node) == ("n0", 29500, True)
+
+
+def test_mpich_in_an_allocation_of_several_nodes() -> None:
+    several = {**MPICH, "MPI_LOCALNRANKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "n[7-8]"}
+    one, other = (detect_launch({**several, "SLURM_JOB_ID": job}) for job in ("3", "4"))
+    assert (one.launcher, one.master_addr, one.one_node) == ("mpich", "n7", False)
+    assert 20000 <= one.master_port < 32000 and 20000 <= other.master_port != one.master_port
+    with pytest.raises(LaunchError, match="mpirun started 4 ranks on several nodes .*-genv MASTER_ADDR host"):
+        detect_launch({**MPICH, "MPI_LOCALNRANKS": "2"})
 
 
 def test_slurm() -> None:

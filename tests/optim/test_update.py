@@ -11,6 +11,7 @@ import torch
 
 from megallama.kernels.optimizer import sum_of_squares
 from megallama.optim.update import Update
+from megallama.plan.box import Box
 from megallama.plan.params import global_shapes
 from megallama.train.assemble import Worker
 from tests.small import micro_batches, on_threads, small_config, solo_rank, tokens, train
@@ -126,6 +127,20 @@ def test_another_rule_has_its_state_in_the_shards() -> None:
     update.wait()
     assert all((p.data == 0.75).all() for p in rank.buffers[0].params.values())
     assert all((s.state["last"] == 1.0).all() for s in update.shards(owned_only=True))
+
+
+def test_owned_shards_hold_every_element_once_and_all_shards_the_copies_too() -> None:
+    config = small_config(model=MODELS["shared heads, tied, padded"], parallel={"tp": 4})
+
+    def boxes(rank: Worker) -> list[list[Box]]:
+        return [[shard.box for shard in rank.optimizer.shards(owned_only=owned)] for owned in (True, False)]
+
+    for owned, held in zip((True, False), zip(*on_threads(config, 4, boxes), strict=True), strict=True):
+        counts = {name: torch.zeros(shape) for name, shape in global_shapes(config.model).items()}
+        for box in (box for of_rank in held for box in of_rank):
+            counts[box.key][tuple(map(slice, box.start, box.stop))] += 1
+        assert all((count >= 1).all() for count in counts.values())
+        assert all((count == 1).all() for count in counts.values()) is owned
 
 
 def test_without_clipping_gradients_are_taken_as_they_are() -> None:
