@@ -1,7 +1,4 @@
-"""What the optimizer computes on shards: AdamW (Loshchilov & Hutter 2019), the gradient's norm.
-
-Transformer Engine and apex share one pair of kernels over many tensors.
-"""
+"""What the optimizer computes on shards: AdamW (Loshchilov & Hutter 2019), the gradient's norm."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ def adamw_step(lists: Lists, config: OptimizerConfig, lr: float, decay: float, d
     )  # fmt: skip
 
 
-def _multi_tensor_adam(kernel: Callable[..., None]) -> AdamWStep:
+def _multi_tensor_adam(kernel: Callable[..., None]) -> AdamWStep:  # Transformer Engine's and apex's
     def step(lists: Lists, config: OptimizerConfig, lr: float, decay: float, divisor: Tensor | None) -> None:
         masters, grads, exp_avgs, exp_avg_sqs, steps = lists
         if divisor is not None:

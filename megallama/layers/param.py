@@ -141,7 +141,6 @@ class Layer:
     """
 
     forward: Callable[..., Any]
-    backward: Callable[..., tuple[Any, ...]]
     _function: ClassVar[Any]
 
     def __init_subclass__(cls) -> None:

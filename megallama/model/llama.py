@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from megallama.config.schema import Config
 from megallama.kernels.attention import Attend, Documents
@@ -153,29 +152,28 @@ class Stage:
         again, tables = self.recompute and torch.is_grad_enabled(), self.rotary.tables(batch.documents)
         for layer in self.layers:
             inputs = x, *tables, batch.documents
-            x = _Recompute.apply(layer, *inputs) if again else layer(*inputs)
+            x = _Recompute(layer)(*inputs) if again else layer(*inputs)
         return x if self.head is None else self.head(x, batch)
 
 
-class _Recompute(Function):
+@dataclass(eq=False)
+class _Recompute(Layer):
     """Keep a layer's input only, and run the layer again for its backward (Chen et al. 2016)."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, layer: TransformerLayer, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None
-    ) -> Tensor:
-        ctx.layer, ctx.documents = layer, documents
-        ctx.save_for_backward(x, cos, sin)
-        return layer(x, cos, sin, documents)
+    layer: TransformerLayer
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tables = ctx.saved_tensors
+    def forward(self, ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None) -> Tensor:
+        ctx.documents = documents
+        ctx.save_for_backward(x, cos, sin)
+        return self.layer(x, cos, sin, documents)
+
+    def backward(self, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, cos, sin = ctx.saved_tensors
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
-            out = ctx.layer(leaf, *tables, ctx.documents)
-        torch.autograd.backward(out, grads)
-        return None, leaf.grad, None, None, None
+            out = self.layer(leaf, cos, sin, ctx.documents)
+        torch.autograd.backward(out, dy)
+        return leaf.grad, None, None, None
 
 
 def _mix(x: Tensor) -> Tensor:
