@@ -153,7 +153,7 @@ def forget_messages(patch: pytest.MonkeyPatch) -> None:
 
     def careless(self: PipelineRuntime, *args: Any) -> None:
         real(self, *args)
-        self._received = {key: (buffer, Forgotten(handle)) for key, (buffer, handle) in self._received.items()}
+        self._values |= {key: (value, Forgotten(h)) for key, (value, h) in self._values.items() if h is not None}
 
     patch.setattr(PipelineRuntime, "_recv", careless)
 
@@ -163,8 +163,8 @@ def reuse_sent_memory(patch: pytest.MonkeyPatch) -> None:
     real = PipelineRuntime._send
 
     def careless(self: PipelineRuntime, action: Action) -> None:
-        made_by = Kind.F if action.kind is Kind.SEND_F else Kind.B
-        value = self._outputs[made_by, action.stage, action.microbatch]
+        kind, to = (Kind.F, action.stage + 1) if action.kind is Kind.SEND_F else (Kind.B, action.stage - 1)
+        value, _ = self._values[kind, to, action.microbatch]
         real(self, action)
         value.fill_(1e3)
 
