@@ -68,19 +68,19 @@ def speed_table(found: list[Measurement]) -> str:
     for ranks in (1, 2):
         for name in dict.fromkeys(m.row for m in found if m.ranks == ranks):
             base = BASES.get(name.rpartition(" ")[2], OTHERS)
-            mine = sorted((m for m in found if m.row == name and m.ranks == ranks), key=lambda m: m.round)
+            own = sorted((m for m in found if m.row == name and m.ranks == ranks), key=lambda m: m.round)
             of = {m.round: m for m in found if m.row == base and m.ranks == ranks}
-            ratios = [(of[m.round].seconds / of[m.round].bytes) / (m.seconds / m.bytes) for m in mine if m.round in of]
-            seconds = median([m.seconds for m in mine])
+            ratios = [(of[m.round].seconds / of[m.round].bytes) / (m.seconds / m.bytes) for m in own if m.round in of]
+            seconds = median([m.seconds for m in own])
             rows.append(
                 {
                     "ranks": str(ranks),
                     "row": name,
                     "seconds": f"{seconds:.2f}",
-                    "GB/s": f"{median([m.bytes for m in mine]) / seconds / 1e9:.2f}",
+                    "GB/s": f"{median([m.bytes for m in own]) / seconds / 1e9:.2f}",
                     "speed": f"{median(ratios):.2f} of {base}" if name not in (*BASES.values(), OTHERS) else "-",
-                    "rounds": " ".join(f"{m.seconds:.2f}" for m in mine),
-                    "most extra memory of a rank": f"{max(m.extra for m in mine) / 1e6:.0f} MB",
+                    "rounds": " ".join(f"{m.seconds:.2f}" for m in own),
+                    "most extra memory of a rank": f"{max(m.extra for m in own) / 1e6:.0f} MB",
                 }
             )
     return table(rows)

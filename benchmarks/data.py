@@ -194,10 +194,10 @@ def measure(system: System, corpus: Path, size: int, watch: bool, args: argparse
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         command = [part.format(input=corpus, output=f"{folder}/out") for part in system.command]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        said, complaints = Path(folder, "said"), Path(folder, "complaints")
+        printed, complaints = Path(folder, "said"), Path(folder, "complaints")
         before = psutil.Process().cpu_times()
         start, busy = time.perf_counter(), busy_seconds()
-        with said.open("wb") as out, complaints.open("wb") as err:
+        with printed.open("wb") as out, complaints.open("wb") as err:
             process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err)
             peak = peak_of_tree(process, watch)
         wall, busy = time.perf_counter() - start, busy_seconds() - busy
@@ -206,7 +206,7 @@ def measure(system: System, corpus: Path, size: int, watch: bool, args: argparse
             raise BenchmarkError(f"{' '.join(command)}\nfailed:\n{complaints.read_text()[-2000:]}")
         cpu = after.children_user + after.children_system - before.children_user - before.children_system
         watching = after.user + after.system - before.user - before.system
-        note, seconds = said.read_text().strip().splitlines()[-1], wall
+        note, seconds = printed.read_text().strip().splitlines()[-1], wall
         if system.bare:
             seconds = json.loads(note)["seconds"]
             note = f"{json.loads(note)['tokens']} tokens"
@@ -234,17 +234,17 @@ def lines_of(runs: list[Measured]) -> list[dict[str, str]]:
     for (tokenizer, size, system), of in timed.items():
         bare = [v for (t, _, s), v in speed.items() if t == tokenizer and s.startswith("bare")][:1]
         theirs = speed.get((tokenizer, size, "Megatron"))
-        mine, own = speed[tokenizer, size, system], of[0].digest
+        local, own = speed[tokenizer, size, system], of[0].digest
         same = [s for (t, n, s), others in groups.items()
                 if own and (t, n) == (tokenizer, size) and s != system and others[0].digest == own]  # fmt: skip
         lines.append({
             "tokenizer": tokenizer,
             "text MB": str(size),
             "system": system,
-            "MB/s": f"{mine:.1f}",
+            "MB/s": f"{local:.1f}",
             "rounds": " ".join(f"{run.mb_per_second:.1f}" for run in of),
-            "of the bare encoder": f"{100 * mine / bare[0]:.0f} %" if bare and size == smallest else "-",
-            "times Megatron": f"{mine / theirs:.1f}" if theirs else "-",
+            "of the bare encoder": f"{100 * local / bare[0]:.0f} %" if bare and size == smallest else "-",
+            "times Megatron": f"{local / theirs:.1f}" if theirs else "-",
             "CPU s": f"{median([run.cpu_seconds for run in of]):.1f}",
             "peak MB": str(max(run.peak_mb for run in groups[tokenizer, size, system])),
             "same files as": ", ".join(same) or "-",

@@ -74,12 +74,12 @@ def measure(system: str, python: str, row: str, prefix: Path, samples: int) -> R
     usage, busy = os.times(), busy_seconds()
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     after, others = os.times(), busy_seconds() - busy
-    mine = after.children_user + after.children_system - usage.children_user - usage.children_system
-    said = next((line for line in done.stdout.splitlines() if line.startswith("{")), "")
-    if not said:
+    own = after.children_user + after.children_system - usage.children_user - usage.children_system
+    output = next((line for line in done.stdout.splitlines() if line.startswith("{")), "")
+    if not output:
         raise BenchmarkError(f"{' '.join(command)}\nended without a result:\n{(done.stdout + done.stderr)[-1000:]}")
-    found = json.loads(said)
-    load = max(0.0, others - mine) / max(after.elapsed - usage.elapsed, 1e-3)
+    found = json.loads(output)
+    load = max(0.0, others - own) / max(after.elapsed - usage.elapsed, 1e-3)
     reading = Reading(system, row, int(found["samples"]), found.get("seconds"), found.get("rate"), found["mib"],
                       round(load, 2))  # fmt: skip
     print(reading, flush=True)

@@ -277,20 +277,20 @@ class Measurement:
                 if number and (system not in seen or time.time() > row.until):
                     continue
                 try:
-                    mine = self.one_round(system, theirs if system == "transformers" else choices)
+                    own = self.one_round(system, theirs if system == "transformers" else choices)
                 except Exception as error:  # noqa: BLE001 - the other systems go on
                     seen.pop(system, None)
                     why = f"{type(error).__name__}: {error}"[:500]
                     self.one.say(kind="failed", row=f"{name} {row.seq}", system=system, why=why)
                     continue
-                seen.setdefault(system, []).append(mine)
+                seen.setdefault(system, []).append(own)
                 rates = [row.tokens / x["seconds"] for x in seen[system]]
                 rate = median(rates)
                 self.one.say(
                     kind="result", row=f"{name} {row.seq}", system=system, rounds=[round(x, 1) for x in rates],
                     tokens_per_second=round(rate, 1), mfu_causal=rate * per_token[True] / peak,
                     mfu_full=rate * per_token[False] / peak,
-                    of_ceiling=sum(ceiling.values()) * rate / row.tokens, **mine,
+                    of_ceiling=sum(ceiling.values()) * rate / row.tokens, **own,
                 )  # fmt: skip
 
 
@@ -312,15 +312,15 @@ def cells(result: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def write(said: list[dict[str, Any]], args: argparse.Namespace, name: str = "gpu") -> str:
+def write(output: list[dict[str, Any]], args: argparse.Namespace, name: str = "gpu") -> str:
     """The table of what was said so far; on a GPU also into `results/`."""
-    last = {(x["row"], x["system"]): x for x in said if x["kind"] == "result"}
-    notes = [f"- {x['row']}: {x['system']} failed: {x['why']}" for x in said if x["kind"] == "failed"]
-    about = [f"- {key}: {value}" for x in said[:1] for key, value in x.items() if key not in ("kind", "row")]
+    last = {(x["row"], x["system"]): x for x in output if x["kind"] == "result"}
+    notes = [f"- {x['row']}: {x['system']} failed: {x['why']}" for x in output if x["kind"] == "failed"]
+    about = [f"- {key}: {value}" for x in output[:1] for key, value in x.items() if key not in ("kind", "row")]
     lines = [header("Training steps on one GPU", args) + "\n".join(about), "", table([cells(x) for x in last.values()])]
     text = "\n".join([*lines, *notes, ""])
     if args.device == "cuda" and last:
-        content = {**machine(), "command": sys.argv, "said": said}
+        content = {**machine(), "command": sys.argv, "said": output}
         (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
         (RESULTS / f"{name}.md").write_text(text)
     return text
@@ -338,7 +338,7 @@ def rows(args: argparse.Namespace) -> list[Row]:
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One process per row; what they said. A row that dies costs its own results only."""
-    said: list[dict[str, Any]] = []
+    output: list[dict[str, Any]] = []
     begin, longest = time.monotonic(), 0.0
     todo = rows(args)
     for number, row in enumerate(todo):
@@ -347,21 +347,21 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         if left < longest:
             print(f"not measured, {left:.0f} s are left: {row.model} {row.seq}", flush=True)
             continue
-        alike = sum(other.seq == row.seq for other in todo[number:])
-        row.until = time.time() + 0.8 * left / alike
+        same = sum(other.seq == row.seq for other in todo[number:])
+        row.until = time.time() + 0.8 * left / same
         command = [sys.executable, __file__, "--row", json.dumps(row.__dict__)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 print(line, end="", flush=True)
                 if line.startswith("{"):
-                    said.append(json.loads(line))
+                    output.append(json.loads(line))
         if process.returncode:
             why = f"status {process.returncode}"
-            said.append({"kind": "failed", "row": f"{row.model} {row.seq}", "system": "the row", "why": why})
-        write(said, args)
+            output.append({"kind": "failed", "row": f"{row.model} {row.seq}", "system": "the row", "why": why})
+        write(output, args)
         longest = max(longest, time.monotonic() - start)
-    return said
+    return output
 
 
 def main() -> int:
@@ -379,14 +379,14 @@ def main() -> int:
     args = parser.parse_args()
     args.device = "cuda"
     if args.row:
-        given = json.loads(args.row)
-        Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}).run()
+        arguments = json.loads(args.row)
+        Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}).run()
         return 0
     if args.cpu_check:
         args.device, args.models, args.seqs, args.tokens, args.rounds = "cpu", "tiny", "32,64", 128, 2
-    said = measure(args)
-    print("\n" + write(said, args))
-    return int(not any(x["kind"] == "result" for x in said))
+    output = measure(args)
+    print("\n" + write(output, args))
+    return int(not any(x["kind"] == "result" for x in output))
 
 
 if __name__ == "__main__":

@@ -119,9 +119,9 @@ def measure(
     config = one_rank.config_of([*overrides, f"batch.global_batch_size={dp * args.microbatches}"], ranks)
     topology = one_rank.make_plan(config, ranks).topology
     here = {"pp": position, "tp": 0, "dp": 0}
-    mine = next(r for r in range(ranks) if topology.coords(r).items() >= here.items())
+    own = next(r for r in range(ranks) if topology.coords(r).items() >= here.items())
     one_rank.free(device)
-    rank, kernels = one_rank.build(config, device, ranks, mine)
+    rank, kernels = one_rank.build(config, device, ranks, own)
     batches = one_rank.random_batches(rank.plan, device)
     steps = rank.plan.schedule_for(len(batches))
     if not train_step(rank, steps, batches, lr=1e-5).applied:

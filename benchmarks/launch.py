@@ -74,10 +74,10 @@ def launch(
     base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **(env or {})}
     start, busy = time.monotonic(), busy_seconds()
     with tempfile.TemporaryDirectory() as folder:
-        said = [Path(folder) / f"{rank}.{kind}" for rank in range(ranks) for kind in ("out", "err")]
+        output = [Path(folder) / f"{rank}.{kind}" for rank in range(ranks) for kind in ("out", "err")]
         processes = []
         for rank in range(ranks):
-            with said[2 * rank].open("wb") as out, said[2 * rank + 1].open("wb") as err:
+            with output[2 * rank].open("wb") as out, output[2 * rank + 1].open("wb") as err:
                 own = base | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 processes.append(subprocess.Popen(command, env=own, stdout=out, stderr=err))
         try:
@@ -88,7 +88,7 @@ def launch(
             raise
         seconds, busy = time.monotonic() - start, busy_seconds() - busy
         stopped = used is None
-        texts = [path.read_text(errors="replace") for path in said]
+        texts = [path.read_text(errors="replace") for path in output]
         for process in processes:
             process.returncode = 0  # reaped by _wait
     if stopped or any(code for code, _, _ in used or ()):

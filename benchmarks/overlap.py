@@ -146,16 +146,16 @@ def main() -> None:
         for place, what, both, off, on in CASES:
             if place not in args.layouts.split(","):
                 continue
-            mine = []
+            own = []
             for number in range(args.rounds):
                 for side in (False, True) if number % 2 == 0 else (True, False):
                     wait_for_calm(args.calm)
                     values = {**both, **(on if side else off)}
                     speed, *rest = measure(shape, place, values, args.steps, args.dtype)
                     rates = speed["tokens_per_second"], speed["step_seconds"]
-                    mine.append(OverlapRun(shape, place, what, side, number, *rates, *rest))
-            runs += mine
-            rows.append(line(mine))
+                    own.append(OverlapRun(shape, place, what, side, number, *rates, *rest))
+            runs += own
+            rows.append(line(own))
             print(json.dumps(rows[-1]), flush=True)
     save("overlap", runs, header("Communication under computation", args) + table(rows) + NOTE)
 

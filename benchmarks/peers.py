@@ -84,8 +84,8 @@ def run_peer(peer: Peer, row: tuple[str, str, str], args: argparse.Namespace) ->
     command += ["--steps", str(args.steps), "--variant", peer.variant]
     env = KEEP_MEMORY if args.keep_memory else {}
     outcome = launch(command, place.ranks, place.threads, env=env, timeout=args.timeout)
-    said = next((line for line in outcome.stdout.splitlines() if line.startswith("{")), "")
-    if not said:
+    output = next((line for line in outcome.stdout.splitlines() if line.startswith("{")), "")
+    if not output:
         raise BenchmarkError(f"{' '.join(command)}\nended without a result:\n{outcome.stdout[-1000:]}")
     return Run(
         system=peer.name,
@@ -95,7 +95,7 @@ def run_peer(peer: Peer, row: tuple[str, str, str], args: argparse.Namespace) ->
         keeps_master=peer.keeps_master,
         peak_rss_mib=outcome.peak_rss_mib,
         other_load=outcome.other_load,
-        **json.loads(said),
+        **json.loads(output),
     )
 
 
@@ -152,7 +152,7 @@ def compare(runs: list[Run]) -> dict[str, str]:
     memory = {name: max(max(r.peak_rss_mib) for r in of) for name, of in by_system.items() if of[0].keeps_master}
     line = {"row": ours[0].row, "ours tok/s": f"{speed(ours):.0f}"}
     best = max(by_system, key=lambda name: speed(by_system[name]), default="")
-    mine = max(max(r.peak_rss_mib) for r in ours)
+    own = max(max(r.peak_rss_mib) for r in ours)
     if best:
         each = [a.tokens_per_second / b.tokens_per_second for a, b in zip(ours, by_system[best], strict=False)]
         line |= {
@@ -164,8 +164,8 @@ def compare(runs: list[Run]) -> dict[str, str]:
     else:
         line |= dict.fromkeys(("best peer tok/s", "best peer", "ratio", "of each round"), "-")
     least = min(memory.values(), default=0)
-    line |= {"ours MiB/rank": str(mine), "least peer MiB/rank": str(least or "-")}
-    line |= {"memory ratio": f"{mine / least:.2f}" if least else "-"}
+    line |= {"ours MiB/rank": str(own), "least peer MiB/rank": str(least or "-")}
+    line |= {"memory ratio": f"{own / least:.2f}" if least else "-"}
     return line | {"others' load": f"{max(r.other_load for r in runs):.2f}"}
 
 

@@ -58,8 +58,8 @@ def run(row: str, command: Sequence[str]) -> Measurement:
     """Run a command to its end. Raises: BenchmarkError if it fails."""
     wait_for_calm(90)
     start, busy, peak = time.monotonic(), busy_seconds(), 0
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, cwd=ROOT)
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT)
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
@@ -68,9 +68,9 @@ def run(row: str, command: Sequence[str]) -> Measurement:
             time.sleep(0.005)
         seconds = time.monotonic() - start
         process.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
+        output.seek(0)
         if process.returncode:
-            raise BenchmarkError(f"{' '.join(command)}\nfailed:\n{said.read().decode(errors='replace')[-2000:]}")
+            raise BenchmarkError(f"{' '.join(command)}\nfailed:\n{output.read().decode(errors='replace')[-2000:]}")
     other = max(0.0, busy_seconds() - busy - usage.ru_utime - usage.ru_stime) / seconds
     print(f"{row}: {seconds:.2f} s, {peak / 1e6:.0f} MB, others' load {other:.2f}", flush=True)
     return Measurement(row, seconds, peak, round(other, 2))

@@ -152,25 +152,25 @@ def main() -> None:
     for shape, dtype, layout in rows(args):
         wait_for_calm(args.calm)
         rate = probe(layout, dtype)
-        mine = []
+        own = []
         for _ in range(args.rounds):
             wait_for_calm(args.calm)
-            mine.append(measure(shape, layout, dtype, args.steps, args.set))
-        runs += mine
-        speed = median([r.tokens_per_second for r in mine])
+            own.append(measure(shape, layout, dtype, args.steps, args.set))
+        runs += own
+        speed = median([r.tokens_per_second for r in own])
         kinds = shares(shape, layout, dtype, args.set)
         used = speed * flops_per_token(SHAPES[shape]) / 1e9
         line = {
             "row": f"{shape} {dtype} {layout}",
             "tokens/s": f"{speed:.0f}",
-            "rounds": " ".join(f"{r.tokens_per_second:.0f}" for r in mine),
+            "rounds": " ".join(f"{r.tokens_per_second:.0f}" for r in own),
             "GFLOP/s": f"{used:.0f}",
             "GEMM rate here": f"{rate:.0f}",
             "MFU": f"{100 * used / rate:.0f}%",
             "GEMM + attention": f"{100 * (kinds['products'] + kinds['attention']):.0f}%",
             "share of time by kind": ", ".join(f"{kind} {100 * share:.0f}" for kind, share in kinds.items()),
-            "peak MiB of each rank": " ".join(str(x) for x in mine[-1].peak_rss_mib),
-            "others' load": " ".join(str(r.other_load) for r in mine),
+            "peak MiB of each rank": " ".join(str(x) for x in own[-1].peak_rss_mib),
+            "others' load": " ".join(str(r.other_load) for r in own),
         }
         lines.append(line)
         print(json.dumps(line), flush=True)

@@ -137,7 +137,7 @@ def curve(results: Sequence[StepConsensus]) -> list[float]:
     return list(itertools.chain.from_iterable((r.loss, r.grad_norm) for r in results))
 
 
-def deviation(mine: Sequence[float], theirs: Sequence[float]) -> float:
+def deviation(own: Sequence[float], theirs: Sequence[float]) -> float:
     """Largest relative difference."""
-    assert len(mine) == len(theirs)
-    return max(abs(a - b) / abs(b) for a, b in zip(mine, theirs, strict=True))
+    assert len(own) == len(theirs)
+    return max(abs(a - b) / abs(b) for a, b in zip(own, theirs, strict=True))

@@ -77,17 +77,17 @@ def uses(node: ast.AST, module: str) -> Iterator[str]:
 
 def import_problems(node: ast.AST, module: str) -> Iterator[str]:
     package = module.split(".")[0]
-    mine = level(package)
+    own = level(package)
     for name in imports(node, module):
         if package in WITHOUT_TORCH and name.split(".")[0] == "torch":
             yield f"{package}/ must not import torch"
         parts = name.split(".")
         if parts[0] == "tools" and (package != "tools" or len(parts) < 3):  # a tool may have a folder of its own
             yield f"{package}/ must not import tools/"
-        if parts[0] == "megallama" and len(parts) > 1 and parts[1] != package and mine is not None:
+        if parts[0] == "megallama" and len(parts) > 1 and parts[1] != package and own is not None:
             other = level(parts[1])
             entry = other is None and (package, parts[1]) != ("commands", "pretrain")  # a command runs it
-            if entry or (other is not None and other >= mine):
+            if entry or (other is not None and other >= own):
                 yield f"{package}/ must not import {parts[1]}{'/' if other is not None else ''}"
 
 

@@ -87,13 +87,13 @@ def directives(script: str) -> list[str]:
 @pytest.mark.parametrize("name", ["llama_7b", "llama_13b", "llama_33b", "llama_65b"])
 def test_sbatch_starts_as_many_tasks_as_the_layout_has_ranks(name: str, tmp_path: Path) -> None:
     """And it ends in slurm_pretrain.sbatch with the same directives but for the name and the number of nodes."""
-    mine, general = directives(f"{name}.sbatch"), directives("slurm_pretrain.sbatch")
-    values = dict(d.partition("=")[::2] for d in mine)
+    ours, general = directives(f"{name}.sbatch"), directives("slurm_pretrain.sbatch")
+    values = dict(d.partition("=")[::2] for d in ours)
     assert int(values["--nodes"]) * int(values["--ntasks-per-node"]) == RANKS[f"{name}.toml"]
     assert values["--ntasks-per-node"] == values["--gpus-per-node"] == "8"
     own = ("--job-name", "--nodes")
-    assert [d for d in mine if not d.startswith(own)] == [d for d in general if not d.startswith(own)]
-    assert {"--requeue", "--open-mode=append", "--signal=TERM@300"} <= set(mine)
+    assert [d for d in ours if not d.startswith(own)] == [d for d in general if not d.startswith(own)]
+    assert {"--requeue", "--open-mode=append", "--signal=TERM@300"} <= set(ours)
     (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/srun.txt\n')
     (tmp_path / "srun").chmod(0o755)
     (tmp_path / "examples").symlink_to(EXAMPLES)
@@ -124,10 +124,10 @@ def test_the_heading_of_an_example_is_true(name: str) -> None:
     else:
         assert f"{parallel.chunks} chunks per rank" in heading
     best, legal, _ = search(config, ranks, load_hardware("a100-80g"), "flash2")
-    said = float(re.findall(r"([\d,]+) tokens/s per GPU", heading)[0].replace(",", ""))
+    output = float(re.findall(r"([\d,]+) tokens/s per GPU", heading)[0].replace(",", ""))
     assert f"of {legal:,} legal ones" in heading
-    mine = forecast(plan, load_hardware("a100-80g"), "flash2").prediction.tokens_per_second
-    assert said == pytest.approx(mine, rel=0.005) and mine > 0.99 * best[0].prediction.tokens_per_second
+    ours = forecast(plan, load_hardware("a100-80g"), "flash2").prediction.tokens_per_second
+    assert output == pytest.approx(ours, rel=0.005) and ours > 0.99 * best[0].prediction.tokens_per_second
 
 
 SCRIPTS = sorted(p.name for p in EXAMPLES.iterdir() if p.suffix in (".sbatch", ".sh"))
@@ -189,13 +189,13 @@ def smoke(folder: Path, status: int, first: int, last: int, learns: int = 1, **e
 
 
 def test_smoke_is_stopped_requeued_and_judged(tmp_path: Path) -> None:
-    status, said, calls = smoke(tmp_path, 75, 1, 40)
-    assert calls[-1] == "scontrol requeue 7" and "stopped as asked" in said
+    status, output, calls = smoke(tmp_path, 75, 1, 40)
+    assert calls[-1] == "scontrol requeue 7" and "stopped as asked" in output
     assert "train.steps=200" in calls[0] and "data.synthetic=false" in calls[0] and "parallel.tp=2" in calls[0]
     assert status == 1, "a start that Slurm does not end after the requeue is a failure"
-    status, said, calls = smoke(tmp_path, 0, 41, 200, SLURM_RESTART_COUNT="1")
-    assert status == 0 and "steps 1 to 200, 200 of them; loss 5.940 -> 2.040" in said, said
-    assert said.endswith("smoke test passed\n") and len([c for c in calls if c.startswith("srun")]) == 2
+    status, output, calls = smoke(tmp_path, 0, 41, 200, SLURM_RESTART_COUNT="1")
+    assert status == 0 and "steps 1 to 200, 200 of them; loss 5.940 -> 2.040" in output, output
+    assert output.endswith("smoke test passed\n") and len([c for c in calls if c.startswith("srun")]) == 2
 
 
 @pytest.mark.parametrize(
@@ -212,24 +212,24 @@ def test_smoke_finds_what_is_wrong(
     tmp_path: Path, status: int, first: int, last: int, learns: int, message: str
 ) -> None:
     smoke(tmp_path, 75, 1, 40, learns)
-    left, said, _ = smoke(tmp_path, status, first, last, learns, SLURM_RESTART_COUNT="1")
-    assert left == 1 and message in said, said
+    left, output, _ = smoke(tmp_path, status, first, last, learns, SLURM_RESTART_COUNT="1")
+    assert left == 1 and message in output, output
 
 
 def test_smoke_goes_on_where_requeue_is_refused(tmp_path: Path) -> None:
     """The second srun of the same job leaves with 75 again, which is not the end of a run."""
-    left, said, calls = smoke(tmp_path, 75, 1, 40, REFUSE="1")
-    assert "not requeued; going on in the same job" in said and len(calls) == 3
-    assert left == 1 and "the second start ended with status 75" in said
+    left, output, calls = smoke(tmp_path, 75, 1, 40, REFUSE="1")
+    assert "not requeued; going on in the same job" in output and len(calls) == 3
+    assert left == 1 and "the second start ended with status 75" in output
 
 
 def test_smoke_must_be_stopped_first(tmp_path: Path) -> None:
-    left, said, _ = smoke(tmp_path, 0, 1, 200)
-    assert left == 1 and "the first start ended with status 0; 75 (saved and left early) was expected" in said
+    left, output, _ = smoke(tmp_path, 0, 1, 200)
+    assert left == 1 and "the first start ended with status 0; 75 (saved and left early) was expected" in output
 
 
 def test_smoke_takes_nothing_from_an_earlier_job_of_its_number(tmp_path: Path) -> None:
     smoke(tmp_path, 75, 1, 40)
     assert smoke(tmp_path, 0, 41, 200, SLURM_RESTART_COUNT="1")[0] == 0
-    left, said, _ = smoke(tmp_path, 75, 1, 40)
-    assert "stopped as asked" in said and "passed" not in said
+    left, output, _ = smoke(tmp_path, 75, 1, 40)
+    assert "stopped as asked" in output and "passed" not in output

@@ -181,9 +181,9 @@ class ThreadGroup:
 
     def split(self, partition: Sequence[Sequence[int]], name: str) -> Group:
         """My group of a partition of the global ranks (Solo if I am alone); every rank calls it."""
-        mine = next((tuple(ranks) for ranks in partition if self._me in ranks), (self._me,))
-        key = (self._key, name, self._next("split"), mine)
-        return ThreadGroup(self._hub, key, name, mine, self._me) if len(mine) > 1 else Solo(name, self._me)
+        own = next((tuple(ranks) for ranks in partition if self._me in ranks), (self._me,))
+        key = (self._key, name, self._next("split"), own)
+        return ThreadGroup(self._hub, key, name, own, self._me) if len(own) > 1 else Solo(name, self._me)
 
     def _next(self, kind: Any) -> int:
         self._count[kind] = self._count.get(kind, -1) + 1
@@ -217,12 +217,12 @@ class ThreadGroup:
             assert tensor.is_contiguous(), f"{self.name}: tensor {tuple(tensor.shape)} is not contiguous"
             assert tensor.dtype == tensors[0].dtype, f"{self.name}: {tensor.dtype} and {tensors[0].dtype}"
 
-    def _start(self, what: str, mine: _Input, finish: Callable[[list[Tensor]], Any]) -> Handle:
+    def _start(self, what: str, own: _Input, finish: Callable[[list[Tensor]], Any]) -> Handle:
         """An operation on everybody's input; `finish` gets them when it is waited for, and writes the result."""
-        everything = self._meet(what, mine)
+        everything = self._meet(what, own)
 
         def end() -> None:
-            mine.read()  # from now on its owner may write to it
+            own.read()  # from now on its owner may write to it
             finish([value.read() for value in everything()])
 
         return _Pending(self, what, end, lambda: False)
@@ -235,10 +235,10 @@ class ThreadGroup:
             tensor.copy_(_sum(parts) if op == "sum" else reduce(torch.maximum, parts))
 
         late = self.late()
-        mine = _Input(tensor, late)
+        own = _Input(tensor, late)
         if not late:
             _poison(tensor)
-        return self._start(f"all_reduce {op} {_describe(tensor)}", mine, finish)
+        return self._start(f"all_reduce {op} {_describe(tensor)}", own, finish)
 
     @torch.no_grad()
     def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
@@ -251,11 +251,11 @@ class ThreadGroup:
                 assert _same_bytes(shard, before), f"{self.name}: all_gather's shard was changed before wait()"
             torch.cat([part.reshape(-1) for part in parts], out=output.view(-1))
 
-        mine = _Input(shard, late)
+        own = _Input(shard, late)
         _poison(output)
         if inside and late:
             shard.copy_(before)
-        return self._start(f"all_gather {_describe(shard)}", mine, finish)
+        return self._start(f"all_gather {_describe(shard)}", own, finish)
 
     @torch.no_grad()
     def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
@@ -268,23 +268,23 @@ class ThreadGroup:
             _poison(full)
             output.view(-1).copy_(_sum([part.view(-1)[rows] for part in parts]))
 
-        mine = _Input(full, late)
+        own = _Input(full, late)
         if not late:
             _poison(full)
         if not (late and _overlap(output, full)):
             _poison(output)
-        return self._start(f"reduce_scatter {_describe(full)}", mine, finish)
+        return self._start(f"reduce_scatter {_describe(full)}", own, finish)
 
     def send(self, tensor: Tensor, to: int) -> Handle:
         assert to != self.rank, f"{self.name}: rank {to} sends to itself"
         self._check(tensor)
         before, late = tensor.detach().clone(), self.late()
-        mine = _Input(tensor, late)
-        message, ready, label = self._message(tensor, self.rank, to, mine)
+        own = _Input(tensor, late)
+        message, ready, label = self._message(tensor, self.rank, to, own)
 
         def finish() -> None:
             assert late or _same_bytes(tensor, before), f"{self.name}: a sent tensor was changed before wait()"
-            mine.read()
+            own.read()
             message()
 
         return _Pending(self, label, finish, ready)

@@ -84,16 +84,16 @@ class Pretending(FakeGroup):
 
     def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
         with torch.no_grad():  # one kernel, as a collective is one
-            mine = output.view(self.size, -1)[self.rank]
-            source = shard.clone() if mine.data_ptr() == shard.data_ptr() else shard
+            own = output.view(self.size, -1)[self.rank]
+            source = shard.clone() if own.data_ptr() == shard.data_ptr() else shard
             output.view(self.size, -1).copy_(source.view(1, -1).expand(self.size, -1))
         return Done()
 
     def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
         with torch.no_grad():
-            mine = full.view(self.size, -1)[self.rank]
-            if mine.data_ptr() != output.data_ptr():
-                output.view(-1).copy_(mine)
+            own = full.view(self.size, -1)[self.rank]
+            if own.data_ptr() != output.data_ptr():
+                output.view(-1).copy_(own)
         return Done()
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:

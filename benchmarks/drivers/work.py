@@ -133,11 +133,11 @@ def run(job: Job, step: Callable[[], float]) -> None:
         dist.barrier()
         seconds.append(time.perf_counter() - start)
         losses.append(loss)
-    said: list[float | None] = [None] * job.layout.ranks
-    dist.all_gather_object(said, losses[-1])
+    output: list[float | None] = [None] * job.layout.ranks
+    dist.all_gather_object(output, losses[-1])
     if job.rank == 0:
         # with pipelines only the last stage knows the loss: the others say 0
-        print(json.dumps(result(job.tokens_per_step, seconds, max(x or 0.0 for x in said))), flush=True)
+        print(json.dumps(result(job.tokens_per_step, seconds, max(x or 0.0 for x in output))), flush=True)
     with contextlib.suppress(RuntimeError):  # the others have left already
         dist.barrier()
     os._exit(0)  # taking down gloo under DistributedDataParallel sometimes hangs

@@ -94,8 +94,8 @@ def the_same(config: Config, ranks: int) -> None:
         program = done.programs[rank]
         assert tuple(phases) == done.phases
         for phase, calls in phases.items():
-            mine = [c for c in program.calls if c.label.endswith(phase)]
-            assert list(map(key, mine)) == list(map(key, calls)), (rank, phase)
+            own = [c for c in program.calls if c.label.endswith(phase)]
+            assert list(map(key, own)) == list(map(key, calls)), (rank, phase)
         assert predicted(plan, rank) == counted(phases["step 2"]), rank
 
 

@@ -286,8 +286,8 @@ def test_what_some_ranks_do_not_see_is_no_damage(tmp_path, mode: str) -> None:
         assert "no older step is taken" in str(error.value) and "checkpoint.resume=previous" in str(error.value)
         return None
 
-    taken = on_grid(Topology(dp=2), rank)
-    assert taken == (["step-00000001"] * 2 if mode == "previous" else [None, None])
+    selected = on_grid(Topology(dp=2), rank)
+    assert selected == (["step-00000001"] * 2 if mode == "previous" else [None, None])
     assert len(log) == (mode == "previous") and all("left out, as checkpoint.resume=previous asks" in x for x in log)
     assert there(tmp_path / "a") == [1, 2] and there(tmp_path / "b") == [1]
 

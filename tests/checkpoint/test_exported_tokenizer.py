@@ -86,11 +86,11 @@ def fuzzed(count: int = 400) -> list[str]:
 
 def exported(folder: Path, tokenizer: Path, marks: dict[str, int | None] | None = None) -> tuple[Any, list[str]]:
     """The export as AutoTokenizer opens it, and what was said."""
-    said: list[str] = []
+    output: list[str] = []
     folder.mkdir(exist_ok=True)
-    for name, content in model_files(make_config(), tokenizer, marks, None, said.append).items():
+    for name, content in model_files(make_config(), tokenizer, marks, None, output.append).items():
         (folder / name).write_bytes(content)
-    return transformers.AutoTokenizer.from_pretrained(folder), said
+    return transformers.AutoTokenizer.from_pretrained(folder), output
 
 
 @pytest.mark.parametrize("kind", BPE)
@@ -98,8 +98,8 @@ def test_sentencepiece_ids_are_those_of_the_training(tmp_path: Path, kind: str) 
     (tmp_path / "t.model").write_bytes(train(**BPE[kind]))
     ours = load_tokenizer(tmp_path / "t.model")
     for begin in (None, ours.bos_id):
-        theirs, said = exported(tmp_path / "out", tmp_path / "t.model", {"bos_id": begin, "eos_id": 2})
-        assert said == [] and len(theirs) == ours.vocab_size
+        theirs, output = exported(tmp_path / "out", tmp_path / "t.model", {"bos_id": begin, "eos_id": 2})
+        assert output == [] and len(theirs) == ours.vocab_size
         first = [] if begin is None else [begin]
         for text in TEXTS + fuzzed():
             ids = ours.encode(text)
@@ -122,14 +122,14 @@ def test_sentencepiece_ids_are_those_of_the_training(tmp_path: Path, kind: str) 
 def test_what_cannot_be_equal_is_said_and_not_written(tmp_path: Path, kind: str) -> None:
     options, why = REFUSED[kind]
     (tmp_path / "t.model").write_bytes(train(**options))
-    said: list[str] = []
-    files = model_files(make_config(), tmp_path / "t.model", None, None, said.append)
+    output: list[str] = []
+    files = model_files(make_config(), tmp_path / "t.model", None, None, output.append)
     assert "tokenizer.json" not in files and files["tokenizer.model"] == (tmp_path / "t.model").read_bytes()
-    assert len(said) == 1
+    assert len(output) == 1
     with pytest.raises(NotEqualError, match=why):
         to_tokenizer((tmp_path / "t.model").read_bytes())
-    assert "t.model is exported without a tokenizer.json, for it" in said[0] or "for the text" in said[0]
-    assert "transformers may give other ids than the training had" in said[0]
+    assert "t.model is exported without a tokenizer.json, for it" in output[0] or "for the text" in output[0]
+    assert "transformers may give other ids than the training had" in output[0]
 
 
 def test_pieces_of_one_score_are_refused() -> None:
@@ -182,13 +182,13 @@ def test_a_tokenizer_json_begins_as_the_documents_did(
     tmp_path: Path, processor: str | None, trained: int | None
 ) -> None:
     path = byte_level(tmp_path / "t.json", LLAMA3, processor)
-    theirs, said = exported(tmp_path / "out", path, {"bos_id": trained, "eos_id": 1})
+    theirs, output = exported(tmp_path / "out", path, {"bos_id": trained, "eos_id": 1})
     ours = load_tokenizer(path)
     first = [] if trained is None else [trained]
     for text in [text for text in TEXTS if "\0" not in text] + ["<|end_of_text|>x", "<|begin_of_text|>"]:
         assert theirs(text)["input_ids"] == first + ours.encode(text), text
     raw = tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
-    assert raw.encode("the").ids == first + ours.encode("the") and said == []
+    assert raw.encode("the").ids == first + ours.encode("the") and output == []
     assert encode_prompt(tmp_path / "out", load_tokenizer(tmp_path / "out"), "the") == raw.encode("the").ids
     settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert settings["add_bos_token"] is (trained is not None) and settings["add_eos_token"] is False
@@ -204,9 +204,9 @@ def test_what_the_tokenizer_declares_comes_first(tmp_path: Path, as_dict: bool) 
     path = byte_level(tmp_path / "t/tokenizer.json", names)
     assert load_tokenizer(path).eos_id == special_tokens(path)["eos"][1] == 0
     for kind, name in (("eos", "<|fin|>"), ("bos", "<|start|>")):
-        said = {"content": name, "lstrip": False, "special": True} if as_dict else name
+        output = {"content": name, "lstrip": False, "special": True} if as_dict else name
         file = path.with_name("tokenizer_config.json" if kind == "eos" else "special_tokens_map.json")
-        file.write_text(json.dumps({f"{kind}_token": said}))
+        file.write_text(json.dumps({f"{kind}_token": output}))
     ours = load_tokenizer(path)
     assert (ours.bos_id, ours.eos_id) == (3, 2)
     assert special_tokens(path) == {"bos": ("<|start|>", 3), "eos": ("<|fin|>", 2)}
@@ -223,13 +223,13 @@ def test_a_declared_bos_is_not_added_where_documents_had_none(tmp_path: Path) ->
     """tokenizer_config.json of LLaMA beside the tokenizer, and documents that were tokenized without bos."""
     path = tmp_path / "tokenizer.model"
     path.write_bytes(train())
-    said = {
+    output = {
         "add_bos_token": True,
         "tokenizer_class": "LlamaTokenizer",
         "model_max_length": 4,
         "chat_template": "{{ x }}",
     }
-    path.with_name("tokenizer_config.json").write_text(json.dumps(said | {"bos_token": "<s>", "eos_token": "</s>"}))
+    path.with_name("tokenizer_config.json").write_text(json.dumps(output | {"bos_token": "<s>", "eos_token": "</s>"}))
     theirs, _ = exported(tmp_path / "out", path, {"eos_id": 2})
     assert theirs(" a")["input_ids"] == load_tokenizer(path).encode(" a")
     assert theirs.model_max_length == 64 and theirs.chat_template == "{{ x }}"

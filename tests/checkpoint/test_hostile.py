@@ -152,8 +152,8 @@ def test_what_is_no_file_never_hangs_a_reader(hf: Path, capsys, monkeypatch, wha
 def test_nor_in_a_step_folder(step: Path, capsys, monkeypatch, what: str, name: str) -> None:
     occupy(step / name, what)
     assert inspect([str(step), "--verify"]) in (1, 2)
-    said = capsys.readouterr()
-    assert f"{step / name} is not a regular file" in said.out + said.err
+    output = capsys.readouterr()
+    assert f"{step / name} is not a regular file" in output.out + output.err
     assert reshard([str(step), str(step.parent / "out"), "--to", "hf"]) == 2
     assert f"{step / name} is not a regular file" in capsys.readouterr().err
 
@@ -347,8 +347,8 @@ def test_rank_folders_of_absurd_numbers_are_refused(hf: Path, capsys, names: lis
     for name in names:
         (hf / name).mkdir()
     assert reshard([str(hf), str(hf.parent / "out"), "--to", "hf"]) == 2
-    said = capsys.readouterr().err
-    assert "it must hold mp_rank_00" in said and len(said) < 5000
+    output = capsys.readouterr().err
+    assert "it must hold mp_rank_00" in output and len(output) < 5000
 
 
 @pytest.mark.parametrize("change", [{"n_layers": 10**9}, {"n_heads": 0}, {"dim": 10**15}, {"vocab_size": 10**15}])

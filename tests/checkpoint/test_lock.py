@@ -31,7 +31,7 @@ ODD = {
 }
 
 
-def taken(folder: Path, lease: float = 0.2) -> tuple[float, list[str]]:
+def selected(folder: Path, lease: float = 0.2) -> tuple[float, list[str]]:
     """Take the lock: (seconds, log)."""
     log: list[str] = []
     since, held = time.monotonic(), FolderLock(folder, log.append, lease)
@@ -47,7 +47,7 @@ def taken(folder: Path, lease: float = 0.2) -> tuple[float, list[str]]:
 def test_what_names_no_job_is_watched_for_a_lease_and_then_taken_over(tmp_path: Path, what: str) -> None:
     (tmp_path / "lock").write_bytes(ODD[what])
     busy = time.process_time()
-    seconds, log = taken(tmp_path)
+    seconds, log = selected(tmp_path)
     assert 0.2 <= seconds and time.process_time() - busy < 0.5
     assert len(log) == 2 and log[0].startswith("waiting up to 0.2 s to see whether ")
     assert log[1].startswith(f"took over the checkpoint folder from an unknown job of user id {os.getuid()} (the lock ")
@@ -95,7 +95,7 @@ def test_one_that_cannot_be_opened_is_watched_for_three_leases(tmp_path: Path, m
 def test_a_folder_in_its_place_is_moved_not_deleted(tmp_path: Path) -> None:
     (tmp_path / "lock").mkdir()
     (tmp_path / "lock/notes.txt").write_text("mine")
-    _, log = taken(tmp_path, 0.1)
+    _, log = selected(tmp_path, 0.1)
     assert log[0].startswith("waiting up to 0.3 s") and log[2].startswith("what was in the lock's place is now ")
     assert (Path(log[2].split()[-1]) / "notes.txt").read_text() == "mine"
 
@@ -106,7 +106,7 @@ def test_a_pipe_or_a_link_in_its_place_does_not_hang(tmp_path: Path, what: str) 
         os.mkfifo(tmp_path / "lock")
     else:
         (tmp_path / "lock").symlink_to("nowhere" if "nothing" in what else "lock")
-    seconds, log = taken(tmp_path, 0.1)
+    seconds, log = selected(tmp_path, 0.1)
     assert 0.3 <= seconds < 20 and "(the lock cannot be opened)" in log[1]
 
 

@@ -108,9 +108,9 @@ def test_saves_may_fail_behind_training_until_too_many_have(tmp_path, monkeypatc
     manager.save(2, solo_shards(STATE), {})  # the first one failed: tolerated
     with pytest.raises(MachineError, match="step-00000002 failed, the checkpoints before it are untouched"):
         manager.save(3, solo_shards(STATE), {})
-    told = [line for line in log if line.startswith("warning: ")]
-    assert told[0].endswith("Input/output error; the run goes on and saves when the next is due")
-    assert told[1].endswith("Input/output error; the next save stops the run") and manager.saved_step is None
+    messages = [line for line in log if line.startswith("warning: ")]
+    assert messages[0].endswith("Input/output error; the run goes on and saves when the next is due")
+    assert messages[1].endswith("Input/output error; the next save stops the run") and manager.saved_step is None
     monkeypatch.undo()
     manager.save(4, solo_shards(STATE), {})  # room again
     manager.finish()
@@ -215,7 +215,7 @@ def test_a_folder_taken_over_is_never_tolerated(tmp_path) -> None:
 
 def test_every_shard_is_asked_for_once(tmp_path) -> None:
     """A converter reads a shard from its source whenever it is asked for it."""
-    asked: list[int] = []
+    requested: list[int] = []
     real = solo_shards(STATE)
 
     class Lazy(Sequence):
@@ -224,11 +224,11 @@ def test_every_shard_is_asked_for_once(tmp_path) -> None:
 
         def __getitem__(self, index: int):
             found = real[index]
-            asked.append(index)
+            requested.append(index)
             return found
 
     make_manager(tmp_path, make_config()).save(1, Lazy(), {})
-    assert asked == [*range(len(real))]
+    assert requested == [*range(len(real))]
 
 
 def test_the_snapshot_is_few_large_copies(monkeypatch) -> None:
@@ -473,9 +473,9 @@ def test_what_people_name_themselves_is_left_and_named(tmp_path) -> None:
         manager.acquire()
         manager.release()
     assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
-    told = [line for line in log if "alone: it is not what a crash leaves" in line]
-    assert len(told) == len(log) == 2 * 7
-    assert {line.split()[2] for line in told} == {str(p) for p in before if p.suffix in (".old", ".tmp")}
+    messages = [line for line in log if "alone: it is not what a crash leaves" in line]
+    assert len(messages) == len(log) == 2 * 7
+    assert {line.split()[2] for line in messages} == {str(p) for p in before if p.suffix in (".old", ".tmp")}
 
 
 def test_what_an_earlier_version_left_is_cleaned_up_as_it_did(tmp_path) -> None:
@@ -550,8 +550,8 @@ def test_a_save_that_lasts_is_told_every_minute(tmp_path, monkeypatch, behind: b
     manager.save(7, solo_shards(STATE), {}, behind=behind)
     manager.finish()
     opener.join()
-    told = [line for line in log if line.startswith("the checkpoint of step 7 is still being written, for ")]
-    assert len(told) >= 2 and told[0].endswith(" s now") and steps(tmp_path) == [7]
+    messages = [line for line in log if line.startswith("the checkpoint of step 7 is still being written, for ")]
+    assert len(messages) >= 2 and messages[0].endswith(" s now") and steps(tmp_path) == [7]
     if behind:
         assert log[0] == "the run waits for the checkpoint of step 7, which is still being written"
         assert re.fullmatch(r"the run waited \d+\.\d s for the one before it", log[-1])

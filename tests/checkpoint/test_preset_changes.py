@@ -64,8 +64,8 @@ def test_what_the_user_wrote_is_never_replaced(tmp_path, monkeypatch) -> None:
         assert manager.keep_settings() is config
         with pytest.raises(CheckpointError, match="was saved by another model:\n  model\\.(norm_eps|rope_theta): chec"):
             manager.resume(empty_solo())
-    fresh = preset_config("checkpoint.resume=fresh")
-    assert make_manager(tmp_path, fresh).keep_settings() is fresh
+    new = preset_config("checkpoint.resume=fresh")
+    assert make_manager(tmp_path, new).keep_settings() is new
     assert make_manager(tmp_path / "none", preset_config()).keep_settings().model.norm_eps == 1e-5
 
 

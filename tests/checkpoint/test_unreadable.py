@@ -226,13 +226,15 @@ def test_tools_name_what_they_cannot_read_and_take_nothing_older(folder: Path, t
         find_model(folder)
     for tool, arguments in ((inspect, ["--verify"]), (reshard, [str(tmp_path / "out"), "--to", "hf"])):
         assert tool([str(folder), *arguments]) == 2
-        said = capsys.readouterr()
-        assert f"{MANIFEST} cannot be read" in said.err and said.out == ""
+        output = capsys.readouterr()
+        assert f"{MANIFEST} cannot be read" in output.err and output.out == ""
     assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_newest_checkpoint_is_left_out_by_tools_with_a_line(folder: Path, capsys) -> None:
     (folder / "step-00000002/manifest.json").write_text("{}")
     assert inspect([str(folder)]) == 0
-    said = capsys.readouterr()
-    assert "step-00000001: step 1" in said.out and "note: " in said.err and "step-00000002 is left out" in said.err
+    output = capsys.readouterr()
+    assert (
+        "step-00000001: step 1" in output.out and "note: " in output.err and "step-00000002 is left out" in output.err
+    )

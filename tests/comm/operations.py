@@ -98,9 +98,9 @@ def check_overlap(group: Group) -> None:
 def check_values(group: Group) -> None:
     """Barrier and JSON values of different lengths."""
     group.barrier()
-    mine = {"rank": group.rank, "text": "ä" * group.rank * 3, "list": [None, 1.5]}
+    own = {"rank": group.rank, "text": "ä" * group.rank * 3, "list": [None, 1.5]}
     want = [{"rank": r, "text": "ä" * r * 3, "list": [None, 1.5]} for r in range(group.size)]
-    assert group.gather_values(mine) == want
+    assert group.gather_values(own) == want
 
 
 def everything(group: Group) -> bool:
@@ -134,9 +134,9 @@ def large(world: World) -> list[float]:
             share = count // group.size
             output = torch.empty(share, dtype=dtype)
             group.reduce_scatter(output, parts[group.rank][: share * group.size].clone()).wait()
-            mine = slice(group.rank * share, (group.rank + 1) * share)
+            own = slice(group.rank * share, (group.rank + 1) * share)
             errors.append(float((x.double() - want).abs().max() / torch.finfo(dtype).eps))
-            errors.append(float((output.double() - want[mine]).abs().max() / torch.finfo(dtype).eps))
+            errors.append(float((output.double() - want[own]).abs().max() / torch.finfo(dtype).eps))
             same = torch.empty(group.size * count, dtype=dtype)
             group.all_gather(same, x).wait()
             assert all(torch.equal(row, x) for row in same.view(group.size, -1)), "ranks hold different sums"

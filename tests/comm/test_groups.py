@@ -57,7 +57,7 @@ def test_kv_groups_are_ranks_with_the_same_head() -> None:
     ids=str,
 )
 def test_every_name_is_a_partition_and_every_rank_is_told_its_own(topology: Topology) -> None:
-    asked: list[list[str]] = []
+    requested: list[list[str]] = []
     for rank in range(topology.world_size):
         names: list[str] = []
 
@@ -69,10 +69,10 @@ def test_every_name_is_a_partition_and_every_rank_is_told_its_own(topology: Topo
         groups = build_groups(topology, rank, 2, make)
         assert groups.rank == rank and groups.coords == topology.coords(rank)
         assert [getattr(groups, name).name for name in NAMES] == list(NAMES)
-        asked.append(names)
+        requested.append(names)
         if rank > 8:
             break
-    assert all(names == list(NAMES) for names in asked)
+    assert all(names == list(NAMES) for names in requested)
 
 
 def in_threads(topology: Topology, num_kv_heads: int) -> list[dict[str, object]]:

@@ -55,11 +55,11 @@ def test_openmpi_on_several_nodes() -> None:
     several = {**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
     with pytest.raises(LaunchError, match="set MASTER_ADDR to its host .*-x MASTER_ADDR=host"):
         detect_launch(several)
-    given = detect_launch({**several, "MASTER_ADDR": "n0"})
+    arguments = detect_launch({**several, "MASTER_ADDR": "n0"})
     again = detect_launch({**several, "MASTER_ADDR": "n0", "OMPI_COMM_WORLD_RANK": "2"})
     other = detect_launch({**several, "MASTER_ADDR": "n0", "PMIX_NAMESPACE": "prterun-a-18@1"})
-    assert given.master_addr == "n0" and 20000 <= given.master_port < 32000
-    assert given.master_port == again.master_port != other.master_port
+    assert arguments.master_addr == "n0" and 20000 <= arguments.master_port < 32000
+    assert arguments.master_port == again.master_port != other.master_port
     allocated = detect_launch({**several, "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_JOB_ID": "3"})
     assert allocated.master_addr == "n7" and allocated.launcher == "openmpi"
 
@@ -69,8 +69,8 @@ def test_mpich() -> None:
     assert facts(launch) == ("mpich", 3, 4, 3, True)
     assert launch.master_port == 0 and launch.key.startswith("mpich-")
     assert launch.key == detect_launch({**MPICH, "PMI_RANK": "0", "MPI_LOCALRANKID": "0"}).key
-    given = detect_launch({**MPICH, "MASTER_ADDR": "n0"})
-    assert (given.master_addr, given.master_port, given.one_node) == ("n0", 29500, True)
+    arguments = detect_launch({**MPICH, "MASTER_ADDR": "n0"})
+    assert (arguments.master_addr, arguments.master_port, arguments.one_node) == ("n0", 29500, True)
 
 
 def test_mpich_in_an_allocation_of_several_nodes() -> None:
@@ -88,8 +88,8 @@ def test_slurm() -> None:
     assert launch.master_addr == "node03" and 20000 <= launch.master_port < 32000
     assert detect_launch({**SLURM, "SLURM_STEP_NODELIST": "node03"}).one_node
     assert detect_launch({**SLURM, "SLURM_JOB_ID": "4712"}).master_port != launch.master_port
-    given = detect_launch({**SLURM, "MASTER_ADDR": "a", "MASTER_PORT": "5"})
-    assert (given.master_addr, given.master_port) == ("a", 5)
+    arguments = detect_launch({**SLURM, "MASTER_ADDR": "a", "MASTER_PORT": "5"})
+    assert (arguments.master_addr, arguments.master_port) == ("a", 5)
 
 
 def test_slurm_on_one_node_takes_a_free_port() -> None:

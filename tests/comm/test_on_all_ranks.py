@@ -80,8 +80,8 @@ def test_what_nobody_can_put_right_has_status_1_and_its_traceback_is_logged_firs
     failure: Exception, kind: type, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.ERROR, "megallama"):
-        told = outcome({1: failure})
-    assert [(type(error), error.status) for error in told] == [(kind, 1)] * 4 and str(told[0]).endswith(text)
+        messages = outcome({1: failure})
+    assert [(type(error), error.status) for error in messages] == [(kind, 1)] * 4 and str(messages[0]).endswith(text)
     (record,) = caplog.records
     assert record.exc_info is not None and record.exc_info[1] is failure
     caplog.clear()

@@ -27,10 +27,10 @@ def gather(arrivals: list[Arrival], seconds: float = 5.0, pause: float = 0.0) ->
     results: list[list[Arrival] | str] = [""] * len(arrivals)
 
     def body(index: int) -> None:
-        mine = arrivals[index]
-        star = Star(mine.rank, mine.world_size, mine.host)
+        own = arrivals[index]
+        star = Star(own.rank, own.world_size, own.host)
         try:
-            results[index] = rendezvous(star, store, mine, "127.0.0.1", seconds)
+            results[index] = rendezvous(star, store, own, "127.0.0.1", seconds)
         except LaunchError as error:
             results[index] = str(error)
         finally:
@@ -108,8 +108,8 @@ def test_a_problem_of_rank_0_reaches_everybody() -> None:
 
 
 def test_port_taken() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as selected:
+        port = selected.getsockname()[1]
         with pytest.raises(LaunchError, match=f"port {port} of 127.0.0.1 is taken, .* set MASTER_PORT to a free port"):
             open_store("127.0.0.1", port, None, True, 0, 5)
 

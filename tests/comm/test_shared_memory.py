@@ -66,7 +66,7 @@ def test_little_memory_is_touched_by_operations_one_at_a_time(pool: Pool) -> Non
     assert max(pool.run(2, HERE + "touched")) <= 3 * 4032  # the last may not yet be read when the next starts
 
 
-def leaves(world: World, how: str, told: str) -> None:
+def leaves(world: World, how: str, messages: str) -> None:
     """Rank 1 leaves in the middle; what rank 0, which waits for it, is told."""
     world.group.barrier()
     if world.rank == 1 and how == "dies":
@@ -77,17 +77,17 @@ def leaves(world: World, how: str, told: str) -> None:
     try:
         world.group.all_reduce(torch.ones(1)).wait()
     except RuntimeError as error:
-        Path(told).write_text(f"{error} {error.__notes__}")
+        Path(messages).write_text(f"{error} {error.__notes__}")
         raise
 
 
 @pytest.mark.parametrize("how", ["dies", "closes"])
 def test_a_rank_that_leaves_is_named(pool: Pool, tmp_path: Path, how: str) -> None:
-    told = tmp_path / "told"
+    messages = tmp_path / "told"
     with pytest.raises(WorkerError):
-        pool.run(2, HERE + "leaves", how, str(told), collective_timeout=60)
+        pool.run(2, HERE + "leaves", how, str(messages), collective_timeout=60)
     want = "lost the connection to rank 1: its process has left ['in all_reduce of group world (ranks (0, 1))']"
-    assert told.read_text() == want
+    assert messages.read_text() == want
 
 
 def differ(world: World) -> str:

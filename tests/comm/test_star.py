@@ -92,8 +92,8 @@ def test_what_rank_0_makes_of_the_values_is_all_that_comes_back(monkeypatch: pyt
     dumps = json.dumps
     monkeypatch.setattr(json, "dumps", lambda value: sent.append(dumps(value)) or dumps(value))
     digests = ["d" * 64] * 2000
-    told = together(made, lambda group: group.gather_values(digests, lambda values: sum(map(len, values))))
-    assert told == [6000] * 3
+    messages = together(made, lambda group: group.gather_values(digests, lambda values: sum(map(len, values))))
+    assert messages == [6000] * 3
     assert {text for text in sent if text.startswith('["group values", 6000')} == {'["group values", 6000]'}
     close(made)
 
@@ -104,10 +104,10 @@ def test_a_rank_that_dies_is_named_to_all_who_wait() -> None:
     link = next(iter(made[2]._links)).get_extra_info("socket")
     threading.Timer(0.3, lambda: link.shutdown(socket.SHUT_RDWR)).start()
     began = time.monotonic()
-    told = together([made[0], made[1], made[3]], lambda group: group.gather_values(1), seconds=60)
+    messages = together([made[0], made[1], made[3]], lambda group: group.gather_values(1), seconds=60)
     assert time.monotonic() - began < 10
     text = "rank 2 (node2) has left without a word: killed, or ended outside Python"
-    assert [(type(error), str(error)) for error in told] == [(ContactLost, text)] * 3
+    assert [(type(error), str(error)) for error in messages] == [(ContactLost, text)] * 3
     until(lambda: all(heard[rank].left for rank in (0, 1, 3)))
     assert heard[0].left == heard[1].left == heard[3].left == [(text, CRASHED)]
     close(made)

@@ -106,10 +106,10 @@ def test_send_completes_only_when_asked_for() -> None:
 
 def test_split_and_grid() -> None:
     def split(group: ThreadGroup) -> tuple[tuple[int, ...], float, str]:
-        mine = group.split([(0, 2), (1,), (3,)], "pairs")
+        own = group.split([(0, 2), (1,), (3,)], "pairs")
         x = torch.tensor([float(group.rank)])
-        mine.all_reduce(x).wait()
-        return mine.ranks, x.item(), type(mine).__name__
+        own.all_reduce(x).wait()
+        return own.ranks, x.item(), type(own).__name__
 
     assert run_threads(4, split) == [
         ((0, 2), 2.0, "ThreadGroup"),
@@ -165,11 +165,11 @@ def test_with_delays_some_inputs_are_read_late() -> None:
 def test_with_delays_sums_in_place_are_right_for_every_seed() -> None:
     def body(group: Group) -> list[list[float]]:
         x, full = torch.full((2,), 1.0 + group.rank), torch.arange(6.0) + group.rank
-        mine = full[2 * group.rank : 2 * group.rank + 2]
-        handles = group.all_reduce(x), group.reduce_scatter(mine, full)
+        own = full[2 * group.rank : 2 * group.rank + 2]
+        handles = group.all_reduce(x), group.reduce_scatter(own, full)
         for handle in reversed(handles):
             handle.wait()
-        return [x.tolist(), mine.tolist()]
+        return [x.tolist(), own.tolist()]
 
     for seed in range(8):
         sums = [[6.0, 6.0], [6.0, 6.0], [6.0, 6.0]]

@@ -262,8 +262,8 @@ def test_the_old_and_the_new_name_together_are_an_error(tmp_path: Path) -> None:
 
 def test_a_line_is_said_once_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     load(None, ["data.at_max_epochs=error", "data.at_max_epochs=error"], need_data=False)
-    said = "command line: data.at_max_epochs is now called data.on_exhausted; it was read as that"
-    assert capsys.readouterr() == ("", f"note: {said}\n")
+    output = "command line: data.at_max_epochs is now called data.on_exhausted; it was read as that"
+    assert capsys.readouterr() == ("", f"note: {output}\n")
 
 
 def test_linear_is_wsd_without_a_stable_part(tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         ("[parallel]\ntp = 1\n\n  tp = 2  # again\n", "line 4: tp = 2  # again"),
         ('[data]\ntrain = ["a",\n', 'line 2: train = ["a",'),
         ("[run]\nfolder = " + "x" * 300, "line 2: folder = " + "x" * 91 + "..."),
-        (b"[run]\nfolder = \"\xff\"\n", 'line 2: folder = "\ufffd"'),
+        (b'[run]\nfolder = "\xff"\n', 'line 2: folder = "\ufffd"'),
     ):
         broken.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(ConfigError) as caught:

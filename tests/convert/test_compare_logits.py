@@ -54,9 +54,9 @@ def test_the_compared_logits_are_those_of_transformers(tmp_path: Path, model: st
     tokens = torch.arange(20) * 6
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     with open_source(tmp_path / "hf") as source, torch.no_grad():
-        *_, mine = run_layers(source, tokens, torch.float32)
+        *_, own = run_layers(source, tokens, torch.float32)
         want = theirs(tokens[None]).logits[0]
-        assert (mine - want).abs().max() < 1e-5 * want.abs().max()
+        assert (own - want).abs().max() < 1e-5 * want.abs().max()
         assert compare_logits(source, source, "fp32") == 0.0
 
 
@@ -119,22 +119,24 @@ def test_a_mistake_in_a_map_is_found(
         return format
 
     monkeypatch.setattr(foreign, f"{kind}_format", wrong)
-    given, out = (tmp_path / "hf", kind) if direction == "writing" else (tmp_path / "given", "hf")
+    arguments, out = (tmp_path / "hf", kind) if direction == "writing" else (tmp_path / "given", "hf")
     ranks = ["--tp", "2"] if direction == "writing" else []
-    assert run(given, tmp_path / "out", out, *ranks) == 1
-    said = capsys.readouterr()
-    assert said.out == "" and f"kept as {tmp_path}/out.unverified" in said.err
-    assert f"source and target differ: {WHERE.get(mistake, 'the states after layer 0')} of random" in said.err
+    assert run(arguments, tmp_path / "out", out, *ranks) == 1
+    output = capsys.readouterr()
+    assert output.out == "" and f"kept as {tmp_path}/out.unverified" in output.err
+    assert f"source and target differ: {WHERE.get(mistake, 'the states after layer 0')} of random" in output.err
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
     assert (tmp_path / "out.unverified").is_dir()
 
 
-@pytest.mark.parametrize("function,given,kind", [("paired", "hf", "meta"), ("halved", "meta", "hf")])
-def test_a_forgotten_permutation_is_found(tmp_path: Path, monkeypatch, function: str, given: str, kind: str) -> None:
+@pytest.mark.parametrize("function,arguments,kind", [("paired", "hf", "meta"), ("halved", "meta", "hf")])
+def test_a_forgotten_permutation_is_found(
+    tmp_path: Path, monkeypatch, function: str, arguments: str, kind: str
+) -> None:
     hf_folder(tmp_path / "hf", GQA)
     to(tmp_path / "hf", tmp_path / "meta", "meta")
     monkeypatch.setattr(foreign, function, lambda weight, count, d: weight)
-    assert run(tmp_path / given, tmp_path / "out", kind) == 1
+    assert run(tmp_path / arguments, tmp_path / "out", kind) == 1
     assert (tmp_path / "out.unverified").is_dir()
 
 

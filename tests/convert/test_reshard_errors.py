@@ -32,9 +32,9 @@ def refused(tmp_path: Path, capsys) -> Callable[..., str]:
         before = sorted(tmp_path.rglob("*"))
         assert main([str(source), str(tmp_path / "out"), *arguments]) == 2
         assert sorted(tmp_path.rglob("*")) == before
-        said = capsys.readouterr()
-        assert said.out == "" and said.err.startswith("error: ")
-        return said.err
+        output = capsys.readouterr()
+        assert output.out == "" and output.err.startswith("error: ")
+        return output.err
 
     return run
 

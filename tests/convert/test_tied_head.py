@@ -56,9 +56,9 @@ def test_another_head_is_kept_and_said(tmp_path: Path, capsys, kind: str, change
     tensors = folder_with_head(tmp_path / "hf", change)
     ranks = {"megatron": ["--tp", "2", "--pp", "2"], "meta": ["--tp", "2"]}.get(kind, [])
     assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--to", kind, "--compare-logits", *ranks]) == 0
-    said = capsys.readouterr()
-    assert said.err.count(f"{tmp_path / 'hf'}: lm_head.weight {NOTE} kept, as a head of its own\n") == 1
-    assert ", from transformers's for the source" in said.out
+    output = capsys.readouterr()
+    assert output.err.count(f"{tmp_path / 'hf'}: lm_head.weight {NOTE} kept, as a head of its own\n") == 1
+    assert ", from transformers's for the source" in output.out
     assert main([str(tmp_path / "out"), str(tmp_path / "back"), "--to", "hf", "--compare-logits"]) == 0
     assert NOTE not in capsys.readouterr().err
     found = read_hf(tmp_path / "back")
@@ -114,9 +114,9 @@ def megatron(tmp_path: Path, pp: int, change: float | None) -> tuple[Path, Tenso
 def test_megatron_shards(tmp_path: Path, capsys, pp: int, change: float | None, head: str) -> None:
     folder, tensors = megatron(tmp_path, pp, change)
     assert main([str(folder), str(tmp_path / "out"), "--to", "hf", "--head", head, "--compare-logits"]) == 0
-    said, kept = capsys.readouterr().err, change is not None and head == "auto"
-    assert (f"output_layer.weight {NOTE} kept, as a head of its own" in said) == kept
-    assert (f"output_layer.weight {NOTE} left out" in said) == (change is not None and head == "tied")
+    output, kept = capsys.readouterr().err, change is not None and head == "auto"
+    assert (f"output_layer.weight {NOTE} kept, as a head of its own" in output) == kept
+    assert (f"output_layer.weight {NOTE} left out" in output) == (change is not None and head == "tied")
     found = read_hf(tmp_path / "out")
     assert tied(tmp_path / "out") != kept and (HEAD in found) == kept
     assert not kept or torch.equal(found[HEAD], tensors[HEAD])
@@ -169,8 +169,8 @@ def test_verification_has_a_second_reader_where_transformers_is_not(tmp_path: Pa
     folder_with_head(tmp_path / "tied")
     monkeypatch.setattr("megallama.checkpoint.reader.equal_rows", lambda *_: True)
     assert main([str(tmp_path / "tied"), str(tmp_path / "lost"), "--to", "hf", "--verify"]) == 1
-    said = f"a second reader and megallama read {tmp_path / 'tied'} differently: logits of random tokens by"
-    assert said in capsys.readouterr().err
+    output = f"a second reader and megallama read {tmp_path / 'tied'} differently: logits of random tokens by"
+    assert output in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -160,9 +160,11 @@ def test_a_damaged_block_ends_a_run_when_it_is_read(tmp_path: Path, monkeypatch:
 def test_a_damaged_pair_is_not_merged(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a"), write(tmp_path / "b")
     Path(f"{second}.sums").unlink()
-    said: list[str] = []
-    merge([first, second], tmp_path / "m", say=said.append)
-    assert len(said) == 1 and said[0].startswith(f"{second}.sums: No such file or directory; a flipped bit would not")
+    output: list[str] = []
+    merge([first, second], tmp_path / "m", say=output.append)
+    assert len(output) == 1 and output[0].startswith(
+        f"{second}.sums: No such file or directory; a flipped bit would not"
+    )
     damage(f"{first}.bin", 300_000, b"\x01\x01")
     with pytest.raises(DataError, match=r"a\.bin: the 65536 bytes from 262144 on are not what was written"):
         merge([first, second], tmp_path / "n")
@@ -187,16 +189,18 @@ def sums_of(tmp_path: Path, what: str, prefix: Path) -> None:
         sums.mkdir()
 
 
-@pytest.mark.parametrize("what, said", [
+@pytest.mark.parametrize("what, output", [
     ("none", "No such file or directory"), ("smaller", "it is of another pair and not used"),
     ("as large", "it is of another pair and not used"), ("text", "is damaged itself; delete it, or write it"),
     ("folder", "Is a directory"),
 ])  # fmt: skip
-def test_sums_that_cannot_be_used_are_said_and_not_trusted(tmp_path: Path, what: str, said: str) -> None:
+def test_sums_that_cannot_be_used_are_said_and_not_trusted(tmp_path: Path, what: str, output: str) -> None:
     prefix = write(tmp_path / "a")
     sums_of(tmp_path, what, prefix)
     lacking = IndexedDataset(prefix).verify(500)
-    assert lacking.startswith(f"{prefix}.sums: ") and said in lacking and "a flipped bit would not be found" in lacking
+    assert (
+        lacking.startswith(f"{prefix}.sums: ") and output in lacking and "a flipped bit would not be found" in lacking
+    )
     data = opened([(prefix, 1)], [prefix], s=100, vocab=500)
     assert data.notes == [lacking]
     data.train.read(range(4000))
@@ -271,9 +275,7 @@ def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path: Path, si
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_a_disk_that_refuses_at_the_end_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_refuses_at_the_end_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {p.name: p.read_bytes() for p in (write(tmp_path / "a").parent).iterdir()}
 
     def fsync(fd: int) -> None:

@@ -50,10 +50,10 @@ def test_labels_are_the_next_tokens() -> None:
 
 
 def test_ids_beyond_the_last_sample_are_padding() -> None:
-    asked: list[int] = []
+    requested: list[int] = []
 
     def recorded(ids: Sequence[int]) -> Samples:
-        asked.extend(ids)
+        requested.extend(ids)
         return read(ids)
 
     with Loader(recorded, ids_of_step, stop_step=2, num_samples=5, prefetch=0) as loader:
@@ -61,7 +61,7 @@ def test_ids_beyond_the_last_sample_are_padding() -> None:
     assert [b.mask for b in first] == [None, None]
     assert second[0].mask is not None and second[0].mask.tolist() == [[True] * 4, [False] * 4]
     assert [b.num_counted for b in second] == [4, 0]
-    assert max(asked) == 4
+    assert max(requested) == 4
 
 
 def test_an_exception_in_the_thread_is_raised_with_its_traceback() -> None:
@@ -112,18 +112,18 @@ def test_a_stuck_thread_is_named_within_the_timeout() -> None:
 
 
 def test_the_thread_stays_ahead_and_ends_when_closed() -> None:
-    asked: list[int] = []
+    requested: list[int] = []
     seen = threading.Semaphore(0)
 
     def recorded(ids: Sequence[int]) -> Samples:
-        asked.extend(ids)
+        requested.extend(ids)
         seen.release()
         return read(ids)
 
     loader = Loader(recorded, ids_of_step, prefetch=2)
     for _ in range(3):  # two steps wait in the queue, a third in the thread's hands
         assert seen.acquire(timeout=30)
-    assert not seen.acquire(timeout=0.3) and asked == list(range(12))
+    assert not seen.acquire(timeout=0.3) and requested == list(range(12))
     loader.close()
     assert "loader-train" not in [t.name for t in threading.enumerate()]
 

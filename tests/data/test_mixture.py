@@ -126,9 +126,9 @@ def test_a_change_repeats_no_document_of_an_unfinished_epoch(files: dict[str, Pa
     total = steps.samples_after(40)
     rows = train.read(range(total)).tokens[:, 0]
     for low, sequences in ((0, 100), (10_000, 50), (20_000, 30)):
-        mine = rows[(rows >= low) & (rows < low + 10_000)]
-        for epoch in range(0, len(mine), sequences):
-            part = mine[epoch : epoch + sequences]
+        own = rows[(rows >= low) & (rows < low + 10_000)]
+        for epoch in range(0, len(own), sequences):
+            part = own[epoch : epoch + sequences]
             assert len(np.unique(part)) == len(part)
     assert not (rows[: firsts[1]] >= 20_000).any() and (rows[firsts[1] :] >= 20_000).sum() in (15, 16)
 
@@ -235,9 +235,9 @@ def test_weights_edited_without_a_change_are_refused_with_what_to_write(files: d
         "data.mixture_schedule=[{step = 5, weights = {a = 0.6, b = 0.4, c = 0.0}}, "
         "{step = 11, weights = {a = 0.5, b = 0.5, c = 0.25}}, {step = 20, weights = {a = 0.5, b = 0.5, c = 0.1}}]"
     )
-    told = text.rpartition("write ")[2]
+    advice = text.rpartition("write ")[2]
     names = [f'{{path="{files[n]}", weight={w}}}' for n, w in {"a": 0.7, "b": 0.3, "c": 0.0}.items()]
-    loaded = load(None, [f"data.train=[{', '.join(names)}]", told, "batch.seq_length=10", "batch.global_batch_size=4",
+    loaded = load(None, [f"data.train=[{', '.join(names)}]", advice, "batch.seq_length=10", "batch.global_batch_size=4",
                          "train.seed=7", "model.vocab_size=30000"])  # fmt: skip
     train = open_sources(loaded).train
     assert isinstance(train, TrainDataset)

@@ -26,8 +26,8 @@ def documents(prefix: Path) -> list[list[int]]:
 
 def marks(tokenizer: Path | None, *prefixes: Path, eos_token: str | None = None) -> dict[str, int | None]:
     train, *valid = (SourceConfig(path=str(prefix)) for prefix in prefixes)
-    given = None if tokenizer is None else str(tokenizer)
-    data = DataConfig(train=(train,), valid=tuple(valid), tokenizer=given, eos_token=eos_token)
+    options = None if tokenizer is None else str(tokenizer)
+    data = DataConfig(train=(train,), valid=tuple(valid), tokenizer=options, eos_token=eos_token)
     return open_sources(Config.model_validate({"data": data, "batch": {"seq_length": 8}})).special_ids
 
 

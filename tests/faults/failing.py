@@ -55,7 +55,7 @@ def run(
     finally:
         manager_module.write_checkpoint = write
         log.close()
-    told = {
+    messages = {
         "type": type(error).__name__,
         "status": status,
         "seconds": time.monotonic() - start,
@@ -63,4 +63,4 @@ def run(
         "first": first,
     }
     setup.manager.wait(30)  # a process that stays, unlike a run's, lets it end before its groups are closed
-    return told
+    return messages

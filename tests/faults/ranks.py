@@ -36,12 +36,12 @@ class Ranks:
             self.port = server.getsockname()[1]
         self.outputs = [folder / f"out.{rank}" for rank in range(size)]
         self.processes = []
-        given = [*QUIET, f"run.folder={folder / 'run'}", *arguments]
+        options = [*QUIET, f"run.folder={folder / 'run'}", *arguments]
         for rank, output in enumerate(self.outputs):
             own = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port, **(env or {})}
             planted, host = fault if rank == victim else "", hosts[rank] if hosts else ""
-            what = (given, own if size > 1 else {}, terminal or str(output), controlling, planted, host)
+            what = (options, own if size > 1 else {}, terminal or str(output), controlling, planted, host)
             self.processes.append(context.Process(target=_rank, args=what, daemon=True))
             self.processes[-1].start()
 

@@ -32,16 +32,18 @@ def settings(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("gloo", [False, True], ids=["shared memory", "gloo"])
 @pytest.mark.parametrize("where", ["open_sources", "evaluate", "_save"])
 def test_a_rank_that_is_slow_at_files_is_waited_for(pool: Pool, tmp_path: Path, where: str, gloo: bool) -> None:
-    told = pool.run(2, "tests.faults.waiting:run", str(tmp_path / "run"), settings(tmp_path), where, SLOW, gloo=gloo)
-    assert told == [{"status": 0, "error": "", "seconds": 0.0}] * 2
+    messages = pool.run(
+        2, "tests.faults.waiting:run", str(tmp_path / "run"), settings(tmp_path), where, SLOW, gloo=gloo
+    )
+    assert messages == [{"status": 0, "error": "", "seconds": 0.0}] * 2
 
 
 @pytest.mark.parametrize("gloo", [False, True], ids=["shared memory", "gloo"])
 def test_a_rank_that_hangs_in_a_step_is_not(pool: Pool, tmp_path: Path, gloo: bool) -> None:
-    told = pool.run(
+    messages = pool.run(
         2, "tests.faults.waiting:run", str(tmp_path / "run"), settings(tmp_path), "train_step", 3 * SLOW, gloo=gloo
     )
-    assert told[0]["error"].startswith("ContactLost: ") and told[0]["seconds"] < 3 * SLOW, told
+    assert messages[0]["error"].startswith("ContactLost: ") and messages[0]["seconds"] < 3 * SLOW, messages
 
 
 class Backend:

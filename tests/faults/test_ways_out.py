@@ -79,9 +79,9 @@ def test_no_save_and_no_retention_while_steps_are_bad(
     arguments = [*QUIET, f"run.folder={tmp_path}", "checkpoint.interval=2", "train.max_bad_steps=5", "train.steps=40"]
     assert main(arguments) == 3
     assert saved(tmp_path) == [2, 4]
-    told = capsys.readouterr()
-    assert "(steps 6-10); last good step 5; resume from step 4 with a lower" in told.err
-    assert "step 8 is not saved before a step is good again" in told.out
+    messages = capsys.readouterr()
+    assert "(steps 6-10); last good step 5; resume from step 4 with a lower" in messages.err
+    assert "step 8 is not saved before a step is good again" in messages.out
 
 
 def test_a_save_that_was_due_in_a_bad_streak_follows_it(tmp_path: Path, each_step: Any) -> None:
@@ -111,9 +111,9 @@ def test_a_state_that_is_not_finite_ends_the_run(
     each_step(spoil)
     assert main([*QUIET, f"run.folder={tmp_path}", "checkpoint.interval=2", "train.steps=40"]) == 3
     assert saved(tmp_path) == [2]
-    told = capsys.readouterr().err
-    assert "checkpoints/step-00000004 failed" in told and "inf in" in told and "exp_avg_sq-" in told
-    assert "on rank 0; resume from step 2 with" in told
+    messages = capsys.readouterr().err
+    assert "checkpoints/step-00000004 failed" in messages and "inf in" in messages and "exp_avg_sq-" in messages
+    assert "on rank 0; resume from step 2 with" in messages
 
 
 def test_data_that_fail_and_a_disk_that_is_full_are_both_told(
@@ -132,9 +132,9 @@ def test_data_that_fail_and_a_disk_that_is_full_are_both_told(
     monkeypatch.setattr(manager_module, "write_checkpoint", full)
     monkeypatch.setattr(Synthetic, "read", broken)
     assert main([*QUIET, f"run.folder={tmp_path}", "train.steps=9"]) == 4
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "Input/output error: '/data/text.bin'; look at the storage" in told
-    assert "; and step 3 could not be saved: no space left" in told
+    messages = capsys.readouterr().err
+    assert messages.count("\n") == 1 and "Input/output error: '/data/text.bin'; look at the storage" in messages
+    assert "; and step 3 could not be saved: no space left" in messages
 
 
 @pytest.mark.parametrize("who", ["one rank", "all ranks"])
@@ -145,16 +145,16 @@ def test_a_save_under_way_is_finished_before_a_failing_run_leaves(
     settings = sections({}, "fp32", steps=40)
     settings["checkpoint"] = {"interval": 3}
     victims = [1] if who == "one rank" else [0, 1]
-    told = pool.run(2, "tests.faults.failing:run", str(tmp_path), settings, kind, victims, 1.5)
-    assert told[1]["type"] == kind and told[1]["status"] == (4 if kind == "DataError" else None)
-    assert told[0]["saved"] == ["latest", "step-00000003"] and "step-00000003" in told[1]["saved"], told
+    messages = pool.run(2, "tests.faults.failing:run", str(tmp_path), settings, kind, victims, 1.5)
+    assert messages[1]["type"] == kind and messages[1]["status"] == (4 if kind == "DataError" else None)
+    assert messages[0]["saved"] == ["latest", "step-00000003"] and "step-00000003" in messages[1]["saved"], messages
     if who == "one rank":
-        assert told[1]["first"] is None and f"rank 1 (localhost) failed first: {kind}" in told[0]["first"][0]
+        assert messages[1]["first"] is None and f"rank 1 (localhost) failed first: {kind}" in messages[0]["first"][0]
 
 
 def test_the_wait_for_a_save_ends(pool: Pool, tmp_path: Path) -> None:
     settings = sections({}, "fp32", steps=40)
     settings["checkpoint"] = {"interval": 3, "finish_seconds": 0.5}
-    told = pool.run(2, "tests.faults.failing:run", str(tmp_path), settings, "DataError", [0, 1], 4.0)
-    assert all(t["seconds"] < 3.5 for t in told), told
-    assert told[0]["saved"] == ["lock"], "a save that goes on keeps the folder"
+    messages = pool.run(2, "tests.faults.failing:run", str(tmp_path), settings, "DataError", [0, 1], 4.0)
+    assert all(t["seconds"] < 3.5 for t in messages), messages
+    assert messages[0]["saved"] == ["lock"], "a save that goes on keeps the folder"

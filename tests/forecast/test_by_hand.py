@@ -176,8 +176,8 @@ def test_gradients_and_parameters_once_a_step() -> None:
     assert price(dp=8).data_parallel() == pytest.approx(FULLEST * 6 * 7 / 8 / ring)  # one leaf, no doubling
     full = price(dp=64, sharding="none").data_parallel()
     assert full == pytest.approx(FULLEST * (8 * 63 / 64 / ring + 0.31e-9 * leaves))
-    wide = price(dp=64, tp=16).data_parallel()  # one rank of a ring in a node
-    assert wide == pytest.approx(FULLEST / 8 * (6 * 63 / 64 / NIC + 0.31e-9 * log2(64 * 16 / 8 / 4)))
+    acc = price(dp=64, tp=16).data_parallel()  # one rank of a ring in a node
+    assert acc == pytest.approx(FULLEST / 8 * (6 * 63 / 64 / NIC + 0.31e-9 * log2(64 * 16 / 8 / 4)))
 
 
 def test_rings_are_no_faster_than_the_node() -> None:

@@ -80,10 +80,10 @@ def test_a_run_continues(pool: Pool, folder: Path, dtype: str, layout: str) -> N
             saved = run / "checkpoints" / f"step-{step:08d}" / "manifest.json"
             assert tensors(saved) == tensors(expected / f"manifest-{step}.json")
     if dtype == "fp32":  # its file asks for the linear schedule of that version
-        said = (run / "logs" / "rank-0000.log").read_text()
-        assert "since then: lr_schedule" not in said and "since then: the learning-rate" not in said
-    for mine, theirs in zip(sorted(got), sorted(want), strict=True):
-        assert mine[2] == pytest.approx(theirs[2], rel=1e-3 if dtype == "bf16" else 1e-5)
+        output = (run / "logs" / "rank-0000.log").read_text()
+        assert "since then: lr_schedule" not in output and "since then: the learning-rate" not in output
+    for ours, theirs in zip(sorted(got), sorted(want), strict=True):
+        assert ours[2] == pytest.approx(theirs[2], rel=1e-3 if dtype == "bf16" else 1e-5)
 
 
 def test_damaged_old_and_unfinished_folders_are_known(pool: Pool, folder: Path) -> None:

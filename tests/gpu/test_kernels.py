@@ -32,9 +32,9 @@ def test_the_choice_is_reported(cuda: torch.device, dtype: torch.dtype) -> None:
     assert [c.operation for c in choices] == list(select.OPERATIONS)
 
 
-CANDIDATES = [
-    (name, kind, make) for name, o in select.OPERATIONS.items() for kind, make in (*o.candidates, o.last)
-] + [(select.FP8, kind, make) for kind, make in select.FP8_PRODUCTS.candidates]
+CANDIDATES = [(name, kind, make) for name, o in select.OPERATIONS.items() for kind, make in (*o.candidates, o.last)] + [
+    (select.FP8, kind, make) for kind, make in select.FP8_PRODUCTS.candidates
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -71,8 +71,8 @@ def test_both_fp8_products_round_alike(cuda: torch.device) -> None:
         gemms.wgrad(grad, dy, x, True)
     forward = [gemms.fprop(x, weight) for gemms in (te, ours)]
     back = [gemms.dgrad(dy, weight) for gemms in (te, ours)]
-    for mine, theirs in (forward, back, grads):
-        assert float((mine.double() - theirs.double()).norm() / theirs.double().norm()) <= 4e-3
+    for own, theirs in (forward, back, grads):
+        assert float((own.double() - theirs.double()).norm() / theirs.double().norm()) <= 4e-3
 
 
 def test_a_model_trains_in_fp8_beside_bf16(cuda: torch.device) -> None:
@@ -93,8 +93,8 @@ def test_a_gpu_trains_as_a_cpu(cuda: torch.device, model: dict[str, Any], dtype:
     config = small_config(**settings)
     data = tokens(config, 5)
     want = curve(train(solo_rank(config), data))
-    mine = curve(train(on_gpu(config, cuda), data.to(cuda)))
-    assert deviation(mine, want) <= limit
+    own = curve(train(on_gpu(config, cuda), data.to(cuda)))
+    assert deviation(own, want) <= limit
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

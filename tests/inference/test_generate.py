@@ -215,11 +215,11 @@ def test_find_model_takes_the_checkpoint_saved_last(tmp_path: Path) -> None:
     (damaged / "manifest.json").write_text("{}")
     step_folder(checkpoints / "step-00000400.tmp", 4)
     step_folder(checkpoints / "step-00000500.damaged", 5)  # its manifest verifies, other bytes do not
-    told: list[str] = []
-    assert find_model(checkpoints, told.append) == new / "model"
-    assert len(told) == 1 and told[0].startswith(f"{damaged} is left out: {damaged}/manifest.json is damaged")
-    for given in (tmp_path / "run", checkpoints, new, new / "model"):
-        assert find_model(given) == new / "model"
+    messages: list[str] = []
+    assert find_model(checkpoints, messages.append) == new / "model"
+    assert len(messages) == 1 and messages[0].startswith(f"{damaged} is left out: {damaged}/manifest.json is damaged")
+    for options in (tmp_path / "run", checkpoints, new, new / "model"):
+        assert find_model(options) == new / "model"
     assert find_model(old) == old / "model"
 
 

@@ -65,8 +65,8 @@ def outcome(fused: Callable[..., Any], args: tuple[Any, ...]) -> list[torch.Tens
     return [*results, *written]
 
 
-def error(mine: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((mine.double() - theirs.double()).norm() / theirs.double().norm())
+def error(own: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((own.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
@@ -87,13 +87,13 @@ def test_a_compiled_operation_is_eager_to_rounding(name: str) -> None:
     fused = COMPILED_OPS[name]()
     for dtype, limit in ((torch.bfloat16, 8e-3), (torch.float32, 2e-6)):
         args = operands(name, dtype)
-        mine, want = outcome(fused, args), outcome(getattr(EAGER, name), args)
-        assert len(mine) == len(want) >= 1
-        for m, w in zip(mine, want, strict=True):
+        own, want = outcome(fused, args), outcome(getattr(EAGER, name), args)
+        assert len(own) == len(want) >= 1
+        for m, w in zip(own, want, strict=True):
             assert m.dtype == w.dtype and m.shape == w.shape
             assert error(m, w) <= limit
         again = outcome(fused, args)
-        assert all(torch.equal(a, b) for a, b in zip(mine, again, strict=True)), "the same bits on every call"
+        assert all(torch.equal(a, b) for a, b in zip(own, again, strict=True)), "the same bits on every call"
 
 
 @needs_compiler
@@ -129,8 +129,8 @@ def test_softmax_of_a_real_width_in_place() -> None:
     fused, logits = COMPILED_OPS["softmax_"](), torch.randn(40, 4096, generator=torch.Generator().manual_seed(1)) * 4
     index, sums = torch.arange(40).mul(97).unsqueeze(1), torch.zeros(2, 40)
     args = logits.bfloat16(), index, sums[0], sums[1], torch.linspace(0.5, 2, 40)
-    for mine, want in zip(outcome(fused, args), outcome(EAGER.softmax_, args), strict=True):
-        assert error(mine, want) <= 1e-3
+    for own, want in zip(outcome(fused, args), outcome(EAGER.softmax_, args), strict=True):
+        assert error(own, want) <= 1e-3
 
 
 @needs_compiler
@@ -139,13 +139,13 @@ def test_a_model_trains_with_compiled_operations(monkeypatch: pytest.MonkeyPatch
     data = tokens(config, 4)
     want = curve(train(solo_rank(config), data))
     kernels = select.select_kernels(CPU, torch.float32, compiled=True)
-    taken = {c.operation: c.selected for c in kernels.choices}
+    used = {c.operation: c.selected for c in kernels.choices}
     compiled = {"RMSNorm", "RoPE", "SwiGLU", "cross entropy"}
-    assert {operation for operation, kind in taken.items() if kind == "torch.compile"} == compiled
+    assert {operation for operation, kind in used.items() if kind == "torch.compile"} == compiled
     monkeypatch.setattr("tests.small.select_kernels", lambda device, dtype: kernels)
-    mine, again = (curve(train(solo_rank(config), data)) for _ in range(2))
-    assert mine == again
-    assert 0 < deviation(mine, want) < 1e-4
+    own, again = (curve(train(solo_rank(config), data)) for _ in range(2))
+    assert own == again
+    assert 0 < deviation(own, want) < 1e-4
 
 
 def test_where_nothing_compiles_eager_is_taken_and_the_reason_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,12 +58,12 @@ def test_what_cannot_be_scaled(dtype: torch.dtype) -> None:
 def test_products_are_those_of_the_rounded_operands() -> None:
     x, dy, weight = rand(64, 48, seed=1, size=30.0), rand(64, 32, seed=2, size=1e-6), rand(32, 48, seed=3, size=0.02)
     x8, w8, dy8 = rounded(x, FORWARD), rounded(weight, FORWARD), rounded(dy, GRADIENT)
-    for mine, want in (
+    for own, want in (
         (TORCH_FP8.fprop(x, weight), x8 @ w8.t()),
         (TORCH_FP8.dgrad(dy, weight), dy8 @ w8),
     ):
-        assert mine.dtype == torch.bfloat16
-        assert torch.allclose(mine.double(), want, rtol=2**-8, atol=1e-6 * float(want.abs().max()))
+        assert own.dtype == torch.bfloat16
+        assert torch.allclose(own.double(), want, rtol=2**-8, atol=1e-6 * float(want.abs().max()))
     main_grad = torch.full((32, 48), 7.0)
     for overwrite, times in ((True, 1), (False, 2)):
         TORCH_FP8.wgrad(main_grad, dy, x, overwrite)
@@ -92,6 +92,6 @@ def test_a_model_learns_in_fp8_and_only_its_layers_multiply_in_it(monkeypatch: p
     eight = {name for name, param in params.items() if param._gemms is TORCH_FP8}
     assert eight == {name for name in params if name.startswith("layers.")}
     data = tokens(config, 12)
-    want, mine = curve(train(solo_rank(config), data)), curve(train(rank, data))
-    assert 1e-4 < deviation(mine[::2], want[::2]) < 3e-2
-    assert mine[-2] < mine[0] - 0.5, "it learns"
+    want, own = curve(train(solo_rank(config), data)), curve(train(rank, data))
+    assert 1e-4 < deviation(own[::2], want[::2]) < 3e-2
+    assert own[-2] < own[0] - 0.5, "it learns"

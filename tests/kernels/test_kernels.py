@@ -31,8 +31,8 @@ def rand(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torc
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def close(mine: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
-    error = float((mine.double() - theirs.double()).norm() / theirs.double().norm())
+def close(own: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
+    error = float((own.double() - theirs.double()).norm() / theirs.double().norm())
     assert error <= EPS[dtype], error
 
 
@@ -76,9 +76,9 @@ def test_attention(attend: Attend, seq: int, kv_heads: int, dtype: torch.dtype) 
     out.backward(dout)
     want.backward(dout.double())
     close(out.detach(), want.detach(), dtype)
-    for mine, theirs in zip(leaves, exact, strict=True):
-        if seq > 1 or mine is leaves[2]:  # a single key gives its query and itself no gradient
-            close(mine.grad, theirs.grad, dtype)
+    for own, theirs in zip(leaves, exact, strict=True):
+        if seq > 1 or own is leaves[2]:  # a single key gives its query and itself no gradient
+            close(own.grad, theirs.grad, dtype)
 
 
 STARTS = {  # where the document of each token begins, by sample
@@ -108,9 +108,9 @@ def test_attention_within_documents(attend: Attend, where: str, kv_heads: int, d
     out.backward(dout)
     want.backward(dout.double())
     close(out.detach(), want.detach(), dtype)
-    for mine, theirs in zip(leaves, exact, strict=True):
-        if where != "single tokens" or mine is leaves[2]:
-            close(mine.grad, theirs.grad, dtype)
+    for own, theirs in zip(leaves, exact, strict=True):
+        if where != "single tokens" or own is leaves[2]:
+            close(own.grad, theirs.grad, dtype)
 
 
 def test_documents_are_known_by_their_starts() -> None:

@@ -29,13 +29,13 @@ NO_CUDA = "not Transformer Engine: no CUDA device"
 
 def test_a_cpu_takes_torch_and_says_why() -> None:
     lines = [str(c) for c in select.select_kernels(CPU, torch.bfloat16).choices]
-    asked = "not torch.compile: run.compile=false"
+    requested = "not torch.compile: run.compile=false"
     assert lines == [
         f"attention: blocks of matrix products ({NO_CUDA})",
-        f"RMSNorm: torch ({asked}; {NO_CUDA}; not apex: no CUDA device; not torch fused: no CUDA device)",
-        f"RoPE: torch ({asked})",
-        f"SwiGLU: torch ({asked}; {NO_CUDA})",
-        f"cross entropy: torch ({asked})",
+        f"RMSNorm: torch ({requested}; {NO_CUDA}; not apex: no CUDA device; not torch fused: no CUDA device)",
+        f"RoPE: torch ({requested})",
+        f"SwiGLU: torch ({requested}; {NO_CUDA})",
+        f"cross entropy: torch ({requested})",
         "matrix product: torch mm (not oneDNN: fp32 on a CPU only)",
         f"weight gradient: that product, then add ({NO_CUDA}; not apex: no CUDA device; "
         "not torch addmm into fp32: CUDA with 16-bit weights only)",
@@ -44,13 +44,11 @@ def test_a_cpu_takes_torch_and_says_why() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("vendor", "taken"), [("AuthenticAMD", "oneDNN"), ("GenuineIntel", "torch mm"), ("", "oneDNN")]
-)
-def test_fp32_products_follow_from_the_processor(monkeypatch: pytest.MonkeyPatch, vendor: str, taken: str) -> None:
+@pytest.mark.parametrize(("vendor", "used"), [("AuthenticAMD", "oneDNN"), ("GenuineIntel", "torch mm"), ("", "oneDNN")])
+def test_fp32_products_follow_from_the_processor(monkeypatch: pytest.MonkeyPatch, vendor: str, used: str) -> None:
     monkeypatch.setattr(gemm, "processor", lambda: vendor)
     kernels = select.select_kernels(CPU, torch.float32)
-    assert {c.operation: c.selected for c in kernels.choices}["matrix product"] == taken
+    assert {c.operation: c.selected for c in kernels.choices}["matrix product"] == used
     a, b = torch.randn(5, 7), torch.randn(3, 7)
     assert torch.allclose(kernels.gemms.fprop(a, b), a @ b.t(), atol=1e-6)
     assert torch.allclose(kernels.gemms.dgrad(a, b.t()), a @ b.t(), atol=1e-6)
@@ -69,9 +67,9 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     makes = [make for o in (*select.OPERATIONS.values(), FP8_PRODUCTS) for make in o.candidates]
-    asked = [make for kind, make in makes if kind in (TE, APEX)]
-    assert len(asked) == 11
-    for make in asked:
+    requested = [make for kind, make in makes if kind in (TE, APEX)]
+    assert len(requested) == 11
+    for make in requested:
         with pytest.raises(Unsupported, match="not installed"):
             make(ON_CUDA)
     with pytest.raises(Unsupported, match="16-bit formats only, not torch.float32"):
@@ -404,16 +402,16 @@ def test_transformer_engines_fp8_is_called_as_documented(monkeypatch: pytest.Mon
 
 
 def test_one_line_says_what_is_not_torchs_own() -> None:
-    def told(**taken: str) -> str:
-        choices = [select.Choice(name, taken.get(name, one.last[0]), ()) for name, one in select.OPERATIONS.items()]
+    def messages(**used: str) -> str:
+        choices = [select.Choice(name, used.get(name, one.last[0]), ()) for name, one in select.OPERATIONS.items()]
         return str(replace(kernels, choices=tuple(choices)))
 
     kernels = select.select_kernels(CPU, torch.float64)
-    assert told() == "torch's own for everything"
-    assert told(AdamW="apex", RoPE="torch.compile", SwiGLU="torch.compile") == (
+    assert messages() == "torch's own for everything"
+    assert messages(AdamW="apex", RoPE="torch.compile", SwiGLU="torch.compile") == (
         "torch.compile for RoPE, SwiGLU; apex for AdamW; torch's own for the rest"
     )
-    assert len(told(**dict.fromkeys(("attention", "RMSNorm", "SwiGLU", "AdamW"), "Transformer Engine"))) < 110
+    assert len(messages(**dict.fromkeys(("attention", "RMSNorm", "SwiGLU", "AdamW"), "Transformer Engine"))) < 110
 
 
 def test_what_is_installed_and_does_not_work_is_told_from_what_is_not_there() -> None:

@@ -121,7 +121,7 @@ def test_pieces_are_under_way_during_products() -> None:
     """What of a piece is under way while another one is multiplied, in the order of a trace."""
 
     def order(rank: Worker, calls: list[Call]) -> list[str]:
-        said: list[str] = []
+        output: list[str] = []
         layer, tp = rank.stages[0].layers[0], rank.stages[0].layers[0].qkv_proj.tp
         group, gemms = tp.group, layer.gate_up_proj.param._gemms
 
@@ -130,13 +130,13 @@ def test_pieces_are_under_way_during_products() -> None:
                 self.number, self.handle = number, handle
 
             def wait(self) -> None:
-                said.append(f"wait {self.number}")
+                output.append(f"wait {self.number}")
                 self.handle.wait()
 
         started = count()
 
         def noted(handle: Any) -> Any:
-            said.append(f"start {(number := next(started))}")
+            output.append(f"start {(number := next(started))}")
             return Noted(number, handle)
 
         class Group:
@@ -149,7 +149,7 @@ def test_pieces_are_under_way_during_products() -> None:
                 return noted(group.reduce_scatter(*tensors))
 
         def multiplied(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            said.append("product")
+            output.append("product")
             return gemms.fprop(a, b)
 
         ours = replace(tp, group=Group())  # type: ignore[arg-type]
@@ -157,7 +157,7 @@ def test_pieces_are_under_way_during_products() -> None:
             linear.tp, linear.param._gemms = ours, replace(gemms, fprop=multiplied)
         x = torch.randn(TOKENS // 2, HIDDEN, dtype=torch.float64)
         layer.down_proj(layer.gate_up_proj(x))
-        return said
+        return output
 
     config = small_config(parallel={"tp": 2}, overlap={"tensor_parallel_chunks": 2})
     column = ["start 0", "wait 0", "start 1", "product", "wait 1", "product"]
@@ -185,8 +185,8 @@ def test_a_forward_in_pieces_is_the_whole_one(tp: int, recompute: str, sequence_
         for chunks in (1, 2, 4)
     ]
     for whole, *cut in zip(*results, strict=True):
-        for mine in cut:
-            assert torch.allclose(mine, whole, rtol=1e-10, atol=1e-13)
+        for own in cut:
+            assert torch.allclose(own, whole, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("chunks", [1, 2])

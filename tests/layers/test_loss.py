@@ -59,8 +59,8 @@ def test_any_vocabulary_over_tp_equals_one_rank(tp: int, vocab: int) -> None:
     model = {"vocab_size": vocab, "init_std": 0.3}
     total, grad = loss_of(solo_rank(small_config(model=model)), True)
     parts = on_threads(small_config(model=model, parallel={"tp": tp}), tp, lambda rank: loss_of(rank, True))
-    for mine, _ in parts:
-        assert abs(mine - total) <= 1e-12 * total
+    for own, _ in parts:
+        assert abs(own - total) <= 1e-12 * total
     assert torch.allclose(torch.cat([g for _, g in parts]), grad, rtol=1e-11, atol=1e-14)
 
 
@@ -79,8 +79,8 @@ def test_a_rank_that_holds_only_padding_takes_no_part() -> None:
         rows = head.param.main_grad[head.valid :]
         return total.item(), float(rows.abs().sum()) if rows.numel() else 0.0
 
-    for mine, padding in on_threads(config, 4, body):
-        assert abs(mine - total) <= 1e-12 * total
+    for own, padding in on_threads(config, 4, body):
+        assert abs(own - total) <= 1e-12 * total
         assert padding == 0.0
 
 

@@ -64,8 +64,8 @@ def test_layouts_agree(parallel: dict[str, Any]) -> None:
     config = small_config(data={"document_mask": True}, parallel=parallel)
     data, starts = tokens(config, 3), documents(config, 3)
     want = curve(train(solo_rank(small_config(data={"document_mask": True})), data, starts=starts))
-    for mine in on_threads(config, 2, lambda rank: curve(train(rank, data, starts=starts))):
-        assert mine == pytest.approx(want, rel=1e-12)
+    for own in on_threads(config, 2, lambda rank: curve(train(rank, data, starts=starts))):
+        assert own == pytest.approx(want, rel=1e-12)
 
 
 def test_evaluation_of_a_last_batch_that_only_some_ranks_can_fill() -> None:

@@ -22,9 +22,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 TOLERANCE = {"fp64": 1e-10, "fp32": 2e-5}
 
 
-def relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+def relative(own: torch.Tensor, theirs: torch.Tensor) -> float:
     """Norm of the difference over norm of the reference."""
-    return float((mine - theirs).detach().norm() / theirs.detach().norm())
+    return float((own - theirs).detach().norm() / theirs.detach().norm())
 
 
 @pytest.mark.parametrize("dtype", ["fp64", "fp32"])
@@ -50,10 +50,10 @@ def test_logits_loss_and_gradients(shape: str, dtype: str, recompute: str) -> No
     total = stage(None, MicroBatch(inputs, labels, grad_scale=1 / labels.numel()))
     total.backward()
     with torch.no_grad():
-        mine = our_logits(rank, inputs.reshape(-1)).view_as(logits)
+        own = our_logits(rank, inputs.reshape(-1)).view_as(logits)
 
     limit = TOLERANCE[dtype]
-    assert relative(mine, logits) <= limit
+    assert relative(own, logits) <= limit
     assert abs(total.item() / labels.numel() - loss.item()) <= limit * loss.item()
     gradients = full_tensors(rank, "main_grad")
     theirs = {name: p.grad for name, p in reference.named_parameters()}

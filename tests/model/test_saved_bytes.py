@@ -77,5 +77,5 @@ def test_gradients_are_the_same_bits_in_all_modes(dtype: str, tp: int) -> None:
 
     base = gradients("none")
     for recompute in ("selective", "full"):
-        for mine, theirs in zip(gradients(recompute), base, strict=True):
-            assert torch.equal(mine.nan_to_num(7), theirs.nan_to_num(7))
+        for own, theirs in zip(gradients(recompute), base, strict=True):
+            assert torch.equal(own.nan_to_num(7), theirs.nan_to_num(7))

@@ -23,12 +23,12 @@ def schedule(kind: Any, **keys: Any) -> LrScheduleConfig:
 
 @pytest.mark.parametrize(("warmup", "end", "ratio"), [(0, 7, 0.1), (1, 7, 0.0), (10, 110, 0.1), (109, 110, 1.0)])
 def test_wsd_without_a_stable_part_is_what_linear_was_to_the_bit(warmup: int, end: int, ratio: float) -> None:
-    given = schedule("linear", warmup_steps=warmup, decay_steps=end, min_ratio=ratio)
+    arguments = schedule("linear", warmup_steps=warmup, decay_steps=end, min_ratio=ratio)
     for n in range(1, end + 5):
         start = max(warmup, 1)
         x = 1.0 if n >= end else max(0.0, (n - start) / (end - start))
         linear = PEAK * n / start if n <= start else PEAK * (ratio + (1 - ratio) * (1 - x))
-        assert learning_rate(n - 1, OPTIMIZER, given) == linear
+        assert learning_rate(n - 1, OPTIMIZER, arguments) == linear
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])

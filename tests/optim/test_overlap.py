@@ -78,9 +78,9 @@ def test_a_bucket_is_reduced_with_its_last_gradient(name: str, tied: bool) -> No
     for events, buckets in on_threads(config, ranks, body):
         assert Counter(e[1:3] for e in events if e[0] == "reduction") == Counter(buckets)
         for stage, index in buckets:
-            mine = [i for i, e in enumerate(events) if e[1:3] == (stage, index)]
-            last, reduction = mine[-2:]
-            assert [events[i][0] for i in mine[-2:]] == ["contribution", "reduction"]
+            own = [i for i, e in enumerate(events) if e[1:3] == (stage, index)]
+            last, reduction = own[-2:]
+            assert [events[i][0] for i in own[-2:]] == ["contribution", "reduction"]
             assert reduction == last + 1, "something else was computed first"
             assert events[reduction][3] == events[last][3] != "None"
         assert len(buckets) > 2 * len({stage for stage, _ in buckets}), "too few buckets to show anything"
@@ -138,5 +138,5 @@ def test_a_step_waits_for_gathers_that_nobody_has_read() -> None:
     for dtype in ("bf16", "fp32"):
         config = small_config(precision={"dtype": dtype})
         calm, late = (on_threads(config, 2, body, delays=seed) for seed in (None, 1))
-        for mine, theirs in zip(late, calm, strict=True):
-            assert all(a.isfinite().all() and a.equal(b) for a, b in zip(mine, theirs, strict=True))
+        for own, theirs in zip(late, calm, strict=True):
+            assert all(a.isfinite().all() and a.equal(b) for a, b in zip(own, theirs, strict=True))

@@ -59,8 +59,8 @@ def test_gradients_and_their_norm_are_those_of_one_rank(ranks: int, parallel: di
     want, reference = gradients(solo_rank(small_config(model=MODELS[model], batch=batch)))
     results = on_threads(small_config(model=MODELS[model], batch=batch, parallel=parallel), ranks, gradients)
     for name, tensor in reference.items():
-        mine = torch.stack([whole[name] for _, whole in results]).sum(0)
-        assert torch.allclose(mine, tensor, rtol=1e-9, atol=1e-12), name
+        own = torch.stack([whole[name] for _, whole in results]).sum(0)
+        assert torch.allclose(own, tensor, rtol=1e-9, atol=1e-12), name
     assert abs(want - sum(float(t.square().sum()) for t in reference.values())) <= 1e-12 * want
     for squares, _ in results:
         assert abs(squares - want) <= 1e-11 * want
@@ -79,8 +79,8 @@ def test_overlap_changes_no_bit(parallel: dict[str, Any], dtype: str) -> None:
         overlap = {"grad_reduce": on, "param_gather": on}
         config = small_config(parallel=parallel, overlap=overlap, precision={"dtype": dtype})
         results.append(on_threads(config, 2 * parallel.get("pp", 1), weights))
-    for mine, theirs in zip(*results, strict=True):
-        for a, b in zip(mine, theirs, strict=True):
+    for own, theirs in zip(*results, strict=True):
+        for a, b in zip(own, theirs, strict=True):
             assert torch.equal(a, b)
 
 
@@ -168,7 +168,7 @@ def test_unequal_masks_over_micro_batches_equal_one_large_batch() -> None:
     assert want[0][2] == int(masks[0].sum())
     split = small_config(parallel={"pp": 2})
     for results in on_threads(split, 4, lambda rank: train(rank, data, masks)):
-        for mine, (loss, norm, count) in zip(results, want, strict=True):
-            assert mine.tokens == count
-            assert abs(mine.loss - loss) <= 1e-12 * loss
-            assert abs(mine.grad_norm - norm) <= 1e-12 * norm
+        for own, (loss, norm, count) in zip(results, want, strict=True):
+            assert own.tokens == count
+            assert abs(own.loss - loss) <= 1e-12 * loss
+            assert abs(own.grad_norm - norm) <= 1e-12 * norm

@@ -195,7 +195,7 @@ class Comparison:
             (self._alone[config],) = self._pool.run(1, "tests.parity.matrix:run", layout, dtype, True)
         want = self._alone[config]
         results = self._pool.run(layout.ranks, "tests.parity.matrix:run", layout, dtype, False)
-        return tuple(max(deviation(mine[i::2], want[i::2]) for mine in results) for i in (0, 1))  # type: ignore[return-value]
+        return tuple(max(deviation(ours[i::2], want[i::2]) for ours in results) for i in (0, 1))  # type: ignore[return-value]
 
 
 def main() -> None:

@@ -71,9 +71,9 @@ def calm() -> Calm:
     return Calm()
 
 
-def same(mine: list[list[Tensor]], theirs: list[list[Tensor]]) -> bool:
+def same(own: list[list[Tensor]], theirs: list[list[Tensor]]) -> bool:
     return all(
-        torch.equal(a, b) for x, y in zip(mine, theirs, strict=True) for a, b in zip(x, y, strict=True)
+        torch.equal(a, b) for x, y in zip(own, theirs, strict=True) for a, b in zip(x, y, strict=True)
     )  # NaN is not equal to anything
 
 

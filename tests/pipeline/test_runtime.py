@@ -50,8 +50,8 @@ def test_every_schedule_gives_one_ranks_numbers(ranks: int, parallel: dict[str, 
     config = small_config()
     data = tokens(config, 3)
     want = curve(train(solo_rank(config), data))
-    for mine in on_threads(small_config(parallel=parallel), ranks, lambda rank: curve(train(rank, data))):
-        assert deviation(mine, want) <= 1e-12
+    for own in on_threads(small_config(parallel=parallel), ranks, lambda rank: curve(train(rank, data))):
+        assert deviation(own, want) <= 1e-12
 
 
 @pytest.mark.parametrize("microbatches", [1, 3, 5])
@@ -62,8 +62,8 @@ def test_any_number_of_micro_batches(schedule: str, microbatches: int) -> None:
     want = curve(train(solo_rank(config), data))
     parallel = {"pp": 2, "schedule": schedule}
     piped = small_config(batch={"global_batch_size": microbatches}, parallel=parallel)
-    for mine in on_threads(piped, 2, lambda rank: curve(train(rank, data))):
-        assert deviation(mine, want) <= 1e-12
+    for own in on_threads(piped, 2, lambda rank: curve(train(rank, data))):
+        assert deviation(own, want) <= 1e-12
 
 
 class LiveGraphs:
@@ -133,8 +133,8 @@ def test_a_schedule_of_ones_own_holds_what_it_says() -> None:
 
     def measure(rank: Worker) -> tuple[float, int, tuple[int, ...]]:
         rank.runtime.observer = held = Held()
-        mine = curve(train(rank, data))
-        return deviation(mine, want), held.peak, tuple(rank.stages)
+        own = curve(train(rank, data))
+        return deviation(own, want), held.peak, tuple(rank.stages)
 
     (first, peak0, stages0), (second, peak1, stages1) = on_threads(config, 2, measure)
     assert max(first, second) <= 1e-12

@@ -85,8 +85,8 @@ def test_tool_prints_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     want = make_plan(load(file, ["parallel.tp=2"], need_data=False), 8)
     table = communication_table(want.config, want.topology, want.stages, want.schedule)
     assert "tp" in table and f"\n{want}\n\n{table}\n\nmemory     peak" in (out := capsys.readouterr().out)
-    said = "hardware   a100-80g GPUs are assumed; hardware=KIND plans for others. This machine is not looked at"
-    assert out.split("\n")[0] == said
+    output = "hardware   a100-80g GPUs are assumed; hardware=KIND plans for others. This machine is not looked at"
+    assert out.split("\n")[0] == output
 
 
 def test_tool_whose_reader_has_gone_says_nothing() -> None:

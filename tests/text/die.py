@@ -33,10 +33,10 @@ def main(rank: str, where: str, count: str, *arguments: str) -> int:
         owner, name = PLACES[where]
         original, calls = getattr(owner, name), itertools.count(1)
 
-        def fatal(*given: Any, **options: Any) -> Any:
+        def fatal(*inputs: Any, **options: Any) -> Any:
             if next(calls) == int(count):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return original(*given, **options)
+            return original(*inputs, **options)
 
         setattr(owner, name, fatal)
     return command("prepare")(arguments)

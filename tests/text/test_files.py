@@ -52,8 +52,8 @@ def test_every_file_is_read_or_told(tmp_path: Path) -> None:
         "1 of another kind (no suffix), the first 'README'",
     ])  # fmt: skip
     files = [p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
-    told = sum(int(line.split()[0]) for line in found(folder)[1])
-    assert len(files) == told + 5
+    messages = sum(int(line.split()[0]) for line in found(folder)[1])
+    assert len(files) == messages + 5
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
@@ -114,20 +114,18 @@ def test_a_folder_that_cannot_be_listed_ends_the_work(
     assert f"left out what cannot be read of {folder}/secret: cannot" in "\n".join(summary.losses.lines())
 
 
-@pytest.mark.parametrize("given, message", [
+@pytest.mark.parametrize("arguments, message", [
     ("", "an input is empty"), (" ", "an input is empty"), ("gone", "gone does not exist"),
     ("*.zip", r"\*.zip does not exist"), ("broken", "broken does not exist"), ("empty", "empty holds no text: JSON li"),
     ("only", r"(?s)only holds no text: .*not read: 1 of another kind \(.png\)"),
     ("a.pdf", "a.pdf is of an unknown kind '.pdf'"),
 ])  # fmt: skip
-def test_names_that_mean_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, message: str) -> None:
+def test_names_that_mean_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str) -> None:
     monkeypatch.chdir(make(tmp_path, "only/x.png", "a.pdf"))
     Path("empty").mkdir()
     Path("broken").symlink_to("nothing")
     with pytest.raises(DataError, match=message):
-        Found([given])
-
-
+        Found([arguments])
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -160,10 +158,12 @@ def test_a_start_of_an_earlier_version_goes_on_with_its_own_list(
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         new = ("counts", "changed", "faults")
         path.write_text("".join(json.dumps({k: v for k, v in x.items() if k not in new}) + "\n" for x in lines))
-    said: list[str] = []
-    preprocess([folder], tmp_path / "o", tokenizer_path, say=said.append)
+    output: list[str] = []
+    preprocess([folder], tmp_path / "o", tokenizer_path, say=output.append)
     assert IndexedDataset(tmp_path / "o").num_documents == 600
-    assert f"goes on with the list of an earlier version, of 2 files; to begin again delete {tmp_path}/o.parts" in said
+    assert (
+        f"goes on with the list of an earlier version, of 2 files; to begin again delete {tmp_path}/o.parts" in output
+    )
     preprocess([folder], tmp_path / "o", tokenizer_path)
     assert IndexedDataset(tmp_path / "o").num_documents == 300 + link
 

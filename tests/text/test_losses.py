@@ -138,11 +138,11 @@ def test_all_files_that_cannot_be_read_are_named(tmp_path: Path, tokenizer_path:
         assert all(f"\n  {folder}/{name}" in str(caught.value) for name in names), caught.value
         assert not list(tmp_path.glob("o.*n")) and not list(tmp_path.glob("t*"))
     assert (tmp_path / "o.parts").is_dir()  # what is done serves the next start
-    said = preprocess([folder], tmp_path / "o", tokenizer_path, skip_bad_files=True)
-    assert len(said.losses.faults) == 4 and said.outputs[0].num_documents > 100
+    output = preprocess([folder], tmp_path / "o", tokenizer_path, skip_bad_files=True)
+    assert len(output.losses.faults) == 4 and output.outputs[0].num_documents > 100
     losses = Losses(skip_files=True)
     train_tokenizer([folder], tmp_path / "t.model", 276, losses=losses)
-    assert losses.faults == said.losses.faults and losses.records == said.outputs[0].num_documents
+    assert losses.faults == output.losses.faults and losses.records == output.outputs[0].num_documents
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
@@ -162,18 +162,18 @@ def test_an_io_error_is_no_bad_record(
         def __enter__(self) -> Faulty:
             return self
 
-        def __exit__(self, *given: object) -> None:
+        def __exit__(self, *arguments: object) -> None:
             self.raw.close()
 
         def __getattr__(self, name: str) -> Any:
             raise OSError(code, os.strerror(code))
 
-    def opened(self: Path, *given: Any, **more: Any) -> Any:
+    def opened(self: Path, *arguments: Any, **more: Any) -> Any:
         if self.name != "b.txt":
-            return pure(self, *given, **more)
+            return pure(self, *arguments, **more)
         if when == "open":
             raise OSError(code, os.strerror(code), str(self))
-        return Faulty(pure(self, *given, **more))
+        return Faulty(pure(self, *arguments, **more))
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", opened)
@@ -240,8 +240,8 @@ def test_every_frame_and_window_of_zstd_is_read(tmp_path: Path) -> None:
     assert read([tmp_path / "a.jsonl.zst"])[0] == ["one"] * 6
     for log in (28, 31):  # zstd --long=31; a frame of unknown size keeps the whole window in its header
         with (tmp_path / "b.jsonl.zst").open("wb") as file:
-            given = {"window_log": log, "compression_level": 1, "write_content_size": False}
-            parameters = zstandard.ZstdCompressionParameters(**given)
+            arguments = {"window_log": log, "compression_level": 1, "write_content_size": False}
+            parameters = zstandard.ZstdCompressionParameters(**arguments)
             compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
             file.write(compressor.compress(GOOD * 9) + compressor.flush())
         assert read([tmp_path / "b.jsonl.zst"])[0] == ["one"] * 9

@@ -261,7 +261,7 @@ def bad_lines(path: Path, bad: int, good: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("bad, good, given, stops", [
+@pytest.mark.parametrize("bad, good, arguments, stops", [
     (1, 50, "", False), (1, 1, "", False), (2, 50, "", True), (3, 1, "", True),  # the default: one
     (5, 5000, "", False), (15, 15000, "", False), (16, 15000, "", True),  # or one in a thousand
     (3, 50, "3", False), (4, 5000, "3", True), (1, 50, "0", True),
@@ -270,26 +270,28 @@ def bad_lines(path: Path, bad: int, good: int) -> Path:
 ])  # fmt: skip
 def test_too_many_bad_records_stop_the_run(
     tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    bad: int, good: int, given: str, stops: bool,
+    bad: int, good: int, arguments: str, stops: bool,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(module, "TASK_BYTES", 20000)
     processes = 2 if good >= 15000 else 1  # with several jobs
     path = bad_lines(tmp_path / "a.jsonl", bad, good)
     if not stops:
-        summary = preprocess([path], tmp_path / "a", tokenizer_path, max_bad=given, workers=processes)
+        summary = preprocess([path], tmp_path / "a", tokenizer_path, max_bad=arguments, workers=processes)
         assert summary.losses.skipped.total() == bad and summary.outputs[0].num_documents == good
         return
     with pytest.raises(DataError, match=r"\d+ of [\d,]+ records are bad, more than the .* that may be") as error:
-        preprocess([path], tmp_path / "a", tokenizer_path, max_bad=given, workers=processes)
+        preprocess([path], tmp_path / "a", tokenizer_path, max_bad=arguments, workers=processes)
     first = path.read_bytes().split(b"\n").index(b"x") + 1
     assert f"\n  {path}:{first}: not JSON" in str(error.value) and "--max-bad 5%" in str(error.value)
     assert not [p for p in tmp_path.iterdir() if p.suffix in (".bin", ".idx", ".sums", ".json", ".tmp")]
 
 
-@pytest.mark.parametrize("given", ["many", "-1", "101%", "%", "1.5", "-2%"])
-def test_a_wrong_limit_of_bad_records_is_refused(jsonl: Path, tokenizer_path: Path, tmp_path: Path, given: str) -> None:
-    with pytest.raises(DataError, match=f"max_bad='{given}' is neither a number of records nor a share such as 5%"):
-        preprocess([jsonl], tmp_path / "a", tokenizer_path, max_bad=given)
+@pytest.mark.parametrize("arguments", ["many", "-1", "101%", "%", "1.5", "-2%"])
+def test_a_wrong_limit_of_bad_records_is_refused(
+    jsonl: Path, tokenizer_path: Path, tmp_path: Path, arguments: str
+) -> None:
+    with pytest.raises(DataError, match=f"max_bad='{arguments}' is neither a number of records nor a share such as 5%"):
+        preprocess([jsonl], tmp_path / "a", tokenizer_path, max_bad=arguments)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

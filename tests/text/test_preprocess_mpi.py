@@ -58,18 +58,18 @@ def test_progress_is_that_of_all_ranks(jsonl: Path, tokenizer_path: Path, tmp_pa
     assert len(seen) > 2 * total // 5000 and all(0 < x[0] <= total and x[1] == total for x in seen)
 
 
-@pytest.mark.parametrize("given, status, text", [
+@pytest.mark.parametrize("options, status, text", [
     (["gone.jsonl"], 2, "error: gone.jsonl does not exist; give a file"),
     (["--strict", "bad.jsonl"], 2, "bad.jsonl:1501: not JSON"),
     (["--max-bad", "0", "bad.jsonl"], 2, "1 of 1,501 records are bad, more than the 0 in all"),
     (["--workers", "2", "bad.jsonl"], 2, "--workers does not go with mpirun or srun"),
 ])  # fmt: skip
 def test_an_error_ends_every_rank(
-    jsonl: Path, tokenizer_path: Path, tmp_path: Path, given: list[str], status: int, text: str
+    jsonl: Path, tokenizer_path: Path, tmp_path: Path, options: list[str], status: int, text: str
 ) -> None:
     (tmp_path / "bad.jsonl").write_bytes(jsonl.read_bytes() * 5 + b"bad\n")
-    given = [str(tmp_path / x) if x == "bad.jsonl" else x for x in given]
-    arguments = (*given, "--tokenizer", tokenizer_path, "--output", tmp_path / "o")
+    options = [str(tmp_path / x) if x == "bad.jsonl" else x for x in options]
+    arguments = (*options, "--tokenizer", tokenizer_path, "--output", tmp_path / "o")
     done = run(mpirun(2), 0, "end", 0, *arguments)
     assert done.returncode == status and text in done.stderr, done.stderr
     assert not [p for p in tmp_path.iterdir() if p.suffix in (".bin", ".idx", ".sums", ".json", ".tmp")]

@@ -58,16 +58,16 @@ def test_two_ranks_do_the_sources_and_a_second_start_does_nothing(
     for name in ("books", "arxiv"):
         (tmp_path / "in" / name).mkdir(parents=True)
         (tmp_path / "in" / name / "a.jsonl").write_bytes(jsonl.read_bytes())
-    given = {"SOURCES": "books arxiv", "TOKENIZER": str(tokenizer_path), "MPIRUN": " ".join(mpirun(2)),
+    arguments = {"SOURCES": "books arxiv", "TOKENIZER": str(tokenizer_path), "MPIRUN": " ".join(mpirun(2)),
              "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}  # fmt: skip
-    done = submit(tmp_path, **given)
+    done = submit(tmp_path, **arguments)
     assert done.returncode == 0 and "done: books arxiv" in done.stdout, done.stdout + done.stderr
     assert IndexedDataset(tmp_path / "out" / "books").num_documents == 300
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
-    again = submit(tmp_path, **given)
+    again = submit(tmp_path, **arguments)
     assert again.returncode == 0 and "books is finished" in again.stdout and "arxiv is finished" in again.stdout
     (tmp_path / "out" / "books.parts").mkdir()  # as if killed before the end
-    assert "books: start 0" in submit(tmp_path, **given).stdout
+    assert "books: start 0" in submit(tmp_path, **arguments).stdout
     after = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     changed = {p.name for p in before if before[p] != after.get(p)}
     assert changed == {f"books{suffix}" for suffix in (".bin", ".idx", ".json", ".sums")}

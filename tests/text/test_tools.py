@@ -33,7 +33,7 @@ def prefix(jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = tool("preprocess_data", folder / "c.jsonl", *options)
     assert done.returncode == 0, done.stderr
     assert "d.bin: 300 documents" in done.stdout and "MB/s" in done.stdout and "M tokens/s" in done.stdout
-    assert 'skipped 1 bad record of 301 records' in done.stderr and "c.jsonl:301: no key" in done.stderr
+    assert "skipped 1 bad record of 301 records" in done.stderr and "c.jsonl:301: no key" in done.stderr
     return folder / "d"
 
 
@@ -77,13 +77,13 @@ def test_merge_joins_pairs(prefix: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [["--help"], None], ids=["help", "a tiny job"])
 def test_preprocessing_never_imports_torch(prefix: Path, tmp_path: Path, arguments: list[str] | None) -> None:
     options = ["--tokenizer", str(prefix.parent / "t.model"), "--output", str(tmp_path / "o"), "--workers", "1"]
-    given = arguments or [str(prefix.parent / "c.jsonl"), *options]
+    inputs = arguments or [str(prefix.parent / "c.jsonl"), *options]
     program = (
         "import sys\n"
         "from megallama.cli import command\ntry:\n    command('prepare')()\nexcept SystemExit: pass\n"
         "print([x for x in ('torch', 'pydantic', 'transformers', 'mpi4py', 'rich') if x in sys.modules])"
     )
-    command = [sys.executable, "-c", program, *given]
+    command = [sys.executable, "-c", program, *inputs]
     done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
     assert arguments or (tmp_path / "o.bin").exists()

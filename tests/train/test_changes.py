@@ -17,18 +17,18 @@ from tests.train.test_loop import RUN, sections
 QUIET = [*GOOD, "log.tensorboard=false", "lr_schedule.kind=cosine"]
 
 
-def told(saved: dict, **now: dict) -> list[str]:
+def messages(saved: dict, **now: dict) -> list[str]:
     """Of a checkpoint after 6 steps of 8 samples."""
     return list(changes(small_config(**saved).model_dump(mode="json"), small_config(**now), 6, 48))
 
 
 def test_nothing_changed() -> None:
-    assert told({}) == []
+    assert messages({}) == []
 
 
 def test_more_steps_make_another_curve() -> None:
     cosine = {"lr_schedule": {"kind": "cosine", "warmup_steps": 1}}
-    lines = told({**cosine, "train": {"steps": 6}}, **cosine, train={"steps": 20})
+    lines = messages({**cosine, "train": {"steps": 6}}, **cosine, train={"steps": 20})
     assert lines[:3] == [
         "lr_schedule.decay_steps was 6 and is 20",
         "lr_schedule.wsd_decay_steps was 1 and is 2",
@@ -39,7 +39,7 @@ def test_more_steps_make_another_curve() -> None:
 
 
 def test_a_curve_that_changes_only_in_words_is_not_another_one() -> None:
-    lines = told({"lr_schedule": {"min_ratio": 0.1}}, lr_schedule={"min_ratio": 0.2})  # constant: it has no minimum
+    lines = messages({"lr_schedule": {"min_ratio": 0.1}}, lr_schedule={"min_ratio": 0.2})  # constant: it has no minimum
     assert lines == ["lr_schedule.min_ratio was 0.1 and is 0.2"]
 
 
@@ -56,7 +56,7 @@ def test_names_of_earlier_versions_are_no_change() -> None:
 
 
 def test_batches_seeds_and_formats() -> None:
-    lines = told({}, batch={"global_batch_size": 16}, train={"seed": 8}, precision={"dtype": "fp32"})
+    lines = messages({}, batch={"global_batch_size": 16}, train={"seed": 8}, precision={"dtype": "fp32"})
     for line in (
         "batch.global_batch_size was 8 and is 16",
         'precision.dtype was "fp64" and is "fp32"',
@@ -99,5 +99,5 @@ def test_sizes_of_a_ramp_that_are_past_bind_nobody(pool: Pool, tmp_path: Path) -
     assert all("batch.ramp_increment=1 is not a multiple" in a.get("error", "") for a in answers), answers
     pool.run(1, RUN, str(tmp_path / "more"), {**settings, "train": {**settings["train"], "stop_after_steps": 3}})
     assert [a["status"] for a in pool.run(2, RUN, str(tmp_path / "more"), settings)] == [0, 0]
-    for mine, theirs in zip(curve(tmp_path / "more"), steps, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-10)
+    for own, theirs in zip(curve(tmp_path / "more"), steps, strict=True):
+        assert own == pytest.approx(theirs, rel=1e-10)

@@ -22,8 +22,8 @@ RUN = "tests.train.runs:run"
 def files(tmp_path: Path) -> dict[str, str]:
     """Three corpora of 61 token ids: 40, 20 and 11 windows of 16 tokens in documents of 7."""
     generator, made = np.random.default_rng(0), {}
-    for name, windows in (("web", 40), ("code", 20), ("held", 11)):
-        count = windows * 16 + 5
+    for name, sequences in (("web", 40), ("code", 20), ("held", 11)):
+        count = sequences * 16 + 5
         with IndexedWriter(tmp_path / name, np.dtype(np.uint16)) as writer:
             writer.add(generator.integers(0, 61, count), np.array([7] * (count // 7) + [count % 7]))
         made[name] = str(tmp_path / name)
@@ -58,11 +58,11 @@ def test_the_ledger_is_logged_saved_and_shown_again(pool: Pool, tmp_path: Path, 
     last = records(run)[-1]["sources"]
     assert {name: used["samples"] for name, used in last.items()} == {"web": 24 + 8, "code": 8 + 8}
     log = (run / "run.log").read_text()
-    told = "data source web: 0.6000 epochs, 384 tokens used"
-    assert log.count(told) == 2 and log.index(told) < log.index("resumed after step 4") < log.rindex(told)
+    messages = "data source web: 0.6000 epochs, 384 tokens used"
+    assert log.count(messages) == 2 and log.index(messages) < log.index("resumed after step 4") < log.rindex(messages)
     pool.run(1, RUN, str(tmp_path / "straight"), {**settings, "parallel": {}})
-    for mine, theirs in zip(curve(run), curve(tmp_path / "straight"), strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-10, abs=0)
+    for own, theirs in zip(curve(run), curve(tmp_path / "straight"), strict=True):
+        assert own == pytest.approx(theirs, rel=1e-10, abs=0)
 
 
 def test_tensorboard_has_tokens_and_epochs_of_every_source(pool: Pool, tmp_path: Path, files: dict[str, str]) -> None:
@@ -150,10 +150,10 @@ def test_damage_found_during_training_ends_the_run_with_its_name(
 ) -> None:
     """A block with a flipped bit; a source without checksums says so."""
     Path(files["code"] + ".sums").unlink()
-    said = f"{files['code']}.sums: No such file or directory; a flipped bit would not be found"
+    output = f"{files['code']}.sums: No such file or directory; a flipped bit would not be found"
     for name, checksums in (("asked", True), ("unasked", False)):
         assert pool.run(1, RUN, str(tmp_path / name), sections(files, checksums=checksums))[0]["status"] == 0
-        assert (tmp_path / name / "run.log").read_text().count(said) == checksums
+        assert (tmp_path / name / "run.log").read_text().count(output) == checksums
     tokens = bytearray(Path(files["web"] + ".bin").read_bytes())
     tokens[len(tokens) // 4 * 2] ^= 1
     Path(files["web"] + ".bin").write_bytes(tokens)
@@ -182,5 +182,5 @@ def test_a_run_within_documents_counts_and_learns_the_same_in_any_layout(
         answers = pool.run(4, RUN, str(tmp_path / name), {**settings, "parallel": parallel})
         assert [a.get("status") for a in answers] == [0] * 4, answers
         assert [r["tokens"] for r in records(tmp_path / name)] == counted
-        for mine, theirs in zip(curve(tmp_path / name), want, strict=True):
-            assert mine == pytest.approx(theirs, rel=1e-10, abs=0)
+        for own, theirs in zip(curve(tmp_path / name), want, strict=True):
+            assert own == pytest.approx(theirs, rel=1e-10, abs=0)

@@ -41,27 +41,27 @@ def test_without_a_gpu_they_say_so_and_leave_old_results(script: str) -> None:
 
 def test_one_gpu() -> None:
     systems = "ours,ours-torch,transformers,ours-fp8"
-    said, shown = run("gpu.py", "--cpu-check", "--systems", systems, "--steps", "1")
-    results = [x for x in said if x["kind"] == "result"]
+    output, shown = run("gpu.py", "--cpu-check", "--systems", systems, "--steps", "1")
+    results = [x for x in output if x["kind"] == "result"]
     for row in ("tiny 32", "tiny 64"):
-        ceiling = next(x for x in said if x["kind"] == "ceiling" and x["row"] == row)
-        mine = [x for x in results if x["row"] == row]
-        names = [x["system"] for x in mine]
+        ceiling = next(x for x in output if x["kind"] == "ceiling" and x["row"] == row)
+        own = [x for x in results if x["row"] == row]
+        names = [x["system"] for x in own]
         assert names == ["ours", "ours-torch", "transformers"] * 2  # in turns, two rounds
-        for x in mine:
+        for x in own:
             assert x["of_ceiling"] == pytest.approx(
                 (ceiling["gemm"] + ceiling["attention"]) * x["tokens_per_second"] / 128, rel=1e-2
             )
             assert x["mfu_full"] > x["mfu_causal"] > 0 and 4.5 < x["loss"] < 5.2  # ln 128 = 4.85
-        assert [len(x["rounds"]) for x in mine] == [1] * 3 + [2] * 3
-        (failed,) = {x["why"] for x in said if x["kind"] == "failed" and x["row"] == row}
+        assert [len(x["rounds"]) for x in own] == [1] * 3 + [2] * 3
+        (failed,) = {x["why"] for x in output if x["kind"] == "failed" and x["row"] == row}
         assert "precision.fp8" in failed  # wants a GPU: named, and the others go on
 
 
 def test_one_rank_of_65b() -> None:
-    said, shown = run("gpu_rank.py", "--cpu-check", "--steps", "1")
-    assert [(x["position"], x["schedule"]) for x in said] == [(p, s) for p in (1, 3, 0) for s in ("zb-h1", "1f1b")]
-    for x in said:
+    output, shown = run("gpu_rank.py", "--cpu-check", "--steps", "1")
+    assert [(x["position"], x["schedule"]) for x in output] == [(p, s) for p in (1, 3, 0) for s in ("zb-h1", "1f1b")]
+    for x in output:
         backward = {"input gradient", "weight gradient"} if x["schedule"] == "zb-h1" else {"backward"}
         kinds = {"forward"} | backward
         assert set(x["times"]) == {*kinds, "pipeline"}
@@ -71,7 +71,7 @@ def test_one_rank_of_65b() -> None:
 
 
 def test_ranks_over_one_device() -> None:
-    said, shown = run("gpu_nccl.py", "--device", "cpu", "--rows", "2", "--dtypes", "bf16,fp64")
-    assert len(said) == 2 and all(x["within limits"] == "yes" and int(x["ranks"]) > 1 for x in said)
-    assert all(float(x["loss fp64"]) < 1e-10 and 0 < float(x["norm bf16"]) < 5e-2 for x in said)
+    output, shown = run("gpu_nccl.py", "--device", "cpu", "--rows", "2", "--dtypes", "bf16,fp64")
+    assert len(output) == 2 and all(x["within limits"] == "yes" and int(x["ranks"]) > 1 for x in output)
+    assert all(float(x["loss fp64"]) < 1e-10 and 0 < float(x["norm bf16"]) < 5e-2 for x in output)
     assert shown.count("| yes |") == 2

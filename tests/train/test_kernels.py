@@ -21,10 +21,10 @@ def test_the_configuration_reaches_the_choice() -> None:
 
 
 def test_ranks_that_took_different_kernels_are_told_apart() -> None:
-    mine, other = [["attention", "apex"], ["AdamW", "apex"]], [["attention", "apex"], ["AdamW", "torch fused"]]
-    same_kernels([mine, mine, mine])
+    own, other = [["attention", "apex"], ["AdamW", "apex"]], [["attention", "apex"], ["AdamW", "torch fused"]]
+    same_kernels([own, own, own])
     with pytest.raises(MegallamaError) as caught:
-        same_kernels([mine, mine, other])
+        same_kernels([own, own, other])
     assert str(caught.value) == (
         "AdamW: rank 0 took apex, rank 2 torch fused; its log says why. Make the installations alike, or write "
         'run.without_kernels=["AdamW: apex"]'
@@ -32,10 +32,10 @@ def test_ranks_that_took_different_kernels_are_told_apart() -> None:
 
 
 def test_the_plan_says_that_fp8_is_predicted_from_other_programs() -> None:
-    said = []
+    output = []
     for fp8 in ("none", "tensorwise"):
         config = small_config(precision={"dtype": "bf16", "fp8": fp8})
         plan = make_plan(config, 1)
         assert ("fp8 tensorwise in the layers' linear maps" in str(plan)) is (fp8 != "none")
-        said.append(flags(job_of(config, plan.topology, "flash2"), load_hardware("a100-80g")))
-    assert set(said[1]) - set(said[0]) == {"fp8 products have other programs' speed"}
+        output.append(flags(job_of(config, plan.topology, "flash2"), load_hardware("a100-80g")))
+    assert set(output[1]) - set(output[0]) == {"fp8 products have other programs' speed"}

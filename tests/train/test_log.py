@@ -79,11 +79,11 @@ def test_every_rank_has_its_file_and_rank_0_speaks(tmp_path: Path, capsys: pytes
         log.warn_once("disk b", key="disk")
         log.close()
     logs = tmp_path / "run" / "logs"
-    said = ["step 1/2 | loss 3.2145", "only here", "warning: from {}", "warning: again", "warning: disk a"]
+    output = ["step 1/2 | loss 3.2145", "only here", "warning: from {}", "warning: again", "warning: disk a"]
     for rank in (0, 3):
-        assert lines(logs / f"rank-000{rank}.log") == [line.format(rank) for line in said]
+        assert lines(logs / f"rank-000{rank}.log") == [line.format(rank) for line in output]
     # neither notes nor other ranks
-    assert lines(tmp_path / "run" / "run.log") == [said[0], "warning: from 0", *said[3:]]
+    assert lines(tmp_path / "run" / "run.log") == [output[0], "warning: from 0", *output[3:]]
     shown = [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in capsys.readouterr().out.splitlines()]
     assert shown[:2] == ["step 1/2 | loss 3.2145", "warning: from 0"]
     assert shown[4:] == ["[rank 3] warning: from 3", "[rank 3] warning: again", "[rank 3] warning: disk a"]
@@ -141,9 +141,7 @@ def test_a_closed_pipe_does_not_stop_the_run(tmp_path: Path) -> None:
     assert lines(tmp_path / "run.log") == ["0", "1", "2"]
 
 
-def test_an_error_goes_to_standard_error_and_into_the_files(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_goes_to_standard_error_and_into_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rank in (0, 1):
         log = Logger(rank, 2, tmp_path)
         log.error("model.hidden_size=3 is odd", aloud=rank == 0)

@@ -44,9 +44,9 @@ def test_resuming_changes_no_bit(pool: Pool, tmp_path: Path, layout: str) -> Non
         for answer in pool.run(ranks, RUN, stopped, sections(parallel, stop_after_steps=steps)):
             assert answer["status"] == (75 if steps else 0)
     assert curve(Path(stopped)) == curve(Path(straight))
-    mine, theirs = state_files(Path(stopped)), state_files(Path(straight))
-    assert mine.keys() == theirs.keys() and len(mine) == 4
-    assert mine == theirs
+    own, theirs = state_files(Path(stopped)), state_files(Path(straight))
+    assert own.keys() == theirs.keys() and len(own) == 4
+    assert own == theirs
 
 
 def test_every_layout_writes_the_same_bytes_and_continues_any_other(pool: Pool, tmp_path: Path) -> None:
@@ -56,8 +56,8 @@ def test_every_layout_writes_the_same_bytes_and_continues_any_other(pool: Pool, 
     for steps, layout in ((3, "tp2 pp2"), (2, "pp2 chunks2 dp2"), (1, "pp2 zb-v"), (1, "dp2"), (None, "pp2 zb-h1")):
         ranks, parallel = LAYOUTS[layout]
         pool.run(ranks, RUN, str(changed), sections(parallel, "fp64", stop_after_steps=steps))
-    for mine, theirs in zip(curve(changed), curve(straight), strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-10, abs=0)
+    for own, theirs in zip(curve(changed), curve(straight), strict=True):
+        assert own == pytest.approx(theirs, rel=1e-10, abs=0)
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2 pp2", "dp2"])
@@ -129,8 +129,8 @@ def test_evaluation_is_the_mean_over_real_samples(pool: Pool, tmp_path: Path) ->
     assert all(tokens == 11 * 16 for _, _, tokens in results[0])
     assert abs(results[0][0][1] - math.log(61)) < 0.05
     for other in results[1:]:
-        for mine, theirs in zip(other, results[0], strict=True):
-            assert mine == pytest.approx(theirs, rel=1e-10)
+        for own, theirs in zip(other, results[0], strict=True):
+            assert own == pytest.approx(theirs, rel=1e-10)
 
 
 def test_ramp_up_uses_each_sample_once_in_any_layout(pool: Pool, tmp_path: Path) -> None:
@@ -143,8 +143,8 @@ def test_ramp_up_uses_each_sample_once_in_any_layout(pool: Pool, tmp_path: Path)
         curves.append(curve(tmp_path / name))
     consumed = [r["consumed_samples"] for r in records(tmp_path / "one")]
     assert consumed == [4, 8, 16, 28, 40, 52, 64, 76]
-    for mine, theirs in zip(curves[1], curves[0], strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-10)
+    for own, theirs in zip(curves[1], curves[0], strict=True):
+        assert own == pytest.approx(theirs, rel=1e-10)
 
 
 def test_fp16_scales_its_loss_and_recovers_from_overflow(pool: Pool, tmp_path: Path) -> None:
@@ -182,8 +182,8 @@ def test_transformers_opens_a_checkpoint_and_gives_our_logits(pool: Pool, tmp_pa
     pool.run(4, RUN, str(tmp_path), settings)
     tokens = torch.randint(0, 59, (2, 16), generator=torch.Generator().manual_seed(0))
     alone = {**settings, "parallel": {}}
-    (mine,) = pool.run(1, "tests.train.runs:our_logits", str(tmp_path), alone, tokens)
+    (own,) = pool.run(1, "tests.train.runs:our_logits", str(tmp_path), alone, tokens)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / "step-00000008" / "model")
     with torch.no_grad():
-        theirs = model(tokens).logits.reshape(mine.shape)
-    assert float((mine - theirs).norm() / theirs.norm()) <= 2e-5
+        theirs = model(tokens).logits.reshape(own.shape)
+    assert float((own - theirs).norm() / theirs.norm()) <= 2e-5

@@ -90,8 +90,8 @@ def test_what_is_on_no_line_is_said_when_it_grows(tmp_path: Path, capsys: pytest
     for step, (memory, scale) in enumerate([(100, 1.0), (104, 4.0), (106, 2.0), (106, 4.0), (99, 4.0)], 1):
         out.write({**STEP, "step": step, "peak_memory_bytes": memory * 10**6, "loss_scale": scale})
     out.close()
-    said = [line[9:] for line in capsys.readouterr().out.splitlines() if "|" not in line]
-    assert said == [
+    output = [line[9:] for line in capsys.readouterr().out.splitlines() if "|" not in line]
+    assert output == [
         *("step 1: peak memory of this rank 100.0 MB", "step 2: loss scale 4"),
         *("step 3: peak memory of this rank 106.0 MB", "step 4: loss scale 4"),
     ]
@@ -142,8 +142,6 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-
-
 def written(out: MetricsWriter) -> None:
     """Return when the thread has written everything."""
     over = threading.Event()
@@ -176,15 +174,15 @@ def test_json_lines(tmp_path: Path) -> None:
     assert (third["kind"], third["name"], third["bits_per_byte"]) == ("valid", "valid", 1.2345)
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_other_ranks_write_no_files_and_step_lines_only_where_asked(tmp_path: Path, asked: bool) -> None:
-    out = writer(tmp_path, LogConfig(every_rank=asked), rank=1)
+@pytest.mark.parametrize("requested", [False, True])
+def test_other_ranks_write_no_files_and_step_lines_only_where_asked(tmp_path: Path, requested: bool) -> None:
+    out = writer(tmp_path, LogConfig(every_rank=requested), rank=1)
     out.write(STEP)
     out.write(VALID)
     out.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs"]
     text = (tmp_path / "logs" / "rank-0001.log").read_text()
-    assert text.count("| loss 3.2145 |") == asked and text.count("valid loss") == asked
+    assert text.count("| loss 3.2145 |") == requested and text.count("valid loss") == requested
 
 
 def test_a_resumed_run_forgets_what_is_done_again(tmp_path: Path) -> None:
@@ -234,8 +232,8 @@ def test_a_full_disk_leaves_whole_lines_and_one_warning(
             return write(handle, data)
         if not room[0]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        taken, room[0] = write(handle, data[: room[0]]), 0
-        return taken
+        selected, room[0] = write(handle, data[: room[0]]), 0
+        return selected
 
     written(out)
     monkeypatch.setattr(os, "write", limited)

@@ -55,8 +55,8 @@ def test_a_format_without_instructions_is_told_with_numbers(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megallama.train.speed.product_time_over_fp32", lambda dtype: 5.23)
-    said = f"this processor has no instructions for {name}: a matrix product takes 5.2 times as long as in fp32"
-    assert slow_format(CPU, dtype) == said
+    output = f"this processor has no instructions for {name}: a matrix product takes 5.2 times as long as in fp32"
+    assert slow_format(CPU, dtype) == output
     assert slow_format(CPU, torch.float32) == slow_format(torch.device("cuda"), dtype) == ""
     monkeypatch.setattr("megallama.train.speed.product_time_over_fp32", lambda dtype: 0.5)
     assert slow_format(CPU, dtype) == ""

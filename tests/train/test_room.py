@@ -55,24 +55,24 @@ def test_without_any_of_it_there_is_physical_memory(tmp_path: Path) -> None:
     assert limits(tmp_path) == {}
 
 
-def told(host: str, certain: float, most: float, **has: float) -> tuple[str, int, int, dict[str, int]]:
+def needs(host: str, certain: float, most: float, **has: float) -> tuple[str, int, int, dict[str, int]]:
     return host, int(certain * GIB), int(most * GIB), {name: int(limit * GIB) for name, limit in has.items()}
 
 
 def test_ranks_of_a_machine_share_its_memory_and_no_other() -> None:
-    assert check_room([told("a", 5, 5, ram=11), told("a", 5, 6, ram=11), told("b", 10, 10, ram=11)]) == []
+    assert check_room([needs("a", 5, 5, ram=11), needs("a", 5, 6, ram=11), needs("b", 10, 10, ram=11)]) == []
     with pytest.raises(ConfigError, match=r"of 2 ranks .* takes exactly 12 GiB, but ram on a is 11 GiB"):
-        check_room([told("a", 6, 6, ram=11), told("a", 6, 6, ram=11), told("b", 1, 1, ram=11)])
+        check_room([needs("a", 6, 6, ram=11), needs("a", 6, 6, ram=11), needs("b", 1, 1, ram=11)])
 
 
 def test_the_least_limit_counts_for_those_it_binds() -> None:
     with pytest.raises(ConfigError, match="but job on a is 7 GiB"):
-        check_room([told("a", 4, 4, ram=100, job=7)] * 2)
-    assert check_room([told("a", 4, 4, ram=100, one=7), told("a", 4, 4, ram=100, two=7)]) == []
+        check_room([needs("a", 4, 4, ram=100, job=7)] * 2)
+    assert check_room([needs("a", 4, 4, ram=100, one=7), needs("a", 4, 4, ram=100, two=7)]) == []
 
 
 def test_an_estimate_only_warns() -> None:
-    (line,) = check_room([told("a", 5, 12, ram=11)])
+    (line,) = check_room([needs("a", 5, 12, ram=11)])
     assert line == "with activations 12 GiB are expected, but ram on a is 11 GiB: it may be killed"
 
 

@@ -133,13 +133,13 @@ def test_hangups_that_were_ignored_stay_ignored() -> None:
 
 
 def test_a_request_before_training_is_told() -> None:
-    told: list[str] = []
+    messages: list[str] = []
     with SignalFlag() as flag:
-        flag.listen(told.append)
+        flag.listen(messages.append)
         os.kill(os.getpid(), signal.SIGTERM)
-        while not told:
+        while not messages:
             time.sleep(0.01)
-        assert told == ["SIGTERM"] and flag.last_call() == "SIGTERM"
+        assert messages == ["SIGTERM"] and flag.last_call() == "SIGTERM"
     early: list[str] = []
     with SignalFlag() as flag:
         os.kill(os.getpid(), signal.SIGHUP)
@@ -148,15 +148,15 @@ def test_a_request_before_training_is_told() -> None:
 
 
 def test_once_training_begins_a_request_is_only_noted() -> None:
-    told: list[str] = []
+    messages: list[str] = []
     with SignalFlag(telling=0.05) as flag:
-        flag.listen(told.append)
+        flag.listen(messages.append)
         assert flag.last_call() is None
         os.kill(os.getpid(), signal.SIGTERM)
         flag.phase = "training"
         flag.leave("too late")
         time.sleep(0.3)
-        assert (flag.received, told) == (signal.SIGTERM, [])
+        assert (flag.received, messages) == (signal.SIGTERM, [])
 
 
 LEAVES = """

@@ -38,7 +38,7 @@ def with_train(settings: dict[str, dict[str, Any]], **train: Any) -> dict[str, d
     return {**settings, "train": {**settings["train"], **train}}
 
 
-def told(folder: Path) -> list[tuple[str, str, int, float]]:
+def messages(folder: Path) -> list[tuple[str, str, int, float]]:
     """Kind, name, step and loss of all lines; those of evaluations may come later than in one go."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return sorted((r["kind"], r.get("name", ""), r["step"], r["loss"]) for r in lines)
@@ -80,7 +80,7 @@ def test_an_evaluation_ends_between_batches_and_is_made_anew(
     assert tuple(evaluations(tmp_path)) == SETS[: batch // 2]
     assert ("ended after 1 of 2 batches" in (tmp_path / "run.log").read_text()) == (batch % 2 == 1)
     assert statuses(pool, tmp_path, settings) == 0
-    assert tuple(evaluations(tmp_path)) == SETS and told(tmp_path) == told(straight)
+    assert tuple(evaluations(tmp_path)) == SETS and messages(tmp_path) == messages(straight)
     assert state_files(tmp_path) == state_files(straight)
 
 
@@ -100,7 +100,7 @@ def test_a_stop_saves_and_leaves_and_what_was_due_comes_first(
         assert tuple(evaluations(tmp_path)) == SETS[:2]
     for _ in range(2):  # and once is enough
         assert statuses(pool, tmp_path, settings) == 0
-        assert tuple(evaluations(tmp_path)) == SETS and told(tmp_path) == told(straight)
+        assert tuple(evaluations(tmp_path)) == SETS and messages(tmp_path) == messages(straight)
 
 
 def test_the_last_step_is_saved_before_it_is_evaluated(straight: Path) -> None:
@@ -119,7 +119,7 @@ def test_what_is_on_record_is_not_made_again(
     newest.rename(newest.with_name("kept-aside"))
     assert statuses(pool, tmp_path, settings) == 0
     assert "resumed after step 2" in (tmp_path / "run.log").read_text()
-    assert tuple(evaluations(tmp_path)) == SETS and told(tmp_path) == told(straight)
+    assert tuple(evaluations(tmp_path)) == SETS and messages(tmp_path) == messages(straight)
 
 
 def test_a_checkpoint_of_an_earlier_version_lacks_no_evaluation(
@@ -152,7 +152,7 @@ def test_a_rank_whose_data_fail_is_known_to_all_between_two_steps(
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000003"][: step // 3]
     assert len(records(tmp_path)) == step
     assert statuses(pool, tmp_path, settings) == 0
-    assert told(tmp_path) == told(straight) and state_files(tmp_path) == state_files(straight)
+    assert messages(tmp_path) == messages(straight) and state_files(tmp_path) == state_files(straight)
 
 
 def test_held_out_data_that_fail_cost_no_step(
@@ -163,4 +163,4 @@ def test_held_out_data_that_fail_cost_no_step(
     assert "rank 1 on localhost: the x loader cannot read" in answers[0]["error"]
     assert "step 2 is saved" in answers[0]["error"]
     assert statuses(pool, tmp_path, settings) == 0
-    assert tuple(evaluations(tmp_path)) == SETS and told(tmp_path) == told(straight)
+    assert tuple(evaluations(tmp_path)) == SETS and messages(tmp_path) == messages(straight)

@@ -124,7 +124,7 @@ def test_what_only_the_host_knows_is_told_with_the_rest(number: Any) -> None:
 
     def body(rank: Worker) -> str | None:
         batches = micro_batches(rank, tokens(config, 1)[0])
-        schedule, mine = rank.plan.schedule_for(len(batches)), number if rank.groups.rank == 1 else None
-        return train_step(rank, schedule, batches, 1e-3, status=lambda: RankStatus(mine, late=True)).stop_reason
+        schedule, own = rank.plan.schedule_for(len(batches)), number if rank.groups.rank == 1 else None
+        return train_step(rank, schedule, batches, 1e-3, status=lambda: RankStatus(own, late=True)).stop_reason
 
     assert on_threads(config, 2, body) == [f"{number.name} on 1 rank"] * 2
