@@ -87,11 +87,11 @@ class Measurement:
         import one_rank
         import torch
 
-        from megallama.plan import flops, memory, plan
+        from megallama.plan import memory, plan, work
         from megallama.train import assemble, speed, step
 
         self.row, self.one, self.torch = row, one_rank, torch
-        self.flops, self.memory, self.plan, self.step = flops, memory, plan, step
+        self.work, self.memory, self.plan, self.step = work, memory, plan, step
         self.kernels_of, self.dtypes, self.peak_flops = assemble.kernels_of, assemble.DTYPES, speed.peak_flops
         self.device = torch.device(row.device)
         if self.device.type == "cuda":
@@ -261,7 +261,7 @@ class Measurement:
         known = self.peak_flops(self.device, self.dtypes["bf16"])
         peak = known or self.one.measure_peak(self.device, self.dtypes["bf16"])
         origin = "known" if known else "measured"
-        per_token = {c: self.flops.training_flops(config.model, row.seq, causal=c) for c in (True, False)}
+        per_token = {c: self.work.training_flops(config.model, row.seq, causal=c) for c in (True, False)}
         name = row.model + (f" with {config.model.num_layers} layers" if self.layers else "")
         self.one.say(kind="row", row=f"{name} {row.seq}", **self.one.describe(self.device), peak=f"{peak:.4g} {origin}")
         ceiling = self.ceiling(config)

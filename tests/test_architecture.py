@@ -181,6 +181,34 @@ def test_the_engine_imports_nothing_that_stands_beside_it() -> None:
     assert rooms > {"train", "plan", "config"} and rooms & set(BESIDE) == set()
 
 
+def names_of(module: str) -> set[str]:
+    """What `from module import ...` can find: the names of a module's top level, the modules of a folder."""
+    path = ROOT.joinpath(*module.split("."))
+    found = {p.stem for p in path.glob("*.py")} | {p.name for p in path.glob("*/")}
+    file = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))) if file.exists() else ():
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {alias.asname or alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "tests/gpu", "tools"])
+def test_what_seldom_runs_imports_what_there_is(folder: str) -> None:
+    """Benchmarks and the tests of GPUs: nobody notices a name that has moved until they are needed."""
+    lost = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("megallama", "tests"):
+                names = names_of(node.module or "")
+                lost += [f"{path.name}: {node.module}.{a.name}" for a in node.names if a.name not in names]
+    assert lost == []
+    assert "make_plan" in names_of("megallama.plan.plan") and "flops" not in names_of("megallama.plan")
+
+
 def where_is_rows(document: str) -> list[str]:
     """First cells of the table: one path in backticks each."""
     return re.findall(r"^\| `([^`]+)`", document, re.M)
