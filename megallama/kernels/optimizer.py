@@ -34,6 +34,14 @@ def adamw_step(lists: Lists, config: OptimizerConfig, lr: float, decay: float, d
     )  # fmt: skip
 
 
+def _multi_tensor(name: str, make: Callable[[Any], Any]) -> list[tuple[str, Callable[[Target], Any]]]:
+    """Both packages' kernel of this name, made into what the operation is."""
+    return [
+        (TE, lambda target: make(getattr(target.te_module(), name))),
+        (APEX, lambda target: make(getattr(target.apex_module("amp_C"), name))),
+    ]
+
+
 def _multi_tensor_adam(kernel: Callable[..., None]) -> AdamWStep:  # Transformer Engine's and apex's
     def step(lists: Lists, config: OptimizerConfig, lr: float, decay: float, divisor: Tensor | None) -> None:
         masters, grads, exp_avgs, exp_avg_sqs, steps = lists
@@ -60,10 +68,7 @@ def _adam_results(step: AdamWStep, target: Target) -> Results:
 
 
 ADAMW = Operation(
-    [
-        (TE, lambda target: _multi_tensor_adam(target.te_module().multi_tensor_adam)),
-        (APEX, lambda target: _multi_tensor_adam(target.apex_module("amp_C").multi_tensor_adam)),
-    ],
+    _multi_tensor("multi_tensor_adam", _multi_tensor_adam),
     ("torch fused", lambda target: adamw_step),
     _adam_results,
     (1e-5,),
@@ -101,10 +106,7 @@ def _norm_results(sum_of_squares: SumOfSquares, target: Target) -> Results:
 
 
 GRAD_NORM = Operation(
-    [
-        (TE, lambda target: _multi_tensor_sum(target.te_module().multi_tensor_l2norm)),
-        (APEX, lambda target: _multi_tensor_sum(target.apex_module("amp_C").multi_tensor_l2norm)),
-    ],
+    _multi_tensor("multi_tensor_l2norm", _multi_tensor_sum),
     ("torch", lambda target: sum_of_squares),
     _norm_results,
     (1e-5,),
