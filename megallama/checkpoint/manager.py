@@ -33,6 +33,7 @@ from megallama.checkpoint import folder as folders
 from megallama.checkpoint.disk import CheckpointError, UnreadableError
 from megallama.checkpoint.huggingface import model_files, own_tokenizer, read_model_config
 from megallama.checkpoint.manifest import SHARD_BYTES, STATE, layout
+from megallama.checkpoint.starts import Starts
 from megallama.checkpoint.writer import Content, NotFiniteError, write_checkpoint
 from megallama.comm.group import Assembly
 from megallama.comm.on_all_ranks import on_all_ranks
@@ -71,6 +72,7 @@ class CheckpointManager:
         self._log = log if group.rank == 0 else lambda text: None
         self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
         self._lock = folders.FolderLock(self._folder, self._log, lease_seconds)
+        self.starts = Starts(self._folder, self._lock, config, group.size, self._log)
         kept = tokenizer.read_bytes() if tokenizer else own_tokenizer(small or {})
         self._tokenizer = None if kept is None else hashlib.sha256(kept).hexdigest()
         self._choice = folders.Choice(self._folder, group, self._log, previous=config.checkpoint.resume == "previous")
@@ -94,8 +96,8 @@ class CheckpointManager:
         self._config = config
         self._small |= {f"model/{name}": data for name, data in (small or self._describe(config)).items()}
 
-    def acquire(self) -> None:
-        """Create and lock the folder, clean up what a crash left. Raises: CheckpointError on every rank."""
+    def acquire(self, *, counted: bool = False) -> None:
+        """Create, lock, clean up the folder; `counted`: for a start of a run. Raises: CheckpointError on every rank."""
 
         def work() -> None:
             if self._group.rank:
@@ -103,6 +105,8 @@ class CheckpointManager:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._lock.acquire()
+                if counted:
+                    self.starts.begin()
                 for done in folders.recover_folder(self._folder):
                     self._log(f"checkpoints: {done}")
             except OSError as error:

@@ -19,6 +19,7 @@ from megallama.checkpoint.manager import CheckpointManager
 from megallama.checkpoint.writer import NotFiniteError
 from megallama.comm.launch import World
 from megallama.comm.on_all_ranks import on_all_ranks
+from megallama.comm.rendezvous import CRASHED
 from megallama.config.describe import literal
 from megallama.config.errors import ConfigError, MegallamaError, counted
 from megallama.config.rules import check, unusual
@@ -30,7 +31,7 @@ from megallama.plan.plan import Plan
 from megallama.train.assemble import DTYPES, Worker, assemble, initialize, kernels_of, same_kernels
 from megallama.train.log import Logger, human_count
 from megallama.train.progress import Progress, TrainingStopped
-from megallama.train.signals import FAILED, SignalFlag
+from megallama.train.signals import FAILED, SAVED, SignalFlag
 from megallama.train.speed import slow_format
 from megallama.train.trace import StepTracer
 
@@ -98,22 +99,27 @@ def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: Signa
     kernels = _choose_kernels(config, plan, world, log)
     for line in warnings:
         log.info(f"warning: {line}")
-    manager.acquire()
+    signals.before_leaving(manager.starts.ended)
     signals.before_leaving(lambda why, status: manager.release())
+    signals.asked = lambda name: manager.starts.ended(name, SAVED) if world.whole else None  # else another is to blame
     setup: Setup | None = None
     try:
+        manager.acquire(counted=True)
         config = manager.keep_settings()
         plan = replace(plan, config=config)
         worker, tracer = _on_all(world, "model", lambda: _build(plan, world, log, kernels, manager))
         setup = Setup(config, plan, world, log, signals, data, manager, worker, tracer, progress)
         yield replace(setup, last_step=_restore(setup))
+        manager.starts.ended("", SAVED)
     except BaseException as error:
         if setup and (action := setup.worker.runtime.observer.action):
             log.note(f"this rank stood in {action} of its pipeline")
         begun, not_finite = progress.step > progress.first_step, (TrainingStopped, NotFiniteError)
         if isinstance(error, MegallamaError) and begun and not isinstance(error, not_finite):
             error.status = FAILED
-        world.failed(error)  # first; then a save under way may end, if no rank has left
+        first = world.failed(error)  # before all else; then a save under way may end, if no rank has left
+        own = f"{type(error).__name__}: {error}", getattr(error, "status", CRASHED)
+        manager.starts.ended(*(first or own))
         if manager.saving:
             seconds = config.checkpoint.finish_seconds
             log.info(f"{type(error).__name__}: {error}; the save under way may take up to {seconds:g} s more")

@@ -39,6 +39,7 @@ class SignalFlag:
         self._ending = threading.Lock()  # never given back: the process ends with it
         self._tell: Callable[[str], None] | None = None
         self._acts: list[Callable[[str, int], None]] = []
+        self.asked: Callable[[str], object] = lambda name: None  # done in a thread of its own when a request comes
         self._status, self._for_good = SAVED, False
         self._old: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] = (-1, -1)
@@ -120,6 +121,7 @@ class SignalFlag:
                 self._request(signal.Signals(number))
 
     def _request(self, number: signal.Signals) -> None:
+        threading.Thread(target=self.asked, args=[number.name], daemon=True).start()
         with self._deciding:
             self.received = self.received or number  # a busy main thread runs its handler late
             if self.phase != "setting up":

@@ -29,6 +29,17 @@ def test_a_signal_sets_the_flag_and_handlers_come_back(number: signal.Signals) -
     assert not any(thread.name == "signals" for thread in threading.enumerate())
 
 
+def test_a_request_is_told_while_training_lasts_too() -> None:
+    heard: list[str] = []
+    with SignalFlag() as flag:
+        flag.phase, flag.asked = "training", heard.append
+        os.kill(os.getpid(), signal.SIGUSR1)
+        deadline = time.monotonic() + 10
+        while not heard and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert heard == ["SIGUSR1"]
+
+
 def test_outside_the_main_thread_it_does_nothing() -> None:
     before = [signal.getsignal(s) for s in SIGNALS]
     seen = []

@@ -1,0 +1,86 @@
+"""Starts of a run that end before a step is finished: ``starts.json`` counts them, so that a loop of restarts ends.
+
+One that was asked to stop (75) or refused to begin (2) is none of them. One that is killed leaves no word.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from megallama.checkpoint import disk
+from megallama.checkpoint.folder import CheckpointError, FolderLock, known, unfinished
+from megallama.config.errors import counted
+from megallama.config.schema import Config
+
+RUNNING, KILLED = "running", "killed, or its machine died: it left no word"
+
+
+class Starts:
+    """Those since the last finished step; without `begin` the other methods do nothing."""
+
+    def __init__(self, folder: Path, lock: FolderLock, config: Config, ranks: int, log: Callable[[str], None]) -> None:
+        self._path, self._lock, self._log, self._most = folder / "starts.json", lock, log, config.run.max_failed_starts
+        self._fresh, tree = config.checkpoint.resume == "fresh", config.model_dump(mode="json")
+        for key in ("run.folder", "run.max_failed_starts", "checkpoint.folder", "train.stop_after_steps",
+                    "train.stop_after_minutes"):  # fmt: skip # neither a cause nor a cure, and nothing of `log` is
+            del tree[(part := key.split("."))[0]][part[1]]
+        self._same = hashlib.sha256(json.dumps([ranks, tree | {"log": 0}]).encode()).hexdigest()[:12]
+        self._failed, self._own, self._changing = list[dict[str, str]](), dict[str, str](), threading.Lock()
+
+    def begin(self) -> None:
+        """Count this start; the lock is held. Raises: CheckpointError after run.max_failed_starts of this kind."""
+        found = self._read()
+        self._failed = [s | {"end": s["end"].replace(RUNNING, KILLED)} for s in found if s["config"] == self._same]
+        if other := len(found) - len(self._failed):
+            self._log(f"{counted(other, 'failed start')} of another configuration in {self._path}, no longer counted")
+        lines = [f"{s['time']} on {s['host']}, after step {s['step']}: {s['end']}" for s in self._failed]
+        text = f"{counted(len(lines), 'start')} in a row ended before a step was finished"
+        if 0 < self._most <= len(lines):
+            cure = f"mend the cause, then delete {self._path}; another configuration or number of ranks is counted anew"
+            text = f"{text} (run.max_failed_starts={self._most}; 0 starts without limit); {cure}:"
+            raise CheckpointError("\n  ".join([text, *lines[-10:]]))
+        if lines:
+            self._log(f"warning: {text}, the last at {lines[-1]}; run.max_failed_starts={self._most}")
+        now, saved = datetime.now().astimezone().isoformat(timespec="seconds"), known(self._path.parent)
+        step = saved[-1][0].step if saved and not self._fresh else 0
+        self._own = {"time": now, "host": socket.gethostname(), "config": self._same, "step": str(step), "end": RUNNING}
+        self._write([self._own])
+
+    def finished_a_step(self) -> None:
+        """This start counts as none, and neither do those before it."""
+        if self._own:
+            self._own, self._failed = {}, []
+            self._write([])
+
+    def ended(self, why: str, status: int) -> None:
+        """This start ends, or was asked to, with this exit status."""
+        if self._own:
+            end = {"end": f"{why.partition(chr(10))[0][:500]} (status {status})"}
+            self._write([] if status in (0, 2, 75) else [self._own | end])
+
+    def _write(self, own: list[dict[str, str]]) -> None:
+        try:
+            with self._changing:
+                self._lock.check()
+                if starts := [*self._failed[-99:], *own]:
+                    disk.write_durably(new := unfinished(self._path), json.dumps({"starts": starts}, indent=1).encode())
+                    os.rename(new, self._path)
+                else:
+                    self._path.unlink(missing_ok=True)
+                disk.sync(self._path.parent)
+        except (OSError, CheckpointError) as error:
+            self._log(f"warning: {self._path} cannot be written, so this start may be counted wrongly: {error}")
+
+    def _read(self) -> list[dict[str, str]]:
+        try:
+            starts = disk.parse_object(disk.read_file(self._path, 1 << 20))["starts"]
+            return [{key: str(s[key]) for key in ("time", "host", "config", "step", "end")} for s in starts]
+        except (CheckpointError, ValueError, LookupError, TypeError) as error:
+            if not isinstance(error, disk.MissingError):
+                self._log(f"warning: {self._path} is ignored: {type(error).__name__}: {error}")
+        return []
