@@ -26,6 +26,7 @@ def test_two_thousand_ranks() -> None:
     assert sum(gpu.values()) < 1024  # no rank but the first is connected with all others
     first = files_needed(2048, sizes, 200, first=True, store_host=True, cuda=True, shared=True)
     assert (first["the store"], first["connections with rank 0"]) == (4100, 2056)
+    assert first["data, checkpoints and logs"] == 208
     cpu = files_needed(2048, sizes, 200, first=False, store_host=False, cuda=False, shared=False)
     assert cpu["gloo"] == 2048 + 4 + 64 + 8 + 2 + 5 * 3
     text = too_many({"open already": 6, "gloo": 2141}, 1024, "rank 7 (node1)")

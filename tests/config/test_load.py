@@ -116,6 +116,8 @@ def test_words_of_the_command_line() -> None:
     )  # fmt: skip
     assert (config.run.folder, config.optimizer.lr, config.data.tokenizer) == ("007", 1.0, None)
     assert (config.parallel.stage_layers, config.log.wandb_project) == ((2, 2), "a=b")
+    named = load(None, ["data.train=2024", "run.folder=7", "log.wandb_project=true"])  # a number, but a name's
+    assert (named.data.train[0].path, named.run.folder, named.log.wandb_project) == ("2024", "7", "true")
 
 
 def test_nested_table(tmp_path: Path) -> None:
@@ -125,6 +127,9 @@ def test_nested_table(tmp_path: Path) -> None:
     assert load(None, [*preset, "model.rope_scaling=none"]).model.rope_scaling is None
     again = load(None, [*preset, "model.rope_scaling=none", "model.rope_scaling.factor=4"]).model.rope_scaling
     assert again is not None and again.factor == 4.0
+    fields = ["model.rope_scaling.high_freq_factor=8", "model.rope_scaling=none", "model.rope_scaling.factor=4"]
+    anew = load(None, [*preset, *fields]).model.rope_scaling
+    assert anew is not None and (anew.factor, anew.high_freq_factor) == (4.0, 4.0)  # none forgets what came before it
     part = load(None, [*preset, "model.rope_scaling.factor=4"]).model.rope_scaling
     assert part is not None and (part.factor, part.high_freq_factor) == (4.0, 4.0)
     file = tmp_path / "run.toml"

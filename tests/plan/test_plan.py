@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -18,15 +16,6 @@ from megallama.plan.builders import build_forward, build_schedule
 from megallama.plan.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
-
-
-def tool(name: str) -> ModuleType:
-    """A script of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_65b_on_2048_ranks() -> None:
@@ -127,10 +116,3 @@ def test_tool_as_a_program() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: command line: ranks=2 cannot be cut into parallel.tp=4 x parallel.pp=1 = 4")
-
-
-def test_configuration_reference_is_up_to_date() -> None:
-    script = tool("config_reference")
-    assert script.TARGET.read_text(encoding="utf-8") == script.reference(), "run python tools/config_reference.py"
-    for key in ("`model.rope_scaling.factor`", "`data.train`", "`llama3.1-405b` | 405,853,388,800"):
-        assert key in script.reference()
