@@ -51,7 +51,7 @@ class CheckpointManager:
 
     `group` serves nothing else, for saves talk through it in the background (on CUDA: a gloo group).
     `tokenizer` and `marks` go to `huggingface.model_files`, or `small` has its files. `log` is called
-    on rank 0 only, by any thread.
+    on rank 0 only, by any thread; but every rank tells of its calls of which a save waits for long.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class CheckpointManager:
         lease_seconds: float = folders.LEASE_SECONDS,
     ) -> None:
         self._folder, self._group = Path(folder), group
-        self._log = log if group.rank == 0 else lambda text: None
+        self._log, self._tell = log if group.rank == 0 else lambda text: None, log
         self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
         self._lock = folders.FolderLock(self._folder, self._log, lease_seconds)
         self.starts = Starts(self._folder, self._lock, config, group.size, self._log)
@@ -208,11 +208,15 @@ class CheckpointManager:
         return [Shard(shard.box, state) for shard, state in zip(shards, states, strict=True)]
 
     def _write(self, step: int, shards: Iterable[Shard], counters: dict[str, Any]) -> None:
-        started = time.monotonic()
+        started, seen = time.monotonic(), dict[Any, float]()
 
         def remind() -> None:
-            passed = time.monotonic() - started
-            self._log(f"the checkpoint of step {step} is still being written, for {passed:.0f} s now")
+            nonlocal seen  # of the calls that are under way: since when
+            passed, calls = time.monotonic() - started, folders.under_way()
+            seen = {call: seen.get(call, passed) for call in calls}
+            waits = [f", rank {self._group.rank} in {calls[c]} for {passed - seen[c]:.0f} s or more" for c in calls]
+            text = f"the checkpoint of step {step} is still being written, for {passed:.0f} s now"
+            (self._tell if waits else self._log)(text + "".join(waits))
 
         def begin() -> dict[str, Any]:
             self._lock.check()

@@ -1,7 +1,4 @@
-"""Starts of a run that end before a step is finished: ``starts.json`` counts them, so that a loop of restarts ends.
-
-One that was asked to stop (75) or refused to begin (2) is none of them. One that is killed leaves no word.
-"""
+"""Starts without a finished step are counted, but for those that stop as asked (75) or refuse (2): so loops end."""
 
 import hashlib
 import json
@@ -21,7 +18,7 @@ RUNNING, KILLED = "running", "killed, or its machine died: it left no word"
 
 
 class Starts:
-    """Those since the last finished step; without `begin` the other methods do nothing."""
+    """Those since the last finished step; without `begin` nothing is written."""
 
     def __init__(self, folder: Path, lock: FolderLock, config: Config, ranks: int, log: Callable[[str], None]) -> None:
         self._path, self._lock, self._log, self._most = folder / "starts.json", lock, log, config.run.max_failed_starts
@@ -34,7 +31,13 @@ class Starts:
 
     def begin(self) -> None:
         """Count this start; the lock is held. Raises: CheckpointError after run.max_failed_starts of this kind."""
-        found = self._read()
+        found: list[dict[str, str]] = []
+        try:
+            starts = disk.parse_object(disk.read_file(self._path, 1 << 20))["starts"]
+            found = [{key: str(s[key]) for key in ("time", "host", "config", "step", "end")} for s in starts]
+        except (CheckpointError, ValueError, LookupError, TypeError) as error:
+            if not isinstance(error, disk.MissingError):
+                self._log(f"warning: {self._path} is ignored: {type(error).__name__}: {error}")
         self._failed = [s | {"end": s["end"].replace(RUNNING, KILLED)} for s in found if s["config"] == self._same]
         if other := len(found) - len(self._failed):
             self._log(f"{counted(other, 'failed start')} of another configuration in {self._path}, no longer counted")
@@ -51,17 +54,13 @@ class Starts:
         self._own = {"time": now, "host": socket.gethostname(), "config": self._same, "step": str(step), "end": RUNNING}
         self._write([self._own])
 
-    def finished_a_step(self) -> None:
-        """This start counts as none, and neither do those before it."""
+    def over(self, why: str = "", status: int = 0) -> None:
+        """This start ends with this status, or is asked to; with 0, or after a finished step, none counts any more."""
         if self._own:
-            self._own, self._failed = {}, []
-            self._write([])
-
-    def ended(self, why: str, status: int) -> None:
-        """This start ends, or was asked to, with this exit status."""
-        if self._own:
-            end = {"end": f"{why.partition(chr(10))[0][:500]} (status {status})"}
-            self._write([] if status in (0, 2, 75) else [self._own | end])
+            own = [] if status in (0, 2, 75) else [self._own | {"end": why.partition("\n")[0][:500]}]
+            if status == 0:
+                self._own, self._failed = {}, []
+            self._write(own)
 
     def _write(self, own: list[dict[str, str]]) -> None:
         try:
@@ -75,12 +74,3 @@ class Starts:
                 disk.sync(self._path.parent)
         except (OSError, CheckpointError) as error:
             self._log(f"warning: {self._path} cannot be written, so this start may be counted wrongly: {error}")
-
-    def _read(self) -> list[dict[str, str]]:
-        try:
-            starts = disk.parse_object(disk.read_file(self._path, 1 << 20))["starts"]
-            return [{key: str(s[key]) for key in ("time", "host", "config", "step", "end")} for s in starts]
-        except (CheckpointError, ValueError, LookupError, TypeError) as error:
-            if not isinstance(error, disk.MissingError):
-                self._log(f"warning: {self._path} is ignored: {type(error).__name__}: {error}")
-        return []

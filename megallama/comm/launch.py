@@ -81,7 +81,8 @@ def detect_launch(env: Mapping[str, str] | None = None) -> Launch:
         return Launch()
     names = _NAMES[launcher]
     rank, size = _number(env, names[0], 0), _number(env, names[1] if names[1] in env else "SLURM_NTASKS", 1)
-    local_rank, one_node = _number(env, names[2], rank), _number(env, names[3], size) == size
+    known = names[3] in env or env.get("MASTER_ADDR", "127.0.0.1") in ("127.0.0.1", "localhost", "::1")
+    local_rank, one_node = _number(env, names[2], rank), known and _number(env, names[3], size) == size
     node, key = "127.0.0.1", ""
     job = env.get("PMIX_NAMESPACE", "") if launcher == "openmpi" else ""
     if launcher == "slurm":
@@ -301,13 +302,14 @@ def _gather(
     launch: Launch, own: Arrival, seconds: float, star: Star, store: dist.Store | None
 ) -> tuple[list[Arrival], dist.Store]:
     """All ranks' arrivals and this attempt's part of the store."""
-    host, port = launch.master_addr, launch.master_port
+    here = "127.0.0.1" if launch.one_node else launch.master_addr
+    host, port = launch.master_addr if launch.store_kept else here, launch.master_port
     published = None if port else port_file(launch.key)
     try:
         if store is None:
             store = open_store(host, port, published, launch.keeps_store, launch.rank, seconds)
         store = dist.PrefixStore(f"megallama/{launch.attempt}", store)
-        return rendezvous(star, store, own, host, seconds), store
+        return rendezvous(star, store, own, here, seconds), store
     finally:
         if launch.rank == 0 and published is not None:
             published.unlink(missing_ok=True)

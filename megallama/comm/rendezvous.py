@@ -283,25 +283,28 @@ class Arrival:
 def open_store(
     host: str, port: int, port_file: Path | None, store_host: bool, rank: int, seconds: float
 ) -> dist.TCPStore:
-    """Rank 0's store: as its host or as a client.
+    """Rank 0's store: as a client or as its host, which listens on the loopback interface alone if that is `host`.
 
-    Into a `port_file`, of ranks on one machine, the host writes which free port of the loopback interface it took.
+    Into a `port_file`, of ranks on one machine, it then writes which free port it took; `port` is 0.
     Raises: LaunchError if the port is taken or rank 0 cannot be reached within `seconds`.
     """
     deadline, listener = time.monotonic() + seconds, None
-    if port_file is not None and store_host:
-        door = socket.create_server(("127.0.0.1", 0))
-        port, listener = door.getsockname()[1], door.detach()
-        with tempfile.NamedTemporaryFile("w", dir=port_file.parent, prefix=port_file.name, delete=False) as file:
-            file.write(str(port))
-        os.replace(file.name, port_file)
-    elif port_file is not None:
+    if port_file is not None and not store_host:
         port = _read_port(port_file, rank, seconds, deadline)
     left = timedelta(seconds=max(0.1, deadline - time.monotonic()))
     try:
+        if store_host and host == "127.0.0.1":
+            door = socket.create_server((host, port), backlog=4096)
+            port, listener = door.getsockname()[1], door.detach()
+        if store_host and port_file is not None:
+            with tempfile.NamedTemporaryFile("w", dir=port_file.parent, prefix=port_file.name, delete=False) as file:
+                file.write(str(port))
+            os.replace(file.name, port_file)
         return dist.TCPStore(host, port, None, store_host, left, wait_for_workers=False, master_listen_fd=listener)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         text = str(error).splitlines()[0]
+        if port_file is not None and isinstance(error, OSError):
+            raise LaunchError(f"cannot write the port of rank 0 to {port_file}: {text}; set TMPDIR") from error
         if store_host and ("in use" in text or "EADDRINUSE" in text):
             raise LaunchError(
                 f"port {port} of {host} is taken, perhaps by another run; set MASTER_PORT to a free port on every rank"

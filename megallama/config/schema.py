@@ -325,9 +325,7 @@ class RunConfig(Section):
         1800.0, "the same while setting up, up to the first step, and around saves and evaluations [s]"
     )
     init_timeout_seconds: PositiveFloat = option(120.0, "longest wait for all ranks to arrive [s]")
-    max_failed_starts: NonNegativeInt = option(
-        3, "starts in a row that may end before a step is finished; then the run refuses to start; 0 for no limit"
-    )
+    max_failed_starts: NonNegativeInt = option(3, "starts in a row without a finished step that end a run; 0: no limit")
     shared_memory: bool = option(
         True, "CPU ranks of one machine talk through shared memory where they can; false keeps gloo"
     )

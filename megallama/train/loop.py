@@ -137,7 +137,7 @@ class TrainingLoop:
                 if progress.step % config.log.interval == 0 or last or stopped or not result.applied:
                     report.step(result, loader.wait_seconds)
                 if result.applied:
-                    self._manager.starts.finished_a_step()
+                    self._manager.starts.over()
                 self._record_health(result)
                 self._missing = self._due()
                 self._save_if_due(leaving=last or stopped is not None)

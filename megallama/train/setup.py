@@ -19,7 +19,6 @@ from megallama.checkpoint.manager import CheckpointManager
 from megallama.checkpoint.writer import NotFiniteError
 from megallama.comm.launch import World
 from megallama.comm.on_all_ranks import on_all_ranks
-from megallama.comm.rendezvous import CRASHED
 from megallama.config.describe import literal
 from megallama.config.errors import ConfigError, MegallamaError, counted
 from megallama.config.rules import check, unusual
@@ -99,9 +98,9 @@ def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: Signa
     kernels = _choose_kernels(config, plan, world, log)
     for line in warnings:
         log.info(f"warning: {line}")
-    signals.before_leaving(manager.starts.ended)
+    signals.before_leaving(manager.starts.over)
     signals.before_leaving(lambda why, status: manager.release())
-    signals.asked = lambda name: manager.starts.ended(name, SAVED) if world.whole else None  # else another is to blame
+    signals.asked = lambda name: manager.starts.over(name, SAVED) if world.whole else None  # else another is to blame
     setup: Setup | None = None
     try:
         manager.acquire(counted=True)
@@ -110,7 +109,7 @@ def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: Signa
         worker, tracer = _on_all(world, "model", lambda: _build(plan, world, log, kernels, manager))
         setup = Setup(config, plan, world, log, signals, data, manager, worker, tracer, progress)
         yield replace(setup, last_step=_restore(setup))
-        manager.starts.ended("", SAVED)
+        manager.starts.over("", SAVED)
     except BaseException as error:
         if setup and (action := setup.worker.runtime.observer.action):
             log.note(f"this rank stood in {action} of its pipeline")
@@ -118,8 +117,7 @@ def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: Signa
         if isinstance(error, MegallamaError) and begun and not isinstance(error, not_finite):
             error.status = FAILED
         first = world.failed(error)  # before all else; then a save under way may end, if no rank has left
-        own = f"{type(error).__name__}: {error}", getattr(error, "status", CRASHED)
-        manager.starts.ended(*(first or own))
+        manager.starts.over(*(first or (f"{type(error).__name__}: {error}", getattr(error, "status", FAILED))))
         if manager.saving:
             seconds = config.checkpoint.finish_seconds
             log.info(f"{type(error).__name__}: {error}; the save under way may take up to {seconds:g} s more")

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from megallama.checkpoint.folder import FolderLock
 from megallama.checkpoint.manager import _touching
 from megallama.checkpoint.reader import verify_blocks
 from megallama.checkpoint.writer import NotFiniteError
+from megallama.comm.group import Group
 from megallama.config.errors import MachineError
 from megallama.plan.topology import Topology
 from tests.checkpoint.states import (
@@ -509,6 +511,39 @@ def test_a_step_done_again_replaces_the_one_before_and_says_so(tmp_path) -> None
         "checkpoints: restored step-00000002, whose replacement was not finished",
     ]
     manager.release()
+
+
+def test_a_call_that_is_stuck_is_named_by_its_rank_with_the_file_and_since_when(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(manager_module, "TELL_SECONDS", 0.2)
+    gate: SimpleQueue[None] = SimpleQueue()
+    monkeypatch.setattr(os, "fsync", gate.get)  # without a frame of its own, as the real one
+    logs: list[list[str]] = [[], []]
+    config, grid = make_config(async_save=False), Topology(tp=2)
+
+    def rank(group: Group) -> None:
+        manager = make_manager(tmp_path, config, group, log=logs[group.rank].append)
+        manager.save(3, take(STATE, boxes(MODEL, grid, 1, group.rank, owned=True)), {})
+
+    def let_go() -> None:
+        deadline = time.monotonic() + 20
+        while not any(re.search("for [1-9] s or more", line) for line in [*logs[1]]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for _ in range(1000):
+            gate.put(None)
+
+    opener = threading.Thread(target=let_go)
+    opener.start()
+    on_grid(grid, rank)
+    opener.join()
+    for number, lines in enumerate(logs):
+        told = [line for line in lines if f", rank {number} in sync " in line]
+        assert re.fullmatch(
+            rf"the checkpoint of step 3 is still being written, for 0 s now.* in sync {tmp_path}/step-00000003"
+            r"\.megallama-unfinished/\S+ for 0 s or more.*", told[0]
+        )  # fmt: skip
+        since = [int(re.search(r" in sync \S+ for (\d+) s or more", line)[1]) for line in told]
+        assert since == sorted(since) and since[-1] >= 1
+    assert steps(tmp_path) == [3]
 
 
 def test_manifests_are_read_once(tmp_path, monkeypatch) -> None:

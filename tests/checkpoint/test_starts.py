@@ -37,7 +37,7 @@ class Run:
             starts = Starts(self.folder, lock, self.config, self._ranks, self.log.append)
             starts.begin()
             for why, status in ends:
-                starts.ended(why, status)
+                starts.over(why, status)
             return starts
         finally:
             lock.release()
@@ -92,7 +92,7 @@ def test_the_limit_itself_does_not_begin_a_new_count(tmp_path: Path) -> None:
         more.start()
 
 
-@pytest.mark.parametrize("status", [0, 2, 75])
+@pytest.mark.parametrize("status", [2, 75])
 def test_a_start_that_stops_as_asked_or_refuses_does_not_count(tmp_path: Path, status: int) -> None:
     run = Run(tmp_path)
     for _ in range(5):
@@ -101,12 +101,12 @@ def test_a_start_that_stops_as_asked_or_refuses_does_not_count(tmp_path: Path, s
     run.start(("RuntimeError: a GPU is lost\nand more", 1))
     for _ in range(5):
         run.start(("SIGTERM", status))
-    assert run.ends() == ["RuntimeError: a GPU is lost (status 1)"]
+    assert run.ends() == ["RuntimeError: a GPU is lost"]
     run.start(("rank 3 (node7) failed first: ValueError: no\n", 4))
     run.start()
     with pytest.raises(CheckpointError) as refused:
         run.start()
-    ends = ["RuntimeError: a GPU is lost (status 1)", "rank 3 (node7) failed first: ValueError: no (status 4)", KILLED]
+    ends = ["RuntimeError: a GPU is lost", "rank 3 (node7) failed first: ValueError: no", KILLED]
     assert [line.partition("after step 0: ")[2] for line in str(refused.value).splitlines()[1:]] == ends
 
 
@@ -115,7 +115,7 @@ def test_one_that_was_asked_to_stop_and_then_killed_does_not_count_but_one_that_
     for _ in range(4):
         run.start(("SIGTERM", 75))
     run.start(("SIGTERM", 75), ("RuntimeError: no", 1))
-    assert run.ends() == ["RuntimeError: no (status 1)"]
+    assert run.ends() == ["RuntimeError: no"]
 
 
 def test_a_finished_step_empties_the_count_and_what_comes_after_is_not_told(tmp_path: Path) -> None:
@@ -123,20 +123,27 @@ def test_a_finished_step_empties_the_count_and_what_comes_after_is_not_told(tmp_
     run.start()
     run.start(("RuntimeError: no", 1))
     starts = run.start()
-    starts.finished_a_step()
+    starts.over()
     assert [*tmp_path.iterdir()] == []
-    starts.finished_a_step()
-    starts.ended("RuntimeError: later", 4)
+    starts.over()
+    starts.over("RuntimeError: later", 4)
     assert [*tmp_path.iterdir()] == []
     for _ in range(3):
         run.start()
     assert run.ends() == [KILLED, KILLED, "running"]
 
 
+def test_a_run_that_has_all_its_steps_empties_the_count_too(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start(("RuntimeError: no", 1))
+    run.start(("", 0))
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_without_a_beginning_nothing_is_written(tmp_path: Path) -> None:
     starts = Starts(tmp_path, FolderLock(tmp_path, print), small_config(), 2, print)
-    starts.ended("RuntimeError: no", 1)
-    starts.finished_a_step()
+    starts.over("RuntimeError: no", 1)
+    starts.over()
     assert [*tmp_path.iterdir()] == []
 
 
@@ -184,7 +191,7 @@ def test_something_else_in_its_place_never_stops_a_run(tmp_path: Path, what: str
     make: dict[str, Any] = {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}
     make.get(what, lambda: path.symlink_to(path.name))()
     run = Run(tmp_path, run={"max_failed_starts": 1})
-    run.start().finished_a_step()
+    run.start().over()
     assert any(line.startswith(f"warning: {path} is ignored: ") for line in run.log) == (what != "link to itself")
     told = [line for line in run.log if line.startswith(f"warning: {path} cannot be written, so this start may be ")]
     assert len(told) == (2 if what == "folder" else 0) and path.is_dir() == (what == "folder")
@@ -235,7 +242,7 @@ def test_a_job_that_has_lost_the_folder_does_not_write(tmp_path: Path) -> None:
     (tmp_path / "lock").unlink()
     other = FolderLock(tmp_path, print)
     other.acquire()
-    starts.ended("RuntimeError: no", 1)
+    starts.over("RuntimeError: no", 1)
     assert run.ends() == ["running"] and "is no longer ours" in run.log[-1]
     other.release()
     lock.release()

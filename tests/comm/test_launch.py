@@ -43,6 +43,9 @@ def test_torchrun() -> None:
     by_hand = detect_launch({"RANK": "1", "WORLD_SIZE": "2"})
     assert facts(by_hand) == ("torchrun", 1, 2, 1, True)
     assert (by_hand.master_addr, by_hand.master_port, by_hand.store_kept) == ("127.0.0.1", 29500, False)
+    named = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n0"}  # nothing says that n0 is this machine
+    assert not detect_launch(named).one_node and detect_launch(named | {"MASTER_ADDR": "localhost"}).one_node
+    assert detect_launch(named | {"LOCAL_WORLD_SIZE": "2"}).one_node
 
 
 def test_openmpi() -> None:
