@@ -20,9 +20,10 @@ import numpy as np
 
 from megallama.commands.parser import Parser
 from megallama.config.errors import ConfigError, counted
-from megallama.data.blocks import File, SumsWriter, naming
+from megallama.data.blocks import File
 from megallama.data.indexed import CHUNK, IndexedDataset
 from megallama.data.tokenizer import load_tokenizer
+from megallama.data.writer import SumsWriter, naming
 from megallama.text.progress import ByteProgress
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import os
 import struct
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from zlib import crc32
 
 import numpy as np
@@ -65,55 +63,6 @@ class File:
                     f"on; it had {self.size} bytes when it was opened, so it was truncated since: {AGAIN}"
                 )
             done += more
-
-
-@contextmanager
-def naming(path: str) -> Iterator[None]:
-    """Name the file in an error of writing, which the system does not. Raises: DataError."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}; nothing there was replaced") from error
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all. Raises: DataError where the disk does not take it."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write {path}: {error.strerror}; make room and start again") from error
-
-
-class SumsWriter:
-    """Writes the checksums of a pair: the bytes of .bin pass by, .idx is read at the end."""
-
-    def __init__(self, path: str) -> None:
-        self.file = open(path, "wb", buffering=1 << 16)  # noqa: SIM115
-        self.file.write(bytes(HEADER.size))
-        self._rest, self._table = b"", 0
-
-    def add(self, data: bytes, *, last: bool = False) -> None:
-        """The next bytes of .bin; `last`: they end it."""
-        data = self._rest + data
-        end = len(data) if last else len(data) // BLOCK * BLOCK
-        view = memoryview(data)[:end]
-        entries = np.array([crc32(view[at : at + BLOCK]) for at in range(0, end, BLOCK)], "<u4").tobytes()
-        self.file.write(entries)
-        self._table, self._rest = crc32(entries, self._table), data[end:]
-
-    def finish(self, data: File, idx: File) -> None:
-        """End .bin, add all of .idx, and write the header."""
-        self.add(b"", last=True)
-        for at in range(0, idx.size, BLOCK):
-            self.add(idx.read(at, min(BLOCK, idx.size - at)))
-        self.add(b"", last=True)
-        self.file.seek(0)
-        self.file.write(HEADER.pack(MAGIC, data.size, idx.size, self._table))
-        self.file.flush()
 
 
 class Sums:

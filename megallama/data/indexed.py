@@ -1,11 +1,11 @@
-"""Tokenized corpora on disk: Megatron's .bin/.idx pair, written in bounded memory and read by pread; PREFIX.json.
+"""Tokenized corpora on disk: Megatron's .bin/.idx pair, read by pread; PREFIX.json.
 
 PREFIX.bin is nothing but token ids, one document after the other.  PREFIX.idx says where they begin, all little-endian:
 
     9 bytes   b"MMIDIDX\\0\\0"
     uint64    version, 1
     uint8     code of the token type: 8 is uint16, 4 is int32
-    uint64    n, number of sequences        (this writer: one sequence per document)
+    uint64    n, number of sequences        (our writer: one sequence per document)
     uint64    d, number of document marks   (documents + 1)
     int32[n]  length of each sequence [tokens]
     int64[n]  first byte of each sequence in .bin
@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,18 +29,13 @@ from typing import Any
 import numpy as np
 
 from megallama.config.errors import DataError, counted
-from megallama.data.blocks import AGAIN, File, Sums, SumsWriter, naming, write_whole
+from megallama.data.blocks import AGAIN, File, Sums
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 CODES: dict[int, np.dtype] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 CHUNK = 1 << 20  # entries handled at a time where a whole file is walked
 NEAR = 256  # documents looked at together
-
-
-def dtype_for(vocab_size: int) -> np.dtype:
-    """The token type of a corpus: uint16 below 65,500 token ids (Megatron's own limit), else int32."""
-    return CODES[8] if vocab_size < 65500 else CODES[4]
 
 
 def strip_suffix(path: str | Path) -> str:
@@ -63,11 +56,6 @@ def _read_metadata(prefix: str) -> dict[str, Any]:
         if key in metadata and (type(metadata[key]) is not int or metadata[key] < 0):
             raise DataError(f"{path} is damaged ({key} is {metadata[key]!r}); preprocess the text again, or delete it")
     return metadata
-
-
-def write_metadata(prefix: str, metadata: Mapping[str, Any]) -> None:
-    """Write PREFIX.json, whole or not at all. Raises: DataError."""
-    write_whole(Path(prefix + ".json"), json.dumps(metadata, indent=2).encode() + b"\n")
 
 
 class IndexedDataset:
@@ -223,82 +211,3 @@ class IndexedDataset:
                 )
             progress((offset + len(tokens)) * self.dtype.itemsize)
         return lacking
-
-
-class IndexedWriter(AbstractContextManager["IndexedWriter"]):
-    """Writes a .bin/.idx pair and its .sums as a stream, in constant memory.
-
-    The end of the `with` block gives them their names, an exception removes them (PREFIX.bin.tmp and so on).
-    Raises: DataError if they cannot be written.
-    """
-
-    def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
-        self.prefix, self.dtype = strip_suffix(prefix), np.dtype(dtype)
-        self.num_documents = self.num_tokens = 0
-        self._code = next(code for code, kind in CODES.items() if kind == self.dtype)
-        with naming(self.prefix + ".bin and .idx"):
-            Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._sums = SumsWriter(self.prefix + ".sums.tmp")
-            names = (f"{self.prefix}{suffix}.tmp" for suffix in (".bin", ".idx"))
-            self._bin, self._idx = (open(name, "w+b", buffering=CHUNK) for name in names)
-        self._files = (self._sums.file, self._bin, self._idx)
-        self._idx.write(bytes(HEADER.size))
-
-    def add(self, tokens: np.ndarray, lengths: np.ndarray | None = None) -> None:
-        """Append a document `tokens` [T], or several of `lengths` [n]. Raises: DataError for an id too large."""
-        lengths = np.array([len(tokens)]) if lengths is None else lengths
-        assert int(lengths.sum()) == len(tokens), (lengths.sum(), len(tokens))
-        if len(tokens) and tokens.dtype != self.dtype:
-            low, high, top = int(tokens.min()), int(tokens.max()), int(np.iinfo(self.dtype).max)
-            if low < 0 or high > top:
-                what = f"token id {low if low < 0 else high} does not fit {self.dtype.name} (0..{top})"
-                raise DataError(f"{self.prefix}: {what}; write it as int32")
-        data = tokens.astype(self.dtype, copy=False).tobytes()
-        with naming(self.prefix + ".bin and .idx"):
-            self._bin.write(data)
-            self._sums.add(data)
-            self._idx.write(lengths.astype("<i4").tobytes())
-        self.num_documents += len(lengths)
-        self.num_tokens += len(tokens)
-
-    def finish(self) -> None:
-        """Bring everything to the disk; all that is left for the end of the block is to rename."""
-        if self._bin.closed:
-            return
-        with naming(self.prefix + ".bin and .idx"):
-            self._write_index()
-            self._bin.flush()
-            self._idx.flush()
-            self._sums.finish(File(self._bin.name), File(self._idx.name))
-            for file in self._files:
-                os.fsync(file.fileno())
-                file.close()
-
-    def _write_index(self) -> None:
-        count, offset = self.num_documents, 0
-        for first in range(0, count, CHUNK):
-            self._idx.seek(HEADER.size + 4 * first)
-            lengths = np.frombuffer(self._idx.read(4 * min(CHUNK, count - first)), "<i4").astype(np.int64)
-            ends = offset + np.cumsum(lengths) * self.dtype.itemsize
-            self._idx.seek(HEADER.size + 4 * count + 8 * first)
-            self._idx.write(np.append(offset, ends[:-1]).astype("<i8").tobytes())
-            offset = int(ends[-1])
-        self._idx.seek(HEADER.size + 12 * count)
-        for first in range(0, count + 1, CHUNK):
-            self._idx.write(np.arange(first, min(first + CHUNK, count + 1), dtype="<i8").tobytes())
-        self._idx.seek(0)
-        self._idx.write(HEADER.pack(MAGIC, 1, self._code, count, count + 1))
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.finish()
-                for suffix in (".json", ".idx", ".sums"):  # what is old must never stand beside new tokens
-                    Path(self.prefix + suffix).unlink(missing_ok=True)
-                for suffix in (".bin", ".sums", ".idx"):  # the index last: a pair with an index is whole
-                    os.replace(f"{self.prefix}{suffix}.tmp", self.prefix + suffix)
-        finally:
-            for file in self._files:
-                with suppress(OSError):  # a full disk refuses again what is still buffered
-                    file.close()
-                Path(file.name).unlink(missing_ok=True)

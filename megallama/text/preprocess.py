@@ -19,8 +19,9 @@ import numpy as np
 
 from megallama.config.errors import DataError, counted
 from megallama.config.special_tokens import NAMES, usual_id
-from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for, strip_suffix, write_metadata
+from megallama.data.indexed import IndexedDataset, strip_suffix
 from megallama.data.tokenizer import Tokenizer, find_tokenizer, sha256_of
+from megallama.data.writer import IndexedWriter, dtype_for, write_metadata
 from megallama.text.documents import MAX_DOCUMENT_BYTES, units
 from megallama.text.fast_encoder import load_fast_tokenizer
 from megallama.text.inputs import Losses, earlier_files

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megallama.config.errors import DataError
-from megallama.data.blocks import write_whole
+from megallama.data.writer import write_whole
 from megallama.text.documents import RecordReader, place
 from megallama.text.inputs import Losses
 

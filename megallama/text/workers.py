@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megallama.config.errors import DataError, MegallamaError
-from megallama.data.indexed import dtype_for
 from megallama.data.tokenizer import Tokenizer
+from megallama.data.writer import dtype_for
 from megallama.text.documents import RecordReader, Unit
 from megallama.text.fast_encoder import load_fast_tokenizer
 from megallama.text.shards import ShardWriter, TextShard

@@ -15,10 +15,10 @@ import torch
 
 from megallama.cli import command
 from megallama.config.load import load, to_toml
-from megallama.data.indexed import IndexedWriter
 from megallama.data.loader import Loader
 from megallama.data.sources import TrainDataset, open_sources
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
+from megallama.data.writer import IndexedWriter
 from tests.words import text_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from megallama.config.errors import DataError
-from megallama.data.blocks import BLOCK, File, SumsWriter
-from megallama.data.indexed import IndexedDataset, IndexedWriter, write_metadata
+from megallama.data.blocks import BLOCK, File
+from megallama.data.indexed import IndexedDataset
 from megallama.data.samples import Source
+from megallama.data.writer import IndexedWriter, SumsWriter, write_metadata
 from megallama.text.preprocess import merge, preprocess
 from tests.data.test_sources import opened
 

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megallama.config.errors import DataError
-from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for, write_metadata
+from megallama.data.indexed import IndexedDataset
+from megallama.data.writer import IndexedWriter, dtype_for, write_metadata
 
 U16, I32 = dtype_for(100), dtype_for(70000)
 DOCUMENTS = [[5, 6, 7, 2], [2], [9] * 10 + [2], [1, 65535]]
@@ -287,7 +288,7 @@ def test_new_tokens_never_stand_beside_old_facts(tmp_path: Path) -> None:
 def test_a_killed_writer_leaves_no_files_under_their_names(tmp_path: Path) -> None:
     program = (
         "import numpy as np, os, signal, sys\n"
-        "from megallama.data.indexed import IndexedWriter, dtype_for\n"
+        "from megallama.data.writer import IndexedWriter, dtype_for\n"
         "writer = IndexedWriter(sys.argv[1], dtype_for(100))\n"
         "for _ in range(1000): writer.add(np.ones(1000, np.uint16))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from megallama.config.errors import DataError
-from megallama.data.indexed import IndexedDataset, IndexedWriter
+from megallama.data.indexed import IndexedDataset
 from megallama.data.loader import Loader
 from megallama.data.samples import Samples, Source
+from megallama.data.writer import IndexedWriter
 from megallama.layers.batch import MicroBatch
 
 

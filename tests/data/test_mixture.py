@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from megallama.config.errors import DataError
 from megallama.config.load import load, resolve
 from megallama.config.schema import Config
-from megallama.data.indexed import IndexedWriter
 from megallama.data.loader import Loader
 from megallama.data.mixture import Mixture, Phase, phases_of
 from megallama.data.sources import TrainDataset, open_sources
+from megallama.data.writer import IndexedWriter
 
 NAMES = ["web", "code", "books", "wiki"]
 weights = st.one_of(st.just(0.0), st.integers(1, 9), st.floats(0.05, 1))

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallama.config.errors import DataError
-from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
+from megallama.data.indexed import IndexedDataset
 from megallama.data.samples import Permutation, Source, Synthetic
+from megallama.data.writer import IndexedWriter, dtype_for
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ import pytest
 
 from megallama.config.errors import DataError
 from megallama.config.schema import Config, DataConfig, SourceConfig
-from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
+from megallama.data.indexed import IndexedDataset
 from megallama.data.samples import Synthetic
 from megallama.data.sources import Data, TrainDataset, open_sources
+from megallama.data.writer import IndexedWriter, dtype_for
 from megallama.text.preprocess import preprocess
 
 

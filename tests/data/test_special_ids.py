@@ -11,9 +11,10 @@ import pytest
 from megallama.cli import command
 from megallama.config.errors import DataError
 from megallama.config.schema import Config, DataConfig, SourceConfig
-from megallama.data.indexed import IndexedDataset, IndexedWriter, dtype_for
+from megallama.data.indexed import IndexedDataset
 from megallama.data.sources import open_sources
 from megallama.data.tokenizer import load_tokenizer, sha256_of
+from megallama.data.writer import IndexedWriter, dtype_for
 from megallama.text.preprocess import _origin, merge, preprocess
 from megallama.text.shards import WorkFolder
 from tests.words import text_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megallama.data.indexed import IndexedWriter
+from megallama.data.writer import IndexedWriter
 from megallama.pretrain import main
 
 GOOD = [

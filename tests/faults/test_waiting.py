@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megallama.comm.c10d import C10d
-from megallama.data.indexed import IndexedWriter
+from megallama.data.writer import IndexedWriter
 from tests.pool import Pool
 
 STEP, SLOW = 1.5, 4.0  # run.timeout_seconds; how long the last rank keeps the others waiting [s]

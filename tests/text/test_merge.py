@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megallama.config.errors import DataError
-from megallama.data.indexed import IndexedDataset, IndexedWriter
+from megallama.data.indexed import IndexedDataset
+from megallama.data.writer import IndexedWriter
 from megallama.text import preprocess as module
 from megallama.text.preprocess import merge, preprocess
 from megallama.text.train_tokenizer import train_tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megallama.data.indexed import IndexedWriter
+from megallama.data.writer import IndexedWriter
 from megallama.pretrain import main
 from tests.pool import Pool
 from tests.train.runs import curve, records

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megallama.data.indexed import IndexedWriter
+from megallama.data.writer import IndexedWriter
 from tests.pool import Pool
 from tests.train.runs import curve, records, state_files
 from tests.train.test_metrics import scalars

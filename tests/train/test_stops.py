@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megallama.checkpoint import manifest
-from megallama.data.indexed import IndexedWriter
+from megallama.data.writer import IndexedWriter
 from tests.pool import Pool
 from tests.train.runs import records, state_files
 
