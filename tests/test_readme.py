@@ -11,6 +11,7 @@ import pytest
 
 from megallama import cli, pretrain
 from megallama.config.describe import settings
+from megallama.config.errors import CorruptionError
 from megallama.config.load import load
 from megallama.config.schema import Config
 from megallama.train import loop, setup
@@ -76,9 +77,10 @@ def test_the_files_to_read_are_eight() -> None:
 
 def test_exit_statuses_are_the_programs() -> None:
     rows = dict(re.findall(r"^\| (\d+) \| (.+) \|$", README, re.M))
-    assert set(rows) == {"0", "75", "2", "4", "3", "1"}
+    assert set(rows) == {"0", "75", "2", "4", "3", "5", "1"}
     constants = (loop.FINISHED, loop.SAVED, pretrain.BAD_REQUEST, pretrain.NOT_FINITE, pretrain.CRASHED)
     assert constants == (0, 75, 2, 3, 1) and setup.FAILED == pretrain.FAILED == 4
+    assert CorruptionError.status == 5
 
 
 def test_layout_table_is_the_examples() -> None:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from itertools import accumulate, groupby
@@ -40,7 +41,7 @@ from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.config.errors import InternalError, MegallamaError
 from megallama.config.presets import PRESETS
 from megallama.config.schema import Config
-from megallama.layers.param import Shard
+from megallama.layers.param import Shard, digest
 
 GRACE_SECONDS = 2.0  # for the last acts of a save that the other ranks have done with
 TELL_SECONDS = 60.0  # between two lines about a save that lasts
@@ -145,6 +146,12 @@ class CheckpointManager:
                 raise
             still_ours = self._lock.check if self._lock.lost else lambda: None
             on_all_ranks(self._group, f"checkpoint of step {step}", still_ours)
+        if isinstance(shards, list) and shards:  # all there: not made one after the other
+            numbers = torch.stack([digest(shard.state[kind]) for shard in shards for kind in STATE]).tolist()
+            digests = (
+                dict(zip(STATE, three, strict=True)) for three in zip(*[iter(numbers)] * len(STATE), strict=True)
+            )
+            shards = [replace(shard, digests=found) for shard, found in zip(shards, digests, strict=True)]
         if not (self._config.checkpoint.async_save and behind):
             self._write(step, shards, counters)
             return
@@ -205,7 +212,7 @@ class CheckpointManager:
             torch.cuda.current_stream(shards[0].state["master"].device).synchronize()
         copies = buffer.split(sizes)
         states = (dict(zip(STATE, copies[i :: len(shards)], strict=True)) for i in range(len(shards)))
-        return [Shard(shard.box, state) for shard, state in zip(shards, states, strict=True)]
+        return [replace(shard, state=state) for shard, state in zip(shards, states, strict=True)]
 
     def _write(self, step: int, shards: Iterable[Shard], counters: dict[str, Any]) -> None:
         started, seen = time.monotonic(), dict[Any, float]()

@@ -35,7 +35,7 @@ from megallama.checkpoint.folder import REPLACED, remove_checkpoint, unfinished
 from megallama.checkpoint.manifest import DTYPES, FileSet, TensorPlace
 from megallama.comm.group import Assembly
 from megallama.comm.on_all_ranks import on_all_ranks
-from megallama.layers.param import Shard
+from megallama.layers.param import Shard, digest
 from megallama.plan.box import Box, boxes_of_range, runs
 
 CHUNK_ELEMENTS = 1 << 20  # handled while they are in the processor's cache
@@ -162,8 +162,13 @@ def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -
     written, outputs = 0, dict[str, _Output]()
     with explained(content), open_files(content.temporary) as fd_of, ThreadPoolExecutor(THREADS) as pool:
 
-        def write(place: TensorPlace, box: Box, tensor: Tensor) -> None:
+        def write(place: TensorPlace, box: Box, tensor: Tensor, number: int | None) -> None:
             outputs[place.file].write_box(place, box, tensor)
+            if number is not None and int(digest(tensor)) != number:
+                raise CheckpointError(
+                    f"{box.key} from {[*box.start]} on, for {place.file}, has other bits than when the save began: "
+                    "memory of this machine changed; if that happens again take it out"
+                )
             flusher.wrote(box.numel * place.item_bytes)
 
         for shard in shards:  # one after the other: its memory may be that of the next one
@@ -173,7 +178,7 @@ def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -
             for name in {place.file for place in places} - outputs.keys():
                 outputs[name] = _Output(fd_of(name), content.sizes[name], content.block_bytes)
                 flusher.paths.add(content.temporary / name)
-            list(pool.map(write, places, [shard.box] * len(places), tensors.values()))
+            list(pool.map(write, places, [shard.box] * len(places), tensors.values(), map(shard.digests.get, tensors)))
             written += shard.box.numel
         flusher.begin()
     return written, [(name, i, digest) for name, out in outputs.items() for i, digest in out.digests.items()]

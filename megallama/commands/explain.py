@@ -9,7 +9,6 @@ it. The same tokens that the training reads, by the same code; nothing but the f
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,7 +51,7 @@ class Explained:
 def pieces(dataset: IndexedDataset, offset: int, tokens: np.ndarray, tokenizer: Tokenizer | None) -> list[Piece]:
     """The documents that the tokens from `offset` of the stream on lie in; empty documents have no piece."""
     found, at, end = [], offset, offset + len(tokens)
-    number = bisect_right(range(dataset.num_documents), offset, key=lambda n: int(dataset.starts(n, n)[0])) - 1
+    number = dataset.document_at(offset)
     while at < end:
         begin, stop = dataset.starts(number, number + 1).tolist()
         if ids := tokens[at - offset : min(stop, end) - offset].tolist():

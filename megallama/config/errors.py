@@ -40,6 +40,12 @@ class InternalError(RuntimeError):
     shared, status = True, 1
 
 
+class CorruptionError(InternalError):
+    """Bits have changed by themselves: a rank's machine is not to be trusted."""
+
+    status = 5
+
+
 def counted(number: int | str, noun: str, form: str = "") -> str:
     """``1 document``, ``2 documents``, ``0 micro-batches``; ``2,000 documents`` in the `form` ","."""
     text = format(number, form)

@@ -259,6 +259,12 @@ class TrainConfig(Section):
     eval_interval: NonNegativeInt = option(0, "steps between evaluations; 0 is never [steps]")
     eval_batches: PositiveInt = option(8, "global batches per evaluation [batches]")
     max_bad_steps: PositiveInt = option(10, "skipped (non-finite) steps in a row that stop the run [steps]")
+    check_replicas: NonNegativeInt = option(
+        1000, "steps between comparisons of all ranks' copies of the weights with the masters; 0 is never [steps]"
+    )
+    on_spike: Literal["warn", "skip"] = option(
+        "warn", "a loss or gradient norm far above the last 200 is said; skip: and an update of such a norm left out"
+    )
     stop_after_steps: PositiveInt | None = option(None, "save and leave after this many steps of this start [steps]")
     stop_after_minutes: PositiveFloat | None = option(None, "save and leave after this long [min]")
     deterministic: bool = option(False, "only deterministic kernels")

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -153,6 +153,10 @@ class IndexedDataset:
             if near[-1] >= offset + count:
                 break
         return np.unique(np.concatenate(found))  # empty documents begin together
+
+    def document_at(self, offset: int) -> int:
+        """The document that this token lies in."""
+        return bisect_right(range(self.num_documents), offset, key=lambda n: int(self.starts(n, n)[0])) - 1
 
     def _first_byte(self, document: int) -> int:
         """Of a document in .bin; as `starts`, but quick."""

@@ -164,6 +164,9 @@ class Synthetic:
     def __init__(self, vocab_size: int, seq_length: int, seed: int) -> None:
         self.vocab_size, self.seq_length, self.seed = vocab_size, seq_length, seed
 
+    def documents(self, ids: Sequence[int]) -> list[str]:
+        return ["random tokens" for _ in ids]
+
     def read(self, ids: Sequence[int]) -> Samples:
         """The samples with these numbers."""
         keys = [np.array([self.seed & MASK, int(i)], np.uint64) for i in ids]

@@ -48,6 +48,16 @@ class TrainDataset:
         tokens = np.concatenate([part.tokens for part in parts])
         return Samples(tokens[row], np.concatenate(starts)[row] if starts else None)
 
+    def documents(self, ids: Sequence[int]) -> list[str]:
+        """Source, first and last document of each of these samples; `megallama explain` shows them in full."""
+        out = []
+        for number, index in zip(*self.mixture.locate(np.asarray(ids, np.int64)).tolist(), strict=True):
+            source = self.sources[number]
+            at = source.offset + int(source.sequences(np.array([index]))[0]) * source.seq_length
+            first, last = map(source.dataset.document_at, (at, at + source.seq_length))
+            out.append(f"{source.name} {first}-{last}")
+        return out
+
     def consumption(self, samples: int) -> dict[str, dict[str, float]]:
         """What the first `samples` samples took: source name -> {"samples", "tokens", "epochs"}."""
         return {

@@ -39,6 +39,7 @@ class GradSync:
         self._bucket_of = {p.spec.name: b for b in buffers.layout.buckets for p in b.params}
         self._pending: dict[int, int] = {}
         self._handles: dict[int, Handle] = {}
+        self.norms: list[Tensor] = []  # of this rank's own gradients of this step, where others add theirs
         self._padding: list[Tensor] = []  # what no element of the model lies in
         for bucket in buffers.layout.buckets:
             start, stop = self.range_of(bucket)
@@ -49,6 +50,7 @@ class GradSync:
         """Nothing of this step has been reduced yet."""
         for param in self.buffers.params.values():
             param.overwrite = True
+        self.norms.clear()
         self._pending = {b.index: sum(p.spec.uses for p in b.params) for b in self.buffers.layout.buckets}
 
     @contextmanager
@@ -89,6 +91,9 @@ class GradSync:
 
     def _reduce(self, bucket: Bucket) -> None:
         full = self.buffers.grads[bucket.start : bucket.stop]
+        if self._groups.dp_cp.size > 1:
+            own = [self.buffers.params[placement.spec.name].main_grad for placement in bucket.params]
+            self.norms += torch._foreach_norm(own)
         shard = self.buffers.grads[slice(*self.range_of(bucket))]
         self._handles[bucket.index] = self._groups.dp_cp.reduce_scatter(shard, full)
 
@@ -151,6 +156,10 @@ class Update:
         moments = {name: torch.zeros_like(grads) for name in self._rule.moments}
         step = torch.zeros((), dtype=torch.float32, device=grads.device)
         return {"weights": weights, "grads": grads, "master": master, **moments, "step": step}
+
+    def masters(self) -> Iterator[tuple[GradSync, Bucket, Tensor]]:
+        """The masters of this rank's shard of every bucket."""
+        return ((sync, bucket, tensors["master"]) for sync, bucket, tensors in self._held)
 
     def start_step(self) -> None:
         """Begin to collect the gradients of a step."""

@@ -6,7 +6,6 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +22,7 @@ from megallama.train.setup import Setup
 from megallama.train.signals import SAVED
 from megallama.train.speed import Meter, Timers, peak_flops, peak_memory_bytes
 from megallama.train.step import RankStatus, StepConsensus, evaluate, train_step
+from megallama.train.watch import Watch
 
 FINISHED = 0  # exit status: all steps are done
 
@@ -107,7 +107,7 @@ class TrainingLoop:
     def __init__(self, setup: Setup) -> None:
         self.setup, self.progress = setup, setup.progress
         self._config, self._world, self._log, self._manager = setup.config, setup.world, setup.log, setup.manager
-        self._timers = Timers()
+        self._timers, self._watch = Timers(), Watch(setup)
         self._missing: list[tuple[str, Source]] = []  # kind, source: evaluations of the last step
         self._overflow = False  # of the loss scale, in the last step
         self._save_owed = False  # a save that was due while the steps were bad
@@ -136,6 +136,8 @@ class TrainingLoop:
                 last = progress.step == last_step
                 if progress.step % config.log.interval == 0 or last or stopped or not result.applied:
                     report.step(result, loader.wait_seconds)
+                else:  # with all bits, for `megallama replay`
+                    self._log.note(f"step {progress.step}: loss {result.loss!r}, grad norm {result.grad_norm!r}")
                 if result.applied:
                     self._manager.starts.over()
                 self._record_health(result)
@@ -163,19 +165,25 @@ class TrainingLoop:
             batches, failure = loader.next_or_zeros(config.batch.num_microbatches(size, plan.topology.dp), config)
         lr = progress.lr = learning_rate(progress.step, config.optimizer, config.lr_schedule)
         schedule, masked = plan.schedule_for(len(batches)), config.data.document_mask
-        status = partial(self._status, failure is not None or self._manager.not_finite)
-        scale, worker = progress.scaler.scale, self.setup.worker
+        failed = failure is not None or self._manager.not_finite
+        scale, worker, watch = progress.scaler.scale, self.setup.worker, self._watch
+
+        def status() -> RankStatus:
+            watch.check_replicas()
+            return self._status(failed)
+
         with self.setup.tracer.step(worker.runtime, progress.step + 1, schedule):
-            result = train_step(worker, schedule, batches, lr, scale, self._timers, masked=masked, status=status)
+            result = train_step(worker, schedule, batches, lr, scale, self._timers, masked, status, watch.refuses)
         if result.failed:
             self._end_together(failure)
         progress.samples += size
         progress.step += 1
         progress.updates += result.applied
         progress.tokens += result.tokens
-        self._overflow = progress.scaler.update(result.applied)
+        self._overflow = progress.scaler.update(result.finite)
         if self._overflow:
             self._log.info(f"step {progress.step}: overflow; loss scale now {progress.scaler.scale:g}")
+        watch.step(result, range(progress.samples - size, progress.samples), overflow=self._overflow)
         return result
 
     def _status(self, failed: bool) -> RankStatus:
@@ -212,14 +220,13 @@ class TrainingLoop:
     def _record_health(self, result: StepConsensus) -> None:
         """Count the step. Raises: TrainingStopped after too many bad ones."""
         guard, step, good = self.progress.guard, self.progress.step, None
-        if not (result.applied or self._overflow) and guard.in_a_row + 1 >= guard.max_bad_steps:
+        if not (result.finite or self._overflow) and guard.in_a_row + 1 >= guard.max_bad_steps:
             self._manager.wait(self._config.checkpoint.finish_seconds)
             with suppress(OSError):
                 good = self._manager.newest_step(guard.last_good or 0) if self._world.rank == 0 else None
             good = self._world.group.gather_values(good)[0]
-        if result.applied and (text := self.progress.high_loss.seen(result.loss)):
-            self._log.info(f"warning: step {step}: {text}")
-        guard.record(step, result.applied, overflow=self._overflow, checkpoint=good)
+        guard.record(step, result.finite, overflow=self._overflow, checkpoint=good)
+        guard.skipped += result.finite and not result.applied
         self._manager.keep_all = guard.in_a_row > 0
 
     def _save_if_due(self, leaving: bool) -> None:

@@ -69,7 +69,8 @@ def line(record: Record, steps: int) -> str:
         if record["mfu_causal"] is not None:
             parts.append(f"MFU {100 * record['mfu_causal']:.1f}%")
         if record["skipped"]:
-            parts = [f"SKIPPED, not finite ({record['skipped_steps']} so far)", parts[0], norm]
+            why = "not finite" if math.isnan(loss) else "a spike"
+            parts = [f"SKIPPED, {why} ({record['skipped_steps']} so far)", parts[0], norm]
         return " | ".join([step, *parts, f"left {human_duration(record['eta_seconds'])}"])
     name = _tag(record).replace("/", " ") if kind == "test" else record["name"]
     parts = [f"{name} loss {loss:.4f}", f"perplexity {math.exp(loss):.2f}" if loss < 20 else "perplexity large"]

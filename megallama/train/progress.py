@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
+from statistics import median
 from typing import Any
 
 from megallama.config.errors import MegallamaError, counted
@@ -71,6 +75,37 @@ class HighLoss:
         )
 
 
+class Spikes:
+    """Loss and gradient norm of the last good steps, and what stands out of them (median and MAD: Hampel 1974)."""
+
+    WINDOW, LEAST, MOST = 200, 20, 10  # steps: looked at, needed, in a row that are taken for the new level
+    WIDTH = {"loss": 0.02, "grad_norm": 0.1}  # the least standard deviation, in medians
+
+    def __init__(self, windows: Mapping[str, Sequence[float]]) -> None:
+        self.windows = {name: deque(windows.get(name, ()), self.WINDOW) for name in self.WIDTH}
+        self.in_a_row = 0
+
+    def found(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Name and typical value of what lies ten standard deviations above the median."""
+        out = {}
+        for name, window in self.windows.items():
+            middle = median(window) if len(window) >= self.LEAST else inf
+            if values[name] > (1 + 10 * self.WIDTH[name]) * middle:
+                if values[name] > middle + 14.826 * median(abs(value - middle) for value in window):
+                    out[name] = middle
+        return out
+
+    def seen(self, values: Mapping[str, float], found: Collection[str]) -> bool:
+        """Note a finite step; whether so many in a row stood out that all begins again."""
+        self.in_a_row = (self.in_a_row + 1) % self.MOST if found else 0
+        for name, window in self.windows.items():
+            if not found:
+                window.append(values[name])
+            elif not self.in_a_row:
+                window.clear()
+        return bool(found) and not self.in_a_row
+
+
 class Progress:
     """Counters, and the state of what watches the run."""
 
@@ -86,6 +121,7 @@ class Progress:
         self.scaler = LossScaler(config.precision)
         self.guard = NonFiniteGuard(config.train.max_bad_steps)
         self.high_loss = HighLoss()
+        self.spikes, self._keeps_spikes = Spikes({}), config.train.on_spike != "warn"  # but decide
 
     def state_dict(self, evaluated: int) -> dict[str, Any]:
         """As JSON values; `evaluated`: the step up to which all evaluations have been made."""
@@ -96,6 +132,7 @@ class Progress:
             "bad_steps": {"skipped": guard.skipped, "in_a_row": guard.in_a_row, "last_good": guard.last_good},
             "first_loss": self.high_loss.first,
             "evaluated": evaluated,
+            **({"spikes": {n: [*w] for n, w in self.spikes.windows.items()}} if self._keeps_spikes else {}),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -103,6 +140,6 @@ class Progress:
         self.step, self.updates = saved["step"], saved["updates"]
         self.samples, self.tokens = saved["samples"], saved["tokens"]
         self.first_step, self.may_lack_evaluations = self.step, "evaluated" in saved
-        self.high_loss = HighLoss(saved.get("first_loss"))
+        self.high_loss, self.spikes = HighLoss(saved.get("first_loss")), Spikes(saved.get("spikes", {}))
         self.scaler.load_state_dict(saved["scaler"])
         self.guard = NonFiniteGuard(self.guard.max_bad_steps, **saved["bad_steps"])

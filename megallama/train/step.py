@@ -54,8 +54,9 @@ class StepConsensus:
         self.sums, self.tokens = sums, tokens
         self.loss = sums["loss"] / tokens  # mean over the counted tokens of the global batch [nats]
         self.grad_norm = math.sqrt(sums["norm_squared"]) / loss_scale  # of the global gradient, before clipping
+        self.finite = not sums["bad_ranks"]
         self.failed = sums["failed_ranks"] > 0  # a rank cannot go on: the step does not count
-        self.applied = not (sums["bad_ranks"] or self.failed)  # the optimizer runs
+        self.applied = self.finite and not self.failed  # the optimizer runs
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -93,8 +94,12 @@ def train_step(
     timers: Timers | None = None,
     masked: bool = False,
     status: Callable[[], RankStatus] = RankStatus,
+    refuses: Callable[[StepConsensus], bool] = lambda result: False,
 ) -> StepConsensus:
-    """Train on this rank's micro-batches; where a rank has failed, or not all is finite, nothing changes."""
+    """Train on this rank's micro-batches; where a rank has failed, not all is finite, or all refuse, nothing changes.
+
+    status: asked for when the gradients are complete and the weights they are of still there.
+    """
     timers = timers or Timers()
     tokens = count_tokens(worker, batches, masked=masked)
     worker.optimizer.start_step()
@@ -104,6 +109,7 @@ def train_step(
         squares = worker.optimizer.reduce()
     with timers.phase("agree"):
         result = consensus(worker, rank_numbers(worker, loss_sum, squares), status(), tokens, loss_scale)
+    result.applied = result.applied and not refuses(result)
     if result.applied:
         clip = worker.plan.config.optimizer.clip_grad
         factor = min(1.0, clip / (result.grad_norm + 1e-6)) if clip > 0 else 1.0

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,10 +16,11 @@ import torch
 
 import megallama.train.step as step_module
 from megallama.comm.launch import World
-from megallama.config.errors import MegallamaError
+from megallama.config.errors import InternalError, MegallamaError
 from megallama.config.presets import PRESETS
 from megallama.config.schema import ModelConfig
 from megallama.plan.plan import make_plan
+from megallama.train.assemble import Worker
 from megallama.train.log import Logger
 from megallama.train.loop import TrainingLoop
 from megallama.train.metrics import TAGS
@@ -31,7 +33,9 @@ from tests.small import MODEL, logits, small_config
 def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: str | None = None) -> dict[str, Any]:
     """Train; the exit status, or the error's text. `fault` is "nan:STEP:RANK" or "signal:STEP:RANK" (steps from 0),
     "truncate:STEP:RANK:FILE", "read:STEP:RANK" (its data cannot be read), "signal-in-evaluation:BATCH:RANK" or
-    "late-in-evaluation:BATCH:RANK" (batches from 1 on, of all evaluations), or "read-in-evaluation:0:RANK"."""
+    "late-in-evaluation:BATCH:RANK" (batches from 1 on, of all evaluations), or "read-in-evaluation:0:RANK";
+    "stuck:STEP:RANK" (from then on a bit of its weights always has one value), "scale:STEP:RANK:FACTOR" of its gradients,
+    which is a spike on all ranks if FACTOR is large."""
     torch.set_num_threads(1)
     config = small_config(**{**sections, "run": {"folder": folder, "peak_tflops": 1.0, **sections.get("run", {})}})
     log, signals = Logger(world.rank, world.world_size, Path(folder)), SignalFlag()
@@ -45,7 +49,7 @@ def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: s
                     plant(loop, kind, {int(s) for s in step.split(",")}, *file)
             status = loop.run()
         return {"status": status, "step": setup.progress.step, "updates": setup.progress.updates}
-    except MegallamaError as error:
+    except (MegallamaError, InternalError) as error:
         return {"error": str(error), "type": type(error).__name__, "status": error.status}
     finally:
         step_module.evaluate_step = evaluate_step
@@ -105,6 +109,26 @@ def _unreadable(ids: Any) -> Any:
     raise OSError(errno.EIO, os.strerror(errno.EIO), "/data/text.bin")
 
 
+def _break_memory(worker: Worker, kind: str, factor: float) -> None:
+    """Another bit in the last weights from here on; or, in one step, the gradients of this rank times a factor."""
+    gather, run = worker.optimizer.gather, worker.runtime.run
+
+    def stuck(**overlap: bool) -> None:
+        gather(**overlap)
+        worker.optimizer.wait()
+        weights = worker.optimizer.syncs[0].buffers.params["layers.1.o_proj"].data.view(-1)
+        weights[-1:].view(torch.uint8)[0] ^= 1
+
+    def scaled(schedule: Any, batches: Any) -> torch.Tensor:
+        worker.runtime.run = run  # type: ignore[method-assign]
+        return run(schedule, [replace(batch, grad_scale=factor * batch.grad_scale) for batch in batches])
+
+    if kind == "stuck":
+        worker.optimizer.gather = stuck  # type: ignore[method-assign]
+    else:
+        worker.runtime.run = scaled  # type: ignore[method-assign]
+
+
 def _plant(loop: TrainingLoop, kind: str, steps: set[int], file: str = "") -> None:
     one_step = loop._one_step
     if kind == "read":
@@ -118,6 +142,8 @@ def _plant(loop: TrainingLoop, kind: str, steps: set[int], file: str = "") -> No
                 os.kill(os.getpid(), signal.SIGTERM)
             elif kind == "truncate":
                 os.truncate(file, 20)
+            elif kind in ("stuck", "scale"):
+                _break_memory(loop.setup.worker, kind, float(file or 0))
             else:  # one element of one gradient of one rank
                 sync = loop.setup.worker.optimizer.syncs[0]
                 finish = sync.finish
