@@ -34,8 +34,7 @@ def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: s
     """Train; the exit status, or the error's text. `fault` is "nan:STEP:RANK" or "signal:STEP:RANK" (steps from 0),
     "truncate:STEP:RANK:FILE", "read:STEP:RANK" (its data cannot be read), "signal-in-evaluation:BATCH:RANK" or
     "late-in-evaluation:BATCH:RANK" (batches from 1 on, of all evaluations), or "read-in-evaluation:0:RANK";
-    "stuck:STEP:RANK" (from then on a bit of its weights always has one value), "scale:STEP:RANK:FACTOR" of its gradients,
-    which is a spike on all ranks if FACTOR is large."""
+    "stuck:STEP:RANK" (from then on a bit of its weights is wrong), or "scale:STEP:RANK:FACTOR" (of its gradients)."""
     torch.set_num_threads(1)
     config = small_config(**{**sections, "run": {"folder": folder, "peak_tflops": 1.0, **sections.get("run", {})}})
     log, signals = Logger(world.rank, world.world_size, Path(folder)), SignalFlag()
