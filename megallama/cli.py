@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "continue a text with a trained model",
     "convert": "convert a checkpoint to or from Hugging Face, Meta's and Megatron's formats",
     "from-megatron": "a Megatron-LM command line or log as a configuration",
+    "preflight": "which GPUs, nodes and links are slow, before a large run",
     "doctor": "what this machine can train with, and what to install for more",
 }
 USAGE = "usage: megallama COMMAND [ARGUMENTS]; megallama --help lists the commands"

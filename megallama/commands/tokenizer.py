@@ -41,16 +41,10 @@ def run(argv: Sequence[str]) -> None:
     losses = Losses(args.max_bad, args.max_bad_per_file, skip_files=args.skip_bad_files)
     with ByteProgress("reading", then="training", quiet=args.quiet) as bar:
         path = train_tokenizer(
-            args.inputs,
-            args.output,
-            args.vocab_size,
-            json_key=args.json_key,
-            sample_bytes=int(args.sample_mb * 1e6),
-            threads=args.threads,
-            progress=bar.update,
-            losses=losses,
+            args.inputs, args.output, args.vocab_size, json_key=args.json_key, sample_bytes=int(args.sample_mb * 1e6),
+            threads=args.threads, progress=bar.update, losses=losses,
             say=lambda text: print(text, file=sys.stderr, flush=True),
-        )
+        )  # fmt: skip
     for line in losses.lines():
         print(line, file=sys.stderr)
     print(f"{path}: {args.vocab_size:,} ids, {time.monotonic() - start:.1f} s")

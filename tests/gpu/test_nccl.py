@@ -37,3 +37,13 @@ def comparison() -> Iterator[Comparison]:
 def test_nccl_ranks_give_one_ranks_numbers(comparison: Comparison, layout: Layout, dtype: str) -> None:
     loss, norm = comparison.deviations(layout, dtype)
     assert loss <= LIMITS[dtype][0] and norm <= LIMITS[dtype][1]
+
+
+def test_the_measurement_before_a_run_goes_over_nccl() -> None:
+    pool = Pool("cuda")
+    try:
+        results = pool.run(4, "tests.recovery.measuring:run", ("a", "a", "b", "b"), None, None)
+    finally:
+        pool.close()
+    kinds = [line[:22].strip() for line in results[0][1] if " x median " in line]
+    assert kinds[-5:] == ["copy", "host to device", "device to host", "all-reduce in a node", "between two nodes"]
