@@ -22,6 +22,7 @@ COMMANDS = {
     "tokenizer": "train a SentencePiece tokenizer",
     "inspect": "look into a checkpoint or a .bin/.idx pair, verify or compare it",
     "explain": "which documents a step trains on",
+    "status": "how a run is: where its ranks stand, how it ended, what it did with its time",
     "generate": "continue a text with a trained model",
     "convert": "convert a checkpoint to or from Hugging Face, Meta's and Megatron's formats",
     "from-megatron": "a Megatron-LM command line or log as a configuration",
@@ -54,12 +55,9 @@ def run(words: list[str]) -> int:
         raise MegallamaError(f"there is no command {name!r}{hint}\n{USAGE}")
     if name == "train" and rest and not {"-h", "--help"} & set(rest):
         sys.argv[1:] = rest
-        from megallama.pretrain import main as pretrain
-        from megallama.train.log import finish_output
+        from megallama.pretrain import process
 
-        status = pretrain()
-        finish_output()  # this process ends with the run
-        return status
+        return process()
     return command(name)(rest)
 
 

@@ -20,27 +20,39 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megallama.comm.flight_record import FlightRecord
 from megallama.config.errors import ConfigError, InternalError, LaunchError, MegallamaError, exit_status
 from megallama.train.log import Logger, finish_output
 from megallama.train.signals import FAILED, SAVED, SignalFlag  # whatever takes time comes after `SignalFlag`
+from megallama.train.supervised import is_wanted, start_supervisor
 
 if TYPE_CHECKING:
     from megallama.comm.launch import Launch, World
     from megallama.config.schema import Config
     from megallama.plan.plan import Plan
 
-CRASHED, BAD_REQUEST, NOT_FINITE = 1, 2, 3
+FINISHED, CRASHED, BAD_REQUEST, NOT_FINITE = 0, 1, 2, 3
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run with these arguments (default: the command line's); the exit status."""
+def process() -> int:
+    """What a launcher starts: `main`, watched by a supervisor where it is wanted; the exit status."""
+    record = start_supervisor() if is_wanted(sys.argv[1:]) else None
+    status = main(record=record)
+    finish_output()
+    return status
+
+
+def main(argv: Sequence[str] | None = None, record: FlightRecord | None = None) -> int:
+    """Run with these arguments (default: the command line's); the exit status. `record`: what a supervisor reads."""
+    record = record or FlightRecord()
     with SignalFlag() as signals:
-        status = _run(list(sys.argv[1:] if argv is None else argv), signals)
+        status = _run(list(sys.argv[1:] if argv is None else argv), signals, record)
         signals.leaving(status, for_good=argv is None or status == SAVED)
+        record.ends(status, {FINISHED: "finished", SAVED: "stopped as asked"}.get(status, "failed"))
         return status
 
 
-def _run(arguments: Sequence[str], signals: SignalFlag) -> int:
+def _run(arguments: Sequence[str], signals: SignalFlag, record: FlightRecord) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         return exit_status(lambda: print((__doc__ or "").strip())) or (0 if arguments else BAD_REQUEST)
     from megallama.comm.launch import detect_launch, start  # imports torch: after --help
@@ -49,14 +61,15 @@ def _run(arguments: Sequence[str], signals: SignalFlag) -> int:
     try:
         launch = detect_launch()
         log = Logger(launch.rank, launch.world_size)
-        signals.before_leaving(partial(_say, log))
+        record.tell("about", {"rank": launch.rank, "host": launch.host, "launcher": launch.launcher})
+        signals.before_leaving(partial(_say, log, record))
         if launch.world_size == 1:
             signals.listen(signals.leave)
         from megallama.train.loop import TrainingLoop
         from megallama.train.setup import set_up
 
         config, plan, needs = _request(arguments, launch, signals, log)
-        with start(launch, config.run, listener=signals, **needs) as world:
+        with start(launch, config.run, listener=signals, record=record, **needs) as world:
             try:
                 with set_up(config, plan, world, log, signals) as setup:  # opens the log where the request is good
                     return TrainingLoop(setup).run()
@@ -66,12 +79,14 @@ def _run(arguments: Sequence[str], signals: SignalFlag) -> int:
                 log.close()
     except MegallamaError as error:
         signals.leaving(error.status)
+        record.ends(error.status, str(error), echo=error.shared)
         log.error(str(error), aloud=log.rank == 0 or not error.shared)
         return error.status
 
 
-def _say(log: Logger, why: str, status: int) -> None:
+def _say(log: Logger, record: FlightRecord, why: str, status: int) -> None:
     """Why the run ends before training; rank 0 says it aloud."""
+    record.ends(status, why)
     if status == SAVED:
         log.info(f"stopped before training began: {why}; nothing is to be saved, the same command starts again")
     else:
@@ -122,6 +137,8 @@ def _cannot_take_part(problem: Exception, launch: Launch, signals: SignalFlag) -
 
 def _failed(error: Exception, world: World, log: Logger, signals: SignalFlag, folder: Path) -> int:
     """Say what ended the run, to this rank's file and, once, on the screen; the exit status."""
+    from megallama.comm.group import ContactLost
+
     first = world.failed(error)
     if first is not None:
         signals.leave(*first)
@@ -129,6 +146,8 @@ def _failed(error: Exception, world: World, log: Logger, signals: SignalFlag, fo
     if status == CRASHED and signals.phase in ("training", "leaving"):
         status = FAILED
     signals.leaving(status)
+    line = f"{type(error).__name__}: {error}"
+    world.record.ends(status, line, echo=first is not None or isinstance(error, ContactLost))
     if status != BAD_REQUEST:  # of a bad request nothing is left behind
         with suppress(ConfigError):
             log.open(folder)
@@ -140,12 +159,10 @@ def _failed(error: Exception, world: World, log: Logger, signals: SignalFlag, fo
         text = "".join(traceback.format_exception(error)).rstrip()
         if isinstance(error, OSError):  # no fault of the program: on the screen a line will do
             log.note(text)
-            text = f"{type(error).__name__}: {error}"
+            text = line
         log.error(text, aloud=True)
     return status
 
 
 if __name__ == "__main__":
-    status = main()
-    finish_output()
-    sys.exit(status)
+    sys.exit(process())

@@ -36,6 +36,7 @@ from megallama.checkpoint.huggingface import model_files, own_tokenizer, read_mo
 from megallama.checkpoint.manifest import SHARD_BYTES, STATE, layout
 from megallama.checkpoint.starts import Starts
 from megallama.checkpoint.writer import Content, NotFiniteError, write_checkpoint
+from megallama.comm.flight_record import SAVING, FlightRecord
 from megallama.comm.group import Assembly
 from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.config.errors import InternalError, MegallamaError
@@ -68,8 +69,9 @@ class CheckpointManager:
         shard_bytes: int = SHARD_BYTES,
         block_bytes: int = manifest.BLOCK_BYTES,
         lease_seconds: float = folders.LEASE_SECONDS,
+        record: FlightRecord | None = None,
     ) -> None:
-        self._folder, self._group = Path(folder), group
+        self._folder, self._group, self._record = Path(folder), group, record or FlightRecord()
         self._log, self._tell = log if group.rank == 0 else lambda text: None, log
         self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
         self._lock = folders.FolderLock(self._folder, self._log, lease_seconds)
@@ -230,6 +232,7 @@ class CheckpointManager:
             return self._body(step, counters) if self._group.rank == 0 else {}
 
         reminder = folders.every(TELL_SECONDS, remind)
+        self._record.words[SAVING] = 1
         try:
             body = on_all_ranks(self._group, f"checkpoint of step {step}", begin)[0]
             content = Content(self._folder / f"step-{step:08d}", self._sets, self._small, body, self._block_bytes)
@@ -241,6 +244,7 @@ class CheckpointManager:
             raise
         finally:
             reminder.set()
+            self._record.words[SAVING] = 0
         self._failures, self.saved_step = 0, step
         if self._group.rank == 0:
             size = sum(content.sizes.values())

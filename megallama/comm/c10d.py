@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megallama.comm.flight_record import FlightRecord
 from megallama.comm.group import ContactLost, Handle, Op
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -30,15 +31,24 @@ MESSAGE, PIECE, FREE_TAG = range(3)  # tags: send/recv of callers, pieces of our
 class Works:
     """Handle of works of torch, and of what to do once they are done.
 
-    `limit`: the longest that a wait may last; empty leaves that to the process group.
+    `limit`: the longest that a wait may last; empty leaves that to the process group.  `record` is told of a
+    wait for the communication `place`.
     """
 
     def __init__(
-        self, where: str, works: Sequence[Any], keep: Any, finish: Callable[[], Any] | None, limit: Sequence[timedelta]
-    ) -> None:
+        self, where: str, works: Sequence[Any], keep: Any, finish: Callable[[], Any] | None, limit: Sequence[timedelta],
+        record: FlightRecord, place: int,
+    ) -> None:  # fmt: skip
         self._where, self._works, self._keep, self._finish, self._limit = where, works, keep, finish, limit
+        self.record, self.place = record, place
 
     def wait(self) -> None:
+        self.record.waits(self.place)
+        self.wait_unseen()
+        self.record.arrived(self.place)
+
+    def wait_unseen(self) -> None:
+        """In a thread that is not the one whose waits are recorded."""
         try:
             for work in self._works:
                 try:
@@ -63,8 +73,14 @@ class _Sent(Future[None]):
     A thread per receiver waits, in order: else nobody could free what has arrived without waiting.
     """
 
+    def __init__(self, works: Works) -> None:
+        super().__init__()
+        self._works = works
+
     def wait(self) -> None:
+        self._works.record.waits(self._works.place)
         self.result()
+        self._works.record.arrived(self._works.place)
 
     def done(self) -> bool:
         return super().done() and self.result() is None
@@ -74,7 +90,7 @@ def _wait_in_order(queue: SimpleQueue[tuple[Works, _Sent]]) -> None:
     while True:
         works, sent = queue.get()
         try:
-            works.wait()
+            works.wait_unseen()
             sent.set_result(None)
         except RuntimeError as error:
             sent.set_exception(error)
@@ -92,12 +108,13 @@ class C10d:
 
     def __init__(
         self, process_group: dist.ProcessGroup, name: str, ranks: Sequence[int], rank: int, device: torch.device,
-        down: dist.ProcessGroup | None = None,
+        down: dist.ProcessGroup | None = None, record: FlightRecord | None = None,
     ) -> None:  # fmt: skip
-        """`rank` is the global rank of this process, one of the global `ranks`."""
+        """`rank` is the global rank of this process, one of the global `ranks`; `record` is that of the process."""
         self.name, self.ranks = name, tuple(ranks)
         self.rank, self.size = self.ranks.index(rank), len(self.ranks)
-        self.device = device
+        self.device, self.record = device, record or FlightRecord()
+        self._number = self.record.add_group(name, self.ranks)
         self._pg, self._down = process_group, down or process_group
         self._direct = device.type == "cpu"
         self._sends: dict[int, SimpleQueue[tuple[Works, _Sent]]] = {}
@@ -110,7 +127,7 @@ class C10d:
         self._check(tensor)
         if not self._direct or tensor.nbytes * (self.size - 1) > self._direct_bytes:
             work = started(dist.all_reduce, tensor, _REDUCE[op], group=self._pg, async_op=True)
-            return self._handle("all_reduce", [work], tensor)
+            return self._handle("all_reduce", [work], tensor, tensor)
         flat = tensor.view(-1)
         return self._exchange("all_reduce", tensor, [flat] * self.size, lambda parts: _reduce(parts, flat, op))
 
@@ -119,7 +136,7 @@ class C10d:
         assert output.numel() == self.size * shard.numel(), f"{output.shape} is not {self.size} x {shard.shape}"
         if not self._direct:
             work = started(dist.all_gather_into_tensor, output, shard, group=self._pg, async_op=True)
-            return self._handle("all_gather", [work], (output, shard))
+            return self._handle("all_gather", [work], (output, shard), output)
         places = output.view(-1).chunk(self.size)
 
         def put(parts: Sequence[Tensor]) -> None:
@@ -134,7 +151,7 @@ class C10d:
         assert full.numel() == self.size * output.numel(), f"{full.shape} is not {self.size} x {output.shape}"
         if not self._direct:
             work = started(dist.reduce_scatter_tensor, output, full, group=self._pg, async_op=True)
-            return self._handle("reduce_scatter", [work], (output, full))
+            return self._handle("reduce_scatter", [work], (output, full), full)
         flat, pieces = output.view(-1), full.view(-1).chunk(self.size)
         return self._exchange("reduce_scatter", full, pieces, lambda parts: _reduce(parts, flat))
 
@@ -142,20 +159,20 @@ class C10d:
         self._check(tensor, peer=to)
         channel = self._down if to < self.rank else self._pg
         work = started(dist.isend, tensor, group=channel, group_dst=to, tag=tag)
-        handle = self._handle(f"send to {self.ranks[to]}", [work], tensor)
+        handle = self._handle("send", [work], tensor, tensor, peer=to)
         if not self._direct:
             return handle
         if to not in self._sends:
             self._sends[to] = SimpleQueue()
             threading.Thread(target=_wait_in_order, args=(self._sends[to],), daemon=True, name="gloo-sends").start()
-        self._sends[to].put((handle, sent := _Sent()))
+        self._sends[to].put((handle, sent := _Sent(handle)))
         return sent
 
     def recv(self, tensor: Tensor, source: int, tag: int = MESSAGE) -> Handle:
         self._check(tensor, peer=source)
         channel = self._down if self.rank < source else self._pg
         work = started(dist.irecv, tensor, group=channel, group_src=source, tag=tag)
-        return self._handle(f"recv from {self.ranks[source]}", [work], tensor)
+        return self._handle("recv", [work], tensor, tensor, peer=source)
 
     def barrier(self) -> None:
         token = torch.zeros(1, device=self.device)
@@ -193,12 +210,18 @@ class C10d:
             assert tensor.is_contiguous() and tensor.numel(), f"{self.name}: {tuple(tensor.shape)} empty or strided"
             assert tensor.dtype == tensors[0].dtype, f"{self.name}: {tensor.dtype} and {tensors[0].dtype}"
 
-    def _handle(self, what: str, works: Sequence[Any], keep: Any, finish: Callable[[], Any] | None = None) -> Works:
-        where = f"{what} of group {self.name} (ranks {self.ranks})"
-        return Works(where, works, keep, finish, self._limit)
+    def _handle(
+        self, what: str, works: Sequence[Any], keep: Any, tensor: Tensor, finish: Callable[[], Any] | None = None,
+        peer: int = -1,
+    ) -> Works:  # fmt: skip
+        other = self.ranks[peer] if peer >= 0 else -1
+        place = self.record.begins(self._number, what, tensor.shape[0] if tensor.dim() else 1, tensor.nbytes, other)
+        towards = f" {'to' if what == 'send' else 'from'} {other}" if peer >= 0 else ""
+        where = f"{what}{towards} of group {self.name} (ranks {self.ranks})"
+        return Works(where, works, keep, finish, self._limit, self.record, place)
 
     def _exchange(
-        self, what: str, keep: Any, outgoing: Sequence[Tensor], use: Callable[[Sequence[Tensor]], None],
+        self, what: str, keep: Tensor, outgoing: Sequence[Tensor], use: Callable[[Sequence[Tensor]], None],
         incoming: Sequence[Tensor] = (),
     ) -> Handle:  # fmt: skip
         """Give outgoing[r] to every other rank r; what each gave to this one, in rank order, goes to `use`.
@@ -214,7 +237,7 @@ class C10d:
             to, source = (self.rank + distance) % self.size, (self.rank - distance) % self.size
             works.append(started(dist.irecv, parts[source], group=self._pg, group_src=source, tag=PIECE))
             works.append(started(dist.isend, outgoing[to], group=self._pg, group_dst=to, tag=PIECE))
-        return self._handle(what, works, (keep, outgoing), lambda: use(parts))
+        return self._handle(what, works, (keep, outgoing), keep, lambda: use(parts))
 
     def _connect_ring(self) -> None:
         """Open NCCL's connections between neighbours in one order: opened on first use, ranks could wait crosswise."""

@@ -23,9 +23,11 @@ import torch
 import torch.distributed as dist
 
 from megallama.comm.c10d import C10d
+from megallama.comm.flight_record import LIMIT, FlightRecord
 from megallama.comm.group import Assembly, ContactLost, Group, Groups, Partition, Solo, build_groups
 from megallama.comm.rendezvous import CRASHED, Arrival, Listener, Star, StarGroup, open_store, port_file, rendezvous
 from megallama.comm.shared_memory import MAX_SHM_BYTES, SharedMemory
+from megallama.comm.stream_record import StreamRecord
 from megallama.config.errors import LaunchError, counted
 from megallama.config.schema import RunConfig
 from megallama.plan.topology import Topology
@@ -133,6 +135,9 @@ def first_node(nodelist: str) -> tuple[str, bool]:
     return re.sub(r"\[(\w*)[^\]]*\]", r"\1", first[0]), not re.search(r",|\[[^\]]*-", nodelist)
 
 
+LAST_RESORT = timedelta(seconds=60)  # more than the time-out, where supervisors see to that
+
+
 @dataclass
 class World:
     """All ranks of a run as one of them sees it; made by `start`, ended by `close` (or `with`)."""
@@ -147,6 +152,8 @@ class World:
     oversubscribed: bool = False  # the ranks of this machine share fewer cores than they are
     shared_memory: bool = False  # groups on one machine use it
     opened: list[C10d] = field(default_factory=list)
+    record: FlightRecord = field(default_factory=FlightRecord)
+    arrivals: Sequence[Arrival] = ()  # none with one rank
 
     @property
     def rank(self) -> int:
@@ -181,9 +188,10 @@ class World:
             made = [dist.new_group(ranks, self.timeout, use_local_synchronization=True) for _ in range(directions)]
         together = len({self.hosts[rank] for rank in ranks}) == 1
         if not (self.shared_memory and together and self.device.type == "cpu"):
-            self.opened.append(C10d(made[-1], name, ranks, self.rank, self.device, *made[:-1]))
+            down = made[0] if len(made) > 1 else None
+            self.opened.append(C10d(made[-1], name, ranks, self.rank, self.device, down, self.record))
             return self.opened[-1]
-        shared = SharedMemory(made[-1], name, ranks, self.rank, self.device)
+        shared = SharedMemory(made[-1], name, ranks, self.rank, self.device, record=self.record)
         self.opened.append(shared)
         refused = shared.connect(self.oversubscribed, self.timeout)
         through = f"gloo ({refused})" if refused else f"shared memory, gloo above {MAX_SHM_BYTES >> 20} MiB"
@@ -193,8 +201,9 @@ class World:
     def bound(self, seconds: float) -> None:
         """From here on a wait for another rank fails after this long, in all groups but those of `host_group`."""
         self.timeout = timedelta(seconds=seconds)
+        self.record.words[LIMIT] = int(seconds * 1e9)
         for group in self.opened:
-            group.bound(self.timeout)
+            group.bound(self.timeout + (LAST_RESORT if self.record.watched else timedelta()))
 
     @contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
@@ -242,12 +251,14 @@ class World:
 def start(
     launch: Launch, run: RunConfig, config_hash: str = "", store: dist.Store | None = None, *,
     problem: str = "", listener: Listener | None = None, groups: Sequence[int] = (), files: int = 0,
+    record: FlightRecord | None = None,
 ) -> World:  # fmt: skip
     """Bring the ranks together on their devices.
 
     `config_hash`: in a few characters what the rank was started with. `store`: one that all ranks have open
     already. `problem`: why this rank cannot take part. `listener` hears why the run ends. `groups`: sizes of
-    the groups that this rank will be in. `files`: of data and checkpoints that it will open.
+    the groups that this rank will be in. `files`: of data and checkpoints that it will open. `record`: what a
+    supervisor reads.
     Raises: LaunchError on every rank that arrived: a rank that never came within
     run.init_timeout_seconds, different numbers of ranks, configurations, torch versions or devices, a rank
     started twice, a port that is taken, CUDA asked for and absent, more processes than GPUs, too few open files.
@@ -259,11 +270,14 @@ def start(
             device, gpu = _device(launch, run, notes)
     except LaunchError as error:
         problem = str(error)
+    record = record or FlightRecord()
+    if device.type == "cuda":
+        record = StreamRecord(record, device)
     if launch.world_size == 1:
         if problem:
             raise LaunchError(problem)
         _set_threads(run, 1, notes)
-        return World(launch, device, Solo("world", 0), (launch.host,), notes)
+        return World(launch, device, Solo("world", 0), (launch.host,), notes, record=record)
 
     need = files_needed(
         launch.world_size, groups, files, first=launch.rank == 0, store_host=launch.keeps_store,
@@ -273,9 +287,9 @@ def start(
     cores = hashlib.sha256(str(sorted(os.sched_getaffinity(0))).encode()).hexdigest()[:8]
     own = Arrival(
         launch.rank, launch.world_size, launch.host, os.getpid(), torch.__version__, device.type, gpu, cores,
-        config_hash, problem,
+        config_hash, problem, [os.getppid(), record.file, record.stacks] if record.watched else [],
     )  # fmt: skip
-    star = Star(launch.rank, launch.world_size, launch.host, listener)
+    star = Star(launch.rank, launch.world_size, launch.host, listener, record)
     try:
         arrivals, store = _gather(launch, own, run.init_timeout_seconds, star, store)
         sharing = [a for a in arrivals if (a.host, a.cores) == (own.host, own.cores)]
@@ -290,6 +304,7 @@ def start(
         world = World(
             launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, star,
             oversubscribed=len(sharing) > len(os.sched_getaffinity(0)), shared_memory=run.shared_memory,
+            record=record, arrivals=arrivals,
         )  # fmt: skip
         world.group = world._make("world", [tuple(range(launch.world_size))])
         return world

@@ -24,7 +24,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
@@ -32,6 +32,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from megallama.comm.flight_record import FlightRecord
 from megallama.comm.group import ContactLost
 from megallama.config.errors import LaunchError
 
@@ -40,6 +41,7 @@ _ENDS, _LEFT = "ends", "left"  # why the run ends, and its status; a rank whose 
 CRASHED, _REFUSED, SAVED = 1, 2, 75  # exit statuses
 _LONGEST = 1 << 30  # bytes of a message
 _PATIENCE = 10.0  # seconds for the others to leave before rank 0 does
+VERDICT_ROUNDS = 16  # looks, 0.05 s apart
 
 
 def _line(about: str, value: Any) -> bytes:
@@ -57,8 +59,10 @@ class Listener(Protocol):
 class Star:
     """One rank's end of the star: rank 0 holds all connections, the others one."""
 
-    def __init__(self, rank: int, size: int, host: str, listener: Listener | None = None) -> None:
-        self.rank, self.size = rank, size
+    def __init__(
+        self, rank: int, size: int, host: str, listener: Listener | None = None, record: FlightRecord | None = None
+    ) -> None:
+        self.rank, self.size, self._record = rank, size, record
         self.token = secrets.token_hex(16)  # rank 0's is for those who connect
         self.names = {rank: f"rank {rank} ({host})"}
         self.expected = size - 1 if rank == 0 else 0  # connections that end before this rank leaves
@@ -178,9 +182,17 @@ class Star:
         self._links.pop(writer)
         writer.close()
         if not announced:
-            name = self.names.get(rank, f"rank {rank}")
-            self._learn(f"{name} has left without a word: killed, or ended outside Python", CRASHED)
+            why = f"{self.names.get(rank, f'rank {rank}')} has left without a word: killed, or ended outside Python"
+            self._learn(await self._verdict() or why, CRASHED)
         self._forget(rank)
+
+    async def _verdict(self) -> str:
+        """What the supervisors know of a death, which is more: they have a moment for it."""
+        for _ in range(VERDICT_ROUNDS if self._record is not None and self._record.watched else 0):
+            if self._record is not None and (verdict := self._record.told("verdict")):
+                return str(verdict["text"])
+            await asyncio.sleep(0.05)
+        return ""
 
     def _keep(self, about: str, rank: int, value: Any) -> None:
         with self._changed:
@@ -273,6 +285,7 @@ class Arrival:
     cores: str = ""  # identity of the set of cores this process may use
     config: str = ""
     problem: str = ""
+    record: list[int] = field(default_factory=list)  # its supervisor's process and the file of its flight record there
 
     @property
     def name(self) -> str:

@@ -115,7 +115,7 @@ class SharedMemory(C10d):
         return None
 
     def _exchange(
-        self, what: str, keep: Any, outgoing: Sequence[Tensor], use: Callable[[Sequence[Tensor]], None],
+        self, what: str, keep: Tensor, outgoing: Sequence[Tensor], use: Callable[[Sequence[Tensor]], None],
         incoming: Sequence[Tensor] = (),
     ) -> Handle:  # fmt: skip
         own = outgoing[self.rank]
@@ -124,21 +124,26 @@ class SharedMemory(C10d):
         others = [r for r in range(self.size) if r != self.rank]
         for readers in [others] if outgoing[0] is outgoing[-1] else [[r] for r in others]:
             self._post(_TO_ALL, readers, outgoing[readers[0]])
-        return self._take(what, _TO_ALL, others, (keep, outgoing), own, use)
+        return self._take(what, _TO_ALL, others, (keep, outgoing), keep, own, use)
 
     def send(self, tensor: Tensor, to: int, tag: int = MESSAGE) -> Handle:
         if tensor.nbytes > self._most_bytes:
             return super().send(tensor, to, tag)
         self._check(tensor, peer=to)
         self._post(_TO_ONE, [to], tensor.view(-1))
+        self._handle("send", [], None, tensor, peer=to)
         return Done()
 
     def recv(self, tensor: Tensor, source: int, tag: int = MESSAGE) -> Handle:
         if tensor.nbytes > self._most_bytes:
             return super().recv(tensor, source, tag)
         self._check(tensor, peer=source)
-        flat, what = tensor.view(-1), f"recv from {self.ranks[source]}"
-        return self._take(what, _TO_ONE, [source], tensor, flat, lambda parts: flat.copy_(parts[source]))
+        flat = tensor.view(-1)
+
+        def use(parts: Sequence[Tensor]) -> None:
+            flat.copy_(parts[source])
+
+        return self._take("recv", _TO_ONE, [source], None, tensor, flat, use, source)
 
     def bound(self, timeout: timedelta) -> None:
         self._seconds = timeout.total_seconds()
@@ -191,8 +196,8 @@ class SharedMemory(C10d):
         return FREE_TAG + number % (1 << 20) * _KINDS + kind
 
     def _take(
-        self, what: str, kind: int, sources: Sequence[int], keep: Any, own: Tensor,
-        use: Callable[[Sequence[Tensor]], Any],
+        self, what: str, kind: int, sources: Sequence[int], keep: Any, tensor: Tensor, own: Tensor,
+        use: Callable[[Sequence[Tensor]], Any], peer: int = -1,
     ) -> Handle:  # fmt: skip
         """Give the next of every source to `use`, in rank order, `own` where nothing is read."""
         self._expected.update((kind, source) for source in sources)
@@ -204,7 +209,7 @@ class SharedMemory(C10d):
                 segment = self._segments[source]
                 segment.words[segment.notice(kind, self.rank, number) + _READ] = number
 
-        return self._handle(what, [], keep, finish)
+        return self._handle(what, [], keep, tensor, finish, peer)
 
     def _read(self, kind: int, source: int, number: int, like: Tensor) -> Tensor:
         """What `source` posted as this notice, where it lies: read only, and not once it is marked as read."""

@@ -324,6 +324,10 @@ class RunConfig(Section):
     without_kernels: tuple[str, ...] = option(
         (), 'implementations not to use, e.g. "apex" or "RMSNorm: Transformer Engine"; see megallama doctor'
     )
+    supervisor: bool = option(
+        True, "a small process beside every rank says who holds up the others, and ends what nobody else ends; false "
+        "for debuggers"
+    )
     timeout_seconds: PositiveFloat = option(
         600.0, "longest wait of a step for another rank before the run fails; bounds steps alone [s]"
     )

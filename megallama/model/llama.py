@@ -18,11 +18,13 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megallama.comm.flight_record import FlightRecord
 from megallama.config.schema import Config
 from megallama.kernels.attention import Attend, Documents
 from megallama.kernels.candidate import accumulate_dtype
@@ -124,8 +126,9 @@ class Stage:
 
     def __init__(
         self, config: Config, buffers: FlatBuffers, layers: Sequence[int], first: bool, last: bool, tp: TensorParallel,
-        kernels: Kernels,
+        kernels: Kernels, record: FlightRecord | None = None,
     ) -> None:  # fmt: skip
+        self._numbers, self._record = layers, record or FlightRecord()
         model, ops, params, eps = config.model, kernels.pointwise, buffers.params, config.model.norm_eps
         n, k, d = heads(model)
         local = n // tp.group.size, max(1, k // tp.group.size)  # key/value heads may be shared
@@ -150,9 +153,12 @@ class Stage:
         x = self.embed(batch.tokens.reshape(-1)) if self.embed else hidden
         assert x is not None, "only the first stage makes its own hidden states"
         again, tables = self.recompute and torch.is_grad_enabled(), self.rotary.tables(batch.documents)
-        for layer in self.layers:
+        for number, layer in zip(self._numbers, self.layers, strict=True):
             inputs = x, *tables, batch.documents
+            self._record.layer(number)
             x = _Recompute(layer)(*inputs) if again else layer(*inputs)
+            if x.requires_grad:
+                x.register_hook(partial(self._record.layer, number))
         return x if self.head is None else self.head(x, batch)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megallama.comm.flight_record import FlightRecord
 from megallama.comm.group import Group, Handle
 from megallama.kernels.candidate import accumulate_dtype
 from megallama.layers.batch import MicroBatch
@@ -26,13 +27,20 @@ StageCall = Callable[[Tensor | None, MicroBatch], Tensor]  # -> hidden states or
 
 
 class Observer:
-    """Is told of every action of a pipeline; remembers the one under way, for messages."""
+    """Is told of every action of a pipeline; remembers the one under way, for messages, and tells the record."""
 
     action: Action | None = None  # None outside, and in the wait for the last sends
+
+    def __init__(self, record: FlightRecord | None = None) -> None:
+        self.record = record or FlightRecord()
 
     def started(self, action: Action | None) -> None:
         """It begins; None stands for the wait for the last sends."""
         self.action = action
+        if action is None:
+            self.record.action("last sends")
+        else:
+            self.record.action(action.kind, action.stage, action.microbatch)
 
     def arrived(self) -> None:
         """What it waited for has come from another rank."""
@@ -40,6 +48,7 @@ class Observer:
     def ended(self) -> None:
         """It is over."""
         self.action = None
+        self.record.action("")
 
 
 @dataclass(frozen=True)
@@ -57,11 +66,13 @@ class PipelineRuntime:
     `hidden` is an empty tensor with the shape, format and device of what passes between stages.
     """
 
-    def __init__(self, work: Mapping[int, StageWork], pp: Group, hidden: Tensor) -> None:
+    def __init__(
+        self, work: Mapping[int, StageWork], pp: Group, hidden: Tensor, record: FlightRecord | None = None
+    ) -> None:
         self._work = work
         self._pp = pp
         self._hidden = hidden
-        self.observer = Observer()
+        self.observer = Observer(record)
         self._handlers: dict[Kind, Callable[[Action], None]] = {
             Kind.F: self._forward,
             Kind.B: self._differentiate,

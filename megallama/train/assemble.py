@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megallama.comm.flight_record import FlightRecord
 from megallama.comm.group import Groups
 from megallama.config.errors import MegallamaError
 from megallama.config.schema import Config
@@ -64,7 +65,10 @@ def same_kernels(selected: Sequence[Sequence[tuple[str, str]]]) -> None:
                 )
 
 
-def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels, wrap: Wrap | None = None) -> Worker:
+def assemble(
+    plan: Plan, groups: Groups, device: torch.device, kernels: Kernels, wrap: Wrap | None = None,
+    record: FlightRecord | None = None,
+) -> Worker:  # fmt: skip
     """Build rank `groups.rank`; weights are zero until `initialize` or a checkpoint fills them."""
     config, dtype = plan.config, DTYPES[plan.config.precision.dtype]
     sharded = config.parallel.sequence_parallel and groups.tp.size > 1
@@ -77,7 +81,7 @@ def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels,
         first, last = number == 0, number == len(plan.stages) - 1
         layout = stage_layout(config, plan.stages, number, groups.dp_cp.size, groups.tp.rank)
         buffers[number] = FlatBuffers(layout, dtype, device, kernels)
-        stages[number] = Stage(config, buffers[number], plan.stages[number], first, last, tp, kernels)
+        stages[number] = Stage(config, buffers[number], plan.stages[number], first, last, tp, kernels, record)
     rule = AdamW(config.optimizer, kernels.adamw)
     optimizer = Update(list(buffers.values()), groups, config.overlap, rule, kernels.sum_of_squares)
     work = {
@@ -86,7 +90,8 @@ def assemble(plan: Plan, groups: Groups, device: torch.device, kernels: Kernels,
     }
     rows = config.batch.micro_batch_size * config.batch.seq_length // (groups.tp.size if sharded else 1)
     hidden = torch.empty(rows, config.model.hidden_size, dtype=dtype, device=device)
-    return Worker(plan, groups, device, stages, buffers, optimizer, PipelineRuntime(work, groups.pp, hidden))
+    runtime = PipelineRuntime(work, groups.pp, hidden, record)
+    return Worker(plan, groups, device, stages, buffers, optimizer, runtime)
 
 
 def initialize(worker: Worker, seed: int) -> None:

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from megallama.comm.flight_record import EXCESS, SLOWEST
 from megallama.config.errors import DataError, InternalError, MegallamaError, counted
 from megallama.data.loader import Loader
 from megallama.data.samples import Source
@@ -17,7 +18,7 @@ from megallama.plan.params import num_parameters
 from megallama.plan.work import training_flops
 from megallama.train.assemble import DTYPES
 from megallama.train.log import human_count
-from megallama.train.metrics import MetricsWriter, plot_loss, read_metrics
+from megallama.train.metrics import MetricsWriter, Record, plot_loss, read_metrics
 from megallama.train.setup import Setup
 from megallama.train.signals import SAVED
 from megallama.train.speed import Meter, Timers, peak_flops, peak_memory_bytes
@@ -84,9 +85,14 @@ class Reporter:
             "data_wait_seconds": waited,
             "phase_seconds": phases,
             "sources": self._setup.used(),
-        }
+        } | self._slowest()
         self.tokens = 0
         self.write(record)
+
+    def _slowest(self) -> Record:
+        """The rank whose own work takes longest, and its time over that of its peers, once they are compared."""
+        words = self._setup.world.record.words
+        return {"slowest_rank": words[SLOWEST] - 1, "slowest_excess": words[EXCESS] / 1e6} if words[SLOWEST] else {}
 
     def finished(self) -> None:
         """All steps are done."""
@@ -107,7 +113,7 @@ class TrainingLoop:
     def __init__(self, setup: Setup) -> None:
         self.setup, self.progress = setup, setup.progress
         self._config, self._world, self._log, self._manager = setup.config, setup.world, setup.log, setup.manager
-        self._timers, self._watch = Timers(), Watch(setup)
+        self._timers, self._watch = Timers(record=setup.world.record), Watch(setup)
         self._missing: list[tuple[str, Source]] = []  # kind, source: evaluations of the last step
         self._overflow = False  # of the loss scale, in the last step
         self._save_owed = False  # a save that was due while the steps were bad
@@ -119,6 +125,7 @@ class TrainingLoop:
             if name:
                 signals.leave(f"{name} on rank {rank}")
                 return SAVED
+        self._world.record.at(phase="between steps")
         signals.phase = "training"  # from here on the consensus of a step says who asks to stop
         config, progress, last_step = self._config, self.progress, self.setup.last_step
         with (
@@ -160,7 +167,8 @@ class TrainingLoop:
 
     def _one_step(self, loader: Loader) -> StepConsensus:
         config, progress, plan = self._config, self.progress, self.setup.plan
-        size = config.batch.size_after(progress.samples)
+        size, record = config.batch.size_after(progress.samples), self._world.record
+        record.at(step=progress.step + 1)
         with self._timers.phase("data"):
             batches, failure = loader.next_or_zeros(config.batch.num_microbatches(size, plan.topology.dp), config)
         lr = progress.lr = learning_rate(progress.step, config.optimizer, config.lr_schedule)
@@ -172,8 +180,10 @@ class TrainingLoop:
             watch.check_replicas()
             return self._status(failed)
 
+        record.work_begins()
         with self.setup.tracer.step(worker.runtime, progress.step + 1, schedule):
             result = train_step(worker, schedule, batches, lr, scale, self._timers, masked, status, watch.refuses)
+        record.work_done()
         if result.failed:
             self._end_together(failure)
         progress.samples += size

@@ -37,6 +37,7 @@ TAGS = {  # the numbers of a step that TensorBoard and wandb get, as group/name
         "mfu_full",
         "step_seconds",
         "data_wait_seconds",
+        "slowest_excess",
         "peak_memory_bytes",
     ],
 }
@@ -48,7 +49,7 @@ def scalars(record: Record) -> dict[str, float]:
         tag = _tag(record)
         values = {f"{tag}/loss": record["loss"], f"{tag}/bits_per_byte": record["bits_per_byte"]}
     else:
-        values = {f"{group}/{name}": record[name] for group, names in TAGS.items() for name in names}
+        values = {f"{group}/{name}": record.get(name) for group, names in TAGS.items() for name in names}
         values |= {f"seconds/{name}": seconds for name, seconds in record["phase_seconds"].items()}
         values |= {f"{x}/{name}": used[x] for name, used in record["sources"].items() for x in ("tokens", "epochs")}
     return {tag: float(value) for tag, value in values.items() if value is not None}

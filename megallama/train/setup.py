@@ -32,6 +32,7 @@ from megallama.train.log import Logger, human_count
 from megallama.train.progress import Progress, TrainingStopped
 from megallama.train.signals import FAILED, SAVED, SignalFlag
 from megallama.train.speed import slow_format
+from megallama.train.supervised import introduce
 from megallama.train.trace import StepTracer
 
 T = TypeVar("T")
@@ -92,7 +93,8 @@ def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: Signa
     assert config.checkpoint.folder is not None, "filled in when a configuration is loaded"
     group, folder = world.host_group("checkpoint"), Path(config.checkpoint.folder)
     tokenizer = data.tokenizer.path if data.tokenizer else None
-    manager = CheckpointManager(config, folder, group, tokenizer, log.info, marks=data.special_ids)
+    marks, record = data.special_ids, world.record
+    manager = CheckpointManager(config, folder, group, tokenizer, log.info, marks=marks, record=record)
     _check_beginning(config, data, manager, world)
     warnings = [*_on_all(world, "memory", lambda: _check_room(plan, world)), *unusual(config)]
     kernels = _choose_kernels(config, plan, world, log)
@@ -167,6 +169,7 @@ def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> Ke
     kernels = _on_all(world, "kernels", lambda: kernels_of(config, world.device))
     same_kernels(world.group.gather_values([(c.operation, c.selected) for c in kernels.choices]))
     _on_all(world, "run folder", lambda: log.open(Path(config.run.folder)))
+    introduce(world, plan, log)
     for text in [*str(plan).splitlines(), *world.notes, f"kernels: {kernels}"]:
         log.info(text)
     for choice in kernels.choices:  # aloud where something installed does not work
@@ -184,8 +187,8 @@ def _build(
     groups = world.groups(plan.topology, config.model.num_kv_heads or 1)
     for text in world.notes[before:]:
         log.info(text)
-    tracer = StepTracer(config, groups, world.device, log)
-    worker = assemble(plan, tracer.groups, world.device, kernels)
+    tracer = StepTracer(config, groups, world.device, log, world.record)
+    worker = assemble(plan, tracer.groups, world.device, kernels, record=world.record)
     if config.checkpoint.interval:  # the last save needs no snapshot: nothing trains meanwhile
         manager.prepare(worker.optimizer.shards(owned_only=True))
     return worker, tracer

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 SAVED = 75  # exit status: stopped as asked, with everything saved there is; the same command continues
+STACKS = signal.SIGRTMIN + 9  # the supervisor asks where all threads stand, which is told in C
 FAILED = 4  # exit status: something failed after steps had been made
 _INSIST = (signal.SIGTERM, signal.SIGINT)  # a second one of these is obeyed at once
 

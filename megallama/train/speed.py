@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
+from megallama.comm.flight_record import PHASES, FlightRecord
+
 # dense TFLOP/s by NVIDIA's data sheets: bf16 and fp16 (tf32: half of it), fp32 and fp64; the first name that fits
 # counts. What is measured when a run starts would be the peak of a busy machine.
 _TFLOPS = {
@@ -23,10 +25,14 @@ _TFLOPS = {
 
 
 class Timers:
-    """Seconds of the host per phase since the last `lap`; of nested phases only the inner one counts."""
+    """Seconds of the host per phase since the last `lap`; of nested phases only the inner one counts.
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    `record` is told of the phase under way.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, record: FlightRecord | None = None) -> None:
         self._clock, self._start = clock, clock()
+        self._record, self._open = record or FlightRecord(), ["between steps"]
         self._seconds: dict[str, float] = defaultdict(float)
         self._inner: list[float] = []  # per open phase: seconds spent in the phases inside it
 
@@ -35,10 +41,14 @@ class Timers:
         """Count the time of the ``with`` block under `name`; the same name adds up."""
         start = self._clock()
         self._inner.append(0.0)
+        self._open.append(name if name in PHASES else self._open[-1])
+        self._record.at(phase=self._open[-1])
         try:
             yield
         finally:
             elapsed = self._clock() - start
+            self._open.pop()
+            self._record.at(phase=self._open[-1])
             self._seconds[name] += elapsed - self._inner.pop()
             if self._inner:
                 self._inner[-1] += elapsed

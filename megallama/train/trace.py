@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megallama.comm.flight_record import FlightRecord
 from megallama.comm.group import Done, Group, Groups, Handle, Op, Wrapped
 from megallama.config.schema import Config
 from megallama.pipeline.runtime import Observer, PipelineRuntime
@@ -114,7 +115,8 @@ class Timed(Wrapped):
 class StepTracer(Observer):
     """Writes a file per pipeline for each step from the first to the last of `log.trace_steps`."""
 
-    def __init__(self, config: Config, groups: Groups, device: torch.device, log: Logger) -> None:
+    def __init__(self, config: Config, groups: Groups, device: torch.device, log: Logger, record: FlightRecord) -> None:
+        super().__init__(record)
         self._log, self._tape, self._clock = log, Tape(), Clock(device)
         self._steps, self._folder = config.log.trace_steps or (0, -1), Path(config.run.folder) / "trace"
         several = [] if self._steps[1] < 0 else [g for g in vars(groups).items() if getattr(g[1], "size", 1) > 1]

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ class Ranks:
 
     terminal: what they write to, instead of a file each; `controlling`: it is the one whose end is a SIGHUP.
     hosts: where each of them runs, by the names of `tests.faults.hosts`; `env`: more of the environment.
+    supervised: each has a supervisor, as under a launcher; `processes` are the supervisors then.
     """
 
     def __init__(
         self, size: int, arguments: Sequence[str], folder: Path, fault: str = "", victim: int = 0, *,
         terminal: str = "", controlling: bool = False, hosts: Sequence[str] = (), env: dict[str, Any] | None = None,
+        supervised: bool = False,
     ) -> None:  # fmt: skip
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "megallama.train.loop", "tests.faults.ranks"])
@@ -41,7 +43,7 @@ class Ranks:
             own = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port, **(env or {})}
             planted, host = fault if rank == victim else "", hosts[rank] if hosts else ""
-            what = (options, own if size > 1 else {}, terminal or str(output), controlling, planted, host)
+            what = (options, own if size > 1 else {}, terminal or str(output), controlling, planted, host, supervised)
             self.processes.append(context.Process(target=_rank, args=what, daemon=True))
             self.processes[-1].start()
 
@@ -63,12 +65,19 @@ class Ranks:
             assert time.monotonic() < deadline, self.said(rank)
             time.sleep(0.02)
 
+    def trainer(self, rank: int) -> int:
+        """The process that trains, of a supervised rank."""
+        pid = self.processes[rank].pid
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
     def said(self, rank: int) -> str:
         """What a rank has printed."""
         return self.outputs[rank].read_text(errors="replace") if self.outputs[rank].exists() else ""
 
 
-def _rank(arguments: list[str], env: dict[str, Any], output: str, controlling: bool, fault: str, host: str) -> None:
+def _rank(
+    arguments: list[str], env: dict[str, Any], output: str, controlling: bool, fault: str, host: str, supervised: bool
+) -> None:
     os.setsid()
     if host:
         enter(host)
@@ -84,6 +93,9 @@ def _rank(arguments: list[str], env: dict[str, Any], output: str, controlling: b
     pretrain = importlib.import_module("megallama.pretrain")
     if fault:
         globals()[fault]()
+    if supervised:
+        sys.argv[1:] = arguments
+        os._exit(pretrain.process())
     os._exit(pretrain.main(arguments))
 
 
@@ -142,3 +154,62 @@ def has_a_bad_disk() -> None:
 def has_no_file() -> None:
     load = importlib.import_module("megallama.config.load").load
     _instead("megallama.config.load", "load", lambda file, overrides, **rest: load(Path("/nope/my.toml"), overrides))
+
+
+def _in_step_three(act: Callable[[], object]) -> None:
+    """Before a rank tells the others its numbers of the third step."""
+    step, calls = importlib.import_module("megallama.train.step"), [0]
+    real = step.rank_numbers
+
+    def rank_numbers(*rest: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            act()
+        return real(*rest)
+
+    _instead("megallama.train.step", "rank_numbers", rank_numbers)
+
+
+def leaves_one_out() -> None:
+    """It does not take part in the reduction that ends its third step."""
+    step, calls = importlib.import_module("megallama.train.step"), [0]
+    real = step.consensus
+
+    def consensus(worker: Any, *rest: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] != 3:
+            return real(worker, *rest, **named)
+        return step.StepConsensus({"loss": 1.0, "norm_squared": 1.0, **step.RankStatus().counts()})
+
+    _instead("megallama.train.step", "consensus", consensus)
+
+
+def holds_the_interpreter() -> None:
+    """It is in C code that never gives the lock of the interpreter back."""
+    _in_step_three(lambda: importlib.import_module("re").match(r"(a*)*b", "a" * 64))
+
+
+def fails_in_a_step() -> None:
+    """There is an exception."""
+
+    def fail() -> None:
+        raise ValueError("planted")
+
+    _in_step_three(fail)
+
+
+def leaves_without_a_word() -> None:
+    """The process ends, outside Python, as if all were well."""
+    _in_step_three(lambda: os._exit(0))
+
+
+def works_slowly() -> None:
+    """Every forward takes 20 ms more."""
+    runtime = importlib.import_module("megallama.pipeline.runtime").PipelineRuntime
+    real = runtime._forward
+
+    def forward(self: Any, action: Any) -> None:
+        time.sleep(0.02)
+        real(self, action)
+
+    runtime._forward = forward

@@ -27,12 +27,14 @@ def hosts() -> Iterator[Hosts]:
         yield two
 
 
-def over(hosts: Hosts, arguments: list[str], folder: Path, port: int = 29611, **env: str) -> Ranks:
+def over(
+    hosts: Hosts, arguments: list[str], folder: Path, port: int = 29611, supervised: bool = False, **env: str
+) -> Ranks:
     """A run of a rank on each host."""
     folder.mkdir(exist_ok=True)
     where: dict[str, Any] = {"MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": port}
     where |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GLOO_SOCKET_IFNAME": hosts.interface}
-    return Ranks(2, arguments, folder, hosts=hosts.names, env=where | env)
+    return Ranks(2, arguments, folder, hosts=hosts.names, env=where | env, supervised=supervised)
 
 
 def losses(folder: Path) -> list[float]:
@@ -56,6 +58,34 @@ def test_a_link_that_is_cut_ends_both_ranks(hosts: Hosts, tmp_path: Path, fault:
     assert ranks.wait(90) == [4, 4]
     assert time.monotonic() - began < 60
     assert "in group tp" in ranks.said(0) or "of group tp (ranks (0, 1))" in ranks.said(0)
+
+
+@pytest.mark.parametrize("fault", ["cut", "lose_one_way"])
+def test_supervisors_name_the_host_that_is_cut_off(hosts: Hosts, tmp_path: Path, fault: str) -> None:
+    ranks = over(hosts, ENDLESS, tmp_path, supervised=True)
+    ranks.until("step 3/")
+    getattr(hosts, fault)()
+    began = time.monotonic()
+    assert ranks.wait(90) == [4, 4]
+    assert time.monotonic() - began < 20
+    cut = f"rank 1 ({hosts.names[1]}) holds up the others: nothing is heard from its supervisor"
+    assert cut in ranks.said(0), ranks.said(0)
+    assert "rank 0 (" + hosts.names[0] in ranks.said(1) and "holds up the others" in ranks.said(1)
+    assert f"  rank 0 ({hosts.names[0]}) waits for 3." in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_supervisors_of_two_hosts_tell_one_another(hosts: Hosts, tmp_path: Path) -> None:
+    ranks = over(hosts, ENDLESS, tmp_path, supervised=True)
+    ranks.until("step 3/")
+    os.kill(ranks.trainer(1), signal.SIGSTOP)
+    assert ranks.wait(60) == [4, 4]
+    text = f"rank 1 ({hosts.names[1]}) holds up the others: its process is stopped (SIGSTOP)"
+    assert text in ranks.said(0)
+    killed = over(hosts, ENDLESS, tmp_path / "b", supervised=True)
+    killed.until("step 3/")
+    os.kill(killed.trainer(1), signal.SIGKILL)
+    assert killed.wait(60) == [4, -9]
+    assert f"rank 1 ({hosts.names[1]}) failed first: killed by SIGKILL (9)" in killed.said(0)
 
 
 def test_a_host_that_is_gone_and_comes_back(hosts: Hosts, tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""Who holds up a run: what is concluded from where all its ranks stand, and how that is said.
+
+A rank's report is its state (`FlightRecord.state`) with `process` (the kernel's letter for it), `stacks`, `host`;
+a rank that nothing is heard from has none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Report = Mapping[str, Any]
+_ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient", "last sends": "last sends"}
+_PROCESS = {"T": "its process is stopped (SIGSTOP)", "t": "a debugger holds its process",
+            "D": "its process is in a call of the kernel that does not return (a disk, a device)"}  # fmt: skip
+
+
+def where(report: Report) -> str:
+    """step 5, backward of micro-batch 1 in stage 0, layer 3."""
+    parts = [f"step {report['step']}"] if report["step"] else []
+    action = str(report["action"])
+    if action:
+        name = _ACTIONS.get(action, action)
+        parts.append(name if action == "last sends" else f"{name} of micro-batch {report['microbatch']}")
+        if action != "last sends":
+            parts[-1] += f" in stage {report['stage']}"
+            parts += [f"layer {report['layer']}"] if report["layer"] >= 0 and action in _ACTIONS else []
+    else:
+        parts.append(report["phase"])
+    return ", ".join(parts)
+
+
+def waits_for(wait: Mapping[str, Any]) -> str:
+    """all_reduce 17 of group tp (ranks 0-3, 512 rows, 1048576 bytes)."""
+    ranks = wait["ranks"]
+    name = f"ranks {ranks[0]}-{ranks[-1]}" if ranks == [*range(ranks[0], ranks[-1] + 1)] else f"ranks {ranks}"
+    peer = f" {'to' if wait['operation'] == 'send' else 'from'} rank {wait['peer']}" if wait["peer"] >= 0 else ""
+    number = f" {wait['number']}" if wait["peer"] < 0 else ""
+    sizes = f"{wait['rows']} rows, {wait['bytes']} bytes"
+    return f"{wait['operation']}{number}{peer} of group {wait['group']} ({name}, {sizes})"
+
+
+def hung(reports: Mapping[int, Report], hosts: Sequence[str]) -> tuple[list[int], str]:
+    """The ranks that hold up the others, and the verdict; `hosts` of all ranks."""
+    waiting = {rank: report["wait"] for rank, report in reports.items() if "wait" in report}
+    lost = [rank for rank in range(len(hosts)) if rank not in reports]
+    stuck = [rank for rank, report in reports.items() if report["process"] in _PROCESS]
+    busy = [rank for rank, report in reports.items() if rank not in waiting and rank not in stuck]
+    behind, how = _behind(reports, waiting)
+    wanted = _waited_for(reports, waiting)
+    choices = (
+        (lost, "nothing is heard from its supervisor: its host is gone, or cut off from the others"),
+        (stuck, ""),
+        (busy, "it is not where the others wait for it"),
+        (behind, how),
+        ([*waiting], "all ranks wait for one another"),
+    )
+    found, why = next(((found, why) for found, why in choices if found), ([], ""))
+    culprits = [rank for rank in found if rank in wanted] or found
+    lines = []
+    for rank in culprits[:8]:
+        report = reports.get(rank)
+        state = _PROCESS.get(report["process"]) if report else None
+        at = f"; {where(report)}, nothing new for {report['seconds']:.1f} s" if report else ""
+        lines.append(f"rank {rank} ({hosts[rank]}) holds up the others: {state or why}{at}")
+    lines += [f"and {len(culprits) - 8} more ranks: {culprits[8:24]}"] if len(culprits) > 8 else []
+    others = [rank for rank in waiting if rank not in culprits] or [*waiting]
+    for rank in sorted(others, key=lambda rank: -waiting[rank]["seconds"])[:8]:
+        wait = waiting[rank]
+        since = f"rank {rank} ({hosts[rank]}) waits for {wait['seconds']:.1f} s in {waits_for(wait)}"
+        lines.append(f"  {since}; {where(reports[rank])}")
+    return culprits, "\n".join(lines)
+
+
+def _waited_for(reports: Mapping[int, Report], waiting: Mapping[int, Mapping[str, Any]]) -> set[int]:
+    """The ranks that some rank waits for: the peer, or of its group those that have not come so far."""
+    wanted = {wait["peer"] for wait in waiting.values() if wait["peer"] >= 0}
+    for wait in _groups(waiting):
+        name, number = wait["group"], wait["number"]
+        wanted |= {r for r in wait["ranks"] if r not in reports or reports[r]["counts"].get(name, 0) < number}
+    return wanted
+
+
+def _groups(waiting: Mapping[int, Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    """Of every group that is waited for, the wait for its latest communication."""
+    latest: dict[tuple[str, int], Mapping[str, Any]] = {}
+    for wait in waiting.values():
+        key = wait["group"], wait["ranks"][0]
+        if wait["peer"] < 0 and (key not in latest or latest[key]["number"] < wait["number"]):
+            latest[key] = wait
+    return latest.values()
+
+
+def _behind(reports: Mapping[int, Report], waiting: Mapping[int, Mapping[str, Any]]) -> tuple[list[int], str]:
+    """Ranks that have begun fewer communications of a group than those that wait in it, or others."""
+    for wait in _groups(waiting):
+        name, number = wait["group"], wait["number"]
+        counts = {r: reports[r]["counts"].get(name, 0) for r in wait["ranks"] if r in reports}
+        if found := [r for r, count in counts.items() if count < number]:
+            text = f"it has begun {counts[found[0]]} communications of group {name} where others have {number}"
+            return found, f"{text}: it has left one out, or waits elsewhere"
+        there = {r: waiting[r] for r in wait["ranks"] if r in waiting and waiting[r]["group"] == name}
+        operations = {r: call["operation"] for r, call in there.items() if call["number"] == number}
+        usual = Counter(operations.values()).most_common(1)[0][0]
+        if odd := [r for r, operation in operations.items() if operation != usual]:
+            return odd, f"it is in another communication of group {name} than the others"
+    return [], ""

@@ -1,0 +1,137 @@
+"""The sockets of supervisors: one of every host is connected to that of rank 0. A message is a line of JSON.
+
+Who connects says the run's token first; nothing that goes wrong here raises: a link that is lost is a link that is not.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+Message = dict[str, Any]
+_MOST, _RETRY = 1 << 24, 1.0  # bytes of a message; seconds between attempts to connect
+
+
+class Link:
+    """One connection."""
+
+    def __init__(self, peer: socket.socket) -> None:
+        self.socket, self.known, self.host = peer, False, -1
+        peer.setblocking(False)
+        self._in, self._out = b"", b""
+        self.open = True
+
+    def send(self, message: Message) -> None:
+        """Queue a message, and send what the kernel takes."""
+        self._out += json.dumps(message).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what has been queued."""
+        while self._out and self.open:
+            try:
+                self._out = self._out[self.socket.send(self._out) :]
+            except BlockingIOError:
+                self.open = len(self._out) < _MOST
+                return
+            except OSError:
+                self.close()
+
+    def receive(self) -> Iterator[Message]:
+        """The messages that have come."""
+        while self.open:
+            try:
+                data = self.socket.recv(1 << 16)
+            except BlockingIOError:
+                break
+            except OSError:
+                data = b""
+            if not data or len(self._in) > _MOST:
+                self.close()
+                break
+            self._in += data
+        *lines, self._in = self._in.split(b"\n")
+        for line in lines:
+            try:
+                message = json.loads(line)
+                if isinstance(message, dict):
+                    yield message
+            except ValueError:
+                self.close()
+                return
+
+    def close(self) -> None:
+        """Let go of it."""
+        self.open = False
+        self.socket.close()
+
+
+class Links:
+    """All connections of this supervisor: with every host's (rank 0's), or with rank 0's."""
+
+    def __init__(self) -> None:
+        self.token, self._links = "", list[Link]()
+        self._door: socket.socket | None = None
+        self._address: tuple[str, int] | None = None
+        self._hello: Message = {}
+        self._next = 0.0
+        self.heard: dict[int, float] = {}  # host number -> when it was last heard
+
+    def listen(self, address: str) -> int:
+        """The port on which the others are waited for; 0 where there can be none."""
+        try:
+            family = socket.getaddrinfo(address, None)[0][0]
+            self._door = socket.create_server(("", 0), family=family, backlog=1024)
+            self._door.setblocking(False)
+        except OSError:
+            return 0
+        return int(self._door.getsockname()[1])
+
+    def connect(self, address: str, port: int, hello: Message) -> None:
+        """From now on be connected to rank 0's supervisor, whenever it can be reached."""
+        self._address, self._hello = (address, port), hello
+
+    def sockets(self) -> list[socket.socket]:
+        """Where something may arrive."""
+        return [*([self._door] if self._door else []), *(link.socket for link in self._links if link.open)]
+
+    def send(self, message: Message) -> None:
+        """To all."""
+        for link in self._links:
+            if link.known:
+                link.send(message)
+
+    def poll(self) -> list[tuple[int, Message]]:
+        """Host number and message, of all that have come; connects and accepts meanwhile."""
+        self._meet()
+        found = []
+        for link in self._links:
+            link.flush()
+            for message in link.receive():
+                if not link.known:
+                    if not secrets.compare_digest(str(message.get("token", "")), self.token) or not self.token:
+                        link.close()  # a stranger
+                        break
+                    link.known, link.host = True, int(message["host"])
+                self.heard[link.host] = time.monotonic()
+                found.append((link.host, message))
+        self._links = [link for link in self._links if link.open]
+        return found
+
+    def _meet(self) -> None:
+        with suppress(OSError):
+            while self._door is not None:
+                self._links.append(Link(self._door.accept()[0]))
+        if self._address is None or self._links or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _RETRY
+        with suppress(OSError):
+            link = Link(socket.create_connection(self._address, timeout=0.5))
+            link.known, link.host = True, 0
+            link.send(self._hello | {"token": self.token})
+            self._links.append(link)

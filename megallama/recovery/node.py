@@ -1,0 +1,157 @@
+"""What supervisors see of the ranks of their host, and what they write about them for `megallama status`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from megallama.comm.flight_record import BEAT, ENDED, LIMIT, TRAINER, FlightRecord
+from megallama.train.signals import STACKS
+
+ANSWER = 0.25  # seconds in which a trainer writes where its threads stand
+MOST = 1 << 14  # bytes of them that are told
+STATUS_PERIOD = 5.0  # seconds between status files
+SILENT = 3.0  # seconds without a beat after which a supervisor, or a host, is silent
+
+
+class Node:
+    """The records of the ranks on one host, as one of their supervisors has them mapped."""
+
+    def __init__(self, about: dict[str, Any], own: FlightRecord) -> None:
+        self.about, self.rank = about, about["rank"]
+        self.host = about["host_of"][self.rank]
+        self.ranks = [rank for rank, host in enumerate(about["host_of"]) if host == self.host]
+        self.records: dict[int, FlightRecord] = {}
+        self._stacks: dict[int, int] = {}
+        self._moved: dict[int, tuple[int, float]] = {}  # on CUDA: actions completed, and since when
+        for rank in self.ranks:
+            if rank == self.rank:
+                self.records[rank], self._stacks[rank] = own, own.stacks
+                continue
+            with suppress(OSError, ValueError):  # another user's, or gone: it is not seen
+                pid, file, written = about["records"][rank]
+                opened = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
+                self.records[rank] = FlightRecord(opened)
+                self._stacks[rank] = os.open(f"/proc/{pid}/fd/{written}", os.O_RDONLY | os.O_CLOEXEC)
+        self.born = time.monotonic()
+
+    @property
+    def leader(self) -> bool:
+        """Whether this supervisor speaks for its host: the first whose supervisor is not silent."""
+        others = [rank for rank in self.records if rank < self.rank]
+        return all(self.silent(rank) or self.ended(rank) or self.lost(rank) is not None for rank in others)
+
+    def silent(self, rank: int) -> bool:
+        """Whether the supervisor of `rank` has not looked for a while."""
+        beat = self.records[rank].words[BEAT] / 1e9
+        gone = self.ended(rank) or self.lost(rank) is not None
+        return time.monotonic() - max(beat, self.born) > SILENT and not gone
+
+    def ended(self, rank: int) -> bool:
+        """Whether the trainer of `rank` is known to have left."""
+        return self.records[rank].words[ENDED] != 0
+
+    def lost(self, rank: int) -> dict[str, Any] | None:
+        """The cause, where the supervisor of `rank` has died, and the rank with it."""
+        pid = self.about["records"][rank][0]
+        if rank == self.rank or process_state(pid) not in "XZ":
+            return None
+        return {"status": -signal.SIGKILL, "text": f"its supervisor (process {pid}) was killed", "echo": False}
+
+    def overdue(self, since: float) -> list[int]:
+        """Ranks that have waited longer than they may, or whose device has: counted from `since` on at the earliest."""
+        now, found = time.monotonic(), []
+        for rank, record in self.records.items():
+            if self.ended(rank):
+                continue
+            state, limit = record.state(), record.words[LIMIT] / 1e9
+            waited = state["wait"]["seconds"] if "wait" in state else 0.0
+            if state["completed"]:
+                if self._moved.get(rank, (-1, now))[0] != state["completed"]:
+                    self._moved[rank] = state["completed"], now
+                if state["launched"] > state["completed"]:
+                    waited = max(waited, now - self._moved[rank][1])
+            if limit and min(waited, now - since) >= limit:
+                found.append(rank)
+        return found
+
+    def reports(self) -> dict[int, dict[str, Any]]:
+        """Where every rank of this host stands, with the stacks of those that answer."""
+        living = [rank for rank in self.records if not self.ended(rank)]
+        before = {rank: os.fstat(self._stacks[rank]).st_size for rank in living if rank in self._stacks}
+        states = {rank: self.records[rank].state() for rank in self.records}  # before anything is disturbed
+        for rank in living:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(self.records[rank].words[TRAINER], STACKS)
+        time.sleep(ANSWER if living else 0)
+        for rank, state in states.items():
+            state["process"] = "X" if self.ended(rank) else process_state(self.records[rank].words[TRAINER])
+            file, start = self._stacks.get(rank, -1), before.get(rank)
+            if start is not None and (size := os.fstat(file).st_size) > start:
+                state["stacks"] = os.pread(file, min(size - start, MOST), start).decode(errors="replace")
+            state["calls"] = [[c["number"], c["group"], c["operation"], c["rows"], c["bytes"], c["done"]]
+                              for c in self.records[rank].calls()]  # fmt: skip
+        return states
+
+    def busy(self) -> dict[int, tuple[int, list[int]]]:
+        """For `Stragglers`."""
+        return {rank: (record.state()["steps"], record.busy()) for rank, record in self.records.items()}
+
+    def write_status(self) -> None:
+        """RUNFOLDER/status/NODE.json, whole or not at all; where the disk does not want it, not now."""
+        ranks = {}
+        for rank, record in self.records.items():
+            state, times = record.state(), record.busy()
+            state["process"] = "X" if self.ended(rank) else process_state(record.words[TRAINER])
+            state["own_seconds_per_step"] = median(times) / 1e9 if times else None
+            state["cause"], state["supervisor_silent"] = record.told("cause"), self.silent(rank)
+            ranks[rank] = state
+        name = self.about["hosts"][self.host]
+        write_json(Path(self.about["folder"]) / "status" / f"{name}.json",
+                   {"host": name, "time": time.time(), "ranks": ranks})  # fmt: skip
+
+
+def process_state(pid: int) -> str:
+    """The kernel's letter for a process: R, S, D (cannot be interrupted), T (stopped), Z; X if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file by rename; a disk that refuses it costs nothing else."""
+    with suppress(OSError):
+        new = path.with_name(f".{path.name}.{os.getpid()}")
+        new.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        os.replace(new, path)
+
+
+def out_of_memory_kills() -> int:
+    """How often the kernel has killed for want of memory: in this control group, or else on this machine."""
+    files: Iterable[str] = ()
+    with suppress(OSError):
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        files = [
+            f"memory{path}/memory.oom_control" if controllers else f"{path.lstrip('/')}/memory.events"
+            for _, controllers, path in groups
+            if not controllers or "memory" in controllers.split(",")
+        ]
+    for name in [*(f"/sys/fs/cgroup/{file}" for file in files), "/proc/vmstat"]:
+        with suppress(OSError, StopIteration):
+            return next(int(line.split()[1]) for line in Path(name).read_text().splitlines() if line[:9] == "oom_kill ")
+    return 0
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL (9)."""
+    with suppress(ValueError):
+        return f"{signal.Signals(number).name} ({number})"
+    return f"signal {number}"

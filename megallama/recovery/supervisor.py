@@ -1,0 +1,343 @@
+"""The process beside a rank: forwards signals, learns its end, watches it with the others, and ends what hangs.
+
+`megallama.train.supervised` starts it. It never touches torch, a GPU or the connections of the run; supervisors of one
+host see one another's records, and one of every host is connected to that of rank 0, the root. Without the root each
+host decides alone.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from megallama.comm.flight_record import BEAT, ENDED, EXCESS, PORT, SAVING, SLOWEST, TRAINER, FlightRecord
+from megallama.recovery.doctor import hung
+from megallama.recovery.goodput import Goodput
+from megallama.recovery.link import Links, Message
+from megallama.recovery.node import SILENT, STATUS_PERIOD, Node, out_of_memory_kills, signal_name, write_json
+from megallama.recovery.straggler import Stragglers
+from megallama.train.signals import FAILED, SAVED, SIGNALS
+
+PERIOD, BEAT_PERIOD = 0.1, 1.0  # seconds between looks, messages to the root
+LEAVE = 5.0  # seconds in which a trainer leaves by itself once the run is over
+ROOT, REPORTS, ECHO = 1.0, 0.6, 1.0  # seconds to wait for: the root's verdict; all hosts' reports; a first cause
+_LAUNCHERS = ("torchrun", "openmpi", "mpich")  # whose death leaves their processes alone
+_NORMAL = (0, 2, SAVED)  # statuses of trainers that nobody need be told of
+
+
+def main() -> NoReturn:
+    """argv: root folder, files of the flight record and of the stacks, the trainer's process."""
+    record, stacks, trainer = map(int, sys.argv[2:5])
+    Supervisor(FlightRecord(record, stacks), trainer).run()
+
+
+class Supervisor:
+    """Of one rank."""
+
+    def __init__(self, record: FlightRecord, trainer: int) -> None:
+        self._record, self._trainer = record, trainer
+        record.words[TRAINER] = trainer
+        self._node: Node | None = None  # once the trainer has told of the run
+        self._links, self._stragglers = Links(), Stragglers(())
+        self._goodput: Goodput | None = None  # rank 0's
+        self._launcher, self._orphaned, self._oom = os.getppid(), False, out_of_memory_kills()
+        self._status: int | None = None  # of the trainer, once it has left, as waitpid has it
+        self._verdict: Message | None = None
+        self._left = self._deadline = self._resumed = 0.0  # moments: it left, it is killed, this process was stopped
+        self._asked = self._overdue = self._next_status = self._next_beat = self._speak = 0.0
+        self._reports: dict[int, Message] = {}
+        self._busy: dict[int, tuple[int, list[int]]] = {}
+        self._warned: set[str] = set()
+        self._pipe = os.pipe()
+        for end in self._pipe:
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        for number in (*SIGNALS, signal.SIGCHLD):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def run(self) -> NoReturn:
+        """Until the trainer has left."""
+        last = time.monotonic()
+        while True:
+            ready = select.select([self._pipe[0], *(s.fileno() for s in self._links.sockets())], [], [], PERIOD)[0]
+            now = time.monotonic()
+            if now - last > SILENT:  # stopped with its trainer, by a terminal say: nobody is late because of that
+                self._resumed = now
+            last, self._record.words[BEAT] = now, time.monotonic_ns()
+            if self._pipe[0] in ready:
+                self._forward()
+            self._reap(now)
+            self._introduce()
+            if self._node is not None:
+                self._watch(self._node, now)
+            self._end(now)
+
+    # ---- the trainer ----
+
+    def _forward(self) -> None:
+        for number in os.read(self._pipe[0], 4096):
+            if number in SIGNALS and self._status is None:
+                os.kill(self._trainer, number)
+
+    def _reap(self, now: float) -> None:
+        if self._status is not None:
+            return
+        process, status = os.waitpid(self._trainer, os.WNOHANG)
+        if not process:
+            return
+        self._status, self._left = status, now
+        if os.WIFSIGNALED(status):
+            number = os.WTERMSIG(status)
+            why = f"killed by {signal_name(number)}"
+            if number == signal.SIGKILL and out_of_memory_kills() > self._oom:
+                why += ": out of memory (the kernel counts such a kill)"
+            self._record.ends(-number, why)
+        code = os.waitstatus_to_exitcode(status)
+        self._record.ends(code if code not in _NORMAL else 1, f"left with status {code}, and did not say why")
+        self._record.words[ENDED] = status + 1
+
+    def _introduce(self) -> None:
+        about = self._record.told("about") if self._node is None else None
+        if about and about.get("port") == -1 and not self._record.words[PORT]:
+            self._record.words[PORT] = self._links.listen(about["address"])
+        if not about or about.get("port", -1) == -1:
+            return
+        node = self._node = Node(about, self._record)
+        self._links.token, self._stragglers = about["token"], Stragglers(about["stage"])
+        self._goodput = None if node.rank else Goodput(Path(about["folder"]) / "goodput.json")
+        if about["port"] and node.host != about["host_of"][0] and node.leader:
+            self._links.connect(about["address"], about["port"], {"host": node.host})
+
+    # ---- the others ----
+
+    def _watch(self, node: Node, now: float) -> None:
+        for host, message in self._links.poll():
+            self._hear(node, host, message, now)
+        if self._verdict is None:
+            self._verdict = self._record.told("verdict")
+        if self._goodput is not None:
+            self._goodput.count(self._record.state())
+        if not node.leader:
+            return
+        if self._verdict is None:
+            self._look_for_deaths(node, now)
+        if self._verdict is None:
+            self._look_for_waits(node, now)
+        if now >= self._next_beat:
+            self._next_beat = now + BEAT_PERIOD
+            self._links.send({"busy": node.busy()} if node.rank else {})
+            if node.rank == 0:
+                self._compare(node)
+            self._warn_of_silence(node, now)
+        if now >= self._next_status:
+            self._next_status = now + STATUS_PERIOD
+            self._write_status(node)
+
+    def _hear(self, node: Node, host: int, message: Message, now: float) -> None:
+        if node.rank and "verdict" in message:
+            self._adopt(node, message["verdict"])
+        elif node.rank and message.get("ask"):
+            self._links.send({"reports": node.reports()})
+        elif "died" in message and self._verdict is None:
+            self._decide(node, now, *message["died"])
+        elif "overdue" in message:
+            self._overdue = self._overdue or now
+        self._reports |= {int(rank): report for rank, report in message.get("reports", {}).items()}
+        self._busy |= {int(rank): (steps, times) for rank, (steps, times) in message.get("busy", {}).items()}
+
+    def _look_for_deaths(self, node: Node, now: float) -> None:
+        for rank, record in node.records.items():
+            cause = record.told("cause") if node.ended(rank) else node.lost(rank)
+            if cause is None or cause["status"] in _NORMAL:
+                continue
+            if cause["echo"] and not (self._left and now - self._left > ECHO):
+                continue  # there was another before, of which more is known
+            text = f"rank {rank} ({node.about['hosts'][node.host]}) failed first: {cause['text']}"
+            said, status = cause["status"] > 0, FAILED if record.words[1] else 1
+            self._links.send({"died": [rank, text, status, said]})
+            if not node.rank or not self._links.sockets():
+                self._decide(node, now, rank, text, status, said)
+            return
+
+    def _look_for_waits(self, node: Node, now: float) -> None:
+        if not (self._overdue or node.overdue(self._resumed)):
+            return
+        if not self._overdue:
+            self._overdue = now
+            self._links.send({"overdue": True})
+        if node.rank and self._links.sockets() and now - self._overdue < ROOT:
+            return  # the root decides
+        if not self._asked:
+            self._asked = now
+            self._links.send({"ask": True} if node.rank == 0 else {})
+            self._reports |= node.reports()
+        everyone = range(len(node.about["host_of"])) if node.rank == 0 else node.ranks
+        if now - self._asked < REPORTS and not all(rank in self._reports for rank in everyone):
+            return
+        if not any("wait" in report for report in self._reports.values()):
+            self._asked = self._overdue = 0.0  # it has come meanwhile
+            self._reports.clear()
+            return
+        hosts = [node.about["hosts"][host] for host in node.about["host_of"]]
+        ranks, text = hung(self._reports, hosts)
+        began = any(report["step"] for report in self._reports.values())
+        going = [r for r in self._reports.values() if r["saving"] and "wait" in r]
+        commits = bool(going) and len(self._reports) == len(hosts) and not any(r["process"] in "TtDX" for r in going)
+        self._decide(node, now, ranks[0] if ranks else node.rank, text, FAILED if began else 1, False, True, commits)
+        self._write(node, f"error: {text}\n{self._stacks()}")
+
+    def _decide(
+        self, node: Node, now: float, rank: int, text: str, status: int, said: bool, hang: bool = False,
+        commits: bool = True,
+    ) -> None:  # fmt: skip
+        """The run is over. `said`: the culprit has told why; `commits`: a save under way may still end."""
+        verdict = {"rank": rank, "text": text, "status": status, "said": said, "hang": hang, "commits": commits}
+        self._adopt(node, verdict)
+        self._links.send({"verdict": verdict} if node.rank == 0 else {})
+        if not said:  # while a trainer that can hear it leaves, it says it
+            self._speak = now + (0.0 if hang or self._status is not None else ECHO)
+
+    def _adopt(self, node: Node, verdict: Message) -> None:
+        self._verdict = verdict
+        for record in node.records.values():
+            if record.told("verdict") is None:
+                record.tell("verdict", verdict)
+
+    def _compare(self, node: Node) -> None:
+        self._busy |= node.busy()
+        for rank, excess in self._stragglers.look(self._busy):
+            host = node.about["hosts"][node.about["host_of"][rank]]
+            text = f"its own work takes {excess:.2f} times as long as that of the ranks with the same work"
+            self._say(node, f"warning: rank {rank} ({host}) is slow: {text}")
+        if slowest := self._stragglers.slowest:
+            self._record.words[SLOWEST], self._record.words[EXCESS] = slowest[0] + 1, int(1e6 * slowest[1])
+
+    def _warn_of_silence(self, node: Node, now: float) -> None:
+        silent = {f"of rank {rank}" for rank in node.records if rank != node.rank and node.silent(rank)}
+        hosts = range(len(node.about["hosts"])) if node.rank == 0 else [node.about["host_of"][0]]
+        silent |= {
+            f"on {node.about['hosts'][host]}" for host in hosts
+            if node.about["port"] and host != node.host and now - self._links.heard.get(host, node.born) > SILENT
+        }  # fmt: skip
+        for who in sorted(silent - self._warned):
+            self._say(node, f"warning: the supervisor {who} has been silent for {SILENT:g} s; its ranks may train on")
+        self._warned = silent
+
+    # ---- the end ----
+
+    def _end(self, now: float) -> None:
+        about = self._record.told("about") or {}
+        if self._speak and now >= self._speak:
+            self._speak = 0.0
+            if self._node and self._verdict and self._verdict["hang"]:  # the log has it, with the stacks
+                self._print(f"error: {self._verdict['text']}")
+            elif self._node and self._verdict and not self._heard_by_trainer():
+                self._say(self._node, f"error: {self._verdict['text']}")
+        if self._status is None:
+            self._end_trainer(about, now)
+        elif self._may_leave(now):
+            self._leave(about)
+
+    def _heard_by_trainer(self) -> bool:
+        cause = self._record.told("cause")
+        return cause is not None and cause["echo"]
+
+    def _end_trainer(self, about: Message, now: float) -> None:
+        finish, saving = about.get("finish_seconds", 0.0), self._record.words[SAVING] != 0
+        if not self._orphaned and about.get("launcher") in _LAUNCHERS and os.getppid() != self._launcher:
+            self._orphaned, self._deadline = True, now + finish + LEAVE
+            os.kill(self._trainer, signal.SIGTERM)
+            self._say(self._node, f"warning: {about['launcher']} is gone; rank {about['rank']} saves and stops")
+        if self._verdict is not None and not (self._deadline and not self._orphaned):
+            self._orphaned = False
+            wait = finish if saving and self._verdict["commits"] else 0.0
+            self._deadline = now + max(wait, 0.0 if self._verdict["hang"] else LEAVE)
+            if wait and self._node:
+                self._say(self._node, f"the save under way may take up to {finish:g} s more")
+        if self._deadline and (now >= self._deadline or (self._verdict and self._verdict["hang"] and not saving)):
+            os.kill(self._trainer, signal.SIGKILL)
+            self._deadline += LEAVE
+            if now >= self._deadline:  # it is in a call of the kernel that does not return
+                self._leave(about)
+
+    def _may_leave(self, now: float) -> bool:
+        """Whether the others know all that this supervisor knows."""
+        cause = self._record.told("cause") or {"status": 0}
+        alone = self._node is None or len(self._node.about["host_of"]) == 1
+        waits = self._speak or (self._verdict is None and now - self._left < 2 * ECHO)
+        return cause["status"] in _NORMAL or alone or not waits
+
+    def _leave(self, about: Message) -> NoReturn:
+        """With the trainer's status, or by its signal; where the run was ended, with the status of that."""
+        cause = self._record.told("cause") or {"status": 1, "text": "it did not leave"}
+        verdict, status = self._verdict, 1 if self._status is None else os.waitstatus_to_exitcode(self._status)
+        if verdict is not None and status == -signal.SIGKILL and verdict["rank"] != about.get("rank", -1):
+            status = verdict["status"]
+        elif verdict is not None and verdict["hang"]:
+            status = verdict["status"]
+        if self._node is not None:
+            self._write_exit(self._node, status, verdict, cause)
+        elif status < 0:
+            name = f"rank {about['rank']} ({about['host']})" if about else "the trainer"
+            self._say(None, f"error: {name} was {cause['text']}")
+        if status < 0:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            if -status not in (signal.SIGKILL, signal.SIGSTOP):
+                signal.signal(-status, signal.SIG_DFL)
+            os.kill(os.getpid(), -status)
+        os._exit(status & 0xFF)
+
+    def _write_exit(self, node: Node, status: int, verdict: Message | None, cause: Message) -> None:
+        self._write_status(node)
+        if node.rank == 0 and status != 2:
+            rank = verdict["rank"] if verdict else 0
+            write_json(Path(node.about["folder"]) / "exit.json", {
+                "status": verdict["status"] if verdict and status < 0 else status, "rank": rank,
+                "cause": verdict["text"] if verdict else cause["text"],
+                "host": node.about["hosts"][node.about["host_of"][rank]],
+                "step": self._record.state()["step"], "time": time.time(),
+            })  # fmt: skip
+
+    def _write_status(self, node: Node) -> None:
+        node.write_status()
+        if self._goodput is not None:
+            self._goodput.write()
+
+    # ---- what is said ----
+
+    def _say(self, node: Node | None, text: str) -> None:
+        """On standard error, and in the log of this rank; the root's in run.log."""
+        self._print(text)
+        if node is not None:
+            self._write(node, text)
+
+    def _print(self, text: str) -> None:
+        with suppress(OSError):
+            os.write(2, f"{time.strftime('%H:%M:%S')} {text}\n".encode())
+
+    def _write(self, node: Node, text: str) -> None:
+        """The host that decides may not be the root's."""
+        folder = Path(node.about["folder"])
+        files = [folder / "logs" / f"rank-{node.rank:04d}.log", folder / "run.log"]
+        for file in files:
+            with suppress(OSError), open(file, "ab") as opened:
+                opened.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode())
+
+    def _stacks(self) -> str:
+        """Where the threads of all ranks stand that answered; the same once."""
+        same: dict[str, list[int]] = {}
+        for rank, report in sorted(self._reports.items()):
+            same.setdefault(report.get("stacks") or "it does not answer\n", []).append(rank)
+        parts = [f"stacks of rank {', '.join(map(str, ranks))}:\n{text}" for text, ranks in same.items()]
+        calls = [f"last communications of rank {rank} (number, group, operation, rows, bytes, done): {report['calls']}"
+                 for rank, report in sorted(self._reports.items())][:16]  # fmt: skip
+        return "\n".join([*parts, *calls])

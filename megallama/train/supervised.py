@@ -1,0 +1,127 @@
+"""A supervisor beside every rank: how it is started, and what the rank tells it about the run.
+
+The process that the launcher started becomes the supervisor, a small one without torch, and its child trains: so the
+supervisor learns the child's death, and the launcher's signals come to whoever can still act.  A thread could not do
+it: it stands still with a stopped process, under another thread's lock of the interpreter, in a page fault.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import re
+import secrets
+import signal
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megallama.comm.flight_record import PORT, FlightRecord
+from megallama.train.log import Logger
+from megallama.train.signals import SIGNALS, STACKS
+
+if TYPE_CHECKING:
+    from megallama.comm.launch import World
+    from megallama.plan.plan import Plan
+
+_PARENT_DEATH = 1  # of prctl
+_CODE = "import sys; sys.path.insert(0, sys.argv[1]); from megallama.recovery.supervisor import main; main()"
+
+
+def is_wanted(arguments: Sequence[str]) -> bool:
+    """run.supervisor, from a command line that nobody has checked yet."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        return False
+    said = [m[1] for word in arguments if (m := re.fullmatch(r"(?:--)?run\.supervisor=(.*)", word))]
+    if not said and "=" not in arguments[0]:
+        with suppress(OSError, ValueError, AttributeError):  # what is wrong with it is said later
+            with open(arguments[0], "rb") as file:
+                said = [str(tomllib.load(file).get("run", {}).get("supervisor", True))]
+    return not said or said[-1].lower() != "false"
+
+
+def start_supervisor() -> FlightRecord:
+    """The record to write into. Of the two processes the child returns, and dies with its supervisor."""
+    file = FlightRecord.create()
+    stacks = os.memfd_create("megallama-stacks", 0)
+    supervisor = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes in between waits for the supervisor
+    trainer = os.fork()
+    if trainer:
+        root = str(Path(__file__).resolve().parents[2])
+        numbers = [str(number) for number in (file, stacks, trainer)]
+        shown = ["megallama.pretrain", *sys.argv[1:]]  # to who looks for the processes of a run
+        command = [sys.executable, "-S", "-s", "-c", _CODE, root, *numbers, *shown]
+        try:
+            os.execv(sys.executable, command)  # the package alone: nothing of what this process has imported
+        except OSError as error:
+            os.kill(trainer, signal.SIGKILL)
+            sys.exit(f"error: no supervisor could be started: {error}; write run.supervisor=false")
+    ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
+    if os.getppid() != supervisor:  # it died before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    faulthandler.register(STACKS, file=stacks, all_threads=True)
+    return FlightRecord(file, stacks)
+
+
+def introduce(world: World, plan: Plan, log: Logger) -> None:
+    """Tell the supervisor of this rank what the run is and how it reaches the others; every rank calls it."""
+    config, record, arrivals = plan.config, world.record, world.arrivals
+    if not record.watched:
+        return
+    folder = Path(config.run.folder).resolve()
+    hosts = [*dict.fromkeys(world.hosts)]
+    about = {
+        "rank": world.rank, "host": world.launch.host, "launcher": world.launch.launcher, "folder": str(folder),
+        "hosts": hosts, "host_of": [hosts.index(host) for host in world.hosts],
+        "records": [a.record for a in arrivals] or [[os.getppid(), record.file, record.stacks]],
+        "stage": [plan.topology.coords(rank)["pp"] for rank in range(world.world_size)],
+        "finish_seconds": config.checkpoint.finish_seconds, "timeout_seconds": config.run.timeout_seconds,
+        "address": world.launch.master_addr, "port": 0, "token": "",
+    }  # fmt: skip
+    made: list[object] = [0, ""]
+    if world.rank == 0:
+        try:
+            token = _new_status_folder(folder / "status")
+            (folder / "exit.json").unlink(missing_ok=True)
+            made = [_listening(record, about) if len(hosts) > 1 else 0, ""]
+        except OSError as error:
+            made[1] = f"{error.filename}: {error.strerror}"
+    about["port"], problem = world.group.gather_values(made)[0]
+    if not problem:
+        try:
+            token = (folder / "status" / "token").read_text(encoding="ascii")
+            about["token"] = token
+        except OSError as error:
+            problem = f"{error.filename}: {error.strerror}"
+    if problem:
+        log.warn(f"the supervisors of several hosts cannot meet, and `megallama status` is blind ({problem})")
+    record.tell("about", about)
+
+
+def _new_status_folder(folder: Path) -> str:
+    """An empty folder with a new token in it that only this user can read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*"):
+        with suppress(OSError):
+            old.unlink()
+    token = secrets.token_hex(16)
+    file = os.open(folder / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    os.write(file, token.encode())
+    os.close(file)
+    return token
+
+
+def _listening(record: FlightRecord, about: dict[str, object]) -> int:
+    """The port on which the supervisor of rank 0 listens from now on; 0 where it does not."""
+    record.tell("about", about | {"port": -1})
+    deadline = time.monotonic() + 5
+    while not record.words[PORT] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return record.words[PORT]

@@ -1,0 +1,170 @@
+"""What another process reads of a rank."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+
+from megallama.comm import flight_record
+from megallama.comm.flight_record import BUSY, CALLS, COMPLETED, LAUNCHED, STEPS, FlightRecord
+from megallama.comm.stream_record import StreamRecord
+
+
+def two() -> tuple[FlightRecord, FlightRecord]:
+    """The writer's and the reader's view of one file."""
+    file = FlightRecord.create()
+    return FlightRecord(file), FlightRecord(os.dup(file))
+
+
+def test_a_reader_sees_where_a_rank_stands() -> None:
+    own, seen = two()
+    assert own.watched and not FlightRecord().watched
+    assert seen.state()["phase"] == "setting up" and seen.state()["step"] == 0 and "wait" not in seen.state()
+    tp, dp = own.add_group("tp", (0, 1)), own.add_group("dp", [0, 2])
+    own.at(step=3, phase="forward_backward")
+    own.action("B", 1, 2)
+    own.layer(7)
+    first = own.begins(tp, "all_reduce", 8, 64)
+    own.begins(dp, "reduce_scatter", 16, 128)
+    own.waits(first)
+    time.sleep(0.02)
+    state = seen.state()
+    assert [state[k] for k in ("step", "phase", "action", "stage", "microbatch", "layer")] == [
+        3, "forward_backward", "B", 1, 2, 7,
+    ]  # fmt: skip
+    assert state["counts"] == {"tp": 1, "dp": 1}
+    wait = state["wait"]
+    assert 0.02 <= wait.pop("seconds") < 5
+    assert wait == {
+        "number": 1, "group": "tp", "ranks": [0, 1], "operation": "all_reduce", "rows": 8, "bytes": 64, "peer": -1,
+        "done": False,
+    }  # fmt: skip
+    own.arrived(first)
+    assert "wait" not in seen.state()
+    assert [(c["group"], c["done"]) for c in seen.calls()] == [("tp", True), ("dp", False)]
+    own.action("")
+    assert seen.state()["action"] == "" and seen.state()["layer"] == -1
+
+
+def test_the_last_calls_are_kept_in_order() -> None:
+    own, seen = two()
+    group = own.add_group("world", range(4))
+    for n in range(CALLS + 10):
+        own.begins(group, "send", n, 8, peer=3)
+    calls = seen.calls()
+    assert [c["number"] for c in calls] == [*range(11, CALLS + 11)] and calls[0]["rows"] == 10
+    assert calls[-1]["peer"] == 3
+
+
+def test_own_work_leaves_waits_out() -> None:
+    own, seen = two()
+    place = own.begins(own.add_group("tp", (0, 1)), "all_gather", 1, 8)
+    own.work_begins()
+    own.waits(place)
+    time.sleep(0.2)
+    own.arrived(place)
+    own.work_done()
+    assert 0 < seen.busy()[0] < 0.1e9
+    for _ in range(BUSY + 5):
+        own.work_begins()
+        own.work_done()
+    assert len(seen.busy()) == BUSY and seen.words[STEPS] == BUSY + 6
+
+
+def test_texts() -> None:
+    own, seen = two()
+    assert seen.told("cause") is None
+    own.ends(4, "ValueError: no")
+    own.ends(1, "later")
+    assert seen.told("cause") == {"status": 4, "text": "ValueError: no", "echo": False}
+    own.tell("verdict", {"text": "x" * (1 << 20)})  # is cut, and its neighbours stay
+    assert isinstance(seen.told("verdict"), str) and seen.told("cause")["status"] == 4
+    own.memory[flight_record._place("cause")[0] + 8] = 0  # half written
+    assert seen.told("cause") is None
+
+
+def test_more_groups_than_there_is_room_for_share_the_last_place() -> None:
+    own, seen = two()
+    numbers = [own.add_group(f"g{n}", (0,)) for n in range(flight_record.MAX_GROUPS + 3)]
+    assert max(numbers) == flight_record.MAX_GROUPS - 1 and len(set(numbers)) == flight_record.MAX_GROUPS
+    own.begins(numbers[-1], "barrier", 1, 1)
+    assert len(seen.state()["counts"]) == flight_record.MAX_GROUPS
+
+
+class Event:
+    """A CUDA event whose time is what `clock` says, and that has come at once."""
+
+    clock = 0.0
+    come = True
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self, stream: object) -> None:
+        self.at = Event.clock
+
+    def query(self) -> bool:
+        return Event.come
+
+    def elapsed_time(self, other: Event) -> float:
+        return other.at - self.at
+
+
+class Driver:
+    """The CUDA runtime, which registers host memory or does not."""
+
+    def __init__(self, answer: int) -> None:
+        self.answer = answer
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802 - its name there
+        return self.answer
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Driver(0))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_the_stream_says_what_is_completed() -> None:
+    own, seen = two()
+    record = StreamRecord(own, torch.device("cpu"))
+    record.action("F", 0, 0)
+    assert (seen.words[LAUNCHED], seen.words[COMPLETED]) == (1, 0)
+    record.action("")
+    assert (seen.words[LAUNCHED], seen.words[COMPLETED]) == (2, 2)  # a device of this test is never behind
+    record.waits(0)
+    assert "wait" not in seen.state()  # the host does not wait
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_own_work_is_taken_by_events_a_step_later() -> None:
+    own, seen = two()
+    record = StreamRecord(own, torch.device("cpu"))
+    for waited in (3.0, 5.0):
+        record.work_begins()
+        record.waits(0)
+        Event.clock += waited
+        record.arrived(0)
+        Event.clock += 10.0  # ms
+        record.work_done()
+    assert seen.busy() == [10_000_000]
+    Event.come = False  # the device is more than a step behind: that step is left out
+    record.work_begins()
+    record.work_done()
+    Event.come = True
+    assert seen.busy() == [10_000_000]
+
+
+def test_memory_that_cannot_be_registered_is_not_copied_into(monkeypatch: pytest.MonkeyPatch, gpu: None) -> None:
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Driver(1))
+    own, seen = two()
+    record = StreamRecord(own, torch.device("cpu"))
+    record.action("F", 0, 0)
+    record.action("")
+    assert seen.words[COMPLETED] == 0
