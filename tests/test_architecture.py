@@ -16,16 +16,17 @@ PACKAGE, TOOLS = ROOT / "megallama", ROOT / "tools"
 # from below to above; folders of one level do not import one another
 ENGINE = ("config", "plan", "comm kernels", "layers", "checkpoint data optim pipeline model", "train")
 # beside the engine: these import it and are never imported by it; each with the lines that it may have
-BESIDE = {"text": 1700, "convert": 1050, "forecast": 700, "analysis": 800, "inference": 250, "recovery": 1000}
+BESIDE = {"text": 1700, "convert": 1050, "forecast": 700, "analysis": 800, "inference": 250, "recovery": 1300}
 LAYERS = (*ENGINE, " ".join(BESIDE), "commands")
-CEILINGS = BESIDE | {"commands": 2870}
+CEILINGS = BESIDE | {"commands": 2900}
 MAX_ENGINE, MAX_TOOLS = 13_600, 900
 WITHOUT_TORCH = ("config", "plan", "forecast")
 ONLY_IN = {  # name -> the modules that may use it, by prefix
     "torch.distributed": ("comm.",),
     "os.environ": ("comm.launch", "commands.prepare"),
     "os.getenv": ("comm.launch",),
-    "time.time": ("train.metrics",),  # clocks are set now and then: what is waited for is measured by `time.monotonic`
+    # clocks are set now and then: what is waited for is measured by `time.monotonic`
+    "time.time": ("train.metrics", "recovery.", "commands.status"),
     "print": ("train.log", "pretrain", "cli", "commands.", "tools."),
     "transformer_engine": ("kernels.",),
     "transformer_engine_torch": ("kernels.",),

@@ -185,7 +185,7 @@ class World:
         made: list[Any] = [dist.group.WORLD]
         if name != "world":
             directions = 2 if name == "pp" and self.device.type == "cuda" else 1
-            made = [dist.new_group(ranks, self.timeout, use_local_synchronization=True) for _ in range(directions)]
+            made = [dist.new_group(ranks, self._limit, use_local_synchronization=True) for _ in range(directions)]
         together = len({self.hosts[rank] for rank in ranks}) == 1
         if not (self.shared_memory and together and self.device.type == "cpu"):
             down = made[0] if len(made) > 1 else None
@@ -193,17 +193,22 @@ class World:
             return self.opened[-1]
         shared = SharedMemory(made[-1], name, ranks, self.rank, self.device, record=self.record)
         self.opened.append(shared)
-        refused = shared.connect(self.oversubscribed, self.timeout)
+        refused = shared.connect(self.oversubscribed, self._limit)
         through = f"gloo ({refused})" if refused else f"shared memory, gloo above {MAX_SHM_BYTES >> 20} MiB"
         self.notes.append(f"group {name}: {through}")
         return shared
+
+    @property
+    def _limit(self) -> timedelta:
+        """For waits: the time-out, or more where supervisors see to it."""
+        return self.timeout + (LAST_RESORT if self.record.watched else timedelta())
 
     def bound(self, seconds: float) -> None:
         """From here on a wait for another rank fails after this long, in all groups but those of `host_group`."""
         self.timeout = timedelta(seconds=seconds)
         self.record.words[LIMIT] = int(seconds * 1e9)
         for group in self.opened:
-            group.bound(self.timeout + (LAST_RESORT if self.record.watched else timedelta()))
+            group.bound(self._limit)
 
     @contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
@@ -257,8 +262,7 @@ def start(
 
     `config_hash`: in a few characters what the rank was started with. `store`: one that all ranks have open
     already. `problem`: why this rank cannot take part. `listener` hears why the run ends. `groups`: sizes of
-    the groups that this rank will be in. `files`: of data and checkpoints that it will open. `record`: what a
-    supervisor reads.
+    the groups that this rank will be in. `files`: of data and checkpoints that it will open.
     Raises: LaunchError on every rank that arrived: a rank that never came within
     run.init_timeout_seconds, different numbers of ranks, configurations, torch versions or devices, a rank
     started twice, a port that is taken, CUDA asked for and absent, more processes than GPUs, too few open files.
@@ -270,9 +274,7 @@ def start(
             device, gpu = _device(launch, run, notes)
     except LaunchError as error:
         problem = str(error)
-    record = record or FlightRecord()
-    if device.type == "cuda":
-        record = StreamRecord(record, device)
+    record = _record_of(device, record or FlightRecord())
     if launch.world_size == 1:
         if problem:
             raise LaunchError(problem)
@@ -296,10 +298,10 @@ def start(
         _set_threads(run, len(sharing), notes)
         if launch.one_node and device.type == "cpu":
             _one_node_network(notes)
-        timeout = timedelta(seconds=run.io_timeout_seconds)
+        timeout, record.words[LIMIT] = timedelta(seconds=run.io_timeout_seconds), int(1e9 * run.io_timeout_seconds)
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.PrefixStore("group", store)
-        dist.init_process_group(backend, None, timeout, launch.world_size, launch.rank, store)
+        dist.init_process_group(backend, None, timeout + LAST_RESORT, launch.world_size, launch.rank, store)
         notes.append(f"{launch.launcher}: {counted(launch.world_size, 'rank')} over {backend}")
         world = World(
             launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, star,
@@ -311,6 +313,10 @@ def start(
     except BaseException:
         star.close()
         raise
+
+
+def _record_of(device: torch.device, record: FlightRecord) -> FlightRecord:
+    return StreamRecord(record, device) if device.type == "cuda" else record
 
 
 def _gather(
