@@ -137,6 +137,14 @@ def asked_before_anything() -> None:
     _instead("megallama.comm.launch", "detect_launch", act)
 
 
+def asked_while_the_model_is_built() -> None:
+    _instead("megallama.train.setup", "assemble", _asked_for(40, signal.SIGTERM))
+
+
+def killed_while_the_model_is_built() -> None:
+    _instead("megallama.train.setup", "assemble", _asked_for(40, signal.SIGKILL))
+
+
 def has_a_bug() -> None:
     def broken(*arguments: Any, **named: Any) -> None:
         raise KeyError("no such key")
