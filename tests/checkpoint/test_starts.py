@@ -16,6 +16,8 @@ from megallama.checkpoint.disk import CheckpointError
 from megallama.checkpoint.folder import FolderLock
 from megallama.checkpoint.starts import Starts
 from megallama.config.schema import Config
+from megallama.plan.topology import Topology
+from tests.checkpoint.states import make_config, make_state, save_on
 from tests.small import small_config
 
 HOST = re.escape(socket.gethostname())
@@ -145,6 +147,17 @@ def test_without_a_beginning_nothing_is_written(tmp_path: Path) -> None:
     starts.over("RuntimeError: no", 1)
     starts.over()
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(("resume", "step"), [("auto", "7"), ("fresh", "0")])
+def test_the_step_that_a_start_goes_on_from_is_said(tmp_path: Path, resume: str, step: str) -> None:
+    state = make_state()
+    for number in (9, 7):  # the last that was saved is the newest
+        save_on(tmp_path, make_config(keep_last=9), state, Topology(), step=number)
+    run = Run(tmp_path, checkpoint={"resume": resume}, run={"max_failed_starts": 1})
+    run.start()
+    with pytest.raises(CheckpointError, match=f", after step {step}: killed"):
+        run.start()
 
 
 OTHER: list[dict[str, Any]] = [{"optimizer": {"lr": 2e-3}}, {"run": {"timeout_seconds": 700}}, {"ranks": 4}]

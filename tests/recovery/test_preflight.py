@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -97,6 +98,28 @@ def test_of_a_node_and_of_its_links_the_slowest_rank_counts_and_the_node_is_name
     assert [(rate.kind, rate.where) for rate in slow] == [
         ("all-reduce in a node", "node3"), (LINK, "links of node3"),
     ]  # fmt: skip
+
+
+def test_of_what_ranks_do_together_the_slowest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(what: Rate) -> float:
+        return 2.0 if threading.current_thread().name == "rank-5" and what.kind == "all-reduce in a node" else 1.0
+
+    _, slow, _ = measured(monkeypatch, seconds)
+    assert [(rate.kind, rate.where) for rate in slow] == [("all-reduce in a node", "node2")]
+
+
+def test_messages_between_nodes_really_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a group whose messages last until the receiver has asked: two ranks that both send first would wait."""
+    monkeypatch.setattr(torch, "rand", lambda *sizes, **kind: torch.ones([min(size, 8) for size in sizes]))
+    hosts = ("a", "a", "b", "c", "c")
+
+    def rank(group: Group) -> list[Rate]:
+        return measure(group, hosts, CPU, lambda name, parts: group.split(parts, name), 0.01)  # type: ignore[attr-defined]
+
+    everywhere = run_threads(5, rank, timeout=20)
+    assert all(rates == everywhere[0] for rates in everywhere)
+    assert sorted(rate.where for rate in everywhere[0] if rate.kind == LINK) == ["a - b", "a - c", "b - c"]
+    assert [rate.where for rate in everywhere[0] if rate.kind == "all-reduce in a node"] == ["a", "c"]
 
 
 def test_one_bad_cable_between_two_good_nodes_blames_none(monkeypatch: pytest.MonkeyPatch) -> None:
