@@ -241,6 +241,28 @@ def test_the_snapshot_is_few_large_copies(monkeypatch) -> None:
     assert torch.equal(torch.cat(found), torch.cat(pieces)) and found[0].data_ptr() == flat.data_ptr()
 
 
+def test_the_digests_of_a_save_go_to_rank_0_alone(tmp_path, monkeypatch) -> None:
+    grid, most = Topology(tp=1, pp=1, dp=4), []
+
+    def rank(group) -> None:
+        manager = make_manager(tmp_path, make_config(), group, block_bytes=256)
+        exchange, sizes = group.gather_values, []
+
+        def measured(value, summary=list):
+            sizes.append(len(json.dumps(found := exchange(value, summary))))
+            return found
+
+        monkeypatch.setattr(group, "gather_values", measured)
+        manager.save(1, take(STATE, boxes(MODEL, grid, 1, group.rank, owned=True)), {})
+        manager.finish()
+        most.append(max(sizes))
+
+    on_grid(grid, rank)
+    blocks = json.loads((tmp_path / "step-00000001" / manifest.NAME).read_bytes())["files"].values()
+    count = sum(len(file["blocks"]) for file in blocks)
+    assert count > 1000 and max(most) < 2 * count  # [bytes]: of each block a bit, not its digest
+
+
 def test_ranks_save_in_the_background_together(tmp_path) -> None:
     grid = Topology(tp=2, dp=2)
 
