@@ -164,12 +164,16 @@ def test_open_folder_reads_boxes_of_step_and_model_folders(tmp_path, monkeypatch
     step, want = saved(tmp_path, make_config()), make_state()["master"]
     name = "model.layers.2.mlp.down_proj.weight"
     for folder in (step, step / "model"):
-        box = torch.empty(27 * 14)
+        box, rows = torch.empty(27 * 14), torch.empty(9, 56, dtype=torch.bfloat16)
         with reader.open_folder(folder) as files:
             assert list(files.places) == list(want) and files.tensor(name).dtype == torch.bfloat16
             assert torch.equal(files.tensor(name), want[name].bfloat16())
             files.read_into(Box(name, (3, 7), (30, 21)), box)
+            files.read_rows(name, 5, rows)
+            assert reader.equal_rows(files, name, files, name)
+            assert not reader.equal_rows(files, name, files, name.replace("2", "3"))
         assert torch.equal(box.view(27, 14), want[name].bfloat16().float()[3:30, 7:21])
+        assert torch.equal(rows, want[name].bfloat16()[5:14])
 
 
 def test_a_flipped_bit_under_load_llama_is_named(tmp_path) -> None:
