@@ -98,7 +98,9 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all(pool: Pool, tmp_path: P
 
 
 def test_every_rank_logs_the_loss_where_asked(pool: Pool, tmp_path: Path) -> None:
-    pool.run(4, RUN, str(tmp_path), sections({"tp": 2, "pp": 2}) | {"log": {"every_rank": True}})
+    pool.run(4, RUN, str(tmp_path), sections({"tp": 2, "pp": 2}) | {"log": {"every_rank": True, "interval": 3}})
+    assert [r["step"] for r in records(tmp_path)] == [3, 6, 8]  # the last one too
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000008"]
     loss = f"loss {curve(tmp_path)[-1][1]:.4f}"
     for rank in range(4):
         assert f"step 8/8 | {loss}" in (tmp_path / "logs" / f"rank-000{rank}.log").read_text()
