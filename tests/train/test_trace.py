@@ -46,6 +46,9 @@ def test_a_trace_is_the_schedule(pool: Pool, tmp_path: Path) -> None:
         for one, two in zip(spans, spans[1:], strict=False):
             assert one["ts"] + one["dur"] <= two["ts"] + 0.002  # rounded to nanoseconds
         done |= {e["name"]: e["ts"] + e["dur"] for e in actions}
+        own = [lane for lane, name in lanes.items() if name.startswith(f"rank {rank} pp")]
+        messages = [e["ts"] for e in events if e.get("cat") == "communication" and e["tid"] in own]
+        assert messages and 0 <= min(messages) and max(messages) < sends["ts"] + sends["dur"]  # on the actions' clock
     for value, reader in (("F0.3", "F1.3"), ("F2.1", "F3.1"), ("I3.2", "I2.2"), ("I1.0", "I0.0")):
         assert done[value] < done[reader] + 1000  # one clock, to a millisecond: a value is made before it is read
     waits = [e for e in events if e["name"] == "waits"]
