@@ -56,6 +56,13 @@ def test_block_ends_leave_room_on_both_sides(weights: list[float], block: int) -
     check(blend, max(block - 1, 0) * blend.block_length, 3 * blend.block_length)
 
 
+def test_sources_that_seldom_come_stay_exact_in_blocks_as_long_as_they_need() -> None:
+    """Shorter blocks, in which a window begins before and ends after, would give the rare ones too much."""
+    blend = Blend([0.5, 0.003, 0.1, 0.0007, 0.5, 0.0007, 0.5])
+    assert blend.block_length == 4 * -(-16044 // 7)
+    check(blend, 0, 6000)
+
+
 def test_any_sample_can_be_asked_for_at_once() -> None:
     blend = Blend([67.0, 15.0, 4.5, 4.5, 4.5, 2.5, 2.0])
     expected = blend.locate(np.arange(3000))
