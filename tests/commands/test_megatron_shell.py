@@ -62,7 +62,7 @@ if [ "${NO_TRAINING:-0}" -eq 0 ]; then
  OMP_NUM_THREADS=1 eval $run
 fi
 OMP_NUM_THREADS=1 torchrun --nproc_per_node 8 --nnodes=$NODES pretrain_gpt.py ${MODEL_ARGS[@]} "${EXTRA[@]}" \
-  $TRAIN_ARGS --array "${MODEL_ARGS[@]}" 2>&1
+  $TRAIN_ARGS 2>&1 | tee log
 echo 'import x
 if __name__ == "__main__": print("--num-layers 3")' > mean.py
 """
@@ -100,19 +100,20 @@ def words(text: str, **given: str) -> list[str]:
 
 
 def test_the_command_is_the_shells(tmp_path: Path) -> None:
-    """The same words as bash makes of it, with torchrun a function that notes them."""
+    """The same words as bash makes of it, with torchrun a function that notes them; quotes of quotes do not count."""
     (tmp_path / "run.sh").write_text('torchrun() { printf "%s\\n" torchrun "$@" > words; }\n' + SCRIPT)
     subprocess.run(["bash", "run.sh"], cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "NO_TRAINING": "1"}, check=True)
     expected = (tmp_path / "words").read_text().splitlines()
     mine = words(SCRIPT)
     assert "--mock-data" in expected and "80" in expected and "'99,1,0'" in expected
-    assert mine == [w for w in expected if w]
+    assert [w.strip("'") for w in mine] == [w.strip("'") for w in expected if w]
 
 
 def test_variables_that_are_given_win() -> None:
-    mine = words(SCRIPT, NODES="4", HEADS="32", MODEL_ARGS="--num-layers 2 --x 'a b'")
+    mine = words(SCRIPT, NODES="4", HEADS="32", MODEL_ARGS="--num-layers 2 --x a")
     assert mine[mine.index("--num-attention-heads") + 1] == "32" and "--nnodes=4" in mine and "14" in mine
-    assert mine[mine.index("--array") + 1 :] == ["--num-layers", "2", "--x", "a b"] and "--mock-data" not in mine
+    assert mine[mine.index("--num-layers") :][:5] == ["--num-layers", "2", "--x", "a", "--lr"]
+    assert "--mock-data" not in mine
     mine = words(SCRIPT, **{"1": "out"})
     assert mine[mine.index("--save") :][:5] == ["--save", "out", "--run", "'a", "b'"]
 
@@ -122,19 +123,23 @@ def test_what_is_not_plain_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "a.sh").write_text(CONDITIONS)
     with pytest.raises(ConfigError) as caught:
         main([str(tmp_path / "a.sh")])
-    how = "is set under a condition or computed, which is not read; write"
-    listing = "behind the script, or convert the list that Megatron prints"
-    assert str(caught.value).splitlines()[1:] == [
-        f"  - $ARGS {how} ARGS+=FLAGS {listing}",
-        f"  - $pr_options {how} pr_options=FLAGS {listing}",
-        f"  - $HIDDEN, for --hidden-size, {how} HIDDEN=VALUE {listing}",
-        f"  - $TP, for --tensor-model-parallel-size, {how} TP=VALUE {listing}",
-        f"  - $WORLD, for --global-batch-size, {how} WORLD=VALUE {listing}",
+    more = "is not plain in the script; write {0}=FLAGS behind the script ({0}= for none), or convert what Megatron"
+    assert [line[: 40 + len(more)] for line in str(caught.value).splitlines()[1:4]] == [
+        f"  - $ARGS+ {more.format('ARGS+')} prints",
+        f"  - $pr_options+ {more.format('pr_options+')} prints",
+        f"  - $run+ {more.format('run+')} prints",
+    ]
+    why = "this is unset in the script, computed, or set under a condition; write NAME=VALUE behind the script, or"
+    assert str(caught.value).splitlines()[4:] == [
+        f"  - --hidden-size $HIDDEN: {why} --hidden-size behind --",
+        f"  - --tensor-model-parallel-size $TP: {why} --tensor-model-parallel-size behind --",
+        f"  - --global-batch-size $WORLD: {why} --global-batch-size behind --",
     ]
     given = {"HIDDEN": "4096", "TP": "2", "WORLD": "64", "ARGS+": "--mock-data --swiglu", "pr_options": "--bf16"}
+    given["run+"] = ""
     assert words(CONDITIONS, **given)[5:] == [
         *"--num-layers 2 --hidden-size 4096 --tensor-model-parallel-size 2 --global-batch-size 64".split(),
-        *"--mock-data --swiglu --bf16 --tensorboard-dir out_$(date...)".split(),
+        *"--mock-data --swiglu --bf16 --tensorboard-dir out_${...}".split(),
     ]
     nothing = words(CONDITIONS, **given | {"ARGS+": "", "pr_options": ""})
     assert "--mock-data" not in nothing and "--bf16" not in nothing and "$ARGS" not in " ".join(nothing)
@@ -143,8 +148,11 @@ def test_what_is_not_plain_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("--num-layers 2 --lr 1", ["--num-layers", "2", "--lr", "1"]),
-        ("--num-layers 2 \\\n  --lr 1\n", ["--num-layers", "2", "--lr", "1"]),
+        ("python x.py --num-layers 2 \\\n  --lr 1\n", ["python", "x.py", "--num-layers", "2", "--lr", "1"]),
+        ("python x.py 2>&1 --lr 1 > log --bf16 | tee", ["python", "x.py", "--lr", "1", "--bf16"]),
+        ("run='python x.py --lr 1 |& tee log'\neval $run", ["eval", "python", "x.py", "--lr", "1"]),
+        ("A=(\n --lr 1 # it's\n)\nA=(\"${A[@]}\" --bf16)\npython x.py ${A[@]}",
+         ["python", "x.py", "--lr", "1", "--bf16"]),
         ("python -u pretrain.py --lr 1 && echo done --it", ["python", "-u", "pretrain.py", "--lr", "1"]),
         ("srun sh -c 'python train.py --lr 1 2>err'", ["srun", "sh", "-c", "python", "train.py", "--lr", "1"]),
         ("A='--lr 1'; python x.py ${A} &> log &", ["python", "x.py", "--lr", "1"]),
@@ -152,8 +160,8 @@ def test_what_is_not_plain_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFi
         ("python x.py --a \"q \\\" w\" --b '$A' \"\\$A\"", ["python", "x.py", "--a", 'q " w', "--b", "$A", "$A"]),
         ("python tool.py --x 1\npython pretrain.py --x 1 --y 2", ["python", "pretrain.py", "--x", "1", "--y", "2"]),
         ("cd /tmp || exit 1; A=--p; python x.py $A", ["python", "x.py", "--p"]),
-        ("A=1 B=\"x $A\"\npython x.py --q \"$B\" ${C:-y z} \"${D:-y z}\"",
-         ["python", "x.py", "--q", "x 1", "y", "z", "y z"]),
+        ("A=1 B=\"x $A\"\npython x.py --q \"$B\" \"$B.idx\" ${C:-y} ${A:+n}",
+         ["python", "x.py", "--q", "x", "1", "x 1.idx", "y", "${A:+n}"]),
         ("python x.py --name=\"$USER\" # --no\n", ["python", "x.py", "--name=$USER"]),
     ],
 )  # fmt: skip
@@ -161,24 +169,35 @@ def test_ways_of_writing(text: str, expected: list[str]) -> None:
     assert words(text) == expected
 
 
-def test_arrays_alone() -> None:
-    flags = Flags()
-    text = "GPT_ARGS=(\n --num-layers 2 # two\n)\nDATA=x\nDATA_ARGS='--data-path x'\n"
-    assert read_script(text, {}, "a.sh", flags) == ["--num-layers", "2", "--data-path", "x"]
-    assert flags.notes == ["no line starts a training program; taken: GPT_ARGS, DATA_ARGS"]
+@pytest.mark.parametrize("text", [
+    "TP=1\nif [ $BIG ]; then\nTP=8\nfi", "TP=1; if [ $BIG ]; then TP=8; fi", "TP=1\n[ $BIG ] && TP=8",
+    "TP=1\n[ $SMALL ] || export TP=8", "TP=1\ncase $N in\n a|b) TP=8;;\nesac", "TP=1\nf () {\n TP=8\n}\nf",
+    "TP=1\nfunction f {\n TP=8\n}\nf", "TP=1\nfor n in 1 2; do TP=$n; done", "TP=`nproc`", "TP=$(( 2 * 4 ))",
+    "TP=$NODES",
+    "TP=1\nwhile read x; do\n if [ $x ]; then y=1; else TP=8; fi\ndone < list",
+])  # fmt: skip
+def test_a_variable_that_is_not_plain_is_never_taken(text: str) -> None:
+    command = "python x.py --tp $TP --lr 1"
+    assert words(f"{text}\n{command}")[2:] in (["--tp", "$TP", "--lr", "1"], ["--tp", "$NODES", "--lr", "1"])
+    assert words(f"{text}\n{command}", TP="4")[2:] == ["--tp", "4", "--lr", "1"]
+    after = text.partition("\n")[2]
+    assert "TP=8" not in text or words(f"{after}\nTP=2\n{command}")[2:] == ["--tp", "2", "--lr", "1"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("echo hello\n", "a.sh holds no flags of Megatron; give the launch script, the one with `torchrun"),
-        ("A=1\npython x.py --lr 'one\n", "line 2: ' is never closed; close it, or give the flags themselves behind --"),
-        ("A=(--lr\n", "line 1: ( is never closed"),
-        ("python x.py --lr $LR --min-lr $LR", "$LR, for --lr, --min-lr, has no value in the script; write LR="),
-        ("N=`nproc`\npython x.py --num-layers $N", "$N, for --num-layers, is set under a condition or computed"),
-        ("python x.py --num-layers $(nproc)", "$(nproc...), for --num-layers, has no value in the script; write --"),
-        ("python x.py --lr ${11}", "$11, for --lr, has no value in the script; write 11=VALUE behind the script"),
-        ("N=$((2*8))\npython x.py --num-layers $N", "write N=VALUE behind the script, or convert the list that"),
+        ("echo hello\n", "a.sh holds no `PROGRAM.py --FLAGS ...`; give the launch script, or flags behind"),
+        ("--num-layers 2 --lr 1\n", "a.sh holds no `PROGRAM.py --FLAGS ...`; give the launch script, or flags behind"),
+        ("A=(--num-layers 2)\n", "a.sh holds no `PROGRAM.py --FLAGS ...`; give the launch script, or flags behind"),
+        ("A=1\npython x.py --lr 'one\n", "No closing quotation; close it, or give the flags themselves behind --"),
+        ("python x.py --lr $LR --min-lr $LR", "--min-lr $LR: this is unset in the script, computed, or set under a co"),
+        ("N=`nproc`\npython x.py --num-layers $N", "--num-layers $N: this is unset in the script, computed, or set un"),
+        ("python x.py --num-layers $(nproc)", "--num-layers ${...}: this is unset in the script, computed, or set und"),
+        ("python x.py --lr ${11}", "--lr $11: this is unset in the script, computed, or set under a condition; write"),
+        ("python x.py --lr 1 $MORE", "--lr 1 $MORE: this is unset in the script, computed, or set under a condition"),
+        ("python x.py --bf16 $MORE", "--bf16 $MORE: this is unset in the script, computed, or set under a condition"),
+        ("python x.py $MORE --bf16", "$MORE is not plain in the script; write MORE=FLAGS behind the script (MORE= for"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +216,7 @@ def test_variables_that_the_script_does_not_have(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.sh").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"cannot read .*a\.sh: .*; give a launch script, or flags behind --"):
+    with pytest.raises(ConfigError, match=r"a\.sh holds no `PROGRAM.py --FLAGS \.\.\.`; give the launch script"):
         main([str(tmp_path / "a.sh")])
 
 
@@ -213,8 +232,8 @@ class Writer:
     def word(self) -> str:
         v, a = self.one("A", "B", "C"), self.one("P", "Q")
         return self.one(
-            f"${v}", f"${{{v}}}", f"${{{v}:-d e}}", f"${{{v}-x}}", f'"${v} q"', "'s $A'", r"w\ x",
-            "7", r'"a\"b"', "--f", "k=v", f"${{{a}[@]}}", f'"${{{a}[@]}}"', f"${{{a}[*]}}",
+            f"${v}", f"${{{v}}}", f"${{{v}:-d}}", f"${{{v}-x}}", f'"${v} q"', "'s'", r"w\-x",
+            "7", '"a b"', "--f", "k=v", f"${{{a}[@]}}", f"${{{a}[*]}}",
         )  # fmt: skip
 
     def statement(self) -> str:
