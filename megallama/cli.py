@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": "look into a checkpoint or a .bin/.idx pair, verify or compare it",
     "explain": "which documents a step trains on",
     "status": "how a run is: where its ranks stand, how it ended, what it did with its time",
+    "replay": "run a step again: was it the data, the numbers, or the machine?",
     "generate": "continue a text with a trained model",
     "convert": "convert a checkpoint to or from Hugging Face, Meta's and Megatron's formats",
     "from-megatron": "a Megatron-LM command line or log as a configuration",

@@ -254,7 +254,7 @@ class TrainingLoop:
         shards = self.setup.worker.optimizer.shards(owned_only=True)
         with self._timers.phase("save"), self._world.patient(self._config.run.io_timeout_seconds):
             counters = progress.state_dict(evaluated=progress.step - bool(self._missing))
-            counters |= train.state(progress.samples) if train else {}
+            counters |= {"computes_with": self.setup.computes_with, **(train.state(progress.samples) if train else {})}
             self._manager.save(progress.step, shards, counters, behind=not leaving)
         self.setup.tell_sources()
 

@@ -55,6 +55,7 @@ class Setup:
     worker: Worker
     tracer: StepTracer  # of the rank's groups
     progress: Progress
+    computes_with: str = ""  # what bits depend on besides layout and versions
     last_step: int = 0  # train.steps, or fewer where the data end; known once the state is restored
 
     @property
@@ -109,7 +110,10 @@ def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: Signa
         config = manager.keep_settings()
         plan = replace(plan, config=config)
         worker, tracer = _on_all(world, "model", lambda: _build(plan, world, log, kernels, manager))
-        setup = Setup(config, plan, world, log, signals, data, manager, worker, tracer, progress)
+        cuda, threads = world.device.type == "cuda", counted(torch.get_num_threads(), "thread")
+        device = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
+        computes_with = f"{device}, {threads}, {kernels}"
+        setup = Setup(config, plan, world, log, signals, data, manager, worker, tracer, progress, computes_with)
         yield replace(setup, last_step=_restore(setup))
         manager.starts.over("", SAVED)
     except BaseException as error:
