@@ -23,6 +23,7 @@ from megallama.config.errors import ConfigError, counted
 from megallama.data.blocks import File
 from megallama.data.indexed import CHUNK, IndexedDataset
 from megallama.data.tokenizer import load_tokenizer
+from megallama.data.verify import verify
 from megallama.data.writer import SumsWriter, naming
 from megallama.text.progress import ByteProgress
 
@@ -67,7 +68,7 @@ def inspect_pair(args: argparse.Namespace) -> None:
     vocab_size = tokenizer.vocab_size if tokenizer else dataset.metadata.get("vocab_size")
     total = dataset.num_tokens * dataset.dtype.itemsize
     with ByteProgress("verifying") as bar:
-        lacking = dataset.verify(vocab_size, lambda done: bar.update(done, total))
+        lacking = verify(dataset, vocab_size, lambda done: bar.update(done, total))
     below = f" below {vocab_size}" if vocab_size else ""
     print(f"verified: offsets, document marks and {counted(dataset.num_tokens, 'id', ',')}{below}")
     print(f"not verified: {lacking}" if lacking else f"verified: every 64 KiB is as {dataset.prefix}.sums says")

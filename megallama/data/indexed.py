@@ -21,7 +21,7 @@ import hashlib
 import json
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,34 +184,3 @@ class IndexedDataset:
             digest.update(file.read(0, span) + file.read(file.size - span, span))
         counts = {"documents": self.num_documents, "tokens": self.num_tokens}
         return counts | {"idx_bytes": self._idx.size, "bin_bytes": self._bin.size, "sha256": digest.hexdigest()}
-
-    def verify(self, vocab_size: int | None = None, progress: Callable[[int], None] = lambda size: None) -> str:
-        """Read everything: blocks as they were written, offsets contiguous, marks ascending, tokens in range.
-
-        "", or why the blocks cannot be compared.  `progress(bytes of .bin checked)`.  Raises: DataError.
-        """
-        lacking, expected = self.check_blocks(), 0
-        for first in range(0, self.num_sequences, CHUNK):
-            count = min(CHUNK, self.num_sequences - first)
-            lengths = self._array(HEADER.size + 4 * first, count, "<i4").astype(np.int64)
-            pointers = self._array(self._pointers_at + 8 * first, count, "<i8")
-            ends = expected + np.cumsum(lengths) * self.dtype.itemsize
-            bad = np.flatnonzero((pointers != np.append(expected, ends[:-1])) | (lengths < 0))
-            if len(bad):
-                raise DataError(
-                    f"{self._idx.path}: the offset of sequence {first + bad[0]} does not follow the one before; {AGAIN}"
-                )
-            expected = int(ends[-1])
-        for first in range(0, self.num_documents, CHUNK):
-            self.starts(first, min(first + CHUNK, self.num_documents))
-        for offset in range(0, self.num_tokens, CHUNK):
-            tokens = self.read(offset, min(CHUNK, self.num_tokens - offset))
-            wrong = tokens < 0 if vocab_size is None else (tokens < 0) | (tokens >= vocab_size)
-            if wrong.any():
-                at = int(np.argmax(wrong))
-                raise DataError(
-                    f"{self._bin.path}: token {offset + at} of the stream is id {tokens[at]}, "
-                    f"outside the vocabulary of {vocab_size} ids; use the tokenizer this corpus was made with"
-                )
-            progress((offset + len(tokens)) * self.dtype.itemsize)
-        return lacking

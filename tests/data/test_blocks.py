@@ -20,6 +20,7 @@ from megallama.config.errors import DataError
 from megallama.data.blocks import BLOCK, File
 from megallama.data.indexed import IndexedDataset
 from megallama.data.samples import Source
+from megallama.data.verify import verify
 from megallama.data.writer import IndexedWriter, SumsWriter, write_metadata
 from megallama.text.preprocess import merge, preprocess
 from tests.data.test_sources import opened
@@ -82,7 +83,7 @@ def test_all_writers_write_it(jsonl: Path, tokenizer_path: Path, tmp_path: Path)
     preprocess([jsonl], tmp_path / "s", tokenizer_path, split_valid=0.1)
     merge([tmp_path / "s_train", tmp_path / "s_valid"], tmp_path / "m")
     for name in ("s_train", "s_valid", "m"):
-        assert IndexedDataset(tmp_path / name).verify() == ""
+        assert verify(IndexedDataset(tmp_path / name)) == ""
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
@@ -94,7 +95,7 @@ def test_any_flipped_bit_and_any_hole_is_found(tmp_path: Path, suffix: str) -> N
     for at in places:
         damage(path, at, bytes([raw[at] ^ 1 << draw.randrange(8)]))
         with pytest.raises(DataError) as caught:
-            IndexedDataset(prefix).verify(500)
+            verify(IndexedDataset(prefix), 500)
         if suffix == ".bin" or 60 < at < len(raw) - 60:  # the ends of an index are looked at when it is opened
             expected = f"{path}: the 65536 bytes from {at // BLOCK * BLOCK} on are not what was written, says {prefix}"
             assert str(caught.value).startswith(expected), (at, caught.value)
@@ -102,9 +103,9 @@ def test_any_flipped_bit_and_any_hole_is_found(tmp_path: Path, suffix: str) -> N
     at, hole = (99_000, BLOCK) if suffix == ".bin" else (20_000, 20_000)  # not what opening an index looks at
     damage(path, at, bytes(hole))
     with pytest.raises(DataError, match="are not what was written"):
-        IndexedDataset(prefix).verify(500)
+        verify(IndexedDataset(prefix), 500)
     damage(path, at, raw[at : at + hole])
-    assert IndexedDataset(prefix).verify(500) == ""
+    assert verify(IndexedDataset(prefix), 500) == ""
 
 
 @pytest.mark.parametrize("documents", [1, 10, 400, 500])
@@ -115,7 +116,7 @@ def test_damage_in_a_small_pair_is_no_other_pair(tmp_path: Path, documents: int,
     size = Path(f"{prefix}.bin").stat().st_size
     damage(f"{prefix}.bin", size // 3, bytes(min(hole, size - size // 3)) if hole > 1 else b"\xfe")
     with pytest.raises(DataError, match="are not what was written"):
-        IndexedDataset(prefix).verify(500)
+        verify(IndexedDataset(prefix), 500)
 
 
 def test_a_source_is_checked_when_first_read_and_only_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +199,7 @@ def sums_of(tmp_path: Path, what: str, prefix: Path) -> None:
 def test_sums_that_cannot_be_used_are_said_and_not_trusted(tmp_path: Path, what: str, output: str) -> None:
     prefix = write(tmp_path / "a")
     sums_of(tmp_path, what, prefix)
-    lacking = IndexedDataset(prefix).verify(500)
+    lacking = verify(IndexedDataset(prefix), 500)
     assert (
         lacking.startswith(f"{prefix}.sums: ") and output in lacking and "a flipped bit would not be found" in lacking
     )
@@ -212,10 +213,10 @@ def test_damaged_sums_do_not_accuse_the_data(tmp_path: Path) -> None:
     raw = Path(f"{prefix}.sums").read_bytes()
     damage(f"{prefix}.sums", len(raw) // 2, bytes([raw[len(raw) // 2] ^ 4]))
     with pytest.raises(DataError, match=r"^\S+a\.sums is damaged itself; delete it, or write it with"):
-        IndexedDataset(prefix).verify(500)
+        verify(IndexedDataset(prefix), 500)
     Path(f"{prefix}.sums").write_bytes(raw[:-3])
     with pytest.raises(DataError, match=r"^\S+a\.sums is damaged itself"):
-        IndexedDataset(prefix).verify(500)
+        verify(IndexedDataset(prefix), 500)
 
 
 def test_a_passing_fault_of_reading_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +231,7 @@ def test_a_passing_fault_of_reading_is_no_damage(tmp_path: Path, monkeypatch: py
         return count
 
     monkeypatch.setattr(os, "preadv", preadv)
-    assert dataset.verify(500) == "" and faults[0] == 1
+    assert verify(dataset, 500) == "" and faults[0] == 1
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])

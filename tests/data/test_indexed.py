@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from megallama.config.errors import DataError
 from megallama.data.indexed import IndexedDataset
+from megallama.data.verify import verify
 from megallama.data.writer import IndexedWriter, dtype_for, write_metadata
 
 U16, I32 = dtype_for(100), dtype_for(70000)
@@ -64,7 +65,7 @@ def test_reads_back_what_was_written(tmp_path: Path) -> None:
     assert all(data.read(i, 18 - i).tolist() == stream[i:] for i in range(19))
     assert data.starts(1, 4).tolist() == [4, 5, 16, 18]
     assert data.largest_token() == 65535
-    data.verify(65536)
+    verify(data, 65536)
 
 
 def test_documents_of_several_sequences_are_read(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_documents_of_several_sequences_are_read(tmp_path: Path) -> None:
     (tmp_path / "m.bin").write_bytes(struct.pack("<6H", *range(6)))
     data = IndexedDataset(tmp_path / "m.bin")  # the suffix does not matter
     assert [data.document(i).tolist() for i in range(3)] == [[0, 1, 2], [], [3, 4, 5]]
-    data.verify(6)
+    verify(data, 6)
 
 
 def test_many_documents_added_at_once_give_the_same_files(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_chunked_index_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     documents = [[i % 50] * (i % 5) for i in range(100)]
     prefix = write(tmp_path / "a", documents)
     assert read_megatron(prefix) == (8, documents, list(range(101)))
-    IndexedDataset(prefix).verify(50)
+    verify(IndexedDataset(prefix), 50)
 
 
 @pytest.mark.parametrize("ids, dtype, text", [([70000], U16, "token id 70000 does not fit uint16"), ([-1], I32, "-1")])
@@ -179,7 +180,7 @@ def test_a_document_that_a_damaged_index_puts_outside_is_refused(tmp_path: Path)
 
 def test_verify_finds_a_token_outside_the_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="token 17 of the stream is id 65535, outside the vocabulary of 100 ids"):
-        IndexedDataset(write(tmp_path / "a")).verify(100)
+        verify(IndexedDataset(write(tmp_path / "a")), 100)
 
 
 @pytest.mark.parametrize("at, value, text", [
@@ -191,7 +192,7 @@ def test_verify_finds_damage_inside_the_index(tmp_path: Path, at: int, value: by
     prefix = write(tmp_path / "a")
     damage(f"{prefix}.idx", at, value)
     with pytest.raises(DataError, match=text):
-        IndexedDataset(prefix).verify()
+        verify(IndexedDataset(prefix))
 
 
 def test_the_fingerprint_sees_a_changed_file(tmp_path: Path) -> None:
