@@ -2,16 +2,19 @@
 
 STEP counts from 1, as the log does. For every sample of its global batch: the source, the sample's number in it and
 its epoch, and the documents it is made of, each with its number, the offset in it, and the text of what is used of
-it. The same tokens that the training reads, by the same code; nothing but the files and the configuration is needed
-(a run whose batch size was changed when it was resumed is explained as if it always had the one of the configuration).
+it. The same tokens that the training reads, by the same code; nothing but the files and the configuration is needed,
+and the newest checkpoint of a run that went back (train.on_spike), which says what it left out (a run whose batch size
+was changed when it was resumed is explained as if it always had the one of the configuration).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,13 +76,31 @@ def explain(train: TrainDataset, tokenizer: Tokenizer | None, numbers: Sequence[
     return out
 
 
-def numbers_of(config: Config, step: int, ranks: int | None, rank: int | None, micro: int | None) -> list[int]:
-    """The samples of a step, or what one rank reads of it. Raises: ConfigError if there is no such step or rank."""
+def ledger_of(config: Config) -> dict[str, Any]:
+    """The counters of the newest checkpoint, where it has any."""
+    folder = Path(config.checkpoint.folder or "")
+    with suppress(OSError, ValueError, KeyError):
+        newest = folder / (folder / "latest").read_text("utf-8").strip() / "manifest.json"
+        return dict(json.loads(newest.read_text("utf-8"))["counters"])
+    return {}
+
+
+def numbers_of(
+    config: Config, step: int, ranks: int | None, rank: int | None, micro: int | None,
+    left_out: Mapping[str, int] | None = None,
+) -> list[int]:  # fmt: skip
+    """The samples of a step, or what one rank reads of it. Raises: ConfigError if there is no such step or rank.
+
+    left_out: step -> samples after it that a run which went back did not use.
+    """
     if step < 1:
         raise ConfigError(f"step {step} does not exist; steps count from 1, as in the log")
     p, batch = config.parallel, config.batch
-    first = batch.samples_after(step - 1)
-    size = batch.samples_after(step) - first
+    done = first = 0
+    for at, count in sorted((int(at), count) for at, count in (left_out or {}).items() if int(at) < step):
+        done, first = at, batch.samples_after(at, done, first) + count
+    first = batch.samples_after(step - 1, done, first)
+    size = batch.size_after(first)
     if rank is None:
         if micro is not None or ranks is not None:
             raise ConfigError("--micro-batch and ranks= need --rank; write for example --rank 0 ranks=8")
@@ -130,7 +151,9 @@ def run(argv: Sequence[str]) -> None:
     if not isinstance(train, TrainDataset):
         raise ConfigError("data.synthetic=true makes samples of random tokens: there are no documents to explain")
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    numbers = numbers_of(config, step, ranks, args.rank, args.micro_batch)
+    if (ledger := ledger_of(config)).get("left_out"):
+        train.resume(ledger, ledger["step"], ledger["samples"])
+    numbers = numbers_of(config, step, ranks, args.rank, args.micro_batch, ledger.get("left_out"))
     if args.sample is not None:
         if args.sample not in numbers:
             raise ConfigError(f"--sample {args.sample} is not in step {step}: {numbers[0]} to {numbers[-1]}")

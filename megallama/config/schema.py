@@ -262,9 +262,13 @@ class TrainConfig(Section):
     check_replicas: NonNegativeInt = option(
         1000, "steps between comparisons of all ranks' copies of the weights with the masters; 0 is never [steps]"
     )
-    on_spike: Literal["warn", "skip"] = option(
-        "warn", "a loss or gradient norm far above the last 200 is said; skip: and an update of such a norm left out"
+    on_spike: Literal["warn", "skip", "rollback"] = option(
+        "warn",
+        "a loss or gradient norm far above the last 200 is said; skip: an update of such a norm is left out; rollback: "
+        "the run goes back to the newest checkpoint, and on with the data behind the spike",
     )
+    rollback_skip_steps: NonNegativeInt = option(0, "steps of data that rollback leaves out behind the spike [steps]")
+    max_rollbacks: NonNegativeInt = option(3, "rollbacks of a run; what stands out after them is only said")
     stop_after_steps: PositiveInt | None = option(None, "save and leave after this many steps of this start [steps]")
     stop_after_minutes: PositiveFloat | None = option(None, "save and leave after this long [min]")
     deterministic: bool = option(False, "only deterministic kernels")
@@ -325,8 +329,9 @@ class RunConfig(Section):
         (), 'implementations not to use, e.g. "apex" or "RMSNorm: Transformer Engine"; see megallama doctor'
     )
     supervisor: bool = option(
-        True, "a small process beside every rank says who holds up the others, and ends what nobody else ends; false "
-        "for debuggers"
+        True,
+        "a small process beside every rank says who holds up the others, and ends what nobody else ends; false "
+        "for debuggers",
     )
     timeout_seconds: PositiveFloat = option(
         600.0, "longest wait of a step for another rank before the run fails; bounds steps alone [s]"

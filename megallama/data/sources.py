@@ -101,8 +101,8 @@ class TrainDataset:
             "order": self._order,
         }
 
-    def resume(self, saved: Mapping[str, Any], step: int, samples: int) -> None:
-        """Go on from a checkpoint made after `step` steps and `samples` samples.
+    def resume(self, saved: Mapping[str, Any], step: int, samples: int, until: int | None = None) -> None:
+        """Go on from a checkpoint made after `step` steps and `samples` samples, with sample `until` or the next.
 
         Raises: DataError if files, seed, sample length or past weights are not those of the checkpoint.
         """
@@ -119,7 +119,7 @@ class TrainDataset:
             self._check_source(old, step)
         past = [Phase(**phase) for phase in saved["mixture"]]
         self._check_weights(past, step)
-        self._done, self._consumed = step, samples
+        self._done, self._consumed = step, samples if until is None else until
         later = [p for p in phases_of(self._config, self._samples_after) if p.step > step]
         self.mixture = Mixture(self.mixture.names, [*past, *later])
         used = self.consumption(samples)

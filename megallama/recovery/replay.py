@@ -12,6 +12,7 @@ import math
 import re
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -92,11 +93,12 @@ def replay_with(world: World, folder: Path, step: int, before: Path, made: Manif
             (scratch / "checkpoints").mkdir()
             (scratch / "checkpoints" / before.name).symlink_to(before.resolve())
         world.group.barrier()
-        again, computes_with = _run(config, world, scratch, step)
+        run_it = partial(_run, config, world, scratch, step, made.counters.get("left_out", {}))
+        again, computes_with = run_it()
         differs = _differences(made, world.world_size, fits, computes_with)
         strict = not differs and (config.train.deterministic or world.device.type == "cpu")
-        second, _ = _run(config, world, scratch, step, reverse=not strict)
-        exact, _ = (again, "") if config.precision.dtype == "fp64" else _run(config, world, scratch, step, exact=True)
+        second, _ = run_it(reverse=not strict)
+        exact, _ = (again, "") if config.precision.dtype == "fp64" else run_it(exact=True)
         world.group.barrier()
     finally:
         if world.rank == 0:
@@ -116,8 +118,9 @@ def replay_with(world: World, folder: Path, step: int, before: Path, made: Manif
 
 
 def _run(
-    config: Config, world: World, scratch: Path, step: int, *, exact: bool = False, reverse: bool = False
-) -> tuple[dict[int, Numbers], str]:
+    config: Config, world: World, scratch: Path, step: int, left_out: dict[str, int], *, exact: bool = False,
+    reverse: bool = False,
+) -> tuple[dict[int, Numbers], str]:  # fmt: skip
     """The numbers of every step up to `step`, and what they were computed with; `reverse`: the samples of each."""
     changes: dict[str, dict[str, Any]] = {
         "run": {"folder": str(scratch)},
@@ -131,7 +134,11 @@ def _run(
     out: dict[int, Numbers] = {}
     try:
         with set_up(config, make_plan(config, world.world_size), world, log, SignalFlag()) as setup:
-            train = setup.data.train
+            train, at, samples = setup.data.train, setup.progress.step, setup.progress.samples
+            if more := left_out.get(str(at), 0):  # the run came back to this checkpoint, and went on with other data
+                setup.progress.samples += more
+                if setup.train_data:
+                    setup.train_data.resume(setup.train_data.state(samples), at, samples, samples + more)
             read = train.read
             if reverse:
                 train.read = lambda ids: read(ids[::-1])  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +19,7 @@ from megallama.plan.work import training_flops
 from megallama.train.assemble import DTYPES
 from megallama.train.log import human_count
 from megallama.train.metrics import MetricsWriter, Record, plot_loss, read_metrics
-from megallama.train.setup import Setup
+from megallama.train.setup import Setup, go_back
 from megallama.train.signals import SAVED
 from megallama.train.speed import Meter, Timers, peak_flops, peak_memory_bytes
 from megallama.train.step import RankStatus, StepConsensus, evaluate, train_step
@@ -62,7 +62,11 @@ class Reporter:
         causal, full = (training_flops(config.model, config.batch.seq_length, causal=c) for c in (True, False))
         self._meter = Meter(plan.topology.world_size, (causal, full), peak, total)
         timers.lap()
-        writer = MetricsWriter(config, log, self._progress.step)
+        self.open()
+
+    def open(self) -> None:
+        """Write from the present step on: at the start, and after going back."""
+        writer = MetricsWriter(self._setup.config, self._setup.log, self._progress.step)
         self.write, self.close = writer.write, writer.close
 
     def step(self, result: StepConsensus, waited: float) -> None:
@@ -127,20 +131,28 @@ class TrainingLoop:
                 return SAVED
         self._world.record.at(phase="between steps")
         signals.phase = "training"  # from here on the consensus of a step says who asks to stop
-        config, progress, last_step = self._config, self.progress, self.setup.last_step
+        config, progress = self._config, self.progress
         with (
             gc_schedule(config.train.gc_interval) as collect_garbage,
             closing(Reporter(self.setup, self._timers)) as report,
-            self._loader() as loader,
+            ExitStack() as loaders,
         ):
+            loader = loaders.enter_context(self._loader())
             self._missing = self._never_made()
             stopped = self._evaluate(report)
-            while progress.step < last_step and stopped is None:
+            while progress.step < self.setup.last_step and stopped is None:
                 result = self._one_step(loader)
+                if self._watch.goes_back:
+                    loader.close()
+                    report.close()
+                    self.setup, self._watch.goes_back = go_back(self.setup), False
+                    report.open()
+                    loader = loaders.enter_context(self._loader())
+                    continue
                 report.tokens += result.tokens
                 self._world.bound(config.run.timeout_seconds)
                 stopped = result.stop_reason or self._enough_steps()
-                last = progress.step == last_step
+                last = progress.step == self.setup.last_step
                 if progress.step % config.log.interval == 0 or last or stopped or not result.applied:
                     report.step(result, loader.wait_seconds)
                 else:  # with all bits, for `megallama replay`
@@ -155,10 +167,10 @@ class TrainingLoop:
             self.setup.worker.optimizer.wait()  # no rank leaves while another one still receives its weights
             self._save_unsaved()
             self.setup.tracer.write()
-            unfinished = progress.step < last_step or len(self._missing) > 0
+            unfinished = progress.step < self.setup.last_step or len(self._missing) > 0
             signals.leaving(SAVED if unfinished else FINISHED)
         if unfinished:
-            then = "continue" if progress.step < last_step else "make the evaluations that are missing"
+            then = "continue" if progress.step < self.setup.last_step else "make the evaluations that are missing"
             again = f"start the same command again to {then}"
             self._log.info(f"stopped: {stopped}; saved at step {progress.step}, {again}")
             return SAVED

@@ -121,6 +121,7 @@ class Progress:
         self.scaler = LossScaler(config.precision)
         self.guard = NonFiniteGuard(config.train.max_bad_steps)
         self.high_loss = HighLoss()
+        self.rollbacks, self.left_out = 0, dict[str, int]()  # step -> samples after it that are not used
         self.spikes, self._keeps_spikes = Spikes({}), config.train.on_spike != "warn"  # but decide
 
     def state_dict(self, evaluated: int) -> dict[str, Any]:
@@ -132,6 +133,7 @@ class Progress:
             "bad_steps": {"skipped": guard.skipped, "in_a_row": guard.in_a_row, "last_good": guard.last_good},
             "first_loss": self.high_loss.first,
             "evaluated": evaluated,
+            **({"rollbacks": self.rollbacks, "left_out": self.left_out} if self.rollbacks else {}),
             **({"spikes": {n: [*w] for n, w in self.spikes.windows.items()}} if self._keeps_spikes else {}),
         }
 
@@ -140,6 +142,7 @@ class Progress:
         self.step, self.updates = saved["step"], saved["updates"]
         self.samples, self.tokens = saved["samples"], saved["tokens"]
         self.first_step, self.may_lack_evaluations = self.step, "evaluated" in saved
+        self.rollbacks, self.left_out = max(self.rollbacks, saved.get("rollbacks", 0)), saved.get("left_out", {})
         self.high_loss, self.spikes = HighLoss(saved.get("first_loss")), Spikes(saved.get("spikes", {}))
         self.scaler.load_state_dict(saved["scaler"])
         self.guard = NonFiniteGuard(self.guard.max_bad_steps, **saved["bad_steps"])

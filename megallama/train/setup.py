@@ -198,16 +198,36 @@ def _build(
     return worker, tracer
 
 
-def _restore(setup: Setup) -> int:
-    """Newest checkpoint, given weights, or random ones: the log says which. The last step."""
+def go_back(setup: Setup) -> Setup:
+    """From a step that was not applied to the newest checkpoint, and on with later data."""
+    progress, train = setup.progress, setup.config.train
+    step, first = progress.step, progress.first_step
+    until = setup.config.batch.samples_after(step + train.rollback_skip_steps, step, progress.samples)
+    setup.worker.optimizer.wait()
+    last = _restore(setup, until)
+    progress.first_step, progress.rollbacks = min(first, progress.step), progress.rollbacks + 1
+    left_out = f"samples {until - progress.left_out[str(progress.step)]} to {until - 1} are left out"
+    made = f"rollback {progress.rollbacks} of at most {train.max_rollbacks}"
+    setup.log.info(f"warning: step {step} is undone ({made}): the run goes on after step {progress.step}; {left_out}")
+    return replace(setup, last_step=last)
+
+
+def _restore(setup: Setup, until: int | None = None) -> int:
+    """Newest checkpoint, given weights, or random ones: the log says which. The last step.
+
+    until: go back to the one that this run has, and on with this sample.
+    """
     config, progress, log, world, manager = setup.config, setup.progress, setup.log, setup.world, setup.manager
     optimizer, train = setup.worker.optimizer, setup.train_data
     shards = optimizer.shards(owned_only=False)
-    saved = manager.resume(shards)
+    newest = None if until is None else manager.newest()
+    saved = manager.load(newest[0], shards) if newest else manager.resume(shards)
     if saved is not None:
         progress.load_state_dict(saved)
         if train:
-            _on_all(world, "data", lambda: train.resume(saved, progress.step, progress.samples))
+            _on_all(world, "data", lambda: train.resume(saved, progress.step, progress.samples, until))
+        if until is not None:
+            progress.left_out[str(progress.step)], progress.samples = until - progress.samples, until
         optimizer.loaded(progress.updates)
         assert manager.resumed is not None
         path, before = manager.resumed

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from math import inf
 from statistics import median, median_low
 
 import torch
 
-from megallama.config.errors import CorruptionError, counted
+from megallama.config.errors import CorruptionError, InternalError, MegallamaError, counted
 from megallama.optim.replicas import wrong_copies
 from megallama.train.setup import Setup
 from megallama.train.step import StepConsensus
@@ -22,6 +23,7 @@ class Watch:
     def __init__(self, setup: Setup) -> None:
         self._setup, self._config, self._progress = setup, setup.config, setup.progress
         self._found: dict[str, float] = {}  # what stands out in this step, with its typical value
+        self.goes_back = False  # after this step, to the newest checkpoint
 
     def check_replicas(self) -> None:
         """Compare the copies of the weights where it is due. Raises: CorruptionError, on all ranks."""
@@ -37,8 +39,16 @@ class Watch:
 
     def refuses(self, result: StepConsensus) -> bool:
         """Look at a finite step before its update; whether train.on_spike wants it left out."""
-        self._found = self._progress.spikes.found(result.metrics)
-        return self._config.train.on_spike == "skip" and "grad_norm" in self._found
+        self._found, train, manager = (
+            self._progress.spikes.found(result.metrics),
+            self._config.train,
+            self._setup.manager,
+        )
+        if self._found and train.on_spike == "rollback" and self._progress.rollbacks < train.max_rollbacks:
+            with suppress(MegallamaError, InternalError):  # of a save; it was told
+                manager.finish()
+            self.goes_back = manager.saved_step is not None
+        return self.goes_back or (train.on_spike == "skip" and "grad_norm" in self._found)
 
     def step(self, result: StepConsensus, samples: range, *, overflow: bool) -> None:
         """Say what stood out of a step, made with these samples, and whose gradient was wrong by much."""

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megallama.commands.explain import explain
+from megallama.commands.explain import explain, ledger_of, numbers_of
 from megallama.data.sources import open_sources
 from megallama.data.writer import IndexedWriter
 from megallama.train.progress import Spikes
 from tests.pool import Pool
 from tests.small import small_config
 from tests.train.runs import curve, records, state_files
+from tests.train.test_metrics import scalars
 
 RUN = "tests.train.runs:run"
 
@@ -149,6 +150,46 @@ def test_resuming_with_skip_changes_no_bit(pool: Pool, tmp_path: Path, corpus: s
     answers = pool.run(1, RUN, str(stopped), on_corpus(corpus, on_spike="skip"), "scale:24:0:1000")
     assert answers == [{"status": 0, "step": 26, "updates": 25}]
     assert state_files(straight) == state_files(stopped)
+
+
+def rollback(corpus: str, **train: Any) -> dict[str, dict[str, Any]]:
+    settings = on_corpus(corpus, on_spike="rollback", max_rollbacks=1, **train)
+    return settings | {"checkpoint": {"interval": 5, "keep_last": 9}, "log": {"plot": False}}
+
+
+def test_a_run_goes_back_once_and_leaves_the_data_out(pool: Pool, tmp_path: Path, corpus: str) -> None:
+    run, stopped, settings = tmp_path / "run", tmp_path / "stopped", rollback(corpus, rollback_skip_steps=1)
+    answers = pool.run(2, RUN, str(run), settings, "scale:23:1:1000")  # again when it comes to this step again
+    assert answers == [{"status": 0, "step": 26, "updates": 26}] * 2
+    log = (run / "run.log").read_text()
+    undone = (
+        "warning: step 24 is undone (rollback 1 of at most 1): the run goes on after step 20; samples 160 to 199 are"
+    )
+    assert log.count(undone) == 1 and log.count(" is undone") == 1 and log.count("step 24: grad_norm ") == 2
+    steps = records(run)
+    assert [r["step"] for r in steps] == [*range(1, 27)], "one curve"
+    assert [r["consumed_samples"] for r in steps[18:22]] == [152, 160, 208, 216]
+    assert [step for step, _ in scalars(run / "tensorboard")["train/loss"]] == [*range(1, 27)]
+    counters = json.loads((run / "checkpoints" / "step-00000026" / "manifest.json").read_text())["counters"]
+    assert (counters["rollbacks"], counters["left_out"], counters["samples"]) == (1, {"20": 40}, 248)
+    assert counters["sources"][0]["samples"] == 248
+    pool.run(
+        2, RUN, str(stopped), settings | {"train": {**settings["train"], "stop_after_steps": 25}}, "scale:23:1:1000"
+    )
+    assert pool.run(2, RUN, str(stopped), settings) == answers
+    assert state_files(stopped) == state_files(run)
+    shown = numbers_of(small_config(**settings), 22, None, None, None, counters["left_out"])
+    assert (
+        shown == [*range(208, 216)] and numbers_of(small_config(**settings), 20, None, None, None, {"20": 40})[0] == 152
+    )
+    assert ledger_of(small_config(**settings, run={"folder": str(run)})) == counters
+
+
+def test_without_a_checkpoint_nobody_goes_back(pool: Pool, tmp_path: Path, corpus: str) -> None:
+    settings = rollback(corpus) | {"checkpoint": {"interval": 0}}
+    assert pool.run(1, RUN, str(tmp_path), settings, "scale:23:0:1000") == [{"status": 0, "step": 26, "updates": 26}]
+    log = (tmp_path / "run.log").read_text()
+    assert "step 24: grad_norm " in log and "is undone" not in log and "left out" not in log
 
 
 def test_noise_is_no_spike_and_a_new_level_is_one_for_a_while() -> None:
