@@ -1,9 +1,8 @@
 """A step again, from the checkpoint before it: was it the data, the numbers' format, or the machine?
 
 The same bits again: then the step is what its data and its state make of it, in fp64 too (data) or not (numerics).
-Other bits say `hardware` only where they could not be other ones: with the ranks, device, kernels and versions of the
-run, and deterministic kernels.  Everywhere else two replays, the second with the samples in another order, and one in
-fp64 show how far rounding moves the numbers.
+Other bits mean hardware only with the ranks, device, kernels and versions of the run, and deterministic kernels.
+Everywhere else a second replay, with the samples in another order, and one in fp64 show how far rounding moves them.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import math
 import re
 import shutil
 import tempfile
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -88,29 +88,26 @@ def replay_with(world: World, folder: Path, step: int, before: Path, made: Manif
     if problems := check(config, world.world_size, need_data=False):
         raise ConfigError("; ".join(problems))
     scratch = Path(world.group.gather_values(tempfile.mkdtemp(prefix="replay-", dir=run) if not world.rank else "")[0])
-    try:
+    with ExitStack() as stack:
         if world.rank == 0:
+            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
             (scratch / "checkpoints").mkdir()
             (scratch / "checkpoints" / before.name).symlink_to(before.resolve())
         world.group.barrier()
-        run_it = partial(_run, config, world, scratch, step, made.counters.get("left_out", {}))
+        run_it = partial(_run, config, world, scratch, step, made)
         again, computes_with = run_it()
         differs = _differences(made, world.world_size, fits, computes_with)
         strict = not differs and (config.train.deterministic or world.device.type == "cpu")
         second, _ = run_it(reverse=not strict)
         exact, _ = (again, "") if config.precision.dtype == "fp64" else run_it(exact=True)
         world.group.barrier()
-    finally:
-        if world.rank == 0:
-            shutil.rmtree(scratch, ignore_errors=True)
     earlier = [was[n] for n in sorted(was) if n < step and math.isfinite(sum(was[n]))]
     usual = earlier[-Spikes.WINDOW :] or [was[step]]
     typical = median(loss for loss, _ in usual), median(norm for _, norm in usual)
     verdict = judge(was[step], again[step], second[step], exact[step], typical, strict)
     first = next((n for n in sorted(again) if n in was and not _same(was[n], again[n])), None)
     rows = {"recorded": was[step], "again": again[step], "once more": second[step], "in fp64": exact[step]}
-    where = f"on {counted(world.world_size, 'rank')}, {config.precision.dtype}"
-    lines = [f"step {step}, {counted(len(again), 'step')} after {before}, {where}"]
+    lines = [f"step {step}, {counted(len(again), 'step')} after {before}, on {counted(world.world_size, 'rank')}"]
     lines += [f"{name:<10} loss {loss!r:<22} grad norm {norm!r}" for name, (loss, norm) in rows.items()]
     lines += [f"other than in the run: {what}" for what in differs]
     lines += [f"the first step whose bits differ is {first}"] if first is not None else []
@@ -118,9 +115,8 @@ def replay_with(world: World, folder: Path, step: int, before: Path, made: Manif
 
 
 def _run(
-    config: Config, world: World, scratch: Path, step: int, left_out: dict[str, int], *, exact: bool = False,
-    reverse: bool = False,
-) -> tuple[dict[int, Numbers], str]:  # fmt: skip
+    config: Config, world: World, scratch: Path, step: int, made: Manifest, exact: bool = False, reverse: bool = False
+) -> tuple[dict[int, Numbers], str]:
     """The numbers of every step up to `step`, and what they were computed with; `reverse`: the samples of each."""
     changes: dict[str, dict[str, Any]] = {
         "run": {"folder": str(scratch)},
@@ -132,34 +128,31 @@ def _run(
     config, log = config.model_copy(update=parts), Logger(world.rank, world.world_size)
     log.info = log.warn = log.note  # type: ignore[method-assign]  # to its files alone
     out: dict[int, Numbers] = {}
-    try:
-        with set_up(config, make_plan(config, world.world_size), world, log, SignalFlag()) as setup:
-            train, at, samples = setup.data.train, setup.progress.step, setup.progress.samples
-            if more := left_out.get(str(at), 0):  # the run came back to this checkpoint, and went on with other data
-                setup.progress.samples += more
-                if setup.train_data:
-                    setup.train_data.resume(setup.train_data.state(samples), at, samples, samples + more)
-            read = train.read
-            if reverse:
-                train.read = lambda ids: read(ids[::-1])  # type: ignore[method-assign]
-            loop = TrainingLoop(setup)
-            with loop._loader() as loader:
-                while setup.progress.step < step:
-                    result = loop._one_step(loader)
-                    out[setup.progress.step] = result.loss, result.grad_norm
-            setup.worker.optimizer.wait()
-        return out, setup.computes_with
-    finally:
-        log.close()
+    with closing(log), set_up(config, make_plan(config, world.world_size), world, log, SignalFlag()) as setup:
+        train, at, samples = setup.data.train, setup.progress.step, setup.progress.samples
+        if more := made.counters.get("left_out", {}).get(str(at)):  # the run came back here, and took later data
+            setup.progress.samples += more
+            if setup.train_data:
+                setup.train_data.resume(setup.train_data.state(samples), at, samples, samples + more)
+        read = train.read
+        if reverse:
+            train.read = lambda ids: read(ids[::-1])  # type: ignore[method-assign]
+        loop = TrainingLoop(setup)
+        with loop._loader() as loader:
+            while setup.progress.step < step:
+                result = loop._one_step(loader)
+                out[setup.progress.step] = result.loss, result.grad_norm
+        setup.worker.optimizer.wait()
+    return out, setup.computes_with
 
 
 def _differences(made: Manifest, ranks: int, same_layout: bool, computes_with: str) -> list[str]:
     """What is not as it was when the step was made, and may change bits."""
-    now = {"torch": torch.__version__, "megallama": megallama.__version__}
-    pairs = [(name, made.versions.get(name), version) for name, version in now.items()]
-    pairs += [("ranks", str(made.saved_by_ranks), str(ranks)), ("layout", "", "" if same_layout else "tp=1, pp=1")]
-    pairs += [("device and kernels", made.counters.get("computes_with", "not known"), computes_with)]
-    return [f"{name}: {was or 'another'}, now {now}" for name, was, now in pairs if was != now]
+    was = {**made.versions, "ranks": made.saved_by_ranks, "layout": "the run's"}
+    was |= {"device and kernels": made.counters.get("computes_with")}
+    now = {"torch": torch.__version__, "megallama": megallama.__version__, "ranks": ranks}
+    now |= {"layout": "the run's" if same_layout else "tp=1, pp=1", "device and kernels": computes_with}
+    return [f"{name}: {was.get(name)}, now {value}" for name, value in now.items() if was.get(name) != value]
 
 
 def _same(a: Numbers, b: Numbers) -> bool:

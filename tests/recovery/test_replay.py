@@ -52,7 +52,7 @@ def test_a_step_is_the_same_again_and_a_wrong_record_shows(pool: Pool, tmp_path:
     before = files(tmp_path)
     lines, *others = pool.run(2, AGAIN, str(tmp_path), 5)
     assert files(tmp_path) == before, "nothing of the run is touched"
-    assert lines[0].startswith("step 5, 2 steps after ") and "step-00000003, on 2 ranks, bf16" in lines[0]
+    assert lines[0].startswith("step 5, 2 steps after ") and "step-00000003, on 2 ranks" in lines[0]
     _, loss, norm, _ = curve(tmp_path)[4]
     for row in lines[1:4]:  # recorded, again, once more
         assert row[10:] == f" loss {loss!r:<22} grad norm {norm!r}"
@@ -75,7 +75,7 @@ def test_another_layout_cannot_decide_within_rounding(pool: Pool, tmp_path: Path
     assert verdict.startswith("not decidable: loss is off by "), verdict
     assert (
         "other than in the run: ranks: 2, now 1" in lines
-        and "other than in the run: layout: another, now tp=1, pp=1" in lines
+        and "other than in the run: layout: the run's, now tp=1, pp=1" in lines
     )
     loss = recorded(tmp_path)[7][0]
     change_record(tmp_path, 7, loss=loss + 0.01)
@@ -114,3 +114,12 @@ GOOD, SPIKE = (2.0, 1.0), (2.1, 40.0)
 )  # fmt: skip
 def test_the_verdicts(was: Any, again: Any, second: Any, exact: Any, strict: bool, verdict: str) -> None:
     assert judge(was, again, second, exact, GOOD, strict).startswith(verdict)
+
+
+def test_a_step_behind_a_rollback_has_the_data_that_it_had(pool: Pool, tmp_path: Path) -> None:
+    settings = sections("fp32") | {"train": {"steps": 25, "on_spike": "rollback"}}
+    pool.run(1, RUN, str(tmp_path), settings, "scale:22:0:1000")
+    assert curve(tmp_path)[22][2] > 100, "data are synthetic: the spike comes again, and at last it is only said"
+    assert (tmp_path / "run.log").read_text().count(" is undone (rollback ") == 3
+    ((*lines, verdict, _),) = pool.run(1, AGAIN, str(tmp_path), 22)
+    assert "step-00000021" in lines[0] and verdict.startswith("data: the same bits again"), [*lines, verdict]
