@@ -236,7 +236,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, log: Callable[[str], None], lease_seconds: float = LEASE_SECONDS) -> None:
-        self._path, self._log, self._lease = folder / LOCK, log, lease_seconds
+        self.path, self.log, self._lease = folder / LOCK, log, lease_seconds
         self._own: bytes | None = None
         self._stop = threading.Event()
         self.lost = False  # another job was seen to hold the folder
@@ -258,38 +258,38 @@ class FolderLock:
         if self._own is None:
             return
         try:
-            found = disk.read_file(self._path, LOCK_BYTES)
+            found = disk.read_file(self.path, LOCK_BYTES)
         except disk.MissingError:
-            self._log(f"warning: {self._path} was removed while this run holds the folder; it is made again")
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self.log(f"warning: {self.path} was removed while this run holds the folder; it is made again")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             found = self._own if self._link(self._own) else b""
         except DamagedError:  # a folder in its place, or a large file
             found = b""
         if found != self._own:
             self.lost = True
-            holder = _look(self._path) or "another job"
-            raise CheckpointError(f"{self._path} is no longer ours: {holder} took the folder over")
+            holder = _look(self.path) or "another job"
+            raise CheckpointError(f"{self.path} is no longer ours: {holder} took the folder over")
 
     def release(self) -> None:
         """Give the lock back."""
         self._stop.set()
         with suppress(OSError):  # one that stays is taken over, for this process has ended by then
-            if self._own is not None and (seen := _look(self._path)) and seen.content == self._own:
-                self._path.unlink()
+            if self._own is not None and (seen := _look(self.path)) and seen.content == self._own:
+                self.path.unlink()
         self._own = None
 
     def _touch(self) -> None:
         with suppress(OSError):  # `check` makes again what is gone
-            os.utime(self._path)
+            os.utime(self.path)
 
     def _link(self, content: bytes) -> bool:
         """Whether there was no lock, so that it is ours now."""
-        new = self._path.with_name(f"{LOCK}.{os.urandom(8).hex()}")
+        new = self.path.with_name(f"{LOCK}.{os.urandom(8).hex()}")
         try:
             disk.write_durably(new, content)  # first: no power failure leaves it empty
-            os.link(new, self._path)
+            os.link(new, self.path)
         except FileExistsError:
-            seen = _look(self._path)
+            seen = _look(self.path)
             return seen is not None and seen.content == content  # the first answer was lost
         finally:
             new.unlink(missing_ok=True)
@@ -297,29 +297,29 @@ class FolderLock:
 
     def _clear_stale(self) -> None:
         """Remove the lock if its job is gone. Raises: CheckpointError if it is not; OSError."""
-        held = _look(self._path)
+        held = _look(self.path)
         if held is None:
             time.sleep(0.05)  # released, or not yet shown by a network
             return
         if (now := self._living(held)) is not None:
             raise CheckpointError(
-                f"{self._path.parent} is in use by {str(now).removeprefix('the ')}; stop that job or choose "
-                f"another checkpoint.folder (if it is certainly gone, delete {self._path})"
+                f"{self.path.parent} is in use by {str(now).removeprefix('the ')}; stop that job or choose "
+                f"another checkpoint.folder (if it is certainly gone, delete {self.path})"
             )
-        aside = self._path.with_name(f"{LOCK}.{os.urandom(8).hex()}")
+        aside = self.path.with_name(f"{LOCK}.{os.urandom(8).hex()}")
         try:
-            os.rename(self._path, aside)
+            os.rename(self.path, aside)
         except FileNotFoundError:
             return
         if _look(aside) != held:  # touched, or another one's, since our last look
             with suppress(FileExistsError):
-                os.link(aside, self._path)
+                os.link(aside, self.path)
         else:
-            self._log(f"took over the checkpoint folder from {held}, which has ended")
+            self.log(f"took over the checkpoint folder from {held}, which has ended")
         try:
             aside.unlink()
         except OSError:  # not a file: not ours to delete
-            self._log(f"what was in the lock's place is now {aside}")
+            self.log(f"what was in the lock's place is now {aside}")
 
     def _living(self, held: _Seen) -> _Seen | None:
         """The lock as it is when its job has shown to be alive; None if it has not."""
@@ -327,11 +327,11 @@ class FolderLock:
         if machine == _machine() and type(pid) is int and isinstance(process, str):
             return held if _process(pid) == process else None
         seconds = self._lease * (3 if held.content is None else 1)
-        self._log(f"waiting up to {seconds:g} s to see whether {held} still lives")
+        self.log(f"waiting up to {seconds:g} s to see whether {held} still lives")
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self._lease / 20))
-            if (now := _look(self._path)) != held:
+            if (now := _look(self.path)) != held:
                 return now
         return None
 

@@ -75,7 +75,7 @@ class CheckpointManager:
         self._log, self._tell = log if group.rank == 0 else lambda text: None, log
         self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
         self._lock = folders.FolderLock(self._folder, self._log, lease_seconds)
-        self.starts = Starts(self._folder, self._lock, config, group.size, self._log)
+        self.starts = Starts(self._lock, config, group.size)
         kept = tokenizer.read_bytes() if tokenizer else own_tokenizer(small or {})
         self._tokenizer = None if kept is None else hashlib.sha256(kept).hexdigest()
         self._choice = folders.Choice(self._folder, group, self._log, previous=config.checkpoint.resume == "previous")

@@ -5,9 +5,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 
 from megallama.checkpoint import disk
 from megallama.checkpoint.folder import CheckpointError, FolderLock, known, unfinished
@@ -20,8 +18,8 @@ RUNNING, KILLED = "running", "killed, or its machine died: it left no word"
 class Starts:
     """Those since the last finished step; without `begin` nothing is written."""
 
-    def __init__(self, folder: Path, lock: FolderLock, config: Config, ranks: int, log: Callable[[str], None]) -> None:
-        self._path, self._lock, self._log, self._most = folder / "starts.json", lock, log, config.run.max_failed_starts
+    def __init__(self, lock: FolderLock, config: Config, ranks: int) -> None:
+        self._lock, self._path, self._most = lock, lock.path.with_name("starts.json"), config.run.max_failed_starts
         self._fresh, tree = config.checkpoint.resume == "fresh", config.model_dump(mode="json")
         for key in ("run.folder", "run.max_failed_starts", "checkpoint.folder", "train.stop_after_steps",
                     "train.stop_after_minutes"):  # fmt: skip # neither a cause nor a cure, and nothing of `log` is
@@ -37,10 +35,10 @@ class Starts:
             found = [{key: str(s[key]) for key in ("time", "host", "config", "step", "end")} for s in starts]
         except (CheckpointError, ValueError, LookupError, TypeError) as error:
             if not isinstance(error, disk.MissingError):
-                self._log(f"warning: {self._path} is ignored: {type(error).__name__}: {error}")
+                self._lock.log(f"warning: {self._path} is ignored: {type(error).__name__}: {error}")
         self._failed = [s | {"end": s["end"].replace(RUNNING, KILLED)} for s in found if s["config"] == self._same]
         if other := len(found) - len(self._failed):
-            self._log(f"{counted(other, 'failed start')} of another configuration in {self._path}, no longer counted")
+            self._lock.log(f"{self._path}: {counted(other, 'start')} of another configuration, no longer counted")
         lines = [f"{s['time']} on {s['host']}, after step {s['step']}: {s['end']}" for s in self._failed]
         text = f"{counted(len(lines), 'start')} in a row ended before a step was finished"
         if 0 < self._most <= len(lines):
@@ -48,7 +46,7 @@ class Starts:
             text = f"{text} (run.max_failed_starts={self._most}; 0 starts without limit); {cure}:"
             raise CheckpointError("\n  ".join([text, *lines[-10:]]))
         if lines:
-            self._log(f"warning: {text}, the last at {lines[-1]}; run.max_failed_starts={self._most}")
+            self._lock.log(f"warning: {text}, the last at {lines[-1]}; run.max_failed_starts={self._most}")
         now, saved = datetime.now().astimezone().isoformat(timespec="seconds"), known(self._path.parent)
         step = saved[-1][0].step if saved and not self._fresh else 0
         self._own = {"time": now, "host": socket.gethostname(), "config": self._same, "step": str(step), "end": RUNNING}
@@ -58,8 +56,7 @@ class Starts:
         """This start ends with this status, or is asked to; with 0, or after a finished step, none counts any more."""
         if self._own:
             own = [] if status in (0, 2, 75) else [self._own | {"end": why.partition("\n")[0][:500]}]
-            if status == 0:
-                self._own, self._failed = {}, []
+            self._own, self._failed = (self._own, self._failed) if status else ({}, [])
             self._write(own)
 
     def _write(self, own: list[dict[str, str]]) -> None:
@@ -73,4 +70,4 @@ class Starts:
                     self._path.unlink(missing_ok=True)
                 disk.sync(self._path.parent)
         except (OSError, CheckpointError) as error:
-            self._log(f"warning: {self._path} cannot be written, so this start may be counted wrongly: {error}")
+            self._lock.log(f"warning: {self._path} cannot be written, so this start may be counted wrongly: {error}")

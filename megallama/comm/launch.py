@@ -292,8 +292,8 @@ def start(
         config_hash, problem, [os.getppid(), record.file, record.stacks] if record.watched else [],
     )  # fmt: skip
     star = Star(launch.rank, launch.world_size, launch.host, listener, record)
+    arrivals, store = _gather(launch, own, run.init_timeout_seconds, star, store)
     try:
-        arrivals, store = _gather(launch, own, run.init_timeout_seconds, star, store)
         sharing = [a for a in arrivals if (a.host, a.cores) == (own.host, own.cores)]
         _set_threads(run, len(sharing), notes)
         if launch.one_node and device.type == "cpu":
@@ -331,6 +331,9 @@ def _gather(
             store = open_store(host, port, published, launch.keeps_store, launch.rank, seconds)
         store = dist.PrefixStore(f"megallama/{launch.attempt}", store)
         return rendezvous(star, store, own, here, seconds), store
+    except BaseException:
+        star.close()  # the others still come, by the file, to hear of it
+        raise
     finally:
         if launch.rank == 0 and published is not None:
             published.unlink(missing_ok=True)

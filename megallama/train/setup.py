@@ -122,11 +122,11 @@ def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: Signa
         begun, not_finite = progress.step > progress.first_step, (TrainingStopped, NotFiniteError)
         if isinstance(error, MegallamaError) and begun and not isinstance(error, not_finite):
             error.status = FAILED
-        first = world.failed(error)  # before all else; then a save under way may end, if no rank has left
-        manager.starts.over(*(first or (f"{type(error).__name__}: {error}", getattr(error, "status", FAILED))))
-        if manager.saving:
+        text = f"{type(error).__name__}: {error}"
+        manager.starts.over(*(world.failed(error) or (text, getattr(error, "status", FAILED))))
+        if manager.saving:  # all ranks know: now a save under way may end, if none has left
             seconds = config.checkpoint.finish_seconds
-            log.info(f"{type(error).__name__}: {error}; the save under way may take up to {seconds:g} s more")
+            log.info(f"{text}; the save under way may take up to {seconds:g} s more")
             manager.wait(seconds, lambda: world.whole)
         raise
     finally:

@@ -36,7 +36,7 @@ class Run:
         lock = FolderLock(self.folder, self.log.append)
         lock.acquire()
         try:
-            starts = Starts(self.folder, lock, self.config, self._ranks, self.log.append)
+            starts = Starts(lock, self.config, self._ranks)
             starts.begin()
             for why, status in ends:
                 starts.over(why, status)
@@ -143,7 +143,7 @@ def test_a_run_that_has_all_its_steps_empties_the_count_too(tmp_path: Path) -> N
 
 
 def test_without_a_beginning_nothing_is_written(tmp_path: Path) -> None:
-    starts = Starts(tmp_path, FolderLock(tmp_path, print), small_config(), 2, print)
+    starts = Starts(FolderLock(tmp_path, print), small_config(), 2)
     starts.over("RuntimeError: no", 1)
     starts.over()
     assert [*tmp_path.iterdir()] == []
@@ -174,7 +174,7 @@ def test_another_configuration_is_counted_anew_but_for_what_is_no_cure(tmp_path:
     run = Run(tmp_path, **change)
     if change in OTHER:
         run.start()
-        assert run.log == [f"3 failed starts of another configuration in {tmp_path}/starts.json, no longer counted"]
+        assert run.log == [f"{tmp_path}/starts.json: 3 starts of another configuration, no longer counted"]
         assert run.ends() == ["running"]
     else:
         with pytest.raises(CheckpointError, match="3 starts in a row"):
@@ -241,16 +241,16 @@ def test_it_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: pytes
     for name in ("fsync", "rename"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args))[1])
-    Starts(tmp_path, lock, small_config(), 1, print).begin()
+    Starts(lock, small_config(), 1).begin()
     lock.release()
     assert calls == ["fsync", "rename", "fsync"]
 
 
 def test_a_job_that_has_lost_the_folder_does_not_write(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    lock = FolderLock(tmp_path, print)
+    lock = FolderLock(tmp_path, run.log.append)
     lock.acquire()
-    starts = Starts(tmp_path, lock, run.config, 2, run.log.append)
+    starts = Starts(lock, run.config, 2)
     starts.begin()
     (tmp_path / "lock").unlink()
     other = FolderLock(tmp_path, print)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megallama.comm.launch import Launch, _gather
 from megallama.comm.rendezvous import Arrival, Star, open_store, port_file, ranges, rendezvous
 from megallama.config.errors import LaunchError
 
@@ -105,6 +106,26 @@ def test_ranks_that_share_a_gpu() -> None:
 
 def test_a_problem_of_rank_0_reaches_everybody() -> None:
     assert gather([arrival(0, 2, problem="no GPU here"), arrival(1, 2)], pause=0.2) == ["no GPU here"] * 2
+
+
+def test_a_problem_of_rank_0_waits_for_who_comes_later_by_the_file() -> None:
+    key, results = f"test-{os.getpid()}", ["", ""]
+
+    def body(rank: int) -> None:
+        time.sleep(0.7 * rank)
+        own = arrival(rank, 2, problem="" if rank else "no GPU here")
+        launch = Launch(rank, 2, rank, True, "slurm", own.host, key=key)
+        try:
+            _gather(launch, own, 5.0, Star(rank, 2, own.host), None)
+        except LaunchError as error:
+            results[rank] = str(error)
+
+    threads = [threading.Thread(target=body, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == ["no GPU here"] * 2 and not port_file(key).exists()
 
 
 def test_port_taken() -> None:
