@@ -43,9 +43,10 @@ def test_ranks_on_one_machine_listen_on_its_loopback_interface_alone(tmp_path: P
     """Rank 0's name leads to all of its interfaces; neither a home nor a folder for temporary files is needed."""
     nowhere = {"HOME": "/proc/nowhere", "TMPDIR": str(tmp_path / "nowhere"), "XDG_CACHE_HOME": "/proc/nowhere"}
     env = {"MASTER_ADDR": socket.gethostname(), **nowhere}
-    ranks = Ranks(2, ["parallel.tp=2", "train.steps=1000000"], tmp_path, env=env)
+    ranks = Ranks(2, ["parallel.tp=2", "train.steps=1000000"], tmp_path, env=env, supervised=True)
     ranks.until("step 3/")
-    found = [listening(process.pid or 0) for process in ranks.processes]
+    found = [listening(ranks.trainer(rank)) for rank in range(2)]
+    assert [listening(supervisor.pid or 0) for supervisor in ranks.processes] == [[], []]
     for process in ranks.processes:
         process.terminate()
     assert ranks.wait() == [75, 75]
