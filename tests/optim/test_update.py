@@ -66,6 +66,23 @@ def test_gradients_and_their_norm_are_those_of_one_rank(ranks: int, parallel: di
         assert abs(squares - want) <= 1e-11 * want
 
 
+def test_both_copies_of_a_tied_embedding_on_one_rank_get_the_sum() -> None:
+    """In a V the first rank has the first stage and the last."""
+    parallel = {"pp": 2, "chunks": 2, "schedule": "zb-v"}
+    tied = {"tie_embeddings": True}
+
+    def copies(rank: Worker) -> list[torch.Tensor]:
+        gradients(rank)
+        return [tensors["grads"] for _, bucket, tensors in rank.optimizer._held if bucket.tied]
+
+    alone = solo_rank(small_config(model=tied))
+    gradients(alone)
+    want = alone.buffers[0].params["embed_tokens"].main_grad.view(-1)
+    (first, last), others = on_threads(small_config(model=tied, parallel=parallel), 2, copies)
+    assert torch.equal(first, last) and others == []
+    assert torch.allclose(first[: len(want)], want, rtol=1e-9, atol=1e-12)  # the rest fills the bucket
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("parallel", [{}, {"pp": 2, "schedule": "zb-h1"}, {"pp": 2, "chunks": 2}], ids=str)
 def test_overlap_changes_no_bit(parallel: dict[str, Any], dtype: str) -> None:
