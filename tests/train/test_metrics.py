@@ -209,6 +209,10 @@ def test_a_line_in_the_middle_that_is_no_record_is_removed(tmp_path: Path) -> No
     path.write_bytes(b'{"step": 1}\n\xff\x00\n{"no": 1}\n7\n{"step": 2}\n{"step": 3}')
     rewind(path, 3)
     assert read(path) == [{"step": 1}, {"step": 2}]  # the last one had no end of line: it may be half a number
+    file = path.stat().st_ino
+    rewind(path, 3)
+    assert path.stat().st_ino == file  # nothing to remove: who follows the file goes on reading it
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_run_from_scratch_keeps_the_old_file_aside(tmp_path: Path) -> None:
