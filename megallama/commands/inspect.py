@@ -22,8 +22,8 @@ from megallama.commands.parser import Parser
 from megallama.config.errors import ConfigError, counted
 from megallama.data.blocks import File
 from megallama.data.indexed import CHUNK, IndexedDataset
+from megallama.data.look import document, verify
 from megallama.data.tokenizer import load_tokenizer
-from megallama.data.verify import verify
 from megallama.data.writer import SumsWriter, naming
 from megallama.text.progress import ByteProgress
 
@@ -59,7 +59,7 @@ def inspect_pair(args: argparse.Namespace) -> None:
     dataset = IndexedDataset(args.path)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     if args.document is not None:
-        ids = dataset.document(args.document)
+        ids = document(dataset, args.document)
         print(tokenizer.decode(ids.tolist()) if tokenizer else " ".join(map(str, ids)))
         return
     summarize(dataset)

@@ -36,6 +36,7 @@ HEADER = struct.Struct("<9sQBQQ")
 CODES: dict[int, np.dtype] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 CHUNK = 1 << 20  # entries handled at a time where a whole file is walked
 NEAR = 256  # documents looked at together
+SPOTS, SPAN = 64, 4096  # looked at for the largest token, and tokens of each
 
 
 def strip_suffix(path: str | Path) -> str:
@@ -72,7 +73,7 @@ class IndexedDataset:
         if size < HEADER.size:
             raise DataError(f"{name} has {size} bytes, expected at least {HEADER.size} for its header; {AGAIN}")
         magic, version, code, count, marks = HEADER.unpack(self._idx.read(0, HEADER.size))
-        self._pointers_at, self._marks_at = HEADER.size + 4 * count, HEADER.size + 12 * count
+        self.pointers_at, self._marks_at = HEADER.size + 4 * count, HEADER.size + 12 * count
         expected = self._marks_at + 8 * marks
         held = f"{counted(count, 'sequence')} and {marks} document marks"
         length = "truncated" if size < expected else "too long"
@@ -86,10 +87,10 @@ class IndexedDataset:
             if wrong:
                 raise DataError(f"{name} {what}")
         self.dtype, self.num_sequences, self.num_documents = CODES[code], count, marks - 1
-        first, pointer = (self._int(self._pointers_at + 8 * i) for i in (0, count - 1))
+        first, pointer = (self._int(self.pointers_at + 8 * i) for i in (0, count - 1))
         if first != 0 or [self._int(self._marks_at + 8 * i) for i in (0, marks - 1)] != [0, count]:
             raise DataError(f"{name}: its first offset or its document marks are damaged; {AGAIN}")
-        size, expected = self._bin.size, pointer + self._int(self._pointers_at - 4, 4) * self.dtype.itemsize
+        size, expected = self._bin.size, pointer + self._int(self.pointers_at - 4, 4) * self.dtype.itemsize
         if size != expected:
             raise DataError(
                 f"{self._bin.path} has {size} bytes, expected {expected} from {Path(name).name}: it is "
@@ -119,7 +120,8 @@ class IndexedDataset:
     def _int(self, offset: int, size: int = 8) -> int:
         return int.from_bytes(self._idx.read(offset, size), "little", signed=True)
 
-    def _array(self, offset: int, count: int, dtype: str) -> np.ndarray:
+    def array(self, offset: int, count: int, dtype: str) -> np.ndarray:
+        """Numbers of .idx, from this byte on."""
         return np.frombuffer(self._idx.read(offset, count * int(dtype[-1])), dtype)
 
     def read(self, offset: int, count: int) -> np.ndarray:
@@ -136,11 +138,11 @@ class IndexedDataset:
 
     def starts(self, first: int, last: int) -> np.ndarray:
         """Where documents first..last begin [tokens], int64 [last - first + 1]; last may be num_documents."""
-        marks = self._array(self._marks_at + 8 * first, last - first + 1, "<i8")
+        marks = self.array(self._marks_at + 8 * first, last - first + 1, "<i8")
         low, high = int(marks[0]), min(int(marks[-1]) + 1, self.num_sequences)
         if not 0 <= low <= high or (np.diff(marks) < 0).any():
             raise DataError(f"{self._idx.path}: the marks of documents {first}..{last} do not ascend; {AGAIN}")
-        pointers = self._array(self._pointers_at + 8 * low, high - low, "<i8") // self.dtype.itemsize
+        pointers = self.array(self.pointers_at + 8 * low, high - low, "<i8") // self.dtype.itemsize
         return np.append(pointers, self.num_tokens)[marks - low]
 
     def documents_in(self, offset: int, count: int) -> np.ndarray:
@@ -160,20 +162,13 @@ class IndexedDataset:
 
     def _first_byte(self, document: int) -> int:
         """Of a document in .bin; as `starts`, but quick."""
-        at = self._pointers_at + 8 * self._int(self._marks_at + 8 * document)
+        at = self.pointers_at + 8 * self._int(self._marks_at + 8 * document)
         return self._int(at) if at < self._marks_at else self._bin.size
 
-    def document(self, number: int) -> np.ndarray:
-        """The tokens of one document, in the file's type. Raises: DataError."""
-        if not 0 <= number < self.num_documents:
-            raise DataError(f"{self.prefix} holds documents 0..{self.num_documents - 1}, not {number}")
-        start, stop = (int(x) for x in self.starts(number, number + 1))
-        return self.read(start, stop - start)
-
-    def largest_token(self, *, spots: int = 64, span: int = 4096) -> int:
+    def largest_token(self) -> int:
         """The largest token id in evenly spread spots: a check that costs the same for any size."""
-        span = min(span, self.num_tokens)
-        offsets = {int(x) for x in np.linspace(0, self.num_tokens - span, spots)}
+        span = min(SPAN, self.num_tokens)
+        offsets = {int(x) for x in np.linspace(0, self.num_tokens - span, SPOTS)}
         return max(int(self.read(offset, span).max()) for offset in offsets)
 
     def fingerprint(self) -> dict[str, Any]:

@@ -19,8 +19,8 @@ import pytest
 from megallama.config.errors import DataError
 from megallama.data.blocks import BLOCK, File
 from megallama.data.indexed import IndexedDataset
+from megallama.data.look import verify
 from megallama.data.samples import Source
-from megallama.data.verify import verify
 from megallama.data.writer import IndexedWriter, SumsWriter, write_metadata
 from megallama.text.preprocess import merge, preprocess
 from tests.data.test_sources import opened

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from megallama.config.errors import DataError
 from megallama.data.indexed import IndexedDataset
-from megallama.data.verify import verify
+from megallama.data.look import document, verify
 from megallama.data.writer import IndexedWriter, dtype_for, write_metadata
 
 U16, I32 = dtype_for(100), dtype_for(70000)
@@ -60,7 +60,7 @@ def test_written_files_are_megatrons_format(tmp_path: Path, dtype: np.dtype, cod
 def test_reads_back_what_was_written(tmp_path: Path) -> None:
     data = IndexedDataset(write(tmp_path / "a"))
     assert (data.num_documents, data.num_tokens) == (4, 18)
-    assert [data.document(i).tolist() for i in range(4)] == DOCUMENTS
+    assert [document(data, i).tolist() for i in range(4)] == DOCUMENTS
     stream = sum(DOCUMENTS, [])
     assert all(data.read(i, 18 - i).tolist() == stream[i:] for i in range(19))
     assert data.starts(1, 4).tolist() == [4, 5, 16, 18]
@@ -75,7 +75,7 @@ def test_documents_of_several_sequences_are_read(tmp_path: Path) -> None:
     (tmp_path / "m.idx").write_bytes(header + body)
     (tmp_path / "m.bin").write_bytes(struct.pack("<6H", *range(6)))
     data = IndexedDataset(tmp_path / "m.bin")  # the suffix does not matter
-    assert [data.document(i).tolist() for i in range(3)] == [[0, 1, 2], [], [3, 4, 5]]
+    assert [document(data, i).tolist() for i in range(3)] == [[0, 1, 2], [], [3, 4, 5]]
     verify(data, 6)
 
 
@@ -166,7 +166,7 @@ def test_truncation_while_reading_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [-1, 4])
 def test_a_document_that_is_not_there(tmp_path: Path, number: int) -> None:
     with pytest.raises(DataError, match=rf"holds documents 0\.\.3, not {number}"):
-        IndexedDataset(write(tmp_path / "a")).document(number)
+        document(IndexedDataset(write(tmp_path / "a")), number)
 
 
 def test_a_document_that_a_damaged_index_puts_outside_is_refused(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_document_that_a_damaged_index_puts_outside_is_refused(tmp_path: Path)
     data = IndexedDataset(prefix)
     for number in (1, 2):
         with pytest.raises(DataError, match=r"a\.bin holds 18 tokens; \d+\.\.\d+ are outside"):
-            data.document(number)
+            document(data, number)
 
 
 def test_verify_finds_a_token_outside_the_vocabulary(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from megallama.cli import command
 from megallama.config.errors import DataError
 from megallama.config.schema import Config, DataConfig, SourceConfig
 from megallama.data.indexed import IndexedDataset
+from megallama.data.look import document
 from megallama.data.sources import open_sources
 from megallama.data.tokenizer import load_tokenizer, sha256_of
 from megallama.data.writer import IndexedWriter, dtype_for
@@ -22,7 +23,7 @@ from tests.words import text_of
 
 def documents(prefix: Path) -> list[list[int]]:
     dataset = IndexedDataset(prefix)
-    return [dataset.document(i).tolist() for i in range(dataset.num_documents)]
+    return [document(dataset, i).tolist() for i in range(dataset.num_documents)]
 
 
 def marks(tokenizer: Path | None, *prefixes: Path, eos_token: str | None = None) -> dict[str, int | None]:

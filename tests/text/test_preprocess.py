@@ -15,6 +15,7 @@ import pytest
 
 from megallama.config.errors import DataError
 from megallama.data.indexed import IndexedDataset
+from megallama.data.look import document
 from megallama.data.tokenizer import load_tokenizer, sha256_of
 from megallama.text import preprocess as module
 from megallama.text.preprocess import in_validation, preprocess, split_of
@@ -23,7 +24,7 @@ from tests.words import text_of
 
 def documents(prefix: Path) -> list[list[int]]:
     data = IndexedDataset(prefix)
-    return [data.document(i).tolist() for i in range(data.num_documents)]
+    return [document(data, i).tolist() for i in range(data.num_documents)]
 
 
 def content(prefix: Path, *suffixes: str) -> dict[str, bytes]:

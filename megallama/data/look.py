@@ -1,4 +1,4 @@
-"""Whether a tokenized corpus is whole: all of it is read. Nothing that a training run imports."""
+"""Looking into a tokenized corpus: one document, or whether all of it is as it was written. No training run does."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def verify(
     lacking, expected = dataset.check_blocks(), 0
     for first in range(0, dataset.num_sequences, CHUNK):
         count = min(CHUNK, dataset.num_sequences - first)
-        lengths = dataset._array(HEADER.size + 4 * first, count, "<i4").astype(np.int64)
-        pointers = dataset._array(dataset._pointers_at + 8 * first, count, "<i8")
+        lengths = dataset.array(HEADER.size + 4 * first, count, "<i4").astype(np.int64)
+        pointers = dataset.array(dataset.pointers_at + 8 * first, count, "<i8")
         ends = expected + np.cumsum(lengths) * dataset.dtype.itemsize
         bad = np.flatnonzero((pointers != np.append(expected, ends[:-1])) | (lengths < 0))
         if len(bad):
             raise DataError(
-                f"{dataset._idx.path}: the offset of sequence {first + bad[0]} does not follow the one before; {AGAIN}"
+                f"{dataset.prefix}.idx: the offset of sequence {first + bad[0]} does not follow the one before; {AGAIN}"
             )
         expected = int(ends[-1])
     for first in range(0, dataset.num_documents, CHUNK):
@@ -38,8 +38,16 @@ def verify(
         if wrong.any():
             at = int(np.argmax(wrong))
             raise DataError(
-                f"{dataset._bin.path}: token {offset + at} of the stream is id {tokens[at]}, "
+                f"{dataset.prefix}.bin: token {offset + at} of the stream is id {tokens[at]}, "
                 f"outside the vocabulary of {vocab_size} ids; use the tokenizer this corpus was made with"
             )
         progress((offset + len(tokens)) * dataset.dtype.itemsize)
     return lacking
+
+
+def document(dataset: IndexedDataset, number: int) -> np.ndarray:
+    """The tokens of one document, in the file's type. Raises: DataError."""
+    if not 0 <= number < dataset.num_documents:
+        raise DataError(f"{dataset.prefix} holds documents 0..{dataset.num_documents - 1}, not {number}")
+    start, stop = (int(x) for x in dataset.starts(number, number + 1))
+    return dataset.read(start, stop - start)
