@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megallama.config.errors import ConfigError, exit_status  # noqa: E402
+from megallama.commands.exit import exit_status  # noqa: E402
+from megallama.config.errors import ConfigError  # noqa: E402
 from megallama.forecast.forecast import job_bytes, predict  # noqa: E402
 from megallama.forecast.hardware import Hardware, load_hardware  # noqa: E402
 from megallama.forecast.job import Job  # noqa: E402

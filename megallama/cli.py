@@ -10,7 +10,8 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from megallama.config.errors import MegallamaError, exit_status
+from megallama.commands.exit import exit_status
+from megallama.config.errors import MegallamaError
 
 COMMANDS = {
     "train": "train a model: alone, or as one rank under torchrun, srun or mpirun",

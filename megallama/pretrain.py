@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megallama.comm.flight_record import FlightRecord
-from megallama.config.errors import ConfigError, InternalError, LaunchError, MegallamaError, exit_status
+from megallama.config.errors import ConfigError, InternalError, LaunchError, MegallamaError, drop_output
 from megallama.train.log import Logger, finish_output
 from megallama.train.signals import FAILED, SAVED, SignalFlag  # whatever takes time comes after `SignalFlag`
 from megallama.train.supervised import is_wanted, start_supervisor
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from megallama.plan.plan import Plan
 
 FINISHED, CRASHED, BAD_REQUEST, NOT_FINITE = 0, 1, 2, 3
+UNREAD = 141  # as the shell has it, where whoever read the output has gone
 
 
 def process() -> int:
@@ -54,7 +55,12 @@ def main(argv: Sequence[str] | None = None, record: FlightRecord | None = None) 
 
 def _run(arguments: Sequence[str], signals: SignalFlag, record: FlightRecord) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
-        return exit_status(lambda: print((__doc__ or "").strip())) or (0 if arguments else BAD_REQUEST)
+        try:
+            print((__doc__ or "").strip(), flush=True)
+        except BrokenPipeError:
+            drop_output()
+            return UNREAD
+        return FINISHED if arguments else BAD_REQUEST
     from megallama.comm.launch import detect_launch, start  # imports torch: after --help
 
     log = Logger(0, 1)

@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megallama.commands.exit import exit_status  # noqa: E402
 from megallama.config.describe import Setting, literal, sections, settings  # noqa: E402
-from megallama.config.errors import exit_status  # noqa: E402
 from megallama.config.presets import PRESETS, preset_seq_length  # noqa: E402
 from megallama.config.schema import MixtureChange, ModelConfig, SourceConfig  # noqa: E402
 from megallama.plan.params import num_parameters  # noqa: E402

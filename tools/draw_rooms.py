@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megallama.analysis.rooms import draw, read_rooms  # noqa: E402
-from megallama.config.errors import ConfigError, exit_status  # noqa: E402
+from megallama.commands.exit import exit_status  # noqa: E402
+from megallama.config.errors import ConfigError  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -36,7 +36,8 @@ from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn  # noqa: E402
 
-from megallama.config.errors import MegallamaError, counted, exit_status  # noqa: E402
+from megallama.commands.exit import exit_status  # noqa: E402
+from megallama.config.errors import MegallamaError, counted  # noqa: E402
 from megallama.config.load import load  # noqa: E402
 from megallama.data.indexed import IndexedDataset  # noqa: E402
 from megallama.text.preprocess import preprocess  # noqa: E402

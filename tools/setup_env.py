@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megallama.config.errors import exit_status  # noqa: E402
+from megallama.commands.exit import exit_status  # noqa: E402
 
 SHOWN = ("Collecting ", "Downloading ", "Using cached ", "Installing ", "Building ")
 HELP = """\

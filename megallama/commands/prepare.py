@@ -21,8 +21,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from megallama.commands.exit import exit_status
 from megallama.commands.parser import Parser, filled
-from megallama.config.errors import DataError, counted, exit_status
+from megallama.config.errors import DataError, counted
 
 if TYPE_CHECKING:
     from megallama.text.preprocess import Summary

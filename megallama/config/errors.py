@@ -1,11 +1,9 @@
-"""The errors by which a command ends, and how; notes, and how counts are said."""
+"""The errors by which a command ends; notes, and how counts are said."""
 
 from __future__ import annotations
 
 import os
-import select
 import sys
-from collections.abc import Callable
 
 
 class MegallamaError(Exception):
@@ -58,45 +56,8 @@ def say(text: str) -> None:
     sys.stderr.write(f"note: {text}\n")
 
 
-def exit_status(run: Callable[[], int | None]) -> int:
-    """The status of a tool: what it returns (0 for None) or argparse leaves with, 2 for an error, 130 for Ctrl-C.
-
-    141, as the shell has it, where whoever read the output has gone (``| head``).
-    """
-    try:
-        try:
-            status = run() or 0
-        except SystemExit as left:
-            if _reader_gone():  # argparse swallows it
-                raise BrokenPipeError from None
-            if isinstance(left.code, str):
-                sys.stderr.write(f"{left.code}\n")
-            status = left.code if isinstance(left.code, int) else int(left.code is not None)
-        except (MegallamaError, OSError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise
-            text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-            sys.stderr.write(f"error: {text}\n")
-            status = 2
-        except KeyboardInterrupt:
-            sys.stderr.write("\nstopped\n")
-            status = 130
-        sys.stdout.flush()
-        sys.stderr.flush()
-        return status
-    except BrokenPipeError:
-        drop_output()
-        return 141
-
-
 def drop_output() -> None:
     """Let go of what is buffered: the flush at exit would complain and change the status."""
     hole = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(hole, descriptor)
-
-
-def _reader_gone() -> bool:
-    poll = select.poll()
-    poll.register(1, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megallama.config.errors import MegallamaError, exit_status
+from megallama.commands.exit import exit_status
+from megallama.config.errors import MegallamaError
 
 ROOT = Path(__file__).parents[2]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megallama.config.errors import MegallamaError, counted, exit_status
+from megallama.commands.exit import exit_status
+from megallama.config.errors import MegallamaError, counted
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +34,7 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_pipe_that_breaks_in_the_middle_of_a_command() -> None:
     """Not an error to tell: whoever read the output has enough."""
-    code = "from megallama.config.errors import exit_status\ndef run(): raise BrokenPipeError\nexit(exit_status(run))"
+    code = "from megallama.commands.exit import exit_status\ndef run(): raise BrokenPipeError\nexit(exit_status(run))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (141, "")
 

@@ -1,0 +1,46 @@
+"""How a command ends: its exit status, whatever happened, and what is said of that."""
+
+from __future__ import annotations
+
+import select
+import sys
+from collections.abc import Callable
+
+from megallama.config.errors import MegallamaError, drop_output
+
+
+def exit_status(run: Callable[[], int | None]) -> int:
+    """The status of a tool: what it returns (0 for None) or argparse leaves with, 2 for an error, 130 for Ctrl-C.
+
+    141, as the shell has it, where whoever read the output has gone (``| head``).
+    """
+    try:
+        try:
+            status = run() or 0
+        except SystemExit as left:
+            if _reader_gone():  # argparse swallows it
+                raise BrokenPipeError from None
+            if isinstance(left.code, str):
+                sys.stderr.write(f"{left.code}\n")
+            status = left.code if isinstance(left.code, int) else int(left.code is not None)
+        except (MegallamaError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+            sys.stderr.write(f"error: {text}\n")
+            status = 2
+        except KeyboardInterrupt:
+            sys.stderr.write("\nstopped\n")
+            status = 130
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return status
+    except BrokenPipeError:
+        drop_output()
+        return 141
+
+
+def _reader_gone() -> bool:
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
