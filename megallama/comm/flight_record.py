@@ -1,7 +1,7 @@
 """What a rank is doing, in memory that another process reads: its supervisor, which sees it when the rank stands still.
 
 The memory is a file without a name, so nothing is left behind.  It is plain numbers of 64 bits, each written by one
-process, and a few texts; a reader that meets a text half written reads it again later.  No torch is needed here.
+process, and a few texts; `flight_reader`, where it meets one half written, reads it again later.  No torch is needed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import mmap
 import os
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 PHASES = ("setting up", "between steps", "data", "forward_backward", "grad_sync", "agree", "optimizer", "save",
@@ -24,12 +25,13 @@ whether a save is under way; steps done and all time spent in waits [ns]; by the
 looked [ns], the trainer's wait status + 1, where it listens; the slowest rank + 1, and its excess in millionths."""
 CALLS, CALL_WORDS = 64, 8  # the last communications, and of each:
 NUMBER, GROUP, OPERATION, ROWS, BYTES, PEER, BEGAN, DONE = range(CALL_WORDS)  # NUMBER counts from 1 in its group
-BUSY, _BUSY = 64, 32  # steps whose own work is remembered [ns]; first word
-_CALL = _BUSY + BUSY
-MAX_GROUPS, _COUNTS = 16, _CALL + CALLS * CALL_WORDS  # of each group: how many communications have begun
-_SINCE = _COUNTS + MAX_GROUPS  # the call that is waited for: its place in the list + 1, and since when [ns]
-WORDS = _SINCE + 2
+BUSY, FIRST_BUSY = 64, 32  # steps whose own work is remembered [ns]; first word
+FIRST_CALL = FIRST_BUSY + BUSY
+MAX_GROUPS, COUNTS = 16, FIRST_CALL + CALLS * CALL_WORDS  # of each group: how many communications have begun
+SINCE = COUNTS + MAX_GROUPS  # the call that is waited for: its place in the list + 1, and since when [ns]
+WORDS = SINCE + 2
 TEXTS = {"about": 1 << 17, "groups": 1 << 16, "cause": 1 << 14, "verdict": 1 << 14}  # bytes of each
+PLACES = dict(zip(TEXTS, accumulate(TEXTS.values(), initial=WORDS * 8), strict=False))  # their first bytes
 _SIZE = -(-(WORDS * 8 + sum(TEXTS.values())) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
@@ -85,9 +87,9 @@ class FlightRecord:
         """It starts a communication, with global rank `peer` or with the whole group; its place in the list."""
         place, words = self._next, self.words
         self._next = (place + 1) % CALLS
-        at = _CALL + place * CALL_WORDS
-        words[_COUNTS + group] += 1
-        words[at + NUMBER], words[at + GROUP] = words[_COUNTS + group], group
+        at = FIRST_CALL + place * CALL_WORDS
+        words[COUNTS + group] += 1
+        words[at + NUMBER], words[at + GROUP] = words[COUNTS + group], group
         words[at + OPERATION], words[at + ROWS] = OPERATIONS.index(operation), rows
         words[at + BYTES], words[at + PEER] = nbytes, peer
         words[at + DONE], words[at + BEGAN] = 0, time.monotonic_ns()
@@ -95,15 +97,15 @@ class FlightRecord:
 
     def waits(self, place: int) -> None:
         """It waits for that communication."""
-        self.words[_SINCE + 1] = time.monotonic_ns()
-        self.words[_SINCE] = place + 1
+        self.words[SINCE + 1] = time.monotonic_ns()
+        self.words[SINCE] = place + 1
 
     def arrived(self, place: int) -> None:
         """The wait is over."""
         words, now = self.words, time.monotonic_ns()
-        words[_SINCE] = 0
-        words[_CALL + place * CALL_WORDS + DONE] = words[CHANGED] = now
-        words[WAITED] += now - words[_SINCE + 1]
+        words[SINCE] = 0
+        words[FIRST_CALL + place * CALL_WORDS + DONE] = words[CHANGED] = now
+        words[WAITED] += now - words[SINCE + 1]
 
     def layer(self, number: int, gradient: object = None) -> None:
         """It begins a layer, forward; or backward, where its gradient has come: a hook, which leaves that alone."""
@@ -118,7 +120,7 @@ class FlightRecord:
         self._remember(time.monotonic_ns() - self.words[WAITED] - self._began)
 
     def _remember(self, busy_ns: int) -> None:
-        self.words[_BUSY + self.words[STEPS] % BUSY] = busy_ns
+        self.words[FIRST_BUSY + self.words[STEPS] % BUSY] = busy_ns
         self.words[STEPS] += 1
 
     def ends(self, status: int, why: str, *, echo: bool = False) -> None:
@@ -130,7 +132,7 @@ class FlightRecord:
 
     def tell(self, name: str, value: Any) -> None:
         """Write a JSON value; what is too long for its place is cut to a text."""
-        at, most = _place(name)
+        at, most = PLACES[name], TEXTS[name]
         data = json.dumps(value).encode()
         if len(data) > most - 8:
             data = json.dumps(str(value)[: most // 8]).encode()
@@ -140,54 +142,9 @@ class FlightRecord:
 
     def told(self, name: str) -> Any:
         """The value last written; None before, and while it is being written."""
-        at, _ = _place(name)
+        at = PLACES[name]
         size = int.from_bytes(self.memory[at : at + 8], "little")
         try:
             return json.loads(self.memory[at + 8 : at + 8 + size]) if size else None
         except ValueError:
             return None
-
-    # ---- readers ----
-
-    def state(self) -> dict[str, Any]:
-        """Where the rank stands, in JSON values."""
-        words, now = self.words, time.monotonic_ns()
-        groups = self.told("groups") or []
-        found: dict[str, Any] = {
-            "step": words[STEP], "phase": PHASES[words[PHASE]], "action": ACTIONS[words[ACTION]],
-            "stage": words[STAGE], "microbatch": words[MICROBATCH], "layer": words[LAYER],
-            "seconds": (now - words[CHANGED]) / 1e9, "limit": words[LIMIT] / 1e9, "saving": bool(words[SAVING]),
-            "launched": words[LAUNCHED], "completed": words[COMPLETED], "steps": words[STEPS],
-            "counts": {name: words[_COUNTS + i] for i, (name, _) in enumerate(groups[:MAX_GROUPS])},
-        }  # fmt: skip
-        place, since = words[_SINCE], words[_SINCE + 1]
-        if place:
-            call = self.call(place - 1, groups)
-            found["wait"] = call | {"seconds": (now - since) / 1e9}
-        return found
-
-    def call(self, place: int, groups: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        """A communication of the list."""
-        at = _CALL + place * CALL_WORDS
-        number, group, operation, rows, nbytes, peer, _, done = self.words[at : at + CALL_WORDS]
-        name, ranks = groups[group] if group < len(groups) else ("?", [])
-        return {
-            "number": number, "group": name, "ranks": ranks, "operation": OPERATIONS[operation], "rows": rows,
-            "bytes": nbytes, "peer": peer, "done": bool(done),
-        }  # fmt: skip
-
-    def calls(self) -> list[dict[str, Any]]:
-        """The last communications, oldest first."""
-        groups, words = self.told("groups") or [], self.words
-        places = [p for p in range(CALLS) if words[_CALL + p * CALL_WORDS + NUMBER]]
-        return [self.call(p, groups) for p in sorted(places, key=lambda p: words[_CALL + p * CALL_WORDS + BEGAN])]
-
-    def busy(self) -> list[int]:
-        """Own work of the last steps, oldest first [ns]."""
-        done = self.words[STEPS]
-        return [self.words[_BUSY + n % BUSY] for n in range(max(0, done - BUSY), done)]
-
-
-def _place(name: str) -> tuple[int, int]:
-    before = [*TEXTS][: [*TEXTS].index(name)]
-    return WORDS * 8 + sum(TEXTS[other] for other in before), TEXTS[name]

@@ -1,6 +1,6 @@
 """Who holds up a run: what is concluded from where all its ranks stand, and how that is said.
 
-A rank's report is its state (`FlightRecord.state`) with `process` (the kernel's letter for it), `stacks`, `host`;
+A rank's report is its state (`FlightReader.state`) with `process` (the kernel's letter for it), `stacks`, `host`;
 a rank that nothing is heard from has none.
 """
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megallama.comm.flight_record import BEAT, ENDED, LIMIT, TRAINER, FlightRecord
+from megallama.comm.flight_reader import FlightReader
+from megallama.comm.flight_record import BEAT, ENDED, LIMIT, TRAINER
 from megallama.train.signals import STACKS
 
 ANSWER = 0.25  # seconds in which a trainer writes where its threads stand
@@ -24,11 +25,11 @@ SILENT = 3.0  # seconds without a beat after which a supervisor, or a host, is s
 class Node:
     """The records of the ranks on one host, as one of their supervisors has them mapped."""
 
-    def __init__(self, about: dict[str, Any], own: FlightRecord) -> None:
+    def __init__(self, about: dict[str, Any], own: FlightReader) -> None:
         self.about, self.rank = about, about["rank"]
         self.host = about["host_of"][self.rank]
         self.ranks = [rank for rank, host in enumerate(about["host_of"]) if host == self.host]
-        self.records: dict[int, FlightRecord] = {}
+        self.records: dict[int, FlightReader] = {}
         self._stacks: dict[int, int] = {}
         self._moved: dict[int, tuple[int, float]] = {}  # on CUDA: actions completed, and since when
         for rank in self.ranks:
@@ -38,7 +39,7 @@ class Node:
             with suppress(OSError, ValueError):  # another user's, or gone: it is not seen
                 pid, file, written = about["records"][rank]
                 opened = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
-                self.records[rank] = FlightRecord(opened)
+                self.records[rank] = FlightReader(opened)
                 self._stacks[rank] = os.open(f"/proc/{pid}/fd/{written}", os.O_RDONLY | os.O_CLOEXEC)
         self.born = time.monotonic()
 

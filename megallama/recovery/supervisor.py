@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from megallama.comm.flight_record import BEAT, ENDED, EXCESS, PORT, SAVING, SLOWEST, TRAINER, FlightRecord
+from megallama.comm.flight_reader import FlightReader
+from megallama.comm.flight_record import BEAT, ENDED, EXCESS, PORT, SAVING, SLOWEST, TRAINER
 from megallama.recovery.doctor import hung
 from megallama.recovery.goodput import Goodput
 from megallama.recovery.link import Links, Message
@@ -35,13 +36,13 @@ _NORMAL = (0, 2, SAVED)  # statuses of trainers that nobody need be told of
 def main() -> NoReturn:
     """argv: root folder, files of the flight record and of the stacks, the trainer's process."""
     record, stacks, trainer = map(int, sys.argv[2:5])
-    Supervisor(FlightRecord(record, stacks), trainer).run()
+    Supervisor(FlightReader(record, stacks), trainer).run()
 
 
 class Supervisor:
     """Of one rank."""
 
-    def __init__(self, record: FlightRecord, trainer: int) -> None:
+    def __init__(self, record: FlightReader, trainer: int) -> None:
         self._record, self._trainer = record, trainer
         record.words[TRAINER] = trainer
         self._node: Node | None = None  # once the trainer has told of the run

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from megallama.comm import flight_record
+from megallama.comm.flight_reader import FlightReader
 from megallama.comm.flight_record import BUSY, CALLS, COMPLETED, LAUNCHED, STEPS, FlightRecord
 from megallama.comm.stream_record import StreamRecord
 
 
-def two() -> tuple[FlightRecord, FlightRecord]:
+def two() -> tuple[FlightRecord, FlightReader]:
     """The writer's and the reader's view of one file."""
     file = FlightRecord.create()
-    return FlightRecord(file), FlightRecord(os.dup(file))
+    return FlightRecord(file), FlightReader(os.dup(file))
 
 
 def test_a_reader_sees_where_a_rank_stands() -> None:
@@ -82,7 +83,7 @@ def test_texts() -> None:
     assert seen.told("cause") == {"status": 4, "text": "ValueError: no", "echo": False}
     own.tell("verdict", {"text": "x" * (1 << 20)})  # is cut, and its neighbours stay
     assert isinstance(seen.told("verdict"), str) and seen.told("cause")["status"] == 4
-    own.memory[flight_record._place("cause")[0] + 8] = 0  # half written
+    own.memory[flight_record.PLACES["cause"] + 8] = 0  # half written
     assert seen.told("cause") is None
 
 
