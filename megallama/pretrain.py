@@ -4,8 +4,8 @@
 
 Exit status: 0 all steps are done; 2 an error in what was asked for, found before anything was
 changed; 3 too many steps in a row were not finite; 4 any other failure once training had begun: the
-checkpoints are there, and the log says how far they go; 5 bits of weights changed by themselves; 75
-saved and stopped early (a signal, or train.stop_after_*): the same command continues; 1 anything
+checkpoints are there, and the log says how far they go; 5 bits of weights changed by themselves;
+75 saved and stopped early (a signal, or train.stop_after_*): the same command continues; 1 anything
 else, before training had begun.
 """
 

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from megallama.checkpoint import disk
 from megallama.checkpoint.disk import CheckpointError
 from megallama.config.schema import Config, ModelConfig, RopeScaling
-from megallama.config.special_tokens import NAMES, read_settings, special_id
+from megallama.config.special_tokens import NAMES, merges_of, read_settings, special_id
 from megallama.plan.params import heads
 
 META_CONTEXT = 131_072  # tokens, of LLaMA 3.1 and 3.2
@@ -161,12 +161,6 @@ def own_tokenizer(small: Mapping[str, bytes]) -> bytes | None:
     """The tokenizer that we use: a .model of SentencePiece (not LLaMA 3's), or a tokenizer.json."""
     model = small.get("tokenizer.model", b"")
     return model if model[:1] == b"\n" else small.get("tokenizer.json")  # SentencePiece's are protocol buffers
-
-
-def merges_of(tokenizer: Path) -> Path | None:
-    """The merges.txt of GPT-2's vocab.json; None for the other kinds, which are one file."""
-    name = tokenizer.name
-    return tokenizer.with_name(name.removesuffix("vocab.json") + "merges.txt") if name.endswith("vocab.json") else None
 
 
 def _tokenizer_files(

@@ -274,7 +274,9 @@ def start(
             device, gpu = _device(launch, run, notes)
     except LaunchError as error:
         problem = str(error)
-    record = _record_of(device, record or FlightRecord())
+    record = record or FlightRecord()
+    if device.type == "cuda":
+        record = StreamRecord(record, device)
     if launch.world_size == 1:
         if problem:
             raise LaunchError(problem)
@@ -313,10 +315,6 @@ def start(
     except BaseException:
         star.close()
         raise
-
-
-def _record_of(device: torch.device, record: FlightRecord) -> FlightRecord:
-    return StreamRecord(record, device) if device.type == "cuda" else record
 
 
 def _gather(

@@ -35,21 +35,23 @@ class StreamRecord(FlightRecord):
 
     def waits(self, place: int) -> None:
         """The stream will wait, the host does not."""
-        self._event = self._now()
+        self._event = event_now(self._device)
 
     def arrived(self, place: int) -> None:
-        self._waits.append((self._event, self._now()))
+        self._waits.append((self._event, event_now(self._device)))
 
     def work_begins(self) -> None:
-        self._waits, self._start = [], self._now()
+        self._waits, self._start = [], event_now(self._device)
 
     def work_done(self) -> None:
-        done, self._before = self._before, (self._start, self._now(), self._waits)
+        done, self._before = self._before, (self._start, event_now(self._device), self._waits)
         if done is not None and done[1].query():
             start, end, waits = done
             self._remember(int(1e6 * (start.elapsed_time(end) - sum(a.elapsed_time(b) for a, b in waits))))
 
-    def _now(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+
+def event_now(device: torch.device) -> torch.cuda.Event:
+    """Comes when the device's current stream has done all that it was given so far."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -40,3 +40,9 @@ def special_id(kind: str, tokenizer: Path, lookup: Lookup, own: int | None = Non
         if isinstance(name, str) and (declared := lookup(name)) is not None:
             return declared
     return usual_id(kind, lookup) if own is None else own
+
+
+def merges_of(tokenizer: Path) -> Path | None:
+    """The merges.txt of GPT-2's vocab.json; None for the other kinds, which are one file."""
+    name = tokenizer.name
+    return tokenizer.with_name(name.removesuffix("vocab.json") + "merges.txt") if name.endswith("vocab.json") else None

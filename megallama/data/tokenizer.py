@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from megallama.config.errors import DataError
-from megallama.config.special_tokens import special_id
+from megallama.config.special_tokens import merges_of, special_id
 
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # Radford et al. 2019, encoder.py
 PROBE = "It's 'LL don't  3.14,\n\tna\u00efve \u2167\u00b2 \u6771\u4eac e\u0301 \u00a0x \U0001f469\u200d\u2028 a "
@@ -231,7 +231,6 @@ def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokeniz
 
 def sha256_of(path: str | Path) -> str:
     """The hex digest of a tokenizer: of its file, and for PREFIXvocab.json of PREFIXmerges.txt after it."""
-    path = Path(path)
-    merges = path.with_name(path.name.removesuffix("vocab.json") + "merges.txt")
-    both = path.name.endswith("vocab.json") and merges.is_file()
-    return hashlib.sha256(path.read_bytes() + (merges.read_bytes() if both else b"")).hexdigest()
+    merges = merges_of(path := Path(path))
+    more = merges.read_bytes() if merges and merges.is_file() else b""
+    return hashlib.sha256(path.read_bytes() + more).hexdigest()

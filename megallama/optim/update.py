@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -113,24 +112,16 @@ class GradSync:
                     view.copy_(summed)
 
 
-class Rule(Protocol):
-    """How one step changes elements, each by itself."""
-
-    moments: tuple[str, ...]  # state beside the masters, of their shape; zero before the first step
-
-    def __call__(self, shards: Sequence[Tensors], lr: float, scale: float, decay: bool) -> None:
-        """In place: update "master" and the moments from "grads" times `scale`; count "step" up."""
-
-
 class AdamW:
-    """AdamW (Loshchilov & Hutter 2019) as `kernel` computes it."""
+    """The rule of a step: AdamW (Loshchilov & Hutter 2019) as `kernel` computes it, each element by itself."""
 
-    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    moments = ("exp_avg", "exp_avg_sq")  # state beside the masters, of their shape; zero before the first step
 
     def __init__(self, config: OptimizerConfig, kernel: AdamWStep) -> None:
         self._config, self._kernel = config, kernel
 
     def __call__(self, shards: Sequence[Tensors], lr: float, scale: float, decay: bool) -> None:
+        """In place: update "master" and the moments from "grads" times `scale`; count "step" up."""
         divisor = None if scale == 1.0 else shards[0]["grads"].new_full((), 1 / scale)
         lists = [[shard[name] for shard in shards] for name in ("master", "grads", *self.moments, "step")]
         self._kernel(lists, self._config, lr, self._config.weight_decay if decay else 0.0, divisor)
@@ -140,7 +131,7 @@ class Update:
     """What one rank does to the weights of all its stages in a step: `reduce`, `compute`, `gather`."""
 
     def __init__(
-        self, stages: Sequence[FlatBuffers], groups: Groups, overlap: OverlapConfig, rule: Rule,
+        self, stages: Sequence[FlatBuffers], groups: Groups, overlap: OverlapConfig, rule: AdamW,
         sum_of_squares: SumOfSquares,
     ) -> None:  # fmt: skip
         self.syncs = [GradSync(buffers, groups, overlap.grad_reduce) for buffers in stages]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megallama.comm.flight_record import FlightRecord
 from megallama.comm.group import Done, Group, Groups, Handle, Op, Wrapped
+from megallama.comm.stream_record import event_now
 from megallama.config.schema import Config
 from megallama.pipeline.runtime import Observer, PipelineRuntime
 from megallama.plan.schedule import Action, Schedule
@@ -35,11 +36,7 @@ class Clock:
         self._cuda, self._device = device.type == "cuda", device
 
     def now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+        return event_now(self._device) if self._cuda else time.perf_counter()
 
     def since(self, zero: Any) -> Callable[[Any], float]:
         """A function from a reading to its seconds after `zero`; waits for the device, once."""
