@@ -21,7 +21,7 @@ class Link:
     """One connection."""
 
     def __init__(self, peer: socket.socket) -> None:
-        self.socket, self.known, self.host = peer, False, -1
+        self.socket, self.host = peer, -1  # number of the host, once it has said the token
         peer.setblocking(False)
         self._in, self._out = b"", b""
         self.open = True
@@ -53,7 +53,6 @@ class Link:
                 data = b""
             if not data or len(self._in) > _MOST:
                 self.close()
-                break
             self._in += data
         *lines, self._in = self._in.split(b"\n")
         for line in lines:
@@ -103,7 +102,7 @@ class Links:
     def send(self, message: Message) -> None:
         """To all."""
         for link in self._links:
-            if link.known:
+            if link.host >= 0:
                 link.send(message)
 
     def poll(self) -> list[tuple[int, Message]]:
@@ -113,11 +112,11 @@ class Links:
         for link in self._links:
             link.flush()
             for message in link.receive():
-                if not link.known:
+                if link.host < 0:
                     if not secrets.compare_digest(str(message.get("token", "")), self.token) or not self.token:
                         link.close()  # a stranger
                         break
-                    link.known, link.host = True, int(message["host"])
+                    link.host = int(message["host"])
                 self.heard[link.host] = time.monotonic()
                 found.append((link.host, message))
         self._links = [link for link in self._links if link.open]
@@ -132,6 +131,6 @@ class Links:
         self._next = time.monotonic() + _RETRY
         with suppress(OSError):
             link = Link(socket.create_connection(self._address, timeout=0.5))
-            link.known, link.host = True, 0
+            link.host = 0
             link.send(self._hello | {"token": self.token})
             self._links.append(link)

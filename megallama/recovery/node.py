@@ -27,7 +27,7 @@ class Node:
 
     def __init__(self, about: dict[str, Any], own: FlightReader) -> None:
         self.about, self.rank = about, about["rank"]
-        self.host = about["host_of"][self.rank]
+        self.host, self.hosts = about["host_of"][self.rank], [about["hosts"][host] for host in about["host_of"]]
         self.ranks = [rank for rank, host in enumerate(about["host_of"]) if host == self.host]
         self.records: dict[int, FlightReader] = {}
         self._stacks: dict[int, int] = {}
@@ -46,14 +46,16 @@ class Node:
     @property
     def leader(self) -> bool:
         """Whether this supervisor speaks for its host: the first whose supervisor is not silent."""
-        others = [rank for rank in self.records if rank < self.rank]
-        return all(self.silent(rank) or self.ended(rank) or self.lost(rank) is not None for rank in others)
+        return all(self.gone(rank) or self.silent(rank) for rank in self.records if rank < self.rank)
 
     def silent(self, rank: int) -> bool:
         """Whether the supervisor of `rank` has not looked for a while."""
-        beat = self.records[rank].words[BEAT] / 1e9
-        gone = self.ended(rank) or self.lost(rank) is not None
-        return time.monotonic() - max(beat, self.born) > SILENT and not gone
+        late = time.monotonic() - max(self.records[rank].words[BEAT] / 1e9, self.born) > SILENT
+        return late and not self.gone(rank)
+
+    def gone(self, rank: int) -> bool:
+        """Whether the trainer of `rank`, or its supervisor with it, has left."""
+        return self.ended(rank) or self.lost(rank) is not None
 
     def ended(self, rank: int) -> bool:
         """Whether the trainer of `rank` is known to have left."""
@@ -114,9 +116,9 @@ class Node:
             state["own_seconds_per_step"] = median(times) / 1e9 if times else None
             state["cause"], state["supervisor_silent"] = record.told("cause"), self.silent(rank)
             ranks[rank] = state
-        name = self.about["hosts"][self.host]
-        write_json(Path(self.about["folder"]) / "status" / f"{name}.json",
-                   {"host": name, "time": time.time(), "ranks": ranks})  # fmt: skip
+        name = self.hosts[self.rank]
+        status = {"host": name, "time": time.time(), "ranks": ranks}
+        write_json(Path(self.about["folder"]) / "status" / f"{name}.json", status)
 
 
 def process_state(pid: int) -> str:

@@ -162,7 +162,7 @@ class Supervisor:
                 continue
             if cause["echo"] and not (self._left and now - self._left > ECHO):
                 continue  # there was another before, of which more is known
-            text = f"rank {rank} ({node.about['hosts'][node.host]}) failed first: {cause['text']}"
+            text = f"rank {rank} ({node.hosts[rank]}) failed first: {cause['text']}"
             said, status = cause["status"] > 0, FAILED if record.words[1] else 1
             self._links.send({"died": [rank, text, status, said]})
             if not node.rank or not self._links.sockets():
@@ -181,18 +181,18 @@ class Supervisor:
             self._asked = now
             self._links.send({"ask": True} if node.rank == 0 else {})
             self._reports |= node.reports()
-        everyone = range(len(node.about["host_of"])) if node.rank == 0 else node.ranks
+        everyone = range(len(node.hosts)) if node.rank == 0 else node.ranks
         if now - self._asked < REPORTS and not all(rank in self._reports for rank in everyone):
             return
         if not any("wait" in report for report in self._reports.values()):
             self._asked = self._overdue = 0.0  # it has come meanwhile
             self._reports.clear()
             return
-        hosts = [node.about["hosts"][host] for host in node.about["host_of"]]
-        ranks, text = hung(self._reports, hosts)
+        ranks, text = hung(self._reports, node.hosts)
         began = any(report["step"] for report in self._reports.values())
         going = [r for r in self._reports.values() if r["saving"] and "wait" in r]
-        commits = bool(going) and len(self._reports) == len(hosts) and not any(r["process"] in "TtDX" for r in going)
+        held = any(report["process"] in "TtDX" for report in going)
+        commits = bool(going) and len(self._reports) == len(node.hosts) and not held
         self._decide(node, now, ranks[0] if ranks else node.rank, text, FAILED if began else 1, False, True, commits)
         self._write(node, f"error: {text}\n{self._stacks()}")
 
@@ -216,9 +216,8 @@ class Supervisor:
     def _compare(self, node: Node) -> None:
         self._busy |= node.busy()
         for rank, excess in self._stragglers.look(self._busy):
-            host = node.about["hosts"][node.about["host_of"][rank]]
             text = f"its own work takes {excess:.2f} times as long as that of the ranks with the same work"
-            self._say(node, f"warning: rank {rank} ({host}) is slow: {text}")
+            self._say(node, f"warning: rank {rank} ({node.hosts[rank]}) is slow: {text}")
         if slowest := self._stragglers.slowest:
             self._record.words[SLOWEST], self._record.words[EXCESS] = slowest[0] + 1, int(1e6 * slowest[1])
 
@@ -237,20 +236,16 @@ class Supervisor:
 
     def _end(self, now: float) -> None:
         about = self._record.told("about") or {}
-        if self._speak and now >= self._speak:
-            self._speak = 0.0
-            if self._node and self._verdict and self._verdict["hang"]:  # the log has it, with the stacks
-                self._print(f"error: {self._verdict['text']}")
-            elif self._node and self._verdict and not self._heard_by_trainer():
-                self._say(self._node, f"error: {self._verdict['text']}")
+        if self._verdict and 0 < self._speak <= now:
+            self._speak, text = 0.0, f"error: {self._verdict['text']}"
+            if self._verdict["hang"]:  # the log has it, with the stacks
+                self._print(text)
+            elif not (self._record.told("cause") or {}).get("echo"):  # else the trainer has heard it, and says it
+                self._say(self._node, text)
         if self._status is None:
             self._end_trainer(about, now)
         elif self._may_leave(now):
             self._leave(about)
-
-    def _heard_by_trainer(self) -> bool:
-        cause = self._record.told("cause")
-        return cause is not None and cause["echo"]
 
     def _end_trainer(self, about: Message, now: float) -> None:
         finish, saving = about.get("finish_seconds", 0.0), self._record.words[SAVING] != 0
@@ -273,7 +268,7 @@ class Supervisor:
     def _may_leave(self, now: float) -> bool:
         """Whether the others know all that this supervisor knows."""
         cause = self._record.told("cause") or {"status": 0}
-        alone = self._node is None or len(self._node.about["host_of"]) == 1
+        alone = self._node is None or len(self._node.hosts) == 1
         waits = self._speak or (self._verdict is None and now - self._left < 2 * ECHO)
         return cause["status"] in _NORMAL or alone or not waits
 
@@ -281,9 +276,8 @@ class Supervisor:
         """With the trainer's status, or by its signal; where the run was ended, with the status of that."""
         cause = self._record.told("cause") or {"status": 1, "text": "it did not leave"}
         verdict, status = self._verdict, 1 if self._status is None else os.waitstatus_to_exitcode(self._status)
-        if verdict is not None and status == -signal.SIGKILL and verdict["rank"] != about.get("rank", -1):
-            status = verdict["status"]
-        elif verdict is not None and verdict["hang"]:
+        another = status == -signal.SIGKILL and verdict is not None and verdict["rank"] != about.get("rank", -1)
+        if verdict is not None and (another or verdict["hang"]):
             status = verdict["status"]
         if self._node is not None:
             self._write_exit(self._node, status, verdict, cause)
@@ -304,7 +298,7 @@ class Supervisor:
             write_json(Path(node.about["folder"]) / "exit.json", {
                 "status": verdict["status"] if verdict and status < 0 else status, "rank": rank,
                 "cause": verdict["text"] if verdict else cause["text"],
-                "host": node.about["hosts"][node.about["host_of"][rank]],
+                "host": node.hosts[rank],
                 "step": self._record.state()["step"], "time": time.time(),
             })  # fmt: skip
 
