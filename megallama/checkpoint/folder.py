@@ -271,7 +271,6 @@ class FolderLock:
             raise CheckpointError(f"{self.path} is no longer ours: {holder} took the folder over")
 
     def release(self) -> None:
-        """Give the lock back."""
         self._stop.set()
         with suppress(OSError):  # one that stays is taken over, for this process has ended by then
             if self._own is not None and (seen := _look(self.path)) and seen.content == self._own:

@@ -149,11 +149,8 @@ class CheckpointManager:
             still_ours = self._lock.check if self._lock.lost else lambda: None
             on_all_ranks(self._group, f"checkpoint of step {step}", still_ours)
         if isinstance(shards, list) and shards:  # all there: not made one after the other
-            numbers = torch.stack([digest(shard.state[kind]) for shard in shards for kind in STATE]).tolist()
-            digests = (
-                dict(zip(STATE, three, strict=True)) for three in zip(*[iter(numbers)] * len(STATE), strict=True)
-            )
-            shards = [replace(shard, digests=found) for shard, found in zip(shards, digests, strict=True)]
+            numbers = iter(torch.stack([digest(shard.state[kind]) for shard in shards for kind in STATE]).tolist())
+            shards = [replace(shard, digests={kind: next(numbers) for kind in STATE}) for shard in shards]
         if not (self._config.checkpoint.async_save and behind):
             self._write(step, shards, counters)
             return

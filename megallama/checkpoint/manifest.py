@@ -52,7 +52,6 @@ class TensorPlace:
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one element."""
         return DTYPES[self.dtype].itemsize
 
 

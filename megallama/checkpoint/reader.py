@@ -43,7 +43,6 @@ class BlockFile:
         self._buffer = memoryview(bytearray(min(block_bytes, self.size) if record else 0))
 
     def close(self) -> None:
-        """Close the file."""
         os.close(self._fd)
 
     def block(self, index: int) -> memoryview:
@@ -73,7 +72,6 @@ class BlockFile:
             raise DamagedError(f"{self.path} ends at byte {start + count}, before byte {start + len(data)}")
 
     def read(self, start: int, count: int) -> bytearray:
-        """Bytes start .. start + count - 1."""
         self._check(start, count)  # before a damaged header makes us allocate what no file holds
         out = bytearray(count)
         self.read_into(start, memoryview(out))

@@ -63,7 +63,6 @@ class FlightRecord:
     # ---- the trainer ----
 
     def at(self, step: int | None = None, phase: str | None = None) -> None:
-        """It has come to a step or a phase."""
         if step is not None:
             self.words[STEP] = step
         if phase is not None:
@@ -96,12 +95,10 @@ class FlightRecord:
         return place
 
     def waits(self, place: int) -> None:
-        """It waits for that communication."""
         self.words[SINCE + 1] = time.monotonic_ns()
         self.words[SINCE] = place + 1
 
     def arrived(self, place: int) -> None:
-        """The wait is over."""
         words, now = self.words, time.monotonic_ns()
         words[SINCE] = 0
         words[FIRST_CALL + place * CALL_WORDS + DONE] = words[CHANGED] = now
@@ -116,7 +113,6 @@ class FlightRecord:
         self._began = time.monotonic_ns() - self.words[WAITED]
 
     def work_done(self) -> None:
-        """The step is over."""
         self._remember(time.monotonic_ns() - self.words[WAITED] - self._began)
 
     def _remember(self, busy_ns: int) -> None:

@@ -47,7 +47,6 @@ class Done:
         """Nothing to wait for."""
 
     def done(self) -> bool:
-        """Always."""
         return True
 
 

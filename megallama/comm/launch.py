@@ -51,7 +51,6 @@ class Launch:
 
     @property
     def keeps_store(self) -> bool:
-        """Whether the store is in this process."""
         return self.rank == 0 and not self.store_kept
 
     def __post_init__(self) -> None:

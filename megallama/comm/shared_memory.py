@@ -139,11 +139,7 @@ class SharedMemory(C10d):
             return super().recv(tensor, source, tag)
         self._check(tensor, peer=source)
         flat = tensor.view(-1)
-
-        def use(parts: Sequence[Tensor]) -> None:
-            flat.copy_(parts[source])
-
-        return self._take("recv", _TO_ONE, [source], None, tensor, flat, use, source)
+        return self._take("recv", _TO_ONE, [source], None, tensor, flat, lambda part: flat.copy_(part[source]), source)
 
     def bound(self, timeout: timedelta) -> None:
         self._seconds = timeout.total_seconds()

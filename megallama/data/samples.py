@@ -168,7 +168,6 @@ class Synthetic:
         return ["random tokens" for _ in ids]
 
     def read(self, ids: Sequence[int]) -> Samples:
-        """The samples with these numbers."""
         keys = [np.array([self.seed & MASK, int(i)], np.uint64) for i in ids]
         draws = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
         return Samples(np.stack([draw.integers(0, self.vocab_size, self.seq_length + 1) for draw in draws]))

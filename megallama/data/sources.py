@@ -40,7 +40,6 @@ class TrainDataset:
         self.mixture = Mixture([source.name for source in sources], phases_of(config, batch.samples_after))
 
     def read(self, ids: Sequence[int]) -> Samples:
-        """The samples with these numbers."""
         located, indices = self.mixture.locate(np.asarray(ids, np.int64))
         parts = [self.sources[number].read(indices[located == number]) for number in sorted(set(located.tolist()))]
         row = np.argsort(np.argsort(located, kind="stable"))  # of each sample in the parts, one after the other

@@ -62,7 +62,6 @@ class MicroBatch:
         return self.each(lambda t: t.to(device, non_blocking=True))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
-        """The same with all tensors changed."""
         mask = None if self.mask is None else change(self.mask)
         documents = None if self.documents is None else self.documents.each(change)
         return replace(self, tokens=change(self.tokens), labels=change(self.labels), mask=mask, documents=documents)

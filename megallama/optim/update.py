@@ -153,7 +153,6 @@ class Update:
         return ((sync, bucket, tensors["master"]) for sync, bucket, tensors in self._held)
 
     def start_step(self) -> None:
-        """Begin to collect the gradients of a step."""
         for sync in self.syncs:
             sync.start_step()
 

@@ -46,7 +46,6 @@ class Observer:
         """What it waited for has come from another rank."""
 
     def ended(self) -> None:
-        """It is over."""
         self.action = None
         self.record.action("")
 

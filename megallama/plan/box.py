@@ -27,12 +27,10 @@ class Box:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its edge lengths."""
         return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
 
     @property
     def numel(self) -> int:
-        """How many elements it holds."""
         return prod(self.shape)
 
     def within(self, outer: Box) -> tuple[slice, ...]:

@@ -40,7 +40,6 @@ class RankMemory:
 
     @property
     def persistent(self) -> int:
-        """What lives all the time."""
         return self.weights + self.main_grads + self.optimizer + self.tables
 
     @property

@@ -82,7 +82,6 @@ class Schedule:
 
     @property
     def is_training(self) -> bool:
-        """Whether it has backward passes."""
         return any(a.kind in (B, I) for a in self.steps[0])
 
     def stages_of(self, rank: int) -> tuple[int, ...]:

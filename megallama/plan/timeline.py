@@ -26,7 +26,6 @@ class StageCost(NamedTuple):
     weight_grad: float = 1.0
 
     def of(self, kind: Kind) -> float:
-        """Time of an action of this kind."""
         return {F: self.forward, I: self.input_grad, W: self.weight_grad, B: self.input_grad + self.weight_grad}[kind]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from math import prod
 
 from megallama.config.errors import ConfigError, counted
@@ -44,7 +43,6 @@ class Topology:
 
     @cached_property
     def axes(self) -> tuple[str, ...]:
-        """Axis names, fastest varying first."""
         return tuple(self.order.split("-"))
 
     @cached_property
@@ -55,7 +53,6 @@ class Topology:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
         return self.size(*AXES)
 
     def size(self, *axes: str) -> int:
@@ -72,15 +69,11 @@ class Topology:
         assert 0 <= rank < self.world_size, (rank, self.world_size)
         return {axis: rank // self.strides[axis] % self.size(axis) for axis in self.axes}
 
-    def groups(self, *axes: str) -> list[tuple[int, ...]]:
-        """All groups of ranks that differ only along `axes`, in the order of their creation."""
-        within = self._offsets(axes)
-        bases = self._offsets(tuple(a for a in self.axes if a not in axes))
-        return [tuple(base + offset for offset in within) for base in bases]
-
-    def _offsets(self, axes: tuple[str, ...]) -> list[int]:
-        spans = [range(0, self.size(a) * self.strides[a], self.strides[a]) for a in axes]
-        return sorted(map(sum, product(*spans)))
+    def groups(self, axis: str) -> list[tuple[int, ...]]:
+        """All groups of ranks that differ only along `axis`, in the order of their creation."""
+        stride, size = self.strides[axis], self.size(axis)
+        firsts = (rank for rank in range(self.world_size) if rank // stride % size == 0)
+        return [tuple(range(first, first + size * stride, stride)) for first in firsts]
 
     def __str__(self) -> str:
         return " x ".join(f"{a}={self.size(a)}" for a in ("tp", "pp", "dp")) + f" = {counted(self.world_size, 'rank')}"

@@ -74,7 +74,7 @@ class Reporter:
         seconds, phases = self._timers.lap()
         seconds -= phases.get("save", 0.0) + phases.get("evaluate", 0.0)  # speed is that of training
         progress = self._progress
-        record = {
+        record: Record = {
             "kind": "train",
             "step": progress.step,
             **result.metrics,
@@ -89,17 +89,14 @@ class Reporter:
             "data_wait_seconds": waited,
             "phase_seconds": phases,
             "sources": self._setup.used(),
-        } | self._slowest()
+        }
+        words = self._setup.world.record.words
+        if words[SLOWEST]:  # by own work, and its time over that of its peers
+            record |= {"slowest_rank": words[SLOWEST] - 1, "slowest_excess": words[EXCESS] / 1e6}
         self.tokens = 0
         self.write(record)
 
-    def _slowest(self) -> Record:
-        """The rank whose own work takes longest, and its time over that of its peers, once they are compared."""
-        words = self._setup.world.record.words
-        return {"slowest_rank": words[SLOWEST] - 1, "slowest_excess": words[EXCESS] / 1e6} if words[SLOWEST] else {}
-
     def finished(self) -> None:
-        """All steps are done."""
         config, log, progress = self._setup.config, self._setup.log, self._progress
         log.info(
             f"finished: {counted(progress.step, 'step')}, {counted(human_count(progress.tokens), 'token')}, "

@@ -102,7 +102,6 @@ class MetricsWriter:
             self._open("wandb", lambda: Wandb(folder, config))
 
     def write(self, record: Record) -> None:
-        """Write a training step or an evaluation."""
         if self._tells:
             self._log.info(line(record, self._steps))
         for name, sink in self._sinks.items():
@@ -125,7 +124,6 @@ class MetricsWriter:
         self._loss_scale = scale
 
     def close(self) -> None:
-        """Finish all files."""
         for name, sink in self._sinks.items():
             self._thread.submit(self._try, name, sink.close)
         self._thread.shutdown()

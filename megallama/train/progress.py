@@ -138,7 +138,6 @@ class Progress:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue from `saved`."""
         self.step, self.updates = saved["step"], saved["updates"]
         self.samples, self.tokens = saved["samples"], saved["tokens"]
         self.first_step, self.may_lack_evaluations = self.step, "evaluated" in saved

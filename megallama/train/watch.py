@@ -79,15 +79,10 @@ class Watch:
 
     def _say_samples(self, samples: range) -> None:
         """The first aloud, with source and documents; in each rank's file all that were its own."""
-        batch, dp, train, log = (
-            self._config.batch,
-            self._setup.worker.groups.dp,
-            self._setup.data.train,
-            self._setup.log,
-        )
-        own = [i for ids in batch.sample_ids(samples.start, len(samples), dp.size, dp.rank) for i in ids]
+        setup, log, dp = self._setup, self._setup.log, self._setup.worker.groups.dp
+        own = [i for ids in self._config.batch.sample_ids(samples.start, len(samples), dp.size, dp.rank) for i in ids]
         for say, what, ids in ((log.info, "begins with", samples[:SAID]), (log.note, "has on this rank", own)):
-            said = ", ".join(f"{i} ({text})" for i, text in zip(ids, train.documents(ids), strict=True))
+            said = ", ".join(f"{i} ({text})" for i, text in zip(ids, setup.data.train.documents(ids), strict=True))
             say(f"step {self._progress.step} {what} the samples {said}")
 
     def _warn(self, text: str) -> None:
