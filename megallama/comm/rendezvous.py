@@ -62,7 +62,7 @@ class Star:
     def __init__(
         self, rank: int, size: int, host: str, listener: Listener | None = None, record: FlightRecord | None = None
     ) -> None:
-        self.rank, self.size, self._record = rank, size, record
+        self.rank, self.size, self._record = rank, size, record or FlightRecord()
         self.token = secrets.token_hex(16)  # rank 0's is for those who connect
         self.names = {rank: f"rank {rank} ({host})"}
         self.expected = size - 1 if rank == 0 else 0  # connections that end before this rank leaves
@@ -188,8 +188,8 @@ class Star:
 
     async def _verdict(self) -> str:
         """What the supervisors know of a death, which is more: they have a moment for it."""
-        for _ in range(VERDICT_ROUNDS if self._record is not None and self._record.watched else 0):
-            if self._record is not None and (verdict := self._record.told("verdict")):
+        for _ in range(VERDICT_ROUNDS * self._record.watched):
+            if verdict := self._record.told("verdict"):
                 return str(verdict["text"])
             await asyncio.sleep(0.05)
         return ""

@@ -5,9 +5,6 @@ All three GEMMs of a layer have one form, a @ b.T:
     forward  y  = x @ W.T          matmul_nt(x, W)
     dgrad    dx = dy @ W           matmul_nt(dy, W.T)
     wgrad    dW = dy.T @ x         matmul_nt(dy.T, x.T)
-
-Left out: apex's fused dense layers (they keep outputs that our backward makes again) and
-`te.Linear` under `te.autocast` (our layers write their own backward, so they call what it calls).
 """
 
 from __future__ import annotations

@@ -3,10 +3,6 @@
 Backwards need nothing but the input of their forward: what else they read is formed again in their
 own pass.  The private formulas are for torch.compile, which fuses them: all in the accumulation
 format, where the eager operations round between their steps.
-
-Considered and left out: Transformer Engine's RoPE (takes angles where ours are tables, writes a new
-tensor where ours rotates in place, knows documents in another layout only), its cross entropy (all
-logits of a micro-batch at once, reduced over a group of its own), apex's (a copy of the logits).
 """
 
 from __future__ import annotations

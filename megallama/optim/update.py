@@ -1,13 +1,10 @@
-"""The sharded optimizer: gradients are reduced, shards computed, weights gathered.
+"""The sharded optimizer: gradients are reduced, shards computed, weights gathered (buckets: see `plan.params`).
 
-Each rank of dp_cp holds fp32 master weights and a rule's state of its shard of every bucket (ZeRO-1,
-Rajbhandari et al. 2020).  A bucket's gradients are reduce-scattered under the backward, once all its
-parameters have reported that theirs are done.  Which contributions are the last, the schedule says,
-so the order of the collectives is the same on every rank.  The updated masters are cast into the
-rank's range of the weights, and the bucket is all-gathered: the next forward waits for it where it
-first reads one of its weights.
-
-Where weights are fp32 (or fp64) already, the masters are the weights themselves.
+A bucket's gradients are reduce-scattered under the backward, once all its parameters have reported
+that theirs are done.  Which contributions are the last, the schedule says, so the order of the
+collectives is the same on every rank.  The updated masters are cast into the rank's range of the
+weights, and the bucket is all-gathered: the next forward waits for it where it first reads one of
+its weights.  Where weights are fp32 (or fp64) already, the masters are the weights themselves.
 """
 
 from __future__ import annotations
