@@ -132,11 +132,11 @@ def looped(num_ranks: int, num_stages: int) -> tuple[int, ...]:
     return tuple(stage % num_ranks for stage in range(num_stages))
 
 
-def parse_action(word: str) -> Action:
-    """The inverse of ``str(action)``. Raises: ScheduleError naming the word."""
+def parse_action(word: str, where: str = "") -> Action:
+    """The inverse of ``str(action)``. Raises: ScheduleError naming the word and `where` it stands."""
     found = re.fullmatch(r"([A-Za-z_]+?)(\d+)\.(\d+)", word)
     if not found or found[1] not in Kind._value2member_map_:
-        raise ScheduleError(f"{word!r} is no action; write F, B, I or W with stage.micro-batch, e.g. F2.0")
+        raise ScheduleError(f"{where}{word!r} is no action; write F, B, I or W with stage.micro-batch, e.g. F2.0")
     return Action(Kind(found[1]), int(found[2]), int(found[3]))
 
 

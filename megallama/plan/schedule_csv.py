@@ -41,7 +41,10 @@ def read_csv(path: Path, num_ranks: int, num_stages: int, num_microbatches: int)
         for column, word in enumerate(line.split(","), 1):
             if word.strip():
                 place = f"{path}, line {number}, cell {column}"
-                a = _action(word.strip(), place)
+                a = parse_action(word.strip(), f"{place}: ")
+                if not a.kind.is_compute:
+                    instead = "leave it out, the program inserts what F, B and I need"
+                    raise ScheduleError(f"{place}: {word.strip()!r} is a transfer; {instead}")
                 if a in cells:
                     raise ScheduleError(f"{place}: {a} stands already at {cells[a].place}; write every action once")
                 cells[a] = Cell(rank, place)
@@ -51,16 +54,6 @@ def read_csv(path: Path, num_ranks: int, num_stages: int, num_microbatches: int)
     schedule = Schedule(path.name, num_ranks, num_stages, num_microbatches, steps, owners)
     _check_order(schedule, cells)
     return schedule
-
-
-def _action(word: str, place: str) -> Action:
-    try:
-        a = parse_action(word)
-    except ScheduleError as error:
-        raise ScheduleError(f"{place}: {error}") from None
-    if not a.kind.is_compute:
-        raise ScheduleError(f"{place}: {word!r} is a transfer; leave it out, the program inserts what F, B and I need")
-    return a
 
 
 def _owners(path: Path, cells: dict[Action, Cell], num_stages: int, num_microbatches: int) -> tuple[int, ...]:

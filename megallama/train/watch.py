@@ -39,11 +39,8 @@ class Watch:
 
     def refuses(self, result: StepConsensus) -> bool:
         """Look at a finite step before its update; whether train.on_spike wants it left out."""
-        self._found, train, manager = (
-            self._progress.spikes.found(result.metrics),
-            self._config.train,
-            self._setup.manager,
-        )
+        train, manager = self._config.train, self._setup.manager
+        self._found = self._progress.spikes.found(result.metrics)
         if self._found and train.on_spike == "rollback" and self._progress.rollbacks < train.max_rollbacks:
             with suppress(MegallamaError, InternalError):  # of a save; it was told
                 manager.finish()
