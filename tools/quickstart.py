@@ -72,7 +72,6 @@ class Machine:
     dtype: str
 
     def describe(self) -> str:
-        """One line."""
         dp = self.ranks // (self.tp * self.pp)
         layout = f"tp={self.tp} with sequence parallelism, pp={self.pp}, dp={dp}, {self.dtype}"
         if self.gpus:

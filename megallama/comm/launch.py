@@ -273,9 +273,7 @@ def start(
             device, gpu = _device(launch, run, notes)
     except LaunchError as error:
         problem = str(error)
-    record = record or FlightRecord()
-    if device.type == "cuda":
-        record = StreamRecord(record, device)
+    record = StreamRecord(record or FlightRecord(), device) if device.type == "cuda" else record or FlightRecord()
     if launch.world_size == 1:
         if problem:
             raise LaunchError(problem)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_table_of_commands_is_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
     files = {p.stem.replace("_", "-") for p in (ROOT / "megallama" / "commands").glob("*.py")}
-    parts = {"--init--", "parser", "inspect-checkpoint"}  # of other commands
+    parts = {"--init--", "parser", "exit", "inspect-checkpoint"}  # of other commands
     assert files - parts == set(cli.COMMANDS)
     assert cli.main(["--help"]) == 0
     listed = capsys.readouterr().out
