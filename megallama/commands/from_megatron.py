@@ -66,7 +66,7 @@ class Script:
 
     def command(self, words: list[str]) -> None:
         """Keep a command that gives flags to a program."""
-        words = [w for word in words for w in (word.split() if re.search(r"\.py\s", word) else [word])]
+        words = [w for word in words for w in (word.split() if re.search(r"\.py\s|^--[^=\s]+\s", word) else [word])]
         words = words[: next((n for n, word in enumerate(words) if re.match(r"\d*>|&|\|", word)), None)]
         at = next((n for n, word in enumerate(words) if word.endswith(".py")), len(words))
         if any(word.startswith("--") for word in words[at:]) and words[0] not in ("echo", "printf"):
@@ -77,7 +77,8 @@ class Script:
         old = self.variables.get(name, "")
         if doubtful:
             grown = more or (old and text.startswith(f"{old} "))
-            mark = f"{MARK}{name}{'+' * bool(grown or '--' in text)}{MARK}"
+            flags = grown or "--" in old + text or f"+{MARK}" in old
+            mark = f"{MARK}{name}{'+' if flags else ''}{MARK}"
             text = mark if not grown else old if mark in old else f"{old} {mark}"
         elif text == UNKNOWN:
             text = f"{MARK}{name}{MARK}"

@@ -21,6 +21,7 @@ from megallama.commands.megatron.flags import (
     REFUSED,
     SETTINGS,
     TABLE,
+    find,
 )
 from megallama.config.describe import settings
 from megallama.config.errors import ConfigError
@@ -453,6 +454,9 @@ def test_the_document_has_the_table() -> None:
         flags = [f"`--{name}`" for name, row in TABLE.items() if row.why == key]
         rows.append(f"| {', '.join(flags)} | {key if key in (LLAMA, ALWAYS) else f'`{key}`'} |")
     assert "\n".join(rows) in text, "\n".join(rows)
+    instead = re.findall("`--([^`]*)`", "".join(re.findall(r"^\| `--.* \|", text, re.M)))
+    assert [name for name in instead if find(name) is None] == []
+    assert {"squared-relu", "finetune", "yaml-cfg", "loss-scale"} <= set(instead)
     keys = {setting.key for setting in settings()}
     assert set(whys) - {LLAMA, ALWAYS} <= keys and len(whys) > 50
 

@@ -150,6 +150,7 @@ def test_what_is_not_plain_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFi
     [
         ("python x.py --num-layers 2 \\\n  --lr 1\n", ["python", "x.py", "--num-layers", "2", "--lr", "1"]),
         ("python x.py 2>&1 --lr 1 > log --bf16 | tee", ["python", "x.py", "--lr", "1", "--bf16"]),
+        ("A='--lr 1'; mpirun sh x.sh x.py \"$A --bf16\"", ["mpirun", "sh", "x.sh", "x.py", "--lr", "1", "--bf16"]),
         ("run='python x.py --lr 1 |& tee log'\neval $run", ["eval", "python", "x.py", "--lr", "1"]),
         ("A=(\n --lr 1 # it's\n)\nA=(\"${A[@]}\" --bf16)\npython x.py ${A[@]}",
          ["python", "x.py", "--lr", "1", "--bf16"]),
@@ -220,6 +221,19 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
         main([str(tmp_path / "a.sh")])
 
 
+@pytest.mark.parametrize("text", [
+    "if [ $X ]; then A='--swiglu'; else A=' '; fi", "A='--swiglu'\nif [ $X ]; then A=; fi", "[ $X ] && A=--swiglu",
+    "case $X in\n 1) A=--swiglu;;\n 2) A=;;\nesac", "A=--bf16\nif [ $X ]; then\n A+=' --fp16'\nfi",
+    "for x in a b; do A=\"$A --$x\"; done",
+])  # fmt: skip
+def test_flags_that_a_condition_may_add_are_never_lost(text: str, tmp_path: Path) -> None:
+    """Not even behind a flag of no effect, whose values do not matter."""
+    (tmp_path / "a.sh").write_text(f"{text}\npython x.py --log-throughput $A\n")
+    with pytest.raises(ConfigError) as caught:
+        main([str(tmp_path / "a.sh")])
+    assert "1 problem on" in str(caught.value) and "$A+ is not plain in the script; write A+=FLAGS" in str(caught.value)
+
+
 class Writer:
     """Random scripts of what is plain."""
 
@@ -233,7 +247,7 @@ class Writer:
         v, a = self.one("A", "B", "C"), self.one("P", "Q")
         return self.one(
             f"${v}", f"${{{v}}}", f"${{{v}:-d}}", f"${{{v}-x}}", f'"${v} q"', "'s'", r"w\-x",
-            "7", '"a b"', "--f", "k=v", f"${{{a}[@]}}", f"${{{a}[*]}}",
+            "7", '"a b"', "-f", "k=v", f"${{{a}[@]}}", f"${{{a}[*]}}",
         )  # fmt: skip
 
     def statement(self) -> str:
@@ -245,7 +259,7 @@ class Writer:
 @pytest.mark.parametrize("seed", range(60))
 def test_random_scripts_give_the_words_that_bash_gives(seed: int) -> None:
     writer = Writer(seed)
-    lines = ["N=3; M=4; A=7; B=; C='k l'", "P=()\nQ=(--a 'b c')", *(writer.statement() for _ in range(7))]
+    lines = ["N=3; M=4; A=7; B=; C='k l'", "P=()\nQ=(-a 'b c')", *(writer.statement() for _ in range(7))]
     text = "\n".join([*lines, f"python x.py --z {writer.word()} {writer.word()} {writer.word()}"])
     bash = ["bash", "-c", 'python() { printf "%s\\0" python "$@"; }\n' + text]
     done = subprocess.run(bash, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})

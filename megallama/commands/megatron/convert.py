@@ -53,7 +53,8 @@ def layout(flags: Flags, out: dict[str, Any]) -> None:
     if per:
         chunks = max(1, layers // (pp * per))
         what = f"times {pp} stages it does not divide --num-layers {layers}"
-        flags.problem(f"--{CHUNKS[0]} {per}: {what}; write a divisor of {layers // pp}", when=layers % (pp * per))
+        write = f"write a divisor of {layers // pp}"
+        flags.problem(f"--{CHUNKS[0]} {per}: {what}; {write}", when=layers % (pp * per))
     first, last = (flags[name] for name in ENDS)
     stages = pp - (first is not None) - (last is not None)
     rest = layers - (first or 0) - (last or 0)
@@ -81,7 +82,8 @@ def batch(flags: Flags, out: dict[str, Any]) -> None:
         flags.problem(f"--global-batch-size is absent: Megatron takes micro-batch x data parallel size; {write}")
     out["batch.global_batch_size"] = size
     if ramp := [parse("size", [word]) for word in flags["rampup-batch-size"] or []]:
-        out |= dict(zip(("batch.ramp_start", "batch.ramp_increment", "batch.ramp_samples"), ramp, strict=False))
+        keys = ("batch.ramp_start", "batch.ramp_increment", "batch.ramp_samples")
+        out |= dict(zip(keys, ramp, strict=False))
         what = "three whole numbers are needed: first size, growth, samples"
         flags.problem(f"{flags.given['rampup-batch-size']}: {what}", when=len(ramp) != 3 or None in ramp)
     bf16, fp16 = flags["bf16"], flags["fp16"]
@@ -123,7 +125,8 @@ def steps(flags: Flags, out: dict[str, Any]) -> None:
     out["lr_schedule.kind"] = "wsd" if style == "linear" else style.lower()
     out["lr_schedule.wsd_decay_steps"] = 0 if style == "linear" else None  # from the end of the warm-up
     if style == "WSD":
-        out["lr_schedule.wsd_decay_steps"], last = amount(flags, out, "lr-wsd-decay"), flags["lr-wsd-decay-style"]
+        last = flags["lr-wsd-decay-style"]
+        out["lr_schedule.wsd_decay_steps"] = amount(flags, out, "lr-wsd-decay")
         flags.problem(f"--lr-wsd-decay-style {last}: write linear, as it is here", when=last != "linear")
 
 

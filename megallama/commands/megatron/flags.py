@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from math import isfinite, nan
 from typing import Any
 
-LLAMA, ALWAYS = "what makes it a LLaMA", "what is always so"
+LLAMA, ALWAYS = "what makes it a LLaMA", "what has one value here"
 # section: flags that are settings of it; section.name: flags that decide about one setting; each as
 # name|older name>name here:kind=Megatron's default. A kind is in KINDS, or the values there are: a|b.
 # A default of another kind asks for another model; "!" is none: the flag is needed.
