@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megallama.model import llama
 from megallama.model.llama import fill, normal_at
 from megallama.plan.box import Box
 from megallama.train.assemble import Worker
@@ -74,9 +75,20 @@ def test_values_are_standard_normal_and_independent() -> None:
     assert abs(far.mean().item()) < 5 / math.sqrt(n) and not torch.equal(far, x)
 
 
-def test_any_rectangle_is_a_cut_of_the_whole() -> None:
+@pytest.mark.parametrize(("block", "calls"), [(llama.BLOCK, 1), (100, 35), (10, 70)])
+def test_any_rectangle_is_a_cut_of_the_whole(monkeypatch: pytest.MonkeyPatch, block: int, calls: int) -> None:
+    made: list[int] = []
+
+    def counted(index: torch.Tensor, seed: int, name: str) -> torch.Tensor:
+        made.append(index.numel())
+        return normal_at(index, seed, name)
+
+    monkeypatch.setattr(llama, "BLOCK", block)
+    monkeypatch.setattr(llama, "normal_at", counted)
     whole = torch.empty(70, 50)
     fill(whole, Box.whole("w", (70, 50)), (70, 50), 3, 0.02)
+    assert torch.equal(whole, (normal_at(torch.arange(3500), 3, "w") * 0.02).view(70, 50).float())  # row by row
+    assert len(made) == calls  # one row at a time would take far longer
     part = torch.empty(13, 29)
     fill(part, Box("w", (41, 7), (54, 36)), (70, 50), 3, 0.02)
     assert torch.equal(part, whole[41:54, 7:36])
