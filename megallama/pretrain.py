@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megallama.comm.flight_record import FlightRecord
+from megallama.comm.flight_record import GENERATION, LAUNCHER, FlightRecord
 from megallama.config.errors import ConfigError, InternalError, LaunchError, MegallamaError, drop_output
 from megallama.train.log import Logger, finish_output
 from megallama.train.signals import FAILED, SAVED, SignalFlag  # whatever takes time comes after `SignalFlag`
@@ -65,7 +65,8 @@ def _run(arguments: Sequence[str], signals: SignalFlag, record: FlightRecord) ->
 
     log = Logger(0, 1)
     try:
-        launch = detect_launch()
+        generation = record.words[GENERATION]
+        launch = detect_launch(parent=record.words[LAUNCHER], generation=generation)
         log = Logger(launch.rank, launch.world_size)
         record.tell("about", {"rank": launch.rank, "host": launch.host, "launcher": launch.launcher})
         signals.before_leaving(partial(_say, log, record))
@@ -114,6 +115,9 @@ def _request(
     try:
         overrides, ranks = arguments[1:] if file else arguments, launch.world_size
         config = load(file, overrides, ranks=ranks, samples=samples_before, note=log.info)
+        if launch.generation:  # the first one has begun as was said; now what it left is gone on from
+            again = config.checkpoint.model_copy(update={"resume": "auto"})
+            config = config.model_copy(update={"checkpoint": again})
         plan = make_plan(config, launch.world_size)
     except Exception as problem:
         _cannot_take_part(problem, launch, signals)

@@ -83,7 +83,7 @@ class CheckpointManager:
         self._small = {"model/model.safetensors.index.json": self._sets["model"].index()}
         self._describe = partial(model_files, tokenizer=tokenizer, marks=marks, log=self._log)
         self._use(config, small)
-        self._lineage = secrets.token_hex(8)  # retention deletes only checkpoints of this one
+        self.lineage = secrets.token_hex(8)  # retention deletes only checkpoints of this one
         self._buffer: Tensor | None = None
         self._thread = threading.Thread()  # of the last save in the background
         self._handing = threading.Lock()  # the lock over to a save that outlives `release`
@@ -257,7 +257,7 @@ class CheckpointManager:
             "format": manifest.FORMAT,
             "step": step,
             "sequence": sequence,
-            "line": self._lineage,
+            "line": self.lineage,
             "counters": counters,
             "architecture": manifest.architecture(self._config.model),
             "precision": self._config.precision.dtype,
@@ -279,7 +279,7 @@ class CheckpointManager:
             if (before := final.with_suffix(folders.REPLACED)).exists():
                 folders.remove_checkpoint(before)
                 self._log(f"{final.name} took the place of the one saved earlier")
-            own = [one for one in folders.known(self._folder) if one[0].lineage == self._lineage]
+            own = [one for one in folders.known(self._folder) if one[0].lineage == self.lineage]
             for brief, path in own[:-keep_last]:
                 if path != final and not (keep_every and brief.step % keep_every == 0):
                     folders.remove_checkpoint(path)
@@ -373,7 +373,7 @@ class CheckpointManager:
                 f"warning: {problems[0]}{more}: the weights in {path / 'model'} are not to be used. The training state "
                 "is whole and training goes on from it; the next save writes model/ again"
             )
-        self._lineage, self.saved_step = saved.lineage, saved.step
+        self.lineage, self.saved_step = saved.lineage, saved.step
         self.resumed = path, saved.config
         return saved.counters
 

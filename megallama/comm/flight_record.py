@@ -19,10 +19,12 @@ PHASES = ("setting up", "between steps", "data", "forward_backward", "grad_sync"
 ACTIONS = ("", "F", "B", "I", "W", "send_F", "recv_F", "send_B", "recv_B", "last sends")
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "send", "recv", "gather_values", "barrier")
 (TRAINER, STEP, PHASE, ACTION, STAGE, MICROBATCH, LAYER, CHANGED, LIMIT, LAUNCHED, COMPLETED, SAVING,
- STEPS, WAITED, BEAT, ENDED, PORT, SLOWEST, EXCESS) = range(19)  # fmt: skip
+ STEPS, WAITED, BEAT, ENDED, PORT, SLOWEST, EXCESS, LAUNCHER, SUPERVISOR, GENERATION) = range(22)  # fmt: skip
 """Words: process; position; when it last moved [ns]; longest wait of now [ns]; actions started, and on CUDA finished;
 whether a save is under way; steps done and all time spent in waits [ns]; by the supervisor: when it last
-looked [ns], the trainer's wait status + 1, where it listens; the slowest rank + 1, and its excess in millionths."""
+looked [ns], the trainer's wait status + 1, where it listens; the slowest rank + 1, and its excess in millionths; the
+launcher's process and the supervisor's; how often trainers have been replaced."""
+_LASTING = (BEAT, PORT, LAUNCHER, SUPERVISOR, GENERATION)
 CALLS, CALL_WORDS = 64, 8  # the last communications, and of each:
 NUMBER, GROUP, OPERATION, ROWS, BYTES, PEER, BEGAN, DONE = range(CALL_WORDS)  # NUMBER counts from 1 in its group
 BUSY, FIRST_BUSY = 64, 32  # steps whose own work is remembered [ns]; first word
@@ -38,11 +40,11 @@ _SIZE = -(-(WORDS * 8 + sum(TEXTS.values())) // mmap.PAGESIZE) * mmap.PAGESIZE
 class FlightRecord:
     """The record of one rank, in the file `file` made by `create`, or in memory of its own that nobody reads.
 
-    `stacks`: the file into which the rank writes where its threads stand.
+    `stacks`: the file into which the rank writes where its threads stand; `copies`: files for copies of its state.
     """
 
-    def __init__(self, file: int = -1, stacks: int = -1) -> None:
-        self.file, self.stacks = file, stacks
+    def __init__(self, file: int = -1, stacks: int = -1, copies: Sequence[int] = ()) -> None:
+        self.file, self.stacks, self.copies = file, stacks, copies
         self.memory = mmap.mmap(file, _SIZE)
         self.words = memoryview(self.memory)[: WORDS * 8].cast("q")
         self._next = self._began = 0
@@ -59,6 +61,14 @@ class FlightRecord:
     def watched(self) -> bool:
         """Whether a supervisor reads it."""
         return self.file >= 0
+
+    def begin_again(self) -> None:
+        """Nothing is known of the next trainer."""
+        for word in range(WORDS):
+            if word not in _LASTING:
+                self.words[word] = 0
+        for name in TEXTS:
+            self.tell(name, None)
 
     # ---- the trainer ----
 
@@ -119,10 +129,10 @@ class FlightRecord:
         self.words[FIRST_BUSY + self.words[STEPS] % BUSY] = busy_ns
         self.words[STEPS] += 1
 
-    def ends(self, status: int, why: str, *, echo: bool = False) -> None:
-        """It leaves; the first reason stays. `echo`: because of another rank."""
+    def ends(self, status: int, why: str, *, echo: bool = False, final: bool = False) -> None:
+        """It leaves; the first reason stays. `echo`: because of another rank; `final`: it cannot be replaced."""
         if self.told("cause") is None:
-            self.tell("cause", {"status": status, "text": why, "echo": echo})
+            self.tell("cause", {"status": status, "text": why, "echo": echo, "final": final})
 
     # ---- texts ----
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megallama.comm.c10d import C10d
-from megallama.comm.flight_record import LIMIT, FlightRecord
+from megallama.comm.flight_record import LIMIT, SUPERVISOR, FlightRecord
 from megallama.comm.group import Assembly, ContactLost, Group, Groups, Partition, Solo, build_groups
 from megallama.comm.rendezvous import CRASHED, Arrival, Listener, Star, StarGroup, open_store, port_file, rendezvous
 from megallama.comm.shared_memory import MAX_SHM_BYTES, SharedMemory
@@ -47,7 +47,8 @@ class Launch:
     master_port: int = 0  # 0: rank 0 takes a free port and publishes it under `key` (one node only)
     key: str = ""  # what the processes of this run, and no others on this machine, have in common
     store_kept: bool = False  # the launcher keeps the store (torchrun's agent), not rank 0
-    attempt: int = 0  # restarts before this one
+    attempt: int = 0  # restarts before this one, by the launcher
+    generation: int = 0  # replacements in place since then
 
     @property
     def keeps_store(self) -> bool:
@@ -69,8 +70,10 @@ _NAMES = {  # launcher -> its variables for rank, ranks, rank on this node, rank
 }
 
 
-def detect_launch(env: Mapping[str, str] | None = None) -> Launch:
+def detect_launch(env: Mapping[str, str] | None = None, parent: int = 0, generation: int = 0) -> Launch:
     """Read from `env` (default: this process's environment) how this process was started.
+
+    `parent`: the process that the launcher started has this one, if not this process; `generation`: see `Launch`.
 
     Raises: LaunchError for values that are no numbers and for what cannot be known.
     """
@@ -97,7 +100,7 @@ def detect_launch(env: Mapping[str, str] | None = None) -> Launch:
         key = f"slurm-{job}"
     elif launcher != "torchrun":
         node = first_node(env.get("SLURM_JOB_NODELIST", ""))[0]
-        key = f"{launcher}-{job or os.getppid()}"  # on one node all have one parent
+        key = f"{launcher}-{job or parent or os.getppid()}"  # on one node all have one parent
         job = job or env.get("SLURM_JOB_ID", "")
     address = env.get("MASTER_ADDR", "127.0.0.1" if one_node else node)
     if not address:
@@ -115,7 +118,7 @@ def detect_launch(env: Mapping[str, str] | None = None) -> Launch:
         rank, size, local_rank, one_node, launcher, key=key,
         master_addr=address, master_port=_number(env, "MASTER_PORT", port),
         store_kept=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        attempt=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
+        attempt=_number(env, "TORCHELASTIC_RESTART_COUNT", 0), generation=generation,
     )  # fmt: skip
 
 
@@ -288,7 +291,7 @@ def start(
     cores = hashlib.sha256(str(sorted(os.sched_getaffinity(0))).encode()).hexdigest()[:8]
     own = Arrival(
         launch.rank, launch.world_size, launch.host, os.getpid(), torch.__version__, device.type, gpu, cores,
-        config_hash, problem, [os.getppid(), record.file, record.stacks] if record.watched else [],
+        config_hash, problem, [record.words[SUPERVISOR], record.file, record.stacks] if record.watched else [],
     )  # fmt: skip
     star = Star(launch.rank, launch.world_size, launch.host, listener, record)
     arrivals, store = _gather(launch, own, run.init_timeout_seconds, star, store)
@@ -324,7 +327,7 @@ def _gather(
     try:
         if store is None:
             store = open_store(host, port, published, launch.keeps_store, launch.rank, seconds)
-        store = dist.PrefixStore(f"megallama/{launch.attempt}", store)
+        store = dist.PrefixStore(f"megallama/{launch.attempt}/{launch.generation}", store)
         return rendezvous(star, store, own, here, seconds), store
     except BaseException:
         star.close()  # the others still come, by the file, to hear of it

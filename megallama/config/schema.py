@@ -297,6 +297,9 @@ class CheckpointConfig(Section):
     max_failures: int = option(
         2, "saves in a row that may fail behind the training steps (a full disk) before the run stops", ge=0
     )
+    memory_interval: NonNegativeInt = option(
+        0, "steps between copies in memory, from which replaced ranks go on; two copies are kept; 0 is never [steps]"
+    )
     finish_seconds: NonNegativeFloat = option(
         30.0, "a run that ends by a failure waits at most this long for the save behind its steps [s]"
     )
@@ -332,6 +335,9 @@ class RunConfig(Section):
         True,
         "a small process beside every rank says who holds up the others, and ends what nobody else ends; false "
         "for debuggers",
+    )
+    max_replacements: NonNegativeInt = option(
+        0, "how often dead or stuck ranks are replaced in place: all start again, without the launcher [times]"
     )
     timeout_seconds: PositiveFloat = option(
         600.0, "longest wait of a step for another rank before the run fails; bounds steps alone [s]"

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from megallama.comm.flight_reader import FlightReader
-from megallama.comm.flight_record import BEAT, ENDED, LIMIT, TRAINER
+from megallama.comm.flight_record import BEAT, ENDED, GENERATION, LIMIT, TRAINER
 from megallama.train.signals import STACKS
 
 ANSWER = 0.25  # seconds in which a trainer writes where its threads stand
@@ -43,10 +43,22 @@ class Node:
                 self._stacks[rank] = os.open(f"/proc/{pid}/fd/{written}", os.O_RDONLY | os.O_CLOEXEC)
         self.born = time.monotonic()
 
+    def close(self) -> None:
+        """Let go of the others' records."""
+        for rank in self.records.keys() - {self.rank}:
+            for file in {self.records[rank].file, self._stacks.get(rank, -1)} - {-1}:
+                os.close(file)
+
+    def begin_generation(self, number: int) -> None:
+        """The next trainers of this host begin."""
+        for record in self.records.values():
+            record.words[TRAINER] = record.words[ENDED] = 0  # before: the last one's end is not the next one's
+            record.words[GENERATION] = number
+
     @property
     def leader(self) -> bool:
         """Whether this supervisor speaks for its host: the first whose supervisor is not silent."""
-        return all(self.gone(rank) or self.silent(rank) for rank in self.records if rank < self.rank)
+        return all(self.silent(rank) or self.lost(rank) is not None for rank in self.records if rank < self.rank)
 
     def silent(self, rank: int) -> bool:
         """Whether the supervisor of `rank` has not looked for a while."""
@@ -66,7 +78,8 @@ class Node:
         pid = self.about["records"][rank][0]
         if rank == self.rank or process_state(pid) not in "XZ":
             return None
-        return {"status": -signal.SIGKILL, "text": f"its supervisor (process {pid}) was killed", "echo": False}
+        text = f"its supervisor (process {pid}) was killed"
+        return {"status": -signal.SIGKILL, "text": text, "echo": False, "final": True}
 
     def overdue(self, since: float) -> list[int]:
         """Ranks that have waited longer than they may, or whose device has: counted from `since` on at the earliest."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megallama.comm.flight_reader import FlightReader
-from megallama.comm.flight_record import BEAT, ENDED, EXCESS, PORT, SAVING, SLOWEST, TRAINER
+from megallama.comm.flight_record import BEAT, ENDED, EXCESS, GENERATION, PORT, SAVING, SLOWEST, STEP, TRAINER
 from megallama.recovery.doctor import hung
 from megallama.recovery.goodput import Goodput
 from megallama.recovery.link import Links, Message
@@ -29,33 +29,30 @@ from megallama.train.signals import FAILED, SAVED, SIGNALS
 PERIOD, BEAT_PERIOD = 0.1, 1.0  # seconds between looks, messages to the root
 LEAVE = 5.0  # seconds in which a trainer leaves by itself once the run is over
 ROOT, REPORTS, ECHO = 1.0, 0.6, 1.0  # seconds to wait for: the root's verdict; all hosts' reports; a first cause
+REPLACED = 20.0  # seconds for all hosts' trainers to end before the next ones begin
 _LAUNCHERS = ("torchrun", "openmpi", "mpich")  # whose death leaves their processes alone
 _NORMAL = (0, 2, SAVED)  # statuses of trainers that nobody need be told of
 
 
 def main() -> NoReturn:
-    """argv: root folder, files of the flight record and of the stacks, the trainer's process."""
-    record, stacks, trainer = map(int, sys.argv[2:5])
-    Supervisor(FlightReader(record, stacks), trainer).run()
+    """argv: root folder, files of the flight record and of the stacks, the child, whether that makes the trainers."""
+    record, stacks, child, several = map(int, sys.argv[2:6])
+    Supervisor(FlightReader(record, stacks), child, bool(several)).run()
 
 
 class Supervisor:
     """Of one rank."""
 
-    def __init__(self, record: FlightReader, trainer: int) -> None:
-        self._record, self._trainer = record, trainer
-        record.words[TRAINER] = trainer
+    def __init__(self, record: FlightReader, child: int, several: bool) -> None:
+        self._record, self._child, self._several = record, child, several
+        self._generation = 0
         self._node: Node | None = None  # once the trainer has told of the run
         self._links, self._stragglers = Links(), Stragglers(())
         self._goodput: Goodput | None = None  # rank 0's
         self._launcher, self._orphaned, self._oom = os.getppid(), False, out_of_memory_kills()
-        self._status: int | None = None  # of the trainer, once it has left, as waitpid has it
-        self._verdict: Message | None = None
-        self._left = self._deadline = self._resumed = 0.0  # moments: it left, it is killed, this process was stopped
-        self._asked = self._overdue = self._next_status = self._next_beat = self._speak = 0.0
-        self._reports: dict[int, Message] = {}
-        self._busy: dict[int, tuple[int, list[int]]] = {}
+        self._signals, self._sent = list[int](), list[int]()  # for the trainer, once it is there; what it has
         self._warned: set[str] = set()
+        self._begin()
         self._pipe = os.pipe()
         for end in self._pipe:
             os.set_blocking(end, False)
@@ -64,6 +61,21 @@ class Supervisor:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def _begin(self) -> None:
+        """Nothing is known of a trainer; what the last one was asked, the next one is."""
+        self._signals, self._sent = [*self._sent, *self._signals], []
+        self._status: int | None = None  # once it has left, as waitpid has it
+        self._verdict: Message | None = None
+        self._left = self._deadline = self._resumed = 0.0  # moments: it left, it is killed, this process was stopped
+        self._decided = time.monotonic()
+        self._asked = self._overdue = self._next_status = self._next_beat = self._speak = 0.0
+        self._reports: dict[int, Message] = {}
+        self._busy: dict[int, tuple[int, list[int]]] = {}
+        self._over: set[int] = set()  # hosts all of whose trainers have ended
+        if self._node is not None:
+            self._node.close()
+        self._node = None
 
     def run(self) -> NoReturn:
         """Until the trainer has left."""
@@ -74,25 +86,37 @@ class Supervisor:
             if now - last > SILENT:  # stopped with its trainer, by a terminal say: nobody is late because of that
                 self._resumed = now
             last, self._record.words[BEAT] = now, time.monotonic_ns()
-            if self._pipe[0] in ready:
-                self._forward()
+            if self._record.words[GENERATION] != self._generation:
+                self._generation = self._record.words[GENERATION]
+                self._begin()
+            self._forward(self._pipe[0] in ready)
             self._reap(now)
             self._introduce()
             if self._node is not None:
                 self._watch(self._node, now)
-            self._end(now)
+            if self._record.words[GENERATION] == self._generation:
+                self._end(now)
 
     # ---- the trainer ----
 
-    def _forward(self) -> None:
-        for number in os.read(self._pipe[0], 4096):
-            if number in SIGNALS and self._status is None:
-                os.kill(self._trainer, number)
+    @property
+    def _trainer(self) -> int:
+        """Its process; 0 before there is one."""
+        return self._record.words[TRAINER]
+
+    def _forward(self, any_came: bool) -> None:
+        self._signals += [n for n in os.read(self._pipe[0], 4096) if n in SIGNALS] if any_came else []
+        while self._signals and self._trainer and self._status is None:
+            self._sent.append(self._signals.pop(0))
+            os.kill(self._trainer, self._sent[-1])
 
     def _reap(self, now: float) -> None:
         if self._status is not None:
             return
-        process, status = os.waitpid(self._trainer, os.WNOHANG)
+        process, status = os.waitpid(self._child, os.WNOHANG)
+        final = bool(process)  # nobody is left to make another
+        if not process and self._several and (ended := self._record.words[ENDED]):
+            process, status = self._trainer, ended - 1
         if not process:
             return
         self._status, self._left = status, now
@@ -101,9 +125,10 @@ class Supervisor:
             why = f"killed by {signal_name(number)}"
             if number == signal.SIGKILL and out_of_memory_kills() > self._oom:
                 why += ": out of memory (the kernel counts such a kill)"
-            self._record.ends(-number, why)
+            self._record.ends(-number, why, final=final)
         code = os.waitstatus_to_exitcode(status)
-        self._record.ends(code if code not in _NORMAL else 1, f"left with status {code}, and did not say why")
+        why = f"left with status {code}, and did not say why"
+        self._record.ends(code if code not in _NORMAL else 1, why, final=final)
         self._record.words[ENDED] = status + 1
 
     def _introduce(self) -> None:
@@ -133,6 +158,8 @@ class Supervisor:
             self._look_for_deaths(node, now)
         if self._verdict is None:
             self._look_for_waits(node, now)
+        elif self._verdict["again"]:
+            self._replace(node, now)
         if now >= self._next_beat:
             self._next_beat = now + BEAT_PERIOD
             self._links.send({"busy": node.busy()} if node.rank else {})
@@ -152,6 +179,10 @@ class Supervisor:
             self._decide(node, now, *message["died"])
         elif "overdue" in message:
             self._overdue = self._overdue or now
+        elif "over" in message:
+            self._over.add(host)
+        elif node.rank and "generation" in message:
+            node.begin_generation(message["generation"])
         self._reports |= {int(rank): report for rank, report in message.get("reports", {}).items()}
         self._busy |= {int(rank): (steps, times) for rank, (steps, times) in message.get("busy", {}).items()}
 
@@ -160,13 +191,14 @@ class Supervisor:
             cause = record.told("cause") if node.ended(rank) else node.lost(rank)
             if cause is None or cause["status"] in _NORMAL:
                 continue
+            status = cause["status"] if cause["status"] > 0 else FAILED if record.words[STEP] else 1
             if cause["echo"] and not (self._left and now - self._left > ECHO):
                 continue  # there was another before, of which more is known
             text = f"rank {rank} ({node.hosts[rank]}) failed first: {cause['text']}"
-            said, status = cause["status"] > 0, FAILED if record.words[1] else 1
-            self._links.send({"died": [rank, text, status, said]})
+            said = cause["status"] > 0
+            self._links.send({"died": [rank, text, status, said, cause["final"]]})
             if not node.rank or not self._links.sockets():
-                self._decide(node, now, rank, text, status, said)
+                self._decide(node, now, rank, text, status, said, cause["final"])
             return
 
     def _look_for_waits(self, node: Node, now: float) -> None:
@@ -192,26 +224,43 @@ class Supervisor:
         began = any(report["step"] for report in self._reports.values())
         going = [r for r in self._reports.values() if r["saving"] and "wait" in r]
         held = any(report["process"] in "TtDX" for report in going)
-        commits = bool(going) and len(self._reports) == len(node.hosts) and not held
-        self._decide(node, now, ranks[0] if ranks else node.rank, text, FAILED if began else 1, False, True, commits)
+        lost, culprit = len(self._reports) < len(node.hosts), ranks[0] if ranks else node.rank
+        commits = bool(going) and not lost and not held
+        self._decide(node, now, culprit, text, FAILED if began else 1, False, lost, hang=True, commits=commits)
         self._write(node, f"error: {text}\n{self._stacks()}")
 
     def _decide(
-        self, node: Node, now: float, rank: int, text: str, status: int, said: bool, hang: bool = False,
+        self, node: Node, now: float, rank: int, text: str, status: int, said: bool, final: bool, hang: bool = False,
         commits: bool = True,
     ) -> None:  # fmt: skip
-        """The run is over. `said`: the culprit has told why; `commits`: a save under way may still end."""
-        verdict = {"rank": rank, "text": text, "status": status, "said": said, "hang": hang, "commits": commits}
+        """The run is over. `said`: the culprit told why; `final`: it cannot be replaced; `commits`: a save may end."""
+        left = node.about["max_replacements"] - self._generation
+        again = node.rank == 0 and status in (1, FAILED) and left > 0 and not final
+        if again:
+            said, number = False, f"replacement {self._generation + 1} of {node.about['max_replacements']}"
+            text = f"{text}\nall ranks start again ({number})"
+        verdict = {"rank": rank, "text": text, "status": status, "hang": hang, "commits": commits, "again": again}
         self._adopt(node, verdict)
         self._links.send({"verdict": verdict} if node.rank == 0 else {})
         if not said:  # while a trainer that can hear it leaves, it says it
-            self._speak = now + (0.0 if hang or self._status is not None else ECHO)
+            self._speak = now + (0.0 if hang or again or self._status is not None else ECHO)
 
     def _adopt(self, node: Node, verdict: Message) -> None:
-        self._verdict = verdict
+        self._verdict, self._decided = verdict, time.monotonic()
         for record in node.records.values():
             if record.told("verdict") is None:
                 record.tell("verdict", verdict)
+
+    def _replace(self, node: Node, now: float) -> None:
+        """Once all trainers of all hosts have ended, the next ones begin; a host that does not say so ends the run."""
+        if all(node.ended(rank) for rank in node.records):
+            self._links.send({"over": True} if node.rank else {})
+            self._over.add(node.host)
+        if node.rank == 0 and len(self._over) == len(node.about["hosts"]):
+            self._links.send({"generation": self._generation + 1})
+            node.begin_generation(self._generation + 1)
+        elif self._verdict is not None and now - self._decided > REPLACED:
+            self._verdict["again"] = False
 
     def _compare(self, node: Node) -> None:
         self._busy |= node.busy()
@@ -255,12 +304,14 @@ class Supervisor:
             self._say(self._node, f"warning: {about['launcher']} is gone; rank {about['rank']} saves and stops")
         if self._verdict is not None and not (self._deadline and not self._orphaned):
             self._orphaned = False
-            wait = finish if saving and self._verdict["commits"] else 0.0
-            self._deadline = now + max(wait, 0.0 if self._verdict["hang"] else LEAVE)
+            soon = self._verdict["hang"] or self._verdict["again"]
+            wait = finish if saving and self._verdict["commits"] and not self._verdict["again"] else 0.0
+            self._deadline = now + max(wait, 0.0 if soon else LEAVE)
             if wait and self._node:
                 self._say(self._node, f"the save under way may take up to {finish:g} s more")
         if self._deadline and (now >= self._deadline or (self._verdict and self._verdict["hang"] and not saving)):
-            os.kill(self._trainer, signal.SIGKILL)
+            if self._trainer:  # who makes the next one is left alone
+                os.kill(self._trainer, signal.SIGKILL)
             self._deadline += LEAVE
             if now >= self._deadline:  # it is in a call of the kernel that does not return
                 self._leave(about)
@@ -270,6 +321,8 @@ class Supervisor:
         cause = self._record.told("cause") or {"status": 0}
         alone = self._node is None or len(self._node.hosts) == 1
         waits = self._speak or (self._verdict is None and now - self._left < 2 * ECHO)
+        if self._verdict is not None and self._verdict["again"]:
+            return False
         return cause["status"] in _NORMAL or alone or not waits
 
     def _leave(self, about: Message) -> NoReturn:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megallama.comm.flight_record import EXCESS, SLOWEST
 from megallama.config.errors import DataError, InternalError, MegallamaError, counted
@@ -159,6 +159,7 @@ class TrainingLoop:
                 self._record_health(result)
                 self._missing = self._due()
                 self._save_if_due(leaving=last or stopped is not None)
+                self._copy_if_due()
                 stopped = stopped or self._evaluate(report)
                 collect_garbage(progress.step)
             self.setup.worker.optimizer.wait()  # no rank leaves while another one still receives its weights
@@ -259,19 +260,30 @@ class TrainingLoop:
             self._log.info(f"step {step} is not saved before a step is good again; nothing is deleted meanwhile")
 
     def _save(self, leaving: bool) -> None:
-        progress, train = self.progress, self.setup.train_data
         shards = self.setup.worker.optimizer.shards(owned_only=True)
         with self._timers.phase("save"), self._world.patient(self._config.run.io_timeout_seconds):
-            counters = progress.state_dict(evaluated=progress.step - bool(self._missing))
-            counters |= {"computes_with": self.setup.computes_with, **(train.state(progress.samples) if train else {})}
-            self._manager.save(progress.step, shards, counters, behind=not leaving)
+            self._manager.save(self.progress.step, shards, self._counters(), behind=not leaving)
         self.setup.tell_sources()
+
+    def _counters(self) -> dict[str, Any]:
+        """What a checkpoint has beside tensors."""
+        progress, train = self.progress, self.setup.train_data
+        counters = progress.state_dict(evaluated=progress.step - bool(self._missing))
+        counters |= train.state(progress.samples) if train else {}
+        return counters | {"computes_with": self.setup.computes_with}
+
+    def _copy_if_due(self) -> None:
+        """Into memory that outlives this process."""
+        copies, interval = self.setup.copies, self._config.checkpoint.memory_interval
+        if copies is not None and self.progress.step % interval == 0 and not self.progress.guard.in_a_row:
+            with self._timers.phase("save"):
+                copies.keep(self.progress.step, self._counters() | {"lineage": self._manager.lineage})
 
     def _save_unsaved(self) -> None:
         """All ranks are between two steps: what is not on disk goes there."""
         with suppress(MegallamaError, InternalError):  # it was told, and is made good here
             self._manager.finish()
-        if self._manager.saved_step != self.progress.step > self.progress.first_step:
+        if self._manager.saved_step != self.progress.step > 0:
             self._save(leaving=True)
 
     def _end_together(self, failure: MegallamaError | None) -> NoReturn:

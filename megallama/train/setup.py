@@ -5,7 +5,10 @@ Before the lock is taken nothing is changed.  What fails on one rank fails on al
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -16,7 +19,9 @@ import torch
 from pydantic import ValidationError
 
 from megallama.checkpoint.manager import CheckpointManager
+from megallama.checkpoint.memory import MemoryCopies
 from megallama.checkpoint.writer import NotFiniteError
+from megallama.comm.flight_record import GENERATION
 from megallama.comm.launch import World
 from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.config.describe import literal
@@ -28,7 +33,7 @@ from megallama.kernels.select import Kernels
 from megallama.optim.lr import learning_rate
 from megallama.plan.plan import Plan
 from megallama.train.assemble import DTYPES, Worker, assemble, initialize, kernels_of, same_kernels
-from megallama.train.log import Logger, human_count
+from megallama.train.log import Logger, human_bytes, human_count
 from megallama.train.progress import Progress, TrainingStopped
 from megallama.train.signals import FAILED, SAVED, SignalFlag
 from megallama.train.speed import slow_format
@@ -55,6 +60,7 @@ class Setup:
     worker: Worker
     tracer: StepTracer  # of the rank's groups
     progress: Progress
+    copies: MemoryCopies | None  # in memory that outlives this process; None: not made
     computes_with: str = ""  # what bits depend on besides layout and versions
     last_step: int = 0  # train.steps, or fewer where the data end; known once the state is restored
 
@@ -112,8 +118,10 @@ def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: Signa
         worker, tracer = _on_all(world, "model", lambda: _build(plan, world, log, kernels, manager))
         cuda, threads = world.device.type == "cuda", counted(torch.get_num_threads(), "thread")
         device = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
-        computes_with = f"{device}, {threads}, {kernels}"
-        setup = Setup(config, plan, world, log, signals, data, manager, worker, tracer, progress, computes_with)
+        computes_with, copies = f"{device}, {threads}, {kernels}", _memory_copies(config, world, worker, log)
+        setup = Setup(
+            config, plan, world, log, signals, data, manager, worker, tracer, progress, copies, computes_with
+        )  # fmt: skip
         yield replace(setup, last_step=_restore(setup))
         manager.starts.over("", SAVED)
     except BaseException as error:
@@ -204,6 +212,8 @@ def go_back(setup: Setup) -> Setup:
     step, first = progress.step, progress.first_step
     until = setup.config.batch.samples_after(step + train.rollback_skip_steps, step, progress.samples)
     setup.worker.optimizer.wait()
+    if setup.copies is not None:
+        setup.copies.forget()
     last = _restore(setup, until)
     progress.first_step, progress.rollbacks = min(first, progress.step), progress.rollbacks + 1
     left_out = f"samples {until - progress.left_out[str(progress.step)]} to {until - 1} are left out"
@@ -221,7 +231,9 @@ def _restore(setup: Setup, until: int | None = None) -> int:
     optimizer, train = setup.worker.optimizer, setup.train_data
     shards = optimizer.shards(owned_only=False)
     newest = None if until is None else manager.newest()
-    saved = manager.load(newest[0], shards) if newest else manager.resume(shards)
+    saved = _from_memory(setup) if until is None else None
+    if saved is None:
+        saved = manager.load(newest[0], shards) if newest else manager.resume(shards)
     if saved is not None:
         progress.load_state_dict(saved)
         if train:
@@ -247,6 +259,40 @@ def _restore(setup: Setup, until: int | None = None) -> int:
         log.info(f"the data end after step {last} of {config.train.steps}: {why}")
     setup.tell_sources()
     return last
+
+
+def _memory_copies(config: Config, world: World, worker: Worker, log: Logger) -> MemoryCopies | None:
+    """Where the state is copied to every checkpoint.memory_interval steps, if a process is there that keeps it."""
+    files, interval = world.record.copies, config.checkpoint.memory_interval
+    if not (interval and files):
+        return None
+    own = json.dumps([config.model_dump(mode="json"), world.rank, world.world_size])
+    key = hashlib.sha256(own.encode()).hexdigest()
+    shards, problem, copies = worker.optimizer.shards(owned_only=False), "", None
+    try:
+        copies = MemoryCopies(files, shards, key, pinned=world.device.type == "cuda")
+    except (OSError, RuntimeError) as error:
+        problem = f"rank {world.rank} on {world.hosts[world.rank]}: {error}"
+    if problem := next(filter(None, world.group.gather_values(problem)), ""):
+        log.info(f"warning: no copies in memory: {problem}; they take twice the optimizer's state")
+        return None
+    assert copies is not None, "or there was a problem"
+    size = human_bytes(copies.nbytes)
+    log.info(f"copies of the state in memory every {counted(interval, 'step')}: {size} on this rank")
+    return copies
+
+
+def _from_memory(setup: Setup) -> dict[str, Any] | None:
+    """The counters of a copy in memory that is newer than what is on disk, after its state was taken."""
+    if setup.copies is None or not setup.world.record.words[GENERATION]:
+        return None
+    world, manager = setup.world, setup.manager
+    newest = manager.newest_step(sys.maxsize) if world.rank == 0 else None
+    saved = setup.copies.resume(world.group, world.group.gather_values(newest)[0] or 0, setup.log.warn)
+    if saved is not None:
+        manager.lineage = saved.pop("lineage")
+        manager.resumed = Path("memory"), setup.config.model_dump(mode="json")
+    return saved
 
 
 def _check_ramp(config: Config, samples: int, ranks: int) -> None:

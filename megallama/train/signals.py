@@ -58,6 +58,7 @@ class SignalFlag:
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self._old[number] = signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what came before waits where there is a supervisor
         return self
 
     def __exit__(self, *exception: object) -> None:

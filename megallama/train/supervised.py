@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import importlib
 import os
 import re
 import secrets
@@ -21,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megallama.comm.flight_record import PORT, FlightRecord
+from megallama.comm.flight_record import ENDED, GENERATION, LAUNCHER, PORT, SUPERVISOR, TRAINER, FlightRecord
 from megallama.train.log import Logger
 from megallama.train.signals import SIGNALS, STACKS
 
@@ -37,37 +38,72 @@ def is_wanted(arguments: Sequence[str]) -> bool:
     """run.supervisor, from a command line that nobody has checked yet."""
     if not arguments or {"-h", "--help"} & set(arguments):
         return False
-    said = [m[1] for word in arguments if (m := re.fullmatch(r"(?:--)?run\.supervisor=(.*)", word))]
+    return _said(arguments, "supervisor", "true").lower() != "false"
+
+
+def _said(arguments: Sequence[str], name: str, default: str) -> str:
+    """What a command line, or its file, says of run.`name`."""
+    said = [m[1] for word in arguments if (m := re.fullmatch(rf"(?:--)?run\.{name}=(.*)", word))]
     if not said and "=" not in arguments[0]:
         with suppress(OSError, ValueError, AttributeError):  # what is wrong with it is said later
             with open(arguments[0], "rb") as file:
-                said = [str(tomllib.load(file).get("run", {}).get("supervisor", True))]
-    return not said or said[-1].lower() != "false"
+                said = [str(tomllib.load(file).get("run", {}).get(name, default))]
+    return said[-1] if said else default
 
 
 def start_supervisor() -> FlightRecord:
-    """The record to write into. Of the two processes the child returns, and dies with its supervisor."""
-    file = FlightRecord.create()
-    stacks = os.memfd_create("megallama-stacks", 0)
-    supervisor = os.getpid()
+    """The record to write into. This process becomes the supervisor; its child returns, and dies with it.
+
+    With run.max_replacements the child makes one trainer after the other, each of which returns.
+    """
+    files = [FlightRecord.create(), *(os.memfd_create(f"megallama-{name}", 0) for name in ("stacks", "copy", "copy"))]
+    record, several = FlightRecord(files[0], files[1], files[2:]), _said(sys.argv[1:], "max_replacements", "0") != "0"
+    record.words[LAUNCHER], record.words[SUPERVISOR] = os.getppid(), os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes in between waits for the supervisor
-    trainer = os.fork()
-    if trainer:
+    child = os.fork()
+    if child:
         root = str(Path(__file__).resolve().parents[2])
-        numbers = [str(number) for number in (file, stacks, trainer)]
+        numbers = [str(number) for number in (*files[:2], child, int(several))]
         shown = ["megallama.pretrain", *sys.argv[1:]]  # to who looks for the processes of a run
-        command = [sys.executable, "-S", "-s", "-c", _CODE, root, *numbers, *shown]
-        try:
-            os.execv(sys.executable, command)  # the package alone: nothing of what this process has imported
+        try:  # the package alone: nothing of what this process has imported
+            os.execv(sys.executable, [sys.executable, "-S", "-s", "-c", _CODE, root, *numbers, *shown])
         except OSError as error:
-            os.kill(trainer, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
             sys.exit(f"error: no supervisor could be started: {error}; write run.supervisor=false")
+    _die_with(record.words[SUPERVISOR])
+    if several:
+        _become_trainers(record)
+    else:
+        record.words[TRAINER] = os.getpid()
+    faulthandler.register(STACKS, file=record.stacks, all_threads=True)
+    return record
+
+
+def _die_with(parent: int) -> None:
+    """From here on the kernel kills this process when its parent has gone."""
     ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
-    if os.getppid() != supervisor:  # it died before the line above
+    if os.getppid() != parent:  # it died before the line above
         os.kill(os.getpid(), signal.SIGKILL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    faulthandler.register(STACKS, file=stacks, all_threads=True)
-    return FlightRecord(file, stacks)
+
+
+def _become_trainers(record: FlightRecord) -> None:
+    """Return in a trainer, and, when that has ended and the supervisor wants it, in the next.
+
+    What takes long is imported before. No thread runs here and no GPU is touched: a trainer starts as if it were first.
+    """
+    importlib.import_module("megallama.train.loop")
+    own, words = os.getpid(), record.words
+    while True:
+        generation = words[GENERATION]
+        record.begin_again()
+        if not (trainer := os.fork()):
+            _die_with(own)
+            words[TRAINER] = os.getpid()
+            return
+        words[ENDED] = os.waitpid(trainer, 0)[1] + 1
+        os.kill(words[SUPERVISOR], signal.SIGCHLD)
+        while words[GENERATION] == generation:
+            time.sleep(0.02)
 
 
 def introduce(world: World, plan: Plan, log: Logger) -> None:
@@ -80,9 +116,10 @@ def introduce(world: World, plan: Plan, log: Logger) -> None:
     about = {
         "rank": world.rank, "host": world.launch.host, "launcher": world.launch.launcher, "folder": str(folder),
         "hosts": hosts, "host_of": [hosts.index(host) for host in world.hosts],
-        "records": [a.record for a in arrivals] or [[os.getppid(), record.file, record.stacks]],
+        "records": [a.record for a in arrivals] or [[record.words[SUPERVISOR], record.file, record.stacks]],
         "stage": [plan.topology.coords(rank)["pp"] for rank in range(world.world_size)],
         "finish_seconds": config.checkpoint.finish_seconds, "timeout_seconds": config.run.timeout_seconds,
+        "max_replacements": config.run.max_replacements,
         "address": world.launch.master_addr, "port": 0, "token": "",
     }  # fmt: skip
     made: list[object] = [0, ""]

@@ -1,72 +1,144 @@
-"""A bit that changes in memory between the begin of a save and its writing is found: nothing is committed."""
+"""Copies of the state in memory: which is taken, and that a flipped bit is never."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
+import os
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from megallama.checkpoint import manager as manager_module
-from megallama.checkpoint.disk import CheckpointError
-from megallama.comm.group import Group
+from megallama.checkpoint.manifest import STATE
+from megallama.checkpoint.memory import _HEAD, MemoryCopies
+from megallama.comm.group import Solo
 from megallama.layers.param import Shard
-from megallama.plan.topology import Topology
-from tests.checkpoint.states import MODEL, boxes, make_config, make_manager, make_state, on_grid, take
-
-WRITE = manager_module.write_checkpoint
+from megallama.plan.box import Box
+from tests.threads import run_threads
 
 
-def save_with_a_flip(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, behind: bool, wrong: int) -> list[str]:
-    """Save on two ranks, and once more; on rank `wrong` the last element of its last shard changes before the first
-    is written. What rank 0 logs, and the errors."""
-    log: list[str] = []
-    flipped: list[str] = []
-
-    def write(content: Any, shards: list[Shard], group: Group) -> None:
-        shards = list(shards)
-        if group.rank == wrong and not flipped:
-            flipped.append(shards[-1].box.key)
-            words = shards[-1].state[kind].view(torch.int32)
-            words[-1] ^= 1 << 22
-        WRITE(content, shards, group)
-
-    def rank(group: Group) -> None:
-        manager = make_manager(folder, make_config(async_save=True), group, log=log.append)
-        shards = take(make_state(), boxes(MODEL, Topology(2), 1, group.rank, owned=True))
-        for step in (1, 2):
-            try:
-                manager.save(step, shards, {}, behind=behind)
-                manager.finish()
-            except CheckpointError as error:
-                if group.rank == 0:
-                    log.append(f"error: {error}")
-            shards = take(make_state(), [shard.box for shard in shards])
-
-    monkeypatch.setattr(manager_module, "write_checkpoint", write)
-    on_grid(Topology(2), rank)
-    assert len(flipped) == 1
-    return [*flipped, *log]
+def files() -> list[int]:
+    return [os.memfd_create("copy") for _ in range(2)]
 
 
-@pytest.mark.parametrize("behind", [True, False])
-@pytest.mark.parametrize(("kind", "wrong"), [("master", 1), ("exp_avg_sq", 0)])
-def test_a_changed_bit_is_not_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, wrong: int, behind: bool
-) -> None:
-    tensor, *lines = save_with_a_flip(tmp_path, monkeypatch, kind, behind, wrong)
-    (error,) = [line for line in lines if line.startswith("error: ")]
-    where = rf"rank {wrong} on \S+: {re.escape(tensor)} from \[\d+(, \d+)?\] on, for optimizer/{kind}-00"
-    assert re.search(where, error) and "has other bits than when the save began" in error
-    assert "step-00000001 failed" in error and any("saved " in line and "step-00000002" in line for line in lines)
-    assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000002"], "the next save is whole"
+def shards(seed: int, sizes: Sequence[int] = (40, 7, 1000), dtype: torch.dtype = torch.float32) -> list[Shard]:
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for number, size in enumerate(sizes):
+        state = {kind: torch.randn(size, generator=draw, dtype=dtype) for kind in STATE}
+        found.append(Shard(Box(f"w{number}", (0, 0), (1, size)), state))
+    return found
 
 
-def test_what_is_made_shard_by_shard_is_saved_as_it_is(tmp_path: Path) -> None:
-    """A converter uses the memory of one shard for the next: there is nothing to digest beforehand."""
-    found, state = boxes(MODEL, Topology(1), 1, 0, owned=True), make_state()
-    manager = make_manager(tmp_path, make_config())
-    manager.save(1, (shard for box in found for shard in take(state, [box])), {})
-    assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000001"]
+def bits(found: Sequence[Shard]) -> list[list[float]]:
+    return [shard.state[kind].tolist() for shard in found for kind in STATE]
+
+
+def resume(own: MemoryCopies, above: int = 0) -> tuple[dict[str, Any] | None, list[str]]:
+    said: list[str] = []
+    return own.resume(Solo(), above, said.append), said
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_another_process_goes_on_from_the_newest(dtype: torch.dtype) -> None:
+    kept, state = files(), shards(1, dtype=dtype)
+    copies = MemoryCopies(kept, state, "a", pinned=False)
+    assert resume(copies) == (None, [])
+    for step in (5, 6, 7):
+        for shard in state:
+            for tensor in shard.state.values():
+                tensor += step
+        copies.keep(step, {"step": step, "samples": 16 * step})
+    want, other = bits(state), shards(2, dtype=dtype)
+    again = MemoryCopies(kept, other, "a", pinned=False)
+    assert resume(again) == ({"step": 7, "samples": 112}, [])
+    assert bits(other) == want
+    assert resume(again, above=7) == (None, [])  # a save on disk is as new
+    assert copies.nbytes == 2 * (_HEAD + sum(-(-t.nbytes // 64) * 64 for s in state for t in s.state.values()))
+
+
+def test_a_copy_of_another_run_is_none() -> None:
+    kept = files()
+    MemoryCopies(kept, shards(1), "a", pinned=False).keep(3, {})
+    assert resume(MemoryCopies(kept, shards(1), "b", pinned=False)) == (None, [])
+    assert resume(MemoryCopies(kept, shards(1, (40, 7)), "a", pinned=False)) == (None, [])
+
+
+def test_a_copy_that_was_not_finished_is_none_and_the_older_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, state = files(), shards(1)
+    copies = MemoryCopies(kept, state, "a", pinned=False)
+    copies.keep(1, {"step": 1})
+    want = bits(state)
+    for shard in state:
+        shard.state["master"] += 1
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megallama.checkpoint.memory.digest", killed)
+    with pytest.raises(KeyboardInterrupt):
+        copies.keep(2, {"step": 2})
+    monkeypatch.undo()
+    other = shards(3)
+    assert resume(MemoryCopies(kept, other, "a", pinned=False)) == ({"step": 1}, [])
+    assert bits(other) == want
+
+
+def test_of_a_thousand_flipped_bits_none_is_accepted() -> None:
+    kept, state, draw = files(), shards(1, (40, 7, 500)), random.Random(7)
+    copies = MemoryCopies(kept, state, "a", pinned=False)
+    copies.keep(1, {"step": 1})
+    copies.keep(2, {"step": 2})
+    ends = [0]
+    for shard in state:
+        for kind in STATE:
+            ends.append(ends[-1] + -(-shard.state[kind].nbytes // 64) * 64)
+    spans = [(start, shard.state[kind].nbytes) for start, (shard, kind) in zip(
+        ends, ((shard, kind) for shard in state for kind in STATE), strict=False)]  # fmt: skip
+    newest = max(range(2), key=lambda slot: copies._said(copies._memories[slot])["step"])
+    for _ in range(1000):
+        start, size = draw.choice(spans)
+        at, bit = _HEAD + start + draw.randrange(size), 1 << draw.randrange(8)
+        copies._memories[newest][at] ^= bit
+        counters, said = resume(copies)
+        assert counters == {"step": 1} and len(said) == 1
+        assert said[0] == "warning: the copy of step 2 in memory is damaged (1 tensors)"
+        copies._memories[newest][at] ^= bit
+    assert resume(copies) == ({"step": 2}, [])
+
+
+def test_a_damaged_head_is_no_copy() -> None:
+    kept = files()
+    copies = MemoryCopies(kept, shards(1), "a", pinned=False)
+    copies.keep(1, {"step": 1})
+    for text in (b"\xff" * 8, (30).to_bytes(8, "little"), (2).to_bytes(8, "little") + b"[]"):
+        copies._memories[0][: len(text)] = text
+        assert resume(copies) == (None, [])
+
+
+def test_ranks_take_the_newest_step_that_all_have() -> None:
+    """Rank 1 ended before its copy of step 3; of rank 2 the one of step 2 is damaged."""
+
+    def rank(group: Any) -> tuple[Any, int]:
+        number, kept, state = group.rank, files(), shards(group.rank)
+        copies = MemoryCopies(kept, state, "a", pinned=False)
+        for step in (1, 2) if number == 1 else (2, 3):
+            copies.keep(step, {"step": step})
+        if number == 2:
+            slot = next(i for i in range(2) if copies._said(copies._memories[i])["step"] == 2)
+            copies._memories[slot][_HEAD] ^= 1
+        said: list[str] = []
+        return copies.resume(group, 0, said.append), len(said)
+
+    assert [found for found, _ in run_threads(2, rank)] == [{"step": 2}] * 2
+    assert run_threads(3, rank) == [(None, 0), (None, 0), (None, 1)]
+
+
+def test_memory_that_does_not_suffice_is_an_os_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        MemoryCopies(files(), shards(1), "a", pinned=False)

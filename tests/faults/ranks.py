@@ -221,3 +221,12 @@ def works_slowly() -> None:
         real(self, action)
 
     runtime._forward = forward
+
+
+def fails_at_once() -> None:
+    """There is an exception before the first step is finished."""
+
+    def fail(*rest: Any) -> None:
+        raise ValueError("planted")
+
+    _instead("megallama.train.step", "rank_numbers", fail)

@@ -1,0 +1,147 @@
+"""Dead and stuck ranks are replaced in place: the run goes on, and no bit of its result differs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.hosts import Hosts
+from tests.faults.ranks import Ranks
+from tests.faults.test_hosts import hosts as hosts  # the fixture
+from tests.faults.test_hosts import over
+
+STEPS = 40
+RUN = [f"train.steps={STEPS}", "log.interval=1", "run.timeout_seconds=3", "data.timeout_seconds=3", "log.plot=false"]
+REPLACE = ["run.max_replacements=5", "run.max_failed_starts=0"]
+
+
+def run(folder: Path, *arguments: str, size: int = 2, **more: Any) -> Ranks:
+    folder.mkdir(exist_ok=True)
+    return Ranks(size, [*RUN, *arguments], folder, supervised=True, **more)
+
+
+def result(folder: Path, steps: int = STEPS) -> tuple[list[float], list[bytes]]:
+    """Losses of all steps, and the bits of the state at the end."""
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [*range(1, steps + 1)]
+    state = folder / "run" / "checkpoints" / f"step-{steps:08d}"
+    files = sorted([*(state / "model").glob("*.safetensors"), *(state / "optimizer").glob("*.safetensors")])
+    assert len(files) > 1
+    return [r["loss"] for r in records], [file.read_bytes() for file in files]
+
+
+@pytest.fixture(scope="module")
+def want(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], list[bytes]]:
+    """Of the run to which nothing happens."""
+    folder = tmp_path_factory.mktemp("plain")
+    assert run(folder, "parallel.tp=2").wait() == [0, 0]
+    return result(folder)
+
+
+def maker(ranks: Ranks, rank: int) -> int:
+    """The process that makes the trainers of a rank."""
+    return ranks.trainer(rank)
+
+
+def trainer(ranks: Ranks, rank: int) -> int:
+    pid, deadline = maker(ranks, rank), time.monotonic() + 20
+    while not (children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return int(children[0])
+
+
+def step_of(ranks: Ranks) -> int:
+    return max((int(step) for step in re.findall(r"step (\d+)/", ranks.said(0))), default=0)
+
+
+def reach(ranks: Ranks, step: int) -> None:
+    ranks.until(f"step {step}/")
+
+
+def test_a_killed_and_a_frozen_rank_are_replaced_from_memory(tmp_path: Path, want: Any) -> None:
+    ranks = run(tmp_path, "parallel.tp=2", *REPLACE, "checkpoint.memory_interval=1")
+    for step, victim, number in ((3, 1, signal.SIGKILL), (10, 0, signal.SIGKILL), (17, 0, signal.SIGSTOP)):
+        reach(ranks, step)
+        os.kill(trainer(ranks, victim), number)
+    assert ranks.wait(90) == [0, 0]
+    assert result(tmp_path) == want
+    said = ranks.said(0)
+    for n, text in enumerate(("rank 1", "rank 0", "rank 0"), 1):
+        assert re.search(rf"error: {text} \(\S+\) .*\n(.*\n)*?all ranks start again \(replacement {n} of 5\)", said)
+    resumed = [int(step) for step in re.findall(r"resumed after step (\d+), .* from memory", said)]
+    assert len(resumed) == 3 and all(step >= at - 1 for step, at in zip(resumed, (3, 10, 17), strict=True)), resumed
+    goodput = json.loads((tmp_path / "run" / "goodput.json").read_text())
+    assert goodput["restarts"] == 3 and goodput["step"] == STEPS
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["status"] == 0
+
+
+def test_without_copies_the_newest_checkpoint_is_taken(tmp_path: Path, want: Any) -> None:
+    ranks = run(tmp_path, "parallel.tp=2", *REPLACE, "checkpoint.interval=5", "checkpoint.resume=fresh")
+    reach(ranks, 8)
+    os.kill(trainer(ranks, 0), signal.SIGKILL)
+    assert ranks.wait(90) == [0, 0]
+    assert result(tmp_path) == want
+    assert re.search(r"resumed after step (5|10), .* from \S+/step-0000000?(5|10)", ranks.said(0))  # and not anew
+
+
+def test_after_so_many_the_run_ends(tmp_path: Path) -> None:
+    ranks = run(tmp_path, "run.max_replacements=1", "checkpoint.memory_interval=2", "train.steps=100000")
+    reach(ranks, 3)
+    os.kill(trainer(ranks, 1), signal.SIGKILL)
+    ranks.until("from memory")
+    ranks.until("step 9/")
+    os.kill(trainer(ranks, 1), signal.SIGKILL)
+    assert ranks.wait(60) == [4, -9]
+    assert "failed first: killed by SIGKILL (9)" in json.loads((tmp_path / "run" / "exit.json").read_text())["cause"]
+
+
+def test_a_fault_that_comes_again_ends_the_run_by_the_count_of_starts(tmp_path: Path) -> None:
+    """In its first step, every time: no start makes one."""
+    arguments = ["run.max_replacements=50", "run.max_failed_starts=2", "checkpoint.memory_interval=1"]
+    ranks = run(tmp_path, *arguments, fault="fails_at_once", victim=1)
+    assert ranks.wait(90) == [2, 2]
+    assert "2 starts in a row ended before a step was finished" in ranks.said(0)
+    assert ranks.said(0).count("all ranks start again") == 2
+
+
+def test_who_makes_the_trainers_is_not_replaced(tmp_path: Path) -> None:
+    ranks = run(tmp_path, *REPLACE, "train.steps=100000")
+    reach(ranks, 3)
+    os.kill(maker(ranks, 1), signal.SIGKILL)
+    assert ranks.wait(60) == [4, -9]
+    assert "all ranks start again" not in ranks.said(0)
+
+
+def test_a_request_to_stop_reaches_the_trainers_of_later(tmp_path: Path) -> None:
+    ranks = run(tmp_path, *REPLACE, "checkpoint.memory_interval=1", "train.steps=100000")
+    reach(ranks, 3)
+    os.kill(trainer(ranks, 1), signal.SIGKILL)
+    ranks.until("start again")
+    os.kill(ranks.processes[0].pid or 0, signal.SIGUSR1)  # while there may be none
+    assert ranks.wait(60) == [75, 75]
+    step = re.findall(r"saved at step (\d+)", ranks.said(0))
+    stopped = "stopped before training began: SIGUSR1" in ranks.said(0)
+    assert stopped or (tmp_path / "run" / "checkpoints" / f"step-{int(step[-1]):08d}").exists()
+
+
+def test_ranks_of_two_hosts_are_replaced(hosts: Hosts, tmp_path: Path) -> None:
+    arguments = ["parallel.tp=2", *RUN, *REPLACE, "checkpoint.memory_interval=1", "run.init_timeout_seconds=20"]
+    ranks = over(hosts, arguments, tmp_path / "two", supervised=True)
+    reach(ranks, 3)
+    os.kill(trainer(ranks, 1), signal.SIGKILL)
+    ranks.until("from memory")
+    reach(ranks, 9)
+    os.kill(trainer(ranks, 0), signal.SIGKILL)
+    assert ranks.wait(90) == [0, 0]
+    assert ranks.said(0).count("from memory") == 2
+    plain = over(hosts, ["parallel.tp=2", *RUN], tmp_path / "plain")
+    assert plain.wait(60) == [0, 0]
+    assert result(tmp_path / "two") == result(tmp_path / "plain")
