@@ -80,7 +80,7 @@ def test_texts() -> None:
     assert seen.told("cause") is None
     own.ends(4, "ValueError: no")
     own.ends(1, "later")
-    assert seen.told("cause") == {"status": 4, "text": "ValueError: no", "echo": False}
+    assert seen.told("cause") == {"status": 4, "text": "ValueError: no", "echo": False, "final": False}
     own.tell("verdict", {"text": "x" * (1 << 20)})  # is cut, and its neighbours stay
     assert isinstance(seen.told("verdict"), str) and seen.told("cause")["status"] == 4
     own.memory[flight_record.PLACES["cause"] + 8] = 0  # half written
