@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from megallama.analysis.recording import Call, Recording
-from megallama.comm.group import Groups
+from megallama.comm.group import Groups, Solo
 from megallama.config.schema import Config
 from megallama.kernels.select import select_kernels
+from megallama.layers.linear import TensorParallel
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import DTYPES, Worker, assemble, initialize
 from tests.small import CPU, curve, on_threads, small_config, tokens, train
@@ -115,6 +116,12 @@ def test_a_forward_in_pieces_communicates_pieces(recompute: str, chunks: int) ->
         assert [c.op for c in forward] == (["all_gather"] * chunks + ["reduce_scatter"] * chunks) * 2
         assert {c.shape for c in forward} == {(TOKENS // chunks, HIDDEN)}
         assert {c.shape for c in backward} == {(TOKENS, HIDDEN)}
+
+
+def test_one_rank_cuts_nothing_into_pieces() -> None:
+    """Its products stay whole: their bits would hang on the pieces, and nothing would run meanwhile."""
+    tp = TensorParallel(Solo("tp"), sequence_parallel=False, overlap=True, keep=False, chunks=4)
+    assert tp.pieces(16) == 1 and replace(tp, sequence_parallel=True).pieces(16) == 1
 
 
 def test_pieces_are_under_way_during_products() -> None:
