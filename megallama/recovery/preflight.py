@@ -45,17 +45,17 @@ class Rate(NamedTuple):
 
 def preflight(say: Callable[[str], Any], seconds: float, percent: float, device: str, output: str | None) -> int:
     """Measure on all ranks, say the table on rank 0; the exit status. Raises: LaunchError; OSError."""
-    run = RunConfig.model_validate({"device": device, "io_timeout_seconds": min(1e6, max(60.0, seconds + 60))})
+    run = RunConfig.model_validate({"device": device})
     with start(detect_launch(), run, f"{seconds:g} {percent:g}") as world:
+        world.bound(min(1e6, max(60.0, seconds)))  # one kind takes a fraction of `seconds`
         try:
             rates = measure(world.group, world.hosts, world.device, world._make, seconds)
         except RuntimeError as error:
-            first = world.failed(error)
-            raise LaunchError(f"the measurement broke off: {first[0] if first else error}") from error
+            why = [first[0]] if (first := world.failed(error)) else [str(error), *getattr(error, "__notes__", [])]
+            raise LaunchError(f"rank {world.rank} broke off: {' '.join(why)}; exclude the stuck host") from error
     lines, slow = judged(rates, percent)
     hosts = sorted({host.partition(".")[0] for rate in slow for host in rate.hosts})  # as Slurm calls them
-    if world.world_size == 1:
-        lines.append("one rank has nothing to be compared with: start it under srun, torchrun or mpirun")
+    lines += ["one rank alone: compare several, under srun, torchrun or mpirun"] * (world.world_size == 1)
     if world.rank == 0:
         say("\n".join([*lines, f"--exclude={','.join(hosts)}" if slow else f"no outlier of {percent:g} % or more"]))
         if output:

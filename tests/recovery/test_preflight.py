@@ -160,7 +160,7 @@ def test_alone_there_is_nothing_to_compare_with(
     assert cli.main(["preflight", "--device", "cpu", "--seconds", "1", "-o", str(tmp_path / "rates.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == [
-        "one rank has nothing to be compared with: start it under srun, torchrun or mpirun",
+        "one rank alone: compare several, under srun, torchrun or mpirun",
         "no outlier of 10 % or more",
     ]
     assert json.loads((tmp_path / "rates.json").read_text())["exclude"] == []
@@ -175,11 +175,18 @@ def test_a_rank_that_is_lost_meanwhile_ends_it_with_a_sentence(monkeypatch: pyte
             return None
 
     def lost(*_: Any) -> list[Rate]:
-        raise ContactLost("in recv from 1")
+        error = ContactLost("timed out")
+        error.add_note("in recv from 1 of group world")
+        raise error
 
-    for first, text in ((("rank 1 (b) has left", 1), r"rank 1 \(b\) has left"), (None, "in recv from 1")):
-        world = World(group=0, hosts=(), device=CPU, _make=0, failed=lambda error, first=first: first)
+    bounds: list[float] = []
+    for first, text in (
+        (("rank 1 (b) has left", 1), r"rank 1 \(b\) has left"), (None, "timed out in recv from 1 of group world"),
+    ):  # fmt: skip
+        world = World(group=0, hosts=(), device=CPU, _make=0, failed=lambda error, first=first: first, rank=0)
+        world.bound = bounds.append
         monkeypatch.setattr(module, "start", lambda *_, world=world: world)
         monkeypatch.setattr(module, "measure", lost)
-        with pytest.raises(LaunchError, match=f"the measurement broke off: {text}"):
+        with pytest.raises(LaunchError, match=f"rank 0 broke off: {text}; exclude the stuck host"):
             module.preflight(print, 1.0, 10.0, "cpu", None)
+    assert bounds == [60.0, 60.0]
