@@ -116,8 +116,9 @@ def test_one_that_was_asked_to_stop_and_then_killed_does_not_count_but_one_that_
     run = Run(tmp_path)
     for _ in range(4):
         run.start(("SIGTERM", 75))
+    run.start(("SIGTERM", 75), ("", 75))  # asked, and then it ended so
     run.start(("SIGTERM", 75), ("RuntimeError: no", 1))
-    assert run.ends() == ["RuntimeError: no"]
+    assert run.ends() == ["RuntimeError: no"] and run.log == []
 
 
 def test_a_finished_step_empties_the_count_and_what_comes_after_is_not_told(tmp_path: Path) -> None:
