@@ -80,15 +80,15 @@ def test_a_rank_that_holds_the_interpreter_is_named_with_its_stack(tmp_path: Pat
     assert "rank_numbers" in stacks.partition("stacks of rank")[0]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path, victim: int) -> None:
+@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSEGV)])
+def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path, victim: int, number: signal.Signals) -> None:
     ranks = supervised(2, tmp_path)
     ranks.until("step 3/")
-    os.kill(ranks.trainer(victim), signal.SIGKILL)
+    os.kill(ranks.trainer(victim), number)
     began = time.monotonic()
-    assert ranks.wait() == ([-9, 4] if victim == 0 else [4, -9])
+    assert ranks.wait() == ([-number, 4] if victim == 0 else [4, -number])
     assert time.monotonic() - began < 15
-    text = f"rank {victim} ({HOST}) failed first: killed by SIGKILL (9)"
+    text = f"rank {victim} ({HOST}) failed first: killed by {number.name} ({number.value})"
     assert end(tmp_path)["cause"] == text and end(tmp_path)["rank"] == victim
     assert text in ranks.said(0) + ranks.said(1)
     assert nobody_is_left(tmp_path)
