@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megallama.commands.explain import explain, ledger_of, numbers_of
-from megallama.data.sources import open_sources
+from megallama.data.sources import TrainDataset, open_sources
 from megallama.data.writer import IndexedWriter
 from megallama.train.progress import Spikes
 from tests.pool import Pool
@@ -183,6 +183,21 @@ def test_a_run_goes_back_once_and_leaves_the_data_out(pool: Pool, tmp_path: Path
         shown == [*range(208, 216)] and numbers_of(small_config(**settings), 20, None, None, None, {"20": 40})[0] == 152
     )
     assert ledger_of(small_config(**settings, run={"folder": str(run)})) == counters
+
+
+def test_later_weights_begin_with_the_step_that_they_are_for(corpus: str) -> None:
+    other = [{"path": corpus, "name": name, "weight": weight} for name, weight in (("a", 0.75), ("b", 0.25))]
+    changes = [{"step": 5, "weights": {"b": 0.75}}, {"step": 23, "weights": {"a": 0.0}}]
+    data = {"synthetic": False, "train": other, "mixture_schedule": changes}
+    train = open_sources(small_config(data=data)).train
+    assert isinstance(train, TrainDataset)
+    assert [(phase.step, phase.sample) for phase in train.mixture.phases] == [(1, 0), (5, 32), (23, 176)]
+    train.resume(train.state(160), 20, 160, 200)  # 40 samples are left out after step 20
+    assert [(phase.step, phase.sample) for phase in train.mixture.phases] == [(1, 0), (5, 32), (23, 216)]
+    again = open_sources(small_config(data=data)).train
+    assert isinstance(again, TrainDataset)
+    again.resume(train.state(232), 24, 232)  # a checkpoint after step 24, behind both
+    assert again.mixture.phases == train.mixture.phases and again.consumption(232) == train.consumption(232)
 
 
 def test_without_a_checkpoint_nobody_goes_back(pool: Pool, tmp_path: Path, corpus: str) -> None:
