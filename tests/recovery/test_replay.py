@@ -73,6 +73,7 @@ def test_another_layout_cannot_decide_within_rounding(pool: Pool, tmp_path: Path
     assert [step for step, *_ in curve(tmp_path)] == [4, 7], "the others are in rank 0's file"
     ((*lines, verdict, _),) = pool.run(1, AGAIN, str(tmp_path), 6)
     assert verdict.startswith("not decidable: loss is off by "), verdict
+    assert lines[2].startswith("again ") and lines[3].startswith("once more ") and lines[2][10:] != lines[3][10:]
     assert (
         "other than in the run: ranks: 2, now 1" in lines
         and "other than in the run: layout: the run's, now tp=1, pp=1" in lines

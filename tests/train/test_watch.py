@@ -78,7 +78,7 @@ def test_a_gradient_wrong_by_much_is_named(
     assert wrong in named and all("step 5: " in line for line in lines)
     assert named == ({wrong} if not parallel else {1, 3}), "of a pipeline the stages before get the wrong gradient too"
     norm, typical = map(float, re.findall(r"(?:norm|weights) ([\d.]+)", lines[0]))
-    assert 30 * typical < norm < 300 * typical
+    assert 60 * typical < norm < 150 * typical, "of this step alone"
 
 
 @pytest.fixture
@@ -128,10 +128,11 @@ def test_a_step_between_two_lines_has_its_numbers_in_the_log(pool: Pool, tmp_pat
 
 def test_a_skipped_spike_changes_nothing_and_the_statistics_go_on(pool: Pool, tmp_path: Path, corpus: str) -> None:
     settings = on_corpus(corpus, on_spike="skip") | {"checkpoint": {"interval": 1, "keep_last": 30}}
-    settings["log"]["interval"] = 1
-    answers = pool.run(2, RUN, str(tmp_path), settings, "scale:22,24:1:1000")
+    settings["log"]["interval"], settings["precision"] = 1, {"dtype": "fp16", "initial_loss_scale": 16.0}
+    answers = pool.run(2, RUN, str(tmp_path), settings, "scale:22,24:1:200")
     assert answers == [{"status": 0, "step": 26, "updates": 24}] * 2
     skipped = [r for r in records(tmp_path) if r["skipped"]]
+    assert {r["loss_scale"] for r in records(tmp_path)} == {16.0}, "it is no overflow"
     assert [(r["step"], r["skipped_steps"]) for r in skipped] == [(23, 1), (25, 2)] and skipped[0]["loss"] > 0
     log = (tmp_path / "run.log").read_text()
     assert "step 23/26 | SKIPPED, a spike (1 so far)" in log and log.count("its update is left out") == 2
