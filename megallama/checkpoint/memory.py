@@ -31,7 +31,7 @@ class MemoryCopies:
 
     def __init__(self, files: Sequence[int], shards: Sequence[Shard], key: str, pinned: bool) -> None:
         self._tensors = [shard.state[kind].detach() for shard in shards for kind in STATE]
-        sizes = [-(-t.nbytes // 64) * 64 for t in self._tensors]
+        sizes = _sizes(shards)
         self._key, self._memories, self._copies = key, list[mmap.mmap](), list[list[Tensor]]()
         for file in files:
             os.posix_fallocate(file, 0, _HEAD + sum(sizes))
@@ -43,10 +43,10 @@ class MemoryCopies:
             self._memories.append(memory)
             self._copies.append([place[: t.nbytes].view(t.dtype) for place, t in places])
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of both."""
-        return sum(len(memory) for memory in self._memories)
+    @staticmethod
+    def need(shards: Sequence[Shard]) -> int:
+        """Bytes of both."""
+        return 2 * (_HEAD + sum(_sizes(shards)))
 
     def keep(self, step: int, counters: dict[str, Any]) -> None:
         """Copy the state of `step` in place of the older copy."""
@@ -101,3 +101,8 @@ class MemoryCopies:
         except (ValueError, KeyError, TypeError):
             return {}
         return said if fits else {}
+
+
+def _sizes(shards: Sequence[Shard]) -> list[int]:
+    """Bytes of every tensor in a copy: whole lines of the processor's cache."""
+    return [-(-shard.state[kind].nbytes // 64) * 64 for shard in shards for kind in STATE]

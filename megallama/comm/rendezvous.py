@@ -23,6 +23,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -313,7 +314,12 @@ def open_store(
             with tempfile.NamedTemporaryFile("w", dir=port_file.parent, prefix=port_file.name, delete=False) as file:
                 file.write(str(port))
             os.replace(file.name, port_file)
-        return dist.TCPStore(host, port, None, store_host, left, wait_for_workers=False, master_listen_fd=listener)
+        return _made_within(
+            left + timedelta(seconds=1),
+            lambda: dist.TCPStore(
+                host, port, None, store_host, left, wait_for_workers=False, master_listen_fd=listener
+            ),
+        )
     except (RuntimeError, ValueError, OSError) as error:
         text = str(error).splitlines()[0]
         if port_file is not None and isinstance(error, OSError):
@@ -327,6 +333,23 @@ def open_store(
             f"(run.init_timeout_seconds): rank 0 never started or has given up (its output says why), or "
             f"MASTER_ADDR and MASTER_PORT differ between ranks ({text})"
         ) from error
+
+
+def _made_within(limit: timedelta, make: Callable[[], dist.TCPStore]) -> dist.TCPStore:
+    """What `make` returns or raises, or RuntimeError: for an answer to its greeting torch waits without end."""
+    made = Future[dist.TCPStore]()
+
+    def work() -> None:
+        try:
+            made.set_result(make())
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            made.set_exception(error)
+
+    threading.Thread(target=work, name="store", daemon=True).start()
+    try:
+        return made.result(limit.total_seconds())
+    except TimeoutError:
+        raise RuntimeError("another program listens there, or the network loses what is sent") from None
 
 
 def port_file(key: str) -> Path:

@@ -150,19 +150,20 @@ def write_json(path: Path, value: Any) -> None:
         os.replace(new, path)
 
 
-def out_of_memory_kills() -> int:
+def out_of_memory_kills(root: Path = Path("/")) -> int:
     """How often the kernel has killed for want of memory: in this control group, or else on this machine."""
     files: Iterable[str] = ()
     with suppress(OSError):
-        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
         files = [
             f"memory{path}/memory.oom_control" if controllers else f"{path.lstrip('/')}/memory.events"
             for _, controllers, path in groups
             if not controllers or "memory" in controllers.split(",")
         ]
-    for name in [*(f"/sys/fs/cgroup/{file}" for file in files), "/proc/vmstat"]:
+    for name in [*(f"sys/fs/cgroup/{file}" for file in files), "proc/vmstat"]:
         with suppress(OSError, StopIteration):
-            return next(int(line.split()[1]) for line in Path(name).read_text().splitlines() if line[:9] == "oom_kill ")
+            lines = (root / name).read_text().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
     return 0
 
 

@@ -176,6 +176,17 @@ def _check_room(plan: Plan, world: World) -> list[str]:
     return check_room(world.group.gather_values(own))
 
 
+def _room_for_copies(plan: Plan, world: World, nbytes: int) -> str:
+    """Why the hosts have no memory for the copies of all ranks, on CPUs beside their state; empty if they have."""
+    memory = plan.memory(plan.topology.coords(world.rank)["pp"])
+    need = nbytes + (memory.persistent if world.device.type == "cpu" else 0)
+    try:
+        check_room(world.group.gather_values((world.hosts[world.rank], need, 0, room(torch.device("cpu")))))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> Kernels:
     """The same ones on every rank; from here on the log has files, and says what will run."""
     kernels = _on_all(world, "kernels", lambda: kernels_of(config, world.device))
@@ -268,16 +279,17 @@ def _memory_copies(config: Config, world: World, worker: Worker, log: Logger) ->
         return None
     own = json.dumps([config.model_dump(mode="json"), world.rank, world.world_size])
     key = hashlib.sha256(own.encode()).hexdigest()
-    shards, problem, copies = worker.optimizer.shards(owned_only=False), "", None
+    shards, copies = worker.optimizer.shards(owned_only=False), None
+    problem = _room_for_copies(worker.plan, world, MemoryCopies.need(shards))
     try:
-        copies = MemoryCopies(files, shards, key, pinned=world.device.type == "cuda")
+        copies = None if problem else MemoryCopies(files, shards, key, pinned=world.device.type == "cuda")
     except (OSError, RuntimeError) as error:
         problem = f"rank {world.rank} on {world.hosts[world.rank]}: {error}"
     if problem := next(filter(None, world.group.gather_values(problem)), ""):
         log.info(f"warning: no copies in memory: {problem}; they take twice the optimizer's state")
         return None
     assert copies is not None, "or there was a problem"
-    size = human_bytes(copies.nbytes)
+    size = human_bytes(MemoryCopies.need(shards))
     log.info(f"copies of the state in memory every {counted(interval, 'step')}: {size} on this rank")
     return copies
 

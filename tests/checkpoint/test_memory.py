@@ -55,7 +55,8 @@ def test_another_process_goes_on_from_the_newest(dtype: torch.dtype) -> None:
     assert resume(again) == ({"step": 7, "samples": 112}, [])
     assert bits(other) == want
     assert resume(again, above=7) == (None, [])  # a save on disk is as new
-    assert copies.nbytes == 2 * (_HEAD + sum(-(-t.nbytes // 64) * 64 for s in state for t in s.state.values()))
+    sizes = [-(-t.nbytes // 64) * 64 for shard in state for t in shard.state.values()]
+    assert MemoryCopies.need(state) == 2 * (_HEAD + sum(sizes))
 
 
 def test_a_copy_of_another_run_is_none() -> None:

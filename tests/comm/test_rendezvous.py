@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,25 @@ def test_rank_0_is_not_there(tmp_path: Path) -> None:
         open_store("127.0.0.1", port, None, False, 1, 0.5)
     with pytest.raises(LaunchError, match="rank 0 never arrived within 0.1 s .* rank 1 found no .* set MASTER_PORT"):
         open_store("127.0.0.1", 0, tmp_path / "port", False, 1, 0.1)
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_a_port_where_another_program_answers(answer: bytes) -> None:
+    """Or does not answer: torch's store waits for it without end."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        kept = []
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    kept.append(server.accept()[0])
+                    kept[-1].sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        port, began = server.getsockname()[1], time.monotonic()
+        with pytest.raises(LaunchError, match=rf"rank 1 .* could not reach rank 0 at 127.0.0.1:{port} within 1 s"):
+            open_store("127.0.0.1", port, None, False, 1, 1)
+        assert time.monotonic() - began < 10
 
 
 def test_a_published_port_is_free_and_private(tmp_path: Path) -> None:
