@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from megallama.cli import command
-from megallama.recovery import node
 from megallama.recovery.goodput import Goodput
 from megallama.recovery.status import lines, read
 
@@ -102,25 +101,3 @@ def test_time_is_counted_over_starts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     path.write_text("[]")
     assert Goodput(path).seconds["down"] == 0.0
-
-
-@pytest.mark.parametrize(
-    ("groups", "file"),
-    [
-        ("0::/jobs/7\n", "jobs/7/memory.events"),
-        ("4:cpu,memory:/7\n", "memory/7/memory.oom_control"),
-        ("", "/proc/vmstat"),
-    ],
-)
-def test_kills_for_want_of_memory_are_counted(
-    groups: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the control group of either version, else of the whole machine."""
-    for name, text in (("/proc/self/cgroup", groups), (f"/sys/fs/cgroup/{file}", ""), ("/proc/vmstat", "oom_kill 9\n")):
-        (tmp_path / name.lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name.lstrip("/")).write_text(text)
-    own = tmp_path / ("proc/vmstat" if file.startswith("/proc") else f"sys/fs/cgroup/{file}")
-    monkeypatch.setattr(node, "Path", lambda name: tmp_path / str(name).lstrip("/"))
-    for count in (0, 3):
-        own.write_text(f"pgfault 5\noom_kill_group 8\noom_kill {count}\n")
-        assert node.out_of_memory_kills() == count
