@@ -127,7 +127,7 @@ class CheckpointManager:
                 self._lock.release()
 
     def prepare(self, shards: Sequence[Shard]) -> None:
-        """Make the host buffer of asynchronous saves, so that the first one is as fast as later ones."""
+        """Make the host buffer of asynchronous saves, so that the first is as fast."""
         if self._config.checkpoint.async_save and shards and self._buffer is None:
             need, master = sum(len(STATE) * s.box.numel for s in shards), shards[0].state["master"]
             self._buffer = torch.empty(need, dtype=master.dtype, pin_memory=master.is_cuda)
@@ -291,7 +291,7 @@ class CheckpointManager:
         return self._choice.newest(lambda path: (path, self._choice.look(path)))
 
     def newest_step(self, most: int) -> int | None:
-        """The highest step up to `most` of which the folder holds a complete checkpoint; only looks."""
+        """The highest step up to `most` with a complete checkpoint; only looks."""
         return max((brief.step for brief, _ in folders.known(self._folder) if brief.step <= most), default=None)
 
     def keep_settings(self) -> Config:

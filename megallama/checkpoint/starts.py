@@ -28,7 +28,7 @@ class Starts:
         self._failed, self._own, self._changing = list[dict[str, str]](), dict[str, str](), threading.Lock()
 
     def begin(self) -> None:
-        """Count this start; the lock is held. Raises: CheckpointError after run.max_failed_starts of this kind."""
+        """Count this start; the lock is held. Raises: CheckpointError after run.max_failed_starts."""
         found: list[dict[str, str]] = []
         try:
             starts = disk.parse_object(disk.read_file(self._path, 1 << 20))["starts"]

@@ -185,7 +185,7 @@ def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -
 
 
 class _Output:
-    """One file as this rank writes it: the bytes, and the digests of the blocks it writes whole and in order."""
+    """One file as this rank writes it, and the digests of blocks that it writes whole and in order."""
 
     def __init__(self, fd: int, size: int, block_bytes: int) -> None:
         self._fd, self._size, self._block_bytes = fd, size, block_bytes

@@ -110,7 +110,7 @@ class C10d:
         self, process_group: dist.ProcessGroup, name: str, ranks: Sequence[int], rank: int, device: torch.device,
         down: dist.ProcessGroup | None = None, record: FlightRecord | None = None,
     ) -> None:  # fmt: skip
-        """`rank` is the global rank of this process, one of the global `ranks`; `record` is that of the process."""
+        """`rank`, of this process, and `ranks` are global."""
         self.name, self.ranks = name, tuple(ranks)
         self.rank, self.size = self.ranks.index(rank), len(self.ranks)
         self.device, self.record = device, record or FlightRecord()

@@ -115,7 +115,7 @@ class FlightRecord:
         words[WAITED] += now - words[SINCE + 1]
 
     def layer(self, number: int, gradient: object = None) -> None:
-        """It begins a layer, forward; or backward, where its gradient has come: a hook, which leaves that alone."""
+        """It begins a layer: forward, or backward where a hook has its gradient."""
         self.words[LAYER] = number
 
     def work_begins(self) -> None:

@@ -140,7 +140,7 @@ class Solo:
 
 
 class Wrapped:
-    """A group around another: who inherits says in `_call` what comes before and after its operations."""
+    """A group around another: `_call` says what comes before and after its operations."""
 
     def __init__(self, inner: Group) -> None:
         self.inner = inner

@@ -175,7 +175,7 @@ class World:
         return build_groups(topology, self.rank, num_kv_heads, self._make)
 
     def host_group(self, name: str) -> Assembly:
-        """A further group of all ranks for small values, for one thread alone; `bound` does not touch it."""
+        """A further group of all ranks, for small values and one thread; `bound` does not touch it."""
         return StarGroup(self.star, name, self.timeout) if self.star else Solo(name, self.rank)
 
     def _make(self, name: str, partition: Partition) -> Group:
@@ -206,7 +206,7 @@ class World:
         return self.timeout + (LAST_RESORT if self.record.watched else timedelta())
 
     def bound(self, seconds: float) -> None:
-        """From here on a wait for another rank fails after this long, in all groups but those of `host_group`."""
+        """From here on a wait for another rank fails after this long, but in groups of `host_group`."""
         self.timeout = timedelta(seconds=seconds)
         self.record.words[LIMIT] = int(seconds * 1e9)
         for group in self.opened:
@@ -214,7 +214,7 @@ class World:
 
     @contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
-        """Within, a rank may keep the others waiting this long; then all are together, and bound as before."""
+        """Within, a rank may keep the others waiting this long; after it all are bound as before."""
         before = self.timeout.total_seconds()
         self.bound(seconds)
         yield

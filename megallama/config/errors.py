@@ -23,7 +23,7 @@ class DataError(MegallamaError):
 
 
 class LaunchError(MegallamaError):
-    """The processes of a run could not be brought together, or lack the device they were promised."""
+    """The ranks of a run could not be brought together, or lack their device."""
 
 
 class MachineError(MegallamaError):
@@ -33,7 +33,7 @@ class MachineError(MegallamaError):
 
 
 class InternalError(RuntimeError):
-    """A fault of the program on some rank, whose log has the traceback: nothing the user can put right."""
+    """A fault of the program on some rank, whose log has the traceback."""
 
     shared, status = True, 1
 

@@ -28,23 +28,20 @@ TABLES: dict[str, type[BaseModel]] = {  # settings that are lists of tables
     "data.mixture_schedule": MixtureChange,
 }
 
-ELSEWHERE = {  # names that other programs give to our settings, for the suggestion only
-    "tensor_model_parallel_size": "parallel.tp", "tensor_parallel": "parallel.tp", "tp_size": "parallel.tp",
+ELSEWHERE = {  # names that other programs give to our settings and that are not like ours, for the suggestion only
+    "tensor_model_parallel_size": "parallel.tp", "tp_size": "parallel.tp",
     "pipeline_model_parallel_size": "parallel.pp", "pp_size": "parallel.pp", "dp": "parallel.tp and parallel.pp",
     "virtual_pipeline_model_parallel_size": "parallel.chunks", "num_attention_heads": "model.num_heads",
-    "num_query_groups": "model.num_kv_heads", "num_key_value_heads": "model.num_kv_heads",
-    "intermediate_size": "model.ffn_hidden_size", "num_hidden_layers": "model.num_layers",
-    "rms_norm_eps": "model.norm_eps", "rotary_base": "model.rope_theta", "tie_word_embeddings": "model.tie_embeddings",
-    "max_position_embeddings": "batch.seq_length", "learning_rate": "optimizer.lr", "train_iters": "train.steps",
-    "max_steps": "train.steps", "adam_beta1": "optimizer.beta1", "adam_beta2": "optimizer.beta2",
-    "rampup_batch_size": "batch.ramp_start", "save": "checkpoint.folder", "save_interval": "checkpoint.interval",
-    "data_path": "data.train", "tokenizer_model": "data.tokenizer", "lr_warmup_iters": "lr_schedule.warmup_steps",
+    "num_query_groups": "model.num_kv_heads", "intermediate_size": "model.ffn_hidden_size",
+    "rotary_base": "model.rope_theta", "max_position_embeddings": "batch.seq_length",
+    "learning_rate": "optimizer.lr", "train_iters": "train.steps", "max_steps": "train.steps",
+    "adam_beta1": "optimizer.beta1", "adam_beta2": "optimizer.beta2", "rampup_batch_size": "batch.ramp_start",
+    "save": "checkpoint.folder", "save_interval": "checkpoint.interval", "data_path": "data.train",
     "recompute_granularity": "memory.recompute", "bf16": "precision.dtype", "fp16": "precision.dtype",
 }  # fmt: skip
 
 OTHER_WORDS = {  # the same for values
-    "gpu": "cuda", "nvidia": "cuda", "half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32",
-    "float": "fp32", "single": "fp32", "float64": "fp64", "double": "fp64",
+    "gpu": "cuda", "nvidia": "cuda", "half": "fp16", "float": "fp32", "single": "fp32", "double": "fp64",
 }  # fmt: skip
 
 

@@ -171,7 +171,7 @@ class Mixture:
         return counts.tolist()
 
     def step_past(self, source: SourceConfig, sequences: int, steps: int, samples_after: SamplesAfter) -> int | None:
-        """The first of `steps` steps that takes a source of so many sequences past max_epochs; None if none does."""
+        """The first of `steps` steps that takes a source past its max_epochs; None if none does."""
         number = self.names.index(source.label)
 
         def past(step: int) -> bool:

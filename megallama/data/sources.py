@@ -48,7 +48,7 @@ class TrainDataset:
         return Samples(tokens[row], np.concatenate(starts)[row] if starts else None)
 
     def documents(self, ids: Sequence[int]) -> list[str]:
-        """Source, first and last document of each of these samples; `megallama explain` shows them in full."""
+        """Source, first and last document of each of these samples."""
         out = []
         for number, index in zip(*self.mixture.locate(np.asarray(ids, np.int64)).tolist(), strict=True):
             source = self.sources[number]

@@ -190,7 +190,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """The file meant by a tokenizer's path: itself, or what a folder holds. Raises: DataError if there is none."""
+    """The file meant by a path: itself, or what a folder holds. Raises: DataError if there is none."""
     path = Path(path)
     if path.is_dir():
         names = ("tokenizer.model", "tokenizer.json", "vocab.json")

@@ -110,7 +110,7 @@ class GradSync:
 
 
 class AdamW:
-    """The rule of a step: AdamW (Loshchilov & Hutter 2019) as `kernel` computes it, each element by itself."""
+    """AdamW (Loshchilov & Hutter 2019) as `kernel` computes it, each element by itself."""
 
     moments = ("exp_avg", "exp_avg_sq")  # state beside the masters, of their shape; zero before the first step
 

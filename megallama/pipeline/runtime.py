@@ -27,7 +27,7 @@ StageCall = Callable[[Tensor | None, MicroBatch], Tensor]  # -> hidden states or
 
 
 class Observer:
-    """Is told of every action of a pipeline; remembers the one under way, for messages, and tells the record."""
+    """Is told of every action of a pipeline; remembers the one under way, and tells the record."""
 
     action: Action | None = None  # None outside, and in the wait for the last sends
 

@@ -5,8 +5,7 @@ Builders take `p`, the number of pipeline ranks, and `m`, that of micro-batches.
 In a V, rank r of P owns stages r and 2P-1-r, so embedding and loss are on rank 0.  ZB-V and V-Half are one generator:
 in the steady state every rank repeats the same six units of work per micro-batch, F, I and W of its two stages.
 A *pattern* says how many units a micro-batch takes from a rank to the next on the way down and up, and how long it
-rests at the three turns; that fixes the order of F and I, and how many are in flight.  W fills what is left.  Of all
-costs of W that were tried, F/2 for ZB-V and F for V-Half gave the shortest steps where W costs 0.5 to 1 of F.
+rests at the three turns; that fixes the order of F and I, and how many are in flight.  W fills what is left.
 
 Papers: GPipe, Huang et al. 2019 (arXiv:1811.06965); 1F1B and interleaving, Narayanan et al. 2021 (arXiv:2104.04473);
 zero bubble (split backward) and ZB-V, Qi et al. 2023 (arXiv:2401.10241); patterns and V-Half, Qi et al. 2024

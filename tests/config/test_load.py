@@ -192,6 +192,12 @@ SINGLE: list[tuple[str, str]] = [
     ("modle.x=3", "unknown setting 'modle.x'; did you mean [model]?"),
     ("interval=3", "unknown setting 'interval'; did you mean checkpoint.interval or log.interval?"),
     ("--tensor-model-parallel-size=2", "unknown setting 'tensor_model_parallel_size'; did you mean parallel.tp?"),
+    ("num_key_value_heads=2", "unknown setting 'num_key_value_heads'; did you mean model.num_kv_heads?"),
+    ("num_hidden_layers=2", "unknown setting 'num_hidden_layers'; did you mean model.num_layers?"),
+    ("rms_norm_eps=1e-5", "unknown setting 'rms_norm_eps'; did you mean model.norm_eps?"),
+    ("tie_word_embeddings=true", "unknown setting 'tie_word_embeddings'; did you mean model.tie_embeddings?"),
+    ("tokenizer_model=x", "unknown setting 'tokenizer_model'; did you mean data.tokenizer?"),
+    ("lr_warmup_iters=2", "unknown setting 'lr_warmup_iters'; did you mean lr_schedule.warmup_steps?"),
     ("memory.bogusbogus=1", "unknown setting 'memory.bogusbogus'; [memory] has recompute, loss_chunk_tokens"),
     ("xyzzy=1", "unknown setting 'xyzzy'; the sections are model, parallel, batch, precision, memory, overlap, "
                 "optimizer, lr_schedule, data, train, checkpoint, log, run"),
