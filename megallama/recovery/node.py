@@ -26,7 +26,8 @@ class Node:
     """The records of the ranks on one host, as one of their supervisors has them mapped."""
 
     def __init__(self, about: dict[str, Any], own: FlightReader) -> None:
-        self.about, self.rank = about, about["rank"]
+        self.about, self.rank, self.folder = about, about["rank"], Path(about["folder"])
+        self.logs = self.folder / "logs" / f"rank-{self.rank:04d}.log", self.folder / "run.log"
         self.host, self.hosts = about["host_of"][self.rank], [about["hosts"][host] for host in about["host_of"]]
         self.ranks = [rank for rank, host in enumerate(about["host_of"]) if host == self.host]
         self.records: dict[int, FlightReader] = {}
@@ -131,7 +132,7 @@ class Node:
             ranks[rank] = state
         name = self.hosts[self.rank]
         status = {"host": name, "time": time.time(), "ranks": ranks}
-        write_json(Path(self.about["folder"]) / "status" / f"{name}.json", status)
+        write_json(self.folder / "status" / f"{name}.json", status)
 
 
 def process_state(pid: int) -> str:

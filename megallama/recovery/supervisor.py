@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import NoReturn
 
 from megallama.comm.flight_reader import FlightReader
@@ -119,15 +118,10 @@ class Supervisor:
             process, status = self._trainer, ended - 1
         if not process:
             return
-        self._status, self._left = status, now
-        if os.WIFSIGNALED(status):
-            number = os.WTERMSIG(status)
-            why = f"killed by {signal_name(number)}"
-            if number == signal.SIGKILL and out_of_memory_kills() > self._oom:
-                why += ": out of memory (the kernel counts such a kill)"
-            self._record.ends(-number, why, final=final)
-        code = os.waitstatus_to_exitcode(status)
-        why = f"left with status {code}, and did not say why"
+        self._status, self._left, code = status, now, os.waitstatus_to_exitcode(status)
+        why = f"left with status {code}, and did not say why" if code >= 0 else f"killed by {signal_name(-code)}"
+        if -code == signal.SIGKILL and out_of_memory_kills() > self._oom:
+            why += ": out of memory (the kernel counts such a kill)"
         self._record.ends(code if code not in _NORMAL else 1, why, final=final)
         self._record.words[ENDED] = status + 1
 
@@ -139,7 +133,7 @@ class Supervisor:
             return
         node = self._node = Node(about, self._record)
         self._links.token, self._stragglers = about["token"], Stragglers(about["stage"])
-        self._goodput = None if node.rank else Goodput(Path(about["folder"]) / "goodput.json")
+        self._goodput = None if node.rank else Goodput(node.folder / "goodput.json")
         if about["port"] and node.host != about["host_of"][0] and node.leader:
             self._links.connect(about["address"], about["port"], {"host": node.host})
 
@@ -227,7 +221,7 @@ class Supervisor:
         lost, culprit = len(self._reports) < len(node.hosts), ranks[0] if ranks else node.rank
         commits = bool(going) and not lost and not held
         self._decide(node, now, culprit, text, FAILED if began else 1, False, lost, hang=True, commits=commits)
-        self._write(node, f"error: {text}\n{self._stacks()}")
+        self._say(f"error: {text}\n{self._stacks()}", aloud=False)
 
     def _decide(
         self, node: Node, now: float, rank: int, text: str, status: int, said: bool, final: bool, hang: bool = False,
@@ -266,7 +260,7 @@ class Supervisor:
         self._busy |= node.busy()
         for rank, excess in self._stragglers.look(self._busy):
             text = f"its own work takes {excess:.2f} times as long as that of the ranks with the same work"
-            self._say(node, f"warning: rank {rank} ({node.hosts[rank]}) is slow: {text}")
+            self._say(f"warning: rank {rank} ({node.hosts[rank]}) is slow: {text}")
         if slowest := self._stragglers.slowest:
             self._record.words[SLOWEST], self._record.words[EXCESS] = slowest[0] + 1, int(1e6 * slowest[1])
 
@@ -278,7 +272,7 @@ class Supervisor:
             if node.about["port"] and host != node.host and now - self._links.heard.get(host, node.born) > SILENT
         }  # fmt: skip
         for who in sorted(silent - self._warned):
-            self._say(node, f"warning: the supervisor {who} has been silent for {SILENT:g} s; its ranks may train on")
+            self._say(f"warning: the supervisor {who} has been silent for {SILENT:g} s; its ranks may train on")
         self._warned = silent
 
     # ---- the end ----
@@ -288,9 +282,9 @@ class Supervisor:
         if self._verdict and 0 < self._speak <= now:
             self._speak, text = 0.0, f"error: {self._verdict['text']}"
             if self._verdict["hang"]:  # the log has it, with the stacks
-                self._print(text)
+                self._say(text, kept=False)
             elif not (self._record.told("cause") or {}).get("echo"):  # else the trainer has heard it, and says it
-                self._say(self._node, text)
+                self._say(text)
         if self._status is None:
             self._end_trainer(about, now)
         elif self._may_leave(now):
@@ -301,14 +295,14 @@ class Supervisor:
         if not self._orphaned and about.get("launcher") in _LAUNCHERS and os.getppid() != self._launcher:
             self._orphaned, self._deadline = True, now + finish + LEAVE
             os.kill(self._trainer, signal.SIGTERM)
-            self._say(self._node, f"warning: {about['launcher']} is gone; rank {about['rank']} saves and stops")
+            self._say(f"warning: {about['launcher']} is gone; rank {about['rank']} saves and stops")
         if self._verdict is not None and not (self._deadline and not self._orphaned):
             self._orphaned = False
             soon = self._verdict["hang"] or self._verdict["again"]
             wait = finish if saving and self._verdict["commits"] and not self._verdict["again"] else 0.0
             self._deadline = now + max(wait, 0.0 if soon else LEAVE)
             if wait and self._node:
-                self._say(self._node, f"the save under way may take up to {finish:g} s more")
+                self._say(f"the save under way may take up to {finish:g} s more")
         if self._deadline and (now >= self._deadline or (self._verdict and self._verdict["hang"] and not saving)):
             if self._trainer:  # who makes the next one is left alone
                 os.kill(self._trainer, signal.SIGKILL)
@@ -336,7 +330,7 @@ class Supervisor:
             self._write_exit(self._node, status, verdict, cause)
         elif status < 0:
             name = f"rank {about['rank']} ({about['host']})" if about else "the trainer"
-            self._say(None, f"error: {name} was {cause['text']}")
+            self._say(f"error: {name} was {cause['text']}")
         if status < 0:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             if -status not in (signal.SIGKILL, signal.SIGSTOP):
@@ -348,7 +342,7 @@ class Supervisor:
         self._write_status(node)
         if node.rank == 0 and status != 2:
             rank = verdict["rank"] if verdict else 0
-            write_json(Path(node.about["folder"]) / "exit.json", {
+            write_json(node.folder / "exit.json", {
                 "status": verdict["status"] if verdict and status < 0 else status, "rank": rank,
                 "cause": verdict["text"] if verdict else cause["text"],
                 "host": node.hosts[rank],
@@ -362,21 +356,12 @@ class Supervisor:
 
     # ---- what is said ----
 
-    def _say(self, node: Node | None, text: str) -> None:
-        """On standard error, and in the log of this rank; the root's in run.log."""
-        self._print(text)
-        if node is not None:
-            self._write(node, text)
-
-    def _print(self, text: str) -> None:
-        with suppress(OSError):
-            os.write(2, f"{time.strftime('%H:%M:%S')} {text}\n".encode())
-
-    def _write(self, node: Node, text: str) -> None:
-        """The host that decides may not be the root's."""
-        folder = Path(node.about["folder"])
-        files = [folder / "logs" / f"rank-{node.rank:04d}.log", folder / "run.log"]
-        for file in files:
+    def _say(self, text: str, *, aloud: bool = True, kept: bool = True) -> None:
+        """On standard error, and in the log of this rank and run.log: who decides may not be the root."""
+        if aloud:
+            with suppress(OSError):
+                os.write(2, f"{time.strftime('%H:%M:%S')} {text}\n".encode())
+        for file in self._node.logs if self._node and kept else ():
             with suppress(OSError), open(file, "ab") as opened:
                 opened.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode())
 
