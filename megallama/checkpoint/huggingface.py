@@ -270,7 +270,7 @@ def _begin_with(token: tuple[str, int] | None) -> processors.TemplateProcessing:
 
 
 def _merges(pieces: Sequence[Piece]) -> Iterator[tuple[str, str]]:
-    """All pairs of pieces that become a piece, the first to be merged first. Raises: NotEqualError."""
+    """All pairs of pieces that become one, the first to be merged first. Raises: NotEqualError."""
     scores = {text: score for text, score, kind in pieces if kind == NORMAL}
     if odd := next((text for text in scores if any(c not in scores for c in text)), None):
         raise NotEqualError(f"its piece {odd!r} has characters that are no pieces")

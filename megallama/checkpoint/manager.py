@@ -181,7 +181,7 @@ class CheckpointManager:
         return isinstance(self._failure, NotFiniteError)
 
     def wait(self, seconds: float, whole: Callable[[], bool] = lambda: True) -> None:
-        """Wait at most so long for a running save; hardly where not all ranks are there (`whole`)."""
+        """Wait at most so long for a running save; hardly where ranks have left (not `whole`)."""
         deadline = time.monotonic() + seconds
         while self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
             self._thread.join(min(left, 0.1))

@@ -25,7 +25,7 @@ from megallama.comm.group import ContactLost, Handle, Op
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _HALF = (torch.bfloat16, torch.float16)
-MESSAGE, PIECE, FREE_TAG = range(3)  # tags: send/recv of callers, pieces of our own collectives; free from here on
+MESSAGE, PIECE, FREE_TAG = range(3)  # tags: of callers, of pieces of our collectives; free from here on
 
 
 class Works:
@@ -104,7 +104,7 @@ class C10d:
     with a channel per direction two ranks that both send first do not wait for each other without end.
     """
 
-    _direct_bytes = 1 << 20  # a gloo all-reduce in which a rank sends no more is quicker as one direct exchange
+    _direct_bytes = 1 << 20  # up to so much a gloo all-reduce is quicker as one direct exchange
 
     def __init__(
         self, process_group: dist.ProcessGroup, name: str, ranks: Sequence[int], rank: int, device: torch.device,

@@ -58,7 +58,7 @@ class Assembly(Protocol):
     size: int
 
     def gather_values(self, value: Any, summary: Callable[[list[Any]], Any] = list) -> Any:
-        """What `summary` makes of every rank's small JSON value, in rank order, on every rank; by default all of them.
+        """On every rank what `summary` makes of all ranks' small JSON values, in rank order; by default these.
 
         Rank 0 calls `summary`; the others may. It returns a JSON value and depends on nothing but the values.
         """
@@ -185,7 +185,7 @@ class Groups:
     tp: Group  # tensor parallel: the same layers, other slices of them
     dp: Group  # data parallel: the same slices, other samples: who reads which
     pp: Group  # pipeline: the same samples and slices, other layers
-    embedding: Group  # the ranks of the first and the last stage: they hold the two copies of a tied embedding
+    embedding: Group  # the ranks with the first and the last stage, and so both copies of a tied embedding
     kv: Group  # tensor-parallel ranks with copies of the same key/value heads (tp > num_kv_heads)
     world: Group
     rank: int

@@ -265,9 +265,7 @@ def start(
     `config_hash`: in a few characters what the rank was started with. `store`: one that all ranks have open
     already. `problem`: why this rank cannot take part. `listener` hears why the run ends. `groups`: sizes of
     the groups that this rank will be in. `files`: of data and checkpoints that it will open.
-    Raises: LaunchError on every rank that arrived: a rank that never came within
-    run.init_timeout_seconds, different numbers of ranks, configurations, torch versions or devices, a rank
-    started twice, a port that is taken, CUDA asked for and absent, more processes than GPUs, too few open files.
+    Raises: LaunchError, on every rank that arrived, with what keeps them from starting.
     """
     notes: list[str] = []
     device, gpu = torch.device("cpu"), ""

@@ -50,7 +50,7 @@ def _line(about: str, value: Any) -> bytes:
 
 
 class Listener(Protocol):
-    """Tells what asks this rank to stop, and leaves, in a thread of its own, when all do: why, exit status."""
+    """Tells what asks this rank to stop, and leaves, in a thread of its own, when all do."""
 
     def listen(self, tell: Callable[[str], None]) -> None: ...
     def leave(self, why: str, status: int) -> None: ...
@@ -154,7 +154,7 @@ class Star:
         except (ValueError, KeyError, TypeError, AttributeError, OSError, asyncio.CancelledError):
             writer.close()
             return
-        if self.full:  # of another run, whose rank 0 did not get this port: it must not end this one when it leaves
+        if self.full:  # of another run, which did not get this port: it must not end this one
             verdict = [self.full.format(stranger=name), _REFUSED, []]
             writer.writelines([_line(_ARRIVALS, verdict), _line(_LEFT, self.rank)])
             writer.close()
@@ -286,7 +286,7 @@ class Arrival:
     cores: str = ""  # identity of the set of cores this process may use
     config: str = ""
     problem: str = ""
-    record: list[int] = field(default_factory=list)  # its supervisor's process and the file of its flight record there
+    record: list[int] = field(default_factory=list)  # its supervisor's process, and its files there
 
     @property
     def name(self) -> str:

@@ -33,7 +33,7 @@ _NOTICES, _WORDS = 2048, 4  # operations under way to one reader; words of a not
 _NUMBER, _PLACE, _BYTES, _READ = range(_WORDS)  # its number, where in the arena (-1: over gloo), size, number when read
 _BELL, _CLOSED, _TOKEN, _HEAD = range(4)  # words before the notices
 _TO_ALL, _TO_ONE, _KINDS = range(3)  # notices of collectives, of messages
-_SPIN, _SLICE, _LOOK = 200e-6, 5_000_000, 0.2  # polling [s], longest sleep [ns], pause between looks for the dead [s]
+_SPIN, _SLICE, _LOOK = 200e-6, 5_000_000, 0.2  # polling [s], longest sleep [ns], between looks for the dead [s]
 _FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1  # Linux on x86-64
 
 

@@ -1,4 +1,4 @@
-"""The settings as a table, read off the schema: dotted name, type in words, default, unit and meaning."""
+"""The settings as a table, read off the schema: name, type in words, default, unit, meaning."""
 
 from __future__ import annotations
 

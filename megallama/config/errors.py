@@ -11,7 +11,7 @@ class MegallamaError(Exception):
 
     shared = False  # True: every rank raises it alike, so one of them says it
     decisive = False  # True: where ranks fail in several ways, all raise this kind
-    status = 2  # with which a run ends that raises it: nothing was changed (see README, "Stopping and resuming")
+    status = 2  # with which a run ends that raises it: nothing was changed
 
 
 class ConfigError(MegallamaError):

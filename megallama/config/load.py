@@ -28,7 +28,7 @@ TABLES: dict[str, type[BaseModel]] = {  # settings that are lists of tables
     "data.mixture_schedule": MixtureChange,
 }
 
-ELSEWHERE = {  # names that other programs give to our settings and that are not like ours, for the suggestion only
+ELSEWHERE = {  # names that other programs give to our settings, where they are not alike: for suggestions
     "tensor_model_parallel_size": "parallel.tp", "tp_size": "parallel.tp",
     "pipeline_model_parallel_size": "parallel.pp", "pp_size": "parallel.pp", "dp": "parallel.tp and parallel.pp",
     "virtual_pipeline_model_parallel_size": "parallel.chunks", "num_attention_heads": "model.num_heads",

@@ -14,7 +14,7 @@ from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, Posi
 
 T = TypeVar("T")
 RENAMED = {"data.at_max_epochs": "data.on_exhausted", "data.changes": "data.mixture_schedule"}
-REMOVED: dict[str, tuple[Any, str]] = {  # dotted key -> (its default, why no other value is possible any more)
+REMOVED: dict[str, tuple[Any, str]] = {  # key -> (its default, why no other value is possible any more)
     "precision.min_loss_scale": (1.0, "the loss scale of fp16 never falls below 1"),
     "run.cuda_graphs": (False, "micro-batches are no longer recorded as CUDA graphs"),
 }

@@ -118,7 +118,7 @@ class Source:
         return size / tokens if size and tokens else None
 
     def identity(self) -> dict[str, int | str]:
-        """What the order of the samples rests on: the content of the files, and which of their documents are used."""
+        """What the order of the samples rests on: the files, and which of their documents are used."""
         return {**self.dataset.fingerprint(), "first document": self.first, "used documents": self.num_documents}
 
     def sequences(self, indices: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from megallama.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
 
 ANEW = "begin another run from these weights with checkpoint.weights_from and a new run.folder"
 LOOK = 16  # documents looked at where nothing is recorded
-SpecialIds = dict[str, int | None]  # "bos_id", "eos_id": what begins and ends documents; None: nothing does
+SpecialIds = dict[str, int | None]  # "bos_id", "eos_id": what begins and ends documents, if anything
 
 
 class TrainDataset:

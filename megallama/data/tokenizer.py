@@ -215,7 +215,7 @@ def find_tokenizer(path: str | Path) -> Path:
 
 
 def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokenizer:
-    """Open a tokenizer's file, or that in a folder; `eos_token` names the end of a document, else the tokenizer does.
+    """Open a tokenizer's file, or that in a folder; `eos_token`, if given, ends a document.
 
     Raises: DataError if there is none, it cannot be read, or it has no such token.
     """

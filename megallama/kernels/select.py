@@ -7,8 +7,7 @@ line in the log, never a run.
 
 The order is fixed, never measured when a run starts: two ranks could take different candidates, and
 norms replicated over tensor-parallel ranks would drift apart; a run that resumed would not repeat
-its bits.  ``megallama doctor --measure`` times every candidate; what is slower on a device
-`run.without_kernels` leaves out, on all ranks.
+its bits.  What ``megallama doctor --measure`` finds slow, `run.without_kernels` leaves out.
 """
 
 from __future__ import annotations

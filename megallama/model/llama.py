@@ -149,7 +149,7 @@ class Stage:
             self.head = LossHead(weight, norm, tp, ops, model.vocab_size, config.memory.loss_chunk_tokens)
 
     def __call__(self, hidden: Tensor | None, batch: MicroBatch) -> Tensor:
-        """Hidden states [T/t, h] or [T, h] of the stage before, or None -> its own, or the loss sum."""
+        """Hidden states [T/t, h] or [T, h] of the stage before, if any -> its own, or the loss sum."""
         x = self.embed(batch.tokens.reshape(-1)) if self.embed else hidden
         assert x is not None, "only the first stage makes its own hidden states"
         again, tables = self.recompute and torch.is_grad_enabled(), self.rotary.tables(batch.documents)

@@ -1,4 +1,4 @@
-"""The sharded optimizer: gradients are reduced, shards computed, weights gathered (buckets: see `plan.params`).
+"""The sharded optimizer: gradients are reduced, shards computed, weights gathered (see `plan.params`).
 
 A bucket's gradients are reduce-scattered under the backward, once all its parameters have reported
 that theirs are done.  Which contributions are the last, the schedule says, so the order of the
@@ -112,7 +112,7 @@ class GradSync:
 class AdamW:
     """AdamW (Loshchilov & Hutter 2019) as `kernel` computes it, each element by itself."""
 
-    moments = ("exp_avg", "exp_avg_sq")  # state beside the masters, of their shape; zero before the first step
+    moments = ("exp_avg", "exp_avg_sq")  # state beside the masters; zero before the first step
 
     def __init__(self, config: OptimizerConfig, kernel: AdamWStep) -> None:
         self._config, self._kernel = config, kernel

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from megallama.plan.schedule import B, Event, F, I, Kind, Schedule, W, walk
 
 LEGEND = "digits: forward, capitals: backward (A is micro-batch 0), small letters: weight gradients, dots: idle"
-COMMUNICATION, BLOCKED = "communication", "blocked"  # categories of events that are not a pipeline's actions
+COMMUNICATION, BLOCKED = "communication", "blocked"  # categories of what is no action
 
 
 class StageCost(NamedTuple):

@@ -23,7 +23,7 @@ class Topology:
     dp: int = 1
     cp: int = 1
     order: str = "tp-cp-dp-pp"
-    ends: tuple[int, int] = (0, -1)  # pipeline ranks of the first and of the last stage; -1 becomes pp - 1
+    ends: tuple[int, int] = (0, -1)  # pipeline ranks of the first and the last stage; -1: pp - 1
 
     def __post_init__(self) -> None:
         assert sorted(self.axes) == sorted(AXES) and min(map(self.size, AXES)) > 0, self  # config.rules speak of it

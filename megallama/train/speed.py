@@ -117,7 +117,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | N
 
 
 def product_time_over_fp32(dtype: torch.dtype, n: int = 256) -> float:
-    """How long n x n products take on a core of this processor, in times of fp32; takes 0.05 s."""
+    """How long n x n products take on a core of this processor, in times of fp32."""
     best, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
     for kind in (dtype, torch.float32):

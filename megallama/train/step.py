@@ -53,7 +53,7 @@ class StepConsensus:
     def __init__(self, sums: Mapping[str, float], tokens: int = 1, loss_scale: float = 1.0) -> None:
         self.sums, self.tokens = sums, tokens
         self.loss = sums["loss"] / tokens  # mean over the counted tokens of the global batch [nats]
-        self.grad_norm = math.sqrt(sums["norm_squared"]) / loss_scale  # of the global gradient, before clipping
+        self.grad_norm = math.sqrt(sums["norm_squared"]) / loss_scale  # of all, before clipping
         self.finite = not sums["bad_ranks"]
         self.failed = sums["failed_ranks"] > 0  # a rank cannot go on: the step does not count
         self.applied = self.finite and not self.failed  # the optimizer runs

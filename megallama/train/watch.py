@@ -13,7 +13,7 @@ from megallama.optim.replicas import wrong_copies
 from megallama.train.setup import Setup
 from megallama.train.step import StepConsensus
 
-WRONG, UNUSUAL = 20.0, 5.0  # times the median: of a rank's gradient no sampling does that; of all gradients, to look
+WRONG, UNUSUAL = 20.0, 5.0  # times the median: of one rank's gradient; of all, to look at each
 SAID = 8  # pieces of weights, samples
 
 
