@@ -62,7 +62,7 @@ class Action(NamedTuple):
 
 
 Values = Callable[[Action], Iterable[Action]]
-Moves = list[list[tuple[Action, int] | None]]  # by rank and action: None if it computes, else value and other rank
+Transfers = dict[tuple[int, int], list[Action]]  # rank and other rank -> the values that the first sends and receives
 
 
 @dataclass(frozen=True)
@@ -219,9 +219,7 @@ def lower(schedule: Schedule) -> Schedule:
 def check(schedule: Schedule, max_in_flight: int | None = None, max_received: int | None = None) -> None:
     """Prove a lowered schedule, and that no rank holds more. Raises: ScheduleError."""
     _check_compute(schedule)
-    moves = [[None if a.kind.is_compute else _move(schedule, a) for a in steps] for steps in schedule.steps]
-    _check_transfers(schedule, moves)
-    _check_pairs(moves)
+    _check_pairs(_check_transfers(schedule))
     _check_progress(schedule)
     for rank in range(schedule.num_ranks):
         peak = schedule.peak_in_flight(rank)
@@ -260,22 +258,21 @@ def _check_compute(schedule: Schedule) -> None:
             raise ScheduleError(f"no {name} for {_list(want - got)}")
 
 
-def _check_transfers(schedule: Schedule, moves: Moves) -> None:
-    """Values are sent once, after they were made, and received once, before they are used."""
+def _check_transfers(schedule: Schedule) -> Transfers:
+    """Values are sent once, after they were made, and received once, before they are used; all in their order."""
+    listed: Transfers = {}
     for rank, steps in enumerate(schedule.steps):
-        made: set[Action] = set()
-        sent: set[Action] = set()
-        received: set[Action] = set()
+        made, sent, received = (set[Action]() for _ in range(3))
         for i, a in enumerate(steps):
-            move = moves[rank][i]
-            if move is None:
+            if a.kind.is_compute:
                 for value in schedule.needs(a):
                     if value not in made and value not in received:
                         raise ScheduleError(f"rank {rank}, step {i}, {a}: needs {value}, not made or received yet")
                 if (v := schedule.produces(a)) is not None:
                     made.add(v)
                 continue
-            value, _ = move
+            value, peer = _move(schedule, a)
+            listed.setdefault((rank, peer), []).append(value)
             seen = sent if a.kind in SENDS else received
             if value in seen:
                 raise ScheduleError(f"rank {rank}, step {i}, {a}: listed twice")
@@ -285,14 +282,11 @@ def _check_transfers(schedule: Schedule, moves: Moves) -> None:
         for v in sorted(made - sent):
             if (c := schedule.consumer(v)) is not None and schedule.owners[c] != rank:
                 raise ScheduleError(f"rank {rank} never sends {v}")
+    return listed
 
 
-def _check_pairs(moves: Moves) -> None:
+def _check_pairs(listed: Transfers) -> None:
     """Both ranks of a pair list the same transfers in the order of an NCCL communicator."""
-    listed: dict[tuple[int, int], list[Action]] = {}
-    for rank, row in enumerate(moves):
-        for value, peer in filter(None, row):
-            listed.setdefault((rank, peer), []).append(value)
     for (r, peer), own in listed.items():
         for i, (x, y) in enumerate(zip_longest(own, listed.get((peer, r), []))):
             if x != y:
