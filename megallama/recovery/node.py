@@ -31,17 +31,15 @@ class Node:
         self.host, self.hosts = about["host_of"][self.rank], [about["hosts"][host] for host in about["host_of"]]
         self.ranks = [rank for rank, host in enumerate(about["host_of"]) if host == self.host]
         self.records: dict[int, FlightReader] = {}
-        self._stacks: dict[int, int] = {}
         self._moved: dict[int, tuple[int, float]] = {}  # on CUDA: actions completed, and since when
         for rank in self.ranks:
             if rank == self.rank:
-                self.records[rank], self._stacks[rank] = own, own.stacks
+                self.records[rank] = own
                 continue
             with suppress(OSError, ValueError):  # another user's, or gone: it is not seen
-                pid, file, written = about["records"][rank]
-                opened = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
-                self.records[rank] = FlightReader(opened)
-                self._stacks[rank] = os.open(f"/proc/{pid}/fd/{written}", os.O_RDONLY | os.O_CLOEXEC)
+                pid, *files = about["records"][rank]
+                opened = [os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR | os.O_CLOEXEC) for file in files]
+                self.records[rank] = FlightReader(*opened)
         self.born = time.monotonic()
 
     def close(self) -> None:
@@ -102,7 +100,7 @@ class Node:
     def reports(self) -> dict[int, dict[str, Any]]:
         """Where every rank of this host stands, with the stacks of those that answer."""
         living = [rank for rank in self.records if not self.ended(rank)]
-        before = {rank: os.fstat(self._stacks[rank]).st_size for rank in living if rank in self._stacks}
+        before = {rank: os.fstat(self.records[rank].stacks).st_size for rank in living}
         states = {rank: self.records[rank].state() for rank in self.records}  # before anything is disturbed
         for rank in living:
             with suppress(ProcessLookupError, PermissionError):
@@ -110,7 +108,7 @@ class Node:
         time.sleep(ANSWER if living else 0)
         for rank, state in states.items():
             state["process"] = "X" if self.ended(rank) else process_state(self.records[rank].words[TRAINER])
-            file, start = self._stacks.get(rank, -1), before.get(rank)
+            file, start = self.records[rank].stacks, before.get(rank)
             if start is not None and (size := os.fstat(file).st_size) > start:
                 state["stacks"] = os.pread(file, min(size - start, MOST), start).decode(errors="replace")
             state["calls"] = [[c["number"], c["group"], c["operation"], c["rows"], c["bytes"], c["done"]]
