@@ -37,16 +37,16 @@ class Node:
                 self.records[rank] = own
                 continue
             with suppress(OSError, ValueError):  # another user's, or gone: it is not seen
-                pid, *files = about["records"][rank]
-                opened = [os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR | os.O_CLOEXEC) for file in files]
-                self.records[rank] = FlightReader(*opened)
+                pid, *numbers = about["records"][rank]
+                file, stacks = (os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC) for number in numbers)
+                self.records[rank] = FlightReader(file, stacks)
         self.born = time.monotonic()
 
     def close(self) -> None:
         """Let go of the others' records."""
         for rank in self.records.keys() - {self.rank}:
-            for file in {self.records[rank].file, self._stacks.get(rank, -1)} - {-1}:
-                os.close(file)
+            os.close(self.records[rank].file)
+            os.close(self.records[rank].stacks)
 
     def begin_generation(self, number: int) -> None:
         """The next trainers of this host begin."""
