@@ -203,7 +203,7 @@ class World:
     @property
     def _limit(self) -> timedelta:
         """For waits: the time-out, or more where supervisors see to it."""
-        return self.timeout + (LAST_RESORT if self.record.watched else timedelta())
+        return self.timeout + LAST_RESORT * self.record.watched
 
     def bound(self, seconds: float) -> None:
         """From here on a wait for another rank fails after this long, but in groups of `host_group`."""
@@ -301,7 +301,8 @@ def start(
         timeout, record.words[LIMIT] = timedelta(seconds=run.io_timeout_seconds), int(1e9 * run.io_timeout_seconds)
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.PrefixStore("group", store)
-        dist.init_process_group(backend, None, timeout + LAST_RESORT, launch.world_size, launch.rank, store)
+        limit = timeout + LAST_RESORT * record.watched
+        dist.init_process_group(backend, None, limit, launch.world_size, launch.rank, store)
         notes.append(f"{launch.launcher}: {counted(launch.world_size, 'rank')} over {backend}")
         world = World(
             launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, star,
