@@ -27,7 +27,7 @@ from megallama.train.signals import FAILED, SAVED, SIGNALS
 
 PERIOD, BEAT_PERIOD = 0.1, 1.0  # seconds between looks, messages to the root
 LEAVE = 5.0  # seconds in which a trainer leaves by itself once the run is over
-ROOT, REPORTS, ECHO = 1.0, 0.6, 1.0  # seconds to wait for: the root's verdict; all hosts' reports; a first cause
+ROOT, REPORTS, ECHO = 4.0, 2.0, 1.0  # seconds to wait for: the root's verdict; all hosts' reports; a first cause
 REPLACED = 20.0  # seconds for all hosts' trainers to end before the next ones begin
 _LAUNCHERS = ("torchrun", "openmpi", "mpich")  # whose death leaves their processes alone
 _NORMAL = (0, 2, SAVED)  # statuses of trainers that nobody need be told of
@@ -201,13 +201,15 @@ class Supervisor:
         if not self._overdue:
             self._overdue = now
             self._links.send({"overdue": True})
-        if node.rank and self._links.sockets() and now - self._overdue < ROOT:
+        there = {host for host, heard in self._links.heard.items() if now - heard < SILENT} | {node.host}
+        if node.rank and node.about["host_of"][0] in there - {node.host} and now - self._overdue < ROOT:
             return  # the root decides
         if not self._asked:
             self._asked = now
             self._links.send({"ask": True} if node.rank == 0 else {})
             self._reports |= node.reports()
-        everyone = range(len(node.hosts)) if node.rank == 0 else node.ranks
+        asked = there if node.rank == 0 else {node.host}
+        everyone = [rank for rank, host in enumerate(node.about["host_of"]) if host in asked]
         if now - self._asked < REPORTS and not all(rank in self._reports for rank in everyone):
             return
         if not any("wait" in report for report in self._reports.values()):
@@ -336,7 +338,7 @@ class Supervisor:
             if -status not in (signal.SIGKILL, signal.SIGSTOP):
                 signal.signal(-status, signal.SIG_DFL)
             os.kill(os.getpid(), -status)
-        os._exit(status & 0xFF)
+        os._exit(status if status >= 0 else 128 - status)  # no signal of its own ends the first process of a container
 
     def _write_exit(self, node: Node, status: int, verdict: Message | None, cause: Message) -> None:
         self._write_status(node)
