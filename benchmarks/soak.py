@@ -48,7 +48,8 @@ SETTINGS = [
     "model.vocab_size=61", "batch.seq_length=16", "batch.micro_batch_size=2", f"batch.global_batch_size={BATCH}",
     "data.synthetic=true", "data.timeout_seconds=6", "precision.dtype=fp32", f"train.steps={STEPS}",
     "checkpoint.memory_interval=1", "checkpoint.interval=5", "run.max_replacements=1000", "run.max_failed_starts=0",
-    "run.timeout_seconds=6", "run.threads=1", "run.device=cpu", "run.peak_tflops=1", "log.plot=false",
+    "run.timeout_seconds=6", "run.init_timeout_seconds=30", "run.threads=1",
+    "run.device=cpu", "run.peak_tflops=1", "log.plot=false",
     "log.tensorboard=false", "log.interval=1",
 ]  # fmt: skip
 TARGETS = {"trainer": 8, "maker of trainers": 2, "supervisor": 2, "all of a rank": 2, "launcher": 2}  # with weights
@@ -57,7 +58,8 @@ STOPPED = 0.25  # of the kills are a SIGSTOP
 GONE, STUCK = 60.0, 150.0  # seconds: for all processes after the launcher's end; without a step
 NOTE = f"""
 A run has {STEPS} steps, copies in memory after every one, checkpoints after every fifth. *In place*: the same launch
-went on; *again*: the command was started again; *at the end*: the run had no step left to make. *Bitwise*: kills in
+went on; *again*: the command was started again; *with the next*: the next kill came before it was got over; *at the
+end*: the run had no step left to make. *Bitwise*: kills in
 runs that ended with the bytes and losses of the undisturbed run; *samples*: in runs that used each sample exactly once.
 *Seconds* are from the kill to the end of the next step that was finished (median, worst), where nothing else was killed
 meanwhile; a stopped rank is found after `run.timeout_seconds` = 6. *Steps lost* are finished steps made again.
@@ -295,21 +297,29 @@ def follow(run: Run, number: int, killer: Killer | None, most: int) -> tuple[lis
 
 
 def judge(run: Run, kills: Sequence[Kill]) -> None:
-    """How each kill was got over."""
-    ranks = [records(run.records(rank)) for rank in range(run.ranks)]
+    """How each kill was got over: by the first break in what its rank was given, before the next kill."""
     moments = sorted(kill.moment for kill in kills)
     for kill in kills:
-        own = ranks[kill.rank]
+        own = records(run.records(kill.rank))
+        nearest = next((at for at in moments if at > kill.moment), float("inf"))
         done = max((i for i, (at, _, _) in enumerate(own) if at <= kill.moment), default=-1)
-        at = own[done][1] if done >= 0 else 0
-        later = own[done + 1 :]
+        steps, later = (own[done][1] if done >= 0 else 0), own[done + 1 :]
         if not later:
             continue
-        goes_on = done >= 0 and later[0][1] == at + 1
-        kill.went_on = "again" if any(kill.moment < start < later[0][0] for start in run.starts) else "in place"
-        kill.steps_lost = 0 if goes_on else max(0, at - later[0][1])
-        rest = later if goes_on else later[1:]
-        if rest and not any(kill.moment < other < rest[0][0] for other in moments):
+        last, broken = kill.moment, -1 if done >= 0 else 0  # where what it was given is no longer the next step
+        for index, (at, step, _) in enumerate(later):
+            if broken < 0 and at < nearest and (step != steps + 1 or any(last < x < at for x in run.starts)):
+                broken = index
+            if broken < 0:
+                steps, last = step, at
+        first = later[max(broken, 0)]
+        if broken < 0 and (kill.signal == "SIGKILL" or kill.target == "trainer"):
+            kill.went_on = "with the next"
+            continue
+        kill.went_on = "again" if any(kill.moment < start < first[0] for start in run.starts) else "in place"
+        kill.steps_lost = 0 if broken < 0 else max(0, steps - first[1])
+        rest = later if broken < 0 else later[broken + 1 :]
+        if rest and rest[0][0] < nearest:
             kill.seconds = rest[0][0] - kill.moment
 
 
@@ -326,7 +336,7 @@ def rows(kills: Sequence[Kill]) -> list[dict[str, str]]:
             lost = [k.steps_lost for k in own if k.steps_lost is not None]
             found.append({
                 "target": target, "signal": kind, "kills": str(len(own)),
-                **{way: str(ways[way]) for way in ("in place", "again", "at the end")},
+                **{way: str(ways[way]) for way in ("in place", "again", "with the next", "at the end")},
                 "bitwise": str(sum(k.bitwise for k in own)), "samples": str(sum(k.samples for k in own)),
                 "seconds": f"{median(seconds):.1f}, {max(seconds):.1f}" if seconds else "",
                 "steps lost": f"{median(lost)}, {max(lost)}" if lost else "",

@@ -63,12 +63,10 @@ class FlightRecord:
         return self.file >= 0
 
     def begin_again(self) -> None:
-        """Nothing is known of the next trainer."""
+        """Nothing is known of the next trainer; the texts are gone already (`Node.begin_generation`)."""
         for word in range(WORDS):
             if word not in _LASTING:
                 self.words[word] = 0
-        for name in TEXTS:
-            self.tell(name, None)
 
     # ---- the trainer ----
 

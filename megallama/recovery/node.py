@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from megallama.comm.flight_reader import FlightReader
-from megallama.comm.flight_record import BEAT, ENDED, GENERATION, LIMIT, TRAINER
+from megallama.comm.flight_record import BEAT, ENDED, GENERATION, LIMIT, TEXTS, TRAINER
 from megallama.train.signals import STACKS
 
 ANSWER = 0.25  # seconds in which a trainer writes where its threads stand
@@ -51,7 +51,9 @@ class Node:
     def begin_generation(self, number: int) -> None:
         """The next trainers of this host begin."""
         for record in self.records.values():
-            record.words[TRAINER] = record.words[ENDED] = 0  # before: the last one's end is not the next one's
+            for name in TEXTS:  # before: a supervisor that is quick would end the next one by the last one's verdict
+                record.tell(name, None)
+            record.words[TRAINER] = record.words[ENDED] = 0  # nor is the last one's end the next one's
             record.words[GENERATION] = number
 
     @property
@@ -99,7 +101,7 @@ class Node:
 
     def reports(self) -> dict[int, dict[str, Any]]:
         """Where every rank of this host stands, with the stacks of those that answer."""
-        living = [rank for rank in self.records if not self.ended(rank)]
+        living = [rank for rank in self.records if self.records[rank].words[TRAINER] and not self.ended(rank)]
         before = {rank: os.fstat(self.records[rank].stacks).st_size for rank in living}
         states = {rank: self.records[rank].state() for rank in self.records}  # before anything is disturbed
         for rank in living:

@@ -48,7 +48,7 @@ class Supervisor:
         self._node: Node | None = None  # once the trainer has told of the run
         self._links, self._stragglers = Links(), Stragglers(())
         self._goodput: Goodput | None = None  # rank 0's
-        self._launcher, self._orphaned, self._oom = os.getppid(), False, out_of_memory_kills()
+        self._launcher, self._oom = os.getppid(), out_of_memory_kills()
         self._signals, self._sent = list[int](), list[int]()  # for the trainer, once it is there; what it has
         self._warned: set[str] = set()
         self._begin()
@@ -66,6 +66,7 @@ class Supervisor:
         self._signals, self._sent = [*self._sent, *self._signals], []
         self._status: int | None = None  # once it has left, as waitpid has it
         self._verdict: Message | None = None
+        self._orphaned = False  # and told so: the launcher has gone
         self._left = self._deadline = self._resumed = 0.0  # moments: it left, it is killed, this process was stopped
         self._decided = time.monotonic()
         self._asked = self._overdue = self._next_status = self._next_beat = self._speak = 0.0
@@ -294,7 +295,8 @@ class Supervisor:
 
     def _end_trainer(self, about: Message, now: float) -> None:
         finish, saving = about.get("finish_seconds", 0.0), self._record.words[SAVING] != 0
-        if not self._orphaned and about.get("launcher") in _LAUNCHERS and os.getppid() != self._launcher:
+        gone = about.get("launcher") in _LAUNCHERS and os.getppid() != self._launcher
+        if gone and self._trainer and not self._orphaned:
             self._orphaned, self._deadline = True, now + finish + LEAVE
             os.kill(self._trainer, signal.SIGTERM)
             self._say(f"warning: {about['launcher']} is gone; rank {about['rank']} saves and stops")
