@@ -271,7 +271,7 @@ ROWS = (
         31,
         "segmentation fault, abort, no memory",
         "rank and signal are named, out of memory where the kernel counts it",
-        (f"{SUPERVISOR}test_a_killed_rank*", "recovery/test_status.py::test_kills_for_want_of_memory*"),
+        (f"{SUPERVISOR}test_a_killed_rank*", "recovery/test_node.py::test_kills_for_want_of_memory"),
     ),
     Row(
         32,
