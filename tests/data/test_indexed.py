@@ -87,12 +87,15 @@ def test_many_documents_added_at_once_give_the_same_files(tmp_path: Path) -> Non
         assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"many{suffix}").read_bytes()
 
 
-def test_chunked_index_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megallama.data.indexed.CHUNK", 7)  # smaller than the number of documents
+def test_an_index_is_written_and_checked_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("indexed", "writer", "look"):
+        monkeypatch.setattr(f"megallama.data.{module}.CHUNK", 7)  # smaller than the number of documents
     documents = [[i % 50] * (i % 5) for i in range(100)]
     prefix = write(tmp_path / "a", documents)
     assert read_megatron(prefix) == (8, documents, list(range(101)))
-    verify(IndexedDataset(prefix), 50)
+    checked: list[int] = []
+    assert verify(IndexedDataset(prefix), 50, checked.append) == ""
+    assert checked == [*range(14, 400, 14), 400]  # bytes of 200 tokens
 
 
 @pytest.mark.parametrize("ids, dtype, text", [([70000], U16, "token id 70000 does not fit uint16"), ([-1], I32, "-1")])
