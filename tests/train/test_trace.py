@@ -7,16 +7,18 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from megallama.analysis.communication import collectives
-from megallama.comm.group import Handle, Solo
+from megallama.comm.flight_record import FlightRecord
+from megallama.comm.group import Groups, Handle, Solo
 from megallama.plan.plan import Plan, make_plan
 from megallama.plan.timeline import Flight, Span, chrome_trace, exposure
-from megallama.train.trace import Clock, Tape, Timed
+from megallama.train.trace import Clock, StepTracer, Tape, Timed
 from tests.pool import Pool
 from tests.small import small_config
 
@@ -183,6 +185,40 @@ def test_a_gpus_clock_waits_once_and_afterwards(monkeypatch: pytest.MonkeyPatch)
     assert not Event.awaited
     at = clock.since(zero)
     assert (at(one), at(two)) == (1.0, 2.0)
+
+
+class TwoOnOnePipeline(Solo):
+    """Rank 0 of a pipeline of two; the other heard of the first barrier 4 s after it, of all others at once."""
+
+    def gather_values(self, value: Any, summary: Any = list) -> Any:
+        _, begin, stop, timings, flights = value
+        own = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+        other = [0.0, *(at - 4.0 for at in own[1:])]
+
+        def late(times: list[float]) -> list[float]:
+            return [at - 4.0 for at in times]
+
+        flights = [(axis, name, *late(times)) for axis, name, *times in flights]
+        return [[own, begin, stop, timings, value[4]], [other, begin - 4.0, stop - 4.0, [*map(late, timings)], flights]]
+
+
+def test_ranks_are_put_on_rank_0s_clock(tmp_path: Path) -> None:
+    """Actions and a message at the same time on both ranks, 3 s after the step begins at 10 s."""
+    solo = Solo()
+    groups = Groups(solo, solo, TwoOnOnePipeline(), solo, solo, solo, 0, {"dp": 0, "tp": 0})
+    config = small_config(run={"folder": str(tmp_path)}, log={"trace_steps": (1, 1)})
+    said: list[str] = []
+    log: Any = SimpleNamespace(info=said.append)
+    tracer = StepTracer(config, groups, torch.device("cpu"), log, FlightRecord())
+    plan = make_plan(small_config(parallel={"pp": 2}), 2)
+    actions = [[13.0, 13.0, 15.0]] * (len(plan.schedule.steps[0]) + 1)
+    flights = [("pp", "send 1 MiB", 13.0, 13.5, 14.0, 14.5)]
+    tracer._pending.append((1, plan.schedule, [[], 10.0, 20.0, actions, flights]))
+    tracer.write()
+    events = json.loads((tmp_path / "trace" / "step-00000001-dp0-tp0.json").read_text())["traceEvents"]
+    done = [(e["tid"], e["ts"]) for e in events if e["ph"] == "X" and e["tid"] in (0, 1) and e["name"] != "waits"]
+    assert {*done} == {(0, 3e6), (1, 3e6)} and len(done) == 2 * len(actions)
+    assert {e["ts"] for e in events if e.get("cat") == "communication"} == {3e6}
 
 
 def test_a_folder_that_cannot_be_written_stops_nothing(pool: Pool, tmp_path: Path) -> None:
