@@ -202,6 +202,8 @@ def test_tiny_as_text() -> None:
          "rank 0, step 4, send_F0.1: listed twice"),
         (0, "F0.0 send_F0.0 send_B0.0 F0.1 send_F0.1 recv_B0.0 B0.0 recv_B0.1 B0.1",
          "send_B0.0: there is no stage on the other side"),
+        (1, "recv_F1.0 F1.0 send_F1.0 B1.0 recv_F1.1 send_B1.0 F1.1 B1.1 send_B1.1",
+         "send_F1.0: there is no stage on the other side"),
         (1, "recv_F1.0 F1.0 B1.0 recv_F1.1 send_B1.0 F1.1 B1.1 send_B1.1 recv_F1.1",
          "rank 1, step 8, recv_F1.1: listed twice"),
     ],
