@@ -87,6 +87,13 @@ def test_async_save_keeps_one_snapshot_and_the_next_save_waits(tmp_path, monkeyp
         assert_holds(loaded, want)
 
 
+def test_a_rank_with_one_shard_gets_its_buffer_too(tmp_path) -> None:
+    manager = make_manager(tmp_path, make_config(async_save=True))
+    shards = solo_shards(STATE)[:1]
+    manager.prepare(shards)
+    assert manager._buffer.numel() == 3 * shards[0].box.numel
+
+
 def test_a_failed_background_save_is_raised_once_by_finish(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(writer, "fallocate", failing(OSError(errno.EIO, "Input/output error")))
     log: list[str] = []
