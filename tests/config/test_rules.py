@@ -203,7 +203,7 @@ CASES: list[tuple[str, int | None, str, str]] = [
     (
         "batch.ramp_start=64 batch.ramp_increment=8 batch.ramp_samples=100", None,
         "batch.ramp_start=64 is above batch.global_batch_size=32; use at most 32",
-        "batch.ramp_start=8",
+        "batch.ramp_start=32",
     ),
     (
         "batch.ramp_start=8 batch.ramp_increment=16 batch.ramp_samples=100", None,

@@ -105,6 +105,7 @@ def test_a_run_that_cannot_fit_makes_nothing(
 def test_settings_far_from_the_usual_are_named(setting: str, key: str, usual: str) -> None:
     arguments = [*GOOD, "train.steps=100"]
     assert list(unusual(load(None, arguments))) == []
+    assert list(unusual(load(None, [*arguments, "lr_schedule.warmup_steps=50"]))) == []  # half of them is not most
     more = ["batch.seq_length=17"] if setting.startswith("batch") else []
     (line,) = unusual(load(None, [*arguments, setting, *more]))
     assert usual in line and (key in line or "tokens; usually" in line)
