@@ -58,11 +58,11 @@ STOPPED = 0.25  # of the kills are a SIGSTOP
 GONE, STUCK = 60.0, 150.0  # seconds: for all processes after the launcher's end; without a step
 NOTE = f"""
 A run has {STEPS} steps, copies in memory after every one, checkpoints after every fifth. *In place*: the same launch
-went on; *again*: the command was started again; *with the next*: the next kill came before it was got over; *at the
-end*: the run had no step left to make. *Bitwise*: kills in
-runs that ended with the bytes and losses of the undisturbed run; *samples*: in runs that used each sample exactly once.
-*Seconds* are from the kill to the end of the next step that was finished (median, worst), where nothing else was killed
-meanwhile; a stopped rank is found after `run.timeout_seconds` = 6. *Steps lost* are finished steps made again.
+went on. *Again*: the command was started again. *With the next*: the next kill came before this one was got over. *At
+the end*: the run had no step left to make. *Bitwise*: kills in runs that ended with the bytes and losses of the
+undisturbed run. *Samples*: kills in runs that used each sample exactly once. *Seconds* are from the kill to the end of
+the next step that was finished (median, worst), where nothing else was killed meanwhile; a stopped rank is found after
+`run.timeout_seconds` = 6. *Steps lost* are finished steps that were made again (median, worst).
 """
 
 

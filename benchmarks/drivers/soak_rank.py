@@ -12,18 +12,20 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import megallama.train.loop as loop
-from megallama.data.loader import Loader
-from megallama.pretrain import process
+from megallama import pretrain
+
+if TYPE_CHECKING:
+    from megallama.comm.flight_record import FlightRecord
 
 PAUSE = 0.01  # s before every step: steps of so small a model are too short for a kill to fall into one
 
 
-def main() -> int:
-    """As the entry point; the exit status."""
-    file = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+def write_down(file: int) -> None:
+    """From now on the loader of this process says what it gives."""
+    import megallama.train.loop as loop  # with torch: a trainer, not its supervisor
+    from megallama.data.loader import Loader
 
     class Recorded(Loader):
         """Says what it gives."""
@@ -32,9 +34,9 @@ def main() -> int:
             self._ids: dict[int, list[int]] = {}
 
             def known(step: int) -> Sequence[Sequence[int]]:
-                rows = ids_of_step(step)
+                rows: Sequence[Sequence[int]] = ids_of_step(step)
                 self._ids[step] = [number for row in rows for number in row]
-                return rows  # type: ignore[no-any-return]
+                return rows
 
             super().__init__(read, known, **more)
 
@@ -46,7 +48,20 @@ def main() -> int:
             return batches
 
     loop.Loader = Recorded  # type: ignore[misc]
-    return process()
+
+
+def main() -> int:
+    """As the entry point; the exit status."""
+    file = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    start = pretrain.start_supervisor
+
+    def started() -> FlightRecord:
+        record = start()  # comes back in every trainer
+        write_down(file)
+        return record
+
+    pretrain.start_supervisor = started
+    return pretrain.process()
 
 
 if __name__ == "__main__":

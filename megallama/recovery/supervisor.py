@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from megallama.comm.flight_reader import FlightReader
-from megallama.comm.flight_record import BEAT, ENDED, EXCESS, GENERATION, PORT, SAVING, SLOWEST, STEP, TRAINER
+from megallama.comm.flight_record import BEAT, ENDED, EXCESS, GENERATION, LAUNCHER, PORT, SAVING, SLOWEST, STEP, TRAINER
 from megallama.recovery.doctor import hung
 from megallama.recovery.goodput import Goodput
 from megallama.recovery.link import Links, Message
@@ -48,7 +48,7 @@ class Supervisor:
         self._node: Node | None = None  # once the trainer has told of the run
         self._links, self._stragglers = Links(), Stragglers(())
         self._goodput: Goodput | None = None  # rank 0's
-        self._launcher, self._oom = os.getppid(), out_of_memory_kills()
+        self._launcher, self._oom = record.words[LAUNCHER], out_of_memory_kills()  # it may have gone meanwhile
         self._signals, self._sent = list[int](), list[int]()  # for the trainer, once it is there; what it has
         self._warned: set[str] = set()
         self._begin()
