@@ -55,6 +55,7 @@ def settings(shape: Shape, layout: Layout, dtype: str, folder: str) -> list[str]
         "run.folder": folder,
         "run.device": "cpu",
         "run.threads": layout.threads,
+        "run.supervisor": "false",  # whose memory would be taken for the rank's; `watching.py` measures it
     }
     return [f"{key}={value}" for key, value in values.items()]
 
