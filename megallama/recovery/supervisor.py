@@ -174,7 +174,7 @@ class Supervisor:
             self._decide(node, now, *message["died"])
         elif "overdue" in message:
             self._overdue = self._overdue or now
-        elif "over" in message:
+        elif message.get("over") == self._generation:  # and not that of trainers before
             self._over.add(host)
         elif node.rank and "generation" in message:
             node.begin_generation(message["generation"])
@@ -251,7 +251,7 @@ class Supervisor:
     def _replace(self, node: Node, now: float) -> None:
         """Once all trainers of all hosts have ended, the next ones begin; a host that does not say so ends the run."""
         if all(node.ended(rank) for rank in node.records):
-            self._links.send({"over": True} if node.rank else {})
+            self._links.send({"over": self._generation} if node.rank else {})
             self._over.add(node.host)
         if node.rank == 0 and len(self._over) == len(node.about["hosts"]):
             self._links.send({"generation": self._generation + 1})

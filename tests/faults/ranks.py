@@ -130,9 +130,9 @@ def asked_while_data_are_opened() -> None:
 def asked_before_anything() -> None:
     detect = importlib.import_module("megallama.comm.launch").detect_launch
 
-    def act() -> Any:
+    def act(**known: int) -> Any:
         os.kill(os.getpid(), signal.SIGUSR2)
-        return detect()
+        return detect(**known)
 
     _instead("megallama.comm.launch", "detect_launch", act)
 

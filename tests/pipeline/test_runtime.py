@@ -89,6 +89,7 @@ class Held(Observer):
     """The most forwards whose backward was not over."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.peak, self._now = 0, 0
 
     def ended(self) -> None:
@@ -198,6 +199,7 @@ class Noted(Observer):
     """What an observer is told."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.seen: list[str] = []
 
     def started(self, action: Action | None) -> None:

@@ -13,14 +13,14 @@ import sys
 from typing import Any
 
 from megallama.cli import command
-from megallama.data import indexed
+from megallama.data.writer import IndexedWriter
 from megallama.text import preprocess, shards
 
 PLACES: dict[str, tuple[Any, str]] = {
     "add": (shards.ShardWriter, "add"),  # a block of documents is encoded
     "end": (shards.ShardWriter, "end"),  # a job's documents are written, its line in the journal is not
     "join": (shards.WorkFolder, "read"),
-    "commit": (indexed.IndexedWriter, "__exit__"),  # .bin, .sums and .idx get their names
+    "commit": (IndexedWriter, "__exit__"),  # .bin, .sums and .idx get their names
     "replace": (os, "replace"),  # .bin, .idx, .json
     "remove": (shutil, "rmtree"),
 }
