@@ -12,8 +12,11 @@ from typing import Any
 
 Report = Mapping[str, Any]
 _ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient", "last sends": "last sends"}
-_PROCESS = {"T": "its process is stopped (SIGSTOP)", "t": "a debugger holds its process",
-            "D": "its process is in a call of the kernel that does not return (a disk, a device)"}  # fmt: skip
+_PROCESS = {
+    "T": "its process is stopped (SIGSTOP)",
+    "t": "a debugger holds its process",
+    "D": "its process is in a call of the kernel that does not return (a disk, a device)",
+}
 
 
 def where(report: Report) -> str:

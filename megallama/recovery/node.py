@@ -113,8 +113,10 @@ class Node:
             file, start = self.records[rank].stacks, before.get(rank)
             if start is not None and (size := os.fstat(file).st_size) > start:
                 state["stacks"] = os.pread(file, min(size - start, MOST), start).decode(errors="replace")
-            state["calls"] = [[c["number"], c["group"], c["operation"], c["rows"], c["bytes"], c["done"]]
-                              for c in self.records[rank].calls()]  # fmt: skip
+            state["calls"] = [
+                [c["number"], c["group"], c["operation"], c["rows"], c["bytes"], c["done"]]
+                for c in self.records[rank].calls()
+            ]
         return states
 
     def busy(self) -> dict[int, tuple[int, list[int]]]:

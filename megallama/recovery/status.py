@@ -20,8 +20,11 @@ OLD = 3 * STATUS_PERIOD  # seconds after which a host's file says that its super
 def read(folder: Path) -> dict[str, Any]:
     """Everything that is known of the run in `folder`: `end`, `goodput`, `hosts`. Raises: MegallamaError."""
     hosts = [_json(file) for file in sorted((folder / "status").glob("*.json"))]
-    found = {"end": _json(folder / "exit.json"), "goodput": _json(folder / "goodput.json"),
-             "hosts": [host for host in hosts if "ranks" in host]}  # fmt: skip
+    found = {
+        "end": _json(folder / "exit.json"),
+        "goodput": _json(folder / "goodput.json"),
+        "hosts": [host for host in hosts if "ranks" in host],
+    }
     if not any(found.values()):
         raise MegallamaError(
             f"{folder} holds no status of a run; give the folder that run.folder named. Supervisors write it "

@@ -227,9 +227,17 @@ class Supervisor:
         self._say(f"error: {text}\n{self._stacks()}", aloud=False)
 
     def _decide(
-        self, node: Node, now: float, rank: int, text: str, status: int, said: bool, final: bool, hang: bool = False,
+        self,
+        node: Node,
+        now: float,
+        rank: int,
+        text: str,
+        status: int,
+        said: bool,
+        final: bool,
+        hang: bool = False,
         commits: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """The run is over. `said`: the culprit told why; `final`: it cannot be replaced; `commits`: a save may end."""
         left = node.about["max_replacements"] - self._generation
         again = node.rank == 0 and status in (1, FAILED) and left > 0 and not final
@@ -271,9 +279,10 @@ class Supervisor:
         silent = {f"of rank {rank}" for rank in node.records if rank != node.rank and node.silent(rank)}
         hosts = range(len(node.about["hosts"])) if node.rank == 0 else [node.about["host_of"][0]]
         silent |= {
-            f"on {node.about['hosts'][host]}" for host in hosts
+            f"on {node.about['hosts'][host]}"
+            for host in hosts
             if node.about["port"] and host != node.host and now - self._links.heard.get(host, node.born) > SILENT
-        }  # fmt: skip
+        }
         for who in sorted(silent - self._warned):
             self._say(f"warning: the supervisor {who} has been silent for {SILENT:g} s; its ranks may train on")
         self._warned = silent
@@ -346,12 +355,17 @@ class Supervisor:
         self._write_status(node)
         if node.rank == 0 and status != 2:
             rank = verdict["rank"] if verdict else 0
-            write_json(node.folder / "exit.json", {
-                "status": verdict["status"] if verdict and status < 0 else status, "rank": rank,
-                "cause": verdict["text"] if verdict else cause["text"],
-                "host": node.hosts[rank],
-                "step": self._record.state()["step"], "time": time.time(),
-            })  # fmt: skip
+            write_json(
+                node.folder / "exit.json",
+                {
+                    "status": verdict["status"] if verdict and status < 0 else status,
+                    "rank": rank,
+                    "cause": verdict["text"] if verdict else cause["text"],
+                    "host": node.hosts[rank],
+                    "step": self._record.state()["step"],
+                    "time": time.time(),
+                },
+            )
 
     def _write_status(self, node: Node) -> None:
         node.write_status()
@@ -375,6 +389,8 @@ class Supervisor:
         for rank, report in sorted(self._reports.items()):
             same.setdefault(report.get("stacks") or "it does not answer\n", []).append(rank)
         parts = [f"stacks of rank {', '.join(map(str, ranks))}:\n{text}" for text, ranks in same.items()]
-        calls = [f"last communications of rank {rank} (number, group, operation, rows, bytes, done): {report['calls']}"
-                 for rank, report in sorted(self._reports.items())][:16]  # fmt: skip
+        calls = [
+            f"last communications of rank {rank} (number, group, operation, rows, bytes, done): {report['calls']}"
+            for rank, report in sorted(self._reports.items())
+        ][:16]
         return "\n".join([*parts, *calls])
