@@ -34,7 +34,7 @@ HEAD = """# 64 faults
 What is done to a run, what happens then, and the tests that hold it. The table is made by
 `python -m tests.faults.table`, which runs these tests; a result carries the day of its run. A row is held where all its
 tests ran and passed: one that was skipped does not count. What random kills do to whole runs is measured by
-`benchmarks/soak.py` ([benchmarks](../benchmarks/README.md)).
+`benchmarks/soak.py` ([results](../benchmarks/results/soak.md)).
 
 All of it runs on CPUs, over gloo and shared memory, on one machine or between network namespaces of one. Faults inside
 NCCL, a GPU or a switch are not among them.
