@@ -124,7 +124,8 @@ class Supervisor:
         if -code == signal.SIGKILL and out_of_memory_kills() > self._oom:
             why += ": out of memory (the kernel counts such a kill)"
         self._record.ends(code if code not in _NORMAL else 1, why, final=final)
-        self._record.words[ENDED] = status + 1
+        if final:  # else who makes the trainers has said so, and may have begun the next
+            self._record.words[ENDED] = status + 1
 
     def _introduce(self) -> None:
         about = self._record.told("about") if self._node is None else None
@@ -190,10 +191,11 @@ class Supervisor:
             if cause["echo"] and not (self._left and now - self._left > ECHO):
                 continue  # there was another before, of which more is known
             text = f"rank {rank} ({node.hosts[rank]}) failed first: {cause['text']}"
-            said = cause["status"] > 0
-            self._links.send({"died": [rank, text, status, said, cause["final"]]})
+            said, commits = cause["status"] > 0, not record.words[SAVING]  # without its part no save ends
+            died = [rank, text, status, said, cause["final"], False, commits]
+            self._links.send({"died": died})
             if not node.rank or not self._links.sockets():
-                self._decide(node, now, rank, text, status, said, cause["final"])
+                self._decide(node, now, *died)
             return
 
     def _look_for_waits(self, node: Node, now: float) -> None:
