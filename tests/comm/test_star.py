@@ -76,6 +76,13 @@ def until(true: Callable[[], Any]) -> None:
         time.sleep(0.01)
 
 
+def test_a_program_that_ends_without_closing_is_not_held_by_its_star() -> None:
+    made = stars(2)
+    held = [star._thread for star in made if not star._thread.daemon]  # for these Python would wait
+    close(made)
+    assert held == []
+
+
 def test_values_are_gathered_in_rank_order_round_after_round() -> None:
     made = stars(4)
 
