@@ -47,7 +47,8 @@ def test_a_reader_sees_where_a_rank_stands() -> None:
     assert "wait" not in seen.state()
     assert [(c["group"], c["done"]) for c in seen.calls()] == [("tp", True), ("dp", False)]
     own.action("")
-    assert seen.state()["action"] == "" and seen.state()["layer"] == -1
+    state = seen.state()
+    assert [state[key] for key in ("action", "stage", "microbatch", "layer")] == ["", 0, 0, -1]
 
 
 def test_the_last_calls_are_kept_in_order() -> None:
