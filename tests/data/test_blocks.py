@@ -186,6 +186,10 @@ def sums_of(tmp_path: Path, what: str, prefix: Path) -> None:
         damage(sums, 8, struct.pack("<Q", size))
     elif what == "text":
         sums.write_text("9d1c\n")
+    elif what == "begun":
+        sums.write_bytes(sums.read_bytes()[:10])
+    elif what == "another version":
+        damage(sums, 7, b"\x02")
     elif what == "folder":
         sums.unlink()
         sums.mkdir()
@@ -194,7 +198,7 @@ def sums_of(tmp_path: Path, what: str, prefix: Path) -> None:
 @pytest.mark.parametrize("what, output", [
     ("none", "No such file or directory"), ("smaller", "it is of another pair and not used"),
     ("as large", "it is of another pair and not used"), ("text", "is damaged itself; delete it, or write it"),
-    ("folder", "Is a directory"),
+    ("begun", "is damaged itself"), ("another version", "is damaged itself"), ("folder", "Is a directory"),
 ])  # fmt: skip
 def test_sums_that_cannot_be_used_are_said_and_not_trusted(tmp_path: Path, what: str, output: str) -> None:
     prefix = write(tmp_path / "a")
