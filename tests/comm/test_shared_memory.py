@@ -149,3 +149,9 @@ def test_closed_groups_leave_no_open_files(pool: Pool) -> None:
     for _ in range(3):
         last = pool.run(2, HERE + "files")
     assert last == first
+
+
+def test_every_notice_has_a_tag_of_its_own() -> None:
+    """Of the notices under way between two ranks: those of collectives and those of messages."""
+    tags = [SharedMemory._tag(None, kind, number) for kind in (0, 1) for number in range(100)]
+    assert len(set(tags)) == 200 and min(tags) >= shared_memory.FREE_TAG  # the lower ones are of messages and pieces
