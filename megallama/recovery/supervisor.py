@@ -66,7 +66,7 @@ class Supervisor:
         self._signals, self._sent = [*self._sent, *self._signals], []
         self._status: int | None = None  # once it has left, as waitpid has it
         self._verdict: Message | None = None
-        self._orphaned = False  # and told so: the launcher has gone
+        self._orphaned = self._ending = False  # the trainer was told that the launcher has gone; a verdict ends it
         self._left = self._deadline = self._resumed = 0.0  # moments: it left, it is killed, this process was stopped
         self._decided = time.monotonic()
         self._asked = self._overdue = self._next_status = self._next_beat = self._speak = 0.0
@@ -311,8 +311,8 @@ class Supervisor:
             self._orphaned, self._deadline = True, now + finish + LEAVE
             os.kill(self._trainer, signal.SIGTERM)
             self._say(f"warning: {about['launcher']} is gone; rank {about['rank']} saves and stops")
-        if self._verdict is not None and not (self._deadline and not self._orphaned):
-            self._orphaned = False
+        if self._verdict is not None and not self._ending:
+            self._ending = True
             soon = self._verdict["hang"] or self._verdict["again"]
             wait = finish if saving and self._verdict["commits"] and not self._verdict["again"] else 0.0
             self._deadline = now + max(wait, 0.0 if soon else LEAVE)

@@ -141,24 +141,48 @@ def test_signals_reach_the_rank_and_its_status_the_launcher(tmp_path: Path) -> N
     assert end(tmp_path)["status"] == 75 and end(tmp_path)["cause"] == "stopped as asked"
 
 
-def test_a_killed_launcher_leaves_no_orphan_and_no_step_is_lost(tmp_path: Path) -> None:
-    settings = [f"run.folder={tmp_path / 'run'}", *QUIET, *BOUND]
+def launched(size: int, folder: Path) -> subprocess.Popen[bytes]:
+    """A shell that has started the ranks as torchrun would, once they have made three steps."""
+    settings = [f"run.folder={folder / 'run'}", *QUIET, *BOUND]
     command = " ".join([sys.executable, "-m", "megallama.pretrain", *settings])
-    env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    with open(tmp_path / "out", "wb") as out:
-        launcher = subprocess.Popen(["sh", "-c", f"{command} & wait"], env=env, stdout=out, stderr=out)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    env = os.environ | {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = " ".join(f"RANK={rank} LOCAL_RANK={rank} {command} &" for rank in range(size))
+    with open(folder / "out", "wb") as out:
+        launcher = subprocess.Popen(["sh", "-c", f"{ranks} wait"], env=env, stdout=out, stderr=out)
     deadline = time.monotonic() + 60
-    while "step 3/" not in (tmp_path / "out").read_text():
+    while "step 3/" not in (folder / "out").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    return launcher
+
+
+def all_leave(launcher: subprocess.Popen[bytes], folder: Path) -> str:
+    """Kill it; what was said by the time at which nobody is left."""
     launcher.kill()
     launcher.wait()
-    while not nobody_is_left(tmp_path):
+    deadline = time.monotonic() + 60
+    while not nobody_is_left(folder):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    text = (tmp_path / "out").read_text()
+    return (folder / "out").read_text()
+
+
+def test_a_killed_launcher_leaves_no_orphan_and_no_step_is_lost(tmp_path: Path) -> None:
+    text = all_leave(launched(1, tmp_path), tmp_path)
     assert "warning: torchrun is gone; rank 0 saves and stops" in text and "stopped: SIGTERM on 1 rank; saved" in text
     assert end(tmp_path)["status"] == 75
+
+
+def test_a_killed_launcher_and_a_frozen_rank_leave_no_orphan(tmp_path: Path) -> None:
+    launcher = launched(2, tmp_path)
+    trainers = subprocess.run(["pgrep", "-f", f"^{sys.executable} -m .*{tmp_path}"], capture_output=True, text=True)
+    os.kill(int(trainers.stdout.split()[0]), signal.SIGSTOP)
+    text = all_leave(launcher, tmp_path)
+    assert text.count("torchrun is gone") == 2 and text.count("holds up the others") == 1
+    assert end(tmp_path)["status"] == 4
 
 
 def test_a_slow_rank_is_named(tmp_path: Path) -> None:
