@@ -143,7 +143,7 @@ def test_signals_reach_the_rank_and_its_status_the_launcher(tmp_path: Path) -> N
 
 def launched(size: int, folder: Path) -> subprocess.Popen[bytes]:
     """A shell that has started the ranks as torchrun would, once they have made three steps."""
-    settings = [f"run.folder={folder / 'run'}", *QUIET, *BOUND]
+    settings = [f"run.folder={folder / 'run'}", *QUIET, *BOUND, "train.stop_after_minutes=1"]  # a failed test ends too
     command = " ".join([sys.executable, "-m", "megallama.pretrain", *settings])
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
