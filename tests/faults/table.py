@@ -2,6 +2,7 @@
 
     python -m tests.faults.table                        run the tests of all rows and write docs/faults.md
     python -m tests.faults.table --rows 1,14-20 -n 2    those of some rows; the others keep their results; -n: pytest's
+    python -m tests.faults.table --junit FILE           take the results of a run that is over (pytest --junitxml=FILE)
     python -m tests.faults.table --collect              run nothing: does every test that is named exist?
 
 A row counts where its tests ran and passed.  A row whose tests were skipped is not counted as held, and a row
@@ -104,9 +105,13 @@ def _run(rows: Sequence[Row], options: Sequence[str]) -> dict[str, list[tuple[st
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *options, *tests]
         subprocess.run(command, cwd=ROOT, check=False)
-        cases = list(xml.parse(report).iter("testcase"))
+        return outcomes_of(report)
+
+
+def outcomes_of(report: Path) -> dict[str, list[tuple[str, str]]]:
+    """Test without parameters -> how each of its cases ended, and why, from pytest's `--junitxml`."""
     outcomes: dict[str, list[tuple[str, str]]] = {}
-    for case in cases:
+    for case in xml.parse(report).iter("testcase"):
         name = case.get("name", "").partition("[")[0]
         test = f"{case.get('classname', '').replace('.', '/')}.py::{name}"
         kind, why = "passed", ""
@@ -131,6 +136,7 @@ def main() -> int:
     """1 where a test is lost or failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=f"1-{len(ROWS)}")
+    parser.add_argument("--junit", type=Path)
     parser.add_argument("--collect", action="store_true")
     args, options = parser.parse_known_args()
     rows = [row for row in _chosen(args.rows) if row.tests]
@@ -139,7 +145,8 @@ def main() -> int:
         return 1
     results = results_of(DOCUMENT.read_text(encoding="utf-8")) if DOCUMENT.exists() else {}
     if not args.collect:
-        outcomes, day = _run(rows, options), time.strftime("%Y-%m-%d", time.gmtime())
+        outcomes = outcomes_of(args.junit) if args.junit else _run(rows, options)
+        day = time.strftime("%Y-%m-%d", time.gmtime())
         results |= {row.number: result(row, outcomes, day) for row in rows}
     DOCUMENT.write_text(render(results), encoding="utf-8")
     bad = [row.number for row in rows if not args.collect and re.search("failed|lost", results[row.number])]
