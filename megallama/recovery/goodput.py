@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from megallama.recovery.node import write_json
 
@@ -28,16 +26,16 @@ class Goodput:
             self.best, self.restarts = int(before["step"]), int(before["restarts"]) + 1
             self.seconds["down"] += max(0.0, now - float(before["time"]))
 
-    def count(self, state: Mapping[str, Any]) -> None:
+    def count(self, step: int, phase: str) -> None:
         """The time since the last call is what the rank does now."""
-        now, step = time.monotonic(), int(state["step"])
-        if state["phase"] == "setting up":
+        now = time.monotonic()
+        if phase == "setting up":
             kind = "starting"
         elif step <= self.best and self._first_step:
             kind = "repeated"
         else:
             self._first_step = False  # from here on all is new
-            kind = "waiting" if state["phase"] in _WAITING else "productive"
+            kind = "waiting" if phase in _WAITING else "productive"
             self.best = max(self.best, step)
         self.seconds[kind] += now - self._last
         self._last = now

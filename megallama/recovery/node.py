@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from megallama.comm.flight_reader import FlightReader
-from megallama.comm.flight_record import BEAT, ENDED, GENERATION, LIMIT, TEXTS, TRAINER
+from megallama.comm.flight_record import BEAT, COMPLETED, ENDED, GENERATION, LAUNCHED, LIMIT, SINCE, TEXTS, TRAINER
 from megallama.train.signals import STACKS
 
 ANSWER = 0.25  # seconds in which a trainer writes where its threads stand
@@ -88,12 +88,13 @@ class Node:
         for rank, record in self.records.items():
             if self.ended(rank):
                 continue
-            state, limit = record.state(), record.words[LIMIT] / 1e9
-            waited = state["wait"]["seconds"] if "wait" in state else 0.0
-            if state["completed"]:
-                if self._moved.get(rank, (-1, now))[0] != state["completed"]:
-                    self._moved[rank] = state["completed"], now
-                if state["launched"] > state["completed"]:
+            words = record.words  # alone: this is done many times a second
+            limit, completed = words[LIMIT] / 1e9, words[COMPLETED]
+            waited = now - words[SINCE + 1] / 1e9 if words[SINCE] else 0.0
+            if completed:
+                if self._moved.get(rank, (-1, now))[0] != completed:
+                    self._moved[rank] = completed, now
+                if words[LAUNCHED] > completed:
                     waited = max(waited, now - self._moved[rank][1])
             if limit and min(waited, now - since) >= limit:
                 found.append(rank)

@@ -17,7 +17,20 @@ from contextlib import suppress
 from typing import NoReturn
 
 from megallama.comm.flight_reader import FlightReader
-from megallama.comm.flight_record import BEAT, ENDED, EXCESS, GENERATION, LAUNCHER, PORT, SAVING, SLOWEST, STEP, TRAINER
+from megallama.comm.flight_record import (
+    BEAT,
+    ENDED,
+    EXCESS,
+    GENERATION,
+    LAUNCHER,
+    PHASE,
+    PHASES,
+    PORT,
+    SAVING,
+    SLOWEST,
+    STEP,
+    TRAINER,
+)
 from megallama.recovery.doctor import hung
 from megallama.recovery.goodput import Goodput
 from megallama.recovery.link import Links, Message
@@ -25,7 +38,7 @@ from megallama.recovery.node import SILENT, STATUS_PERIOD, Node, out_of_memory_k
 from megallama.recovery.straggler import Stragglers
 from megallama.train.signals import FAILED, SAVED, SIGNALS
 
-PERIOD, BEAT_PERIOD = 0.1, 1.0  # seconds between looks, messages to the root
+PERIOD, BEAT_PERIOD = 0.2, 1.0  # seconds between looks, messages to the root
 LEAVE = 5.0  # seconds in which a trainer leaves by itself once the run is over
 ROOT, REPORTS, ECHO = 4.0, 2.0, 1.0  # seconds to wait for: the root's verdict; all hosts' reports; a first cause
 REPLACED = 20.0  # seconds for all hosts' trainers to end before the next ones begin
@@ -147,7 +160,7 @@ class Supervisor:
         if self._verdict is None:
             self._verdict = self._record.told("verdict")
         if self._goodput is not None:
-            self._goodput.count(self._record.state())
+            self._goodput.count(self._record.words[STEP], PHASES[self._record.words[PHASE]])
         if not node.leader:
             return
         if self._verdict is None:
@@ -292,12 +305,12 @@ class Supervisor:
     # ---- the end ----
 
     def _end(self, now: float) -> None:
-        about = self._record.told("about") or {}
+        about = self._node.about if self._node else self._record.told("about") or {}
         if self._verdict and 0 < self._speak <= now:
             self._speak, text = 0.0, f"error: {self._verdict['text']}"
             if self._verdict["hang"]:  # the log has it, with the stacks
                 self._say(text, kept=False)
-            elif not (self._record.told("cause") or {}).get("echo"):  # else the trainer has heard it, and says it
+            elif self._verdict["again"] or not (self._record.told("cause") or {}).get("echo"):  # else the trainer says it
                 self._say(text)
         if self._status is None:
             self._end_trainer(about, now)

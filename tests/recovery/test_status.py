@@ -84,7 +84,7 @@ def test_time_is_counted_over_starts(tmp_path: Path, monkeypatch: pytest.MonkeyP
         counted = Goodput(path)
         for seconds, step, phase in states:
             clock[0] += seconds
-            counted.count({"step": step, "phase": phase})
+            counted.count(step, phase)
         counted.write()
         return counted
 
