@@ -310,7 +310,7 @@ class Supervisor:
             self._speak, text = 0.0, f"error: {self._verdict['text']}"
             if self._verdict["hang"]:  # the log has it, with the stacks
                 self._say(text, kept=False)
-            elif self._verdict["again"] or not (self._record.told("cause") or {}).get("echo"):  # else the trainer says it
+            elif self._verdict["again"] or not (self._record.told("cause") or {}).get("echo"):  # or the trainer does
                 self._say(text)
         if self._status is None:
             self._end_trainer(about, now)
