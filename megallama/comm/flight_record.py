@@ -15,9 +15,9 @@ from itertools import accumulate
 from typing import Any
 
 PHASES = ("setting up", "between steps", "data", "forward_backward", "grad_sync", "agree", "optimizer", "save",
-          "evaluate", "leaving")  # fmt: skip
+          "evaluate")  # fmt: skip
 ACTIONS = ("", "F", "B", "I", "W", "send_F", "recv_F", "send_B", "recv_B", "last sends")
-OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "send", "recv", "gather_values", "barrier")
+OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "send", "recv")
 (TRAINER, STEP, PHASE, ACTION, STAGE, MICROBATCH, LAYER, CHANGED, LIMIT, LAUNCHED, COMPLETED, SAVING,
  STEPS, WAITED, BEAT, ENDED, PORT, SLOWEST, EXCESS, LAUNCHER, SUPERVISOR, GENERATION) = range(22)  # fmt: skip
 """Words: process; position; when it last moved [ns]; longest wait of now [ns]; actions started, and on CUDA finished;

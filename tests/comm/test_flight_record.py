@@ -92,7 +92,7 @@ def test_more_groups_than_there_is_room_for_share_the_last_place() -> None:
     own, seen = two()
     numbers = [own.add_group(f"g{n}", (0,)) for n in range(flight_record.MAX_GROUPS + 3)]
     assert max(numbers) == flight_record.MAX_GROUPS - 1 and len(set(numbers)) == flight_record.MAX_GROUPS
-    own.begins(numbers[-1], "barrier", 1, 1)
+    own.begins(numbers[-1], "send", 1, 1)
     assert len(seen.state()["counts"]) == flight_record.MAX_GROUPS
 
 
