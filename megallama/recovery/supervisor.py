@@ -16,21 +16,8 @@ import time
 from contextlib import suppress
 from typing import NoReturn
 
+from megallama.comm import flight_record as flight
 from megallama.comm.flight_reader import FlightReader
-from megallama.comm.flight_record import (
-    BEAT,
-    ENDED,
-    EXCESS,
-    GENERATION,
-    LAUNCHER,
-    PHASE,
-    PHASES,
-    PORT,
-    SAVING,
-    SLOWEST,
-    STEP,
-    TRAINER,
-)
 from megallama.recovery.doctor import hung
 from megallama.recovery.goodput import Goodput
 from megallama.recovery.link import Links, Message
@@ -61,7 +48,7 @@ class Supervisor:
         self._node: Node | None = None  # once the trainer has told of the run
         self._links, self._stragglers = Links(), Stragglers(())
         self._goodput: Goodput | None = None  # rank 0's
-        self._launcher, self._oom = record.words[LAUNCHER], out_of_memory_kills()  # it may have gone meanwhile
+        self._launcher, self._oom = record.words[flight.LAUNCHER], out_of_memory_kills()  # it may have gone meanwhile
         self._signals, self._sent = list[int](), list[int]()  # for the trainer, once it is there; what it has
         self._warned: set[str] = set()
         self._begin()
@@ -98,16 +85,16 @@ class Supervisor:
             now = time.monotonic()
             if now - last > SILENT:  # stopped with its trainer, by a terminal say: nobody is late because of that
                 self._resumed = now
-            last, self._record.words[BEAT] = now, time.monotonic_ns()
-            if self._record.words[GENERATION] != self._generation:
-                self._generation = self._record.words[GENERATION]
+            last, self._record.words[flight.BEAT] = now, time.monotonic_ns()
+            if self._record.words[flight.GENERATION] != self._generation:
+                self._generation = self._record.words[flight.GENERATION]
                 self._begin()
             self._forward(self._pipe[0] in ready)
             self._reap(now)
             self._introduce()
             if self._node is not None:
                 self._watch(self._node, now)
-            if self._record.words[GENERATION] == self._generation:
+            if self._record.words[flight.GENERATION] == self._generation:
                 self._end(now)
 
     # ---- the trainer ----
@@ -115,20 +102,26 @@ class Supervisor:
     @property
     def _trainer(self) -> int:
         """Its process; 0 before there is one."""
-        return self._record.words[TRAINER]
+        return self._record.words[flight.TRAINER]
 
     def _forward(self, any_came: bool) -> None:
         self._signals += [n for n in os.read(self._pipe[0], 4096) if n in SIGNALS] if any_came else []
         while self._signals and self._trainer and self._status is None:
             self._sent.append(self._signals.pop(0))
-            os.kill(self._trainer, self._sent[-1])
+            self._kill(self._sent[-1])
+
+    def _kill(self, number: int) -> None:
+        """Signal the trainer; whoever makes the trainers may know already that it has ended."""
+        with suppress(ProcessLookupError):
+            if self._trainer and not self._record.words[flight.ENDED]:  # its number may be another's by now
+                os.kill(self._trainer, number)
 
     def _reap(self, now: float) -> None:
         if self._status is not None:
             return
         process, status = os.waitpid(self._child, os.WNOHANG)
         final = bool(process)  # nobody is left to make another
-        if not process and self._several and (ended := self._record.words[ENDED]):
+        if not process and self._several and (ended := self._record.words[flight.ENDED]):
             process, status = self._trainer, ended - 1
         if not process:
             return
@@ -138,12 +131,12 @@ class Supervisor:
             why += ": out of memory (the kernel counts such a kill)"
         self._record.ends(code if code not in _NORMAL else 1, why, final=final)
         if final:  # else who makes the trainers has said so, and may have begun the next
-            self._record.words[ENDED] = status + 1
+            self._record.words[flight.ENDED] = status + 1
 
     def _introduce(self) -> None:
         about = self._record.told("about") if self._node is None else None
-        if about and about.get("port") == -1 and not self._record.words[PORT]:
-            self._record.words[PORT] = self._links.listen(about["address"])
+        if about and about.get("port") == -1 and not self._record.words[flight.PORT]:
+            self._record.words[flight.PORT] = self._links.listen(about["address"])
         if not about or about.get("port", -1) == -1:
             return
         node = self._node = Node(about, self._record)
@@ -160,14 +153,14 @@ class Supervisor:
         if self._verdict is None:
             self._verdict = self._record.told("verdict")
         if self._goodput is not None:
-            self._goodput.count(self._record.words[STEP], PHASES[self._record.words[PHASE]])
+            self._goodput.count(self._record.words[flight.STEP], flight.PHASES[self._record.words[flight.PHASE]])
         if not node.leader:
             return
         if self._verdict is None:
             self._look_for_deaths(node, now)
         if self._verdict is None:
             self._look_for_waits(node, now)
-        elif self._verdict["again"]:
+        elif self._verdict["again"] and not self._speak:  # what is begun again is said before
             self._replace(node, now)
         if now >= self._next_beat:
             self._next_beat = now + BEAT_PERIOD
@@ -200,11 +193,11 @@ class Supervisor:
             cause = record.told("cause") if node.ended(rank) else node.lost(rank)
             if cause is None or cause["status"] in _NORMAL:
                 continue
-            status = cause["status"] if cause["status"] > 0 else FAILED if record.words[STEP] else 1
+            status = cause["status"] if cause["status"] > 0 else FAILED if record.words[flight.STEP] else 1
             if cause["echo"] and not (self._left and now - self._left > ECHO):
                 continue  # there was another before, of which more is known
             text = f"rank {rank} ({node.hosts[rank]}) failed first: {cause['text']}"
-            said, commits = cause["status"] > 0, not record.words[SAVING]  # without its part no save ends
+            said, commits = cause["status"] > 0, not record.words[flight.SAVING]  # without its part no save ends
             died = [rank, text, status, said, cause["final"], False, commits]
             self._links.send({"died": died})
             if not node.rank or not self._links.sockets():
@@ -288,7 +281,8 @@ class Supervisor:
             text = f"its own work takes {excess:.2f} times as long as that of the ranks with the same work"
             self._say(f"warning: rank {rank} ({node.hosts[rank]}) is slow: {text}")
         if slowest := self._stragglers.slowest:
-            self._record.words[SLOWEST], self._record.words[EXCESS] = slowest[0] + 1, int(1e6 * slowest[1])
+            words, (rank, excess) = self._record.words, slowest
+            words[flight.SLOWEST], words[flight.EXCESS] = rank + 1, int(1e6 * excess)
 
     def _warn_of_silence(self, node: Node, now: float) -> None:
         silent = {f"of rank {rank}" for rank in node.records if rank != node.rank and node.silent(rank)}
@@ -318,11 +312,11 @@ class Supervisor:
             self._leave(about)
 
     def _end_trainer(self, about: Message, now: float) -> None:
-        finish, saving = about.get("finish_seconds", 0.0), self._record.words[SAVING] != 0
+        finish, saving = about.get("finish_seconds", 0.0), self._record.words[flight.SAVING] != 0
         gone = about.get("launcher") in _LAUNCHERS and os.getppid() != self._launcher
         if gone and self._trainer and not self._orphaned:
             self._orphaned, self._deadline = True, now + finish + LEAVE
-            os.kill(self._trainer, signal.SIGTERM)
+            self._kill(signal.SIGTERM)
             self._say(f"warning: {about['launcher']} is gone; rank {about['rank']} saves and stops")
         if self._verdict is not None and not self._ending:
             self._ending = True
@@ -332,8 +326,7 @@ class Supervisor:
             if wait and self._node:
                 self._say(f"the save under way may take up to {finish:g} s more")
         if self._deadline and (now >= self._deadline or (self._verdict and self._verdict["hang"] and not saving)):
-            if self._trainer:  # who makes the next one is left alone
-                os.kill(self._trainer, signal.SIGKILL)
+            self._kill(signal.SIGKILL)  # who makes the next one is left alone
             self._deadline += LEAVE
             if now >= self._deadline:  # it is in a call of the kernel that does not return
                 self._leave(about)
