@@ -16,11 +16,11 @@ PACKAGE, TOOLS = ROOT / "megallama", ROOT / "tools"
 # from below to above; folders of one level do not import one another
 ENGINE = ("config", "plan", "comm kernels", "layers", "checkpoint data optim pipeline model", "train")
 # beside the engine: these import it and are never imported by it; each with the lines that it may have
-BESIDE = {"text": 1700, "convert": 1050, "forecast": 700, "analysis": 800, "inference": 250, "recovery": 1342}
+BESIDE = {"text": 1700, "convert": 1050, "forecast": 700, "analysis": 800, "inference": 250, "recovery": 1560}
 LAYERS = (*ENGINE, " ".join(BESIDE), "commands")
 CEILINGS = BESIDE | {"commands": 2700}
 MAX_FROM_MEGATRON = 700  # with its table
-MAX_ENGINE, MAX_TOOLS = 13_700, 900
+MAX_ENGINE, MAX_TOOLS = 14_200, 900
 WITHOUT_TORCH = ("config", "plan", "forecast")
 ONLY_IN = {  # name -> the modules that may use it, by prefix
     "torch.distributed": ("comm.",),
