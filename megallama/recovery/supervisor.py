@@ -29,7 +29,8 @@ PERIOD, BEAT_PERIOD = 0.2, 1.0  # seconds between looks, messages to the root
 LEAVE = 5.0  # seconds in which a trainer leaves by itself once the run is over
 ROOT, REPORTS, ECHO = 4.0, 2.0, 1.0  # seconds to wait for: the root's verdict; all hosts' reports; a first cause
 REPLACED = 20.0  # seconds for all hosts' trainers to end before the next ones begin
-_LAUNCHERS = ("torchrun", "openmpi", "mpich")  # whose death leaves their processes alone
+_KILLERS = ("openmpi", "mpich")  # launchers that leave no time to the others when a process has ended badly
+_LAUNCHERS = ("torchrun", *_KILLERS)  # whose death leaves their processes alone
 _NORMAL = (0, 2, SAVED)  # statuses of trainers that nobody need be told of
 
 
@@ -253,6 +254,11 @@ class Supervisor:
             said, number = False, f"replacement {self._generation + 1} of {node.about['max_replacements']}"
             text = f"{text}\nall ranks start again ({number})"
         verdict = {"rank": rank, "text": text, "status": status, "hang": hang, "commits": commits, "again": again}
+        if not again:  # before anybody hears it and leaves: mpirun kills the others once one has left
+            self._write_exit(node, -signal.SIGTERM, verdict, {})
+            if not (said or hang) and node.about["launcher"] in _KILLERS:
+                self._say(f"error: {text}")
+                said = True
         self._adopt(node, verdict)
         self._links.send({"verdict": verdict} if node.rank == 0 else {})
         if not said:  # while a trainer that can hear it leaves, it says it
@@ -361,10 +367,12 @@ class Supervisor:
 
     def _write_exit(self, node: Node, status: int, verdict: Message | None, cause: Message) -> None:
         self._write_status(node)
-        if node.rank == 0 and status != 2:
+        path = node.folder / "exit.json"
+        instead = verdict is not None and node.leader and not self._links.sockets() and not path.exists()
+        if status != 2 and (node.rank == 0 or instead):
             rank = verdict["rank"] if verdict else 0
             write_json(
-                node.folder / "exit.json",
+                path,
                 {
                     "status": verdict["status"] if verdict and status < 0 else status,
                     "rank": rank,

@@ -18,6 +18,11 @@ from tests.faults.test_bad_input import GOOD
 
 QUIET = [*GOOD, "precision.dtype=fp32", "log.tensorboard=false", "run.threads=1"]
 
+WORDS = {  # of a launcher: rank, ranks, rank on this node, ranks on this node
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "openmpi": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+}
+
 
 class Ranks:
     """`size` processes that run `main`; rank `victim` calls the function `fault` of this file first.
@@ -25,12 +30,13 @@ class Ranks:
     terminal: what they write to, instead of a file each; `controlling`: it is the one whose end is a SIGHUP.
     hosts: where each of them runs, by the names of `tests.faults.hosts`; `env`: more of the environment.
     supervised: each has a supervisor, as under a launcher; `processes` are the supervisors then.
+    launcher: whose words the environment has, torchrun's or openmpi's; it is played by the test.
     """
 
     def __init__(
         self, size: int, arguments: Sequence[str], folder: Path, fault: str = "", victim: int = 0, *,
         terminal: str = "", controlling: bool = False, hosts: Sequence[str] = (), env: dict[str, Any] | None = None,
-        supervised: bool = False,
+        supervised: bool = False, launcher: str = "torchrun",
     ) -> None:  # fmt: skip
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "megallama.train.loop", "tests.faults.ranks"])
@@ -40,7 +46,7 @@ class Ranks:
         self.processes = []
         options = [*QUIET, f"run.folder={folder / 'run'}", *arguments]
         for rank, output in enumerate(self.outputs):
-            own = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+            own = dict(zip(WORDS[launcher], (rank, size, rank, size), strict=True))
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port, **(env or {})}
             planted, host = fault if rank == victim else "", hosts[rank] if hosts else ""
             what = (options, own if size > 1 else {}, terminal or str(output), controlling, planted, host, supervised)

@@ -411,8 +411,7 @@ ROWS = (
         48,
         "a rank of mpirun dies",
         "all are gone within seconds, and the rank is named",
-        (),
-        "mpirun itself ends the other ranks and names the one that died",
+        ("faults/test_mpirun.py",),
     ),
     # ---- numbers ----
     Row(
