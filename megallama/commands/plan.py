@@ -26,7 +26,7 @@ from megallama.config.load import load
 from megallama.config.schema import Config
 from megallama.forecast.forecast import CO2_KG_PER_KWH, GIB, PUE, Forecast, forecast, search
 from megallama.forecast.hardware import load_hardware
-from megallama.plan.plan import make_plan
+from megallama.plan.plan import copies, make_plan
 
 UNAVOIDABLE = ("matrices", "attention", "head and loss")
 
@@ -167,8 +167,8 @@ def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
     yield "run", f"{few(f.days, 1)} days, {few(f.gpu_hours)} GPU-hours for {counted(f.tokens, 'token', ',')}"
     yield "energy", (f"{few(f.mwh)} MWh, {few(f.tonnes_co2)} t CO2 ({f.hardware.gpu.watts:.0f} W per GPU, "
                      f"PUE {PUE}, {CO2_KG_PER_KWH} kg/kWh)")  # fmt: skip
-    for flag in p.flags:
-        yield "extrapolated", f"outside what the constants were fitted on: {flag}"
+    yield from copies(f.plan, f.hardware.gpu.gpus_per_node, p.step_seconds)
+    yield from (("extrapolated", f"outside what the constants were fitted on: {flag}") for flag in p.flags)
 
 
 def data(file: Path | None, overrides: Sequence[str], *, as_json: bool) -> int:

@@ -29,7 +29,7 @@ DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank, by category."""
+    """Bytes of one rank, by category; `state`, what a copy of it in memory takes, is not counted with them."""
 
     weights: int
     main_grads: int
@@ -37,6 +37,7 @@ class RankMemory:
     tables: int  # rotary angles
     activations: int  # what the schedule keeps for backwards at its peak
     logits: int  # one chunk of the loss, on the last stage
+    state: int  # this rank's share of the master weights and of both moments
 
     @property
     def persistent(self) -> int:
@@ -117,6 +118,7 @@ def rank_memory(config: Config, stages: Stages, schedule: Schedule, dp_cp: int, 
         tables=len(owned) * config.batch.seq_length * heads(config.model)[2] * main,
         activations=peak_saved_bytes(config, stages, schedule, pp_rank),
         logits=chunk * padded_vocab * (dtype + main) if len(stages) - 1 in owned else 0,
+        state=numel // dp_cp * 3 * main,
     )
 
 

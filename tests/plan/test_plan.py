@@ -79,6 +79,23 @@ def test_tool_prints_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert out.split("\n")[0] == output
 
 
+def test_tool_tells_what_copies_in_memory_take(capsys: pytest.CaptureFixture[str]) -> None:
+    """6,738,415,616 parameters on 8 ranks, 12 bytes each, twice; at 10 GB/s, between steps of 2.256 s."""
+    words = ["model.preset=llama-7b", "parallel.tp=8", "ranks=16", "hardware=a100-80g"]
+    assert command("plan")([*words, "checkpoint.memory_interval=2"]) == 0
+    out = capsys.readouterr().out
+    lines = (
+        "copies     in memory every 2 steps, two of them: 9.42 GiB per rank, 75.3 GiB on a node of 8 ranks\n"
+        "           each takes 0.51 s at 10 GB/s (assumed), "
+    )
+    assert lines in out
+    step = float(out.split("\nstep ")[1].split(" s,")[0])
+    seconds = 12 * 6_738_415_616 / 16 / 10e9
+    assert out.split(lines)[1].startswith(f"{seconds / (seconds + 2 * step):.1%} of the time\n")
+    assert command("plan")(words) == 0
+    assert "copies" not in capsys.readouterr().out
+
+
 def test_tool_whose_reader_has_gone_says_nothing() -> None:
     """As in ``python tools/plan.py ... --json | head``."""
     root = Path(__file__).parents[2]
