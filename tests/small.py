@@ -100,8 +100,8 @@ def micro_batches(
         ends = torch.cat([begins[:, 1:], torch.zeros_like(begins[:, :1])], 1)
         masks = ~ends if masks is None else masks & ~ends
     out = []
-    for m in range(len(data) // (size * dp.size)):
-        rows = slice((m * dp.size + dp.rank) * size, (m * dp.size + dp.rank + 1) * size)
+    for first in range(dp.rank * size, len(data), dp.size * size):
+        rows = slice(first, first + size)
         mask = None if masks is None else masks[rows].contiguous()
         parts = None if starts is None else Documents.of(starts[rows].contiguous())
         out.append(MicroBatch(data[rows, :-1].contiguous(), data[rows, 1:].contiguous(), mask, parts).to(rank.device))
@@ -118,7 +118,8 @@ def train(
         batches = micro_batches(rank, batch, *extra)
         schedule = rank.plan.schedule_for(len(batches))
         masked = masks is not None or starts is not None
-        results.append(train_step(rank, schedule, batches, lr=rank.plan.config.optimizer.lr, masked=masked))
+        config, deal = rank.plan.config, rank.plan.config.batch.deal(len(batch), rank.groups.dp.size)
+        results.append(train_step(rank, schedule, batches, config.optimizer.lr, masked=masked, deal=deal))
     return results
 
 

@@ -72,7 +72,7 @@ def kinds(plan: Plan) -> Callable[[int], Hashable]:
 
     def kind(rank: int) -> Hashable:
         at = plan.topology.coords(rank)
-        return at["pp"], tuple(of_stage(s, at["tp"], at["dp"]) for s in plan.schedule.stages_of(at["pp"]))
+        return plan.work_of(rank), tuple(of_stage(s, at["tp"], at["dp"]) for s in plan.schedule.stages_of(at["pp"]))
 
     return kind
 
@@ -110,19 +110,20 @@ class _Tape:
         ranks = next(ranks for ranks in partition if self._me in ranks)
         if len(ranks) == 1:
             return Solo(name, self._me)
-        return Recording(FakeGroup(name, ranks, self._me), self.calls, self.waits, self.label)
+        label = partial(self.label, numbered=name != "dp")  # the last micro-batch of another replica may be another
+        return Recording(FakeGroup(name, ranks, self._me), self.calls, self.waits, label)
 
     def _read(self, tensor: Tensor) -> list[float]:
         """A loss, or the sum of votes: loss, squared norm, ranks with values that are not finite, and others."""
         good = float(isfinite(self._value))
         return [good, good, 1 - good, *[0.0] * tensor.numel()][: tensor.numel()]
 
-    def label(self) -> str:
+    def label(self, numbered: bool = True) -> str:
         """What a call is for, the same on all of its group: action and phase; of a message, the value's maker."""
         if (action := self.rank.runtime.observer.action) is None:
             return self.phase
         if action.kind.is_compute:
-            return f"{action} of {self.phase}"
+            return f"{action if numbered else f'{action.kind}{action.stage}'} of {self.phase}"
         way, _, made_by = action.kind.partition("_")  # send_F2.0 and recv_F3.0 are one message
         maker = action.stage - (way == "recv") * (1 if made_by == "F" else -1)
         return f"the result of {made_by}{maker}.{action.microbatch} of {self.phase}"
@@ -133,15 +134,16 @@ class _Tape:
         return action
 
     def _batches(self, size: int) -> list[MicroBatch]:
-        b, masked = self.plan.config.batch, self.plan.config.data.document_mask
+        b, masked, dp = self.plan.config.batch, self.plan.config.data.document_mask, self.rank.groups.dp
         tokens = torch.zeros(b.micro_batch_size, b.seq_length, dtype=torch.int64)
         mask, documents = (torch.ones_like(tokens).bool(), Documents.of(tokens)) if masked else (None, None)
-        return [MicroBatch(tokens, tokens, mask, documents).to(META)] * b.num_microbatches(size, self.plan.topology.dp)
+        return [MicroBatch(tokens, tokens, mask, documents).to(META)] * b.deal(size, dp.size)[dp.rank]
 
     def train(self, size: int, loss: float = 1.0) -> None:
         batches, masked = self._batches(size), self.plan.config.data.document_mask
         self.schedule, self._value = self.plan.schedule_for(len(batches)), loss
-        result = train_step(self.rank, self.schedule, batches, lr=1e-3, masked=masked)
+        deal = self.plan.config.batch.deal(size, self.rank.groups.dp.size)
+        result = train_step(self.rank, self.schedule, batches, lr=1e-3, masked=masked, deal=deal)
         assert result.applied is isfinite(loss), result
 
     def evaluate(self) -> None:

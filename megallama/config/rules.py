@@ -13,7 +13,7 @@ from operator import attrgetter
 
 from megallama.config.describe import literal
 from megallama.config.errors import counted
-from megallama.config.schema import Config, ModelConfig
+from megallama.config.schema import BatchConfig, Config, ModelConfig, ParallelConfig
 
 Rule = Callable[[Config, int | None], Iterator[str]]
 AXES = ("tp", "cp", "dp", "pp")
@@ -137,7 +137,7 @@ def _pipeline(config: Config, ranks: int | None) -> Iterator[str]:
 
 
 def _batch(config: Config, ranks: int | None) -> Iterator[str]:
-    b, p = config.batch, config.parallel
+    b, p, uneven = config.batch, config.parallel, config.batch.uneven and ranks is not None
     unit, words = b.micro_batch_size, f"batch.micro_batch_size={b.micro_batch_size}"
     if ranks is not None:
         dp, rest = divmod(ranks, size := p.tp * p.pp)
@@ -148,19 +148,54 @@ def _batch(config: Config, ranks: int | None) -> Iterator[str]:
                 + f"; torchrun --nproc-per-node {size} -m megallama.pretrain ... starts {size}" * (ranks == 1)
             )
             return  # dp is not known
-        unit, words = unit * dp, f"{words} x dp={dp} (ranks / (tp x pp)) = {unit * dp}"
-    if p.schedule == "1f1b" and p.chunks > 1:
+        if not uneven:
+            unit, words = unit * dp, f"{words} x dp={dp} (ranks / (tp x pp)) = {unit * dp}"
+    if p.schedule == "1f1b" and p.chunks > 1 and not uneven:
         unit, words = unit * p.pp, f"{words} times parallel.pp={p.pp} (needed to interleave parallel.chunks={p.chunks})"
     for key in ("global_batch_size", "ramp_start", "ramp_increment"):
         if (value := getattr(b, key) or 0) % unit:
-            yield f"batch.{key}={value} is not a multiple of {words}; use {_multiples(value, unit)}"
+            way_out = "" if b.uneven or _problems_if_uneven(config, ranks) else ", or batch.uneven=true"
+            yield f"batch.{key}={value} is not a multiple of {words}; use {_multiples(value, unit)}{way_out}"
+    if uneven and all(size % unit == 0 for size in b.sizes):
+        yield from _uneven(b, p, dp)
     least = unit * 2 * p.pp
-    if p.schedule == "dualpipe-v" and (size := b.sizes[0]) < least and ranks is not None:
+    if p.schedule == "dualpipe-v" and (size := b.sizes[0]) < least and ranks is not None and not uneven:
         key = "global_batch_size" if b.ramp_start is None else "ramp_start"
         yield (
             f"batch.{key}={size} is below {words} times 2 x parallel.pp={p.pp} = {least}, the least for "
             f'parallel.schedule="dualpipe-v"; use {least}, or parallel.schedule="zb-v"'
         )
+
+
+def _uneven(b: BatchConfig, p: ParallelConfig, dp: int) -> Iterator[str]:
+    """The first size of which some of dp replicas get no micro-batch, or a number that their schedule cannot run."""
+    micro, turns = b.micro_batch_size, p.pp if p.schedule == "1f1b" and p.chunks > 1 else 1
+    needed, name = (2 * p.pp, f' for parallel.schedule="{p.schedule}"') if p.schedule == "dualpipe-v" else (1, "")
+    for size in b.sizes:
+        least, rest = divmod(size // micro, dp)
+        if least < needed:
+            problem = f"each needs at least {needed}{name}; use {needed * micro * dp} or more, or fewer ranks"
+        elif turns > 1 and (rest or least % turns):
+            use = f"{_multiples(size, micro * dp * turns)}, or parallel.chunks=1"
+            problem = f"each needs a multiple of parallel.pp={p.pp} to interleave parallel.chunks={p.chunks}; use {use}"
+        elif p.schedule == "csv" and rest:
+            use = f"{_multiples(size, micro * dp)}, or another schedule"
+            problem = f"parallel.schedule_file has one number for all; use {use}"
+        else:
+            continue
+        known = {b.ramp_start: "batch.ramp_start=", b.global_batch_size: "batch.global_batch_size="}
+        what = known.get(size, f"batch.ramp_increment={b.ramp_increment} makes a batch of ")
+        counts = f"{least + 1} or " * (rest > 0) + counted(least, "micro-batch")
+        yield (
+            f"{what}{size}, which deals {counts} of batch.micro_batch_size={micro} to each of dp={dp} replicas, "
+            f"but {problem}"
+        )
+        return
+
+
+def _problems_if_uneven(config: Config, ranks: int | None) -> list[str]:
+    batch = config.batch.model_copy(update={"uneven": True})
+    return list(_batch(config.model_copy(update={"batch": batch}), ranks))
 
 
 def _ramp(config: Config, ranks: int | None) -> Iterator[str]:

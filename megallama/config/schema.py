@@ -92,6 +92,7 @@ class BatchConfig(Section):
     ramp_start: PositiveInt | None = option(None, "first global batch size of the ramp-up [sequences]")
     ramp_increment: PositiveInt | None = option(None, "growth of the global batch each time [sequences]")
     ramp_samples: PositiveInt | None = option(None, "samples after which the ramp has ended [sequences]")
+    uneven: bool = option(False, "replicas may differ by one micro-batch; every size is a multiple of micro_batch_size")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -115,11 +116,15 @@ class BatchConfig(Section):
             consumed, done = consumed + size, done + 1
         return consumed
 
-    def num_microbatches(self, size: int, dp: int) -> int:
-        """Micro-batches of each of dp model replicas in a step of `size` samples."""
-        count, rest = divmod(size, self.micro_batch_size * dp)
-        assert not rest and count, (size, self, dp)
-        return count
+    def deal(self, size: int, dp: int) -> tuple[int, ...]:
+        """Micro-batches of each of dp model replicas in a step of `size` samples; the first replica has most."""
+        total, rest = divmod(size, self.micro_batch_size)
+        assert not rest and total >= dp and (self.uneven or total % dp == 0), (size, self, dp)
+        return tuple(len(range(rank, total, dp)) for rank in range(dp))
+
+    def num_microbatches(self, size: int, dp: int, dp_rank: int = 0) -> int:
+        """Micro-batches of one of dp model replicas in a step of `size` samples."""
+        return self.deal(size, dp)[dp_rank]
 
     def sample_ids(self, first: int, size: int, dp: int, dp_rank: int) -> list[range]:
         """The samples of each micro-batch of one rank, in a step of `size` samples from `first` on.
@@ -128,7 +133,7 @@ class BatchConfig(Section):
         """
         n = self.micro_batch_size
         starts = range(first + dp_rank * n, first + size, dp * n)
-        assert len(starts) == self.num_microbatches(size, dp) and 0 <= dp_rank < dp, (dp_rank, dp)
+        assert len(starts) == self.num_microbatches(size, dp, dp_rank) and dp_rank >= 0, (dp_rank, dp)
         return [range(start, start + n) for start in starts]
 
     def remaining(self, samples: int) -> BatchConfig:

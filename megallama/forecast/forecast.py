@@ -60,6 +60,9 @@ def seconds_by_cause(job: Job, hardware: Hardware, clock: Clock = closed_form) -
     causes = {item.name: each * (item.forward + item.input_grad + item.weight_grad) for item in items}
     causes["head and loss"] = m / p * sum(price.head()[1:4])
     causes["recompute"] = sum(each * item.again for item in items)
+    if idle := job.missing / (job.dp * m):  # the average replica waits for those with most micro-batches
+        parts, causes = causes, {name: (1 - idle) * seconds for name, seconds in causes.items()}
+        causes["uneven batch"] = idle * sum(parts.values())
     hop, bare = price.hop(), price.stages(blocking=False)
     ranks = [sum(sum(bare[s]) for s in job.owned[r]) for r in range(p)]
     quiet = clock(job, bare, 0.0)

@@ -60,6 +60,7 @@ class Job:
     hide_tp: bool = True  # as far as the stack can
     hide_dp: bool = True
     owners: tuple[int, ...] = ()  # rank of each stage, where a schedule says it
+    missing: int = 0  # micro-batches of a step that dp x num_microbatches has too many
 
     @property
     def tokens(self) -> int:  # tokens of one micro-batch on one rank
@@ -67,7 +68,7 @@ class Job:
 
     @property
     def step_tokens(self) -> int:  # tokens of one optimizer step
-        return self.dp * self.num_microbatches * self.micro_batch * self.seq
+        return (self.dp * self.num_microbatches - self.missing) * self.micro_batch * self.seq
 
     @property
     def layer_matrix(self) -> int:  # matrix parameters of a layer
@@ -109,14 +110,13 @@ def job_of(config: Config, topology: Topology, kernel: str, stages: Stages | Non
     """The job that a configuration of ours describes."""
     m, b, p, o = config.model, config.batch, config.parallel, config.overlap
     n, k, d = heads(m)
-    split = tuple(map(len, stages or partition(config)))
+    split, deal = tuple(map(len, stages or partition(config))), b.deal(b.global_batch_size, topology.dp)
     return Job(
         m.num_layers, m.hidden_size, m.ffn_hidden_size, True, n, n * d, k * d, m.vocab_size, b.seq_length,
-        topology.world_size, p.tp, p.pp, topology.dp, b.micro_batch_size,
-        b.global_batch_size // (topology.dp * b.micro_batch_size), split, chunks=len(split) // p.pp,
+        topology.world_size, p.tp, p.pp, topology.dp, b.micro_batch_size, deal[0], split, chunks=len(split) // p.pp,
         schedule=p.schedule, recompute=config.memory.recompute, sequence_parallel=p.sequence_parallel and p.tp > 1,
         tied=m.tie_embeddings, fp8=config.precision.fp8 != "none", kernel=kernel, hide_tp=o.tensor_parallel,
-        hide_dp=o.grad_reduce and o.param_gather,
+        hide_dp=o.grad_reduce and o.param_gather, missing=len(deal) * deal[0] - sum(deal),
     )  # fmt: skip
 
 

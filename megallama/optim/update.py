@@ -2,9 +2,10 @@
 
 A bucket's gradients are reduce-scattered under the backward, once all its parameters have reported
 that theirs are done.  Which contributions are the last, the schedule says, so the order of the
-collectives is the same on every rank.  The updated masters are cast into the rank's range of the
-weights, and the bucket is all-gathered: the next forward waits for it where it first reads one of
-its weights.  Where weights are fp32 (or fp64) already, the masters are the weights themselves.
+collectives is the same on every rank; where replicas have schedules with other orders, all is
+reduced after the backward.  The updated masters are cast into the rank's range of the weights, and
+the bucket is all-gathered: the next forward waits for it where it first reads one of its weights.
+Where weights are fp32 (or fp64) already, the masters are the weights themselves.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class GradSync:
     def __init__(self, buffers: FlatBuffers, groups: Groups, overlap: bool) -> None:
         self.buffers = buffers
         self._groups = groups
-        self._overlap = overlap
+        self._overlap, self._early = overlap, False
         self._bucket_of = {p.spec.name: b for b in buffers.layout.buckets for p in b.params}
         self._pending: dict[int, int] = {}
         self._handles: dict[int, Handle] = {}
@@ -42,8 +43,9 @@ class GradSync:
             edges = [start, *(at for s in self.segments(bucket) for at in (s.offset, s.offset + s.count)), stop]
             self._padding += [buffers.grads[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
-    def start_step(self) -> None:
-        """Nothing of this step has been reduced yet."""
+    def start_step(self, early: bool) -> None:
+        """Nothing of this step has been reduced yet; only if `early` may it be before `finish`."""
+        self._early = early and self._overlap
         for param in self.buffers.params.values():
             param.overwrite = True
         self.norms.clear()
@@ -82,7 +84,7 @@ class GradSync:
         bucket = self._bucket_of[param.spec.name]
         self._pending[bucket.index] -= 1
         assert self._pending[bucket.index] >= 0, f"{param.spec.name} contributed after its bucket was complete"
-        if self._pending[bucket.index] == 0 and self._overlap:
+        if self._pending[bucket.index] == 0 and self._early:
             self._reduce(bucket)
 
     def _reduce(self, bucket: Bucket) -> None:
@@ -149,9 +151,10 @@ class Update:
         """The masters of this rank's shard of every bucket."""
         return ((sync, bucket, tensors["master"]) for sync, bucket, tensors in self._held)
 
-    def start_step(self) -> None:
+    def start_step(self, early: bool = True) -> None:
+        """early: all ranks that share the gradients complete them in one order, so their reduction may overlap."""
         for sync in self.syncs:
-            sync.start_step()
+            sync.start_step(early)
 
     def reduce(self) -> Tensor:
         """Complete the gradients; the sum of squares of what this rank counts of them, float64.

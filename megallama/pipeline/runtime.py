@@ -168,3 +168,13 @@ def _last_gradients(actions: Sequence[Action]) -> frozenset[int]:
     weights = {a.stage: i for i, a in enumerate(actions) if a.kind in (Kind.B, Kind.W)}
     others = {a.stage: i for i, a in enumerate(actions) if a.kind in (Kind.B, Kind.I)}
     return frozenset({*weights.values(), *(i for i in others.values() if actions[i].kind is Kind.I)})
+
+
+def end_alike(schedules: Sequence[Schedule], rank: int) -> bool:
+    """Whether all these schedules complete the gradients of a pipeline rank's stages in one order.
+
+    Ranks that reduce their gradients together must reduce them in one order.
+    """
+    rows = [schedule.steps[rank] for schedule in schedules]
+    orders = [[row[i][:2] for i in sorted(_last_gradients(row))] for row in rows] if len(rows) > 1 else []
+    return all(order == orders[0] for order in orders)

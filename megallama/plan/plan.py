@@ -26,7 +26,7 @@ class Plan:
     config: Config
     topology: Topology
     stages: Stages  # layer numbers of each stage, in model order
-    schedule: Schedule  # of a step with the full global batch, lowered and checked
+    schedule: Schedule  # of the first replica in a step with the full global batch, lowered and checked
     _schedules: dict[tuple[bool, int], Schedule] = field(default_factory=dict, repr=False, compare=False)
 
     def schedule_for(self, num_microbatches: int, *, training: bool = True) -> Schedule:
@@ -41,6 +41,12 @@ class Plan:
     def memory(self, pp_rank: int) -> RankMemory:
         """Bytes of the ranks at one pipeline position."""
         return rank_memory(self.config, self.stages, self.schedule, self.topology.dp_cp, pp_rank)
+
+    def work_of(self, rank: int) -> tuple[int, ...]:
+        """Pipeline position, and micro-batches in a step of each size: ranks with the same have the same work."""
+        at, b, dp = self.topology.coords(rank), self.config.batch, self.topology.dp
+        sizes = b.sizes if b.uneven else ()  # those that are past may be too small to be dealt
+        return at["pp"], *(len(range(at["dp"], size // b.micro_batch_size, dp)) for size in sizes)
 
     def __str__(self) -> str:
         schedule, facts = self.schedule, "\n".join(f"{name:<10} {text}" for name, text in _facts(self))
@@ -57,10 +63,12 @@ def make_plan(config: Config, ranks: int) -> Plan:
     """
     p = config.parallel
     topology = Topology.fill(ranks, tp=p.tp, pp=p.pp, order=p.rank_order)
-    count = config.batch.num_microbatches(config.batch.global_batch_size, topology.dp)
-    schedule = build_schedule(p, count)
+    deal = config.batch.deal(config.batch.global_batch_size, topology.dp)
+    schedule = build_schedule(p, deal[0])
     topology = replace(topology, ends=(schedule.owners[0], schedule.owners[-1]))
-    return Plan(config, topology, partition(config), schedule)
+    plan = Plan(config, topology, partition(config), schedule)
+    plan.schedule_for(deal[-1])  # now is the time to find that it cannot be run
+    return plan
 
 
 def copies(plan: Plan, per_node: int, step_seconds: float) -> Iterator[tuple[str, str]]:
@@ -98,7 +106,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "layout", f"{topology}{sharded}; rank order {p.rank_order}"
     fp8 = "" if config.precision.fp8 == "none" else f", fp8 {config.precision.fp8} in the layers' linear maps"
     yield "precision", f"{config.precision.dtype}{fp8}, recompute {config.memory.recompute}"
-    size, count = b.global_batch_size, counted(schedule.num_microbatches, "micro-batch")
+    size, deal = b.global_batch_size, b.deal(b.global_batch_size, topology.dp)
+    count = f"{deal[0]} or " * (deal[-1] < deal[0]) + counted(deal[-1], "micro-batch")
     yield (
         "batch",
         (
@@ -106,6 +115,9 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
             f"{counted(topology.dp, 'replica')} x {count} x {b.micro_batch_size}"
         ),
     )
+    if deal[-1] < deal[0]:
+        idle, fewer = 1 - sum(deal) / (len(deal) * deal[0]), deal.count(deal[-1])
+        yield "", f"replicas idle {idle:.1%} of the time, as {fewer} of {len(deal)} have one micro-batch less"
     if len(b.sizes) > 1:
         ramp = counted(b.ramp_samples or 0, "sequence", ",")
         yield "", f"grows from {b.ramp_start} by {b.ramp_increment} over the first {ramp}"

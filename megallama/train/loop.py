@@ -178,9 +178,10 @@ class TrainingLoop:
     def _one_step(self, loader: Loader) -> StepConsensus:
         config, progress, plan = self._config, self.progress, self.setup.plan
         size, record = config.batch.size_after(progress.samples), self._world.record
+        deal = config.batch.deal(size, plan.topology.dp)
         record.at(step=progress.step + 1)
         with self._timers.phase("data"):
-            batches, failure = loader.next_or_zeros(config.batch.num_microbatches(size, plan.topology.dp), config)
+            batches, failure = loader.next_or_zeros(deal[self.setup.worker.groups.dp.rank], config)
         lr = progress.lr = learning_rate(progress.step, config.optimizer, config.lr_schedule)
         schedule, masked = plan.schedule_for(len(batches)), config.data.document_mask
         failed = failure is not None or self._manager.not_finite
@@ -192,7 +193,9 @@ class TrainingLoop:
 
         record.work_begins()
         with self.setup.tracer.step(worker.runtime, progress.step + 1, schedule):
-            result = train_step(worker, schedule, batches, lr, scale, self._timers, masked, status, watch.refuses)
+            result = train_step(
+                worker, schedule, batches, lr, scale, self._timers, masked, status, watch.refuses, deal
+            )
         record.work_done()
         if result.failed:
             self._end_together(failure)

@@ -22,6 +22,7 @@ from megallama.config.errors import MegallamaError
 from megallama.data.loader import Loader
 from megallama.data.samples import Source
 from megallama.layers.batch import MicroBatch
+from megallama.pipeline.runtime import end_alike
 from megallama.plan.schedule import Schedule
 from megallama.train.assemble import Worker
 from megallama.train.metrics import Record
@@ -74,12 +75,12 @@ class StepConsensus:
         return "train.stop_after_minutes is over" if self.sums["late_ranks"] else None
 
 
-def count_tokens(worker: Worker, batches: Sequence[MicroBatch], *, masked: bool) -> int:
-    """Tokens of the global batch whose loss counts; `masked`: any rank may leave some out."""
+def count_tokens(worker: Worker, batches: Sequence[MicroBatch], *, masked: bool, of: int = 0) -> int:
+    """Tokens of a global batch of `of` micro-batches whose loss counts; `masked`: any rank may leave some out."""
     assert masked or all(b.mask is None for b in batches), "masked tokens that the other ranks do not know of"
     counted = sum(b.num_counted for b in batches)
     if not masked:
-        return counted * worker.groups.dp.size
+        return counted // len(batches) * of
     total = torch.tensor([counted], dtype=torch.int64, device=worker.device)
     worker.groups.dp.all_reduce(total).wait()
     return max(int(total), 1)  # documents of one token predict nothing
@@ -95,14 +96,19 @@ def train_step(
     masked: bool = False,
     status: Callable[[], RankStatus] = RankStatus,
     refuses: Callable[[StepConsensus], bool] = lambda result: False,
+    deal: Sequence[int] = (),
 ) -> StepConsensus:
     """Train on this rank's micro-batches; where a rank has failed, not all is finite, or all refuse, nothing changes.
 
     status: asked for when the gradients are complete and the weights they are of still there.
+    deal: micro-batches of each replica; left out, all have as many.
     """
-    timers = timers or Timers()
-    tokens = count_tokens(worker, batches, masked=masked)
-    worker.optimizer.start_step()
+    timers, groups = timers or Timers(), worker.groups
+    deal = deal or [len(batches)] * groups.dp.size
+    assert deal[groups.dp.rank] == len(batches), (deal, groups.dp.rank, len(batches))
+    tokens = count_tokens(worker, batches, masked=masked, of=sum(deal))
+    others = [worker.plan.schedule_for(count) for count in {*deal} - {len(batches)}]
+    worker.optimizer.start_step(early=end_alike([schedule, *others], groups.pp.rank))
     with timers.phase("forward_backward"):
         loss_sum = worker.runtime.run(schedule, [replace(b, grad_scale=loss_scale / tokens) for b in batches])
     with timers.phase("grad_sync"):
@@ -165,7 +171,7 @@ def evaluate(
     size = config.batch.global_batch_size
     batches = min(most or source.num_sequences, -(-source.num_sequences // size))
     dp = worker.groups.dp
-    count = config.batch.num_microbatches(size, dp.size)
+    count = config.batch.num_microbatches(size, dp.size, dp.rank)
 
     def ids_of_step(batch: int) -> Sequence[Sequence[int]]:
         return config.batch.sample_ids(batch * size, size, dp.size, dp.rank)

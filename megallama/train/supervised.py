@@ -112,12 +112,12 @@ def introduce(world: World, plan: Plan, log: Logger) -> None:
     if not record.watched:
         return
     folder = Path(config.run.folder).resolve()
-    hosts = [*dict.fromkeys(world.hosts)]
+    hosts, work = [*dict.fromkeys(world.hosts)], [*map(plan.work_of, range(world.world_size))]
     about = {
         "rank": world.rank, "host": world.launch.host, "launcher": world.launch.launcher, "folder": str(folder),
         "hosts": hosts, "host_of": [hosts.index(host) for host in world.hosts],
         "records": [a.record for a in arrivals] or [[record.words[SUPERVISOR], record.file, record.stacks]],
-        "stage": [plan.topology.coords(rank)["pp"] for rank in range(world.world_size)],
+        "stage": [*map([*dict.fromkeys(work)].index, work)],  # or a stage with another number of micro-batches
         "finish_seconds": config.checkpoint.finish_seconds, "timeout_seconds": config.run.timeout_seconds,
         "max_replacements": config.run.max_replacements,
         "address": world.launch.master_addr, "port": 0, "token": "",

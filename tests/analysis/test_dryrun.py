@@ -120,7 +120,9 @@ def test_the_table_of_collectives() -> None:
 
 def predicted(plan: Plan, rank: int) -> Counter[Key]:
     at = plan.topology.coords(rank)
-    found = collectives(plan.config, plan.topology, plan.stages, plan.schedule, at["pp"], at["dp"])
+    batch = plan.config.batch
+    schedule = plan.schedule_for(batch.num_microbatches(batch.global_batch_size, plan.topology.dp, at["dp"]))
+    found = collectives(plan.config, plan.topology, plan.stages, schedule, at["pp"], at["dp"])
     assert all(c.count > 0 and c.nbytes == c.count * prod(c.shape) * FORMATS[c.dtype].itemsize for c in found)
     out: Counter[Key] = Counter()
     for c in found:

@@ -185,6 +185,69 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "batch.global_batch_size=24",
     ),
     (
+        "batch.global_batch_size=28", 2,
+        "batch.global_batch_size=28 is not a multiple of batch.micro_batch_size=4 x dp=2 (ranks / (tp x pp)) = 8; "
+        "use 24 or 32, or batch.uneven=true",
+        "batch.uneven=true",
+    ),
+    (
+        "batch.global_batch_size=30 batch.uneven=true", 2,
+        "batch.global_batch_size=30 is not a multiple of batch.micro_batch_size=4; use 28 or 32",
+        "batch.global_batch_size=28",
+    ),
+    (
+        "batch.global_batch_size=28 batch.uneven=true", 8,
+        "batch.global_batch_size=28, which deals 1 or 0 micro-batches of batch.micro_batch_size=4 to each of dp=8 "
+        "replicas, but each needs at least 1; use 32 or more, or fewer ranks",
+        "batch.global_batch_size=32",
+    ),
+    (
+        "batch.global_batch_size=20 batch.uneven=true parallel.pp=2 parallel.chunks=2", 4,
+        "batch.global_batch_size=20, which deals 3 or 2 micro-batches of batch.micro_batch_size=4 to each of dp=2 "
+        "replicas, but each needs a multiple of parallel.pp=2 to interleave parallel.chunks=2; use 16 or 32, or "
+        "parallel.chunks=1",
+        "parallel.chunks=1",
+    ),
+    (
+        "batch.global_batch_size=24 batch.uneven=true parallel.pp=2 parallel.chunks=2", 4,
+        "batch.global_batch_size=24, which deals 3 micro-batches of batch.micro_batch_size=4 to each of dp=2 "
+        "replicas, but each needs a multiple of parallel.pp=2 to interleave parallel.chunks=2; use 16 or 32, or "
+        "parallel.chunks=1",
+        "batch.global_batch_size=16",
+    ),
+    (
+        "batch.global_batch_size=28 batch.uneven=true parallel.pp=2 parallel.chunks=2 parallel.schedule=dualpipe-v", 4,
+        "batch.global_batch_size=28, which deals 4 or 3 micro-batches of batch.micro_batch_size=4 to each of dp=2 "
+        'replicas, but each needs at least 4 for parallel.schedule="dualpipe-v"; use 32 or more, or fewer ranks',
+        "batch.global_batch_size=36",
+    ),
+    (
+        "batch.global_batch_size=28 batch.uneven=true parallel.pp=2 parallel.schedule=csv parallel.schedule_file=a", 4,
+        "batch.global_batch_size=28, which deals 4 or 3 micro-batches of batch.micro_batch_size=4 to each of dp=2 "
+        "replicas, but parallel.schedule_file has one number for all; use 24 or 32, or another schedule",
+        "batch.global_batch_size=24",
+    ),
+    (
+        "batch.global_batch_size=28 parallel.pp=2 parallel.schedule=csv parallel.schedule_file=a", 4,  # no way out
+        "batch.global_batch_size=28 is not a multiple of batch.micro_batch_size=4 x dp=2 (ranks / (tp x pp)) = 8; "
+        "use 24 or 32",
+        "batch.global_batch_size=24",
+    ),
+    (
+        "batch.uneven=true batch.ramp_start=4 batch.ramp_increment=4 batch.ramp_samples=9", 3,
+        "batch.ramp_start=4, which deals 1 or 0 micro-batches of batch.micro_batch_size=4 to each of dp=3 replicas, "
+        "but each needs at least 1; use 12 or more, or fewer ranks",
+        "batch.ramp_start=12",
+    ),
+    (
+        "batch.uneven=true batch.ramp_start=8 batch.ramp_increment=4 batch.ramp_samples=9 batch.global_batch_size=16 "
+        "parallel.pp=2 parallel.chunks=2", 2,
+        "batch.ramp_increment=4 makes a batch of 12, which deals 3 micro-batches of batch.micro_batch_size=4 to each "
+        "of dp=1 replicas, but each needs a multiple of parallel.pp=2 to interleave parallel.chunks=2; use 8 or 16, or "
+        "parallel.chunks=1",
+        "batch.ramp_increment=8",
+    ),
+    (
         "batch.global_batch_size=3", None,
         "batch.global_batch_size=3 is not a multiple of batch.micro_batch_size=4; use 4",
         "batch.global_batch_size=4",
@@ -390,8 +453,8 @@ def test_ramp_start_of_another_size() -> None:
     unit = "batch.micro_batch_size=2 x dp=2 (ranks / (tp x pp)) = 4"
     assert str(caught.value).split("\n") == [
         "2 problems in the configuration:",
-        f"  - command line: batch.ramp_start=10 is not a multiple of {unit}; use 8 or 12",
-        f"  - command line: batch.ramp_increment=22 is not a multiple of {unit}; use 20 or 24",
+        f"  - command line: batch.ramp_start=10 is not a multiple of {unit}; use 8 or 12, or batch.uneven=true",
+        f"  - command line: batch.ramp_increment=22 is not a multiple of {unit}; use 20 or 24, or batch.uneven=true",
     ]
 
 

@@ -48,6 +48,7 @@ class Layout:
     vocab: int = 64
     documents: bool = False
     tp_chunks: int = 1
+    dealt: int = 0  # micro-batches of one sample, dealt to the replicas unevenly; 0: 8 samples, divided evenly
 
     @property
     def ranks(self) -> int:
@@ -72,11 +73,12 @@ class Layout:
             "num_kv_heads": self.kv_heads,
             "vocab_size": self.vocab,
         }
-        batch = {"seq_length": 8, "global_batch_size": 8, "micro_batch_size": 8}
+        size = self.dealt or 8
+        batch = {"seq_length": 8, "global_batch_size": size, "micro_batch_size": size, "uneven": self.dealt > 0}
         settings: dict[str, Any] = {"model": model, "batch": batch, "precision": {"dtype": dtype}}
         settings["data"] = {"document_mask": self.documents}
         if not alone:
-            batch["micro_batch_size"] = 8 // (self.accumulation * self.dp)
+            batch["micro_batch_size"] = 1 if self.dealt else 8 // (self.accumulation * self.dp)
             stages = self.pp * self.chunks
             layers = [9 // stages + (s == 0) * (9 % stages) for s in range(stages)] if self.uneven else None
             own = str(Path(__file__).parent / "own.csv") if self.schedule == "csv" else None
@@ -112,7 +114,8 @@ class Layout:
             )
             if on
         )
-        return f"tp{self.tp}{sp}{pipe} dp{self.dp} acc{self.accumulation} {self.recompute}{extra}"
+        count = f"{self.dealt} dealt" if self.dealt else f"acc{self.accumulation}"
+        return f"tp{self.tp}{sp}{pipe} dp{self.dp} {count} {self.recompute}{extra}"
 
 
 VALUES: dict[str, tuple[Any, ...]] = {
@@ -141,6 +144,12 @@ FURTHER = (
     Layout(pp=2, chunks=2, schedule="csv", dp=2, tied=True, documents=True),
     Layout(tp=2, pp=2, schedule="zb-h1", dp=2, recompute="none", kv_heads=1, tp_chunks=4),
     Layout(tp=4, sequence_parallel=False, recompute="full", vocab=61, tp_chunks=2),
+    Layout(dp=3, dealt=8, documents=True),
+    Layout(dp=3, dealt=4, tied=True, vocab=61),
+    Layout(pp=2, dp=2, dealt=5),
+    Layout(pp=2, dp=2, dealt=5, schedule="zb-h1", tp=2, documents=True),
+    Layout(pp=2, chunks=2, dp=2, dealt=5, schedule="gpipe", recompute="full"),
+    Layout(pp=3, chunks=2, dp=2, dealt=5, schedule="zb-v", tied=True),  # whose replicas end in different orders
 )
 
 
