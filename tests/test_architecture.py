@@ -33,6 +33,7 @@ ONLY_IN = {  # name -> the modules that may use it, by prefix
     "transformer_engine_torch": ("kernels.",),
     "apex": ("kernels.",),
     "amp_C": ("kernels.",),
+    "triton": ("kernels.triton_",),
     "pickle": (),
     "torch.save": ("convert.pth",),
     "torch.load": ("convert.pth",),

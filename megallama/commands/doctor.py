@@ -277,15 +277,17 @@ def workload(operation: str, made: Any, target: Any) -> Callable[[], Any]:
         x, dy, weight = rand(tokens, h), rand(tokens, h), rand(h)
         return lambda: (made[0](x, weight, 1e-5), made[1](dy, x, weight, 1e-5))
     if operation == "RoPE":
-        q, (cos, sin) = rand(tokens // seq, seq, heads, d), (rand(seq, 1, d // 2, dtype=acc_dtype) for _ in range(2))
-        return lambda: (made(q, cos, sin, q), made(q, cos, -sin, q))
+        cos, sin = (rand(seq, 1, d // 2, dtype=acc_dtype) for _ in range(2))
+        packed, parts = rand(tokens // seq, seq, 3 * heads, d), rand(3, tokens // seq, seq, heads, d)
+        qk = packed[:, :, : 2 * heads]
+        return lambda: (made[0](qk, cos, sin, qk), made[1](*parts, cos, sin, packed))
     if operation == "SwiGLU":
         packed, dout = rand(tokens, 2 * f), rand(tokens, f)
         return lambda: (made[0](packed), made[1](dout, packed))
     if operation == "cross entropy":
         logits, scale = rand(512, vocab), rand(512, dtype=acc_dtype)
         index, sums = torch.zeros(512, 1, dtype=torch.int64, device=target.device), rand(2, 512, dtype=acc_dtype)
-        return lambda: made(logits, index, sums[0], sums[1], scale)
+        return lambda: (made[0](logits, index, *sums, scale), made[1](logits, index, scale, scale, None, sums[0]))
     x, dy = rand(tokens, h), rand(tokens, f)
     if operation == "matrix product":
         weight = rand(f, h)
@@ -316,7 +318,7 @@ def advice(found: dict[str, Any], dtype: str) -> list[str]:
     if have.get("MPI library", "").startswith("none that works"):
         out.append("pip install mpich: mpi4py is there but finds no MPI")
     if have.get("C++ compiler") == "none":
-        out.append("run.compile=true would need a C++ compiler (g++); nothing else does")
+        out.append("run.compile=true would need a C++ compiler (g++), Triton on a GPU a C compiler; nothing else does")
     return out + slower(found["kernels"])
 
 

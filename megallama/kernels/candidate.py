@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TE, APEX, COMPILED = "Transformer Engine", "apex", "torch.compile"
+TE, APEX, TRITON, COMPILED = "Transformer Engine", "apex", "Triton", "torch.compile"
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 
 
@@ -46,6 +46,7 @@ class Target:
     dtype: torch.dtype
     documents: bool = False  # attention must keep them apart
     compiled: bool = False  # run.compile
+    width: int = 64  # of the rows on which norms are compared: the hidden size
     product: Callable[[Tensor, Tensor], Tensor] | None = None  # the selected one; None: torch's
     exact: bool = False  # random values of `dtype`, but held in float64: operands of the reference
 
@@ -76,6 +77,14 @@ class Target:
                 raise Unsupported("the installed package named apex is not NVIDIA's; build NVIDIA/apex from source")
             raise Unsupported(f"apex was built without its CUDA extension {name}")
         return importlib.import_module(name)
+
+    def need_triton(self) -> None:
+        """Triton comes with torch's CUDA build; it needs a C compiler when it compiles a kernel."""
+        self.need_cuda()
+        if self.dtype == torch.float64:
+            raise Unsupported(f"computes in fp32, not {self.dtype}")
+        if importlib.util.find_spec("triton") is None:
+            raise Unsupported("not installed")
 
     def compile(self, formula: Callable[..., Any]) -> Callable[..., Any]:
         """`formula` fused by torch.compile; it needs a C++ compiler (on a GPU also Triton)."""

@@ -1,4 +1,4 @@
-"""Pointwise operations: RMSNorm, rotary embedding, SwiGLU, and the softmax of the loss.
+"""Pointwise operations: RMSNorm, rotary embedding, SwiGLU, and the softmax of the loss with its gradient.
 
 Backwards need nothing but the input of their forward: what else they read is formed again in their
 own pass.  The private formulas are for torch.compile, which fuses them: all in the accumulation
@@ -8,7 +8,7 @@ format, where the eager operations round between their steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,24 +17,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megallama.config.schema import RopeScaling
-from megallama.kernels.candidate import APEX, COMPILED, TE, Operation, Results, Target, accumulate_dtype
+from megallama.kernels.candidate import APEX, COMPILED, TE, TRITON, Operation, Results, Target, accumulate_dtype
 
 NormPair = tuple[Callable[[Tensor, Tensor, float], Tensor], Callable[..., tuple[Tensor, Tensor]]]
 SwigluPair = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
 ApplyRope = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # x, cos, sin, out
+RopeBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]  # what `rope_backward` does
 Softmax = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None]  # what `softmax_` does
+SoftmaxGradient = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
+CrossEntropy = tuple[Softmax, SoftmaxGradient]
+ELEMENTS_IN_FP32 = 1 << 19  # logits that exist in fp32 at a time when they are computed in 16 bits
 
 
 @dataclass(frozen=True)
 class PointwiseOps:
-    """What layers are handed: each may be another implementation."""
+    """What layers are handed: each may be another implementation, but a backward goes with its forward."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rms_norm_backward: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     swiglu: Callable[[Tensor], Tensor]
     swiglu_backward: Callable[[Tensor, Tensor], Tensor]
     apply_rope: ApplyRope
+    rope_backward: RopeBackward
     softmax_: Softmax
+    softmax_gradient_: SoftmaxGradient
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -106,6 +112,13 @@ def _apex_norm(target: Target) -> NormPair:
     )
 
 
+def _triton_norm(target: Target) -> NormPair:
+    target.need_triton()
+    from megallama.kernels import triton_pointwise as own
+
+    return own.rms_norm, own.rms_norm_backward
+
+
 def _norm_pair(forward: Callable[..., Any], backward: Callable[..., Any]) -> NormPair:
     """Kernels that want statistics in the backward: made again from the input, not kept."""
 
@@ -118,8 +131,8 @@ def _norm_pair(forward: Callable[..., Any], backward: Callable[..., Any]) -> Nor
 
 
 def _norm_results(pair: NormPair, target: Target) -> Results:
-    (forward, backward), eps = pair, 1e-5
-    x, dy, weight = (target.random(*shape, seed=i) for i, shape in enumerate([(48, 64), (48, 64), (64,)]))
+    (forward, backward), eps, shape = pair, 1e-5, (48, target.width)
+    x, dy, weight = target.random(*shape), target.random(*shape, seed=1), target.random(target.width, seed=2)
     dx, dweight = backward(dy, x, weight, eps)
     return [("output", forward(x, weight, eps)), ("gradient of x", dx), ("gradient of the weight", dweight)]
 
@@ -129,6 +142,7 @@ RMS_NORM = Operation(
         (COMPILED, lambda target: (target.compile(_norm_formula), target.compile(_norm_backward_formula))),
         (TE, _te_norm),
         (APEX, _apex_norm),
+        (TRITON, _triton_norm),
         ("torch fused", _fused_norm),
     ],
     ("torch", lambda target: (rms_norm, rms_norm_backward)),
@@ -175,13 +189,31 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     out[..., half:] = (b * cos).addcmul_(a, sin)
 
 
-def _compiled_rope(target: Target) -> ApplyRope:
+def rope_backward_with(apply_rope: ApplyRope) -> RopeBackward:
+    """The gradient of packed heads by three calls: q's, k's, v's."""
+
+    def backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, packed: Tensor) -> None:
+        q, k, v = packed.split([dq.shape[2], dk.shape[2], dv.shape[2]], dim=2)
+        inverse = -sin
+        apply_rope(dq, cos, inverse, q)
+        apply_rope(dk, cos, inverse, k)
+        v.copy_(dv)
+
+    return backward
+
+
+def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, packed: Tensor) -> None:
+    """Gradients of rotated q [b, s, n, d], rotated k and v into that of `packed` [b, s, n + 2k, d]."""
+    rope_backward_with(apply_rope)(dq, dk, dv, cos, sin, packed)
+
+
+def _compiled_rope(target: Target) -> tuple[ApplyRope, RopeBackward]:
     rotated = target.compile(_rope_formula)
 
     def into(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
         out.copy_(rotated(x, cos, sin))
 
-    return into
+    return into, rope_backward_with(into)
 
 
 def _rope_formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -189,16 +221,29 @@ def _rope_formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
-def _rope_results(apply_rope: ApplyRope, target: Target) -> Results:
-    x, angles = target.random(2, 16, 3, 8), target.random(16, 1, 4, seed=1)
-    cos, sin = (f(angles.to(accumulate_dtype(x.dtype))) for f in (torch.cos, torch.sin))
-    out, back = x.clone(), torch.empty_like(x)
-    apply_rope(out, cos, sin, out)
-    apply_rope(out, cos, -sin, back)
+def _triton_rope(target: Target) -> tuple[ApplyRope, RopeBackward]:
+    target.need_triton()
+    from megallama.kernels import triton_pointwise as own
+
+    return own.apply_rope, own.rope_backward
+
+
+def _rope_results(pair: tuple[ApplyRope, RopeBackward], target: Target) -> Results:
+    """As layers do: q and k where they lie, before v; and the three gradients into one."""
+    packed, angles = target.random(2, 16, 8, 32), target.random(2, 16, 1, 16, seed=1)
+    angles = (angles if target.documents else angles[0]).to(accumulate_dtype(packed.dtype))
+    cos, sin, out, back = angles.cos(), angles.sin(), packed.clone(), torch.empty_like(packed)
+    pair[0](out[:, :, :6], cos, sin, out[:, :, :6])
+    dq, dk, dv = target.random(2, 16, 4, 32, seed=2), target.random(2, 16, 2, 32, seed=3), packed[:, :, 6:]
+    pair[1](dq, dk, dv, cos, sin, back)
     return [("rotated heads", out), ("heads rotated back", back)]
 
 
-ROPE = Operation([(COMPILED, _compiled_rope)], ("torch", lambda target: apply_rope), _rope_results)
+ROPE = Operation(
+    [(COMPILED, _compiled_rope), (TRITON, _triton_rope)],
+    ("torch", lambda target: (apply_rope, rope_backward)),
+    _rope_results,
+)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -239,8 +284,15 @@ def _te_swiglu(target: Target) -> SwigluPair:
     return lambda gate_up: tex.swiglu(gate_up, None), lambda dout, gate_up: tex.dswiglu(dout, gate_up, None)
 
 
+def _triton_swiglu(target: Target) -> SwigluPair:
+    target.need_triton()
+    from megallama.kernels import triton_pointwise as own
+
+    return own.swiglu, own.swiglu_backward
+
+
 def _swiglu_results(pair: SwigluPair, target: Target) -> Results:
-    packed, dout = target.random(48, 64), target.random(48, 32, seed=1)
+    packed, dout = target.random(48, 2080), target.random(48, 1040, seed=1)
     return [("output", pair[0](packed)), ("gradient", pair[1](dout, packed))]
 
 
@@ -248,6 +300,7 @@ SWIGLU = Operation(
     [
         (COMPILED, lambda target: (target.compile(_swiglu_formula), target.compile(_swiglu_backward_formula))),
         (TE, _te_swiglu),
+        (TRITON, _triton_swiglu),
     ],
     ("torch", lambda target: (swiglu, swiglu_backward)),
     _swiglu_results,
@@ -258,8 +311,13 @@ def softmax_(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, sca
     """Replace `logits` [r, v] by their softmax, times `scale` [r] if it is given.
 
     Writes log(sum(exp(logits))) [r] and the logit [r] at `index` [r, 1], both in the format of
-    `log_sum`, in which all is computed.
+    `log_sum`, in which all is computed, a few rows at a time.  Other implementations may leave the
+    logits to `softmax_gradient_`.
     """
+    _in_blocks(_softmax_rows)(logits, index, log_sum, picked, scale)
+
+
+def _softmax_rows(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
     exact = logits.to(log_sum.dtype)
     probs = torch.softmax(exact, 1)
     # no second pass of exponentials: the largest probability is exp(largest logit) / sum
@@ -270,14 +328,48 @@ def softmax_(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, sca
     logits.copy_(probs)
 
 
-def _compiled_softmax(target: Target) -> Softmax:
+def softmax_gradient_(
+    logits: Tensor, index: Tensor, at_label: Tensor, scale: Tensor, log_sum: Tensor | None, total: Tensor
+) -> None:
+    """Turn what `softmax_` has left in `logits` [r, v] into the gradient of the loss, in place.
+
+    Its columns are a tensor-parallel rank's: `log_sum` [r] is theirs, `total` [r] that of all.  Where
+    they are all there is, `log_sum` is None, and `softmax_` was given `scale` [r].  At `index` [r, 1]
+    `at_label` [r] is subtracted: the scale, or 0 if the label is another rank's.
+    """
+    if log_sum is not None:
+        factors = torch.exp(log_sum - total) * scale
+        for rows in [slice(None)] if logits.is_cuda else _blocks(logits):
+            logits[rows] = logits[rows].to(factors.dtype).mul_(factors[rows].unsqueeze(1))
+    # one element a row; scatter_add_ in 16 bits copies the whole tensor on a CPU, twice
+    every = torch.arange(len(logits), device=logits.device)
+    logits[every, index.squeeze(1)] -= at_label.to(logits.dtype)
+
+
+def _in_blocks(rows_: Softmax) -> Softmax:
+    """`rows_` on as few rows at a time as may exist in fp32."""
+
+    def into(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
+        for rows in _blocks(logits):
+            rows_(logits[rows], index[rows], log_sum[rows], picked[rows], None if scale is None else scale[rows])
+
+    return into
+
+
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    """Rows that may exist in fp32 at a time."""
+    at_once = max(1, ELEMENTS_IN_FP32 // matrix.shape[1])
+    return (slice(a, a + at_once) for a in range(0, len(matrix), at_once))
+
+
+def _compiled_softmax(target: Target) -> CrossEntropy:
     formula = target.compile(_softmax_formula)
 
     def into(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
         for to, new in zip((logits, log_sum, picked), formula(logits, index, scale, log_sum.dtype), strict=True):
             to.copy_(new)
 
-    return into
+    return _in_blocks(into), softmax_gradient_
 
 
 def _softmax_formula(
@@ -291,16 +383,34 @@ def _softmax_formula(
     return probs.to(logits.dtype), top + total.log(), exact.gather(1, index).squeeze(1)
 
 
-def _softmax_results(softmax_: Softmax, target: Target) -> Results:
-    logits = target.random(24, 61)
-    index = torch.arange(24, device=target.device).unsqueeze(1)
-    scale = index.squeeze(1).to(accumulate_dtype(logits.dtype)) / 12
-    results = []
-    for case in (None, scale):
-        rows, log_sum, picked = logits.clone(), scale.clone(), scale.clone()
-        softmax_(rows, index, log_sum, picked, case)
-        results += [("probabilities", rows), ("logarithm of the sum", log_sum), ("picked logits", picked)]
+def _triton_softmax(target: Target) -> CrossEntropy:
+    target.need_triton()
+    from megallama.kernels import triton_loss as own
+
+    return own.log_sums, own.gradient_
+
+
+def _cross_entropy_results(pair: CrossEntropy, target: Target) -> Results:
+    """Of a rank that has all columns, and of one whose columns are not all and has two thirds of the labels."""
+    rows = torch.arange(24, device=target.device)
+    index, results = (rows * 177).unsqueeze(1), Results()
+    other = target.random(24, seed=1).to(accumulate_dtype(target.random(1).dtype)) + 8
+    scale, (log_sum, picked) = rows.to(other.dtype) / 12, torch.empty(2, 24, dtype=other.dtype, device=target.device)
+    for alone in (True, False):
+        logits = target.random(24, 4256)[:, :4240]  # beside padding
+        pair[0](logits, index, log_sum, picked, scale if alone else None)
+        total = log_sum if alone else torch.logaddexp(log_sum, other)
+        at_label = scale if alone else scale * (rows % 3 > 0)
+        results += [("logarithm of the sum", log_sum.clone()), ("picked logits", picked.clone())]
+        pair[1](logits, index, at_label, scale, None if alone else log_sum, total)
+        # apart: labels would outweigh thousands of small probabilities
+        at = logits.gather(1, index)
+        results += [("probabilities", logits.scatter(1, index, 0)), ("gradient at labels", at)]
     return results
 
 
-CROSS_ENTROPY = Operation([(COMPILED, _compiled_softmax)], ("torch", lambda target: softmax_), _softmax_results)
+CROSS_ENTROPY = Operation(
+    [(COMPILED, _compiled_softmax), (TRITON, _triton_softmax)],
+    ("torch", lambda target: (softmax_, softmax_gradient_)),
+    _cross_entropy_results,
+)

@@ -84,9 +84,12 @@ def select_kernels(
     documents: bool = False,
     fp8: str = "none",
     compiled: bool = False,
+    width: int = 64,
     without: Sequence[str] = (),
 ) -> Kernels:
     """Try the candidates of every operation; with `documents`, attention must keep them apart.
+
+    `width` is the hidden size: what is compiled for it is compiled here, not in the first step.
 
     Raises: MegallamaError if no attention here does, if `fp8` is asked for and nothing here can, or
         if a name in `without` is that of no candidate.
@@ -97,7 +100,7 @@ def select_kernels(
     if strange := sorted(set(without) - known):
         near = [hint for name in strange for hint in get_close_matches(name, sorted(known), 1)] or sorted(known)
         raise MegallamaError(f"run.without_kernels={strange} names no candidate; write for example {' or '.join(near)}")
-    target = Target(device, dtype, documents, compiled)
+    target = Target(device, dtype, documents, compiled, width)
     selected: dict[str, Any] = {}
     choices = []
     for name, operation in operations.items():
@@ -112,7 +115,7 @@ def select_kernels(
             wrong = f"no attention here keeps documents apart: torch's {error}"
             raise MegallamaError(f"{wrong}; use data.document_mask=false or another torch") from error
     gemms = Gemms.of(selected["matrix product"], selected["weight gradient"])
-    ops = (*selected["RMSNorm"], *selected["SwiGLU"], selected["RoPE"], selected["cross entropy"])
+    ops = (*selected["RMSNorm"], *selected["SwiGLU"], *selected["RoPE"], *selected["cross entropy"])
     update = selected["AdamW"], selected["gradient norm"]
     return Kernels(selected["attention"], PointwiseOps(*ops), gemms, selected.get(FP8, gemms), *update, tuple(choices))
 

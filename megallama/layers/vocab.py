@@ -14,7 +14,6 @@ al. 2019).  Padding columns of the vocabulary count for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,8 +24,6 @@ from megallama.kernels.pointwise import PointwiseOps
 from megallama.layers.batch import MicroBatch
 from megallama.layers.linear import RMSNorm, TensorParallel
 from megallama.layers.param import Layer, Param
-
-ELEMENTS_IN_FP32 = 1 << 19  # logits that exist in fp32 at a time when they are computed in 16 bits
 
 
 class VocabParallelEmbedding(Layer):
@@ -70,7 +67,7 @@ class LossHead(Layer):
         self, param: Param, norm: RMSNorm, tp: TensorParallel, pointwise: PointwiseOps, vocab: int, chunk_tokens: int
     ) -> None:
         self.param, self.norm, self.tp, self.chunk_tokens = param, norm, tp, chunk_tokens
-        self._softmax = pointwise.softmax_
+        self._softmax, self._gradient = pointwise.softmax_, pointwise.softmax_gradient_
         rows = param.data.shape[0]
         self.first = tp.group.rank * rows
         self.valid = max(0, min(rows, vocab - self.first))  # the other rows are padding
@@ -118,9 +115,7 @@ class LossHead(Layer):
         stats = torch.zeros(2, len(labels), dtype=acc_dtype, device=logits.device)
         alone = self.tp.group.size == 1  # the softmax is whole: one pass less over the logits
         if self.valid:
-            for rows in _blocks(local):
-                part = scale[rows] if scale is not None and alone else None
-                self._softmax(local[rows], index[rows], local_log_sum[rows], stats[1][rows], part)
+            self._softmax(local, index, local_log_sum, stats[1], scale if alone else None)
             stats[1].mul_(held)
         top = local_log_sum.clone()
         self.tp.group.all_reduce(top, "max").wait()
@@ -128,22 +123,6 @@ class LossHead(Layer):
         self.tp.group.all_reduce(stats).wait()
         total = top + stats[0].log()
         if scale is not None and self.valid:
-            if not alone:
-                _multiply_rows(local, torch.exp(local_log_sum - total) * scale)
-            # one element a row; scatter_add_ in 16 bits copies the whole tensor on a CPU, twice
-            every = torch.arange(len(labels), device=local.device)
-            local[every, index.squeeze(1)] -= (scale * held).to(logits.dtype)
+            self._gradient(local, index, scale * held, scale, None if alone else local_log_sum, total)
         logits[:, self.valid :] = 0
         return total - stats[1], logits
-
-
-def _multiply_rows(matrix: Tensor, factors: Tensor) -> None:
-    """matrix [r, v] times factors [r], in their format, in place, a few rows at a time."""
-    for rows in [slice(None)] if matrix.is_cuda else _blocks(matrix):
-        matrix[rows] = matrix[rows].to(factors.dtype).mul_(factors[rows].unsqueeze(1))
-
-
-def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """Rows that may exist in fp32 at a time."""
-    at_once = max(1, ELEMENTS_IN_FP32 // matrix.shape[1])
-    return (slice(a, a + at_once) for a in range(0, len(matrix), at_once))

@@ -28,7 +28,7 @@ from megallama.comm.flight_record import FlightRecord
 from megallama.config.schema import Config
 from megallama.kernels.attention import Attend, Documents
 from megallama.kernels.candidate import accumulate_dtype
-from megallama.kernels.pointwise import ApplyRope, PointwiseOps, rope_tables
+from megallama.kernels.pointwise import PointwiseOps, rope_tables
 from megallama.kernels.select import Kernels
 from megallama.layers.batch import MicroBatch
 from megallama.layers.linear import ColumnParallelLinear, RMSNorm, RowParallelLinear, TensorParallel
@@ -57,7 +57,7 @@ class Rotary(Layer):
     num_kv_heads: int
     cos: Tensor  # [s, 1, d/2]
     sin: Tensor
-    apply_rope: ApplyRope
+    pointwise: PointwiseOps
 
     def tables(self, documents: Documents | None) -> tuple[Tensor, Tensor]:
         """(cos, sin) of 0 .. s-1 in every sample; in every document: [b, s, 1, d/2]."""
@@ -68,28 +68,28 @@ class Rotary(Layer):
     def forward(self, ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         ctx.shape = qkv.shape
         ctx.save_for_backward(cos, sin)
-        q, k, v = new_q, new_k, new_v = self._split(qkv)
-        if not qkv.is_cuda:
-            new_q, new_k, new_v = (_head_by_head(part) for part in (q, k, v))
-            new_v.copy_(v)
-        self.apply_rope(q, cos, sin, new_q)
-        self.apply_rope(k, cos, sin, new_k)
-        return new_q, new_k, new_v
+        heads, n, k = self._heads(qkv), self.num_heads, self.num_kv_heads
+        if qkv.is_cuda:
+            rotated = heads[:, :, : n + k]
+            self.pointwise.apply_rope(rotated, cos, sin, rotated)
+            return heads.split([n, k, k], dim=2)
+        parts = heads.split([n, k, k], dim=2)
+        new = tuple(_head_by_head(part) for part in parts)
+        for i in range(2):
+            self.pointwise.apply_rope(parts[i], cos, sin, new[i])
+        new[2].copy_(parts[2])
+        return new
 
     def backward(self, ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         packed = dq.new_empty(ctx.shape)
-        q, k, v = self._split(packed)
-        self.apply_rope(dq, cos, -sin, q)
-        self.apply_rope(dk, cos, -sin, k)
-        v.copy_(dv)
+        self.pointwise.rope_backward(dq, dk, dv, cos, sin, self._heads(packed))
         return packed, None, None
 
-    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """Views [b, s, heads, d] of the three parts of a packed tensor."""
-        n, k = self.num_heads, self.num_kv_heads
-        heads = qkv.view(-1, len(self.cos), n + 2 * k, qkv.shape[1] // (n + 2 * k))
-        return heads.split([n, k, k], dim=2)
+    def _heads(self, qkv: Tensor) -> Tensor:
+        """A packed tensor as [b, s, n + 2k, d]."""
+        heads = self.num_heads + 2 * self.num_kv_heads
+        return qkv.view(-1, len(self.cos), heads, qkv.shape[1] // heads)
 
 
 def _head_by_head(part: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class Stage:
         local = n // tp.group.size, max(1, k // tp.group.size)  # key/value heads may be shared
         acc_dtype, device = accumulate_dtype(buffers.weights.dtype), buffers.weights.device
         tables = rope_tables(config.batch.seq_length, d, model.rope_theta, model.rope_scaling, acc_dtype, device)
-        self.rotary = Rotary(*local, *tables, ops.apply_rope)
+        self.rotary = Rotary(*local, *tables, ops)
         attend = kernels.attention(*local, d)
         self.recompute = config.memory.recompute == "full"
         self.embed = VocabParallelEmbedding(params["embed_tokens"], tp) if first else None

@@ -7,9 +7,14 @@ from megallama.kernels.pointwise import (
     apply_rope,
     rms_norm,
     rms_norm_backward,
+    rope_backward,
     softmax_,
+    softmax_gradient_,
     swiglu,
     swiglu_backward,
 )
 
-EAGER = PointwiseOps(rms_norm, rms_norm_backward, swiglu, swiglu_backward, apply_rope, softmax_)
+EAGER = PointwiseOps(
+    *(rms_norm, rms_norm_backward, swiglu, swiglu_backward),
+    *(apply_rope, rope_backward, softmax_, softmax_gradient_),
+)

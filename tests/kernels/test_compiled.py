@@ -30,8 +30,8 @@ COMPILED_OPS: dict[str, Callable[[], Callable[..., Any]]] = {
     "rms_norm_backward": lambda: compiled("RMSNorm")[1],
     "swiglu": lambda: compiled("SwiGLU")[0],
     "swiglu_backward": lambda: compiled("SwiGLU")[1],
-    "apply_rope": lambda: compiled("RoPE"),
-    "softmax_": lambda: compiled("cross entropy"),
+    "apply_rope": lambda: compiled("RoPE")[0],
+    "softmax_": lambda: compiled("cross entropy")[0],
 }
 
 

@@ -29,13 +29,13 @@ NO_CUDA = "not Transformer Engine: no CUDA device"
 
 def test_a_cpu_takes_torch_and_says_why() -> None:
     lines = [str(c) for c in select.select_kernels(CPU, torch.bfloat16).choices]
-    requested = "not torch.compile: run.compile=false"
+    requested, own = "not torch.compile: run.compile=false", "not Triton: no CUDA device"
     assert lines == [
         f"attention: blocks of matrix products ({NO_CUDA})",
-        f"RMSNorm: torch ({requested}; {NO_CUDA}; not apex: no CUDA device; not torch fused: no CUDA device)",
-        f"RoPE: torch ({requested})",
-        f"SwiGLU: torch ({requested}; {NO_CUDA})",
-        f"cross entropy: torch ({requested})",
+        f"RMSNorm: torch ({requested}; {NO_CUDA}; not apex: no CUDA device; {own}; not torch fused: no CUDA device)",
+        f"RoPE: torch ({requested}; {own})",
+        f"SwiGLU: torch ({requested}; {NO_CUDA}; {own})",
+        f"cross entropy: torch ({requested}; {own})",
         "matrix product: torch mm (not oneDNN: fp32 on a CPU only)",
         f"weight gradient: that product, then add ({NO_CUDA}; not apex: no CUDA device; "
         "not torch addmm into fp32: CUDA with 16-bit weights only)",
@@ -147,6 +147,16 @@ def unscaled(logits: torch.Tensor, index: torch.Tensor, log_sum: torch.Tensor, p
     EAGER.softmax_(logits, index, log_sum, picked, None)
 
 
+def no_label(logits: torch.Tensor, index: torch.Tensor, at_label: torch.Tensor, *rest: Any) -> None:
+    EAGER.softmax_gradient_(logits, index, 0 * at_label, *rest)
+
+
+def only_own_sum(
+    logits: torch.Tensor, index: torch.Tensor, at_label: torch.Tensor, scale: torch.Tensor, own: Any, total: Any
+) -> None:
+    EAGER.softmax_gradient_(logits, index, at_label, scale, own, total if own is None else own)
+
+
 WRONG: list[tuple[str, Any, str]] = [  # operation, an implementation with one mistake, what it is refused for
     ("attention", as_maker(not_causal), "output differs"),
     ("RMSNorm", (lambda x, w, eps: EAGER.rms_norm(x, w, 1e-2), EAGER.rms_norm_backward), "output differs"),
@@ -156,10 +166,13 @@ WRONG: list[tuple[str, Any, str]] = [  # operation, an implementation with one m
         (EAGER.rms_norm, lambda *a: (EAGER.rms_norm_backward(*a)[0], a[0].sum(0))),
         "gradient of the weight differs",
     ),
-    ("RoPE", lambda x, cos, sin, out: EAGER.apply_rope(x, cos, -sin, out), "rotated heads differs"),
+    ("RoPE", (lambda x, c, s, out: EAGER.apply_rope(x, c, -s, out), EAGER.rope_backward), "rotated heads differs"),
+    ("RoPE", (EAGER.apply_rope, lambda *a: EAGER.rope_backward(*a[:4], -a[4], a[5])), "heads rotated back differs"),
     ("SwiGLU", (lambda x: EAGER.swiglu(x.flip(1)), EAGER.swiglu_backward), "output differs"),
     ("SwiGLU", (EAGER.swiglu, lambda dout, x: EAGER.swiglu_backward(dout, x.flip(1))), "gradient differs"),
-    ("cross entropy", unscaled, "probabilities differs"),
+    ("cross entropy", (unscaled, EAGER.softmax_gradient_), "probabilities differs"),
+    ("cross entropy", (EAGER.softmax_, no_label), "gradient at labels differs"),
+    ("cross entropy", (EAGER.softmax_, only_own_sum), "probabilities differs"),
     ("matrix product", lambda a, b: (a.double() @ b.double().t() * 1.001).float(), "product differs"),
     ("weight gradient", lambda main, dy, x, overwrite: add_wgrad(main, dy, x, False), "overwritten differs"),
     ("weight gradient", lambda main, dy, x, overwrite: add_wgrad(main, dy, x, True), "accumulated differs"),

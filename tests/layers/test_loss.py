@@ -104,7 +104,7 @@ def test_logits_of_the_whole_micro_batch_never_exist(monkeypatch: pytest.MonkeyP
     head = rank.stages[0].head
     assert head is not None
     hidden, labels = torch.randn(1000, 32, dtype=torch.bfloat16).requires_grad_(), torch.zeros(1000, dtype=torch.int64)
-    monkeypatch.setattr("megallama.layers.vocab.ELEMENTS_IN_FP32", 64 * 61)
+    monkeypatch.setattr("megallama.kernels.pointwise.ELEMENTS_IN_FP32", 64 * 61)
     with _LargestTensor(61) as seen:
         head(hidden, MicroBatch(labels, labels))
     assert seen.rows[torch.bfloat16] == 200

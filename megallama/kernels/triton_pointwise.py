@@ -1,0 +1,200 @@
+"""RMSNorm, RoPE and SwiGLU as Triton kernels: one launch each way, every operand read and written once.
+
+Sums and products are formed in fp32 and rounded once.  Nothing is added by atomics, so a call
+repeated gives the same bits.  Rows are counted in 64 bits: a tensor may have more than 2^31 elements.
+
+Triton compiles a kernel when it is first called, for the formats of its operands, the constants in
+capitals, and which sizes are multiples of 16 (what keeps loads wide); so checking a kernel before it
+is selected also compiles it.  Only `do_not_specialize`d numbers may be 1 without another compilation.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megallama.kernels.candidate import Unsupported
+
+COLUMNS = 1024  # of a row that one program of SwiGLU computes
+PAIRS = 64  # of elements that one step of RoPE rotates in each head; a head of 128 is one step
+HEADS = 16  # that one step of RoPE rotates
+WIDEST = 8192  # row that a program of RMSNorm keeps in registers; wider ones spill
+
+
+@triton.jit
+def _norm(x, weight, out, eps, columns, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    there = at < columns
+    start = tl.program_id(0).to(tl.int64) * columns
+    row = tl.load(x + start + at, there, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(row * row, 0) / columns + eps)
+    scale = tl.load(weight + at, there, other=0.0).to(tl.float32)
+    tl.store(out + start + at, (row * rstd * scale).to(out.dtype.element_ty), there)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _norm_backward(dy, x, weight, dx, partial, eps, rows, columns, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    there = at < columns
+    scale = tl.load(weight + at, there, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        start = tl.cast(row, tl.int64) * columns
+        normed = tl.load(x + start + at, there, other=0.0).to(tl.float32)
+        grad = tl.load(dy + start + at, there, other=0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(normed * normed, 0) / columns + eps)
+        normed = normed * rstd
+        product = grad * normed
+        mean = tl.sum(product * scale, 0) / columns
+        tl.store(dx + start + at, ((grad * scale - normed * mean) * rstd).to(dx.dtype.element_ty), there)
+        total += product
+    tl.store(partial + tl.program_id(0).to(tl.int64) * columns + at, total, there)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What `pointwise.rms_norm` does, on [T, h]; a program has a row in registers."""
+    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    _norm[(x.shape[0],)](x, weight, out, eps, x.shape[1], **_row(x.shape[1]))
+    return out
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What `pointwise.rms_norm_backward` does: each program adds up dweight over its rows, torch over programs."""
+    dy, x = dy.contiguous(), x.contiguous()
+    (rows, columns), dx = x.shape, torch.empty_like(x)
+    programs = min(rows, _programs(x.device))
+    partial = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
+    _norm_backward[(programs,)](dy, x, weight, dx, partial, eps, rows, columns, **_row(columns))
+    return dx, partial.sum(0)
+
+
+def _row(columns: int) -> dict[str, int]:
+    """The constants of a program that has a row in registers: 16 elements of it in each thread."""
+    if columns > WIDEST:
+        raise Unsupported(f"rows of {columns} elements; at most {WIDEST} fit in registers")
+    block = triton.next_power_of_2(columns)
+    return {"BLOCK": block, "num_warps": min(32, max(1, block // 512))}
+
+
+def _programs(device: torch.device) -> int:
+    """As many as run at once."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@triton.jit
+def _swiglu(packed, out, columns, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = at < columns
+    start = packed + row * 2 * columns
+    gate = tl.load(start + at, there).to(tl.float32)
+    up = tl.load(start + columns + at, there).to(tl.float32)
+    tl.store(out + row * columns + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), there)
+
+
+@triton.jit
+def _swiglu_backward(dout, packed, grad, columns, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = at < columns
+    start, to = packed + row * 2 * columns, grad + row * 2 * columns
+    d = tl.load(dout + row * columns + at, there).to(tl.float32)
+    gate = tl.load(start + at, there).to(tl.float32)
+    up = tl.load(start + columns + at, there).to(tl.float32)
+    prob = tl.sigmoid(gate)
+    tl.store(to + at, (d * up * prob * (1 + gate * (1 - prob))).to(grad.dtype.element_ty), there)
+    tl.store(to + columns + at, (d * gate * prob).to(grad.dtype.element_ty), there)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """What `pointwise.swiglu` does: [T, 2f] -> [T, f]."""
+    rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, columns)
+    _swiglu[(rows, triton.cdiv(columns, COLUMNS))](gate_up.contiguous(), out, columns, BLOCK=COLUMNS)
+    return out
+
+
+def swiglu_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
+    """What `pointwise.swiglu_backward` does: the gradient [T, 2f]; `dout` stays."""
+    rows, columns = dout.shape
+    dout, gate_up = dout.contiguous(), gate_up.contiguous()
+    grad = torch.empty_like(gate_up)
+    _swiglu_backward[(rows, triton.cdiv(columns, COLUMNS))](dout, gate_up, grad, columns, BLOCK=COLUMNS)
+    return grad
+
+
+@triton.jit
+def _turn(x, out, cos, sin, sign, heads, x_head, out_head, half, HEADS: tl.constexpr, PAIRS: tl.constexpr):
+    """Rotate the heads of a token, each at `x` + head * x_head, by its row of the tables."""
+    for first in range(0, half, PAIRS):
+        at = first + tl.arange(0, PAIRS)
+        c = tl.load(cos + at, at < half, other=0.0)[None, :]
+        s = tl.load(sin + at, at < half, other=0.0)[None, :] * sign
+        for head in range(0, heads, HEADS):
+            rows = head + tl.arange(0, HEADS)[:, None]
+            there = (rows < heads) & (at < half)[None, :]
+            source, to = x + rows * x_head + at[None, :], out + rows * out_head + at[None, :]
+            a = tl.load(source, there, other=0.0).to(tl.float32)
+            b = tl.load(source + half, there, other=0.0).to(tl.float32)
+            tl.store(to, (a * c - b * s).to(out.dtype.element_ty), there)
+            tl.store(to + half, (b * c + a * s).to(out.dtype.element_ty), there)
+
+
+@triton.jit(do_not_specialize=["seq", "heads"])
+def _rotate(
+    x, out, cos, sin, seq, heads, half, x_sample, x_token, x_head, out_sample, out_token, out_head, table_sample,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    sample, at = (tl.program_id(0) // seq).to(tl.int64), (tl.program_id(0) % seq).to(tl.int64)
+    angle = sample * table_sample + at * half
+    start, to = x + sample * x_sample + at * x_token, out + sample * out_sample + at * out_token
+    _turn(start, to, cos + angle, sin + angle, 1.0, heads, x_head, out_head, half, HEADS, PAIRS)
+
+
+@triton.jit(do_not_specialize=["seq", "n", "k"])
+def _unrotate(
+    dq, dk, dv, out, cos, sin, seq, n, k, half, q_sample, q_token, q_head, k_sample, k_token, k_head,
+    v_sample, v_token, v_head, table_sample, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    sample, at = (tl.program_id(0) // seq).to(tl.int64), (tl.program_id(0) % seq).to(tl.int64)
+    angle = sample * table_sample + at * half
+    to = out + tl.program_id(0).to(tl.int64) * (n + 2 * k) * 2 * half
+    query, key, value = (
+        dq + sample * q_sample + at * q_token,
+        dk + sample * k_sample + at * k_token,
+        dv + sample * v_sample + at * v_token,
+    )
+    _turn(query, to, cos + angle, sin + angle, -1.0, n, q_head, 2 * half, half, HEADS, PAIRS)
+    to += n * 2 * half
+    _turn(key, to, cos + angle, sin + angle, -1.0, k, k_head, 2 * half, half, HEADS, PAIRS)
+    to += k * 2 * half
+    for first in range(0, 2 * half, 2 * PAIRS):
+        column = first + tl.arange(0, 2 * PAIRS)[None, :]
+        for head in range(0, k, HEADS):
+            rows = head + tl.arange(0, HEADS)[:, None]
+            there = (rows < k) & (column < 2 * half)
+            tl.store(to + rows * 2 * half + column, tl.load(value + rows * v_head + column, there), there)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """What `pointwise.apply_rope` does: x [b, s, heads, d] into `out`, perhaps x itself."""
+    b, s, heads, d = x.shape
+    tables, per_sample = _tables(cos, sin)
+    rows = x if x.stride(3) == 1 else x.contiguous()
+    strides = *rows.stride()[:3], *out.stride()[:3], per_sample
+    _rotate[(b * s,)](rows, out, *tables, s, heads, d // 2, *strides, HEADS=HEADS, PAIRS=PAIRS)
+
+
+def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, packed: Tensor) -> None:
+    """What `pointwise.rope_backward` does: the three gradients into `packed` [b, s, n + 2k, d], one launch."""
+    b, s, n, d = dq.shape
+    tables, per_sample = _tables(cos, sin)
+    parts = [part if part.stride(3) == 1 else part.contiguous() for part in (dq, dk, dv)]
+    strides = [stride for part in parts for stride in part.stride()[:3]]
+    counts = s, n, dk.shape[2], d // 2
+    _unrotate[(b * s,)](*parts, packed, *tables, *counts, *strides, per_sample, HEADS=HEADS, PAIRS=PAIRS)
+
+
+def _tables(cos: Tensor, sin: Tensor) -> tuple[list[Tensor], int]:
+    """Angles [s, 1, d/2] or [b, s, 1, d/2] as they lie in memory, and the distance between samples."""
+    return [cos.contiguous(), sin.contiguous()], cos.numel() // len(cos) if cos.dim() == 4 else 0
