@@ -318,7 +318,7 @@ def advice(found: dict[str, Any], dtype: str) -> list[str]:
     if have.get("MPI library", "").startswith("none that works"):
         out.append("pip install mpich: mpi4py is there but finds no MPI")
     if have.get("C++ compiler") == "none":
-        out.append("run.compile=true would need a C++ compiler (g++), Triton on a GPU a C compiler; nothing else does")
+        out.append("run.compile=true would need a C++ compiler (g++), Triton a C compiler")
     return out + slower(found["kernels"])
 
 

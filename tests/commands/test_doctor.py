@@ -104,7 +104,7 @@ ADVICE: list[tuple[dict[str, Any], str]] = [
     ({"cpu": {"shm_gib": 0.06}}, "/dev/shm holds 0.06 GiB; start the container with --shm-size=1g or more"),
     ({"versions": {"mpi4py": "not installed"}}, "pip install mpi4py mpich (no system package needed): preprocessing"),
     ({"versions": {"MPI library": "none that works (x)"}}, "pip install mpich: mpi4py is there but finds no MPI"),
-    ({"versions": {"C++ compiler": "none"}}, "run.compile=true would need a C++ compiler (g++), Triton on a GPU a C compiler; nothing else does"),
+    ({"versions": {"C++ compiler": "none"}}, "run.compile=true would need a C++ compiler (g++), Triton a C compiler"),
     (
         {"gpus": [H200], "versions": {**NO_TE, "CUDA of torch": "13.0", "apex": "NVIDIA's, with amp_C"}},
         "Transformer Engine: transformer-engine-cu13 and transformer-engine-torch, 2.12.0 (later ones want a newer",
