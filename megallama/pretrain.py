@@ -24,7 +24,7 @@ from megallama.comm.flight_record import GENERATION, LAUNCHER, FlightRecord
 from megallama.config.errors import ConfigError, InternalError, LaunchError, MegallamaError, drop_output
 from megallama.train.log import Logger, finish_output
 from megallama.train.signals import FAILED, SAVED, SignalFlag  # whatever takes time comes after `SignalFlag`
-from megallama.train.supervised import is_wanted, start_supervisor
+from megallama.train.supervised import is_wanted, make_again, start_supervisor
 
 if TYPE_CHECKING:
     from megallama.comm.launch import Launch, World
@@ -35,9 +35,12 @@ FINISHED, CRASHED, BAD_REQUEST, NOT_FINITE = 0, 1, 2, 3
 UNREAD = 141  # as the shell has it, where whoever read the output has gone
 
 
-def process() -> int:
-    """What a launcher starts: `main`, watched by a supervisor where it is wanted; the exit status."""
-    record = start_supervisor() if is_wanted(sys.argv[1:]) else None
+def process(again: bool = False) -> int:
+    """What a launcher starts: `main`, watched by a supervisor where it is wanted; the exit status.
+
+    `again`: the supervisor has started this process.
+    """
+    record = make_again() if again else start_supervisor() if is_wanted(sys.argv[1:]) else None
     status = main(record=record)
     finish_output()
     return status

@@ -114,10 +114,8 @@ class Node:
             file, start = self.records[rank].stacks, before.get(rank)
             if start is not None and (size := os.fstat(file).st_size) > start:
                 state["stacks"] = os.pread(file, min(size - start, MOST), start).decode(errors="replace")
-            state["calls"] = [
-                [c["number"], c["group"], c["operation"], c["rows"], c["bytes"], c["done"]]
-                for c in self.records[rank].calls()
-            ]
+            keys = ("number", "group", "operation", "rows", "bytes", "done")
+            state["calls"] = [[call[key] for key in keys] for call in self.records[rank].calls()]
         return states
 
     def busy(self) -> dict[int, tuple[int, list[int]]]:
@@ -136,6 +134,12 @@ class Node:
         name = self.hosts[self.rank]
         status = {"host": name, "time": time.time(), "ranks": ranks}
         write_json(self.folder / "status" / f"{name}.json", status)
+
+    def write_exit(self, status: int, rank: int, cause: str) -> None:
+        """RUNFOLDER/exit.json."""
+        told = {"status": status, "rank": rank, "cause": cause, "host": self.hosts[rank]}
+        told |= {"step": self.records[self.rank].state()["step"], "time": time.time()}
+        write_json(self.folder / "exit.json", told)
 
 
 def process_state(pid: int) -> str:

@@ -21,7 +21,7 @@ from megallama.comm.flight_reader import FlightReader
 from megallama.recovery.doctor import hung
 from megallama.recovery.goodput import Goodput
 from megallama.recovery.link import Links, Message
-from megallama.recovery.node import SILENT, STATUS_PERIOD, Node, out_of_memory_kills, signal_name, write_json
+from megallama.recovery.node import SILENT, STATUS_PERIOD, Node, out_of_memory_kills, process_state, signal_name
 from megallama.recovery.straggler import Stragglers
 from megallama.train.signals import FAILED, SAVED, SIGNALS
 
@@ -31,13 +31,14 @@ ROOT, REPORTS, ECHO = 4.0, 2.0, 1.0  # seconds to wait for: the root's verdict; 
 REPLACED = 20.0  # seconds for all hosts' trainers to end before the next ones begin
 _KILLERS = ("openmpi", "mpich")  # launchers that leave no time to the others when a process has ended badly
 _LAUNCHERS = ("torchrun", *_KILLERS)  # whose death leaves their processes alone
+_MAKER = "import sys; sys.path.insert(0, sys.argv[1]); from megallama.pretrain import process; sys.exit(process(True))"
 _NORMAL = (0, 2, SAVED)  # statuses of trainers that nobody need be told of
 
 
 def main() -> NoReturn:
-    """argv: root folder, files of the flight record and of the stacks, the child, whether that makes the trainers."""
-    record, stacks, child, several = map(int, sys.argv[2:6])
-    Supervisor(FlightReader(record, stacks), child, bool(several)).run()
+    """argv: root folder, files of the flight record, the child, whether that makes the trainers; the launcher's."""
+    files = [*map(int, sys.argv[2].split(","))]
+    Supervisor(FlightReader(files[0], files[1], files[2:]), int(sys.argv[3]), sys.argv[4] != "0").run()
 
 
 class Supervisor:
@@ -45,7 +46,7 @@ class Supervisor:
 
     def __init__(self, record: FlightReader, child: int, several: bool) -> None:
         self._record, self._child, self._several = record, child, several
-        self._generation = 0
+        self._generation = self._child_ended = 0
         self._node: Node | None = None  # once the trainer has told of the run
         self._links, self._stragglers = Links(), Stragglers(())
         self._goodput: Goodput | None = None  # rank 0's
@@ -90,6 +91,9 @@ class Supervisor:
             if self._record.words[flight.GENERATION] != self._generation:
                 self._generation = self._record.words[flight.GENERATION]
                 self._begin()
+                self._reap_children()
+                if not self._child:
+                    self._start_maker()
             self._forward(self._pipe[0] in ready)
             self._reap(now)
             self._introduce()
@@ -117,21 +121,35 @@ class Supervisor:
             if self._trainer and not self._record.words[flight.ENDED]:  # its number may be another's by now
                 os.kill(self._trainer, number)
 
+    def _reap_children(self) -> None:
+        with suppress(ChildProcessError):  # of the trainer, or who makes the trainers; of a dead one the orphans too
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                if found[0] == self._child:
+                    self._child, self._child_ended = 0, found[1]
+
+    def _start_maker(self) -> None:
+        """In place of a dead one; it has nothing imported."""
+        record, command = self._record, [sys.executable, "-c", _MAKER, sys.argv[1]]
+        files = ",".join(map(str, (record.file, record.stacks, *record.copies)))
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # as the first one had them
+        self._child = os.spawnv(os.P_NOWAIT, sys.executable, [*command, files, *sys.argv[5:]])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
     def _reap(self, now: float) -> None:
+        self._reap_children()
         if self._status is not None:
             return
-        process, status = os.waitpid(self._child, os.WNOHANG)
-        final = bool(process)  # nobody is left to make another
-        if not process and self._several and (ended := self._record.words[flight.ENDED]):
-            process, status = self._trainer, ended - 1
-        if not process:
-            return
+        ended = self._record.words[flight.ENDED] if self._several else 0
+        if not ended and (self._child or (self._several and process_state(self._trainer) not in "XZ")):
+            return  # with its maker a trainer dies, but not at once
+        status = ended - 1 if ended else self._child_ended
         self._status, self._left, code = status, now, os.waitstatus_to_exitcode(status)
         why = f"left with status {code}, and did not say why" if code >= 0 else f"killed by {signal_name(-code)}"
         if -code == signal.SIGKILL and out_of_memory_kills() > self._oom:
             why += ": out of memory (the kernel counts such a kill)"
-        self._record.ends(code if code not in _NORMAL else 1, why, final=final)
-        if final:  # else who makes the trainers has said so, and may have begun the next
+        why = f"the process that makes its trainers: {why}" if self._several and not ended else why
+        self._record.ends(code if code not in _NORMAL else 1, why, final=not self._several)
+        if not ended:  # else who makes the trainers has said so, and may have begun the next
             self._record.words[flight.ENDED] = status + 1
 
     def _introduce(self) -> None:
@@ -367,21 +385,13 @@ class Supervisor:
 
     def _write_exit(self, node: Node, status: int, verdict: Message | None, cause: Message) -> None:
         self._write_status(node)
-        path = node.folder / "exit.json"
-        instead = verdict is not None and node.leader and not self._links.sockets() and not path.exists()
-        if status != 2 and (node.rank == 0 or instead):
-            rank = verdict["rank"] if verdict else 0
-            write_json(
-                path,
-                {
-                    "status": verdict["status"] if verdict and status < 0 else status,
-                    "rank": rank,
-                    "cause": verdict["text"] if verdict else cause["text"],
-                    "host": node.hosts[rank],
-                    "step": self._record.state()["step"],
-                    "time": time.time(),
-                },
-            )
+        instead = node.leader and not self._links.sockets() and not (node.folder / "exit.json").exists()
+        if status == 2 or not (node.rank == 0 or (verdict and instead)):
+            return
+        if verdict is not None:
+            node.write_exit(verdict["status"] if status < 0 else status, verdict["rank"], verdict["text"])
+        else:
+            node.write_exit(status, 0, cause["text"])
 
     def _write_status(self, node: Node) -> None:
         node.write_status()

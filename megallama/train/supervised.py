@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from megallama.comm.launch import World
     from megallama.plan.plan import Plan
 
-_PARENT_DEATH = 1  # of prctl
+_PARENT_DEATH, _SUBREAPER = 1, 36  # of prctl
 _CODE = "import sys; sys.path.insert(0, sys.argv[1]); from megallama.recovery.supervisor import main; main()"
 
 
@@ -62,14 +62,29 @@ def start_supervisor() -> FlightRecord:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes in between waits for the supervisor
     child = os.fork()
     if child:
+        ctypes.CDLL(None).prctl(_SUBREAPER, int(several))  # of a dead child's children; it stays with the process
         root = str(Path(__file__).resolve().parents[2])
-        numbers = [str(number) for number in (*files[:2], child, int(several))]
+        numbers = [",".join(map(str, files)), str(child), str(int(several))]
         shown = ["megallama.pretrain", *sys.argv[1:]]  # to who looks for the processes of a run
         try:  # the package alone: nothing of what this process has imported
             os.execv(sys.executable, [sys.executable, "-S", "-s", "-c", _CODE, root, *numbers, *shown])
         except OSError as error:
             os.kill(child, signal.SIGKILL)
             sys.exit(f"error: no supervisor could be started: {error}; write run.supervisor=false")
+    return _trainer_of(record, several)
+
+
+def make_again() -> FlightRecord:
+    """`start_supervisor`, in the process that the supervisor has started in place of a dead maker of trainers.
+
+    argv: root folder, files of the record, then as the launcher had it.
+    """
+    files = [*map(int, sys.argv[2].split(","))]
+    sys.argv[:3] = []
+    return _trainer_of(FlightRecord(files[0], files[1], files[2:]), several=True)
+
+
+def _trainer_of(record: FlightRecord, several: bool) -> FlightRecord:
     _die_with(record.words[SUPERVISOR])
     if several:
         _become_trainers(record)

@@ -114,12 +114,25 @@ def test_a_fault_that_comes_again_ends_the_run_by_the_count_of_starts(tmp_path: 
     assert ranks.said(0).count("all ranks start again") == 2
 
 
-def test_who_makes_the_trainers_is_not_replaced(tmp_path: Path) -> None:
-    ranks = run(tmp_path, *REPLACE, "train.steps=100000")
+def test_who_makes_the_trainers_is_replaced_too(tmp_path: Path, want: Any) -> None:
+    """By a process that starts from nothing; the copies in memory are the supervisor's."""
+    ranks = run(tmp_path, "parallel.tp=2", *REPLACE, "checkpoint.memory_interval=1")
     reach(ranks, 3)
-    os.kill(maker(ranks, 1), signal.SIGKILL)
-    assert ranks.wait(60) == [4, -9]
-    assert "all ranks start again" not in ranks.said(0)
+    makers = [maker(ranks, rank) for rank in range(2)]
+    gone = trainer(ranks, 1)
+    os.kill(makers[1], signal.SIGKILL)
+    ranks.until("from memory")
+    assert maker(ranks, 0) == makers[0] and maker(ranks, 1) != makers[1] and not Path(f"/proc/{gone}/stat").exists()
+    reach(ranks, 12)
+    os.kill(trainer(ranks, 1), signal.SIGKILL)  # the new one makes another
+    assert ranks.wait(90) == [0, 0]
+    assert result(tmp_path) == want
+    said = ranks.said(0)
+    cause = r"rank 1 \(\S+\) failed first: the process that makes its trainers: killed by SIGKILL \(9\)"
+    assert re.search(rf"{cause}\nall ranks start again \(replacement 1 of 9\)", said), said
+    assert "all ranks start again (replacement 2 of 9)" in said
+    resumed = [int(step) for step in re.findall(r"resumed after step (\d+), .* from memory", said)]
+    assert len(resumed) == 2 and all(step >= at - 1 for step, at in zip(resumed, (3, 12), strict=True)), resumed
 
 
 def test_a_request_to_stop_reaches_the_trainers_of_later(tmp_path: Path) -> None:
