@@ -1,8 +1,7 @@
 """Process groups: the one interface through which ranks talk, and the groups of one rank.
 
-Every operation starts at once and returns a `Handle`; the result may be read after `wait()`.  So a
-blocking call is ``group.all_reduce(x).wait()`` and an overlapped one keeps the handle while other
-work runs.  A handle keeps its tensors alive until it is waited for.
+Every operation starts at once and returns a `Handle`, which keeps its tensors alive until it is waited for.
+An overlapped call keeps the handle while other work runs; a blocking one is ``group.all_reduce(x).wait()``.
 
 Five implementations: `Solo` (one rank: every operation is the identity, so no caller asks for the
 size), `C10d` (torch.distributed: NCCL or gloo), `SharedMemory` (CPU ranks of one machine),
@@ -121,11 +120,7 @@ class Solo:
             output.copy_(shard)
         return Done()
 
-    @torch.no_grad()
-    def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
-        if output.data_ptr() != full.data_ptr():
-            output.copy_(full)
-        return Done()
+    reduce_scatter = all_gather  # both are a copy
 
     def send(self, *_: Any, **named: Any) -> Handle:
         raise AssertionError("a group of one rank has nobody to send to and nobody to receive from")
@@ -220,8 +215,7 @@ def partitions(topology: Topology, num_kv_heads: int) -> dict[str, list[tuple[in
 def build_groups(topology: Topology, rank: int, num_kv_heads: int, make: Callable[[str, Partition], Group]) -> Groups:
     """Rank's groups. make(name, partition) creates all groups of a partition and returns rank's own.
 
-    make is called in the same order with the same arguments on every rank; it must return a `Solo`
-    for a group of one.
+    It is called in the same order with the same arguments on every rank.
     """
     groups = {name: make(name, parts) for name, parts in partitions(topology, num_kv_heads).items()}
     return Groups(**groups, rank=rank, coords=topology.coords(rank))

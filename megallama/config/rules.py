@@ -1,7 +1,7 @@
 """What settings must be to one another, with the nearest values that work; and which are far from the usual.
 
 A rule is a generator of messages, given a configuration whose derived values are filled in and the number
-of ranks (None while it is unknown: then nothing is said about ranks or data parallelism).
+of ranks, or None: then nothing is said about ranks.
 """
 
 from __future__ import annotations
@@ -50,20 +50,16 @@ def _architecture(config: Config, ranks: int | None) -> Iterator[str]:
         use = _any(_divisors(m.num_heads))
         yield f"model.num_kv_heads={kv} does not divide model.num_heads={m.num_heads}; use {use}"
     if m.head_dim is None:
-        yield (
-            f"model.num_heads={m.num_heads} does not divide model.hidden_size={m.hidden_size}; "
-            f"use {_near(_divisors(m.hidden_size), m.num_heads)} heads, or set model.head_dim"
-        )
+        use = f"use {_near(_divisors(m.hidden_size), m.num_heads)} heads, or set model.head_dim"
+        yield f"model.num_heads={m.num_heads} does not divide model.hidden_size={m.hidden_size}; {use}"
     elif (d := m.head_dim) % 2:
         use = _any([n for n in (d - 1, d + 1) if n])
         yield f"model.head_dim={d} is odd, but rotary embeddings turn pairs of elements; use {use}"
     if m.vocab_size < 2:
         yield f"model.vocab_size={m.vocab_size} leaves nothing to predict; use at least 2"
     if (s := m.rope_scaling) is not None and s.low_freq_factor >= s.high_freq_factor:
-        yield (
-            f"model.rope_scaling.low_freq_factor={s.low_freq_factor} is not below "
-            f"model.rope_scaling.high_freq_factor={s.high_freq_factor}; LLaMA 3.1 uses 1.0 and 4.0"
-        )
+        high = f"model.rope_scaling.high_freq_factor={s.high_freq_factor}"
+        yield f"model.rope_scaling.low_freq_factor={s.low_freq_factor} is not below {high}; LLaMA 3.1 uses 1.0 and 4.0"
 
 
 def _tensor_parallel(config: Config, ranks: int | None) -> Iterator[str]:
@@ -95,40 +91,29 @@ def _tensor_parallel(config: Config, ranks: int | None) -> Iterator[str]:
 
 def _pipeline(config: Config, ranks: int | None) -> Iterator[str]:
     p, layers = config.parallel, config.model.num_layers
-    stages = p.pp * p.chunks
+    stages, schedule, chunks = p.pp * p.chunks, f'parallel.schedule="{p.schedule}"', f"parallel.chunks={p.chunks}"
     if p.schedule in V_SCHEDULES and (p.chunks != 2 or p.pp == 1):
-        yield (
-            f'parallel.schedule="{p.schedule}" has two chunks on each of several ranks, but parallel.pp={p.pp} and '
-            f"parallel.chunks={p.chunks}; use parallel.pp={max(2, p.pp)} and parallel.chunks=2"
-        )
+        use = f"use parallel.pp={max(2, p.pp)} and parallel.chunks=2"
+        yield f"{schedule} has two chunks on each of several ranks, but parallel.pp={p.pp} and {chunks}; {use}"
     elif p.chunks > 1 and p.pp == 1:
-        yield f"parallel.chunks={p.chunks} needs more than parallel.pp=1; use parallel.chunks=1 or parallel.pp=2"
+        yield f"{chunks} needs more than parallel.pp=1; use parallel.chunks=1 or parallel.pp=2"
     if p.chunks > 1 and p.schedule in ("zb-h1", "zb-h2"):
-        yield (
-            f'parallel.schedule="{p.schedule}" has one chunk per rank, but parallel.chunks={p.chunks}; '
-            'use parallel.chunks=1 or parallel.schedule="1f1b"'
-        )
+        use = 'use parallel.chunks=1 or parallel.schedule="1f1b"'
+        yield f"{schedule} has one chunk per rank, but {chunks}; {use}"
     if p.schedule == "csv" and p.schedule_file is None:
         yield 'parallel.schedule="csv" has no parallel.schedule_file; write parallel.schedule_file=FILE.csv'
     elif p.schedule != "csv" and p.schedule_file is not None:
-        yield (
-            f'parallel.schedule_file={literal(p.schedule_file)} is not read with parallel.schedule="{p.schedule}"; '
-            'write parallel.schedule="csv", or leave the file out'
-        )
+        instead = 'write parallel.schedule="csv", or leave the file out'
+        yield f"parallel.schedule_file={literal(p.schedule_file)} is not read with {schedule}; {instead}"
     if p.stage_layers is not None:
-        counts = list(p.stage_layers)
-        even = literal([layers * (s + 1) // stages - layers * s // stages for s in range(stages)])
+        counts, numbers = list(p.stage_layers), "numbers that add up to it"
+        have = f"adds up to {sum(counts)}, but model.num_layers={layers}"
         if len(counts) != stages:
-            yield (
-                f"parallel.stage_layers={counts} has {counted(len(counts), 'number')}, but parallel.pp={p.pp} x "
-                f"parallel.chunks={p.chunks} = {counted(stages, 'stage')}; write {counted(stages, 'number')}, "
-                f"for example {even}"
-            )
-        elif sum(counts) != layers:
-            yield (
-                f"parallel.stage_layers={counts} adds up to {sum(counts)}, but model.num_layers={layers}; "
-                f"write numbers that add up to it, for example {even}"
-            )
+            numbers, product = counted(stages, "number"), f"parallel.pp={p.pp} x parallel.chunks={p.chunks}"
+            have = f"has {counted(len(counts), 'number')}, but {product} = {counted(stages, 'stage')}"
+        if len(counts) != stages or sum(counts) != layers:
+            even = literal([layers * (s + 1) // stages - layers * s // stages for s in range(stages)])
+            yield f"parallel.stage_layers={counts} {have}; write {numbers}, for example {even}"
     axes = p.rank_order.split("-")
     if sorted(axes) != sorted(AXES):
         known = list(dict.fromkeys(a for a in axes if a in AXES))
@@ -229,17 +214,12 @@ def _lr_schedule(config: Config, ranks: int | None) -> Iterator[str]:
     end = s.decay_steps or config.train.steps
     if s.kind == "constant":
         return
+    warmup, last = f"lr_schedule.warmup_steps={s.warmup_steps}", f"lr_schedule.decay_steps={end}"
     if s.warmup_steps >= end:
-        yield (
-            f"lr_schedule.warmup_steps={s.warmup_steps} is not below lr_schedule.decay_steps={end}; "
-            f'use at most {end - 1}, more steps, or lr_schedule.kind="constant"'
-        )
+        yield f'{warmup} is not below {last}; use at most {end - 1}, more steps, or lr_schedule.kind="constant"'
     elif s.kind == "wsd" and (decay := s.wsd_decay_steps or 1) + s.warmup_steps > end:
-        yield (
-            f"lr_schedule.warmup_steps={s.warmup_steps} + lr_schedule.wsd_decay_steps={decay} = "
-            f"{s.warmup_steps + decay} is above lr_schedule.decay_steps={end}; "
-            f"use lr_schedule.wsd_decay_steps={end - s.warmup_steps} or less"
-        )
+        both = f"{warmup} + lr_schedule.wsd_decay_steps={decay} = {s.warmup_steps + decay}"
+        yield f"{both} is above {last}; use lr_schedule.wsd_decay_steps={end - s.warmup_steps} or less"
 
 
 def _fp8(config: Config, ranks: int | None) -> Iterator[str]:
@@ -273,24 +253,19 @@ def _running(config: Config, ranks: int | None) -> Iterator[str]:
             f'checkpoint.resume="{c.resume}" wants to go on; remove one, or use '
             'checkpoint.resume="auto" (go on if there is a checkpoint, else start so)'
         )
+    kept = f"checkpoint.keep_every={c.keep_every}"
     if c.keep_every and not c.interval:
-        yield (
-            f"checkpoint.keep_every={c.keep_every} keeps nothing while checkpoint.interval=0 saves only at the end; "
-            f"use checkpoint.interval={c.keep_every} or a divisor of it"
-        )
+        use = f"use checkpoint.interval={c.keep_every} or a divisor of it"
+        yield f"{kept} keeps nothing while checkpoint.interval=0 saves only at the end; {use}"
     elif c.keep_every and c.keep_every % c.interval:
-        yield (
-            f"checkpoint.keep_every={c.keep_every} is not a multiple of checkpoint.interval={c.interval}; "
-            f"use {_multiples(c.keep_every, c.interval)}"
-        )
+        use = _multiples(c.keep_every, c.interval)
+        yield f"{kept} is not a multiple of checkpoint.interval={c.interval}; use {use}"
     if (steps := config.log.trace_steps) is not None and steps[0] > steps[1]:
         yield f"log.trace_steps={literal(steps)} ends before it begins; write log.trace_steps={literal(sorted(steps))}"
-    step, data = config.run.timeout_seconds, config.data.timeout_seconds
-    if step < data:
-        yield (
-            f"run.timeout_seconds={step:g} ends a run whose other ranks still wait for a batch, which may take "
-            f"data.timeout_seconds={data:g}; use run.timeout_seconds={data:g} or more, or data.timeout_seconds={step:g}"
-        )
+    step, data = (f"timeout_seconds={section.timeout_seconds:g}" for section in (config.run, config.data))
+    if config.run.timeout_seconds < config.data.timeout_seconds:
+        waits = "ends a run whose other ranks still wait for a batch, which may take"
+        yield f"run.{step} {waits} data.{data}; use run.{data} or more, or data.{step}"
 
 
 def _data(config: Config, ranks: int | None) -> Iterator[str]:
@@ -302,20 +277,15 @@ def _data(config: Config, ranks: int | None) -> Iterator[str]:
             yield f"data.synthetic=true leaves data.{key}={literal(value)} unread; leave one of them out"
     if not d.train and not d.synthetic:
         yield "data.train is empty; write data.train=PREFIX (of PREFIX.bin and PREFIX.idx), or data.synthetic=true"
-    if config.train.eval_interval and not d.valid and not d.synthetic:
-        yield (
-            f"train.eval_interval={config.train.eval_interval} but data.valid is empty; "
-            "write data.valid=PREFIX, or train.eval_interval=0"
-        )
+    if (every := config.train.eval_interval) and not d.valid and not d.synthetic:
+        yield f"train.eval_interval={every} but data.valid is empty; write data.valid=PREFIX, or train.eval_interval=0"
     for key, sources in (("train", d.train), ("valid", d.valid), ("test", d.test)):
         seen: set[str] = set()
         for i, s in enumerate(sources):
             where, (first, last) = f"data.{key}[{i}]", s.documents
             if s.label in seen:
-                yield (
-                    f"{where} is the second source called {literal(s.label)}; "
-                    f"give it another name: {literal({'path': s.path, 'name': f'{s.label}-2'})}"
-                )
+                other = literal({"path": s.path, "name": f"{s.label}-2"})
+                yield f"{where} is the second source called {literal(s.label)}; give it another name: {other}"
             seen.add(s.label)
             if not 0 <= first < last <= 1:
                 yield f"{where}.documents={literal(s.documents)} is no part of 0 to 1; write for example [0.0, 0.98]"
@@ -345,12 +315,10 @@ def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
         ever |= {name for name, weight in weights.items() if weight}
         if not any(weights.values()):
             yield f"{where} leaves no source a weight above 0; give one to at least one source"
-    for name in [s.label for s in d.train if s.label not in ever]:
-        if ever:
-            yield (
-                f"data.train gives {literal(name)} the weight 0, and no data.mixture_schedule raises it; leave it out, "
-                f"or write data.mixture_schedule={literal([{'step': 1000, 'weights': {name: 1.0}}])}"
-            )
+    for name in [s.label for s in d.train if ever and s.label not in ever]:
+        never = f"data.train gives {literal(name)} the weight 0, and no data.mixture_schedule raises it"
+        later = literal([{"step": 1000, "weights": {name: 1.0}}])
+        yield f"{never}; leave it out, or write data.mixture_schedule={later}"
 
 
 RULES: tuple[Rule, ...] = (
