@@ -96,12 +96,13 @@ def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: Signa
     """Set up a run; within, its folder is locked, and an error is told to the other ranks."""
     progress = Progress(config)
     set_deterministic(config.train.deterministic)
-    data = _on_all(world, "data", lambda: _open_data(config, log))
+    data = _on_all(world, "data", lambda: open_sources(config))
+    for text in data.notes:
+        log.info(text)
     assert config.checkpoint.folder is not None, "filled in when a configuration is loaded"
     group, folder = world.host_group("checkpoint"), Path(config.checkpoint.folder)
-    tokenizer = data.tokenizer.path if data.tokenizer else None
-    marks, record = data.special_ids, world.record
-    manager = CheckpointManager(config, folder, group, tokenizer, log.info, marks=marks, record=record)
+    path = data.tokenizer.path if data.tokenizer else None
+    manager = CheckpointManager(config, folder, group, path, log.info, marks=data.special_ids, record=world.record)
     _check_beginning(config, data, manager, world)
     warnings = [*_on_all(world, "memory", lambda: _check_room(plan, world)), *unusual(config)]
     kernels = _choose_kernels(config, plan, world, log)
@@ -157,13 +158,6 @@ def _on_all(world: World, what: str, work: Callable[[], T]) -> T:
     return kept[0]
 
 
-def _open_data(config: Config, log: Logger) -> Data:
-    data = open_sources(config)
-    for text in data.notes:
-        log.info(text)
-    return data
-
-
 def _last_step(config: Config, data: Data) -> tuple[int, str]:
     """After which step the data end, at most `train.steps`, and why before it."""
     steps = config.train.steps
@@ -176,17 +170,6 @@ def _check_room(plan: Plan, world: World) -> list[str]:
     return check_room(world.group.gather_values(own))
 
 
-def _room_for_copies(plan: Plan, world: World, nbytes: int) -> str:
-    """Why the hosts have no memory for the copies of all ranks, on CPUs beside their state; empty if they have."""
-    memory = plan.memory(plan.topology.coords(world.rank)["pp"])
-    need = nbytes + (memory.persistent if world.device.type == "cpu" else 0)
-    try:
-        check_room(world.group.gather_values((world.hosts[world.rank], need, 0, room(torch.device("cpu")))))
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
 def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> Kernels:
     """The same ones on every rank; from here on the log has files, and says what will run."""
     kernels = _on_all(world, "kernels", lambda: kernels_of(config, world.device))
@@ -197,8 +180,7 @@ def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> Ke
         log.info(text)
     for choice in kernels.choices:  # aloud where something installed does not work
         (log.info if choice.broken else log.note)(f"kernel for {choice}")
-    slow = slow_format(world.device, DTYPES[config.precision.dtype]) if world.rank == 0 else ""
-    if slow:
+    if world.rank == 0 and (slow := slow_format(world.device, DTYPES[config.precision.dtype])):
         log.warn(f'{slow}; write precision.dtype="fp32"')
     return kernels
 
@@ -279,18 +261,20 @@ def _memory_copies(config: Config, world: World, worker: Worker, log: Logger) ->
         return None
     own = json.dumps([config.model_dump(mode="json"), world.rank, world.world_size])
     key = hashlib.sha256(own.encode()).hexdigest()
-    shards, copies = worker.optimizer.shards(owned_only=False), None
-    problem = _room_for_copies(worker.plan, world, MemoryCopies.need(shards))
+    shards, copies, problem = worker.optimizer.shards(owned_only=False), None, ""
+    need, cuda, host = MemoryCopies.need(shards), world.device.type == "cuda", world.hosts[world.rank]
+    state = 0 if cuda else worker.plan.memory(worker.groups.coords["pp"]).persistent  # which is in the same memory
     try:
-        copies = None if problem else MemoryCopies(files, shards, key, pinned=world.device.type == "cuda")
+        check_room(world.group.gather_values((host, need + state, 0, room(torch.device("cpu")))))
+        copies = MemoryCopies(files, shards, key, pinned=cuda)
+    except ConfigError as error:  # of all ranks
+        problem = str(error)
     except (OSError, RuntimeError) as error:
-        problem = f"rank {world.rank} on {world.hosts[world.rank]}: {error}"
+        problem = f"rank {world.rank} on {host}: {error}"
     if problem := next(filter(None, world.group.gather_values(problem)), ""):
         log.info(f"warning: no copies in memory: {problem}; they take twice the optimizer's state")
         return None
-    assert copies is not None, "or there was a problem"
-    size = human_bytes(MemoryCopies.need(shards))
-    log.info(f"copies of the state in memory every {counted(interval, 'step')}: {size} on this rank")
+    log.info(f"copies of the state in memory every {counted(interval, 'step')}: {human_bytes(need)} on this rank")
     return copies
 
 
