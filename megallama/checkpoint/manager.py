@@ -154,16 +154,15 @@ class CheckpointManager:
         if not (self._config.checkpoint.async_save and behind):
             self._write(step, shards, counters)
             return
-        snapshot = self._snapshot([*shards])
+        snapshot, most = self._snapshot([*shards]), self._config.checkpoint.max_failures
 
         def work() -> None:
             try:
                 self._write(step, snapshot, counters)
             except BaseException as error:  # noqa: BLE001 - raised by `finish` in the caller's thread
-                self._failure = error
-                self._failures += 1
-                going = self._failures <= self._config.checkpoint.max_failures
-                then = "the run goes on and saves when the next is due" if going else "the next save stops the run"
+                self._failure, self._failures = error, self._failures + 1
+                then = "the run goes on and saves when the next is due"
+                then = then if self._failures <= most else "the next save stops the run"
                 if not isinstance(error, NotFiniteError):  # which ends the run
                     self._log(f"warning: checkpoint of step {step}: {error}; {then}")
             with self._handing:
@@ -200,7 +199,6 @@ class CheckpointManager:
             raise failure
 
     def _snapshot(self, shards: Sequence[Shard]) -> list[Shard]:
-        """Copy the state into the host buffer."""
         self.prepare(shards)
         tensors = [shard.state[kind].detach() for kind in STATE for shard in shards]
         sizes, runs = [tensor.numel() for tensor in tensors], list(_touching(tensors))
@@ -310,10 +308,7 @@ class CheckpointManager:
         return self._config
 
     def starts_fresh(self) -> bool:
-        """Whether there is nothing to resume, by the names in the folder; before the lock is taken.
-
-        Raises: CheckpointError if checkpoint.resume is "must".
-        """
+        """Whether there is nothing to resume, by the names in the folder. Raises: CheckpointError if there must be."""
         names = [] if self._folder.is_file() else disk.names(self._folder)
         empty = not any(name.startswith("step-") for name in names)
         if empty and self._config.checkpoint.resume == "must":
@@ -348,10 +343,9 @@ class CheckpointManager:
         rest = list(saved.blocks("model/"))[self._group.rank :: self._group.size]
 
         def check() -> None:
-            wrong = manifest.differences(saved.model, self._config.model)
-            tokenizer = saved.tokenizer
-            if self._tokenizer and tokenizer and tokenizer != self._tokenizer:
-                wrong.append(f"data.tokenizer: checkpoint sha256 {tokenizer[:16]}..., now {self._tokenizer[:16]}...")
+            wrong, was, now = manifest.differences(saved.model, self._config.model), saved.tokenizer, self._tokenizer
+            if was and now and was != now:
+                wrong.append(f"data.tokenizer: checkpoint sha256 {was[:16]}..., now {now[:16]}...")
             if wrong:
                 raise CheckpointError(
                     f"{path} was saved by another model:\n  " + "\n  ".join(wrong) + "\nGive the checkpoint's "

@@ -12,15 +12,13 @@ A layer is one node of autograd and contains its collectives: they can run under
                             --reduce-scatter--> [T/t, b]  of the activation, then dgrad and wgrad
       no SP                 --all-reduce--> [T, b]        (dy is replicated)
 
-What is kept for the backward is the input of the *preceding* linear map only (the LLaMA way,
-Touvron et al. 2023, section 2.4): a column layer contains the RMSNorm before it and keeps the norm's
-input; a row layer may contain SwiGLU and keeps its input.  Both make the operand of the weight
-gradient again.  With ``keep=True`` (recompute = "none") they keep that operand too.
+A column layer contains the RMSNorm before it, a row layer may contain SwiGLU; what is kept for the backward is the
+input of these only (the LLaMA way, Touvron et al. 2023, section 2.4), with ``keep=True`` the operand of the weight
+gradient too.
 
-The forward has no second GEMM to run a collective under.  With ``chunks`` = n > 1 it cuts its rows:
-the all-gather of a piece runs under the GEMM of the piece before, the reduce-scatter (or all-reduce)
-under that of the next.  A piece holds an n-th of every rank's rows, so the result is in order; with
-1 < n a pass over the output puts it there.
+The forward has no second GEMM to run a collective under.  With ``chunks`` = n > 1 it cuts its rows: the all-gather of
+a piece runs under the GEMM of the piece before, the reduce-scatter (or all-reduce) under that of the next.  A piece
+holds an n-th of every rank's rows, and a pass over the output puts them in order.
 """
 
 from __future__ import annotations
@@ -86,10 +84,9 @@ class TensorParallel:
 
 @dataclass(eq=False)
 class RMSNorm:
-    """x / rms(x) * weight [T, h]. Nothing is kept: all of it can be made again from the input.
+    """x / rms(x) * weight [T, h], made again from x in the backward.
 
-    Under sequence parallelism every rank normalises its own rows, so the weight's gradient is a
-    partial sum; its `ParamSpec` says so (``sum_over="tp"``) and the synchronisation adds the parts.
+    Under sequence parallelism the weight's gradient is a partial sum, of each rank's rows (`Part.sum_over`).
     """
 
     param: Param
@@ -97,7 +94,6 @@ class RMSNorm:
     _pointwise: PointwiseOps
 
     def forward(self, x: Tensor) -> Tensor:
-        """The normalised rows, the same bits on every call."""
         return self._pointwise.rms_norm(x, self.param.weight, self.eps)
 
     def backward(self, dy: Tensor, x: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """What layers are made of: parameters, views into one weight and one fp32 gradient buffer per stage.
 
-Gradients of weights never pass through autograd.  The hand-written backward functions hand each
-weight gradient to its `Param`, which adds it into `main_grad` at once; the last contribution of a
-step tells the gradient synchronisation that the parameter is ready.
+Gradients of weights never pass through autograd: the hand-written backward functions hand each to its `Param`, which
+adds it into `main_grad` at once; the last one of a step tells the gradient synchronisation that it is ready.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ class Gather:
     handle: Handle | None = None  # of the gather under way
 
     def wait(self) -> None:
-        """Return when the bucket's weights are whole."""
         if self.handle is not None:
             self.handle.wait()
             self.handle = None
@@ -55,7 +53,6 @@ class WeightGradQueue:
         self.open = None
 
     def run(self, microbatch: int) -> None:
-        """Compute what was put off for this micro-batch."""
         with torch.no_grad():  # queued operands still remember that they were part of a graph
             for work in self.groups.pop(microbatch):
                 work()
@@ -103,7 +100,6 @@ class Param:
         self.overwrite = False
 
     def add_grad(self, grad: Tensor) -> None:
-        """main_grad += grad."""
         self.main_grad.copy_(grad) if self.overwrite else self.main_grad.add_(grad)
         self.overwrite = False
         self.grad_done()
@@ -188,9 +184,8 @@ def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 class Shard:
     """The optimizer's state of `box`, a rectangle of the Hugging Face tensor ``box.key``.
 
-    `state` is by the name of the files: "master" (the weights), "exp_avg", "exp_avg_sq".  The tensors
-    are contiguous 1-D views of the box's elements in row-major order, fp32 (fp64 in fp64 mode), on
-    the optimizer's device.  A checkpoint is loaded by writing into them.  `digests`: as a save found them, if known.
+    `state` is by the name of the files: "master" (the weights), "exp_avg", "exp_avg_sq": contiguous 1-D views of the
+    box's elements in row-major order, fp32 (fp64 in fp64 mode).  `digests`: as a save found them, if known.
     """
 
     box: Box

@@ -5,10 +5,8 @@ Pre-norm RMSNorm, rotary attention, SwiGLU, no biases:
     x = x + o_proj(attention(qkv_proj(norm(x))))
     x = x + down_proj(swiglu(gate_up_proj(norm(x))))
 
-A `Stage` is a run of consecutive layers, the first with the embedding before it, the last with final
-norm, head and loss behind it.  Activations are [T, h]: all tokens of a micro-batch, sample after
-sample; under sequence parallelism each tensor-parallel rank holds T/t consecutive rows of the
-residual stream.  Nothing here asks how many ranks there are: groups of one rank do nothing.
+Activations are [T, h]: all tokens of a micro-batch, sample after sample; under sequence parallelism each
+tensor-parallel rank holds T/t consecutive rows of the residual stream.
 """
 
 from __future__ import annotations
@@ -45,12 +43,9 @@ _MASK32 = 0xFFFFFFFF
 class Rotary(Layer):
     """Packed q, k, v [T, (n + 2k) d] of this rank's heads -> rotated q and k, and v: [b, s, heads, d].
 
-    Kept are the tables alone: the gradient of a rotation is the inverse rotation.
-
-    On a GPU the packed tensor is rotated in place (the layer that made it does not need it), and
-    attention reads its parts where they are.  On a CPU, where products over heads want each head's
-    rows together, they are written head by head instead; the packed tensor is freed.  The gradients
-    of the three parts are written into one packed tensor.
+    Kept are the tables alone: the gradient of a rotation is the inverse rotation.  On a GPU the packed tensor is
+    rotated in place (the layer that made it does not need it); on a CPU, where products over heads want each head's
+    rows together, they are written head by head instead.
     """
 
     num_heads: int
@@ -122,7 +117,7 @@ class TransformerLayer:
 
 
 class Stage:
-    """Consecutive layers of the model, on one rank."""
+    """Consecutive layers, the first with the embedding before it, the last with norm, head and loss behind it."""
 
     def __init__(
         self, config: Config, buffers: FlatBuffers, layers: Sequence[int], first: bool, last: bool, tp: TensorParallel,

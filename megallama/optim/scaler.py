@@ -1,7 +1,6 @@
 """Dynamic loss scaling for fp16 (Micikevicius et al. 2018), whose gradients below 6e-8 vanish.
 
-Too large a scale overflows: then the step is skipped and the scale halved; after a window of good
-steps it is doubled.  Every other format has the range of fp32, and the scaler is the identity.
+Every other format has the range of fp32, and the scaler is the identity.
 """
 
 from __future__ import annotations
@@ -27,20 +26,16 @@ class LossScaler:
 
         False after a step that was not finite: no scale is to blame, the numbers are bad.
         """
-        if not self.dynamic:
-            return False
-        if finite:
-            self.good_steps += 1
-            if self.good_steps == self._window:
-                self.good_steps = 0
-                self.scale = max(self.scale, min(self.scale * 2, MAX_SCALE))
-            return False
-        self.good_steps = 0
-        before, self.scale = self.scale, min(self.scale, max(self.scale / 2, MIN_SCALE))
+        before = self.scale
+        if self.dynamic:
+            self.good_steps = self.good_steps + 1 if finite else 0
+            if not finite:
+                self.scale = min(before, max(before / 2, MIN_SCALE))
+            elif self.good_steps == self._window:
+                self.good_steps, self.scale = 0, max(before, min(before * 2, MAX_SCALE))
         return self.scale < before
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as JSON values; empty where nothing is scaled."""
         return {"scale": self.scale, "good_steps": self.good_steps} if self.dynamic else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,10 +1,8 @@
 """The sharded optimizer: gradients are reduced, shards computed, weights gathered (see `plan.params`).
 
-A bucket's gradients are reduce-scattered under the backward, once all its parameters have reported
-that theirs are done.  Which contributions are the last, the schedule says, so the order of the
-collectives is the same on every rank; where replicas have schedules with other orders, all is
-reduced after the backward.  The updated masters are cast into the rank's range of the weights, and
-the bucket is all-gathered: the next forward waits for it where it first reads one of its weights.
+A bucket's gradients are reduce-scattered under the backward, once all its parameters have reported that theirs are
+done.  Which contributions are the last, the schedule says, so the order of the collectives is the same on every rank;
+where replicas have schedules with other orders, all is reduced after the backward.
 Where weights are fp32 (or fp64) already, the masters are the weights themselves.
 """
 
@@ -77,7 +75,6 @@ class GradSync:
         return bucket.shard(self._groups.dp_cp.size, self._groups.dp_cp.rank)
 
     def segments(self, bucket: Bucket) -> Iterator[Segment]:
-        """What of the model lies in this rank's shard of a bucket."""
         return self.buffers.layout.segments(*self.range_of(bucket))
 
     def _grad_done(self, param: Param) -> None:
@@ -148,7 +145,6 @@ class Update:
         return {"weights": weights, "grads": grads, "master": master, **moments, "step": step}
 
     def masters(self) -> Iterator[tuple[GradSync, Bucket, Tensor]]:
-        """The masters of this rank's shard of every bucket."""
         return ((sync, bucket, tensors["master"]) for sync, bucket, tensors in self._held)
 
     def start_step(self, early: bool = True) -> None:
@@ -159,8 +155,7 @@ class Update:
     def reduce(self) -> Tensor:
         """Complete the gradients; the sum of squares of what this rank counts of them, float64.
 
-        Summed over all ranks of the job it is the squared norm of the global gradient: elements
-        that several ranks hold are counted by one.
+        Summed over all ranks it is the squared norm of the global gradient: each element is counted by one.
         """
         for sync in self.syncs:
             sync.finish()
@@ -180,14 +175,10 @@ class Update:
 
     def _counted(self, sync: GradSync, bucket: Bucket) -> list[Tensor]:
         ranges: list[list[int]] = []
-        for segment in sync.segments(bucket):
-            start, stop = segment.offset, segment.offset + segment.count
-            if not segment.part.owner:
-                continue
-            if ranges and ranges[-1][1] == start:
-                ranges[-1][1] = stop
-            else:
-                ranges.append([start, stop])
+        for segment in (segment for segment in sync.segments(bucket) if segment.part.owner):
+            if not (ranges and ranges[-1][1] == segment.offset):
+                ranges.append([segment.offset] * 2)
+            ranges[-1][1] += segment.count
         return [sync.buffers.grads[a:b] for a, b in ranges]
 
     def compute(self, lr: float, multiplier: float) -> None:
@@ -221,9 +212,8 @@ class Update:
     def shards(self, owned_only: bool) -> list[Shard]:
         """This rank's state as rectangles of the model's tensors.
 
-        `owned_only` leaves out copies that another rank counts: together the ranks then hold every
-        element once.  The tensors are views: a checkpoint, or the initial weights, are written into
-        them, and then `loaded` is called.
+        `owned_only` leaves out copies that another rank counts.  The tensors are views: a checkpoint, or the initial
+        weights, are written into them, and then `loaded` is called.
         """
         out = []
         for sync, bucket, tensors in self._held:

@@ -1,9 +1,7 @@
 """The interpreter of pipeline schedules: a handler per kind of action, one path for all schedules.
 
-A schedule is a list of actions per pipeline rank (`megallama.plan.schedule`); a pipeline of one rank
-is a list without transfers.  Sends and receives are posted where the schedule says and awaited where
-their value is needed.  A forward keeps the edge of its autograd graph, not its output, so an output
-is freed once it has been sent.
+Sends and receives are posted where the schedule says and awaited where their value is needed.  A forward keeps the
+edge of its autograd graph, not its output, so an output is freed once it has been sent.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from megallama.comm.group import Group, Handle
 from megallama.kernels.candidate import accumulate_dtype
 from megallama.layers.batch import MicroBatch
 from megallama.layers.param import WeightGradQueue
-from megallama.plan.schedule import Action, Kind, Schedule
+from megallama.plan.schedule import RECVS, SENDS, Action, Kind, Schedule
 
 StageCall = Callable[[Tensor | None, MicroBatch], Tensor]  # -> hidden states or loss sum
 
@@ -37,10 +35,7 @@ class Observer:
     def started(self, action: Action | None) -> None:
         """It begins; None stands for the wait for the last sends."""
         self.action = action
-        if action is None:
-            self.record.action("last sends")
-        else:
-            self.record.action(action.kind, action.stage, action.microbatch)
+        self.record.action(*(action or ("last sends",)))
 
     def arrived(self) -> None:
         """What it waited for has come from another rank."""
@@ -68,19 +63,14 @@ class PipelineRuntime:
     def __init__(
         self, work: Mapping[int, StageWork], pp: Group, hidden: Tensor, record: FlightRecord | None = None
     ) -> None:
-        self._work = work
-        self._pp = pp
-        self._hidden = hidden
-        self.observer = Observer(record)
+        self._work, self._pp, self._hidden, self.observer = work, pp, hidden, Observer(record)
         self._handlers: dict[Kind, Callable[[Action], None]] = {
             Kind.F: self._forward,
             Kind.B: self._differentiate,
             Kind.I: self._input_grad,
             Kind.W: self._weight_grad,
-            Kind.SEND_F: self._send,
-            Kind.RECV_F: self._recv,
-            Kind.SEND_B: self._send,
-            Kind.RECV_B: self._recv,
+            **dict.fromkeys(SENDS, self._send),
+            **dict.fromkeys(RECVS, self._recv),
         }
 
     def run(self, schedule: Schedule, inputs: Sequence[MicroBatch]) -> Tensor:
@@ -161,9 +151,8 @@ class PipelineRuntime:
 def _last_gradients(actions: Sequence[Action]) -> frozenset[int]:
     """Positions in which the last gradients of a stage's parameters are formed.
 
-    The last B or W has those of the large weights, the last B or I the others.  Where the latter is a
-    B before that W, it is left out, for it would also announce the weights: the others are then
-    reduced at the end of the step.
+    The last B or W has those of the large weights, the last B or I the others.  A B before that W is left out, for it
+    would also announce the weights: the others are then reduced at the end of the step.
     """
     weights = {a.stage: i for i, a in enumerate(actions) if a.kind in (Kind.B, Kind.W)}
     others = {a.stage: i for i, a in enumerate(actions) if a.kind in (Kind.B, Kind.I)}

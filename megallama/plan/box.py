@@ -22,7 +22,6 @@ class Box:
 
     @classmethod
     def whole(cls, key: str, shape: tuple[int, ...]) -> Box:
-        """The box that is all of a tensor."""
         return cls(key, (0,) * len(shape), tuple(shape))
 
     @property

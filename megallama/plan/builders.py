@@ -2,10 +2,9 @@
 
 Builders take `p`, the number of pipeline ranks, and `m`, that of micro-batches.
 
-In a V, rank r of P owns stages r and 2P-1-r, so embedding and loss are on rank 0.  ZB-V and V-Half are one generator:
-in the steady state every rank repeats the same six units of work per micro-batch, F, I and W of its two stages.
-A *pattern* says how many units a micro-batch takes from a rank to the next on the way down and up, and how long it
-rests at the three turns; that fixes the order of F and I, and how many are in flight.  W fills what is left.
+In a V, rank r of P owns stages r and 2P-1-r, so embedding and loss are on rank 0.  ZB-V and V-Half are one generator,
+`_fill`, by a *pattern*: how many units a micro-batch takes from a rank to the next on the way down and up, and how
+long it rests at the three turns; that fixes the order of F and I, and how many are in flight.  W fills what is left.
 
 Papers: GPipe, Huang et al. 2019 (arXiv:1811.06965); 1F1B and interleaving, Narayanan et al. 2021 (arXiv:2104.04473);
 zero bubble (split backward) and ZB-V, Qi et al. 2023 (arXiv:2401.10241); patterns and V-Half, Qi et al. 2024
@@ -106,8 +105,7 @@ def dualpipe_v(p: int, m: int) -> Schedule:
     if m < 2 * p:
         least = f"{2 * p} micro-batches"
         raise ScheduleError(f"dualpipe-v needs at least 2 x pp={least}, not {m}; use {least}, or zb-v")
-    steps = tuple(_dualpipe_rank(rank, p, m) for rank in range(p))
-    return Schedule("dualpipe-v", p, 2 * p, m, steps, v_owners(p))
+    return Schedule("dualpipe-v", p, 2 * p, m, tuple(_dualpipe_rank(rank, p, m) for rank in range(p)), v_owners(p))
 
 
 def _fill(
@@ -188,12 +186,13 @@ def compute_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedul
     name, pp, chunks = parallel.schedule, parallel.pp, parallel.chunks
     if name == "csv":
         return read_csv(Path(parallel.schedule_file or ""), pp, pp * chunks, num_microbatches)
-    if (build := FIXED_CHUNKS.get(name)) is not None:
-        if chunks != build[0]:
-            words = "one chunk" if build[0] == 1 else "two chunks"
-            raise ScheduleError(f"{name} has {words} per rank, not chunks={chunks}; use chunks={build[0]} or 1f1b")
-        return build[1](pp, num_microbatches)
-    return {"gpipe": gpipe, "1f1b": one_f_one_b}[name](pp, num_microbatches, chunks)
+    if name in ("gpipe", "1f1b"):
+        return (gpipe if name == "gpipe" else one_f_one_b)(pp, num_microbatches, chunks)
+    fixed, build = FIXED_CHUNKS[name]
+    if chunks != fixed:
+        words = "one chunk" if fixed == 1 else "two chunks"
+        raise ScheduleError(f"{name} has {words} per rank, not chunks={chunks}; use chunks={fixed} or 1f1b")
+    return build(pp, num_microbatches)
 
 
 def build_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedule:

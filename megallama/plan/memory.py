@@ -1,8 +1,5 @@
 """Bytes of one rank: what lives all the time, exactly, and what lives between forward and backward.
 
-Master weights, main gradients and the two moments are fp32 (all fp64 with fp64; where weights have that format
-already they are their own masters).
-
 Activations saved per layer, for b bytes per element, T tokens and MHA (x, q, k, v, attention output, the residual
 after attention, gate and up; `none` keeps the two norm outputs and the SwiGLU product as well):
 

@@ -14,12 +14,10 @@ Padding rows belong to no part.
     norm             norm                                   replicated
     lm_head          lm_head                                rows (vocabulary)
 
-The parameters of one stage lie in one flat buffer, cut into *buckets*, and so do their gradients.  A bucket is what
-one reduce-scatter or all-gather moves; of the dp_cp ranks with the same weights, rank r owns its r-th equal range, its
-*shard*: there it holds master weights and AdamW moments (ZeRO-1, Rajbhandari et al. 2020).
-
-Parameters lie in the order in which the backward pass finishes them, so buckets fill one after the other.  A bucket
-holds only decayed matrices, only norm weights, or only the tied embedding (the same on the first and the last stage).
+The parameters of one stage lie in one flat buffer, in the order in which the backward pass finishes them, and so do
+their gradients.  It is cut into *buckets*: what one reduce-scatter or all-gather moves.  Of the dp_cp ranks with the
+same weights, rank r owns the r-th equal range of each, its *shard*: there it holds master weights and AdamW moments
+(ZeRO-1, Rajbhandari et al. 2020).  A bucket holds only decayed matrices, norm weights, or the tied embedding.
 """
 
 from __future__ import annotations
