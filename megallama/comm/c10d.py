@@ -1,9 +1,8 @@
 """Groups over torch.distributed: NCCL between GPUs, gloo between CPUs.
 
-Gloo's reduce-scatter and all-gather take two to five times as long as sending the pieces directly,
-and a small all-reduce twice as long, so these are built from point-to-point messages.  Gloo moves
-them in a thread of its own, and the sum is taken in `wait()`, always in rank order, so the result
-does not depend on when anybody waits.
+Gloo's reduce-scatter and all-gather take two to five times as long as sending the pieces directly, and a small
+all-reduce twice as long, so these are built from messages.  Gloo moves them in a thread of its own, and the sum is
+taken in `wait()`, always in rank order.
 """
 
 from __future__ import annotations
@@ -99,9 +98,8 @@ def _wait_in_order(queue: SimpleQueue[tuple[Works, _Sent]]) -> None:
 class C10d:
     """A `Group` over a torch process group.
 
-    `down`, given for NCCL groups that send and receive, is a second process group of the same
-    ranks: messages to lower ranks use it.  NCCL runs the messages of two ranks one after another;
-    with a channel per direction two ranks that both send first do not wait for each other without end.
+    `down`, given for NCCL groups that send and receive, is a second process group of the same ranks, for messages to
+    lower ranks: NCCL runs those of two ranks one after another, and both may send first.
     """
 
     _direct_bytes = 1 << 20  # up to so much a gloo all-reduce is quicker as one direct exchange

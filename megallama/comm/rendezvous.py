@@ -2,10 +2,9 @@
 
 In a key-value store (torch's TCPStore) rank 0 says how to reach its `Star`: one connection from every
 rank.  There each says who it is by an `Arrival`.  Rank 0 compares them and sends a verdict: go on, or
-one sentence that names the ranks concerned, which then every rank raises.  Only after that are process
-groups made, which do not know who broke them.  Here the kernel closes a dead rank's connection and
-everybody is told; the first reason to stop, of whichever rank, reaches all; and small values are
-gathered on rank 0 without a connection between every two ranks.
+one sentence that names the ranks concerned, which then every rank raises.  Process groups, made after
+that, do not know who broke them; here the kernel closes a dead rank's connection and everybody is told,
+and the first reason to stop, of whichever rank, reaches all.
 
 A message is a line of JSON, [what about, value]; a thread reads and writes them.
 """
@@ -290,7 +289,6 @@ class Arrival:
 
     @property
     def name(self) -> str:
-        """As messages call it."""
         return f"rank {self.rank} ({self.host})"
 
 
@@ -452,25 +450,20 @@ def _compare(arrived: dict[int, Arrival], new: Arrival) -> str:
     for name, text in _SAME.items():
         if (a := getattr(first, name)) != (b := getattr(new, name)):
             return text.format(first=first.name, new=new.name, a=a, b=b)
-    for other in arrived.values():
-        if new.gpu and other.gpu == new.gpu:
-            return (
-                f"ranks {other.rank} and {new.rank} ({new.host}) use the same GPU; "
-                f"start one process per GPU, or run with run.device=cpu"
-            )
+    if same := [other.rank for other in arrived.values() if new.gpu and other.gpu == new.gpu]:
+        use = "start one process per GPU, or run with run.device=cpu"
+        return f"ranks {same[0]} and {new.rank} ({new.host}) use the same GPU; {use}"
     return ""
 
 
 def _missing(arrived: dict[int, Arrival], world_size: int, seconds: float) -> str:
-    by_host: dict[str, list[int]] = {}
-    for rank in sorted(arrived):
-        by_host.setdefault(arrived[rank].host, []).append(rank)
-    here = ", ".join(f"{ranges(ranks)} ({host})" for host, ranks in list(by_host.items())[:16])
+    hosts = list(dict.fromkeys(arrived[rank].host for rank in sorted(arrived)))
+    by_host = ((host, [rank for rank in sorted(arrived) if arrived[rank].host == host]) for host in hosts[:16])
+    here = ", ".join(f"{ranges(ranks)} ({host})" for host, ranks in by_host) + " ..." * (len(hosts) > 16)
     missing = [rank for rank in range(world_size) if rank not in arrived]
     return (
         f"{'rank' if len(missing) == 1 else 'ranks'} {ranges(missing)} never arrived within {seconds:g} s "
-        f"(run.init_timeout_seconds); arrived: {here}{' ...' if len(by_host) > 16 else ''}; "
-        f"look at the output of the missing ranks"
+        f"(run.init_timeout_seconds); arrived: {here}; look at the output of the missing ranks"
     )
 
 

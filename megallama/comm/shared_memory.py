@@ -56,7 +56,6 @@ class _Segment:
             raise OSError("the ranks do not see one another's processes")
 
     def notice(self, kind: int, reader: int, number: int) -> int:
-        """Index of the first word of a notice."""
         return _HEAD + ((kind * self._readers + reader) * _NOTICES + number % _NOTICES) * _WORDS
 
     def owner_left(self) -> bool:
@@ -103,8 +102,7 @@ class SharedMemory(C10d):
                 segments.append(other)
         except (OSError, ValueError) as error:
             problem = str(error)
-        problem = next(filter(None, self.gather_values(problem)), "")
-        if problem:
+        if problem := next(filter(None, self.gather_values(problem)), ""):
             for file in filter(lambda f: f >= 0, opened):
                 os.close(file)
             return problem

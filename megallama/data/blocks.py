@@ -33,10 +33,8 @@ class File:
         try:
             self.fd = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
-            raise DataError(
-                f"{path} does not exist; give the prefix of a .bin/.idx pair without the suffix, "
-                "and make the pair with megallama prepare"
-            ) from None
+            give = "give the prefix of a .bin/.idx pair without the suffix, and make the pair with megallama prepare"
+            raise DataError(f"{path} does not exist; {give}") from None
         except OSError as error:
             raise DataError(f"cannot open {path}: {error.strerror}") from error
         weakref.finalize(self, os.close, self.fd).atexit = False  # a loader's thread may still read
@@ -47,7 +45,6 @@ class File:
         return bytes(data)
 
     def read_into(self, out: bytearray | np.ndarray, offset: int) -> None:
-        """Fill `out` with the bytes from `offset` on."""
         view: memoryview = memoryview(out).cast("B")  # type: ignore[arg-type]
         done, count = 0, len(view)
         if self.check and count:

@@ -49,10 +49,10 @@ def _read_metadata(prefix: str) -> dict[str, Any]:
     path = Path(prefix + ".json")
     try:
         metadata = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if not isinstance(metadata, dict):
+            raise ValueError("it holds no object")
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); preprocess the text again, or delete this file") from error
-    if not isinstance(metadata, dict):
-        raise DataError(f"{path} is damaged (it holds no object); preprocess the text again, or delete this file")
     for key in ("documents", "tokens", "bytes", "vocab_size"):
         if key in metadata and (type(metadata[key]) is not int or metadata[key] < 0):
             raise DataError(f"{path} is damaged ({key} is {metadata[key]!r}); preprocess the text again, or delete it")
@@ -92,10 +92,9 @@ class IndexedDataset:
             raise DataError(f"{name}: its first offset or its document marks are damaged; {AGAIN}")
         size, expected = self._bin.size, pointer + self._int(self.pointers_at - 4, 4) * self.dtype.itemsize
         if size != expected:
-            raise DataError(
-                f"{self._bin.path} has {size} bytes, expected {expected} from {Path(name).name}: it is "
-                f"{'truncated' if size < expected else 'of another run'}; {AGAIN}"
-            )
+            what = "truncated" if size < expected else "of another run"
+            why = f"expected {expected} from {Path(name).name}: it is {what}; {AGAIN}"
+            raise DataError(f"{self._bin.path} has {size} bytes, {why}")
         self.num_tokens = size // self.dtype.itemsize
         self.metadata = _read_metadata(self.prefix)
         made = self.metadata.get("fingerprint")
@@ -157,7 +156,6 @@ class IndexedDataset:
         return np.unique(np.concatenate(found))  # empty documents begin together
 
     def document_at(self, offset: int) -> int:
-        """The document that this token lies in."""
         return bisect_right(range(self.num_documents), offset, key=lambda n: int(self.starts(n, n)[0])) - 1
 
     def _first_byte(self, document: int) -> int:

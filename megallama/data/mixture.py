@@ -8,11 +8,8 @@ in closed form:
 
 At n the sources with fraction f = n w - floor(n w) > 0 are inside a slot window; as many as the f sum to are rounded
 up. The future is feasible if, ordered by deadline, every prefix with fractions summing to F has floor(F) rounded up;
-the past, if the same holds ordered by release (Hall's condition; no window straddles both ends of a block).  The
-fractions satisfy both, so an integral choice exists; walking the deadlines and taking the earliest release seen
-whenever one is due finds it.
-
-All arithmetic is on exact integers: 0.67 is 67/100.
+the past, if the same holds ordered by release (Hall's condition; no window straddles both ends of a block).  Walking
+the deadlines and taking the earliest release seen whenever one is due satisfies both.
 """
 
 from __future__ import annotations
@@ -42,13 +39,11 @@ class Blend:
 
     def __init__(self, weights: Sequence[float]) -> None:
         exact = [Fraction(str(weight)) for weight in weights]
-        if not exact or min(exact) <= 0:
+        if not exact or (least := min(exact)) <= 0:
             raise DataError(f"the weights of the data sources are {list(weights)}; every weight must be positive")
-        if min(exact) < sum(exact) * MIN_SHARE:
-            raise DataError(
-                f"a data source has weight {float(min(exact))} of {float(sum(exact))} in all, less than 1 sample in "
-                f"{MIN_SHARE.denominator:,}; leave it out or raise its weight"
-            )
+        if least < sum(exact) * MIN_SHARE:
+            few = f"less than 1 sample in {MIN_SHARE.denominator:,}; leave it out or raise its weight"
+            raise DataError(f"a data source has weight {float(least)} of {float(sum(exact))} in all, {few}")
         whole = lcm(*(x.denominator for x in exact))
         parts = [int(x * whole) for x in exact]
         shared = gcd(*parts)
@@ -79,11 +74,9 @@ class Blend:
 
     def _counts_at(self, n: int) -> list[int]:
         """The counts at a block end, in closed form (see the top of the file)."""
-        counts, open_windows = [], []
-        for source, part in enumerate(self.parts):
-            done, rest = divmod(n * part, self.total)
-            counts.append(done)
-            if rest:  # (deadline, source, release, fraction * total)
+        counts, open_windows = [n * part // self.total for part in self.parts], []
+        for source, (part, done) in enumerate(zip(self.parts, counts, strict=True)):
+            if rest := n * part % self.total:  # (deadline, source, release, fraction * total)
                 open_windows.append((-(-(done + 1) * self.total // part), source, done * self.total // part, rest))
         seen: list[tuple[int, int]] = []
         mass = 0  # sum of their fractions less what was rounded up, times total
@@ -151,19 +144,16 @@ class Mixture:
             self._parts.append((blend, np.array(chosen), before))
 
     def locate(self, numbers: np.ndarray) -> np.ndarray:
-        """As `Blend.locate`."""
         phases = np.searchsorted(self._firsts, numbers, side="right") - 1
         out = np.empty((2, len(numbers)), np.int64)
         for number in set(phases.tolist()):
             blend, chosen, before = self._parts[number]
             here = phases == number
-            found = blend.locate(numbers[here] - self._firsts[number])
-            sources = chosen[found[0]]
-            out[:, here] = sources, found[1] + before[sources]
+            found, index = blend.locate(numbers[here] - self._firsts[number])
+            out[:, here] = chosen[found], index + before[chosen[found]]
         return out
 
     def counts(self, n: int) -> list[int]:
-        """How many of the first n samples each source gives."""
         number = int(np.searchsorted(self._firsts[: len(self._parts)], n, side="right")) - 1
         blend, chosen, before = self._parts[number]
         counts = before.copy()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,7 @@ SpecialIds = dict[str, int | None]  # "bos_id", "eos_id": what begins and ends d
 class TrainDataset:
     """The training sources, read in the order of their mixture, and what was consumed of them.
 
-    The order of the samples is a function of the files, the seed, the sample length and the weights of every step so
-    far.  A checkpoint records them all; a run that would go on with others is refused with what to write instead.
+    A checkpoint records what that order rests on; a run that would go on with another is refused with what to write.
     """
 
     def __init__(self, config: DataConfig, sources: Sequence[Source], batch: BatchConfig) -> None:
@@ -82,10 +82,8 @@ class TrainDataset:
         why = f"step {past} would take source {taken}, over max_epochs={most:g}"
         if self._config.on_exhausted == "error" or past == 1:
             fewer = f'train.steps={past - 1}, data.on_exhausted="stop", ' if past > 1 else ""
-            raise DataError(
-                f"{why} (all of train.steps={steps}: {total:.4g}); use {fewer}a larger max_epochs, or a smaller weight "
-                "(from some step on: data.mixture_schedule)"
-            )
+            use = f"use {fewer}a larger max_epochs, or a smaller weight (from some step on: data.mixture_schedule)"
+            raise DataError(f"{why} (all of train.steps={steps}: {total:.4g}); {use}")
         return past - 1, why
 
     def state(self, samples: int) -> dict[str, Any]:
@@ -252,9 +250,8 @@ def _ids_of(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> SpecialIds:
     if tokenizer is None:
         return {}
     starts = dataset.starts(0, min(LOOK, dataset.num_documents)).tolist()
-    spans = [(a, b) for a, b in zip(starts, starts[1:], strict=False) if a < b]
-    ends = ([a for a, _ in spans], [b - 1 for _, b in spans])
-    seen = [{int(dataset.read(at, 1)[0]) for at in offsets} for offsets in ends]
+    spans = [(a, b - 1) for a, b in pairwise(starts) if a < b]
+    seen = [{int(dataset.read(span[end], 1)[0]) for span in spans} for end in (0, 1)]
     bos, eos = (ids.pop() if len(ids) == 1 and ids <= {*tokenizer.control_ids} else None for ids in seen)
     return {"bos_id": bos} | ({} if eos is None else {"eos_id": eos})
 

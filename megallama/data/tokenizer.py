@@ -64,9 +64,8 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         if path.open("rb").read(64).split(b"\n")[0].split(b" ")[-1].isdigit():
-            raise DataError(
-                f"{path} is a tiktoken vocabulary, not a SentencePiece model; use the tokenizer.json that comes with it"
-            )
+            instead = "not a SentencePiece model; use the tokenizer.json that comes with it"
+            raise DataError(f"{path} is a tiktoken vocabulary, {instead}")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
@@ -191,26 +190,20 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 def find_tokenizer(path: str | Path) -> Path:
     """The file meant by a path: itself, or what a folder holds. Raises: DataError if there is none."""
-    path = Path(path)
+    path, train = Path(path), "or train one with megallama tokenizer"
     if path.is_dir():
         names = ("tokenizer.model", "tokenizer.json", "vocab.json")
         found = [path / name for name in names if (path / name).is_file()]
         if not found:
-            raise DataError(
-                f"{path} holds neither tokenizer.model nor tokenizer.json nor vocab.json with merges.txt; name the "
-                "file, or train one with megallama tokenizer"
-            )
+            neither = "neither tokenizer.model nor tokenizer.json nor vocab.json with merges.txt"
+            raise DataError(f"{path} holds {neither}; name the file, {train}")
         path = found[0]
     if not path.is_file():
-        raise DataError(
-            f"tokenizer {path} does not exist; name a SentencePiece .model, a tokenizer.json or a GPT-2 vocab.json, or "
-            "train one with megallama tokenizer"
-        )
+        kinds = "a SentencePiece .model, a tokenizer.json or a GPT-2 vocab.json"
+        raise DataError(f"tokenizer {path} does not exist; name {kinds}, {train}")
     if path.suffix not in (".model", ".json"):
-        raise DataError(
-            f"tokenizer {path} has the suffix {path.suffix!r}, expected .model (SentencePiece) or .json "
-            "(tokenizers, or GPT-2's vocab.json)"
-        )
+        expected = ".model (SentencePiece) or .json (tokenizers, or GPT-2's vocab.json)"
+        raise DataError(f"tokenizer {path} has the suffix {path.suffix!r}, expected {expected}")
     return path
 
 

@@ -126,14 +126,13 @@ class Logger:
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode(errors="replace")
         if self._own is None:
             self._early.append(line)
-        for handle in handles:
-            if handle is not None:
-                try:
-                    os.write(handle, line)
-                except OSError as error:
-                    if "log" not in self._once:
-                        self._once.add("log")
-                        _print(f"warning: log lines are lost: {error.strerror}; training goes on", error=False)
+        for handle in (handle for handle in handles if handle is not None):
+            try:
+                os.write(handle, line)
+            except OSError as error:
+                if "log" not in self._once:
+                    self._once.add("log")
+                    _print(f"warning: log lines are lost: {error.strerror}; training goes on", error=False)
 
 
 def _open(path: Path) -> int:

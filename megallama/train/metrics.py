@@ -283,13 +283,12 @@ def _draw(train: list[Record], valid: list[Record], png: Path, title: str, basel
 
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.add_subplot()
-    tokens, losses = [r["consumed_tokens"] for r in train], [r["loss"] for r in train]
+    tokens, losses = ([r[key] for r in train] for key in ("consumed_tokens", "loss"))
     axes.plot(tokens, losses, color=_TRAIN, linewidth=0.7, alpha=0.35)
     axes.plot(tokens, smooth(losses, max(3, len(losses) // 40)), color=_TRAIN, linewidth=1.8, label="training")
     for i, name in enumerate(sorted({r["name"] for r in valid})):
-        points = [r for r in valid if r["name"] == name]
-        label = f"{'validation' if name == 'valid' else name} (last {points[-1]['loss']:.3f})"
-        xs, ys = [r["consumed_tokens"] for r in points], [r["loss"] for r in points]
+        xs, ys = ([r[key] for r in valid if r["name"] == name] for key in ("consumed_tokens", "loss"))
+        label = f"{'validation' if name == 'valid' else name} (last {ys[-1]:.3f})"
         axes.plot(xs, ys, color=_VALID, marker="os^Dv"[i % 5], markersize=5, linewidth=1, label=label, clip_on=False)
     if baseline is not None:
         axes.axhline(baseline, color=_BASELINE, linestyle="--", linewidth=1, label=f"unigram baseline ({baseline:.3f})")

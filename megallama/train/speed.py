@@ -74,7 +74,6 @@ class Meter:
         self._count = 0
 
     def lap(self, tokens: int, seconds: float, consumed_tokens: int) -> dict[str, float | None]:
-        """Of `tokens` tokens of all ranks in `seconds`."""
         if self._count == 1:
             self._laps.clear()  # the first step warms everything up: it tells nothing
         self._count += 1

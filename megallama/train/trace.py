@@ -1,7 +1,7 @@
 """What really happened in a step: every action of the pipeline and every communication, by the clock.
 
-The file has the form in which a simulation is drawn.  A few barriers before the first traced step make the clocks of
-the ranks agree.  On a GPU nothing waits for a reading; blocked is where its stream of kernels stood still.
+A few barriers before the first traced step make the clocks of the ranks agree.  On a GPU nothing waits for a reading;
+blocked is where its stream of kernels stood still.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,21 +30,12 @@ from megallama.train.log import Logger
 CLOCK_SYNC_ROUNDS = 7  # barriers whose ends are compared: a rank may hear of some of them late
 
 
-class Clock:
-    """Readings of the host's clock, or events on the GPU's stream; seconds between them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda, self._device = device.type == "cuda", device
-
-    def now(self) -> Any:
-        return event_now(self._device) if self._cuda else time.perf_counter()
-
-    def since(self, zero: Any) -> Callable[[Any], float]:
-        """A function from a reading to its seconds after `zero`; waits for the device, once."""
-        if not self._cuda:
-            return lambda reading: reading - zero
-        torch.cuda.synchronize(self._device)
-        return lambda reading: zero.elapsed_time(reading) / 1e3
+def seconds_after(zero: Any, device: torch.device) -> Callable[[Any], float]:
+    """A function of readings of the host's clock, or of events on the GPU, for which the device is waited for once."""
+    if device.type != "cuda":
+        return lambda reading: reading - zero
+    torch.cuda.synchronize(device)
+    return lambda reading: zero.elapsed_time(reading) / 1e3
 
 
 @dataclass
@@ -114,7 +106,8 @@ class StepTracer(Observer):
 
     def __init__(self, config: Config, groups: Groups, device: torch.device, log: Logger, record: FlightRecord) -> None:
         super().__init__(record)
-        self._log, self._tape, self._clock = log, Tape(), Clock(device)
+        self._log, self._tape, self._device = log, Tape(), device
+        self._now = partial(event_now, device) if device.type == "cuda" else time.perf_counter
         self._steps, self._folder = config.log.trace_steps or (0, -1), Path(config.run.folder) / "trace"
         several = [] if self._steps[1] < 0 else [g for g in vars(groups).items() if getattr(g[1], "size", 1) > 1]
         timed: dict[str, Any] = {name: Timed(group, self._tape) for name, group in several}
@@ -125,14 +118,14 @@ class StepTracer(Observer):
 
     def started(self, action: Action | None) -> None:
         super().started(action)
-        self._timings.append([now := self._clock.now(), now, now])
+        self._timings.append([now := self._now(), now, now])
 
     def arrived(self) -> None:
-        self._timings[-1][1] = self._clock.now()
+        self._timings[-1][1] = self._now()
 
     def ended(self) -> None:
         super().ended()
-        self._timings[-1][2] = self._clock.now()
+        self._timings[-1][2] = self._now()
 
     @contextmanager
     def step(self, runtime: PipelineRuntime, number: int, schedule: Schedule) -> Iterator[None]:
@@ -140,7 +133,7 @@ class StepTracer(Observer):
         if not self._steps[0] <= number <= self._steps[1]:
             yield
             return
-        now, before = self._clock.now, runtime.observer
+        now, before = self._now, runtime.observer
         if not self._syncs:
             for _ in range(CLOCK_SYNC_ROUNDS):
                 self.groups.world.barrier()
@@ -150,7 +143,7 @@ class StepTracer(Observer):
         yield
         end = now()
         self._tape.clock, runtime.observer = None, before
-        at = self._clock.since(self._syncs[0])
+        at = seconds_after(self._syncs[0], self._device)
         begin, stop = at(start), at(end)
         flights = []
         for call in self._tape.calls:  # what lies outside the step is put at its border

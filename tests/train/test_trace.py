@@ -16,9 +16,10 @@ import torch
 from megallama.analysis.communication import collectives
 from megallama.comm.flight_record import FlightRecord
 from megallama.comm.group import Groups, Handle, Solo
+from megallama.comm.stream_record import event_now
 from megallama.plan.plan import Plan, make_plan
 from megallama.plan.timeline import Flight, Span, chrome_trace, exposure
-from megallama.train.trace import Clock, StepTracer, Tape, Timed
+from megallama.train.trace import StepTracer, Tape, Timed, seconds_after
 from tests.pool import Pool
 from tests.small import small_config
 
@@ -180,10 +181,10 @@ def test_a_gpus_clock_waits_once_and_afterwards(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: setattr(Event, "awaited", True))
-    clock = Clock(torch.device("cuda:0"))
-    zero, one, two = clock.now(), clock.now(), clock.now()
+    device = torch.device("cuda:0")
+    zero, one, two = (event_now(device) for _ in range(3))
     assert not Event.awaited
-    at = clock.since(zero)
+    at = seconds_after(zero, device)
     assert (at(one), at(two)) == (1.0, 2.0)
 
 
