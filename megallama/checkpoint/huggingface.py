@@ -7,13 +7,10 @@ rotary settings are written in the form that both read, and a SentencePiece mode
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.empty_pb2 import Empty
-from google.protobuf.unknown_fields import UnknownFieldSet
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from megallama.checkpoint import disk
@@ -233,14 +230,13 @@ def to_tokenizer(model: bytes) -> Tokenizer:
     a tokenizer.json ranks the pairs themselves. Both agree where every score is one piece's own and, of
     two overlapping pairs that make the same piece, the left one is ranked first. Raises: NotEqualError.
     """
-    file = _fields(model)
-    parts = [_fields(part) for part in file[1]]
-    scores = [struct.unpack("<f", struct.pack("<I", part.get(2, [0])[-1]))[0] for part in parts]
-    pieces = [(p[1][-1].decode(), score, p.get(3, [NORMAL])[-1]) for p, score in zip(parts, scores, strict=True)]
-    trainer, normalizer = (_fields(file.get(number, [b""])[-1]) for number in (2, 3))
-    prefix = bool(normalizer.get(3, [1])[-1])
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at run time
+
+    file = ModelProto.FromString(model)
+    pieces = [(piece.piece, piece.score, piece.type) for piece in file.pieces]
+    trainer, prefix = file.trainer_spec, file.normalizer_spec.add_dummy_prefix
     user = [text for text, _, kind in pieces if kind == USER_DEFINED]
-    if trainer.get(3, [1])[-1] != 2 or any(kind == UNUSED for _, _, kind in pieces):
+    if trainer.model_type != trainer.BPE or any(kind == UNUSED for _, _, kind in pieces):
         raise NotEqualError("it is no model of byte pairs, or has unused pieces")
     if user and (prefix or any({SPACE, " "} & {*text} for text in user)):
         raise NotEqualError("it has user-defined symbols, and begins a text with a space or has them with spaces")
@@ -250,7 +246,7 @@ def to_tokenizer(model: bytes) -> Tokenizer:
             [*_merges(pieces)],
             unk_token=next(text for text, _, kind in pieces if kind == UNKNOWN),
             fuse_unk=True,
-            byte_fallback=bool(trainer.get(35, [0])[-1]),
+            byte_fallback=trainer.byte_fallback,
         )
     )
     before, after = [normalizers.Prepend(SPACE)], [decoders.Strip(" ", 1, 0)]
@@ -296,11 +292,3 @@ def _prove(model: bytes, ours: Tokenizer, pieces: Sequence[Piece]) -> None:
     for text in [*PROBES, *listed]:
         if ours.encode(text, add_special_tokens=False).ids != theirs.encode(text):
             raise NotEqualError(f"the text {text[:40]!r} becomes other ids")
-
-
-def _fields(raw: bytes) -> dict[int, list[Any]]:
-    """The values of a protocol buffer's message by field number: whole numbers, or bytes."""
-    out: dict[int, list[Any]] = {}
-    for field in UnknownFieldSet(Empty.FromString(raw)):
-        out.setdefault(field.field_number, []).append(field.data)
-    return out

@@ -1,7 +1,6 @@
 """Reading boxes of tensors out of safetensors files, whoever wrote them, verifying what is read.
 
-A file is read in the blocks of the manifest; a block is checked against its digest before one byte of it is
-used. Hugging Face folders from elsewhere have no digests and are read the same way.
+A file is read in the blocks of the manifest, each checked against its digest before one byte of it is used.
 """
 
 from __future__ import annotations
@@ -78,17 +77,15 @@ class BlockFile:
         return out
 
     def read_into(self, start: int, out: memoryview) -> None:
-        """Fill `out` with the bytes from `start` on."""
         self._check(start, len(out))
         if self._record is None:
             self._fill(out, start)
             return
-        at = 0
-        while at < len(out):
-            index, inside = divmod(start + at, self._block_bytes)
-            data = self.block(index)[inside : inside + len(out) - at]
-            out[at : at + len(data)] = data
-            at += len(data)
+        while out:
+            index, inside = divmod(start, self._block_bytes)
+            data = self.block(index)[inside : inside + len(out)]
+            out[: len(data)] = data
+            out, start = out[len(data) :], start + len(data)
 
     def _check(self, start: int, count: int) -> None:
         if start < 0 or start + count > self.size:

@@ -63,7 +63,6 @@ class Content:
 
     @property
     def temporary(self) -> Path:
-        """Where it is written before it is complete."""
         return unfinished(self.final)
 
     @cached_property
@@ -220,11 +219,10 @@ class _Output:
                 self._hash = hashlib.sha256()
             part = data[: self._block_bytes - inside]
             data, self._at = data[len(part) :], self._at + len(part)
-            if self._hash is None:
-                continue
-            self._hash.update(part)
-            if self._at == min((index + 1) * self._block_bytes, self._size):
-                self.digests[index] = self._hash.hexdigest()[: manifest.DIGITS]
+            if self._hash is not None:
+                self._hash.update(part)
+                if self._at == min((index + 1) * self._block_bytes, self._size):
+                    self.digests[index] = self._hash.hexdigest()[: manifest.DIGITS]
 
 
 class Flusher(ThreadPoolExecutor):
@@ -286,7 +284,6 @@ def _digest_blocks(content: Content, blocks: Sequence[tuple[str, int]], flusher:
 
 
 def _commit(content: Content, digests: Mapping[tuple[str, int], str]) -> None:
-    """Write the manifest and give the folder its name."""
     sizes = content.sizes
     files: dict[str, Any] = {name: {"size": size, "blocks": []} for name, size in sizes.items()}
     for name, index in content.blocks():

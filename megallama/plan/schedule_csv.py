@@ -32,10 +32,8 @@ def read_csv(path: Path, num_ranks: int, num_stages: int, num_microbatches: int)
         raise ScheduleError(f"cannot read parallel.schedule_file={path}: {reason}; give a CSV file") from None
     lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip(", \t") and line[0] != "#"]
     if len(lines) != num_ranks:
-        raise ScheduleError(
-            f"{path} has {counted(len(lines), 'line')} of actions, but parallel.pp={num_ranks}; "
-            "write one line per pipeline rank"
-        )
+        have = f"{counted(len(lines), 'line')} of actions, but parallel.pp={num_ranks}"
+        raise ScheduleError(f"{path} has {have}; write one line per pipeline rank")
     cells: dict[Action, Cell] = {}
     for rank, (number, line) in enumerate(lines):
         for column, word in enumerate(line.split(","), 1):
@@ -59,41 +57,33 @@ def read_csv(path: Path, num_ranks: int, num_stages: int, num_microbatches: int)
 def _owners(path: Path, cells: dict[Action, Cell], num_stages: int, num_microbatches: int) -> tuple[int, ...]:
     """The rank of each stage, once every stage has every forward on one rank."""
     owners: dict[int, Cell] = {}
+    product, batch = "parallel.pp x parallel.chunks", f"the batch gives each rank {num_microbatches}"
+    other_stages = f"0 to {num_stages - 1}, or another parallel.chunks"
+    other_batches = f"0 to {num_microbatches - 1}, or change batch.global_batch_size"
+    all_stages, all_batches = counted(num_stages, "stage"), counted(num_microbatches, "micro-batch")
     for a, cell in cells.items():
         first = owners.setdefault(a.stage, cell)
         if first.rank != cell.rank:
-            raise ScheduleError(
-                f"{cell.place}: {a} is of stage {a.stage}, which another rank computes at {first.place}; "
-                "write all actions of a stage on one line"
-            )
+            where = f"which another rank computes at {first.place}; write all actions of a stage on one line"
+            raise ScheduleError(f"{cell.place}: {a} is of stage {a.stage}, {where}")
         if a.stage >= num_stages:
-            raise ScheduleError(
-                f"{cell.place}: there is no stage {a.stage}; parallel.pp x parallel.chunks = "
-                f"{counted(num_stages, 'stage')}, write 0 to {num_stages - 1}, or another parallel.chunks"
-            )
+            why = f"{product} = {all_stages}, write {other_stages}"
+            raise ScheduleError(f"{cell.place}: there is no stage {a.stage}; {why}")
         if a.microbatch >= num_microbatches:
-            raise ScheduleError(
-                f"{cell.place}: there is no micro-batch {a.microbatch}; the batch gives each rank {num_microbatches} "
-                f"of them, write 0 to {num_microbatches - 1}, or change batch.global_batch_size"
-            )
+            why = f"{batch} of them, write {other_batches}"
+            raise ScheduleError(f"{cell.place}: there is no micro-batch {a.microbatch}; {why}")
     stages, microbatches = max(owners, default=-1) + 1, max((a.microbatch for a in cells), default=-1) + 1
     if stages < num_stages:
-        raise ScheduleError(
-            f"{path} has {counted(stages, 'stage')}, but parallel.pp x parallel.chunks = {num_stages}; "
-            f"write stages 0 to {num_stages - 1}, or another parallel.chunks"
-        )
+        have = f"{counted(stages, 'stage')}, but {product} = {num_stages}"
+        raise ScheduleError(f"{path} has {have}; write stages {other_stages}")
     if microbatches < num_microbatches:
-        raise ScheduleError(
-            f"{path} has {counted(microbatches, 'micro-batch')}, but the batch gives each rank {num_microbatches}; "
-            f"write micro-batches 0 to {num_microbatches - 1}, or change batch.global_batch_size"
-        )
+        have = counted(microbatches, "micro-batch")
+        raise ScheduleError(f"{path} has {have}, but {batch}; write micro-batches {other_batches}")
     for a in (Action(F, s, m) for s in range(num_stages) for m in range(num_microbatches)):
         if a not in cells:
-            raise ScheduleError(
-                f"{path} lacks {a}; each of {counted(num_stages, 'stage')} needs a forward of each of "
-                f"{counted(num_microbatches, 'micro-batch')}, write {a} on "
-                f"{'the line of its stage' if a.stage in owners else 'one of the lines'}"
-            )
+            line = "the line of its stage" if a.stage in owners else "one of the lines"
+            need = f"each of {all_stages} needs a forward of each of {all_batches}"
+            raise ScheduleError(f"{path} lacks {a}; {need}, write {a} on {line}")
     return tuple(owners[s].rank for s in range(num_stages))
 
 
@@ -103,9 +93,8 @@ def _check_backwards(path: Path, cells: dict[Action, Cell]) -> None:
         b, i, w = (a._replace(kind=kind) for kind in (B, I, W))
         if b in cells and (i in cells or w in cells):
             half = i if i in cells else w
-            raise ScheduleError(
-                f"{cells[half].place}: {half}, but {cells[b].place} has the whole backward; write {b}, or {i} and {w}"
-            )
+            whole = f"{cells[b].place} has the whole backward; write {b}, or {i} and {w}"
+            raise ScheduleError(f"{cells[half].place}: {half}, but {whole}")
         if b not in cells and (lack := [str(x) for x in (i, w) if x not in cells]):
             rest = f"write {b}, or {i} and {w}," if len(lack) == 2 else f"write {lack[0]}"
             raise ScheduleError(f"{path} lacks {' and '.join(lack)}; {rest} behind {a} of {cells[a].place}")
@@ -123,7 +112,5 @@ def _check_order(schedule: Schedule, cells: dict[Action, Cell]) -> None:
             raise ScheduleError(f"{why[-1]} stands behind it in {cells[maker].place}; write {maker} before {a}")
         why[-1] += f" stands at {cells[maker].place}"
     if why:
-        raise ScheduleError(
-            f"in {schedule.name} the lines wait for one another forever; move one of these behind what it needs:\n  "
-            + "\n  ".join(why)
-        )
+        waits = "the lines wait for one another forever; move one of these behind what it needs:"
+        raise ScheduleError("\n  ".join([f"in {schedule.name} {waits}", *why]))
