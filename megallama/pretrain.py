@@ -95,7 +95,6 @@ def _run(arguments: Sequence[str], signals: SignalFlag, record: FlightRecord) ->
 
 
 def _say(log: Logger, record: FlightRecord, why: str, status: int) -> None:
-    """Why the run ends before training; rank 0 says it aloud."""
     record.ends(status, why)
     if status == SAVED:
         log.info(f"stopped before training began: {why}; nothing is to be saved, the same command starts again")
@@ -114,14 +113,13 @@ def _request(
     from megallama.plan.params import num_parameters
     from megallama.plan.plan import make_plan
 
-    file = None if is_setting(arguments[0]) else Path(arguments[0])
+    file, ranks = None if is_setting(arguments[0]) else Path(arguments[0]), launch.world_size
     try:
-        overrides, ranks = arguments[1:] if file else arguments, launch.world_size
-        config = load(file, overrides, ranks=ranks, samples=samples_before, note=log.info)
+        config = load(file, arguments[file is not None :], ranks=ranks, samples=samples_before, note=log.info)
         if launch.generation:  # the first one has begun as was said; now what it left is gone on from
             again = config.checkpoint.model_copy(update={"resume": "auto"})
             config = config.model_copy(update={"checkpoint": again})
-        plan = make_plan(config, launch.world_size)
+        plan = make_plan(config, ranks)
     except Exception as problem:
         _cannot_take_part(problem, launch, signals)
         raise

@@ -1,6 +1,6 @@
 """Reading a configuration: defaults, then the preset, the TOML file and ``section.key=value`` overrides.
 
-Settings are gathered under their dotted names with where each comes from, so that all problems are reported together.
+All problems are reported together, each with where its setting comes from.
 """
 
 from __future__ import annotations
@@ -115,8 +115,6 @@ def to_toml(config: Config) -> str:
 
 
 class _Reader:
-    """Gathers settings and problems."""
-
     def __init__(self) -> None:
         self.known: dict[str, Setting] = {s.key: s for s in settings()}
         self.values: dict[str, Any] = {}
@@ -284,9 +282,8 @@ class _Reader:
             word = OTHER_WORDS.get(value.lower(), value.lower())
             near = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
             example = f'; did you mean "{near[0]}"?' if near else ""
-        finite = "finite, " if error["type"] == "finite_number" else ""
-        none = " or none" if setting.optional else ""
-        self.problems.append(f"{source}: {key}={_short(literal(value))} must be {finite}{setting.type}{none}{example}")
+        must = "finite, " * (error["type"] == "finite_number") + setting.type + " or none" * setting.optional
+        self.problems.append(f"{source}: {key}={_short(literal(value))} must be {must}{example}")
 
     def _suggest(self, key: str) -> str:
         """What may have been meant; messages of the rules about it say nothing new."""
@@ -330,7 +327,6 @@ def _short(text: str) -> str:
 
 
 def _table_problem(key: str, path: list[Any], error: Any) -> str:
-    """What is wrong with one entry of a list of tables."""
     fields = {s.key: s for s in settings(TABLES[key])}
     what = "a source is a path or" if TABLES[key] is SourceConfig else "a change is"
     where, hint = f"{key}[{path[0]}]", f"{what} a table with {', '.join(fields)}"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Report = Mapping[str, Any]
-_ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient", "last sends": "last sends"}
+_ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 _PROCESS = {
     "T": "its process is stopped (SIGSTOP)",
     "t": "a debugger holds its process",
@@ -21,27 +21,23 @@ _PROCESS = {
 
 def where(report: Report) -> str:
     """step 5, backward of micro-batch 1 in stage 0, layer 3."""
+    action, layer = report["action"], report["layer"]
     parts = [f"step {report['step']}"] if report["step"] else []
-    action = str(report["action"])
-    if action:
-        name = _ACTIONS.get(action, action)
-        parts.append(name if action == "last sends" else f"{name} of micro-batch {report['microbatch']}")
-        if action != "last sends":
-            parts[-1] += f" in stage {report['stage']}"
-            parts += [f"layer {report['layer']}"] if report["layer"] >= 0 and action in _ACTIONS else []
-    else:
-        parts.append(report["phase"])
+    if action in ("", "last sends"):
+        return ", ".join([*parts, action or report["phase"]])
+    parts.append(f"{_ACTIONS.get(action, action)} of micro-batch {report['microbatch']} in stage {report['stage']}")
+    parts += [f"layer {layer}"] if layer >= 0 and action in _ACTIONS else []
     return ", ".join(parts)
 
 
 def waits_for(wait: Mapping[str, Any]) -> str:
     """all_reduce 17 of group tp (ranks 0-3, 512 rows, 1048576 bytes)."""
-    ranks = wait["ranks"]
-    name = f"ranks {ranks[0]}-{ranks[-1]}" if ranks == [*range(ranks[0], ranks[-1] + 1)] else f"ranks {ranks}"
-    peer = f" {'to' if wait['operation'] == 'send' else 'from'} rank {wait['peer']}" if wait["peer"] >= 0 else ""
-    number = f" {wait['number']}" if wait["peer"] < 0 else ""
+    ranks, peer, which = wait["ranks"], wait["peer"], wait["number"]
+    name = f"{ranks[0]}-{ranks[-1]}" if ranks == [*range(ranks[0], ranks[-1] + 1)] else ranks
+    if peer >= 0:
+        which = f"to rank {peer}" if wait["operation"] == "send" else f"from rank {peer}"
     sizes = f"{wait['rows']} rows, {wait['bytes']} bytes"
-    return f"{wait['operation']}{number}{peer} of group {wait['group']} ({name}, {sizes})"
+    return f"{wait['operation']} {which} of group {wait['group']} (ranks {name}, {sizes})"
 
 
 def hung(reports: Mapping[int, Report], hosts: Sequence[str]) -> tuple[list[int], str]:
@@ -49,17 +45,16 @@ def hung(reports: Mapping[int, Report], hosts: Sequence[str]) -> tuple[list[int]
     waiting = {rank: report["wait"] for rank, report in reports.items() if "wait" in report}
     lost = [rank for rank in range(len(hosts)) if rank not in reports]
     stuck = [rank for rank, report in reports.items() if report["process"] in _PROCESS]
-    busy = [rank for rank, report in reports.items() if rank not in waiting and rank not in stuck]
-    behind, how = _behind(reports, waiting)
-    wanted = _waited_for(reports, waiting)
+    busy = [rank for rank in reports if rank not in waiting and rank not in stuck]
     choices = (
         (lost, "nothing is heard from its supervisor: its host is gone, or cut off from the others"),
         (stuck, ""),
         (busy, "it is not where the others wait for it"),
-        (behind, how),
+        _behind(reports, waiting),
         ([*waiting], "all ranks wait for one another"),
     )
-    found, why = next(((found, why) for found, why in choices if found), ([], ""))
+    found, why = next((choice for choice in choices if choice[0]), choices[-1])
+    wanted = _waited_for(reports, waiting)
     culprits = [rank for rank in found if rank in wanted] or found
     lines = []
     for rank in culprits[:8]:
@@ -70,9 +65,8 @@ def hung(reports: Mapping[int, Report], hosts: Sequence[str]) -> tuple[list[int]
     lines += [f"and {len(culprits) - 8} more ranks: {culprits[8:24]}"] if len(culprits) > 8 else []
     others = [rank for rank in waiting if rank not in culprits] or [*waiting]
     for rank in sorted(others, key=lambda rank: -waiting[rank]["seconds"])[:8]:
-        wait = waiting[rank]
-        since = f"rank {rank} ({hosts[rank]}) waits for {wait['seconds']:.1f} s in {waits_for(wait)}"
-        lines.append(f"  {since}; {where(reports[rank])}")
+        since = f"waits for {waiting[rank]['seconds']:.1f} s in {waits_for(waiting[rank])}"
+        lines.append(f"  rank {rank} ({hosts[rank]}) {since}; {where(reports[rank])}")
     return culprits, "\n".join(lines)
 
 
@@ -98,14 +92,14 @@ def _groups(waiting: Mapping[int, Mapping[str, Any]]) -> Iterable[Mapping[str, A
 def _behind(reports: Mapping[int, Report], waiting: Mapping[int, Mapping[str, Any]]) -> tuple[list[int], str]:
     """Ranks that have begun fewer communications of a group than those that wait in it, or others."""
     for wait in _groups(waiting):
-        name, number = wait["group"], wait["number"]
-        counts = {r: reports[r]["counts"].get(name, 0) for r in wait["ranks"] if r in reports}
+        name, number, ranks = wait["group"], wait["number"], wait["ranks"]
+        counts = {r: reports[r]["counts"].get(name, 0) for r in ranks if r in reports}
         if found := [r for r, count in counts.items() if count < number]:
             text = f"it has begun {counts[found[0]]} communications of group {name} where others have {number}"
             return found, f"{text}: it has left one out, or waits elsewhere"
-        there = {r: waiting[r] for r in wait["ranks"] if r in waiting and waiting[r]["group"] == name}
-        operations = {r: call["operation"] for r, call in there.items() if call["number"] == number}
-        usual = Counter(operations.values()).most_common(1)[0][0]
-        if odd := [r for r, operation in operations.items() if operation != usual]:
+        there = {r: waiting[r] for r in ranks if r in waiting}
+        same = {r: w["operation"] for r, w in there.items() if (w["group"], w["number"]) == (name, number)}
+        usual = Counter(same.values()).most_common(1)[0][0]
+        if odd := [r for r, operation in same.items() if operation != usual]:
             return odd, f"it is in another communication of group {name} than the others"
     return [], ""

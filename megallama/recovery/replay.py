@@ -169,9 +169,8 @@ def judge(was: Numbers, again: Numbers, second: Numbers, exact: Numbers, typical
     if strict and not _same(again, second):
         return "hardware: two replays differ here, with deterministic kernels: this machine is not to be trusted"
     if strict:
-        return (
-            "hardware: the replays agree with one another and not with the run: a machine of the run computed wrongly"
-        )
+        agree = "the replays agree with one another and not with the run"
+        return f"hardware: {agree}: a machine of the run computed wrongly"
     spreads = [max(abs(a - b), abs(a - c)) for a, b, c in zip(again, second, exact, strict=True)]
     off = [abs(x - a) for x, a in zip(was, again, strict=True)]
     said = ", ".join(f"{n} is off by {o:.3g}, replays by {s:.3g}" for n, o, s in zip(NAMES, off, spreads, strict=True))

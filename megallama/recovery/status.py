@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megallama.checkpoint import disk
 from megallama.config.errors import MegallamaError, counted
 from megallama.recovery.doctor import waits_for, where
 from megallama.recovery.goodput import KINDS
@@ -19,26 +20,20 @@ OLD = 3 * STATUS_PERIOD  # seconds after which a host's file says that its super
 
 def read(folder: Path) -> dict[str, Any]:
     """Everything that is known of the run in `folder`: `end`, `goodput`, `hosts`. Raises: MegallamaError."""
-    hosts = [_json(file) for file in sorted((folder / "status").glob("*.json"))]
-    found = {
-        "end": _json(folder / "exit.json"),
-        "goodput": _json(folder / "goodput.json"),
-        "hosts": [host for host in hosts if "ranks" in host],
-    }
-    if not any(found.values()):
+    found = {name: _json(folder / f"{name}.json") for name in ("exit", "goodput")}
+    hosts = [host for host in map(_json, sorted((folder / "status").glob("*.json"))) if "ranks" in host]
+    if not (found["exit"] or found["goodput"] or hosts):
         raise MegallamaError(
             f"{folder} holds no status of a run; give the folder that run.folder named. Supervisors write it "
             f"every {STATUS_PERIOD:g} s, where run.supervisor is true"
         )
-    return found
+    return {"end": found["exit"], "goodput": found["goodput"], "hosts": hosts}
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    with suppress(OSError, ValueError):
+        return disk.parse_object(file.read_bytes())
+    return {}
 
 
 def lines(found: Mapping[str, Any], now: float) -> Iterator[str]:
@@ -75,8 +70,8 @@ def _rank(report: Mapping[str, Any]) -> str:
         parts.append(f"waits for {wait['seconds']:.1f} s in {waits_for(wait)}")
     elif report["seconds"] > STATUS_PERIOD:
         parts.append(f"nothing new for {report['seconds']:.1f} s")
-    parts += ["its process is stopped"] if report["process"] in "Tt" else []
-    parts += ["its supervisor is silent"] if report["supervisor_silent"] else []
+    parts += ["its process is stopped"] * (report["process"] in "Tt")
+    parts += ["its supervisor is silent"] * report["supervisor_silent"]
     if (own := report["own_seconds_per_step"]) is not None:
         parts.append(f"own work {own:.3g} s a step")
     return "; ".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from statistics import median
 
 SLOWER, STEPS_COMPARED, TIMES = 1.1, 20, 3  # excess that counts; steps of a comparison; comparisons in a row
@@ -12,7 +13,8 @@ class Stragglers:
     """Finds ranks whose own work, waits left out, takes longer than that of the ranks with the same stage."""
 
     def __init__(self, stages: Sequence[int]) -> None:
-        self._stages, self._compared, self._in_a_row = stages, 0, dict.fromkeys(range(len(stages)), 0)
+        self._stages, self._compared = stages, 0
+        self._in_a_row: dict[int, int] = {}  # of the ranks that are slow now: in how many comparisons
         self.slowest: tuple[int, float] | None = None  # rank, its time over that of its peers
         self.said: set[int] = set()
 
@@ -29,16 +31,10 @@ class Stragglers:
         took = {r: median(times[-(STEPS_COMPARED + steps - done) :]) for r, (steps, times) in busy.items() if times}
         if first or len(took) < len(self._stages):
             return []
-        found, self.slowest = [], None
-        for rank, seconds in took.items():
-            peers = [took[r] for r, stage in enumerate(self._stages) if stage == self._stages[rank] and r != rank]
-            excess = seconds / median(peers) if peers else 1.0
-            if peers and (self.slowest is None or excess > self.slowest[1]):
-                self.slowest = rank, excess
-            self._in_a_row[rank] = self._in_a_row[rank] + 1 if excess >= SLOWER else 0
-            if excess < SLOWER:
-                self.said.discard(rank)
-            elif self._in_a_row[rank] >= TIMES and rank not in self.said:
-                self.said.add(rank)
-                found.append((rank, excess))
-        return found
+        same = {r: [took[p] for p, s in enumerate(self._stages) if s == self._stages[r] and p != r] for r in took}
+        excess = {rank: took[rank] / median(peers) for rank, peers in same.items() if peers}
+        self.slowest = max(excess.items(), key=itemgetter(1), default=None)
+        self._in_a_row = {rank: self._in_a_row.get(rank, 0) + 1 for rank, by in excess.items() if by >= SLOWER}
+        slow, before = [rank for rank, times in self._in_a_row.items() if times >= TIMES], self.said
+        self.said = {*slow}
+        return [(rank, excess[rank]) for rank in slow if rank not in before]
