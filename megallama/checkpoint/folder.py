@@ -177,11 +177,9 @@ class _Seen(NamedTuple):
 
     @property
     def job(self) -> dict[str, Any]:
-        """What it says; nothing if it is not the content of a lock."""
-        try:
+        with suppress(ValueError):
             return disk.parse_object(self.content or b"")
-        except ValueError:
-            return {}
+        return {}
 
     def __str__(self) -> str:
         if "host" in (job := self.job):
@@ -214,11 +212,10 @@ def under_way() -> dict[Any, str]:
 
 def _process(pid: int) -> str | None:
     """The start time of a process [ticks since boot]: with the pid, its identity. None if it is gone."""
-    try:
+    with suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]
+        return None if fields[0] == "Z" else fields[19]
+    return None
 
 
 def _machine() -> str:
@@ -230,9 +227,8 @@ def _machine() -> str:
 class FolderLock:
     """The lock of one folder: a file created atomically (hard link) and touched every few seconds.
 
-    One whose process has ended on this machine is taken over at once; one from another machine, or
-    of nobody, once it has not been touched for `LEASE_SECONDS`; one that cannot be opened after three
-    times as long, for of such a network file system may show old times.
+    One whose process has ended on this machine is taken over at once; others once not touched for `LEASE_SECONDS`, if
+    they cannot be opened three times as long, for of such a network file system may show old times.
     """
 
     def __init__(self, folder: Path, log: Callable[[str], None], lease_seconds: float = LEASE_SECONDS) -> None:

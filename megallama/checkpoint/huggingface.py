@@ -163,10 +163,7 @@ def own_tokenizer(small: Mapping[str, bytes]) -> bytes | None:
 def _tokenizer_files(
     tokenizer: Path, special: dict[str, tuple[str, int]], begun: bool, longest: int, log: Callable[[str], None]
 ) -> dict[str, bytes]:
-    """A tokenizer's files, with which Hugging Face's programs give the ids of the training.
-
-    `special` is of `special_tokens`; `begun`: every document begins with bos.
-    """
+    """Files by which Hugging Face's programs give the ids of the training; `begun`: documents begin with bos."""
     existing = read_settings(tokenizer.with_name("tokenizer_config.json"))
     merges = merges_of(tokenizer)
     first, eos = special.get("bos" if begun else "eos"), special.get("eos")
@@ -224,11 +221,11 @@ class NotEqualError(Exception):
 
 
 def to_tokenizer(model: bytes) -> Tokenizer:
-    """The fast tokenizer of a SentencePiece .model file that gives the same ids, to the last text.
+    """The fast tokenizer of a SentencePiece .model file that gives the same ids. Raises: NotEqualError.
 
-    SentencePiece merges byte pairs by the scores of what they become, the leftmost of equals first;
-    a tokenizer.json ranks the pairs themselves. Both agree where every score is one piece's own and, of
-    two overlapping pairs that make the same piece, the left one is ranked first. Raises: NotEqualError.
+    SentencePiece merges byte pairs by the scores of what they become, the leftmost of equals first; a tokenizer.json
+    ranks the pairs themselves. Both agree where every score is one piece's own and, of two overlapping pairs that make
+    the same piece, the left one is ranked first.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at run time
 

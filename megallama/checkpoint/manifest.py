@@ -6,8 +6,7 @@
 
 Places follow from the model alone, so ranks of any layout write the same bytes. The files are safetensors
 files (8 bytes header length, a JSON header, row-major little-endian data), digested in blocks (SHA-256, the
-first 128 bits), so that damage is found when the bytes are read; a file's digest is that of its block
-digests. A folder is a checkpoint if it has a manifest that verifies, for that is written last.
+first 128 bits); a file's digest is that of its block digests. The manifest is written last.
 """
 
 from __future__ import annotations

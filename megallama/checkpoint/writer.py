@@ -242,7 +242,6 @@ class Flusher(ThreadPoolExecutor):
                 self.begin()
 
     def begin(self) -> None:
-        """Make durable what has been written so far, in the background."""
         self._flushes.append(self.submit(lambda: list(map(sync, sorted(self.paths)))))
 
     def finish(self) -> None:

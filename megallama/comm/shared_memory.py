@@ -1,10 +1,9 @@
 """Groups of ranks on one machine that talk through memory they share; what is large goes over gloo as before.
 
-Every rank owns a segment: an anonymous file in memory that its peers map too, so that a killed process leaves
-nothing behind.  To start an operation a rank copies its data into its own segment and posts a notice for each
-reader; to end it, it waits for the others' notices and reads, or sums, straight out of their segments, with the
-bits of `C10d`.  That whoever sees the number of a notice also sees what was written before it, without locks, is
-a promise of x86 processors; on others gloo is kept.
+Every rank owns a segment: an anonymous file in memory that its peers map too.  To start an operation a rank copies its
+data into its own segment and posts a notice for each reader; to end it, it waits for the others' notices and reads, or
+sums, straight out of their segments, with the bits of `C10d`.  That whoever sees the number of a notice also sees what
+was written before it, without locks, is a promise of x86 processors; on others gloo is kept.
 """
 
 from __future__ import annotations
@@ -221,16 +220,13 @@ class SharedMemory(C10d):
         return data
 
     def _sleep_until(self, segment: _Segment, at: int, number: int, source: int) -> None:
-        """Poll for a moment, then sleep until the bell rings; look now and then whether `source` lives.
-
-        A ring may be missed where two ranks ring at once: no sleep lasts longer than a slice.
-        """
+        """Poll for a moment, then sleep until the bell rings; look now and then whether `source` lives."""
         words, own = segment.words, self._segments[self.rank]
         start = look = time.monotonic()
         while time.monotonic() - start < self._spin:
             if words[at + _NUMBER] == number:
                 return
-        pause = (ctypes.c_long * 2)(0, _SLICE)
+        pause = (ctypes.c_long * 2)(0, _SLICE)  # two ranks that ring at once may ring once
         while True:
             bell = own.words[_BELL] & 0xFFFFFFFF
             if words[at + _NUMBER] == number:

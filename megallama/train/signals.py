@@ -23,10 +23,9 @@ _INSIST = (signal.SIGTERM, signal.SIGINT)  # a second one of these is obeyed at 
 
 
 class SignalFlag:
-    """While installed, a signal of `SIGNALS` sets `received` instead of killing the process.
+    """While installed, in the main thread, a signal of `SIGNALS` sets `received` instead of killing the process.
 
-    A second SIGTERM or SIGINT ends the process at once by that signal, even where the main thread is stuck in a
-    collective: a thread watches for it.  Outside the main thread it does nothing.
+    A second SIGTERM or SIGINT ends the process at once by that signal, even where the main thread is stuck.
 
     patience: seconds before a second one counts: Slurm and torchrun both forward one request.
     telling: seconds in which the other ranks can be told before training; then the process leaves without them.
@@ -110,16 +109,15 @@ class SignalFlag:
 
     def _watch(self) -> None:
         """Read the number of every signal; do what cannot wait for the main thread."""
-        first: float | None = None  # when the first that insists arrived
+        first = 0.0  # when the first that insists arrived
         while data := os.read(self._pipe[0], 64):
             for number in data:
                 if number == 0:
                     return
-                now = time.monotonic()
                 if number in _INSIST:
-                    if first is not None and now - first >= self._patience:
+                    if first and time.monotonic() - first >= self._patience:
                         self._obey(number)
-                    first = first if first is not None else now
+                    first = first or time.monotonic()
                 self._request(signal.Signals(number))
 
     def _request(self, number: signal.Signals) -> None:
