@@ -109,6 +109,7 @@ def _request(
     from megallama.checkpoint.folder import samples_before
     from megallama.checkpoint.manifest import SHARD_BYTES
     from megallama.comm.group import partitions
+    from megallama.comm.launch import cuda_environment
     from megallama.config.load import is_setting, load, to_toml
     from megallama.plan.params import num_parameters
     from megallama.plan.plan import make_plan
@@ -128,7 +129,7 @@ def _request(
     groups = [len(ranks) for part in parts for ranks in part if launch.rank in ranks]
     sources = len(config.data.train) + len(config.data.valid) + len(config.data.test)
     files = 2 * sources + 4 + 16 * num_parameters(config.model) // SHARD_BYTES
-    return config, plan, {"config_hash": same, "groups": groups, "files": files}
+    return config, plan, {"config_hash": same, "groups": groups, "files": files, "cuda": cuda_environment(config)}
 
 
 def _cannot_take_part(problem: Exception, launch: Launch, signals: SignalFlag) -> None:

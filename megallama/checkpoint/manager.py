@@ -51,7 +51,7 @@ TELL_SECONDS = 60.0  # between two lines about a save that lasts
 class CheckpointManager:
     """Saves and loads the checkpoints in `folder`; every rank of `group` calls the same methods.
 
-    `group` serves nothing else, for saves talk through it in the background (on CUDA: a gloo group).
+    `group` serves nothing else, for saves talk through it in the background.
     `tokenizer` and `marks` go to `huggingface.model_files`, or `small` has its files. `log` is called
     on rank 0 only, by any thread; but every rank tells of its calls of which a save waits for long.
     """

@@ -118,8 +118,6 @@ class C10d:
         self._sends: dict[int, SimpleQueue[tuple[Works, _Sent]]] = {}
         # gloo bounds messages by the time-out of the group's making; NCCL's waits may not block the host
         self._limit: tuple[timedelta, ...] = ()
-        if down is not None:
-            self._connect_ring()
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
         self._check(tensor)
@@ -237,8 +235,13 @@ class C10d:
             works.append(started(dist.isend, outgoing[to], group=self._pg, group_dst=to, tag=PIECE))
         return self._handle(what, works, (keep, outgoing), keep, lambda: use(parts))
 
-    def _connect_ring(self) -> None:
-        """Open NCCL's connections between neighbours in one order: opened on first use, ranks could wait crosswise."""
+    def warm_up(self) -> None:
+        """Open NCCL's connections, which would else come up within the first step, some ranks busy with others.
+
+        Of a group with `down` those between neighbours, in one order: ranks could wait crosswise.
+        """
+        if self._down is self._pg:
+            return self.barrier()
         token = torch.zeros(1, device=self.device)
         for low, high in sorted({tuple(sorted((i, (i + 1) % self.size))) for i in range(self.size)}):
             for sender, receiver in ((low, high), (high, low)):

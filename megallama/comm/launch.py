@@ -29,7 +29,7 @@ from megallama.comm.rendezvous import CRASHED, Arrival, Listener, Star, StarGrou
 from megallama.comm.shared_memory import MAX_SHM_BYTES, SharedMemory
 from megallama.comm.stream_record import StreamRecord
 from megallama.config.errors import LaunchError, counted
-from megallama.config.schema import RunConfig
+from megallama.config.schema import Config, RunConfig
 from megallama.plan.topology import Topology
 
 
@@ -172,7 +172,11 @@ class World:
 
     def groups(self, topology: Topology, num_kv_heads: int) -> Groups:
         """Open this rank's process groups; every rank calls it with the same arguments."""
-        return build_groups(topology, self.rank, num_kv_heads, self._make)
+        groups = build_groups(topology, self.rank, num_kv_heads, self._make)
+        if self.device.type == "cuda":
+            for group in self.opened:  # all ranks open theirs in the order of their names: nobody waits crosswise
+                group.warm_up()
+        return groups
 
     def host_group(self, name: str) -> Assembly:
         """A further group of all ranks, for small values and one thread; `bound` does not touch it."""
@@ -258,20 +262,21 @@ class World:
 def start(
     launch: Launch, run: RunConfig, config_hash: str = "", store: dist.Store | None = None, *,
     problem: str = "", listener: Listener | None = None, groups: Sequence[int] = (), files: int = 0,
-    record: FlightRecord | None = None,
+    record: FlightRecord | None = None, cuda: Mapping[str, str] | None = None,
 ) -> World:  # fmt: skip
     """Bring the ranks together on their devices.
 
     `config_hash`: in a few characters what the rank was started with. `store`: one that all ranks have open
     already. `problem`: why this rank cannot take part. `listener` hears why the run ends. `groups`: sizes of
-    the groups that this rank will be in. `files`: of data and checkpoints that it will open.
+    the groups that this rank will be in. `files`: of data and checkpoints that it will open. `cuda`: what CUDA
+    shall find in the environment (see `cuda_environment`).
     Raises: LaunchError, on every rank that arrived, with what keeps them from starting.
     """
     notes: list[str] = []
     device, gpu = torch.device("cpu"), ""
     try:
         if not problem:
-            device, gpu = _device(launch, run, notes)
+            device, gpu = _device(launch, run, notes, cuda or {})
     except LaunchError as error:
         problem = str(error)
     record = StreamRecord(record or FlightRecord(), device) if device.type == "cuda" else record or FlightRecord()
@@ -300,9 +305,8 @@ def start(
             _one_node_network(notes)
         timeout, record.words[LIMIT] = timedelta(seconds=run.io_timeout_seconds), int(1e9 * run.io_timeout_seconds)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        store = dist.PrefixStore("group", store)
         limit = timeout + LAST_RESORT * record.watched
-        dist.init_process_group(backend, None, limit, launch.world_size, launch.rank, store)
+        _join(launch, backend, limit, dist.PrefixStore("group", store))
         notes.append(f"{launch.launcher}: {counted(launch.world_size, 'rank')} over {backend}")
         world = World(
             launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, star,
@@ -314,6 +318,15 @@ def start(
     except BaseException:
         star.close()
         raise
+
+
+def _join(launch: Launch, backend: str, limit: timedelta, store: dist.Store) -> None:
+    """Make torch's group of all ranks.
+
+    Without a device_id, though torch advises one: with it the messages of a group share its one communicator and run
+    one after another, where each pair of ranks has its own now, and a schedule whose messages cross could hang.
+    """
+    dist.init_process_group(backend, None, limit, launch.world_size, launch.rank, store)
 
 
 def _gather(
@@ -336,15 +349,27 @@ def _gather(
             published.unlink(missing_ok=True)
 
 
-def _device(launch: Launch, run: RunConfig, notes: list[str]) -> tuple[torch.device, str]:
+def cuda_environment(config: Config) -> dict[str, str]:
+    """What CUDA shall find in the environment when it is first touched, but where the launcher has set it already."""
+    out = {}
+    if config.parallel.tp > 1:
+        # one queue: kernels start in the order of their launch, so a collective launched before a GEMM runs under it
+        out["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if config.train.deterministic:
+        out["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # by cuBLAS's documentation; without it torch may say nothing
+    return out
+
+
+def _device(launch: Launch, run: RunConfig, notes: list[str], cuda: Mapping[str, str]) -> tuple[torch.device, str]:
     """This rank's device, ready for use, and the GPU's identity if no other rank may use it."""
+    if run.device != "cpu":  # also for auto: to ask for a GPU is to touch it
+        has = {name: os.environ.setdefault(name, value) for name, value in cuda.items()}
     if run.device == "cpu" or (run.device == "auto" and not torch.cuda.is_available()):
         if keep_memory():
             notes.append("freed memory stays in the process (mallopt: no mmap, no trim, 256 MiB steps)")
         return torch.device("cpu"), ""
-    # one queue: kernels start in the order of their launch, so a collective launched before a GEMM runs under it
-    if os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1") == "1":
-        notes.append("CUDA_DEVICE_MAX_CONNECTIONS=1")
+    for name, value in has.items():
+        notes.append(f"{name}={value}" + (f" (found in the environment, not {cuda[name]})" * (value != cuda[name])))
     if not torch.cuda.is_available():
         built = torch.version.cuda
         why = f"torch {torch.__version__} finds no usable GPU" if built else f"torch {torch.__version__} is a CPU build"

@@ -5,6 +5,7 @@ Each takes `documents`, None or where they begin: a query then attends to its ow
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,9 +144,19 @@ def _probabilities(q: Tensor, k: Tensor, rows: slice, seen: slice, documents: Do
 
 
 def _te_attention(target: Target) -> MakeAttention:
-    """cuDNN or flash attention through Transformer Engine."""
+    """cuDNN or flash attention through Transformer Engine.
+
+    Below capability 9.0 cuDNN's does not take packed documents. Without flash-attn Transformer Engine
+    would then form all scores, of every document padded to the longest possible one.
+    """
     target.need_half_on_cuda()
     te = target.te_module("transformer_engine.pytorch")
+    if target.documents and importlib.util.find_spec("flash_attn") is None:
+        major, minor = torch.cuda.get_device_capability(target.device)
+        if major < 9:
+            raise Unsupported(
+                f"documents need flash_attn below compute capability 9.0, here {major}.{minor}: pip install flash-attn"
+            )
 
     def make(num_heads: int, num_kv_heads: int, head_dim: int) -> Attend:
         attention = te.DotProductAttention(
@@ -174,16 +185,21 @@ def _blocked_attention(target: Target) -> MakeAttention:
 
 
 def _results(make: MakeAttention, target: Target) -> Results:
-    """With grouped heads, and within documents where they matter."""
-    q, k, v, dout = (target.random(2, 128, n, 64, seed=i) for i, n in enumerate((4, 2, 2, 4)))
+    """Each head with its own keys, then in groups; within documents where they matter.
+
+    q, k and v are parts of one packed tensor, as in training: some kernels depend on where they lie.
+    """
     starts = torch.tensor([[0] * 70 + [70] * 58, [0] + [1] * 29 + [30] * 98], device=target.device)
-    attend, results = make(4, 2, 64), []
-    for case in (None, Documents.of(starts)) if target.documents else (None,):
-        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-        out = attend(*leaves, case)
-        found = zip("qkv", torch.autograd.grad(out, leaves, dout), strict=True)
-        where = " within documents" if case else ""
-        results += [(f"output{where}", out), *((f"gradient of {x}{where}", grad) for x, grad in found)]
+    results, dout = [], target.random(2, 128, 4, 64, seed=3)
+    for kv in (4, 2):
+        attend, heads = make(4, kv, 64), [4, kv, kv]
+        packed = target.random(2, 128, sum(heads), 64).requires_grad_()
+        for case in (None, Documents.of(starts)) if target.documents else (None,):
+            out = attend(*packed.split(heads, 2), case)
+            (grads,) = torch.autograd.grad(out, packed, dout)
+            where = " within documents" * (case is not None) + " of grouped heads" * (kv < 4)
+            found = zip("qkv", grads.split(heads, 2), strict=True)
+            results += [(f"output{where}", out), *((f"gradient of {x}{where}", grad) for x, grad in found)]
     return results
 
 

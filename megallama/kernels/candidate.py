@@ -59,6 +59,12 @@ class Target:
         if self.dtype not in (torch.bfloat16, torch.float16):
             raise Unsupported(f"16-bit formats only, not {self.dtype}")
 
+    @staticmethod
+    def need_contiguous(*operands: Tensor) -> None:
+        """For kernels that look at sizes and addresses alone: of a strided view they take other numbers, in silence."""
+        for tensor in operands:
+            assert tensor.is_contiguous(), f"strides {tensor.stride()} of {tuple(tensor.shape)}: a copy is needed first"
+
     def te_module(self, name: str = "transformer_engine_torch") -> ModuleType:
         """A module of Transformer Engine, whose modules work once the package was imported."""
         self.need_cuda()

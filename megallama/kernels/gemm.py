@@ -20,7 +20,8 @@ from torch import Tensor
 from megallama.kernels.candidate import APEX, TE, Operation, Results, Target, Unsupported, accumulate_dtype
 
 MatmulNT = Callable[[Tensor, Tensor], Tensor]  # a [m, k], b [n, k] -> a @ b.T [m, n], a new tensor
-AddWgrad = Callable[[Tensor, Tensor, Tensor, bool], None]  # main_grad [out, in], dy, x, overwrite
+# main_grad [out, in], dy, x, overwrite; all three contiguous: some kernels read any tensor as if it were
+AddWgrad = Callable[[Tensor, Tensor, Tensor, bool], None]
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def _te_wgrad(target: Target) -> AddWgrad:
     gemm = target.te_module("transformer_engine.pytorch.cpp_extensions").general_gemm
 
     def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
+        target.need_contiguous(main_grad, dy, x)
         gemm(x, dy, out_dtype=torch.float32, accumulate=not overwrite, layout="NT", out=main_grad, grad=True)
 
     return add
@@ -127,6 +129,7 @@ def _apex_wgrad(target: Target) -> AddWgrad:
     extension = target.apex_module("fused_weight_gradient_mlp_cuda")
 
     def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
+        target.need_contiguous(main_grad, dy, x)
         if overwrite:
             main_grad.zero_()
         extension.wgrad_gemm_accum_fp32(x, dy, main_grad)
@@ -217,7 +220,7 @@ def _te_fp8(target: Target) -> Gemms:
     gemm = target.te_module("transformer_engine.pytorch.cpp_extensions").general_gemm
 
     rows4, columns4, rows5, columns5 = (  # on Hopper only a transposed copy can be read by columns
-        quantizer(kind, target.device, rowwise=True, columnwise=columns, force_pow_2_scales=True)
+        _showing(quantizer(kind, target.device, rowwise=True, columnwise=columns, force_pow_2_scales=True))
         for kind in (tex.DType.kFloat8E4M3, tex.DType.kFloat8E5M2)
         for columns in (False, True)
     )
@@ -239,10 +242,35 @@ def _te_fp8(target: Target) -> Gemms:
     return Gemms(fprop, dgrad, add)
 
 
+def _showing(quantizer: Any) -> Callable[[Tensor], Any]:
+    """That quantizer, but an infinity makes the inverse scale NaN: it would become the largest finite value.
+
+    Transformer Engine's scale is 1 where the largest element is infinite or NaN, and its casts saturate.
+    """
+
+    def quantized(x: Tensor) -> Any:
+        out, largest = quantizer(x), getattr(quantizer, "amax", None)
+        if largest is None:  # since version 2.16 it is not kept
+            largest = torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32)
+        out._scale_inv.add_(largest - largest)  # 0, or NaN
+        return out
+
+    return quantized
+
+
 def _fp8_results(gemms: Gemms, target: Target) -> Results:
     x, dy, weight = (target.random(*shape, seed=shape[1]) for shape in ((64, 48), (64, 32), (32, 48)))
     products = [("product", gemms.fprop(x, weight)), ("gradient of the input", gemms.dgrad(dy, weight))]
-    return products + _wgrad_results(gemms.wgrad, target)
+    products += _wgrad_results(gemms.wgrad, target)
+
+    def spoiled(operand: Tensor) -> Tensor:
+        return operand.clone().index_fill_(0, torch.tensor([1], device=operand.device), -torch.inf)
+
+    grad = torch.zeros_like(weight, dtype=accumulate_dtype(weight.dtype))
+    gemms.wgrad(grad, spoiled(dy), x, True)
+    seen = {"x": gemms.fprop(spoiled(x), weight), "the weight": gemms.fprop(x, spoiled(weight))}
+    seen |= {"dy": gemms.dgrad(spoiled(dy), weight), "dy in a weight gradient": grad}
+    return products + [(f"an infinity in {of}", (~out.isfinite()).any().double()) for of, out in seen.items()]
 
 
 FP8_PRODUCTS = Operation(

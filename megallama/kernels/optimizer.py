@@ -16,6 +16,7 @@ Lists = Sequence[list[Tensor]]  # masters, gradients, first moments, second mome
 AdamWStep = Callable[[Lists, OptimizerConfig, float, float, Tensor | None], None]  # with lr, decay, divisor
 SumOfSquares = Callable[[Sequence[Tensor]], Tensor]
 CHUNK = 65536  # elements that a block of a multi-tensor kernel works on
+MOST = (1 << 31) - 1  # elements of a tensor in such a kernel, which counts them in 32 bits
 
 
 def adamw_step(lists: Lists, config: OptimizerConfig, lr: float, decay: float, divisor: Tensor | None) -> None:
@@ -34,6 +35,12 @@ def adamw_step(lists: Lists, config: OptimizerConfig, lr: float, decay: float, d
     )  # fmt: skip
 
 
+def _countable(tensors: Sequence[Tensor]) -> None:
+    """That no count wraps."""
+    for x in tensors:
+        assert x.numel() <= MOST, f"{x.numel():,} elements in one bucket, a multi-tensor kernel counts {MOST:,}"
+
+
 def _multi_tensor(name: str, make: Callable[[Any], Any]) -> list[tuple[str, Callable[[Target], Any]]]:
     """Both packages' kernel of this name, made into what the operation is."""
     return [
@@ -45,6 +52,7 @@ def _multi_tensor(name: str, make: Callable[[Any], Any]) -> list[tuple[str, Call
 def _multi_tensor_adam(kernel: Callable[..., None]) -> AdamWStep:  # Transformer Engine's and apex's
     def step(lists: Lists, config: OptimizerConfig, lr: float, decay: float, divisor: Tensor | None) -> None:
         masters, grads, exp_avgs, exp_avg_sqs, steps = lists
+        _countable(masters)
         if divisor is not None:
             torch._foreach_div_(grads, divisor)
         torch._foreach_add_(steps, 1)
@@ -91,6 +99,7 @@ def _multi_tensor_sum(kernel: Callable[..., Any]) -> SumOfSquares:
         held = [x for x in tensors if x.numel()]
         if not held:
             return torch.zeros((), dtype=torch.float64)
+        _countable(held)
         noop = torch.zeros(1, dtype=torch.int32, device=held[0].device)
         norm: Tensor = kernel(CHUNK, noop, [held], False)[0]  # not also of each tensor
         return norm.double().square().sum()

@@ -22,7 +22,7 @@ import torch
 import megallama
 from megallama.checkpoint.folder import known
 from megallama.checkpoint.manifest import Manifest, read_manifest
-from megallama.comm.launch import World, detect_launch, start
+from megallama.comm.launch import World, cuda_environment, detect_launch, start
 from megallama.config.errors import ConfigError, counted
 from megallama.config.rules import check
 from megallama.config.schema import Config, ParallelConfig
@@ -45,7 +45,8 @@ def replay(folder: Path, step: int) -> list[str]:
     launch = detect_launch()
     before, made = _checkpoints(folder, step)
     config = Config.model_validate(made.config)
-    with start(launch, config.run, config_hash=f"replay {step}") as world:
+    cuda = cuda_environment(config)
+    with start(launch, config.run, config_hash=f"replay {step}", cuda=cuda) as world:
         lines = replay_with(world, folder, step, before, made)
     return lines if launch.rank == 0 else []
 

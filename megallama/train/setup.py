@@ -82,7 +82,7 @@ class Setup:
 def set_deterministic(on: bool) -> None:
     """Allow only deterministic kernels, or any; an operation without one raises.
 
-    cuBLAS also needs CUBLAS_WORKSPACE_CONFIG=:4096:8 from the launcher, or torch says so.
+    cuBLAS also needs CUBLAS_WORKSPACE_CONFIG, which `comm.launch.cuda_environment` sets.
     """
     if torch.are_deterministic_algorithms_enabled() != on:  # the call takes seconds: it imports a compiler
         torch.use_deterministic_algorithms(on)
