@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 
@@ -19,8 +20,7 @@ class StreamRecord(FlightRecord):
         super().__init__(record.file, record.stacks)
         self._device, self._waits = device, list[tuple[torch.cuda.Event, torch.cuda.Event]]()
         self._event = torch.cuda.Event(enable_timing=True)
-        self._before: tuple[torch.cuda.Event, torch.cuda.Event, list[tuple[torch.cuda.Event, torch.cuda.Event]]] | None
-        self._before = None  # the last step: its begin, its end, its waits
+        self._before: tuple[Any, Any, Any] | None = None  # the last step: its begin, its end, its waits
         self._count = torch.zeros(1, dtype=torch.int64, device=device)
         self._told = torch.frombuffer(self.memory, dtype=torch.int64, offset=COMPLETED * 8, count=1)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))

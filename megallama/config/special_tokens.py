@@ -1,7 +1,4 @@
-"""Which tokens begin and end a document: what a tokenizer declares of itself, else the names that are known.
-
-Both the tokenizing and the exporting side ask here: a model's config.json names the end of its training documents.
-"""
+"""Which tokens begin and end a document: what a tokenizer declares of itself, else the names that are known."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 """Sample i of a corpus as a pure function of (seed, i, files): no index, no shuffle array, no start-up cost.
 
 The token stream of a corpus is cut into sequences of seq_length + 1 tokens, seq_length apart (the last token of one is
-the first of the next, so every token is predicted once).  Epoch e visits them in the order of a keyed permutation
-computed on the fly: a Feistel network over pairs (left, right) with left < a, right < b and a * b just above the
-number of sequences (Black and Rogaway 2002, "Ciphers with arbitrary finite domains": their generalised network, and
-walking the cycle until the result is in range).
+the first of the next, so every token is predicted once).  Epoch e visits them in the order of a keyed permutation: a
+Feistel network over pairs (left, right) with left < a, right < b and a * b just above the number of sequences, whose
+cycle is walked until the result is in range (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
 """
 
 from __future__ import annotations

@@ -37,10 +37,7 @@ class Gather:
 
 @dataclass
 class WeightGradQueue:
-    """Weight gradients put off, by micro-batch: each keeps the two operands of its GEMM alive.
-
-    A schedule that splits the backward (zero bubble) runs the input-gradient half within `put_off`.
-    """
+    """Weight gradients put off, by micro-batch: each keeps the two operands of its GEMM alive."""
 
     groups: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     open: list[Callable[[], None]] | None = None  # of the micro-batch whose GEMMs are put off now
@@ -130,7 +127,7 @@ class _Apply(Function):
 
 
 class Layer:
-    """A map with its own backward: one node of autograd; what it keeps and communicates is visible.
+    """A map with its own backward: one node of autograd.
 
     `forward` (ctx, arguments) keeps on ctx what `backward` (ctx, gradients of the results) reads;
     that returns one gradient, or None, for each argument.

@@ -1,8 +1,7 @@
 """A step against the clock, simulated or measured; an ASCII chart, and a trace file.
 
 In a trace (Chrome's trace events, for ui.perfetto.dev) every timeline is a process and every pipeline rank a thread of
-it.  Communication lies on lanes of its own, by rank and group: a bar from the call to the end of the wait, and inside
-it, as `blocked`, what the rank could not compute in.
+it.  Communication lies on lanes of its own, a bar from the call to the end of the wait.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ A multiply-add is two operations; only matrix products count.  Attention is coun
 Korthikanti et al. 2022, arXiv:2205.05198) or causally (what the mask leaves).  A training step costs three forwards;
 recomputation is not counted.
 
-The last stage also computes the head and the loss, so equal counts of layers are not always best.  Of the stages before
-it, later ones take the surplus: early ones hold more micro-batches in flight.
+Of the stages before the last, later ones take the surplus of layers: early ones hold more micro-batches in flight.
 """
 
 from __future__ import annotations

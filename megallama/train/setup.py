@@ -1,7 +1,4 @@
-"""What a training run needs, made once and in this order: data, kernels, the folder's lock, model, state.
-
-Before the lock is taken nothing is changed.  What fails on one rank fails on all: none is left waiting.
-"""
+"""What a training run needs, made once and in this order: data, kernels, the folder's lock, model, state."""
 
 from __future__ import annotations
 
@@ -66,7 +63,6 @@ class Setup:
 
     @property
     def train_data(self) -> TrainDataset | None:
-        """The training data; None if they are synthetic."""
         return self.data.train if isinstance(self.data.train, TrainDataset) else None
 
     def used(self) -> dict[str, dict[str, float]]:
@@ -152,7 +148,6 @@ def _check_beginning(config: Config, data: Data, manager: CheckpointManager, wor
 
 
 def _on_all(world: World, what: str, work: Callable[[], T]) -> T:
-    """Run `work` on every rank; if it fails anywhere, it has failed everywhere."""
     kept: list[T] = []
     on_all_ranks(world.group, what, lambda: kept.append(work()))
     return kept[0]

@@ -1,7 +1,7 @@
 """Signals that ask the run to stop, from the first line of the program to its last.
 
-Before training nothing is worth saving: all ranks are told, and each process ends where it stands, whatever its main
-thread is waiting for.  Then a request is only noted, and the next step's consensus tells all ranks.
+Before training all ranks are told, and each process ends where it stands.  Then a request is only noted, and the next
+step's consensus tells all ranks.
 """
 
 from __future__ import annotations
