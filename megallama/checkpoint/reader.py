@@ -233,11 +233,7 @@ def load_state(folder: Path, saved: manifest.Manifest, shards: Sequence[Shard]) 
 
 
 def head_of(where: Path, files: TensorFiles, model: ModelConfig, head: str = "auto") -> tuple[ModelConfig, list[str]]:
-    """`model` as its tensors have it, and what to say of that.
-
-    A head that is not the embedding of a model that is called tied is kept, and the model untied; with
-    head="tied" it is left out.
-    """
+    """`model` as its tensors have it, and what to say of that; head="tied" leaves out a head of its own."""
     if not model.tie_embeddings or HEAD not in files.places or equal_rows(files, EMBEDDING, files, HEAD):
         return model, []
     return own_head(f"{where}: {HEAD}", model, head)

@@ -213,9 +213,6 @@ def partitions(topology: Topology, num_kv_heads: int) -> dict[str, list[tuple[in
 
 
 def build_groups(topology: Topology, rank: int, num_kv_heads: int, make: Callable[[str, Partition], Group]) -> Groups:
-    """Rank's groups. make(name, partition) creates all groups of a partition and returns rank's own.
-
-    It is called in the same order with the same arguments on every rank.
-    """
+    """Rank's groups. make(name, partition) creates all groups of a partition and returns rank's own."""
     groups = {name: make(name, parts) for name, parts in partitions(topology, num_kv_heads).items()}
     return Groups(**groups, rank=rank, coords=topology.coords(rank))

@@ -61,16 +61,13 @@ class Permutation:
 
 
 def _add_mixed(half: np.ndarray, other: np.ndarray, key: int, modulus: int) -> np.ndarray:
-    """(half + mix(other + key)) % modulus, where mix is the 64-bit finalizer of MurmurHash3 (Appleby).
-
-    The remainder by way of the quotient: numpy divides by one number much faster.
-    """
+    """(half + mix(other + key)) % modulus, where mix is the 64-bit finalizer of MurmurHash3 (Appleby)."""
     x, m, shift = other + np.uint64(key), np.uint64(modulus), np.uint64(33)
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         x ^= x >> shift
         x *= np.uint64(factor)
     x ^= x >> shift
-    x -= x // m * m
+    x -= x // m * m  # numpy divides by one number much faster than it takes remainders
     x += half
     x[x >= m] -= m
     return x

@@ -27,10 +27,7 @@ SpecialIds = dict[str, int | None]  # "bos_id", "eos_id": what begins and ends d
 
 
 class TrainDataset:
-    """The training sources, read in the order of their mixture, and what was consumed of them.
-
-    A checkpoint records what that order rests on; a run that would go on with another is refused with what to write.
-    """
+    """The training sources, read in the order of their mixture, and what was consumed of them."""
 
     def __init__(self, config: DataConfig, sources: Sequence[Source], batch: BatchConfig) -> None:
         self.sources, self._config, self._batch = sources, config, batch

@@ -93,10 +93,7 @@ class GradSync:
         self._handles[bucket.index] = self._groups.dp_cp.reduce_scatter(shard, full)
 
     def _sum_copies(self) -> None:
-        """All-reduce what several ranks hold, packed: it is small, with one layout on every rank of the group.
-
-        Norm weights over tp (under sequence parallelism), shared key/value heads over the ranks that hold them.
-        """
+        """All-reduce what several ranks hold, packed: it is small, with one layout on every rank of the group."""
         held = [s for bucket in self.buffers.layout.buckets for s in self.segments(bucket)]
         for over, group in (("tp", self._groups.tp), ("kv", self._groups.kv)):
             chosen = [s for s in held if s.part.sum_over == over]

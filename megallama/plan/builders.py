@@ -111,10 +111,7 @@ def dualpipe_v(p: int, m: int) -> Schedule:
 def _fill(
     name: str, p: int, m: int, hops: tuple[int, int], turns: tuple[int, int, int], limit: int, compute: int
 ) -> Schedule:
-    """F and I, `compute` times as long as W, in the pattern's order, and W where they leave room.
-
-    hops: units from a rank to the next on the way down and up.
-    """
+    """F and I, `compute` times as long as W, in the pattern's order, and W where they leave room."""
     schedule = Schedule(name, p, 2 * p, m, ((),) * p, v_owners(p))
     down, up = ([hop] * (p - 1) for hop in hops)
     bottom, top, back = turns
@@ -214,10 +211,7 @@ def bounds(parallel: ParallelConfig, m: int) -> tuple[int, int]:
 
 
 def build_forward(training: Schedule, m: int) -> Schedule:
-    """The schedule of an evaluation, lowered and checked, where the stages lie as in `training`.
-
-    With c stages per rank, micro-batch i is on stage s at time s + c i.
-    """
+    """The schedule of an evaluation, lowered and checked, where the stages lie as in `training`."""
     owners, p = training.owners, training.num_ranks
     chunks = max(1, len(owners) // p)
     wave = sorted((s + chunks * i, s, i) for s in range(len(owners)) for i in range(m))

@@ -25,10 +25,7 @@ _TFLOPS = {
 
 
 class Timers:
-    """Seconds of the host per phase since the last `lap`; of nested phases only the inner one counts.
-
-    `record` is told of the phase under way.
-    """
+    """Seconds of the host per phase since the last `lap`; of nested phases only the inner one counts."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, record: FlightRecord | None = None) -> None:
         self._clock, self._start = clock, clock()
