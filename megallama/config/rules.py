@@ -74,12 +74,11 @@ def _tensor_parallel(config: Config, ranks: int | None) -> Iterator[str]:
         yield f"parallel.tp={tp} does not divide model.ffn_hidden_size={m.ffn_hidden_size}; {use}"
     tokens = b.micro_batch_size * b.seq_length
     if config.parallel.sequence_parallel and tokens % tp:
-        unit = lcm(tp, b.micro_batch_size) // b.micro_batch_size
-        yield (
-            f"parallel.tp={tp} does not divide batch.micro_batch_size={b.micro_batch_size} x "
-            f"batch.seq_length={b.seq_length} = {counted(tokens, 'token')}, which sequence parallelism cuts; "
-            f"use batch.seq_length={_multiples(b.seq_length, unit)}, or parallel.sequence_parallel=false"
-        )
+        near = _multiples(b.seq_length, lcm(tp, b.micro_batch_size) // b.micro_batch_size)
+        cut = f"batch.micro_batch_size={b.micro_batch_size} x batch.seq_length={b.seq_length}"
+        instead = f"use batch.seq_length={near}, or parallel.sequence_parallel=false"
+        words = f"{cut} = {counted(tokens, 'token')}, which sequence parallelism cuts"
+        yield f"parallel.tp={tp} does not divide {words}; {instead}"
     rows, chunks = tokens // (tp if config.parallel.sequence_parallel else 1), config.overlap.tensor_parallel_chunks
     if tp > 1 and rows % chunks:
         yield (
@@ -248,11 +247,9 @@ def _fp8(config: Config, ranks: int | None) -> Iterator[str]:
 def _running(config: Config, ranks: int | None) -> Iterator[str]:
     c = config.checkpoint
     if c.weights_from is not None and c.resume in ("must", "previous"):
-        yield (
-            f'checkpoint.weights_from={literal(c.weights_from)} begins at step 0, but '
-            f'checkpoint.resume="{c.resume}" wants to go on; remove one, or use '
-            'checkpoint.resume="auto" (go on if there is a checkpoint, else start so)'
-        )
+        begins = f"checkpoint.weights_from={literal(c.weights_from)} begins at step 0"
+        use = 'remove one, or use checkpoint.resume="auto" (go on if there is a checkpoint, else start so)'
+        yield f'{begins}, but checkpoint.resume="{c.resume}" wants to go on; {use}'
     kept = f"checkpoint.keep_every={c.keep_every}"
     if c.keep_every and not c.interval:
         use = f"use checkpoint.interval={c.keep_every} or a divisor of it"

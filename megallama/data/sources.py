@@ -104,10 +104,8 @@ class TrainDataset:
             return  # made by an older version, or with synthetic data
         for key, now in self._order.items():
             if (was := saved["order"][key]) != now:
-                raise DataError(
-                    f"{key}={now} would change the order of the samples, {samples} of which were used with "
-                    f"{key}={was}; write {key}={was}, or {ANEW}"
-                )
+                why = f"{samples} of which were used with {key}={was}; write {key}={was}, or {ANEW}"
+                raise DataError(f"{key}={now} would change the order of the samples, {why}")
         old_sources = [old for old in saved["sources"] if old["samples"]]
         for old in old_sources:
             self._check_source(old, step)
@@ -183,11 +181,9 @@ def open_sources(config: Config) -> Data:
     """Open what the section `data` names. Raises: DataError for whatever of it can be known to be wrong."""
     data, vocab_size = config.data, config.model.vocab_size
     tokenizer = load_tokenizer(data.tokenizer, eos_token=data.eos_token) if data.tokenizer else None
-    if tokenizer and tokenizer.vocab_size > vocab_size:  # a larger vocabulary is padded: those ids never occur
-        raise DataError(
-            f"data.tokenizer={tokenizer.path} has {tokenizer.vocab_size} ids but model.vocab_size={vocab_size}; "
-            f"write model.vocab_size={tokenizer.vocab_size} or more"
-        )
+    if tokenizer and (most := tokenizer.vocab_size) > vocab_size:  # a larger vocabulary is padded
+        but = f"but model.vocab_size={vocab_size}; write model.vocab_size={most} or more"
+        raise DataError(f"data.tokenizer={tokenizer.path} has {most} ids {but}")
     paths = dict.fromkeys(source.path for source in (*data.train, *data.valid, *data.test))
     opened = {path: _open(path, config, tokenizer) for path in paths}
     special_ids = _common_ids([*opened.values()], tokenizer, data.eos_token)
@@ -211,9 +207,8 @@ def open_sources(config: Config) -> Data:
     elif data.train:
         train = TrainDataset(data, [source(each, shuffle=True) for each in data.train], config.batch)
     else:
-        raise DataError(
-            'data.train is empty; write data.train=["path/prefix"] (made with megallama prepare) or data.synthetic=true'
-        )
+        write = 'write data.train=["path/prefix"] (made with megallama prepare) or data.synthetic=true'
+        raise DataError(f"data.train is empty; {write}")
     notes = [dataset.unchecked for dataset in opened.values() if dataset.unchecked]
     return Data(train, valid, test, tokenizer, special_ids, notes)
 
@@ -264,9 +259,8 @@ def _common_ids(datasets: Sequence[IndexedDataset], tokenizer: Tokenizer | None,
         names = {i: "no token of their own" if i is None else f"id {i}" for i in seen}
         if len(seen) > 1:
             values = " and ".join(f"those of {prefix} with {names[i]}" for i, prefix in seen.items())
-            raise DataError(
-                f"documents {verb} differently: {values}; preprocess the text again with the same --eos-token and --bos"
-            )
+            again = "preprocess the text again with the same --eos-token and --bos"
+            raise DataError(f"documents {verb} differently: {values}; {again}")
         if seen and kind == "eos_id" and eos_token and tokenizer and tokenizer.eos_id not in seen:
             raise DataError(
                 f"data.eos_token={eos_token!r} is id {tokenizer.eos_id}, but documents of {[*seen.values()][0]} end "

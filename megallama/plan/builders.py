@@ -40,10 +40,8 @@ def one_f_one_b(p: int, m: int, chunks: int = 1) -> Schedule:
     if chunks > 1 and m % p:
         below = m // p * p
         near = " or ".join(str(n) for n in (below, below + p) if n)
-        raise ScheduleError(
-            f"interleaved 1F1B (chunks={chunks}) needs a number of micro-batches that is a multiple of pp={p}, "
-            f"not {m}; use {near} micro-batches, or chunks=1"
-        )
+        need = f"needs a number of micro-batches that is a multiple of pp={p}, not {m}"
+        raise ScheduleError(f"interleaved 1F1B (chunks={chunks}) {need}; use {near} micro-batches, or chunks=1")
     pace = 1 if chunks == 1 else 2
     return _alternating("1f1b", p, m, chunks, lambda behind: pace * behind + (chunks - 1) * p)
 

@@ -35,10 +35,8 @@ class Topology:
         unit = tp * pp * cp
         dp, rest = divmod(ranks, unit)
         if rest or not dp:
-            raise ConfigError(
-                f"ranks={ranks} cannot be cut into tp={tp} x pp={pp} x cp={cp} = {unit}; "
-                f"use a multiple of {unit} ranks or smaller sizes"
-            )
+            use = f"use a multiple of {unit} ranks or smaller sizes"
+            raise ConfigError(f"ranks={ranks} cannot be cut into tp={tp} x pp={pp} x cp={cp} = {unit}; {use}")
         return cls(tp=tp, pp=pp, dp=dp, cp=cp, order=order)
 
     @cached_property
