@@ -26,7 +26,7 @@ from megallama.plan import timeline
 from megallama.plan.builders import FIXED_CHUNKS, build_schedule
 from megallama.plan.plan import make_plan
 from megallama.plan.schedule import Schedule, parse_action
-from megallama.plan.timeline import Report, Span, StageCost, chrome_trace, draw, simulate, simulated
+from megallama.plan.timeline import Report, Span, StageCost, chrome_trace, draw, simulate
 from megallama.plan.work import stage_costs
 
 COLOURS = {
@@ -55,9 +55,8 @@ def named(name: str, pp: int | None, microbatches: int | None, chunks: int | Non
         raise ConfigError(f"--schedule {name} is unknown; write {', '.join(known[:-1])} or a file that ends in .csv")
     chunks = chunks or FIXED_CHUNKS.get(name, (1, None))[0]
     kind: Any = "csv" if own else name
-    return build_schedule(
-        ParallelConfig(pp=pp, chunks=chunks, schedule=kind, schedule_file=name if own else None), microbatches
-    )
+    parallel = ParallelConfig(pp=pp, chunks=chunks, schedule=kind, schedule_file=name if own else None)
+    return build_schedule(parallel, microbatches)
 
 
 def measured(file: Path, num_stages: int) -> tuple[list[StageCost], dict[str, list[Span]]]:
@@ -80,12 +79,15 @@ def measured(file: Path, num_stages: int) -> tuple[list[StageCost], dict[str, li
     mean = {key: median(values) for key, values in times.items()}
     if not mean or max(stage for _, stage in mean) != num_stages - 1:
         raise ConfigError(f"--like {file} is the trace of another number of stages than {num_stages}")
-    costs = []
-    for s in range(num_stages):
-        whole = mean.get(("B", s), 0.0)
-        i, w = mean.get(("I", s), whole / 2), mean.get(("W", s), whole - whole / 2)
-        costs.append(StageCost(mean["F", s], i, w))
+    halves = enumerate(mean.get(("B", stage), 0.0) / 2 for stage in range(num_stages))
+    costs = [StageCost(mean["F", s], mean.get(("I", s), half), mean.get(("W", s), half)) for s, half in halves]
     return costs, dict(spans)
+
+
+def simulated(report: Report, unit: float) -> list[Span]:
+    """The spans of a simulation, rank by rank; `unit` is one unit of its costs [s]."""
+    spans = [Span(e.rank, str(e.action), e.start * unit, e.start * unit, e.end * unit) for e in report.events]
+    return sorted(spans, key=lambda span: (span.rank, span.start))
 
 
 def boxes(schedule: Schedule, report: Report) -> list[tuple[int, float, float, str, str]]:
@@ -125,9 +127,8 @@ def svg(schedule: Schedule, report: Report) -> str:
     for rank in range(schedule.num_ranks):
         y = ROW * (rank + 1)
         out.append(f'<text x="4" y="{y + 17}" font-size="12">rank {rank}</text>')
-        out.append(
-            f'<rect x="{LABEL}" y="{y}" width="{report.makespan * scale:.2f}" height="{ROW - 2}" fill="{IDLE}"/>'
-        )
+        width = f"{report.makespan * scale:.2f}"
+        out.append(f'<rect x="{LABEL}" y="{y}" width="{width}" height="{ROW - 2}" fill="{IDLE}"/>')
     for rank, start, length, colour, label in boxes(schedule, report):
         x, y, w = LABEL + start * scale, ROW * (rank + 1), length * scale
         out.append(
@@ -181,9 +182,8 @@ def table(schedule: Schedule, report: Report) -> str:
         held = f"{report.peak_in_flight[rank]:>9}  {schedule.peak_received(rank):>8}"
         lines.append(f"{rank:>4}  {stages:<16}  {busy:>7.4g}  {idle:<6}  {held}")
     spread = report.longest_span / max(report.busy) - 1
-    lines.append(
-        f"longest rank from its first action to its last: {report.longest_span:.4g} ms, {spread:.2%} above its work"
-    )
+    longest = f"{report.longest_span:.4g} ms, {spread:.2%} above its work"
+    lines.append(f"longest rank from its first action to its last: {longest}")
     return "\n".join([*lines, "in flight: (stage, micro-batch) pairs held for a backward at once"])
 
 

@@ -109,12 +109,6 @@ def exposure(flights: Sequence[Flight], ranks: int, seconds: float) -> str:
     return ", ".join(words) or "nothing"
 
 
-def simulated(report: Report, unit: float = 1.0) -> list[Span]:
-    """The spans of a simulation, rank by rank; `unit` is one unit of its costs [s]."""
-    spans = [Span(e.rank, str(e.action), e.start * unit, e.start * unit, e.end * unit) for e in report.events]
-    return sorted(spans, key=lambda span: (span.rank, span.start))
-
-
 def chrome_trace(timelines: Mapping[str, Sequence[Span]], flights: Mapping[str, Sequence[Flight]] | None = None) -> str:
     """The text of a trace file: timelines, and the communication of some of them, by name."""
     events: list[dict[str, Any]] = []

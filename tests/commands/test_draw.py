@@ -11,8 +11,9 @@ import pytest
 
 from megallama.cli import command
 from megallama.commands import draw as draw_command
+from megallama.commands.draw import simulated
 from megallama.plan.builders import zb_v
-from megallama.plan.timeline import Span, StageCost, chrome_trace, simulate, simulated
+from megallama.plan.timeline import Span, StageCost, chrome_trace, simulate
 
 ZB_V = ["--schedule", "zb-v", "--pp", "2", "--microbatches", "4"]
 

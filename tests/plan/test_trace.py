@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
+from megallama.commands.draw import simulated
 from megallama.plan.builders import one_f_one_b
 from megallama.plan.schedule import lower
-from megallama.plan.timeline import Flight, Span, chrome_trace, exposure, simulate, simulated
+from megallama.plan.timeline import Flight, Span, chrome_trace, exposure, simulate
 
 FLIGHTS = [
     Flight(0, "dp", "reduce", 1.0, 1.1, 1.5, 1.8),
