@@ -223,9 +223,8 @@ class NotEqualError(Exception):
 def to_tokenizer(model: bytes) -> Tokenizer:
     """The fast tokenizer of a SentencePiece .model file that gives the same ids. Raises: NotEqualError.
 
-    SentencePiece merges byte pairs by the scores of what they become, the leftmost of equals first; a tokenizer.json
-    ranks the pairs themselves. Both agree where every score is one piece's own and, of two overlapping pairs that make
-    the same piece, the left one is ranked first.
+    SentencePiece merges by the scores of what pairs become, the leftmost of equals first; a tokenizer.json ranks pairs.
+    Both agree where every score is one piece's own and, of two overlapping pairs of a piece, the left one is first.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at run time
 

@@ -95,18 +95,17 @@ def lay_out(files: Mapping[str, Mapping[str, tuple[int, ...]]], dtype: str) -> F
     """Lay the tensors of each file out in the given order, with a header of safetensors."""
     headers, sizes, places = dict[str, bytes](), dict[str, int](), dict[str, TensorPlace]()
     for file, shapes in files.items():
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        starts, at = {}, 0
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
         for name, shape in shapes.items():
-            starts[name], end = at, at + prod(shape) * DTYPES[dtype].itemsize
-            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
-            at = end
+            start, at = at, at + prod(shape) * DTYPES[dtype].itemsize
+            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, at]}
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # data is aligned to 8 bytes
-        headers[file] = len(text).to_bytes(8, "little") + text
-        sizes[file] = len(headers[file]) + at
+        headers[file] = header = len(text).to_bytes(8, "little") + text
+        sizes[file] = len(header) + at
         for name, shape in shapes.items():
-            places[name] = TensorPlace(file, len(headers[file]) + starts[name], tuple(shape), dtype)
+            places[name] = TensorPlace(file, len(header) + entries[name]["data_offsets"][0], tuple(shape), dtype)
     return FileSet(headers, sizes, places)
 
 

@@ -43,9 +43,7 @@ _MASK32 = 0xFFFFFFFF
 class Rotary(Layer):
     """Packed q, k, v [T, (n + 2k) d] of this rank's heads -> rotated q and k, and v: [b, s, heads, d].
 
-    Kept are the tables alone: the gradient of a rotation is the inverse rotation.  On a GPU the packed tensor is
-    rotated in place (the layer that made it does not need it); on a CPU, where products over heads want each head's
-    rows together, they are written head by head instead.
+    Kept are the tables alone: the gradient of a rotation is the inverse rotation.  On a GPU it is done in place.
     """
 
     num_heads: int
