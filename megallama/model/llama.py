@@ -98,13 +98,11 @@ class TransformerLayer:
         self, params: dict[str, Param], eps: float, tp: TensorParallel, rotary: Rotary, attend: Attend,
         ops: PointwiseOps,
     ) -> None:  # fmt: skip
-        def column(name: str, norm: str) -> ColumnParallelLinear:
-            return ColumnParallelLinear(params[name], RMSNorm(params[norm], eps, ops), tp)
-
-        self.qkv_proj = column("qkv_proj", "input_norm")
+        before, after = (RMSNorm(params[name], eps, ops) for name in ("input_norm", "post_attention_norm"))
+        self.qkv_proj = ColumnParallelLinear(params["qkv_proj"], before, tp)
         self.rotary, self.attend = rotary, attend
         self.o_proj = RowParallelLinear(params["o_proj"], tp, ops, gated=False)
-        self.gate_up_proj = column("gate_up_proj", "post_attention_norm")
+        self.gate_up_proj = ColumnParallelLinear(params["gate_up_proj"], after, tp)
         self.down_proj = RowParallelLinear(params["down_proj"], tp, ops, gated=True)
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None = None) -> Tensor:

@@ -26,7 +26,7 @@ class Topology:
     ends: tuple[int, int] = (0, -1)  # pipeline ranks of the first and the last stage; -1: pp - 1
 
     def __post_init__(self) -> None:
-        assert sorted(self.axes) == sorted(AXES) and min(map(self.size, AXES)) > 0, self  # config.rules speak of it
+        assert sorted(self.order.split("-")) == sorted(AXES) and min(map(self.size, AXES)) > 0, self
         object.__setattr__(self, "ends", (self.ends[0], self.ends[1] % self.pp))
 
     @classmethod
@@ -40,14 +40,10 @@ class Topology:
         return cls(tp=tp, pp=pp, dp=dp, cp=cp, order=order)
 
     @cached_property
-    def axes(self) -> tuple[str, ...]:
-        return tuple(self.order.split("-"))
-
-    @cached_property
     def strides(self) -> dict[str, int]:
-        """Distance in ranks between neighbours along each axis."""
-        sizes = [self.size(a) for a in self.axes]
-        return {axis: prod(sizes[:i]) for i, axis in enumerate(self.axes)}
+        """Distance in ranks between neighbours along each axis, in their order."""
+        axes = self.order.split("-")
+        return {axis: self.size(*axes[:i]) for i, axis in enumerate(axes)}
 
     @property
     def world_size(self) -> int:
@@ -65,7 +61,7 @@ class Topology:
     def coords(self, rank: int) -> dict[str, int]:
         """Global rank -> its index on every axis."""
         assert 0 <= rank < self.world_size, (rank, self.world_size)
-        return {axis: rank // self.strides[axis] % self.size(axis) for axis in self.axes}
+        return {axis: rank // stride % self.size(axis) for axis, stride in self.strides.items()}
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
         """All groups of ranks that differ only along `axis`, in the order of their creation."""
