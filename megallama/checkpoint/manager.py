@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class CheckpointManager:
         self._describe = partial(model_files, tokenizer=tokenizer, marks=marks, log=self._log)
         self._use(config, small)
         self.lineage = secrets.token_hex(8)  # retention deletes only checkpoints of this one
-        self._buffer: Tensor | None = None
+        self._pieces: list[tuple[Tensor, int]] = []  # of the host buffer, and how many tensors lie in each
         self._thread = threading.Thread()  # of the last save in the background
         self._handing = threading.Lock()  # the lock over to a save that outlives `release`
         self._released = False
@@ -128,10 +128,12 @@ class CheckpointManager:
 
     def prepare(self, shards: Sequence[Shard]) -> None:
         """Make the host buffer of asynchronous saves, so that the first is as fast."""
-        if self._config.checkpoint.async_save and shards and self._buffer is None:
-            need, master = sum(len(STATE) * s.box.numel for s in shards), shards[0].state["master"]
-            self._buffer = torch.empty(need, dtype=master.dtype, pin_memory=master.is_cuda)
-            self._buffer.zero_()  # touches the pages: zeros() would leave that to the first save
+        if self._config.checkpoint.async_save and shards and not self._pieces:
+            sizes, master = [s.box.numel for s in shards] * len(STATE), shards[0].state["master"]
+            for room, count in pieces(sizes) if master.is_cuda else [(sum(sizes), len(sizes))]:
+                piece = torch.empty(room, dtype=master.dtype, pin_memory=master.is_cuda)
+                # zero_() touches the pages: zeros() would leave that to the first save
+                self._pieces.append((piece.zero_(), count))
 
     def save(self, step: int, shards: Iterable[Shard], counters: dict[str, Any], *, behind: bool = True) -> None:
         """Save the state of `step`: the boxes this rank owns, and `counters` (JSON).
@@ -199,14 +201,16 @@ class CheckpointManager:
 
     def _snapshot(self, shards: Sequence[Shard]) -> list[Shard]:
         self.prepare(shards)
-        tensors = [shard.state[kind].detach() for kind in STATE for shard in shards]
-        sizes, runs = [tensor.numel() for tensor in tensors], list(_touching(tensors))
-        buffer = torch.empty(0) if self._buffer is None else self._buffer[: sum(sizes)]
-        for copy, run in zip(buffer.split([run.numel() for run in runs]), runs, strict=True):
-            copy.copy_(run, non_blocking=True)
+        tensors = iter([shard.state[kind].detach() for kind in STATE for shard in shards])
+        copies = list[Tensor]()
+        for piece, count in self._pieces:
+            own = list(islice(tensors, count))
+            runs, sizes = list(_touching(own)), [tensor.numel() for tensor in own]
+            copies += (held := piece[: sum(sizes)]).split(sizes)
+            for copy, run in zip(held.split([run.numel() for run in runs]), runs, strict=True):
+                copy.copy_(run, non_blocking=True)
         if shards and shards[0].state["master"].is_cuda:
             torch.cuda.current_stream(shards[0].state["master"].device).synchronize()
-        copies = buffer.split(sizes)
         states = (dict(zip(STATE, copies[i :: len(shards)], strict=True)) for i in range(len(shards)))
         return [replace(shard, state=state) for shard, state in zip(shards, states, strict=True)]
 
@@ -411,6 +415,19 @@ class CheckpointManager:
                 )
             reader.check_tensors(path, files, now)
             yield files, notes + manifest.differences(model, now)
+
+
+def pieces(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """How to hold tensors of these sizes: (a power of two; how many tensors lie in such a piece), in their order.
+
+    torch takes page-locked memory in powers of two alone: in one piece up to half of it would be in vain.
+    """
+    while left := sum(sizes):
+        below = 1 << left.bit_length() - 1
+        room = below if below >= 8 * max(sizes) else 1 << (left - 1).bit_length()  # an eighth may stay empty
+        count = sum(end <= room for end in accumulate(sizes))
+        yield room, count
+        sizes = sizes[count:]
 
 
 def _touching(tensors: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -60,10 +60,10 @@ class Target:
             raise Unsupported(f"16-bit formats only, not {self.dtype}")
 
     @staticmethod
-    def need_contiguous(*operands: Tensor) -> None:
-        """For kernels that look at sizes and addresses alone: of a strided view they take other numbers, in silence."""
-        for tensor in operands:
-            assert tensor.is_contiguous(), f"strides {tensor.stride()} of {tuple(tensor.shape)}: a copy is needed first"
+    def contiguous(x: Tensor) -> Tensor:
+        """`x`, for a kernel that looks at size and address alone: of a strided view it would take other numbers."""
+        assert x.is_contiguous(), f"strides {x.stride()} of {tuple(x.shape)}: a copy is needed first"
+        return x
 
     def te_module(self, name: str = "transformer_engine_torch") -> ModuleType:
         """A module of Transformer Engine, whose modules work once the package was imported."""

@@ -115,24 +115,23 @@ def _addmm(target: Target) -> AddWgrad:
 
 def _te_wgrad(target: Target) -> AddWgrad:
     target.need_half_on_cuda()
-    gemm = target.te_module("transformer_engine.pytorch.cpp_extensions").general_gemm
+    gemm, whole = target.te_module("transformer_engine.pytorch.cpp_extensions").general_gemm, target.contiguous
 
     def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
-        target.need_contiguous(main_grad, dy, x)
-        gemm(x, dy, out_dtype=torch.float32, accumulate=not overwrite, layout="NT", out=main_grad, grad=True)
+        operands, into = (whole(x), whole(dy)), {"out": whole(main_grad), "out_dtype": torch.float32}
+        gemm(*operands, accumulate=not overwrite, layout="NT", grad=True, **into)
 
     return add
 
 
 def _apex_wgrad(target: Target) -> AddWgrad:
     target.need_half_on_cuda()
-    extension = target.apex_module("fused_weight_gradient_mlp_cuda")
+    extension, whole = target.apex_module("fused_weight_gradient_mlp_cuda"), target.contiguous
 
     def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
-        target.need_contiguous(main_grad, dy, x)
         if overwrite:
             main_grad.zero_()
-        extension.wgrad_gemm_accum_fp32(x, dy, main_grad)
+        extension.wgrad_gemm_accum_fp32(whole(x), whole(dy), whole(main_grad))
 
     return add
 
@@ -226,20 +225,17 @@ def _te_fp8(target: Target) -> Gemms:
     )
     forward: dict[str, Any] = {"out_dtype": torch.bfloat16, "layout": "TN"}
     backward: dict[str, Any] = {"grad": True, "use_split_accumulator": True}
-
-    def fprop(x: Tensor, weight: Tensor) -> Tensor:
-        out: Tensor = gemm(rows4(weight), rows4(x), **forward)[0]
-        return out
-
-    def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
-        out: Tensor = gemm(columns4(weight), rows5(dy), out_dtype=torch.bfloat16, layout="NN", **backward)[0]
-        return out
+    to_input = forward | backward | {"layout": "NN"}
 
     def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
         into: dict[str, Any] = {"out": main_grad, "out_dtype": torch.float32, "accumulate": not overwrite}
         gemm(columns4(x), columns5(dy), layout="NT", **into, **backward)
 
-    return Gemms(fprop, dgrad, add)
+    return Gemms(
+        lambda x, weight: gemm(rows4(weight), rows4(x), **forward)[0],
+        lambda dy, weight: gemm(columns4(weight), rows5(dy), **to_input)[0],
+        add,
+    )
 
 
 def _showing(quantizer: Any) -> Callable[[Tensor], Any]:

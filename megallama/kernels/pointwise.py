@@ -96,13 +96,8 @@ def _te_norm(target: Target) -> NormPair:
     target.need_half_on_cuda()
     tex = target.te_module()
     kind = target.te_module("transformer_engine.pytorch.constants").TE_DType[target.dtype]
-
-    def forward(x: Tensor, weight: Tensor, eps: float) -> Any:
-        target.need_contiguous(x, weight)
-        return tex.rmsnorm_fwd(x, weight, eps, None, None, kind, 0, False)
-
     return _norm_pair(
-        forward,
+        lambda x, weight, eps: tex.rmsnorm_fwd(target.contiguous(x), weight, eps, None, None, kind, 0, False),
         lambda dy, x, rstd, weight, eps: tex.rmsnorm_bwd(dy, x, rstd.view(-1), weight, 0, False),
     )
 

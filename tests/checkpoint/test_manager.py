@@ -63,8 +63,8 @@ def test_async_save_keeps_one_snapshot_and_the_next_save_waits(tmp_path, monkeyp
     monkeypatch.setattr(manager_module, "write_checkpoint", slow)
     manager = make_manager(tmp_path, make_config(async_save=True), log=log.append)
     manager.prepare(shards)
-    buffer = manager._buffer.data_ptr()
-    assert manager._buffer.numel() == 3 * sum(s.box.numel for s in shards)
+    ((buffer, _),) = manager._pieces
+    assert buffer.numel() == 3 * sum(s.box.numel for s in shards)
     manager.save(1, shards, {"step": 1})
     assert steps(tmp_path) == []  # it returned before the write
     for shard in shards:  # training goes on
@@ -76,7 +76,7 @@ def test_async_save_keeps_one_snapshot_and_the_next_save_waits(tmp_path, monkeyp
     manager.save(2, shards, {"step": 2})
     assert (tmp_path / "step-00000001").is_dir()
     manager.finish()
-    assert steps(tmp_path) == [1, 2] and manager._buffer.data_ptr() == buffer
+    assert steps(tmp_path) == [1, 2] and manager._pieces[0][0] is buffer
     assert log[0] == "checkpoint of step 2 waits for the checkpoint of step 1, which is still being written"
     assert log[1].startswith(f"saved {tmp_path}/step-00000001 (")
     assert re.fullmatch(r"checkpoint of step 2 waited \d+\.\d s for the one before it", log[2])
@@ -91,7 +91,7 @@ def test_a_rank_with_one_shard_gets_its_buffer_too(tmp_path) -> None:
     manager = make_manager(tmp_path, make_config(async_save=True))
     shards = solo_shards(STATE)[:1]
     manager.prepare(shards)
-    assert manager._buffer.numel() == 3 * shards[0].box.numel
+    assert manager._pieces[0][0].numel() == 3 * shards[0].box.numel
 
 
 def test_a_failed_background_save_is_raised_once_by_finish(tmp_path, monkeypatch) -> None:
