@@ -292,7 +292,7 @@ def _triton_swiglu(target: Target) -> SwigluPair:
 
 
 def _swiglu_results(pair: SwigluPair, target: Target) -> Results:
-    packed, dout = target.random(48, 2080), target.random(48, 1040, seed=1)
+    packed, dout = target.random(16, 2080), target.random(16, 1040, seed=1)
     return [("output", pair[0](packed)), ("gradient", pair[1](dout, packed))]
 
 

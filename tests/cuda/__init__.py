@@ -1,0 +1,1 @@
+"""What a GPU will run, tested where there is none."""

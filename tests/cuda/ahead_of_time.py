@@ -1,0 +1,114 @@
+"""Every Triton kernel compiled for A100 and H100 where there is neither; run as a program, it prints triton_table.tsv.
+
+The functions that launch kernels are called with the shapes of LLaMA models; a driver that only names a
+GPU makes Triton specialise and compile as it would there, and nothing is launched.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+COLUMNS = ("kernel", "format", "capability", "registers", "spilled", "shared", "narrow")
+FORMATS = ((80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32))
+Compiled = tuple[str, Any]  # name, what Triton has compiled
+
+
+def rows_of(columns: int) -> Callable[[ModuleType, ModuleType, torch.dtype], None]:
+    """RMSNorm both ways."""
+
+    def call(k: ModuleType, _: ModuleType, dtype: torch.dtype) -> None:
+        x, weight = torch.empty(16, columns, dtype=dtype), torch.empty(columns, dtype=dtype)
+        k.rms_norm_backward(k.rms_norm(x, weight, 1e-5), x, weight, 1e-5)
+
+    return call
+
+
+def swiglu(k: ModuleType, _: ModuleType, dtype: torch.dtype) -> None:
+    """LLaMA-7B's."""
+    packed = torch.empty(16, 2 * 11008, dtype=dtype)
+    k.swiglu_backward(k.swiglu(packed), packed)
+
+
+def rope(k: ModuleType, _: ModuleType, dtype: torch.dtype) -> None:
+    """LLaMA-3-8B's: 32 + 2 x 8 heads of 128."""
+    packed, tables = torch.empty(2, 16, 48, 128, dtype=dtype), torch.empty(16, 1, 64)
+    k.apply_rope(packed[:, :, :40], tables, tables, packed[:, :, :40])
+    parts = (torch.empty(2, 16, n, 128, dtype=dtype) for n in (32, 8, 8))
+    k.rope_backward(*parts, tables, tables, packed)
+
+
+def loss(_: ModuleType, k: ModuleType, dtype: torch.dtype) -> None:
+    """LLaMA-3's vocabulary over eight ranks."""
+    logits, index, sums = torch.empty(16, 16032, dtype=dtype), torch.zeros(16, 1, dtype=torch.int64), torch.empty(2, 16)
+    k.log_sums(logits, index, *sums, None)
+    k.gradient_(logits, index, sums[0], sums[0], None, sums[1])
+
+
+CALLS = {"": [swiglu, rope, loss], " 4096": [rows_of(4096)], " 8192": [rows_of(8192)]}
+
+
+def compiled_for(capability: int, call: Callable[..., None], dtype: torch.dtype) -> list[Compiled]:
+    """What `call` would launch on a GPU of this capability."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from megallama.kernels import triton_loss, triton_pointwise
+
+    found: list[Compiled] = []
+
+    def launcher(self: Any, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **constants: Any) -> None:
+            found.append((self.__name__, self.run(*args, grid=grid, warmup=True, **constants)))
+
+        return launch
+
+    JITFunction.__getitem__ = launcher
+    target = GPUTarget("cuda", capability, 32)
+    driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: capability,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: target,
+        )
+    )
+    call(triton_pointwise, triton_loss, dtype)
+    return found
+
+
+def used(kernel: Any) -> tuple[int, int]:
+    """(registers of a thread, bytes of its stack), where registers go that are too many."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return int(numbers["REG"]), int(numbers["STACK"]) + int(numbers["LOCAL"])
+
+
+def table() -> Iterator[tuple[Any, ...]]:
+    """A row per kernel, format and GPU; `narrow` are reads and writes of memory of less than 16 bytes a thread."""
+    for capability, dtype in FORMATS:
+        for suffix, calls in CALLS.items():
+            for name, kernel in (found for call in calls for found in compiled_for(capability, call, dtype)):
+                ptx = kernel.asm["ptx"]
+                banned = re.search(r"\b(atom|red|cvt\.r[zmp])\.|\.f64", ptx)  # atomics, fp64, directed rounding
+                assert banned is None, f"{name}: {banned}"
+                assert dtype != torch.bfloat16 or name == "_log_sums" or "cvt.rn.bf16x2.f32" in ptx, name
+                narrow = len(re.findall(r"(?:ld|st)\.global(?!\S*\.v4\.b32)", ptx))
+                yield name + suffix, str(dtype)[6:], capability, *used(kernel), kernel.metadata.shared, narrow
+
+
+if __name__ == "__main__":
+    for row in (COLUMNS, *table()):
+        print(*row, sep="\t")

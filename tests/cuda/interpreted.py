@@ -1,0 +1,345 @@
+"""Every Triton kernel on a CPU, in Triton's interpreter, beside float64; run as a program, it prints its findings.
+
+Triton decides when it is imported whether kernels are interpreted (TRITON_INTERPRET=1), so this has a
+process of its own: `python -m tests.cuda.interpreted FOLDER`, with a folder that sparse files may lie in.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megallama.kernels import pointwise as plain
+from megallama.kernels.candidate import Target, Unsupported
+from megallama.kernels.select import OPERATIONS, select_kernels
+from tests import small
+
+CPU = torch.device("cpu")
+FORMATS = (torch.bfloat16, torch.float32)
+FAR = 2**30 + 16  # elements between rows, so that the third one begins beyond 2^31
+
+Errors = Iterator[tuple[str, float]]  # what was compared, and how far it is from what it should be
+
+
+def error(own: Tensor, want: Tensor) -> float:
+    """Relative to the norm of what should be."""
+    return float((own.double() - want.double()).norm() / want.double().norm())
+
+
+def unless(true: bool) -> float:
+    """An error for what is right or wrong."""
+    return 0.0 if true else float("inf")
+
+
+def rand(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def as_selected(name: str, made: Any, dtype: torch.dtype) -> Errors:
+    """The comparison before which no kernel is selected; rows of 80 columns do not fill a program."""
+    operation, target = OPERATIONS[name], Target(CPU, dtype, documents=True, width=80)
+    exact = replace(target, exact=True)
+    wanted = operation.results(operation.last[1](exact), exact)
+    for (what, result), (_, want) in zip(operation.results(made, target), wanted, strict=True):
+        yield what, error(result, want)
+
+
+def norm(k: ModuleType, dtype: torch.dtype) -> Errors:
+    """Rows that programs do not share evenly, fewer rows than programs, columns that fill no block."""
+    for rows, columns in ((7, 100), (3, 2), (9, 513)):
+        x, dy, weight = (
+            rand(rows, columns, dtype=dtype),
+            rand(rows, columns, dtype=dtype, seed=1),
+            rand(columns, dtype=dtype),
+        )
+        exact = [t.double() for t in (dy, x, weight)]
+        own = k.rms_norm(x, weight, 1e-5), *k.rms_norm_backward(dy, x, weight, 1e-5)
+        want = plain.rms_norm(*exact[1:], 1e-5), *plain.rms_norm_backward(*exact, 1e-5)
+        for what, a, b in zip(("y", "dx", "dweight"), own, want, strict=True):
+            yield f"{what} of {rows} x {columns}", error(a, b)
+        again = k.rms_norm(x, weight, 1e-5), *k.rms_norm_backward(dy, x, weight, 1e-5)
+        yield "the same bits again", unless(all(map(torch.equal, own, again)))
+        yield "formats", unless([t.dtype for t in own] == [dtype, dtype, torch.float32])
+    x[1, 300] = torch.inf
+    bad = k.rms_norm_backward(dy, x, weight, 1e-5)
+    yield (
+        "infinity is seen",
+        unless(bool(bad[0][1].isnan().any() and bad[1].isnan().any() and bad[0][0].isfinite().all())),
+    )
+    yield from as_selected("RMSNorm", (k.rms_norm, k.rms_norm_backward), dtype)
+
+
+def swiglu(k: ModuleType, dtype: torch.dtype) -> Errors:
+    """One column, fewer than a program computes, and a few more."""
+    for rows, columns in ((3, 37), (2, 3), (2, 1027)):
+        packed, dout = rand(rows, 2 * columns, dtype=dtype) * 4, rand(rows, columns, dtype=dtype, seed=1)
+        kept, own = dout.clone(), (k.swiglu(packed), k.swiglu_backward(dout, packed))
+        want = plain.swiglu(packed.double()), plain.swiglu_backward(dout.double(), packed.double())
+        for what, a, b in zip(("y", "gradient"), own, want, strict=True):
+            yield f"{what} of {rows} x {columns}", error(a, b)
+        yield "the gradient above stays", unless(torch.equal(dout, kept))
+    yield from as_selected("SwiGLU", (k.swiglu, k.swiglu_backward), dtype)
+
+
+def rope(k: ModuleType, dtype: torch.dtype) -> Errors:
+    """More heads than a step takes, heads of odd halves and of two steps, gradients that lie head by head."""
+    for n, kv, d in ((17, 1, 10), (2, 2, 160)):
+        packed, angles = rand(2, 2, n + 2 * kv, d, dtype=dtype), rand(2, 1, d // 2, dtype=torch.float32) * 9
+        angles = angles if n == 2 else torch.stack([angles, angles.flip(0)])  # documents: tables of each sample
+        cos, sin = angles.cos(), angles.sin()
+        own, elsewhere, heads = packed.clone(), torch.empty_like(packed), n + kv
+        k.apply_rope(own[:, :, :heads], cos, sin, own[:, :, :heads])
+        k.apply_rope(packed[:, :, :heads], cos, sin, elsewhere[:, :, :heads])
+        want = packed.double()
+        plain.apply_rope(want[:, :, :heads], cos.double(), sin.double(), want[:, :, :heads])
+        yield f"{n} + {kv} heads of {d}", error(own[:, :, :heads], want[:, :, :heads])
+        yield "in place as elsewhere", unless(torch.equal(own[:, :, :heads], elsewhere[:, :, :heads]))
+        yield "values stay", unless(torch.equal(own[:, :, heads:], packed[:, :, heads:]))
+        parts = [rand(2, m, 2, d, dtype=dtype, seed=m).transpose(1, 2) for m in (n, kv, kv)]
+        back, exact = torch.empty_like(packed), torch.empty_like(packed, dtype=torch.float64)
+        k.rope_backward(*parts, cos, sin, back)
+        plain.rope_backward(*(part.double() for part in parts), cos.double(), sin.double(), exact)
+        yield f"gradients of {n} + {kv} heads of {d}", error(back, exact)
+        yield "gradients of values are copied", unless(torch.equal(back[:, :, heads:], parts[2]))
+    yield from as_selected("RoPE", (k.apply_rope, k.rope_backward), dtype)
+
+
+def loss(k: ModuleType, dtype: torch.dtype) -> Errors:
+    """Fewer columns than a step, just as many, one more; a part of the vocabulary; rows that count for nothing."""
+    for columns in (5, 2048, 2049):
+        wide, scale = rand(3, columns + 3, dtype=dtype) * 3, torch.tensor([0.5, 0.0, 2.0])
+        logits, index = wide[:, :columns], torch.tensor([[columns - 1], [0], [columns // 2]])
+        kept, (log_sum, picked) = wide.clone(), torch.empty(2, 3)
+        k.log_sums(logits, index, log_sum, picked, None)
+        yield "the first pass leaves logits", unless(torch.equal(wide, kept))
+        yield f"sums of {columns}", error(log_sum, logits.double().logsumexp(1))
+        yield f"picked of {columns}", unless(torch.equal(picked, logits.gather(1, index)[:, 0].float()))
+        total, at_label = log_sum + torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.5, 0.0, 0.0])
+        want = (logits.double() - total.double()[:, None]).exp() * scale[:, None]
+        want.scatter_add_(1, index, -at_label.double()[:, None])
+        k.gradient_(logits, index, at_label, scale, log_sum, total)
+        yield f"gradient of {columns}", max(error(logits[i], want[i]) for i in (0, 2))
+        yield "a row that counts for nothing", unless(bool((logits[1] == 0).all()))
+        yield "padding stays", unless(torch.equal(wide[:, columns:], kept[:, columns:]))
+    for value, seen in ((torch.inf, True), (torch.nan, True), (-torch.inf, False)):
+        logits = rand(1, 70, dtype=dtype)
+        logits[0, 69] = value
+        k.log_sums(logits, torch.zeros(1, 1, dtype=torch.int64), log_sum, picked, None)
+        yield f"{value} is seen", unless(bool(log_sum[0].isnan()) is seen)
+    yield from as_selected("cross entropy", (k.log_sums, k.gradient_), dtype)
+
+
+CASES: dict[str, Callable[[ModuleType, torch.dtype], Errors]] = {
+    "RMSNorm": norm,
+    "SwiGLU": swiglu,
+    "RoPE": rope,
+    "cross entropy": loss,
+}
+
+
+def sparse(folder: Path, name: str, elements: int) -> Tensor:
+    """Elements of bf16 in a file that has pages only where something was written."""
+    path = str(folder / name)
+    with open(path, "wb") as file:
+        file.truncate(2 * elements)
+    return torch.from_file(path, shared=True, size=elements, dtype=torch.bfloat16)
+
+
+def far_loss(k: ModuleType, folder: Path) -> Errors:
+    """Logits whose third row begins beyond 2^31 elements."""
+    near = rand(3, 40, dtype=torch.bfloat16)
+    logits = sparse(folder, "logits", 3 * FAR).as_strided((3, 40), (FAR, 1)).copy_(near)
+    index, scale, (log_sum, picked) = torch.tensor([[1], [2], [39]]), torch.ones(3), torch.empty(2, 3)
+    k.log_sums(logits, index, log_sum, picked, None)
+    yield "sums", error(log_sum, near.double().logsumexp(1))
+    k.gradient_(logits, index, scale, scale, None, log_sum)
+    want = near.double().softmax(1)
+    yield "gradient", error(logits, want.scatter_add_(1, index, -torch.ones(3, 1).double()))
+
+
+def far_rope(k: ModuleType, folder: Path) -> Errors:
+    """Heads whose third token lies beyond 2^31 elements."""
+    near, angles = rand(1, 3, 3, 32, dtype=torch.bfloat16), rand(3, 1, 16, dtype=torch.float32)
+    x = sparse(folder, "heads", 3 * FAR).as_strided(near.shape, (3 * FAR, FAR, 32, 1)).copy_(near)
+    own, want, cos, sin = torch.empty_like(near), near.double(), angles.cos(), angles.sin()
+    k.rope_backward(x[:, :, :1], x[:, :, 1:2], x[:, :, 2:], cos, sin, own)
+    plain.apply_rope(want[:, :, :2], cos.double(), -sin.double(), want[:, :, :2])
+    yield "gradients", error(own, want)
+    k.apply_rope(x, cos, sin, x)
+    plain.apply_rope(exact := near.double(), cos.double(), sin.double(), exact)
+    yield "rotated", error(x, exact)
+
+
+def far_norm(k: ModuleType, folder: Path) -> Errors:
+    """Rows of 2^30 columns, of which a program that is told of 64 sees these."""
+    near, weight = rand(3, 64, dtype=torch.bfloat16), rand(64, dtype=torch.bfloat16)
+    x, out = (sparse(folder, name, 3 * FAR).view(3, FAR) for name in ("x", "out"))
+    x[:, :64] = near
+    k._norm[(3,)](x, weight, out, 1e-5, FAR, BLOCK=64)
+    scale = (near.double().square().sum(1, keepdim=True) / FAR + 1e-5).rsqrt()
+    yield "rows", error(out[:, :64], near.double() * scale * weight)
+    partial = torch.zeros(1, 64)
+    k._norm_backward[(1,)](x, x, weight, out, partial, 1e-5, 3, FAR, BLOCK=64)
+    yield "weight", error(partial[0], (near.double().square() * scale).sum(0))
+
+
+def far_swiglu(k: ModuleType, folder: Path) -> Errors:
+    """Five rows of 2^29 columns, of which programs compute the first 1024."""
+    columns, near = FAR // 2, rand(5, 2, 1024, dtype=torch.bfloat16)
+    packed, out, grad = (sparse(folder, name, 5 * n * columns) for name, n in (("p", 2), ("o", 1), ("g", 2)))
+    packed.view(5, 2, columns)[:, :, :1024] = near
+    want = plain.swiglu(near.double().flatten(1))
+    k._swiglu[(5, 1)](packed, out, columns, BLOCK=1024)
+    yield "rows", error(out.view(5, columns)[:, :1024], want)
+    k._swiglu_backward[(5, 1)](out, packed, grad, columns, BLOCK=1024)
+    want = plain.swiglu_backward(out.view(5, columns)[:, :1024].double(), near.double().flatten(1))
+    yield "gradient", error(grad.view(5, 2, columns)[:, :, :1024].flatten(1), want)
+
+
+FAR_CASES = {"RMSNorm": far_norm, "SwiGLU": far_swiglu, "RoPE": far_rope, "cross entropy": far_loss}
+
+POINTWISE, LOSS = "triton_pointwise", "triton_loss"
+FAULTS = [  # operation, file, what stands there, what stands there instead
+    ("RMSNorm", POINTWISE, "normed * mean) * rstd", "mean) * rstd"),
+    ("RMSNorm", POINTWISE, "total += product", "total = product"),
+    ("RMSNorm", POINTWISE, "tl.sum(row * row, 0) / columns", "tl.sum(row * row, 0) / BLOCK"),
+    ("RMSNorm", POINTWISE, "tl.num_programs(0)):", "2 * tl.num_programs(0)):"),
+    ("SwiGLU", POINTWISE, "(1 - prob)", "prob"),
+    ("SwiGLU", POINTWISE, "to + columns + at, (d * gate", "to + columns + at, (d * up"),
+    ("SwiGLU", POINTWISE, "triton.cdiv(columns, COLUMNS))](dout", "max(1, columns // COLUMNS))](dout"),
+    ("RoPE", POINTWISE, "a * c - b * s", "a * c + b * s"),
+    ("RoPE", POINTWISE, "-1.0, k, k_head", "1.0, k, k_head"),
+    ("RoPE", POINTWISE, "to += k * 2 * half", "to += n * 2 * half"),
+    ("RoPE", POINTWISE, "sample * table_sample + at * half\n    to", "at * half\n    to"),
+    ("RoPE", POINTWISE, "for first in range(0, half, PAIRS)", "for first in range(0, PAIRS, PAIRS)"),
+    ("cross entropy", LOSS, "total * tl.exp(top - new)", "total"),
+    ("cross entropy", LOSS, "(start + at, at < columns,", "(start + at, at <= columns,"),
+    ("cross entropy", LOSS, "grad - tl.load(at_label + row)", "grad - tl.load(scale + row)"),
+    ("cross entropy", LOSS, "logits + row * stride + at", "logits + row * columns + at"),
+    ("cross entropy", LOSS, " * tl.load(scale + row)", ""),
+]
+
+
+def changed(source: str, old: str, new: str, folder: Path, number: int) -> ModuleType:
+    """A module of this source with one passage changed."""
+    assert old in source, old
+    path = folder / f"fault_{number}.py"
+    path.write_text(source.replace(old, new), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def survives(errors: Callable[[], Errors]) -> bool:
+    """Whether a process of its own ends with small errors; one that writes anywhere may be killed."""
+    if (pid := os.fork()) == 0:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            status = 1
+            try:
+                status = int(not all(e < 1e-4 for _, e in errors()))
+            finally:
+                os._exit(status)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def curve_of(tp: int, ops: plain.PointwiseOps | None, in_place: bool) -> Any:
+    """Loss and norm of a step within documents; with other operations than torch's, with heads rotated as on a GPU."""
+    config = small.small_config(
+        precision={"dtype": "fp32"},
+        batch={"global_batch_size": 1, "seq_length": 8},
+        model={"num_layers": 1, "num_kv_heads": 2},
+        parallel={"tp": tp},
+    )
+    data, starts = small.tokens(config, 1), small.documents(config, 1)
+    chosen = select_kernels(CPU, torch.float32)
+    small.select_kernels = lambda *args: replace(chosen, pointwise=ops or chosen.pointwise)
+
+    def run(rank: Any) -> Any:
+        return small.curve(small.train(rank, data, starts=starts))
+
+    if in_place:
+        torch.Tensor.is_cuda = property(lambda self: True)
+    try:
+        return run(small.solo_rank(config)) if tp == 1 else small.on_threads(config, tp, run)[0]
+    finally:
+        if in_place:
+            del torch.Tensor.is_cuda
+
+
+def models(pointwise: ModuleType, loss: ModuleType) -> dict[str, float]:
+    """How far a step with these kernels is from one with torch's; how far torch's in place are from elsewhere."""
+    lock = threading.Lock()
+
+    def one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
+        def locked(*args: Any) -> Any:
+            with lock:  # the interpreter has one program at a time
+                return call(*args)
+
+        return locked
+
+    p, calls = pointwise, (loss.log_sums, loss.gradient_)
+    calls = p.rms_norm, p.rms_norm_backward, p.swiglu, p.swiglu_backward, p.apply_rope, p.rope_backward, *calls
+    ours = plain.PointwiseOps(*map(one_at_a_time, calls))
+    found = {}
+    for tp in (1, 2):
+        want = curve_of(tp, None, False)
+        found[f"torch's in place, tp={tp}"] = unless(curve_of(tp, None, True) == want)
+        found[f"ours, tp={tp}"] = small.deviation(curve_of(tp, ours, True), want)
+        found[f"ours elsewhere, tp={tp}"] = small.deviation(curve_of(tp, ours, False), want)
+    return found
+
+
+def main(folder: Path) -> dict[str, Any]:
+    """Errors of every kernel and case; of every fault, whether anything showed it."""
+    from triton.runtime import interpreter
+
+    from megallama.kernels import triton_loss, triton_pointwise
+
+    # tensors are on the CPU already: no copies of them, which would fill the files
+    interpreter.GridExecutor._init_args_hst = lambda self, args, kwargs: (args, kwargs)
+    interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
+    torch.set_num_threads(1)
+    modules = {name: triton_loss if case is loss else triton_pointwise for name, case in CASES.items()}
+    errors = {n: {str(d)[6:]: list(case(modules[n], d)) for d in FORMATS} for n, case in CASES.items()}
+    sources = {m.__name__.split(".")[-1]: inspect.getsource(m) for m in (triton_pointwise, triton_loss)}
+    survivors = []
+    for number, (name, file, old, new) in enumerate(FAULTS):
+        module = changed(sources[file], old, new, folder, number)
+        if survives(partial(CASES[name], module, torch.float32)):
+            survivors.append(f"{name}: {old} is {new or 'not there'}")
+    far = {name: list(case(modules[name], folder)) for name, case in FAR_CASES.items()}
+    for name, case in FAR_CASES.items():
+        file = LOSS if case is far_loss else POINTWISE
+        if survives(partial(case, changed(sources[file], "tl.int64", "tl.int32", folder, -1), folder)):
+            survivors.append(f"{name}: 32 bits")
+    try:
+        triton_pointwise.rms_norm(torch.ones(1, 8193), torch.ones(8193), 1e-5)
+    except Unsupported as reason:
+        wide = str(reason)
+    return {
+        "too wide": wide,
+        "errors": errors,
+        "survivors": survivors,
+        "far": far,
+        "models": models(triton_pointwise, triton_loss),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))
