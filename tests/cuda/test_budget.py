@@ -1,0 +1,109 @@
+"""What a step costs a GPU without Transformer Engine and apex, counted at true sizes: it may only fall.
+
+budget.toml has, for each case, kernel launches and MiB that pass over memory: of one layer, of embedding, head and
+loss together, and of all else in a step, per layer (gradients, norm, vote, AdamW).  Forward and backward of one
+micro-batch that is neither the first nor the last of its step.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from megallama.analysis.recording import FakeGroup
+from megallama.comm.group import Group, Partition, Solo, build_groups
+from megallama.plan.plan import make_plan
+from megallama.train.assemble import Worker, assemble
+from megallama.train.step import train_step
+from tests.cuda.claimed import META, batches, claimed, kernels_on_cuda, settings
+from tests.cuda.launches import Launches
+
+BUDGET = Path(__file__).with_name("budget.toml")
+SEVEN = ("model.preset=llama-7b", "batch.micro_batch_size=2", "batch.seq_length=2048")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how it is cut, and its micro-batch."""
+
+    words: tuple[str, ...]
+    tp: int = 1
+    documents: bool = False
+
+
+CASES = {
+    "7B": Case(SEVEN),
+    "7B, nothing recomputed": Case((*SEVEN, "memory.recompute=none")),
+    "7B, all recomputed": Case((*SEVEN, "memory.recompute=full")),
+    "7B, fp8": Case((*SEVEN, "precision.fp8=tensorwise")),
+    "7B, documents": Case(SEVEN, documents=True),
+    "LLaMA-3-8B": Case(("model.preset=llama3-8b", "batch.micro_batch_size=1", "batch.seq_length=8192")),
+    "65B over 4": Case(("model.preset=llama-65b", "batch.micro_batch_size=2", "batch.seq_length=2048"), tp=4),
+}
+
+
+def worker(case: Case, layers: int) -> Worker:
+    """The first rank of the case's job, with so many layers."""
+    words = (*case.words, f"parallel.tp={case.tp}", f"model.num_layers={layers}", "batch.global_batch_size=12")
+    config = settings(*words, ranks=case.tp, documents=case.documents)
+    plan = make_plan(config, case.tp)
+
+    def group(name: str, partition: Partition) -> Group:
+        ranks = next(ranks for ranks in partition if 0 in ranks)
+        return Solo(name) if len(ranks) == 1 else FakeGroup(name, ranks, 0)
+
+    groups = build_groups(plan.topology, 0, config.model.num_kv_heads or 1, group)
+    built = assemble(plan, groups, META, kernels_on_cuda(config))
+    built.optimizer.loaded(0)
+    return replace(built, device=torch.device("cpu"), read=lambda t: [1.0, 1.0, *[0.0] * t.numel()][: t.numel()])
+
+
+def step(case: Case, layers: int, micro_batches: int) -> Launches:
+    """One step."""
+    rank = worker(case, layers)
+    inputs = batches(rank.plan.config, micro_batches)
+    with Launches() as counted:
+        train_step(rank, rank.plan.schedule_for(micro_batches), inputs, lr=1e-3, masked=case.documents)
+    return counted
+
+
+@cache
+def costs(name: str) -> dict[str, tuple[int, float]]:
+    """(launches, MiB) of each part of a case."""
+    with claimed():
+        found = {(layers, m): step(CASES[name], layers, m) for layers in (1, 2) for m in (2, 3)}
+    numbers = {key: torch.tensor([c.total, c.mib], dtype=torch.float64) for key, c in found.items()}
+    one, two = (numbers[layers, 3] - numbers[layers, 2] for layers in (1, 2))
+    layer, rest = two - one, numbers[2, 2] - 2 * two - (numbers[1, 2] - 2 * one)
+    parts = {"layer": layer, "head": one - layer, "step": rest}
+    return {part: (round(float(x[0])), round(float(x[1]), 1)) for part, x in parts.items()}
+
+
+def table() -> dict[str, dict[str, dict[str, float]]]:
+    return tomllib.loads(BUDGET.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_costs_only_fall(name: str) -> None:
+    problems = []
+    for part, (launches, mib) in costs(name).items():
+        allowed = table()[name][part]
+        for what, now, most in (("launches", launches, allowed["launches"]), ("MiB", mib, allowed["mib"])):
+            if now > most:
+                problems.append(f"{part}: {now} {what}, more than the {most} in budget.toml")
+            elif now < most:
+                problems.append(f"{part}: {now} {what}, fewer than in budget.toml: lower {most} there")
+    assert problems == []
+
+
+if __name__ == "__main__":  # the table as it would be now
+    for title in CASES:
+        print(f'["{title}"]')
+        for part, (launches, mib) in costs(title).items():
+            print(f"{part} = {{launches = {launches}, mib = {mib}}}")
+        print()
