@@ -32,7 +32,7 @@ def small_config(**sections: dict[str, Any]) -> Config:
         "model": MODEL,
         "batch": BATCH,
         "precision": {"dtype": "fp64"},
-        "memory": {"loss_chunk_tokens": 10},
+        "memory": {"loss_chunk_tokens": 10, "loss_chunk_mb": 0},
         "overlap": {"bucket_mb": 0.01},
         "optimizer": {"lr": 1e-3},
         "lr_schedule": {"kind": "constant", "warmup_steps": 0},

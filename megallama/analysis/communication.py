@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 
 from megallama.config.schema import Config
-from megallama.plan.memory import DTYPE_BYTES, main_dtype, stage_layout, tokens_and_rows
+from megallama.plan.memory import DTYPE_BYTES, loss_chunk, main_dtype, stage_layout, tokens_and_rows
 from megallama.plan.schedule import Kind, Schedule
 from megallama.plan.topology import Topology
 from megallama.plan.work import Stages
@@ -65,7 +65,7 @@ def collectives(
 
 def _tensor(config: Config, stages: Stages, stage: int) -> Found:
     """Over tp, for one micro-batch of a stage."""
-    dtype, tokens, chunk = config.precision.dtype, tokens_and_rows(config)[0], config.memory.loss_chunk_tokens
+    dtype, tokens, chunk = config.precision.dtype, tokens_and_rows(config)[0], loss_chunk(config)
     layers, first, last = len(stages[stage]), stage == 0, stage == len(stages) - 1
     again = 2 * layers if config.memory.recompute == "full" else 0
     h, n, found = config.model.hidden_size, config.overlap.tensor_parallel_chunks, Found()

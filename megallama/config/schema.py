@@ -163,7 +163,10 @@ class MemoryConfig(Section):
         "selective", "none keeps 16h+6f bytes per token and layer in bf16, selective 12h+4f (no extra GEMM), full 2h"
     )
     loss_chunk_tokens: PositiveInt = option(
-        512, "tokens whose logits exist at once in the loss; fp32 logits exist for fewer [tokens]"
+        512, "tokens whose logits exist at once in the loss; on a CPU fp32 logits exist for fewer [tokens]"
+    )
+    loss_chunk_mb: NonNegativeFloat = option(
+        512.0, "on a GPU as many tokens as fill this with logits, where it is more; fp32 logits take twice that [MiB]"
     )
 
 

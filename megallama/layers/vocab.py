@@ -3,9 +3,9 @@
 The loss is one function of final norm, output head and cross entropy, chunked over tokens, and its
 gradient is formed where the logits are: each chunk of tokens makes its logits [c, V/t], turns them
 in place into the gradient of the logits, multiplies that into the gradient of the hidden states and
-of the head, and is gone.  So the logits of a micro-batch never exist at once, in fp32 even those of
-a chunk exist only a block of rows at a time, and the backward pass has nothing left to compute but
-the norm.
+of the head, and is gone.  So the logits of a long micro-batch never exist at once, on a CPU even
+those of a chunk exist in fp32 only a block of rows at a time, and the backward pass has nothing left
+to compute but the norm.
 
 Over tp two small reductions a chunk make it exact: the maximum over ranks of the logarithm of each
 rank's sum of exponentials, then the sum over ranks together with the logit of the label (Shoeybi et
@@ -82,18 +82,22 @@ class LossHead(Layer):
         acc_dtype = accumulate_dtype(x.dtype)
         labels, mask = batch.labels.reshape(-1), batch.mask
         counted = torch.ones_like(labels, dtype=acc_dtype) if mask is None else mask.reshape(-1).to(acc_dtype)
+        index = labels - self.first
+        held = (index >= 0) & (index < self.valid)
+        index = index.clamp_(0, max(0, self.valid - 1)).unsqueeze(1)
+        scale = counted * batch.grad_scale
+        at_label, grads = scale * held, []
         total = torch.zeros((), dtype=acc_dtype, device=x.device)
-        grad = torch.empty_like(full) if train else full
         for a in range(0, len(labels), self.chunk_tokens):
             rows = slice(a, a + self.chunk_tokens)
-            scale = counted[rows] * batch.grad_scale if train else None
-            losses, dlogits = self.chunk(full[rows], labels[rows], scale)
+            factors = (scale[rows], at_label[rows]) if train else None
+            losses, dlogits = self.chunk(full[rows], index[rows], held[rows], factors)
             total += torch.dot(losses, counted[rows])
             if train:
-                grad[rows] = self.param.dgrad(dlogits)
+                grads.append(self.param.dgrad(dlogits))
                 self.param.accumulate_wgrad(dlogits, full[rows])
         if train:
-            dnormed, handle = self.tp.reduce_scatter_sequence(grad)
+            dnormed, handle = self.tp.reduce_scatter_sequence(grads[0] if len(grads) == 1 else torch.cat(grads))
             handle.wait()
             ctx.save_for_backward(x, dnormed)
         return total
@@ -103,26 +107,39 @@ class LossHead(Layer):
         self.param.grad_done()
         return self.norm.backward(dnormed, x), None, None
 
-    def chunk(self, hidden: Tensor, labels: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Losses [c] of rows [c, h], and with `scale` [c] the gradient of the logits [c, V/t]."""
+    def chunk(
+        self, hidden: Tensor, index: Tensor, held: Tensor, factors: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [c] of rows [c, h], and with `factors` the gradient of the logits [c, V/t].
+
+        index: int64 [c, 1], where this rank has the label's logit, if `held` [c] says that it has.
+        factors: of the gradient [c], and the same where the label is held, 0 elsewhere.
+        """
         logits = self.param.fprop(hidden)
-        local = logits[:, : self.valid]
+        local, count = logits[:, : self.valid], len(logits)
         acc_dtype = accumulate_dtype(logits.dtype)
-        index = labels - self.first
-        held = (index >= 0) & (index < self.valid)
-        index = index.clamp_(0, max(0, self.valid - 1)).unsqueeze(1)
-        local_log_sum = logits.new_full((len(labels),), -torch.inf, dtype=acc_dtype)
-        stats = torch.zeros(2, len(labels), dtype=acc_dtype, device=logits.device)
         alone = self.tp.group.size == 1  # the softmax is whole: one pass less over the logits
+        log_sum = logits.new_empty(count, dtype=acc_dtype)
+        stats = logits.new_empty(2, count, dtype=acc_dtype)
+        picked = stats[1]
         if self.valid:
-            self._softmax(local, index, local_log_sum, stats[1], scale if alone else None)
-            stats[1].mul_(held)
-        top = local_log_sum.clone()
+            self._softmax(local, index, log_sum, picked, factors[0] if factors is not None and alone else None)
+            picked.mul_(held)
+        else:
+            log_sum.fill_(-torch.inf)
+            picked.zero_()
+        total = log_sum if alone else self._log_sum_over_ranks(log_sum, stats)
+        if factors is not None and self.valid:
+            scale, at_label = factors
+            self._gradient(local, index, at_label, scale, None if alone else log_sum, total)
+        if self.valid < logits.shape[1]:
+            logits[:, self.valid :] = 0
+        return total - picked, logits
+
+    def _log_sum_over_ranks(self, local: Tensor, stats: Tensor) -> Tensor:
+        """[c] from each rank's [c]; sums `stats` [2, c] on the way, the first row of which is its own."""
+        top = local.clone()
         self.tp.group.all_reduce(top, "max").wait()
-        stats[0] = torch.exp(local_log_sum - top)
+        torch.exp(local - top, out=stats[0])
         self.tp.group.all_reduce(stats).wait()
-        total = top + stats[0].log()
-        if scale is not None and self.valid:
-            self._gradient(local, index, scale * held, scale, None if alone else local_log_sum, total)
-        logits[:, self.valid :] = 0
-        return total - stats[1], logits
+        return top + stats[0].log()

@@ -33,6 +33,7 @@ from megallama.layers.linear import ColumnParallelLinear, RMSNorm, RowParallelLi
 from megallama.layers.param import FlatBuffers, Layer, Param
 from megallama.layers.vocab import LossHead, VocabParallelEmbedding
 from megallama.plan.box import Box
+from megallama.plan.memory import loss_chunk
 from megallama.plan.params import heads
 
 BLOCK = 1 << 17  # initial weights made at a time: the temporaries stay in the cache
@@ -137,7 +138,8 @@ class Stage:
         if last:
             weight = params["lm_head"] if "lm_head" in params else params["embed_tokens"]
             norm = RMSNorm(params["norm"], eps, ops)
-            self.head = LossHead(weight, norm, tp, ops, model.vocab_size, config.memory.loss_chunk_tokens)
+            chunk = loss_chunk(config, gpu=device.type != "cpu")
+            self.head = LossHead(weight, norm, tp, ops, model.vocab_size, chunk)
 
     def __call__(self, hidden: Tensor | None, batch: MicroBatch) -> Tensor:
         """Hidden states [T/t, h] or [T, h] of the stage before, if any -> its own, or the loss sum."""

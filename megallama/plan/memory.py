@@ -106,17 +106,31 @@ def rank_memory(config: Config, stages: Stages, schedule: Schedule, dp_cp: int, 
     layouts = [stage_layout(config, stages, s, dp_cp) for s in owned]
     numel, buckets = sum(x.numel for x in layouts), sum(len(x.buckets) for x in layouts)
     dtype, main = DTYPE_BYTES[config.precision.dtype], DTYPE_BYTES[main_dtype(config)]
-    padded_vocab = -(-config.model.vocab_size // config.parallel.tp)
-    chunk = min(config.memory.loss_chunk_tokens, tokens_and_rows(config)[0])
+    logits = loss_chunk(config) * padded_vocab(config)
     return RankMemory(
         weights=numel * dtype,
         main_grads=numel * main,
         optimizer=numel // dp_cp * (3 if dtype < main else 2) * main + 4 * buckets,  # with a step count per bucket
         tables=len(owned) * config.batch.seq_length * heads(config.model)[2] * main,
         activations=peak_saved_bytes(config, stages, schedule, pp_rank),
-        logits=chunk * padded_vocab * (dtype + main) if len(stages) - 1 in owned else 0,
+        logits=logits * (dtype + main) if len(stages) - 1 in owned else 0,
         state=numel // dp_cp * 3 * main,
     )
+
+
+def loss_chunk(config: Config, *, gpu: bool = True) -> int:
+    """Tokens whose logits exist at once; what runs on a GPU unless run.device="cpu" is planned for one.
+
+    On a GPU more: each chunk reads and writes the whole fp32 gradient of the head, and is a few dozen launches.
+    """
+    memory, size = config.memory, padded_vocab(config) * DTYPE_BYTES[config.precision.dtype]
+    by_size = int(memory.loss_chunk_mb * 2**20) // size // 128 * 128 if gpu and config.run.device != "cpu" else 0
+    return min(max(memory.loss_chunk_tokens, by_size), tokens_and_rows(config)[0])
+
+
+def padded_vocab(config: Config) -> int:
+    """Rows of the head on one rank."""
+    return -(-config.model.vocab_size // config.parallel.tp)
 
 
 def _head_saved_bytes(config: Config) -> int:

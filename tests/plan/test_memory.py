@@ -10,6 +10,7 @@ from megallama.config.load import load
 from megallama.config.schema import Config
 from megallama.plan.memory import (
     deferred_bytes,
+    loss_chunk,
     rank_memory,
     saved_bytes,
     stage_layout,
@@ -180,8 +181,21 @@ def test_a_split_backward_of_several_layers(recompute: str) -> None:
 def test_padding_and_chunks_of_the_loss() -> None:
     """tp cuts a vocabulary of 515 into 258 rows; a chunk is no longer than the micro-batch."""
     words = ["model.preset=debug", "model.vocab_size=515", "parallel.tp=2", "memory.loss_chunk_tokens=100"]
+    words.append("run.device=cpu")
     assert make_plan(config(*words), 2).memory(0).logits == 100 * 258 * (2 + 4)
     assert make_plan(config(*words, "precision.dtype=fp64"), 2).memory(0).logits == 100 * 258 * (8 + 8)
+
+
+def test_a_gpu_has_larger_chunks() -> None:
+    """As many whole 128 tokens as loss_chunk_mb allows, never fewer than loss_chunk_tokens, at most the micro-batch."""
+    words = ["model.preset=llama-7b", "parallel.tp=2", "batch.seq_length=1024", "memory.loss_chunk_tokens=200"]
+    words.append("batch.micro_batch_size=1")
+    row = 32000 // 2 * 2  # bytes
+    for mib, gpu in ((0, 200), (127.9 * row / 2**20, 200), (300 * row / 2**20, 256), (512, 1024)):
+        c = config(*words, f"memory.loss_chunk_mb={mib}")
+        assert (loss_chunk(c), loss_chunk(c, gpu=False)) == (gpu, 200)
+        assert make_plan(c, 2).memory(0).logits == gpu * 16000 * (2 + 4)
+        assert loss_chunk(config(*words, f"memory.loss_chunk_mb={mib}", "run.device=cpu")) == 200
 
 
 def test_tables_of_every_chunk() -> None:

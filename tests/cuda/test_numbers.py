@@ -1,0 +1,132 @@
+"""Branches that only a GPU takes, with real numbers: tensors in host memory that say they are on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megallama.kernels import pointwise
+from megallama.kernels.candidate import TOLERANCE, accumulate_dtype
+from megallama.kernels.pointwise import softmax_, softmax_at_once_
+from megallama.model import llama
+from megallama.train.assemble import DTYPES, Worker
+from tests.small import curve, documents, on_threads, small_config, tokens, train
+
+LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "one rank": (1, {}),
+    "grouped heads, full": (1, {"model": {"num_kv_heads": 2}, "memory": {"recompute": "full"}}),
+    "documents": (1, {"model": {"num_kv_heads": 1}, "data": {"document_mask": True}}),
+    "tp2": (2, {"parallel": {"tp": 2}}),
+    "tp4, padding": (4, {"parallel": {"tp": 4, "sequence_parallel": False}, "memory": {"recompute": "none"}}),
+    "pp2, split backward": (2, {"parallel": {"pp": 2, "schedule": "zb-h1"}}),
+}
+
+
+@contextmanager
+def on_cuda() -> Iterator[None]:
+    """Within the ``with`` block every tensor is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", property(lambda t: True))
+        yield
+
+
+def trained(ranks: int, sections: dict[str, dict[str, Any]], dtype: str) -> list[tuple[list[float], Tensor]]:
+    """Losses and norms of three steps and the weights after them, of every rank."""
+    config = small_config(**sections, precision={"dtype": dtype})
+    data = tokens(config, 3)
+    starts = documents(config, 3) if config.data.document_mask else None
+
+    def one(rank: Worker) -> tuple[list[float], Tensor]:
+        results = curve(train(rank, data, starts=starts))
+        return results, torch.cat([b.weights for b in rank.buffers.values()])
+
+    return on_threads(config, ranks, one)
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[int]:
+    """How often a function is called, from now on."""
+    calls, plain = [0], getattr(module, name)
+
+    def counted(*args: Any) -> Any:
+        calls[0] += 1
+        return plain(*args)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [*((n, "fp64") for n in LAYOUTS), ("grouped heads, full", "bf16"), ("tp2", "bf16")]
+)
+def test_training_is_bitwise_that_of_a_cpu(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotation in place on the packed tensor, a chunk's softmax at once: other orders in memory, the same numbers."""
+    ranks, sections = LAYOUTS[name]
+    want = trained(ranks, sections, dtype)
+    copies = counting(monkeypatch, llama, "_head_by_head")
+    with on_cuda():
+        assert pointwise._blocks(torch.zeros(1, 1 << 20)) == [slice(None)]
+        found = trained(ranks, sections, dtype)
+    assert copies == [0], "the branch of a GPU was not taken"
+    for (curve_, weights), (curve_want, weights_want) in zip(found, want, strict=True):
+        assert curve_ == curve_want
+        assert torch.equal(weights, weights_want)
+
+
+@pytest.mark.parametrize("name", ["one rank", "tp2"])
+def test_training_with_a_softmax_at_once_is_the_same_to_rounding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks, sections = LAYOUTS[name]
+    want = trained(ranks, sections, "fp64")
+    calls = counting(monkeypatch, pointwise, "softmax_at_once_")
+    monkeypatch.setattr(pointwise, "softmax_", pointwise.softmax_at_once_)
+    for (found, _), (own, _) in zip(trained(ranks, sections, "fp64"), want, strict=True):
+        assert found == pytest.approx(own, rel=1e-12)
+    assert calls[0] > 0
+
+
+def softmax_case(dtype: torch.dtype, scaled: bool, way: Callable[..., None]) -> list[Tensor]:
+    """What a softmax in place leaves: probabilities, log-sums, picked logits; of a view with other columns."""
+    generator = torch.Generator().manual_seed(3)
+    wide = (torch.randn(40, 72, generator=generator, dtype=torch.float64) * 9).to(dtype)
+    wide[3, 7] = 60  # a row that is all but certain
+    logits, index = wide[:, :61], torch.randint(0, 61, (40, 1), generator=generator)
+    log_sum, picked = (torch.full((40,), 7.0, dtype=accumulate_dtype(dtype)) for _ in range(2))
+    scale = torch.rand(40, generator=generator, dtype=torch.float64).to(log_sum.dtype) if scaled else None
+    before = wide[:, 61:].clone()
+    way(logits, index, log_sum, picked, scale)
+    assert torch.equal(wide[:, 61:], before), "it wrote beside its columns"
+    return [logits, log_sum, picked]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_softmax_at_once_is_softmax(dtype: torch.dtype, scaled: bool) -> None:
+    exact = softmax_case(dtype, scaled, lambda logits, *a: _exact(logits, *a))
+    for name, found, want in zip(
+        ("p", "sum", "picked"), softmax_case(dtype, scaled, softmax_at_once_), exact, strict=True
+    ):
+        error = (found.double() - want.double()).norm() / want.double().norm()
+        assert float(error) <= (TOLERANCE[dtype] if name == "p" else TOLERANCE[accumulate_dtype(dtype)]), name
+
+
+def _exact(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
+    """By torch's plain formulas in float64."""
+    x = logits.double()
+    log_sum.copy_(x.logsumexp(1))
+    picked.copy_(x.gather(1, index).squeeze(1))
+    logits.copy_(x.softmax(1) * (1 if scale is None else scale.double().unsqueeze(1)))
+
+
+def test_softmax_hides_no_infinity() -> None:
+    for way in (softmax_, softmax_at_once_):
+        for bad in (torch.inf, torch.nan):
+            logits = torch.zeros(2, 5, dtype=torch.bfloat16)
+            logits[1, 2] = bad
+            log_sum, picked = torch.zeros(2), torch.zeros(2)
+            way(logits, torch.zeros(2, 1, dtype=torch.int64), log_sum, picked, None)
+            assert log_sum[0].isfinite() and not log_sum[1].isfinite()
+            assert logits[0].isfinite().all() and logits[1].isnan().any()
