@@ -106,7 +106,7 @@ def rank_memory(config: Config, stages: Stages, schedule: Schedule, dp_cp: int, 
     layouts = [stage_layout(config, stages, s, dp_cp) for s in owned]
     numel, buckets = sum(x.numel for x in layouts), sum(len(x.buckets) for x in layouts)
     dtype, main = DTYPE_BYTES[config.precision.dtype], DTYPE_BYTES[main_dtype(config)]
-    logits = loss_chunk(config) * padded_vocab(config)
+    logits = min(loss_chunk(config), tokens_and_rows(config)[0]) * padded_vocab(config)
     return RankMemory(
         weights=numel * dtype,
         main_grads=numel * main,
@@ -119,13 +119,13 @@ def rank_memory(config: Config, stages: Stages, schedule: Schedule, dp_cp: int, 
 
 
 def loss_chunk(config: Config, *, gpu: bool = True) -> int:
-    """Tokens whose logits exist at once; what runs on a GPU unless run.device="cpu" is planned for one.
+    """Most tokens whose logits exist at once; what runs on a GPU unless run.device="cpu" is planned for one.
 
     On a GPU more: each chunk reads and writes the whole fp32 gradient of the head, and is a few dozen launches.
     """
     memory, size = config.memory, padded_vocab(config) * DTYPE_BYTES[config.precision.dtype]
     by_size = int(memory.loss_chunk_mb * 2**20) // size // 128 * 128 if gpu and config.run.device != "cpu" else 0
-    return min(max(memory.loss_chunk_tokens, by_size), tokens_and_rows(config)[0])
+    return max(memory.loss_chunk_tokens, by_size)
 
 
 def padded_vocab(config: Config) -> int:

@@ -24,6 +24,9 @@ from tests.cuda.claimed import META, batches, claimed, kernels_on_cuda, settings
 from tests.cuda.launches import Launches
 
 BUDGET = Path(__file__).with_name("budget.toml")
+HEADING = """# Kernel launches and MiB that pass over memory, as tests/cuda/test_budget.py counts them.
+# A number is lowered when the code asks for less (`python -m tests.cuda.test_budget` prints the table as it would be
+# now), and never raised."""
 SEVEN = ("model.preset=llama-7b", "batch.micro_batch_size=2", "batch.seq_length=2048")
 
 
@@ -102,6 +105,7 @@ def test_costs_only_fall(name: str) -> None:
 
 
 if __name__ == "__main__":  # the table as it would be now
+    print(f"{HEADING}\n")
     for title in CASES:
         print(f'["{title}"]')
         for part, (launches, mib) in costs(title).items():
