@@ -27,6 +27,7 @@ from megallama.train.signals import FAILED, SAVED, SignalFlag  # whatever takes 
 from megallama.train.supervised import is_wanted, make_again, start_supervisor
 
 if TYPE_CHECKING:
+    from megallama.checkpoint.starts import Starts
     from megallama.comm.launch import Launch, World
     from megallama.config.schema import Config
     from megallama.plan.plan import Plan
@@ -36,10 +37,7 @@ UNREAD = 141  # as the shell has it, where whoever read the output has gone
 
 
 def process(again: bool = False) -> int:
-    """What a launcher starts: `main`, watched by a supervisor where it is wanted; the exit status.
-
-    `again`: the supervisor has started this process.
-    """
+    """What a launcher, or `again` a supervisor, starts: `main`, watched where that is wanted; the exit status."""
     record = make_again() if again else start_supervisor() if is_wanted(sys.argv[1:]) else None
     status = main(record=record)
     finish_output()
@@ -66,7 +64,7 @@ def _run(arguments: Sequence[str], signals: SignalFlag, record: FlightRecord) ->
         return FINISHED if arguments else BAD_REQUEST
     from megallama.comm.launch import detect_launch, start  # imports torch: after --help
 
-    log = Logger(0, 1)
+    log, starts = Logger(0, 1), None
     try:
         generation = record.words[GENERATION]
         launch = detect_launch(parent=record.words[LAUNCHER], generation=generation)
@@ -75,23 +73,29 @@ def _run(arguments: Sequence[str], signals: SignalFlag, record: FlightRecord) ->
         signals.before_leaving(partial(_say, log, record))
         if launch.world_size == 1:
             signals.listen(signals.leave)
+        from megallama.checkpoint.folder import FolderLock
+        from megallama.checkpoint.starts import Starts
         from megallama.train.loop import TrainingLoop
         from megallama.train.setup import set_up
 
         config, plan, needs = _request(arguments, launch, signals, log)
+        if launch.rank == 0:
+            starts = Starts(FolderLock(Path(str(config.checkpoint.folder)), log.info), config, launch.world_size)
+            signals.before_leaving(starts.ended_early)
         with start(launch, config.run, listener=signals, record=record, **needs) as world:
             try:
-                with set_up(config, plan, world, log, signals) as setup:  # opens the log where the request is good
+                with set_up(config, plan, world, log, signals, starts) as setup:  # opens the log of a good request
                     return TrainingLoop(setup).run()
             except Exception as error:
-                return _failed(error, world, log, signals, Path(config.run.folder))
+                return _failed(error, world, log, signals, Path(config.run.folder), starts)
             finally:
                 log.close()
     except MegallamaError as error:
         signals.leaving(error.status)
-        record.ends(error.status, str(error), echo=error.shared)
+        status = starts.ended_early(str(error), error.status) if starts else error.status
+        record.ends(status, str(error), echo=error.shared)
         log.error(str(error), aloud=log.rank == 0 or not error.shared)
-        return error.status
+        return status
 
 
 def _say(log: Logger, record: FlightRecord, why: str, status: int) -> None:
@@ -147,7 +151,9 @@ def _cannot_take_part(problem: Exception, launch: Launch, signals: SignalFlag) -
             problem.shared = str(error) == text
 
 
-def _failed(error: Exception, world: World, log: Logger, signals: SignalFlag, folder: Path) -> int:
+def _failed(
+    error: Exception, world: World, log: Logger, signals: SignalFlag, folder: Path, early: Starts | None
+) -> int:
     """Say what ended the run, to this rank's file and, once, on the screen; the exit status."""
     from megallama.comm.group import ContactLost
 
@@ -159,10 +165,11 @@ def _failed(error: Exception, world: World, log: Logger, signals: SignalFlag, fo
         status = FAILED
     signals.leaving(status)
     line = f"{type(error).__name__}: {error}"
-    world.record.ends(status, line, echo=first is not None or isinstance(error, ContactLost))
     if status != BAD_REQUEST:  # of a bad request nothing is left behind
         with suppress(ConfigError):
             log.open(folder)
+    status = early.ended_early(first[0] if first else line, status) if early else status
+    world.record.ends(status, line, echo=first is not None or isinstance(error, ContactLost))
     if isinstance(error, (MegallamaError, InternalError)):
         log.error(str(error), aloud=world.rank == 0 or not error.shared)
     elif first is not None:

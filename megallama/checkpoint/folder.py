@@ -237,13 +237,13 @@ class FolderLock:
         self._stop = threading.Event()
         self.lost = False  # another job was seen to hold the folder
 
-    def acquire(self) -> None:
-        """Take the lock. Raises: CheckpointError naming the job that holds it; OSError."""
+    def acquire(self, *, patient: bool = True) -> None:
+        """Take the lock; not `patient`: at once. Raises: CheckpointError naming the job that holds it; OSError."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         job = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
         own = json.dumps(job | {"process": _process(os.getpid()), "since": now, "id": os.urandom(8).hex()}).encode()
         while not self._link(own):
-            self._clear_stale()
+            self._clear_stale(patient)
         self._own, self._stop = own, every(self._lease / 6, self._touch)
 
     def check(self) -> None:
@@ -290,13 +290,13 @@ class FolderLock:
             new.unlink(missing_ok=True)
         return True
 
-    def _clear_stale(self) -> None:
+    def _clear_stale(self, patient: bool) -> None:
         """Remove the lock if its job is gone. Raises: CheckpointError if it is not; OSError."""
         held = _look(self.path)
         if held is None:
             time.sleep(0.05)  # released, or not yet shown by a network
             return
-        if (now := self._living(held)) is not None:
+        if (now := self._living(held, patient)) is not None:
             raise CheckpointError(
                 f"{self.path.parent} is in use by {str(now).removeprefix('the ')}; stop that job or choose "
                 f"another checkpoint.folder (if it is certainly gone, delete {self.path})"
@@ -316,11 +316,13 @@ class FolderLock:
         except OSError:  # not a file: not ours to delete
             self.log(f"what was in the lock's place is now {aside}")
 
-    def _living(self, held: _Seen) -> _Seen | None:
+    def _living(self, held: _Seen, patient: bool) -> _Seen | None:
         """The lock as it is when its job has shown to be alive; None if it has not."""
         machine, pid, process = (held.job.get(key) for key in ("machine", "pid", "process"))
         if machine == _machine() and type(pid) is int and isinstance(process, str):
             return held if _process(pid) == process else None
+        if not patient:
+            return held
         seconds = self._lease * (3 if held.content is None else 1)
         self.log(f"waiting up to {seconds:g} s to see whether {held} still lives")
         deadline = time.monotonic() + seconds

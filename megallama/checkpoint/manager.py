@@ -70,12 +70,14 @@ class CheckpointManager:
         block_bytes: int = manifest.BLOCK_BYTES,
         lease_seconds: float = folders.LEASE_SECONDS,
         record: FlightRecord | None = None,
+        starts: Starts | None = None,
     ) -> None:
         self._folder, self._group, self._record = Path(folder), group, record or FlightRecord()
         self._log, self._tell = log if group.rank == 0 else lambda text: None, log
         self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
-        self._lock = folders.FolderLock(self._folder, self._log, lease_seconds)
-        self.starts = Starts(self._lock, config, group.size)
+        lock = folders.FolderLock(self._folder, self._log, lease_seconds)
+        self.starts = starts or Starts(lock, config, group.size)
+        self._lock = self.starts.lock
         kept = tokenizer.read_bytes() if tokenizer else own_tokenizer(small or {})
         self._tokenizer = None if kept is None else hashlib.sha256(kept).hexdigest()
         self._choice = folders.Choice(self._folder, group, self._log, previous=config.checkpoint.resume == "previous")

@@ -16,29 +16,31 @@ RUNNING, KILLED = "running", "killed, or its machine died: it left no word"
 
 
 class Starts:
-    """Those since the last finished step; without `begin` nothing is written."""
+    """Those since the last finished step; without `begin`, or `ended_early`, nothing is written."""
 
     def __init__(self, lock: FolderLock, config: Config, ranks: int) -> None:
-        self._lock, self._path, self._most = lock, lock.path.with_name("starts.json"), config.run.max_failed_starts
+        self.lock, self._path, self._most = lock, lock.path.with_name("starts.json"), config.run.max_failed_starts
         self._fresh, tree = config.checkpoint.resume == "fresh", config.model_dump(mode="json")
         for key in ("run.folder", "run.max_failed_starts", "checkpoint.folder", "train.stop_after_steps",
                     "train.stop_after_minutes"):  # fmt: skip # neither a cause nor a cure, and nothing of `log` is
             del tree[(part := key.split("."))[0]][part[1]]
         self._same = hashlib.sha256(json.dumps([ranks, tree | {"log": 0}]).encode()).hexdigest()[:12]
+        self._begun = False
         self._failed, self._own, self._changing = list[dict[str, str]](), dict[str, str](), threading.Lock()
 
     def begin(self) -> None:
         """Count this start; the lock is held. Raises: CheckpointError after run.max_failed_starts."""
+        self._begun = True
         found: list[dict[str, str]] = []
         try:
             starts = disk.parse_object(disk.read_file(self._path, 1 << 20))["starts"]
             found = [{key: str(s[key]) for key in ("time", "host", "config", "step", "end")} for s in starts]
         except (CheckpointError, ValueError, LookupError, TypeError) as error:
             if not isinstance(error, disk.MissingError):
-                self._lock.log(f"warning: {self._path} is ignored: {type(error).__name__}: {error}")
+                self.lock.log(f"warning: {self._path} is ignored: {type(error).__name__}: {error}")
         self._failed = [s | {"end": s["end"].replace(RUNNING, KILLED)} for s in found if s["config"] == self._same]
         if other := len(found) - len(self._failed):
-            self._lock.log(f"{self._path}: {counted(other, 'start')} of another configuration, no longer counted")
+            self.lock.log(f"{self._path}: {counted(other, 'start')} of another configuration, no longer counted")
         lines = [f"{s['time']} on {s['host']}, after step {s['step']}: {s['end']}" for s in self._failed]
         text = f"{counted(len(lines), 'start')} in a row ended before a step was finished"
         if 0 < self._most <= len(lines):
@@ -46,7 +48,7 @@ class Starts:
             text = f"{text} (run.max_failed_starts={self._most}; 0 starts without limit); {cure}:"
             raise CheckpointError("\n  ".join([text, *lines[-10:]]))
         if lines:
-            self._lock.log(f"warning: {text}, the last at {lines[-1]}; run.max_failed_starts={self._most}")
+            self.lock.log(f"warning: {text}, the last at {lines[-1]}; run.max_failed_starts={self._most}")
         now, saved = datetime.now().astimezone().isoformat(timespec="seconds"), known(self._path.parent)
         step = saved[-1][0].step if saved and not self._fresh else 0
         self._own = {"time": now, "host": socket.gethostname(), "config": self._same, "step": str(step), "end": RUNNING}
@@ -59,10 +61,26 @@ class Starts:
             self._own, self._failed = (self._own, self._failed) if status else ({}, [])
             self._write(own)
 
+    def ended_early(self, why: str, status: int) -> int:
+        """Count a start that ends so before it has the lock, unless another job may have that; the status, or 2."""
+        if self._begun or status in (0, 2, 75):
+            return status
+        try:
+            self.lock.path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(patient=False)
+            self.begin()
+            self.over(why, status)
+        except (OSError, CheckpointError) as error:
+            self.lock.log(f"warning: this start is not counted in {self._path}: {error}")
+            status = 2 if self._begun else status
+        self._own = {}
+        self.lock.release()
+        return status
+
     def _write(self, own: list[dict[str, str]]) -> None:
         try:
             with self._changing:
-                self._lock.check()
+                self.lock.check()
                 if starts := [*self._failed[-99:], *own]:
                     disk.write_durably(new := unfinished(self._path), json.dumps({"starts": starts}, indent=1).encode())
                     os.rename(new, self._path)
@@ -70,4 +88,4 @@ class Starts:
                     self._path.unlink(missing_ok=True)
                 disk.sync(self._path.parent)
         except (OSError, CheckpointError) as error:
-            self._lock.log(f"warning: {self._path} cannot be written, so this start may be counted wrongly: {error}")
+            self.lock.log(f"warning: {self._path} cannot be written, so this start may be counted wrongly: {error}")

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.checkpoint.memory import MemoryCopies
+from megallama.checkpoint.starts import Starts
 from megallama.checkpoint.writer import NotFiniteError
 from megallama.comm.flight_record import GENERATION
 from megallama.comm.launch import World
@@ -88,7 +89,9 @@ def set_deterministic(on: bool) -> None:
 
 
 @contextmanager
-def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: SignalFlag) -> Iterator[Setup]:
+def set_up(
+    config: Config, plan: Plan, world: World, log: Logger, signals: SignalFlag, starts: Starts | None = None
+) -> Iterator[Setup]:
     """Set up a run; within, its folder is locked, and an error is told to the other ranks."""
     progress = Progress(config)
     set_deterministic(config.train.deterministic)
@@ -98,7 +101,8 @@ def set_up(config: Config, plan: Plan, world: World, log: Logger, signals: Signa
     assert config.checkpoint.folder is not None, "filled in when a configuration is loaded"
     group, folder = world.host_group("checkpoint"), Path(config.checkpoint.folder)
     path = data.tokenizer.path if data.tokenizer else None
-    manager = CheckpointManager(config, folder, group, path, log.info, marks=data.special_ids, record=world.record)
+    marks, record = data.special_ids, world.record
+    manager = CheckpointManager(config, folder, group, path, log.info, marks=marks, record=record, starts=starts)
     _check_beginning(config, data, manager, world)
     warnings = [*_on_all(world, "memory", lambda: _check_room(plan, world)), *unusual(config)]
     kernels = _choose_kernels(config, plan, world, log)

@@ -38,7 +38,7 @@ class SignalFlag:
         self._deciding = threading.Lock()  # where the phase changes, and where it is asked for
         self._ending = threading.Lock()  # never given back: the process ends with it
         self._tell: Callable[[str], None] | None = None
-        self._acts: list[Callable[[str, int], None]] = []
+        self._acts: list[Callable[[str, int], object]] = []
         self.asked: Callable[[str], object] = lambda name: None  # done in a thread of its own when a request comes
         self._status, self._for_good = SAVED, False
         self._old: dict[signal.Signals, Any] = {}
@@ -78,7 +78,7 @@ class SignalFlag:
         if self.received is not None:
             tell(self.received.name)
 
-    def before_leaving(self, act: Callable[[str, int], None]) -> None:
+    def before_leaving(self, act: Callable[[str, int], object]) -> None:
         """`act` is done, with the reason and the status, before `leave` ends the process."""
         self._acts.append(act)
 

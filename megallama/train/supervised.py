@@ -75,10 +75,7 @@ def start_supervisor() -> FlightRecord:
 
 
 def make_again() -> FlightRecord:
-    """`start_supervisor`, in the process that the supervisor has started in place of a dead maker of trainers.
-
-    argv: root folder, files of the record, then as the launcher had it.
-    """
+    """`start_supervisor` in place of a dead maker of trainers. argv: root folder, files; what the launcher gave."""
     files = [*map(int, sys.argv[2].split(","))]
     sys.argv[:3] = []
     return _trainer_of(FlightRecord(files[0], files[1], files[2:]), several=True)
@@ -164,9 +161,8 @@ def _new_status_folder(folder: Path) -> str:
         with suppress(OSError):
             old.unlink()
     token = secrets.token_hex(16)
-    file = os.open(folder / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    os.write(file, token.encode())
-    os.close(file)
+    (folder / "token").touch(0o600, exist_ok=False)
+    (folder / "token").write_text(token, encoding="ascii")
     return token
 
 
