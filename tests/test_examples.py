@@ -158,6 +158,36 @@ def test_sbatch_requeues_exactly_after_a_save(tmp_path: Path, status: int, reque
         assert (tmp_path / "scontrol.txt").read_text() == "requeue 7\n"
 
 
+KEPT, GOES_ON = "--kill-on-bad-exit=0 --wait=120 --output=", "--no-kill --kill-on-bad-exit=0 --wait=0 --output="
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "flags"),
+    [
+        ("[run]\nmax_replacements = 0\n", [], KEPT),
+        ("[run]\nseed = 3\n", ["train.steps=5"], KEPT),
+        ("[run]\n", ["run.max_replacements=20", "train.steps=5"], GOES_ON),
+        ("[run]\nmax_replacements = 20  # times\n", ["train.steps=5"], GOES_ON),
+        ("[run]\nmax_replacements = 20\n", ["--run.max_replacements=0"], KEPT),
+        ("[run]\n", ["run.max_replacements=0", "--run.max_replacements=7"], GOES_ON),
+        ("", ["run.max_replacements=1"], GOES_ON),  # without a file
+    ],
+)
+def test_sbatch_lets_a_run_go_on_whose_ranks_are_replaced(
+    tmp_path: Path, file: str, arguments: list[str], flags: str
+) -> None:
+    """Only then: a lost node is not the end of the job, and nobody is killed because another has left."""
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@" > srun.txt\n')
+    (tmp_path / "srun").chmod(0o755)
+    (tmp_path / "my.toml").write_text(file)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "8", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    command = ["bash", str(EXAMPLES / "slurm_pretrain.sbatch"), *(["my.toml"] if file else []), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=job, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "srun.txt").read_text().startswith(flags)
+    assert (tmp_path / "srun.txt").read_text().endswith(" ".join(["megallama.pretrain", *command[2:]]) + "\n")
+
+
 SMOKE = EXAMPLES / "slurm_cpu_smoke.sh"
 TRAIN = """
 awk -v from=$FROM -v to=$TO -v learns=$LEARNS 'BEGIN { for (s = from; s <= to; s++)
