@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_name("triton_table.tsv")
 ON_CUDA = Target(torch.device("cuda"), torch.bfloat16)
 OURS = ("RMSNorm", "RoPE", "SwiGLU", "cross entropy")
-MEASURED_WITH = "3.7.0"
+MEASURED_WITH = "3.7.1"
 
 try:
     VERSION = importlib.metadata.version("triton")
