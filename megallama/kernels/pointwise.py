@@ -43,6 +43,18 @@ class PointwiseOps:
     softmax_gradient_: SoftmaxGradient
 
 
+def _own(*names: str) -> Callable[[Target], tuple[Any, ...]]:
+    """Functions that launch our Triton kernels; nothing else imports their files, which need Triton."""
+
+    def make(target: Target) -> tuple[Any, ...]:
+        target.need_triton()
+        from megallama.kernels import triton_loss, triton_pointwise
+
+        return tuple((vars(triton_pointwise) | vars(triton_loss))[name] for name in names)
+
+    return make
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm (Zhang & Sennrich 2019): ``x / rms(x) * weight``; the same bits on every call."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
@@ -112,13 +124,6 @@ def _apex_norm(target: Target) -> NormPair:
     )
 
 
-def _triton_norm(target: Target) -> NormPair:
-    target.need_triton()
-    from megallama.kernels import triton_pointwise as own
-
-    return own.rms_norm, own.rms_norm_backward
-
-
 def _norm_pair(forward: Callable[..., Any], backward: Callable[..., Any]) -> NormPair:
     """Kernels that want statistics in the backward: made again from the input, not kept."""
 
@@ -142,7 +147,7 @@ RMS_NORM = Operation(
         (COMPILED, lambda target: (target.compile(_norm_formula), target.compile(_norm_backward_formula))),
         (TE, _te_norm),
         (APEX, _apex_norm),
-        (TRITON, _triton_norm),
+        (TRITON, _own("rms_norm", "rms_norm_backward")),
         ("torch fused", _fused_norm),
     ],
     ("torch", lambda target: (rms_norm, rms_norm_backward)),
@@ -190,7 +195,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
 
 
 def rope_backward_with(apply_rope: ApplyRope) -> RopeBackward:
-    """The gradient of packed heads by three calls: q's, k's, v's."""
+    """Gradients of rotated q [b, s, n, d], rotated k and v, one by one into that of `packed` [b, s, n + 2k, d]."""
 
     def backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, packed: Tensor) -> None:
         q, k, v = packed.split([dq.shape[2], dk.shape[2], dv.shape[2]], dim=2)
@@ -202,9 +207,7 @@ def rope_backward_with(apply_rope: ApplyRope) -> RopeBackward:
     return backward
 
 
-def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, packed: Tensor) -> None:
-    """Gradients of rotated q [b, s, n, d], rotated k and v into that of `packed` [b, s, n + 2k, d]."""
-    rope_backward_with(apply_rope)(dq, dk, dv, cos, sin, packed)
+rope_backward = rope_backward_with(apply_rope)
 
 
 def _compiled_rope(target: Target) -> tuple[ApplyRope, RopeBackward]:
@@ -221,13 +224,6 @@ def _rope_formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
-def _triton_rope(target: Target) -> tuple[ApplyRope, RopeBackward]:
-    target.need_triton()
-    from megallama.kernels import triton_pointwise as own
-
-    return own.apply_rope, own.rope_backward
-
-
 def _rope_results(pair: tuple[ApplyRope, RopeBackward], target: Target) -> Results:
     """As layers do: q and k where they lie, before v; and the three gradients into one."""
     packed, angles = target.random(2, 16, 8, 32), target.random(2, 16, 1, 16, seed=1)
@@ -240,7 +236,7 @@ def _rope_results(pair: tuple[ApplyRope, RopeBackward], target: Target) -> Resul
 
 
 ROPE = Operation(
-    [(COMPILED, _compiled_rope), (TRITON, _triton_rope)],
+    [(COMPILED, _compiled_rope), (TRITON, _own("apply_rope", "rope_backward"))],
     ("torch", lambda target: (apply_rope, rope_backward)),
     _rope_results,
 )
@@ -284,13 +280,6 @@ def _te_swiglu(target: Target) -> SwigluPair:
     return lambda gate_up: tex.swiglu(gate_up, None), lambda dout, gate_up: tex.dswiglu(dout, gate_up, None)
 
 
-def _triton_swiglu(target: Target) -> SwigluPair:
-    target.need_triton()
-    from megallama.kernels import triton_pointwise as own
-
-    return own.swiglu, own.swiglu_backward
-
-
 def _swiglu_results(pair: SwigluPair, target: Target) -> Results:
     packed, dout = target.random(16, 2080), target.random(16, 1040, seed=1)
     return [("output", pair[0](packed)), ("gradient", pair[1](dout, packed))]
@@ -300,7 +289,7 @@ SWIGLU = Operation(
     [
         (COMPILED, lambda target: (target.compile(_swiglu_formula), target.compile(_swiglu_backward_formula))),
         (TE, _te_swiglu),
-        (TRITON, _triton_swiglu),
+        (TRITON, _own("swiglu", "swiglu_backward")),
     ],
     ("torch", lambda target: (swiglu, swiglu_backward)),
     _swiglu_results,
@@ -396,13 +385,6 @@ def _softmax_formula(
     return probs.to(logits.dtype), top + total.log(), exact.gather(1, index).squeeze(1)
 
 
-def _triton_softmax(target: Target) -> CrossEntropy:
-    target.need_triton()
-    from megallama.kernels import triton_loss as own
-
-    return own.log_sums, own.gradient_
-
-
 def _cross_entropy_results(pair: CrossEntropy, target: Target) -> Results:
     """Of a rank that has all columns, and of one whose columns are not all and has two thirds of the labels."""
     rows = torch.arange(24, device=target.device)
@@ -417,13 +399,12 @@ def _cross_entropy_results(pair: CrossEntropy, target: Target) -> Results:
         results += [("logarithm of the sum", log_sum.clone()), ("picked logits", picked.clone())]
         pair[1](logits, index, at_label, scale, None if alone else log_sum, total)
         # apart: labels would outweigh thousands of small probabilities
-        at = logits.gather(1, index)
-        results += [("probabilities", logits.scatter(1, index, 0)), ("gradient at labels", at)]
+        results += [("probabilities", logits.scatter(1, index, 0)), ("gradient at labels", logits.gather(1, index))]
     return results
 
 
 CROSS_ENTROPY = Operation(
-    [(COMPILED, _compiled_softmax), (TRITON, _triton_softmax)],
+    [(COMPILED, _compiled_softmax), (TRITON, _own("log_sums", "gradient_"))],
     ("torch", lambda target: (softmax_at_once_ if target.device.type == "cuda" else softmax_, softmax_gradient_)),
     _cross_entropy_results,
 )

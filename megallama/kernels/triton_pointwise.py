@@ -64,7 +64,8 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tupl
     """What `pointwise.rms_norm_backward` does: each program adds up dweight over its rows, torch over programs."""
     dy, x = dy.contiguous(), x.contiguous()
     (rows, columns), dx = x.shape, torch.empty_like(x)
-    programs = min(rows, _programs(x.device))
+    at_once = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 4
+    programs = min(rows, at_once)
     partial = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
     _norm_backward[(programs,)](dy, x, weight, dx, partial, eps, rows, columns, **_row(columns))
     return dx, partial.sum(0)
@@ -76,11 +77,6 @@ def _row(columns: int) -> dict[str, int]:
         raise Unsupported(f"rows of {columns} elements; at most {WIDEST} fit in registers")
     block = triton.next_power_of_2(columns)
     return {"BLOCK": block, "num_warps": min(32, max(1, block // 512))}
-
-
-def _programs(device: torch.device) -> int:
-    """As many as run at once."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @triton.jit
@@ -146,9 +142,9 @@ def _rotate(
     HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     sample, at = (tl.program_id(0) // seq).to(tl.int64), (tl.program_id(0) % seq).to(tl.int64)
-    angle = sample * table_sample + at * half
+    cos, sin = cos + sample * table_sample + at * half, sin + sample * table_sample + at * half
     start, to = x + sample * x_sample + at * x_token, out + sample * out_sample + at * out_token
-    _turn(start, to, cos + angle, sin + angle, 1.0, heads, x_head, out_head, half, HEADS, PAIRS)
+    _turn(start, to, cos, sin, 1.0, heads, x_head, out_head, half, HEADS, PAIRS)
 
 
 @triton.jit(do_not_specialize=["seq", "n", "k"])
@@ -157,17 +153,13 @@ def _unrotate(
     v_sample, v_token, v_head, table_sample, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     sample, at = (tl.program_id(0) // seq).to(tl.int64), (tl.program_id(0) % seq).to(tl.int64)
-    angle = sample * table_sample + at * half
+    cos, sin = cos + sample * table_sample + at * half, sin + sample * table_sample + at * half
     to = out + tl.program_id(0).to(tl.int64) * (n + 2 * k) * 2 * half
-    query, key, value = (
-        dq + sample * q_sample + at * q_token,
-        dk + sample * k_sample + at * k_token,
-        dv + sample * v_sample + at * v_token,
-    )
-    _turn(query, to, cos + angle, sin + angle, -1.0, n, q_head, 2 * half, half, HEADS, PAIRS)
+    _turn(dq + sample * q_sample + at * q_token, to, cos, sin, -1.0, n, q_head, 2 * half, half, HEADS, PAIRS)
     to += n * 2 * half
-    _turn(key, to, cos + angle, sin + angle, -1.0, k, k_head, 2 * half, half, HEADS, PAIRS)
+    _turn(dk + sample * k_sample + at * k_token, to, cos, sin, -1.0, k, k_head, 2 * half, half, HEADS, PAIRS)
     to += k * 2 * half
+    value = dv + sample * v_sample + at * v_token
     for first in range(0, 2 * half, 2 * PAIRS):
         column = first + tl.arange(0, 2 * PAIRS)[None, :]
         for head in range(0, k, HEADS):
@@ -177,12 +169,11 @@ def _unrotate(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """What `pointwise.apply_rope` does: x [b, s, heads, d] into `out`, perhaps x itself."""
+    """What `pointwise.apply_rope` does: x [b, s, heads, d] into `out`, perhaps x; both lie along d together."""
     b, s, heads, d = x.shape
     tables, per_sample = _tables(cos, sin)
-    rows = x if x.stride(3) == 1 else x.contiguous()
-    strides = *rows.stride()[:3], *out.stride()[:3], per_sample
-    _rotate[(b * s,)](rows, out, *tables, s, heads, d // 2, *strides, HEADS=HEADS, PAIRS=PAIRS)
+    strides = *x.stride()[:3], *out.stride()[:3], per_sample
+    _rotate[(b * s,)](x, out, *tables, s, heads, d // 2, *strides, HEADS=HEADS, PAIRS=PAIRS)
 
 
 def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, packed: Tensor) -> None:

@@ -223,7 +223,7 @@ FAULTS = [  # operation, file, what stands there, what stands there instead
     ("RoPE", POINTWISE, "a * c - b * s", "a * c + b * s"),
     ("RoPE", POINTWISE, "-1.0, k, k_head", "1.0, k, k_head"),
     ("RoPE", POINTWISE, "to += k * 2 * half", "to += n * 2 * half"),
-    ("RoPE", POINTWISE, "sample * table_sample + at * half\n    to", "at * half\n    to"),
+    ("RoPE", POINTWISE, "sin + sample * table_sample + at", "sin + at"),
     ("RoPE", POINTWISE, "for first in range(0, half, PAIRS)", "for first in range(0, PAIRS, PAIRS)"),
     ("cross entropy", LOSS, "total * tl.exp(top - new)", "total"),
     ("cross entropy", LOSS, "(start + at, at < columns,", "(start + at, at <= columns,"),

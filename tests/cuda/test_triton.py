@@ -43,6 +43,8 @@ def output_of(module: str, *args: str, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Findings of `interpreted.main`."""
+    if VERSION.startswith("3.6."):
+        pytest.skip("the interpreter of Triton 3.6 does not work with numpy 2.4")
     found: dict[str, Any] = json.loads(
         output_of("interpreted", str(tmp_path_factory.mktemp("far")), TRITON_INTERPRET="1")
     )
