@@ -67,8 +67,9 @@ def _run(arguments: Sequence[str], signals: SignalFlag, record: FlightRecord) ->
     log, starts = Logger(0, 1), None
     try:
         generation = record.words[GENERATION]
-        launch = detect_launch(parent=record.words[LAUNCHER], generation=generation)
-        log = Logger(launch.rank, launch.world_size)
+        place = record.told("place")
+        launch = detect_launch(parent=record.words[LAUNCHER], generation=generation, place=place)
+        log = Logger(launch.rank, launch.world_size, launched=launch.launched)
         record.tell("about", {"rank": launch.rank, "host": launch.host, "launcher": launch.launcher})
         signals.before_leaving(partial(_say, log, record))
         if launch.world_size == 1:

@@ -32,7 +32,7 @@ FIRST_CALL = FIRST_BUSY + BUSY
 MAX_GROUPS, COUNTS = 16, FIRST_CALL + CALLS * CALL_WORDS  # of each group: how many communications have begun
 SINCE = COUNTS + MAX_GROUPS  # the call that is waited for: its place in the list + 1, and since when [ns]
 WORDS = SINCE + 2
-TEXTS = {"about": 1 << 19, "groups": 1 << 16, "cause": 1 << 14, "verdict": 1 << 14}  # bytes of each
+TEXTS = {"about": 1 << 19, "groups": 1 << 16, "cause": 1 << 14, "verdict": 1 << 14, "place": 1 << 16}  # bytes of each
 PLACES = dict(zip(TEXTS, accumulate(TEXTS.values(), initial=WORDS * 8), strict=False))  # their first bytes
 _SIZE = -(-(WORDS * 8 + sum(TEXTS.values())) // mmap.PAGESIZE) * mmap.PAGESIZE
 

@@ -15,7 +15,7 @@ import resource
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Self
 
@@ -49,6 +49,7 @@ class Launch:
     store_kept: bool = False  # the launcher keeps the store (torchrun's agent), not rank 0
     attempt: int = 0  # restarts before this one, by the launcher
     generation: int = 0  # replacements in place since then
+    launched: int | None = None  # the rank that the launcher gave it, where ranks are counted anew
 
     @property
     def keeps_store(self) -> bool:
@@ -70,10 +71,13 @@ _NAMES = {  # launcher -> its variables for rank, ranks, rank on this node, rank
 }
 
 
-def detect_launch(env: Mapping[str, str] | None = None, parent: int = 0, generation: int = 0) -> Launch:
+def detect_launch(
+    env: Mapping[str, str] | None = None, parent: int = 0, generation: int = 0, place: Mapping[str, Any] | None = None
+) -> Launch:
     """Read from `env` (default: this process's environment) how this process was started.
 
     `parent`: the process that the launcher started has this one, if not this process; `generation`: see `Launch`.
+    `place`: in a world that is not the launched one, its launched ranks (`seats`), and how they meet (`launch`).
 
     Raises: LaunchError for values that are no numbers and for what cannot be known.
     """
@@ -114,12 +118,16 @@ def detect_launch(env: Mapping[str, str] | None = None, parent: int = 0, generat
         port = 0
     elif job:  # below the range from which the kernel hands out ports by itself
         port = 20000 + int(hashlib.sha256(job.encode()).hexdigest(), 16) % 12000
-    return Launch(
+    launch = Launch(
         rank, size, local_rank, one_node, launcher, key=key,
         master_addr=address, master_port=_number(env, "MASTER_PORT", port),
         store_kept=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         attempt=_number(env, "TORCHELASTIC_RESTART_COUNT", 0), generation=generation,
     )  # fmt: skip
+    if place is None:
+        return launch
+    seats = place["seats"]
+    return replace(launch, rank=seats.index(rank), world_size=len(seats), launched=rank, **place["launch"])
 
 
 def _number(env: Mapping[str, str], name: str, default: int) -> int:

@@ -21,12 +21,11 @@ import tempfile
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +33,7 @@ import torch.distributed as dist
 
 from megallama.comm.flight_record import FlightRecord
 from megallama.comm.group import ContactLost
-from megallama.config.errors import LaunchError
+from megallama.config.errors import LaunchError, ranges
 
 _ARRIVALS = "arrivals"  # to rank 0: who somebody is; from rank 0: its verdict
 _ENDS, _LEFT = "ends", "left"  # why the run ends, and its status; a rank whose connection ends
@@ -465,9 +464,3 @@ def _missing(arrived: dict[int, Arrival], world_size: int, seconds: float) -> st
         f"{'rank' if len(missing) == 1 else 'ranks'} {ranges(missing)} never arrived within {seconds:g} s "
         f"(run.init_timeout_seconds); arrived: {here}; look at the output of the missing ranks"
     )
-
-
-def ranges(ranks: Sequence[int]) -> str:
-    """Sorted numbers, runs of three or more shortened: 0-3, 7, 8."""
-    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda at: at[1] - at[0])]
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

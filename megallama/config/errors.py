@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from itertools import groupby
 
 
 class MegallamaError(Exception):
@@ -49,6 +51,12 @@ def counted(number: int | str, noun: str, form: str = "") -> str:
     text = format(number, form)
     ending = "" if text == "1" else "es" if noun.endswith(("s", "x", "tch", "sh")) else "s"
     return f"{text} {noun}{ending}"
+
+
+def ranges(ranks: Sequence[int]) -> str:
+    """Sorted numbers, runs of three or more shortened: 0-3, 7, 8."""
+    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda at: at[1] - at[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def say(text: str) -> None:

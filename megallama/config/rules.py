@@ -259,6 +259,9 @@ def _running(config: Config, ranks: int | None) -> Iterator[str]:
         yield f"{kept} is not a multiple of checkpoint.interval={c.interval}; use {use}"
     if (steps := config.log.trace_steps) is not None and steps[0] > steps[1]:
         yield f"log.trace_steps={literal(steps)} ends before it begins; write log.trace_steps={literal(sorted(steps))}"
+    if (least := config.run.min_replicas) and not config.run.max_replacements:
+        use = "write run.max_replacements=20, say, or leave it out"
+        yield f"run.min_replicas={least} does nothing without replacements in place; {use}"
     step, data = (f"timeout_seconds={section.timeout_seconds:g}" for section in (config.run, config.data))
     if config.run.timeout_seconds < config.data.timeout_seconds:
         waits = "ends a run whose other ranks still wait for a batch, which may take"

@@ -347,6 +347,9 @@ class RunConfig(Section):
     max_replacements: NonNegativeInt = option(
         0, "how often dead or stuck ranks are replaced in place: all start again, without the launcher [times]"
     )
+    min_replicas: NonNegativeInt = option(
+        0, "with how many data-parallel replicas at least a run goes on when ranks are lost for good; 0: only with all"
+    )
     timeout_seconds: PositiveFloat = option(
         600.0, "longest wait of a step for another rank before the run fails; bounds steps alone [s]"
     )

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 Message = dict[str, Any]
+WAITING = 1 << 20  # more than hosts: the number of a link with a rank that has no place is this and the launched rank
 _MOST, _RETRY = 1 << 24, 1.0  # bytes of a message; seconds between attempts to connect
 
 
@@ -22,6 +23,7 @@ class Link:
 
     def __init__(self, peer: socket.socket) -> None:
         self.socket, self.host = peer, -1  # number of the host, once it has said the token
+        self.hello: Message = {}  # with which it did
         peer.setblocking(False)
         self._in, self._out = b"", b""
         self.open = True
@@ -79,30 +81,41 @@ class Links:
         self._address: tuple[str, int] | None = None
         self._hello: Message = {}
         self._next = 0.0
+        self.met = time.monotonic()  # when there was a link
         self.heard: dict[int, float] = {}  # host number -> when it was last heard
 
     def listen(self, address: str) -> int:
-        """The port on which the others are waited for; 0 where there can be none."""
+        """The port on which the others are waited for, on the loopback interface if `address` is; 0: there is none."""
         try:
             family = socket.getaddrinfo(address, None)[0][0]
-            self._door = socket.create_server(("", 0), family=family, backlog=1024)
+            host = address if address == "127.0.0.1" else ""
+            self._door = socket.create_server((host, 0), family=family, backlog=1024)
             self._door.setblocking(False)
         except OSError:
             return 0
         return int(self._door.getsockname()[1])
 
     def connect(self, address: str, port: int, hello: Message) -> None:
-        """From now on be connected to rank 0's supervisor, whenever it can be reached."""
-        self._address, self._hello = (address, port), hello
+        """From now on be connected to rank 0's supervisor, whenever it can be reached; with an empty `hello` not."""
+        if hello != self._hello:
+            for link in self._links:
+                link.close()
+            self._links, self._next, self.met = [], 0.0, time.monotonic()
+        self._address, self._hello = (address, port) if hello else None, hello
+
+    def waiting(self) -> dict[int, str]:
+        """The launched ranks that wait for a place, with their hosts."""
+        hellos = [link.hello for link in self._links if link.open and link.host >= WAITING]
+        return {hello["seat"]: hello["name"] for hello in hellos if "asks" not in hello}
 
     def sockets(self) -> list[socket.socket]:
         """Where something may arrive."""
         return [*([self._door] if self._door else []), *(link.socket for link in self._links if link.open)]
 
-    def send(self, message: Message) -> None:
-        """To all."""
+    def send(self, message: Message, host: int | None = None) -> None:
+        """To all, or to one."""
         for link in self._links:
-            if link.host >= 0:
+            if link.host >= 0 and host in (None, link.host):
                 link.send(message)
 
     def poll(self) -> list[tuple[int, Message]]:
@@ -116,10 +129,11 @@ class Links:
                     if not secrets.compare_digest(str(message.get("token", "")), self.token) or not self.token:
                         link.close()  # a stranger
                         break
-                    link.host = int(message["host"])
+                    link.host, link.hello = int(message.get("host", WAITING + message.get("seat", 0))), message
                 self.heard[link.host] = time.monotonic()
                 found.append((link.host, message))
         self._links = [link for link in self._links if link.open]
+        self.met = time.monotonic() if self._links else self.met
         return found
 
     def _meet(self) -> None:

@@ -27,14 +27,14 @@ class Node:
 
     def __init__(self, about: dict[str, Any], own: FlightReader) -> None:
         self.about, self.rank, self.folder = about, about["rank"], Path(about["folder"])
-        self.logs = self.folder / "logs" / f"rank-{self.rank:04d}.log", self.folder / "run.log"
+        log = f"rank-{about['seats'][self.rank]:04d}.log"
+        self.logs = self.folder / "logs" / log, self.folder / "run.log"
         self.host, self.hosts = about["host_of"][self.rank], [about["hosts"][host] for host in about["host_of"]]
         self.ranks = [rank for rank, host in enumerate(about["host_of"]) if host == self.host]
-        self.records: dict[int, FlightReader] = {}
+        self.records = {self.rank: own}
         self._moved: dict[int, tuple[int, float]] = {}  # on CUDA: actions completed, and since when
         for rank in self.ranks:
             if rank == self.rank:
-                self.records[rank] = own
                 continue
             with suppress(OSError, ValueError):  # another user's, or gone: it is not seen
                 pid, *numbers = about["records"][rank]
@@ -48,13 +48,11 @@ class Node:
             os.close(self.records[rank].file)
             os.close(self.records[rank].stacks)
 
-    def begin_generation(self, number: int) -> None:
-        """The next trainers of this host begin."""
-        for record in self.records.values():
-            for name in TEXTS:  # before: a supervisor that is quick would end the next one by the last one's verdict
-                record.tell(name, None)
-            record.words[TRAINER] = record.words[ENDED] = 0  # nor is the last one's end the next one's
-            record.words[GENERATION] = number
+    def begin_generation(self, number: int, place: dict[str, Any] | None = None) -> None:
+        """The next trainers of this host begin, of the ranks that have a place."""
+        for rank in self.able():
+            own = place and place | {"seat": self.about["seats"][rank]}
+            begin_generation(self.records[rank], number, own)
 
     @property
     def leader(self) -> bool:
@@ -81,6 +79,15 @@ class Node:
             return None
         text = f"its supervisor (process {pid}) was killed"
         return {"status": -signal.SIGKILL, "text": text, "echo": False, "final": True}
+
+    def over(self, rank: int) -> bool:
+        """Whether the trainer of `rank` is no more."""
+        trainer = self.records[rank].words[TRAINER]
+        return self.ended(rank) or (self.lost(rank) is not None and process_state(trainer) in "XZ")
+
+    def able(self) -> list[int]:
+        """Ranks of this host that can have another trainer."""
+        return [rank for rank in self.records if self.lost(rank) is None]
 
     def overdue(self, since: float) -> list[int]:
         """Ranks that have waited longer than they may, or whose device has: counted from `since` on at the earliest."""
@@ -130,6 +137,7 @@ class Node:
             state["process"] = "X" if self.ended(rank) else process_state(record.words[TRAINER])
             state["own_seconds_per_step"] = median(times) / 1e9 if times else None
             state["cause"], state["supervisor_silent"] = record.told("cause"), self.silent(rank)
+            state["launched"] = self.about["seats"][rank]
             ranks[rank] = state
         name = self.hosts[self.rank]
         status = {"host": name, "time": time.time(), "ranks": ranks}
@@ -140,6 +148,17 @@ class Node:
         told = {"status": status, "rank": rank, "cause": cause, "host": self.hosts[rank]}
         told |= {"step": self.records[self.rank].state()["step"], "time": time.time()}
         write_json(self.folder / "exit.json", told)
+
+
+def begin_generation(record: FlightReader, number: int, place: dict[str, Any] | None) -> None:
+    """The rank of this record goes on in the next generation; where worlds may change: in `place`."""
+    if record.words[GENERATION] == number:
+        return
+    for name in TEXTS:  # before: a supervisor that is quick would end the next one by the last one's verdict
+        record.tell(name, None)
+    record.tell("place", place)
+    record.words[TRAINER] = record.words[ENDED] = 0  # nor is the last one's end the next one's
+    record.words[GENERATION] = number
 
 
 def process_state(pid: int) -> str:

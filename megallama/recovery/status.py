@@ -19,15 +19,16 @@ OLD = 3 * STATUS_PERIOD  # seconds after which a host's file says that its super
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Everything that is known of the run in `folder`: `end`, `goodput`, `hosts`. Raises: MegallamaError."""
+    """Everything that is known of the run in `folder`: `end`, `goodput`, `members`, `hosts`. Raises: MegallamaError."""
     found = {name: _json(folder / f"{name}.json") for name in ("exit", "goodput")}
     hosts = [host for host in map(_json, sorted((folder / "status").glob("*.json"))) if "ranks" in host]
+    members = _json(folder / "status" / "members.json")
     if not (found["exit"] or found["goodput"] or hosts):
         raise MegallamaError(
             f"{folder} holds no status of a run; give the folder that run.folder named. Supervisors write it "
             f"every {STATUS_PERIOD:g} s, where run.supervisor is true"
         )
-    return {"end": found["exit"], "goodput": found["goodput"], "hosts": hosts}
+    return {"end": found["exit"], "goodput": found["goodput"], "members": members, "hosts": hosts}
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -58,7 +59,11 @@ def lines(found: Mapping[str, Any], now: float) -> Iterator[str]:
         old = f"; nothing since {human_duration(age)}" if not end and age > OLD else ""
         yield f"{host['host']}: {counted(len(host['ranks']), 'rank')}{old}"
         for rank, report in host["ranks"].items():
-            yield f"  rank {rank}: {_rank(report)}"
+            launched = report.get("launched", int(rank))
+            yield f"  rank {rank}{f' (launched as {launched})' * (launched != int(rank))}: {_rank(report)}"
+    for launched, host in found["members"].get("waiting", {}).items():
+        yield f"launched rank {launched} waits without work on {host}"
+    yield from (f"launched rank {launched} is lost" for launched in found["members"].get("lost", ()))
 
 
 def _rank(report: Mapping[str, Any]) -> str:

@@ -18,10 +18,20 @@ from typing import NoReturn
 
 from megallama.comm import flight_record as flight
 from megallama.comm.flight_reader import FlightReader
+from megallama.config.errors import ranges
 from megallama.recovery.doctor import hung
 from megallama.recovery.goodput import Goodput
-from megallama.recovery.link import Links, Message
-from megallama.recovery.node import SILENT, STATUS_PERIOD, Node, out_of_memory_kills, process_state, signal_name
+from megallama.recovery.link import WAITING, Links, Message
+from megallama.recovery.membership import Members, wait, waits
+from megallama.recovery.node import (
+    SILENT,
+    STATUS_PERIOD,
+    Node,
+    out_of_memory_kills,
+    process_state,
+    signal_name,
+    write_json,
+)
 from megallama.recovery.straggler import Stragglers
 from megallama.train.signals import FAILED, SAVED, SIGNALS
 
@@ -49,7 +59,8 @@ class Supervisor:
         self._generation = self._child_ended = 0
         self._node: Node | None = None  # once the trainer has told of the run
         self._links, self._stragglers = Links(), Stragglers(())
-        self._goodput: Goodput | None = None  # rank 0's
+        self._goodput: Goodput | None = None  # rank 0's, as is
+        self._members: Members | None = None
         self._launcher, self._oom = record.words[flight.LAUNCHER], out_of_memory_kills()  # it may have gone meanwhile
         self._signals, self._sent = list[int](), list[int]()  # for the trainer, once it is there; what it has
         self._warned: set[str] = set()
@@ -74,7 +85,7 @@ class Supervisor:
         self._asked = self._overdue = self._next_status = self._next_beat = self._speak = 0.0
         self._reports: dict[int, Message] = {}
         self._busy: dict[int, tuple[int, list[int]]] = {}
-        self._over: set[int] = set()  # hosts all of whose trainers have ended
+        self._over: dict[int, list[int]] = {}  # hosts all of whose trainers have ended: who can have another
         if self._node is not None:
             self._node.close()
         self._node = None
@@ -99,6 +110,10 @@ class Supervisor:
             self._introduce()
             if self._node is not None:
                 self._watch(self._node, now)
+            elif (place := waits(self._record)) and self._status is None:
+                if (status := wait(self._record, place, self._links, self._signals)) is not None:
+                    self._say(f"launched rank {place['seat']} leaves, which had no place; status {status}")
+                    os._exit(status)
             if self._record.words[flight.GENERATION] == self._generation:
                 self._end(now)
 
@@ -160,32 +175,36 @@ class Supervisor:
             return
         node = self._node = Node(about, self._record)
         self._links.token, self._stragglers = about["token"], Stragglers(about["stage"])
-        self._goodput = None if node.rank else Goodput(node.folder / "goodput.json")
-        if about["port"] and node.host != about["host_of"][0] and node.leader:
-            self._links.connect(about["address"], about["port"], {"host": node.host})
+        if node.rank == 0:
+            self._goodput = Goodput(node.folder / "goodput.json")
+            self._members = self._members or Members(about, self._links)
 
     # ---- the others ----
 
     def _watch(self, node: Node, now: float) -> None:
+        leads, about = node.leader, node.about
+        if about["port"] and node.host != about["host_of"][0]:
+            self._links.connect(about["address"], about["port"], {"host": node.host} if leads else {})
         for host, message in self._links.poll():
             self._hear(node, host, message, now)
-        if self._verdict is None:
-            self._verdict = self._record.told("verdict")
+        if self._verdict is None or self._verdict["again"]:  # it may be another by now
+            self._verdict = self._record.told("verdict") or self._verdict
         if self._goodput is not None:
             self._goodput.count(self._record.words[flight.STEP], flight.PHASES[self._record.words[flight.PHASE]])
-        if not node.leader:
+        if not leads:
             return
-        if self._verdict is None:
+        if self._undecided:
             self._look_for_deaths(node, now)
-        if self._verdict is None:
+        if self._undecided:
             self._look_for_waits(node, now)
-        elif self._verdict["again"] and not self._speak:  # what is begun again is said before
-            self._replace(node, now)
+        if (verdict := self._verdict) and verdict["again"] and not self._speak:  # what is begun again is said before
+            self._replace(node, now, verdict)
         if now >= self._next_beat:
             self._next_beat = now + BEAT_PERIOD
             self._links.send({"busy": node.busy()} if node.rank else {})
             if node.rank == 0:
                 self._compare(node)
+                self._grow(node)
             self._warn_of_silence(node, now)
         if now >= self._next_status:
             self._next_status = now + STATUS_PERIOD
@@ -196,14 +215,18 @@ class Supervisor:
             self._adopt(node, message["verdict"])
         elif node.rank and message.get("ask"):
             self._links.send({"reports": node.reports()})
-        elif "died" in message and self._verdict is None:
+        elif host >= WAITING and self._members is not None:
+            self._signals += {*message.get("signals", [])} - {*self._sent, *self._signals}
+            if "asks" in message and (answer := self._members.answer(message)):
+                self._links.send(answer, host)
+        elif "died" in message and self._undecided:
             self._decide(node, now, *message["died"])
         elif "overdue" in message:
             self._overdue = self._overdue or now
         elif message.get("over") == self._generation:  # and not that of trainers before
-            self._over.add(host)
+            self._over[host] = message["able"]
         elif node.rank and "generation" in message:
-            node.begin_generation(message["generation"])
+            node.begin_generation(message["generation"], message["place"])
         self._reports |= {int(rank): report for rank, report in message.get("reports", {}).items()}
         self._busy |= {int(rank): (steps, times) for rank, (steps, times) in message.get("busy", {}).items()}
 
@@ -218,7 +241,7 @@ class Supervisor:
             text = f"rank {rank} ({node.hosts[rank]}) failed first: {cause['text']}"
             said, commits = cause["status"] > 0, not record.words[flight.SAVING]  # without its part no save ends
             died = [rank, text, status, said, cause["final"], False, commits]
-            self._links.send({"died": died})
+            self._links.send({"died": died} if node.rank else {})
             if not node.rank or not self._links.sockets():
                 self._decide(node, now, *died)
             return
@@ -266,11 +289,13 @@ class Supervisor:
         commits: bool = True,
     ) -> None:
         """The run is over. `said`: the culprit told why; `final`: it cannot be replaced; `commits`: a save may end."""
-        left = node.about["max_replacements"] - self._generation
-        again = node.rank == 0 and status in (1, FAILED) and left > 0 and not final
+        again = self._members is not None and status in (1, FAILED) and self._left_over(node) > 0
+        if self._members is not None and again and final:
+            lost = {rank, *(r for r in range(len(node.hosts)) if hang and r not in self._reports)}
+            seats, why = self._members.next_world(set(self._members.seats) - {node.about["seats"][r] for r in lost})
+            again, text = bool(seats), f"{text}\n{why}" if node.about["min_replicas"] and not seats else text
         if again:
-            said, number = False, f"replacement {self._generation + 1} of {node.about['max_replacements']}"
-            text = f"{text}\nall ranks start again ({number})"
+            said, text = False, f"{text}\nall ranks start again ({self._number(node)})"
         verdict = {"rank": rank, "text": text, "status": status, "hang": hang, "commits": commits, "again": again}
         if not again:  # before anybody hears it and leaves: mpirun kills the others once one has left
             self._write_exit(node, -signal.SIGTERM, verdict, {})
@@ -285,19 +310,62 @@ class Supervisor:
     def _adopt(self, node: Node, verdict: Message) -> None:
         self._verdict, self._decided = verdict, time.monotonic()
         for record in node.records.values():
-            if record.told("verdict") is None:
-                record.tell("verdict", verdict)
+            record.tell("verdict", verdict)
 
-    def _replace(self, node: Node, now: float) -> None:
-        """Once all trainers of all hosts have ended, the next ones begin; a host that does not say so ends the run."""
-        if all(node.ended(rank) for rank in node.records):
-            self._links.send({"over": self._generation} if node.rank else {})
-            self._over.add(node.host)
-        if node.rank == 0 and len(self._over) == len(node.about["hosts"]):
-            self._links.send({"generation": self._generation + 1})
-            node.begin_generation(self._generation + 1)
-        elif self._verdict is not None and now - self._decided > REPLACED:
-            self._verdict["again"] = False
+    def _replace(self, node: Node, now: float, verdict: Message) -> None:
+        """Once all trainers of all hosts have ended, the next ones begin; a host that does not say so is lost."""
+        if verdict.get("asked") and self._status is None:
+            self._decided = now
+        if all(node.over(rank) for rank in node.records):
+            self._over[node.host] = [node.about["seats"][rank] for rank in node.able()]
+            self._links.send({"over": self._generation, "able": self._over[node.host]} if node.rank else {})
+        late = now - self._decided > REPLACED
+        missing = [h for h in {*node.about["host_of"]} - self._over.keys() if not (late or self._is_gone(h, now))]
+        if self._members is None or missing or node.host not in self._over:
+            verdict["again"] = not late
+            return
+        seats, text = self._members.next_world(seat for able in self._over.values() for seat in able)
+        if not seats:
+            verdict = verdict | {"again": False, "text": f"{verdict['text']}\n{text}"}
+            self._say(f"error: {text}")
+            self._adopt(node, verdict)
+            self._links.send({"verdict": verdict})
+            return
+        if text:
+            self._say(text)
+        place = self._members.begin(seats)
+        self._links.send({"generation": self._generation + 1, "place": place})
+        node.begin_generation(self._generation + 1, place)
+
+    def _is_gone(self, host: int, now: float) -> bool:
+        """Whether the root has not heard of a host since all is over."""
+        return now - max(self._links.heard.get(host, 0.0), self._decided) > 2 * SILENT
+
+    def _grow(self, node: Node) -> None:
+        """Once ranks that wait make replicas whole, all are asked to save, stop and start again."""
+        if self._members is None or self._verdict is not None or self._left_over(node) <= 0:
+            return
+        seats, _ = self._members.next_world(self._members.seats)
+        if len(seats) > len(node.hosts) and self._record.words[flight.PHASE]:  # none is setting up
+            back = ranges(sorted({*seats} - {*self._members.seats}))
+            text = f"launched rank {back} can go on: all ranks save, stop and start again ({self._number(node)})"
+            verdict = {"rank": 0, "text": text, "status": SAVED, "hang": False, "commits": True, "again": True}
+            verdict["asked"] = True
+            self._say(text)
+            self._adopt(node, verdict)
+            self._links.send({"verdict": verdict})
+            self._kill(signal.SIGUSR1)
+
+    @property
+    def _undecided(self) -> bool:
+        """Whether nothing has failed so far."""
+        return self._verdict is None or "asked" in self._verdict
+
+    def _left_over(self, node: Node) -> int:
+        return int(node.about["max_replacements"]) - self._generation
+
+    def _number(self, node: Node) -> str:
+        return f"replacement {self._generation + 1} of {node.about['max_replacements']}"
 
     def _compare(self, node: Node) -> None:
         self._busy |= node.busy()
@@ -342,7 +410,7 @@ class Supervisor:
             self._orphaned, self._deadline = True, now + finish + LEAVE
             self._kill(signal.SIGTERM)
             self._say(f"warning: {about['launcher']} is gone; rank {about['rank']} saves and stops")
-        if self._verdict is not None and not self._ending:
+        if self._verdict is not None and not self._undecided and not self._ending:
             self._ending = True
             soon = self._verdict["hang"] or self._verdict["again"]
             wait = finish if saving and self._verdict["commits"] and not self._verdict["again"] else 0.0
@@ -381,6 +449,7 @@ class Supervisor:
             if -status not in (signal.SIGKILL, signal.SIGSTOP):
                 signal.signal(-status, signal.SIG_DFL)
             os.kill(os.getpid(), -status)
+        self._links.send({"end": status if status >= 0 else FAILED})
         os._exit(status if status >= 0 else 128 - status)  # no signal of its own ends the first process of a container
 
     def _write_exit(self, node: Node, status: int, verdict: Message | None, cause: Message) -> None:
@@ -395,6 +464,9 @@ class Supervisor:
 
     def _write_status(self, node: Node) -> None:
         node.write_status()
+        if self._members is not None:
+            known = {"waiting": self._links.waiting(), "lost": self._members.lost()}
+            write_json(node.folder / "status" / "members.json", known)
         if self._goodput is not None:
             self._goodput.write()
 

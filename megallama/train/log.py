@@ -58,8 +58,9 @@ def _print(text: str, error: bool) -> None:
 class Logger:
     """The voice of one rank. Before it has a folder, given here or to `open`, it only prints."""
 
-    def __init__(self, rank: int, world_size: int, folder: Path | None = None) -> None:
+    def __init__(self, rank: int, world_size: int, folder: Path | None = None, launched: int | None = None) -> None:
         self.rank, self._width = rank, len(str(world_size - 1))
+        self._file = f"rank-{rank if launched is None else launched:04d}.log"  # one process's, whatever its rank is
         self._own: int | None = None  # handles of the two files
         self._run: int | None = None
         self._once: set[str] = set()
@@ -76,7 +77,7 @@ class Logger:
             return
         try:
             (folder / "logs").mkdir(parents=True, exist_ok=True)
-            self._own = _open(folder / "logs" / f"rank-{self.rank:04d}.log")
+            self._own = _open(folder / "logs" / self._file)
             self._run = _open(folder / "run.log") if self.rank == 0 else None
             os.write(self._own, b"".join(self._early))
         except OSError as error:

@@ -170,6 +170,8 @@ class TrainingLoop:
         if unfinished:
             then = "continue" if progress.step < self.setup.last_step else "make the evaluations that are missing"
             again = f"start the same command again to {then}"
+            if self._world.record.told("verdict"):  # the supervisors have asked
+                again = "all ranks start again"
             self._log.info(f"stopped: {stopped}; saved at step {progress.step}, {again}")
             return SAVED
         report.finished()

@@ -169,12 +169,29 @@ def _check_room(plan: Plan, world: World) -> list[str]:
     return check_room(world.group.gather_values(own))
 
 
+def _replicas(plan: Plan, world: World) -> list[str]:
+    """Why the run cannot go on with 0, 1, ... replicas on hosts like this one; empty where it can."""
+    topology, host, limits = plan.topology, world.hosts[0], room(world.device)
+    sharing, out = world.hosts.count(host) if world.device.type == "cpu" else 1, ["no replica is whole"]
+    for dp in range(1, topology.dp):
+        fewer = replace(plan, topology=replace(topology, dp=dp))
+        ranks = fewer.topology.world_size
+        out.append("; ".join(check(plan.config, ranks, need_data=False)))
+        if not out[-1]:
+            need = max(fewer.memory(stage).persistent for stage in range(topology.pp))
+            try:
+                check_room([(host, need, 0, limits)] * min(sharing, ranks))
+            except ConfigError as error:
+                out[-1] = str(error)
+    return [*out, ""]
+
+
 def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> Kernels:
     """The same ones on every rank; from here on the log has files, and says what will run."""
     kernels = _on_all(world, "kernels", lambda: kernels_of(config, world.device))
     same_kernels(world.group.gather_values([(c.operation, c.selected) for c in kernels.choices]))
     _on_all(world, "run folder", lambda: log.open(Path(config.run.folder)))
-    introduce(world, plan, log)
+    introduce(world, plan, log, _replicas(plan, world) if config.run.min_replicas and world.rank == 0 else ())
     for text in [*str(plan).splitlines(), *world.notes, f"kernels: {kernels}"]:
         log.info(text)
     for choice in kernels.choices:  # aloud where something installed does not work

@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import importlib
+import json
 import os
 import re
 import secrets
 import signal
+import socket
 import sys
 import time
 import tomllib
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from megallama.plan.plan import Plan
 
 _PARENT_DEATH, _SUBREAPER = 1, 36  # of prctl
+_MEETS = ("master_addr", "master_port", "key", "one_node", "store_kept", "attempt")  # how the launched ranks meet
+_ASK = 30.0  # seconds in which a run finds out that a rank which asks for its place has been lost
 _CODE = "import sys; sys.path.insert(0, sys.argv[1]); from megallama.recovery.supervisor import main; main()"
 
 
@@ -71,6 +75,8 @@ def start_supervisor() -> FlightRecord:
         except OSError as error:
             os.kill(child, signal.SIGKILL)
             sys.exit(f"error: no supervisor could be started: {error}; write run.supervisor=false")
+    if several and _said(sys.argv[1:], "min_replicas", "0") != "0":
+        _ask_for_a_place(record)
     return _trainer_of(record, several)
 
 
@@ -106,40 +112,89 @@ def _become_trainers(record: FlightRecord) -> None:
     importlib.import_module("megallama.train.loop")
     own, words = os.getpid(), record.words
     while True:
-        generation = words[GENERATION]
+        generation, place = words[GENERATION], record.told("place")
         record.begin_again()
-        if not (trainer := os.fork()):
-            _die_with(own)
-            words[TRAINER] = os.getpid()
-            return
-        words[ENDED] = os.waitpid(trainer, 0)[1] + 1
-        os.kill(words[SUPERVISOR], signal.SIGCHLD)
+        if place is None or place["seat"] in place["seats"]:
+            if not (trainer := os.fork()):
+                _die_with(own)
+                words[TRAINER] = os.getpid()
+                return
+            words[ENDED] = os.waitpid(trainer, 0)[1] + 1
+            os.kill(words[SUPERVISOR], signal.SIGCHLD)
         while words[GENERATION] == generation:
             time.sleep(0.02)
 
 
-def introduce(world: World, plan: Plan, log: Logger) -> None:
-    """Tell the supervisor of this rank what the run is and how it reaches the others; every rank calls it."""
+def _ask_for_a_place(record: FlightRecord) -> None:
+    """Where the run that this rank belongs to goes on without it, it waits there for a place, and starts none.
+
+    Raises: SystemExit with 2 where that run has it, or was started otherwise.
+    """
+    from megallama.comm.launch import detect_launch
+    from megallama.config.errors import LaunchError
+    from megallama.config.schema import RunConfig
+
+    with suppress(LaunchError):  # which a trainer says
+        launch = detect_launch(parent=record.words[LAUNCHER])
+        folder = Path(_said(sys.argv[1:], "folder", RunConfig().folder)).resolve()
+        hello = {"seat": launch.rank, "name": launch.host, "arguments": sys.argv[1:], "asks": True}
+        refused = _ask(folder / "status" / "root", hello) if launch.rank else None
+        if refused:
+            text = f"rank {launch.rank} ({launch.host}) has no place in the run that goes on in {folder}: {refused}"
+            os.write(2, f"error: {text}\n".encode())
+            record.ends(2, text)
+            sys.exit(2)
+        if refused is not None:
+            record.tell("place", {"seat": launch.rank, "seats": [], "folder": str(folder)})
+
+
+def _ask(path: Path, hello: dict[str, object]) -> str | None:
+    """Why there is no place for a rank, empty if there is one; None where no run goes on."""
+    deadline = time.monotonic() + _ASK
+    while time.monotonic() < deadline:
+        try:
+            root = json.loads(path.read_text(encoding="ascii"))
+            link = socket.create_connection((root["address"], root["port"]), 2.0)
+        except (OSError, ValueError, KeyError):
+            return None
+        with link, suppress(OSError, ValueError):  # there is no answer while the rank is thought to be there
+            link.sendall(json.dumps(hello | {"token": root["token"]}).encode() + b"\n")
+            return str(json.loads(link.makefile().readline())["why"])
+        time.sleep(0.5)
+    return "as far as is known that rank is there"
+
+
+def introduce(world: World, plan: Plan, log: Logger, replicas: Sequence[str] = ()) -> None:
+    """Tell the supervisor of this rank what the run is and how it reaches the others; every rank calls it.
+
+    replicas: rank 0's, why the run cannot go on with so many, by their number from 0; empty where it can.
+    """
     config, record, arrivals = plan.config, world.record, world.arrivals
     if not record.watched:
         return
     folder = Path(config.run.folder).resolve()
-    hosts, work = [*dict.fromkeys(world.hosts)], [*map(plan.work_of, range(world.world_size))]
+    place, launch, topology = record.told("place") or {}, world.launch, plan.topology
+    hosts = [*dict.fromkeys([*place.get("hosts", ()), *world.hosts])]  # a host keeps its number
+    work = [*map(plan.work_of, range(world.world_size))]
     about = {
         "rank": world.rank, "host": world.launch.host, "launcher": world.launch.launcher, "folder": str(folder),
         "hosts": hosts, "host_of": [hosts.index(host) for host in world.hosts],
         "records": [a.record for a in arrivals] or [[record.words[SUPERVISOR], record.file, record.stacks]],
         "stage": [*map([*dict.fromkeys(work)].index, work)],  # or a stage with another number of micro-batches
         "finish_seconds": config.checkpoint.finish_seconds, "timeout_seconds": config.run.timeout_seconds,
-        "max_replacements": config.run.max_replacements,
-        "address": world.launch.master_addr, "port": 0, "token": "",
+        "max_replacements": config.run.max_replacements, "min_replicas": config.run.min_replicas,
+        "seats": place.get("seats") or [*range(world.world_size)], "replicas": [*replicas],
+        "dp": [topology.strides["dp"], topology.dp], "launch": {name: getattr(launch, name) for name in _MEETS},
+        "address": "127.0.0.1" if launch.one_node else launch.master_addr, "port": 0, "token": "",
     }  # fmt: skip
     made: list[object] = [0, ""]
     if world.rank == 0:
         try:
             token = _new_status_folder(folder / "status")
             (folder / "exit.json").unlink(missing_ok=True)
-            made = [_listening(record, about) if len(hosts) > 1 else 0, ""]
+            made = [_listening(record, about) if len(hosts) > 1 or config.run.min_replicas else 0, ""]
+            root = {"address": about["address"], "port": made[0], "token": token}
+            _write_secret(folder / "status" / "root", json.dumps(root))
         except OSError as error:
             made[1] = f"{error.filename}: {error.strerror}"
     about["port"], problem = world.group.gather_values(made)[0]
@@ -159,11 +214,21 @@ def _new_status_folder(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*"):
         with suppress(OSError):
-            old.unlink()
+            if old.name != "root":  # by which ranks find this run
+                old.unlink()
     token = secrets.token_hex(16)
-    (folder / "token").touch(0o600, exist_ok=False)
-    (folder / "token").write_text(token, encoding="ascii")
+    _write_secret(folder / "token", token)
     return token
+
+
+def _write_secret(path: Path, text: str) -> None:
+    """A file for this user alone, whole or not at all."""
+    new = path.with_name(f".{path.name}")
+    new.unlink(missing_ok=True)
+    file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    os.write(file, text.encode())
+    os.close(file)
+    os.replace(new, path)
 
 
 def _listening(record: FlightRecord, about: dict[str, object]) -> int:

@@ -336,6 +336,12 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "checkpoint.resume=auto",
     ),
     (
+        "run.min_replicas=2", None,
+        "run.min_replicas=2 does nothing without replacements in place; write run.max_replacements=20, say, or leave "
+        "it out",
+        "run.max_replacements=20",
+    ),
+    (
         "checkpoint.keep_every=50", None,
         "checkpoint.keep_every=50 keeps nothing while checkpoint.interval=0 saves only at the end; "
         "use checkpoint.interval=50 or a divisor of it",

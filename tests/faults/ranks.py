@@ -38,20 +38,28 @@ class Ranks:
         terminal: str = "", controlling: bool = False, hosts: Sequence[str] = (), env: dict[str, Any] | None = None,
         supervised: bool = False, launcher: str = "torchrun",
     ) -> None:  # fmt: skip
-        context = multiprocessing.get_context("forkserver")
+        context = self._context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "megallama.train.loop", "tests.faults.ranks"])
         with socket.create_server(("127.0.0.1", 0)) as server:
             self.port = server.getsockname()[1]
         self.outputs = [folder / f"out.{rank}" for rank in range(size)]
-        self.processes = []
+        self.processes, self._what = [], list[Any]()
         options = [*QUIET, f"run.folder={folder / 'run'}", *arguments]
         for rank, output in enumerate(self.outputs):
             own = dict(zip(WORDS[launcher], (rank, size, rank, size), strict=True))
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port, **(env or {})}
             planted, host = fault if rank == victim else "", hosts[rank] if hosts else ""
             what = (options, own if size > 1 else {}, terminal or str(output), controlling, planted, host, supervised)
+            self._what.append(what)
             self.processes.append(context.Process(target=_rank, args=what, daemon=True))
             self.processes[-1].start()
+
+    def start_again(self, rank: int, *more: str) -> None:
+        """Start the command of a rank that has ended once more, with `more` arguments."""
+        self.processes[rank].join()
+        options, *rest = self._what[rank]
+        self.processes[rank] = self._context.Process(target=_rank, args=([*options, *more], *rest), daemon=True)
+        self.processes[rank].start()
 
     def wait(self, seconds: float = 60.0) -> list[int | None]:
         """Exit statuses; None for who has not left within `seconds`."""

@@ -13,6 +13,7 @@ import pytest
 from megallama.comm.flight_reader import FlightReader
 from megallama.comm.flight_record import BEAT, ENDED, GENERATION, TEXTS, TRAINER
 from megallama.recovery.link import Links
+from megallama.recovery.membership import Members
 from megallama.recovery.node import Node
 from megallama.recovery.straggler import Stragglers
 from megallama.recovery.supervisor import Supervisor
@@ -26,7 +27,7 @@ def test_the_next_trainers_begin_without_the_verdict_of_the_last() -> None:
             record.tell(name, {"again": True, "rank": 1})
         record.words[TRAINER], record.words[ENDED], record.words[BEAT] = 4711, 10, 99
     node = Node.__new__(Node)
-    node.records = records
+    node.records, node.rank, node.about = records, 0, {"seats": [0, 1], "records": [[os.getpid(), 0, 0]] * 2}
     node.begin_generation(3)
     for record in records.values():
         assert [record.told(name) for name in TEXTS] == [None] * len(TEXTS)
@@ -63,6 +64,8 @@ def supervisor_of(records: dict[int, FlightReader]) -> Supervisor:
     made._node, made._signals, made._sent, made._generation, made._warned = None, [], [], 0, set()
     made._begin()
     about = {"max_replacements": 5, "host_of": [0, 0], "hosts": ["a"], "port": 0, "records": [[os.getpid(), 0, 0]] * 2}
+    about |= {"min_replicas": 0, "replicas": [], "seats": [0, 1], "dp": [1, 2]}
+    made._members = Members(about, made._links)
     node = made._node = Node.__new__(Node)
     node.about, node.rank, node.host, node.hosts, node.ranks = about, 0, 0, ["a", "a"], [0, 1]
     node.records, node.logs, node.folder, node._moved, node.born = records, (), Path("/nowhere"), {}, time.monotonic()
