@@ -15,6 +15,7 @@ from typing import Any
 
 Message = dict[str, Any]
 WAITING = 1 << 20  # more than hosts: the number of a link with a rank that has no place is this and the launched rank
+_FRESH = 6.0  # seconds: who has no place and has not been heard for so long does not wait any more
 _MOST, _RETRY = 1 << 24, 1.0  # bytes of a message; seconds between attempts to connect
 
 
@@ -105,7 +106,8 @@ class Links:
 
     def waiting(self) -> dict[int, str]:
         """The launched ranks that wait for a place, with their hosts."""
-        hellos = [link.hello for link in self._links if link.open and link.host >= WAITING]
+        since = time.monotonic() - _FRESH
+        hellos = [link.hello for link in self._links if link.host >= WAITING and self.heard[link.host] > since]
         return {hello["seat"]: hello["name"] for hello in hellos if "asks" not in hello}
 
     def sockets(self) -> list[socket.socket]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from megallama.comm.flight_reader import FlightReader
 from megallama.config.errors import ranges
 from megallama.recovery.link import Links, Message
-from megallama.recovery.node import begin_generation
+from megallama.recovery.node import begin_generation, write_json
 from megallama.train.signals import FAILED, SAVED
 
 ALONE = 30.0  # seconds without the root after which a rank that waits leaves
@@ -35,6 +35,11 @@ class Members:
         """Launched ranks that have no place and do not wait for one."""
         return sorted({*range(self._size)} - {*self.seats} - self._links.waiting().keys())
 
+    def write(self) -> None:
+        """status/members.json, for `megallama status`."""
+        known = {"waiting": self._links.waiting(), "lost": self.lost()}
+        write_json(Path(self._about["folder"]) / "status" / "members.json", known)
+
     def next_world(self, able: Iterable[int]) -> tuple[list[int], str]:
         """The seats of the next world, of the ranks `able` and those that wait, and what changes; or none, and why.
 
@@ -43,7 +48,8 @@ class Members:
         there, (stride, dp) = {*able, *self._links.waiting()}, self._about["dp"]
         first = [rank for rank in range(self._size) if rank // stride % dp == 0]
         replicas = [[rank + d * stride for rank in first] for d in range(dp)]
-        lost, least, why_not = {*range(self._size)} - there, self._about["min_replicas"] or dp, self._about["replicas"]
+        lost = [rank for rank in range(self._size) if rank not in there]
+        least, why_not = self._about["min_replicas"] or dp, self._about["replicas"]
         _fill(replicas, there)
         whole = [replica for replica in replicas if there.issuperset(replica)]
         counts = [n for n in range(least, len(whole) + 1) if n == dp or not why_not[n]]
@@ -51,13 +57,13 @@ class Members:
             why = f"{len(whole)} of {dp} replicas are whole, run.min_replicas={self._about['min_replicas']}"
             why += f"; {why_not[len(whole)]}" if len(whole) >= least else ""
             why = "its supervisor decides" if 0 in lost else why
-            return [], f"the run cannot go on without launched rank {ranges(sorted(lost))}: {why}"
+            return [], f"the run cannot go on without launched rank {ranges(lost)}: {why}"
         n = counts[-1]
         order = sorted((at // (stride * dp), d, at, i) for d in range(n) for i, at in enumerate(first))
         seats = [whole[d][i] for _, d, _, i in order]
         text = f"the world changes: {n} of {dp} replicas, launched ranks {ranges(seats)} go on"
         text += f" as ranks {ranges(range(len(seats)))}" if seats != [*range(len(seats))] else ""
-        text += f"; lost: {ranges(sorted(lost))}" if lost else ""
+        text += f"; lost: {ranges(lost)}" if lost else ""
         spare = sorted(there - {*seats})
         text += f"; waiting without work: {ranges(spare)}" if spare else ""
         text += f"; {1 - len(seats) / self._size:.0%} of the launched ranks idle" if n < dp else ""
@@ -98,8 +104,7 @@ def wait(record: FlightReader, place: Message, links: Links, signals: list[int])
         root = json.loads((Path(place["folder"]) / "status" / "root").read_text(encoding="ascii"))
         links.token = root["token"]
         links.connect(root["address"], root["port"], {"seat": place["seat"], "name": socket.gethostname()})
-    if signals:  # a request to stop is for all; said until it is heard
-        links.send({"signals": signals})
+    links.send({"signals": signals})  # a request to stop is for all; said until it is heard
     for _, message in links.poll():
         if "end" in message:
             return int(message["end"])

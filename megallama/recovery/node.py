@@ -27,15 +27,12 @@ class Node:
 
     def __init__(self, about: dict[str, Any], own: FlightReader) -> None:
         self.about, self.rank, self.folder = about, about["rank"], Path(about["folder"])
-        log = f"rank-{about['seats'][self.rank]:04d}.log"
-        self.logs = self.folder / "logs" / log, self.folder / "run.log"
+        self.logs = self.folder / f"logs/rank-{about['seats'][self.rank]:04d}.log", self.folder / "run.log"
         self.host, self.hosts = about["host_of"][self.rank], [about["hosts"][host] for host in about["host_of"]]
         self.ranks = [rank for rank, host in enumerate(about["host_of"]) if host == self.host]
         self.records = {self.rank: own}
         self._moved: dict[int, tuple[int, float]] = {}  # on CUDA: actions completed, and since when
-        for rank in self.ranks:
-            if rank == self.rank:
-                continue
+        for rank in (rank for rank in self.ranks if rank != self.rank):
             with suppress(OSError, ValueError):  # another user's, or gone: it is not seen
                 pid, *numbers = about["records"][rank]
                 file, stacks = (os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC) for number in numbers)
@@ -51,8 +48,7 @@ class Node:
     def begin_generation(self, number: int, place: dict[str, Any] | None = None) -> None:
         """The next trainers of this host begin, of the ranks that have a place."""
         for rank in self.able():
-            own = place and place | {"seat": self.about["seats"][rank]}
-            begin_generation(self.records[rank], number, own)
+            begin_generation(self.records[rank], number, place and place | {"seat": self.about["seats"][rank]})
 
     @property
     def leader(self) -> bool:
@@ -79,11 +75,6 @@ class Node:
             return None
         text = f"its supervisor (process {pid}) was killed"
         return {"status": -signal.SIGKILL, "text": text, "echo": False, "final": True}
-
-    def over(self, rank: int) -> bool:
-        """Whether the trainer of `rank` is no more."""
-        trainer = self.records[rank].words[TRAINER]
-        return self.ended(rank) or (self.lost(rank) is not None and process_state(trainer) in "XZ")
 
     def able(self) -> list[int]:
         """Ranks of this host that can have another trainer."""

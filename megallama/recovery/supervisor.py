@@ -23,15 +23,7 @@ from megallama.recovery.doctor import hung
 from megallama.recovery.goodput import Goodput
 from megallama.recovery.link import WAITING, Links, Message
 from megallama.recovery.membership import Members, wait, waits
-from megallama.recovery.node import (
-    SILENT,
-    STATUS_PERIOD,
-    Node,
-    out_of_memory_kills,
-    process_state,
-    signal_name,
-    write_json,
-)
+from megallama.recovery.node import SILENT, STATUS_PERIOD, Node, out_of_memory_kills, process_state, signal_name
 from megallama.recovery.straggler import Stragglers
 from megallama.train.signals import FAILED, SAVED, SIGNALS
 
@@ -289,13 +281,13 @@ class Supervisor:
         commits: bool = True,
     ) -> None:
         """The run is over. `said`: the culprit told why; `final`: it cannot be replaced; `commits`: a save may end."""
-        again = self._members is not None and status in (1, FAILED) and self._left_over(node) > 0
+        again = self._members is not None and status in (1, FAILED) and self._next(node) != ""
         if self._members is not None and again and final:
             lost = {rank, *(r for r in range(len(node.hosts)) if hang and r not in self._reports)}
             seats, why = self._members.next_world(set(self._members.seats) - {node.about["seats"][r] for r in lost})
             again, text = bool(seats), f"{text}\n{why}" if node.about["min_replicas"] and not seats else text
         if again:
-            said, text = False, f"{text}\nall ranks start again ({self._number(node)})"
+            said, text = False, f"{text}\nall ranks start again ({self._next(node)})"
         verdict = {"rank": rank, "text": text, "status": status, "hang": hang, "commits": commits, "again": again}
         if not again:  # before anybody hears it and leaves: mpirun kills the others once one has left
             self._write_exit(node, -signal.SIGTERM, verdict, {})
@@ -303,12 +295,12 @@ class Supervisor:
                 self._say(f"error: {text}")
                 said = True
         self._adopt(node, verdict)
-        self._links.send({"verdict": verdict} if node.rank == 0 else {})
         if not said:  # while a trainer that can hear it leaves, it says it
             self._speak = now + (0.0 if hang or again or self._status is not None else ECHO)
 
     def _adopt(self, node: Node, verdict: Message) -> None:
         self._verdict, self._decided = verdict, time.monotonic()
+        self._links.send({"verdict": verdict} if node.rank == 0 else {})
         for record in node.records.values():
             record.tell("verdict", verdict)
 
@@ -316,44 +308,36 @@ class Supervisor:
         """Once all trainers of all hosts have ended, the next ones begin; a host that does not say so is lost."""
         if verdict.get("asked") and self._status is None:
             self._decided = now
-        if all(node.over(rank) for rank in node.records):
+        if all(node.gone(rank) for rank in node.records):
             self._over[node.host] = [node.about["seats"][rank] for rank in node.able()]
             self._links.send({"over": self._generation, "able": self._over[node.host]} if node.rank else {})
-        late = now - self._decided > REPLACED
-        missing = [h for h in {*node.about["host_of"]} - self._over.keys() if not (late or self._is_gone(h, now))]
+        late, heard = now - self._decided > REPLACED, self._links.heard
+        missing = {*node.about["host_of"]} - self._over.keys()
+        missing = {host for host in missing if now - max(heard.get(host, 0.0), self._decided) < 2 * SILENT and not late}
         if self._members is None or missing or node.host not in self._over:
             verdict["again"] = not late
             return
         seats, text = self._members.next_world(seat for able in self._over.values() for seat in able)
         if not seats:
-            verdict = verdict | {"again": False, "text": f"{verdict['text']}\n{text}"}
             self._say(f"error: {text}")
-            self._adopt(node, verdict)
-            self._links.send({"verdict": verdict})
-            return
+            return self._adopt(node, verdict | {"again": False, "text": f"{verdict['text']}\n{text}"})
         if text:
             self._say(text)
         place = self._members.begin(seats)
         self._links.send({"generation": self._generation + 1, "place": place})
         node.begin_generation(self._generation + 1, place)
 
-    def _is_gone(self, host: int, now: float) -> bool:
-        """Whether the root has not heard of a host since all is over."""
-        return now - max(self._links.heard.get(host, 0.0), self._decided) > 2 * SILENT
-
     def _grow(self, node: Node) -> None:
         """Once ranks that wait make replicas whole, all are asked to save, stop and start again."""
-        if self._members is None or self._verdict is not None or self._left_over(node) <= 0:
+        if self._members is None or self._verdict is not None or not (number := self._next(node)):
             return
         seats, _ = self._members.next_world(self._members.seats)
         if len(seats) > len(node.hosts) and self._record.words[flight.PHASE]:  # none is setting up
             back = ranges(sorted({*seats} - {*self._members.seats}))
-            text = f"launched rank {back} can go on: all ranks save, stop and start again ({self._number(node)})"
-            verdict = {"rank": 0, "text": text, "status": SAVED, "hang": False, "commits": True, "again": True}
-            verdict["asked"] = True
+            text = f"launched rank {back} can go on: all ranks save, stop and start again ({number})"
             self._say(text)
-            self._adopt(node, verdict)
-            self._links.send({"verdict": verdict})
+            verdict = {"rank": 0, "text": text, "status": SAVED, "hang": False, "commits": True, "again": True}
+            self._adopt(node, verdict | {"asked": True})
             self._kill(signal.SIGUSR1)
 
     @property
@@ -361,11 +345,9 @@ class Supervisor:
         """Whether nothing has failed so far."""
         return self._verdict is None or "asked" in self._verdict
 
-    def _left_over(self, node: Node) -> int:
-        return int(node.about["max_replacements"]) - self._generation
-
-    def _number(self, node: Node) -> str:
-        return f"replacement {self._generation + 1} of {node.about['max_replacements']}"
+    def _next(self, node: Node) -> str:
+        number, most = self._generation + 1, node.about["max_replacements"]
+        return f"replacement {number} of {most}" if number <= most else ""
 
     def _compare(self, node: Node) -> None:
         self._busy |= node.busy()
@@ -444,12 +426,12 @@ class Supervisor:
         elif status < 0:
             name = f"rank {about['rank']} ({about['host']})" if about else "the trainer"
             self._say(f"error: {name} was {cause['text']}")
+        self._links.send({"end": status if status >= 0 else FAILED})
         if status < 0:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             if -status not in (signal.SIGKILL, signal.SIGSTOP):
                 signal.signal(-status, signal.SIG_DFL)
             os.kill(os.getpid(), -status)
-        self._links.send({"end": status if status >= 0 else FAILED})
         os._exit(status if status >= 0 else 128 - status)  # no signal of its own ends the first process of a container
 
     def _write_exit(self, node: Node, status: int, verdict: Message | None, cause: Message) -> None:
@@ -465,8 +447,7 @@ class Supervisor:
     def _write_status(self, node: Node) -> None:
         node.write_status()
         if self._members is not None:
-            known = {"waiting": self._links.waiting(), "lost": self._members.lost()}
-            write_json(node.folder / "status" / "members.json", known)
+            self._members.write()
         if self._goodput is not None:
             self._goodput.write()
 

@@ -194,7 +194,9 @@ def introduce(world: World, plan: Plan, log: Logger, replicas: Sequence[str] = (
             (folder / "exit.json").unlink(missing_ok=True)
             made = [_listening(record, about) if len(hosts) > 1 or config.run.min_replicas else 0, ""]
             root = {"address": about["address"], "port": made[0], "token": token}
-            _write_secret(folder / "status" / "root", json.dumps(root))
+            (new := folder / "status" / "new").touch(0o600, exist_ok=False)
+            new.write_text(json.dumps(root), encoding="ascii")
+            new.replace(folder / "status" / "root")  # never half of it
         except OSError as error:
             made[1] = f"{error.filename}: {error.strerror}"
     about["port"], problem = world.group.gather_values(made)[0]
@@ -217,18 +219,9 @@ def _new_status_folder(folder: Path) -> str:
             if old.name != "root":  # by which ranks find this run
                 old.unlink()
     token = secrets.token_hex(16)
-    _write_secret(folder / "token", token)
+    (folder / "token").touch(0o600, exist_ok=False)
+    (folder / "token").write_text(token, encoding="ascii")
     return token
-
-
-def _write_secret(path: Path, text: str) -> None:
-    """A file for this user alone, whole or not at all."""
-    new = path.with_name(f".{path.name}")
-    new.unlink(missing_ok=True)
-    file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    os.write(file, text.encode())
-    os.close(file)
-    os.replace(new, path)
 
 
 def _listening(record: FlightRecord, about: dict[str, object]) -> int:
