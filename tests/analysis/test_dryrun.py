@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+import megallama.train.step as step_module
+from megallama.analysis.agreement import Disagreement, prove
 from megallama.analysis.communication import collectives, communication_table
-from megallama.analysis.dryrun import dry_run
+from megallama.analysis.dryrun import dry_run, record
 from megallama.analysis.recording import Call, Recording
-from megallama.comm.group import Groups
-from megallama.config.schema import Config
+from megallama.comm.group import Groups, partitions
+from megallama.config.schema import BatchConfig, Config
 from megallama.plan.plan import Plan, make_plan
 from megallama.train.assemble import DTYPES
 from megallama.train.step import evaluate_step
@@ -105,6 +107,40 @@ def test_a_growing_batch_runs_every_size() -> None:
     done = dry_run(make_plan(config, 2))
     sends = [sum(c.op == "send" and c.label.endswith(f"step {i}") for c in done.programs[0].calls) for i in range(1, 5)]
     assert sends == [4, 6, 8, 8]
+
+
+UNEVEN = {"batch": {"global_batch_size": 5, "uneven": True}, "model": {"num_layers": 6}}
+
+
+def test_an_uneven_batch_is_proved_for_every_size_of_a_ramp() -> None:
+    """Replicas of a stage share a program only where they have as many micro-batches in every step."""
+    ramp = {"global_batch_size": 5, "ramp_start": 3, "ramp_increment": 1, "ramp_samples": 9, "uneven": True}
+    config = small_config(parallel={"pp": 2}, batch=ramp)
+    done = dry_run(make_plan(config, 6))
+    assert done.blocking and len(set(done.programs)) == 6  # sizes 3, 4, 5: 1 1 1, 2 1 1, 2 2 1
+    sends = [Counter(c.label.split(" of ")[-1] for c in p.calls if c.op == "send") for p in done.programs[:3]]
+    steps = [[found[f"step {i}"] for i in range(1, 5)] for found in sends]
+    assert steps == [[1, 2, 2, 2], [1, 1, 2, 2], [1, 1, 1, 1]]
+
+
+def test_replicas_that_reduce_in_different_orders_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZB-V's middle rank of three completes its stages in another order with two micro-batches than with three."""
+    plan = make_plan(small_config(parallel={"pp": 3, "chunks": 2, "schedule": "zb-v"}, **UNEVEN), 6)
+    assert dry_run(plan).blocking
+    monkeypatch.setattr(step_module, "end_alike", lambda schedules, rank: True)
+    with pytest.raises(Disagreement, match="group dp of ranks 2, 3, call .*says reduce_scatter"):
+        dry_run(plan)
+
+
+def test_a_deal_that_is_off_by_one_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last rank of a pipeline takes its number of micro-batches from the next replica."""
+    plan, real = make_plan(small_config(parallel={"pp": 2}, **UNEVEN), 4), BatchConfig.deal
+    programs = [record(plan, rank) for rank in range(4)]
+    groups = partitions(plan.topology, 4)
+    prove(programs, groups)
+    monkeypatch.setattr(BatchConfig, "deal", lambda self, size, dp: real(self, size, dp)[::-1])
+    with pytest.raises(Disagreement, match="group pp of ranks 0, 2, message 2 from rank 0 to rank 2: rank 0 says"):
+        prove([*programs[:2], *(record(plan, rank) for rank in (2, 3))], groups)
 
 
 def test_the_table_of_collectives() -> None:

@@ -28,6 +28,27 @@ def test_a_step_reads_its_samples_once(dp: int, micro: int) -> None:
     assert ids == list(range(48, 64))
 
 
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 4), st.integers(0, 100))
+@settings(max_examples=100, deadline=None)
+def test_an_uneven_step_reads_its_samples_once_and_in_turn(total: int, dp: int, micro: int, first: int) -> None:
+    """Micro-batch m of replica r is number m * dp + r of the step; the first replicas may have one more."""
+    total = max(total, dp)
+    batch = BatchConfig(global_batch_size=total * micro, micro_batch_size=micro, uneven=True)
+    deal = batch.deal(total * micro, dp)
+    assert sum(deal) == total and sorted(deal, reverse=True) == [*deal] and deal[0] - deal[-1] in (0, 1)
+    assert [batch.num_microbatches(total * micro, dp, rank) for rank in range(dp)] == [*deal]
+    read = [batch.sample_ids(first, total * micro, dp, rank) for rank in range(dp)]
+    assert [len(ids) for ids in read] == [*deal]
+    order = [read[n % dp][n // dp] for n in range(total)]
+    assert [i for ids in order for i in ids] == list(range(first, first + total * micro))
+
+
+@pytest.mark.parametrize("size,dp,uneven", [(10, 2, False), (9, 2, True), (4, 3, True), (4, 3, False)])
+def test_a_batch_that_no_rule_would_let_through(size: int, dp: int, uneven: bool) -> None:
+    with pytest.raises(AssertionError):
+        BatchConfig(global_batch_size=size, micro_batch_size=2, uneven=uneven).deal(size, dp)
+
+
 def test_ramp() -> None:
     assert RAMP.sizes == (8, 16, 24, 32)
     assert [RAMP.size_after(n) for n in (0, 31, 32, 63, 64, 95, 96, 10**9)] == [8, 8, 16, 16, 24, 24, 32, 32]

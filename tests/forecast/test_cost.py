@@ -195,6 +195,26 @@ def test_accuracy_on_the_published_measurements() -> None:
     assert mean(errors["megatron-core llama h100"]) < 0.05
 
 
+def test_replicas_with_fewer_micro_batches_wait_for_those_with_most() -> None:
+    """A step lasts as long as if all had most; but it has fewer tokens, and the rest of the work is idle time."""
+    words = ["model.preset=llama-7b", "parallel.pp=2", "batch.micro_batch_size=1", "batch.uneven=true"]
+    topology = Topology(pp=2, dp=4)
+    full, own = (
+        job_of(load(None, [*words, f"batch.global_batch_size={size}"], need_data=False), topology, "flash2")
+        for size in (20, 17)
+    )
+    assert (full.num_microbatches, own.num_microbatches, full.missing, own.missing) == (5, 5, 0, 3)
+    assert (full.step_tokens, own.step_tokens) == (20 * 2048, 17 * 2048)
+    whole, parts = seconds_by_cause(full, A100), seconds_by_cause(own, A100)
+    idle = {"uneven batch"} & parts.keys()
+    assert idle == parts.keys() - whole.keys() and sum(parts.values()) == pytest.approx(sum(whole.values()))
+    for name in ("matrices", "attention", "elementwise", "head and loss", "recompute"):
+        assert parts[name] == pytest.approx(whole[name] * 17 / 20)
+    work = sum(whole[name] for name in list(whole)[: list(whole).index("recompute") + 1])
+    assert parts["uneven batch"] == pytest.approx(work * 3 / 20)
+    assert predict(own, A100).tokens_per_second == pytest.approx(predict(full, A100).tokens_per_second * 17 / 20)
+
+
 def test_verdicts_on_which_layouts_fit() -> None:
     right = []
     for row in measurements("validate.csv"):

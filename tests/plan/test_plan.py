@@ -14,6 +14,7 @@ from megallama.config.errors import ConfigError
 from megallama.config.load import load
 from megallama.plan.builders import build_forward, build_schedule
 from megallama.plan.plan import make_plan
+from megallama.plan.schedule import ScheduleError
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,6 +62,17 @@ def test_schedules_of_other_sizes() -> None:
     assert plan.schedule_for(3) is plan.schedule_for(3)
     assert plan.schedule_for(3, training=False) == build_forward(plan.schedule, 3)
     assert not plan.schedule_for(8, training=False).is_training
+
+
+def test_both_schedules_of_an_uneven_batch_are_built_and_checked_at_once() -> None:
+    words = ["parallel.pp=2", "batch.global_batch_size=20", "batch.uneven=true"]
+    plan = make_plan(load(None, words, ranks=4, need_data=False), 4)
+    assert [s.num_microbatches for s in (plan.schedule, *plan._schedules.values())] == [3, 2]
+    chunks = load(None, [*words, "parallel.chunks=2", "batch.global_batch_size=24"], need_data=False)
+    for size, bad in ((20, 3), (28, 3)):  # 3 and 2, 4 and 3: whichever replica it is
+        batch = chunks.batch.model_copy(update={"global_batch_size": size})
+        with pytest.raises(ScheduleError, match=f"multiple of pp=2, not {bad}; use 2 or 4"):
+            make_plan(chunks.model_copy(update={"batch": batch}), 4)
 
 
 def test_ranks_that_do_not_fit() -> None:

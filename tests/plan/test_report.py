@@ -44,6 +44,21 @@ def test_a_page() -> None:
     assert str(make_plan(load(None, words, ranks=16, need_data=False), 16)) == PAGE.strip("\n")
 
 
+def test_the_batch_of_replicas_that_differ_by_one_micro_batch() -> None:
+    """28 sequences are 7 micro-batches: 3, 2 and 2 of 3 x 3, so 2/9 of the replicas' time is idle."""
+    words = ["parallel.pp=4", "batch.global_batch_size=28", "batch.uneven=true"]
+    lines = str(make_plan(load(None, words, ranks=12, need_data=False), 12)).split("\n")
+    assert lines[4:6] == [
+        "batch      28 sequences x 256 = 7,168 tokens per step = 3 replicas x 3 or 2 micro-batches x 4",
+        "           replicas idle 22.2% of the time, as 2 of 3 have one micro-batch less",
+    ]
+    assert "rank  0 |001122.." in lines[-5]  # the pipeline of a replica that has most
+    few = str(make_plan(load(None, [*words, "parallel.pp=1", "batch.global_batch_size=12"], need_data=False), 2))
+    assert "= 2 replicas x 2 or 1 micro-batch x 4\n           replicas idle 25.0% of the time, as 1 of 2 have" in few
+    even = str(make_plan(load(None, [*words, "batch.global_batch_size=24"], ranks=12, need_data=False), 12))
+    assert "= 3 replicas x 2 micro-batches x 4\nrun " in even
+
+
 def test_a_page_of_many_ranks() -> None:
     """Of tables of more than 20 rows the middle is left out; there is no chart of more than 8 ranks."""
     words = ["model.num_layers=40", "parallel.pp=32", "precision.fp8=tensorwise", "batch.global_batch_size=64"]
