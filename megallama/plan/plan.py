@@ -39,7 +39,7 @@ class Plan:
         return self._schedules[key]
 
     def memory(self, pp_rank: int) -> RankMemory:
-        """Bytes of the ranks at one pipeline position."""
+        """Bytes of the ranks at one pipeline position, in a replica with most micro-batches."""
         return rank_memory(self.config, self.stages, self.schedule, self.topology.dp_cp, pp_rank)
 
     def work_of(self, rank: int) -> tuple[int, ...]:

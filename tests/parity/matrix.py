@@ -146,7 +146,6 @@ FURTHER = (
     Layout(tp=4, sequence_parallel=False, recompute="full", vocab=61, tp_chunks=2),
     Layout(dp=3, dealt=8, documents=True),
     Layout(dp=3, dealt=4, tied=True, vocab=61),
-    Layout(pp=2, dp=2, dealt=5),
     Layout(pp=2, dp=2, dealt=5, schedule="zb-h1", tp=2, documents=True),
     Layout(pp=2, chunks=2, dp=2, dealt=5, schedule="gpipe", recompute="full"),
     Layout(pp=3, chunks=2, dp=2, dealt=5, schedule="zb-v", tied=True),  # whose replicas end in different orders
