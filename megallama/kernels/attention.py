@@ -47,11 +47,22 @@ class Documents:
         """[b, s]: of each token within its document, or within what the sample holds of it."""
         return torch.arange(self.starts.shape[1], device=self.starts.device) - self.starts
 
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """[b, 1, s, s] in `dtype`: 0 where the row's query may attend to the column's key, else -inf; made once."""
+        if dtype not in self._masks:
+            at = torch.arange(self.starts.shape[1], device=self.starts.device)
+            hidden = (at[None, :] > at[:, None]) | (at < self.starts[:, :, None])
+            zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self._masks[dtype] = zeros.masked_fill_(hidden, -torch.inf)[:, None]
+        return self._masks[dtype]
+
     @cached_property
-    def visible(self) -> Tensor:
-        """bool [b, 1, s, s]: True where the row's query may attend to the column's key."""
-        at = torch.arange(self.starts.shape[1], device=self.starts.device)
-        return ((at[None, :] <= at[:, None]) & (at >= self.starts[:, :, None]))[:, None]
+    def _masks(self) -> dict[torch.dtype, Tensor]:
+        return {}
+
+    def fresh(self) -> Documents:
+        """The same without what was made of it: masks are large, and end with the copy."""
+        return Documents(self.starts, self.cu_seqlens)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Documents:
         """With both tensors changed: moved, pinned."""
@@ -59,12 +70,12 @@ class Documents:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-    """torch's fused attention; documents are a mask of s * s booleans per sample."""
-    visible, group = None if documents is None else documents.visible, q.shape[2] // k.shape[2]
-    if visible is not None and group > 1:  # no fused kernel takes both
+    """torch's fused attention; documents are a mask of s * s numbers per sample."""
+    mask, group = None if documents is None else documents.mask(q.dtype), q.shape[2] // k.shape[2]
+    if mask is not None and group > 1:  # no fused kernel takes both
         k, v, group = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), 1
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=group > 1)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=group > 1)
     return out.transpose(1, 2)
 
 
@@ -178,6 +189,25 @@ def _te_attention(target: Target) -> MakeAttention:
     return make
 
 
+def _varlen_attention(target: Target) -> MakeAttention:
+    """torch's flash attention of packed documents: no mask, and no scores between documents."""
+    target.need_half_on_cuda()
+    if not target.documents:
+        raise Unsupported("for documents only")
+    varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        if documents is None:  # never where samples have documents, but the check asks
+            return sdpa(q, k, v)
+        ends, longest = documents.cu_seqlens, q.shape[1]
+        packed = (part.flatten(0, 1) for part in (q, k, v))
+        grouped = {"enable_gqa": True} if k.shape[2] < q.shape[2] else {}
+        out: Tensor = varlen(*packed, ends, ends, longest, longest, window_size=(-1, 0), **grouped)
+        return out.view(q.shape)
+
+    return lambda num_heads, num_kv_heads, head_dim: attend
+
+
 def _blocked_attention(target: Target) -> MakeAttention:
     if target.device.type == "cuda" or target.dtype not in (torch.bfloat16, torch.float16):
         raise Unsupported("16-bit formats on a CPU only")
@@ -204,7 +234,7 @@ def _results(make: MakeAttention, target: Target) -> Results:
 
 
 ATTENTION = Operation(
-    [(TE, _te_attention), ("blocks of matrix products", _blocked_attention)],
+    [(TE, _te_attention), ("blocks of matrix products", _blocked_attention), ("torch varlen_attn", _varlen_attention)],
     ("torch scaled_dot_product_attention", lambda target: lambda num_heads, num_kv_heads, head_dim: sdpa),
     _results,
     (2e-2, 4e-2, 4e-2, 4e-2),

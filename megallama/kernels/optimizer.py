@@ -13,14 +13,17 @@ from megallama.config.schema import OptimizerConfig
 from megallama.kernels.candidate import APEX, TE, Operation, Results, Target, accumulate_dtype
 
 Lists = Sequence[list[Tensor]]  # masters, gradients, first moments, second moments, step counts
-AdamWStep = Callable[[Lists, OptimizerConfig, float, float, Tensor | None], None]  # with lr, decay, divisor
+# with lr, decay, divisor, and the number of this step, from 1
+AdamWStep = Callable[[Lists, OptimizerConfig, float, float, Tensor | None, int], None]
 SumOfSquares = Callable[[Sequence[Tensor]], Tensor]
 CHUNK = 65536  # elements that a block of a multi-tensor kernel works on
 MOST = (1 << 31) - 1  # elements of a tensor in such a kernel, which counts them in 32 bits
 
 
-def adamw_step(lists: Lists, config: OptimizerConfig, lr: float, decay: float, divisor: Tensor | None) -> None:
-    """One step of torch's fused AdamW, in place; step counts are incremented.
+def adamw_step(
+    lists: Lists, config: OptimizerConfig, lr: float, decay: float, divisor: Tensor | None, number: int = 0
+) -> None:
+    """One step of torch's fused AdamW, in place; step counts are incremented, and read instead of `number`.
 
     Gradients are divided by `divisor` on the way (clipping and loss scale in the same pass).
     """
@@ -50,7 +53,9 @@ def _multi_tensor(name: str, make: Callable[[Any], Any]) -> list[tuple[str, Call
 
 
 def _multi_tensor_adam(kernel: Callable[..., None]) -> AdamWStep:  # Transformer Engine's and apex's
-    def step(lists: Lists, config: OptimizerConfig, lr: float, decay: float, divisor: Tensor | None) -> None:
+    def step(
+        lists: Lists, config: OptimizerConfig, lr: float, decay: float, divisor: Tensor | None, number: int
+    ) -> None:
         masters, grads, exp_avgs, exp_avg_sqs, steps = lists
         _countable(masters)
         if divisor is not None:
@@ -59,7 +64,7 @@ def _multi_tensor_adam(kernel: Callable[..., None]) -> AdamWStep:  # Transformer
         noop = torch.zeros(1, dtype=torch.int32, device=masters[0].device)
         betas, adamw_mode, bias_correction = (config.beta1, config.beta2), 1, 1
         kernel(CHUNK, noop, [grads, masters, exp_avgs, exp_avg_sqs], lr, *betas, config.eps,
-               int(steps[0]), adamw_mode, bias_correction, decay)  # fmt: skip
+               number, adamw_mode, bias_correction, decay)  # fmt: skip
 
     return step
 
@@ -69,9 +74,9 @@ def _adam_results(step: AdamWStep, target: Target) -> Results:
     master, grad = (target.random(1000, seed=i) for i in range(2))
     master, grad = (t.to(accumulate_dtype(t.dtype)) for t in (master, grad))
     state = [master, torch.zeros_like(master), torch.zeros_like(master), torch.zeros((), device=target.device)]
-    for _ in range(3):
+    for number in (1, 2, 3):
         divisor = torch.tensor(2.0, device=target.device)
-        step([[t] for t in (master, grad.clone(), *state[1:])], OptimizerConfig(), 1e-2, 0.1, divisor)
+        step([[t] for t in (master, grad.clone(), *state[1:])], OptimizerConfig(), 1e-2, 0.1, divisor, number)
     return list(zip(("weights", "first moment", "second moment", "step"), state, strict=True))
 
 

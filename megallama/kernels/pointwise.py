@@ -1,13 +1,15 @@
 """Pointwise operations: RMSNorm, rotary embedding, SwiGLU, and the softmax of the loss with its gradient.
 
 Backwards need nothing but the input of their forward: what else they read is formed again in their
-own pass.  The private formulas are for torch.compile, which fuses them: all in the accumulation
-format, where the eager operations round between their steps.
+own pass, or is at hand, where the forward has just been done again.  The private formulas are for
+torch.compile, which fuses them: all in the accumulation format, where the eager operations round
+between their steps.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +101,7 @@ def _fused_norm(target: Target) -> NormPair:
     target.need_cuda()
     backward = torch.ops.aten._fused_rms_norm_backward
     return _norm_pair(
-        lambda x, weight, eps: (rms_norm(x, weight, eps),),
+        lambda x, weight, eps: torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps),
         lambda dy, x, rstd, weight, eps: backward(dy, x, [x.shape[-1]], rstd, weight, [True, True]),
     )
 
@@ -125,14 +127,25 @@ def _apex_norm(target: Target) -> NormPair:
 
 
 def _norm_pair(forward: Callable[..., Any], backward: Callable[..., Any]) -> NormPair:
-    """Kernels that want statistics in the backward: made again from the input, not kept."""
+    """Kernels that give 1 / rms of the rows last in their forward, and want it in their backward.
+
+    A layer norms its input again just before that: what came of it is at hand, and else made again.
+    """
+    latest: list[tuple[weakref.ref[Tensor], int, Tensor]] = []  # the input, its version, 1 / rms
+
+    def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out, *_, rstd = forward(x, weight, eps)
+        latest[:] = [(weakref.ref(x), x._version, rstd)]
+        return out
 
     def gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        dx, dweight = backward(dy, x, _inverse_rms(x, eps), weight, eps)[:2]
+        known = [rstd for of, version, rstd in latest if of() is x and version == x._version]
+        latest.clear()
+        dx, dweight = backward(dy, x, known[0] if known else _inverse_rms(x, eps), weight, eps)[:2]
         # Transformer Engine and apex have rounded it to the weight's format; sums go on in fp32
         return dx, dweight.to(accumulate_dtype(x.dtype))
 
-    return lambda x, weight, eps: forward(x, weight, eps)[0], gradients
+    return normed, gradients
 
 
 def _norm_results(pair: NormPair, target: Target) -> Results:

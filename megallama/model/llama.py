@@ -145,9 +145,10 @@ class Stage:
         """Hidden states [T/t, h] or [T, h] of the stage before, if any -> its own, or the loss sum."""
         x = self.embed(batch.tokens.reshape(-1)) if self.embed else hidden
         assert x is not None, "only the first stage makes its own hidden states"
-        again, tables = self.recompute and torch.is_grad_enabled(), self.rotary.tables(batch.documents)
+        documents = batch.documents and batch.documents.fresh()  # batches live as long as the step
+        again, tables = self.recompute and torch.is_grad_enabled(), self.rotary.tables(documents)
         for number, layer in zip(self._numbers, self.layers, strict=True):
-            inputs = x, *tables, batch.documents
+            inputs = x, *tables, documents
             self._record.layer(number)
             x = _Recompute(layer)(*inputs) if again else layer(*inputs)
             if x.requires_grad:

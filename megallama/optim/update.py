@@ -113,11 +113,11 @@ class AdamW:
     def __init__(self, config: OptimizerConfig, kernel: AdamWStep) -> None:
         self._config, self._kernel = config, kernel
 
-    def __call__(self, shards: Sequence[Tensors], lr: float, scale: float, decay: bool) -> None:
-        """In place: update "master" and the moments from "grads" times `scale`; count "step" up."""
+    def __call__(self, shards: Sequence[Tensors], lr: float, scale: float, decay: bool, number: int) -> None:
+        """In place: update "master" and the moments from "grads" times `scale`; count "step" up, to `number`."""
         divisor = None if scale == 1.0 else shards[0]["grads"].new_full((), 1 / scale)
         lists = [[shard[name] for shard in shards] for name in ("master", "grads", *self.moments, "step")]
-        self._kernel(lists, self._config, lr, self._config.weight_decay if decay else 0.0, divisor)
+        self._kernel(lists, self._config, lr, self._config.weight_decay if decay else 0.0, divisor, number)
 
 
 class Update:
@@ -130,6 +130,7 @@ class Update:
         self.syncs = [GradSync(buffers, groups, overlap.grad_reduce) for buffers in stages]
         self._groups, self._rule, self._sum_of_squares = groups, rule, sum_of_squares
         self._overlap_gather = overlap.param_gather
+        self._steps = 0  # taken, known without asking the device
         buckets = ((sync, bucket) for sync in self.syncs for bucket in sync.buffers.layout.buckets)
         self._held = [(sync, bucket, self._tensors(sync, bucket)) for sync, bucket in buckets]
 
@@ -181,9 +182,10 @@ class Update:
     def compute(self, lr: float, multiplier: float) -> None:
         """Apply the rule to this rank's shards; `multiplier` of gradients: clipping and loss scale."""
         self.wait()  # for what no forward has read: nothing is written that is being gathered
+        self._steps += 1
         for decay in (True, False):
             if shards := [tensors for _, bucket, tensors in self._held if bucket.decay is decay]:
-                self._rule(shards, lr, multiplier, decay)
+                self._rule(shards, lr, multiplier, decay, self._steps)
 
     def gather(self, *, overlap: bool = True) -> None:
         """Masters -> weights on every rank of dp_cp, in the order in which the forward reads them.
@@ -225,6 +227,7 @@ class Update:
 
     def loaded(self, steps: int) -> None:
         """The shards have been written; `steps` optimizer steps lie behind them."""
+        self._steps = steps
         for *_, tensors in self._held:
             tensors["step"].fill_(steps)
         self.gather(overlap=False)

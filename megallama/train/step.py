@@ -133,7 +133,7 @@ def rank_numbers(worker: Worker, loss_sum: Tensor, squares: Tensor) -> dict[str,
 def consensus(
     worker: Worker, numbers: Mapping[str, Tensor], status: RankStatus, tokens: int = 1, loss_scale: float = 1.0
 ) -> StepConsensus:
-    """The sum over all ranks of what each knows; the step's only wait for the device."""
+    """The sum over all ranks of what each knows; alone in a step, but for `count_tokens`, it waits for the device."""
     loss, squares = numbers["loss"], numbers["norm_squared"]
     finite = loss.isfinite() & squares.isfinite()
     first = {"loss": loss, "norm_squared": squares}  # the bits of a sum may depend on its place

@@ -87,6 +87,19 @@ def costs(name: str) -> dict[str, tuple[int, float]]:
     return {part: (round(float(x[0])), round(float(x[1]), 1)) for part, x in parts.items()}
 
 
+def test_no_kernel_is_given_what_32_bits_cannot_count() -> None:
+    """The weights of 7B on one GPU are one buffer of more elements; what works on them does so by buckets."""
+    with claimed():
+        rank = worker(CASES["7B"], 32)
+        with Launches() as counted:
+            rank.optimizer.loaded(0)
+        inputs = batches(rank.plan.config, 1)
+        with counted:
+            train_step(rank, rank.plan.schedule_for(1), inputs, lr=1e-3)
+    assert rank.buffers[0].weights.numel() > 2**32
+    assert counted.largest == 32000 * 4096  # of the embedding, the head, and the logits
+
+
 def table() -> dict[str, dict[str, dict[str, float]]]:
     return tomllib.loads(BUDGET.read_text("utf-8"))
 

@@ -190,7 +190,7 @@ def test_kernels_that_count_in_32_bits_are_given_no_more(monkeypatch: pytest.Mon
     install(monkeypatch, label)
     too_many = torch.empty(1 << 31, device="meta", dtype=torch.float32)
     step, norm = (candidate(name, label)(ON_CUDA) for name in ("AdamW", "gradient norm"))
-    for call in (lambda: step([[too_many]] * 5, None, 1e-3, 0.0, None), lambda: norm([too_many])):
+    for call in (lambda: step([[too_many]] * 5, None, 1e-3, 0.0, None, 1), lambda: norm([too_many])):
         with pytest.raises(AssertionError, match="2,147,483,648 elements in one bucket, .* counts 2,147,483,647"):
             call()
     optimizer._countable([too_many[1:]])

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megallama.kernels import pointwise
+from megallama.config.schema import OptimizerConfig
+from megallama.kernels import optimizer, pointwise
 from megallama.kernels.candidate import TOLERANCE, accumulate_dtype
-from megallama.kernels.pointwise import softmax_, softmax_at_once_
+from megallama.kernels.pointwise import NormPair, rms_norm, softmax_, softmax_at_once_
 from megallama.model import llama
 from megallama.train.assemble import DTYPES, Worker
-from tests.small import curve, documents, on_threads, small_config, tokens, train
+from tests.small import curve, documents, on_threads, small_config, solo_rank, tokens, train
 
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "one rank": (1, {}),
@@ -130,3 +132,64 @@ def test_softmax_hides_no_infinity() -> None:
             way(logits, torch.zeros(2, 1, dtype=torch.int64), log_sum, picked, None)
             assert log_sum[0].isfinite() and not log_sum[1].isfinite()
             assert logits[0].isfinite().all() and logits[1].isnan().any()
+
+
+def remembering(calls: list[int]) -> NormPair:
+    """A pair of kernels as Transformer Engine's: the forward gives 1 / rms, the backward wants it."""
+
+    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, None, Tensor]:
+        return rms_norm(x, weight, eps), None, pointwise._inverse_rms(x, eps).view(-1)
+
+    def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        calls[0] += rstd.dim() == 1  # as the forward gave it
+        assert torch.allclose(rstd.view(-1, 1), pointwise._inverse_rms(x, eps), rtol=1e-6)
+        return pointwise.rms_norm_backward(dy, x, weight, eps)
+
+    return pointwise._norm_pair(forward, backward)
+
+
+@pytest.mark.parametrize("recompute, kept", [("selective", 9), ("full", 9), ("none", 1)])
+def test_the_statistics_of_a_norm_just_done_are_not_made_again(recompute: str, kept: int) -> None:
+    """2 norms in each of 4 layers and the last one, which alone is at hand where nothing is recomputed."""
+    config = small_config(memory={"recompute": recompute}, batch={"global_batch_size": 1})
+    rank, other, calls = solo_rank(config), solo_rank(config), [0]
+    forward, backward = remembering(calls)
+    for layer in rank.stages[0].layers:
+        for linear in (layer.qkv_proj, layer.gate_up_proj):
+            linear.norm._pointwise = replace(linear.norm._pointwise, rms_norm=forward, rms_norm_backward=backward)
+    head = rank.stages[0].head
+    assert head is not None
+    head.norm._pointwise = replace(head.norm._pointwise, rms_norm=forward, rms_norm_backward=backward)
+    data = tokens(config, 2)
+    assert curve(train(rank, data)) == curve(train(other, data))
+    assert torch.equal(rank.buffers[0].weights, other.buffers[0].weights)
+    assert calls == [2 * kept]
+
+
+def test_statistics_of_another_input_or_of_one_that_has_changed_are_not_used() -> None:
+    calls = [0]
+    forward, backward = remembering(calls)
+    x, y, dy = (torch.randn(6, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    weight = torch.ones(8)
+    forward(x, weight, 1e-5)
+    backward(dy, y, weight, 1e-5)
+    forward(x, weight, 1e-5)
+    x.mul_(2)
+    backward(dy, x, weight, 1e-5)
+    assert calls == [0]
+    forward(x, weight, 1e-5)
+    backward(dy, x, weight, 1e-5)
+    assert calls == [1]
+    backward(dy, x, weight, 1e-5)
+    assert calls == [1], "kept no longer than until the next backward"
+
+
+@pytest.mark.parametrize("clip", [None, 2.0])
+def test_adamw_of_another_package_asks_the_device_nothing(clip: float | None) -> None:
+    """Tensors without values: whoever reads one fails."""
+    told: list[Any] = []
+    step = optimizer._multi_tensor_adam(lambda *args: told.append(args))
+    held = [torch.empty(5, device="meta") for _ in range(5)]
+    divisor = None if clip is None else torch.empty((), device="meta")
+    step([[t] for t in held], OptimizerConfig(), 1e-3, 0.1, divisor, 7)
+    assert told[0][7:] == (7, 1, 1, 0.1)

@@ -42,8 +42,9 @@ def run(config: Config, ranks: int, of: set[int] | None = None) -> list[dryrun.P
         return [dryrun.record(make_plan(config, ranks), rank) for rank in of or {0, ranks - 1}]
 
 
-@pytest.mark.parametrize("layout", [*matrix(), *FURTHER], ids=str)
+@pytest.mark.parametrize("layout", [*matrix()[::3], *FURTHER[::2]], ids=str)
 def test_layouts(layout: Layout) -> None:
+    """Some of those that are compared with one rank: what a GPU does differently lies within layers."""
     for program in run(layout.config("bf16"), layout.ranks):
         assert bool(program.calls) == (layout.ranks > 1)
 

@@ -117,7 +117,7 @@ def test_documents_are_known_by_their_starts() -> None:
     documents = Documents.of(torch.tensor([[0, 0, 2, 2, 2], [0, 1, 1, 1, 4]]))
     assert documents.positions.tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 2, 0]]
     assert documents.cu_seqlens.tolist() == [0, 2, 5, 6, 9, 10] and documents.cu_seqlens.dtype == torch.int32
-    assert documents.visible[0, 0].int().tolist() == [
+    assert documents.mask(torch.float32)[0, 0].isfinite().int().tolist() == [
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1],
     ]  # fmt: skip
 

@@ -123,11 +123,14 @@ class Descent:
 
     moments: tuple[str, ...] = ("last",)
 
-    def __call__(self, shards: Sequence[dict[str, torch.Tensor]], lr: float, scale: float, decay: bool) -> None:
+    def __call__(
+        self, shards: Sequence[dict[str, torch.Tensor]], lr: float, scale: float, decay: bool, number: int
+    ) -> None:
         for shard in shards:
             shard["last"].copy_(shard["grads"] * scale)
             shard["master"].sub_(lr * shard["last"])
             shard["step"].add_(1)
+            assert number == shard["step"] == 4
 
 
 def test_another_rule_has_its_state_in_the_shards() -> None:

@@ -1,0 +1,101 @@
+"""Documents on a GPU: torch's attention of packed documents, and where that is not there one mask per micro-batch."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import varlen
+
+from megallama.kernels import attention
+from megallama.kernels.attention import ATTENTION, Documents, sdpa
+from megallama.kernels.candidate import Target, Unsupported, Wrong
+from tests.kernels.plain import plain_attention
+from tests.small import CPU, documents, small_config, solo_rank, tokens, train
+
+PACKED = dict(ATTENTION.candidates)["torch varlen_attn"]
+ON_CUDA = Target(torch.device("cuda"), torch.bfloat16, documents=True)
+HERE = replace(ON_CUDA, device=CPU)
+DECLARED = inspect.signature(varlen.varlen_attn)
+
+
+def by_documents(*args: Any, **named: Any) -> Tensor:
+    """What `varlen_attn` of the installed torch computes, called as it is declared."""
+    given = DECLARED.bind(*args, **named).arguments
+    q, k, v, ends = (given[name] for name in ("query", "key", "value", "cu_seq_q"))
+    assert torch.equal(ends, given["cu_seq_k"]) and ends.dtype == torch.int32 and ends[0] == 0 and ends[-1] == len(q)
+    lengths = ends.diff()
+    assert int(lengths.max()) <= given["max_q"] == given["max_k"] and int(lengths.min()) > 0
+    assert given["window_size"] == (-1, 0), "it would not be causal"
+    assert given.get("enable_gqa", False) == (q.shape[1] != k.shape[1])
+    assert all(part.dim() == 3 and part.stride(2) == 1 for part in (q, k, v))
+    parts = zip(*(part.split(lengths.tolist()) for part in (q, k, v)), strict=True)
+    return torch.cat([plain_attention(*(x[None] for x in one))[0] for one in parts])
+
+
+def test_packed_documents_are_attended_to_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", by_documents)
+    ATTENTION.check(PACKED(ON_CUDA), HERE)
+
+
+def test_one_that_looks_ahead_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ahead(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Tensor:
+        return by_documents(q, k.roll(-1, 0), v, *rest, **named)
+
+    monkeypatch.setattr(varlen, "varlen_attn", ahead)
+    with pytest.raises(Wrong, match="output within documents differs"):
+        ATTENTION.check(PACKED(ON_CUDA), HERE)
+
+
+def test_it_is_for_documents_in_16_bits_on_a_gpu() -> None:
+    for target, reason in (
+        (HERE, "no CUDA device"),
+        (replace(ON_CUDA, documents=False), "for documents only"),
+        (replace(ON_CUDA, dtype=torch.float32), "16-bit formats only"),
+    ):
+        with pytest.raises(Unsupported, match=reason):
+            PACKED(target)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_mask_of_numbers_is_bitwise_that_of_booleans(dtype: torch.dtype, kv_heads: int) -> None:
+    """In which torch turned it in every call before."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (
+        torch.randn(2, 12, n, 8, generator=generator, dtype=torch.float64).to(dtype) for n in (4, kv_heads, kv_heads)
+    )
+    packed = Documents.of(torch.tensor([[0] * 5 + [5] * 7, [0, 1, *[2] * 10]]))
+    mask = packed.mask(dtype)
+    assert mask.dtype == dtype and packed.mask(dtype) is mask
+    visible = mask == 0
+    assert torch.equal(visible | mask.isneginf(), torch.ones_like(visible))
+    same = [part.repeat_interleave(4 // part.shape[2], 2).transpose(1, 2) for part in (q, k, v)]
+    want = F.scaled_dot_product_attention(*same, visible).transpose(1, 2)
+    assert torch.equal(sdpa(q, k, v, packed), want)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_a_mask_is_made_once_a_micro_batch_and_gone_after_it(monkeypatch: pytest.MonkeyPatch, recompute: str) -> None:
+    config = small_config(data={"document_mask": True}, memory={"recompute": recompute})
+    rank, made, alive = solo_rank(config), list[weakref.ref[Tensor]](), []
+    plain = Documents.mask
+
+    def mask(self: Documents, dtype: torch.dtype) -> Tensor:
+        found = plain(self, dtype)
+        if not any(ref() is found for ref in made):
+            made.append(weakref.ref(found))
+        alive.append(sum(ref() is not None for ref in made))
+        return found
+
+    monkeypatch.setattr(attention.Documents, "mask", mask)
+    results = train(rank, tokens(config, 1), starts=documents(config, 1))
+    assert len(results) == 1 and len(made) == 8, "micro-batches"
+    assert len(alive) == 8 * 4 * (2 if recompute == "full" else 1), "calls, of each layer"
+    assert max(alive) == 1, "masks at a time"
