@@ -16,7 +16,7 @@ LANES, EACH = 256, 8  # a step of the first kernel: 256 maxima and sums, eight c
 COLUMNS = 2048  # of a row that one program of the second kernel computes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index", "log_sum", "picked"])
 def _log_sums(logits, index, log_sum, picked, columns, stride, LANES: tl.constexpr, EACH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * stride
@@ -33,7 +33,7 @@ def _log_sums(logits, index, log_sum, picked, columns, stride, LANES: tl.constex
     tl.store(picked + row, tl.load(start + tl.load(index + row)).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index", "at_label", "scale", "total"])
 def _gradient(logits, index, at_label, scale, total, columns, stride, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there, place = at < columns, logits + row * stride + at

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+
+from megallama.kernels.candidate import TRITON, Target
+from megallama.kernels.select import OPERATIONS
 
 COLUMNS = ("kernel", "format", "capability", "registers", "spilled", "shared", "narrow")
 FORMATS = ((80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32))
@@ -83,6 +87,38 @@ def compiled_for(capability: int, call: Callable[..., None], dtype: torch.dtype)
     return found
 
 
+def check(p: ModuleType, k: ModuleType, dtype: torch.dtype) -> None:
+    """The small problems on which kernels are compared before they are selected."""
+    Target.need_cuda = lambda self: None  # type: ignore[method-assign]
+    target = Target(torch.device("cpu"), dtype, width=4096)
+    for operation in OPERATIONS.values():
+        if make := dict(operation.candidates).get(TRITON):
+            operation.results(make(target), target)
+
+
+def steps(p: ModuleType, k: ModuleType, dtype: torch.dtype) -> None:
+    """What steps may meet: a micro-batch of one sample or more, documents, one key head, a last chunk of few rows."""
+    for call in (swiglu, rope, rows_of(4096), loss):
+        call(p, k, dtype)
+    for rows in (1, 7):
+        logits, index = torch.empty(rows, 32000, dtype=dtype), torch.zeros(rows, 1, dtype=torch.int64)
+        log_sum, (total, picked) = torch.empty(rows), torch.empty(2, rows)
+        k.log_sums(logits, index, log_sum, picked, None)
+        k.gradient_(logits, index, picked, log_sum, None, total)
+        packed, tables = torch.empty(rows, 5, 9, 128, dtype=dtype), torch.empty(rows, 5, 1, 64)
+        p.apply_rope(packed[:, :, :8], tables, tables, packed[:, :, :8])
+        parts = (torch.empty(rows, n, 5, 128, dtype=dtype).transpose(1, 2) for n in (7, 1, 1))
+        p.rope_backward(*parts, tables, tables, packed)
+        x, weight = torch.empty(rows, 4096, dtype=dtype), torch.empty(4096, dtype=dtype)
+        p.rms_norm_backward(p.rms_norm(x, weight, 1e-5), x, weight, 1e-6)
+
+
+def late() -> list[str]:
+    """Kernels that are compiled in a step, because none that was checked at the same width is the same."""
+    known = {kernel.hash for _, kernel in compiled_for(90, check, torch.bfloat16)}
+    return [name for name, kernel in compiled_for(90, steps, torch.bfloat16) if kernel.hash not in known]
+
+
 def used(kernel: Any) -> tuple[int, int]:
     """(registers of a thread, bytes of its stack), where registers go that are too many."""
     import triton
@@ -112,3 +148,5 @@ def table() -> Iterator[tuple[Any, ...]]:
 if __name__ == "__main__":
     for row in (COLUMNS, *table()):
         print(*row, sep="\t")
+    if names := late():
+        sys.exit(f"compiled in a step, not when kernels are selected: {names}")

@@ -93,7 +93,10 @@ def test_rows_that_fit_in_no_registers_are_refused(interpreted: dict[str, Any]) 
 
 @needs_triton
 def test_compiled_for_a_gpu_they_use_no_more_than_before(tmp_path: Path) -> None:
-    """Nothing spilled, and no registers, shared memory or narrow accesses beyond `triton_table.tsv`."""
+    """Nothing spilled, and no registers, shared memory or narrow accesses beyond `triton_table.tsv`.
+
+    Nor is anything left to compile in a step: the program fails if selection compiles another kernel.
+    """
     text = output_of("ahead_of_time", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     (tmp_path / "new.tsv").write_text(text, encoding="utf-8")
     new, old = ([line.split("\t") for line in t.splitlines()] for t in (text, TABLE.read_text(encoding="utf-8")))
