@@ -30,7 +30,7 @@ from megallama.train.signals import FAILED, SAVED, SIGNALS
 PERIOD, BEAT_PERIOD = 0.2, 1.0  # seconds between looks, messages to the root
 LEAVE = 5.0  # seconds in which a trainer leaves by itself once the run is over
 ROOT, REPORTS, ECHO = 4.0, 2.0, 1.0  # seconds to wait for: the root's verdict; all hosts' reports; a first cause
-REPLACED = 20.0  # seconds for all hosts' trainers to end before the next ones begin
+REPLACED = 20.0  # seconds for killed trainers to end, on all hosts before the next ones begin
 _KILLERS = ("openmpi", "mpich")  # launchers that leave no time to the others when a process has ended badly
 _LAUNCHERS = ("torchrun", *_KILLERS)  # whose death leaves their processes alone
 _MAKER = "import sys; sys.path.insert(0, sys.argv[1]); from megallama.pretrain import process; sys.exit(process(True))"
@@ -72,7 +72,8 @@ class Supervisor:
         self._status: int | None = None  # once it has left, as waitpid has it
         self._verdict: Message | None = None
         self._orphaned = self._ending = False  # the trainer was told that the launcher has gone; a verdict ends it
-        self._left = self._deadline = self._resumed = 0.0  # moments: it left, it is killed, this process was stopped
+        self._left = self._deadline = self._killed = 0.0  # moments: it left, it is to be killed, it was
+        self._resumed = 0.0  # when this process was stopped
         self._decided = time.monotonic()
         self._asked = self._overdue = self._next_status = self._next_beat = self._speak = 0.0
         self._reports: dict[int, Message] = {}
@@ -125,8 +126,9 @@ class Supervisor:
     def _kill(self, number: int) -> None:
         """Signal the trainer; whoever makes the trainers may know already that it has ended."""
         with suppress(ProcessLookupError):
-            if self._trainer and not self._record.words[flight.ENDED]:  # its number may be another's by now
-                os.kill(self._trainer, number)
+            trainer, ended = self._trainer, self._record.words[flight.ENDED]  # then its number may be another's by now
+            if trainer and not ended and self._record.words[flight.GENERATION] == self._generation:
+                os.kill(trainer, number)
 
     def _reap_children(self) -> None:
         with suppress(ChildProcessError):  # of the trainer, or who makes the trainers; of a dead one the orphans too
@@ -156,8 +158,10 @@ class Supervisor:
             why += ": out of memory (the kernel counts such a kill)"
         why = f"the process that makes its trainers: {why}" if self._several and not ended else why
         self._record.ends(code if code not in _NORMAL else 1, why, final=not self._several)
-        if not ended:  # else who makes the trainers has said so, and may have begun the next
+        if not ended:  # else who makes the trainers has said so, and the next may have begun meanwhile
             self._record.words[flight.ENDED] = status + 1
+        elif self._record.words[flight.GENERATION] != self._generation:
+            self._record.tell("cause", None)  # it would be the next one's
 
     def _introduce(self) -> None:
         about = self._record.told("about") if self._node is None else None
@@ -401,13 +405,18 @@ class Supervisor:
                 self._say(f"the save under way may take up to {finish:g} s more")
         if self._deadline and (now >= self._deadline or (self._verdict and self._verdict["hang"] and not saving)):
             self._kill(signal.SIGKILL)  # who makes the next one is left alone
-            self._deadline += LEAVE
-            if now >= self._deadline:  # it is in a call of the kernel that does not return
+            self._killed, again = self._killed or now, self._verdict is not None and self._verdict["again"]
+            if now - self._killed > (
+                REPLACED if again else LEAVE
+            ):  # it is in a call of the kernel that does not return
                 self._leave(about)
 
     def _may_leave(self, now: float) -> bool:
         """Whether the others know all that this supervisor knows."""
-        cause = self._record.told("cause") or {"status": 0}
+        cause = self._record.told("cause")
+        if cause is None and self._verdict is None:  # taken away a moment ago: the next generation begins
+            return False
+        cause = cause or {"status": 0}
         alone = self._node is None or len(self._node.hosts) == 1
         waits = self._speak or (self._verdict is None and now - self._left < 2 * ECHO)
         if self._verdict is not None and self._verdict["again"]:

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from megallama.comm.flight_reader import FlightReader
-from megallama.comm.flight_record import BEAT, ENDED, GENERATION, TEXTS, TRAINER
+from megallama.comm.flight_record import BEAT, ENDED, GENERATION, LAUNCHER, TEXTS, TRAINER
 from megallama.recovery.link import Links
 from megallama.recovery.membership import Members
 from megallama.recovery.node import Node
 from megallama.recovery.straggler import Stragglers
-from megallama.recovery.supervisor import Supervisor
+from megallama.recovery.supervisor import REPLACED, Supervisor
 
 
 def test_the_next_trainers_begin_without_the_verdict_of_the_last() -> None:
@@ -71,6 +71,101 @@ def supervisor_of(records: dict[int, FlightReader]) -> Supervisor:
     node.records, node.logs, node.folder, node._moved, node.born = records, (), Path("/nowhere"), {}, time.monotonic()
     made._next_beat = made._next_status = time.monotonic() + 100
     return made
+
+
+def test_the_end_of_the_last_trainer_is_not_that_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0's supervisor begins the next generation while that of rank 1 reads how its trainer has ended."""
+    records = {rank: FlightReader() for rank in range(2)}
+    root, other = supervisor_of(records), supervisor_of({0: records[1]})
+    records[1].words[TRAINER], records[1].words[ENDED] = 4711, signal.SIGKILL + 1
+    assert root._node is not None
+
+    def meanwhile() -> int:
+        assert root._node is not None
+        root._node.begin_generation(1)
+        return 0
+
+    monkeypatch.setattr("megallama.recovery.supervisor.out_of_memory_kills", meanwhile)
+    other._several, other._child, other._oom = True, 0, 0
+    monkeypatch.setattr(other, "_reap_children", lambda: None)  # this process has children of its own
+    other._reap(time.monotonic())
+    assert other._status == signal.SIGKILL
+    assert [record.told("cause") for record in records.values()] == [None, None]
+    assert [record.words[ENDED] for record in records.values()] == [0, 0]
+    records[1].ends(0, "finished")
+    assert records[1].told("cause")["text"] == "finished"
+
+
+def test_nobody_leaves_while_the_next_generation_begins() -> None:
+    """The texts of the last one go first; its number comes after, and between the two there may be a look."""
+    records = {rank: FlightReader() for rank in range(2)}
+    supervisor = supervisor_of({0: records[1]})
+    supervisor._status, supervisor._left = signal.SIGKILL, time.monotonic() - 100
+    for name in TEXTS:
+        records[1].tell(name, None)
+    assert not supervisor._may_leave(time.monotonic())
+    supervisor._verdict = {"again": False}  # who begins it has died before the number came
+    assert supervisor._may_leave(time.monotonic())
+
+
+def test_the_next_trainer_is_not_killed_by_the_verdict_of_the_last() -> None:
+    """The number changes after a look at it: there is no next trainer yet, and the last one's number is not used."""
+    records = {rank: FlightReader() for rank in range(2)}
+    supervisor = supervisor_of(records)
+    child = subprocess.Popen(["sleep", "100"])
+    try:
+        records[0].words[TRAINER], records[0].words[ENDED] = child.pid, signal.SIGKILL + 1
+        supervisor._verdict = {"again": True, "hang": True, "commits": False}
+        assert supervisor._node is not None
+        supervisor._node.begin_generation(1)
+        records[0].words[TRAINER] = child.pid  # quick
+        supervisor._end_trainer({"finish_seconds": 0.0}, time.monotonic() + 100)
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(0.2)
+    finally:
+        child.kill()
+        child.wait()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_trainer_that_no_signal_ends_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
+    """It is in a call of the kernel: a network disk that is gone, say."""
+    supervisor, sent, left = supervisor_of({rank: FlightReader() for rank in range(2)}), list[int](), list[float]()
+    supervisor._verdict, now = {"again": again, "hang": True, "commits": False}, time.monotonic()
+    monkeypatch.setattr(supervisor, "_kill", sent.append)
+    monkeypatch.setattr(supervisor, "_leave", lambda about: left.append(now))
+    while not left and now < time.monotonic() + 60:
+        now += 0.2
+        supervisor._end_trainer({}, now)
+    assert set(sent) == {signal.SIGKILL} and len(left) == 1
+    assert REPLACED < left[0] - time.monotonic() < REPLACED + 1
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["told early", "told late"])
+def test_a_launcher_that_dies_while_the_supervisor_starts_is_missed(
+    capfd: pytest.CaptureFixture[str], early: bool
+) -> None:
+    """Noted by the first process, gone before the supervisor looks for the first time; its trainer tells of it late."""
+    record, about = FlightReader(FlightReader.create()), {"rank": 0, "host": "a", "launcher": "torchrun"}
+    record.words[LAUNCHER] = 1 << 22  # no process
+    child = os.fork()
+    if not child:
+        trainer = os.fork()
+        if not trainer:
+            signal.signal(signal.SIGTERM, lambda *_: (record.ends(75, "stopped as asked"), os._exit(75)))
+            record.words[TRAINER] = os.getpid()
+            time.sleep(0.0 if early else 0.5)
+            record.tell("about", about)
+            signal.pause()
+        while early and not record.told("about"):
+            time.sleep(0.01)
+        Supervisor(record, trainer, several=False).run()
+    until = time.monotonic() + 20
+    while not (left := os.waitpid(child, os.WNOHANG))[0]:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert os.waitstatus_to_exitcode(left[1]) == 75
+    assert capfd.readouterr().err.count("warning: torchrun is gone; rank 0 saves and stops") == 1
 
 
 def test_that_all_begin_again_is_said_though_all_have_ended_already(capfd: pytest.CaptureFixture[str]) -> None:
