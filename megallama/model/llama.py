@@ -67,8 +67,8 @@ class Rotary(Layer):
             rotated = heads[:, :, : n + k]
             self.pointwise.apply_rope(rotated, cos, sin, rotated)
             return heads.split([n, k, k], dim=2)
-        parts = heads.split([n, k, k], dim=2)
-        new = tuple(_head_by_head(part) for part in parts)
+        parts, (b, s, _, d) = heads.split([n, k, k], dim=2), heads.shape  # products want the rows of a head together
+        new = tuple(part.new_empty(b, part.shape[2], s, d).transpose(1, 2) for part in parts)
         for i in range(2):
             self.pointwise.apply_rope(parts[i], cos, sin, new[i])
         new[2].copy_(parts[2])
@@ -84,12 +84,6 @@ class Rotary(Layer):
         """A packed tensor as [b, s, n + 2k, d]."""
         heads = self.num_heads + 2 * self.num_kv_heads
         return qkv.view(-1, len(self.cos), heads, qkv.shape[1] // heads)
-
-
-def _head_by_head(part: Tensor) -> Tensor:
-    """Uninitialised [b, s, heads, d] like `part`, in which the rows of a head lie together."""
-    b, s, heads, d = part.shape
-    return part.new_empty(b, heads, s, d).transpose(1, 2)
 
 
 class TransformerLayer:

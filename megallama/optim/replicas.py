@@ -44,7 +44,9 @@ def wrong_copies(update: Update, groups: Groups) -> list[tuple[str, list[int]]]:
     for axis, held in pieces.items():
         group, here, decides = getattr(groups, axis), tied if axis == "embedding" else 1, axis == "dp_cp" and not own
         for number, (key, column) in enumerate(_columns(group, held, here)):
-            wrong = _odd_ones(column + decides * (group.size + 1) * [int(truth[number])])
+            column += decides * (group.size + 1) * [int(truth[number])]
+            right, count = Counter(column).most_common(1)[0]  # right: what more than half are
+            wrong = [at for at, digested in enumerate(column) if digested != right or 2 * count <= len(column)]
             everybody = decides and len(wrong) == group.size  # all hold the same: it is the master
             ranks = {group.ranks[at // here] for at in ([owners[number]] if everybody else wrong)}
             found += [(key, sorted(ranks))] * (len(ranks) > 0)
@@ -58,9 +60,3 @@ def _columns(group: Group, pieces: Sequence[tuple[str, Tensor]], here: int) -> I
         everyone = own.new_empty(group.size * len(own))
         group.all_gather(everyone, own).wait()
         yield from zip([key for key, _ in pieces], everyone.view(group.size * here, -1).T.tolist(), strict=False)
-
-
-def _odd_ones(column: Sequence[int]) -> list[int]:
-    """The places that are not what more than half are."""
-    right, count = Counter(column).most_common(1)[0]
-    return [place for place, number in enumerate(column) if number != right or 2 * count <= len(column)]
