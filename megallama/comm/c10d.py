@@ -28,11 +28,7 @@ MESSAGE, PIECE, FREE_TAG = range(3)  # tags: of callers, of pieces of our collec
 
 
 class Works:
-    """Handle of works of torch, and of what to do once they are done.
-
-    `limit`: the longest that a wait may last; empty leaves that to the process group.  `record` is told of a
-    wait for the communication `place`.
-    """
+    """Handle of works of torch, and of what to do once they are done; an empty `limit` is that of the process group."""
 
     def __init__(
         self, where: str, works: Sequence[Any], keep: Any, finish: Callable[[], Any] | None, limit: Sequence[timedelta],
@@ -220,10 +216,7 @@ class C10d:
         self, what: str, keep: Tensor, outgoing: Sequence[Tensor], use: Callable[[Sequence[Tensor]], None],
         incoming: Sequence[Tensor] = (),
     ) -> Handle:  # fmt: skip
-        """Give outgoing[r] to every other rank r; what each gave to this one, in rank order, goes to `use`.
-
-        incoming: where to receive it, if that matters.
-        """
+        """Give outgoing[r] to each other rank r; what each gave this one, in `incoming`, goes to `use` by rank."""
         own = outgoing[self.rank]
         others = [p for r, p in enumerate(incoming) if r != self.rank]
         parts = others or [*own.new_empty((self.size - 1, own.numel())).unbind()]

@@ -55,10 +55,7 @@ class StageWork:
 
 
 class PipelineRuntime:
-    """Runs the schedule of one pipeline rank over one batch.
-
-    `hidden` is an empty tensor with the shape, format and device of what passes between stages.
-    """
+    """Runs the schedule of one pipeline rank over one batch; what passes between stages is like the empty `hidden`."""
 
     def __init__(
         self, work: Mapping[int, StageWork], pp: Group, hidden: Tensor, record: FlightRecord | None = None

@@ -104,7 +104,9 @@ def set_up(
     marks, record = data.special_ids, world.record
     manager = CheckpointManager(config, folder, group, path, log.info, marks=marks, record=record, starts=starts)
     _check_beginning(config, data, manager, world)
-    warnings = [*_on_all(world, "memory", lambda: _check_room(plan, world)), *unusual(config)]
+    memory = plan.memory(plan.topology.coords(world.rank)["pp"])
+    own = (world.hosts[world.rank], memory.persistent, memory.total, room(world.device))
+    warnings = [*_on_all(world, "memory", lambda: check_room(world.group.gather_values(own))), *unusual(config)]
     kernels = _choose_kernels(config, plan, world, log)
     for line in warnings:
         log.info(f"warning: {line}")
@@ -161,12 +163,6 @@ def _last_step(config: Config, data: Data) -> tuple[int, str]:
     """After which step the data end, at most `train.steps`, and why before it."""
     steps = config.train.steps
     return data.train.last_step(steps) if isinstance(data.train, TrainDataset) else (steps, "")
-
-
-def _check_room(plan: Plan, world: World) -> list[str]:
-    memory = plan.memory(plan.topology.coords(world.rank)["pp"])
-    own = (world.hosts[world.rank], memory.persistent, memory.total, room(world.device))
-    return check_room(world.group.gather_values(own))
 
 
 def _replicas(plan: Plan, world: World) -> list[str]:
