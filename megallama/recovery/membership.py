@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megallama.comm.flight_reader import FlightReader
 from megallama.config.errors import ranges
+from megallama.plan.replicas import ranks_in_order, whole_replicas
 from megallama.recovery.link import Links, Message
 from megallama.recovery.node import begin_generation, write_json
 from megallama.train.signals import FAILED, SAVED
@@ -46,21 +47,16 @@ class Members:
         Whole replicas go on, as many as the batch can be dealt to.
         """
         there, (stride, dp) = {*able, *self._links.waiting()}, self._about["dp"]
-        first = [rank for rank in range(self._size) if rank // stride % dp == 0]
-        replicas = [[rank + d * stride for rank in first] for d in range(dp)]
         lost = [rank for rank in range(self._size) if rank not in there]
         least, why_not = self._about["min_replicas"] or dp, self._about["replicas"]
-        _fill(replicas, there)
-        whole = [replica for replica in replicas if there.issuperset(replica)]
+        whole = whole_replicas(self._size, stride, dp, there)
         counts = [n for n in range(least, len(whole) + 1) if n == dp or not why_not[n]]
         if not counts or 0 in lost:
             why = f"{len(whole)} of {dp} replicas are whole, run.min_replicas={self._about['min_replicas']}"
             why += f"; {why_not[len(whole)]}" if len(whole) >= least else ""
             why = "its supervisor decides" if 0 in lost else why
             return [], f"the run cannot go on without launched rank {ranges(lost)}: {why}"
-        n = counts[-1]
-        order = sorted((at // (stride * dp), d, at, i) for d in range(n) for i, at in enumerate(first))
-        seats = [whole[d][i] for _, d, _, i in order]
+        seats, n = ranks_in_order(whole[: counts[-1]], stride), counts[-1]
         text = f"the world changes: {n} of {dp} replicas, launched ranks {ranges(seats)} go on"
         text += f" as ranks {ranges(range(len(seats)))}" if seats != [*range(len(seats))] else ""
         text += f"; lost: {ranges(lost)}" if lost else ""
@@ -82,14 +78,6 @@ class Members:
         if asked["arguments"] != sys.argv[6:]:
             return {"why": f"it was started with {sys.argv[6:]}, and not with {asked['arguments']}"}
         return {"why": ""} if asked["seat"] in self.lost() else {}
-
-
-def _fill(replicas: list[list[int]], there: set[int]) -> None:
-    """Make the first replica, the root's, whole, with ranks of broken ones, else of the last whole one."""
-    donors = sorted(replicas[:0:-1], key=there.issuperset)
-    for i, seat in enumerate(replicas[0]):
-        if seat not in there and (donor := next((r for r in donors if r[i] in there), None)):
-            replicas[0][i], donor[i] = donor[i], seat
 
 
 def waits(record: FlightReader) -> Message | None:

@@ -216,7 +216,7 @@ class Supervisor:
             if "asks" in message and (answer := self._members.answer(message)):
                 self._links.send(answer, host)
         elif "died" in message and self._undecided:
-            self._decide(node, now, *message["died"])
+            self._decide(node, now, message["died"])
         elif "overdue" in message:
             self._overdue = self._overdue or now
         elif message.get("over") == self._generation:  # and not that of trainers before
@@ -236,10 +236,11 @@ class Supervisor:
                 continue  # there was another before, of which more is known
             text = f"rank {rank} ({node.hosts[rank]}) failed first: {cause['text']}"
             said, commits = cause["status"] > 0, not record.words[flight.SAVING]  # without its part no save ends
-            died = [rank, text, status, said, cause["final"], False, commits]
+            died = {"rank": rank, "text": text, "status": status, "hang": False, "commits": commits}
+            died |= {"said": said, "lost": [rank] if cause["final"] else []}
             self._links.send({"died": died} if node.rank else {})
             if not node.rank or not self._links.sockets():
-                self._decide(node, now, *died)
+                self._decide(node, now, died)
             return
 
     def _look_for_waits(self, node: Node, now: float) -> None:
@@ -267,32 +268,22 @@ class Supervisor:
         began = any(report["step"] for report in self._reports.values())
         going = [r for r in self._reports.values() if r["saving"] and "wait" in r]
         held = any(report["process"] in "TtDX" for report in going)
-        lost, culprit = len(self._reports) < len(node.hosts), ranks[0] if ranks else node.rank
-        commits = bool(going) and not lost and not held
-        self._decide(node, now, culprit, text, FAILED if began else 1, False, lost, hang=True, commits=commits)
+        lost = [rank for rank in range(len(node.hosts)) if rank not in self._reports]
+        died = {"rank": ranks[0] if ranks else node.rank, "text": text, "status": FAILED if began else 1, "hang": True}
+        self._decide(node, now, died | {"commits": bool(going) and not lost and not held, "said": False, "lost": lost})
         self._say(f"error: {text}\n{self._stacks()}", aloud=False)
 
-    def _decide(
-        self,
-        node: Node,
-        now: float,
-        rank: int,
-        text: str,
-        status: int,
-        said: bool,
-        final: bool,
-        hang: bool = False,
-        commits: bool = True,
-    ) -> None:
-        """The run is over. `said`: the culprit told why; `final`: it cannot be replaced; `commits`: a save may end."""
+    def _decide(self, node: Node, now: float, died: Message) -> None:
+        """The run is over. `said`: the culprit told why; `lost`: who cannot be replaced; `commits`: a save may end."""
+        text, status, hang, said, lost = (died[name] for name in ("text", "status", "hang", "said", "lost"))
         again = self._members is not None and status in (1, FAILED) and self._next(node) != ""
-        if self._members is not None and again and final:
-            lost = {rank, *(r for r in range(len(node.hosts)) if hang and r not in self._reports)}
-            seats, why = self._members.next_world(set(self._members.seats) - {node.about["seats"][r] for r in lost})
+        if self._members is not None and again and lost:
+            left = (seat for rank, seat in enumerate(self._members.seats) if rank not in lost)
+            seats, why = self._members.next_world(left)
             again, text = bool(seats), f"{text}\n{why}" if node.about["min_replicas"] and not seats else text
         if again:
             said, text = False, f"{text}\nall ranks start again ({self._next(node)})"
-        verdict = {"rank": rank, "text": text, "status": status, "hang": hang, "commits": commits, "again": again}
+        verdict = died | {"text": text, "again": again}
         if not again:  # before anybody hears it and leaves: mpirun kills the others once one has left
             self._write_exit(node, -signal.SIGTERM, verdict, {})
             if not (said or hang) and node.about["launcher"] in _KILLERS:
@@ -364,7 +355,7 @@ class Supervisor:
 
     def _warn_of_silence(self, node: Node, now: float) -> None:
         silent = {f"of rank {rank}" for rank in node.records if rank != node.rank and node.silent(rank)}
-        hosts = range(len(node.about["hosts"])) if node.rank == 0 else [node.about["host_of"][0]]
+        hosts = {*node.about["host_of"]} if node.rank == 0 else {node.about["host_of"][0]}
         silent |= {
             f"on {node.about['hosts'][host]}"
             for host in hosts
