@@ -396,10 +396,8 @@ class Supervisor:
                 self._say(f"the save under way may take up to {finish:g} s more")
         if self._deadline and (now >= self._deadline or (self._verdict and self._verdict["hang"] and not saving)):
             self._kill(signal.SIGKILL)  # who makes the next one is left alone
-            self._killed, again = self._killed or now, self._verdict is not None and self._verdict["again"]
-            if now - self._killed > (
-                REPLACED if again else LEAVE
-            ):  # it is in a call of the kernel that does not return
+            self._killed = self._killed or now
+            if now - self._killed > REPLACED:  # it is in a call of the kernel that does not return
                 self._leave(about)
 
     def _may_leave(self, now: float) -> bool:
