@@ -60,12 +60,8 @@ class Documents:
     def _masks(self) -> dict[torch.dtype, Tensor]:
         return {}
 
-    def fresh(self) -> Documents:
-        """The same without what was made of it: masks are large, and end with the copy."""
-        return Documents(self.starts, self.cu_seqlens)
-
     def each(self, change: Callable[[Tensor], Tensor]) -> Documents:
-        """With both tensors changed: moved, pinned."""
+        """With both tensors changed: moved, pinned. What was made of them, masks, ends with the original."""
         return Documents(change(self.starts), change(self.cu_seqlens))
 
 

@@ -354,7 +354,9 @@ def softmax_gradient_(
         factors = torch.exp(log_sum - total) * scale
         for rows in _blocks(logits):
             logits[rows] = logits[rows].to(factors.dtype).mul_(factors[rows].unsqueeze(1))
-    # one element a row; scatter_add_ in 16 bits copies the whole tensor on a CPU, twice
+    if logits.is_cuda:  # one element a row; in 16 bits this copies the whole tensor on a CPU, twice
+        logits.scatter_add_(1, index, -at_label.to(logits.dtype).unsqueeze(1))
+        return
     every = torch.arange(len(logits), device=logits.device)
     logits[every, index.squeeze(1)] -= at_label.to(logits.dtype)
 

@@ -39,9 +39,10 @@ class VocabParallelEmbedding(Layer):
 
     def forward(self, ctx: Any, anchor: Tensor, tokens: Tensor) -> Tensor:
         count = self.param.data.shape[0]  # of the ids that this rank holds
-        rows = tokens - self.tp.group.rank * count
-        held = (rows >= 0) & (rows < count)
-        out = torch.index_select(self.param.weight, 0, rows.clamp_(0, count - 1))
+        shifted = tokens - self.tp.group.rank * count
+        rows = shifted.clamp(0, count - 1)
+        held = rows == shifted
+        out = torch.index_select(self.param.weight, 0, rows)
         ctx.save_for_backward(rows, held)
         if self.tp.group.size == 1:
             return out
@@ -82,16 +83,14 @@ class LossHead(Layer):
         acc_dtype = accumulate_dtype(x.dtype)
         labels, mask = batch.labels.reshape(-1), batch.mask
         counted = torch.ones_like(labels, dtype=acc_dtype) if mask is None else mask.reshape(-1).to(acc_dtype)
-        index = labels - self.first
-        held = (index >= 0) & (index < self.valid)
-        index = index.clamp_(0, max(0, self.valid - 1)).unsqueeze(1)
-        scale = counted * batch.grad_scale
-        at_label, grads = scale * held, []
+        shifted = labels - self.first
+        index = shifted.clamp(0, max(0, self.valid - 1))
+        held, index = index == shifted, index.unsqueeze(1)
+        scale, grads = counted * batch.grad_scale, []
         total = torch.zeros((), dtype=acc_dtype, device=x.device)
         for a in range(0, len(labels), self.chunk_tokens):
             rows = slice(a, a + self.chunk_tokens)
-            factors = (scale[rows], at_label[rows]) if train else None
-            losses, dlogits = self.chunk(full[rows], index[rows], held[rows], factors)
+            losses, dlogits = self.chunk(full[rows], index[rows], held[rows], scale[rows] if train else None)
             total += torch.dot(losses, counted[rows])
             if train:
                 grads.append(self.param.dgrad(dlogits))
@@ -107,39 +106,30 @@ class LossHead(Layer):
         self.param.grad_done()
         return self.norm.backward(dnormed, x), None, None
 
-    def chunk(
-        self, hidden: Tensor, index: Tensor, held: Tensor, factors: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Losses [c] of rows [c, h], and with `factors` the gradient of the logits [c, V/t].
+    def chunk(self, hidden: Tensor, index: Tensor, held: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Losses [c] of rows [c, h], and with `scale` [c] the gradient of the logits [c, V/t].
 
         index: int64 [c, 1], where this rank has the label's logit, if `held` [c] says that it has.
-        factors: of the gradient [c], and the same where the label is held, 0 elsewhere.
         """
         logits = self.param.fprop(hidden)
-        local, count = logits[:, : self.valid], len(logits)
-        acc_dtype = accumulate_dtype(logits.dtype)
+        local = logits[:, : self.valid]
         alone = self.tp.group.size == 1  # the softmax is whole: one pass less over the logits
-        log_sum = logits.new_empty(count, dtype=acc_dtype)
-        stats = logits.new_empty(2, count, dtype=acc_dtype)
-        picked = stats[1]
+        log_sum, own, picked = numbers = logits.new_empty(3, len(logits), dtype=accumulate_dtype(logits.dtype))
         if self.valid:
-            self._softmax(local, index, log_sum, picked, factors[0] if factors is not None and alone else None)
+            self._softmax(local, index, log_sum, picked, scale if alone else None)
             picked.mul_(held)
         else:
             log_sum.fill_(-torch.inf)
             picked.zero_()
-        total = log_sum if alone else self._log_sum_over_ranks(log_sum, stats)
-        if factors is not None and self.valid:
-            scale, at_label = factors
-            self._gradient(local, index, at_label, scale, None if alone else log_sum, total)
+        total = log_sum
+        if not alone:
+            top = log_sum.clone()
+            self.tp.group.all_reduce(top, "max").wait()
+            torch.exp(log_sum - top, out=own)
+            self.tp.group.all_reduce(numbers[1:]).wait()
+            total = top + own.log()
+        if scale is not None and self.valid:
+            self._gradient(local, index, scale * held, scale, None if alone else log_sum, total)
         if self.valid < logits.shape[1]:
             logits[:, self.valid :] = 0
         return total - picked, logits
-
-    def _log_sum_over_ranks(self, local: Tensor, stats: Tensor) -> Tensor:
-        """[c] from each rank's [c]; sums `stats` [2, c] on the way, the first row of which is its own."""
-        top = local.clone()
-        self.tp.group.all_reduce(top, "max").wait()
-        torch.exp(local - top, out=stats[0])
-        self.tp.group.all_reduce(stats).wait()
-        return top + stats[0].log()

@@ -139,7 +139,7 @@ class Stage:
         """Hidden states [T/t, h] or [T, h] of the stage before, if any -> its own, or the loss sum."""
         x = self.embed(batch.tokens.reshape(-1)) if self.embed else hidden
         assert x is not None, "only the first stage makes its own hidden states"
-        documents = batch.documents and batch.documents.fresh()  # batches live as long as the step
+        documents = batch.documents and batch.documents.each(lambda t: t)  # masks do not live as long as batches
         again, tables = self.recompute and torch.is_grad_enabled(), self.rotary.tables(documents)
         for number, layer in zip(self._numbers, self.layers, strict=True):
             inputs = x, *tables, documents

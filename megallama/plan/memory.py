@@ -119,13 +119,13 @@ def rank_memory(config: Config, stages: Stages, schedule: Schedule, dp_cp: int, 
 
 
 def loss_chunk(config: Config, *, gpu: bool = True) -> int:
-    """Most tokens whose logits exist at once; what runs on a GPU unless run.device="cpu" is planned for one.
+    """Most tokens whose logits exist at once; on a GPU, unless run.device="cpu", more.
 
-    On a GPU more: each chunk reads and writes the whole fp32 gradient of the head, and is a few dozen launches.
+    There a chunk is a few dozen launches, and each reads and writes the whole fp32 gradient of the head.
     """
-    memory, size = config.memory, padded_vocab(config) * DTYPE_BYTES[config.precision.dtype]
-    by_size = int(memory.loss_chunk_mb * 2**20) // size // 128 * 128 if gpu and config.run.device != "cpu" else 0
-    return max(memory.loss_chunk_tokens, by_size)
+    memory, row = config.memory, padded_vocab(config) * DTYPE_BYTES[config.precision.dtype]
+    by_size = int(memory.loss_chunk_mb * 2**20) // row // 128 * 128
+    return max(memory.loss_chunk_tokens, by_size if gpu and config.run.device != "cpu" else 0)
 
 
 def padded_vocab(config: Config) -> int:
