@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,18 @@ def threads() -> Iterator[None]:
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def copies(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A run that was killed leaves its copies in memory to the next: here nobody goes on from them."""
+    folder = str(request.getfixturevalue("tmp_path")).encode() if "tmp_path" in request.fixturenames else b""
+    yield
+    if folder:
+        for path in Path("/dev/shm").glob("megallama-copies-*"):
+            with suppress(OSError):
+                if path.read_bytes()[-4096:].startswith(folder):
+                    path.unlink()
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,14 @@ they are called damaged, and other errors get `PATIENCE_SECONDS`.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from mmap import mmap
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +23,8 @@ from megallama.config.errors import MegallamaError
 PATIENCE_SECONDS = 30.0
 JSON_BYTES = 25_000_000  # the most that is read of a configuration, an index or a header
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV)
+HEAD = 1 << 20  # bytes of a copy in memory before its data: eight for the length of a text, its SHA-256, and the text
+_TEXT = 8 + 32
 
 T = TypeVar("T")
 
@@ -170,3 +174,20 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
     while data:
         done = os.pwrite(fd, data, offset)
         data, offset = data[done:], offset + done
+
+
+def read_head(memory: memoryview | mmap) -> dict[str, Any]:
+    """What a copy in memory says of itself; nothing where it is not whole, or its text is damaged."""
+    size = int.from_bytes(memory[:8], "little")
+    text = bytes(memory[_TEXT : _TEXT + size]) if 0 < size <= HEAD - _TEXT else b""
+    if not text or hashlib.sha256(text).digest() != bytes(memory[8:_TEXT]):
+        return {}
+    return dict(json.loads(text))
+
+
+def write_head(memory: memoryview | mmap, said: dict[str, Any]) -> None:
+    """Say it of data that are there; what is too long is not said, and the copy is none."""
+    text = json.dumps(said).encode()
+    if len(text) <= HEAD - _TEXT:
+        memory[8 : _TEXT + len(text)] = hashlib.sha256(text).digest() + text
+        memory[:8] = len(text).to_bytes(8, "little")

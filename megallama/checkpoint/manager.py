@@ -94,6 +94,8 @@ class CheckpointManager:
         self._failure: BaseException | None = None
         self._failures = 0  # in a row
         self.saved_step: int | None = None  # of the newest loaded or completed
+        self.begun: int | None = None  # the step of the last save that has begun
+        self.chain = self._folder / "memory"  # says which copies in memory belong to these checkpoints
         self.resumed: tuple[Path, dict[str, Any]] | None = None  # with its configuration
         self.keep_all = False  # while nobody knows which checkpoint is good
 
@@ -151,6 +153,7 @@ class CheckpointManager:
                 raise
             still_ours = self._lock.check if self._lock.lost else lambda: None
             on_all_ranks(self._group, f"checkpoint of step {step}", still_ours)
+        self.begun = step
         if isinstance(shards, list) and shards:  # all there: not made one after the other
             numbers = iter(torch.stack([digest(shard.state[kind]) for shard in shards for kind in STATE]).tolist())
             shards = [replace(shard, digests={kind: next(numbers) for kind in STATE}) for shard in shards]

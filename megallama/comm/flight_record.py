@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import signal
 import time
 from collections.abc import Sequence
 from itertools import accumulate
@@ -19,12 +20,14 @@ PHASES = ("setting up", "between steps", "data", "forward_backward", "grad_sync"
 ACTIONS = ("", "F", "B", "I", "W", "send_F", "recv_F", "send_B", "recv_B", "last sends")
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "send", "recv")
 (TRAINER, STEP, PHASE, ACTION, STAGE, MICROBATCH, LAYER, CHANGED, LIMIT, LAUNCHED, COMPLETED, SAVING,
- STEPS, WAITED, BEAT, ENDED, PORT, SLOWEST, EXCESS, LAUNCHER, SUPERVISOR, GENERATION) = range(22)  # fmt: skip
+ STEPS, WAITED, BEAT, ENDED, PORT, SLOWEST, EXCESS, LAUNCHER, SUPERVISOR, GENERATION, ASKED, ANSWERED, COPIED,
+ BUDDY) = range(26)  # fmt: skip
 """Words: process; position; when it last moved [ns]; longest wait of now [ns]; actions started, and on CUDA finished;
 whether a save is under way; steps done and all time spent in waits [ns]; by the supervisor: when it last
 looked [ns], the trainer's wait status + 1, where it listens; the slowest rank + 1, and its excess in millionths; the
-launcher's process and the supervisor's; how often trainers have been replaced."""
-_LASTING = (BEAT, PORT, LAUNCHER, SUPERVISOR, GENERATION)
+launcher's process and the supervisor's; how often trainers have been replaced; questions of the trainer, and answers;
+the step of its newest copy + 1, and of the newest that its buddy has, -1 while there is none."""
+_LASTING = (BEAT, PORT, LAUNCHER, SUPERVISOR, GENERATION, ASKED, ANSWERED)
 CALLS, CALL_WORDS = 64, 8  # the last communications, and of each:
 NUMBER, GROUP, OPERATION, ROWS, BYTES, PEER, BEGAN, DONE = range(CALL_WORDS)  # NUMBER counts from 1 in its group
 BUSY, FIRST_BUSY = 64, 32  # steps whose own work is remembered [ns]; first word
@@ -32,7 +35,8 @@ FIRST_CALL = FIRST_BUSY + BUSY
 MAX_GROUPS, COUNTS = 16, FIRST_CALL + CALLS * CALL_WORDS  # of each group: how many communications have begun
 SINCE = COUNTS + MAX_GROUPS  # the call that is waited for: its place in the list + 1, and since when [ns]
 WORDS = SINCE + 2
-TEXTS = {"about": 1 << 19, "groups": 1 << 16, "cause": 1 << 14, "verdict": 1 << 14, "place": 1 << 16}  # bytes of each
+TEXTS = {"about": 1 << 19, "groups": 1 << 16, "cause": 1 << 14, "verdict": 1 << 14, "place": 1 << 16,
+         "asked": 1 << 18, "answer": 1 << 16}  # fmt: skip # bytes of each
 PLACES = dict(zip(TEXTS, accumulate(TEXTS.values(), initial=WORDS * 8), strict=False))  # their first bytes
 _SIZE = -(-(WORDS * 8 + sum(TEXTS.values())) // mmap.PAGESIZE) * mmap.PAGESIZE
 
@@ -40,11 +44,11 @@ _SIZE = -(-(WORDS * 8 + sum(TEXTS.values())) // mmap.PAGESIZE) * mmap.PAGESIZE
 class FlightRecord:
     """The record of one rank, in the file `file` made by `create`, or in memory of its own that nobody reads.
 
-    `stacks`: the file into which the rank writes where its threads stand; `copies`: files for copies of its state.
+    `stacks`: the file into which the rank writes where its threads stand.
     """
 
-    def __init__(self, file: int = -1, stacks: int = -1, copies: Sequence[int] = ()) -> None:
-        self.file, self.stacks, self.copies = file, stacks, copies
+    def __init__(self, file: int = -1, stacks: int = -1) -> None:
+        self.file, self.stacks = file, stacks
         self.memory = mmap.mmap(file, _SIZE)
         self.words = memoryview(self.memory)[: WORDS * 8].cast("q")
         self._next = self._began = 0
@@ -131,6 +135,18 @@ class FlightRecord:
         """It leaves; the first reason stays. `echo`: because of another rank; `final`: it cannot be replaced."""
         if self.told("cause") is None:
             self.tell("cause", {"status": status, "text": why, "echo": echo, "final": final})
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """The supervisor's answer; its "problem" is empty where all is well."""
+        self.tell("asked", question)
+        self.words[ASKED] += 1
+        os.kill(self.words[SUPERVISOR], signal.SIGCHLD)  # it looks at once
+        since, most = time.monotonic(), self.words[LIMIT] / 1e9 or 1800.0
+        while self.words[ANSWERED] != self.words[ASKED]:
+            if time.monotonic() - since >= most:
+                return {"problem": f"the supervisor has not answered for {most:g} s"}
+            time.sleep(0.005)
+        return dict(self.told("answer"))
 
     # ---- texts ----
 

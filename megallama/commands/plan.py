@@ -26,7 +26,8 @@ from megallama.config.load import load
 from megallama.config.schema import Config
 from megallama.forecast.forecast import CO2_KG_PER_KWH, GIB, PUE, Forecast, forecast, search
 from megallama.forecast.hardware import load_hardware
-from megallama.plan.plan import copies, make_plan
+from megallama.plan.copies import copies
+from megallama.plan.plan import make_plan
 
 UNAVOIDABLE = ("matrices", "attention", "head and loss")
 
@@ -151,8 +152,7 @@ def text(f: Forecast) -> str:
 
 def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
     p, room = f.prediction, f.prediction.memory_limit / GIB
-    worst = max(range(f.job.pp), key=f.peaks.__getitem__)
-    m = f.plan.memory(worst)
+    m = f.plan.memory(worst := max(range(f.job.pp), key=f.peaks.__getitem__))
     verdict = "fits" if f.fits else f"DOES NOT FIT, {max(f.peaks) / GIB - room:.1f} GiB too much"
     parts = {"weights": m.weights, "main gradients": m.main_grads, "optimizer shard": m.optimizer,
              "activations": m.activations, "logits": m.logits, "buffers": f.buffers}  # fmt: skip

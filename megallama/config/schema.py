@@ -308,6 +308,9 @@ class CheckpointConfig(Section):
     memory_interval: NonNegativeInt = option(
         0, "steps between copies in memory, from which replaced ranks go on; two copies are kept; 0 is never [steps]"
     )
+    buddy_rate: NonNegativeFloat = option(
+        1.0, "most that a rank sends of its copies in memory to the next host, which keeps them too; 0 is none [GB/s]"
+    )
     finish_seconds: NonNegativeFloat = option(
         30.0, "a run that ends by a failure waits at most this long for the save behind its steps [s]"
     )

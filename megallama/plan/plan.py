@@ -16,8 +16,6 @@ from megallama.plan.timeline import LEGEND, draw, simulate
 from megallama.plan.topology import Topology
 from megallama.plan.work import Stages, partition, stage_costs, training_flops
 
-COPY_RATE = 10.0  # GB/s of a rank that copies its state into the host's memory: what half a PCIe 4.0 link can
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -71,36 +69,15 @@ def make_plan(config: Config, ranks: int) -> Plan:
     return plan
 
 
-def copies(plan: Plan, per_node: int, step_seconds: float) -> Iterator[tuple[str, str]]:
-    """Lines about checkpoint.memory_interval: bytes of the fullest rank, and seconds at COPY_RATE."""
-    interval = plan.config.checkpoint.memory_interval
-    if not interval:
-        return
-    state = max(plan.memory(rank).state for rank in range(plan.schedule.num_ranks))
-    ranks, seconds = min(per_node, plan.topology.world_size), state / (COPY_RATE * 1e9)
-    yield (
-        "copies",
-        (
-            f"in memory every {counted(interval, 'step')}, two of them: {2 * state / 2**30:.3g} GiB per rank, "
-            f"{2 * state * ranks / 2**30:.3g} GiB on a node of {counted(ranks, 'rank')}"
-        ),
-    )
-    share = seconds / (seconds + interval * step_seconds)
-    yield "", f"each takes {seconds:.2g} s at {COPY_RATE:g} GB/s (assumed), {share:.1%} of the time"
-
-
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     config, topology, schedule = plan.config, plan.topology, plan.schedule
     m, b, p = config.model, config.batch, config.parallel
     n, k, d = heads(m)
     yield "model", f"{m.preset or 'own sizes'}: {num_parameters(m):,} parameters"
     tied = ", tied embeddings" if m.tie_embeddings else ""
-    yield (
-        "",
-        (
-            f"{counted(m.num_layers, 'layer')}, hidden {m.hidden_size}, {counted(n, 'head')} of {d} ({k} key/value), "
-            f"ffn {m.ffn_hidden_size}, vocabulary {m.vocab_size}{tied}"
-        ),
+    yield "", (
+        f"{counted(m.num_layers, 'layer')}, hidden {m.hidden_size}, {counted(n, 'head')} of {d} ({k} key/value), "
+        f"ffn {m.ffn_hidden_size}, vocabulary {m.vocab_size}{tied}"
     )
     sharded = ", sequence parallel" if p.sequence_parallel and p.tp > 1 else ""
     yield "layout", f"{topology}{sharded}; rank order {p.rank_order}"
@@ -108,12 +85,9 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "precision", f"{config.precision.dtype}{fp8}, recompute {config.memory.recompute}"
     size, deal = b.global_batch_size, b.deal(b.global_batch_size, topology.dp)
     count = f"{deal[0]} or " * (deal[-1] < deal[0]) + counted(deal[-1], "micro-batch")
-    yield (
-        "batch",
-        (
-            f"{counted(size, 'sequence')} x {b.seq_length} = {counted(size * b.seq_length, 'token', ',')} per step = "
-            f"{counted(topology.dp, 'replica')} x {count} x {b.micro_batch_size}"
-        ),
+    yield "batch", (
+        f"{counted(size, 'sequence')} x {b.seq_length} = {counted(size * b.seq_length, 'token', ',')} per step = "
+        f"{counted(topology.dp, 'replica')} x {count} x {b.micro_batch_size}"
     )
     if deal[-1] < deal[0]:
         idle, fewer = 1 - sum(deal) / (len(deal) * deal[0]), deal.count(deal[-1])
@@ -128,12 +102,9 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "work", f"{each} GFLOP per token (causal attention); {work * tokens:.3g} FLOP in all"
     report = simulate(schedule, stage_costs(config, plan.stages))
     chunks = f", {p.chunks} chunks per rank" if p.chunks > 1 else ""
-    yield (
-        "schedule",
-        (
-            f"{schedule.name}{chunks}: ranks idle {report.bubble:.1%} of the step; "
-            f"in flight per rank {_ranges(report.peak_in_flight)}"
-        ),
+    yield "schedule", (
+        f"{schedule.name}{chunks}: ranks idle {report.bubble:.1%} of the step; "
+        f"in flight per rank {_ranges(report.peak_in_flight)}"
     )
 
 

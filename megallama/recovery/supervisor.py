@@ -16,6 +16,8 @@ import time
 from contextlib import suppress
 from typing import NoReturn
 
+from megallama.checkpoint.copy_files import CopyFiles
+from megallama.checkpoint.keeper import Keeper
 from megallama.comm import flight_record as flight
 from megallama.comm.flight_reader import FlightReader
 from megallama.config.errors import ranges
@@ -39,8 +41,8 @@ _NORMAL = (0, 2, SAVED)  # statuses of trainers that nobody need be told of
 
 def main() -> NoReturn:
     """argv: root folder, files of the flight record, the child, whether that makes the trainers; the launcher's."""
-    files = [*map(int, sys.argv[2].split(","))]
-    Supervisor(FlightReader(files[0], files[1], files[2:]), int(sys.argv[3]), sys.argv[4] != "0").run()
+    files = map(int, sys.argv[2].split(","))
+    Supervisor(FlightReader(*files), int(sys.argv[3]), sys.argv[4] != "0").run()
 
 
 class Supervisor:
@@ -50,7 +52,7 @@ class Supervisor:
         self._record, self._child, self._several = record, child, several
         self._generation = self._child_ended = 0
         self._node: Node | None = None  # once the trainer has told of the run
-        self._links, self._stragglers = Links(), Stragglers(())
+        self._links, self._stragglers, self._keeper = Links(), Stragglers(()), Keeper(record, self._say, CopyFiles())
         self._goodput: Goodput | None = None  # rank 0's, as is
         self._members: Members | None = None
         self._launcher, self._oom = record.words[flight.LAUNCHER], out_of_memory_kills()  # it may have gone meanwhile
@@ -102,6 +104,7 @@ class Supervisor:
             self._reap(now)
             self._introduce()
             if self._node is not None:
+                self._keeper.look(self._node.about)
                 self._watch(self._node, now)
             elif (place := waits(self._record)) and self._status is None:
                 if (status := wait(self._record, place, self._links, self._signals)) is not None:
@@ -139,7 +142,7 @@ class Supervisor:
     def _start_maker(self) -> None:
         """In place of a dead one; it has nothing imported."""
         record, command = self._record, [sys.executable, "-c", _MAKER, sys.argv[1]]
-        files = ",".join(map(str, (record.file, record.stacks, *record.copies)))
+        files = ",".join(map(str, (record.file, record.stacks)))
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # as the first one had them
         self._child = os.spawnv(os.P_NOWAIT, sys.executable, [*command, files, *sys.argv[5:]])
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -425,6 +428,7 @@ class Supervisor:
             name = f"rank {about['rank']} ({about['host']})" if about else "the trainer"
             self._say(f"error: {name} was {cause['text']}")
         self._links.send({"end": status if status >= 0 else FAILED})
+        self._keeper.leave(status)
         if status < 0:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             if -status not in (signal.SIGKILL, signal.SIGSTOP):

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megallama.comm.flight_record import EXCESS, SLOWEST
+from megallama.comm.flight_record import BUDDY, COPIED, EXCESS, SLOWEST
 from megallama.config.errors import DataError, InternalError, MegallamaError, counted
 from megallama.data.loader import Loader
 from megallama.data.samples import Source
@@ -279,10 +279,17 @@ class TrainingLoop:
 
     def _copy_if_due(self) -> None:
         """Into memory that outlives this process."""
-        copies, interval = self.setup.copies, self._config.checkpoint.memory_interval
-        if copies is not None and self.progress.step % interval == 0 and not self.progress.guard.in_a_row:
-            with self._timers.phase("save"):
-                copies.keep(self.progress.step, self._counters() | {"lineage": self._manager.lineage})
+        copies, interval, words = self.setup.copies, self._config.checkpoint.memory_interval, self._world.record.words
+        if copies is None or self.progress.step % interval or self.progress.guard.in_a_row:
+            return
+        with self._timers.phase("save"):
+            if copies.ends:  # all have the copy before this one, when the one before that is overwritten
+                with self._world.patient(self._config.run.io_timeout_seconds):
+                    while 0 <= words[BUDDY] < words[COPIED]:
+                        time.sleep(0.001)
+            counters, manager = self._counters() | {"lineage": self._manager.lineage}, self._manager
+            copies.keep(self.progress.step, counters, [manager.saved_step, manager.begun])
+            words[COPIED] = self.progress.step + 1
 
     def _save_unsaved(self) -> None:
         """All ranks are between two steps: what is not on disk goes there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 import torch
 from pydantic import ValidationError
 
+from megallama.checkpoint.disk import opened, write_durably
+from megallama.checkpoint.folder import known
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.checkpoint.memory import MemoryCopies
 from megallama.checkpoint.starts import Starts
 from megallama.checkpoint.writer import NotFiniteError
-from megallama.comm.flight_record import GENERATION
 from megallama.comm.launch import World
 from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.config.describe import literal
@@ -217,8 +218,6 @@ def go_back(setup: Setup) -> Setup:
     step, first = progress.step, progress.first_step
     until = setup.config.batch.samples_after(step + train.rollback_skip_steps, step, progress.samples)
     setup.worker.optimizer.wait()
-    if setup.copies is not None:
-        setup.copies.forget()
     last = _restore(setup, until)
     progress.first_step, progress.rollbacks = min(first, progress.step), progress.rollbacks + 1
     left_out = f"samples {until - progress.left_out[str(progress.step)]} to {until - 1} are left out"
@@ -236,7 +235,7 @@ def _restore(setup: Setup, until: int | None = None) -> int:
     optimizer, train = setup.worker.optimizer, setup.train_data
     shards = optimizer.shards(owned_only=False)
     newest = None if until is None else manager.newest()
-    saved = _from_memory(setup) if until is None else None
+    saved = _from_memory(setup, rollback=until is not None)
     if saved is None:
         saved = manager.load(newest[0], shards) if newest else manager.resume(shards)
     if saved is not None:
@@ -267,40 +266,68 @@ def _restore(setup: Setup, until: int | None = None) -> int:
 
 
 def _memory_copies(config: Config, world: World, worker: Worker, log: Logger) -> MemoryCopies | None:
-    """Where the state is copied to every checkpoint.memory_interval steps, if a process is there that keeps it."""
-    files, interval = world.record.copies, config.checkpoint.memory_interval
-    if not (interval and files):
+    """Where the state is copied to every checkpoint.memory_interval steps, if a supervisor is there that keeps it."""
+    interval, tree = config.checkpoint.memory_interval, config.model_dump(mode="json")
+    if not (interval and world.record.watched):
         return None
-    own = json.dumps([config.model_dump(mode="json"), world.rank, world.world_size])
-    key = hashlib.sha256(own.encode()).hexdigest()
-    shards, copies, problem = worker.optimizer.shards(owned_only=False), None, ""
-    need, cuda, host = MemoryCopies.need(shards), world.device.type == "cuda", world.hosts[world.rank]
+    tree["train"] |= {"stop_after_steps": 0, "stop_after_minutes": 0}
+    same = hashlib.sha256(json.dumps(tree | {"checkpoint": 0, "log": 0, "run": 0}).encode()).hexdigest()[:12]
+    folder = str(Path(config.run.folder).resolve())
+    key = {"folder": folder, "ranks": world.world_size, "rank": world.rank, "config": same}
+    shards, copies, kept = worker.optimizer.shards(owned_only=False), None, dict[str, Any]()
+    buddies, size = config.checkpoint.buddy_rate > 0 and len({*world.hosts}) > 1, MemoryCopies.need(shards)
+    cuda, host, problem = world.device.type == "cuda", world.hosts[world.rank], ""
     state = 0 if cuda else worker.plan.memory(worker.groups.coords["pp"]).persistent  # which is in the same memory
     try:
-        check_room(world.group.gather_values((host, need + state, 0, room(torch.device("cpu")))))
-        copies = MemoryCopies(files, shards, key, pinned=cuda)
+        check_room(world.group.gather_values((host, size * (1 + buddies) + state, 0, room(torch.device("cpu")))))
+        kept = world.record.ask(do="open", key=key, size=size, listens=buddies)
+        if not (problem := kept["problem"] and f"rank {world.rank} on {host}: {kept['problem']}"):
+            with opened(Path(kept["file"]), os.O_RDWR) as file:
+                copies = MemoryCopies(file, shards, key, pinned=cuda)
     except ConfigError as error:  # of all ranks
         problem = str(error)
     except (OSError, RuntimeError) as error:
         problem = f"rank {world.rank} on {host}: {error}"
-    if problem := next(filter(None, world.group.gather_values(problem)), ""):
+    every = world.group.gather_values([problem, kept.get("end")])
+    if (problem := next((text for text, _ in every if text), "")) or copies is None:
+        world.record.ask(do="drop")
         log.info(f"warning: no copies in memory: {problem}; they take twice the optimizer's state")
         return None
-    log.info(f"copies of the state in memory every {counted(interval, 'step')}: {human_bytes(need)} on this rank")
+    log.info(f"copies of the state in memory every {counted(interval, 'step')}: {human_bytes(size)} on this rank")
+    copies.ends = [end for _, end in every if buddies]
     return copies
 
 
-def _from_memory(setup: Setup) -> dict[str, Any] | None:
-    """The counters of a copy in memory that is newer than what is on disk, after its state was taken."""
-    if setup.copies is None or not setup.world.record.words[GENERATION]:
+def _from_memory(setup: Setup, rollback: bool) -> dict[str, Any] | None:
+    """The counters of a copy in memory that is newer than what is on disk, after its state was taken.
+
+    If there is none the run goes on from a checkpoint or anew, and copies of before are none any more, wherever.
+    """
+    copies, world, manager, config = setup.copies, setup.world, setup.manager, setup.config.checkpoint
+    if copies is None:
+        if world.rank == 0:  # those of earlier starts do not have what this one makes
+            manager.chain.unlink(missing_ok=True)
         return None
-    world, manager = setup.world, setup.manager
-    newest = manager.newest_step(sys.maxsize) if world.rank == 0 else None
-    saved = setup.copies.resume(world.group, world.group.gather_values(newest)[0] or 0, setup.log.warn)
-    if saved is not None:
-        manager.lineage = saved.pop("lineage")
+    chain, newest, counters, ask = "", None, None, world.record.ask
+    if world.rank == 0:
+        chain = manager.chain.read_text() if manager.chain.exists() else ""
+        newest = next((brief.step for brief, _ in reversed(known(manager.chain.parent))), None)
+    if not rollback:
+        chain, newest = world.group.gather_values([chain, newest])[0]
+        now = {"chain": chain, "newest": newest, "resume": config.resume}
+        met = ask(do="meet", ends=copies.ends, rate=config.buddy_rate, **now)
+        for line in met.get("notes", [met["problem"]]):
+            setup.log.info(line)
+        counters = copies.resume(world.group, dict(met.get("own", ())), ask, setup.log.warn)
+    if counters is not None:
+        manager.lineage, manager.saved_step = counters.pop("lineage"), newest
         manager.resumed = Path("memory"), setup.config.model_dump(mode="json")
-    return saved
+        return counters
+    chain = world.group.gather_values(secrets.token_hex(8))[0]
+    if world.rank == 0:
+        write_durably(manager.chain, chain.encode())
+    copies.begin(chain)
+    return None
 
 
 def _check_ramp(config: Config, samples: int, ranks: int) -> None:

@@ -60,8 +60,8 @@ def start_supervisor() -> FlightRecord:
 
     With run.max_replacements the child makes one trainer after the other, each of which returns.
     """
-    files = [FlightRecord.create(), *(os.memfd_create(f"megallama-{name}", 0) for name in ("stacks", "copy", "copy"))]
-    record, several = FlightRecord(files[0], files[1], files[2:]), _said(sys.argv[1:], "max_replacements", "0") != "0"
+    files = FlightRecord.create(), os.memfd_create("megallama-stacks", 0)
+    record, several = FlightRecord(*files), _said(sys.argv[1:], "max_replacements", "0") != "0"
     record.words[LAUNCHER], record.words[SUPERVISOR] = os.getppid(), os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes in between waits for the supervisor
     child = os.fork()
@@ -82,9 +82,9 @@ def start_supervisor() -> FlightRecord:
 
 def make_again() -> FlightRecord:
     """`start_supervisor` in place of a dead maker of trainers. argv: root folder, files; what the launcher gave."""
-    files = [*map(int, sys.argv[2].split(","))]
+    files = map(int, sys.argv[2].split(","))
     sys.argv[:3] = []
-    return _trainer_of(FlightRecord(files[0], files[1], files[2:]), several=True)
+    return _trainer_of(FlightRecord(*files), several=True)
 
 
 def _trainer_of(record: FlightRecord, several: bool) -> FlightRecord:

@@ -1,4 +1,4 @@
-"""Copies of the state in memory: which is taken, and that a flipped bit is never."""
+"""Copies of the state in memory: which is taken, from where, and that a flipped bit is never."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from megallama.checkpoint.disk import HEAD, read_head
 from megallama.checkpoint.manifest import STATE
-from megallama.checkpoint.memory import _HEAD, MemoryCopies
+from megallama.checkpoint.memory import MemoryCopies
 from megallama.comm.group import Solo
 from megallama.layers.param import Shard
 from megallama.plan.box import Box
 from tests.threads import run_threads
-
-
-def files() -> list[int]:
-    return [os.memfd_create("copy") for _ in range(2)]
 
 
 def shards(seed: int, sizes: Sequence[int] = (40, 7, 1000), dtype: torch.dtype = torch.float32) -> list[Shard]:
@@ -31,44 +28,86 @@ def shards(seed: int, sizes: Sequence[int] = (40, 7, 1000), dtype: torch.dtype =
     return found
 
 
+def made(state: Sequence[Shard], file: int = -1) -> MemoryCopies:
+    return MemoryCopies(os.memfd_create("copies") if file < 0 else file, state, {"rank": 0}, pinned=False)
+
+
 def bits(found: Sequence[Shard]) -> list[list[float]]:
     return [shard.state[kind].tolist() for shard in found for kind in STATE]
 
 
-def resume(own: MemoryCopies, above: int = 0) -> tuple[dict[str, Any] | None, list[str]]:
+def whole(copies: MemoryCopies) -> dict[int, int]:
+    """Slots by step, of what says that it is a copy."""
+    heads = [read_head(slot) for slot in copies.slots]
+    return {said["step"]: slot for slot, said in enumerate(heads) if said}
+
+
+def alone(**question: Any) -> dict[str, Any]:
+    return {"problem": "nobody else has it"}
+
+
+def resume(own: MemoryCopies) -> tuple[dict[str, Any] | None, list[str]]:
     said: list[str] = []
-    return own.resume(Solo(), above, said.append), said
+    return own.resume(Solo(), whole(own), alone, said.append), said
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_another_process_goes_on_from_the_newest(dtype: torch.dtype) -> None:
-    kept, state = files(), shards(1, dtype=dtype)
-    copies = MemoryCopies(kept, state, "a", pinned=False)
-    assert resume(copies) == (None, [])
-    for step in (5, 6, 7):
-        for shard in state:
-            for tensor in shard.state.values():
-                tensor += step
-        copies.keep(step, {"step": step, "samples": 16 * step})
-    want, other = bits(state), shards(2, dtype=dtype)
-    again = MemoryCopies(kept, other, "a", pinned=False)
-    assert resume(again) == ({"step": 7, "samples": 112}, [])
-    assert bits(other) == want
-    assert resume(again, above=7) == (None, [])  # a save on disk is as new
-    sizes = [-(-t.nbytes // 64) * 64 for shard in state for t in shard.state.values()]
-    assert MemoryCopies.need(state) == 2 * (_HEAD + sum(sizes))
+class Far:
+    """A buddy with the copies of `other`; it counts the bytes that it was asked for."""
+
+    def __init__(self, copies: MemoryCopies, other: MemoryCopies) -> None:
+        self.copies, self.other, self.asked = copies, other, list[int]()
+
+    def __call__(self, do: str, step: int, slot: int, spans: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        theirs = self.other.slots[whole(self.other)[step]]
+        for start, length in spans:
+            self.copies.slots[slot][start : start + length] = theirs[start : start + length]
+            self.asked.append(length)
+        return {"problem": "", "from": "taken from rank 1"}
+
+    def resume(self) -> tuple[dict[str, Any] | None, list[str]]:
+        said: list[str] = []
+        return self.copies.resume(Solo(), whole(self.copies), self, said.append), said
 
 
-def test_a_copy_of_another_run_is_none() -> None:
-    kept = files()
-    MemoryCopies(kept, shards(1), "a", pinned=False).keep(3, {})
-    assert resume(MemoryCopies(kept, shards(1), "b", pinned=False)) == (None, [])
-    assert resume(MemoryCopies(kept, shards(1, (40, 7)), "a", pinned=False)) == (None, [])
+def two(state: Sequence[Shard], *steps: int) -> tuple[MemoryCopies, MemoryCopies]:
+    """The copies of a rank, and the same again."""
+    found = made(state), made(state)
+    for copies in found:
+        copies.begin("x")
+        for step in steps:
+            copies.keep(step, {"step": step})
+    return found
+
+
+def test_another_process_goes_on_from_the_newest() -> None:
+    for dtype in (torch.float32, torch.float64):
+        file, state = os.memfd_create("copies"), shards(1, dtype=dtype)
+        copies = made(state, file)
+        assert resume(copies) == (None, [])
+        copies.begin("x")
+        for step in (5, 6, 7):
+            for shard in state:
+                for tensor in shard.state.values():
+                    tensor += step
+            copies.keep(step, {"step": step, "samples": 16 * step}, [None, step])
+        want, other = bits(state), shards(2, dtype=dtype)
+        again = made(other, file)
+        said = read_head(again.slots[whole(again)[7]])
+        assert (said["key"], said["chain"], said["after"]) == ({"rank": 0}, "x", [None, 7])
+        assert whole(again) == {7: 0, 6: 1}
+        assert resume(again) == ({"step": 7, "samples": 112}, [])
+        assert bits(other) == want and again.chain == "x"
+        again.keep(8, {})
+        assert whole(again) == {7: 0, 8: 1}  # the older one was written over
+        again.begin("y")
+        assert resume(again) == (None, [])
+        sizes = [-(-t.nbytes // 64) * 64 for shard in state for t in shard.state.values()]
+        assert MemoryCopies.need(state) == 2 * (HEAD + sum(sizes))
 
 
 def test_a_copy_that_was_not_finished_is_none_and_the_older_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, state = files(), shards(1)
-    copies = MemoryCopies(kept, state, "a", pinned=False)
+    file, state = os.memfd_create("copies"), shards(1)
+    copies = made(state, file)
     copies.keep(1, {"step": 1})
     want = bits(state)
     for shard in state:
@@ -82,55 +121,80 @@ def test_a_copy_that_was_not_finished_is_none_and_the_older_one_is_taken(monkeyp
         copies.keep(2, {"step": 2})
     monkeypatch.undo()
     other = shards(3)
-    assert resume(MemoryCopies(kept, other, "a", pinned=False)) == ({"step": 1}, [])
+    assert resume(made(other, file)) == ({"step": 1}, [])
     assert bits(other) == want
 
 
+def places(copies: MemoryCopies, slot: int) -> list[tuple[int, int]]:
+    """Start and length of all bytes of a slot that say something: its head, and its tensors."""
+    head = 40 + int.from_bytes(copies.slots[slot][:8], "little")
+    return [(0, head), *((at, t.nbytes) for (at, _), t in zip(copies._spans, copies._tensors, strict=True))]
+
+
 def test_of_a_thousand_flipped_bits_none_is_accepted() -> None:
-    kept, state, draw = files(), shards(1, (40, 7, 500)), random.Random(7)
-    copies = MemoryCopies(kept, state, "a", pinned=False)
-    copies.keep(1, {"step": 1})
-    copies.keep(2, {"step": 2})
-    ends = [0]
-    for shard in state:
-        for kind in STATE:
-            ends.append(ends[-1] + -(-shard.state[kind].nbytes // 64) * 64)
-    spans = [(start, shard.state[kind].nbytes) for start, (shard, kind) in zip(
-        ends, ((shard, kind) for shard in state for kind in STATE), strict=False)]  # fmt: skip
-    newest = max(range(2), key=lambda slot: copies._said(copies._memories[slot])["step"])
-    for _ in range(1000):
+    """Alone: the copy before is taken. With a buddy that has it: its bits are, but where nothing is said of them."""
+    state, draw = shards(1, (40, 7, 500)), random.Random(7)
+    copies, other = two(state, 1, 2)
+    want, far = bits(state), Far(copies, other)
+    newest = whole(copies)[2]
+    spans = places(copies, newest)
+    for number in range(1000):
         start, size = draw.choice(spans)
-        at, bit = _HEAD + start + draw.randrange(size), 1 << draw.randrange(8)
-        copies._memories[newest][at] ^= bit
-        counters, said = resume(copies)
-        assert counters == {"step": 1} and len(said) == 1
-        assert said[0] == "warning: the copy of step 2 in memory is damaged (1 tensors)"
-        copies._memories[newest][at] ^= bit
-    assert resume(copies) == ({"step": 2}, [])
+        at, bit = start + draw.randrange(size), 1 << draw.randrange(8)
+        copies.slots[newest][at] ^= bit
+        for shard in state:
+            shard.state["master"].zero_()
+        helps = number % 2 > 0 and start > 0
+        counters, said = far.resume() if helps else resume(copies)
+        assert counters == {"step": 1 + helps} and bits(state) == want
+        assert len(said) == (start > 0), said
+        if helps:
+            assert copies.slots[newest] == other.slots[newest]  # it is mended
+        else:
+            copies.slots[newest][at] ^= bit
+    assert resume(copies) == ({"step": 2}, []) and bits(state) == want
 
 
-def test_a_damaged_head_is_no_copy() -> None:
-    kept = files()
-    copies = MemoryCopies(kept, shards(1), "a", pinned=False)
-    copies.keep(1, {"step": 1})
-    for text in (b"\xff" * 8, (30).to_bytes(8, "little"), (2).to_bytes(8, "little") + b"[]"):
-        copies._memories[0][: len(text)] = text
-        assert resume(copies) == (None, [])
+def test_a_damaged_tensor_comes_from_the_buddy_and_is_named() -> None:
+    state = shards(1)
+    copies, other = two(state, 1, 2)
+    far, want = Far(copies, other), bits(state)
+    slot = whole(copies)[2]
+    start, length = copies._spans[4]
+    copies.slots[slot][start + 5] ^= 16
+    for shard in state:
+        shard.state["exp_avg"].zero_()
+    counters, said = far.resume()
+    assert counters == {"step": 2} and bits(state) == want and far.asked == [length]
+    assert said == ["the copy of step 2 in memory is damaged (w1 exp_avg): taken from rank 1"]
+    copies.keep(3, {})
+    assert whole(copies) == {2: slot, 3: 1 - slot}
+
+
+def test_what_is_damaged_in_both_is_not_taken() -> None:
+    copies, other = two(shards(1), 2)
+    for one in (copies, other):
+        one.slots[0][copies._spans[0][0]] ^= 1
+    counters, said = Far(copies, other).resume()
+    assert counters is None
+    assert said == ["the copy of step 2 in memory is damaged and not used (w0 master): taken from rank 1"]
+    counters, said = resume(copies)
+    assert counters is None
+    assert said == ["the copy of step 2 in memory is damaged and not used (w0 master): nobody else has it"]
 
 
 def test_ranks_take_the_newest_step_that_all_have() -> None:
     """Rank 1 ended before its copy of step 3; of rank 2 the one of step 2 is damaged."""
 
     def rank(group: Any) -> tuple[Any, int]:
-        number, kept, state = group.rank, files(), shards(group.rank)
-        copies = MemoryCopies(kept, state, "a", pinned=False)
+        number, state = group.rank, shards(group.rank)
+        copies = made(state)
         for step in (1, 2) if number == 1 else (2, 3):
             copies.keep(step, {"step": step})
         if number == 2:
-            slot = next(i for i in range(2) if copies._said(copies._memories[i])["step"] == 2)
-            copies._memories[slot][_HEAD] ^= 1
+            copies.slots[whole(copies)[2]][HEAD] ^= 1
         said: list[str] = []
-        return copies.resume(group, 0, said.append), len(said)
+        return copies.resume(group, whole(copies), alone, said.append), len(said)
 
     assert [found for found, _ in run_threads(2, rank)] == [{"step": 2}] * 2
     assert run_threads(3, rank) == [(None, 0), (None, 0), (None, 1)]
@@ -142,4 +206,4 @@ def test_memory_that_does_not_suffice_is_an_os_error(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="Cannot allocate memory"):
-        MemoryCopies(files(), shards(1), "a", pinned=False)
+        made(shards(1))

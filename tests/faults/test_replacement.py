@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from megallama.checkpoint.copy_files import SHM, name_of
+from megallama.checkpoint.disk import HEAD
 from tests.faults.hosts import Hosts
 from tests.faults.ranks import Ranks
 from tests.faults.test_hosts import hosts as hosts  # the fixture
@@ -160,3 +162,59 @@ def test_ranks_of_two_hosts_are_replaced(hosts: Hosts, tmp_path: Path) -> None:
     plain = over(hosts, ["parallel.tp=2", *RUN], tmp_path / "plain")
     assert plain.wait(60) == [0, 0]
     assert result(tmp_path / "two") == result(tmp_path / "plain")
+
+
+def kept(folder: Path) -> list[Path]:
+    """The files of a run's copies."""
+    return sorted(SHM.glob(name_of(str((folder / "run").resolve()), "*")))
+
+
+def resumed(ranks: Ranks) -> int:
+    """After which step the last start went on from memory."""
+    found = re.findall(r"resumed after step (\d+), .* from (.*)", ranks.said(0))
+    assert found and found[-1][1] == "memory", ranks.said(0)
+    return int(found[-1][0])
+
+
+def last_step(folder: Path) -> int:
+    """That any rank has finished."""
+    return len((folder / "run" / "metrics.jsonl").read_text().splitlines())
+
+
+def test_a_host_loses_its_memory_and_has_it_back_from_the_other(hosts: Hosts, tmp_path: Path, want: Any) -> None:
+    """One supervisor is killed, its host's files wiped; both are killed, a bit of each copy of one rank is flipped."""
+    arguments = [*RUN, "parallel.tp=2", "checkpoint.memory_interval=1"]
+    log = tmp_path / "run" / "logs" / "rank-0001.log"
+    ranks = over(hosts, arguments, tmp_path, supervised=True)
+    reach(ranks, 8)
+    os.kill(ranks.processes[1].pid or 0, signal.SIGKILL)
+    assert ranks.wait() == [4, -9]
+    names = {path.name.partition("-")[2].split("-", 2)[2]: path for path in kept(tmp_path)}
+    assert [*names] == ["0", "0-buddy", "1", "1-buddy"]
+    finished = last_step(tmp_path)
+    for name in ("1", "0-buddy"):
+        names[name].unlink()
+
+    ranks = over(hosts, arguments, tmp_path, port=29613, supervised=True)
+    reach(ranks, finished + 8)
+    for process in ranks.processes:
+        os.kill(process.pid or 0, signal.SIGKILL)
+    assert ranks.wait() == [-9, -9]
+    assert resumed(ranks) >= finished - 1
+    buddy = rf"rank 0 \({hosts.names[0]}, {hosts.addresses[0]}:\d+\)"
+    assert re.search(rf"the copy of step {resumed(ranks)} in memory is not here: taken from {buddy}", log.read_text())
+    finished = last_step(tmp_path)
+    with open(names["1"], "r+b") as file:
+        for slot in (0, (names["1"].stat().st_size - 4096) // 2):
+            file.seek(slot + HEAD + 100)
+            bits = file.read(1)[0]
+            file.seek(slot + HEAD + 100)
+            file.write(bytes([bits ^ 64]))
+
+    ranks = over(hosts, arguments, tmp_path, port=29614, supervised=True)
+    assert ranks.wait() == [0, 0]
+    assert resumed(ranks) >= finished - 1
+    mended = rf"the copy of step {resumed(ranks)} in memory is damaged \(\S+ master\): taken from {buddy}"
+    assert re.search(mended, ranks.said(1)), ranks.said(1)
+    assert result(tmp_path) == want
+    assert kept(tmp_path) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,14 @@ def test_tool_tells_what_copies_in_memory_take(capsys: pytest.CaptureFixture[str
     step = float(out.split("\nstep ")[1].split(" s,")[0])
     seconds = 12 * 6_738_415_616 / 16 / 10e9
     assert out.split(lines)[1].startswith(f"{seconds / (seconds + 2 * step):.1%} of the time\n")
+    seconds = 12 * 6_738_415_616 / 16 / 1e9
+    least = ceil(seconds / step)
+    assert 4 <= least < 9
+    far = f"each is there after {seconds:.2g} s at 1 GB/s, for which checkpoint.memory_interval={least} leaves the time"
+    assert f"           as much again for another node's copies; {far}\n" in out
+    for other in (["ranks=16", "checkpoint.buddy_rate=0"], ["ranks=8"]):  # none goes anywhere
+        assert command("plan")([*words[:2], "checkpoint.memory_interval=2", *other]) == 0
+        assert "GB/s (assumed)" in (out := capsys.readouterr().out) and "another node" not in out
     assert command("plan")(words) == 0
     assert "copies" not in capsys.readouterr().out
 

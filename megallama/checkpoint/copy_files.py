@@ -1,0 +1,162 @@
+"""Files of copies in memory, for one user and one process at a time: in /dev/shm, or without a name.
+
+Supervisors open them; a training run imports none of this.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from stat import S_ISREG
+from typing import Any
+
+SAVED = 75  # status of a run that was asked to stop, and has saved
+SHM, PREFIX = Path("/dev/shm"), "megallama-copies-"
+_FOLDER, _BUSY = 4096, 5.0  # bytes at the end of a file: the run's folder; seconds for a process to end that has it
+
+
+class CopyFiles:
+    """Those of one process: of its own rank, and of others. `shm`: the file system where they have names."""
+
+    def __init__(self, shm: Path = SHM) -> None:
+        self.shm = shm
+        self.opened: dict[str, tuple[int, mmap.mmap]] = {}  # by name
+
+    def open(self, folder: str, which: object, size: int, notes: list[str]) -> tuple[int, mmap.mmap]:
+        """The file `which` of the run in `folder`, at least `size` bytes. Raises: OSError, as `open_file`."""
+        name = name_of(folder, str(which))
+        if name not in self.opened or len(self.opened[name][1]) < size:
+            self.opened[name] = open_file(self.shm, name, size, folder, self.opened.get(name, (-1,))[0], notes)
+        return self.opened[name]
+
+    def drop(self) -> None:
+        """Close and remove them."""
+        for name, (file, _) in self.opened.items():
+            with suppress(OSError):
+                if os.fstat(file).st_nlink:
+                    (self.shm / name).unlink()
+            os.close(file)
+        self.opened.clear()
+
+
+def name_of(folder: str, which: str) -> str:
+    """The name of the file of a rank, or of its copy for a buddy, of the run in `folder`."""
+    return f"{PREFIX}{hashlib.sha256(folder.encode()).hexdigest()[:12]}-{which}"
+
+
+def open_file(shm: Path, name: str, size: int, folder: str, file: int, notes: list[str]) -> tuple[int, mmap.mmap]:
+    """A file of `size` bytes and its memory; what it has stays. `file`: it is open already, but smaller, or -1.
+
+    What is to be said goes to `notes`. Raises: OSError where the machine has no room.
+    """
+    size, path, there = size + _FOLDER, shm / name, 0
+    with _alone(shm):  # processes that look at the same time would all find the room that one needs
+        notes += tidy(shm)
+        with suppress(OSError):
+            there = (os.fstat(file) if file >= 0 else path.stat()).st_blocks * 512
+        if size - there > (free := free_memory()):
+            raise OSError(errno.ENOMEM, f"{size - there:,} bytes are needed, and {free:,} are free")
+        at = os.statvfs(shm)
+        try:
+            file = file if file >= 0 else _locked(path)
+            if size - there > at.f_bavail * at.f_frsize:
+                path.unlink(missing_ok=True)
+                os.close(file)
+                raise OSError(errno.ENOSPC, f"{at.f_bavail * at.f_frsize:,} bytes are free of {size:,} needed")
+        except OSError as error:
+            text = "warning: copies in memory have no name, and do not outlive their supervisor"
+            notes.append(f"{text}: {path}: {error.strerror}")
+            file = os.memfd_create(name)
+        os.posix_fallocate(file, 0, size)
+    memory = mmap.mmap(file, size)
+    memory[-_FOLDER:] = folder.encode()[:_FOLDER].ljust(_FOLDER, b"\0")
+    return file, memory
+
+
+def free_memory() -> int:
+    """Bytes of this machine that nobody uses."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+
+
+def is_over(ending: Mapping[str, Any]) -> bool:
+    """Whether nobody goes on from the copies of a run that ended so: all is done, or is saved."""
+    return ending["status"] == 0 or (ending["status"] == SAVED and ending["step"] > 0)
+
+
+def tidy(shm: Path) -> list[str]:
+    """Remove the files of runs that are over, or whose folder is gone, but none that a process has; a line for each."""
+    done = []
+    for path in sorted(shm.glob(f"{PREFIX}*")):
+        with suppress(OSError), _opened(path, os.O_RDWR | os.O_NOFOLLOW) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            text = os.pread(file, _FOLDER, max(0, os.fstat(file).st_size - _FOLDER)).rstrip(b"\0")
+            folder, over = Path(text.decode(errors="replace")), False
+            with suppress(OSError, ValueError, LookupError, TypeError):
+                over = is_over(json.loads((folder / "exit.json").read_text()))
+            if over or not folder.is_dir():
+                path.unlink()
+                done.append(f"removed {path}: the run in {folder} is {'over' if over else 'gone'}")
+    return done
+
+
+def why_not(said: dict[str, Any], key: dict[str, Any], now: dict[str, Any]) -> str:
+    """Why a copy is not gone on from; empty where it is. `now`: chain and newest step beside it on disk, what voids."""
+    step, newest = said["step"], now["newest"]
+    for name in key:
+        if said["key"].get(name) != key[name]:
+            return f"its {name} was {said['key'].get(name)} and is {key[name]}"
+    if now["resume"] in ("fresh", "previous"):
+        return f"checkpoint.resume={now['resume']}"
+    if newest is not None and step <= newest:
+        return f"the checkpoint of step {newest} is as new"
+    if said["chain"] != now["chain"]:
+        return "the run has gone on from somewhere else since"
+    if newest not in said["after"]:
+        last = next((f"step {step}" for step in reversed(said["after"]) if step is not None), "none")
+        return f"it was made after the checkpoint of {last}, and the newest is of step {newest}"
+    return ""
+
+
+def _locked(path: Path) -> int:
+    """Open for this process alone, and this user's. Raises: OSError."""
+    deadline = time.monotonic() + _BUSY
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            at = os.fstat(file)
+            if not S_ISREG(at.st_mode) or at.st_uid != os.geteuid() or at.st_mode & 0o077:
+                os.close(file)
+                raise PermissionError(errno.EPERM, "it is not this user's alone")
+            if at.st_nlink:  # else it was removed meanwhile
+                return file
+        os.close(file)
+        if time.monotonic() >= deadline:
+            raise OSError(errno.EBUSY, "another process has it")
+        time.sleep(0.05)
+
+
+@contextmanager
+def _alone(shm: Path) -> Iterator[None]:
+    """Within, no other process of this host is."""
+    with _opened(shm, os.O_RDONLY) as folder:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    file = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield file
+    finally:
+        os.close(file)
