@@ -18,22 +18,15 @@ def copies(plan: Plan, per_node: int, step_seconds: float) -> Iterator[tuple[str
         return
     state = max(plan.memory(rank).state for rank in range(plan.schedule.num_ranks))
     ranks, seconds = min(per_node, plan.topology.world_size), state / (COPY_RATE * 1e9)
-    yield (
-        "copies",
-        (
-            f"in memory every {counted(interval, 'step')}, two of them: {2 * state / 2**30:.3g} GiB per rank, "
-            f"{2 * state * ranks / 2**30:.3g} GiB on a node of {counted(ranks, 'rank')}"
-        ),
-    )
+    host = f"{2 * state * ranks / 2**30:.3g} GiB on a node of {counted(ranks, 'rank')}"
+    rank = f"{2 * state / 2**30:.3g} GiB per rank"
+    yield "copies", f"in memory every {counted(interval, 'step')}, two of them: {rank}, {host}"
     share = seconds / (seconds + interval * step_seconds)
     yield "", f"each takes {seconds:.2g} s at {COPY_RATE:g} GB/s (assumed), {share:.1%} of the time"
     rate = plan.config.checkpoint.buddy_rate
     if rate and plan.topology.world_size > per_node:
         seconds = state / (rate * 1e9)
-        yield (
-            "",
-            (
-                f"as much again for another node's copies; each is there after {seconds:.2g} s at {rate:g} GB/s, for which "
-                f"checkpoint.memory_interval={max(1, ceil(seconds / step_seconds))} leaves the time"
-            ),
-        )
+        least = max(1, ceil(seconds / step_seconds))
+        far = f"each is there after {seconds:.2g} s at {rate:g} GB/s"
+        text = f"{far}, for which checkpoint.memory_interval={least} leaves the time"
+        yield "", f"as much again for another node's copies; {text}"
