@@ -227,8 +227,8 @@ def _machine() -> str:
 class FolderLock:
     """The lock of one folder: a file created atomically (hard link) and touched every few seconds.
 
-    One whose process has ended on this machine is taken over at once; others once not touched for `LEASE_SECONDS`, if
-    they cannot be opened three times as long, for of such a network file system may show old times.
+    One whose process has ended on this machine is taken over at once; others once not touched for `LEASE_SECONDS`, or
+    three times as long where a network file system does not open them: it may show old times.
     """
 
     def __init__(self, folder: Path, log: Callable[[str], None], lease_seconds: float = LEASE_SECONDS) -> None:
@@ -349,8 +349,8 @@ def _look(path: Path) -> _Seen | None:
 class Choice:
     """Which checkpoint a run goes on from; every rank of `group` has one and calls the same methods.
 
-    One that is damaged is quarantined, and the one before it taken. One that cannot be read now may be
-    whole, and an older one would throw steps away: that ends the start, unless `previous` is wanted.
+    One that is damaged is quarantined, and the one before it taken. One that cannot be read now may be whole: that ends
+    the start, unless `previous` is wanted.
     """
 
     def __init__(self, folder: Path, group: Assembly, log: Callable[[str], None], *, previous: bool) -> None:

@@ -1,8 +1,7 @@
 """Groups over torch.distributed: NCCL between GPUs, gloo between CPUs.
 
 Gloo's reduce-scatter and all-gather take two to five times as long as sending the pieces directly, and a small
-all-reduce twice as long, so these are built from messages.  Gloo moves them in a thread of its own, and the sum is
-taken in `wait()`, always in rank order.
+all-reduce twice as long, so these are built from messages; the sum is taken in `wait()`, always in rank order.
 """
 
 from __future__ import annotations

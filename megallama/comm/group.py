@@ -3,9 +3,8 @@
 Every operation starts at once and returns a `Handle`, which keeps its tensors alive until it is waited for.
 An overlapped call keeps the handle while other work runs; a blocking one is ``group.all_reduce(x).wait()``.
 
-Five implementations: `Solo` (one rank: every operation is the identity, so no caller asks for the
-size), `C10d` (torch.distributed: NCCL or gloo), `SharedMemory` (CPU ranks of one machine),
-`Timed` (wraps another group and notes when) and, in the tests, threads.
+Implementations: `Solo` (one rank: every operation is the identity, so no caller asks for the size), `C10d`
+(torch.distributed: NCCL or gloo), `SharedMemory` (CPU ranks of one machine) and, in the tests, threads.
 
 Positions (`rank`, `source`, `to`) are indices *within the group*; `ranks` are global ranks.
 """

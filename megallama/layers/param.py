@@ -1,7 +1,6 @@
 """What layers are made of: parameters, views into one weight and one fp32 gradient buffer per stage.
 
-Gradients of weights never pass through autograd: the hand-written backward functions hand each to its `Param`, which
-adds it into `main_grad` at once; the last one of a step tells the gradient synchronisation that it is ready.
+Gradients of weights never pass through autograd: the backward functions hand them to `Param`, which adds them up.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Boxes: rectangles of global tensors, the one idea behind sharding, saving and resharding.
 
-A flat range of a box (an optimizer's shard) is at most ``2 * ndim - 1`` boxes, and a box of a row-major file is a list
-of byte runs.
+A flat range of a box is at most ``2 * ndim - 1`` boxes, and a box of a row-major file is a list of byte runs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Where every rank stands: arithmetic on rank numbers.
 
-`order` lists the axes from fastest to slowest varying, as Megatron does: neighbouring ranks, usually of one node,
-differ in the first axis, so the one that talks most comes first.
+`order` lists the axes from fastest to slowest varying, as Megatron does: the one that talks most comes first.
 """
 
 from __future__ import annotations

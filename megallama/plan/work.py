@@ -1,8 +1,7 @@
 """How much there is to compute, per token, and which layers each pipeline stage holds.
 
-A multiply-add is two operations; only matrix products count.  Attention is counted either in full (the convention of
-Korthikanti et al. 2022, arXiv:2205.05198) or causally (what the mask leaves).  A training step costs three forwards;
-recomputation is not counted.
+A multiply-add is two operations; only matrix products count.  Attention is counted in full (as in Korthikanti et al.
+2022, arXiv:2205.05198) or causally (what the mask leaves).  A training step costs three forwards, recomputation apart.
 
 Of the stages before the last, later ones take the surplus of layers: early ones hold more micro-batches in flight.
 """

@@ -1,7 +1,6 @@
 """Signals that ask the run to stop, from the first line of the program to its last.
 
-Before training all ranks are told, and each process ends where it stands.  Then a request is only noted, and the next
-step's consensus tells all ranks.
+Before training all ranks are told, and each process ends where it stands; then the next step's consensus tells them.
 """
 
 from __future__ import annotations

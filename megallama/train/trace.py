@@ -1,7 +1,6 @@
 """What really happened in a step: every action of the pipeline and every communication, by the clock.
 
-A few barriers before the first traced step make the clocks of the ranks agree.  On a GPU nothing waits for a reading;
-blocked is where its stream of kernels stood still.
+Barriers before the first traced step make the clocks agree.  On a GPU, blocked is where its stream stood still.
 """
 
 from __future__ import annotations
