@@ -20,7 +20,7 @@ from torch import Tensor
 from megallama.config.load import load
 from megallama.config.schema import Config
 from megallama.kernels.attention import Documents
-from megallama.kernels.candidate import Operation, accumulate_dtype
+from megallama.kernels.candidate import TRITON, Operation, accumulate_dtype
 from megallama.kernels.select import Kernels, select_kernels
 from megallama.layers.batch import MicroBatch
 from megallama.train.assemble import DTYPES
@@ -36,14 +36,17 @@ def settings(*words: str, ranks: int = 1, documents: bool = False) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"document_mask": documents})})
 
 
-def kernels_on_cuda(config: Config) -> Kernels:
-    """What a GPU of compute capability 9.0 takes: selection is the real one, but there are no values to compare."""
+def kernels_on_cuda(config: Config, triton: bool = False) -> Kernels:
+    """What a GPU of compute capability 9.0 takes: selection is the real one, but there are no values to compare.
+
+    With `triton` within `counted_triton` only: its own kernels know nothing of the meta device.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Operation, "check", lambda *_: None)
         patch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
         return select_kernels(
             GPU, DTYPES[config.precision.dtype], documents=config.data.document_mask, fp8=config.precision.fp8,
-            without=config.run.without_kernels,
+            without=[*config.run.without_kernels, *([] if triton else [TRITON])],
         )  # fmt: skip
 
 
