@@ -15,10 +15,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megallama.checkpoint import folder as folders
 from megallama.checkpoint import manager as manager_module
 from megallama.checkpoint import manifest, writer
 from megallama.checkpoint.disk import CheckpointError
@@ -543,9 +545,11 @@ def test_a_step_done_again_replaces_the_one_before_and_says_so(tmp_path) -> None
 
 
 def test_a_call_that_is_stuck_is_named_by_its_rank_with_the_file_and_since_when(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(manager_module, "TELL_SECONDS", 0.2)
     gate: SimpleQueue[None] = SimpleQueue()
     monkeypatch.setattr(os, "fsync", gate.get)  # without a frame of its own, as the real one
+    clock, reminders = [100.0], []  # of the two ranks, which tell when this test says so
+    monkeypatch.setattr(manager_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(folders, "every", lambda seconds, tell: (reminders.append(tell), threading.Event())[1])
     logs: list[list[str]] = [[], []]
     config, grid = make_config(async_save=False), Topology(tp=2)
 
@@ -553,25 +557,33 @@ def test_a_call_that_is_stuck_is_named_by_its_rank_with_the_file_and_since_when(
         manager = make_manager(tmp_path, config, group, log=logs[group.rank].append)
         manager.save(3, take(STATE, boxes(MODEL, grid, 1, group.rank, owned=True)), {})
 
-    def let_go() -> None:
-        deadline = time.monotonic() + 20
-        while not any(re.search("for [1-9] s or more", line) for line in [*logs[1]]) and time.monotonic() < deadline:
+    def look_and_let_go() -> None:
+        deadline = time.monotonic() + 100
+        while sum(call.startswith("sync ") for call in folders.under_way().values()) < 2:
+            if time.monotonic() > deadline:
+                break
             time.sleep(0.01)
+        for passed in (0.25, 1.25, 3.25):
+            clock[0] = 100.0 + passed
+            for tell in [*reminders]:
+                tell()
         for _ in range(1000):
             gate.put(None)
 
-    opener = threading.Thread(target=let_go)
+    opener = threading.Thread(target=look_and_let_go)
     opener.start()
     on_grid(grid, rank)
     opener.join()
     for number, lines in enumerate(logs):
-        told = [line for line in lines if f", rank {number} in sync " in line]
-        assert re.fullmatch(
-            rf"the checkpoint of step 3 is still being written, for 0 s now.* in sync {tmp_path}/step-00000003"
-            r"\.megallama-unfinished/\S+ for 0 s or more.*", told[0]
-        )  # fmt: skip
-        since = [int(re.search(r" in sync \S+ for (\d+) s or more", line)[1]) for line in told]
-        assert since == sorted(since) and since[-1] >= 1
+        told = [line for line in lines if " is still being written, " in line]
+        for line, (passed, since) in zip(told, ((0, 0), (1, 1), (3, 3)), strict=True):
+            assert line.startswith(
+                f"the checkpoint of step 3 is still being written, for {passed} s now, rank {number} in "
+            )
+            stuck = re.findall(rf", rank {number} in sync (\S+) for {since} s or more", line)
+            assert len(stuck) == 2 and {str(Path(file).parent.parent) for file in stuck} == {
+                f"{tmp_path}/step-00000003.megallama-unfinished"
+            }, line
     assert steps(tmp_path) == [3]
 
 

@@ -71,7 +71,7 @@ def test_a_folder_without_a_run_is_an_error(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "status" / "n1.json").write_text("{half")
     assert command("status")([str(tmp_path)]) == 2
     assert command("status")([str(folder(tmp_path / "run")), "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)) == {"end", "goodput", "hosts"}
+    assert set(json.loads(capsys.readouterr().out)) == {"end", "goodput", "hosts", "members"}
 
 
 def test_time_is_counted_over_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
