@@ -180,7 +180,7 @@ class World:
 
     def groups(self, topology: Topology, num_kv_heads: int) -> Groups:
         """Open this rank's process groups; every rank calls it with the same arguments."""
-        groups = build_groups(topology, self.rank, num_kv_heads, self._make)
+        groups = build_groups(topology, self.rank, num_kv_heads, self.open_group)
         if self.device.type == "cuda":
             for group in self.opened:  # all ranks open theirs in the order of their names: nobody waits crosswise
                 group.warm_up()
@@ -190,7 +190,8 @@ class World:
         """A further group of all ranks, for small values and one thread; `bound` does not touch it."""
         return StarGroup(self.star, name, self.timeout) if self.star else Solo(name, self.rank)
 
-    def _make(self, name: str, partition: Partition) -> Group:
+    def open_group(self, name: str, partition: Partition) -> Group:
+        """This rank's group of `partition`; every rank calls it with the same arguments."""
         ranks = next(ranks for ranks in partition if self.rank in ranks)
         if len(ranks) == 1:
             return Solo(name, self.rank)
@@ -321,7 +322,7 @@ def start(
             oversubscribed=len(sharing) > len(os.sched_getaffinity(0)), shared_memory=run.shared_memory,
             record=record, arrivals=arrivals,
         )  # fmt: skip
-        world.group = world._make("world", [tuple(range(launch.world_size))])
+        world.group = world.open_group("world", [tuple(range(launch.world_size))])
         return world
     except BaseException:
         star.close()

@@ -49,7 +49,7 @@ def preflight(say: Callable[[str], Any], seconds: float, percent: float, device:
     with start(detect_launch(), run, f"{seconds:g} {percent:g}") as world:
         world.bound(min(1e6, max(60.0, seconds)))  # one kind takes a fraction of `seconds`
         try:
-            rates = measure(world.group, world.hosts, world.device, world._make, seconds)
+            rates = measure(world.group, world.hosts, world.device, world.open_group, seconds)
         except RuntimeError as error:
             why = [first[0]] if (first := world.failed(error)) else [str(error), *getattr(error, "__notes__", [])]
             raise LaunchError(f"rank {world.rank} broke off: {' '.join(why)}; exclude the stuck host") from error

@@ -149,7 +149,7 @@ def connecting(monkeypatch: pytest.MonkeyPatch, topology: Topology, heads: int) 
         monkeypatch.setattr(C10d, "warm_up", lambda self, own=own: own.append((self.name, self.ranks)))
         hosts = ("here",) * topology.world_size
         world = World(Launch(rank, topology.world_size), torch.device("cuda"), launch.Solo(), hosts)
-        world.group = world._make("world", [tuple(range(topology.world_size))])
+        world.group = world.open_group("world", [tuple(range(topology.world_size))])
         world.groups(topology, heads)
         orders.append(own)
     return orders

@@ -183,7 +183,7 @@ def test_a_rank_that_is_lost_meanwhile_ends_it_with_a_sentence(monkeypatch: pyte
     for first, text in (
         (("rank 1 (b) has left", 1), r"rank 1 \(b\) has left"), (None, "timed out in recv from 1 of group world"),
     ):  # fmt: skip
-        world = World(group=0, hosts=(), device=CPU, _make=0, failed=lambda error, first=first: first, rank=0)
+        world = World(group=0, hosts=(), device=CPU, open_group=0, failed=lambda error, first=first: first, rank=0)
         world.bound = bounds.append
         monkeypatch.setattr(module, "start", lambda *_, world=world: world)
         monkeypatch.setattr(module, "measure", lost)
