@@ -81,6 +81,10 @@ class Recorder(TorchDispatchMode):
         self._freed: deque[tuple[int, Memory]] = deque()
         self._paused = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler, which takes seconds
+
     def __enter__(self) -> Recorder:
         _rank.recorder = self
         return super().__enter__()  # type: ignore[no-any-return]

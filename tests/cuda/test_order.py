@@ -38,11 +38,10 @@ BASE: dict[str, Any] = {"precision": {"dtype": "bf16"}, "batch": SHORT, "model":
 STEPS = 2
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp": (2, {"parallel": {"tp": 2}}),
-    "tp in pieces": (2, {"parallel": {"tp": 2}, "overlap": {"bucket_mb": 0.01, "tensor_parallel_chunks": 2}}),
     "dp": (2, {}),
     "pp": (2, {"parallel": {"pp": 2}, "model": {"num_layers": 2, "tie_embeddings": True}}),
     "pp and dp": (4, {"parallel": {"pp": 2, "schedule": "zb-h1"}}),
-    "tp and dp": (4, {"parallel": {"tp": 2}}),
+    "tp in pieces and dp": (4, {"parallel": {"tp": 2}, "overlap": {"bucket_mb": 0.01, "tensor_parallel_chunks": 2}}),
 }
 PLACES = {  # what must have been recorded
     "tp": {"TensorParallel.all_gather_sequence", "TensorParallel.reduce_scatter_sequence", "GradSync._sum_copies"},
