@@ -69,8 +69,7 @@ def body(recorder: Recorder, config: Config, groups: Groups, folder: Path | None
 
     manager = None if folder is None else CheckpointManager(config, folder, groups.world, None, lambda text: None)
     shards = worker.optimizer.shards(owned_only=False)
-    files = [os.memfd_create("copies") for _ in range(2)] if manager is not None else []
-    copies = MemoryCopies(files, shards, "key", pinned=False) if files else None
+    copies = MemoryCopies(os.memfd_create("copies"), shards, {}, pinned=False) if manager is not None else None
     with recorder, Loader(read, ids_of_step, stop_step=STEPS, device=torch.device("cuda", 0)) as loader:
         for step in range(STEPS):
             while loader._queue.empty() and loader._ahead is None:
@@ -82,7 +81,7 @@ def body(recorder: Recorder, config: Config, groups: Groups, folder: Path | None
                 manager.save(step, worker.optimizer.shards(owned_only=True), {})
             if copies is not None:
                 copies.keep(step, {})
-                for copy in copies._copies[step % 2]:  # from here on another process may take it
+                for copy in copies._copies[1 - copies._next]:  # from here on another process may take it
                     recorder.host_reads(copy, "resume in MemoryCopies.keep")
         del batches
         worker.optimizer.wait()
