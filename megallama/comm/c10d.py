@@ -228,10 +228,7 @@ class C10d:
         return self._handle(what, works, (keep, outgoing), keep, lambda: use(parts))
 
     def warm_up(self) -> None:
-        """Open NCCL's connections, which would else come up within the first step, some ranks busy with others.
-
-        Of a group with `down` those between neighbours, in one order: ranks could wait crosswise.
-        """
+        """Open NCCL's connections, in one order: opened on first use, within a step, ranks could wait crosswise."""
         if self._down is self._pg:
             return self.barrier()
         token = torch.zeros(1, device=self.device)

@@ -360,13 +360,10 @@ def _gather(
 
 def cuda_environment(config: Config) -> dict[str, str]:
     """What CUDA shall find in the environment when it is first touched, but where the launcher has set it already."""
-    out = {}
-    if config.parallel.tp > 1:
-        # one queue: kernels start in the order of their launch, so a collective launched before a GEMM runs under it
-        out["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    if config.train.deterministic:
-        out["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # by cuBLAS's documentation; without it torch may say nothing
-    return out
+    # one queue: kernels start in the order of their launch, so a collective launched before a GEMM runs under it
+    one_queue = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if config.parallel.tp > 1 else {}
+    # what cuBLAS's documentation asks for; without it torch may say nothing
+    return one_queue | ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if config.train.deterministic else {})
 
 
 def _device(launch: Launch, run: RunConfig, notes: list[str], cuda: Mapping[str, str]) -> tuple[torch.device, str]:

@@ -151,11 +151,7 @@ def _probabilities(q: Tensor, k: Tensor, rows: slice, seen: slice, documents: Do
 
 
 def _te_attention(target: Target) -> MakeAttention:
-    """cuDNN or flash attention through Transformer Engine.
-
-    Below capability 9.0 cuDNN's does not take packed documents. Without flash-attn Transformer Engine
-    would then form all scores, of every document padded to the longest possible one.
-    """
+    """cuDNN or flash attention through Transformer Engine, which without them forms all scores of a document."""
     target.need_half_on_cuda()
     te = target.te_module("transformer_engine.pytorch")
     if target.documents and importlib.util.find_spec("flash_attn") is None:

@@ -225,7 +225,6 @@ def _te_fp8(target: Target) -> Gemms:
     )
     forward: dict[str, Any] = {"out_dtype": torch.bfloat16, "layout": "TN"}
     backward: dict[str, Any] = {"grad": True, "use_split_accumulator": True}
-    to_input = forward | backward | {"layout": "NN"}
 
     def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
         into: dict[str, Any] = {"out": main_grad, "out_dtype": torch.float32, "accumulate": not overwrite}
@@ -233,7 +232,7 @@ def _te_fp8(target: Target) -> Gemms:
 
     return Gemms(
         lambda x, weight: gemm(rows4(weight), rows4(x), **forward)[0],
-        lambda dy, weight: gemm(columns4(weight), rows5(dy), **to_input)[0],
+        lambda dy, weight: gemm(columns4(weight), rows5(dy), **forward | backward | {"layout": "NN"})[0],
         add,
     )
 

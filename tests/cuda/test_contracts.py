@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from megallama.kernels.attention import ATTENTION, Attend, Documents, MakeAttent
 from megallama.kernels.candidate import APEX, TE, Target, Unsupported, Wrong
 from megallama.kernels.gemm import FP8_PRODUCTS
 from tests.cuda.packages import LABELS, Package, install
+from tests.cuda.read_sources import facts
 from tests.kernels.plain import plain_attention
 
 CPU = torch.device("cpu")
@@ -200,3 +202,38 @@ def test_the_tables_say_of_what_they_are() -> None:
     sources = [Package(label).source for labels in LABELS.values() for label in labels]
     versions = ("NVIDIA/TransformerEngine v2.12", "NVIDIA/TransformerEngine v2.18", "NVIDIA/apex 6424da3b")
     assert tuple(sources) == versions
+
+
+SMALL_APEX = {
+    "csrc/megatron/fused_weight_gradient_dense.cpp": """
+void stub(at::Tensor& x, at::Tensor& d_y, at::Tensor& d_w);
+m.def("wgrad_gemm_accum_fp32", &stub, "in fp32", py::arg("x"), py::arg("d_y"), py::arg("d_w") = at::Tensor());""",
+    "csrc/layer_norm_cuda.cpp": """
+std::vector<at::Tensor> norm(const at::Tensor& x, at::IntArrayRef shape, const double eps = 1e-5) {
+  CHECK_INPUT(x); if (eps) { run(x); } }
+void norm_back(at::Tensor &dy, const bool less) { auto y = dy.contiguous(); }
+m.def("rms_forward_affine", &ns::norm, "forward", py::call_guard<py::gil_scoped_release>());
+m.def("rms_backward_affine", &norm_back, "backward (CUDA), twice");""",
+    "csrc/amp_C_frontend.cpp": """
+void adam(int chunk, std::vector<std::vector<at::Tensor>> lists);
+std::tuple<at::Tensor, at::Tensor> l2(std::vector<std::vector<at::Tensor>> lists, at::optional<bool> each);
+m.def("multi_tensor_adam", &adam, "Adam"); m.def("multi_tensor_l2norm", &l2, "norm");""",
+    "csrc/multi_tensor_apply.cuh": 'TORCH_CHECK(tensor.is_contiguous(), "must be contiguous");',
+}
+
+
+def test_tables_are_read_from_sources(tmp_path: Path) -> None:
+    for name, text in SMALL_APEX.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    found = facts(tmp_path)
+    rows = {name: [tuple(row.values()) for row in fact["parameters"]] for name, fact in found.items()}
+    assert rows == {
+        "fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32": [(x, "tensor", "misread") for x in ("x", "d_y", "d_w")],
+        "fused_layer_norm_cuda.rms_forward_affine": [("x", "tensor", "refused"), ("shape", "sizes"), ("eps", "float")],
+        "fused_layer_norm_cuda.rms_backward_affine": [("dy", "tensor", "copied"), ("less", "bool")],
+        "amp_C.multi_tensor_adam": [("chunk", "int"), ("lists", "tensors", "refused")],
+        "amp_C.multi_tensor_l2norm": [("lists", "tensors", "refused"), ("each", "bool")],
+    }
+    keywords = [fact["keywords"] for fact in found.values()]
+    assert keywords == [["x", "d_y", "d_w"], [], [], [], []]
