@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                                 1.1B, 3B, 7B at sequences of 2048 and 4096
     python benchmarks/gpu.py --models 7b --seqs 2048 --systems ours,transformers --rounds 5
-    python benchmarks/gpu.py --set memory.loss_chunk_tokens=2048       a setting of ours changed
+    python benchmarks/gpu.py --set memory.loss_chunk_mb=128        a setting of ours changed
     python benchmarks/gpu.py --seconds 240                   fewer rounds, and no row that may not end by then
     python benchmarks/gpu.py --cpu-check                     all of it on a tiny model, on the CPU; writes nothing
 

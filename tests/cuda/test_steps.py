@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megallama.config.schema import Config
 from megallama.kernels import gemm
 from megallama.plan.plan import make_plan
 from tests.cuda.claimed import claimed, kernels_on_cuda
+from tests.cuda.counted_triton import counted_triton
 from tests.parity.matrix import FURTHER, Layout, matrix
 from tests.small import small_config
 
@@ -35,10 +37,10 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def run(config: Config, ranks: int, of: set[int] | None = None) -> list[dryrun.Program]:
+def run(config: Config, ranks: int, of: set[int] | None = None, triton: bool = False) -> list[dryrun.Program]:
     """The first rank, which has the embedding, and the last one; that all fit together is shown elsewhere."""
-    with claimed(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dryrun, "select_kernels", lambda device, dtype: kernels_on_cuda(config))
+    with claimed(), counted_triton() if triton else nullcontext(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dryrun, "select_kernels", lambda device, dtype: kernels_on_cuda(config, triton))
         return [dryrun.record(make_plan(config, ranks), rank) for rank in of or {0, ranks - 1}]
 
 
@@ -53,6 +55,20 @@ def test_layouts(layout: Layout) -> None:
 def test_formats_documents_and_grouped_heads(name: str) -> None:
     ranks, sections = CASES[name]
     assert len(run(small_config(**sections), ranks)) == min(2, ranks)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_with_the_triton_kernels(recompute: str) -> None:
+    """Their host code: shapes, strides of grouped heads, tables by document, columns beside padding."""
+    model, data = {"num_kv_heads": 2, "vocab_size": 63}, {"document_mask": True}
+    parallel = {"tp": 2, "pp": 2}
+    config = small_config(
+        model=model, data=data, parallel=parallel, memory={"recompute": recompute}, precision={"dtype": "bf16"}
+    )
+    with claimed(), counted_triton():
+        taken = {choice.operation: choice.selected for choice in kernels_on_cuda(config, triton=True).choices}
+    assert {taken[name] for name in ("RMSNorm", "RoPE", "SwiGLU", "cross entropy")} == {"Triton"}
+    assert all(program.calls for program in run(config, 4, triton=True))
 
 
 def test_the_largest_example_at_its_size() -> None:
