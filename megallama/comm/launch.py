@@ -362,7 +362,6 @@ def cuda_environment(config: Config) -> dict[str, str]:
     """What CUDA shall find in the environment when it is first touched, but where the launcher has set it already."""
     # one queue: kernels start in the order of their launch, so a collective launched before a GEMM runs under it
     one_queue = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if config.parallel.tp > 1 else {}
-    # what cuBLAS's documentation asks for; without it torch may say nothing
     return one_queue | ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if config.train.deterministic else {})
 
 

@@ -157,9 +157,7 @@ def _te_attention(target: Target) -> MakeAttention:
     if target.documents and importlib.util.find_spec("flash_attn") is None:
         major, minor = torch.cuda.get_device_capability(target.device)
         if major < 9:
-            raise Unsupported(
-                f"documents need flash_attn below compute capability 9.0, here {major}.{minor}: pip install flash-attn"
-            )
+            raise Unsupported(f"documents need flash_attn below compute capability 9.0, here {major}.{minor}")
 
     def make(num_heads: int, num_kv_heads: int, head_dim: int) -> Attend:
         attention = te.DotProductAttention(

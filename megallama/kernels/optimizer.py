@@ -39,7 +39,6 @@ def adamw_step(
 
 
 def _countable(tensors: Sequence[Tensor]) -> None:
-    """That no count wraps."""
     for x in tensors:
         assert x.numel() <= MOST, f"{x.numel():,} elements in one bucket, a multi-tensor kernel counts {MOST:,}"
 

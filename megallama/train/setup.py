@@ -80,7 +80,7 @@ class Setup:
 def set_deterministic(on: bool) -> None:
     """Allow only deterministic kernels, or any; an operation without one raises.
 
-    cuBLAS also needs CUBLAS_WORKSPACE_CONFIG, which `comm.launch.cuda_environment` sets.
+    cuBLAS also needs CUBLAS_WORKSPACE_CONFIG, which `comm.launch.cuda_environment` sets: torch may not say so.
     """
     if torch.are_deterministic_algorithms_enabled() != on:  # the call takes seconds: it imports a compiler
         torch.use_deterministic_algorithms(on)
