@@ -36,8 +36,8 @@ class FarCopies:
         there, begun = self._turn * self._size, time.monotonic()
         self._memory.put(there, bytes(8))  # from here on it is none, until it is whole
         for at in range(8, self._size, CHUNK):
-            self._memory.put(there + at, own[at : at + CHUNK])
-            time.sleep(max(0.0, begun + at / (rate * 1e9) - time.monotonic()))
+            self._memory.put(there + at, own[at : (end := min(at + CHUNK, self._size))])
+            time.sleep(max(0.0, begun + end / (rate * 1e9) - time.monotonic()))
         if read_head(own).get("step") != step:
             return False
         self._memory.put(there, own[:8])

@@ -80,6 +80,13 @@ def test_a_start_goes_on_from_memory_and_no_bit_differs(tmp_path: Path, undistur
     assert kept(tmp_path) == []
 
 
+def test_a_start_from_memory_knows_the_checkpoint_that_it_came_after(tmp_path: Path) -> None:
+    arguments = [COPY, "checkpoint.interval=3", "checkpoint.async_save=false"]
+    start(tmp_path, *arguments, crash=5)
+    for step in (4, 5):
+        assert re.search(f"resumed after step {step}, .* from memory", start(tmp_path, *arguments, crash=6))
+
+
 def unused(log: str) -> list[str]:
     """Why copies were not gone on from."""
     return sorted(re.findall(r"the copy of step (\d+ in memory is not used: .*)", log))
