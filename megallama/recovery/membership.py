@@ -57,7 +57,7 @@ class Members:
             why = "its supervisor decides" if 0 in lost else why
             return [], f"the run cannot go on without launched rank {ranges(lost)}: {why}"
         seats, n = ranks_in_order(whole[: counts[-1]], stride), counts[-1]
-        text = f"the world changes: {n} of {dp} replicas, launched ranks {ranges(seats)} go on"
+        text = f"the world changes: {n} of {dp} replicas, of launched ranks {ranges(seats)}"
         text += f" as ranks {ranges(range(len(seats)))}" if seats != [*range(len(seats))] else ""
         text += f"; lost: {ranges(lost)}" if lost else ""
         spare = sorted(there - {*seats})

@@ -359,11 +359,9 @@ class Supervisor:
     def _warn_of_silence(self, node: Node, now: float) -> None:
         silent = {f"of rank {rank}" for rank in node.records if rank != node.rank and node.silent(rank)}
         hosts = {*node.about["host_of"]} if node.rank == 0 else {node.about["host_of"][0]}
-        silent |= {
-            f"on {node.about['hosts'][host]}"
-            for host in hosts
-            if node.about["port"] and host != node.host and now - self._links.heard.get(host, node.born) > SILENT
-        }
+        for host in hosts - {node.host} if node.about["port"] else ():
+            if now - max(self._links.heard.get(host, 0.0), node.born) > SILENT:
+                silent.add(f"on {node.about['hosts'][host]}")
         for who in sorted(silent - self._warned):
             self._say(f"warning: the supervisor {who} has been silent for {SILENT:g} s; its ranks may train on")
         self._warned = silent

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import pytest
 from safetensors.torch import load_file
 
 from megallama.recovery import status
+from tests.faults.hosts import Hosts
 from tests.faults.ranks import Ranks
+from tests.faults.test_hosts import hosts as hosts  # the fixture
+from tests.faults.test_hosts import over
 
 STEPS = 40
 RUN = [f"train.steps={STEPS}", "log.interval=1", "run.timeout_seconds=6", "data.timeout_seconds=6", "log.plot=false",
@@ -56,10 +60,10 @@ def test_a_lost_rank_is_done_without_until_it_is_back(tmp_path: Path) -> None:
     assert ranks.wait(90) == [0, 0, 0, 0]
     log, pid = ranks.said(0), r"its supervisor \(process \d+\) was killed"
     assert re.search(rf"error: rank 1 \(\S+\) failed first: {pid}\nall ranks start again \(replacement 1 of 9\)\n", log)
-    lost = "3 of 4 replicas, launched ranks 0, 2, 3 go on as ranks 0-2; lost: 1; 25% of the launched ranks idle\n"
+    lost = "3 of 4 replicas, of launched ranks 0, 2, 3 as ranks 0-2; lost: 1; 25% of the launched ranks idle\n"
     assert f"the world changes: {lost}" in log
     back = "launched rank 1 can go on: all ranks save, stop and start again (replacement 2 of 9)\n"
-    assert back in log and "the world changes: 4 of 4 replicas, launched ranks 0-3 go on\n" in log
+    assert back in log and "the world changes: 4 of 4 replicas, of launched ranks 0-3\n" in log
     (stopped,) = re.findall(r"stopped: SIGUSR1 on 1 rank; saved at step (\d+), all ranks start again", log)
     resumed = re.findall(r"resumed after step (\d+), .* from (\S+)", log)
     assert [int(step) for step, _ in resumed][-1] == int(stopped), "nothing is made again"
@@ -81,7 +85,7 @@ def test_the_other_ranks_of_a_broken_replica_wait_without_work(tmp_path: Path) -
     ranks.until("saved ")
     lose(ranks, 3)
     ranks.until("2 ranks over gloo")
-    change = "1 of 2 replicas, launched ranks 0, 1 go on; lost: 3; waiting without work: 2; 50% of the launched ranks"
+    change = "1 of 2 replicas, of launched ranks 0, 1; lost: 3; waiting without work: 2; 50% of the launched ranks"
     assert change in ranks.said(0)
     ranks.until("resumed after")
     os.kill(ranks.processes[2].pid or 0, signal.SIGUSR1)  # whom it reaches does not matter
@@ -111,3 +115,28 @@ def test_a_rank_that_is_there_or_was_started_otherwise_is_refused(tmp_path: Path
     assert ranks.processes[1].exitcode == 2 and "it was started with [" in ranks.said(1)
     os.kill(ranks.processes[0].pid or 0, signal.SIGTERM)
     assert ranks.wait(30) == [75, 2]
+
+
+def test_a_host_that_is_gone_is_done_without_until_it_is_back(hosts: Hosts, tmp_path: Path) -> None:
+    arguments = [*RUN, *FEWER, "run.min_replicas=1", "train.steps=100000", "run.timeout_seconds=3"]
+    ranks = over(hosts, [*arguments, "data.timeout_seconds=3"], tmp_path, supervised=True)
+    ranks.until("saved ")
+    hosts.cut()
+    ranks.until("1 of 2 replicas, of launched ranks 0; lost: 1; 50% of")
+    assert f"({hosts.names[1]}) holds up the others: nothing is heard from its supervisor" in ranks.said(0)
+    hosts.mend()
+    again(ranks)
+    ranks.start_again(1)
+    ranks.until("launched rank 1 can go on", seconds=30)
+    ranks.until("2 of 2 replicas, of launched ranks 0, 1")
+    again(ranks)
+    os.kill(ranks.processes[1].pid or 0, signal.SIGTERM)
+    assert ranks.wait(30) == [75, 75]
+
+
+def again(ranks: Ranks) -> None:
+    """Wait until trainers have resumed once more, and made steps."""
+    starts, deadline = ranks.said(0).split("resumed after"), time.monotonic() + 60
+    while len(now := ranks.said(0).split("resumed after")) == len(starts) or now[-1].count("| loss") < 3:
+        assert time.monotonic() < deadline, ranks.said(0)
+        time.sleep(0.05)

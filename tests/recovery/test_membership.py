@@ -45,7 +45,7 @@ def test_the_first_replica_is_made_whole() -> None:
     assert members(topology).next_world({0, 3, 4, 5})[0] == [0, 3, 4, 5]
     assert members(topology).next_world({0, 2, 4})[0] == []
     seats, text = members(topology).next_world({0, 2, 3, 4, 5})
-    assert "launched ranks 0, 5, 2, 3 go on as ranks 0-3; lost: 1; waiting without work: 4; 33%" in text
+    assert "of launched ranks 0, 5, 2, 3 as ranks 0-3; lost: 1; waiting without work: 4; 33%" in text
 
 
 def test_so_many_replicas_go_on_as_the_batch_can_be_dealt_to() -> None:
