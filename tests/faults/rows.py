@@ -37,7 +37,12 @@ ROWS = (
         3,
         "kills at random moments, again and again",
         "every start goes on; the end is bitwise that of an undisturbed run",
-        (f"{REPLACEMENT}test_a_killed_and_a_frozen*", f"{REPLACEMENT}test_without_copies*"),
+        (
+            f"{REPLACEMENT}test_a_killed_and_a_frozen*",
+            f"{REPLACEMENT}test_without_copies*",
+            "faults/test_leaks.py",
+            "recovery/test_generations.py",
+        ),
     ),
     Row(
         4,
@@ -264,6 +269,7 @@ ROWS = (
             f"{SUPERVISOR}test_a_killed_rank*",
             f"{REPLACEMENT}test_a_killed_and_a_frozen*",
             f"{REPLACEMENT}test_without_copies*",
+            f"{REPLACEMENT}test_who_makes*",
             "comm/test_shared_memory.py::test_a_rank_that_leaves*",
         ),
     ),
