@@ -11,8 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megallama.config.schema import Config
 from megallama.plan import memory
-from megallama.plan.memory import DTYPE_BYTES, rank_memory, tokens_and_rows
+from megallama.plan.memory import DTYPE_BYTES, rank_memory, stage_saved_bytes, tokens_and_rows
 from megallama.plan.params import heads
+from megallama.plan.work import Stages
 from megallama.train.assemble import Worker
 from tests.parity.matrix import FURTHER, Layout, matrix
 from tests.small import documents, on_threads, tokens, train
@@ -22,15 +23,28 @@ def kept_by_attention(config: Config, recompute: str | None = None) -> int:
     """What attention on a CPU keeps of a layer, where the plan counts the log-sum-exps of a GPU's fused kernels.
 
     Ours (16 bits): nothing.  torch's: log-sum-exps in the format of sums, its output a second time (if it has several
-    heads), and within documents a mask [s, s] per sample and repeated key/value heads.
+    heads), and within documents repeated key/value heads, and a mask [s, s] per sample: one for all layers of a stage
+    (`mask_bytes`), but where one layer is computed again, as `recompute` says.
     """
     size = DTYPE_BYTES[config.precision.dtype]
     if (recompute or config.memory.recompute) == "full" or size == 2:
         return 0
     (n, k, d), tp, tokens = heads(config.model), config.parallel.tp, tokens_and_rows(config)[0]
     local, masked = n // tp, config.data.document_mask
-    extra = (local > 1) * local * d + masked * (config.batch.seq_length + 2 * d * (local - max(1, k // tp)))
-    return tokens * size * (local + extra)
+    extra = (local > 1) * local * d + masked * 2 * d * (local - max(1, k // tp))
+    return tokens * size * (local + extra) + (recompute is not None) * mask_bytes(config)
+
+
+def mask_bytes(config: Config) -> int:
+    """Of the masks of a micro-batch on a CPU."""
+    size = DTYPE_BYTES[config.precision.dtype]
+    return tokens_and_rows(config)[0] * size * config.batch.seq_length if config.data.document_mask and size > 2 else 0
+
+
+def kept_by_stage(config: Config, stages: Stages, stage: int) -> int:
+    """What a stage keeps of a micro-batch on a CPU."""
+    masks = len(stages[stage]) > 0 and config.memory.recompute != "full"
+    return stage_saved_bytes(config, stages, stage) + masks * mask_bytes(config)
 
 
 class Kept:
@@ -106,6 +120,7 @@ def measured(rank: Worker, data: Tensor, starts: Tensor | None) -> tuple[int, ..
 @pytest.mark.parametrize("layout", [*matrix(), *FURTHER], ids=str)
 def test_the_plan_predicts_every_byte(layout: Layout, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "statistics_bytes", kept_by_attention)
+    monkeypatch.setattr(memory, "stage_saved_bytes", kept_by_stage)
     config = layout.config(dtype)
     data = tokens(config, 1)
     starts = documents(config, 1) if layout.documents else None
