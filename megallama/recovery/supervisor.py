@@ -446,7 +446,7 @@ class Supervisor:
 
     def _write_status(self, node: Node) -> None:
         node.write_status()
-        if self._members is not None:
+        if self._members is not None and node.about["min_replicas"]:
             self._members.write()
         if self._goodput is not None:
             self._goodput.write()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +14,12 @@ import pytest
 from megallama.comm.flight_reader import FlightReader
 from megallama.comm.flight_record import GENERATION
 from megallama.comm.launch import detect_launch
+from megallama.plan.plan import make_plan
 from megallama.plan.topology import Topology
 from megallama.recovery.link import Links
 from megallama.recovery.membership import Members, wait, waits
+from megallama.train import setup
+from tests.small import CPU, small_config
 
 
 def members(topology: Topology, least: int = 1, **more: Any) -> Members:
@@ -56,6 +61,20 @@ def test_so_many_replicas_go_on_as_the_batch_can_be_dealt_to() -> None:
     assert seats == [] and why == (
         "the run cannot go on without launched rank 2: 4 of 5 replicas are whole, run.min_replicas=3; 5 of 12"
     )
+
+
+def test_why_a_run_cannot_go_on_with_so_many_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its batch, and the room for a larger share of the optimizer's state: of all ranks of a host on CPUs."""
+    plan = make_plan(small_config(batch={"global_batch_size": 8}), 4)
+    world: Any = SimpleNamespace(hosts=["a"] * 4, device=CPU)
+    assert [bool(why) for why in setup._replicas(plan, world)] == [True, False, False, True, False]
+    assert "batch.global_batch_size=8 is not a multiple of" in setup._replicas(plan, world)[3]
+    two = replace(plan, topology=Topology(dp=2)).memory(0).persistent
+    one = replace(plan, topology=Topology(dp=1)).memory(0).persistent
+    assert one < 2 * two, "a rank of one replica needs more, but there is one of them"
+    monkeypatch.setattr(setup, "room", lambda device: {"physical memory": 2 * two - 1})
+    why = setup._replicas(plan, world)
+    assert not why[1] and "the state of 2 ranks" in why[2] and "physical memory on a is" in why[2]
 
 
 def test_who_is_needed_for_anything_to_go_on() -> None:
