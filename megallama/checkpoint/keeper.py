@@ -68,7 +68,7 @@ class Keeper:
                 words[flight.ANSWERED] = asked
             elif self._meeting.get("ends") and words[flight.COPIED] not in (0, words[flight.BUDDY]):
                 self._send_newest()
-            time.sleep(_LOOK)
+            time.sleep(_LOOK if self._meeting.get("ends") else 4 * _LOOK)
 
     def _open(self, question: Message) -> Message:
         """The file of this rank, where its trainer opens it; and where other supervisors find this one."""

@@ -285,7 +285,7 @@ class TrainingLoop:
         with self._timers.phase("save"):
             if copies.ends:  # all have the copy before this one, when the one before that is overwritten
                 with self._world.patient(self._config.run.io_timeout_seconds):
-                    while 0 <= words[BUDDY] < words[COPIED]:
+                    while words[BUDDY] >= 0 and words[COPIED] not in (0, words[BUDDY]):
                         time.sleep(0.001)
             counters, manager = self._counters() | {"lineage": self._manager.lineage}, self._manager
             copies.keep(self.progress.step, counters, [manager.saved_step, manager.begun])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from megallama.checkpoint.memory import MemoryCopies
 from megallama.comm.group import Solo
 from megallama.layers.param import Shard
 from megallama.plan.box import Box
+from megallama.train.setup import _from_memory
+from tests.small import small_config
 from tests.threads import run_threads
 
 
@@ -198,6 +202,19 @@ def test_ranks_take_the_newest_step_that_all_have() -> None:
 
     assert [found for found, _ in run_threads(2, rank)] == [{"step": 2}] * 2
     assert run_threads(3, rank) == [(None, 0), (None, 0), (None, 1)]
+
+
+def test_after_a_rollback_copies_of_before_are_none_wherever_they_are(tmp_path: Path) -> None:
+    copies, elsewhere = two(shards(1), 5, 6)
+    manager = SimpleNamespace(chain=tmp_path / "memory")
+    manager.chain.write_text("x")
+    world = SimpleNamespace(rank=0, group=Solo(), record=SimpleNamespace(ask=alone))
+    setup: Any = SimpleNamespace(copies=copies, world=world, manager=manager, config=small_config())
+    assert _from_memory(setup, rollback=True) is None
+    assert whole(copies) == {} and copies.chain == manager.chain.read_text() != "x"
+    assert {read_head(slot)["chain"] for slot in elsewhere.slots} == {"x"}
+    copies.keep(7, {})
+    assert read_head(copies.slots[0])["chain"] == copies.chain
 
 
 def test_memory_that_does_not_suffice_is_an_os_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,10 @@ import random
 import re
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +20,11 @@ from megallama.checkpoint.copy_files import CopyFiles
 from megallama.checkpoint.disk import HEAD
 from megallama.checkpoint.keeper import Keeper
 from megallama.comm.flight_reader import FlightReader
-from megallama.comm.flight_record import SUPERVISOR, FlightRecord
+from megallama.comm.flight_record import BUDDY, COPIED, SUPERVISOR, WORDS, FlightRecord
 from megallama.train.loop import TrainingLoop
 from tests.faults.ranks import QUIET
 from tests.faults.test_replacement import RUN, kept, result
+from tests.small import small_config
 
 
 class Crash(Exception):
@@ -87,6 +91,43 @@ def test_a_start_from_memory_knows_the_checkpoint_that_it_came_after(tmp_path: P
         assert re.search(f"resumed after step {step}, .* from memory", start(tmp_path, *arguments, crash=6))
 
 
+def test_a_copy_is_written_over_when_all_buddies_have_the_one_after_it() -> None:
+    """A loop at step 7 whose copy of step 6 is on its way; with no buddy it does not wait."""
+    words, done, said = [0] * WORDS, threading.Event(), list[str]()
+
+    @contextmanager
+    def patient(seconds: float) -> Iterator[None]:
+        yield
+        said.append("barrier")
+
+    def keep(step: int, counters: dict[str, Any], after: list[int | None]) -> None:
+        said.append(f"{step} {counters} {after}")
+
+    loop = SimpleNamespace(
+        setup=SimpleNamespace(copies=SimpleNamespace(ends=[("a", 1)] * 2, keep=keep)),
+        _config=small_config(checkpoint={"memory_interval": 1}),
+        _world=SimpleNamespace(record=SimpleNamespace(words=words), patient=patient),
+        progress=SimpleNamespace(step=7, guard=SimpleNamespace(in_a_row=0)),
+        _timers=SimpleNamespace(phase=nullcontext),
+        _counters=dict,
+        _manager=SimpleNamespace(lineage="x", saved_step=None, begun=4),
+    )
+
+    def copy() -> None:
+        TrainingLoop._copy_if_due(loop)  # type: ignore[arg-type]
+        done.set()
+
+    for there, waits in ((6, True), (9, True), (7, False), (-1, False)):  # 9: of a step that was undone
+        words[COPIED], words[BUDDY] = 7, there
+        said.clear()
+        done.clear()
+        threading.Thread(target=copy).start()
+        assert done.wait(0.1 if waits else 5) is not waits
+        words[BUDDY] = 7
+        assert done.wait(5)
+        assert said == ["barrier", "7 {'lineage': 'x'} [None, 4]"] and words[COPIED] == 8
+
+
 def unused(log: str) -> list[str]:
     """Why copies were not gone on from."""
     return sorted(re.findall(r"the copy of step (\d+ in memory is not used: .*)", log))
@@ -125,14 +166,14 @@ def test_a_run_whose_folder_was_removed_begins_anew(tmp_path: Path) -> None:
 
 
 def test_of_two_hundred_flipped_bits_none_gets_into_a_run(tmp_path: Path, undisturbed: Any) -> None:
-    """Ten starts, each after twenty flips in both copies: from the checkpoint, and no bit of the result differs."""
+    """Five starts, each after forty flips in both copies: from the checkpoint, and no bit of the result differs."""
     draw = random.Random(3)
     start(tmp_path, COPY, "checkpoint.interval=2", "checkpoint.async_save=false", crash=4)
     (path,) = kept(tmp_path)
-    for _ in range(10):
+    for _ in range(5):
         half = (path.stat().st_size - 4096) // 2
         with open(path, "r+b") as file:
-            for at in [draw.randrange(HEAD, half) + half * draw.randrange(2) for _ in range(20)]:
+            for at in [draw.randrange(HEAD, half) + half * draw.randrange(2) for _ in range(40)]:
                 file.seek(at)
                 bits = file.read(1)[0]
                 file.seek(at)
