@@ -145,6 +145,7 @@ def _ask_for_a_place(record: FlightRecord) -> None:
             record.ends(2, text)
             sys.exit(2)
         if refused is not None:
+            os.write(2, f"rank {launch.rank} ({launch.host}) waits for a place in the run in {folder}\n".encode())
             record.tell("place", {"seat": launch.rank, "seats": [], "folder": str(folder)})
 
 

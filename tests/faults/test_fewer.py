@@ -58,6 +58,7 @@ def test_a_lost_rank_is_done_without_until_it_is_back(tmp_path: Path) -> None:
     ranks.until("3 ranks over gloo")
     ranks.start_again(1)
     assert ranks.wait(90) == [0, 0, 0, 0]
+    assert "waits for a place in the run in" in ranks.said(1)
     log, pid = ranks.said(0), r"its supervisor \(process \d+\) was killed"
     assert re.search(rf"error: rank 1 \(\S+\) failed first: {pid}\nall ranks start again \(replacement 1 of 9\)\n", log)
     lost = "3 of 4 replicas, of launched ranks 0, 2, 3 as ranks 0-2; lost: 1; 25% of the launched ranks idle\n"
