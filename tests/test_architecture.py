@@ -16,9 +16,10 @@ PACKAGE, TOOLS = ROOT / "megallama", ROOT / "tools"
 # from below to above; folders of one level do not import one another
 ENGINE = ("config", "plan", "comm kernels", "layers", "checkpoint data optim pipeline model", "train")
 # beside the engine: these import it and are never imported by it; each with the lines that it may have
-BESIDE = {"text": 1700, "convert": 1050, "forecast": 700, "analysis": 800, "inference": 250, "recovery": 1560}
+BESIDE = {"text": 1700, "convert": 1050, "forecast": 700, "analysis": 800, "inference": 250, "recovery": 2140}
 LAYERS = (*ENGINE, " ".join(BESIDE), "commands")
 CEILINGS = BESIDE | {"commands": 2700}
+ELSEWHERE = {"data.look", "data.writer", "plan.copies"}  # in the engine's rooms, imported only by what stands beside
 MAX_FROM_MEGATRON = 700  # with its table
 MAX_ENGINE, MAX_TOOLS = 14_200, 900
 WITHOUT_TORCH = ("config", "plan", "forecast")
@@ -189,6 +190,14 @@ def engine() -> set[str]:
 def test_the_engine_imports_nothing_that_stands_beside_it() -> None:
     rooms = {module.split(".")[0] for module in engine()}
     assert rooms > {"train", "plan", "config"} and rooms & set(BESIDE) == set()
+
+
+def test_what_stands_in_the_rooms_of_the_engine_is_counted_with_it() -> None:
+    """No ceiling holds for a module that lies there and that only rooms beside the engine import."""
+    rooms = {name for level in ENGINE for name in level.split()}
+    files = (path for path in PACKAGE.rglob("*.py") if path.parent.name in rooms and path.name != "__init__.py")
+    modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in files}
+    assert modules - engine() == ELSEWHERE
 
 
 def names_of(module: str) -> set[str]:

@@ -14,11 +14,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from megallama.comm.flight_reader import FlightReader
 from megallama.config.errors import ranges
-from megallama.plan.replicas import ranks_in_order, whole_replicas
+from megallama.recovery.flight_reader import FlightReader
 from megallama.recovery.link import Links, Message
 from megallama.recovery.node import begin_generation, write_json
+from megallama.recovery.replicas import ranks_in_order, whole_replicas
 from megallama.train.signals import FAILED, SAVED
 
 ALONE = 30.0  # seconds without the root after which a rank that waits leaves

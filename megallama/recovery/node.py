@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megallama.comm.flight_reader import FlightReader
 from megallama.comm.flight_record import BEAT, COMPLETED, ENDED, GENERATION, LAUNCHED, LIMIT, SINCE, TEXTS, TRAINER
+from megallama.recovery.flight_reader import FlightReader
 from megallama.train.signals import STACKS
 
 ANSWER = 0.25  # seconds in which a trainer writes where its threads stand

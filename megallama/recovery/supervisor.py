@@ -16,13 +16,13 @@ import time
 from contextlib import suppress
 from typing import NoReturn
 
-from megallama.checkpoint.copy_files import CopyFiles
-from megallama.checkpoint.keeper import Keeper
 from megallama.comm import flight_record as flight
-from megallama.comm.flight_reader import FlightReader
 from megallama.config.errors import ranges
+from megallama.recovery.copy_files import CopyFiles
 from megallama.recovery.doctor import hung
+from megallama.recovery.flight_reader import FlightReader
 from megallama.recovery.goodput import Goodput
+from megallama.recovery.keeper import Keeper
 from megallama.recovery.link import WAITING, Links, Message
 from megallama.recovery.membership import Members, wait, waits
 from megallama.recovery.node import SILENT, STATUS_PERIOD, Node, out_of_memory_kills, process_state, signal_name

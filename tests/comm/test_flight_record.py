@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megallama.comm import flight_record
-from megallama.comm.flight_reader import FlightReader
 from megallama.comm.flight_record import BUSY, CALLS, COMPLETED, LAUNCHED, STEPS, FlightRecord
 from megallama.comm.stream_record import StreamRecord
+from megallama.recovery.flight_reader import FlightReader
 
 
 def two() -> tuple[FlightRecord, FlightReader]:

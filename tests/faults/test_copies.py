@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from megallama import pretrain
-from megallama.checkpoint.copy_files import CopyFiles
 from megallama.checkpoint.disk import HEAD
-from megallama.checkpoint.keeper import Keeper
-from megallama.comm.flight_reader import FlightReader
 from megallama.comm.flight_record import BUDDY, COPIED, SUPERVISOR, WORDS, FlightRecord
+from megallama.recovery.copy_files import CopyFiles
+from megallama.recovery.flight_reader import FlightReader
+from megallama.recovery.keeper import Keeper
 from megallama.train.loop import TrainingLoop
 from tests.faults.ranks import QUIET
 from tests.faults.test_replacement import RUN, kept, result

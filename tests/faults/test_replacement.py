@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from megallama.checkpoint.copy_files import SHM, name_of
 from megallama.checkpoint.disk import HEAD
+from megallama.recovery.copy_files import SHM, name_of
 from tests.faults.hosts import Hosts
 from tests.faults.ranks import Ranks
 from tests.faults.test_hosts import hosts as hosts  # the fixture

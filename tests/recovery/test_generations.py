@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megallama.comm.flight_reader import FlightReader
 from megallama.comm.flight_record import BEAT, ENDED, GENERATION, LAUNCHER, TEXTS, TRAINER
+from megallama.recovery.flight_reader import FlightReader
 from megallama.recovery.link import Links
 from megallama.recovery.membership import Members
 from megallama.recovery.node import Node

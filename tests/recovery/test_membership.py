@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from megallama.comm.flight_reader import FlightReader
 from megallama.comm.flight_record import GENERATION
 from megallama.comm.launch import detect_launch
 from megallama.plan.plan import make_plan
 from megallama.plan.topology import Topology
+from megallama.recovery.flight_reader import FlightReader
 from megallama.recovery.link import Links
 from megallama.recovery.membership import Members, wait, waits
 from megallama.train import setup

@@ -1,4 +1,4 @@
-"""Memory of a process on another host: bytes at a place, written and read. A training run imports none of this.
+"""Memory of a process on another host: bytes at a place, written and read.
 
 Who connects says the run's token first. A request is a line, [place, bytes that follow, bytes wanted]; the answer is
 what is wanted, or a line. It is used by one thread at a time.

@@ -1,7 +1,4 @@
-"""The copies of a rank's state with its buddy: a file as large as its own, in the memory of another host.
-
-Supervisors use it; a training run imports none of this.
-"""
+"""The copies of a rank's state with its buddy: a file as large as its own, in the memory of another host."""
 
 from __future__ import annotations
 
@@ -9,9 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from megallama.checkpoint.copy_files import why_not
 from megallama.checkpoint.disk import HEAD, read_head
-from megallama.comm.far_memory import CHUNK, FarMemory
+from megallama.recovery.copy_files import why_not
+from megallama.recovery.far_memory import CHUNK, FarMemory
 
 
 class FarCopies:

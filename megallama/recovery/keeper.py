@@ -2,7 +2,6 @@
 
 A rank's buddy is the supervisor of the rank with the same place on the next host; it has a file as large as this rank's
 own, and does not look into it: the trainer judges every bit. A thread answers the trainer, and sends what is new.
-Supervisors use it; a training run imports none of this.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from collections.abc import Callable
 from mmap import mmap
 from typing import Any
 
-from megallama.checkpoint.copy_files import CopyFiles, is_over, why_not
 from megallama.checkpoint.disk import read_head
-from megallama.checkpoint.far_copies import FarCopies
 from megallama.comm import flight_record as flight
-from megallama.comm.far_memory import PATIENCE, Door
-from megallama.comm.flight_reader import FlightReader
+from megallama.recovery.copy_files import CopyFiles, is_over, why_not
+from megallama.recovery.far_copies import FarCopies
+from megallama.recovery.far_memory import PATIENCE, Door
+from megallama.recovery.flight_reader import FlightReader
 
 Message = dict[str, Any]
 _LOOK, _SLOW = 0.005, 1.0  # seconds between looks; that are told

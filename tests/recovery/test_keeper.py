@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from megallama.checkpoint import copy_files
-from megallama.checkpoint.copy_files import CopyFiles, is_over, name_of, tidy, why_not
 from megallama.checkpoint.disk import HEAD, read_head, write_head
-from megallama.checkpoint.keeper import Keeper, buddy_of
-from megallama.comm.flight_reader import FlightReader
 from megallama.comm.flight_record import ASKED, BUDDY, COPIED
+from megallama.recovery import copy_files
+from megallama.recovery.copy_files import CopyFiles, is_over, name_of, tidy, why_not
+from megallama.recovery.flight_reader import FlightReader
+from megallama.recovery.keeper import Keeper, buddy_of
 
 SIZE = 2 * (HEAD + (5 << 20))  # two copies, each of which goes in two pieces
 
