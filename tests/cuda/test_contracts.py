@@ -89,7 +89,9 @@ CHANGES: list[tuple[str, str, str, Callable[[dict[str, Any]], Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("label", "operation", "function", "change", "why"), CHANGES, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    ("label", "operation", "function", "change", "why"), CHANGES, ids=lambda x: "" if callable(x) else x[:40]
+)
 def test_another_declaration_is_noticed(
     label: str, operation: str, function: str, change: Callable[..., Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
