@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import ValidationError
 
-from megallama.checkpoint.disk import opened, write_durably
+from megallama.checkpoint.disk import DamagedError, opened, read_file, write_durably
 from megallama.checkpoint.folder import known
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.checkpoint.memory import MemoryCopies
@@ -310,7 +310,8 @@ def _from_memory(setup: Setup, rollback: bool) -> dict[str, Any] | None:
         return None
     chain, newest, counters, ask = "", None, None, world.record.ask
     if world.rank == 0:
-        chain = manager.chain.read_text() if manager.chain.exists() else ""
+        with suppress(DamagedError):  # then no copy in memory belongs to this run
+            chain = read_file(manager.chain, 64).decode(errors="replace")
         newest = next((brief.step for brief, _ in reversed(known(manager.chain.parent))), None)
     if not rollback:
         chain, newest = world.group.gather_values([chain, newest])[0]

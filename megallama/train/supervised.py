@@ -138,7 +138,8 @@ def _ask_for_a_place(record: FlightRecord) -> None:
         launch = detect_launch(parent=record.words[LAUNCHER])
         folder = Path(_said(sys.argv[1:], "folder", RunConfig().folder)).resolve()
         hello = {"seat": launch.rank, "name": launch.host, "arguments": sys.argv[1:], "asks": True}
-        refused = _ask(folder / "status" / "root", hello) if launch.rank else None
+        over = not launch.rank or (folder / "exit.json").exists()
+        refused = None if over else _ask(folder / "status" / "root", hello)
         if refused:
             text = f"rank {launch.rank} ({launch.host}) has no place in the run that goes on in {folder}: {refused}"
             os.write(2, f"error: {text}\n".encode())

@@ -217,6 +217,26 @@ def test_after_a_rollback_copies_of_before_are_none_wherever_they_are(tmp_path: 
     assert read_head(copies.slots[0])["chain"] == copies.chain
 
 
+@pytest.mark.parametrize("damage", [None, b"\xff\xfe", b"x" * 1000])
+def test_copies_of_a_run_whose_mark_is_damaged_are_none(damage: bytes | None, tmp_path: Path) -> None:
+    """And the run goes on from a checkpoint, with a new mark."""
+    copies, _ = two(shards(1), 5, 6)
+    manager, asked, said = SimpleNamespace(chain=tmp_path / "memory"), list[dict[str, Any]](), list[str]()
+    if damage is not None:
+        manager.chain.write_bytes(damage)
+
+    def ask(**question: Any) -> dict[str, Any]:
+        asked.append(question)
+        return {"problem": "", "own": [], "notes": ["not used"]}
+
+    world = SimpleNamespace(rank=0, group=Solo(), record=SimpleNamespace(ask=ask))
+    log = SimpleNamespace(info=said.append, warn=said.append)
+    setup: Any = SimpleNamespace(copies=copies, world=world, manager=manager, config=small_config(), log=log)
+    assert _from_memory(setup, rollback=False) is None
+    assert asked[0]["chain"] != "x" and said == ["not used"]
+    assert copies.chain == manager.chain.read_text() and len(copies.chain) == 16
+
+
 def test_memory_that_does_not_suffice_is_an_os_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise OSError(12, "Cannot allocate memory")

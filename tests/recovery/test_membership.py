@@ -18,7 +18,7 @@ from megallama.plan.topology import Topology
 from megallama.recovery.flight_reader import FlightReader
 from megallama.recovery.link import Links
 from megallama.recovery.membership import Members, wait, waits
-from megallama.train import setup
+from megallama.train import setup, supervised
 from tests.small import CPU, small_config
 
 
@@ -128,3 +128,19 @@ def test_a_rank_waits_until_it_has_a_place_or_all_is_over(tmp_path: Path) -> Non
     root.send({"end": 75})
     found = [status for _ in range(100) if (status := wait(record, place, own, [])) is not None]
     assert found[0] == 75
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_run_that_is_over_is_asked_for_nothing(over: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its port may be a stranger's by now."""
+    asked = []
+    monkeypatch.setattr(supervised, "_ask", lambda path, hello: asked.append(path))
+    monkeypatch.setattr(sys, "argv", ["train", f"run.folder={tmp_path}"])
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    if over:
+        (tmp_path / "exit.json").write_text("{}")
+    supervised._ask_for_a_place(FlightReader())
+    assert asked == ([] if over else [tmp_path / "status" / "root"])
