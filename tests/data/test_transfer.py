@@ -88,8 +88,8 @@ def loader(**options: Any) -> Loader:
 
 
 def filled(it: Loader) -> None:
-    """Return when the thread has prepared another step."""
-    while it._queue.empty():
+    """Return when the thread has prepared the step after the next one, which may be on its way already."""
+    while it._queue.qsize() < (1 if it._ahead else 2):
         time.sleep(0.001)
 
 

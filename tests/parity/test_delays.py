@@ -133,8 +133,8 @@ def reduce_early(patch: pytest.MonkeyPatch) -> None:
     """Take the first contributions for the last."""
     real = GradSync.start_step
 
-    def careless(self: GradSync) -> None:
-        real(self)
+    def careless(self: GradSync, early: bool) -> None:
+        real(self, early)
         self.last_microbatch().__enter__()
 
     patch.setattr(GradSync, "start_step", careless)
