@@ -138,12 +138,13 @@ class Run:
     def start(self) -> None:
         """The launcher: a shell, in a session of its own."""
         settings = [*SETTINGS, *self.more, f"run.folder={self.folder / 'run'}"]
-        program = [sys.executable, str(HERE / "drivers" / "soak_rank.py")]
-        words = [" ".join([*program, str(self.records(r)), *settings]) for r in range(self.ranks)]
-        lines = [f"RANK={r} LOCAL_RANK={r} {w} >>{self.folder}/out.{r} 2>&1 &" for r, w in enumerate(words)]
+        command = " ".join([sys.executable, "-m", "megallama.pretrain", *settings])
+        own = [f"RANK={r} LOCAL_RANK={r} SOAK_RECORDS={self.records(r)}" for r in range(self.ranks)]
+        lines = [f"{words} {command} >>{self.folder}/out.{r} 2>&1 &" for r, words in enumerate(own)]
         env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PMI", "OMPI_", "RANK", "LOCAL_"))}
         env |= {"WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1"}
-        env |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+        env |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+        env["PYTHONPATH"] = f"{HERE / 'drivers' / 'soak_site'}:{HERE.parent}"
         self.starts.append(time.monotonic())
         self.launcher = subprocess.Popen(["sh", "-c", "\n".join([*lines, "wait"])], env=env, start_new_session=True)
 

@@ -1,20 +1,19 @@
-"""One rank of a soak: `megallama.pretrain`, which also writes down the samples of every step that it is given.
+"""A rank of a soak writes down the samples of every step that it is given, whoever has started its process.
 
-    python soak_rank.py FILE [section.key=value ...]
-
-FILE gets one line per step, at once: the moment [s of the monotonic clock], how many steps were finished before it,
-the numbers of its samples.  What is made again after a fault is written again: the last line of a step counts.
+The file SOAK_RECORDS gets one line per step, at once: the moment [s of the monotonic clock], how many steps were
+finished before it, the numbers of its samples.  What is made again after a fault is written again: the last line of a
+step counts.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from megallama import pretrain
+from megallama.train import supervised
 
 if TYPE_CHECKING:
     from megallama.comm.flight_record import FlightRecord
@@ -50,19 +49,14 @@ def write_down(file: int) -> None:
     loop.Loader = Recorded  # type: ignore[misc]
 
 
-def main() -> int:
-    """As the entry point; the exit status."""
-    file = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    start = pretrain.start_supervisor
-
-    def started() -> FlightRecord:
-        record = start()  # comes back in every trainer
-        write_down(file)
-        return record
-
-    pretrain.start_supervisor = started
-    return pretrain.process()
+def install(file: str) -> None:
+    """From now on every trainer of this process writes into `file`, those of a maker that a supervisor starts too."""
+    opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for name in ("start_supervisor", "make_again"):
+        setattr(supervised, name, partial(_recorded, getattr(supervised, name), opened))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _recorded(start: Callable[[], FlightRecord], file: int) -> FlightRecord:
+    record = start()  # comes back in every trainer
+    write_down(file)
+    return record
