@@ -67,7 +67,7 @@ class Reporter:
     def open(self) -> None:
         """Write from the present step on: at the start, and after going back."""
         writer = MetricsWriter(self._setup.config, self._setup.log, self._progress.step)
-        self.write, self.close = writer.write, writer.close
+        self.write, self.close, self.catch_up = writer.write, writer.close, writer.catch_up
 
     def step(self, result: StepConsensus, waited: float) -> None:
         """Tell of the steps since the last that was told of; `waited` seconds for data so far."""
@@ -159,7 +159,7 @@ class TrainingLoop:
                 self._record_health(result)
                 self._missing = self._due()
                 self._save_if_due(leaving=last or stopped is not None)
-                self._copy_if_due()
+                self._copy_if_due(report)
                 stopped = stopped or self._evaluate(report)
                 collect_garbage(progress.step)
             self.setup.worker.optimizer.wait()  # no rank leaves while another one still receives its weights
@@ -277,7 +277,7 @@ class TrainingLoop:
         counters |= train.state(progress.samples) if train else {}
         return counters | {"computes_with": self.setup.computes_with}
 
-    def _copy_if_due(self) -> None:
+    def _copy_if_due(self, report: Reporter) -> None:
         """Into memory that outlives this process."""
         copies, interval, words = self.setup.copies, self._config.checkpoint.memory_interval, self._world.record.words
         if copies is None or self.progress.step % interval or self.progress.guard.in_a_row:
@@ -287,6 +287,7 @@ class TrainingLoop:
                 with self._world.patient(self._config.run.io_timeout_seconds):
                     while words[BUDDY] >= 0 and words[COPIED] not in (0, words[BUDDY]):
                         time.sleep(0.001)
+            report.catch_up(1.0)
             counters, manager = self._counters() | {"lineage": self._manager.lineage}, self._manager
             copies.keep(self.progress.step, counters, [manager.saved_step, manager.begun])
             words[COPIED] = self.progress.step + 1

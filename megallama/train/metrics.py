@@ -109,6 +109,12 @@ class MetricsWriter:
         if record["kind"] == "train":
             self._say_changes(record)
 
+    def catch_up(self, seconds: float) -> None:
+        """Wait so long for what is not written yet: a copy in memory is not to be ahead of the records."""
+        with suppress(TimeoutError):
+            if self._sinks:
+                self._thread.submit(int).result(seconds)
+
     def _say_changes(self, record: Record) -> None:
         """What has grown since it was said: too rarely to be on every line."""
         step, memory, scale = record["step"], record["peak_memory_bytes"], record["loss_scale"]

@@ -113,8 +113,10 @@ def test_a_copy_is_written_over_when_all_buddies_have_the_one_after_it() -> None
         _manager=SimpleNamespace(lineage="x", saved_step=None, begun=4),
     )
 
+    report: Any = SimpleNamespace(catch_up=lambda seconds: said.append("records"))
+
     def copy() -> None:
-        TrainingLoop._copy_if_due(loop)  # type: ignore[arg-type]
+        TrainingLoop._copy_if_due(loop, report)  # type: ignore[arg-type]
         done.set()
 
     for there, waits in ((6, True), (9, True), (7, False), (-1, False)):  # 9: of a step that was undone
@@ -125,7 +127,7 @@ def test_a_copy_is_written_over_when_all_buddies_have_the_one_after_it() -> None
         assert done.wait(0.1 if waits else 5) is not waits
         words[BUDDY] = 7
         assert done.wait(5)
-        assert said == ["barrier", "7 {'lineage': 'x'} [None, 4]"] and words[COPIED] == 8
+        assert said == ["barrier", "records", "7 {'lineage': 'x'} [None, 4]"] and words[COPIED] == 8
 
 
 def unused(log: str) -> list[str]:

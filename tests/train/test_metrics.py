@@ -18,7 +18,7 @@ import torch
 
 from megallama.config.schema import Config, LogConfig, RunConfig, TrainConfig
 from megallama.train.log import Logger
-from megallama.train.metrics import MetricsWriter, Record, line, rewind
+from megallama.train.metrics import JsonLines, MetricsWriter, Record, line, rewind
 from megallama.train.metrics import scalars as tags
 from megallama.train.speed import Meter, peak_memory_bytes
 
@@ -159,6 +159,20 @@ def test_a_sink_that_hangs_costs_no_step(tmp_path: Path, monkeypatch: pytest.Mon
     go.set()
     out.close()
     assert [r["step"] for r in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_what_is_not_written_yet_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on from a copy in memory has the record of the copy's step; a file that is stuck holds nobody."""
+    go, real = threading.Event(), JsonLines.write
+    monkeypatch.setattr(JsonLines, "write", lambda sink, record: (go.wait(10), real(sink, record)))
+    out = writer(tmp_path)
+    out.write(STEP)
+    out.catch_up(0.05)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    threading.Timer(0.2, go.set).start()
+    out.catch_up(10)
+    assert [r["step"] for r in read(tmp_path / "metrics.jsonl")] == [STEP["step"]]
+    out.close()
 
 
 def test_json_lines(tmp_path: Path) -> None:
