@@ -1,7 +1,4 @@
-"""Files of copies in memory, for one user and one process at a time: in /dev/shm, or without a name.
-
-Supervisors open them; a training run imports none of this.
-"""
+"""Files of copies in memory, for one user and one process at a time: in /dev/shm, or without a name."""
 
 from __future__ import annotations
 
@@ -18,7 +15,8 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
-SAVED = 75  # status of a run that was asked to stop, and has saved
+from megallama.train.signals import SAVED
+
 SHM, PREFIX = Path("/dev/shm"), "megallama-copies-"
 _FOLDER, _BUSY = 4096, 5.0  # bytes at the end of a file: the run's folder; seconds for a process to end that has it
 
