@@ -9,12 +9,13 @@ import json
 import mmap
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
+from megallama.checkpoint.disk import opened
 from megallama.train.signals import SAVED
 
 SHM, PREFIX = Path("/dev/shm"), "megallama-copies-"
@@ -56,7 +57,8 @@ def open_file(shm: Path, name: str, size: int, folder: str, file: int, notes: li
     What is to be said goes to `notes`. Raises: OSError where the machine has no room.
     """
     size, path, there = size + _FOLDER, shm / name, 0
-    with _alone(shm):  # processes that look at the same time would all find the room that one needs
+    with opened(shm, os.O_RDONLY) as alone:  # of processes that look at the same time each would find the room of one
+        fcntl.flock(alone, fcntl.LOCK_EX)
         notes += tidy(shm)
         with suppress(OSError):
             there = (os.fstat(file) if file >= 0 else path.stat()).st_blocks * 512
@@ -94,7 +96,7 @@ def tidy(shm: Path) -> list[str]:
     """Remove the files of runs that are over, or whose folder is gone, but none that a process has; a line for each."""
     done = []
     for path in sorted(shm.glob(f"{PREFIX}*")):
-        with suppress(OSError), _opened(path, os.O_RDWR | os.O_NOFOLLOW) as file:
+        with suppress(OSError), opened(path, os.O_RDWR | os.O_NOFOLLOW) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             text = os.pread(file, _FOLDER, max(0, os.fstat(file).st_size - _FOLDER)).rstrip(b"\0")
             folder, over = Path(text.decode(errors="replace")), False
@@ -141,20 +143,3 @@ def _locked(path: Path) -> int:
         if time.monotonic() >= deadline:
             raise OSError(errno.EBUSY, "another process has it")
         time.sleep(0.05)
-
-
-@contextmanager
-def _alone(shm: Path) -> Iterator[None]:
-    """Within, no other process of this host is."""
-    with _opened(shm, os.O_RDONLY) as folder:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
-    file = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        yield file
-    finally:
-        os.close(file)

@@ -9,6 +9,10 @@ from typing import Any
 from megallama.comm import flight_record as word
 from megallama.comm.flight_record import FlightRecord
 
+# in the order of the words
+STATE = "step phase action stage microbatch layer seconds limit launched completed saving steps".split()
+CALL = "number group operation rows bytes peer began done".split()
+
 
 class FlightReader(FlightRecord):
     """The record of a rank, of this process or of another."""
@@ -16,21 +20,13 @@ class FlightReader(FlightRecord):
     def state(self) -> dict[str, Any]:
         """Where the rank stands, in JSON values."""
         now, groups = time.monotonic_ns(), self.told("groups") or []
-        words = self.words[word.STEP : word.WAITED]  # in the order of their numbers
-        step, phase, action, stage, microbatch, layer, changed, limit, launched, completed, saving, steps = words
-        found: dict[str, Any] = {
-            "step": step,
-            "phase": word.PHASES[phase],
-            "action": word.ACTIONS[action],
-            "stage": stage,
-            "microbatch": microbatch,
-            "layer": layer,
-            "seconds": (now - changed) / 1e9,
-            "limit": limit / 1e9,
-            "saving": bool(saving),
-            "launched": launched,
-            "completed": completed,
-            "steps": steps,
+        words = dict(zip(STATE, self.words[word.STEP : word.WAITED], strict=True))
+        found: dict[str, Any] = words | {
+            "phase": word.PHASES[words["phase"]],
+            "action": word.ACTIONS[words["action"]],
+            "seconds": (now - words["seconds"]) / 1e9,
+            "limit": words["limit"] / 1e9,
+            "saving": bool(words["saving"]),
             "counts": {name: self.words[word.COUNTS + i] for i, (name, _) in enumerate(groups[: word.MAX_GROUPS])},
         }
         place, since = self.words[word.SINCE : word.SINCE + 2]
@@ -41,18 +37,11 @@ class FlightReader(FlightRecord):
     def call(self, place: int, groups: Sequence[Sequence[Any]]) -> dict[str, Any]:
         """A communication of the list."""
         at = word.FIRST_CALL + place * word.CALL_WORDS
-        number, group, operation, rows, nbytes, peer, _, done = self.words[at : at + word.CALL_WORDS]
+        words = dict(zip(CALL, self.words[at : at + word.CALL_WORDS], strict=True))
+        group, operation = words["group"], word.OPERATIONS[words["operation"]]
         name, ranks = groups[group] if group < len(groups) else ("?", [])
-        return {
-            "number": number,
-            "group": name,
-            "ranks": ranks,
-            "operation": word.OPERATIONS[operation],
-            "rows": rows,
-            "bytes": nbytes,
-            "peer": peer,
-            "done": bool(done),
-        }
+        del words["began"]
+        return words | {"group": name, "ranks": ranks, "operation": operation, "done": bool(words["done"])}
 
     def calls(self) -> list[dict[str, Any]]:
         """The last communications, oldest first."""

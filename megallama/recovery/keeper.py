@@ -16,8 +16,7 @@ from typing import Any
 from megallama.checkpoint.disk import read_head
 from megallama.comm import flight_record as flight
 from megallama.recovery.copy_files import CopyFiles, is_over, why_not
-from megallama.recovery.far_copies import FarCopies
-from megallama.recovery.far_memory import PATIENCE, Door
+from megallama.recovery.far_copies import PATIENCE, Door, FarCopies
 from megallama.recovery.flight_reader import FlightReader
 
 Message = dict[str, Any]

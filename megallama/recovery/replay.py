@@ -163,15 +163,14 @@ def _same(a: Numbers, b: Numbers) -> bool:
 def judge(was: Numbers, again: Numbers, second: Numbers, exact: Numbers, typical: Numbers, strict: bool) -> str:
     """The verdict on a step that `was` so, by three replays; `strict`: no bit of the first two may differ from it."""
     if _same(was, again):
-        gone = [name for name, *x in zip(NAMES, was, exact, typical, strict=True) if _gone(name, *x)]
-        if gone:
+        if gone := [name for name, *x in zip(NAMES, was, exact, typical, strict=True) if _gone(name, *x)]:
             return f"numerics: the same bits again, but {' and '.join(gone)} does not stand out in fp64"
         return "data: the same bits again, and nothing that fp64 would change: look with megallama explain"
-    if strict and not _same(again, second):
-        return "hardware: two replays differ here, with deterministic kernels: this machine is not to be trusted"
-    if strict:
+    if strict and _same(again, second):
         agree = "the replays agree with one another and not with the run"
         return f"hardware: {agree}: a machine of the run computed wrongly"
+    if strict:
+        return "hardware: two replays differ here, with deterministic kernels: this machine is not to be trusted"
     spreads = [max(abs(a - b), abs(a - c)) for a, b, c in zip(again, second, exact, strict=True)]
     off = [abs(x - a) for x, a in zip(was, again, strict=True)]
     said = ", ".join(f"{n} is off by {o:.3g}, replays by {s:.3g}" for n, o, s in zip(NAMES, off, spreads, strict=True))

@@ -20,15 +20,15 @@ OLD = 3 * STATUS_PERIOD  # seconds after which a host's file says that its super
 
 def read(folder: Path) -> dict[str, Any]:
     """Everything that is known of the run in `folder`: `end`, `goodput`, `members`, `hosts`. Raises: MegallamaError."""
-    found = {name: _json(folder / f"{name}.json") for name in ("exit", "goodput")}
-    hosts = [host for host in map(_json, sorted((folder / "status").glob("*.json"))) if "ranks" in host]
-    members = _json(folder / "status" / "members.json")
-    if not (found["exit"] or found["goodput"] or hosts):
+    files = {"end": "exit.json", "goodput": "goodput.json", "members": "status/members.json"}
+    found: dict[str, Any] = {name: _json(folder / file) for name, file in files.items()}
+    found["hosts"] = [host for host in map(_json, sorted((folder / "status").glob("*.json"))) if "ranks" in host]
+    if not (found["end"] or found["goodput"] or found["hosts"]):
         raise MegallamaError(
             f"{folder} holds no status of a run; give the folder that run.folder named. Supervisors write it "
             f"every {STATUS_PERIOD:g} s, where run.supervisor is true"
         )
-    return {"end": found["exit"], "goodput": found["goodput"], "members": members, "hosts": hosts}
+    return found
 
 
 def _json(file: Path) -> dict[str, Any]:
