@@ -123,8 +123,7 @@ def _request(
     try:
         config = load(file, arguments[file is not None :], ranks=ranks, samples=samples_before, note=log.info)
         if launch.generation:  # the first one has begun as was said; now what it left is gone on from
-            again = config.checkpoint.model_copy(update={"resume": "auto"})
-            config = config.model_copy(update={"checkpoint": again})
+            config = config.changed(checkpoint={"resume": "auto"})
         plan = make_plan(config, ranks)
     except Exception as problem:
         _cannot_take_part(problem, launch, signals)

@@ -83,15 +83,13 @@ def known(folder: Path) -> list[tuple[Brief, Path]]:
 
 def newest_step(folder: Path, log: Callable[[str], None]) -> Path | None:
     """The last save, only looking; `log` hears of damaged ones. Raises: UnreadableError."""
-    found = []
-    for path, brief in checkpoints(folder).items():
-        if isinstance(brief, Brief):
-            found.append((brief, path))
-        elif isinstance(brief, DamagedError):
+    found = checkpoints(folder)
+    for path, brief in found.items():
+        if isinstance(brief, DamagedError):
             log(f"{path} is left out: {brief}")
-        else:
+        elif isinstance(brief, CheckpointError):
             raise brief
-    return max(found)[1] if found else None
+    return max(((b, path) for path, b in found.items() if isinstance(b, Brief)), default=(None, None))[1]
 
 
 def step_folder(folder: Path) -> Path | None:

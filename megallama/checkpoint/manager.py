@@ -1,11 +1,5 @@
 """The checkpoints of one run: saving behind training, choosing what to resume from, keeping order.
 
-    manager = CheckpointManager(config, folder, group, tokenizer, log)
-    manager.acquire()
-    counters = manager.resume(shards)                  or None: start from random weights
-    manager.save(step, shards, counters)               again and again
-    manager.finish(); manager.release()
-
 *Newest* is the last one saved, not the highest step: after going back to an older step its successors win.
 """
 
@@ -312,7 +306,7 @@ class CheckpointManager:
             now = getattr(model, key)
             self._log(f"model.{key}={value} as in {path}; its preset says {now} by now: write model.{key} to choose")
         if kept:
-            self._use(self._config.model_copy(update={"model": model.model_copy(update=kept)}))
+            self._use(self._config.changed(model=kept))
         return self._config
 
     def starts_fresh(self) -> bool:

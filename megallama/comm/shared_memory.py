@@ -144,12 +144,10 @@ class SharedMemory(C10d):
 
     def close(self) -> None:
         """Tell the peers, who may still read what was posted."""
-        for rank, segment in enumerate(self._segments):
-            if rank == self.rank:
-                segment.words[_CLOSED] = 1
-            else:
-                self._ring(segment)
+        if self._segments:
+            self._segments[self.rank].words[_CLOSED] = 1
         for segment in self._segments:
+            self._ring(segment)
             os.close(segment.file)
         self._segments, self._most_bytes = (), 0
         super().close()

@@ -31,8 +31,7 @@ from megallama.plan.work import stage_costs
 
 COLOURS = {
     "F": ("#7aa6d8", "#3f6fa8"),
-    "B": ("#7fc47f", "#3d8b4a"),
-    "I": ("#7fc47f", "#3d8b4a"),
+    **dict.fromkeys("BI", ("#7fc47f", "#3d8b4a")),
     "W": ("#e3b35c", "#b97f1e"),
 }
 """Of each kind of work: for the lower and the upper stages of a rank."""

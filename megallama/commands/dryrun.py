@@ -58,8 +58,7 @@ def report(plan: Plan, done: DryRun) -> Iterator[str]:
     )
     step = next(phase for phase in reversed(done.phases) if phase.startswith("step"))
     yield f"in {step}, all ranks together, bytes of whole tensors:"
-    count: Counter[tuple[str, str]] = Counter()
-    size: Counter[tuple[str, str]] = Counter()
+    count, size = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for program, ranks in Counter(done.programs).items():
         for call in program.calls:
             if call.label.endswith(step):

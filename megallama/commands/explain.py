@@ -65,14 +65,12 @@ def pieces(dataset: IndexedDataset, offset: int, tokens: np.ndarray, tokenizer: 
 
 def explain(train: TrainDataset, tokenizer: Tokenizer | None, numbers: Sequence[int]) -> list[Explained]:
     """What these samples of the run are."""
-    located, indices = train.mixture.locate(np.asarray(numbers, np.int64)).tolist()
-    rows, out = train.read(numbers).tokens, []
-    for sample, number, index, tokens in zip(numbers, located, indices, rows, strict=True):
-        source = train.sources[number]
-        offset = source.offset + int(source.sequences(np.array([index]))[0]) * source.seq_length
-        parts = pieces(source.dataset, offset, tokens, tokenizer)
-        name = train.mixture.names[number]
-        out.append(Explained(sample, name, source.dataset.prefix, index, index // source.num_sequences, parts))
+    out = []
+    for sample, (source, index, offset), tokens in zip(
+        numbers, train.places(numbers), train.read(numbers).tokens, strict=True
+    ):
+        parts, epoch = pieces(source.dataset, offset, tokens, tokenizer), index // source.num_sequences
+        out.append(Explained(sample, source.name, source.dataset.prefix, index, epoch, parts))
     return out
 
 

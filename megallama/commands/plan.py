@@ -66,7 +66,10 @@ def plan(args: argparse.Namespace, file: Path | None, ranks: int, overrides: Seq
         print(f"{counted(legal, 'legal layout', ',')} of {counted(ranks, 'rank')} on {on}, "
               f"{too_large:,} too large for {hardware.gpu.memory_gib:.0f} GiB; predicted to be fastest:")  # fmt: skip
         for number, f in enumerate(best, 1):
-            print(f"{number:>2}. {headline(f)}\n    {settings_of(f)}\n    limited by {limits(f)}")
+            p = f.prediction
+            speed = f"{p.tokens_per_second:,.0f} tokens/s per GPU, {few(p.step_seconds, 3)} s a step"
+            share = f"MFU {few(100 * p.mfu_full, 1)}%, {max(f.peaks) / GIB:.1f} GiB"
+            print(f"{number:>2}. {speed}, {share}\n    {settings_of(f)}\n    limited by {limits(f)}")
         return 0
     outlook = forecast(made := make_plan(config, ranks), hardware, kernel)
     if args.json:
@@ -85,17 +88,10 @@ def few(number: float, digits: int = 0) -> str:
     return f"{number:,.{digits}f}" if number >= 1 or not number else f"{number:.2g}"
 
 
-def headline(f: Forecast) -> str:
-    """A layout in one line."""
-    p = f.prediction
-    return (f"{p.tokens_per_second:,.0f} tokens/s per GPU, {few(p.step_seconds, 3)} s a step, "
-            f"MFU {few(100 * p.mfu_full, 1)}%, {max(f.peaks) / GIB:.1f} GiB")  # fmt: skip
-
-
-def limits(f: Forecast, most: int = 4) -> str:
-    """The largest causes that another layout might have less of."""
+def limits(f: Forecast) -> str:
+    """The four largest causes that another layout might have less of."""
     causes = {k: v / f.prediction.step_seconds for k, v in f.prediction.causes.items() if k not in UNAVOIDABLE}
-    return ", ".join(f"{k} {v:.1%}" for k, v in sorted(causes.items(), key=lambda kv: -kv[1])[:most])
+    return ", ".join(f"{k} {v:.1%}" for k, v in sorted(causes.items(), key=lambda kv: -kv[1])[:4])
 
 
 def settings_of(f: Forecast) -> str:

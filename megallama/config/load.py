@@ -93,15 +93,16 @@ def resolve(config: Config) -> Config:
     """`config` with every value filled in that is derived from others."""
     m, b, s, c = config.model, config.batch, config.lr_schedule, config.checkpoint
     heads = None if m.hidden_size % m.num_heads else m.hidden_size // m.num_heads
-    m = m.model_copy(update={"num_kv_heads": m.num_kv_heads or m.num_heads, "head_dim": m.head_dim or heads})
-    if m.preset in PRESETS and "seq_length" not in b.model_fields_set:
-        b = b.model_copy(update={"seq_length": preset_seq_length(m.preset)})
+    published = m.preset in PRESETS and "seq_length" not in b.model_fields_set
     end = s.decay_steps or config.train.steps
     warmup = s.warmup_steps if "warmup_steps" in s.model_fields_set else min(s.warmup_steps, end // 10)
     decay = max(1, end // 10) if s.wsd_decay_steps is None else s.wsd_decay_steps
-    s = s.model_copy(update={"decay_steps": end, "wsd_decay_steps": decay, "warmup_steps": warmup})
-    c = c.model_copy(update={"folder": c.folder or str(Path(config.run.folder) / "checkpoints")})
-    return config.model_copy(update={"model": m, "batch": b, "lr_schedule": s, "checkpoint": c})
+    return config.changed(
+        model={"num_kv_heads": m.num_kv_heads or m.num_heads, "head_dim": m.head_dim or heads},
+        batch={"seq_length": preset_seq_length(str(m.preset))} if published else {},
+        lr_schedule={"decay_steps": end, "wsd_decay_steps": decay, "warmup_steps": warmup},
+        checkpoint={"folder": c.folder or str(Path(config.run.folder) / "checkpoints")},
+    )
 
 
 def to_toml(config: Config) -> str:

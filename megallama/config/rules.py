@@ -129,7 +129,8 @@ def _batch(config: Config, ranks: int | None) -> Iterator[str]:
             yield (
                 f"ranks={ranks} cannot be cut into parallel.tp={p.tp} x parallel.pp={p.pp} = {size}; use "
                 f"{_multiples(ranks, size)} ranks, or sizes whose product is {_near(_divisors(ranks), size)}"
-                + f"; torchrun --nproc-per-node {size} -m megallama.pretrain ... starts {size}" * (ranks == 1)
+                + f"; torchrun --nproc-per-node {size} -m megallama.pretrain ... starts {size}"
+                * (ranks == 1)
             )
             return  # dp is not known
         if not uneven:
@@ -138,7 +139,8 @@ def _batch(config: Config, ranks: int | None) -> Iterator[str]:
         unit, words = unit * p.pp, f"{words} times parallel.pp={p.pp} (needed to interleave parallel.chunks={p.chunks})"
     for key in ("global_batch_size", "ramp_start", "ramp_increment"):
         if (value := getattr(b, key) or 0) % unit:
-            way_out = "" if b.uneven or _problems_if_uneven(config, ranks) else ", or batch.uneven=true"
+            fits = not b.uneven and not [*_batch(config.changed(batch={"uneven": True}), ranks)]
+            way_out = ", or batch.uneven=true" if fits else ""
             yield f"batch.{key}={value} is not a multiple of {words}; use {_multiples(value, unit)}{way_out}"
     if uneven and all(size % unit == 0 for size in b.sizes):
         yield from _uneven(b, p, dp)
@@ -175,11 +177,6 @@ def _uneven(b: BatchConfig, p: ParallelConfig, dp: int) -> Iterator[str]:
             f"but {problem}"
         )
         return
-
-
-def _problems_if_uneven(config: Config, ranks: int | None) -> list[str]:
-    batch = config.batch.model_copy(update={"uneven": True})
-    return list(_batch(config.model_copy(update={"batch": batch}), ranks))
 
 
 def _ramp(config: Config, ranks: int | None) -> Iterator[str]:

@@ -401,6 +401,10 @@ class Config(Section):
     log: LogConfig = LogConfig()
     run: RunConfig = RunConfig()
 
+    def changed(self, **sections: Mapping[str, Any]) -> Config:
+        """With other values of some settings, by section and name; they are not checked."""
+        return self.model_copy(update={s: getattr(self, s).model_copy(update=new) for s, new in sections.items()})
+
     @model_validator(mode="before")
     @classmethod
     def _of_any_version(cls, tree: Any) -> Any:

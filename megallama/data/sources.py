@@ -6,7 +6,7 @@ vocabulary, the tokenizer against both, how documents begin and end against one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -44,12 +44,16 @@ class TrainDataset:
         tokens = np.concatenate([part.tokens for part in parts])
         return Samples(tokens[row], np.concatenate(starts)[row] if starts else None)
 
+    def places(self, ids: Sequence[int]) -> Iterator[tuple[Source, int, int]]:
+        """Of each of these samples: its source, its index there, and where it begins in the stream [tokens]."""
+        for number, index in zip(*self.mixture.locate(np.asarray(ids, np.int64)).tolist(), strict=True):
+            source = self.sources[number]
+            yield source, index, source.offset + int(source.sequences(np.array([index]))[0]) * source.seq_length
+
     def documents(self, ids: Sequence[int]) -> list[str]:
         """Source, first and last document of each of these samples."""
         out = []
-        for number, index in zip(*self.mixture.locate(np.asarray(ids, np.int64)).tolist(), strict=True):
-            source = self.sources[number]
-            at = source.offset + int(source.sequences(np.array([index]))[0]) * source.seq_length
+        for source, _, at in self.places(ids):
             first, last = map(source.dataset.document_at, (at, at + source.seq_length))
             out.append(f"{source.name} {first}-{last}")
         return out

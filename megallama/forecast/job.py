@@ -157,8 +157,7 @@ def config_of(config: Config, job: Job) -> Config:
     layout = {k: getattr(job, k) for k in ("tp", "pp", "chunks", "schedule")}
     layout |= {"stage_layers": None, "sequence_parallel": job.sequence_parallel or job.tp == 1}
     batch, memory = {"micro_batch_size": job.micro_batch}, {"recompute": job.recompute}
-    changes = {"parallel": layout, "batch": batch, "memory": memory}
-    return config.model_copy(update={k: getattr(config, k).model_copy(update=v) for k, v in changes.items()})
+    return config.changed(parallel=layout, batch=batch, memory=memory)
 
 
 @lru_cache(maxsize=64)

@@ -65,7 +65,7 @@ class PipelineRuntime:
             Kind.F: self._forward,
             Kind.B: self._differentiate,
             Kind.I: self._input_grad,
-            Kind.W: self._weight_grad,
+            Kind.W: lambda action: self._work[action.stage].queue.run(action.microbatch),
             **dict.fromkeys(SENDS, self._send),
             **dict.fromkeys(RECVS, self._recv),
         }
@@ -109,9 +109,6 @@ class PipelineRuntime:
     def _input_grad(self, action: Action) -> None:
         with self._work[action.stage].queue.put_off(action.microbatch):
             self._differentiate(action)
-
-    def _weight_grad(self, action: Action) -> None:
-        self._work[action.stage].queue.run(action.microbatch)
 
     def _differentiate(self, action: Action) -> None:
         x, edge = self._graphs.pop((action.stage, action.microbatch))

@@ -237,17 +237,12 @@ def build_layout(specs: Sequence[ParamSpec], dp_cp: int, bucket_elements: int) -
         if sum(s.numel for s in groups[-1]) >= bucket_elements:
             groups.append([])
     groups += [[s for s in backward if s.tied], [s for s in backward if not s.decay]]
-    buckets: list[Bucket] = []
-    at = 0
+    buckets, at = list[Bucket](), 0
     for group in filter(None, groups):
         start, placed = at, []
         for spec in group:
             placed.append(Placement(spec, at))
-            at += _round_up(spec.numel, ALIGN)
-        at = start + _round_up(at - start, dp_cp * ALIGN)
+            at += -(-spec.numel // ALIGN) * ALIGN
+        at += (start - at) % (dp_cp * ALIGN)
         buckets.append(Bucket(len(buckets), start, at, tuple(placed), group[0].decay, group[0].tied))
     return BufferLayout(tuple(buckets), at)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

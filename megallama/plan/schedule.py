@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import NamedTuple
 
 from megallama.config.errors import MegallamaError
@@ -90,23 +90,17 @@ class Schedule:
 
     def peak_in_flight(self, rank: int) -> int:
         """Most (stage, micro-batch) pairs of `rank` held for a backward at once."""
-        live = peak = 0
-        for a in self.steps[rank] if self.is_training else ():
-            if a.kind in (F, B, W):
-                live += 1 if a.kind is F else -1
-                peak = max(peak, live)
-        return peak
+        changes = (1 if a.kind is F else -1 for a in self.steps[rank] if a.kind in (F, B, W))
+        return max(accumulate(changes, initial=0)) if self.is_training else 0
 
     def peak_received(self, rank: int) -> int:
         """Most tensors of `rank` at once that are being received or received and not yet used."""
-        held = peak = 0
-        for a in self.steps[rank]:
-            if a.kind in (Kind.RECV_F, Kind.RECV_B):
-                held += 1
-            elif a.kind.is_compute:
-                held -= any(self.owners[v.stage] != rank for v in self.needs(a))
-            peak = max(peak, held)
-        return peak
+        changes = (
+            1 if a.kind in RECVS else -any(self.owners[v.stage] != rank for v in self.needs(a))
+            for a in self.steps[rank]
+            if a.kind not in SENDS
+        )
+        return max(accumulate(changes, initial=0))
 
     def produces(self, a: Action) -> Action | None:
         """What a compute action hands on: an F value (activation) or a B value (gradient)."""

@@ -125,8 +125,7 @@ def _run(
         "log": {"trace_steps": None},
         "precision": {"dtype": "fp64", "fp8": "none"} if exact else {},
     }
-    parts = {section: getattr(config, section).model_copy(update=values) for section, values in changes.items()}
-    config, log = config.model_copy(update=parts), Logger(world.rank, world.world_size)
+    config, log = config.changed(**changes), Logger(world.rank, world.world_size)
     log.info = log.warn = log.note  # type: ignore[method-assign]  # to its files alone
     out: dict[int, Numbers] = {}
     with closing(log), set_up(config, make_plan(config, world.world_size), world, log, SignalFlag()) as setup:

@@ -148,7 +148,9 @@ class TrainingLoop:
                     continue
                 report.tokens += result.tokens
                 self._world.bound(config.run.timeout_seconds)
-                stopped = result.stop_reason or self._enough_steps()
+                most, made = config.train.stop_after_steps, progress.step - progress.first_step
+                enough = f"train.stop_after_steps={most} is reached" if most is not None and made >= most else None
+                stopped = result.stop_reason or enough
                 last = progress.step == self.setup.last_step
                 if progress.step % config.log.interval == 0 or last or stopped or not result.applied:
                     report.step(result, loader.wait_seconds)
@@ -195,9 +197,7 @@ class TrainingLoop:
 
         record.work_begins()
         with self.setup.tracer.step(worker.runtime, progress.step + 1, schedule):
-            result = train_step(
-                worker, schedule, batches, lr, scale, self._timers, masked, status, watch.refuses, deal
-            )
+            result = train_step(worker, schedule, batches, lr, scale, self._timers, masked, status, watch.refuses, deal)
         record.work_done()
         if result.failed:
             self._end_together(failure)
@@ -215,12 +215,6 @@ class TrainingLoop:
         minutes = self._config.train.stop_after_minutes
         late = minutes is not None and time.monotonic() - self.progress.started >= 60 * minutes
         return RankStatus(self.setup.signals.received, late, failed)
-
-    def _enough_steps(self) -> str | None:
-        steps = self._config.train.stop_after_steps
-        if steps is not None and self.progress.step - self.progress.first_step >= steps:
-            return f"train.stop_after_steps={steps} is reached"
-        return None
 
     def _loader(self) -> Loader:
         config, batch, dp = self._config, self._config.batch, self.setup.worker.groups.dp

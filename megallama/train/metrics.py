@@ -196,10 +196,7 @@ def rewind(path: Path, step: int) -> None:
             with suppress(ValueError, KeyError, TypeError):
                 if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                     new.write(line)
-    if part.stat().st_size < path.stat().st_size:
-        os.replace(part, path)
-    else:
-        part.unlink()
+    os.replace(part, path)
 
 
 class TensorBoard(_Appender):

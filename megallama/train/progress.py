@@ -18,8 +18,7 @@ from megallama.optim.scaler import LossScaler
 class TrainingStopped(MegallamaError):
     """The run cannot go on by itself: too many steps in a row were not finite."""
 
-    shared = True
-    status = 3
+    shared, status = True, 3
 
 
 @dataclass
