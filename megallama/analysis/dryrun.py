@@ -129,7 +129,6 @@ class _Tape:
         return f"the result of {made_by}{maker}.{action.microbatch} of {self.phase}"
 
     def action(self) -> Action:
-        """The action under way."""
         assert (action := self.rank.runtime.observer.action) is not None, "outside the pipeline"
         return action
 

@@ -46,12 +46,10 @@ def read_rooms(package: Path) -> dict[str, Room]:
 def _imported(tree: ast.Module, package: str) -> Iterator[str]:
     """Names of rooms: `a` for ``import package.a.b`` and for ``from package import a``."""
     for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        yield from (name.split(".")[1] for name in names if name.startswith(f"{package}."))
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            within = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            names = (within + alias.name for alias in node.names)
+            yield from (name.split(".")[1] for name in names if name.startswith(f"{package}."))
 
 
 def levels(rooms: Mapping[str, Room]) -> dict[str, int]:
@@ -108,7 +106,13 @@ def draw(rooms: Mapping[str, Room], entry: str = "pretrain") -> str:
         out.append(f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="5" fill="{fill}" stroke="{edge}"/>')
         out.append(f'<text x="{x + WIDTH // 2}" y="{y + 20}" font-weight="bold">{name}</text>')
         out.append(f'<text x="{x + WIDTH // 2}" y="{y + 37}" font-size="11">{rounded(rooms[name].lines)}</text>')
-    for number, words in enumerate(_caption(rooms, engine, entry)):
+    inside, lines = (sum(rooms[name].lines for name in names) for names in (engine, rooms))
+    caption = (
+        f"blue: the engine, the rooms that {entry} leads to, {rounded(inside)}",
+        f"yellow: what imports the engine, {rounded(lines - inside)}",
+        "an arrow: imports; left out where other arrows lead there",
+    )
+    for number, words in enumerate(caption):
         y = bottom + HEIGHT + MARGIN + 18 * (number + 1)
         out.append(f'<text x="{MARGIN}" y="{y}" text-anchor="start">{words}</text>')
     return "\n".join([*out, "</svg>", ""])
@@ -117,14 +121,6 @@ def draw(rooms: Mapping[str, Room], entry: str = "pretrain") -> str:
 def rounded(lines: int) -> str:
     """Lines in hundreds, so that a small edit leaves the picture as it is."""
     return f"{(lines + 50) // 100 * 100:,} lines" if lines >= 50 else "under 50 lines"
-
-
-def _caption(rooms: Mapping[str, Room], engine: set[str], entry: str) -> Iterator[str]:
-    inside = sum(room.lines for name, room in rooms.items() if name in engine)
-    others = sum(room.lines for room in rooms.values()) - inside
-    yield f"blue: the engine, the rooms that {entry} leads to, {rounded(inside)}"
-    yield f"yellow: what imports the engine, {rounded(others)}"
-    yield "an arrow: imports; left out where other arrows lead there"
 
 
 def _places(rooms: Mapping[str, Room], engine: set[str]) -> dict[str, tuple[int, int]]:

@@ -345,11 +345,7 @@ def _look(path: Path) -> _Seen | None:
 
 
 class Choice:
-    """Which checkpoint a run goes on from; every rank of `group` has one and calls the same methods.
-
-    One that is damaged is quarantined, and the one before it taken. One that cannot be read now may be whole: that ends
-    the start, unless `previous` is wanted.
-    """
+    """Which checkpoint a run goes on from; every rank of `group` has one and calls the same methods."""
 
     def __init__(self, folder: Path, group: Assembly, log: Callable[[str], None], *, previous: bool) -> None:
         self._folder, self._group, self._log, self._previous = folder, group, log, previous
@@ -434,7 +430,7 @@ class Choice:
         self._log(f"warning: {self._left_out[name]}; left out, as checkpoint.resume=previous asks")
 
     def _quarantine(self, path: Path, error: DamagedError) -> None:
-        """Rename a damaged checkpoint, so that it is neither used nor deleted."""
+        """Rename a damaged checkpoint, so that it is neither used nor deleted; the one before it is taken."""
 
         def work() -> str | None:
             if self._group.rank:

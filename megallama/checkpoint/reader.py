@@ -1,7 +1,4 @@
-"""Reading boxes of tensors out of safetensors files, whoever wrote them, verifying what is read.
-
-A file is read in the blocks of the manifest, each checked against its digest before one byte of it is used.
-"""
+"""Reading boxes of tensors out of safetensors files, whoever wrote them, verifying what is read."""
 
 from __future__ import annotations
 

@@ -3,9 +3,6 @@
 Every operation starts at once and returns a `Handle`, which keeps its tensors alive until it is waited for.
 An overlapped call keeps the handle while other work runs; a blocking one is ``group.all_reduce(x).wait()``.
 
-Implementations: `Solo` (one rank: every operation is the identity, so no caller asks for the size), `C10d`
-(torch.distributed: NCCL or gloo), `SharedMemory` (CPU ranks of one machine) and, in the tests, threads.
-
 Positions (`rank`, `source`, `to`) are indices *within the group*; `ranks` are global ranks.
 """
 
@@ -101,7 +98,7 @@ class Group(Assembly, Protocol):
 
 
 class Solo:
-    """The group of one rank."""
+    """The group of one rank: every operation is the identity, so no caller asks for the size."""
 
     size = 1
     rank = 0

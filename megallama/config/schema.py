@@ -123,7 +123,6 @@ class BatchConfig(Section):
         return tuple(len(range(rank, total, dp)) for rank in range(dp))
 
     def num_microbatches(self, size: int, dp: int, dp_rank: int = 0) -> int:
-        """Micro-batches of one of dp model replicas in a step of `size` samples."""
         return self.deal(size, dp)[dp_rank]
 
     def sample_ids(self, first: int, size: int, dp: int, dp_rank: int) -> list[range]:
@@ -223,7 +222,6 @@ class SourceConfig(Section):
 
     @property
     def label(self) -> str:
-        """What logs and data.mixture_schedule call it."""
         return self.name or self.path.rstrip("/").rpartition("/")[2].removesuffix(".bin").removesuffix(".idx")
 
 

@@ -1,8 +1,4 @@
-"""Micro-batches prepared ahead of the training step by one background thread, and copied to a GPU one step ahead.
-
-A fault in the thread is raised where the batch is asked for; a thread that delivers nothing (hanging storage) becomes
-an error that says where it is.
-"""
+"""Micro-batches prepared ahead of the training step by one background thread, and copied to a GPU one step ahead."""
 
 from __future__ import annotations
 
@@ -129,7 +125,6 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
         return [], failure
 
     def _prepare(self, step: int) -> list[MicroBatch]:
-        """All micro-batches of the step, read at once."""
         rows = self._ids_of_step(step)
         ids = [i for row in rows for i in row]
         self._at = f"step {step}, samples {ids[0]} to {ids[-1]}"

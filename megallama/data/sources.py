@@ -1,8 +1,4 @@
-"""From the configuration to open data: the training sources mixed by weight, validation and test sources.
-
-Everything that can be known to be wrong before the first step is checked here: files, token ids against the model's
-vocabulary, the tokenizer against both, how documents begin and end against one another.
-"""
+"""From the configuration to open data: the training sources mixed by weight, validation and test sources."""
 
 from __future__ import annotations
 
@@ -182,7 +178,7 @@ class Data:
 
 
 def open_sources(config: Config) -> Data:
-    """Open what the section `data` names. Raises: DataError for whatever of it can be known to be wrong."""
+    """Open what `data` names. Raises: DataError for whatever can be known to be wrong before the first step."""
     data, vocab_size = config.data, config.model.vocab_size
     tokenizer = load_tokenizer(data.tokenizer, eos_token=data.eos_token) if data.tokenizer else None
     if tokenizer and (most := tokenizer.vocab_size) > vocab_size:  # a larger vocabulary is padded

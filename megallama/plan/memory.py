@@ -8,8 +8,7 @@ after attention, gate and up; `none` keeps the two norm outputs and the SwiGLU p
     full       b h          =  2h
 
 Tensor parallelism divides what lies inside attention and the feed-forward network; sequence parallelism the rest too
-(Korthikanti et al. 2022, arXiv:2205.05198, table 2).  A split backward frees all this with the input gradient, and
-keeps the operands of the weight gradients.
+(Korthikanti et al. 2022, arXiv:2205.05198, table 2).
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def stage_saved_bytes(config: Config, stages: Stages, stage: int) -> int:
 
 
 def deferred_bytes(config: Config, stages: Stages, stage: int) -> int:
-    """Bytes that a stage keeps of one micro-batch between the two halves of a split backward."""
+    """Operands of weight gradients that a stage keeps of one micro-batch between the halves of its backward [bytes]."""
     return len(stages[stage]) * saved_bytes(config, "none", gathered=True)
 
 

@@ -1,8 +1,5 @@
 """Which parameters a rank holds: parts of the whole model, and places in flat buffers.
 
-A `ParamSpec` describes one local tensor and its *parts*: the rectangles of Hugging Face tensors that lie in its rows.
-Padding rows belong to no part.
-
     local tensor     parts                                  split over tp
     embed_tokens     embed_tokens                           rows (vocabulary, padded to a multiple of tp)
     input_norm       input_layernorm                        replicated
@@ -46,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One tensor of one rank."""
+    """One tensor of one rank; its padding rows belong to no part."""
 
     name: str
     shape: tuple[int, ...]

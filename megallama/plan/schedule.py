@@ -1,7 +1,5 @@
 """Pipeline schedules as data: one list of actions per pipeline rank.
 
-`builders` make the compute, `lower` adds the sends and receives that it implies, `check` proves the result.
-
 A *stage* is a run of consecutive layers, numbered from the embedding to the loss.  The stages that a rank owns are its
 *chunks*.  A micro-batch is *in flight* on a stage from its forward until its backward has finished.
 
@@ -41,7 +39,6 @@ class Kind(StrEnum):
 
     @property
     def is_compute(self) -> bool:
-        """Whether it computes; otherwise it transfers."""
         return self in (F, B, I, W)
 
 
@@ -85,7 +82,6 @@ class Schedule:
         return any(a.kind in (B, I) for a in self.steps[0])
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
-        """The stages of a pipeline rank, by chunk."""
         return tuple(stage for stage, owner in enumerate(self.owners) if owner == rank)
 
     def peak_in_flight(self, rank: int) -> int:
@@ -112,7 +108,6 @@ class Schedule:
         return stage if 0 <= stage < self.num_stages else None
 
     def needs(self, a: Action) -> tuple[Action, ...]:
-        """The values a compute action reads."""
         if a.kind is F:
             return (Action(F, a.stage - 1, a.microbatch),) if a.stage else ()
         if a.kind is W:

@@ -49,7 +49,6 @@ class Topology:
         return self.size(*AXES)
 
     def size(self, *axes: str) -> int:
-        """Number of ranks along these axes together."""
         return prod(getattr(self, a) for a in axes)
 
     @property

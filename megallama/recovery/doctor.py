@@ -7,7 +7,7 @@ a rank that nothing is heard from has none.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Report = Mapping[str, Any]
@@ -46,15 +46,16 @@ def hung(reports: Mapping[int, Report], hosts: Sequence[str]) -> tuple[list[int]
     lost = [rank for rank in range(len(hosts)) if rank not in reports]
     stuck = [rank for rank, report in reports.items() if report["process"] in _PROCESS]
     busy = [rank for rank in reports if rank not in waiting and rank not in stuck]
+    groups = _groups(reports, waiting)
     choices = (
         (lost, "nothing is heard from its supervisor: its host is gone, or cut off from the others"),
         (stuck, ""),
         (busy, "it is not where the others wait for it"),
-        _behind(reports, waiting),
+        _behind(reports, waiting, groups),
         ([*waiting], "all ranks wait for one another"),
     )
     found, why = next((choice for choice in choices if choice[0]), choices[-1])
-    wanted = _waited_for(reports, waiting)
+    wanted = {wait["peer"] for wait in waiting.values() if wait["peer"] >= 0}.union(*(late for _, late in groups))
     culprits = [rank for rank in found if rank in wanted] or found
     lines = []
     for rank in culprits[:8]:
@@ -70,34 +71,31 @@ def hung(reports: Mapping[int, Report], hosts: Sequence[str]) -> tuple[list[int]
     return culprits, "\n".join(lines)
 
 
-def _waited_for(reports: Mapping[int, Report], waiting: Mapping[int, Mapping[str, Any]]) -> set[int]:
-    """The ranks that some rank waits for: the peer, or of its group those that have not come so far."""
-    wanted = {wait["peer"] for wait in waiting.values() if wait["peer"] >= 0}
-    for wait in _groups(waiting):
-        name, number = wait["group"], wait["number"]
-        wanted |= {r for r in wait["ranks"] if r not in reports or reports[r]["counts"].get(name, 0) < number}
-    return wanted
-
-
-def _groups(waiting: Mapping[int, Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
-    """Of every group that is waited for, the wait for its latest communication."""
-    latest: dict[tuple[str, int], Mapping[str, Any]] = {}
+def _groups(reports: Mapping[int, Report], waiting: Mapping[int, Report]) -> list[tuple[Report, list[int]]]:
+    """Of every group that is waited for, the wait for its latest communication, and its ranks that are not so far."""
+    latest: dict[tuple[str, int], Report] = {}
     for wait in waiting.values():
         key = wait["group"], wait["ranks"][0]
         if wait["peer"] < 0 and (key not in latest or latest[key]["number"] < wait["number"]):
             latest[key] = wait
-    return latest.values()
+
+    def begun(rank: int, wait: Report) -> int:
+        return int(reports[rank]["counts"].get(wait["group"], 0)) if rank in reports else -1
+
+    return [(wait, [r for r in wait["ranks"] if begun(r, wait) < wait["number"]]) for wait in latest.values()]
 
 
-def _behind(reports: Mapping[int, Report], waiting: Mapping[int, Mapping[str, Any]]) -> tuple[list[int], str]:
+def _behind(
+    reports: Mapping[int, Report], waiting: Mapping[int, Report], groups: Sequence[tuple[Report, list[int]]]
+) -> tuple[list[int], str]:
     """Ranks that have begun fewer communications of a group than those that wait in it, or others."""
-    for wait in _groups(waiting):
-        name, number, ranks = wait["group"], wait["number"], wait["ranks"]
-        counts = {r: reports[r]["counts"].get(name, 0) for r in ranks if r in reports}
-        if found := [r for r, count in counts.items() if count < number]:
-            text = f"it has begun {counts[found[0]]} communications of group {name} where others have {number}"
+    for wait, late in groups:
+        name, number = wait["group"], wait["number"]
+        if found := [r for r in late if r in reports]:
+            count = reports[found[0]]["counts"].get(name, 0)
+            text = f"it has begun {count} communications of group {name} where others have {number}"
             return found, f"{text}: it has left one out, or waits elsewhere"
-        there = {r: waiting[r] for r in ranks if r in waiting}
+        there = {r: waiting[r] for r in wait["ranks"] if r in waiting}
         same = {r: w["operation"] for r, w in there.items() if (w["group"], w["number"]) == (name, number)}
         usual = Counter(same.values()).most_common(1)[0][0]
         if odd := [r for r, operation in same.items() if operation != usual]:

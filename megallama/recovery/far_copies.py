@@ -76,7 +76,6 @@ class FarCopies:
         return answer
 
     def close(self) -> None:
-        """Let go of it."""
         _end(self._peer)
         self._peer.close()
 

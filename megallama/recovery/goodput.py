@@ -41,6 +41,5 @@ class Goodput:
         self._last = now
 
     def write(self) -> None:
-        """Into the file."""
         counts = {"seconds": self.seconds, "restarts": self.restarts, "step": self.best, "time": time.time()}
         write_json(self._path, counts)

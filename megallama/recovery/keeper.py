@@ -90,7 +90,6 @@ class Keeper:
         return [memory[: size // 2], memory[size // 2 : size]]
 
     def _lend(self, hello: Message) -> mmap:
-        """The file of a rank whose buddy this is."""
         notes: list[str] = []
         memory = self._file(f"{int(hello['who'])}-buddy", int(hello["size"]), notes)[1]
         for note in notes:
@@ -123,13 +122,11 @@ class Keeper:
     # ---- the buddy ----
 
     def _end(self) -> tuple[tuple[str, int], str]:
-        """Where the buddy listens, and who it is."""
         about, rank = self._about, buddy_of(self._about["rank"], self._about["host_of"])
         address, port = self._meeting["ends"][rank]
         return (address, port), f"rank {rank} ({about['hosts'][about['host_of'][rank]]}, {address}:{port})"
 
     def _reach(self) -> FarCopies:
-        """Connect with the buddy, and see what it has."""
         if self._buddy is not None:
             self._buddy.close()
         key, size = self._opened["key"], self._opened["size"]

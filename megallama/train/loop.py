@@ -317,8 +317,7 @@ class TrainingLoop:
         step, interval, data = self.progress.step, self._config.train.eval_interval, self.setup.data
         last = step == self.setup.last_step
         valid = data.valid if interval and step and (step % interval == 0 or last) else ()
-        test = data.test if last else ()
-        return [*(("valid", source) for source in valid), *(("test", source) for source in test)]
+        return [("valid", source) for source in valid] + [("test", source) for source in data.test if last]
 
     def _never_made(self) -> list[tuple[str, Source]]:
         """Those that belong after the step of the checkpoint and that no earlier start has made."""

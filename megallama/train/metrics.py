@@ -196,7 +196,10 @@ def rewind(path: Path, step: int) -> None:
             with suppress(ValueError, KeyError, TypeError):
                 if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                     new.write(line)
-    os.replace(part, path)
+    if part.stat().st_size < path.stat().st_size:
+        os.replace(part, path)
+    else:
+        part.unlink()
 
 
 class TensorBoard(_Appender):
