@@ -85,11 +85,11 @@ def _tensor(config: Config, stages: Stages, stage: int) -> Found:
 
 def _gradients(config: Config, topology: Topology, stages: Stages, stage: int, dp_rank: int) -> Found:
     """The gradients and the weights of a stage, once a step."""
-    layout, main = stage_layout(config, stages, stage, topology.dp_cp), main_dtype(config)
+    layout, main = stage_layout(config, stages, stage, topology.dp), main_dtype(config)
     found, copies = Found(), Counter[str]()
     for bucket in layout.buckets:
-        start, stop = bucket.shard(topology.dp_cp, dp_rank)
-        if topology.dp_cp > 1:
+        start, stop = bucket.shard(topology.dp, dp_rank)
+        if topology.dp > 1:
             size = (bucket.stop - bucket.start,)
             found["dp", "reduce_scatter", "gradients", size, main] += 1
             found["dp", "all_gather", "weights", size, config.precision.dtype] += 1

@@ -58,13 +58,13 @@ def dry_run(plan: Plan) -> DryRun:
 
 def kinds(plan: Plan) -> Callable[[int], Hashable]:
     """A function that tells of a rank what its communication can depend on."""
-    layout_of = cache(lambda stage, tp: stage_layout(plan.config, plan.stages, stage, plan.topology.dp_cp, tp))
+    layout_of = cache(lambda stage, tp: stage_layout(plan.config, plan.stages, stage, plan.topology.dp, tp))
 
     @cache
     def of_stage(stage: int, tp: int, dp_rank: int) -> Hashable:
         buckets, summed = layout_of(stage, tp).buckets, Counter[str]()
         for bucket in buckets:
-            for segment in layout_of(stage, tp).segments(*bucket.shard(plan.topology.dp_cp, dp_rank)):
+            for segment in layout_of(stage, tp).segments(*bucket.shard(plan.topology.dp, dp_rank)):
                 summed[segment.part.sum_over] += segment.count
         specs = [p.spec for bucket in buckets for p in bucket.params]
         held = tuple((s.shape, tuple(part.box.shape for part in s.parts)) for s in specs)

@@ -174,18 +174,13 @@ class Groups:
     """Everything a rank can talk to."""
 
     tp: Group  # tensor parallel: the same layers, other slices of them
-    dp: Group  # data parallel: the same slices, other samples: who reads which
+    dp: Group  # data parallel: the same weights, other samples; over it gradients are reduced and state is sharded
     pp: Group  # pipeline: the same samples and slices, other layers
     embedding: Group  # the ranks with the first and the last stage, and so both copies of a tied embedding
     kv: Group  # tensor-parallel ranks with copies of the same key/value heads (tp > num_kv_heads)
     world: Group
     rank: int
     coords: dict[str, int]
-
-    @property
-    def dp_cp(self) -> Group:
-        """The ranks with the same weights: over them gradients are reduced and state is sharded."""
-        return self.dp
 
 
 def partitions(topology: Topology, num_kv_heads: int) -> dict[str, list[tuple[int, ...]]]:

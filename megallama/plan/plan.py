@@ -38,7 +38,7 @@ class Plan:
 
     def memory(self, pp_rank: int) -> RankMemory:
         """Bytes of the ranks at one pipeline position, in a replica with most micro-batches."""
-        return rank_memory(self.config, self.stages, self.schedule, self.topology.dp_cp, pp_rank)
+        return rank_memory(self.config, self.stages, self.schedule, self.topology.dp, pp_rank)
 
     def work_of(self, rank: int) -> tuple[int, ...]:
         """Pipeline position, and micro-batches in a step of each size: ranks with the same have the same work."""

@@ -51,11 +51,6 @@ class Topology:
     def size(self, *axes: str) -> int:
         return prod(getattr(self, a) for a in axes)
 
-    @property
-    def dp_cp(self) -> int:
-        """Ranks with the same weights: they share gradients and optimizer state."""
-        return self.size("dp", "cp")
-
     def coords(self, rank: int) -> dict[str, int]:
         """Global rank -> its index on every axis."""
         assert 0 <= rank < self.world_size, (rank, self.world_size)

@@ -79,7 +79,7 @@ def assemble(
     stages, buffers = {}, {}
     for number in plan.schedule.stages_of(groups.pp.rank):
         first, last = number == 0, number == len(plan.stages) - 1
-        layout = stage_layout(config, plan.stages, number, groups.dp_cp.size, groups.tp.rank)
+        layout = stage_layout(config, plan.stages, number, groups.dp.size, groups.tp.rank)
         buffers[number] = FlatBuffers(layout, dtype, device, kernels)
         stages[number] = Stage(config, buffers[number], plan.stages[number], first, last, tp, kernels, record)
     rule = AdamW(config.optimizer, kernels.adamw)
