@@ -1,7 +1,6 @@
 """Copies of a rank's state in memory that outlives its process: what a rank that is replaced goes on from.
 
-There are two, for a rank may end while it makes one.  A copy is taken only where every rank has a whole one of the same
-step: each tensor's bits are digested where they were trained, and compared when they are read.
+There are two, for a rank may end while it makes one. Bits are digested where they were trained, and compared when read.
 """
 
 from __future__ import annotations

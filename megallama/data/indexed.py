@@ -11,7 +11,6 @@ PREFIX.bin is nothing but token ids, one document after the other.  PREFIX.idx s
     int64[n]  first byte of each sequence in .bin
     int64[d]  first sequence of each document, and n at the end
 
-PREFIX.json is what preprocessing recorded: counts, the tokenizer, the pair's fingerprint.
 Reading uses pread, never mmap: a file that shrinks under a run is then an error with a name in it and not a SIGBUS.
 """
 
@@ -62,7 +61,7 @@ def _read_metadata(prefix: str) -> dict[str, Any]:
 class IndexedDataset:
     """A .bin/.idx pair opened for reading; safe to use from several threads.
 
-    Opening costs the same for any size. `metadata`: PREFIX.json, {} where there is none (a corpus of another tool).
+    Opening costs the same for any size. `metadata`: what preprocessing recorded, PREFIX.json, {} where there is none.
     Raises: DataError for a wrong header, size, first or last offset, or a fingerprint unlike that of PREFIX.json.
     """
 

@@ -16,6 +16,7 @@ from megallama.config.schema import Config
 from megallama.data.samples import Reader
 from megallama.layers.batch import MicroBatch
 
+CPU = torch.device("cpu")
 Item = tuple[list[MicroBatch], MegallamaError | None]  # of one step; why there are none
 
 
@@ -40,12 +41,12 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
         num_samples: int | None = None,
         prefetch: int = 2,
         timeout_seconds: float = 60.0,
-        device: torch.device | None = None,
+        device: torch.device = CPU,
         name: str = "train",
     ) -> None:
         self._read, self._ids_of_step, self._num_samples = read, ids_of_step, num_samples
         self._stop_step, self._timeout, self._device = stop_step, timeout_seconds, device
-        self._copies = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[list[MicroBatch], torch.cuda.Event] | None = None  # the next step, and its arrival
         self.name, self.step, self.wait_seconds = name, start_step, 0.0
         self._closed, self._at = threading.Event(), "not started"
@@ -61,7 +62,7 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
         if self._copies is None:
             batches = self._take()
             self.step += 1
-            return batches if self._device is None else [batch.to(self._device) for batch in batches]
+            return [batch.to(self._device) for batch in batches]
         (there, arrived), self._ahead = self._ahead or self._send(self._copies), None
         self.step += 1
         if self.step != self._stop_step and not self._queue.empty():
@@ -87,8 +88,7 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
         try:
             return next(self), None
         except MegallamaError as error:
-            zeros = MicroBatch.zeros(config)
-            return [zeros if self._device is None else zeros.to(self._device)] * count, error
+            return [MicroBatch.zeros(config).to(self._device)] * count, error
 
     def _take(self) -> list[MicroBatch]:
         """The micro-batches of the next step, on the host."""

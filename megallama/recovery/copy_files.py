@@ -30,11 +30,37 @@ class CopyFiles:
         self.opened: dict[str, tuple[int, mmap.mmap]] = {}  # by name
 
     def open(self, folder: str, which: object, size: int, notes: list[str]) -> tuple[int, mmap.mmap]:
-        """The file `which` of the run in `folder`, at least `size` bytes. Raises: OSError, as `open_file`."""
+        """The file `which` of the run in `folder`, at least `size` bytes, and its memory; what it has stays.
+
+        What is to be said goes to `notes`. Raises: OSError where the machine has no room.
+        """
         name = name_of(folder, str(which))
-        if name not in self.opened or len(self.opened[name][1]) < size:
-            self.opened[name] = open_file(self.shm, name, size, folder, self.opened.get(name, (-1,))[0], notes)
-        return self.opened[name]
+        if (held := self.opened.get(name)) and len(held[1]) >= size:
+            return held
+        file, size, path, there = held[0] if held else -1, size + _FOLDER, self.shm / name, 0
+        with opened(self.shm, os.O_RDONLY) as alone:  # else each of several processes would find the room of one
+            fcntl.flock(alone, fcntl.LOCK_EX)
+            notes += tidy(self.shm)
+            with suppress(OSError):
+                there = (os.fstat(file) if held else path.stat()).st_blocks * 512
+            if size - there > (free := free_memory()):
+                raise OSError(errno.ENOMEM, f"{size - there:,} bytes are needed, and {free:,} are free")
+            at = os.statvfs(self.shm)
+            try:
+                file = file if held else _locked(path)
+                if size - there > at.f_bavail * at.f_frsize:
+                    path.unlink(missing_ok=True)
+                    os.close(file)
+                    raise OSError(errno.ENOSPC, f"{at.f_bavail * at.f_frsize:,} bytes are free of {size:,} needed")
+            except OSError as error:
+                text = "warning: copies in memory have no name, and do not outlive their supervisor"
+                notes.append(f"{text}: {path}: {error.strerror}")
+                file = os.memfd_create(name)
+            os.posix_fallocate(file, 0, size)
+        memory = mmap.mmap(file, size)
+        memory[-_FOLDER:] = folder.encode()[:_FOLDER].ljust(_FOLDER, b"\0")
+        self.opened[name] = file, memory
+        return file, memory
 
     def drop(self) -> None:
         """Close and remove them."""
@@ -49,36 +75,6 @@ class CopyFiles:
 def name_of(folder: str, which: str) -> str:
     """The name of the file of a rank, or of its copy for a buddy, of the run in `folder`."""
     return f"{PREFIX}{hashlib.sha256(folder.encode()).hexdigest()[:12]}-{which}"
-
-
-def open_file(shm: Path, name: str, size: int, folder: str, file: int, notes: list[str]) -> tuple[int, mmap.mmap]:
-    """A file of `size` bytes and its memory; what it has stays. `file`: it is open already, but smaller, or -1.
-
-    What is to be said goes to `notes`. Raises: OSError where the machine has no room.
-    """
-    size, path, there = size + _FOLDER, shm / name, 0
-    with opened(shm, os.O_RDONLY) as alone:  # of processes that look at the same time each would find the room of one
-        fcntl.flock(alone, fcntl.LOCK_EX)
-        notes += tidy(shm)
-        with suppress(OSError):
-            there = (os.fstat(file) if file >= 0 else path.stat()).st_blocks * 512
-        if size - there > (free := free_memory()):
-            raise OSError(errno.ENOMEM, f"{size - there:,} bytes are needed, and {free:,} are free")
-        at = os.statvfs(shm)
-        try:
-            file = file if file >= 0 else _locked(path)
-            if size - there > at.f_bavail * at.f_frsize:
-                path.unlink(missing_ok=True)
-                os.close(file)
-                raise OSError(errno.ENOSPC, f"{at.f_bavail * at.f_frsize:,} bytes are free of {size:,} needed")
-        except OSError as error:
-            text = "warning: copies in memory have no name, and do not outlive their supervisor"
-            notes.append(f"{text}: {path}: {error.strerror}")
-            file = os.memfd_create(name)
-        os.posix_fallocate(file, 0, size)
-    memory = mmap.mmap(file, size)
-    memory[-_FOLDER:] = folder.encode()[:_FOLDER].ljust(_FOLDER, b"\0")
-    return file, memory
 
 
 def free_memory() -> int:
