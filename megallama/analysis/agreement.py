@@ -26,7 +26,6 @@ from megallama.config.errors import MegallamaError
 Groups = Mapping[str, Partition]  # all groups by name
 Channel = tuple[str, str, int]  # "send" or "recv", group, peer within the group; all collectives: "", group, -1
 End = tuple[int, Channel]  # of a channel: a member, and the channel as it sees it
-Partners = dict[tuple["Program", Channel], set[tuple["Program", Channel]]]
 
 
 class Disagreement(MegallamaError):
@@ -105,7 +104,15 @@ def _compare(seen: set[Any], programs: Sequence[Program], ranks: tuple[int, ...]
 def _execute(programs: Sequence[Program], groups: Groups) -> None:
     """Run all programs as far as they go. Raises: Disagreement if that is not to the end."""
     first = {program: programs.index(program) for program in dict.fromkeys(programs)}
-    partners = _partners(programs, groups)
+    # who must call too, where any rank of a program calls: all programs of any group that one of its ranks is in
+    partners: dict[tuple[Program, Channel], set[tuple[Program, Channel]]] = defaultdict(set)
+    for name, partition in groups.items():
+        for members in {tuple(programs[r] for r in ranks) for ranks in partition}:
+            everybody = {(program, ("", name, -1)) for program in members}
+            for member, program in enumerate(members):
+                for op, group, peer in (channel for channel in program.channels if channel[1] == name):
+                    theirs = (members[peer], ("recv" if op == "send" else "send", name, member))
+                    partners[program, (op, group, peer)] |= {theirs} if op else everybody
     made = {program: Counter[Channel]() for program in first}
     at = dict.fromkeys(first, 0)
 
@@ -137,17 +144,3 @@ def _execute(programs: Sequence[Program], groups: Groups) -> None:
         stuck = other
     if words:
         raise Disagreement(f"ranks wait for one another for ever: {'; '.join(words.values())}")
-
-
-def _partners(programs: Sequence[Program], groups: Groups) -> Partners:
-    """Who else must call, where any rank of a program calls: all programs of any group that one of its ranks is in."""
-    out: Partners = defaultdict(set)
-    for name, partition in groups.items():
-        for members in {tuple(programs[r] for r in ranks) for ranks in partition}:
-            everybody = {(program, ("", name, -1)) for program in members}
-            for member, program in enumerate(members):
-                for op, group, peer in program.channels:
-                    if group == name:
-                        other = (members[peer], ("recv" if op == "send" else "send", name, member))
-                        out[program, (op, group, peer)] |= {other} if op else everybody
-    return out

@@ -177,9 +177,14 @@ class _Repeating:
 
     def __call__(self, hidden: Tensor | None, batch: MicroBatch) -> Tensor:
         train = torch.is_grad_enabled()
-        if self._phase != self._tape.phase:
+        if self._phase != self._tape.phase:  # who runs in full, and of each kind the one to learn from
             self._phase = self._tape.phase
-            self._choose(train)
+            steps = self._tape.schedule.steps[self._tape.rank.groups.pp.rank]
+            mine = [a for a in steps if a.stage == self._number and a.kind.is_compute]
+            order = {kind: [a.microbatch for a in mine if a.kind is kind] for kind, _, _ in mine}
+            self._models = {kind: order[kind][:2][-1 if kind is F else 0] for kind in order}
+            self._whole = {order[F][0], *(order[kind][-1] for kind in order if kind is not F)}
+            self._whole.update(model for kind, model in self._models.items() if (kind, train) not in self._templates)
         if self._tape.action().microbatch in self._whole:
             out = self._stage(hidden, batch)
             self._out[train] = torch.empty_like(out)
@@ -190,15 +195,6 @@ class _Repeating:
 
     def backward(self) -> None:
         self._repeat(self._tape.action().kind, True)
-
-    def _choose(self, train: bool) -> None:
-        """The micro-batches to run in full in this phase, and for each kind of action the one to learn from."""
-        steps = self._tape.schedule.steps[self._tape.rank.groups.pp.rank]
-        mine = [a for a in steps if a.stage == self._number and a.kind.is_compute]
-        order = {kind: [a.microbatch for a in mine if a.kind is kind] for kind, _, _ in mine}
-        self._models = {kind: order[kind][:2][-1 if kind is F else 0] for kind in order}
-        self._whole = {order[F][0], *(order[kind][-1] for kind in order if kind is not F)}
-        self._whole.update(model for kind, model in self._models.items() if (kind, train) not in self._templates)
 
     def _repeat(self, kind: Kind, train: bool) -> None:
         if (key := (kind, train)) not in self._templates:

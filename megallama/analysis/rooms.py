@@ -7,7 +7,7 @@ highest room that it imports.  Of a -> b -> c the arrow a -> c is left out, sinc
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -37,19 +37,15 @@ def read_rooms(package: Path) -> dict[str, Room]:
             text = path.read_text(encoding="utf-8")
             room = rooms.setdefault(name, Room())
             room.lines += len(text.splitlines())
-            room.imports |= set(_imported(ast.parse(text), package.name)) - {name}
+            for node in ast.walk(ast.parse(text)):  # `a` of "import package.a.b" and of "from package import a"
+                if isinstance(node, (ast.Import, ast.ImportFrom)):
+                    within = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+                    names = (within + alias.name for alias in node.names)
+                    room.imports |= {name.split(".")[1] for name in names if name.startswith(f"{package.name}.")}
+            room.imports.discard(name)
     for room in rooms.values():
         room.imports &= set(rooms)
     return rooms
-
-
-def _imported(tree: ast.Module, package: str) -> Iterator[str]:
-    """Names of rooms: `a` for ``import package.a.b`` and for ``from package import a``."""
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            within = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-            names = (within + alias.name for alias in node.names)
-            yield from (name.split(".")[1] for name in names if name.startswith(f"{package}."))
 
 
 def levels(rooms: Mapping[str, Room]) -> dict[str, int]:

@@ -158,13 +158,6 @@ def _left_by_an_earlier_version(path: Path) -> bool:
     return parts in (set(), {"optimizer"}, {"model", "optimizer"})
 
 
-def point_latest(final: Path) -> None:
-    """Write the hint file `latest`."""
-    temporary = unfinished(final.with_name("latest"))
-    disk.write_durably(temporary, (final.name + "\n").encode())
-    os.rename(temporary, final.with_name("latest"))
-
-
 class _Seen(NamedTuple):
     """A lock at one time; two looks differ if somebody has touched it meanwhile."""
 

@@ -226,6 +226,7 @@ def to_tokenizer(model: bytes) -> Tokenizer:
     SentencePiece merges by the scores of what pairs become, the leftmost of equals first; a tokenizer.json ranks pairs.
     Both agree where every score is one piece's own and, of two overlapping pairs of a piece, the left one is first.
     """
+    from sentencepiece import SentencePieceProcessor
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at run time
 
     file = ModelProto.FromString(model)
@@ -251,7 +252,12 @@ def to_tokenizer(model: bytes) -> Tokenizer:
     found.decoder = decoders.Sequence([*plain, *after * prefix])
     found.add_special_tokens([text for text, _, kind in pieces if kind in (UNKNOWN, CONTROL)])
     found.add_tokens([AddedToken(text, normalized=False) for text in user])
-    _prove(model, found, pieces)
+    found.encode_special_tokens = True
+    theirs = SentencePieceProcessor(model_proto=model)
+    listed = (" ".join(text for text, *_ in pieces[i : i + 64]) for i in range(0, len(pieces), 64))
+    for text in [*PROBES, *listed]:  # what is difficult, and all pieces
+        if found.encode(text, add_special_tokens=False).ids != theirs.encode(text):
+            raise NotEqualError(f"the text {text[:40]!r} becomes other ids")
     return found
 
 
@@ -276,15 +282,3 @@ def _merges(pieces: Sequence[Piece]) -> Iterator[tuple[str, str]]:
             first = next((a for a in pairs if not any(b[1] == a[0] and a != b for b in pairs)), pairs[0])
             pairs.remove(first)
             yield first
-
-
-def _prove(model: bytes, ours: Tokenizer, pieces: Sequence[Piece]) -> None:
-    """Raises: NotEqualError if a difficult text, or a piece, becomes other ids."""
-    from sentencepiece import SentencePieceProcessor
-
-    theirs = SentencePieceProcessor(model_proto=model)
-    ours.encode_special_tokens = True
-    listed = (" ".join(text for text, *_ in pieces[i : i + 64]) for i in range(0, len(pieces), 64))
-    for text in [*PROBES, *listed]:
-        if ours.encode(text, add_special_tokens=False).ids != theirs.encode(text):
-            raise NotEqualError(f"the text {text[:40]!r} becomes other ids")

@@ -273,7 +273,8 @@ class CheckpointManager:
         """Point `latest` at the new checkpoint, delete those not to be kept; failures only warn."""
         keep_last, keep_every = self._config.checkpoint.keep_last, self._config.checkpoint.keep_every
         try:
-            folders.point_latest(final)
+            disk.write_durably(hint := folders.unfinished(final.with_name("latest")), f"{final.name}\n".encode())
+            hint.rename(final.with_name("latest"))
             if self.keep_all:
                 return
             if (before := final.with_suffix(folders.REPLACED)).exists():

@@ -186,17 +186,6 @@ def table(schedule: Schedule, report: Report) -> str:
     return "\n".join([*lines, "in flight: (stage, micro-batch) pairs held for a backward at once"])
 
 
-def costs_of(text: str, num_stages: int) -> list[StageCost]:
-    """--costs in numbers. Raises: ConfigError."""
-    try:
-        f, i, w = map(float, text.split(","))
-        if min(f, i, w) <= 0:
-            raise ValueError
-    except ValueError:
-        raise ConfigError(f"--costs {text} are not three times above 0; write for example --costs 1,1,0.7") from None
-    return [StageCost(f, i, w)] * num_stages
-
-
 def run(argv: Sequence[str]) -> None:
     """Print the chart, write the pictures. Raises: MegallamaError."""
     parser = Parser("draw", __doc__, config=True, named=["ranks"])
@@ -228,7 +217,14 @@ def run(argv: Sequence[str]) -> None:
     if args.like:
         costs, real = measured(args.like, schedule.num_stages)
     if args.costs:
-        costs = costs_of(args.costs, schedule.num_stages)
+        try:
+            f, i, w = map(float, args.costs.split(","))
+            if min(f, i, w) <= 0:
+                raise ValueError
+        except ValueError:
+            wrong = f"--costs {args.costs} are not three times above 0"
+            raise ConfigError(f"{wrong}; write for example --costs 1,1,0.7") from None
+        costs = [StageCost(f, i, w)] * schedule.num_stages
     report = simulate(schedule, costs, args.hop)
     print(f"{caption(schedule, report)}\n{draw(report, args.width)}\n{timeline.LEGEND}\n\n{table(schedule, report)}")
     if args.svg:

@@ -18,7 +18,9 @@ def exit_status(run: Callable[[], int | None]) -> int:
         try:
             status = run() or 0
         except SystemExit as left:
-            if _reader_gone():  # argparse swallows it
+            poll = select.poll()
+            poll.register(1, 0)
+            if any(event & select.POLLERR for _, event in poll.poll(0)):  # the reader has gone: argparse swallows it
                 raise BrokenPipeError from None
             if isinstance(left.code, str):
                 sys.stderr.write(f"{left.code}\n")
@@ -38,9 +40,3 @@ def exit_status(run: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         drop_output()
         return 141
-
-
-def _reader_gone() -> bool:
-    poll = select.poll()
-    poll.register(1, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from megallama.config.schema import Config, SourceConfig
 
@@ -32,12 +31,18 @@ class Setting:
 def settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Setting]:
     """Every setting, in the order of the schema; a nested table comes before its own fields."""
     for name, field in model.model_fields.items():
-        setting = _setting(prefix + name, field)
-        tables = [kind for kind in setting.kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if field.annotation not in tables:  # else a section
-            yield setting
+        annotation = field.annotation
+        members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+        said = [kind for kind in members if kind is not NoneType]
+        kinds = tuple(get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in said)
+        tables = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if annotation not in tables:  # else a section
+            meaning, _, unit = (field.description or "").partition(" [")
+            words = " or ".join(_words(kind, tuple(field.metadata)) for kind in said)
+            default = None if field.is_required() else field.get_default()
+            yield Setting(prefix + name, words, kinds, NoneType in members, default, unit.rstrip("]"), meaning)
         for table in tables:
-            yield from settings(table, setting.key + ".")
+            yield from settings(table, f"{prefix}{name}.")
 
 
 def sections() -> Mapping[str, str]:
@@ -59,22 +64,6 @@ def literal(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)
     return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")
-
-
-def _setting(key: str, field: FieldInfo) -> Setting:
-    annotation = field.annotation
-    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    kinds = [kind for kind in members if kind is not NoneType]
-    text, _, unit = (field.description or "").partition(" [")
-    return Setting(
-        key=key,
-        type=" or ".join(_words(kind, tuple(field.metadata)) for kind in kinds),
-        kinds=tuple(get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds),
-        optional=NoneType in members,
-        default=None if field.is_required() else field.get_default(),
-        unit=unit.rstrip("]"),
-        meaning=text,
-    )
 
 
 def _words(kind: Any, limits: tuple[Any, ...]) -> str:

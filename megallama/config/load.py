@@ -142,18 +142,14 @@ class _Reader:
                 tomllib.loads(f"x = [{raw}]")  # fails where a line or a comment follows the value: it would be dropped
             except (ValueError, RecursionError) as error:
                 if raw.startswith(quotes):  # it only begins like TOML
-                    self._no_toml(key, raw, error)
+                    around = f'texts in it need quotes, and the shell others around all of it: \'{key}=["a", "b"]\''
+                    hint = around if raw.startswith(("[", "{")) else "close the quotes"
+                    shown = _short(raw.replace("\n", "\\n"))
+                    self.problems.append(f"{COMMAND_LINE}: {key}={shown} is not a TOML value ({error}); {hint}")
+                    self.bad.add(key)
                     return
                 value = {"True": True, "False": False}.get(raw, raw)
         self._take(key, value, COMMAND_LINE)
-
-    def _no_toml(self, key: str, raw: str, error: Exception) -> None:
-        hint = "close the quotes"
-        if raw.startswith(("[", "{")):
-            hint = f'texts in it need quotes, and the shell others around all of it: \'{key}=["a", "b"]\''
-        shown = _short(raw.replace("\n", "\\n"))
-        self.problems.append(f"{COMMAND_LINE}: {key}={shown} is not a TOML value ({error}); {hint}")
-        self.bad.add(key)
 
     def apply_preset(self) -> None:
         """Put the preset's row under the user's own values."""
@@ -184,8 +180,15 @@ class _Reader:
 
     def validate(self) -> Config:
         """The configuration of the values that are right; the others become problems."""
+        tree: dict[str, Any] = {}
+        for key, value in self.values.items():
+            *path, leaf = key.split(".")
+            node = tree
+            for name in path:
+                node = node.setdefault(name, {})
+            node[leaf] = node.get(leaf, {}) if value == {} else value
         try:
-            return Config.model_validate(self._tree(), strict=True)
+            return Config.model_validate(tree, strict=True)
         except ValidationError as error:
             refused: set[str] = set()
             for e in error.errors(include_url=False):
@@ -252,16 +255,6 @@ class _Reader:
                 del self.values[k]
         self.values.pop(key, None)  # later words come later, also in the order of the dict
         self.values[key], self.sources[key] = value, source
-
-    def _tree(self) -> dict[str, Any]:
-        tree: dict[str, Any] = {}
-        for key, value in self.values.items():
-            *path, leaf = key.split(".")
-            node = tree
-            for name in path:
-                node = node.setdefault(name, {})
-            node[leaf] = node.get(leaf, {}) if value == {} else value
-        return tree
 
     def _refuse(self, error: Any, refused: set[str]) -> None:
         """Turn one of pydantic's errors into a message; its key joins `refused`."""
@@ -365,18 +358,12 @@ def read_toml(file: Path, what: str) -> dict[str, Any]:
         reason = error.strerror or str(error)
         raise ConfigError(f"cannot read {what} {file}: {reason}; give the path of a TOML file") from None
     except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
-        wrong = f"{file} is not valid TOML: {error}; write lines like tp = 2 under [parallel]"
-        raise ConfigError(wrong + _line_of(text, error)) from None
-
-
-def _line_of(text: str, error: Exception) -> str:
-    """The line of `text` that a parser's error names, after a line break; or nothing."""
-    if isinstance(error, UnicodeDecodeError):
-        text = error.object.decode(errors="replace")
-        number = error.object.count(b"\n", 0, error.start) + 1
-    elif found := re.search(r"at line (\d+)|at end of document", str(error)):
-        number = int(found[1] or len(text.rstrip().splitlines()))
-    else:
-        return ""
-    line = [*text.split("\n"), ""][number - 1].strip()
-    return f"\n  line {number}: {line if len(line) <= 100 else line[:100] + '...'}"
+        wrong, number = f"{file} is not valid TOML: {error}; write lines like tp = 2 under [parallel]", 0
+        if isinstance(error, UnicodeDecodeError):
+            text = error.object.decode(errors="replace")
+            number = error.object.count(b"\n", 0, error.start) + 1
+        elif found := re.search(r"at line (\d+)|at end of document", str(error)):
+            number = int(found[1] or len(text.rstrip().splitlines()))
+        line = [*text.split("\n"), ""][number - 1].strip()
+        shown = f"\n  line {number}: {line if len(line) <= 100 else line[:100] + '...'}" if number else ""
+        raise ConfigError(wrong + shown) from None

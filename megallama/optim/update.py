@@ -157,19 +157,15 @@ class Update:
         """
         for sync in self.syncs:
             sync.finish()
-        self._sum_tied()
-        total = self._sum_of_squares([run for sync, bucket, _ in self._held for run in self._counted(sync, bucket)])
-        return total.to(self.syncs[0].buffers.grads.device)
-
-    def _sum_tied(self) -> None:
-        """Both copies of a tied embedding, on two ranks or on one, get the sum of their gradients."""
         copies = [tensors["grads"] for _, bucket, tensors in self._held if bucket.tied]
-        for copy in copies[1:]:
+        for copy in copies[1:]:  # of a tied embedding, both on this rank: each gets the sum
             copies[0].add_(copy)
         for copy in copies[:1]:
             self._groups.embedding.all_reduce(copy).wait()
         for copy in copies[1:]:
             copy.copy_(copies[0])
+        total = self._sum_of_squares([run for sync, bucket, _ in self._held for run in self._counted(sync, bucket)])
+        return total.to(self.syncs[0].buffers.grads.device)
 
     def _counted(self, sync: GradSync, bucket: Bucket) -> list[Tensor]:
         ranges: list[list[int]] = []

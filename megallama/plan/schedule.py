@@ -260,12 +260,16 @@ def _check_transfers(schedule: Schedule) -> Transfers:
                 if (v := schedule.produces(a)) is not None:
                     made.add(v)
                 continue
-            value, peer = _move(schedule, a)
-            listed.setdefault((rank, peer), []).append(value)
-            seen = sent if a.kind in SENDS else received
+            sends, kind = a.kind in SENDS, SENDS.get(a.kind) or RECVS[a.kind]
+            other = a.stage + (1 if (kind is F) == sends else -1)  # the stage on the other side
+            if not 0 <= other < schedule.num_stages:
+                raise ScheduleError(f"{a}: there is no stage on the other side")
+            value = Action(kind, a.stage if sends else other, a.microbatch)
+            listed.setdefault((rank, schedule.owners[other]), []).append(value)
+            seen = sent if sends else received
             if value in seen:
                 raise ScheduleError(f"rank {rank}, step {i}, {a}: listed twice")
-            if a.kind in SENDS and value not in made:
+            if sends and value not in made:
                 raise ScheduleError(f"rank {rank}, step {i}, {a}: sent before it was made")
             seen.add(value)
         for v in sorted(made - sent):
@@ -296,15 +300,6 @@ def _check_progress(schedule: Schedule) -> None:
     if stuck := stuck_at(schedule, waits, gives)[0]:
         words = ", ".join(f"rank {rank} at {a}" for rank, a in stuck.items())
         raise ScheduleError(f"the schedule {schedule.name} deadlocks: {words}")
-
-
-def _move(schedule: Schedule, a: Action) -> tuple[Action, int]:
-    """The value that a send or a receive moves, and the rank on the other side."""
-    kind = SENDS[a.kind] if a.kind in SENDS else RECVS[a.kind]
-    other = a.stage + (1 if (kind is F) == (a.kind in SENDS) else -1)
-    if not 0 <= other < schedule.num_stages:
-        raise ScheduleError(f"{a}: there is no stage on the other side")
-    return Action(kind, a.stage if a.kind in SENDS else other, a.microbatch), schedule.owners[other]
 
 
 def _list(keys: set[tuple[int, int]]) -> str:

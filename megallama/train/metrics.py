@@ -106,17 +106,9 @@ class MetricsWriter:
             self._log.info(line(record, self._steps))
         for name, sink in self._sinks.items():
             self._thread.submit(self._try, name, sink.write, record)
-        if record["kind"] == "train":
-            self._say_changes(record)
-
-    def catch_up(self, seconds: float) -> None:
-        """Wait so long for what is not written yet: a copy in memory is not to be ahead of the records."""
-        with suppress(TimeoutError):
-            if self._sinks:
-                self._thread.submit(int).result(seconds)
-
-    def _say_changes(self, record: Record) -> None:
-        """What has grown since it was said: too rarely to be on every line."""
+        if record["kind"] != "train":
+            return
+        # what has grown since it was said: too rarely to be on every line
         step, memory, scale = record["step"], record["peak_memory_bytes"], record["loss_scale"]
         if memory > 1.05 * self._memory:
             self._memory = memory
@@ -128,6 +120,12 @@ class MetricsWriter:
         if scale > self._loss_scale:
             self._log.info(f"step {step}: loss scale {scale:g}")
         self._loss_scale = scale
+
+    def catch_up(self, seconds: float) -> None:
+        """Wait so long for what is not written yet: a copy in memory is not to be ahead of the records."""
+        with suppress(TimeoutError):
+            if self._sinks:
+                self._thread.submit(int).result(seconds)
 
     def close(self) -> None:
         for name, sink in self._sinks.items():
