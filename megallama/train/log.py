@@ -7,10 +7,10 @@ unbuffered write: nothing is lost when the process is killed.  A full disk or a 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from contextlib import suppress
-from io import FileIO
 from pathlib import Path
 
 from megallama.config.errors import ConfigError, drop_output
@@ -61,8 +61,8 @@ class Logger:
     def __init__(self, rank: int, world_size: int, folder: Path | None = None, launched: int | None = None) -> None:
         self.rank, self._width = rank, len(str(world_size - 1))
         self._file = f"rank-{rank if launched is None else launched:04d}.log"  # one process's, whatever its rank is
-        self._own: FileIO | None = None
-        self._run: FileIO | None = None
+        self._own: int | None = None  # handles of the two files
+        self._run: int | None = None
         self._once: set[str] = set()
         self._early: list[bytes] = []  # lines for this rank's file, which is not there yet
         self._failures = logging.Handler()  # tracebacks that somebody logs on the way
@@ -77,9 +77,9 @@ class Logger:
             return
         try:
             (folder / "logs").mkdir(parents=True, exist_ok=True)
-            self._own = open(folder / "logs" / self._file, "ab", buffering=0)
-            self._run = open(folder / "run.log", "ab", buffering=0) if self.rank == 0 else None
-            self._own.write(b"".join(self._early))
+            self._own = _open(folder / "logs" / self._file)
+            self._run = _open(folder / "run.log") if self.rank == 0 else None
+            os.write(self._own, b"".join(self._early))
         except OSError as error:
             raise ConfigError(
                 f"run.folder={folder} cannot be written: {error.strerror}; give run.folder a folder that can be created"
@@ -112,9 +112,9 @@ class Logger:
     def close(self) -> None:
         """Close the files; later lines are only printed."""
         logging.getLogger("megallama").removeHandler(self._failures)
-        for file in (self._own, self._run):
-            if file is not None:
-                file.close()
+        for handle in (self._own, self._run):
+            if handle is not None:
+                os.close(handle)
         self._own = self._run = None
 
     def _say(self, text: str, aloud: bool) -> None:
@@ -123,14 +123,18 @@ class Logger:
             _print(f"{time.strftime('%H:%M:%S')} {who}{text}", error=False)
         self._write(text, self._own, self._run if aloud else None)
 
-    def _write(self, text: str, *files: FileIO | None) -> None:
+    def _write(self, text: str, *handles: int | None) -> None:
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode(errors="replace")
         if self._own is None:
             self._early.append(line)
-        for file in filter(None, files):
+        for handle in (handle for handle in handles if handle is not None):
             try:
-                file.write(line)
+                os.write(handle, line)
             except OSError as error:
                 if "log" not in self._once:
                     self._once.add("log")
                     _print(f"warning: log lines are lost: {error.strerror}; training goes on", error=False)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
