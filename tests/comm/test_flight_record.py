@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import threading
 import time
 
 import pytest
@@ -86,6 +89,74 @@ def test_texts() -> None:
     assert isinstance(seen.told("verdict"), str) and seen.told("cause")["status"] == 4
     own.memory[flight_record.PLACES["cause"] + 8] = 0  # half written
     assert seen.told("cause") is None
+
+
+@pytest.mark.parametrize("name", flight_record.TEXTS)
+def test_a_text_may_fill_its_place_and_no_more(name: str) -> None:
+    own, seen = two()
+    most = flight_record.TEXTS[name] - 8  # its length stands before it
+    fits = "x" * (most - 2)  # and two quotes around it
+    own.tell(name, fits)
+    assert seen.told(name) == fits
+    own.tell(name, fits + "y")
+    assert seen.told(name) == fits[: (most + 8) // 8]
+    after = sorted(flight_record.PLACES.values())
+    assert [b - a for a, b in zip(after, after[1:], strict=False)] == [*flight_record.TEXTS.values()][:-1]
+
+
+def test_of_the_last_trainer_only_what_lasts_is_kept() -> None:
+    own, _ = two()
+    for word in range(flight_record.WORDS):
+        own.words[word] = word + 1
+    own.begin_again()
+    kept = {word: number for word, number in enumerate(own.words) if number}
+    names = ("BEAT", "PORT", "LAUNCHER", "SUPERVISOR", "GENERATION", "ASKED", "ANSWERED")
+    assert kept == {(word := getattr(flight_record, name)): word + 1 for name in names}
+
+
+def test_time_in_waits_adds_up_and_a_layer_is_where_the_rank_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, seen = two()
+    clock = iter([100, 130, 200, 205, 300, 330, 340, 400])
+    monkeypatch.setattr(time, "monotonic_ns", lambda: next(clock))
+    place = own.begins(own.add_group("tp", (0, 1)), "all_gather", 1, 8)  # at 100
+    own.waits(place)
+    own.arrived(place)
+    assert own.words[flight_record.WAITED] == 70
+    own.work_begins()
+    own.waits(place)
+    own.arrived(place)
+    assert own.words[flight_record.WAITED] == 100 and own.words[flight_record.SINCE] == 0
+    own.work_done()  # at 340, begun at 205; 30 of them waited
+    assert seen.busy() == [105]
+    own.layer(4)
+    assert own.words[flight_record.LAYER] == 4
+    own.action("F", 2, 3)
+    assert own.words[flight_record.LAYER] == -1 and own.words[flight_record.CHANGED] == 400
+
+
+def test_a_question_waits_for_its_answer_but_not_for_ever() -> None:
+    own, seen = two()
+    own.words[flight_record.SUPERVISOR], own.words[flight_record.LIMIT] = os.getpid(), int(0.3e9)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        began = time.monotonic()
+        assert own.ask(do="open") == {"problem": "the supervisor has not answered for 0.3 s"}
+        assert 0.3 <= time.monotonic() - began < 3 and own.words[flight_record.ASKED] == 1
+
+        def answer() -> None:
+            while own.words[flight_record.ASKED] != 2:
+                time.sleep(0.001)
+            own.tell("answer", {"problem": "", **own.told("asked")})
+            own.words[flight_record.ANSWERED] = 2
+
+        own.words[flight_record.LIMIT] = 0  # the longest wait is not known yet
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert own.ask(do="meet", size=3) == {"problem": "", "do": "meet", "size": 3}
+        thread.join()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert json.loads(json.dumps(seen.told("asked"))) == {"do": "meet", "size": 3}
 
 
 def test_more_groups_than_there_is_room_for_share_the_last_place() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import time
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megallama.comm import shared_memory
+from megallama.comm.group import ContactLost
 from megallama.comm.launch import World
 from megallama.comm.shared_memory import SharedMemory
 from tests.comm.operations import everything
@@ -155,3 +157,66 @@ def test_every_notice_has_a_tag_of_its_own() -> None:
     """Of the notices under way between two ranks: those of collectives and those of messages."""
     tags = [SharedMemory._tag(None, kind, number) for kind in (0, 1) for number in range(100)]
     assert len(set(tags)) == 200 and min(tags) >= shared_memory.FREE_TAG  # the lower ones are of messages and pieces
+
+
+class Notices:
+    """A segment's words: of each notice its number and the number that was read."""
+
+    def __init__(self) -> None:
+        self.words = [0] * 64
+
+
+def alone(blocks: list[tuple[int, int, list[tuple[int, int]]]]) -> SharedMemory:
+    group = SharedMemory.__new__(SharedMemory)
+    group.rank, group._segments, group._blocks = 0, [Notices()], blocks  # type: ignore[list-item]
+    return group
+
+
+def test_data_take_the_lowest_place_that_nobody_reads_any_more() -> None:
+    arena, unread, read = shared_memory._ARENA, [(8, 1)], [(0, 0)]
+    assert alone([])._room(arena) == 0 and alone([])._room(arena + 1) == -1
+    group = alone([(192, 300, unread), (0, 65, unread)])
+    assert [group._room(n) for n in (64, 65, arena - 320, arena - 319)] == [128, 320, 320, -1], "places are whole lines"
+    group = alone([(64, 128, unread), (0, 64, read)])
+    assert (group._room(64), group._room(65)) == (0, 128) and group._blocks == [(64, 128, unread)]
+    group._segments[0].words[8 + shared_memory._READ] = 1
+    assert group._room(65) == 0 and group._blocks == []
+
+
+def test_a_wait_ends_with_the_notice_the_time_out_or_a_rank_that_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    group, token = alone([]), 77
+    files = [os.memfd_create(f"test-{rank}") for rank in range(2)]
+    own, other = segments = [shared_memory._Segment(file, 2, token, own=True) for file in files]
+    group._segments, group.ranks, group._syscall, group._spin = segments, (4, 6), ctypes.CDLL(None).syscall, 0.0
+    with pytest.raises(OSError, match="do not see one another's processes"):
+        shared_memory._Segment(files[1], 2, token + 1, own=False)
+    seen = shared_memory._Segment(files[1], 2, token, own=False)
+    at = other.notice(shared_memory._TO_ALL, 0, 5)
+    monkeypatch.setattr(shared_memory, "_LOOK", 0.01)
+    for alive, seconds, text in (
+        (True, 0.05, "timed out after 0.05 s waiting for rank 6"),
+        (False, 9.0, "lost the connection to rank 6: its process has left"),
+    ):
+        monkeypatch.setattr(seen, "owner_left", lambda alive=alive: not alive)
+        group._seconds, began = seconds, time.monotonic()
+        with pytest.raises(ContactLost, match=text):
+            group._sleep_until(seen, at, 5, 1)
+        assert time.monotonic() - began < 2
+    bells = own.words[shared_memory._BELL]
+    other.words[at + shared_memory._NUMBER] = 5
+    group._sleep_until(seen, at, 5, 1)  # though it has left: it was told before
+    group._ring(own)
+    assert own.words[shared_memory._BELL] == bells + 1
+    assert not segments[0].words[shared_memory._CLOSED] and os.fstat(files[0]).st_size > shared_memory._ARENA
+    for file in files:
+        os.close(file)
+
+
+def test_every_notice_has_words_of_its_own() -> None:
+    file = os.memfd_create("test")
+    segment = shared_memory._Segment(file, 3, 1, own=True)
+    ring = shared_memory._NOTICES
+    places = [segment.notice(k, r, n) for k in (0, 1) for r in range(3) for n in range(ring)]
+    assert sorted(places) == [*range(shared_memory._HEAD, len(segment.words), shared_memory._WORDS)]
+    assert segment.notice(1, 2, ring + 3) == segment.notice(1, 2, 3)
+    os.close(file)
