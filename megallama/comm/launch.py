@@ -23,12 +23,13 @@ import torch
 import torch.distributed as dist
 
 from megallama.comm.c10d import C10d
+from megallama.comm.cores import cores_near, keep_near
 from megallama.comm.flight_record import LIMIT, SUPERVISOR, FlightRecord
 from megallama.comm.group import Assembly, ContactLost, Group, Groups, Partition, Solo, build_groups
 from megallama.comm.rendezvous import CRASHED, Arrival, Listener, Star, StarGroup, open_store, port_file, rendezvous
 from megallama.comm.shared_memory import MAX_SHM_BYTES, SharedMemory
 from megallama.comm.stream_record import StreamRecord
-from megallama.config.errors import LaunchError, counted
+from megallama.config.errors import LaunchError, counted, ranges
 from megallama.config.schema import Config, RunConfig
 from megallama.plan.topology import Topology
 
@@ -288,11 +289,12 @@ def start(
             device, gpu = _device(launch, run, notes, cuda or {})
     except LaunchError as error:
         problem = str(error)
+    near = cores_near(device) if device.type == "cuda" and run.bind_cores == "auto" else None
     record = StreamRecord(record or FlightRecord(), device) if device.type == "cuda" else record or FlightRecord()
     if launch.world_size == 1:
         if problem:
             raise LaunchError(problem)
-        _set_threads(run, 1, notes)
+        _set_threads(run, *keep_near(near, 0, [("", "")]), notes)
         return World(launch, device, Solo("world", 0), (launch.host,), notes, record=record)
 
     need = files_needed(
@@ -304,12 +306,14 @@ def start(
     own = Arrival(
         launch.rank, launch.world_size, launch.host, os.getpid(), torch.__version__, device.type, gpu, cores,
         config_hash, problem, [record.words[SUPERVISOR], record.file, record.stacks] if record.watched else [],
+        ranges(near or ()),
     )  # fmt: skip
     star = Star(launch.rank, launch.world_size, launch.host, listener, record)
     arrivals, store = _gather(launch, own, run.init_timeout_seconds, star, store)
     try:
-        sharing = [a for a in arrivals if (a.host, a.cores) == (own.host, own.cores)]
-        _set_threads(run, len(sharing), notes)
+        here = [a for a in arrivals if a.host == own.host]
+        sharing, bound = keep_near(near, here.index(own), [(a.cores, a.near) for a in here])
+        _set_threads(run, sharing, bound, notes)
         if launch.one_node and device.type == "cpu":
             _one_node_network(notes)
         timeout, record.words[LIMIT] = timedelta(seconds=run.io_timeout_seconds), int(1e9 * run.io_timeout_seconds)
@@ -319,7 +323,7 @@ def start(
         notes.append(f"{launch.launcher}: {counted(launch.world_size, 'rank')} over {backend}")
         world = World(
             launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, star,
-            oversubscribed=len(sharing) > len(os.sched_getaffinity(0)), shared_memory=run.shared_memory,
+            oversubscribed=sharing > len(os.sched_getaffinity(0)), shared_memory=run.shared_memory,
             record=record, arrivals=arrivals,
         )  # fmt: skip
         world.group = world.open_group("world", [tuple(range(launch.world_size))])
@@ -393,12 +397,12 @@ def _device(launch: Launch, run: RunConfig, notes: list[str], cuda: Mapping[str,
     torch.cuda.set_device(device)
     notes.append(f"device {device}: {torch.cuda.get_device_name(device)}")
     # NCCL_HOSTID is how one asks NCCL on purpose to let ranks share a GPU
-    shared = "NCCL_HOSTID" in os.environ
-    return device, "" if shared else str(torch.cuda.get_device_properties(device).uuid)
+    return device, "" if "NCCL_HOSTID" in os.environ else str(torch.cuda.get_device_properties(device).uuid)
 
 
-def _set_threads(run: RunConfig, sharing: int, notes: list[str]) -> None:
-    """run.threads, or this process's share of the cores that `sharing` ranks may all use."""
+def _set_threads(run: RunConfig, sharing: int, bound: str, notes: list[str]) -> None:
+    """run.threads, or this process's share of the cores that `sharing` ranks may all use; `bound`: to which."""
+    notes += [bound] * bool(bound)
     cores = len(os.sched_getaffinity(0))
     threads = run.threads or max(1, cores // sharing)
     torch.set_num_threads(threads)

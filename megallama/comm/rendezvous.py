@@ -285,6 +285,7 @@ class Arrival:
     config: str = ""
     problem: str = ""
     record: list[int] = field(default_factory=list)  # its supervisor's process, and its files there
+    near: str = ""  # the CPUs near its GPU, of those that it may use
 
     @property
     def name(self) -> str:

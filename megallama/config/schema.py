@@ -57,9 +57,7 @@ class ModelConfig(Section):
     rope_theta: PositiveFloat = option(10000.0, "base of the rotary frequencies")
     rope_scaling: RopeScaling | None = option(None, "LLaMA 3.1 scaling of the rotary frequencies")
     tie_embeddings: bool = option(False, "the output head is the embedding matrix")
-    init_std: PositiveFloat = option(
-        0.02, "standard deviation of initial weights; o_proj and down_proj use it / sqrt(2 num_layers)"
-    )
+    init_std: PositiveFloat = option(0.02, "standard deviation of initial weights; o_proj, down_proj: / sqrt(2 layers)")
 
 
 class ParallelConfig(Section):
@@ -74,9 +72,7 @@ class ParallelConfig(Section):
         "pipeline schedule; 1f1b with chunks>1 is interleaved 1F1B; zb-v, v-half and dualpipe-v want chunks=2 and "
         "put stages r and 2pp-1-r on rank r; csv is your own",
     )
-    schedule_file: str | None = option(
-        None, "with schedule=csv: a line per pipeline rank with cells like F0.3,B1.2 or I1.2,W1.2"
-    )
+    schedule_file: str | None = option(None, "for schedule=csv: a line per pipeline rank, cells like F0.3,B1.2 or I1.2")
     stage_layers: tuple[NonNegativeInt, ...] | None = option(
         None, "layers of each of the pp*chunks stages, in model order; default balanced by cost"
     )
@@ -196,9 +192,7 @@ class LrScheduleConfig(Section):
     """Learning rate over steps."""
 
     kind: Literal["cosine", "constant", "wsd"] = option("cosine", "shape after warm-up")
-    warmup_steps: int = option(
-        2000, "linear warm-up; where it is not given at most a tenth of decay_steps [steps]", ge=0
-    )
+    warmup_steps: int = option(2000, "linear warm-up; if not given at most 1/10 of decay_steps [steps]", ge=0)
     decay_steps: PositiveInt | None = option(None, "step at which the minimum is reached; default train.steps [steps]")
     min_ratio: float = option(0.1, "final learning rate / peak", ge=0, le=1)
     wsd_decay_steps: NonNegativeInt | None = option(
@@ -212,13 +206,9 @@ class SourceConfig(Section):
     path: str = Field(description="prefix of a .bin/.idx pair")
     weight: NonNegativeFloat = option(1.0, "share of the samples, relative to the other sources")
     name: str | None = option(None, "what logs and data.mixture_schedule call it; default the last part of path")
-    documents: tuple[float, float] = option(
-        (0.0, 1.0), "use only the documents from this share of the corpus to that one"
-    )
+    documents: tuple[float, float] = option((0.0, 1.0), "use only the documents from this share of the corpus to that")
     max_epochs: PositiveFloat | None = option(None, "most passes over the corpus; default: no limit")
-    num_tokens: PositiveInt | None = option(
-        None, "size of the corpus, for a plan made where its files are not [tokens]"
-    )
+    num_tokens: PositiveInt | None = option(None, "size of the corpus, for a plan where its files are not [tokens]")
 
     @property
     def label(self) -> str:
@@ -242,15 +232,9 @@ class DataConfig(Section):
     )
     valid: tuple[SourceConfig, ...] = option((), "validation sources, each evaluated alone; default: none")
     test: tuple[SourceConfig, ...] = option((), "sources evaluated once, in full, after the last step")
-    document_mask: bool = option(
-        False, "attention and positions begin at every document; default: samples run across documents"
-    )
-    tokenizer: str | None = option(
-        None, "SentencePiece .model, tokenizer.json, or GPT-2 vocab.json; kept in every checkpoint"
-    )
-    eos_token: str | None = option(
-        None, "token that ends a document; default: what the sources record, else what the tokenizer says"
-    )
+    document_mask: bool = option(False, "attention and positions begin at every document; else run across them")
+    tokenizer: str | None = option(None, "SentencePiece .model, tokenizer.json or vocab.json; saved with checkpoints")
+    eos_token: str | None = option(None, "token that ends a document; default: the sources', else the tokenizer's")
     synthetic: bool = option(False, "random tokens instead of data.train (speed measurements)")
     checksums: bool = option(True, "compare every 64 KiB of a source with its PREFIX.sums when it is first read")
     prefetch: NonNegativeInt = option(2, "batches prepared ahead in the background [batches]")
@@ -300,9 +284,7 @@ class CheckpointConfig(Section):
     )
     weights_from: str | None = option(None, "start from this step's, run's or Hugging Face folder's weights")
     async_save: bool = option(True, "write behind the training steps")
-    max_failures: int = option(
-        2, "saves in a row that may fail behind the training steps (a full disk) before the run stops", ge=0
-    )
+    max_failures: int = option(2, "saves in a row that may fail (a full disk) before the run stops", ge=0)
     memory_interval: NonNegativeInt = option(
         0, "steps between copies in memory, from which replaced ranks go on; two copies are kept; 0 is never [steps]"
     )
@@ -334,6 +316,7 @@ class RunConfig(Section):
     folder: str = option("runs/default", "logs, metrics.jsonl and checkpoints of this run")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes CUDA where there is one")
     threads: NonNegativeInt = option(0, "CPU threads per rank; 0 divides the cores among the ranks of a node")
+    bind_cores: Literal["auto", "off"] = option("auto", "on CUDA a rank keeps to its part of the cores near its GPU")
     compile: bool = option(
         False, "torch.compile of norm, SwiGLU, RoPE and softmax alone; needs a C++ compiler, else not done"
     )
@@ -359,9 +342,7 @@ class RunConfig(Section):
     )
     init_timeout_seconds: PositiveFloat = option(120.0, "longest wait for all ranks to arrive [s]")
     max_failed_starts: NonNegativeInt = option(3, "starts in a row without a finished step that end a run; 0: no limit")
-    shared_memory: bool = option(
-        True, "CPU ranks of one machine talk through shared memory where they can; false keeps gloo"
-    )
+    shared_memory: bool = option(True, "CPU ranks of one machine talk through shared memory if they can; false: gloo")
     peak_tflops: PositiveFloat | None = option(
         None, "peak of one rank's device for MFU; default known by name, else no MFU is shown [TFLOP/s]"
     )
