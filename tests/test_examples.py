@@ -130,7 +130,7 @@ def test_the_heading_of_an_example_is_true(name: str) -> None:
     assert output == pytest.approx(ours, rel=0.005) and ours > 0.99 * best[0].prediction.tokens_per_second
 
 
-SCRIPTS = sorted(p.name for p in EXAMPLES.iterdir() if p.suffix in (".sbatch", ".sh"))
+SCRIPTS = sorted(str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*") if p.suffix in (".sbatch", ".sh"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -186,6 +186,48 @@ def test_sbatch_lets_a_run_go_on_whose_ranks_are_replaced(
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "srun.txt").read_text().startswith(flags)
     assert (tmp_path / "srun.txt").read_text().endswith(" ".join(["megallama.pretrain", *command[2:]]) + "\n")
+
+
+CONTAINERS = {  # script -> the image, and how srun is called to set up and to train
+    "pyxis": (
+        "nvcr.io#nvidia/pytorch:YY.MM-py3",
+        "--nodes=1 --ntasks=1 --ntasks-per-node=1 {at} python3 tools/setup_env.py .venv-image base",
+        "--cpu-bind=none {at} .venv-image/bin/python -u -m megallama.pretrain my.toml train.steps=5",
+        "--container-image=nvcr.io#nvidia/pytorch:YY.MM-py3 --container-mounts={cwd}:{cwd},/data "
+        "--container-workdir={cwd} --no-container-mount-home",
+    ),
+    "apptainer": (
+        "pytorch.sif",
+        "--nodes=1 --ntasks=1 --ntasks-per-node=1 {at} python3 tools/setup_env.py .venv-image base",
+        "--cpu-bind=none {at} .venv-image/bin/python -u -m megallama.pretrain my.toml train.steps=5",
+        "apptainer exec --nv --bind {cwd},/data --pwd {cwd} pytorch.sif",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_sbatch_in_a_container_sets_up_once_and_trains_in_it(tmp_path: Path, name: str) -> None:
+    """Its own directives are those of the general script; where the image is refused nothing is trained."""
+    assert directives(f"slurm/{name}.sbatch") == directives("slurm_pretrain.sbatch")
+    image, *wanted, at = CONTAINERS[name]
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@" >> srun.txt\ncase "$*" in *setup_env*) exit $SET_UP;; esac\n')
+    (tmp_path / "srun").chmod(0o755)
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    (tmp_path / ".venv-image").mkdir()
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "8", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    job |= {"IMAGE": image, "MOUNTS": "/data"}
+    command = ["bash", str(EXAMPLES / "slurm" / f"{name}.sbatch"), "my.toml", "train.steps=5"]
+    at = at.format(cwd=tmp_path)
+    first, second = (text.format(at=at) for text in wanted)
+    for set_up, status, calls in (("1", 1, [first]), ("0", 0, [first, second]), ("1", 0, [second])):
+        done = subprocess.run(command, cwd=tmp_path, env=job | {"SET_UP": set_up}, capture_output=True, text=True)
+        assert done.returncode == status, done.stdout + done.stderr
+        said = (tmp_path / "srun.txt").read_text().splitlines()
+        assert [line[-len(call) :] for line, call in zip(said, calls, strict=True)] == calls
+        (tmp_path / "srun.txt").unlink()
+    job.pop("IMAGE")
+    done = subprocess.run(command, cwd=tmp_path, env=job, capture_output=True, text=True)
+    assert done.returncode != 0 and "IMAGE: the image, such as " in done.stderr
 
 
 SMOKE = EXAMPLES / "slurm_cpu_smoke.sh"
