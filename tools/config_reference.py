@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,20 +50,16 @@ def reference() -> str:
     """The whole document."""
     parts = [INTRODUCTION]
     for section, about in sections().items():
-        rows = [_row(s) for s in settings() if s.key.startswith(section + ".")]
-        parts.append("\n".join([f"## [{section}]", "", about.strip().split("\n\n")[0], "", *HEAD, *rows]) + "\n")
-        parts += [_tables()] if section == "data" else []
+        inside = (s for s in settings() if s.key.startswith(section + "."))
+        parts.append(_table(f"## [{section}]", inside, about.strip().split("\n\n")[0], ""))
+        if section == "data":  # with the tables in its lists
+            parts.append(_table("### Tables in `data.train`, `data.valid` and `data.test`", settings(SourceConfig)))
+            parts.append(_table("### Tables in `data.mixture_schedule`", settings(MixtureChange)))
     return "\n".join([*parts, PRESET_NOTE, _presets()])
 
 
-def _tables() -> str:
-    """The fields of the tables in lists."""
-    parts = []
-    sources = "`data.train`, `data.valid` and `data.test`"
-    for where, model in ((sources, SourceConfig), ("`data.mixture_schedule`", MixtureChange)):
-        rows = [_row(s) for s in settings(model)]
-        parts.append("\n".join([f"### Tables in {where}", "", *HEAD, *rows]) + "\n")
-    return "\n".join(parts)
+def _table(title: str, rows: Iterable[Setting], *about: str) -> str:
+    return "\n".join([title, "", *about, *HEAD, *map(_row, rows)]) + "\n"
 
 
 def _row(setting: Setting) -> str:
@@ -94,7 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str] | None) -> None:
     """Write the document."""
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
-    TARGET.parent.mkdir(exist_ok=True)
     TARGET.write_text(reference(), encoding="utf-8")
     print(f"wrote {TARGET}")
 

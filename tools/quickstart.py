@@ -22,10 +22,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +40,7 @@ from megallama.commands.exit import exit_status  # noqa: E402
 from megallama.config.errors import MegallamaError, counted  # noqa: E402
 from megallama.config.load import load  # noqa: E402
 from megallama.data.indexed import IndexedDataset  # noqa: E402
+from megallama.data.tokenizer import load_tokenizer  # noqa: E402
 from megallama.text.preprocess import preprocess  # noqa: E402
 from megallama.text.progress import ByteProgress  # noqa: E402
 from megallama.text.train_tokenizer import build_corpus, train_tokenizer  # noqa: E402
@@ -131,7 +132,7 @@ def claim(folder: Path) -> TextIO:
     return lock
 
 
-class Ranks:
+class Ranks(AbstractContextManager["Ranks"]):
     """The processes of one start: `command` once per rank in torchrun's environment, output to logs/start-N-rank-R.log.
 
     Leaving the `with` block ends whatever still runs; so does the death of this process.
@@ -190,12 +191,7 @@ class Ranks:
         tail = "\n".join(f"    {line}" for line in lines) or "    (it wrote nothing)"
         return f"rank {rank} left first; exit statuses: {words}; the end of {shown(self.logs[rank])}:\n{tail}"
 
-    def __enter__(self) -> Ranks:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
@@ -259,10 +255,6 @@ class Quickstart:
         at = spoken_time(time.monotonic() - self.began)
         self.say(f"\n[bold]\\[{self.stage}/6] {escape(title)}[/]  [dim]({at} so far; about {spoken_time(seconds)})[/]")
 
-    def where(self) -> str:
-        """The step that is being done."""
-        return f"Step {self.stage}" if self.stage else "The start"
-
     def build_corpus(self) -> None:
         """Step 1: the documents."""
         self.begin(f"Text from {self.text}" if self.text else "Text from Python's own library and documentation", 3)
@@ -311,7 +303,6 @@ class Quickstart:
 
     def overrides(self) -> list[str]:
         """What this machine, text and folder change in the configuration file."""
-        batches = min(16, -(-self.facts["valid"]["tokens"] // BATCH_TOKENS))  # all of it, once
         values: dict[str, Any] = {
             "run.folder": shown(self.folder),
             "data.train": shown(self.data / "tokens_train"),
@@ -324,7 +315,7 @@ class Quickstart:
             "lr_schedule.warmup_steps": min(20, self.steps // 5),
             "train.steps": self.steps,
             "train.eval_interval": max(1, self.steps // 4),
-            "train.eval_batches": batches,
+            "train.eval_batches": min(16, -(-self.facts["valid"]["tokens"] // BATCH_TOKENS)),  # all of it, once
         }
         config = load(ROOT / CONFIG, ranks=4)
         usual = {key: attrgetter(key)(config) for key in values}
@@ -360,9 +351,8 @@ class Quickstart:
         """Show the progress of the run until it has made `until` steps or its ranks have left; the step it is at."""
         state = TextColumn("{task.fields[state]}")
         columns = [TextColumn("  {task.description}"), BarColumn(), TimeElapsedColumn(), state]
-        live = self.console.is_terminal
         step = 0
-        with Progress(*columns, console=self.console, disable=not live, transient=True) as bar:
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as bar:
             task = bar.add_task("starting", total=self.steps, state="the ranks load torch and meet")
             spoken, old = time.monotonic(), self.records("train")[-1:]
             while ranks.running():
@@ -405,8 +395,6 @@ class Quickstart:
         """The beginning of a function, or of the first held-out document of the reader's own text."""
         if not self.text:
             return PROMPT
-        from megallama.data.tokenizer import load_tokenizer
-
         opening = [int(i) for i in IndexedDataset(self.data / "tokens_valid").read(0, 16)]
         return load_tokenizer(self.tokenizer).decode(opening).split("\n")[0].strip()
 
@@ -446,15 +434,10 @@ class Quickstart:
         again = shlex.join([python, "tools/generate.py", shown(self.folder), "--prompt", self.prompt()])
         self.say(f"\n[bold]Next[/]\n  {escape(again)}")
         self.say(f"  {python} -m tensorboard.main --logdir {shown(self.folder / 'tensorboard')}")
-        self.say("  make quickstart TEXT=path/to/your/text")
-        self.say('  README.md, "Your own run"')
+        self.say('  make quickstart TEXT=path/to/your/text\n  README.md, "Your own run"')
         self.say(f"Done in {spoken_time(time.monotonic() - self.began)}.")
         if loss >= self.baseline and self.steps >= STEPS:
             raise StepFailed("the model did not learn more than the frequencies of the tokens; that should not happen")
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
 
 
 class Output(Console):
@@ -479,14 +462,14 @@ def run(arguments: Sequence[str] | None) -> int:
     options = parser.parse_args(arguments)
     if options.text is not None:
         options.text = options.text.expanduser().absolute()
-    console = Output(width=None if sys.stdout.isatty() else 160)
-    quickstart = Quickstart(options, console)
+    quickstart = Quickstart(options, Output(width=None if sys.stdout.isatty() else 160))
     try:
         quickstart.run()
     except (MegallamaError, StepFailed, OSError) as error:
         if isinstance(error, BrokenPipeError):
             raise
-        quickstart.say(f"\n[bold red]{quickstart.where()} failed:[/] {escape(str(error))}")
+        where = f"Step {quickstart.stage}" if quickstart.stage else "The start"
+        quickstart.say(f"\n[bold red]{where} failed:[/] {escape(str(error))}")
         quickstart.say(f"What was written so far is in {shown(quickstart.folder)}/; `make quickstart` starts over.")
         return 1
     except KeyboardInterrupt:
@@ -496,5 +479,5 @@ def run(arguments: Sequence[str] | None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

@@ -2,18 +2,22 @@
 
 Needs nothing but Python's own library.  torch is installed first and alone, so that no other package
 chooses its version; then the pinned requirements; then this package, editable.  Everything pip says
-goes to VENV/setup.log; the terminal shows what is being fetched and for how long.
+goes to VENV/setup.log; the terminal shows what is being fetched and for how long.  A vendor's image keeps
+its torch and what was built for it: the environment sees them, and only what is missing is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from importlib.metadata import distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +32,23 @@ What to do:
   no space left           it takes about 1.5 GB (5 GB with torch's CUDA build); make ... VENV=/somewhere/else
   no matching version     Python 3.11 or 3.12 on Linux is needed; make ... PYTHON=/path/to/python3.11
 Then type the same command again: it goes on where it stopped."""
+
+
+KEPT = ("torch", "pytorch", "triton", "transformer", "flash", "apex", "nvidia", "cuda", "numpy")
+
+
+def kept() -> list[str]:
+    """As pip's constraints, what belongs to the torch of a vendor's image, which no index has; elsewhere nothing."""
+    found = {d.name.lower(): d.version for d in distributions()}
+    torch = found.get("torch", "")
+    if not re.search(r"\+(?!cpu|cu\d|rocm|xpu)", torch):
+        return []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    need = next(need for need in project["dependencies"] if need.startswith("torch"))
+    low, high, own = (tuple(map(int, v.split("."))) for v in re.findall(r"\d+\.\d+", f"{need} {torch}")[:3])
+    if not low <= own < high:
+        sys.exit(f"error: this image has torch {torch}, and {need} is needed: take an image with such a torch")
+    return sorted(f"{name}=={version}" for name, version in found.items() if name.startswith(KEPT))
 
 
 def follow(lines: Iterator[str], log: Path, title: str) -> None:
@@ -75,8 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(arguments: list[str]) -> None:
     """Create the environment and install the named requirement sets."""
     usage = "%(prog)s VENV {base,test} ... [-- PIP OPTIONS]"
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, usage=usage, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, usage=usage)
     parser.add_argument("venv", metavar="VENV", help="the folder to make")
     parser.add_argument("sets", nargs="+", choices=("base", "test"), help="what to install")
     cut = arguments.index("--") if "--" in arguments else len(arguments)
@@ -86,12 +106,17 @@ def run(arguments: list[str]) -> None:
     print(f"Setting up {target} for {', '.join(sets)} with Python {version}; once, 1 to 5 minutes.", flush=True)
     if sys.version_info[:2] not in ((3, 11), (3, 12)):
         print(f"  note: tested with Python 3.11 and 3.12; this is {version}")
-    python = str(venv / "bin" / "python")
+    python, log, image = str(venv / "bin" / "python"), venv / "setup.log", kept()
     venv.mkdir(parents=True, exist_ok=True)
-    log = venv / "setup.log"
     if not Path(python).exists():
-        step("virtual environment", [sys.executable, "-m", "venv", str(venv)], log)
+        sees = ["--system-site-packages"] if image else []
+        step("virtual environment", [sys.executable, "-m", "venv", *sees, str(venv)], log)
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *options]
+    if image:
+        print(f"  kept as this image has them: {', '.join(image)}", flush=True)
+        (venv / "image.txt").write_text("\n".join(image), encoding="utf-8")
+        step("what is missing", [*pip, "-c", str(venv / "image.txt"), "-e", ".[test]" if "test" in sets else "."], log)
+        return
     if "base" in sets:
         step("torch", [*pip, "-r", "requirements/torch.txt"], log)
         step("other packages", [*pip, "-r", "requirements/base.txt"], log)
