@@ -1,4 +1,4 @@
-"""Which CPU cores a rank keeps to: its share of those near its GPU. Memory follows the thread that first writes to it."""
+"""Which CPU cores a rank keeps to: those near its GPU. Memory follows the thread that first writes to it."""
 
 from __future__ import annotations
 
