@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,23 +30,22 @@ def cores_near(device: torch.device, sys: Path = Path("/sys")) -> list[int]:
 
 
 def keep_near(
-    near: Sequence[int] | None, place: int, here: Sequence[tuple[str, str]], sys: Path = Path("/sys")
+    near: Sequence[int] | None, rank: int, here: Mapping[int, tuple[str, str]], sys: Path = Path("/sys")
 ) -> tuple[int, str]:
     """Bind this process to its part of `near`, if any: how many ranks then share its CPUs, and what was done.
 
-    here: of all ranks of the machine, this one at `place`, what tells apart the CPUs that they may use and those near
-    their GPUs. Who may use other ones than its neighbours, or alone not all, was bound by its launcher and stays so.
+    here: of each rank of the machine what tells apart the CPUs that it may use, and those near its GPU. Who may use other ones than its neighbours, or alone not all, was bound by its launcher and stays so.
     Threads of one core stay together; where there are fewer cores than ranks these share them.
     """
-    may, (own, theirs) = sorted(os.sched_getaffinity(0)), here[place]
-    alike = [number for number, (cores, _) in enumerate(here) if cores == own]
+    may = sorted(os.sched_getaffinity(0))
+    alike = [other for other in here if here[other][0] == here[rank][0]]
     if near is None:
         return len(alike), ""
     as_it_was = f"CPU cores {ranges(may)}, as it was started"
     if not near or len(alike) < len(here) or (len(here) == 1 and len(may) < (os.cpu_count() or 0)):
         return len(alike), f"{as_it_was}; {len(near) or 'none'} of these {len(may)} known to be near its GPU"
-    sharing = [number for number in alike if here[number][1] == theirs]
-    at, count = sharing.index(place), len(sharing)
+    sharing = [other for other in alike if here[other][1] == here[rank][1]]
+    at, count = sharing.index(rank), len(sharing)
     cpus = sys / "devices/system/cpu"
     first = {cpu: min(_numbers(cpus / f"cpu{cpu}/topology/thread_siblings_list"), default=cpu) for cpu in near}
     cores = sorted({*first.values()})

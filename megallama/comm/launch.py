@@ -294,7 +294,7 @@ def start(
     if launch.world_size == 1:
         if problem:
             raise LaunchError(problem)
-        _set_threads(run, *keep_near(near, 0, [("", "")]), notes)
+        _set_threads(run, keep_near(near, 0, {0: ("", "")}), notes)
         return World(launch, device, Solo("world", 0), (launch.host,), notes, record=record)
 
     need = files_needed(
@@ -311,15 +311,13 @@ def start(
     star = Star(launch.rank, launch.world_size, launch.host, listener, record)
     arrivals, store = _gather(launch, own, run.init_timeout_seconds, star, store)
     try:
-        here = [a for a in arrivals if a.host == own.host]
-        sharing, bound = keep_near(near, here.index(own), [(a.cores, a.near) for a in here])
-        _set_threads(run, sharing, bound, notes)
+        here = {a.rank: (a.cores, a.near) for a in arrivals if a.host == own.host}
+        sharing = _set_threads(run, keep_near(near, own.rank, here), notes)
         if launch.one_node and device.type == "cpu":
             _one_node_network(notes)
         timeout, record.words[LIMIT] = timedelta(seconds=run.io_timeout_seconds), int(1e9 * run.io_timeout_seconds)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        limit = timeout + LAST_RESORT * record.watched
-        _join(launch, backend, limit, dist.PrefixStore("group", store))
+        _join(launch, backend, timeout + LAST_RESORT * record.watched, dist.PrefixStore("group", store))
         notes.append(f"{launch.launcher}: {counted(launch.world_size, 'rank')} over {backend}")
         world = World(
             launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, star,
@@ -400,14 +398,16 @@ def _device(launch: Launch, run: RunConfig, notes: list[str], cuda: Mapping[str,
     return device, "" if "NCCL_HOSTID" in os.environ else str(torch.cuda.get_device_properties(device).uuid)
 
 
-def _set_threads(run: RunConfig, sharing: int, bound: str, notes: list[str]) -> None:
-    """run.threads, or this process's share of the cores that `sharing` ranks may all use; `bound`: to which."""
-    notes += [bound] * bool(bound)
+def _set_threads(run: RunConfig, bound: tuple[int, str], notes: list[str]) -> int:
+    """run.threads, or this process's share of the cores that several ranks may all use; how many (`keep_near`)."""
+    sharing, note = bound
+    notes += [note] * bool(note)
     cores = len(os.sched_getaffinity(0))
     threads = run.threads or max(1, cores // sharing)
     torch.set_num_threads(threads)
     of = f"{counted(cores, 'core')} for {counted(sharing, 'rank')}"
     notes.append(f"{counted(threads, 'CPU thread')} per rank ({of})")
+    return sharing
 
 
 def _one_node_network(notes: list[str]) -> None:

@@ -68,7 +68,7 @@ class Machine:
         near = []
         for self.at in range(ranks):
             near.append(cores_near(torch.device("cuda", self.at), self.sys))
-        here = [(str(sorted(self.may[rank])), ranges(near[rank])) for rank in range(ranks)]
+        here = {rank: (str(sorted(self.may[rank])), ranges(near[rank])) for rank in range(ranks)}
         said = []
         for self.at in range(ranks):
             said.append(keep_near(near[self.at], self.at, here, self.sys))
