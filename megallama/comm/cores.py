@@ -34,7 +34,8 @@ def keep_near(
 ) -> tuple[int, str]:
     """Bind this process to its part of `near`, if any: how many ranks then share its CPUs, and what was done.
 
-    here: of each rank of the machine what tells apart the CPUs that it may use, and those near its GPU. Who may use other ones than its neighbours, or alone not all, was bound by its launcher and stays so.
+    here: of each rank of the machine what tells apart the CPUs that it may use, and those near its GPU. Who may use
+    other ones than its neighbours, or alone not all, was bound by its launcher and stays so.
     Threads of one core stay together; where there are fewer cores than ranks these share them.
     """
     may = sorted(os.sched_getaffinity(0))
