@@ -13,16 +13,12 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from megallama.commands.parser import Parser
 from megallama.config.errors import counted
 from megallama.config.load import load
-from megallama.plan.plan import Plan, make_plan
-
-if TYPE_CHECKING:
-    from megallama.analysis.dryrun import DryRun
+from megallama.plan.plan import make_plan
 
 
 def run(argv: Sequence[str]) -> int:
@@ -39,33 +35,26 @@ def run(argv: Sequence[str]) -> int:
     except Disagreement as error:
         print(f"this job can hang: {error}", file=sys.stderr)
         return 1
-    for line in report(plan, done):
-        print(line)
+    print(f"ranks     {plan.topology}: {len(set(done.programs))} distinct")
+    print(f"executed  {', '.join(done.phases)}")
+    number, waits = sum(len(p.calls) for p in done.programs), sum(len(p.waits) for p in done.programs)
+    print(f"proved    over the {counted(number, 'call', ',')} and {counted(waits, 'wait', ',')} of all ranks:")
+    print("          every collective has all its members in one order, every send its receive,")
+    held, overlap = ", even if every collective held its rank", " (collectives of several groups overlap)"
+    print(f"          and no rank waits for ever{held if done.blocking else overlap}")
+    step = next(phase for phase in reversed(done.phases) if phase.startswith("step"))
+    print(f"in {step}, all ranks together, bytes of whole tensors:")
+    count, size = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for program, members in Counter(done.programs).items():
+        for call in program.calls:
+            if call.label.endswith(step):
+                count[call.group, call.op] += members
+                size[call.group, call.op] += members * call.nbytes
+    if not count:
+        print("  nothing: one rank has nobody to talk to")
+    for group, op in sorted(count):
+        calls = counted(count[group, op], "call", ",")
+        print(f"  {group:>9}  {op:<14}  {calls:>18}  {size[group, op] / 1e9:>16,.6f} GB")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"took      {time.perf_counter() - started:.1f} s, {peak:.2f} GiB at most")
     return 0
-
-
-def report(plan: Plan, done: DryRun) -> Iterator[str]:
-    """What was executed, proved, and communicated in one step."""
-    yield f"ranks     {plan.topology}: {len(set(done.programs))} distinct"
-    yield f"executed  {', '.join(done.phases)}"
-    number, waits = sum(len(p.calls) for p in done.programs), sum(len(p.waits) for p in done.programs)
-    yield f"proved    over the {counted(number, 'call', ',')} and {counted(waits, 'wait', ',')} of all ranks:"
-    yield "          every collective has all its members in one order, every send its receive,"
-    yield "          and no rank waits for ever" + (
-        ", even if every collective held its rank" if done.blocking else " (collectives of several groups overlap)"
-    )
-    step = next(phase for phase in reversed(done.phases) if phase.startswith("step"))
-    yield f"in {step}, all ranks together, bytes of whole tensors:"
-    count, size = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    for program, ranks in Counter(done.programs).items():
-        for call in program.calls:
-            if call.label.endswith(step):
-                count[call.group, call.op] += ranks
-                size[call.group, call.op] += ranks * call.nbytes
-    if not count:
-        yield "  nothing: one rank has nobody to talk to"
-    for group, op in sorted(count):
-        calls = counted(count[group, op], "call", ",")
-        yield f"  {group:>9}  {op:<14}  {calls:>18}  {size[group, op] / 1e9:>16,.6f} GB"

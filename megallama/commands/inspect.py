@@ -72,14 +72,10 @@ def inspect_pair(args: argparse.Namespace) -> None:
     below = f" below {vocab_size}" if vocab_size else ""
     print(f"verified: offsets, document marks and {counted(dataset.num_tokens, 'id', ',')}{below}")
     print(f"not verified: {lacking}" if lacking else f"verified: every 64 KiB is as {dataset.prefix}.sums says")
-    if lacking and args.write_sums:
-        write_sums(dataset.prefix)
-
-
-def write_sums(prefix: str) -> None:
-    """Write the checksums of a pair that was made without."""
-    path, pair = Path(prefix + ".sums"), (File(prefix + ".bin"), File(prefix + ".idx"))
-    sums = SumsWriter(prefix + ".sums.tmp")
+    if not (lacking and args.write_sums):
+        return
+    path, pair = Path(f"{dataset.prefix}.sums"), [File(dataset.prefix + suffix) for suffix in (".bin", ".idx")]
+    sums = SumsWriter(f"{path}.tmp")
     with naming(str(path)), sums.file as file:
         for offset in range(0, pair[0].size, CHUNK):
             sums.add(pair[0].read(offset, min(CHUNK, pair[0].size - offset)))

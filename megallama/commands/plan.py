@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from megallama.analysis.communication import collectives, communication_table
-from megallama.analysis.sources import SourceShare, source_shares
+from megallama.analysis.sources import source_shares
 from megallama.commands.parser import Parser
 from megallama.config.errors import ConfigError, counted
 from megallama.config.load import load
-from megallama.config.schema import Config
 from megallama.forecast.forecast import CO2_KG_PER_KWH, GIB, PUE, Forecast, forecast, search
 from megallama.forecast.hardware import load_hardware
 from megallama.plan.copies import copies
@@ -50,11 +49,7 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"tables of layouts have a program of their own: python benchmarks/planner_rows.py {table}")
     if args.data:
         return data(*parser.config_of(args), as_json=args.json)
-    return plan(args, *parser.run_of(args, "the plan"))
-
-
-def plan(args: argparse.Namespace, file: Path | None, ranks: int, overrides: Sequence[str]) -> int:
-    """Print one plan, or the layouts that a search finds."""
+    file, ranks, overrides = parser.run_of(args, "the plan")
     hardware = load_hardware((args.hardware or ["a100-80g"])[-1])
     kernel = (args.kernel or ["flash3" if hardware.gpu.peak_tflops > 400 else "flash2"])[-1]
     if kernel not in hardware.kernels:
@@ -173,13 +168,9 @@ def data(file: Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
     if config.data.synthetic:
         raise ConfigError("data.synthetic=true takes nothing from any source; write data.train")
     rows, firsts = source_shares(config)
-    described = {"phases": firsts, "sources": [asdict(row) for row in rows]}
-    print(json.dumps(described) if as_json else data_table(config, rows, firsts))
-    return 0
-
-
-def data_table(config: Config, rows: Sequence[SourceShare], firsts: Sequence[int]) -> str:
-    """That as text."""
+    if as_json:
+        print(json.dumps({"phases": firsts, "sources": [asdict(row) for row in rows]}))
+        return 0
     b, steps = config.batch, config.train.steps
     samples = b.samples_after(steps)
     phases = [f"share from step {n:,}" for n in firsts]
@@ -201,4 +192,5 @@ def data_table(config: Config, rows: Sequence[SourceShare], firsts: Sequence[int
     if ends:
         what = "refused" if config.data.on_exhausted == "error" else f"over after step {min(ends):,}"
         out += ["", f'with data.on_exhausted="{config.data.on_exhausted}" this run is {what}']
-    return "\n".join(out)
+    print(*out, sep="\n")
+    return 0

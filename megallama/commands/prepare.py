@@ -19,14 +19,11 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megallama.commands.exit import exit_status
 from megallama.commands.parser import Parser, filled
 from megallama.config.errors import DataError, counted
-
-if TYPE_CHECKING:
-    from megallama.text.preprocess import Summary
 
 MAX_DOCUMENT_MB = 16
 SAYING = 0.5  # seconds in which mpirun, which ends all at once, passes on what was printed last
@@ -111,7 +108,7 @@ def communicator(env: Mapping[str, str]) -> Any:
 
 
 def carry_out(args: argparse.Namespace, comm: Any) -> int:
-    """Do the work of this process."""
+    """Do the work of this process; print what was written and what was skipped."""
     start = time.monotonic()
     if comm and comm.rank:
         from megallama.text.workers import rank_main
@@ -128,12 +125,7 @@ def carry_out(args: argparse.Namespace, comm: Any) -> int:
     del options["max_document_mb"]
     with ByteProgress("tokenizing", quiet=options.pop("quiet")) as bar:
         summary = preprocess(**options, progress=bar.update, say=partial(print, file=sys.stderr, flush=True), comm=comm)
-    report(summary, time.monotonic() - start)
-    return 0
-
-
-def report(summary: Summary, seconds: float) -> None:
-    """Print what was written and what was skipped."""
+    seconds = time.monotonic() - start
     for out in summary.outputs:
         documents, tokens = counted(out.num_documents, "document", ","), counted(out.num_tokens, "token", ",")
         text = f"{counted(out.text_bytes, 'byte', ',')} of text ({out.text_bytes / out.num_tokens:.2f} per token)"
@@ -143,3 +135,4 @@ def report(summary: Summary, seconds: float) -> None:
     print(f"{summary.marks}; {seconds:.1f} s, {rates}; encoder: {summary.encoder}")
     for line in summary.losses.lines():
         print(line, file=sys.stderr)
+    return 0
