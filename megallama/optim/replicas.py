@@ -7,12 +7,11 @@ weights have a master on every rank of tp, key/value heads that ranks share on e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from megallama.comm.group import Group, Groups
+from megallama.comm.group import Groups
 from megallama.layers.param import digest
 from megallama.optim.update import Update
 
@@ -41,9 +40,13 @@ def wrong_copies(update: Update, groups: Groups) -> list[tuple[str, list[int]]]:
                     pieces[over].append((key, digest(mine)))
     truth = torch.stack(masters) if masters else torch.zeros(1)
     dp.all_reduce(truth).wait()
-    for axis, held in pieces.items():
+    for axis, held in ((axis, held) for axis, held in pieces.items() if held):
         group, here, decides = getattr(groups, axis), tied if axis == "embedding" else 1, axis == "dp" and not own
-        for number, (key, column) in enumerate(_columns(group, held, here)):
+        digests = torch.stack([one for _, one in held])
+        everyone = digests.new_empty(group.size * len(held))
+        group.all_gather(everyone, digests).wait()
+        columns = everyone.view(group.size * here, -1).T.tolist()  # a row per rank, which has `here` copies in turn
+        for number, ((key, _), column) in enumerate(zip(held, columns, strict=False)):
             column += decides * (group.size + 1) * [int(truth[number])]
             right, count = Counter(column).most_common(1)[0]  # right: what more than half are
             wrong = [at for at, digested in enumerate(column) if digested != right or 2 * count <= len(column)]
@@ -51,12 +54,3 @@ def wrong_copies(update: Update, groups: Groups) -> list[tuple[str, list[int]]]:
             ranks = {group.ranks[at // here] for at in ([owners[number]] if everybody else wrong)}
             found += [(key, sorted(ranks))] * (len(ranks) > 0)
     return list({str(one): (one[0], one[1]) for told in groups.world.gather_values(found) for one in told}.values())
-
-
-def _columns(group: Group, pieces: Sequence[tuple[str, Tensor]], here: int) -> Iterator[tuple[str, list[int]]]:
-    """The digests of each piece on all ranks of the group, in rank order; each rank has `here` copies, in turn."""
-    if pieces:
-        own = torch.stack([number for _, number in pieces])
-        everyone = own.new_empty(group.size * len(own))
-        group.all_gather(everyone, own).wait()
-        yield from zip([key for key, _ in pieces], everyone.view(group.size * here, -1).T.tolist(), strict=False)

@@ -59,7 +59,6 @@ class Action(NamedTuple):
 
 
 Values = Callable[[Action], Iterable[Action]]
-Transfers = dict[tuple[int, int], list[Action]]  # rank and other rank -> the values that the first sends and receives
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ def lower(schedule: Schedule) -> Schedule:
 def check(schedule: Schedule, max_in_flight: int | None = None, max_received: int | None = None) -> None:
     """Prove a lowered schedule, and that no rank holds more. Raises: ScheduleError."""
     _check_compute(schedule)
-    _check_pairs(_check_transfers(schedule))
+    _check_transfers(schedule)
     _check_progress(schedule)
     for rank in range(schedule.num_ranks):
         peak = schedule.peak_in_flight(rank)
@@ -247,9 +246,12 @@ def _check_compute(schedule: Schedule) -> None:
             raise ScheduleError(f"no {name} for {_list(want - got)}")
 
 
-def _check_transfers(schedule: Schedule) -> Transfers:
-    """Values are sent once, after they were made, and received once, before they are used; all in their order."""
-    listed: Transfers = {}
+def _check_transfers(schedule: Schedule) -> None:
+    """Values are sent once, after they were made, and received once, before they are used; all in their order.
+
+    Both ranks of a pair list the same in the order of an NCCL communicator.
+    """
+    listed: dict[tuple[int, int], list[Action]] = {}  # rank, other rank -> the values that the first sends and receives
     for rank, steps in enumerate(schedule.steps):
         made, sent, received = (set[Action]() for _ in range(3))
         for i, a in enumerate(steps):
@@ -275,11 +277,6 @@ def _check_transfers(schedule: Schedule) -> Transfers:
         for v in sorted(made - sent):
             if (c := schedule.consumer(v)) is not None and schedule.owners[c] != rank:
                 raise ScheduleError(f"rank {rank} never sends {v}")
-    return listed
-
-
-def _check_pairs(listed: Transfers) -> None:
-    """Both ranks of a pair list the same transfers in the order of an NCCL communicator."""
     for (r, peer), own in listed.items():
         for i, (x, y) in enumerate(zip_longest(own, listed.get((peer, r), []))):
             if x != y:
@@ -288,7 +285,7 @@ def _check_pairs(listed: Transfers) -> None:
 
 
 def _check_progress(schedule: Schedule) -> None:
-    """All reach their end: a compute waits for a send, and after _check_pairs nothing else."""
+    """All reach their end: a compute waits for a send, and after _check_transfers nothing else."""
 
     def waits(a: Action) -> list[Action]:
         values = schedule.needs(a) if a.kind.is_compute else ()
