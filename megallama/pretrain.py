@@ -114,8 +114,9 @@ def _request(
     from megallama.checkpoint.folder import samples_before
     from megallama.checkpoint.manifest import SHARD_BYTES
     from megallama.comm.group import partitions
-    from megallama.comm.launch import cuda_environment
+    from megallama.comm.launch import cuda_environment, start
     from megallama.config.load import is_setting, load, to_toml
+    from megallama.config.schema import RunConfig
     from megallama.plan.params import num_parameters
     from megallama.plan.plan import make_plan
 
@@ -125,8 +126,15 @@ def _request(
         if launch.generation:  # the first one has begun as was said; now what it left is gone on from
             config = config.changed(checkpoint={"resume": "auto"})
         plan = make_plan(config, ranks)
-    except Exception as problem:
-        _cannot_take_part(problem, launch, signals)
+    except Exception as problem:  # the other ranks would wait; what rank 0 has too is `shared`: it says it
+        text = str(problem) if isinstance(problem, MegallamaError) else f"{type(problem).__name__}: {problem}"
+        where = f"rank {launch.rank} ({launch.host}): " if launch.rank else ""
+        try:
+            if launch.world_size > 1:
+                start(launch, RunConfig(device="cpu"), problem=where + text, listener=signals)
+        except LaunchError as error:
+            if isinstance(problem, MegallamaError):
+                problem.shared = str(error) == text
         raise
     same = hashlib.sha256(f"{to_toml(config)}{plan.schedule}".encode()).hexdigest()[:12]
     parts = partitions(plan.topology, config.model.num_kv_heads or 1).values()
@@ -134,21 +142,6 @@ def _request(
     sources = len(config.data.train) + len(config.data.valid) + len(config.data.test)
     files = 2 * sources + 4 + 16 * num_parameters(config.model) // SHARD_BYTES
     return config, plan, {"config_hash": same, "groups": groups, "files": files, "cuda": cuda_environment(config)}
-
-
-def _cannot_take_part(problem: Exception, launch: Launch, signals: SignalFlag) -> None:
-    """Tell the other ranks, which would wait. What rank 0 has too is `shared`: it says it."""
-    from megallama.comm.launch import start
-    from megallama.config.schema import RunConfig
-
-    text = str(problem) if isinstance(problem, MegallamaError) else f"{type(problem).__name__}: {problem}"
-    where = f"rank {launch.rank} ({launch.host}): " if launch.rank else ""
-    try:
-        if launch.world_size > 1:
-            start(launch, RunConfig(device="cpu"), problem=where + text, listener=signals)
-    except LaunchError as error:
-        if isinstance(problem, MegallamaError):
-            problem.shared = str(error) == text
 
 
 def _failed(

@@ -62,7 +62,22 @@ def inspect_pair(args: argparse.Namespace) -> None:
         ids = document(dataset, args.document)
         print(tokenizer.decode(ids.tolist()) if tokenizer else " ".join(map(str, ids)))
         return
-    summarize(dataset)
+    counts = np.zeros(64, np.int64)  # of documents, by powers of two of their length
+    shortest, longest = dataset.num_tokens, 0
+    for first in range(0, dataset.num_documents, CHUNK):
+        lengths = np.diff(dataset.starts(first, min(first + CHUNK, dataset.num_documents)))
+        bins = np.frexp(lengths.astype(np.float64))[1]  # bin k: 2^(k-1) <= length < 2^k
+        counts += np.bincount(bins, minlength=64)[:64]
+        shortest, longest = min(shortest, int(lengths.min())), max(longest, int(lengths.max()))
+    mean = dataset.num_tokens / dataset.num_documents
+    size = f"{counted(dataset.num_documents, 'document', ',')}, {counted(dataset.num_tokens, 'token', ',')}"
+    print(f"{dataset.prefix}: {size} of {dataset.dtype.name}")
+    print(f"document length: shortest {shortest:,}, mean {mean:,.1f}, longest {counted(longest, 'token', ',')}")
+    for key, value in dataset.metadata.items():
+        print(f"  {key}: {value}")
+    for k in np.flatnonzero(counts):
+        low, high = (0, 0) if k == 0 else (2 ** (int(k) - 1), 2 ** int(k) - 1)
+        print(f"{low:>10,} .. {high:<10,} {counts[k]:>12,}  {'#' * max(1, int(50 * counts[k] / counts.max()))}")
     if not args.verify and not args.write_sums:
         return
     vocab_size = tokenizer.vocab_size if tokenizer else dataset.metadata.get("vocab_size")
@@ -82,23 +97,3 @@ def inspect_pair(args: argparse.Namespace) -> None:
         sums.finish(*pair)
         Path(file.name).replace(path)
     print(f"{path}: the checksums of the files as they are now")
-
-
-def summarize(dataset: IndexedDataset) -> None:
-    """Print counts, what preprocessing recorded, and a histogram of document lengths by powers of two."""
-    counts = np.zeros(64, np.int64)
-    shortest, longest = dataset.num_tokens, 0
-    for first in range(0, dataset.num_documents, CHUNK):
-        lengths = np.diff(dataset.starts(first, min(first + CHUNK, dataset.num_documents)))
-        bins = np.frexp(lengths.astype(np.float64))[1]  # bin k: 2^(k-1) <= length < 2^k
-        counts += np.bincount(bins, minlength=64)[:64]
-        shortest, longest = min(shortest, int(lengths.min())), max(longest, int(lengths.max()))
-    mean = dataset.num_tokens / dataset.num_documents
-    size = f"{counted(dataset.num_documents, 'document', ',')}, {counted(dataset.num_tokens, 'token', ',')}"
-    print(f"{dataset.prefix}: {size} of {dataset.dtype.name}")
-    print(f"document length: shortest {shortest:,}, mean {mean:,.1f}, longest {counted(longest, 'token', ',')}")
-    for key, value in dataset.metadata.items():
-        print(f"  {key}: {value}")
-    for k in np.flatnonzero(counts):
-        low, high = (0, 0) if k == 0 else (2 ** (int(k) - 1), 2 ** int(k) - 1)
-        print(f"{low:>10,} .. {high:<10,} {counts[k]:>12,}  {'#' * max(1, int(50 * counts[k] / counts.max()))}")

@@ -107,8 +107,22 @@ class TrainDataset:
                 why = f"{samples} of which were used with {key}={was}; write {key}={was}, or {ANEW}"
                 raise DataError(f"{key}={now} would change the order of the samples, {why}")
         old_sources = [old for old in saved["sources"] if old["samples"]]
-        for old in old_sources:
-            self._check_source(old, step)
+        for old in old_sources:  # what was used is still there, and the same
+            name, was = old["name"], old["identity"]
+            source = next((source for source in self.sources if source.name == name), None)
+            if source is None:
+                change = [{"step": step + 1, "weights": {name: 0.0}}]
+                raise DataError(
+                    f"data.train has no source {literal(name)} ({old['path']}), of which this run used "
+                    f"{old['samples']} samples; keep it, and take no more of it with "
+                    f"data.mixture_schedule={literal(change)}"
+                )
+            items = self._identities[name].items()
+            if differing := [f"{key} {was.get(key)}, now {now}" for key, now in items if was.get(key) != now]:
+                raise DataError(
+                    f"data.train source {literal(name)}: {source.dataset.prefix}.bin/.idx is not what this run was "
+                    f"trained on ({'; '.join(differing)}); put the files and their documents range back, or {ANEW}"
+                )
         past = [Phase(**phase) for phase in saved["mixture"]]
         self._check_weights(past, step)
         self._done, self._consumed = step, samples if until is None else until
@@ -125,23 +139,6 @@ class TrainDataset:
     def _samples_after(self, steps: int) -> int:
         known = (self._done, self._consumed) if steps >= self._done else (0, 0)
         return self._batch.samples_after(steps, *known)
-
-    def _check_source(self, old: Mapping[str, Any], step: int) -> None:
-        """That a source of which samples were used is still there, and the same."""
-        name, was = old["name"], old["identity"]
-        source = next((source for source in self.sources if source.name == name), None)
-        if source is None:
-            change = [{"step": step + 1, "weights": {name: 0.0}}]
-            raise DataError(
-                f"data.train has no source {literal(name)} ({old['path']}), of which this run used {old['samples']} "
-                f"samples; keep it, and take no more of it with data.mixture_schedule={literal(change)}"
-            )
-        items = self._identities[name].items()
-        if differing := [f"{key} {was.get(key)}, now {now}" for key, now in items if was.get(key) != now]:
-            raise DataError(
-                f"data.train source {literal(name)}: {source.dataset.prefix}.bin/.idx is not what this run was trained "
-                f"on ({'; '.join(differing)}); put the files and their documents range back, or {ANEW}"
-            )
 
     def _check_weights(self, past: Sequence[Phase], step: int) -> None:
         """That the configuration gives the steps that were made the weights they were made with."""

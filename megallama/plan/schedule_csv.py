@@ -47,7 +47,15 @@ def read_csv(path: Path, num_ranks: int, num_stages: int, num_microbatches: int)
                     raise ScheduleError(f"{place}: {a} stands already at {cells[a].place}; write every action once")
                 cells[a] = Cell(rank, place)
     owners = _owners(path, cells, num_stages, num_microbatches)
-    _check_backwards(path, cells)
+    for a in [a for a in cells if a.kind is F]:  # has a B, or an I and a W, and not both
+        b, i, w = (a._replace(kind=kind) for kind in (B, I, W))
+        if b in cells and (i in cells or w in cells):
+            half = i if i in cells else w
+            whole = f"{cells[b].place} has the whole backward; write {b}, or {i} and {w}"
+            raise ScheduleError(f"{cells[half].place}: {half}, but {whole}")
+        if b not in cells and (lack := [str(x) for x in (i, w) if x not in cells]):
+            rest = f"write {b}, or {i} and {w}," if len(lack) == 2 else f"write {lack[0]}"
+            raise ScheduleError(f"{path} lacks {' and '.join(lack)}; {rest} behind {a} of {cells[a].place}")
     steps = tuple(tuple(a for a, cell in cells.items() if cell.rank == rank) for rank in range(num_ranks))
     schedule = Schedule(path.name, num_ranks, num_stages, num_microbatches, steps, owners)
     _check_order(schedule, cells)
@@ -85,19 +93,6 @@ def _owners(path: Path, cells: dict[Action, Cell], num_stages: int, num_microbat
             need = f"each of {all_stages} needs a forward of each of {all_batches}"
             raise ScheduleError(f"{path} lacks {a}; {need}, write {a} on {line}")
     return tuple(owners[s].rank for s in range(num_stages))
-
-
-def _check_backwards(path: Path, cells: dict[Action, Cell]) -> None:
-    """Every forward has a B, or an I and a W, and not both."""
-    for a in [a for a in cells if a.kind is F]:
-        b, i, w = (a._replace(kind=kind) for kind in (B, I, W))
-        if b in cells and (i in cells or w in cells):
-            half = i if i in cells else w
-            whole = f"{cells[b].place} has the whole backward; write {b}, or {i} and {w}"
-            raise ScheduleError(f"{cells[half].place}: {half}, but {whole}")
-        if b not in cells and (lack := [str(x) for x in (i, w) if x not in cells]):
-            rest = f"write {b}, or {i} and {w}," if len(lack) == 2 else f"write {lack[0]}"
-            raise ScheduleError(f"{path} lacks {' and '.join(lack)}; {rest} behind {a} of {cells[a].place}")
 
 
 def _check_order(schedule: Schedule, cells: dict[Action, Cell]) -> None:

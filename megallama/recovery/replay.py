@@ -97,7 +97,11 @@ def replay_with(world: World, folder: Path, step: int, before: Path, made: Manif
         world.group.barrier()
         run_it = partial(_run, config, world, scratch, step, made)
         again, computes_with = run_it()
-        differs = _differences(made, world.world_size, fits, computes_with)
+        then = {**made.versions, "ranks": made.saved_by_ranks, "layout": "the run's"}
+        then |= {"device and kernels": made.counters.get("computes_with")}
+        now = {"torch": torch.__version__, "megallama": megallama.__version__, "ranks": world.world_size}
+        now |= {"layout": "the run's" if fits else "tp=1, pp=1", "device and kernels": computes_with}
+        differs = [f"{name}: {then.get(name)}, now {value}" for name, value in now.items() if then.get(name) != value]
         strict = not differs and (config.train.deterministic or world.device.type == "cpu")
         second, _ = run_it(reverse=not strict)
         exact, _ = (again, "") if config.precision.dtype == "fp64" else run_it(exact=True)
@@ -144,15 +148,6 @@ def _run(
                 out[setup.progress.step] = result.loss, result.grad_norm
         setup.worker.optimizer.wait()
     return out, setup.computes_with
-
-
-def _differences(made: Manifest, ranks: int, same_layout: bool, computes_with: str) -> list[str]:
-    """What is not as it was when the step was made, and may change bits."""
-    was = {**made.versions, "ranks": made.saved_by_ranks, "layout": "the run's"}
-    was |= {"device and kernels": made.counters.get("computes_with")}
-    now = {"torch": torch.__version__, "megallama": megallama.__version__, "ranks": ranks}
-    now |= {"layout": "the run's" if same_layout else "tp=1, pp=1", "device and kernels": computes_with}
-    return [f"{name}: {was.get(name)}, now {value}" for name, value in now.items() if was.get(name) != value]
 
 
 def _same(a: Numbers, b: Numbers) -> bool:
