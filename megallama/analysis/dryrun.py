@@ -1,12 +1,8 @@
 """A dry run: every distinct rank of a job on one CPU, through the real model, pipeline and optimizer, without memory.
 
-Tensors are on torch's meta device (shapes and formats, no values), groups record and move nothing.  One rank of every
-kind (`kinds`) runs a few steps; the communication of all ranks is then proved to fit together (`agreement`).
+Tensors are on torch's meta device (shapes and formats, no values), groups record and move nothing.
 What decides a branch has a value: token counts are real tensors, and the votes of all ranks read as a loss and a norm
 of 1, or as not finite in the step that all ranks must skip.
-
-The interpreter executes all actions, but a stage runs in full only for micro-batches that come first, second or last to
-a kind of work (the first waits for gathered weights, the last reduces gradients) and for others repeats what it said.
 """
 
 from __future__ import annotations
@@ -166,7 +162,10 @@ class _Tape:
 
 
 class _Repeating:
-    """A stage that runs in full for the micro-batches that can differ, and repeats for the others what it said."""
+    """A stage that runs in full for the micro-batches that can differ, and repeats for the others what it said.
+
+    The first waits for gathered weights, the last reduces gradients.
+    """
 
     def __init__(self, number: int, stage: Stage, tape: _Tape) -> None:
         self._number, self._stage, self._tape = number, stage, tape

@@ -1,7 +1,6 @@
 """The Hugging Face side of a checkpoint: config.json both ways, and the tokenizer's files.
 
-`model/` must open with ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer``, in transformers 4 and 5, so
-rotary settings are written in the form that both read, and a SentencePiece model comes with a tokenizer.json.
+`model/` must open with ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer``, in transformers 4 and 5.
 """
 
 from __future__ import annotations

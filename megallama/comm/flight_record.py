@@ -1,7 +1,7 @@
 """What a rank is doing, in memory that another process reads: its supervisor, which sees it when the rank stands still.
 
 The memory is a file without a name, so nothing is left behind.  It is plain numbers of 64 bits, each written by one
-process, and a few texts; `flight_reader`, where it meets one half written, reads it again later.  No torch is needed.
+process, and a few texts; where a reader meets one half written, it reads it again later.
 """
 
 from __future__ import annotations

@@ -112,7 +112,19 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
 
     def _attempt(self, step: int) -> Item:
         try:
-            return self._prepare(step), None
+            rows = self._ids_of_step(step)
+            ids = [i for row in rows for i in row]
+            self._at = f"step {step}, samples {ids[0]} to {ids[-1]}"
+            end = self._num_samples
+            tokens, starts = self._read(ids if end is None else [i if i < end else 0 for i in ids])  # all at once
+            batches, first = [], 0
+            for row in rows:
+                here = slice(first, first := first + len(row))
+                real = None if end is None else [i < end for i in row]
+                batch = MicroBatch.of(tokens[here], None if starts is None else starts[here], real)
+                # a GPU copies from page-locked memory in the background
+                batches.append(batch.each(torch.Tensor.pin_memory) if self._copies else batch)
+            return batches, None
         except MegallamaError as error:
             failure = error
         except OSError as error:
@@ -123,21 +135,6 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
             failure = DataError(f"the {self.name} loader failed at {self._at}: {error!r}\n{traceback.format_exc()}")
             failure.status = 1  # a fault of the program
         return [], failure
-
-    def _prepare(self, step: int) -> list[MicroBatch]:
-        rows = self._ids_of_step(step)
-        ids = [i for row in rows for i in row]
-        self._at = f"step {step}, samples {ids[0]} to {ids[-1]}"
-        end = self._num_samples
-        tokens, starts = self._read(ids if end is None else [i if i < end else 0 for i in ids])
-        batches, first = [], 0
-        for row in rows:
-            here = slice(first, first := first + len(row))
-            real = None if end is None else [i < end for i in row]
-            batch = MicroBatch.of(tokens[here], None if starts is None else starts[here], real)
-            # a GPU copies from page-locked memory in the background
-            batches.append(batch.each(torch.Tensor.pin_memory) if self._copies else batch)
-        return batches
 
     def _work(self, step: int) -> None:
         failure = None

@@ -2,9 +2,8 @@
 
 Builders take `p`, the number of pipeline ranks, and `m`, that of micro-batches.
 
-In a V, rank r of P owns stages r and 2P-1-r, so embedding and loss are on rank 0.  ZB-V and V-Half are one generator,
-`_fill`, by a *pattern*: how many units a micro-batch takes from a rank to the next on the way down and up, and how
-long it rests at the three turns; that fixes the order of F and I, and how many are in flight.  W fills what is left.
+ZB-V and V-Half are one generator, `_fill`, by a *pattern*: how many units a micro-batch takes from a rank to the next
+on the way down and up, and how long it rests at the three turns; that fixes the order of F and I; W fills what is left.
 
 Papers: GPipe, Huang et al. 2019 (arXiv:1811.06965); 1F1B and interleaving, Narayanan et al. 2021 (arXiv:2104.04473);
 zero bubble (split backward) and ZB-V, Qi et al. 2023 (arXiv:2401.10241); patterns and V-Half, Qi et al. 2024
@@ -80,7 +79,7 @@ def _alternating(name: str, p: int, m: int, chunks: int, warmup: Callable[[int],
 
 
 def v_owners(p: int) -> tuple[int, ...]:
-    """The rank of each stage of a V."""
+    """The rank of each stage of a V: rank r of P owns stages r and 2P-1-r, so embedding and loss are on rank 0."""
     return (*range(p), *reversed(range(p)))
 
 

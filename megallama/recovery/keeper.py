@@ -1,7 +1,6 @@
 """Who keeps the copies of ranks' states: in files that outlive trainers and supervisors, and with a buddy elsewhere.
 
-A rank's buddy is the supervisor of the rank with the same place on the next host; it has a file as large as this rank's
-own, and does not look into it: the trainer judges every bit. A thread answers the trainer, and sends what is new.
+The buddy of a rank, the supervisor of another one, does not look into its copy: the trainer judges every bit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Where the numbers of a step go: a console line, ``metrics.jsonl``, TensorBoard, wandb, a plot.
-
-No failure of a sink (a full disk, a missing package, no network) costs more than a warning.
-"""
+"""Where the numbers of a step go: a console line, ``metrics.jsonl``, TensorBoard, wandb, a plot."""
 
 from __future__ import annotations
 
@@ -139,7 +136,7 @@ class MetricsWriter:
         except ImportError as error:
             package = (error.name or name).split(".")[0]
             self._log.warn_once(f"no {name} output: the package {package} is not installed; pip install {package}")
-        except Exception as error:  # a sink may fail in any way
+        except Exception as error:  # a sink may fail in any way: none costs more than a warning
             self._log.warn_once(f"no {name} output: {error}; training goes on")
 
     def _try(self, name: str, action: Callable[..., None], *arguments: Record) -> None:

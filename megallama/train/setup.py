@@ -392,7 +392,17 @@ def changes(saved: Mapping[str, Any], now: Config, step: int, samples: int) -> I
                 changed.append(f"{section}.{name}")
                 yield f"{section}.{name} was {literal(was)} and is {literal(value)}"
     try:
-        yield from _curve(saved, now, step)
+        optimizer, schedule = OptimizerConfig(**saved["optimizer"]), LrScheduleConfig(**saved["lr_schedule"])
+        end = max(now.train.steps, step + 1)
+        for n in range(step, end, max(1, (end - step) // 1000)):
+            was = learning_rate(n, optimizer, schedule)
+            will = learning_rate(n, now.optimizer, now.lr_schedule)
+            if was != will:
+                keep = ""
+                if schedule.decay_steps != now.lr_schedule.decay_steps:
+                    keep = f"; write lr_schedule.decay_steps={schedule.decay_steps} to keep its end where it was"
+                yield f"the learning-rate curve is another one: step {n + 1} has {will:.3g} instead of {was:.3g}{keep}"
+                break
         was, size = (b.size_after(samples) for b in (BatchConfig(**saved["batch"]), now.batch))
         if was != size:
             yield f"the data come in the same order, but a step takes {size} samples instead of {was}"
@@ -400,17 +410,3 @@ def changes(saved: Mapping[str, Any], now: Config, step: int, samples: int) -> I
         yield "an earlier version wrote the checkpoint: what this does to the learning rate is not known"
     if keys := [key for key in changed if key in ORDER]:
         yield f"the order of the data from step {step + 1} on is another one, by {', '.join(keys)}"
-
-
-def _curve(saved: Mapping[str, Any], now: Config, step: int) -> Iterator[str]:
-    optimizer, schedule = OptimizerConfig(**saved["optimizer"]), LrScheduleConfig(**saved["lr_schedule"])
-    end = max(now.train.steps, step + 1)
-    for n in range(step, end, max(1, (end - step) // 1000)):
-        was = learning_rate(n, optimizer, schedule)
-        will = learning_rate(n, now.optimizer, now.lr_schedule)
-        if was != will:
-            keep = ""
-            if schedule.decay_steps != now.lr_schedule.decay_steps:
-                keep = f"; write lr_schedule.decay_steps={schedule.decay_steps} to keep its end where it was"
-            yield f"the learning-rate curve is another one: step {n + 1} has {will:.3g} instead of {was:.3g}{keep}"
-            return

@@ -18,13 +18,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal
 SAVED = 75  # exit status: stopped as asked, with everything saved there is; the same command continues
 STACKS = signal.SIGRTMIN + 9  # the supervisor asks where all threads stand, which is told in C
 FAILED = 4  # exit status: something failed after steps had been made
-_INSIST = (signal.SIGTERM, signal.SIGINT)  # a second one of these is obeyed at once
+_INSIST = (signal.SIGTERM, signal.SIGINT)  # a second one is obeyed at once, even where the main thread is stuck
 
 
 class SignalFlag:
     """While installed, in the main thread, a signal of `SIGNALS` sets `received` instead of killing the process.
-
-    A second SIGTERM or SIGINT ends the process at once by that signal, even where the main thread is stuck.
 
     patience: seconds before a second one counts: Slurm and torchrun both forward one request.
     telling: seconds in which the other ranks can be told before training; then the process leaves without them.
