@@ -99,7 +99,28 @@ def dualpipe_v(p: int, m: int) -> Schedule:
     if m < 2 * p:
         least = f"{2 * p} micro-batches"
         raise ScheduleError(f"dualpipe-v needs at least 2 x pp={least}, not {m}; use {least}, or zb-v")
-    return Schedule("dualpipe-v", p, 2 * p, m, tuple(_dualpipe_rank(rank, p, m) for rank in range(p)), v_owners(p))
+    steps = []
+    for rank in range(p):  # fill, turn, steady pairs, and their mirror image
+        behind = p - 1 - rank
+        ends = ["B1", "B0"] * (rank + 1)
+        words = ["F0"] * (2 * behind) + ["F0", "F1"] * (rank + 1) + ["I1", "W", "F1"] * behind
+        words += ["F0", "B1", "F1", "B0"] * (m - 2 * p + rank + 1) + ["B1", "F1", "B0"] * behind
+        words += ends[: rank + 1] + [word.replace("B", "I") for word in ends[rank + 1 :]]
+        words += ["W", "I0"] * behind
+        stages, done = (rank, 2 * p - 1 - rank), dict.fromkeys(("F0", "F1", "B0", "B1"), 0)
+        out: list[Action] = []
+        owed: deque[Action] = deque()
+        for word in words:
+            if word == "W":
+                out.append(owed.popleft())
+                continue
+            count = word.replace("I", "B")
+            out.append(Action(Kind(word[0]), stages[int(word[1])], done[count]))
+            done[count] += 1
+            if word[0] == "I":
+                owed.append(out[-1]._replace(kind=W))
+        steps.append((*out, *owed))
+    return Schedule("dualpipe-v", p, 2 * p, m, tuple(steps), v_owners(p))
 
 
 def _fill(
@@ -140,29 +161,6 @@ def _fill(
         now += 1
         assert now <= UNITS * compute * (m + 4 * p), f"{name} of {p} ranks and {m} micro-batches does not end"
     return replace(schedule, steps=tuple(map(tuple, out)))
-
-
-def _dualpipe_rank(rank: int, p: int, m: int) -> tuple[Action, ...]:
-    """The phases of one rank: fill, turn, steady pairs, and their mirror image."""
-    behind = p - 1 - rank
-    ends = ["B1", "B0"] * (rank + 1)
-    words = ["F0"] * (2 * behind) + ["F0", "F1"] * (rank + 1) + ["I1", "W", "F1"] * behind
-    words += ["F0", "B1", "F1", "B0"] * (m - 2 * p + rank + 1) + ["B1", "F1", "B0"] * behind
-    words += ends[: rank + 1] + [word.replace("B", "I") for word in ends[rank + 1 :]]
-    words += ["W", "I0"] * behind
-    stages, done = (rank, 2 * p - 1 - rank), dict.fromkeys(("F0", "F1", "B0", "B1"), 0)
-    out: list[Action] = []
-    owed: deque[Action] = deque()
-    for word in words:
-        if word == "W":
-            out.append(owed.popleft())
-            continue
-        count = word.replace("I", "B")
-        out.append(Action(Kind(word[0]), stages[int(word[1])], done[count]))
-        done[count] += 1
-        if word[0] == "I":
-            owed.append(out[-1]._replace(kind=W))
-    return (*out, *owed)
 
 
 FIXED_CHUNKS: dict[str, tuple[int, Callable[[int, int], Schedule]]] = {
