@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class CheckpointManager:
     ) -> None:
         self._folder, self._group, self._record = Path(folder), group, record or FlightRecord()
         self._log, self._tell = log if group.rank == 0 else lambda text: None, log
+        self._once = cache(self._log)
         self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
         lock = folders.FolderLock(self._folder, self._log, lease_seconds)
         self.starts = starts or Starts(lock, config, group.size)
@@ -224,14 +225,20 @@ class CheckpointManager:
             text = f"the checkpoint of step {step} is still being written, for {passed:.0f} s now"
             (self._tell if waits else self._log)(text + "".join(waits))
 
-        def begin() -> dict[str, Any]:
+        def begin() -> tuple[dict[str, Any], bool]:
             self._lock.check()
-            return self._body(step, counters) if self._group.rank == 0 else {}
+            return (self._body(step, counters) if self._group.rank == 0 else {}), manifest.XXH3 in manifest.HASHERS
 
         reminder = folders.every(TELL_SECONDS, remind)
         self._record.words[SAVING] = 1
         try:
-            body = on_all_ranks(self._group, f"checkpoint of step {step}", begin)[0]
+            found = on_all_ranks(self._group, f"checkpoint of step {step}", begin)
+            able = [able for _, able in found]
+            digests = manifest.XXH3 if all(able) else manifest.SHA256
+            if not all(able):
+                where = f"rank {able.index(False)}" if len(able) > 1 else "this machine"
+                self._once(f"digests are SHA-256: {where} lacks xxhash, which is faster (pip install xxhash)")
+            body = found[0][0] | {"format": manifest.FORMATS[digests], "digests": digests}
             content = Content(self._folder / f"step-{step:08d}", self._sets, self._small, body, self._block_bytes)
             write_checkpoint(content, shards, self._group)
         except NotFiniteError as error:
@@ -254,7 +261,6 @@ class CheckpointManager:
         sequence = 1 + max((brief.sequence for brief in found if isinstance(brief, folders.Brief)), default=0)
         sequence += sum(isinstance(brief, UnreadableError) for brief in found) << 20  # surely beyond theirs
         return {
-            "format": manifest.FORMAT,
             "step": step,
             "sequence": sequence,
             "line": self.lineage,

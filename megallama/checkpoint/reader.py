@@ -30,13 +30,16 @@ _NOT_A_PARAMETER = ".rotary_emb.inv_freq"  # a buffer in old Hugging Face folder
 
 
 class BlockFile:
-    """A file read in blocks, by one thread; with a `record`, each is verified before it is used."""
+    """A file read in blocks, by one thread; what `saved` lists is verified, each block before it is used."""
 
-    def __init__(self, path: Path, record: manifest.FileRecord | None = None, block_bytes: int = manifest.BLOCK_BYTES):
-        self.path, self._record, self._block_bytes = path, record, block_bytes
-        self._fd, self.size = disk.open_file(path, record.size if record else None)
+    def __init__(self, folder: Path, name: str, saved: manifest.Manifest | None = None) -> None:
+        self.path = folder / name
+        self._record = record = saved.files[name] if saved else None
+        if saved:
+            self._block_bytes, self._hasher = saved.block_bytes, manifest.hasher(saved.digests, self.path)
+        self._fd, self.size = disk.open_file(self.path, record.size if record else None)
         self._held = -1  # one buffer for all blocks: fresh pages cost more than the reading
-        self._buffer = memoryview(bytearray(min(block_bytes, self.size) if record else 0))
+        self._buffer = memoryview(bytearray(min(saved.block_bytes, self.size) if saved else 0))
 
     def close(self) -> None:
         os.close(self._fd)
@@ -50,9 +53,9 @@ class BlockFile:
             return data
         self._held, digest = -1, self._record.blocks[index]
         self._fill(data, start)
-        if manifest.digest(data) != digest:
+        if manifest.digest(data, self._hasher) != digest:
             disk.read_again(self.path, data, start)
-            if manifest.digest(data) != digest:
+            if manifest.digest(data, self._hasher) != digest:
                 where = f"{self.path} is damaged in block {index} (bytes {start} to {start + len(data) - 1})"
                 raise DamagedError(f"{where}: its digest is not the one in {manifest.NAME}")
         self._held = index
@@ -170,7 +173,7 @@ def open_state(folder: Path, saved: manifest.Manifest, kind: str) -> TensorFiles
             raise CheckpointError(f"{folder / manifest.NAME} does not list {name} with {size} bytes")
 
     def opener(name: str) -> BlockFile:
-        file = BlockFile(folder / name, saved.files[name], saved.block_bytes)
+        file = BlockFile(folder, name, saved)
         if file.read(0, len(want.headers[name])) != want.headers[name]:
             file.close()
             raise DamagedError(f"{folder / name} has the header of another file")
@@ -203,12 +206,12 @@ def open_files(folder: Path, names: Sequence[str]) -> TensorFiles:
     """The tensors of some safetensors files. Raises: DamagedError; CheckpointError."""
     places: dict[str, TensorPlace] = {}
     for name in names:
-        with closing(BlockFile(folder / name)) as file:
+        with closing(BlockFile(folder, name)) as file:
             found = _read_header(name, file)
         if twice := sorted(found.keys() & places.keys()):
             raise CheckpointError(f"{folder}: {places[twice[0]].file} and {name} both hold {twice[0]}; remove one")
         places |= found
-    return TensorFiles(places, lambda name: BlockFile(folder / name))
+    return TensorFiles(places, lambda name: BlockFile(folder, name))
 
 
 def fill(files: TensorFiles, kind: str, shards: Sequence[Shard]) -> None:
@@ -296,7 +299,7 @@ def verify_blocks(folder: Path, saved: manifest.Manifest, blocks: Sequence[tuple
         found = []
         for name, group in groupby(blocks, key=lambda block: block[0]):
             try:
-                with closing(BlockFile(folder / name, saved.files[name], saved.block_bytes)) as file:
+                with closing(BlockFile(folder, name, saved)) as file:
                     for _, index in group:
                         try:
                             file.block(index)

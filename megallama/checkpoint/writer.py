@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -58,7 +57,7 @@ class Content:
     final: Path
     sets: Mapping[str, FileSet]
     small: Mapping[str, bytes]  # whole files by name, e.g. model/config.json
-    body: dict[str, Any]  # the manifest without its digests
+    body: dict[str, Any]  # the manifest without its files
     block_bytes: int
 
     @property
@@ -159,6 +158,9 @@ def _allocate(fd: int, size: int) -> None:
 def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -> tuple[int, Digests]:
     """Write this rank's byte runs; how many elements, and the digests of the blocks that it wrote alone."""
     written, outputs = 0, dict[str, _Output]()
+    if isinstance(shards, list):  # in the files' order hardly a block is begun by one and ended by another
+        places = content.sets["model"].places
+        shards = sorted(shards, key=lambda s: (places[s.box.key].file, places[s.box.key].offset, s.box))
     with explained(content), open_files(content.temporary) as fd_of, ThreadPoolExecutor(THREADS) as pool:
 
         def write(place: TensorPlace, box: Box, tensor: Tensor, number: int | None) -> None:
@@ -173,11 +175,11 @@ def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -
         for shard in shards:  # one after the other: its memory may be that of the next one
             assert shard.state["master"].numel() == shard.box.numel, shard.box
             tensors = shard.state | {"model": shard.state["master"]}
-            places = [content.sets[kind].places[shard.box.key] for kind in tensors]
-            for name in {place.file for place in places} - outputs.keys():
-                outputs[name] = _Output(fd_of(name), content.sizes[name], content.block_bytes)
+            into = [content.sets[kind].places[shard.box.key] for kind in tensors]
+            for name in {place.file for place in into} - outputs.keys():
+                outputs[name] = _Output(fd_of(name), content.sizes[name], content)
                 flusher.paths.add(content.temporary / name)
-            list(pool.map(write, places, [shard.box] * len(places), tensors.values(), map(shard.digests.get, tensors)))
+            list(pool.map(write, into, [shard.box] * len(into), tensors.values(), map(shard.digests.get, tensors)))
             written += shard.box.numel
         flusher.begin()
     return written, [(name, i, digest) for name, out in outputs.items() for i, digest in out.digests.items()]
@@ -186,10 +188,10 @@ def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -
 class _Output:
     """One file as this rank writes it, and the digests of blocks that it writes whole and in order."""
 
-    def __init__(self, fd: int, size: int, block_bytes: int) -> None:
-        self._fd, self._size, self._block_bytes = fd, size, block_bytes
+    def __init__(self, fd: int, size: int, content: Content) -> None:
+        self._fd, self._size, self._block_bytes = fd, size, content.block_bytes
         self._at = -1
-        self._hash: hashlib._Hash | None = None
+        self._hasher, self._hash = manifest.hasher(content.body["digests"]), None
         self.digests: dict[int, str] = {}
 
     def write_box(self, place: TensorPlace, box: Box, tensor: Tensor) -> None:
@@ -216,7 +218,7 @@ class _Output:
         while data:
             index, inside = divmod(self._at, self._block_bytes)
             if inside == 0:
-                self._hash = hashlib.sha256()
+                self._hash = self._hasher()
             part = data[: self._block_bytes - inside]
             data, self._at = data[len(part) :], self._at + len(part)
             if self._hash is not None:
@@ -268,13 +270,13 @@ def _shared_blocks(content: Content, results: Sequence[tuple[int, Digests]]) -> 
 def _digest_blocks(content: Content, blocks: Sequence[tuple[str, int]], flusher: Flusher) -> Digests:
     """Digests of blocks that several ranks wrote, read back while this rank's files become durable."""
     with open_files(content.temporary) as fd_of, ThreadPoolExecutor(THREADS) as pool:
-        fds = {name: fd_of(name) for name, _ in blocks}  # one thread opens them
+        fds, by = {name: fd_of(name) for name, _ in blocks}, manifest.hasher(content.body["digests"])
 
         def part(first: int) -> Digests:
             buffer, found = memoryview(bytearray(content.block_bytes)), []
             for name, index in blocks[first::THREADS]:
                 count = read_at(fds[name], buffer, index * content.block_bytes)
-                found.append((name, index, manifest.digest(buffer[:count])))
+                found.append((name, index, manifest.digest(buffer[:count], by)))
             return found
 
         found = [digest for part_found in pool.map(part, range(THREADS)) for digest in part_found]

@@ -640,7 +640,7 @@ def test_manifest_says_what_it_is(tmp_path) -> None:
     counters = {"step": 7, "samples": 1 << 40, "sources": [{"path": "a", "samples": 3}], "loss_scale": 65536.0}
     make_manager(tmp_path, make_config()).save(7, solo_shards(STATE), counters)
     body = manifest.read_manifest(tmp_path / "step-00000007").body
-    assert (body["format"], body["step"], body["sequence"], body["counters"]) == (1, 7, 1, counters)
+    assert (body["step"], body["sequence"], body["counters"]) == (7, 1, counters)
     assert body["config"]["model"]["hidden_size"] == 32 and body["versions"]["torch"] == torch.__version__
     record = body["files"]["model/config.json"]
     assert record["size"] == len((tmp_path / "step-00000007/model/config.json").read_bytes())

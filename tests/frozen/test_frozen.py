@@ -52,9 +52,14 @@ def settings(folder: Path, dtype: str, *more: str) -> list[str]:
 
 
 def tensors(manifest: Path) -> dict[str, Any]:
-    """The digests of a checkpoint's tensor files."""
-    files = json.loads(manifest.read_text())["files"]
-    return {name: record for name, record in files.items() if name.endswith(".safetensors")}
+    """The blocks of a checkpoint's tensor files, digested as that version did: as said, or from what is written."""
+    record = json.loads(manifest.read_text())
+    files, size = {name for name in record["files"] if name.endswith(".safetensors")}, record["block_bytes"]
+    if not (manifest.parent / "model").exists():
+        return {name: record["files"][name]["blocks"] for name in files}
+    raw = {name: (manifest.parent / name).read_bytes() for name in files}
+    parts = {name: [data[i : i + size] for i in range(0, len(data), size)] for name, data in raw.items()}
+    return {name: [hashlib.sha256(part).hexdigest()[:32] for part in found] for name, found in parts.items()}
 
 
 def losses(file: Path) -> list[tuple[str, int, float]]:
