@@ -1,7 +1,7 @@
 """Checkpoints beside the disk's own speed and beside PyTorch's: saving, waiting, loading; and what damage and kills do.
 
     python benchmarks/checkpoint.py                          needs about 10 GB in --folder; about 25 minutes
-    python benchmarks/checkpoint.py --rounds 3 --only speed  (or: flips, kills)
+    python benchmarks/checkpoint.py --rounds 3 --only speed  (or: cpu, flips, kills)
 
 A model of 0.145 B parameters has 2.08 GB of state: bf16 weights, fp32 master weights and two moments. In one process
 (and in two) every way to store it takes its turn, round after round, between barriers: a raw write with fsync, ours to
@@ -9,6 +9,9 @@ durable with all digests, torch.distributed.checkpoint (DCP) with one and two th
 fsync. Then saves behind the back of training, beside one memcpy of the state. Then loads of what two ranks cut by
 tensor parallelism have saved, by ranks cut in another way, with the page cache dropped. Flips: one bit at 1,000 random
 places. Kills: SIGKILL at every system call of a save. Results: `benchmarks/results/checkpoint.json` and `.md`.
+
+--only cpu: 0.5 GB of state in a file system in memory, where the processor alone sets the pace; results of its own,
+`checkpoint_cpu.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from report import header, median, save, table
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = ROOT / "benchmarks" / "drivers" / "checkpoint_ranks.py"
 MEMCPY, OTHERS = "one memcpy of the state", "raw write + fsync"
+BY_DCP = "DCP, 2 threads", "DCP, into another layout"  # saving, loading
 BASES = {"layout": "raw read", "waits": MEMCPY, "start": MEMCPY}  # what a row is compared with, by its last word
 
 
@@ -47,14 +51,14 @@ class Measurement:
     other_load: float
 
 
-def speed(folder: Path, rounds: int) -> list[Measurement]:
-    """All rows of saving and loading with one and two ranks."""
+def speed(folder: Path, rounds: int, *more: str) -> list[Measurement]:
+    """All rows of saving and loading with one and two ranks; `more` for the driver: "small"."""
     found = []
     for ranks in (1, 2):
         for what in ("save", "load"):
             wait_for_calm(120)
             with tempfile.TemporaryDirectory(dir=folder) as place:
-                command = [sys.executable, str(DRIVER), what, place, str(rounds), "1"]
+                command = [sys.executable, str(DRIVER), what, place, str(rounds), "1", *more]
                 done = launch(command, ranks, 2 // ranks, timeout=3600)
             lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
             found += [Measurement(**line, other_load=done.other_load) for line in lines]
@@ -62,12 +66,12 @@ def speed(folder: Path, rounds: int) -> list[Measurement]:
     return found
 
 
-def speed_table(found: list[Measurement]) -> str:
+def speed_table(found: list[Measurement], bases: dict[str, str] = BASES, others: str = OTHERS) -> str:
     """Medians over rounds, and the median of the ratios to the base of the same round."""
     rows = []
     for ranks in (1, 2):
         for name in dict.fromkeys(m.row for m in found if m.ranks == ranks):
-            base = BASES.get(name.rpartition(" ")[2], OTHERS)
+            base = bases.get(name.rpartition(" ")[2], others)
             own = sorted((m for m in found if m.row == name and m.ranks == ranks), key=lambda m: m.round)
             of = {m.round: m for m in found if m.row == base and m.ranks == ranks}
             ratios = [(of[m.round].seconds / of[m.round].bytes) / (m.seconds / m.bytes) for m in own if m.round in of]
@@ -78,7 +82,7 @@ def speed_table(found: list[Measurement]) -> str:
                     "row": name,
                     "seconds": f"{seconds:.2f}",
                     "GB/s": f"{median([m.bytes for m in own]) / seconds / 1e9:.2f}",
-                    "speed": f"{median(ratios):.2f} of {base}" if name not in (*BASES.values(), OTHERS) else "-",
+                    "speed": f"{median(ratios):.2f} of {base}" if name not in (*bases.values(), others) else "-",
                     "rounds": " ".join(f"{m.seconds:.2f}" for m in own),
                     "most extra memory of a rank": f"{max(m.extra for m in own) / 1e6:.0f} MB",
                 }
@@ -186,8 +190,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=None, help="where to work; default a temporary folder")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of every row (5)")
-    parser.add_argument("--only", choices=("speed", "flips", "kills"), help="one part; prints it and writes no results")
+    parser.add_argument("--only", choices=("speed", "cpu", "flips", "kills"), help="one part; no results but of cpu")
     args = parser.parse_args()
+    if args.only == "cpu":
+        with tempfile.TemporaryDirectory(dir=args.folder or "/dev/shm") as temporary:
+            found = speed(Path(temporary), args.rounds, "small")
+        text = speed_table(found, {"layout": BY_DCP[1], "read": BY_DCP[1]}, BY_DCP[0])
+        title = "Checkpoints of 0.5 GB in memory: the processor sets the pace"
+        save("checkpoint_cpu", found, header(title, args) + text)
+        return 0
     found: list[Measurement] = []
     parts = []
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:

@@ -1,6 +1,6 @@
 """One rank of benchmarks/checkpoint.py: every way to save or load the same state, alternately; prints JSON lines.
 
-    RANK=0 WORLD_SIZE=1 ... python checkpoint_ranks.py save|load FOLDER ROUNDS PEERS
+    RANK=0 WORLD_SIZE=1 ... python checkpoint_ranks.py save|load FOLDER ROUNDS PEERS [small]
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from megallama.plan.params import ParamBuilder, build_layout, global_shapes  # n
 from megallama.plan.topology import Topology  # noqa: E402
 
 MODEL = {"hidden_size": 768, "num_layers": 14, "num_heads": 12, "ffn_hidden_size": 2048, "vocab_size": 32000}
+SMALL = {"hidden_size": 512, "num_layers": 6, "num_heads": 8, "ffn_hidden_size": 1376, "vocab_size": 16000}  # 0.5 GB
 CHUNK = 8 << 20
 
 
@@ -55,7 +56,7 @@ def memory(key: str) -> int:
 class Bench:
     """The state of one rank, and every way to store it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, model: dict[str, int]) -> None:
         self.rank, self.ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.folder = folder
         self.group: Group = Solo("bench")
@@ -65,7 +66,7 @@ class Bench:
             everybody, cpu = tuple(range(self.ranks)), torch.device("cpu")
             self.group = C10d(dist.group.WORLD, "bench", everybody, self.rank, cpu)
             self.own = C10d(dist.new_group(everybody), "checkpoint", everybody, self.rank, cpu)
-        settings = {"model": MODEL, "data": {"synthetic": True}, "precision": {"dtype": "bf16"}}
+        settings = {"model": model, "data": {"synthetic": True}, "precision": {"dtype": "bf16"}}
         self.config = resolve(Config.model_validate(settings))
         self.numel = sum(torch.Size(s).numel() for s in global_shapes(self.config.model).values())
 
@@ -128,8 +129,8 @@ def peer_state(bench: Bench, shard: int) -> dict[str, Any]:
     return state
 
 
-def save_rounds(bench: Bench, rounds: int, peers: bool) -> None:
-    """Raw, ours and the peers, in turn."""
+def save_rounds(bench: Bench, rounds: int, peers: bool, small: bool) -> None:
+    """Raw, ours and the peers, in turn; not `small`: then also behind the caller's back."""
     total = bench.numel * 14
     shards = bench.shards()
     raw = memoryview(bytearray(os.urandom(CHUNK)) * -(-total // bench.ranks // CHUNK))[: total // bench.ranks]
@@ -146,7 +147,8 @@ def save_rounds(bench: Bench, rounds: int, peers: bool) -> None:
         for row, work in ways.items():
             bench.clear("raw", "ours", "peer")
             bench.timed(row, number, work, total)
-    async_rounds(bench, shards, state, rounds)
+    if not small:
+        async_rounds(bench, shards, state, rounds)
 
 
 def peer_ways(bench: Bench, state: dict[str, Any]) -> dict[str, Callable[[], Any]]:
@@ -235,7 +237,7 @@ def tensors(state: dict[str, Any]) -> Iterator[Tensor]:
     return (t.to_local() if hasattr(t, "to_local") else t for t in state.values())
 
 
-def load_rounds(bench: Bench, rounds: int, peers: bool) -> None:
+def load_rounds(bench: Bench, rounds: int, peers: bool, small: bool) -> None:
     """Saved with tp, read with pp (DCP: saved along rows, read along columns), from the disk."""
     import torch.distributed.checkpoint as dcp
 
@@ -263,10 +265,10 @@ def load_rounds(bench: Bench, rounds: int, peers: bool) -> None:
 
 def main() -> None:
     """Do one of the two series."""
-    what, folder, rounds, peers = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1"
+    what, folder, rounds, peers, *more = sys.argv[1:]
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
-    bench = Bench(folder)
-    (save_rounds if what == "save" else load_rounds)(bench, rounds, peers)
+    bench = Bench(Path(folder), SMALL if more else MODEL)
+    (save_rounds if what == "save" else load_rounds)(bench, int(rounds), peers == "1", bool(more))
     if dist.is_initialized():
         dist.destroy_process_group()
 
