@@ -198,7 +198,8 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
                 yield connection, message
 
     def _give(self, connection: Connection, left: deque[Task]) -> None:
-        if left:
+        # the last ones go to whoever has none: behind another one they would wait while processes have nothing to do
+        if left and (not self._tasks[connection] or len(left) >= AHEAD * len(self._connections)):
             with suppress(OSError):  # a dead process is noticed where its answer is awaited
                 connection.send(left.popleft())
             self._tasks[connection] += 1
