@@ -47,6 +47,28 @@ def wait_for_calm(limit: float) -> None:
             return
 
 
+WAITS = {"io": "the disk", "memory": "memory", "other": "other programs to be calm"}
+WORTH_A_LINE = 3.0  # seconds
+
+
+def stalled(root: Path = Path("/proc/pressure")) -> dict[str, float]:
+    """Seconds since the machine started in which some process stood still for want of each; {} if nobody counts."""
+    found = {}
+    for name in ("io", "memory"):
+        try:
+            some = (root / name).read_text().splitlines()[0]
+        except (OSError, IndexError):
+            continue
+        found[name] = int(some.rpartition("total=")[2]) / 1e6
+    return found
+
+
+def waits(what: str, before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """A line for every kind of wait of more than a few seconds between two looks: "WHAT: 12.3 s for the disk"."""
+    grown = {name: seconds - before.get(name, seconds) for name, seconds in after.items()}
+    return [f"{what}: waited {s:.1f} s for {WAITS[name]}" for name, s in grown.items() if s > WORTH_A_LINE]
+
+
 def free_port() -> int:
     """A TCP port nobody listens on now."""
     with socket.socket() as s:

@@ -6,6 +6,8 @@
 Each round writes and reads the model's bytes raw, then runs every conversion once as the command a user types, and
 transformers' from_pretrained + save_pretrained (which reshapes nothing and makes nothing durable).  Memory is the peak
 of anonymous memory of the process, sampled every 5 ms.  Files are read from the page cache, as after a download.
+Where more than a few seconds pass in waiting a line says for what: the disk, memory (what the kernel counts of all
+processes), or that other programs are calm before a row begins.
 Results: `benchmarks/results/reshard.json` and `reshard.md`.
 """
 
@@ -20,11 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launch import BenchmarkError, busy_seconds, wait_for_calm
+from launch import BenchmarkError, busy_seconds, stalled, wait_for_calm, waits
 from report import RESULTS, header, machine, median, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,9 +57,33 @@ class Measurement:
     other_load: float
 
 
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Within, what is waited for is told of at the end."""
+    before = stalled()
+    try:
+        yield
+    finally:
+        for line in waits(what, before, stalled()):
+            print(line, flush=True)
+
+
+def calm(what: str) -> None:
+    """Wait until other programs are calm, and tell of it."""
+    start = time.monotonic()
+    wait_for_calm(90)
+    for line in waits(what, {"other": start}, {"other": time.monotonic()}):
+        print(line, flush=True)
+
+
 def run(row: str, command: Sequence[str]) -> Measurement:
     """Run a command to its end. Raises: BenchmarkError if it fails."""
-    wait_for_calm(90)
+    calm(row)
+    with telling(row):
+        return _run(row, command)
+
+
+def _run(row: str, command: Sequence[str]) -> Measurement:
     start, busy, peak = time.monotonic(), busy_seconds(), 0
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT)
@@ -86,7 +113,7 @@ def _anonymous(pid: int) -> int:
 
 def raw(folder: Path, size: int) -> list[Measurement]:
     """The same number of bytes written with fsync, and read."""
-    wait_for_calm(90)
+    calm("raw")
     block, path = memoryview(os.urandom(8 << 20)), folder / "raw"
     start, busy = time.monotonic(), busy_seconds()
     with path.open("wb", buffering=0) as file:
@@ -114,7 +141,8 @@ def digests(folder: Path) -> dict[str, str]:
 def one_round(folder: Path, peer: str | None) -> list[Measurement]:
     """Every row once; results are removed as soon as no later row needs them."""
     size = sum(p.stat().st_size for p in (folder / "hf").iterdir())
-    found = raw(folder, size)
+    with telling("raw"):
+        found = raw(folder, size)
     for row, (source, target, options) in ROWS.items():
         found.append(run(row, [*TOOL, str(folder / source), str(folder / target), *options]))
         if target.startswith("back"):
@@ -163,7 +191,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
         maker = [sys.executable, str(ROOT / "benchmarks/drivers/make_llama.py"), str(folder / "hf")]
-        made = subprocess.run([*maker, *map(str, MODELS[name])], check=True, capture_output=True, text=True)
+        with telling("the model that is made first"):
+            made = subprocess.run([*maker, *map(str, MODELS[name])], check=True, capture_output=True, text=True)
         rounds = [one_round(folder, args.peer) for _ in range(args.rounds)]
     largest = json.loads(made.stdout)["largest"]
     text = header(f"Conversion of a {name} model between formats", args) + table(summary(rounds, largest))
