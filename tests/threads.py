@@ -37,8 +37,9 @@ class Aborted(Exception):
 
 @dataclass
 class _Meeting:
-    """What the members of one operation have brought so far."""
+    """What the members of one operation have brought so far; `complete` wakes those who wait, and nobody else."""
 
+    complete: threading.Condition
     brought: dict[int, Any] = field(default_factory=dict)
     what: dict[int, str] = field(default_factory=dict)
     taken: int = 0
@@ -81,36 +82,40 @@ class _Hub:
     def __init__(self, timeout: float, seed: int | None) -> None:
         self.timeout, self.seed = timeout, seed
         self.dropped: list[str] = []
-        self.change = threading.Condition()
+        self.lock = threading.Lock()
         self.meetings: dict[Any, _Meeting] = {}
         self.error: BaseException | None = None
 
     def abort(self, error: BaseException) -> None:
-        with self.change:
+        with self.lock:
             self.error = self.error or error
-            self.change.notify_all()
+            for meeting in self.meetings.values():
+                meeting.complete.notify_all()
 
-    def bring(self, key: Any, rank: int, what: str, value: Any) -> None:
-        with self.change:
-            meeting = self.meetings.setdefault(key, _Meeting())
+    def bring(self, key: Any, members: int, rank: int, what: str, value: Any) -> None:
+        with self.lock:
+            if key not in self.meetings:
+                self.meetings[key] = _Meeting(threading.Condition(self.lock))
+            meeting = self.meetings[key]
             meeting.brought[rank], meeting.what[rank] = value, what
             for other, theirs in meeting.what.items():
                 if theirs != what:
                     raise RuntimeError(f"rank {rank} calls {what} where rank {other} calls {theirs}")
-            self.change.notify_all()
+            if len(meeting.brought) == members:
+                meeting.complete.notify_all()
 
     def ready(self, key: Any, members: int) -> bool:
         """Whether `take` would return at once."""
-        with self.change:
+        with self.lock:
             return self.error is not None or len(self.meetings[key].brought) == members
 
     def take(self, key: Any, members: Sequence[int], rank: int, what: str) -> dict[int, Any]:
         """Everything the members brought, once all have; the last to take clears the table."""
         deadline = time.monotonic() + self.timeout
-        with self.change:
+        with self.lock:
             meeting = self.meetings[key]
             while self.error is None and len(meeting.brought) < len(members):
-                if not self.change.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
+                if not meeting.complete.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
                     missing = [r for r in members if r not in meeting.brought]
                     raise TimeoutError(
                         f"rank {rank} waited {self.timeout:g} s in {what}: ranks {missing} never called it"
@@ -194,7 +199,7 @@ class ThreadGroup:
         self.nap()
         number = self._next("collective")
         key, label = (self._key, number), f"{what} (operation {number} of group {self.name} {self.ranks})"
-        self._hub.bring(key, self._me, label, value)
+        self._hub.bring(key, self.size, self._me, label, value)
 
         def everything() -> list[Any]:
             brought = self._hub.take(key, self.ranks, self._me, label)
@@ -303,7 +308,7 @@ class ThreadGroup:
         number, pair = self._next((source, to)), (self.ranks[source], self.ranks[to])
         key = (self._key, source, to, number)
         label = f"message {number} from {pair[0]} to {pair[1]} in {self.name} {_describe(tensor)}"
-        self._hub.bring(key, self._me, label, value)
+        self._hub.bring(key, 2, self._me, label, value)
         take = self._hub.take
         return lambda: take(key, pair, self._me, label)[pair[0]], lambda: self._hub.ready(key, 2), label
 
