@@ -72,7 +72,8 @@ class Pool:
     def __init__(self, device: Literal["cpu", "cuda"] = "cpu") -> None:
         self._device = device
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "tests.pool"])
+        # the second is what torch imports in its first backward pass: once for all workers
+        self._context.set_forkserver_preload(["torch", "torch.fx.experimental.symbolic_shapes", "tests.pool"])
         self._workers: list[tuple[Any, Connection]] = []
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._calls = 0

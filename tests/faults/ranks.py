@@ -39,7 +39,9 @@ class Ranks:
         supervised: bool = False, launcher: str = "torchrun",
     ) -> None:  # fmt: skip
         context = self._context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "megallama.train.loop", "tests.faults.ranks"])
+        # what torch imports in its first backward pass (0.2 s) is imported before too, once for all ranks
+        preload = ["torch", "torch.fx.experimental.symbolic_shapes", "megallama.train.loop", "tests.faults.ranks"]
+        context.set_forkserver_preload(preload)
         with socket.create_server(("127.0.0.1", 0)) as server:
             self.port = server.getsockname()[1]
         self.outputs = [folder / f"out.{rank}" for rank in range(size)]
