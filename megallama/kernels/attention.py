@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from megallama.kernels.candidate import TE, Operation, Results, Target, Unsuppor
 Attend = Callable[..., Tensor]  # q [b, s, n, d], k and v [b, s, k, d], documents -> [b, s, n, d]
 MakeAttention = Callable[[int, int, int], Attend]  # query heads, kv heads, head size
 BLOCK = 128  # queries whose scores `blocked_attention` has in memory
+TOGETHER = 64  # tokens of consecutive documents that `sdpa` takes together: a call costs more than their mask
 
 
 @dataclass(frozen=True)
@@ -30,49 +31,75 @@ class Documents:
     Make one with `of`, on the host: how many there are decides a shape.
     starts: int64 [b, s], where in the sample each token's document begins.
     cu_seqlens: int32 [documents + 1], where each begins among all tokens, and b * s.
+    pieces: of each sample in turn (tokens, whether these are several documents), on the host.
     """
 
     starts: Tensor
     cu_seqlens: Tensor
+    pieces: tuple[tuple[tuple[int, bool], ...], ...]
 
     @classmethod
     def of(cls, starts: Tensor) -> Documents:
         """The documents that begin where `starts` [b, s] says."""
         begins = starts == torch.arange(starts.shape[1], device=starts.device)
         first = begins.reshape(-1).nonzero().reshape(-1)
-        return cls(starts, torch.cat([first, first.new_tensor([starts.numel()])]).to(torch.int32))
+        ends = torch.cat([first, first.new_tensor([starts.numel()])])
+        pieces: list[list[tuple[int, bool]]] = [[] for _ in starts]
+        for begin, length in zip(ends.tolist(), ends.diff().tolist(), strict=False):
+            sample = pieces[begin // starts.shape[1]]
+            if sample and sample[-1][0] + length <= TOGETHER:
+                sample[-1] = sample[-1][0] + length, True
+            else:
+                sample.append((length, False))
+        return cls(starts, ends.to(torch.int32), tuple(map(tuple, pieces)))
 
     @cached_property
     def positions(self) -> Tensor:
         """[b, s]: of each token within its document, or within what the sample holds of it."""
         return torch.arange(self.starts.shape[1], device=self.starts.device) - self.starts
 
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """[b, 1, s, s] in `dtype`: 0 where the row's query may attend to the column's key, else -inf; made once."""
+    def split(self, x: Tensor) -> list[Tensor]:
+        """[b, s, heads, d] as [1, heads, tokens, d] of each piece."""
+        samples = zip(x.transpose(1, 2).split(1), self.pieces, strict=True)
+        return [part for one, pieces in samples for part in one.split([n for n, _ in pieces], 2)]
+
+    def masks(self, dtype: torch.dtype) -> list[Tensor | None]:
+        """For each piece of several documents [tokens, tokens] in `dtype`: 0 where the row's query may attend to the
+        column's key, else -inf; None for one document, which is only causal.  Made once."""
         if dtype not in self._masks:
-            at = torch.arange(self.starts.shape[1], device=self.starts.device)
-            hidden = (at[None, :] > at[:, None]) | (at < self.starts[:, :, None])
-            zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-            self._masks[dtype] = zeros.masked_fill_(hidden, -torch.inf)[:, None]
+            several = [mixed for sample in self.pieces for _, mixed in sample]
+            parts = zip(self.split(self.starts[:, :, None, None]), several, strict=True)
+            self._masks[dtype] = [_mask(part.flatten(), dtype) if mixed else None for part, mixed in parts]
         return self._masks[dtype]
 
     @cached_property
-    def _masks(self) -> dict[torch.dtype, Tensor]:
+    def _masks(self) -> dict[torch.dtype, list[Tensor | None]]:
         return {}
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Documents:
         """With both tensors changed: moved, pinned. What was made of them, masks, ends with the original."""
-        return Documents(change(self.starts), change(self.cu_seqlens))
+        return Documents(change(self.starts), change(self.cu_seqlens), self.pieces)
+
+
+def _mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of consecutive tokens of a sample whose documents begin at `starts`: 0 or -inf, by query and key."""
+    at = torch.arange(len(starts), device=starts.device)
+    hidden = (at[None, :] > at[:, None]) | (starts[None, :] < starts[:, None])
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-    """torch's fused attention; documents are a mask of s * s numbers per sample."""
-    mask, group = None if documents is None else documents.mask(q.dtype), q.shape[2] // k.shape[2]
-    if mask is not None and group > 1:  # no fused kernel takes both
+    """torch's fused attention; of each document alone, or of some short ones together under a small mask."""
+    group = q.shape[2] // k.shape[2]
+    if documents is not None and group > 1 and q.is_cuda:  # no fused kernel there takes a mask too
         k, v, group = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), 1
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=group > 1)
-    return out.transpose(1, 2)
+    attend: Any = partial(F.scaled_dot_product_attention, enable_gqa=group > 1)
+    if documents is None or all(len(sample) == 1 and not sample[0][1] for sample in documents.pieces):
+        whole: Tensor = attend(*(part.transpose(1, 2) for part in (q, k, v)), is_causal=True)
+        return whole.transpose(1, 2)
+    pieces = zip(*map(documents.split, (q, k, v)), documents.masks(q.dtype), strict=True)
+    out = [attend(*qkv, mask, is_causal=mask is None).transpose(1, 2) for *qkv, mask in pieces]
+    return torch.cat(out, 1).view(q.shape)
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
@@ -143,10 +170,11 @@ def _probabilities(q: Tensor, k: Tensor, rows: slice, seen: slice, documents: Do
     scores = torch.baddbmm(q.new_empty(()), q[:, rows], k[:, seen].transpose(1, 2), beta=0, alpha=scale)
     future = torch.full((count, count), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
     scores[:, :, scores.shape[2] - count :].add_(future)  # far faster than masked_fill_ on a CPU
-    if documents is not None:
-        others = torch.arange(seen.start, seen.stop, device=scores.device) < documents.starts[:, rows, None]
-        hidden = scores.new_zeros(others.shape).masked_fill_(others, -torch.inf)  # [b, r, e]
-        scores.view(len(others), -1, *others.shape[1:]).add_(hidden[:, None])
+    last = seen.start if documents is None else int(documents.starts[:, rows].max())
+    if documents is not None and last > seen.start:  # keys of other documents lie before it
+        others = torch.arange(seen.start, last, device=scores.device) < documents.starts[:, rows, None]
+        hidden = scores.new_zeros(others.shape).masked_fill_(others, -torch.inf)  # [b, r, last - start]
+        scores.view(len(others), -1, *scores.shape[1:])[..., : last - seen.start].add_(hidden[:, None])
     return torch.softmax(scores, -1)
 
 

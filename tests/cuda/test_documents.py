@@ -1,4 +1,4 @@
-"""Documents on a GPU: torch's attention of packed documents, and where that is not there one mask per micro-batch."""
+"""Documents on a GPU: torch's attention of packed documents, and where that is not there one document after another."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch.nn.attention import varlen
 from megallama.kernels import attention
 from megallama.kernels.attention import ATTENTION, Documents, sdpa
 from megallama.kernels.candidate import Target, Unsupported, Wrong
+from tests.cuda.claimed import claimed
+from tests.cuda.test_budget import Case, step
 from tests.kernels.plain import plain_attention
 from tests.small import CPU, documents, small_config, solo_rank, tokens, train
 
@@ -72,12 +74,13 @@ def test_a_mask_of_numbers_is_bitwise_that_of_booleans(dtype: torch.dtype, kv_he
         torch.randn(2, 12, n, 8, generator=generator, dtype=torch.float64).to(dtype) for n in (4, kv_heads, kv_heads)
     )
     packed = Documents.of(torch.tensor([[0] * 5 + [5] * 7, [0, 1, *[2] * 10]]))
-    mask = packed.mask(dtype)
-    assert mask.dtype == dtype and packed.mask(dtype) is mask
-    visible = mask == 0
-    assert torch.equal(visible | mask.isneginf(), torch.ones_like(visible))
+    masks = packed.masks(dtype)
+    assert len(masks) == 2 and packed.masks(dtype) is masks
+    visible = [mask == 0 for mask in masks if mask is not None and mask.dtype == dtype]
+    for one, mask in zip(visible, masks, strict=True):
+        assert torch.equal(one | mask.isneginf(), torch.ones_like(one))
     same = [part.repeat_interleave(4 // part.shape[2], 2).transpose(1, 2) for part in (q, k, v)]
-    want = F.scaled_dot_product_attention(*same, visible).transpose(1, 2)
+    want = F.scaled_dot_product_attention(*same, torch.stack(visible)[:, None]).transpose(1, 2)
     assert torch.equal(sdpa(q, k, v, packed), want)
 
 
@@ -85,17 +88,32 @@ def test_a_mask_of_numbers_is_bitwise_that_of_booleans(dtype: torch.dtype, kv_he
 def test_a_mask_is_made_once_a_micro_batch_and_gone_after_it(monkeypatch: pytest.MonkeyPatch, recompute: str) -> None:
     config = small_config(data={"document_mask": True}, memory={"recompute": recompute})
     rank, made, alive = solo_rank(config), list[weakref.ref[Tensor]](), []
-    plain = Documents.mask
+    plain = Documents.masks
 
-    def mask(self: Documents, dtype: torch.dtype) -> Tensor:
-        found = plain(self, dtype)
+    def masks(self: Documents, dtype: torch.dtype) -> list[Tensor | None]:
+        (found,) = plain(self, dtype)
+        assert found is not None, "several documents in every sample"
         if not any(ref() is found for ref in made):
             made.append(weakref.ref(found))
         alive.append(sum(ref() is not None for ref in made))
-        return found
+        return [found]
 
-    monkeypatch.setattr(attention.Documents, "mask", mask)
-    results = train(rank, tokens(config, 1), starts=documents(config, 1))
+    monkeypatch.setattr(attention.Documents, "masks", masks)
+    starts = documents(config, 1)
+    starts[..., 4:] = starts[..., 4:].clamp(min=4)
+    results = train(rank, tokens(config, 1), starts=starts)
     assert len(results) == 1 and len(made) == 8, "micro-batches"
     assert len(alive) == 8 * 4 * (2 if recompute == "full" else 1), "calls, of each layer"
     assert max(alive) == 1, "masks at a time"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_no_square_of_the_sequence_is_made_on_a_gpu(dtype: str) -> None:
+    """In fp32 there is no attention of packed documents; nor, on an older torch, in 16 bits."""
+    words = ("model.preset=debug", "batch.seq_length=16384", "batch.micro_batch_size=2", f"precision.dtype={dtype}")
+    case = Case((*words, "run.without_kernels=['attention: torch varlen_attn']"), documents=True)
+    with claimed():
+        counted = step(case, 1, 2)
+    kind = "flash" if dtype == "bf16" else "efficient"
+    assert counted.launches[f"_scaled_dot_product_{kind}_attention"] == 2 * 2 * 2, "documents"
+    assert counted.largest < 16384 * 16384 // 4, "not of a document either"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import weakref
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megallama.config.schema import OptimizerConfig, RopeScaling
-from megallama.kernels.attention import Attend, Documents, blocked_attention, sdpa
+from megallama.kernels.attention import BLOCK, Attend, Documents, blocked_attention, sdpa
 from megallama.kernels.gemm import MatmulNT, add_wgrad_with, matmul_nt, onednn_matmul_nt
 from megallama.kernels.optimizer import adamw_step, sum_of_squares
 from megallama.kernels.pointwise import (
@@ -117,9 +121,75 @@ def test_documents_are_known_by_their_starts() -> None:
     documents = Documents.of(torch.tensor([[0, 0, 2, 2, 2], [0, 1, 1, 1, 4]]))
     assert documents.positions.tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 2, 0]]
     assert documents.cu_seqlens.tolist() == [0, 2, 5, 6, 9, 10] and documents.cu_seqlens.dtype == torch.int32
-    assert documents.mask(torch.float32)[0, 0].isfinite().int().tolist() == [
+    assert documents.pieces == (((5, True),), ((5, True),))
+    mask, _ = documents.masks(torch.float32)
+    assert mask is not None and mask.isfinite().int().tolist() == [
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1],
     ]  # fmt: skip
+
+
+def test_short_documents_are_taken_together() -> None:
+    """Longer ones alone; none with those of another sample."""
+    many = Documents.of(torch.tensor(STARTS["many"]))
+    alone = [70, 1, 190, 39], [1, 128, 171]
+    assert many.pieces == tuple(tuple((n, False) for n in sample) for sample in alone)
+    single = Documents.of(torch.tensor(STARTS["single tokens"]))
+    assert single.pieces == ((*[(64, True)] * 4, (44, True)), ((299, False), (1, False)))
+    assert [None if m is None else len(m) for m in single.masks(torch.float64)] == [64, 64, 64, 64, 44, None, None]
+
+
+@pytest.mark.parametrize("attend", [sdpa, blocked_attention])
+def test_samples_of_one_document_are_those_without_documents_to_the_bit(attend: Attend) -> None:
+    q, k, v = (rand(2, 300, n, 8, dtype=torch.float32, seed=n) for n in (4, 2, 2))
+    assert torch.equal(attend(q, k, v, Documents.of(torch.tensor(STARTS["one"]))), attend(q, k, v))
+
+
+class Made(TorchDispatchMode):
+    """Within its ``with`` block: elements of the largest tensor made, and most bytes alive of all made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.alive = self.peak = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would import its compiler, which takes seconds."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for made in (t for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            self.largest = max(self.largest, made.numel())
+            storage = made.untyped_storage()
+            if storage.data_ptr() not in given and storage.nbytes():
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self.freed, storage.nbytes())
+        return out
+
+    def freed(self, size: int) -> None:
+        self.alive -= size
+
+
+def made(attend: Attend, dtype: torch.dtype, seq: int, length: int) -> Made:
+    """By attention and its gradient, in samples of documents of `length` tokens; 0: without."""
+    q, k, v = (rand(1, n, seq, 8, dtype=dtype, seed=n).transpose(1, 2).requires_grad_() for n in (2, 1, 1))
+    at = torch.arange(seq)[None]
+    documents = Documents.of(at // length * length) if length else None
+    with Made() as found:
+        attend(q, k, v, documents).sum().backward()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [4096, 700, 3, 0])
+@pytest.mark.parametrize("attend", [sdpa, blocked_attention])
+def test_attention_takes_memory_linear_in_the_sequence(attend: Attend, length: int, dtype: torch.dtype) -> None:
+    """Of twice the tokens at most twice: no scores and no mask of all queries by all keys, in no format."""
+    found, half = (made(attend, dtype, seq, min(length, seq)) for seq in (4096, 2048))
+    assert found.largest <= 2 * BLOCK * 4096 < 4096 * 4096 and found.peak <= 2.05 * half.peak
+    assert found.peak >= 4096 * 2 * 8 * dtype.itemsize, "at least the output"
 
 
 def test_plain_attention_is_causal() -> None:

@@ -19,8 +19,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megallama.comm.launch import World
 from megallama.config.schema import Config
+from megallama.kernels import attention
 from megallama.plan.plan import make_plan
 from tests.pool import Pool
 from tests.small import build, curve, deviation, documents, small_config, tokens, train
@@ -186,7 +189,9 @@ def run(world: World, layout: Layout, dtype: str, alone: bool) -> list[float]:
     plan = make_plan(config, world.world_size)
     rank = build(plan, world.groups(plan.topology, config.model.num_kv_heads or 1), world.device)
     starts = documents(config, STEPS) if layout.documents else None
-    return curve(train(rank, tokens(config, STEPS), starts=starts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "TOGETHER", 3)  # of the 8 tokens of a sample: some documents alone, some together
+        return curve(train(rank, tokens(config, STEPS), starts=starts))
 
 
 class Comparison:
