@@ -49,20 +49,20 @@ class Rotary(Layer):
 
     num_heads: int
     num_kv_heads: int
-    cos: Tensor  # [s, 1, d/2]
+    cos: Tensor  # [s, 1, d/2] of the longest samples
     sin: Tensor
     pointwise: PointwiseOps
 
-    def tables(self, documents: Documents | None) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of 0 .. s-1 in every sample; in every document: [b, s, 1, d/2]."""
+    def tables(self, documents: Documents | None, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of 0 .. length-1 in every sample, at most s; in every document: [b, length, 1, d/2]."""
         if documents is None:
-            return self.cos, self.sin
+            return self.cos[:length], self.sin[:length]
         return self.cos[documents.positions], self.sin[documents.positions]
 
     def forward(self, ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         ctx.shape = qkv.shape
         ctx.save_for_backward(cos, sin)
-        heads, n, k = self._heads(qkv), self.num_heads, self.num_kv_heads
+        heads, n, k = self._heads(qkv, cos), self.num_heads, self.num_kv_heads
         if qkv.is_cuda:
             rotated = heads[:, :, : n + k]
             self.pointwise.apply_rope(rotated, cos, sin, rotated)
@@ -77,13 +77,13 @@ class Rotary(Layer):
     def backward(self, ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         packed = dq.new_empty(ctx.shape)
-        self.pointwise.rope_backward(dq, dk, dv, cos, sin, self._heads(packed))
+        self.pointwise.rope_backward(dq, dk, dv, cos, sin, self._heads(packed, cos))
         return packed, None, None
 
-    def _heads(self, qkv: Tensor) -> Tensor:
-        """A packed tensor as [b, s, n + 2k, d]."""
+    def _heads(self, qkv: Tensor, cos: Tensor) -> Tensor:
+        """A packed tensor as [b, s, n + 2k, d], of samples as long as their angles."""
         heads = self.num_heads + 2 * self.num_kv_heads
-        return qkv.view(-1, len(self.cos), heads, qkv.shape[1] // heads)
+        return qkv.view(-1, cos.shape[-3], heads, qkv.shape[1] // heads)
 
 
 class TransformerLayer:
@@ -140,7 +140,8 @@ class Stage:
         x = self.embed(batch.tokens.reshape(-1)) if self.embed else hidden
         assert x is not None, "only the first stage makes its own hidden states"
         documents = batch.documents and batch.documents.each(lambda t: t)  # masks do not live as long as batches
-        again, tables = self.recompute and torch.is_grad_enabled(), self.rotary.tables(documents)
+        again = self.recompute and torch.is_grad_enabled()
+        tables = self.rotary.tables(documents, batch.tokens.shape[1])
         for number, layer in zip(self._numbers, self.layers, strict=True):
             inputs = x, *tables, documents
             self._record.layer(number)

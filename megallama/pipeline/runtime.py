@@ -55,12 +55,18 @@ class StageWork:
 
 
 class PipelineRuntime:
-    """Runs the schedule of one pipeline rank over one batch; what passes between stages is like the empty `hidden`."""
+    """Runs the schedule of one pipeline rank over one batch.
+
+    Between stages a micro-batch of T tokens, T its own, passes as [T / shares, h] like `hidden` [0, h].
+    longest: tokens of a sample, at most.
+    """
 
     def __init__(
-        self, work: Mapping[int, StageWork], pp: Group, hidden: Tensor, record: FlightRecord | None = None
-    ) -> None:
+        self, work: Mapping[int, StageWork], pp: Group, hidden: Tensor, record: FlightRecord | None = None, *,
+        shares: int, longest: int,
+    ) -> None:  # fmt: skip
         self._work, self._pp, self._hidden, self.observer = work, pp, hidden, Observer(record)
+        self._shares, self._longest = shares, longest
         self._handlers: dict[Kind, Callable[[Action], None]] = {
             Kind.F: self._forward,
             Kind.B: self._differentiate,
@@ -71,7 +77,14 @@ class PipelineRuntime:
         }
 
     def run(self, schedule: Schedule, inputs: Sequence[MicroBatch]) -> Tensor:
-        """Execute this rank's actions; the sum of token losses (zero without the last stage)."""
+        """Execute this rank's actions; the sum of token losses (zero without the last stage).
+
+        Raises: ValueError, before anything is sent, if a micro-batch is too long or does not divide.
+        """
+        for shape in (batch.tokens.shape for batch in inputs):
+            if shape[1] > self._longest or shape.numel() % self._shares:
+                samples, most = f"{shape[0]} samples of {shape[1]} tokens", f"at most {self._longest} each"
+                raise ValueError(f"{samples}: give {most}, in all a multiple of {self._shares}")
         self._schedule, self._inputs = schedule, inputs
         # by who takes it (F or B, stage, micro-batch), here or on another rank; a handle if received
         self._values: dict[tuple[Kind, int, int], tuple[Tensor, Handle | None]] = {}
@@ -137,7 +150,8 @@ class PipelineRuntime:
 
     def _recv(self, action: Action) -> None:
         kind, source = (Kind.F, action.stage - 1) if action.kind is Kind.RECV_F else (Kind.B, action.stage + 1)
-        buffer = torch.empty_like(self._hidden)
+        rows = self._inputs[action.microbatch].tokens.numel() // self._shares
+        buffer = self._hidden.new_empty(rows, self._hidden.shape[1])
         handle = self._pp.recv(buffer, self._schedule.owners[source])
         self._values[kind, action.stage, action.microbatch] = buffer, handle
 

@@ -88,9 +88,9 @@ def assemble(
         number: StageWork(wrap(number, stage) if wrap else stage, buffers[number].queue, sync.last_microbatch)
         for (number, stage), sync in zip(stages.items(), optimizer.syncs, strict=True)
     }
-    rows = config.batch.micro_batch_size * config.batch.seq_length // (groups.tp.size if sharded else 1)
-    hidden = torch.empty(rows, config.model.hidden_size, dtype=dtype, device=device)
-    runtime = PipelineRuntime(work, groups.pp, hidden, record)
+    hidden = torch.empty(0, config.model.hidden_size, dtype=dtype, device=device)
+    shares, longest = groups.tp.size if sharded else 1, config.batch.seq_length
+    runtime = PipelineRuntime(work, groups.pp, hidden, record, shares=shares, longest=longest)
     return Worker(plan, groups, device, stages, buffers, optimizer, runtime)
 
 

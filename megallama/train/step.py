@@ -76,8 +76,12 @@ class StepConsensus:
 
 
 def count_tokens(worker: Worker, batches: Sequence[MicroBatch], *, masked: bool, of: int = 0) -> int:
-    """Tokens of a global batch of `of` micro-batches whose loss counts; `masked`: any rank may leave some out."""
-    assert masked or all(b.mask is None for b in batches), "masked tokens that the other ranks do not know of"
+    """Tokens of a global batch of `of` micro-batches whose loss counts.
+
+    masked: any rank may leave some out, or have samples of other lengths.
+    """
+    known = all(b.mask is None and b.num_counted == batches[0].num_counted for b in batches)
+    assert masked or known, "masks or lengths that the other ranks do not know of"
     counted = sum(b.num_counted for b in batches)
     if not masked:
         return counted // len(batches) * of
