@@ -2,7 +2,8 @@
 # make test [ARGS=...]          set up .venv, then run the test suite (ARGS go to pytest)
 # make check                    what to run after every edit: lint of what changed and the quick tests, within a minute
 # make lint                     ruff and mypy
-# make gpu PY=python3           GPU tests and benchmarks, in 600 s (benchmarks/README.md)
+# make gpu PY=python3           GPU tests and benchmarks, in GPU_SECONDS (600), results into OUT (benchmarks/README.md)
+# make gpu-carry [FOR=3.12]     what they need on a machine without a package index, into .carry/
 # make clean                    remove .venv and runs/quickstart
 #
 # PYTHON=...    the interpreter to build .venv from         VENV=...   where to build it (default .venv)
@@ -22,7 +23,7 @@ SETUP = p=$$(for c in $(or $(PYTHON),python3.11 python3.12 python3); do \
 	  exit 1; \
 	fi; "$$p" tools/setup_env.py "$(VENV)"
 
-.PHONY: help quickstart test check lint gpu clean
+.PHONY: help quickstart test check lint gpu gpu-carry clean
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -40,10 +41,14 @@ lint: $(VENV)/.test
 	$(PY) -m mypy megallama tools
 
 gpu:
-	-timeout 130 $(PY) -m pytest tests/gpu -q --deselect tests/gpu/test_nccl.py
-	-timeout 280 $(PY) benchmarks/gpu.py --seconds 250
-	-timeout 80 $(PY) benchmarks/gpu_rank.py --seconds 65
-	-timeout 100 $(PY) benchmarks/gpu_nccl.py --seconds 85
+	$(PY) benchmarks/gpu_session.py --seconds $(or $(GPU_SECONDS),600) $(if $(OUT),--out "$(OUT)")
+
+gpu-carry:
+	rm -rf .carry
+	$(PY) -m pip install --disable-pip-version-check --target .carry --no-deps --no-compile --only-binary=:all: \
+	  --python-version $(or $(FOR),3.12) $(PIP_ARGS) \
+	  $$(grep -E '^(pydantic|pydantic_core|annotated-types|typing_extensions|typing-inspection)==' requirements/base.txt)
+	git describe --always --dirty --abbrev=12 > .carry/COMMIT
 
 clean:
 	[ ! -f "$(VENV)/pyvenv.cfg" ] || rm -rf "$(VENV)"

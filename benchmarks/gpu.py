@@ -1,15 +1,19 @@
 """One GPU, whole training steps: tokens/s, MFU, share of the device's own ceiling, peak memory; beside transformers.
 
-    python benchmarks/gpu.py                                 1.1B, 3B, 7B at sequences of 2048 and 4096
-    python benchmarks/gpu.py --models 7b --seqs 2048 --systems ours,transformers --rounds 5
+    python benchmarks/gpu.py                                 7B and 1.1B at a sequence of 2048
+    python benchmarks/gpu.py --models 7b,3b --seqs 2048,4096 --systems ours,transformers --rounds 5
     python benchmarks/gpu.py --set memory.loss_chunk_mb=128        a setting of ours changed
     python benchmarks/gpu.py --seconds 240                   fewer rounds, and no row that may not end by then
-    python benchmarks/gpu.py --cpu-check                     all of it on a tiny model, on the CPU; writes nothing
+    python benchmarks/gpu.py --device cpu                    all of it on a tiny model, on the CPU
+    python benchmarks/gpu.py --out DIR                       where results go; default benchmarks/results
 
 Systems: `ours` with the kernels it chooses, `ours-torch` without Transformer Engine, `ours-fp8` with
-precision.fp8=tensorwise, and transformers' LlamaForCausalLM (fp32 weights under bf16 autocast, SDPA, fused AdamW: it
-keeps fp32 master weights as ours does).  A row is one process; the systems take turns, `--rounds` times, each built
-anew, one step to warm up and then `--steps` without a pause; a figure is the median over rounds.
+precision.fp8=tensorwise, `ours-compiled` with run.compile=true, and transformers' LlamaForCausalLM (fp32 weights under
+bf16 autocast, SDPA, fused AdamW: it keeps fp32 master weights as ours does).  A system that here would be one before
+it again (without Transformer Engine where it cannot be imported) is left out, with a line that says so.  A row is one
+process; the systems take turns, `--rounds` times, each built anew, one step to warm up and then `--steps`, each timed;
+a figure is the median over rounds.  Clocks, power and temperature are those of nvidia-smi while the steps of a round
+ran.  In its first round a system makes one step more, under torch's profiler, for the time between kernels.
 
 A step has `--tokens` tokens.  Micro-batch and recomputation are the first of CHOICES with which the plan's bytes, and
 4 GB for work buffers, fit into 95 % of the device; what runs out of memory all the same goes on to the next.  A model
@@ -17,8 +21,9 @@ that fits nowhere loses layers, four at a time, and its name says so: nothing is
 
 The ceiling is measured in the same process: every GEMM shape of the step and attention, alone, repeated, times how
 often a step has them.  "Of ceiling" is that sum over the step's time.  MFU counts causal or full attention, relative
-to the data sheet's bf16 peak (also with fp8).  Rows are printed as they come; on a GPU `results/gpu.json` and `gpu.md`
-are written after each.
+to the data sheet's bf16 peak (also with fp8).  Results are printed as they come, and `gpu.json` and `gpu.md` written
+after each, so that a measurement that is cut off leaves what it had; on a CPU only with `--out`.  Ours and
+transformers come first, of every model, then the other systems.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, header, machine, median, table
+from report import add_place, choose_place, ending, header, machine, median, replace_file, table
 
 MODELS = {
     "7b": ("model.preset=llama-7b",),
@@ -53,10 +58,11 @@ CHOICES = (  # tokens of a micro-batch, memory.recompute
     (8192, "none"), (4096, "none"), (8192, "selective"), (4096, "selective"), (2048, "none"), (2048, "selective"),
     (4096, "full"), (2048, "full"),
 )  # fmt: skip
-SYSTEMS: dict[str, tuple[str, ...]] = {
-    "ours": (), "transformers": (), "ours-torch": ('run.without_kernels=["Transformer Engine"]',),
-    "ours-fp8": ("precision.fp8=tensorwise",),
+SYSTEMS: dict[str, tuple[str, ...]] = {  # the most telling first: nobody knows how far it comes
+    "ours": (), "transformers": (), "ours-fp8": ("precision.fp8=tensorwise",),
+    "ours-compiled": ("run.compile=true",), "ours-torch": ('run.without_kernels=["Transformer Engine"]',),
 }  # fmt: skip
+FIRST = ("ours", "transformers")
 WORK_BYTES = 4e9
 
 
@@ -72,7 +78,7 @@ class Row:
     tokens: int
     settings: tuple[str, ...]
     device: str
-    until: float = float("inf")  # by time.time(): no system begins a second round after it
+    until: float = float("inf")  # by time.time(): no round begins that would not end by then, as it seems
 
     def run(self) -> None:
         """Measure, and say every result as a JSON line."""
@@ -84,6 +90,7 @@ class Measurement:
 
     def __init__(self, row: Row) -> None:
         sys.path.insert(0, str(Path(__file__).resolve().parent / "drivers"))
+        import gpu_state
         import one_rank
         import torch
 
@@ -100,6 +107,7 @@ class Measurement:
             torch.cuda.set_device(self.device)
         self.layers: list[str] = []  # an override that takes layers away
         self.given_up: dict[str, int] = {}  # system -> choices that ran out of memory
+        self.state, self.profiled, self.number = gpu_state.State(self.device), gpu_state.profiled, 0
 
     # ---- what fits ----
 
@@ -231,15 +239,39 @@ class Measurement:
         return self.timed(once)
 
     def timed(self, once: Any) -> dict[str, Any]:
-        """Seconds of a step, its loss and the peak of memory."""
+        """Seconds of a step, of each one, its loss, the peak of memory, and what the device did meanwhile."""
         loss = once()
         self.one.synchronize(self.device)
-        start = time.perf_counter()
-        for _ in range(self.row.steps):
-            loss = once()
-        self.one.synchronize(self.device)
-        seconds = (time.perf_counter() - start) / self.row.steps
-        return {"seconds": seconds, "loss": loss, "peak_bytes": self.one.peak_bytes(self.device)}
+        times = []
+        with self.state.during() as device:
+            for _ in range(self.row.steps):
+                start = time.perf_counter()
+                loss = once()  # it waits for the loss
+                self.one.synchronize(self.device)
+                times.append(time.perf_counter() - start)
+        out = {"seconds": sum(times) / len(times), "step_seconds": [round(t, 5) for t in times], "loss": loss}
+        out |= {"peak_bytes": self.one.peak_bytes(self.device), "device": device}
+        return out | ({} if self.number else {"waits": self.profiled(once, self.device)})
+
+    def again(self, system: str, choice: tuple[int, str]) -> str:
+        """Why `system` is left out: which one before it, measured here or not, it would be once more."""
+        if system == "transformers":
+            return "" if self.one.installed("transformers") else "transformers is not installed"
+
+        def key(name: str) -> str:
+            config = self.config(*choice, SYSTEMS[name])
+            chosen = [(c.operation, c.selected) for c in self.kernels_of(config, self.device).choices]
+            return f"{chosen} {config.model_dump(exclude={'run'})}"
+
+        for name in SYSTEMS:
+            if name == system:
+                return ""
+            try:
+                if name != "transformers" and key(name) == key(system):
+                    return f"here it would be {name} again"
+            except Exception:  # noqa: BLE001, S112 - whatever is wrong is said when it is measured
+                continue
+        return ""
 
     def one_round(self, system: str, choices: list[tuple[int, str]]) -> dict[str, Any]:
         """A round with the first choice that does not run out of memory."""
@@ -261,42 +293,59 @@ class Measurement:
         known = self.peak_flops(self.device, self.dtypes["bf16"])
         peak = known or self.one.measure_peak(self.device, self.dtypes["bf16"])
         origin = "known" if known else "measured"
-        per_token = {c: self.work.training_flops(config.model, row.seq, causal=c) for c in (True, False)}
-        name = row.model + (f" with {config.model.num_layers} layers" if self.layers else "")
-        self.one.say(kind="row", row=f"{name} {row.seq}", **self.one.describe(self.device), peak=f"{peak:.4g} {origin}")
+        layers = f" with {config.model.num_layers} layers" if self.layers else ""
+        self.name = f"{row.model}{layers} {row.seq}"
+        self.one.say(kind="row", row=self.name, **self.one.describe(self.device), peak=f"{peak:.4g} {origin}")
         ceiling = self.ceiling(config)
         self.one.free(self.device)
         share = ceiling["attention"] / sum(ceiling.values())
-        self.one.say(kind="ceiling", row=f"{name} {row.seq}", attention_share=round(share, 3), **ceiling)
+        self.one.say(kind="ceiling", row=self.name, attention_share=round(share, 3), **ceiling)
         tight = 1.25 * self.planned_bytes(config) > self.one.capacity_bytes(self.device)
         full = [(tokens, "full") for tokens in sorted({c for c, _ in choices}, reverse=True)]
         theirs = full if tight else [*choices, *full]  # transformers keeps more: it may have to checkpoint
         seen: dict[str, list[dict[str, Any]]] = {}
-        for number in range(row.rounds):
-            for system in list(row.systems):
-                if number and (system not in seen or time.time() > row.until):
+        systems, longest = [*row.systems], 0.0
+        for self.number in range(row.rounds):
+            for system in [*systems]:
+                start = time.time()
+                if self.number == 0 and (why := self.again(system, choices[0])):
+                    systems.remove(system)
+                    self.one.say(kind="left out", row=self.name, system=system, why=why)
+                    continue
+                if seen and start + longest > row.until:
+                    self.one.say(kind="cut", row=self.name, system=system, why=f"no time for round {self.number + 1}")
                     continue
                 try:
                     own = self.one_round(system, theirs if system == "transformers" else choices)
                 except Exception as error:  # noqa: BLE001 - the other systems go on
-                    seen.pop(system, None)
+                    systems.remove(system)
                     why = f"{type(error).__name__}: {error}"[:500]
-                    self.one.say(kind="failed", row=f"{name} {row.seq}", system=system, why=why)
+                    self.one.say(kind="failed", row=self.name, system=system, why=why)
                     continue
+                longest = max(longest, time.time() - start)
                 seen.setdefault(system, []).append(own)
-                rates = [row.tokens / x["seconds"] for x in seen[system]]
-                rate = median(rates)
-                self.one.say(
-                    kind="result", row=f"{name} {row.seq}", system=system, rounds=[round(x, 1) for x in rates],
-                    tokens_per_second=round(rate, 1), mfu_causal=rate * per_token[True] / peak,
-                    mfu_full=rate * per_token[False] / peak,
-                    of_ceiling=sum(ceiling.values()) * rate / row.tokens, **own,
-                )  # fmt: skip
+                self.tell(system, seen[system], config, peak, sum(ceiling.values()))
+        self.state.close()
+
+    def tell(self, system: str, rounds: list[dict[str, Any]], config: Any, peak: float, ceiling: float) -> None:
+        """Say what is known of a system after its newest round."""
+        row = self.row
+        causal, full = (self.work.training_flops(config.model, row.seq, causal=c) for c in (True, False))
+        rates = [row.tokens / x["seconds"] for x in rounds]
+        rate = median(rates)
+        self.one.say(
+            kind="result", row=self.name, system=system, rounds=[round(x, 1) for x in rates],
+            tokens_per_second=round(rate, 1), mfu_causal=rate * causal / peak, mfu_full=rate * full / peak,
+            of_ceiling=ceiling * rate / row.tokens, devices=[x["device"] for x in rounds],
+            every_step=[x["step_seconds"] for x in rounds], **({"waits": rounds[0]["waits"]} | rounds[-1]),
+        )  # fmt: skip
 
 
 def cells(result: dict[str, Any]) -> dict[str, str]:
     """A line of the table."""
     tokens, recompute = result["choice"]
+    waits, devices = result["waits"], [x for x in result["devices"] if x]
+    state = "{sm_mhz:.0f} ({sm_mhz_least:.0f}), {watts:.0f}, {celsius:.0f}"
     planned = f" ({result['planned_bytes'] / 1e9:.1f})" if "planned_bytes" in result else ""
     return {
         "model, sequence": result["row"],
@@ -308,82 +357,102 @@ def cells(result: dict[str, Any]) -> dict[str, str]:
         "MFU full": f"{100 * result['mfu_full']:.1f}%",
         "of ceiling": f"{result['of_ceiling']:.2f}",
         "peak GB (plan)": f"{result['peak_bytes'] / 1e9:.1f}{planned}",
+        "GPU idle between kernels": f"{100 * waits['idle_share']:.1f}%" if "idle_share" in waits else "",
+        "MHz (least), W, C": "; ".join(state.format(**x) for x in devices),
         "kernels": "; ".join(result.get("kernels", ())),
     }
 
 
 def write(output: list[dict[str, Any]], args: argparse.Namespace, name: str = "gpu") -> str:
-    """The table of what was said so far; on a GPU also into `results/`."""
+    """The table of what was said so far; also into the folder for results, where there is one."""
     last = {(x["row"], x["system"]): x for x in output if x["kind"] == "result"}
-    notes = [f"- {x['row']}: {x['system']} failed: {x['why']}" for x in output if x["kind"] == "failed"]
+    others = [x for x in output if x["kind"] in ("failed", "left out", "cut")]
+    notes = [f"- {x['row']}: {x['system']} {x['kind']}: {x['why']}" for x in others]
     about = [f"- {key}: {value}" for x in output[:1] for key, value in x.items() if key not in ("kind", "row")]
     lines = [header("Training steps on one GPU", args) + "\n".join(about), "", table([cells(x) for x in last.values()])]
-    text = "\n".join([*lines, *notes, ""])
-    if args.device == "cuda" and last:
+    lines += ["Seconds of every step, round by round:", ""] if last else []
+    for (row, system), x in last.items():
+        steps = "; ".join(" ".join(f"{t:.3f}" for t in one) for one in x["every_step"])
+        lines.append(f"- {row}, {system}: {steps}")
+    text = "\n".join([*lines, "", *notes, ""])
+    if args.out and last:
+        args.out.mkdir(parents=True, exist_ok=True)
         content = {**machine(), "command": sys.argv, "said": output}
-        (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-        (RESULTS / f"{name}.md").write_text(text)
+        replace_file(args.out / f"{name}.json", json.dumps(content, indent=1) + "\n")
+        replace_file(args.out / f"{name}.md", text)
     return text
 
 
 def rows(args: argparse.Namespace) -> list[Row]:
-    """The rows asked for, the most telling first."""
-    sequences, systems = [int(s) for s in args.seqs.split(",")], tuple(args.systems.split(","))
+    """The rows asked for, the most telling first: ours and transformers of every model, then the other systems."""
+    systems = args.systems.split(",")
+    first = tuple(system for system in systems if system in FIRST)
     return [
-        Row(model, seq, systems, args.rounds, args.steps, args.tokens, tuple(args.set), args.device)
-        for seq in sequences
+        Row(model, int(seq), group, args.rounds, args.steps, args.tokens, tuple(args.set), args.device)
+        for seq in args.seqs.split(",")
+        for group in (first, tuple(system for system in systems if system not in first))
         for model in args.models.split(",")
+        if group
     ]
+
+
+def weight(row: Row) -> int:
+    """How much of the time a row has beside others: large models, and ours beside transformers, have more."""
+    return {"7b": 4, "3b": 2}.get(row.model, 1) * (2 if set(row.systems) & set(FIRST) else 1)
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One process per row; what they said. A row that dies costs its own results only."""
     output: list[dict[str, Any]] = []
-    begin, longest = time.monotonic(), 0.0
+    begin, first = time.monotonic(), 0.0  # first: seconds until a row had a result, the longest so far
     todo = rows(args)
     for number, row in enumerate(todo):
-        start = time.monotonic()
+        start, before = time.monotonic(), len(output)
         left = args.seconds - (start - begin)
-        if left < longest:
+        if left < first:
             print(f"not measured, {left:.0f} s are left: {row.model} {row.seq}", flush=True)
             continue
-        same = sum(other.seq == row.seq for other in todo[number:])
-        row.until = time.time() + 0.8 * left / same
+        others = [weight(other) for other in todo[number:] if other.seq == row.seq]
+        row.until = time.time() + 0.95 * left * weight(row) / sum(others)
         command = [sys.executable, __file__, "--row", json.dumps(row.__dict__)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, ending(process):
             assert process.stdout is not None
             for line in process.stdout:
                 print(line, end="", flush=True)
                 if line.startswith("{"):
                     output.append(json.loads(line))
+                    said = [x["kind"] for x in output[before:]]
+                    if said[-1] == "result":
+                        first = max(first, time.monotonic() - start if said.count("result") == 1 else 0.0)
+                        write(output, args)
         if process.returncode:
             why = f"status {process.returncode}"
             output.append({"kind": "failed", "row": f"{row.model} {row.seq}", "system": "the row", "why": why})
         write(output, args)
-        longest = max(longest, time.monotonic() - start)
     return output
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="7b,1.1b,3b")
-    parser.add_argument("--seqs", default="2048,4096")
-    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--models", default="7b,1.1b")
+    parser.add_argument("--seqs", default="2048")
+    parser.add_argument("--systems", help=f"default: {','.join(SYSTEMS)}; on a CPU without ours-compiled")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="timed steps per round")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps per round")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens per step")
     parser.add_argument("--seconds", type=float, default=3600, help="start no row that may not end within this")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of ours")
-    parser.add_argument("--cpu-check", action="store_true", help="a tiny model on the CPU: does the script work?")
+    add_place(parser)
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.device = "cuda"
     if args.row:
         arguments = json.loads(args.row)
         Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}).run()
         return 0
-    if args.cpu_check:
-        args.device, args.models, args.seqs, args.tokens, args.rounds = "cpu", "tiny", "32,64", 128, 2
+    on_cpu = choose_place(args) == "cpu"
+    args.systems = args.systems or ",".join(name for name in SYSTEMS if not (on_cpu and name == "ours-compiled"))
+    if on_cpu:
+        args.models, args.seqs, args.tokens, args.rounds = "tiny", "32", 128, 2
     output = measure(args)
     print("\n" + write(output, args))
     return int(not any(x["kind"] == "result" for x in output))

@@ -4,12 +4,13 @@
     python benchmarks/gpu_nccl.py --dtypes fp64 --rows 6   six rows that together use every axis
     python benchmarks/gpu_nccl.py --seconds 90             start no row that may not end by then
     python benchmarks/gpu_nccl.py --device cpu --rows 2    the same over gloo: does the script work?
+    python benchmarks/gpu_nccl.py --out DIR                where results go; default benchmarks/results
 
 NCCL refuses two ranks on one GPU unless it takes them for different hosts: every rank has an NCCL_HOSTID of its own,
 and talks through sockets (`tests.pool.sharing_a_gpu`).  Each row trains 20 steps, as in `tests/parity/matrix.py`; the
 numbers are the largest relative deviations of loss and gradient norm over steps and ranks.  LIMITS are wider than on
 the CPU, where sums have one order: kernels of a GPU add in an order of their own.  The exit status is 1 if a row is
-beyond them.  On a GPU `results/gpu_nccl.json` and `gpu_nccl.md` are written after each row.
+beyond them.  `gpu_nccl.json` and `gpu_nccl.md` are written after each row; on a CPU only with `--out`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-from report import RESULTS, header, machine, table  # noqa: E402
+from report import add_place, choose_place, header, machine, replace_file, table  # noqa: E402
 
 from tests.parity.matrix import FURTHER, VALUES, Comparison, Layout, matrix  # noqa: E402
 from tests.pool import Pool, WorkerError  # noqa: E402
@@ -52,14 +53,15 @@ def ordered(layouts: list[Layout]) -> list[Layout]:
 
 
 def write(rows: list[dict[str, str]], args: argparse.Namespace) -> str:
-    """The table; on a GPU also into `results/`."""
+    """The table; also into the folder for results, where there is one."""
     limits = ", ".join(f"{dtype} {loss:g} and {norm:g}" for dtype, (loss, norm) in LIMITS.items())
     text = header("The parity matrix over NCCL on one GPU", args) + table(rows)
     text += f"\nLimits of loss and norm: {limits}.\n"
-    if args.device == "cuda":
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
         content = {**machine(), "command": sys.argv, "rows": rows}
-        (RESULTS / "gpu_nccl.json").write_text(json.dumps(content, indent=1) + "\n")
-        (RESULTS / "gpu_nccl.md").write_text(text)
+        replace_file(args.out / "gpu_nccl.json", json.dumps(content, indent=1) + "\n")
+        replace_file(args.out / "gpu_nccl.md", text)
     return text
 
 
@@ -82,12 +84,12 @@ def compare(comparison: Comparison, layout: Layout, dtypes: list[str]) -> dict[s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    add_place(parser)
     parser.add_argument("--dtypes", default="bf16,fp32")
     parser.add_argument("--rows", type=int, default=1000, help="at most so many")
     parser.add_argument("--seconds", type=float, default=3600, help="start no row that may not end within this")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if choose_place(args) == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"error: torch {torch.__version__} finds no GPU; --device cpu compares over gloo")
     begin, longest = time.monotonic(), 0.0
     pool = Pool(args.device)

@@ -4,7 +4,8 @@
     python benchmarks/gpu_rank.py --layouts tp8pp8 --positions 3 --schedules zb-h1
     python benchmarks/gpu_rank.py --set memory.recompute=none  a setting changed
     python benchmarks/gpu_rank.py --seconds 60                 start nothing that may not end by then
-    python benchmarks/gpu_rank.py --cpu-check                  all of it on a tiny model, on the CPU; writes nothing
+    python benchmarks/gpu_rank.py --device cpu                 all of it on a tiny model, on the CPU
+    python benchmarks/gpu_rank.py --out DIR                    where results go; default benchmarks/results
 
 The rank runs the program's own training step.  Its groups pretend: a gather writes every byte of its output by copies
 on the device, a reduction copies this rank's part, a receive makes random numbers, nothing is waited for.  So the
@@ -16,7 +17,7 @@ events on the device and the time in which the host issued it, medians over the 
 device" is that of the whole pipeline part: near 1, the device waits for the host's launches.  Peak memory stands beside
 the plan's: weights, gradients, optimizer, kept activations and a chunk of logits.  The rest are work buffers.
 
-On a GPU `results/gpu_rank.json` and `gpu_rank.md` are written after each rank.
+`gpu_rank.json` and `gpu_rank.md` are written after each rank; on a CPU only with `--out`.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "drivers"))
 
+import gpu_state  # noqa: E402
 import one_rank  # noqa: E402
 import torch  # noqa: E402
-from report import RESULTS, header, machine, median, table  # noqa: E402
+from report import add_place, choose_place, header, machine, median, replace_file, table  # noqa: E402
 
 from megallama.pipeline.runtime import Observer  # noqa: E402
 from megallama.plan.memory import rank_memory  # noqa: E402
@@ -127,18 +129,21 @@ def measure(
     if not train_step(rank, steps, batches, lr=1e-5).applied:
         raise ArithmeticError("the pretended numbers are not finite: nothing of the optimizer was measured")
     one_rank.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(args.steps):
-        train_step(rank, steps, batches, lr=1e-5)
-    one_rank.synchronize(device)
-    seconds = (time.perf_counter() - start) / args.steps
+    step_seconds = []
+    with args.state.during() as gpu:
+        for _ in range(args.steps):
+            start = time.perf_counter()
+            train_step(rank, steps, batches, lr=1e-5)
+            one_rank.synchronize(device)
+            step_seconds.append(time.perf_counter() - start)
     planned = rank_memory(config, rank.plan.stages, rank.plan.schedule, dp, position)
     times = actions(rank, steps, batches, device)
     busy = sum(x["device_ms"] * x["count"] for kind, x in times.items() if kind != "pipeline")
     return {
         "layout": layout, "position": position, "schedule": schedule,
         "layers": [len(rank.plan.stages[s]) for s in rank.stages],
-        "step_seconds": seconds, "microbatches": len(batches), "times": times,
+        "step_seconds": median(step_seconds), "every_step": [round(t, 5) for t in step_seconds], "gpu": gpu,
+        "microbatches": len(batches), "times": times,
         "issue_over_device": times["pipeline"]["issue_ms"] / times["pipeline"]["device_ms"],
         "outside_actions": 1 - busy / times["pipeline"]["device_ms"],
         "peak_bytes": one_rank.peak_bytes(device), "planned_bytes": planned.total,
@@ -167,7 +172,7 @@ def cells(result: dict[str, Any]) -> dict[str, str]:
 
 
 def write(results: list[dict[str, Any]], failed: list[str], args: argparse.Namespace, device: torch.device) -> str:
-    """The table; on a GPU also into `results/`."""
+    """The table; also into the folder for results, where there is one."""
     about = [f"- {key}: {value}" for key, value in one_rank.describe(device).items()]
     about += [f"- kernels: {'; '.join(results[0]['kernels'])}"] if results else []
     start = header("One rank of LLaMA-65B on one GPU", args)
@@ -177,10 +182,11 @@ def write(results: list[dict[str, Any]], failed: list[str], args: argparse.Names
         "issue / device is near 1, the device waits for the host.", *failed, "",
     ]  # fmt: skip
     text = "\n".join(lines)
-    if device.type == "cuda":
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
         content = {**machine(), **one_rank.describe(device), "command": sys.argv, "runs": results, "failed": failed}
-        (RESULTS / "gpu_rank.json").write_text(json.dumps(content, indent=1) + "\n")
-        (RESULTS / "gpu_rank.md").write_text(text)
+        replace_file(args.out / "gpu_rank.json", json.dumps(content, indent=1) + "\n")
+        replace_file(args.out / "gpu_rank.md", text)
     return text
 
 
@@ -190,15 +196,16 @@ def main() -> int:
     parser.add_argument("--positions", default="3,7,0", help="pipeline positions, in this order")
     parser.add_argument("--schedules", default="zb-h1,1f1b")
     parser.add_argument("--microbatches", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=2, help="timed steps")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps")
     parser.add_argument("--seconds", type=float, default=3600, help="start nothing that may not end within this")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting")
-    parser.add_argument("--cpu-check", action="store_true", help="a tiny model on the CPU: does the script work?")
+    add_place(parser)
     args = parser.parse_args()
-    device = torch.device("cpu" if args.cpu_check else "cuda")
+    device = torch.device(choose_place(args))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit(one_rank.NO_GPU)
-    if args.cpu_check:
+    args.state = gpu_state.State(device)
+    if device.type == "cpu":
         args.layouts, args.microbatches, args.positions = "tiny", 4, "1,3,0"
     results: list[dict[str, Any]] = []
     failed: list[str] = []
@@ -222,6 +229,7 @@ def main() -> int:
             one_rank.say(failed=failed[-1])
         write(results, failed, args, device)
         longest = max(longest, time.monotonic() - start)
+    args.state.close()
     print("\n" + write(results, failed, args, device))
     return int(not results)
 

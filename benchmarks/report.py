@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -33,6 +36,9 @@ class Run:
     final_loss: float
     peak_rss_mib: list[int]
     other_load: float
+    recompute: str = ""  # of ours: memory.recompute
+    gemm_gflops: float = 0.0  # the machine's rate of large products in the same round; 0: not measured
+    void: str = ""  # why its round does not count
 
     @property
     def row(self) -> str:
@@ -47,20 +53,68 @@ def median(values: Sequence[float]) -> float:
 
 def machine() -> dict[str, str]:
     """Where and when this was measured, and what."""
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=RESULTS.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit.stdout.strip() or "unknown",
-        "machine": f"{cpu.split(':', 1)[1].strip()}, {os.cpu_count()} cores, Linux {platform.release()}",
+        "commit": commit(),
+        "machine": f"{cpu}, {os.cpu_count()} cores, Linux {platform.release()}",
         "versions": f"Python {platform.python_version()}, torch {version('torch')}",
     }
+
+
+def commit(root: Path = RESULTS.parents[1]) -> str:
+    """The commit that is measured, "-dirty" if files differ; without git what .carry/COMMIT says, and the sources.
+
+    `make gpu-carry` writes that file, before a copy without .git is taken away. The sources are the first 12 digits of
+    the SHA-256 of all files in megallama/, in the order of their names.
+    """
+    if (root / ".git").exists():
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        try:
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return done.stdout.strip()
+        except OSError:
+            pass
+    note = root / ".carry" / "COMMIT"
+    digest = hashlib.sha256()
+    for file in sorted((root / "megallama").rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    said = note.read_text().strip() if note.exists() else "unknown"
+    return f"{said} (without git; sources {digest.hexdigest()[:12]})"
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Options of where a GPU benchmark runs and where its results go."""
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a tiny model, to try it")
+    parser.add_argument("--cpu-check", action="store_true", help="the same as --device cpu")
+    parser.add_argument("--out", type=Path, help="folder for results (on a GPU: benchmarks/results)")
+
+
+def choose_place(args: argparse.Namespace) -> str:
+    """Settle what `add_place` asked: the device; args.out is None where nothing is written. SIGTERM exits."""
+    args.device = "cpu" if args.cpu_check else args.device
+    args.out = args.out or (RESULTS if args.device == "cuda" else None)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    return str(args.device)
+
+
+@contextmanager
+def ending(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Whatever ends this block, the process does not outlive it."""
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        raise
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole: who is ended meanwhile leaves the old one."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.replace(path)
 
 
 def header(title: str, args: argparse.Namespace) -> str:
