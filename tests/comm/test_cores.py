@@ -167,13 +167,14 @@ def test_what_the_machine_refuses_costs_nothing(tmp_path: Path, monkeypatch: pyt
 
 
 def started(monkeypatch: pytest.MonkeyPatch, machine: Machine, ranks: int, **run: str) -> list[str]:
-    """What is said by rank 0 of a run on GPUs, all of whose ranks are here."""
+    """What is said by the last rank of a run on GPUs, all of whose ranks are here."""
     Nvml(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_properties", machine.properties)
     monkeypatch.setattr(launch, "cores_near", lambda device: cores_near(device, machine.sys))
     monkeypatch.setattr(launch, "keep_near", lambda *what: keep_near(*what, machine.sys))
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    with start(Launch(0, ranks), RunConfig.model_validate({"device": "cuda", **run})) as world:
+    machine.at = ranks - 1
+    with start(Launch(machine.at, ranks, machine.at), RunConfig.model_validate({"device": "cuda", **run})) as world:
         return world.notes
 
 
@@ -187,8 +188,8 @@ def test_a_run_binds_says_so_and_can_be_told_not_to(
     assert machine.set == {} and not any(note.startswith("CPU cores") for note in notes)
     assert f"{32 // ranks} CPU threads per rank (32 cores for {'1 rank' if ranks == 1 else '4 ranks'})" in notes
     notes = started(monkeypatch, machine, ranks)
-    assert machine.set == {0: set(range(16 // ranks))}
-    assert [note for note in notes if note.startswith("CPU cores 0-")] != []
+    assert machine.set == {ranks - 1: set(range(16 - 16 // ranks, 16))}
+    assert [note for note in notes if note.startswith(f"CPU cores {16 - 16 // ranks}-15 near")] != []
     assert f"{16 // ranks} CPU threads per rank ({16 // ranks} cores for 1 rank)" in notes
 
 
