@@ -3,12 +3,19 @@
     python benchmarks/peers.py --setup runs/peers         once: their environment (about 1.5 GB)
     python benchmarks/peers.py --python runs/peers/bin/python
     python benchmarks/peers.py --python ... --shapes S --layouts a,c --dtypes bf16 --rounds 3
-    python benchmarks/peers.py --python ... --peers hf,megatron-core --keep-memory
+    python benchmarks/peers.py --python ... --peers hf,megatron-core --record
 
-Per row and round every system runs once, one after the other, so that all of them see the machine in
-the same condition; the ratio is between medians over the rounds.  A peer that cannot do a layout is left
-out there (`PEERS`).  `--keep-memory` gives the peers, too, an allocator that does not return memory to
-the kernel.  Results: `benchmarks/results/peers.json` and `peers.md`.
+Which peers, of which versions, each with the settings that are best for it: `peers.toml`.  Per row and round every
+system runs once, one after the other, so that all of them see the machine in the same condition; the ratio is between
+medians over an odd number of rounds.  Ours runs with `memory.recompute=none`, as the peers do, or as `--set` says; the
+table says which.  torch.compile of plain PyTorch is a peer, in columns of its own beside the best eager one.
+
+The rate of large products is measured in every round.  `--record` keeps, per processor and row, each peer's share of
+it (`results/peer_shares.json`); a round in which a peer falls more than 5 % below its recorded share does not count,
+and is made again, up to twice as many as asked for: a slow peer makes no good ratio.
+
+Results: `results/peers.json` and `peers.md`.  Rows that were measured before, on other processors too, stay there with
+their processor and commit until they are measured again on the same one, with the same peers at least.
 """
 
 from __future__ import annotations
@@ -17,14 +24,16 @@ import argparse
 import json
 import subprocess
 import sys
+import tomllib
 import venv
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import step
-from drivers.work import LAYOUTS
+from drivers.work import LAYOUTS, SHAPES
 from launch import BenchmarkError, launch, wait_for_calm
-from report import Run, header, median, save, table
+from report import RESULTS, Run, header, machine, median, replace_file, table
 
 DRIVERS = Path(__file__).resolve().parent / "drivers"
 KEEP_MEMORY = {
@@ -32,40 +41,26 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456",
 }
-TORCH = "torch==2.13.0"
-INSTALL = (  # torch first and alone, so that nothing replaces it; then each peer with what it needs here
-    (TORCH,),
-    ("numpy", "transformers==5.23.0", TORCH),
-    ("litgpt==0.5.13", TORCH),
-    ("huggingface-hub>=1.31", "einops", TORCH),  # litgpt asks for an older one than transformers needs
-    ("--no-deps", "megatron-core==0.16.1"),
-    ("--no-deps", "torchtitan==0.3.0"),
-    ("sentencepiece==0.2.3",),
-    ("tyro", "spmd_types==0.2.3", "torchdata", "torch_checkpointing", "tensorboard", "datasets", TORCH),
-)
+LEAST_SHARE = 0.95  # of a peer's recorded share of the rate of large products
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to run one other trainer."""
+    """One way to run one other trainer, at its best."""
 
     name: str
     driver: str
-    variant: str
     layouts: str
-    dtypes: tuple[str, ...]
-    keeps_master: bool
+    variant: str = "default"
+    dtypes: tuple[str, ...] = ("bf16", "fp32")
+    keeps_master: bool = True
+    keep_memory: bool = False
+    compiled: bool = False
 
 
-BOTH = ("bf16", "fp32")
-PEERS = (
-    Peer("hf", "run_hf.py", "sdpa", "ab", BOTH, True),
-    Peer("hf eager attention", "run_hf.py", "eager", "ab", BOTH, True),
-    Peer("litgpt", "run_litgpt.py", "mixed", "ab", BOTH, True),
-    Peer("litgpt bf16-true", "run_litgpt.py", "true", "ab", ("bf16",), False),
-    Peer("megatron-core", "run_megatron.py", "default", "abcde", BOTH, True),
-    Peer("torchtitan", "run_torchtitan.py", "default", "ab", BOTH, True),
-)
+SETTINGS = tomllib.loads((DRIVERS.parent / "peers.toml").read_text(encoding="utf-8"))
+INSTALL: list[list[str]] = SETTINGS["install"]
+PEERS = tuple(Peer(**{k: tuple(v) if isinstance(v, list) else v for k, v in p.items()}) for p in SETTINGS["peers"])
 
 
 def setup(folder: Path) -> None:
@@ -82,7 +77,7 @@ def run_peer(peer: Peer, row: tuple[str, str, str], args: argparse.Namespace) ->
     place = LAYOUTS[layout]
     command = [args.python, str(DRIVERS / peer.driver), "--shape", shape, "--dtype", dtype, "--layout", layout]
     command += ["--steps", str(args.steps), "--variant", peer.variant]
-    env = KEEP_MEMORY if args.keep_memory else {}
+    env = KEEP_MEMORY if peer.keep_memory else {}
     outcome = launch(command, place.ranks, place.threads, env=env, timeout=args.timeout)
     output = next((line for line in outcome.stdout.splitlines() if line.startswith("{")), "")
     if not output:
@@ -99,32 +94,114 @@ def run_peer(peer: Peer, row: tuple[str, str, str], args: argparse.Namespace) ->
     )
 
 
+def one_round(row: tuple[str, str, str], chosen: list[Peer], args: argparse.Namespace) -> list[Run]:
+    """Every system of a row once; a peer that fails is named and left out from here on."""
+    shape, dtype, layout = row
+    wait_for_calm(args.calm)
+    rate = step.probe(layout, dtype)
+    extra = [*([] if recompute_of(args.set) else ["memory.recompute=none"]), *args.set]
+    ours = step.measure(shape, layout, dtype, args.steps, extra, args.timeout)
+    runs = [replace(ours, recompute=recompute_of(extra), gemm_gflops=rate)]
+    say(runs[-1])
+    for peer in list(chosen):
+        try:
+            wait_for_calm(args.calm)
+            runs.append(replace(run_peer(peer, row, args), gemm_gflops=rate))
+            say(runs[-1])
+        except BenchmarkError as error:
+            chosen.remove(peer)
+            print(f"{peer.name} failed on {' '.join(row)}: {error}", file=sys.stderr)
+    return runs
+
+
+def recompute_of(settings: list[str]) -> str:
+    """What memory.recompute is set to, if it is."""
+    return next((x.partition("=")[2] for x in reversed(settings) if x.startswith("memory.recompute=")), "")
+
+
 def measure_row(row: tuple[str, str, str], args: argparse.Namespace) -> list[Run]:
-    """Every system of a row, `args.rounds` times in turn; a peer that fails is named and left out."""
+    """Rounds until `args.rounds` count, at most twice as many."""
     shape, dtype, layout = row
     chosen = [p for p in PEERS if layout in p.layouts and dtype in p.dtypes]
     if args.peers:
         chosen = [p for p in chosen if p.name in args.peers.split(",")]
+    recorded = read_json("peer_shares", {}).get(processor(machine()["machine"]), {})
     runs: list[Run] = []
-    for _ in range(args.rounds):
-        wait_for_calm(args.calm)
-        runs.append(step.measure(shape, layout, dtype, args.steps, args.set, args.timeout))
-        say(runs[-1])
-        for peer in list(chosen):
-            try:
-                wait_for_calm(args.calm)
-                runs.append(run_peer(peer, row, args))
-                say(runs[-1])
-            except BenchmarkError as error:
-                chosen.remove(peer)
-                print(f"{peer.name} failed on {' '.join(row)}: {error}", file=sys.stderr)
+    good = made = 0
+    while good < args.rounds and made < 2 * args.rounds:
+        newest = judged(one_round(row, chosen, args), recorded)
+        runs += newest
+        good, made = good + (not newest[0].void), made + 1
+        if newest[0].void:
+            print(f"{newest[0].row}: this round does not count: {newest[0].void}", flush=True)
     return runs
+
+
+def share(run: Run) -> float:
+    """Of the rate of large products in its round, as the operations of the model count."""
+    return run.tokens_per_second * step.flops_per_token(SHAPES[run.shape]) / 1e9 / run.gemm_gflops
+
+
+def judged(runs: list[Run], recorded: dict[str, dict[str, float]]) -> list[Run]:
+    """The runs of a round, void where a peer of them was slower than it can be."""
+    why = []
+    for run in runs:
+        usual = recorded.get(run.row, {}).get(run.system)
+        if usual and run.system != "megallama" and share(run) < LEAST_SHARE * usual:
+            why.append(f"{run.system} had {share(run):.3f} of the rate of products, {usual:.3f} is recorded")
+    return [replace(run, void="; ".join(why)) for run in runs]
+
+
+def record(runs: list[Run]) -> None:
+    """Keep each peer's median share on this processor, where it is more than what is recorded."""
+    known = read_json("peer_shares", {})
+    here = known.setdefault(processor(machine()["machine"]), {})
+    for (row, system), of in grouped(counting(runs)).items():
+        if system != "megallama":
+            best = here.setdefault(row, {})
+            best[system] = max(best.get(system, 0.0), round(median([share(run) for run in of]), 4))
+    replace_file(RESULTS / "peer_shares.json", json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(name: str, default: Any) -> Any:
+    """A file of `results/`, if there is one."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else default
+
+
+def counting(runs: list[Run]) -> list[Run]:
+    """Those of rounds that count, of each system an odd number: a median then is one of them."""
+    out: list[Run] = []
+    for of in grouped([run for run in runs if not run.void]).values():
+        out += odd(of)
+    return out
+
+
+def odd(values: list[Any]) -> list[Any]:
+    """All of them, or all but the last."""
+    return values[: len(values) - 1 + len(values) % 2]
+
+
+def processor(where: str) -> str:
+    """Of what `report.machine` says: the processor and its cores, without the kernel's version."""
+    return ", ".join(where.split(", ")[:2])
+
+
+def grouped(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
+    """By row and system, in order."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.row, run.system), []).append(run)
+    return groups
 
 
 def peer_versions(python: str) -> str:
     """What is installed where the peers run."""
     names = ("torch", "transformers", "litgpt", "lightning", "megatron-core", "torchtitan")
-    code = f"import importlib.metadata as m; print(', '.join(n + ' ' + m.version(n) for n in {names}))"
+    code = (
+        "import importlib.metadata as m; found = {d.name.lower(): d.version for d in m.distributions()}; "
+        f"print(', '.join(n + ' ' + found.get(n, 'missing') for n in {names}))"
+    )
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -139,20 +216,22 @@ def say(run: Run) -> None:
 
 def speed(runs: list[Run]) -> float:
     """Median tokens/s over rounds, of the undisturbed ones if there are any."""
-    calm = [r.tokens_per_second for r in runs if r.other_load <= 0.15]
-    return median(calm or [r.tokens_per_second for r in runs])
+    calm = odd([r.tokens_per_second for r in runs if r.other_load <= 0.15])
+    return median(calm or odd([r.tokens_per_second for r in runs]))
 
 
 def compare(runs: list[Run]) -> dict[str, str]:
-    """The line of the ratio table for the runs of one row."""
-    by_system: dict[str, list[Run]] = {}
-    for run in runs:
-        by_system.setdefault(run.system, []).append(run)
+    """The line of the ratio table for the runs of one row that count."""
+    by_system = {system: of for (_, system), of in grouped(runs).items()}
     ours = by_system.pop("megallama")
-    memory = {name: max(max(r.peak_rss_mib) for r in of) for name, of in by_system.items() if of[0].keeps_master}
-    line = {"row": ours[0].row, "ours tok/s": f"{speed(ours):.0f}"}
-    best = max(by_system, key=lambda name: speed(by_system[name]), default="")
+    masters = {name: of for name, of in by_system.items() if of[0].keeps_master}
+    memory = {name: max(max(r.peak_rss_mib) for r in of) for name, of in masters.items()}
+    compiled = {peer.name for peer in PEERS if peer.compiled} & set(by_system)
+    line = {"row": ours[0].row, "ours tok/s": f"{speed(ours):.0f}", "recompute": ours[0].recompute or "selective"}
+    best = max(set(by_system) - compiled, key=lambda name: speed(by_system[name]), default="")
     own = max(max(r.peak_rss_mib) for r in ours)
+    missing = ("best peer tok/s", "best peer", "ratio", "of each round", "torch.compile", "ratio to it")
+    line |= dict.fromkeys(missing, "-")
     if best:
         each = [a.tokens_per_second / b.tokens_per_second for a, b in zip(ours, by_system[best], strict=False)]
         line |= {
@@ -161,8 +240,9 @@ def compare(runs: list[Run]) -> dict[str, str]:
             "ratio": f"{speed(ours) / speed(by_system[best]):.2f}",
             "of each round": " ".join(f"{x:.2f}" for x in each),
         }
-    else:
-        line |= dict.fromkeys(("best peer tok/s", "best peer", "ratio", "of each round"), "-")
+    for name in compiled:
+        rate = speed(by_system[name])
+        line |= {"torch.compile": f"{rate:.0f}", "ratio to it": f"{speed(ours) / rate:.2f}"}
     least = min(memory.values(), default=0)
     line |= {"ours MiB/rank": str(own), "least peer MiB/rank": str(least or "-")}
     line |= {"memory ratio": f"{own / least:.2f}" if least else "-"}
@@ -171,20 +251,52 @@ def compare(runs: list[Run]) -> dict[str, str]:
 
 def all_systems(runs: list[Run]) -> list[dict[str, str]]:
     """Every system of every row: medians."""
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.row, run.system), []).append(run)
     return [
         {
             "row": row,
             "system": system,
             "tok/s": f"{speed(of):.0f}",
             "rounds": " ".join(f"{r.tokens_per_second:.0f}" for r in of),
+            "of the rate of products": f"{median([*map(share, of)]):.2f}" if all(r.gemm_gflops for r in of) else "-",
             "MiB of each rank": " ".join(str(x) for x in of[0].peak_rss_mib),
             "fp32 master": "yes" if of[0].keeps_master else "no",
         }
-        for (row, system), of in groups.items()
+        for (row, system), of in grouped(runs).items()
     ]
+
+
+def report(sessions: list[dict[str, Any]]) -> str:
+    """Tables of all rows ever measured, without those measured again on the same processor with the same systems."""
+    kept: list[tuple[str, str, dict[str, Any], list[Run]]] = []
+    for session in sessions:
+        runs = [Run(**run) for run in session["runs"]]
+        for name in dict.fromkeys(run.row for run in runs):
+            place = processor(session["machine"])
+            if found := counting([run for run in runs if run.row == name]):
+                systems = {run.system for run in found}
+                kept = [k for k in kept if k[:2] != (place, name) or not {r.system for r in k[3]} <= systems]
+                kept.append((place, name, session, found))
+    lines, everything = [], []
+    for place, _, session, runs in kept:
+        where = {"processor": place, "commit": session["commit"].replace("-dirty", "*")}
+        lines += [compare(runs) | where] if any(r.system == "megallama" for r in runs) else []
+        everything += [line | where for line in all_systems(runs)]
+    text = table(lines) + (
+        "\nRatio: median of ours / median of the best eager peer. Least peer: of those that keep fp32 master weights. "
+        "Ratios hold on the processor of their row.\n"
+        "Others' load: cores that other processes kept busy meanwhile; above 0.15 little can be concluded.\n"
+    )
+    text += "".join(f"- {note}\n" for note in SETTINGS["notes"])
+    return text + "\n## Every system\n\n" + table(everything)
+
+
+def keep(sessions: list[dict[str, Any]], newest: dict[str, Any], args: argparse.Namespace) -> None:
+    """Write what was measured before, and now."""
+    RESULTS.mkdir(exist_ok=True)
+    replace_file(RESULTS / "peers.json", json.dumps([*sessions, newest], indent=1) + "\n")
+    text = header("megallama and its peers", args) + report([*sessions, newest])
+    replace_file(RESULTS / "peers.md", text)
+    print("\n" + text)
 
 
 def main() -> None:
@@ -193,29 +305,28 @@ def main() -> None:
     parser.add_argument("--setup", type=Path, metavar="FOLDER", help="install the peers there and stop")
     parser.add_argument("--python", help="the interpreter of the peers' environment")
     parser.add_argument("--peers", help=f"names, comma-separated: {', '.join(p.name for p in PEERS)}")
-    parser.add_argument("--keep-memory", action="store_true", help="give the peers a memory-keeping allocator")
+    parser.add_argument("--record", action="store_true", help="keep the peers' shares of the rate of products")
     parser.add_argument("--timeout", type=float, default=900.0, help="for one run [s]")
     args = parser.parse_args()
     if args.setup:
         return setup(args.setup)
     if not args.python:
         parser.error("--python is missing; first: python benchmarks/peers.py --setup runs/peers")
-    runs: list[Run] = []
-    lines: list[dict[str, str]] = []
+    if args.rounds % 2 == 0:
+        parser.error(f"--rounds {args.rounds}: a median is of an odd number of rounds")
+    before = read_json("peers", [])
+    sessions: list[dict[str, Any]] = before if isinstance(before, list) else [before]
+    newest: dict[str, Any] = {**machine(), "peers": peer_versions(args.python), "command": sys.argv, "runs": []}
     for row in step.rows(args):
         try:
             of_row = measure_row(row, args)
         except BenchmarkError as error:
             print(f"megallama failed on {' '.join(row)}: {error}", file=sys.stderr)
             continue
-        runs += of_row
-        lines.append(compare(of_row))
-        text = header("megallama and its peers", args) + table(lines)
-        text += (
-            "\nRatio: median of ours / median of the best peer. Least peer: of those that keep fp32 master weights.\n"
-        )
-        text += "Others' load: cores that other processes kept busy meanwhile; above 0.15 little can be concluded.\n"
-        save("peers", runs, text + "\n## Every system\n\n" + table(all_systems(runs)))
+        if args.record:
+            record(of_row)
+        newest["runs"] += [asdict(run) for run in of_row]
+        keep(sessions, newest, args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""The table of other trainers: which rounds count, which rows stay, and that every version is fixed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "drivers")]
+
+import peers  # noqa: E402
+import step  # noqa: E402
+from drivers.work import SHAPES  # noqa: E402
+from report import Run  # noqa: E402
+
+ROW = ("S", "fp32", "a")
+TOKEN = step.flops_per_token(SHAPES["S"]) / 1e9  # GFLOP of a token: at 1 token/s this is the rate in GFLOP/s
+HERE, THERE = "Xeon, 2 cores, Linux 6", "EPYC, 2 cores, Linux 6"
+
+
+def run(system: str, speed: float, **changes: Any) -> Run:
+    of = Run(system, "S", "a", "fp32", True, speed, speed, [], 1.0, [100], 0.0, gemm_gflops=100 * TOKEN)
+    return replace(of, **changes)
+
+
+def test_the_peers_are_fixed_in_one_file() -> None:
+    """Versions of all that is measured, and drivers that exist."""
+    assert {peer.name for peer in peers.PEERS} >= {"hf", "litgpt", "megatron-core", "torchtitan", "torch.compile"}
+    assert all((peers.DRIVERS / peer.driver).exists() and set(peer.layouts) <= set("abcde") for peer in peers.PEERS)
+    assert [peer.name for peer in peers.PEERS if peer.compiled] == ["torch.compile"]
+    words = [word for packages in peers.INSTALL for word in packages]
+    names = ("torch", "numpy", "transformers", "litgpt", "megatron-core", "torchtitan")
+    assert all(any(re.fullmatch(rf"{name}==[\d.]+", word) for word in words) for name in names)
+    assert peers.INSTALL[0] == [next(word for word in words if word.startswith("torch=="))]
+
+
+def test_a_round_with_a_slow_peer_does_not_count() -> None:
+    recorded = {"S fp32 a": {"hf": 0.50, "litgpt": 0.40, "megallama": 0.99}}
+    fine = [run("megallama", 60), run("hf", 48), run("litgpt", 38.5)]  # at 0.48 and 0.385: within 5 %
+    assert peers.judged(fine, recorded) == fine
+    slow = peers.judged([*fine[:2], run("litgpt", 37.9)], recorded)
+    assert {one.void for one in slow} == {"litgpt had 0.379 of the rate of products, 0.400 is recorded"}
+    assert peers.judged(fine, {}) == fine, "nothing is recorded on this processor"
+
+
+def test_rounds_are_made_again_until_enough_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(peers, "RESULTS", tmp_path)
+    monkeypatch.setattr(peers, "machine", lambda: {"machine": HERE})
+    known = {"Xeon, 2 cores": {"S fp32 a": {"hf": 0.50}}}
+    (tmp_path / "peer_shares.json").write_text(json.dumps(known))
+    speeds = iter([50, 40, 49, 40, 51, 1, 1])
+    monkeypatch.setattr(peers, "one_round", lambda row, chosen, args: [run("megallama", 60), run("hf", next(speeds))])
+    args = argparse.Namespace(peers="hf", rounds=3)
+    runs = peers.measure_row(ROW, args)
+    assert [bool(one.void) for one in runs[::2]] == [False, True, False, True, False]
+    assert [one.tokens_per_second for one in peers.counting(runs) if one.system == "hf"] == [50, 49, 51]
+    speeds = iter([1] * 6)
+    assert all(one.void for one in peers.measure_row(ROW, args)), "six times, and no more"
+    with pytest.raises(StopIteration):
+        next(speeds)
+
+
+def test_what_is_recorded_only_grows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(peers, "RESULTS", tmp_path)
+    monkeypatch.setattr(peers, "machine", lambda: {"machine": HERE})
+    peers.record([run("megallama", 60), run("hf", 50), run("hf", 40), run("hf", 44), run("litgpt", 30, void="slow")])
+    assert peers.read_json("peer_shares", {}) == {"Xeon, 2 cores": {"S fp32 a": {"hf": 0.44}}}
+    peers.record([run("hf", 40)])
+    assert peers.read_json("peer_shares", {})["Xeon, 2 cores"]["S fp32 a"] == {"hf": 0.44}
+
+
+def session(commit: str, where: str, *runs: Run) -> dict[str, Any]:
+    return {"commit": commit, "machine": where, "runs": [one.__dict__ for one in runs]}
+
+
+def lines(text: str) -> list[list[str]]:
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| S ")
+    ]
+
+
+def test_rows_of_other_processors_stay_with_their_commit() -> None:
+    old = session("aaa", THERE, run("megallama", 70), run("hf", 35))
+    more = session("aab", HERE, run("megallama", 11), run("litgpt", 10))
+    replaced = session("bbb", HERE, run("megallama", 10), run("hf", 10))
+    other = session("bbb", HERE, run("megallama", 20, dtype="bf16"), run("hf", 10, dtype="bf16"))
+    new = session("ccc-dirty", HERE, run("megallama", 60, recompute="none"), run("hf", 40), run("torch.compile", 80))
+    ratios = lines(peers.report([old, replaced, more, other, new]).partition("## Every system")[0])
+    columns = [(x[0], x[1], x[2], x[4], x[5], x[7], x[8], *x[-2:]) for x in ratios]
+    assert columns == [
+        ("S fp32 a", "70", "selective", "hf", "2.00", "-", "-", "EPYC, 2 cores", "aaa"),
+        ("S fp32 a", "11", "selective", "litgpt", "1.10", "-", "-", "Xeon, 2 cores", "aab"),
+        ("S bf16 a", "20", "selective", "hf", "2.00", "-", "-", "Xeon, 2 cores", "bbb"),
+        ("S fp32 a", "60", "none", "hf", "1.50", "80", "0.75", "Xeon, 2 cores", "ccc*"),
+    ]
+
+
+def test_what_is_in_the_results_can_be_read() -> None:
+    text = peers.report(peers.read_json("peers", []))
+    assert len(lines(text)) > 20 and "AMD EPYC, 2 cores" in text
+
+
+def test_medians_are_of_an_odd_number() -> None:
+    runs = [run("hf", speed) for speed in (10, 20, 30, 40)]
+    assert [one.tokens_per_second for one in peers.counting(runs)] == [10, 20, 30]
+    assert peers.speed(runs) == 20
+    assert peers.speed([*runs, run("hf", 5), *[run("hf", 99, other_load=0.5)] * 9]) == 20
+
+
+def test_ours_recomputes_as_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing, as the peers, unless it is asked for."""
+    monkeypatch.setattr(peers, "wait_for_calm", lambda limit: None)
+    monkeypatch.setattr(step, "probe", lambda layout, dtype: 50.0)
+    asked: list[list[str]] = []
+
+    def measure(shape: str, layout: str, dtype: str, steps: int, extra: list[str], timeout: float) -> Run:
+        asked.append(extra)
+        return run("megallama", 60)
+
+    monkeypatch.setattr(step, "measure", measure)
+    for settings, wanted in (([], "none"), (["memory.recompute=full", "run.compile=true"], "full")):
+        args = argparse.Namespace(calm=0, steps=3, set=settings, timeout=1.0)
+        (ours,) = peers.one_round(ROW, [], args)
+        assert (ours.recompute, ours.gemm_gflops) == (wanted, 50.0)
+    assert asked == [["memory.recompute=none"], ["memory.recompute=full", "run.compile=true"]]
