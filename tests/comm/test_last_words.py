@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from megallama.comm import launch as launch_module
 from megallama.comm.flight_record import LIMIT, FlightRecord
 from megallama.comm.group import ContactLost, Solo
 from megallama.comm.launch import LAST_RESORT, Launch, World, _set_threads, keep_memory
@@ -100,6 +102,34 @@ def test_a_supervisor_has_a_minute_before_a_wait_fails_by_itself() -> None:
     made = world(record=FlightRecord(FlightRecord.create()))
     made.bound(7.5)
     assert made.opened[0].limits == [67.5] and LAST_RESORT.total_seconds() == 60  # type: ignore[attr-defined]
+
+
+class Made:
+    """A communicator that only remembers what it was made of."""
+
+    def __init__(self, own: Any, name: str, ranks: Any, rank: int, device: Any, down: Any, record: Any) -> None:
+        self.own, self.down, self.ranks = own, down, ranks
+
+
+@pytest.mark.parametrize(("kind", "name", "communicators"), [("cuda", "pp", 2), ("cuda", "tp", 1), ("cpu", "pp", 1)])
+def test_on_gpus_the_messages_of_a_pipeline_have_a_communicator_for_each_direction(
+    monkeypatch: pytest.MonkeyPatch, kind: str, name: str, communicators: int
+) -> None:
+    calls = list[tuple[Any, ...]]()
+
+    def new_group(ranks: Any, limit: timedelta, use_local_synchronization: bool) -> int:
+        calls.append((ranks, limit.total_seconds(), use_local_synchronization))
+        return len(calls)
+
+    monkeypatch.setattr(dist, "new_group", new_group)
+    monkeypatch.setattr(launch_module, "C10d", Made)
+    made = world()
+    made.device, made.timeout = torch.device(kind), timedelta(seconds=9)
+    group: Any = made.open_group(name, [(0, 1), (2, 3)])
+    assert calls == [((2, 3), 9.0, True)] * communicators and group is made.opened[-1]
+    assert (group.own, group.down) == ((2, 1) if communicators == 2 else (1, None)) and group.ranks == (2, 3)
+    assert made.open_group("world", [(0, 1, 2, 3)]) is made.group and len(made.opened) == 2
+    assert isinstance(made.open_group("cp", [(n,) for n in range(4)]), Solo) and len(calls) == communicators
 
 
 @pytest.mark.parametrize(

@@ -12,19 +12,20 @@ from typing import Any
 import pytest
 import torch
 
+from megallama.checkpoint.memory import MemoryCopies
 from megallama.comm.flight_record import COPIED, FlightRecord
 from megallama.comm.group import Solo
-from megallama.config.errors import CorruptionError
+from megallama.config.errors import ConfigError, CorruptionError
 from megallama.config.schema import Config, LrScheduleConfig
 from megallama.plan.plan import make_plan
 from megallama.train import setup as set_up
 from megallama.train import watch
 from megallama.train.loop import TrainingLoop
 from megallama.train.progress import HighLoss, Progress, Spikes
-from megallama.train.setup import changes
+from megallama.train.setup import changes, check_room
 from megallama.train.step import RankStatus, StepConsensus
 from megallama.train.watch import SAID, Watch
-from tests.small import small_config
+from tests.small import small_config, solo_rank
 
 QUIET = dict.fromkeys(RankStatus().counts(), 0.0)
 
@@ -325,3 +326,58 @@ def test_why_a_run_cannot_go_on_with_fewer_replicas(monkeypatch: pytest.MonkeyPa
     world.hosts = ["a", "b", "c"]
     found = set_up._replicas(plan, world)
     assert "batch.global_batch_size=9 is not a multiple of" in found[2] and [found[1], found[3]] == ["", ""]
+
+
+def test_what_is_too_large_is_said_in_gibibytes() -> None:
+    gib = 1 << 30
+    with pytest.raises(ConfigError, match="takes exactly 3 GiB, but memory on a is 2 GiB; use more machines"):
+        check_room([("a", 3 * gib, 0, {"memory": 2 * gib})])
+    assert check_room([("a", 2 * gib, 3 * gib, {"memory": 2 * gib})]) == [
+        "with activations 3 GiB are expected, but memory on a is 2 GiB: it may be killed"
+    ]
+
+
+class Asked:
+    """A flight record whose supervisor refuses, and remembers the questions."""
+
+    watched = True
+
+    def __init__(self) -> None:
+        self.questions = list[dict[str, Any]]()
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        self.questions.append(question)
+        return {"problem": "no room"}
+
+
+def test_copies_in_memory_hold_what_this_rank_needs_and_are_not_made_where_there_is_no_room() -> None:
+    config = small_config(checkpoint={"memory_interval": 3, "buddy_rate": 1.0})
+    real, log, asked, owned = solo_rank(config), Lines(), Asked(), list[bool]()
+    shards = lambda owned_only: (owned.append(owned_only), real.optimizer.shards(owned_only=owned_only))[1]  # noqa: E731
+    worker: Any = SimpleNamespace(optimizer=SimpleNamespace(shards=shards), plan=real.plan, groups=real.groups)
+    world: Any = SimpleNamespace(
+        record=asked, world_size=1, rank=0, hosts=["a"], device=torch.device("cpu"), group=Solo("world")
+    )
+    assert set_up._memory_copies(config, world, worker, log) is None  # type: ignore[arg-type]
+    assert owned == [False], "also what another rank saves"
+    need = MemoryCopies.need(real.optimizer.shards(owned_only=False))
+    opened, dropped = asked.questions
+    assert (opened["do"], opened["size"], opened["listens"]) == ("open", need, False), "one host has no buddy"
+    assert dropped == {"do": "drop"} and log.said == [
+        "warning: no copies in memory: rank 0 on a: no room; they take twice the optimizer's state"
+    ]
+    key = {name: value for name, value in opened["key"].items() if name != "config"}
+    assert key == {"folder": str(Path(config.run.folder).resolve()), "ranks": 1, "rank": 0}
+    world.hosts = ["a", "b"]
+    set_up._memory_copies(config, world, worker, log)  # type: ignore[arg-type]
+    assert asked.questions[2]["listens"] and asked.questions[2]["key"] == opened["key"]
+    for text, other in (
+        ({"stop_after_steps": 5}, True), ({"stop_after_minutes": 5.0}, True), ({"seed": 8}, False),
+    ):  # fmt: skip
+        changed = small_config(checkpoint={"memory_interval": 3, "buddy_rate": 1.0}, train=text)
+        set_up._memory_copies(changed, world, worker, log)  # type: ignore[arg-type]
+        assert (asked.questions[-2]["key"] == opened["key"]) == other, text
+    world.record = SimpleNamespace(watched=False)
+    assert set_up._memory_copies(config, world, worker, log) is None  # type: ignore[arg-type]
+    world.record = asked
+    assert set_up._memory_copies(small_config(checkpoint={"memory_interval": 0}), world, worker, log) is None  # type: ignore[arg-type]
