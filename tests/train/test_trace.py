@@ -200,7 +200,7 @@ class TwoOnOnePipeline(Solo):
             return [at - 4.0 for at in times]
 
         flights = [(axis, name, *late(times)) for axis, name, *times in flights]
-        return [[own, begin, stop, timings, value[4]], [other, begin - 4.0, stop - 4.0, [*map(late, timings)], flights]]
+        return [[own, begin, stop, timings, value[4]], [other, begin - 4.0, stop - 3.0, [*map(late, timings)], flights]]
 
 
 def test_ranks_are_put_on_rank_0s_clock(tmp_path: Path) -> None:
@@ -220,6 +220,7 @@ def test_ranks_are_put_on_rank_0s_clock(tmp_path: Path) -> None:
     done = [(e["tid"], e["ts"]) for e in events if e["ph"] == "X" and e["tid"] in (0, 1) and e["name"] != "waits"]
     assert {*done} == {(0, 3e6), (1, 3e6)} and len(done) == 2 * len(actions)
     assert {e["ts"] for e in events if e.get("cat") == "communication"} == {3e6}
+    assert said[1] == "step 1: 11000.0 ms, blocked in communication: pp 1000.0 ms (9.1%)", "the longer of both counts"
 
 
 def test_a_folder_that_cannot_be_written_stops_nothing(pool: Pool, tmp_path: Path) -> None:
