@@ -119,6 +119,7 @@ def _request(
     from megallama.comm.launch import cuda_environment, start
     from megallama.config.load import is_setting, load, to_toml
     from megallama.config.schema import RunConfig
+    from megallama.kernels import processors
     from megallama.plan.params import num_parameters
     from megallama.plan.plan import make_plan
 
@@ -127,7 +128,7 @@ def _request(
         config = load(file, arguments[file is not None :], ranks=ranks, samples=samples_before, note=log.info)
         if launch.generation:  # the first one has begun as was said; now what it left is gone on from
             config = config.changed(checkpoint={"resume": "auto"})
-        plan = make_plan(config, ranks)
+        plan, table = make_plan(config, ranks), processors.digest(config.run.processor_table)
     except Exception as problem:  # the other ranks would wait; what rank 0 has too is `shared`: it says it
         text = str(problem) if isinstance(problem, MegallamaError) else f"{type(problem).__name__}: {problem}"
         where = f"rank {launch.rank} ({launch.host}): " if launch.rank else ""
@@ -138,7 +139,7 @@ def _request(
             if isinstance(problem, MegallamaError):
                 problem.shared = str(error) == text
         raise
-    same = hashlib.sha256(f"{to_toml(config)}{plan.schedule}".encode()).hexdigest()[:12]
+    same = hashlib.sha256(f"{to_toml(config)}{plan.schedule}".encode()).hexdigest()[:12] + table
     parts = partitions(plan.topology, config.model.num_kv_heads or 1).values()
     groups = [len(ranks) for part in parts for ranks in part if launch.rank in ranks]
     sources = len(config.data.train) + len(config.data.valid) + len(config.data.test)

@@ -106,13 +106,19 @@ def find_checkpoint(path: Path, log: Callable[[str], None] = lambda text: None) 
     return next((step for step in found if step is not None), path)
 
 
-def samples_before(config: Config) -> int:
-    """The samples behind the checkpoint that a run would resume; 0 where none can be read."""
+def before(config: Config) -> manifest.Manifest | None:
+    """Of the checkpoint that a run would resume; None where none can be read."""
     folder = None if config.checkpoint.resume == "fresh" else config.checkpoint.folder
-    with suppress(CheckpointError, KeyError):
+    with suppress(CheckpointError):
         if folder is not None and (step := newest_step(Path(folder), lambda text: None)):
-            return int(manifest.read_manifest(step).counters["samples"])
-    return 0
+            return manifest.read_manifest(step)
+    return None
+
+
+def samples_before(config: Config) -> int:
+    """The samples behind that checkpoint."""
+    saved = before(config)
+    return int(saved.counters.get("samples", 0)) if saved else 0
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -323,6 +323,9 @@ class RunConfig(Section):
     without_kernels: tuple[str, ...] = option(
         (), 'implementations not to use, e.g. "apex" or "RMSNorm: Transformer Engine"; see megallama doctor'
     )
+    processor_table: str | None = option(
+        None, "file of measured choices of implementations on a CPU, before the package's own; see megallama doctor"
+    )
     supervisor: bool = option(
         True,
         "a small process beside every rank says who holds up the others, and ends what nobody else ends; false "

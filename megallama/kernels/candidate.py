@@ -48,6 +48,7 @@ class Target:
     compiled: bool = False  # run.compile
     width: int = 64  # of the rows on which norms are compared: the hidden size
     product: Callable[[Tensor, Tensor], Tensor] | None = None  # the selected one; None: torch's
+    named: str = ""  # the candidate that a table of processors, or a checkpoint, names
     exact: bool = False  # random values of `dtype`, but held in float64: operands of the reference
 
     def need_cuda(self) -> None:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megallama.kernels.candidate import APEX, TE, Operation, Results, Target, Unsupported, accumulate_dtype
+from megallama.kernels.processors import Processor
 
 MatmulNT = Callable[[Tensor, Tensor], Tensor]  # a [m, k], b [n, k] -> a @ b.T [m, n], a new tensor
 # main_grad [out, in], dy, x, overwrite; all three contiguous: some kernels read any tensor as if it were
@@ -50,11 +50,7 @@ def onednn_matmul_nt(a: Tensor, b: Tensor) -> Tensor:
 
 def processor() -> str:
     """The vendor of this machine's processor as Linux names it; empty where it does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    return Processor.here().vendor
 
 
 def _onednn(target: Target) -> MatmulNT:
@@ -65,7 +61,7 @@ def _onednn(target: Target) -> MatmulNT:
     """
     if target.device.type != "cpu" or target.dtype != torch.float32:
         raise Unsupported("fp32 on a CPU only")
-    if processor() == "GenuineIntel":
+    if processor() == "GenuineIntel" and target.named != "oneDNN":
         raise Unsupported("MKL is as fast on this processor")
     if not torch.backends.mkldnn.is_available():
         raise Unsupported("this torch was built without oneDNN")

@@ -7,12 +7,13 @@ line in the log, never a run.
 
 The order is fixed, never measured when a run starts: two ranks could take different candidates, and
 norms replicated over tensor-parallel ranks would drift apart; a run that resumed would not repeat
-its bits.  What ``megallama doctor --measure`` finds slow, `run.without_kernels` leaves out.
+its bits.  What was measured before, the table of processors, may name a candidate: it comes first.
+What ``megallama doctor --measure`` finds slow, `run.without_kernels` leaves out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
@@ -23,6 +24,7 @@ from megallama.config.errors import MegallamaError
 from megallama.kernels.attention import ATTENTION, MakeAttention
 from megallama.kernels.candidate import Operation, Target, Unsupported, Wrong
 from megallama.kernels.gemm import FP8_PRODUCTS, PRODUCT, WGRAD, Gemms
+from megallama.kernels.in_fp32 import NAMED
 from megallama.kernels.optimizer import ADAMW, GRAD_NORM, AdamWStep, SumOfSquares
 from megallama.kernels.pointwise import CROSS_ENTROPY, RMS_NORM, ROPE, SWIGLU, PointwiseOps
 
@@ -86,16 +88,23 @@ def select_kernels(
     compiled: bool = False,
     width: int = 64,
     without: Sequence[str] = (),
+    named: Mapping[str, str] | None = None,
 ) -> Kernels:
     """Try the candidates of every operation; with `documents`, attention must keep them apart.
 
     `width` is the hidden size: what is compiled for it is compiled here, not in the first step.
+    `named`: by operation the candidate that is tried first.
 
     Raises: MegallamaError if no attention here does, if `fp8` is asked for and nothing here can, or
-        if a name in `without` is that of no candidate.
+        if a name in `without` or `named` is that of no candidate.
     """
+    named = named or {}
     operations = OPERATIONS | ({FP8: FP8_PRODUCTS} if fp8 != "none" else {})
-    kinds = ((name, kind) for name, operation in operations.items() for kind, _ in operation.candidates)
+    kinds = {(name, kind) for name, operation in operations.items() for kind, _ in all_candidates(name, operation)}
+    if unknown := sorted({*named.items()} - kinds):
+        of, kind = unknown[0]
+        raise MegallamaError(f"{kind!r} is no implementation of {of!r}; see megallama doctor --measure")
+    kinds -= {(name, operation.last[0]) for name, operation in operations.items()}
     known = {text for name, kind in kinds for text in (kind, f"{name}: {kind}")}
     if strange := sorted(set(without) - known):
         near = [hint for name in strange for hint in get_close_matches(name, sorted(known), 1)] or sorted(known)
@@ -104,7 +113,9 @@ def select_kernels(
     selected: dict[str, Any] = {}
     choices = []
     for name, operation in operations.items():
-        selected[name], choice = _first(name, operation, target, without)
+        first = [c for c in all_candidates(name, operation) if c[0] == named.get(name)]
+        ordered = replace(operation, candidates=[*first, *(c for c in operation.candidates if c not in first)])
+        selected[name], choice = _first(name, ordered, replace(target, named=named.get(name, "")), without)
         choices.append(choice)
         target = replace(target, product=selected.get("matrix product"))
     attention = OPERATIONS["attention"]
@@ -118,6 +129,11 @@ def select_kernels(
     ops = (*selected["RMSNorm"], *selected["SwiGLU"], *selected["RoPE"], *selected["cross entropy"])
     update = selected["AdamW"], selected["gradient norm"]
     return Kernels(selected["attention"], PointwiseOps(*ops), gemms, selected.get(FP8, gemms), *update, tuple(choices))
+
+
+def all_candidates(name: str, operation: Operation) -> list[tuple[str, Callable[[Target], Any]]]:
+    """By name: in order, then those that only a table of processors takes, then the last."""
+    return [*operation.candidates, *NAMED.get(name, []), operation.last]
 
 
 def _first(name: str, operation: Operation, target: Target, without: Sequence[str]) -> tuple[Any, Choice]:

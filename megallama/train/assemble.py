@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +46,12 @@ class Worker:
         return len(self.plan.stages) - 1 in self.stages and self.groups.tp.rank == 0
 
 
-def kernels_of(config: Config, device: torch.device) -> Kernels:
-    """The implementations that this configuration uses on `device`."""
+def kernels_of(config: Config, device: torch.device, named: Mapping[str, str] | None = None) -> Kernels:
+    """The implementations that this configuration uses on `device`; `named` ones, by operation, come first."""
     return select_kernels(
         device, DTYPES[config.precision.dtype], documents=config.data.document_mask, fp8=config.precision.fp8,
         compiled=config.run.compile, width=config.model.hidden_size, without=config.run.without_kernels,
+        named=named,
     )  # fmt: skip
 
 

@@ -269,7 +269,7 @@ class TrainingLoop:
         progress, train = self.progress, self.setup.train_data
         counters = progress.state_dict(evaluated=progress.step - bool(self._missing))
         counters |= train.state(progress.samples) if train else {}
-        return counters | {"computes_with": self.setup.computes_with}
+        return counters | {"computes_with": self.setup.computes_with, "kernels": {**self.setup.named}}
 
     def _copy_if_due(self, report: Reporter) -> None:
         """Into memory that outlives this process."""

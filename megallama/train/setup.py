@@ -8,7 +8,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 
 from megallama.checkpoint.disk import DamagedError, opened, read_file, write_durably
-from megallama.checkpoint.folder import known
+from megallama.checkpoint.folder import before, known
 from megallama.checkpoint.manager import CheckpointManager
 from megallama.checkpoint.memory import MemoryCopies
 from megallama.checkpoint.starts import Starts
@@ -28,6 +28,8 @@ from megallama.config.errors import ConfigError, MegallamaError, counted
 from megallama.config.rules import check, unusual
 from megallama.config.schema import BatchConfig, Config, LrScheduleConfig, OptimizerConfig, current
 from megallama.data.sources import Data, TrainDataset, open_sources
+from megallama.kernels.in_fp32 import NAMED
+from megallama.kernels.processors import Processor
 from megallama.kernels.select import Kernels
 from megallama.optim.lr import learning_rate
 from megallama.plan.plan import Plan
@@ -61,6 +63,7 @@ class Setup:
     progress: Progress
     copies: MemoryCopies | None  # in memory that outlives this process; None: not made
     computes_with: str = ""  # what bits depend on besides layout and versions
+    named: Mapping[str, str] = field(default_factory=dict)  # what a resumed run takes too: operation -> implementation
     last_step: int = 0  # train.steps, or fewer where the data end; known once the state is restored
 
     @property
@@ -108,7 +111,7 @@ def set_up(
     memory = plan.memory(plan.topology.coords(world.rank)["pp"])
     own = (world.hosts[world.rank], memory.persistent, memory.total, room(world.device))
     warnings = [*_on_all(world, "memory", lambda: check_room(world.group.gather_values(own))), *unusual(config)]
-    kernels = _choose_kernels(config, plan, world, log)
+    kernels, named = _choose_kernels(config, plan, world, log)
     for line in warnings:
         log.info(f"warning: {line}")
     signals.before_leaving(manager.starts.over)
@@ -124,7 +127,7 @@ def set_up(
         device = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
         computes_with, copies = f"{device}, {threads}, {kernels}", _memory_copies(config, world, worker, log)
         setup = Setup(
-            config, plan, world, log, signals, data, manager, worker, tracer, progress, copies, computes_with
+            config, plan, world, log, signals, data, manager, worker, tracer, progress, copies, computes_with, named
         )  # fmt: skip
         yield replace(setup, last_step=_restore(setup))
         manager.starts.over("", SAVED)
@@ -183,9 +186,10 @@ def _replicas(plan: Plan, world: World) -> list[str]:
     return [*out, ""]
 
 
-def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> Kernels:
-    """The same ones on every rank; from here on the log has files, and says what will run."""
-    kernels = _on_all(world, "kernels", lambda: kernels_of(config, world.device))
+def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> tuple[Kernels, dict[str, str]]:
+    """The same ones on every rank, and what a checkpoint has of them; from here on the log has files."""
+    named, resumed = _named_kernels(config, world)
+    kernels = _on_all(world, "kernels", lambda: kernels_of(config, world.device, named))
     same_kernels(world.group.gather_values([(c.operation, c.selected) for c in kernels.choices]))
     _on_all(world, "run folder", lambda: log.open(Path(config.run.folder)))
     introduce(world, plan, log, _replicas(plan, world) if config.run.min_replicas and world.rank == 0 else ())
@@ -193,9 +197,25 @@ def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> Ke
         log.info(text)
     for choice in kernels.choices:  # aloud where something installed does not work
         (log.info if choice.broken else log.note)(f"kernel for {choice}")
-    if world.rank == 0 and (slow := slow_format(world.device, DTYPES[config.precision.dtype])):
+    taken = {c.operation: c.selected for c in kernels.choices if world.device.type == "cpu" and c.operation in NAMED}
+    if others := [f"{name}: {was}, now {taken[name]}" for name, was in resumed.items() if was != taken[name]]:
+        log.warn(f"bits will differ from those of the run so far, which was made with {'; '.join(others)}")
+    in_fp32 = taken.get("matrix product") in dict(NAMED["matrix product"])
+    if world.rank == 0 and not in_fp32 and (slow := slow_format(world.device, DTYPES[config.precision.dtype])):
         log.warn(f'{slow}; write precision.dtype="fp32"')
-    return kernels
+    return kernels, taken
+
+
+def _named_kernels(config: Config, world: World) -> tuple[dict[str, str], dict[str, str]]:
+    """What the run goes on with, or begins with by the table of processors; and the former alone."""
+    saved, dtype = before(config) if world.rank == 0 else None, config.precision.dtype
+    was = saved.counters.get("kernels", {}) if saved and saved.precision == dtype else None
+    was = world.group.gather_values(was)[0]
+    if was is not None or world.device.type != "cpu":
+        return (was, was) if was and world.device.type == "cpu" else ({}, {})
+    width, table = config.model.hidden_size, config.run.processor_table
+    entry = _on_all(world, "processor table", lambda: Processor.here().entry(width, table))
+    return entry.kernels.get(dtype, {}) if entry else {}, {}
 
 
 def _build(

@@ -1,0 +1,80 @@
+"""On a CPU: fp32 arithmetic on what is stored in 16 bits, where a processor has no instructions for these.
+
+A processor's table names these candidates (`kernels.processors`); nothing else takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megallama.kernels.attention import Attend, Documents, MakeAttention, blocked_attention, sdpa
+from megallama.kernels.candidate import Target, Unsupported
+from megallama.kernels.gemm import MAX_PRODUCT, AddWgrad, MatmulNT, matmul_nt, onednn_matmul_nt
+
+
+def _need(target: Target, *formats: torch.dtype) -> None:
+    if target.device.type != "cpu" or target.dtype not in formats:
+        raise Unsupported(f"{' and '.join(str(f).removeprefix('torch.') for f in formats)} on a CPU only")
+
+
+def product_in_fp32(product: MatmulNT) -> MatmulNT:
+    """a [m, k], b [n, k] -> a @ b.T rounded once; of b at most `MAX_PRODUCT` numbers exist in fp32."""
+
+    def multiply(a: Tensor, b: Tensor) -> Tensor:
+        left = a.float()
+        if b.numel() <= MAX_PRODUCT:
+            return product(left, b.float()).to(a.dtype)
+        out = a.new_empty(a.shape[0], b.shape[0])
+        step = max(1, MAX_PRODUCT // b.shape[1])
+        for into, part in zip(out.split(step, 1), b.split(step), strict=True):
+            into.copy_(product(left, part.float()))
+        return out
+
+    return multiply
+
+
+def wgrad_in_fp32(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
+    """Straight into main_grad [out, in]: nothing is rounded, and there is no pass that adds."""
+    left, right = dy.float(), x.float()
+    torch.mm(left.t(), right, out=main_grad) if overwrite else main_grad.addmm_(left.t(), right)
+
+
+def attention_in_fp32(attend: Attend) -> Attend:
+    """`attend`, on copies of its operands."""
+
+    def attended(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        return attend(q.float(), k.float(), v.float(), documents).to(q.dtype)
+
+    return attended
+
+
+def _product(product: MatmulNT) -> Callable[[Target], MatmulNT]:
+    def make(target: Target) -> MatmulNT:
+        _need(target, torch.bfloat16, torch.float16)
+        if product is onednn_matmul_nt and not torch.backends.mkldnn.is_available():
+            raise Unsupported("this torch was built without oneDNN")
+        return product_in_fp32(product)
+
+    return make
+
+
+def _wgrad(target: Target) -> AddWgrad:
+    _need(target, torch.bfloat16, torch.float16, torch.float32)
+    return wgrad_in_fp32
+
+
+def _attention(target: Target) -> MakeAttention:
+    _need(target, torch.bfloat16, torch.float16)
+    attend = attention_in_fp32(blocked_attention if target.documents else sdpa)
+    return lambda num_heads, num_kv_heads, head_dim: attend
+
+
+NAMED: dict[str, list[tuple[str, Callable[[Target], Any]]]] = {  # operation -> candidates that a table may name
+    "attention": [("attention in fp32", _attention)],
+    "matrix product": [("oneDNN in fp32", _product(onednn_matmul_nt)), ("torch mm in fp32", _product(matmul_nt))],
+    "weight gradient": [("torch addmm in fp32", _wgrad)],
+}
