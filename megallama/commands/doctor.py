@@ -1,10 +1,11 @@
 """What this machine can train with: kernels, versions, GPUs, processor, and what to install for more.
 
-    megallama doctor [--json] [--measure] [--dtype bf16] [--device auto] [--compile]
+    megallama doctor [--json] [--measure] [--table FILE] [--dtype bf16] [--device auto] [--compile]
 
 For every operation the implementation that a run would take and why not the others; --measure times all that work here,
-forward and backward, and says what to leave out (let nothing else run meanwhile). Every probe is guarded: what fails
-is reported, not raised. The last line is the verdict; the exit status is 0 if the machine can train.
+forward and backward, and says what to leave out (let nothing else run meanwhile). --table writes what is fastest on
+this processor, in bf16 and fp32, where run.processor_table reads it. Every probe is guarded: what fails is reported,
+not raised. The last line is the verdict; the exit status is 0 if the machine can train.
 """
 
 from __future__ import annotations
@@ -56,10 +57,47 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "fp64"), default="bf16", help="default bf16")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
     parser.add_argument("--compile", action="store_true", help="with torch.compile (run.compile=true)")
+    parser.add_argument("--table", metavar="FILE", help="measure this processor into a table of processors")
     args = parser.read(argv)
+    if args.table:
+        return write_table(Path(args.table))
     report = examine(args.dtype, args.device, args.measure, args.compile)
     print(json.dumps(report, indent=2) if args.json else text(report))
     return 0 if report["can_train"] else 1
+
+
+def write_table(path: Path) -> int:
+    """Measure in bf16 and fp32 on the CPU, and write the entry of this processor; 2 where there is a file already."""
+    if path.exists():
+        print(f"error: {path} is there already; name a new file, and join tables by hand", file=sys.stderr)
+        return 2
+    rows = {dtype: kernels(dtype, "cpu", True, False) for dtype in ("bf16", "fp32")}
+    written = entry(rows, str(cpu()["model"]))
+    path.write_text(written, encoding="utf-8")
+    print(f"{written}\nwritten to {path}; a new run reads it with run.processor_table={path}")
+    return 0
+
+
+def entry(rows: dict[str, list[dict[str, Any]]], model: str) -> str:
+    """An entry of a table of processors: what is more than 5 % faster than what is taken, by format and operation."""
+    from megallama.config.describe import literal
+    from megallama.kernels.processors import FEATURES, Processor
+
+    best: dict[str, dict[str, str]] = {dtype: {} for dtype in rows}
+    total = dict.fromkeys(rows, 0.0)  # microseconds of products and attention
+    for dtype, row in ((dtype, row) for dtype, of in rows.items() for row in of if row.get("named")):
+        times = {k: us for k, us in (row["microseconds"] | row["named"]).items() if us is not None}
+        fastest = min(times, key=lambda name: times[name])
+        if times[fastest] < 0.95 * times[row["taken"]]:
+            best[dtype][row["operation"]] = fastest
+        total[dtype] += min(times[fastest], times[row["taken"]])
+    here = Processor.here()
+    lines = ["[[processor]]", f"name = {literal(f'{model}, measured by megallama doctor')}"]
+    lines += [f"vendor = {literal(here.vendor)}", f"has = {literal(sorted(here.features))}"]
+    lines += [f"lacks = {literal([f for f in FEATURES if f not in here.features])}"]
+    lines += [f"bf16 = {literal(total['bf16'] <= total['fp32'])}"]
+    lines += [f"kernels.{dtype} = {literal(named)}" for dtype, named in best.items() if named]
+    return "\n".join(lines) + "\n"
 
 
 def examine(dtype: str = "bf16", device: str = "auto", measure: bool = False, compiled: bool = False) -> dict[str, Any]:
@@ -213,6 +251,7 @@ def kernels(dtype: str, device: str, measure: bool, compiled: bool) -> list[dict
     import torch
 
     from megallama.kernels.candidate import Target
+    from megallama.kernels.in_fp32 import NAMED
     from megallama.kernels.select import FP8, FP8_PRODUCTS, OPERATIONS, select_kernels
     from megallama.train.assemble import DTYPES
 
@@ -241,6 +280,8 @@ def kernels(dtype: str, device: str, measure: bool, compiled: bool) -> list[dict
                 check = operation.check if name != operation.last[0] else None
                 times[name] = guarded(partial(timed, row["operation"], make, target, check), None)
         row["microseconds"] = times
+        of = NAMED.get(row["operation"], []) if not cuda else []
+        row["named"] = {n: guarded(partial(timed, row["operation"], m, target, operation.check), None) for n, m in of}
     return rows
 
 
@@ -383,7 +424,7 @@ def text(found: dict[str, Any]) -> str:
     """The report for a reader."""
     lines = ["KERNELS"]
     for row in found["kernels"]:
-        speeds = row.get("microseconds", {})
+        speeds = row.get("microseconds", {}) | row.get("named", {})
         times = "".join(f"; {name} {us:,.0f} us" for name, us in speeds.items() if us is not None)
         lines.append(f"  {row['operation']}: {row['taken']}{times}")
         lines += [f"      not {name}: {reason}" for name, reason in row["refused"].items()]
