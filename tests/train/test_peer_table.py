@@ -130,3 +130,43 @@ def test_ours_recomputes_as_the_table_says(monkeypatch: pytest.MonkeyPatch) -> N
         (ours,) = peers.one_round(ROW, [], args)
         assert (ours.recompute, ours.gemm_gflops) == (wanted, 50.0)
     assert asked == [["memory.recompute=none"], ["memory.recompute=full", "run.compile=true"]]
+
+
+def test_plain_pytorch_does_the_same_work() -> None:
+    """Loss and gradients of transformers' LLaMA with the same weights, in float64."""
+    import run_plain
+    import torch
+    from drivers.work import Shape
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = Shape(hidden=32, layers=2, heads=4, ffn=48, vocab=61, seq=16, micro_batch=2)
+    torch.manual_seed(0)
+    ours = run_plain.Llama(shape).double()
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16, rms_norm_eps=1e-5, attn_implementation="eager",
+    )  # fmt: skip
+    theirs = LlamaForCausalLM(config).double()
+    state = {"model.embed_tokens.weight": ours.embedding.weight, "model.norm.weight": ours.norm.weight}
+    state["lm_head.weight"] = ours.head.weight
+    for number, block in enumerate(ours.blocks):
+        at = f"model.layers.{number}."
+        parts = zip("qkv", block.qkv.weight.chunk(3), strict=True)
+        state |= {f"{at}self_attn.{name}_proj.weight": part for name, part in parts}
+        gate, up = block.gate_up.weight.chunk(2)
+        state |= {f"{at}self_attn.o_proj.weight": block.out.weight, f"{at}mlp.down_proj.weight": block.down.weight}
+        state |= {f"{at}mlp.gate_proj.weight": gate, f"{at}mlp.up_proj.weight": up}
+        names = ("input_layernorm", "post_attention_layernorm")
+        state |= {f"{at}{name}.weight": norm.weight for name, norm in zip(names, block.norms, strict=True)}
+    theirs.load_state_dict(state)
+    tokens = torch.randint(61, (2, 17))
+    loss = ours(tokens[:, :-1], tokens[:, 1:])
+    logits = theirs(input_ids=tokens[:, :-1]).logits
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)  # angles and loss are in fp32
+    loss.backward()
+    wanted.backward()
+    for own, other in ((ours.embedding, theirs.model.embed_tokens), (ours.head, theirs.lm_head)):
+        torch.testing.assert_close(own.weight.grad, other.weight.grad, rtol=1e-4, atol=1e-7)
+    q = theirs.model.layers[0].self_attn.q_proj.weight.grad
+    torch.testing.assert_close(ours.blocks[0].qkv.weight.grad[:32], q, rtol=1e-4, atol=1e-7)
