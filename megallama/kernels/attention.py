@@ -82,9 +82,9 @@ class Documents:
 
 
 def _mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of consecutive tokens of a sample whose documents begin at `starts`: 0 or -inf, by query and key."""
-    at = torch.arange(len(starts), device=starts.device)
-    hidden = (at[None, :] > at[:, None]) | (starts[None, :] < starts[:, None])
+    """[.., s, s] of consecutive tokens whose documents begin at `starts` [.., s]: 0 or -inf, by query and key."""
+    at = torch.arange(starts.shape[-1], device=starts.device)
+    hidden = (at > at[:, None]) | (starts[..., None, :] < starts[..., None])
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 
@@ -232,12 +232,20 @@ def _blocked_attention(target: Target) -> MakeAttention:
     return lambda num_heads, num_kv_heads, head_dim: blocked_attention
 
 
+def _formula(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    """Of all scores: what every implementation is compared with."""
+    k, v = (part.repeat_interleave(q.shape[2] // part.shape[2], 2) for part in (k, v))
+    starts = torch.zeros(q.shape[:2], device=q.device) if documents is None else documents.starts
+    scores = torch.einsum("bqnd,bknd->bnqk", q, k) * q.shape[3] ** -0.5 + _mask(starts, q.dtype)[:, None]
+    return torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1), v)
+
+
 def _results(make: MakeAttention, target: Target) -> Results:
     """Each head with its own keys, then in groups; within documents where they matter.
 
     q, k and v are parts of one packed tensor, as in training: some kernels depend on where they lie.
     """
-    starts = torch.tensor([[0] * 70 + [70] * 58, [0] + [1] * 29 + [30] * 98], device=target.device)
+    starts = torch.tensor([[0] * 70 + [70] * 58, [0] * 20 + [20] + [21] * 29 + [50] * 78], device=target.device)
     results, dout = [], target.random(2, 128, 4, 64, seed=3)
     for kv in (4, 2):
         attend, heads = make(4, kv, 64), [4, kv, kv]
@@ -256,4 +264,5 @@ ATTENTION = Operation(
     ("torch scaled_dot_product_attention", lambda target: lambda num_heads, num_kv_heads, head_dim: sdpa),
     _results,
     (2e-2, 4e-2, 4e-2, 4e-2),
+    plain=lambda num_heads, num_kv_heads, head_dim: _formula,
 )

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import weakref
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megallama.config.schema import OptimizerConfig, RopeScaling
-from megallama.kernels.attention import BLOCK, Attend, Documents, blocked_attention, sdpa
+from megallama.kernels.attention import ATTENTION, BLOCK, Attend, Documents, blocked_attention, sdpa
+from megallama.kernels.candidate import Target, Wrong
 from megallama.kernels.gemm import MatmulNT, add_wgrad_with, matmul_nt, onednn_matmul_nt
 from megallama.kernels.optimizer import adamw_step, sum_of_squares
 from megallama.kernels.pointwise import (
@@ -25,6 +23,7 @@ from megallama.kernels.pointwise import (
     swiglu,
     swiglu_backward,
 )
+from tests.kernels.made import Made
 from tests.kernels.plain import plain_attention
 
 EPS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -138,38 +137,26 @@ def test_short_documents_are_taken_together() -> None:
     assert [None if m is None else len(m) for m in single.masks(torch.float64)] == [64, 64, 64, 64, 44, None, None]
 
 
+@pytest.mark.parametrize("name", ["masks", "pieces"])
+def test_documents_taken_together_without_their_mask_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check that precedes every run has documents of both kinds: some alone, some together."""
+    target = Target(torch.device("cpu"), torch.float32, documents=True)
+    found = ATTENTION.last[1](target)
+    ATTENTION.check(found, target)
+    masks, of = Documents.masks, Documents.of
+    if name == "masks":
+        monkeypatch.setattr(Documents, name, lambda self, dtype: [None for _ in masks(self, dtype)])
+    else:  # halves of samples, whatever begins in them
+        halves = ((64, False),) * 2
+        monkeypatch.setattr(Documents, "of", lambda starts: replace(of(starts), pieces=(halves,) * len(starts)))
+    with pytest.raises(Wrong, match="output within documents differs"):
+        ATTENTION.check(found, target)
+
+
 @pytest.mark.parametrize("attend", [sdpa, blocked_attention])
 def test_samples_of_one_document_are_those_without_documents_to_the_bit(attend: Attend) -> None:
     q, k, v = (rand(2, 300, n, 8, dtype=torch.float32, seed=n) for n in (4, 2, 2))
     assert torch.equal(attend(q, k, v, Documents.of(torch.tensor(STARTS["one"]))), attend(q, k, v))
-
-
-class Made(TorchDispatchMode):
-    """Within its ``with`` block: elements of the largest tensor made, and most bytes alive of all made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = self.alive = self.peak = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """No: torch would import its compiler, which takes seconds."""
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for made in (t for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
-            self.largest = max(self.largest, made.numel())
-            storage = made.untyped_storage()
-            if storage.data_ptr() not in given and storage.nbytes():
-                self.alive += storage.nbytes()
-                self.peak = max(self.peak, self.alive)
-                weakref.finalize(storage, self.freed, storage.nbytes())
-        return out
-
-    def freed(self, size: int) -> None:
-        self.alive -= size
 
 
 def made(attend: Attend, dtype: torch.dtype, seq: int, length: int) -> Made:
