@@ -83,9 +83,7 @@ class LossHead(Layer):
         acc_dtype = accumulate_dtype(x.dtype)
         labels, mask = batch.labels.reshape(-1), batch.mask
         counted = torch.ones_like(labels, dtype=acc_dtype) if mask is None else mask.reshape(-1).to(acc_dtype)
-        shifted = labels - self.first
-        index = shifted.clamp(0, max(0, self.valid - 1))
-        held, index = index == shifted, index.unsqueeze(1)
+        index, held = self._places(labels)
         scale, grads = counted * batch.grad_scale, []
         total = torch.zeros((), dtype=acc_dtype, device=x.device)
         for a in range(0, len(labels), self.chunk_tokens):
@@ -106,13 +104,51 @@ class LossHead(Layer):
         self.param.grad_done()
         return self.norm.backward(dnormed, x), None, None
 
-    def chunk(self, hidden: Tensor, index: Tensor, held: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def score(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Of hidden states [T/t, h] or [T, h] and labels [T]: log p(label), and 1 where it is the likeliest: [2, T].
+
+        Nothing is kept for a backward pass. Of equally likely tokens the first is the likeliest, as argmax has it.
+        """
+        full, handle = self.tp.all_gather_sequence(self.norm.forward(x))
+        handle.wait()
+        index, held = self._places(labels)
+        out = torch.empty(2, len(labels), dtype=accumulate_dtype(x.dtype), device=x.device)
+        for a in range(0, len(labels), self.chunk_tokens):
+            rows = slice(a, a + self.chunk_tokens)
+            best = torch.empty_like(out[1, rows])
+            losses, _ = self.chunk(full[rows], index[rows], held[rows], None, best)
+            out[0, rows], out[1, rows] = -losses, best == labels[rows]
+        return out
+
+    def _places(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels [T] -> where this rank would have their logits, int64 [T, 1], and whether it has them, [T]."""
+        shifted = labels - self.first
+        index = shifted.clamp(0, max(0, self.valid - 1))
+        return index.unsqueeze(1), index == shifted
+
+    def _likeliest(self, local: Tensor, out: Tensor) -> None:
+        """The ids of the largest logits of all ranks, into `out` [c]; `local` [c, valid] are this rank's."""
+        top, at = torch.full_like(out, -torch.inf), torch.zeros_like(out)
+        if self.valid:
+            top, at = (found.to(out.dtype) for found in local.max(1))
+        best = top.clone()
+        self.tp.group.all_reduce(best, "max").wait()
+        out.copy_(torch.where(top == best, -at - self.first, -torch.inf))
+        self.tp.group.all_reduce(out, "max").wait()
+        out.neg_()
+
+    def chunk(
+        self, hidden: Tensor, index: Tensor, held: Tensor, scale: Tensor | None, likeliest: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Losses [c] of rows [c, h], and with `scale` [c] the gradient of the logits [c, V/t].
 
         index: int64 [c, 1], where this rank has the label's logit, if `held` [c] says that it has.
+        likeliest: takes the likeliest ids [c].
         """
         logits = self.param.fprop(hidden)
         local = logits[:, : self.valid]
+        if likeliest is not None:
+            self._likeliest(local, likeliest)
         alone = self.tp.group.size == 1  # the softmax is whole: one pass less over the logits
         log_sum, own, picked = numbers = logits.new_empty(3, len(logits), dtype=accumulate_dtype(logits.dtype))
         if self.valid:

@@ -137,6 +137,11 @@ class Stage:
 
     def __call__(self, hidden: Tensor | None, batch: MicroBatch) -> Tensor:
         """Hidden states [T/t, h] or [T, h] of the stage before, if any -> its own, or the loss sum."""
+        x = self.body(hidden, batch)
+        return x if self.head is None else self.head(x, batch)
+
+    def body(self, hidden: Tensor | None, batch: MicroBatch) -> Tensor:
+        """As a call, without the head: the hidden states."""
         x = self.embed(batch.tokens.reshape(-1)) if self.embed else hidden
         assert x is not None, "only the first stage makes its own hidden states"
         documents = batch.documents and batch.documents.each(lambda t: t)  # masks do not live as long as batches
@@ -148,7 +153,7 @@ class Stage:
             x = _Recompute(layer)(*inputs) if again else layer(*inputs)
             if x.requires_grad:
                 x.register_hook(partial(self._record.layer, number))
-        return x if self.head is None else self.head(x, batch)
+        return x
 
 
 @dataclass(eq=False)
