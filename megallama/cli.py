@@ -26,6 +26,8 @@ COMMANDS = {
     "status": "how a run is: where its ranks stand, how it ended, what it did with its time",
     "replay": "run a step again: was it the data, the numbers, or the machine?",
     "generate": "continue a text with a trained model",
+    "evaluate": "how good a checkpoint is: texts, items of your own, the paper's tasks",
+    "compare": "are the differences between evaluations more than noise?",
     "convert": "convert a checkpoint to or from Hugging Face, Meta's and Megatron's formats",
     "from-megatron": "a Megatron-LM command line or log as a configuration",
     "preflight": "which GPUs, nodes and links are slow, before a large run",

@@ -224,12 +224,12 @@ def encode_prompt(folder: Path, tokenizer: Tokenizer, text: str) -> list[int]:
     An empty text stands for the start of a document: bos, or eos where documents were joined by it.
     """
     ids = tokenizer.encode(text) if text else []
-    if tokenizer.bos_id is not None and _adds_bos(folder, tokenizer.path):
+    if tokenizer.bos_id is not None and adds_bos(folder, tokenizer.path):
         return [tokenizer.bos_id, *ids]
     return ids or [i for i in (tokenizer.eos_id,) if i is not None]
 
 
-def _adds_bos(folder: Path, tokenizer: Path) -> bool:
+def adds_bos(folder: Path, tokenizer: Path) -> bool:
     """What tokenizer_config.json says; where it is silent, what the training or the tokenizer's post-processor does."""
     said = read_settings(folder / "tokenizer_config.json").get("add_bos_token")
     if said is None and step_folder(folder) is not None:

@@ -1,0 +1,99 @@
+"""The ranks of an evaluation that stands alone: a checkpoint's weights in any layout, under any launcher."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megallama.checkpoint import disk, reader
+from megallama.checkpoint.huggingface import read_model_config
+from megallama.checkpoint.manager import CheckpointManager
+from megallama.comm.launch import World, cuda_environment, detect_launch, start
+from megallama.comm.on_all_ranks import on_all_ranks
+from megallama.config.describe import literal
+from megallama.config.errors import ConfigError, LaunchError
+from megallama.config.load import load, to_toml
+from megallama.config.schema import Config
+from megallama.evaluation.scorer import Scorer
+from megallama.inference.generate import MAX_CONTEXT, find_model
+from megallama.plan.plan import make_plan
+from megallama.train.assemble import assemble, kernels_of, same_kernels
+
+TOKENS = 4096  # of a micro-batch, unless batch.micro_batch_size says otherwise
+FORMATS = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that all ranks have before them."""
+
+    scorer: Scorer
+    world: World
+    folder: Path  # a Hugging Face folder
+    config: Config
+
+
+def evaluation_config(folder: Path, words: Sequence[str], ranks: int, context: int = 0) -> Config:
+    """The model in `folder` with these settings; its own number format and longest context where none is given.
+
+    Raises: ConfigError; CheckpointError.
+    """
+    raw = disk.read_json(folder / "config.json")
+    model = read_model_config(folder)
+    with reader.open_folder(folder) as files:
+        model, _ = reader.head_of(folder, files, model)
+    longest = raw.get("max_position_embeddings")
+    if type(longest) is not int or not 0 < longest <= MAX_CONTEXT:
+        raise ConfigError(f"{folder}/config.json has max_position_embeddings={longest}; give --context [tokens]")
+    if context > longest:
+        raise ConfigError(f"--context={context} is more than the {longest} tokens that the model was made for")
+    if own := [word for word in words if word.removeprefix("--").startswith(("model.", "data."))]:
+        raise ConfigError(f"{own[0]}: the checkpoint says what the model is, and --data what is read; leave it out")
+    length = context or longest
+    sizes = [re.fullmatch(r"(?:--)?batch\.micro_batch_size=(\d+)", word) for word in words]
+    size = next((int(found[1]) for found in reversed(sizes) if found), max(1, TOKENS // length))
+    dtype = FORMATS.get(str(raw.get("dtype") or raw.get("torch_dtype")), "fp32")
+    fixed = [f"model.{name}={literal(value)}" for name, value in model if value is not None and name != "preset"]
+    given = [f"precision.dtype={dtype}", f"batch.micro_batch_size={size}", f"batch.seq_length={length}"]
+    return load(
+        None, [*fixed, *given, f"batch.global_batch_size={max(1, size) * ranks}", "data.synthetic=true", *words],
+        ranks=ranks, need_data=False,
+    )  # fmt: skip
+
+
+@contextmanager
+def opened(
+    checkpoint: Path, words: Sequence[str], context: int = 0, log: Callable[[str], None] = lambda text: None
+) -> Iterator[Opened]:
+    """Launch, meet the other ranks, load the weights. Raises: MegallamaError."""
+    launch = detect_launch()
+    say = log if launch.rank == 0 else lambda text: None
+    problem, config, folder, cuda = "", Config(), Path(), {}
+    try:
+        folder = find_model(checkpoint, say)
+        config = evaluation_config(folder, words, launch.world_size, context)
+        cuda = cuda_environment(config)
+    except Exception as error:
+        if launch.world_size == 1:
+            raise
+        problem = str(error)
+    same = hashlib.sha256(f"{folder} {to_toml(config)}".encode()).hexdigest()[:12]
+    with start(launch, config.run, same, problem=problem, cuda=cuda) as world:
+        try:
+            kernels = kernels_of(config, world.device)
+            same_kernels(world.group.gather_values([(c.operation, c.selected) for c in kernels.choices]))
+            plan = make_plan(config, launch.world_size)
+            worker = assemble(plan, world.groups(plan.topology, config.model.num_kv_heads or 1), world.device, kernels)
+            manager = CheckpointManager(config, folder, world.group, None, say)
+            manager.load_weights(folder, worker.optimizer.shards(owned_only=False))
+            on_all_ranks(world.group, "weights", lambda: worker.optimizer.loaded(steps=0))
+            worker.optimizer.wait()
+            yield Opened(Scorer(worker), world, folder, config)
+        except RuntimeError as error:
+            if (first := world.failed(error)) is not None:
+                raise LaunchError(f"this rank stopped because {first[0]}") from error
+            raise

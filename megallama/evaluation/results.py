@@ -1,0 +1,129 @@
+"""Results of evaluations: a file in lm-evaluation-harness's form, tables, and which differences are beyond noise."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megallama.config.errors import DataError
+from megallama.evaluation.paper import PAPER, SIZES
+
+ROUNDS = 2000  # of the bootstrap
+Results = dict[str, Any]
+
+
+def write_results(path: Path, results: Results) -> None:
+    """As JSON; numbers that are not finite as null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_finite(results), indent=1) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_results(path: Path) -> Results:
+    """Raises: DataError where it is no result of an evaluation."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found["results"], dict):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise DataError(
+            f"{path} is no result of an evaluation; megallama evaluate ... --output {path} writes one"
+        ) from None
+    return found
+
+
+def metrics_of(results: Results, task: str) -> dict[str, tuple[float, float | None]]:
+    """Metric -> value and standard error, of a task."""
+    out = {}
+    for key, value in results["results"][task].items():
+        name, _, kind = key.partition(",")
+        if isinstance(value, (int, float)) and not name.endswith("_stderr") and kind:
+            error = results["results"][task].get(f"{name}_stderr,{kind}")
+            out[name] = float(value), float(error) if isinstance(error, (int, float)) else None
+    return out
+
+
+def table(results: Results) -> list[str]:
+    """A line per task and metric; beside the paper's numbers where the task is the same."""
+    rows = []
+    for task in results["results"]:
+        shots = results.get("n-shot", {}).get(task)
+        for name, (value, error) in metrics_of(results, task).items():
+            said = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None and math.isfinite(error) else "")
+            paper = PAPER.get(task)
+            same = paper is not None and name == paper.metric and shots in (None, paper.shots)
+            beside = [f"{x / 100:.3f}" for x in paper.percent] if paper and same else [""] * len(SIZES)
+            rows.append([task, "" if shots is None else str(shots), name, said, *beside])
+    heads = ["task", "shots", "metric", "value", *(f"LLaMA {size}" for size in SIZES)]
+    if not any(any(row[4:]) for row in rows):
+        heads, rows = heads[:4], [row[:4] for row in rows]
+    return aligned([heads, *rows])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of one width."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def beyond_noise(a: Sequence[float], b: Sequence[float], rounds: int = ROUNDS, seed: int = 0) -> tuple[float, float]:
+    """Of values of the same items: mean of b - a, and the standard error of that by the paired bootstrap.
+
+    Efron and Tibshirani 1993: items are drawn again with replacement, the same ones for both.
+    """
+    difference = np.asarray(b, float) - np.asarray(a, float)
+    draws = np.random.default_rng(seed).integers(0, len(difference), (rounds, len(difference)))
+    return float(difference.mean()), float(difference[draws].mean(1).std(ddof=1))
+
+
+def compare(files: Mapping[str, Results]) -> list[str]:
+    """A table of all results; of each after the first the difference to it, marked * where it is beyond two errors.
+
+    By item where both have their items' values, else from the standard errors of both.
+    """
+    (first, base), *others = files.items()
+    tasks = [task for task in base["results"] if any(task in other["results"] for _, other in others)]
+    if not tasks:
+        raise DataError(f"{', '.join(files)} have no task in common")
+    rows = [["task", "metric", first, *(part for name, _ in others for part in (name, "difference"))]]
+    for task in tasks:
+        for metric, (value, error) in metrics_of(base, task).items():
+            row = [task, metric, _said(value, error)]
+            for _, other in others:
+                found = metrics_of(other, task).get(metric) if task in other["results"] else None
+                row += ["-", ""] if found is None else _difference(base, other, task, metric, value, error, *found)
+            rows.append(row)
+    left = {name: [t for t in r["results"] if t not in tasks] for name, r in files.items()}
+    notes = [f"not in all: {', '.join(more)} of {name}" for name, more in left.items() if more]
+    return [*aligned(rows), "* beyond two standard errors of the difference", *notes]
+
+
+def _said(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def _difference(
+    base: Results, other: Results, task: str, metric: str, value: float, error: float | None, its: float,
+    its_error: float | None,
+) -> list[str]:  # fmt: skip
+    items = [r.get("items", {}).get(task, {}).get(metric) for r in (base, other)]
+    digests = [r.get("task_hashes", {}).get(task) for r in (base, other)]
+    if all(items) and len(items[0]) == len(items[1]) and digests[0] == digests[1]:
+        difference, spread = beyond_noise(items[0], items[1])
+    else:
+        difference = its - value
+        spread = math.hypot(error, its_error) if error is not None and its_error is not None else math.nan
+    mark = "*" if abs(difference) > 2 * spread else ""
+    return [_said(its, its_error), f"{difference:+.4f}" + (f" ± {spread:.4f}" if spread == spread else "") + mark]

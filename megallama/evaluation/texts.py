@@ -1,0 +1,128 @@
+"""Perplexity and bits per byte of texts, by source and by position in the context."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megallama.config.errors import DataError
+from megallama.data.indexed import IndexedDataset
+from megallama.data.tokenizer import Tokenizer
+from megallama.evaluation.scorer import Row, Score, Scorer
+from megallama.text.documents import RecordReader
+from megallama.text.inputs import Losses
+
+AT_A_TIME = 512  # windows, so that memory does not grow with a text
+
+Text = tuple[str, Sequence[int], float]  # source, ids, bytes
+
+
+def windows(ids: Sequence[int], prefix: int, context: int) -> list[Row]:
+    """Rows that score every id of a document once, each after at most `context` ids and at least one.
+
+    The first id comes after `prefix`.  The last window begins early enough to be full: its first ids are context.
+    """
+    everything = [prefix, *ids]
+    out = [Row(everything[a : a + context + 1], 1) for a in range(0, len(ids), context)]
+    if len(out) > 1 and (rest := len(out[-1].ids) - 1) < context:
+        out[-1] = Row(everything[-context - 1 :], context + 1 - rest)
+    return out
+
+
+def read_texts(
+    inputs: Sequence[Path], tokenizer: Tokenizer | None, json_key: str, limit: int | None, say: Callable[[str], None]
+) -> Iterator[Text]:
+    """The documents of files and folders of text, and of .bin/.idx pairs, the first `limit` of each.
+
+    Raises: DataError.
+    """
+    pairs = [path for path in inputs if Path(f"{str(path).removesuffix('.bin').removesuffix('.idx')}.idx").is_file()]
+    for path in pairs:
+        yield from islice(_of_pair(path), limit)
+    files = [path for path in inputs if path not in pairs]
+    if not files:
+        return
+    if tokenizer is None:
+        raise DataError("texts need a tokenizer, and the checkpoint has none; give --tokenizer")
+    losses = Losses()
+    for file in losses.find(files, say):
+        for _, text in islice(losses.texts(RecordReader([file], json_key=json_key)), limit):
+            yield file.name, tokenizer.encode(text), float(len(text.encode()))
+    losses.check()
+    for line in losses.lines() if losses.bad or losses.faults else ():
+        say(line)
+
+
+def _of_pair(path: Path) -> Iterator[Text]:
+    """Of a corpus its documents; their bytes by the mean of the corpus, nan where it does not say."""
+    data = IndexedDataset(path)
+    size, tokens = data.metadata.get("bytes"), data.metadata.get("tokens")
+    for first in range(0, data.num_documents, AT_A_TIME):
+        starts = data.starts(first, min(first + AT_A_TIME, data.num_documents))
+        for a, b in pairwise(starts.tolist()):
+            yield Path(data.prefix).name, data.read(a, b - a).tolist(), (b - a) * size / tokens if size else math.nan
+
+
+@dataclass
+class Sums:
+    """Of the scored tokens of a source."""
+
+    log_prob: float = 0.0
+    tokens: int = 0
+    bytes: float = 0.0
+    documents: int = 0
+    at: dict[int, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))  # log2 -> sum, tokens
+
+    def add(self, row: Row, score: Score) -> None:
+        self.log_prob += score.log_prob
+        self.tokens += len(score.token_log_probs)
+        buckets = np.log2(np.arange(row.first, len(row.ids))).astype(int)
+        for bucket in np.unique(buckets):
+            sums, chosen = self.at[int(bucket)], score.token_log_probs[buckets == bucket]
+            sums[0] += float(chosen.sum())
+            sums[1] += len(chosen)
+
+    def metrics(self) -> dict[str, Any]:
+        """Loss [nats per token], perplexity, bits per byte of the text, and the loss by position."""
+        loss = -self.log_prob / self.tokens
+        bits = -self.log_prob / math.log(2) / self.bytes if self.bytes > 0 else None
+        by = {
+            f"{2**b}-{2 ** (b + 1) - 1}" if b else "1": -total / count for b, (total, count) in sorted(self.at.items())
+        }
+        return {
+            "loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits, "tokens": self.tokens,
+            "documents": self.documents, "loss_by_position": by,
+        }  # fmt: skip
+
+
+def score_texts(scorer: Scorer, texts: Iterable[Text], prefix: int | None) -> dict[str, dict[str, Any]]:
+    """Metrics by source; every rank gives the same texts.
+
+    prefix: what the first id of a document comes after; None leaves that id unscored.
+    """
+    sums: dict[str, Sums] = defaultdict(Sums)
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        for source, ids, size in texts:
+            start, rest = (ids[0], ids[1:]) if ids and prefix in (None, ids[0]) else (prefix, ids)
+            if start is None or not rest:
+                continue
+            own = sums[source]
+            own.documents, own.bytes = own.documents + 1, own.bytes + size
+            for row in windows(rest, start, scorer.longest):
+                yield source, row
+
+    waiting = rows()
+    while chunk := list(islice(waiting, AT_A_TIME)):
+        for (source, row), score in zip(chunk, scorer([row for _, row in chunk]), strict=True):
+            sums[source].add(row, score)
+    if not sums:
+        raise DataError("the texts hold no token to score; give files with text in them")
+    return {source: own.metrics() for source, own in sums.items()}
