@@ -8,14 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import megallama
 from megallama.config.errors import ConfigError, DataError
 from megallama.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
-from megallama.evaluation.items import Encoder, read_items, score_items, summary
+from megallama.evaluation.items import Encoder, read_items, score_items
 from megallama.evaluation.ranks import Opened, opened
-from megallama.evaluation.results import Results, aligned, table, write_results
+from megallama.evaluation.results import Results, aligned, table, take, write_results
 from megallama.evaluation.texts import read_texts, score_texts
 from megallama.inference.generate import adds_bos
 
@@ -72,7 +71,7 @@ def evaluate(request: Request, show: Say, say: Say) -> Results:
             for name, own in items.items():
                 began = time.monotonic()
                 values = score_items(model.scorer, encoder, own)
-                _take(results, name, values, 0, len(own), time.monotonic() - began)
+                take(results, name, values, 0, time.monotonic() - began)
                 text = json.dumps([[i.context, i.choices, i.gold] for i in own])
                 results["task_hashes"][name] = hashlib.sha256(text.encode()).hexdigest()
             if request.tasks:
@@ -110,13 +109,6 @@ def _about(request: Request, model: Opened, tokenizer: Tokenizer | None) -> Resu
         },
         "megallama_version": megallama.__version__, "date": time.time(),
     }  # fmt: skip
-
-
-def _take(results: Results, task: str, values: dict[str, Any], shots: int, count: int, seconds: float) -> None:
-    results["results"][task] = {"alias": task, **summary(values)}
-    results["n-shot"][task], results["seconds"][task] = shots, seconds
-    results["n-samples"][task] = {"original": count, "effective": count}
-    results["items"][task] = {name: own.tolist() for name, own in values.items()}
 
 
 def _texts(results: Results, request: Request, model: Opened, tokenizer: Tokenizer | None, say: Say) -> None:

@@ -61,6 +61,10 @@ class Encoder:
         ends = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
         self.prefix = ends[0] if ends else None  # what stands before a text that has nothing before it
 
+    def plain(self, text: str) -> list[int]:
+        """The ids of the text alone."""
+        return self._tokenizer.encode(text)
+
     def encode(self, text: str) -> list[int]:
         """With the begin-of-sequence id where the model's tokenizer puts one."""
         ids = self._tokenizer.encode(text)
@@ -81,7 +85,10 @@ class Encoder:
         before = min(before, len(whole) - 1)  # a continuation that joins the context's last token
         cut = max(0, len(whole) - self._context - 1)
         if before - cut < 1:
-            raise DataError(f"a continuation of {len(whole) - before} tokens does not fit the context")
+            raise DataError(
+                f"a continuation has {len(whole) - before} tokens, and the context {self._context}: it does not fit; "
+                "give a larger --context, if the model has one, or leave the task out"
+            )
         return Row(whole[cut:], before - cut)
 
 
@@ -106,13 +113,3 @@ def score_items(scorer: Scorer, encoder: Encoder, items: Sequence[Item], answer:
 
 def _spaced(choice: str) -> str:
     return choice if choice[:1].isspace() else f" {choice}"
-
-
-def summary(values: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means with their standard errors, by lm-evaluation-harness's names."""
-    out: dict[str, float] = {}
-    for name, all_of in values.items():
-        out[f"{name},none"] = float(all_of.mean())
-        error = float(all_of.std(ddof=1) / math.sqrt(len(all_of))) if len(all_of) > 1 else math.nan
-        out[f"{name}_stderr,none"] = error
-    return out

