@@ -32,7 +32,8 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=1234, help="of the choice of solved examples (1234)")
     parser.add_argument("--output", type=Path, help="write the results to this file, as JSON")
     args = parser.read(argv)
-    from megallama.evaluation.evaluate import Request, evaluate
+    from megallama.evaluation.evaluate import evaluate
+    from megallama.evaluation.request import Request
 
     words = list(args.words)
     for files in (args.data, args.items):  # of several files the last may be meant as a setting
@@ -40,9 +41,8 @@ def run(argv: Sequence[str]) -> None:
         files[:] = [file for file in files if str(file) not in words]
     if not words or "=" in words[0] and not Path(words[0]).exists():
         parser.error("name a checkpoint first: a run, a step folder or a Hugging Face folder")
+    given = {name: value for name, value in vars(args).items() if name not in ("words", "ranks")}
+    lists = {name: tuple(given[name]) for name in ("data", "items")}
     tasks = tuple(filter(None, args.tasks.split(",")))
-    request = Request(
-        Path(words[0]), tuple(words[1:]), tuple(args.data), tuple(args.items), tasks, args.task_data, args.shots,
-        args.limit, args.context, args.json_key, args.tokenizer, args.seed, args.output,
-    )  # fmt: skip
+    request = Request(Path(words[0]), tuple(words[1:]), **given | lists | {"tasks": tasks})
     evaluate(request, lambda text: print(text, flush=True), lambda text: print(text, file=sys.stderr, flush=True))

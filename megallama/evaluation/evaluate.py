@@ -6,52 +6,20 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from datetime import datetime
 
 import megallama
-from megallama.config.errors import ConfigError, DataError
+from megallama.config.errors import DataError
 from megallama.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
+from megallama.evaluation.harness import run_tasks
 from megallama.evaluation.items import Encoder, read_items, score_items
 from megallama.evaluation.ranks import Opened, opened
+from megallama.evaluation.request import Request
 from megallama.evaluation.results import Results, aligned, table, take, write_results
 from megallama.evaluation.texts import read_texts, score_texts
 from megallama.inference.generate import adds_bos
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `megallama evaluate` was asked for; its options have the same names."""
-
-    checkpoint: Path
-    settings: tuple[str, ...] = ()
-    data: tuple[Path, ...] = ()
-    items: tuple[Path, ...] = ()
-    tasks: tuple[str, ...] = ()
-    task_data: Path | None = None
-    shots: int | None = None
-    limit: int | None = None
-    context: int = 0
-    json_key: str = "text"
-    tokenizer: Path | None = None
-    seed: int = 1234
-    output: Path | None = None
-
-    def check(self) -> None:
-        """Raises: ConfigError, before anything is loaded."""
-        if not (self.data or self.items or self.tasks):
-            raise ConfigError("nothing to evaluate on; give --data, --items or --tasks")
-        for name, value, least in (("limit", self.limit, 1), ("shots", self.shots, 0), ("context", self.context, 0)):
-            if value is not None and value < least:
-                raise ConfigError(f"--{name}={value} is too small; write {least} or more")
-        stems = [path.stem for path in self.items]
-        if twice := next((stem for stem in stems if stems.count(stem) > 1 or stem in self.tasks), None):
-            raise ConfigError(f"two tasks would be called {twice!r}; rename one of the files of --items")
-        for path in (*self.data, *self.items):
-            if not (path.exists() or Path(f"{path}.idx").exists() or "*" in str(path)):
-                raise DataError(f"{path} does not exist; name files that are there")
 
 
 def evaluate(request: Request, show: Say, say: Say) -> Results:
@@ -75,8 +43,6 @@ def evaluate(request: Request, show: Say, say: Say) -> Results:
                 text = json.dumps([[i.context, i.choices, i.gold] for i in own])
                 results["task_hashes"][name] = hashlib.sha256(text.encode()).hexdigest()
             if request.tasks:
-                from megallama.evaluation.harness import run_tasks
-
                 run_tasks(results, request, model.scorer, encoder, say if first else lambda text: None)
         if first:
             _show(results, show)
@@ -97,18 +63,19 @@ def _tokenizer(request: Request, model: Opened) -> Tokenizer | None:
 
 def _about(request: Request, model: Opened, tokenizer: Tokenizer | None) -> Results:
     """The head of the results, by lm-evaluation-harness's names where it has one."""
-    config = model.config
-    return {
-        "results": {}, "configs": {}, "versions": {}, "n-shot": {}, "n-samples": {}, "task_hashes": {}, "items": {},
-        "texts": {}, "seconds": {},
-        "config": {
-            "model": "megallama", "model_args": str(model.folder), "limit": request.limit, "seed": request.seed,
-            "settings": list(request.settings), "dtype": config.precision.dtype, "ranks": model.world.world_size,
-            "parallel": config.parallel.model_dump(mode="json"), "context": model.scorer.longest,
-            "tokenizer_sha256": sha256_of(tokenizer.path) if tokenizer else None,
-        },
-        "megallama_version": megallama.__version__, "date": time.time(),
-    }  # fmt: skip
+    config, keys = model.config, ("n-shot", "n-samples", "task_hashes", "items", "texts", "seconds")
+    settings, parallel = list(request.settings), config.parallel.model_dump(mode="json")
+    about: Results = {
+        "model": "megallama",
+        "model_args": str(model.folder),
+        "limit": request.limit,
+        "seed": request.seed,
+    }
+    about |= {"settings": settings, "parallel": parallel, "dtype": config.precision.dtype}
+    about |= {"ranks": model.world.world_size, "context": model.scorer.longest}
+    about |= {"tokenizer_sha256": sha256_of(tokenizer.path) if tokenizer else None}
+    head = {"config": about, "megallama_version": megallama.__version__, "date": datetime.now().timestamp()}
+    return {name: {} for name in ("results", "configs", "versions", *keys)} | head
 
 
 def _texts(results: Results, request: Request, model: Opened, tokenizer: Tokenizer | None, say: Say) -> None:

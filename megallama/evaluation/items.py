@@ -15,12 +15,6 @@ from megallama.data.tokenizer import Tokenizer
 from megallama.evaluation.scorer import Row, Scorer
 
 FORM = '{"context": "The sky is", "choices": [" blue", " green"], "gold": 0}'
-METRICS = {
-    "acc": "share of items whose likeliest choice is the right one",
-    "acc_norm": "the same, log-probabilities divided by the characters of the choice",
-    "acc_answer": 'the same, less the log-probability of the choice after "Answer:"',
-    "bits_per_byte": "bits that the right choice costs, per byte of it",
-}
 
 
 @dataclass(frozen=True)
@@ -93,23 +87,21 @@ class Encoder:
 
 
 def score_items(scorer: Scorer, encoder: Encoder, items: Sequence[Item], answer: bool = False) -> dict[str, np.ndarray]:
-    """Values of `METRICS` per item; `acc_answer` only if asked for, since it costs as many rows again."""
+    """Per item, of the choice found likeliest, whether it is right; and the bits that the right one costs.
+
+    acc: by log-probability; acc_norm: divided by the characters of the choice; bits_per_byte: of the right choice.
+    acc_answer, only if asked for, since it costs as many rows again: less the log-probability after "Answer:" alone.
+    """
     rows = [encoder.row(item.context, choice) for item in items for choice in item.choices]
-    alone = [encoder.row("Answer:", _spaced(choice)) for item in items for choice in item.choices] if answer else []
+    spaced = (c if c[:1].isspace() else f" {c}" for item in items for c in item.choices)
+    alone = [encoder.row("Answer:", choice) for choice in spaced] if answer else []
     found = iter(score.log_prob for score in scorer([*rows, *alone]))
     sums = [np.array([next(found) for _ in item.choices]) for item in items]
-    out: dict[str, list[float]] = {"acc": [], "acc_norm": [], "bits_per_byte": []}
-    for item, own in zip(items, sums, strict=True):
-        out["acc"].append(float(own.argmax() == item.gold))
-        out["acc_norm"].append(float((own / [len(c) for c in item.choices]).argmax() == item.gold))
-        out["bits_per_byte"].append(-own[item.gold] / math.log(2) / len(item.choices[item.gold].encode()))
+    sizes = [np.array([len(c) for c in item.choices]) for item in items]
+    gold = [i.choices[i.gold].encode() for i in items]
+    by = {"acc": sums, "acc_norm": [s / n for s, n in zip(sums, sizes, strict=True)]}
     if answer:
-        out["acc_answer"] = []
-        for item, own in zip(items, sums, strict=True):
-            less = own - [next(found) for _ in item.choices]
-            out["acc_answer"].append(float(less.argmax() == item.gold))
-    return {name: np.array(values) for name, values in out.items()}
-
-
-def _spaced(choice: str) -> str:
-    return choice if choice[:1].isspace() else f" {choice}"
+        by["acc_answer"] = [own - [next(found) for _ in own] for own in sums]
+    right = {k: [float(x.argmax() == i.gold) for x, i in zip(v, items, strict=True)] for k, v in by.items()}
+    bits = [-s[i.gold] / math.log(2) / len(g) for s, i, g in zip(sums, items, gold, strict=True)]
+    return {name: np.array(values) for name, values in (right | {"bits_per_byte": bits}).items()}

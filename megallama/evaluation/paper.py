@@ -6,13 +6,12 @@ Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models": tab
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SIZES = ("7B", "13B", "33B", "65B")
 
 
-@dataclass(frozen=True)
-class Reported:
+class Reported(NamedTuple):
     """One task of the paper."""
 
     shots: int

@@ -59,10 +59,8 @@ def evaluation_config(folder: Path, words: Sequence[str], ranks: int, context: i
     dtype = FORMATS.get(str(raw.get("dtype") or raw.get("torch_dtype")), "fp32")
     fixed = [f"model.{name}={literal(value)}" for name, value in model if value is not None and name != "preset"]
     given = [f"precision.dtype={dtype}", f"batch.micro_batch_size={size}", f"batch.seq_length={length}"]
-    return load(
-        None, [*fixed, *given, f"batch.global_batch_size={max(1, size) * ranks}", "data.synthetic=true", *words],
-        ranks=ranks, need_data=False,
-    )  # fmt: skip
+    given += [f"batch.global_batch_size={max(1, size) * ranks}", "data.synthetic=true"]
+    return load(None, [*fixed, *given, *words], ranks=ranks, need_data=False)
 
 
 @contextmanager

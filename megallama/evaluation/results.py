@@ -73,11 +73,10 @@ def table(results: Results) -> list[str]:
     for task in results["results"]:
         shots = results.get("n-shot", {}).get(task)
         for name, (value, error) in metrics_of(results, task).items():
-            said = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None and math.isfinite(error) else "")
             paper = PAPER.get(task)
             same = paper is not None and name == paper.metric and shots in (None, paper.shots)
             beside = [f"{x / 100:.3f}" for x in paper.percent] if paper and same else [""] * len(SIZES)
-            rows.append([task, "" if shots is None else str(shots), name, said, *beside])
+            rows.append([task, "" if shots is None else str(shots), name, _said(value, error), *beside])
     heads = ["task", "shots", "metric", "value", *(f"LLaMA {size}" for size in SIZES)]
     if not any(any(row[4:]) for row in rows):
         heads, rows = heads[:4], [row[:4] for row in rows]
@@ -96,8 +95,9 @@ def beyond_noise(a: Sequence[float], b: Sequence[float], rounds: int = ROUNDS, s
     Efron and Tibshirani 1993: items are drawn again with replacement, the same ones for both.
     """
     difference = np.asarray(b, float) - np.asarray(a, float)
-    draws = np.random.default_rng(seed).integers(0, len(difference), (rounds, len(difference)))
-    return float(difference.mean()), float(difference[draws].mean(1).std(ddof=1))
+    draw, count = np.random.default_rng(seed), len(difference)
+    means = [difference[draw.integers(0, count, count)].mean() for _ in range(rounds)]
+    return float(difference.mean()), float(np.std(means, ddof=1))
 
 
 def compare(files: Mapping[str, Results]) -> list[str]:
@@ -115,7 +115,7 @@ def compare(files: Mapping[str, Results]) -> list[str]:
             row = [task, metric, _said(value, error)]
             for _, other in others:
                 found = metrics_of(other, task).get(metric) if task in other["results"] else None
-                row += ["-", ""] if found is None else _difference(base, other, task, metric, value, error, *found)
+                row += [_said(*found), _difference(base, other, task, metric)] if found else ["-", ""]
             rows.append(row)
     left = {name: [t for t in r["results"] if t not in tasks] for name, r in files.items()}
     notes = [f"not in all: {', '.join(more)} of {name}" for name, more in left.items() if more]
@@ -123,19 +123,15 @@ def compare(files: Mapping[str, Results]) -> list[str]:
 
 
 def _said(value: float, error: float | None) -> str:
-    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    return f"{value:.4f}" + ("" if error is None or math.isnan(error) else f" ± {error:.4f}")
 
 
-def _difference(
-    base: Results, other: Results, task: str, metric: str, value: float, error: float | None, its: float,
-    its_error: float | None,
-) -> list[str]:  # fmt: skip
+def _difference(base: Results, other: Results, task: str, metric: str) -> str:
+    (value, error), (its, its_error) = (metrics_of(r, task)[metric] for r in (base, other))
     items = [r.get("items", {}).get(task, {}).get(metric) for r in (base, other)]
     digests = [r.get("task_hashes", {}).get(task) for r in (base, other)]
+    difference, spread = its - value, None if None in (error, its_error) else math.hypot(error or 0, its_error or 0)
     if all(items) and len(items[0]) == len(items[1]) and digests[0] == digests[1]:
         difference, spread = beyond_noise(items[0], items[1])
-    else:
-        difference = its - value
-        spread = math.hypot(error, its_error) if error is not None and its_error is not None else math.nan
-    mark = "*" if abs(difference) > 2 * spread else ""
-    return [_said(its, its_error), f"{difference:+.4f}" + (f" ± {spread:.4f}" if spread == spread else "") + mark]
+    sign = "+" if difference >= 0 else ""
+    return sign + _said(difference, spread) + ("*" if spread is not None and abs(difference) > 2 * spread else "")

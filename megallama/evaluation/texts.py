@@ -39,10 +39,7 @@ def windows(ids: Sequence[int], prefix: int, context: int) -> list[Row]:
 def read_texts(
     inputs: Sequence[Path], tokenizer: Tokenizer | None, json_key: str, limit: int | None, say: Callable[[str], None]
 ) -> Iterator[Text]:
-    """The documents of files and folders of text, and of .bin/.idx pairs, the first `limit` of each.
-
-    Raises: DataError.
-    """
+    """The documents of files, folders and .bin/.idx pairs, the first `limit` of each. Raises: DataError."""
     pairs = [path for path in inputs if Path(f"{str(path).removesuffix('.bin').removesuffix('.idx')}.idx").is_file()]
     for path in pairs:
         yield from islice(_of_pair(path), limit)
@@ -96,10 +93,8 @@ class Sums:
         by = {
             f"{2**b}-{2 ** (b + 1) - 1}" if b else "1": -total / count for b, (total, count) in sorted(self.at.items())
         }
-        return {
-            "loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits, "tokens": self.tokens,
-            "documents": self.documents, "loss_by_position": by,
-        }  # fmt: skip
+        numbers = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}
+        return {**numbers, "tokens": self.tokens, "documents": self.documents, "loss_by_position": by}
 
 
 def score_texts(scorer: Scorer, texts: Iterable[Text], prefix: int | None) -> dict[str, dict[str, Any]]:

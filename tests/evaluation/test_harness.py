@@ -1,0 +1,74 @@
+"""Tasks of lm-evaluation-harness, where it is installed, against its own model on the same weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megallama.config.errors import ConfigError, DataError
+from megallama.evaluation.evaluate import evaluate
+from megallama.evaluation.request import Request
+from tests.evaluation.test_evaluate import byte_tokenizer
+from tests.inference.test_generate import reference
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'megallama[eval]'")
+
+GOALS = ["keep bread fresh", "open a jar", "dry wet shoes", "find a stud", "cool soup", "clean glass"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tasks")
+    reference(path / "model", vocab_size=258, bos_token_id=256, eos_token_id=257, max_position_embeddings=512)
+    byte_tokenizer(path / "model")
+    data = path / "data" / "piqa" / "plain_text" / "validation"
+    data.mkdir(parents=True)
+    rows = [{"goal": g, "sol1": f"{g} slowly", "sol2": "no", "label": i % 2} for i, g in enumerate(GOALS)]
+    (data / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(folder: Path, *tasks: str, shots: int | None = None) -> tuple[dict, list[str], list[str]]:
+    shown: list[str] = []
+    said: list[str] = []
+    asked = Request(folder / "model", tasks=tasks, task_data=folder / "data", shots=shots)
+    return evaluate(asked, shown.append, said.append), shown, said
+
+
+def test_accuracies_are_those_of_the_harness_and_its_own_model(folder: Path) -> None:
+    pytest.importorskip("accelerate", reason="the harness's own model needs accelerate")
+    import lm_eval
+
+    from megallama.evaluation import harness
+
+    results, shown, _ = run(folder, "piqa")
+    library = harness._library()
+    config = harness._local(library.read(library.index["piqa"].yaml_path), folder / "data", print)
+    options = f"pretrained={folder / 'model'},dtype=float32"
+    found = lm_eval.simple_evaluate("hf", model_args=options, tasks=[library.Task(config=config)], bootstrap_iters=0)
+    for name in ("acc,none", "acc_norm,none", "acc_stderr,none"):
+        assert results["results"]["piqa"][name] == pytest.approx(found["results"]["piqa"][name], abs=1e-12)
+    assert "LLaMA 65B" in shown[0]
+
+
+def test_the_papers_set_says_what_it_leaves_out(folder: Path) -> None:
+    results, _, said = run(folder, "llama1")
+    assert list(results["results"]) == ["piqa"]
+    assert results["n-samples"]["piqa"]["original"] == len(GOALS)
+    assert results["configs"]["piqa"]["split"] == "validation"
+    left = results["left_out"]
+    assert "has no boolq/boolq with train" in left["boolq"]
+    assert "its answers are generated" in left["triviaqa"]
+    assert "no such task" in left["realtoxicityprompts"]
+    assert sum(line.startswith("left out: ") for line in said) == len(left) == 19
+
+
+def test_a_task_asked_for_by_name_must_be_there(folder: Path) -> None:
+    with pytest.raises(DataError, match="boolq: .* has no boolq/boolq"):
+        run(folder, "boolq")
+    with pytest.raises(ConfigError, match="no such task; did you mean piqa"):
+        run(folder, "piqaa")
+    with pytest.raises(ConfigError, match="gsm8k: its answers are generated"):
+        run(folder, "gsm8k")
