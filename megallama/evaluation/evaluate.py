@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 
 import megallama
@@ -19,10 +19,8 @@ from megallama.evaluation.results import Results, aligned, table, take, write_re
 from megallama.evaluation.texts import read_texts, score_texts
 from megallama.inference.generate import adds_bos
 
-Say = Callable[[str], None]
 
-
-def evaluate(request: Request, show: Say, say: Say) -> Results:
+def evaluate(request: Request, show: Callable[[str], None], say: Callable[[str], None]) -> Results:
     """Score all that was asked for and `show` the table; on every rank the same results. Raises: MegallamaError."""
     request.check()
     items = {path.stem: read_items(path)[: request.limit] for path in request.items}
@@ -40,8 +38,7 @@ def evaluate(request: Request, show: Say, say: Say) -> Results:
                 began = time.monotonic()
                 values = score_items(model.scorer, encoder, own)
                 take(results, name, values, 0, time.monotonic() - began)
-                text = json.dumps([[i.context, i.choices, i.gold] for i in own])
-                results["task_hashes"][name] = hashlib.sha256(text.encode()).hexdigest()
+                results["task_hashes"][name] = hashlib.sha256(str(own).encode()).hexdigest()
             if request.tasks:
                 run_tasks(results, request, model.scorer, encoder, say if first else lambda text: None)
         if first:
@@ -53,12 +50,11 @@ def evaluate(request: Request, show: Say, say: Say) -> Results:
 
 
 def _tokenizer(request: Request, model: Opened) -> Tokenizer | None:
-    try:
-        return load_tokenizer(request.tokenizer or model.folder)
-    except DataError:
-        if request.tokenizer:
-            raise
-        return None
+    if request.tokenizer:
+        return load_tokenizer(request.tokenizer)
+    with suppress(DataError):
+        return load_tokenizer(model.folder)
+    return None
 
 
 def _about(request: Request, model: Opened, tokenizer: Tokenizer | None) -> Results:
@@ -78,13 +74,15 @@ def _about(request: Request, model: Opened, tokenizer: Tokenizer | None) -> Resu
     return {name: {} for name in ("results", "configs", "versions", *keys)} | head
 
 
-def _texts(results: Results, request: Request, model: Opened, tokenizer: Tokenizer | None, say: Say) -> None:
+def _texts(
+    results: Results, request: Request, model: Opened, tokenizer: Tokenizer | None, say: Callable[[str], None]
+) -> None:
     ends = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None] if tokenizer else []
     texts = read_texts(request.data, tokenizer, request.json_key, request.limit, say)
     results["texts"] = score_texts(model.scorer, texts, ends[0] if ends else None)
 
 
-def _show(results: Results, show: Say) -> None:
+def _show(results: Results, show: Callable[[str], None]) -> None:
     if texts := results["texts"]:
         heads = ["text", "loss", "perplexity", "bits per byte", "tokens", "documents"]  # loss: nats per token
         keys = ["loss", "perplexity", "bits_per_byte"]

@@ -23,9 +23,8 @@ def take(results: Results, task: str, values: Mapping[str, np.ndarray], shots: i
     for name, own in values.items():
         out[f"{name},none"] = float(own.mean())
         out[f"{name}_stderr,none"] = float(own.std(ddof=1) / math.sqrt(len(own))) if len(own) > 1 else math.nan
-    count = len(next(iter(values.values())))
     results["results"][task], results["n-shot"][task], results["seconds"][task] = out, shots, seconds
-    results["n-samples"][task] = {"original": count, "effective": count}
+    results["n-samples"][task] = dict.fromkeys(("original", "effective"), len(next(iter(values.values()))))
     results["items"][task] = {name: own.tolist() for name, own in values.items()}
 
 
