@@ -62,7 +62,7 @@ class Scorer:
     def __init__(self, worker: Worker, stop: Callable[[], bool] = lambda: False) -> None:
         config, groups = worker.plan.config, worker.groups
         self.worker, self._stop = worker, stop
-        self.longest = config.batch.seq_length  # tokens that a row may have before its last id
+        self.longest = longest = config.batch.seq_length  # tokens that a row may have before its last id
         self._budget = config.batch.micro_batch_size * self.longest
         self._round = groups.tp.size if config.parallel.sequence_parallel else 1
         hidden = torch.empty(0, config.model.hidden_size, dtype=DTYPES[config.precision.dtype], device=worker.device)
@@ -70,7 +70,7 @@ class Scorer:
             number: StageWork(partial(self._run, stage), worker.buffers[number].queue, nullcontext)
             for number, stage in worker.stages.items()
         }
-        self._runtime = PipelineRuntime(work, groups.pp, hidden, ranks=self._round)
+        self._runtime = PipelineRuntime(work, groups.pp, hidden, shares=self._round, longest=longest)
         self._found: dict[int, Tensor] = {}  # by the address of a micro-batch
 
     def _run(self, stage: Stage, hidden: Tensor | None, batch: MicroBatch) -> Tensor:
