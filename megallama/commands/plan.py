@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from megallama.analysis.communication import collectives, communication_table
-from megallama.analysis.sources import source_shares
 from megallama.commands.parser import Parser
 from megallama.config.errors import ConfigError, counted
 from megallama.config.load import load
@@ -164,6 +163,8 @@ def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
 
 def data(file: Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
     """Print what the run of a configuration takes from each source. Raises: MegallamaError."""
+    from megallama.analysis.sources import source_shares  # and numpy, which no other plan needs
+
     config = load(file, overrides)
     if config.data.synthetic:
         raise ConfigError("data.synthetic=true takes nothing from any source; write data.train")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 # each takes from 0.1 to some seconds; the reason why it is not there is that nobody asks for it
 HEAVY = {
@@ -56,3 +58,29 @@ def test_no_heavy_module_is_there_at_the_first_step(tmp_path: Path) -> None:
     assert sorted(found) == [], sorted(found)
     # to collect while modules are imported takes a seventh of the time, and frees nothing
     assert imported["collections"] < 50 and imported["on"]
+
+
+COMMANDS = {  # what it may not have imported at its end, which needs none of it
+    "plan model.preset=llama-65b ranks=512 parallel.tp=8 parallel.pp=8": ("torch", "numpy", "matplotlib", "tokenizers"),
+    "train --help": ("torch", "numpy", "matplotlib", "tokenizers"),
+    "--help": ("torch", "numpy", "pydantic", "megallama.config.schema"),
+}
+COMMAND = """
+import json, sys
+from megallama.cli import main
+try:
+    status = main(sys.argv[2:])
+except SystemExit as left:
+    status = left.code
+print(json.dumps([status, [name for name in sys.argv[1].split(",") if name in sys.modules]]))
+"""
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_command_that_only_plans_or_explains_imports_no_torch(words: str, tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", COMMAND, ",".join(COMMANDS[words]), *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+    said = done.stdout.splitlines()
+    assert json.loads(said[-1]) == [0, []], done.stdout + done.stderr
+    assert len(said) > 10  # the answer was there
