@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import megallama
+from megallama import __version__
 from megallama.checkpoint import disk, manifest, reader
 from megallama.checkpoint import folder as folders
 from megallama.checkpoint.disk import CheckpointError, UnreadableError
@@ -233,11 +233,10 @@ class CheckpointManager:
         self._record.words[SAVING] = 1
         try:
             found = on_all_ranks(self._group, f"checkpoint of step {step}", begin)
-            able = [able for _, able in found]
-            digests = manifest.XXH3 if all(able) else manifest.SHA256
-            if not all(able):
-                where = f"rank {able.index(False)}" if len(able) > 1 else "this machine"
-                self._once(f"digests are SHA-256: {where} lacks xxhash, which is faster (pip install xxhash)")
+            lacking = [rank for rank, (_, able) in enumerate(found) if not able]
+            for rank in lacking[:1]:
+                self._once(f"digests are SHA-256: rank {rank} lacks xxhash, which is faster (pip install xxhash)")
+            digests = manifest.SHA256 if lacking else manifest.XXH3
             body = found[0][0] | {"format": manifest.FORMATS[digests], "digests": digests}
             content = Content(self._folder / f"step-{step:08d}", self._sets, self._small, body, self._block_bytes)
             write_checkpoint(content, shards, self._group)
@@ -256,7 +255,6 @@ class CheckpointManager:
             self._tidy(content.final)
 
     def _body(self, step: int, counters: dict[str, Any]) -> dict[str, Any]:
-        versions = {"torch": torch.__version__, "megallama": megallama.__version__}
         found = folders.checkpoints(self._folder).values()
         sequence = 1 + max((brief.sequence for brief in found if isinstance(brief, folders.Brief)), default=0)
         sequence += sum(isinstance(brief, UnreadableError) for brief in found) << 20  # surely beyond theirs
@@ -272,7 +270,7 @@ class CheckpointManager:
             "config": self._config.model_dump(mode="json"),
             "saved_at": datetime.now().astimezone().isoformat(timespec="seconds"),
             "saved_by_ranks": self._group.size,
-            "versions": {"python": platform.python_version()} | versions,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "megallama": __version__},
         }
 
     def _tidy(self, final: Path) -> None:

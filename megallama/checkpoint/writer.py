@@ -152,7 +152,6 @@ def _allocate(fd: int, size: int) -> None:
             return os.ftruncate(fd, size)
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
-    return None
 
 
 def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -> tuple[int, Digests]:
