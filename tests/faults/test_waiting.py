@@ -15,7 +15,7 @@ from megallama.comm.c10d import C10d
 from megallama.data.writer import IndexedWriter
 from tests.pool import Pool
 
-STEP, SLOW = 1.5, 4.0  # run.timeout_seconds; how long the last rank keeps the others waiting [s]
+STEP, SLOW, HANGS = 1.5, 2.4, 9.0  # run.timeout_seconds; how long the last rank keeps the others waiting [s]
 
 
 def settings(folder: Path) -> dict[str, dict[str, Any]]:
@@ -41,9 +41,9 @@ def test_a_rank_that_is_slow_at_files_is_waited_for(pool: Pool, tmp_path: Path, 
 @pytest.mark.parametrize("gloo", [False, True], ids=["shared memory", "gloo"])
 def test_a_rank_that_hangs_in_a_step_is_not(pool: Pool, tmp_path: Path, gloo: bool) -> None:
     messages = pool.run(
-        2, "tests.faults.waiting:run", str(tmp_path / "run"), settings(tmp_path), "train_step", 3 * SLOW, gloo=gloo
+        2, "tests.faults.waiting:run", str(tmp_path / "run"), settings(tmp_path), "train_step", HANGS, gloo=gloo
     )
-    assert messages[0]["error"].startswith("ContactLost: ") and messages[0]["seconds"] < 3 * SLOW, messages
+    assert messages[0]["error"].startswith("ContactLost: ") and messages[0]["seconds"] < HANGS, messages
 
 
 class Backend:
