@@ -66,18 +66,16 @@ class BlockFile:
         with suppress(OSError):
             if disk.read_at(self._fd, data, start) == len(data):
                 return
-        count = disk.read_again(self.path, data, start)
-        if count != len(data):
-            raise DamagedError(f"{self.path} ends at byte {start + count}, before byte {start + len(data)}")
+        self._check(start, len(data), start + disk.read_again(self.path, data, start))
 
     def read(self, start: int, count: int) -> bytearray:
-        self._check(start, count)  # before a damaged header makes us allocate what no file holds
+        self._check(start, count, self.size)  # before a damaged header makes us allocate what no file holds
         out = bytearray(count)
         self.read_into(start, memoryview(out))
         return out
 
     def read_into(self, start: int, out: memoryview) -> None:
-        self._check(start, len(out))
+        self._check(start, len(out), self.size)
         if self._record is None:
             self._fill(out, start)
             return
@@ -87,9 +85,9 @@ class BlockFile:
             out[: len(data)] = data
             out, start = out[len(data) :], start + len(data)
 
-    def _check(self, start: int, count: int) -> None:
-        if start < 0 or start + count > self.size:
-            raise DamagedError(f"{self.path} ends at byte {self.size}, before byte {start + count}")
+    def _check(self, start: int, count: int, size: int) -> None:
+        if start < 0 or start + count > size:
+            raise DamagedError(f"{self.path} ends at byte {size}, before byte {start + count}")
 
 
 def spans(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:

@@ -202,8 +202,7 @@ class _Output:
             if not all(map(isfinite, torch.aminmax(values))):  # no run could go on from this
                 wrong = start + int(values.isfinite().logical_not().nonzero()[0])
                 index = next(boxes_of_range(box, wrong, wrong + 1)).start
-                value = float(values[wrong - start])
-                raise NotFiniteError(f"{value} in {box.key}{list(index)}, for {place.file}")
+                raise NotFiniteError(f"{values[wrong - start].item()} in {box.key}{list(index)}, for {place.file}")
             data, at = as_bytes(values), 0
             for part in boxes_of_range(box, start, stop):
                 for first, count in runs(part, place.shape):
@@ -284,15 +283,14 @@ def _digest_blocks(content: Content, blocks: Sequence[tuple[str, int]], flusher:
 
 
 def _commit(content: Content, digests: Mapping[tuple[str, int], str]) -> None:
-    sizes = content.sizes
-    files: dict[str, Any] = {name: {"size": size, "blocks": []} for name, size in sizes.items()}
+    files: dict[str, Any] = {name: {"size": size, "blocks": []} for name, size in content.sizes.items()}
     for name, index in content.blocks():
         files[name]["blocks"].append(digests[name, index])
     for record in files.values():
         record["digest"] = manifest.digest("".join(record["blocks"]).encode())
     body = content.body | {"block_bytes": content.block_bytes, "files": files}
     write_durably(content.temporary / manifest.NAME, manifest.render(body))
-    for folder in sorted({content.temporary, *((content.temporary / n).parent for n in sizes)}):
+    for folder in sorted({content.temporary, *((content.temporary / n).parent for n in files)}):
         sync(folder)
     if content.final.exists():  # done again after going back; `recover_folder` knows it
         if (before := content.final.with_suffix(REPLACED)).exists():
