@@ -58,7 +58,7 @@ def test_boxes_are_read_in_any_type(tmp_path: Path) -> None:
 
 def test_a_file_ends_where_it_ends(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"0123456789")
-    file = reader.BlockFile(tmp_path / "f")
+    file = reader.BlockFile(tmp_path, "f")
     assert file.read(0, 10) == b"0123456789" and file.read(10, 0) == b"" and file.read(9, 1) == b"9"
     for start, count in ((9, 2), (-1, 2), (11, 0)):
         with pytest.raises(DamagedError, match=f"ends at byte 10, before byte {start + count}"):
