@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama import __version__
+import megallama
 from megallama.checkpoint import disk, manifest, reader
 from megallama.checkpoint import folder as folders
 from megallama.checkpoint.disk import CheckpointError, UnreadableError
@@ -255,6 +255,7 @@ class CheckpointManager:
             self._tidy(content.final)
 
     def _body(self, step: int, counters: dict[str, Any]) -> dict[str, Any]:
+        versions = {"torch": torch.__version__, "megallama": megallama.__version__}
         found = folders.checkpoints(self._folder).values()
         sequence = 1 + max((brief.sequence for brief in found if isinstance(brief, folders.Brief)), default=0)
         sequence += sum(isinstance(brief, UnreadableError) for brief in found) << 20  # surely beyond theirs
@@ -270,7 +271,7 @@ class CheckpointManager:
             "config": self._config.model_dump(mode="json"),
             "saved_at": datetime.now().astimezone().isoformat(timespec="seconds"),
             "saved_by_ranks": self._group.size,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "megallama": __version__},
+            "versions": {"python": platform.python_version()} | versions,
         }
 
     def _tidy(self, final: Path) -> None:
