@@ -259,6 +259,9 @@ def _running(config: Config, ranks: int | None) -> Iterator[str]:
     if (least := config.run.min_replicas) and not config.run.max_replacements:
         use = "write run.max_replacements=20, say, or leave it out"
         yield f"run.min_replicas={least} does nothing without replacements in place; {use}"
+    if ranks and 0 < (dp := ranks // (config.parallel.tp * config.parallel.pp)) < least:
+        use = f"write run.min_replicas={dp - 1} to go on without one of them" if dp > 1 else "leave it out"
+        yield f"run.min_replicas={least}, but {counted(ranks, 'rank')} are dp={dp} replicas (ranks / (tp x pp)); {use}"
     step, data = (f"timeout_seconds={section.timeout_seconds:g}" for section in (config.run, config.data))
     if config.run.timeout_seconds < config.data.timeout_seconds:
         waits = "ends a run whose other ranks still wait for a batch, which may take"

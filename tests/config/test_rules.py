@@ -342,6 +342,17 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "run.max_replacements=20",
     ),
     (
+        "run.min_replicas=5 run.max_replacements=20 parallel.tp=2", 8,
+        "run.min_replicas=5, but 8 ranks are dp=4 replicas (ranks / (tp x pp)); write run.min_replicas=3 to go on "
+        "without one of them",
+        "run.min_replicas=4",
+    ),
+    (
+        "run.min_replicas=2 run.max_replacements=20 parallel.tp=2", 2,
+        "run.min_replicas=2, but 2 ranks are dp=1 replicas (ranks / (tp x pp)); leave it out",
+        "run.min_replicas=0",
+    ),
+    (
         "checkpoint.keep_every=50", None,
         "checkpoint.keep_every=50 keeps nothing while checkpoint.interval=0 saves only at the end; "
         "use checkpoint.interval=50 or a divisor of it",
