@@ -1,6 +1,7 @@
 """tools/preprocess_data.py with small jobs, told to kill itself: die.py RANK WHERE COUNT arguments...
 
-The process of that MPI rank (0 without MPI) dies by SIGKILL at its COUNT-th call of WHERE (0: never).
+The process of that MPI rank (0 without MPI) dies by SIGKILL at its COUNT-th call of WHERE (0: never);
+before that it says which files in /dev/shm its job has mapped, which MPI would remove at its end.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def main(rank: str, where: str, count: str, *arguments: str) -> int:
 
         def fatal(*inputs: Any, **options: Any) -> Any:
             if next(calls) == int(count):
+                with open("/proc/self/maps") as maps:
+                    print(*(line.split()[-1] for line in maps if "/dev/shm/" in line), file=sys.stderr, flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*inputs, **options)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,11 +35,13 @@ def mpirun(ranks: int) -> list[str]:
 
 
 def run(before: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    """die.py with some launcher before it."""
+    """die.py with some launcher before it; what a killed job has left in /dev/shm is removed."""
     command = [*before, sys.executable, str(ROOT / "tests" / "text" / "die.py"), *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
     assert "Traceback" not in done.stderr, done.stderr
+    for name in re.findall(r"/dev/shm/\S+", done.stderr):
+        Path(name).unlink(missing_ok=True)
     return done
 
 
