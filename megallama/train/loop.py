@@ -134,6 +134,7 @@ class TrainingLoop:
             closing(Reporter(self.setup, self._timers)) as report,
             ExitStack() as loaders,
         ):
+            self._catch_up = report.catch_up
             loader = loaders.enter_context(self._loader())
             self._missing = self._never_made()
             stopped = self._evaluate(report)
@@ -261,6 +262,7 @@ class TrainingLoop:
     def _save(self, leaving: bool) -> None:
         shards = self.setup.worker.optimizer.shards(owned_only=True)
         with self._timers.phase("save"), self._world.patient(self._config.run.io_timeout_seconds):
+            self._catch_up(1.0)
             self._manager.save(self.progress.step, shards, self._counters(), behind=not leaving)
         self.setup.tell_sources()
 
