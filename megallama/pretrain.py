@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megallama.comm.flight_record import GENERATION, LAUNCHER, FlightRecord
-from megallama.config.errors import ConfigError, InternalError, LaunchError, MegallamaError, drop_output
+from megallama.config.errors import ConfigError, InternalError, LaunchError, LostError, MegallamaError, drop_output
 from megallama.train.log import Logger, finish_output
 from megallama.train.signals import FAILED, SAVED, SignalFlag  # whatever takes time comes after `SignalFlag`
-from megallama.train.supervised import is_wanted, make_again, start_supervisor
+from megallama.train.supervised import is_wanted, make_again, place_of, start_supervisor
 
 if TYPE_CHECKING:
     from megallama.checkpoint.starts import Starts
@@ -73,11 +73,10 @@ def _run(arguments: Sequence[str], signals: SignalFlag, record: FlightRecord) ->
     gc.enable()
     log, starts = Logger(0, 1), None
     try:
-        generation = record.words[GENERATION]
-        place = record.told("place")
-        launch = detect_launch(parent=record.words[LAUNCHER], generation=generation, place=place)
+        known: dict[str, Any] = {"generation": record.words[GENERATION], "place": record.told("place")}
+        launch = detect_launch(parent=record.words[LAUNCHER], **known)
         log = Logger(launch.rank, launch.world_size, launched=launch.launched)
-        record.tell("about", {"rank": launch.rank, "host": launch.host, "launcher": launch.launcher})
+        record.tell("about", place_of(launch))
         signals.before_leaving(partial(_say, log, record))
         if launch.world_size == 1:
             signals.listen(signals.leave)
@@ -96,7 +95,8 @@ def _run(arguments: Sequence[str], signals: SignalFlag, record: FlightRecord) ->
     except MegallamaError as error:
         signals.leaving(error.status)
         status = starts.ended_early(str(error), error.status) if starts else error.status
-        record.ends(status, str(error), echo=error.shared)
+        lost = isinstance(error, LostError)
+        record.ends(CRASHED if lost else status, str(error), echo=error.shared or lost)
         log.error(str(error), aloud=log.rank == 0 or not error.shared)
         return status
 

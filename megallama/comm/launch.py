@@ -346,7 +346,8 @@ def _gather(
     """All ranks' arrivals and this attempt's part of the store."""
     here = "127.0.0.1" if launch.one_node else launch.master_addr
     host, port = launch.master_addr if launch.store_kept else here, launch.master_port
-    published = None if port else port_file(launch.key)
+    again = f"-{launch.generation}" if launch.generation else ""  # one that was killed has left its port in the file
+    published = None if port else port_file(launch.key + again)
     try:
         if store is None:
             store = open_store(host, port, published, launch.keeps_store, launch.rank, seconds)

@@ -33,7 +33,7 @@ import torch.distributed as dist
 
 from megallama.comm.flight_record import FlightRecord
 from megallama.comm.group import ContactLost
-from megallama.config.errors import LaunchError, ranges
+from megallama.config.errors import LaunchError, LostError, ranges
 
 _ARRIVALS = "arrivals"  # to rank 0: who somebody is; from rank 0: its verdict
 _ENDS, _LEFT = "ends", "left"  # why the run ends, and its status; a rank whose connection ends
@@ -326,7 +326,7 @@ def open_store(
             raise LaunchError(
                 f"port {port} of {host} is taken, perhaps by another run; set MASTER_PORT to a free port on every rank"
             ) from error
-        raise LaunchError(
+        raise LostError(
             f"rank {rank} ({socket.gethostname()}) could not reach rank 0 at {host}:{port} within {seconds:g} s "
             f"(run.init_timeout_seconds): rank 0 never started or has given up (its output says why), or "
             f"MASTER_ADDR and MASTER_PORT differ between ranks ({text})"
@@ -381,7 +381,7 @@ def rendezvous(star: Star, store: dist.Store, own: Arrival, address: str, second
             port, star.token = json.loads(store.get("star"))
             star.connect("127.0.0.1" if loopback else address, port, asdict(own), seconds)
     except (RuntimeError, OSError) as error:
-        raise LaunchError(
+        raise LostError(
             f"{own.name} could not reach rank 0 at {address}:{port} within {seconds:g} s "
             f"(run.init_timeout_seconds): it has given up (its output says why), or the network between the nodes "
             f"lets only some ports through ({str(error).partition(chr(10))[0] or type(error).__name__})"
@@ -399,7 +399,7 @@ def rendezvous(star: Star, store: dist.Store, own: Arrival, address: str, second
         else:
             verdict = star.receive(_ARRIVALS, seconds + 30)[1]
     except (TimeoutError, ContactLost) as error:
-        raise LaunchError(f"{own.name} lost rank 0 while the ranks were gathering: {error}") from error
+        raise LostError(f"{own.name} lost rank 0 while the ranks were gathering: {error}") from error
     problem, status, everyone = verdict
     if problem:
         refused = LaunchError(problem)

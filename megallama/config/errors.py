@@ -28,6 +28,10 @@ class LaunchError(MegallamaError):
     """The ranks of a run could not be brought together, or lack their device."""
 
 
+class LostError(LaunchError):
+    """Rank 0 has left, or never came, while the ranks were gathering: of that there is more to be told."""
+
+
 class MachineError(MegallamaError):
     """The operating system of some rank refused something: a full disk, say."""
 

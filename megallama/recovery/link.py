@@ -60,8 +60,7 @@ class Link:
         *lines, self._in = self._in.split(b"\n")
         for line in lines:
             try:
-                message = json.loads(line)
-                if isinstance(message, dict):
+                if isinstance(message := json.loads(line), dict):
                     yield message
             except ValueError:
                 self.close()
@@ -87,14 +86,12 @@ class Links:
 
     def listen(self, address: str) -> int:
         """The port on which the others are waited for, on the loopback interface if `address` is; 0: there is none."""
-        try:
-            family = socket.getaddrinfo(address, None)[0][0]
-            host = address if address == "127.0.0.1" else ""
+        with suppress(OSError):
+            family, host = socket.getaddrinfo(address, None)[0][0], address if address == "127.0.0.1" else ""
             self._door = socket.create_server((host, 0), family=family, backlog=1024)
             self._door.setblocking(False)
-        except OSError:
-            return 0
-        return int(self._door.getsockname()[1])
+            return int(self._door.getsockname()[1])
+        return 0
 
     def connect(self, address: str, port: int, hello: Message) -> None:
         """From now on be connected to rank 0's supervisor, whenever it can be reached; with an empty `hello` not."""

@@ -10,15 +10,14 @@ import json
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from contextlib import suppress
 from pathlib import Path
 
 from megallama.config.errors import ranges
 from megallama.recovery.flight_reader import FlightReader
 from megallama.recovery.link import Links, Message
-from megallama.recovery.node import begin_generation, write_json
-from megallama.recovery.replicas import ranks_in_order, whole_replicas
+from megallama.recovery.node import begin_generation
 from megallama.train.signals import FAILED, SAVED
 
 ALONE = 30.0  # seconds without the root after which a rank that waits leaves
@@ -36,11 +35,6 @@ class Members:
         """Launched ranks that have no place and do not wait for one."""
         return sorted({*range(self._size)} - {*self.seats} - self._links.waiting().keys())
 
-    def write(self) -> None:
-        """status/members.json, for `megallama status`."""
-        known = {"waiting": self._links.waiting(), "lost": self.lost()}
-        write_json(Path(self._about["folder"]) / "status" / "members.json", known)
-
     def next_world(self, able: Iterable[int]) -> tuple[list[int], str]:
         """The seats of the next world, of the ranks `able` and those that wait, and what changes; or none, and why.
 
@@ -56,7 +50,8 @@ class Members:
             why += f"; {why_not[len(whole)]}" if len(whole) >= least else ""
             why = "its supervisor decides" if 0 in lost else why
             return [], f"the run cannot go on without launched rank {ranges(lost)}: {why}"
-        seats, n = ranks_in_order(whole[: counts[-1]], stride), counts[-1]
+        n, rows = counts[-1], range(0, len(whole[0]), stride)
+        seats = [rank for row in rows for replica in whole[:n] for rank in replica[row : row + stride]]
         text = f"the world changes: {n} of {dp} replicas, of launched ranks {ranges(seats)}"
         text += f" as ranks {ranges(range(len(seats)))}" if seats != [*range(len(seats))] else ""
         text += f"; lost: {ranges(lost)}" if lost else ""
@@ -100,5 +95,19 @@ def wait(record: FlightReader, place: Message, links: Links, signals: list[int])
             begin_generation(record, message["generation"], message["place"] | {"seat": place["seat"]})
             if not waits(record):
                 links.connect("", 0, {})
-    alone = time.monotonic() - links.met > ALONE
-    return (SAVED if signals else FAILED) if alone else None
+    return (SAVED if signals else FAILED) if time.monotonic() - links.met > ALONE else None
+
+
+def whole_replicas(size: int, stride: int, dp: int, there: Set[int]) -> list[list[int]]:
+    """The ranks of each replica that is whole, of `size` ranks in which neighbours along dp are `stride` apart.
+
+    The first one, of rank 0, is made whole with ranks of broken ones that stood at the same place, else of the last
+    whole one: rank 0 is needed.
+    """
+    first = [rank for rank in range(size) if rank // stride % dp == 0]
+    replicas = [[rank + d * stride for rank in first] for d in range(dp)]
+    donors = sorted(replicas[:0:-1], key=lambda replica: there >= {*replica})
+    for i, seat in enumerate(replicas[0]):
+        if seat not in there and (donor := next((r for r in donors if r[i] in there), None)):
+            replicas[0][i], donor[i] = donor[i], seat
+    return [replica for replica in replicas if there >= {*replica}]

@@ -22,21 +22,26 @@ STATUS_PERIOD = 5.0  # seconds between status files
 SILENT = 3.0  # seconds without a beat after which a supervisor, or a host, is silent
 
 
+def reader_of(pid: int, numbers: Iterable[int]) -> FlightReader:
+    """The record of another supervisor, from the numbers of its files. Raises: OSError, ValueError."""
+    return FlightReader(*(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC) for number in numbers))
+
+
 class Node:
     """The records of the ranks on one host, as one of their supervisors has them mapped."""
+
+    early = False  # the trainers of now have not told of the run, but those before them have, or `Siblings` knows it
 
     def __init__(self, about: dict[str, Any], own: FlightReader) -> None:
         self.about, self.rank, self.folder = about, about["rank"], Path(about["folder"])
         self.logs = self.folder / f"logs/rank-{about['seats'][self.rank]:04d}.log", self.folder / "run.log"
         self.host, self.hosts = about["host_of"][self.rank], [about["hosts"][host] for host in about["host_of"]]
-        self.ranks = [rank for rank, host in enumerate(about["host_of"]) if host == self.host]
         self.records = {self.rank: own}
         self._moved: dict[int, tuple[int, float]] = {}  # on CUDA: actions completed, and since when
-        for rank in (rank for rank in self.ranks if rank != self.rank):
+        for rank in (r for r, host in enumerate(about["host_of"]) if host == self.host and r != self.rank):
             with suppress(OSError, ValueError):  # another user's, or gone: it is not seen
                 pid, *numbers = about["records"][rank]
-                file, stacks = (os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC) for number in numbers)
-                self.records[rank] = FlightReader(file, stacks)
+                self.records[rank] = reader_of(pid, numbers)
         self.born = time.monotonic()
 
     def close(self) -> None:
@@ -57,8 +62,7 @@ class Node:
 
     def silent(self, rank: int) -> bool:
         """Whether the supervisor of `rank` has not looked for a while."""
-        late = time.monotonic() - max(self.records[rank].words[BEAT] / 1e9, self.born) > SILENT
-        return late and not self.gone(rank)
+        return time.monotonic() - max(self.records[rank].words[BEAT] / 1e9, self.born) > SILENT and not self.gone(rank)
 
     def gone(self, rank: int) -> bool:
         """Whether the trainer of `rank`, or its supervisor with it, has left."""
@@ -89,11 +93,10 @@ class Node:
             words = record.words  # alone: this is done many times a second
             limit, completed = words[LIMIT] / 1e9, words[COMPLETED]
             waited = now - words[SINCE + 1] / 1e9 if words[SINCE] else 0.0
-            if completed:
-                if self._moved.get(rank, (-1, now))[0] != completed:
-                    self._moved[rank] = completed, now
-                if words[LAUNCHED] > completed:
-                    waited = max(waited, now - self._moved[rank][1])
+            if completed and self._moved.get(rank, (-1, now))[0] != completed:
+                self._moved[rank] = completed, now
+            if words[LAUNCHED] > completed > 0:
+                waited = max(waited, now - self._moved[rank][1])
             if limit and min(waited, now - since) >= limit:
                 found.append(rank)
         return found
@@ -136,9 +139,8 @@ class Node:
 
     def write_exit(self, status: int, rank: int, cause: str) -> None:
         """RUNFOLDER/exit.json."""
-        told = {"status": status, "rank": rank, "cause": cause, "host": self.hosts[rank]}
-        told |= {"step": self.records[self.rank].state()["step"], "time": time.time()}
-        write_json(self.folder / "exit.json", told)
+        told = {"status": status, "rank": rank, "cause": cause, "host": self.hosts[rank], "time": time.time()}
+        write_json(self.folder / "exit.json", told | {"step": self.records[self.rank].state()["step"]})
 
 
 def begin_generation(record: FlightReader, number: int, place: dict[str, Any] | None) -> None:
@@ -170,14 +172,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def out_of_memory_kills(root: Path = Path("/")) -> int:
     """How often the kernel has killed for want of memory: in this control group, or else on this machine."""
-    files: Iterable[str] = ()
+    files = list[str]()
     with suppress(OSError):
-        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
-        files = [
-            f"memory{path}/memory.oom_control" if controllers else f"{path.lstrip('/')}/memory.events"
-            for _, controllers, path in groups
-            if not controllers or "memory" in controllers.split(",")
-        ]
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers or "memory" in controllers.split(","):
+                files.append(f"memory{path}/memory.oom_control" if controllers else f"{path[1:]}/memory.events")
     for name in [*(f"sys/fs/cgroup/{file}" for file in files), "proc/vmstat"]:
         with suppress(OSError, StopIteration):
             lines = (root / name).read_text().splitlines()

@@ -26,8 +26,7 @@ class Stragglers:
         done = min((steps for steps, _ in busy.values()), default=0)
         if len(busy) < len(self._stages) or done < self._compared + STEPS_COMPARED:
             return []
-        first = self._compared == 0  # the first steps warm up
-        self._compared = done
+        first, self._compared = self._compared == 0, done  # the first steps warm up
         took = {r: median(times[-(STEPS_COMPARED + steps - done) :]) for r, (steps, times) in busy.items() if times}
         if first or len(took) < len(self._stages):
             return []

@@ -25,12 +25,21 @@ from megallama.recovery.goodput import Goodput
 from megallama.recovery.keeper import Keeper
 from megallama.recovery.link import WAITING, Links, Message
 from megallama.recovery.membership import Members, wait, waits
-from megallama.recovery.node import SILENT, STATUS_PERIOD, Node, out_of_memory_kills, process_state, signal_name
+from megallama.recovery.node import (
+    SILENT,
+    STATUS_PERIOD,
+    Node,
+    out_of_memory_kills,
+    process_state,
+    signal_name,
+    write_json,
+)
+from megallama.recovery.siblings import Siblings
 from megallama.recovery.straggler import Stragglers
 from megallama.train.signals import FAILED, SAVED, SIGNALS
 
 PERIOD, BEAT_PERIOD = 0.2, 1.0  # seconds between looks, messages to the root
-LEAVE = 5.0  # seconds in which a trainer leaves by itself once the run is over
+LEAVE, MEET = 5.0, 10.0  # seconds in which: a trainer leaves once the run is over; supervisors of a host have met
 ROOT, REPORTS, ECHO = 4.0, 2.0, 1.0  # seconds to wait for: the root's verdict; all hosts' reports; a first cause
 REPLACED = 20.0  # seconds for killed trainers to end, on all hosts before the next ones begin
 _KILLERS = ("openmpi", "mpich")  # launchers that leave no time to the others when a process has ended badly
@@ -50,8 +59,9 @@ class Supervisor:
 
     def __init__(self, record: FlightReader, child: int, several: bool) -> None:
         self._record, self._child, self._several = record, child, several
-        self._generation = self._child_ended = 0
-        self._node: Node | None = None  # once the trainer has told of the run
+        self._generation = self._child_ended = self._made_again = 0
+        self._node: Node | None = None  # once the trainers have told of the run
+        self._siblings = Siblings(record)
         self._links, self._stragglers, self._keeper = Links(), Stragglers(()), Keeper(record, self._say, CopyFiles())
         self._goodput: Goodput | None = None  # rank 0's, as is
         self._members: Members | None = None
@@ -59,9 +69,7 @@ class Supervisor:
         self._signals, self._sent = list[int](), list[int]()  # for the trainer, once it is there; what it has
         self._warned: set[str] = set()
         self._begin()
-        self._pipe = os.pipe()
-        for end in self._pipe:
-            os.set_blocking(end, False)
+        self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         for number in (*SIGNALS, signal.SIGCHLD):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
@@ -81,9 +89,12 @@ class Supervisor:
         self._reports: dict[int, Message] = {}
         self._busy: dict[int, tuple[int, list[int]]] = {}
         self._over: dict[int, list[int]] = {}  # hosts all of whose trainers have ended: who can have another
-        if self._node is not None:
+        place: Message = self._record.told("place") or {}
+        if self._node is not None and place.get("seats") in (None, self._node.about["seats"]):
+            self._node.early, self._node.born = True, time.monotonic()  # the same ranks
+        elif self._node is not None:
             self._node.close()
-        self._node = None
+            self._node = None
 
     def run(self) -> NoReturn:
         """Until the trainer has left."""
@@ -110,26 +121,23 @@ class Supervisor:
                 if (status := wait(self._record, place, self._links, self._signals)) is not None:
                     self._say(f"launched rank {place['seat']} leaves, which had no place; status {status}")
                     os._exit(status)
+            else:  # another supervisor may know this one already
+                self._verdict = self._record.told("verdict") or self._verdict
             if self._record.words[flight.GENERATION] == self._generation:
                 self._end(now)
 
     # ---- the trainer ----
 
-    @property
-    def _trainer(self) -> int:
-        """Its process; 0 before there is one."""
-        return self._record.words[flight.TRAINER]
-
     def _forward(self, any_came: bool) -> None:
         self._signals += [n for n in os.read(self._pipe[0], 4096) if n in SIGNALS] if any_came else []
-        while self._signals and self._trainer and self._status is None:
+        while self._signals and self._record.words[flight.TRAINER] and self._status is None:
             self._sent.append(self._signals.pop(0))
             self._kill(self._sent[-1])
 
     def _kill(self, number: int) -> None:
         """Signal the trainer; whoever makes the trainers may know already that it has ended."""
         with suppress(ProcessLookupError):
-            trainer, ended = self._trainer, self._record.words[flight.ENDED]  # then its number may be another's by now
+            trainer, ended = (self._record.words[n] for n in (flight.TRAINER, flight.ENDED))  # then it may be another's
             if trainer and not ended and self._record.words[flight.GENERATION] == self._generation:
                 os.kill(trainer, number)
 
@@ -141,10 +149,9 @@ class Supervisor:
 
     def _start_maker(self) -> None:
         """In place of a dead one; it has nothing imported."""
-        record, command = self._record, [sys.executable, "-c", _MAKER, sys.argv[1]]
-        files = ",".join(map(str, (record.file, record.stacks)))
+        command = [sys.executable, "-c", _MAKER, *sys.argv[1:3], *sys.argv[5:]]
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # as the first one had them
-        self._child = os.spawnv(os.P_NOWAIT, sys.executable, [*command, files, *sys.argv[5:]])
+        self._child = os.spawnv(os.P_NOWAIT, sys.executable, command)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _reap(self, now: float) -> None:
@@ -152,31 +159,51 @@ class Supervisor:
         if self._status is not None:
             return
         ended = self._record.words[flight.ENDED] if self._several else 0
-        if not ended and (self._child or (self._several and process_state(self._trainer) not in "XZ")):
+        there = self._child or (self._several and process_state(self._record.words[flight.TRAINER]) not in "XZ")
+        if not ended and there:
             return  # with its maker a trainer dies, but not at once
         status = ended - 1 if ended else self._child_ended
-        self._status, self._left, code = status, now, os.waitstatus_to_exitcode(status)
+        code = os.waitstatus_to_exitcode(status)
         why = f"left with status {code}, and did not say why" if code >= 0 else f"killed by {signal_name(-code)}"
         if -code == signal.SIGKILL and out_of_memory_kills() > self._oom:
             why += ": out of memory (the kernel counts such a kill)"
         why = f"the process that makes its trainers: {why}" if self._several and not ended else why
+        if code < 0 and not ended and self._made_alone(why):
+            return
+        self._status, self._left = status, now
         self._record.ends(code if code not in _NORMAL else 1, why, final=not self._several)
         if not ended:  # else who makes the trainers has said so, and the next may have begun meanwhile
             self._record.words[flight.ENDED] = status + 1
         elif self._record.words[flight.GENERATION] != self._generation:
             self._record.tell("cause", None)  # it would be the next one's
 
+    def _made_alone(self, why: str) -> bool:
+        """Whether another maker is started, and nobody need know: this rank has not met the others, or waits."""
+        most = self._siblings.max_replacements * self._several
+        if self._node or (self._record.told("about") and not waits(self._record)) or self._made_again >= most:
+            return False
+        self._made_again += 1
+        self._start_maker()
+        self._say(f"warning: {why}; another is started ({self._made_again} of {most})")
+        return True
+
     def _introduce(self) -> None:
-        about = self._record.told("about") if self._node is None else None
-        if about and about.get("port") == -1 and not self._record.words[flight.PORT]:
-            self._record.words[flight.PORT] = self._links.listen(about["address"])
-        if not about or about.get("port", -1) == -1:
+        before, first = self._node, not self._links.token  # the latter: no trainer has told of the run so far
+        if before is not None and not before.early:
             return
-        node = self._node = Node(about, self._record)
-        self._links.token, self._stragglers = about["token"], Stragglers(about["stage"])
-        if node.rank == 0:
+        about = self._record.told("about") or {}
+        if about.get("port") == -1 and not self._record.words[flight.PORT]:
+            self._record.words[flight.PORT] = self._links.listen(about["address"])
+        if about.get("port", -1) != -1:
+            self._node = Node(about, self._record)
+            self._links.token, self._stragglers = about["token"], Stragglers(about["stage"])
+            if before is not None:
+                before.close()
+        elif before is None and first and not waits(self._record):
+            self._node = self._siblings.meet(about)
+        if (node := self._node) is not None and node is not before and node.rank == 0:
             self._goodput = Goodput(node.folder / "goodput.json")
-            self._members = self._members or Members(about, self._links)
+            self._members = Members(node.about, self._links) if first else self._members
 
     # ---- the others ----
 
@@ -384,13 +411,13 @@ class Supervisor:
     def _end_trainer(self, about: Message, now: float) -> None:
         finish, saving = about.get("finish_seconds", 0.0), self._record.words[flight.SAVING] != 0
         gone = about.get("launcher") in _LAUNCHERS and os.getppid() != self._launcher
-        if gone and self._trainer and not self._orphaned:
+        if gone and self._record.words[flight.TRAINER] and not self._orphaned:
             self._orphaned, self._deadline = True, now + finish + LEAVE
             self._kill(signal.SIGTERM)
             self._say(f"warning: {about['launcher']} is gone; rank {about['rank']} saves and stops")
         if self._verdict is not None and not self._undecided and not self._ending:
             self._ending = True
-            soon = self._verdict["hang"] or self._verdict["again"]
+            soon = self._verdict["hang"] or self._verdict["again"] or (self._node and self._node.early)
             wait = finish if saving and self._verdict["commits"] and not self._verdict["again"] else 0.0
             self._deadline = now + max(wait, 0.0 if soon else LEAVE)
             if wait and self._node:
@@ -403,15 +430,14 @@ class Supervisor:
 
     def _may_leave(self, now: float) -> bool:
         """Whether the others know all that this supervisor knows."""
-        cause = self._record.told("cause")
-        if cause is None and self._verdict is None:  # taken away a moment ago: the next generation begins
+        cause, verdict = self._record.told("cause"), self._verdict
+        if verdict["again"] if verdict else cause is None:  # taken away a moment ago: the next generation begins
             return False
-        cause = cause or {"status": 0}
-        alone = self._node is None or len(self._node.hosts) == 1
-        waits = self._speak or (self._verdict is None and now - self._left < 2 * ECHO)
-        if self._verdict is not None and self._verdict["again"]:
-            return False
-        return cause["status"] in _NORMAL or alone or not waits
+        if cause is None or cause["status"] in _NORMAL:
+            return True
+        if self._node is None:
+            return now - self._left > MEET or not self._siblings.expected or verdict is not None
+        return len(self._node.hosts) == 1 or not (self._speak or (verdict is None and now - self._left < 2 * ECHO))
 
     def _leave(self, about: Message) -> NoReturn:
         """With the trainer's status, or by its signal; where the run was ended, with the status of that."""
@@ -439,15 +465,14 @@ class Supervisor:
         instead = node.leader and not self._links.sockets() and not (node.folder / "exit.json").exists()
         if status == 2 or not (node.rank == 0 or (verdict and instead)):
             return
-        if verdict is not None:
-            node.write_exit(verdict["status"] if status < 0 else status, verdict["rank"], verdict["text"])
-        else:
-            node.write_exit(status, 0, cause["text"])
+        first = verdict or {"status": status, "rank": 0, "text": cause["text"]}
+        node.write_exit(first["status"] if status < 0 else status, first["rank"], first["text"])
 
     def _write_status(self, node: Node) -> None:
         node.write_status()
-        if self._members is not None and node.about["min_replicas"]:
-            self._members.write()
+        if self._members is not None and node.about["min_replicas"]:  # for `megallama status`
+            known = {"waiting": self._links.waiting(), "lost": self._members.lost()}
+            write_json(node.folder / "status" / "members.json", known)
         if self._goodput is not None:
             self._goodput.write()
 
@@ -464,12 +489,10 @@ class Supervisor:
 
     def _stacks(self) -> str:
         """Where the threads of all ranks stand that answered; the same once."""
-        same: dict[str, list[int]] = {}
+        same, calls = dict[str, list[int]](), list[str]()
         for rank, report in sorted(self._reports.items()):
             same.setdefault(report.get("stacks") or "it does not answer\n", []).append(rank)
+            said = "(number, group, operation, rows, bytes, done)"
+            calls.append(f"last communications of rank {rank} {said}: {report['calls']}")
         parts = [f"stacks of rank {', '.join(map(str, ranks))}:\n{text}" for text, ranks in same.items()]
-        calls = [
-            f"last communications of rank {rank} (number, group, operation, rows, bytes, done): {report['calls']}"
-            for rank, report in sorted(self._reports.items())
-        ][:16]
-        return "\n".join([*parts, *calls])
+        return "\n".join([*parts, *calls[:16]])

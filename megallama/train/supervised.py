@@ -22,14 +22,14 @@ import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megallama.comm.flight_record import ENDED, GENERATION, LAUNCHER, PORT, SUPERVISOR, TRAINER, FlightRecord
 from megallama.train.log import Logger
 from megallama.train.signals import SIGNALS, STACKS
 
 if TYPE_CHECKING:
-    from megallama.comm.launch import World
+    from megallama.comm.launch import Launch, World
     from megallama.plan.plan import Plan
 
 _PARENT_DEATH, _SUBREAPER = 1, 36  # of prctl
@@ -42,13 +42,13 @@ def is_wanted(arguments: Sequence[str]) -> bool:
     """run.supervisor, from a command line that nobody has checked yet."""
     if not arguments or {"-h", "--help"} & set(arguments):
         return False
-    return _said(arguments, "supervisor", "true").lower() != "false"
+    return said_of(arguments, "supervisor", "true").lower() != "false"
 
 
-def _said(arguments: Sequence[str], name: str, default: str) -> str:
+def said_of(arguments: Sequence[str], name: str, default: str) -> str:
     """What a command line, or its file, says of run.`name`."""
     said = [m[1] for word in arguments if (m := re.fullmatch(rf"(?:--)?run\.{name}=(.*)", word))]
-    if not said and "=" not in arguments[0]:
+    if not said and arguments and "=" not in arguments[0]:
         with suppress(OSError, ValueError, AttributeError):  # what is wrong with it is said later
             with open(arguments[0], "rb") as file:
                 said = [str(tomllib.load(file).get("run", {}).get(name, default))]
@@ -61,21 +61,20 @@ def start_supervisor() -> FlightRecord:
     With run.max_replacements the child makes one trainer after the other, each of which returns.
     """
     files = FlightRecord.create(), os.memfd_create("megallama-stacks", 0)
-    record, several = FlightRecord(*files), _said(sys.argv[1:], "max_replacements", "0") != "0"
+    record, several = FlightRecord(*files), said_of(sys.argv[1:], "max_replacements", "0") != "0"
     record.words[LAUNCHER], record.words[SUPERVISOR] = os.getppid(), os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes in between waits for the supervisor
     child = os.fork()
     if child:
         ctypes.CDLL(None).prctl(_SUBREAPER, int(several))  # of a dead child's children; it stays with the process
         root = str(Path(__file__).resolve().parents[2])
-        numbers = [",".join(map(str, files)), str(child), str(int(several))]
-        shown = ["megallama.pretrain", *sys.argv[1:]]  # to who looks for the processes of a run
+        own = [",".join(map(str, files)), str(child), str(int(several)), "megallama.pretrain"]
         try:  # the package alone: nothing of what this process has imported
-            os.execv(sys.executable, [sys.executable, "-S", "-s", "-c", _CODE, root, *numbers, *shown])
+            os.execv(sys.executable, [sys.executable, "-S", "-s", "-c", _CODE, root, *own, *sys.argv[1:]])
         except OSError as error:
             os.kill(child, signal.SIGKILL)
             sys.exit(f"error: no supervisor could be started: {error}; write run.supervisor=false")
-    if several and _said(sys.argv[1:], "min_replicas", "0") != "0":
+    if several and said_of(sys.argv[1:], "min_replicas", "0") != "0":
         _ask_for_a_place(record)
     return _trainer_of(record, several)
 
@@ -136,7 +135,7 @@ def _ask_for_a_place(record: FlightRecord) -> None:
 
     with suppress(LaunchError):  # which a trainer says
         launch = detect_launch(parent=record.words[LAUNCHER])
-        folder = Path(_said(sys.argv[1:], "folder", RunConfig().folder)).resolve()
+        folder = Path(said_of(sys.argv[1:], "folder", RunConfig().folder)).resolve()
         hello = {"seat": launch.rank, "name": launch.host, "arguments": sys.argv[1:], "asks": True}
         over = not launch.rank or (folder / "exit.json").exists()
         refused = None if over else _ask(folder / "status" / "root", hello)
@@ -166,6 +165,12 @@ def _ask(path: Path, hello: dict[str, object]) -> str | None:
     return "as far as is known that rank is there"
 
 
+def place_of(launch: Launch) -> dict[str, Any]:
+    """Which rank this is, and what the ranks of its `launch` and no others have in common."""
+    who = {"rank": launch.rank, "ranks": launch.world_size, "host": launch.host, "launcher": launch.launcher}
+    return who | {"launch": {name: getattr(launch, name) for name in _MEETS}}
+
+
 def introduce(world: World, plan: Plan, log: Logger, replicas: Sequence[str] = ()) -> None:
     """Tell the supervisor of this rank what the run is and how it reaches the others; every rank calls it.
 
@@ -179,14 +184,12 @@ def introduce(world: World, plan: Plan, log: Logger, replicas: Sequence[str] = (
     hosts = [*dict.fromkeys([*place.get("hosts", ()), *world.hosts])]  # a host keeps its number
     work = [*map(plan.work_of, range(world.world_size))]
     about = {
-        "rank": world.rank, "host": world.launch.host, "launcher": world.launch.launcher, "folder": str(folder),
-        "hosts": hosts, "host_of": [hosts.index(host) for host in world.hosts],
+        **place_of(launch), "folder": str(folder), "hosts": hosts,
+        "host_of": [hosts.index(host) for host in world.hosts], "seats": place.get("seats") or [*range(len(work))],
         "records": [a.record for a in arrivals] or [[record.words[SUPERVISOR], record.file, record.stacks]],
         "stage": [*map([*dict.fromkeys(work)].index, work)],  # or a stage with another number of micro-batches
-        "finish_seconds": config.checkpoint.finish_seconds, "timeout_seconds": config.run.timeout_seconds,
-        "max_replacements": config.run.max_replacements, "min_replicas": config.run.min_replicas,
-        "seats": place.get("seats") or [*range(world.world_size)], "replicas": [*replicas],
-        "dp": [topology.strides["dp"], topology.dp], "launch": {name: getattr(launch, name) for name in _MEETS},
+        "finish_seconds": config.checkpoint.finish_seconds, "max_replacements": config.run.max_replacements,
+        "min_replicas": config.run.min_replicas, "replicas": [*replicas], "dp": [topology.strides["dp"], topology.dp],
         "address": "127.0.0.1" if launch.one_node else launch.master_addr, "port": 0, "token": "",
     }  # fmt: skip
     made: list[object] = [0, ""]
@@ -204,8 +207,7 @@ def introduce(world: World, plan: Plan, log: Logger, replicas: Sequence[str] = (
     about["port"], problem = world.group.gather_values(made)[0]
     if not problem:
         try:
-            token = (folder / "status" / "token").read_text(encoding="ascii")
-            about["token"] = token
+            about["token"] = (folder / "status" / "token").read_text(encoding="ascii")
         except OSError as error:
             problem = f"{error.filename}: {error.strerror}"
     if problem:

@@ -83,8 +83,11 @@ class Ranks:
 
     def trainer(self, rank: int) -> int:
         """The process that trains, of a supervised rank."""
-        pid = self.processes[rank].pid
-        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        pid, deadline = self.processes[rank].pid, time.monotonic() + 20
+        while not (children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return int(children[0])
 
     def said(self, rank: int) -> str:
         """What a rank has printed."""
@@ -159,6 +162,46 @@ def asked_while_the_model_is_built() -> None:
 
 def killed_while_the_model_is_built() -> None:
     _instead("megallama.train.setup", "assemble", _asked_for(40, signal.SIGKILL))
+
+
+def waits_before_there_is_a_trainer() -> None:
+    """Its maker does; one that is made again does not."""
+    _instead("megallama.train.supervised", "_become_trainers", lambda record: time.sleep(100))
+
+
+def waits_while_it_is_set_up() -> None:
+    """Before the ranks meet, and, once it is replaced, when they have met."""
+    launch, setup = (importlib.import_module(f"megallama.{name}") for name in ("comm.launch", "train.setup"))
+    gather, sources, now = launch._gather, setup.open_sources, [0]
+
+    def first(launch: Any, *rest: Any) -> Any:
+        now[0] = launch.generation
+        if launch.generation == 0:
+            time.sleep(100)
+        return gather(launch, *rest)
+
+    def second(config: Any) -> Any:
+        if now[0] == 1:
+            time.sleep(100)
+        return sources(config)
+
+    launch._gather, setup.open_sources = first, second
+
+
+def dies_once_step_4_is_saved() -> None:
+    """If that is within 1 s, while the line of that step in metrics.jsonl waits to be written."""
+    lines = importlib.import_module("megallama.train.metrics").JsonLines
+    real, saved = lines.write, Path(os.environ["PLANTED"])
+
+    def write(self: Any, record: Any) -> None:
+        until = time.monotonic() + 0.8 * (record["step"] == 4)
+        while time.monotonic() < until:
+            if saved.exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.01)
+        real(self, record)
+
+    lines.write = write
 
 
 def has_a_bug() -> None:

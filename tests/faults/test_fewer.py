@@ -89,6 +89,10 @@ def test_the_other_ranks_of_a_broken_replica_wait_without_work(tmp_path: Path) -
     change = "1 of 2 replicas, of launched ranks 0, 1; lost: 3; waiting without work: 2; 50% of the launched ranks"
     assert change in ranks.said(0)
     ranks.until("resumed after")
+    maker = ranks.trainer(2)
+    os.kill(maker, signal.SIGKILL)
+    ranks.until("killed by SIGKILL (9); another is started (1 of 9)", rank=2)
+    assert ranks.trainer(2) != maker
     os.kill(ranks.processes[2].pid or 0, signal.SIGUSR1)  # whom it reaches does not matter
     assert ranks.wait(30) == [75, 75, 75, -9]
     assert end_of(tmp_path)["status"] == 75
