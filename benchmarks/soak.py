@@ -2,6 +2,7 @@
 
     python benchmarks/soak.py --kills 200 --seed 1
     python benchmarks/soak.py --kills 6 --layouts "tp 2" --keep      a quick look
+    python benchmarks/soak.py --kills 40 --at-once 0.8               most of them while a run sets up
 
 Runs of a tiny model in several layouts are started as a launcher does it: a shell starts a process per rank.  At
 random moments something is killed, or stopped (SIGSTOP): a trainer, the process that makes the trainers of a rank, a
@@ -53,7 +54,7 @@ SETTINGS = [
     "log.tensorboard=false", "log.interval=1",
 ]  # fmt: skip
 TARGETS = {"trainer": 8, "maker of trainers": 2, "supervisor": 2, "all of a rank": 2, "launcher": 2}  # with weights
-WHOLE_GAP, LATER, AT_ONCE = 30, 0.05, 3.0  # steps, and then seconds, to the next kill; seconds, in one of four
+WHOLE_GAP, LATER, AT_ONCE = 30, 0.05, 3.0  # steps, and then seconds, to the next kill; seconds, where it comes at once
 STOPPED = 0.25  # of the kills are a SIGSTOP
 GONE, STUCK = 60.0, 150.0  # seconds: for all processes after the launcher's end; without a step
 NOTE = f"""
@@ -221,13 +222,13 @@ class Run:
 class Killer:
     """Chooses moments and targets."""
 
-    def __init__(self, draw: random.Random, stops: bool) -> None:
-        self.draw, self.stops = draw, stops
+    def __init__(self, draw: random.Random, stops: bool, at_once: float) -> None:
+        self.draw, self.stops, self.at_once = draw, stops, at_once
         self.asleep: list[tuple[float, int]] = []  # when it goes on; who
 
     def next(self, progress: int) -> tuple[int, float]:
         """Bytes of records, and a moment, behind which the next kill comes."""
-        if self.draw.random() < 0.25:
+        if self.draw.random() < self.at_once:
             return 0, time.monotonic() + self.draw.uniform(0, AT_ONCE)
         return progress + 40 * self.draw.randrange(WHOLE_GAP), time.monotonic() + self.draw.uniform(0, LATER)
 
@@ -271,7 +272,7 @@ def follow(run: Run, number: int, killer: Killer | None, most: int) -> tuple[lis
     kills: list[Kill] = []
     failed = 0
     while failed < 5:
-        before, ended, last = run.progress(), 0.0, time.monotonic()
+        before, ended, last, killed = run.progress(), 0.0, time.monotonic(), len(kills)
         size, next_kill = before, killer.next(before) if killer else (0, 0.0)
         run.start()
         while alive := run.alive():
@@ -293,7 +294,7 @@ def follow(run: Run, number: int, killer: Killer | None, most: int) -> tuple[lis
         run.launcher.wait()
         if run.finished():
             return kills, ""
-        failed = 0 if size > before else failed + 1
+        failed = 0 if size > before or len(kills) > killed else failed + 1
     return kills, f"{failed} starts in a row without a step; rank 0 said: {run.said(0)[-1500:]}"
 
 
@@ -379,6 +380,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of: " + ", ".join(LAYOUTS))
+    parser.add_argument("--at-once", type=float, default=0.25, help="share of kills within 3 s of the last or a start")
     parser.add_argument("--no-stops", action="store_true", help="SIGKILL alone")
     parser.add_argument("--keep", action="store_true", help="keep the folders of good runs too")
     args = parser.parse_args()
@@ -386,7 +388,7 @@ def main() -> int:
     if unknown := [name for name in names if name not in LAYOUTS]:
         raise SystemExit(f"error: --layouts {unknown[0]} is unknown; write some of {','.join(LAYOUTS)}")
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
-    killer = Killer(random.Random(args.seed), not args.no_stops)
+    killer = Killer(random.Random(args.seed), not args.no_stops, args.at_once)
     kills: list[Kill] = []
     wrong: list[str] = []
     began = time.monotonic()
