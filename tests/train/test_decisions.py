@@ -328,6 +328,20 @@ def test_why_a_run_cannot_go_on_with_fewer_replicas(monkeypatch: pytest.MonkeyPa
     assert "batch.global_batch_size=9 is not a multiple of" in found[2] and [found[1], found[3]] == ["", ""]
 
 
+def test_groups_are_opened_for_the_heads_that_the_model_has() -> None:
+    config = small_config(model={"num_kv_heads": 2}, parallel={"tp": 4})
+    plan, asked = make_plan(config, 8), list[tuple[Any, int]]()
+
+    def groups(topology: Any, heads: int) -> None:
+        asked.append((topology, heads))
+        raise EOFError
+
+    world: Any = SimpleNamespace(notes=[], groups=groups)
+    with pytest.raises(EOFError):
+        set_up._build(plan, world, Lines(), None, None)  # type: ignore[arg-type]
+    assert asked == [(plan.topology, 2)]
+
+
 def test_what_is_too_large_is_said_in_gibibytes() -> None:
     gib = 1 << 30
     with pytest.raises(ConfigError, match="takes exactly 3 GiB, but memory on a is 2 GiB; use more machines"):
