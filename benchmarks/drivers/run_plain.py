@@ -82,7 +82,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), work.CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     work.run(job, step)
 
