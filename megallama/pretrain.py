@@ -122,10 +122,14 @@ def _request(
     from megallama.kernels import processors
     from megallama.plan.params import num_parameters
     from megallama.plan.plan import make_plan
+    from megallama.train.auto import decide
 
-    file, ranks = None if is_setting(arguments[0]) else Path(arguments[0]), launch.world_size
+    file, ranks, decided = None if is_setting(arguments[0]) else Path(arguments[0]), launch.world_size, list[str]()
     try:
-        config = load(file, arguments[file is not None :], ranks=ranks, samples=samples_before, note=log.info)
+        settings, known = arguments[file is not None :], partial(decide, note=decided.append)
+        config = load(file, settings, ranks=ranks, samples=samples_before, note=log.info, decide=known)
+        for text in decided:
+            log.info(text)
         if launch.generation:  # the first one has begun as was said; now what it left is gone on from
             config = config.changed(checkpoint={"resume": "auto"})
         plan, table = make_plan(config, ranks), processors.digest(config.run.processor_table)
@@ -139,7 +143,7 @@ def _request(
             if isinstance(problem, MegallamaError):
                 problem.shared = str(error) == text
         raise
-    same = hashlib.sha256(f"{to_toml(config)}{plan.schedule}".encode()).hexdigest()[:12] + table
+    same = hashlib.sha256(f"{to_toml(config)}{plan.schedule}".encode()).hexdigest()[:12] + "; ".join([table, *decided])
     parts = partitions(plan.topology, config.model.num_kv_heads or 1).values()
     groups = [len(ranks) for part in parts for ranks in part if launch.rank in ranks]
     sources = len(config.data.train) + len(config.data.valid) + len(config.data.test)

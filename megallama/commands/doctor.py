@@ -71,7 +71,7 @@ def write_table(path: Path) -> int:
     if path.exists():
         print(f"error: {path} is there already; name a new file, and join tables by hand", file=sys.stderr)
         return 2
-    rows = {dtype: kernels(dtype, "cpu", True, False) for dtype in ("bf16", "fp32")}
+    rows = {dtype: kernels(dtype, "cpu", True, False, table=False) for dtype in ("bf16", "fp32")}
     written = entry(rows, str(cpu()["model"]))
     path.write_text(written, encoding="utf-8")
     print(f"{written}\nwritten to {path}; a new run reads it with run.processor_table={path}")
@@ -246,12 +246,13 @@ def read(path: str) -> str:
         return ""
 
 
-def kernels(dtype: str, device: str, measure: bool, compiled: bool) -> list[dict[str, Any]]:
-    """A row per operation; with `measure` the microseconds of everything that works here."""
+def kernels(dtype: str, device: str, measure: bool, compiled: bool, table: bool = True) -> list[dict[str, Any]]:
+    """A row per operation, by the package's `table`; with `measure` the microseconds of all that works here."""
     import torch
 
     from megallama.kernels.candidate import Target
     from megallama.kernels.in_fp32 import NAMED
+    from megallama.kernels.processors import Processor
     from megallama.kernels.select import FP8, FP8_PRODUCTS, OPERATIONS, select_kernels
     from megallama.train.assemble import DTYPES
 
@@ -259,7 +260,8 @@ def kernels(dtype: str, device: str, measure: bool, compiled: bool) -> list[dict
     if cuda and not torch.cuda.is_available():
         raise RuntimeError(f"torch {torch.__version__} finds no GPU")
     where, kind = torch.device("cuda" if cuda else "cpu"), DTYPES[dtype]
-    chosen = select_kernels(where, kind, compiled=compiled)
+    entry = Processor.here().entry(CPU_SIZE[1]) if table and not cuda else None
+    chosen = select_kernels(where, kind, compiled=compiled, named=entry.kernels.get(dtype) if entry else None)
     target = Target(where, kind, compiled=compiled, product=chosen.gemms.fprop)
     rows: list[dict[str, Any]] = [
         {"operation": c.operation, "taken": c.selected, "refused": dict(c.refused)} for c in chosen.choices

@@ -60,11 +60,13 @@ def load(
     need_data: bool = True,
     samples: Callable[[Config], int] = lambda config: 0,
     note: Callable[[str], None] = say,
+    decide: Callable[[Config], Config] | None = None,
 ) -> Config:
     """The configuration that the file and the overrides describe, with every derived value filled in.
 
     `ranks` adds the rules that need the number of ranks; `need_data=False` leaves out those about data.
     samples: how many a run with this configuration goes on from; batch sizes before that need not fit.
+    decide: what "auto" is on this machine; default: precision.dtype="bf16", run.compile=false.
     note: told, for each setting under a name of earlier versions, what it is called now.
     Raises: ConfigError listing every problem at once, each with where it comes from.
     """
@@ -77,7 +79,7 @@ def load(
     reader.apply_linear()
     for line in reader.notes:
         note(line)
-    config = resolve(reader.validate())
+    config = (decide or planned)(resolve(reader.validate()))
     preset = (key.split(".")[1] for key, source in reader.sources.items() if source.startswith("preset "))
     config.model.model_fields_set.difference_update(preset)  # "set" is what the user wrote
     ahead = config.batch.remaining(samples(config)) if config.batch.ramp_start else config.batch
@@ -103,6 +105,13 @@ def resolve(config: Config) -> Config:
         lr_schedule={"decay_steps": end, "wsd_decay_steps": decay, "warmup_steps": warmup},
         checkpoint={"folder": c.folder or str(Path(config.run.folder) / "checkpoints")},
     )
+
+
+def planned(config: Config) -> Config:
+    """"auto" as a plan has it, which may be made on another machine than the run."""
+    dtype, compiled = config.precision.dtype, config.run.compile
+    new: dict[str, dict[str, Any]] = {"precision": {"dtype": "bf16"}} if dtype == "auto" else {}
+    return config.changed(**new | ({"run": {"compile": False}} if compiled == "auto" else {}))
 
 
 def to_toml(config: Config) -> str:

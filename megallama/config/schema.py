@@ -143,7 +143,10 @@ class BatchConfig(Section):
 class PrecisionConfig(Section):
     """Number formats. Master weights, main gradients and reductions are fp32 (fp64 with dtype fp64)."""
 
-    dtype: Literal["bf16", "fp16", "fp32", "fp64"] = option("bf16", "format of weights and activations")
+    dtype: Literal["bf16", "fp16", "fp32", "fp64", "auto"] = option(
+        "bf16",
+        "format of weights and activations; auto, decided at the first start, is bf16 where it is fast, else fp32",
+    )
     fp8: Literal["none", "tensorwise"] = option(
         "none", "products of the layers' linear maps in fp8, one scale per tensor; GPUs from 8.9 on, bf16"
     )
@@ -317,8 +320,10 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes CUDA where there is one")
     threads: NonNegativeInt = option(0, "CPU threads per rank; 0 divides the cores among the ranks of a node")
     bind_cores: Literal["auto", "off"] = option("auto", "on CUDA a rank keeps to its part of the cores near its GPU")
-    compile: bool = option(
-        False, "torch.compile of norm, SwiGLU, RoPE and softmax alone; needs a C++ compiler, else not done"
+    compile: bool | Literal["auto"] = option(
+        False,
+        "torch.compile of norm, SwiGLU, RoPE and softmax alone; needs a C++ compiler, else not done; auto where the "
+        "table of processors says that it pays, decided at the first start",
     )
     without_kernels: tuple[str, ...] = option(
         (), 'implementations not to use, e.g. "apex" or "RMSNorm: Transformer Engine"; see megallama doctor'

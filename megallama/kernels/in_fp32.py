@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.kernels.attention import Attend, Documents, MakeAttention, blocked_attention, sdpa
+from megallama.kernels.attention import Attend, Documents, MakeAttention, sdpa
 from megallama.kernels.candidate import Target, Unsupported
 from megallama.kernels.gemm import MAX_PRODUCT, AddWgrad, MatmulNT, matmul_nt, onednn_matmul_nt
 
@@ -69,7 +69,7 @@ def _wgrad(target: Target) -> AddWgrad:
 
 def _attention(target: Target) -> MakeAttention:
     _need(target, torch.bfloat16, torch.float16)
-    attend = attention_in_fp32(blocked_attention if target.documents else sdpa)
+    attend = attention_in_fp32(sdpa)
     return lambda num_heads, num_kv_heads, head_dim: attend
 
 

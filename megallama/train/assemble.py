@@ -50,7 +50,7 @@ def kernels_of(config: Config, device: torch.device, named: Mapping[str, str] | 
     """The implementations that this configuration uses on `device`; `named` ones, by operation, come first."""
     return select_kernels(
         device, DTYPES[config.precision.dtype], documents=config.data.document_mask, fp8=config.precision.fp8,
-        compiled=config.run.compile, width=config.model.hidden_size, without=config.run.without_kernels,
+        compiled=config.run.compile is True, width=config.model.hidden_size, without=config.run.without_kernels,
         named=named,
     )  # fmt: skip
 

@@ -172,7 +172,7 @@ def test_the_table_of_a_processor_names_what_is_faster(
         "bf16": [row | {"named": {"oneDNN in fp32": 40.0, "torch mm in fp32": None}}, attend, {"operation": "AdamW"}],
         "fp32": [row | {"named": {"oneDNN in fp32": None, "torch mm in fp32": None}}, attend],
     }
-    monkeypatch.setattr(doctor, "kernels", lambda dtype, *args: rows[dtype])
+    monkeypatch.setattr(doctor, "kernels", lambda dtype, *args, table: rows[dtype])
     here = Processor("GenuineIntel", frozenset({"avx2", "avx512f"}))
     monkeypatch.setattr(Processor, "here", classmethod(lambda cls: here))
     path = tmp_path / "t.toml"

@@ -12,12 +12,15 @@ import torch
 from megallama.checkpoint import manifest
 from megallama.comm import rendezvous
 from megallama.config.errors import ConfigError, MegallamaError
+from megallama.config.load import load
 from megallama.kernels import gemm, in_fp32, processors, select
 from megallama.kernels.attention import sdpa
 from megallama.kernels.candidate import Target
 from megallama.kernels.processors import Processor
 from megallama.pretrain import main
+from megallama.train import auto
 from tests.comm.test_rendezvous import arrival
+from tests.small import small_config
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 IN_FP32 = {
@@ -92,6 +95,8 @@ def test_what_is_named_comes_first_or_says_why_not() -> None:
 
     assert chosen(BF16, attention="attention in fp32")["attention"] == "attention: attention in fp32"
     assert chosen(BF16, matrix_product="torch mm")["matrix product"] == "matrix product: torch mm"
+    within = select.select_kernels(CPU, BF16, documents=True, named={"attention": "attention in fp32"})
+    assert within.choices[0].selected == "attention in fp32"  # which was compared within documents too
     refused = chosen(torch.float64, matrix_product="oneDNN in fp32")["matrix product"]
     assert refused == (
         "matrix product: torch mm (not oneDNN in fp32: bfloat16 and float16 on a CPU only; "
@@ -194,3 +199,75 @@ def test_ranks_with_other_tables_are_told_apart(tmp_path: Path) -> None:
     seen = rendezvous._compare({0: arrival(0, config="abc" + one)}, arrival(3, config="abc" + two))
     assert seen.startswith(f"rank 0 (host0) and rank 3 (host1) have different configurations (abc{one} and abc{two});")
     assert ", run.processor_table " in seen
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, processor: Processor, gpus: tuple[float, ...] = ()) -> None:
+    monkeypatch.setattr(Processor, "here", classmethod(lambda cls: processor))
+    monkeypatch.setattr(auto, "_capabilities", lambda: [*gpus])
+
+
+NEW = Processor("GenuineIntel", frozenset({"avx2", "avx512f", "amx_bf16"}))
+FORMATS = [  # processor, GPUs, entry of the table, what auto is
+    (NEW, (), None, "bf16"),
+    (OLD, (), None, "fp32"),
+    (OLD, (), "bf16 = true", "bf16"),
+    (NEW, (), "bf16 = false", "fp32"),
+    (OLD, (9.0, 8.0), "bf16 = false", "bf16"),
+    (NEW, (7.5, 9.0), None, "fp32"),
+]
+
+
+@pytest.mark.parametrize(("processor", "gpus", "entry", "dtype"), FORMATS, ids=[str(n) for n in range(len(FORMATS))])
+def test_the_format_follows_from_the_device_and_the_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processor: Processor, gpus: tuple[float, ...], entry: str | None,
+    dtype: str,
+) -> None:  # fmt: skip
+    plant(monkeypatch, processor, gpus)
+    monkeypatch.setattr(
+        processors, "SHIPPED", Path(table(tmp_path / "t.toml", *([f'name = "x"\n{entry}'] * bool(entry))))
+    )
+    said: list[str] = []
+    config = small_config(precision={"dtype": "auto"}, run={"folder": str(tmp_path)})
+    assert auto.decide(config, said.append).precision.dtype == dtype
+    assert said[0].startswith(f'precision.dtype="auto" is {dtype}: ')
+    on_cpu = small_config(precision={"dtype": "auto"}, run={"folder": str(tmp_path), "device": "cpu"})
+    assert auto.decide(on_cpu, said.append).precision.dtype == (
+        "fp32" if entry == "bf16 = false" else "bf16" if entry or processor is NEW else "fp32"
+    )
+
+
+def test_leaves_are_compiled_where_the_table_and_a_compiler_say_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plant(monkeypatch, OLD)
+    config, said = small_config(run={"compile": "auto", "folder": str(tmp_path)}), list[str]()
+    for entry, compiler, on in (
+        ("compile = true", "/bin/g++", True),
+        ("compile = true", None, False),
+        ("", "/bin/g++", False),
+    ):
+        monkeypatch.setattr(processors, "SHIPPED", Path(table(tmp_path / "t.toml", f'name = "x"\n{entry}')))
+        monkeypatch.setattr(auto.shutil, "which", lambda name, found=compiler: found)
+        assert auto.decide(config, said.append).run.compile is on
+    assert said[0] == 'run.compile="auto" is true: so the table of processors has it (x)'
+
+
+def test_auto_is_decided_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the first start took is in the checkpoint; another processor goes on with it. A plan takes the defaults."""
+    words = ["precision.dtype=auto", "run.compile=auto"]
+    planned = load(None, words, need_data=False)
+    assert (planned.precision.dtype, planned.run.compile) == ("bf16", False)
+    monkeypatch.setattr(processors, "SHIPPED", Path(table(tmp_path / "none.toml")))
+    plant(monkeypatch, OLD)
+    run(tmp_path / "a", *words, "train.stop_after_steps=2")
+    plant(monkeypatch, NEW)
+    assert run(tmp_path / "a", *words) == run(tmp_path / "b", "precision.dtype=fp32") != run(tmp_path / "c", *words)
+    (step,) = (tmp_path / "a" / "checkpoints").glob("step-00000004")
+    config = json.loads((step / "manifest.json").read_bytes())["config"]
+    assert (config["precision"]["dtype"], config["run"]["compile"]) == ("fp32", False)
+    (line,) = [
+        x
+        for x in (tmp_path / "a/logs/rank-0000.log").read_text().splitlines()
+        if "checkpoint has it" in x and "dtype" in x
+    ]
+    assert line.endswith('precision.dtype="auto" is fp32: as the checkpoint has it')
