@@ -61,7 +61,7 @@ def test_the_settings_of_a_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith("[precision] Number formats.")
     keys = [s.key for s in settings() if s.key.startswith("precision.")]
     assert [line.split(" = ")[0] for line in out.splitlines() if " = " in line] == keys
-    assert 'precision.dtype = one of "bf16", "fp16", "fp32", "fp64"; default "bf16"\n' in out
+    assert 'precision.dtype = one of "bf16", "fp16", "fp32", "fp64", "auto"; default "bf16"\n' in out
     assert "precision.loss_scale_window = a whole number above 0 [steps]; default 1000\n" in out
     assert cli.main(["plan", "--help", "batch.seq-length"]) == 0
     assert capsys.readouterr().out.startswith("batch.seq_length = a whole number above 0 [tokens]; default 256\n    ")

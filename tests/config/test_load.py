@@ -184,7 +184,7 @@ SINGLE: list[tuple[str, str]] = [
     ("data.on_exhausted=halt", 'data.on_exhausted="halt" must be one of "error", "stop"'),
     ("run.device=gpu", 'run.device="gpu" must be one of "auto", "cpu", "cuda"; did you mean "cuda"?'),
     ("precision.dtype=float16",
-     'precision.dtype="float16" must be one of "bf16", "fp16", "fp32", "fp64"; did you mean "fp16"?'),
+     'precision.dtype="float16" must be one of "bf16", "fp16", "fp32", "fp64", "auto"; did you mean "fp16"?'),
     ("model.lr=1", "unknown setting 'model.lr'; did you mean optimizer.lr?"),
     ("lr=1", "unknown setting 'lr'; did you mean optimizer.lr?"),
     ("log.steps=1", "unknown setting 'log.steps'; did you mean train.steps?"),
