@@ -36,7 +36,7 @@ def saved_bytes(rank: Worker) -> tuple[int, int]:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         stage = rank.stages[0]
         stage.layers = [layer]
-        ids = torch.zeros(TOKENS, dtype=torch.int64)
+        ids = torch.zeros(1, TOKENS, dtype=torch.int64)  # of one sample
         body_of(stage, embed=False)(x + 0, MicroBatch(ids, ids))
     half = sum(n for dtype, n in storages.values() if dtype == torch.bfloat16)
     single = sum(n for dtype, n in storages.values() if dtype == torch.float32)
