@@ -197,7 +197,13 @@ def loop(step: int = 0, **sections: dict[str, Any]) -> tuple[Any, Lines]:
     made._save = lambda leaving: made.saved.append((made.progress.step, leaving))
     data = SimpleNamespace(valid=["v"], test=["t"])
     made.setup = SimpleNamespace(
-        last_step=20, data=data, copies=None, train_data=None, computes_with="", signals=SimpleNamespace(received=None)
+        last_step=20,
+        data=data,
+        copies=None,
+        train_data=None,
+        named={},
+        computes_with="",
+        signals=SimpleNamespace(received=None),
     )
     record = FlightRecord()
     made._world = SimpleNamespace(record=record, patient=lambda seconds: nullcontext(), rank=0, group=Solo("world"))
@@ -326,6 +332,29 @@ def test_why_a_run_cannot_go_on_with_fewer_replicas(monkeypatch: pytest.MonkeyPa
     world.hosts = ["a", "b", "c"]
     found = set_up._replicas(plan, world)
     assert "batch.global_batch_size=9 is not a multiple of" in found[2] and [found[1], found[3]] == ["", ""]
+
+
+def test_going_back_is_counted_and_leaves_the_samples_between_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, log = small_config(train={"rollback_skip_steps": 2, "max_rollbacks": 3}), Lines()
+    progress, untils = Progress(config), list[int | None]()
+    progress.step, progress.samples, progress.first_step = 24, 192, 22
+
+    def restore(setup: Any, until: int | None = None) -> int:
+        untils.append(until)
+        progress.step, progress.left_out, progress.samples = 20, {"20": 48}, 208
+        return 19
+
+    monkeypatch.setattr(set_up, "_restore", restore)
+    monkeypatch.setattr(set_up, "replace", lambda setup, last_step: last_step)
+    setup: Any = SimpleNamespace(
+        config=config, progress=progress, log=log, worker=SimpleNamespace(optimizer=SimpleNamespace(wait=lambda: None))
+    )
+    assert set_up.go_back(setup) == 19 and untils == [208]
+    assert (progress.rollbacks, progress.first_step) == (1, 20), "steps from there on are this start's"
+    assert log.said == [
+        "warning: step 24 is undone (rollback 1 of at most 3): the run goes on after step 20; "
+        "samples 160 to 207 are left out"
+    ]
 
 
 def test_groups_are_opened_for_the_heads_that_the_model_has() -> None:
