@@ -146,7 +146,7 @@ class Stage:
         assert x is not None, "only the first stage makes its own hidden states"
         documents = batch.documents and batch.documents.each(lambda t: t)  # masks do not live as long as batches
         again = self.recompute and torch.is_grad_enabled()
-        tables = self.rotary.tables(documents, batch.tokens.shape[1])
+        tables = self.rotary.tables(documents, *batch.tokens.shape[1:])  # flat ones: samples of the longest
         for number, layer in zip(self._numbers, self.layers, strict=True):
             inputs = x, *tables, documents
             self._record.layer(number)
