@@ -117,11 +117,12 @@ def _leaves(index: dict[str, Any], task: str) -> list[Any]:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{task}: lm-evaluation-harness has no such task{hint}")
     entry = index[task]
-    parts = entry.cfg.get("task") if entry.cfg and entry.kind.name == "GROUP" else None
-    if parts is None and entry.yaml_path is None:
-        raise ConfigError(f"{task}: it is a tag or made by a program; name the tasks that it stands for")
-    names = [part if isinstance(part, str) else part["task"] for part in parts or ()]
-    return [leaf for name in names for leaf in _leaves(index, name)] if parts else [entry]
+    if entry.kind.name == "TAG":
+        return [other for other in index.values() if task in other.tags and other.kind.name == "TASK"]
+    if entry.kind.name != "GROUP":
+        return [entry]
+    names = [part if isinstance(part, str) else part["task"] for part in entry.cfg["task"]]
+    return [leaf for name in names for leaf in _leaves(index, name)]
 
 
 def _local(config: dict[str, Any], root: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
