@@ -61,9 +61,8 @@ def _library() -> SimpleNamespace:
         names = ("api.model", "api.task", "tasks", "tasks._yaml_loader", "evaluator")
         model, task, tasks, loader, evaluator = (importlib.import_module(f"lm_eval.{name}") for name in names)
     except ImportError as error:
-        raise ConfigError(
-            f"--tasks needs lm-evaluation-harness 0.4.13 ({error}); pip install 'megallama[eval]', or give --items"
-        ) from None
+        what = f"--tasks needs lm-evaluation-harness 0.4.13 ({error})"
+        raise ConfigError(f"{what}; pip install 'megallama[eval]', or give --items") from None
     index, evaluate = tasks.TaskManager().task_index, evaluator.simple_evaluate
     return SimpleNamespace(
         LM=model.LM, Task=task.ConfigurableTask, index=index, read=loader.load_yaml, evaluate=evaluate
