@@ -2,18 +2,17 @@
 
 Any ``model/`` folder of a checkpoint is a Hugging Face folder and any LLaMA of Hugging Face's form can
 be read here.  The prompt is run once; then each new token costs one row: its keys and values join
-the cache of all earlier positions, which is why earlier rows never run again.
+the cache of all earlier positions, which never run again.  Many prompts run as the rows of batches.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megallama.checkpoint import disk, manifest, reader
@@ -21,82 +20,17 @@ from megallama.checkpoint.disk import CheckpointError, DamagedError
 from megallama.checkpoint.folder import find_checkpoint, step_folder
 from megallama.checkpoint.huggingface import read_model_config
 from megallama.config.errors import ConfigError, counted
-from megallama.config.schema import ModelConfig
 from megallama.config.special_tokens import read_settings
 from megallama.data.tokenizer import Tokenizer
-from megallama.kernels.candidate import accumulate_dtype
-from megallama.kernels.pointwise import apply_rope, rms_norm, rope_tables
-from megallama.plan.params import global_shapes, heads
+from megallama.inference.llama import Cache, Llama
+from megallama.plan.params import global_shapes
 
-MAX_CONTEXT = 1 << 24  # a model that claims more would fill the memory with tables of angles
+Decode = Callable[[list[int]], str]
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"  # how a decoder shows the bytes of half a character
-
-
-class Cache:
-    """Keys and values of the positions already run: [layers, 2, kv heads, capacity, d]."""
-
-    def __init__(self, model: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        _, k, d = heads(model)
-        self.tensor = torch.empty(model.num_layers, 2, k, capacity, d, dtype=dtype, device=device)
-        self.length = 0
-
-
-class Llama:
-    """The model for inference: plain torch, no parallelism."""
-
-    def __init__(
-        self, model: ModelConfig, context: int, weights: Mapping[str, Tensor], eos: frozenset[int] = frozenset()
-    ) -> None:
-        self.model, self.weights = model, weights
-        self.notes: list[str] = []  # what is not as config.json says
-        self.context = context  # longest sequence [tokens]
-        self.eos = eos  # ids that end a text
-        self.embed = weights["model.embed_tokens.weight"]
-        self.head = self.embed if model.tie_embeddings else weights["lm_head.weight"]
-        dtype, device = accumulate_dtype(self.embed.dtype), self.embed.device
-        self.cos, self.sin = rope_tables(context, heads(model)[2], model.rope_theta, model.rope_scaling, dtype, device)
-
-    def cache(self, capacity: int) -> Cache:
-        """An empty cache for `capacity` positions."""
-        return Cache(self.model, capacity, self.embed.dtype, self.embed.device)
-
-    @torch.inference_mode()
-    def forward(self, tokens: Tensor, cache: Cache, *, last_only: bool = False) -> Tensor:
-        """Logits [T, v] of `tokens` [T], which follow what is in `cache` and join it; or [1, v], the last row's."""
-        start, stop = cache.length, cache.length + len(tokens)
-        x = F.embedding(tokens, self.embed)
-        for i in range(self.model.num_layers):
-            x = x + self._attention(i, self._norm(x, f"model.layers.{i}.input_layernorm"), cache.tensor[i], start, stop)
-            y = self._norm(x, f"model.layers.{i}.post_attention_layernorm")
-            gate, up = (self._linear(y, f"model.layers.{i}.mlp.{part}_proj") for part in ("gate", "up"))
-            x = x + self._linear(F.silu(gate) * up, f"model.layers.{i}.mlp.down_proj")
-        cache.length = stop
-        return F.linear(self._norm(x[-1:] if last_only else x, "model.norm"), self.head)
-
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        return rms_norm(x, self.weights[name + ".weight"], self.model.norm_eps)
-
-    def _linear(self, x: Tensor, name: str) -> Tensor:
-        return F.linear(x, self.weights[name + ".weight"])
-
-    def _attention(self, layer: int, x: Tensor, cache: Tensor, start: int, stop: int) -> Tensor:
-        """Rows start..stop-1 attend to all positions up to their own. x, result [T, h]."""
-        n, k, d = heads(self.model)
-        name = f"model.layers.{layer}.self_attn."
-        parts = {"q": n, "k": k, "v": k}
-        query, key, value = (self._linear(x, f"{name}{p}_proj").view(1, -1, count, d) for p, count in parts.items())
-        for rows in (query, key):
-            apply_rope(rows, self.cos[start:stop], self.sin[start:stop], out=rows)
-        cache[0, :, start:stop] = key[0].transpose(0, 1)
-        cache[1, :, start:stop] = value[0].transpose(0, 1)
-        seen = None  # a single row sees everything
-        if start > 0 and stop - start > 1:
-            seen = torch.ones(stop - start, stop, dtype=torch.bool, device=x.device).tril(start)
-        keys, values = cache[:, None, :, :stop]
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2), keys, values, seen, is_causal=start == 0 and stop > 1, enable_gqa=n != k
-        )
-        return self._linear(mixed[0].transpose(0, 1).reshape(-1, n * d), name + "o_proj")
+_BEFORE = 8  # tokens that a new one is decoded with
+CACHE_BYTES = 1 << 30
+MAX_ROWS = 32  # a product of so many rows waits for its weights no longer
+MAX_CONTEXT = 1 << 24  # a model that claims more would fill the memory with tables of angles
 
 
 def find_model(path: Path, tell: Callable[[str], None] = lambda text: None) -> Path:
@@ -135,8 +69,8 @@ def load_llama(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
         raise CheckpointError(f"{path} has max_position_embeddings={longest}; write the longest sequence [tokens]")
     eos = read_settings(folder / "generation_config.json").get("eos_token_id", raw.get("eos_token_id"))
     ends = frozenset(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))
-    llama = Llama(model, longest, weights, ends)
-    llama.notes = notes
+    llama = Llama(model, longest, weights)
+    llama.eos, llama.notes = ends, notes
     return llama
 
 
@@ -147,24 +81,115 @@ class Sampling:
     temperature: float = 1.0  # 0 takes the most likely token
     top_p: float = 1.0  # draw from the fewest tokens whose probabilities reach this (Holtzman et al. 2020)
     seed: int = 0
+    top_k: int = 0  # draw from this many likeliest tokens (Fan et al. 2018), before `top_p`; 0: from all
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
             raise ConfigError(f"temperature={self.temperature} is negative; use 0 for greedy, about 0.8 to sample")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} is not a share; use a value above 0 and at most 1")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k={self.top_k} is negative; use 0 for all tokens, about 40 for the likeliest")
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> int:
-    """A token id from logits [v]."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits.double() / sampling.temperature, dim=-1)
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What each token is drawn with, fp64 [rows, v], from logits [rows, v]; the temperature is not 0."""
+    scaled = logits.double() / sampling.temperature
+    if 0 < sampling.top_k < scaled.shape[-1]:
+        least = scaled.topk(sampling.top_k).values[:, -1:]  # those equal to the last one stay, as in transformers
+        scaled = scaled.where(scaled >= least, -torch.inf)
+    shares = torch.softmax(scaled, dim=-1)
     if sampling.top_p < 1:
-        ordered, ids = probabilities.sort(descending=True)
-        before = ordered.cumsum(0) - ordered  # what the likelier tokens have already
-        probabilities = torch.zeros_like(probabilities).scatter(0, ids, ordered.where(before < sampling.top_p, 0.0))
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+        ordered, ids = shares.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered  # what the likelier tokens have already
+        shares = torch.zeros_like(shares).scatter(-1, ids, ordered.where(before < sampling.top_p, 0.0))
+    return shares
+
+
+def draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
+    """A token id for each row of logits [rows, v]; each row draws from its own generator."""
+    if sampling.temperature == 0:
+        return [int(token) for token in logits.argmax(-1).tolist()]
+    rows = probabilities(logits, sampling)
+    return [int(torch.multinomial(row, 1, generator=own)) for row, own in zip(rows, generators, strict=True)]
+
+
+class Transcript:
+    """The text after a prompt, token by token.
+
+    Only a short tail is decoded each time, beginning at the last piece: how a token reads depends on
+    the one before it (a leading space, half a character), never on earlier ones.
+    """
+
+    def __init__(self, decode: Decode | None, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
+        self._decode = decode or (lambda ids: "")  # there is no text then
+        self._tail, self._pending = list(prompt[-_BEFORE:]), 0
+        self._done = self._decode(self._tail).rstrip(_PARTIAL)
+        self._stop, self._shown = stop, 0
+        self._held = max(0, max(map(len, stop), default=0) - 1)  # characters that may begin a stop string
+        self.text = ""  # ends before a stop string
+        self.stopped = False  # by a stop string
+
+    def push(self, token: int) -> str:
+        """What is certain now and was not before: no half character, nothing that may begin a stop string."""
+        self._tail.append(token)
+        self._pending += 1
+        text = self._decode(self._tail)
+        if text.endswith(_PARTIAL) and self._pending < 4:  # UTF-8 characters have at most 4 bytes
+            return ""
+        return self._add(text)
+
+    def end(self) -> str:
+        """What was held back when the last token has come."""
+        piece = self._add(self._decode(self._tail)) if self._pending and not self.stopped else ""
+        return piece + self._show(0)
+
+    def _add(self, text: str) -> str:
+        seen = max(0, len(self.text) - self._held)  # a stop string may begin here and not before
+        self.text += text[len(self._done) :]
+        self._tail, self._pending = self._tail[-_BEFORE:], 0
+        self._done = self._decode(self._tail)
+        if found := [at for at in (self.text.find(stop, seen) for stop in self._stop) if at >= 0]:
+            self.text, self.stopped = self.text[: min(found)], True
+        return self._show(0 if self.stopped else self._held)
+
+    def _show(self, held: int) -> str:
+        upto = max(self._shown, len(self.text) - held)
+        piece, self._shown = self.text[self._shown : upto], upto
+        return piece
+
+
+@dataclass
+class Continuation:
+    """A prompt and what has come after it."""
+
+    prompt: Sequence[int]
+    room: int  # most tokens that can come
+    cut: bool  # by the context: more were asked for
+    generator: torch.Generator
+    transcript: Transcript
+    tokens: list[int] = field(default_factory=list)  # with those that spell a stop string, without an `eos`
+    ended: str = ""  # "eos", "stop", "length" (as many tokens as were asked for) or "context" (which is full)
+
+    @property
+    def text(self) -> str:
+        """Up to the first stop string."""
+        return self.transcript.text
+
+    def push(self, token: int, eos: frozenset[int]) -> bool:
+        """Take a token; whether another one may come."""
+        if token in eos:
+            self.ended = "eos"
+        else:
+            self.tokens.append(token)
+            self.transcript.push(token)
+        if len(self.tokens) == self.room:
+            self.ended = "context" if self.cut else "length"
+        if self.ended:
+            self.transcript.end()
+        if self.transcript.stopped:
+            self.ended = "stop"
+        return not self.ended
 
 
 def generate(
@@ -175,47 +200,112 @@ def generate(
     num_ids: of the tokenizer; ids from there on pad the model's vocabulary and are never drawn.
     Raises ConfigError if the prompt is empty, holds an id beyond the vocabulary or fills the context.
     """
+    row = _begin(llama, prompt, "the prompt", max_tokens, sampling.seed, Transcript(None))
+    for _ in _run(llama, [row], sampling, num_ids):
+        yield from row.tokens[-1:] if row.ended != "eos" else ()
+
+
+def generate_batch(
+    llama: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling,
+    *,
+    tokenizer: Tokenizer | None = None,
+    stop: Sequence[str] = (),
+    cache_bytes: int = CACHE_BYTES,
+    max_rows: int = MAX_ROWS,
+) -> list[Continuation]:
+    """What follows each of `prompts` (token ids), in their order: at most `max_tokens` tokens of each.
+
+    A text ends at the first of `llama.eos`, a string of `stop` and the context's end.  Its result is,
+    to rounding, that of the prompt alone: prompt i draws as `generate` does with seed + i.  Prompts
+    of similar length run together: `max_rows` at most, and no more than have their keys and values
+    in `cache_bytes`, but always one.  Without a tokenizer there is no text.
+
+    Raises: ConfigError for a prompt that cannot be run, by its number from 1, before any is run.
+    """
+    for name, value in (("max_tokens", max_tokens), ("max_rows", max_rows)):
+        if value < 1:
+            raise ConfigError(f"{name}={value} makes no text; use 1 or more")
+    if "" in stop:
+        raise ConfigError("a stop string is empty and would end every text before it begins; leave it out")
+    if stop and tokenizer is None:
+        raise ConfigError(f"stop={list(stop)} is looked for in the text: hand over the tokenizer, too")
+    decode, num_ids = (tokenizer.decode, tokenizer.vocab_size) if tokenizer else (None, None)
+    rows = []
+    for i, prompt in enumerate(prompts):
+        name, transcript = f"prompt {i + 1} of {len(prompts)}", Transcript(decode, prompt, stop)
+        rows.append(_begin(llama, prompt, name, max_tokens, sampling.seed + i, transcript))
+    for batch in _batches(rows, cache_bytes // llama.bytes_per_position(), max_rows):
+        for _ in _run(llama, batch, sampling, num_ids):
+            pass
+    return rows
+
+
+def _begin(
+    llama: Llama, prompt: Sequence[int], name: str, max_tokens: int, seed: int, transcript: Transcript
+) -> Continuation:
+    """Nothing has come after the prompt, called `name`, yet. Raises ConfigError if it cannot be run."""
     vocab, context = llama.model.vocab_size, llama.context
     if not prompt:
-        raise ConfigError("the prompt has no tokens; give at least one word")
+        raise ConfigError(f"{name} has no tokens; give at least one word")
     if len(prompt) >= context:
         length = counted(len(prompt), "token")
-        raise ConfigError(f"the prompt has {length}; this model sees {context}: give at most {context - 1}")
+        raise ConfigError(f"{name} has {length}; this model sees {context}: give at most {context - 1}")
     if min(prompt) < 0 or max(prompt) >= vocab:
         wrong = next(token for token in prompt if not 0 <= token < vocab)
-        raise ConfigError(f"the prompt holds token id {wrong}, the model 0..{vocab - 1}: use the model's own tokenizer")
-    device = llama.embed.device
-    generator = torch.Generator(device).manual_seed(sampling.seed)
-    count = min(max_tokens, context - len(prompt))
-    cache = llama.cache(len(prompt) + count)
-    tokens = torch.tensor(prompt, device=device)
-    for _ in range(count):
-        token = draw(llama.forward(tokens, cache, last_only=True)[0, :num_ids], sampling, generator)
-        if token in llama.eos:
+        raise ConfigError(f"{name} holds token id {wrong}, the model 0..{vocab - 1}: use the model's own tokenizer")
+    room = min(max_tokens, context - len(prompt))
+    return Continuation(
+        prompt, room, room < max_tokens, torch.Generator(llama.embed.device).manual_seed(seed), transcript
+    )
+
+
+def _batches(rows: Sequence[Continuation], positions: int, max_rows: int) -> list[list[Continuation]]:
+    """The longest prompts first, as many together as have room in a cache of `positions`; at least one."""
+    batches: list[list[Continuation]] = []
+    for row in sorted(rows, key=lambda row: -len(row.prompt)):
+        more = [*batches[-1], row] if batches else []
+        needed = len(more) * (len(more[0].prompt) + max(r.room for r in more)) if more else 0
+        if not more or len(more) > max_rows or needed > positions:
+            batches.append([row])
+        else:
+            batches[-1] = more
+    return batches
+
+
+def _run(llama: Llama, rows: list[Continuation], sampling: Sampling, num_ids: int | None) -> Iterator[None]:
+    """One batch, token by token, to its end; the last row takes the place of one that has ended."""
+    cache = Cache(llama, [row.prompt for row in rows], max(row.room for row in rows))
+    logits = cache.prefill()
+    while True:
+        picked = draw(logits[:, :num_ids], sampling, [row.generator for row in rows])
+        going = [row.push(token, llama.eos) for row, token in zip(rows, picked, strict=True)]
+        yield
+        slots = [*range(len(rows))]
+        for slot in reversed(range(len(rows))):
+            if not going[slot]:
+                slots[slot] = slots[-1]
+                slots.pop()
+        if not slots:
             return
-        yield token
-        tokens = torch.tensor([token], device=device)
+        if len(slots) < len(rows):
+            cache.keep(slots)
+            rows, picked = [rows[slot] for slot in slots], [picked[slot] for slot in slots]
+        logits = cache.step(picked)
 
 
-def stream_text(tokens: Iterator[int], decode: Callable[[list[int]], str], prompt: Sequence[int]) -> Iterator[str]:
-    """Pieces of text as tokens arrive; a character of several tokens comes out when it is complete.
-
-    Only a short tail is decoded each time, beginning at the last piece: how a token reads depends on
-    the one before it (a leading space, half a character), never on earlier ones.
-    """
-    tail, pending = list(prompt[-8:]), 0
-    done = decode(tail).rstrip(_PARTIAL)
-    for token in tokens:
-        tail.append(token)
-        pending += 1
-        text = decode(tail)
-        if text.endswith(_PARTIAL) and pending < 4:  # UTF-8 characters have at most 4 bytes
-            continue
-        yield text[len(done) :]
-        tail, pending = tail[-8:], 0
-        done = decode(tail)
-    if pending:
-        yield decode(tail)[len(done) :]
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file, one a line. Raises: ConfigError."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+        if not lines:
+            raise ValueError("it is empty")
+        return [str(json.loads(line)["prompt"]) for line in lines] if path.suffix == ".jsonl" else lines
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        form = 'one prompt a line, {"prompt": "text"} in a .jsonl'
+        raise ConfigError(f"--prompts={path} cannot be read: {error!r}; write {form}") from error
 
 
 def encode_prompt(folder: Path, tokenizer: Tokenizer, text: str) -> list[int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,17 @@ from megallama.checkpoint.manifest import render
 from megallama.cli import command
 from megallama.config.errors import ConfigError
 from megallama.data.tokenizer import load_tokenizer
-from megallama.inference.generate import Sampling, draw, encode_prompt, find_model, generate, load_llama, stream_text
+from megallama.inference.generate import (
+    Sampling,
+    Transcript,
+    draw,
+    encode_prompt,
+    find_model,
+    generate,
+    generate_batch,
+    load_llama,
+)
+from megallama.inference.llama import Cache, Llama
 
 main = command("generate")
 LLAMA3 = {
@@ -62,6 +74,12 @@ def reference(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5G
     return model
 
 
+def logits_of(llama: Llama, tokens: list[int], first: int) -> torch.Tensor:
+    """Logits from that of token first - 1 to the last: `first` tokens are the prompt, the others come one by one."""
+    cache = Cache(llama, [tokens[:first]], len(tokens) - first)
+    return torch.cat([cache.prefill(), *(cache.step([token]) for token in tokens[first:])])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_tokens_equal_hugging_face(shape: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -83,22 +101,29 @@ def test_logits_equal_hugging_face(shape: str, tmp_path: Path) -> None:
     tokens = torch.arange(50) % 97
     with torch.no_grad():
         want = theirs(tokens[None]).logits[0]
-    got = llama.forward(tokens, llama.cache(50))
+    got = logits_of(llama, tokens.tolist(), 1)
     assert ((got - want).norm() / want.norm()).item() < 2e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cached_logits_equal_the_full_forward(shape: str, tmp_path: Path) -> None:
+def test_logits_are_those_of_the_whole_prompt(shape: str, tmp_path: Path) -> None:
+    """Token by token after a prompt of any length, and in rows of other lengths that come and go."""
     reference(tmp_path, torch.float64, **SHAPES[shape])
     llama = load_llama(tmp_path)
-    tokens = (torch.arange(40) * 31) % 97
-    full = llama.forward(tokens, llama.cache(40))
-    cache = llama.cache(40)
-    parts = [llama.forward(part, cache) for part in tokens.split([11, 1, 9, 1, 1, 17])]
-    assert (torch.cat(parts) - full).abs().max().item() < 1e-11 * full.abs().max().item()
-    last = llama.forward(tokens, llama.cache(40), last_only=True)
-    assert last.shape == (1, 97)
-    assert torch.allclose(last[0], full[-1], rtol=1e-12)
+    text = [i * 31 % 97 for i in range(40)]
+    full = logits_of(llama, text, 1)
+    for first in (11, 40):
+        assert (logits_of(llama, text, first) - full[first - 1 :]).abs().max() < 1e-11 * full.abs().max()
+    lengths = [20, 3, 33, 7]
+    cache = Cache(llama, [text[:length] for length in lengths], 6)
+    logits = cache.prefill()
+    for kept in ([0, 1, 2, 3], [0, 1, 3], [2, 1], [1], [0]):  # the longest goes, then others and the first
+        cache.keep(kept)
+        lengths = [lengths[row] + 1 for row in kept]
+        logits = cache.step([text[length - 1] for length in lengths])
+        for row, length in zip(logits, lengths, strict=True):
+            assert (row - full[length - 1]).abs().max() < 1e-11 * full.abs().max()
+    assert lengths == [8]
 
 
 def test_reads_sharded_files_and_converts(tmp_path: Path) -> None:
@@ -107,7 +132,7 @@ def test_reads_sharded_files_and_converts(tmp_path: Path) -> None:
     llama = load_llama(tmp_path, torch.bfloat16)
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(llama.weights[name], theirs.state_dict()[name].bfloat16())
-    got = llama.forward(torch.arange(9), llama.cache(9)).float()
+    got = logits_of(llama, [*range(9)], 1).float()
     with torch.no_grad():
         want = theirs(torch.arange(9)[None]).logits[0]
     assert ((got - want).norm() / want.norm()).item() < 0.05
@@ -124,16 +149,98 @@ def test_stops_at_eos_and_at_the_end_of_the_context(tmp_path: Path) -> None:
     assert len(list(generate(llama, [1] * 60, 100, GREEDY))) == 4  # the context has 64
 
 
-def test_ids_that_only_pad_the_vocabulary_are_never_drawn(tmp_path: Path) -> None:
+PROMPTS = [[int(i) for i in (torch.arange(n) * 29 + n) % 97] for n in (7, 1, 40, 12, 3, 30, 7, 2, 21)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_batches_equal_hugging_face(shape: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    theirs = reference(tmp_path, dtype, **SHAPES[shape])
+    llama = load_llama(tmp_path)
+    longest = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in PROMPTS])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in PROMPTS])
+    new = theirs.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0)[:, longest:]
+    rows = generate_batch(llama, PROMPTS, 20, GREEDY)
+    assert [row.tokens for row in rows] == new.tolist()
+    assert {row.ended for row in rows} == {"length"}
+    assert not llama.weights, "weights are held twice"
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 0.9, 5, 30)], ids=["greedy", "sampled"])
+def test_a_row_is_what_its_prompt_makes_alone(sampling: Sampling, tmp_path: Path) -> None:
+    """Whatever the batch, the order, and what ends when: at eos, at a stop string, at the end of the context."""
+    reference(tmp_path, torch.float64, num_key_value_heads=2)
+    llama = load_llama(tmp_path)
+    free = [list(generate(llama, prompt, 50, replace(sampling, seed=5 + i))) for i, prompt in enumerate(PROMPTS)]
+    llama.eos = frozenset({free[0][4], free[3][9], free[5][0]})
+    alone = [list(generate(llama, prompt, 50, replace(sampling, seed=5 + i))) for i, prompt in enumerate(PROMPTS)]
+    assert [len(row) for row in alone] != [len(row) for row in free]
+    size = llama.bytes_per_position()
+    for limits in ({}, {"max_rows": 4}, {"max_rows": 1}, {"cache_bytes": 300 * size}, {"cache_bytes": 1}):
+        rows = generate_batch(llama, PROMPTS, 50, sampling, **limits)
+        assert [row.tokens for row in rows] == alone
+        for row, own in zip(rows, alone, strict=True):
+            room = 64 - len(row.prompt)
+            full = "context" if room < 50 else "length"
+            assert row.ended == (full if len(own) == min(50, room) else "eos")
+    assert {row.ended for row in rows} == {"eos", "context", "length"} or sampling != GREEDY
+    if sampling.temperature:  # a prompt draws with its place's seed, whoever stands beside it
+        changed = generate_batch(llama, [PROMPTS[0], [5] * 30, PROMPTS[2]], 50, sampling)
+        assert [changed[0].tokens, changed[2].tokens] == [alone[0], alone[2]]
+        twice = generate_batch(llama, [PROMPTS[1]] * 2, 50, sampling)
+        assert twice[0].tokens != twice[1].tokens
+
+
+def test_batches_take_prompts_of_similar_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reference(tmp_path)
     llama = load_llama(tmp_path)
+    seen = []
+    monkeypatch.setattr(Cache, "prefill", lambda self, run=Cache.prefill: seen.append(self) or run(self))
+    made = generate_batch(llama, PROMPTS, 8, GREEDY, cache_bytes=100 * llama.bytes_per_position())
+    assert [len(cache.tensor[0, 0]) for cache in seen] == [2, 3, 4]  # (40, 30), (21, 12, 7), (7, 3, 2, 1)
+    assert [cache.tensor.shape[-2] for cache in seen] == [48, 29, 15]
+    assert sum(cache.tensor.nbytes <= 100 * llama.bytes_per_position() for cache in seen) == 3
+    seen.clear()
+    alike = generate_batch(llama, PROMPTS, 8, GREEDY, cache_bytes=1)
+    assert [row.tokens for row in alike] == [row.tokens for row in made] and len(seen) == len(PROMPTS)
+    monkeypatch.setattr("megallama.inference.llama.PROMPT_TOKENS", 80)  # prompts run two by two
+    assert [row.tokens for row in generate_batch(llama, PROMPTS, 8, GREEDY)] == [row.tokens for row in made]
+    assert generate_batch(llama, [], 8, GREEDY) == []
+
+
+def test_texts_end_at_stop_strings(tmp_path: Path) -> None:
+    reference(tmp_path)
+    llama = load_llama(tmp_path)
+    tokenizer: Any = SimpleNamespace(decode=lambda ids: "".join(chr(33 + i) for i in ids), vocab_size=90)
+    prompts = [[1, 2, 3], [4] * 17, [5]]
+    free = generate_batch(llama, prompts, 30, GREEDY, tokenizer=tokenizer)
+    for prompt, row in zip(prompts, free, strict=True):
+        assert row.tokens == list(generate(llama, prompt, 30, GREEDY, num_ids=90))
+        assert row.text == tokenizer.decode(row.tokens)
+    stop = [free[0].text[9:12], "\0", free[2].text[4:6]]
+    rows = generate_batch(llama, prompts, 30, GREEDY, tokenizer=tokenizer, stop=stop)
+    for row, before in zip(rows, free, strict=True):
+        found = [at for at in map(before.text.find, stop) if at >= 0]
+        assert row.text == before.text[: min(found)] if found else row.text == before.text
+        assert row.ended == ("stop" if found else before.ended)
+        assert row.tokens == before.tokens[: len(row.tokens)]
+        assert tokenizer.decode(row.tokens).startswith(row.text)
+        spelled = len(row.tokens) - len(row.text)  # the tokens of the stop string stay
+        assert spelled in ((2, 3) if found else (0,))
+    assert [row.ended for row in rows].count("stop") >= 2
+
+
+def test_ids_that_only_pad_the_vocabulary_are_never_drawn(tmp_path: Path) -> None:
+    reference(tmp_path)
     for sampling in (GREEDY, Sampling(1.0, 1.0, 3), Sampling(5.0, 0.9, 4)):
-        exact = list(generate(llama, [1, 2], 30, sampling, num_ids=90))
+        exact = list(generate(load_llama(tmp_path), [1, 2], 30, sampling, num_ids=90))
         assert max(exact) < 90
+        llama = load_llama(tmp_path)
         llama.head[90:] = 0
         llama.head[90:] += 100 * llama.head[exact[0]]  # they would win every time
         assert list(generate(llama, [1, 2], 30, sampling, num_ids=90)) == exact
-    assert max(generate(llama, [1, 2], 30, GREEDY)) >= 90
+        assert max(generate(llama, [1, 2], 30, GREEDY)) >= 90
 
 
 def test_same_seed_same_text(tmp_path: Path) -> None:
@@ -144,30 +251,36 @@ def test_same_seed_same_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "expected"),
+    ("temperature", "top_p", "top_k", "expected"),
     [
-        (1.0, 1.0, [0.5, 0.25, 0.15, 0.1]),
-        (0.5, 1.0, [0.7246, 0.1812, 0.0652, 0.0290]),  # squares, normalised
-        (2.0, 1.0, [0.3701, 0.2617, 0.2027, 0.1655]),  # square roots, normalised
-        (1.0, 0.74, [2 / 3, 1 / 3, 0.0, 0.0]),  # the first two have 0.75
-        (1.0, 0.76, [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0.0]),
-        (1.0, 1e-6, [1.0, 0.0, 0.0, 0.0]),
+        (1.0, 1.0, 0, [0.5, 0.25, 0.15, 0.1]),
+        (0.5, 1.0, 0, [0.7246, 0.1812, 0.0652, 0.0290]),  # squares, normalised
+        (2.0, 1.0, 0, [0.3701, 0.2617, 0.2027, 0.1655]),  # square roots, normalised
+        (1.0, 0.74, 0, [2 / 3, 1 / 3, 0.0, 0.0]),  # the first two have 0.75
+        (1.0, 0.76, 0, [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0.0]),
+        (1.0, 1e-6, 0, [1.0, 0.0, 0.0, 0.0]),
+        (1.0, 1.0, 1, [1.0, 0.0, 0.0, 0.0]),
+        (1.0, 1.0, 3, [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0.0]),
+        (0.5, 1.0, 2, [0.8, 0.2, 0.0, 0.0]),
+        (1.0, 0.8, 3, [2 / 3, 1 / 3, 0.0, 0.0]),  # of the three likeliest the first two have 0.83
+        (1.0, 1.0, 9, [0.5, 0.25, 0.15, 0.1]),
     ],
 )
-def test_sampling_statistics(temperature: float, top_p: float, expected: list[float]) -> None:
+def test_sampling_statistics(temperature: float, top_p: float, top_k: int, expected: list[float]) -> None:
     logits = torch.tensor([0.15, 0.5, 0.1, 0.25]).log()
     order = [1, 3, 0, 2]  # likeliest first
     generator = torch.Generator().manual_seed(3)
     count = 4000
-    sampling = Sampling(temperature, top_p)
-    drawn = torch.bincount(torch.tensor([draw(logits, sampling, generator) for _ in range(count)]), minlength=4)
+    sampling = Sampling(temperature, top_p, top_k=top_k)
+    rows = logits.expand(count, 4)
+    drawn = torch.bincount(torch.tensor(draw(rows, sampling, [generator] * count)), minlength=4)
     shares = [drawn[i].item() / count for i in order]
     assert shares == pytest.approx(expected, abs=0.03)
     assert [share == 0 for share in shares] == [share == 0 for share in expected]
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
-    assert draw(torch.tensor([0.1, 2.0, 1.9]), GREEDY, None) == 1
+    assert draw(torch.tensor([[0.1, 2.0, 1.9], [3.0, 2.0, 1.9]]), GREEDY, []) == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +290,7 @@ def test_temperature_zero_takes_the_likeliest() -> None:
         ({"temperature": float("nan")}, "temperature=nan is negative"),
         ({"top_p": 0.0}, "top_p=0.0 is not a share; use a value above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p=1.5 is not a share"),
+        ({"top_k": -1}, "top_k=-1 is negative; use 0 for all tokens, about 40 for the likeliest"),
     ],
 )
 def test_sampling_values_out_of_range(keys: dict[str, Any], message: str) -> None:
@@ -195,6 +309,23 @@ def test_prompts_that_cannot_be_run(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ConfigError, match=message):
             next(generate(llama, prompt, 5, GREEDY))
+
+
+def test_batches_that_cannot_be_run(tmp_path: Path) -> None:
+    reference(tmp_path)
+    llama = load_llama(tmp_path)
+    for prompts, keys, message in [
+        ([[1], []], {}, "prompt 2 of 2 has no tokens; give at least one word"),
+        ([[1], [2], [1] * 64], {}, "prompt 3 of 3 has 64 tokens; this model sees 64: give at most 63"),
+        ([[1, 97], [1]], {}, "prompt 1 of 2 holds token id 97, the model 0..96: use the model's own tokenizer"),
+        ([[1]], {"max_tokens": 0}, "max_tokens=0 makes no text; use 1 or more"),
+        ([[1]], {"max_rows": 0}, "max_rows=0 makes no text; use 1 or more"),
+        ([[1]], {"stop": ["a", ""]}, "a stop string is empty and would end every text before it begins; leave it out"),
+        ([[1]], {"stop": ["a"]}, r"stop=\['a'\] is looked for in the text: hand over the tokenizer, too"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            generate_batch(llama, prompts, **{"max_tokens": 5, "sampling": GREEDY, **keys})
+    assert llama.weights, "something has run"
 
 
 def step_folder(folder: Path, sequence: int) -> Path:
@@ -252,6 +383,16 @@ def test_models_that_cannot_be_read(tmp_path: Path) -> None:
         load_llama(tmp_path)
 
 
+def stream_text(
+    tokens: Iterator[int], decode: Callable[[list[int]], str], prompt: list[int], stop: Sequence[str] = ()
+) -> Iterator[str]:
+    """Pieces of text as a terminal shows them."""
+    transcript = Transcript(decode, prompt, stop)
+    while not transcript.stopped and (token := next(tokens, None)) is not None:
+        yield transcript.push(token)
+    yield transcript.end()
+
+
 def decode(tokens: list[int]) -> str:
     return bytes(tokens).decode(errors="replace")
 
@@ -274,6 +415,44 @@ def test_streaming_goes_on_after_bytes_that_are_no_text() -> None:
 
     assert "".join(stream_text(endless(), decode, [])).endswith("ok")
     assert "".join(stream_text(iter([0xE6]), decode, [])) == "\N{REPLACEMENT CHARACTER}"
+
+
+TEXT = "one, two; naïve 日本語 ### END and more"
+
+
+@pytest.mark.parametrize(
+    ("stop", "kept"),
+    [
+        ([], TEXT),
+        (["###"], "one, two; naïve 日本語 "),
+        (["END", " ###"], "one, two; naïve 日本語"),  # the first in the text, not in the list
+        (["###", "# END", "two; naïve"], "one, "),
+        (["日本"], "one, two; naïve "),  # the bytes of a character come one by one
+        (["###!", "ENDS"], TEXT),
+        (["more"], TEXT[:-4]),
+        (["o"], ""),
+    ],
+)
+def test_a_stop_string_ends_the_text_however_it_is_cut_into_tokens(stop: list[str], kept: str) -> None:
+    whole = list(TEXT.encode())
+    for size in (1, 2, 3, 7):
+        chunks = [whole[i : i + size] for i in range(0, len(whole), size)]  # a token is a number of bytes
+
+        def decode_chunks(ids: list[int], chunks: list[list[int]] = chunks) -> str:
+            return decode([byte for i in ids for byte in chunks[i]])
+
+        transcript, shown = Transcript(decode_chunks, [], stop), ""
+        for token in range(len(chunks)):
+            shown += transcript.push(token)
+            assert kept.startswith(shown), "a stop string or what may be one was shown"
+            if transcript.stopped:
+                break
+        assert shown + transcript.end() == transcript.text == kept
+        assert transcript.stopped == (kept != TEXT)
+        asked: list[int] = []
+        tokens = (asked.append(token) or token for token in range(len(chunks)))  # type: ignore[func-returns-value]
+        assert "".join(stream_text(tokens, decode_chunks, [], stop)) == kept
+        assert (len(asked) == len(chunks)) == (kept in (TEXT, TEXT[:-4]) or len(asked) * size >= len(whole))
 
 
 def byte_tokenizer(folder: Path, begin: bool = False) -> None:
@@ -320,6 +499,60 @@ def test_the_tool_prints_what_hugging_face_would(tmp_path: Path, capsys: pytest.
     assert "25 tokens, " in shown.err
 
 
+def test_the_tool_continues_several_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reference(tmp_path, vocab_size=258, eos_token_id=257)
+    byte_tokenizer(tmp_path)
+    options = [str(tmp_path), "--max-tokens", "12", "--greedy", "--device", "cpu"]
+    alone = {}
+    for text in ("once", "é", "q: 1"):
+        assert main([*options, "--prompt", text]) == 0
+        alone[text] = capsys.readouterr().out.removesuffix("\n")
+    (tmp_path / "more.jsonl").write_text('{"prompt": "é"}\n{"prompt": "q: 1", "answer": 2}\n', encoding="utf-8")
+    several = [*options, "--prompt", "once", "--prompts", str(tmp_path / "more.jsonl")]
+    assert main(several) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "".join(f"--- {i} of 3 ---\n{text}\n" for i, text in enumerate(alone.values(), 1))
+    assert "36 tokens, " in shown.err and " tokens/s" in shown.err and "10 prompt tokens" in shown.err
+    assert main([*several, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] + line["text"] for line in lines] == list(alone.values())
+    assert [(len(line["tokens"]), line["ended"]) for line in lines] == [(12, "length")] * 3
+    text = lines[0]["text"]
+    stop = next(text[i : i + 2] for i in range(2, len(text)) if text[i : i + 2].isascii())
+    assert main([*options, "--prompt", "once", "--stop", "never there", "--stop", stop]) == 0
+    assert capsys.readouterr().out == alone["once"][: alone["once"].index(stop, 4)] + "\n"
+    (tmp_path / "lines.txt").write_text("once\nq: 1\n")
+    assert main([*options, "--prompts", str(tmp_path / "lines.txt"), "--stop", stop, "--json"]) == 0
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["text"] == lines[0]["text"].partition(stop)[0] and first["ended"] == "stop"
+    assert second["prompt"] == "q: 1"
+    assert main([*options, "--prompt", "once", "--temperature", "3", "--top-k", "1"]) == 0
+    assert capsys.readouterr().out == alone["once"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "FileNotFoundError"),
+        ("bytes.txt", b"\xff\xfe", "UnicodeDecodeError"),
+        ("empty.txt", b"", "it is empty"),
+        ("bad.jsonl", b'{"prompt": "a"}\n{"prompt"\n', "Expecting ':' delimiter"),
+        ("other.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "KeyError('prompt')"),
+        ("string.jsonl", b'"a"\n', "TypeError"),
+    ],
+)
+def test_files_without_prompts(
+    name: str, content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert main([str(tmp_path), "--prompts", str(tmp_path / name)]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"error: --prompts={tmp_path / name} cannot be read: ") and message in shown.err
+    assert '; write one prompt a line, {"prompt": "text"} in a .jsonl' in shown.err
+    assert shown.out == ""
+
+
 def test_the_tool_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "model"
     reference(model)
@@ -329,6 +562,7 @@ def test_the_tool_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtu
         ([str(model)], f"error: {model} holds neither tokenizer.model nor tokenizer.json"),
         ([str(model), "--max-tokens", "0"], "error: --max-tokens=0 makes no text; use 1 or more"),
         ([str(model), "--top-p", "2"], "error: top_p=2.0 is not a share"),
+        ([str(model), "--top-k", "-2"], "error: top_k=-2 is negative"),
     ]:
         assert main(arguments) == 2
         shown = capsys.readouterr()
