@@ -218,8 +218,8 @@ def generate_batch(
 ) -> list[Continuation]:
     """What follows each of `prompts` (token ids), in their order: at most `max_tokens` tokens of each.
 
-    A text ends at the first of `llama.eos`, a string of `stop` and the context's end.  Its result is,
-    to rounding, that of the prompt alone: prompt i draws as `generate` does with seed + i.  Prompts
+    A text ends at the first of `llama.eos`, a string of `stop` and the context's end.  Its result is
+    that of the prompt alone (see `llama.py`): prompt i draws as `generate` does with seed + i.  Prompts
     of similar length run together: `max_rows` at most, and no more than have their keys and values
     in `cache_bytes`, but always one.  Without a tokenizer there is no text.
 

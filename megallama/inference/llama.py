@@ -1,7 +1,8 @@
 """The forward pass of rows of different lengths: packed weights, a cache that is written where it lies.
 
-All rows end at the same column of the cache; what lies before a row's first column is masked.
-Prompts run back to back, without padding, and each attends to itself alone.
+Every row begins at column 0 of the cache; what lies beyond its last position is masked.  Prompts run
+back to back, without padding, and each attends to itself alone.  On a CPU a row's logits thus have
+the same bits in every batch; with grouped queries up to 512 columns, beyond which sums are blocked.
 """
 
 from __future__ import annotations
@@ -93,33 +94,23 @@ class Llama:
 
 
 class Cache:
-    """Keys and values of some rows, [layers, 2, rows, kv heads, columns, d]; every row ends at column `stop`.
+    """Keys and values of some rows, [layers, 2, rows, kv heads, columns, d].
 
     room: how many tokens may follow the longest prompt.
     """
 
     def __init__(self, llama: Llama, prompts: Sequence[Sequence[int]], room: int) -> None:
         llama.pack()
-        self._llama, self._prompts = llama, prompts
-        self.stop = max(map(len, prompts))
+        self._llama, self._prompts, self._lengths = llama, prompts, [*map(len, prompts)]
         _, k, d = heads(llama.model)
-        shape = llama.model.num_layers, 2, len(prompts), k, self.stop + room, d
+        shape = llama.model.num_layers, 2, len(prompts), k, _whole_blocks(max(self._lengths) + room), d
         # zeros: what is masked is multiplied by 0, which must not meet a NaN
         self.tensor = torch.zeros(shape, dtype=llama.cache_dtype, device=llama.embed.device)
-        self._arrange([self.stop - len(prompt) for prompt in prompts])
-
-    def _arrange(self, starts: list[int]) -> None:
-        """What depends on which rows there are; `starts`: their first columns."""
-        device = self.tensor.device
-        self._starts, self._first, self._mask = torch.tensor(starts, device=device), min(starts), None
-        if max(starts) > self._first:
-            hidden = torch.arange(self.tensor.shape[-2], device=device) < self._starts.view(-1, 1, 1, 1)
-            self._mask = torch.zeros_like(hidden, dtype=self.tensor.dtype).masked_fill_(hidden, -torch.inf)
 
     @torch.inference_mode()
     def prefill(self) -> Tensor:
         """Logits [rows, v] after the prompts."""
-        at_once, rows = max(1, PROMPT_TOKENS // self.stop), range(len(self._prompts))
+        at_once, rows = max(1, PROMPT_TOKENS // max(self._lengths)), range(len(self._prompts))
         return torch.cat([self._prefill(rows[a : a + at_once]) for a in rows[::at_once]])
 
     def _prefill(self, rows: range) -> Tensor:
@@ -129,7 +120,7 @@ class Cache:
         def attend(layer: int, q_k: Tensor, v: Tensor) -> Tensor:
             mixed = torch.empty_like(q_k[:, :n])
             for row, prompt, end in zip(rows, prompts, ends, strict=True):
-                own, columns = slice(end - len(prompt), end), slice(self.stop - len(prompt), self.stop)
+                own, columns = slice(end - len(prompt), end), slice(len(prompt))
                 query, keys = q_k[own].transpose(0, 1)[None].split([n, k], 1)
                 values = v[own].transpose(0, 1)[None]
                 self.tensor[layer, 0, row, :, columns], self.tensor[layer, 1, row, :, columns] = keys[0], values[0]
@@ -144,25 +135,31 @@ class Cache:
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Logits [rows, v] after one more token of every row."""
-        (n, k, d), rows, at = heads(self._llama.model), len(tokens), self.stop
-        columns = slice(self._first, at + 1)
-        mask = None if self._mask is None else self._mask[..., columns]
+        (n, k, d), rows, device = heads(self._llama.model), len(tokens), self.tensor.device
+        at, every = torch.tensor(self._lengths, device=device), torch.arange(rows, device=device)
+        columns = _whole_blocks(max(self._lengths) + 1)
+        hidden = torch.arange(columns, device=device) > at.view(-1, 1, 1, 1)
+        mask = torch.zeros_like(hidden, dtype=self.tensor.dtype).masked_fill_(hidden, -torch.inf)
 
         def attend(layer: int, q_k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.tensor[layer, :, :rows]
-            keys[:, :, at], values[:, :, at] = q_k[:, n:], v
+            keys[every, :, at], values[every, :, at] = q_k[:, n:], v
             query = q_k[:, :n].view(rows, k, n // k, d)  # heads that share keys: rows of one product
-            return F.scaled_dot_product_attention(query, keys[:, :, columns], values[:, :, columns], mask)
+            return F.scaled_dot_product_attention(query, keys[:, :, :columns], values[:, :, :columns], mask)
 
-        self.stop += 1
-        return self._llama.forward(torch.tensor(tokens, device=self.tensor.device), at - self._starts, attend)
+        self._lengths = [length + 1 for length in self._lengths]
+        return self._llama.forward(torch.tensor(tokens, device=device), at, attend)
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all rows but these, in this order; one that changes its place comes from beyond the last of them."""
-        starts = self._starts.tolist()
         for to, row in enumerate(rows):
             if to != row:
-                columns = slice(starts[row], self.stop)
+                columns = slice(self._lengths[row])
                 self.tensor[:, :, to, :, columns] = self.tensor[:, :, row, :, columns]
-        self._arrange([starts[row] for row in rows])
+        self._lengths = [self._lengths[row] for row in rows]
+
+
+def _whole_blocks(columns: int) -> int:
+    """So many that the vectors of a sum over columns are full: what a row's masked end adds is exactly 0."""
+    return -(-columns // 16) * 16

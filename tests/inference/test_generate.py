@@ -29,7 +29,7 @@ from megallama.inference.generate import (
     generate_batch,
     load_llama,
 )
-from megallama.inference.llama import Cache, Llama
+from megallama.inference.llama import Cache, Llama, packer
 
 main = command("generate")
 LLAMA3 = {
@@ -192,6 +192,28 @@ def test_a_row_is_what_its_prompt_makes_alone(sampling: Sampling, tmp_path: Path
         assert twice[0].tokens != twice[1].tokens
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", ["mha", "gqa"])
+def test_a_row_has_the_same_bits_in_every_batch(shape: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """In bf16 one other rounding would soon be another text."""
+    reference(tmp_path, dtype, max_position_embeddings=128, **SHAPES[shape])
+    llama = load_llama(tmp_path)
+    text = [i * 31 % 97 for i in range(128)]
+    lengths = [20, 3, 90, 7, 41]
+    if packer(llama.embed)[1] is torch.nn.functional.linear:
+        pytest.skip("oneDNN has no products of this format on this machine")
+    together = Cache(llama, [text[:length] for length in lengths], 30)
+    alone = [Cache(llama, [text[:length]], 30) for length in lengths]
+    assert torch.equal(together.prefill(), torch.cat([cache.prefill() for cache in alone]))
+    for step in range(30):
+        if step == 10:
+            together.keep([0, 4, 2, 3])
+            alone = [alone[row] for row in (0, 4, 2, 3)]
+        tokens = [step * 7 % 97 + row for row in range(len(alone))]
+        want = torch.cat([cache.step([token]) for cache, token in zip(alone, tokens, strict=True)])
+        assert torch.equal(together.step(tokens), want), step
+
+
 def test_batches_take_prompts_of_similar_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reference(tmp_path)
     llama = load_llama(tmp_path)
@@ -199,8 +221,7 @@ def test_batches_take_prompts_of_similar_length(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Cache, "prefill", lambda self, run=Cache.prefill: seen.append(self) or run(self))
     made = generate_batch(llama, PROMPTS, 8, GREEDY, cache_bytes=100 * llama.bytes_per_position())
     assert [len(cache.tensor[0, 0]) for cache in seen] == [2, 3, 4]  # (40, 30), (21, 12, 7), (7, 3, 2, 1)
-    assert [cache.tensor.shape[-2] for cache in seen] == [48, 29, 15]
-    assert sum(cache.tensor.nbytes <= 100 * llama.bytes_per_position() for cache in seen) == 3
+    assert [cache.tensor.shape[-2] for cache in seen] == [48, 32, 16]  # of 48, 29 and 15
     seen.clear()
     alike = generate_batch(llama, PROMPTS, 8, GREEDY, cache_bytes=1)
     assert [row.tokens for row in alike] == [row.tokens for row in made] and len(seen) == len(PROMPTS)
