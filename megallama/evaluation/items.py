@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
 from megallama.config.errors import DataError
 from megallama.data.tokenizer import Tokenizer
@@ -17,52 +17,48 @@ from megallama.evaluation.scorer import Row, Scorer
 FORM = '{"context": "The sky is", "choices": [" blue", " green"], "gold": 0}'
 
 
-@dataclass(frozen=True)
-class Item:
-    """A context, its possible continuations, and which one is right."""
+class Item(BaseModel, frozen=True, strict=True):
+    """A context, its possible continuations, and the number of the right one."""
 
     context: str
-    choices: tuple[str, ...]
-    gold: int
+    choices: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=2)]
+    gold: Annotated[int, Field(ge=0)]
 
 
 def read_items(file: Path) -> list[Item]:
     """Of a JSON-lines file, an item a line. Raises: DataError naming the line."""
     out = []
     for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
         try:
-            found = json.loads(line)
-            item = Item(found["context"], tuple(found["choices"]), found["gold"])
-            texts = [item.context, *item.choices]
-            good = all(isinstance(t, str) for t in texts) and all(item.choices) and type(item.gold) is int
-            if not good or len(item.choices) < 2 or not 0 <= item.gold < len(item.choices):
-                raise ValueError
-        except (ValueError, KeyError, TypeError):
+            found = [Item.model_validate_json(line)] if line.strip() else []
+            out += [item for item in found if item.choices[item.gold]]
+        except (ValidationError, IndexError):
             raise DataError(f"{file}:{number} is not an item; write lines like {FORM}") from None
-        out.append(item)
     if not out:
         raise DataError(f"{file} has no items; write lines like {FORM}")
     return out
+
+
+def start_of(tokenizer: Tokenizer | None) -> int | None:
+    """What stands before a text that has nothing before it."""
+    return None if tokenizer is None else tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
 class Encoder:
     """Contexts and continuations as rows, as lm-evaluation-harness cuts them."""
 
     def __init__(self, tokenizer: Tokenizer, context: int, bos: bool) -> None:
-        self._tokenizer, self._context, self._bos = tokenizer, context, bos
-        ends = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
-        self.prefix = ends[0] if ends else None  # what stands before a text that has nothing before it
+        self.tokenizer, self._context, self._bos = tokenizer, context, bos
+        self.prefix = start_of(tokenizer)
 
     def plain(self, text: str) -> list[int]:
         """The ids of the text alone."""
-        return self._tokenizer.encode(text)
+        return self.tokenizer.encode(text)
 
     def encode(self, text: str) -> list[int]:
         """With the begin-of-sequence id where the model's tokenizer puts one."""
-        ids = self._tokenizer.encode(text)
-        return [self._tokenizer.bos_id, *ids] if self._bos and self._tokenizer.bos_id is not None else ids
+        ids = self.tokenizer.encode(text)
+        return [self.tokenizer.bos_id, *ids] if self._bos and self.tokenizer.bos_id is not None else ids
 
     def row(self, context: str, continuation: str) -> Row:
         """Spaces that end the context belong to the continuation; of a context that is too long the end is kept."""
@@ -74,7 +70,7 @@ class Encoder:
         elif self.prefix is None:
             raise DataError("a text without a context needs a begin- or end-of-document token, and there is none")
         else:
-            ids = self._tokenizer.encode(continuation)
+            ids = self.tokenizer.encode(continuation)
             whole, before = [self.prefix, *ids], 1
         before = min(before, len(whole) - 1)  # a continuation that joins the context's last token
         cut = max(0, len(whole) - self._context - 1)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from megallama.checkpoint import disk, reader
@@ -18,11 +19,13 @@ from megallama.config.describe import literal
 from megallama.config.errors import ConfigError, LaunchError
 from megallama.config.load import load, to_toml
 from megallama.config.schema import Config
+from megallama.data.tokenizer import Tokenizer
 from megallama.evaluation.scorer import Scorer
-from megallama.inference.generate import MAX_CONTEXT, find_model
+from megallama.inference.generate import MAX_CONTEXT, Sampling, find_model, generate_batch, load_llama
 from megallama.plan.plan import make_plan
-from megallama.train.assemble import assemble, kernels_of, same_kernels
+from megallama.train.assemble import DTYPES, assemble, kernels_of, same_kernels
 
+Question = tuple[list[int], tuple[str, ...], int]  # a prompt, strings that end the answer, most tokens
 TOKENS = 4096  # of a micro-batch, unless batch.micro_batch_size says otherwise
 FORMATS = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -35,6 +38,21 @@ class Opened:
     world: World
     folder: Path  # a Hugging Face folder
     config: Config
+
+    def answers(self, asked: Sequence[Question], tokenizer: Tokenizer) -> list[str]:
+        """What the model says to each prompt, greedily, up to a stop string: of all ranks, on every rank.
+
+        The prompts are dealt over the ranks; each has the whole model for it, besides its part.
+        """
+        llama, said = load_llama(self.folder, DTYPES[self.config.precision.dtype], self.world.device), dict[int, str]()
+        own = sorted(range(self.world.rank, len(asked), self.world.group.size), key=lambda i: asked[i][1:])
+        for (stop, most), alike in groupby(own, key=lambda i: asked[i][1:]):
+            chosen, room = list(alike), min(most, self.scorer.longest // 2)
+            prompts = [asked[i][0][room - self.scorer.longest :] for i in chosen]  # the end of what is too long
+            rows = generate_batch(llama, prompts, room, Sampling(temperature=0), tokenizer=tokenizer, stop=stop)
+            said |= {i: row.text for i, row in zip(chosen, rows, strict=True)}
+        everyone = [pair for part in self.world.group.gather_values([*said.items()]) for pair in part]
+        return [text for _, text in sorted(everyone)]
 
 
 def evaluation_config(folder: Path, words: Sequence[str], ranks: int, context: int = 0) -> Config:

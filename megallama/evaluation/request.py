@@ -33,9 +33,9 @@ class Request:
         for name, value, least in (("limit", self.limit, 1), ("shots", self.shots, 0), ("context", self.context, 0)):
             if value is not None and value < least:
                 raise ConfigError(f"--{name}={value} is too small; write {least} or more")
-        stems = [path.stem for path in self.items]
-        if twice := next((stem for stem in stems if stems.count(stem) > 1 or stem in self.tasks), None):
-            raise ConfigError(f"two tasks would be called {twice!r}; rename one of the files of --items")
+        names = [*self.tasks, *(path.stem for path in self.items)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"two tasks would be called {twice[0]!r}; rename one of the files of --items")
         for path in (*self.data, *self.items):
             if not (path.exists() or Path(f"{path}.idx").exists() or "*" in str(path)):
                 raise DataError(f"{path} does not exist; name files that are there")

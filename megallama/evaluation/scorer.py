@@ -96,15 +96,13 @@ class Scorer:
     def _check(self, rows: Sequence[Row]) -> None:
         vocab = self.worker.plan.config.model.vocab_size
         for number, row in enumerate(rows):
+            what = f"row {number} has {len(row.ids)} ids"
             if not 0 < row.first < len(row.ids):
-                raise ConfigError(
-                    f"row {number} has {len(row.ids)} ids and scores those from {row.first} on; there must be one "
-                    "before the first and one to score"
-                )
+                raise ConfigError(f"{what} and scores those from {row.first} on; write at least 1, and fewer than all")
             if len(row.ids) > self.longest + 1:
-                raise ConfigError(f"row {number} has {len(row.ids)} ids; at most {self.longest + 1} fit the context")
+                raise ConfigError(f"{what}; at most {self.longest + 1} fit the context")
             if min(row.ids) < 0 or max(row.ids) >= vocab:
-                raise ConfigError(f"row {number} has ids {min(row.ids)} to {max(row.ids)}, the model 0 to {vocab - 1}")
+                raise ConfigError(f"{what}, from {min(row.ids)} to {max(row.ids)}; the model has 0 to {vocab - 1}")
 
     def _pack(self, rows: Sequence[Row], order: Sequence[int]) -> Iterator[list[int]]:
         """Rows of each micro-batch, the longest first: as many as the tokens of a training micro-batch hold."""

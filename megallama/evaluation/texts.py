@@ -75,23 +75,21 @@ class Sums:
     tokens: int = 0
     bytes: float = 0.0
     documents: int = 0
-    at: dict[int, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))  # log2 -> sum, tokens
+    at: np.ndarray = field(default_factory=lambda: np.zeros((2, 40)))  # sum and tokens, by log2 of the tokens before
 
     def add(self, row: Row, score: Score) -> None:
         self.log_prob += score.log_prob
         self.tokens += len(score.token_log_probs)
         buckets = np.log2(np.arange(row.first, len(row.ids))).astype(int)
-        for bucket in np.unique(buckets):
-            sums, chosen = self.at[int(bucket)], score.token_log_probs[buckets == bucket]
-            sums[0] += float(chosen.sum())
-            sums[1] += len(chosen)
+        np.add.at(self.at[0], buckets, score.token_log_probs)
+        np.add.at(self.at[1], buckets, 1)
 
     def metrics(self) -> dict[str, Any]:
         """Loss [nats per token], perplexity, bits per byte of the text, and the loss by position."""
         loss = -self.log_prob / self.tokens
         bits = -self.log_prob / math.log(2) / self.bytes if self.bytes > 0 else None
         by = {
-            f"{2**b}-{2 ** (b + 1) - 1}" if b else "1": -total / count for b, (total, count) in sorted(self.at.items())
+            f"{2**b}-{2 ** (b + 1) - 1}" if b else "1": -self.at[0, b] / self.at[1, b] for b in self.at[1].nonzero()[0]
         }
         numbers = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}
         return {**numbers, "tokens": self.tokens, "documents": self.documents, "loss_by_position": by}

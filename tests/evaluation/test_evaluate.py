@@ -19,10 +19,12 @@ from megallama.config.errors import ConfigError, DataError
 from megallama.data.tokenizer import load_tokenizer
 from megallama.evaluation.evaluate import evaluate
 from megallama.evaluation.items import Encoder, Item, read_items
+from megallama.evaluation.ranks import opened
 from megallama.evaluation.request import Request
 from megallama.evaluation.results import beyond_noise, compare, read_results, table
 from megallama.evaluation.scorer import Row
 from megallama.evaluation.texts import windows
+from megallama.inference.generate import Sampling, generate_batch, load_llama
 from tests.inference.test_generate import reference
 
 ITEMS = [
@@ -223,7 +225,7 @@ def test_a_line_that_is_no_item_is_named(line: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no items"):
         read_items(file)
     file.write_text(json.dumps(ITEMS[0]))
-    assert read_items(file) == [Item("the cat", (" sat", " sit", " set on"), 0)]
+    assert read_items(file) == [Item(context="the cat", choices=(" sat", " sit", " set on"), gold=0)]
 
 
 def test_results_that_are_none(tmp_path: Path) -> None:
@@ -237,3 +239,17 @@ def test_without_the_harness_tasks_say_what_to_install(folder: Path, monkeypatch
     asked = Request(folder, tasks=("piqa",))
     with pytest.raises(ConfigError, match=r"pip install 'megallama\[eval\]', or give --items"):
         evaluate(asked, lambda text: None, lambda text: None)
+
+
+def test_answers_are_those_of_each_prompt_alone(folder: Path) -> None:
+    tokenizer, llama = load_tokenizer(folder), load_llama(folder, torch.float64)
+    texts = ["the cat", "a dog barks", "x", "long " * 30, "the cat"]
+    limits = [(("\n",), 9), ((), 5), ((), 5), ((), 9), (("e", "a"), 20)]
+    asked = [(tokenizer.encode(text), *limit) for text, limit in zip(texts, limits, strict=True)]
+    with opened(folder, ["precision.dtype=fp64"]) as model:
+        said = model.answers(asked, tokenizer)
+    for text, (ids, stop, most) in zip(said, asked, strict=True):
+        prompt = ids[most - 64 :]  # of what does not fit the end is kept
+        (alone,) = generate_batch(llama, [prompt], most, Sampling(temperature=0), tokenizer=tokenizer, stop=stop)
+        assert text == alone.text
+    assert len({*said}) > 2
