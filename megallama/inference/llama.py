@@ -30,12 +30,15 @@ def packer(like: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, 
     Measured on one AMD core with AVX-512, 8 rows: 43 GFLOP/s in fp32 and 83 in bf16, F.linear 25 and 53.
     """
     mkldnn, kind = torch.ops.mkldnn, like.dtype
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        alone = x.shape[0] == 1 and x.shape[1] > 1024  # oneDNN would cut the sum of a single row in other places
+        rows = x.expand(2, -1).contiguous() if alone else x
+        return mkldnn._linear_pointwise(rows, weight, None, "none", [], "")[: x.shape[0]]
+
     able = like.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if able and (kind == torch.float32 or (kind == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())):
-        return (
-            lambda weight: mkldnn._reorder_linear_weight(weight, PACKED_FOR),
-            lambda x, weight: mkldnn._linear_pointwise(x, weight, None, "none", [], ""),
-        )
+        return lambda weight: mkldnn._reorder_linear_weight(weight, PACKED_FOR), product
     return lambda weight: weight, F.linear
 
 
