@@ -90,6 +90,7 @@ def test_a_killed_and_a_frozen_rank_are_replaced_from_memory(tmp_path: Path, wan
 def test_without_copies_the_newest_checkpoint_is_taken(tmp_path: Path, want: Any) -> None:
     ranks = run(tmp_path, "parallel.tp=2", *REPLACE, "checkpoint.interval=5", "checkpoint.resume=fresh")
     reach(ranks, 8)
+    ranks.until("saved ")  # behind the training's back, which a busy machine may hold up
     os.kill(trainer(ranks, 0), signal.SIGKILL)
     assert ranks.wait(90) == [0, 0]
     assert result(tmp_path) == want
