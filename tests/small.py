@@ -69,7 +69,7 @@ def logits(rank: Worker, tokens: torch.Tensor) -> torch.Tensor:
     (stage,), head = rank.stages.values(), rank.stages[0].head
     assert head is not None and rank.groups.tp.size == 1
     hidden = body_of(stage)(None, MicroBatch(tokens, tokens))
-    return head.param.fprop(head.norm.forward(hidden))[:, : head.valid]
+    return head.param.fprop(head.norm.forward(hidden)[1])[:, : head.valid]
 
 
 def tokens(config: Config, steps: int, seed: int = 5) -> torch.Tensor:
@@ -104,7 +104,8 @@ def micro_batches(
         rows = slice(first, first + size)
         mask = None if masks is None else masks[rows].contiguous()
         parts = None if starts is None else Documents.of(starts[rows].contiguous())
-        out.append(MicroBatch(data[rows, :-1].contiguous(), data[rows, 1:].contiguous(), mask, parts).to(rank.device))
+        ids = data[rows, :-1].clone()  # in memory of their own, as those of training
+        out.append(MicroBatch(ids, data[rows, 1:].contiguous(), mask, parts).to(rank.device))
     return out
 
 

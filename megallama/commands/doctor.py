@@ -317,16 +317,16 @@ def workload(operation: str, made: Any, target: Any) -> Callable[[], Any]:
         dout = rand(tokens // seq, seq, heads, d)
         return lambda: torch.autograd.grad(attend(*leaves), leaves, dout)
     if operation == "RMSNorm":
-        x, dy, weight = rand(tokens, h), rand(tokens, h), rand(h)
-        return lambda: (made[0](x, weight, 1e-5), made[1](dy, x, weight, 1e-5))
+        (x, dy, weight), grad = (rand(tokens, h), rand(tokens, h), rand(h)), rand(h, dtype=acc_dtype)
+        return lambda: (made[0](x, dy, weight, 1e-5), made[1](dy, x, weight, 1e-5, dy, grad, False, True))
     if operation == "RoPE":
         cos, sin = (rand(seq, 1, d // 2, dtype=acc_dtype) for _ in range(2))
         packed, parts = rand(tokens // seq, seq, 3 * heads, d), rand(3, tokens // seq, seq, heads, d)
         qk = packed[:, :, : 2 * heads]
-        return lambda: (made[0](qk, cos, sin, qk), made[1](*parts, cos, sin, packed))
+        return lambda: (made[0](qk, cos, sin, qk), made[1](parts, cos, sin, packed.split(heads, 2), True))
     if operation == "SwiGLU":
         packed, dout = rand(tokens, 2 * f), rand(tokens, f)
-        return lambda: (made[0](packed), made[1](dout, packed))
+        return lambda: (made[0](packed), made[1](dout, packed, True))
     if operation == "cross entropy":
         logits, scale = rand(512, vocab), rand(512, dtype=acc_dtype)
         index, sums = torch.zeros(512, 1, dtype=torch.int64, device=target.device), rand(2, 512, dtype=acc_dtype)

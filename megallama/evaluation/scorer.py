@@ -74,10 +74,10 @@ class Scorer:
         self._found: dict[int, Tensor] = {}  # by the address of a micro-batch
 
     def _run(self, stage: Stage, hidden: Tensor | None, batch: MicroBatch) -> Tensor:
-        x = stage.body(hidden, batch)
+        x, branch = stage.body(hidden, batch)
         if stage.head is None:
-            return x
-        self._found[id(batch)] = stage.head.score(x, batch.labels.reshape(-1))
+            return x if branch is None else x + branch
+        self._found[id(batch)] = stage.head.score(x, branch, batch.labels.reshape(-1))
         return x.new_zeros(())
 
     def __call__(self, rows: Sequence[Row]) -> list[Score]:

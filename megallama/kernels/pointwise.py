@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,13 @@ from torch import Tensor
 from megallama.config.schema import RopeScaling
 from megallama.kernels.candidate import APEX, COMPILED, TE, TRITON, Operation, Results, Target, accumulate_dtype
 
-NormPair = tuple[Callable[[Tensor, Tensor, float], Tensor], Callable[..., tuple[Tensor, Tensor]]]
-SwigluPair = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
+AddNorm = Callable[..., tuple[Tensor, Tensor]]  # what `add_norm` does
+AndAgain = Callable[..., tuple[Tensor, Tensor | None]]  # a backward: the gradient, what the forward made if wanted
+Norms = tuple[AddNorm, AndAgain]
+Swiglus = tuple[Callable[[Tensor], Tensor], AndAgain]
 ApplyRope = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # x, cos, sin, out
-RopeBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]  # what `rope_backward` does
+RotateParts = Callable[[Sequence[Tensor], Tensor, Tensor, Sequence[Tensor], bool], None]  # what `rotate_parts` does
+Rope = tuple[ApplyRope, RotateParts]
 Softmax = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None]  # what `softmax_` does
 SoftmaxGradient = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
 CrossEntropy = tuple[Softmax, SoftmaxGradient]
@@ -35,12 +38,12 @@ ELEMENTS_IN_FP32 = 1 << 19  # logits that exist in fp32 at a time when they are 
 class PointwiseOps:
     """What layers are handed: each may be another implementation, but a backward goes with its forward."""
 
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    rms_norm_backward: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    add_norm: AddNorm
+    add_norm_backward: AndAgain
     swiglu: Callable[[Tensor], Tensor]
-    swiglu_backward: Callable[[Tensor, Tensor], Tensor]
+    swiglu_backward: AndAgain
     apply_rope: ApplyRope
-    rope_backward: RopeBackward
+    rotate_parts: RotateParts
     softmax_: Softmax
     softmax_gradient_: SoftmaxGradient
 
@@ -82,6 +85,33 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tupl
     return dx.to(x.dtype), product.sum(0)
 
 
+def with_additions(norm: Callable[..., Tensor], norm_backward: Callable[..., tuple[Tensor, Tensor]]) -> Norms:
+    """Both ways of a norm with what stands beside it, one after the other."""
+
+    def add_norm(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(x + branch, x itself without one; the norm of that), of rows [T, h]."""
+        total = x if branch is None else x + branch
+        return total, norm(total, weight, eps)
+
+    def add_norm_backward(
+        dy: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, main_grad: Tensor, overwrite: bool,
+        again: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """(the gradient of x, plus `residual` [T, h]; the norm of x if it is wanted `again`).
+
+        The weight's gradient is added to `main_grad` [h], or written over it.
+        """
+        normed = norm(x, weight, eps) if again else None
+        dx, dweight = norm_backward(dy, x, weight, eps)
+        main_grad.copy_(dweight) if overwrite else main_grad.add_(dweight)
+        return dx if residual is None else dx.add_(residual), normed
+
+    return add_norm, add_norm_backward
+
+
+add_norm, add_norm_backward = with_additions(rms_norm, rms_norm_backward)
+
+
 def _norm_formula(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     exact = x.to(accumulate_dtype(x.dtype))
     return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
@@ -96,7 +126,7 @@ def _norm_backward_formula(dy: Tensor, x: Tensor, weight: Tensor, eps: float) ->
     return (rstd * (grad * weight - exact * rstd * mean)).to(x.dtype), product.sum(0)
 
 
-def _fused_norm(target: Target) -> NormPair:
+def _fused_norm(target: Target) -> Norms:
     """The kernel behind the gradient of `F.rms_norm` on CUDA."""
     target.need_cuda()
     backward = torch.ops.aten._fused_rms_norm_backward
@@ -106,7 +136,7 @@ def _fused_norm(target: Target) -> NormPair:
     )
 
 
-def _te_norm(target: Target) -> NormPair:
+def _te_norm(target: Target) -> Norms:
     target.need_half_on_cuda()
     tex = target.te_module()
     kind = target.te_module("transformer_engine.pytorch.constants").TE_DType[target.dtype]
@@ -116,7 +146,7 @@ def _te_norm(target: Target) -> NormPair:
     )
 
 
-def _apex_norm(target: Target) -> NormPair:
+def _apex_norm(target: Target) -> Norms:
     target.need_half_on_cuda()
     extension = target.apex_module("fused_layer_norm_cuda")
     forward, backward = extension.rms_forward_affine, extension.rms_backward_affine
@@ -126,7 +156,7 @@ def _apex_norm(target: Target) -> NormPair:
     )
 
 
-def _norm_pair(forward: Callable[..., Any], backward: Callable[..., Any]) -> NormPair:
+def _norm_pair(forward: Callable[..., Any], backward: Callable[..., Any]) -> Norms:
     """Kernels that give 1 / rms of the rows last in their forward, and want it in their backward.
 
     A layer norms its input again just before that: what came of it is at hand, and else made again.
@@ -141,29 +171,38 @@ def _norm_pair(forward: Callable[..., Any], backward: Callable[..., Any]) -> Nor
     def gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         known = [rstd for of, version, rstd in latest if of() is x and version == x._version]
         latest.clear()
+        # Transformer Engine and apex round the weight's to its format; sums go on in fp32
         dx, dweight = backward(dy, x, known[0] if known else _inverse_rms(x, eps), weight, eps)[:2]
-        # Transformer Engine and apex have rounded it to the weight's format; sums go on in fp32
-        return dx, dweight.to(accumulate_dtype(x.dtype))
+        return dx, dweight
 
-    return normed, gradients
+    return with_additions(normed, gradients)
 
 
-def _norm_results(pair: NormPair, target: Target) -> Results:
+def _norm_results(pair: Norms, target: Target) -> Results:
+    """With and without what is added beside the norm; the weight's gradient written over, and added."""
     (forward, backward), eps, shape = pair, 1e-5, (48, target.width)
-    x, dy, weight = target.random(*shape), target.random(*shape, seed=1), target.random(target.width, seed=2)
-    dx, dweight = backward(dy, x, weight, eps)
-    return [("output", forward(x, weight, eps)), ("gradient of x", dx), ("gradient of the weight", dweight)]
+    x, branch, dy, residual = (target.random(*shape, seed=seed) for seed in range(4))
+    weight = target.random(target.width, seed=4)
+    grad = torch.full((target.width,), 7.0, dtype=accumulate_dtype(x.dtype), device=target.device)
+    total, normed = forward(x, branch, weight, eps)
+    results = [("output", forward(x, None, weight, eps)[1]), ("sum", total), ("output of the sum", normed)]
+    # beside a gradient that is added the norm's own would hardly show
+    for added, overwrite, again in ((None, True, False), (residual, False, False), (residual / 64, False, True)):
+        dx, normed_again = backward(dy, x, weight, eps, added, grad, overwrite, again)
+        results += [("gradient of x", dx), ("gradient of the weight", grad.clone())]
+        results += [("output again", normed_again)] if normed_again is not None else []
+    return results
 
 
 RMS_NORM = Operation(
     [
-        (COMPILED, lambda target: (target.compile(_norm_formula), target.compile(_norm_backward_formula))),
+        (COMPILED, lambda t: with_additions(t.compile(_norm_formula), t.compile(_norm_backward_formula))),
         (TE, _te_norm),
         (APEX, _apex_norm),
-        (TRITON, _own("rms_norm", "rms_norm_backward")),
+        (TRITON, _own("add_norm", "add_norm_backward")),
         ("torch fused", _fused_norm),
     ],
-    ("torch", lambda target: (rms_norm, rms_norm_backward)),
+    ("torch", lambda target: (add_norm, add_norm_backward)),
     _norm_results,
 )
 
@@ -207,29 +246,28 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     out[..., half:] = (b * cos).addcmul_(a, sin)
 
 
-def rope_backward_with(apply_rope: ApplyRope) -> RopeBackward:
-    """Gradients of rotated q [b, s, n, d], rotated k and v, one by one into that of `packed` [b, s, n + 2k, d]."""
+def rotate_parts_with(apply_rope: ApplyRope) -> RotateParts:
+    """(q [b, s, n, d], k and v [b, s, k, d], cos, sin, out, back): q and k rotated, or `back`, and v, into those."""
 
-    def backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, packed: Tensor) -> None:
-        q, k, v = packed.split([dq.shape[2], dk.shape[2], dv.shape[2]], dim=2)
-        inverse = -sin
-        apply_rope(dq, cos, inverse, q)
-        apply_rope(dk, cos, inverse, k)
-        v.copy_(dv)
+    def rotate(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Sequence[Tensor], back: bool) -> None:
+        sin = -sin if back else sin
+        for part, to in zip(parts[:2], out[:2], strict=True):
+            apply_rope(part, cos, sin, to)
+        out[2].copy_(parts[2])
 
-    return backward
-
-
-rope_backward = rope_backward_with(apply_rope)
+    return rotate
 
 
-def _compiled_rope(target: Target) -> tuple[ApplyRope, RopeBackward]:
+rotate_parts = rotate_parts_with(apply_rope)
+
+
+def _compiled_rope(target: Target) -> Rope:
     rotated = target.compile(_rope_formula)
 
     def into(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
         out.copy_(rotated(x, cos, sin))
 
-    return into, rope_backward_with(into)
+    return into, rotate_parts_with(into)
 
 
 def _rope_formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -237,20 +275,22 @@ def _rope_formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
-def _rope_results(pair: tuple[ApplyRope, RopeBackward], target: Target) -> Results:
-    """As layers do: q and k where they lie, before v; and the three gradients into one."""
+def _rope_results(pair: Rope, target: Target) -> Results:
+    """As layers do: q and k where they lie, before v; all three into tensors of their own; and their gradients back."""
     packed, angles = target.random(2, 16, 8, 32), target.random(2, 16, 1, 16, seed=1)
     angles = (angles if target.documents else angles[0]).to(accumulate_dtype(packed.dtype))
     cos, sin, out, back = angles.cos(), angles.sin(), packed.clone(), torch.empty_like(packed)
     pair[0](out[:, :, :6], cos, sin, out[:, :, :6])
     dq, dk, dv = target.random(2, 16, 4, 32, seed=2), target.random(2, 16, 2, 32, seed=3), packed[:, :, 6:]
-    pair[1](dq, dk, dv, cos, sin, back)
-    return [("rotated heads", out), ("heads rotated back", back)]
+    apart = [torch.empty_like(part) for part in (dq, dk, dv)]
+    pair[1](packed.split([4, 2, 2], 2), cos, sin, apart, False)
+    pair[1]((dq, dk, dv), cos, sin, back.split([4, 2, 2], 2), True)
+    return [("rotated heads", out), ("heads apart", torch.cat(apart, 2)), ("heads rotated back", back)]
 
 
 ROPE = Operation(
-    [(COMPILED, _compiled_rope), (TRITON, _own("apply_rope", "rope_backward"))],
-    ("torch", lambda target: (apply_rope, rope_backward)),
+    [(COMPILED, _compiled_rope), (TRITON, _own("apply_rope", "rotate_parts"))],
+    ("torch", lambda target: (apply_rope, rotate_parts)),
     _rope_results,
 )
 
@@ -274,6 +314,19 @@ def swiglu_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
     return grad
 
 
+def with_product(forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor, Tensor], Tensor]) -> Swiglus:
+    """Both ways, the second (dout, gate_up, again) -> (gradient, what the first makes if it is wanted `again`)."""
+
+    def gradient(dout: Tensor, gate_up: Tensor, again: bool) -> tuple[Tensor, Tensor | None]:
+        product = forward(gate_up) if again else None
+        return backward(dout, gate_up), product
+
+    return forward, gradient
+
+
+SWIGLUS = with_product(swiglu, swiglu_backward)
+
+
 def _swiglu_formula(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.to(accumulate_dtype(gate_up.dtype)).chunk(2, -1)
     return (F.silu(gate) * up).to(gate_up.dtype)
@@ -287,24 +340,27 @@ def _swiglu_backward_formula(dout: Tensor, gate_up: Tensor) -> Tensor:
     return torch.cat((dgate.to(dout.dtype), (grad * gate * prob).to(dout.dtype)), -1)
 
 
-def _te_swiglu(target: Target) -> SwigluPair:
+def _te_swiglu(target: Target) -> Swiglus:
     target.need_half_on_cuda()
     tex = target.te_module()
-    return lambda gate_up: tex.swiglu(gate_up, None), lambda dout, gate_up: tex.dswiglu(dout, gate_up, None)
+    return with_product(lambda gate_up: tex.swiglu(gate_up, None), lambda dout, x: tex.dswiglu(dout, x, None))
 
 
-def _swiglu_results(pair: SwigluPair, target: Target) -> Results:
-    packed, dout = target.random(16, 2080), target.random(16, 1040, seed=1)
-    return [("output", pair[0](packed)), ("gradient", pair[1](dout, packed))]
+def _swiglu_results(pair: Swiglus, target: Target) -> Results:
+    packed, results = target.random(16, 2080), Results()
+    for again in (False, True):
+        grad, product = pair[1](target.random(16, 1040, seed=1), packed, again)
+        results += [("gradient", grad), ("output", pair[0](packed) if product is None else product)]
+    return results
 
 
 SWIGLU = Operation(
     [
-        (COMPILED, lambda target: (target.compile(_swiglu_formula), target.compile(_swiglu_backward_formula))),
+        (COMPILED, lambda t: with_product(t.compile(_swiglu_formula), t.compile(_swiglu_backward_formula))),
         (TE, _te_swiglu),
         (TRITON, _own("swiglu", "swiglu_backward")),
     ],
-    ("torch", lambda target: (swiglu, swiglu_backward)),
+    ("torch", lambda target: SWIGLUS),
     _swiglu_results,
 )
 

@@ -22,7 +22,7 @@ import torch
 
 from megallama.config.errors import MegallamaError
 from megallama.kernels.attention import ATTENTION, MakeAttention
-from megallama.kernels.candidate import Operation, Target, Unsupported, Wrong
+from megallama.kernels.candidate import TE, Operation, Target, Unsupported, Wrong
 from megallama.kernels.gemm import FP8_PRODUCTS, PRODUCT, WGRAD, Gemms
 from megallama.kernels.in_fp32 import NAMED
 from megallama.kernels.optimizer import ADAMW, GRAD_NORM, AdamWStep, SumOfSquares
@@ -67,6 +67,11 @@ class Kernels:
     adamw: AdamWStep
     sum_of_squares: SumOfSquares
     choices: tuple[Choice, ...]
+
+    @property
+    def apart(self) -> bool:
+        """Attention copies q, k and v that are parts of a packed tensor, where they are not of one size."""
+        return ("attention", TE) in ((choice.operation, choice.selected) for choice in self.choices)
 
     def __str__(self) -> str:
         """One line: what is not torch's own."""

@@ -10,6 +10,8 @@ is selected also compiles it.  Only `do_not_specialize`d numbers may be 1 withou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -20,22 +22,27 @@ from megallama.kernels.candidate import Unsupported
 COLUMNS = 1024  # of a row that one program of SwiGLU computes
 PAIRS = 64  # of elements that one step of RoPE rotates in each head; a head of 128 is one step
 HEADS = 16  # that one step of RoPE rotates
+SUMS = 32, 32  # rows and columns of a step of the sum over programs
 WIDEST = 8192  # row that a program of RMSNorm keeps in registers; wider ones spill
 
 
 @triton.jit
-def _norm(x, weight, out, eps, columns, BLOCK: tl.constexpr):
+def _norm(x, branch, weight, total, out, eps, columns, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     there = at < columns
     start = tl.program_id(0).to(tl.int64) * columns
     row = tl.load(x + start + at, there, other=0.0).to(tl.float32)
+    if branch is not None:
+        added = (row + tl.load(branch + start + at, there, other=0.0).to(tl.float32)).to(out.dtype.element_ty)
+        tl.store(total + start + at, added, there)
+        row = added.to(tl.float32)  # the rounded sum, of which the backward forms the norm again
     rstd = tl.rsqrt(tl.sum(row * row, 0) / columns + eps)
     scale = tl.load(weight + at, there, other=0.0).to(tl.float32)
     tl.store(out + start + at, (row * rstd * scale).to(out.dtype.element_ty), there)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _norm_backward(dy, x, weight, dx, partial, eps, rows, columns, BLOCK: tl.constexpr):
+def _norm_backward(dy, x, weight, residual, dx, again, partial, eps, rows, columns, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     there = at < columns
     scale = tl.load(weight + at, there, other=0.0).to(tl.float32)
@@ -48,27 +55,50 @@ def _norm_backward(dy, x, weight, dx, partial, eps, rows, columns, BLOCK: tl.con
         normed = normed * rstd
         product = grad * normed
         mean = tl.sum(product * scale, 0) / columns
-        tl.store(dx + start + at, ((grad * scale - normed * mean) * rstd).to(dx.dtype.element_ty), there)
+        if again is not None:
+            tl.store(again + start + at, (normed * scale).to(dx.dtype.element_ty), there)
+        grad = (grad * scale - normed * mean) * rstd
+        if residual is not None:
+            grad += tl.load(residual + start + at, there, other=0.0).to(tl.float32)
+        tl.store(dx + start + at, grad.to(dx.dtype.element_ty), there)
         total += product
     tl.store(partial + tl.program_id(0).to(tl.int64) * columns + at, total, there)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """What `pointwise.rms_norm` does, on [T, h]; a program has a row in registers."""
-    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    _norm[(x.shape[0],)](x, weight, out, eps, x.shape[1], **_row(x.shape[1]))
-    return out
+@triton.jit(do_not_specialize=["main_grad", "programs", "overwrite"])
+def _add_up(partial, main_grad, programs, overwrite, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    at, rows = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS)[:, None]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, programs, ROWS):
+        there = (first + rows < programs) & (at < columns)[None, :]
+        total += tl.load(partial + (first + rows) * columns + at[None, :], there, other=0.0)
+    before = tl.load(main_grad + at, (at < columns) & (overwrite == 0), other=0.0)
+    tl.store(main_grad + at, before + tl.sum(total, 0), at < columns)
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """What `pointwise.rms_norm_backward` does: each program adds up dweight over its rows, torch over programs."""
-    dy, x = dy.contiguous(), x.contiguous()
-    (rows, columns), dx = x.shape, torch.empty_like(x)
+def add_norm(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What `pointwise.add_norm` does, on [T, h]; a program has a row in registers."""
+    x, branch = x.contiguous(), None if branch is None else branch.contiguous()
+    total, out = x if branch is None else torch.empty_like(x), torch.empty_like(x)
+    _norm[(x.shape[0],)](x, branch, weight, total, out, eps, x.shape[1], **_row(x.shape[1]))
+    return total, out
+
+
+def add_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, main_grad: Tensor, overwrite: bool,
+    again: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What `pointwise.add_norm_backward` does: each program adds up over its rows, a second kernel over programs."""
+    dy, x, residual = dy.contiguous(), x.contiguous(), None if residual is None else residual.contiguous()
+    (rows, columns), dx, normed = x.shape, torch.empty_like(x), torch.empty_like(x) if again else None
     at_once = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 4
     programs = min(rows, at_once)
     partial = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
-    _norm_backward[(programs,)](dy, x, weight, dx, partial, eps, rows, columns, **_row(columns))
-    return dx, partial.sum(0)
+    constants = _row(columns)
+    _norm_backward[(programs,)](dy, x, weight, residual, dx, normed, partial, eps, rows, columns, **constants)
+    grid = (triton.cdiv(columns, SUMS[1]),)
+    _add_up[grid](partial, main_grad, programs, int(overwrite), columns, ROWS=SUMS[0], COLUMNS=SUMS[1])
+    return dx, normed
 
 
 def _row(columns: int) -> dict[str, int]:
@@ -90,7 +120,7 @@ def _swiglu(packed, out, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(dout, packed, grad, columns, BLOCK: tl.constexpr):
+def _swiglu_backward(dout, packed, grad, again, columns, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = at < columns
     start, to = packed + row * 2 * columns, grad + row * 2 * columns
@@ -100,6 +130,8 @@ def _swiglu_backward(dout, packed, grad, columns, BLOCK: tl.constexpr):
     prob = tl.sigmoid(gate)
     tl.store(to + at, (d * up * prob * (1 + gate * (1 - prob))).to(grad.dtype.element_ty), there)
     tl.store(to + columns + at, (d * gate * prob).to(grad.dtype.element_ty), there)
+    if again is not None:
+        tl.store(again + row * columns + at, (gate * prob * up).to(grad.dtype.element_ty), there)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -110,13 +142,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
-    """What `pointwise.swiglu_backward` does: the gradient [T, 2f]; `dout` stays."""
+def swiglu_backward(dout: Tensor, gate_up: Tensor, again: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradient [T, 2f], with `again` what `swiglu` made as well; `dout` stays."""
     rows, columns = dout.shape
     dout, gate_up = dout.contiguous(), gate_up.contiguous()
-    grad = torch.empty_like(gate_up)
-    _swiglu_backward[(rows, triton.cdiv(columns, COLUMNS))](dout, gate_up, grad, columns, BLOCK=COLUMNS)
-    return grad
+    grad, product = torch.empty_like(gate_up), torch.empty_like(dout) if again else None
+    _swiglu_backward[(rows, triton.cdiv(columns, COLUMNS))](dout, gate_up, grad, product, columns, BLOCK=COLUMNS)
+    return grad, product
 
 
 @triton.jit
@@ -147,25 +179,26 @@ def _rotate(
     _turn(start, to, cos, sin, 1.0, heads, x_head, out_head, half, HEADS, PAIRS)
 
 
-@triton.jit(do_not_specialize=["seq", "n", "k"])
-def _unrotate(
-    dq, dk, dv, out, cos, sin, seq, n, k, half, q_sample, q_token, q_head, k_sample, k_token, k_head,
-    v_sample, v_token, v_head, table_sample, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+@triton.jit(do_not_specialize=["sign", "seq", "q_heads", "heads"])
+def _rotate_apart(
+    q, k, v, q_out, k_out, v_out, cos, sin, sign, seq, q_heads, heads, half,
+    q_sample, q_token, q_head, k_sample, k_token, k_head, v_sample, v_token, v_head,
+    q_sample_out, q_token_out, q_head_out, k_sample_out, k_token_out, k_head_out, v_sample_out, v_token_out, v_head_out,
+    table_sample, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     sample, at = (tl.program_id(0) // seq).to(tl.int64), (tl.program_id(0) % seq).to(tl.int64)
     cos, sin = cos + sample * table_sample + at * half, sin + sample * table_sample + at * half
-    to = out + tl.program_id(0).to(tl.int64) * (n + 2 * k) * 2 * half
-    _turn(dq + sample * q_sample + at * q_token, to, cos, sin, -1.0, n, q_head, 2 * half, half, HEADS, PAIRS)
-    to += n * 2 * half
-    _turn(dk + sample * k_sample + at * k_token, to, cos, sin, -1.0, k, k_head, 2 * half, half, HEADS, PAIRS)
-    to += k * 2 * half
-    value = dv + sample * v_sample + at * v_token
+    start, to = q + sample * q_sample + at * q_token, q_out + sample * q_sample_out + at * q_token_out
+    _turn(start, to, cos, sin, sign, q_heads, q_head, q_head_out, half, HEADS, PAIRS)
+    start, to = k + sample * k_sample + at * k_token, k_out + sample * k_sample_out + at * k_token_out
+    _turn(start, to, cos, sin, sign, heads, k_head, k_head_out, half, HEADS, PAIRS)
+    start, to = v + sample * v_sample + at * v_token, v_out + sample * v_sample_out + at * v_token_out
     for first in range(0, 2 * half, 2 * PAIRS):
         column = first + tl.arange(0, 2 * PAIRS)[None, :]
-        for head in range(0, k, HEADS):
+        for head in range(0, heads, HEADS):
             rows = head + tl.arange(0, HEADS)[:, None]
-            there = (rows < k) & (column < 2 * half)
-            tl.store(to + rows * 2 * half + column, tl.load(value + rows * v_head + column, there), there)
+            there = (rows < heads) & (column < 2 * half)
+            tl.store(to + rows * v_head_out + column, tl.load(start + rows * v_head + column, there), there)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
@@ -176,14 +209,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     _rotate[(b * s,)](x, out, *tables, s, heads, d // 2, *strides, HEADS=HEADS, PAIRS=PAIRS)
 
 
-def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, packed: Tensor) -> None:
-    """What `pointwise.rope_backward` does: the three gradients into `packed` [b, s, n + 2k, d], one launch."""
-    b, s, n, d = dq.shape
-    tables, per_sample = _tables(cos, sin)
-    parts = [part if part.stride(3) == 1 else part.contiguous() for part in (dq, dk, dv)]
-    strides = [stride for part in parts for stride in part.stride()[:3]]
-    counts = s, n, dk.shape[2], d // 2
-    _unrotate[(b * s,)](*parts, packed, *tables, *counts, *strides, per_sample, HEADS=HEADS, PAIRS=PAIRS)
+def rotate_parts(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Sequence[Tensor], back: bool) -> None:
+    """What `pointwise.rotate_parts` does, in one launch."""
+    (b, s, n, d), (tables, per_sample) = parts[0].shape, _tables(cos, sin)
+    parts = [part if part.stride(3) == 1 else part.contiguous() for part in parts]
+    strides = [stride for part in (*parts, *out) for stride in part.stride()[:3]]
+    counts = -1.0 if back else 1.0, s, n, parts[1].shape[2], d // 2
+    _rotate_apart[(b * s,)](*parts, *out, *tables, *counts, *strides, per_sample, HEADS=HEADS, PAIRS=PAIRS)
 
 
 def _tables(cos: Tensor, sin: Tensor) -> tuple[list[Tensor], int]:

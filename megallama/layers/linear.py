@@ -93,31 +93,40 @@ class RMSNorm:
     eps: float
     _pointwise: PointwiseOps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._pointwise.rms_norm(x, self.param.weight, self.eps)
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x + branch if there is one, the norm of that)."""
+        return self._pointwise.add_norm(x, branch, self.param.weight, self.eps)
 
-    def backward(self, dy: Tensor, x: Tensor) -> Tensor:
-        """Gradient of x; the weight's goes into main_grad."""
-        dx, dweight = self._pointwise.rms_norm_backward(dy, x, self.param.weight, self.eps)
-        self.param.add_grad(dweight)
-        return dx
+    def backward(
+        self, dy: Tensor, x: Tensor, residual: Tensor | None = None, again: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(gradient of x, plus `residual`; the norm, wanted `again`); the weight's gradient goes into main_grad."""
+        param = self.param
+        into = param.main_grad, param.overwrite
+        results = self._pointwise.add_norm_backward(dy, x, param.weight, self.eps, residual, *into, again)
+        param.overwrite = False
+        param.grad_done()
+        return results
 
 
 @dataclass(eq=False)
 class ColumnParallelLinear(Layer):
-    """RMSNorm, then y = x @ W.T, rows of W cut over tp: x [T/t, a] (SP) or [T, a] -> [T, b/t]."""
+    """RMSNorm, then y = x @ W.T, rows of W cut over tp: x [T/t, a] (SP) or [T, a] -> [T, b/t].
+
+    x is a residual stream, to which a branch may have to be added first: (x, branch) -> (their sum, y).
+    """
 
     param: Param
     norm: RMSNorm
     tp: TensorParallel
 
-    def forward(self, ctx: Any, x: Tensor) -> Tensor:
-        normed, tp = self.norm.forward(x), self.tp
+    def forward(self, ctx: Any, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        (x, normed), tp = self.norm.forward(x, branch), self.tp
         ctx.save_for_backward(x, *([normed] if tp.keep else []))
         if not tp.sequence_parallel or (n := tp.pieces(len(x) * tp.group.size)) == 1:
             full, gather = tp.all_gather_sequence(normed)
             gather.wait()
-            return self.param.fprop(full)
+            return x, self.param.fprop(full)
         out, shards = normed.new_empty(len(x) * tp.group.size, self.param.data.shape[0]), normed.chunk(n)
         full, gather = tp.all_gather_sequence(shards[0])
         for i in range(n):
@@ -126,16 +135,22 @@ class ColumnParallelLinear(Layer):
             if i + 1 < n:
                 full, gather = tp.all_gather_sequence(shards[i + 1])
             tp.place(out, self.param.fprop(part), i, n)
-        return out
+        return x, out
 
-    def backward(self, ctx: Any, dy: Tensor) -> tuple[Tensor]:
+    def backward(self, ctx: Any, residual: Tensor, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         x, *kept = ctx.saved_tensors
-        full, gather = self.tp.all_gather_sequence(kept[0] if kept else self.norm.forward(x))
-        dnormed, scatter = self.tp.reduce_scatter_sequence(self.param.dgrad(dy))
-        gather.wait()
-        self.param.wgrad(dy, full)
-        scatter.wait()
-        return (self.norm.backward(dnormed, x),)
+        if not kept and self.tp.group.size == 1:  # nothing to gather: one pass makes all that comes of x
+            dx, normed = self.norm.backward(self.param.dgrad(dy), x, residual, again=True)
+            assert normed is not None
+            self.param.wgrad(dy, normed)
+        else:
+            full, gather = self.tp.all_gather_sequence(kept[0] if kept else self.norm.forward(x)[1])
+            dnormed, scatter = self.tp.reduce_scatter_sequence(self.param.dgrad(dy))
+            gather.wait()
+            self.param.wgrad(dy, full)
+            scatter.wait()
+            dx, _ = self.norm.backward(dnormed, x, residual)
+        return dx, dx if ctx.needs_input_grad[2] else None
 
 
 @dataclass(eq=False)
@@ -162,8 +177,14 @@ class RowParallelLinear(Layer):
     def backward(self, ctx: Any, dy: Tensor) -> tuple[Tensor]:
         x, *kept = ctx.saved_tensors
         full, gather = self.tp.all_gather_sequence(dy)
-        operand = kept[0] if kept else self.pointwise.swiglu(x) if self.gated else x
+        operand: Tensor | None = kept[0] if kept else None if self.gated else x
+        if operand is None and self.tp.group.size > 1:  # while dy is gathered
+            operand = self.pointwise.swiglu(x)
         gather.wait()
-        doperand = self.param.dgrad(full)
+        dx = self.param.dgrad(full)
+        if self.gated:
+            dx, product = self.pointwise.swiglu_backward(dx, x, operand is None)
+            operand = operand if product is None else product
+        assert operand is not None
         self.param.wgrad(full, operand)
-        return (self.pointwise.swiglu_backward(doperand, x) if self.gated else doperand,)
+        return (dx,)

@@ -95,11 +95,6 @@ class Param:
         self._gemms.wgrad(self.main_grad, dy, x, self.overwrite)
         self.overwrite = False
 
-    def add_grad(self, grad: Tensor) -> None:
-        self.main_grad.copy_(grad) if self.overwrite else self.main_grad.add_(grad)
-        self.overwrite = False
-        self.grad_done()
-
     def add_rows(self, rows: Tensor, grad: Tensor) -> None:
         """main_grad[rows] += grad, repeated rows included."""
         if self.overwrite:

@@ -38,25 +38,26 @@ class VocabParallelEmbedding(Layer):
         return super().__call__(self._anchor, tokens)
 
     def forward(self, ctx: Any, anchor: Tensor, tokens: Tensor) -> Tensor:
+        if self.tp.group.size == 1:
+            ctx.save_for_backward(tokens)
+            return torch.index_select(self.param.weight, 0, tokens)
         count = self.param.data.shape[0]  # of the ids that this rank holds
         shifted = tokens - self.tp.group.rank * count
         rows = shifted.clamp(0, count - 1)
         held = rows == shifted
         out = torch.index_select(self.param.weight, 0, rows)
         ctx.save_for_backward(rows, held)
-        if self.tp.group.size == 1:
-            return out
         # zeros for ids of other ranks: the sum has one term that is not zero, so it is exact
         out, handle = self.tp.reduce_scatter_sequence(out.masked_fill_(~held.unsqueeze(1), 0))
         handle.wait()
         return out
 
     def backward(self, ctx: Any, dout: Tensor) -> tuple[None, None]:
-        rows, held = ctx.saved_tensors
+        rows, *held = ctx.saved_tensors
         full, handle = self.tp.all_gather_sequence(dout)
         handle.wait()
-        if self.tp.group.size > 1:  # picking rows instead would wait for the device
-            full = full.masked_fill(~held.unsqueeze(1), 0)
+        if held:  # picking rows instead would wait for the device
+            full = full.masked_fill(~held[0].unsqueeze(1), 0)
         self.param.add_rows(rows, full)
         return None, None
 
@@ -73,12 +74,13 @@ class LossHead(Layer):
         self.first = tp.group.rank * rows
         self.valid = max(0, min(rows, vocab - self.first))  # the other rows are padding
 
-    def __call__(self, x: Tensor, batch: MicroBatch) -> Any:
-        """The sum over counted tokens of -log p(label), replicated over tp."""
-        return super().__call__(x, batch, torch.is_grad_enabled())
+    def __call__(self, x: Tensor, branch: Tensor | None, batch: MicroBatch) -> Any:
+        """The sum over counted tokens of -log p(label), replicated over tp; `branch` is added to x first."""
+        return super().__call__(x, branch, batch, torch.is_grad_enabled())
 
-    def forward(self, ctx: Any, x: Tensor, batch: MicroBatch, train: bool) -> Tensor:
-        full, handle = self.tp.all_gather_sequence(self.norm.forward(x))
+    def forward(self, ctx: Any, x: Tensor, branch: Tensor | None, batch: MicroBatch, train: bool) -> Tensor:
+        x, normed = self.norm.forward(x, branch)
+        full, handle = self.tp.all_gather_sequence(normed)
         handle.wait()
         acc_dtype = accumulate_dtype(x.dtype)
         labels, mask = batch.labels.reshape(-1), batch.mask
@@ -99,17 +101,18 @@ class LossHead(Layer):
             ctx.save_for_backward(x, dnormed)
         return total
 
-    def backward(self, ctx: Any, dtotal: Tensor) -> tuple[Tensor, None, None]:
+    def backward(self, ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         x, dnormed = ctx.saved_tensors
         self.param.grad_done()
-        return self.norm.backward(dnormed, x), None, None
+        dx, _ = self.norm.backward(dnormed, x)
+        return dx, dx if ctx.needs_input_grad[2] else None, None, None
 
-    def score(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Of hidden states [T/t, h] or [T, h] and labels [T]: log p(label), and 1 where it is the likeliest: [2, T].
+    def score(self, x: Tensor, branch: Tensor | None, labels: Tensor) -> Tensor:
+        """Of hidden states, as in a call, and labels [T]: log p(label), and 1 where it is the likeliest: [2, T].
 
         Nothing is kept for a backward pass. Of equally likely tokens the first is the likeliest, as argmax has it.
         """
-        full, handle = self.tp.all_gather_sequence(self.norm.forward(x))
+        full, handle = self.tp.all_gather_sequence(self.norm.forward(x, branch)[1])
         handle.wait()
         index, held = self._places(labels)
         out = torch.empty(2, len(labels), dtype=accumulate_dtype(x.dtype), device=x.device)

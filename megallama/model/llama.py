@@ -44,7 +44,8 @@ _MASK32 = 0xFFFFFFFF
 class Rotary(Layer):
     """Packed q, k, v [T, (n + 2k) d] of this rank's heads -> rotated q and k, and v: [b, s, heads, d].
 
-    Kept are the tables alone: the gradient of a rotation is the inverse rotation.  On a GPU it is done in place.
+    Kept are the tables alone: the gradient of a rotation is the inverse rotation.  On a GPU it is done in place, unless
+    attention wants groups `apart`: it would copy parts of a packed tensor.
     """
 
     num_heads: int
@@ -52,6 +53,7 @@ class Rotary(Layer):
     cos: Tensor  # [s, 1, d/2] of the longest samples
     sin: Tensor
     pointwise: PointwiseOps
+    apart: bool = False
 
     def tables(self, documents: Documents | None, length: int | None = None) -> tuple[Tensor, Tensor]:
         """(cos, sin) of 0 .. length-1 in every sample, at most s; in every document: [b, length, 1, d/2]."""
@@ -63,21 +65,22 @@ class Rotary(Layer):
         ctx.shape = qkv.shape
         ctx.save_for_backward(cos, sin)
         heads, n, k = self._heads(qkv, cos), self.num_heads, self.num_kv_heads
-        if qkv.is_cuda:
+        parts, (b, s, _, d), gpu = heads.split([n, k, k], dim=2), heads.shape, qkv.is_cuda
+        if gpu and not (self.apart and n > k):
             rotated = heads[:, :, : n + k]
             self.pointwise.apply_rope(rotated, cos, sin, rotated)
-            return heads.split([n, k, k], dim=2)
-        parts, (b, s, _, d) = heads.split([n, k, k], dim=2), heads.shape  # products want the rows of a head together
-        new = tuple(part.new_empty(b, part.shape[2], s, d).transpose(1, 2) for part in parts)
-        for i in range(2):
-            self.pointwise.apply_rope(parts[i], cos, sin, new[i])
-        new[2].copy_(parts[2])
+            return parts
+        new = tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts)
+        if not gpu:  # products want the rows of a head together
+            new = tuple(part.view(b, -1, s, d).transpose(1, 2) for part in new)
+        self.pointwise.rotate_parts(parts, cos, sin, new, False)
         return new
 
     def backward(self, ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         packed = dq.new_empty(ctx.shape)
-        self.pointwise.rope_backward(dq, dk, dv, cos, sin, self._heads(packed, cos))
+        parts = self._heads(packed, cos).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        self.pointwise.rotate_parts((dq, dk, dv), cos, sin, parts, True)
         return packed, None, None
 
     def _heads(self, qkv: Tensor, cos: Tensor) -> Tensor:
@@ -87,7 +90,10 @@ class Rotary(Layer):
 
 
 class TransformerLayer:
-    """One layer: [T/t, h] or [T, h] in and out."""
+    """One layer: [T/t, h] or [T, h] in and out, each as two: the residual stream, and what is yet to be added to it.
+
+    The next norm adds them in its own pass.
+    """
 
     def __init__(
         self, params: dict[str, Param], eps: float, tp: TensorParallel, rotary: Rotary, attend: Attend,
@@ -100,11 +106,13 @@ class TransformerLayer:
         self.gate_up_proj = ColumnParallelLinear(params["gate_up_proj"], after, tp)
         self.down_proj = RowParallelLinear(params["down_proj"], tp, ops, gated=True)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None = None) -> Tensor:
-        qkv = self.qkv_proj(x)
+    def __call__(
+        self, x: Tensor, branch: Tensor | None, cos: Tensor, sin: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x, qkv = self.qkv_proj(x, branch)
         heads = self.attend(*self.rotary(qkv, cos, sin), documents)
-        x = x + self.o_proj(heads.reshape(qkv.shape[0], -1))
-        return x + self.down_proj(self.gate_up_proj(x))
+        x, gate_up = self.gate_up_proj(x, self.o_proj(heads.reshape(qkv.shape[0], -1)))
+        return x, self.down_proj(gate_up)
 
 
 class Stage:
@@ -120,7 +128,7 @@ class Stage:
         local = n // tp.group.size, max(1, k // tp.group.size)  # key/value heads may be shared
         acc_dtype, device = accumulate_dtype(buffers.weights.dtype), buffers.weights.device
         tables = rope_tables(config.batch.seq_length, d, model.rope_theta, model.rope_scaling, acc_dtype, device)
-        self.rotary = Rotary(*local, *tables, ops)
+        self.rotary = Rotary(*local, *tables, ops, kernels.apart)
         attend = kernels.attention(*local, d)
         self.recompute = config.memory.recompute == "full"
         self.embed = VocabParallelEmbedding(params["embed_tokens"], tp) if first else None
@@ -137,23 +145,28 @@ class Stage:
 
     def __call__(self, hidden: Tensor | None, batch: MicroBatch) -> Tensor:
         """Hidden states [T/t, h] or [T, h] of the stage before, if any -> its own, or the loss sum."""
-        x = self.body(hidden, batch)
-        return x if self.head is None else self.head(x, batch)
+        x, branch = self.body(hidden, batch)
+        if self.head is not None:
+            return self.head(x, branch, batch)
+        return x if branch is None else x + branch
 
-    def body(self, hidden: Tensor | None, batch: MicroBatch) -> Tensor:
-        """As a call, without the head: the hidden states."""
+    def body(self, hidden: Tensor | None, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """As a call, without the head: the hidden states, and what is yet to be added to them, if anything."""
         x = self.embed(batch.tokens.reshape(-1)) if self.embed else hidden
         assert x is not None, "only the first stage makes its own hidden states"
         documents = batch.documents and batch.documents.each(lambda t: t)  # masks do not live as long as batches
         again = self.recompute and torch.is_grad_enabled()
         tables = self.rotary.tables(documents, *batch.tokens.shape[1:])  # flat ones: samples of the longest
+        branch: Tensor | None = None  # yet to be added to x
         for number, layer in zip(self._numbers, self.layers, strict=True):
-            inputs = x, *tables, documents
             self._record.layer(number)
-            x = _Recompute(layer)(*inputs) if again else layer(*inputs)
-            if x.requires_grad:
-                x.register_hook(partial(self._record.layer, number))
-        return x
+            if again:
+                x = _Recompute(layer)(x, *tables, documents)
+            else:
+                x, branch = layer(x, branch, *tables, documents)
+            if (last := x if branch is None else branch).requires_grad:
+                last.register_hook(partial(self._record.layer, number))
+        return x, branch
 
 
 @dataclass(eq=False)
@@ -165,14 +178,15 @@ class _Recompute(Layer):
     def forward(self, ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None) -> Tensor:
         ctx.documents = documents
         ctx.save_for_backward(x, cos, sin)
-        return self.layer(x, cos, sin, documents)
+        x, branch = self.layer(x, None, cos, sin, documents)
+        return x + branch
 
     def backward(self, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, cos, sin = ctx.saved_tensors
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
-            out = self.layer(leaf, cos, sin, ctx.documents)
-        torch.autograd.backward(out, dy)
+            out = self.layer(leaf, None, cos, sin, ctx.documents)
+        torch.autograd.backward(out, (dy, dy))
         return leaf.grad, None, None, None
 
 

@@ -67,6 +67,7 @@ class PipelineRuntime:
     ) -> None:  # fmt: skip
         self._work, self._pp, self._hidden, self.observer = work, pp, hidden, Observer(record)
         self._shares, self._longest = shares, longest
+        self._one = torch.ones((), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
         self._handlers: dict[Kind, Callable[[Action], None]] = {
             Kind.F: self._forward,
             Kind.B: self._differentiate,
@@ -126,7 +127,7 @@ class PipelineRuntime:
     def _differentiate(self, action: Action) -> None:
         x, edge = self._graphs.pop((action.stage, action.microbatch))
         if action.stage == self._schedule.num_stages - 1:
-            grad = torch.ones((), dtype=accumulate_dtype(self._hidden.dtype), device=self._hidden.device)
+            grad = self._one
         else:
             grad = self._take(Kind.B, action)
         torch.autograd.backward((edge,), (grad,))

@@ -76,7 +76,8 @@ def stage_saved_bytes(config: Config, stages: Stages, stage: int) -> int:
     out = layers * (saved_bytes(config) + statistics_bytes(config))
     if config.data.document_mask and layers:  # angles by document
         out += tokens * heads(config.model)[2] * DTYPE_BYTES[main_dtype(config)]
-    return out + (stage == 0) * 9 * tokens + (stage == len(stages) - 1) * _head_saved_bytes(config)
+    ids = (8 + (config.parallel.tp > 1)) * tokens  # and which of them this rank holds
+    return out + (stage == 0) * ids + (stage == len(stages) - 1) * _head_saved_bytes(config)
 
 
 def deferred_bytes(config: Config, stages: Stages, stage: int) -> int:

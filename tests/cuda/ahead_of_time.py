@@ -25,11 +25,12 @@ Compiled = tuple[str, Any]  # name, what Triton has compiled
 
 
 def rows_of(columns: int) -> Callable[[ModuleType, ModuleType, torch.dtype], None]:
-    """RMSNorm both ways."""
+    """RMSNorm both ways, as layers do: a branch is added before it, a gradient after."""
 
     def call(k: ModuleType, _: ModuleType, dtype: torch.dtype) -> None:
         x, weight = torch.empty(16, columns, dtype=dtype), torch.empty(columns, dtype=dtype)
-        k.rms_norm_backward(k.rms_norm(x, weight, 1e-5), x, weight, 1e-5)
+        total, normed = k.add_norm(x, x.clone(), weight, 1e-5)
+        k.add_norm_backward(normed, total, weight, 1e-5, x, torch.empty(columns), True, True)
 
     return call
 
@@ -37,7 +38,7 @@ def rows_of(columns: int) -> Callable[[ModuleType, ModuleType, torch.dtype], Non
 def swiglu(k: ModuleType, _: ModuleType, dtype: torch.dtype) -> None:
     """LLaMA-7B's."""
     packed = torch.empty(16, 2 * 11008, dtype=dtype)
-    k.swiglu_backward(k.swiglu(packed), packed)
+    k.swiglu_backward(k.swiglu(packed), packed, True)
 
 
 def rope(k: ModuleType, _: ModuleType, dtype: torch.dtype) -> None:
@@ -45,7 +46,7 @@ def rope(k: ModuleType, _: ModuleType, dtype: torch.dtype) -> None:
     packed, tables = torch.empty(2, 16, 48, 128, dtype=dtype), torch.empty(16, 1, 64)
     k.apply_rope(packed[:, :, :40], tables, tables, packed[:, :, :40])
     parts = (torch.empty(2, 16, n, 128, dtype=dtype) for n in (32, 8, 8))
-    k.rope_backward(*parts, tables, tables, packed)
+    k.rotate_parts(list(parts), tables, tables, packed.split([32, 8, 8], 2), True)
 
 
 def loss(_: ModuleType, k: ModuleType, dtype: torch.dtype) -> None:
@@ -108,9 +109,15 @@ def steps(p: ModuleType, k: ModuleType, dtype: torch.dtype) -> None:
         packed, tables = torch.empty(rows, 5, 9, 128, dtype=dtype), torch.empty(rows, 5, 1, 64)
         p.apply_rope(packed[:, :, :8], tables, tables, packed[:, :, :8])
         parts = (torch.empty(rows, n, 5, 128, dtype=dtype).transpose(1, 2) for n in (7, 1, 1))
-        p.rope_backward(*parts, tables, tables, packed)
+        apart = [*parts]
+        p.rotate_parts(apart, tables, tables, packed.split([7, 1, 1], 2), True)
+        p.rotate_parts(packed.split([7, 1, 1], 2), tables, tables, [t.contiguous() for t in apart], False)
         x, weight = torch.empty(rows, 4096, dtype=dtype), torch.empty(4096, dtype=dtype)
-        p.rms_norm_backward(p.rms_norm(x, weight, 1e-5), x, weight, 1e-6)
+        for branch, again in ((None, False), (x, False), (x, True)):
+            stream, normed = p.add_norm(x, branch, weight, 1e-5)
+            p.add_norm_backward(normed, stream, weight, 1e-6, branch, torch.empty(4096), rows == 1, again)
+        wide = torch.empty(rows, 2 * 1024, dtype=dtype)
+        p.swiglu_backward(p.swiglu(wide), wide, rows == 1)
 
 
 def late() -> list[str]:
@@ -140,7 +147,8 @@ def table() -> Iterator[tuple[Any, ...]]:
                 ptx = kernel.asm["ptx"]
                 banned = re.search(r"\b(atom|red|cvt\.r[zmp])\.|\.f64", ptx)  # atomics, fp64, directed rounding
                 assert banned is None, f"{name}: {banned}"
-                assert dtype != torch.bfloat16 or name == "_log_sums" or "cvt.rn.bf16x2.f32" in ptx, name
+                rounds = dtype == torch.bfloat16 and name not in ("_log_sums", "_add_up")
+                assert not rounds or "cvt.rn.bf16x2.f32" in ptx, name
                 narrow = len(re.findall(r"(?:ld|st)\.global(?!\S*\.v4\.b32)", ptx))
                 yield name + suffix, str(dtype)[6:], capability, *used(kernel), kernel.metadata.shared, narrow
 

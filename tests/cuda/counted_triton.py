@@ -22,8 +22,18 @@ from megallama.kernels.candidate import Target
 from tests.cuda.launches import Launches
 
 MODULES = ("triton_pointwise", "triton_loss")
-WRITTEN = {"out", "dx", "partial", "grad", "log_sum", "picked"}  # arguments of kernels; others are read
-IN_PLACE = {("_gradient", "logits")}  # read and written
+WRITTEN = {
+    "_norm": "total out",
+    "_norm_backward": "dx again partial",
+    "_add_up": "main_grad",
+    "_swiglu": "out",
+    "_swiglu_backward": "grad again",
+    "_rotate": "out",
+    "_rotate_apart": "q_out k_out v_out",
+    "_log_sums": "log_sum picked",
+    "_gradient": "logits",
+}
+READ_TOO = {"_gradient": "logits", "_add_up": "main_grad"}  # all others are read or written
 
 
 class Kernel:
@@ -42,8 +52,14 @@ class Kernel:
         given = self.signature.bind(*args, **own).arguments
         assert 0 < grid[0] < 2**31 and all(0 < n < 2**16 for n in grid[1:]), f"{self.name}: a grid of {grid}"
         tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
-        reads = [t for name, t in tensors.items() if name not in WRITTEN]
-        writes = [t for name, t in tensors.items() if name in WRITTEN or (self.name, name) in IN_PLACE]
+        written, read_too = [name for name in WRITTEN[self.name].split() if name in tensors], READ_TOO.get(self.name)
+        if self.name == "_norm" and tensors["total"] is tensors["x"]:  # nothing is added
+            written.remove("total")
+            del tensors["total"]
+        if given.get("overwrite"):
+            read_too = None
+        reads = [t for name, t in tensors.items() if name not in written or name == read_too]
+        writes = [tensors[name] for name in written]
         assert writes, self.name
         if isinstance(counter := _get_current_dispatch_mode(), Launches):
             counter.launched(f"triton {self.name}", reads, writes)

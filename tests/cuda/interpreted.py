@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megallama.kernels import pointwise as plain
-from megallama.kernels.candidate import Target, Unsupported
+from megallama.kernels.candidate import Target, Unsupported, accumulate_dtype
 from megallama.kernels.select import OPERATIONS, select_kernels
 from tests import small
 
@@ -57,38 +57,55 @@ def as_selected(name: str, made: Any, dtype: torch.dtype) -> Errors:
         yield what, error(result, want)
 
 
+def norms(ops: Any, args: Any, again: bool, rounded: torch.dtype | None = None) -> list[Tensor]:
+    """(sum, its norm; gradients without and with another one, the norm again, the weight's gradient).
+
+    The sum is rounded once, and what follows is of that.
+    """
+    x, branch, dy, weight = args
+    total, normed = ops.add_norm(x, branch, weight, 1e-5)
+    of = total if rounded is None else total.to(rounded).double()
+    normed = normed if rounded is None else ops.add_norm(of, None, weight, 1e-5)[1]
+    grad = torch.full(weight.shape, 7.0, dtype=accumulate_dtype(x.dtype))
+    first = ops.add_norm_backward(dy, of, weight, 1e-5, None, grad, True, not again)
+    second = ops.add_norm_backward(dy, of, weight, 1e-5, branch, grad, False, again)
+    return [total, normed, first[0], second[0], (second if again else first)[1], grad]
+
+
 def norm(k: ModuleType, dtype: torch.dtype) -> Errors:
-    """Rows that programs do not share evenly, fewer rows than programs, columns that fill no block."""
-    for rows, columns in ((7, 100), (3, 2), (9, 513)):
-        x, dy, weight = (
-            rand(rows, columns, dtype=dtype),
-            rand(rows, columns, dtype=dtype, seed=1),
-            rand(columns, dtype=dtype),
-        )
-        exact = [t.double() for t in (dy, x, weight)]
-        own = k.rms_norm(x, weight, 1e-5), *k.rms_norm_backward(dy, x, weight, 1e-5)
-        want = plain.rms_norm(*exact[1:], 1e-5), *plain.rms_norm_backward(*exact, 1e-5)
-        for what, a, b in zip(("y", "dx", "dweight"), own, want, strict=True):
+    """Rows that programs do not share evenly, fewer rows than programs, columns that fill no block.
+
+    Alone, after a sum and before one, with the norm made again; the weight's gradient written and added.
+    """
+    for rows, columns, added, again in ((7, 100, True, True), (3, 2, False, True), (9, 513, True, False)):
+        x, dy, branch = (rand(rows, columns, dtype=dtype, seed=seed) for seed in range(3))
+        args = [x, branch if added else None, dy, rand(columns, dtype=dtype)]
+        own, repeated = norms(k, args, again), norms(k, args, again)
+        want = norms(plain, [t if t is None else t.double() for t in args], again, dtype)
+        for what, a, b in zip(("sum", "y", "dx", "dx and more", "y again", "dweight"), own, want, strict=True):
             yield f"{what} of {rows} x {columns}", error(a, b)
-        again = k.rms_norm(x, weight, 1e-5), *k.rms_norm_backward(dy, x, weight, 1e-5)
-        yield "the same bits again", unless(all(map(torch.equal, own, again)))
-        yield "formats", unless([t.dtype for t in own] == [dtype, dtype, torch.float32])
-    x[1, 300] = torch.inf
-    bad = k.rms_norm_backward(dy, x, weight, 1e-5)
-    yield (
-        "infinity is seen",
-        unless(bool(bad[0][1].isnan().any() and bad[1].isnan().any() and bad[0][0].isfinite().all())),
-    )
-    yield from as_selected("RMSNorm", (k.rms_norm, k.rms_norm_backward), dtype)
+        yield "y and y again", unless(torch.equal(own[1], own[4]))
+        yield "nothing to add", unless(added or own[0] is x)
+        yield "the same bits again", unless(all(map(torch.equal, own, repeated)))
+        yield "formats", unless([t.dtype for t in own] == [*[dtype] * 5, torch.float32])
+    weight = args[3]
+    x[1, 300], grad = torch.inf, torch.zeros(columns)
+    bad, _ = k.add_norm_backward(dy, x, weight, 1e-5, None, grad, True, False)
+    seen = bad[1].isnan().any() and grad.isnan().any() and bad[0].isfinite().all()
+    yield "infinity is seen", unless(bool(seen))
+    yield from as_selected("RMSNorm", (k.add_norm, k.add_norm_backward), dtype)
 
 
 def swiglu(k: ModuleType, dtype: torch.dtype) -> Errors:
     """One column, fewer than a program computes, and a few more."""
     for rows, columns in ((3, 37), (2, 3), (2, 1027)):
         packed, dout = rand(rows, 2 * columns, dtype=dtype) * 4, rand(rows, columns, dtype=dtype, seed=1)
-        kept, own = dout.clone(), (k.swiglu(packed), k.swiglu_backward(dout, packed))
+        kept, own = dout.clone(), (k.swiglu(packed), *k.swiglu_backward(dout, packed, True))
         want = plain.swiglu(packed.double()), plain.swiglu_backward(dout.double(), packed.double())
-        for what, a, b in zip(("y", "gradient"), own, want, strict=True):
+        alone, nothing = k.swiglu_backward(dout, packed, False)
+        yield "y and y again", unless(torch.equal(own[0], own[2]))
+        yield "no y", unless(nothing is None and torch.equal(alone, own[1]))
+        for what, a, b in zip(("y", "gradient"), own[:2], want, strict=True):
             yield f"{what} of {rows} x {columns}", error(a, b)
         yield "the gradient above stays", unless(torch.equal(dout, kept))
     yield from as_selected("SwiGLU", (k.swiglu, k.swiglu_backward), dtype)
@@ -110,11 +127,15 @@ def rope(k: ModuleType, dtype: torch.dtype) -> Errors:
         yield "values stay", unless(torch.equal(own[:, :, heads:], packed[:, :, heads:]))
         parts = [rand(2, m, 2, d, dtype=dtype, seed=m).transpose(1, 2) for m in (n, kv, kv)]
         back, exact = torch.empty_like(packed), torch.empty_like(packed, dtype=torch.float64)
-        k.rope_backward(*parts, cos, sin, back)
-        plain.rope_backward(*(part.double() for part in parts), cos.double(), sin.double(), exact)
+        into = [t.split([n, kv, kv], 2) for t in (back, exact)]
+        k.rotate_parts(parts, cos, sin, into[0], True)
+        plain.rotate_parts([part.double() for part in parts], cos.double(), sin.double(), into[1], True)
+        apart = [torch.empty(2, 2, m, d, dtype=dtype) for m in (n, kv, kv)]
+        k.rotate_parts(packed.split([n, kv, kv], 2), cos, sin, apart, False)
+        yield f"{n}, {kv} and {kv} heads of {d} apart", unless(torch.equal(torch.cat(apart, 2), own))
         yield f"gradients of {n} + {kv} heads of {d}", error(back, exact)
         yield "gradients of values are copied", unless(torch.equal(back[:, :, heads:], parts[2]))
-    yield from as_selected("RoPE", (k.apply_rope, k.rope_backward), dtype)
+    yield from as_selected("RoPE", (k.apply_rope, k.rotate_parts), dtype)
 
 
 def loss(k: ModuleType, dtype: torch.dtype) -> Errors:
@@ -175,9 +196,12 @@ def far_rope(k: ModuleType, folder: Path) -> Errors:
     near, angles = rand(1, 3, 3, 32, dtype=torch.bfloat16), rand(3, 1, 16, dtype=torch.float32)
     x = sparse(folder, "heads", 3 * FAR).as_strided(near.shape, (3 * FAR, FAR, 32, 1)).copy_(near)
     own, want, cos, sin = torch.empty_like(near), near.double(), angles.cos(), angles.sin()
-    k.rope_backward(x[:, :, :1], x[:, :, 1:2], x[:, :, 2:], cos, sin, own)
+    k.rotate_parts(x.split(1, 2), cos, sin, own.split(1, 2), True)
     plain.apply_rope(want[:, :, :2], cos.double(), -sin.double(), want[:, :, :2])
     yield "gradients", error(own, want)
+    k.rotate_parts(own.split(1, 2), cos, sin, x.split(1, 2), False)
+    yield "and back again", error(x, near)
+    x.copy_(near)
     k.apply_rope(x, cos, sin, x)
     plain.apply_rope(exact := near.double(), cos.double(), sin.double(), exact)
     yield "rotated", error(x, exact)
@@ -186,25 +210,35 @@ def far_rope(k: ModuleType, folder: Path) -> Errors:
 def far_norm(k: ModuleType, folder: Path) -> Errors:
     """Rows of 2^30 columns, of which a program that is told of 64 sees these."""
     near, weight = rand(3, 64, dtype=torch.bfloat16), rand(64, dtype=torch.bfloat16)
-    x, out = (sparse(folder, name, 3 * FAR).view(3, FAR) for name in ("x", "out"))
+    x, out, total = (sparse(folder, name, 3 * FAR).view(3, FAR) for name in ("x", "out", "total"))
     x[:, :64] = near
-    k._norm[(3,)](x, weight, out, 1e-5, FAR, BLOCK=64)
+    k._norm[(3,)](x, None, weight, x, out, 1e-5, FAR, BLOCK=64)
     scale = (near.double().square().sum(1, keepdim=True) / FAR + 1e-5).rsqrt()
     yield "rows", error(out[:, :64], near.double() * scale * weight)
+    k._norm[(3,)](x, x, weight, total, out, 1e-5, FAR, BLOCK=64)
+    yield "sums", error(total[:, :64], near.double() * 2)
     partial = torch.zeros(1, 64)
-    k._norm_backward[(1,)](x, x, weight, out, partial, 1e-5, 3, FAR, BLOCK=64)
+    k._norm_backward[(1,)](x, x, weight, x, out, total, partial, 1e-5, 3, FAR, BLOCK=64)
     yield "weight", error(partial[0], (near.double().square() * scale).sum(0))
+    yield "again", error(total[:, :64], near.double() * scale * weight)
+    mean = (near.double().square() * scale * weight).sum(1, keepdim=True) / FAR
+    yield (
+        "gradient and more",
+        error(out[:, :64], (near * weight.double() - near.double() * scale * mean) * scale + near),
+    )
 
 
 def far_swiglu(k: ModuleType, folder: Path) -> Errors:
     """Five rows of 2^29 columns, of which programs compute the first 1024."""
     columns, near = FAR // 2, rand(5, 2, 1024, dtype=torch.bfloat16)
-    packed, out, grad = (sparse(folder, name, 5 * n * columns) for name, n in (("p", 2), ("o", 1), ("g", 2)))
+    files = (("p", 2), ("o", 1), ("g", 2), ("a", 1))
+    packed, out, grad, again = (sparse(folder, name, 5 * n * columns) for name, n in files)
     packed.view(5, 2, columns)[:, :, :1024] = near
     want = plain.swiglu(near.double().flatten(1))
     k._swiglu[(5, 1)](packed, out, columns, BLOCK=1024)
     yield "rows", error(out.view(5, columns)[:, :1024], want)
-    k._swiglu_backward[(5, 1)](out, packed, grad, columns, BLOCK=1024)
+    k._swiglu_backward[(5, 1)](out, packed, grad, again, columns, BLOCK=1024)
+    yield "rows again", error(again.view(5, columns)[:, :1024], want)
     want = plain.swiglu_backward(out.view(5, columns)[:, :1024].double(), near.double().flatten(1))
     yield "gradient", error(grad.view(5, 2, columns)[:, :, :1024].flatten(1), want)
 
@@ -214,15 +248,23 @@ FAR_CASES = {"RMSNorm": far_norm, "SwiGLU": far_swiglu, "RoPE": far_rope, "cross
 POINTWISE, LOSS = "triton_pointwise", "triton_loss"
 FAULTS = [  # operation, file, what stands there, what stands there instead
     ("RMSNorm", POINTWISE, "normed * mean) * rstd", "mean) * rstd"),
+    ("RMSNorm", POINTWISE, "row = added.to(tl.float32)", "row = row"),
+    ("RMSNorm", POINTWISE, "(normed * scale).to(dx", "normed.to(dx"),
+    ("RMSNorm", POINTWISE, "tl.load(residual +", "0 * tl.load(residual +"),
+    ("RMSNorm", POINTWISE, "range(0, programs, ROWS)", "range(ROWS, programs, ROWS)"),
+    ("RMSNorm", POINTWISE, "& (overwrite == 0)", "& (overwrite != 0)"),
+    ("RMSNorm", POINTWISE, "(first + rows < programs) &", ""),
     ("RMSNorm", POINTWISE, "total += product", "total = product"),
     ("RMSNorm", POINTWISE, "tl.sum(row * row, 0) / columns", "tl.sum(row * row, 0) / BLOCK"),
     ("RMSNorm", POINTWISE, "tl.num_programs(0)):", "2 * tl.num_programs(0)):"),
     ("SwiGLU", POINTWISE, "(1 - prob)", "prob"),
     ("SwiGLU", POINTWISE, "to + columns + at, (d * gate", "to + columns + at, (d * up"),
+    ("SwiGLU", POINTWISE, "(gate * prob * up).to(grad", "(prob * up).to(grad"),
     ("SwiGLU", POINTWISE, "triton.cdiv(columns, COLUMNS))](dout", "max(1, columns // COLUMNS))](dout"),
     ("RoPE", POINTWISE, "a * c - b * s", "a * c + b * s"),
-    ("RoPE", POINTWISE, "-1.0, k, k_head", "1.0, k, k_head"),
-    ("RoPE", POINTWISE, "to += k * 2 * half", "to += n * 2 * half"),
+    ("RoPE", POINTWISE, "sign, heads, k_head", "1.0, heads, k_head"),
+    ("RoPE", POINTWISE, "v_out + sample * v_sample_out", "v_out + sample * k_sample"),
+    ("RoPE", POINTWISE, "rows * v_head_out", "rows * v_head"),
     ("RoPE", POINTWISE, "sin + sample * table_sample + at", "sin + at"),
     ("RoPE", POINTWISE, "for first in range(0, half, PAIRS)", "for first in range(0, PAIRS, PAIRS)"),
     ("cross entropy", LOSS, "total * tl.exp(top - new)", "total"),
@@ -294,7 +336,7 @@ def models(pointwise: ModuleType, loss: ModuleType) -> dict[str, float]:
         return locked
 
     p, calls = pointwise, (loss.log_sums, loss.gradient_)
-    calls = p.rms_norm, p.rms_norm_backward, p.swiglu, p.swiglu_backward, p.apply_rope, p.rope_backward, *calls
+    calls = p.add_norm, p.add_norm_backward, p.swiglu, p.swiglu_backward, p.apply_rope, p.rotate_parts, *calls
     ours = plain.PointwiseOps(*map(one_at_a_time, calls))
     found = {}
     for tp in (1, 2):
@@ -329,7 +371,7 @@ def main(folder: Path) -> dict[str, Any]:
         if survives(partial(case, changed(sources[file], "tl.int64", "tl.int32", folder, -1), folder)):
             survivors.append(f"{name}: 32 bits")
     try:
-        triton_pointwise.rms_norm(torch.ones(1, 8193), torch.ones(8193), 1e-5)
+        triton_pointwise.add_norm(torch.ones(1, 8193), None, torch.ones(8193), 1e-5)
     except Unsupported as reason:
         wide = str(reason)
     return {

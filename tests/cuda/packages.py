@@ -22,8 +22,8 @@ from torch import Tensor
 from megallama.config.schema import OptimizerConfig
 from megallama.kernels.attention import Documents
 from megallama.kernels.optimizer import adamw_step, sum_of_squares
+from megallama.kernels.pointwise import rms_norm, rms_norm_backward, swiglu, swiglu_backward
 from tests.cuda.read_sources import TE, TEX
-from tests.kernels.eager import EAGER
 from tests.kernels.plain import plain_attention
 
 CONTRACTS = Path(__file__).parent / "contracts"
@@ -100,14 +100,14 @@ class Package:
 
 def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The normalised rows and 1 / rms of each."""
-    return EAGER.rms_norm(x, weight, eps), torch.rsqrt(x.float().square().mean(-1) + eps)
+    return rms_norm(x, weight, eps), torch.rsqrt(x.float().square().mean(-1) + eps)
 
 
 def norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> list[Tensor]:
     """Both gradients in the format of what they are gradients of."""
     assert rstd.dtype == torch.float32 and rstd.dim() == 1
     assert torch.allclose(rstd, norm_forward(x, weight, 1e-5)[1])
-    dx, dweight = EAGER.rms_norm_backward(dy, x, weight, 1e-5)
+    dx, dweight = rms_norm_backward(dy, x, weight, 1e-5)
     return [dx, dweight.to(weight.dtype)]
 
 
@@ -206,10 +206,10 @@ def general_gemm(package: Package, args: Any, named: Any) -> tuple[Any, ...]:
 def modules_of(package: Package) -> dict[str, dict[str, Any]]:
     """Module -> its members, of either package."""
     bodies: dict[str, Callable[..., Any]] = {
-        f"{TEX}.rmsnorm_fwd": lambda x, w, eps, out, q, kind, *rest: [*norm_forward(x, w, eps)[:1], None, None],
+        f"{TEX}.rmsnorm_fwd": lambda x, w, eps, *rest: [(y := norm_forward(x, w, eps))[0], None, y[1]],
         f"{TEX}.rmsnorm_bwd": lambda dy, x, rstd, w, *rest: norm_backward(dy, x, rstd, w),
-        f"{TEX}.swiglu": lambda x, q: EAGER.swiglu(x),
-        f"{TEX}.dswiglu": lambda grad, x, q: EAGER.swiglu_backward(grad.clone(), x),
+        f"{TEX}.swiglu": lambda x, q: swiglu(x),
+        f"{TEX}.dswiglu": lambda grad, x, q: swiglu_backward(grad.clone(), x),
         "fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32": lambda x, dy, w: w.add_(dy.float().t() @ x.float()),
         "fused_layer_norm_cuda.rms_forward_affine": lambda x, shape, w, eps: norm_forward(x, w, eps),
         "fused_layer_norm_cuda.rms_backward_affine": lambda dy, r, x, s, w, eps, less: norm_backward(dy, x, r, w),

@@ -134,13 +134,20 @@ def test_costs_only_fall(name: str) -> None:
 def test_the_head_stays_small() -> None:
     """It is one stage's alone: launches are its pipeline's idle time."""
     assert set(table()) == set(CASES)
-    assert all(parts["head"]["launches"] <= 60 for name, parts in table().items() if "8B" not in name)
-    assert table()["LLaMA-3-8B"]["head"]["launches"] <= 113  # four chunks of 2048 tokens
+    assert all(parts["head"]["launches"] <= 60 for name, parts in table().items() if name != "LLaMA-3-8B")
+    assert table()["LLaMA-3-8B"]["head"]["launches"] <= 108  # four chunks of 2048 tokens
+
+
+def test_a_layer_is_at_most_thirty_launches_and_passes_over_little_memory() -> None:
+    """Without Transformer Engine; with nothing recomputed but what a pass of the backward makes along the way."""
+    layers = {name: parts["layer"] for name, parts in table().items() if CASES[name].triton}
+    assert all(layer["launches"] <= 30 for layer in layers.values())
+    assert layers["7B, Triton"]["mib"] / 4096 * 1.048576 <= 0.43  # MB a token
 
 
 def test_one_more_pass_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, (launches, mib) = pointwise.swiglu, costs("65B over 4")["layer"]
-    monkeypatch.setattr(pointwise, "swiglu", lambda packed: plain(packed).clone())
+    (forward, backward), (launches, mib) = pointwise.SWIGLUS, costs("65B over 4")["layer"]
+    monkeypatch.setattr(pointwise, "SWIGLUS", (lambda packed: forward(packed).clone(), backward))
     more = 2 * 2 * 4096 * (22016 // 4) * 2 / 2**20  # forward and again: read and written, of 4096 tokens
     assert problems("65B over 4", costs.__wrapped__("65B over 4")) == [
         f"layer: {launches + 2} launches, more than the {launches} in budget.toml",

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from megallama.config.schema import OptimizerConfig
 from megallama.kernels import optimizer, pointwise
-from megallama.kernels.candidate import TOLERANCE, accumulate_dtype
-from megallama.kernels.pointwise import NormPair, rms_norm, softmax_, softmax_at_once_
+from megallama.kernels.candidate import TE, TOLERANCE, accumulate_dtype
+from megallama.kernels.pointwise import Norms, rms_norm, softmax_, softmax_at_once_
+from megallama.kernels.select import Choice, select_kernels
 from megallama.train.assemble import DTYPES, Worker
 from tests.small import curve, documents, on_threads, small_config, solo_rank, tokens, train
 
@@ -78,6 +79,34 @@ def test_training_is_bitwise_that_of_a_cpu(name: str, dtype: str, monkeypatch: p
         assert torch.equal(weights, weights_want)
 
 
+@pytest.mark.parametrize("kv", [1, 2, 4])
+def test_attention_that_copies_parts_of_a_packed_tensor_is_given_whole_ones(kv: int) -> None:
+    """Transformer Engine takes q, k and v where they lie in one tensor, but only where all have as many heads."""
+    config, whole = small_config(model={"num_kv_heads": kv}, batch={"global_batch_size": 1}), set[bool]()
+    own, want = solo_rank(config), solo_rank(config)
+    stage, data = own.stages[0], tokens(config, 2)
+    for layer in stage.layers:
+        attend = layer.attend
+
+        def noted(*parts: Any, attend: Any = attend) -> Tensor:
+            whole.update(part.is_contiguous() for part in parts[:3])
+            return attend(*parts)
+
+        layer.attend = noted
+    with on_cuda():
+        stage.rotary.apart = True
+        assert curve(train(own, data)) == curve(train(want, data))
+    assert torch.equal(own.buffers[0].weights, want.buffers[0].weights)
+    assert whole == {kv < 4}
+
+
+def test_only_transformer_engine_copies_them() -> None:
+    kernels = select_kernels(torch.device("cpu"), torch.float32)
+    assert not kernels.apart
+    assert replace(kernels, choices=(Choice("attention", TE, ()),)).apart
+    assert not replace(kernels, choices=(Choice("RMSNorm", TE, ()),)).apart
+
+
 @pytest.mark.parametrize("name", ["one rank", "tp2"])
 def test_training_with_a_softmax_at_once_is_the_same_to_rounding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks, sections = LAYOUTS[name]
@@ -133,7 +162,7 @@ def test_softmax_hides_no_infinity() -> None:
             assert logits[0].isfinite().all() and logits[1].isnan().any()
 
 
-def remembering(calls: list[int]) -> NormPair:
+def remembering(calls: list[int]) -> Norms:
     """A pair of kernels as Transformer Engine's: the forward gives 1 / rms, the backward wants it."""
 
     def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, None, Tensor]:
@@ -155,10 +184,10 @@ def test_the_statistics_of_a_norm_just_done_are_not_made_again(recompute: str, k
     forward, backward = remembering(calls)
     for layer in rank.stages[0].layers:
         for linear in (layer.qkv_proj, layer.gate_up_proj):
-            linear.norm._pointwise = replace(linear.norm._pointwise, rms_norm=forward, rms_norm_backward=backward)
+            linear.norm._pointwise = replace(linear.norm._pointwise, add_norm=forward, add_norm_backward=backward)
     head = rank.stages[0].head
     assert head is not None
-    head.norm._pointwise = replace(head.norm._pointwise, rms_norm=forward, rms_norm_backward=backward)
+    head.norm._pointwise = replace(head.norm._pointwise, add_norm=forward, add_norm_backward=backward)
     data = tokens(config, 2)
     assert curve(train(rank, data)) == curve(train(other, data))
     assert torch.equal(rank.buffers[0].weights, other.buffers[0].weights)
@@ -167,19 +196,26 @@ def test_the_statistics_of_a_norm_just_done_are_not_made_again(recompute: str, k
 
 def test_statistics_of_another_input_or_of_one_that_has_changed_are_not_used() -> None:
     calls = [0]
-    forward, backward = remembering(calls)
+    add_norm, add_norm_backward = remembering(calls)
+
+    def forward(x: Tensor) -> None:
+        add_norm(x, None, weight, 1e-5)
+
+    def backward(dy: Tensor, x: Tensor) -> None:
+        add_norm_backward(dy, x, weight, 1e-5, None, torch.empty(8), True, False)
+
     x, y, dy = (torch.randn(6, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     weight = torch.ones(8)
-    forward(x, weight, 1e-5)
-    backward(dy, y, weight, 1e-5)
-    forward(x, weight, 1e-5)
+    forward(x)
+    backward(dy, y)
+    forward(x)
     x.mul_(2)
-    backward(dy, x, weight, 1e-5)
+    backward(dy, x)
     assert calls == [0]
-    forward(x, weight, 1e-5)
-    backward(dy, x, weight, 1e-5)
+    forward(x)
+    backward(dy, x)
     assert calls == [1]
-    backward(dy, x, weight, 1e-5)
+    backward(dy, x)
     assert calls == [1], "kept no longer than until the next backward"
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from megallama.kernels.pointwise import (
+    SWIGLUS,
     PointwiseOps,
+    add_norm,
+    add_norm_backward,
     apply_rope,
-    rms_norm,
-    rms_norm_backward,
-    rope_backward,
+    rotate_parts,
     softmax_,
     softmax_gradient_,
-    swiglu,
-    swiglu_backward,
 )
 
 EAGER = PointwiseOps(
-    *(rms_norm, rms_norm_backward, swiglu, swiglu_backward),
-    *(apply_rope, rope_backward, softmax_, softmax_gradient_),
+    *(add_norm, add_norm_backward, *SWIGLUS),
+    *(apply_rope, rotate_parts, softmax_, softmax_gradient_),
 )

@@ -26,8 +26,8 @@ def compiled(operation: str) -> Any:
 
 
 COMPILED_OPS: dict[str, Callable[[], Callable[..., Any]]] = {
-    "rms_norm": lambda: compiled("RMSNorm")[0],
-    "rms_norm_backward": lambda: compiled("RMSNorm")[1],
+    "add_norm": lambda: compiled("RMSNorm")[0],
+    "add_norm_backward": lambda: compiled("RMSNorm")[1],
     "swiglu": lambda: compiled("SwiGLU")[0],
     "swiglu_backward": lambda: compiled("SwiGLU")[1],
     "apply_rope": lambda: compiled("RoPE")[0],
@@ -47,10 +47,10 @@ def operands(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
     index = torch.arange(96).remainder(64).unsqueeze(1)
     sums = torch.zeros(2, 96)
     return {
-        "rms_norm": (x, rand(64), 1e-5),
-        "rms_norm_backward": (rand(96, 64), x, rand(64), 1e-5),
+        "add_norm": (x, rand(96, 64), rand(64), 1e-5),
+        "add_norm_backward": (rand(96, 64), x, rand(64), 1e-5, x / 4, torch.zeros(64), True, True),
         "swiglu": (x,),
-        "swiglu_backward": (rand(96, 32), x),
+        "swiglu_backward": (rand(96, 32), x, True),
         "apply_rope": (packed[:, :, :4], angles.cos(), angles.sin(), heads_first),
         "softmax_": (x, index, sums[0], sums[1], torch.rand(96, generator=generator)),
     }[name]

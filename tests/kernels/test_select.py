@@ -15,6 +15,7 @@ from megallama.kernels.attention import ATTENTION, Attend, Documents, MakeAttent
 from megallama.kernels.candidate import APEX, TE, Operation, Target, Unsupported
 from megallama.kernels.gemm import FP8_PRODUCTS, PRODUCT, TORCH_FP8, WGRAD, add_wgrad_with, matmul_nt
 from megallama.kernels.optimizer import adamw_step
+from megallama.kernels.pointwise import rms_norm, rms_norm_backward, with_additions
 from tests.kernels.eager import EAGER
 from tests.kernels.plain import plain_attention
 
@@ -155,19 +156,37 @@ def only_own_sum(
     EAGER.softmax_gradient_(logits, index, at_label, scale, own, total if own is None else own)
 
 
+def stale_norm(
+    x: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return EAGER.add_norm(x, branch, weight, eps)[0], rms_norm(x, weight, eps)
+
+
+def without_residual(*args: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return EAGER.add_norm_backward(*args[:4], None, *args[5:])
+
+
+def again_of_gradient(*args: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    dx, normed = EAGER.add_norm_backward(*args)
+    return dx, normed if normed is None else dx
+
+
 WRONG: list[tuple[str, Any, str]] = [  # operation, an implementation with one mistake, what it is refused for
     ("attention", as_maker(not_causal), "output differs"),
-    ("RMSNorm", (lambda x, w, eps: EAGER.rms_norm(x, w, 1e-2), EAGER.rms_norm_backward), "output differs"),
-    ("RMSNorm", (EAGER.rms_norm, lambda dy, *a: EAGER.rms_norm_backward(dy * 1.1, *a)), "gradient of x differs"),
-    (
-        "RMSNorm",
-        (EAGER.rms_norm, lambda *a: (EAGER.rms_norm_backward(*a)[0], a[0].sum(0))),
-        "gradient of the weight differs",
-    ),
-    ("RoPE", (lambda x, c, s, out: EAGER.apply_rope(x, c, -s, out), EAGER.rope_backward), "rotated heads differs"),
-    ("RoPE", (EAGER.apply_rope, lambda *a: EAGER.rope_backward(*a[:4], -a[4], a[5])), "heads rotated back differs"),
+    ("RMSNorm", with_additions(lambda x, w, eps: rms_norm(x, w, 1e-2), rms_norm_backward), "output differs"),
+    ("RMSNorm", (lambda x, _, w, eps: (x, rms_norm(x, w, eps)), EAGER.add_norm_backward), "sum differs"),
+    ("RMSNorm", (stale_norm, EAGER.add_norm_backward), "output of the sum differs"),
+    ("RMSNorm", (EAGER.add_norm, lambda dy, *a: EAGER.add_norm_backward(dy * 1.1, *a)), "gradient of x differs"),
+    ("RMSNorm", (EAGER.add_norm, without_residual), "gradient of x differs"),
+    ("RMSNorm", (EAGER.add_norm, lambda *a: EAGER.add_norm_backward(*a[:6], False, a[7])), "gradient of the weight"),
+    ("RMSNorm", (EAGER.add_norm, lambda *a: EAGER.add_norm_backward(*a[:6], True, a[7])), "gradient of the weight"),
+    ("RMSNorm", (EAGER.add_norm, again_of_gradient), "output again differs"),
+    ("RoPE", (lambda x, c, s, out: EAGER.apply_rope(x, c, -s, out), EAGER.rotate_parts), "rotated heads differs"),
+    ("RoPE", (EAGER.apply_rope, lambda *a: EAGER.rotate_parts(*a[:4], True)), "heads apart differs"),
+    ("RoPE", (EAGER.apply_rope, lambda *a: EAGER.rotate_parts(*a[:4], False)), "heads rotated back differs"),
     ("SwiGLU", (lambda x: EAGER.swiglu(x.flip(1)), EAGER.swiglu_backward), "output differs"),
-    ("SwiGLU", (EAGER.swiglu, lambda dout, x: EAGER.swiglu_backward(dout, x.flip(1))), "gradient differs"),
+    ("SwiGLU", (EAGER.swiglu, lambda dout, x, more: EAGER.swiglu_backward(dout, x.flip(1), more)), "gradient differs"),
+    ("SwiGLU", (EAGER.swiglu, lambda *a: (EAGER.swiglu_backward(*a)[0], a[0])), "output differs"),
     ("cross entropy", (unscaled, EAGER.softmax_gradient_), "probabilities differs"),
     ("cross entropy", (EAGER.softmax_, no_label), "gradient at labels differs"),
     ("cross entropy", (EAGER.softmax_, only_own_sum), "probabilities differs"),
@@ -179,9 +198,11 @@ WRONG: list[tuple[str, Any, str]] = [  # operation, an implementation with one m
 ]
 
 
-@pytest.mark.parametrize(("operation", "made", "reason"), WRONG, ids=[f"{w[0]}: {w[2]}" for w in WRONG])
+@pytest.mark.parametrize(
+    ("operation", "made", "reason"), WRONG, ids=[f"{i} {w[0]}: {w[2]}" for i, w in enumerate(WRONG)]
+)
 def test_wrong_results_are_refused(operation: str, made: Any, reason: str) -> None:
-    with pytest.raises(Unsupported, match=f"{reason} from the plain formula by"):
+    with pytest.raises(Unsupported, match=f"{reason}.* from the plain formula by"):
         select.OPERATIONS[operation].check(made, FP32)
 
 

@@ -43,7 +43,7 @@ def one_layer(rank: Worker, calls: list[Call]) -> tuple[list[Call], list[Call]]:
     layer = rank.stages[0].layers[0]
     rows = TOKENS // (rank.groups.tp.size if rank.plan.config.parallel.sequence_parallel else 1)
     x = torch.randn(rows, HIDDEN, dtype=DTYPES[rank.plan.config.precision.dtype], requires_grad=True)
-    out = layer(x, *rank.stages[0].rotary.tables(None))
+    out = torch.add(*layer(x, None, *rank.stages[0].rotary.tables(None)))
     forward = list(calls)
     calls.clear()
     out.backward(torch.randn_like(out))
@@ -94,9 +94,10 @@ def test_backward_is_the_adjoint_of_forward(tp: int, sequence_parallel: bool) ->
         whole = torch.randn(3, TOKENS, HIDDEN, dtype=torch.float64, generator=generator)
         x, u, w = (t[group.rank * rows : (group.rank + 1) * rows] if sequence_parallel else t for t in whole)
         leaf = x.clone().requires_grad_()
-        layer(leaf, *tables).backward(w)
+        torch.add(*layer(leaf, None, *tables)).backward(w)
         with torch.no_grad():
-            step = (layer(x + 1e-6 * u, *tables) - layer(x - 1e-6 * u, *tables)) / 2e-6
+            a, b = (torch.add(*layer(x + e * u, None, *tables)) for e in (1e-6, -1e-6))
+            step = (a - b) / 2e-6
         assert leaf.grad is not None
         products = torch.stack(((step * w).sum(), (u * leaf.grad).sum()))
         if sequence_parallel:  # otherwise every rank holds all rows
@@ -163,7 +164,7 @@ def test_pieces_are_under_way_during_products() -> None:
         for linear in (layer.gate_up_proj, layer.down_proj):
             linear.tp, linear.param._gemms = ours, replace(gemms, fprop=multiplied)
         x = torch.randn(TOKENS // 2, HIDDEN, dtype=torch.float64)
-        layer.down_proj(layer.gate_up_proj(x))
+        layer.down_proj(layer.gate_up_proj(x, None)[1])
         return output
 
     config = small_config(parallel={"tp": 2}, overlap={"tensor_parallel_chunks": 2})
@@ -201,7 +202,7 @@ def test_a_forward_in_pieces_is_the_whole_one(tp: int, recompute: str, sequence_
 def test_overlap_changes_no_bit(dtype: str, chunks: int) -> None:
     def grads(rank: Worker) -> torch.Tensor:
         x = torch.randn(8, HIDDEN, generator=torch.Generator().manual_seed(rank.groups.tp.rank)).to(DTYPES[dtype])
-        out = rank.stages[0].layers[0](x.requires_grad_(), *rank.stages[0].rotary.tables(None))
+        out = torch.add(*rank.stages[0].layers[0](x.requires_grad_(), None, *rank.stages[0].rotary.tables(None)))
         out.backward(torch.ones_like(out))
         assert x.grad is not None
         return torch.cat((x.grad.reshape(-1).float(), rank.buffers[0].grads))

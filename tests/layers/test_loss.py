@@ -30,7 +30,7 @@ def loss_of(rank: Worker, masked: bool) -> tuple[float, torch.Tensor]:
     tp = rank.groups.tp
     rows = slice(tp.rank * TOKENS // tp.size, (tp.rank + 1) * TOKENS // tp.size)
     leaf = hidden[rows].to(DTYPES[config.precision.dtype]).requires_grad_()
-    total = head(leaf, MicroBatch(labels, labels, mask if masked else None, grad_scale=0.5))
+    total = head(leaf, None, MicroBatch(labels, labels, mask if masked else None, grad_scale=0.5))
     total.backward()
     assert leaf.grad is not None
     return total.item(), leaf.grad
@@ -74,7 +74,7 @@ def test_a_rank_that_holds_only_padding_takes_no_part() -> None:
         head = rank.stages[0].head
         assert head is not None
         hidden, labels, mask = batch(5)
-        total = head(hidden.requires_grad_(), MicroBatch(labels, labels, mask))
+        total = head(hidden.requires_grad_(), None, MicroBatch(labels, labels, mask))
         total.backward()
         rows = head.param.main_grad[head.valid :]
         return total.item(), float(rows.abs().sum()) if rows.numel() else 0.0
@@ -106,6 +106,6 @@ def test_logits_of_the_whole_micro_batch_never_exist(monkeypatch: pytest.MonkeyP
     hidden, labels = torch.randn(1000, 32, dtype=torch.bfloat16).requires_grad_(), torch.zeros(1000, dtype=torch.int64)
     monkeypatch.setattr("megallama.kernels.pointwise.ELEMENTS_IN_FP32", 64 * 61)
     with _LargestTensor(61) as seen:
-        head(hidden, MicroBatch(labels, labels))
+        head(hidden, None, MicroBatch(labels, labels))
     assert seen.rows[torch.bfloat16] == 200
     assert seen.rows[torch.float32] <= 64

@@ -111,7 +111,7 @@ def test_activations_follow_the_schedule() -> None:
     c = config("model.preset=debug", "parallel.pp=2", "model.num_layers=6", "parallel.stage_layers=[4, 2]")
     plan = make_plan(c, 2)
     layer, tokens, h = saved_bytes(c) + statistics_bytes(c), 256, c.model.hidden_size
-    rows, head = 9 * tokens, 2 * 2 * tokens * h  # of the embedding; input of the head and its gradient
+    rows, head = 8 * tokens, 2 * 2 * tokens * h  # of the embedding; input of the head and its gradient
     assert [plan.memory(r).activations for r in range(2)] == [2 * (4 * layer + rows), 1 * (2 * layer + head)]
     assert rank_memory(c, plan.stages, plan.schedule, 1, 1).logits == 256 * 512 * (2 + 4)  # one micro-batch < a chunk
     assert plan.memory(0).logits == 0
@@ -130,7 +130,7 @@ def test_what_a_stage_keeps() -> None:
     plain, masked = config(*words), config(*words, "data.document_mask=true")
     stages, tokens, h, d = make_plan(plain, 4).stages, 256, 64, 16
     layer = saved_bytes(plain) + statistics_bytes(plain)
-    head, rows = 2 * tokens * h * 4, 9 * tokens
+    head, rows = 2 * tokens * h * 4, 8 * tokens
     assert [stage_saved_bytes(plain, stages, s) for s in range(4)] == [layer + rows, 2 * layer, layer, head]
     angles = tokens * d * 4  # by document, where there are layers
     assert [stage_saved_bytes(masked, stages, s) for s in range(4)] == [
