@@ -9,14 +9,16 @@ All three GEMMs of a layer have one form, a @ b.T:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from megallama.kernels.candidate import APEX, TE, Operation, Results, Target, Unsupported, accumulate_dtype
+from megallama.kernels.candidate import APEX, TE, TRITON, Operation, Results, Target, Unsupported, accumulate_dtype
 from megallama.kernels.processors import Processor
 
 MatmulNT = Callable[[Tensor, Tensor], Tensor]  # a [m, k], b [n, k] -> a @ b.T [m, n], a new tensor
@@ -152,13 +154,13 @@ WGRAD = Operation(
 
 # fp8 with current scaling (Micikevicius et al. 2022): fp32 sums; bf16 outputs, fp32 weight gradients.
 # Hopper wants a @ b.T with operands contiguous along the sum (and sizes that are multiples of 16): the
-# backward's are transposed after rounding.  Nothing is kept: each GEMM rounds its own operands.
+# backward's are transposed after rounding.
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2  # largest values 448, 57344
 Scaled = tuple[Tensor, Tensor]  # fp8 values and the inverse of their scale, one fp32 number
 
 
-def quantize(x: Tensor, dtype: torch.dtype, *, transpose: bool = False) -> Scaled:
-    """x or x.T times a power of two in `dtype`, and the inverse of that power, on the device.
+def quantize(x: Tensor, dtype: torch.dtype, rows: bool = True, columns: bool = False) -> list[Scaled]:
+    """x times a power of two in `dtype`, as it lies and transposed, what of it is asked for; each with its inverse.
 
     One power for the whole tensor, from its largest element: scaling rounds nothing.
     """
@@ -167,7 +169,7 @@ def quantize(x: Tensor, dtype: torch.dtype, *, transpose: bool = False) -> Scale
     scale = torch.ldexp(torch.ones_like(largest), (exponent - 1).clamp_(-100, 100))
     inverse = torch.where(largest.isfinite(), 1 / scale, torch.nan)  # fp8 would hide an infinity
     values = (x * scale.to(x.dtype)).to(dtype)
-    return values.t().contiguous() if transpose else values, inverse
+    return [(values, inverse)] * rows + ([(values.t().contiguous(), inverse)] if columns else [])
 
 
 def _scaled_mm(a: Scaled, b: Scaled, out: Tensor | None = None, fast: bool = False) -> Tensor:
@@ -175,24 +177,6 @@ def _scaled_mm(a: Scaled, b: Scaled, out: Tensor | None = None, fast: bool = Fal
     kind, where = (torch.bfloat16, {}) if out is None else (out.dtype, {"out": out})
     scales = {"scale_a": a[1], "scale_b": b[1]}
     return torch._scaled_mm(a[0], b[0].t(), **scales, out_dtype=kind, use_fast_accum=fast, **where)
-
-
-def _fprop(x: Tensor, weight: Tensor) -> Tensor:
-    return _scaled_mm(quantize(x, FORWARD), quantize(weight, FORWARD), fast=True)
-
-
-def _dgrad(dy: Tensor, weight: Tensor) -> Tensor:
-    return _scaled_mm(quantize(dy, GRADIENT), quantize(weight, FORWARD, transpose=True))
-
-
-def _wgrad(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
-    operands = quantize(dy, GRADIENT, transpose=True), quantize(x, FORWARD, transpose=True)
-    product = _scaled_mm(*operands, out=main_grad if overwrite else torch.empty_like(main_grad))
-    if not overwrite:
-        main_grad.add_(product)
-
-
-TORCH_FP8 = Gemms(_fprop, _dgrad, _wgrad)
 
 
 def _need_fp8(target: Target) -> None:
@@ -204,7 +188,51 @@ def _need_fp8(target: Target) -> None:
 
 def _torch_fp8(target: Target) -> Gemms:
     _need_fp8(target)
-    return TORCH_FP8
+    return fp8_gemms(quantize)
+
+
+def fp8_gemms(quantized: Callable[[Tensor, torch.dtype, bool, bool], list[Scaled]]) -> Gemms:
+    """By a function that does what `quantize` does.
+
+    A weight is rounded once after each change, and kept so: two bytes an element.  What dgrad rounds wgrad takes.
+    """
+    weights: WeakIdKeyDictionary = WeakIdKeyDictionary()  # -> (version, by rows, by columns)
+    latest: list[tuple[weakref.ref[Tensor], int, Scaled]] = []  # a gradient, its version, by columns
+
+    def of(weight: Tensor) -> tuple[Scaled, Scaled]:
+        version, *both = weights.get(weight, (-1,))
+        if version != weight._version:  # of the whole buffer, into which every step writes
+            weights.pop(weight, None)  # before there are new ones
+            both = quantized(weight, FORWARD, True, True)
+            weights[weight] = weight._version, *both
+        return both[0], both[1]
+
+    def fprop(x: Tensor, weight: Tensor) -> Tensor:
+        return _scaled_mm(quantized(x, FORWARD, True, False)[0], of(weight)[0], fast=True)
+
+    def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
+        rows, columns = quantized(dy, GRADIENT, True, True)
+        latest[:] = [(weakref.ref(dy), dy._version, columns)]
+        return _scaled_mm(rows, of(weight)[1])
+
+    def wgrad(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
+        known = [columns for of, version, columns in latest if of() is dy and version == dy._version]
+        latest.clear()
+        columns = known[0] if known else quantized(dy, GRADIENT, False, True)[0]
+        into = main_grad if overwrite else torch.empty_like(main_grad)
+        product = _scaled_mm(columns, quantized(x, FORWARD, False, True)[0], out=into)
+        if not overwrite:
+            main_grad.add_(product)
+
+    return Gemms(fprop, dgrad, wgrad)
+
+
+def _triton_fp8(target: Target) -> Gemms:
+    _need_fp8(target)
+    target.need_triton()
+    from megallama.kernels.triton_fp8 import quantized
+
+    return fp8_gemms(quantized)
 
 
 def _te_fp8(target: Target) -> Gemms:
@@ -265,8 +293,8 @@ def _fp8_results(gemms: Gemms, target: Target) -> Results:
 
 
 FP8_PRODUCTS = Operation(
-    [(TE, _te_fp8), ("torch _scaled_mm", _torch_fp8)],
-    ("nothing here can", lambda target: TORCH_FP8),
+    [(TE, _te_fp8), (TRITON, _triton_fp8), ("torch _scaled_mm", _torch_fp8)],
+    ("nothing here can", lambda target: fp8_gemms(quantize)),
     _fp8_results,
     (6e-2, 8e-2, 8e-2, 8e-2),  # rounding normal operands costs 2.6 % (E4M3), 5.2 % (E5M2) each
     plain=Gemms.of(matmul_nt, add_wgrad_with(matmul_nt)),

@@ -27,7 +27,7 @@ DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 class RankMemory:
     """Bytes of one rank, by category; `state`, what a copy of it in memory takes, is not counted with them."""
 
-    weights: int
+    weights: int  # on a GPU with precision.fp8 also the layers' rounded ones, in both layouts
     main_grads: int
     optimizer: int
     tables: int  # rotary angles
@@ -106,9 +106,12 @@ def rank_memory(config: Config, stages: Stages, schedule: Schedule, dp_cp: int, 
     layouts = [stage_layout(config, stages, s, dp_cp) for s in owned]
     numel, buckets = sum(x.numel for x in layouts), sum(len(x.buckets) for x in layouts)
     dtype, main = DTYPE_BYTES[config.precision.dtype], DTYPE_BYTES[main_dtype(config)]
+    specs = (placed.spec for layout in layouts for bucket in layout.buckets for placed in bucket.params)
+    products = sum(spec.numel for spec in specs if spec.name.startswith("layers.") and len(spec.shape) == 2)
+    fp8 = config.precision.fp8 != "none" and config.run.device != "cpu"
     logits = min(loss_chunk(config), tokens_and_rows(config)[0]) * padded_vocab(config)
     return RankMemory(
-        weights=numel * dtype,
+        weights=numel * dtype + 2 * products * fp8,
         main_grads=numel * main,
         optimizer=numel // dp_cp * (3 if dtype < main else 2) * main + 4 * buckets,  # with a step count per bucket
         tables=len(owned) * config.batch.seq_length * heads(config.model)[2] * main,

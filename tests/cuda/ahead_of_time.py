@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megallama.kernels.candidate import TRITON, Target
+from megallama.kernels.gemm import FORWARD, FP8_PRODUCTS, GRADIENT
 from megallama.kernels.select import OPERATIONS
 
 COLUMNS = ("kernel", "format", "capability", "registers", "spilled", "shared", "narrow")
@@ -54,6 +55,17 @@ def loss(_: ModuleType, k: ModuleType, dtype: torch.dtype) -> None:
     logits, index, sums = torch.empty(16, 16032, dtype=dtype), torch.zeros(16, 1, dtype=torch.int64), torch.empty(2, 16)
     k.log_sums(logits, index, *sums, None)
     k.gradient_(logits, index, sums[0], sums[0], None, sums[1])
+
+
+def fp8(_: ModuleType, __: ModuleType, dtype: torch.dtype) -> None:
+    """Both layouts and each alone, of an activation, a gradient and a weight of LLaMA-7B."""
+    from megallama.kernels import triton_fp8
+
+    x = torch.empty(4096, 11008, dtype=dtype)
+    for rows, columns in ((True, True), (False, True), (True, False)):
+        triton_fp8.quantized(x, FORWARD, rows, columns)
+        if columns:
+            triton_fp8.quantized(x, GRADIENT, rows, columns)
 
 
 CALLS = {"": [swiglu, rope, loss], " 4096": [rows_of(4096)], " 8192": [rows_of(8192)]}
@@ -95,11 +107,13 @@ def check(p: ModuleType, k: ModuleType, dtype: torch.dtype) -> None:
     for operation in OPERATIONS.values():
         if make := dict(operation.candidates).get(TRITON):
             operation.results(make(target), target)
+    torch.cuda.get_device_capability = lambda device: (9, 0)
+    FP8_PRODUCTS.results(dict(FP8_PRODUCTS.candidates)[TRITON](target), target)
 
 
 def steps(p: ModuleType, k: ModuleType, dtype: torch.dtype) -> None:
     """What steps may meet: a micro-batch of one sample or more, documents, one key head, a last chunk of few rows."""
-    for call in (swiglu, rope, rows_of(4096), loss):
+    for call in (swiglu, rope, rows_of(4096), loss, fp8):
         call(p, k, dtype)
     for rows in (1, 7):
         logits, index = torch.empty(rows, 32000, dtype=dtype), torch.zeros(rows, 1, dtype=torch.int64)
@@ -143,12 +157,14 @@ def table() -> Iterator[tuple[Any, ...]]:
     """A row per kernel, format and GPU; `narrow` are reads and writes of memory of less than 16 bytes a thread."""
     for capability, dtype in FORMATS:
         for suffix, calls in CALLS.items():
+            if (capability, dtype, suffix) == (90, torch.bfloat16, ""):  # no A100 multiplies in it
+                calls = [*calls, fp8]
             for name, kernel in (found for call in calls for found in compiled_for(capability, call, dtype)):
                 ptx = kernel.asm["ptx"]
                 banned = re.search(r"\b(atom|red|cvt\.r[zmp])\.|\.f64", ptx)  # atomics, fp64, directed rounding
                 assert banned is None, f"{name}: {banned}"
-                rounds = dtype == torch.bfloat16 and name not in ("_log_sums", "_add_up")
-                assert not rounds or "cvt.rn.bf16x2.f32" in ptx, name
+                rounds = dtype == torch.bfloat16 and name not in ("_log_sums", "_add_up", "_largest")
+                assert not rounds or re.search(r"cvt\.rn\.(bf16x2|satfinite\.e4m3x2|satfinite\.e5m2x2)\.f32", ptx), name
                 narrow = len(re.findall(r"(?:ld|st)\.global(?!\S*\.v4\.b32)", ptx))
                 yield name + suffix, str(dtype)[6:], capability, *used(kernel), kernel.metadata.shared, narrow
 

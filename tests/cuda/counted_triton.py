@@ -21,7 +21,7 @@ import megallama.kernels
 from megallama.kernels.candidate import Target
 from tests.cuda.launches import Launches
 
-MODULES = ("triton_pointwise", "triton_loss")
+MODULES = ("triton_pointwise", "triton_loss", "triton_fp8")
 WRITTEN = {
     "_norm": "total out",
     "_norm_backward": "dx again partial",
@@ -32,6 +32,8 @@ WRITTEN = {
     "_rotate_apart": "q_out k_out v_out",
     "_log_sums": "log_sum picked",
     "_gradient": "logits",
+    "_largest": "partial",
+    "_quantize": "by_rows by_columns inverse",
 }
 READ_TOO = {"_gradient": "logits", "_add_up": "main_grad"}  # all others are read or written
 

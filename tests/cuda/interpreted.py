@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megallama.kernels import gemm
 from megallama.kernels import pointwise as plain
 from megallama.kernels.candidate import Target, Unsupported, accumulate_dtype
+from megallama.kernels.gemm import FP8_PRODUCTS
 from megallama.kernels.select import OPERATIONS, select_kernels
 from tests import small
 
@@ -163,11 +165,37 @@ def loss(k: ModuleType, dtype: torch.dtype) -> Errors:
     yield from as_selected("cross entropy", (k.log_sums, k.gradient_), dtype)
 
 
+def fp8(k: ModuleType, dtype: torch.dtype) -> Errors:
+    """Bitwise what torch rounds, which is compared with arithmetic in tests/kernels; sizes that fill no program."""
+    for kind in (gemm.FORWARD, gemm.GRADIENT):
+        for rows, columns, size in ((70, 200, 1.0), (3, 5, 3e-3), (130, 129, 1e20), (64, 128, 1e-20), (9, 1000, 0.0)):
+            x = rand(rows, columns, dtype=torch.float32) * size
+            x[-1, -1] = 5 * size  # the largest is read last
+            x = x.to(dtype)
+            (by_rows, inverse), (by_columns, same) = k.quantized(x, kind, True, True)
+            ((values, want),) = gemm.quantize(x, kind)
+            yield f"{rows} x {columns} of {size}", unless(torch.equal(by_rows.float(), values.float()))
+            yield "transposed", unless(torch.equal(by_columns.float(), values.float().t()) and same is inverse)
+            yield "the inverse of the scale", unless(torch.equal(inverse, want))
+            for layout, both in enumerate((by_rows, by_columns)):
+                ((alone, _),) = k.quantized(x, kind, layout == 0, layout == 1)
+                yield "one layout alone", unless(torch.equal(alone.float(), both.float()))
+        x[0, 0], partial = 99.0, torch.zeros(2)
+        k._largest[(2,)](x, partial, x.numel(), BLOCK=16)  # many steps of two programs
+        yield "the largest, met early", unless(partial.max() == 99)
+        for bad in (torch.inf, -torch.inf, torch.nan):
+            x[5, 77] = bad
+            yield f"{bad} is seen", unless(bool(k.quantized(x, kind, True, False)[0][1].isnan()))
+    if dtype == torch.bfloat16:
+        FP8_PRODUCTS.check(gemm.fp8_gemms(k.quantized), Target(CPU, dtype))
+
+
 CASES: dict[str, Callable[[ModuleType, torch.dtype], Errors]] = {
     "RMSNorm": norm,
     "SwiGLU": swiglu,
     "RoPE": rope,
     "cross entropy": loss,
+    "fp8 products": fp8,
 }
 
 
@@ -243,9 +271,28 @@ def far_swiglu(k: ModuleType, folder: Path) -> Errors:
     yield "gradient", error(grad.view(5, 2, columns)[:, :, :1024].flatten(1), want)
 
 
-FAR_CASES = {"RMSNorm": far_norm, "SwiGLU": far_swiglu, "RoPE": far_rope, "cross entropy": far_loss}
+def far_fp8(k: ModuleType, folder: Path) -> Errors:
+    """Rows of 2^30 columns, of which one program rounds the first 128."""
+    near = rand(3, 128, dtype=torch.bfloat16)
+    x, out = sparse(folder, "x8", 3 * FAR).view(3, FAR), sparse(folder, "out8", 2 * FAR).view(gemm.FORWARD)
+    x[:, :128] = near
+    partial, inverse = near.abs().max().float().view(1), torch.empty(())
+    sizes = {"ROWS": 64, "COLUMNS": 128, "PARTS": 2}
+    k._quantize[(1, 1)](x, partial, 1, 448.0, out, None, inverse, 3, FAR, **sizes)
+    ((values, want),) = gemm.quantize(near, gemm.FORWARD)
+    own = out[: 3 * FAR].view(3, FAR)[:, :128]
+    yield "rows", unless(torch.equal(own.float(), values.float()) and torch.equal(inverse, want))
 
-POINTWISE, LOSS = "triton_pointwise", "triton_loss"
+
+FAR_CASES = {
+    "RMSNorm": far_norm,
+    "SwiGLU": far_swiglu,
+    "RoPE": far_rope,
+    "cross entropy": far_loss,
+    "fp8 products": far_fp8,
+}
+
+POINTWISE, LOSS, FP8 = "triton_pointwise", "triton_loss", "triton_fp8"
 FAULTS = [  # operation, file, what stands there, what stands there instead
     ("RMSNorm", POINTWISE, "normed * mean) * rstd", "mean) * rstd"),
     ("RMSNorm", POINTWISE, "row = added.to(tl.float32)", "row = row"),
@@ -272,6 +319,12 @@ FAULTS = [  # operation, file, what stands there, what stands there instead
     ("cross entropy", LOSS, "grad - tl.load(at_label + row)", "grad - tl.load(scale + row)"),
     ("cross entropy", LOSS, "logits + row * stride + at", "logits + row * columns + at"),
     ("cross entropy", LOSS, " * tl.load(scale + row)", ""),
+    ("fp8 products", FP8, 'tl.where(size != size, float("inf"), size)', "size"),
+    ("fp8 products", FP8, "top = tl.maximum(top,", "top = tl.maximum(0.0,"),
+    ("fp8 products", FP8, "(bits >> 23) - 127", "(bits >> 23) - 126"),
+    ("fp8 products", FP8, "tl.trans(column) * rows", "tl.trans(column) * columns"),
+    ("fp8 products", FP8, 'tl.where(largest < float("inf"), back, float("nan"))', "back"),
+    ("fp8 products", FP8, "triton.cdiv(c, COLUMNS))", "max(1, c // COLUMNS))"),
 ]
 
 
@@ -347,19 +400,35 @@ def models(pointwise: ModuleType, loss: ModuleType) -> dict[str, float]:
     return found
 
 
+def rounded_to_fp8(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """The interpreter's conversion, which forgets the carry where an fp8 number is rounded up to a power of two."""
+    import triton.language as tl
+
+    kinds = {tl.float8e4nv: gemm.FORWARD, tl.float8e5: gemm.GRADIENT}
+
+    def converted(values: Any, of: Any, to: Any, mode: Any) -> Any:
+        if to not in kinds:
+            return convert(values, of, to, mode)
+        return torch.from_numpy(values.copy()).to(kinds[to]).view(torch.uint8).numpy()
+
+    return converted
+
+
 def main(folder: Path) -> dict[str, Any]:
     """Errors of every kernel and case; of every fault, whether anything showed it."""
     from triton.runtime import interpreter
 
-    from megallama.kernels import triton_loss, triton_pointwise
+    from megallama.kernels import triton_fp8, triton_loss, triton_pointwise
 
+    interpreter._convert_float = rounded_to_fp8(interpreter._convert_float)
     # tensors are on the CPU already: no copies of them, which would fill the files
     interpreter.GridExecutor._init_args_hst = lambda self, args, kwargs: (args, kwargs)
     interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
     torch.set_num_threads(1)
-    modules = {name: triton_loss if case is loss else triton_pointwise for name, case in CASES.items()}
+    others = {"cross entropy": triton_loss, "fp8 products": triton_fp8}
+    modules = {name: others.get(name, triton_pointwise) for name in CASES}
     errors = {n: {str(d)[6:]: list(case(modules[n], d)) for d in FORMATS} for n, case in CASES.items()}
-    sources = {m.__name__.split(".")[-1]: inspect.getsource(m) for m in (triton_pointwise, triton_loss)}
+    sources = {m.__name__.split(".")[-1]: inspect.getsource(m) for m in (triton_pointwise, *others.values())}
     survivors = []
     for number, (name, file, old, new) in enumerate(FAULTS):
         module = changed(sources[file], old, new, folder, number)
@@ -367,7 +436,7 @@ def main(folder: Path) -> dict[str, Any]:
             survivors.append(f"{name}: {old} is {new or 'not there'}")
     far = {name: list(case(modules[name], folder)) for name, case in FAR_CASES.items()}
     for name, case in FAR_CASES.items():
-        file = LOSS if case is far_loss else POINTWISE
+        file = modules[name].__name__.split(".")[-1]
         if survives(partial(case, changed(sources[file], "tl.int64", "tl.int32", folder, -1), folder)):
             survivors.append(f"{name}: 32 bits")
     try:

@@ -50,6 +50,7 @@ CASES = {
     "7B, nothing recomputed": Case((*SEVEN, "memory.recompute=none")),
     "7B, all recomputed": Case((*SEVEN, "memory.recompute=full")),
     "7B, fp8": Case((*SEVEN, "precision.fp8=tensorwise")),
+    "7B, fp8, Triton": Case((*SEVEN, "precision.fp8=tensorwise"), triton=True),
     "7B, documents": Case(SEVEN, documents=True),
     "7B, Triton": Case(SEVEN, triton=True),
     "LLaMA-3-8B": Case(EIGHT),
@@ -141,7 +142,8 @@ def test_the_head_stays_small() -> None:
 def test_a_layer_is_at_most_thirty_launches_and_passes_over_little_memory() -> None:
     """Without Transformer Engine; with nothing recomputed but what a pass of the backward makes along the way."""
     layers = {name: parts["layer"] for name, parts in table().items() if CASES[name].triton}
-    assert all(layer["launches"] <= 30 for layer in layers.values())
+    assert all(layer["launches"] <= 30 for name, layer in layers.items() if "fp8" not in name)
+    assert layers["7B, fp8, Triton"]["launches"] <= 54  # two for each operand but the weights, one sum for each weight
     assert layers["7B, Triton"]["mib"] / 4096 * 1.048576 <= 0.43  # MB a token
 
 

@@ -63,6 +63,15 @@ def test_kernels_are_right_both_ways(interpreted: dict[str, Any], operation: str
 
 
 @needs_triton
+def test_fp8_is_rounded_as_by_torch(interpreted: dict[str, Any]) -> None:
+    """To the bit, from bf16 and fp32, in both layouts; what is not finite is seen."""
+    for kind in ("float32", "bfloat16"):
+        errors = interpreted["errors"]["fp8 products"][kind]
+        assert len(errors) == 2 * (5 * 5 + 4)
+        assert [what for what, e in errors if e != 0] == []
+
+
+@needs_triton
 def test_planted_faults_are_found(interpreted: dict[str, Any]) -> None:
     """Also row offsets in 32 bits."""
     assert interpreted["survivors"] == []
@@ -70,7 +79,7 @@ def test_planted_faults_are_found(interpreted: dict[str, Any]) -> None:
 
 @needs_triton
 def test_rows_beyond_2_to_the_31_elements_are_found(interpreted: dict[str, Any]) -> None:
-    assert set(interpreted["far"]) == set(OURS)
+    assert set(interpreted["far"]) == {*OURS, "fp8 products"}
     assert [(what, e) for errors in interpreted["far"].values() for what, e in errors if not e <= 8e-3] == []
 
 
@@ -145,4 +154,4 @@ def test_only_a_selected_kernel_imports_triton() -> None:
         ]
         if any("triton" in ast.unparse(node) for node in top):
             found.append(path.name)
-    assert found == ["triton_loss.py", "triton_pointwise.py"]
+    assert found == ["triton_fp8.py", "triton_loss.py", "triton_pointwise.py"]

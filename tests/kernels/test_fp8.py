@@ -9,11 +9,12 @@ import torch
 
 from megallama.kernels import select
 from megallama.kernels.candidate import Target, Unsupported
-from megallama.kernels.gemm import FORWARD, FP8_PRODUCTS, GRADIENT, TORCH_FP8, quantize
+from megallama.kernels.gemm import FORWARD, FP8_PRODUCTS, GRADIENT, Scaled, fp8_gemms, quantize
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import assemble, initialize
 from tests.small import CPU, curve, deviation, small_config, solo_rank, tokens, train
 
+TORCH_FP8 = fp8_gemms(quantize)
 BITS = {FORWARD: 3, GRADIENT: 2}  # of the mantissa
 
 
@@ -37,7 +38,7 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [FORWARD, GRADIENT], ids=str)
 def test_elements_are_rounded_once(dtype: torch.dtype, size: float) -> None:
     x = rand(40, 30, size=size)
-    values, inverse = quantize(x, dtype)
+    ((values, inverse),) = quantize(x, dtype)
     assert torch.equal(values.double() * inverse.double(), rounded(x, dtype))
     assert torch.frexp(inverse)[0].item() == 0.5, "a power of two"
     top = values.double().abs().max()
@@ -46,12 +47,12 @@ def test_elements_are_rounded_once(dtype: torch.dtype, size: float) -> None:
 
 @pytest.mark.parametrize("dtype", [FORWARD, GRADIENT], ids=str)
 def test_what_cannot_be_scaled(dtype: torch.dtype) -> None:
-    values, inverse = quantize(torch.zeros(16, 16, dtype=torch.bfloat16), dtype)
+    ((values, inverse),) = quantize(torch.zeros(16, 16, dtype=torch.bfloat16), dtype)
     assert values.float().abs().max() == 0 and inverse.isfinite()
     for bad in (torch.inf, -torch.inf, torch.nan):
         x = rand(16, 16)
         x[3, 4] = bad
-        assert quantize(x, dtype)[1].isnan()
+        assert quantize(x, dtype)[0][1].isnan()
         assert TORCH_FP8.fprop(x, rand(16, 16)).isnan().all(), "fp8 would have hidden it"
 
 
@@ -95,3 +96,37 @@ def test_a_model_learns_in_fp8_and_only_its_layers_multiply_in_it(monkeypatch: p
     want, own = curve(train(solo_rank(config), data)), curve(train(rank, data))
     assert 1e-4 < deviation(own[::2], want[::2]) < 3e-2
     assert own[-2] < own[0] - 0.5, "it learns"
+
+
+def test_each_operand_is_rounded_as_seldom_as_can_be() -> None:
+    """A weight after each change, a gradient once for both of its products, unless it has changed in between."""
+    asked: list[tuple[tuple[int, ...], bool, bool]] = []
+
+    def quantized(x: torch.Tensor, dtype: torch.dtype, rows: bool, columns: bool) -> list[Scaled]:
+        asked.append((tuple(x.shape), rows, columns))
+        return quantize(x, dtype, rows, columns)
+
+    buffer = rand(2, 32, 48)  # as weights lie: a step writes into one buffer
+    gemms, weight, grad = fp8_gemms(quantized), buffer[0], torch.zeros(32, 48)
+    x, dy = rand(64, 48, seed=1), rand(64, 32, seed=2)
+    for overwrite in (True, False):
+        first = gemms.fprop(x, weight)
+        assert torch.equal(first, TORCH_FP8.fprop(x, weight))
+        gemms.dgrad(dy, weight)
+        gemms.wgrad(grad, dy, x, overwrite)
+    once = [((64, 48), True, False), ((64, 32), True, True), ((64, 48), False, True)]
+    assert asked == [once[0], ((32, 48), True, True), *once[1:], *once]
+    asked.clear()
+    gemms.wgrad(grad, dy, x, True)  # put off: another gradient came in between
+    assert asked == [((64, 32), False, True), once[2]]
+    gemms.dgrad(dy, weight)
+    dy.mul_(2)
+    asked.clear()
+    doubled = torch.zeros(32, 48)
+    gemms.wgrad(doubled, dy, x, True)
+    assert asked[0] == ((64, 32), False, True) and torch.equal(doubled, 2 * grad)
+    buffer[1].zero_()  # another weight of the same buffer: it cannot be told
+    asked.clear()
+    assert torch.equal(gemms.fprop(x, weight), first) and len(asked) == 2
+    buffer[0].mul_(2)
+    assert torch.equal(gemms.fprop(x, weight), 2 * first)

@@ -13,7 +13,7 @@ from megallama.config.errors import MegallamaError
 from megallama.kernels import attention, gemm, select
 from megallama.kernels.attention import ATTENTION, Attend, Documents, MakeAttention, blocked_attention, sdpa
 from megallama.kernels.candidate import APEX, TE, Operation, Target, Unsupported
-from megallama.kernels.gemm import FP8_PRODUCTS, PRODUCT, TORCH_FP8, WGRAD, add_wgrad_with, matmul_nt
+from megallama.kernels.gemm import FP8_PRODUCTS, PRODUCT, WGRAD, Gemms, add_wgrad_with, fp8_gemms, matmul_nt, quantize
 from megallama.kernels.optimizer import adamw_step
 from megallama.kernels.pointwise import rms_norm, rms_norm_backward, with_additions
 from tests.kernels.eager import EAGER
@@ -115,22 +115,24 @@ def test_what_the_user_left_out_is_not_taken(monkeypatch: pytest.MonkeyPatch) ->
 def test_fp8_is_refused_where_nothing_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     message = (
         "precision.fp8: fp8 products: nothing here can (not Transformer Engine: no CUDA device; "
+        "not Triton: no CUDA device; "
         r'not torch _scaled_mm: no CUDA device\); write precision.fp8="none"'
     ).replace("(not", r"\(not")
     with pytest.raises(MegallamaError, match=message):
         select.select_kernels(CPU, torch.bfloat16, fp8="tensorwise")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(Unsupported, match=r"compute capability 8.0 is below 8.9 \(L40S, H100, H200, B200\)"):
-        FP8_PRODUCTS.candidates[1][1](ON_CUDA)
+        FP8_PRODUCTS.candidates[-1][1](ON_CUDA)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert FP8_PRODUCTS.candidates[1][1](ON_CUDA) is TORCH_FP8
+    assert isinstance(FP8_PRODUCTS.candidates[-1][1](ON_CUDA), Gemms)
 
 
 def test_fp8_is_of_the_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    products = replace(FP8_PRODUCTS, candidates=[("torch _scaled_mm", lambda target: TORCH_FP8)])
+    in_fp8 = fp8_gemms(quantize)
+    products = replace(FP8_PRODUCTS, candidates=[("torch _scaled_mm", lambda target: in_fp8)])
     monkeypatch.setattr(select, "FP8_PRODUCTS", products)
     kernels = select.select_kernels(CPU, torch.bfloat16, fp8="tensorwise")
-    assert kernels.layer_gemms is TORCH_FP8 and kernels.gemms is not TORCH_FP8
+    assert kernels.layer_gemms is in_fp8 and kernels.gemms is not in_fp8
     assert str(kernels.choices[-1]) == "fp8 products: torch _scaled_mm"
 
 
