@@ -50,11 +50,6 @@ def onednn_matmul_nt(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
-def processor() -> str:
-    """The vendor of this machine's processor as Linux names it; empty where it does not say."""
-    return Processor.here().vendor
-
-
 def _onednn(target: Target) -> MatmulNT:
     """torch's CPU build multiplies fp32 with MKL, which is slow on processors that are not Intel's.
 
@@ -63,7 +58,7 @@ def _onednn(target: Target) -> MatmulNT:
     """
     if target.device.type != "cpu" or target.dtype != torch.float32:
         raise Unsupported("fp32 on a CPU only")
-    if processor() == "GenuineIntel" and target.named != "oneDNN":
+    if Processor.here().vendor == "GenuineIntel" and target.named != "oneDNN":
         raise Unsupported("MKL is as fast on this processor")
     if not torch.backends.mkldnn.is_available():
         raise Unsupported("this torch was built without oneDNN")

@@ -172,8 +172,7 @@ def _norm_pair(forward: Callable[..., Any], backward: Callable[..., Any]) -> Nor
         known = [rstd for of, version, rstd in latest if of() is x and version == x._version]
         latest.clear()
         # Transformer Engine and apex round the weight's to its format; sums go on in fp32
-        dx, dweight = backward(dy, x, known[0] if known else _inverse_rms(x, eps), weight, eps)[:2]
-        return dx, dweight
+        return backward(dy, x, known[0] if known else _inverse_rms(x, eps), weight, eps)[:2]
 
     return with_additions(normed, gradients)
 

@@ -13,7 +13,7 @@ from megallama.checkpoint import manifest
 from megallama.comm import rendezvous
 from megallama.config.errors import ConfigError, MegallamaError
 from megallama.config.load import load
-from megallama.kernels import gemm, in_fp32, processors, select
+from megallama.kernels import in_fp32, processors, select
 from megallama.kernels.attention import sdpa
 from megallama.kernels.candidate import Target
 from megallama.kernels.processors import Processor
@@ -109,7 +109,7 @@ def test_what_is_named_comes_first_or_says_why_not() -> None:
 
 
 def test_a_named_product_does_not_hang_on_the_vendor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "processor", lambda: "GenuineIntel")
+    monkeypatch.setattr(processors.Processor, "here", lambda: processors.Processor("GenuineIntel", frozenset()))
     for named, taken in (({}, "torch mm"), ({"matrix product": "oneDNN"}, "oneDNN")):
         chosen = select.select_kernels(CPU, torch.float32, named=named)
         assert chosen.choices[5].selected == taken

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from megallama.config.errors import MegallamaError
-from megallama.kernels import attention, gemm, select
+from megallama.kernels import attention, select
 from megallama.kernels.attention import ATTENTION, Attend, Documents, MakeAttention, blocked_attention, sdpa
 from megallama.kernels.candidate import APEX, TE, Operation, Target, Unsupported
 from megallama.kernels.gemm import FP8_PRODUCTS, PRODUCT, WGRAD, Gemms, add_wgrad_with, fp8_gemms, matmul_nt, quantize
 from megallama.kernels.optimizer import adamw_step
 from megallama.kernels.pointwise import rms_norm, rms_norm_backward, with_additions
+from megallama.kernels.processors import Processor
 from tests.kernels.eager import EAGER
 from tests.kernels.plain import plain_attention
 
@@ -45,7 +46,7 @@ def test_a_cpu_takes_torch_and_says_why() -> None:
 
 @pytest.mark.parametrize(("vendor", "used"), [("AuthenticAMD", "oneDNN"), ("GenuineIntel", "torch mm"), ("", "oneDNN")])
 def test_fp32_products_follow_from_the_processor(monkeypatch: pytest.MonkeyPatch, vendor: str, used: str) -> None:
-    monkeypatch.setattr(gemm, "processor", lambda: vendor)
+    monkeypatch.setattr(Processor, "here", lambda: Processor(vendor, frozenset()))
     kernels = select.select_kernels(CPU, torch.float32)
     assert {c.operation: c.selected for c in kernels.choices}["matrix product"] == used
     a, b = torch.randn(5, 7), torch.randn(3, 7)
