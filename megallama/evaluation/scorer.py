@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from megallama.config.errors import ConfigError, MegallamaError
 from megallama.layers.batch import MicroBatch
-from megallama.model.llama import Stage
+from megallama.layers.vocab import LossHead
 from megallama.pipeline.runtime import PipelineRuntime, StageWork
 from megallama.train.assemble import DTYPES, Worker
 
@@ -66,18 +68,16 @@ class Scorer:
         self._budget = config.batch.micro_batch_size * self.longest
         self._round = groups.tp.size if config.parallel.sequence_parallel else 1
         hidden = torch.empty(0, config.model.hidden_size, dtype=DTYPES[config.precision.dtype], device=worker.device)
-        work = {
-            number: StageWork(partial(self._run, stage), worker.buffers[number].queue, nullcontext)
-            for number, stage in worker.stages.items()
-        }
+        stages = {number: copy(stage) for number, stage in worker.stages.items()}
+        for stage in stages.values():
+            stage.head = cast(Any, stage.head and partial(self._score, stage.head))
+        work = {n: StageWork(stage, worker.buffers[n].queue, nullcontext) for n, stage in stages.items()}
         self._runtime = PipelineRuntime(work, groups.pp, hidden, shares=self._round, longest=longest)
         self._found: dict[int, Tensor] = {}  # by the address of a micro-batch
 
-    def _run(self, stage: Stage, hidden: Tensor | None, batch: MicroBatch) -> Tensor:
-        x, branch = stage.body(hidden, batch)
-        if stage.head is None:
-            return x if branch is None else x + branch
-        self._found[id(batch)] = stage.head.score(x, branch, batch.labels.reshape(-1))
+    def _score(self, head: LossHead, x: Tensor, branch: Tensor | None, batch: MicroBatch) -> Tensor:
+        """In place of the loss, which is then 0."""
+        self._found[id(batch)] = head.score(x, branch, batch.labels.reshape(-1))
         return x.new_zeros(())
 
     def __call__(self, rows: Sequence[Row]) -> list[Score]:

@@ -145,13 +145,6 @@ class Stage:
 
     def __call__(self, hidden: Tensor | None, batch: MicroBatch) -> Tensor:
         """Hidden states [T/t, h] or [T, h] of the stage before, if any -> its own, or the loss sum."""
-        x, branch = self.body(hidden, batch)
-        if self.head is not None:
-            return self.head(x, branch, batch)
-        return x if branch is None else x + branch
-
-    def body(self, hidden: Tensor | None, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        """As a call, without the head: the hidden states, and what is yet to be added to them, if anything."""
         x = self.embed(batch.tokens.reshape(-1)) if self.embed else hidden
         assert x is not None, "only the first stage makes its own hidden states"
         documents = batch.documents and batch.documents.each(lambda t: t)  # masks do not live as long as batches
@@ -166,7 +159,9 @@ class Stage:
                 x, branch = layer(x, branch, *tables, documents)
             if (last := x if branch is None else branch).requires_grad:
                 last.register_hook(partial(self._record.layer, number))
-        return x, branch
+        if self.head is not None:
+            return self.head(x, branch, batch)
+        return x if branch is None else x + branch
 
 
 @dataclass(eq=False)

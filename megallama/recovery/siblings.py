@@ -34,7 +34,7 @@ class Siblings:
         self.expected = about.get("ranks", 1) > 1 and about["launch"]["one_node"]
         same, size = self._words[:_FILES] + self._words[_SEVERAL:], int(about.get("ranks", 0))
         for entry in os.listdir("/proc") if self.expected or not about else ():
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, IndexError):  # gone by now, or no supervisor
                 if int(entry) not in self._seen and (words := _command(entry))[:_FILES] + words[_SEVERAL:] == same:
                     record = reader_of(int(entry), map(int, words[_FILES].split(b",")))
                     ended = record.words[ENDED] and _started("self") - _started(entry) > 2.0

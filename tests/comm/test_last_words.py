@@ -139,7 +139,7 @@ def test_cores_are_shared(monkeypatch: pytest.MonkeyPatch, given: int, cores: in
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
     set_to, notes = list[int](), list[str]()
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
-    _set_threads(RunConfig(threads=given), sharing, notes)
+    _set_threads(RunConfig(threads=given), (sharing, ""), notes)
     assert set_to == [threads]
     many = "" if threads == 1 else "s"
     assert notes == [f"{threads} CPU thread{many} per rank ({cores} cores for {sharing} ranks)"]

@@ -38,7 +38,7 @@ def test_as_a_program_on_this_machine() -> None:
     assert [k["operation"] for k in report["kernels"]] == [*select.OPERATIONS, "fp8 products (precision.fp8)"]
     assert report["kernels"][0]["taken"] == "blocks of matrix products"
     assert report["kernels"][0]["refused"] == {"Transformer Engine": "no CUDA device"}
-    assert report["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(report["versions"]["torch"])  # which may lack the +cpu or +cu130
     assert report["cpu"]["usable_cores"] >= 1 and report["cpu"]["memory_gib"] > 0.5
 
 
@@ -46,7 +46,7 @@ def test_the_text_ends_with_the_verdict(capsys: pytest.CaptureFixture[str]) -> N
     assert command("doctor")(["--device", "cpu", "--dtype", "fp32"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("This machine can train in fp32 on ")
-    heads = [line for line in lines if line.isupper()]
+    heads = [line for line in lines if line.isupper() and line[0] != " "]
     assert heads == ["KERNELS", "VERSIONS", "GPUS", "PROCESSOR AND MEMORY", "FOR MORE"]
     assert "  attention: torch scaled_dot_product_attention" in lines
     assert "      not blocks of matrix products: 16-bit formats on a CPU only" in lines

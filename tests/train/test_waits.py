@@ -47,6 +47,7 @@ def watched(rank: Worker, data: Tensor, monkeypatch: pytest.MonkeyPatch, starts:
     """What a training step reads."""
     watch = Watch()
     run = rank.runtime.run
+    batches = micro_batches(rank, data, starts=starts)  # as the loader makes them: on the host
 
     def inside(*args: Any) -> Tensor:
         watch.within = True
@@ -61,7 +62,6 @@ def watched(rank: Worker, data: Tensor, monkeypatch: pytest.MonkeyPatch, starts:
         monkeypatch.setattr(Tensor, name, counted(getattr(Tensor, name), name))
     monkeypatch.setattr(rank.runtime, "run", inside)
     rank = replace(rank, read=lambda tensor: tensor.tolist())
-    batches = micro_batches(rank, data, starts=starts)
     with watch:
         result = train_step(rank, rank.plan.schedule_for(len(batches)), batches, 1e-3, masked=starts is not None)
     assert result.applied
