@@ -72,14 +72,13 @@ def run(arguments: list[str], ranks: int, threads: int, own: dict[int, dict[str,
 
 @dataclass(frozen=True)
 class Sample:
-    """One run; `words` of rank 0 in a step: actions and communications."""
+    """One run; `calls`: communications of rank 0 in a step."""
 
     shape: str
     layout: str
     supervised: bool
     cpu: float
     step: float
-    actions: float = 0.0
     calls: float = 0.0
 
 
@@ -101,11 +100,11 @@ def measure(shape: str, layout: str, steps: int, *, supervised: bool) -> Sample:
         cpu = cpu_seconds() - before
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
         step = median([json.loads(line)["step_seconds"] for line in lines][WARM_UP:])
-        words: dict[str, Any] = {"launched": 0, "counts": {}}
+        words: dict[str, Any] = {"counts": {}}
         for file in (Path(folder) / "status").glob("*.json") if supervised else ():
             words = json.loads(file.read_text()).get("ranks", {}).get("0", words)
     calls = sum(words["counts"].values()) / steps
-    return Sample(shape, layout, supervised, cpu, step, words["launched"] / steps, calls)
+    return Sample(shape, layout, supervised, cpu, step, calls)
 
 
 def times(args: argparse.Namespace) -> int:
@@ -173,8 +172,9 @@ def counted(args: argparse.Namespace) -> int:
     for shape in args.shapes.split(","):
         for layout in args.layouts.split(","):
             one, place = measure(shape, layout, args.steps, supervised=True), LAYOUTS[layout]
-            layers = one.actions * SHAPES[shape].layers / place.pp
-            written = {"action": one.actions, "layer": layers, "at": 10.0, "call": one.calls}
+            actions = 6.0 * place.microbatches + 1  # at most: forward, backward, and what each sends and receives
+            layers = 2.0 * place.microbatches * SHAPES[shape].layers / place.pp
+            written = {"action": actions, "layer": layers, "at": 10.0, "call": one.calls}
             own = sum(count * words[word] for word, count in written.items())
             look, least = LOOKS * one.step * looks[place.ranks], products(SHAPES[shape], place) / FLOPS
             rows.append({
