@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
 
@@ -25,7 +24,7 @@ from megallama.evaluation.results import beyond_noise, compare, read_results, ta
 from megallama.evaluation.scorer import Row
 from megallama.evaluation.texts import windows
 from megallama.inference.generate import Sampling, generate_batch, load_llama
-from tests.inference.test_generate import reference
+from tests.inference.test_generate import byte_tokenizer, reference
 
 ITEMS = [
     {"context": "the cat", "choices": [" sat", " sit", " set on"], "gold": 0},
@@ -41,20 +40,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small LLaMA of Hugging Face whose tokenizer has a token per byte, a beginning and an end."""
     path = tmp_path_factory.mktemp("model")
     reference(path, vocab_size=258, bos_token_id=256, eos_token_id=257)
-    byte_tokenizer(path)
+    named_byte_tokenizer(path)
     (path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
     (path / "held.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return path
 
 
-def byte_tokenizer(path: Path) -> None:
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    made = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(["<s>", "</s>"])
-    made.save(str(path / "tokenizer.json"))
-    says = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False}
+def named_byte_tokenizer(path: Path) -> None:
+    """Bytes, 256 which begins and 257 which ends a document; it puts nothing before a text."""
+    byte_tokenizer(path)
+    says = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "add_bos_token": False}
     (path / "tokenizer_config.json").write_text(json.dumps(says))
 
 

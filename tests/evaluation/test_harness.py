@@ -10,7 +10,7 @@ import pytest
 from megallama.config.errors import ConfigError, DataError
 from megallama.evaluation.evaluate import evaluate
 from megallama.evaluation.request import Request
-from tests.evaluation.test_evaluate import byte_tokenizer
+from tests.evaluation.test_evaluate import named_byte_tokenizer
 from tests.inference.test_generate import reference
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'megallama[eval]'")
@@ -22,7 +22,7 @@ GOALS = ["keep bread fresh", "open a jar", "dry wet shoes", "find a stud", "cool
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tasks")
     reference(path / "model", vocab_size=258, bos_token_id=256, eos_token_id=257, max_position_embeddings=512)
-    byte_tokenizer(path / "model")
+    named_byte_tokenizer(path / "model")
     data = path / "data" / "piqa" / "plain_text" / "validation"
     data.mkdir(parents=True)
     rows = [{"goal": g, "sol1": f"{g} slowly", "sol2": "no", "label": i % 2} for i, g in enumerate(GOALS)]
