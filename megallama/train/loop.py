@@ -169,6 +169,7 @@ class TrainingLoop:
             self._save_unsaved()
             self.setup.tracer.write()
             unfinished = progress.step < self.setup.last_step or len(self._missing) > 0
+            self._world.record.at(step=progress.step)  # a start may have had none to make
             signals.leaving(SAVED if unfinished else FINISHED)
         if unfinished:
             then = "continue" if progress.step < self.setup.last_step else "make the evaluations that are missing"

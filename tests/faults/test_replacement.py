@@ -87,6 +87,13 @@ def test_a_killed_and_a_frozen_rank_are_replaced_from_memory(tmp_path: Path, wan
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["status"] == 0
 
 
+def test_a_start_with_no_step_to_make_says_where_the_run_is(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert run(tmp_path, "parallel.tp=2", "train.steps=3").wait(90) == [0, 0]
+        said = json.loads((tmp_path / "run" / "exit.json").read_text())
+        assert (said["status"], said["step"], said["cause"]) == (0, 3, "finished")
+
+
 def test_without_copies_the_newest_checkpoint_is_taken(tmp_path: Path, want: Any) -> None:
     ranks = run(tmp_path, "parallel.tp=2", *REPLACE, "checkpoint.interval=5", "checkpoint.resume=fresh")
     reach(ranks, 8)
