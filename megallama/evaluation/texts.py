@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,10 +41,11 @@ def read_texts(
     inputs: Sequence[Path], tokenizer: Tokenizer | None, json_key: str, limit: int | None, say: Callable[[str], None]
 ) -> Iterator[Text]:
     """The documents of files, folders and .bin/.idx pairs, the first `limit` of each. Raises: DataError."""
-    pairs = [path for path in inputs if Path(f"{str(path).removesuffix('.bin').removesuffix('.idx')}.idx").is_file()]
-    for path in pairs:
-        yield from islice(_of_pair(path), limit)
-    files = [path for path in inputs if path not in pairs]
+    prefixes = {path: re.sub(r"\.(bin|idx|json|sums)$", "", str(path)) for path in inputs}  # a pattern names them all
+    pairs = dict.fromkeys(prefix for prefix in prefixes.values() if Path(f"{prefix}.idx").is_file())
+    for prefix in pairs:
+        yield from islice(_of_pair(Path(prefix)), limit)
+    files = [path for path, prefix in prefixes.items() if prefix not in pairs]
     if not files:
         return
     if tokenizer is None:

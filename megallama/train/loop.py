@@ -98,6 +98,7 @@ class Reporter:
 
     def finished(self) -> None:
         config, log, progress = self._setup.config, self._setup.log, self._progress
+        self._setup.world.record.at(step=progress.step)  # a start may have had none to make
         log.info(
             f"finished: {counted(progress.step, 'step')}, {counted(human_count(progress.tokens), 'token')}, "
             f"{human_count(num_parameters(config.model))} parameters; checkpoint in {config.checkpoint.folder}"
@@ -169,7 +170,6 @@ class TrainingLoop:
             self._save_unsaved()
             self.setup.tracer.write()
             unfinished = progress.step < self.setup.last_step or len(self._missing) > 0
-            self._world.record.at(step=progress.step)  # a start may have had none to make
             signals.leaving(SAVED if unfinished else FINISHED)
         if unfinished:
             then = "continue" if progress.step < self.setup.last_step else "make the evaluations that are missing"

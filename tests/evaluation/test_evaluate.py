@@ -248,3 +248,15 @@ def test_answers_are_those_of_each_prompt_alone(folder: Path) -> None:
         (alone,) = generate_batch(llama, [prompt], most, Sampling(temperature=0), tokenizer=tokenizer, stop=stop)
         assert text == alone.text
     assert len({*said}) > 2
+
+
+def test_a_pair_is_read_once_however_it_is_named(folder: Path, tmp_path: Path) -> None:
+    words = [str(folder / "held.jsonl"), "--tokenizer", str(folder), "--output", str(tmp_path / "held")]
+    assert command("prepare")(words) == 0
+    found: list[dict[str, Any]] = []
+    for given in ((tmp_path / "held",), tuple(sorted(tmp_path.glob("held*")))):
+        found.append(evaluate(Request(folder, data=given), lambda text: None, lambda text: None)["texts"])
+    assert len(given) > 2 and found[0] == found[1]
+    size = sum(len(text) for text in TEXTS)
+    assert found[0]["held"]["tokens"] == size + len(TEXTS)  # and the ends of documents
+    assert found[0]["held"]["documents"] == len(TEXTS)
