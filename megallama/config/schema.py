@@ -158,7 +158,9 @@ class MemoryConfig(Section):
     """What is kept for the backward pass."""
 
     recompute: Literal["none", "selective", "full"] = option(
-        "selective", "none keeps 16h+6f bytes per token and layer in bf16, selective 12h+4f (no extra GEMM), full 2h"
+        "selective",
+        "none keeps 16h+6f bytes per token and layer in bf16, selective 12h+4f (no extra GEMM), full 2h; "
+        "left out: none, if by the plan that takes at most half of the memory",
     )
     loss_chunk_tokens: PositiveInt = option(
         512, "tokens whose logits exist at once in the loss; on a CPU fp32 logits exist for fewer [tokens]"

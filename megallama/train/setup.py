@@ -43,6 +43,7 @@ from megallama.train.trace import StepTracer
 
 T = TypeVar("T")
 GIB = 2**30
+USED = 0.5  # of the memory at hand: as much as a plan may take without having been asked for
 RankNeeds = tuple[str, int, int, dict[str, int]]  # host, bytes: certain, by estimate, `room`
 ORDER = ("data.train", "data.mixture_schedule", "data.synthetic", "train.seed", "batch.seq_length")
 
@@ -97,7 +98,8 @@ def set_up(
     config: Config, plan: Plan, world: World, log: Logger, signals: SignalFlag, starts: Starts | None = None
 ) -> Iterator[Setup]:
     """Set up a run; within, its folder is locked, and an error is told to the other ranks."""
-    progress = Progress(config)
+    plan = _recomputing(plan, world, log)
+    config, progress = plan.config, Progress(plan.config)
     set_deterministic(config.train.deterministic)
     data = _on_all(world, "data", lambda: open_sources(config))
     for text in data.notes:
@@ -161,6 +163,31 @@ def _on_all(world: World, what: str, work: Callable[[], T]) -> T:
     kept: list[T] = []
     on_all_ranks(world.group, what, lambda: kept.append(work()))
     return kept[0]
+
+
+def _recomputing(plan: Plan, world: World, log: Logger) -> Plan:
+    """The plan; where the user left `memory.recompute` open, with "none" if that leaves memory on every host.
+
+    The bits are the same. A run goes on with what its checkpoint has, as long as the memory is there.
+    """
+    config = plan.config
+    if "recompute" in config.memory.model_fields_set:
+        return plan
+    saved = before(config)
+    mode = saved.config.get("memory", {}).get("recompute", "selective") if saved else "none"
+    wider = replace(plan, config=config.changed(memory={"recompute": "none"}))
+    need = wider.memory(plan.topology.coords(world.rank)["pp"]).total
+    told = (mode, world.hosts[world.rank], need, room(world.device))
+
+    def fits(ranks: list[Any]) -> bool:
+        limits = {(host, name): limit for _, host, _, has in ranks for name, limit in has.items()}
+        sums = {at: sum(r[2] for r in ranks if r[1] == at[0] and at[1] in r[3]) for at in limits}
+        return ranks[0][0] == "none" and all(sums[at] <= USED * limit for at, limit in limits.items())
+
+    if not world.group.gather_values(told, fits):
+        return plan
+    log.info(f'memory.recompute was left open: "none", of which {need / GIB:.3g} GiB are expected on this rank')
+    return wider
 
 
 def _last_step(config: Config, data: Data) -> tuple[int, str]:

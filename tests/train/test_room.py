@@ -126,3 +126,25 @@ def test_a_run_that_diverges_says_so(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert out.count("warning: optimizer.lr=10 is far from what LLaMA-like models were trained with") == 2
     assert "the loss has been above its first value, 4." in out, "the first value of the run, not of this start"
+
+
+def test_what_is_kept_for_the_backward_where_nobody_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it where memory is ample; the same bits. A run goes on as it began, and as asked for."""
+    line, bits = 'memory.recompute was left open: "none", of which ', []
+
+    def run(name: str, *more: str, status: int = 0) -> bool:
+        assert main([*GOOD, f"run.folder={tmp_path / name}", *more]) == status
+        return line in capsys.readouterr().out
+
+    assert run("open", "train.steps=2")
+    assert not run("said", "train.steps=2", "memory.recompute=selective")
+    for name in ("open", "said"):
+        (step,) = (tmp_path / name / "checkpoints").glob("step-*")
+        bits.append({f.relative_to(step): f.read_bytes() for f in step.rglob("*.safetensors")})
+    assert bits[0] == bits[1] and bits[0]
+    assert not run("saved", "train.steps=4", "train.stop_after_steps=2", "memory.recompute=selective", status=75)
+    assert not run("saved", "train.steps=4"), "its checkpoint has another choice"
+    monkeypatch.setattr(room_module, "_cgroups", lambda root: [("a middling one", 400_000)])
+    assert not run("small", "train.steps=2")
