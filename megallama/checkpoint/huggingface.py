@@ -20,8 +20,11 @@ from megallama.plan.params import heads
 
 META_CONTEXT = 131_072  # tokens, of LLaMA 3.1 and 3.2
 TORCH_NAMES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_ROPE = {key: key for key in ("factor", "low_freq_factor", "high_freq_factor")} | {
-    "original_max_position_embeddings": "original_max_position"  # Hugging Face's name of ours
+_OLD = "original_max_position_embeddings"  # Hugging Face's name of ours
+_ROPE = {
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _OLD),
+    "linear": ("factor",),
+    "yarn": ("factor", _OLD, "beta_fast", "beta_slow", "attention_factor"),
 }
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of pieces in a .model file
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
@@ -57,19 +60,18 @@ def model_files(
 
 
 def longest_sequence(config: Config) -> int:
-    """Of the exported model [tokens]: that of training, or of scaled rotary frequencies."""
+    """Of the exported model [tokens]: that of training, or of scaled rotary frequencies where they say it."""
     scaling, trained = config.model.rope_scaling, config.batch.seq_length
-    if scaling is None:
+    if scaling is None or scaling.kind == "linear":
         return trained
     old = scaling.original_max_position
-    meta = old == 8192 and scaling.factor in (8.0, 32.0)  # of LLaMA 3.1 and 3.2
+    meta = scaling.kind == "llama3" and old == 8192 and scaling.factor in (8.0, 32.0)  # of LLaMA 3.1 and 3.2
     return max(trained, META_CONTEXT if meta else int(scaling.factor * old))
 
 
 def _config_json(config: Config, longest: int) -> dict[str, Any]:
     model, dtype = config.model, TORCH_NAMES[config.precision.dtype]
     n, k, d = heads(model)
-    scaling = {"rope_type": "llama3"} | {key: getattr(model.rope_scaling, ours, None) for key, ours in _ROPE.items()}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -85,7 +87,7 @@ def _config_json(config: Config, longest: int) -> dict[str, Any]:
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
-        "rope_scaling": scaling if model.rope_scaling else None,
+        "rope_scaling": _rope_json(model.rope_scaling) if model.rope_scaling else None,
         "tie_word_embeddings": model.tie_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -95,6 +97,30 @@ def _config_json(config: Config, longest: int) -> dict[str, Any]:
         "torch_dtype": dtype,
         "dtype": dtype,
     }
+
+
+def _rope_json(scaling: RopeScaling) -> dict[str, Any]:
+    values = {key: getattr(scaling, _own(key)) for key in _ROPE[scaling.kind]}
+    return {"rope_type": scaling.kind, **{key: value for key, value in values.items() if value is not None}}
+
+
+def _own(key: str) -> str:
+    return key.removesuffix("_embeddings")
+
+
+def _read_rope(path: Path, rope: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in _ROPE:
+        known = ", ".join(map(repr, _ROPE))
+        raise CheckpointError(f"{path} has rotary scaling {kind!r}; only {known} (and none) are supported")
+    odd = {"truncate": True, "mscale": None, "mscale_all_dim": None}
+    if wrong := [f"{key}={rope[key]!r}" for key in odd if rope.get(key, odd[key]) != odd[key]]:
+        raise CheckpointError(f"{path} has rotary scaling {kind!r} with {', '.join(wrong)}, which is not supported")
+    needed = ("factor", "low_freq_factor", "high_freq_factor", _OLD)
+    given = {_own(key): rope[key] for key in _ROPE[kind] if key in needed or rope.get(key) is not None}
+    return RopeScaling(kind=kind, **given)
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -111,10 +137,6 @@ def read_model_config(folder: Path) -> ModelConfig:
     try:
         rope = {"rope_theta": found.get("rope_theta", 10000.0)}
         rope |= found.get("rope_parameters") or found.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            raise CheckpointError(f"{path} has rotary scaling {kind!r}; only 'llama3' (and none) is supported")
-        scaling = {ours: rope[key] for key, ours in _ROPE.items()} if kind == "llama3" else None
         return ModelConfig(
             hidden_size=found["hidden_size"],
             num_layers=found["num_hidden_layers"],
@@ -125,7 +147,7 @@ def read_model_config(folder: Path) -> ModelConfig:
             vocab_size=found["vocab_size"],
             norm_eps=found.get("rms_norm_eps", 1e-6),
             rope_theta=rope["rope_theta"],
-            rope_scaling=RopeScaling(**scaling) if scaling else None,
+            rope_scaling=_read_rope(path, rope),
             tie_embeddings=found.get("tie_word_embeddings", False),
             init_std=found.get("initializer_range", 0.02),
         )

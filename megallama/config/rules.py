@@ -57,9 +57,19 @@ def _architecture(config: Config, ranks: int | None) -> Iterator[str]:
         yield f"model.head_dim={d} is odd, but rotary embeddings turn pairs of elements; use {use}"
     if m.vocab_size < 2:
         yield f"model.vocab_size={m.vocab_size} leaves nothing to predict; use at least 2"
-    if (s := m.rope_scaling) is not None and s.low_freq_factor >= s.high_freq_factor:
+    if (s := m.rope_scaling) is None:
+        return
+    for name in s.unread:
+        if (value := getattr(s, name)) != type(s).model_fields[name].default:
+            yield f'model.rope_scaling.{name}={value} is not read with kind="{s.kind}"; leave it out'
+    if s.kind == "llama3" and s.low_freq_factor >= s.high_freq_factor:
         high = f"model.rope_scaling.high_freq_factor={s.high_freq_factor}"
         yield f"model.rope_scaling.low_freq_factor={s.low_freq_factor} is not below {high}; LLaMA 3.1 uses 1.0 and 4.0"
+    if s.kind == "yarn" and s.beta_slow >= s.beta_fast:
+        fast = f"model.rope_scaling.beta_fast={s.beta_fast}"
+        yield f"model.rope_scaling.beta_slow={s.beta_slow} is not below {fast}; YaRN uses 1.0 and 32.0"
+    if s.kind == "yarn" and m.rope_theta <= 1:
+        yield f"model.rope_theta={m.rope_theta} is not above 1, as YaRN needs; LLaMA uses 10000.0 and more"
 
 
 def _tensor_parallel(config: Config, ranks: int | None) -> Iterator[str]:

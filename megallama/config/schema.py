@@ -34,12 +34,27 @@ class Section(BaseModel):
 
 
 class RopeScaling(Section):
-    """LLaMA 3.1's frequency scaling of rotary embeddings; all four constants (Dubey et al. 2024, 3.2)."""
+    """Scaling of the rotary frequencies: of LLaMA 3.1 (Dubey et al. 2024, 3.2), by wavelength; of all alike (position
+    interpolation: Chen et al. 2023); or YaRN (Peng et al. 2023), by rotations over the original context.
+    """
 
+    kind: Literal["llama3", "linear", "yarn"] = option("llama3", "what is scaled: by wavelength, all, by turns")
     factor: PositiveFloat = option(8.0, "divisor of the low frequencies")
-    low_freq_factor: PositiveFloat = option(1.0, "wavelengths above original/this are fully scaled")
-    high_freq_factor: PositiveFloat = option(4.0, "wavelengths below original/this are kept")
-    original_max_position: PositiveInt = option(8192, "context of the model before scaling [tokens]")
+    low_freq_factor: PositiveFloat = option(1.0, "llama3: wavelengths above original/this are fully scaled")
+    high_freq_factor: PositiveFloat = option(4.0, "llama3: wavelengths below original/this are kept")
+    original_max_position: PositiveInt = option(8192, "not linear: context of the model before scaling [tokens]")
+    beta_fast: PositiveFloat = option(32.0, "yarn: what turns more often in the original context is kept [turns]")
+    beta_slow: PositiveFloat = option(1.0, "yarn: what turns less often is fully scaled [turns]")
+    attention_factor: PositiveFloat | None = option(
+        None, "yarn: factor of rotated queries and keys; default 0.1 ln(factor) + 1, at least 1"
+    )
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Settings of the other kinds."""
+        llama3, yarn = ("low_freq_factor", "high_freq_factor"), ("beta_fast", "beta_slow", "attention_factor")
+        unread = {"llama3": yarn, "yarn": llama3, "linear": ("original_max_position", *llama3, *yarn)}
+        return unread[self.kind]
 
 
 class ModelConfig(Section):
@@ -55,7 +70,7 @@ class ModelConfig(Section):
     vocab_size: PositiveInt = option(4096, "number of token ids; the tokenizer's or more")
     norm_eps: PositiveFloat = option(1e-5, "epsilon of RMSNorm")
     rope_theta: PositiveFloat = option(10000.0, "base of the rotary frequencies")
-    rope_scaling: RopeScaling | None = option(None, "LLaMA 3.1 scaling of the rotary frequencies")
+    rope_scaling: RopeScaling | None = option(None, "scaling of the rotary frequencies to a longer context")
     tie_embeddings: bool = option(False, "the output head is the embedding matrix")
     init_std: PositiveFloat = option(0.02, "standard deviation of initial weights; o_proj, down_proj: / sqrt(2 layers)")
 

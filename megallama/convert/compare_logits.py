@@ -23,7 +23,7 @@ from torch import Tensor
 from megallama.checkpoint.manifest import DTYPES, WEIGHTS
 from megallama.convert.convert import UnverifiedError
 from megallama.convert.source import Source
-from megallama.kernels.pointwise import inverse_frequencies
+from megallama.kernels.pointwise import attention_factor, inverse_frequencies
 from megallama.plan.params import heads, num_parameters
 
 TOLERANCE = 1e-4  # of the largest logit; sums in another order differ by about 1e-6
@@ -139,7 +139,7 @@ def run(source: Source, tokens: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         first, *qkv, o, second, gate, up, down = view.layer(i)
         y = norm(x, first)
         q, key, v = (F.linear(y, fp32(w)).view(len(y), -1, d).transpose(0, 1) for w in qkv)
-        q, key = view.turn(q, angles), view.turn(key, angles)
+        q, key = (view.turn(x, angles) * attention_factor(model.rope_scaling) for x in (q, key))
         mixed = F.scaled_dot_product_attention(q[None], key[None], v[None], is_causal=True, enable_gqa=n != k)[0]
         x = x + F.linear(mixed.transpose(0, 1).reshape(len(y), n * d), fp32(o))
         y = norm(x, second)
@@ -156,8 +156,7 @@ def compare_logits(source: Source, target: Source, precision: str) -> float:
 
     Raises: UnverifiedError if it is over `TOLERANCE` or no number, naming the layer from which on states differ.
     """
-    tokens, dtype = random_tokens(source), DTYPES[WEIGHTS[precision]]
-    worst = 0.0
+    tokens, dtype, worst = random_tokens(source), DTYPES[WEIGHTS[precision]], 0.0
     for i, (a, b) in enumerate(zip(run(source, tokens, dtype), run(target, tokens, dtype), strict=True)):
         where = "the logits" if i == source.model.num_layers else f"the states after layer {i}"
         worst = difference(a, b, f"source and target differ: {where}")
@@ -223,14 +222,21 @@ def _second_reading(folder: Path, tokens: Tensor, dtype: torch.dtype) -> tuple[T
     n, count = c["num_attention_heads"], len(tokens)
     k, d = c.get("num_key_value_heads") or n, c.get("head_dim") or c["hidden_size"] // n
     rope = {"rope_theta": c.get("rope_theta", 10000.0), **(c.get("rope_parameters") or c.get("rope_scaling") or {})}
-    frequencies = rope["rope_theta"] ** (-torch.arange(0, d, 2).double() / d)
-    if rope.get("rope_type", "default") == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = frequencies * rope["original_max_position_embeddings"] / (2 * math.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    frequencies, grown = rope["rope_theta"] ** (-torch.arange(0, d, 2).double() / d), 1.0
+    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        turns = frequencies * rope.get("original_max_position_embeddings", 0) / (2 * math.pi)
+        low, high, kept = rope.get("low_freq_factor", 0), rope.get("high_freq_factor", 0), turns * 0
+        if kind == "llama3":
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+        elif kind == "yarn":
+            grown = rope.get("attention_factor") or 1 + 0.1 * math.log(max(1, rope["factor"]))
+            ends = (math.log(turns[0] / (rope.get(key) or n)) for key, n in (("beta_fast", 32), ("beta_slow", 1)))
+            low, high = (end * d / 2 / math.log(rope["rope_theta"]) for end in ends)
+            at, low = torch.arange(d // 2).double(), max(math.floor(low), 0)
+            kept = 1 - ((at - low) / max(min(math.ceil(high), d - 1) - low, 0.001)).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / rope["factor"])
     angles = torch.outer(torch.arange(count).double(), frequencies).float()
-    rotation = torch.polar(torch.ones_like(angles), angles)[:, None]
+    rotation = torch.polar(torch.full_like(angles, grown), angles)[:, None]
     future = torch.ones(count, count).triu(1).bool()
 
     def weight(name: str) -> Tensor:

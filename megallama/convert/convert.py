@@ -104,10 +104,9 @@ def _plan(source: Source, options: ConvertOptions, dtype: str) -> tuple[Format, 
     if options.to == "meta":
         rows = model.rope_theta == 500000 or model.rope_scaling is not None  # LLaMA 3
         format = foreign.meta_format(model, options.tp, rows)
-        params = json.dumps(foreign.meta_params(model)) + "\n"
         small = {name: data for name, data in small.items() if name.startswith("tokenizer")}
         sets = {file: lay_out({file + ".raw": shapes}, dtype) for file, shapes in format.files.items()}
-        return format, sets, small | {"params.json": params.encode()}
+        return format, sets, small | {"params.json": (json.dumps(foreign.meta_params(model)) + "\n").encode()}
     small = _small(source, PRECISION[dtype])
     if options.to == "megatron":
         multiple = options.vocab_multiple * options.tp
@@ -180,9 +179,8 @@ def _write_step(source: Source, folder: Path, shard_bytes: int, dtype: str) -> N
     config = config_of(source.model, WEIGHTS[dtype], longest)
     with suppress(ValueError):  # it may have been written by another version
         config = Config.model_validate(saved.config) if saved else config
-    config = config.model_copy(
-        update={"precision": PrecisionConfig(dtype=dtype), "checkpoint": CheckpointConfig(async_save=False)}
-    )
+    now = {"precision": PrecisionConfig(dtype=dtype), "checkpoint": CheckpointConfig(async_save=False)}
+    config = config.model_copy(update=now)
     with ExitStack() as stack:
         moments = [stack.enter_context(open_source(source.folder, kind)) for kind in STATE[1:]] if saved else []
         small, log = _small(source, dtype), lambda text: None

@@ -32,11 +32,10 @@ _META = {f"self_attn.{x}_proj": f"attention.w{x}" for x in "qkvo"} | {
 }
 _META_ENDS = {EMBEDDING: "tok_embeddings.weight", "model.norm.weight": "norm.weight", "lm_head.weight": "output.weight"}
 _META_MULTIPLES = (256, 1024, 4096, 128, 64, 32, 16, 8, 4, 2, 1)
-_META_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}  # constants of its code
+_META_ROPE = {"kind": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}
 _META_FACTOR = {False: 8.0, True: 32.0}  # unless it is said: LLaMA 3.1; 3.2, whose head is tied
-_META_PARAMS = {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps"} | {
-    *("vocab_size", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "max_seq_len", "max_batch_size")
-}
+_META_PARAMS = {*"dim n_layers n_heads n_kv_heads multiple_of ffn_dim_multiplier norm_eps vocab_size".split()}
+_META_PARAMS |= {*"rope_theta use_scaled_rope rope_scaling_factor max_seq_len max_batch_size".split()}
 FUSED_NORMS = ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
 LOCAL_NORMS = ("input_layernorm.weight", "pre_mlp_layernorm.weight")  # Megatron without Transformer Engine
 
@@ -108,9 +107,8 @@ def divides(size: int, option: str, what: Mapping[str, int]) -> None:
     wrong = [f"{name}={value}" for name, value in what.items() if value % size]
     if wrong:
         fits = [n for n in range(1, min(what.values()) + 1) if not any(value % n for value in what.values())]
-        below, above = [n for n in fits if n < size][-1:], [n for n in fits if n > size][:1]
-        near = " or ".join(str(n) for n in below + above)
-        raise CheckpointError(f"{option}={size} does not divide {', '.join(wrong)}; use {near}")
+        near = [str(n) for n in [n for n in fits if n < size][-1:] + [n for n in fits if n > size][:1]]
+        raise CheckpointError(f"{option}={size} does not divide {', '.join(wrong)}; use {' or '.join(near)}")
 
 
 def meta_format(model: ModelConfig, ranks: int, embedding_rows: bool) -> Format:
@@ -120,9 +118,8 @@ def meta_format(model: ModelConfig, ranks: int, embedding_rows: bool) -> Format:
     """
     n, k, d = heads(model)
     if n * d != model.hidden_size:
-        raise CheckpointError(
-            f"head_dim={d} times num_heads={n} is not hidden_size={model.hidden_size}: Meta's format has no such model"
-        )
+        unlike = f"head_dim={d} times num_heads={n} is not hidden_size={model.hidden_size}"
+        raise CheckpointError(f"{unlike}: Meta's format has no such model")
     sizes = {"num_kv_heads": k, "num_heads": n, "ffn_hidden_size": model.ffn_hidden_size}
     divides(ranks, "--tp", sizes | {"vocab_size": model.vocab_size, "hidden_size": model.hidden_size})
     turned = {"q_proj.weight": (n, d), "k_proj.weight": (k, d)}
@@ -146,8 +143,7 @@ def meta_key(name: str) -> str:
 
 def meta_ffn(hidden: int, multiple_of: int, multiplier: float | None) -> int:
     """The feed-forward width that Meta's code derives from params.json."""
-    width = int(2 * 4 * hidden / 3)
-    width = width if multiplier is None else int(multiplier * width)
+    width = int((multiplier or 1) * int(2 * 4 * hidden / 3))
     return -(-width // multiple_of) * multiple_of
 
 
@@ -164,7 +160,8 @@ def meta_params(model: ModelConfig) -> dict[str, Any]:
     params |= {"rope_theta": model.rope_theta} if model.rope_theta != 1e4 else {}
     if (scaling := model.rope_scaling) is None:
         return params
-    if wrong := [f"{key}={getattr(scaling, key):g}" for key, v in _META_ROPE.items() if getattr(scaling, key) != v]:
+    found = {key: getattr(scaling, key) for key in _META_ROPE}
+    if wrong := [f"{k}={v:{'' if k == 'kind' else 'g'}}" for k, v in found.items() if v != _META_ROPE[k]]:
         raise CheckpointError(f"model.rope_scaling {', '.join(wrong)}: Meta's code has only {_META_ROPE}")
     known = scaling.factor == _META_FACTOR[model.tie_embeddings]
     return params | {"use_scaled_rope": True} | ({} if known else {"rope_scaling_factor": scaling.factor})

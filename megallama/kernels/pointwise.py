@@ -212,24 +212,41 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
     Scaled for LLaMA 3.1 as in its reference implementation: wavelengths longer than
     original/low_freq_factor are stretched by `factor`, those shorter than
     original/high_freq_factor are kept, and those between are interpolated linearly.
+    YaRN interpolates over i, between where beta_fast and beta_slow turns fill the original context.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).to(dtype) / head_dim
     inverse = 1.0 / (theta**exponent)
     if scaling is None:
         return inverse
-    wavelength = 2 * math.pi / inverse
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = (scaling.original_max_position / wavelength - low) / (high - low)
-    smooth = smooth.clamp(0, 1)
+    old, smooth = scaling.original_max_position, torch.zeros_like(inverse)  # linear: all are stretched
+    if scaling.kind == "llama3":
+        wavelength = 2 * math.pi / inverse
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        smooth = (old / wavelength - low) / (high - low)
+        smooth = smooth.clamp(0, 1)
+    elif scaling.kind == "yarn":
+        turns = (scaling.beta_fast, scaling.beta_slow)
+        fast, slow = (head_dim * math.log(old / (2 * math.pi * n)) / (2 * math.log(theta)) for n in turns)
+        first, last = max(math.floor(fast), 0), min(math.ceil(slow), head_dim - 1)
+        steps = torch.arange(head_dim // 2).to(dtype) - first
+        smooth = 1 - (steps / (last - first or 0.001)).clamp(0, 1)
     return (1 - smooth) * inverse / scaling.factor + smooth * inverse
+
+
+def attention_factor(scaling: RopeScaling | None) -> float:
+    """What YaRN multiplies rotated queries and keys by; 1 without it."""
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    return scaling.attention_factor or 0.1 * math.log(max(scaling.factor, 1.0)) + 1
 
 
 def rope_tables(
     seq_length: int, head_dim: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [s, 1, d/2] in `dtype`: angles of positions 0..s-1."""
+    """(cos, sin), each [s, 1, d/2] in `dtype`: of the angles of positions 0..s-1, times `attention_factor`."""
     angles = torch.outer(torch.arange(seq_length).to(dtype), inverse_frequencies(head_dim, theta, scaling, dtype))
-    return angles.cos().unsqueeze(1).to(device), angles.sin().unsqueeze(1).to(device)
+    cos, sin = (turned.unsqueeze(1) * attention_factor(scaling) for turned in (angles.cos(), angles.sin()))
+    return cos.to(device), sin.to(device)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:

@@ -218,7 +218,7 @@ def test_settings_that_differ_without_changing_shapes_are_warnings(tmp_path) -> 
     [
         ({"model_type": "mistral"}, "is not a LLaMA: model_type='mistral' instead of 'llama'"),
         ({"attention_bias": True}, "is not a LLaMA: attention_bias=True instead of False"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary scaling 'linear'; only 'llama3'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic'; only 'llama3'"),
         ({"hidden_size": None}, "does not describe a LLaMA"),
     ],
 )

@@ -157,8 +157,8 @@ SINGLE: list[tuple[str, str]] = [
     ("parallel.stage_layers=4", "parallel.stage_layers=4 must be a list of whole numbers of at least 0 or none"),
     ("parallel.stage_layers=[1,-1,'a']",
      'parallel.stage_layers=[1, -1, "a"] must be a list of whole numbers of at least 0 or none'),
-    ("model.rope_scaling=3", "model.rope_scaling=3 must be a table with factor, low_freq_factor, high_freq_factor, "
-                             "original_max_position or none"),
+    ("model.rope_scaling=3", "model.rope_scaling=3 must be a table with kind, factor, low_freq_factor, "
+                             "high_freq_factor, original_max_position, beta_fast, beta_slow, attention_factor or none"),
     ("model.rope_scaling.factor=-1",
      "model.rope_scaling.factor=-1 must be a number above 0; for example model.rope_scaling.factor=8.0"),
     ("data.train=[{weight=1}]", f"data.train[0] has no path; {A_SOURCE}"),

@@ -56,12 +56,12 @@ def reference_model(config: Config, weights: dict[str, torch.Tensor]) -> LlamaFo
     if model.rope_scaling is not None:
         scaling = model.rope_scaling
         rope |= {
-            "rope_type": "llama3",
+            "rope_type": scaling.kind,
             "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_position,
         }
+        if scaling.kind == "llama3":
+            rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
     with lifted(dtype):
         reference = LlamaForCausalLM(
             LlamaConfig(

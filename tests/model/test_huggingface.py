@@ -17,6 +17,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "grouped-query": {"num_kv_heads": 2},
     "tied": {"tie_embeddings": True},
     "scaled rope": {"rope_theta": 500000.0, "rope_scaling": {"factor": 4.0, "original_max_position": 8}},
+    "yarn": {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_position": 8}},
     "wide heads": {"head_dim": 16, "num_kv_heads": 1},
 }
 TOLERANCE = {"fp64": 1e-10, "fp32": 2e-5}
