@@ -113,7 +113,7 @@ def _request(
     arguments: Sequence[str], launch: Launch, signals: SignalFlag, log: Logger
 ) -> tuple[Config, Plan, dict[str, Any]]:
     """Configuration, plan, and what `start` has to know of them."""
-    from megallama.checkpoint.folder import samples_before
+    from megallama.checkpoint.folder import begun
     from megallama.checkpoint.manifest import SHARD_BYTES
     from megallama.comm.group import partitions
     from megallama.comm.launch import cuda_environment, start
@@ -127,7 +127,7 @@ def _request(
     file, ranks, decided = None if is_setting(arguments[0]) else Path(arguments[0]), launch.world_size, list[str]()
     try:
         settings, known = arguments[file is not None :], partial(decide, note=decided.append)
-        config = load(file, settings, ranks=ranks, samples=samples_before, note=log.info, decide=known)
+        config = load(file, settings, ranks=ranks, begun=begun, note=log.info, decide=known)
         for text in decided:
             log.info(text)
         if launch.generation:  # the first one has begun as was said; now what it left is gone on from

@@ -33,6 +33,7 @@ from megallama.checkpoint import disk, manifest
 from megallama.checkpoint.disk import CheckpointError, DamagedError, MissingError, UnreadableError
 from megallama.comm.group import Assembly
 from megallama.comm.on_all_ranks import on_all_ranks
+from megallama.config.load import NOTHING, Begun
 from megallama.config.schema import Config
 
 T = TypeVar("T")
@@ -115,10 +116,12 @@ def before(config: Config) -> manifest.Manifest | None:
     return None
 
 
-def samples_before(config: Config) -> int:
-    """The samples behind that checkpoint."""
+def begun(config: Config) -> Begun:
+    """What lies behind that checkpoint."""
     saved = before(config)
-    return int(saved.counters.get("samples", 0)) if saved else 0
+    if saved is None or not saved.counters.get("samples"):
+        return NOTHING
+    return Begun(saved.step, int(saved.counters["samples"]), manifest.tokens_read(saved.counters, saved.config))
 
 
 def remove_checkpoint(folder: Path) -> None:

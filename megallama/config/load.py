@@ -11,13 +11,13 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
 from megallama.config import rules
 from megallama.config.describe import Setting, literal, settings
-from megallama.config.errors import ConfigError, say
+from megallama.config.errors import ConfigError, counted, say
 from megallama.config.presets import PRESETS, preset_seq_length
 from megallama.config.schema import LINEAR, REMOVED, RENAMED, Config, MixtureChange, SourceConfig
 
@@ -45,6 +45,17 @@ OTHER_WORDS = {  # the same for values
 }  # fmt: skip
 
 
+class Begun(NamedTuple):
+    """How far a run is where it goes on."""
+
+    steps: int
+    samples: int
+    tokens: int  # read
+
+
+NOTHING = Begun(0, 0, 0)
+
+
 def is_setting(word: str) -> bool:
     """Whether a word is section.key=value, not the path of a file, which may have a "=" too."""
     key, equals, _ = word.removeprefix("--").partition("=")
@@ -58,14 +69,14 @@ def load(
     *,
     ranks: int | None = None,
     need_data: bool = True,
-    samples: Callable[[Config], int] = lambda config: 0,
+    begun: Callable[[Config], Begun] = lambda config: NOTHING,
     note: Callable[[str], None] = say,
     decide: Callable[[Config], Config] | None = None,
 ) -> Config:
     """The configuration that the file and the overrides describe, with every derived value filled in.
 
     `ranks` adds the rules that need the number of ranks; `need_data=False` leaves out those about data.
-    samples: how many a run with this configuration goes on from; batch sizes before that need not fit.
+    begun: what lies behind a run with this configuration; batch sizes before that need not fit.
     decide: what "auto" is on this machine; default: precision.dtype="bf16", run.compile=false.
     note: told, for each setting under a name of earlier versions, what it is called now.
     Raises: ConfigError listing every problem at once, each with where it comes from.
@@ -79,11 +90,15 @@ def load(
     reader.apply_linear()
     for line in reader.notes:
         note(line)
-    config = (decide or planned)(resolve(reader.validate()))
+    config = (decide or planned)(resolve(reader.validate(), begun))
     preset = (key.split(".")[1] for key, source in reader.sources.items() if source.startswith("preset "))
     config.model.model_fields_set.difference_update(preset)  # "set" is what the user wrote
-    ahead = config.batch.remaining(samples(config)) if config.batch.ramp_start else config.batch
+    ahead = config.batch.remaining(begun(config).samples) if config.batch.ramp_start else config.batch
     found = rules.check(config.model_copy(update={"batch": ahead}), ranks, need_data=need_data)
+    train, steps = config.train, reader.values.get("train.steps", config.train.steps)
+    if train.tokens is not None and steps != train.steps:
+        both = f"train.steps={steps} and train.tokens={train.tokens} are two lengths of one run"
+        found.append(f"{both}, the latter of {counted(train.steps, 'step')}; leave one out")
     found = [p for p in found if not any(re.search(rf"\b{re.escape(key)}\b", p) for key in reader.bad)]
     if problems := reader.problems + [reader.locate(p) for p in found]:  # what was refused already is said once
         many = f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  - {p}" for p in problems)
@@ -91,20 +106,28 @@ def load(
     return config
 
 
-def resolve(config: Config) -> Config:
+def resolve(config: Config, begun: Callable[[Config], Begun] = lambda config: NOTHING) -> Config:
     """`config` with every value filled in that is derived from others."""
     m, b, s, c = config.model, config.batch, config.lr_schedule, config.checkpoint
     heads = None if m.hidden_size % m.num_heads else m.hidden_size // m.num_heads
     published = m.preset in PRESETS and "seq_length" not in b.model_fields_set
+    config = config.changed(
+        model={"num_kv_heads": m.num_kv_heads or m.num_heads, "head_dim": m.head_dim or heads},
+        batch={"seq_length": preset_seq_length(str(m.preset))} if published else {},
+        checkpoint={"folder": c.folder or str(Path(config.run.folder) / "checkpoints")},
+    )
+    if config.train.tokens is not None:
+        past, b = begun(config), config.batch
+        last = past.samples + -(-max(0, config.train.tokens - past.tokens) // b.seq_length)
+        config = config.changed(train={"steps": max(1, b.steps_until(last, past.steps, past.samples))})
     end = s.decay_steps or config.train.steps
     warmup = s.warmup_steps if "warmup_steps" in s.model_fields_set else min(s.warmup_steps, end // 10)
     decay = max(1, end // 10) if s.wsd_decay_steps is None else s.wsd_decay_steps
-    return config.changed(
-        model={"num_kv_heads": m.num_kv_heads or m.num_heads, "head_dim": m.head_dim or heads},
-        batch={"seq_length": preset_seq_length(str(m.preset))} if published else {},
-        lr_schedule={"decay_steps": end, "wsd_decay_steps": decay, "warmup_steps": warmup},
-        checkpoint={"folder": c.folder or str(Path(config.run.folder) / "checkpoints")},
-    )
+    schedule: dict[str, float] = {"decay_steps": end, "wsd_decay_steps": decay, "warmup_steps": warmup}
+    if s.decay_from_step is not None:
+        ratio = s.min_ratio if s.decay_to_ratio is None else s.decay_to_ratio
+        schedule |= {"decay_until_step": s.decay_until_step or config.train.steps, "decay_to_ratio": ratio}
+    return config.changed(lr_schedule=schedule)
 
 
 def planned(config: Config) -> Config:

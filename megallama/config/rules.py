@@ -218,6 +218,13 @@ def _ramp(config: Config, ranks: int | None) -> Iterator[str]:
 def _lr_schedule(config: Config, ranks: int | None) -> Iterator[str]:
     s = config.lr_schedule
     end = s.decay_steps or config.train.steps
+    if s.decay_from_step is None:
+        for name in ("decay_until_step", "decay_to_ratio"):
+            if (value := getattr(s, name)) is not None:
+                yield f"lr_schedule.{name}={value:g} is not read without lr_schedule.decay_from_step; write it too"
+    elif (until := s.decay_until_step or config.train.steps) <= s.decay_from_step:
+        first = f"lr_schedule.decay_from_step={s.decay_from_step}"
+        yield f"{first} is not below lr_schedule.decay_until_step={until}, which is train.steps unless it is given"
     if s.kind == "constant":
         return
     warmup, last = f"lr_schedule.warmup_steps={s.warmup_steps}", f"lr_schedule.decay_steps={end}"

@@ -127,6 +127,14 @@ class BatchConfig(Section):
             consumed, done = consumed + size, done + 1
         return consumed
 
+    def steps_until(self, samples: int, done: int = 0, consumed: int = 0) -> int:
+        """The step that consumes the last of `samples`; `done` steps consumed `consumed`."""
+        while consumed < samples:
+            size = self.size_after(consumed)
+            times = -(-(samples - consumed) // size) if size == self.global_batch_size else 1
+            done, consumed = done + times, consumed + times * size
+        return done
+
     def deal(self, size: int, dp: int) -> tuple[int, ...]:
         """Micro-batches of each of dp model replicas in a step of `size` samples; the first replica has most."""
         total, rest = divmod(size, self.micro_batch_size)
@@ -218,6 +226,11 @@ class LrScheduleConfig(Section):
     wsd_decay_steps: NonNegativeInt | None = option(
         None, "length of wsd's linear decay; 0 is all after warm-up, default a tenth of decay_steps [steps]"
     )
+    decay_from_step: NonNegativeInt | None = option(
+        None, "anneal: from this step on linear, from what any kind has there; default: never [steps]"
+    )
+    decay_until_step: PositiveInt | None = option(None, "end of that decay; default train.steps [steps]")
+    decay_to_ratio: float | None = option(None, "learning rate there / peak; default min_ratio", ge=0, le=1)
 
 
 class SourceConfig(Section):
@@ -265,6 +278,9 @@ class TrainConfig(Section):
     """The run."""
 
     steps: PositiveInt = option(100, "optimizer steps in all [steps]")
+    tokens: PositiveInt | None = option(
+        None, "length of the run instead of train.steps: as many steps as read so many in all [tokens]"
+    )
     seed: int = option(1234, "seed of initial weights and of the sample order", ge=0, lt=2**63)
     eval_interval: NonNegativeInt = option(0, "steps between evaluations; 0 is never [steps]")
     eval_batches: PositiveInt = option(8, "global batches per evaluation [batches]")

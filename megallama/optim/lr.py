@@ -18,8 +18,15 @@ def learning_rate(step: int, optimizer: OptimizerConfig, schedule: LrScheduleCon
     - wsd, warm-up, stable, decay (Hu et al. 2024): p until decay_steps - wsd_decay_steps (0: until the warm-up's end),
       then linear down to m
 
-    All are continuous in n.  Without a warm-up the first update runs at the peak.
+    All are continuous in n.  Without a warm-up the first update runs at the peak.  From decay_from_step on each of them
+    is left for a line, from what it has at that n down (or up) to decay_to_ratio * p at decay_until_step.
     """
+    first, until = schedule.decay_from_step, schedule.decay_until_step
+    if first is not None and step >= first:
+        assert until is not None and schedule.decay_to_ratio is not None, "they are filled in, too"
+        x = min(1.0, (step + 1 - first) / (until - first))
+        begin = learning_rate(first - 1, optimizer, schedule) if first else optimizer.lr
+        return (1 - x) * begin + x * schedule.decay_to_ratio * optimizer.lr
     n, warmup = step + 1, max(schedule.warmup_steps, 1)
     if n <= warmup:
         return optimizer.lr * n / warmup

@@ -78,3 +78,12 @@ def test_what_is_left_of_a_ramp() -> None:
     assert [RAMP.remaining(n).ramp_start for n in (31, 32, 95)] == [8, 16, 24]
     ended = RAMP.remaining(96)
     assert (ended.ramp_start, ended.ramp_increment, ended.ramp_samples) == (None, None, None)
+
+
+@given(st.integers(0, 3000), st.integers(0, 20))
+@settings(max_examples=100, deadline=None)
+def test_the_step_that_reads_a_sample(samples: int, done: int) -> None:
+    steps = RAMP.steps_until(samples)
+    assert RAMP.samples_after(steps) >= samples and (not steps or RAMP.samples_after(steps - 1) < samples)
+    consumed = RAMP.samples_after(done)
+    assert RAMP.steps_until(samples, done, consumed) == max(steps, done)

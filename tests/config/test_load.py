@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from megallama.config.describe import Setting
 from megallama.config.describe import settings as schema_settings
 from megallama.config.errors import ConfigError, MegallamaError
-from megallama.config.load import is_setting, load, resolve, to_toml
+from megallama.config.load import Begun, is_setting, load, resolve, to_toml
 from megallama.config.presets import PRESETS
 from megallama.config.schema import Config, SourceConfig
 from megallama.plan.plan import make_plan
@@ -552,3 +552,32 @@ def test_a_path_may_have_an_equals_sign(tmp_path: Path, monkeypatch: pytest.Monk
     words = ("train.steps=7", "--train.steps=7", "--lr-schedule.kind=linear", "lr=1", "a.b=3", "run.folder=a/b=c")
     assert [is_setting(word) for word in words] == [True] * len(words)
     assert load(Path("lr=3e-4"), need_data=False).train.steps == 7
+
+
+def test_a_length_in_tokens() -> None:
+    base = ["batch.seq_length=100", "batch.global_batch_size=8", "batch.micro_batch_size=2"]
+    for tokens, steps in ((1, 1), (800, 1), (801, 2), (80_000, 100), (80_001, 101)):
+        config = load(None, [*base, f"train.tokens={tokens}"], need_data=False)
+        assert (config.train.steps, config.lr_schedule.decay_steps) == (steps, steps)
+        assert config.lr_schedule.warmup_steps == steps // 10
+    ramp = ["batch.ramp_start=2", "batch.ramp_increment=2", "batch.ramp_samples=30"]
+    config = load(None, [*base, *ramp, "train.tokens=4000"], need_data=False)
+    assert config.train.steps == config.batch.steps_until(40) == 11
+    further = load(None, [*base, *ramp, "train.tokens=4000"], need_data=False, begun=lambda c: Begun(50, 20, 1600))
+    assert further.train.steps == further.batch.steps_until(20 + 24, 50, 20) == 54
+    over = load(None, [*base, "train.tokens=4000"], need_data=False, begun=lambda c: Begun(50, 400, 40_000))
+    assert over.train.steps == 50  # nothing is left to do
+    preset = load(None, ["model.preset=llama3-8b", "train.tokens=15_000_000_000_000"], need_data=False)
+    assert preset.train.steps == -(-15 * 10**12 // (32 * 8192))
+    with pytest.raises(ConfigError) as error:
+        load(None, [*base, "train.tokens=4000", "train.steps=7"], need_data=False)
+    both = "train.steps=7 and train.tokens=4000 are two lengths of one run, the latter of 5 steps; leave one out"
+    assert str(error.value) == f"command line: {both}"
+
+
+def test_an_annealing_ends_with_the_run() -> None:
+    words = ["train.steps=40", "lr_schedule.decay_from_step=30", "lr_schedule.min_ratio=0"]
+    config = load(None, words, need_data=False)
+    assert (config.lr_schedule.decay_until_step, config.lr_schedule.decay_to_ratio) == (40, 0.0)
+    plain = load(None, ["train.steps=40"], need_data=False).lr_schedule
+    assert (plain.decay_from_step, plain.decay_until_step, plain.decay_to_ratio) == (None, None, None)

@@ -285,6 +285,17 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "lr_schedule.warmup_steps=99",
     ),
     (
+        "lr_schedule.decay_from_step=100", None,
+        "lr_schedule.decay_from_step=100 is not below lr_schedule.decay_until_step=100, which is train.steps unless "
+        "it is given",
+        "lr_schedule.decay_from_step=99",
+    ),
+    (
+        "lr_schedule.decay_to_ratio=0", None,
+        "lr_schedule.decay_to_ratio=0 is not read without lr_schedule.decay_from_step; write it too",
+        "lr_schedule.decay_from_step=0",
+    ),
+    (
         "lr_schedule.kind=wsd lr_schedule.warmup_steps=50 lr_schedule.wsd_decay_steps=60", None,
         "lr_schedule.warmup_steps=50 + lr_schedule.wsd_decay_steps=60 = 110 is above lr_schedule.decay_steps=100; "
         "use lr_schedule.wsd_decay_steps=50 or less",

@@ -92,3 +92,17 @@ def test_warm_up_longer_than_the_decay_ends_at_the_minimum() -> None:
     short = schedule("cosine", warmup_steps=20, decay_steps=15)
     assert learning_rate(19, OPTIMIZER, short) == PEAK
     assert learning_rate(20, OPTIMIZER, short) == pytest.approx(0.1 * PEAK)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("first", [0, 4, 10, 60, 150])
+def test_annealing_begins_where_any_schedule_is_and_ends_where_asked(kind: str, first: int) -> None:
+    plain = schedule(kind)
+    annealed = plain.model_copy(update={"decay_from_step": first, "decay_until_step": 200, "decay_to_ratio": 0.0})
+    before, after = ([learning_rate(n, OPTIMIZER, s) for n in range(220)] for s in (plain, annealed))
+    assert after[:first] == before[:first]
+    begin = before[first - 1] if first else PEAK
+    line = [begin * (200 - n - 1) / (200 - first) for n in range(first, 200)]
+    assert after[first:200] == pytest.approx(line, abs=1e-18) and after[199:] == [0.0] * 21
+    half = annealed.model_copy(update={"decay_to_ratio": 0.5})
+    assert learning_rate(199, OPTIMIZER, half) == learning_rate(10**6, OPTIMIZER, half) == 0.5 * PEAK
