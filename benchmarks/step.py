@@ -40,6 +40,7 @@ def settings(shape: Shape, layout: Layout, dtype: str, folder: str) -> list[str]
         "parallel.tp": layout.tp,
         "parallel.pp": layout.pp,
         "precision.dtype": dtype,
+        "memory.recompute": "selective",
         "optimizer.lr": LR,
         "optimizer.beta1": BETAS[0],
         "optimizer.beta2": BETAS[1],

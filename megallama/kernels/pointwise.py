@@ -254,12 +254,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
 
     Element i is rotated with i + d/2, as Hugging Face does.
     """
-    half = x.shape[-1] // 2
     # fp32 for 16-bit activations; in place, both halves are still read after the first is written
     exact = x.to(cos.dtype, copy=out.data_ptr() == x.data_ptr())
-    a, b = exact[..., :half], exact[..., half:]
-    out[..., :half] = (a * cos).addcmul_(b, sin, value=-1)
-    out[..., half:] = (b * cos).addcmul_(a, sin)
+    rotated = out if out.dtype == cos.dtype else torch.empty_like(exact)
+    (a, b), (first, second) = exact.chunk(2, -1), rotated.chunk(2, -1)
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=second).addcmul_(a, sin)
+    if rotated is not out:
+        out.copy_(rotated)
 
 
 def rotate_parts_with(apply_rope: ApplyRope) -> RotateParts:
