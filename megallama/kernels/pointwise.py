@@ -399,9 +399,10 @@ def _softmax_rows(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor
     # no second pass of exponentials: the largest probability is exp(largest logit) / sum
     log_sum.copy_(exact.amax(1) - probs.amax(1).log())
     picked.copy_(exact.gather(1, index).squeeze(1))
-    if scale is not None:
-        probs.mul_(scale.unsqueeze(1))
-    logits.copy_(probs)
+    if scale is not None:  # a product that is rounded as it is written takes longer than two passes
+        probs = torch.mul(probs, scale.unsqueeze(1), out=logits if logits.dtype == probs.dtype else probs)
+    if probs is not logits:
+        logits.copy_(probs)
 
 
 def softmax_at_once_(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
