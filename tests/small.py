@@ -105,7 +105,8 @@ def micro_batches(
         mask = None if masks is None else masks[rows].contiguous()
         parts = None if starts is None else Documents.of(starts[rows].contiguous())
         ids = data[rows, :-1].clone()  # in memory of their own, as those of training
-        out.append(MicroBatch(ids, data[rows, 1:].contiguous(), mask, parts).to(rank.device))
+        batch = MicroBatch(ids, data[rows, 1:].contiguous(), mask, parts).part(rank.share)
+        out.append(batch.to(rank.device))
     return out
 
 

@@ -280,6 +280,20 @@ class ThreadGroup:
             _poison(output)
         return self._start(f"reduce_scatter {_describe(full)}", own, finish)
 
+    @torch.no_grad()
+    def all_to_all(self, output: Tensor, full: Tensor) -> Handle:
+        self._check(output, full)
+        assert output.numel() == full.numel() and not _overlap(output, full), f"{output.shape} is not {full.shape}"
+        before, late = full.detach().clone(), self.late()
+
+        def finish(parts: list[Tensor]) -> None:
+            assert late or _same_bytes(full, before), f"{self.name}: all_to_all's input was changed before wait()"
+            torch.cat([part.view(-1).chunk(self.size)[self.rank] for part in parts], out=output.view(-1))
+
+        own = _Input(full, late)
+        _poison(output)
+        return self._start(f"all_to_all {_describe(full)}", own, finish)
+
     def send(self, tensor: Tensor, to: int) -> Handle:
         assert to != self.rank, f"{self.name}: rank {to} sends to itself"
         self._check(tensor)

@@ -106,7 +106,7 @@ class _Tape:
         ranks = next(ranks for ranks in partition if self._me in ranks)
         if len(ranks) == 1:
             return Solo(name, self._me)
-        label = partial(self.label, numbered=name != "dp")  # the last micro-batch of another replica may be another
+        label = partial(self.label, numbered=name[:2] != "dp")  # the last micro-batch of another replica may be another
         return Recording(FakeGroup(name, ranks, self._me), self.calls, self.waits, label)
 
     def _read(self, tensor: Tensor) -> list[float]:

@@ -100,7 +100,7 @@ class FakeGroup(Solo):
     def _nothing(self, *arguments: Any, **named: Any) -> Handle:
         return Done()
 
-    all_gather = reduce_scatter = send = recv = _nothing
+    all_gather = reduce_scatter = all_to_all = send = recv = _nothing
 
     def gather_values(self, value: Any, summary: Callable[[list[Any]], Any] = list) -> Any:
         return summary([value] * self.size)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -129,13 +130,7 @@ class C10d:
             work = started(dist.all_gather_into_tensor, output, shard, group=self._pg, async_op=True)
             return self._handle("all_gather", [work], (output, shard), output)
         places = output.view(-1).chunk(self.size)
-
-        def put(parts: Sequence[Tensor]) -> None:
-            for place, part in zip(places, parts, strict=True):
-                if place.data_ptr() != part.data_ptr():
-                    place.copy_(part)
-
-        return self._exchange("all_gather", output, [shard.view(-1)] * self.size, put, places)
+        return self._exchange("all_gather", output, [shard.view(-1)] * self.size, partial(_put, places), places)
 
     def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
         self._check(output, full)
@@ -145,6 +140,15 @@ class C10d:
             return self._handle("reduce_scatter", [work], (output, full), full)
         flat, pieces = output.view(-1), full.view(-1).chunk(self.size)
         return self._exchange("reduce_scatter", full, pieces, lambda parts: _reduce(parts, flat))
+
+    def all_to_all(self, output: Tensor, full: Tensor) -> Handle:
+        self._check(output, full)
+        assert output.numel() == full.numel(), f"{output.shape} is not {full.shape}"
+        if not self._direct:
+            work = started(dist.all_to_all_single, output, full, group=self._pg, async_op=True)
+            return self._handle("all_to_all", [work], (output, full), full)
+        places, pieces = (x.view(-1).chunk(self.size) for x in (output, full))
+        return self._exchange("all_to_all", full, pieces, partial(_put, places), places)
 
     def send(self, tensor: Tensor, to: int, tag: int = MESSAGE) -> Handle:
         self._check(tensor, peer=to)
@@ -247,6 +251,12 @@ def started(operation: Callable[..., Any], *arguments: Any, **named: Any) -> Any
         return operation(*arguments, **named)
     except RuntimeError as error:
         raise ContactLost(f"{operation.__name__}: {error}") from error
+
+
+def _put(places: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    for place, part in zip(places, parts, strict=True):
+        if place.data_ptr() != part.data_ptr():
+            place.copy_(part)
 
 
 def _reduce(parts: Sequence[Tensor], output: Tensor, op: Op = "sum") -> None:

@@ -18,7 +18,7 @@ from typing import Any
 PHASES = ("setting up", "between steps", "data", "forward_backward", "grad_sync", "agree", "optimizer", "save",
           "evaluate")  # fmt: skip
 ACTIONS = ("", "F", "B", "I", "W", "send_F", "recv_F", "send_B", "recv_B", "last sends")
-OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "send", "recv")
+OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "send", "recv", "all_to_all")
 (TRAINER, STEP, PHASE, ACTION, STAGE, MICROBATCH, LAYER, CHANGED, LIMIT, LAUNCHED, COMPLETED, SAVING,
  STEPS, WAITED, BEAT, ENDED, PORT, SLOWEST, EXCESS, LAUNCHER, SUPERVISOR, GENERATION, ASKED, ANSWERED, COPIED,
  BUDDY) = range(26)  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -84,6 +84,9 @@ class Group(Assembly, Protocol):
         depends on nothing but the group, so results are bitwise the same however calls overlap.
         """
 
+    def all_to_all(self, output: Tensor, full: Tensor) -> Handle:
+        """Piece r of `full` [size * n, ...] goes to rank r, whose piece for this one arrives as piece r of `output`."""
+
     def send(self, tensor: Tensor, to: int) -> Handle:
         """Send to one rank; messages from one rank to another arrive in the order they were sent.
 
@@ -116,7 +119,7 @@ class Solo:
             output.copy_(shard)
         return Done()
 
-    reduce_scatter = all_gather  # both are a copy
+    reduce_scatter = all_to_all = all_gather  # all are a copy
 
     def send(self, *_: Any, **named: Any) -> Handle:
         raise AssertionError("a group of one rank has nobody to send to and nobody to receive from")
@@ -154,6 +157,9 @@ class Wrapped:
     def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
         return self._call("reduce_scatter", full, lambda: self.inner.reduce_scatter(output, full))
 
+    def all_to_all(self, output: Tensor, full: Tensor) -> Handle:
+        return self._call("all_to_all", full, lambda: self.inner.all_to_all(output, full))
+
     def send(self, tensor: Tensor, to: int) -> Handle:
         return self._call("send", tensor, lambda: self.inner.send(tensor, to), to)
 
@@ -169,12 +175,21 @@ class Wrapped:
         return self.inner.gather_values(value, summary)
 
 
+class Place(NamedTuple):
+    """Of a rank on an axis along which nobody talks."""
+
+    rank: int
+    size: int
+
+
 @dataclass(frozen=True)
 class Groups:
     """Everything a rank can talk to."""
 
     tp: Group  # tensor parallel: the same layers, other slices of them
-    dp: Group  # data parallel: the same weights, other samples; over it gradients are reduced and state is sharded
+    cp: Group  # context parallel: the same weights and samples, other tokens of them
+    dp: Place  # data parallel: the same weights and tokens' places, other samples; who reads which
+    dp_cp: Group  # the same weights: over it gradients are reduced and state is sharded; called dp where cp is 1
     pp: Group  # pipeline: the same samples and slices, other layers
     embedding: Group  # the ranks with the first and the last stage, and so both copies of a tied embedding
     kv: Group  # tensor-parallel ranks with copies of the same key/value heads (tp > num_kv_heads)
@@ -190,15 +205,16 @@ def partitions(topology: Topology, num_kv_heads: int) -> dict[str, list[tuple[in
     """
     tp_groups = topology.groups("tp")
     copies = max(1, topology.tp // num_kv_heads) if num_kv_heads else 1
-    pipelines = topology.groups("pp")
+    pipelines, same = topology.groups("pp"), topology.groups("dp", "cp")
+    several = {"cp": topology.groups("cp"), "dp_cp": same} if topology.cp > 1 else {"dp": same}
     ends = [tuple(sorted({ranks[end] for end in topology.ends})) for ranks in pipelines]
     middle = [(rank,) for ranks, two in zip(pipelines, ends, strict=True) for rank in ranks if rank not in two]
     return {
         "world": [tuple(range(topology.world_size))],
         "tp": tp_groups,
-        "dp": topology.groups("dp"),
+        **several,
         "pp": pipelines,
-        "embedding": ends + middle,
+        "embedding": [*ends, *middle],
         "kv": [ranks[i : i + copies] for ranks in tp_groups for i in range(0, len(ranks), copies)],
     }
 
@@ -206,4 +222,6 @@ def partitions(topology: Topology, num_kv_heads: int) -> dict[str, list[tuple[in
 def build_groups(topology: Topology, rank: int, num_kv_heads: int, make: Callable[[str, Partition], Group]) -> Groups:
     """Rank's groups. make(name, partition) creates all groups of a partition and returns rank's own."""
     groups = {name: make(name, parts) for name, parts in partitions(topology, num_kv_heads).items()}
-    return Groups(**groups, rank=rank, coords=topology.coords(rank))
+    at, groups = topology.coords(rank), {"cp": Solo("cp", rank), **groups}
+    dp_cp = groups.pop("dp_cp" if topology.cp > 1 else "dp")
+    return Groups(**groups, dp_cp=dp_cp, dp=Place(at["dp"], topology.dp), rank=rank, coords=at)

@@ -31,6 +31,7 @@ TABLES: dict[str, type[BaseModel]] = {  # settings that are lists of tables
 ELSEWHERE = {  # names that other programs give to our settings, where they are not alike: for suggestions
     "tensor_model_parallel_size": "parallel.tp", "tp_size": "parallel.tp",
     "pipeline_model_parallel_size": "parallel.pp", "pp_size": "parallel.pp", "dp": "parallel.tp and parallel.pp",
+    "context_parallel_size": "parallel.cp", "cp_size": "parallel.cp",
     "virtual_pipeline_model_parallel_size": "parallel.chunks", "num_attention_heads": "model.num_heads",
     "num_query_groups": "model.num_kv_heads", "intermediate_size": "model.ffn_hidden_size",
     "rotary_base": "model.rope_theta", "max_position_embeddings": "batch.seq_length",

@@ -82,10 +82,12 @@ def _tensor_parallel(config: Config, ranks: int | None) -> Iterator[str]:
         yield f"parallel.tp={tp} does not divide model.num_heads={m.num_heads}; {use}"
     if m.ffn_hidden_size % tp:
         yield f"parallel.tp={tp} does not divide model.ffn_hidden_size={m.ffn_hidden_size}; {use}"
-    tokens = b.micro_batch_size * b.seq_length
+    cp = config.parallel.cp
+    tokens, cut_by = b.micro_batch_size * b.seq_length // cp, f" / parallel.cp={cp}" * (cp > 1)
     if config.parallel.sequence_parallel and tokens % tp:
-        near = _multiples(b.seq_length, lcm(tp, b.micro_batch_size) // b.micro_batch_size)
-        cut = f"batch.micro_batch_size={b.micro_batch_size} x batch.seq_length={b.seq_length}"
+        unit = lcm(tp * cp, b.micro_batch_size) // b.micro_batch_size
+        near = _multiples(b.seq_length, unit if cp == 1 else lcm(unit, 2 * cp))
+        cut = f"batch.micro_batch_size={b.micro_batch_size} x batch.seq_length={b.seq_length}{cut_by}"
         instead = f"use batch.seq_length={near}, or parallel.sequence_parallel=false"
         words = f"{cut} = {counted(tokens, 'token')}, which sequence parallelism cuts"
         yield f"parallel.tp={tp} does not divide {words}; {instead}"
@@ -93,9 +95,21 @@ def _tensor_parallel(config: Config, ranks: int | None) -> Iterator[str]:
     if tp > 1 and rows % chunks:
         yield (
             f"overlap.tensor_parallel_chunks={chunks} does not divide the {counted(rows, 'row')} of a micro-batch "
-            f"on a rank (batch.micro_batch_size x batch.seq_length{' / parallel.tp' * (rows < tokens)}); "
+            f"on a rank (batch.micro_batch_size x batch.seq_length{' / parallel.cp' * (cp > 1)}"
+            f"{' / parallel.tp' * (rows < tokens)}); "
             f"use {_near(_divisors(rows), chunks)}"
         )
+
+
+def _context_parallel(config: Config, ranks: int | None) -> Iterator[str]:
+    p, s = config.parallel, config.batch.seq_length
+    if p.cp > 1 and s % (2 * p.cp):
+        chunks, use = f"cuts a sequence into 2 x {p.cp} = {2 * p.cp} chunks", _multiples(s, 2 * p.cp)
+        yield f"parallel.cp={p.cp} {chunks}, of which batch.seq_length={s} is no multiple; use batch.seq_length={use}"
+    if p.cp_exchange == "heads" and (local := config.model.num_heads // p.tp) % p.cp:
+        words = f"the {counted(local, 'head')} of a rank (model.num_heads / parallel.tp)"
+        use = f'use parallel.cp={_near(_divisors(local), p.cp)}, or parallel.cp_exchange="gather"'
+        yield f'parallel.cp={p.cp} does not divide {words}, which parallel.cp_exchange="heads" deals out; {use}'
 
 
 def _pipeline(config: Config, ranks: int | None) -> Iterator[str]:
@@ -134,17 +148,17 @@ def _batch(config: Config, ranks: int | None) -> Iterator[str]:
     b, p, uneven = config.batch, config.parallel, config.batch.uneven and ranks is not None
     unit, words = b.micro_batch_size, f"batch.micro_batch_size={b.micro_batch_size}"
     if ranks is not None:
-        dp, rest = divmod(ranks, size := p.tp * p.pp)
+        dp, rest = divmod(ranks, size := p.unit)
         if rest:
             yield (
-                f"ranks={ranks} cannot be cut into parallel.tp={p.tp} x parallel.pp={p.pp} = {size}; use "
+                f"ranks={ranks} cannot be cut into parallel.tp={p.tp} x parallel.pp={p.pp}{_cp(p)} = {size}; use "
                 f"{_multiples(ranks, size)} ranks, or sizes whose product is {_near(_divisors(ranks), size)}"
                 + f"; torchrun --nproc-per-node {size} -m megallama.pretrain ... starts {size}"
                 * (ranks == 1)
             )
             return  # dp is not known
         if not uneven:
-            unit, words = unit * dp, f"{words} x dp={dp} (ranks / (tp x pp)) = {unit * dp}"
+            unit, words = unit * dp, f"{words} x dp={dp} (ranks / ({_unit(p)})) = {unit * dp}"
     if p.schedule == "1f1b" and p.chunks > 1 and not uneven:
         unit, words = unit * p.pp, f"{words} times parallel.pp={p.pp} (needed to interleave parallel.chunks={p.chunks})"
     for key in ("global_batch_size", "ramp_start", "ramp_increment"):
@@ -236,7 +250,7 @@ def _lr_schedule(config: Config, ranks: int | None) -> Iterator[str]:
 
 
 def _fp8(config: Config, ranks: int | None) -> Iterator[str]:
-    m, b, tp, p = config.model, config.batch, config.parallel.tp, config.precision
+    m, b, tp, cp, p = config.model, config.batch, config.parallel.tp, config.parallel.cp, config.precision
     if p.fp8 == "none":
         return
     start, instead = f'precision.fp8="{p.fp8}"', 'or precision.fp8="none"'
@@ -247,8 +261,9 @@ def _fp8(config: Config, ranks: int | None) -> Iterator[str]:
     if tp > 1 and (chunks := config.overlap.tensor_parallel_chunks) > 1:
         yield f"{start} scales whole products, but overlap.tensor_parallel_chunks={chunks} cuts them; use 1, {instead}"
     n, k, d = m.num_heads // tp, max(1, (m.num_kv_heads or m.num_heads) // tp), m.head_dim or 1
+    tokens = "batch.micro_batch_size x batch.seq_length" + " / parallel.cp" * (cp > 1)
     sizes = {
-        "batch.micro_batch_size x batch.seq_length": b.micro_batch_size * b.seq_length,
+        tokens: b.micro_batch_size * b.seq_length // cp,
         "model.hidden_size": m.hidden_size,
         "model.ffn_hidden_size / parallel.tp": m.ffn_hidden_size // tp,
         "model.num_heads x model.head_dim / parallel.tp": n * d,
@@ -276,9 +291,10 @@ def _running(config: Config, ranks: int | None) -> Iterator[str]:
     if (least := config.run.min_replicas) and not config.run.max_replacements:
         use = "write run.max_replacements=20, say, or leave it out"
         yield f"run.min_replicas={least} does nothing without replacements in place; {use}"
-    if ranks and 0 < (dp := ranks // (config.parallel.tp * config.parallel.pp)) < least:
+    if ranks and 0 < (dp := ranks // config.parallel.unit) < least:
         use = f"write run.min_replicas={dp - 1} to go on without one of them" if dp > 1 else "leave it out"
-        yield f"run.min_replicas={least}, but {counted(ranks, 'rank')} are dp={dp} replicas (ranks / (tp x pp)); {use}"
+        replicas = f"dp={dp} replicas (ranks / ({_unit(config.parallel)}))"
+        yield f"run.min_replicas={least}, but {counted(ranks, 'rank')} are {replicas}; {use}"
     step, data = (f"timeout_seconds={section.timeout_seconds:g}" for section in (config.run, config.data))
     if config.run.timeout_seconds < config.data.timeout_seconds:
         waits = "ends a run whose other ranks still wait for a batch, which may take"
@@ -339,7 +355,7 @@ def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _architecture, _tensor_parallel, _pipeline, _batch, _ramp, _lr_schedule, _fp8, _running,
+    _architecture, _tensor_parallel, _context_parallel, _pipeline, _batch, _ramp, _lr_schedule, _fp8, _running,
 )  # fmt: skip
 DATA_RULES: tuple[Rule, ...] = (_data, _mixture)
 
@@ -354,6 +370,14 @@ def unusual(config: Config) -> Iterator[str]:
         yield f"lr_schedule.warmup_steps={warmup} is most of {end} steps; usually it is 0.1 to 10 %"
     if (tokens := config.batch.global_batch_size * config.batch.seq_length) > MOST_BATCH_TOKENS:
         yield f"batch.global_batch_size x batch.seq_length is {tokens:,} tokens; usually a step takes 0.5 to 16 million"
+
+
+def _cp(p: ParallelConfig) -> str:
+    return f" x parallel.cp={p.cp}" * (p.cp > 1)
+
+
+def _unit(p: ParallelConfig) -> str:
+    return "tp x pp" + " x cp" * (p.cp > 1)
 
 
 def _divisors(n: int) -> list[int]:

@@ -80,6 +80,12 @@ class ParallelConfig(Section):
 
     tp: PositiveInt = option(1, "tensor parallel size [ranks]")
     pp: PositiveInt = option(1, "pipeline parallel size [ranks]")
+    cp: PositiveInt = option(1, "context parallel size: every sequence is cut over so many ranks [ranks]")
+    cp_exchange: Literal["auto", "gather", "heads"] = option(
+        "auto",
+        "how attention reaches other ranks' tokens: gather fetches all keys and values, heads gives every rank whole "
+        "sequences of some heads; auto takes what moves fewer bytes",
+    )
     chunks: PositiveInt = option(1, "model chunks per pipeline rank (virtual stages); >1 interleaves")
     sequence_parallel: bool = option(True, "shard norms and residuals over tp; no effect with tp=1")
     schedule: Literal["gpipe", "1f1b", "zb-h1", "zb-h2", "zb-v", "v-half", "dualpipe-v", "csv"] = option(
@@ -92,6 +98,11 @@ class ParallelConfig(Section):
         None, "layers of each of the pp*chunks stages, in model order; default balanced by cost"
     )
     rank_order: str = option("tp-cp-dp-pp", "axes from fastest to slowest varying over ranks")
+
+    @property
+    def unit(self) -> int:
+        """Ranks of one model replica."""
+        return self.tp * self.pp * self.cp
 
 
 class BatchConfig(Section):
@@ -184,6 +195,9 @@ class MemoryConfig(Section):
         "selective",
         "none keeps 16h+6f bytes per token and layer in bf16, selective 12h+4f (no extra GEMM), full 2h; "
         "left out: none, if by the plan that takes at most half of the memory",
+    )
+    cp_keep_kv: bool = option(
+        False, "keep keys and values that context parallelism gathered for the backward; else gather them again"
     )
     loss_chunk_tokens: PositiveInt = option(
         512, "tokens whose logits exist at once in the loss; on a CPU fp32 logits exist for fewer [tokens]"

@@ -15,6 +15,7 @@ from megallama.config.errors import DataError, MegallamaError
 from megallama.config.schema import Config
 from megallama.data.samples import Reader
 from megallama.layers.batch import MicroBatch
+from megallama.plan.exchange import WHOLE, Share
 
 CPU = torch.device("cpu")
 Item = tuple[list[MicroBatch], MegallamaError | None]  # of one step; why there are none
@@ -27,6 +28,7 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
     start_step .. stop_step - 1: the steps delivered (stop_step None: no end).
     num_samples: ids from here on are padding (a mask leaves them out of the loss); None: every id is real.
     prefetch: steps prepared ahead; 0 prepares in `next` itself, without a thread.
+    share: what this rank has of every sample.
     device: where to; for a GPU the thread pins what it prepares, and while a step runs the next one is copied.
     `wait_seconds` is the time spent waiting in `next` so far.
     """
@@ -43,9 +45,10 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
         timeout_seconds: float = 60.0,
         device: torch.device = CPU,
         name: str = "train",
+        share: Share = WHOLE,
     ) -> None:
         self._read, self._ids_of_step, self._num_samples = read, ids_of_step, num_samples
-        self._stop_step, self._timeout, self._device = stop_step, timeout_seconds, device
+        self._stop_step, self._timeout, self._device, self._share = stop_step, timeout_seconds, device, share
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[list[MicroBatch], torch.cuda.Event] | None = None  # the next step, and its arrival
         self.name, self.step, self.wait_seconds = name, start_step, 0.0
@@ -88,7 +91,7 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
         try:
             return next(self), None
         except MegallamaError as error:
-            return [MicroBatch.zeros(config).to(self._device)] * count, error
+            return [MicroBatch.zeros(config).part(self._share).to(self._device)] * count, error
 
     def _take(self) -> list[MicroBatch]:
         """The micro-batches of the next step, on the host."""
@@ -121,7 +124,7 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
             for row in rows:
                 here = slice(first, first := first + len(row))
                 real = None if end is None else [i < end for i in row]
-                batch = MicroBatch.of(tokens[here], None if starts is None else starts[here], real)
+                batch = MicroBatch.of(tokens[here], None if starts is None else starts[here], real).part(self._share)
                 # a GPU copies from page-locked memory in the background
                 batches.append(batch.each(torch.Tensor.pin_memory) if self._copies else batch)
             return batches, None

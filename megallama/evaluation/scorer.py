@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from math import lcm
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megallama.config.errors import ConfigError, MegallamaError
-from megallama.layers.batch import MicroBatch
+from megallama.layers.batch import MicroBatch, spread
 from megallama.layers.vocab import LossHead
 from megallama.pipeline.runtime import PipelineRuntime, StageWork
 from megallama.train.assemble import DTYPES, Worker
@@ -66,13 +67,14 @@ class Scorer:
         self.worker, self._stop = worker, stop
         self.longest = longest = config.batch.seq_length  # tokens that a row may have before its last id
         self._budget = config.batch.micro_batch_size * self.longest
-        self._round = groups.tp.size if config.parallel.sequence_parallel else 1
+        shares, cp = groups.tp.size if config.parallel.sequence_parallel else 1, groups.cp.size
+        self._round = shares if cp == 1 else cp * lcm(2, shares)
         hidden = torch.empty(0, config.model.hidden_size, dtype=DTYPES[config.precision.dtype], device=worker.device)
         stages = {number: copy(stage) for number, stage in worker.stages.items()}
         for stage in stages.values():
             stage.head = cast(Any, stage.head and partial(self._score, stage.head))
         work = {n: StageWork(stage, worker.buffers[n].queue, nullcontext) for n, stage in stages.items()}
-        self._runtime = PipelineRuntime(work, groups.pp, hidden, shares=self._round, longest=longest)
+        self._runtime = PipelineRuntime(work, groups.pp, hidden, shares=shares, longest=longest // cp)
         self._found: dict[int, Tensor] = {}  # by the address of a micro-batch
 
     def _score(self, head: LossHead, x: Tensor, branch: Tensor | None, batch: MicroBatch) -> Tensor:
@@ -124,7 +126,7 @@ class Scorer:
         ids = np.zeros((max(1, len(rows)), length + 1), np.int64)
         for place, row in zip(ids, rows, strict=False):
             place[: len(row.ids)] = row.ids
-        return MicroBatch.of(ids, None).to(self.worker.device)
+        return MicroBatch.of(ids, None).part(self.worker.share).to(self.worker.device)
 
     def _window(self, rows: Sequence[Row], batches: Sequence[list[int]]) -> dict[int, Score]:
         """Scores of the rows of some micro-batches, by number."""
@@ -141,6 +143,7 @@ class Scorer:
         if self.worker.counts_loss:
             for batch, micro_batch in zip(own, inputs, strict=True):
                 found = self._found[id(micro_batch)].double().cpu().view(2, *micro_batch.labels.shape)
+                found = spread(found, self.worker.share)
                 for place, i in enumerate(batch):
                     flat[:, places[i]] = found[:, place, rows[i].first - 1 : len(rows[i].ids) - 1]
         self._found.clear()

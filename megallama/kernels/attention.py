@@ -6,19 +6,21 @@ Each takes `documents`, None or where they begin: a query then attends to its ow
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.attention.bias import causal_lower_right
 
 from megallama.kernels.candidate import TE, Operation, Results, Target, Unsupported
 
-Attend = Callable[..., Tensor]  # q [b, s, n, d], k and v [b, s, k, d], documents -> [b, s, n, d]
+Attend = Callable[..., Tensor]  # q [b, r, n, d], the last rows of k and v [b, s, k, d], documents -> [b, r, n, d]
 MakeAttention = Callable[[int, int, int], Attend]  # query heads, kv heads, head size
 BLOCK = 128  # queries whose scores `blocked_attention` has in memory
 TOGETHER = 64  # tokens of consecutive documents that `sdpa` takes together: a call costs more than their mask
@@ -28,48 +30,77 @@ TOGETHER = 64  # tokens of consecutive documents that `sdpa` takes together: a c
 class Documents:
     """Where documents lie in b samples of s tokens, the first of them cut at the sample's front.
 
-    Make one with `of`, on the host: how many there are decides a shape.
+    Make one with `of`, on the host: how many there are decides a shape.  The queries are the last tokens of each
+    sample, at first all; documents that end before them are left out.
     starts: int64 [b, s], where in the sample each token's document begins.
-    cu_seqlens: int32 [documents + 1], where each begins among all tokens, and b * s.
-    pieces: of each sample in turn (tokens, whether these are several documents), on the host.
+    cu_seqlens, cu_keys: int32 [documents + 1], where each begins among all queries, and among the keys they see.
+    pieces: of each sample in turn (queries, keys, whether these are several documents), on the host.
+    parts, positions_of_part: of a rank of context parallelism, by its chunks; see `part`.
     """
 
     starts: Tensor
     cu_seqlens: Tensor
-    pieces: tuple[tuple[tuple[int, bool], ...], ...]
+    cu_keys: Tensor
+    pieces: tuple[tuple[tuple[int, int, bool], ...], ...]
+    parts: tuple[Documents, ...] = ()
+    positions_of_part: Tensor | None = None
 
     @classmethod
-    def of(cls, starts: Tensor) -> Documents:
-        """The documents that begin where `starts` [b, s] says."""
-        begins = starts == torch.arange(starts.shape[1], device=starts.device)
-        first = begins.reshape(-1).nonzero().reshape(-1)
-        ends = torch.cat([first, first.new_tensor([starts.numel()])])
-        pieces: list[list[tuple[int, bool]]] = [[] for _ in starts]
-        for begin, length in zip(ends.tolist(), ends.diff().tolist(), strict=False):
-            sample = pieces[begin // starts.shape[1]]
-            if sample and sample[-1][0] + length <= TOGETHER:
-                sample[-1] = sample[-1][0] + length, True
-            else:
-                sample.append((length, False))
-        return cls(starts, ends.to(torch.int32), tuple(map(tuple, pieces)))
+    def of(cls, starts: Tensor, queries: int | None = None) -> Documents:
+        """The documents that begin where `starts` [b, s] says, for the last `queries` tokens."""
+        length = starts.shape[1]
+        first = length - (length if queries is None else queries)
+        at = torch.arange(length, device=starts.device)
+        begins = (starts == at) & (at >= starts[:, first, None])
+        pieces, lengths = [], [(0, 0)]
+        for sample in begins:
+            edges, found = [*sample.nonzero().reshape(-1).tolist(), length], list[tuple[int, int, bool]]()
+            for begin, end in pairwise(edges):
+                q, k = end - max(begin, first), end - begin
+                lengths.append((q, k))
+                if found and found[-1][1] + k <= TOGETHER:
+                    found[-1] = found[-1][0] + q, found[-1][1] + k, True
+                else:
+                    found.append((q, k, False))
+            pieces.append(tuple(found))
+        ends = torch.tensor(lengths).cumsum(0).to(torch.int32)
+        return cls(starts, ends[:, 0].contiguous(), ends[:, 1].contiguous(), tuple(pieces))
+
+    def part(self, chunks: Sequence[tuple[int, int]]) -> Documents:
+        """Also of the chunks (first token, end) of a rank, each with all keys up to its end."""
+        parts = tuple(Documents.of(self.starts[:, :end].contiguous(), end - first) for first, end in chunks)
+        positions = torch.cat([self.positions[:, first:end] for first, end in chunks], 1)
+        return replace(self, parts=parts, positions_of_part=positions)
 
     @cached_property
     def positions(self) -> Tensor:
-        """[b, s]: of each token within its document, or within what the sample holds of it."""
+        """[b, s]: of each token, of this rank, within its document, or within what the sample holds of it."""
+        if self.positions_of_part is not None:
+            return self.positions_of_part
         return torch.arange(self.starts.shape[1], device=self.starts.device) - self.starts
 
-    def split(self, x: Tensor) -> list[Tensor]:
-        """[b, s, heads, d] as [1, heads, tokens, d] of each piece."""
-        samples = zip(x.transpose(1, 2).split(1), self.pieces, strict=True)
-        return [part for one, pieces in samples for part in one.split([n for n, _ in pieces], 2)]
+    def split(self, x: Tensor, keys: bool = True) -> list[Tensor]:
+        """[b, r or s, heads, d] as [1, heads, tokens, d] of each piece."""
+        out: list[Tensor] = []
+        for one, pieces in zip(x.transpose(1, 2).split(1), self.pieces, strict=True):
+            sizes = [piece[keys] for piece in pieces]
+            out += one[:, :, x.shape[1] - sum(sizes) :].split(sizes, 2)
+        return out
+
+    def packed(self, x: Tensor) -> Tensor:
+        """Keys or values [b, s, heads, d] that queries see: [tokens, heads, d]."""
+        seen = [sum(k for _, k, _ in pieces) for pieces in self.pieces]
+        if seen == [x.shape[1]] * len(seen):
+            return x.flatten(0, 1)
+        return torch.cat([one[x.shape[1] - n :] for one, n in zip(x, seen, strict=True)])
 
     def masks(self, dtype: torch.dtype) -> list[Tensor | None]:
-        """For each piece of several documents [tokens, tokens] in `dtype`: 0 where the row's query may attend to the
+        """For each piece of several documents [queries, keys] in `dtype`: 0 where the row's query may attend to the
         column's key, else -inf; None for one document, which is only causal.  Made once."""
         if dtype not in self._masks:
-            several = [mixed for sample in self.pieces for _, mixed in sample]
+            several = [(q, mixed) for sample in self.pieces for q, _, mixed in sample]
             parts = zip(self.split(self.starts[:, :, None, None]), several, strict=True)
-            self._masks[dtype] = [_mask(part.flatten(), dtype) if mixed else None for part, mixed in parts]
+            self._masks[dtype] = [_mask(part.flatten(), dtype)[-q:] if mixed else None for part, (q, mixed) in parts]
         return self._masks[dtype]
 
     @cached_property
@@ -77,8 +108,11 @@ class Documents:
         return {}
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Documents:
-        """With both tensors changed: moved, pinned. What was made of them, masks, ends with the original."""
-        return Documents(change(self.starts), change(self.cu_seqlens), self.pieces)
+        """With its tensors changed: moved, pinned. What was made of them, masks, ends with the original."""
+        own = None if self.positions_of_part is None else change(self.positions_of_part)
+        parts = tuple(part.each(change) for part in self.parts)
+        starts, ends, keys = map(change, (self.starts, self.cu_seqlens, self.cu_keys))
+        return Documents(starts, ends, keys, self.pieces, parts, own)
 
 
 def _mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,12 +128,61 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) ->
     if documents is not None and group > 1 and q.is_cuda:  # no fused kernel there takes a mask too
         k, v, group = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), 1
     attend: Any = partial(F.scaled_dot_product_attention, enable_gqa=group > 1)
-    if documents is None or all(len(sample) == 1 and not sample[0][1] for sample in documents.pieces):
-        whole: Tensor = attend(*(part.transpose(1, 2) for part in (q, k, v)), is_causal=True)
-        return whole.transpose(1, 2)
-    pieces = zip(*map(documents.split, (q, k, v)), documents.masks(q.dtype), strict=True)
-    out = [attend(*qkv, mask, is_causal=mask is None).transpose(1, 2) for *qkv, mask in pieces]
+
+    def causal(*qkv: Tensor) -> Tensor:
+        """[b, heads, tokens, d] -> [b, tokens, heads, d]."""
+        fewer = qkv[0].shape[2] < qkv[1].shape[2]
+        out: Tensor = last_rows(*qkv) if fewer else attend(*qkv, is_causal=True)
+        return out.transpose(1, 2)
+
+    one = ((q.shape[1], k.shape[1], False),)
+    if documents is None or all(sample == one for sample in documents.pieces):
+        return causal(*(part.transpose(1, 2) for part in (q, k, v)))
+    parts = [documents.split(q, False), documents.split(k), documents.split(v)]
+    pieces = zip(*parts, documents.masks(q.dtype), strict=True)
+    out = [causal(*qkv) if mask is None else attend(*qkv, mask).transpose(1, 2) for *qkv, mask in pieces]
     return torch.cat(out, 1).view(q.shape)
+
+
+def last_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention [b, n, r, d] of queries that are the last rows of the keys, without a mask in memory."""
+    if q.is_cuda and q.dtype != torch.float64:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        mask: Any = causal_lower_right(q.shape[2], k.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    if q.is_cuda:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return blocked_attention(q, k, v).transpose(1, 2)
+    out: Tensor = _LastRows.apply(q, k, v)
+    return out
+
+
+class _LastRows(Function):
+    """On a CPU: all keys before the queries, then the causal rest, each by torch's fused kernel; outputs are weighed
+    by the sums of exponentials, and the two backwards are given the sum of both."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attend, before = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, k.shape[2] - q.shape[2]
+        out, log_sum = attend(q, k[:, :, :before], v[:, :, :before], 0.0, False)
+        other, other_sum = attend(q, k[:, :, before:], v[:, :, before:], 0.0, True)
+        total = torch.logaddexp(log_sum, other_sum)
+        shares = ((part - total).exp_()[..., None] for part in (log_sum, other_sum))
+        out = (out * next(shares)).add_(other * next(shares)).to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, total)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, out, total = ctx.saved_tensors
+        differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        dq, dk, dv = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
+        before = k.shape[2] - q.shape[2]
+        for rows, causal in ((slice(0, before), False), (slice(before, None), True)):
+            grads = differentiate(dout, q, k[:, :, rows], v[:, :, rows], out, total, 0.0, causal)
+            dq += grads[0]
+            dk[:, :, rows], dv[:, :, rows] = grads[1:]
+        return dq, dk, dv
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
@@ -120,7 +203,7 @@ class _Blocked(Function):
         ctx.documents = documents
         queries, keys, values = _heads_first(q, k, v)
         out = torch.empty_like(queries)
-        for rows, seen in _blocks(q.shape[1], documents):
+        for rows, seen in _blocks(queries, keys, documents):
             p = _probabilities(queries, keys, rows, seen, documents)
             torch.bmm(p, values[:, seen], out=out[:, rows])
         return out.view(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2).contiguous()
@@ -132,7 +215,7 @@ class _Blocked(Function):
         (dout,) = _heads_first(grads[0])
         dq, dk, dv = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
         scale = q.shape[3] ** -0.5
-        for rows, seen in _blocks(q.shape[1], ctx.documents):
+        for rows, seen in _blocks(queries, keys, ctx.documents):
             p = _probabilities(queries, keys, rows, seen, ctx.documents)
             dp = torch.bmm(dout[:, rows], values[:, seen].transpose(1, 2))
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
@@ -142,12 +225,13 @@ class _Blocked(Function):
         return _tokens_first(dq, q), _tokens_first(dk, k), _tokens_first(dv, v), None
 
 
-def _blocks(length: int, documents: Documents | None) -> Iterator[tuple[slice, slice]]:
+def _blocks(queries: Tensor, keys: Tensor, documents: Documents | None) -> Iterator[tuple[slice, slice]]:
     """(queries, the keys that any of them sees) of each block of rows."""
+    length, before = queries.shape[1], keys.shape[1] - queries.shape[1]
     for a in range(0, length, BLOCK):
         end = min(a + BLOCK, length)
-        first = 0 if documents is None else int(documents.starts[:, a].min())
-        yield slice(a, end), slice(first, end)
+        first = 0 if documents is None else int(documents.starts[:, before + a].min())
+        yield slice(a, end), slice(first, before + end)
 
 
 def _heads_first(*parts: Tensor) -> tuple[Tensor, ...]:
@@ -170,9 +254,10 @@ def _probabilities(q: Tensor, k: Tensor, rows: slice, seen: slice, documents: Do
     scores = torch.baddbmm(q.new_empty(()), q[:, rows], k[:, seen].transpose(1, 2), beta=0, alpha=scale)
     future = torch.full((count, count), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
     scores[:, :, scores.shape[2] - count :].add_(future)  # far faster than masked_fill_ on a CPU
-    last = seen.start if documents is None else int(documents.starts[:, rows].max())
-    if documents is not None and last > seen.start:  # keys of other documents lie before it
-        others = torch.arange(seen.start, last, device=scores.device) < documents.starts[:, rows, None]
+    starts = None if documents is None else documents.starts[:, seen.stop - count : seen.stop]
+    last = seen.start if starts is None else int(starts.max())
+    if starts is not None and last > seen.start:  # keys of other documents lie before it
+        others = torch.arange(seen.start, last, device=scores.device) < starts[:, :, None]
         hidden = scores.new_zeros(others.shape).masked_fill_(others, -torch.inf)  # [b, r, last - start]
         scores.view(len(others), -1, *scores.shape[1:])[..., : last - seen.start].add_(hidden[:, None])
     return torch.softmax(scores, -1)
@@ -193,13 +278,14 @@ def _te_attention(target: Target) -> MakeAttention:
         )
 
         def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+            fewer = "_bottom_right" * (q.shape[1] < k.shape[1])
             if documents is None:
-                out: Tensor = attention(q, k, v)
+                out: Tensor = attention(q, k, v, attn_mask_type=f"causal{fewer}")
                 return out.view(*q.shape)
-            ends, longest = documents.cu_seqlens, q.shape[1]  # packed: [tokens, heads, d], by document
-            packed: dict[str, Any] = {"qkv_format": "thd", "attn_mask_type": "padding_causal"}
-            packed |= {"cu_seqlens_q": ends, "cu_seqlens_kv": ends, "max_seqlen_q": longest, "max_seqlen_kv": longest}
-            out = attention(*(part.flatten(0, 1) for part in (q, k, v)), **packed)
+            packed: dict[str, Any] = {"qkv_format": "thd", "attn_mask_type": f"padding_causal{fewer}"}
+            packed |= {"cu_seqlens_q": documents.cu_seqlens, "cu_seqlens_kv": documents.cu_keys}
+            packed |= {"max_seqlen_q": q.shape[1], "max_seqlen_kv": k.shape[1]}
+            out = attention(q.flatten(0, 1), documents.packed(k), documents.packed(v), **packed)
             return out.view(*q.shape)
 
         return attend
@@ -217,10 +303,10 @@ def _varlen_attention(target: Target) -> MakeAttention:
     def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
         if documents is None:  # never where samples have documents, but the check asks
             return sdpa(q, k, v)
-        ends, longest = documents.cu_seqlens, q.shape[1]
-        packed = (part.flatten(0, 1) for part in (q, k, v))
+        packed = q.flatten(0, 1), documents.packed(k), documents.packed(v)
+        ends, longest = (documents.cu_seqlens, documents.cu_keys), (q.shape[1], k.shape[1])
         grouped = {"enable_gqa": True} if k.shape[2] < q.shape[2] else {}
-        out: Tensor = varlen(*packed, ends, ends, longest, longest, window_size=(-1, 0), **grouped)
+        out: Tensor = varlen(*packed, *ends, *longest, window_size=(-1, 0), **grouped)
         return out.view(q.shape)
 
     return lambda num_heads, num_kv_heads, head_dim: attend
@@ -235,8 +321,9 @@ def _blocked_attention(target: Target) -> MakeAttention:
 def _formula(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
     """Of all scores: what every implementation is compared with."""
     k, v = (part.repeat_interleave(q.shape[2] // part.shape[2], 2) for part in (k, v))
-    starts = torch.zeros(q.shape[:2], device=q.device) if documents is None else documents.starts
-    scores = torch.einsum("bqnd,bknd->bnqk", q, k) * q.shape[3] ** -0.5 + _mask(starts, q.dtype)[:, None]
+    starts = torch.zeros(k.shape[:2], device=q.device) if documents is None else documents.starts
+    mask = _mask(starts, q.dtype)[:, None, -q.shape[1] :]
+    scores = torch.einsum("bqnd,bknd->bnqk", q, k) * q.shape[3] ** -0.5 + mask
     return torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1), v)
 
 

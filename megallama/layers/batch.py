@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megallama.config.schema import Config
 from megallama.kernels.attention import Documents
+from megallama.plan.exchange import Share
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,19 @@ class MicroBatch:
         zeros = np.zeros((config.batch.micro_batch_size, config.batch.seq_length + 1), np.int64)
         return cls.of(zeros, zeros if config.data.document_mask else None)
 
+    def part(self, share: Share) -> MicroBatch:
+        """What a rank of context parallelism has of every sample, on the host. Raises: ValueError."""
+        if share.size == 1:
+            return self
+        chunks = share.chunks(self.tokens.shape[1])
+
+        def cut(x: Tensor) -> Tensor:
+            return torch.cat([x[:, a:b] for a, b in chunks], 1)
+
+        mask = None if self.mask is None else cut(self.mask)
+        documents = self.documents and self.documents.part(chunks)
+        return MicroBatch(cut(self.tokens), cut(self.labels), mask, documents, grad_scale=self.grad_scale)
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device; does not wait for the copy if the source is pinned."""
         return self.each(lambda t: t.to(device, non_blocking=True))
@@ -65,3 +79,12 @@ class MicroBatch:
         mask = None if self.mask is None else change(self.mask)
         documents = None if self.documents is None else self.documents.each(change)
         return replace(self, tokens=change(self.tokens), labels=change(self.labels), mask=mask, documents=documents)
+
+
+def spread(found: Tensor, share: Share) -> Tensor:
+    """Of this rank's tokens [.., b, s/cp] -> [.., b, s], with zeros where others have theirs."""
+    out = found.new_zeros(*found.shape[:-1], found.shape[-1] * share.size)
+    chunks = share.chunks(out.shape[-1])
+    for (a, b), part in zip(chunks, found.chunk(len(chunks), -1), strict=True):
+        out[..., a:b] = part
+    return out

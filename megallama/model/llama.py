@@ -15,7 +15,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,10 +29,12 @@ from megallama.kernels.candidate import accumulate_dtype
 from megallama.kernels.pointwise import PointwiseOps, rope_tables
 from megallama.kernels.select import Kernels
 from megallama.layers.batch import MicroBatch
+from megallama.layers.context import ContextParallel
 from megallama.layers.linear import ColumnParallelLinear, RMSNorm, RowParallelLinear, TensorParallel
 from megallama.layers.param import FlatBuffers, Layer, Param
 from megallama.layers.vocab import LossHead, VocabParallelEmbedding
 from megallama.plan.box import Box
+from megallama.plan.exchange import WHOLE, Share
 from megallama.plan.memory import loss_chunk
 from megallama.plan.params import heads
 
@@ -54,9 +56,18 @@ class Rotary(Layer):
     sin: Tensor
     pointwise: PointwiseOps
     apart: bool = False
+    share: Share = WHOLE
+    _own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of this rank's tokens, by how many
 
     def tables(self, documents: Documents | None, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of 0 .. length-1 in every sample, at most s; in every document: [b, length, 1, d/2]."""
+        """(cos, sin) of this rank's tokens, `length` of every sample; in every document: [b, length, 1, d/2]."""
+        if documents is None and self.share.size > 1:
+            length = length or len(self.cos) // self.share.size
+            if length not in self._own:
+                chunks = self.share.chunks(length * self.share.size)
+                cos, sin = (torch.cat([x[a:b] for a, b in chunks]) for x in (self.cos, self.sin))
+                self._own = {length: (cos, sin)}  # of one length: others are rare
+            return self._own[length]
         if documents is None:
             return self.cos[:length], self.sin[:length]
         return self.cos[documents.positions], self.sin[documents.positions]
@@ -120,7 +131,7 @@ class Stage:
 
     def __init__(
         self, config: Config, buffers: FlatBuffers, layers: Sequence[int], first: bool, last: bool, tp: TensorParallel,
-        kernels: Kernels, record: FlightRecord | None = None,
+        kernels: Kernels, context: ContextParallel, record: FlightRecord | None = None,
     ) -> None:  # fmt: skip
         self._numbers, self._record = layers, record or FlightRecord()
         model, ops, params, eps = config.model, kernels.pointwise, buffers.params, config.model.norm_eps
@@ -128,8 +139,8 @@ class Stage:
         local = n // tp.group.size, max(1, k // tp.group.size)  # key/value heads may be shared
         acc_dtype, device = accumulate_dtype(buffers.weights.dtype), buffers.weights.device
         tables = rope_tables(config.batch.seq_length, d, model.rope_theta, model.rope_scaling, acc_dtype, device)
-        self.rotary = Rotary(*local, *tables, ops, kernels.apart)
-        attend = kernels.attention(*local, d)
+        self.rotary = Rotary(*local, *tables, ops, kernels.apart, context.share)
+        attend = context.over(kernels.attention, *local, d)
         self.recompute = config.memory.recompute == "full"
         self.embed = VocabParallelEmbedding(params["embed_tokens"], tp) if first else None
         self.layers = []

@@ -1,6 +1,6 @@
 """Whether copies that must be equal are: what ranks hold of the weights, against the masters that decide.
 
-Over dp a rank owns a shard of every bucket, and everybody's weights there are the cast of its masters.  Norm
+Over dp and cp a rank owns a shard of every bucket, and everybody's weights there are the cast of its masters.  Norm
 weights have a master on every rank of tp, key/value heads that ranks share on each of kv, a tied embedding two.
 """
 
@@ -23,8 +23,8 @@ def wrong_copies(update: Update, groups: Groups) -> list[tuple[str, list[int]]]:
     their own masters; masters that are copies) the majority does, and where there is none all are named.
     """
     update.wait()
-    pieces: dict[str, list[tuple[str, Tensor]]] = {"dp": [], "tp": [], "kv": [], "embedding": []}
-    dp, owners, masters, tied, own, found = groups.dp, list[int](), list[Tensor](), 0, False, []
+    pieces: dict[str, list[tuple[str, Tensor]]] = {"dp_cp": [], "tp": [], "kv": [], "embedding": []}
+    dp, owners, masters, tied, own, found = groups.dp_cp, list[int](), list[Tensor](), 0, False, []
     for sync, bucket, master in update.masters():
         weights, (start, _), tied = sync.buffers.weights, sync.range_of(bucket), tied + bucket.tied
         own = master.dtype == weights.dtype
@@ -32,7 +32,7 @@ def wrong_copies(update: Update, groups: Groups) -> list[tuple[str, list[int]]]:
             for segment in sync.buffers.layout.segments(*bucket.shard(dp.size, owner)):
                 key, a, b = segment.part.box.key, segment.offset, segment.offset + segment.count
                 mine = master[a - start : b - start] if owner == dp.rank else master[:0]  # of nothing the digest is 0
-                pieces["dp"].append((key, digest(weights[a:b])))
+                pieces["dp_cp"].append((key, digest(weights[a:b])))
                 masters.append(digest(mine, weights.dtype))
                 owners.append(owner)
                 over = "embedding" if bucket.tied else "tp" if not bucket.decay else segment.part.sum_over
@@ -41,7 +41,7 @@ def wrong_copies(update: Update, groups: Groups) -> list[tuple[str, list[int]]]:
     truth = torch.stack(masters) if masters else torch.zeros(1)
     dp.all_reduce(truth).wait()
     for axis, held in ((axis, held) for axis, held in pieces.items() if held):
-        group, here, decides = getattr(groups, axis), tied if axis == "embedding" else 1, axis == "dp" and not own
+        group, here, decides = getattr(groups, axis), tied if axis == "embedding" else 1, axis == "dp_cp" and not own
         digests = torch.stack([one for _, one in held])
         everyone = digests.new_empty(group.size * len(held))
         group.all_gather(everyone, digests).wait()

@@ -72,7 +72,7 @@ class GradSync:
 
     def range_of(self, bucket: Bucket) -> tuple[int, int]:
         """This rank's shard of a bucket, as a range of the flat buffers."""
-        return bucket.shard(self._groups.dp.size, self._groups.dp.rank)
+        return bucket.shard(self._groups.dp_cp.size, self._groups.dp_cp.rank)
 
     def segments(self, bucket: Bucket) -> Iterator[Segment]:
         return self.buffers.layout.segments(*self.range_of(bucket))
@@ -86,11 +86,11 @@ class GradSync:
 
     def _reduce(self, bucket: Bucket) -> None:
         full = self.buffers.grads[bucket.start : bucket.stop]
-        if self._groups.dp.size > 1:
+        if self._groups.dp_cp.size > 1:
             own = [self.buffers.params[placement.spec.name].main_grad for placement in bucket.params]
             self.norms += torch._foreach_norm(own)
         shard = self.buffers.grads[slice(*self.range_of(bucket))]
-        self._handles[bucket.index] = self._groups.dp.reduce_scatter(shard, full)
+        self._handles[bucket.index] = self._groups.dp_cp.reduce_scatter(shard, full)
 
     def _sum_copies(self) -> None:
         """All-reduce what several ranks hold, packed: it is small, with one layout on every rank of the group."""
@@ -184,7 +184,7 @@ class Update:
                 self._rule(shards, lr, multiplier, decay, self._steps)
 
     def gather(self, *, overlap: bool = True) -> None:
-        """Masters -> weights on every rank of dp, in the order in which the forward reads them.
+        """Masters -> weights on every rank that shares them, in the order in which the forward reads them.
 
         With overlap.param_gather and `overlap` it returns at once: who reads a weight waits for it.
         """
@@ -194,7 +194,7 @@ class Update:
                     tensors["weights"].copy_(tensors["master"])
                 full = sync.buffers.weights[bucket.start : bucket.stop]
                 gather = sync.buffers.gathers[bucket.index]
-                gather.handle = self._groups.dp.all_gather(full, tensors["weights"])
+                gather.handle = self._groups.dp_cp.all_gather(full, tensors["weights"])
                 if not (overlap and self._overlap_gather):
                     gather.wait()
 

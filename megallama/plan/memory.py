@@ -146,6 +146,6 @@ def main_dtype(config: Config) -> str:
 
 
 def tokens_and_rows(config: Config) -> tuple[int, int]:
-    """Tokens of a micro-batch, and rows of it where sequence parallelism cuts."""
-    tokens = config.batch.micro_batch_size * config.batch.seq_length
+    """Tokens of a micro-batch on a rank, and rows of it where sequence parallelism cuts."""
+    tokens = config.batch.micro_batch_size * config.batch.seq_length // config.parallel.cp
     return tokens, tokens // config.parallel.tp if config.parallel.sequence_parallel else tokens

@@ -38,7 +38,7 @@ class Plan:
 
     def memory(self, pp_rank: int) -> RankMemory:
         """Bytes of the ranks at one pipeline position, in a replica with most micro-batches."""
-        return rank_memory(self.config, self.stages, self.schedule, self.topology.dp, pp_rank)
+        return rank_memory(self.config, self.stages, self.schedule, self.topology.size("dp", "cp"), pp_rank)
 
     def work_of(self, rank: int) -> tuple[int, ...]:
         """Pipeline position, and micro-batches in a step of each size: ranks with the same have the same work."""
@@ -57,10 +57,10 @@ class Plan:
 def make_plan(config: Config, ranks: int) -> Plan:
     """The plan of a configuration that `config.rules` finds no fault with.
 
-    Raises: ConfigError if the ranks cannot be cut into tp x pp, ScheduleError if the schedule cannot run the batch.
+    Raises: ConfigError if the ranks cannot be cut so, ScheduleError if the schedule cannot run the batch.
     """
     p = config.parallel
-    topology = Topology.fill(ranks, tp=p.tp, pp=p.pp, order=p.rank_order)
+    topology = Topology.fill(ranks, tp=p.tp, pp=p.pp, cp=p.cp, order=p.rank_order)
     deal = config.batch.deal(config.batch.global_batch_size, topology.dp)
     schedule = build_schedule(p, deal[0])
     topology = replace(topology, ends=(schedule.owners[0], schedule.owners[-1]))

@@ -56,11 +56,14 @@ class Topology:
         assert 0 <= rank < self.world_size, (rank, self.world_size)
         return {axis: rank // stride % self.size(axis) for axis, stride in self.strides.items()}
 
-    def groups(self, axis: str) -> list[tuple[int, ...]]:
-        """All groups of ranks that differ only along `axis`, in the order of their creation."""
-        stride, size = self.strides[axis], self.size(axis)
-        firsts = (rank for rank in range(self.world_size) if rank // stride % size == 0)
-        return [tuple(range(first, first + size * stride, stride)) for first in firsts]
+    def groups(self, *axes: str) -> list[tuple[int, ...]]:
+        """All groups of ranks that differ only along `axes`, in the order of their creation; ranks ascend."""
+        steps, found = [(self.strides[a], self.size(a)) for a in axes], dict[int, list[int]]()
+        for rank in range(self.world_size):
+            first = rank - sum(rank // stride % size * stride for stride, size in steps)
+            found.setdefault(first, []).append(rank)
+        return [*map(tuple, found.values())]
 
     def __str__(self) -> str:
-        return " x ".join(f"{a}={self.size(a)}" for a in ("tp", "pp", "dp")) + f" = {counted(self.world_size, 'rank')}"
+        axes = [a for a in ("tp", "cp", "pp", "dp") if a != "cp" or self.cp > 1]
+        return " x ".join(f"{a}={self.size(a)}" for a in axes) + f" = {counted(self.world_size, 'rank')}"

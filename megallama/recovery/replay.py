@@ -84,7 +84,7 @@ def replay_with(world: World, folder: Path, step: int, before: Path, made: Manif
     was = recorded(run)
     if step not in was:
         raise ConfigError(f"{run} has no record of step {step}: neither metrics.jsonl nor logs/ name it")
-    fits = world.world_size % (config.parallel.tp * config.parallel.pp) == 0
+    fits = world.world_size % (config.parallel.unit) == 0
     config = config if fits else config.model_copy(update={"parallel": ParallelConfig()})
     if problems := check(config, world.world_size, need_data=False):
         raise ConfigError("; ".join(problems))

@@ -14,11 +14,13 @@ from megallama.comm.group import Groups
 from megallama.config.errors import MegallamaError
 from megallama.config.schema import Config
 from megallama.kernels.select import Kernels, select_kernels
+from megallama.layers.context import ContextParallel
 from megallama.layers.linear import TensorParallel
 from megallama.layers.param import FlatBuffers
 from megallama.model.llama import Stage, fill
 from megallama.optim.update import AdamW, Update
 from megallama.pipeline.runtime import PipelineRuntime, StageCall, StageWork
+from megallama.plan.exchange import Share, share
 from megallama.plan.memory import stage_layout
 from megallama.plan.params import global_shapes, init_std
 from megallama.plan.plan import Plan
@@ -38,11 +40,12 @@ class Worker:
     buffers: dict[int, FlatBuffers]
     optimizer: Update
     runtime: PipelineRuntime
+    share: Share  # of every sample
     read: Callable[[Tensor], list[Any]] = Tensor.tolist  # of a small tensor; waits for the device
 
     @property
     def counts_loss(self) -> bool:
-        """Whether its loss enters the sum over all ranks: one rank per sample, on the last stage."""
+        """Whether its loss enters the sum over all ranks: one rank per token, on the last stage."""
         return len(self.plan.stages) - 1 in self.stages and self.groups.tp.rank == 0
 
 
@@ -77,12 +80,14 @@ def assemble(
         groups.tp, sharded, overlap=config.overlap.tensor_parallel, keep=config.memory.recompute == "none",
         chunks=config.overlap.tensor_parallel_chunks,
     )  # fmt: skip
-    stages, buffers = {}, {}
+    part = share(config, groups.cp.rank)
+    context, stages, buffers = ContextParallel(groups.cp, part, config.memory.cp_keep_kv), {}, {}
     for number in plan.schedule.stages_of(groups.pp.rank):
         first, last = number == 0, number == len(plan.stages) - 1
-        layout = stage_layout(config, plan.stages, number, groups.dp.size, groups.tp.rank)
+        layout = stage_layout(config, plan.stages, number, groups.dp_cp.size, groups.tp.rank)
         buffers[number] = FlatBuffers(layout, dtype, device, kernels)
-        stages[number] = Stage(config, buffers[number], plan.stages[number], first, last, tp, kernels, record)
+        numbers = plan.stages[number]
+        stages[number] = Stage(config, buffers[number], numbers, first, last, tp, kernels, context, record)
     rule = AdamW(config.optimizer, kernels.adamw)
     optimizer = Update(list(buffers.values()), groups, config.overlap, rule, kernels.sum_of_squares)
     work = {
@@ -90,9 +95,9 @@ def assemble(
         for (number, stage), sync in zip(stages.items(), optimizer.syncs, strict=True)
     }
     hidden = torch.empty(0, config.model.hidden_size, dtype=dtype, device=device)
-    shares, longest = groups.tp.size if sharded else 1, config.batch.seq_length
+    shares, longest = groups.tp.size if sharded else 1, config.batch.seq_length // part.size
     runtime = PipelineRuntime(work, groups.pp, hidden, record, shares=shares, longest=longest)
-    return Worker(plan, groups, device, stages, buffers, optimizer, runtime)
+    return Worker(plan, groups, device, stages, buffers, optimizer, runtime, part)
 
 
 def initialize(worker: Worker, seed: int) -> None:

@@ -236,6 +236,7 @@ class TrainingLoop:
             prefetch=config.data.prefetch,
             timeout_seconds=config.data.timeout_seconds,
             device=self._world.device,
+            share=self.setup.worker.share,
         )
 
     def _record_health(self, result: StepConsensus) -> None:

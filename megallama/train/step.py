@@ -84,9 +84,9 @@ def count_tokens(worker: Worker, batches: Sequence[MicroBatch], *, masked: bool,
     assert masked or known, "masks or lengths that the other ranks do not know of"
     counted = sum(b.num_counted for b in batches)
     if not masked:
-        return counted // len(batches) * of
+        return counted // len(batches) * of * worker.groups.cp.size
     total = torch.tensor([counted], dtype=torch.int64, device=worker.device)
-    worker.groups.dp.all_reduce(total).wait()
+    worker.groups.dp_cp.all_reduce(total).wait()
     return max(int(total), 1)  # documents of one token predict nothing
 
 
@@ -185,7 +185,7 @@ def evaluate(
     total, tokens, done, failure, schedule = 0.0, 0, 0, None, plan.schedule_for(count, training=False)
     with Loader(
         source.read, ids_of_step, stop_step=batches, num_samples=source.num_sequences, prefetch=0, device=worker.device,
-        name=source.name,
+        name=source.name, share=worker.share,
     ) as loader:  # fmt: skip
         while done < batches and not (known.stop_reason or known.failed):
             micro_batches, failure = loader.next_or_zeros(count, config)

@@ -108,7 +108,7 @@ class StepTracer(Observer):
         self._log, self._tape, self._device = log, Tape(), device
         self._now = partial(event_now, device) if device.type == "cuda" else time.perf_counter
         self._steps, self._folder = config.log.trace_steps or (0, -1), Path(config.run.folder) / "trace"
-        several = [] if self._steps[1] < 0 else [g for g in vars(groups).items() if getattr(g[1], "size", 1) > 1]
+        several = [] if self._steps[1] < 0 else [g for g in vars(groups).items() if len(getattr(g[1], "ranks", ())) > 1]
         timed: dict[str, Any] = {name: Timed(group, self._tape) for name, group in several}
         self.groups = replace(groups, **timed)  # the ones to use: those of several ranks write on the tape
         self._timings: list[list[Any]] = []  # of each action: start, input there, end

@@ -68,7 +68,7 @@ class Watch:
         own = [norm for sync in self._setup.worker.optimizer.syncs for norm in sync.norms]
         norm = float(torch.stack(own).norm()) if own else 0.0
         norms = self._setup.world.group.gather_values(norm if norm < inf else inf)
-        for ranks in self._setup.plan.topology.groups("dp"):
+        for ranks in self._setup.plan.topology.groups("dp", "cp"):
             typical = median_low(norms[rank] for rank in ranks)  # of two the smaller
             for rank in (rank for rank in ranks if norms[rank] > WRONG * typical > 0):
                 here = f"norm {norms[rank]:.4g} before the reduction, those of the same weights {typical:.4g}"

@@ -43,7 +43,7 @@ def real_calls(config: Config, ranks: int) -> list[dict[str, list[Call]]]:
         calls: list[Call] = []
 
         def recording(group: object) -> object:
-            return Recording(group, calls) if getattr(group, "size", 1) > 1 else group  # type: ignore[arg-type]
+            return Recording(group, calls) if len(getattr(group, "ranks", ())) > 1 else group  # type: ignore[arg-type]
 
         groups = Groups(**{name: recording(value) for name, value in vars(groups).items()})
         rank = build(plan, groups)

@@ -163,9 +163,9 @@ def grid(world: World, axes: dict[str, Any], num_kv_heads: int) -> dict[str, Any
     """The groups of a topology: their ranks, and the sum of the global ranks over each."""
     groups = world.groups(Topology(**axes), num_kv_heads)
     found: dict[str, Any] = {"coords": groups.coords}
-    for name in ("tp", "dp", "pp", "embedding", "kv", "world"):
+    for name in ("tp", "cp", "dp_cp", "pp", "embedding", "kv", "world"):
         group = getattr(groups, name)
-        assert group.name == name
+        assert group.name == ("dp" if name == "dp_cp" and groups.cp.size == 1 else name)
         x = torch.tensor([float(world.rank)])
         group.all_reduce(x).wait()
         found[name] = [list(group.ranks), group.rank, x.item()]

@@ -13,6 +13,7 @@ from tests.pool import Pool
 from tests.threads import run_threads
 
 NAMES = ("world", "tp", "dp", "pp", "embedding", "kv")
+WITH_CP = ("world", "tp", "cp", "dp_cp", "pp", "embedding", "kv")
 
 
 def test_tp2_pp2_dp2() -> None:
@@ -53,6 +54,8 @@ def test_kv_groups_are_ranks_with_the_same_head() -> None:
         Topology(tp=4, pp=3, dp=2),
         Topology(tp=2, pp=4, dp=3, order="pp-tp-dp-cp"),
         Topology(tp=8, pp=16, dp=16),
+        Topology(tp=2, cp=4, pp=2, dp=3),
+        Topology(tp=2, cp=2, pp=2, dp=3, order="dp-pp-cp-tp"),
     ],
     ids=str,
 )
@@ -68,17 +71,31 @@ def test_every_name_is_a_partition_and_every_rank_is_told_its_own(topology: Topo
 
         groups = build_groups(topology, rank, 2, make)
         assert groups.rank == rank and groups.coords == topology.coords(rank)
-        assert [getattr(groups, name).name for name in NAMES] == list(NAMES)
+        at = topology.coords(rank)
+        assert groups.dp == (at["dp"], topology.dp) and groups.cp.name == "cp"
+        assert groups.dp_cp.name == ("dp_cp" if topology.cp > 1 else "dp")
         requested.append(names)
         if rank > 8:
             break
-    assert all(names == list(NAMES) for names in requested)
+    assert all(names == list(NAMES if topology.cp == 1 else WITH_CP) for names in requested)
+
+
+def test_gradients_are_reduced_over_dp_and_cp_in_any_order_of_ranks() -> None:
+    near = partitions(Topology(tp=2, cp=2, dp=2, pp=2), num_kv_heads=8)
+    assert near["cp"][:3] == [(0, 2), (1, 3), (4, 6)] and near["dp_cp"][:3] == [
+        (0, 2, 4, 6),
+        (1, 3, 5, 7),
+        (8, 10, 12, 14),
+    ]
+    far = partitions(Topology(tp=2, cp=2, dp=2, pp=2, order="dp-pp-cp-tp"), num_kv_heads=8)
+    assert far["cp"][:2] == [(0, 4), (1, 5)] and far["dp_cp"][:3] == [(0, 1, 4, 5), (2, 3, 6, 7), (8, 9, 12, 13)]
+    assert far["tp"][:2] == [(0, 8), (1, 9)]
 
 
 def in_threads(topology: Topology, num_kv_heads: int) -> list[dict[str, object]]:
     def body(groups: Groups) -> dict[str, object]:
         found: dict[str, object] = {"coords": groups.coords}
-        for name in NAMES:
+        for name in WITH_CP:
             group, x = getattr(groups, name), torch.tensor([float(groups.rank)])
             group.all_reduce(x).wait()
             found[name] = [list(group.ranks), group.rank, x.item()]
@@ -89,7 +106,13 @@ def in_threads(topology: Topology, num_kv_heads: int) -> list[dict[str, object]]
 
 @pytest.mark.parametrize(
     ("axes", "kv"),
-    [({"tp": 2, "dp": 2}, 1), ({"pp": 4}, 4), ({"tp": 2, "pp": 2, "order": "pp-tp-dp-cp"}, 2), ({"dp": 3}, 1)],
+    [
+        ({"tp": 2, "dp": 2}, 1),
+        ({"pp": 4}, 4),
+        ({"tp": 2, "pp": 2, "order": "pp-tp-dp-cp"}, 2),
+        ({"dp": 3}, 1),
+        ({"cp": 2, "dp": 2, "order": "dp-tp-cp-pp"}, 1),
+    ],
     ids=str,
 )
 def test_gloo_groups_equal_thread_groups(pool: Pool, axes: dict[str, int], kv: int) -> None:
@@ -97,5 +120,5 @@ def test_gloo_groups_equal_thread_groups(pool: Pool, axes: dict[str, int], kv: i
     found = pool.run(topology.world_size, "tests.comm.operations:grid", axes, kv)
     assert found == in_threads(topology, kv)
     for rank, groups in enumerate(found):
-        own = {axis: next(g for g in topology.groups(axis) if rank in g) for axis in ("tp", "dp")}
-        assert groups["tp"][0] == list(own["tp"]) and groups["dp"][2] == sum(own["dp"])
+        tp, dp_cp = (next(g for g in topology.groups(*axes) if rank in g) for axes in (("tp",), ("dp", "cp")))
+        assert groups["tp"][0] == list(tp) and groups["dp_cp"][2] == sum(dp_cp)

@@ -198,8 +198,8 @@ SINGLE: list[tuple[str, str]] = [
     ("tie_word_embeddings=true", "unknown setting 'tie_word_embeddings'; did you mean model.tie_embeddings?"),
     ("tokenizer_model=x", "unknown setting 'tokenizer_model'; did you mean data.tokenizer?"),
     ("lr_warmup_iters=2", "unknown setting 'lr_warmup_iters'; did you mean lr_schedule.warmup_steps?"),
-    ("memory.bogusbogus=1", "unknown setting 'memory.bogusbogus'; [memory] has recompute, loss_chunk_tokens, "
-                            "loss_chunk_mb"),
+    ("memory.bogusbogus=1", "unknown setting 'memory.bogusbogus'; [memory] has recompute, cp_keep_kv, "
+                            "loss_chunk_tokens, loss_chunk_mb"),
     ("xyzzy=1", "unknown setting 'xyzzy'; the sections are model, parallel, batch, precision, memory, overlap, "
                 "optimizer, lr_schedule, data, train, checkpoint, log, run"),
     ("parallel.tp", "'parallel.tp' has no value; write section.key=value, e.g. parallel.tp=2"),

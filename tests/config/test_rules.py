@@ -151,6 +151,49 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "parallel.stage_layers=[9,0]",
     ),
     (
+        "parallel.cp=4 batch.seq_length=100", None,
+        "parallel.cp=4 cuts a sequence into 2 x 4 = 8 chunks, of which batch.seq_length=100 is no multiple; "
+        "use batch.seq_length=96 or 104",
+        "batch.seq_length=104",
+    ),
+    (
+        "parallel.cp=3 batch.seq_length=96 parallel.cp_exchange=heads", None,
+        "parallel.cp=3 does not divide the 4 heads of a rank (model.num_heads / parallel.tp), which "
+        'parallel.cp_exchange="heads" deals out; use parallel.cp=2 or 4, or parallel.cp_exchange="gather"',
+        "parallel.cp_exchange=gather",
+    ),
+    (
+        "parallel.tp=4 parallel.cp=2 batch.seq_length=20 batch.micro_batch_size=1", None,
+        "parallel.tp=4 does not divide batch.micro_batch_size=1 x batch.seq_length=20 / parallel.cp=2 = 10 tokens, "
+        "which sequence parallelism cuts; use batch.seq_length=16 or 24, or parallel.sequence_parallel=false",
+        "batch.seq_length=24",
+    ),
+    (
+        "parallel.tp=2 parallel.cp=2 batch.seq_length=24 batch.micro_batch_size=1 overlap.tensor_parallel_chunks=4",
+        None,
+        "overlap.tensor_parallel_chunks=4 does not divide the 6 rows of a micro-batch on a rank "
+        "(batch.micro_batch_size x batch.seq_length / parallel.cp / parallel.tp); use 3 or 6",
+        "overlap.tensor_parallel_chunks=3",
+    ),
+    (
+        "parallel.cp=2 parallel.tp=2 batch.seq_length=252", 6,
+        "ranks=6 cannot be cut into parallel.tp=2 x parallel.pp=1 x parallel.cp=2 = 4; use 4 or 8 ranks, or sizes "
+        "whose product is 3 or 6",
+        "parallel.cp=3",
+    ),
+    (
+        "parallel.cp=2 batch.global_batch_size=30", 4,
+        "batch.global_batch_size=30 is not a multiple of batch.micro_batch_size=4 x dp=2 (ranks / (tp x pp x cp)) = 8; "
+        "use 24 or 32",
+        "batch.global_batch_size=32",
+    ),
+    (
+        "parallel.cp=2 run.max_replacements=1 run.min_replicas=3", 4,
+        "run.min_replicas=3, but 4 ranks are dp=2 replicas (ranks / (tp x pp x cp)); write run.min_replicas=1 to go on "
+        "without one of them",
+        "run.min_replicas=1",
+    ),
+    (
         "parallel.rank_order=pp-tp", None,
         'parallel.rank_order="pp-tp" must name each of tp, cp, dp, pp once; for example "pp-tp-cp-dp"',
         "parallel.rank_order=pp-tp-cp-dp",

@@ -131,7 +131,7 @@ def test_the_plan_predicts_every_byte(layout: Layout, dtype: str, monkeypatch: p
     def body(rank: Worker) -> tuple[tuple[int, ...], tuple[int, ...]]:
         plan, groups = rank.plan, rank.groups
         schedule = plan.schedule_for(config.batch.deal(len(data[0]), groups.dp.size)[groups.dp.rank])
-        m = rank_memory(config, plan.stages, schedule, groups.dp.size, groups.pp.rank)
+        m = rank_memory(config, plan.stages, schedule, groups.dp_cp.size, groups.pp.rank)
         most = plan.memory(groups.pp.rank).activations  # what the plan says is that of the replica with most
         assert m.activations == most if schedule is plan.schedule else m.activations <= most
         return (m.weights, m.main_grads, m.optimizer, m.tables, m.activations), measured(rank, data, starts)

@@ -1,0 +1,73 @@
+"""Context parallelism, without tensors: what a rank has of every sequence, and how attention reaches the rest.
+
+A sequence is 2 cp chunks, of which rank r has r and 2 cp - 1 - r: then causal attention is equal work (Dubey et al.
+2024, arXiv:2407.21783, 3.3.2).  Two exchanges, for one layer with s tokens, n' = n / tp heads, k' = max(1, k / tp)
+key/value heads of size d on a rank; a rank sends and receives (cp - 1) / cp of these elements, each time:
+
+    gather  keys and values of all, 2 k' d s: forward, again in the backward unless `memory.cp_keep_kv`, once more where
+            the layer is computed again; their gradients, summed in fp32, go the other way
+    heads   q, k, v and the output, (2 n' + 2 k') d s / cp: forward, its repetition and backward (Jacobs et al. 2023,
+            arXiv:2309.14509); every rank then has some heads of whole sequences
+
+So heads moves less if and only if cp > g (1 + n' / k'), g = 1 where keys and values are kept, 3/4 where the layer is
+computed again, else 2/3.  It needs that cp divides n'; where cp does not divide k', key/value heads are copied first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import lcm
+
+from megallama.config.schema import Config
+from megallama.plan.params import heads
+
+
+@dataclass(frozen=True)
+class Share:
+    """What rank `rank` of `size` context-parallel ranks has of every sequence; `gathers`: which exchange it uses."""
+
+    rank: int = 0
+    size: int = 1
+    gathers: bool = True
+
+    def chunks(self, length: int) -> tuple[tuple[int, int], ...]:
+        """First token and end of each of its chunks. Raises: ValueError if `length` tokens cannot be cut."""
+        if self.size == 1:
+            return ((0, length),)
+        chunk, rest = divmod(length, 2 * self.size)
+        if rest:
+            raise ValueError(f"samples of {length} tokens: give a multiple of 2 x parallel.cp={self.size}")
+        return tuple((i * chunk, (i + 1) * chunk) for i in (self.rank, 2 * self.size - 1 - self.rank))
+
+
+WHOLE = Share()
+
+
+def local_heads(config: Config) -> tuple[int, int]:
+    """n', k': query and key/value heads of a tensor-parallel rank, which may share the latter."""
+    n, k, _ = heads(config.model)
+    return n // config.parallel.tp, max(1, k // config.parallel.tp)
+
+
+def kv_copies(kv_heads: int, cp: int) -> int:
+    """How often `heads` copies each key/value head, so that cp divides them."""
+    return lcm(kv_heads, cp) // kv_heads
+
+
+def exchange(config: Config) -> tuple[str, str]:
+    """Which of "gather" and "heads", and why."""
+    p, (n, k) = config.parallel, local_heads(config)
+    if p.cp_exchange != "auto":
+        return p.cp_exchange, f'parallel.cp_exchange="{p.cp_exchange}"'
+    if n % p.cp:
+        return "gather", f"cp={p.cp} does not divide the {n} heads of a rank"
+    kept, again = config.memory.cp_keep_kv, config.memory.recompute == "full"
+    g, words = (1.0, "1") if kept else (0.75, "3/4") if again else (2 / 3, "2/3")
+    bound = g * (1 + n / k)
+    least = f"{words} x (1 + {n} / {k}) = {bound:.3g}"
+    return ("heads", f"cp={p.cp} is above {least}") if p.cp > bound else ("gather", f"cp={p.cp} is not above {least}")
+
+
+def share(config: Config, rank: int) -> Share:
+    """Of context-parallel rank `rank`."""
+    return Share(rank, config.parallel.cp, exchange(config)[0] == "gather")
