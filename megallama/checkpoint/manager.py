@@ -394,7 +394,7 @@ class CheckpointManager:
             with self._weights(path, self._log) as (files, notes):
                 reader.fill(files, "master", shards)
             for shard in shards:
-                for moment in STATE[1:]:
+                for moment in shard.state.keys() - {"master"}:
                     shard.state[moment].zero_()
             return notes
 

@@ -138,12 +138,15 @@ class Layer:
 
 
 class FlatBuffers:
-    """Weights and main gradients of one stage, laid out by the plan."""
+    """Weights and main gradients of one stage, laid out by the plan; without `trains` the gradients are one zero."""
 
-    def __init__(self, layout: BufferLayout, dtype: torch.dtype, device: torch.device, kernels: Kernels) -> None:
+    def __init__(
+        self, layout: BufferLayout, dtype: torch.dtype, device: torch.device, kernels: Kernels, trains: bool = True
+    ) -> None:
         self.layout = layout
         self.weights = torch.zeros(layout.numel, dtype=dtype, device=device)
-        self.grads = torch.zeros(layout.numel, dtype=accumulate_dtype(dtype), device=device)
+        kept, grad_dtype = (layout.numel, accumulate_dtype(dtype)) if trains else (1, dtype)
+        self.grads = torch.zeros(kept, dtype=grad_dtype, device=device).expand(layout.numel)
         self.queue = WeightGradQueue()
         self.gathers = tuple(Gather() for _ in layout.buckets)
         self.params: dict[str, Param] = {}

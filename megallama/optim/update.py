@@ -108,10 +108,9 @@ class GradSync:
 class AdamW:
     """AdamW (Loshchilov & Hutter 2019) as `kernel` computes it, each element by itself."""
 
-    moments = ("exp_avg", "exp_avg_sq")  # state beside the masters; zero before the first step
-
-    def __init__(self, config: OptimizerConfig, kernel: AdamWStep) -> None:
+    def __init__(self, config: OptimizerConfig, kernel: AdamWStep, moments: Sequence[str]) -> None:
         self._config, self._kernel = config, kernel
+        self.moments = moments  # state beside the masters; zero before the first step
 
     def __call__(self, shards: Sequence[Tensors], lr: float, scale: float, decay: bool, number: int) -> None:
         """In place: update "master" and the moments from "grads" times `scale`; count "step" up, to `number`."""

@@ -71,9 +71,12 @@ def same_kernels(selected: Sequence[Sequence[tuple[str, str]]]) -> None:
 
 def assemble(
     plan: Plan, groups: Groups, device: torch.device, kernels: Kernels, wrap: Wrap | None = None,
-    record: FlightRecord | None = None,
+    record: FlightRecord | None = None, trains: bool = True,
 ) -> Worker:  # fmt: skip
-    """Build rank `groups.rank`; weights are zero until `initialize` or a checkpoint fills them."""
+    """Build rank `groups.rank`; weights are zero until `initialize` or a checkpoint fills them.
+
+    Without `trains` it holds weights alone, and only its stages' forward may be called.
+    """
     config, dtype = plan.config, DTYPES[plan.config.precision.dtype]
     sharded = config.parallel.sequence_parallel and groups.tp.size > 1
     tp = TensorParallel(
@@ -85,10 +88,10 @@ def assemble(
     for number in plan.schedule.stages_of(groups.pp.rank):
         first, last = number == 0, number == len(plan.stages) - 1
         layout = stage_layout(config, plan.stages, number, groups.dp_cp.size, groups.tp.rank)
-        buffers[number] = FlatBuffers(layout, dtype, device, kernels)
+        buffers[number] = FlatBuffers(layout, dtype, device, kernels, trains)
         numbers = plan.stages[number]
         stages[number] = Stage(config, buffers[number], numbers, first, last, tp, kernels, context, record)
-    rule = AdamW(config.optimizer, kernels.adamw)
+    rule = AdamW(config.optimizer, kernels.adamw, moments=("exp_avg", "exp_avg_sq") if trains else ())
     optimizer = Update(list(buffers.values()), groups, config.overlap, rule, kernels.sum_of_squares)
     work = {
         number: StageWork(wrap(number, stage) if wrap else stage, buffers[number].queue, sync.last_microbatch)

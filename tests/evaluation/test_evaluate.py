@@ -260,3 +260,18 @@ def test_a_pair_is_read_once_however_it_is_named(folder: Path, tmp_path: Path) -
     size = sum(len(text) for text in TEXTS)
     assert found[0]["held"]["tokens"] == size + len(TEXTS)  # and the ends of documents
     assert found[0]["held"]["documents"] == len(TEXTS)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_of_a_worker_that_only_evaluates_the_weights_are_all_there_is(dtype: str, folder: Path) -> None:
+    with opened(folder, [f"precision.dtype={dtype}"]) as model:
+        worker = model.scorer.worker
+        (buffers,) = worker.buffers.values()
+        size = buffers.layout.numel * (2 if dtype == "bf16" else 4)
+        held = [buffers.weights, buffers.grads]
+        for shard in worker.optimizer.shards(owned_only=False):
+            assert [*shard.state] == ["master"]
+            held += shard.state.values()
+        bytes_of = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+        assert size <= sum(bytes_of.values()) <= size + 4
+        assert float(buffers.weights.float().std()) > 0.1
