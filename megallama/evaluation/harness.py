@@ -21,10 +21,9 @@ import numpy as np
 
 from megallama.config.errors import ConfigError, DataError
 from megallama.evaluation.items import Encoder, Item, score_items
-from megallama.evaluation.paper import PAPER
 from megallama.evaluation.ranks import Opened
 from megallama.evaluation.request import Request
-from megallama.evaluation.results import Results, take
+from megallama.evaluation.results import PAPER, Results, take
 from megallama.evaluation.texts import windows
 
 SPLITS = ("train", "dev", "validation", "test")
@@ -100,7 +99,7 @@ def _run(
     samples = [sample for name in found["samples"] for sample in found["samples"][name]]
     names = [n for n in samples[0]["metrics"] if all(isinstance(s.get(n), (int, float)) for s in samples)]
     values = {name: np.array([float(sample[name]) for sample in samples]) for name in names}
-    metric = PAPER[task].metric if task in PAPER else "acc"
+    metric = PAPER[task]["metric"] if task in PAPER else "acc"
     if metric.startswith("acc_") and metric not in values and not request.shots:  # which the harness does not have
         values[metric] = score_items(model.scorer, encoder, [_item(s) for s in samples], metric == "acc_answer")[metric]
     take(results, task, values, next(iter(found["n-shot"].values())), time.monotonic() - began)

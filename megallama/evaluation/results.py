@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from megallama.config.errors import DataError
-from megallama.evaluation.paper import PAPER, SIZES
 
+SIZES, PAPER = tomllib.loads(Path(__file__).with_name("paper.toml").read_text("utf-8")).values()
 ROUNDS = 2000  # of the bootstrap
 Results = dict[str, Any]
 
@@ -31,15 +32,8 @@ def take(results: Results, task: str, values: Mapping[str, np.ndarray], shots: i
 def write_results(path: Path, results: Results) -> None:
     """As JSON; numbers that are not finite as null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(results), indent=1) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    finite = json.loads(json.dumps(results), parse_constant=lambda number: None)
+    path.write_text(json.dumps(finite, indent=1) + "\n")
 
 
 def read_results(path: Path) -> Results:
@@ -49,9 +43,8 @@ def read_results(path: Path) -> Results:
         if not isinstance(found["results"], dict):
             raise ValueError
     except (ValueError, KeyError, TypeError):
-        raise DataError(
-            f"{path} is no result of an evaluation; megallama evaluate ... --output {path} writes one"
-        ) from None
+        what = f"{path} is no result of an evaluation"
+        raise DataError(f"{what}; megallama evaluate ... --output {path} writes one") from None
     return found
 
 
@@ -73,8 +66,8 @@ def table(results: Results) -> list[str]:
         shots = results.get("n-shot", {}).get(task)
         for name, (value, error) in metrics_of(results, task).items():
             paper = PAPER.get(task)
-            same = paper is not None and name == paper.metric and shots in (None, paper.shots)
-            beside = [f"{x / 100:.3f}" for x in paper.percent] if paper and same else [""] * len(SIZES)
+            same = paper and name == paper["metric"] and shots in (None, paper["shots"])
+            beside = [f"{x / 100:.3f}" for x in paper["percent"]] if paper and same else [""] * len(SIZES)
             rows.append([task, "" if shots is None else str(shots), name, _said(value, error), *beside])
     heads = ["task", "shots", "metric", "value", *(f"LLaMA {size}" for size in SIZES)]
     if not any(any(row[4:]) for row in rows):
