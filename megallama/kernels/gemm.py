@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,18 +79,14 @@ PRODUCT = Operation([("oneDNN", _onednn)], ("torch mm", lambda target: matmul_nt
 MAX_PRODUCT = 1 << 22  # elements that exist before they are added: a large head comes in blocks
 
 
-def add_wgrad_with(product: MatmulNT) -> AddWgrad:
+def add_wgrad(product: MatmulNT, main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
     """Accumulation by a product in the operands' format and an addition in main_grad's."""
-
-    def add(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
-        if dy.dtype == main_grad.dtype and product is matmul_nt:
-            torch.mm(dy.t(), x, out=main_grad) if overwrite else main_grad.addmm_(dy.t(), x)
-            return
-        step = max(1, MAX_PRODUCT // main_grad.shape[1])
-        for grad, part in zip(main_grad.split(step), dy.split(step, 1), strict=True):
-            grad.copy_(product(part.t(), x.t())) if overwrite else grad.add_(product(part.t(), x.t()))
-
-    return add
+    if dy.dtype == main_grad.dtype and product is matmul_nt:
+        torch.mm(dy.t(), x, out=main_grad) if overwrite else main_grad.addmm_(dy.t(), x)
+        return
+    step = max(1, MAX_PRODUCT // main_grad.shape[1])
+    for grad, part in zip(main_grad.split(step), dy.split(step, 1), strict=True):
+        grad.copy_(product(part.t(), x.t())) if overwrite else grad.add_(product(part.t(), x.t()))
 
 
 def _addmm(target: Target) -> AddWgrad:
@@ -141,7 +138,7 @@ def _wgrad_results(add: AddWgrad, target: Target) -> Results:
 
 WGRAD = Operation(
     [(TE, _te_wgrad), (APEX, _apex_wgrad), ("torch addmm into fp32", _addmm)],
-    ("that product, then add", lambda target: add_wgrad_with(target.product or matmul_nt)),
+    ("that product, then add", lambda target: partial(add_wgrad, target.product or matmul_nt)),
     _wgrad_results,
     (1e-5,),
 )
@@ -292,5 +289,5 @@ FP8_PRODUCTS = Operation(
     ("nothing here can", lambda target: fp8_gemms(quantize)),
     _fp8_results,
     (6e-2, 8e-2, 8e-2, 8e-2),  # rounding normal operands costs 2.6 % (E4M3), 5.2 % (E5M2) each
-    plain=Gemms.of(matmul_nt, add_wgrad_with(matmul_nt)),
+    plain=Gemms.of(matmul_nt, partial(add_wgrad, matmul_nt)),
 )

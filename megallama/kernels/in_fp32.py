@@ -6,12 +6,13 @@ A processor's table names these candidates (`kernels.processors`); nothing else 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megallama.kernels.attention import Attend, Documents, MakeAttention, sdpa
+from megallama.kernels.attention import Documents, MakeAttention, sdpa
 from megallama.kernels.candidate import Target, Unsupported
 from megallama.kernels.gemm import MAX_PRODUCT, AddWgrad, MatmulNT, matmul_nt, onednn_matmul_nt
 
@@ -21,20 +22,16 @@ def _need(target: Target, *formats: torch.dtype) -> None:
         raise Unsupported(f"{' and '.join(str(f).removeprefix('torch.') for f in formats)} on a CPU only")
 
 
-def product_in_fp32(product: MatmulNT) -> MatmulNT:
+def product_in_fp32(product: MatmulNT, a: Tensor, b: Tensor) -> Tensor:
     """a [m, k], b [n, k] -> a @ b.T rounded once; of b at most `MAX_PRODUCT` numbers exist in fp32."""
-
-    def multiply(a: Tensor, b: Tensor) -> Tensor:
-        left = a.float()
-        if b.numel() <= MAX_PRODUCT:
-            return product(left, b.float()).to(a.dtype)
-        out = a.new_empty(a.shape[0], b.shape[0])
-        step = max(1, MAX_PRODUCT // b.shape[1])
-        for into, part in zip(out.split(step, 1), b.split(step), strict=True):
-            into.copy_(product(left, part.float()))
-        return out
-
-    return multiply
+    left = a.float()
+    if b.numel() <= MAX_PRODUCT:
+        return product(left, b.float()).to(a.dtype)
+    out = a.new_empty(a.shape[0], b.shape[0])
+    step = max(1, MAX_PRODUCT // b.shape[1])
+    for into, part in zip(out.split(step, 1), b.split(step), strict=True):
+        into.copy_(product(left, part.float()))
+    return out
 
 
 def wgrad_in_fp32(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
@@ -43,13 +40,9 @@ def wgrad_in_fp32(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> 
     torch.mm(left.t(), right, out=main_grad) if overwrite else main_grad.addmm_(left.t(), right)
 
 
-def attention_in_fp32(attend: Attend) -> Attend:
-    """`attend`, on copies of its operands."""
-
-    def attended(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-        return attend(q.float(), k.float(), v.float(), documents).to(q.dtype)
-
-    return attended
+def sdpa_in_fp32(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    """`sdpa`, on copies of its operands."""
+    return sdpa(q.float(), k.float(), v.float(), documents).to(q.dtype)
 
 
 def _product(product: MatmulNT) -> Callable[[Target], MatmulNT]:
@@ -57,7 +50,7 @@ def _product(product: MatmulNT) -> Callable[[Target], MatmulNT]:
         _need(target, torch.bfloat16, torch.float16)
         if product is onednn_matmul_nt and not torch.backends.mkldnn.is_available():
             raise Unsupported("this torch was built without oneDNN")
-        return product_in_fp32(product)
+        return partial(product_in_fp32, product)
 
     return make
 
@@ -69,8 +62,7 @@ def _wgrad(target: Target) -> AddWgrad:
 
 def _attention(target: Target) -> MakeAttention:
     _need(target, torch.bfloat16, torch.float16)
-    attend = attention_in_fp32(sdpa)
-    return lambda num_heads, num_kv_heads, head_dim: attend
+    return lambda num_heads, num_kv_heads, head_dim: sdpa_in_fp32
 
 
 NAMED: dict[str, list[tuple[str, Callable[[Target], Any]]]] = {  # operation -> candidates that a table may name

@@ -31,11 +31,10 @@ def adamw_step(
     if divisor is not None and divisor.dtype == torch.float64:  # the kernel takes fp32
         torch._foreach_div_(grads, divisor)
         divisor = None
-    adamw(
-        masters, grads, exp_avgs, exp_avg_sqs, [], steps,
-        fused=True, grad_scale=divisor, amsgrad=False, maximize=False, has_complex=False,
-        beta1=config.beta1, beta2=config.beta2, eps=config.eps, lr=lr, weight_decay=decay,
-    )  # fmt: skip
+    values: dict[str, Any] = {"beta1": config.beta1, "beta2": config.beta2, "eps": config.eps}
+    values |= {"lr": lr, "weight_decay": decay, "grad_scale": divisor, "fused": True}
+    values |= {"amsgrad": False, "maximize": False, "has_complex": False}
+    adamw(masters, grads, exp_avgs, exp_avg_sqs, [], steps, **values)
 
 
 def _countable(tensors: Sequence[Tensor]) -> None:
@@ -61,9 +60,9 @@ def _multi_tensor_adam(kernel: Callable[..., None]) -> AdamWStep:  # Transformer
             torch._foreach_div_(grads, divisor)
         torch._foreach_add_(steps, 1)
         noop = torch.zeros(1, dtype=torch.int32, device=masters[0].device)
-        betas, adamw_mode, bias_correction = (config.beta1, config.beta2), 1, 1
-        kernel(CHUNK, noop, [grads, masters, exp_avgs, exp_avg_sqs], lr, *betas, config.eps,
-               number, adamw_mode, bias_correction, decay)  # fmt: skip
+        lists, adamw_mode, bias_correction = [grads, masters, exp_avgs, exp_avg_sqs], 1, 1
+        values = lr, config.beta1, config.beta2, config.eps, number
+        kernel(CHUNK, noop, lists, *values, adamw_mode, bias_correction, decay)
 
     return step
 

@@ -12,6 +12,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -264,19 +265,17 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
         out.copy_(rotated)
 
 
-def rotate_parts_with(apply_rope: ApplyRope) -> RotateParts:
-    """(q [b, s, n, d], k and v [b, s, k, d], cos, sin, out, back): q and k rotated, or `back`, and v, into those."""
-
-    def rotate(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Sequence[Tensor], back: bool) -> None:
-        sin = -sin if back else sin
-        for part, to in zip(parts[:2], out[:2], strict=True):
-            apply_rope(part, cos, sin, to)
-        out[2].copy_(parts[2])
-
-    return rotate
+def _rotate_parts(
+    rotate: ApplyRope, parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Sequence[Tensor], back: bool
+) -> None:
+    """q [b, s, n, d], k and v [b, s, k, d] into `out`: q and k rotated, or `back`, and v."""
+    sin = -sin if back else sin
+    for part, to in zip(parts[:2], out[:2], strict=True):
+        rotate(part, cos, sin, to)
+    out[2].copy_(parts[2])
 
 
-rotate_parts = rotate_parts_with(apply_rope)
+rotate_parts = partial(_rotate_parts, apply_rope)
 
 
 def _compiled_rope(target: Target) -> Rope:
@@ -285,7 +284,7 @@ def _compiled_rope(target: Target) -> Rope:
     def into(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
         out.copy_(rotated(x, cos, sin))
 
-    return into, rotate_parts_with(into)
+    return into, partial(_rotate_parts, into)
 
 
 def _rope_formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -383,6 +382,25 @@ SWIGLU = Operation(
 )
 
 
+def _blocks(matrix: Tensor) -> Iterable[slice]:
+    """Rows that may exist in fp32 at a time: on a GPU all of a chunk, for each pass over few is a launch."""
+    if matrix.is_cuda:
+        return [slice(None)]
+    at_once = max(1, ELEMENTS_IN_FP32 // matrix.shape[1])
+    return (slice(a, a + at_once) for a in range(0, len(matrix), at_once))
+
+
+def _in_blocks(rows_: Softmax) -> Softmax:
+    """`rows_` on as few rows at a time as may exist in fp32."""
+
+    def into(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
+        for rows in _blocks(logits):
+            rows_(logits[rows], index[rows], log_sum[rows], picked[rows], None if scale is None else scale[rows])
+
+    return into
+
+
+@_in_blocks
 def softmax_(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
     """Replace `logits` [r, v] by their softmax, times `scale` [r] if it is given.
 
@@ -390,10 +408,6 @@ def softmax_(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, sca
     `log_sum`, in which all is computed, a few rows at a time.  Other implementations may leave the
     logits to `softmax_gradient_`.
     """
-    _in_blocks(_softmax_rows)(logits, index, log_sum, picked, scale)
-
-
-def _softmax_rows(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
     exact = logits.to(log_sum.dtype)
     probs = torch.softmax(exact, 1)
     # no second pass of exponentials: the largest probability is exp(largest logit) / sum
@@ -434,24 +448,6 @@ def softmax_gradient_(
         return
     every = torch.arange(len(logits), device=logits.device)
     logits[every, index.squeeze(1)] -= at_label.to(logits.dtype)
-
-
-def _in_blocks(rows_: Softmax) -> Softmax:
-    """`rows_` on as few rows at a time as may exist in fp32."""
-
-    def into(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
-        for rows in _blocks(logits):
-            rows_(logits[rows], index[rows], log_sum[rows], picked[rows], None if scale is None else scale[rows])
-
-    return into
-
-
-def _blocks(matrix: Tensor) -> Iterable[slice]:
-    """Rows that may exist in fp32 at a time: on a GPU all of a chunk, for each pass over few is a launch."""
-    if matrix.is_cuda:
-        return [slice(None)]
-    at_once = max(1, ELEMENTS_IN_FP32 // matrix.shape[1])
-    return (slice(a, a + at_once) for a in range(0, len(matrix), at_once))
 
 
 def _compiled_softmax(target: Target) -> CrossEntropy:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from megallama.config.errors import MegallamaError
-from megallama.kernels import attention, select
+from megallama.kernels import attention, gemm, select
 from megallama.kernels.attention import ATTENTION, Attend, Documents, MakeAttention, blocked_attention, sdpa
 from megallama.kernels.candidate import APEX, TE, Operation, Target, Unsupported
-from megallama.kernels.gemm import FP8_PRODUCTS, PRODUCT, WGRAD, Gemms, add_wgrad_with, fp8_gemms, matmul_nt, quantize
+from megallama.kernels.gemm import FP8_PRODUCTS, PRODUCT, WGRAD, Gemms, fp8_gemms, matmul_nt, quantize
 from megallama.kernels.optimizer import adamw_step
 from megallama.kernels.pointwise import rms_norm, rms_norm_backward, with_additions
 from megallama.kernels.processors import Processor
@@ -22,7 +23,7 @@ from tests.kernels.plain import plain_attention
 
 CPU = torch.device("cpu")
 BF16, FP32 = Target(CPU, torch.bfloat16), Target(CPU, torch.float32)
-add_wgrad = add_wgrad_with(matmul_nt)
+add_wgrad = partial(gemm.add_wgrad, matmul_nt)
 ON_CUDA = Target(torch.device("cuda"), torch.bfloat16)
 NO_CUDA = "not Transformer Engine: no CUDA device"
 
