@@ -101,10 +101,7 @@ def step_folder(folder: Path) -> Path | None:
 
 def find_checkpoint(path: Path, log: Callable[[str], None] = lambda text: None) -> Path:
     """The step folder that `path` is or is in; of a folder of steps or a run folder the newest; else `path`."""
-    if (step := step_folder(path)) is not None:
-        return step
-    found = (newest_step(folder, log) for folder in (path, path / "checkpoints"))
-    return next((step for step in found if step is not None), path)
+    return step_folder(path) or newest_step(path, log) or newest_step(path / "checkpoints", log) or path
 
 
 def before(config: Config) -> manifest.Manifest | None:

@@ -13,6 +13,8 @@ from megallama.config.errors import counted
 from megallama.config.schema import Config
 
 RUNNING, KILLED = "running", "killed, or its machine died: it left no word"
+# neither a cause nor a cure, and nothing of `log` is
+_NO_CAUSE = "run.folder run.max_failed_starts checkpoint.folder train.stop_after_steps train.stop_after_minutes"
 
 
 class Starts:
@@ -21,8 +23,7 @@ class Starts:
     def __init__(self, lock: FolderLock, config: Config, ranks: int) -> None:
         self.lock, self._path, self._most = lock, lock.path.with_name("starts.json"), config.run.max_failed_starts
         self._fresh, tree = config.checkpoint.resume == "fresh", config.model_dump(mode="json")
-        for key in ("run.folder", "run.max_failed_starts", "checkpoint.folder", "train.stop_after_steps",
-                    "train.stop_after_minutes"):  # fmt: skip # neither a cause nor a cure, and nothing of `log` is
+        for key in _NO_CAUSE.split():
             del tree[(part := key.split("."))[0]][part[1]]
         self._same = hashlib.sha256(json.dumps([ranks, tree | {"log": 0}]).encode()).hexdigest()[:12]
         self._begun = False

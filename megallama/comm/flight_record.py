@@ -15,13 +15,12 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-PHASES = ("setting up", "between steps", "data", "forward_backward", "grad_sync", "agree", "optimizer", "save",
-          "evaluate")  # fmt: skip
+PHASES = "setting up,between steps,data,forward_backward,grad_sync,agree,optimizer,save,evaluate".split(",")
 ACTIONS = ("", "F", "B", "I", "W", "send_F", "recv_F", "send_B", "recv_B", "last sends")
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "send", "recv", "all_to_all")
-(TRAINER, STEP, PHASE, ACTION, STAGE, MICROBATCH, LAYER, CHANGED, LIMIT, LAUNCHED, COMPLETED, SAVING,
- STEPS, WAITED, BEAT, ENDED, PORT, SLOWEST, EXCESS, LAUNCHER, SUPERVISOR, GENERATION, ASKED, ANSWERED, COPIED,
- BUDDY) = range(26)  # fmt: skip
+TRAINER, STEP, PHASE, ACTION, STAGE, MICROBATCH, LAYER, CHANGED, LIMIT, LAUNCHED = range(10)
+COMPLETED, SAVING, STEPS, WAITED, BEAT, ENDED, PORT, SLOWEST, EXCESS, LAUNCHER = range(10, 20)
+SUPERVISOR, GENERATION, ASKED, ANSWERED, COPIED, BUDDY = range(20, 26)
 """Words: process; position; when it last moved [ns]; longest wait of now [ns]; actions started, and on CUDA finished;
 whether a save is under way; steps done and all time spent in waits [ns]; by the supervisor: when it last
 looked [ns], the trainer's wait status + 1, where it listens; the slowest rank + 1, and its excess in millionths; the
@@ -35,8 +34,8 @@ FIRST_CALL = FIRST_BUSY + BUSY
 MAX_GROUPS, COUNTS = 16, FIRST_CALL + CALLS * CALL_WORDS  # of each group: how many communications have begun
 SINCE = COUNTS + MAX_GROUPS  # the call that is waited for: its place in the list + 1, and since when [ns]
 WORDS = SINCE + 2
-TEXTS = {"about": 1 << 19, "groups": 1 << 16, "cause": 1 << 14, "verdict": 1 << 14, "place": 1 << 16,
-         "asked": 1 << 18, "answer": 1 << 16}  # fmt: skip # bytes of each
+TEXTS = {"about": 1 << 19, "groups": 1 << 16, "cause": 1 << 14, "verdict": 1 << 14}  # bytes of each
+TEXTS |= {"place": 1 << 16, "asked": 1 << 18, "answer": 1 << 16}
 PLACES = dict(zip(TEXTS, accumulate(TEXTS.values(), initial=WORDS * 8), strict=False))  # their first bytes
 _SIZE = -(-(WORDS * 8 + sum(TEXTS.values())) // mmap.PAGESIZE) * mmap.PAGESIZE
 

@@ -297,10 +297,7 @@ def start(
         _set_threads(run, keep_near(near, 0, {0: ("", "")}), notes)
         return World(launch, device, Solo("world", 0), (launch.host,), notes, record=record)
 
-    need = files_needed(
-        launch.world_size, groups, files, first=launch.rank == 0, store_host=launch.keeps_store,
-        cuda=device.type == "cuda", shared=run.shared_memory,
-    )  # fmt: skip
+    need = files_needed(launch, groups, files, cuda=device.type == "cuda", shared=run.shared_memory)
     problem = problem or too_many(need, raised_limit(), f"rank {launch.rank} ({launch.host})")
     cores = hashlib.sha256(str(sorted(os.sched_getaffinity(0))).encode()).hexdigest()[:8]
     own = Arrival(
@@ -437,18 +434,16 @@ def raised_limit() -> int:
     return hard if hard != resource.RLIM_INFINITY else 1 << 62
 
 
-def files_needed(
-    ranks: int, groups: Sequence[int], files: int, *, first: bool, store_host: bool, cuda: bool, shared: bool
-) -> dict[str, int]:
+def files_needed(launch: Launch, groups: Sequence[int], files: int, *, cuda: bool, shared: bool) -> dict[str, int]:
     """Open files of a rank, by what they are for: every connection is one, and without room gloo ends the process.
 
-    groups: sizes of its process groups; files: of data and checkpoint; first: it is rank 0; store_host: of the store.
+    groups: sizes of its process groups; files: of data and checkpoint.
     """
-    groups = [size for size in groups if size > 1]
+    groups, ranks = [size for size in groups if size > 1], launch.world_size
     return {
         "open already": len(os.listdir("/proc/self/fd")),
-        "the store": 4 + ranks * (1 + cuda) * store_host,  # NCCL's groups connect with it once more
-        "connections with rank 0": 8 + (ranks if first else 1),
+        "the store": 4 + ranks * (1 + cuda) * launch.keeps_store,  # NCCL's groups connect with it once more
+        "connections with rank 0": 8 + (1 if launch.rank else ranks),
         "NCCL, about": 64 * len(groups) * cuda,
         "gloo": sum(size + 3 for size in groups) * (not cuda),
         "shared memory": 2 * sum(groups) * (shared and not cuda),  # mmap keeps a second one

@@ -26,6 +26,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -312,12 +313,9 @@ def open_store(
             with tempfile.NamedTemporaryFile("w", dir=port_file.parent, prefix=port_file.name, delete=False) as file:
                 file.write(str(port))
             os.replace(file.name, port_file)
-        return _made_within(
-            left + timedelta(seconds=1),
-            lambda: dist.TCPStore(
-                host, port, None, store_host, left, wait_for_workers=False, master_listen_fd=listener
-            ),
-        )
+        named: dict[str, Any] = {"wait_for_workers": False, "master_listen_fd": listener}
+        make = partial(dist.TCPStore, host, port, None, store_host, left, **named)
+        return _made_within(left + timedelta(seconds=1), make)
     except (RuntimeError, ValueError, OSError) as error:
         text = str(error).splitlines()[0]
         if port_file is not None and isinstance(error, OSError):

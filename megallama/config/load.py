@@ -28,22 +28,22 @@ TABLES: dict[str, type[BaseModel]] = {  # settings that are lists of tables
     "data.mixture_schedule": MixtureChange,
 }
 
-ELSEWHERE = {  # names that other programs give to our settings, where they are not alike: for suggestions
-    "tensor_model_parallel_size": "parallel.tp", "tp_size": "parallel.tp",
-    "pipeline_model_parallel_size": "parallel.pp", "pp_size": "parallel.pp", "dp": "parallel.tp and parallel.pp",
-    "context_parallel_size": "parallel.cp", "cp_size": "parallel.cp",
-    "virtual_pipeline_model_parallel_size": "parallel.chunks", "num_attention_heads": "model.num_heads",
-    "num_query_groups": "model.num_kv_heads", "intermediate_size": "model.ffn_hidden_size",
-    "rotary_base": "model.rope_theta", "max_position_embeddings": "batch.seq_length",
-    "learning_rate": "optimizer.lr", "train_iters": "train.steps", "max_steps": "train.steps",
-    "adam_beta1": "optimizer.beta1", "adam_beta2": "optimizer.beta2", "rampup_batch_size": "batch.ramp_start",
-    "save": "checkpoint.folder", "save_interval": "checkpoint.interval", "data_path": "data.train",
-    "recompute_granularity": "memory.recompute", "bf16": "precision.dtype", "fp16": "precision.dtype",
-}  # fmt: skip
-
-OTHER_WORDS = {  # the same for values
-    "gpu": "cuda", "nvidia": "cuda", "half": "fp16", "float": "fp32", "single": "fp32", "double": "fp64",
-}  # fmt: skip
+# names that other programs give to our settings, where they are not alike: for suggestions
+_ELSEWHERE = """
+    tensor_model_parallel_size=parallel.tp tp_size=parallel.tp
+    pipeline_model_parallel_size=parallel.pp pp_size=parallel.pp
+    context_parallel_size=parallel.cp cp_size=parallel.cp
+    virtual_pipeline_model_parallel_size=parallel.chunks num_attention_heads=model.num_heads
+    num_query_groups=model.num_kv_heads intermediate_size=model.ffn_hidden_size
+    rotary_base=model.rope_theta max_position_embeddings=batch.seq_length
+    learning_rate=optimizer.lr train_iters=train.steps max_steps=train.steps
+    adam_beta1=optimizer.beta1 adam_beta2=optimizer.beta2 rampup_batch_size=batch.ramp_start
+    save=checkpoint.folder save_interval=checkpoint.interval data_path=data.train
+    recompute_granularity=memory.recompute bf16=precision.dtype fp16=precision.dtype
+"""
+_WORDS = "gpu=cuda nvidia=cuda half=fp16 float=fp32 single=fp32 double=fp64"  # the same for values
+ELSEWHERE, OTHER_WORDS = (dict(pair.split("=") for pair in text.split()) for text in (_ELSEWHERE, _WORDS))
+ELSEWHERE["dp"] = "parallel.tp and parallel.pp"
 
 
 class Begun(NamedTuple):
@@ -158,14 +158,18 @@ class _Reader:
         self.problems: list[str] = []
         self.bad: set[str] = set()  # keys or sections whose value is not to be trusted
 
+    def _problem(self, source: str, text: str, *bad: str) -> None:
+        self.problems.append(f"{source}: {text}")
+        self.bad |= {*bad}
+
     def read_override(self, text: str) -> None:
         """One ``section.key=value``, TOML or a text itself; ``--`` and ``-`` for ``_`` are accepted."""
         text = "checkpoint.resume=fresh" if text == "--fresh" else text
         key, equals, raw = text.removeprefix("--").partition("=")
         key, raw = self._current(key.strip().replace("-", "_"), COMMAND_LINE), raw.strip()
         if not equals:
-            self.problems.append(f"{COMMAND_LINE}: {text!r} has no value; write section.key=value, e.g. parallel.tp=2")
-            return
+            wrong = f"{text!r} has no value; write section.key=value, e.g. parallel.tp=2"
+            return self._problem(COMMAND_LINE, wrong)
         words = key in self.known and str in self.known[key].kinds
         quotes = ('"', "'") if words else ('"', "'", "[", "{")
         value: Any = raw
@@ -178,9 +182,8 @@ class _Reader:
                     around = f'texts in it need quotes, and the shell others around all of it: \'{key}=["a", "b"]\''
                     hint = around if raw.startswith(("[", "{")) else "close the quotes"
                     shown = _short(raw.replace("\n", "\\n"))
-                    self.problems.append(f"{COMMAND_LINE}: {key}={shown} is not a TOML value ({error}); {hint}")
-                    self.bad.add(key)
-                    return
+                    wrong = f"{key}={shown} is not a TOML value ({error}); {hint}"
+                    return self._problem(COMMAND_LINE, wrong, key)
                 value = {"True": True, "False": False}.get(raw, raw)
         self._take(key, value, COMMAND_LINE)
 
@@ -192,10 +195,8 @@ class _Reader:
         if name not in PRESETS:
             near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
             hint = f'did you mean "{near[0]}"? ' if near else ""
-            unknown = f"{self.sources['model.preset']}: model.preset={literal(name)} is unknown"
-            self.problems.append(f"{unknown}; {hint}presets: {', '.join(PRESETS)}")
-            self.bad |= {"model", "batch.seq_length"}
-            return
+            wrong = f"model.preset={literal(name)} is unknown; {hint}presets: {', '.join(PRESETS)}"
+            return self._problem(self.sources["model.preset"], wrong, "model", "batch.seq_length")
         own, self.values = self.values, {}
         sources, self.sources = self.sources, {}
         self.take_tree({"model": PRESETS[name]}, "", f"preset {name}")
@@ -264,19 +265,16 @@ class _Reader:
     def _take(self, key: str, value: Any, source: str) -> None:
         if key in REMOVED:
             default, why = REMOVED[key]
-            if value != default:
-                self.problems.append(f"{source}: {key}={literal(value)} is no setting any more: {why}; leave it out")
-            return
+            wrong = f"{key}={literal(value)} is no setting any more: {why}; leave it out"
+            return None if value == default else self._problem(source, wrong)
         if (setting := self.known.get(key)) is None:
             section = f"{key} is a section; write [{key}] and its settings below it"
             unknown = section if key in SECTIONS else f"unknown setting {key!r}; {self._suggest(key)}"
-            self.problems.append(f"{source}: {unknown}")
-            return
+            return self._problem(source, unknown)
         if wrong := _unusable(value):
             none = '"none" or ' if setting.optional else ""
-            self.problems.append(f"{source}: {key}{wrong}; write {none}a value, or leave the setting out")
-            self.bad.add(key)
-            return
+            wrong += f"; write {none}a value, or leave the setting out"
+            return self._problem(source, key + wrong, key)
         if setting.optional and isinstance(value, str) and value.lower() == "none":
             value = None
         value = _tuples(_tables(key, value) if key in TABLES else value)
@@ -301,8 +299,7 @@ class _Reader:
             return  # one message per setting
         refused.add(key)
         if path and key in TABLES:
-            self.problems.append(f"{source}: {_table_problem(key, path, error)}")
-            return
+            return self._problem(source, _table_problem(key, path, error))
         example = f"; for example {key}={literal(setting.default)}" if setting.default not in (None, ()) else ""
         if error["type"] == "literal_error" and isinstance(value, str):
             options = re.findall(r'"([^"]*)"', setting.type)
@@ -310,7 +307,7 @@ class _Reader:
             near = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
             example = f'; did you mean "{near[0]}"?' if near else ""
         must = "finite, " * (error["type"] == "finite_number") + setting.type + " or none" * setting.optional
-        self.problems.append(f"{source}: {key}={_short(literal(value))} must be {must}{example}")
+        self._problem(source, f"{key}={_short(literal(value))} must be {must}{example}")
 
     def _suggest(self, key: str) -> str:
         """What may have been meant; messages of the rules about it say nothing new."""

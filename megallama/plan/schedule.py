@@ -154,8 +154,8 @@ def walk(schedule: Schedule, cost: Callable[[Action], float], hop: float = 0.0) 
             if lacking := [value for value in needs if value not in made]:
                 waiting.setdefault(lacking[0], []).append(rank)
                 continue
-            there = [made[value] + hop * (schedule.owners[value.stage] != rank) for value in needs]
-            begin = max(free[rank], *there) if there else free[rank]
+            there = (made[value] + hop * (schedule.owners[value.stage] != rank) for value in needs)
+            begin = max([free[rank], *there])
             heapq.heappush(running, (begin + cost(left[rank][0]), rank, begin))
         idle = []
         if running:

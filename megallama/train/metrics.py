@@ -26,16 +26,10 @@ Record = dict[str, Any]  # a line of metrics.jsonl: "kind" (train, valid, test),
 _TRAIN, _VALID, _BASELINE = "#1f5fa8", "#d1495b", "#6b6b6b"  # colours of the plot
 
 TAGS = {  # the numbers of a step that TensorBoard and wandb get, as group/name
-    "train": ["loss", "lr", "grad_norm", "loss_scale", "consumed_tokens", "skipped_steps"],
+    "train": "loss lr grad_norm loss_scale consumed_tokens skipped_steps".split(),
     "speed": [
-        "tokens_per_second",
-        "tokens_per_second_per_rank",
-        "mfu_causal",
-        "mfu_full",
-        "step_seconds",
-        "data_wait_seconds",
-        "slowest_excess",
-        "peak_memory_bytes",
+        *"tokens_per_second tokens_per_second_per_rank mfu_causal mfu_full".split(),
+        *"step_seconds data_wait_seconds slowest_excess peak_memory_bytes".split(),
     ],
 }
 

@@ -7,6 +7,8 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from timeit import repeat
 
 import torch
 
@@ -29,30 +31,27 @@ class Timers:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, record: FlightRecord | None = None) -> None:
         self._clock, self._start = clock, clock()
-        self._record, self._open = record or FlightRecord(), ["between steps"]
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._inner: list[float] = []  # per open phase: seconds spent in the phases inside it
+        self._record, self._seconds = record or FlightRecord(), defaultdict[str, float](float)
+        self._open = [("between steps", 0.0)]  # with the seconds spent in the phases inside it
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time of the ``with`` block under `name`; the same name adds up."""
         start = self._clock()
-        self._inner.append(0.0)
-        self._open.append(name if name in PHASES else self._open[-1])
-        self._record.at(phase=self._open[-1])
+        outer, _ = self._open[-1]
+        self._open.append((name if name in PHASES else outer, 0.0))
+        self._record.at(phase=self._open[-1][0])
         try:
             yield
         finally:
             elapsed = self._clock() - start
-            self._open.pop()
-            self._record.at(phase=self._open[-1])
-            self._seconds[name] += elapsed - self._inner.pop()
-            if self._inner:
-                self._inner[-1] += elapsed
+            self._record.at(phase=outer)
+            self._seconds[name] += elapsed - self._open.pop()[1]
+            self._open[-1] = outer, self._open[-1][1] + elapsed
 
     def lap(self) -> tuple[float, dict[str, float]]:
         """(seconds since the last lap, seconds of each phase in it); starts the next one."""
-        assert not self._inner, "lap() inside a phase"
+        assert len(self._open) == 1, "lap() inside a phase"
         now = self._clock()
         total, phases = now - self._start, dict(self._seconds)
         self._start = now
@@ -117,12 +116,9 @@ def product_time_over_fp32(dtype: torch.dtype, n: int = 256) -> float:
     best, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
     for kind in (dtype, torch.float32):
-        a, times = torch.ones(n, n, dtype=kind), []
-        for _ in range(4):  # the first one warms up
-            start = time.thread_time()
-            torch.mm(a, a)
-            times.append(time.thread_time() - start)  # what else runs on the machine counts little
-        best.append(min(times))
+        product = partial(torch.mm, *[torch.ones(n, n, dtype=kind)] * 2)
+        # the first one warms up; what else runs on the machine counts little
+        best.append(min(repeat(product, timer=time.thread_time, repeat=4, number=1)))
     torch.set_num_threads(threads)
     return best[0] / best[1]
 

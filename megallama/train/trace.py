@@ -89,14 +89,12 @@ class Timed(Wrapped):
     def _call(
         self, op: str, tensor: Tensor, start: Callable[[], Handle], peer: int | None = None, reduce: Op = "sum"
     ) -> Handle:
-        call, clock = TimedCall(self.name, op, tensor.nbytes, self._tape), self._tape.clock
-        if clock is None:
-            call.inner = start()
-            return call
-        self._tape.calls.append(call)
-        call.issued = clock()
+        call, now = TimedCall(self.name, op, tensor.nbytes, self._tape), self._tape.clock
+        if now is not None:
+            self._tape.calls.append(call)
+            call.issued = now()
         call.inner = start()
-        call.started = clock()
+        call.started = now and now()
         return call
 
 

@@ -261,7 +261,7 @@ def open_files(world: World, axes: dict[str, Any]) -> tuple[int, int]:
     world.close()
     before = len(os.listdir("/proc/self/fd"))
     sizes = [len(ranks) for part in partitions(topology, 4).values() for ranks in part if world.rank in ranks]
-    need = files_needed(world.world_size, sizes, 0, first=world.rank == 0, store_host=False, cuda=False, shared=True)
+    need = files_needed(world.launch, sizes, 0, cuda=False, shared=True)
     return found - before, sum(need[name] for name in ("gloo", "shared memory", "connections with rank 0"))
 
 

@@ -7,7 +7,7 @@ import resource
 import pytest
 
 from megallama.comm.group import partitions
-from megallama.comm.launch import files_needed, raised_limit, too_many
+from megallama.comm.launch import Launch, files_needed, raised_limit, too_many
 from megallama.plan.topology import Topology
 from tests.pool import Pool
 
@@ -22,12 +22,13 @@ def test_two_thousand_ranks() -> None:
     parts = partitions(Topology(tp=4, pp=8, dp=64), 8).values()
     sizes = [len(ranks) for part in parts for ranks in part if 0 in ranks]
     assert sizes == [2048, 4, 64, 8, 2, 1]
-    gpu = files_needed(2048, sizes, 200, first=False, store_host=False, cuda=True, shared=True)
+    one, other = (Launch(rank, 2048) for rank in (0, 1))
+    gpu = files_needed(other, sizes, 200, cuda=True, shared=True)
     assert sum(gpu.values()) < 1024  # no rank but the first is connected with all others
-    first = files_needed(2048, sizes, 200, first=True, store_host=True, cuda=True, shared=True)
+    first = files_needed(one, sizes, 200, cuda=True, shared=True)
     assert (first["the store"], first["connections with rank 0"]) == (4100, 2056)
     assert first["data, checkpoints and logs"] == 208
-    cpu = files_needed(2048, sizes, 200, first=False, store_host=False, cuda=False, shared=False)
+    cpu = files_needed(other, sizes, 200, cuda=False, shared=False)
     assert cpu["gloo"] == 2048 + 4 + 64 + 8 + 2 + 5 * 3
     text = too_many({"open already": 6, "gloo": 2141}, 1024, "rank 7 (node1)")
     assert text.startswith("rank 7 (node1) will have 2,147 files open (open already 6, gloo 2,141), but its limit is")
