@@ -419,7 +419,6 @@ class Choice:
             raise UnreadableError(f"{error} (but other ranks have it: do all nodes share the folder?)") from error
 
     def _leave_out(self, name: str, error: CheckpointError) -> None:
-        """Go on without a step that cannot be read, if that was asked for. Raises: UnreadableError."""
         if not self._previous:
             raise UnreadableError(
                 f"{error}. That need not be damage: nothing was changed and no older step is taken. Once {name} can be "
@@ -429,8 +428,6 @@ class Choice:
         self._log(f"warning: {self._left_out[name]}; left out, as checkpoint.resume=previous asks")
 
     def _quarantine(self, path: Path, error: DamagedError) -> None:
-        """Rename a damaged checkpoint, so that it is neither used nor deleted; the one before it is taken."""
-
         def work() -> str | None:
             if self._group.rank:
                 return None

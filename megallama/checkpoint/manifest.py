@@ -46,7 +46,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 WEIGHTS = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class TensorPlace:
     """Where a tensor lies: its elements begin at byte `offset` of the file."""
 

@@ -214,8 +214,7 @@ def open_files(folder: Path, names: Sequence[str]) -> TensorFiles:
 
 def fill(files: TensorFiles, kind: str, shards: Sequence[Shard]) -> None:
     """Read state `kind` of all shards, in the order of the files."""
-    places = files.places
-    for shard in sorted(shards, key=lambda s: (places[s.box.key].file, places[s.box.key].offset, s.box)):
+    for shard in sorted(shards, key=lambda s: (files.places[s.box.key], s.box)):
         files.read_into(shard.box, shard.state[kind])
 
 

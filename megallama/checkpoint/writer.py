@@ -159,7 +159,7 @@ def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -
     written, outputs = 0, dict[str, _Output]()
     if isinstance(shards, list):  # in the files' order hardly a block is begun by one and ended by another
         places = content.sets["model"].places
-        shards = sorted(shards, key=lambda s: (places[s.box.key].file, places[s.box.key].offset, s.box))
+        shards = sorted(shards, key=lambda s: (places[s.box.key], s.box))
     with explained(content), open_files(content.temporary) as fd_of, ThreadPoolExecutor(THREADS) as pool:
 
         def write(place: TensorPlace, box: Box, tensor: Tensor, number: int | None) -> None:

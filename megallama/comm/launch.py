@@ -435,10 +435,7 @@ def raised_limit() -> int:
 
 
 def files_needed(launch: Launch, groups: Sequence[int], files: int, *, cuda: bool, shared: bool) -> dict[str, int]:
-    """Open files of a rank, by what they are for: every connection is one, and without room gloo ends the process.
-
-    groups: sizes of its process groups; files: of data and checkpoint.
-    """
+    """Open files of a rank, by what they are for: every connection is one, and without room gloo ends the process."""
     groups, ranks = [size for size in groups if size > 1], launch.world_size
     return {
         "open already": len(os.listdir("/proc/self/fd")),

@@ -1,7 +1,4 @@
-"""Reading a configuration: defaults, then the preset, the TOML file and ``section.key=value`` overrides.
-
-All problems are reported together, each with where its setting comes from.
-"""
+"""Reading a configuration: defaults, then the preset, the TOML file and ``section.key=value`` overrides."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
 """What the candidates for an operation share: where they run, how they decline, the comparison.
 
-A file of this folder holds the implementations of its operations and, for each, an `Operation` that
-lists them in order with the small problem on which they are compared.  Functions make those of
-Transformer Engine and of NVIDIA's apex, and import them when a GPU asks: both packages can fail to
-import in many ways (missing CUDA libraries, other versions, an unrelated package of the same name),
-so such a function returns an implementation or raises whatever it raises.
+A file of this folder holds implementations and, for each operation, an `Operation`: these in order,
+and the small problem on which they are compared.  A candidate is a function that makes one, or
+raises whatever it raises: Transformer Engine and apex can fail to import in many ways.
 """
 
 from __future__ import annotations

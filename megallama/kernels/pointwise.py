@@ -390,12 +390,12 @@ def _blocks(matrix: Tensor) -> Iterable[slice]:
     return (slice(a, a + at_once) for a in range(0, len(matrix), at_once))
 
 
-def _in_blocks(rows_: Softmax) -> Softmax:
+def _in_blocks(rows_: Callable[..., None]) -> Softmax:
     """`rows_` on as few rows at a time as may exist in fp32."""
 
-    def into(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
+    def into(logits: Tensor, *others: Tensor | None) -> None:
         for rows in _blocks(logits):
-            rows_(logits[rows], index[rows], log_sum[rows], picked[rows], None if scale is None else scale[rows])
+            rows_(logits[rows], *(None if other is None else other[rows] for other in others))
 
     return into
 

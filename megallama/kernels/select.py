@@ -1,14 +1,12 @@
 """Which implementation does each operation: candidates in order, each tried on the device.
 
-A candidate is refused with a reason: its package is missing or fails to import (any exception
-counts), the device or number format is not its own, the user left it out (`run.without_kernels`),
-or its result on a small problem differs from the plain formula.  So a broken installation costs a
-line in the log, never a run.
+One is refused with a reason: its package is missing or broken (any exception counts), the device or
+format is not its own, `run.without_kernels` leaves it out, or it is wrong on a small problem.  So a
+broken installation costs a line in the log, never a run.
 
-The order is fixed, never measured when a run starts: two ranks could take different candidates, and
-norms replicated over tensor-parallel ranks would drift apart; a run that resumed would not repeat
-its bits.  What was measured before, the table of processors, may name a candidate: it comes first.
-What ``megallama doctor --measure`` finds slow, `run.without_kernels` leaves out.
+The order is fixed, never measured when a run starts: ranks with different candidates would drift
+apart, and a run that resumed would not repeat its bits.  What was measured before, the table of
+processors, may name a candidate: it comes first.
 """
 
 from __future__ import annotations

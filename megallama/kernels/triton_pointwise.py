@@ -27,17 +27,22 @@ WIDEST = 8192  # row that a program of RMSNorm keeps in registers; wider ones sp
 
 
 @triton.jit
+def _read(at, there):
+    return tl.load(at, there, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _norm(x, branch, weight, total, out, eps, columns, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     there = at < columns
     start = tl.program_id(0).to(tl.int64) * columns
-    row = tl.load(x + start + at, there, other=0.0).to(tl.float32)
+    row = _read(x + start + at, there)
     if branch is not None:
-        added = (row + tl.load(branch + start + at, there, other=0.0).to(tl.float32)).to(out.dtype.element_ty)
+        added = (row + _read(branch + start + at, there)).to(out.dtype.element_ty)
         tl.store(total + start + at, added, there)
         row = added.to(tl.float32)  # the rounded sum, of which the backward forms the norm again
     rstd = tl.rsqrt(tl.sum(row * row, 0) / columns + eps)
-    scale = tl.load(weight + at, there, other=0.0).to(tl.float32)
+    scale = _read(weight + at, there)
     tl.store(out + start + at, (row * rstd * scale).to(out.dtype.element_ty), there)
 
 
@@ -45,12 +50,12 @@ def _norm(x, branch, weight, total, out, eps, columns, BLOCK: tl.constexpr):
 def _norm_backward(dy, x, weight, residual, dx, again, partial, eps, rows, columns, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     there = at < columns
-    scale = tl.load(weight + at, there, other=0.0).to(tl.float32)
+    scale = _read(weight + at, there)
     total = tl.zeros([BLOCK], tl.float32)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         start = tl.cast(row, tl.int64) * columns
-        normed = tl.load(x + start + at, there, other=0.0).to(tl.float32)
-        grad = tl.load(dy + start + at, there, other=0.0).to(tl.float32)
+        normed = _read(x + start + at, there)
+        grad = _read(dy + start + at, there)
         rstd = tl.rsqrt(tl.sum(normed * normed, 0) / columns + eps)
         normed = normed * rstd
         product = grad * normed
@@ -59,7 +64,7 @@ def _norm_backward(dy, x, weight, residual, dx, again, partial, eps, rows, colum
             tl.store(again + start + at, (normed * scale).to(dx.dtype.element_ty), there)
         grad = (grad * scale - normed * mean) * rstd
         if residual is not None:
-            grad += tl.load(residual + start + at, there, other=0.0).to(tl.float32)
+            grad += _read(residual + start + at, there)
         tl.store(dx + start + at, grad.to(dx.dtype.element_ty), there)
         total += product
     tl.store(partial + tl.program_id(0).to(tl.int64) * columns + at, total, there)
@@ -162,8 +167,8 @@ def _turn(x, out, cos, sin, sign, heads, x_head, out_head, half, HEADS: tl.const
             rows = head + tl.arange(0, HEADS)[:, None]
             there = (rows < heads) & (at < half)[None, :]
             source, to = x + rows * x_head + at[None, :], out + rows * out_head + at[None, :]
-            a = tl.load(source, there, other=0.0).to(tl.float32)
-            b = tl.load(source + half, there, other=0.0).to(tl.float32)
+            a = _read(source, there)
+            b = _read(source + half, there)
             tl.store(to, (a * c - b * s).to(out.dtype.element_ty), there)
             tl.store(to + half, (b * c + a * s).to(out.dtype.element_ty), there)
 

@@ -64,7 +64,6 @@ class Watch:
             self._warn(text)
 
     def _compare_gradients(self) -> None:
-        """Name the ranks whose own gradient was far larger than those of the ranks with the same weights."""
         own = [norm for sync in self._setup.worker.optimizer.syncs for norm in sync.norms]
         norm = float(torch.stack(own).norm()) if own else 0.0
         norms = self._setup.world.group.gather_values(norm if norm < inf else inf)
