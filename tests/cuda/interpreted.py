@@ -297,7 +297,7 @@ FAULTS = [  # operation, file, what stands there, what stands there instead
     ("RMSNorm", POINTWISE, "normed * mean) * rstd", "mean) * rstd"),
     ("RMSNorm", POINTWISE, "row = added.to(tl.float32)", "row = row"),
     ("RMSNorm", POINTWISE, "(normed * scale).to(dx", "normed.to(dx"),
-    ("RMSNorm", POINTWISE, "tl.load(residual +", "0 * tl.load(residual +"),
+    ("RMSNorm", POINTWISE, "_read(residual +", "0 * _read(residual +"),
     ("RMSNorm", POINTWISE, "range(0, programs, ROWS)", "range(ROWS, programs, ROWS)"),
     ("RMSNorm", POINTWISE, "& (overwrite == 0)", "& (overwrite != 0)"),
     ("RMSNorm", POINTWISE, "(first + rows < programs) &", ""),
