@@ -50,7 +50,7 @@ def steps(dtype: str, tokens: int, length: int, count: int) -> list[float]:
     model = f"hidden_size={s.hidden} num_layers={s.layers} num_heads={s.heads} ffn_hidden_size={s.ffn}"
     words = [f"model.{word}" for word in f"{model} vocab_size={s.vocab}".split()]
     words += [f"batch.seq_length={tokens}", "batch.micro_batch_size=1", "batch.global_batch_size=1"]
-    config = load(None, [*words, f"precision.dtype={dtype}", "data.synthetic=true", "train.eval_interval=0"], ranks=1)
+    config = load(None, [*words, f"precision.dtype={dtype}", "data.synthetic=true", "eval.interval=0"], ranks=1)
     config = config.model_copy(update={"data": config.data.model_copy(update={"document_mask": length > 0})})
     plan, device = make_plan(config, 1), torch.device("cpu")
     groups = build_groups(plan.topology, 0, s.heads, lambda name, parts: Solo(name))

@@ -38,7 +38,7 @@ train() {  # train LOGS OPTIONS...: all ranks; their exit status
   srun --overcommit --ntasks=4 --kill-on-bad-exit=0 --wait=60 --output="$run/$logs-rank-%t.log" "$python" -u \
     -m megallama.pretrain examples/debug.toml run.device=cpu run.folder="$run" data.synthetic=false \
     data.train="$data/text_train" data.valid="$data/text_valid" data.tokenizer="$data/tokenizer.model" \
-    optimizer.lr=3e-3 train.steps=$steps train.eval_interval=100 parallel.tp=2 parallel.pp=2 "$@"
+    optimizer.lr=3e-3 train.steps=$steps eval.interval=100 parallel.tp=2 parallel.pp=2 "$@"
 }
 
 fail() {

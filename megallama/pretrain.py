@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,9 @@ def _run(arguments: Sequence[str], signals: SignalFlag, record: FlightRecord) ->
             signals.before_leaving(starts.ended_early)
         with start(launch, config.run, listener=signals, record=record, **needs) as world:
             try:
-                with set_up(config, plan, world, log, signals, starts) as setup:  # opens the log of a good request
+                # beside the engine, where nothing else knows its name
+                tasks_of = import_module("megallama.evaluation.harness").tasks_of if config.eval.tasks else None
+                with set_up(config, plan, world, log, signals, starts, tasks_of) as setup:  # opens a good request's log
                     return TrainingLoop(setup).run()
             except Exception as error:
                 return _failed(error, world, log, signals, Path(config.run.folder), starts)

@@ -314,8 +314,8 @@ class Quickstart:
             "precision.dtype": self.machine.dtype,
             "lr_schedule.warmup_steps": min(20, self.steps // 5),
             "train.steps": self.steps,
-            "train.eval_interval": max(1, self.steps // 4),
-            "train.eval_batches": min(16, -(-self.facts["valid"]["tokens"] // BATCH_TOKENS)),  # all of it, once
+            "eval.interval": max(1, self.steps // 4),
+            "eval.batches": min(16, -(-self.facts["valid"]["tokens"] // BATCH_TOKENS)),  # all of it, once
         }
         config = load(ROOT / CONFIG, ranks=4)
         usual = {key: attrgetter(key)(config) for key in values}

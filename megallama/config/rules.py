@@ -310,8 +310,12 @@ def _data(config: Config, ranks: int | None) -> Iterator[str]:
             yield f"data.synthetic=true leaves data.{key}={literal(value)} unread; leave one of them out"
     if not d.train and not d.synthetic:
         yield "data.train is empty; write data.train=PREFIX (of PREFIX.bin and PREFIX.idx), or data.synthetic=true"
-    if (every := config.train.eval_interval) and not d.valid and not d.synthetic:
-        yield f"train.eval_interval={every} but data.valid is empty; write data.valid=PREFIX, or train.eval_interval=0"
+    if (every := config.eval.interval) and not d.valid and not d.synthetic:
+        yield f"eval.interval={every} but data.valid is empty; write data.valid=PREFIX, or eval.interval=0"
+    if (tasks := config.eval.tasks) and d.tokenizer is None:
+        yield f"eval.tasks={literal(tasks)} are texts, and data.tokenizer is none; write data.tokenizer=FILE"
+    if (every := config.eval.tasks_interval) and not tasks:
+        yield f'eval.tasks_interval={every} but eval.tasks is empty; write eval.tasks=["FILE.jsonl"], or leave it out'
     for key, sources in (("train", d.train), ("valid", d.valid), ("test", d.test)):
         seen: set[str] = set()
         for i, s in enumerate(sources):

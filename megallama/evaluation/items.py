@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from megallama.config.errors import DataError
 from megallama.data.tokenizer import Tokenizer
-from megallama.evaluation.scorer import Row, Scorer
+from megallama.evaluation.scorer import Row, Score
 
+Scores = Callable[[Sequence[Row]], list[Score]]
 FORM = '{"context": "The sky is", "choices": [" blue", " green"], "gold": 0}'
 
 
@@ -47,18 +48,13 @@ def start_of(tokenizer: Tokenizer | None) -> int | None:
 class Encoder:
     """Contexts and continuations as rows, as lm-evaluation-harness cuts them."""
 
-    def __init__(self, tokenizer: Tokenizer, context: int, bos: bool) -> None:
-        self.tokenizer, self._context, self._bos = tokenizer, context, bos
-        self.prefix = start_of(tokenizer)
-
-    def plain(self, text: str) -> list[int]:
-        """The ids of the text alone."""
-        return self.tokenizer.encode(text)
+    def __init__(self, tokenizer: Tokenizer, context: int, bos: bool, prefix: int | None) -> None:
+        self.tokenizer, self.context, self.prefix = tokenizer, context, prefix
+        self._begin = [prefix] if bos and prefix is not None else []
 
     def encode(self, text: str) -> list[int]:
         """With the begin-of-sequence id where the model's tokenizer puts one."""
-        ids = self.tokenizer.encode(text)
-        return [self.tokenizer.bos_id, *ids] if self._bos and self.tokenizer.bos_id is not None else ids
+        return [*self._begin, *self.tokenizer.encode(text)]
 
     def row(self, context: str, continuation: str) -> Row:
         """Spaces that end the context belong to the continuation; of a context that is too long the end is kept."""
@@ -70,29 +66,29 @@ class Encoder:
         elif self.prefix is None:
             raise DataError("a text without a context needs a begin- or end-of-document token, and there is none")
         else:
-            ids = self.tokenizer.encode(continuation)
-            whole, before = [self.prefix, *ids], 1
+            whole, before = [self.prefix, *self.tokenizer.encode(continuation)], 1
         before = min(before, len(whole) - 1)  # a continuation that joins the context's last token
-        cut = max(0, len(whole) - self._context - 1)
+        cut = max(0, len(whole) - self.context - 1)
         if before - cut < 1:
-            raise DataError(
-                f"a continuation has {len(whole) - before} tokens, and the context {self._context}: it does not fit; "
-                "give a larger --context, if the model has one, or leave the task out"
-            )
+            sizes = f"a continuation has {len(whole) - before} tokens, and the context {self.context}: it does not fit"
+            raise DataError(f"{sizes}; give a larger --context, if the model has one, or leave the task out")
         return Row(whole[cut:], before - cut)
 
 
-def score_items(scorer: Scorer, encoder: Encoder, items: Sequence[Item], answer: bool = False) -> dict[str, np.ndarray]:
+def score_items(
+    scorer: Scores, encoder: Encoder, items: Sequence[Item], answer: bool = False, known: Sequence[Any] = ()
+) -> dict[str, np.ndarray]:
     """Per item, of the choice found likeliest, whether it is right; and the bits that the right one costs.
 
     acc: by log-probability; acc_norm: divided by the characters of the choice; bits_per_byte: of the right choice.
     acc_answer, only if asked for, since it costs as many rows again: less the log-probability after "Answer:" alone.
+    known: log-probabilities of all choices, where they have been scored.
     """
-    rows = [encoder.row(item.context, choice) for item in items for choice in item.choices]
+    rows = [] if known else [encoder.row(item.context, choice) for item in items for choice in item.choices]
     spaced = (c if c[:1].isspace() else f" {c}" for item in items for c in item.choices)
     alone = [encoder.row("Answer:", choice) for choice in spaced] if answer else []
     found = iter(score.log_prob for score in scorer([*rows, *alone]))
-    sums = [np.array([next(found) for _ in item.choices]) for item in items]
+    sums = [np.array(own) for own in known or [[next(found) for _ in item.choices] for item in items]]
     sizes = [np.array([len(c) for c in item.choices]) for item in items]
     gold = [i.choices[i.gold].encode() for i in items]
     by = {"acc": sums, "acc_norm": [s / n for s, n in zip(sums, sizes, strict=True)]}

@@ -81,7 +81,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def beyond_noise(a: Sequence[float], b: Sequence[float], rounds: int = ROUNDS, seed: int = 0) -> tuple[float, float]:
+def beyond_noise(a: Sequence[float], b: Sequence[float], rounds: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Of values of the same items: mean of b - a, and the standard error of that by the paired bootstrap.
 
     Efron and Tibshirani 1993: items are drawn again with replacement, the same ones for both.

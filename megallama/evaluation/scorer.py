@@ -59,7 +59,7 @@ class Score:
 class Scorer:
     """Scores rows on all ranks of `worker`, which call it alike and have the same answer.
 
-    stop: whether this rank was asked to stop, asked once a window of micro-batches.
+    stop: whether this rank was asked to stop, asked before any and once a window of micro-batches.
     """
 
     def __init__(self, worker: Worker, stop: Callable[[], bool] = lambda: False) -> None:
@@ -74,7 +74,8 @@ class Scorer:
         for stage in stages.values():
             stage.head = cast(Any, stage.head and partial(self._score, stage.head))
         work = {n: StageWork(stage, worker.buffers[n].queue, nullcontext) for n, stage in stages.items()}
-        self._runtime = PipelineRuntime(work, groups.pp, hidden, shares=shares, longest=longest // cp)
+        record = worker.runtime.observer.record
+        self._runtime = PipelineRuntime(work, groups.pp, hidden, record, shares=shares, longest=longest // cp)
         self._found: dict[int, Tensor] = {}  # by the address of a micro-batch
 
     def _score(self, head: LossHead, x: Tensor, branch: Tensor | None, batch: MicroBatch) -> Tensor:
@@ -89,10 +90,10 @@ class Scorer:
         scores: dict[int, Score] = {}
         batches = list(self._pack(rows, order))
         size = WINDOW * self.worker.groups.pp.size * self.worker.groups.dp.size
-        for a in range(0, len(batches), size):
+        for a in range(0, max(1, len(batches)), size):
             if self._all_reduce(torch.tensor([float(self._stop())]))[0]:
                 raise Interrupted(f"evaluation stopped after {len(scores)} of {len(rows)} rows")
-            scores.update(self._window(rows, batches[a : a + size]))
+            scores.update(self._window(rows, batches[a : a + size]) if batches else {})
         return [scores[i] for i in range(len(rows))]
 
     def _check(self, rows: Sequence[Row]) -> None:

@@ -73,28 +73,23 @@ def _of_pair(path: Path) -> Iterator[Text]:
 class Sums:
     """Of the scored tokens of a source."""
 
-    log_prob: float = 0.0
-    tokens: int = 0
     bytes: float = 0.0
     documents: int = 0
     at: np.ndarray = field(default_factory=lambda: np.zeros((2, 40)))  # sum and tokens, by log2 of the tokens before
 
     def add(self, row: Row, score: Score) -> None:
-        self.log_prob += score.log_prob
-        self.tokens += len(score.token_log_probs)
         buckets = np.log2(np.arange(row.first, len(row.ids))).astype(int)
         np.add.at(self.at[0], buckets, score.token_log_probs)
         np.add.at(self.at[1], buckets, 1)
 
     def metrics(self) -> dict[str, Any]:
         """Loss [nats per token], perplexity, bits per byte of the text, and the loss by position."""
-        loss = -self.log_prob / self.tokens
-        bits = -self.log_prob / math.log(2) / self.bytes if self.bytes > 0 else None
-        by = {
-            f"{2**b}-{2 ** (b + 1) - 1}" if b else "1": -self.at[0, b] / self.at[1, b] for b in self.at[1].nonzero()[0]
-        }
+        log_prob, tokens = self.at.sum(1).tolist()
+        loss, bits = -log_prob / tokens, -log_prob / math.log(2) / self.bytes if self.bytes > 0 else None
+        there = self.at[1].nonzero()[0]
+        by = {f"{2**b}-{2 ** (b + 1) - 1}" if b else "1": -self.at[0, b] / self.at[1, b] for b in there}
         numbers = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}
-        return {**numbers, "tokens": self.tokens, "documents": self.documents, "loss_by_position": by}
+        return {**numbers, "tokens": int(tokens), "documents": self.documents, "loss_by_position": by}
 
 
 def score_texts(scorer: Scorer, texts: Iterable[Text], prefix: int | None) -> dict[str, dict[str, Any]]:

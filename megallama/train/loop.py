@@ -22,7 +22,7 @@ from megallama.train.metrics import MetricsWriter, Record, plot_loss, read_metri
 from megallama.train.setup import Setup, go_back
 from megallama.train.signals import SAVED
 from megallama.train.speed import Meter, Timers, peak_flops, peak_memory_bytes
-from megallama.train.step import RankStatus, StepConsensus, evaluate, train_step
+from megallama.train.step import RankStatus, StepConsensus, Task, evaluate, evaluate_task, train_step
 from megallama.train.watch import Watch
 
 FINISHED = 0  # exit status: all steps are done
@@ -116,7 +116,7 @@ class TrainingLoop:
         self.setup, self.progress = setup, setup.progress
         self._config, self._world, self._log, self._manager = setup.config, setup.world, setup.log, setup.manager
         self._timers, self._watch = Timers(record=setup.world.record), Watch(setup)
-        self._missing: list[tuple[str, Source]] = []  # kind, source: evaluations of the last step
+        self._missing: list[tuple[str, Source | Task]] = []  # kind, source: evaluations of the last step
         self._overflow = False  # of the loss scale, in the last step
         self._save_owed = False  # a save that was due while the steps were bad
 
@@ -316,14 +316,19 @@ class TrainingLoop:
         error.shared, error.status = True, status
         raise error from failure
 
-    def _due(self) -> list[tuple[str, Source]]:
+    def _due(self) -> list[tuple[str, Source | Task]]:
         """The evaluations that belong after the last step, and at the end of the run all."""
-        step, interval, data = self.progress.step, self._config.train.eval_interval, self.setup.data
-        last = step == self.setup.last_step
-        valid = data.valid if interval and step and (step % interval == 0 or last) else ()
-        return [("valid", source) for source in valid] + [("test", source) for source in data.test if last]
+        step, own, setup = self.progress.step, self._config.eval, self.setup
+        kinds: dict[str, tuple[int, Sequence[Source | Task]]] = {
+            "valid": (own.interval, setup.data.valid),
+            "task": (own.tasks_interval or setup.last_step, setup.tasks),
+            "test": (setup.last_step, setup.data.test),
+        }
+        last = step == setup.last_step
+        due = [kind for kind, (every, _) in kinds.items() if every and step and (last or step % every == 0)]
+        return [(kind, one) for kind in due for one in kinds[kind][1]]
 
-    def _never_made(self) -> list[tuple[str, Source]]:
+    def _never_made(self) -> list[tuple[str, Source | Task]]:
         """Those that belong after the step of the checkpoint and that no earlier start has made."""
         if not (self.progress.may_lack_evaluations and (due := self._due())):
             return []
@@ -338,11 +343,17 @@ class TrainingLoop:
         """Make the evaluations that are missing; why all ranks stop, if asked for meanwhile."""
         if not self._missing:
             return None
+        self._world.record.at(step=self.progress.step)  # a start may make nothing else
+        own, worker, until = self._config.eval, self.setup.worker, None
         with self._timers.phase("evaluate"), self._world.patient(self._config.run.io_timeout_seconds):
             while self._missing:
                 kind, source = self._missing[0]
-                most = self._config.train.eval_batches if kind == "valid" else None
-                numbers, known, failure = evaluate(self.setup.worker, source, most, self._status)
+                if isinstance(source, Task):
+                    until = until or time.monotonic() + own.max_seconds
+                    numbers, known, failure = evaluate_task(worker, source, until, self._status)
+                else:
+                    most = own.batches if kind == "valid" else None
+                    numbers, known, failure = evaluate(worker, source, most, self._status)
                 if known.failed:
                     self._end_together(failure)
                 if isinstance(numbers, str):

@@ -22,7 +22,7 @@ from megallama.config.errors import counted
 from megallama.config.schema import Config
 from megallama.train.log import Logger, human_bytes, human_count, human_duration
 
-Record = dict[str, Any]  # a line of metrics.jsonl: "kind" (train, valid, test), "step", numbers
+Record = dict[str, Any]  # a line of metrics.jsonl: "kind" (train, valid, test, task), "step", numbers
 _TRAIN, _VALID, _BASELINE = "#1f5fa8", "#d1495b", "#6b6b6b"  # colours of the plot
 
 TAGS = {  # the numbers of a step that TensorBoard and wandb get, as group/name
@@ -37,8 +37,8 @@ TAGS = {  # the numbers of a step that TensorBoard and wandb get, as group/name
 def scalars(record: Record) -> dict[str, float]:
     """Flat names and values, for TensorBoard and wandb."""
     if record["kind"] != "train":
-        tag = _tag(record)
-        values = {f"{tag}/loss": record["loss"], f"{tag}/bits_per_byte": record["bits_per_byte"]}
+        own = record["metrics"] if "metrics" in record else {name: record[name] for name in ("loss", "bits_per_byte")}
+        values = {f"{_tag(record)}/{name}": value for name, value in own.items()}
     else:
         values = {f"{group}/{name}": record.get(name) for group, names in TAGS.items() for name in names}
         values |= {f"seconds/{name}": seconds for name, seconds in record["phase_seconds"].items()}
@@ -53,7 +53,12 @@ def _tag(record: Record) -> str:
 
 def line(record: Record, steps: int) -> str:
     """The console line, of a run of `steps` steps: with the time before it, at most 120 columns."""
-    step, kind, loss = f"step {record['step']}/{steps}", record["kind"], record["loss"]
+    step, kind, loss = f"step {record['step']}/{steps}", record["kind"], record.get("loss", math.nan)
+    if kind == "task":
+        parts = [f"{name} {value:.4f}" for name, value in record["metrics"].items()]
+        parts = parts or ["left out, eval.max_seconds are over; give more of them, or a smaller eval.limit"]
+        amount = f"{counted(record['items'], 'item')} in {human_duration(record['seconds'])}"
+        return " | ".join([step, record["name"], *parts, amount])
     if kind == "train":
         norm = f"grad norm {record['grad_norm']:.3f}"
         parts = [f"loss {loss:.4f}", f"lr {record['lr']:.2e}", norm]
@@ -257,14 +262,15 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 def plot_loss(metrics: Path, png: Path, *, title: str = "", baseline: float | None = None) -> tuple[Path | None, str]:
     """Draw the losses over tokens; (png, "") or (None, why not). baseline: the corpus's unigram loss."""
     try:
-        records = [r for r in read_metrics(metrics) if isinstance(r.get("loss"), float) and "consumed_tokens" in r]
+        records = [r for r in read_metrics(metrics) if "consumed_tokens" in r]
     except OSError as error:
         return None, f"{metrics} cannot be read: {error.strerror}"
+    tasks, records = [r for r in records if "metrics" in r], [r for r in records if isinstance(r.get("loss"), float)]
     train = [r for r in records if r.get("kind") == "train" and not r.get("skipped")]
     if len(train) < 2:
         return None, f"{metrics} holds fewer than 2 training steps"
     try:
-        _draw(train, [r for r in records if r.get("kind") == "valid"], png, title, baseline)
+        _draw(train, [r for r in records if r.get("kind") == "valid"], tasks, png, title, baseline)
     except ImportError:
         return None, "matplotlib is not installed; pip install matplotlib"
     except OSError as error:
@@ -272,12 +278,24 @@ def plot_loss(metrics: Path, png: Path, *, title: str = "", baseline: float | No
     return png, ""
 
 
-def _draw(train: list[Record], valid: list[Record], png: Path, title: str, baseline: float | None) -> None:
+def _draw(
+    train: list[Record], valid: list[Record], tasks: list[Record], png: Path, title: str, baseline: float | None
+) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    axes = figure.add_subplot()
+    below = [name for name in ("acc", "bits_per_byte") if any(name in r["metrics"] for r in tasks)]
+    figure = Figure(figsize=(8, 4.8 + 2.4 * len(below)), layout="constrained")
+    ratios = [2.0] + [1.0] * len(below)
+    axes, *panels = figure.subplots(1 + len(below), squeeze=False, sharex=True, height_ratios=ratios)[:, 0]
+    for panel, metric in zip(panels, below, strict=True):
+        for i, name in enumerate(sorted({r["name"] for r in tasks if metric in r["metrics"]})):
+            own = [r for r in tasks if r["name"] == name and r["metrics"].get(metric) is not None]
+            xs, ys = [r["consumed_tokens"] for r in own], [r["metrics"][metric] for r in own]
+            panel.plot(xs, ys, marker="os^Dv"[i % 5], markersize=5, linewidth=1, label=f"{name} (last {ys[-1]:.3f})")
+        panel.set(ylabel=metric.replace("_", " "))
+        panel.grid(alpha=0.25, linewidth=0.6)
+        panel.legend(frameon=False)
     tokens, losses = ([r[key] for r in train] for key in ("consumed_tokens", "loss"))
     axes.plot(tokens, losses, color=_TRAIN, linewidth=0.7, alpha=0.35)
     axes.plot(tokens, smooth(losses, max(3, len(losses) // 40)), color=_TRAIN, linewidth=1.8, label="training")

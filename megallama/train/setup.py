@@ -24,7 +24,7 @@ from megallama.checkpoint.writer import NotFiniteError
 from megallama.comm.launch import World
 from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.config.describe import literal
-from megallama.config.errors import ConfigError, MegallamaError, counted
+from megallama.config.errors import ConfigError, DataError, MegallamaError, counted
 from megallama.config.rules import check, unusual
 from megallama.config.schema import BatchConfig, Config, LrScheduleConfig, OptimizerConfig, current
 from megallama.data.sources import Data, TrainDataset, open_sources
@@ -38,12 +38,14 @@ from megallama.train.log import Logger, human_bytes, human_count
 from megallama.train.progress import Progress, TrainingStopped
 from megallama.train.signals import FAILED, SAVED, SignalFlag
 from megallama.train.speed import slow_format
+from megallama.train.step import Task
 from megallama.train.supervised import introduce
 from megallama.train.trace import StepTracer
 
 T = TypeVar("T")
 GIB = 2**30
 USED = 0.5  # of the memory at hand: as much as a plan may take without having been asked for
+TasksOf = Callable[[Config, Data, Callable[[str], None]], Sequence[Task]]  # of eval.tasks; says what is left out
 RankNeeds = tuple[str, int, int, dict[str, int]]  # host, bytes: certain, by estimate, `room`
 ORDER = ("data.train", "data.mixture_schedule", "data.synthetic", "train.seed", "batch.seq_length")
 
@@ -65,6 +67,7 @@ class Setup:
     copies: MemoryCopies | None  # in memory that outlives this process; None: not made
     computes_with: str = ""  # what bits depend on besides layout and versions
     named: Mapping[str, str] = field(default_factory=dict)  # what a resumed run takes too: operation -> implementation
+    tasks: Sequence[Task] = ()
     last_step: int = 0  # train.steps, or fewer where the data end; known once the state is restored
 
     @property
@@ -95,8 +98,9 @@ def set_deterministic(on: bool) -> None:
 
 @contextmanager
 def set_up(
-    config: Config, plan: Plan, world: World, log: Logger, signals: SignalFlag, starts: Starts | None = None
-) -> Iterator[Setup]:
+    config: Config, plan: Plan, world: World, log: Logger, signals: SignalFlag, starts: Starts | None = None,
+    tasks_of: TasksOf | None = None,
+) -> Iterator[Setup]:  # fmt: skip
     """Set up a run; within, its folder is locked, and an error is told to the other ranks."""
     plan = _recomputing(plan, world, log)
     config, progress = plan.config, Progress(plan.config)
@@ -104,6 +108,7 @@ def set_up(
     data = _on_all(world, "data", lambda: open_sources(config))
     for text in data.notes:
         log.info(text)
+    tasks = _tasks(config, data, world, log, tasks_of) if tasks_of else ()
     assert config.checkpoint.folder is not None, "filled in when a configuration is loaded"
     group, folder = world.host_group("checkpoint"), Path(config.checkpoint.folder)
     path = data.tokenizer.path if data.tokenizer else None
@@ -129,7 +134,8 @@ def set_up(
         device = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
         computes_with, copies = f"{device}, {threads}, {kernels}", _memory_copies(config, world, worker, log)
         setup = Setup(
-            config, plan, world, log, signals, data, manager, worker, tracer, progress, copies, computes_with, named
+            config, plan, world, log, signals, data, manager, worker, tracer, progress, copies, computes_with, named,
+            tasks,
         )  # fmt: skip
         yield replace(setup, last_step=_restore(setup))
         manager.starts.over("", SAVED)
@@ -148,6 +154,19 @@ def set_up(
         raise
     finally:
         manager.release()
+
+
+def _tasks(config: Config, data: Data, world: World, log: Logger, tasks_of: TasksOf) -> Sequence[Task]:
+    """Tried before anything is made. Raises: MegallamaError, on all ranks."""
+    tasks = _on_all(world, "eval.tasks", lambda: tasks_of(config, data, log.info))
+    first, *others = world.group.gather_values({task.name: task.digest for task in tasks})
+    for rank, own in enumerate(others, 1):
+        if names := [name for name in {**first, **own} if first.get(name) != own.get(name)]:
+            where = f"rank {rank} on {world.hosts[rank]}"
+            error = DataError(f"eval.tasks: {where} has other items of {', '.join(names)} than rank 0; copy its files")
+            error.shared = True
+            raise error
+    return tasks
 
 
 def _check_beginning(config: Config, data: Data, manager: CheckpointManager, world: World) -> None:

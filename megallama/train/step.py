@@ -163,6 +163,40 @@ def evaluate_step(
     return consensus(worker, rank_numbers(worker, loss_sum, torch.zeros_like(loss_sum)), status(), tokens)
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a run is evaluated on besides held-out text; a command brings it, and here no more is known of it.
+
+    score: its "metrics" by name, "items" and more, on all ranks; None where one of them said that all stop.
+    """
+
+    name: str
+    digest: str  # of its items
+    score: Callable[[Worker, Callable[[], bool]], Record | None]
+
+
+def evaluate_task(
+    worker: Worker, task: Task, until: float, status: Callable[[bool], RankStatus]
+) -> tuple[Record | str, StepConsensus, None]:
+    """As `evaluate`; what is not done at `until` on any rank, by `time.monotonic`, is left out, without metrics."""
+    started = time.monotonic()
+
+    def stop() -> bool:
+        own = status(False)
+        return own.received is not None or own.late or time.monotonic() >= until
+
+    worker.optimizer.wait()  # for the weights, which come under the next forward
+    numbers, known = task.score(worker, stop), consensus(worker, _nothing(worker), status(False))
+    if numbers is None and known.stop_reason:
+        return "before its end", known, None
+    return {"seconds": time.monotonic() - started, **(numbers or {"metrics": {}, "items": 0})}, known, None
+
+
+def _nothing(worker: Worker) -> dict[str, Tensor]:
+    """In place of the numbers of a step."""
+    return dict.fromkeys(("loss", "norm_squared"), torch.zeros((), dtype=torch.float64, device=worker.device))
+
+
 def evaluate(
     worker: Worker, source: Source, most: int | None, status: Callable[[bool], RankStatus]
 ) -> tuple[Record | str, StepConsensus, MegallamaError | None]:
@@ -180,8 +214,7 @@ def evaluate(
     def ids_of_step(batch: int) -> Sequence[Sequence[int]]:
         return config.batch.sample_ids(batch * size, size, dp.size, dp.rank)
 
-    nothing = torch.zeros((), dtype=torch.float64, device=worker.device)
-    known = consensus(worker, {"loss": nothing, "norm_squared": nothing}, status(False))
+    known = consensus(worker, _nothing(worker), status(False))
     total, tokens, done, failure, schedule = 0.0, 0, 0, None, plan.schedule_for(count, training=False)
     with Loader(
         source.read, ids_of_step, stop_step=batches, num_samples=source.num_sequences, prefetch=0, device=worker.device,

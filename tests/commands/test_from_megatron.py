@@ -119,7 +119,7 @@ def test_a_small_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert (b.global_batch_size, b.micro_batch_size, b.seq_length, t.steps) == (8, 2, 32, 100)
     assert (o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.clip_grad) == (1e-3, 0.9, 0.999, 1e-8, 0.01, 1.0)
     assert (s.kind, s.wsd_decay_steps, s.warmup_steps, s.decay_steps, s.min_ratio) == ("wsd", 0, 0, 100, 0.0)
-    assert (t.eval_interval, t.eval_batches, config.log.interval, t.seed) == (1000, 100, 100, 1234)
+    assert (config.eval.interval, config.eval.batches, config.log.interval, t.seed) == (1000, 100, 100, 1234)
     assert (config.precision.dtype, config.memory.recompute, config.data.synthetic) == ("bf16", "none", True)
     told = capsys.readouterr().err
     assert "266,816 parameters; 8 x 32 = 256 tokens per step; 100 steps, 25,600 tokens" in told
@@ -165,7 +165,7 @@ def test_rocm_llama2_70b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     config = converted(ROCM, tmp_path, "--ranks=8")
     assert num_parameters(config.model) == 68_976_648_192
     assert (config.parallel.tp, config.parallel.sequence_parallel, config.batch.global_batch_size) == (8, True, 8)
-    assert (config.train.steps, config.train.eval_interval) == (10, 0)
+    assert (config.train.steps, config.eval.interval) == (10, 0)
     s = config.lr_schedule
     assert (s.kind, s.decay_steps, s.warmup_steps, s.min_ratio) == ("cosine", 320_000, 0, 0.1)
     assert "68,976,648,192 parameters; 8 x 4096 = 32,768 tokens per step; 10 steps, " in capsys.readouterr().err
@@ -300,7 +300,7 @@ def test_data(tmp_path: Path) -> None:
     d = config.data
     assert [(s.path, s.weight, s.documents) for s in d.train] == [("a", 0.7, (0.0, 0.98)), ("b", 0.3, (0.0, 0.98))]
     assert [(s.path, s.weight, s.documents) for s in d.valid] == [("a", 0.7, (0.98, 1.0)), ("b", 0.3, (0.98, 1.0))]
-    assert (d.document_mask, d.tokenizer, config.train.eval_batches) == (True, "t.model", 5)
+    assert (d.document_mask, d.tokenizer, config.eval.batches) == (True, "t.model", 5)
 
 
 def test_what_megatron_derives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

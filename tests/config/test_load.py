@@ -190,7 +190,7 @@ SINGLE: list[tuple[str, str]] = [
     ("log.steps=1", "unknown setting 'log.steps'; did you mean train.steps?"),
     ("parallel.shedule=1", "unknown setting 'parallel.shedule'; did you mean parallel.schedule?"),
     ("modle.x=3", "unknown setting 'modle.x'; did you mean [model]?"),
-    ("interval=3", "unknown setting 'interval'; did you mean checkpoint.interval or log.interval?"),
+    ("interval=3", "unknown setting 'interval'; did you mean eval.interval or checkpoint.interval or log.interval?"),
     ("--tensor-model-parallel-size=2", "unknown setting 'tensor_model_parallel_size'; did you mean parallel.tp?"),
     ("num_key_value_heads=2", "unknown setting 'num_key_value_heads'; did you mean model.num_kv_heads?"),
     ("num_hidden_layers=2", "unknown setting 'num_hidden_layers'; did you mean model.num_layers?"),
@@ -201,7 +201,7 @@ SINGLE: list[tuple[str, str]] = [
     ("memory.bogusbogus=1", "unknown setting 'memory.bogusbogus'; [memory] has recompute, cp_keep_kv, "
                             "loss_chunk_tokens, loss_chunk_mb"),
     ("xyzzy=1", "unknown setting 'xyzzy'; the sections are model, parallel, batch, precision, memory, overlap, "
-                "optimizer, lr_schedule, data, train, checkpoint, log, run"),
+                "optimizer, lr_schedule, data, train, eval, checkpoint, log, run"),
     ("parallel.tp", "'parallel.tp' has no value; write section.key=value, e.g. parallel.tp=2"),
     ("model=3", "model is a section; write [model] and its settings below it"),
     ("model.preset=lama-7b",

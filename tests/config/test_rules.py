@@ -423,8 +423,8 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "data.train=corpus",
     ),
     (
-        "data.synthetic=false data.train=a train.eval_interval=10", None,
-        "train.eval_interval=10 but data.valid is empty; write data.valid=PREFIX, or train.eval_interval=0",
+        "data.synthetic=false data.train=a eval.interval=10", None,
+        "eval.interval=10 but data.valid is empty; write data.valid=PREFIX, or eval.interval=0",
         "data.valid=b",
     ),
     (

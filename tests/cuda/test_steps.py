@@ -73,7 +73,7 @@ def test_with_the_triton_kernels(recompute: str) -> None:
 
 def test_the_largest_example_at_its_size() -> None:
     """Of 2048 ranks one that has the embedding and the head; with grouped heads."""
-    words = ["data.synthetic=true", "data.train=[]", "data.valid=[]", "train.eval_interval=0", "model.num_kv_heads=8"]
+    words = ["data.synthetic=true", "data.train=[]", "data.valid=[]", "eval.interval=0", "model.num_kv_heads=8"]
     config = load(ROOT / "examples" / "llama_65b.toml", words, ranks=2048, need_data=False)
     (program,) = run(config, 2048, of={0})
     assert program.calls

@@ -108,13 +108,14 @@ def test_windows_score_every_id_once_with_all_the_context_there_is() -> None:
 
 
 def test_rows_are_cut_as_the_harness_does(folder: Path) -> None:
-    encoder = Encoder(load_tokenizer(folder), 8, bos=False)
-    space = encoder.plain(" ")[0]
-    assert encoder.row("ab ", "cd") == Row([*encoder.plain("ab"), space, *encoder.plain("cd")], 2)
-    assert encoder.row("", "cd") == Row([256, *encoder.plain("cd")], 1)
-    assert encoder.row("abcdefghijkl", "xy") == Row(encoder.plain("fghijklxy"), 7)
-    begins = Encoder(load_tokenizer(folder), 8, bos=True)
-    assert begins.row("ab", "cd") == Row([256, *encoder.plain("abcd")], 3)
+    tokenizer = load_tokenizer(folder)
+    plain, encoder = tokenizer.encode, Encoder(tokenizer, 8, bos=False, prefix=256)
+    space = plain(" ")[0]
+    assert encoder.row("ab ", "cd") == Row([*plain("ab"), space, *plain("cd")], 2)
+    assert encoder.row("", "cd") == Row([256, *plain("cd")], 1)
+    assert encoder.row("abcdefghijkl", "xy") == Row(plain("fghijklxy"), 7)
+    begins = Encoder(tokenizer, 8, bos=True, prefix=256)
+    assert begins.row("ab", "cd") == Row([256, *plain("abcd")], 3)
     with pytest.raises(DataError, match="a continuation has 9 tokens, and the context 8"):
         encoder.row("a", "123456789")
 

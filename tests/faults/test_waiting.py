@@ -23,7 +23,8 @@ def settings(folder: Path) -> dict[str, dict[str, Any]]:
         writer.add(np.arange(40 * 16 + 1) % 61)
     return {
         "run": {"timeout_seconds": STEP, "io_timeout_seconds": 60.0},
-        "train": {"steps": 5, "eval_interval": 2, "eval_batches": 1},
+        "train": {"steps": 5},
+        "eval": {"interval": 2, "batches": 1},
         "checkpoint": {"interval": 2, "async_save": False},
         "data": {"valid": [{"path": str(folder / "held")}], "timeout_seconds": STEP},
     }

@@ -34,7 +34,8 @@ def sections(files: dict[str, str], parallel: dict[str, Any] | None = None, **da
     mixed = [{"path": files["web"], "weight": 0.75}, {"path": files["code"], "weight": 0.25}]
     return {
         "parallel": parallel or {},
-        "train": {"steps": 6, "eval_interval": 3, "eval_batches": 1},
+        "train": {"steps": 6},
+        "eval": {"interval": 3, "batches": 1},
         "data": {"synthetic": False, "train": mixed, **data},
     }
 
@@ -81,7 +82,7 @@ def test_tensorboard_has_tokens_and_epochs_of_every_source(pool: Pool, tmp_path:
 def test_held_out_sets_are_evaluated_alone_by_name_and_test_once_in_full(
     pool: Pool, tmp_path: Path, files: dict[str, str]
 ) -> None:
-    """Every set of one document range of one file; the test set has more than train.eval_batches batches."""
+    """Every set of one document range of one file; the test set has more than eval.batches batches."""
     held = [{"path": files["web"], "documents": (a, b), "name": n} for a, b, n in ((0.8, 0.9, "x"), (0.9, 1.0, "y"))]
     settings = sections(files, valid=held, test=[{"path": files["held"]}])
     settings["data"]["train"][0]["documents"] = (0.0, 0.8)

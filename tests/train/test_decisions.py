@@ -199,6 +199,7 @@ def loop(step: int = 0, **sections: dict[str, Any]) -> tuple[Any, Lines]:
     made.setup = SimpleNamespace(
         last_step=20,
         data=data,
+        tasks=["k"],
         copies=None,
         train_data=None,
         named={},
@@ -236,32 +237,37 @@ def test_a_save_that_was_due_in_bad_steps_is_made_in_the_first_good_one() -> Non
 
 
 def test_evaluations_are_due_at_their_interval_and_at_the_end() -> None:
-    made, _ = loop(train={"eval_interval": 5})
+    made, _ = loop(eval={"interval": 5})
 
     def due(step: int) -> list[tuple[str, str]]:
         made.progress.step = step
         return made._due()
 
+    end = [("task", "k"), ("test", "t")]
     assert [due(step) for step in (0, 4, 5)] == [[], [], [("valid", "v")]]
-    assert due(20) == [("valid", "v"), ("test", "t")]
+    assert due(20) == [("valid", "v"), *end]
     made.setup.last_step = 18
-    assert due(18) == [("valid", "v"), ("test", "t")] and due(19) == []
+    assert due(18) == [("valid", "v"), *end] and due(19) == []
     made, _ = loop(20)
-    assert made._due() == [("test", "t")], "without an interval only the test set"
+    assert made._due() == end, "without an interval only tasks and the test set"
+    made, _ = loop(eval={"interval": 10, "tasks_interval": 4})
+    assert [due(step) for step in (4, 10, 12)] == [[("task", "k")], [("valid", "v")], [("task", "k")]]
+    assert due(20) == [("valid", "v"), *end]
 
 
 def test_what_an_earlier_start_has_evaluated_is_not_made_again(tmp_path: Path) -> None:
     source = lambda name: SimpleNamespace(name=name)  # noqa: E731
-    made, _ = loop(20, train={"eval_interval": 5}, run={"folder": str(tmp_path)})
+    made, _ = loop(20, eval={"interval": 5}, run={"folder": str(tmp_path)})
     made.setup.data = SimpleNamespace(valid=[source("a"), source("b")], test=[source("a")])
+    made.setup.tasks = [source("b")]
     assert made._never_made() == [], "nothing is known of what an earlier version made"
     made.progress.may_lack_evaluations = True
     names = lambda: [(kind, one.name) for kind, one in made._never_made()]  # noqa: E731
-    assert names() == [("valid", "a"), ("valid", "b"), ("test", "a")]
+    assert names() == [("valid", "a"), ("valid", "b"), ("task", "b"), ("test", "a")]
     (tmp_path / "metrics.jsonl").write_text(
         '{"kind": "valid", "name": "a", "step": 20}\n{"kind": "valid", "name": "b", "step": 15}\n'
     )
-    assert names() == [("valid", "b"), ("test", "a")]
+    assert names() == [("valid", "b"), ("task", "b"), ("test", "a")]
 
 
 def test_the_counters_say_up_to_which_step_all_is_evaluated() -> None:

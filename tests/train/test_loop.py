@@ -123,7 +123,7 @@ def test_evaluation_is_the_mean_over_real_samples(pool: Pool, tmp_path: Path) ->
     results = []
     for name in ("one", "tp2 pp2", "dp2", "pp2 zb-v"):
         ranks, parallel = LAYOUTS[name]
-        settings = sections(parallel, "fp64", eval_interval=4)
+        settings = sections(parallel, "fp64") | {"eval": {"interval": 4}}
         settings["data"] = {"valid": [{"path": str(tmp_path / "held")}]}
         pool.run(ranks, RUN, str(tmp_path / name), settings)
         results.append([(r["step"], r["loss"], r["tokens"]) for r in records(tmp_path / name, "valid")])

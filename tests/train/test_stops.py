@@ -28,7 +28,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     paths = {name: {"path": str(folder / name)} for name in "xyz"}
     return {
         "precision": {"dtype": "fp32"},
-        "train": {"steps": 4, "eval_interval": 2},
+        "train": {"steps": 4},
+        "eval": {"interval": 2},
         "lr_schedule": {"kind": "cosine", "warmup_steps": 1},
         "data": {"valid": [paths["x"], paths["y"]], "test": [paths["z"]]},
     }

@@ -29,7 +29,7 @@ def settings_of(parallel: dict[str, Any], folder: Path, **train: Any) -> Setting
     """Sizes 4, 5, 6, 7 and 8, of which three replicas can share only one; two evaluations of 11 windows."""
     ramp = {"ramp_start": 4, "ramp_increment": 1, "ramp_samples": 20, "global_batch_size": 8, "uneven": True}
     data = {"valid": [{"path": str(folder / "held")}]}
-    return {**sections(parallel, "fp64", eval_interval=4, **train), "batch": ramp, "data": data}
+    return {**sections(parallel, "fp64", **train), "eval": {"interval": 4}, "batch": ramp, "data": data}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

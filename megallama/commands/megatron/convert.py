@@ -144,9 +144,9 @@ def data(flags: Flags, out: dict[str, Any]) -> None:
         sources(flags, out)
         out["data.tokenizer"] = flags["tokenizer-model"] or flags["vocab-file"]
     valid = iters > 0 and bool(mock or "data.valid" in out)
-    out["train.eval_interval"] = flags["eval-interval"] if valid else 0
-    out["train.eval_batches"] = iters if valid else None
-    flags.note("--eval-iters without validation data; train.eval_interval=0", when=iters > 0 and not valid)
+    out["eval.interval"] = flags["eval-interval"] if valid else 0
+    out["eval.batches"] = iters if valid else None
+    flags.note("--eval-iters without validation data; eval.interval=0", when=iters > 0 and not valid)
 
 
 def sources(flags: Flags, out: dict[str, Any]) -> None:

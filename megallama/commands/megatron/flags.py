@@ -47,8 +47,8 @@ batch.ramp_start: rampup-batch-size:list
 optimizer: lr:float=! adam-beta1>beta1:float=0.9 adam-beta2>beta2:float=0.999
   adam-eps>eps:float=1e-8 weight-decay:float=0.01 clip-grad:float=1
 log: log-interval>interval:int=100 wandb-project:str
-train: seed:int=1234 deterministic-mode>deterministic eval-interval:int=1000
-  eval-iters>eval_batches:int=100 exit-interval>stop_after_steps:int
+eval: eval-interval>interval:int=1000 eval-iters>batches:int=100
+train: seed:int=1234 deterministic-mode>deterministic exit-interval>stop_after_steps:int
   exit-duration-in-mins>stop_after_minutes:float
 train.steps: train-iters:int=! train-samples:int
 lr_schedule.kind: lr-decay-style:cosine|linear|constant|WSD=linear lr-wsd-decay-style:str=exponential
