@@ -81,6 +81,20 @@ def evaluation_config(folder: Path, words: Sequence[str], ranks: int, context: i
     return load(None, [*fixed, *given, *words], ranks=ranks, need_data=False)
 
 
+def open_on(world: World, folder: Path, config: Config, say: Callable[[str], None]) -> Opened:
+    """Its weights on the ranks of `world`. Raises: MegallamaError."""
+    kernels = kernels_of(config, world.device)
+    same_kernels(world.group.gather_values([(c.operation, c.selected) for c in kernels.choices]))
+    plan = make_plan(config, world.world_size)
+    groups = world.groups(plan.topology, config.model.num_kv_heads or 1)
+    worker = assemble(plan, groups, world.device, kernels, trains=False)
+    manager = CheckpointManager(config, folder, world.group, None, say)
+    manager.load_weights(folder, worker.optimizer.shards(owned_only=False))
+    on_all_ranks(world.group, "weights", lambda: worker.optimizer.loaded(steps=0))
+    worker.optimizer.wait()
+    return Opened(Scorer(worker), world, folder, config)
+
+
 @contextmanager
 def opened(
     checkpoint: Path, words: Sequence[str], context: int = 0, log: Callable[[str], None] = lambda text: None
@@ -100,16 +114,7 @@ def opened(
     same = hashlib.sha256(f"{folder} {to_toml(config)}".encode()).hexdigest()[:12]
     with start(launch, config.run, same, problem=problem, cuda=cuda) as world:
         try:
-            kernels = kernels_of(config, world.device)
-            same_kernels(world.group.gather_values([(c.operation, c.selected) for c in kernels.choices]))
-            plan = make_plan(config, launch.world_size)
-            groups = world.groups(plan.topology, config.model.num_kv_heads or 1)
-            worker = assemble(plan, groups, world.device, kernels, trains=False)
-            manager = CheckpointManager(config, folder, world.group, None, say)
-            manager.load_weights(folder, worker.optimizer.shards(owned_only=False))
-            on_all_ranks(world.group, "weights", lambda: worker.optimizer.loaded(steps=0))
-            worker.optimizer.wait()
-            yield Opened(Scorer(worker), world, folder, config)
+            yield open_on(world, folder, config, say)
         except RuntimeError as error:
             if (first := world.failed(error)) is not None:
                 raise LaunchError(f"this rank stopped because {first[0]}") from error
