@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,17 +82,12 @@ def _presets() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; 0 is success, 2 an error."""
-    return exit_status(lambda: run(argv))
-
-
-def run(argv: Sequence[str] | None) -> None:
+def run() -> None:
     """Write the document."""
-    argparse.ArgumentParser(description=__doc__).parse_args(argv)
+    argparse.ArgumentParser(description=__doc__).parse_args()
     TARGET.write_text(reference(), encoding="utf-8")
     print(f"wrote {TARGET}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(run))

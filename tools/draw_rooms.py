@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,16 +14,11 @@ from megallama.commands.exit import exit_status  # noqa: E402
 from megallama.config.errors import ConfigError  # noqa: E402
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; 0 is success, 2 an error of the input."""
-    return exit_status(lambda: run(argv))
-
-
-def run(argv: Sequence[str] | None) -> None:
+def run() -> None:
     """Write the picture. Raises: MegallamaError where rooms import one another or the file cannot be written."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", nargs="?", default=ROOT / "docs" / "rooms.svg", type=Path, metavar="FILE.svg")
-    target = parser.parse_args(argv).file
+    target = parser.parse_args().file
     picture = draw(read_rooms(ROOT / "megallama"))
     try:
         target.write_text(picture, encoding="utf-8")
@@ -33,4 +27,4 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_status(run))

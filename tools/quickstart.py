@@ -1,9 +1,10 @@
 """The first run, from text to text: `make quickstart`, or `python tools/quickstart.py [--text PATH]`.
 
 It builds a corpus and a tokenizer, trains a small LLaMA on 4 ranks in tensor, sequence, pipeline and
-data parallelism, stops the run half-way by a signal and resumes it, evaluates on held-out documents
-and lets the model write.  The ranks are started as torchrun would start them, but by this program
-itself, so that every rank's exit status can be seen and Ctrl-C leaves nothing behind.
+data parallelism, stops the run half-way by a signal and resumes it, evaluates on held-out documents,
+lets the model write, and asks it which of four texts goes on as its document does.  The ranks are
+started as torchrun would start them, but by this program itself, so that every rank's exit status can
+be seen and Ctrl-C leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TextIO
@@ -51,6 +53,7 @@ CONFIG = "examples/quickstart.toml"
 STEPS, BATCH_TOKENS, MAX_VOCABULARY = 200, 32 * 256, 4096
 CORPUS_BYTES, TEXT_BYTES = 8_000_000, 16_000_000  # of the embedded corpus, of the reader's own
 HELD_OUT = (0.02, 0.1, 0.3)  # share of documents: the first that holds out a batch of tokens
+ITEMS, CONTEXT = 100, 96  # at most so many; tokens of one, a third of them in each continuation
 MAX_EPOCHS = 10  # a small text is not repeated more often
 FINISHED, SAVED = 0, 75  # exit statuses of pretrain
 PROMPT = "def read_file(path"
@@ -147,12 +150,13 @@ class Ranks(AbstractContextManager["Ranks"]):
             port = probe.getsockname()[1]
         shared = f"WORLD_SIZE={count} LOCAL_WORLD_SIZE={count} MASTER_ADDR=127.0.0.1 MASTER_PORT={port}".split()
         self.processes: list[subprocess.Popen[bytes]] = []
+        die_with_parent = partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, int(signal.SIGKILL))
         for rank, log in enumerate(self.logs):
             environment = ["env", f"RANK={rank}", f"LOCAL_RANK={rank}", *shared]
             with log.open("wb") as out:
                 process = subprocess.Popen(
                     [*environment, *command], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
-                    start_new_session=True, preexec_fn=_die_with_parent,
+                    start_new_session=True, preexec_fn=die_with_parent,
                 )  # fmt: skip
             self.processes.append(process)
 
@@ -198,10 +202,6 @@ class Ranks(AbstractContextManager["Ranks"]):
             process.wait()
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
-
-
 def spoken_time(seconds: float) -> str:
     """40 s, 3 min 20 s."""
     whole = round(seconds)
@@ -236,14 +236,10 @@ class Quickstart:
             raise StepFailed(f"{self.text} does not exist; TEXT takes a text file, a .jsonl file or a folder of them")
         if self.text and self.text.resolve().is_relative_to(self.folder.resolve()):
             raise StepFailed(f"{self.text} lies in {self.folder}, which is emptied first; move it, or use --folder")
-        lock = claim(self.folder)
-        self.build_corpus()
-        self.train_tokenizer()
-        self.tokenize()
-        self.train()
-        self.generate()
-        self.summary()
-        lock.close()
+        first = (self.build_corpus, self.train_tokenizer, self.tokenize, self.train)
+        with claim(self.folder):
+            for step in (*first, self.generate, self.evaluate, self.summary):
+                step()
 
     def say(self, text: str = "") -> None:
         """Print a line (rich markup)."""
@@ -253,7 +249,7 @@ class Quickstart:
         """Announce a step."""
         self.stage += 1
         at = spoken_time(time.monotonic() - self.began)
-        self.say(f"\n[bold]\\[{self.stage}/6] {escape(title)}[/]  [dim]({at} so far; about {spoken_time(seconds)})[/]")
+        self.say(f"\n[bold]\\[{self.stage}/7] {escape(title)}[/]  [dim]({at} so far; about {spoken_time(seconds)})[/]")
 
     def build_corpus(self) -> None:
         """Step 1: the documents."""
@@ -401,16 +397,35 @@ class Quickstart:
     def generate(self) -> None:
         """Step 5: the model writes."""
         self.begin("Text from the trained model", 10)
-        options = ["--prompt", self.prompt(), "--max-tokens", "120"]
-        command = [sys.executable, "tools/generate.py", str(self.folder), *options]
+        self.ask("generate", "--prompt", self.prompt(), "--max-tokens", "120")
+
+    def ask(self, name: str, *options: str) -> None:
+        """What a command says of the trained model."""
+        command = [sys.executable, "-m", "megallama", name, str(self.folder), *options]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
         if done.returncode:
             raise StepFailed(f"{shlex.join(command)} left with status {done.returncode}:\n{done.stderr.strip()}")
         for line in done.stdout.rstrip().splitlines():
             self.say(f"  [cyan]│[/] {escape(line)}")
 
+    def evaluate(self) -> None:
+        """Step 6: items of held-out text; the wrong continuations are those of other places."""
+        self.begin("Which of four continuations is the true one?", 10)
+        data, tokenizer, parts = IndexedDataset(self.data / "tokens_valid"), load_tokenizer(self.tokenizer), []
+        for start in range(0, data.num_tokens - CONTEXT, max(CONTEXT, data.num_tokens // ITEMS)):
+            ids = [int(i) for i in data.read(start, CONTEXT)]
+            context = tokenizer.decode(ids[: CONTEXT * 2 // 3])
+            parts.append((context, tokenizer.decode(ids)[len(context) :]))
+        file, count = self.data / "continuations.jsonl", len(parts)
+        with file.open("w", encoding="utf-8") as out:
+            for i, (context, _) in enumerate(parts):
+                choices = [parts[(i + 17 * (place - i % 4)) % count][1] for place in range(4)]
+                out.write(json.dumps({"context": context, "choices": choices, "gold": i % 4}) + "\n")
+        self.say(f"  {counted(count, 'item')}; a guess is right in 1 of 4: {shown(file)}")
+        self.ask("evaluate", "--items", str(file), "--output", str(self.folder / "evaluation.json"))
+
     def summary(self) -> None:
-        """Step 6: the numbers, where everything is, and what to type next."""
+        """Step 7: the numbers, where everything is, and what to type next."""
         self.begin("Summary", 1)
         train, valid = self.records("train"), self.records("valid")
         if not train or not valid:
@@ -455,13 +470,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(arguments: Sequence[str] | None) -> int:
     """All steps; 0 or 1."""
     parser = argparse.ArgumentParser(prog="quickstart.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--text", type=Path, help="file or folder of text to train on, instead of Python's own")
+    text = "file or folder of text to train on, instead of Python's own"
+    parser.add_argument("--text", type=lambda name: Path(name).expanduser().absolute(), help=text)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "quickstart", help="what is emptied and filled")
     parser.add_argument("--steps", type=int, help=f"training steps ({STEPS}, fewer for little text)")
     parser.add_argument("--bytes", type=int, help="most text to use [bytes]")
     options = parser.parse_args(arguments)
-    if options.text is not None:
-        options.text = options.text.expanduser().absolute()
     quickstart = Quickstart(options, Output(width=None if sys.stdout.isatty() else 160))
     try:
         quickstart.run()

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import distributions
 from pathlib import Path
@@ -88,11 +88,6 @@ def step(title: str, command: list[str], log: Path) -> None:
     print(f"  {title}: done in {time.monotonic() - start:.0f} s", flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool; 0 is success, 1 a step that failed, 2 a wrong argument."""
-    return exit_status(lambda: run(list(sys.argv[1:] if arguments is None else arguments)))
-
-
 def run(arguments: list[str]) -> None:
     """Create the environment and install the named requirement sets."""
     usage = "%(prog)s VENV {base,test} ... [-- PIP OPTIONS]"
@@ -126,4 +121,4 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(lambda: run(sys.argv[1:])))

@@ -8,8 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megallama.data.indexed import IndexedDataset
 from megallama.data.tokenizer import load_tokenizer
-from tools.quickstart import PROMPT, ROOT
+from tools.quickstart import ITEMS, PROMPT, ROOT
+
+
+def stream(prefix: Path) -> list[int]:
+    """All tokens of a corpus."""
+    data = IndexedDataset(prefix)
+    return [int(i) for i in data.read(0, data.num_tokens)]
 
 
 def test_main_job(tmp_path: Path) -> None:
@@ -39,6 +46,17 @@ def test_main_job(tmp_path: Path) -> None:
     assert f"validation loss   {valid[-1]['loss']:.3f} nats/token = {bits:.3f} bits/byte" in text
     assert re.search(r"unigram baseline  \d\.\d{3} nats/token = \d\.\d{3} bits/byte", text)
     assert abs(bits - valid[-1]["bits_per_byte"]) < 1e-9 * bits
+
+    # the items are the held-out text's, and the table is that of the results
+    items = [json.loads(line) for line in (folder / "data" / "continuations.jsonl").read_text().splitlines()]
+    assert 4 < len(items) <= ITEMS and {len({*item["choices"]}) for item in items} == {4}
+    held = load_tokenizer(folder / "data" / "tokenizer.model").decode(stream(folder / "data" / "tokens_valid"))
+    assert all(item["context"] + item["choices"][item["gold"]] in held for item in items)
+    wrong = [item["context"] + item["choices"][item["gold"] - 1] for item in items]
+    assert sum(text in held for text in wrong) < len(items) / 10
+    found = json.loads((folder / "evaluation.json").read_text())["results"]["continuations"]
+    row = rf"continuations +0 +acc +{found['acc,none']:.4f} ± {found['acc_stderr,none']:.4f}"
+    assert re.search(row, text) and 0 < found["bits_per_byte,none"] < 8
 
     # what it points to is there
     tokenizer = load_tokenizer(folder / "data" / "tokenizer.model")
