@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -337,10 +337,11 @@ def _results(make: MakeAttention, target: Target) -> Results:
     for kv in (4, 2):
         attend, heads = make(4, kv, 64), [4, kv, kv]
         packed = target.random(2, 128, sum(heads), 64).requires_grad_()
-        for case in (None, Documents.of(starts)) if target.documents else (None,):
-            out = attend(*packed.split(heads, 2), case)
-            (grads,) = torch.autograd.grad(out, packed, dout)
-            where = " within documents" * (case is not None) + " of grouped heads" * (kv < 4)
+        for rows, masked in product((128, 40)[: 1 + target.fewer], (False, True)[: 1 + target.documents]):
+            q, k, v = packed.split(heads, 2)
+            out = attend(q[:, -rows:], k, v, Documents.of(starts, rows) if masked else None)
+            (grads,) = torch.autograd.grad(out, packed, dout[:, -rows:])
+            where = " within documents" * masked + " of grouped heads" * (kv < 4) + " of the last rows" * (rows < 128)
             found = zip("qkv", grads.split(heads, 2), strict=True)
             results += [(f"output{where}", out), *((f"gradient of {x}{where}", grad) for x, grad in found)]
     return results

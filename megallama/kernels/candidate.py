@@ -43,6 +43,7 @@ class Target:
     device: torch.device
     dtype: torch.dtype
     documents: bool = False  # attention must keep them apart
+    fewer: bool = False  # attention also has fewer queries than keys
     compiled: bool = False  # run.compile
     width: int = 64  # of the rows on which norms are compared: the hidden size
     product: Callable[[Tensor, Tensor], Tensor] | None = None  # the selected one; None: torch's

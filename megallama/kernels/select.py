@@ -87,6 +87,7 @@ def select_kernels(
     dtype: torch.dtype,
     *,
     documents: bool = False,
+    fewer: bool = False,
     fp8: str = "none",
     compiled: bool = False,
     width: int = 64,
@@ -94,6 +95,8 @@ def select_kernels(
     named: Mapping[str, str] | None = None,
 ) -> Kernels:
     """Try the candidates of every operation; with `documents`, attention must keep them apart.
+
+    fewer: it also has fewer queries than keys, the last rows.
 
     `width` is the hidden size: what is compiled for it is compiled here, not in the first step.
     `named`: by operation the candidate that is tried first.
@@ -112,7 +115,7 @@ def select_kernels(
     if strange := sorted(set(without) - known):
         near = [hint for name in strange for hint in get_close_matches(name, sorted(known), 1)] or sorted(known)
         raise MegallamaError(f"run.without_kernels={strange} names no candidate; write for example {' or '.join(near)}")
-    target = Target(device, dtype, documents, compiled, width)
+    target = Target(device, dtype, documents, fewer, compiled, width)
     selected: dict[str, Any] = {}
     choices = []
     for name, operation in operations.items():

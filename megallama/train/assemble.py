@@ -53,6 +53,7 @@ def kernels_of(config: Config, device: torch.device, named: Mapping[str, str] | 
     """The implementations that this configuration uses on `device`; `named` ones, by operation, come first."""
     return select_kernels(
         device, DTYPES[config.precision.dtype], documents=config.data.document_mask, fp8=config.precision.fp8,
+        fewer=config.parallel.cp > 1 and share(config, 0).gathers,
         compiled=config.run.compile is True, width=config.model.hidden_size, without=config.run.without_kernels,
         named=named,
     )  # fmt: skip

@@ -55,6 +55,11 @@ def check_all(group: Group, dtype: torch.dtype, rows: int) -> None:
     group.reduce_scatter(place, full).wait()
     assert torch.equal(place, want), f"reduce_scatter in place {dtype}"
 
+    output = torch.empty(rows * n, 2, dtype=dtype)
+    group.all_to_all(output, everyone[me].clone().view(rows * n, 2)).wait()
+    swapped = torch.cat([e.view(n, -1)[me] for e in everyone])
+    assert torch.equal(output.view(-1), swapped), f"all_to_all {dtype}"
+
 
 def check_messages(group: Group, dtype: torch.dtype) -> None:
     """Messages around the ring both ways, several under way, arriving in order."""
@@ -140,6 +145,9 @@ def large(world: World) -> list[float]:
             same = torch.empty(group.size * count, dtype=dtype)
             group.all_gather(same, x).wait()
             assert all(torch.equal(row, x) for row in same.view(group.size, -1)), "ranks hold different sums"
+            swapped = torch.empty(group.size * share, dtype=dtype)
+            group.all_to_all(swapped, parts[group.rank][: share * group.size].clone()).wait()
+            assert torch.equal(swapped, torch.cat([part[own] for part in parts])), "pieces went astray"
     return errors
 
 
@@ -182,6 +190,7 @@ def recorded(world: World) -> list[tuple[Any, ...]]:
     handles = [group.send(torch.ones(4), (me + 1) % n), group.recv(torch.empty(4), (me - 1) % n)]
     for handle in handles:
         handle.wait()
+    group.all_to_all(torch.empty(n, 3), torch.ones(n, 3)).wait()
     group.barrier()
     assert group.gather_values(me) == list(range(n))
     return [(c.op, c.group, c.shape, str(c.dtype), c.nbytes, c.peer) for c in group.calls]

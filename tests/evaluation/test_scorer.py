@@ -24,6 +24,9 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {}),
     (4, {"tp": 2, "pp": 2}),
     (2, {"pp": 2, "schedule": "dualpipe-v", "chunks": 2}),
+    (2, {"cp": 2, "cp_exchange": "gather"}),
+    (4, {"cp": 4, "cp_exchange": "heads"}),
+    (8, {"cp": 2, "tp": 2, "pp": 2}),
 ]
 
 

@@ -153,6 +153,31 @@ def test_documents_taken_together_without_their_mask_are_found(name: str, monkey
         ATTENTION.check(found, target)
 
 
+@pytest.mark.parametrize("together", [3, 64], ids="together {}".format)
+@pytest.mark.parametrize("kv", [4, 2], ids="kv {}".format)
+@pytest.mark.parametrize(("seq", "rows"), [(24, 8), (300, 140), (24, 3)])
+@pytest.mark.parametrize("attend", [sdpa, blocked_attention])
+def test_queries_that_are_the_last_rows(
+    attend: Attend, seq: int, rows: int, kv: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with all of them, of which the last rows are taken; keys of documents that end before are not seen."""
+    monkeypatch.setattr("megallama.kernels.attention.TOGETHER", together)
+    q, k, v = (rand(2, seq, n, 8, dtype=torch.float64, seed=n + i).requires_grad_() for i, n in enumerate((4, kv, kv)))
+    begins = torch.rand(2, seq, generator=torch.Generator().manual_seed(1)) < 0.1
+    starts = torch.where(begins, torch.arange(seq), 0).cummax(1).values
+    dout = rand(2, rows, 4, 8, dtype=torch.float64, seed=9)
+    for some, whole in ((None, None), (Documents.of(starts, rows), Documents.of(starts))):
+        want, found = attend(q, k, v, whole)[:, -rows:], attend(q[:, -rows:], k, v, some)
+        pairs = zip(
+            (found, *torch.autograd.grad(found, (q, k, v), dout)),
+            (want, *torch.autograd.grad(want, (q, k, v), dout)),
+            strict=True,
+        )
+        assert all(torch.allclose(own, theirs, rtol=0, atol=1e-12) for own, theirs in pairs)
+    assert some is not None and int(some.cu_seqlens[-1]) == 2 * rows
+    assert torch.equal(some.packed(k), torch.cat([k[i, starts[i, -rows] :] for i in range(2)]))
+
+
 @pytest.mark.parametrize("attend", [sdpa, blocked_attention])
 def test_samples_of_one_document_are_those_without_documents_to_the_bit(attend: Attend) -> None:
     q, k, v = (rand(2, 300, n, 8, dtype=torch.float32, seed=n) for n in (4, 2, 2))
@@ -266,3 +291,14 @@ def test_sum_of_squares_keeps_its_digits() -> None:
         abs(sum_of_squares(tensors).item() - want) <= 1e-5 * want
     )  # a plain fp32 sum of three million equal terms is off by 1e-3
     assert sum_of_squares([]).item() == 0
+
+
+def test_a_kernel_that_aligns_fewer_queries_at_the_front_is_not_taken() -> None:
+    target = Target(torch.device("cpu"), torch.float32, documents=True, fewer=True)
+    ATTENTION.check(ATTENTION.last[1](target), target)
+
+    def front(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, within: Documents | None = None) -> torch.Tensor:
+        return sdpa(q, k[:, : q.shape[1]], v[:, : q.shape[1]]) if within is None else sdpa(q, k, v, within)
+
+    with pytest.raises(Wrong, match="output of the last rows differs"):
+        ATTENTION.check(lambda *heads: front, target)

@@ -25,6 +25,7 @@ from megallama.comm.launch import World
 from megallama.config.schema import Config
 from megallama.kernels import attention
 from megallama.plan.plan import make_plan
+from megallama.train.assemble import Worker
 from tests.pool import Pool
 from tests.small import build, curve, deviation, documents, small_config, tokens, train
 
@@ -51,12 +52,15 @@ class Layout:
     vocab: int = 64
     documents: bool = False
     tp_chunks: int = 1
+    cp: int = 1
+    exchange: str = "gather"
+    keep: bool = False  # gathered keys and values
     dealt: int = 0  # micro-batches of one sample, dealt to the replicas unevenly; 0: 8 samples, divided evenly
 
     @property
     def ranks(self) -> int:
         """Processes of the job."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
 
     @property
     def legal(self) -> bool:
@@ -66,6 +70,9 @@ class Layout:
             and (self.tp > 1 or (self.sequence_parallel and self.kv_heads == 4 and self.vocab == 64))
             and (self.pp > 1 or (self.chunks == 1 and self.schedule == "1f1b" and not self.uneven))
             and not (self.chunks > 1 and (self.schedule == "zb-h1" or self.accumulation % self.pp))
+            and (self.exchange == "gather" or (4 // self.tp % self.cp == 0 and self.cp > 1 and not self.keep))
+            and (self.cp > 1 or not self.keep)
+            and not (self.sequence_parallel and 64 // (self.accumulation * self.dp * self.cp) % self.tp)
         )
 
     def config(self, dtype: str, alone: bool = False) -> Config:
@@ -88,13 +95,15 @@ class Layout:
             settings["parallel"] = {
                 "schedule_file": own,
                 "tp": self.tp,
+                "cp": self.cp,
+                "cp_exchange": self.exchange,
                 "sequence_parallel": self.sequence_parallel,
                 "pp": self.pp,
                 "chunks": self.chunks,
                 "schedule": self.schedule,
                 "stage_layers": layers,
             }
-            settings["memory"] = {"recompute": self.recompute}
+            settings["memory"] = {"recompute": self.recompute, "cp_keep_kv": self.keep}
             settings["overlap"] = {"tensor_parallel_chunks": self.tp_chunks}
         return small_config(**settings)
 
@@ -114,11 +123,13 @@ class Layout:
                 (" padded", self.vocab != 64),
                 (" documents", self.documents),
                 (f" {self.tp_chunks} pieces", self.tp_chunks > 1),
+                (" kept", self.keep),
             )
             if on
         )
         count = f"{self.dealt} dealt" if self.dealt else f"acc{self.accumulation}"
-        return f"tp{self.tp}{sp}{pipe} dp{self.dp} {count} {self.recompute}{extra}"
+        context = f" cp{self.cp} {self.exchange}" if self.cp > 1 else ""
+        return f"tp{self.tp}{sp}{context}{pipe} dp{self.dp} {count} {self.recompute}{extra}"
 
 
 VALUES: dict[str, tuple[Any, ...]] = {
@@ -137,6 +148,57 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "documents": (False, True),
 }
 
+
+OF_CONTEXT = {"cp": (2, 4), "exchange": ("gather", "heads"), "keep": (False, True)}
+
+CONTEXT = (  # together they hold every pair with a setting of OF_CONTEXT that can occur; then further schedules
+    Layout(accumulation=1, recompute="none", cp=2, keep=True),
+    Layout(accumulation=1, documents=True, cp=4, exchange="heads"),
+    Layout(pp=4, schedule="zb-h1", recompute="none", tied=True, uneven=True, documents=True, cp=2, keep=True),
+    Layout(pp=2, schedule="zb-h1", dp=2, recompute="none", documents=True, cp=2, exchange="heads"),
+    Layout(pp=4, schedule="gpipe", accumulation=1, recompute="full", tied=True, documents=True, cp=2, exchange="heads"),
+    Layout(dp=2, recompute="none", tied=True, documents=True, cp=4, keep=True),
+    Layout(pp=2, chunks=2, schedule="gpipe", recompute="full", uneven=True, cp=4, keep=True),
+    Layout(pp=2, schedule="zb-h1", recompute="full", tied=True, uneven=True, cp=4, keep=True),
+    Layout(
+        tp=2,
+        sequence_parallel=False,
+        pp=2,
+        chunks=2,
+        schedule="gpipe",
+        tied=True,
+        kv_heads=1,
+        uneven=True,
+        vocab=61,
+        documents=True,
+        cp=2,
+        keep=True,
+    ),
+    Layout(
+        tp=2,
+        sequence_parallel=False,
+        pp=2,
+        chunks=2,
+        schedule="gpipe",
+        recompute="full",
+        tied=True,
+        kv_heads=1,
+        uneven=True,
+        vocab=61,
+        cp=2,
+        exchange="heads",
+    ),
+    Layout(tp=2, sequence_parallel=False, recompute="none", kv_heads=1, vocab=61, documents=True, cp=4),
+    Layout(tp=4, sequence_parallel=False, accumulation=1, recompute="full", kv_heads=1, cp=2, keep=True),
+    Layout(tp=4, accumulation=1, vocab=61, documents=True, cp=2),
+    Layout(cp=2, pp=2, schedule="zb-h2", recompute="full", documents=True),
+    Layout(cp=2, pp=2, chunks=2, schedule="zb-v", dp=2, exchange="heads", tied=True, documents=True),
+    Layout(cp=4, pp=2, chunks=2, schedule="v-half", exchange="heads", kv_heads=1, documents=True),
+    Layout(cp=2, pp=2, chunks=2, schedule="dualpipe-v", tp=2, vocab=61, kv_heads=1),
+    Layout(cp=2, pp=2, chunks=2, schedule="csv", dp=2, documents=True),
+    Layout(cp=2, dp=3, dealt=4, documents=True),
+    Layout(cp=2, pp=2, dp=2, dealt=5, schedule="zb-h1", exchange="heads", documents=True),
+)
 
 FURTHER = (
     Layout(pp=2, schedule="zb-h2", recompute="none", uneven=True),
@@ -161,10 +223,18 @@ def pairs(layout: Layout) -> set[tuple[tuple[str, Any], ...]]:
     return set(itertools.combinations(settings, 2))
 
 
-def possible() -> Iterator[Layout]:
-    """Every legal row."""
-    for values in itertools.product(*VALUES.values()):
-        layout = Layout(**dict(zip(VALUES, values, strict=True)))
+def context_pairs(layout: Layout) -> set[tuple[tuple[str, Any], ...]]:
+    """Those of them with a setting of context parallelism."""
+    own = [(name, getattr(layout, name)) for name in OF_CONTEXT]
+    settings = [(f.name, getattr(layout, f.name)) for f in fields(layout) if f.name not in OF_CONTEXT]
+    return {*itertools.product(settings, own), *itertools.combinations(own, 2)}
+
+
+def possible(context: bool = False) -> Iterator[Layout]:
+    """Every legal row; with sequences cut, or without."""
+    values = VALUES | OF_CONTEXT if context else VALUES
+    for chosen in itertools.product(*values.values()):
+        layout = Layout(**dict(zip(values, chosen, strict=True)))
         if layout.legal:
             yield layout
 
@@ -187,11 +257,16 @@ def run(world: World, layout: Layout, dtype: str, alone: bool) -> list[float]:
     """Train on one rank of a job; losses and gradient norms. Called in the processes of the pool."""
     config = layout.config(dtype, alone)
     plan = make_plan(config, world.world_size)
-    rank = build(plan, world.groups(plan.topology, config.model.num_kv_heads or 1), world.device)
-    starts = documents(config, STEPS) if layout.documents else None
+    return trained(build(plan, world.groups(plan.topology, config.model.num_kv_heads or 1), world.device), layout)
+
+
+def trained(rank: Worker, layout: Layout, steps: int = STEPS) -> list[float]:
+    """Losses and gradient norms of one rank."""
+    config = rank.plan.config
+    starts = documents(config, STEPS)[:steps] if layout.documents else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "TOGETHER", 3)  # of the 8 tokens of a sample: some documents alone, some together
-        return curve(train(rank, tokens(config, STEPS), starts=starts))
+        return curve(train(rank, tokens(config, STEPS)[:steps], starts=starts))
 
 
 class Comparison:
@@ -216,7 +291,7 @@ def main() -> None:
     pool = Pool()
     comparison = Comparison(pool)
     print("| ranks | layout | loss fp64 | norm fp64 | loss fp32 | norm fp32 |\n|---|---|---|---|---|---|")
-    for layout in [*matrix(), *FURTHER]:
+    for layout in [*matrix(), *FURTHER, *CONTEXT]:
         numbers = [x for dtype in LIMITS for x in comparison.deviations(layout, dtype)]
         print(f"| {layout.ranks} | {layout} | " + " | ".join(f"{x:.1e}" for x in numbers) + " |", flush=True)
     pool.close()

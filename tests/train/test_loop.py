@@ -21,6 +21,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 pp2": (4, {"tp": 2, "pp": 2}),
     "pp2 chunks2 dp2": (4, {"pp": 2, "chunks": 2}),
     "pp2 zb-h1": (2, {"pp": 2, "schedule": "zb-h1"}),
+    "cp2 dp2": (4, {"cp": 2}),
     "pp2 zb-v": (2, {"pp": 2, "chunks": 2, "schedule": "zb-v"}),
 }
 
@@ -53,7 +54,8 @@ def test_every_layout_writes_the_same_bytes_and_continues_any_other(pool: Pool, 
     """In float64 a run that changes its layout twice follows the one that never does, to rounding."""
     straight, changed = tmp_path / "straight", tmp_path / "changed"
     pool.run(1, RUN, str(straight), sections({}, "fp64"))
-    for steps, layout in ((3, "tp2 pp2"), (2, "pp2 chunks2 dp2"), (1, "pp2 zb-v"), (1, "dp2"), (None, "pp2 zb-h1")):
+    starts = (2, "tp2 pp2"), (2, "pp2 chunks2 dp2"), (1, "cp2 dp2"), (1, "pp2 zb-v"), (1, "dp2"), (None, "pp2 zb-h1")
+    for steps, layout in starts:
         ranks, parallel = LAYOUTS[layout]
         pool.run(ranks, RUN, str(changed), sections(parallel, "fp64", stop_after_steps=steps))
     for own, theirs in zip(curve(changed), curve(straight), strict=True):
@@ -121,7 +123,7 @@ def test_evaluation_is_the_mean_over_real_samples(pool: Pool, tmp_path: Path) ->
     with IndexedWriter(tmp_path / "held", np.dtype(np.uint16)) as writer:
         writer.add(generator.integers(0, 61, 11 * 16 + 1))
     results = []
-    for name in ("one", "tp2 pp2", "dp2", "pp2 zb-v"):
+    for name in ("one", "tp2 pp2", "dp2", "cp2 dp2", "pp2 zb-v"):
         ranks, parallel = LAYOUTS[name]
         settings = sections(parallel, "fp64") | {"eval": {"interval": 4}}
         settings["data"] = {"valid": [{"path": str(tmp_path / "held")}]}
