@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "what a run will do, need and cost, before it starts; --search for layouts, --data for its sources",
     "dryrun": "prove that a job cannot hang, by executing every distinct rank without data or GPUs",
     "draw": "draw a pipeline schedule: chart, SVG, PNG, trace",
+    "curate": "raw pages to a corpus: filter, remove duplicates, report what was dropped",
     "prepare": "tokenize text into a .bin/.idx pair",
     "merge": "join .bin/.idx pairs",
     "tokenizer": "train a SentencePiece tokenizer",

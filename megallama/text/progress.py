@@ -29,11 +29,11 @@ class ByteProgress(ExitStack):
             self._bar = self.enter_context(rich.Progress(*columns, console=Console(stderr=True), transient=True))
             self._task = self._bar.add_task(title, total=None, rate="")
 
-    def update(self, done: int, total: int, tokens: int = 0) -> None:
+    def update(self, done: int, total: int, tokens: int = 0, note: str = "") -> None:
         """Report `done` of `total` bytes and the tokens written so far."""
         now = time.monotonic()
         seconds = max(now - self._start, 1e-6)
-        rate = f"{done / seconds / 1e6:.1f} MB/s" + (f", {tokens / seconds / 1e6:.2f} M tokens/s" if tokens else "")
+        rate = f"{done / seconds / 1e6:.1f} MB/s" + (f", {tokens / seconds / 1e6:.2f} M tokens/s" if tokens else note)
         if self._bar and done >= total and self._then:
             self._bar.tasks[0].total = None  # the bar pulses; to `update` None is no change
             self._bar.update(self._task, description=self._then, rate="")

@@ -1,0 +1,35 @@
+"""Make a corpus of raw pages: filter, remove duplicates, and report what was dropped and why.
+
+    megallama curate examples/curate/commoncrawl.toml --output data/crawl --workers 8
+    megallama prepare data/crawl/commoncrawl --tokenizer tokenizer.model --output data/tokens/commoncrawl
+
+Writes OUTPUT/SOURCE/NNNNN.jsonl, report.html, report.json and removed.jsonl (near-duplicates and what they resemble).
+The bytes are the same for any number of processes and machines. A run that was killed continues when it is started
+again. The same command, started on several machines or as the tasks of a Slurm array, shares the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megallama.commands.parser import Parser, filled
+
+
+def run(argv: Sequence[str]) -> None:
+    """Carry out a recipe. Raises: MegallamaError."""
+    parser = Parser("curate", __doc__)
+    add = parser.add_argument
+    add("recipe", type=Path, help="a .toml file: the sources and their stages")
+    add("--output", type=filled, required=True, metavar="FOLDER", help="where the corpus goes")
+    add("--workers", type=int, default=1, metavar="N", help="processes on this machine (1)")
+    add("--quiet", action="store_true", help="no progress")
+    args = parser.read(argv)
+    if args.workers < 1:
+        parser.error("--workers must be 1 or more")
+    from megallama.curate.recipe import load_recipe
+    from megallama.curate.run import curate
+
+    recipe = load_recipe(args.recipe)
+    new = curate(recipe, Path(args.output), args.workers, args.quiet)
+    print(f"{args.output}/report.html" + ("" if new else ": finished before"))

@@ -1,0 +1,62 @@
+"""Texts as numbers: normalised as in CCNet, and hashed.
+
+CCNet (Wenzek et al. 2019, 3.2): lower case, no accents, digits as 0, no punctuation; the first 64 bits of SHA-1.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import string
+import unicodedata
+
+import numpy as np
+
+SPACE, NEWLINE, ZERO = 32, 10, 48
+PLANES = 0x20000  # code points above are ideographs and symbols, which stay
+_CONTROLS = bytes(c for c in range(128) if c < 32 and c != NEWLINE or c == 127)
+_DELETED = string.punctuation.encode() + _CONTROLS.replace(b"\t", b"").replace(b"\r", b"")
+_ASCII = bytes.maketrans(
+    (string.ascii_uppercase + string.digits + "\t\r").encode(), (string.ascii_lowercase + "0" * 10 + "  ").encode()
+)
+
+
+@functools.lru_cache(1)
+def _table() -> np.ndarray:
+    """uint32 [PLANES]: what each code point becomes; 0: nothing."""
+    table = np.arange(PLANES, dtype="<u4")
+    for code in filter(lambda code: code != NEWLINE and not 0xAC00 <= code <= 0xD7A3, range(PLANES)):  # but Hangul
+        kind = unicodedata.category(mark := chr(code))
+        if kind == "Nd" or kind[0] == "Z" or mark in "\t\r":
+            table[code] = ZERO if kind == "Nd" else SPACE
+        else:
+            gone = kind[0] in "PSC" or kind == "Mn"
+            table[code] = 0 if gone else ord(unicodedata.normalize("NFD", mark.lower())[0])
+    return table
+
+
+def normalise(text: str) -> bytes:
+    """UTF-8 of the text as it is compared; its lines stay lines."""
+    if text.isascii():
+        return text.encode().translate(_ASCII, _DELETED)
+    codes = np.frombuffer(text.encode("utf-32-le", "replace"), "<u4")
+    table = _table()
+    if int(codes.max()) < PLANES:
+        codes = table[codes]
+    else:
+        codes = np.where(codes < PLANES, table[np.minimum(codes, PLANES - 1)], codes)
+    return codes[codes != 0].tobytes().decode("utf-32-le").encode()
+
+
+def paragraph_hashes(text: str) -> np.ndarray:
+    """uint64 [lines]: the first 64 bits of SHA-1 of each normalised line; 0 for an empty one."""
+    sha1 = hashlib.sha1
+    lines = [line.strip() for line in normalise(text).split(b"\n")]
+    digests = np.frombuffer(b"".join([sha1(line).digest() for line in lines]), ">u4").reshape(-1, 5)
+    high, low = digests[:, 0].astype(np.uint64), digests[:, 1].astype(np.uint64)
+    return np.where(np.fromiter(map(len, lines), np.uint32, len(lines)), high << np.uint64(32) | low, np.uint64(0))
+
+
+def text_hash(text: str) -> int:
+    """64 bits that say a text or a name, the same everywhere."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little")

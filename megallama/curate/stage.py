@@ -1,0 +1,83 @@
+"""A document, and the two kinds of stages that it goes through.
+
+A `Stage` judges a document alone.  A `Barrier` needs all: each unit of input writes keys, those of all units are
+brought together by ranges, and then each unit is read again.  What comes first in the input stays.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megallama.config.errors import DataError
+from megallama.config.schema import Section
+
+_orjson: Any = None
+with suppress(ImportError):
+    _orjson = importlib.import_module("orjson")
+
+Apply = Callable[["Document"], str]
+"""What a stage does to a document, in place: why it is dropped, or ""."""
+
+
+@dataclass(slots=True)
+class Document:
+    """A text on its way; `meta` is what its reader knows of it: url, path, license, score."""
+
+    text: str
+    id: str
+    source: str
+    scores: dict[str, float | str] = field(default_factory=dict)
+    meta: dict[str, str] = field(default_factory=dict)
+
+    def line(self) -> bytes:
+        """As a line of JSON."""
+        row = {"text": self.text, "source": self.source, "id": self.id, "scores": self.scores, "meta": self.meta}
+        if _orjson:
+            return _orjson.dumps(row) + b"\n"
+        return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+    @classmethod
+    def of(cls, line: bytes) -> Document:
+        """From a line that `line` made."""
+        return cls(**(_orjson.loads(line) if _orjson else json.loads(line)))
+
+
+class Stage(Section):
+    """Options of a stage; `start` makes it ready in a process."""
+
+    kind: str
+
+    def start(self) -> Apply:
+        """Open what it needs. Raises: DataError."""
+        raise AssertionError(self.kind)
+
+
+class Barrier(Stage):
+    """A stage for which documents must be seen together."""
+
+    def keys(self, document: Document) -> np.ndarray:
+        """uint64 [n]: what is compared of it; 0 is never equal to another."""
+        raise AssertionError(self.kind)
+
+    def combine(self, units: list[np.ndarray], lowest: int, beyond: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the keys in [lowest, beyond) of all units, each sorted: units by number, and what each is to know."""
+        raise AssertionError(self.kind)
+
+    def finish(self, order: np.ndarray, counts: np.ndarray, found: np.ndarray) -> Apply:
+        """For a unit's documents in order: `order` are their keys, `counts` of each, `found` what it is to know."""
+        raise AssertionError(self.kind)
+
+
+def need(name: str, what: str) -> Any:
+    """A module of an optional package. Raises: DataError that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise DataError(f"{what} needs the module {name}; pip install 'megallama[curate]'") from None

@@ -1,0 +1,182 @@
+"""Each rule on planted documents: the right ones stay, the right ones go, for the right reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megallama.curate.recipe import load_recipe
+from megallama.curate.rules import Code, Filter, Language, Licence, licence_in, licence_of
+from tests.curate.recipes import EXAMPLES, judged
+
+PROSE = "The river had risen in the night, and the lower fields lay under water. "
+C4, GITHUB, WIKIPEDIA, ARXIV = (
+    load_recipe(EXAMPLES / f"{name}.toml").sources[0].stages for name in ("c4", "github", "wikipedia", "arxiv")
+)
+FILTERS = {
+    "long enough": (PROSE, ""),
+    "too short": ("Hm.", "too short"),
+    "too long": (PROSE * 40, "too long"),
+    "an unwanted word": (PROSE + "Casino!", "it has (?i)casino"),
+    "few sentences": (PROSE.replace(".", ","), "fewer than 1 of [.]"),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filter(name: str) -> None:
+    text, reason = FILTERS[name]
+    stage = Filter(kind="filter", min_chars=10, max_chars=2000, drop=("(?i)casino",), need="[.]", times=1)
+    assert judged((stage,), text) == (reason, text)
+
+
+def test_c4_keeps_lines_that_are_sentences() -> None:
+    lines = [
+        "Home | About | Contact",
+        PROSE.strip(),
+        "It was a short.",
+        "Enable Javascript to see all of this page.",
+        "We all waited there for the boats...",
+        "By using this site you accept the privacy policy of it.",
+        "Nobody came[12] until the morning of the third day.",
+        'At last a boat came, and "all aboard", he said!',
+    ]
+    reason, text = judged(C4[:2], "\n".join(lines))
+    kept = [lines[1], lines[6].replace("[12]", ""), lines[7]]
+    assert (reason, text.split("\n")) == ("", kept)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (PROSE * 3 + "\nfunction() { return 1; } and so on and on.", "it has \\{"),
+        (PROSE * 3 + "\nLorem ipsum dolor sit amet it says.", "it has (?i)lorem ipsum"),
+        (PROSE, "fewer than 3 of"),
+        ("Buy now\nCheap pills\nBest price", "too short"),
+        (PROSE * 3, ""),
+    ],
+    ids=["braces", "lorem", "one sentence", "spam", "prose"],
+)
+def test_c4_drops_pages(text: str, reason: str) -> None:
+    found, _ = judged(C4[:2], text)
+    assert found.startswith(reason) and bool(found) == bool(reason)
+
+
+CODE = {
+    "by hand": ("def add(a, b):\n    return a + b\n", ""),
+    "minified": ("x=1;" * 300, "long lines on average"),
+    "one long line": ("a = 1\n" * 50 + "b = '" + "y" * 1001 + "'\n", "a long line"),
+    "table of numbers": (", \n".join("--- ... ;;" for _ in range(9)), "few letters and digits"),
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_code(name: str) -> None:
+    text, reason = CODE[name]
+    assert judged((Code(kind="code"),), text)[0] == reason
+
+
+NOTICES = {
+    "hashes": "#!/bin/sh\n# Copyright 2020 Someone\n# Licensed under the MIT licence\n\n# What it does\nrun\n",
+    "block": "/*\n * Copyright (c) X\n */\n/* SPDX-License-Identifier: MIT */\nint main;\n",
+    "slashes": "// a file\n// (c) Y, see LICENSE\npackage x\n",
+    "none": "# Adds numbers\nx = 1\n",
+    "later": "import os\n# Copyright in the middle\n",
+    "another block": "/* adds */\nint f;\n/* Copyright */\n",
+}
+WITHOUT = {
+    "hashes": "#!/bin/sh\n# What it does\nrun", "block": "int main;", "slashes": "package x",
+    "none": "# Adds numbers\nx = 1", "later": "import os\n# Copyright in the middle",
+    "another block": "/* adds */\nint f;\n/* Copyright */",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOTICES)
+def test_notices_are_taken_off(name: str) -> None:
+    assert judged(GITHUB[2:3], NOTICES[name]) == ("", WITHOUT[name])
+
+
+LICENCE_TEXTS = {
+    "mit": "MIT License\n\nPermission is hereby granted, free of\ncharge, to any person",
+    "bsd": "Copyright X. All rights reserved.\nRedistribution and use in source and binary forms",
+    "apache": "Apache License\n Version 2.0, January 2004",
+    "gpl": "This is under the GNU General Public License; parts: Permission is hereby granted, free of charge",
+    "mpl": "Mozilla Public License Version 2.0",
+    "unknown": "You may not.",
+}
+
+
+@pytest.mark.parametrize("name", LICENCE_TEXTS)
+def test_licences_are_told_by_their_text(name: str) -> None:
+    assert licence_of(LICENCE_TEXTS[name]) == name
+
+
+@pytest.mark.parametrize(
+    "tag, name",
+    [("MIT", "mit"), ("BSD-3-Clause", "bsd"), ("Apache-2.0", "apache"), ("GPL-3.0-only", "gpl"), ("AGPL", "gpl"),
+     ("LGPL-2.1", "gpl"), ("0BSD", "bsd"), ("Unlicense", "unknown")],
+)  # fmt: skip
+def test_licences_are_told_by_their_names(tag: str, name: str) -> None:
+    assert licence_of(tag) == name
+    reason = judged((Licence(kind="licence"),), "x", license=tag, path="")[0]
+    assert reason == ("" if name in ("mit", "bsd", "apache") else f"licence {name}")
+
+
+def test_the_nearest_licence_file_counts(tmp_path: Path) -> None:
+    def file(name: str, text: str) -> str:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    file("LICENSE", LICENCE_TEXTS["gpl"])
+    file("lib/vendored/COPYING.txt", LICENCE_TEXTS["mit"])
+    file("site/pkg-1.0.dist-info/licenses/LICENSE", LICENCE_TEXTS["bsd"])
+    file("two/LICENSE-MIT", LICENCE_TEXTS["mit"])
+    file("two/LICENSE-GPL", LICENCE_TEXTS["gpl"])
+    stage = (Licence(kind="licence"),)
+    assert judged(stage, "x", path=file("lib/a.py", "x"))[0] == "licence gpl"
+    assert judged(stage, "x", path=file("lib/vendored/deep/a.c", "x"))[0] == ""
+    assert judged(stage, "x", path=file("site/pkg/a.py", "x"))[0] == ""
+    assert judged(stage, "x", path=file("two/a.py", "x"))[0] == "licence gpl"
+    assert judged(stage, "x", path="/nowhere/a.py")[0] == "licence none"
+    licence_in.cache_clear()
+
+
+def test_wikitext() -> None:
+    text = (
+        "{{Infobox|a={{b|c}}|d}}'''Ada''' [[Lovelace|L.]] was<!-- not --> a [[mathematician]]"
+        "<ref name=x>book {{cite}}</ref><ref name=y/>.\n{| class=t\n|-\n| cell\n|}\n"
+        "[[File:a.jpg|thumb|She in [[London]]]]\n== Life ==\n* born ''1815'' &amp; raised\n"
+        "see [http://x.org her page].\n__TOC__ {{reflist}}\n[[Category:People]]" + PROSE * 3
+    )
+    reason, found = judged(WIKIPEDIA, text)
+    head = "Ada L. was a mathematician.\n\nLife\nborn 1815 & raised\nsee her page."
+    assert reason == "" and [line.strip() for line in found.split("\n")][:5] == head.split("\n")
+    assert found.endswith(PROSE.strip()) and not any(mark in found for mark in ("[[", "{{", "''", "Category", "cell"))
+    assert judged(WIKIPEDIA, "#REDIRECT [[Ada]]")[0].startswith("it has")
+
+
+def test_latex() -> None:
+    text = (
+        "\\documentclass{article} % style\n\\begin{document}\\abstract{x}\n\\section*{One} 50\\% of it % not this\n"
+        "% nor this\nEnd.\n\\begin{comment}\nold\n\\end{comment}\n\\begin{thebibliography}{9}\\bibitem{a} A.\n"
+        "\\end{thebibliography}\n\\appendix\\section{Two}\\bibliography{all}\n\\end{document} rest"
+    )
+    reason, found = judged(ARXIV, text)
+    assert (reason, found) == ("", "\\section*{One} 50\\% of it \nEnd.\n\n\\appendix\\section{Two}")
+    assert judged(ARXIV, "\\begin{document}Hello\\end{document}")[0].startswith("fewer than 1")
+
+
+LANGUAGES = {
+    "en": PROSE,
+    "de": "Der Fluss war in der Nacht gestiegen, und die unteren Felder standen unter Wasser.",
+    "fr": "La rivi\u00e8re avait mont\u00e9 pendant la nuit et les champs les plus bas \u00e9taient sous l'eau.",
+    "es": "El r\u00edo hab\u00eda crecido durante la noche y los campos bajos estaban cubiertos de agua.",
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_language(language: str) -> None:
+    pytest.importorskip("fasttext", reason="the extra `curate` is not installed")
+    reason, _ = judged((Language(kind="language"),), LANGUAGES[language] * 3)
+    assert reason == ("" if language == "en" else f"language {language}")
