@@ -68,14 +68,16 @@ RECORDS = {
     "packed page": (response(1, gzip.compress(b"<p>hi"), fields="Content-Encoding: gzip"), "hi", ""),
     "bomb": (BOMB, None, "too long"),
     "not found": (response(1, b"<p>no", "404 Not Found"), None, "HTTP status 404"),
-    "picture": (response(1, b"\x89PNG", fields="Content-Type: image/png"), None, "no text but another type (image/png)"),
+    "picture": (response(1, b"\x89PNG", fields="Content-Type: image/png"), None,
+                "no text but another type (image/png)"),
     "declared": (response(1, LATIN, fields="Content-Type: text/html; charset=iso-8859-1"),
                  "d\u00e9j\u00e0 vu, na\u00efvet\u00e9 et caf\u00e9", ""),
     "unknown": (response(1, b"<p>hello", fields="Content-Type: text/html; charset=klingon"), "hello", ""),
     "empty": (response(1, b"<html><script>x()</script></html>"), None, "empty text"),
-    "WET": (b"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Record-ID: <urn:uuid:1>\r\nContent-Length: 5\r\n\r\nplain\r\n\r\n",
-            "plain", ""),
-    "request": (b"WARC/1.0\r\nWARC-Type: request\r\nContent-Length: 4\r\n\r\nGET \r\n\r\n", None, "no page but request"),
+    "WET": (b"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Record-ID: <urn:uuid:1>\r\n"
+            b"Content-Length: 5\r\n\r\nplain\r\n\r\n", "plain", ""),
+    "request": (b"WARC/1.0\r\nWARC-Type: request\r\nContent-Length: 4\r\n\r\nGET \r\n\r\n", None,
+                "no page but request"),
 }  # fmt: skip
 
 
