@@ -100,7 +100,7 @@ def step_folder(folder: Path) -> Path | None:
 
 
 def find_checkpoint(path: Path, log: Callable[[str], None] = lambda text: None) -> Path:
-    """The step folder that `path` is or is in; of a folder of steps or a run folder the newest; else `path`."""
+    """The step folder that `path` is, is in, or has as its newest; else `path`."""
     return step_folder(path) or newest_step(path, log) or newest_step(path / "checkpoints", log) or path
 
 
@@ -208,7 +208,7 @@ def under_way() -> dict[Any, str]:
 
 
 def _process(pid: int) -> str | None:
-    """The start time of a process [ticks since boot]: with the pid, its identity. None if it is gone."""
+    """The start of a process [ticks since boot]: with the pid, its identity. None if it is gone."""
     with suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]
@@ -222,7 +222,7 @@ def _machine() -> str:
 
 
 class FolderLock:
-    """The lock of one folder: a file created atomically (hard link) and touched every few seconds.
+    """The lock of a folder: a file made atomically (hard link) and touched every few seconds.
 
     One whose process has ended on this machine is taken over at once; others once not touched for `LEASE_SECONDS`, or
     three times as long where a network file system does not open them: it may show old times.
@@ -235,7 +235,7 @@ class FolderLock:
         self.lost = False  # another job was seen to hold the folder
 
     def acquire(self, *, patient: bool = True) -> None:
-        """Take the lock; not `patient`: at once. Raises: CheckpointError naming the job that holds it; OSError."""
+        """Take the lock; not `patient`: at once. Raises: CheckpointError naming its holder; OSError."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         job = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
         own = json.dumps(job | {"process": _process(os.getpid()), "since": now, "id": os.urandom(8).hex()}).encode()
@@ -344,7 +344,7 @@ def _look(path: Path) -> _Seen | None:
 
 
 class Choice:
-    """Which checkpoint a run goes on from; every rank of `group` has one and calls the same methods."""
+    """Which checkpoint a run goes on from; every rank of `group` calls the same methods."""
 
     def __init__(self, folder: Path, group: Assembly, log: Callable[[str], None], *, previous: bool) -> None:
         self._folder, self._group, self._log, self._previous = folder, group, log, previous
@@ -374,7 +374,7 @@ class Choice:
                 self._leave_out(name, error)
 
     def _candidate(self) -> tuple[str | None, bool]:
-        """The step to look at next, and whether its place in the order is known; not on rank 0: any."""
+        """The step to look at next, and whether its place in the order is known; not rank 0: any."""
         if self._group.rank:
             return next(filter(_STEP.fullmatch, disk.names(self._folder)), None), True
         order: list[tuple[float, str]] = []
@@ -409,7 +409,7 @@ class Choice:
         return found[0]
 
     def read_on_all(self, what: str, work: Callable[[], Any]) -> list[Any]:
-        """`on_all_ranks` of reading. Raises: UnreadableError also for what only some ranks miss."""
+        """`on_all_ranks` of reading; what only some ranks miss is an UnreadableError."""
         try:
             return on_all_ranks(self._group, what, work)
         except MissingError as error:

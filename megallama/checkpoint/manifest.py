@@ -151,7 +151,7 @@ class Manifest(BaseModel, frozen=True):
 
 
 def hasher(name: str, what: object = "what is saved") -> Callable[..., Any]:
-    """What makes objects as hashlib's. Raises: CheckpointError that tells `what` is digested with what is not here."""
+    """What makes objects as hashlib's. Raises: CheckpointError where it is not here."""
     if name not in HASHERS:
         need = "pip install xxhash" if name == XXH3 else "use the version that wrote it"
         raise CheckpointError(f"{what} is digested with {name}, which this program cannot make here: {need}")
@@ -212,7 +212,7 @@ def _verified(raw: bytes) -> dict[str, Any] | None:
 
 
 def check_layers(path: Path, model: ModelConfig, tensors: int = MAX_LAYERS) -> None:
-    """Raises: CheckpointError for more layers than so many tensors are: laying them out takes long."""
+    """Raises: CheckpointError for more layers than tensors: laying them out takes long."""
     if model.num_layers > max(tensors, 1000):
         raise CheckpointError(f"{path} describes a model of {model.num_layers} layers; it has fewer")
 

@@ -1,4 +1,4 @@
-"""Copies of a rank's state in memory that outlives its process: what a rank that is replaced goes on from.
+"""Copies of a rank's state that outlive its process: from them its replacement goes on.
 
 There are two, for a rank may end while it makes one. Bits are digested where they were trained, and compared when read.
 """
@@ -57,7 +57,7 @@ class MemoryCopies:
             slot[:8] = bytes(8)
 
     def keep(self, step: int, counters: dict[str, Any], after: Sequence[int | None] = ()) -> None:
-        """Copy the state of `step` in place of the older copy; `after`: steps, one of which is the newest on disk."""
+        """Copy the state of `step` over the older copy; `after`: one of these steps is the newest on disk."""
         slot = self.slots[self._next]
         slot[:8] = bytes(8)  # from here on it is none, until it is whole
         for copy, tensor in zip(self._copies[self._next], self._tensors, strict=True):
@@ -70,7 +70,7 @@ class MemoryCopies:
     def resume(
         self, group: Assembly, own: dict[int, int], ask: Callable[..., dict[str, Any]], log: Callable[[str], None]
     ) -> dict[str, Any] | None:
-        """Fill the state from the newest step of which every rank of `group` has a whole copy in `own`, slots by step.
+        """Fill the state from the newest step that all of `group` have whole; `own`: slots by step.
 
         Its counters; None where there is no such step. `ask` fetches what is damaged, which is told to `log`.
         """
@@ -91,7 +91,7 @@ class MemoryCopies:
         return None
 
     def _wrong(self, step: int, slot: int) -> list[int]:
-        """The tensors whose bits are not those that were copied; all where it is not a copy of `step`."""
+        """The tensors with other bits than were copied; all where it is no copy of `step`."""
         said, copies = read_head(self.slots[slot]), self._copies[slot]
         if said.get("step") != step or len(said["digests"]) != len(copies):
             return [*range(len(copies))]

@@ -30,7 +30,7 @@ _NOT_A_PARAMETER = ".rotary_emb.inv_freq"  # a buffer in old Hugging Face folder
 
 
 class BlockFile:
-    """A file read in blocks, by one thread; what `saved` lists is verified, each block before it is used."""
+    """A file read in blocks by one thread; each that `saved` lists is verified before its use."""
 
     def __init__(self, folder: Path, name: str, saved: manifest.Manifest | None = None) -> None:
         self.path = folder / name
@@ -97,7 +97,7 @@ def spans(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 class TensorFiles(ExitStack):
-    """Tensors by name, wherever in a set of files they lie; files are opened when first needed."""
+    """Tensors by name, of a set of files; these are opened when first needed."""
 
     def __init__(self, places: Mapping[str, TensorPlace], opener: Callable[[str], BlockFile]) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ def open_state(folder: Path, saved: manifest.Manifest, kind: str) -> TensorFiles
 
 
 def open_folder(folder: Path) -> TensorFiles:
-    """The weights of a Hugging Face folder, or of our step or model folder. Raises: CheckpointError."""
+    """The weights of a Hugging Face folder, or of our step or model/. Raises: CheckpointError."""
     if (step := step_folder(folder)) is not None:
         return open_state(step, manifest.read_manifest(step), "model")
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
@@ -230,7 +230,7 @@ def load_state(folder: Path, saved: manifest.Manifest, shards: Sequence[Shard]) 
 
 
 def head_of(where: Path, files: TensorFiles, model: ModelConfig, head: str = "auto") -> tuple[ModelConfig, list[str]]:
-    """`model` as its tensors have it, and what to say of that; head="tied" leaves out a head of its own."""
+    """`model` as its tensors have it, and a note; head="tied" leaves out a head of its own."""
     if not model.tie_embeddings or HEAD not in files.places or equal_rows(files, EMBEDDING, files, HEAD):
         return model, []
     return own_head(f"{where}: {HEAD}", model, head)
@@ -260,7 +260,7 @@ def equal_rows(a: TensorFiles, key: str, b: TensorFiles, other: str, rows: int |
 
 
 def check_tensors(where: Path, files: TensorFiles, model: ModelConfig) -> None:
-    """Raises: CheckpointError listing every tensor that is missing, unknown or of another shape."""
+    """Raises: CheckpointError listing what `tensor_problems` finds."""
     manifest.check_layers(where, model, len(files.places))
     want = global_shapes(model)
     extra = {HEAD} if model.tie_embeddings else set()  # see `head_of`
@@ -290,7 +290,7 @@ def refuse(where: Path, problems: Sequence[str]) -> None:
 
 
 def verify_blocks(folder: Path, saved: manifest.Manifest, blocks: Sequence[tuple[str, int]]) -> list[str]:
-    """Check blocks against their digests; what is wrong with each damaged one. Raises: UnreadableError."""
+    """What is wrong with each block that is damaged. Raises: UnreadableError."""
 
     def problems(blocks: Sequence[tuple[str, int]]) -> list[str]:
         found = []

@@ -56,14 +56,14 @@ class Starts:
         self._write([self._own])
 
     def over(self, why: str = "", status: int = 0) -> None:
-        """This start ends with this status, or is asked to; with 0, or after a finished step, none counts any more."""
+        """This start ends so, or is asked to; with 0, or after a finished step, none counts any more."""
         if self._own:
             own = [] if status in (0, 2, 75) else [self._own | {"end": why.partition("\n")[0][:500]}]
             self._own, self._failed = (self._own, self._failed) if status else ({}, [])
             self._write(own)
 
     def ended_early(self, why: str, status: int) -> int:
-        """Count a start that ends so before it has the lock, unless another job may have that; the status, or 2."""
+        """Count a start that ends before it has the lock, unless another job may; the status, or 2."""
         if self._begun or status in (0, 2, 75):
             return status
         try:

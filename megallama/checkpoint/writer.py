@@ -103,7 +103,7 @@ def write_checkpoint(content: Content, shards: Iterable[Shard], group: Assembly)
 
 
 def create_files(content: Content) -> None:
-    """Make the temporary folder and all files in final size, with headers and small files written."""
+    """Make the temporary folder and all files in final size; headers and small files are written."""
     folder, sizes = content.temporary, content.sizes
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
@@ -155,7 +155,7 @@ def _allocate(fd: int, size: int) -> None:
 
 
 def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -> tuple[int, Digests]:
-    """Write this rank's byte runs; how many elements, and the digests of the blocks that it wrote alone."""
+    """Write this rank's byte runs; how many elements, and digests of blocks that are its alone."""
     written, outputs = 0, dict[str, _Output]()
     if isinstance(shards, list):  # in the files' order hardly a block is begun by one and ended by another
         places = content.sets["model"].places
@@ -185,7 +185,7 @@ def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -
 
 
 class _Output:
-    """One file as this rank writes it, and the digests of blocks that it writes whole and in order."""
+    """One file as this rank writes it, with digests of blocks written whole and in order."""
 
     def __init__(self, fd: int, size: int, content: Content) -> None:
         self._fd, self._size, self._block_bytes = fd, size, content.block_bytes
@@ -256,7 +256,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def _shared_blocks(content: Content, results: Sequence[tuple[int, Digests]]) -> str:
-    """The blocks without a digest as bits, hexadecimal. Raises: CheckpointError for elements without one owner."""
+    """Blocks without a digest as bits. Raises: CheckpointError for elements without one owner."""
     written = sum(count for count, _ in results)
     want = sum(prod(place.shape) for place in content.sets["model"].places.values())
     if written != want:
@@ -266,7 +266,7 @@ def _shared_blocks(content: Content, results: Sequence[tuple[int, Digests]]) -> 
 
 
 def _digest_blocks(content: Content, blocks: Sequence[tuple[str, int]], flusher: Flusher) -> Digests:
-    """Digests of blocks that several ranks wrote, read back while this rank's files become durable."""
+    """Digests of blocks of several ranks, read back while this rank's files become durable."""
     with open_files(content.temporary) as fd_of, ThreadPoolExecutor(THREADS) as pool:
         fds, by = {name: fd_of(name) for name, _ in blocks}, manifest.hasher(content.body["digests"])
 

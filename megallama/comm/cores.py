@@ -21,7 +21,7 @@ def _numbers(file: Path) -> list[int]:
 
 
 def cores_near(device: torch.device, sys: Path = Path("/sys")) -> list[int]:
-    """The CPUs in the NUMA node of this GPU that this process may use; none where /sys does not know them."""
+    """The CPUs near this GPU that this process may use; none where /sys does not know them."""
     gpu = torch.cuda.get_device_properties(device)
     parts = [getattr(gpu, f"pci_{part}_id", -1) for part in ("domain", "bus", "device")]
     node = _numbers(sys / "bus/pci/devices" / "{:04x}:{:02x}:{:02x}.0".format(*parts) / "numa_node")
@@ -32,7 +32,7 @@ def cores_near(device: torch.device, sys: Path = Path("/sys")) -> list[int]:
 def keep_near(
     near: Sequence[int] | None, rank: int, here: Mapping[int, tuple[str, str]], sys: Path = Path("/sys")
 ) -> tuple[int, str]:
-    """Bind this process to its part of `near`, if any: how many ranks then share its CPUs, and what was done.
+    """Bind this process to its part of `near`, if any: how many share its CPUs, what was done.
 
     here: of each rank of the machine what tells apart the CPUs that it may use, and those near its GPU. Who may use
     other ones than its neighbours, or alone not all, was bound by its launcher and stays so.

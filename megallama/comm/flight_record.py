@@ -41,7 +41,7 @@ _SIZE = -(-(WORDS * 8 + sum(TEXTS.values())) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class FlightRecord:
-    """The record of one rank, in the file `file` made by `create`, or in memory of its own that nobody reads.
+    """The record of one rank, in `file` made by `create`, or in memory that nobody reads.
 
     `stacks`: the file into which the rank writes where its threads stand.
     """
@@ -55,7 +55,7 @@ class FlightRecord:
 
     @staticmethod
     def create() -> int:
-        """A file for a record, for this process and those it starts. Raises: OSError where there is no room."""
+        """A file for a record, of this process and those it starts. Raises: OSError without room."""
         file = os.memfd_create("megallama-flight-record", 0)
         os.posix_fallocate(file, 0, _SIZE)  # a machine without memory says so here, not by a signal later
         return file
@@ -94,7 +94,7 @@ class FlightRecord:
         return min(len(self.groups), MAX_GROUPS) - 1
 
     def begins(self, group: int, operation: str, rows: int, nbytes: int, peer: int = -1) -> int:
-        """It starts a communication, with global rank `peer` or with the whole group; its place in the list."""
+        """It starts a communication, with global rank `peer` or the whole group; its place in the list."""
         place, words = self._next, self.words
         self._next = (place + 1) % CALLS
         at = FIRST_CALL + place * CALL_WORDS

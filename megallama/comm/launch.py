@@ -151,7 +151,7 @@ LAST_RESORT = timedelta(seconds=60)  # more than the time-out, where supervisors
 
 @dataclass
 class World:
-    """All ranks of a run as one of them sees it; made by `start`, ended by `close` (or `with`)."""
+    """All ranks of a run as one of them sees it; from `start` to `close` (or `with`)."""
 
     launch: Launch
     device: torch.device
@@ -359,7 +359,7 @@ def _gather(
 
 
 def cuda_environment(config: Config) -> dict[str, str]:
-    """What CUDA shall find in the environment when it is first touched, but where the launcher has set it already."""
+    """What CUDA shall find in the environment, but where the launcher has set it already."""
     # one queue: kernels start in the order of their launch, so a collective launched before a GEMM runs under it
     one_queue = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if config.parallel.tp > 1 else {}
     return one_queue | ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if config.train.deterministic else {})
@@ -397,7 +397,7 @@ def _device(launch: Launch, run: RunConfig, notes: list[str], cuda: Mapping[str,
 
 
 def _set_threads(run: RunConfig, bound: tuple[int, str], notes: list[str]) -> int:
-    """run.threads, or this process's share of the cores that several ranks may all use; how many (`keep_near`)."""
+    """run.threads, or this process's share of the cores of several ranks; how many (`keep_near`)."""
     sharing, note = bound
     notes += [note] * bool(note)
     cores = len(os.sched_getaffinity(0))
@@ -428,14 +428,14 @@ def keep_memory() -> bool:
 
 
 def raised_limit() -> int:
-    """The most files this process may have open, after the soft limit was raised to the hard one."""
+    """The most files this process may open; the soft limit is raised to the hard one."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard if hard != resource.RLIM_INFINITY else 1 << 62
 
 
 def files_needed(launch: Launch, groups: Sequence[int], files: int, *, cuda: bool, shared: bool) -> dict[str, int]:
-    """Open files of a rank, by what they are for: every connection is one, and without room gloo ends the process."""
+    """Open files of a rank, by their use: without room for a connection gloo ends the process."""
     groups, ranks = [size for size in groups if size > 1], launch.world_size
     return {
         "open already": len(os.listdir("/proc/self/fd")),

@@ -106,7 +106,7 @@ class Star:
         self._loop.call_soon_threadsafe(self._write, about, value)
 
     def receive(self, about: str, seconds: float) -> tuple[int, Any]:
-        """The next one: from whom, and what. Raises: TimeoutError; ContactLost once any rank has left."""
+        """The next one, and from whom. Raises: TimeoutError; ContactLost once any rank has left."""
         with self._changed:
             messages = self._messages[about]
             if not self._changed.wait_for(lambda: messages or self.left, max(seconds, 0.0)):
@@ -122,7 +122,7 @@ class Star:
         self._loop.call_soon_threadsafe(self._report, why, status)
 
     def first(self, seconds: float) -> tuple[str, int] | None:
-        """Why the run ends, and with which status, as soon as anybody has said it; None after so long."""
+        """Why the run ends, and its status, as soon as anybody has said it; None after so long."""
         with self._changed:
             self._changed.wait_for(lambda: self._news, seconds)
         return self._news
@@ -246,7 +246,7 @@ class Star:
 
 
 class StarGroup:
-    """All ranks, for small values alone: they go to rank 0, and what it makes of them comes back."""
+    """All ranks, for small values: they go to rank 0, and what it makes of them comes back."""
 
     def __init__(self, star: Star, name: str, timeout: timedelta) -> None:
         self.name, self.rank, self.size = name, star.rank, star.size
@@ -296,7 +296,7 @@ class Arrival:
 def open_store(
     host: str, port: int, port_file: Path | None, store_host: bool, rank: int, seconds: float
 ) -> dist.TCPStore:
-    """Rank 0's store: as a client or as its host, which listens on the loopback interface alone if that is `host`.
+    """Rank 0's store: as a client or its host, which listens on loopback alone if that is `host`.
 
     Into a `port_file`, of ranks on one machine, it then writes which free port it took; `port` is 0.
     Raises: LaunchError if the port is taken or rank 0 cannot be reached within `seconds`.
@@ -332,7 +332,7 @@ def open_store(
 
 
 def _made_within(limit: timedelta, make: Callable[[], dist.TCPStore]) -> dist.TCPStore:
-    """What `make` returns or raises, or RuntimeError: for an answer to its greeting torch waits without end."""
+    """What `make` returns or raises, or RuntimeError: torch waits without end for a greeting."""
     made = Future[dist.TCPStore]()
 
     def work() -> None:

@@ -11,9 +11,9 @@ from megallama.comm.flight_record import COMPLETED, LAUNCHED, FlightRecord
 
 
 class StreamRecord(FlightRecord):
-    """Writes into the file of `record`. The device itself tells which action it has completed, by a copy in its stream.
+    """In the file of `record`. By a copy in its stream the device tells what it has completed.
 
-    Own work and waits are taken by events, which are read a step later, when nobody waits for them any more.
+    Own work and waits are taken by events, read a step later, when nobody waits for them.
     """
 
     def __init__(self, record: FlightRecord, device: torch.device) -> None:

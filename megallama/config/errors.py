@@ -9,7 +9,7 @@ from itertools import groupby
 
 
 class MegallamaError(Exception):
-    """Something the user can put right; the message says what is wrong, the values, and what to write instead."""
+    """Something the user can put right; the message says what is wrong and what to write."""
 
     shared = False  # True: every rank raises it alike, so one of them says it
     decisive = False  # True: where ranks fail in several ways, all raise this kind
@@ -29,7 +29,7 @@ class LaunchError(MegallamaError):
 
 
 class LostError(LaunchError):
-    """Rank 0 has left, or never came, while the ranks were gathering: of that there is more to be told."""
+    """Rank 0 has left, or never came, while ranks were gathering: there is more to be told."""
 
 
 class MachineError(MegallamaError):

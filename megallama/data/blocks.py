@@ -25,7 +25,7 @@ AGAIN = "write it again with megallama prepare"
 
 
 class File:
-    """A file opened for pread; what cannot be read is a DataError. `check(offset, count)` comes before a read."""
+    """A file for pread; what cannot be read is a DataError. `check(offset, count)` comes first."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -130,12 +130,12 @@ class IndexedDataset:
         return np.frombuffer(self._bin.read(offset * size, count * size), self.dtype)
 
     def read_rows(self, offsets: Sequence[int], out: np.ndarray) -> None:
-        """The m tokens from each offset on into the rows of `out` [n, m], which is of the file's type."""
+        """The m tokens from each offset on into the rows of `out` [n, m], of the file's type."""
         for offset, row in zip(offsets, out, strict=True):
             self._bin.read_into(row, offset * self.dtype.itemsize)
 
     def starts(self, first: int, last: int) -> np.ndarray:
-        """Where documents first..last begin [tokens], int64 [last - first + 1]; last may be num_documents."""
+        """Where documents first..last begin [tokens], int64; last may be num_documents."""
         marks = self.array(self._marks_at + 8 * first, last - first + 1, "<i8")
         low, high = int(marks[0]), min(int(marks[-1]) + 1, self.num_sequences)
         if not 0 <= low <= high or (np.diff(marks) < 0).any():
@@ -163,13 +163,13 @@ class IndexedDataset:
         return self._int(at) if at < self._marks_at else self._bin.size
 
     def largest_token(self) -> int:
-        """The largest token id in evenly spread spots: a check that costs the same for any size."""
+        """The largest token id in evenly spread spots: the cost is the same for any size."""
         span = min(SPAN, self.num_tokens)
         offsets = {int(x) for x in np.linspace(0, self.num_tokens - span, SPOTS)}
         return max(int(self.read(offset, span).max()) for offset in offsets)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the content: counts, sizes, a digest of the first and last 64 KiB of both files."""
+        """Of the content: counts, sizes, a digest of the first and last 64 KiB of both files."""
         digest = hashlib.sha256()
         for file in (self._idx, self._bin):
             span = min(file.size, 1 << 16)

@@ -1,4 +1,4 @@
-"""Micro-batches prepared ahead of the training step by one background thread, and copied to a GPU one step ahead."""
+"""Micro-batches prepared ahead by one background thread, and copied to a GPU a step ahead."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
             self._thread.start()
 
     def __next__(self) -> list[MicroBatch]:
-        """Of the next step, on the device. Raises: DataError if the thread is stuck; what it raised if it failed."""
+        """Of the next step, on the device. Raises: DataError if the thread is stuck; what it raised."""
         if self._copies is None:
             batches = self._take()
             self.step += 1
@@ -81,13 +81,13 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
         return [batch.each(used) for batch in there]
 
     def _send(self, stream: torch.cuda.Stream) -> tuple[list[MicroBatch], torch.cuda.Event]:
-        """The next step on its way to the GPU: torch reuses pinned memory only after the copies out of it."""
+        """The next step on its way to the GPU: torch keeps pinned memory until it was copied."""
         batches = self._take()
         with torch.cuda.stream(stream):
             return [batch.to(stream.device) for batch in batches], stream.record_event()
 
     def next_or_zeros(self, count: int, config: Config) -> tuple[list[MicroBatch], MegallamaError | None]:
-        """As `next`; where it fails, zeros and why, for a step that ends when all ranks know of it."""
+        """As `next`; where it fails zeros, and why, for a step that ends when all ranks know."""
         try:
             return next(self), None
         except MegallamaError as error:

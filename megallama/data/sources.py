@@ -1,4 +1,4 @@
-"""From the configuration to open data: the training sources mixed by weight, validation and test sources."""
+"""From the configuration to open data: training sources mixed by weight, validation, test."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TrainDataset:
         return Samples(tokens[row], np.concatenate(starts)[row] if starts else None)
 
     def places(self, ids: Sequence[int]) -> Iterator[tuple[Source, int, int]]:
-        """Of each of these samples: its source, its index there, and where it begins in the stream [tokens]."""
+        """Of each of these samples: source, index there, and where it begins in the stream [tokens]."""
         for number, index in zip(*self.mixture.locate(np.asarray(ids, np.int64)).tolist(), strict=True):
             source = self.sources[number]
             yield source, index, source.offset + int(source.sequences(np.array([index]))[0]) * source.seq_length
@@ -141,7 +141,7 @@ class TrainDataset:
         return self._batch.samples_after(steps, *known)
 
     def _check_weights(self, past: Sequence[Phase], step: int) -> None:
-        """That the configuration gives the steps that were made the weights they were made with."""
+        """That the configuration gives past steps the weights they were made with."""
         present = [p for p in self.mixture.phases if p.step <= max(step, 1)]
         if [(p.step, _used(p)) for p in present] == [(p.step, _used(p)) for p in past]:
             return
@@ -175,7 +175,7 @@ class Data:
 
 
 def open_sources(config: Config) -> Data:
-    """Open what `data` names. Raises: DataError for whatever can be known to be wrong before the first step."""
+    """Open what `data` names. Raises: DataError for what can be known to be wrong beforehand."""
     data, vocab_size = config.data, config.model.vocab_size
     tokenizer = load_tokenizer(data.tokenizer, eos_token=data.eos_token) if data.tokenizer else None
     if tokenizer and (most := tokenizer.vocab_size) > vocab_size:  # a larger vocabulary is padded
@@ -232,7 +232,7 @@ def _open(path: str, config: Config, tokenizer: Tokenizer | None) -> IndexedData
 
 
 def _ids_of(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> SpecialIds:
-    """Those that are known: recorded, or a control token that begins (ends) all of the first documents."""
+    """Those recorded, or a control token that begins (ends) all of the first documents."""
     metadata = dataset.metadata
     if "eos_id" in metadata:
         return {"bos_id": metadata.get("bos_id"), "eos_id": metadata["eos_id"]}
@@ -246,7 +246,7 @@ def _ids_of(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> SpecialIds:
 
 
 def _common_ids(datasets: Sequence[IndexedDataset], tokenizer: Tokenizer | None, eos_token: str | None) -> SpecialIds:
-    """Those that all corpora have; an end that nobody knows is the tokenizer's. Raises: DataError if they differ."""
+    """Those of all corpora; an end that nobody knows is the tokenizer's. Raises: DataError."""
     common: SpecialIds = {"eos_id": tokenizer.eos_id if tokenizer else None}
     for kind, verb in (("eos_id", "end"), ("bos_id", "begin")):
         seen: dict[int | None, str] = {}  # id -> the first corpus with it

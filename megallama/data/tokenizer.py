@@ -99,7 +99,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer.json of the `tokenizers` library; `content`: what is read instead of the file."""
+    """A tokenizer.json of `tokenizers`; `content`: what is read instead of the file."""
 
     encoder = "tokenizers"
 
@@ -223,7 +223,7 @@ def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokeniz
 
 
 def sha256_of(path: str | Path) -> str:
-    """The hex digest of a tokenizer: of its file, and for PREFIXvocab.json of PREFIXmerges.txt after it."""
+    """The hex digest of its file, and for PREFIXvocab.json of PREFIXmerges.txt after it."""
     merges = merges_of(path := Path(path))
     more = merges.read_bytes() if merges and merges.is_file() else b""
     return hashlib.sha256(path.read_bytes() + more).hexdigest()

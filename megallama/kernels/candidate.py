@@ -61,7 +61,7 @@ class Target:
 
     @staticmethod
     def contiguous(x: Tensor) -> Tensor:
-        """`x`, for a kernel that looks at size and address alone: of a strided view it would take other numbers."""
+        """`x`, for a kernel that looks at size and address alone: of a view it would take others."""
         assert x.is_contiguous(), f"strides {x.stride()} of {tuple(x.shape)}: a copy is needed first"
         return x
 
@@ -123,7 +123,7 @@ Results = list[tuple[str, Tensor]]  # what an implementation makes of a small pr
 
 @dataclass(frozen=True)
 class Operation:
-    """Candidates for an operation, in order. The last is selected unchecked: nothing else is left."""
+    """Candidates for an operation, in order; the last is selected unchecked."""
 
     candidates: Sequence[tuple[str, Callable[[Target], Any]]]
     last: tuple[str, Callable[[Target], Any]]

@@ -152,7 +152,7 @@ Scaled = tuple[Tensor, Tensor]  # fp8 values and the inverse of their scale, one
 
 
 def quantize(x: Tensor, dtype: torch.dtype, rows: bool = True, columns: bool = False) -> list[Scaled]:
-    """x times a power of two in `dtype`, as it lies and transposed, what of it is asked for; each with its inverse.
+    """x times a power of two in `dtype`, as it lies and transposed, as asked; each with its inverse.
 
     One power for the whole tensor, from its largest element: scaling rounds nothing.
     """
@@ -254,7 +254,7 @@ def _te_fp8(target: Target) -> Gemms:
 
 
 def _showing(quantizer: Any) -> Callable[[Tensor], Any]:
-    """That quantizer, but an infinity makes the inverse scale NaN: it would become the largest finite value.
+    """That quantizer, but of an infinity, which would become finite, the inverse scale is NaN.
 
     Transformer Engine's scale is 1 where the largest element is infinite or NaN, and its casts saturate.
     """

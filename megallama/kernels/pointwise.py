@@ -37,7 +37,7 @@ ELEMENTS_IN_FP32 = 1 << 19  # logits that exist in fp32 at a time when they are 
 
 @dataclass(frozen=True)
 class PointwiseOps:
-    """What layers are handed: each may be another implementation, but a backward goes with its forward."""
+    """What layers are handed: of any implementation, but a backward goes with its forward."""
 
     add_norm: AddNorm
     add_norm_backward: AndAgain
@@ -50,7 +50,7 @@ class PointwiseOps:
 
 
 def _own(*names: str) -> Callable[[Target], tuple[Any, ...]]:
-    """Functions that launch our Triton kernels; nothing else imports their files, which need Triton."""
+    """Functions that launch our Triton kernels, whose files nothing else imports."""
 
     def make(target: Target) -> tuple[Any, ...]:
         target.need_triton()
@@ -179,7 +179,7 @@ def _norm_pair(forward: Callable[..., Any], backward: Callable[..., Any]) -> Nor
 
 
 def _norm_results(pair: Norms, target: Target) -> Results:
-    """With and without what is added beside the norm; the weight's gradient written over, and added."""
+    """With and without what is added; the weight's gradient written over, and added."""
     (forward, backward), eps, shape = pair, 1e-5, (48, target.width)
     x, branch, dy, residual = (target.random(*shape, seed=seed) for seed in range(4))
     weight = target.random(target.width, seed=4)
@@ -293,7 +293,7 @@ def _rope_formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rope_results(pair: Rope, target: Target) -> Results:
-    """As layers do: q and k where they lie, before v; all three into tensors of their own; and their gradients back."""
+    """As layers do: q and k in place, before v; all three into tensors of their own; back."""
     packed, angles = target.random(2, 16, 8, 32), target.random(2, 16, 1, 16, seed=1)
     angles = (angles if target.documents else angles[0]).to(accumulate_dtype(packed.dtype))
     cos, sin, out, back = angles.cos(), angles.sin(), packed.clone(), torch.empty_like(packed)
@@ -332,7 +332,7 @@ def swiglu_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def with_product(forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor, Tensor], Tensor]) -> Swiglus:
-    """Both ways, the second (dout, gate_up, again) -> (gradient, what the first makes if it is wanted `again`)."""
+    """Both ways, the second (dout, gate_up, again) -> (gradient, the product if wanted `again`)."""
 
     def gradient(dout: Tensor, gate_up: Tensor, again: bool) -> tuple[Tensor, Tensor | None]:
         product = forward(gate_up) if again else None
@@ -383,7 +383,7 @@ SWIGLU = Operation(
 
 
 def _blocks(matrix: Tensor) -> Iterable[slice]:
-    """Rows that may exist in fp32 at a time: on a GPU all of a chunk, for each pass over few is a launch."""
+    """Rows that may exist in fp32 at a time: on a GPU all, for each pass is a launch."""
     if matrix.is_cuda:
         return [slice(None)]
     at_once = max(1, ELEMENTS_IN_FP32 // matrix.shape[1])
@@ -420,7 +420,7 @@ def softmax_(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, sca
 
 
 def softmax_at_once_(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
-    """What `softmax_` does for a GPU: fewer passes over more rows, and one copy in the format of `log_sum`."""
+    """`softmax_` for a GPU: fewer passes over more rows, one copy in the format of `log_sum`."""
     picked.copy_(logits.gather(1, index).squeeze(1))
     top = logits.amax(1, keepdim=True).to(log_sum.dtype)
     powers = (logits - top).exp_()
@@ -472,7 +472,7 @@ def _softmax_formula(
 
 
 def _cross_entropy_results(pair: CrossEntropy, target: Target) -> Results:
-    """Of a rank that has all columns, and of one whose columns are not all and has two thirds of the labels."""
+    """Of a rank that has all columns, and of one with some, and two thirds of the labels."""
     rows = torch.arange(24, device=target.device)
     index, results = (rows * 177).unsqueeze(1), Results()
     other = target.random(24, seed=1).to(accumulate_dtype(target.random(1).dtype)) + 8

@@ -52,7 +52,7 @@ class Processor:
         return bool(self.features & {"avx512_bf16", "amx_bf16", "bf16"})
 
     def entry(self, width: int, user: str | None = None) -> Entry | None:
-        """The first entry that fits; `width`: the hidden size. Raises: ConfigError for a table that is none."""
+        """The first entry that fits; `width`: the hidden size. Raises: ConfigError."""
         for path in [*([Path(user)] if user else []), SHIPPED]:
             for entry in entries(path):
                 fits = entry.vendor in ("", self.vendor) and entry.widths[0] <= width <= entry.widths[1]
@@ -80,7 +80,7 @@ def entries(path: Path) -> list[Entry]:
 
 
 def digest(user: str | None) -> str:
-    """In a few characters what a user's table says, for a comparison of ranks. Raises: as `entries`."""
+    """A digest of a user's table, for a comparison of ranks. Raises: as `entries`."""
     if user is None:
         return ""
     found = "\n".join(entry.model_dump_json() for entry in entries(Path(user)))

@@ -68,7 +68,7 @@ class Kernels:
 
     @property
     def apart(self) -> bool:
-        """Attention copies q, k and v that are parts of a packed tensor, where they are not of one size."""
+        """Attention copies q, k and v out of a packed tensor where they are not of one size."""
         return ("attention", TE) in ((choice.operation, choice.selected) for choice in self.choices)
 
     def __str__(self) -> str:

@@ -93,7 +93,7 @@ class GradSync:
         self._handles[bucket.index] = self._groups.dp_cp.reduce_scatter(shard, full)
 
     def _sum_copies(self) -> None:
-        """All-reduce what several ranks hold, packed: it is small, with one layout on every rank of the group."""
+        """All-reduce what several ranks hold, packed: it is small, and lies alike on all of them."""
         held = [s for bucket in self.buffers.layout.buckets for s in self.segments(bucket)]
         for over, group in (("tp", self._groups.tp), ("kv", self._groups.kv)):
             chosen = [s for s in held if s.part.sum_over == over]
@@ -113,7 +113,7 @@ class AdamW:
         self.moments = moments  # state beside the masters; zero before the first step
 
     def __call__(self, shards: Sequence[Tensors], lr: float, scale: float, decay: bool, number: int) -> None:
-        """In place: update "master" and the moments from "grads" times `scale`; count "step" up, to `number`."""
+        """In place: "master" and moments from "grads" times `scale`; "step" counts up, to `number`."""
         divisor = None if scale == 1.0 else shards[0]["grads"].new_full((), 1 / scale)
         lists = [[shard[name] for shard in shards] for name in ("master", "grads", *self.moments, "step")]
         self._kernel(lists, self._config, lr, self._config.weight_decay if decay else 0.0, divisor, number)
@@ -145,7 +145,7 @@ class Update:
         return ((sync, bucket, tensors["master"]) for sync, bucket, tensors in self._held)
 
     def start_step(self, early: bool = True) -> None:
-        """early: all ranks that share the gradients complete them in one order, so their reduction may overlap."""
+        """early: all ranks complete shared gradients in one order, so their reduction may overlap."""
         for sync in self.syncs:
             sync.start_step(early)
 

@@ -58,7 +58,7 @@ def boxes_of_range(local: Box, start: int, stop: int) -> Iterator[Box]:
 
 
 def runs(box: Box, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The runs (first element, count) of `box` in a row-major tensor of `shape`, merged where they touch."""
+    """Runs (first element, count) of `box` in a row-major tensor of `shape`, merged where they touch."""
     inner, axis = 1, len(shape)
     while axis > 0 and (axis == len(shape) or box.shape[axis] == shape[axis]):
         axis -= 1

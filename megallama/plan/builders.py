@@ -79,7 +79,7 @@ def _alternating(name: str, p: int, m: int, chunks: int, warmup: Callable[[int],
 
 
 def v_owners(p: int) -> tuple[int, ...]:
-    """The rank of each stage of a V: rank r of P owns stages r and 2P-1-r, so embedding and loss are on rank 0."""
+    """The rank of each stage of a V: rank r of P owns r and 2P-1-r, so embedding and loss are on 0."""
     return (*range(p), *reversed(range(p)))
 
 
@@ -192,7 +192,7 @@ def build_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedule:
 
 
 def bounds(parallel: ParallelConfig, m: int) -> tuple[int, int]:
-    """What a rank holds at most: (stage, micro-batch) pairs in flight, and received tensors that wait."""
+    """The most a rank holds: (stage, micro-batch) pairs in flight, received tensors that wait."""
     p, v = parallel.pp, parallel.chunks
     in_flight = {
         "gpipe": m * v, "1f1b": p if v == 1 else 2 * (p - 1) + (v - 1) * p + 1, "zb-h1": p, "zb-h2": 2 * p - 1,

@@ -121,7 +121,7 @@ def looped(num_ranks: int, num_stages: int) -> tuple[int, ...]:
 
 
 def parse_action(word: str, where: str = "") -> Action:
-    """The inverse of ``str(action)``. Raises: ScheduleError naming the word and `where` it stands."""
+    """The inverse of ``str(action)``. Raises: ScheduleError naming word and place."""
     found = re.fullmatch(r"([A-Za-z_]+?)(\d+)\.(\d+)", word)
     if not found or found[1] not in Kind._value2member_map_:
         raise ScheduleError(f"{where}{word!r} is no action; write F, B, I or W with stage.micro-batch, e.g. F2.0")

@@ -50,7 +50,7 @@ class Report:
 
 
 def simulate(schedule: Schedule, costs: Sequence[StageCost] | None = None, hop: float = 0.0) -> Report:
-    """Run a schedule against a clock; `costs` per stage (default 1, 1, 1), `hop` the time of one transfer."""
+    """Run a schedule against a clock; `costs` per stage, `hop` the time of one transfer."""
     costs = costs or [StageCost()] * schedule.num_stages
     assert len(costs) == schedule.num_stages, (len(costs), schedule.num_stages)
     events = tuple(walk(schedule, lambda a: costs[a.stage].of(a.kind), hop))
@@ -96,7 +96,7 @@ class Flight(NamedTuple):
 
     @property
     def blocked(self) -> float:
-        """Seconds in which the rank did nothing but start it and wait for it: its exposed time."""
+        """Seconds in which the rank only started it or waited for it: its exposed time."""
         return self.started - self.issued + self.end - self.waited
 
 

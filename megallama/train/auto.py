@@ -14,7 +14,7 @@ from megallama.kernels.processors import Processor
 
 
 def decide(config: Config, note: Callable[[str], None]) -> Config:
-    """`config` without "auto"; ranks that decide otherwise have another configuration, and do not start together.
+    """`config` without "auto"; ranks that decide otherwise do not start together.
 
     Raises: ConfigError for a table of processors that is none.
     """

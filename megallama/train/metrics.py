@@ -118,7 +118,7 @@ class MetricsWriter:
         self._loss_scale = scale
 
     def catch_up(self, seconds: float) -> None:
-        """Wait so long for what is not written yet: nothing saved, on disk or in memory, is ahead of the records."""
+        """Wait so long for what is not written yet: nothing saved is ahead of the records."""
         with suppress(TimeoutError):
             if self._sinks:
                 self._thread.submit(int).result(seconds)
@@ -180,7 +180,7 @@ class JsonLines(_Appender):
 
 
 def rewind(path: Path, step: int) -> None:
-    """Remove lines after `step`, and one that a kill cut short; at 0 keep the file by another name."""
+    """Remove lines after `step`, and one cut short; at 0 keep the file by another name."""
     if step == 0:
         os.replace(path, path.with_name("metrics.old.jsonl"))
         return
@@ -253,14 +253,14 @@ def read_metrics(path: Path) -> Iterator[Record]:
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Mean over the `width` values around each one, fewer at the ends (as many on either side)."""
+    """Mean of the `width` values around each one, fewer at the ends (as many on either side)."""
     total, i = np.cumsum([0.0, *values]), np.arange(len(values))
     reach = np.minimum(np.minimum(i, i[::-1]), width // 2)
     return ((total[i + reach + 1] - total[i - reach]) / (2 * reach + 1)).tolist()
 
 
 def plot_loss(metrics: Path, png: Path, *, title: str = "", baseline: float | None = None) -> tuple[Path | None, str]:
-    """Draw the losses over tokens; (png, "") or (None, why not). baseline: the corpus's unigram loss."""
+    """Draw losses over tokens; (png, "") or (None, why not). baseline: the unigram loss."""
     try:
         records = [r for r in read_metrics(metrics) if "consumed_tokens" in r]
     except OSError as error:

@@ -22,7 +22,7 @@ _INSIST = (signal.SIGTERM, signal.SIGINT)  # a second one is obeyed at once, eve
 
 
 class SignalFlag:
-    """While installed, in the main thread, a signal of `SIGNALS` sets `received` instead of killing the process.
+    """While installed, a signal of `SIGNALS` sets `received` instead of killing the process.
 
     patience: seconds before a second one counts: Slurm and torchrun both forward one request.
     telling: seconds in which the other ranks can be told before training; then the process leaves without them.

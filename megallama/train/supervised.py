@@ -56,7 +56,7 @@ def said_of(arguments: Sequence[str], name: str, default: str) -> str:
 
 
 def start_supervisor() -> FlightRecord:
-    """The record to write into. This process becomes the supervisor; its child returns, and dies with it.
+    """The record. This process becomes the supervisor; its child returns, and dies with it.
 
     With run.max_replacements the child makes one trainer after the other, each of which returns.
     """
@@ -80,7 +80,7 @@ def start_supervisor() -> FlightRecord:
 
 
 def make_again() -> FlightRecord:
-    """`start_supervisor` in place of a dead maker of trainers. argv: root folder, files; what the launcher gave."""
+    """`start_supervisor` for a dead maker of trainers. argv: root, files; what the launcher gave."""
     files = map(int, sys.argv[2].split(","))
     sys.argv[:3] = []
     return _trainer_of(FlightRecord(*files), several=True)
@@ -125,7 +125,7 @@ def _become_trainers(record: FlightRecord) -> None:
 
 
 def _ask_for_a_place(record: FlightRecord) -> None:
-    """Where the run that this rank belongs to goes on without it, it waits there for a place, and starts none.
+    """Where its run goes on without this rank, it waits there for a place, and starts none.
 
     Raises: SystemExit with 2 where that run has it, or was started otherwise.
     """
@@ -172,7 +172,7 @@ def place_of(launch: Launch) -> dict[str, Any]:
 
 
 def introduce(world: World, plan: Plan, log: Logger, replicas: Sequence[str] = ()) -> None:
-    """Tell the supervisor of this rank what the run is and how it reaches the others; every rank calls it.
+    """Tell this rank's supervisor of the run and of how it reaches the others; every rank calls it.
 
     replicas: rank 0's, why the run cannot go on with so many, by their number from 0; empty where it can.
     """

@@ -1,4 +1,4 @@
-"""What really happened in a step: every action of the pipeline and every communication, by the clock.
+"""What happened in a step: every action of the pipeline and every communication, timed.
 
 Barriers before the first traced step make the clocks agree.  On a GPU, blocked is where its stream stood still.
 """
@@ -30,7 +30,7 @@ CLOCK_SYNC_ROUNDS = 7  # barriers whose ends are compared: a rank may hear of so
 
 
 def seconds_after(zero: Any, device: torch.device) -> Callable[[Any], float]:
-    """A function of readings of the host's clock, or of events on the GPU, for which the device is waited for once."""
+    """A function of readings of the clock, or of events on a GPU, which is waited for once."""
     if device.type != "cuda":
         return lambda reading: reading - zero
     torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""What a rank looks at besides training: copies of the weights, and what stands out of the steps before."""
+"""What a rank looks at besides training: copies of the weights, and steps that stand out."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Watch:
         return self.goes_back or (train.on_spike == "skip" and "grad_norm" in self._found)
 
     def step(self, result: StepConsensus, samples: range, *, overflow: bool) -> None:
-        """Say what stood out of a step, made with these samples, and whose gradient was wrong by much."""
+        """Say what stood out of a step, made with these samples, and whose gradient was wrong."""
         spikes, found, values = self._progress.spikes, self._found, result.metrics
         self._found, norms = {}, spikes.windows["grad_norm"]
         if found or not (result.finite or overflow) or (norms and result.grad_norm > UNUSUAL * median(norms)):

@@ -264,7 +264,7 @@ def open_files(world: World, axes: dict[str, Any]) -> tuple[int, int]:
     """Files that this rank has opened for the groups of a topology, the one of all ranks and the star; as counted."""
     topology = Topology(**axes)
     groups = world.groups(topology, num_kv_heads=4)
-    for name in ("tp", "dp", "pp", "embedding"):
+    for name in ("tp", "dp_cp", "pp", "embedding"):
         getattr(groups, name).barrier()
     found = len(os.listdir("/proc/self/fd"))
     world.close()
