@@ -23,7 +23,7 @@ from megallama.config.errors import MegallamaError
 PATIENCE_SECONDS = 30.0
 JSON_BYTES = 25_000_000  # the most that is read of a configuration, an index or a header
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV)
-HEAD = 1 << 20  # bytes of a copy in memory before its data: eight for the length of a text, its SHA-256, and the text
+HEAD = 1 << 20  # bytes of a copy before its data: eight for the length of a text, its SHA-256, the text
 _TEXT = 8 + 32
 
 T = TypeVar("T")

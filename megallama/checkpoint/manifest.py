@@ -32,7 +32,7 @@ from megallama.plan.params import global_shapes, heads
 
 NAME = "manifest.json"
 SHA256, XXH3 = "sha256", "xxh3_128"
-FORMATS = {SHA256: 1, XXH3: 2}  # what knows SHA-256 alone would take the other digests for damage
+FORMATS = {SHA256: 1, XXH3: 2}  # who knows the first alone would take others for damage
 HASHERS: dict[str, Callable[..., Any]] = {SHA256: hashlib.sha256}
 with suppress(ImportError):  # ten times as fast
     HASHERS[XXH3] = import_module("xxhash").xxh3_128
@@ -40,7 +40,7 @@ BLOCK_BYTES = 4 << 20
 DIGITS = 32  # of a digest in hexadecimal
 MANIFEST_BYTES = 1 << 29  # the most that is read; one of 65B parameters has 9 million
 MAX_LAYERS = 100_000  # no model has more
-SHARD_BYTES = 5_000_000_000  # a new file is begun before a tensor that would grow one beyond this
+SHARD_BYTES = 5_000_000_000  # a tensor that would grow a file beyond this begins a new one
 STATE = ("master", "exp_avg", "exp_avg_sq")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}

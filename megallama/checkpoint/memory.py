@@ -32,7 +32,7 @@ class MemoryCopies:
         self._names = [f"{shard.box.key} {kind}" for shard in shards for kind in STATE]
         sizes, size = _sizes(shards), self.need(shards) // 2
         self._key, self.chain, self._next = key, "", 0
-        self.ends: list[tuple[str, int]] = []  # where the supervisors of all ranks listen, if they do
+        self.ends: list[tuple[str, int]] = []  # where the ranks' supervisors listen, if they do
         os.posix_fallocate(file, 0, 2 * size)
         memory = memoryview(mmap.mmap(file, 2 * size))
         if pinned:

@@ -69,7 +69,7 @@ class BlockFile:
         self._check(start, len(data), start + disk.read_again(self.path, data, start))
 
     def read(self, start: int, count: int) -> bytearray:
-        self._check(start, count, self.size)  # before a damaged header makes us allocate what no file holds
+        self._check(start, count, self.size)  # a damaged header may ask for what no file holds
         out = bytearray(count)
         self.read_into(start, memoryview(out))
         return out

@@ -157,7 +157,7 @@ def _allocate(fd: int, size: int) -> None:
 def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -> tuple[int, Digests]:
     """Write this rank's byte runs; how many elements, and digests of blocks that are its alone."""
     written, outputs = 0, dict[str, _Output]()
-    if isinstance(shards, list):  # in the files' order hardly a block is begun by one and ended by another
+    if isinstance(shards, list):  # in the files' order few blocks have two writers
         places = content.sets["model"].places
         shards = sorted(shards, key=lambda s: (places[s.box.key], s.box))
     with explained(content), open_files(content.temporary) as fd_of, ThreadPoolExecutor(THREADS) as pool:

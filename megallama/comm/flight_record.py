@@ -28,11 +28,11 @@ launcher's process and the supervisor's; how often trainers have been replaced; 
 the step of its newest copy + 1, and of the newest that its buddy has, -1 while there is none."""
 _LASTING = (BEAT, PORT, LAUNCHER, SUPERVISOR, GENERATION, ASKED, ANSWERED)
 CALLS, CALL_WORDS = 64, 8  # the last communications, and of each:
-NUMBER, GROUP, OPERATION, ROWS, BYTES, PEER, BEGAN, DONE = range(CALL_WORDS)  # NUMBER counts from 1 in its group
+NUMBER, GROUP, OPERATION, ROWS, BYTES, PEER, BEGAN, DONE = range(CALL_WORDS)  # NUMBER: from 1 in its group
 BUSY, FIRST_BUSY = 64, 32  # steps whose own work is remembered [ns]; first word
 FIRST_CALL = FIRST_BUSY + BUSY
-MAX_GROUPS, COUNTS = 16, FIRST_CALL + CALLS * CALL_WORDS  # of each group: how many communications have begun
-SINCE = COUNTS + MAX_GROUPS  # the call that is waited for: its place in the list + 1, and since when [ns]
+MAX_GROUPS, COUNTS = 16, FIRST_CALL + CALLS * CALL_WORDS  # of each group: communications begun
+SINCE = COUNTS + MAX_GROUPS  # the call that is waited for: its place + 1, and since when [ns]
 WORDS = SINCE + 2
 TEXTS = {"about": 1 << 19, "groups": 1 << 16, "cause": 1 << 14, "verdict": 1 << 14}  # bytes of each
 TEXTS |= {"place": 1 << 16, "asked": 1 << 18, "answer": 1 << 16}
@@ -57,7 +57,7 @@ class FlightRecord:
     def create() -> int:
         """A file for a record, of this process and those it starts. Raises: OSError without room."""
         file = os.memfd_create("megallama-flight-record", 0)
-        os.posix_fallocate(file, 0, _SIZE)  # a machine without memory says so here, not by a signal later
+        os.posix_fallocate(file, 0, _SIZE)  # without memory it fails here, not by a signal later
         return file
 
     @property

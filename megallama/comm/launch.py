@@ -45,12 +45,12 @@ class Launch:
     launcher: str = "alone"  # alone | torchrun | openmpi | mpich | slurm
     host: str = field(default_factory=socket.gethostname)
     master_addr: str = "127.0.0.1"
-    master_port: int = 0  # 0: rank 0 takes a free port and publishes it under `key` (one node only)
-    key: str = ""  # what the processes of this run, and no others on this machine, have in common
+    master_port: int = 0  # 0: rank 0 publishes a free one under `key` (one node only)
+    key: str = ""  # what the processes of this run alone have in common here
     store_kept: bool = False  # the launcher keeps the store (torchrun's agent), not rank 0
     attempt: int = 0  # restarts before this one, by the launcher
     generation: int = 0  # replacements in place since then
-    launched: int | None = None  # the rank that the launcher gave it, where ranks are counted anew
+    launched: int | None = None  # the launcher's rank, where ranks are counted anew
 
     @property
     def keeps_store(self) -> bool:
@@ -68,7 +68,7 @@ _NAMES = {  # launcher -> its variables for rank, ranks, rank on this node, rank
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "openmpi": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),  # last: the others inherit its variables
+    "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),  # last: others inherit them
 }
 
 
@@ -183,7 +183,7 @@ class World:
         """Open this rank's process groups; every rank calls it with the same arguments."""
         groups = build_groups(topology, self.rank, num_kv_heads, self.open_group)
         if self.device.type == "cuda":
-            for group in self.opened:  # all ranks open theirs in the order of their names: nobody waits crosswise
+            for group in self.opened:  # all in the order of their names: nobody waits crosswise
                 group.warm_up()
         return groups
 
@@ -276,10 +276,9 @@ def start(
 ) -> World:  # fmt: skip
     """Bring the ranks together on their devices.
 
-    `config_hash`: in a few characters what the rank was started with. `store`: one that all ranks have open
-    already. `problem`: why this rank cannot take part. `listener` hears why the run ends. `groups`: sizes of
-    the groups that this rank will be in. `files`: of data and checkpoints that it will open. `cuda`: what CUDA
-    shall find in the environment (see `cuda_environment`).
+    `config_hash`: of what the rank was started with. `store`: one that all ranks have open already.
+    `problem`: why this rank cannot take part. `listener` hears why the run ends. `groups`: sizes of
+    those of this rank. `files`: of data and checkpoints. `cuda`: see `cuda_environment`.
     Raises: LaunchError, on every rank that arrived, with what keeps them from starting.
     """
     notes: list[str] = []
@@ -343,7 +342,7 @@ def _gather(
     """All ranks' arrivals and this attempt's part of the store."""
     here = "127.0.0.1" if launch.one_node else launch.master_addr
     host, port = launch.master_addr if launch.store_kept else here, launch.master_port
-    again = f"-{launch.generation}" if launch.generation else ""  # one that was killed has left its port in the file
+    again = f"-{launch.generation}" if launch.generation else ""  # one that was killed has left its port
     published = None if port else port_file(launch.key + again)
     try:
         if store is None:
@@ -360,7 +359,7 @@ def _gather(
 
 def cuda_environment(config: Config) -> dict[str, str]:
     """What CUDA shall find in the environment, but where the launcher has set it already."""
-    # one queue: kernels start in the order of their launch, so a collective launched before a GEMM runs under it
+    # one queue: kernels start as they are launched, so a collective before a GEMM runs under it
     one_queue = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if config.parallel.tp > 1 else {}
     return one_queue | ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if config.train.deterministic else {})
 
@@ -439,7 +438,7 @@ def files_needed(launch: Launch, groups: Sequence[int], files: int, *, cuda: boo
     groups, ranks = [size for size in groups if size > 1], launch.world_size
     return {
         "open already": len(os.listdir("/proc/self/fd")),
-        "the store": 4 + ranks * (1 + cuda) * launch.keeps_store,  # NCCL's groups connect with it once more
+        "the store": 4 + ranks * (1 + cuda) * launch.keeps_store,  # NCCL connects once more
         "connections with rank 0": 8 + (1 if launch.rank else ranks),
         "NCCL, about": 64 * len(groups) * cuda,
         "gloo": sum(size + 3 for size in groups) * (not cuda),

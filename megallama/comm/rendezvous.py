@@ -1,11 +1,9 @@
 """How the ranks of a run find one another, stay in contact until they leave, and learn why that fails.
 
-In a key-value store (torch's TCPStore) rank 0 says how to reach its `Star`: one connection from every
-rank.  There each says who it is by an `Arrival`.  Rank 0 compares them and sends a verdict: go on, or
-one sentence that names the ranks concerned, which then every rank raises.  Process groups, made after
-that, do not know who broke them; here the kernel closes a dead rank's connection and everybody is told,
-and the first reason to stop, of whichever rank, reaches all.
-
+In a key-value store (torch's TCPStore) rank 0 says how to reach its `Star`: one connection from
+every rank, which says there who it is by an `Arrival`.  Rank 0 compares them and sends a verdict:
+go on, or a sentence that every rank raises.  Process groups do not know who broke them; here the
+kernel closes a dead rank's connection, and the first reason to stop, of whichever rank, reaches all.
 A message is a line of JSON, [what about, value]; a thread reads and writes them.
 """
 
@@ -65,7 +63,7 @@ class Star:
         self.rank, self.size, self._record = rank, size, record or FlightRecord()
         self.token = secrets.token_hex(16)  # rank 0's is for those who connect
         self.names = {rank: f"rank {rank} ({host})"}
-        self.expected = size - 1 if rank == 0 else 0  # connections that end before this rank leaves
+        self.expected = size - 1 if rank == 0 else 0  # connections that end before it leaves
         self.left: list[int] = []  # ranks whose connections have ended, or are about to
         self._news: tuple[str, int] | None = None
         self._listener, self._quiet = listener, False
@@ -200,7 +198,7 @@ class Star:
             self._changed.notify_all()
 
     def _report(self, why: str, status: int) -> None:
-        if self.rank == 0 or 0 in self.left:  # who knows what was first; without it everybody for themselves
+        if self.rank == 0 or 0 in self.left:  # who knows what was first; else each for itself
             self._learn(why, status)
         else:
             self._write(_ENDS, [why, status])
@@ -401,7 +399,7 @@ def rendezvous(star: Star, store: dist.Store, own: Arrival, address: str, second
     problem, status, everyone = verdict
     if problem:
         refused = LaunchError(problem)
-        refused.shared, refused.status = bool(everyone), status  # a stranger says it itself: rank 0 is not its own
+        refused.shared, refused.status = bool(everyone), status  # a stranger says it itself
         raise refused
     arrivals = [Arrival(**arrival) for arrival in everyone]
     star.names = {arrival.rank: arrival.name for arrival in arrivals}

@@ -98,7 +98,7 @@ def load(
         both = f"train.steps={steps} and train.tokens={train.tokens} are two lengths of one run"
         found.append(f"{both}, the latter of {counted(train.steps, 'step')}; leave one out")
     found = [p for p in found if not any(re.search(rf"\b{re.escape(key)}\b", p) for key in reader.bad)]
-    if problems := reader.problems + [reader.locate(p) for p in found]:  # what was refused already is said once
+    if problems := reader.problems + [reader.locate(p) for p in found]:  # what was refused is said once
         many = f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  - {p}" for p in problems)
         raise ConfigError(problems[0] if len(problems) == 1 else many)
     return config
@@ -150,7 +150,7 @@ class _Reader:
         self.known: dict[str, Setting] = {s.key: s for s in settings()}
         self.values: dict[str, Any] = {}
         self.sources: dict[str, str] = {}
-        self.spellings: dict[str, tuple[str, str]] = {}  # of settings with two names: the one used, and where
+        self.spellings: dict[str, tuple[str, str]] = {}  # of two names: the one used, and where
         self.notes: dict[str, None] = {}
         self.problems: list[str] = []
         self.bad: set[str] = set()  # keys or sections whose value is not to be trusted
@@ -173,7 +173,7 @@ class _Reader:
         if raw.startswith(quotes) or not (words or key in TABLES):
             try:
                 value = tomllib.loads(f"x = {raw}")["x"]
-                tomllib.loads(f"x = [{raw}]")  # fails where a line or a comment follows the value: it would be dropped
+                tomllib.loads(f"x = [{raw}]")  # fails where what follows the value would be dropped
             except (ValueError, RecursionError) as error:
                 if raw.startswith(quotes):  # it only begins like TOML
                     around = f'texts in it need quotes, and the shell others around all of it: \'{key}=["a", "b"]\''

@@ -76,8 +76,8 @@ class Sums:
             raise DataError(f"it{DAMAGED}")
         _, *sizes, self._table = HEADER.unpack(head)
         self._blocks = [-(-size // BLOCK) for size in sizes]
-        self._seen = bytearray(sum(self._blocks) // 8 + 1)  # a bit for each block: those that were compared
-        which = int(self._blocks[0] < 3)  # where few blocks of .bin say little about where they come from: .idx
+        self._seen = bytearray(sum(self._blocks) // 8 + 1)  # a bit for each block compared
+        which = int(self._blocks[0] < 3)  # few blocks of .bin say little of where they come from: .idx
         spots = np.linspace(0, self._blocks[which] - 1, SPOTS)
         if sizes != [f.size for f in pair] or not any(self._matches(which, int(block)) for block in spots):
             raise DataError("it is of another pair and not used")

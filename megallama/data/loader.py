@@ -75,7 +75,7 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
         current.wait_event(arrived)  # the stream waits, the caller does not
 
         def used(tensor: torch.Tensor) -> torch.Tensor:
-            tensor.record_stream(current)  # made on another stream: not to be reused before this one is through
+            tensor.record_stream(current)  # of another stream: not reused before this one is through
             return tensor
 
         return [batch.each(used) for batch in there]

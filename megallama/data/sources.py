@@ -35,7 +35,7 @@ class TrainDataset:
     def read(self, ids: Sequence[int]) -> Samples:
         located, indices = self.mixture.locate(np.asarray(ids, np.int64))
         parts = [self.sources[number].read(indices[located == number]) for number in sorted(set(located.tolist()))]
-        row = np.argsort(np.argsort(located, kind="stable"))  # of each sample in the parts, one after the other
+        row = np.argsort(np.argsort(located, kind="stable"))  # of each sample in the parts
         starts = [part.starts for part in parts if part.starts is not None]
         tokens = np.concatenate([part.tokens for part in parts])
         return Samples(tokens[row], np.concatenate(starts)[row] if starts else None)

@@ -103,7 +103,7 @@ class Target:
         def call(*args: Any) -> Any:
             plain = [a.detach() if isinstance(a, Tensor) else a for a in args]  # saved ones know their graph
             shapes = tuple((a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in plain)
-            new = shapes not in met  # beyond its limit of shapes torch would go on uncompiled: other bits
+            new = shapes not in met  # beyond its limit torch would not compile: other bits
             met.add(shapes)
             with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1000) if new else nullcontext():
                 return fused(*plain)
@@ -129,7 +129,7 @@ class Operation:
     last: tuple[str, Callable[[Target], Any]]
     results: Callable[[Any, Target], Results]  # forward, backward, accumulation
     tolerances: Sequence[float] = ()  # of the results in turn; none: what the format can tell
-    plain: Any = None  # the formula with which all are compared, where it is not the last candidate
+    plain: Any = None  # the formula to compare with, where it is not the last candidate
 
     def check(self, made: Any, target: Target) -> None:
         """Compare with the plain formula in float64, relative to the norm of what should be.

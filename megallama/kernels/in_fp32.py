@@ -65,7 +65,7 @@ def _attention(target: Target) -> MakeAttention:
     return lambda num_heads, num_kv_heads, head_dim: sdpa_in_fp32
 
 
-NAMED: dict[str, list[tuple[str, Callable[[Target], Any]]]] = {  # operation -> candidates that a table may name
+NAMED: dict[str, list[tuple[str, Callable[[Target], Any]]]] = {  # by operation
     "attention": [("attention in fp32", _attention)],
     "matrix product": [("oneDNN in fp32", _product(onednn_matmul_nt)), ("torch mm in fp32", _product(matmul_nt))],
     "weight gradient": [("torch addmm in fp32", _wgrad)],

@@ -23,11 +23,11 @@ from megallama.config.schema import RopeScaling
 from megallama.kernels.candidate import APEX, COMPILED, TE, TRITON, Operation, Results, Target, accumulate_dtype
 
 AddNorm = Callable[..., tuple[Tensor, Tensor]]  # what `add_norm` does
-AndAgain = Callable[..., tuple[Tensor, Tensor | None]]  # a backward: the gradient, what the forward made if wanted
+AndAgain = Callable[..., tuple[Tensor, Tensor | None]]  # a backward: the gradient, the output if wanted
 Norms = tuple[AddNorm, AndAgain]
 Swiglus = tuple[Callable[[Tensor], Tensor], AndAgain]
 ApplyRope = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # x, cos, sin, out
-RotateParts = Callable[[Sequence[Tensor], Tensor, Tensor, Sequence[Tensor], bool], None]  # what `rotate_parts` does
+RotateParts = Callable[[Sequence[Tensor], Tensor, Tensor, Sequence[Tensor], bool], None]  # as `rotate_parts`
 Rope = tuple[ApplyRope, RotateParts]
 Softmax = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None]  # what `softmax_` does
 SoftmaxGradient = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
@@ -443,7 +443,7 @@ def softmax_gradient_(
         factors = torch.exp(log_sum - total) * scale
         for rows in _blocks(logits):
             logits[rows] = logits[rows].to(factors.dtype).mul_(factors[rows].unsqueeze(1))
-    if logits.is_cuda:  # one element a row; in 16 bits this copies the whole tensor on a CPU, twice
+    if logits.is_cuda:  # one element a row; on a CPU, in 16 bits, it copies all, twice
         logits.scatter_add_(1, index, -at_label.to(logits.dtype).unsqueeze(1))
         return
     every = torch.arange(len(logits), device=logits.device)

@@ -20,7 +20,7 @@ def _largest(x, partial, count, BLOCK: tl.constexpr):
     for step in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
         at = tl.cast(step, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         size = tl.abs(tl.load(x + at, at < count, other=0.0).to(tl.float32))
-        top = tl.maximum(top, tl.where(size != size, float("inf"), size))  # a maximum would pass over NaN
+        top = tl.maximum(top, tl.where(size != size, float("inf"), size))  # a maximum passes over NaN
     tl.store(partial + tl.program_id(0), tl.max(top, 0))
 
 

@@ -1,9 +1,8 @@
 """The softmax of the loss as two Triton kernels, between which tensor-parallel ranks reduce.
 
 The first reads the logits and writes two numbers a row; the second reads them again and writes
-their gradient over them: two reads and a write where torch's own operations make about twelve.  All
-is computed in fp32 and rounded once; a row's elements are found by 64-bit offsets, because
-128256 columns times 16743 rows are more than 2^31.
+their gradient over them: two reads and a write where torch's own make about twelve.  All is in
+fp32 and rounded once; offsets have 64 bits: 128256 columns times 16743 rows are more than 2^31.
 """
 
 from __future__ import annotations

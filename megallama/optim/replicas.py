@@ -31,7 +31,7 @@ def wrong_copies(update: Update, groups: Groups) -> list[tuple[str, list[int]]]:
         for owner in range(dp.size):
             for segment in sync.buffers.layout.segments(*bucket.shard(dp.size, owner)):
                 key, a, b = segment.part.box.key, segment.offset, segment.offset + segment.count
-                mine = master[a - start : b - start] if owner == dp.rank else master[:0]  # of nothing the digest is 0
+                mine = master[a - start : b - start] if owner == dp.rank else master[:0]  # then the digest is 0
                 pieces["dp_cp"].append((key, digest(weights[a:b])))
                 masters.append(digest(mine, weights.dtype))
                 owners.append(owner)
@@ -45,7 +45,7 @@ def wrong_copies(update: Update, groups: Groups) -> list[tuple[str, list[int]]]:
         digests = torch.stack([one for _, one in held])
         everyone = digests.new_empty(group.size * len(held))
         group.all_gather(everyone, digests).wait()
-        columns = everyone.view(group.size * here, -1).T.tolist()  # a row per rank, which has `here` copies in turn
+        columns = everyone.view(group.size * here, -1).T.tolist()  # a row per rank, `here` copies each
         for number, ((key, _), column) in enumerate(zip(held, columns, strict=False)):
             column += decides * (group.size + 1) * [int(truth[number])]
             right, count = Counter(column).most_common(1)[0]  # right: what more than half are

@@ -34,7 +34,7 @@ class GradSync:
         self._bucket_of = {p.spec.name: b for b in buffers.layout.buckets for p in b.params}
         self._pending: dict[int, int] = {}
         self._handles: dict[int, Handle] = {}
-        self.norms: list[Tensor] = []  # of this rank's own gradients of this step, where others add theirs
+        self.norms: list[Tensor] = []  # of this rank's own gradients, where others add theirs
         self._padding: list[Tensor] = []  # what no element of the model lies in
         for bucket in buffers.layout.buckets:
             start, stop = self.range_of(bucket)

@@ -251,7 +251,7 @@ def _check_transfers(schedule: Schedule) -> None:
 
     Both ranks of a pair list the same in the order of an NCCL communicator.
     """
-    listed: dict[tuple[int, int], list[Action]] = {}  # rank, other rank -> the values that the first sends and receives
+    listed: dict[tuple[int, int], list[Action]] = {}  # rank, other rank -> what the first sends and receives
     for rank, steps in enumerate(schedule.steps):
         made, sent, received = (set[Action]() for _ in range(3))
         for i, a in enumerate(steps):

@@ -60,7 +60,7 @@ class Logger:
 
     def __init__(self, rank: int, world_size: int, folder: Path | None = None, launched: int | None = None) -> None:
         self.rank, self._width = rank, len(str(world_size - 1))
-        self._file = f"rank-{rank if launched is None else launched:04d}.log"  # one process's, whatever its rank is
+        self._file = f"rank-{rank if launched is None else launched:04d}.log"  # whatever its rank is
         self._own: int | None = None  # handles of the two files
         self._run: int | None = None
         self._once: set[str] = set()

@@ -15,10 +15,10 @@ from types import FrameType
 from typing import Any, Literal
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-SAVED = 75  # exit status: stopped as asked, with everything saved there is; the same command continues
+SAVED = 75  # exit status: stopped as asked, all is saved; the same command continues
 STACKS = signal.SIGRTMIN + 9  # the supervisor asks where all threads stand, which is told in C
 FAILED = 4  # exit status: something failed after steps had been made
-_INSIST = (signal.SIGTERM, signal.SIGINT)  # a second one is obeyed at once, even where the main thread is stuck
+_INSIST = (signal.SIGTERM, signal.SIGINT)  # a second one is obeyed even where the main thread is stuck
 
 
 class SignalFlag:
@@ -36,7 +36,7 @@ class SignalFlag:
         self._ending = threading.Lock()  # never given back: the process ends with it
         self._tell: Callable[[str], None] | None = None
         self._acts: list[Callable[[str, int], object]] = []
-        self.asked: Callable[[str], object] = lambda name: None  # done in a thread of its own when a request comes
+        self.asked: Callable[[str], object] = lambda name: None  # in a thread, when a request comes
         self._status, self._for_good = SAVED, False
         self._old: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] = (-1, -1)
@@ -54,7 +54,7 @@ class SignalFlag:
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self._old[number] = signal.signal(number, self._note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what came before waits where there is a supervisor
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # with a supervisor they wait until now
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -93,7 +93,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        with open("/proc/self/status", encoding="ascii") as status:  # ru_maxrss starts from the launcher's size
+        with open("/proc/self/status", encoding="ascii") as status:  # ru_maxrss begins at the launcher's
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

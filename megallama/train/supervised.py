@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from megallama.plan.plan import Plan
 
 _PARENT_DEATH, _SUBREAPER = 1, 36  # of prctl
-_MEETS = ("master_addr", "master_port", "key", "one_node", "store_kept", "attempt")  # how the launched ranks meet
-_ASK = 30.0  # seconds in which a run finds out that a rank which asks for its place has been lost
+_MEETS = ("master_addr", "master_port", "key", "one_node", "store_kept", "attempt")  # how ranks meet
+_ASK = 30.0  # seconds in which a run finds out that a rank which asks has been lost
 _CODE = "import sys; sys.path.insert(0, sys.argv[1]); from megallama.recovery.supervisor import main; main()"
 
 
@@ -66,7 +66,7 @@ def start_supervisor() -> FlightRecord:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes in between waits for the supervisor
     child = os.fork()
     if child:
-        ctypes.CDLL(None).prctl(_SUBREAPER, int(several))  # of a dead child's children; it stays with the process
+        ctypes.CDLL(None).prctl(_SUBREAPER, int(several))  # of a dead child's children
         root = str(Path(__file__).resolve().parents[2])
         own = [",".join(map(str, files)), str(child), str(int(several)), "megallama.pretrain"]
         try:  # the package alone: nothing of what this process has imported
@@ -158,7 +158,7 @@ def _ask(path: Path, hello: dict[str, object]) -> str | None:
             link = socket.create_connection((root["address"], root["port"]), 2.0)
         except (OSError, ValueError, KeyError):
             return None
-        with link, suppress(OSError, ValueError):  # there is no answer while the rank is thought to be there
+        with link, suppress(OSError, ValueError):  # no answer while the rank is thought to be there
             link.sendall(json.dumps(hello | {"token": root["token"]}).encode() + b"\n")
             return str(json.loads(link.makefile().readline())["why"])
         time.sleep(0.5)
@@ -187,7 +187,7 @@ def introduce(world: World, plan: Plan, log: Logger, replicas: Sequence[str] = (
         **place_of(launch), "folder": str(folder), "hosts": hosts,
         "host_of": [hosts.index(host) for host in world.hosts], "seats": place.get("seats") or [*range(len(work))],
         "records": [a.record for a in arrivals] or [[record.words[SUPERVISOR], record.file, record.stacks]],
-        "stage": [*map([*dict.fromkeys(work)].index, work)],  # or a stage with another number of micro-batches
+        "stage": [*map([*dict.fromkeys(work)].index, work)],  # or with other micro-batches
         "finish_seconds": config.checkpoint.finish_seconds, "max_replacements": config.run.max_replacements,
         "min_replicas": config.run.min_replicas, "replicas": [*replicas], "dp": [topology.strides["dp"], topology.dp],
         "address": "127.0.0.1" if launch.one_node else launch.master_addr, "port": 0, "token": "",

@@ -108,7 +108,7 @@ class StepTracer(Observer):
         self._steps, self._folder = config.log.trace_steps or (0, -1), Path(config.run.folder) / "trace"
         several = [] if self._steps[1] < 0 else [g for g in vars(groups).items() if len(getattr(g[1], "ranks", ())) > 1]
         timed: dict[str, Any] = {name: Timed(group, self._tape) for name, group in several}
-        self.groups = replace(groups, **timed)  # the ones to use: those of several ranks write on the tape
+        self.groups = replace(groups, **timed)  # to be used: those of several ranks write on the tape
         self._timings: list[list[Any]] = []  # of each action: start, input there, end
         self._syncs: list[Any] = []
         self._pending: list[tuple[int, Schedule, list[Any]]] = []
