@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -185,22 +186,18 @@ def open_sources(config: Config) -> Data:
     opened = {path: _open(path, config, tokenizer) for path in paths}
     special_ids = _common_ids([*opened.values()], tokenizer, data.eos_token)
 
+    seq_length, seed = config.batch.seq_length, config.train.seed
+    make = partial(Source, seq_length=seq_length, seed=seed, mark_documents=data.document_mask)
+
     def source(of: SourceConfig, *, shuffle: bool = False) -> Source:
-        return Source(
-            opened[of.path],
-            config.batch.seq_length,
-            config.train.seed,
-            name=of.label,
-            shuffle=shuffle,
-            documents=of.documents,
-            mark_documents=data.document_mask,
-            num_ids=opened[of.path].metadata.get("vocab_size", vocab_size),
-        )
+        corpus = opened[of.path]
+        num_ids = corpus.metadata.get("vocab_size", vocab_size)
+        return make(corpus, name=of.label, shuffle=shuffle, documents=of.documents, num_ids=num_ids)
 
     valid, test = ([source(each) for each in held] for held in (data.valid, data.test))
     train: TrainDataset | Synthetic
     if data.synthetic:
-        train = Synthetic(vocab_size, config.batch.seq_length, config.train.seed)
+        train = Synthetic(vocab_size, seq_length, seed)
     elif data.train:
         train = TrainDataset(data, [source(each, shuffle=True) for each in data.train], config.batch)
     else:

@@ -227,14 +227,9 @@ class Wandb:
         name = folder / "wandb-id.txt"
         if not name.exists():
             name.write_text(os.urandom(6).hex() + "\n")
-        self._run = wandb.init(
-            project=config.log.wandb_project,
-            dir=str(folder),
-            name=folder.name,
-            id=name.read_text().strip(),
-            resume="allow",
-            config=config.model_dump(mode="json"),
-        )
+        own = {"dir": str(folder), "name": folder.name, "id": name.read_text().strip()}
+        settings, project = config.model_dump(mode="json"), config.log.wandb_project
+        self._run = wandb.init(project=project, config=settings, resume="allow", **own)
 
     def write(self, record: Record) -> None:
         self._run.log(scalars(record), step=record["step"])
