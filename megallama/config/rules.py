@@ -106,6 +106,10 @@ def _context_parallel(config: Config, ranks: int | None) -> Iterator[str]:
     if p.cp > 1 and s % (2 * p.cp):
         chunks, use = f"cuts a sequence into 2 x {p.cp} = {2 * p.cp} chunks", _multiples(s, 2 * p.cp)
         yield f"parallel.cp={p.cp} {chunks}, of which batch.seq_length={s} is no multiple; use batch.seq_length={use}"
+    kv = max(1, (config.model.num_kv_heads or config.model.num_heads) // p.tp)
+    if kv % (pieces := config.overlap.context_parallel_heads):
+        words = f"the {counted(kv, 'key/value head')} of a rank (model.num_kv_heads / parallel.tp)"
+        yield f"overlap.context_parallel_heads={pieces} does not divide {words}; use {_near(_divisors(kv), pieces)}"
     if p.cp_exchange == "heads" and (local := config.model.num_heads // p.tp) % p.cp:
         words = f"the {counted(local, 'head')} of a rank (model.num_heads / parallel.tp)"
         use = f'use parallel.cp={_near(_divisors(local), p.cp)}, or parallel.cp_exchange="gather"'

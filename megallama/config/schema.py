@@ -221,6 +221,9 @@ class OverlapConfig(Section):
     tensor_parallel_chunks: PositiveInt = option(
         1, "pieces of a forward whose tensor-parallel collectives run under its GEMMs; 1 does not cut it"
     )
+    context_parallel_heads: PositiveInt = option(
+        1, "groups of key/value heads of which one is gathered under the attention of the one before"
+    )
     bucket_mb: PositiveFloat = option(64.0, "size of a gradient bucket in fp32 [MiB]")
 
 

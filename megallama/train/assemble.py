@@ -85,7 +85,8 @@ def assemble(
         chunks=config.overlap.tensor_parallel_chunks,
     )  # fmt: skip
     part = share(config, groups.cp.rank)
-    context, stages, buffers = ContextParallel(groups.cp, part, config.memory.cp_keep_kv), {}, {}
+    context = ContextParallel(groups.cp, part, config.memory.cp_keep_kv, config.overlap.context_parallel_heads)
+    stages, buffers = {}, {}
     for number in plan.schedule.stages_of(groups.pp.rank):
         first, last = number == 0, number == len(plan.stages) - 1
         layout = stage_layout(config, plan.stages, number, groups.dp_cp.size, groups.tp.rank)

@@ -163,6 +163,12 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "parallel.cp_exchange=gather",
     ),
     (
+        "parallel.cp=2 model.num_kv_heads=2 overlap.context_parallel_heads=3", None,
+        "overlap.context_parallel_heads=3 does not divide the 2 key/value heads of a rank (model.num_kv_heads / "
+        "parallel.tp); use 2",
+        "overlap.context_parallel_heads=2",
+    ),
+    (
         "parallel.tp=4 parallel.cp=2 batch.seq_length=20 batch.micro_batch_size=1", None,
         "parallel.tp=4 does not divide batch.micro_batch_size=1 x batch.seq_length=20 / parallel.cp=2 = 10 tokens, "
         "which sequence parallelism cuts; use batch.seq_length=16 or 24, or parallel.sequence_parallel=false",
