@@ -233,6 +233,9 @@ class C10d:
 
     def warm_up(self) -> None:
         """Open NCCL's connections, in one order: opened on first use, within a step, ranks could wait crosswise."""
+        if self.name == "cp":  # it exchanges, too
+            pieces = torch.zeros(2, self.size, device=self.device)
+            self.all_to_all(*pieces).wait()
         if self._down is self._pg:
             return self.barrier()
         token = torch.zeros(1, device=self.device)

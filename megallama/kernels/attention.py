@@ -63,8 +63,8 @@ class Documents:
                 else:
                     found.append((q, k, False))
             pieces.append(tuple(found))
-        ends = torch.tensor(lengths).cumsum(0).to(torch.int32)
-        return cls(starts, ends[:, 0].contiguous(), ends[:, 1].contiguous(), tuple(pieces))
+        ends, keys = torch.tensor(lengths, device=starts.device).cumsum(0).to(torch.int32).T.contiguous()
+        return cls(starts, ends, keys, tuple(pieces))
 
     def part(self, chunks: Sequence[tuple[int, int]]) -> Documents:
         """Also of the chunks (first token, end) of a rank, each with all keys up to its end."""
