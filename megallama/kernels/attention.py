@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
 import torch
@@ -34,37 +34,34 @@ class Documents:
     sample, at first all; documents that end before them are left out.
     starts: int64 [b, s], where in the sample each token's document begins.
     cu_seqlens, cu_keys: int32 [documents + 1], where each begins among all queries, and among the keys they see.
-    pieces: of each sample in turn (queries, keys, whether these are several documents), on the host.
+    pieces: of each sample in turn (keys, whether these are several documents), on the host.
     parts, positions_of_part: of a rank of context parallelism, by its chunks; see `part`.
     """
 
     starts: Tensor
     cu_seqlens: Tensor
     cu_keys: Tensor
-    pieces: tuple[tuple[tuple[int, int, bool], ...], ...]
+    pieces: tuple[tuple[tuple[int, bool], ...], ...]
     parts: tuple[Documents, ...] = ()
     positions_of_part: Tensor | None = None
 
     @classmethod
     def of(cls, starts: Tensor, queries: int | None = None) -> Documents:
         """The documents that begin where `starts` [b, s] says, for the last `queries` tokens."""
-        length = starts.shape[1]
-        first = length - (length if queries is None else queries)
-        at = torch.arange(length, device=starts.device)
-        begins = (starts == at) & (at >= starts[:, first, None])
-        pieces, lengths = [], [(0, 0)]
-        for sample in begins:
-            edges, found = [*sample.nonzero().reshape(-1).tolist(), length], list[tuple[int, int, bool]]()
-            for begin, end in pairwise(edges):
-                q, k = end - max(begin, first), end - begin
-                lengths.append((q, k))
-                if found and found[-1][1] + k <= TOGETHER:
-                    found[-1] = found[-1][0] + q, found[-1][1] + k, True
-                else:
-                    found.append((q, k, False))
-            pieces.append(tuple(found))
-        ends, keys = torch.tensor(lengths, device=starts.device).cumsum(0).to(torch.int32).T.contiguous()
-        return cls(starts, ends, keys, tuple(pieces))
+        count, length = starts.shape
+        before, at = length - (queries or length), torch.arange(length, device=starts.device)
+        first = ((starts == at) & (at >= starts[:, before, None])).reshape(-1).nonzero().reshape(-1)
+        sample = first // length * length
+        stop = torch.minimum(torch.cat([first[1:], first.new_tensor([count * length])]), sample + length)
+        pieces: list[list[tuple[int, bool]]] = [[] for _ in starts]
+        for number, keys in zip((sample // length).tolist(), (stop - first).tolist(), strict=True):
+            if (found := pieces[number]) and found[-1][0] + keys <= TOGETHER:
+                found[-1] = found[-1][0] + keys, True
+            else:
+                found.append((keys, False))
+        lengths = torch.stack([stop - torch.maximum(first, sample + before), stop - first])
+        ends, key_ends = F.pad(lengths.cumsum(1), (1, 0)).to(torch.int32)
+        return cls(starts, ends, key_ends, tuple(map(tuple, pieces)))
 
     def part(self, chunks: Sequence[tuple[int, int]]) -> Documents:
         """Also of the chunks (first token, end) of a rank, each with all keys up to its end."""
@@ -79,28 +76,24 @@ class Documents:
             return self.positions_of_part
         return torch.arange(self.starts.shape[1], device=self.starts.device) - self.starts
 
-    def split(self, x: Tensor, keys: bool = True) -> list[Tensor]:
-        """[b, r or s, heads, d] as [1, heads, tokens, d] of each piece."""
-        out: list[Tensor] = []
-        for one, pieces in zip(x.transpose(1, 2).split(1), self.pieces, strict=True):
-            sizes = [piece[keys] for piece in pieces]
-            out += one[:, :, x.shape[1] - sum(sizes) :].split(sizes, 2)
-        return out
+    def split(self, x: Tensor) -> list[Tensor]:
+        """[b, s, heads, d] as [1, heads, tokens, d] of each piece."""
+        samples = zip(x.transpose(1, 2).split(1), self.pieces, strict=True)
+        return [part for one, pieces in samples for part in one.split([n for n, _ in pieces], 2)]
 
     def packed(self, x: Tensor) -> Tensor:
         """Keys or values [b, s, heads, d] that queries see: [tokens, heads, d]."""
-        seen = [sum(k for _, k, _ in pieces) for pieces in self.pieces]
-        if seen == [x.shape[1]] * len(seen):
-            return x.flatten(0, 1)
-        return torch.cat([one[x.shape[1] - n :] for one, n in zip(x, seen, strict=True)])
+        seen = [sum(n for n, _ in pieces) for pieces in self.pieces]
+        whole = seen == [x.shape[1]] * len(seen)
+        return x.flatten(0, 1) if whole else torch.cat([one[-n:] for one, n in zip(x, seen, strict=True)])
 
     def masks(self, dtype: torch.dtype) -> list[Tensor | None]:
-        """For each piece of several documents [queries, keys] in `dtype`: 0 where the row's query may attend to the
+        """For each piece of several documents [tokens, tokens] in `dtype`: 0 where the row's query may attend to the
         column's key, else -inf; None for one document, which is only causal.  Made once."""
         if dtype not in self._masks:
-            several = [(q, mixed) for sample in self.pieces for q, _, mixed in sample]
+            several = [mixed for sample in self.pieces for _, mixed in sample]
             parts = zip(self.split(self.starts[:, :, None, None]), several, strict=True)
-            self._masks[dtype] = [_mask(part.flatten(), dtype)[-q:] if mixed else None for part, (q, mixed) in parts]
+            self._masks[dtype] = [_mask(part.flatten(), dtype) if mixed else None for part, mixed in parts]
         return self._masks[dtype]
 
     @cached_property
@@ -123,66 +116,24 @@ def _mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-    """torch's fused attention; of each document alone, or of some short ones together under a small mask."""
+    """torch's fused attention; of each document alone, or of some short ones together under a small mask.
+
+    Fewer queries than keys have a kernel on a GPU alone, which knows no documents: else our own blocks.
+    """
     group = q.shape[2] // k.shape[2]
-    if documents is not None and group > 1 and q.is_cuda:  # no fused kernel there takes a mask too
+    if fewer := q.shape[1] < k.shape[1]:
+        if documents is not None or not q.is_cuda or q.dtype == torch.float64:
+            return blocked_attention(q, k, v, documents)
+    if (fewer or documents is not None) and group > 1 and q.is_cuda:  # no fused kernel there takes a mask too
         k, v, group = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), 1
     attend: Any = partial(F.scaled_dot_product_attention, enable_gqa=group > 1)
-
-    def causal(*qkv: Tensor) -> Tensor:
-        """[b, heads, tokens, d] -> [b, tokens, heads, d]."""
-        fewer = qkv[0].shape[2] < qkv[1].shape[2]
-        out: Tensor = last_rows(*qkv) if fewer else attend(*qkv, is_causal=True)
-        return out.transpose(1, 2)
-
-    one = ((q.shape[1], k.shape[1], False),)
-    if documents is None or all(sample == one for sample in documents.pieces):
-        return causal(*(part.transpose(1, 2) for part in (q, k, v)))
-    parts = [documents.split(q, False), documents.split(k), documents.split(v)]
-    pieces = zip(*parts, documents.masks(q.dtype), strict=True)
-    out = [causal(*qkv) if mask is None else attend(*qkv, mask).transpose(1, 2) for *qkv, mask in pieces]
+    if documents is None or all(len(sample) == 1 and not sample[0][1] for sample in documents.pieces):
+        how: Any = {"attn_mask": causal_lower_right(q.shape[1], k.shape[1])} if fewer else {"is_causal": True}
+        whole: Tensor = attend(*(part.transpose(1, 2) for part in (q, k, v)), **how)
+        return whole.transpose(1, 2)
+    pieces = zip(*map(documents.split, (q, k, v)), documents.masks(q.dtype), strict=True)
+    out = [attend(*qkv, mask, is_causal=mask is None).transpose(1, 2) for *qkv, mask in pieces]
     return torch.cat(out, 1).view(q.shape)
-
-
-def last_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention [b, n, r, d] of queries that are the last rows of the keys, without a mask in memory."""
-    if q.is_cuda and q.dtype != torch.float64:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        mask: Any = causal_lower_right(q.shape[2], k.shape[2])
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    if q.is_cuda:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return blocked_attention(q, k, v).transpose(1, 2)
-    out: Tensor = _LastRows.apply(q, k, v)
-    return out
-
-
-class _LastRows(Function):
-    """On a CPU: all keys before the queries, then the causal rest, each by torch's fused kernel; outputs are weighed
-    by the sums of exponentials, and the two backwards are given the sum of both."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attend, before = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, k.shape[2] - q.shape[2]
-        out, log_sum = attend(q, k[:, :, :before], v[:, :, :before], 0.0, False)
-        other, other_sum = attend(q, k[:, :, before:], v[:, :, before:], 0.0, True)
-        total = torch.logaddexp(log_sum, other_sum)
-        shares = ((part - total).exp_()[..., None] for part in (log_sum, other_sum))
-        out = (out * next(shares)).add_(other * next(shares)).to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, total)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, out, total = ctx.saved_tensors
-        differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        dq, dk, dv = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
-        before = k.shape[2] - q.shape[2]
-        for rows, causal in ((slice(0, before), False), (slice(before, None), True)):
-            grads = differentiate(dout, q, k[:, :, rows], v[:, :, rows], out, total, 0.0, causal)
-            dq += grads[0]
-            dk[:, :, rows], dv[:, :, rows] = grads[1:]
-        return dq, dk, dv
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:

@@ -120,7 +120,7 @@ def test_documents_are_known_by_their_starts() -> None:
     documents = Documents.of(torch.tensor([[0, 0, 2, 2, 2], [0, 1, 1, 1, 4]]))
     assert documents.positions.tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 2, 0]]
     assert documents.cu_seqlens.tolist() == [0, 2, 5, 6, 9, 10] and documents.cu_seqlens.dtype == torch.int32
-    assert documents.pieces == (((5, 5, True),), ((5, 5, True),))
+    assert documents.pieces == (((5, True),), ((5, True),))
     mask, _ = documents.masks(torch.float32)
     assert mask is not None and mask.isfinite().int().tolist() == [
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1],
@@ -131,9 +131,9 @@ def test_short_documents_are_taken_together() -> None:
     """Longer ones alone; none with those of another sample."""
     many = Documents.of(torch.tensor(STARTS["many"]))
     alone = [70, 1, 190, 39], [1, 128, 171]
-    assert many.pieces == tuple(tuple((n, n, False) for n in sample) for sample in alone)
+    assert many.pieces == tuple(tuple((n, False) for n in sample) for sample in alone)
     single = Documents.of(torch.tensor(STARTS["single tokens"]))
-    assert single.pieces == ((*[(64, 64, True)] * 4, (44, 44, True)), ((299, 299, False), (1, 1, False)))
+    assert single.pieces == ((*[(64, True)] * 4, (44, True)), ((299, False), (1, False)))
     assert [None if m is None else len(m) for m in single.masks(torch.float64)] == [64, 64, 64, 64, 44, None, None]
 
 
@@ -147,21 +147,17 @@ def test_documents_taken_together_without_their_mask_are_found(name: str, monkey
     if name == "masks":
         monkeypatch.setattr(Documents, name, lambda self, dtype: [None for _ in masks(self, dtype)])
     else:  # halves of samples, whatever begins in them
-        halves = ((64, 64, False),) * 2
-        monkeypatch.setattr(Documents, "of", lambda starts: replace(of(starts), pieces=(halves,) * len(starts)))
+        halves = ((64, False),) * 2
+        monkeypatch.setattr(Documents, "of", lambda starts, rows: replace(of(starts), pieces=(halves,) * len(starts)))
     with pytest.raises(Wrong, match="output within documents differs"):
         ATTENTION.check(found, target)
 
 
-@pytest.mark.parametrize("together", [3, 64], ids="together {}".format)
 @pytest.mark.parametrize("kv", [4, 2], ids="kv {}".format)
 @pytest.mark.parametrize(("seq", "rows"), [(24, 8), (300, 140), (24, 3)])
 @pytest.mark.parametrize("attend", [sdpa, blocked_attention])
-def test_queries_that_are_the_last_rows(
-    attend: Attend, seq: int, rows: int, kv: int, together: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_queries_that_are_the_last_rows(attend: Attend, seq: int, rows: int, kv: int) -> None:
     """As with all of them, of which the last rows are taken; keys of documents that end before are not seen."""
-    monkeypatch.setattr("megallama.kernels.attention.TOGETHER", together)
     q, k, v = (rand(2, seq, n, 8, dtype=torch.float64, seed=n + i).requires_grad_() for i, n in enumerate((4, kv, kv)))
     begins = torch.rand(2, seq, generator=torch.Generator().manual_seed(1)) < 0.1
     starts = torch.where(begins, torch.arange(seq), 0).cummax(1).values
