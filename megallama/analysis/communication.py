@@ -4,7 +4,8 @@ Bytes are those of the whole tensor: all_gather's output, reduce_scatter's input
 tensor parallelism gathers and reduce-scatters [tokens, hidden] with sequence parallelism
 (Korthikanti et al. 2022), or all-reduces it (Shoeybi et al. 2019); backwards gather again what
 weight gradients need, full recomputation repeats the forward, and `overlap.tensor_parallel_chunks`
-cuts forwards into as many pieces.
+cuts forwards into as many pieces.  Context parallelism moves keys and values as `plan.exchange` says; a sum over its
+ranks is an exchange of all with all, added up where it arrives.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from math import prod
 
 from megallama.config.schema import Config
+from megallama.plan.exchange import exchange, kv_copies, local_heads
 from megallama.plan.memory import DTYPE_BYTES, loss_chunk, main_dtype, stage_layout, tokens_and_rows
+from megallama.plan.params import heads
 from megallama.plan.schedule import Kind, Schedule
 from megallama.plan.topology import Topology
 from megallama.plan.work import Stages
@@ -28,7 +31,7 @@ Found = Counter[tuple[str, str, str, tuple[int, ...], str]]  # axis, operation, 
 class Collective:
     """Calls of one operation with tensors of one shape, in one step of one rank."""
 
-    axis: str  # the group: tp, dp, pp, embedding, kv, world
+    axis: str  # the group: tp, cp, dp (dp_cp where cp > 1), pp, embedding, kv, world
     op: str
     what: str
     shape: tuple[int, ...]
@@ -42,23 +45,28 @@ class Collective:
 
 
 def collectives(
-    config: Config, topology: Topology, stages: Stages, schedule: Schedule, pp_rank: int, dp_rank: int = 0
+    config: Config, topology: Topology, stages: Stages, schedule: Schedule, pp_rank: int, shard: int = 0
 ) -> tuple[Collective, ...]:
-    """Everything that a rank communicates in one training step; the same on all tensor-parallel ranks."""
+    """Everything that a rank communicates in one training step; the same on all tensor-parallel ranks.
+
+    shard: its place among the ranks with the same weights.
+    """
     found: Found = Counter()
     hidden, dtype = (tokens_and_rows(config)[1], config.model.hidden_size), config.precision.dtype
     for stage in schedule.stages_of(pp_rank):
-        if topology.tp > 1:
-            for key, count in _tensor(config, stages, stage).items():
-                found[key] += count * schedule.num_microbatches
-        found += _gradients(config, topology, stages, stage, dp_rank)
+        each = _tensor(config, stages, stage) if topology.tp > 1 else Found()
+        each += _context(config, len(stages[stage])) if topology.cp > 1 else Found()
+        for key, count in each.items():
+            found[key] += count * schedule.num_microbatches
+        found += _gradients(config, topology, stages, stage, shard)
     if schedule.owners[0] == schedule.owners[-1]:  # both copies of a tied embedding are here
         found = Found({key: n for key, n in found.items() if key[0] != "embedding"})
     for action in schedule.steps[pp_rank]:
         if not action.kind.is_compute:
             what = "activations" if action.kind in (Kind.SEND_F, Kind.RECV_F) else "their gradients"
             found["pp", action.kind.partition("_")[0], what, hidden, dtype] += 1
-    found["dp", "all_reduce", "counted tokens", (1,), "int64"] = int(topology.dp > 1 and config.data.document_mask)
+    axis, same_weights = _same_weights(topology)
+    found[axis, "all_reduce", "counted tokens", (1,), "int64"] = int(same_weights > 1 and config.data.document_mask)
     found["world", "all_reduce", "loss, norm, health", (VOTE,), "fp64"] = int(topology.world_size > 1)
     return tuple(Collective(*key, n) for key, n in found.items() if n)
 
@@ -83,16 +91,37 @@ def _tensor(config: Config, stages: Stages, stage: int) -> Found:
     return found
 
 
-def _gradients(config: Config, topology: Topology, stages: Stages, stage: int, dp_rank: int) -> Found:
+def _context(config: Config, layers: int) -> Found:
+    """Over cp, for one micro-batch of so many layers."""
+    (n, k), d, cp = local_heads(config), heads(config.model)[2], config.parallel.cp
+    b, s, dtype = config.batch.micro_batch_size, config.batch.seq_length, config.precision.dtype
+    again, found = config.memory.recompute == "full", Found()
+    if exchange(config)[0] == "gather":
+        shape, gathers = (cp, 2, b, 2, s // (2 * cp), k, d), 1 + again + (not config.memory.cp_keep_kv)
+        found["cp", "all_gather", "keys and values", shape, dtype] = gathers * layers
+        found["cp", "all_to_all", "gradients of keys and values", shape, dtype] = layers
+        return found
+    for what, local in (("queries, keys and values", n + 2 * k * kv_copies(k, cp)), ("attention outputs", n)):
+        found["cp", "all_to_all", what, (cp, b, s // cp, local // cp, d), dtype] += (2 + again) * layers
+    return found
+
+
+def _same_weights(topology: Topology) -> tuple[str, int]:
+    """The group over which gradients are reduced, and its size."""
+    return ("dp_cp" if topology.cp > 1 else "dp"), topology.dp * topology.cp
+
+
+def _gradients(config: Config, topology: Topology, stages: Stages, stage: int, shard: int) -> Found:
     """The gradients and the weights of a stage, once a step."""
-    layout, main = stage_layout(config, stages, stage, topology.dp), main_dtype(config)
+    axis, ranks = _same_weights(topology)
+    layout, main = stage_layout(config, stages, stage, ranks), main_dtype(config)
     found, copies = Found(), Counter[str]()
     for bucket in layout.buckets:
-        start, stop = bucket.shard(topology.dp, dp_rank)
-        if topology.dp > 1:
+        start, stop = bucket.shard(ranks, shard)
+        if ranks > 1:
             size = (bucket.stop - bucket.start,)
-            found["dp", "reduce_scatter", "gradients", size, main] += 1
-            found["dp", "all_gather", "weights", size, config.precision.dtype] += 1
+            found[axis, "reduce_scatter", "gradients", size, main] += 1
+            found[axis, "all_gather", "weights", size, config.precision.dtype] += 1
         if bucket.tied:
             found["embedding", "all_reduce", "gradients of the tied embedding", (stop - start,), main] += 1
         for segment in layout.segments(start, stop):

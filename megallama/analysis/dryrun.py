@@ -54,21 +54,23 @@ def dry_run(plan: Plan) -> DryRun:
 
 def kinds(plan: Plan) -> Callable[[int], Hashable]:
     """A function that tells of a rank what its communication can depend on."""
-    layout_of = cache(lambda stage, tp: stage_layout(plan.config, plan.stages, stage, plan.topology.dp, tp))
+    same_weights = plan.topology.groups("dp", "cp")
+    shards, number = len(same_weights[0]), {rank: i for ranks in same_weights for i, rank in enumerate(ranks)}
+    layout_of = cache(lambda stage, tp: stage_layout(plan.config, plan.stages, stage, shards, tp))
 
     @cache
-    def of_stage(stage: int, tp: int, dp_rank: int) -> Hashable:
+    def of_stage(stage: int, tp: int, shard: int) -> Hashable:
         buckets, summed = layout_of(stage, tp).buckets, Counter[str]()
         for bucket in buckets:
-            for segment in layout_of(stage, tp).segments(*bucket.shard(plan.topology.dp, dp_rank)):
+            for segment in layout_of(stage, tp).segments(*bucket.shard(shards, shard)):
                 summed[segment.part.sum_over] += segment.count
         specs = [p.spec for bucket in buckets for p in bucket.params]
         held = tuple((s.shape, tuple(part.box.shape for part in s.parts)) for s in specs)
-        return held, summed["tp"], summed["kv"]  # what is held of which tensors, and what is summed over more than dp
+        return held, summed["tp"], summed["kv"]  # what is held of which tensors, and what is summed over others too
 
     def kind(rank: int) -> Hashable:
         at = plan.topology.coords(rank)
-        return plan.work_of(rank), tuple(of_stage(s, at["tp"], at["dp"]) for s in plan.schedule.stages_of(at["pp"]))
+        return plan.work_of(rank), tuple(of_stage(s, at["tp"], number[rank]) for s in plan.schedule.stages_of(at["pp"]))
 
     return kind
 
@@ -132,7 +134,8 @@ class _Tape:
         b, masked, dp = self.plan.config.batch, self.plan.config.data.document_mask, self.rank.groups.dp
         tokens = torch.zeros(b.micro_batch_size, b.seq_length, dtype=torch.int64)
         mask, documents = (torch.ones_like(tokens).bool(), Documents.of(tokens)) if masked else (None, None)
-        return [MicroBatch(tokens, tokens, mask, documents).to(META)] * b.deal(size, dp.size)[dp.rank]
+        part = MicroBatch(tokens, tokens, mask, documents).part(self.rank.share).to(META)
+        return [part] * b.deal(size, dp.size)[dp.rank]
 
     def train(self, size: int, loss: float = 1.0) -> None:
         batches, masked = self._batches(size), self.plan.config.data.document_mask

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -89,13 +89,11 @@ def simulated(report: Report, unit: float) -> list[Span]:
     return sorted(spans, key=lambda span: (span.rank, span.start))
 
 
-def boxes(schedule: Schedule, report: Report) -> list[tuple[int, float, float, str, str]]:
+def boxes(schedule: Schedule, report: Report) -> Iterator[tuple[int, float, float, str, str]]:
     """(rank, start, length, colour, label) of every action."""
-    out = []
     for e in report.events:
         upper = e.action.stage >= schedule.num_stages / 2 and len(schedule.stages_of(e.rank)) > 1
-        out.append((e.rank, e.start, e.end - e.start, COLOURS[e.action.kind][upper], str(e.action.microbatch)))
-    return out
+        yield e.rank, e.start, e.end - e.start, COLOURS[e.action.kind][upper], str(e.action.microbatch)
 
 
 def caption(schedule: Schedule, report: Report) -> str:
@@ -200,9 +198,8 @@ def run(argv: Sequence[str]) -> None:
     like = "take the costs from the trace of a real run (log.trace_steps), and put both into --trace"
     parser.add_argument("--like", type=Path, metavar="TRACE.json", help=like)
     parser.add_argument("--width", type=int, default=120, metavar="N", help="columns of the chart (120)")
-    for name in ("svg", "png"):
-        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help="write a picture")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for ui.perfetto.dev")
+    for name, what in (("svg", "picture"), ("png", "picture"), ("trace", "trace for ui.perfetto.dev")):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write a {what}")
     args = parser.read(argv)
     if args.schedule:
         schedule = named(args.schedule, args.pp, args.microbatches, args.chunks)
@@ -213,9 +210,7 @@ def run(argv: Sequence[str]) -> None:
         found = stage_costs(plan.config, plan.stages)
         unit = sum(c.forward for c in found) / len(found)  # the mean forward takes 1 ms
         schedule, costs = plan.schedule, [StageCost(*(x / unit for x in c)) for c in found]
-    real: dict[str, list[Span]] = {}
-    if args.like:
-        costs, real = measured(args.like, schedule.num_stages)
+    costs, real = measured(args.like, schedule.num_stages) if args.like else (costs, {})
     if args.costs:
         try:
             f, i, w = map(float, args.costs.split(","))

@@ -25,6 +25,7 @@ from megallama.config.schema import Config
 from megallama.data.indexed import IndexedDataset
 from megallama.data.sources import TrainDataset, open_sources
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
+from megallama.plan.exchange import exchange
 from megallama.plan.topology import Topology
 
 
@@ -112,6 +113,15 @@ def numbers_of(
     return [i for ids in (found if micro is None else [found[micro]]) for i in ids]
 
 
+def imbalance(starts: np.ndarray, cp: int, together: int) -> dict[str, float]:
+    """Keys that queries of the busiest of cp ranks see over their mean; starts of documents [samples, s]."""
+    seen = np.arange(starts.shape[1]) - starts + 1
+    chunks = seen.reshape(-1, together, 2 * cp, starts.shape[1] // (2 * cp)).sum((1, 3))
+    work = chunks[:, :cp] + chunks[:, : cp - 1 : -1]
+    most, mean = work.max(1), work.mean(1)
+    return {"cp_imbalance": float(most.sum() / mean.sum()), "cp_imbalance_worst": float((most / mean).max())}
+
+
 def show(sample: Explained, *, tokens: bool, most: int) -> str:
     """A sample as text."""
     where = f"{sample.source} ({sample.path}) sample {sample.index}, epoch {sample.epoch}"
@@ -157,9 +167,15 @@ def run(argv: Sequence[str]) -> None:
             raise ConfigError(f"--sample {args.sample} is not in step {step}: {numbers[0]} to {numbers[-1]}")
         numbers = [args.sample]
     samples = explain(train, tokenizer, numbers)
+    cp, together = config.parallel.cp, min(len(numbers), config.batch.micro_batch_size)
+    starts = train.read(numbers).starts if cp > 1 and exchange(config)[0] == "gather" else None
+    balance = {} if starts is None else imbalance(starts[:, :-1], cp, together)
     if args.json:
-        print(json.dumps({"step": step, "samples": [asdict(s) for s in samples]}, ensure_ascii=False))
+        print(json.dumps({"step": step, "samples": [asdict(s) for s in samples], **balance}, ensure_ascii=False))
         return
     print(f"step {step}: {counted(len(samples), 'sample')} of {counted(config.batch.seq_length, 'token')}")
+    if balance:
+        shares = "{:.2f}, in the worst micro-batch {:.2f}".format(*balance.values())
+        print(f"attention of the busiest cp rank over their mean: {shares}")
     for sample in samples:
         print(show(sample, tokens=args.tokens, most=args.chars))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from megallama.analysis.communication import collectives, communication_table
 from megallama.commands.parser import Parser
 from megallama.config.errors import ConfigError, counted
 from megallama.config.load import load
-from megallama.forecast.forecast import CO2_KG_PER_KWH, GIB, PUE, Forecast, forecast, search
+from megallama.forecast.forecast import CO2_KG_PER_KWH, GIB, PUE, Forecast, forecast, search, seconds_by_cause
 from megallama.forecast.hardware import load_hardware
 from megallama.plan.copies import copies
 from megallama.plan.plan import make_plan
@@ -92,6 +92,7 @@ def settings_of(f: Forecast) -> str:
     """The settings of a layout, as one would type them."""
     c, p = f.plan.config, f.plan.config.parallel
     words = [f"parallel.tp={p.tp}", f"parallel.pp={p.pp}"]
+    words += [f"parallel.cp={p.cp}", f"parallel.cp_exchange={p.cp_exchange}"] * (p.cp > 1)
     if p.pp > 1:
         words += [f"parallel.chunks={p.chunks}"] * (p.chunks > 1) + [f"parallel.schedule={p.schedule}"]
     if p.tp > 1:
@@ -107,16 +108,14 @@ def as_dict(f: Forecast) -> dict[str, Any]:
     return {
         "config": plan.config.model_dump(mode="json"),
         "ranks": plan.topology.world_size,
-        "topology": {a: plan.topology.size(a) for a in ("tp", "pp", "dp")},
+        "topology": {a: plan.topology.size(a) for a in ("tp", "cp", "pp", "dp") if a != "cp" or plan.topology.cp > 1},
         "stages": [{"rank": schedule.owners[s], "layers": list(layers)} for s, layers in enumerate(plan.stages)],
         "schedule": {
             "name": schedule.name, "micro_batches": schedule.num_microbatches, "bubble": pipeline.bubble,
             "peak_in_flight": list(pipeline.peak_in_flight),
         },
         "memory_bytes": [{**asdict(plan.memory(r)), "buffers": f.buffers, "peak": f.peaks[r]} for r in range(f.job.pp)],
-        "collectives": [
-            [{**asdict(c), "bytes": c.nbytes} for c in collectives(*parts, r)] for r in range(f.job.pp)
-        ],
+        "collectives": [[{**asdict(c), "bytes": c.nbytes} for c in collectives(*parts, r)] for r in range(f.job.pp)],
         "memory_limit_bytes": p.memory_limit,
         "fits": f.fits,
         "hardware": f.hardware.name,
@@ -125,19 +124,18 @@ def as_dict(f: Forecast) -> dict[str, Any]:
         "seconds_by_cause": p.causes,
         "tokens_per_second_per_gpu": p.tokens_per_second,
         **{k: getattr(p, k) for k in ("mfu_full", "mfu_causal", "hfu")},
-        "tokens": f.tokens,
-        **{k: getattr(f, k) for k in ("days", "gpu_hours", "mwh", "tonnes_co2")},
+        **{k: getattr(f, k) for k in ("tokens", "days", "gpu_hours", "mwh", "tonnes_co2")},
         "flags": list(p.flags),
     }  # fmt: skip
 
 
 def text(f: Forecast) -> str:
     """What comes below the plan's page."""
-    return "\n".join(f"{name:<10} {words}" for name, words in _lines(f)) + "\n\n" + "\n".join(
-        f"{cause:>16}  {few(seconds, 3):>8} s  {seconds / f.prediction.step_seconds:6.1%}"
-        for cause, seconds in sorted(f.prediction.causes.items(), key=lambda kv: -kv[1])
-        if seconds > 5e-4 * f.prediction.step_seconds
-    )
+    step, lines = f.prediction.step_seconds, [*(f"{name:<10} {words}" for name, words in _lines(f)), ""]
+    for cause, seconds in sorted(f.prediction.causes.items(), key=lambda kv: -kv[1]):
+        if seconds > 5e-4 * step:
+            lines.append(f"{cause:>16}  {few(seconds, 3):>8} s  {seconds / step:6.1%}")
+    return "\n".join(lines)
 
 
 def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
@@ -153,12 +151,24 @@ def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
     yield "step", (f"{few(p.step_seconds, 3)} s, {p.tokens_per_second:,.0f} tokens/s per GPU, "
                    f"{p.tokens_per_second * f.job.gpus:,.0f} in all")  # fmt: skip
     yield "", f"MFU {shares[0]}% (full attention), {shares[1]}% (causal); HFU {shares[2]}%"
+    yield from _exchanges(f)
     yield "pipeline", f"ranks idle {f.pipeline.bubble:.1%} of its {few(f.pipeline.makespan, 3)} s with these times"
     yield "run", f"{few(f.days, 1)} days, {few(f.gpu_hours)} GPU-hours for {counted(f.tokens, 'token', ',')}"
     yield "energy", (f"{few(f.mwh)} MWh, {few(f.tonnes_co2)} t CO2 ({f.hardware.gpu.watts:.0f} W per GPU, "
                      f"PUE {PUE}, {CO2_KG_PER_KWH} kg/kWh)")  # fmt: skip
     yield from copies(f.plan, f.hardware.gpu.gpus_per_node, p.step_seconds)
     yield from (("extrapolated", f"outside what the constants were fitted on: {flag}") for flag in p.flags)
+
+
+def _exchanges(f: Forecast) -> Iterator[tuple[str, str]]:
+    """Of each exchange of context parallelism: what a rank sends and receives, and the step it leads to."""
+    plan, cp = f.plan, f.job.cp
+    for kind in ("gather", "heads")[: (cp > 1) * (1 + (f.job.local_heads[0] % cp == 0))]:
+        own = plan.config.changed(parallel={"cp_exchange": kind})
+        calls = collectives(own, plan.topology, plan.stages, plan.schedule, 0)
+        each = few(sum(c.nbytes for c in calls if c.axis == "cp") * (cp - 1) / cp / GIB, 2)
+        seconds = sum(seconds_by_cause(replace(f.job, exchange=kind), f.hardware).values())
+        yield "exchange", f"{kind}: {each} GiB each way and step, a step of {few(seconds, 3)} s"
 
 
 def data(file: Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
@@ -184,8 +194,7 @@ def data(file: Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     size = f"{counted(samples, 'sample', ',')} of {b.seq_length} = {counted(samples * b.seq_length, 'token', ',')}"
     out = [f"{counted(steps, 'step', ',')}, {size}", ""]
-    for line in lines:
-        name, *cells = line
+    for name, *cells in lines:
         out.append("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip())
     if not all(row.measured for row in rows):
         out += ["", "* num_tokens of the configuration; the files are not here"]

@@ -2,6 +2,8 @@
 
 Matrix products: 2MNK / (peak x gemm) x (1 + small (1/M + 1/N + 1/K)), with N and K filled up to whole tiles.
 Collectives: ring volume at a share of NVLink, or of the NICs of the ring's members in one node, plus latencies.
+Keys and values of c context-parallel ranks: a ring gathers them; by heads a rank sends those of its c parts that leave
+its node through its own NIC.
 
 1F1B with unequal stages T_i and transfers that take `hop` without occupying anybody: stage i holds one micro-batch more
 than stage i+1, so of a run of k neighbouring stages k micro-batches make the round trip in each period,
@@ -24,7 +26,7 @@ from megallama.forecast.hardware import Hardware
 from megallama.forecast.job import Job, built
 from megallama.plan.timeline import StageCost, simulate
 
-TILE = 128
+TILE, WAVE = 128, 128  # rows of a tile; tiles of attention that a GPU does at a time
 OPTIMIZER_BYTES = 30.0  # read and written per parameter: fp32 weight, two moments and gradient, bf16 weight
 EVENTS = 40_000  # of a schedule that is run whole; of a longer one as many micro-batches, continued at their pace
 
@@ -64,12 +66,13 @@ class Pricer:
             memory = kernel.passes * 2.0 * tokens * job.seq * job.heads / t / (self.gpu.memory_gb_per_s * 1e9)
             attention = scores / (peak * kernel.forward) + memory
             backward = 2 * (scores / (peak * kernel.backward) + memory)
-        slow = kernel.unaligned if job.width // job.heads % 8 else 1.0
+        slow = (kernel.unaligned if job.width // job.heads % 8 else 1.0) * self.chunked()
         core_again = full or (job.recompute == "selective" and not kernel.causal)
         residual = stack.residual * tokens * h / (t if job.sequence_parallel else 1) / self.memory_rate
         inner = stack.inner * tokens * (job.width + job.kv_width + up * f) / t / self.memory_rate
         reuse = job.llama_way * (residual + inner / 3) / 2
         tp, launch = self.tensor_parallel(), stack.launch_us * 1e-6
+        cp = self.context_parallel(slow * attention, slow * backward)
         return [
             CostItem("matrices", matrices, matrices, matrices, full * matrices),
             CostItem("attention", slow * attention, slow * backward, 0.0, core_again * slow * attention),
@@ -77,6 +80,7 @@ class Pricer:
             CostItem("gradient sums", 0.0, 0.0, job.layer_matrix * self.add_up),
             CostItem("launch", launch, launch, launch, full * launch),
             CostItem("tp comm", tp, tp, 0.0, full * tp),
+            *[CostItem("cp comm", *cp[:2], 0.0, full * cp[0])][: job.cp > 1],
         ]
 
     def head(self) -> CostItem:
@@ -98,6 +102,27 @@ class Pricer:
         rate = self.node_rate if job.tp <= self.gpu.gpus_per_node else self.nic_rate
         moved = 4 * (job.tp - 1) / job.tp * 2.0 * job.tokens * job.hidden
         return (job.tp > 1) * (1 - self.stack.tp_overlap * job.hide_tp) * (moved / rate + 2e-6 * self.gpu.tp_latency_us)
+
+    def context_parallel(self, forward: float, backward: float) -> tuple[float, float]:
+        """Exposed exchange of one layer, in its forward and its backward; it may hide under their attention [s]."""
+        job, once, by_heads = self.job, self.over_cp(2.0 * self.job.exchanged), self.job.exchange == "heads"
+        first, back = (1 + by_heads) * once, (2 - (job.keep_kv and not by_heads)) * once
+        share = max(1 - 1 / job.cp_pieces, self.stack.cp_overlap)
+        return first - min(share * first, forward), back - min(share * back, backward)
+
+    def over_cp(self, nbytes: float) -> float:
+        """One collective over cp of a tensor of so many bytes: gathered, or what a rank has for others."""
+        c, stride, latency = self.job.cp, self.job.stride or self.job.tp, self.gpu.tp_latency_us * 1e-6
+        members = max(1, self.gpu.gpus_per_node // stride)
+        if self.job.exchange == "heads" and c > members:
+            return nbytes * (c - members) / c / self.nic_rate + latency
+        return nbytes * (c - 1) / c / self._ring_rate(c, stride) + latency
+
+    def chunked(self) -> float:
+        """How much longer attention takes than of whole sequences: at its end a GPU idles for a quarter of a wave."""
+        job, ends = self.job, 2 if self.job.exchange == "gather" else 1
+        waves = job.tokens * job.heads / job.tp / TILE / WAVE  # of tiles of all of a rank's queries
+        return (1 + ends / 4 / waves) / (1 + 1 / 4 / (waves * job.cp)) if job.cp > 1 else 1.0
 
     def hop(self) -> float:
         """One activation from stage to stage."""
@@ -121,21 +146,21 @@ class Pricer:
         job, stack, d = self.job, self.stack, self.job.dp * self.job.cp
         moved = stack.grad_bytes + stack.param_bytes if job.sharding != "none" else 2 * stack.grad_bytes
         leaves = max(1.0, d * job.tp / self.gpu.gpus_per_node / self.gpu.leaf_nodes)
-        each = moved * (d - 1) / d / self._ring_rate(d) + stack.ring_ns * 1e-9 * log2(leaves)
+        each = moved * (d - 1) / d / self._ring_rate(d, job.tp) + stack.ring_ns * 1e-9 * log2(leaves)
         return (d > 1) * job.rank_parameters * each
 
     def gathering(self) -> float:
         """Communication per micro-batch where parameters (zero3: gathered twice) or gradients are cut over dp."""
-        passes, d = {"zero3": 3, "zero2": 1}.get(self.job.sharding, 0), self.job.dp
-        return passes * 2.0 * self.job.rank_parameters * (d - 1) / d / self._ring_rate(d)
+        passes, d = {"zero3": 3, "zero2": 1}.get(self.job.sharding, 0), self.job.dp * self.job.cp
+        return passes * 2.0 * self.job.rank_parameters * (d - 1) / d / self._ring_rate(d, self.job.tp)
 
     def optimizer(self) -> float:
         """Reading and writing the optimizer state of a step."""
-        cut = self.job.dp if self.job.sharding != "none" else 1
+        cut = self.job.dp * self.job.cp if self.job.sharding != "none" else 1
         return self.job.rank_parameters / cut * OPTIMIZER_BYTES / self.memory_rate
 
-    def _ring_rate(self, ranks: int) -> float:
-        members = max(1, self.gpu.gpus_per_node // self.job.tp)  # that a node has room for
+    def _ring_rate(self, ranks: int, stride: int) -> float:
+        members = max(1, self.gpu.gpus_per_node // stride)  # that a node has room for
         return self.node_rate if ranks <= members else min(self.node_rate, members * self.nic_rate)
 
 

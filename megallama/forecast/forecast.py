@@ -18,7 +18,9 @@ from megallama.config.schema import Config
 from megallama.forecast.cost import Pricer, closed_form, simulated
 from megallama.forecast.hardware import Hardware
 from megallama.forecast.job import Job, candidates, config_of, job_of, peaks_in_flight
-from megallama.plan.memory import DTYPE_BYTES
+from megallama.plan.exchange import local_heads
+from megallama.plan.memory import DTYPE_BYTES, tokens_and_rows
+from megallama.plan.params import heads
 from megallama.plan.plan import Plan, make_plan
 from megallama.plan.timeline import Report, StageCost, simulate
 
@@ -136,6 +138,7 @@ def saved_per_layer(job: Job, hardware: Hardware) -> tuple[float, float]:
     if job.llama_way:
         residual, ffn = residual / 2, ffn * 2 / 3
     whole = residual * job.hidden / cut + (stack.keep_heads * (job.width + job.kv_width) + ffn * job.ffn) / t
+    whole += (job.stack == "megallama") * 2.0 * job.kept_by_context
     causal = hardware.kernels[job.kernel].causal
     if not causal and job.recompute != "selective":
         whole += 5.0 * job.heads * job.seq / t
@@ -156,13 +159,15 @@ def in_flight(job: Job, rank: int) -> int:
 def buffer_bytes(config: Config, hardware: Hardware) -> int:
     """What our program holds for a moment on top of `plan.memory`, and the context."""
     m, p, b = config.model, config.parallel, config.batch
-    tokens, size = b.micro_batch_size * b.seq_length, DTYPE_BYTES[config.precision.dtype]
+    tokens, size = tokens_and_rows(config)[0], DTYPE_BYTES[config.precision.dtype]
     activation = tokens * m.hidden_size * size
+    whole = 2 * b.micro_batch_size * b.seq_length * local_heads(config)[1] * heads(m)[2] * size  # keys and values
+    exchanged = (p.cp > 1) * 4 * whole  # they, their gradients, and these on their way
     gathered = (p.tp > 1) * 2 * activation  # of a tensor-parallel layer: its input and its gradient
     moving = (p.pp > 1) * 4 * activation // (p.tp if p.sequence_parallel else 1)
     working = 6 * tokens * m.ffn_hidden_size // p.tp * size
     buckets = 2 * int(config.overlap.bucket_mb * 2**20)
-    return gathered + moving + working + buckets + int(hardware.stacks["megallama"].reserve_gb * 1e9)
+    return exchanged + gathered + moving + working + buckets + int(hardware.stacks["megallama"].reserve_gb * 1e9)
 
 
 def footprint(gpu_hours: float, watts: float) -> tuple[float, float]:

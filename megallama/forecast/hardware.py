@@ -64,6 +64,7 @@ class Stack:
     whole: float = 0.0  # the same per logit of the whole vocabulary (programs that gather it)
     accumulate: float  # bytes per parameter of adding a micro-batch's weight gradients to the others'
     tp_overlap: float = 0.0  # share of tensor-parallel communication hidden under computation
+    cp_overlap: float = 0.0  # share of the exchange of keys and values that may hide under attention
     dp_overlap: float = 0.0  # share of gradients and parameters that may hide, if the backward is long enough
     blocking: float  # transfers between stages during which a rank waits, per forward and per backward
     scatter_gather: bool  # a transfer is cut over tp

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from itertools import product
+from math import lcm
 
 from pydantic import ValidationError
 
@@ -16,12 +17,14 @@ from megallama.config.rules import V_SCHEDULES, legal_tp
 from megallama.config.schema import Config, ParallelConfig
 from megallama.forecast.hardware import Hardware
 from megallama.plan.builders import FIXED_CHUNKS, compute_schedule, v_owners
+from megallama.plan.exchange import exchange
 from megallama.plan.params import heads
 from megallama.plan.schedule import Schedule, ScheduleError, looped
 from megallama.plan.topology import Topology
 from megallama.plan.work import Stages, balanced, head_forward, layer_forward, partition
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
+CP_TOKENS = 4096  # fewer of a sequence on a rank are not worth an exchange
 RECOMPUTE = ("none", "selective", "full")
 _balanced = cache(balanced)
 
@@ -61,10 +64,31 @@ class Job:
     hide_dp: bool = True
     owners: tuple[int, ...] = ()  # rank of each stage, where a schedule says it
     missing: int = 0  # micro-batches of a step that dp x num_microbatches has too many
+    exchange: str = "gather"  # of keys and values over cp: gather or heads
+    keep_kv: bool = False  # gathered once, and kept for the backward
+    cp_pieces: int = 1  # groups of heads, of which one is exchanged under the attention of another
+    stride: int = 0  # ranks from one to the next of a cp group; 0: tp
 
     @property
     def tokens(self) -> int:  # tokens of one micro-batch on one rank
         return self.micro_batch * self.seq // self.cp
+
+    @property
+    def local_heads(self) -> tuple[int, int, int]:  # on a rank; and of those for keys, copies included, by heads
+        k = max(1, self.kv_width * self.heads // self.width // self.tp)
+        return self.heads // self.tp, k, lcm(k, self.cp)
+
+    @property
+    def exchanged(self) -> float:  # elements: keys and values gathered; of each of the two ways by heads
+        n, k, copied = self.local_heads
+        whole = 2 * k * self.cp if self.exchange == "gather" else n + copied
+        return float(self.tokens * whole * self.width // self.heads)
+
+    @property
+    def kept_by_context(self) -> float:  # elements of a token, as `plan.memory` counts them
+        n, k, copied = self.local_heads
+        more = 2 * k * self.cp * self.keep_kv if self.exchange == "gather" else 2 * (copied - k)
+        return (self.cp > 1) * (n + more) * self.width / self.heads
 
     @property
     def step_tokens(self) -> int:  # tokens of one optimizer step
@@ -117,6 +141,7 @@ def job_of(config: Config, topology: Topology, kernel: str, stages: Stages | Non
         schedule=p.schedule, recompute=config.memory.recompute, sequence_parallel=p.sequence_parallel and p.tp > 1,
         tied=m.tie_embeddings, fp8=config.precision.fp8 != "none", kernel=kernel, hide_tp=o.tensor_parallel,
         hide_dp=o.grad_reduce and o.param_gather, missing=len(deal) * deal[0] - sum(deal),
+        cp=p.cp, exchange=exchange(config)[0], keep_kv=config.memory.cp_keep_kv, stride=topology.strides["cp"],
     )  # fmt: skip
 
 
@@ -124,20 +149,24 @@ def candidates(config: Config, ranks: int, hardware: Hardware, kernel: str) -> I
     """Every legal layout of this model and batch."""
     m, b = config.model, config.batch
     base = job_of(config.model_copy(update={"parallel": ParallelConfig()}), Topology(), kernel)
-    layer = layer_forward(m, b.seq_length, causal=True)
-    for tp, pp, micro in product(legal_tp(config.model), range(1, m.num_layers + 1), MICRO_BATCHES):
-        dp = ranks // (tp * pp)
+    s, powers = b.seq_length, (2**i for i in range(9))
+    layer = layer_forward(m, s, causal=True)
+    cps = [c for c in powers if c == 1 or (s >= c * CP_TOKENS and s % (2 * c) == 0)]
+    for tp, cp, pp, micro in product(legal_tp(config.model), cps, range(1, m.num_layers + 1), MICRO_BATCHES):
+        dp = ranks // (tp * pp * cp)
         count = b.global_batch_size // max(1, dp * micro)
-        if tp > hardware.gpu.gpus_per_node or tp * pp * dp != ranks or dp * micro * count != b.global_batch_size:
+        if tp > hardware.gpu.gpus_per_node or tp * pp * cp * dp != ranks or dp * micro * count != b.global_batch_size:
             continue
-        ways = product(placements(pp, m.num_layers, count), RECOMPUTE, (True, False) if tp > 1 else (False,))
-        for (schedule, chunks), recompute, sp in ways:
-            if sp and micro * b.seq_length % tp:
+        stride = Topology(tp, pp, dp, cp, config.parallel.rank_order).strides["cp"]
+        exchanges = ("gather", "heads")[: 1 + (cp > 1 and m.num_heads // tp % cp == 0)]
+        ways = product(placements(pp, m.num_layers, count), RECOMPUTE, (True, False)[tp == 1 :], exchanges)
+        for (schedule, chunks), recompute, sp, way in ways:
+            if sp and micro * s // cp % tp:
                 continue
             repeats = 4 if recompute == "full" else 3
             yield replace(
                 base, gpus=ranks, tp=tp, pp=pp, dp=dp, micro_batch=micro, num_microbatches=count, chunks=chunks,
-                schedule=schedule, recompute=recompute, sequence_parallel=sp,
+                schedule=schedule, recompute=recompute, sequence_parallel=sp, cp=cp, exchange=way, stride=stride,
                 stages=_balanced(m.num_layers, pp * chunks, repeats * layer, 3 * head_forward(m)),
             )  # fmt: skip
 
@@ -154,8 +183,9 @@ def placements(pp: int, layers: int, num_microbatches: int) -> Iterator[tuple[st
 
 def config_of(config: Config, job: Job) -> Config:
     """The configuration with a job's layout."""
-    layout = {k: getattr(job, k) for k in ("tp", "pp", "chunks", "schedule")}
+    layout = {k: getattr(job, k) for k in ("tp", "pp", "cp", "chunks", "schedule")}
     layout |= {"stage_layers": None, "sequence_parallel": job.sequence_parallel or job.tp == 1}
+    layout["cp_exchange"] = job.exchange if job.cp > 1 else "auto"
     batch, memory = {"micro_batch_size": job.micro_batch}, {"recompute": job.recompute}
     return config.changed(parallel=layout, batch=batch, memory=memory)
 

@@ -10,7 +10,8 @@ key/value heads of size d on a rank; a rank sends and receives (cp - 1) / cp of 
             arXiv:2309.14509); every rank then has some heads of whole sequences
 
 So heads moves less if and only if cp > g (1 + n' / k'), g = 1 where keys and values are kept, 3/4 where the layer is
-computed again, else 2/3.  It needs that cp divides n'; where cp does not divide k', key/value heads are copied first.
+computed again, else 2/3.  It needs that cp divides n'; where cp does not divide k', key/value heads are copied first,
+and their copies stand in place of the 1.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ def exchange(config: Config) -> tuple[str, str]:
         return "gather", f"cp={p.cp} does not divide the {n} heads of a rank"
     kept, again = config.memory.cp_keep_kv, config.memory.recompute == "full"
     g, words = (1.0, "1") if kept else (0.75, "3/4") if again else (2 / 3, "2/3")
-    bound = g * (1 + n / k)
-    least = f"{words} x (1 + {n} / {k}) = {bound:.3g}"
+    copies = kv_copies(k, p.cp)
+    bound = g * (copies + n / k)
+    least = f"{words} x ({copies} + {n} / {k}) = {bound:.3g}"
     return ("heads", f"cp={p.cp} is above {least}") if p.cp > bound else ("gather", f"cp={p.cp} is not above {least}")
 
 

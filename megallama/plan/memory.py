@@ -8,7 +8,9 @@ after attention, gate and up; `none` keeps the two norm outputs and the SwiGLU p
     full       b h          =  2h
 
 Tensor parallelism divides what lies inside attention and the feed-forward network; sequence parallelism the rest too
-(Korthikanti et al. 2022, arXiv:2205.05198, table 2).
+(Korthikanti et al. 2022, arXiv:2205.05198, table 2).  Context parallelism divides T.  Attention's output is then there
+twice, as its kernel and as the sequence has it; copies of key/value heads, and all ranks' where they are kept, come on
+top.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megallama.config.schema import Config
+from megallama.plan.exchange import exchange, kv_copies, local_heads
 from megallama.plan.params import BufferLayout, ParamBuilder, build_layout, heads
 from megallama.plan.schedule import Kind, Schedule
 from megallama.plan.work import Stages
@@ -55,13 +58,22 @@ def stage_layout(config: Config, stages: Stages, stage: int, dp_cp: int, tp_rank
 
 def saved_bytes(config: Config, recompute: str | None = None, *, gathered: bool = False) -> int:
     """Bytes that one layer keeps of one micro-batch, without row statistics; gathered: every row of everything."""
-    m, tp = config.model, config.parallel.tp
-    (n, k, d), (tokens, rows) = heads(m), tokens_and_rows(config)
-    h, f, rows = m.hidden_size, m.ffn_hidden_size // tp, tokens if gathered else rows
-    attention = 2 * d * (n // tp + max(1, k // tp))  # q and the output; k, v
+    m, (tokens, rows) = config.model, tokens_and_rows(config)
+    h, f, rows = m.hidden_size, m.ffn_hidden_size // config.parallel.tp, tokens if gathered else rows
+    attention = heads(m)[2] * (2 * sum(local_heads(config)) + (0 if gathered else _context_heads(config)))
     outside = {"none": 4 * h, "selective": 2 * h, "full": h}[mode := recompute or config.memory.recompute]
     inside = {"none": attention + 3 * f, "selective": attention + 2 * f, "full": 0}[mode]
     return DTYPE_BYTES[config.precision.dtype] * (rows * outside + tokens * inside)
+
+
+def _context_heads(config: Config) -> int:
+    """Heads per token that attention keeps with context parallelism besides q, k, v and its output."""
+    (n, k), cp = local_heads(config), config.parallel.cp
+    if cp == 1:
+        return 0
+    if exchange(config)[0] == "heads":
+        return n + 2 * k * (kv_copies(k, cp) - 1)
+    return n + 2 * k * cp * config.memory.cp_keep_kv
 
 
 def statistics_bytes(config: Config, recompute: str | None = None) -> int:
@@ -110,11 +122,12 @@ def rank_memory(config: Config, stages: Stages, schedule: Schedule, dp_cp: int, 
     products = sum(spec.numel for spec in specs if spec.name.startswith("layers.") and len(spec.shape) == 2)
     fp8 = config.precision.fp8 != "none" and config.run.device != "cpu"
     logits = min(loss_chunk(config), tokens_and_rows(config)[0]) * padded_vocab(config)
+    own = config.batch.seq_length // config.parallel.cp * (config.parallel.cp > 1 and not config.data.document_mask)
     return RankMemory(
         weights=numel * dtype + 2 * products * fp8,
         main_grads=numel * main,
         optimizer=numel // dp_cp * (3 if dtype < main else 2) * main + 4 * buckets,  # with a step count per bucket
-        tables=len(owned) * config.batch.seq_length * heads(config.model)[2] * main,
+        tables=len(owned) * (config.batch.seq_length + own) * heads(config.model)[2] * main,
         activations=peak_saved_bytes(config, stages, schedule, pp_rank),
         logits=logits * (dtype + main) if len(stages) - 1 in owned else 0,
         state=numel // dp_cp * 3 * main,

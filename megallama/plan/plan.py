@@ -9,6 +9,7 @@ from functools import partial
 from megallama.config.errors import counted
 from megallama.config.schema import Config
 from megallama.plan.builders import build_forward, build_schedule
+from megallama.plan.exchange import exchange
 from megallama.plan.memory import RankMemory, rank_memory
 from megallama.plan.params import ParamBuilder, heads, num_parameters
 from megallama.plan.schedule import Schedule
@@ -81,6 +82,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     sharded = ", sequence parallel" if p.sequence_parallel and p.tp > 1 else ""
     yield "layout", f"{topology}{sharded}; rank order {p.rank_order}"
+    if p.cp > 1:
+        yield "exchange", ", since ".join(exchange(config))
     fp8 = "" if config.precision.fp8 == "none" else f", fp8 {config.precision.fp8} in the layers' linear maps"
     yield "precision", f"{config.precision.dtype}{fp8}, recompute {config.memory.recompute}"
     size, deal = b.global_batch_size, b.deal(b.global_batch_size, topology.dp)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -16,7 +17,9 @@ from megallama.analysis.communication import collectives, communication_table
 from megallama.analysis.dryrun import dry_run, record
 from megallama.analysis.recording import Call, Recording
 from megallama.comm.group import Groups, partitions
+from megallama.config.load import load
 from megallama.config.schema import BatchConfig, Config
+from megallama.plan.exchange import exchange
 from megallama.plan.plan import Plan, make_plan
 from megallama.train.assemble import DTYPES
 from megallama.train.step import evaluate_step
@@ -76,6 +79,60 @@ OTHERS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "small buckets": (4, {"parallel": {"tp": 2}, "overlap": {"bucket_mb": 0.001}, "precision": {"dtype": "bf16"}}),
     "one loss chunk": (2, {"parallel": {"tp": 2}, "memory": {"loss_chunk_tokens": 1000}}),
 }
+CONTEXT: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {  # each with two layers
+    "gathered": (4, {"parallel": {"cp": 2, "cp_exchange": "gather"}, "batch": {"micro_batch_size": 2}}),
+    "gathered and kept": (4, {"parallel": {"cp": 4}, "memory": {"cp_keep_kv": True}, "data": {"document_mask": True}}),
+    "gathered for layers that are computed again": (
+        4,
+        {
+            "parallel": {"cp": 2, "pp": 2, "cp_exchange": "gather", "schedule": "zb-h1"},
+            "memory": {"recompute": "full"},
+        },
+    ),
+    "by heads, with copies": (
+        4,
+        {
+            "parallel": {"cp": 2, "tp": 2, "cp_exchange": "heads"},
+            "model": {"num_kv_heads": 1},
+            "data": {"document_mask": True},
+        },
+    ),
+    "by heads of layers that are computed again": (
+        4,
+        {
+            "parallel": {"cp": 2, "cp_exchange": "heads", "rank_order": "dp-cp-tp-pp"},
+            "memory": {"recompute": "full", "cp_keep_kv": True},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTEXT)
+def test_what_context_parallelism_moves_is_what_the_plan_says(name: str) -> None:
+    ranks, sections = CONTEXT[name]
+    the_same(small_config(**{**sections, "model": {"num_layers": 2, **sections.get("model", {})}}), ranks)
+
+
+def test_auto_is_the_exchange_of_fewer_bytes() -> None:
+    """Counted, over the shapes where it can choose; where both are the same keys and values are gathered."""
+    taken = Counter[str]()
+    for n, k, tp, cp in product((8, 32), (1, 2, 8), (1, 4), (2, 4, 8)):
+        for recompute, keep in product(("none", "full"), (False, True)):
+            words = [f"model.num_heads={n}", f"model.num_kv_heads={k}", f"parallel.tp={tp}", f"parallel.cp={cp}"]
+            words += [f"memory.recompute={recompute}", f"memory.cp_keep_kv={str(keep).lower()}"]
+            base = load(None, ["model.preset=debug", "model.head_dim=8", *words], need_data=False)
+            if n // tp % cp:
+                assert exchange(base)[0] == "gather"
+                continue
+            moved = {}
+            for kind in ("heads", "gather"):
+                plan = make_plan(base.changed(parallel={"cp_exchange": kind}), tp * cp)
+                found = collectives(plan.config, plan.topology, plan.stages, plan.schedule, 0)
+                moved[kind] = sum(c.nbytes for c in found if c.axis == "cp")
+            want = "heads" if moved["heads"] < moved["gather"] else "gather"
+            assert exchange(base)[0] == want, (words, moved)
+            taken[want] += 1
+    assert min(taken["heads"], taken["gather"]) > 10
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -158,7 +215,8 @@ def predicted(plan: Plan, rank: int) -> Counter[Key]:
     at = plan.topology.coords(rank)
     batch = plan.config.batch
     schedule = plan.schedule_for(batch.num_microbatches(batch.global_batch_size, plan.topology.dp, at["dp"]))
-    found = collectives(plan.config, plan.topology, plan.stages, schedule, at["pp"], at["dp"])
+    (same_weights,) = (ranks for ranks in plan.topology.groups("dp", "cp") if rank in ranks)
+    found = collectives(plan.config, plan.topology, plan.stages, schedule, at["pp"], same_weights.index(rank))
     assert all(c.count > 0 and c.nbytes == c.count * prod(c.shape) * FORMATS[c.dtype].itemsize for c in found)
     out: Counter[Key] = Counter()
     for c in found:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megallama.cli import command
+from megallama.commands.explain import imbalance
 from megallama.config.load import load, to_toml
 from megallama.data.loader import Loader
 from megallama.data.sources import TrainDataset, open_sources
@@ -122,6 +123,38 @@ def test_what_one_rank_reads(run: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert [s["sample"] for s in one] == mine[2:]
     (single,) = explained([str(run), "9", "--sample", str(whole[3])], capsys)["samples"]
     assert single["sample"] == whole[3]
+
+
+def test_how_evenly_documents_load_the_ranks_of_a_sequence() -> None:
+    """8 tokens over two ranks, in chunks of two: rank 0 has the first and the last, rank 1 those between.
+
+    Of one document the queries see 1, 2, .. 8 keys: 3 + 15 and 7 + 11. Where one begins at token 4, 1, 2, 3, 4 twice:
+    3 + 7 each. Where tokens 2 to 5 are documents of their own: 1, 2, 1, 1, 1, 1, 1, 2, so 6 and 4.
+    """
+    whole, halves, short = [0] * 8, [0, 0, 0, 0, 4, 4, 4, 4], [0, 0, 2, 3, 4, 5, 6, 6]
+    for starts, ratio in ((whole, 1), (halves, 1), (short, 1.2)):
+        found = imbalance(np.array([starts]), 2, 1)
+        assert found == pytest.approx({"cp_imbalance": ratio, "cp_imbalance_worst": ratio})
+    both = imbalance(np.array([whole, short]), 2, 1)
+    assert both == pytest.approx({"cp_imbalance": (18 + 6) / (18 + 5), "cp_imbalance_worst": 1.2})
+    together = imbalance(np.array([whole, short]), 2, 2)  # one micro-batch of two samples
+    assert together == pytest.approx(dict.fromkeys(("cp_imbalance", "cp_imbalance_worst"), 24 / 23))
+
+
+def test_the_imbalance_of_a_step(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load(run)
+    words = ["parallel.cp=2", "data.document_mask=true", "parallel.cp_exchange=gather"]
+    told = explained([str(run), "3", *words], capsys)
+    samples = open_sources(load(run, words)).train.read([s["sample"] for s in told["samples"]])
+    assert samples.starts is not None
+    want = imbalance(samples.starts[:, :-1], 2, config.batch.micro_batch_size)
+    assert want["cp_imbalance_worst"] > want["cp_imbalance"] > 1
+    assert {key: told[key] for key in want} == pytest.approx(want)
+    assert command("explain")([str(run), "3", *words]) == 0
+    said = "attention of the busiest cp rank over their mean: {:.2f}, in the worst micro-batch {:.2f}"
+    assert said.format(*want.values()) in capsys.readouterr().out
+    for others in ([], words[:2] + ["parallel.cp_exchange=heads"], words[1:]):
+        assert "cp_imbalance" not in explained([str(run), "3", *others], capsys)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,49 @@ def test_tensor_parallel_communication() -> None:
     assert price(tp=16).tensor_parallel() == pytest.approx(0.7 * (4 * 15 / 16 * 2 * T * H / NIC + 14e-6))
 
 
+def test_the_exchange_of_keys_and_values_by_gathering() -> None:
+    """One key/value head of 128 on a rank, T tokens over four ranks; tp 2, so that four fit into a node."""
+    whole = 2 * 2 * T * 128  # bytes of keys and values
+    each = whole * 3 / 4 / NODE + 7e-6
+    assert price(cp=4).context_parallel(1, 1) == pytest.approx((each, 2 * each))  # again, and gradients
+    assert price(cp=4, keep_kv=True).context_parallel(1, 1) == pytest.approx((each, each))
+    assert price(cp=8).over_cp(whole) == pytest.approx(whole * 7 / 8 / (4 * NIC) + 7e-6)  # in two nodes
+    assert price(cp=4, stride=8).over_cp(whole) == pytest.approx(whole * 3 / 4 / NIC + 7e-6)  # in four
+    assert price(cp=4, stride=4).over_cp(whole) == pytest.approx(whole * 3 / 4 / (2 * NIC) + 7e-6)
+    items = {item.name: item for item in price(cp=4, recompute="full").layer()}
+    assert items["cp comm"][1:] == pytest.approx((each, 2 * each, 0, each))
+    assert "cp comm" not in [item.name for item in price().layer()]
+
+
+def test_the_exchange_of_keys_and_values_by_heads() -> None:
+    """Four heads and two key/value heads on a rank, copied for four ranks; each has its quarter of the tokens."""
+    model = {"heads": 8, "width": 1024, "kv_width": 512, "exchange": "heads", "cp": 4}
+    half = 2 * (4 + 4) * 128 * T / 4  # bytes of each of the two ways
+    each = half * 3 / 4 / NODE + 7e-6
+    assert price(**model).context_parallel(1, 1) == pytest.approx((2 * each, 2 * each))
+    own = price(**model, stride=4)  # two in a node: two quarters go through the NIC of a rank
+    assert own.over_cp(half) == pytest.approx(half * 2 / 4 / NIC + 7e-6)
+    assert price(**model | {"cp": 2}).job.exchanged == T / 2 * (4 + 2) * 128  # nothing to copy
+
+
+def test_what_of_the_exchange_hides_under_attention() -> None:
+    each = 2 * 2 * T * 128 * 3 / 4 / NODE + 7e-6
+    assert price(cp=4, cp_pieces=4).context_parallel(1, 1) == pytest.approx((each / 4, 2 * each / 4))
+    assert price(cp=4, cp_pieces=4).context_parallel(each / 2, each) == pytest.approx((each / 2, each))
+    hardware = replace(HARDWARE, stacks={"theirs": replace(THEIRS, cp_overlap=0.6)})
+    assert Pricer(job(cp=4), hardware).context_parallel(1, 1) == pytest.approx((0.4 * each, 0.8 * each))
+
+
+def test_attention_in_chunks() -> None:
+    """A quarter of a wave of 128 tiles of 128 queries is lost at each end; without cp it is in the constants."""
+    waves = (512 / 4) * 5 / 128 / 128
+    assert price().chunked() == 1
+    assert price(cp=4).chunked() == pytest.approx((1 + 2 / 4 / waves) / (1 + 1 / 4 / (4 * waves)))
+    assert price(cp=4, exchange="heads").chunked() == pytest.approx((1 + 1 / 4 / waves) / (1 + 1 / 4 / (4 * waves)))
+    plain, cut = ({i.name: i for i in price(cp=c).layer()}["attention"] for c in (1, 4))
+    assert cut.forward == pytest.approx(plain.forward / 4 * price(cp=4).chunked())
+
+
 def test_transfers_between_stages() -> None:
     whole = 2.0 * T * H / NIC
     assert price().hop() == pytest.approx(whole + 11e-6)
@@ -193,6 +236,7 @@ def test_sharded_programs_communicate_with_every_micro_batch() -> None:
 
 def test_the_optimizer() -> None:
     assert price().optimizer() == pytest.approx(FULLEST / 4 * 30 / MEMORY)
+    assert price(cp=2).optimizer() == pytest.approx(FULLEST / 8 * 30 / MEMORY)
     assert price(sharding="none").optimizer() == pytest.approx(FULLEST * 30 / MEMORY)
 
 

@@ -15,9 +15,10 @@ from megallama.commands import plan as plan_command
 from megallama.config.errors import ConfigError
 from megallama.config.load import load
 from megallama.config.rules import check
-from megallama.forecast.forecast import GIB, forecast, search
-from megallama.forecast.hardware import load_hardware
-from megallama.forecast.job import candidates, config_of, job_of, placements
+from megallama.forecast import job as job_module
+from megallama.forecast.forecast import GIB, forecast, search, seconds_by_cause
+from megallama.forecast.hardware import Hardware, load_hardware
+from megallama.forecast.job import Job, candidates, config_of, job_of, placements
 from megallama.plan.builders import FIXED_CHUNKS
 from megallama.plan.plan import make_plan
 from megallama.plan.schedule import ScheduleError
@@ -82,6 +83,68 @@ def test_candidates_are_the_legal_layouts(ranks: int, layers: int, batch: int) -
         layout = p.tp, p.pp, p.chunks, p.schedule, p.sequence_parallel
         found.append((partition(config), *layout, config.batch.micro_batch_size, config.memory.recompute))
     assert len(found) == len(set(found)) and set(found) == legal
+
+
+def test_long_sequences_are_cut_over_the_legal_numbers_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sequences of 64 tokens a rank must keep 16: every cp and exchange that the rules accept, and no other."""
+    monkeypatch.setattr(job_module, "CP_TOKENS", 16)
+    words = ["model.preset=debug", "model.num_layers=2", "model.num_kv_heads=1", "batch.global_batch_size=8"]
+    base = load(None, [*words, "batch.seq_length=64", "batch.micro_batch_size=1"], need_data=False)
+    jobs = [j for j in candidates(base, 16, A100, "flash2") if (j.pp, j.recompute, j.micro_batch) == (1, "none", 2)]
+    found = {(j.tp, j.cp, j.exchange if j.cp > 1 else "auto", j.sequence_parallel or j.tp == 1) for j in jobs}
+    legal = set()
+    for tp, cp, kind, sp in product((1, 2, 4), (1, 2, 4, 8), ("auto", "gather", "heads"), (True, False)):
+        layout = {"tp": tp, "cp": cp, "cp_exchange": kind, "sequence_parallel": sp}
+        own = base.changed(parallel=layout, batch={"micro_batch_size": 2}, memory={"recompute": "none"})
+        if cp <= 64 / 16 and (kind == "auto") == (cp == 1) and (sp or tp > 1) and not check(own, 16, need_data=False):
+            legal.add((tp, cp, kind, sp))
+    assert len(jobs) == len(found) and found == legal and (1, 4, "heads", True) in legal
+    assert (2, 4, "heads", True) not in legal and (2, 4, "gather", True) in legal  # two heads on a rank
+    for j in jobs:
+        own = config_of(base, j)
+        assert job_of(own, Topology.fill(16, tp=j.tp, cp=j.cp), "flash2") == j
+
+
+def test_a_long_context_is_found_a_layout() -> None:
+    """LLaMA 3 8B with 128k tokens on 128 H100: no rank has room for whole sequences without 8 tensor-parallel ones."""
+    words = ["model.preset=llama3-8b", "batch.seq_length=131072", "batch.global_batch_size=32"]
+    config = load(None, [*words, "batch.micro_batch_size=1"], need_data=False)
+    h100 = load_hardware("h100")
+    best, legal, too_large = search(config, 128, h100, "flash3")
+    assert best[0].job.cp > 1 and best[0].fits and legal > too_large > 1000
+    first = best[0].job
+    other = replace(first, exchange={"gather": "heads", "heads": "gather"}[first.exchange])
+    assert first.heads // first.tp % first.cp or seconds(first, h100) <= seconds(other, h100)  # by price
+    assert seconds(replace(first, stride=8), h100) > seconds(first, h100)  # cp ranks of a group in different nodes
+
+
+def seconds(job: Job, hardware: Hardware) -> float:
+    return sum(seconds_by_cause(job, hardware).values())
+
+
+def test_the_page_says_what_each_exchange_moves(capsys: pytest.CaptureFixture[str]) -> None:
+    """LLaMA 3 8B, cp 4, a micro-batch of 8192 tokens: gathered thrice 2 x 8 heads of 128, by heads twice 48 and 32."""
+    words = ["model.preset=llama3-8b", "parallel.cp=4", "batch.global_batch_size=32", "batch.micro_batch_size=1"]
+    assert command("plan")(["ranks=4", "hardware=h100", *words]) == 0
+    out = capsys.readouterr().out
+    assert "layout     tp=1 x cp=4 x pp=1 x dp=1 = 4 ranks" in out
+    assert "exchange   heads, since cp=4 is above 2/3 x (1 + 32 / 8) = 3.33" in out
+    each = 32 * 32 * 2 * 3 / 4 / 2**30  # layers, micro-batches, bytes, and what is another rank's
+    gather, heads = 3 * 2 * 8 * 128 * 8192 * each, 2 * (48 + 32) * 128 * 8192 / 4 * each
+    for kind, moved in (("gather", gather), ("heads", heads)):
+        assert f"exchange   {kind}: {moved:.2f} GiB each way and step, a step of " in out
+    assert "cp comm" in out
+    assert command("plan")(["ranks=4", "--json", *words]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["topology"] == {"tp": 1, "cp": 4, "pp": 1, "dp": 1} and shown["seconds_by_cause"]["cp comm"] > 0
+
+
+def test_how_far_cp_ranks_lie_apart() -> None:
+    """Next to tp, unless the order of ranks says otherwise."""
+    words = ["model.preset=llama3-8b", "parallel.tp=2", "parallel.cp=4", "batch.global_batch_size=32"]
+    for order, stride in (("tp-cp-dp-pp", 2), ("tp-dp-cp-pp", 8), ("cp-tp-dp-pp", 1)):
+        plan = make_plan(load(None, [*words, f"parallel.rank_order={order}"], ranks=32, need_data=False), 32)
+        assert job_of(plan.config, plan.topology, "flash2").stride == stride, order
 
 
 def test_nothing_fits() -> None:
