@@ -105,11 +105,13 @@ def find_checkpoint(path: Path, log: Callable[[str], None] = lambda text: None) 
 
 
 def before(config: Config) -> manifest.Manifest | None:
-    """Of the checkpoint that a run would resume; None where none can be read."""
-    folder = None if config.checkpoint.resume == "fresh" else config.checkpoint.folder
+    """Of the checkpoint that a run would go on from, its own or another run's; None where none can be read."""
+    own, other = config.checkpoint.folder, config.checkpoint.continue_from
     with suppress(CheckpointError):
-        if folder is not None and (step := newest_step(Path(folder), lambda text: None)):
-            return manifest.read_manifest(step)
+        fresh = own is None or config.checkpoint.resume == "fresh"
+        step = None if fresh else newest_step(Path(str(own)), lambda text: None)
+        if step or other is not None:
+            return manifest.read_manifest(step or find_checkpoint(Path(str(other))))
     return None
 
 
@@ -118,7 +120,8 @@ def begun(config: Config) -> Begun:
     saved = before(config)
     if saved is None or not saved.counters.get("samples"):
         return NOTHING
-    return Begun(saved.step, int(saved.counters["samples"]), manifest.tokens_read(saved.counters, saved.config))
+    samples = int(saved.counters["samples"])
+    return saved.step, samples, saved.counters.get("tokens_read", samples * saved.config["batch"]["seq_length"])
 
 
 def remove_checkpoint(folder: Path) -> None:

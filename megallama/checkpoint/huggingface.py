@@ -14,18 +14,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 
 from megallama.checkpoint import disk
 from megallama.checkpoint.disk import CheckpointError
-from megallama.config.schema import Config, ModelConfig, RopeScaling
+from megallama.config.schema import ROPE, Config, ModelConfig, RopeScaling
 from megallama.config.special_tokens import NAMES, merges_of, read_settings, special_id
 from megallama.plan.params import heads
 
 META_CONTEXT = 131_072  # tokens, of LLaMA 3.1 and 3.2
 TORCH_NAMES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_OLD = "original_max_position_embeddings"  # Hugging Face's name of ours
-_ROPE = {
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _OLD),
-    "linear": ("factor",),
-    "yarn": ("factor", _OLD, "beta_fast", "beta_slow", "attention_factor"),
-}
+_THEIRS = {"original_max_position": "original_max_position_embeddings"}
+_PLAIN = {"truncate": True, "mscale": None, "mscale_all_dim": None}  # of YaRN
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of pieces in a .model file
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 Piece = tuple[str, float, int]  # text, score, type
@@ -72,6 +68,9 @@ def longest_sequence(config: Config) -> int:
 def _config_json(config: Config, longest: int) -> dict[str, Any]:
     model, dtype = config.model, TORCH_NAMES[config.precision.dtype]
     n, k, d = heads(model)
+    if (rope := model.rope_scaling) is not None:
+        values = {_THEIRS.get(key, key): getattr(rope, key) for key in ("factor", *ROPE[rope.kind])}
+        scaling = {"rope_type": rope.kind, **{key: value for key, value in values.items() if value is not None}}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -87,7 +86,7 @@ def _config_json(config: Config, longest: int) -> dict[str, Any]:
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
-        "rope_scaling": _rope_json(model.rope_scaling) if model.rope_scaling else None,
+        "rope_scaling": scaling if rope else None,
         "tie_word_embeddings": model.tie_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -99,28 +98,18 @@ def _config_json(config: Config, longest: int) -> dict[str, Any]:
     }
 
 
-def _rope_json(scaling: RopeScaling) -> dict[str, Any]:
-    values = {key: getattr(scaling, _own(key)) for key in _ROPE[scaling.kind]}
-    return {"rope_type": scaling.kind, **{key: value for key, value in values.items() if value is not None}}
-
-
-def _own(key: str) -> str:
-    return key.removesuffix("_embeddings")
-
-
 def _read_rope(path: Path, rope: Mapping[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    if kind not in _ROPE:
-        known = ", ".join(map(repr, _ROPE))
+    if kind not in ROPE:
+        known = ", ".join(map(repr, ROPE))
         raise CheckpointError(f"{path} has rotary scaling {kind!r}; only {known} (and none) are supported")
-    odd = {"truncate": True, "mscale": None, "mscale_all_dim": None}
-    if wrong := [f"{key}={rope[key]!r}" for key in odd if rope.get(key, odd[key]) != odd[key]]:
+    if wrong := [f"{k}={rope[k]!r}" for k, v in _PLAIN.items() if rope.get(k, v) != v]:
         raise CheckpointError(f"{path} has rotary scaling {kind!r} with {', '.join(wrong)}, which is not supported")
-    needed = ("factor", "low_freq_factor", "high_freq_factor", _OLD)
-    given = {_own(key): rope[key] for key in _ROPE[kind] if key in needed or rope.get(key) is not None}
-    return RopeScaling(kind=kind, **given)
+    names = {key: _THEIRS.get(key, key) for key in ("factor", *ROPE[kind])}
+    optional = ROPE["yarn"][1:]
+    return RopeScaling(kind=kind, **{k: rope[name] for k, name in names.items() if k not in optional or rope.get(name)})
 
 
 def read_model_config(folder: Path) -> ModelConfig:

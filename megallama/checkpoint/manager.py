@@ -341,24 +341,33 @@ class CheckpointManager:
             raise self._nothing_to_resume()
         return counters
 
-    def load(self, path: Path, shards: Sequence[Shard]) -> dict[str, Any]:
-        """Fill `shards` (of any layout; owned or copies) from a step folder; its counters.
+    def check_other(self, folder: Path) -> Path:
+        """The step of another run that `folder` is, or its newest. Raises: CheckpointError if `load` would."""
+        path, use = folders.find_checkpoint(folder, self._log), "weights alone are taken with checkpoint.weights_from"
+        if folders.step_folder(path) != path:
+            raise CheckpointError(f"checkpoint.continue_from={folder} is no step-N folder of a run; {use}")
+        self._check_model(path, manifest.read_manifest(path), other=True)
+        return path
+
+    def _check_model(self, path: Path, saved: manifest.Manifest, *, other: bool) -> None:
+        wrong, was, now = manifest.differences(saved.model, self._config.model), saved.tokenizer, self._tokenizer
+        wrong = [line for line in wrong if not (other and line.startswith("model.rope_"))]
+        if was and now and was != now:
+            wrong.append(f"data.tokenizer: checkpoint sha256 {was[:16]}..., now {now[:16]}...")
+        if wrong:
+            raise CheckpointError(
+                f"{path} was saved by another model:\n  " + "\n  ".join(wrong) + "\nGive the checkpoint's "
+                f"values, or choose another checkpoint.{'continue_from' if other else 'folder for the new model'}"
+            )
+
+    def load(self, path: Path, shards: Sequence[Shard], *, other: bool = False) -> dict[str, Any]:
+        """Fill `shards` (of any layout; owned or copies) from a step folder, of an `other` run; its counters.
 
         The ranks share the verification of model/, where damage is only logged. Raises, on every rank:
         DamagedError; UnreadableError; CheckpointError if the model or the tokenizer differs.
         """
         saved = self._choice.look(path)
         rest = list(saved.blocks("model/"))[self._group.rank :: self._group.size]
-
-        def check() -> None:
-            wrong, was, now = manifest.differences(saved.model, self._config.model), saved.tokenizer, self._tokenizer
-            if was and now and was != now:
-                wrong.append(f"data.tokenizer: checkpoint sha256 {was[:16]}..., now {now[:16]}...")
-            if wrong:
-                raise CheckpointError(
-                    f"{path} was saved by another model:\n  " + "\n  ".join(wrong) + "\nGive the checkpoint's "
-                    "values, or choose another checkpoint.folder for the new model"
-                )
 
         def read() -> list[str]:
             reader.load_state(path, saved, shards)
@@ -367,7 +376,7 @@ class CheckpointManager:
             except UnreadableError as error:
                 return [str(error)]
 
-        on_all_ranks(self._group, "cannot resume", check)
+        on_all_ranks(self._group, "cannot resume", lambda: self._check_model(path, saved, other=other))
         results = self._choice.read_on_all(f"cannot load {path}", read)
         if problems := [problem for found in results for problem in found]:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -375,7 +384,8 @@ class CheckpointManager:
                 f"warning: {problems[0]}{more}: the weights in {path / 'model'} are not to be used. The training state "
                 "is whole and training goes on from it; the next save writes model/ again"
             )
-        self.lineage, self.saved_step = saved.lineage, saved.step
+        if not other:
+            self.lineage, self.saved_step = saved.lineage, saved.step
         self.resumed = path, saved.config
         return saved.counters
 
@@ -393,9 +403,7 @@ class CheckpointManager:
         def read() -> list[str]:
             with self._weights(path, self._log) as (files, notes):
                 reader.fill(files, "master", shards)
-            for shard in shards:
-                for moment in shard.state.keys() - {"master"}:
-                    shard.state[moment].zero_()
+            forget_moments(shards)
             return notes
 
         for line in on_all_ranks(self._group, f"cannot load weights from {path}", read)[0]:
@@ -420,6 +428,13 @@ class CheckpointManager:
                 )
             reader.check_tensors(path, files, now)
             yield files, notes + manifest.differences(model, now)
+
+
+def forget_moments(shards: Sequence[Shard]) -> None:
+    """As before the first step."""
+    for shard in shards:
+        for moment in shard.state.keys() - {"master"}:
+            shard.state[moment].zero_()
 
 
 def pieces(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -231,13 +231,6 @@ def kept(saved: ModelConfig, now: ModelConfig) -> dict[str, Any]:
     return {key: getattr(saved, key) for key in keys if getattr(saved, key) != getattr(now, key)}
 
 
-def tokens_read(counters: Mapping[str, Any], config: Mapping[str, Any]) -> int:
-    """Of the samples that training used, less those that a rollback left out; `config`: the one saved with them."""
-    last, left_out = counters["samples"], sum(counters.get("left_out", {}).values())
-    ledger = counters.get("lengths") or [{"token": 0, "sample": 0, "seq_length": config["batch"]["seq_length"]}]
-    return ledger[-1]["token"] + (last - left_out - ledger[-1]["sample"]) * ledger[-1]["seq_length"]
-
-
 def differences(saved: ModelConfig, now: ModelConfig) -> list[str]:
     """One line for each key that differs: "model.hidden_size: checkpoint 256, now 512"."""
     a, b = architecture(saved), architecture(now)

@@ -98,10 +98,9 @@ def boxes(schedule: Schedule, report: Report) -> Iterator[tuple[int, float, floa
 
 def caption(schedule: Schedule, report: Report) -> str:
     """One line about the whole."""
-    return (
-        f"{schedule.name}: {counted(schedule.num_ranks, 'rank')}, {counted(schedule.num_stages, 'stage')}, "
-        f"{counted(schedule.num_microbatches, 'micro-batch')}; {report.makespan:.4g} ms, idle {report.bubble:.2%}"
-    )
+    ranks, stages = counted(schedule.num_ranks, "rank"), counted(schedule.num_stages, "stage")
+    batches = counted(schedule.num_microbatches, "micro-batch")
+    return f"{schedule.name}: {ranks}, {stages}, {batches}; {report.makespan:.4g} ms, idle {report.bubble:.2%}"
 
 
 def legend(schedule: Schedule, report: Report) -> list[tuple[tuple[str, ...], str]]:
@@ -114,33 +113,31 @@ def legend(schedule: Schedule, report: Report) -> list[tuple[tuple[str, ...], st
 
 def svg(schedule: Schedule, report: Report) -> str:
     """The chart as an SVG document."""
-    scale = (WIDTH - LABEL - 10) / report.makespan
-    height = ROW * (schedule.num_ranks + 2)
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif">',
-        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
-        f'<text x="4" y="17" font-size="13">{caption(schedule, report)}</text>',
-    ]
+    scale, height = (WIDTH - LABEL - 10) / report.makespan, ROW * (schedule.num_ranks + 2)
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif">']
+
+    def rect(x: float, y: float, width: float, tall: int, colour: str, more: str = "") -> None:
+        out.append(f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{tall}" fill="{colour}"{more}/>')
+
+    def text(x: float, y: float, size: int, words: str, more: str = "") -> None:
+        out.append(f'<text x="{x:.2f}" y="{y}" font-size="{size}"{more}>{words}</text>')
+
+    rect(0, 0, WIDTH, height, "white")
+    text(4, 17, 13, caption(schedule, report))
     for rank in range(schedule.num_ranks):
-        y = ROW * (rank + 1)
-        out.append(f'<text x="4" y="{y + 17}" font-size="12">rank {rank}</text>')
-        width = f"{report.makespan * scale:.2f}"
-        out.append(f'<rect x="{LABEL}" y="{y}" width="{width}" height="{ROW - 2}" fill="{IDLE}"/>')
+        text(4, ROW * (rank + 1) + 17, 12, f"rank {rank}")
+        rect(LABEL, ROW * (rank + 1), report.makespan * scale, ROW - 2, IDLE)
     for rank, start, length, colour, label in boxes(schedule, report):
         x, y, w = LABEL + start * scale, ROW * (rank + 1), length * scale
-        out.append(
-            f'<rect x="{x:.2f}" y="{y}" width="{w:.2f}" height="{ROW - 2}" fill="{colour}" stroke="white" '
-            'stroke-width="0.5"/>'
-        )
+        rect(x, y, w, ROW - 2, colour, ' stroke="white" stroke-width="0.5"')
         if w > 6 * len(label) + 1:
-            style = 'font-size="10" text-anchor="middle" fill="white"'
-            out.append(f'<text x="{x + w / 2:.2f}" y="{y + 16}" {style}>{label}</text>')
+            text(x + w / 2, y + 16, 10, label, ' text-anchor="middle" fill="white"')
     y = ROW * (schedule.num_ranks + 1)
-    for i, (colours, text) in enumerate([*legend(schedule, report), ((), "numbers: micro-batches")]):
+    for i, (colours, words) in enumerate([*legend(schedule, report), ((), "numbers: micro-batches")]):
         x = LABEL + 265 * i
         for k, colour in enumerate(colours):
-            out.append(f'<rect x="{x + 14 * k}" y="{y + 6}" width="12" height="12" fill="{colour}"/>')
-        out.append(f'<text x="{x + 14 * len(colours) + 4}" y="{y + 16}" font-size="11">{text}</text>')
+            rect(x + 14 * k, y + 6, 12, 12, colour)
+        text(x + 14 * len(colours) + 4, y + 16, 11, words)
     return "\n".join([*out, "</svg>"]) + "\n"
 
 
@@ -159,9 +156,8 @@ def png(schedule: Schedule, report: Report, file: Path) -> None:
         axes.broken_barh([(start, length)], (rank - 0.45, 0.9), facecolors=colour, edgecolor="white", linewidth=0.4)
         if length / report.makespan > 0.007 * len(label):
             axes.text(start + length / 2, rank, label, ha="center", va="center", fontsize=7, color="white")
-    axes.set(
-        ylim=(schedule.num_ranks - 0.5, -0.5), xlim=(0, report.makespan), xlabel="ms", title=caption(schedule, report)
-    )
+    axes.set(ylim=(schedule.num_ranks - 0.5, -0.5), xlim=(0, report.makespan))
+    axes.set(xlabel="ms", title=caption(schedule, report))
     axes.set_yticks(range(schedule.num_ranks), [f"rank {r}" for r in range(schedule.num_ranks)])
     axes.set_facecolor(IDLE)
     handles = [Patch(facecolor=colours[0], label=text) for colours, text in legend(schedule, report)]

@@ -66,10 +66,8 @@ def pieces(dataset: IndexedDataset, offset: int, tokens: np.ndarray, tokenizer: 
 
 def explain(train: TrainDataset, tokenizer: Tokenizer | None, numbers: Sequence[int]) -> list[Explained]:
     """What these samples of the run are."""
-    out = []
-    for sample, (source, index, offset), tokens in zip(
-        numbers, train.places(numbers), train.read(numbers).tokens, strict=True
-    ):
+    out, read = [], train.read(numbers).tokens
+    for sample, (source, index, offset), tokens in zip(numbers, train.places(numbers), read, strict=True):
         parts, epoch = pieces(source.dataset, offset, tokens, tokenizer), index // source.num_sequences
         out.append(Explained(sample, source.name, source.dataset.prefix, index, epoch, parts))
     return out
@@ -86,17 +84,18 @@ def ledger_of(config: Config) -> dict[str, Any]:
 
 def numbers_of(
     config: Config, step: int, ranks: int | None, rank: int | None, micro: int | None,
-    left_out: Mapping[str, int] | None = None,
+    ledger: Mapping[str, Any] | None = None,
 ) -> list[int]:  # fmt: skip
     """The samples of a step, or what one rank reads of it. Raises: ConfigError if there is no such step or rank.
 
-    left_out: step -> samples after it that a run which went back did not use.
+    ledger: counters that know what was left out (step -> samples after it), and where a run went on from another one.
     """
-    if step < 1:
-        raise ConfigError(f"step {step} does not exist; steps count from 1, as in the log")
-    p, batch = config.parallel, config.batch
-    done = first = 0
-    for at, count in sorted((int(at), count) for at, count in (left_out or {}).items() if int(at) < step):
+    p, batch, ledger = config.parallel, config.batch, ledger or {}
+    begun = (ledger.get("mixture") or [{}])[0]  # where a run goes on from another one
+    done, first = begun.get("step", 1) - 1, begun.get("sample", 0)
+    if step <= done:
+        raise ConfigError(f"step {step} does not exist; steps count from {done + 1}, as in the log")
+    for at, count in sorted((int(at), n) for at, n in ledger.get("left_out", {}).items() if done <= int(at) < step):
         done, first = at, batch.samples_after(at, done, first) + count
     first = batch.samples_after(step - 1, done, first)
     size = batch.size_after(first)
@@ -159,9 +158,12 @@ def run(argv: Sequence[str]) -> None:
     if not isinstance(train, TrainDataset):
         raise ConfigError("data.synthetic=true makes samples of random tokens: there are no documents to explain")
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    if (ledger := ledger_of(config)).get("left_out"):
+    ledger = ledger_of(config)
+    if not ledger and config.checkpoint.continue_from:
+        raise ConfigError("the run has no checkpoint yet, which knows where it goes on in the data of the other run")
+    if ledger.get("left_out") or config.checkpoint.continue_from:
         train.resume(ledger, ledger["step"], ledger["samples"])
-    numbers = numbers_of(config, step, ranks, args.rank, args.micro_batch, ledger.get("left_out"))
+    numbers = numbers_of(config, step, ranks, args.rank, args.micro_batch, ledger)
     if args.sample is not None:
         if args.sample not in numbers:
             raise ConfigError(f"--sample {args.sample} is not in step {step}: {numbers[0]} to {numbers[-1]}")

@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -43,15 +43,8 @@ ELSEWHERE, OTHER_WORDS = (dict(pair.split("=") for pair in text.split()) for tex
 ELSEWHERE["dp"] = "parallel.tp and parallel.pp"
 
 
-class Begun(NamedTuple):
-    """How far a run is where it goes on."""
-
-    steps: int
-    samples: int
-    tokens: int  # read
-
-
-NOTHING = Begun(0, 0, 0)
+Begun = tuple[int, int, int]  # steps, samples, tokens read
+NOTHING = (0, 0, 0)
 
 
 def is_setting(word: str) -> bool:
@@ -91,7 +84,7 @@ def load(
     config = (decide or planned)(resolve(reader.validate(), begun))
     preset = (key.split(".")[1] for key, source in reader.sources.items() if source.startswith("preset "))
     config.model.model_fields_set.difference_update(preset)  # "set" is what the user wrote
-    ahead = config.batch.remaining(begun(config).samples) if config.batch.ramp_start else config.batch
+    ahead = config.batch.remaining(begun(config)[1]) if config.batch.ramp_start else config.batch
     found = rules.check(config.model_copy(update={"batch": ahead}), ranks, need_data=need_data)
     train, steps = config.train, reader.values.get("train.steps", config.train.steps)
     if train.tokens is not None and steps != train.steps:
@@ -115,16 +108,15 @@ def resolve(config: Config, begun: Callable[[Config], Begun] = lambda config: NO
         checkpoint={"folder": c.folder or str(Path(config.run.folder) / "checkpoints")},
     )
     if config.train.tokens is not None:
-        past, b = begun(config), config.batch
-        last = past.samples + -(-max(0, config.train.tokens - past.tokens) // b.seq_length)
-        config = config.changed(train={"steps": max(1, b.steps_until(last, past.steps, past.samples))})
+        (steps, samples, tokens), b = begun(config), config.batch
+        last = samples + -(-max(0, config.train.tokens - tokens) // b.seq_length)
+        config = config.changed(train={"steps": max(1, b.steps_until(last, steps, samples))})
     end = s.decay_steps or config.train.steps
     warmup = s.warmup_steps if "warmup_steps" in s.model_fields_set else min(s.warmup_steps, end // 10)
     decay = max(1, end // 10) if s.wsd_decay_steps is None else s.wsd_decay_steps
-    schedule: dict[str, float] = {"decay_steps": end, "wsd_decay_steps": decay, "warmup_steps": warmup}
+    schedule = {"decay_steps": end, "wsd_decay_steps": decay, "warmup_steps": warmup}
     if s.decay_from_step is not None:
-        ratio = s.min_ratio if s.decay_to_ratio is None else s.decay_to_ratio
-        schedule |= {"decay_until_step": s.decay_until_step or config.train.steps, "decay_to_ratio": ratio}
+        schedule["decay_until_step"] = s.decay_until_step or config.train.steps
     return config.changed(lr_schedule=schedule)
 
 

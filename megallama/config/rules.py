@@ -13,7 +13,7 @@ from operator import attrgetter
 
 from megallama.config.describe import literal
 from megallama.config.errors import counted
-from megallama.config.schema import BatchConfig, Config, ModelConfig, ParallelConfig
+from megallama.config.schema import ROPE, BatchConfig, Config, ModelConfig, ParallelConfig
 
 Rule = Callable[[Config, int | None], Iterator[str]]
 AXES = ("tp", "cp", "dp", "pp")
@@ -59,7 +59,7 @@ def _architecture(config: Config, ranks: int | None) -> Iterator[str]:
         yield f"model.vocab_size={m.vocab_size} leaves nothing to predict; use at least 2"
     if (s := m.rope_scaling) is None:
         return
-    for name in s.unread:
+    for name in sorted({*type(s).model_fields} - {"factor", "kind", *ROPE[s.kind]}):
         if (value := getattr(s, name)) != type(s).model_fields[name].default:
             yield f'model.rope_scaling.{name}={value} is not read with kind="{s.kind}"; leave it out'
     if s.kind == "llama3" and s.low_freq_factor >= s.high_freq_factor:
@@ -236,13 +236,11 @@ def _ramp(config: Config, ranks: int | None) -> Iterator[str]:
 def _lr_schedule(config: Config, ranks: int | None) -> Iterator[str]:
     s = config.lr_schedule
     end = s.decay_steps or config.train.steps
-    if s.decay_from_step is None:
-        for name in ("decay_until_step", "decay_to_ratio"):
-            if (value := getattr(s, name)) is not None:
-                yield f"lr_schedule.{name}={value:g} is not read without lr_schedule.decay_from_step; write it too"
-    elif (until := s.decay_until_step or config.train.steps) <= s.decay_from_step:
-        first = f"lr_schedule.decay_from_step={s.decay_from_step}"
-        yield f"{first} is not below lr_schedule.decay_until_step={until}, which is train.steps unless it is given"
+    first, until = s.decay_from_step, s.decay_until_step or config.train.steps
+    if first is None and s.decay_until_step is not None:
+        yield f"lr_schedule.decay_until_step={until} is not read without lr_schedule.decay_from_step; write it too"
+    elif first is not None and until <= first:
+        yield f"lr_schedule.decay_from_step={first} is not below lr_schedule.decay_until_step={until} (or train.steps)"
     if s.kind == "constant":
         return
     warmup, last = f"lr_schedule.warmup_steps={s.warmup_steps}", f"lr_schedule.decay_steps={end}"
@@ -279,10 +277,16 @@ def _fp8(config: Config, ranks: int | None) -> Iterator[str]:
 
 def _running(config: Config, ranks: int | None) -> Iterator[str]:
     c = config.checkpoint
-    if c.weights_from is not None and c.resume in ("must", "previous"):
-        begins = f"checkpoint.weights_from={literal(c.weights_from)} begins at step 0"
-        use = 'remove one, or use checkpoint.resume="auto" (go on if there is a checkpoint, else start so)'
-        yield f'{begins}, but checkpoint.resume="{c.resume}" wants to go on; {use}'
+    for key, begins in (("weights_from", "begins at step 0"), ("continue_from", "begins a run")):
+        if (value := getattr(c, key)) is not None and c.resume in ("must", "previous"):
+            use = 'remove one, or use checkpoint.resume="auto" (go on if there is a checkpoint, else start so)'
+            setting = f"checkpoint.{key}={literal(value)} {begins}"
+            yield f'{setting}, but checkpoint.resume="{c.resume}" wants to go on; {use}'
+    if c.weights_from is not None and c.continue_from is not None:
+        yield "checkpoint.weights_from and checkpoint.continue_from are two beginnings of one run; leave one out"
+    if c.continue_reset and c.continue_from is None:
+        reset = f"checkpoint.continue_reset={literal(c.continue_reset)}"
+        yield f"{reset} begins nothing anew without checkpoint.continue_from=STEP; write that, or leave it out"
     kept = f"checkpoint.keep_every={c.keep_every}"
     if c.keep_every and not c.interval:
         use = f"use checkpoint.interval={c.keep_every} or a divisor of it"

@@ -6,6 +6,7 @@ square brackets at its end.  None means "derived from the others"; `megallama.co
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
@@ -38,6 +39,14 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
+ROPE = {
+    "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position"),
+    "linear": (),
+    "yarn": ("original_max_position", "beta_fast", "beta_slow", "attention_factor"),
+}
+"""What each kind of scaling of the rotary frequencies reads, beside its factor."""
+
+
 class RopeScaling(Section):
     """Scaling of the rotary frequencies: of LLaMA 3.1 (Dubey et al. 2024, 3.2), by wavelength; of all alike (position
     interpolation: Chen et al. 2023); or YaRN (Peng et al. 2023), by rotations over the original context.
@@ -50,16 +59,7 @@ class RopeScaling(Section):
     original_max_position: PositiveInt = option(8192, "not linear: context of the model before scaling [tokens]")
     beta_fast: PositiveFloat = option(32.0, "yarn: what turns more often in the original context is kept [turns]")
     beta_slow: PositiveFloat = option(1.0, "yarn: what turns less often is fully scaled [turns]")
-    attention_factor: PositiveFloat | None = option(
-        None, "yarn: factor of rotated queries and keys; default 0.1 ln(factor) + 1, at least 1"
-    )
-
-    @property
-    def unread(self) -> tuple[str, ...]:
-        """Settings of the other kinds."""
-        llama3, yarn = ("low_freq_factor", "high_freq_factor"), ("beta_fast", "beta_slow", "attention_factor")
-        unread = {"llama3": yarn, "yarn": llama3, "linear": ("original_max_position", *llama3, *yarn)}
-        return unread[self.kind]
+    attention_factor: PositiveFloat | None = option(None, "yarn: of queries and keys; default 0.1 ln(factor) + 1")
 
 
 class ModelConfig(Section):
@@ -99,9 +99,7 @@ class ParallelConfig(Section):
         "put stages r and 2pp-1-r on rank r; csv is your own",
     )
     schedule_file: str | None = option(None, "for schedule=csv: a line per pipeline rank, cells like F0.3,B1.2 or I1.2")
-    stage_layers: tuple[NonNegativeInt, ...] | None = option(
-        None, "layers of each of the pp*chunks stages, in model order; default balanced by cost"
-    )
+    stage_layers: tuple[NonNegativeInt, ...] | None = option(None, "layers of each stage, in order; default balanced")
     rank_order: str = option("tp-cp-dp-pp", "axes from fastest to slowest varying over ranks")
 
     @property
@@ -145,11 +143,8 @@ class BatchConfig(Section):
 
     def steps_until(self, samples: int, done: int = 0, consumed: int = 0) -> int:
         """The step that consumes the last of `samples`; `done` steps consumed `consumed`."""
-        while consumed < samples:
-            size = self.size_after(consumed)
-            times = -(-(samples - consumed) // size) if size == self.global_batch_size else 1
-            done, consumed = done + times, consumed + times * size
-        return done
+        steps = range(done, done + samples + 1)
+        return done + bisect_left(steps, samples, key=lambda n: self.samples_after(n, done, consumed))
 
     def deal(self, size: int, dp: int) -> tuple[int, ...]:
         """Micro-batches of each of dp model replicas in a step of `size` samples; the first replica has most."""
@@ -186,9 +181,7 @@ class PrecisionConfig(Section):
         "bf16",
         "format of weights and activations; auto, decided at the first start, is bf16 where it is fast, else fp32",
     )
-    fp8: Literal["none", "tensorwise"] = option(
-        "none", "products of the layers' linear maps in fp8, one scale per tensor; GPUs from 8.9 on, bf16"
-    )
+    fp8: Literal["none", "tensorwise"] = option("none", "layers' products in fp8, a scale per tensor; GPUs from 8.9")
     initial_loss_scale: float = option(65536.0, "first loss scale of fp16", ge=1)
     loss_scale_window: PositiveInt = option(1000, "good steps before the loss scale of fp16 doubles [steps]")
 
@@ -201,15 +194,9 @@ class MemoryConfig(Section):
         "none keeps 16h+6f bytes per token and layer in bf16, selective 12h+4f (no extra GEMM), full 2h; "
         "left out: none, if by the plan that takes at most half of the memory",
     )
-    cp_keep_kv: bool = option(
-        False, "keep keys and values that context parallelism gathered for the backward; else gather them again"
-    )
-    loss_chunk_tokens: PositiveInt = option(
-        512, "tokens whose logits exist at once in the loss; on a CPU fp32 logits exist for fewer [tokens]"
-    )
-    loss_chunk_mb: NonNegativeFloat = option(
-        512.0, "on a GPU as many tokens as fill this with logits, where it is more; fp32 logits take twice that [MiB]"
-    )
+    cp_keep_kv: bool = option(False, "keep keys and values that cp gathered for the backward; else gather them again")
+    loss_chunk_tokens: PositiveInt = option(512, "tokens whose logits exist at once; fewer in fp32 on a CPU [tokens]")
+    loss_chunk_mb: NonNegativeFloat = option(512.0, "on a GPU as many as fill this, if more; twice in fp32 [MiB]")
 
 
 class OverlapConfig(Section):
@@ -218,9 +205,7 @@ class OverlapConfig(Section):
     grad_reduce: bool = option(True, "reduce-scatter gradients under the last backward")
     param_gather: bool = option(True, "all-gather parameters under the next forward")
     tensor_parallel: bool = option(True, "tensor-parallel collectives under dgrad and wgrad GEMMs")
-    tensor_parallel_chunks: PositiveInt = option(
-        1, "pieces of a forward whose tensor-parallel collectives run under its GEMMs; 1 does not cut it"
-    )
+    tensor_parallel_chunks: PositiveInt = option(1, "pieces of a forward whose collectives run under its GEMMs")
     context_parallel_heads: PositiveInt = option(
         1, "groups of key/value heads of which one is gathered under the attention of the one before"
     )
@@ -245,14 +230,9 @@ class LrScheduleConfig(Section):
     warmup_steps: int = option(2000, "linear warm-up; if not given at most 1/10 of decay_steps [steps]", ge=0)
     decay_steps: PositiveInt | None = option(None, "step at which the minimum is reached; default train.steps [steps]")
     min_ratio: float = option(0.1, "final learning rate / peak", ge=0, le=1)
-    wsd_decay_steps: NonNegativeInt | None = option(
-        None, "length of wsd's linear decay; 0 is all after warm-up, default a tenth of decay_steps [steps]"
-    )
-    decay_from_step: NonNegativeInt | None = option(
-        None, "anneal: from this step on linear, from what any kind has there; default: never [steps]"
-    )
+    wsd_decay_steps: NonNegativeInt | None = option(None, "length of wsd's decay; 0 is all, default a tenth [steps]")
+    decay_from_step: NonNegativeInt | None = option(None, "anneal any kind to min_ratio from here on [steps]")
     decay_until_step: PositiveInt | None = option(None, "end of that decay; default train.steps [steps]")
-    decay_to_ratio: float | None = option(None, "learning rate there / peak; default min_ratio", ge=0, le=1)
 
 
 class SourceConfig(Section):
@@ -282,9 +262,7 @@ class DataConfig(Section):
 
     train: tuple[SourceConfig, ...] = option((), "training sources: a path, a list of paths, or tables")
     mixture_schedule: tuple[MixtureChange, ...] = option((), "later weights of the training sources, by step")
-    on_exhausted: Literal["error", "stop"] = option(
-        "error", "a run that would pass a source's max_epochs is refused, or stops before that step"
-    )
+    on_exhausted: Literal["error", "stop"] = option("error", "a run that would pass max_epochs: refused, or ends")
     valid: tuple[SourceConfig, ...] = option((), "validation sources, each evaluated alone; default: none")
     test: tuple[SourceConfig, ...] = option((), "sources evaluated once, in full, after the last step")
     document_mask: bool = option(False, "attention and positions begin at every document; else run across them")
@@ -300,14 +278,10 @@ class TrainConfig(Section):
     """The run."""
 
     steps: PositiveInt = option(100, "optimizer steps in all [steps]")
-    tokens: PositiveInt | None = option(
-        None, "length of the run instead of train.steps: as many steps as read so many in all [tokens]"
-    )
+    tokens: PositiveInt | None = option(None, "length instead of train.steps, until so many are read [tokens]")
     seed: int = option(1234, "seed of initial weights and of the sample order", ge=0, lt=2**63)
     max_bad_steps: PositiveInt = option(10, "skipped (non-finite) steps in a row that stop the run [steps]")
-    check_replicas: NonNegativeInt = option(
-        1000, "steps between comparisons of all ranks' copies of the weights with the masters; 0 is never [steps]"
-    )
+    check_replicas: NonNegativeInt = option(1000, "steps between comparisons of weights' copies; 0: never [steps]")
     on_spike: Literal["warn", "skip", "rollback"] = option(
         "warn",
         "a loss or gradient norm far above the last 200 is said; skip: an update of such a norm is left out; rollback: "
@@ -318,12 +292,7 @@ class TrainConfig(Section):
     stop_after_steps: PositiveInt | None = option(None, "save and leave after this many steps of this start [steps]")
     stop_after_minutes: PositiveFloat | None = option(None, "save and leave after this long [min]")
     deterministic: bool = option(False, "only deterministic kernels")
-    gc_interval: int = option(
-        100,
-        "Python collects garbage after steps that this divides, on all ranks at once, and at no other time; 0 "
-        "leaves it to Python [steps]",
-        ge=0,
-    )
+    gc_interval: int = option(100, "steps between garbage collections, on all ranks; 0: Python's own [steps]", ge=0)
 
 
 class EvalConfig(Section):
@@ -356,17 +325,13 @@ class CheckpointConfig(Section):
         "previous also leaves out one that cannot be read now, fresh starts from random weights",
     )
     weights_from: str | None = option(None, "start from this step's, run's or Hugging Face folder's weights")
+    continue_from: str | None = option(None, "go on from this step folder of another run, with all that still applies")
+    continue_reset: tuple[Literal["moments", "schedule", "data"], ...] = option((), "what begins anew all the same")
     async_save: bool = option(True, "write behind the training steps")
     max_failures: int = option(2, "saves in a row that may fail (a full disk) before the run stops", ge=0)
-    memory_interval: NonNegativeInt = option(
-        0, "steps between copies in memory, from which replaced ranks go on; two copies are kept; 0 is never [steps]"
-    )
-    buddy_rate: NonNegativeFloat = option(
-        1.0, "most that a rank sends of its copies in memory to the next host, which keeps them too; 0 is none [GB/s]"
-    )
-    finish_seconds: NonNegativeFloat = option(
-        30.0, "a run that ends by a failure waits at most this long for the save behind its steps [s]"
-    )
+    memory_interval: NonNegativeInt = option(0, "steps between copies in memory, for replaced ranks; 0: never [steps]")
+    buddy_rate: NonNegativeFloat = option(1.0, "most that a rank sends of them to the next host; 0 is none [GB/s]")
+    finish_seconds: NonNegativeFloat = option(30.0, "longest wait of a failing run for the save behind its steps [s]")
 
 
 class LogConfig(Section):
@@ -377,9 +342,7 @@ class LogConfig(Section):
     tensorboard: bool = option(True, "write TensorBoard events to <run.folder>/tensorboard")
     wandb: bool = option(False, "also log to Weights & Biases if the package is installed")
     wandb_project: str = option("megallama", "project name there")
-    trace_steps: tuple[PositiveInt, PositiveInt] | None = option(
-        None, "first and last step whose pipeline is timed, action by action, into <run.folder>/trace"
-    )
+    trace_steps: tuple[PositiveInt, PositiveInt] | None = option(None, "first and last step to time into run.folder")
     plot: bool = option(True, "draw <run.folder>/loss.png at the end, if matplotlib is installed")
 
 
@@ -390,40 +353,18 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes CUDA where there is one")
     threads: NonNegativeInt = option(0, "CPU threads per rank; 0 divides the cores among the ranks of a node")
     bind_cores: Literal["auto", "off"] = option("auto", "on CUDA a rank keeps to its part of the cores near its GPU")
-    compile: bool | Literal["auto"] = option(
-        False,
-        "torch.compile of norm, SwiGLU, RoPE and softmax alone; needs a C++ compiler, else not done; auto where the "
-        "table of processors says that it pays, decided at the first start",
-    )
-    without_kernels: tuple[str, ...] = option(
-        (), 'implementations not to use, e.g. "apex" or "RMSNorm: Transformer Engine"; see megallama doctor'
-    )
-    processor_table: str | None = option(
-        None, "file of measured choices of implementations on a CPU, before the package's own; see megallama doctor"
-    )
-    supervisor: bool = option(
-        True,
-        "a small process beside every rank says who holds up the others, and ends what nobody else ends; false "
-        "for debuggers",
-    )
-    max_replacements: NonNegativeInt = option(
-        0, "how often dead or stuck ranks are replaced in place: all start again, without the launcher [times]"
-    )
-    min_replicas: NonNegativeInt = option(
-        0, "with how many data-parallel replicas at least a run goes on when ranks are lost for good; 0: only with all"
-    )
-    timeout_seconds: PositiveFloat = option(
-        600.0, "longest wait of a step for another rank before the run fails; bounds steps alone [s]"
-    )
-    io_timeout_seconds: PositiveFloat = option(
-        1800.0, "the same while setting up, up to the first step, and around saves and evaluations [s]"
-    )
+    compile: bool | Literal["auto"] = option(False, "torch.compile of norm, SwiGLU, RoPE, softmax; auto: if measured")
+    without_kernels: tuple[str, ...] = option((), 'not to use, e.g. "apex" or "RMSNorm: Transformer Engine"')
+    processor_table: str | None = option(None, "file of measured choices on a CPU, read first; see megallama doctor")
+    supervisor: bool = option(True, "a small process beside every rank watches it and the others; false for debuggers")
+    max_replacements: NonNegativeInt = option(0, "how often dead or stuck ranks are replaced in place [times]")
+    min_replicas: NonNegativeInt = option(0, "least replicas to go on with when ranks are lost for good; 0: all")
+    timeout_seconds: PositiveFloat = option(600.0, "longest wait of a step for another rank before the run fails [s]")
+    io_timeout_seconds: PositiveFloat = option(1800.0, "the same while setting up, saving and evaluating [s]")
     init_timeout_seconds: PositiveFloat = option(120.0, "longest wait for all ranks to arrive [s]")
     max_failed_starts: NonNegativeInt = option(3, "starts in a row without a finished step that end a run; 0: no limit")
     shared_memory: bool = option(True, "CPU ranks of one machine talk through shared memory if they can; false: gloo")
-    peak_tflops: PositiveFloat | None = option(
-        None, "peak of one rank's device for MFU; default known by name, else no MFU is shown [TFLOP/s]"
-    )
+    peak_tflops: PositiveFloat | None = option(None, "peak of a rank's device for MFU; default by its name [TFLOP/s]")
 
 
 def current(tree: Mapping[str, Any]) -> dict[str, Any]:

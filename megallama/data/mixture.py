@@ -111,11 +111,15 @@ class Blend:
 
 @dataclass(frozen=True)
 class Phase:
-    """Constant weights from a step (counted from 1, as logged) and its first sample on."""
+    """Constant weights from a step (counted from 1, as logged) and its first sample on.
+
+    starts: the index in each source where it begins, by name; None is where the phase before it ended.
+    """
 
     step: int
     sample: int
     weights: Mapping[str, float]  # by source name; a source that is missing has weight 0
+    starts: Mapping[str, int] | None = None
 
 
 def phases_of(config: DataConfig, samples_after: SamplesAfter) -> tuple[Phase, ...]:
@@ -140,8 +144,9 @@ class Mixture:
         for phase in phases:
             chosen = sorted((i for i, name in enumerate(names) if phase.weights.get(name)), key=lambda i: names[i])
             blend = Blend([phase.weights[names[i]] for i in chosen])
-            before = np.array(self.counts(phase.sample) if self._parts else [0] * len(names), np.int64)
-            self._parts.append((blend, np.array(chosen), before))
+            at = self.counts(phase.sample) if self._parts else [0] * len(names)
+            at = at if phase.starts is None else [phase.starts.get(name, 0) for name in names]
+            self._parts.append((blend, np.array(chosen), np.array(at, np.int64)))
 
     def locate(self, numbers: np.ndarray) -> np.ndarray:
         phases = np.searchsorted(self._firsts, numbers, side="right") - 1
@@ -154,6 +159,7 @@ class Mixture:
         return out
 
     def counts(self, n: int) -> list[int]:
+        n = max(n, int(self._firsts[0]))  # a run that goes on from another begins there
         number = int(np.searchsorted(self._firsts[: len(self._parts)], n, side="right")) - 1
         blend, chosen, before = self._parts[number]
         counts = before.copy()

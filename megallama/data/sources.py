@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -86,13 +87,13 @@ class TrainDataset:
 
     def state(self, samples: int) -> dict[str, Any]:
         """What a checkpoint after `samples` samples keeps, for `resume`."""
-        used = self.consumption(samples)
+        used, past = self.consumption(samples), [p for p in self.mixture.phases if p.sample < max(samples, 1)]
         return {
             "sources": [
                 {"name": s.name, "path": s.dataset.prefix, **used[s.name], "identity": self._identities[s.name]}
                 for s in self.sources
             ],
-            "mixture": [asdict(phase) for phase in self.mixture.phases if phase.sample < max(samples, 1)],
+            "mixture": [{k: v for k, v in asdict(p).items() if v is not None} for p in past],
             "order": self._order,
         }
 
@@ -137,13 +138,41 @@ class TrainDataset:
                     f"samples, its weights give {gives}: another version of this program wrote it; {ANEW}"
                 )
 
+    def take_over(self, saved: Mapping[str, Any], step: int, samples: int, why: str = "") -> dict[str, str]:
+        """Go on from another run's checkpoint, each source after the tokens that it gave; which do not, and why not.
+
+        With another sample length tokens are counted, not places. why: all begin anew, because of this.
+        """
+        with suppress(DataError):
+            if saved.get("mixture") and not why:
+                self.resume(saved, step, samples)
+                return {}
+        old, seed = {o["name"]: o for o in saved.get("sources", ())}, saved.get("order", {}).get("train.seed")
+        why = why or (f"train.seed was {seed}" if old and seed != self._order["train.seed"] else "")
+        anew = {name: why or "the other run did not read it" for name in self._identities if why or name not in old}
+        for name in self._identities.keys() - anew.keys():
+            if old[name]["identity"] != self._identities[name]:
+                anew[name] = "its files, or which of their documents are read, are others"
+        starts = {s.name: -(-old[s.name]["tokens"] // s.seq_length) for s in self.sources if s.name not in anew}
+        self._done, self._consumed = step, samples
+        self.mixture = Mixture(self.mixture.names, self._phases(step + 1, samples, starts))
+        return anew
+
+    def _phases(self, first: int, sample: int, starts: Mapping[str, int] | None) -> list[Phase]:
+        """Those of the configuration from step `first` on."""
+        phases = phases_of(self._config, self._samples_after)
+        begin = [phase for phase in phases if phase.step <= first][-1]
+        return [Phase(first, sample, begin.weights, starts), *(p for p in phases if p.step > first)]
+
     def _samples_after(self, steps: int) -> int:
-        known = (self._done, self._consumed) if steps >= self._done else (0, 0)
-        return self._batch.samples_after(steps, *known)
+        if steps >= self._done:
+            return self._batch.samples_after(steps, self._done, self._consumed)
+        return min(self._batch.samples_after(steps), self._consumed)
 
     def _check_weights(self, past: Sequence[Phase], step: int) -> None:
         """That the configuration gives past steps the weights they were made with."""
-        present = [p for p in self.mixture.phases if p.step <= max(step, 1)]
+        begun = past[0].step
+        present = [p for p in self._phases(begun, past[0].sample, None) if p.step <= max(step, begun)]
         if [(p.step, _used(p)) for p in present] == [(p.step, _used(p)) for p in past]:
             return
         new = [] if _used(present[-1]) == _used(past[-1]) else [Phase(step + 1, 0, present[-1].weights)]

@@ -58,7 +58,9 @@ class Reporter:
             log.info("MFU is not shown: the peak of this device is not known; run.peak_tflops may give it")
         else:
             log.info(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s per rank, counting causal attention")
-        total = config.batch.samples_after(config.train.steps) * config.batch.seq_length
+        steps, done, consumed = config.train.steps, self._progress.step, self._progress.samples
+        left = config.batch.samples_after(max(steps, done), done, consumed) - consumed
+        total = self._progress.tokens + left * config.batch.seq_length
         causal, full = (training_flops(config.model, config.batch.seq_length, causal=c) for c in (True, False))
         self._meter = Meter(plan.topology.world_size, (causal, full), peak, total)
         timers.lap()
@@ -188,7 +190,7 @@ class TrainingLoop:
         record.at(step=progress.step + 1)
         with self._timers.phase("data"):
             batches, failure = loader.next_or_zeros(deal[self.setup.worker.groups.dp.rank], config)
-        lr = progress.lr = learning_rate(progress.step, config.optimizer, config.lr_schedule)
+        lr = progress.lr = learning_rate(progress.step, config.optimizer, config.lr_schedule, progress.begun)
         schedule, masked = plan.schedule_for(len(batches)), config.data.document_mask
         failed = failure is not None or self._manager.not_finite
         scale, worker, watch = progress.scaler.scale, self.setup.worker, self._watch
@@ -204,6 +206,7 @@ class TrainingLoop:
         if result.failed:
             self._end_together(failure)
         progress.samples += size
+        progress.tokens_read += size * config.batch.seq_length
         progress.step += 1
         progress.updates += result.applied
         progress.tokens += result.tokens

@@ -117,6 +117,8 @@ class Progress:
         self.may_lack_evaluations = False  # of the step it starts from; False: not known
         self.started = time.monotonic()
         self.lr = 0.0  # of the last step
+        self.begun = self.tokens_read = 0  # steps before the learning-rate schedule; of all samples, counted or not
+        self.ledger = [{"first_token": 0, "seq_length": config.batch.seq_length}]
         self.scaler = LossScaler(config.precision)
         self.guard = NonFiniteGuard(config.train.max_bad_steps)
         self.high_loss = HighLoss()
@@ -132,15 +134,24 @@ class Progress:
             "bad_steps": {"skipped": guard.skipped, "in_a_row": guard.in_a_row, "last_good": guard.last_good},
             "first_loss": self.high_loss.first,
             "evaluated": evaluated,
+            "ledger": self.ledger,
+            "tokens_read": self.tokens_read,
+            **({"schedule_begun": self.begun} if self.begun else {}),
             **({"rollbacks": self.rollbacks, "left_out": self.left_out} if self.rollbacks else {}),
             **({"spikes": {n: [*w] for n, w in self.spikes.windows.items()}} if self._keeps_spikes else {}),
         }
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any], seq_length: int | None = None) -> None:
+        """Of a run with this sequence length, if it kept no ledger; another one from here on is a new line of that."""
         self.step, self.updates = saved["step"], saved["updates"]
         self.samples, self.tokens = saved["samples"], saved["tokens"]
         self.first_step, self.may_lack_evaluations = self.step, "evaluated" in saved
         self.rollbacks, self.left_out = max(self.rollbacks, saved.get("rollbacks", 0)), saved.get("left_out", {})
         self.high_loss, self.spikes = HighLoss(saved.get("first_loss")), Spikes(saved.get("spikes", {}))
+        self.begun, now = saved.get("schedule_begun", 0), self.ledger[-1]["seq_length"]
+        self.tokens_read = saved.get("tokens_read", self.samples * (seq_length or now))
+        self.ledger = saved.get("ledger") or [{"first_token": 0, "seq_length": seq_length or now}]
+        if self.ledger[-1]["seq_length"] != now:
+            self.ledger = [*self.ledger, {"first_token": self.tokens_read, "seq_length": now}]
         self.scaler.load_state_dict(saved["scaler"])
         self.guard = NonFiniteGuard(self.guard.max_bad_steps, **saved["bad_steps"])

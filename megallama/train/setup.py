@@ -34,6 +34,7 @@ from megallama.kernels.select import Kernels
 from megallama.optim.lr import learning_rate
 from megallama.plan.plan import Plan
 from megallama.train.assemble import DTYPES, Worker, assemble, initialize, kernels_of, same_kernels
+from megallama.train.continued import take_over
 from megallama.train.log import Logger, human_bytes, human_count
 from megallama.train.progress import Progress, TrainingStopped
 from megallama.train.signals import FAILED, SAVED, SignalFlag
@@ -172,7 +173,9 @@ def _tasks(config: Config, data: Data, world: World, log: Logger, tasks_of: Task
 def _check_beginning(config: Config, data: Data, manager: CheckpointManager, world: World) -> None:
     """What a fresh start asks for in vain is known before anything is made: by rank 0."""
     starts = _on_all(world, "checkpoints", lambda: world.rank == 0 and manager.starts_fresh())
-    _on_all(world, "data", lambda: starts and _last_step(config, data))
+    other = config.checkpoint.continue_from
+    _on_all(world, "data", lambda: starts and other is None and _last_step(config, data))
+    _on_all(world, f"cannot continue from {other}", lambda: starts and other and manager.check_other(Path(other)))
     if (path := config.checkpoint.weights_from) is not None:
         what = f"cannot load weights from {path}"
         _on_all(world, what, lambda: manager.check_weights(Path(path)) if starts else None)
@@ -305,18 +308,20 @@ def _restore(setup: Setup, until: int | None = None) -> int:
     if saved is None:
         saved = manager.load(newest[0], shards) if newest else manager.resume(shards)
     if saved is not None:
-        progress.load_state_dict(saved)
+        assert manager.resumed is not None
+        path, before = manager.resumed
+        progress.load_state_dict(saved, current(before)["batch"]["seq_length"])
         if train:
             _on_all(world, "data", lambda: train.resume(saved, progress.step, progress.samples, until))
         if until is not None:
             progress.left_out[str(progress.step)], progress.samples = until - progress.samples, until
         optimizer.loaded(progress.updates)
-        assert manager.resumed is not None
-        path, before = manager.resumed
         log.info(f"resumed after step {progress.step}, {counted(human_count(progress.tokens), 'token')}, from {path}")
-        for line in changes(before, config, progress.step, progress.samples):
-            log.info(f"since then: {line}")
-        _on_all(world, "configuration", lambda: _check_ramp(config, progress.samples, world.world_size))
+        if (other := config.checkpoint.continue_from) is not None:
+            log.info(f"checkpoint.continue_from={other} is not read: the run has checkpoints of its own")
+    elif config.checkpoint.continue_from is not None:
+        for line in take_over(config, manager, progress, optimizer, train, setup.worker.groups.world):
+            log.info(line)
     elif config.checkpoint.weights_from is not None:
         manager.load_weights(Path(config.checkpoint.weights_from), shards)
         optimizer.loaded(steps=0)
@@ -324,6 +329,10 @@ def _restore(setup: Setup, until: int | None = None) -> int:
     else:
         initialize(setup.worker, config.train.seed)
         log.info(f"starting from random weights of seed {config.train.seed}")
+    if manager.resumed is not None:
+        for line in changes(manager.resumed[1], config, progress.step, progress.samples, progress.begun):
+            log.info(f"since then: {line}")
+        _on_all(world, "configuration", lambda: _check_ramp(config, progress.samples, world.world_size))
     last, why = _on_all(world, "data", lambda: _last_step(config, setup.data))
     if why:
         log.info(f"the data end after step {last} of {config.train.steps}: {why}")
@@ -447,7 +456,7 @@ def check_room(needs: Sequence[RankNeeds]) -> list[str]:
     return warnings
 
 
-def changes(saved: Mapping[str, Any], now: Config, step: int, samples: int) -> Iterator[str]:
+def changes(saved: Mapping[str, Any], now: Config, step: int, samples: int, begun: int = 0) -> Iterator[str]:
     """A line per setting that `saved` has otherwise, and what they do to learning rate and data."""
     saved, default = current(saved), Config().model_dump(mode="json")
     changed = []
@@ -461,8 +470,8 @@ def changes(saved: Mapping[str, Any], now: Config, step: int, samples: int) -> I
         optimizer, schedule = OptimizerConfig(**saved["optimizer"]), LrScheduleConfig(**saved["lr_schedule"])
         end = max(now.train.steps, step + 1)
         for n in range(step, end, max(1, (end - step) // 1000)):
-            was = learning_rate(n, optimizer, schedule)
-            will = learning_rate(n, now.optimizer, now.lr_schedule)
+            was = learning_rate(n, optimizer, schedule, begun)
+            will = learning_rate(n, now.optimizer, now.lr_schedule, begun)
             if was != will:
                 keep = ""
                 if schedule.decay_steps != now.lr_schedule.decay_steps:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from megallama.config.describe import Setting
 from megallama.config.describe import settings as schema_settings
 from megallama.config.errors import ConfigError, MegallamaError
-from megallama.config.load import Begun, is_setting, load, resolve, to_toml
+from megallama.config.load import is_setting, load, resolve, to_toml
 from megallama.config.presets import PRESETS
 from megallama.config.schema import Config, SourceConfig
 from megallama.plan.plan import make_plan
@@ -563,9 +563,9 @@ def test_a_length_in_tokens() -> None:
     ramp = ["batch.ramp_start=2", "batch.ramp_increment=2", "batch.ramp_samples=30"]
     config = load(None, [*base, *ramp, "train.tokens=4000"], need_data=False)
     assert config.train.steps == config.batch.steps_until(40) == 11
-    further = load(None, [*base, *ramp, "train.tokens=4000"], need_data=False, begun=lambda c: Begun(50, 20, 1600))
+    further = load(None, [*base, *ramp, "train.tokens=4000"], need_data=False, begun=lambda c: (50, 20, 1600))
     assert further.train.steps == further.batch.steps_until(20 + 24, 50, 20) == 54
-    over = load(None, [*base, "train.tokens=4000"], need_data=False, begun=lambda c: Begun(50, 400, 40_000))
+    over = load(None, [*base, "train.tokens=4000"], need_data=False, begun=lambda c: (50, 400, 40_000))
     assert over.train.steps == 50  # nothing is left to do
     preset = load(None, ["model.preset=llama3-8b", "train.tokens=15_000_000_000_000"], need_data=False)
     assert preset.train.steps == -(-15 * 10**12 // (32 * 8192))
@@ -578,6 +578,6 @@ def test_a_length_in_tokens() -> None:
 def test_an_annealing_ends_with_the_run() -> None:
     words = ["train.steps=40", "lr_schedule.decay_from_step=30", "lr_schedule.min_ratio=0"]
     config = load(None, words, need_data=False)
-    assert (config.lr_schedule.decay_until_step, config.lr_schedule.decay_to_ratio) == (40, 0.0)
+    assert config.lr_schedule.decay_until_step == 40
     plain = load(None, ["train.steps=40"], need_data=False).lr_schedule
-    assert (plain.decay_from_step, plain.decay_until_step, plain.decay_to_ratio) == (None, None, None)
+    assert (plain.decay_from_step, plain.decay_until_step) == (None, None)

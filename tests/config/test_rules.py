@@ -335,13 +335,12 @@ CASES: list[tuple[str, int | None, str, str]] = [
     ),
     (
         "lr_schedule.decay_from_step=100", None,
-        "lr_schedule.decay_from_step=100 is not below lr_schedule.decay_until_step=100, which is train.steps unless "
-        "it is given",
+        "lr_schedule.decay_from_step=100 is not below lr_schedule.decay_until_step=100 (or train.steps)",
         "lr_schedule.decay_from_step=99",
     ),
     (
-        "lr_schedule.decay_to_ratio=0", None,
-        "lr_schedule.decay_to_ratio=0 is not read without lr_schedule.decay_from_step; write it too",
+        "lr_schedule.decay_until_step=90", None,
+        "lr_schedule.decay_until_step=90 is not read without lr_schedule.decay_from_step; write it too",
         "lr_schedule.decay_from_step=0",
     ),
     (

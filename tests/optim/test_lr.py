@@ -96,13 +96,19 @@ def test_warm_up_longer_than_the_decay_ends_at_the_minimum() -> None:
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
 @pytest.mark.parametrize("first", [0, 4, 10, 60, 150])
-def test_annealing_begins_where_any_schedule_is_and_ends_where_asked(kind: str, first: int) -> None:
-    plain = schedule(kind)
-    annealed = plain.model_copy(update={"decay_from_step": first, "decay_until_step": 200, "decay_to_ratio": 0.0})
+@pytest.mark.parametrize("ratio", [0.0, 0.1])
+def test_annealing_begins_where_any_schedule_is_and_ends_at_the_minimum(kind: str, first: int, ratio: float) -> None:
+    plain = schedule(kind, min_ratio=ratio)
+    annealed = plain.model_copy(update={"decay_from_step": first, "decay_until_step": 200})
     before, after = ([learning_rate(n, OPTIMIZER, s) for n in range(220)] for s in (plain, annealed))
     assert after[:first] == before[:first]
-    begin = before[first - 1] if first else PEAK
-    line = [begin * (200 - n - 1) / (200 - first) for n in range(first, 200)]
-    assert after[first:200] == pytest.approx(line, abs=1e-18) and after[199:] == [0.0] * 21
-    half = annealed.model_copy(update={"decay_to_ratio": 0.5})
-    assert learning_rate(199, OPTIMIZER, half) == learning_rate(10**6, OPTIMIZER, half) == 0.5 * PEAK
+    begin, end = before[first - 1] if first else PEAK, ratio * PEAK
+    line = [end + (begin - end) * (200 - n - 1) / (200 - first) for n in range(first, 200)]
+    assert after[first:200] == pytest.approx(line, abs=1e-18) and after[199:] == [end] * 21
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
+def test_a_schedule_that_begins_later_warms_up_again_and_ends_at_the_same_step(kind: str) -> None:
+    whole, short = schedule(kind), schedule(kind, decay_steps=80)
+    later = [learning_rate(n, OPTIMIZER, whole, 30) for n in range(30, 120)]
+    assert later == [learning_rate(n, OPTIMIZER, short) for n in range(90)]
