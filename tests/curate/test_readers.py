@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -34,6 +35,13 @@ def damaged(at: int) -> bytes:
     return b"".join([*members[:2], bytes(bytes_), *members[3:]])
 
 
+def torn() -> bytes:
+    """A page of many packed bytes, which are wrong in the middle, among others."""
+    middle = bytearray(packed(response(1, b"<p>" + random.Random(1).randbytes(9000))))
+    middle[5000:5100] = bytes(100)
+    return packed(PAGES[0]) + bytes(middle) + packed(PAGES[2])
+
+
 LONG = PAGES[2].replace(b"Content-Length: ", b"Content-Length: 9")
 ARCHIVES = {  # content, numbers of the pages that are read, what is counted
     "whole": (packed(*PAGES), "012345", {}),
@@ -41,6 +49,7 @@ ARCHIVES = {  # content, numbers of the pages that are read, what is counted
     "one member": (gzip.compress(b"".join(PAGES)), "012345", {}),
     "damaged": (damaged(60), "01345", {"a broken record": 1}),
     "damaged sum": (damaged(-6), "01345", {"a broken record": 1}),
+    "torn": (torn(), "02", {"a broken record": 1}),
     "cut off": (packed(*PAGES)[:-30], "01234", {"a record is cut off": 1}),
     "between": (packed(*PAGES[:2]) + b"garbage" * 9 + packed(*PAGES[2:]), "012345", {"bytes that are no record": 1}),
     "long length": (packed(*PAGES[:2], LONG, *PAGES[3:]), "01345", {"a record is cut off": 1}),

@@ -131,7 +131,7 @@ def test_the_nearest_licence_file_counts(tmp_path: Path) -> None:
     file("LICENSE", LICENCE_TEXTS["gpl"])
     file("lib/vendored/COPYING.txt", LICENCE_TEXTS["mit"])
     file("site/pkg-1.0.dist-info/licenses/LICENSE", LICENCE_TEXTS["bsd"])
-    file("two/LICENSE-MIT", LICENCE_TEXTS["mit"])
+    file("two/LICENSE-APACHE", LICENCE_TEXTS["apache"])
     file("two/LICENSE-GPL", LICENCE_TEXTS["gpl"])
     stage = (Licence(kind="licence"),)
     assert judged(stage, "x", path=file("lib/a.py", "x"))[0] == "licence gpl"

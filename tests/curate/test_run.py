@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -67,7 +68,15 @@ def test_what_comes_first_stays(tmp_path: Path) -> None:
     assert curate(recipe(tmp_path / "in", STAGES), tmp_path / "out")
     rows = read_rows(tmp_path / "out")
     assert [(row["id"], row["text"]) for row in rows] == expected(tmp_path / "in") and len(rows) > 9
+    assert all(re.fullmatch(r"\d{5}\.jsonl", file.name) for file in (tmp_path / "out" / "web").iterdir())
     assert {row["source"] for row in rows} == {"web"} and len(list((tmp_path / "out" / "web").iterdir())) > 4
+
+
+def test_empty_lines_stay_where_they_are(tmp_path: Path) -> None:
+    texts = ["One paragraph here.\n\nAnother of it.\n\n\nThe last.", "Something new.\n\nAnd more of that."]
+    write_rows(tmp_path / "in" / "a.jsonl", texts)
+    curate(recipe(tmp_path / "in", [{"kind": "paragraphs", "min_chars": 9}]), tmp_path / "out")
+    assert [row["text"] for row in read_rows(tmp_path / "out")] == texts
 
 
 def test_the_bytes_do_not_depend_on_the_processes(tmp_path: Path) -> None:
@@ -171,6 +180,9 @@ def test_sources_share_only_the_common_stages(tmp_path: Path) -> None:
         return [[row["id"] for row in read_rows(tmp_path / name, source)] for source in "ab"]
 
     assert left("own") == [["a-0", "a-1"], ["b-0", "b-1"]]
+    own[0] = own[0] | {"stages": ({"kind": "files"},)}
+    assert left("both") == [["a-0", "a-1"], ["b-0", "b-1"]]
+    own[0] = both[0]
     assert left("common", stages=({"kind": "files"},)) == [["a-0", "a-1"], ["b-0"]]
 
 
