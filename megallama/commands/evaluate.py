@@ -30,19 +30,20 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--json-key", default="text", help="where the text stands in a JSON line (text)")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file or folder, if the checkpoint has none")
     parser.add_argument("--seed", type=int, default=1234, help="of the choice of solved examples (1234)")
+    parser.add_argument("--check-contamination", nargs="*", type=Path, help="n-grams in these (its training data)")
     parser.add_argument("--output", type=Path, help="write the results to this file, as JSON")
     args = parser.read(argv)
     from megallama.evaluation.evaluate import evaluate
-    from megallama.evaluation.request import Request
+    from megallama.evaluation.harness import Request
 
     words = list(args.words)
-    for files in (args.data, args.items):  # of several files the last may be meant as a setting
+    for files in (args.data, args.items, args.check_contamination or []):  # the last may be meant as a setting
         words += [str(file) for file in files if "=" in str(file) and not file.exists()]
         files[:] = [file for file in files if str(file) not in words]
     if not words or "=" in words[0] and not Path(words[0]).exists():
         parser.error("name a checkpoint first: a run, a step folder or a Hugging Face folder")
     given = {name: value for name, value in vars(args).items() if name not in ("words", "ranks")}
-    lists = {name: tuple(given[name]) for name in ("data", "items")}
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     tasks = tuple(filter(None, args.tasks.split(",")))
     request = Request(Path(words[0]), tuple(words[1:]), **given | lists | {"tasks": tasks})
     evaluate(request, lambda text: print(text, flush=True), lambda text: print(text, file=sys.stderr, flush=True))

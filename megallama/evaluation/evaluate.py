@@ -9,10 +9,10 @@ from datetime import datetime
 import megallama
 from megallama.config.errors import DataError
 from megallama.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
-from megallama.evaluation.harness import Tasks
+from megallama.evaluation.contamination import check, trained_on
+from megallama.evaluation.harness import Request, Tasks
 from megallama.evaluation.items import Encoder, start_of
 from megallama.evaluation.ranks import Opened, opened
-from megallama.evaluation.request import Request
 from megallama.evaluation.results import Results, aligned, table, write_results
 from megallama.evaluation.texts import read_texts, score_texts
 from megallama.inference.generate import adds_bos
@@ -26,16 +26,23 @@ def evaluate(request: Request, show: Callable[[str], None], say: Callable[[str],
         tell = say if first else lambda text: None
         with nullcontext() if request.tokenizer else suppress(DataError):
             tokenizer = load_tokenizer(request.tokenizer or model.folder)
+        searched = request.check_contamination
+        searched = trained_on(model.folder) if searched == () else searched
         results = _about(request, model, tokenizer)
         if request.data:
-            texts = read_texts(request.data, tokenizer, request.json_key, request.limit, tell)
+            encode = tokenizer.encode if tokenizer else None
+            texts = read_texts(request.data, encode, request.json_key, request.limit, tell)
             results["texts"] = score_texts(model.scorer, texts, start_of(tokenizer))
         if request.items or request.tasks:
             if tokenizer is None:
                 raise DataError(f"{model.folder} has no tokenizer; give --tokenizer")
             bos = adds_bos(model.folder, tokenizer.path)
             encoder = Encoder(tokenizer, model.scorer.longest, bos, start_of(tokenizer))
-            Tasks(request, encoder, tell).run(results, model.scorer, model.answers)
+            tasks = Tasks(request, encoder, tell)
+            tasks.run(results, model.scorer, model.answers)
+            if searched and tasks.asked:
+                documents = read_texts(searched, str, request.json_key, None, tell)
+                results["contamination"] = check(results, tasks.asked, documents, tokenizer, model.world.group)
         if first:
             _show(results, show)
             if request.output:
@@ -66,5 +73,6 @@ def _show(results: Results, show: Callable[[str], None]) -> None:
         buckets = [*dict.fromkeys(bucket for at in by.values() for bucket in at)]
         rows = [[name, *(f"{at[b]:.3f}" if b in at else "" for b in buckets)] for name, at in by.items()]
         show("\n".join(aligned([["loss by tokens before", *buckets], *rows])))
-    if results["results"]:
-        show("\n".join(table(results)))
+    for own in (results, results.get("contamination", {})):
+        if own.get("results"):
+            show("\n".join(table(own)))

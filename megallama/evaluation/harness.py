@@ -1,7 +1,4 @@
-"""Items of one's own, and tasks of lm-evaluation-harness, its prompts and metrics as they are, scored by the ranks.
-
-Nothing is fetched: a task's data are files in a folder, PATH/NAME/SPLIT as the task names its dataset.
-"""
+"""Items of one's own, and tasks of lm-evaluation-harness with data that are on this machine, scored by the ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,8 +21,7 @@ from megallama.checkpoint.huggingface import special_tokens
 from megallama.config.errors import ConfigError, DataError
 from megallama.config.schema import Config
 from megallama.data.sources import Data
-from megallama.evaluation.items import Encoder, Item, Scores, score_items
-from megallama.evaluation.request import Request
+from megallama.evaluation.items import Encoder, Item, Scores, read_items, score_items
 from megallama.evaluation.results import PAPER, Results, metrics_of, take
 from megallama.evaluation.scorer import Interrupted, Score, Scorer
 from megallama.evaluation.texts import windows
@@ -46,11 +42,48 @@ Answers = Callable[..., list[str]] | None  # of `ranks.Opened`; None: they are n
 LLAMA1 = (*PAPER, "crows_pairs_english", "winogender_all", "truthfulqa_mc1", "realtoxicityprompts")
 
 
+class Request(NamedTuple):
+    """What `megallama evaluate` was asked for; its options have the same names."""
+
+    checkpoint: Path
+    settings: tuple[str, ...] = ()
+    data: tuple[Path, ...] = ()
+    items: tuple[Path, ...] = ()
+    tasks: tuple[str, ...] = ()
+    task_data: Path | None = None
+    shots: int | None = None
+    limit: int | None = None
+    context: int = 0
+    json_key: str = "text"
+    tokenizer: Path | None = None
+    seed: int = 1234
+    check_contamination: tuple[Path, ...] | None = None  # empty: the data that the model was trained on
+    output: Path | None = None
+
+    def check(self) -> dict[str, list[Item]]:
+        """The items by name of their file. Raises: MegallamaError, before anything is loaded."""
+        if not (self.data or self.items or self.tasks):
+            raise ConfigError("nothing to evaluate on; give --data, --items or --tasks")
+        if self.check_contamination is not None and not (self.items or self.tasks):
+            raise ConfigError("--check-contamination looks for the questions of items; give --items or --tasks")
+        for name, value, least in (("limit", self.limit, 1), ("shots", self.shots, 0), ("context", self.context, 0)):
+            if value is not None and value < least:
+                raise ConfigError(f"--{name}={value} is too small; write {least} or more")
+        names = [*self.tasks, *(path.stem for path in self.items)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"two tasks would be called {twice[0]!r}; rename one of the files")
+        for path in (*self.data, *self.items, *(self.check_contamination or ())):
+            if not (path.exists() or Path(f"{path}.idx").exists() or "*" in str(path)):
+                raise DataError(f"{path} does not exist; name files that are there")
+        return {path.stem: read_items(path)[: self.limit] for path in self.items}
+
+
 class Tasks:
     """The items and tasks of a request, read once, scored as often as wanted. Raises: ConfigError without the extra."""
 
     def __init__(self, request: Request, encoder: Encoder, say: Callable[[str], None]) -> None:
         self._request, self._encoder, self._say, self._items = request, encoder, say, request.check()
+        self.asked: dict[str, list[list[str]]] = {}  # of what was run, the passages of each item
         self._library, self._loaded = _library() if request.tasks else SimpleNamespace(), dict[str, list[Any]]()
 
     def run(self, results: Results, scorer: Scores, answers: Answers, only: str = "") -> None:
@@ -60,6 +93,7 @@ class Tasks:
             began = time.monotonic()
             try:
                 if own := self._items.get(name):
+                    self.asked[name] = [[f"{item.context}{item.choices[item.gold]}"] for item in own]
                     values, shots, text = score_items(scorer, self._encoder, own), 0, str(own)
                 else:
                     values, shots, text = self._run(results, name, scorer, answers)
@@ -103,6 +137,7 @@ class Tasks:
             own = score_items(scorer, encoder, items, metric == "acc_answer" and not request.shots, known)
             for key in ("bits_per_byte", *([] if request.shots else [metric])):
                 values.setdefault(key, own[key])
+        self.asked[name] = [[str(passage) for passage in sample["doc"].values()] for sample in samples]
         results["versions"] |= found["versions"]
         results["configs"][name] = tasks[0].config.metadata
         text = "".join(str(sample.get(key)) for sample in samples for key in ("doc_hash", "prompt_hash", "target_hash"))
@@ -112,9 +147,8 @@ class Tasks:
 def _library() -> SimpleNamespace:
     """What is used of lm-evaluation-harness, kept from the network. Raises: ConfigError."""
     try:
-        offline = {"datasets.config": "HF_DATASETS_OFFLINE", "huggingface_hub.constants": "HF_HUB_OFFLINE"}
-        for name, switch in offline.items():
-            setattr(importlib.import_module(name), switch, True)
+        importlib.import_module("datasets.config").__dict__["HF_DATASETS_OFFLINE"] = True
+        importlib.import_module("huggingface_hub.constants").__dict__["HF_HUB_OFFLINE"] = True
         importlib.import_module("datasets").disable_progress_bars()
         names = ("api.model", "api.task", "tasks", "tasks._yaml_loader", "evaluator")
         model, task, tasks, loader, evaluator = (importlib.import_module(f"lm_eval.{name}") for name in names)

@@ -58,9 +58,8 @@ class Encoder:
 
     def row(self, context: str, continuation: str) -> Row:
         """Spaces that end the context belong to the continuation; of a context that is too long the end is kept."""
-        spaces = len(context) - len(context.rstrip())
-        if spaces:
-            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        end = len(context.rstrip())
+        context, continuation = context[:end], context[end:] + continuation
         if context:
             whole, before = self.encode(context + continuation), len(self.encode(context))
         elif self.prefix is None:
@@ -78,10 +77,9 @@ class Encoder:
 def score_items(
     scorer: Scores, encoder: Encoder, items: Sequence[Item], answer: bool = False, known: Sequence[Any] = ()
 ) -> dict[str, np.ndarray]:
-    """Per item, of the choice found likeliest, whether it is right; and the bits that the right one costs.
+    """Per item, whether the choice found likeliest is right; and the bits that the right one costs.
 
-    acc: by log-probability; acc_norm: divided by the characters of the choice; bits_per_byte: of the right choice.
-    acc_answer, only if asked for, since it costs as many rows again: less the log-probability after "Answer:" alone.
+    acc: by log-probability; acc_norm: divided by the characters; acc_answer, if asked for: less that after "Answer:".
     known: log-probabilities of all choices, where they have been scored.
     """
     rows = [] if known else [encoder.row(item.context, choice) for item in items for choice in item.choices]

@@ -6,9 +6,9 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from megallama.checkpoint import disk, reader
 from megallama.checkpoint.huggingface import read_model_config
@@ -30,8 +30,7 @@ TOKENS = 4096  # of a micro-batch, unless batch.micro_batch_size says otherwise
 FORMATS = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(NamedTuple):
     """A model that all ranks have before them."""
 
     scorer: Scorer
@@ -40,10 +39,7 @@ class Opened:
     config: Config
 
     def answers(self, asked: Sequence[Question], tokenizer: Tokenizer) -> list[str]:
-        """What the model says to each prompt, greedily, up to a stop string: of all ranks, on every rank.
-
-        The prompts are dealt over the ranks; each has the whole model for it, besides its part.
-        """
+        """What the model says to each prompt, greedily, up to a stop string; each rank has the whole model for it."""
         llama, said = load_llama(self.folder, DTYPES[self.config.precision.dtype], self.world.device), dict[int, str]()
         own = sorted(range(self.world.rank, len(asked), self.world.group.size), key=lambda i: asked[i][1:])
         for (stop, most), alike in groupby(own, key=lambda i: asked[i][1:]):
@@ -56,10 +52,7 @@ class Opened:
 
 
 def evaluation_config(folder: Path, words: Sequence[str], ranks: int, context: int = 0) -> Config:
-    """The model in `folder` with these settings; its own number format and longest context where none is given.
-
-    Raises: ConfigError; CheckpointError.
-    """
+    """The model with these settings, else its own format and longest context. Raises: ConfigError; CheckpointError."""
     raw = disk.read_json(folder / "config.json")
     model = read_model_config(folder)
     with reader.open_folder(folder) as files:

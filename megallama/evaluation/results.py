@@ -14,7 +14,6 @@ import numpy as np
 from megallama.config.errors import DataError
 
 SIZES, PAPER = tomllib.loads(Path(__file__).with_name("paper.toml").read_text("utf-8")).values()
-ROUNDS = 2000  # of the bootstrap
 Results = dict[str, Any]
 
 
@@ -40,9 +39,8 @@ def read_results(path: Path) -> Results:
     """Raises: DataError where it is no result of an evaluation."""
     try:
         found = json.loads(path.read_text("utf-8"))
-        if not isinstance(found["results"], dict):
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
+        found["results"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
         what = f"{path} is no result of an evaluation"
         raise DataError(f"{what}; megallama evaluate ... --output {path} writes one") from None
     return found
@@ -82,10 +80,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def beyond_noise(a: Sequence[float], b: Sequence[float], rounds: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Of values of the same items: mean of b - a, and the standard error of that by the paired bootstrap.
-
-    Efron and Tibshirani 1993: items are drawn again with replacement, the same ones for both.
-    """
+    """Of the same items: mean of b - a, and its standard error by the paired bootstrap (Efron and Tibshirani 1993)."""
     difference = np.asarray(b, float) - np.asarray(a, float)
     draw, count = np.random.default_rng(seed), len(difference)
     means = [difference[draw.integers(0, count, count)].mean() for _ in range(rounds)]
@@ -93,10 +88,7 @@ def beyond_noise(a: Sequence[float], b: Sequence[float], rounds: int = 2000, see
 
 
 def compare(files: Mapping[str, Results]) -> list[str]:
-    """A table of all results; of each after the first the difference to it, marked * where it is beyond two errors.
-
-    By item where both have their items' values, else from the standard errors of both.
-    """
+    """A table of all results; of each after the first the difference to it, by item where both have items' values."""
     (first, base), *others = files.items()
     tasks = [task for task in base["results"] if any(task in other["results"] for _, other in others)]
     if not tasks:
@@ -114,8 +106,8 @@ def compare(files: Mapping[str, Results]) -> list[str]:
     return [*aligned(rows), "* beyond two standard errors of the difference", *notes]
 
 
-def _said(value: float, error: float | None) -> str:
-    return f"{value:.4f}" + ("" if error is None or math.isnan(error) else f" ± {error:.4f}")
+def _said(value: float, error: float | None, form: str = ".4f") -> str:
+    return format(value, form) + ("" if error is None or math.isnan(error) else f" ± {error:.4f}")
 
 
 def _difference(base: Results, other: Results, task: str, metric: str) -> str:
@@ -125,5 +117,4 @@ def _difference(base: Results, other: Results, task: str, metric: str) -> str:
     difference, spread = its - value, None if None in (error, its_error) else math.hypot(error or 0, its_error or 0)
     if all(items) and len(items[0]) == len(items[1]) and digests[0] == digests[1]:
         difference, spread = beyond_noise(items[0], items[1])
-    sign = "+" if difference >= 0 else ""
-    return sign + _said(difference, spread) + ("*" if spread is not None and abs(difference) > 2 * spread else "")
+    return _said(difference, spread, "+.4f") + ("*" if spread is not None and abs(difference) > 2 * spread else "")

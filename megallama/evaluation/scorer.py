@@ -1,8 +1,7 @@
 """Log-probabilities of continuations, by the ranks and the layout of a training run.
 
-A row is a sequence of ids whose last ones are scored.  Rows of like length make a micro-batch, padded behind, where
-causal attention does not look; the micro-batches are dealt over dp and go through the forward part of the pipeline.
-What comes out depends on layout, batch and order by rounding only.
+Rows of like length make a micro-batch, padded behind, where causal attention does not look; the micro-batches are dealt
+over dp.  What comes out depends on layout, batch and order by rounding only.
 """
 
 from __future__ import annotations
@@ -10,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass
 from functools import partial
 from math import lcm
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -32,16 +30,14 @@ class Interrupted(MegallamaError):
     """A rank was asked to stop in the middle of an evaluation; all ranks leave it."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Ids, of which those from `first` on are scored, each by all before it. 0 < first < len(ids)."""
 
     ids: Sequence[int]
     first: int
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """Of the scored ids of a row: log p [nats] of each, and whether each was the likeliest."""
 
     token_log_probs: np.ndarray  # float64 [tokens]
@@ -57,10 +53,7 @@ class Score:
 
 
 class Scorer:
-    """Scores rows on all ranks of `worker`, which call it alike and have the same answer.
-
-    stop: whether this rank was asked to stop, asked before any and once a window of micro-batches.
-    """
+    """Scores rows on all ranks of `worker`, which call it alike and have the same answer, or are asked to `stop`."""
 
     def __init__(self, worker: Worker, stop: Callable[[], bool] = lambda: False) -> None:
         config, groups = worker.plan.config, worker.groups

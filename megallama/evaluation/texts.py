@@ -15,21 +15,17 @@ import numpy as np
 
 from megallama.config.errors import DataError
 from megallama.data.indexed import IndexedDataset
-from megallama.data.tokenizer import Tokenizer
 from megallama.evaluation.scorer import Row, Score, Scorer
 from megallama.text.documents import RecordReader
 from megallama.text.inputs import Losses
 
 AT_A_TIME = 512  # windows, so that memory does not grow with a text
 
-Text = tuple[str, Sequence[int], float]  # source, ids, bytes
+Text = tuple[str, Any, float]  # source, ids (or what is made of a text), bytes
 
 
 def windows(ids: Sequence[int], prefix: int, context: int) -> list[Row]:
-    """Rows that score every id of a document once, each after at most `context` ids and at least one.
-
-    The first id comes after `prefix`.  The last window begins early enough to be full: its first ids are context.
-    """
+    """Rows that score every id once, the first after `prefix`, the others after as many ids as fit a full window."""
     everything = [prefix, *ids]
     out = [Row(everything[a : a + context + 1], 1) for a in range(0, len(ids), context)]
     if len(out) > 1 and (rest := len(out[-1].ids) - 1) < context:
@@ -38,9 +34,9 @@ def windows(ids: Sequence[int], prefix: int, context: int) -> list[Row]:
 
 
 def read_texts(
-    inputs: Sequence[Path], tokenizer: Tokenizer | None, json_key: str, limit: int | None, say: Callable[[str], None]
+    inputs: Sequence[Path], encode: Any, json_key: str, limit: int | None, say: Callable[[str], None]
 ) -> Iterator[Text]:
-    """The documents of files, folders and .bin/.idx pairs, the first `limit` of each. Raises: DataError."""
+    """Of files, folders and .bin/.idx pairs the first `limit` documents each; `encode` texts. Raises: DataError."""
     prefixes = {path: re.sub(r"\.(bin|idx|json|sums)$", "", str(path)) for path in inputs}  # a pattern names them all
     pairs = dict.fromkeys(prefix for prefix in prefixes.values() if Path(f"{prefix}.idx").is_file())
     for prefix in pairs:
@@ -48,12 +44,12 @@ def read_texts(
     files = [path for path, prefix in prefixes.items() if prefix not in pairs]
     if not files:
         return
-    if tokenizer is None:
+    if encode is None:
         raise DataError("texts need a tokenizer, and the checkpoint has none; give --tokenizer")
     losses = Losses()
     for file in losses.find(files, say):
         for _, text in islice(losses.texts(RecordReader([file], json_key=json_key)), limit):
-            yield file.name, tokenizer.encode(text), float(len(text.encode()))
+            yield file.name, encode(text), float(len(text.encode()))
     losses.check()
     for line in losses.lines() if losses.bad or losses.faults else ():
         say(line)
@@ -71,11 +67,11 @@ def _of_pair(path: Path) -> Iterator[Text]:
 
 @dataclass
 class Sums:
-    """Of the scored tokens of a source."""
+    """Of the scored tokens of a source; `at`: log p [nats] and tokens, by log2 of the tokens before."""
 
     bytes: float = 0.0
     documents: int = 0
-    at: np.ndarray = field(default_factory=lambda: np.zeros((2, 40)))  # sum and tokens, by log2 of the tokens before
+    at: np.ndarray = field(default_factory=lambda: np.zeros((2, 40)))
 
     def add(self, row: Row, score: Score) -> None:
         buckets = np.log2(np.arange(row.first, len(row.ids))).astype(int)
@@ -84,30 +80,25 @@ class Sums:
 
     def metrics(self) -> dict[str, Any]:
         """Loss [nats per token], perplexity, bits per byte of the text, and the loss by position."""
-        log_prob, tokens = self.at.sum(1).tolist()
-        loss, bits = -log_prob / tokens, -log_prob / math.log(2) / self.bytes if self.bytes > 0 else None
-        there = self.at[1].nonzero()[0]
-        by = {f"{2**b}-{2 ** (b + 1) - 1}" if b else "1": -self.at[0, b] / self.at[1, b] for b in there}
+        total, tokens = self.at.sum(1).tolist()
+        loss, bits = -total / tokens, -total / math.log(2) / self.bytes if self.bytes > 0 else None
+        names = ["1", *(f"{2**b}-{2 ** (b + 1) - 1}" for b in range(1, 40))]
+        by = {names[b]: -self.at[0, b] / self.at[1, b] for b in self.at[1].nonzero()[0]}
         numbers = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}
         return {**numbers, "tokens": int(tokens), "documents": self.documents, "loss_by_position": by}
 
 
 def score_texts(scorer: Scorer, texts: Iterable[Text], prefix: int | None) -> dict[str, dict[str, Any]]:
-    """Metrics by source; every rank gives the same texts.
-
-    prefix: what the first id of a document comes after; None leaves that id unscored.
-    """
+    """Metrics by source, of the same texts on every rank; without a `prefix` the first id of each is not scored."""
     sums: dict[str, Sums] = defaultdict(Sums)
 
     def rows() -> Iterator[tuple[str, Row]]:
         for source, ids, size in texts:
             start, rest = (ids[0], ids[1:]) if ids and prefix in (None, ids[0]) else (prefix, ids)
-            if start is None or not rest:
-                continue
-            own = sums[source]
-            own.documents, own.bytes = own.documents + 1, own.bytes + size
-            for row in windows(rest, start, scorer.longest):
-                yield source, row
+            if start is not None and rest:
+                own = sums[source]
+                own.documents, own.bytes = own.documents + 1, own.bytes + size
+                yield from ((source, row) for row in windows(rest, start, scorer.longest))
 
     waiting = rows()
     while chunk := list(islice(waiting, AT_A_TIME)):

@@ -9,7 +9,7 @@ import pytest
 
 from megallama.config.errors import ConfigError, DataError
 from megallama.evaluation.evaluate import evaluate
-from megallama.evaluation.request import Request
+from megallama.evaluation.harness import Request
 from tests.evaluation.test_evaluate import named_byte_tokenizer
 from tests.inference.test_generate import reference
 
