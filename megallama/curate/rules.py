@@ -115,19 +115,20 @@ class Code(Stage):
         return apply
 
 
-LICENCES = {  # by what stands in them, in capitals; those that ask for more come first
-    "gpl": r"GNU\s+(?:LESSER\s+|AFFERO\s+|LIBRARY\s+)?GENERAL\s+PUBLIC\s+LICEN[CS]E|\b[AL]?GPL\b",
-    "mpl": r"MOZILLA\s+PUBLIC\s+LICEN[CS]E|\bMPL\b",
+LICENCES = {  # by what stands in them, in capitals, or begins their names; those that ask for more come first
+    "gpl": r"GNU\s+(?:LESSER\s+|AFFERO\s+|LIBRARY\s+)?GENERAL\s+PUBLIC\s+LICEN[CS]E|\A(?:GNU )?[AL]?GPL",
+    "mpl": r"MOZILLA\s+PUBLIC\s+LICEN[CS]E|\AMPL\b",
     "apache": r"APACHE\s+LICEN[CS]E|APACHE-2",
-    "bsd": r"REDISTRIBUTION\s+AND\s+USE\s+IN\s+SOURCE\s+AND\s+BINARY|\A(?:0?BSD\b|BSD-)",
+    "bsd": r"REDISTRIBUTION\s+AND\s+USE\s+IN\s+SOURCE\s+AND\s+BINARY|\A0?BSD\b",
     "mit": r"PERMISSION\s+IS\s+HEREBY\s+GRANTED,\s+FREE\s+OF\s+CHARGE|\AMIT\b",
 }
 
 
 def licence_of(text: str) -> str:
-    """Which licence a text is, or names: a key of LICENCES, the strictest of several; "unknown"."""
+    """Which licence a text is, or names: a key of LICENCES, the first of several; "unknown"."""
     start = text[:50_000].upper().strip()
-    return next((name for name, pattern in LICENCES.items() if re.search(pattern, start)), "unknown")
+    found = ((match.start(), name) for name, rule in LICENCES.items() if (match := re.search(rule, start)))
+    return min(found, default=(0, "unknown"))[1]
 
 
 @functools.lru_cache(4096)
@@ -137,11 +138,8 @@ def licence_in(folder: Path) -> str:
     places = [place for root in (folder, *beside) for place in (root, root / "licenses") if place.is_dir()]
     files = sorted(file for place in places for file in place.iterdir() if file.is_file())
     named = [file for file in files if re.match("LICEN[CS]E|COPYING|COPYRIGHT", file.name, re.I)]
-    return min((licence_of(f.read_text("utf-8", "replace")) for f in named), key=_strictness, default="")
-
-
-def _strictness(name: str) -> int:
-    return [*LICENCES, "unknown"].index(name)
+    found = (licence_of(file.read_text("utf-8", "replace")) for file in named)
+    return min(found, key=[*LICENCES, "unknown"].index, default="")
 
 
 class Licence(Stage):

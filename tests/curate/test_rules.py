@@ -102,13 +102,15 @@ LICENCE_TEXTS = {
     "apache": "Apache License\n Version 2.0, January 2004",
     "gpl": "This is under the GNU General Public License; parts: Permission is hereby granted, free of charge",
     "mpl": "Mozilla Public License Version 2.0",
-    "unknown": "You may not.",
+    "unknown": "You may not, however GPL-compatible it is.",
 }
 
 
 @pytest.mark.parametrize("name", LICENCE_TEXTS)
 def test_licences_are_told_by_their_text(name: str) -> None:
     assert licence_of(LICENCE_TEXTS[name]) == name
+    bundled = "\n\nThe distribution bundles a library under the GNU General Public License."
+    assert licence_of(LICENCE_TEXTS[name] + bundled) == (name if name != "unknown" else "gpl")
 
 
 @pytest.mark.parametrize(
