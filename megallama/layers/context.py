@@ -37,9 +37,7 @@ class ContextParallel:
         copies = kv_copies(num_kv_heads, cp)
         return partial(self.by_heads, make(num_heads // cp, num_kv_heads * copies // cp, head_dim), copies)
 
-    def gathered(
-        self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
-    ) -> Tensor:  # fmt: skip
+    def gathered(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, within: Documents | None) -> Tensor:
         """Each of a rank's two chunks of queries with all keys up to its end."""
         keep, out, gathers = self.keep or not torch.is_grad_enabled(), list[Tensor](), list[_Gather]()
         for own in zip(*(x.detach().chunk(self.pieces, 2) for x in (k, v)), strict=True):
@@ -52,24 +50,33 @@ class ContextParallel:
             rows = zip(queries.chunk(2, 1), self.share.chunks(keys.shape[1]), strict=True)
             with nullcontext() if keep else saved_tensors_hooks(gather.leave_out, gather.again):
                 for i, (chunk, (_, end)) in enumerate(rows):
-                    out.append(attend(chunk, keys[:, :end], values[:, :end], documents and documents.parts[i]))
+                    out.append(attend(chunk, keys[:, :end], values[:, :end], within and within.parts[i]))
         return torch.cat([torch.cat(out[i::2], 2) for i in (0, 1)], 1)
 
     def by_heads(
-        self, attend: Attend, copies: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
-    ) -> Tensor:  # fmt: skip
+        self, attend: Attend, copies: int, q: Tensor, k: Tensor, v: Tensor, within: Documents | None
+    ) -> Tensor:
         """Every rank has some heads of whole sequences; autograd adds up the gradients of copied key/value heads."""
         cp, exchange = self.share.size, _Exchange(self.group)
         if copies > 1:
             k, v = (x.repeat_interleave(copies, 2) for x in (k, v))
         parts = [x.unflatten(2, (cp, -1)) for x in (q, k, v)]
-        found = exchange(torch.cat(parts, 3).movedim(2, 0).contiguous())  # [cp, b, s/cp, heads, d]
-        first, last = found.unflatten(2, (2, -1)).unbind(2)
-        whole = torch.cat([first, last.flip(0)]).movedim(0, 1).flatten(1, 2)  # [b, s, heads, d]
-        out = attend(*whole.split([x.shape[3] for x in parts], 2), documents).unflatten(1, (2 * cp, -1))
-        sent = torch.stack([out[:, :cp], out[:, cp:].flip(1)], 2).movedim(1, 0).flatten(2, 3)
-        home: Tensor = exchange(sent.contiguous()).movedim(0, 2).flatten(2, 3)
+        whole = _in_order(exchange(torch.cat(parts, 3).movedim(2, 0).contiguous()))
+        out = attend(*whole.split([x.shape[3] for x in parts], 2), within)
+        home: Tensor = exchange(_by_rank(out, cp)).movedim(0, 2).flatten(2, 3)
         return home
+
+
+def _in_order(parts: Tensor) -> Tensor:
+    """What ranks have [cp, b, s/cp, heads, d] -> [b, s, heads, d]."""
+    first, last = parts.unflatten(2, (2, -1)).movedim(0, 1).unbind(2)
+    return torch.cat([first, last.flip(1)], 1).flatten(1, 2)
+
+
+def _by_rank(whole: Tensor, cp: int) -> Tensor:
+    """The inverse."""
+    chunks = whole.unflatten(1, (2 * cp, -1))
+    return torch.stack([chunks[:, :cp], chunks[:, cp:].flip(1)], 2).movedim(1, 0).flatten(2, 3).contiguous()
 
 
 @dataclass(eq=False)
@@ -87,39 +94,30 @@ class _Gather(Layer):
     storage: int = 0
 
     def start(self) -> None:
-        own = torch.stack(self.own)
+        own = torch.cat(self.own)
         parts = own.new_empty(self.group.size, *own.shape)
         self.arriving = parts, self.group.all_gather(parts, own)
 
     def whole(self) -> Tensor:
-        """[2, b, s, heads, d]."""
+        """[2 b, s, heads, d]."""
         if self.arriving is None:
             self.start()
         assert self.arriving is not None
         (parts, handle), self.arriving = self.arriving, None
         handle.wait()
-        cp, two, b, tokens, heads, d = parts.shape
-        whole = parts.new_empty(two, b, heads, cp * tokens, d).transpose(2, 3)  # the rows of a head together
-        chunks = whole.unflatten(2, (2 * cp, -1))
-        for rank, part in enumerate(parts):
-            chunks[:, :, rank], chunks[:, :, 2 * cp - 1 - rank] = part.chunk(2, 2)
+        whole = _in_order(parts)
         self.storage = whole.untyped_storage()._cdata
         return whole
 
     def forward(self, ctx: Any, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return self.whole().unbind()
+        return self.whole().chunk(2)
 
     def backward(self, ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         """The gradients of all ranks, added up in fp32 where the tokens are."""
-        self.found, cp, (b, s, heads, d) = None, self.group.size, grads[0].shape
-        sent = grads[0].new_empty(cp, 2, b, 2, s // (2 * cp), heads, d)
-        for i, grad in enumerate(grads):
-            chunks = grad.unflatten(1, (2 * cp, -1))
-            for rank in range(cp):
-                sent[rank, i, :, 0], sent[rank, i, :, 1] = chunks[:, rank], chunks[:, 2 * cp - 1 - rank]
+        self.found, sent = None, _by_rank(torch.cat(grads), self.group.size)
         found = torch.empty_like(sent)
         self.group.all_to_all(found, sent).wait()
-        return found.sum(0, dtype=accumulate_dtype(sent.dtype)).to(sent.dtype).flatten(2, 3).unbind()
+        return found.sum(0, dtype=accumulate_dtype(sent.dtype)).to(sent.dtype).chunk(2)
 
     def leave_out(self, tensor: Tensor) -> Any:
         own = tensor.untyped_storage()._cdata == self.storage

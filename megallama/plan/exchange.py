@@ -2,7 +2,7 @@
 
 A sequence is 2 cp chunks, of which rank r has r and 2 cp - 1 - r: then causal attention is equal work (Dubey et al.
 2024, arXiv:2407.21783, 3.3.2).  Two exchanges, for one layer with s tokens, n' = n / tp heads, k' = max(1, k / tp)
-key/value heads of size d on a rank; a rank sends and receives (cp - 1) / cp of these elements, each time:
+key/value heads of size d on a rank, which sends and receives (cp - 1) / cp of these elements:
 
     gather  keys and values of all, 2 k' d s: forward, again in the backward unless `memory.cp_keep_kv`, once more where
             the layer is computed again; their gradients, summed in fp32, go the other way

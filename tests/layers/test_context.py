@@ -62,7 +62,7 @@ def test_exchanges_bring_every_row_home_and_gradients_are_their_adjoint(gathers:
         rows = torch.cat([torch.arange(a, e) for a, e in own.chunks(s)])
         attend = ContextParallel(group, own, keep=False).over(lambda *heads: echo, n, kv, d)
         mine = [x.detach()[:, rows].requires_grad_() for x in (q, k, v)]
-        found = attend(*mine)
+        found = attend(*mine, None)
         grads = torch.autograd.grad(found, mine, dout[:, rows])
         return [spread(x.movedim(1, -1), own).movedim(-1, 1) for x in (found.detach(), *grads)]
 
