@@ -19,6 +19,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "dp2": (2, {}),
     "dp4": (4, {}),
+    "cp2 dp2": (4, {"cp": 2}),
     "tp2": (2, {"tp": 2}),
     "tp4 kv2": (4, {"tp": 4, "sequence_parallel": False}),
     "pp2 tied": (2, {"pp": 2}),
@@ -68,7 +69,7 @@ def on(number: int, work: Callable[[Worker], object]) -> Callable[[Worker], obje
     return lambda rank: work(rank) if rank.groups.rank == number else None
 
 
-@pytest.mark.parametrize(("layout", "wrong"), [("dp2", 0), ("dp2", 1), ("dp4", 2), ("one", 0)])
+@pytest.mark.parametrize(("layout", "wrong"), [("dp2", 0), ("dp2", 1), ("dp4", 2), ("cp2 dp2", 3), ("one", 0)])
 def test_a_bit_of_a_weight_names_the_rank(layout: str, wrong: int) -> None:
     element = 32 * 32 - 1 - wrong
     name, key = "layers.1.o_proj", "model.layers.1.self_attn.o_proj.weight"

@@ -29,17 +29,18 @@ def members(topology: Topology, least: int = 1, **more: Any) -> Members:
 
 
 @pytest.mark.parametrize("order", ["tp-cp-dp-pp", "dp-tp-cp-pp", "tp-pp-cp-dp"])
-def test_every_rank_keeps_its_place_in_a_replica(order: str) -> None:
+@pytest.mark.parametrize("cp", [1, 2], ids="cp {}".format)
+def test_every_rank_keeps_its_place_in_a_replica(cp: int, order: str) -> None:
     """Whichever two are lost: who goes on has the same stage and the same part of it as before, once for each."""
-    topology = Topology(tp=2, pp=2, dp=3, order=order)
-    for lost in combinations(range(1, 12), 2):
-        seats, text = members(topology).next_world({*range(12)} - {*lost})
-        fewer = Topology(tp=2, pp=2, dp=len(seats) // 4, order=order)
+    topology, unit = Topology(tp=2, cp=cp, pp=2, dp=3, order=order), 4 * cp
+    for lost in combinations(range(1, 3 * unit), 2):
+        seats, text = members(topology).next_world({*range(3 * unit)} - {*lost})
+        fewer = Topology(tp=2, cp=cp, pp=2, dp=len(seats) // unit, order=order)
         for rank, seat in enumerate(seats):
             was, now = topology.coords(seat), fewer.coords(rank)
-            assert (was["tp"], was["pp"]) == (now["tp"], now["pp"])
+            assert all(was[axis] == now[axis] for axis in ("tp", "cp", "pp"))
         replicas = {topology.coords(rank)["dp"] for rank in lost}
-        assert len({*seats}) == len(seats) >= 4 * (3 - len(replicas)) and seats[0] == 0 and not {*seats} & {*lost}
+        assert len({*seats}) == len(seats) >= unit * (3 - len(replicas)) and seats[0] == 0 and not {*seats} & {*lost}
         assert f"{fewer.dp} of 3 replicas" in text and f"{1 - fewer.dp / 3:.0%} of the launched ranks idle" in text
 
 
