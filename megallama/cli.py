@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": "continue a text with a trained model",
     "evaluate": "how good a checkpoint is: texts, items of your own, the paper's tasks",
     "compare": "are the differences between evaluations more than noise?",
+    "average": "the mean of checkpoints of one model, as a checkpoint",
     "convert": "convert a checkpoint to or from Hugging Face, Meta's and Megatron's formats",
     "from-megatron": "a Megatron-LM command line or log as a configuration",
     "preflight": "which GPUs, nodes and links are slow, before a large run",
