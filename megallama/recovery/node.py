@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megallama.comm.flight_record import BEAT, COMPLETED, ENDED, GENERATION, LAUNCHED, LIMIT, SINCE, TEXTS, TRAINER
+from megallama.comm import flight_record as flight
 from megallama.recovery.flight_reader import FlightReader
 from megallama.train.signals import STACKS
 
@@ -38,6 +38,7 @@ class Node:
         self.host, self.hosts = about["host_of"][self.rank], [about["hosts"][host] for host in about["host_of"]]
         self.records = {self.rank: own}
         self._moved: dict[int, tuple[int, float]] = {}  # on CUDA: actions completed, and since when
+        self._stopped: dict[int, float] = {}  # trainers that stand still by SIGSTOP: since when
         for rank in (r for r, host in enumerate(about["host_of"]) if host == self.host and r != self.rank):
             with suppress(OSError, ValueError):  # another user's, or gone: it is not seen
                 pid, *numbers = about["records"][rank]
@@ -62,7 +63,8 @@ class Node:
 
     def silent(self, rank: int) -> bool:
         """Whether the supervisor of `rank` has not looked for a while."""
-        return time.monotonic() - max(self.records[rank].words[BEAT] / 1e9, self.born) > SILENT and not self.gone(rank)
+        beat = self.records[rank].words[flight.BEAT] / 1e9
+        return time.monotonic() - max(beat, self.born) > SILENT and not self.gone(rank)
 
     def gone(self, rank: int) -> bool:
         """Whether the trainer of `rank`, or its supervisor with it, has left."""
@@ -70,7 +72,7 @@ class Node:
 
     def ended(self, rank: int) -> bool:
         """Whether the trainer of `rank` is known to have left."""
-        return self.records[rank].words[ENDED] != 0
+        return self.records[rank].words[flight.ENDED] != 0
 
     def lost(self, rank: int) -> dict[str, Any] | None:
         """The cause, where the supervisor of `rank` has died, and the rank with it."""
@@ -85,33 +87,46 @@ class Node:
         return [rank for rank in self.records if self.lost(rank) is None]
 
     def overdue(self, since: float) -> list[int]:
-        """Ranks that have waited longer than they may, or whose device has: counted from `since` on at the earliest."""
+        """Ranks that have waited longer than they may, or whose device has: counted from `since` on at the earliest.
+
+        And those that are stopped for longer than a step may take: of them nobody need wait, or not so soon.
+        """
         now, found = time.monotonic(), []
         for rank, record in self.records.items():
             if self.ended(rank):
                 continue
             words = record.words  # alone: this is done many times a second
-            limit, completed = words[LIMIT] / 1e9, words[COMPLETED]
-            waited = now - words[SINCE + 1] / 1e9 if words[SINCE] else 0.0
+            limit, completed = words[flight.LIMIT] / 1e9, words[flight.COMPLETED]
+            waited = now - words[flight.SINCE + 1] / 1e9 if words[flight.SINCE] else 0.0
             if completed and self._moved.get(rank, (-1, now))[0] != completed:
                 self._moved[rank] = completed, now
-            if words[LAUNCHED] > completed > 0:
+            if words[flight.LAUNCHED] > completed > 0:
                 waited = max(waited, now - self._moved[rank][1])
-            if limit and min(waited, now - since) >= limit:
+            late = limit and min(waited, now - since) >= limit
+            if late or self._stopped_for(rank, now - since) >= self.about["timeout_seconds"]:
                 found.append(rank)
         return found
 
+    def _stopped_for(self, rank: int, most: float) -> float:
+        """Seconds since its trainer was first seen stopped; a paused run of one rank holds up nobody."""
+        words, now = self.records[rank].words, time.monotonic()
+        moves = now - words[flight.CHANGED] / 1e9 < 1.0
+        if moves or len(self.hosts) == 1 or process_state(words[flight.TRAINER]) != "T":
+            self._stopped.pop(rank, None)
+            return 0.0
+        return min(most, now - self._stopped.setdefault(rank, now))
+
     def reports(self) -> dict[int, dict[str, Any]]:
         """Where every rank of this host stands, with the stacks of those that answer."""
-        living = [rank for rank in self.records if self.records[rank].words[TRAINER] and not self.ended(rank)]
+        living = [rank for rank in self.records if self.records[rank].words[flight.TRAINER] and not self.ended(rank)]
         before = {rank: os.fstat(self.records[rank].stacks).st_size for rank in living}
         states = {rank: self.records[rank].state() for rank in self.records}  # before anything is disturbed
         for rank in living:
             with suppress(ProcessLookupError, PermissionError):
-                os.kill(self.records[rank].words[TRAINER], STACKS)
+                os.kill(self.records[rank].words[flight.TRAINER], STACKS)
         time.sleep(ANSWER if living else 0)
         for rank, state in states.items():
-            state["process"] = "X" if self.ended(rank) else process_state(self.records[rank].words[TRAINER])
+            state["process"] = "X" if self.ended(rank) else process_state(self.records[rank].words[flight.TRAINER])
             file, start = self.records[rank].stacks, before.get(rank)
             if start is not None and (size := os.fstat(file).st_size) > start:
                 state["stacks"] = os.pread(file, min(size - start, MOST), start).decode(errors="replace")
@@ -128,7 +143,7 @@ class Node:
         ranks = {}
         for rank, record in self.records.items():
             state, times = record.state(), record.busy()
-            state["process"] = "X" if self.ended(rank) else process_state(record.words[TRAINER])
+            state["process"] = "X" if self.ended(rank) else process_state(record.words[flight.TRAINER])
             state["own_seconds_per_step"] = median(times) / 1e9 if times else None
             state["cause"], state["supervisor_silent"] = record.told("cause"), self.silent(rank)
             state["launched"] = self.about["seats"][rank]
@@ -145,13 +160,13 @@ class Node:
 
 def begin_generation(record: FlightReader, number: int, place: dict[str, Any] | None) -> None:
     """The rank of this record goes on in the next generation; where worlds may change: in `place`."""
-    if record.words[GENERATION] == number:
+    if record.words[flight.GENERATION] == number:
         return
-    for name in TEXTS:  # before: a supervisor that is quick would end the next one by the last one's verdict
+    for name in flight.TEXTS:  # before: a supervisor that is quick would end the next one by the last one's verdict
         record.tell(name, None)
     record.tell("place", place)
-    record.words[TRAINER] = record.words[ENDED] = 0  # nor is the last one's end the next one's
-    record.words[GENERATION] = number
+    record.words[flight.TRAINER] = record.words[flight.ENDED] = 0  # nor is the last one's end the next one's
+    record.words[flight.GENERATION] = number
 
 
 def process_state(pid: int) -> str:

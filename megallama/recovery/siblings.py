@@ -16,6 +16,7 @@ from megallama.recovery.flight_reader import FlightReader
 from megallama.recovery.node import Node, process_state, reader_of
 from megallama.train.supervised import said_of
 
+STOPPED = 60.0  # seconds for which a trainer may be stopped before it has read its configuration
 _FILES, _SEVERAL = 6, 8  # words of a supervisor's command; those before the second are its own
 
 
@@ -50,6 +51,7 @@ class Siblings:
         known: dict[str, Any] = {"hosts": [about["host"]], "host_of": [0] * size, "stage": [0] * size}
         known |= {"records": [[ranks[rank]] for rank in range(size)], "seats": [*range(size)], "replicas": ["", ""]}
         known |= {"max_replacements": self.max_replacements, "min_replicas": 0, "folder": os.devnull, "dp": [1, 1]}
+        known |= {"timeout_seconds": STOPPED}
         node = Node(about | known | {"port": 0, "token": ""}, self._own)
         node.records |= {rank: found[pid] for rank, pid in ranks.items() if rank != node.rank}
         node.early = True

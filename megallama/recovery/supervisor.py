@@ -290,15 +290,16 @@ class Supervisor:
         everyone = [rank for rank, host in enumerate(node.about["host_of"]) if host in asked]
         if now - self._asked < REPORTS and not all(rank in self._reports for rank in everyone):
             return
-        if not any("wait" in report for report in self._reports.values()):
+        if not any("wait" in report or report["process"] == "T" for report in self._reports.values()):
             self._asked = self._overdue = 0.0  # it has come meanwhile
             self._reports.clear()
             return
         ranks, text = hung(self._reports, node.hosts)
         began = any(report["step"] for report in self._reports.values())
-        going = [r for r in self._reports.values() if r["saving"] and "wait" in r]
-        held = any(report["process"] in "TtDX" for report in going)
-        lost = [rank for rank in range(len(node.hosts)) if rank not in self._reports]
+        saving = [r for r in self._reports.values() if r["saving"]]
+        going = [r for r in saving if "wait" in r]
+        held = any(r["process"] in "TtX" or (r["process"] == "D" and "wait" in r) for r in saving)
+        lost = [r for r in range(len(node.hosts)) if r not in self._reports or (r in node.records and node.lost(r))]
         died = {"rank": ranks[0] if ranks else node.rank, "text": text, "status": FAILED if began else 1, "hang": True}
         self._decide(node, now, died | {"commits": bool(going) and not lost and not held, "said": False, "lost": lost})
         self._say(f"error: {text}\n{self._stacks()}", aloud=False)
@@ -445,7 +446,7 @@ class Supervisor:
         verdict, status = self._verdict, 1 if self._status is None else os.waitstatus_to_exitcode(self._status)
         another = status == -signal.SIGKILL and verdict is not None and verdict["rank"] != about.get("rank", -1)
         if verdict is not None and (another or verdict["hang"]):
-            status = verdict["status"]
+            status = cause["status"] if cause["status"] in _NORMAL else verdict["status"]  # it had done all it had to
         if self._node is not None:
             self._write_exit(self._node, status, verdict, cause)
         elif status < 0:

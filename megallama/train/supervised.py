@@ -190,6 +190,7 @@ def introduce(world: World, plan: Plan, log: Logger, replicas: Sequence[str] = (
         "stage": [*map([*dict.fromkeys(work)].index, work)],  # or with other micro-batches
         "finish_seconds": config.checkpoint.finish_seconds, "max_replacements": config.run.max_replacements,
         "min_replicas": config.run.min_replicas, "replicas": [*replicas], "dp": [topology.strides["dp"], topology.dp],
+        "timeout_seconds": config.run.timeout_seconds,
         "address": "127.0.0.1" if launch.one_node else launch.master_addr, "port": 0, "token": "",
     }  # fmt: skip
     made: list[object] = [0, ""]

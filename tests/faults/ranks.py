@@ -204,6 +204,18 @@ def dies_once_step_4_is_saved() -> None:
     lines.write = write
 
 
+def saves_slowly_and_stops_while_it_leaves() -> None:
+    """The last save takes 3 s; then, when all is saved, the process is stopped."""
+    manager = importlib.import_module("megallama.checkpoint.manager").CheckpointManager
+    write, world = manager._write, importlib.import_module("megallama.comm.launch").World
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(3)
+        write(*arguments)
+
+    manager._write, world.close = slow, lambda self: os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def has_a_bug() -> None:
     def broken(*arguments: Any, **named: Any) -> None:
         raise KeyError("no such key")

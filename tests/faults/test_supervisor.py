@@ -185,6 +185,20 @@ def test_a_killed_launcher_and_a_frozen_rank_leave_no_orphan(tmp_path: Path) -> 
     assert end(tmp_path)["status"] == 4
 
 
+def test_a_rank_that_is_stopped_while_it_leaves_is_not_waited_for(tmp_path: Path) -> None:
+    """And one that saves slowly is."""
+    bound = ["run.timeout_seconds=1.5", "data.timeout_seconds=1.5", "train.steps=3"]
+    ranks = supervised(2, tmp_path, *bound, fault="saves_slowly_and_stops_while_it_leaves")
+    ranks.until("finished: 3 steps")
+    began = time.monotonic()
+    assert ranks.wait(30) == [4, 0]
+    assert 1.5 < time.monotonic() - began < 6
+    text = f"rank 0 ({HOST}) holds up the others: its process is stopped (SIGSTOP); step 3"
+    assert f"error: {text}" in ranks.said(0) and text in (tmp_path / "run" / "run.log").read_text()
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+    assert end(tmp_path)["status"] == 4 and nobody_is_left(tmp_path)
+
+
 def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     ranks = supervised(2, tmp_path, "log.interval=10", fault="works_slowly", victim=1)
     ranks.until(f"warning: rank 1 ({HOST}) is slow: its own work takes ")

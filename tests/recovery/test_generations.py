@@ -64,11 +64,12 @@ def supervisor_of(records: dict[int, FlightReader]) -> Supervisor:
     made._node, made._signals, made._sent, made._generation, made._warned = None, [], [], 0, set()
     made._begin()
     about = {"max_replacements": 5, "host_of": [0, 0], "hosts": ["a"], "port": 0, "records": [[os.getpid(), 0, 0]] * 2}
-    about |= {"min_replicas": 0, "replicas": [], "seats": [0, 1], "dp": [1, 2]}
+    about |= {"min_replicas": 0, "replicas": [], "seats": [0, 1], "dp": [1, 2], "timeout_seconds": 9.0}
     made._members = Members(about, made._links)
     node = made._node = Node.__new__(Node)
     node.about, node.rank, node.host, node.hosts, node.ranks = about, 0, 0, ["a", "a"], [0, 1]
     node.records, node.logs, node.folder, node._moved, node.born = records, (), Path("/nowhere"), {}, time.monotonic()
+    node._stopped = {}
     made._next_beat = made._next_status = time.monotonic() + 100
     return made
 

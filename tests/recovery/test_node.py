@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from megallama.recovery.node import out_of_memory_kills, process_state, signal_name, write_json
+from megallama.comm.flight_record import TRAINER
+from megallama.recovery.flight_reader import FlightReader
+from megallama.recovery.node import Node, out_of_memory_kills, process_state, signal_name, write_json
 
 
 def host(root: Path, cgroup: str, files: dict[str, str]) -> Path:
@@ -43,6 +46,28 @@ def test_processes_and_signals() -> None:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert (signal_name(9), signal_name(99)) == ("SIGKILL (9)", "signal 99")
+
+
+@pytest.mark.parametrize(("ranks", "stops", "late"), [(2, True, [1]), (2, False, []), (1, True, [])])
+def test_a_trainer_that_is_stopped_is_waited_for_as_long_as_in_a_step(ranks: int, stops: bool, late: list[int]) -> None:
+    """Whatever it was doing: saving, setting up, leaving. One that is alone is paused; one that runs is busy."""
+    records = {rank: FlightReader() for rank in range(2)}
+    node, child = Node.__new__(Node), os.fork()
+    if not child:
+        signal.pause()
+    node.records, node.hosts, node.about = records, ["a"] * ranks, {"timeout_seconds": 0.2}
+    node._moved, node._stopped, node.born = {}, {}, 0.0
+    records[1].words[TRAINER] = child
+    try:
+        if stops:
+            os.kill(child, signal.SIGSTOP)
+            os.waitpid(child, os.WUNTRACED)
+        assert node.overdue(0.0) == []
+        time.sleep(0.25)
+        assert node.overdue(0.0) == late and node.overdue(time.monotonic()) == []
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_disk_that_refuses_a_status_costs_nothing(tmp_path: Path) -> None:
