@@ -63,7 +63,8 @@ went on. *Again*: the command was started again. *With the next*: the next kill 
 the end*: the run had no step left to make. *Bitwise*: kills in runs that ended with the bytes and losses of the
 undisturbed run. *Samples*: kills in runs that used each sample exactly once. *Seconds* are from the kill to the end of
 the next step that was finished (median, worst), where nothing else was killed meanwhile; a stopped rank is found after
-`run.timeout_seconds` = 6. *Steps lost* are finished steps that were made again (median, worst).
+`run.timeout_seconds` = 6. Where the command was started again a part of them is that of the start before, until its last
+process had left; the rest is Python's, torch's and the run's start. *Steps lost* are finished steps that were made again (median, worst).
 """
 
 
@@ -79,6 +80,7 @@ class Kill:
     moment: float  # [s], monotonic
     went_on: str = "at the end"  # or: in place, again
     seconds: float | None = None
+    left: float | None = None  # where the command was started again: seconds until the last process had left
     steps_lost: int | None = None
     bitwise: bool = False
     samples: bool = False
@@ -132,7 +134,7 @@ class Run:
     """One run, started as often as it takes."""
 
     def __init__(self, folder: Path, layout: str) -> None:
-        self.folder, self.layout, self.starts = folder, layout, list[float]()
+        self.folder, self.layout, self.starts, self.ends = folder, layout, list[float](), list[float]()
         self.ranks, self.dp, self.more = LAYOUTS[layout]
         folder.mkdir(parents=True)
 
@@ -292,6 +294,7 @@ def follow(run: Run, number: int, killer: Killer | None, most: int) -> tuple[lis
                 return kills, text
             time.sleep(0.01 if killer and len(kills) < most else 0.1)
         run.launcher.wait()
+        run.ends.append(time.monotonic())
         if run.finished():
             return kills, ""
         failed = 0 if size > before or len(kills) > killed else failed + 1
@@ -323,6 +326,7 @@ def judge(run: Run, kills: Sequence[Kill]) -> None:
         rest = later if broken < 0 else later[broken + 1 :]
         if rest and rest[0][0] < nearest:
             kill.seconds = rest[0][0] - kill.moment
+            kill.left = next((x - kill.moment for x in run.ends if kill.moment < x < rest[0][0]), None)
 
 
 def rows(kills: Sequence[Kill]) -> list[dict[str, str]]:
@@ -335,12 +339,14 @@ def rows(kills: Sequence[Kill]) -> list[dict[str, str]]:
                 continue
             ways = Counter(k.went_on for k in own)
             seconds = [k.seconds for k in own if k.seconds is not None]
+            left = [k.left for k in own if k.left is not None]
             lost = [k.steps_lost for k in own if k.steps_lost is not None]
             found.append({
                 "target": target, "signal": kind, "kills": str(len(own)),
                 **{way: str(ways[way]) for way in ("in place", "again", "with the next", "at the end")},
                 "bitwise": str(sum(k.bitwise for k in own)), "samples": str(sum(k.samples for k in own)),
                 "seconds": f"{median(seconds):.1f}, {max(seconds):.1f}" if seconds else "",
+                "of them until all had left": f"{median(left):.1f}, {max(left):.1f}" if left else "",
                 "steps lost": f"{median(lost)}, {max(lost)}" if lost else "",
             })  # fmt: skip
     return found
