@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megallama.recovery.flight_reader import FlightReader
 from megallama.recovery.node import Node, process_state, reader_of
 from megallama.train.supervised import said_of
 
+LOOK = 1.0  # seconds between looks through all processes
 STOPPED = 60.0  # seconds for which a trainer may be stopped before it has read its configuration
 _FILES, _SEVERAL = 6, 8  # words of a supervisor's command; those before the second are its own
 
@@ -25,6 +27,7 @@ class Siblings:
 
     def __init__(self, own: FlightReader) -> None:
         self._own, self._launcher, self._words = own, own.words[LAUNCHER], _command("self")
+        self._next = 0.0
         self._seen = dict[int, FlightReader | None]()  # by process; None: of a start before, that leaves
         said = said_of(sys.argv[6:], "max_replacements", "0")
         self.max_replacements = int(said) if said.isdigit() else 0  # nobody has checked it so far
@@ -34,7 +37,9 @@ class Siblings:
         """What they are together, of which `about` is one; None before all that live have said which rank they are."""
         self.expected = about.get("ranks", 1) > 1 and about["launch"]["one_node"]
         same, size = self._words[:_FILES] + self._words[_SEVERAL:], int(about.get("ranks", 0))
-        for entry in os.listdir("/proc") if self.expected or not about else ():
+        looks = (self.expected or not about) and time.monotonic() >= self._next
+        self._next = time.monotonic() + LOOK if looks else self._next
+        for entry in os.listdir("/proc") if looks else ():
             with suppress(OSError, ValueError, IndexError):  # gone by now, or no supervisor
                 if int(entry) not in self._seen and (words := _command(entry))[:_FILES] + words[_SEVERAL:] == same:
                     record = reader_of(int(entry), map(int, words[_FILES].split(b",")))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from statistics import median
 
-SLOWER, STEPS_COMPARED, TIMES = 1.06, 20, 3  # excess that counts, below the 1.1 to be found; steps of a comparison; comparisons in a row
+SLOWER, STEPS_COMPARED, TIMES = 1.06, 20, 3  # excess that counts (1.1 is found); steps compared; times in a row
 
 
 class Stragglers:

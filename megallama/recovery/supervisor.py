@@ -38,7 +38,7 @@ from megallama.recovery.siblings import Siblings
 from megallama.recovery.straggler import Stragglers
 from megallama.train.signals import FAILED, SAVED, SIGNALS
 
-PERIOD, BEAT_PERIOD = 0.2, 1.0  # seconds between looks, messages to the root
+PERIOD, HASTE, BEAT_PERIOD = 0.2, 0.02, 1.0  # seconds between looks, also where all leave; messages to the root
 LEAVE, MEET = 5.0, 10.0  # seconds in which: a trainer leaves once the run is over; supervisors of a host have met
 ROOT, REPORTS, ECHO = 4.0, 2.0, 1.0  # seconds to wait for: the root's verdict; all hosts' reports; a first cause
 REPLACED = 20.0  # seconds for killed trainers to end, on all hosts before the next ones begin
@@ -100,7 +100,8 @@ class Supervisor:
         """Until the trainer has left."""
         last = time.monotonic()
         while True:
-            ready = select.select([self._pipe[0], *(s.fileno() for s in self._links.sockets())], [], [], PERIOD)[0]
+            period = PERIOD if self._verdict is None else HASTE
+            ready = select.select([self._pipe[0], *(s.fileno() for s in self._links.sockets())], [], [], period)[0]
             now = time.monotonic()
             if now - last > SILENT:  # stopped with its trainer, by a terminal say: nobody is late because of that
                 self._resumed = now

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -108,7 +109,10 @@ def _become_trainers(record: FlightRecord) -> None:
 
     What takes long is imported before. No thread runs here and no GPU is touched: a trainer starts as if it were first.
     """
-    importlib.import_module("megallama.train.loop")
+    for name in ("megallama.train.loop", "torch.fx.experimental.symbolic_shapes"):  # the latter by a first backward
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # no trainer need look through what is imported
     own, words = os.getpid(), record.words
     while True:
         generation, place = words[GENERATION], record.told("place")

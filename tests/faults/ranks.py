@@ -169,19 +169,24 @@ def waits_before_there_is_a_trainer() -> None:
     _instead("megallama.train.supervised", "_become_trainers", lambda record: time.sleep(100))
 
 
-def waits_while_it_is_set_up() -> None:
-    """Before the ranks meet, and, once it is replaced, when they have met."""
+def waits_when_they_have_met() -> None:
+    """All but the ranks' first messages."""
+    waits_while_it_is_set_up(-1, 0)
+
+
+def waits_while_it_is_set_up(before: int = 0, after: int = 1) -> None:
+    """Before the ranks meet, and, once it is replaced, when they have met: in these generations."""
     launch, setup = (importlib.import_module(f"megallama.{name}") for name in ("comm.launch", "train.setup"))
     gather, sources, now = launch._gather, setup.open_sources, [0]
 
     def first(launch: Any, *rest: Any) -> Any:
         now[0] = launch.generation
-        if launch.generation == 0:
+        if launch.generation == before:
             time.sleep(100)
         return gather(launch, *rest)
 
     def second(config: Any) -> Any:
-        if now[0] == 1:
+        if now[0] == after:
             time.sleep(100)
         return sources(config)
 
