@@ -116,7 +116,7 @@ def test_of_the_last_trainer_only_what_lasts_is_kept() -> None:
 
 def test_time_in_waits_adds_up_and_a_layer_is_where_the_rank_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     own, seen = two()
-    clock = iter([100, 130, 200, 205, 300, 330, 340, 400])
+    clock = iter([100, 130, 130, 200, 200, 205, 300, 300, 330, 330, 340, 400])
     monkeypatch.setattr(time, "monotonic_ns", lambda: next(clock))
     place = own.begins(own.add_group("tp", (0, 1)), "all_gather", 1, 8)  # at 100
     own.waits(place)
@@ -132,6 +132,28 @@ def test_time_in_waits_adds_up_and_a_layer_is_where_the_rank_stands(monkeypatch:
     assert own.words[flight_record.LAYER] == 4
     own.action("F", 2, 3)
     assert own.words[flight_record.LAYER] == -1 and own.words[flight_record.CHANGED] == 400
+
+
+def test_on_shared_cores_own_work_is_what_the_thread_computes() -> None:
+    """Not the time in which others have the core, as a sleep is here; nor what it computes in a wait."""
+    own, seen = two()
+
+    def compute(seconds: float) -> None:
+        until = time.thread_time() + seconds
+        while time.thread_time() < until:
+            pass
+
+    for own.shares_cores in (False, True):
+        own.work_begins()
+        compute(0.02)
+        time.sleep(0.1)
+        place = own.begins(own.add_group("tp", (0, 1)), "all_gather", 1, 8)
+        own.waits(place)
+        compute(0.05)
+        own.arrived(place)
+        own.work_done()
+    wall, cpu = seen.busy()
+    assert wall >= 0.12e9 and 0.02e9 <= cpu < 0.04e9
 
 
 def test_a_question_waits_for_its_answer_but_not_for_ever() -> None:

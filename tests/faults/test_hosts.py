@@ -28,13 +28,15 @@ def hosts() -> Iterator[Hosts]:
 
 
 def over(
-    hosts: Hosts, arguments: list[str], folder: Path, port: int = 29611, supervised: bool = False, **env: str
-) -> Ranks:
+    hosts: Hosts, arguments: list[str], folder: Path, port: int = 29611, supervised: bool = False,
+    fault: str = "", victim: int = 0, **env: str,
+) -> Ranks:  # fmt: skip
     """A run of a rank on each host."""
     folder.mkdir(exist_ok=True)
     where: dict[str, Any] = {"MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": port}
     where |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GLOO_SOCKET_IFNAME": hosts.interface}
-    return Ranks(2, arguments, folder, hosts=hosts.names, env=where | env, supervised=supervised)
+    planted: dict[str, Any] = {"fault": fault, "victim": victim, "supervised": supervised}
+    return Ranks(2, arguments, folder, hosts=hosts.names, env=where | env, **planted)
 
 
 def losses(folder: Path) -> list[float]:
@@ -86,6 +88,25 @@ def test_supervisors_of_two_hosts_tell_one_another(hosts: Hosts, tmp_path: Path)
     os.kill(killed.trainer(1), signal.SIGKILL)
     assert killed.wait(60) == [4, -9]
     assert f"rank 1 ({hosts.names[1]}) failed first: killed by SIGKILL (9)" in killed.said(0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "victim"), [("waits_while_it_is_set_up", 1), ("waits_when_they_have_met", 0)], ids=["before", "met"]
+)
+def test_a_kill_while_a_run_of_two_hosts_is_set_up_ends_it(
+    hosts: Hosts, tmp_path: Path, fault: str, victim: int
+) -> None:
+    """Before they have met, the other waits as long as it may for ranks to arrive."""
+    arguments = ["parallel.tp=2", "run.max_replacements=9", "run.init_timeout_seconds=4"]
+    ranks = over(hosts, arguments, tmp_path, supervised=True, fault=fault, victim=victim)
+    trainer = Path(f"/proc/{ranks.trainer(victim)}/task/{ranks.trainer(victim)}/children")
+    time.sleep(1.5)
+    os.kill(int(trainer.read_text().split()[0]), signal.SIGKILL)
+    began = time.monotonic()
+    assert ranks.wait(30) == ([2, -9] if victim else [-9, 1])
+    assert time.monotonic() - began < 8
+    assert f"error: rank {victim} ({hosts.names[victim]}) was killed by SIGKILL (9)" in ranks.said(victim)
+    assert not victim or "rank 1 never arrived within 4 s" in ranks.said(0)
 
 
 def test_a_host_that_is_gone_and_comes_back(hosts: Hosts, tmp_path: Path) -> None:

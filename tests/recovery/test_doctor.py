@@ -141,6 +141,19 @@ def test_noise_is_no_straggler() -> None:
         assert watch.look(state) == []
 
 
+@pytest.mark.parametrize(("by", "found"), [(1.1, [2]), (1.0, [])])
+def test_a_rank_slower_by_a_tenth_is_found_in_noise(by: float, found: list[int]) -> None:
+    """As measured with two ranks to a core: 6 % of noise in a step."""
+    import random
+
+    draw, watch, said = random.Random(5), Stragglers([0] * 4), []
+    times = {rank: [int(1e7 * draw.gauss(1.0, 0.06)) for _ in range(1000)] for rank in range(4)}
+    times[2] = [int(by * ns) for ns in times[2]]
+    for steps in range(1, 1001):
+        said += watch.look({rank: (steps, own[max(0, steps - 64) : steps]) for rank, own in times.items()})
+    assert sorted({rank for rank, _ in said}) == found
+
+
 def test_a_comparison_waits_for_all_ranks_and_takes_the_same_steps_of_each() -> None:
     watch = Stragglers([0, 0])
     assert watch.look(busy(STEPS_COMPARED, 100.0)) == [] and watch.slowest is None

@@ -16,7 +16,7 @@ from megallama.recovery.link import Links
 from megallama.recovery.membership import Members
 from megallama.recovery.node import Node
 from megallama.recovery.straggler import Stragglers
-from megallama.recovery.supervisor import REPLACED, Supervisor
+from megallama.recovery.supervisor import HASTE, PERIOD, REPLACED, Supervisor
 
 
 def test_the_next_trainers_begin_without_the_verdict_of_the_last() -> None:
@@ -95,6 +95,23 @@ def test_the_end_of_the_last_trainer_is_not_that_of_the_next(monkeypatch: pytest
     assert [record.words[ENDED] for record in records.values()] == [0, 0]
     records[1].ends(0, "finished")
     assert records[1].told("cause")["text"] == "finished"
+
+
+@pytest.mark.parametrize(("verdict", "seconds"), [(None, PERIOD), ({"again": True}, HASTE)])
+def test_while_trainers_are_replaced_a_supervisor_looks_more_often(
+    monkeypatch: pytest.MonkeyPatch, verdict: dict[str, bool] | None, seconds: float
+) -> None:
+    supervisor, waited = supervisor_of({0: FlightReader()}), list[float]()
+    supervisor._verdict, supervisor._pipe = verdict, (0, 1)
+
+    def select(read: list[int], write: list[int], other: list[int], most: float) -> None:
+        waited.append(most)
+        raise InterruptedError
+
+    monkeypatch.setattr("megallama.recovery.supervisor.select.select", select)
+    with pytest.raises(InterruptedError):
+        supervisor.run()
+    assert waited == [seconds]
 
 
 def test_nobody_leaves_while_the_next_generation_begins() -> None:

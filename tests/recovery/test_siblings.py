@@ -90,6 +90,17 @@ def test_who_dies_without_a_word_is_the_one_that_is_missing(fakes: list[Fake]) -
     assert node is not None and f"process {fakes[3].process.pid}" in (node.lost(2) or {})["text"]
 
 
+def test_all_processes_are_looked_through_once_a_second(fakes: list[Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+    about, found, looks = fakes[0].tells(0, 2), siblings_of(fakes[0]), list[str]()
+    real, now = os.listdir, [100.0]
+    monkeypatch.setattr("megallama.recovery.siblings.os.listdir", lambda path: (looks.append(path), real(path))[1])
+    monkeypatch.setattr("megallama.recovery.siblings.time.monotonic", lambda: now[0])
+    for _ in range(11):
+        assert found.meet(about) is None
+        now[0] += 0.2
+    assert len(looks) == 3
+
+
 def test_those_of_another_start_or_launch_do_not_count(fakes: list[Fake]) -> None:
     about = fakes[0].tells(0, 2)
     fakes[1].tells(1, 2)
