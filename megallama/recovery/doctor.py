@@ -45,11 +45,10 @@ def hung(reports: Mapping[int, Report], hosts: Sequence[str]) -> tuple[list[int]
     waiting = {rank: report["wait"] for rank, report in reports.items() if "wait" in report}
     lost = [rank for rank in range(len(hosts)) if rank not in reports]
     stuck = [rank for rank, report in reports.items() if report["process"] in _PROCESS]
-    stopped = [rank for rank in stuck if reports[rank]["process"] == "T"]
     busy = [rank for rank in reports if rank not in waiting and rank not in stuck]
     groups = _groups(reports, waiting)
     choices = (
-        (stopped, ""),  # the others may have left
+        ([rank for rank in stuck if reports[rank]["process"] == "T"], ""),  # the others may have left
         (lost, "nothing is heard from its supervisor: its host is gone, or cut off from the others"),
         (stuck, ""),
         (busy, "it is not where the others wait for it"),

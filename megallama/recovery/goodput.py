@@ -10,7 +10,6 @@ from pathlib import Path
 from megallama.recovery.node import write_json
 
 KINDS = ("productive", "waiting", "starting", "repeated", "down")
-_WAITING = ("data", "save", "evaluate")
 
 
 class Goodput:
@@ -35,7 +34,7 @@ class Goodput:
             kind = "repeated"
         else:
             self._first_step = False  # from here on all is new
-            kind = "waiting" if phase in _WAITING else "productive"
+            kind = "waiting" if phase in ("data", "save", "evaluate") else "productive"
             self.best = max(self.best, step)
         self.seconds[kind] += now - self._last
         self._last = now

@@ -48,8 +48,6 @@ class Keeper:
         if is_over({"status": status, "step": self._record.words[flight.STEP]}):
             self._drop({})
 
-    # ---- the trainer ----
-
     def _answer(self) -> None:
         words = self._record.words
         answers = {"open": self._open, "drop": self._drop, "meet": self._meet, "fetch": self._fetch}
@@ -117,8 +115,6 @@ class Keeper:
                 notes.append(f"warning: copies in memory are here alone: {who} is not reached: {error}")
                 self._lost(str(error))
         return {"own": [*own.items()], "notes": notes}
-
-    # ---- the buddy ----
 
     def _end(self) -> tuple[tuple[str, int], str]:
         about, rank = self._about, buddy_of(self._about["rank"], self._about["host_of"])

@@ -26,8 +26,7 @@ class Link:
         self.socket, self.host = peer, -1  # number of the host, once it has said the token
         self.hello: Message = {}  # with which it did
         peer.setblocking(False)
-        self._in, self._out = b"", b""
-        self.open = True
+        self._in, self._out, self.open = b"", b"", True
 
     def send(self, message: Message) -> None:
         """Queue a message, and send what the kernel takes."""
@@ -79,8 +78,7 @@ class Links:
         self.token, self._links = "", list[Link]()
         self._door: socket.socket | None = None
         self._address: tuple[str, int] | None = None
-        self._hello: Message = {}
-        self._next = 0.0
+        self._hello, self._next = Message(), 0.0
         self.met = time.monotonic()  # when there was a link
         self.heard: dict[int, float] = {}  # host number -> when it was last heard
 

@@ -55,8 +55,7 @@ class Members:
         text = f"the world changes: {n} of {dp} replicas, of launched ranks {ranges(seats)}"
         text += f" as ranks {ranges(range(len(seats)))}" if seats != [*range(len(seats))] else ""
         text += f"; lost: {ranges(lost)}" if lost else ""
-        spare = sorted(there - {*seats})
-        text += f"; waiting without work: {ranges(spare)}" if spare else ""
+        text += f"; waiting without work: {ranges(spare)}" if (spare := sorted(there - {*seats})) else ""
         text += f"; {1 - len(seats) / self._size:.0%} of the launched ranks idle" if n < dp else ""
         return seats, text if seats != self.seats else ""
 

@@ -17,8 +17,7 @@ from megallama.recovery.flight_reader import FlightReader
 from megallama.recovery.node import Node, process_state, reader_of
 from megallama.train.supervised import said_of
 
-LOOK = 1.0  # seconds between looks through all processes
-STOPPED = 60.0  # seconds for which a trainer may be stopped before it has read its configuration
+LOOK, STOPPED = 1.0, 60.0  # seconds between looks through all processes; for a trainer that was stopped at once
 _FILES, _SEVERAL = 6, 8  # words of a supervisor's command; those before the second are its own
 
 
@@ -27,11 +26,10 @@ class Siblings:
 
     def __init__(self, own: FlightReader) -> None:
         self._own, self._launcher, self._words = own, own.words[LAUNCHER], _command("self")
-        self._next = 0.0
         self._seen = dict[int, FlightReader | None]()  # by process; None: of a start before, that leaves
         said = said_of(sys.argv[6:], "max_replacements", "0")
         self.max_replacements = int(said) if said.isdigit() else 0  # nobody has checked it so far
-        self.expected = False  # whether there are several ranks, and all on this host
+        self._next, self.expected = 0.0, False  # look; whether there are several ranks, and all on this host
 
     def meet(self, about: dict[str, Any]) -> Node | None:
         """What they are together, of which `about` is one; None before all that live have said which rank they are."""
@@ -56,8 +54,7 @@ class Siblings:
         known: dict[str, Any] = {"hosts": [about["host"]], "host_of": [0] * size, "stage": [0] * size}
         known |= {"records": [[ranks[rank]] for rank in range(size)], "seats": [*range(size)], "replicas": ["", ""]}
         known |= {"max_replacements": self.max_replacements, "min_replicas": 0, "folder": os.devnull, "dp": [1, 1]}
-        known |= {"timeout_seconds": STOPPED}
-        node = Node(about | known | {"port": 0, "token": ""}, self._own)
+        node = Node(about | known | {"port": 0, "token": "", "timeout_seconds": STOPPED}, self._own)
         node.records |= {rank: found[pid] for rank, pid in ranks.items() if rank != node.rank}
         node.early = True
         return node

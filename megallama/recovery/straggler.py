@@ -16,7 +16,6 @@ class Stragglers:
         self._stages, self._compared = stages, 0
         self._in_a_row: dict[int, int] = {}  # of the ranks that are slow now: in how many comparisons
         self.slowest: tuple[int, float] | None = None  # rank, its time over that of its peers
-        self.said: set[int] = set()
 
     def look(self, busy: Mapping[int, tuple[int, Sequence[int]]]) -> list[tuple[int, float]]:
         """busy: rank -> steps done, own work of the last ones [ns]. Ranks that have just been found slow, and by what.
@@ -34,6 +33,4 @@ class Stragglers:
         excess = {rank: took[rank] / median(peers) for rank, peers in same.items() if peers}
         self.slowest = max(excess.items(), key=itemgetter(1), default=None)
         self._in_a_row = {rank: self._in_a_row.get(rank, 0) + 1 for rank, by in excess.items() if by >= SLOWER}
-        slow, before = [rank for rank, times in self._in_a_row.items() if times >= TIMES], self.said
-        self.said = {*slow}
-        return [(rank, excess[rank]) for rank in slow if rank not in before]
+        return [(rank, excess[rank]) for rank, times in self._in_a_row.items() if times == TIMES]

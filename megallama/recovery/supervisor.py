@@ -25,15 +25,7 @@ from megallama.recovery.goodput import Goodput
 from megallama.recovery.keeper import Keeper
 from megallama.recovery.link import WAITING, Links, Message
 from megallama.recovery.membership import Members, wait, waits
-from megallama.recovery.node import (
-    SILENT,
-    STATUS_PERIOD,
-    Node,
-    out_of_memory_kills,
-    process_state,
-    signal_name,
-    write_json,
-)
+from megallama.recovery.node import SILENT, STATUS_PERIOD, Node, out_of_memory_kills, process_state, signal_name
 from megallama.recovery.siblings import Siblings
 from megallama.recovery.straggler import Stragglers
 from megallama.train.signals import FAILED, SAVED, SIGNALS
@@ -50,8 +42,7 @@ _NORMAL = (0, 2, SAVED)  # statuses of trainers that nobody need be told of
 
 def main() -> NoReturn:
     """argv: root folder, files of the flight record, the child, whether that makes the trainers; the launcher's."""
-    files = map(int, sys.argv[2].split(","))
-    Supervisor(FlightReader(*files), int(sys.argv[3]), sys.argv[4] != "0").run()
+    Supervisor(FlightReader(*map(int, sys.argv[2].split(","))), int(sys.argv[3]), sys.argv[4] != "0").run()
 
 
 class Supervisor:
@@ -471,14 +462,10 @@ class Supervisor:
         node.write_exit(first["status"] if status < 0 else status, first["rank"], first["text"])
 
     def _write_status(self, node: Node) -> None:
-        node.write_status()
-        if self._members is not None and node.about["min_replicas"]:  # for `megallama status`
-            known = {"waiting": self._links.waiting(), "lost": self._members.lost()}
-            write_json(node.folder / "status" / "members.json", known)
+        known = self._members and {"waiting": self._links.waiting(), "lost": self._members.lost()}
+        node.write_status(known)
         if self._goodput is not None:
             self._goodput.write()
-
-    # ---- what is said ----
 
     def _say(self, text: str, *, aloud: bool = True, kept: bool = True) -> None:
         """On standard error, and in the log of this rank and run.log: who decides may not be the root."""
