@@ -118,7 +118,7 @@ def processes_of(found: Sequence[Process], rank: int) -> dict[str, list[int]]:
     own = [p for p in found if p.rank == rank]
     pids = {p.pid for p in own}
     supervisors = [p.pid for p in own if p.parent not in pids]
-    makers = [p.pid for p in own if p.parent in supervisors]
+    makers = sorted(p.pid for p in own if p.parent in supervisors)[:1]  # a younger one is its spare
     trainers = [p.pid for p in own if p.parent in makers]
     named = {"trainer": trainers, "maker of trainers": makers, "supervisor": supervisors, "all of a rank": [*pids]}
     return {name: numbers for name, numbers in named.items() if numbers}

@@ -20,13 +20,14 @@ ACTIONS = ("", "F", "B", "I", "W", "send_F", "recv_F", "send_B", "recv_B", "last
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "send", "recv", "all_to_all")
 TRAINER, STEP, PHASE, ACTION, STAGE, MICROBATCH, LAYER, CHANGED, LIMIT, LAUNCHED = range(10)
 COMPLETED, SAVING, STEPS, WAITED, BEAT, ENDED, PORT, SLOWEST, EXCESS, LAUNCHER = range(10, 20)
-SUPERVISOR, GENERATION, ASKED, ANSWERED, COPIED, BUDDY = range(20, 26)
+SUPERVISOR, GENERATION, ASKED, ANSWERED, COPIED, BUDDY, SPARE = range(20, 27)
 """Words: process; position; when it last moved [ns]; longest wait of now [ns]; actions started, and on CUDA finished;
 whether a save is under way; steps done and all time spent in waits [ns]; by the supervisor: when it last
 looked [ns], the trainer's wait status + 1, where it listens; the slowest rank + 1, and its excess in millionths; the
 launcher's process and the supervisor's; how often trainers have been replaced; questions of the trainer, and answers;
-the step of its newest copy + 1, and of the newest that its buddy has, -1 while there is none."""
-_LASTING = (BEAT, PORT, LAUNCHER, SUPERVISOR, GENERATION, ASKED, ANSWERED)
+the step of its newest copy + 1, and of the newest that its buddy has, -1 while there is none; the process that will
+make trainers when the one that does has died."""
+_LASTING = (BEAT, PORT, LAUNCHER, SUPERVISOR, GENERATION, ASKED, ANSWERED, SPARE)
 CALLS, CALL_WORDS = 64, 8  # the last communications, and of each:
 NUMBER, GROUP, OPERATION, ROWS, BYTES, PEER, BEGAN, DONE = range(CALL_WORDS)  # NUMBER: from 1 in its group
 BUSY, FIRST_BUSY = 64, 32  # steps whose own work is remembered [ns]; first word

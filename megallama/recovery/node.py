@@ -138,9 +138,9 @@ class Node:
         """For `Stragglers`."""
         return {rank: (record.state()["steps"], record.busy()) for rank, record in self.records.items()}
 
-    def write_status(self, members: dict[str, Any] | None = None) -> None:
+    def write_status(self, members: dict[str, Any]) -> None:
         """RUNFOLDER/status/NODE.json, whole or not at all; where the disk does not want it, not now."""
-        if members is not None and self.about["min_replicas"]:
+        if members and self.about["min_replicas"]:
             write_json(self.folder / "status" / "members.json", members)
         ranks = {}
         for rank, record in self.records.items():

@@ -140,7 +140,11 @@ class Supervisor:
                     self._child, self._child_ended = 0, found[1]
 
     def _start_maker(self) -> None:
-        """In place of a dead one; it has nothing imported."""
+        """In place of a dead one: the spare of that, or one that has nothing imported."""
+        with suppress(ChildProcessError):
+            if (spare := self._record.words[flight.SPARE]) > 0 and os.waitpid(spare, os.WNOHANG)[0] == 0:
+                self._child, self._record.words[flight.SPARE] = spare, -spare
+                return
         command = [sys.executable, "-c", _MAKER, *sys.argv[1:3], *sys.argv[5:]]
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # as the first one had them
         self._child = os.spawnv(os.P_NOWAIT, sys.executable, command)
@@ -462,7 +466,8 @@ class Supervisor:
         node.write_exit(first["status"] if status < 0 else status, first["rank"], first["text"])
 
     def _write_status(self, node: Node) -> None:
-        known = self._members and {"waiting": self._links.waiting(), "lost": self._members.lost()}
+        members = self._members
+        known: Message = {"waiting": self._links.waiting(), "lost": members.lost()} if members else {}
         node.write_status(known)
         if self._goodput is not None:
             self._goodput.write()

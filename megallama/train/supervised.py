@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megallama.comm.flight_record import ENDED, GENERATION, LAUNCHER, PORT, SUPERVISOR, TRAINER, FlightRecord
+from megallama.comm.flight_record import ENDED, GENERATION, LAUNCHER, PORT, SPARE, SUPERVISOR, TRAINER, FlightRecord
 from megallama.train.log import Logger
 from megallama.train.signals import SIGNALS, STACKS
 
@@ -113,19 +113,42 @@ def _become_trainers(record: FlightRecord) -> None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # no trainer need look through what is imported
-    own, words = os.getpid(), record.words
+    spare, words = True, record.words
     while True:
         generation, place = words[GENERATION], record.told("place")
         record.begin_again()
         if place is None or place["seat"] in place["seats"]:
+            maker = os.getpid()
             if not (trainer := os.fork()):
-                _die_with(own)
+                _die_with(maker)
                 words[TRAINER] = os.getpid()
                 return
+            if spare and (spare := _is_spare(record)):
+                continue  # in place of a dead one
             words[ENDED] = os.waitpid(trainer, 0)[1] + 1
             os.kill(words[SUPERVISOR], signal.SIGCHLD)
         while words[GENERATION] == generation:
             time.sleep(0.02)
+
+
+def _is_spare(record: FlightRecord) -> bool:
+    """False in this process; True in another, as warm as this, once this has died and the supervisor wants that."""
+    words = record.words
+    if child := os.fork():
+        os.waitpid(child, 0)
+        return False
+    between = os.getpid()
+    if os.fork():
+        os._exit(0)  # then the supervisor is the other's parent, as it is that of the process which makes trainers
+    while os.getppid() == between:
+        time.sleep(0.001)
+    _die_with(words[SUPERVISOR])
+    words[SPARE] = own = os.getpid()
+    while words[SPARE] == own:
+        time.sleep(0.05)
+    if words[SPARE] != -own:
+        os._exit(0)  # there is another
+    return True
 
 
 def _ask_for_a_place(record: FlightRecord) -> None:

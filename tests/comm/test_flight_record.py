@@ -110,7 +110,7 @@ def test_of_the_last_trainer_only_what_lasts_is_kept() -> None:
         own.words[word] = word + 1
     own.begin_again()
     kept = {word: number for word, number in enumerate(own.words) if number}
-    names = ("BEAT", "PORT", "LAUNCHER", "SUPERVISOR", "GENERATION", "ASKED", "ANSWERED")
+    names = ("BEAT", "PORT", "LAUNCHER", "SUPERVISOR", "GENERATION", "ASKED", "ANSWERED", "SPARE")
     assert kept == {(word := getattr(flight_record, name)): word + 1 for name in names}
 
 
