@@ -17,6 +17,7 @@ from megallama.recovery.membership import Members
 from megallama.recovery.node import Node
 from megallama.recovery.straggler import Stragglers
 from megallama.recovery.supervisor import HASTE, PERIOD, REPLACED, Supervisor
+from megallama.train import supervised
 
 
 def test_the_next_trainers_begin_without_the_verdict_of_the_last() -> None:
@@ -41,6 +42,18 @@ def test_what_is_told_early_to_the_next_trainer_is_not_lost() -> None:
     record.words[ENDED] = 10
     record.begin_again()
     assert record.told("verdict") == {"again": False} and record.words[ENDED] == 0
+
+
+def test_what_takes_long_is_imported_before_there_is_a_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is left alone by its garbage collection."""
+    record, imported, frozen = FlightReader(), list[str](), list[bool]()
+    monkeypatch.setattr(supervised.importlib, "import_module", imported.append)
+    monkeypatch.setattr(supervised.gc, "freeze", lambda: frozen.append(True))
+    monkeypatch.setattr(supervised.os, "fork", lambda: 0)
+    monkeypatch.setattr(supervised, "_die_with", lambda parent: None)
+    supervised._become_trainers(record)
+    assert imported == ["megallama.train.loop", "torch.fx.experimental.symbolic_shapes"] and frozen == [True]
+    assert record.words[TRAINER] == os.getpid()
 
 
 def test_nobody_is_asked_for_stacks_while_there_is_no_trainer() -> None:
