@@ -52,7 +52,7 @@ class FlightRecord:
         self.memory = mmap.mmap(file, _SIZE)
         self.words = memoryview(self.memory)[: WORDS * 8].cast("q")
         self._next = self._began = self._since = 0
-        self.shares_cores = False  # own work is CPU time of this thread then: the others take turns with it
+        self.clock = time.monotonic_ns  # of own work; where ranks take turns on cores the CPU time of the thread
         self.groups: list[list[Any]] = []  # of every group: name, ranks
 
     @staticmethod
@@ -108,7 +108,7 @@ class FlightRecord:
         return place
 
     def waits(self, place: int) -> None:
-        self._since = self._clock()
+        self._since = self.clock()
         self.words[SINCE + 1] = time.monotonic_ns()
         self.words[SINCE] = place + 1
 
@@ -116,7 +116,7 @@ class FlightRecord:
         words, now = self.words, time.monotonic_ns()
         words[SINCE] = 0
         words[FIRST_CALL + place * CALL_WORDS + DONE] = words[CHANGED] = now
-        words[WAITED] += self._clock() - self._since
+        words[WAITED] += self.clock() - self._since
 
     def layer(self, number: int, gradient: object = None) -> None:
         """It begins a layer: forward, or backward where a hook has its gradient."""
@@ -124,13 +124,10 @@ class FlightRecord:
 
     def work_begins(self) -> None:
         """From here on the time of a step is its own work, but for waits."""
-        self._began = self._clock() - self.words[WAITED]
+        self._began = self.clock() - self.words[WAITED]
 
     def work_done(self) -> None:
-        self._remember(self._clock() - self.words[WAITED] - self._began)
-
-    def _clock(self) -> int:
-        return time.thread_time_ns() if self.shares_cores else time.monotonic_ns()
+        self._remember(self.clock() - self.words[WAITED] - self._began)
 
     def _remember(self, busy_ns: int) -> None:
         self.words[FIRST_BUSY + self.words[STEPS] % BUSY] = busy_ns

@@ -13,6 +13,7 @@ import platform
 import re
 import resource
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -309,7 +310,8 @@ def start(
     try:
         here = {a.rank: (a.cores, a.near) for a in arrivals if a.host == own.host}
         sharing = _set_threads(run, keep_near(near, own.rank, here), notes)
-        record.shares_cores = sharing > len(os.sched_getaffinity(0))
+        shares = sharing > len(os.sched_getaffinity(0))
+        record.clock = time.thread_time_ns if shares else time.monotonic_ns
         if launch.one_node and device.type == "cpu":
             _one_node_network(notes)
         timeout, record.words[LIMIT] = timedelta(seconds=run.io_timeout_seconds), int(1e9 * run.io_timeout_seconds)
@@ -318,7 +320,7 @@ def start(
         notes.append(f"{launch.launcher}: {counted(launch.world_size, 'rank')} over {backend}")
         world = World(
             launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, star,
-            oversubscribed=record.shares_cores, shared_memory=run.shared_memory, record=record, arrivals=arrivals,
+            oversubscribed=shares, shared_memory=run.shared_memory, record=record, arrivals=arrivals,
         )  # fmt: skip
         world.group = world.open_group("world", [tuple(range(launch.world_size))])
         return world

@@ -118,8 +118,6 @@ class Supervisor:
             if self._record.words[flight.GENERATION] == self._generation:
                 self._end(now)
 
-    # ---- the trainer ----
-
     def _forward(self, any_came: bool) -> None:
         self._signals += [n for n in os.read(self._pipe[0], 4096) if n in SIGNALS] if any_came else []
         while self._signals and self._record.words[flight.TRAINER] and self._status is None:
@@ -200,8 +198,6 @@ class Supervisor:
         if (node := self._node) is not None and node is not before and node.rank == 0:
             self._goodput = Goodput(node.folder / "goodput.json")
             self._members = Members(node.about, self._links) if first else self._members
-
-    # ---- the others ----
 
     def _watch(self, node: Node, now: float) -> None:
         leads, about = node.leader, node.about
@@ -390,8 +386,6 @@ class Supervisor:
             self._say(f"warning: the supervisor {who} has been silent for {SILENT:g} s; its ranks may train on")
         self._warned = silent
 
-    # ---- the end ----
-
     def _end(self, now: float) -> None:
         about = self._node.about if self._node else self._record.told("about") or {}
         if self._verdict and 0 < self._speak <= now:
@@ -466,9 +460,8 @@ class Supervisor:
         node.write_exit(first["status"] if status < 0 else status, first["rank"], first["text"])
 
     def _write_status(self, node: Node) -> None:
-        members = self._members
-        known: Message = {"waiting": self._links.waiting(), "lost": members.lost()} if members else {}
-        node.write_status(known)
+        waiting, members = self._links.waiting(), self._members
+        node.write_status({"waiting": waiting, "lost": members.lost()} if members else {})
         if self._goodput is not None:
             self._goodput.write()
 

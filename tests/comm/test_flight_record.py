@@ -118,6 +118,7 @@ def test_time_in_waits_adds_up_and_a_layer_is_where_the_rank_stands(monkeypatch:
     own, seen = two()
     clock = iter([100, 130, 130, 200, 200, 205, 300, 300, 330, 330, 340, 400])
     monkeypatch.setattr(time, "monotonic_ns", lambda: next(clock))
+    own.clock = time.monotonic_ns
     place = own.begins(own.add_group("tp", (0, 1)), "all_gather", 1, 8)  # at 100
     own.waits(place)
     own.arrived(place)
@@ -143,7 +144,7 @@ def test_on_shared_cores_own_work_is_what_the_thread_computes() -> None:
         while time.thread_time() < until:
             pass
 
-    for own.shares_cores in (False, True):
+    for own.clock in (time.monotonic_ns, time.thread_time_ns):
         own.work_begins()
         compute(0.02)
         time.sleep(0.1)

@@ -9,7 +9,7 @@ if by := float(os.environ.get("SLOWED", "0")):
     done = FlightRecord.work_done
 
     def work_done(self: FlightRecord) -> None:
-        own = self._clock() - self.words[WAITED] - self._began
+        own = self.clock() - self.words[WAITED] - self._began
         until = time.thread_time_ns() + (by - 1) * own
         while time.thread_time_ns() < until:
             pass
