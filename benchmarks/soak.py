@@ -56,11 +56,12 @@ SETTINGS = [
 TARGETS = {"trainer": 8, "maker of trainers": 2, "supervisor": 2, "all of a rank": 2, "launcher": 2}  # with weights
 WHOLE_GAP, LATER, AT_ONCE = 30, 0.05, 3.0  # steps, and then seconds, to the next kill; seconds, where it comes at once
 STOPPED = 0.25  # of the kills are a SIGSTOP
+WAYS = ("in place", "again", "with the next", "with the last", "at the end")  # how a kill was got over
 GONE, STUCK = 60.0, 150.0  # seconds: for all processes after the launcher's end; without a step
 NOTE = f"""
 A run has {STEPS} steps, copies in memory after every one, checkpoints after every fifth. *In place*: the same launch
-went on. *Again*: the command was started again. *With the next*: the next kill came before this one was got over. *At
-the end*: the run had no step left to make. *Bitwise*: kills in runs that ended with the bytes and losses of the
+went on. *Again*: the command was started again. *With the next*: the next kill came before this one was got over;
+*with the last*: the kill before had ended that start already. *At the end*: the run had no step left to make. *Bitwise*: kills in runs that ended with the bytes and losses of the
 undisturbed run. *Samples*: kills in runs that used each sample exactly once. *Seconds* are from the kill to the end of
 the next step that was finished (median, worst), where nothing else was killed meanwhile; a stopped rank is found after
 `run.timeout_seconds` = 6. Where the command was started again, a part of them went by until the last process of the
@@ -79,12 +80,17 @@ class Kill:
     signal: str
     rank: int
     moment: float  # [s], monotonic
-    went_on: str = "at the end"  # or: in place, again
+    went_on: str = "at the end"  # or: in place, again, with the next, with the last
     seconds: float | None = None
     left: float | None = None  # where the command was started again: seconds until the last process had left
     steps_lost: int | None = None
     bitwise: bool = False
     samples: bool = False
+
+    @property
+    def ends(self) -> bool:
+        """Whether nobody can take the place of what is killed: the command is started again."""
+        return self.signal == "SIGKILL" and self.target in ("supervisor", "all of a rank", "launcher")
 
 
 @dataclass(frozen=True)
@@ -323,6 +329,10 @@ def judge(run: Run, kills: Sequence[Kill]) -> None:
             kill.went_on = "with the next"
             continue
         kill.went_on = "again" if any(kill.moment < start < first[0] for start in run.starts) else "in place"
+        began = max((start for start in run.starts if start < kill.moment), default=0.0)
+        if kill.went_on == "again" and any(began < k.moment < kill.moment and k.ends for k in kills):
+            kill.went_on = "with the last"
+            continue
         kill.steps_lost = 0 if broken < 0 else max(0, steps - first[1])
         rest = later if broken < 0 else later[broken + 1 :]
         if rest and rest[0][0] < nearest:
@@ -344,7 +354,7 @@ def rows(kills: Sequence[Kill]) -> list[dict[str, str]]:
             lost = [k.steps_lost for k in own if k.steps_lost is not None]
             found.append({
                 "target": target, "signal": kind, "kills": str(len(own)),
-                **{way: str(ways[way]) for way in ("in place", "again", "with the next", "at the end")},
+                **{way: str(ways[way]) for way in WAYS},
                 "bitwise": str(sum(k.bitwise for k in own)), "samples": str(sum(k.samples for k in own)),
                 "seconds": f"{median(seconds):.1f}, {max(seconds):.1f}" if seconds else "",
                 "of them until all had left": f"{median(left):.1f}, {max(left):.1f}" if left else "",
