@@ -61,10 +61,10 @@ GONE, STUCK = 60.0, 150.0  # seconds: for all processes after the launcher's end
 NOTE = f"""
 A run has {STEPS} steps, copies in memory after every one, checkpoints after every fifth. *In place*: the same launch
 went on. *Again*: the command was started again. *With the next*: the next kill came before this one was got over;
-*with the last*: the kill before had ended that start already. *At the end*: the run had no step left to make. *Bitwise*: kills in runs that ended with the bytes and losses of the
-undisturbed run. *Samples*: kills in runs that used each sample exactly once. *Seconds* are from the kill to the end of
-the next step that was finished (median, worst), where nothing else was killed meanwhile; a stopped rank is found after
-`run.timeout_seconds` = 6. Where the command was started again, a part of them went by until the last process of the
+*with the last*: the kill before had ended that start already. *At the end*: the run had no step left to make.
+*Bitwise*: kills in runs that ended with the bytes and losses of the undisturbed run. *Samples*: kills in runs that used
+each sample exactly once. *Seconds* are from the kill to the end of the next step that was finished (median, worst),
+where nothing else was killed meanwhile; a stopped rank is found after `run.timeout_seconds` = 6. Where the command was started again, a part of them went by until the last process of the
 start before had left; the rest is the start of Python, torch and the run. *Steps lost* are finished steps that were
 made again (median, worst).
 """
