@@ -64,9 +64,9 @@ went on. *Again*: the command was started again. *With the next*: the next kill 
 *with the last*: the kill before had ended that start already. *At the end*: the run had no step left to make.
 *Bitwise*: kills in runs that ended with the bytes and losses of the undisturbed run. *Samples*: kills in runs that used
 each sample exactly once. *Seconds* are from the kill to the end of the next step that was finished (median, worst),
-where nothing else was killed meanwhile; a stopped rank is found after `run.timeout_seconds` = 6. Where the command was started again, a part of them went by until the last process of the
-start before had left; the rest is the start of Python, torch and the run. *Steps lost* are finished steps that were
-made again (median, worst).
+where nothing else was killed meanwhile; a stopped rank is found after `run.timeout_seconds` = 6. Where the command was
+started again, a part of them went by until the last process of the start before had left; the rest is the start of
+Python, torch and the run. *Steps lost* are finished steps that were made again (median, worst).
 """
 
 

@@ -274,6 +274,11 @@ def open_files(world: World, axes: dict[str, Any]) -> tuple[int, int]:
     return found - before, sum(need[name] for name in ("gloo", "shared memory", "connections with rank 0"))
 
 
+def takes_turns(world: World) -> tuple[bool, bool]:
+    """Whether ranks share cores, and whether their own work is CPU time then."""
+    return world.oversubscribed, world.record.clock is time.thread_time_ns
+
+
 def bound(world: World) -> tuple[list[float], float]:
     """The time-outs of all groups of a rank and of the checkpoint group, once steps are bound to 7 s."""
     world.groups(Topology(tp=2), num_kv_heads=1)

@@ -15,6 +15,7 @@ from megallama.comm import flight_record
 from megallama.comm.flight_record import BUSY, CALLS, COMPLETED, LAUNCHED, STEPS, FlightRecord
 from megallama.comm.stream_record import StreamRecord
 from megallama.recovery.flight_reader import FlightReader
+from tests.pool import Pool
 
 
 def two() -> tuple[FlightRecord, FlightReader]:
@@ -155,6 +156,11 @@ def test_on_shared_cores_own_work_is_what_the_thread_computes() -> None:
         own.work_done()
     wall, cpu = seen.busy()
     assert wall >= 0.12e9 and 0.02e9 <= cpu < 0.04e9
+
+
+def test_ranks_that_share_cores_are_compared_by_their_cpu_time(pool: Pool) -> None:
+    shares = 4 > len(os.sched_getaffinity(0))
+    assert pool.run(4, "tests.comm.operations:takes_turns") == [(shares, shares)] * 4
 
 
 def test_a_question_waits_for_its_answer_but_not_for_ever() -> None:
