@@ -109,9 +109,9 @@ def _become_trainers(record: FlightRecord) -> None:
 
     What takes long is imported before. No thread runs here and no GPU is touched: a trainer starts as if it were first.
     """
-    for name in ("megallama.train.loop", "torch.fx.experimental.symbolic_shapes"):  # the latter by a first backward
+    gc.disable()  # as in `pretrain`, which enables it
+    for name in ("megallama.train.loop", "torch.fx.experimental.symbolic_shapes"):  # a first backward imports this
         importlib.import_module(name)
-    gc.collect()
     gc.freeze()  # no trainer need look through what is imported
     spare, words = True, record.words
     while True:

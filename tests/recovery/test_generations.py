@@ -48,11 +48,12 @@ def test_what_takes_long_is_imported_before_there_is_a_trainer(monkeypatch: pyte
     """And is left alone by its garbage collection."""
     record, imported, frozen = FlightReader(), list[str](), list[bool]()
     monkeypatch.setattr(supervised.importlib, "import_module", imported.append)
+    monkeypatch.setattr(supervised.gc, "disable", lambda: frozen.append(False))
     monkeypatch.setattr(supervised.gc, "freeze", lambda: frozen.append(True))
     monkeypatch.setattr(supervised.os, "fork", lambda: 0)
     monkeypatch.setattr(supervised, "_die_with", lambda parent: None)
     supervised._become_trainers(record)
-    assert imported == ["megallama.train.loop", "torch.fx.experimental.symbolic_shapes"] and frozen == [True]
+    assert imported == ["megallama.train.loop", "torch.fx.experimental.symbolic_shapes"] and frozen == [False, True]
     assert record.words[TRAINER] == os.getpid()
 
 
