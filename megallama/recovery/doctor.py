@@ -33,7 +33,7 @@ def where(report: Report) -> str:
 def waits_for(wait: Mapping[str, Any]) -> str:
     """all_reduce 17 of group tp (ranks 0-3, 512 rows, 1048576 bytes)."""
     ranks, peer, which = wait["ranks"], wait["peer"], wait["number"]
-    name = f"{ranks[0]}-{ranks[-1]}" if ranks == [*range(ranks[0], ranks[-1] + 1)] else ranks
+    name = f"{ranks[0]}-{ranks[-1]}" if ranks and ranks == [*range(ranks[0], ranks[-1] + 1)] else ranks
     if peer >= 0:
         which = f"to rank {peer}" if wait["operation"] == "send" else f"from rank {peer}"
     sizes = f"{wait['rows']} rows, {wait['bytes']} bytes"
@@ -76,7 +76,7 @@ def _groups(reports: Mapping[int, Report], waiting: Mapping[int, Report]) -> lis
     """Of every group that is waited for, the wait for its latest communication, and its ranks that are not so far."""
     latest: dict[tuple[str, int], Report] = {}
     for wait in waiting.values():
-        key = wait["group"], wait["ranks"][0]
+        key = wait["group"], min(wait["ranks"], default=-1)  # none: it has begun anew meanwhile
         if wait["peer"] < 0 and (key not in latest or latest[key]["number"] < wait["number"]):
             latest[key] = wait
 

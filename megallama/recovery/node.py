@@ -167,7 +167,7 @@ def begin_generation(record: FlightReader, number: int, place: dict[str, Any] | 
     for name in flight.TEXTS:  # before: a supervisor that is quick would end the next one by the last one's verdict
         record.tell(name, None)
     record.tell("place", place)
-    record.words[flight.TRAINER] = record.words[flight.ENDED] = 0  # nor is the last one's end the next one's
+    record.begin_again()  # nor is the last one's end, or wait, the next one's, whose maker may take long
     record.words[flight.GENERATION] = number
 
 

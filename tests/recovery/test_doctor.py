@@ -104,6 +104,12 @@ def test_of_thousands_of_ranks_a_few_are_said() -> None:
     assert "and 1040 more ranks: [1008, " in said
 
 
+def test_a_wait_in_a_group_that_is_not_known_any_more() -> None:
+    """The next trainer has begun between two looks."""
+    ranks, said = hung({0: report(("?", 7, [])), 1: report(("?", 7, []))}, ["h"] * 2)
+    assert ranks == [0, 1] and "of group ? (ranks [], " in said
+
+
 def busy(steps: int, *milliseconds: float) -> dict[int, tuple[int, list[int]]]:
     return {rank: (steps, [int(1e6 * ms)] * 64) for rank, ms in enumerate(milliseconds)}
 

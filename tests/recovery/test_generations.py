@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megallama.comm.flight_record import BEAT, ENDED, GENERATION, LAUNCHER, TEXTS, TRAINER
+from megallama.comm.flight_record import BEAT, ENDED, GENERATION, LAUNCHER, LIMIT, SINCE, TEXTS, TRAINER
 from megallama.recovery.flight_reader import FlightReader
 from megallama.recovery.link import Links
 from megallama.recovery.membership import Members
@@ -27,12 +27,16 @@ def test_the_next_trainers_begin_without_the_verdict_of_the_last() -> None:
         for name in TEXTS:
             record.tell(name, {"again": True, "rank": 1})
         record.words[TRAINER], record.words[ENDED], record.words[BEAT] = 4711, 10, 99
+        record.words[LIMIT], record.words[SINCE], record.words[SINCE + 1] = int(3e9), 5, 1  # killed while it waited
     node = Node.__new__(Node)
     node.records, node.rank, node.about = records, 0, {"seats": [0, 1], "records": [[os.getpid(), 0, 0]] * 2}
     node.begin_generation(3)
     for record in records.values():
         assert [record.told(name) for name in TEXTS] == [None] * len(TEXTS)
         assert [record.words[word] for word in (TRAINER, ENDED, GENERATION, BEAT)] == [0, 0, 3, 99]
+    node.hosts, node._moved, node._stopped = ["a", "a"], {}, {}
+    node.about["timeout_seconds"] = 3.0
+    assert node.overdue(0.0) == []
 
 
 def test_what_is_told_early_to_the_next_trainer_is_not_lost() -> None:
