@@ -74,10 +74,10 @@ def hung(reports: Mapping[int, Report], hosts: Sequence[str]) -> tuple[list[int]
 
 def _groups(reports: Mapping[int, Report], waiting: Mapping[int, Report]) -> list[tuple[Report, list[int]]]:
     """Of every group that is waited for, the wait for its latest communication, and its ranks that are not so far."""
-    latest: dict[tuple[str, int], Report] = {}
+    latest: dict[tuple[Any, ...], Report] = {}
     for wait in waiting.values():
-        key = wait["group"], min(wait["ranks"], default=-1)  # none: it has begun anew meanwhile
-        if wait["peer"] < 0 and (key not in latest or latest[key]["number"] < wait["number"]):
+        key = wait["group"], *wait["ranks"][:1]  # none: it has begun anew meanwhile
+        if wait["ranks"] and wait["peer"] < 0 and (key not in latest or latest[key]["number"] < wait["number"]):
             latest[key] = wait
 
     def begun(rank: int, wait: Report) -> int:
