@@ -25,8 +25,7 @@ SUPERVISOR, GENERATION, ASKED, ANSWERED, COPIED, BUDDY, SPARE = range(20, 27)
 whether a save is under way; steps done and all time spent in waits [ns]; by the supervisor: when it last
 looked [ns], the trainer's wait status + 1, where it listens; the slowest rank + 1, and its excess in millionths; the
 launcher's process and the supervisor's; how often trainers have been replaced; questions of the trainer, and answers;
-the step of its newest copy + 1, and of the newest that its buddy has, -1 while there is none; the process that will
-make trainers when the one that does has died."""
+the step of its newest copy + 1, and of the newest that its buddy has, -1 while there is none; its maker's spare."""
 _LASTING = (BEAT, PORT, LAUNCHER, SUPERVISOR, GENERATION, ASKED, ANSWERED, SPARE)
 CALLS, CALL_WORDS = 64, 8  # the last communications, and of each:
 NUMBER, GROUP, OPERATION, ROWS, BYTES, PEER, BEGAN, DONE = range(CALL_WORDS)  # NUMBER: from 1 in its group
@@ -108,8 +107,7 @@ class FlightRecord:
         return place
 
     def waits(self, place: int) -> None:
-        self._since = self.clock()
-        self.words[SINCE + 1] = time.monotonic_ns()
+        self._since, self.words[SINCE + 1] = self.clock(), time.monotonic_ns()
         self.words[SINCE] = place + 1
 
     def arrived(self, place: int) -> None:

@@ -133,7 +133,6 @@ def _become_trainers(record: FlightRecord) -> None:
 
 def _is_spare(record: FlightRecord) -> bool:
     """False in this process; True in another, as warm as this, once this has died and the supervisor wants that."""
-    words = record.words
     if child := os.fork():
         os.waitpid(child, 0)
         return False
@@ -142,12 +141,10 @@ def _is_spare(record: FlightRecord) -> bool:
         os._exit(0)  # then the supervisor is the other's parent, as it is that of the process which makes trainers
     while os.getppid() == between:
         time.sleep(0.001)
-    _die_with(words[SUPERVISOR])
-    words[SPARE] = own = os.getpid()
-    while words[SPARE] == own:
+    _die_with(record.words[SUPERVISOR])
+    record.words[SPARE] = own = os.getpid()
+    while record.words[SPARE] != -own:
         time.sleep(0.05)
-    if words[SPARE] != -own:
-        os._exit(0)  # there is another
     return True
 
 
