@@ -105,10 +105,12 @@ class Pricer:
 
     def context_parallel(self, forward: float, backward: float) -> tuple[float, float]:
         """Exposed exchange of one layer, in its forward and its backward; it may hide under their attention [s]."""
-        job, once, by_heads = self.job, self.over_cp(2.0 * self.job.exchanged), self.job.exchange == "heads"
-        first, back = (1 + by_heads) * once, (2 - (job.keep_kv and not by_heads)) * once
-        share = max(1 - 1 / job.cp_pieces, self.stack.cp_overlap)
-        return first - min(share * first, forward), back - min(share * back, backward)
+        job, by_heads, share = self.job, self.job.exchange == "heads", self.stack.cp_overlap
+        pieces = 1 if by_heads else job.cp_pieces
+        once = pieces * self.over_cp(2.0 * job.exchanged / pieces)
+        again, first = (not (by_heads or job.keep_kv)) * once, (1 + by_heads) * once
+        back, later = first + again, 1 - 1 / pieces  # gradients are summed without a piece to hide under
+        return first - min(max(share, later) * first, forward), back - min(max(share * back, later * again), backward)
 
     def over_cp(self, nbytes: float) -> float:
         """One collective over cp of a tensor of so many bytes: gathered, or what a rank has for others."""

@@ -80,8 +80,7 @@ def seconds_by_cause(job: Job, hardware: Hardware, clock: Clock = closed_form) -
         # while the last micro-batches leave one chunk, the other chunks still compute
         window = ranks[0] / job.chunks * (1 + (job.chunks - 1) * p)
         causes["dp comm"] = each - min(share * each, window)
-    causes["optimizer"] = price.optimizer()
-    causes["step overhead"] = price.stack.step_ms * 1e-3
+    causes |= {"optimizer": price.optimizer(), "step overhead": price.stack.step_ms * 1e-3}
     doublings = (p > 1) * log2(max(1.0, job.gpus / hardware.gpu.gpus_per_node))
     causes["jitter"] = sum(causes.values()) * price.stack.jitter * doublings
     return causes
@@ -172,8 +171,7 @@ def buffer_bytes(config: Config, hardware: Hardware) -> int:
 
 def footprint(gpu_hours: float, watts: float) -> tuple[float, float]:
     """MWh = GPU-hours x watts x PUE / 1e6, and tonnes of CO2 equivalent = MWh x 0.385 (Touvron et al. 2023)."""
-    mwh = gpu_hours * watts * PUE / 1e6
-    return mwh, mwh * CO2_KG_PER_KWH
+    return (mwh := gpu_hours * watts * PUE / 1e6), mwh * CO2_KG_PER_KWH
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,8 @@ def job_of(config: Config, topology: Topology, kernel: str, stages: Stages | Non
         schedule=p.schedule, recompute=config.memory.recompute, sequence_parallel=p.sequence_parallel and p.tp > 1,
         tied=m.tie_embeddings, fp8=config.precision.fp8 != "none", kernel=kernel, hide_tp=o.tensor_parallel,
         hide_dp=o.grad_reduce and o.param_gather, missing=len(deal) * deal[0] - sum(deal),
-        cp=p.cp, exchange=exchange(config)[0], keep_kv=config.memory.cp_keep_kv, stride=topology.strides["cp"],
+        cp=p.cp, exchange=exchange(config)[0], keep_kv=config.memory.cp_keep_kv,
+        cp_pieces=o.context_parallel_heads, stride=topology.strides["cp"],
     )  # fmt: skip
 
 

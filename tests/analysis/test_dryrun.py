@@ -80,7 +80,14 @@ OTHERS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "one loss chunk": (2, {"parallel": {"tp": 2}, "memory": {"loss_chunk_tokens": 1000}}),
 }
 CONTEXT: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {  # each with two layers
-    "gathered": (4, {"parallel": {"cp": 2, "cp_exchange": "gather"}, "batch": {"micro_batch_size": 2}}),
+    "gathered": (
+        4,
+        {
+            "parallel": {"cp": 2, "cp_exchange": "gather"},
+            "batch": {"micro_batch_size": 2},
+            "overlap": {"context_parallel_heads": 2},
+        },
+    ),
     "gathered and kept": (4, {"parallel": {"cp": 4}, "memory": {"cp_keep_kv": True}, "data": {"document_mask": True}}),
     "gathered for layers that are computed again": (
         4,

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megallama.config.schema import Config
 from megallama.kernels import attention
-from megallama.layers.context import _Whole
+from megallama.layers.context import _Gather
 from megallama.plan import memory
 from megallama.plan.memory import DTYPE_BYTES, rank_memory, stage_saved_bytes, tokens_and_rows
 from megallama.plan.params import heads
@@ -71,11 +71,11 @@ ignored: list[Tensor] = []  # masks, alive
 @pytest.fixture(autouse=True)
 def what_context_parallelism_keeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Hooks of its own hide what it keeps from those of `measured`; its masks are noted."""
-    start, leave_out, again, mask = _Whole.__init__, _Whole.leave_out, _Whole.again, attention._mask
+    start, leave_out, again, mask = _Gather.__init__, _Gather.leave_out, _Gather.again, attention._mask
 
-    def init(self: Any, group: Any, k: Tensor, v: Tensor) -> None:
-        start(self, group, k, v)
-        self.held = [OF_THREAD.kept.pack(x) for x in (k, v)] if torch.is_grad_enabled() else []
+    def init(self: Any, *arguments: Any) -> None:
+        start(self, *arguments)
+        self.held = [OF_THREAD.kept.pack(x) for x in self.own] if torch.is_grad_enabled() else []
 
     def pack(self: Any, tensor: Tensor) -> Any:
         found = leave_out(self, tensor)
@@ -89,9 +89,9 @@ def what_context_parallelism_keeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[
         ignored.extend([found] * (hasattr(OF_THREAD, "kept") and OF_THREAD.kept.cut))
         return found
 
-    monkeypatch.setattr(_Whole, "__init__", init)
-    monkeypatch.setattr(_Whole, "leave_out", pack)
-    monkeypatch.setattr(_Whole, "again", unpack)
+    monkeypatch.setattr(_Gather, "__init__", init)
+    monkeypatch.setattr(_Gather, "leave_out", pack)
+    monkeypatch.setattr(_Gather, "again", unpack)
     monkeypatch.setattr(attention, "_mask", noted)
     yield
     ignored.clear()
@@ -178,6 +178,7 @@ def test_the_plan_predicts_every_byte(layout: Layout, dtype: str, monkeypatch: p
 CONTEXT: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "gathered": (4, {"parallel": {"cp": 4}}),
     "gathered, grouped heads": (4, {"parallel": {"cp": 2, "tp": 2}, "model": {"num_kv_heads": 1}}),
+    "gathered by groups of heads": (2, {"parallel": {"cp": 2}, "overlap": {"context_parallel_heads": 2}}),
     "gathered and kept": (2, {"parallel": {"cp": 2}, "memory": {"cp_keep_kv": True, "recompute": "none"}}),
     "gathered for documents": (2, {"parallel": {"cp": 2}, "data": {"document_mask": True}}),
     "gathered again": (4, {"parallel": {"cp": 2, "pp": 2, "schedule": "zb-h1"}, "memory": {"recompute": "full"}}),
