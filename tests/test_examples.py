@@ -13,6 +13,7 @@ from megallama.config.errors import ConfigError
 from megallama.config.load import load
 from megallama.forecast.forecast import forecast, search
 from megallama.forecast.hardware import load_hardware
+from megallama.plan.exchange import exchange
 from megallama.plan.plan import make_plan
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -24,6 +25,8 @@ RANKS = {  # file -> ranks it is meant for
     "llama_33b.toml": 2048,
     "llama_65b.toml": 2048,
     "llama_mixture.toml": 2048,
+    "llama3_8b_8k.toml": 128,
+    "llama3_8b_128k.toml": 128,
 }
 PAPER = {  # Touvron et al. 2023, table 2: parameters, learning rate, tokens
     "llama_7b.toml": (6_738_415_616, 3.0e-4, 1.0e12),
@@ -65,7 +68,7 @@ def test_example_is_the_paper(name: str) -> None:
     assert (s.kind, s.warmup_steps, s.min_ratio, s.decay_steps) == ("cosine", 2000, 0.1, config.train.steps)
 
 
-@pytest.mark.parametrize("name", [n for n in RANKS if RANKS[n] > 8])
+@pytest.mark.parametrize("name", [n for n in PAPER if RANKS[n] > 8])
 def test_example_can_be_planned(name: str) -> None:
     """tools/plan.py takes it at its number of ranks, and the worst rank fits into 80 GB with a tenth to spare."""
     command = [sys.executable, "tools/plan.py", f"examples/{name}", f"ranks={RANKS[name]}"]
@@ -128,6 +131,44 @@ def test_the_heading_of_an_example_is_true(name: str) -> None:
     assert f"of {legal:,} legal ones" in heading
     ours = forecast(plan, load_hardware("a100-80g"), "flash2").prediction.tokens_per_second
     assert output == pytest.approx(ours, rel=0.005) and ours > 0.99 * best[0].prediction.tokens_per_second
+
+
+STAGES = {  # tokens of a sample -> its layout on 128 H100
+    8192: "parallel.pp=2 parallel.chunks=6",
+    16384: "parallel.tp=2 batch.micro_batch_size=2",
+    32768: "parallel.tp=2",
+    65536: "parallel.cp=8",
+    131072: "parallel.tp=4 parallel.cp=2",
+}
+
+
+@pytest.mark.parametrize("length", [8192, 131072])
+def test_an_example_of_long_contexts_is_what_its_heading_says(length: int) -> None:
+    """Layout, memory, speed, exchange and tokens; and that the search finds nothing more than 1 % faster."""
+    name, h100 = f"llama3_8b_{length // 1024}k.toml", load_hardware("h100")
+    heading = (EXAMPLES / name).read_text().partition("[model]")[0]
+    heading = " ".join(line.lstrip("# ") for line in heading.splitlines())
+    config = load(EXAMPLES / name, (), ranks=128)
+    assert config.batch.global_batch_size * config.batch.seq_length == 4 * 2**20 and config.data.document_mask
+    f = forecast(make_plan(config, 128), h100, "flash3")
+    assert f.fits and f"{f.prediction.tokens_per_second:,.0f} tokens/s per GPU" in heading
+    state, peak = max(f.plan.memory(r).total for r in range(f.job.pp)) / 2**30, max(f.peaks) / 2**30
+    assert f"{state:.0f} GiB of state" in heading and f"{peak:.0f} with buffers" in heading
+    assert f"{config.train.steps - 238419 * (length > 8192)} " in heading
+    best, legal, _ = search(config, 128, h100, "flash3")
+    assert f"of {legal:,} legal ones" in heading
+    assert f.prediction.tokens_per_second > 0.99 * best[0].prediction.tokens_per_second
+    assert f.job.cp == 1 or exchange(config) == ("gather", "cp=2 is not above 2/3 x (1 + 8 / 2) = 3.33")
+
+
+def test_the_table_of_stages() -> None:
+    heading, h100 = (EXAMPLES / "llama3_8b_128k.toml").read_text(), load_hardware("h100")
+    for length, layout in STAGES.items():
+        words = ["model.preset=llama3.1-8b", f"batch.seq_length={length}", "batch.micro_batch_size=1"]
+        words += [f"batch.global_batch_size={2**22 // length}", "memory.recompute=selective", *layout.split()]
+        p = forecast(make_plan(load(None, words, ranks=128, need_data=False), 128), h100, "flash3").prediction
+        (row,) = re.findall(rf"#  +{length} .*", heading)
+        assert row.split()[-3:] == [f"{p.tokens_per_second:,.0f}", f"{100 * p.mfu_full:.1f}", "%"], row
 
 
 SCRIPTS = sorted(str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*") if p.suffix in (".sbatch", ".sh"))
