@@ -56,18 +56,14 @@ def load_recipe(file: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        found = [f"{file}: {_problem(e)}" for e in error.errors(include_url=False) if not _follows(e)]
+        told = [e for e in error.errors(include_url=False) if e["type"] != "too_short" or not e["input"]]  # else why
+        found = [f"{file}: {_problem(e)}" for e in told]
         many = "\n".join([f"{len(found)} problems in the recipe:", *(f"  - {line}" for line in found)])
         raise ConfigError(found[0] if len(found) == 1 else many) from None
     names = [source.name for source in recipe.sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{file}: two sources are called {', '.join(twice)}; each needs a name of its own")
     return recipe
-
-
-def _follows(error: Any) -> bool:
-    """Whether a list is only empty because what stands in it is wrong."""
-    return error["type"] == "too_short" and bool(error["input"])
 
 
 def _problem(error: Any) -> str:

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -51,10 +52,7 @@ class Job(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """What a phase does to a source: stages[start:stop], the first perhaps the barrier whose keys came before.
-
-    behind, ahead: the groups of that barrier and of the next, stages[stop], whose keys are written.
-    """
+    """What a phase does to a source: stages[start:stop], between barriers of the groups `behind` and `ahead`."""
 
     start: int
     stop: int
@@ -289,9 +287,16 @@ def curate(recipe: Recipe, output: Path, workers: int = 1, quiet: bool = True) -
     return True
 
 
+def _child(plan: Plan) -> None:
+    """Work, and end with the process that started this one, however that ends."""
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    plan.work()
+
+
 def _in_processes(plan: Plan, workers: int, show: Callable[[], None]) -> None:
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(plan.work) for _ in range(workers)}
+        waiting = {pool.submit(_child, plan) for _ in range(workers)}
         while waiting:
             done, waiting = wait(waiting, SECONDS)
             try:

@@ -242,6 +242,34 @@ def test_a_large_file_is_cut_and_small_ones_are_joined(tmp_path: Path) -> None:
     assert sum(unit.size for unit in units) == sum(p.stat().st_size for p in (tmp_path / "in").iterdir())
 
 
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    make(tmp_path / "in", 12, 100)
+    made = recipe(tmp_path / "in", STAGES, unit_mb=0.01)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n"
+    code += "from megallama.curate.recipe import Recipe\nfrom megallama.curate.run import curate\n"
+    code += f"if __name__ == '__main__':\n    made = Recipe.model_validate_json({made.model_dump_json()!r})\n"
+    code += f"    curate(made, Path({str(tmp_path / 'out')!r}), 2)\n"
+    (tmp_path / "start.py").write_text(code)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "start.py")])
+    until = time.monotonic() + 60
+    children, file = list[int](), Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    while not [*(tmp_path / "out" / "work").glob("*.beat")] and parent.poll() is None and time.monotonic() < until:
+        children = [*map(int, file.read_text().split())]
+        time.sleep(0.01)
+    parent.send_signal(signal.SIGKILL)
+    assert parent.wait() == -signal.SIGKILL and len(children) >= 2
+    while (alive := [pid for pid in children if _runs(pid)]) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert alive == []
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from concurrent.futures.process import BrokenProcessPool
 
@@ -252,7 +280,7 @@ def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert issubclass(BrokenProcessPool, Exception)
 
 
-def _dies(pool: Any, work: Any) -> Any:
+def _dies(pool: Any, *work: Any) -> Any:
     from concurrent.futures import Future
     from concurrent.futures.process import BrokenProcessPool
 
