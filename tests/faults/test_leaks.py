@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ MAKER_DIES = 3  # the generation that a dead maker ends
 
 def held(pid: int) -> dict[str, Any]:
     """What a process holds: open files by their kind, threads, children, mapped places and kB."""
-    links = [os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")]
+    links = list[str]()
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # a supervisor writes its status now and then
+            links.append(os.readlink(f"/proc/{pid}/fd/{number}"))
     told, maps = (Path(f"/proc/{pid}/{name}").read_text() for name in ("status", "maps"))
     return {
         "files": Counter(re.sub(r"[\d\[\]]+", "", link) for link in links),
