@@ -234,7 +234,8 @@ def _te_attention(target: Target) -> MakeAttention:
                 out: Tensor = attention(q, k, v, attn_mask_type=f"causal{fewer}")
                 return out.view(*q.shape)
             packed: dict[str, Any] = {"qkv_format": "thd", "attn_mask_type": f"padding_causal{fewer}"}
-            packed |= {"cu_seqlens_q": documents.cu_seqlens, "cu_seqlens_kv": documents.cu_keys}
+            ends, key_ends = documents.cu_seqlens, documents.cu_keys if fewer else documents.cu_seqlens
+            packed |= {"cu_seqlens_q": ends, "cu_seqlens_kv": key_ends}
             packed |= {"max_seqlen_q": q.shape[1], "max_seqlen_kv": k.shape[1]}
             out = attention(q.flatten(0, 1), documents.packed(k), documents.packed(v), **packed)
             return out.view(*q.shape)

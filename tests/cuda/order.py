@@ -264,6 +264,9 @@ class OverNccl:
         start = lambda: self.inner.reduce_scatter(output, full)  # noqa: E731
         return self._start("reduce_scatter", self.name, [], [full, output], start)
 
+    def all_to_all(self, output: Tensor, full: Tensor) -> Handle:
+        return self._start("all_to_all", self.name, [full], [output], lambda: self.inner.all_to_all(output, full))
+
     def send(self, tensor: Tensor, to: int) -> Handle:
         return self._start("send", f"{self.name} to {to}", [tensor], [], lambda: self.inner.send(tensor, to))
 
@@ -281,7 +284,7 @@ class OverNccl:
 
 def over_nccl(groups: Groups, recorder: Recorder) -> Groups:
     """All groups of a rank; those of one rank stay what they are."""
-    names = ("tp", "dp", "pp", "embedding", "kv", "world")
+    names = ("tp", "cp", "dp_cp", "pp", "embedding", "kv", "world")
     found = {name: getattr(groups, name) for name in names}
     return replace(groups, **{n: g if isinstance(g, Solo) else OverNccl(g, recorder) for n, g in found.items()})
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from megallama.config.schema import OptimizerConfig
-from megallama.kernels.attention import Documents
 from megallama.kernels.optimizer import adamw_step, sum_of_squares
 from megallama.kernels.pointwise import rms_norm, rms_norm_backward, swiglu, swiglu_backward
 from tests.cuda.read_sources import TE, TEX
@@ -140,14 +139,28 @@ class Attention:
         q, k, v = (given[f"{name}_layer"] for name in ("query", "key", "value"))
         assert (q.shape[-2], k.shape[-2]) == (given["num_attention_heads"], given["num_gqa_groups"])
         if given["qkv_format"] == "bshd":
-            assert given["attn_mask_type"] == "causal"
-            return plain_attention(q, k, v).flatten(2)
-        assert (given["qkv_format"], given["attn_mask_type"], q.dim()) == ("thd", "padding_causal", 3)
-        ends = given["cu_seqlens_q"]
-        assert ends is given["cu_seqlens_kv"] and ends.dtype == torch.int32
-        assert ends[0] == 0 and ends[-1] == len(q) and int(ends.diff().max()) <= given["max_seqlen_q"]
-        starts = torch.repeat_interleave(ends[:-1].long(), ends.diff().long())
-        return plain_attention(q[None], k[None], v[None], Documents.of(starts[None]))[0].flatten(1)
+            assert given["attn_mask_type"] == "causal" + "_bottom_right" * (q.shape[1] < k.shape[1])
+            return last_rows(q, k, v).flatten(2)
+        fewer, (ends, key_ends) = len(q) < len(k), (given[f"cu_seqlens_{name}"] for name in ("q", "kv"))
+        mask = "padding_causal" + "_bottom_right" * (given["max_seqlen_q"] < given["max_seqlen_kv"])
+        assert (given["qkv_format"], given["attn_mask_type"], q.dim()) == ("thd", mask, 3)
+        assert (ends is key_ends or fewer) and {ends.dtype, key_ends.dtype} == {torch.int32}
+        for cut, x, most in ((ends, q, "max_seqlen_q"), (key_ends, k, "max_seqlen_kv")):
+            assert cut[0] == 0 and cut[-1] == len(x) and int(cut.diff().max()) <= given[most]
+        return by_documents(q, k, v, ends, key_ends).flatten(1)
+
+
+def last_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of queries that are the last rows of the keys."""
+    front = q.new_zeros(q.shape[0], k.shape[1] - q.shape[1], *q.shape[2:])
+    return plain_attention(torch.cat([front, q], 1), k, v)[:, front.shape[1] :]
+
+
+def by_documents(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, key_ends: Tensor) -> Tensor:
+    """The same of packed documents [tokens, heads, d]."""
+    cuts = [cut.diff().tolist() for cut in (ends, key_ends, key_ends)]
+    parts = zip(*(x.split(cut) for x, cut in zip((q, k, v), cuts, strict=True)), strict=True)
+    return torch.cat([last_rows(*(x[None] for x in one))[0] for one in parts])
 
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -17,8 +17,8 @@ from megallama.kernels import attention
 from megallama.kernels.attention import ATTENTION, Documents, sdpa
 from megallama.kernels.candidate import Target, Unsupported, Wrong
 from tests.cuda.claimed import claimed
+from tests.cuda.packages import by_documents
 from tests.cuda.test_budget import Case, step
-from tests.kernels.plain import plain_attention
 from tests.small import CPU, documents, small_config, solo_rank, tokens, train
 
 PACKED = dict(ATTENTION.candidates)["torch varlen_attn"]
@@ -27,28 +27,27 @@ HERE = replace(ON_CUDA, device=CPU)
 DECLARED = inspect.signature(varlen.varlen_attn)
 
 
-def by_documents(*args: Any, **named: Any) -> Tensor:
+def varlen_attn(*args: Any, **named: Any) -> Tensor:
     """What `varlen_attn` of the installed torch computes, called as it is declared."""
     given = DECLARED.bind(*args, **named).arguments
-    q, k, v, ends = (given[name] for name in ("query", "key", "value", "cu_seq_q"))
-    assert torch.equal(ends, given["cu_seq_k"]) and ends.dtype == torch.int32 and ends[0] == 0 and ends[-1] == len(q)
-    lengths = ends.diff()
-    assert int(lengths.max()) <= given["max_q"] == given["max_k"] and int(lengths.min()) > 0
+    q, k, v, ends, key_ends = (given[name] for name in ("query", "key", "value", "cu_seq_q", "cu_seq_k"))
+    for cut, x, most in ((ends, q, given["max_q"]), (key_ends, k, given["max_k"])):
+        assert cut.dtype == torch.int32 and cut[0] == 0 and cut[-1] == len(x)
+        assert int(cut.diff().max()) <= most and int(cut.diff().min()) > 0
     assert given["window_size"] == (-1, 0), "it would not be causal"
     assert given.get("enable_gqa", False) == (q.shape[1] != k.shape[1])
     assert all(part.dim() == 3 and part.stride(2) == 1 for part in (q, k, v))
-    parts = zip(*(part.split(lengths.tolist()) for part in (q, k, v)), strict=True)
-    return torch.cat([plain_attention(*(x[None] for x in one))[0] for one in parts])
+    return by_documents(q, k, v, ends, key_ends)
 
 
 def test_packed_documents_are_attended_to_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen, "varlen_attn", by_documents)
-    ATTENTION.check(PACKED(ON_CUDA), HERE)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    ATTENTION.check(PACKED(ON_CUDA), replace(HERE, fewer=True))
 
 
 def test_one_that_looks_ahead_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def ahead(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Tensor:
-        return by_documents(q, k.roll(-1, 0), v, *rest, **named)
+        return varlen_attn(q, k.roll(-1, 0), v, *rest, **named)
 
     monkeypatch.setattr(varlen, "varlen_attn", ahead)
     with pytest.raises(Wrong, match="output within documents differs"):

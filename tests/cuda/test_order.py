@@ -40,12 +40,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp": (2, {"parallel": {"tp": 2}}),
     "dp": (2, {}),
     "pp": (2, {"parallel": {"pp": 2}, "model": {"num_layers": 2, "tie_embeddings": True}}),
+    "cp": (2, {"parallel": {"cp": 2, "cp_exchange": "gather"}, "overlap": {"context_parallel_heads": 2}}),
+    "heads over cp": (2, {"parallel": {"cp": 2, "cp_exchange": "heads"}}),
     "pp and dp": (4, {"parallel": {"pp": 2, "schedule": "zb-h1"}}),
     "tp in pieces and dp": (4, {"parallel": {"tp": 2}, "overlap": {"bucket_mb": 0.01, "tensor_parallel_chunks": 2}}),
 }
 PLACES = {  # what must have been recorded
     "tp": {"TensorParallel.all_gather_sequence", "TensorParallel.reduce_scatter_sequence", "GradSync._sum_copies"},
     "dp": {"Update.gather", "GradSync._reduce", "CheckpointManager._snapshot", "MemoryCopies.keep", "MicroBatch.each"},
+    "cp": {"_Gather.start", "_Gather.backward", "_in_order"},
+    "heads": {"_Exchange.forward"},
     "pp": {"PipelineRuntime._send", "PipelineRuntime._recv", "consensus"},
 }
 
@@ -70,7 +74,10 @@ def body(recorder: Recorder, config: Config, groups: Groups, folder: Path | None
     manager = None if folder is None else CheckpointManager(config, folder, groups.world, None, lambda text: None)
     shards = worker.optimizer.shards(owned_only=False)
     copies = MemoryCopies(os.memfd_create("copies"), shards, {}, pinned=False) if manager is not None else None
-    with recorder, Loader(read, ids_of_step, stop_step=STEPS, device=torch.device("cuda", 0)) as loader:
+    with (
+        recorder,
+        Loader(read, ids_of_step, stop_step=STEPS, device=torch.device("cuda", 0), share=worker.share) as loader,
+    ):
         for step in range(STEPS):
             while loader._queue.empty() and loader._ahead is None:
                 time.sleep(0.001)
