@@ -152,10 +152,10 @@ def _batch(config: Config, ranks: int | None) -> Iterator[str]:
     b, p, uneven = config.batch, config.parallel, config.batch.uneven and ranks is not None
     unit, words = b.micro_batch_size, f"batch.micro_batch_size={b.micro_batch_size}"
     if ranks is not None:
-        dp, rest = divmod(ranks, size := p.unit)
+        (dp, rest), cp = divmod(ranks, size := p.unit), f" x parallel.cp={p.cp}" * (p.cp > 1)
         if rest:
             yield (
-                f"ranks={ranks} cannot be cut into parallel.tp={p.tp} x parallel.pp={p.pp}{_cp(p)} = {size}; use "
+                f"ranks={ranks} cannot be cut into parallel.tp={p.tp} x parallel.pp={p.pp}{cp} = {size}; use "
                 f"{_multiples(ranks, size)} ranks, or sizes whose product is {_near(_divisors(ranks), size)}"
                 + f"; torchrun --nproc-per-node {size} -m megallama.pretrain ... starts {size}"
                 * (ranks == 1)
@@ -382,10 +382,6 @@ def unusual(config: Config) -> Iterator[str]:
         yield f"lr_schedule.warmup_steps={warmup} is most of {end} steps; usually it is 0.1 to 10 %"
     if (tokens := config.batch.global_batch_size * config.batch.seq_length) > MOST_BATCH_TOKENS:
         yield f"batch.global_batch_size x batch.seq_length is {tokens:,} tokens; usually a step takes 0.5 to 16 million"
-
-
-def _cp(p: ParallelConfig) -> str:
-    return f" x parallel.cp={p.cp}" * (p.cp > 1)
 
 
 def _unit(p: ParallelConfig) -> str:

@@ -1,17 +1,10 @@
 """Context parallelism, without tensors: what a rank has of every sequence, and how attention reaches the rest.
 
 A sequence is 2 cp chunks, of which rank r has r and 2 cp - 1 - r: then causal attention is equal work (Dubey et al.
-2024, arXiv:2407.21783, 3.3.2).  Two exchanges, for one layer with s tokens, n' = n / tp heads, k' = max(1, k / tp)
-key/value heads of size d on a rank, which sends and receives (cp - 1) / cp of these elements:
-
-    gather  keys and values of all, 2 k' d s: forward, again in the backward unless `memory.cp_keep_kv`, once more where
-            the layer is computed again; their gradients, summed in fp32, go the other way
-    heads   q, k, v and the output, (2 n' + 2 k') d s / cp: forward, its repetition and backward (Jacobs et al. 2023,
-            arXiv:2309.14509); every rank then has some heads of whole sequences
-
-So heads moves less if and only if cp > g (1 + n' / k'), g = 1 where keys and values are kept, 3/4 where the layer is
-computed again, else 2/3.  It needs that cp divides n'; where cp does not divide k', key/value heads are copied first,
-and their copies stand in place of the 1.
+2024, arXiv:2407.21783, 3.3.2).  With n' query and k' key/value heads on a rank, `gather` moves 2 k' d s elements each
+time, `heads` (2 n' + 2 k') d s / cp (Jacobs et al. 2023, arXiv:2309.14509): less if cp > g (1 + n' / k'), where g = 1
+if keys and values are kept, 3/4 if the layer is computed again, else 2/3.  Copies of key/value heads, which cp must
+divide, stand in place of the 1.
 """
 
 from __future__ import annotations
