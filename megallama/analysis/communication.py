@@ -98,10 +98,9 @@ def _context(config: Config, layers: int) -> Found:
     again, found = config.memory.recompute == "full", Found()
     if exchange(config)[0] == "gather":
         pieces, gathers = config.overlap.context_parallel_heads, 1 + again + (not config.memory.cp_keep_kv)
-        own = (cp, 2, b, s // cp, k // pieces, d)
-        sent = (cp, 2, b, 2, s // (2 * cp), k // pieces, d)
-        found["cp", "all_gather", "keys and values", own, dtype] = gathers * pieces * layers
-        found["cp", "all_to_all", "gradients of keys and values", sent, dtype] = pieces * layers
+        shape = (cp, 2 * b, s // cp, k // pieces, d)
+        found["cp", "all_gather", "keys and values", shape, dtype] = gathers * pieces * layers
+        found["cp", "all_to_all", "gradients of keys and values", shape, dtype] = pieces * layers
         return found
     for what, local in (("queries, keys and values", n + 2 * k * kv_copies(k, cp)), ("attention outputs", n)):
         found["cp", "all_to_all", what, (cp, b, s // cp, local // cp, d), dtype] += (2 + again) * layers
