@@ -147,7 +147,7 @@ def measure(library: Any, shape: str, items: int, rounds: int, threads: int) -> 
                 sys.exit(f"{shape} {task} {key} differs: {values}")
             out.setdefault(task, {})[key] = values["hf 1"]
     apart = max(abs(own[0] - its[0]) for own, its in pairs)
-    return Row(shape, items, by_cpu, by_clock, apart, sum(own[1] != its[1] for own, its in pairs), out)
+    return Row(shape, items, {**by_cpu}, {**by_clock}, apart, sum(own[1] != its[1] for own, its in pairs), out)
 
 
 def line(row: Row) -> dict[str, str]:
