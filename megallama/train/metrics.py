@@ -260,7 +260,8 @@ def plot_loss(metrics: Path, png: Path, *, title: str = "", baseline: float | No
         records = [r for r in read_metrics(metrics) if "consumed_tokens" in r]
     except OSError as error:
         return None, f"{metrics} cannot be read: {error.strerror}"
-    tasks, records = [r for r in records if "metrics" in r], [r for r in records if isinstance(r.get("loss"), float)]
+    tasks = [r | r["metrics"] for r in records if "metrics" in r]
+    records = [r for r in records if isinstance(r.get("loss"), float)]
     train = [r for r in records if r.get("kind") == "train" and not r.get("skipped")]
     if len(train) < 2:
         return None, f"{metrics} holds fewer than 2 training steps"
@@ -279,35 +280,37 @@ def _draw(
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    below = [name for name in ("acc", "bits_per_byte") if any(name in r["metrics"] for r in tasks)]
+    below = [name for name in ("acc", "bits_per_byte") if any(name in r for r in tasks)]
     figure = Figure(figsize=(8, 4.8 + 2.4 * len(below)), layout="constrained")
-    ratios = [2.0] + [1.0] * len(below)
-    axes, *panels = figure.subplots(1 + len(below), squeeze=False, sharex=True, height_ratios=ratios)[:, 0]
-    for panel, metric in zip(panels, below, strict=True):
-        for i, name in enumerate(sorted({r["name"] for r in tasks if metric in r["metrics"]})):
-            own = [r for r in tasks if r["name"] == name and r["metrics"].get(metric) is not None]
-            xs, ys = [r["consumed_tokens"] for r in own], [r["metrics"][metric] for r in own]
-            panel.plot(xs, ys, marker="os^Dv"[i % 5], markersize=5, linewidth=1, label=f"{name} (last {ys[-1]:.3f})")
-        panel.set(ylabel=metric.replace("_", " "))
-        panel.grid(alpha=0.25, linewidth=0.6)
-        panel.legend(frameon=False)
+    heights = [2] + [1] * len(below)
+    axes, *panels = figure.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     tokens, losses = ([r[key] for r in train] for key in ("consumed_tokens", "loss"))
     axes.plot(tokens, losses, color=_TRAIN, linewidth=0.7, alpha=0.35)
     axes.plot(tokens, smooth(losses, max(3, len(losses) // 40)), color=_TRAIN, linewidth=1.8, label="training")
-    for i, name in enumerate(sorted({r["name"] for r in valid})):
-        xs, ys = ([r[key] for r in valid if r["name"] == name] for key in ("consumed_tokens", "loss"))
-        label = f"{'validation' if name == 'valid' else name} (last {ys[-1]:.3f})"
-        axes.plot(xs, ys, color=_VALID, marker="os^Dv"[i % 5], markersize=5, linewidth=1, label=label, clip_on=False)
     if baseline is not None:
         axes.axhline(baseline, color=_BASELINE, linestyle="--", linewidth=1, label=f"unigram baseline ({baseline:.3f})")
-    axes.set(xlabel="tokens", ylabel="loss [nats per token]", title=title, xlim=(0, tokens[-1]))
+    axes.set(ylabel="loss [nats per token]", title=title, xlim=(0, tokens[-1]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: human_count(x)))
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    _curves(axes, valid, "loss", color=_VALID)
+    for panel, metric in zip(panels, below, strict=True):
+        panel.set(ylabel=metric.replace("_", " "))
+        _curves(panel, tasks, metric)
+    [axes, *panels][-1].set(xlabel="tokens")
     per_step = tokens[-1] / train[-1]["step"]
     above = axes.secondary_xaxis("top", functions=(lambda x: x / per_step, lambda x: x * per_step))
     ramped = train[0]["consumed_tokens"] * train[-1]["step"] != tokens[-1] * train[0]["step"]
     above.set_xlabel("step (mean tokens per step)" if ramped else "step")
-    axes.legend(frameon=False)
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=150)
+
+
+def _curves(axes: Any, records: list[Record], key: str, **look: str) -> None:
+    """One per name, with its last value."""
+    there = [r for r in records if r.get(key) is not None]
+    for i, name in enumerate(sorted({r["name"] for r in there})):
+        xs, ys = ([r[k] for r in there if r["name"] == name] for k in ("consumed_tokens", key))
+        label = f"{'validation' if name == 'valid' else name} (last {ys[-1]:.3f})"
+        axes.plot(xs, ys, marker="os^Dv"[i % 5], markersize=5, linewidth=1, label=label, clip_on=False, **look)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +47,6 @@ from megallama.train.trace import StepTracer
 T = TypeVar("T")
 GIB = 2**30
 USED = 0.5  # of the memory at hand: as much as a plan may take without having been asked for
-TasksOf = Callable[[Config, Data, Callable[[str], None]], Sequence[Task]]  # of eval.tasks; says what is left out
 RankNeeds = tuple[str, int, int, dict[str, int]]  # host, bytes: certain, by estimate, `room`
 ORDER = ("data.train", "data.mixture_schedule", "data.synthetic", "train.seed", "batch.seq_length")
 
@@ -100,7 +100,7 @@ def set_deterministic(on: bool) -> None:
 @contextmanager
 def set_up(
     config: Config, plan: Plan, world: World, log: Logger, signals: SignalFlag, starts: Starts | None = None,
-    tasks_of: TasksOf | None = None,
+    tasks_of: Callable[[Config, Data, Callable[[str], None]], Sequence[Task]] | None = None,
 ) -> Iterator[Setup]:  # fmt: skip
     """Set up a run; within, its folder is locked, and an error is told to the other ranks."""
     plan = _recomputing(plan, world, log)
@@ -109,7 +109,13 @@ def set_up(
     data = _on_all(world, "data", lambda: open_sources(config))
     for text in data.notes:
         log.info(text)
-    tasks = _tasks(config, data, world, log, tasks_of) if tasks_of else ()
+    tasks: Sequence[Task] = ()
+    if tasks_of:  # tried before anything is made
+        tasks = _on_all(world, "eval.tasks", partial(tasks_of, config, data, log.info))
+        digests = world.group.gather_values([task.digest for task in tasks])
+        if other := [rank for rank, own in enumerate(digests) if own != digests[0]]:
+            where = f"rank {other[0]} on {world.hosts[other[0]]}"
+            raise DataError(f"eval.tasks: {where} has other items than rank 0; copy its files and packages there")
     assert config.checkpoint.folder is not None, "filled in when a configuration is loaded"
     group, folder = world.host_group("checkpoint"), Path(config.checkpoint.folder)
     path = data.tokenizer.path if data.tokenizer else None
@@ -155,19 +161,6 @@ def set_up(
         raise
     finally:
         manager.release()
-
-
-def _tasks(config: Config, data: Data, world: World, log: Logger, tasks_of: TasksOf) -> Sequence[Task]:
-    """Tried before anything is made. Raises: MegallamaError, on all ranks."""
-    tasks = _on_all(world, "eval.tasks", lambda: tasks_of(config, data, log.info))
-    first, *others = world.group.gather_values({task.name: task.digest for task in tasks})
-    for rank, own in enumerate(others, 1):
-        if names := [name for name in {**first, **own} if first.get(name) != own.get(name)]:
-            where = f"rank {rank} on {world.hosts[rank]}"
-            error = DataError(f"eval.tasks: {where} has other items of {', '.join(names)} than rank 0; copy its files")
-            error.shared = True
-            raise error
-    return tasks
 
 
 def _check_beginning(config: Config, data: Data, manager: CheckpointManager, world: World) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,11 +164,10 @@ def evaluate_step(
     return consensus(worker, rank_numbers(worker, loss_sum, torch.zeros_like(loss_sum)), status(), tokens)
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a run is evaluated on besides held-out text; a command brings it, and here no more is known of it.
+class Task(NamedTuple):
+    """What a run is evaluated on besides held-out text; what stands beside the engine brings it.
 
-    score: its "metrics" by name, "items" and more, on all ranks; None where one of them said that all stop.
+    score: its "metrics" by name and number of "items", on all ranks; None where one of them said to stop.
     """
 
     name: str
@@ -178,22 +178,17 @@ class Task:
 def evaluate_task(
     worker: Worker, task: Task, until: float, status: Callable[[bool], RankStatus]
 ) -> tuple[Record | str, StepConsensus, None]:
-    """As `evaluate`; what is not done at `until` on any rank, by `time.monotonic`, is left out, without metrics."""
+    """As `evaluate`; what is not done at `until` on any rank, by `time.monotonic`, has no metrics."""
     started = time.monotonic()
-
-    def stop() -> bool:
-        own = status(False)
-        return own.received is not None or own.late or time.monotonic() >= until
-
     worker.optimizer.wait()  # for the weights, which come under the next forward
-    numbers, known = task.score(worker, stop), consensus(worker, _nothing(worker), status(False))
+    numbers = task.score(worker, lambda: status(False) != RankStatus() or time.monotonic() >= until)
+    known = consensus(worker, _nothing(worker), status(False))
     if numbers is None and known.stop_reason:
         return "before its end", known, None
     return {"seconds": time.monotonic() - started, **(numbers or {"metrics": {}, "items": 0})}, known, None
 
 
 def _nothing(worker: Worker) -> dict[str, Tensor]:
-    """In place of the numbers of a step."""
     return dict.fromkeys(("loss", "norm_squared"), torch.zeros((), dtype=torch.float64, device=worker.device))
 
 

@@ -259,6 +259,10 @@ def test_settings_with_a_new_name_are_read_under_the_old_one_with_a_line(tmp_pat
     ]
     new = ["data.on_exhausted=stop", "data.mixture_schedule=[{step=5, weights={a=2.0}}]"]
     assert notes(None, [f"data.{source.strip().replace('train = ', 'train=')}", *new]) == ([], config)
+    lines, config = notes(None, ["data.valid=a", "train.eval_interval=5", "train.eval_batches=2"])
+    names = {"train.eval_interval": "eval.interval", "train.eval_batches": "eval.batches"}
+    assert lines == [f"command line: {a} is now called {b}; it was read as that" for a, b in names.items()]
+    assert notes(None, ["data.valid=a", "eval.interval=5", "eval.batches=2"]) == ([], config)
     assert problems(["data.at_max_epochs=halt"])[0].startswith('command line: data.on_exhausted="halt" must be one of')
 
 
@@ -301,11 +305,16 @@ def test_checkpoints_are_read_under_both_names() -> None:
     data["at_max_epochs"], data["changes"] = data.pop("on_exhausted"), data.pop("mixture_schedule")
     tree["lr_schedule"] |= {"kind": "linear", "wsd_decay_steps": 10}
     assert Config.model_validate(tree) == config
+    del tree["eval"]
+    tree["train"] |= {"eval_interval": 5, "eval_batches": 2}
+    assert Config.model_validate(tree) == config.changed(eval={"interval": 5, "batches": 2})
 
 
 def test_a_checkpoint_with_both_names_is_no_checkpoint_of_any_version() -> None:
     with pytest.raises(ValidationError, match="at_max_epochs"):
         Config.model_validate({"data": {"at_max_epochs": "stop", "on_exhausted": "error"}})
+    with pytest.raises(ValidationError, match="eval_interval"):
+        Config.model_validate({"train": {"eval_interval": 5}, "eval": {"interval": 6}})
 
 
 def test_all_problems_at_once_with_their_places(tmp_path: Path) -> None:

@@ -428,6 +428,16 @@ CASES: list[tuple[str, int | None, str, str]] = [
         "data.train=corpus",
     ),
     (
+        "eval.tasks=['a.jsonl']", None,
+        'eval.tasks=["a.jsonl"] are texts, and data.tokenizer is none; write data.tokenizer=FILE',
+        "data.tokenizer=t.model",
+    ),
+    (
+        "eval.tasks_interval=5", None,
+        'eval.tasks_interval=5 but eval.tasks is empty; write eval.tasks=["FILE.jsonl"], or leave it out',
+        "eval.tasks_interval=0",
+    ),
+    (
         "data.synthetic=false data.train=a eval.interval=10", None,
         "eval.interval=10 but data.valid is empty; write data.valid=PREFIX, or eval.interval=0",
         "data.valid=b",

@@ -109,6 +109,13 @@ def test_the_line_of_an_evaluation() -> None:
     assert line(VALID, 2000) == (
         "step 120/2000 | valid loss 2.0000 | 1.2345 bits/byte | perplexity 7.39 | 50.0k tokens in 0:00:03"
     )
+    task = {"kind": "task", "name": "own", "step": 120, "seconds": 3.0, "items": 9, "consumed_tokens": 4_100_000}
+    made = {**task, "metrics": {"acc": 0.5, "bits_per_byte": 1.25}}
+    assert line(made, 2000) == "step 120/2000 | own | acc 0.5000 | bits_per_byte 1.2500 | 9 items in 0:00:03"
+    assert tags(made) == {"task/own/acc": 0.5, "task/own/bits_per_byte": 1.25}
+    left = {**task, "metrics": {}, "items": 0, "seconds": 600.0}
+    assert tags(left) == {} and " | own | left out, eval.max_seconds are over; give more" in line(left, 2000)
+    assert len(line(left, 2000)) <= 120
     huge = {**VALID, "name": "code", "loss": 800.0, "bits_per_byte": None}
     assert line(huge, 2000) == "step 120/2000 | code loss 800.0000 | perplexity large | 50.0k tokens in 0:00:03"
 

@@ -28,6 +28,8 @@ def metrics(path: Path, steps: int = 100, **last: Any) -> Path:
         records.append({"kind": "train", "step": i, "loss": loss, "consumed_tokens": tokens, "skipped": False})
         if i % 25 == 0:
             records.append({"kind": "valid", "name": "valid", "step": i, "loss": loss + 0.1, "consumed_tokens": tokens})
+            values = {} if i == 50 else {"acc": i / 1000, "bits_per_byte": None}
+            records.append({"kind": "task", "name": "own", "step": i, "metrics": values, "consumed_tokens": tokens})
     skipped = {"kind": "train", "step": steps + 1, "loss": None, "consumed_tokens": 0, "skipped": True}
     path.write_text("\n".join(map(json.dumps, [*records, skipped])) + '\n{"kind": "tra')
     return path
@@ -49,6 +51,7 @@ def test_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(x) == 100 and x[-1] == 409600 and y[0] == 8
     assert drawn["training"][0] == x
     assert drawn[f"validation (last {8 * 100**-0.2 + 0.1:.3f})"][0] == [25 * 4096, 50 * 4096, 75 * 4096, 100 * 4096]
+    assert drawn["own (last 0.100)"] == ([25 * 4096, 75 * 4096, 100 * 4096], [0.025, 0.075, 0.1])
     assert "matplotlib.pyplot" not in sys.modules or sys.modules["matplotlib.pyplot"].get_fignums() == []
 
 

@@ -24,7 +24,7 @@ HEAVY = {
     *("matplotlib", "tensorboard", "transformers", "huggingface_hub", "pandas", "scipy", "pyarrow", "PIL", "rich"),
     *("sentencepiece", "gigatoken", "safetensors.torch", "triton", "mpi4py", "setuptools", "pytest"),
     *("megallama.cli", "megallama.commands", "megallama.text", "megallama.convert", "megallama.forecast"),
-    *("megallama.analysis", "megallama.inference", "megallama.recovery"),
+    *("megallama.analysis", "megallama.inference", "megallama.recovery", "megallama.evaluation", "lm_eval"),
 }
 CODE = """
 import gc, json, sys
