@@ -260,13 +260,12 @@ def plot_loss(metrics: Path, png: Path, *, title: str = "", baseline: float | No
         records = [r for r in read_metrics(metrics) if "consumed_tokens" in r]
     except OSError as error:
         return None, f"{metrics} cannot be read: {error.strerror}"
-    tasks = [r | r["metrics"] for r in records if "metrics" in r]
-    records = [r for r in records if isinstance(r.get("loss"), float)]
-    train = [r for r in records if r.get("kind") == "train" and not r.get("skipped")]
+    of = {k: [r | r.get("metrics", {}) for r in records if r.get("kind") == k] for k in ("train", "valid", "task")}
+    train = [r for r in of["train"] if isinstance(r.get("loss"), float) and not r.get("skipped")]
     if len(train) < 2:
         return None, f"{metrics} holds fewer than 2 training steps"
     try:
-        _draw(train, [r for r in records if r.get("kind") == "valid"], tasks, png, title, baseline)
+        _draw(train, of["valid"], of["task"], png, title, baseline)
     except ImportError:
         return None, "matplotlib is not installed; pip install matplotlib"
     except OSError as error:
@@ -280,7 +279,7 @@ def _draw(
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    below = [name for name in ("acc", "bits_per_byte") if any(name in r for r in tasks)]
+    below = [name for name in ("acc", "bits_per_byte") if any(r.get(name) is not None for r in tasks)]
     figure = Figure(figsize=(8, 4.8 + 2.4 * len(below)), layout="constrained")
     heights = [2] + [1] * len(below)
     axes, *panels = figure.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
