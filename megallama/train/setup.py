@@ -109,13 +109,7 @@ def set_up(
     data = _on_all(world, "data", lambda: open_sources(config))
     for text in data.notes:
         log.info(text)
-    tasks: Sequence[Task] = ()
-    if tasks_of:  # tried before anything is made
-        tasks = _on_all(world, "eval.tasks", partial(tasks_of, config, data, log.info))
-        digests = world.group.gather_values([task.digest for task in tasks])
-        if other := [rank for rank, own in enumerate(digests) if own != digests[0]]:
-            where = f"rank {other[0]} on {world.hosts[other[0]]}"
-            raise DataError(f"eval.tasks: {where} has other items than rank 0; copy its files and packages there")
+    tasks = _tried(world, partial(tasks_of, config, data, log.info)) if tasks_of else ()
     assert config.checkpoint.folder is not None, "filled in when a configuration is loaded"
     group, folder = world.host_group("checkpoint"), Path(config.checkpoint.folder)
     path = data.tokenizer.path if data.tokenizer else None
@@ -161,6 +155,16 @@ def set_up(
         raise
     finally:
         manager.release()
+
+
+def _tried(world: World, tasks_of: Callable[[], Sequence[Task]]) -> Sequence[Task]:
+    """The tasks of eval.tasks, before anything is made. Raises: MegallamaError."""
+    tasks = _on_all(world, "eval.tasks", tasks_of)
+    digests = world.group.gather_values([task.digest for task in tasks])
+    if other := [rank for rank, own in enumerate(digests) if own != digests[0]]:
+        where = f"rank {other[0]} on {world.hosts[other[0]]}"
+        raise DataError(f"eval.tasks: {where} has other items than rank 0; copy its files and packages there")
+    return tasks
 
 
 def _check_beginning(config: Config, data: Data, manager: CheckpointManager, world: World) -> None:
