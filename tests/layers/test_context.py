@@ -81,9 +81,9 @@ def config(cp: int, heads: int, kv: int, tp: int = 1, **memory: Any) -> Config:
     [
         ({"cp": 2, "heads": 4, "kv": 4}, ("heads", "cp=2 is above 2/3 x (1 + 4 / 4) = 1.33")),
         ({"cp": 2, "heads": 4, "kv": 4, "cp_keep_kv": True}, ("gather", "cp=2 is not above 1 x (1 + 4 / 4) = 2")),
-        ({"cp": 4, "heads": 4, "kv": 1}, ("heads", "cp=4 is above 2/3 x (1 + 4 / 1) = 3.33")),
-        ({"cp": 4, "heads": 4, "kv": 1, "recompute": "full"}, ("heads", "cp=4 is above 3/4 x (1 + 4 / 1) = 3.75")),
-        ({"cp": 2, "heads": 8, "kv": 1, "tp": 2}, ("gather", "cp=2 is not above 2/3 x (1 + 4 / 1) = 3.33")),
+        ({"cp": 4, "heads": 4, "kv": 1}, ("gather", "cp=4 is not above 2/3 x (4 + 4 / 1) = 5.33")),
+        ({"cp": 4, "heads": 4, "kv": 4, "recompute": "full"}, ("heads", "cp=4 is above 3/4 x (1 + 4 / 4) = 1.5")),
+        ({"cp": 2, "heads": 8, "kv": 1, "tp": 2}, ("gather", "cp=2 is not above 2/3 x (2 + 4 / 1) = 4")),
         ({"cp": 3, "heads": 4, "kv": 4}, ("gather", "cp=3 does not divide the 4 heads of a rank")),
     ],
     ids=lambda x: " ".join(map(str, x.values())) if isinstance(x, dict) else "",
