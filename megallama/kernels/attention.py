@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn.attention.bias import causal_lower_right
 
 from megallama.kernels.candidate import TE, Operation, Results, Target, Unsupported
 
@@ -128,7 +127,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) ->
         k, v, group = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), 1
     attend: Any = partial(F.scaled_dot_product_attention, enable_gqa=group > 1)
     if documents is None or all(len(sample) == 1 and not sample[0][1] for sample in documents.pieces):
-        how: Any = {"attn_mask": causal_lower_right(q.shape[1], k.shape[1])} if fewer else {"is_causal": True}
+        how: Any = {"is_causal": True}
+        if fewer:  # imported here: it brings in a compiler
+            bias = importlib.import_module("torch.nn.attention.bias")
+            how = {"attn_mask": bias.causal_lower_right(q.shape[1], k.shape[1])}
         whole: Tensor = attend(*(part.transpose(1, 2) for part in (q, k, v)), **how)
         return whole.transpose(1, 2)
     pieces = zip(*map(documents.split, (q, k, v)), documents.masks(q.dtype), strict=True)

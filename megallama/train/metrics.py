@@ -56,7 +56,7 @@ def line(record: Record, steps: int) -> str:
     step, kind, loss = f"step {record['step']}/{steps}", record["kind"], record.get("loss", math.nan)
     if kind == "task":
         parts = [f"{name} {value:.4f}" for name, value in record["metrics"].items()]
-        parts = parts or ["left out, eval.max_seconds are over; give more of them, or a smaller eval.limit"]
+        parts = parts or ["left out, eval.max_seconds are over; use more, or a smaller eval.limit"]
         amount = f"{counted(record['items'], 'item')} in {human_duration(record['seconds'])}"
         return " | ".join([step, record["name"], *parts, amount])
     if kind == "train":

@@ -11,7 +11,7 @@ import pytest
 
 from megallama import pretrain
 from megallama.evaluation.evaluate import evaluate
-from megallama.evaluation.request import Request
+from megallama.evaluation.harness import Request
 from tests.evaluation.test_evaluate import ITEMS, named_byte_tokenizer
 from tests.pool import Pool
 from tests.train.runs import curve, state_files
@@ -132,7 +132,7 @@ def test_what_takes_too_long_on_any_rank_is_left_out_and_it_is_said(pool: Pool, 
     assert [a["status"] for a in answers] == [0, 0]
     made = [(r["step"], r["name"], r["items"]) for r in records(tmp_path)]
     assert made == [(2, "own", 0), (2, "own2", 0), *((s, n, 24) for s in (4, 5) for n in ("own", "own2"))]
-    left = "step 2/5 | own | left out, eval.max_seconds are over; give more of them, or a smaller eval.limit | 0 items"
+    left = "step 2/5 | own | left out, eval.max_seconds are over; use more, or a smaller eval.limit | 0 items"
     assert any(line.startswith(left) for line in answers[0]["said"])
     assert records(tmp_path)[1]["seconds"] < 0.7 < records(tmp_path)[0]["seconds"]
 

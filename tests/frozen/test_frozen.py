@@ -94,7 +94,7 @@ def test_a_run_continues(pool: Pool, folder: Path, dtype: str, layout: str) -> N
 def test_damaged_old_and_unfinished_folders_are_known(pool: Pool, folder: Path) -> None:
     log, checkpoints = folder / "fp32" / "run.log", folder / "fp32" / "checkpoints"
     damaged = {p.name: p.read_bytes() for p in (checkpoints / "step-00000004.damaged").rglob("*") if p.is_file()}
-    overrides = settings(folder, "fp32", "train.steps=4", "eval.interval=0")
+    overrides = settings(folder, "fp32", "train.steps=4", "train.eval_interval=0")
     answers = pool.run(4, RUN, str(folder / "fp32.toml"), overrides)
     assert [a.get("status") for a in answers] == [0] * 4, answers
     text = log.read_text()

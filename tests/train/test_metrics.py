@@ -114,7 +114,7 @@ def test_the_line_of_an_evaluation() -> None:
     assert line(made, 2000) == "step 120/2000 | own | acc 0.5000 | bits_per_byte 1.2500 | 9 items in 0:00:03"
     assert tags(made) == {"task/own/acc": 0.5, "task/own/bits_per_byte": 1.25}
     left = {**task, "metrics": {}, "items": 0, "seconds": 600.0}
-    assert tags(left) == {} and " | own | left out, eval.max_seconds are over; give more" in line(left, 2000)
+    assert tags(left) == {} and " | own | left out, eval.max_seconds are over; use more" in line(left, 2000)
     assert len(line(left, 2000)) <= 120
     huge = {**VALID, "name": "code", "loss": 800.0, "bits_per_byte": None}
     assert line(huge, 2000) == "step 120/2000 | code loss 800.0000 | perplexity large | 50.0k tokens in 0:00:03"
