@@ -1,5 +1,6 @@
 """Make a corpus of raw pages: filter, remove duplicates, and report what was dropped and why.
 
+    megallama curate examples/curate/commoncrawl.toml --train
     megallama curate examples/curate/commoncrawl.toml --output data/crawl --workers 8
     megallama prepare data/crawl/commoncrawl --tokenizer tokenizer.model --output data/tokens/commoncrawl
 
@@ -10,6 +11,7 @@ again. The same command, started on several machines or as the tasks of a Slurm 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,15 +23,19 @@ def run(argv: Sequence[str]) -> None:
     parser = Parser("curate", __doc__)
     add = parser.add_argument
     add("recipe", type=Path, help="a .toml file: the sources and their stages")
-    add("--output", type=filled, required=True, metavar="FOLDER", help="where the corpus goes")
+    add("--output", type=filled, metavar="FOLDER", help="where the corpus goes")
+    add("--train", action="store_true", help="train the models that stages name, from the texts that they name")
     add("--workers", type=int, default=1, metavar="N", help="processes on this machine (1)")
     add("--quiet", action="store_true", help="no progress")
     args = parser.read(argv)
-    if args.workers < 1:
-        parser.error("--workers must be 1 or more")
-    from megallama.curate.recipe import load_recipe
+    if args.workers < 1 or bool(args.train) == bool(args.output):
+        parser.error("give --output FOLDER or --train; --workers must be 1 or more")
+    from megallama.curate.recipe import load_recipe, train
     from megallama.curate.run import curate
 
     recipe = load_recipe(args.recipe)
+    if args.train:
+        train(recipe, lambda text: print(text, file=sys.stderr, flush=True))
+        return
     new = curate(recipe, Path(args.output), args.workers, args.quiet)
     print(f"{args.output}/report.html" + ("" if new else ": finished before"))

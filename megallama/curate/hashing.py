@@ -1,4 +1,4 @@
-"""Texts as numbers: normalised as in CCNet, and hashed.
+"""Texts as numbers: normalised as in CCNet, hashed by paragraph or by n words.
 
 CCNet (Wenzek et al. 2019, 3.2): lower case, no accents, digits as 0, no punctuation; the first 64 bits of SHA-1.
 """
@@ -19,6 +19,9 @@ _DELETED = string.punctuation.encode() + _CONTROLS.replace(b"\t", b"").replace(b
 _ASCII = bytes.maketrans(
     (string.ascii_uppercase + string.digits + "\t\r").encode(), (string.ascii_lowercase + "0" * 10 + "  ").encode()
 )
+BASE = np.uint64(0x9E3779B97F4A7C15)
+INVERSE = np.uint64(pow(int(BASE), -1, 1 << 64))
+ORDER = np.uint64(0xBF58476D1CE4E5B9)
 
 
 @functools.lru_cache(1)
@@ -55,6 +58,47 @@ def paragraph_hashes(text: str) -> np.ndarray:
     digests = np.frombuffer(b"".join([sha1(line).digest() for line in lines]), ">u4").reshape(-1, 5)
     high, low = digests[:, 0].astype(np.uint64), digests[:, 1].astype(np.uint64)
     return np.where(np.fromiter(map(len, lines), np.uint32, len(lines)), high << np.uint64(32) | low, np.uint64(0))
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """splitmix64's finisher: equal numbers stay equal, close ones are far apart (Steele et al. 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * ORDER
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+@functools.lru_cache(4)
+def _powers(bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """BASE**i and its inverse, i below 2**bits."""
+    factors = np.full((2, 1 << bits), [[BASE], [INVERSE]], np.uint64)
+    factors[:, 0] = 1
+    return np.cumprod(factors[0]), np.cumprod(factors[1])
+
+
+def word_hashes(text: str) -> np.ndarray:
+    """uint64 [words]: of the words of the normalised text, a polynomial modulo 2**64."""
+    data = np.frombuffer(normalise(text), np.uint8)
+    if not len(data):
+        return np.zeros(0, np.uint64)
+    up, down = _powers(len(data).bit_length())
+    inside = np.zeros(len(data) + 2, np.int8)
+    inside[1:-1] = (data != SPACE) & (data != NEWLINE)
+    edges = np.flatnonzero(np.diff(inside))
+    starts, ends = edges[::2], edges[1::2]
+    total = np.zeros(len(data) + 1, np.uint64)
+    np.cumsum(data * up[: len(data)], out=total[1:])
+    return mix((total[ends] - total[starts]) * down[starts])
+
+
+def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:
+    """uint64 [words - n + 1]: of every n words in a row; of all words where there are fewer."""
+    n = min(n, len(words))
+    if not n:
+        return words
+    total = np.zeros(len(words) - n + 1, np.uint64)
+    for i in range(n):
+        total = total * BASE + words[i : len(words) - n + 1 + i]
+    return mix(total)
 
 
 def text_hash(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +14,12 @@ from megallama.config.errors import ConfigError
 from megallama.config.load import read_toml
 from megallama.config.schema import Section, option
 from megallama.curate.duplicates import Files, Paragraphs
+from megallama.curate.models import Perplexity, Reference
 from megallama.curate.rules import Code, Filter, Language, Licence, Replace
 from megallama.curate.stage import Stage
 
 Stages = Annotated[
-    Filter | Replace | Code | Licence | Language | Paragraphs | Files,
+    Filter | Replace | Code | Licence | Language | Paragraphs | Files | Perplexity | Reference,
     Field(discriminator="kind"),
 ]
 KINDS: dict[str, type[Stage]] = {
@@ -87,3 +89,9 @@ def _problem(error: Any) -> str:
         return f"{path} is missing: {owner[-1].model_fields[name].description}"
     about = owner[-1].model_fields[name].description if name in owner[-1].model_fields else ""
     return f"{path}={error['input']!r}: {error['msg']}{about and f' ({about})'}"
+
+
+def train(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Train the models of all stages. Raises: DataError."""
+    for stage in dict.fromkeys([*(s for source in recipe.sources for s in source.stages), *recipe.stages]):
+        stage.train(say)

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megallama.config.errors import DataError
+from megallama.curate.models import Perplexity, Reference
 from megallama.curate.readers import Unit, cut, documents, find
 from megallama.curate.recipe import Recipe
 from megallama.curate.report import write_report
@@ -254,6 +255,11 @@ def make_plan(recipe: Recipe, output: Path, bad: Callable[[str, str], None]) -> 
         large = sorted(sizes, key=lambda file: -sizes[file].st_size)[: source.largest or None]
         stamps += [[file, sizes[file].st_size, sizes[file].st_mtime_ns] for file in large]
         units += cut(number, [file for file in sizes if file in {*large}], int(recipe.unit_mb * 1e6))
+    for model in {
+        getattr(stage, "model", "") for source in recipe.sources for stage in (*source.stages, *recipe.stages)
+    }:
+        files = sorted(Path(model).glob("*")) if model and Path(model).is_dir() else [Path(model)]
+        stamps += [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
     return Plan(recipe, output, tuple(units), json.dumps([recipe.model_dump(mode="json"), stamps]))
 
 

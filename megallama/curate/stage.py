@@ -50,13 +50,16 @@ class Document:
 
 
 class Stage(Section):
-    """Options of a stage; `start` makes it ready in a process."""
+    """Options of a stage; `start` makes it ready in a process, `train` makes the model that it needs."""
 
     kind: str
 
     def start(self) -> Apply:
         """Open what it needs. Raises: DataError."""
         raise AssertionError(self.kind)
+
+    def train(self, say: Callable[[str], None]) -> None:
+        """Write its model; `say` is told how good it is. Raises: DataError."""
 
 
 class Barrier(Stage):
