@@ -13,13 +13,13 @@ from megallama.config.describe import literal
 from megallama.config.errors import ConfigError
 from megallama.config.load import read_toml
 from megallama.config.schema import Section, option
-from megallama.curate.duplicates import Files, Paragraphs
+from megallama.curate.duplicates import Files, NearDuplicates, Paragraphs
 from megallama.curate.models import Perplexity, Reference
 from megallama.curate.rules import Code, Filter, Language, Licence, Replace
 from megallama.curate.stage import Stage
 
 Stages = Annotated[
-    Filter | Replace | Code | Licence | Language | Paragraphs | Files | Perplexity | Reference,
+    Filter | Replace | Code | Licence | Language | Paragraphs | Files | NearDuplicates | Perplexity | Reference,
     Field(discriminator="kind"),
 ]
 KINDS: dict[str, type[Stage]] = {

@@ -16,6 +16,7 @@ import shutil
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -31,7 +32,7 @@ from megallama.curate.models import Perplexity, Reference
 from megallama.curate.readers import Unit, cut, documents, find
 from megallama.curate.recipe import Recipe
 from megallama.curate.report import write_report
-from megallama.curate.stage import Apply, Barrier, Document, Stage
+from megallama.curate.stage import Apply, Barrier, Document, Stage, UnitKeys
 from megallama.curate.statistics import Statistics, add
 from megallama.text.progress import ByteProgress
 
@@ -153,7 +154,7 @@ class Plan:
         names = [f"{source.name} {at:02d} {stages[at].kind}" for at in range(len(stages))]
         applied = [(names[at], self._ready(job, segment, stages[at])) for at in range(segment.start, segment.stop)]
         barrier: Any = None if segment.ahead is None else stages[segment.stop]
-        keys = list[np.ndarray]()
+        keys, offsets = list[np.ndarray](), [0]
 
         def write(path: Path) -> None:
             with path.open("wb", 1 << 20) as file:
@@ -161,7 +162,7 @@ class Plan:
                     kept = all(statistics.stage(name, apply, document) for name, apply in applied)
                     beat(read, kept)
                     if kept:
-                        file.write(document.line())
+                        offsets.append(offsets[-1] + file.write(document.line()))
                         if barrier:
                             keys.append(barrier.keys(document))
                         else:
@@ -174,8 +175,11 @@ class Plan:
         publish(self.path(job, "jsonl") if barrier else shard, write)
         if barrier:
             order, counts = np.concatenate([np.zeros(0, np.uint64), *keys]), np.array([*map(len, keys)], np.int64)
-            known = np.unique(order[order != 0])
-            for name, array in (("order", order), ("counts", counts), ("keys", known)):
+            at = np.argsort(order, kind="stable") if barrier.many else np.unique(order, return_index=True)[1]
+            at = at[order[at] != 0]
+            docs = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)[at]
+            named = {"order": order, "counts": counts, "keys": order[at], "docs": docs, "offsets": np.array(offsets)}
+            for name, array in named.items():
                 _save(self.path(job, f"{name}.npy"), array)
         return statistics.tree
 
@@ -195,11 +199,14 @@ class Plan:
         members = self.members(job.phase, job.group)
         source = self.units[members[0]].source
         barrier: Any = self.stages(source)[self.phases[job.phase][source].stop]
-        units = [self.array(Job(job.phase, number), "keys") for number in members]
-        owners, values = barrier.combine(units, *((job.number + i) * (1 << 64) // job.parts for i in range(2)))
-        order = np.argsort(owners, kind="stable")
-        _save(self.path(job, "values.npy"), values[order])
-        _save(self.path(job, "starts.npy"), np.searchsorted(owners[order], np.arange(len(units) + 1)))
+        jobs = [Job(job.phase, number) for number in members]
+        units = [UnitKeys(self.path(j, "jsonl"), *map(self.array, [j] * 3, UnitKeys._fields[1:])) for j in jobs]
+        found = barrier.combine(units, *((job.number + i) * (1 << 64) // job.parts for i in range(2)))
+        order = np.argsort(found.owners, kind="stable")
+        _save(self.path(job, "values.npy"), found.values[order].astype(np.uint64))
+        _save(self.path(job, "starts.npy"), np.searchsorted(found.owners[order], np.arange(len(units) + 1)))
+        pairs = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found.pairs)
+        publish(self.path(job, "pairs"), lambda path: path.write_text(pairs, "utf-8"))
         return {}
 
     def work(self, show: Callable[[], None] = lambda: None) -> None:
@@ -255,10 +262,9 @@ def make_plan(recipe: Recipe, output: Path, bad: Callable[[str, str], None]) -> 
         large = sorted(sizes, key=lambda file: -sizes[file].st_size)[: source.largest or None]
         stamps += [[file, sizes[file].st_size, sizes[file].st_mtime_ns] for file in large]
         units += cut(number, [file for file in sizes if file in {*large}], int(recipe.unit_mb * 1e6))
-    for model in {
-        getattr(stage, "model", "") for source in recipe.sources for stage in (*source.stages, *recipe.stages)
-    }:
-        files = sorted(Path(model).glob("*")) if model and Path(model).is_dir() else [Path(model)]
+    stages = [*(stage for source in recipe.sources for stage in source.stages), *recipe.stages]
+    for model in dict.fromkeys(Path(s.model) for s in stages if isinstance(s, (Perplexity, Reference))):
+        files = sorted(model.glob("*")) if model.is_dir() else [model]
         stamps += [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
     return Plan(recipe, output, tuple(units), json.dumps([recipe.model_dump(mode="json"), stamps]))
 
@@ -331,8 +337,23 @@ def _show(plan: Plan, bar: ByteProgress) -> None:
 
 def _end(plan: Plan, tree: dict[str, Any]) -> None:
     """Write the report, and say in the folder that all is done; what was in between goes."""
-    for done in sorted((plan.output / "work").glob("*.json")):
+    work, copies = plan.output / "work", Counter[str]()
+    for done in sorted(work.glob("*.json")):
         add(tree, json.loads(done.read_text()))
+
+    def write(path: Path) -> None:
+        known = set[str]()
+        with path.open("w", encoding="utf-8") as out:
+            for line in (line for part in sorted(work.glob("*.pairs")) for line in part.open(encoding="utf-8")):
+                pair = json.loads(line)
+                if (name := f"{pair['source']} {pair['dropped']}") not in known:
+                    known.add(name)
+                    copies[f"{pair['source_kept']} {pair['kept']}"] += 1
+                    out.write(line)
+
+    publish(plan.output / "removed.jsonl", write)
+    sizes = {str(size + 1): {"kept": number} for size, number in Counter(copies.values()).items()}
+    add(tree, {"histograms": {"near-duplicates: copies of a text": sizes} if sizes else {}})
     write_report(plan.recipe, tree, plan.output, publish)
     publish(plan.output / "about.json", lambda path: path.write_text(plan.about))
-    shutil.rmtree(plan.output / "work", ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)

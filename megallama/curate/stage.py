@@ -11,7 +11,8 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -62,15 +63,34 @@ class Stage(Section):
         """Write its model; `say` is told how good it is. Raises: DataError."""
 
 
+class UnitKeys(NamedTuple):
+    """What a unit of input wrote for a barrier: memory-mapped arrays, and its documents."""
+
+    file: Path
+    keys: np.ndarray  # uint64 [keys], sorted
+    docs: np.ndarray  # uint32 [keys]: which document of the unit
+    offsets: np.ndarray  # int64 [documents]: where each begins in `file`
+
+
+class Found(NamedTuple):
+    """What a barrier found: what units are to know, and the pairs that were compared."""
+
+    owners: np.ndarray  # int [n]: the numbers of units
+    values: np.ndarray  # int [n]: what each is to know
+    pairs: list[dict[str, Any]]  # dropped, kept, their sources, similarity
+
+
 class Barrier(Stage):
     """A stage for which documents must be seen together."""
+
+    many: ClassVar[bool] = True  # a key may come again in a unit, and is of another document then
 
     def keys(self, document: Document) -> np.ndarray:
         """uint64 [n]: what is compared of it; 0 is never equal to another."""
         raise AssertionError(self.kind)
 
-    def combine(self, units: list[np.ndarray], lowest: int, beyond: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of the keys in [lowest, beyond) of all units, each sorted: units by number, and what each is to know."""
+    def combine(self, units: list[UnitKeys], lowest: int, beyond: int) -> Found:
+        """Bring the keys in [lowest, beyond) of all units together."""
         raise AssertionError(self.kind)
 
     def finish(self, order: np.ndarray, counts: np.ndarray, found: np.ndarray) -> Apply:

@@ -87,7 +87,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         f'[[sources]]\nname = "web"\ninputs = ["{tmp_path}/in"]\n[[sources.stages]]\nkind = "filter"\nmin_chars = 3\n'
     )
     words = ["curate", str(tmp_path / "r.toml"), "--output", str(tmp_path / "out")]
-    assert cli.main([*words, "--workers", "0"]) == 2 and "give --output FOLDER or --train; --workers must be 1 or more" in capsys.readouterr().err
+    for wrong in ([*words, "--workers", "0"], [*words, "--train"], words[:2]):
+        assert cli.main(wrong) == 2
+        assert "give --output FOLDER or --train; --workers must be 1 or more" in capsys.readouterr().err
     assert cli.main([*words, "--quiet"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/out/report.html\n"
     lines = (tmp_path / "out" / "web" / "00000.jsonl").read_text().splitlines()
