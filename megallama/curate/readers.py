@@ -1,7 +1,7 @@
 """From files to documents: which files, cut into units of work, and what each holds.
 
-WARC and WET; JSON lines, Parquet and plain text as `megallama.text` reads them.  Whatever cannot be read is counted
-by file and reason, and reading goes on behind it.
+WARC and WET; dumps of Wikipedia and StackExchange; JSON lines, Parquet and plain text as `megallama.text` reads them.
+Whatever cannot be read is counted by file and reason, and reading goes on behind it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from megallama.config.errors import DataError
+from megallama.curate.dumps import Row, stackexchange, wikipedia
 from megallama.curate.stage import Document, need
 from megallama.text import documents as texts
 from megallama.text.documents import BadRecord
 
 WARC = (".warc", ".wet", ".warc.gz", ".wet.gz")
+XML = (".xml", ".xml.gz", ".xml.bz2")
 MEDIA = ("text/html", "application/xhtml+xml", "text/plain")
 STARTS = {True: re.compile(rb"\x1f\x8b\x08"), False: re.compile(rb"(?<=\n)WARC/1\.")}  # of records, by packed
 Bad = Callable[[str, str], None]
-Row = tuple[str, str, dict[str, str], int]  # id, text, what else is known, bytes read
 Piece = tuple[str, int, int | None, int]  # file, from, to, bytes on disk
 
 
@@ -40,9 +41,11 @@ class Unit(NamedTuple):
 
 
 def kind_of(file: str) -> str:
-    """How a file is read: "warc", "text"; "" if it is not."""
-    text = texts.suffix_of(file) in texts.SUFFIXES
-    return "warc" if file.lower().endswith(WARC) else "text" if text else ""
+    """How a file is read: "warc", "posts", "wiki", "text"; "" if it is not."""
+    name = Path(file).name.lower()
+    if name.endswith(WARC + XML):
+        return "warc" if name.endswith(WARC) else "posts" if name.startswith("posts.") else "wiki"
+    return "text" if texts.suffix_of(file) in texts.SUFFIXES else ""
 
 
 def find(inputs: tuple[str, ...], bad: Bad) -> list[str]:
@@ -60,7 +63,7 @@ def find(inputs: tuple[str, ...], bad: Bad) -> list[str]:
                 elif not file.is_dir():
                     bad(str(match), f"not read: {'hidden' if hidden else file.suffix or 'no suffix'}")
     if not found:
-        raise DataError(f"{', '.join(inputs)}: no WARC, WET, JSON lines, Parquet or text among them")
+        raise DataError(f"{', '.join(inputs)}: no WARC, WET, JSON lines, Parquet, XML dumps or text among them")
     return [*found]
 
 
@@ -88,7 +91,8 @@ def documents(
     for file, start, stop, size in unit.pieces:
         why = functools.partial(bad, file)
         part = texts.Unit(Path(file), start, stop, size)
-        rows = _texts(part, keys, max_bytes, why) if kind_of(file) == "text" else _pages(file, max_bytes, why)
+        reader = {"warc": _pages, "posts": stackexchange, "wiki": wikipedia}.get(kind_of(file))
+        rows = reader(file, max_bytes, why) if reader else _texts(part, keys, max_bytes, why)
         try:
             for name, text, meta, read in rows:
                 yield Document(text, name, source, {}, meta | {"path": file}), before + min(read, size)

@@ -13,15 +13,18 @@ from megallama.config.describe import literal
 from megallama.config.errors import ConfigError
 from megallama.config.load import read_toml
 from megallama.config.schema import Section, option
+from megallama.curate.contamination import Contamination
 from megallama.curate.duplicates import Files, NearDuplicates, Paragraphs
+from megallama.curate.latex import Macros
 from megallama.curate.models import Perplexity, Reference
 from megallama.curate.rules import Code, Filter, Language, Licence, Replace
 from megallama.curate.stage import Stage
 
 Stages = Annotated[
-    Filter | Replace | Code | Licence | Language | Paragraphs | Files | NearDuplicates | Perplexity | Reference,
+    Filter | Replace | Code | Licence | Language | Macros | Contamination
+    | Paragraphs | Files | NearDuplicates | Perplexity | Reference,
     Field(discriminator="kind"),
-]
+]  # fmt: skip
 KINDS: dict[str, type[Stage]] = {
     str(kind.model_fields["kind"].annotation.__args__[0]): kind for kind in Stages.__args__[0].__args__
 }

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from megallama.config.errors import DataError
+from megallama.curate.contamination import Contamination
+from megallama.curate.latex import Macros
 from megallama.curate.recipe import load_recipe
 from megallama.curate.rules import Code, Filter, Language, Licence, licence_in, licence_of
-from tests.curate.recipes import EXAMPLES, judged
+from tests.curate.recipes import EXAMPLES, judged, write_rows
 
 PROSE = "The river had risen in the night, and the lower fields lay under water. "
 C4, GITHUB, WIKIPEDIA, ARXIV = (
@@ -167,6 +170,50 @@ def test_latex() -> None:
     reason, found = judged(ARXIV, text)
     assert (reason, found) == ("", "\\section*{One} 50\\% of it \nEnd.\n\n\\appendix\\section{Two}")
     assert judged(ARXIV, "\\begin{document}Hello\\end{document}")[0].startswith("fewer than 1")
+
+
+MACROS = {
+    "no arguments": (r"\newcommand{\R}{\mathbb{R}} in \R^n and \Rest", r" in \mathbb{R}^n and \Rest"),
+    "arguments": (r"\newcommand{\n}[2]{|#1|_{#2}}\n{x}{2} \n y3", r"|x|_{2} |y|_{3}"),
+    "def": (r"\def\eps{\varepsilon}\def\p#1{(#1)} \p{\eps }", r" (\varepsilon)"),
+    "nested": (r"\newcommand\a{A\b}\newcommand\b{B} \a.", r" AB."),
+    "escaped": (r"\newcommand{\set}{\{x\}} \set", r" \{x\}"),
+    "open": (r"\newcommand{\x}{never closed \x", r"\newcommand{\x}{never closed \x"),
+    "none": (r"\section{x} \alpha", r"\section{x} \alpha"),
+}
+
+
+@pytest.mark.parametrize("name", MACROS)
+def test_macros_are_written_out(name: str) -> None:
+    text, expected = MACROS[name]
+    assert judged((Macros(kind="macros"),), text) == ("", expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r"\def\a{\b\b}\def\b{\a\a} \a", r"\def\a{x\a} \a", r"\def\a{" + "x" * 9999 + "}" + r"\a " * 9999],
+    ids=["doubling", "endless", "huge"],
+)
+def test_macros_that_grow_end(text: str) -> None:
+    assert judged((Macros(kind="macros"),), text)[0] == "macros that grow without end"
+
+
+def test_passages_of_evaluations(tmp_path: Path) -> None:
+    question = "If a train leaves the northern station at nine and another at ten, when do both of them meet?"
+    write_rows(tmp_path / "eval.jsonl", ["short"])
+    with (tmp_path / "eval.jsonl").open("a") as file:
+        file.write('{"question": {"stem": "' + question + '"}, "choices": ["at noon", "never"]}\n')
+    stage = (Contamination(kind="contamination", against=(str(tmp_path / "eval.jsonl"),)),)
+    whole = PROSE + question.upper().replace(",", " -") + PROSE
+    assert judged(stage, whole)[0] == "passage of an evaluation"
+    assert judged(stage, PROSE + " ".join(question.split()[:12]))[0] == ""
+    many = (Contamination(kind="contamination", against=stage[0].against, min_hits=9),)
+    assert judged(many, whole)[0] == ""
+    (tmp_path / "bad.jsonl").write_text('{"a": "b"}\n{"a\n')
+    for files, message in ((("bad.jsonl",), "bad.jsonl:2: .*must be read whole"), ((), "holds no text of 13 words")):
+        wrong = Contamination(kind="contamination", against=tuple(str(tmp_path / file) for file in files))
+        with pytest.raises(DataError, match=message):
+            wrong.start()
 
 
 LANGUAGES = {
