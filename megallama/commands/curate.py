@@ -1,12 +1,10 @@
 """Make a corpus of raw pages: filter, remove duplicates, and report what was dropped and why.
 
-    megallama curate examples/curate/commoncrawl.toml --train
     megallama curate examples/curate/commoncrawl.toml --output data/crawl --workers 8
     megallama prepare data/crawl/commoncrawl --tokenizer tokenizer.model --output data/tokens/commoncrawl
 
 Writes OUTPUT/SOURCE/NNNNN.jsonl, report.html, report.json and removed.jsonl (near-duplicates and what they resemble).
-The bytes are the same for any number of processes and machines. A run that was killed continues when it is started
-again. The same command, started on several machines or as the tasks of a Slurm array, shares the work.
+The same command, on several machines or as the tasks of a Slurm array, shares the work, and continues what was killed.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from megallama.commands.parser import Parser, filled
 
 
 def run(argv: Sequence[str]) -> None:
-    """Carry out a recipe. Raises: MegallamaError."""
+    """Carry out a recipe, or train its models. Raises: MegallamaError."""
     parser = Parser("curate", __doc__)
     add = parser.add_argument
     add("recipe", type=Path, help="a .toml file: the sources and their stages")
@@ -35,7 +33,6 @@ def run(argv: Sequence[str]) -> None:
 
     recipe = load_recipe(args.recipe)
     if args.train:
-        train(recipe, lambda text: print(text, file=sys.stderr, flush=True))
-        return
+        return train(recipe, lambda text: print(text, file=sys.stderr, flush=True))
     new = curate(recipe, Path(args.output), args.workers, args.quiet)
     print(f"{args.output}/report.html" + ("" if new else ": finished before"))
