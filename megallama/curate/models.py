@@ -39,18 +39,22 @@ class Table:
 
     def __init__(self, keys: np.ndarray, logp: np.ndarray, backoff: np.ndarray) -> None:
         self.keys, self.logp, self.backoff = keys, logp, backoff
-        self._shift = np.uint64(64 - max(len(keys), 2).bit_length())
+        self._shift = np.uint64(63 - max(len(keys), 2).bit_length())
         slots = np.arange(1 << (64 - int(self._shift)), dtype=np.uint64) << self._shift
-        self._starts = np.searchsorted(keys, slots).astype(np.int64)
-        self._depth = int(np.diff(self._starts, append=len(keys)).max())
+        self._starts = np.append(np.searchsorted(keys, slots), len(keys)).astype(np.int64)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """int64: where each key stands; -1 where it does not."""
-        at = self._starts[keys >> self._shift]
-        found = np.full(len(keys), -1, np.int64)
-        for step in range(self._depth):
-            here = np.minimum(at + step, len(self.keys) - 1)
-            np.copyto(found, here, where=self.keys[here] == keys)
+        slot, found = keys >> self._shift, np.full(len(keys), -1, np.int64)
+        at, end = self._starts[slot], self._starts[slot + np.uint64(1)]
+        left = np.flatnonzero(at < end)
+        while len(left):
+            here = at[left]
+            hit = self.keys[here] == keys[left]
+            found[left[hit]] = here[hit]
+            left = left[~hit]
+            at[left] += 1
+            left = left[at[left] < end[left]]
         return found
 
     def score(self, keys: list[np.ndarray], place: np.ndarray) -> np.ndarray:
@@ -60,8 +64,9 @@ class Table:
         for n in range(1, len(keys)):
             before = np.roll(at, 1)  # the n-gram that ends a piece earlier: the context
             weight = np.where(before >= 0, self.backoff[before], np.float32(0))
-            at = self.find(keys[n])
-            at[place < n] = -1
+            near = np.flatnonzero((before >= 0) & (place >= n))  # an n-gram is there only if its context is
+            at = np.full(len(place), -1, np.int64)
+            at[near] = self.find(keys[n][near])
             seen = (at >= 0) & np.isfinite(self.logp[at])
             logp = np.where(seen, self.logp[at], logp + np.where(place < n, np.float32(0), weight))
         return logp
