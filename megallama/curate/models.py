@@ -68,7 +68,7 @@ class Table:
             at = np.full(len(place), -1, np.int64)
             at[near] = self.find(keys[n][near])
             seen = (at >= 0) & np.isfinite(self.logp[at])
-            logp = np.where(seen, self.logp[at], logp + np.where(place < n, np.float32(0), weight))
+            logp = np.where(seen, self.logp[at], logp + weight)
         return logp
 
 
