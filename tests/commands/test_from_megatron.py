@@ -313,6 +313,8 @@ def test_what_megatron_derives(tmp_path: Path, capsys: pytest.CaptureFixture[str
         True,
     )
     assert "--global-batch-size is absent: one micro-batch per replica (ranks: 6) is 12" in capsys.readouterr().err
+    config = converted(f"{flags} --context-parallel-size 2", tmp_path, "--ranks", "6")
+    assert (config.parallel.cp, config.batch.global_batch_size) == (2, 6), "ranks that share a sequence are one replica"
 
 
 @pytest.mark.parametrize(
@@ -322,7 +324,7 @@ def test_what_megatron_derives(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("--normalization LayerNorm", "--normalization LayerNorm: here this flag takes RMSNorm"),
         ("--position-embedding-type learned_absolute", "learned_absolute: here this flag takes rope or rotary"),
         ("--glu-activation geglu", "--glu-activation geglu: here this flag takes swiglu"),
-        ("--context-parallel-size 2", "--context-parallel-size 2: here this flag takes 1"),
+        ("--expert-model-parallel-size 2", "--expert-model-parallel-size 2: here this flag takes 1"),
         ("--num-experts 8", "--num-experts 8: here this flag takes 1 or 0"),
         ("--squared-relu", "--squared-relu: a LLaMA has none, or there is no counterpart; remove it (--without sq"),
         ("--qk-layernorm", "--qk-layernorm: a LLaMA has none, or there is no counterpart; remove it (--without qk-l"),
@@ -498,7 +500,7 @@ def sections_of(flag: str, found: dict[str, str]) -> list[str]:
 VALUES = {
     **{"lr-decay-style": "cosine", "recompute-granularity": "full", "split": "98,2,0", "rampup-batch-size": "4 4 8"},
     **{"lr-wsd-decay-style": "linear", "kv-channels": "16", "min-lr": "1e-5", "lr-warmup-fraction": "0.1"},
-    **{"context-parallel-size": "1", "num-query-groups": "2", "tensor-model-parallel-size": "2"},
+    **{"context-parallel-size": "2", "num-query-groups": "2", "tensor-model-parallel-size": "2"},
     **dict.fromkeys(("lr-decay-samples", "lr-warmup-samples"), "80"),
     **{"distributed-timeout-minutes": "10", "train-samples": "800", "num-key-value-heads": "2"},
 }

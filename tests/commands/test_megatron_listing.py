@@ -110,15 +110,15 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_what_is_not_a_llama_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         converted(
-            listing(add_bias_linear=True, add_qkv_bias=True, qk_layernorm=True, context_parallel_size=2, num_experts=8,
-                    normalization="LayerNorm", hidden_dropout=0.1, decoupled_lr=1e-3, mtp_num_layers=1),
+            listing(add_bias_linear=True, add_qkv_bias=True, qk_layernorm=True, expert_model_parallel_size=2,
+                    num_experts=8, normalization="LayerNorm", hidden_dropout=0.1, decoupled_lr=1e-3, mtp_num_layers=1),
             tmp_path,
         )  # fmt: skip
     for problem in (
         "9 problems on Megatron's command line:",
         "--disable-bias-linear is absent, which means biases; append", "--add-qkv-bias: a LLaMA has none, or there is",
         "--qk-layernorm: a LLaMA has none", "--mtp-num-layers 1: a LLaMA has none",
-        "--context-parallel-size 2: here this flag takes 1", "--num-experts 8: here this flag takes 1 or 0",
+        "--expert-model-parallel-size 2: here this flag takes 1", "--num-experts 8: here this flag takes 1 or 0",
         "--hidden-dropout is absent, which means 0.1", "--normalization is absent, which means LayerNorm",
         "--decoupled-lr 0.001: a LLaMA has none, or there is no counterpart; remove it (--without decoupled-lr)",
     ):  # fmt: skip

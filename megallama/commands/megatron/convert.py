@@ -75,7 +75,7 @@ def batch(flags: Flags, out: dict[str, Any]) -> None:
     """[batch] and [precision]."""
     micro, size = flags["micro-batch-size"], flags["global-batch-size"]
     if size is None and micro and flags.ranks:
-        size = micro * max(1, flags.ranks // (out["parallel.tp"] * out["parallel.pp"]))
+        size = micro * max(1, flags.ranks // (out["parallel.tp"] * out["parallel.pp"] * out["parallel.cp"]))
         flags.note(f"--global-batch-size is absent: one micro-batch per replica (ranks: {flags.ranks}) is {size}")
     elif "global-batch-size" not in flags.values:
         write = "give --ranks N, or append -- --global-batch-size N"

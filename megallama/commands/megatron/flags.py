@@ -33,10 +33,10 @@ model.tie_embeddings: untie-embeddings-and-output-weights|no-tie-embed-logits
   position-embedding-type:rope|rotary=learned_absolute use-rotary-position-embeddings use-rms-norm
   disable-bias-linear:=biases hidden-dropout:0=0.1 attention-dropout:0=0.1
 {ALWAYS}: optimizer:adam transformer-impl:transformer_engine|local rotary-percent:1 rope-type:rope
-  rotary-seq-len-interpolation-factor:1 weight-decay-incr-style:constant num-experts:1|0
-  expert-model-parallel-size:1 context-parallel-size:1 distributed-backend:nccl|gloo sample-rate:1
-  softmax-type:vanilla lr-warmup-init:0
+  rotary-seq-len-interpolation-factor:1 weight-decay-incr-style:constant num-experts:1|0 sample-rate:1
+  expert-model-parallel-size:1 distributed-backend:nccl|gloo softmax-type:vanilla lr-warmup-init:0
 parallel: tensor-model-parallel-size>tp:size=1 pipeline-model-parallel-size>pp:size=1
+  context-parallel-size>cp:size=1
 parallel.chunks: num-layers-per-virtual-pipeline-stage:size num-virtual-stages-per-pipeline-rank:size
 parallel.stage_layers: decoder-first-pipeline-num-layers:size decoder-last-pipeline-num-layers:size
 parallel.sequence_parallel: sequence-parallel
