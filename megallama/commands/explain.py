@@ -105,7 +105,7 @@ def numbers_of(
         return list(range(first, first + size))
     if ranks is None or not 0 <= rank < ranks:
         raise ConfigError(f"--rank {rank} needs the number of ranks, above it; write for example ranks={abs(rank) + 1}")
-    topology = Topology.fill(ranks, tp=p.tp, pp=p.pp, order=p.rank_order)
+    topology = Topology.fill(ranks, tp=p.tp, pp=p.pp, cp=p.cp, order=p.rank_order)
     found = batch.sample_ids(first, size, topology.dp, topology.coords(rank)["dp"])
     if micro is not None and not 0 <= micro < len(found):
         raise ConfigError(f"--micro-batch {micro} does not exist; step {step} has micro-batches 0 to {len(found) - 1}")

@@ -114,7 +114,8 @@ class _Gather(Layer):
 
     def backward(self, ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         """The gradients of all ranks, added up in fp32 where the tokens are."""
-        self.found, sent = None, _by_rank(torch.cat(grads), self.group.size)
+        sent = _by_rank(torch.cat(grads), self.group.size)
+        self.found, self.own = None, ()  # the graph may live on, until weight gradients are made
         found = torch.empty_like(sent)
         self.group.all_to_all(found, sent).wait()
         return found.sum(0, dtype=accumulate_dtype(sent.dtype)).to(sent.dtype).chunk(2)

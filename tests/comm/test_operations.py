@@ -79,6 +79,7 @@ def test_recording_writes_down_calls_in_order(pool: Pool) -> None:
             ("all_reduce", "world", (3,), "torch.float64", 24, None),
             ("send", "world", (4,), "torch.float32", 16, (rank + 1) % 3),
             ("recv", "world", (4,), "torch.float32", 16, (rank - 1) % 3),
+            ("all_to_all", "world", (3, 3), "torch.float32", 36, None),
             ("barrier", "world", (), "None", 0, None),
             ("gather_values", "world", (), "None", 0, None),
         ]

@@ -141,7 +141,8 @@ def test_alone_needs_nothing() -> None:
         assert (world.rank, world.world_size, world.hosts) == (0, 1, ("here",))
         assert isinstance(world.group, Solo) and not torch.distributed.is_initialized()
         groups = world.groups(Topology(), num_kv_heads=2)
-        assert all(isinstance(getattr(groups, name), Solo) for name in ("tp", "dp", "pp", "embedding", "kv", "world"))
+        names = ("tp", "cp", "dp_cp", "pp", "embedding", "kv", "world")
+        assert all(isinstance(getattr(groups, name), Solo) for name in names)
         assert world.failed(ValueError("nobody to tell")) is None
         assert world.notes[-1].startswith("1 CPU thread per rank (")
 

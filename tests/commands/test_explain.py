@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from megallama.cli import command
-from megallama.commands.explain import imbalance
+from megallama.commands.explain import imbalance, numbers_of
 from megallama.config.load import load, to_toml
 from megallama.data.loader import Loader
 from megallama.data.sources import TrainDataset, open_sources
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.data.writer import IndexedWriter
+from tests.small import small_config
 from tests.words import text_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -260,3 +261,9 @@ def test_what_cannot_be_planned(arguments: list[str], message: str, capsys: pyte
     assert command("plan")(["--data", *arguments]) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ") and message in text
+
+
+def test_ranks_that_share_sequences_read_the_same_samples() -> None:
+    config = small_config(parallel={"cp": 2})
+    read = [numbers_of(config, 1, 4, rank, None) for rank in range(4)]
+    assert read[0] == read[1] == [0, 2, 4, 6] and read[2] == read[3] == [1, 3, 5, 7]

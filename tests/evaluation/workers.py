@@ -19,7 +19,8 @@ from megallama.evaluation.texts import read_texts
 def score(world: World, folder: Path, words: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Of the items in the folder, log p [nats] of every choice, and the metrics by item."""
     model = open_on(world, folder, evaluation_config(folder, words, world.world_size), lambda text: None)
-    encoder, items = Encoder(load_tokenizer(folder), model.scorer.longest, False), read_items(folder / "items.jsonl")
+    encoder = Encoder(load_tokenizer(folder), model.scorer.longest, False, None)
+    items = read_items(folder / "items.jsonl")
     rows = [encoder.row(item.context, choice) for item in items for choice in item.choices]
     log_probs = np.array([s.log_prob for s in model.scorer(rows)])
     return log_probs, score_items(model.scorer, encoder, items, answer=True)

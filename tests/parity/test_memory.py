@@ -15,6 +15,7 @@ from megallama.config.schema import Config
 from megallama.kernels import attention
 from megallama.layers.context import _Gather
 from megallama.plan import memory
+from megallama.plan.exchange import exchange
 from megallama.plan.memory import DTYPE_BYTES, rank_memory, stage_saved_bytes, tokens_and_rows
 from megallama.plan.params import heads
 from megallama.plan.work import Stages
@@ -34,6 +35,9 @@ def kept_by_attention(config: Config, recompute: str | None = None) -> int:
     size, cut = DTYPE_BYTES[config.precision.dtype], config.parallel.cp > 1
     (n, _, d), tp, tokens = heads(config.model), config.parallel.tp, tokens_and_rows(config)[0]
     local, masked = n // tp, config.data.document_mask
+    if cut and size > 2 and (recompute or config.memory.recompute) != "full" and exchange(config)[0] == "gather":
+        torchs = tokens // 2 * OF_THREAD.first  # the chunk of as many queries as keys; all others have our kernel
+        return size * local * (torchs * (1 + d) - tokens * d)
     if (recompute or config.memory.recompute) == "full" or size == 2:
         return 0 if (recompute or config.memory.recompute) == "full" or not cut else -tokens * size * local * d
     extra = (local > 1 or masked) * local * d * (not cut)
@@ -72,6 +76,7 @@ ignored: list[Tensor] = []  # masks, alive
 def what_context_parallelism_keeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Hooks of its own hide what it keeps from those of `measured`; its masks are noted."""
     start, leave_out, again, mask = _Gather.__init__, _Gather.leave_out, _Gather.again, attention._mask
+    back = _Gather.backward
 
     def init(self: Any, *arguments: Any) -> None:
         start(self, *arguments)
@@ -84,6 +89,11 @@ def what_context_parallelism_keeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[
     def unpack(self: Any, found: Any) -> Tensor:
         return again(self, found.tensor if isinstance(found, Held) else found)  # type: ignore[no-any-return]
 
+    def backward(self: Any, ctx: Any, *grads: Tensor) -> Any:
+        found = back(self, ctx, *grads)
+        self.held = self.held if self.own else []
+        return found
+
     def noted(starts: Tensor, dtype: torch.dtype) -> Tensor:
         found = mask(starts, dtype)
         ignored.extend([found] * (hasattr(OF_THREAD, "kept") and OF_THREAD.kept.cut))
@@ -91,6 +101,7 @@ def what_context_parallelism_keeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
     monkeypatch.setattr(_Gather, "__init__", init)
     monkeypatch.setattr(_Gather, "leave_out", pack)
+    monkeypatch.setattr(_Gather, "backward", backward)
     monkeypatch.setattr(_Gather, "again", unpack)
     monkeypatch.setattr(attention, "_mask", noted)
     yield
@@ -175,14 +186,15 @@ def test_the_plan_predicts_every_byte(layout: Layout, dtype: str, monkeypatch: p
     the_same_bytes(layout.config(dtype), layout.ranks)
 
 
+GATHER: dict[str, Any] = {"cp": 2, "cp_exchange": "gather"}
 CONTEXT: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
-    "gathered": (4, {"parallel": {"cp": 4}}),
-    "gathered, grouped heads": (4, {"parallel": {"cp": 2, "tp": 2}, "model": {"num_kv_heads": 1}}),
-    "gathered by groups of heads": (2, {"parallel": {"cp": 2}, "overlap": {"context_parallel_heads": 2}}),
-    "gathered and kept": (2, {"parallel": {"cp": 2}, "memory": {"cp_keep_kv": True, "recompute": "none"}}),
-    "gathered for documents": (2, {"parallel": {"cp": 2}, "data": {"document_mask": True}}),
-    "gathered again": (4, {"parallel": {"cp": 2, "pp": 2, "schedule": "zb-h1"}, "memory": {"recompute": "full"}}),
-    "kept, again": (2, {"parallel": {"cp": 2}, "memory": {"recompute": "full", "cp_keep_kv": True}}),
+    "gathered": (4, {"parallel": GATHER | {"cp": 4}}),
+    "gathered, grouped heads": (4, {"parallel": GATHER | {"tp": 2}, "model": {"num_kv_heads": 1}}),
+    "gathered by groups of heads": (2, {"parallel": GATHER, "overlap": {"context_parallel_heads": 2}}),
+    "gathered and kept": (2, {"parallel": GATHER, "memory": {"cp_keep_kv": True, "recompute": "none"}}),
+    "gathered for documents": (2, {"parallel": GATHER, "data": {"document_mask": True}}),
+    "gathered again": (4, {"parallel": GATHER | {"pp": 2, "schedule": "zb-h1"}, "memory": {"recompute": "full"}}),
+    "kept, again": (2, {"parallel": GATHER, "memory": {"recompute": "full", "cp_keep_kv": True}}),
     "by heads": (2, {"parallel": {"cp": 2, "cp_exchange": "heads"}, "data": {"document_mask": True}}),
     "by heads, copies": (4, {"parallel": {"cp": 4, "cp_exchange": "heads"}, "model": {"num_kv_heads": 2}}),
     "by heads, again": (4, {"parallel": {"cp": 2, "cp_exchange": "heads"}, "memory": {"recompute": "full"}}),
@@ -211,6 +223,7 @@ def the_same_bytes(config: Config, ranks: int) -> None:
     def body(rank: Worker) -> tuple[tuple[int, ...], tuple[int, ...]]:
         plan, groups = rank.plan, rank.groups
         schedule = plan.schedule_for(config.batch.deal(len(data[0]), groups.dp.size)[groups.dp.rank])
+        OF_THREAD.first = groups.cp.rank == 0
         m = rank_memory(config, plan.stages, schedule, groups.dp_cp.size, groups.pp.rank)
         most = plan.memory(groups.pp.rank).activations  # what the plan says is that of the replica with most
         assert m.activations == most if schedule is plan.schedule else m.activations <= most

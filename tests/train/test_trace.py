@@ -15,7 +15,7 @@ import torch
 
 from megallama.analysis.communication import collectives
 from megallama.comm.flight_record import FlightRecord
-from megallama.comm.group import Groups, Handle, Solo
+from megallama.comm.group import Groups, Handle, Place, Solo
 from megallama.comm.stream_record import event_now
 from megallama.plan.plan import Plan, make_plan
 from megallama.plan.timeline import Flight, Span, chrome_trace, exposure
@@ -206,7 +206,7 @@ class TwoOnOnePipeline(Solo):
 def test_ranks_are_put_on_rank_0s_clock(tmp_path: Path) -> None:
     """Actions and a message at the same time on both ranks, 3 s after the step begins at 10 s."""
     solo = Solo()
-    groups = Groups(solo, solo, TwoOnOnePipeline(), solo, solo, solo, 0, {"dp": 0, "tp": 0})
+    groups = Groups(solo, solo, Place(0, 1), solo, TwoOnOnePipeline(), solo, solo, solo, 0, {"dp": 0, "tp": 0})
     config = small_config(run={"folder": str(tmp_path)}, log={"trace_steps": (1, 1)})
     said: list[str] = []
     log: Any = SimpleNamespace(info=said.append)
