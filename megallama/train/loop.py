@@ -285,9 +285,14 @@ class TrainingLoop:
             return
         with self._timers.phase("save"):
             if copies.ends:  # all have the copy before this one, when the one before that is overwritten
-                with self._world.patient(self._config.run.io_timeout_seconds):
-                    while words[BUDDY] >= 0 and words[COPIED] not in (0, words[BUDDY]):
-                        time.sleep(0.001)
+                until = time.monotonic() + self._config.run.timeout_seconds / 2  # within a step's: a host may be gone
+                while late := words[BUDDY] >= 0 and words[COPIED] not in (0, words[BUDDY]):
+                    if time.monotonic() > until:
+                        break
+                    time.sleep(0.001)
+                if any(self._world.group.gather_values(late)):
+                    self._log.info(f"step {self.progress.step} is not copied: the copy before it is not there yet")
+                    return
             report.catch_up(1.0)
             counters, manager = self._counters() | {"lineage": self._manager.lineage}, self._manager
             copies.keep(self.progress.step, counters, [manager.saved_step, manager.begun])

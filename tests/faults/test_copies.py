@@ -7,8 +7,7 @@ import random
 import re
 import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,13 +91,12 @@ def test_a_start_from_memory_knows_the_checkpoint_that_it_came_after(tmp_path: P
 
 
 def test_a_copy_is_written_over_when_all_buddies_have_the_one_after_it() -> None:
-    """A loop at step 7 whose copy of step 6 is on its way; with no buddy it does not wait."""
+    """A loop at step 7 whose copy of step 6 is on its way; with no buddy it does not wait, nor for long."""
     words, done, said = [0] * WORDS, threading.Event(), list[str]()
 
-    @contextmanager
-    def patient(seconds: float) -> Iterator[None]:
-        yield
-        said.append("barrier")
+    def agree(late: bool) -> list[bool]:
+        said.append("agreed")
+        return [late, False]
 
     def keep(step: int, counters: dict[str, Any], after: list[int | None]) -> None:
         said.append(f"{step} {counters} {after}")
@@ -106,7 +104,8 @@ def test_a_copy_is_written_over_when_all_buddies_have_the_one_after_it() -> None
     loop = SimpleNamespace(
         setup=SimpleNamespace(copies=SimpleNamespace(ends=[("a", 1)] * 2, keep=keep)),
         _config=small_config(checkpoint={"memory_interval": 1}),
-        _world=SimpleNamespace(record=SimpleNamespace(words=words), patient=patient),
+        _world=SimpleNamespace(record=SimpleNamespace(words=words), group=SimpleNamespace(gather_values=agree)),
+        _log=SimpleNamespace(info=said.append),
         progress=SimpleNamespace(step=7, guard=SimpleNamespace(in_a_row=0)),
         _timers=SimpleNamespace(phase=nullcontext),
         _counters=dict,
@@ -127,7 +126,12 @@ def test_a_copy_is_written_over_when_all_buddies_have_the_one_after_it() -> None
         assert done.wait(0.1 if waits else 5) is not waits
         words[BUDDY] = 7
         assert done.wait(5)
-        assert said == ["barrier", "records", "7 {'lineage': 'x'} [None, 4]"] and words[COPIED] == 8
+        assert said == ["agreed", "records", "7 {'lineage': 'x'} [None, 4]"] and words[COPIED] == 8
+    loop._config = small_config(checkpoint={"memory_interval": 1}, run={"timeout_seconds": 0.2})
+    words[COPIED], words[BUDDY] = 7, 6
+    said.clear()
+    copy()
+    assert said == ["agreed", "step 7 is not copied: the copy before it is not there yet"] and words[COPIED] == 7
 
 
 def unused(log: str) -> list[str]:
