@@ -183,7 +183,9 @@ def _blocks(queries: Tensor, keys: Tensor, documents: Documents | None) -> Itera
     length, before = queries.shape[1], keys.shape[1] - queries.shape[1]
     for a in range(0, length, BLOCK):
         end = min(a + BLOCK, length)
-        first = 0 if documents is None else int(documents.starts[:, before + a].min())
+        first = 0  # also of a dry run, which has shapes alone
+        if documents is not None and not documents.starts.is_meta:
+            first = int(documents.starts[:, before + a].min())
         yield slice(a, end), slice(first, before + end)
 
 
@@ -208,7 +210,7 @@ def _probabilities(q: Tensor, k: Tensor, rows: slice, seen: slice, documents: Do
     future = torch.full((count, count), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
     scores[:, :, scores.shape[2] - count :].add_(future)  # far faster than masked_fill_ on a CPU
     starts = None if documents is None else documents.starts[:, seen.stop - count : seen.stop]
-    last = seen.start if starts is None else int(starts.max())
+    last = seen.start if starts is None or starts.is_meta else int(starts.max())
     if starts is not None and last > seen.start:  # keys of other documents lie before it
         others = torch.arange(seen.start, last, device=scores.device) < starts[:, :, None]
         hidden = scores.new_zeros(others.shape).masked_fill_(others, -torch.inf)  # [b, r, last - start]

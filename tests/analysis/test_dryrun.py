@@ -88,7 +88,14 @@ CONTEXT: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {  # each with two l
             "overlap": {"context_parallel_heads": 2},
         },
     ),
-    "gathered and kept": (4, {"parallel": {"cp": 4}, "memory": {"cp_keep_kv": True}, "data": {"document_mask": True}}),
+    "gathered and kept": (
+        4,
+        {
+            "parallel": {"cp": 4, "cp_exchange": "gather"},
+            "memory": {"cp_keep_kv": True},
+            "data": {"document_mask": True},
+        },
+    ),
     "gathered for layers that are computed again": (
         4,
         {
