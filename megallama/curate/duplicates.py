@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -61,8 +62,8 @@ class Paragraphs(_First):
             number = next(numbers)
             gone = drop[ends[number] - counts[number] : ends[number]]
             if gone.any():
-                lines = zip(document.text.split("\n"), gone.tolist(), strict=True)
-                document.text = "\n".join(line for line, out in lines if not out).strip("\n")
+                lines = compress(document.text.split("\n"), (~gone).tolist())
+                document.text = "\n".join(lines).strip("\n")
             if len(document.text) >= self.min_chars and not document.text.isspace():
                 return ""
             return "little left" if gone.any() else "too short"

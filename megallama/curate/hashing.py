@@ -1,6 +1,7 @@
 """Texts as numbers: normalised as in CCNet, hashed by paragraph or by n words.
 
-CCNet (Wenzek et al. 2019, 3.2): lower case, no accents, digits as 0, no punctuation; the first 64 bits of SHA-1.
+CCNet (Wenzek et al. 2019, 3.2): lower case, no accents, digits as 0, no punctuation. It takes 64 bits of SHA-1; here
+they are of XXH3, which costs a quarter of it.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import string
+import sys
 import unicodedata
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 SPACE, NEWLINE, ZERO = 32, 10, 48
 PLANES = 0x20000  # code points above are ideographs and symbols, which stay
@@ -19,15 +22,15 @@ _DELETED = string.punctuation.encode() + _CONTROLS.replace(b"\t", b"").replace(b
 _ASCII = bytes.maketrans(
     (string.ascii_uppercase + string.digits + "\t\r").encode(), (string.ascii_lowercase + "0" * 10 + "  ").encode()
 )
+EMPTY = np.uint64(xxh3_64_intdigest(b""))
 BASE = np.uint64(0x9E3779B97F4A7C15)
-INVERSE = np.uint64(pow(int(BASE), -1, 1 << 64))
 ORDER = np.uint64(0xBF58476D1CE4E5B9)
 
 
 @functools.lru_cache(1)
 def _table() -> np.ndarray:
-    """uint32 [PLANES]: what each code point becomes; 0: nothing."""
-    table = np.arange(PLANES, dtype="<u4")
+    """uint32: what each code point becomes; 0: nothing."""
+    table = np.arange(sys.maxunicode + 1, dtype="<u4")
     for code in filter(lambda code: code != NEWLINE and not 0xAC00 <= code <= 0xD7A3, range(PLANES)):  # but Hangul
         kind = unicodedata.category(mark := chr(code))
         if kind == "Nd" or kind[0] == "Z" or mark in "\t\r":
@@ -43,21 +46,16 @@ def normalise(text: str) -> bytes:
     if text.isascii():
         return text.encode().translate(_ASCII, _DELETED)
     codes = np.frombuffer(text.encode("utf-32-le", "replace"), "<u4")
-    table = _table()
-    if int(codes.max()) < PLANES:
-        codes = table[codes]
-    else:
-        codes = np.where(codes < PLANES, table[np.minimum(codes, PLANES - 1)], codes)
+    codes = _table()[codes]
     return codes[codes != 0].tobytes().decode("utf-32-le").encode()
 
 
 def paragraph_hashes(text: str) -> np.ndarray:
-    """uint64 [lines]: the first 64 bits of SHA-1 of each normalised line; 0 for an empty one."""
-    sha1 = hashlib.sha1
+    """uint64 [lines]: XXH3 of each normalised line; 0 for an empty one."""
     lines = [line.strip() for line in normalise(text).split(b"\n")]
-    digests = np.frombuffer(b"".join([sha1(line).digest() for line in lines]), ">u4").reshape(-1, 5)
-    high, low = digests[:, 0].astype(np.uint64), digests[:, 1].astype(np.uint64)
-    return np.where(np.fromiter(map(len, lines), np.uint32, len(lines)), high << np.uint64(32) | low, np.uint64(0))
+    hashes = np.fromiter(map(xxh3_64_intdigest, lines), np.uint64, len(lines))
+    hashes[hashes == EMPTY] = 0
+    return hashes
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -67,27 +65,10 @@ def mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-@functools.lru_cache(4)
-def _powers(bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """BASE**i and its inverse, i below 2**bits."""
-    factors = np.full((2, 1 << bits), [[BASE], [INVERSE]], np.uint64)
-    factors[:, 0] = 1
-    return np.cumprod(factors[0]), np.cumprod(factors[1])
-
-
 def word_hashes(text: str) -> np.ndarray:
-    """uint64 [words]: of the words of the normalised text, a polynomial modulo 2**64."""
-    data = np.frombuffer(normalise(text), np.uint8)
-    if not len(data):
-        return np.zeros(0, np.uint64)
-    up, down = _powers(len(data).bit_length())
-    inside = np.zeros(len(data) + 2, np.int8)
-    inside[1:-1] = (data != SPACE) & (data != NEWLINE)
-    edges = np.flatnonzero(np.diff(inside))
-    starts, ends = edges[::2], edges[1::2]
-    total = np.zeros(len(data) + 1, np.uint64)
-    np.cumsum(data * up[: len(data)], out=total[1:])
-    return mix((total[ends] - total[starts]) * down[starts])
+    """uint64 [words]: XXH3 of the words of the normalised text."""
+    words = normalise(text).split()
+    return np.fromiter(map(xxh3_64_intdigest, words), np.uint64, len(words))
 
 
 def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:

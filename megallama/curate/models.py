@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import numpy as np
 from megallama.config.errors import DataError
 from megallama.config.schema import option
 from megallama.curate.hashing import BASE, mix, ngram_hashes, word_hashes
-from megallama.curate.readers import cut, documents, find
+from megallama.curate.readers import Bad, cut, documents, find
 from megallama.curate.stage import Apply, Document, Stage
 
 HELD_OUT = 10  # one of so many reference texts is not trained on, but measures
@@ -25,59 +26,58 @@ def texts_of(inputs: tuple[str, ...], what: str) -> Iterator[str]:
     """The texts of files. Raises: DataError where there are none."""
     if not inputs:
         raise DataError(f"{what} is empty; name files, folders or patterns with the texts to train on")
-    some = False
-    for unit in cut(0, find(inputs, lambda file, why: None), 1 << 26):
-        for document, _ in documents(unit, "", (), 1 << 24, lambda file, why: None):
-            some = True
-            yield document.text
-    if not some:
+    skip: Bad = lambda file, why: None  # noqa: E731
+    units = cut(0, find(inputs, skip), 1 << 26)
+    texts = (document.text for unit in units for document, _ in documents(unit, "", (), 1 << 24, skip))
+    if (first := next(texts, None)) is None:
         raise DataError(f"{what}: {', '.join(inputs)} holds no text")
+    yield from chain([first], texts)
 
 
 class Table:
     """Log-probabilities and back-off weights by the hash of an n-gram (float32, natural logarithms)."""
 
     def __init__(self, keys: np.ndarray, logp: np.ndarray, backoff: np.ndarray) -> None:
-        self.keys, self.logp, self.backoff = keys, logp, backoff
+        self.keys, self.logp, self.backoff = map(np.asarray, (keys, logp, backoff))  # maps of files are slow to index
         self._shift = np.uint64(63 - max(len(keys), 2).bit_length())
         slots = np.arange(1 << (64 - int(self._shift)), dtype=np.uint64) << self._shift
         self._starts = np.append(np.searchsorted(keys, slots), len(keys)).astype(np.int64)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """int64: where each key stands; -1 where it does not."""
-        slot, found = keys >> self._shift, np.full(len(keys), -1, np.int64)
+        slot = keys >> self._shift
         at, end = self._starts[slot], self._starts[slot + np.uint64(1)]
-        left = np.flatnonzero(at < end)
+        found, left = np.full(len(keys), -1, np.int64), np.flatnonzero(at < end)
+        at, end, keys = at[left], end[left], keys[left]
         while len(left):
-            here = at[left]
-            hit = self.keys[here] == keys[left]
-            found[left[hit]] = here[hit]
-            left = left[~hit]
-            at[left] += 1
-            left = left[at[left] < end[left]]
+            hit = self.keys[at] == keys
+            found[left[hit]] = at[hit]
+            at += 1
+            more = np.flatnonzero(~hit & (at < end))
+            left, at, end, keys = left[more], at[more], end[more], keys[more]
         return found
 
-    def score(self, keys: list[np.ndarray], place: np.ndarray) -> np.ndarray:
-        """float32: the log-probability of each piece after those before it in its line, up to len(keys) - 1."""
-        at = self.find(keys[0])
-        logp = np.where((at >= 0) & np.isfinite(self.logp[at]), self.logp[at], self.logp[0])  # key 0: never seen
+    def score(self, keys: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """float32: the log-probability of each piece after those before it in its line, by keys [orders, pieces]."""
+        found = self.find(keys.reshape(-1)).reshape(keys.shape)
+        found[place < np.arange(len(keys))[:, None]] = -1
+        logp, context = self.logp[found], found[:-1, :-1]  # a context ends a piece earlier
+        seen = (found >= 0) & ~np.isnan(logp)
+        weights = np.where(context >= 0, self.backoff[context], np.float32(0))
+        out = np.where(seen[0], logp[0], self.logp[0])  # key 0: never seen
         for n in range(1, len(keys)):
-            before = np.roll(at, 1)  # the n-gram that ends a piece earlier: the context
-            weight = np.where(before >= 0, self.backoff[before], np.float32(0))
-            near = np.flatnonzero((before >= 0) & (place >= n))  # an n-gram is there only if its context is
-            at = np.full(len(place), -1, np.int64)
-            at[near] = self.find(keys[n][near])
-            seen = (at >= 0) & np.isfinite(self.logp[at])
-            logp = np.where(seen, self.logp[at], logp + weight)
-        return logp
+            out[1:] += weights[n - 1]
+            np.copyto(out, logp[n], where=seen[n])
+        return out
 
 
-def hashes(ids: np.ndarray, order: int) -> list[np.ndarray]:
-    """uint64 [order][pieces]: of the 1, 2, ... pieces that end at each place; wrong where the line is shorter."""
+def hashes(ids: np.ndarray, order: int) -> np.ndarray:
+    """uint64 [order, pieces]: of the 1, 2, ... pieces that end at each place; wrong where the line is shorter."""
     ids = ids.astype(np.uint64) + np.uint64(1)
-    keys = [mix(ids)]
+    keys = np.zeros((order, len(ids)), np.uint64)
+    keys[0] = mix(ids)
     for n in range(1, order):
-        keys.append(mix(keys[-1] * BASE + np.roll(ids, n)))
+        keys[n, n:] = mix(keys[n - 1, n:] * BASE + ids[:-n])
     return keys
 
 
@@ -117,11 +117,13 @@ def estimate(ids: np.ndarray, place: np.ndarray, order: int, vocabulary: int) ->
     return table
 
 
-def _lower(table: Table, keys: list[np.ndarray], place: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """What lower orders say, at some places only."""
-    near = np.unique(np.concatenate([np.maximum(at - i, 0) for i in range(2)]))
-    scores = table.score([key[near] for key in keys], place[near])
-    return scores[np.searchsorted(near, at)]
+def _lower(table: Table, keys: np.ndarray, place: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """What lower orders say, at some places only; a million at a time, which bounds memory."""
+    out = [np.zeros(0, np.float32)]
+    for some in np.array_split(at, len(at) // (1 << 20) + 1):
+        near = np.unique(np.append(np.maximum(some - 1, 0), some))
+        out.append(table.score(keys[:, near], place[near])[np.searchsorted(near, some)])
+    return np.concatenate(out)
 
 
 def _arrays(logp: dict[int, Any], backoff: dict[int, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -213,9 +215,9 @@ def encoded(text: str, pieces: Any) -> tuple[np.ndarray, np.ndarray]:
     """int32: the pieces of a text's lines, digits as 0, between <s> and </s>; and the place of each in its line."""
     digits = str.maketrans("123456789", "0" * 9)
     lines = [line for line in text.translate(digits).split("\n") if line.strip()]
-    rows = pieces.encode(lines, add_bos=True, add_eos=True, num_threads=1)
+    rows = [pieces.encode(line, add_bos=True, add_eos=True) for line in lines]  # at once they take longer
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    ids = np.fromiter((i for row in rows for i in row), np.int32, int(lengths.sum()))
+    ids = np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum()))
     return ids, (np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)).astype(np.int32)
 
 

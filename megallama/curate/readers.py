@@ -26,6 +26,7 @@ XML = (".xml", ".xml.gz", ".xml.bz2")
 MEDIA = ("text/html", "application/xhtml+xml", "text/plain")
 STARTS = {True: re.compile(rb"\x1f\x8b\x08"), False: re.compile(rb"(?<=\n)WARC/1\.")}  # of records, by packed
 Bad = Callable[[str, str], None]
+Documents = Iterator[tuple[Document, int]]  # each with the bytes that are read by then
 Piece = tuple[str, int, int | None, int]  # file, from, to, bytes on disk
 
 
@@ -83,9 +84,7 @@ def cut(source: int, files: list[str], unit_bytes: int) -> list[Unit]:
     return [*units, Unit(source, tuple(held))] if held else units
 
 
-def documents(
-    unit: Unit, source: str, keys: tuple[str, ...], max_bytes: int, bad: Bad
-) -> Iterator[tuple[Document, int]]:
+def documents(unit: Unit, source: str, keys: tuple[str, ...], max_bytes: int, bad: Bad) -> Documents:
     """The documents of a unit, each with the bytes on disk that are read by then."""
     before = 0
     for file, start, stop, size in unit.pieces:

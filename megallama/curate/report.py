@@ -22,14 +22,15 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;padding:.6em;
 
 def write_report(recipe: Recipe, tree: dict[str, Any], folder: Path, publish: Callable[..., None]) -> None:
     """Write report.json and report.html of the counts of all units."""
-    per_token = recipe.bytes_per_token
     shares = sum(source.share for source in recipe.sources)
     for source in recipe.sources:
         rows = [row for name, row in sorted(tree["stages"].items()) if name.startswith(f"{source.name} ")]
         raw, kept = (rows[i].get("out", NONE) if rows else NONE for i in (0, -1))
+        counted = tree["tokens"].get(source.name, 0)
+        per_token = kept["bytes"] / counted if counted else recipe.bytes_per_token
         wanted, there = recipe.run_tokens * source.share / (shares or 1), kept["bytes"] / per_token
         row = {"raw": raw, "kept": kept, "tokens": round(there), "epochs": round(wanted / max(there, 1), 4)}
-        tree.setdefault("sources", {})[source.name] = row | {"share": source.share}
+        tree.setdefault("sources", {})[source.name] = row | {"share": source.share, "bytes_per_token": per_token}
     text = json.dumps(tree, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     publish(folder / "report.json", lambda path: path.write_text(text, "utf-8"))
     page = "\n".join([STYLE, *_page(recipe, tree)])
@@ -43,17 +44,21 @@ def _table(head: str, rows: list[list[Any]]) -> str:
 
 
 def _page(recipe: Recipe, tree: dict[str, Any]) -> Iterator[str]:
-    yield f"<h1>What became of the documents</h1><p>Tokens are estimated: bytes / {recipe.bytes_per_token:g}."
+    how = f"an estimate: bytes / {recipe.bytes_per_token:g}; name a <code>tokenizer</code> in the recipe to count them"
+    if recipe.tokenizer:
+        how = f"counted by {escape(recipe.tokenizer)}; those before are an estimate by the bytes of a token of these"
+    yield f"<h1>What became of the documents</h1><p>Tokens kept are {how}."
     rows = []
     for name, row in tree["sources"].items():
         both = [row[side][what] for what in NONE for side in ("raw", "kept")]
-        rows.append([name, *both, row["tokens"], row["share"], row["epochs"]])
-    head = "source|documents read|kept|bytes read|kept|tokens kept|share of the mixture|"
+        tokens = round(row["raw"]["bytes"] / row["bytes_per_token"]), row["tokens"]
+        rows.append([name, *both, *tokens, row["share"], row["epochs"]])
+    head = "source|documents read|kept|bytes read|kept|tokens read|kept|share of the mixture|"
     yield _table(f"{head}epochs in {recipe.run_tokens:,.0f} tokens", rows)
     for source in recipe.sources:
         yield f"<h2>{source.name}</h2>"
         rows_of = {n: row for n, row in sorted(tree["stages"].items()) if n.startswith(f"{source.name} ")}
-        yield from _stages(rows_of, recipe.bytes_per_token)
+        yield from _stages(rows_of, tree["sources"][source.name]["bytes_per_token"])
         yield from _examples(source.name, tree["samples"])
     yield "<h2>Distributions</h2><p>Grey: read. Green: kept."
     for name, counts in sorted(tree["histograms"].items()):

@@ -34,6 +34,7 @@ from megallama.curate.recipe import Recipe
 from megallama.curate.report import write_report
 from megallama.curate.stage import Apply, Barrier, Document, Stage, UnitKeys
 from megallama.curate.statistics import Statistics, add
+from megallama.text.fast_encoder import load_fast_tokenizer
 from megallama.text.progress import ByteProgress
 
 MAX_KEYS = 1 << 22  # that are brought together at a time: about 200 MB
@@ -62,19 +63,11 @@ class Segment(NamedTuple):
     ahead: int | None
 
 
-def publish(path: Path, write: Callable[[Path], object]) -> None:
-    """Make a file whole under another name, then give it its own."""
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.save(file, array)
-
-    publish(path, write)
+@functools.lru_cache(1)
+def _counter(tokenizer: str) -> Callable[[str], int]:
+    """How many tokens `megallama prepare` makes of a text, with the one that ends it; 0 without a tokenizer."""
+    encode = load_fast_tokenizer(tokenizer).encode_arrays if tokenizer else None
+    return lambda text: len(encode([text])[0]) + 1 if encode else 0
 
 
 @functools.lru_cache(64)
@@ -116,6 +109,16 @@ class Plan:
         """A file of a job; .json is its last, with its counts."""
         return self.output / "work" / f"{job.name}.{ending}"
 
+    def publish(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Make a file whole under another name, in a folder that goes at the end; then give it its own."""
+        temporary = self.output / "work" / f"new-{socket.gethostname()}-{os.getpid()}-{path.name}"
+        write(temporary)
+        os.replace(temporary, path)
+
+    def save(self, job: Job, name: str, array: np.ndarray) -> None:
+        """Write an array of a job."""
+        self.publish(self.path(job, f"{name}.npy"), lambda path: np.save(path, array))
+
     def array(self, job: Job, name: str) -> np.ndarray:
         """An array that a job wrote."""
         return np.load(self.path(job, f"{name}.npy"), mmap_mode="r")
@@ -145,16 +148,13 @@ class Plan:
     def take(self, job: Job, beat: Callable[[int, bool], None]) -> dict[str, Any]:
         """Take a unit through a segment: its text, and the keys for the barrier ahead; what it counted."""
         unit, recipe = self.units[job.number], self.recipe
-        segment, stages, source = (
-            self.phases[job.phase][unit.source],
-            self.stages(unit.source),
-            recipe.sources[unit.source],
-        )
+        segment, stages = self.phases[job.phase][unit.source], self.stages(unit.source)
+        source = recipe.sources[unit.source]
         statistics = Statistics(recipe.seed)
         names = [f"{source.name} {at:02d} {stages[at].kind}" for at in range(len(stages))]
         applied = [(names[at], self._ready(job, segment, stages[at])) for at in range(segment.start, segment.stop)]
         barrier: Any = None if segment.ahead is None else stages[segment.stop]
-        keys, offsets = list[np.ndarray](), [0]
+        keys, offsets, count = list[np.ndarray](), [0], _counter(recipe.tokenizer)
 
         def write(path: Path) -> None:
             with path.open("wb", 1 << 20) as file:
@@ -166,13 +166,12 @@ class Plan:
                         if barrier:
                             keys.append(barrier.keys(document))
                         else:
-                            statistics.distributions("kept", document)
-                            statistics.sample(f"{source.name}: kept", document, document.text)
+                            statistics.keeps(document, count)
 
         first = next(n for n, other in enumerate(self.units) if other.source == unit.source)
         shard = self.output / source.name / f"{job.number - first:05d}.jsonl"
         shard.parent.mkdir(exist_ok=True)
-        publish(self.path(job, "jsonl") if barrier else shard, write)
+        self.publish(self.path(job, "jsonl") if barrier else shard, write)
         if barrier:
             order, counts = np.concatenate([np.zeros(0, np.uint64), *keys]), np.array([*map(len, keys)], np.int64)
             at = np.argsort(order, kind="stable") if barrier.many else np.unique(order, return_index=True)[1]
@@ -180,7 +179,7 @@ class Plan:
             docs = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)[at]
             named = {"order": order, "counts": counts, "keys": order[at], "docs": docs, "offsets": np.array(offsets)}
             for name, array in named.items():
-                _save(self.path(job, f"{name}.npy"), array)
+                self.save(job, name, array)
         return statistics.tree
 
     def _ready(self, job: Job, segment: Segment, stage: Stage) -> Apply:
@@ -203,10 +202,10 @@ class Plan:
         units = [UnitKeys(self.path(j, "jsonl"), *map(self.array, [j] * 3, UnitKeys._fields[1:])) for j in jobs]
         found = barrier.combine(units, *((job.number + i) * (1 << 64) // job.parts for i in range(2)))
         order = np.argsort(found.owners, kind="stable")
-        _save(self.path(job, "values.npy"), found.values[order].astype(np.uint64))
-        _save(self.path(job, "starts.npy"), np.searchsorted(found.owners[order], np.arange(len(units) + 1)))
+        self.save(job, "values", found.values[order].astype(np.uint64))
+        self.save(job, "starts", np.searchsorted(found.owners[order], np.arange(len(units) + 1)))
         pairs = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found.pairs)
-        publish(self.path(job, "pairs"), lambda path: path.write_text(pairs, "utf-8"))
+        self.publish(self.path(job, "pairs"), lambda path: path.write_text(pairs, "utf-8"))
         return {}
 
     def work(self, show: Callable[[], None] = lambda: None) -> None:
@@ -251,7 +250,7 @@ class Plan:
 
             tree = self.combine(job) if job.parts else self.take(job, beat)
             self.path(job, "beat").write_text(f"{0 if job.parts else self.units[job.number].size} {kept} {dropped}")
-            publish(self.path(job, "json"), lambda path: path.write_text(json.dumps(tree)))
+            self.publish(self.path(job, "json"), lambda path: path.write_text(json.dumps(tree)))
 
 
 def make_plan(recipe: Recipe, output: Path, bad: Callable[[str, str], None]) -> Plan:
@@ -263,7 +262,8 @@ def make_plan(recipe: Recipe, output: Path, bad: Callable[[str, str], None]) -> 
         stamps += [[file, sizes[file].st_size, sizes[file].st_mtime_ns] for file in large]
         units += cut(number, [file for file in sizes if file in {*large}], int(recipe.unit_mb * 1e6))
     stages = [*(stage for source in recipe.sources for stage in source.stages), *recipe.stages]
-    for model in dict.fromkeys(Path(s.model) for s in stages if isinstance(s, (Perplexity, Reference))):
+    models = [s.model for s in stages if isinstance(s, (Perplexity, Reference))]
+    for model in map(Path, dict.fromkeys([*models, *filter(None, [recipe.tokenizer])])):
         files = sorted(model.glob("*")) if model.is_dir() else [model]
         stamps += [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
     return Plan(recipe, output, tuple(units), json.dumps([recipe.model_dump(mode="json"), stamps]))
@@ -280,7 +280,7 @@ def curate(recipe: Recipe, output: Path, workers: int = 1, quiet: bool = True) -
         if output.exists() and not begun.parent.exists() and any(output.iterdir()):
             raise DataError(f"{output} holds files of something else; name an empty or new folder")
         begun.parent.mkdir(parents=True, exist_ok=True)
-        publish(begun, lambda path: path.write_text(plan.about))
+        plan.publish(begun, lambda path: path.write_text(plan.about))
     if (finished if finished.exists() else begun).read_text() != plan.about:
         raise DataError(f"{output} was made by another recipe or of other files; name another folder, or remove it")
     if finished.exists():
@@ -322,38 +322,34 @@ def _in_processes(plan: Plan, workers: int, show: Callable[[], None]) -> None:
 
 def _show(plan: Plan, bar: ByteProgress) -> None:
     """Bytes read in all phases, documents kept and dropped in them."""
-    jobs = [
-        Job(p, n) for p, segments in enumerate(plan.phases) for n, u in enumerate(plan.units) if u.source in segments
-    ]
-    counts = [(0, 0, 0)]
-    for job in jobs:
+    counts = np.zeros(3, np.int64)
+    for file in (plan.output / "work").glob("*.beat"):
         with suppress(OSError, ValueError):
-            read, kept, dropped = map(int, plan.path(job, "beat").read_text().split())
-            counts.append((read, kept, dropped))
-    read, kept, dropped = map(sum, zip(*counts, strict=True))
-    total = sum(plan.units[job.number].size for job in jobs)
+            counts += [*map(int, file.read_text().split())]
+    read, kept, dropped = counts.tolist()
+    total = sum(unit.size for segments in plan.phases for unit in plan.units if unit.source in segments)
     bar.update(read, total, note=f", kept {kept:,}, dropped {dropped:,}")
 
 
 def _end(plan: Plan, tree: dict[str, Any]) -> None:
     """Write the report, and say in the folder that all is done; what was in between goes."""
     work, copies = plan.output / "work", Counter[str]()
-    for done in sorted(work.glob("*.json")):
+    for done in sorted(work.glob("[0-9]*.json")):
         add(tree, json.loads(done.read_text()))
 
     def write(path: Path) -> None:
         known = set[str]()
         with path.open("w", encoding="utf-8") as out:
-            for line in (line for part in sorted(work.glob("*.pairs")) for line in part.open(encoding="utf-8")):
+            for line in (line for part in sorted(work.glob("[0-9]*.pairs")) for line in part.open(encoding="utf-8")):
                 pair = json.loads(line)
                 if (name := f"{pair['source']} {pair['dropped']}") not in known:
                     known.add(name)
                     copies[f"{pair['source_kept']} {pair['kept']}"] += 1
                     out.write(line)
 
-    publish(plan.output / "removed.jsonl", write)
+    plan.publish(plan.output / "removed.jsonl", write)
     sizes = {str(size + 1): {"kept": number} for size, number in Counter(copies.values()).items()}
     add(tree, {"histograms": {"near-duplicates: copies of a text": sizes} if sizes else {}})
-    write_report(plan.recipe, tree, plan.output, publish)
-    publish(plan.output / "about.json", lambda path: path.write_text(plan.about))
+    write_report(plan.recipe, tree, plan.output, plan.publish)
+    plan.publish(plan.output / "about.json", lambda path: path.write_text(plan.about))
     shutil.rmtree(work, ignore_errors=True)

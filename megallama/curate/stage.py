@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -18,10 +17,6 @@ import numpy as np
 
 from megallama.config.errors import DataError
 from megallama.config.schema import Section
-
-_orjson: Any = None
-with suppress(ImportError):
-    _orjson = importlib.import_module("orjson")
 
 Apply = Callable[["Document"], str]
 """What a stage does to a document, in place: why it is dropped, or ""."""
@@ -40,14 +35,12 @@ class Document:
     def line(self) -> bytes:
         """As a line of JSON."""
         row = {"text": self.text, "source": self.source, "id": self.id, "scores": self.scores, "meta": self.meta}
-        if _orjson:
-            return _orjson.dumps(row) + b"\n"
         return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
     @classmethod
     def of(cls, line: bytes) -> Document:
         """From a line that `line` made."""
-        return cls(**(_orjson.loads(line) if _orjson else json.loads(line)))
+        return cls(**json.loads(line))
 
 
 class Stage(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from megallama.curate.hashing import text_hash
@@ -30,7 +31,7 @@ class Statistics:
     """The counts of a unit."""
 
     def __init__(self, seed: int) -> None:
-        self.tree: dict[str, Any] = {"stages": {}, "bad": {}, "histograms": {}, "samples": {}}
+        self.tree: dict[str, Any] = {"stages": {}, "bad": {}, "histograms": {}, "samples": {}, "tokens": {}}
         self._seed = seed
 
     def bad(self, file: str, why: str) -> None:
@@ -39,9 +40,13 @@ class Statistics:
 
     def passes(self, stage: str, side: str, document: Document) -> None:
         """A document goes "in" to a stage, or comes "out" of it."""
-        row = self.tree["stages"].setdefault(stage, {}).setdefault(side, {"documents": 0, "bytes": 0})
-        row["documents"] += 1
-        row["bytes"] += size_of(document.text)
+        add(self.tree["stages"], {stage: {side: {"documents": 1, "bytes": size_of(document.text)}}})
+
+    def keeps(self, document: Document, count: Callable[[str], int]) -> None:
+        """A document stays to the end; `count` says its tokens."""
+        self.distributions("kept", document)
+        self.sample(f"{document.source}: kept", document, document.text)
+        add(self.tree["tokens"], {document.source: count(document.text)})
 
     def stage(self, name: str, apply: Apply, document: Document) -> bool:
         """Take a document through a stage, and count what that did; whether it is still there."""

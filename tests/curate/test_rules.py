@@ -228,5 +228,6 @@ LANGUAGES = {
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_language(language: str) -> None:
     pytest.importorskip("fasttext", reason="the extra `curate` is not installed")
-    reason, _ = judged((Language(kind="language"),), LANGUAGES[language] * 3)
-    assert reason == ("" if language == "en" else f"language {language}")
+    for text in (LANGUAGES[language] * 3, LANGUAGES[language].replace(" ", "\u00a0") * 3):
+        reason, _ = judged((Language(kind="language"),), text)
+        assert reason == ("" if language == "en" else f"language {language}")

@@ -117,6 +117,7 @@ def test_a_run_that_broke_off_goes_on(after: int, tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(Plan, "take", counted)
         patch.setattr("megallama.curate.run.Document.line", breaks)
+        patch.setattr("megallama.curate.run.os.getpid", lambda: 1)  # else the next start writes over what is left
         with pytest.raises(KeyboardInterrupt):
             curate(made, tmp_path / "out")
     begun, did[:] = did[:-1], []
