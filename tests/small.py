@@ -13,6 +13,7 @@ from megallama.comm.group import Groups, Solo, build_groups
 from megallama.config.load import resolve
 from megallama.config.schema import Config
 from megallama.kernels.attention import Documents
+from megallama.kernels.candidate import Target
 from megallama.kernels.select import select_kernels
 from megallama.layers.batch import MicroBatch
 from megallama.model.llama import Stage
@@ -52,7 +53,7 @@ def solo_rank(config: Config) -> Worker:
 
 def build(plan: Plan, groups: Groups, device: torch.device = CPU) -> Worker:
     """The parts of one rank, with initial weights."""
-    rank = assemble(plan, groups, device, select_kernels(device, DTYPES[plan.config.precision.dtype]))
+    rank = assemble(plan, groups, device, select_kernels(Target(device, DTYPES[plan.config.precision.dtype])))
     initialize(rank, plan.config.train.seed)
     return rank
 

@@ -22,6 +22,7 @@ from megallama.analysis.agreement import Program, prove
 from megallama.analysis.recording import Call, FakeGroup, Recording, Wait
 from megallama.comm.group import Group, Partition, Solo, build_groups, partitions
 from megallama.kernels.attention import Documents
+from megallama.kernels.candidate import Target
 from megallama.kernels.select import select_kernels
 from megallama.layers.batch import MicroBatch
 from megallama.model.llama import Stage
@@ -100,7 +101,7 @@ class _Tape:
         self.waits: list[Wait] = []
         self._me, self._value, config = rank, 1.0, plan.config
         groups = build_groups(plan.topology, rank, config.model.num_kv_heads or 1, self._group)
-        kernels = select_kernels(META, DTYPES[config.precision.dtype])
+        kernels = select_kernels(Target(META, DTYPES[config.precision.dtype]))
         built = assemble(plan, groups, META, kernels, lambda number, stage: _Repeating(number, stage, self))
         self.rank = replace(built, device=CPU, read=self._read)
 

@@ -31,8 +31,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from megallama.checkpoint import disk, manifest
 from megallama.checkpoint.disk import CheckpointError, DamagedError, MissingError, UnreadableError
-from megallama.comm.group import Assembly
-from megallama.comm.on_all_ranks import on_all_ranks
+from megallama.comm.group import Assembly, on_all_ranks
 from megallama.config.load import NOTHING, Begun
 from megallama.config.schema import Config
 

@@ -31,8 +31,7 @@ from megallama.checkpoint.manifest import SHARD_BYTES, STATE, layout
 from megallama.checkpoint.starts import Starts
 from megallama.checkpoint.writer import Content, NotFiniteError, write_checkpoint
 from megallama.comm.flight_record import SAVING, FlightRecord
-from megallama.comm.group import Assembly
-from megallama.comm.on_all_ranks import on_all_ranks
+from megallama.comm.group import Assembly, on_all_ranks
 from megallama.config.errors import InternalError, MegallamaError
 from megallama.config.presets import PRESETS
 from megallama.config.schema import Config

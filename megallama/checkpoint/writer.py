@@ -32,8 +32,7 @@ from megallama.checkpoint import manifest
 from megallama.checkpoint.disk import CheckpointError, opened, read_at, sync, write_at, write_durably
 from megallama.checkpoint.folder import REPLACED, remove_checkpoint, unfinished
 from megallama.checkpoint.manifest import DTYPES, FileSet, TensorPlace
-from megallama.comm.group import Assembly
-from megallama.comm.on_all_ranks import on_all_ranks
+from megallama.comm.group import Assembly, on_all_ranks
 from megallama.layers.param import Shard, digest
 from megallama.plan.box import Box, boxes_of_range, runs
 

@@ -28,7 +28,13 @@ MESSAGE, PIECE, FREE_TAG = range(3)  # tags: of callers, of pieces of our collec
 
 
 class Works:
-    """Handle of works of torch, and of what to do once they are done; an empty `limit` is that of the process group."""
+    """Handle of works of torch, and of what to do once they are done; an empty `limit` is that of the process group.
+
+    A send over gloo says that it is over only to somebody who waits, and once: a thread per receiver waits, in order,
+    and tells `over`.  Else nobody could free what has arrived without waiting.
+    """
+
+    over: Future[None] | None = None
 
     def __init__(
         self, where: str, works: Sequence[Any], keep: Any, finish: Callable[[], Any] | None, limit: Sequence[timedelta],
@@ -39,7 +45,7 @@ class Works:
 
     def wait(self) -> None:
         self.record.waits(self.place)
-        self.wait_unseen()
+        self.wait_unseen() if self.over is None else self.over.result()
         self.record.arrived(self.place)
 
     def wait_unseen(self) -> None:
@@ -59,36 +65,19 @@ class Works:
         self._works, self._keep, self._finish = (), None, None
 
     def done(self) -> bool:
+        if self.over is not None:
+            return self.over.done() and self.over.result() is None
         return self._finish is None and all(work.is_completed() for work in self._works)
 
 
-class _Sent(Future[None]):
-    """Handle of a send over gloo, which says that it is over only to somebody who waits, and once.
-
-    A thread per receiver waits, in order: else nobody could free what has arrived without waiting.
-    """
-
-    def __init__(self, works: Works) -> None:
-        super().__init__()
-        self._works = works
-
-    def wait(self) -> None:
-        self._works.record.waits(self._works.place)
-        self.result()
-        self._works.record.arrived(self._works.place)
-
-    def done(self) -> bool:
-        return super().done() and self.result() is None
-
-
-def _wait_in_order(queue: SimpleQueue[tuple[Works, _Sent]]) -> None:
+def _wait_in_order(queue: SimpleQueue[tuple[Works, Future[None]]]) -> None:
     while True:
-        works, sent = queue.get()
+        works, over = queue.get()
         try:
             works.wait_unseen()
-            sent.set_result(None)
+            over.set_result(None)
         except RuntimeError as error:
-            sent.set_exception(error)
+            over.set_exception(error)
 
 
 class C10d:
@@ -111,7 +100,7 @@ class C10d:
         self._number = self.record.add_group(name, self.ranks)
         self._pg, self._down = process_group, down or process_group
         self._direct = device.type == "cpu"
-        self._sends: dict[int, SimpleQueue[tuple[Works, _Sent]]] = {}
+        self._sends: dict[int, SimpleQueue[tuple[Works, Future[None]]]] = {}
         # gloo bounds messages by the time-out of the group's making; NCCL's waits may not block the host
         self._limit: tuple[timedelta, ...] = ()
 
@@ -160,8 +149,9 @@ class C10d:
         if to not in self._sends:
             self._sends[to] = SimpleQueue()
             threading.Thread(target=_wait_in_order, args=(self._sends[to],), daemon=True, name="gloo-sends").start()
-        self._sends[to].put((handle, sent := _Sent(handle)))
-        return sent
+        handle.over = Future()
+        self._sends[to].put((handle, handle.over))
+        return handle
 
     def recv(self, tensor: Tensor, source: int, tag: int = MESSAGE) -> Handle:
         self._check(tensor, peer=source)

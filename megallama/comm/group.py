@@ -1,4 +1,4 @@
-"""Process groups: the one interface through which ranks talk, and the groups of one rank.
+"""Process groups: the one interface through which ranks talk, the groups of one rank, work that all ranks do.
 
 Every operation starts at once and returns a `Handle`, which keeps its tensors alive until it is waited for.
 An overlapped call keeps the handle while other work runs; a blocking one is ``group.all_reduce(x).wait()``.
@@ -8,6 +8,9 @@ Positions (`rank`, `source`, `to`) are indices *within the group*; `ranks` are g
 
 from __future__ import annotations
 
+import logging
+import socket
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -15,10 +18,13 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from megallama.config.errors import InternalError, MachineError, MegallamaError
 from megallama.plan.topology import Topology
 
 Partition = Sequence[tuple[int, ...]]
 Op = Literal["sum", "max"]
+_log = logging.getLogger(__name__)
+_log.addHandler(logging.NullHandler())  # without a run's `Logger` nothing is said twice
 
 
 class ContactLost(RuntimeError):
@@ -39,7 +45,7 @@ class Done:
     """The handle of an operation that has already finished."""
 
     def wait(self) -> None:
-        """Nothing to wait for."""
+        return None
 
     def done(self) -> bool:
         return True
@@ -225,3 +231,42 @@ def build_groups(topology: Topology, rank: int, num_kv_heads: int, make: Callabl
     at, groups = topology.coords(rank), {"cp": Solo("cp", rank), **groups}
     dp_cp = groups.pop("dp_cp" if topology.cp > 1 else "dp")
     return Groups(**groups, dp_cp=dp_cp, dp=Place(at["dp"], topology.dp), rank=rank, coords=at)
+
+
+def on_all_ranks(group: Assembly, what: str, work: Callable[[], Any], *, collect: bool = False) -> list[Any]:
+    """Run `work` on this rank; the JSON values it returned on every rank, in rank order.
+
+    collect: the values go to rank 0 alone; the others must not look at theirs. Raises, on every rank,
+    the kind of MegallamaError that the first rank that failed had, with its status; a `decisive` kind
+    before others. Of what is none, an OSError becomes a MachineError, all others an InternalError;
+    their traceback is logged before anything is exchanged. The message: `what`, the rank, and why.
+    """
+    value, failure, cause = None, None, None
+    try:
+        value = work()
+    except Exception as caught:  # noqa: BLE001 - whatever it is, the other ranks must not wait for us
+        kind, text, status = type(caught), str(caught), getattr(caught, "status", 0)
+        if not isinstance(caught, MegallamaError):
+            _log.error("%s failed", what, exc_info=caught)
+            kind = MachineError if isinstance(caught, OSError) else InternalError
+            text, status = f"{type(caught).__name__}: {caught}", kind.status
+        cause, failure = caught, [[kind.__module__, kind.__qualname__], text, status, socket.gethostname()]
+    values: list[Any] = []
+
+    def summary(results: list[Any]) -> list[Any]:
+        values.extend(value for value, _ in results)
+        failed = [[rank, *bad] for rank, (_, bad) in enumerate(results) if bad is not None]
+        return [[] if collect else values, failed]
+
+    everyone, failed = group.gather_values([value, failure], summary)
+    if not failed:
+        return values if collect else everyone
+    # a kind that this rank does not know is what it is an example of
+    failed = [(r, getattr(sys.modules.get(module), name, MegallamaError), *f) for r, (module, name), *f in failed]
+    failed.sort(key=lambda f: not getattr(f[1], "decisive", False))
+    rank, kind, text, status, host = failed[0]
+    who = f"rank {rank} on {host}: " if group.size > 1 else ""
+    others = f" (and {len(failed) - 1} more ranks: {[f[0] for f in failed[1:9]]})" if len(failed) > 1 else ""
+    error = kind.__new__(kind, f"{what}: {who}{text}{others}")  # whatever else its __init__ asks for
+    error.shared, error.status = True, status
+    raise error from cause

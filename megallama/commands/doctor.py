@@ -261,7 +261,7 @@ def kernels(dtype: str, device: str, measure: bool, compiled: bool, table: bool 
         raise RuntimeError(f"torch {torch.__version__} finds no GPU")
     where, kind = torch.device("cuda" if cuda else "cpu"), DTYPES[dtype]
     entry = Processor.here().entry(CPU_SIZE[1]) if table and not cuda else None
-    chosen = select_kernels(where, kind, compiled=compiled, named=entry.kernels.get(dtype) if entry else None)
+    chosen = select_kernels(Target(where, kind, compiled=compiled), named=entry.kernels.get(dtype) if entry else None)
     target = Target(where, kind, compiled=compiled, product=chosen.gemms.fprop)
     rows: list[dict[str, Any]] = [
         {"operation": c.operation, "taken": c.selected, "refused": dict(c.refused)} for c in chosen.choices

@@ -139,7 +139,7 @@ def _write_files(source: Source, target: Path, options: ConvertOptions, dtype: s
                 tensor = foreign.paired(tensor, *turn) if turn else tensor
                 for piece in format.pieces[name]:
                     place = sets[piece.file].places[piece.key]
-                    part = tensor[piece.box.within(Box.whole(name, tuple(tensor.shape)))]
+                    part = tensor[tuple(map(slice, piece.box.start, piece.box.stop))]
                     _write_rows(name, part, place, piece.row, fd_of(place.file))
                 flusher.wrote(prod(shape) * DTYPES[dtype].itemsize)
             flusher.begin()

@@ -93,7 +93,7 @@ class Source(AbstractContextManager["Source"]):
         out = self._buffer[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
         filled, pieces = 0, self.format.pieces[name]
         for piece in pieces:
-            part = out[piece.box.within(Box.whole(name, shape))]
+            part = out[tuple(map(slice, piece.box.start, piece.box.stop))]
             if filled < out.numel() and part.is_contiguous():
                 self.files[piece.file].read_rows(piece.key, piece.row, part)
             else:
@@ -106,7 +106,7 @@ class Source(AbstractContextManager["Source"]):
         """Fill `out` (1-D, any dtype) with the elements of `box`, of a tensor that is kept until the next one."""
         if self._last is None or self._last[0] != box.key:
             self._last = box.key, self.tensor(box.key)
-        out.copy_(self._last[1][box.within(Box.whole(box.key, self.format.shapes[box.key]))].reshape(-1))
+        out.copy_(self._last[1][tuple(map(slice, box.start, box.stop))].reshape(-1))
 
     def _dtype(self, name: str) -> str:
         found = {self.files[p.file].places[p.key].dtype for p in self.format.pieces[name]}

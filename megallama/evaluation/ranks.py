@@ -13,8 +13,8 @@ from typing import NamedTuple
 from megallama.checkpoint import disk, reader
 from megallama.checkpoint.huggingface import read_model_config
 from megallama.checkpoint.manager import CheckpointManager
+from megallama.comm.group import on_all_ranks
 from megallama.comm.launch import World, cuda_environment, detect_launch, start
-from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.config.describe import literal
 from megallama.config.errors import ConfigError, LaunchError
 from megallama.config.load import load, to_toml

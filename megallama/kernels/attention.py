@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import product
 from typing import Any
@@ -43,6 +43,7 @@ class Documents:
     pieces: tuple[tuple[tuple[int, bool], ...], ...]
     parts: tuple[Documents, ...] = ()
     positions_of_part: Tensor | None = None
+    _masks: dict[torch.dtype, list[Tensor | None]] = field(default_factory=dict, init=False)  # by `masks`
 
     @classmethod
     def of(cls, starts: Tensor, queries: int | None = None) -> Documents:
@@ -94,10 +95,6 @@ class Documents:
             parts = zip(self.split(self.starts[:, :, None, None]), several, strict=True)
             self._masks[dtype] = [_mask(part.flatten(), dtype) if mixed else None for part, mixed in parts]
         return self._masks[dtype]
-
-    @cached_property
-    def _masks(self) -> dict[torch.dtype, list[Tensor | None]]:
-        return {}
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Documents:
         """With its tensors changed: moved, pinned. What was made of them, masks, ends with the original."""

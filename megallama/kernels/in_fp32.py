@@ -12,14 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.kernels.attention import Documents, MakeAttention, sdpa
+from megallama.kernels.attention import Documents, sdpa
 from megallama.kernels.candidate import Target, Unsupported
-from megallama.kernels.gemm import MAX_PRODUCT, AddWgrad, MatmulNT, matmul_nt, onednn_matmul_nt
-
-
-def _need(target: Target, *formats: torch.dtype) -> None:
-    if target.device.type != "cpu" or target.dtype not in formats:
-        raise Unsupported(f"{' and '.join(str(f).removeprefix('torch.') for f in formats)} on a CPU only")
+from megallama.kernels.gemm import MAX_PRODUCT, MatmulNT, matmul_nt, onednn_matmul_nt
 
 
 def product_in_fp32(product: MatmulNT, a: Tensor, b: Tensor) -> Tensor:
@@ -45,28 +40,24 @@ def sdpa_in_fp32(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = 
     return sdpa(q.float(), k.float(), v.float(), documents).to(q.dtype)
 
 
-def _product(product: MatmulNT) -> Callable[[Target], MatmulNT]:
-    def make(target: Target) -> MatmulNT:
-        _need(target, torch.bfloat16, torch.float16)
-        if product is onednn_matmul_nt and not torch.backends.mkldnn.is_available():
+def _on_cpu(kernel: Callable[..., Any], *also: torch.dtype, onednn: bool = False) -> Callable[[Target], Any]:
+    """A candidate for 16-bit formats and those in `also`."""
+    formats = (torch.bfloat16, torch.float16, *also)
+
+    def make(target: Target) -> Any:
+        if target.device.type != "cpu" or target.dtype not in formats:
+            raise Unsupported(f"{' and '.join(str(f).removeprefix('torch.') for f in formats)} on a CPU only")
+        if onednn and not torch.backends.mkldnn.is_available():
             raise Unsupported("this torch was built without oneDNN")
-        return partial(product_in_fp32, product)
+        return kernel
 
     return make
 
 
-def _wgrad(target: Target) -> AddWgrad:
-    _need(target, torch.bfloat16, torch.float16, torch.float32)
-    return wgrad_in_fp32
-
-
-def _attention(target: Target) -> MakeAttention:
-    _need(target, torch.bfloat16, torch.float16)
-    return lambda num_heads, num_kv_heads, head_dim: sdpa_in_fp32
-
-
+_MM = _on_cpu(partial(product_in_fp32, matmul_nt))
+_ONEDNN = _on_cpu(partial(product_in_fp32, onednn_matmul_nt), onednn=True)
 NAMED: dict[str, list[tuple[str, Callable[[Target], Any]]]] = {  # by operation
-    "attention": [("attention in fp32", _attention)],
-    "matrix product": [("oneDNN in fp32", _product(onednn_matmul_nt)), ("torch mm in fp32", _product(matmul_nt))],
-    "weight gradient": [("torch addmm in fp32", _wgrad)],
+    "attention": [("attention in fp32", _on_cpu(lambda *sizes: sdpa_in_fp32))],
+    "matrix product": [("oneDNN in fp32", _ONEDNN), ("torch mm in fp32", _MM)],
+    "weight gradient": [("torch addmm in fp32", _on_cpu(wgrad_in_fp32, torch.float32))],
 }

@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
-import torch
-
 from megallama.config.errors import MegallamaError
 from megallama.kernels.attention import ATTENTION, MakeAttention
 from megallama.kernels.candidate import TE, Operation, Target, Unsupported, Wrong
@@ -83,26 +81,14 @@ class Kernels:
 
 
 def select_kernels(
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    documents: bool = False,
-    fewer: bool = False,
-    fp8: str = "none",
-    compiled: bool = False,
-    width: int = 64,
-    without: Sequence[str] = (),
-    named: Mapping[str, str] | None = None,
+    target: Target, *, fp8: str = "none", without: Sequence[str] = (), named: Mapping[str, str] | None = None
 ) -> Kernels:
-    """Try the candidates of every operation; with `documents`, attention must keep them apart.
+    """Try the candidates of every operation; what is compiled is compiled here, not in the first step.
 
-    fewer: it also has fewer queries than keys, the last rows.
-
-    `width` is the hidden size: what is compiled for it is compiled here, not in the first step.
     `named`: by operation the candidate that is tried first.
 
-    Raises: MegallamaError if no attention here does, if `fp8` is asked for and nothing here can, or
-        if a name in `without` or `named` is that of no candidate.
+    Raises: MegallamaError if no attention here keeps documents apart, if `fp8` is asked for and nothing here
+        can, or if a name in `without` or `named` is that of no candidate.
     """
     named = named or {}
     operations = OPERATIONS | ({FP8: FP8_PRODUCTS} if fp8 != "none" else {})
@@ -115,7 +101,6 @@ def select_kernels(
     if strange := sorted(set(without) - known):
         near = [hint for name in strange for hint in get_close_matches(name, sorted(known), 1)] or sorted(known)
         raise MegallamaError(f"run.without_kernels={strange} names no candidate; write for example {' or '.join(near)}")
-    target = Target(device, dtype, documents, fewer, compiled, width)
     selected: dict[str, Any] = {}
     choices = []
     for name, operation in operations.items():
@@ -125,7 +110,7 @@ def select_kernels(
         choices.append(choice)
         target = replace(target, product=selected.get("matrix product"))
     attention = OPERATIONS["attention"]
-    if documents and choices[0].selected == attention.last[0]:
+    if target.documents and choices[0].selected == attention.last[0]:
         try:
             attention.check(selected["attention"], target)
         except Unsupported as error:

@@ -31,10 +31,6 @@ class Box:
     def numel(self) -> int:
         return prod(self.shape)
 
-    def within(self, outer: Box) -> tuple[slice, ...]:
-        """Slices that select this box from an array holding `outer`."""
-        return tuple(slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, outer.start, strict=True))
-
     def rows(self, first: int, last: int) -> Box:
         """Rows first..last-1 of this box (relative to it), as a box."""
         at = self.start[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from megallama.config.errors import counted
 from megallama.config.schema import Config
@@ -32,9 +31,9 @@ class Plan:
         """The schedule of a step or an evaluation; each is built once."""
         if training and num_microbatches == self.schedule.num_microbatches:
             return self.schedule
-        build = partial(build_schedule, self.config.parallel) if training else partial(build_forward, self.schedule)
-        if (key := (training, num_microbatches)) not in self._schedules:
-            self._schedules[key] = build(num_microbatches)
+        if (key := (training, n := num_microbatches)) not in self._schedules:
+            built = build_schedule(self.config.parallel, n) if training else build_forward(self.schedule, n)
+            self._schedules[key] = built
         return self._schedules[key]
 
     def memory(self, pp_rank: int) -> RankMemory:

@@ -13,6 +13,7 @@ from megallama.comm.flight_record import FlightRecord
 from megallama.comm.group import Groups
 from megallama.config.errors import MegallamaError
 from megallama.config.schema import Config
+from megallama.kernels.candidate import Target
 from megallama.kernels.select import Kernels, select_kernels
 from megallama.layers.context import ContextParallel
 from megallama.layers.linear import TensorParallel
@@ -51,12 +52,10 @@ class Worker:
 
 def kernels_of(config: Config, device: torch.device, named: Mapping[str, str] | None = None) -> Kernels:
     """The implementations that this configuration uses on `device`; `named` ones, by operation, come first."""
-    return select_kernels(
-        device, DTYPES[config.precision.dtype], documents=config.data.document_mask, fp8=config.precision.fp8,
-        fewer=config.parallel.cp > 1 and share(config, 0).gathers,
-        compiled=config.run.compile is True, width=config.model.hidden_size, without=config.run.without_kernels,
-        named=named,
-    )  # fmt: skip
+    fewer, compiled = config.parallel.cp > 1 and share(config, 0).gathers, config.run.compile is True
+    dtype, documents = DTYPES[config.precision.dtype], config.data.document_mask
+    target = Target(device, dtype, documents, fewer, compiled, config.model.hidden_size)
+    return select_kernels(target, fp8=config.precision.fp8, without=config.run.without_kernels, named=named)
 
 
 def same_kernels(selected: Sequence[Sequence[tuple[str, str]]]) -> None:

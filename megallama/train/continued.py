@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megallama.checkpoint.manager import CheckpointManager, forget_moments
-from megallama.comm.group import Assembly
-from megallama.comm.on_all_ranks import on_all_ranks
+from megallama.comm.group import Assembly, on_all_ranks
 from megallama.config.errors import counted
 from megallama.config.schema import Config, current
 from megallama.data.sources import TrainDataset

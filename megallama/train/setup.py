@@ -22,8 +22,8 @@ from megallama.checkpoint.manager import CheckpointManager
 from megallama.checkpoint.memory import MemoryCopies
 from megallama.checkpoint.starts import Starts
 from megallama.checkpoint.writer import NotFiniteError
+from megallama.comm.group import on_all_ranks
 from megallama.comm.launch import World
-from megallama.comm.on_all_ranks import on_all_ranks
 from megallama.config.describe import literal
 from megallama.config.errors import ConfigError, DataError, MegallamaError, counted
 from megallama.config.rules import check, unusual

@@ -9,7 +9,7 @@ from statistics import median, median_low
 import torch
 
 from megallama.config.errors import CorruptionError, InternalError, MegallamaError, counted
-from megallama.optim.replicas import wrong_copies
+from megallama.optim.update import wrong_copies
 from megallama.train.setup import Setup
 from megallama.train.step import StepConsensus
 

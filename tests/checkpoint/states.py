@@ -73,7 +73,7 @@ def take(state: State, found: Sequence[Box]) -> list[Shard]:
     """Shards holding the elements of `state`."""
 
     def cut(tensors: dict[str, Tensor], box: Box) -> Tensor:
-        return tensors[box.key][box.within(_whole(tensors, box))].reshape(-1).clone()
+        return tensors[box.key][tuple(map(slice, box.start, box.stop))].reshape(-1).clone()
 
     return [Shard(box, {kind: cut(tensors, box) for kind, tensors in state.items()}) for box in found]
 
@@ -81,10 +81,6 @@ def take(state: State, found: Sequence[Box]) -> list[Shard]:
 def empty(found: Sequence[Box], dtype: torch.dtype = torch.float32) -> list[Shard]:
     """Shards full of NaN, to be loaded into."""
     return [Shard(b, {k: torch.full((b.numel,), float("nan"), dtype=dtype) for k in KINDS}) for b in found]
-
-
-def _whole(tensors: dict[str, Tensor], box: Box) -> Box:
-    return Box.whole(box.key, tuple(tensors[box.key].shape))
 
 
 def assert_holds(shards: Sequence[Shard], state: State) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megallama.checkpoint.disk import CheckpointError, DamagedError
-from megallama.comm.on_all_ranks import on_all_ranks
+from megallama.comm.group import on_all_ranks
 from megallama.config.errors import ConfigError, DataError, InternalError, LaunchError, MachineError, MegallamaError
 from megallama.train.progress import TrainingStopped
 from tests.threads import run_threads

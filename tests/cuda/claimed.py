@@ -20,7 +20,7 @@ from torch import Tensor
 from megallama.config.load import load
 from megallama.config.schema import Config
 from megallama.kernels.attention import Documents
-from megallama.kernels.candidate import TRITON, Operation, accumulate_dtype
+from megallama.kernels.candidate import TRITON, Operation, Target, accumulate_dtype
 from megallama.kernels.select import Kernels, select_kernels
 from megallama.layers.batch import MicroBatch
 from megallama.train.assemble import DTYPES
@@ -44,10 +44,9 @@ def kernels_on_cuda(config: Config, triton: bool = False) -> Kernels:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Operation, "check", lambda *_: None)
         patch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-        return select_kernels(
-            GPU, DTYPES[config.precision.dtype], documents=config.data.document_mask, fp8=config.precision.fp8,
-            without=[*config.run.without_kernels, *([] if triton else [TRITON])],
-        )  # fmt: skip
+        target = Target(GPU, DTYPES[config.precision.dtype], documents=config.data.document_mask)
+        without = [*config.run.without_kernels, *([] if triton else [TRITON])]
+        return select_kernels(target, fp8=config.precision.fp8, without=without)
 
 
 def batches(config: Config, count: int) -> list[MicroBatch]:

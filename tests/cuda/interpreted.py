@@ -362,7 +362,7 @@ def curve_of(tp: int, ops: plain.PointwiseOps | None, in_place: bool) -> Any:
         parallel={"tp": tp},
     )
     data, starts = small.tokens(config, 1), small.documents(config, 1)
-    chosen = select_kernels(CPU, torch.float32)
+    chosen = select_kernels(Target(CPU, torch.float32))
     small.select_kernels = lambda *args: replace(chosen, pointwise=ops or chosen.pointwise)
 
     def run(rank: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megallama.config.schema import OptimizerConfig
 from megallama.kernels import optimizer, pointwise
-from megallama.kernels.candidate import TE, TOLERANCE, accumulate_dtype
+from megallama.kernels.candidate import TE, TOLERANCE, Target, accumulate_dtype
 from megallama.kernels.pointwise import Norms, rms_norm, softmax_, softmax_at_once_
 from megallama.kernels.select import Choice, select_kernels
 from megallama.train.assemble import DTYPES, Worker
@@ -111,7 +111,7 @@ def test_attention_that_copies_parts_of_a_packed_tensor_is_given_whole_ones(kv: 
 
 
 def test_only_transformer_engine_copies_them() -> None:
-    kernels = select_kernels(torch.device("cpu"), torch.float32)
+    kernels = select_kernels(Target(torch.device("cpu"), torch.float32))
     assert not kernels.apart
     assert replace(kernels, choices=(Choice("attention", TE, ()),)).apart
     assert not replace(kernels, choices=(Choice("RMSNorm", TE, ()),)).apart

@@ -40,7 +40,7 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
 def run(config: Config, ranks: int, of: set[int] | None = None, triton: bool = False) -> list[dryrun.Program]:
     """The first rank, which has the embedding, and the last one; that all fit together is shown elsewhere."""
     with claimed(), counted_triton() if triton else nullcontext(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dryrun, "select_kernels", lambda device, dtype: kernels_on_cuda(config, triton))
+        patch.setattr(dryrun, "select_kernels", lambda target: kernels_on_cuda(config, triton))
         return [dryrun.record(make_plan(config, ranks), rank) for rank in of or {0, ranks - 1}]
 
 

@@ -139,7 +139,7 @@ def test_where_triton_cannot_be_used_the_reason_is_kept(monkeypatch: pytest.Monk
     for name in ("megallama.kernels.triton_pointwise", "megallama.kernels.triton_loss"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(Target, "need_cuda", lambda self: None)
-    choices = {c.operation: c for c in select.select_kernels(torch.device("cpu"), torch.float32).choices}
+    choices = {c.operation: c for c in select.select_kernels(Target(torch.device("cpu"), torch.float32)).choices}
     for operation in OURS:
         assert dict(choices[operation].refused)[TRITON].startswith("import of triton halted"), choices[operation]
         assert choices[operation].broken and choices[operation].selected != TRITON

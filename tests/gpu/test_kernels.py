@@ -27,7 +27,7 @@ def on_gpu(config: Any, device: torch.device) -> Worker:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_the_choice_is_reported(cuda: torch.device, dtype: torch.dtype) -> None:
-    choices = select.select_kernels(cuda, dtype).choices
+    choices = select.select_kernels(Target(cuda, dtype)).choices
     print(*choices, sep="\n")
     assert [c.operation for c in choices] == list(select.OPERATIONS)
 

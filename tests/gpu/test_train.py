@@ -12,6 +12,7 @@ from megallama.comm.group import Solo, build_groups
 from megallama.config.schema import Config
 from megallama.data.loader import Loader
 from megallama.data.samples import Samples
+from megallama.kernels.candidate import Target
 from megallama.kernels.select import select_kernels
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import DTYPES, Worker, assemble, initialize
@@ -30,7 +31,7 @@ def config() -> Config:
 def on_gpu(setting: Config, device: torch.device) -> Worker:
     plan = make_plan(setting, 1)
     groups = build_groups(plan.topology, 0, setting.model.num_kv_heads or 1, lambda name, parts: Solo(name))
-    rank = assemble(plan, groups, device, select_kernels(device, DTYPES[setting.precision.dtype]))
+    rank = assemble(plan, groups, device, select_kernels(Target(device, DTYPES[setting.precision.dtype])))
     initialize(rank, setting.train.seed)
     return rank
 

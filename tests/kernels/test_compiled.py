@@ -138,11 +138,11 @@ def test_a_model_trains_with_compiled_operations(monkeypatch: pytest.MonkeyPatch
     config = small_config(precision={"dtype": "fp32"})
     data = tokens(config, 4)
     want = curve(train(solo_rank(config), data))
-    kernels = select.select_kernels(CPU, torch.float32, compiled=True)
+    kernels = select.select_kernels(Target(CPU, torch.float32, compiled=True))
     used = {c.operation: c.selected for c in kernels.choices}
     compiled = {"RMSNorm", "RoPE", "SwiGLU", "cross entropy"}
     assert {operation for operation, kind in used.items() if kind == "torch.compile"} == compiled
-    monkeypatch.setattr("tests.small.select_kernels", lambda device, dtype: kernels)
+    monkeypatch.setattr("tests.small.select_kernels", lambda target: kernels)
     own, again = (curve(train(solo_rank(config), data)) for _ in range(2))
     assert own == again
     assert 0 < deviation(own, want) < 1e-4
@@ -156,7 +156,7 @@ def test_where_nothing_compiles_eager_is_taken_and_the_reason_kept(monkeypatch: 
         return call
 
     monkeypatch.setattr(torch, "compile", refuses)
-    kernels = select.select_kernels(CPU, torch.float32, compiled=True)
+    kernels = select.select_kernels(Target(CPU, torch.float32, compiled=True))
     norm = kernels.choices[1]
     assert norm.selected == "torch" and norm.refused[0] == (
         "torch.compile", "InvalidCxxCompiler: No working C++ compiler found",

@@ -87,7 +87,7 @@ def test_a_model_learns_in_fp8_and_only_its_layers_multiply_in_it(monkeypatch: p
     monkeypatch.setattr(select, "FP8_PRODUCTS", products)
     plan = make_plan(config, 1)
     groups = solo_rank(config).groups
-    rank = assemble(plan, groups, CPU, select.select_kernels(CPU, torch.bfloat16, fp8="tensorwise"))
+    rank = assemble(plan, groups, CPU, select.select_kernels(Target(CPU, torch.bfloat16), fp8="tensorwise"))
     initialize(rank, config.train.seed)
     params = rank.buffers[0].params
     eight = {name for name, param in params.items() if param._gemms is TORCH_FP8}

@@ -81,7 +81,7 @@ def test_every_entry_of_the_package_can_be_taken() -> None:
     formats = {"bf16": BF16, "fp32": torch.float32}
     for entry in processors.entries(processors.SHIPPED):
         for dtype, named in entry.kernels.items():
-            chosen = select.select_kernels(CPU, formats[dtype], named=named)
+            chosen = select.select_kernels(Target(CPU, formats[dtype]), named=named)
             assert {c.operation: c.selected for c in chosen.choices}.items() >= named.items(), entry.name
     assert OLD.entry(768) is not None and not OLD.has_bf16
     with_bf16 = Processor("AuthenticAMD", frozenset({"avx2", "avx512f", "avx512_bf16"}))
@@ -91,11 +91,12 @@ def test_every_entry_of_the_package_can_be_taken() -> None:
 def test_what_is_named_comes_first_or_says_why_not() -> None:
     def chosen(dtype: torch.dtype, without: tuple[str, ...] = (), **named: str) -> dict[str, str]:
         pairs = {name.replace("_", " "): kind for name, kind in named.items()}
-        return {c.operation: str(c) for c in select.select_kernels(CPU, dtype, named=pairs, without=without).choices}
+        found = select.select_kernels(Target(CPU, dtype), named=pairs, without=without)
+        return {c.operation: str(c) for c in found.choices}
 
     assert chosen(BF16, attention="attention in fp32")["attention"] == "attention: attention in fp32"
     assert chosen(BF16, matrix_product="torch mm")["matrix product"] == "matrix product: torch mm"
-    within = select.select_kernels(CPU, BF16, documents=True, named={"attention": "attention in fp32"})
+    within = select.select_kernels(Target(CPU, BF16, documents=True), named={"attention": "attention in fp32"})
     assert within.choices[0].selected == "attention in fp32"  # which was compared within documents too
     refused = chosen(torch.float64, matrix_product="oneDNN in fp32")["matrix product"]
     assert refused == (
@@ -111,7 +112,7 @@ def test_what_is_named_comes_first_or_says_why_not() -> None:
 def test_a_named_product_does_not_hang_on_the_vendor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processors.Processor, "here", lambda: processors.Processor("GenuineIntel", frozenset()))
     for named, taken in (({}, "torch mm"), ({"matrix product": "oneDNN"}, "oneDNN")):
-        chosen = select.select_kernels(CPU, torch.float32, named=named)
+        chosen = select.select_kernels(Target(CPU, torch.float32), named=named)
         assert chosen.choices[5].selected == taken
 
 

@@ -29,7 +29,7 @@ NO_CUDA = "not Transformer Engine: no CUDA device"
 
 
 def test_a_cpu_takes_torch_and_says_why() -> None:
-    lines = [str(c) for c in select.select_kernels(CPU, torch.bfloat16).choices]
+    lines = [str(c) for c in select.select_kernels(Target(CPU, torch.bfloat16)).choices]
     requested, own = "not torch.compile: run.compile=false", "not Triton: no CUDA device"
     assert lines == [
         f"attention: blocks of matrix products ({NO_CUDA})",
@@ -48,7 +48,7 @@ def test_a_cpu_takes_torch_and_says_why() -> None:
 @pytest.mark.parametrize(("vendor", "used"), [("AuthenticAMD", "oneDNN"), ("GenuineIntel", "torch mm"), ("", "oneDNN")])
 def test_fp32_products_follow_from_the_processor(monkeypatch: pytest.MonkeyPatch, vendor: str, used: str) -> None:
     monkeypatch.setattr(Processor, "here", lambda: Processor(vendor, frozenset()))
-    kernels = select.select_kernels(CPU, torch.float32)
+    kernels = select.select_kernels(Target(CPU, torch.float32))
     assert {c.operation: c.selected for c in kernels.choices}["matrix product"] == used
     a, b = torch.randn(5, 7), torch.randn(3, 7)
     assert torch.allclose(kernels.gemms.fprop(a, b), a @ b.t(), atol=1e-6)
@@ -94,24 +94,24 @@ def test_any_exception_of_a_package_is_a_reason(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(
         select.OPERATIONS, "AdamW", replace(select.OPERATIONS["AdamW"], candidates=[("Transformer Engine", broken)])
     )
-    choice = select.select_kernels(CPU, torch.bfloat16).choices[7]
+    choice = select.select_kernels(Target(CPU, torch.bfloat16)).choices[7]
     assert str(choice) == "AdamW: torch fused (not Transformer Engine: cudnn shared object not found.)"
 
 
 def test_what_the_user_left_out_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for without in ("blocks of matrix products", "attention: blocks of matrix products"):
-        choice = select.select_kernels(CPU, torch.bfloat16, without=(without,)).choices[0]
+        choice = select.select_kernels(Target(CPU, torch.bfloat16), without=(without,)).choices[0]
         assert choice.selected == "torch scaled_dot_product_attention"
         assert choice.refused[1] == ("blocks of matrix products", "left out by run.without_kernels")
-    kept = select.select_kernels(CPU, torch.bfloat16, without=("RMSNorm: Transformer Engine",)).choices
+    kept = select.select_kernels(Target(CPU, torch.bfloat16), without=("RMSNorm: Transformer Engine",)).choices
     assert kept[0].selected == "blocks of matrix products"
     assert kept[1].refused[1] == ("Transformer Engine", "left out by run.without_kernels")
     message = "run.without_kernels=['RMSNorm: apexx'] names no candidate; write for example RMSNorm: apex"
     with pytest.raises(MegallamaError) as caught:
-        select.select_kernels(CPU, torch.bfloat16, without=("apex", "RMSNorm: apexx"))
+        select.select_kernels(Target(CPU, torch.bfloat16), without=("apex", "RMSNorm: apexx"))
     assert str(caught.value) == message
     with pytest.raises(MegallamaError, match="write for example .*Transformer Engine or .*apex or"):
-        select.select_kernels(CPU, torch.bfloat16, without=("TE",))
+        select.select_kernels(Target(CPU, torch.bfloat16), without=("TE",))
 
 
 def test_fp8_is_refused_where_nothing_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ def test_fp8_is_refused_where_nothing_multiplies_in_it(monkeypatch: pytest.Monke
         r'not torch _scaled_mm: no CUDA device\); write precision.fp8="none"'
     ).replace("(not", r"\(not")
     with pytest.raises(MegallamaError, match=message):
-        select.select_kernels(CPU, torch.bfloat16, fp8="tensorwise")
+        select.select_kernels(Target(CPU, torch.bfloat16), fp8="tensorwise")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(Unsupported, match=r"compute capability 8.0 is below 8.9 \(L40S, H100, H200, B200\)"):
         FP8_PRODUCTS.candidates[-1][1](ON_CUDA)
@@ -133,7 +133,7 @@ def test_fp8_is_of_the_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     in_fp8 = fp8_gemms(quantize)
     products = replace(FP8_PRODUCTS, candidates=[("torch _scaled_mm", lambda target: in_fp8)])
     monkeypatch.setattr(select, "FP8_PRODUCTS", products)
-    kernels = select.select_kernels(CPU, torch.bfloat16, fp8="tensorwise")
+    kernels = select.select_kernels(Target(CPU, torch.bfloat16), fp8="tensorwise")
     assert kernels.layer_gemms is in_fp8 and kernels.gemms is not in_fp8
     assert str(kernels.choices[-1]) == "fp8 products: torch _scaled_mm"
 
@@ -275,7 +275,7 @@ def across_documents(
 def test_attention_that_forgets_documents_is_refused_only_where_they_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "blocked_attention", across_documents)
     (plain, *_), (apart, *_) = (
-        select.select_kernels(CPU, torch.bfloat16, documents=on).choices for on in (False, True)
+        select.select_kernels(Target(CPU, torch.bfloat16, documents=on)).choices for on in (False, True)
     )
     assert plain.selected == "blocks of matrix products"
     assert apart.selected == "torch scaled_dot_product_attention"
@@ -284,7 +284,7 @@ def test_attention_that_forgets_documents_is_refused_only_where_they_matter(monk
     monkeypatch.setitem(select.OPERATIONS, "attention", replace(ATTENTION, last=last, plain=as_maker(plain_attention)))
     message = "no attention here keeps documents apart: torch's output within documents differs .* by .*; use data.docu"
     with pytest.raises(MegallamaError, match=message):
-        select.select_kernels(CPU, torch.bfloat16, documents=True)
+        select.select_kernels(Target(CPU, torch.bfloat16, documents=True))
 
 
 def test_one_line_says_what_is_not_torchs_own() -> None:
@@ -292,7 +292,7 @@ def test_one_line_says_what_is_not_torchs_own() -> None:
         choices = [select.Choice(name, used.get(name, one.last[0]), ()) for name, one in select.OPERATIONS.items()]
         return str(replace(kernels, choices=tuple(choices)))
 
-    kernels = select.select_kernels(CPU, torch.float64)
+    kernels = select.select_kernels(Target(CPU, torch.float64))
     assert messages() == "torch's own for everything"
     assert messages(AdamW="apex", RoPE="torch.compile", SwiGLU="torch.compile") == (
         "torch.compile for RoPE, SwiGLU; apex for AdamW; torch's own for the rest"

@@ -13,6 +13,7 @@ import torch
 from megallama.analysis.recording import Call, Recording
 from megallama.comm.group import Groups, Solo
 from megallama.config.schema import Config
+from megallama.kernels.candidate import Target
 from megallama.kernels.select import select_kernels
 from megallama.layers.linear import TensorParallel
 from megallama.plan.plan import make_plan
@@ -30,7 +31,7 @@ def recorded(config: Config, ranks: int, fn: Any) -> list[Any]:
     def body(groups: Groups) -> Any:
         calls: list[Call] = []
         groups = Groups(**{**vars(groups), "tp": Recording(groups.tp, calls)})
-        rank = assemble(plan, groups, CPU, select_kernels(CPU, DTYPES[config.precision.dtype]))
+        rank = assemble(plan, groups, CPU, select_kernels(Target(CPU, DTYPES[config.precision.dtype])))
         initialize(rank, 1)
         calls.clear()
         return fn(rank, calls)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megallama.layers.param import digest
-from megallama.optim.replicas import wrong_copies
+from megallama.optim.update import wrong_copies
 from megallama.plan.params import global_shapes
 from megallama.train.assemble import Worker
 from tests.small import MODEL, on_threads, small_config, tokens, train

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megallama.config.schema import PrecisionConfig
-from megallama.optim.scaler import MAX_SCALE, LossScaler
+from megallama.train.progress import MAX_SCALE, LossScaler
 
 
 def fp16(**keys: Any) -> LossScaler:
