@@ -72,6 +72,17 @@ def hung(reports: Mapping[int, Report], hosts: Sequence[str]) -> tuple[list[int]
     return culprits, "\n".join(lines)
 
 
+def stacks(reports: Mapping[int, Report]) -> str:
+    """Where the threads of all ranks stand that answered; the same once."""
+    same, calls = dict[str, list[int]](), list[str]()
+    for rank, report in sorted(reports.items()):
+        same.setdefault(report.get("stacks") or "it does not answer\n", []).append(rank)
+        said = "(number, group, operation, rows, bytes, done)"
+        calls.append(f"last communications of rank {rank} {said}: {report['calls']}")
+    parts = [f"stacks of rank {', '.join(map(str, ranks))}:\n{text}" for text, ranks in same.items()]
+    return "\n".join([*parts, *calls[:16]])
+
+
 def _groups(reports: Mapping[int, Report], waiting: Mapping[int, Report]) -> list[tuple[Report, list[int]]]:
     """Of every group that is waited for, the wait for its latest communication, and its ranks that are not so far."""
     latest: dict[tuple[Any, ...], Report] = {}

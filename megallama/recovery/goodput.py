@@ -16,7 +16,7 @@ class Goodput:
     """Counts what rank 0 does; goes on with the counts in `path`, which the starts before have left."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._first_step = path, True
+        self._path, self._first_step, self._trains = path, True, False
         self.seconds, self.restarts, self.best = dict.fromkeys(KINDS, 0.0), 0, 0
         self._last, now = time.monotonic(), time.time()
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not ours: counted from here
@@ -28,8 +28,11 @@ class Goodput:
     def count(self, step: int, phase: str) -> None:
         """The time since the last call is what the rank does now."""
         now = time.monotonic()
+        self._trains |= phase not in ("setting up", "between steps", "evaluate")
         if phase == "setting up":
             kind = "starting"
+        elif not self._trains:  # evaluations that the start before has not made
+            kind = "waiting"
         elif step <= self.best and self._first_step:
             kind = "repeated"
         else:

@@ -12,6 +12,7 @@ import resource
 import select
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from typing import NoReturn
@@ -19,7 +20,7 @@ from typing import NoReturn
 from megallama.comm import flight_record as flight
 from megallama.config.errors import ranges
 from megallama.recovery.copy_files import CopyFiles
-from megallama.recovery.doctor import hung
+from megallama.recovery.doctor import hung, stacks
 from megallama.recovery.flight_reader import FlightReader
 from megallama.recovery.goodput import Goodput
 from megallama.recovery.keeper import Keeper
@@ -59,6 +60,7 @@ class Supervisor:
         self._launcher, self._oom = record.words[flight.LAUNCHER], out_of_memory_kills()  # it may have gone meanwhile
         self._signals, self._sent = list[int](), list[int]()  # for the trainer, once it is there; what it has
         self._warned: set[str] = set()
+        self._writer = threading.Thread()  # of the status
         self._begin()
         self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -226,7 +228,9 @@ class Supervisor:
             self._warn_of_silence(node, now)
         if now >= self._next_status:
             self._next_status = now + STATUS_PERIOD
-            self._write_status(node)
+            if not self._writer.is_alive():  # a disk that is stuck must not make this supervisor silent
+                self._writer = threading.Thread(target=self._write_status, args=[node], daemon=True)
+                self._writer.start()
 
     def _hear(self, node: Node, host: int, message: Message, now: float) -> None:
         if node.rank and "verdict" in message:
@@ -241,6 +245,8 @@ class Supervisor:
             self._decide(node, now, message["died"])
         elif "overdue" in message:
             self._overdue = self._overdue or now
+        elif "end" in message:  # of its last supervisor, it may be: no silence any more
+            self._links.heard.pop(host, None)
         elif message.get("over") == self._generation:  # and not that of trainers before
             self._over[host] = message["able"]
         elif node.rank and "generation" in message:
@@ -266,7 +272,8 @@ class Supervisor:
             return
 
     def _look_for_waits(self, node: Node, now: float) -> None:
-        if not (self._overdue or node.overdue(self._resumed)):
+        cut_off = self._cut_off(node, now)
+        if not (cut_off or self._overdue or node.overdue(self._resumed)):
             return
         if not self._overdue:
             self._overdue = now
@@ -282,7 +289,7 @@ class Supervisor:
         everyone = [rank for rank, host in enumerate(node.about["host_of"]) if host in asked]
         if now - self._asked < REPORTS and not all(rank in self._reports for rank in everyone):
             return
-        if not any("wait" in report or report["process"] == "T" for report in self._reports.values()):
+        if not cut_off and not any("wait" in r or r["process"] == "T" for r in self._reports.values()):
             self._asked = self._overdue = 0.0  # it has come meanwhile
             self._reports.clear()
             return
@@ -294,7 +301,7 @@ class Supervisor:
         lost = [r for r in range(len(node.hosts)) if r not in self._reports or (r in node.records and node.lost(r))]
         died = {"rank": ranks[0] if ranks else node.rank, "text": text, "status": FAILED if began else 1, "hang": True}
         self._decide(node, now, died | {"commits": bool(going) and not lost and not held, "said": False, "lost": lost})
-        self._say(f"error: {text}\n{self._stacks()}", aloud=False)
+        self._say(f"error: {text}\n{stacks(self._reports)}", aloud=False)
 
     def _decide(self, node: Node, now: float, died: Message) -> None:
         """The run is over. `said`: the culprit told why; `lost`: who cannot be replaced; `commits`: a save may end."""
@@ -376,12 +383,25 @@ class Supervisor:
             words, (rank, excess) = self._record.words, slowest
             words[flight.SLOWEST], words[flight.EXCESS] = rank + 1, int(1e6 * excess)
 
+    def _silent(self, node: Node, now: float, seconds: float) -> set[int]:
+        """The hosts that this supervisor should hear of, and has not for so long."""
+        hosts, since = node.about["host_of"], now - seconds
+        others = {*(hosts if node.rank == 0 else hosts[:1])} - {node.host} if node.about["port"] else ()
+        alone = max(node.born, self._resumed) > since
+        return {host for host in others if self._links.heard.get(host, 0.0) < since and not alone}
+
+    def _cut_off(self, node: Node, now: float) -> bool:
+        """Whether a host is lost: silent for longer than a step may take, while no rank has moved on this one.
+
+        Also where a wait may be longer, for disks: a host with a slow disk is not silent.
+        """
+        most = max(node.about["timeout_seconds"], SILENT) + BEAT_PERIOD
+        moved = max(record.words[flight.CHANGED] for record in node.records.values()) / 1e9
+        return now - moved > most and bool(self._silent(node, now, most) & self._links.heard.keys())
+
     def _warn_of_silence(self, node: Node, now: float) -> None:
         silent = {f"of rank {rank}" for rank in node.records if rank != node.rank and node.silent(rank)}
-        hosts = {*node.about["host_of"]} if node.rank == 0 else {node.about["host_of"][0]}
-        for host in hosts - {node.host} if node.about["port"] else ():
-            if now - max(self._links.heard.get(host, 0.0), node.born) > SILENT:
-                silent.add(f"on {node.about['hosts'][host]}")
+        silent |= {f"on {node.about['hosts'][host]}" for host in self._silent(node, now, SILENT)}
         for who in sorted(silent - self._warned):
             self._say(f"warning: the supervisor {who} has been silent for {SILENT:g} s; its ranks may train on")
         self._warned = silent
@@ -452,7 +472,9 @@ class Supervisor:
         os._exit(status if status >= 0 else 128 - status)  # no signal of its own ends the first process of a container
 
     def _write_exit(self, node: Node, status: int, verdict: Message | None, cause: Message) -> None:
-        self._write_status(node)
+        self._writer.join(1.0)
+        if not self._writer.is_alive():
+            self._write_status(node)
         instead = node.leader and not self._links.sockets() and not (node.folder / "exit.json").exists()
         if status == 2 or not (node.rank == 0 or (verdict and instead)):
             return
@@ -473,13 +495,3 @@ class Supervisor:
         for file in self._node.logs if self._node and kept else ():
             with suppress(OSError), open(file, "ab") as opened:
                 opened.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode())
-
-    def _stacks(self) -> str:
-        """Where the threads of all ranks stand that answered; the same once."""
-        same, calls = dict[str, list[int]](), list[str]()
-        for rank, report in sorted(self._reports.items()):
-            same.setdefault(report.get("stacks") or "it does not answer\n", []).append(rank)
-            said = "(number, group, operation, rows, bytes, done)"
-            calls.append(f"last communications of rank {rank} {said}: {report['calls']}")
-        parts = [f"stacks of rank {', '.join(map(str, ranks))}:\n{text}" for text, ranks in same.items()]
-        return "\n".join([*parts, *calls[:16]])

@@ -103,6 +103,8 @@ def set_up(
     tasks_of: Callable[[Config, Data, Callable[[str], None]], Sequence[Task]] | None = None,
 ) -> Iterator[Setup]:  # fmt: skip
     """Set up a run; within, its folder is locked, and an error is told to the other ranks."""
+    if len({*world.hosts}) > 1:  # at once: their supervisors do not know one another before
+        _introduce(world, plan, log)
     plan = _recomputing(plan, world, log)
     config, progress = plan.config, Progress(plan.config)
     set_deterministic(config.train.deterministic)
@@ -155,6 +157,11 @@ def set_up(
         raise
     finally:
         manager.release()
+
+
+def _introduce(world: World, plan: Plan, log: Logger) -> None:
+    wanted = plan.config.run.min_replicas and world.rank == 0
+    introduce(world, plan, log, _replicas(plan, world) if wanted else ())
 
 
 def _tried(world: World, tasks_of: Callable[[], Sequence[Task]]) -> Sequence[Task]:
@@ -238,7 +245,8 @@ def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> tu
     kernels = _on_all(world, "kernels", lambda: kernels_of(config, world.device, named))
     same_kernels(world.group.gather_values([(c.operation, c.selected) for c in kernels.choices]))
     _on_all(world, "run folder", lambda: log.open(Path(config.run.folder)))
-    introduce(world, plan, log, _replicas(plan, world) if config.run.min_replicas and world.rank == 0 else ())
+    if len({*world.hosts}) == 1:
+        _introduce(world, plan, log)
     for text in [*str(plan).splitlines(), *world.notes, f"kernels: {kernels}"]:
         log.info(text)
     for choice in kernels.choices:  # aloud where something installed does not work

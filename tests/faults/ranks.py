@@ -193,6 +193,19 @@ def waits_while_it_is_set_up(before: int = 0, after: int = 1) -> None:
     launch._gather, setup.open_sources = first, second
 
 
+def stands_still() -> None:
+    """For so many seconds, whenever it comes to a function of the program: of PLANTED."""
+    module, name, seconds = os.environ["PLANTED"].split()
+    real = getattr(importlib.import_module(f"megallama.{module}"), name)
+
+    def stands(*arguments: Any, **named: Any) -> Any:
+        print("it stands still", flush=True)
+        time.sleep(float(seconds))
+        return real(*arguments, **named)
+
+    _instead(f"megallama.{module}", name, stands)
+
+
 def dies_once_step_4_is_saved() -> None:
     """If that is within 1 s, while the line of that step in metrics.jsonl waits to be written."""
     lines = importlib.import_module("megallama.train.metrics").JsonLines

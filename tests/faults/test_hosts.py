@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from megallama.data.writer import IndexedWriter
 from tests.faults.hosts import Hosts, why_not
 from tests.faults.ranks import Ranks
 
@@ -76,6 +78,49 @@ def test_supervisors_name_the_host_that_is_cut_off(hosts: Hosts, tmp_path: Path,
     assert f"  rank 0 ({hosts.names[0]}) waits for 3." in (tmp_path / "run" / "run.log").read_text()
 
 
+def held_out(folder: Path) -> list[str]:
+    """Settings with an evaluation after every second step."""
+    with IndexedWriter(folder / "held", np.dtype(np.uint16)) as writer:
+        writer.add(np.arange(40 * 16 + 1) % 61)
+    return [f'data.valid=[{{path="{folder / "held"}"}}]', "eval.interval=2", "eval.batches=1"]
+
+
+def test_a_host_that_is_cut_off_is_not_waited_for_as_a_disk_is(hosts: Hosts, tmp_path: Path) -> None:
+    """In an evaluation, a save, and before and after the first thing that is opened: three runs at once."""
+    where = ["train.loop evaluate 60", "checkpoint.manager write_checkpoint 60", "train.setup assemble 60"]
+    where += ["train.setup open_sources 60"]
+    slow = ["run.io_timeout_seconds=50", "checkpoint.interval=2", "checkpoint.async_save=false", *held_out(tmp_path)]
+    runs = [
+        over(hosts, [*ENDLESS, *slow], tmp_path / str(i), 29611 + i, True, "stands_still", 1, PLANTED=planted)
+        for i, planted in enumerate(where)
+    ]
+    for ranks in runs:
+        ranks.until("it stands still", 1)
+    time.sleep(2.5)
+    hosts.cut()
+    began = time.monotonic()
+    for i, ranks in enumerate(runs):
+        assert ranks.wait(20) == ([4, 4] if i < 2 else [1, 1]), where[i]
+        cut = f"rank 1 ({hosts.names[1]}) holds up the others: nothing is heard from its supervisor"
+        assert cut in ranks.said(0), ranks.said(0)
+        assert f"rank 0 ({hosts.names[0]}) holds up the others: nothing is heard" in ranks.said(1)
+    assert time.monotonic() - began < 9
+
+
+def test_a_slow_disk_is_waited_for_longer_than_a_step_may_take(hosts: Hosts, tmp_path: Path) -> None:
+    """Even where the supervisor beside it cannot write its status."""
+    slow = ["parallel.tp=2", *BOUND, "run.io_timeout_seconds=50", "checkpoint.async_save=false"]
+    where = "checkpoint.manager write_checkpoint 6"
+    ranks = over(hosts, slow, tmp_path, supervised=True, fault="stands_still", victim=1, PLANTED=where)
+    stuck = tmp_path / "run" / "status" / f".{hosts.names[1]}.json.{ranks.processes[1].pid}"
+    while not stuck.parent.exists():
+        time.sleep(0.01)
+    os.mkfifo(stuck)  # nobody reads it
+    assert ranks.wait(40) == [0, 0]
+    assert "silent" not in ranks.said(0) + ranks.said(1) and "step 2/" in ranks.said(0)
+    assert stuck.is_fifo()
+
+
 def test_supervisors_of_two_hosts_tell_one_another(hosts: Hosts, tmp_path: Path) -> None:
     ranks = over(hosts, ENDLESS, tmp_path, supervised=True)
     ranks.until("step 3/")
@@ -90,23 +135,32 @@ def test_supervisors_of_two_hosts_tell_one_another(hosts: Hosts, tmp_path: Path)
     assert f"rank 1 ({hosts.names[1]}) failed first: killed by SIGKILL (9)" in killed.said(0)
 
 
-@pytest.mark.parametrize(
-    ("fault", "victim"), [("waits_while_it_is_set_up", 1), ("waits_when_they_have_met", 0)], ids=["before", "met"]
-)
-def test_a_kill_while_a_run_of_two_hosts_is_set_up_ends_it(
-    hosts: Hosts, tmp_path: Path, fault: str, victim: int
-) -> None:
-    """Before they have met, the other waits as long as it may for ranks to arrive."""
+def killed_in_set_up(hosts: Hosts, folder: Path, fault: str, victim: int) -> Ranks:
     arguments = ["parallel.tp=2", "run.max_replacements=9", "run.init_timeout_seconds=4"]
-    ranks = over(hosts, arguments, tmp_path, supervised=True, fault=fault, victim=victim)
+    ranks = over(hosts, arguments, folder, supervised=True, fault=fault, victim=victim)
     trainer = Path(f"/proc/{ranks.trainer(victim)}/task/{ranks.trainer(victim)}/children")
     time.sleep(1.5)
     os.kill(int(trainer.read_text().split()[0]), signal.SIGKILL)
+    return ranks
+
+
+def test_a_kill_before_two_hosts_have_met_ends_the_run(hosts: Hosts, tmp_path: Path) -> None:
+    """The other waits as long as it may for ranks to arrive."""
+    ranks = killed_in_set_up(hosts, tmp_path, "waits_while_it_is_set_up", 1)
     began = time.monotonic()
-    assert ranks.wait(30) == ([2, -9] if victim else [-9, 1])
+    assert ranks.wait(30) == [2, -9]
     assert time.monotonic() - began < 8
-    assert f"error: rank {victim} ({hosts.names[victim]}) was killed by SIGKILL (9)" in ranks.said(victim)
-    assert not victim or "rank 1 never arrived within 4 s" in ranks.said(0)
+    assert f"error: rank 1 ({hosts.names[1]}) was killed by SIGKILL (9)" in ranks.said(1)
+    assert "rank 1 never arrived within 4 s" in ranks.said(0)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_is_killed_once_two_hosts_have_met_is_replaced(hosts: Hosts, tmp_path: Path, victim: int) -> None:
+    ranks = killed_in_set_up(hosts, tmp_path, "waits_when_they_have_met", victim)
+    assert ranks.wait(30) == [0, 0]
+    cause = f"rank {victim} ({hosts.names[victim]}) failed first: killed by SIGKILL (9)"
+    assert f"error: {cause}\nall ranks start again (replacement 1 of 9)" in ranks.said(0) + ranks.said(1)
+    assert len(losses(tmp_path)) == 2
 
 
 def test_a_host_that_is_gone_and_comes_back(hosts: Hosts, tmp_path: Path) -> None:

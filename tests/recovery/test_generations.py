@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from megallama.comm.flight_record import BEAT, ENDED, GENERATION, LAUNCHER, LIMIT, SINCE, TEXTS, TRAINER
+from megallama.comm.flight_record import BEAT, CHANGED, ENDED, GENERATION, LAUNCHER, LIMIT, SINCE, TEXTS, TRAINER
 from megallama.recovery.flight_reader import FlightReader
 from megallama.recovery.link import Links
 from megallama.recovery.membership import Members
@@ -80,6 +81,7 @@ def supervisor_of(records: dict[int, FlightReader]) -> Supervisor:
     made = Supervisor.__new__(Supervisor)
     made._record, made._links, made._goodput, made._stragglers = records[0], Links(), None, Stragglers((0, 0))
     made._node, made._signals, made._sent, made._generation, made._warned = None, [], [], 0, set()
+    made._writer = threading.Thread()
     made._begin()
     about = {"max_replacements": 5, "host_of": [0, 0], "hosts": ["a"], "port": 0, "records": [[os.getpid(), 0, 0]] * 2}
     about |= {"min_replicas": 0, "replicas": [], "seats": [0, 1], "dp": [1, 2], "timeout_seconds": 9.0}
@@ -222,6 +224,26 @@ def test_that_all_begin_again_is_said_though_all_have_ended_already(capfd: pytes
     assert records[1].words[GENERATION] == 1
     said = capfd.readouterr().err
     assert "rank 1 (a) failed first: ValueError: planted\nall ranks start again (replacement 1 of 5)" in said
+
+
+@pytest.mark.parametrize(
+    ("silent", "still", "resumed", "lost"),
+    [(11, 11, 11, True), (9, 11, 11, False), (11, 9, 11, False), (11, 11, 9, False), (None, 11, 11, False)],
+    ids=["lost", "heard", "steps go on", "this one was stopped", "never heard"],
+)
+def test_a_host_is_lost_that_is_silent_while_all_stand_still(
+    silent: int | None, still: int, resumed: int, lost: bool
+) -> None:
+    """For longer than a step may take (9 s), and a beat."""
+    records, now = {0: FlightReader()}, time.monotonic() + 100
+    root = supervisor_of(records)
+    assert (node := root._node) is not None
+    node.about |= {"host_of": [0, 1], "port": 1}
+    records[0].words[CHANGED], root._resumed = int((now - still) * 1e9), now - resumed
+    root._links.heard = {} if silent is None else {1: now - silent}
+    assert root._cut_off(node, now) is lost
+    root._hear(node, 1, {"end": 0}, now)  # it leaves, since its work is done
+    assert not root._cut_off(node, now)
 
 
 @pytest.mark.parametrize("known", [False, True])

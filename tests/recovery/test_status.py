@@ -99,5 +99,7 @@ def test_time_is_counted_over_starts(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "34.9 % productive: productive 0:00:30, waiting 0:00:06, starting 0:00:10, repeated 0:00:10, down 0:00:30; "
         "1 restart"
     )
+    last = start((0, 0, "setting up"), (0, 3, "between steps"), (4, 3, "evaluate"), (1, 3, "agree"), (1, 3, "evaluate"))
+    assert (last.seconds["waiting"], last.seconds["repeated"]) == (10.0, 12.0)  # what was missing is not made again
     path.write_text("[]")
     assert Goodput(path).seconds["down"] == 0.0
