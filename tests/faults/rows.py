@@ -353,8 +353,11 @@ ROWS = (
     Row(
         40,
         "a link between hosts is cut",
-        "both sides end and name the host",
+        "both sides end and name the host, whatever they do; a slow disk is waited for",
         (
+            "faults/test_hosts.py::test_a_host_that_is_cut_off*",
+            "faults/test_hosts.py::test_a_slow_disk*",
+            "recovery/test_generations.py::test_a_host_is_lost*",
             "faults/test_hosts.py::test_a_link*",
             "faults/test_hosts.py::test_supervisors*",
             "faults/test_hosts.py::test_a_host_that_is_gone*",
