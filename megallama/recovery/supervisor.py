@@ -472,7 +472,8 @@ class Supervisor:
         os._exit(status if status >= 0 else 128 - status)  # no signal of its own ends the first process of a container
 
     def _write_exit(self, node: Node, status: int, verdict: Message | None, cause: Message) -> None:
-        self._writer.join(1.0)
+        if self._writer.is_alive():
+            self._writer.join(1.0)
         if not self._writer.is_alive():
             self._write_status(node)
         instead = node.leader and not self._links.sockets() and not (node.folder / "exit.json").exists()

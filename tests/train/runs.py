@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 
 import megallama.train.step as step_module
+from megallama.comm.flight_record import STEP
 from megallama.comm.launch import World
 from megallama.config.errors import InternalError, MegallamaError
 from megallama.config.presets import PRESETS
@@ -36,6 +37,7 @@ def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: s
     "late-in-evaluation:BATCH:RANK" (batches from 1 on, of all evaluations), or "read-in-evaluation:0:RANK";
     "stuck:STEP:RANK" (from then on a bit of its weights is wrong), or "scale:STEP:RANK:FACTOR" (of its gradients)."""
     torch.set_num_threads(1)
+    world.record.words[STEP] = 0
     config = small_config(**{**sections, "run": {"folder": folder, "peak_tflops": 1.0, **sections.get("run", {})}})
     log, signals = Logger(world.rank, world.world_size, Path(folder)), SignalFlag()
     try:
@@ -47,7 +49,8 @@ def run(world: World, folder: str, sections: dict[str, dict[str, Any]], fault: s
                     plant = _plant_in_evaluation if kind.endswith("evaluation") else _plant
                     plant(loop, kind, {int(s) for s in step.split(",")}, *file)
             status = loop.run()
-        return {"status": status, "step": setup.progress.step, "updates": setup.progress.updates}
+        told = {"told": world.record.words[STEP]} if "evaluation" in str(fault) else {}  # to the supervisor
+        return {"status": status, "step": setup.progress.step, "updates": setup.progress.updates, **told}
     except (MegallamaError, InternalError) as error:
         return {"error": str(error), "type": type(error).__name__, "status": error.status}
     finally:

@@ -96,7 +96,8 @@ def test_a_stop_saves_and_leaves_and_what_was_due_comes_first(
     missing = steps == 4
     if missing:  # interrupted there once more, and nothing is saved again
         before = (tmp_path / "checkpoints" / "step-00000004" / "manifest.json").read_bytes()
-        assert statuses(pool, tmp_path, settings, "signal-in-evaluation:1:0") == 75
+        again = pool.run(2, RUN, str(tmp_path), settings, "signal-in-evaluation:1:0")
+        assert [(answer["status"], answer["told"]) for answer in again] == [(75, 4)] * 2  # no step was made
         assert (tmp_path / "checkpoints" / "step-00000004" / "manifest.json").read_bytes() == before
         assert tuple(evaluations(tmp_path)) == SETS[:2]
     for _ in range(2):  # and once is enough
