@@ -385,10 +385,9 @@ class Supervisor:
 
     def _silent(self, node: Node, now: float, seconds: float) -> set[int]:
         """The hosts that this supervisor should hear of, and has not for so long."""
-        hosts, since = node.about["host_of"], now - seconds
+        hosts, first = node.about["host_of"], max(node.born, self._resumed)
         others = {*(hosts if node.rank == 0 else hosts[:1])} - {node.host} if node.about["port"] else ()
-        alone = max(node.born, self._resumed) > since
-        return {host for host in others if self._links.heard.get(host, 0.0) < since and not alone}
+        return {host for host in others if now - max(self._links.heard.get(host, 0.0), first) > seconds}
 
     def _cut_off(self, node: Node, now: float) -> bool:
         """Whether a host is lost: silent for longer than a step may take, while no rank has moved on this one.
