@@ -32,27 +32,26 @@ class ContactLost(RuntimeError):
 
 
 class Handle(Protocol):
-    """A communication under way."""
+    """A communication under way; what stands here is that of one which has already finished."""
 
     def wait(self) -> None:
         """Return when the result may be read (on CUDA: by the current stream)."""
-
-    def done(self) -> bool:
-        """Whether it has finished, so that its tensors may be freed."""
-
-
-class Done:
-    """The handle of an operation that has already finished."""
-
-    def wait(self) -> None:
         return None
 
     def done(self) -> bool:
+        """Whether it has finished, so that its tensors may be freed."""
         return True
 
 
+class Done(Handle):
+    """The handle of an operation that has already finished."""
+
+
 class Assembly(Protocol):
-    """Ranks that tell one another small values. All ranks call the same operations in the same order."""
+    """Ranks that tell one another small values. All ranks call the same operations in the same order.
+
+    What stands in its operations, and in those of `Group`, is what one rank by itself does.
+    """
 
     name: str
     rank: int
@@ -63,6 +62,7 @@ class Assembly(Protocol):
 
         Rank 0 calls `summary`; the others may. It returns a JSON value and depends on nothing but the values.
         """
+        return summary([value])
 
 
 class Group(Assembly, Protocol):
@@ -76,12 +76,17 @@ class Group(Assembly, Protocol):
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
         """Reduce `tensor` over the ranks, in place."""
+        return Done()
 
+    @torch.no_grad()
     def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
         """Concatenate every rank's `shard` [n, ...] along dim 0 into `output` [size * n, ...].
 
         `shard` may be its own place in `output`, and must not overlap it elsewhere.
         """
+        if output.data_ptr() != shard.data_ptr():
+            output.copy_(shard)
+        return Done()
 
     def reduce_scatter(self, output: Tensor, full: Tensor) -> Handle:
         """Sum `full` [size * n, ...] over the ranks; this rank's rows [n, ...] arrive in `output`.
@@ -89,24 +94,29 @@ class Group(Assembly, Protocol):
         `full` may be overwritten. `output` may be this rank's place in `full`. The order of the sum
         depends on nothing but the group, so results are bitwise the same however calls overlap.
         """
+        return self.all_gather(output, full)
 
     def all_to_all(self, output: Tensor, full: Tensor) -> Handle:
         """Piece r of `full` [size * n, ...] goes to rank r, whose piece for this one arrives as piece r of `output`."""
+        return self.all_gather(output, full)
 
     def send(self, tensor: Tensor, to: int) -> Handle:
         """Send to one rank; messages from one rank to another arrive in the order they were sent.
 
         `wait()` may last until the receiver has asked for the message.
         """
+        raise AssertionError("a group of one rank has nobody to send to and nobody to receive from")
 
     def recv(self, tensor: Tensor, source: int) -> Handle:
         """Receive from one rank into `tensor`."""
+        return self.send(tensor, source)
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
+        return None
 
 
-class Solo:
+class Solo(Group):
     """The group of one rank: every operation is the identity, so no caller asks for the size."""
 
     size = 1
@@ -115,28 +125,6 @@ class Solo:
     def __init__(self, name: str = "solo", global_rank: int = 0) -> None:
         self.name = name
         self.ranks: tuple[int, ...] = (global_rank,)
-
-    def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
-        return Done()
-
-    @torch.no_grad()
-    def all_gather(self, output: Tensor, shard: Tensor) -> Handle:
-        if output.data_ptr() != shard.data_ptr():
-            output.copy_(shard)
-        return Done()
-
-    reduce_scatter = all_to_all = all_gather  # all are a copy
-
-    def send(self, *_: Any, **named: Any) -> Handle:
-        raise AssertionError("a group of one rank has nobody to send to and nobody to receive from")
-
-    recv = send
-
-    def barrier(self) -> None:
-        return None
-
-    def gather_values(self, value: Any, summary: Callable[[list[Any]], Any] = list) -> Any:
-        return summary([value])
 
 
 class Wrapped:

@@ -12,13 +12,11 @@ A layer is one node of autograd and contains its collectives: they can run under
                             --reduce-scatter--> [T/t, b]  of the activation, then dgrad and wgrad
       no SP                 --all-reduce--> [T, b]        (dy is replicated)
 
-A column layer contains the RMSNorm before it, a row layer may contain SwiGLU; what is kept for the backward is the
-input of these only (the LLaMA way, Touvron et al. 2023, section 2.4), with ``keep=True`` the operand of the weight
-gradient too.
+A column layer contains the RMSNorm before it, a row layer may contain SwiGLU; kept for the backward is their input
+only (Touvron et al. 2023, section 2.4), with ``keep=True`` the operand of the weight gradient too.
 
-The forward has no second GEMM to run a collective under.  With ``chunks`` = n > 1 it cuts its rows: the all-gather of
-a piece runs under the GEMM of the piece before, the reduce-scatter (or all-reduce) under that of the next.  A piece
-holds an n-th of every rank's rows, and a pass over the output puts them in order.
+With ``chunks`` = n > 1 a forward, which has one GEMM, is cut: each piece, an n-th of every rank's rows, travels under
+the GEMM of another, and a pass over the output puts them in order.
 """
 
 from __future__ import annotations

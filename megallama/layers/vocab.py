@@ -1,15 +1,11 @@
 """What is cut over tp by the vocabulary: the embedding, and the head with the loss.
 
-The loss is one function of final norm, output head and cross entropy, chunked over tokens, and its
-gradient is formed where the logits are: each chunk of tokens makes its logits [c, V/t], turns them
-in place into the gradient of the logits, multiplies that into the gradient of the hidden states and
-of the head, and is gone.  So the logits of a long micro-batch never exist at once, on a CPU even
-those of a chunk exist in fp32 only a block of rows at a time, and the backward pass has nothing left
-to compute but the norm.
+The gradient of the loss is formed where the logits are: each chunk of tokens makes its logits [c, V/t],
+turns them in place into their gradient, multiplies that into those of the hidden states and of the head,
+and is gone.  To the backward pass the norm is left.
 
 Over tp two small reductions a chunk make it exact: the maximum over ranks of the logarithm of each
-rank's sum of exponentials, then the sum over ranks together with the logit of the label (Shoeybi et
-al. 2019).  Padding columns of the vocabulary count for nothing.
+rank's sum of exponentials, then the sum together with the logit of the label (Shoeybi et al. 2019).
 """
 
 from __future__ import annotations

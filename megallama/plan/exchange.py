@@ -1,10 +1,7 @@
 """Context parallelism, without tensors: what a rank has of every sequence, and how attention reaches the rest.
 
-A sequence is 2 cp chunks, of which rank r has r and 2 cp - 1 - r: then causal attention is equal work (Dubey et al.
-2024, arXiv:2407.21783, 3.3.2).  With n' query and k' key/value heads on a rank, `gather` moves 2 k' d s elements each
-time, `heads` (2 n' + 2 k') d s / cp (Jacobs et al. 2023, arXiv:2309.14509): less if cp > g (1 + n' / k'), where g = 1
-if keys and values are kept, 3/4 if the layer is computed again, else 2/3.  Copies of key/value heads, which cp must
-divide, stand in place of the 1.
+A sequence is 2 cp chunks, of which rank r has r and 2 cp - 1 - r: then causal attention is equal work.  Of the two ways
+the one is taken that moves less: docs/how_it_works.md has both, their papers, and the bound that `exchange` computes.
 """
 
 from __future__ import annotations
