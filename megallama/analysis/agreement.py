@@ -1,13 +1,12 @@
 """Proof that what the ranks of a job are about to communicate fits together, so that none waits without end.
 
-A *program* is what one rank does: its calls, in order, and where it waits for one.  Ranks that do the same share one.
-Proved are agreement: the members of every group make the same collectives on it in the same order (operation, shape,
-format, what it is for), and what one rank sends to another the other receives from it, in order; and progress:
-executed with these waits, all programs come to their end.
+A *program* is what one rank does: its calls, in order, and where it waits for one.  Ranks that do
+the same share one. Proved are agreement (members of a group make the same collectives in the same
+order, and what one rank sends another receives, in order) and progress: executed with these waits,
+all programs come to their end.
 
-A call starts without blocking; it is complete once all members of its group have made it (a message: both ends).
-Nothing is ever chosen by who comes first, so if one order of execution ends, every order does, and it is enough to run
-all ranks of a program in step.
+A call is complete once all members of its group have made it (a message: both ends).  Nothing is
+chosen by who comes first: if one order of execution ends, every order does.
 """
 
 from __future__ import annotations

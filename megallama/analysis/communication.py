@@ -1,11 +1,8 @@
 """What one rank communicates in one training step, from the configuration alone: which operation, how often, how much.
 
-Bytes are those of the whole tensor: all_gather's output, reduce_scatter's input.  In every layer
-tensor parallelism gathers and reduce-scatters [tokens, hidden] with sequence parallelism
-(Korthikanti et al. 2022), or all-reduces it (Shoeybi et al. 2019); backwards gather again what
-weight gradients need, full recomputation repeats the forward, and `overlap.tensor_parallel_chunks`
-cuts forwards into as many pieces.  Context parallelism moves keys and values as `plan.exchange` says; a sum over its
-ranks is an exchange of all with all, added up where it arrives.
+Bytes are those of the whole tensor: all_gather's output, reduce_scatter's input.  What layers do
+over tp is the table of `layers.linear`, over cp that of docs/how_it_works.md; full recomputation
+repeats the forward.
 """
 
 from __future__ import annotations

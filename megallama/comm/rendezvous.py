@@ -1,10 +1,10 @@
 """How the ranks of a run find one another, stay in contact until they leave, and learn why that fails.
 
 In a key-value store (torch's TCPStore) rank 0 says how to reach its `Star`: one connection from
-every rank, which says there who it is by an `Arrival`.  Rank 0 compares them and sends a verdict:
-go on, or a sentence that every rank raises.  Process groups do not know who broke them; here the
-kernel closes a dead rank's connection, and the first reason to stop, of whichever rank, reaches all.
-A message is a line of JSON, [what about, value]; a thread reads and writes them.
+every rank, which says there who it is by an `Arrival`.  Rank 0's verdict: go on, or a sentence that
+every rank raises.  Process groups do not know who broke them; here the kernel closes a dead rank's
+connection, and the first reason to stop reaches all. A message is a line of JSON, [what about,
+value]; a thread reads and writes them.
 """
 
 from __future__ import annotations

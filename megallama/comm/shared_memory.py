@@ -1,9 +1,9 @@
 """Groups of ranks on one machine that talk through memory they share; what is large goes over gloo as before.
 
-Every rank owns a segment: an anonymous file in memory that its peers map too.  To start an operation a rank copies its
-data into its own segment and posts a notice for each reader; to end it, it waits for the others' notices and reads, or
-sums, straight out of their segments, with the bits of `C10d`.  That whoever sees the number of a notice also sees what
-was written before it, without locks, is a promise of x86 processors; on others gloo is kept.
+Every rank owns a segment: an anonymous file in memory that its peers map too.  It copies its data
+there and posts a notice for each reader, who reads, or sums, straight out of it, with the bits of
+`C10d`.  That whoever sees the number of a notice also sees what was written before, without locks,
+is a promise of x86 processors; on others gloo is kept.
 """
 
 from __future__ import annotations

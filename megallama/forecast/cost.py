@@ -1,12 +1,10 @@
 """Seconds of the pieces of one training step: layers, head, stages, transfers, gradients, optimizer; and the pipeline.
 
-Matrix products: 2MNK / (peak x gemm) x (1 + small (1/M + 1/N + 1/K)), with N and K filled up to whole tiles.
-Collectives: ring volume at a share of NVLink, or of the NICs of the ring's members in one node, plus latencies.
-Keys and values of c context-parallel ranks: a ring gathers them; by heads a rank sends those of its c parts that leave
-its node through its own NIC.
+Context parallelism has its formulas in docs/planner.md.
 
-1F1B with unequal stages T_i and transfers that take `hop` without occupying anybody: stage i holds one micro-batch more
-than stage i+1, so of a run of k neighbouring stages k micro-batches make the round trip in each period,
+1F1B with unequal stages T_i and transfers that take `hop` without occupying anybody: stage i holds
+one micro-batch more than stage i+1, so of a run of k neighbouring stages k micro-batches make the
+round trip in each period,
 
     period = max over i <= j of (T_i + ... + T_j + 2 (j-i) hop) / (j-i+1),
     time   = (m-1) period + sum_i T_i + 2 (p-1) hop.

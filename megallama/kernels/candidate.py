@@ -1,8 +1,7 @@
 """What the candidates for an operation share: where they run, how they decline, the comparison.
 
-A file of this folder holds implementations and, for each operation, an `Operation`: these in order,
-and the small problem on which they are compared.  A candidate is a function that makes one, or
-raises whatever it raises: Transformer Engine and apex can fail to import in many ways.
+A candidate is a function that makes an implementation, or raises whatever it raises: packages fail
+in many ways.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Pointwise operations: RMSNorm, rotary embedding, SwiGLU, and the softmax of the loss with its gradient.
 
-Backwards need nothing but the input of their forward: what else they read is formed again in their
-own pass, or is at hand, where the forward has just been done again.  The private formulas are for
-torch.compile, which fuses them: all in the accumulation format, where the eager operations round
-between their steps.
+Backwards need nothing but the input of their forward.  The private formulas are for torch.compile,
+which fuses them: all in the accumulation format, where the eager operations round between their
+steps.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Which implementation does each operation: candidates in order, each tried on the device.
 
 One is refused with a reason: its package is missing or broken (any exception counts), the device or
-format is not its own, `run.without_kernels` leaves it out, or it is wrong on a small problem.  So a
-broken installation costs a line in the log, never a run.
-
-The order is fixed, never measured when a run starts: ranks with different candidates would drift
-apart, and a run that resumed would not repeat its bits.  What was measured before, the table of
-processors, may name a candidate: it comes first.
+format is not its own, `run.without_kernels` leaves it out, or it is wrong on a small problem.  The
+order is fixed, but that the table of processors may name the first: by measurements at a start
+ranks would drift apart, and resumed runs from their bits.
 """
 
 from __future__ import annotations

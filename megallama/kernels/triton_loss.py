@@ -1,8 +1,8 @@
 """The softmax of the loss as two Triton kernels, between which tensor-parallel ranks reduce.
 
-The first reads the logits and writes two numbers a row; the second reads them again and writes
-their gradient over them: two reads and a write where torch's own make about twelve.  All is in
-fp32 and rounded once; offsets have 64 bits: 128256 columns times 16743 rows are more than 2^31.
+The first reads the logits and writes two numbers a row, the second writes their gradient over them:
+two reads and a write where torch's own make about twelve.  All is in fp32 and rounded once; offsets
+have 64 bits.
 """
 
 from __future__ import annotations

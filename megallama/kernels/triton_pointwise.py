@@ -1,11 +1,9 @@
 """RMSNorm, RoPE and SwiGLU as Triton kernels: one launch each way, every operand read and written once.
 
-Sums and products are formed in fp32 and rounded once.  Nothing is added by atomics, so a call
-repeated gives the same bits.  Rows are counted in 64 bits: a tensor may have more than 2^31 elements.
-
-Triton compiles a kernel when it is first called, for the formats of its operands, the constants in
-capitals, and which sizes are multiples of 16 (what keeps loads wide); so checking a kernel before it
-is selected also compiles it.  Only `do_not_specialize`d numbers may be 1 without another compilation.
+Sums and products are formed in fp32 and rounded once; nothing is added by atomics: a call repeated
+gives the same bits. Rows are counted in 64 bits.  Checking a kernel before it is selected also
+compiles it: for the formats of its operands, the constants in capitals, and which numbers are 1 or
+multiples of 16, but those not to be specialized.
 """
 
 from __future__ import annotations

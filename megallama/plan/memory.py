@@ -1,16 +1,16 @@
 """Bytes of one rank: what lives all the time, exactly, and what lives between forward and backward.
 
-Activations saved per layer, for b bytes per element, T tokens and MHA (x, q, k, v, attention output, the residual
-after attention, gate and up; `none` keeps the two norm outputs and the SwiGLU product as well):
+Activations saved per layer, for b bytes per element, T tokens and MHA (x, q, k, v, attention
+output, the residual after attention, gate and up; `none` keeps the two norm outputs and the SwiGLU
+product as well):
 
     none       b (8h + 6f)  = 16h + 6f bytes per token in bf16
     selective  b (6h + 2f)  = 12h + 4f
     full       b h          =  2h
 
-Tensor parallelism divides what lies inside attention and the feed-forward network; sequence parallelism the rest too
-(Korthikanti et al. 2022, arXiv:2205.05198, table 2).  Context parallelism divides T.  Attention's output is then there
-twice, as its kernel and as the sequence has it; copies of key/value heads, and all ranks' where they are kept, come on
-top.
+Tensor parallelism divides what lies inside attention and the feed-forward network; sequence
+parallelism the rest too (Korthikanti et al. 2022, arXiv:2205.05198, table 2).  Context parallelism
+divides T, and adds what docs/planner.md has.
 """
 
 from __future__ import annotations

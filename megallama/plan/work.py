@@ -1,9 +1,8 @@
 """How much there is to compute, per token, and which layers each pipeline stage holds.
 
-A multiply-add is two operations; only matrix products count.  Attention is counted in full (as in Korthikanti et al.
-2022, arXiv:2205.05198) or causally (what the mask leaves).  A training step costs three forwards, recomputation apart.
-
-Of the stages before the last, later ones take the surplus of layers: early ones hold more micro-batches in flight.
+A multiply-add is two operations; only matrix products count.  Attention is counted in full (as in
+Korthikanti et al. 2022, arXiv:2205.05198) or causally.  Of the stages before the last, later ones,
+with fewer micro-batches, take more.
 """
 
 from __future__ import annotations
