@@ -41,7 +41,7 @@ class Table:
         self.keys, self.logp, self.backoff = map(np.asarray, (keys, logp, backoff))  # maps of files are slow to index
         self._shift = np.uint64(63 - max(len(keys), 2).bit_length())
         slots = np.arange(1 << (64 - int(self._shift)), dtype=np.uint64) << self._shift
-        self._starts = np.append(np.searchsorted(keys, slots), len(keys)).astype(np.int64)
+        self._starts = np.append(np.searchsorted(keys, slots), len(keys)).astype(np.int32)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """int64: where each key stands; -1 where it does not."""
