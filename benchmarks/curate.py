@@ -3,7 +3,8 @@
     python benchmarks/curate.py --mb 1000
 
 Pages: HTML, man pages, text files, sources and LaTeX below --roots, as WARC files.  Reference text, on which the models
-are trained and which no page has: documentation in Markdown and reStructuredText.  Seconds are CPU seconds of the
+are trained and which is no page: a quarter of the documentation in HTML, manuals in English and text files, and all in
+Markdown and reStructuredText.  Seconds are CPU seconds of the
 process, so a busy machine disturbs little.  The recipe is examples/curate/commoncrawl.toml, run with one process, and
 with two that are killed (kill -9) at random moments: the bytes must be the same.  A block of another project is left
 out where it is not installed (datatrove with spacy, kenlm and fasttext-numpy2-wheel; rensa): give its place by
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -77,6 +79,8 @@ def files_of(roots: Sequence[str], suffixes: Sequence[str]) -> Iterator[tuple[st
     found = {str(path) for root in roots for path in Path(root).rglob("*.*") if path.suffix[1:] in suffixes}
     known = set[bytes]()
     for name in sorted(found, key=lambda name: hashlib.sha1(name.encode()).digest()):
+        if name.endswith(".gz") and "/man/" not in name:
+            continue
         try:
             data = gzip.open(name).read() if name.endswith(".gz") else Path(name).read_bytes()
         except OSError:
@@ -87,22 +91,37 @@ def files_of(roots: Sequence[str], suffixes: Sequence[str]) -> Iterator[tuple[st
             yield name, data
 
 
+def is_reference(name: str) -> bool:
+    """Whether a file is reference text: by its kind, and of what is also a page by a hash."""
+    if name.endswith(REFERENCE):
+        return True
+    manual = re.search(r"/man/man\d/.*\.gz$", name)
+    return bool(manual or name.endswith((*HYPERTEXT, "txt"))) and hashlib.md5(name.encode()).digest()[0] < 64
+
+
 def raw_pages(roots: Sequence[str], limit: int) -> Iterator[tuple[str, str, bytes]]:
-    """Name, type and content of pages, up to `limit` bytes; a .gz is a page only if it is one of a manual."""
+    """Name, type and content of pages, up to `limit` bytes."""
     size = 0
     for name, data in files_of(roots, (*HYPERTEXT, *PLAIN, *SOURCES, "gz")):
-        if not name.endswith(".gz") or "/man/" in name:
-            yield name, "text/html" if b"<html" in data[:2000].lower() else "text/plain", data
+        if not is_reference(name):
+            yield name, media_of(data), data
             size += len(data)
         if size >= limit:
             return
 
 
 def reference_texts(roots: Sequence[str], part: int, of: int = 10) -> Iterator[str]:
-    """Documentation that no page is, one of `of` parts of it; part -1: all but part 0."""
-    for number, (_, data) in enumerate(files_of(roots, REFERENCE)):
+    """Reference text, one of `of` parts of it; part -1: all but part 0."""
+    files = (data for name, data in files_of(roots, (*HYPERTEXT, *REFERENCE, "txt", "gz")) if is_reference(name))
+    for number, data in enumerate(files):
         if number % of == part or part < 0 < number % of:
-            yield data.decode("utf-8", "replace")
+            if text := text_of(media_of(data), data):
+                yield text
+
+
+def media_of(data: bytes) -> str:
+    """The type that a server would tell."""
+    return "text/html" if b"<html" in data[:2000].lower() else "text/plain"
 
 
 def write_texts(path: Path, texts: Iterable[str]) -> str:
@@ -112,12 +131,12 @@ def write_texts(path: Path, texts: Iterable[str]) -> str:
     return str(path)
 
 
-def write_archives(folder: Path, roots: Sequence[str], limit: int, files: int = 8) -> tuple[int, int]:
+def write_archives(folder: Path, pages: Iterable[tuple[str, str, bytes]], files: int = 8) -> tuple[int, int]:
     """WARC files of pages; pages and bytes that are in them."""
     folder.mkdir(parents=True)
     outs = [open(folder / f"{n}.warc.gz", "wb") for n in range(files)]
     count = size = 0
-    for count, (name, media, data) in enumerate(raw_pages(roots, limit), 1):
+    for count, (name, media, data) in enumerate(pages, 1):
         content = f"HTTP/1.1 200 OK\r\nContent-Type: {media}\r\n\r\n".encode() + data
         about = f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:{count}>\r\n"
         about += f"WARC-Target-URI: file:{name}\r\n"
@@ -350,9 +369,9 @@ def block_rows(args: argparse.Namespace, work: Path) -> list[Block]:
 
 def whole_recipe(args: argparse.Namespace, work: Path) -> tuple[list[Whole], str]:
     """Train the models, then run the recipe in several ways; and what was kept, in words."""
-    count, size = write_archives(work / "raw" / "crawl", args.roots, int(args.mb * 1e6))
+    count, size = write_archives(work / "raw" / "crawl", raw_pages(args.roots, int(args.mb * 1e6)))
     pages = (text_of(media, data) for _, media, data in raw_pages(args.roots, 20_000_000))
-    recipe = own_recipe(work, reference_texts(args.roots, -1), pages)
+    recipe = own_recipe(work, islice(reference_texts(args.roots, -1), 8000), pages)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", "megallama", "curate", str(recipe), "--train"], env=env, check=True)
     ways = ((1, 0), (2, args.kills))

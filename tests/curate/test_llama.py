@@ -6,6 +6,7 @@ import importlib
 import json
 import pydoc
 import random
+import re
 from html import escape
 from importlib.metadata import distribution
 from pathlib import Path
@@ -99,7 +100,9 @@ def test_all_seven_sources(tmp_path: Path, tokenizer_path: Path, monkeypatch: py
     write_projects(raw)
     write_texts(raw)
     (tmp_path / "data" / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
-    recipe = str(EXAMPLES / "llama.toml")
+    text = (EXAMPLES / "llama.toml").read_text().replace("# tokenizer =", "tokenizer =")
+    recipe = str(tmp_path / "llama.toml")
+    Path(recipe).write_text(re.sub(r'"(\w+\.toml)",', rf'"{EXAMPLES}/\1",', text))
     assert cli.main(["curate", recipe, "--train"]) == 0
     assert cli.main(["curate", recipe, "--output", "out", "--quiet"]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
