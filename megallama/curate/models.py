@@ -38,7 +38,7 @@ class Table:
     """Log-probabilities and back-off weights by the hash of an n-gram (float32, natural logarithms)."""
 
     def __init__(self, keys: np.ndarray, logp: np.ndarray, backoff: np.ndarray) -> None:
-        self.keys, self.logp, self.backoff = map(np.asarray, (keys, logp, backoff))  # maps of files are slow to index
+        self.keys, self.logp, self.backoff = map(np.asarray, (keys, logp, backoff))
         self._shift = np.uint64(63 - max(len(keys), 2).bit_length())
         slots = np.arange(1 << (64 - int(self._shift)), dtype=np.uint64) << self._shift
         self._starts = np.append(np.searchsorted(keys, slots), len(keys)).astype(np.int32)
@@ -58,7 +58,7 @@ class Table:
         return found
 
     def score(self, keys: np.ndarray, place: np.ndarray) -> np.ndarray:
-        """float32: the log-probability of each piece after those before it in its line, by keys [orders, pieces]."""
+        """float32: the log-probability of each piece after those before it in its line."""
         found = self.find(keys.reshape(-1)).reshape(keys.shape)
         found[place < np.arange(len(keys))[:, None]] = -1
         logp, context = self.logp[found], found[:-1, :-1]  # a context ends a piece earlier
@@ -72,7 +72,7 @@ class Table:
 
 
 def hashes(ids: np.ndarray, order: int) -> np.ndarray:
-    """uint64 [order, pieces]: of the 1, 2, ... pieces that end at each place; wrong where the line is shorter."""
+    """uint64 [order, pieces]: of the 1, 2, ... pieces that end there; wrong where the line is shorter."""
     ids = ids.astype(np.uint64) + np.uint64(1)
     keys = np.zeros((order, len(ids)), np.uint64)
     keys[0] = mix(ids)
@@ -215,7 +215,7 @@ def encoded(text: str, pieces: Any) -> tuple[np.ndarray, np.ndarray]:
     """int32: the pieces of a text's lines, digits as 0, between <s> and </s>; and the place of each in its line."""
     digits = str.maketrans("123456789", "0" * 9)
     lines = [line for line in text.translate(digits).split("\n") if line.strip()]
-    rows = [pieces.encode(line, add_bos=True, add_eos=True) for line in lines]  # at once they take longer
+    rows = [pieces.encode(line, add_bos=True, add_eos=True) for line in lines]
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     ids = np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum()))
     return ids, (np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)).astype(np.int32)

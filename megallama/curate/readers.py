@@ -26,6 +26,7 @@ XML = (".xml", ".xml.gz", ".xml.bz2")
 MEDIA = ("text/html", "application/xhtml+xml", "text/plain")
 STARTS = {True: re.compile(rb"\x1f\x8b\x08"), False: re.compile(rb"(?<=\n)WARC/1\.")}  # of records, by packed
 Bad = Callable[[str, str], None]
+Strings = tuple[str, ...]
 Documents = Iterator[tuple[Document, int]]  # each with the bytes that are read by then
 Piece = tuple[str, int, int | None, int]  # file, from, to, bytes on disk
 
@@ -49,7 +50,7 @@ def kind_of(file: str) -> str:
     return "text" if texts.suffix_of(file) in texts.SUFFIXES else ""
 
 
-def find(inputs: tuple[str, ...], bad: Bad) -> list[str]:
+def find(inputs: Strings, bad: Bad) -> list[str]:
     """The files that inputs mean, each once, in order; those of a folder sorted. Raises: DataError."""
     found = dict[str, None]()
     for name in inputs:
@@ -84,7 +85,7 @@ def cut(source: int, files: list[str], unit_bytes: int) -> list[Unit]:
     return [*units, Unit(source, tuple(held))] if held else units
 
 
-def documents(unit: Unit, source: str, keys: tuple[str, ...], max_bytes: int, bad: Bad) -> Documents:
+def documents(unit: Unit, source: str, keys: Strings, max_bytes: int, bad: Bad) -> Documents:
     """The documents of a unit, each with the bytes on disk that are read by then."""
     before = 0
     for file, start, stop, size in unit.pieces:
@@ -100,7 +101,7 @@ def documents(unit: Unit, source: str, keys: tuple[str, ...], max_bytes: int, ba
         before += size
 
 
-def _texts(unit: texts.Unit, keys: tuple[str, ...], max_bytes: int, bad: Callable[[str], None]) -> Iterator[Row]:
+def _texts(unit: texts.Unit, keys: Strings, max_bytes: int, bad: Callable[[str], None]) -> Iterator[Row]:
     reader = texts.RecordReader([unit], max_bytes)
     for record in reader:
         try:

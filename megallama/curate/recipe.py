@@ -44,14 +44,14 @@ class Source(Section):
 class Recipe(Section):
     """A recipe: sources first, then what goes over all of them."""
 
-    include: tuple[str, ...] = option((), "recipes beside this one, whose sources come behind its own")
+    include: tuple[str, ...] = option((), "recipes beside this, whose sources come behind its own")
     sources: tuple[Source, ...] = Field(min_length=1, description="the sources")
     stages: tuple[Stages, ...] = option((), "stages of all sources together")
     seed: int = option(0, "which documents are shown in the report")
     unit_mb: float = option(64.0, "input of a unit of work, which becomes a shard [MB]", gt=0)
     max_document_mb: float = option(16.0, "longer documents are counted and left out [MB]", gt=0)
-    tokenizer: str = option("", "a tokenizer's file, with which the tokens that stay are counted; empty: an estimate")
-    bytes_per_token: float = option(4.0, "with which the report estimates tokens without a tokenizer", gt=0)
+    tokenizer: str = option("", "a tokenizer's file, which counts the tokens that stay")
+    bytes_per_token: float = option(4.0, "estimates tokens without a tokenizer", gt=0)
     run_tokens: float = option(1.4e12, "length of the run whose epochs the report tells [tokens]", gt=0)
 
 
@@ -59,10 +59,12 @@ def load_recipe(file: Path, included: bool = False) -> Recipe:
     """Read a recipe. Raises: ConfigError with everything that is wrong with it."""
     tree = read_toml(file, "the recipe")
     if included and (other := sorted({*tree} - {"sources"})):
-        raise ConfigError(f"{file} has {', '.join(other)}; of a recipe that is included only sources can be used")
+        only = "of a recipe that is included only sources can be used"
+        raise ConfigError(f"{file} has {', '.join(other)}; {only}")
     if isinstance(names := tree.get("include"), list):
-        others = [source for name in names for source in load_recipe(file.parent / str(name), True).sources]
-        tree["sources"] = [*tree.get("sources", []), *others]
+        for name in names:
+            others = load_recipe(file.parent / str(name), included=True).sources
+            tree["sources"] = [*tree.get("sources", []), *others]
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:

@@ -29,8 +29,9 @@ def write_report(recipe: Recipe, tree: dict[str, Any], folder: Path, publish: Ca
         counted = tree["tokens"].get(source.name, 0)
         per_token = kept["bytes"] / counted if counted else recipe.bytes_per_token
         wanted, there = recipe.run_tokens * source.share / (shares or 1), kept["bytes"] / per_token
-        row = {"raw": raw, "kept": kept, "tokens": round(there), "epochs": round(wanted / max(there, 1), 4)}
-        tree.setdefault("sources", {})[source.name] = row | {"share": source.share, "bytes_per_token": per_token}
+        row = {"raw": raw, "kept": kept, "share": source.share, "bytes_per_token": per_token}
+        row |= {"tokens": round(there), "epochs": round(wanted / max(there, 1), 4)}
+        tree.setdefault("sources", {})[source.name] = row
     text = json.dumps(tree, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     publish(folder / "report.json", lambda path: path.write_text(text, "utf-8"))
     page = "\n".join([STYLE, *_page(recipe, tree)])
@@ -44,9 +45,9 @@ def _table(head: str, rows: list[list[Any]]) -> str:
 
 
 def _page(recipe: Recipe, tree: dict[str, Any]) -> Iterator[str]:
-    how = f"an estimate: bytes / {recipe.bytes_per_token:g}; name a <code>tokenizer</code> in the recipe to count them"
+    how = f"an estimate: bytes / {recipe.bytes_per_token:g}; a <code>tokenizer</code> counts them"
     if recipe.tokenizer:
-        how = f"counted by {escape(recipe.tokenizer)}; those before are an estimate by the bytes of a token of these"
+        how = f"counted by {escape(recipe.tokenizer)}; those before are an estimate by their mean size"
     yield f"<h1>What became of the documents</h1><p>Tokens kept are {how}."
     rows = []
     for name, row in tree["sources"].items():

@@ -175,7 +175,7 @@ class Language(Stage):
         model = fasttext.load_model(str(Path(found.origin).parent / "resources" / "lid.176.ftz"))
 
         def apply(document: Document) -> str:
-            text = " ".join(document.text[: self.max_chars].split())  # it knows no other spaces, such as &nbsp;
+            text = " ".join(document.text[: self.max_chars].split())  # it knows no &nbsp;
             labels, scores = model.predict(text)
             language, score = labels[0].removeprefix("__label__"), min(float(scores[0]), 1.0)
             document.scores |= {"language": language, "language_score": round(score, 4)}

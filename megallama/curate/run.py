@@ -65,7 +65,7 @@ class Segment(NamedTuple):
 
 @functools.lru_cache(1)
 def _counter(tokenizer: str) -> Callable[[str], int]:
-    """How many tokens `megallama prepare` makes of a text, with the one that ends it; 0 without a tokenizer."""
+    """Tells the tokens that `megallama prepare` makes of a text, its end included."""
     encode = load_fast_tokenizer(tokenizer).encode_arrays if tokenizer else None
     return lambda text: len(encode([text])[0]) + 1 if encode else 0
 
@@ -110,7 +110,7 @@ class Plan:
         return self.output / "work" / f"{job.name}.{ending}"
 
     def publish(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Make a file whole under another name, in a folder that goes at the end; then give it its own."""
+        """Make a file whole in a folder that goes at the end, then give it its name."""
         temporary = self.output / "work" / f"new-{socket.gethostname()}-{os.getpid()}-{path.name}"
         write(temporary)
         os.replace(temporary, path)
@@ -327,7 +327,8 @@ def _show(plan: Plan, bar: ByteProgress) -> None:
         with suppress(OSError, ValueError):
             counts += [*map(int, file.read_text().split())]
     read, kept, dropped = counts.tolist()
-    total = sum(unit.size for segments in plan.phases for unit in plan.units if unit.source in segments)
+    sources = [source for segments in plan.phases for source in segments]
+    total = sum(unit.size * sources.count(unit.source) for unit in plan.units)
     bar.update(read, total, note=f", kept {kept:,}, dropped {dropped:,}")
 
 
@@ -340,7 +341,8 @@ def _end(plan: Plan, tree: dict[str, Any]) -> None:
     def write(path: Path) -> None:
         known = set[str]()
         with path.open("w", encoding="utf-8") as out:
-            for line in (line for part in sorted(work.glob("[0-9]*.pairs")) for line in part.open(encoding="utf-8")):
+            parts = sorted(work.glob("[0-9]*.pairs"))
+            for line in (line for part in parts for line in part.open(encoding="utf-8")):
                 pair = json.loads(line)
                 if (name := f"{pair['source']} {pair['dropped']}") not in known:
                     known.add(name)

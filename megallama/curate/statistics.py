@@ -31,7 +31,8 @@ class Statistics:
     """The counts of a unit."""
 
     def __init__(self, seed: int) -> None:
-        self.tree: dict[str, Any] = {"stages": {}, "bad": {}, "histograms": {}, "samples": {}, "tokens": {}}
+        names = ("stages", "bad", "histograms", "samples", "tokens")
+        self.tree: dict[str, Any] = {name: {} for name in names}
         self._seed = seed
 
     def bad(self, file: str, why: str) -> None:

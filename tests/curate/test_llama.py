@@ -147,4 +147,4 @@ def test_tokens_that_are_not_counted_are_an_estimate(tmp_path: Path) -> None:
     tree: dict[str, Any] = {"stages": stages, "bad": {}, "histograms": {}, "samples": {}, "tokens": {"c": 0}}
     write_report(load_recipe(tmp_path / "c.toml"), tree, tmp_path, lambda path, write: write(path))
     assert tree["sources"]["c"]["tokens"] == 200
-    assert "Tokens kept are an estimate: bytes / 3.5; name a <code>tokenizer" in (tmp_path / "report.html").read_text()
+    assert "Tokens kept are an estimate: bytes / 3.5; a <code>tokenizer" in (tmp_path / "report.html").read_text()
