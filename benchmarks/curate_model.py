@@ -27,7 +27,7 @@ BATCH, LENGTH = 32, 256
 SETTINGS = (
     *("model.hidden_size=128", "model.num_layers=4", "model.num_heads=4", "model.ffn_hidden_size=344"),
     *(f"batch.global_batch_size={BATCH}", "batch.micro_batch_size=8", f"batch.seq_length={LENGTH}"),
-    *("precision.dtype=fp32", "optimizer.lr=3e-3", "lr_schedule.warmup_steps=20", "checkpoint.interval=0"),
+    *("precision.dtype=fp32", "optimizer.lr=3e-3", "checkpoint.interval=0"),
 )
 
 
@@ -74,7 +74,8 @@ def corpora(work: Path, args: argparse.Namespace) -> dict[str, Path]:
 def trained(work: Path, name: str, tokens: Path, steps: int, seed: int) -> Trained:
     """Train and evaluate one model."""
     run, found = work / name / f"run{seed}", work / name / f"found{seed}.json"
-    more = (f"model.vocab_size=4096 train.steps={steps} data.tokenizer={work / 'tokenizer.model'}").split()
+    more = [f"train.steps={steps}", f"lr_schedule.warmup_steps={steps // 15}", "model.vocab_size=4096"]
+    more += [f"data.tokenizer={work / 'tokenizer.model'}"]
     megallama("train", *SETTINGS, *more, f"data.train={tokens}", f"run.folder={run}", f"train.seed={seed}")
     held = [work / f"{kind}_held_out.jsonl" for kind in ("reference", "raw")]
     megallama("evaluate", run, "--data", *held, "--tokenizer", work / "tokenizer.model", "--output", found)
