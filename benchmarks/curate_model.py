@@ -23,11 +23,11 @@ from pathlib import Path
 from curate import ROOT, ROOTS, own_recipe, raw_pages, reference_texts, text_of, write_archives, write_texts
 from report import header, save, table
 
-BATCH, LENGTH = 32, 256
+BATCH, LENGTH = 16, 256
 SETTINGS = (
     *("model.hidden_size=128", "model.num_layers=4", "model.num_heads=4", "model.ffn_hidden_size=344"),
     *(f"batch.global_batch_size={BATCH}", "batch.micro_batch_size=8", f"batch.seq_length={LENGTH}"),
-    *("precision.dtype=fp32", "optimizer.lr=3e-3", "checkpoint.interval=0"),
+    *("precision.dtype=fp32", "optimizer.lr=3e-3", "checkpoint.interval=0", "run.threads=1"),
 )
 
 
@@ -49,8 +49,8 @@ def megallama(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "megallama", *map(str, words)], env=env, check=True, stdout=sys.stderr)
 
 
-def corpora(work: Path, args: argparse.Namespace) -> dict[str, Path]:
-    """Both corpora as tokens, by their names; held-out texts beside them."""
+def corpora(work: Path, args: argparse.Namespace) -> None:
+    """Make both corpora as tokens, NAME/tokens; held-out texts beside them."""
     write_texts(work / "reference_held_out.jsonl", reference_texts(args.roots, 0))
     pages = [(media, data) for _, media, data in raw_pages(args.roots, int(args.mb * 1e6))]
     held = pages[::50]
@@ -68,7 +68,6 @@ def corpora(work: Path, args: argparse.Namespace) -> dict[str, Path]:
     megallama("tokenizer", texts["raw"], "--vocab-size", 4096, "--output", work / "tokenizer.model", "--quiet")
     for name, folder in texts.items():
         megallama("prepare", folder, "--tokenizer", work / "tokenizer.model", "--output", work / name / "tokens")
-    return {name: work / name / "tokens" for name in texts}
 
 
 def trained(work: Path, name: str, tokens: Path, steps: int, seed: int) -> Trained:
@@ -95,14 +94,21 @@ def main() -> None:
     """Make both corpora, train on both, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=float, default=200.0, help="raw pages")
-    parser.add_argument("--steps", type=int, default=300, help=f"of {BATCH * LENGTH} tokens; fewer if text runs out")
+    parser.add_argument(
+        "--steps", type=int, default=300, help=f"of {BATCH * LENGTH} tokens; fewer if text runs out; 0: no model"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="so many models of each corpus")
+    parser.add_argument("--folder", help="keeps the corpora; if they are there, only models are trained")
     parser.add_argument("--reference", type=int, default=3000, help="reference texts for the recipe's models")
     parser.add_argument("--roots", nargs="+", default=list(ROOTS))
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="curate-model-") as folder:
-        work = Path(folder)
-        tokens = corpora(work, args)
+    with tempfile.TemporaryDirectory(prefix="curate-model-") as temporary:
+        work = Path(args.folder or temporary)
+        tokens = {name: work / name / "tokens" for name in ("raw", "curated")}
+        if not (work / "curated" / "tokens.json").exists():
+            corpora(work, args)
+        if not args.steps:
+            return
         steps = min(args.steps, *(_size(path)[0] // (BATCH * LENGTH) for path in tokens.values()))
         rows = [trained(work, name, path, steps, seed) for seed in range(args.seeds) for name, path in tokens.items()]
     text = table(
