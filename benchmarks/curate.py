@@ -4,11 +4,11 @@
 
 Pages: HTML, man pages, text files, sources and LaTeX below --roots, as WARC files.  Reference text, on which the models
 are trained and which is no page: a quarter of the documentation in HTML, manuals in English and text files, and all in
-Markdown and reStructuredText.  Seconds are CPU seconds of the
-process, so a busy machine disturbs little.  The recipe is examples/curate/commoncrawl.toml, run with one process, and
-with two that are killed (kill -9) at random moments: the bytes must be the same.  A block of another project is left
-out where it is not installed (datatrove with spacy, kenlm and fasttext-numpy2-wheel; rensa): give its place by
-PYTHONPATH.  Results: `results/curate.json`, `curate.md`.
+Markdown and reStructuredText.  Seconds are CPU seconds of the process, so a busy machine disturbs little.  The recipe is
+examples/curate/commoncrawl.toml, run with one process, and with two that are killed (kill -9) at random moments: the
+bytes must be the same.  A block of another project is left out where it is not installed (datatrove with spacy, kenlm
+and fasttext-numpy2-wheel; rensa): give its place by PYTHONPATH.  Results: `results/curate.json`, `curate.md`; of the
+blocks alone (--mb 0) `results/curate_blocks.json`, `curate_blocks.md`.
 """
 
 from __future__ import annotations
@@ -403,7 +403,8 @@ def main() -> None:
         seconds, rate = ("", "") if run.kills else (f"{run.seconds:.0f}", f"{run.rate:.1f}")
         values = (run.processes, run.kills, seconds, rate, run.peak, run.digest)
         shown.append(dict(zip(heads, map(str, values), strict=True)))
-    save("curate", [*rows, *runs], header("Curation", args) + f"{text}\n{what}" + (table(shown) if shown else ""))
+    name = "curate" if args.mb else "curate_blocks"
+    save(name, [*rows, *runs], header("Curation", args) + f"{text}\n{what}" + (table(shown) if shown else ""))
     if len({run.digest for run in runs}) > 1:
         raise SystemExit("the bytes differ")
 

@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=float, default=200.0, help="raw pages")
     parser.add_argument(
-        "--steps", type=int, default=300, help=f"of {BATCH * LENGTH} tokens; fewer if text runs out; 0: no model"
+        "--steps", type=int, default=300, help=f"of {BATCH * LENGTH} tokens; 0: no model"
     )
     parser.add_argument("--seeds", type=int, default=1, help="so many models of each corpus")
     parser.add_argument("--folder", help="keeps the corpora; if they are there, only models are trained")
