@@ -4,7 +4,7 @@
 
 Pages: HTML, man pages, text files, sources and LaTeX below --roots, as WARC files.  Reference text, on which the models
 are trained and which is no page: a quarter of the documentation in HTML, manuals in English and text files, and all in
-Markdown and reStructuredText.  Seconds are CPU seconds of the process, so a busy machine disturbs little.  The recipe is
+Markdown and reStructuredText.  Seconds are CPU seconds of the process, so a busy machine disturbs little.  Recipe:
 examples/curate/commoncrawl.toml, run with one process, and with two that are killed (kill -9) at random moments: the
 bytes must be the same.  A block of another project is left out where it is not installed (datatrove with spacy, kenlm
 and fasttext-numpy2-wheel; rensa): give its place by PYTHONPATH.  Results: `results/curate.json`, `curate.md`; of the

@@ -94,9 +94,7 @@ def main() -> None:
     """Make both corpora, train on both, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=float, default=200.0, help="raw pages")
-    parser.add_argument(
-        "--steps", type=int, default=300, help=f"of {BATCH * LENGTH} tokens; 0: no model"
-    )
+    parser.add_argument("--steps", type=int, default=300, help=f"of {BATCH * LENGTH} tokens; 0: no model")
     parser.add_argument("--seeds", type=int, default=1, help="so many models of each corpus")
     parser.add_argument("--folder", help="keeps the corpora; if they are there, only models are trained")
     parser.add_argument("--reference", type=int, default=3000, help="reference texts for the recipe's models")
