@@ -3,7 +3,7 @@
     python benchmarks/curate_model.py --mb 200 --steps 300
 
 Pages, reference text and recipe are those of curate.py; a tenth of the reference text, which no model of the recipe
-has seen and which is no page, is held out.  Raw text is the same recipe without its stages.  Both models have the same
+has seen and which is no page, is held out (200 texts).  Raw text is the same recipe without its stages.  Both models have the same
 tokenizer (trained on raw text), weights to begin with, settings and number of tokens; no corpus is seen twice.
 Results: `results/curate_model.json`, `curate_model.md`.
 """
@@ -77,7 +77,8 @@ def trained(work: Path, name: str, tokens: Path, steps: int, seed: int) -> Train
     more += [f"data.tokenizer={work / 'tokenizer.model'}"]
     megallama("train", *SETTINGS, *more, f"data.train={tokens}", f"run.folder={run}", f"train.seed={seed}")
     held = [work / f"{kind}_held_out.jsonl" for kind in ("reference", "raw")]
-    megallama("evaluate", run, "--data", *held, "--tokenizer", work / "tokenizer.model", "--output", found)
+    more = ["--limit", 200, "--tokenizer", work / "tokenizer.model", "--output", found]
+    megallama("evaluate", run, "run.threads=1", "--data", *held, *more)
     texts = json.loads(found.read_text())["texts"]
     bits = [next(row["bits_per_byte"] for key, row in texts.items() if path.name in key) for path in held]
     size, documents = _size(tokens)
