@@ -2,9 +2,10 @@
 
     python benchmarks/curate_model.py --mb 200 --steps 300
 
-Pages, reference text and recipe are those of curate.py; a tenth of the reference text, which no model of the recipe
-has seen and which is no page, is held out (200 texts).  Raw text is the same recipe without its stages.  Both models have the same
-tokenizer (trained on raw text), weights to begin with, settings and number of tokens; no corpus is seen twice.
+Pages, reference text and recipe are those of curate.py; of a tenth of the reference text, which no model of the recipe
+has seen and which is no page, 200 texts are held out.  Raw text is the same recipe without its stages.  Both models
+have the same tokenizer (trained on raw text), weights to begin with, settings and number of tokens; no corpus is seen
+twice.  --steps 0 with --folder makes the corpora only.
 Results: `results/curate_model.json`, `curate_model.md`.
 """
 
