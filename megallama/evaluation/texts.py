@@ -18,6 +18,7 @@ from megallama.data.indexed import IndexedDataset
 from megallama.evaluation.scorer import Row, Score, Scorer
 from megallama.text.documents import RecordReader
 from megallama.text.inputs import Losses
+from megallama.train.step import by_position
 
 AT_A_TIME = 512  # windows, so that memory does not grow with a text
 
@@ -82,8 +83,7 @@ class Sums:
         """Loss [nats per token], perplexity, bits per byte of the text, and the loss by position."""
         total, tokens = self.at.sum(1).tolist()
         loss, bits = -total / tokens, -total / math.log(2) / self.bytes if self.bytes > 0 else None
-        names = ["1", *(f"{2**b}-{2 ** (b + 1) - 1}" for b in range(1, 40))]
-        by = {names[b]: -self.at[0, b] / self.at[1, b] for b in self.at[1].nonzero()[0]}
+        by = by_position(*(self.at * [[-1], [1]]).tolist())
         numbers = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}
         return {**numbers, "tokens": int(tokens), "documents": self.documents, "loss_by_position": by}
 

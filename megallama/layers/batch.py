@@ -24,6 +24,7 @@ class MicroBatch:
         predicts nothing); None where samples run across them.
     num_counted: how many tokens the loss counts; known before anything is on a device.
     grad_scale: the backward pass yields the gradient of grad_scale * sum of losses.
+    tell: is called with the losses of some of its tokens, one call after the other.
     """
 
     tokens: Tensor
@@ -32,6 +33,7 @@ class MicroBatch:
     documents: Documents | None = None
     num_counted: int = -1
     grad_scale: float = 1.0
+    tell: Callable[[MicroBatch, slice, Tensor], None] | None = None
 
     def __post_init__(self) -> None:
         if self.num_counted < 0:

@@ -88,6 +88,8 @@ class LossHead(Layer):
             rows = slice(a, a + self.chunk_tokens)
             losses, dlogits = self.chunk(full[rows], index[rows], held[rows], scale[rows] if train else None)
             total += torch.dot(losses, counted[rows])
+            if batch.tell:
+                batch.tell(batch, rows, losses)
             if train:
                 grads.append(self.param.dgrad(dlogits))
                 self.param.accumulate_wgrad(dlogits, full[rows])

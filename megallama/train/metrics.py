@@ -38,6 +38,7 @@ def scalars(record: Record) -> dict[str, float]:
     """Flat names and values, for TensorBoard and wandb."""
     if record["kind"] != "train":
         own = record["metrics"] if "metrics" in record else {name: record[name] for name in ("loss", "bits_per_byte")}
+        own = own | {f"by position/{name}": loss for name, loss in record.get("loss_by_position", {}).items()}
         values = {f"{_tag(record)}/{name}": value for name, value in own.items()}
     else:
         values = {f"{group}/{name}": record.get(name) for group, names in TAGS.items() for name in names}
@@ -100,6 +101,9 @@ class MetricsWriter:
     def write(self, record: Record) -> None:
         if self._tells:
             self._log.info(line(record, self._steps))
+            if longest := [*record.get("loss_by_position", {}).items()][-6:]:
+                said = ", ".join(f"{before} {loss:.3f}" for before, loss in longest)
+                self._log.info(f"{record['name']} loss by tokens before: {said}")
         for name, sink in self._sinks.items():
             self._thread.submit(self._try, name, sink.write, record)
         if record["kind"] != "train":

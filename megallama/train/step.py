@@ -164,6 +164,30 @@ def evaluate_step(
     return consensus(worker, rank_numbers(worker, loss_sum, torch.zeros_like(loss_sum)), status(), tokens)
 
 
+class ByPosition:
+    """Adds up losses by log2 of the tokens before; `sums`: [nats] and tokens, float64 [2, 40]."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.sums = torch.zeros(2, 40, dtype=torch.float64, device=worker.device)
+        self._share = worker.share
+
+    def __call__(self, batch: MicroBatch, rows: slice, losses: Tensor) -> None:
+        """Take the losses of these rows of a micro-batch."""
+        chunks = self._share.chunks(batch.tokens.shape[1] * self._share.size)
+        at = torch.cat([torch.arange(a, b, device=losses.device) for a, b in chunks]).expand_as(batch.tokens)
+        at = batch.documents.positions if batch.documents else at
+        power = torch.frexp(at.reshape(-1)[rows].double() + 1)[1].long()  # 2 ** (power - 1) <= tokens before
+        both = torch.stack([losses.double(), torch.ones_like(losses, dtype=torch.float64)])
+        both = both if batch.mask is None else both.where(batch.mask.reshape(-1)[rows], 0.0)
+        self.sums.index_add_(1, power - 1, both)
+
+
+def by_position(losses: Sequence[float], tokens: Sequence[float]) -> dict[str, float]:
+    """Mean losses by how many tokens are before, "1", "2-3", "4-7" ..., of sums by their log2."""
+    names = ["1", *(f"{2**b}-{2 ** (b + 1) - 1}" for b in range(1, 40))]
+    return {name: a / n for name, a, n in zip(names, losses, tokens, strict=True) if n}
+
+
 class Task(NamedTuple):
     """What a run is evaluated on besides held-out text; what stands beside the engine brings it.
 
@@ -209,7 +233,7 @@ def evaluate(
     def ids_of_step(batch: int) -> Sequence[Sequence[int]]:
         return config.batch.sample_ids(batch * size, size, dp.size, dp.rank)
 
-    known = consensus(worker, _nothing(worker), status(False))
+    known, by = consensus(worker, _nothing(worker), status(False)), ByPosition(worker)
     total, tokens, done, failure, schedule = 0.0, 0, 0, None, plan.schedule_for(count, training=False)
     with Loader(
         source.read, ids_of_step, stop_step=batches, num_samples=source.num_sequences, prefetch=0, device=worker.device,
@@ -217,11 +241,13 @@ def evaluate(
     ) as loader:  # fmt: skip
         while done < batches and not (known.stop_reason or known.failed):
             micro_batches, failure = loader.next_or_zeros(count, config)
+            micro_batches = [replace(batch, tell=by if worker.counts_loss else None) for batch in micro_batches]
             known = evaluate_step(worker, schedule, micro_batches, partial(status, failure is not None))
             total, tokens, done = total + known.sums["loss"], tokens + known.tokens, done + 1
     if known.failed or done < batches:
         return f"after {done} of {batches} batches", known, failure
     mean = total / tokens
     bits = mean / math.log(2) / source.bytes_per_token if source.bytes_per_token else None
-    seconds = time.monotonic() - started
-    return {"loss": mean, "tokens": tokens, "seconds": seconds, "bits_per_byte": bits}, known, None
+    worker.groups.world.all_reduce(by.sums).wait()
+    numbers = {"loss": mean, "tokens": tokens, "seconds": time.monotonic() - started, "bits_per_byte": bits}
+    return {**numbers, "loss_by_position": by_position(*by.sums.tolist())}, known, None
