@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 from megallama.commands.exit import exit_status  # noqa: E402
 from megallama.config.describe import Setting, literal, sections, settings  # noqa: E402
 from megallama.config.presets import PRESETS, preset_seq_length  # noqa: E402
-from megallama.config.schema import MixtureChange, ModelConfig, SourceConfig  # noqa: E402
+from megallama.config.schema import MixtureChange, ModelConfig, PhaseConfig, SourceConfig  # noqa: E402
 from megallama.plan.params import num_parameters  # noqa: E402
 
 TARGET = ROOT / "docs" / "configuration.md"
@@ -55,6 +55,8 @@ def reference() -> str:
         if section == "data":  # with the tables in its lists
             parts.append(_table("### Tables in `data.train`, `data.valid` and `data.test`", settings(SourceConfig)))
             parts.append(_table("### Tables in `data.mixture_schedule`", settings(MixtureChange)))
+        if section == "train":
+            parts.append(_table("### Tables in `train.phases`", settings(PhaseConfig)))
     return "\n".join([*parts, PRESET_NOTE, _presets()])
 
 

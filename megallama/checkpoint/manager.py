@@ -78,7 +78,7 @@ class CheckpointManager:
         self._sets = layout(config.model, config.precision.dtype, shard_bytes)
         self._small = {"model/model.safetensors.index.json": self._sets["model"].index()}
         self._describe = partial(model_files, tokenizer=tokenizer, marks=marks, log=self._log)
-        self._use(config, small)
+        self.use(config, small)
         self.lineage = secrets.token_hex(8)  # retention deletes only checkpoints of this one
         self._pieces: list[tuple[Tensor, int]] = []  # of the host buffer, and how many tensors lie in each
         self._thread = threading.Thread()  # of the last save in the background
@@ -93,7 +93,8 @@ class CheckpointManager:
         self.resumed: tuple[Path, dict[str, Any]] | None = None  # with its configuration
         self.keep_all = False  # while nobody knows which checkpoint is good
 
-    def _use(self, config: Config, small: Mapping[str, bytes] | None = None) -> None:
+    def use(self, config: Config, small: Mapping[str, bytes] | None = None) -> None:
+        """Save with this configuration from here on, where no save is under way."""
         self._config = config
         self._small |= {f"model/{name}": data for name, data in (small or self._describe(config)).items()}
 
@@ -311,7 +312,7 @@ class CheckpointManager:
             now = getattr(model, key)
             self._log(f"model.{key}={value} as in {path}; its preset says {now} by now: write model.{key} to choose")
         if kept:
-            self._use(self._config.changed(model=kept))
+            self.use(self._config.changed(model=kept))
         return self._config
 
     def starts_fresh(self) -> bool:
@@ -350,7 +351,8 @@ class CheckpointManager:
 
     def _check_model(self, path: Path, saved: manifest.Manifest, *, other: bool) -> None:
         wrong, was, now = manifest.differences(saved.model, self._config.model), saved.tokenizer, self._tokenizer
-        wrong = [line for line in wrong if not (other and line.startswith("model.rope_"))]
+        other_angles = other or self._config.train.phases  # which have theirs
+        wrong = [line for line in wrong if not (other_angles and line.startswith("model.rope_"))]
         if was and now and was != now:
             wrong.append(f"data.tokenizer: checkpoint sha256 {was[:16]}..., now {now[:16]}...")
         if wrong:

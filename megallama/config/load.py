@@ -16,13 +16,14 @@ from megallama.config import rules
 from megallama.config.describe import Setting, literal, settings
 from megallama.config.errors import ConfigError, counted, say
 from megallama.config.presets import PRESETS, preset_seq_length
-from megallama.config.schema import LINEAR, REMOVED, RENAMED, Config, MixtureChange, SourceConfig
+from megallama.config.schema import LINEAR, REMOVED, RENAMED, Config, MixtureChange, PhaseConfig, SourceConfig
 
 COMMAND_LINE = "command line"
 SECTIONS = tuple(Config.model_fields)
 TABLES: dict[str, type[BaseModel]] = {  # settings that are lists of tables
     **dict.fromkeys(("data.train", "data.valid", "data.test"), SourceConfig),
     "data.mixture_schedule": MixtureChange,
+    "train.phases": PhaseConfig,
 }
 
 # names that other programs give to our settings, where they are not alike: for suggestions
@@ -67,7 +68,8 @@ def load(
     """The configuration that the file and the overrides describe, with every derived value filled in.
 
     `ranks` adds the rules that need the number of ranks; `need_data=False` leaves out those about data.
-    begun: what lies behind a run with this configuration; batch sizes before that need not fit.
+    begun: what lies behind a run with this configuration; batch sizes before that need not fit. Of several phases it
+    is as the one has it that goes on there (`Config.at`).
     decide: what "auto" is on this machine; default: precision.dtype="bf16", run.compile=false.
     note: told, for each setting under a name of earlier versions, what it is called now.
     Raises: ConfigError listing every problem at once, each with where it comes from.
@@ -84,17 +86,19 @@ def load(
     config = (decide or planned)(resolve(reader.validate(), begun))
     preset = (key.split(".")[1] for key, source in reader.sources.items() if source.startswith("preset "))
     config.model.model_fields_set.difference_update(preset)  # "set" is what the user wrote
-    ahead = config.batch.remaining(begun(config)[1]) if config.batch.ramp_start else config.batch
-    found = rules.check(config.model_copy(update={"batch": ahead}), ranks, need_data=need_data)
+    behind = begun(config) if config.batch.ramp_start or config.train.phases else NOTHING
+    ahead = config.model_copy(update={"batch": config.batch.remaining(behind[1])})
+    found = rules.check_phases(ahead, ranks, need_data=need_data, tokens=behind[2])
     train, steps = config.train, reader.values.get("train.steps", config.train.steps)
-    if train.tokens is not None and steps != train.steps:
-        both = f"train.steps={steps} and train.tokens={train.tokens} are two lengths of one run"
+    length = "train.phases" if train.phases else f"train.tokens={train.tokens}"
+    if (train.tokens is not None or train.phases) and steps != train.steps:
+        both = f"train.steps={steps} and {length} are two lengths of one run"
         found.append(f"{both}, the latter of {counted(train.steps, 'step')}; leave one out")
     found = [p for p in found if not any(re.search(rf"\b{re.escape(key)}\b", p) for key in reader.bad)]
     if problems := reader.problems + [reader.locate(p) for p in found]:  # what was refused is said once
         many = f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  - {p}" for p in problems)
         raise ConfigError(problems[0] if len(problems) == 1 else many)
-    return config
+    return config.at(train.phase_after(behind[2]))
 
 
 def resolve(config: Config, begun: Callable[[Config], Begun] = lambda config: NOTHING) -> Config:
@@ -107,7 +111,10 @@ def resolve(config: Config, begun: Callable[[Config], Begun] = lambda config: NO
         batch={"seq_length": preset_seq_length(str(m.preset))} if published else {},
         checkpoint={"folder": c.folder or str(Path(config.run.folder) / "checkpoints")},
     )
-    if config.train.tokens is not None:
+    if config.train.phases:
+        config, (steps, _, tokens) = config.filled(), begun(config)
+        config = config.changed(train={"steps": max(1, config.train.phase_ends(steps, tokens)[-1])})
+    elif config.train.tokens is not None:
         (steps, samples, tokens), b = begun(config), config.batch
         last = samples + -(-max(0, config.train.tokens - tokens) // b.seq_length)
         config = config.changed(train={"steps": max(1, b.steps_until(last, steps, samples))})
@@ -121,7 +128,7 @@ def resolve(config: Config, begun: Callable[[Config], Begun] = lambda config: NO
 
 
 def planned(config: Config) -> Config:
-    """"auto" as a plan has it, which may be made on another machine than the run."""
+    """ "auto" as a plan has it, which may be made on another machine than the run."""
     dtype, compiled = config.precision.dtype, config.run.compile
     new: dict[str, dict[str, Any]] = {"precision": {"dtype": "bf16"}} if dtype == "auto" else {}
     return config.changed(**new | ({"run": {"compile": False}} if compiled == "auto" else {}))
@@ -231,7 +238,7 @@ class _Reader:
 
     def take_tree(self, tree: Mapping[str, Any], prefix: str, source: str) -> None:
         for name, value in tree.items():
-            key = self._current(prefix + name, source)
+            key = self._current("train.phases" if prefix + name == "phases" else prefix + name, source)
             table = isinstance(value, Mapping) and any(k.startswith(key + ".") for k in self.known)
             if not table or key in self.known:  # an empty nested table is a table with its defaults
                 self._take(key, {} if table else value, source)
@@ -341,8 +348,8 @@ def _short(text: str) -> str:
 
 def _table_problem(key: str, path: list[Any], error: Any) -> str:
     fields = {s.key: s for s in settings(TABLES[key])}
-    what = "a source is a path or" if TABLES[key] is SourceConfig else "a change is"
-    where, hint = f"{key}[{path[0]}]", f"{what} a table with {', '.join(fields)}"
+    what = {SourceConfig: "a source is a path or", PhaseConfig: "a phase is"}.get(TABLES[key], "a change is")
+    where, hint = f"{key}[{path[0]}]", f"{what} a table with {', '.join(k for k in fields if '.' not in k)}"
     name = str(path[1]) if len(path) > 1 else ""
     if error["type"] == "missing":
         return f"{where} has no {name}; {hint}"

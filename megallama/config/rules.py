@@ -7,7 +7,7 @@ of ranks, or None: then nothing is said about ranks.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import isqrt, lcm
 from operator import attrgetter
 
@@ -35,6 +35,16 @@ def check(config: Config, ranks: int | None = None, *, need_data: bool = True) -
     """What cannot work together, in words; need_data=False leaves the sources out."""
     rules = RULES + (DATA_RULES if need_data else ())
     return [problem for rule in rules for problem in rule(config, ranks)]
+
+
+def check_phases(config: Config, ranks: int | None = None, *, need_data: bool = True, tokens: int = 0) -> list[str]:
+    """`check` in every phase that lies ahead where so many tokens are read."""
+    first, found = config.train.phase_after(tokens), list[str]()
+    for number in range(first, max(1, len(config.train.phases))):
+        problems = check(config.at(number), ranks, need_data=need_data)
+        where = f"train.phases[{number}]: " if number > first else ""
+        found += [where + problem for problem in problems if problem not in found]
+    return found
 
 
 def legal_tp(model: ModelConfig) -> list[int]:
@@ -352,22 +362,47 @@ def _mixture(config: Config, ranks: int | None) -> Iterator[str]:
             then = "2, as step 1 has the weights of data.train" if not i else f"{last + 1}, later than the one before"
             yield f"{where}.step={change.step} is too early; use at least {then}"
         last = max(last, change.step)
-        for name in sorted(change.weights.keys() - weights.keys()) if d.train else ():
-            near = difflib.get_close_matches(name, weights, n=1)
-            hint = f"did you mean {literal(near[0])}?" if near else f"its sources are {_any(map(literal, weights))}"
-            yield f"{where} gives a weight to {literal(name)}, which data.train does not have; {hint}"
+        yield from _unknown(where, change.weights, [s.label for s in d.train])
         weights |= change.weights
         ever |= {name for name, weight in weights.items() if weight}
         if not any(weights.values()):
             yield f"{where} leaves no source a weight above 0; give one to at least one source"
+    ever |= {name for phase in config.train.phases for name, weight in phase.weights.items() if weight}
     for name in [s.label for s in d.train if ever and s.label not in ever]:
         never = f"data.train gives {literal(name)} the weight 0, and no data.mixture_schedule raises it"
         later = literal([{"step": 1000, "weights": {name: 1.0}}])
         yield f"{never}; leave it out, or write data.mixture_schedule={later}"
 
 
+def _phases(config: Config, ranks: int | None) -> Iterator[str]:
+    train, ends, before = config.train, [0, *config.train.phase_ends()], 0
+    for key in ("train.tokens", "batch.ramp_start", "data.mixture_schedule") if train.phases else ():
+        if value := attrgetter(key)(config):
+            use = "leave it out, and write until_tokens, global_batch_size and weights in the phases"
+            yield f"{key}={literal(value)} and train.phases exclude one another; {use}"
+    if train.phases and train.on_spike == "rollback":
+        yield 'train.on_spike="rollback" and train.phases exclude one another; use train.on_spike="skip"'
+    for i, phase in enumerate(train.phases):
+        where, until = f"train.phases[{i}]", f"train.phases[{i}].until_tokens={phase.until_tokens}"
+        if phase.until_tokens <= before:
+            yield f"{until} is not above {before}, where the phase before it ends"
+        elif ends[i + 1] == ends[i]:
+            least = before + train.phases[i - 1].step_tokens
+            yield f"{until} lies in the last step of the phase before it; use at least {least}"
+        before = max(before, phase.until_tokens)
+        yield from _unknown(f"{where}.weights", phase.weights, [s.label for s in config.data.train])
+
+
+def _unknown(where: str, weights: Iterable[str], known: Sequence[str]) -> Iterator[str]:
+    for name in sorted({*weights} - {*known}) if known else ():
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {literal(near[0])}?" if near else f"its sources are {_any(map(literal, known))}"
+        yield f"{where} gives a weight to {literal(name)}, which data.train does not have; {hint}"
+
+
 RULES: tuple[Rule, ...] = (
-    _architecture, _tensor_parallel, _context_parallel, _pipeline, _batch, _ramp, _lr_schedule, _fp8, _running,
+    *(_architecture, _tensor_parallel, _context_parallel, _pipeline, _batch, _ramp, _lr_schedule, _fp8, _running),
+    _phases,
 )  # fmt: skip
 DATA_RULES: tuple[Rule, ...] = (_data, _mixture)
 

@@ -6,7 +6,7 @@ square brackets at its end.  None means "derived from the others"; `megallama.co
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
@@ -270,11 +270,36 @@ class DataConfig(Section):
     timeout_seconds: PositiveFloat = option(60.0, "wait for a batch before the loader is declared stuck [s]")
 
 
+IN_PHASES: dict[str, tuple[str, ...]] = {
+    "model": ("rope_theta", "rope_scaling"),
+    "batch": ("seq_length", "global_batch_size", "micro_batch_size"),
+}
+"""What a phase may have otherwise than the sections, by section; and weights of data.train."""
+
+
+class PhaseConfig(Section):
+    """A part of the run, and what it has otherwise than the sections."""
+
+    until_tokens: PositiveInt = Field(description="ends with the step that reads this token of the run [tokens]")
+    seq_length: PositiveInt | None = option(None, "batch.seq_length [tokens]")
+    global_batch_size: PositiveInt | None = option(None, "batch.global_batch_size [sequences]")
+    micro_batch_size: PositiveInt | None = option(None, "batch.micro_batch_size [sequences]")
+    rope_theta: PositiveFloat | None = option(None, "model.rope_theta")
+    rope_scaling: RopeScaling | None = option(None, "model.rope_scaling")
+    weights: dict[str, NonNegativeFloat] = option({}, "weight by source name; a source left out keeps its own")
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that a step reads, once all is filled in."""
+        return (self.seq_length or 0) * (self.global_batch_size or 0)
+
+
 class TrainConfig(Section):
     """The run."""
 
     steps: PositiveInt = option(100, "optimizer steps in all [steps]")
     tokens: PositiveInt | None = option(None, "length instead of train.steps, until so many are read [tokens]")
+    phases: tuple[PhaseConfig, ...] = option((), "parts with other lengths, batches, data; also as [[phases]]")
     seed: int = option(1234, "seed of initial weights and of the sample order", ge=0, lt=2**63)
     max_bad_steps: PositiveInt = option(10, "skipped (non-finite) steps in a row that stop the run [steps]")
     check_replicas: NonNegativeInt = option(1000, "steps between comparisons of weights' copies; 0: never [steps]")
@@ -289,6 +314,19 @@ class TrainConfig(Section):
     stop_after_minutes: PositiveFloat | None = option(None, "save and leave after this long [min]")
     deterministic: bool = option(False, "only deterministic kernels")
     gc_interval: int = option(100, "steps between garbage collections, on all ranks; 0: Python's own [steps]", ge=0)
+
+    def phase_after(self, tokens: int) -> int:
+        """The number, from 0, of the phase that goes on where so many tokens are read; 0 without phases."""
+        return bisect_right([phase.until_tokens for phase in self.phases[:-1]], tokens)
+
+    def phase_ends(self, step: int = 0, tokens: int = 0) -> list[int]:
+        """The last step of each phase, where `step` steps have read `tokens`; `step` for those that are over."""
+        ends = []
+        for phase in self.phases:
+            more = max(0, -(-(phase.until_tokens - tokens) // phase.step_tokens))
+            step, tokens = step + more, tokens + more * phase.step_tokens
+            ends.append(step)
+        return ends
 
 
 class EvalConfig(Section):
@@ -396,6 +434,26 @@ class Config(Section):
     def changed(self, **sections: Mapping[str, Any]) -> Config:
         """With other values of some settings, by section and name; they are not checked."""
         return self.model_copy(update={s: getattr(self, s).model_copy(update=new) for s, new in sections.items()})
+
+    def filled(self, anew: bool = False) -> Config:
+        """With all that phases leave to the sections; `anew`: with nothing but that."""
+        base = {name: getattr(getattr(self, s), name) for s, names in IN_PHASES.items() for name in names}
+        weights = {s.label: s.weight for s in self.data.train}
+        phases = []
+        for phase in self.train.phases:
+            own = {} if anew else {name: value for name in base if (value := getattr(phase, name)) is not None}
+            all_weights = weights | ({} if anew else phase.weights)
+            phases.append(phase.model_copy(update=base | own | {"weights": all_weights}))
+        return self.changed(train={"phases": tuple(phases)}) if phases else self
+
+    def at(self, number: int) -> Config:
+        """As phase `number`, from 0, has it; all its phases are filled. Without phases: as it is."""
+        if not self.train.phases:
+            return self
+        phase = self.train.phases[number]
+        new = {s: {name: getattr(phase, name) for name in names} for s, names in IN_PHASES.items()}
+        sources = [s.model_copy(update={"weight": phase.weights.get(s.label, s.weight)}) for s in self.data.train]
+        return self.changed(**new, data={"train": tuple(sources)})
 
     @model_validator(mode="before")
     @classmethod

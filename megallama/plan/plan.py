@@ -36,9 +36,19 @@ class Plan:
             self._schedules[key] = built
         return self._schedules[key]
 
+    def phases(self, tokens: int = 0) -> list[Plan]:
+        """Of each phase of the run that lies ahead where so many tokens are read; without phases this one alone."""
+        train, ranks = self.config.train, self.topology.world_size
+        ahead = range(train.phase_after(tokens), len(train.phases))
+        return [make_plan(self.config.at(number), ranks) for number in ahead] or [self]
+
     def memory(self, pp_rank: int) -> RankMemory:
         """Bytes of the ranks at one pipeline position, in a replica with most micro-batches."""
         return rank_memory(self.config, self.stages, self.schedule, self.topology.size("dp", "cp"), pp_rank)
+
+    def worst(self, pp_rank: int, tokens: int = 0) -> RankMemory:
+        """`memory` in the one of `phases` that takes most."""
+        return max((plan.memory(pp_rank) for plan in self.phases(tokens)), key=lambda memory: memory.total)
 
     def work_of(self, rank: int) -> tuple[int, ...]:
         """Pipeline position, and micro-batches in a step of each size: ranks with the same have the same work."""

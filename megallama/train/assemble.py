@@ -71,11 +71,12 @@ def same_kernels(selected: Sequence[Sequence[tuple[str, str]]]) -> None:
 
 def assemble(
     plan: Plan, groups: Groups, device: torch.device, kernels: Kernels, wrap: Wrap | None = None,
-    record: FlightRecord | None = None, trains: bool = True,
+    record: FlightRecord | None = None, trains: bool = True, kept: Worker | None = None,
 ) -> Worker:  # fmt: skip
     """Build rank `groups.rank`; weights are zero until `initialize` or a checkpoint fills them.
 
     Without `trains` it holds weights alone, and only its stages' forward may be called.
+    kept: one with the same weights and optimizer, which are taken over as they are.
     """
     config, dtype = plan.config, DTYPES[plan.config.precision.dtype]
     sharded = config.parallel.sequence_parallel and groups.tp.size > 1
@@ -85,15 +86,17 @@ def assemble(
     )  # fmt: skip
     part = share(config, groups.cp.rank)
     context = ContextParallel(groups.cp, part, config.memory.cp_keep_kv, config.overlap.context_parallel_heads)
-    stages, buffers = {}, {}
+    stages, buffers = {}, kept.buffers if kept else {}
     for number in plan.schedule.stages_of(groups.pp.rank):
         first, last = number == 0, number == len(plan.stages) - 1
-        layout = stage_layout(config, plan.stages, number, groups.dp_cp.size, groups.tp.rank)
-        buffers[number] = FlatBuffers(layout, dtype, device, kernels, trains)
+        if not kept:
+            layout = stage_layout(config, plan.stages, number, groups.dp_cp.size, groups.tp.rank)
+            buffers[number] = FlatBuffers(layout, dtype, device, kernels, trains)
         numbers = plan.stages[number]
         stages[number] = Stage(config, buffers[number], numbers, first, last, tp, kernels, context, record)
     rule = AdamW(config.optimizer, kernels.adamw, moments=("exp_avg", "exp_avg_sq") if trains else ())
-    optimizer = Update(list(buffers.values()), groups, config.overlap, rule, kernels.sum_of_squares)
+    optimizer = kept.optimizer if kept else None
+    optimizer = optimizer or Update([*buffers.values()], groups, config.overlap, rule, kernels.sum_of_squares)
     work = {
         number: StageWork(wrap(number, stage) if wrap else stage, buffers[number].queue, sync.last_microbatch)
         for (number, stage), sync in zip(stages.items(), optimizer.syncs, strict=True)

@@ -19,6 +19,7 @@ from megallama.plan.work import training_flops
 from megallama.train.assemble import DTYPES
 from megallama.train.log import human_count
 from megallama.train.metrics import MetricsWriter, Record, plot_loss, read_metrics
+from megallama.train.phases import next_phase
 from megallama.train.setup import Setup, go_back
 from megallama.train.signals import SAVED
 from megallama.train.speed import Meter, Timers, peak_flops, peak_memory_bytes
@@ -61,6 +62,8 @@ class Reporter:
         steps, done, consumed = config.train.steps, self._progress.step, self._progress.samples
         left = config.batch.samples_after(max(steps, done), done, consumed) - consumed
         total = self._progress.tokens + left * config.batch.seq_length
+        if phases := config.train.phases:
+            total = self._progress.tokens + max(0, phases[-1].until_tokens - self._progress.tokens_read)
         causal, full = (training_flops(config.model, config.batch.seq_length, causal=c) for c in (True, False))
         self._meter = Meter(plan.topology.world_size, (causal, full), peak, total)
         timers.lap()
@@ -115,12 +118,15 @@ class TrainingLoop:
     """The steps of one rank."""
 
     def __init__(self, setup: Setup) -> None:
-        self.setup, self.progress = setup, setup.progress
-        self._config, self._world, self._log, self._manager = setup.config, setup.world, setup.log, setup.manager
-        self._timers, self._watch = Timers(record=setup.world.record), Watch(setup)
+        self.progress, self._timers = setup.progress, Timers(record=setup.world.record)
+        self._world, self._log, self._manager = setup.world, setup.log, setup.manager
+        self._use(setup)
         self._missing: list[tuple[str, Source | Task]] = []  # kind, source: evaluations of the last step
         self._overflow = False  # of the loss scale, in the last step
         self._save_owed = False  # a save that was due while the steps were bad
+
+    def _use(self, setup: Setup) -> None:
+        self.setup, self._config, self._watch = setup, setup.config, Watch(setup)
 
     def run(self) -> int:
         """Train until `train.steps` or until something asks to stop; the exit status."""
@@ -131,15 +137,35 @@ class TrainingLoop:
                 return SAVED
         self._world.record.at(phase="between steps")
         signals.phase = "training"  # from here on the consensus of a step says who asks to stop
+        progress = self.progress
+        with gc_schedule(self._config.train.gc_interval) as collect_garbage:
+            self._missing = self._never_made()
+            report, stopped = self._phase(collect_garbage)
+            while self.setup.goes_on and stopped is None:
+                self._use(next_phase(self.setup))
+                report, stopped = self._phase(collect_garbage)
+            self.setup.worker.optimizer.wait()  # no rank leaves while another one still receives its weights
+            self._save_unsaved()
+            self.setup.tracer.write()
+            more = progress.step < self.setup.last_step or self.setup.goes_on
+            unfinished = more or len(self._missing) > 0
+            signals.leaving(SAVED if unfinished else FINISHED)
+        if unfinished:
+            then = "continue" if more else "make the evaluations that are missing"
+            again = f"start the same command again to {then}"
+            if self._world.record.told("verdict"):  # the supervisors have asked
+                again = "all ranks start again"
+            self._log.info(f"stopped: {stopped}; saved at step {progress.step}, {again}")
+            return SAVED
+        report.finished()
+        return FINISHED
+
+    def _phase(self, collect_garbage: Callable[[int], object]) -> tuple[Reporter, str | None]:
+        """Train to the end of the run, or of its phase; why all ranks stop before it."""
         config, progress = self._config, self.progress
-        with (
-            gc_schedule(config.train.gc_interval) as collect_garbage,
-            closing(Reporter(self.setup, self._timers)) as report,
-            ExitStack() as loaders,
-        ):
+        with closing(Reporter(self.setup, self._timers)) as report, ExitStack() as loaders:
             self._catch_up = report.catch_up
             loader = loaders.enter_context(self._loader())
-            self._missing = self._never_made()
             stopped = self._evaluate(report)
             while progress.step < self.setup.last_step and stopped is None:
                 result = self._one_step(loader)
@@ -168,20 +194,7 @@ class TrainingLoop:
                 self._copy_if_due(report)
                 stopped = stopped or self._evaluate(report)
                 collect_garbage(progress.step)
-            self.setup.worker.optimizer.wait()  # no rank leaves while another one still receives its weights
-            self._save_unsaved()
-            self.setup.tracer.write()
-            unfinished = progress.step < self.setup.last_step or len(self._missing) > 0
-            signals.leaving(SAVED if unfinished else FINISHED)
-        if unfinished:
-            then = "continue" if progress.step < self.setup.last_step else "make the evaluations that are missing"
-            again = f"start the same command again to {then}"
-            if self._world.record.told("verdict"):  # the supervisors have asked
-                again = "all ranks start again"
-            self._log.info(f"stopped: {stopped}; saved at step {progress.step}, {again}")
-            return SAVED
-        report.finished()
-        return FINISHED
+        return report, stopped
 
     def _one_step(self, loader: Loader) -> StepConsensus:
         config, progress, plan = self._config, self.progress, self.setup.plan
@@ -327,11 +340,12 @@ class TrainingLoop:
     def _due(self) -> list[tuple[str, Source | Task]]:
         """The evaluations that belong after the last step, and at the end of the run all."""
         step, own, setup = self.progress.step, self._config.eval, self.setup
-        last, end = step == setup.last_step, setup.last_step
-        every = {"valid": own.interval, "task": own.tasks_interval or end, "test": end}
+        last = step == setup.last_step  # of the phase, which ends with a validation, or of the run
+        every = {"valid": own.interval, "task": own.tasks_interval, "test": 0}
+        ends = {"valid": last and own.interval > 0} | dict.fromkeys(("task", "test"), last and not setup.goes_on)
         some: dict[str, Sequence[Source | Task]]
         some = {"valid": setup.data.valid, "task": setup.tasks, "test": setup.data.test}
-        due = [kind for kind, n in every.items() if n and step and (last or step % n == 0)]
+        due = [kind for kind, n in every.items() if step and (ends[kind] or n and step % n == 0)]
         return [(kind, one) for kind in due for one in some[kind]]
 
     def _never_made(self) -> list[tuple[str, Source | Task]]:

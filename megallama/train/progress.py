@@ -144,7 +144,7 @@ class Spikes:
 class Progress:
     """Counters, and the state of what watches the run."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, phase: int = 0) -> None:
         self.step = 0  # batches used, skipped ones included
         self.updates = 0  # optimizer steps
         self.samples = 0  # sequences used
@@ -154,12 +154,24 @@ class Progress:
         self.started = time.monotonic()
         self.lr = 0.0  # of the last step
         self.begun = self.tokens_read = 0  # steps before the learning-rate schedule; of all samples, counted or not
-        self.ledger = [{"first_token": 0, "seq_length": config.batch.seq_length}]
+        self.enter(config, phase)
         self.scaler = LossScaler(config.precision)
         self.guard = NonFiniteGuard(config.train.max_bad_steps)
         self.high_loss = HighLoss()
         self.rollbacks, self.left_out = 0, dict[str, int]()  # step -> samples after it that are not used
         self.spikes, self._keeps_spikes = Spikes({}), config.train.on_spike != "warn"  # but decide
+
+    def enter(self, config: Config, number: int = 0) -> None:
+        """What is read from here on has this length, in phase `number` from 0, if there are phases."""
+        phase = {"phase": number + 1} if config.train.phases else {}
+        self._now = {"seq_length": config.batch.seq_length, **phase}
+        self.ledger = [{"first_token": 0, **self._now}]
+
+    def go_on(self, ledger: list[dict[str, int]]) -> None:
+        """What was read before stands in this ledger."""
+        now = {"first_token": self.tokens_read, **self._now}
+        last = {**ledger[-1], "first_token": self.tokens_read}
+        self.ledger = ledger if last == now else [*ledger, now]
 
     def state_dict(self, evaluated: int) -> dict[str, Any]:
         """As JSON values; `evaluated`: the step up to which all evaluations have been made."""
@@ -184,10 +196,8 @@ class Progress:
         self.first_step, self.may_lack_evaluations = self.step, "evaluated" in saved
         self.rollbacks, self.left_out = max(self.rollbacks, saved.get("rollbacks", 0)), saved.get("left_out", {})
         self.high_loss, self.spikes = HighLoss(saved.get("first_loss")), Spikes(saved.get("spikes", {}))
-        self.begun, now = saved.get("schedule_begun", 0), self.ledger[-1]["seq_length"]
-        self.tokens_read = saved.get("tokens_read", self.samples * (seq_length or now))
-        self.ledger = saved.get("ledger") or [{"first_token": 0, "seq_length": seq_length or now}]
-        if self.ledger[-1]["seq_length"] != now:
-            self.ledger = [*self.ledger, {"first_token": self.tokens_read, "seq_length": now}]
+        self.begun, length = saved.get("schedule_begun", 0), seq_length or self._now["seq_length"]
+        self.tokens_read = saved.get("tokens_read", self.samples * length)
+        self.go_on(saved.get("ledger") or [{"first_token": 0, "seq_length": length}])
         self.scaler.load_state_dict(saved["scaler"])
         self.guard = NonFiniteGuard(self.guard.max_bad_steps, **saved["bad_steps"])

@@ -22,7 +22,6 @@ from megallama.checkpoint.manager import CheckpointManager
 from megallama.checkpoint.memory import MemoryCopies
 from megallama.checkpoint.starts import Starts
 from megallama.checkpoint.writer import NotFiniteError
-from megallama.comm.group import on_all_ranks
 from megallama.comm.launch import World
 from megallama.config.describe import literal
 from megallama.config.errors import ConfigError, DataError, MegallamaError, counted
@@ -37,6 +36,7 @@ from megallama.plan.plan import Plan
 from megallama.train.assemble import DTYPES, Worker, assemble, initialize, kernels_of, same_kernels
 from megallama.train.continued import take_over
 from megallama.train.log import Logger, human_bytes, human_count
+from megallama.train.phases import check_past, end_of_data, enter, on_all, phase_at_start, phase_of, with_end
 from megallama.train.progress import Progress, TrainingStopped
 from megallama.train.signals import FAILED, SAVED, SignalFlag
 from megallama.train.speed import slow_format
@@ -48,6 +48,7 @@ T = TypeVar("T")
 GIB = 2**30
 USED = 0.5  # of the memory at hand: as much as a plan may take without having been asked for
 RankNeeds = tuple[str, int, int, dict[str, int]]  # host, bytes: certain, by estimate, `room`
+TasksOf = Callable[[Config, Data, Callable[[str], None]], Sequence[Task]]
 ORDER = ("data.train", "data.mixture_schedule", "data.synthetic", "train.seed", "batch.seq_length")
 
 
@@ -69,7 +70,10 @@ class Setup:
     computes_with: str = ""  # what bits depend on besides layout and versions
     named: Mapping[str, str] = field(default_factory=dict)  # what a resumed run takes too: operation -> implementation
     tasks: Sequence[Task] = ()
-    last_step: int = 0  # train.steps, or fewer where the data end; known once the state is restored
+    tasks_of: TasksOf | None = None
+    phase: int = 0  # of train.phases, from 0
+    last_step: int = 0  # of the phase or the run, or where the data end before; known once the state is restored
+    goes_on: bool = False  # after that, in another phase
 
     @property
     def train_data(self) -> TrainDataset | None:
@@ -100,15 +104,16 @@ def set_deterministic(on: bool) -> None:
 @contextmanager
 def set_up(
     config: Config, plan: Plan, world: World, log: Logger, signals: SignalFlag, starts: Starts | None = None,
-    tasks_of: Callable[[Config, Data, Callable[[str], None]], Sequence[Task]] | None = None,
+    tasks_of: TasksOf | None = None,
 ) -> Iterator[Setup]:  # fmt: skip
     """Set up a run; within, its folder is locked, and an error is told to the other ranks."""
     if len({*world.hosts}) > 1:  # at once: their supervisors do not know one another before
         _introduce(world, plan, log)
-    plan = _recomputing(plan, world, log)
-    config, progress = plan.config, Progress(plan.config)
+    phase, tokens = phase_at_start(plan.config, world)
+    plan = _recomputing(plan.phases(tokens)[0], tokens, world, log)
+    config, progress = plan.config, Progress(plan.config, phase)
     set_deterministic(config.train.deterministic)
-    data = _on_all(world, "data", lambda: open_sources(config))
+    data = on_all(world, "data", lambda: open_sources(config))
     for text in data.notes:
         log.info(text)
     tasks = _tried(world, partial(tasks_of, config, data, log.info)) if tasks_of else ()
@@ -118,9 +123,9 @@ def set_up(
     marks, record = data.special_ids, world.record
     manager = CheckpointManager(config, folder, group, path, log.info, marks=marks, record=record, starts=starts)
     _check_beginning(config, data, manager, world)
-    memory = plan.memory(plan.topology.coords(world.rank)["pp"])
+    memory = plan.worst(plan.topology.coords(world.rank)["pp"], tokens)
     own = (world.hosts[world.rank], memory.persistent, memory.total, room(world.device))
-    warnings = [*_on_all(world, "memory", lambda: check_room(world.group.gather_values(own))), *unusual(config)]
+    warnings = [*on_all(world, "memory", lambda: check_room(world.group.gather_values(own))), *unusual(config)]
     kernels, named = _choose_kernels(config, plan, world, log)
     for line in warnings:
         log.info(f"warning: {line}")
@@ -132,21 +137,21 @@ def set_up(
         manager.acquire(counted=True)
         config = manager.keep_settings()
         plan = replace(plan, config=config)
-        worker, tracer = _on_all(world, "model", lambda: _build(plan, world, log, kernels, manager))
+        worker, tracer = on_all(world, "model", lambda: _build(plan, world, log, kernels, manager))
         cuda, threads = world.device.type == "cuda", counted(torch.get_num_threads(), "thread")
         device = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
         computes_with, copies = f"{device}, {threads}, {kernels}", _memory_copies(config, world, worker, log)
         setup = Setup(
             config, plan, world, log, signals, data, manager, worker, tracer, progress, copies, computes_with, named,
-            tasks,
+            tasks, tasks_of, phase,
         )  # fmt: skip
-        yield replace(setup, last_step=_restore(setup))
+        yield (setup := _restore(setup))
         manager.starts.over("", SAVED)
     except BaseException as error:
         if setup and (action := setup.worker.runtime.observer.action):
             log.note(f"this rank stood in {action} of its pipeline")
-        begun, not_finite = progress.step > progress.first_step, (TrainingStopped, NotFiniteError)
-        if isinstance(error, MegallamaError) and begun and not isinstance(error, not_finite):
+        trained, not_finite = progress.step > progress.first_step, (TrainingStopped, NotFiniteError)
+        if isinstance(error, MegallamaError) and trained and not isinstance(error, not_finite):
             error.status = FAILED
         text = f"{type(error).__name__}: {error}"
         manager.starts.over(*(world.failed(error) or (text, getattr(error, "status", FAILED))))
@@ -166,7 +171,7 @@ def _introduce(world: World, plan: Plan, log: Logger) -> None:
 
 def _tried(world: World, tasks_of: Callable[[], Sequence[Task]]) -> Sequence[Task]:
     """The tasks of eval.tasks, before anything is made. Raises: MegallamaError."""
-    tasks = _on_all(world, "eval.tasks", tasks_of)
+    tasks = on_all(world, "eval.tasks", tasks_of)
     digests = world.group.gather_values([task.digest for task in tasks])
     if other := [rank for rank, own in enumerate(digests) if own != digests[0]]:
         where = f"rank {other[0]} on {world.hosts[other[0]]}"
@@ -176,22 +181,16 @@ def _tried(world: World, tasks_of: Callable[[], Sequence[Task]]) -> Sequence[Tas
 
 def _check_beginning(config: Config, data: Data, manager: CheckpointManager, world: World) -> None:
     """What a fresh start asks for in vain is known before anything is made: by rank 0."""
-    starts = _on_all(world, "checkpoints", lambda: world.rank == 0 and manager.starts_fresh())
+    starts = on_all(world, "checkpoints", lambda: world.rank == 0 and manager.starts_fresh())
     other = config.checkpoint.continue_from
-    _on_all(world, "data", lambda: starts and other is None and _last_step(config, data))
-    _on_all(world, f"cannot continue from {other}", lambda: starts and other and manager.check_other(Path(other)))
+    on_all(world, "data", lambda: starts and other is None and end_of_data(config, data))
+    on_all(world, f"cannot continue from {other}", lambda: starts and other and manager.check_other(Path(other)))
     if (path := config.checkpoint.weights_from) is not None:
         what = f"cannot load weights from {path}"
-        _on_all(world, what, lambda: manager.check_weights(Path(path)) if starts else None)
+        on_all(world, what, lambda: manager.check_weights(Path(path)) if starts else None)
 
 
-def _on_all(world: World, what: str, work: Callable[[], T]) -> T:
-    kept: list[T] = []
-    on_all_ranks(world.group, what, lambda: kept.append(work()))
-    return kept[0]
-
-
-def _recomputing(plan: Plan, world: World, log: Logger) -> Plan:
+def _recomputing(plan: Plan, tokens: int, world: World, log: Logger) -> Plan:
     """The plan; where the user left `memory.recompute` open, with "none" if that leaves memory on every host.
 
     The bits are the same. A run goes on with what its checkpoint has, as long as the memory is there.
@@ -202,7 +201,7 @@ def _recomputing(plan: Plan, world: World, log: Logger) -> Plan:
     saved = before(config)
     mode = saved.config.get("memory", {}).get("recompute", "selective") if saved else "none"
     wider = replace(plan, config=config.changed(memory={"recompute": "none"}))
-    need = wider.memory(plan.topology.coords(world.rank)["pp"]).total
+    need = wider.worst(plan.topology.coords(world.rank)["pp"], tokens).total
     told = (mode, world.hosts[world.rank], need, room(world.device))
 
     def fits(ranks: list[Any]) -> bool:
@@ -214,12 +213,6 @@ def _recomputing(plan: Plan, world: World, log: Logger) -> Plan:
         return plan
     log.info(f'memory.recompute was left open: "none", of which {need / GIB:.3g} GiB are expected on this rank')
     return wider
-
-
-def _last_step(config: Config, data: Data) -> tuple[int, str]:
-    """After which step the data end, at most `train.steps`, and why before it."""
-    steps = config.train.steps
-    return data.train.last_step(steps) if isinstance(data.train, TrainDataset) else (steps, "")
 
 
 def _replicas(plan: Plan, world: World) -> list[str]:
@@ -242,9 +235,9 @@ def _replicas(plan: Plan, world: World) -> list[str]:
 def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> tuple[Kernels, dict[str, str]]:
     """The same ones on every rank, and what a checkpoint has of them; from here on the log has files."""
     named, resumed = _named_kernels(config, world)
-    kernels = _on_all(world, "kernels", lambda: kernels_of(config, world.device, named))
+    kernels = on_all(world, "kernels", lambda: kernels_of(config, world.device, named))
     same_kernels(world.group.gather_values([(c.operation, c.selected) for c in kernels.choices]))
-    _on_all(world, "run folder", lambda: log.open(Path(config.run.folder)))
+    on_all(world, "run folder", lambda: log.open(Path(config.run.folder)))
     if len({*world.hosts}) == 1:
         _introduce(world, plan, log)
     for text in [*str(plan).splitlines(), *world.notes, f"kernels: {kernels}"]:
@@ -268,7 +261,7 @@ def _named_kernels(config: Config, world: World) -> tuple[dict[str, str], dict[s
     if was is not None or world.device.type != "cpu":
         return (was, was) if was and world.device.type == "cpu" else ({}, {})
     width, table = config.model.hidden_size, config.run.processor_table
-    entry = _on_all(world, "processor table", lambda: Processor.here().entry(width, table))
+    entry = on_all(world, "processor table", lambda: Processor.here().entry(width, table))
     return entry.kernels.get(dtype, {}) if entry else {}, {}
 
 
@@ -292,21 +285,21 @@ def go_back(setup: Setup) -> Setup:
     step, first = progress.step, progress.first_step
     until = setup.config.batch.samples_after(step + train.rollback_skip_steps, step, progress.samples)
     setup.worker.optimizer.wait()
-    last = _restore(setup, until)
+    setup = _restore(setup, until)
     progress.first_step, progress.rollbacks = min(first, progress.step), progress.rollbacks + 1
     left_out = f"samples {until - progress.left_out[str(progress.step)]} to {until - 1} are left out"
     made = f"rollback {progress.rollbacks} of at most {train.max_rollbacks}"
     setup.log.info(f"warning: step {step} is undone ({made}): the run goes on after step {progress.step}; {left_out}")
-    return replace(setup, last_step=last)
+    return setup
 
 
-def _restore(setup: Setup, until: int | None = None) -> int:
-    """Newest checkpoint, given weights, or random ones: the log says which. The last step.
+def _restore(setup: Setup, until: int | None = None) -> Setup:
+    """Newest checkpoint, given weights, or random ones: the log says which. The phase that it is in, and its end.
 
     until: go back to the one that this run has, and on with this sample.
     """
     config, progress, log, world, manager = setup.config, setup.progress, setup.log, setup.world, setup.manager
-    optimizer, train = setup.worker.optimizer, setup.train_data
+    optimizer = setup.worker.optimizer
     shards = optimizer.shards(owned_only=False)
     newest = None if until is None else manager.newest()
     saved = _from_memory(setup, rollback=until is not None)
@@ -315,9 +308,13 @@ def _restore(setup: Setup, until: int | None = None) -> int:
     if saved is not None:
         assert manager.resumed is not None
         path, before = manager.resumed
-        progress.load_state_dict(saved, current(before)["batch"]["seq_length"])
+        length, number = current(before)["batch"]["seq_length"], phase_of(saved, config)
+        on_all(world, "configuration", lambda: check_past(before, config, number))
+        setup = enter(setup, number)
+        config, train = setup.config, setup.train_data
+        progress.load_state_dict(saved, length)
         if train:
-            _on_all(world, "data", lambda: train.resume(saved, progress.step, progress.samples, until))
+            on_all(world, "data", lambda: train.resume(saved, progress.step, progress.samples, until))
         if until is not None:
             progress.left_out[str(progress.step)], progress.samples = until - progress.samples, until
         optimizer.loaded(progress.updates)
@@ -325,7 +322,7 @@ def _restore(setup: Setup, until: int | None = None) -> int:
         if (other := config.checkpoint.continue_from) is not None:
             log.info(f"checkpoint.continue_from={other} is not read: the run has checkpoints of its own")
     elif config.checkpoint.continue_from is not None:
-        for line in take_over(config, manager, progress, optimizer, train, setup.worker.groups.world):
+        for line in take_over(config, manager, progress, optimizer, setup.train_data, setup.worker.groups.world):
             log.info(line)
     elif config.checkpoint.weights_from is not None:
         manager.load_weights(Path(config.checkpoint.weights_from), shards)
@@ -337,12 +334,9 @@ def _restore(setup: Setup, until: int | None = None) -> int:
     if manager.resumed is not None:
         for line in changes(manager.resumed[1], config, progress.step, progress.samples, progress.begun):
             log.info(f"since then: {line}")
-        _on_all(world, "configuration", lambda: _check_ramp(config, progress.samples, world.world_size))
-    last, why = _on_all(world, "data", lambda: _last_step(config, setup.data))
-    if why:
-        log.info(f"the data end after step {last} of {config.train.steps}: {why}")
+        on_all(world, "configuration", lambda: _check_ramp(config, progress.samples, world.world_size))
     setup.tell_sources()
-    return last
+    return with_end(setup)
 
 
 def _memory_copies(config: Config, world: World, worker: Worker, log: Logger) -> MemoryCopies | None:
@@ -402,7 +396,8 @@ def _from_memory(setup: Setup, rollback: bool) -> dict[str, Any] | None:
         counters = copies.resume(world.group, dict(met.get("own", ())), ask, setup.log.warn)
     if counters is not None:
         manager.lineage, manager.saved_step = counters.pop("lineage"), newest
-        manager.resumed = Path("memory"), setup.config.model_dump(mode="json")
+        own = setup.config.at(phase_of(counters, setup.config))
+        manager.resumed = Path("memory"), own.model_dump(mode="json")
         return counters
     chain = world.group.gather_values(secrets.token_hex(8))[0]
     if world.rank == 0:

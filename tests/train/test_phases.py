@@ -1,0 +1,165 @@
+"""train.phases: one run equals its stages by hand and itself stopped anywhere, to the bit; what is past stays."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megallama.cli import command
+from megallama.data.writer import IndexedWriter
+from tests.pool import Pool
+from tests.train.runs import curve, records, state_files
+from tests.train.test_continued import RUN, counters, sections, step
+from tests.train.test_continued import files as two_sources
+
+__all__ = ["two_sources"]
+PHASES: list[dict[str, Any]] = [
+    {"until_tokens": 300, "weights": {"code": 0.0}},  # 3 steps of 128 tokens: it ends inside the third
+    {"until_tokens": 650, "seq_length": 40, "global_batch_size": 4, "rope_theta": 50000.0},  # 2 steps of 160
+    {"until_tokens": 900, "seq_length": 32, "global_batch_size": 4, "rope_scaling": {"kind": "linear", "factor": 2.0}},
+]  # and 2 steps of 128
+STEPS, ENDS = 7, (3, 5, 7)
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, {"tp": 2}),
+    "cp2": (2, {"cp": 2}),
+    "pp2 chunks2": (2, {"pp": 2, "chunks": 2}),
+}
+DTYPES = {"tp2": "bf16", "cp2": "fp32", "pp2 chunks2": "bf16"}
+
+
+@pytest.fixture
+def files(two_sources: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """And one document of 641 tokens: 40, 16 and 20 whole samples of the three lengths."""
+    with IndexedWriter(tmp_path / "held", np.dtype(np.uint16)) as writer:
+        writer.add(np.random.default_rng(1).integers(0, 61, 641), np.array([641]))
+    return {**two_sources, "held": str(tmp_path / "held")}
+
+
+def in_phases(files: dict[str, str], **changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    base = {
+        "train": {"phases": PHASES, **changes.pop("train", {})},
+        "data": {"mixture_schedule": [], "valid": [{"path": files["held"]}]},
+        "eval": {"interval": 4, "batches": 99},
+        "checkpoint": {"interval": 0, "keep_last": 9},
+    }
+    return sections(files, **base | changes)
+
+
+def files_of(run: Path, number: int) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in sorted(Path(step(run, number)).rglob("*.safetensors"))}
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(r["step"], r["loss"]) for r in records(run, "valid")]
+
+
+def check_positions(record: dict[str, Any], checkpoint: Path, text: str, close: float) -> None:
+    """The loss by position as `megallama evaluate` has it, of the same windows of the phase's length."""
+    out = checkpoint.parent / f"{checkpoint.name}.json"
+    assert command("evaluate")([str(checkpoint), "--data", text, "--output", str(out)]) == 0
+    (found,) = json.loads(out.read_text())["texts"].values()
+    assert found["tokens"] == record["tokens"] == 640
+    assert found["loss"] == pytest.approx(record["loss"], abs=close)
+    assert [*found["loss_by_position"]] == [*record["loss_by_position"]]
+    assert found["loss_by_position"] == pytest.approx(record["loss_by_position"], abs=close)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stopped_anywhere_it_is_the_run_that_never_stopped(
+    pool: Pool, tmp_path: Path, files: dict[str, str], layout: str
+) -> None:
+    """In each phase and at a boundary: weights, moments, losses, counters, evaluations."""
+    (ranks, parallel), runs = LAYOUTS[layout], [tmp_path / name for name in ("straight", "stopped")]
+    same: dict[str, dict[str, Any]] = {"parallel": parallel, "precision": {"dtype": DTYPES[layout]}}
+    ended = pool.run(ranks, RUN, str(runs[0]), in_phases(files, **same))
+    assert [(a["status"], a["step"]) for a in ended] == [(0, STEPS)] * ranks
+    for made in (2, 1, 1):  # up to steps 2, 3 (where a phase ends) and 4
+        stop = in_phases(files, **same, train={"stop_after_steps": made})
+        assert {a["status"] for a in pool.run(ranks, RUN, str(runs[1]), stop)} == {75}
+    pool.run(ranks, RUN, str(runs[1]), in_phases(files, **same))
+    assert curve(runs[1]) == curve(runs[0]) and len(curve(runs[0])) == STEPS
+    assert losses(runs[1]) == losses(runs[0])
+    assert [n for n, _ in losses(runs[0])] == [3, 4, 5, 7]
+    assert state_files(runs[1]) == state_files(runs[0])
+    for number in ENDS:
+        assert files_of(runs[1], number) == files_of(runs[0], number)
+        assert counters(runs[1], number) == counters(runs[0], number)
+    assert counters(runs[0], STEPS)["ledger"] == [
+        {"first_token": 0, "seq_length": 16, "phase": 1},
+        {"first_token": 384, "seq_length": 40, "phase": 2},
+        {"first_token": 704, "seq_length": 32, "phase": 3},
+    ]
+    exported = [json.loads((Path(step(runs[0], n)) / "model/config.json").read_text()) for n in ENDS]
+    assert [(c["rope_theta"], c["max_position_embeddings"]) for c in exported] == [
+        (10000.0, 16), (50000.0, 40), (10000.0, 32),
+    ]  # fmt: skip
+    at_ends = [r for r in records(runs[0], "valid") if r["step"] in ENDS]
+    for record, phase_step in zip(at_ends, ENDS, strict=True):
+        if layout == "cp2" or phase_step == STEPS:
+            close = 1e-5 if layout == "cp2" else 2e-2
+            check_positions(record, Path(step(runs[0], phase_step)), files["held"], close)
+    log = (runs[0] / "run.log").read_text()
+    assert "held loss by tokens before: 1 4." in log
+    assert "phase 2 of 3 begins after step 3, 384 tokens read: 4 samples of 40 tokens\n" in log
+
+
+def test_it_is_its_stages_by_hand(pool: Pool, tmp_path: Path, files: dict[str, str]) -> None:
+    """The same settings, a stage each, gone on from with checkpoint.continue_from; two replicas."""
+    pool.run(2, RUN, str(tmp_path / "phases"), in_phases(files))
+    before, done, curves = None, 0, []
+    for number, (phase, end) in enumerate(zip(PHASES, ENDS, strict=True)):
+        weights = {"web": 0.75, "code": 0.25} | phase.get("weights", {})
+        model = {name: phase[name] for name in ("rope_theta", "rope_scaling") if name in phase}
+        batch = {name: phase[name] for name in ("seq_length", "global_batch_size") if name in phase}
+        stage = sections(
+            files,
+            model=model,
+            batch=batch,
+            train={"steps": STEPS, "stop_after_steps": end - done},
+            data={"train": [{"path": files[n], "weight": w} for n, w in weights.items()], "mixture_schedule": []},
+            checkpoint={"continue_from": before} if before else {},
+        )
+        run = tmp_path / f"stage{number}"
+        pool.run(2, RUN, str(run), stage)
+        curves += curve(run)
+        assert files_of(run, end) == files_of(tmp_path / "phases", end)
+        before, done = step(run, end), end
+    assert curves == curve(tmp_path / "phases")
+    for key in ("sources", "samples", "tokens_read", "updates", "mixture"):
+        assert counters(tmp_path / "phases", STEPS)[key] == counters(tmp_path / "stage2", STEPS)[key]
+
+
+def changed(number: int, **settings: Any) -> dict[str, Any]:
+    return {"phases": [{**phase, **(settings if n == number else {})} for n, phase in enumerate(PHASES)]}
+
+
+def test_phases_ahead_may_change_and_past_ones_not(pool: Pool, tmp_path: Path, files: dict[str, str]) -> None:
+    """After 4 steps the second phase is under way: its end is still to come."""
+    pool.run(1, RUN, str(tmp_path / "run"), in_phases(files, train={"stop_after_steps": 4}))
+
+    def outcome(train: dict[str, Any], name: str = "run") -> Any:
+        (ended,) = pool.run(1, RUN, str(tmp_path / name), in_phases(files, train=train))
+        return ended.get("error") or (ended["status"], ended["step"])
+
+    use = "what is past cannot change: write it as it was, and what is to be new in the phases that follow"
+    refused = {
+        "[1].rope_theta was 50000.0 and is 7.0": changed(1, rope_theta=7.0),
+        "[1].seq_length was 40 and is 20": changed(1, seq_length=20),
+        "[1].weights was {code = 0.25, web = 0.75} and is {code = 0.5, web = 0.75}": changed(1, weights={"code": 0.5}),
+        "[0].until_tokens was 300 and is 200": changed(0, until_tokens=200),
+        '[1].until_tokens was 650 and is "none"': {"phases": PHASES[:1]},
+    }
+    for words, train in refused.items():
+        assert outcome(train) == f"configuration: train.phases{words}; {use}"
+    for name, train, end in (
+        ("longer", changed(1, until_tokens=840), 7),  # 3 steps of 160 in place of 2, and then 1 of 128
+        ("shorter", changed(1, until_tokens=400), 7),  # it is over: 3 more of 128
+        ("other", changed(2, seq_length=16, rope_theta=9.0), 9),
+    ):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+        assert outcome(train, name) == (0, end)
