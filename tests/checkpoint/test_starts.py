@@ -143,6 +143,30 @@ def test_a_run_that_has_all_its_steps_empties_the_count_too(tmp_path: Path) -> N
     assert [*tmp_path.iterdir()] == []
 
 
+def test_a_start_that_ends_before_it_has_the_lock_is_counted_too(tmp_path: Path) -> None:
+    """Its status stays, but that of the one too many, which refuses; what stops as asked, or refuses, is not counted."""
+    run = Run(tmp_path / "checkpoints")
+
+    def early(why: str, status: int) -> int:
+        return Starts(FolderLock(run.folder, run.log.append), run.config, 2).ended_early(why, status)
+
+    assert [early("x", status) for status in (0, 2, 75)] == [0, 2, 75] and not run.folder.exists()
+    assert [early(f"OSError: {number}\nand more", status) for number, status in enumerate((1, 3, 4))] == [1, 3, 4]
+    assert run.ends() == ["OSError: 0", "OSError: 1", "OSError: 2"] and [*run.folder.iterdir()] == [
+        run.folder / "starts.json"
+    ]
+    assert early("OSError: 3", 1) == 2 and run.ends()[-1] == "OSError: 2"
+    assert run.log[-1].startswith(f"warning: this start is not counted in {run.folder}/starts.json: 3 starts in a row")
+    (run.folder / "starts.json").unlink()
+    starts = run.start(("RuntimeError: later", 4))
+    assert starts.ended_early("twice", 4) == 4 and run.ends() == ["RuntimeError: later"]
+    lock = FolderLock(run.folder, print)
+    lock.acquire()
+    assert early("OSError: 4", 1) == 1 and run.ends() == ["RuntimeError: later"], "another job may be about to train"
+    assert run.log[-1].startswith("warning: this start is not counted")
+    lock.release()
+
+
 def test_without_a_beginning_nothing_is_written(tmp_path: Path) -> None:
     starts = Starts(FolderLock(tmp_path, print), small_config(), 2)
     starts.over("RuntimeError: no", 1)

@@ -41,6 +41,18 @@ def test_embedding_group_follows_the_stages() -> None:
     assert Topology(pp=4) == Topology(pp=4, ends=(0, 3)) != Topology(pp=4, ends=(0, 0))
 
 
+def test_one_rank_by_itself() -> None:
+    """It is rank 0 unless said otherwise, and what it starts has finished."""
+    alone, out = Solo(), torch.zeros(2)
+    assert (alone.name, alone.rank, alone.size, alone.ranks) == ("solo", 0, 1, (0,))
+    assert Solo("tp", 5).ranks == (5,) and Solo("tp", 5).rank == 0
+    for start in (alone.all_gather, alone.reduce_scatter, alone.all_to_all):
+        out.zero_()
+        handle = start(out, torch.tensor([3.0, 4.0]))
+        assert handle.done() is True and handle.wait() is None and out.tolist() == [3.0, 4.0]
+    assert alone.all_reduce(out).done() is True and out.tolist() == [3.0, 4.0]
+
+
 def test_kv_groups_are_ranks_with_the_same_head() -> None:
     assert partitions(Topology(tp=8), num_kv_heads=2)["kv"] == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert partitions(Topology(tp=4), num_kv_heads=1)["kv"] == [(0, 1, 2, 3)]

@@ -69,6 +69,12 @@ def test_damage_wins() -> None:
         assert "rank 3 on " in str(error) and "block 9 (and 2 more ranks: [0, 1])" in str(error)
 
 
+def test_ranks_are_named_where_there_are_several_and_one_more_is_counted() -> None:
+    for error in outcome({0: DataError("x"), 1: DataError("y")}, size=2):
+        assert str(error).startswith("loading: rank 0 on ") and str(error).endswith(": x (and 1 more ranks: [1])")
+    assert [str(error) for error in outcome({0: DataError("x")}, size=1)] == ["loading: x"]
+
+
 @pytest.mark.parametrize(
     ("failure", "kind", "text"),
     [

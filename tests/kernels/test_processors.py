@@ -43,7 +43,7 @@ def test_the_first_entry_that_fits_counts(tmp_path: Path, monkeypatch: pytest.Mo
         'name = "amd"\nvendor = "AuthenticAMD"',
         'name = "bf16"\nhas = ["avx512f", "avx512_bf16"]',
         'name = "narrow"\nhas = ["avx512f"]\nwidths = [1, 512]',
-        'name = "wide"\nhas = ["avx512f"]\nlacks = ["amx_bf16"]',
+        'name = "wide"\nhas = ["avx512f"]\nlacks = ["amx_bf16"]\nwidths = [513, 4096]',
     ]
     user = table(tmp_path / "user.toml", *entries)
     monkeypatch.setattr(processors, "SHIPPED", Path(table(tmp_path / "shipped.toml", 'name = "any"')))
@@ -56,6 +56,9 @@ def test_the_first_entry_that_fits_counts(tmp_path: Path, monkeypatch: pytest.Mo
     assert found("GenuineIntel", "avx512f", "avx512_bf16") == "bf16"
     assert [found("GenuineIntel", "avx512f", width=w) for w in (512, 513)] == ["narrow", "wide"]
     assert found("GenuineIntel", "avx512f", "amx_bf16") == found("", "asimd") == "any"
+    assert [found("GenuineIntel", "avx512f", width=w) for w in (4096, 4097)] == ["wide", "any"]
+    silent = processors.entries(Path(user))[0]
+    assert (silent.bf16, silent.compile, silent.kernels, silent.has, silent.lacks) == (True, False, {}, (), ())
     monkeypatch.setattr(processors, "SHIPPED", Path(table(tmp_path / "none.toml")))
     assert found("", "asimd") is None
 
