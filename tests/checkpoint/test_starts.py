@@ -144,7 +144,7 @@ def test_a_run_that_has_all_its_steps_empties_the_count_too(tmp_path: Path) -> N
 
 
 def test_a_start_that_ends_before_it_has_the_lock_is_counted_too(tmp_path: Path) -> None:
-    """Its status stays, but that of the one too many, which refuses; what stops as asked, or refuses, is not counted."""
+    """Its status stays, but that of one too many, which refuses; one that stops as asked or refuses is not counted."""
     run = Run(tmp_path / "checkpoints")
 
     def early(why: str, status: int) -> int:

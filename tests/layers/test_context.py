@@ -60,7 +60,13 @@ def test_exchanges_bring_every_row_home_and_gradients_are_their_adjoint(gathers:
     def body(group: Group) -> list[Tensor]:
         own = Share(group.rank, cp, gathers)
         rows = torch.cat([torch.arange(a, e) for a, e in own.chunks(s)])
-        attend = ContextParallel(group, own, keep=False).over(lambda *heads: echo, n, kv, d)
+        here = (n, kv, d) if gathers else (n // cp, max(kv // cp, 1), d)  # kv divides cp, or cp kv
+
+        def make(*heads: int) -> Any:
+            assert heads == here
+            return echo
+
+        attend = ContextParallel(group, own, keep=False).over(make, n, kv, d)
         mine = [x.detach()[:, rows].requires_grad_() for x in (q, k, v)]
         found = attend(*mine, None)
         grads = torch.autograd.grad(found, mine, dout[:, rows])
