@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from megallama.checkpoint import reader
-from megallama.checkpoint.disk import DamagedError
-from megallama.checkpoint.reader import equal_rows, open_files, spans
+from megallama.checkpoint.disk import CheckpointError, DamagedError
+from megallama.checkpoint.reader import equal_rows, open_files, refuse, spans
 from megallama.plan.box import Box
 
 
@@ -67,3 +67,12 @@ def test_a_file_ends_where_it_ends(tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match="ends at byte 4, before byte 7"):
         file.read(2, 5)
     file.close()
+
+
+@pytest.mark.parametrize(("count", "more"), [(20, ""), (21, "\n  ... and 1 more"), (23, "\n  ... and 3 more")])
+def test_of_many_problems_twenty_are_shown(count: int, more: str) -> None:
+    refuse(Path("x"), [])
+    with pytest.raises(CheckpointError) as caught:
+        refuse(Path("x"), [f"p{i}" for i in range(count)])
+    shown = "".join(f"\n  p{i}" for i in range(20))
+    assert str(caught.value) == f"the tensors in x are not those of the model:{shown}{more}"

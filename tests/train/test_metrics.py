@@ -136,11 +136,21 @@ def test_meter() -> None:
     assert meter.lap(tokens=1, seconds=1.0, consumed_tokens=10_001)["eta_seconds"] == 0
 
 
+def test_the_time_left_is_told_by_the_last_twenty_steps() -> None:
+    meter = Meter(ranks=1, flops=(1.0, 1.0), peak_flops=None, total_tokens=1000)
+    seconds = [50.0, 101.0, *[2.0] * 19, 3.0, 4.0]
+    left = [meter.lap(tokens=10, seconds=lap, consumed_tokens=0)["eta_seconds"] for lap in seconds]
+    assert left[-3:] == pytest.approx([100 * (101 + 38) / 20, 100 * (38 + 3) / 20, 100 * (36 + 3 + 4) / 20])
+
+
 def test_peak_memory_is_that_of_this_process() -> None:
     block = torch.ones(80_000_000, dtype=torch.uint8)
     grown = peak_memory_bytes(torch.device("cpu"))
     del block
     assert 80_000_000 < grown < 50_000_000_000
+    with open("/proc/self/status", encoding="ascii") as status:
+        (now,) = (int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    assert abs(now - grown) < 0.0009 * grown + 100_000
     # a peak does not fall (the kernel's counters are exact to about a megabyte)
     assert peak_memory_bytes(torch.device("cpu")) > grown - 4_000_000
 
