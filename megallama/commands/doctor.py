@@ -251,7 +251,6 @@ def kernels(dtype: str, device: str, measure: bool, compiled: bool, table: bool 
     import torch
 
     from megallama.kernels.candidate import Target
-    from megallama.kernels.in_fp32 import NAMED
     from megallama.kernels.processors import Processor
     from megallama.kernels.select import FP8, FP8_PRODUCTS, OPERATIONS, select_kernels
     from megallama.train.assemble import DTYPES
@@ -282,7 +281,7 @@ def kernels(dtype: str, device: str, measure: bool, compiled: bool, table: bool 
                 check = operation.check if name != operation.last[0] else None
                 times[name] = guarded(partial(timed, row["operation"], make, target, check), None)
         row["microseconds"] = times
-        of = NAMED.get(row["operation"], []) if not cuda else []
+        of = operation.named if not cuda else []
         row["named"] = {n: guarded(partial(timed, row["operation"], m, target, operation.check), None) for n, m in of}
     return rows
 

@@ -135,6 +135,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) ->
     return torch.cat(out, 1).view(q.shape)
 
 
+def sdpa_in_fp32(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    """`sdpa`, on copies of its operands in 16 bits."""
+    return sdpa(q.float(), k.float(), v.float(), documents).to(q.dtype)
+
+
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
     """By batched products over blocks of queries; bitwise the same on every call.
 
@@ -306,4 +311,5 @@ ATTENTION = Operation(
     _results,
     (2e-2, 4e-2, 4e-2, 4e-2),
     plain=lambda num_heads, num_kv_heads, head_dim: _formula,
+    named=[("attention in fp32", Target.on_cpu(lambda num_heads, num_kv_heads, head_dim: sdpa_in_fp32))],
 )

@@ -59,6 +59,26 @@ class Target:
             raise Unsupported(f"16-bit formats only, not {self.dtype}")
 
     @staticmethod
+    def on_cpu(kernel: Any, *also: torch.dtype, onednn: bool = False) -> Callable[[Target], Any]:
+        """A candidate for 16-bit formats, and those in `also`, on a CPU that computes faster in fp32."""
+        formats = (torch.bfloat16, torch.float16, *also)
+
+        def make(target: Target) -> Any:
+            if target.device.type != "cpu" or target.dtype not in formats:
+                names = " and ".join(str(f).removeprefix("torch.") for f in formats)
+                raise Unsupported(f"{names} on a CPU only")
+            if onednn:
+                target.need_onednn()
+            return kernel
+
+        return make
+
+    @staticmethod
+    def need_onednn() -> None:
+        if not torch.backends.mkldnn.is_available():
+            raise Unsupported("this torch was built without oneDNN")
+
+    @staticmethod
     def contiguous(x: Tensor) -> Tensor:
         """`x`, for a kernel that looks at size and address alone: of a view it would take others."""
         assert x.is_contiguous(), f"strides {x.stride()} of {tuple(x.shape)}: a copy is needed first"
@@ -129,6 +149,12 @@ class Operation:
     results: Callable[[Any, Target], Results]  # forward, backward, accumulation
     tolerances: Sequence[float] = ()  # of the results in turn; none: what the format can tell
     plain: Any = None  # the formula to compare with, where it is not the last candidate
+    named: Sequence[tuple[str, Callable[[Target], Any]]] = ()  # that only a table of processors takes
+
+    @property
+    def all(self) -> list[tuple[str, Callable[[Target], Any]]]:
+        """In order, then those that only a table takes, then the last."""
+        return [*self.candidates, *self.named, self.last]
 
     def check(self, made: Any, target: Target) -> None:
         """Compare with the plain formula in float64, relative to the norm of what should be.

@@ -61,8 +61,7 @@ def _onednn(target: Target) -> MatmulNT:
         raise Unsupported("fp32 on a CPU only")
     if Processor.here().vendor == "GenuineIntel" and target.named != "oneDNN":
         raise Unsupported("MKL is as fast on this processor")
-    if not torch.backends.mkldnn.is_available():
-        raise Unsupported("this torch was built without oneDNN")
+    target.need_onednn()
     return onednn_matmul_nt
 
 
@@ -73,10 +72,30 @@ def _product_results(product: MatmulNT, target: Target) -> Results:
     return [("product", product(x, y)) for x, y in pairs]
 
 
-PRODUCT = Operation([("oneDNN", _onednn)], ("torch mm", lambda target: matmul_nt), _product_results)
-
-
 MAX_PRODUCT = 1 << 22  # elements that exist before they are added: a large head comes in blocks
+
+
+def product_in_fp32(product: MatmulNT, a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T of 16 bits, rounded once; of b at most `MAX_PRODUCT` numbers exist in fp32."""
+    left = a.float()
+    if b.numel() <= MAX_PRODUCT:
+        return product(left, b.float()).to(a.dtype)
+    out = a.new_empty(a.shape[0], b.shape[0])
+    step = max(1, MAX_PRODUCT // b.shape[1])
+    for into, part in zip(out.split(step, 1), b.split(step), strict=True):
+        into.copy_(product(left, part.float()))
+    return out
+
+
+PRODUCT = Operation(
+    [("oneDNN", _onednn)],
+    ("torch mm", lambda target: matmul_nt),
+    _product_results,
+    named=[
+        ("oneDNN in fp32", Target.on_cpu(partial(product_in_fp32, onednn_matmul_nt), onednn=True)),
+        ("torch mm in fp32", Target.on_cpu(partial(product_in_fp32, matmul_nt))),
+    ],
+)
 
 
 def add_wgrad(product: MatmulNT, main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
@@ -87,6 +106,11 @@ def add_wgrad(product: MatmulNT, main_grad: Tensor, dy: Tensor, x: Tensor, overw
     step = max(1, MAX_PRODUCT // main_grad.shape[1])
     for grad, part in zip(main_grad.split(step), dy.split(step, 1), strict=True):
         grad.copy_(product(part.t(), x.t())) if overwrite else grad.add_(product(part.t(), x.t()))
+
+
+def wgrad_in_fp32(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
+    """Straight into main_grad [out, in]: nothing is rounded, and there is no pass that adds."""
+    add_wgrad(matmul_nt, main_grad, dy.float(), x.float(), overwrite)
 
 
 def _addmm(target: Target) -> AddWgrad:
@@ -141,6 +165,7 @@ WGRAD = Operation(
     ("that product, then add", lambda target: partial(add_wgrad, target.product or matmul_nt)),
     _wgrad_results,
     (1e-5,),
+    named=[("torch addmm in fp32", Target.on_cpu(wgrad_in_fp32, torch.float32))],
 )
 
 

@@ -8,7 +8,7 @@ ranks would drift apart, and resumed runs from their bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
@@ -17,7 +17,6 @@ from megallama.config.errors import MegallamaError
 from megallama.kernels.attention import ATTENTION, MakeAttention
 from megallama.kernels.candidate import TE, Operation, Target, Unsupported, Wrong
 from megallama.kernels.gemm import FP8_PRODUCTS, PRODUCT, WGRAD, Gemms
-from megallama.kernels.in_fp32 import NAMED
 from megallama.kernels.optimizer import ADAMW, GRAD_NORM, AdamWStep, SumOfSquares
 from megallama.kernels.pointwise import CROSS_ENTROPY, RMS_NORM, ROPE, SWIGLU, PointwiseOps
 
@@ -89,7 +88,7 @@ def select_kernels(
     """
     named = named or {}
     operations = OPERATIONS | ({FP8: FP8_PRODUCTS} if fp8 != "none" else {})
-    kinds = {(name, kind) for name, operation in operations.items() for kind, _ in all_candidates(name, operation)}
+    kinds = {(name, kind) for name, operation in operations.items() for kind, _ in operation.all}
     if unknown := sorted({*named.items()} - kinds):
         of, kind = unknown[0]
         raise MegallamaError(f"{kind!r} is no implementation of {of!r}; see megallama doctor --measure")
@@ -101,7 +100,7 @@ def select_kernels(
     selected: dict[str, Any] = {}
     choices = []
     for name, operation in operations.items():
-        first = [c for c in all_candidates(name, operation) if c[0] == named.get(name)]
+        first = [c for c in operation.all if c[0] == named.get(name)]
         ordered = replace(operation, candidates=[*first, *(c for c in operation.candidates if c not in first)])
         selected[name], choice = _first(name, ordered, replace(target, named=named.get(name, "")), without)
         choices.append(choice)
@@ -117,11 +116,6 @@ def select_kernels(
     ops = (*selected["RMSNorm"], *selected["SwiGLU"], *selected["RoPE"], *selected["cross entropy"])
     update = selected["AdamW"], selected["gradient norm"]
     return Kernels(selected["attention"], PointwiseOps(*ops), gemms, selected.get(FP8, gemms), *update, tuple(choices))
-
-
-def all_candidates(name: str, operation: Operation) -> list[tuple[str, Callable[[Target], Any]]]:
-    """By name: in order, then those that only a table of processors takes, then the last."""
-    return [*operation.candidates, *NAMED.get(name, []), operation.last]
 
 
 def _first(name: str, operation: Operation, target: Target, without: Sequence[str]) -> tuple[Any, Choice]:

@@ -28,9 +28,8 @@ from megallama.config.errors import ConfigError, DataError, MegallamaError, coun
 from megallama.config.rules import check, unusual
 from megallama.config.schema import BatchConfig, Config, LrScheduleConfig, OptimizerConfig, current
 from megallama.data.sources import Data, TrainDataset, open_sources
-from megallama.kernels.in_fp32 import NAMED
 from megallama.kernels.processors import Processor
-from megallama.kernels.select import Kernels
+from megallama.kernels.select import OPERATIONS, Kernels
 from megallama.optim.lr import learning_rate
 from megallama.plan.plan import Plan
 from megallama.train.assemble import DTYPES, Worker, assemble, initialize, kernels_of, same_kernels
@@ -244,10 +243,11 @@ def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> tu
         log.info(text)
     for choice in kernels.choices:  # aloud where something installed does not work
         (log.info if choice.broken else log.note)(f"kernel for {choice}")
-    taken = {c.operation: c.selected for c in kernels.choices if world.device.type == "cpu" and c.operation in NAMED}
+    cpu = world.device.type == "cpu"
+    taken = {c.operation: c.selected for c in kernels.choices if cpu and OPERATIONS[c.operation].named}
     if others := [f"{name}: {was}, now {taken[name]}" for name, was in resumed.items() if was != taken[name]]:
         log.warn(f"bits will differ from those of the run so far, which was made with {'; '.join(others)}")
-    in_fp32 = taken.get("matrix product") in dict(NAMED["matrix product"])
+    in_fp32 = taken.get("matrix product") in dict(OPERATIONS["matrix product"].named)
     if world.rank == 0 and not in_fp32 and (slow := slow_format(world.device, DTYPES[config.precision.dtype])):
         log.warn(f'{slow}; write precision.dtype="fp32"')
     return kernels, taken

@@ -13,8 +13,8 @@ from megallama.checkpoint import manifest
 from megallama.comm import rendezvous
 from megallama.config.errors import ConfigError, MegallamaError
 from megallama.config.load import load
-from megallama.kernels import in_fp32, processors, select
-from megallama.kernels.attention import sdpa
+from megallama.kernels import gemm, processors, select
+from megallama.kernels.attention import ATTENTION, sdpa
 from megallama.kernels.candidate import Target
 from megallama.kernels.processors import Processor
 from megallama.pretrain import main
@@ -123,19 +123,19 @@ def test_a_named_product_does_not_hang_on_the_vendor(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", ["oneDNN in fp32", "torch mm in fp32"])
 def test_products_in_fp32_round_once(monkeypatch: pytest.MonkeyPatch, name: str, most: int) -> None:
     """Against float64: forward, input gradient of a transposed view, weight gradient written and added."""
-    monkeypatch.setattr(in_fp32, "MAX_PRODUCT", most)
+    monkeypatch.setattr(gemm, "MAX_PRODUCT", most)
     target = Target(CPU, BF16)
     x, dy, weight = target.random(24, 48), target.random(24, 33, seed=1), target.random(33, 48, seed=2)
-    product = dict(in_fp32.NAMED["matrix product"])[name](target)
+    product = dict(gemm.PRODUCT.named)[name](target)
     for a, b in ((x, weight), (dy, weight.t())):
         exact = a.double() @ b.double().t()
         assert torch.equal(product(a, b), product(a, b)) and product(a, b).dtype == BF16
         assert (product(a, b).double() - exact).abs().max() <= 2**-8 * exact.abs().max()
         assert ((product(a, b).double() - exact).norm() / exact.norm()) < 2**-9
     grad, exact = torch.full((33, 48), 7.0), dy.double().t() @ x.double()
-    in_fp32.wgrad_in_fp32(grad, dy, x, True)
+    gemm.wgrad_in_fp32(grad, dy, x, True)
     assert (grad - exact).norm() < 1e-6 * exact.norm()
-    in_fp32.wgrad_in_fp32(grad, dy, x, False)
+    gemm.wgrad_in_fp32(grad, dy, x, False)
     assert (grad - 2 * exact).norm() < 1e-6 * exact.norm()
 
 
@@ -143,7 +143,7 @@ def test_attention_in_fp32_is_as_exact_as_its_format() -> None:
     target = Target(CPU, BF16)
     q, k, v = (target.random(2, 40, heads, 16, seed=heads).requires_grad_() for heads in (4, 2, 2))
     dout = target.random(2, 40, 4, 16, seed=9)
-    attend = dict(in_fp32.NAMED["attention"])["attention in fp32"](target)(4, 2, 16)
+    attend = dict(ATTENTION.named)["attention in fp32"](target)(4, 2, 16)
     own = [attend(q, k, v), *torch.autograd.grad(attend(q, k, v), (q, k, v), dout)]
     exact = [part.detach().double().requires_grad_() for part in (q, k, v)]
     wanted = [sdpa(*exact), *torch.autograd.grad(sdpa(*exact), exact, dout.double())]
