@@ -39,8 +39,8 @@ from report import header, median, save, table
 from megallama.config.errors import counted
 from megallama.data.tokenizer import load_tokenizer
 from megallama.evaluation import harness
-from megallama.evaluation.items import Encoder, start_of
-from megallama.evaluation.ranks import opened
+from megallama.evaluation.evaluate import opened
+from megallama.evaluation.harness import Encoder, start_of
 
 TASKS = ("piqa", "arc_easy", "hellaswag")
 PIECES, CONTEXT = 4096, 512

@@ -35,6 +35,7 @@ class Documents:
     cu_seqlens, cu_keys: int32 [documents + 1], where each begins among all queries, and among the keys they see.
     pieces: of each sample in turn (keys, whether these are several documents), on the host.
     parts, positions_of_part: of a rank of context parallelism, by its chunks; see `part`.
+    reach: int64 [b, s], where documents branch, in how many tokens those end that see each; for `sdpa` alone.
     """
 
     starts: Tensor
@@ -43,6 +44,7 @@ class Documents:
     pieces: tuple[tuple[tuple[int, bool], ...], ...]
     parts: tuple[Documents, ...] = ()
     positions_of_part: Tensor | None = None
+    reach: Tensor | None = None
     _masks: dict[torch.dtype, list[Tensor | None]] = field(default_factory=dict, init=False)  # by `masks`
 
     @classmethod
@@ -92,22 +94,24 @@ class Documents:
         column's key, else -inf; None for one document, which is only causal.  Made once."""
         if dtype not in self._masks:
             several = [mixed for sample in self.pieces for _, mixed in sample]
-            parts = zip(self.split(self.starts[:, :, None, None]), several, strict=True)
-            self._masks[dtype] = [_mask(part.flatten(), dtype) if mixed else None for part, mixed in parts]
+            bounds, branches = (self.starts, False) if self.reach is None else (self.reach, True)
+            parts = zip(self.split(bounds[:, :, None, None]), several, strict=True)
+            self._masks[dtype] = [_mask(part.flatten(), dtype, branches) if mixed else None for part, mixed in parts]
         return self._masks[dtype]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Documents:
         """With its tensors changed: moved, pinned. What was made of them, masks, ends with the original."""
-        own = None if self.positions_of_part is None else change(self.positions_of_part)
+        own, reach = (None if x is None else change(x) for x in (self.positions_of_part, self.reach))
         parts = tuple(part.each(change) for part in self.parts)
         starts, ends, keys = map(change, (self.starts, self.cu_seqlens, self.cu_keys))
-        return Documents(starts, ends, keys, self.pieces, parts, own)
+        return Documents(starts, ends, keys, self.pieces, parts, own, reach)
 
 
-def _mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
-    """[.., s, s] of consecutive tokens whose documents begin at `starts` [.., s]: 0 or -inf, by query and key."""
-    at = torch.arange(starts.shape[-1], device=starts.device)
-    hidden = (at > at[:, None]) | (starts[..., None, :] < starts[..., None])
+def _mask(bounds: Tensor, dtype: torch.dtype, branches: bool = False) -> Tensor:
+    """[.., s, s] of consecutive tokens: 0 or -inf, by query and key; `bounds` [.., s] are `starts`, or else `reach`."""
+    at = torch.arange(bounds.shape[-1], device=bounds.device)
+    keys = bounds[..., None, :]
+    hidden = (at > at[:, None]) | (at + keys <= at[:, None] if branches else keys < bounds[..., None])
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 

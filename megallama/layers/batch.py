@@ -81,12 +81,3 @@ class MicroBatch:
         mask = None if self.mask is None else change(self.mask)
         documents = None if self.documents is None else self.documents.each(change)
         return replace(self, tokens=change(self.tokens), labels=change(self.labels), mask=mask, documents=documents)
-
-
-def spread(found: Tensor, share: Share) -> Tensor:
-    """Of this rank's tokens [.., b, s/cp] -> [.., b, s], with zeros where others have theirs."""
-    out = found.new_zeros(*found.shape[:-1], found.shape[-1] * share.size)
-    chunks = share.chunks(out.shape[-1])
-    for (a, b), part in zip(chunks, found.chunk(len(chunks), -1), strict=True):
-        out[..., a:b] = part
-    return out

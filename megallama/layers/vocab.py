@@ -105,14 +105,14 @@ class LossHead(Layer):
         dx, _ = self.norm.backward(dnormed, x)
         return dx, dx if ctx.needs_input_grad[2] else None, None, None
 
-    def score(self, x: Tensor, branch: Tensor | None, labels: Tensor) -> Tensor:
-        """Of hidden states, as in a call, and labels [T]: log p(label), and 1 where it is the likeliest: [2, T].
+    def score(self, x: Tensor, branch: Tensor | None, at: Tensor, labels: Tensor) -> Tensor:
+        """Of hidden states, as in a call, those `at` [R]: log p(label), and 1 where it is the likeliest: [2, R].
 
         Nothing is kept for a backward pass. Of equally likely tokens the first is the likeliest, as argmax has it.
         """
         full, handle = self.tp.all_gather_sequence(self.norm.forward(x, branch)[1])
         handle.wait()
-        index, held = self._places(labels)
+        full, (index, held) = full[at], self._places(labels)
         out = torch.empty(2, len(labels), dtype=accumulate_dtype(x.dtype), device=x.device)
         for a in range(0, len(labels), self.chunk_tokens):
             rows = slice(a, a + self.chunk_tokens)

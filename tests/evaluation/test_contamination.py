@@ -13,7 +13,7 @@ import pytest
 
 from megallama.cli import command
 from megallama.config.errors import ConfigError, DataError
-from megallama.evaluation import contamination
+from megallama.evaluation import texts
 from megallama.evaluation.evaluate import evaluate
 from megallama.evaluation.harness import Request
 from tests.evaluation.test_evaluate import named_byte_tokenizer
@@ -100,12 +100,12 @@ def test_the_data_of_the_run_are_the_default(folder: Path, monkeypatch: pytest.M
         checked(folder)
     (folder / "there.idx").touch()
     named = {"data": {"train": [{"path": str(folder / "there")}, {"path": "/nowhere/b"}]}}
-    monkeypatch.setattr(contamination, "step_folder", lambda path: path)
-    monkeypatch.setattr(contamination, "read_manifest", lambda step: SimpleNamespace(config=named))
+    monkeypatch.setattr(texts, "step_folder", lambda path: path)
+    monkeypatch.setattr(texts, "read_manifest", lambda step: SimpleNamespace(config=named))
     with pytest.raises(DataError, match="was trained on: /nowhere/b is not here; name it"):
-        contamination.trained_on(folder)
+        texts.trained_on(folder)
     named["data"]["train"].pop()
-    assert contamination.trained_on(folder) == (folder / "there",)
+    assert texts.trained_on(folder) == (folder / "there",)
 
 
 def test_it_needs_items(folder: Path) -> None:

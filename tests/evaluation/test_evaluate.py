@@ -16,10 +16,8 @@ import transformers
 from megallama.cli import command
 from megallama.config.errors import ConfigError, DataError
 from megallama.data.tokenizer import load_tokenizer
-from megallama.evaluation.evaluate import evaluate
-from megallama.evaluation.harness import Request
-from megallama.evaluation.items import Encoder, Item, read_items
-from megallama.evaluation.ranks import opened
+from megallama.evaluation.evaluate import evaluate, opened
+from megallama.evaluation.harness import Encoder, Item, Request, read_items
 from megallama.evaluation.results import beyond_noise, compare, read_results, table
 from megallama.evaluation.scorer import Row
 from megallama.evaluation.texts import windows

@@ -23,6 +23,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 pp2": (4, {"tp": 2, "pp": 2}),
     "pp2 zb-v": (2, {"pp": 2, "chunks": 2, "schedule": "zb-v"}),
     "dp2": (2, {}),
+    "cp2 gather": (2, {"cp": 2, "cp_exchange": "gather"}),
+    "cp2 heads tp2": (4, {"cp": 2, "tp": 2, "cp_exchange": "heads"}),
 }
 STEPS = [2, 4, 5]  # after which `sections` evaluates
 
@@ -86,7 +88,7 @@ def test_the_numbers_are_those_of_the_checkpoint(straight: Path, given: Path) ->
     assert f"step 5/5 | own | acc {last['acc']:.4f} | acc_norm {last['acc_norm']:.4f} | bits_per_byte" in log
 
 
-@pytest.mark.parametrize("layout", ["tp2 pp2", "pp2 zb-v", "dp2"])
+@pytest.mark.parametrize("layout", [*LAYOUTS][1:])
 def test_every_layout_gives_them_and_no_bit_of_the_training_changes(
     pool: Pool, tmp_path: Path, given: Path, straight: Path, layout: str
 ) -> None:
@@ -108,15 +110,15 @@ def test_a_request_to_stop_ends_it_and_the_next_start_makes_it(
 ) -> None:
     """The first start is stopped at step 2, the next after the last step, where a third has nothing else to make."""
     settings = sections(given, {"pp": 2})
-    for step, made, windows in ((2, [], 2), (5, STEPS[:2], 14)):
+    for step, made, windows in ((2, [], 2), (5, STEPS[:2], 8)):
         answers = pool.run(2, RUN, str(tmp_path), settings, f"signal:{windows}")
         assert [(a["status"], a["step"]) for a in answers] == [(75, step)] * 2
         assert answers[0]["windows"] == windows, "not one more"
         assert "evaluation on own ended before its end: the next start makes it again" in answers[0]["said"]
         assert (tmp_path / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
         assert [s for s, _ in numbers(tmp_path)] == made
-    third = pool.run(2, RUN, str(tmp_path), settings, "signal:3")
-    assert [(a["status"], a["step"], a["windows"]) for a in third] == [(75, 5, 3)] * 2
+    third = pool.run(2, RUN, str(tmp_path), settings, "signal:2")
+    assert [(a["status"], a["step"], a["windows"]) for a in third] == [(75, 5, 2)] * 2
     assert [(a["status"], a["step"]) for a in pool.run(2, RUN, str(tmp_path), settings)] == [(0, 5)] * 2
     for (step, own), (want_step, want) in zip(numbers(tmp_path), numbers(straight), strict=True):
         assert step == want_step and own == pytest.approx(want, rel=1e-10)

@@ -31,12 +31,19 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 
 
 def rows(seed: int = 3, count: int = 21) -> list[Row]:
-    """Of 2 to 17 ids, each scored from a place of its own on."""
+    """Of 2 to 17 ids, each scored from a place of its own on; and some that begin alike, to two depths."""
     draw = random.Random(seed)
-    out = []
-    for length in (2, 17, *(draw.randint(2, 17) for _ in range(count - 2))):
-        out.append(Row([draw.randrange(61) for _ in range(length)], draw.randint(1, length - 1)))
-    return out
+
+    def ids(length: int) -> list[int]:
+        return [draw.randrange(61) for _ in range(length)]
+
+    alone = [ids(length) for length in (2, 17, *(draw.randint(2, 17) for _ in range(count - 2)))]
+    root, item, other = ids(5), ids(4), ids(3)
+    ends = [(item, 1), (item, 1), (item, 4), (item, 3), (other, 5), (other, 1), ([], 4), ([], 1), (item, 8)]
+    alike = [[*root, *middle, *ids(count)] for middle, count in ends]
+    out = [Row(own, draw.randint(1, len(own) - 1)) for own in [*alone, *alike]]
+    draw.shuffle(out)
+    return [*out, out[0], out[3]]
 
 
 def plain(rank: Worker, row: Row) -> Score:
@@ -126,4 +133,4 @@ def test_a_stop_on_one_rank_ends_it_on_all() -> None:
         return str(error.value)
 
     said = on_threads(small_config(), 2, run)
-    assert said == ["evaluation stopped after 8 of 21 rows"] * 2
+    assert said == ["evaluation stopped after 15 of 32 rows"] * 2

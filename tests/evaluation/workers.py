@@ -10,10 +10,9 @@ import numpy as np
 
 from megallama.comm.launch import World
 from megallama.data.tokenizer import load_tokenizer
-from megallama.evaluation.contamination import check
-from megallama.evaluation.items import Encoder, read_items, score_items
-from megallama.evaluation.ranks import evaluation_config, open_on
-from megallama.evaluation.texts import read_texts
+from megallama.evaluation.evaluate import evaluation_config, open_on
+from megallama.evaluation.harness import Encoder, read_items, score_items
+from megallama.evaluation.texts import check, read_texts
 
 
 def score(world: World, folder: Path, words: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
