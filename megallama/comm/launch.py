@@ -346,6 +346,7 @@ def _gather(
     host, port = launch.master_addr if launch.store_kept else here, launch.master_port
     again = f"-{launch.generation}" if launch.generation else ""  # one that was killed has left its port
     published = None if port else port_file(launch.key + again)
+    star.record.words[LIMIT] = int(1e9 * seconds) * (launch.rank == 0)  # from here on its end is that of all
     try:
         if store is None:
             store = open_store(host, port, published, launch.keeps_store, launch.rank, seconds)

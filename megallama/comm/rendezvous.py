@@ -30,7 +30,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from megallama.comm.flight_record import FlightRecord
+from megallama.comm.flight_record import LIMIT, FlightRecord
 from megallama.comm.group import ContactLost
 from megallama.config.errors import LaunchError, LostError, ranges
 
@@ -60,7 +60,7 @@ class Star:
     def __init__(
         self, rank: int, size: int, host: str, listener: Listener | None = None, record: FlightRecord | None = None
     ) -> None:
-        self.rank, self.size, self._record = rank, size, record or FlightRecord()
+        self.rank, self.size, self.record = rank, size, record or FlightRecord()
         self.token = secrets.token_hex(16)  # rank 0's is for those who connect
         self.names = {rank: f"rank {rank} ({host})"}
         self.expected = size - 1 if rank == 0 else 0  # connections that end before it leaves
@@ -186,8 +186,8 @@ class Star:
 
     async def _verdict(self) -> str:
         """What the supervisors know of a death, which is more: they have a moment for it."""
-        for _ in range(VERDICT_ROUNDS * self._record.watched):
-            if verdict := self._record.told("verdict"):
+        for _ in range(VERDICT_ROUNDS * self.record.watched):
+            if verdict := self.record.told("verdict"):
                 return str(verdict["text"])
             await asyncio.sleep(0.05)
         return ""
@@ -375,6 +375,7 @@ def rendezvous(star: Star, store: dist.Store, own: Arrival, address: str, second
         else:
             store.wait(["star"], timedelta(seconds=seconds))
             port, star.token = json.loads(store.get("star"))
+            star.record.words[LIMIT] = int(1e9 * seconds)  # from here on its end is told to the others
             star.connect("127.0.0.1" if loopback else address, port, asdict(own), seconds)
     except (RuntimeError, OSError) as error:
         raise LostError(

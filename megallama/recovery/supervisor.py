@@ -75,10 +75,10 @@ class Supervisor:
         self._status: int | None = None  # once it has left, as waitpid has it
         self._verdict: Message | None = None
         self._orphaned = self._ending = False  # the trainer was told that the launcher has gone; a verdict ends it
-        self._left = self._deadline = self._killed = 0.0  # moments: it left, it is to be killed, it was
-        self._resumed = 0.0  # when this process was stopped
+        self._left = self._deadline = self._killed = 0.0  # moments: it left, it is to be killed, it was;
+        self._asked = self._overdue = self._resumed = 0.0  # all were asked; a wait was too long; this one was stopped
         self._decided = time.monotonic()
-        self._asked = self._overdue = self._next_status = self._next_beat = self._speak = 0.0
+        self._next_status = self._next_beat = self._speak = 0.0
         self._reports: dict[int, Message] = {}
         self._busy: dict[int, tuple[int, list[int]]] = {}
         self._over: dict[int, list[int]] = {}  # hosts all of whose trainers have ended: who can have another
@@ -108,6 +108,8 @@ class Supervisor:
             self._forward(self._pipe[0] in ready)
             self._reap(now)
             self._introduce()
+            if self._verdict is None or self._verdict["again"]:  # another supervisor may have one, or another by now
+                self._verdict = self._record.told("verdict") or self._verdict
             if self._node is not None:
                 self._keeper.look(self._node.about)
                 self._watch(self._node, now)
@@ -115,8 +117,6 @@ class Supervisor:
                 if (status := wait(self._record, place, self._links, self._signals)) is not None:
                     self._say(f"launched rank {place['seat']} leaves, which had no place; status {status}")
                     os._exit(status)
-            else:  # another supervisor may know this one already
-                self._verdict = self._record.told("verdict") or self._verdict
             if self._record.words[flight.GENERATION] == self._generation:
                 self._end(now)
 
@@ -164,7 +164,7 @@ class Supervisor:
         if -code == signal.SIGKILL and out_of_memory_kills() > self._oom:
             why += ": out of memory (the kernel counts such a kill)"
         why = f"the process that makes its trainers: {why}" if self._several and not ended else why
-        if code < 0 and not ended and self._made_alone(why):
+        if code < 0 and self._made_alone(f"its trainer: {why}" if ended else why):
             return
         self._status, self._left = status, now
         self._record.ends(code if code not in _NORMAL else 1, why, final=not self._several)
@@ -174,10 +174,17 @@ class Supervisor:
             self._record.tell("cause", None)  # it would be the next one's
 
     def _made_alone(self, why: str) -> bool:
-        """Whether another maker is started, and nobody need know: this rank has not met the others, or waits."""
-        most = self._siblings.max_replacements * self._several
-        if self._node or (self._record.told("about") and not waits(self._record)) or self._made_again >= most:
+        """Whether another maker is started, and nobody need know: this rank has not come to the others, or waits."""
+        if self._node is not None or self._made_again >= (most := self._siblings.max_replacements * self._several):
             return False
+        came = self._siblings.expected or self._record.words[flight.LIMIT] or self._record.told("cause")
+        if came and not waits(self._record):
+            return False
+        if self._child:  # it makes no other in the same generation
+            os.kill(self._child, signal.SIGKILL)
+            os.waitpid(self._child, 0)
+        self._record.begin_again()
+        self._begin()
         self._made_again += 1
         self._start_maker()
         self._say(f"warning: {why}; another is started ({self._made_again} of {most})")
@@ -207,8 +214,6 @@ class Supervisor:
             self._links.connect(about["address"], about["port"], {"host": node.host} if leads else {})
         for host, message in self._links.poll():
             self._hear(node, host, message, now)
-        if self._verdict is None or self._verdict["again"]:  # it may be another by now
-            self._verdict = self._record.told("verdict") or self._verdict
         if self._goodput is not None:
             self._goodput.count(self._record.words[flight.STEP], flight.PHASES[self._record.words[flight.PHASE]])
         if not leads:
@@ -390,10 +395,7 @@ class Supervisor:
         return {host for host in others if now - max(self._links.heard.get(host, 0.0), first) > seconds}
 
     def _cut_off(self, node: Node, now: float) -> bool:
-        """Whether a host is lost: silent for longer than a step may take, while no rank has moved on this one.
-
-        Also where a wait may be longer, for disks: a host with a slow disk is not silent.
-        """
+        """Whether a host is silent, as one with a slow disk is not, and no rank here moves, for longer than a step."""
         most = max(node.about["timeout_seconds"], SILENT) + BEAT_PERIOD
         moved = max(record.words[flight.CHANGED] for record in node.records.values()) / 1e9
         return now - moved > most and bool(self._silent(node, now, most) & self._links.heard.keys())

@@ -83,15 +83,23 @@ class Ranks:
 
     def trainer(self, rank: int) -> int:
         """The process that trains, of a supervised rank."""
-        pid, deadline = self.processes[rank].pid, time.monotonic() + 20
-        while not (children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        return int(children[0])
+        return _child_of(self.processes[rank].pid or 0)
+
+    def made(self, rank: int) -> int:
+        """The same where ranks are replaced: `trainer` is the process that makes it."""
+        return _child_of(self.trainer(rank))
 
     def said(self, rank: int) -> str:
         """What a rank has printed."""
         return self.outputs[rank].read_text(errors="replace") if self.outputs[rank].exists() else ""
+
+
+def _child_of(pid: int) -> int:
+    deadline = time.monotonic() + 20
+    while not (children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return int(children[0])
 
 
 def _rank(
@@ -194,13 +202,16 @@ def waits_while_it_is_set_up(before: int = 0, after: int = 1) -> None:
 
 
 def stands_still() -> None:
-    """For so many seconds, whenever it comes to a function of the program: of PLANTED."""
-    module, name, seconds = os.environ["PLANTED"].split()
+    """Whenever it comes to a function of PLANTED, for so many seconds; once, where that names a file."""
+    module, name, seconds, *file = os.environ["PLANTED"].split()
     real = getattr(importlib.import_module(f"megallama.{module}"), name)
 
     def stands(*arguments: Any, **named: Any) -> Any:
-        print("it stands still", flush=True)
-        time.sleep(float(seconds))
+        if not any(map(os.path.exists, file)):
+            for path in file:
+                Path(path).touch()
+            print("it stands still", flush=True)
+            time.sleep(float(seconds))
         return real(*arguments, **named)
 
     _instead(f"megallama.{module}", name, stands)

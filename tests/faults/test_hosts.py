@@ -135,28 +135,29 @@ def test_supervisors_of_two_hosts_tell_one_another(hosts: Hosts, tmp_path: Path)
     assert f"rank 1 ({hosts.names[1]}) failed first: killed by SIGKILL (9)" in killed.said(0)
 
 
-def killed_in_set_up(hosts: Hosts, folder: Path, fault: str, victim: int) -> Ranks:
-    arguments = ["parallel.tp=2", "run.max_replacements=9", "run.init_timeout_seconds=4"]
-    ranks = over(hosts, arguments, folder, supervised=True, fault=fault, victim=victim)
-    trainer = Path(f"/proc/{ranks.trainer(victim)}/task/{ranks.trainer(victim)}/children")
-    time.sleep(1.5)
-    os.kill(int(trainer.read_text().split()[0]), signal.SIGKILL)
-    return ranks
-
-
-def test_a_kill_before_two_hosts_have_met_ends_the_run(hosts: Hosts, tmp_path: Path) -> None:
-    """The other waits as long as it may for ranks to arrive."""
-    ranks = killed_in_set_up(hosts, tmp_path, "waits_while_it_is_set_up", 1)
-    began = time.monotonic()
-    assert ranks.wait(30) == [2, -9]
-    assert time.monotonic() - began < 8
-    assert f"error: rank 1 ({hosts.names[1]}) was killed by SIGKILL (9)" in ranks.said(1)
-    assert "rank 1 never arrived within 4 s" in ranks.said(0)
+def test_who_is_killed_before_it_has_come_to_the_others_is_replaced(hosts: Hosts, tmp_path: Path) -> None:
+    """Of two runs: its trainer, and the process that makes it. The others wait as for one that comes late."""
+    arguments, runs = ["parallel.tp=2", "run.max_replacements=1"], list[Ranks]()
+    for victim in range(2):
+        where = f"comm.launch files_needed 60 {tmp_path / f'once-{victim}'}"
+        folder, port = tmp_path / str(victim), 29611 + victim
+        runs.append(over(hosts, arguments, folder, port, True, "stands_still", victim, PLANTED=where))
+    for victim, ranks in enumerate(runs):
+        ranks.until("it stands still", victim)
+        os.kill(ranks.trainer(1) if victim else ranks.made(0), signal.SIGKILL)
+    for victim, ranks in enumerate(runs):
+        assert ranks.wait(30) == [0, 0]
+        who = "the process that makes its trainers" if victim else "its trainer"
+        assert f"warning: {who}: killed by SIGKILL (9); another is started (1 of 1)" in ranks.said(victim)
+        assert len(losses(tmp_path / str(victim))) == 2
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_who_is_killed_once_two_hosts_have_met_is_replaced(hosts: Hosts, tmp_path: Path, victim: int) -> None:
-    ranks = killed_in_set_up(hosts, tmp_path, "waits_when_they_have_met", victim)
+    arguments = ["parallel.tp=2", "run.max_replacements=9"]
+    ranks = over(hosts, arguments, tmp_path, supervised=True, fault="waits_when_they_have_met", victim=victim)
+    time.sleep(2.0)
+    os.kill(ranks.made(victim), signal.SIGKILL)
     assert ranks.wait(30) == [0, 0]
     cause = f"rank {victim} ({hosts.names[victim]}) failed first: killed by SIGKILL (9)"
     assert f"error: {cause}\nall ranks start again (replacement 1 of 9)" in ranks.said(0) + ranks.said(1)
