@@ -306,7 +306,7 @@ def whole(recipe: Path, output: Path, megabytes: float, workers: int, kills: int
     draw, begun, peak = random.Random(7), resource.getrusage(resource.RUSAGE_CHILDREN), 0
     for left in range(kills, -1, -1):
         process = subprocess.Popen([*words, "--workers", str(workers)], env=env, start_new_session=True)
-        until = time.monotonic() + draw.uniform(3, 12) if left else float("inf")
+        until = time.monotonic() + draw.uniform(3, 40) if left else float("inf")
         while process.poll() is None and time.monotonic() < until:
             peak = max(peak, _memory(process.pid))
             time.sleep(0.1)
