@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from megallama.config.errors import DataError
 from megallama.config.schema import option
@@ -155,7 +156,7 @@ class Perplexity(Stage):
         folder = Path(self.model)
         try:
             facts = json.loads((folder / "model.json").read_text())
-            pieces = _pieces((folder / "pieces.model").read_bytes())
+            pieces = SentencePieceProcessor(model_proto=(folder / "pieces.model").read_bytes())
             table = Table(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("keys", "logp", "backoff")))
         except (OSError, ValueError) as error:
             why = f"perplexity.model: {self.model or 'it is not set'}: {error}"
@@ -171,8 +172,6 @@ class Perplexity(Stage):
         return apply
 
     def train(self, say: Callable[[str], None]) -> None:
-        import sentencepiece
-
         texts, size = list[str](), 0
         for text in texts_of(self.reference, "perplexity.reference"):
             texts.append(text)
@@ -183,14 +182,14 @@ class Perplexity(Stage):
         model, trained = io.BytesIO(), [t for i, t in enumerate(texts) if i % HELD_OUT] or texts
         lines = (line[:4000] for text in trained for line in text.split("\n") if line.strip())
         try:
-            sentencepiece.SentencePieceTrainer.train(
+            SentencePieceTrainer.train(
                 sentence_iterator=lines, model_writer=model, vocab_size=self.vocabulary, hard_vocab_limit=False,
                 normalization_rule_name="nmt_nfkc_cf", model_type="unigram", character_coverage=0.9995,
                 input_sentence_size=500_000, num_threads=1, minloglevel=2,
             )  # fmt: skip
         except RuntimeError as error:
             raise DataError(f"perplexity.reference: no pieces can be made of it: {error}") from None
-        pieces = _pieces(model.getvalue())
+        pieces = SentencePieceProcessor(model_proto=model.getvalue())
         ids, place = (np.concatenate(rows) for rows in zip(*(encoded(t, pieces) for t in trained), strict=True))
         table = estimate(ids, place, self.order, len(pieces))
         values = [perplexity(text[: self.max_chars], pieces, table, self.order) for text in held]
@@ -203,12 +202,6 @@ class Perplexity(Stage):
         (folder / "model.json").write_text(json.dumps({"order": self.order, "percentiles": percentiles}))
         what = f"{len(table.keys):,} n-grams of {len(ids):,} pieces"
         say(f"perplexity: {what}; median of {len(held)} held-out texts {percentiles[50]}")
-
-
-def _pieces(model: bytes) -> Any:
-    import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 def encoded(text: str, pieces: Any) -> tuple[np.ndarray, np.ndarray]:
