@@ -139,3 +139,12 @@ def communication_table(config: Config, topology: Topology, stages: Stages, sche
         numbers = f"{sum(c.count for c in same):>12,}  {sum(c.nbytes for c in same) / 2**20:>14,.3f}"
         lines.append(f"{key[0]:<9}  {key[1]:<14}  {key[2]:<36}  {numbers}")
     return "\n".join([*lines, f"of a rank at pipeline position {rank}, which communicates most; whole tensors"])
+
+
+def behind(config: Config) -> tuple[int, int, int]:
+    """Steps, samples and tokens before a run with checkpoint.continue_from; none where that cannot be read."""
+    if config.checkpoint.continue_from is None:
+        return 0, 0, 0
+    from megallama.checkpoint.folder import begun  # and torch, which no other plan needs
+
+    return begun(config)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,11 +74,10 @@ def explain(train: TrainDataset, tokenizer: Tokenizer | None, numbers: Sequence[
 
 def ledger_of(config: Config) -> dict[str, Any]:
     """The counters of the newest checkpoint, where it has any."""
-    folder = Path(config.checkpoint.folder or "")
-    with suppress(OSError, ValueError, KeyError):
-        newest = folder / (folder / "latest").read_text("utf-8").strip() / "manifest.json"
-        return dict(json.loads(newest.read_text("utf-8"))["counters"])
-    return {}
+    from megallama.checkpoint.folder import before  # and torch
+
+    saved = before(config.changed(checkpoint={"continue_from": None, "resume": "auto"}))
+    return saved.counters if saved else {}
 
 
 def numbers_of(
@@ -154,6 +152,8 @@ def run(argv: Sequence[str]) -> None:
         raise ConfigError(f"ranks={counts[-1]} is no number of ranks; write for example ranks=8")
     ranks = int(counts[-1]) if counts else None
     config = load(Path(named[0]), [word for word in args.words if word not in named], ranks=ranks)
+    if config.train.phases:
+        raise ConfigError("explain knows no train.phases; write one as sections, with checkpoint.continue_from")
     train = open_sources(config).train
     if not isinstance(train, TrainDataset):
         raise ConfigError("data.synthetic=true makes samples of random tokens: there are no documents to explain")
@@ -164,10 +164,9 @@ def run(argv: Sequence[str]) -> None:
     if ledger.get("left_out") or config.checkpoint.continue_from:
         train.resume(ledger, ledger["step"], ledger["samples"])
     numbers = numbers_of(config, step, ranks, args.rank, args.micro_batch, ledger)
-    if args.sample is not None:
-        if args.sample not in numbers:
-            raise ConfigError(f"--sample {args.sample} is not in step {step}: {numbers[0]} to {numbers[-1]}")
-        numbers = [args.sample]
+    if args.sample is not None and args.sample not in numbers:
+        raise ConfigError(f"--sample {args.sample} is not in step {step}: {numbers[0]} to {numbers[-1]}")
+    numbers = numbers if args.sample is None else [args.sample]
     samples = explain(train, tokenizer, numbers)
     cp, together = config.parallel.cp, min(len(numbers), config.batch.micro_batch_size)
     starts = train.read(numbers).starts if cp > 1 and exchange(config)[0] == "gather" else None
@@ -177,7 +176,6 @@ def run(argv: Sequence[str]) -> None:
         return
     print(f"step {step}: {counted(len(samples), 'sample')} of {counted(config.batch.seq_length, 'token')}")
     if balance:
-        shares = "{:.2f}, in the worst micro-batch {:.2f}".format(*balance.values())
-        print(f"attention of the busiest cp rank over their mean: {shares}")
-    for sample in samples:
-        print(show(sample, tokens=args.tokens, most=args.chars))
+        whole, worst = balance.values()
+        print(f"attention of the busiest cp rank over their mean: {whole:.2f}, in the worst micro-batch {worst:.2f}")
+    print(*(show(sample, tokens=args.tokens, most=args.chars) for sample in samples), sep="\n")

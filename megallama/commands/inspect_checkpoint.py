@@ -48,7 +48,7 @@ def describe(folder: Path, saved: manifest.Manifest) -> None:
 
 def verify(folder: Path, saved: manifest.Manifest) -> int:
     """Check every block; prints each damaged one. Returns 1 if any is."""
-    num_problems, damaged = 0, []
+    damaged: list[str] = []  # files, one for each problem
     for kind in ("model", *STATE):
         reader.open_state(folder, saved, kind).close()  # the files are those of the architecture
     blocks = list(saved.blocks())
@@ -56,19 +56,18 @@ def verify(folder: Path, saved: manifest.Manifest) -> int:
         problems = reader.verify_blocks(folder, saved, [b for b in blocks if b[0] == name])
         lines = [f"DAMAGED: {problem}" for problem in problems] or [f"  verified  {name}"]
         print("\n".join(lines), flush=True)
-        num_problems += len(problems)
-        damaged += [name] * bool(problems)
-    print(f"{counted(len(blocks), 'block', ',')}, {counted(num_problems, 'problem')}")
+        damaged += [name] * len(problems)
+    print(f"{counted(len(blocks), 'block', ',')}, {counted(len(damaged), 'problem')}")
     if damaged and all(name.startswith("model/") for name in damaged):
         print("the training state is whole: a run resumes from it, and its next save writes model/ again")
-    return 1 if num_problems else 0
+    return 1 if damaged else 0
 
 
 def compare(folder: Path, saved: manifest.Manifest, other: Path) -> int:
     """Compare weights, and state if both have it, tensor by tensor. Returns 1 if anything differs."""
     theirs = manifest.read_manifest(other) if step_folder(other) == other else None
     foreign = open_source if foreign_kind(other) else reader.open_folder
-    first, different, total = None, 0, 0
+    different, total = list[str](), 0
     for kind in ("model", *(STATE if theirs else ())):
         with (
             reader.open_state(folder, saved, kind) as a,
@@ -77,10 +76,9 @@ def compare(folder: Path, saved: manifest.Manifest, other: Path) -> int:
             for name in sorted(a.places.keys() | b.places.keys()):
                 total += 1
                 if problem := _difference(a, b, name):
-                    different += 1
-                    first = first or f"{kind} {name}"
+                    different.append(f"{kind} {name}")
                     print(f"  {kind} {name}: {problem}")
-    print(f"{different} of {counted(total, 'tensor')} differ" + (f", the first is {first}" if first else ""))
+    print(f"{len(different)} of {counted(total, 'tensor')} differ", *different[:1], sep=", the first is ")
     return 1 if different else 0
 
 

@@ -18,11 +18,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from megallama.analysis.communication import collectives, communication_table
+from megallama.analysis.communication import behind, collectives, communication_table
 from megallama.commands.parser import Parser
 from megallama.config.errors import ConfigError, counted
 from megallama.config.load import load
-from megallama.forecast.forecast import CO2_KG_PER_KWH, GIB, PUE, Forecast, forecast, search, seconds_by_cause
+from megallama.forecast.forecast import CO2_KG_PER_KWH, GIB, PUE, Forecast, by_phase, phases, search, seconds_by_cause
 from megallama.forecast.hardware import load_hardware
 from megallama.plan.copies import copies
 from megallama.plan.plan import make_plan
@@ -53,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
     kernel = (args.kernel or ["flash3" if hardware.gpu.peak_tflops > 400 else "flash2"])[-1]
     if kernel not in hardware.kernels:
         raise ConfigError(f"kernel={kernel} is unknown; use {', '.join(hardware.kernels)}")
-    config = load(file, overrides, ranks=None if args.search else ranks, need_data=False)
+    config = load(file, overrides, ranks=None if args.search else ranks, need_data=False, begun=behind)
     if args.search:
         best, legal, too_large = search(config, ranks, hardware, kernel)
         on = hardware.name if args.hardware else f"{hardware.name} (assumed; hardware=KIND for others)"
@@ -65,15 +65,18 @@ def run(argv: Sequence[str]) -> int:
             share = f"MFU {few(100 * p.mfu_full, 1)}%, {max(f.peaks) / GIB:.1f} GiB"
             print(f"{number:>2}. {speed}, {share}\n    {settings_of(f)}\n    limited by {limits(f)}")
         return 0
-    outlook = forecast(made := make_plan(config, ranks), hardware, kernel)
+    found = by_phase(replace(make_plan(config, ranks), behind=behind(config)), hardware, kernel)
+    made = (outlook := max(found, key=lambda f: max(f.peaks))).plan
     if args.json:
-        print(json.dumps(as_dict(outlook) | {"hardware_assumed": not args.hardware}, indent=1))
+        each = {"phases": [as_dict(f) for f in found]} if len(found) > 1 else {}
+        print(json.dumps(as_dict(outlook) | {"hardware_assumed": not args.hardware} | each, indent=1))
     else:
         table = communication_table(made.config, made.topology, made.stages, made.schedule)
         table = table if ranks > 1 else "one rank communicates nothing"
         whose = "GPUs" if args.hardware else "GPUs are assumed; hardware=KIND plans for others"
         print(f"hardware   {hardware.name} {whose}. This machine is not looked at")
-        print("\n\n".join((str(made), table, text(outlook))))
+        first = phases(found) + "\n\n" if config.train.phases else ""
+        print(first + "\n\n".join((str(made), table, text(outlook))))
     return 0
 
 
@@ -178,14 +181,15 @@ def data(file: Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
     config = load(file, overrides)
     if config.data.synthetic:
         raise ConfigError("data.synthetic=true takes nothing from any source; write data.train")
+    if config.train.phases:
+        raise ConfigError("--data knows no train.phases; write one as sections, with checkpoint.continue_from")
     rows, firsts = source_shares(config)
     if as_json:
         print(json.dumps({"phases": firsts, "sources": [asdict(row) for row in rows]}))
         return 0
-    b, steps = config.batch, config.train.steps
-    samples = b.samples_after(steps)
-    phases = [f"share from step {n:,}" for n in firsts]
-    lines = [["source", "tokens", *phases, "used tokens", "epochs", "max", "last step"]]
+    samples = (b := config.batch).samples_after(steps := config.train.steps)
+    titles = [f"share from step {n:,}" for n in firsts]
+    lines = [["source", "tokens", *titles, "used tokens", "epochs", "max", "last step"]]
     for row in rows:
         size = f"{row.tokens:,}{'' if row.measured else '*'}"
         shares = [f"{100 * share:.2f} %" for share in row.shares]
@@ -198,8 +202,7 @@ def data(file: Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
         out.append("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip())
     if not all(row.measured for row in rows):
         out += ["", "* num_tokens of the configuration; the files are not here"]
-    ends = [row.last_step for row in rows if row.last_step is not None]
-    if ends:
+    if ends := [row.last_step for row in rows if row.last_step is not None]:
         what = "refused" if config.data.on_exhausted == "error" else f"over after step {min(ends):,}"
         out += ["", f'with data.on_exhausted="{config.data.on_exhausted}" this run is {what}']
     print(*out, sep="\n")

@@ -55,7 +55,7 @@ def literal(value: Any) -> str:
     if value is None:
         return '"none"'
     if isinstance(value, BaseModel):
-        value = {k: v for k, v in value.model_dump().items() if v is not None}
+        value = value.model_dump(exclude_none=True)
     if isinstance(value, Mapping):
         names = {k: k if re.fullmatch("[A-Za-z0-9_-]+", k) else literal(k) for k in value}
         return "{" + ", ".join(f"{names[k]} = {literal(v)}" for k, v in value.items()) + "}"

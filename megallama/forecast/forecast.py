@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from math import log2
 
 from megallama.config.errors import ConfigError
@@ -21,7 +21,7 @@ from megallama.forecast.job import Job, candidates, config_of, job_of, peaks_in_
 from megallama.plan.exchange import local_heads
 from megallama.plan.memory import DTYPE_BYTES, tokens_and_rows
 from megallama.plan.params import heads
-from megallama.plan.plan import Plan, make_plan
+from megallama.plan.plan import Plan, make_plan, table
 from megallama.plan.timeline import Report, StageCost, simulate
 
 GIB = 2**30
@@ -193,19 +193,39 @@ class Forecast:
     days: float
 
 
-def forecast(plan: Plan, hardware: Hardware, kernel: str) -> Forecast:
-    """Price a plan, the pipeline by the events of its own schedule."""
+def forecast(plan: Plan, hardware: Hardware, kernel: str, tokens: int = 0) -> Forecast:
+    """Price a plan, the pipeline by the events of its own schedule; `tokens`: of the run, default those ahead."""
     job = replace(job_of(plan.config, plan.topology, kernel, plan.stages), owners=plan.schedule.owners)
     prediction = predict(job, hardware, lambda _, costs, hop: simulate(plan.schedule, costs, hop).makespan)
     price, buffers = Pricer(job, hardware), buffer_bytes(plan.config, hardware)
     peaks = tuple(plan.memory(rank).total + buffers for rank in range(job.pp))
-    tokens = plan.config.batch.samples_after(plan.config.train.steps) * plan.config.batch.seq_length
+    tokens = tokens or plan.tokens
     gpu_hours = tokens / prediction.tokens_per_second / 3600
     return Forecast(
         plan, hardware, job, prediction, simulate(plan.schedule, price.stages(), price.hop()), buffers,
         peaks, max(peaks) <= prediction.memory_limit, tokens, gpu_hours,
         *footprint(gpu_hours, hardware.gpu.watts), gpu_hours / job.gpus / 24,
     )  # fmt: skip
+
+
+def by_phase(plan: Plan, hardware: Hardware, kernel: str) -> list[Forecast]:
+    """Of each phase ahead, with its own tokens; of a run without phases the one of the plan."""
+    train, (step, _, read) = plan.config.train, plan.behind
+    made = [b - a for a, b in pairwise([step, *train.phase_ends(step, read)])][-len(plan.phases(read)) :]
+    tokens = [steps * phase.step_tokens for steps, phase in zip(made, train.phases[-len(made) :], strict=True)]
+    plans = [replace(own, behind=plan.behind) for own in plan.phases(read)]
+    return [forecast(own, hardware, kernel, n) for own, n in zip(plans, tokens or [0], strict=True)]
+
+
+def phases(found: Sequence[Forecast]) -> str:
+    """What differs between them, a line each, and their days; below stands the one that takes most memory."""
+    rows = [["until token", "samples", "of tokens", "rope_theta", "peak GiB", "s/step", "tokens/s per GPU", "days"]]
+    for phase, f in zip(found[0].plan.config.train.phases[-len(found) :], found, strict=True):
+        p, said = f.prediction, [f"{phase.until_tokens:,}", str(phase.global_batch_size), f"{phase.seq_length:,}"]
+        said += [f"{phase.rope_theta:g}", f"{max(f.peaks) / GIB:.2f}", f"{p.step_seconds:.3g}"]
+        rows.append([*said, f"{p.tokens_per_second:,.0f}", f"{f.days:,.3g}"])
+    days = f"{sum(f.days for f in found):,.3g} days in all; what follows is of the phase that takes most memory"
+    return f"{table(rows[0], rows[1:])}\n{days}"
 
 
 def search(config: Config, ranks: int, hardware: Hardware, kernel: str) -> tuple[list[Forecast], int, int]:

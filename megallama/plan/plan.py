@@ -25,6 +25,7 @@ class Plan:
     topology: Topology
     stages: Stages  # layer numbers of each stage, in model order
     schedule: Schedule  # of the first replica in a step with the full global batch, lowered and checked
+    behind: tuple[int, int, int] = (0, 0, 0)  # steps made before, their samples and tokens
     _schedules: dict[tuple[bool, int], Schedule] = field(default_factory=dict, repr=False, compare=False)
 
     def schedule_for(self, num_microbatches: int, *, training: bool = True) -> Schedule:
@@ -35,6 +36,14 @@ class Plan:
             built = build_schedule(self.config.parallel, n) if training else build_forward(self.schedule, n)
             self._schedules[key] = built
         return self._schedules[key]
+
+    @property
+    def tokens(self) -> int:
+        """That are yet to be read."""
+        train, b, (steps, samples, read) = self.config.train, self.config.batch, self.behind
+        if train.phases:
+            return max(0, train.phases[-1].until_tokens - read)
+        return (b.samples_after(train.steps, steps, samples) - samples) * b.seq_length
 
     def phases(self, tokens: int = 0) -> list[Plan]:
         """Of each phase of the run that lies ahead where so many tokens are read; without phases this one alone."""
@@ -107,8 +116,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     if len(b.sizes) > 1:
         ramp = counted(b.ramp_samples or 0, "sequence", ",")
         yield "", f"grows from {b.ramp_start} by {b.ramp_increment} over the first {ramp}"
-    tokens = b.samples_after(config.train.steps) * b.seq_length
-    yield "run", f"{counted(config.train.steps, 'step', ',')}, {counted(tokens, 'token', ',')}"
+    tokens, made = plan.tokens, f", {plan.behind[0]:,} of them made; ahead" if plan.behind[0] else ","
+    yield "run", f"{counted(config.train.steps, 'step', ',')}{made} {counted(tokens, 'token', ',')}"
     work = training_flops(m, b.seq_length, causal=True)
     each = f"{work / 1e9:,.3f}" if work >= 1e9 else f"{work / 1e9:.4g}"
     yield "work", f"{each} GFLOP per token (causal attention); {work * tokens:.3g} FLOP in all"
@@ -129,7 +138,7 @@ def _stage_table(plan: Plan) -> str:
         which = f"{layers[0]}-{layers[-1]} ({len(layers)})" if layers else "none"
         share = f"{costs[number] / sum(costs):.1%}"
         rows.append([str(number), str(plan.schedule.owners[number]), which, f"{parameters:,}", share])
-    return _table(["stage", "rank", "layers", "parameters", "share of work"], rows)
+    return table(["stage", "rank", "layers", "parameters", "share of work"], rows)
 
 
 def _memory_table(plan: Plan) -> str:
@@ -140,10 +149,10 @@ def _memory_table(plan: Plan) -> str:
         cells = [f"{v / unit:.2f}" for v in (m.weights, m.main_grads, m.optimizer, m.activations, m.logits, m.total)]
         rows.append([str(rank), *cells[:3], str(plan.schedule.peak_in_flight(rank)), *cells[3:]])
     head = ["pipeline rank", "weights", "main grads", "optimizer", "in flight", "activations", "logits", "total"]
-    return _table(head, rows) + f"\n{name} per rank; communication and work buffers come on top"
+    return table(head, rows) + f"\n{name} per rank; communication and work buffers come on top"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     """Columns aligned right; of more than 20 rows the middle ones are left out."""
     if len(rows) > 20:
         rows = [*rows[:9], ["..."] * len(head), *rows[-10:]]

@@ -93,17 +93,13 @@ def with_end(setup: Setup) -> Setup:
     last, why = on_all(setup.world, "data", lambda: end_of_data(config, setup.data, number, *at))
     if why:
         setup.log.info(f"the data end after step {last} of {config.train.steps}: {why}")
-    follows = number + 1 < len(config.train.phases)
-    return replace(setup, last_step=last, goes_on=follows and not why)
+    return replace(setup, last_step=last, goes_on=not why and number + 1 < len(config.train.phases))
 
 
 def end_of_data(
     config: Config, data: Data, number: int = 0, step: int = 0, samples: int = 0, tokens: int = 0
 ) -> tuple[int, str]:
-    """The last step of phase `number` for which there are data, and why there are none for more.
-
-    step, samples, tokens: made, and read. Raises: DataError, also if phases behind it lack data.
-    """
+    """The last step of a phase that has data, and why no more. Raises: DataError, also if those behind it lack data."""
     ends, found = config.train.phase_ends(step, tokens) or [config.train.steps], list[tuple[int, str]]()
     for n, end in enumerate(ends[number:], number):
         train = isinstance(data.train, TrainDataset) and data.train

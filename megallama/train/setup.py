@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -43,7 +43,6 @@ from megallama.train.step import Task
 from megallama.train.supervised import introduce
 from megallama.train.trace import StepTracer
 
-T = TypeVar("T")
 GIB = 2**30
 USED = 0.5  # of the memory at hand: as much as a plan may take without having been asked for
 RankNeeds = tuple[str, int, int, dict[str, int]]  # host, bytes: certain, by estimate, `room`

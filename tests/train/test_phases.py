@@ -13,6 +13,7 @@ import pytest
 from megallama.cli import command
 from megallama.data.writer import IndexedWriter
 from tests.pool import Pool
+from tests.small import MODEL
 from tests.train.runs import curve, records, state_files
 from tests.train.test_continued import RUN, counters, sections, step
 from tests.train.test_continued import files as two_sources
@@ -163,3 +164,30 @@ def test_phases_ahead_may_change_and_past_ones_not(pool: Pool, tmp_path: Path, f
     ):
         shutil.copytree(tmp_path / "run", tmp_path / name)
         assert outcome(train, name) == (0, end)
+
+
+def test_plan_and_dry_run_know_phases_and_where_a_run_goes_on(
+    pool: Pool, tmp_path: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of 3 steps of 128 tokens is gone on from: by the plan of one with 7 steps, and by that of one in phases."""
+    pool.run(1, RUN, str(tmp_path / "first"), in_phases(files, train={"stop_after_steps": 3}))
+    model = [f"model.{name}={value}" for name, value in MODEL.items()]
+    batch = ["batch.global_batch_size=8", "batch.micro_batch_size=1", "batch.seq_length=16", "precision.dtype=fp32"]
+    words = ["ranks=2", *model, *batch, f"data.train={files['web']}"]
+    other = f"checkpoint.continue_from={step(tmp_path / 'first', 3)}"
+    phases = "train.phases=[{until_tokens=300},{until_tokens=650,seq_length=40,global_batch_size=4}]"
+
+    def said(command_name: str, *more: str) -> str:
+        assert command(command_name)([*words, *more]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "run 7 steps, 896 tokens work" in said("plan", "train.tokens=896")
+    assert "run 7 steps, 3 of them made; ahead 512 tokens work" in said("plan", "train.tokens=896", other)
+    assert "run 7 steps, 3 of them made; ahead 512 tokens work" in said("plan", "train.steps=7", other)
+    assert json.loads(said("plan", "train.steps=7", other, "--json"))["tokens"] == 512
+    out = said("plan", phases)
+    assert " 300 8 16 10000 " in out and " 650 4 40 10000 " in out and "batch 4 sequences x 40 = 160 tokens" in out
+    both = json.loads(said("plan", phases, "--json"))["phases"]
+    assert [p["tokens"] for p in both] == [384, 320]
+    assert [p["tokens"] for p in [json.loads(said("plan", phases, other, "--json"))]] == [320]
+    assert ", skipped step 3, in every phase proved" in said("dryrun", phases)
