@@ -148,7 +148,8 @@ def test_an_example_of_long_contexts_is_what_its_heading_says(length: int) -> No
     name, h100 = f"llama3_8b_{length // 1024}k.toml", load_hardware("h100")
     heading = (EXAMPLES / name).read_text().partition("[model]")[0]
     heading = " ".join(line.lstrip("# ") for line in heading.splitlines())
-    config = load(EXAMPLES / name, (), ranks=128)
+    config = load(EXAMPLES / name, (), ranks=128).at(-1)  # of several phases the last
+    assert {phase.step_tokens for phase in config.train.phases} <= {4 * 2**20}
     assert config.batch.global_batch_size * config.batch.seq_length == 4 * 2**20 and config.data.document_mask
     f = forecast(make_plan(config, 128), h100, "flash3")
     assert f.fits and f"{f.prediction.tokens_per_second:,.0f} tokens/s per GPU" in heading
