@@ -25,7 +25,7 @@ from megallama.checkpoint import manager as manager_module
 from megallama.checkpoint import manifest, writer
 from megallama.checkpoint.disk import CheckpointError
 from megallama.checkpoint.folder import FolderLock
-from megallama.checkpoint.manager import _touching
+from megallama.checkpoint.manager import _touching, pieces
 from megallama.checkpoint.reader import verify_blocks
 from megallama.checkpoint.writer import NotFiniteError
 from megallama.comm.group import Group
@@ -750,3 +750,18 @@ def test_a_job_whose_folder_was_taken_over_does_not_write(tmp_path) -> None:
         manager.save(1, solo_shards(STATE), {})
     manager.release()
     assert [p.name for p in tmp_path.iterdir()] == ["lock"]
+
+
+PIECES: list[tuple[list[int], list[tuple[int, int]]]] = [
+    ([], []),
+    ([64], [(64, 1)]),
+    ([65], [(128, 1)]),
+    ([33, 31, 2], [(128, 3)]),
+    ([1] * 9, [(8, 8), (1, 1)]),
+    ([8, *[5] * 20], [(64, 12), (64, 9)]),
+]
+
+
+@pytest.mark.parametrize(("sizes", "want"), PIECES, ids=str)
+def test_pieces_of_page_locked_memory_are_powers_of_two(sizes: list[int], want: list[tuple[int, int]]) -> None:
+    assert [*pieces(sizes)] == want

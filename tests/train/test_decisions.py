@@ -430,3 +430,15 @@ def test_copies_in_memory_hold_what_this_rank_needs_and_are_not_made_where_there
     assert set_up._memory_copies(config, world, worker, log) is None  # type: ignore[arg-type]
     world.record = asked
     assert set_up._memory_copies(small_config(checkpoint={"memory_interval": 0}), world, worker, log) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rank", "left"), [(0, False), (1, True)], ids=["rank 0", "rank 1"])
+def test_a_start_without_copies_voids_those_of_earlier_starts(tmp_path: Path, rank: int, left: bool) -> None:
+    """Rank 0 does, and once: the folder is everybody's."""
+    chain = tmp_path / "memory"
+    chain.write_text("x")
+    manager, world = SimpleNamespace(chain=chain), SimpleNamespace(rank=rank)
+    setup: Any = SimpleNamespace(copies=None, world=world, manager=manager, config=small_config())
+    for rollback in (False, True):  # the second time nothing is there, which is no error
+        assert set_up._from_memory(setup, rollback=rollback) is None
+        assert chain.exists() == left
