@@ -84,6 +84,33 @@ def test_a_rank_that_holds_only_padding_takes_no_part() -> None:
         assert padding == 0.0
 
 
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("chunk", [3, 1000])
+def test_a_label_is_scored_as_by_torch_wherever_its_logit_lies(tp: int, chunk: int) -> None:
+    """log p and whether it is the likeliest; 5 ids: of four ranks one holds padding alone. Also of equal logits."""
+    sizes = {"model": {"vocab_size": 5, "init_std": 0.3}, "memory": {"loss_chunk_tokens": chunk}}
+    hidden, _, _ = batch(5)
+    hidden[0] = 0.0  # all ids are as likely: the first is meant
+    at = torch.arange(0, TOKENS, 3)
+    normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-5)
+
+    def body(rank: Worker) -> tuple[torch.Tensor, torch.Tensor]:
+        head = rank.stages[0].head
+        assert head is not None
+        with torch.no_grad():
+            scores = [head.score(hidden, None, at, torch.full_like(at, label)) for label in range(5)]
+        return torch.stack(scores), head.param.data[: head.valid]
+
+    config = small_config(**sizes, parallel={"tp": tp, "sequence_parallel": False})
+    found = on_threads(config, tp, body)
+    logits = normed[at] @ torch.cat([weight for _, weight in found]).t()
+    likeliest = F.one_hot(logits.argmax(1), 5)
+    assert likeliest[0, 0] == 1 and (likeliest.sum(0) > 0).sum() >= 3
+    for scores, _ in found:
+        assert torch.allclose(scores[:, 0], logits.log_softmax(1).t(), rtol=0, atol=1e-12)
+        assert torch.equal(scores[:, 1], likeliest.t().to(scores.dtype))
+
+
 class _LargestTensor(TorchDispatchMode):
     """The most rows of [rows, columns] tensors that any operation makes, by number format."""
 

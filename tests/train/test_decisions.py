@@ -198,6 +198,7 @@ def loop(step: int = 0, **sections: dict[str, Any]) -> tuple[Any, Lines]:
     data = SimpleNamespace(valid=["v"], test=["t"])
     made.setup = SimpleNamespace(
         last_step=20,
+        goes_on=False,
         data=data,
         tasks=["k"],
         copies=None,
@@ -248,6 +249,8 @@ def test_evaluations_are_due_at_their_interval_and_at_the_end() -> None:
     assert due(20) == [("valid", "v"), *end]
     made.setup.last_step = 18
     assert due(18) == [("valid", "v"), *end] and due(19) == []
+    made.setup.goes_on = True
+    assert due(18) == [("valid", "v")], "of a phase that is not the last"
     made, _ = loop(20)
     assert made._due() == end, "without an interval only tasks and the test set"
     made, _ = loop(eval={"interval": 10, "tasks_interval": 4})
@@ -345,17 +348,16 @@ def test_going_back_is_counted_and_leaves_the_samples_between_out(monkeypatch: p
     progress, untils = Progress(config), list[int | None]()
     progress.step, progress.samples, progress.first_step = 24, 192, 22
 
-    def restore(setup: Any, until: int | None = None) -> int:
+    def restore(setup: Any, until: int | None = None) -> Any:
         untils.append(until)
         progress.step, progress.left_out, progress.samples = 20, {"20": 48}, 208
-        return 19
+        return SimpleNamespace(last_step=19, log=setup.log)
 
     monkeypatch.setattr(set_up, "_restore", restore)
-    monkeypatch.setattr(set_up, "replace", lambda setup, last_step: last_step)
     setup: Any = SimpleNamespace(
         config=config, progress=progress, log=log, worker=SimpleNamespace(optimizer=SimpleNamespace(wait=lambda: None))
     )
-    assert set_up.go_back(setup) == 19 and untils == [208]
+    assert set_up.go_back(setup).last_step == 19 and untils == [208]
     assert (progress.rollbacks, progress.first_step) == (1, 20), "steps from there on are this start's"
     assert log.said == [
         "warning: step 24 is undone (rollback 1 of at most 3): the run goes on after step 20; "
