@@ -435,16 +435,15 @@ class Config(Section):
         """With other values of some settings, by section and name; they are not checked."""
         return self.model_copy(update={s: getattr(self, s).model_copy(update=new) for s, new in sections.items()})
 
-    def filled(self, anew: bool = False) -> Config:
-        """With all that phases leave to the sections; `anew`: with nothing but that."""
+    def filled(self) -> Config:
+        """With all that phases leave to the sections."""
         base = {name: getattr(getattr(self, s), name) for s, names in IN_PHASES.items() for name in names}
         weights = {s.label: s.weight for s in self.data.train}
         phases = []
         for phase in self.train.phases:
-            own = {} if anew else {name: value for name in base if (value := getattr(phase, name)) is not None}
-            all_weights = weights | ({} if anew else phase.weights)
-            phases.append(phase.model_copy(update=base | own | {"weights": all_weights}))
-        return self.changed(train={"phases": tuple(phases)}) if phases else self
+            own = {name: value for name, value in phase if value is not None}
+            phases.append(phase.model_copy(update=base | own | {"weights": weights | phase.weights}))
+        return self.changed(train={"phases": tuple(phases)})
 
     def at(self, number: int) -> Config:
         """As phase `number`, from 0, has it; all its phases are filled. Without phases: as it is."""

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,11 +60,8 @@ class Reporter:
             log.info("MFU is not shown: the peak of this device is not known; run.peak_tflops may give it")
         else:
             log.info(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s per rank, counting causal attention")
-        steps, done, consumed = config.train.steps, self._progress.step, self._progress.samples
-        left = config.batch.samples_after(max(steps, done), done, consumed) - consumed
-        total = self._progress.tokens + left * config.batch.seq_length
-        if phases := config.train.phases:
-            total = self._progress.tokens + max(0, phases[-1].until_tokens - self._progress.tokens_read)
+        behind = self._progress.step, self._progress.samples, self._progress.tokens_read
+        total = self._progress.tokens + replace(plan, behind=behind).tokens
         causal, full = (training_flops(config.model, config.batch.seq_length, causal=c) for c in (True, False))
         self._meter = Meter(plan.topology.world_size, (causal, full), peak, total)
         timers.lap()

@@ -120,7 +120,7 @@ def phase_of(saved: Mapping[str, Any], config: Config) -> int:
 def check_past(saved: Mapping[str, Any], config: Config, number: int) -> None:
     """That phase `number`, under way, and those before it are as in the checkpoint. Raises: ConfigError."""
     was = Config.model_validate(saved)
-    was = was if was.train.phases else was.changed(train={"phases": config.train.phases[:1]}).filled(anew=True)
+    was = was if was.train.phases else was.changed(train={"phases": (PhaseConfig(until_tokens=1),)}).filled()
     both = (c.train.phases[: number + 1] for c in (was, config))
     for n, pair in enumerate(zip_longest(*both) if config.train.phases else ()):
         now = n == number and all(pair)  # its end and its batch may change

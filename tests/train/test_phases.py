@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megallama.cli import command
 from megallama.data.writer import IndexedWriter
+from megallama.train.step import ByPosition, by_position, evaluate_step
 from tests.pool import Pool
-from tests.small import MODEL
+from tests.small import MODEL, documents, micro_batches, small_config, solo_rank, tokens
 from tests.train.runs import curve, records, state_files
 from tests.train.test_continued import RUN, counters, sections, step
 from tests.train.test_continued import files as two_sources
@@ -79,7 +82,7 @@ def test_stopped_anywhere_it_is_the_run_that_never_stopped(
     same: dict[str, dict[str, Any]] = {"parallel": parallel, "precision": {"dtype": DTYPES[layout]}}
     ended = pool.run(ranks, RUN, str(runs[0]), in_phases(files, **same))
     assert [(a["status"], a["step"]) for a in ended] == [(0, STEPS)] * ranks
-    for made in (2, 1, 1):  # up to steps 2, 3 (where a phase ends) and 4
+    for made in (3, 1):  # up to step 3, where a phase ends, and to step 4
         stop = in_phases(files, **same, train={"stop_after_steps": made})
         assert {a["status"] for a in pool.run(ranks, RUN, str(runs[1]), stop)} == {75}
     pool.run(ranks, RUN, str(runs[1]), in_phases(files, **same))
@@ -159,7 +162,6 @@ def test_phases_ahead_may_change_and_past_ones_not(pool: Pool, tmp_path: Path, f
         assert outcome(train) == f"configuration: train.phases{words}; {use}"
     for name, train, end in (
         ("longer", changed(1, until_tokens=840), 7),  # 3 steps of 160 in place of 2, and then 1 of 128
-        ("shorter", changed(1, until_tokens=400), 7),  # it is over: 3 more of 128
         ("other", changed(2, seq_length=16, rope_theta=9.0), 9),
     ):
         shutil.copytree(tmp_path / "run", tmp_path / name)
@@ -191,3 +193,20 @@ def test_plan_and_dry_run_know_phases_and_where_a_run_goes_on(
     assert [p["tokens"] for p in both] == [384, 320]
     assert [p["tokens"] for p in [json.loads(said("plan", phases, other, "--json"))]] == [320]
     assert ", skipped step 3, in every phase proved" in said("dryrun", phases)
+
+
+def test_positions_count_from_the_start_of_a_document() -> None:
+    """The sums of each power of two, of the tokens that count; together they are the loss."""
+    config = small_config()
+    rank, data, starts = solo_rank(config), tokens(config, 1)[0], documents(config, 1)[0]
+    by = ByPosition(rank)
+    batches = [replace(batch, tell=by) for batch in micro_batches(rank, data, starts=starts)]
+    found = evaluate_step(rank, rank.plan.schedule_for(len(batches), training=False), batches)
+    begins = starts == torch.arange(16)
+    goes_on = ~torch.cat([begins[:, 1:], torch.zeros(8, 1).bool()], 1)
+    before = (torch.arange(16) - starts + 1)[goes_on]
+    want = [int(((before >= 2**b) & (before < 2 ** (b + 1))).sum()) for b in range(5)]
+    assert by.sums[1, :5].tolist() == want and want[0] > 0 and want[3] > 0
+    assert by.sums[1, 5:].sum() == 0 and sum(want) == found.tokens
+    assert float(by.sums[0].sum()) == pytest.approx(found.sums["loss"], rel=1e-12)
+    assert [*by_position(*by.sums.tolist())][:3] == ["1", "2-3", "4-7"]
