@@ -235,9 +235,12 @@ class Reference(Stage):
     def start(self) -> Apply:
         try:
             weights = np.load(self.model, mmap_mode="r")
+            if weights.ndim != 1 or weights[-1:].tolist() != [hashes_mark()]:
+                raise ValueError("its words were hashed in another way")
         except (OSError, ValueError) as error:
             why = f"reference.model: {self.model or 'it is not set'}: {error}"
             raise DataError(f"{why}; make it with --train from reference.positive and .negative") from None
+        weights = weights[:-1]
 
         def apply(document: Document) -> str:
             score = probability(weights, features(document.text, len(weights) - 1))
@@ -261,8 +264,13 @@ class Reference(Stage):
         right = sum((probability(weights, at) >= 0.5) == bool(label) for at, label in held)
         Path(self.model).parent.mkdir(parents=True, exist_ok=True)
         with open(self.model, "wb") as file:
-            np.save(file, weights)
+            np.save(file, np.append(weights, hashes_mark()))
         say(f"reference: {right} of {len(held)} held-out pages judged rightly, {len(trained)} trained on")
+
+
+def hashes_mark() -> np.float32:
+    """Stands behind the weights: it is another where words are hashed in another way."""
+    return np.float32(word_hashes("mark")[0] >> np.uint64(44))
 
 
 def features(text: str, size: int) -> np.ndarray:

@@ -150,6 +150,11 @@ def test_the_classifier_tells_reference_pages(tmp_path: Path) -> None:
     weights = Path(made.sources[0].stages[0].model).read_bytes()
     train(made, said.append)
     assert Path(made.sources[0].stages[0].model).read_bytes() == weights
+    file = Path(made.sources[0].stages[0].model)
+    for other in (np.load(file)[:-1], np.zeros((2, 2)), np.zeros(0)):  # of words that were hashed in another way
+        np.save(file, other)
+        with pytest.raises(DataError, match="hashed in another way; make it with --train from reference"):
+            made.sources[0].stages[0].start()
 
 
 @pytest.mark.parametrize("kind", ["perplexity", "reference"])
