@@ -20,6 +20,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 RANKS = {  # file -> ranks it is meant for
     "debug.toml": 1,
     "quickstart.toml": 4,
+    "long_context.toml": 1,
     "llama_7b.toml": 512,
     "llama_13b.toml": 1024,
     "llama_33b.toml": 2048,
