@@ -12,6 +12,7 @@ from megallama.evaluation.evaluate import evaluate
 from megallama.evaluation.harness import Request
 from tests.evaluation.test_evaluate import named_byte_tokenizer
 from tests.inference.test_generate import reference
+from tests.pool import Pool
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'megallama[eval]'")
 
@@ -85,3 +86,23 @@ def test_answers_are_generated(folder: Path) -> None:
     results, shown, _ = run(folder, "nq_open")
     assert results["items"]["nq_open"]["exact_match"] == [0.0] * len(GOALS)  # of random weights
     assert "LLaMA 65B" in shown[0]
+
+
+def test_a_training_measures_a_task_as_its_checkpoint_does(folder: Path, pool: Pool, tmp_path: Path) -> None:
+    settings = {
+        "data": {"synthetic": True, "tokenizer": str(folder / "model" / "tokenizer.json")},
+        "batch": {"seq_length": 128},
+        "train": {"steps": 2},
+        "checkpoint": {"interval": 2},
+        "eval": {"tasks": ["piqa"], "tasks_interval": 2, "task_data": str(folder / "data")},
+    }
+    (answer,) = pool.run(1, "tests.evaluation.in_training:run", str(tmp_path / "run"), settings)
+    assert answer.get("status") == 0, answer
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (record,) = [line for line in lines if line["kind"] == "task"]
+    step = tmp_path / "run" / "checkpoints" / "step-00000002"
+    asked = Request(step, tasks=("piqa",), task_data=folder / "data")
+    found = evaluate(asked, lambda text: None, lambda text: None)["results"]["piqa"]
+    assert {"acc", "acc_norm", "bits_per_byte"} <= set(record["metrics"])
+    assert record["metrics"] == pytest.approx({n: found[f"{n},none"] for n in record["metrics"]}, rel=1e-12)
+    assert record["items"] == len(GOALS)
