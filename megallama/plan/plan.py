@@ -120,7 +120,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "run", f"{counted(config.train.steps, 'step', ',')}{made} {counted(tokens, 'token', ',')}"
     work = training_flops(m, b.seq_length, causal=True)
     each = f"{work / 1e9:,.3f}" if work >= 1e9 else f"{work / 1e9:.4g}"
-    yield "work", f"{each} GFLOP per token (causal attention); {work * tokens:.3g} FLOP in all"
+    whole = " in this phase" if config.train.phases else f"; {work * tokens:.3g} FLOP in all"
+    yield "work", f"{each} GFLOP per token (causal attention){whole}"
     report = simulate(schedule, stage_costs(config, plan.stages))
     chunks = f", {p.chunks} chunks per rank" if p.chunks > 1 else ""
     yield "schedule", (

@@ -189,6 +189,7 @@ def test_plan_and_dry_run_know_phases_and_where_a_run_goes_on(
     assert json.loads(said("plan", "train.steps=7", other, "--json"))["tokens"] == 512
     out = said("plan", phases)
     assert " 300 8 16 10000 " in out and " 650 4 40 10000 " in out and "batch 4 sequences x 40 = 160 tokens" in out
+    assert "per token (causal attention) in this phase schedule" in out  # in all it would be the other's tokens too
     both = json.loads(said("plan", phases, "--json"))["phases"]
     assert [p["tokens"] for p in both] == [384, 320]
     assert [p["tokens"] for p in [json.loads(said("plan", phases, other, "--json"))]] == [320]
