@@ -31,6 +31,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file or folder, if the checkpoint has none")
     parser.add_argument("--seed", type=int, default=1234, help="of the choice of solved examples (1234)")
     parser.add_argument("--check-contamination", nargs="*", type=Path, help="n-grams in these (its training data)")
+    parser.add_argument("--allow-code", action="store_true", help="tasks may run what the model writes, with limits")
     parser.add_argument("--output", type=Path, help="write the results to this file, as JSON")
     args = parser.read(argv)
     from megallama.evaluation.evaluate import evaluate
@@ -42,8 +43,7 @@ def run(argv: Sequence[str]) -> None:
         files[:] = [file for file in files if str(file) not in words]
     if not words or "=" in words[0] and not Path(words[0]).exists():
         parser.error("name a checkpoint first: a run, a step folder or a Hugging Face folder")
-    given = {name: value for name, value in vars(args).items() if name not in ("words", "ranks")}
-    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    given = {n: tuple(v) if isinstance(v, list) else v for n, v in vars(args).items() if n not in ("words", "ranks")}
     tasks = tuple(filter(None, args.tasks.split(",")))
-    request = Request(Path(words[0]), tuple(words[1:]), **given | lists | {"tasks": tasks})
+    request = Request(Path(words[0]), tuple(words[1:]), **given | {"tasks": tasks})
     evaluate(request, lambda text: print(text, flush=True), lambda text: print(text, file=sys.stderr, flush=True))

@@ -24,6 +24,7 @@ from megallama.config.errors import ConfigError, DataError
 from megallama.config.schema import Config
 from megallama.data.sources import Data
 from megallama.data.tokenizer import Tokenizer
+from megallama.evaluation import code
 from megallama.evaluation.results import PAPER, Results, metrics_of, take
 from megallama.evaluation.scorer import Interrupted, Row, Score, Scorer
 from megallama.evaluation.texts import windows
@@ -142,6 +143,7 @@ class Request(NamedTuple):
     tokenizer: Path | None = None
     seed: int = 1234
     check_contamination: tuple[Path, ...] | None = None  # empty: the data that the model was trained on
+    allow_code: bool = False
     output: Path | None = None
 
     def check(self) -> dict[str, list[Item]]:
@@ -168,7 +170,8 @@ class Tasks:
     def __init__(self, request: Request, encoder: Encoder, say: Callable[[str], None]) -> None:
         self._request, self._encoder, self._say, self._items = request, encoder, say, request.check()
         self.asked: dict[str, list[list[str]]] = {}  # of what was run, the passages of each item
-        self._library, self._loaded = _library() if request.tasks else SimpleNamespace(), dict[str, list[Any]]()
+        self._library = _library(request.allow_code) if request.tasks else SimpleNamespace()
+        self._loaded = dict[str, list[Any]]()
 
     def run(self, results: Results, scorer: Scores, answers: Answers, only: str = "") -> None:
         """Add the results of all, or of one. Raises: MegallamaError; what of `llama1` cannot be had is only said."""
@@ -193,8 +196,8 @@ class Tasks:
     def _load(self, task: str) -> list[Any]:
         """What a name stands for. Raises: ConfigError; DataError."""
         paths, read = [entry.yaml_path for entry in _leaves(self._library.index, task)], self._library.read
-        if any(read(path, resolve_func=False).get("unsafe_code") for path in paths):
-            raise ConfigError(f"{task}: it runs the code that the model writes, which this command does not do")
+        if not self._request.allow_code and any(read(path, resolve_func=False).get("unsafe_code") for path in paths):
+            raise ConfigError(f"{task}: it runs the code that the model writes, if --allow-code says so")
         try:
             configs = [read(path) for path in paths]  # runs the task's own program
         except Exception as error:  # noqa: BLE001 - of any kind
@@ -209,6 +212,7 @@ class Tasks:
         request, encoder = self._request, self._encoder
         options: dict[str, Any] = dict.fromkeys(SEEDS, request.seed) | {"limit": request.limit, "verbosity": "ERROR"}
         options |= {"bootstrap_iters": 0, "log_samples": True, "num_fewshot": request.shots}
+        options["confirm_run_unsafe_code"] = request.allow_code
         found = self._library.evaluate(_adapter(self._library.LM, scorer, answers, encoder), tasks=[*tasks], **options)
         samples = [sample for name in found["samples"] for sample in found["samples"][name]]
         names = [n for n in samples[0]["metrics"] if all(isinstance(s.get(n), (int, float)) for s in samples)]
@@ -228,9 +232,12 @@ class Tasks:
         return values, next(iter(found["n-shot"].values())), text
 
 
-def _library() -> SimpleNamespace:
+def _library(allow_code: bool = False) -> SimpleNamespace:
     """What is used of lm-evaluation-harness, kept from the network. Raises: ConfigError."""
     try:
+        if allow_code:  # its tasks would load from the network what runs programs
+            metrics = importlib.import_module("evaluate").__dict__
+            metrics["load"] = partial(_metric, metrics["load"])
         importlib.import_module("datasets.config").__dict__["HF_DATASETS_OFFLINE"] = True
         importlib.import_module("huggingface_hub.constants").__dict__["HF_HUB_OFFLINE"] = True
         importlib.import_module("datasets").disable_progress_bars()
@@ -241,6 +248,10 @@ def _library() -> SimpleNamespace:
         raise ConfigError(f"tasks need lm-evaluation-harness 0.4.13 ({error}); {install}") from None
     found = {"LM": model.LM, "Task": task.ConfigurableTask, "read": loader.load_yaml}
     return SimpleNamespace(**found, index=tasks.TaskManager().task_index, evaluate=evaluator.simple_evaluate)
+
+
+def _metric(load: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
+    return SimpleNamespace(compute=code.compute) if name == "code_eval" else load(name, *args, **kwargs)
 
 
 def _leaves(index: dict[str, Any], task: str) -> list[Any]:

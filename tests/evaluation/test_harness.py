@@ -106,3 +106,31 @@ def test_a_training_measures_a_task_as_its_checkpoint_does(folder: Path, pool: P
     assert {"acc", "acc_norm", "bits_per_byte"} <= set(record["metrics"])
     assert record["metrics"] == pytest.approx({n: found[f"{n},none"] for n in record["metrics"]}, rel=1e-12)
     assert record["items"] == len(GOALS)
+
+
+def test_code_is_run_only_if_that_is_allowed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HumanEval's and MBPP's own definitions, on questions of ours, with answers that are known."""
+    from megallama.evaluation.evaluate import Opened
+
+    tests = ["assert add(2, 3) == 5", "assert add(0, 1) == 1", "assert add(-1, 1) == 0"]
+    prompt = "def add(a, b):\n"
+    question = {"prompt": prompt, "entry_point": "add", "test": f"def check(add):\n    {tests[0]}\n"}
+    rows = {
+        "openai_humaneval": [question] * 2,
+        "mbpp/full": [{"text": "Add.", "code": prompt, "test_list": tests}] * 2,
+    }
+    for place, lines in rows.items():
+        (data := folder / "code" / place / "test").mkdir(parents=True)
+        (data / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = Request(folder / "model", tasks=("humaneval", "mbpp"), task_data=folder / "code", shots=0)
+    with pytest.raises(ConfigError, match="humaneval: it runs the code that the model writes, if --allow-code says so"):
+        evaluate(asked, lambda text: None, lambda text: None)
+
+    def answers(self: Opened, asked: list, tokenizer: object) -> list[str]:
+        texts = [tokenizer.decode(ids) for ids, _, _ in asked]
+        bodies = ["    return a + b", "    return a * b"]
+        return [body if text.endswith(prompt) else prompt + body for text, body in zip(texts, bodies, strict=True)]
+
+    monkeypatch.setattr(Opened, "answers", answers)
+    found = evaluate(asked._replace(allow_code=True), lambda text: None, lambda text: None)
+    assert found["items"]["humaneval"]["pass@1"] == [1.0, 0.0] == found["items"]["mbpp"]["pass_at_1"]
