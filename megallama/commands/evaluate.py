@@ -43,7 +43,8 @@ def run(argv: Sequence[str]) -> None:
         files[:] = [file for file in files if str(file) not in words]
     if not words or "=" in words[0] and not Path(words[0]).exists():
         parser.error("name a checkpoint first: a run, a step folder or a Hugging Face folder")
-    given = {n: tuple(v) if isinstance(v, list) else v for n, v in vars(args).items() if n not in ("words", "ranks")}
+    given = {name: value for name, value in vars(args).items() if name not in ("words", "ranks")}
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     tasks = tuple(filter(None, args.tasks.split(",")))
-    request = Request(Path(words[0]), tuple(words[1:]), **given | {"tasks": tasks})
+    request = Request(Path(words[0]), tuple(words[1:]), **given | lists | {"tasks": tasks})
     evaluate(request, lambda text: print(text, flush=True), lambda text: print(text, file=sys.stderr, flush=True))

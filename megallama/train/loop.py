@@ -128,71 +128,77 @@ class TrainingLoop:
 
     def run(self) -> int:
         """Train until `train.steps` or until something asks to stop; the exit status."""
+        if self._leaves_at_once():
+            return SAVED
+        with gc_schedule(self._config.train.gc_interval) as collect_garbage:
+            self._missing, goes_on = self._never_made(), True
+            while goes_on:  # to the end of the run, or of its phase
+                config, progress = self._config, self.progress
+                with closing(Reporter(self.setup, self._timers)) as report, ExitStack() as loaders:
+                    self._catch_up = report.catch_up
+                    loader = loaders.enter_context(self._loader())
+                    stopped = self._evaluate(report)
+                    while progress.step < self.setup.last_step and stopped is None:
+                        result = self._one_step(loader)
+                        if self._watch.goes_back:
+                            loader.close()
+                            report.close()
+                            self.setup, self._watch.goes_back = go_back(self.setup), False
+                            report.open()
+                            loader = loaders.enter_context(self._loader())
+                            continue
+                        report.tokens += result.tokens
+                        self._world.bound(config.run.timeout_seconds)
+                        most, made = config.train.stop_after_steps, progress.step - progress.first_step
+                        enough = f"train.stop_after_steps={most} is reached"
+                        stopped = result.stop_reason or (enough if most is not None and made >= most else None)
+                        last = progress.step == self.setup.last_step
+                        if progress.step % config.log.interval == 0 or last or stopped or not result.applied:
+                            report.step(result, loader.wait_seconds)
+                        else:  # with all bits, for `megallama replay`
+                            numbers = f"loss {result.loss!r}, grad norm {result.grad_norm!r}"
+                            self._log.note(f"step {progress.step}: {numbers}")
+                        if result.applied:
+                            self._manager.starts.over()
+                        self._record_health(result)
+                        self._missing = self._due()
+                        self._save_if_due(leaving=last or stopped is not None)
+                        self._copy_if_due(report)
+                        stopped = stopped or self._evaluate(report)
+                        collect_garbage(progress.step)
+                goes_on = self.setup.goes_on and stopped is None
+                if goes_on:
+                    self._use(next_phase(self.setup))
+            return self._leave(report, stopped)
+
+    def _leaves_at_once(self) -> bool:
+        """Whether a rank was asked to stop while setting up; from here on the consensus of a step says who asks."""
         signals, group = self.setup.signals, self._world.group
         for rank, name in enumerate(group.gather_values(signals.last_call())):
             if name:
                 signals.leave(f"{name} on rank {rank}")
-                return SAVED
+                return True
         self._world.record.at(phase="between steps")
-        signals.phase = "training"  # from here on the consensus of a step says who asks to stop
-        progress = self.progress
-        with gc_schedule(self._config.train.gc_interval) as collect_garbage:
-            self._missing = self._never_made()
-            report, stopped = self._phase(collect_garbage)
-            while self.setup.goes_on and stopped is None:
-                self._use(next_phase(self.setup))
-                report, stopped = self._phase(collect_garbage)
-            self.setup.worker.optimizer.wait()  # no rank leaves while another one still receives its weights
-            self._save_unsaved()
-            self.setup.tracer.write()
-            more = progress.step < self.setup.last_step or self.setup.goes_on
-            unfinished = more or len(self._missing) > 0
-            signals.leaving(SAVED if unfinished else FINISHED)
+        signals.phase = "training"
+        return False
+
+    def _leave(self, report: Reporter, stopped: str | None) -> int:
+        """Save what is not saved, and say how to go on; the exit status."""
+        self.setup.worker.optimizer.wait()  # no rank leaves while another one still receives its weights
+        self._save_unsaved()
+        self.setup.tracer.write()
+        more = self.progress.step < self.setup.last_step or self.setup.goes_on
+        unfinished = more or len(self._missing) > 0
+        self.setup.signals.leaving(SAVED if unfinished else FINISHED)
         if unfinished:
             then = "continue" if more else "make the evaluations that are missing"
             again = f"start the same command again to {then}"
             if self._world.record.told("verdict"):  # the supervisors have asked
                 again = "all ranks start again"
-            self._log.info(f"stopped: {stopped}; saved at step {progress.step}, {again}")
+            self._log.info(f"stopped: {stopped}; saved at step {self.progress.step}, {again}")
             return SAVED
         report.finished()
         return FINISHED
-
-    def _phase(self, collect_garbage: Callable[[int], object]) -> tuple[Reporter, str | None]:
-        """Train to the end of the run, or of its phase; why all ranks stop before it."""
-        config, progress = self._config, self.progress
-        with closing(Reporter(self.setup, self._timers)) as report, ExitStack() as loaders:
-            self._catch_up = report.catch_up
-            loader = loaders.enter_context(self._loader())
-            stopped = self._evaluate(report)
-            while progress.step < self.setup.last_step and stopped is None:
-                result = self._one_step(loader)
-                if self._watch.goes_back:
-                    loader.close()
-                    report.close()
-                    self.setup, self._watch.goes_back = go_back(self.setup), False
-                    report.open()
-                    loader = loaders.enter_context(self._loader())
-                    continue
-                report.tokens += result.tokens
-                self._world.bound(config.run.timeout_seconds)
-                most, made = config.train.stop_after_steps, progress.step - progress.first_step
-                enough = f"train.stop_after_steps={most} is reached" if most is not None and made >= most else None
-                stopped = result.stop_reason or enough
-                last = progress.step == self.setup.last_step
-                if progress.step % config.log.interval == 0 or last or stopped or not result.applied:
-                    report.step(result, loader.wait_seconds)
-                else:  # with all bits, for `megallama replay`
-                    self._log.note(f"step {progress.step}: loss {result.loss!r}, grad norm {result.grad_norm!r}")
-                if result.applied:
-                    self._manager.starts.over()
-                self._record_health(result)
-                self._missing = self._due()
-                self._save_if_due(leaving=last or stopped is not None)
-                self._copy_if_due(report)
-                stopped = stopped or self._evaluate(report)
-                collect_garbage(progress.step)
-        return report, stopped
 
     def _one_step(self, loader: Loader) -> StepConsensus:
         config, progress, plan = self._config, self.progress, self.setup.plan

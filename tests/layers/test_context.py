@@ -10,11 +10,20 @@ from torch import Tensor
 
 from megallama.comm.group import Group
 from megallama.config.schema import Config
-from megallama.layers.batch import MicroBatch, spread
+from megallama.layers.batch import MicroBatch
 from megallama.layers.context import ContextParallel
 from megallama.plan.exchange import Share, exchange, kv_copies
 from tests.small import small_config
 from tests.threads import run_threads
+
+
+def spread(found: Tensor, share: Share) -> Tensor:
+    """Of this rank's tokens [.., b, s/cp] -> [.., b, s], with zeros where others have theirs."""
+    out = found.new_zeros(*found.shape[:-1], found.shape[-1] * share.size)
+    chunks = share.chunks(out.shape[-1])
+    for (a, b), part in zip(chunks, found.chunk(len(chunks), -1), strict=True):
+        out[..., a:b] = part
+    return out
 
 
 @pytest.mark.parametrize("cp", [1, 2, 3, 4, 8])

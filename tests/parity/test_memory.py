@@ -94,8 +94,8 @@ def what_context_parallelism_keeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[
         self.held = self.held if self.own else []
         return found
 
-    def noted(starts: Tensor, dtype: torch.dtype) -> Tensor:
-        found = mask(starts, dtype)
+    def noted(*arguments: Any) -> Tensor:
+        found = mask(*arguments)
         ignored.extend([found] * (hasattr(OF_THREAD, "kept") and OF_THREAD.kept.cut))
         return found
 
