@@ -197,7 +197,7 @@ class Tasks:
         """What a name stands for. Raises: ConfigError; DataError."""
         paths, read = [entry.yaml_path for entry in _leaves(self._library.index, task)], self._library.read
         if not self._request.allow_code and any(read(path, resolve_func=False).get("unsafe_code") for path in paths):
-            raise ConfigError(f"{task}: it runs the code that the model writes, if --allow-code says so")
+            raise ConfigError(f"{task}: it runs code that the model writes, as `megallama evaluate --allow-code` does")
         try:
             configs = [read(path) for path in paths]  # runs the task's own program
         except Exception as error:  # noqa: BLE001 - of any kind

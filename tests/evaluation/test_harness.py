@@ -64,7 +64,7 @@ def test_the_papers_set_says_what_it_leaves_out(folder: Path) -> None:
     left = results["left_out"]
     assert "has no boolq/boolq with train" in left["boolq"]
     assert "has no trivia_qa/rc.wikipedia.nocontext" in left["triviaqa"]
-    assert "runs the code that the model writes" in left["humaneval"]
+    assert "runs code that the model writes" in left["humaneval"]
     assert "has no allenai/real-toxicity-prompts" in left["realtoxicityprompts"]
     assert sum(line.startswith("left out: ") for line in said) == len(left) == 19
 
@@ -123,7 +123,7 @@ def test_code_is_run_only_if_that_is_allowed(folder: Path, monkeypatch: pytest.M
         (data := folder / "code" / place / "test").mkdir(parents=True)
         (data / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     asked = Request(folder / "model", tasks=("humaneval", "mbpp"), task_data=folder / "code", shots=0)
-    with pytest.raises(ConfigError, match="humaneval: it runs the code that the model writes, if --allow-code says so"):
+    with pytest.raises(ConfigError, match="humaneval: it runs code that the model writes, as `megallama evaluate --"):
         evaluate(asked, lambda text: None, lambda text: None)
 
     def answers(self: Opened, asked: list, tokenizer: object) -> list[str]:
