@@ -21,7 +21,7 @@ MEMORY, FILE = 2**30, 2**20  # bytes: of the process, of each file
 CLOCK = 6  # times the CPU seconds, if it sleeps
 PASSED = 42  # the status after the last line of a program, which one that exits has not
 NEW_USER, NEW_NET = 0x10000000, 0x40000000  # of unshare(2)
-NOBODY = 65534
+NOBODY, PARENT_DEATH = 65534, 1  # of prctl(2)
 
 
 def compute(references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)) -> Any:
@@ -59,6 +59,7 @@ def confine(seconds: int) -> None:
     if root:  # whom the limit of processes does not bind: another real user, without capabilities
         os.setresuid(NOBODY, 0, 0)
         libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+    libc.prctl(PARENT_DEATH, signal.SIGKILL)  # after the changes of identity, which would undo it
 
 
 if __name__ == "__main__":

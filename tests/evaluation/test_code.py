@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -49,6 +51,28 @@ def test_what_does_not_come_to_its_end_does_not(name: str) -> None:
 def test_what_sleeps_is_ended(tmp_path: Path) -> None:
     assert not passes(f"import time\ntime.sleep(9)\nopen({str(tmp_path / 'late')!r}, 'w')", seconds=1)
     assert not (tmp_path / "late").exists()
+
+
+def runs(pid: str) -> bool:
+    """Whether there is such a process, and it is not dead and only waited for by nobody."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_a_program_does_not_outlive_who_started_it(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    program = f"import os, time\nopen({str(note)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    starter = f"from megallama.evaluation.code import passes; passes({program!r}, 30)"
+    with subprocess.Popen([sys.executable, "-c", starter], cwd=Path(__file__).parents[2]) as process:
+        until = time.monotonic() + 30
+        while not (note.exists() and note.read_text()) and time.monotonic() < until:
+            time.sleep(0.05)
+        process.kill()
+    while runs(note.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not runs(note.read_text())
 
 
 def test_the_network_is_out_of_reach() -> None:
