@@ -128,7 +128,7 @@ def resolve(config: Config, begun: Callable[[Config], Begun] = lambda config: NO
 
 
 def planned(config: Config) -> Config:
-    """ "auto" as a plan has it, which may be made on another machine than the run."""
+    """With what "auto" is in a plan, which may be made on another machine than the run."""
     dtype, compiled = config.precision.dtype, config.run.compile
     new: dict[str, dict[str, Any]] = {"precision": {"dtype": "bf16"}} if dtype == "auto" else {}
     return config.changed(**new | ({"run": {"compile": False}} if compiled == "auto" else {}))
