@@ -7,6 +7,7 @@ import gzip
 import html
 import re
 import sqlite3
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import groupby
@@ -29,7 +30,8 @@ def _elements(file: str, name: str, bad: Callable[[str], None]) -> Iterator[tupl
                 if event == "end" and element.tag.rpartition("}")[2] == name:
                     yield element, raw.tell()
                     root.clear()
-        except (ElementTree.ParseError, EOFError, gzip.BadGzipFile) as error:
+        # of the encoding that it says, LookupError or ValueError
+        except (ElementTree.ParseError, EOFError, gzip.BadGzipFile, zlib.error, LookupError, ValueError) as error:
             bad(f"cannot be read on: not valid XML ({error})")
 
 
@@ -58,11 +60,9 @@ def stackexchange(file: str, max_bytes: int, bad: Callable[[str], None]) -> Iter
             try:
                 post, score = int(row.get("Id", "")), int(row.get("Score", "0"))
                 question = post if kind == "1" else int(row.get("ParentId", ""))
-            except ValueError:
-                kind = None
-            if kind in ("1", "2"):
-                store.execute("INSERT INTO post VALUES (?, ?, ?, ?, ?)", (question, int(kind), score, post, text))
-            else:
+                values = question, {"1": 1, "2": 2}[kind], score, post, text
+                store.execute("INSERT INTO post VALUES (?, ?, ?, ?, ?)", values)
+            except (KeyError, ValueError, OverflowError):  # a number may have more than 64 bits
                 bad("neither question nor answer")
         posts = store.execute("SELECT * FROM post ORDER BY question, kind, -score, id")
         for question, rows in groupby(posts, key=lambda row: row[0]):

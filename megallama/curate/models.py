@@ -196,6 +196,7 @@ class Perplexity(Stage):
         percentiles = np.percentile(values, np.arange(101)).round(3).tolist()
         folder = Path(self.model)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model.json").unlink(missing_ok=True)  # the last that is written: no model is half another
         (folder / "pieces.model").write_bytes(model.getvalue())
         for name in ("keys", "logp", "backoff"):
             np.save(folder / f"{name}.npy", getattr(table, name))

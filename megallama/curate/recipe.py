@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from megallama.config.describe import literal
-from megallama.config.errors import ConfigError
+from megallama.config.errors import ConfigError, DataError
 from megallama.config.load import read_toml
 from megallama.config.schema import Section, option
 from megallama.curate.contamination import Contamination
@@ -104,4 +104,6 @@ def _problem(error: Any) -> str:
 def train(recipe: Recipe, say: Callable[[str], None]) -> None:
     """Train the models of all stages. Raises: DataError."""
     for stage in dict.fromkeys([*(s for source in recipe.sources for s in source.stages), *recipe.stages]):
+        if getattr(stage, "model", "-") == "":
+            raise DataError(f"{stage.kind}.model is not set; name where its model goes")
         stage.train(say)

@@ -8,6 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megallama.curate.stage import UTF8
+
 if TYPE_CHECKING:
     from megallama.curate.recipe import Recipe
 
@@ -33,9 +35,9 @@ def write_report(recipe: Recipe, tree: dict[str, Any], folder: Path, publish: Ca
         row |= {"tokens": round(there), "epochs": round(wanted / max(there, 1), 4)}
         tree.setdefault("sources", {})[source.name] = row
     text = json.dumps(tree, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    publish(folder / "report.json", lambda path: path.write_text(text, "utf-8"))
+    publish(folder / "report.json", lambda path: path.write_text(text, *UTF8))
     page = "\n".join([STYLE, *_page(recipe, tree)])
-    publish(folder / "report.html", lambda path: path.write_text(page, "utf-8"))
+    publish(folder / "report.html", lambda path: path.write_text(page, *UTF8))
 
 
 def _table(head: str, rows: list[list[Any]]) -> str:

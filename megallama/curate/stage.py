@@ -18,6 +18,7 @@ import numpy as np
 from megallama.config.errors import DataError
 from megallama.config.schema import Section
 
+UTF8 = ("utf-8", "backslashreplace")  # half a character, as in names of files that are not UTF-8, as JSON has it
 Apply = Callable[["Document"], str]
 """What a stage does to a document, in place: why it is dropped, or ""."""
 
@@ -35,7 +36,7 @@ class Document:
     def line(self) -> bytes:
         """As a line of JSON."""
         row = {"text": self.text, "source": self.source, "id": self.id, "scores": self.scores, "meta": self.meta}
-        return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode(*UTF8) + b"\n"
 
     @classmethod
     def of(cls, line: bytes) -> Document:

@@ -51,6 +51,25 @@ def test_a_dump_that_is_cut_off(tmp_path: Path) -> None:
     assert any("cannot be read" in why for why in read(tmp_path / "pages.xml.bz2")[1])
 
 
+@pytest.mark.parametrize("encoding", ["no-such", "utf-7", "shift_jis"])
+def test_an_encoding_that_is_not_read(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "pages.xml").write_text(f"<?xml version='1.0' encoding='{encoding}'?>{WIKI}")
+    found, bad, _ = read(tmp_path / "pages.xml")
+    assert found == {} and [*bad.values()] == [1]
+    assert all(why.startswith("cannot be read on: not valid XML") for why in bad)
+
+
+@pytest.mark.parametrize("ending", ["xml", "xml.bz2", "xml.gz"])
+def test_flipped_bits_are_counted(ending: str, tmp_path: Path) -> None:
+    packed = {"xml": bytes, "xml.bz2": bz2.compress, "xml.gz": gzip.compress}[ending](WIKI.encode() * 3)
+    wrong = 0
+    for at in range(0, len(packed), 7):
+        (tmp_path / f"pages.{ending}").write_bytes(packed[:at] + bytes([packed[at] ^ 4]) + packed[at + 1 :])
+        _, bad, _ = read(tmp_path / f"pages.{ending}")
+        wrong += any(why.startswith("cannot be read") for why in bad)
+    assert wrong > 10
+
+
 def row(**values: object) -> str:
     return "<row " + " ".join(f"{name}={quoteattr(str(value))}" for name, value in values.items()) + " />"
 
@@ -64,6 +83,8 @@ def test_questions_with_their_answers_the_best_first(tmp_path: Path) -> None:
         row(Id=4, PostTypeId=2, ParentId=77, Score=9, Body="lost"),
         row(Id=6, PostTypeId=5, Body="wiki"),
         row(Id="x", PostTypeId=1, Body="no number"),
+        row(Id=9 * 10**20, PostTypeId=1, Body="a number of more than 64 bits"),
+        row(Id=12, PostTypeId=1, Score="9" * 5000, Body="a number that Python does not read"),
         row(Id=8, PostTypeId=1, Score=0, Title="Long", Body="z" * 301),
         row(Id=9, PostTypeId=1, Score=0, Title="Alone", Body="No answer."),
     ]
@@ -75,4 +96,4 @@ def test_questions_with_their_answers_the_best_first(tmp_path: Path) -> None:
         f"{tmp_path}/Posts.xml#9": "Alone\n\nNo answer.",
     }
     assert scores == {f"{tmp_path}/Posts.xml#1": "8", f"{tmp_path}/Posts.xml#9": "0"}
-    assert bad == {"neither question nor answer": 2, "answers without their question": 1, "too long": 1}
+    assert bad == {"neither question nor answer": 4, "answers without their question": 1, "too long": 1}

@@ -164,3 +164,5 @@ def test_a_model_that_is_missing_is_told(kind: str, tmp_path: Path) -> None:
         stage.start()
     with pytest.raises(DataError, match="is empty; name files, folders or patterns"):
         stage.train(lambda text: None)
+    with pytest.raises(DataError, match=rf"^{kind}.model is not set; name where its model goes"):
+        train(recipe(tmp_path / "in", [{"kind": kind}]), lambda text: None)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from megallama.config.errors import DataError
+from megallama.curate import run as run_module
 from megallama.curate.hashing import normalise
 from megallama.curate.run import Job, Plan, curate, make_plan
 from tests.curate.recipes import ROOT, read_rows, recipe, write_rows
@@ -166,6 +167,36 @@ def test_a_folder_belongs_to_one_recipe_and_its_files(tmp_path: Path) -> None:
         curate(made, tmp_path / "out")
     with pytest.raises(DataError, match="holds files of something else"):
         curate(made, tmp_path / "in")
+
+
+def test_another_version_of_the_program_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "in", 1)
+    made = recipe(tmp_path / "in", STAGES)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_end", lambda plan, tree: None)  # as if it had been killed just before
+        curate(made, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "PACKAGES", ("another",))
+        with pytest.raises(DataError, match="was begun with another version of megallama, of Python or of a package"):
+            curate(made, tmp_path / "out")
+    assert curate(made, tmp_path / "out")
+    monkeypatch.setattr(run_module, "PACKAGES", ("another",))
+    assert not curate(made, tmp_path / "out")  # what is finished stays so
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    odd = os.fsdecode(os.fsencode(tmp_path / "in") + b"/n\xff.txt")
+    Path(odd).write_text("A text that is long enough to stay where it is. " * 9)
+    said = "Rows that are long enough to stay where they are. " * 9
+    rows = [{"text": f"{i} {said}", "id": "i\ud800"} for i in "ab"]
+    (tmp_path / "in" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = recipe(tmp_path / "in", [{"kind": "paragraphs"}, {"kind": "near_duplicates"}])
+    assert curate(made, tmp_path / "out")
+    lines = b"".join(f.read_bytes() for f in sorted((tmp_path / "out").glob("*/*.jsonl"))).splitlines()
+    assert {json.loads(line)["id"] for line in lines} <= {odd, "i\ud800"} and len(lines) == 2
+    assert b"\\udcff" in (tmp_path / "out" / "report.json").read_bytes()
+    assert (tmp_path / "out" / "removed.jsonl").read_text() and (tmp_path / "out" / "report.html").read_text()
 
 
 def test_sources_share_only_the_common_stages(tmp_path: Path) -> None:
