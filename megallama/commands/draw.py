@@ -60,23 +60,25 @@ def named(name: str, pp: int | None, microbatches: int | None, chunks: int | Non
 
 def measured(file: Path, num_stages: int) -> tuple[list[StageCost], dict[str, list[Span]]]:
     """Median times of each stage [ms], without waits, and the timelines, in the trace of a run. Raises: ConfigError."""
-    try:
-        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--like {file} is no trace of a run: {error}; log.trace_steps=[2,3] writes them") from None
-    titles = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
-    waits = {(e["pid"], e["tid"], e["ts"]): e["dur"] for e in events if e["name"] == "waits"}
     spans: dict[str, list[Span]] = defaultdict(list)
     times: dict[tuple[str, int], list[float]] = defaultdict(list)
     other = ("waits", timeline.COMMUNICATION, timeline.BLOCKED)
-    for e in (e for e in events if e["ph"] == "X" and e["cat"] not in other):
-        waited = waits.get((e["pid"], e["tid"], e["ts"]), 0.0)
-        start, end = e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6
-        spans[titles[e["pid"]]].append(Span(e["tid"], e["name"], start, start + waited / 1e6, end))
-        if e["cat"] in ("F", "B", "I", "W"):
-            times[e["cat"], parse_action(e["name"]).stage].append((e["dur"] - waited) / 1e3)
+    try:
+        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+        titles = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+        waits = {(e["pid"], e["tid"], e["ts"]): e["dur"] for e in events if e["name"] == "waits"}
+        for e in (e for e in events if e["ph"] == "X" and e["cat"] not in other):
+            waited = waits.get((e["pid"], e["tid"], e["ts"]), 0.0)
+            start, end = e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6
+            spans[titles[e["pid"]]].append(Span(e["tid"], e["name"], start, start + waited / 1e6, end))
+            if e["cat"] in ("F", "B", "I", "W"):
+                times[e["cat"], parse_action(e["name"]).stage].append((e["dur"] - waited) / 1e3)
+        if not times:
+            raise ValueError("it has no actions of a pipeline")
+    except (OSError, ValueError, KeyError, TypeError) as error:  # traces of other programs have other events
+        raise ConfigError(f"--like {file} is no trace of a run: {error}; log.trace_steps=[2,3] writes them") from None
     mean = {key: median(values) for key, values in times.items()}
-    if not mean or max(stage for _, stage in mean) != num_stages - 1:
+    if max(stage for _, stage in mean) != num_stages - 1:
         raise ConfigError(f"--like {file} is the trace of another number of stages than {num_stages}")
     halves = enumerate(mean.get(("B", stage), 0.0) / 2 for stage in range(num_stages))
     costs = [StageCost(mean["F", s], mean.get(("I", s), half), mean.get(("W", s), half)) for s, half in halves]

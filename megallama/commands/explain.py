@@ -76,7 +76,7 @@ def explain(train: TrainDataset, tokenizer: Tokenizer | None, numbers: Sequence[
 def ledger_of(config: Config) -> dict[str, Any]:
     """The counters of the newest checkpoint, where it has any."""
     folder = Path(config.checkpoint.folder or "")
-    with suppress(OSError, ValueError, KeyError):  # checkpoint.folder would read them with torch
+    with suppress(OSError, ValueError, KeyError, TypeError):  # checkpoint.folder would read them with torch
         newest = folder / (folder / "latest").read_text("utf-8").strip() / "manifest.json"
         return dict(json.loads(newest.read_text("utf-8"))["counters"])
     return {}

@@ -99,7 +99,7 @@ class Script:
 
 def read_script(text: str, given: dict[str, str], name: str, flags: Flags) -> list[str]:
     """The words of the command of a script that trains. Raises: ConfigError if there is none."""
-    if unused := [word for word in given if not re.search(rf"\b{word.rstrip('+')}\b", text)]:
+    if unused := [word for word in given if not re.search(rf"\b{re.escape(word.rstrip('+'))}\b", text)]:
         raise ConfigError(f"{name} has no variable {', '.join(unused)}; remove it, or look at its spelling")
     commands = Script(text, given).commands
     if not commands:

@@ -46,7 +46,15 @@ class Tokenizer(Protocol):
         return join([np.array(self.encode(text), np.uint32) for text in texts])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids; control tokens have none."""
+        """The text of some ids; control tokens have none. Raises: DataError for ids that it does not have."""
+
+
+def _known(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    numbers = [int(i) for i in ids]
+    if (most := max(numbers, default=0)) >= tokenizer.vocab_size:
+        which = f"{tokenizer.path} has the ids 0 to {tokenizer.vocab_size - 1} and not {most}"
+        raise DataError(f"{which}; name the tokenizer that these tokens were made with")
+    return numbers
 
 
 def join(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +103,7 @@ class SentencePieceTokenizer(Tokenizer):
         return join([row.view(np.uint32) for row in rows])
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._model.decode([int(i) for i in ids])
+        return self._model.decode(_known(ids, self))
 
 
 class JsonTokenizer(Tokenizer):
@@ -127,7 +135,7 @@ class JsonTokenizer(Tokenizer):
         return self._model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self._model.decode(_known(ids, self), skip_special_tokens=True)
 
 
 def byte_characters() -> list[str]:
@@ -178,7 +186,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         raise DataError(f"{path} does not exist; a GPT-2 vocabulary needs its merges beside it")
     pairs = []
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
         a, space, b = line.rstrip("\r").partition(" ")
         if line.startswith("#version") or not line.strip():
             continue

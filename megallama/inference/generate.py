@@ -299,8 +299,8 @@ def _run(llama: Llama, rows: list[Continuation], sampling: Sampling, num_ids: in
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, one a line. Raises: ConfigError."""
     try:
-        lines = path.read_text("utf-8").splitlines()
-        if not lines:
+        lines = path.read_text("utf-8-sig").removesuffix("\n").split("\n")  # not at every sign that ends a line
+        if lines == [""]:
             raise ValueError("it is empty")
         return [str(json.loads(line)["prompt"]) for line in lines] if path.suffix == ".jsonl" else lines
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -114,6 +114,25 @@ def test_a_trace_and_a_run_beside_it(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
+    "text,why",
+    [
+        ('{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "aten::mm", "pid": 1, "tid": 1, "ts": 1, "dur": 1}]}',
+         "1"),
+        ('{"traceEvents": [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "python"}}]}',
+         "it has no actions of a pipeline"),
+        ('{"traceEvents": ["x"]}', "string indices must be integers, not 'str'"),
+        ('{"traceEvents": [{"ph": "X"}]}', "'name'"),
+        ("[]", "list indices must be integers or slices, not str"),
+    ],
+)  # fmt: skip
+def test_the_traces_of_other_programs(text: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file := tmp_path / "trace.json").write_text(text)
+    assert draw(*ZB_V, "--like", str(file)) == 2
+    said = f"--like {file} is no trace of a run: {why}; log.trace_steps=[2,3] writes them"
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+@pytest.mark.parametrize(
     "arguments,message",
     [
         (["--schedule", "zb-x", "--pp", "2", "--microbatches", "4"],

@@ -213,6 +213,8 @@ def test_variables_that_the_script_does_not_have(tmp_path: Path) -> None:
     (tmp_path / "a.sh").write_text("TP=1\npython x.py --tensor-model-parallel-size $TP --lr $1\n")
     with pytest.raises(ConfigError, match=r"a\.sh has no variable 2, TPP; remove it, or look at its spelling"):
         main([str(tmp_path / "a.sh"), "TPP=2", "1e-3", "1e-4"])
+    with pytest.raises(ConfigError, match=r"a\.sh has no variable T\(P, \[; remove it, or look at its spelling"):
+        main([str(tmp_path / "a.sh"), "T(P=2", "[=1"])
 
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:

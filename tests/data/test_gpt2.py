@@ -102,11 +102,12 @@ BYTES = {c: b for b, c in enumerate(byte_characters())}
     (json.dumps(BYTES), "#version: 0.2\na b\n", "merges.txt merges 'a' and 'b', but 'ab' is not in vocab.json"),
     (json.dumps(BYTES | {"ab": 256}), "a b\n\na\n", "merges.txt:3: 'a' is not a merge; every line names two tokens"),
     (json.dumps(BYTES | {"ab": 256}), "a b c\n", "merges.txt:1: 'a b c' is not a merge"),
+    (json.dumps(BYTES), "a \udcff\n", "merges.txt merges 'a' and '\ufffd', but '\ufffd' is not in vocab.json"),
 ])  # fmt: skip
 def test_what_is_no_gpt_2_is_refused(tmp_path: Path, vocabulary: str, merges: str | None, text: str) -> None:
     (tmp_path / "vocab.json").write_text(vocabulary)
     if merges is not None:
-        (tmp_path / "merges.txt").write_text(merges)
+        (tmp_path / "merges.txt").write_text(merges, "utf-8", "surrogateescape")
     with pytest.raises(DataError) as error:
         load_tokenizer(tmp_path)
     assert text in str(error.value)

@@ -58,6 +58,15 @@ def test_a_trained_tokenizer_keeps_any_text_as_it_is(tokenizer_path: Path, fast:
     assert [tokenizer.decode([i]) for i in number] == [*"9876543210"] and len(set(number)) == 10
 
 
+@pytest.mark.parametrize("kind", ["tokenizer_path", "json_path"])
+def test_ids_that_it_does_not_have(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = load_tokenizer(request.getfixturevalue(kind))
+    last = tokenizer.vocab_size - 1
+    assert tokenizer.decode([]) == "" and isinstance(tokenizer.decode([last]), str)
+    with pytest.raises(DataError, match=rf" has the ids 0 to {last} and not {last + 7}; name the tokenizer that these"):
+        tokenizer.decode([last, last + 7, 3])
+
+
 def test_json_has_llama_3s_names(json_path: Path) -> None:
     tokenizer = load_tokenizer(json_path)
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (320, 0, 1)

@@ -28,6 +28,7 @@ from megallama.inference.generate import (
     generate,
     generate_batch,
     load_llama,
+    read_prompts,
 )
 from megallama.inference.llama import Cache, Llama, packer
 
@@ -549,6 +550,15 @@ def test_the_tool_continues_several_prompts(tmp_path: Path, capsys: pytest.Captu
     assert second["prompt"] == "q: 1"
     assert main([*options, "--prompt", "once", "--temperature", "3", "--top-k", "1"]) == 0
     assert capsys.readouterr().out == alone["once"] + "\n"
+
+
+def test_a_prompt_is_a_line_of_its_file(tmp_path: Path) -> None:
+    """Not less: other signs end lines for Python, and stand in texts; nor with the mark that some editors write."""
+    texts = ["one\u2028two", "three\x0cfour\x85five", " six"]
+    (tmp_path / "a.txt").write_text("\ufeff" + "\n".join(texts) + "\n", "utf-8")
+    rows = (json.dumps({"prompt": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n".join(rows), "utf-8")
+    assert read_prompts(tmp_path / "a.txt") == read_prompts(tmp_path / "a.jsonl") == texts
 
 
 @pytest.mark.parametrize(
