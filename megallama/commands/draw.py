@@ -60,8 +60,7 @@ def named(name: str, pp: int | None, microbatches: int | None, chunks: int | Non
 
 def measured(file: Path, num_stages: int) -> tuple[list[StageCost], dict[str, list[Span]]]:
     """Median times of each stage [ms], without waits, and the timelines, in the trace of a run. Raises: ConfigError."""
-    spans: dict[str, list[Span]] = defaultdict(list)
-    times: dict[tuple[str, int], list[float]] = defaultdict(list)
+    spans, times = defaultdict[str, list[Span]](list), defaultdict[tuple[str, int], list[float]](list)
     other = ("waits", timeline.COMMUNICATION, timeline.BLOCKED)
     try:
         events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
@@ -152,8 +151,7 @@ def png(schedule: Schedule, report: Report, file: Path) -> None:
     except ImportError:
         raise ConfigError("--png needs matplotlib; pip install matplotlib, or use --svg, which needs nothing") from None
     figure = Figure(figsize=(14, 1.3 + 0.32 * schedule.num_ranks), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = FigureCanvasAgg(figure).figure.add_subplot()
     for rank, start, length, colour, label in boxes(schedule, report):
         axes.broken_barh([(start, length)], (rank - 0.45, 0.9), facecolors=colour, edgecolor="white", linewidth=0.4)
         if length / report.makespan > 0.007 * len(label):
