@@ -6,6 +6,10 @@ changed under way, or ranks that call different operations, shapes or dtypes, ar
 the ranks; `send(...).wait()` returns only when the receiver has asked for the message.  Sums run in
 rank order (half precision in float32), so results are the same in every run.
 
+One thread computes at a time, until it waits for another: threads that compute together take the interpreter's lock
+from one another in every operation, which costs several times what tiny models do.  Who holds the turn for long, as one
+that sleeps or waits for something else, has others beside it.
+
 With a `Delays` the threads also sleep at random, and about half of the inputs are read as late as the contract of
 `Group` permits: when their owner waits, or when another rank that waits needs them.  Whoever writes to an input under
 way then changes what others receive.  A handle that is dropped before anybody has waited for it is an error.
@@ -29,6 +33,7 @@ from megallama.comm.group import Group, Groups, Handle, Op, Solo, build_groups
 from megallama.plan.topology import Topology
 
 _HALF = (torch.bfloat16, torch.float16)
+_PATIENCE = 0.2  # that a thread waits for its turn, then goes on without it [s]
 
 
 class Aborted(Exception):
@@ -76,11 +81,27 @@ class _Input:
             return self._copy
 
 
+class _Turn:
+    """Held by the thread that computes; one that has waited long for it computes without it."""
+
+    def __init__(self) -> None:
+        self._lock, self._mine = threading.Lock(), threading.local()
+
+    def take(self) -> None:
+        self._mine.held = self._lock.acquire(timeout=_PATIENCE)
+
+    def give(self) -> None:
+        if self._mine.held:
+            self._lock.release()
+            self._mine.held = False
+
+
 class _Hub:
     """The place where the threads of one `run_threads` meet."""
 
     def __init__(self, timeout: float, seed: int | None) -> None:
         self.timeout, self.seed = timeout, seed
+        self.turn = _Turn()
         self.dropped: list[str] = []
         self.lock = threading.Lock()
         self.meetings: dict[Any, _Meeting] = {}
@@ -111,6 +132,22 @@ class _Hub:
 
     def take(self, key: Any, members: Sequence[int], rank: int, what: str) -> dict[int, Any]:
         """Everything the members brought, once all have; the last to take clears the table."""
+        if not self.ready(key, len(members)):
+            self.turn.give()
+            try:
+                self._wait(key, members, rank, what)
+            finally:
+                self.turn.take()
+        with self.lock:
+            meeting = self.meetings[key]
+            if self.error is not None:
+                raise Aborted(f"rank {rank} stopped in {what}") from self.error
+            meeting.taken += 1
+            if meeting.taken == len(members):
+                del self.meetings[key]
+            return meeting.brought
+
+    def _wait(self, key: Any, members: Sequence[int], rank: int, what: str) -> None:
         deadline = time.monotonic() + self.timeout
         with self.lock:
             meeting = self.meetings[key]
@@ -120,12 +157,6 @@ class _Hub:
                     raise TimeoutError(
                         f"rank {rank} waited {self.timeout:g} s in {what}: ranks {missing} never called it"
                     )
-            if self.error is not None:
-                raise Aborted(f"rank {rank} stopped in {what}") from self.error
-            meeting.taken += 1
-            if meeting.taken == len(members):
-                del self.meetings[key]
-            return meeting.brought
 
 
 class _Pending:
@@ -209,7 +240,9 @@ class ThreadGroup:
 
     def nap(self) -> None:
         if self._delays is not None:
+            self._hub.turn.give()
             self._delays.nap()
+            self._hub.turn.take()
 
     def late(self) -> bool:
         return self._delays is not None and self._delays.late()
@@ -356,6 +389,7 @@ def run_threads(
     hub, results = _Hub(timeout, delays), [None] * size
 
     def body(rank: int) -> None:
+        hub.turn.take()
         try:
             ranks = tuple(range(size))
             world: Group = ThreadGroup(hub, "world", "world", ranks, rank) if size > 1 else Solo("world", 0)
@@ -365,6 +399,8 @@ def run_threads(
         except BaseException as error:  # noqa: BLE001 - carried to the caller
             error.add_note(f"(in thread rank {rank} of {size})")
             hub.abort(error)
+        finally:
+            hub.turn.give()
 
     threads = [threading.Thread(target=body, args=(r,), name=f"rank-{r}", daemon=True) for r in range(size)]
     for thread in threads:

@@ -11,6 +11,7 @@ amplifies rounding.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import sys
@@ -239,7 +240,8 @@ def possible(context: bool = False) -> Iterator[Layout]:
             yield layout
 
 
-def matrix() -> list[Layout]:
+@functools.cache
+def matrix() -> tuple[Layout, ...]:
     """Few rows that together hold every pair of settings that can occur; always the same ones."""
     candidates = list(possible())
     random.Random(1).shuffle(candidates)
@@ -250,7 +252,7 @@ def matrix() -> list[Layout]:
         best = max(candidates, key=lambda layout: (len(cover[layout] & wanted), -layout.ranks))
         rows.append(best)
         wanted -= cover[best]
-    return sorted(rows, key=lambda layout: (layout.ranks, str(layout)))
+    return tuple(sorted(rows, key=lambda layout: (layout.ranks, str(layout))))
 
 
 def run(world: World, layout: Layout, dtype: str, alone: bool) -> list[float]:
