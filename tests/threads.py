@@ -82,18 +82,27 @@ class _Input:
 
 
 class _Turn:
-    """Held by the thread that computes; one that has waited long for it computes without it."""
+    """Held by the rank that computes; one that has waited long for it computes without it.
+
+    Other threads of a rank, as one that saves, compute beside it: they neither take nor give.
+    """
 
     def __init__(self) -> None:
         self._lock, self._mine = threading.Lock(), threading.local()
 
+    def begin(self) -> None:
+        """Of a rank's own thread, first."""
+        self._mine.held = False
+        self.take()
+
     def take(self) -> None:
-        self._mine.held = self._lock.acquire(timeout=_PATIENCE)
+        if hasattr(self._mine, "held"):
+            self._mine.held = self._lock.acquire(timeout=_PATIENCE)
 
     def give(self) -> None:
-        if self._mine.held:
-            self._lock.release()
+        if getattr(self._mine, "held", False):
             self._mine.held = False
+            self._lock.release()
 
 
 class _Hub:
@@ -389,7 +398,7 @@ def run_threads(
     hub, results = _Hub(timeout, delays), [None] * size
 
     def body(rank: int) -> None:
-        hub.turn.take()
+        hub.turn.begin()
         try:
             ranks = tuple(range(size))
             world: Group = ThreadGroup(hub, "world", "world", ranks, rank) if size > 1 else Solo("world", 0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 
@@ -183,3 +186,23 @@ def test_with_delays_a_handle_that_is_dropped_is_an_error() -> None:
     assert run_threads(2, body) == [None, None]
     with pytest.raises(AssertionError, match=r"dropped the handle of all_reduce sum \(2,\) float32 in world before wa"):
         run_threads(2, body, delays=1)
+
+
+def test_who_waits_for_something_else_or_by_a_thread_of_its_own_holds_nobody_up() -> None:
+    """Ranks take turns; rank 0 keeps its own until rank 1 has had one, and both have a thread that communicates."""
+    had_one = threading.Event()
+
+    def body(group: Group) -> list[float]:
+        if group.rank:
+            had_one.set()
+        else:
+            assert had_one.wait(10)
+        x = torch.ones(2)
+        helper = threading.Thread(target=lambda: group.all_reduce(x).wait())
+        helper.start()
+        helper.join()
+        return x.tolist()
+
+    began = time.monotonic()
+    assert run_threads(2, body) == [[2.0, 2.0]] * 2
+    assert time.monotonic() - began < 5
