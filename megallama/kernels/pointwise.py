@@ -49,13 +49,13 @@ class PointwiseOps:
 
 
 def _own(*names: str) -> Callable[[Target], tuple[Any, ...]]:
-    """Functions that launch our Triton kernels, whose files nothing else imports."""
+    """Functions that launch our Triton kernels, whose file nothing else imports."""
 
     def make(target: Target) -> tuple[Any, ...]:
         target.need_triton()
-        from megallama.kernels import triton_loss, triton_pointwise
+        from megallama.kernels import triton_pointwise
 
-        return tuple((vars(triton_pointwise) | vars(triton_loss))[name] for name in names)
+        return tuple(vars(triton_pointwise)[name] for name in names)
 
     return make
 

@@ -25,10 +25,10 @@ FORMATS = ((80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32))
 Compiled = tuple[str, Any]  # name, what Triton has compiled
 
 
-def rows_of(columns: int) -> Callable[[ModuleType, ModuleType, torch.dtype], None]:
+def rows_of(columns: int) -> Callable[[ModuleType, torch.dtype], None]:
     """RMSNorm both ways, as layers do: a branch is added before it, a gradient after."""
 
-    def call(k: ModuleType, _: ModuleType, dtype: torch.dtype) -> None:
+    def call(k: ModuleType, dtype: torch.dtype) -> None:
         x, weight = torch.empty(16, columns, dtype=dtype), torch.empty(columns, dtype=dtype)
         total, normed = k.add_norm(x, x.clone(), weight, 1e-5)
         k.add_norm_backward(normed, total, weight, 1e-5, x, torch.empty(columns), True, True)
@@ -36,13 +36,13 @@ def rows_of(columns: int) -> Callable[[ModuleType, ModuleType, torch.dtype], Non
     return call
 
 
-def swiglu(k: ModuleType, _: ModuleType, dtype: torch.dtype) -> None:
+def swiglu(k: ModuleType, dtype: torch.dtype) -> None:
     """LLaMA-7B's."""
     packed = torch.empty(16, 2 * 11008, dtype=dtype)
     k.swiglu_backward(k.swiglu(packed), packed, True)
 
 
-def rope(k: ModuleType, _: ModuleType, dtype: torch.dtype) -> None:
+def rope(k: ModuleType, dtype: torch.dtype) -> None:
     """LLaMA-3-8B's: 32 + 2 x 8 heads of 128."""
     packed, tables = torch.empty(2, 16, 48, 128, dtype=dtype), torch.empty(16, 1, 64)
     k.apply_rope(packed[:, :, :40], tables, tables, packed[:, :, :40])
@@ -50,14 +50,14 @@ def rope(k: ModuleType, _: ModuleType, dtype: torch.dtype) -> None:
     k.rotate_parts(list(parts), tables, tables, packed.split([32, 8, 8], 2), True)
 
 
-def loss(_: ModuleType, k: ModuleType, dtype: torch.dtype) -> None:
+def loss(k: ModuleType, dtype: torch.dtype) -> None:
     """LLaMA-3's vocabulary over eight ranks."""
     logits, index, sums = torch.empty(16, 16032, dtype=dtype), torch.zeros(16, 1, dtype=torch.int64), torch.empty(2, 16)
     k.log_sums(logits, index, *sums, None)
     k.gradient_(logits, index, sums[0], sums[0], None, sums[1])
 
 
-def fp8(_: ModuleType, __: ModuleType, dtype: torch.dtype) -> None:
+def fp8(_: ModuleType, dtype: torch.dtype) -> None:
     """Both layouts and each alone, of an activation, a gradient and a weight of LLaMA-7B."""
     from megallama.kernels import triton_fp8
 
@@ -77,7 +77,7 @@ def compiled_for(capability: int, call: Callable[..., None], dtype: torch.dtype)
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from megallama.kernels import triton_loss, triton_pointwise
+    from megallama.kernels import triton_pointwise
 
     found: list[Compiled] = []
 
@@ -96,11 +96,11 @@ def compiled_for(capability: int, call: Callable[..., None], dtype: torch.dtype)
             get_current_target=lambda: target,
         )
     )
-    call(triton_pointwise, triton_loss, dtype)
+    call(triton_pointwise, dtype)
     return found
 
 
-def check(p: ModuleType, k: ModuleType, dtype: torch.dtype) -> None:
+def check(k: ModuleType, dtype: torch.dtype) -> None:
     """The small problems on which kernels are compared before they are selected."""
     Target.need_cuda = lambda self: None  # type: ignore[method-assign]
     target = Target(torch.device("cpu"), dtype, width=4096)
@@ -111,27 +111,27 @@ def check(p: ModuleType, k: ModuleType, dtype: torch.dtype) -> None:
     FP8_PRODUCTS.results(dict(FP8_PRODUCTS.candidates)[TRITON](target), target)
 
 
-def steps(p: ModuleType, k: ModuleType, dtype: torch.dtype) -> None:
+def steps(k: ModuleType, dtype: torch.dtype) -> None:
     """What steps may meet: a micro-batch of one sample or more, documents, one key head, a last chunk of few rows."""
     for call in (swiglu, rope, rows_of(4096), loss, fp8):
-        call(p, k, dtype)
+        call(k, dtype)
     for rows in (1, 7):
         logits, index = torch.empty(rows, 32000, dtype=dtype), torch.zeros(rows, 1, dtype=torch.int64)
         log_sum, (total, picked) = torch.empty(rows), torch.empty(2, rows)
         k.log_sums(logits, index, log_sum, picked, None)
         k.gradient_(logits, index, picked, log_sum, None, total)
         packed, tables = torch.empty(rows, 5, 9, 128, dtype=dtype), torch.empty(rows, 5, 1, 64)
-        p.apply_rope(packed[:, :, :8], tables, tables, packed[:, :, :8])
+        k.apply_rope(packed[:, :, :8], tables, tables, packed[:, :, :8])
         parts = (torch.empty(rows, n, 5, 128, dtype=dtype).transpose(1, 2) for n in (7, 1, 1))
         apart = [*parts]
-        p.rotate_parts(apart, tables, tables, packed.split([7, 1, 1], 2), True)
-        p.rotate_parts(packed.split([7, 1, 1], 2), tables, tables, [t.contiguous() for t in apart], False)
+        k.rotate_parts(apart, tables, tables, packed.split([7, 1, 1], 2), True)
+        k.rotate_parts(packed.split([7, 1, 1], 2), tables, tables, [t.contiguous() for t in apart], False)
         x, weight = torch.empty(rows, 4096, dtype=dtype), torch.empty(4096, dtype=dtype)
         for branch, again in ((None, False), (x, False), (x, True)):
-            stream, normed = p.add_norm(x, branch, weight, 1e-5)
-            p.add_norm_backward(normed, stream, weight, 1e-6, branch, torch.empty(4096), rows == 1, again)
+            stream, normed = k.add_norm(x, branch, weight, 1e-5)
+            k.add_norm_backward(normed, stream, weight, 1e-6, branch, torch.empty(4096), rows == 1, again)
         wide = torch.empty(rows, 2 * 1024, dtype=dtype)
-        p.swiglu_backward(p.swiglu(wide), wide, rows == 1)
+        k.swiglu_backward(k.swiglu(wide), wide, rows == 1)
 
 
 def late() -> list[str]:

@@ -292,7 +292,7 @@ FAR_CASES = {
     "fp8 products": far_fp8,
 }
 
-POINTWISE, LOSS, FP8 = "triton_pointwise", "triton_loss", "triton_fp8"
+POINTWISE, FP8 = "triton_pointwise", "triton_fp8"
 FAULTS = [  # operation, file, what stands there, what stands there instead
     ("RMSNorm", POINTWISE, "normed * mean) * rstd", "mean) * rstd"),
     ("RMSNorm", POINTWISE, "row = added.to(tl.float32)", "row = row"),
@@ -314,11 +314,11 @@ FAULTS = [  # operation, file, what stands there, what stands there instead
     ("RoPE", POINTWISE, "rows * v_head_out", "rows * v_head"),
     ("RoPE", POINTWISE, "sin + sample * table_sample + at", "sin + at"),
     ("RoPE", POINTWISE, "for first in range(0, half, PAIRS)", "for first in range(0, PAIRS, PAIRS)"),
-    ("cross entropy", LOSS, "total * tl.exp(top - new)", "total"),
-    ("cross entropy", LOSS, "(start + at, at < columns,", "(start + at, at <= columns,"),
-    ("cross entropy", LOSS, "grad - tl.load(at_label + row)", "grad - tl.load(scale + row)"),
-    ("cross entropy", LOSS, "logits + row * stride + at", "logits + row * columns + at"),
-    ("cross entropy", LOSS, " * tl.load(scale + row)", ""),
+    ("cross entropy", POINTWISE, "total * tl.exp(top - new)", "total"),
+    ("cross entropy", POINTWISE, "(start + at, at < columns,", "(start + at, at <= columns,"),
+    ("cross entropy", POINTWISE, "grad - tl.load(at_label + row)", "grad - tl.load(scale + row)"),
+    ("cross entropy", POINTWISE, "logits + row * stride + at", "logits + row * columns + at"),
+    ("cross entropy", POINTWISE, " * tl.load(scale + row)", ""),
     ("fp8 products", FP8, 'tl.where(size != size, float("inf"), size)', "size"),
     ("fp8 products", FP8, "top = tl.maximum(top,", "top = tl.maximum(0.0,"),
     ("fp8 products", FP8, "(bits >> 23) - 127", "(bits >> 23) - 126"),
@@ -377,7 +377,7 @@ def curve_of(tp: int, ops: plain.PointwiseOps | None, in_place: bool) -> Any:
             del torch.Tensor.is_cuda
 
 
-def models(pointwise: ModuleType, loss: ModuleType) -> dict[str, float]:
+def models(kernels: ModuleType) -> dict[str, float]:
     """How far a step with these kernels is from one with torch's; how far torch's in place are from elsewhere."""
     lock = threading.Lock()
 
@@ -388,9 +388,9 @@ def models(pointwise: ModuleType, loss: ModuleType) -> dict[str, float]:
 
         return locked
 
-    p, calls = pointwise, (loss.log_sums, loss.gradient_)
-    calls = p.add_norm, p.add_norm_backward, p.swiglu, p.swiglu_backward, p.apply_rope, p.rotate_parts, *calls
-    ours = plain.PointwiseOps(*map(one_at_a_time, calls))
+    k = kernels
+    calls = [k.add_norm, k.add_norm_backward, k.swiglu, k.swiglu_backward, k.apply_rope, k.rotate_parts]
+    ours = plain.PointwiseOps(*map(one_at_a_time, [*calls, k.log_sums, k.gradient_]))
     found = {}
     for tp in (1, 2):
         want = curve_of(tp, None, False)
@@ -418,14 +418,14 @@ def main(folder: Path) -> dict[str, Any]:
     """Errors of every kernel and case; of every fault, whether anything showed it."""
     from triton.runtime import interpreter
 
-    from megallama.kernels import triton_fp8, triton_loss, triton_pointwise
+    from megallama.kernels import triton_fp8, triton_pointwise
 
     interpreter._convert_float = rounded_to_fp8(interpreter._convert_float)
     # tensors are on the CPU already: no copies of them, which would fill the files
     interpreter.GridExecutor._init_args_hst = lambda self, args, kwargs: (args, kwargs)
     interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
     torch.set_num_threads(1)
-    others = {"cross entropy": triton_loss, "fp8 products": triton_fp8}
+    others = {"fp8 products": triton_fp8}
     modules = {name: others.get(name, triton_pointwise) for name in CASES}
     errors = {n: {str(d)[6:]: list(case(modules[n], d)) for d in FORMATS} for n, case in CASES.items()}
     sources = {m.__name__.split(".")[-1]: inspect.getsource(m) for m in (triton_pointwise, *others.values())}
@@ -448,7 +448,7 @@ def main(folder: Path) -> dict[str, Any]:
         "errors": errors,
         "survivors": survivors,
         "far": far,
-        "models": models(triton_pointwise, triton_loss),
+        "models": models(triton_pointwise),
     }
 
 
