@@ -139,7 +139,8 @@ def consensus(
     worker: Worker, numbers: Mapping[str, Tensor], status: RankStatus, tokens: int = 1, loss_scale: float = 1.0
 ) -> StepConsensus:
     """The sum over all ranks of what each knows; alone in a step, but for `count_tokens`, it waits for the device."""
-    loss, squares = numbers["loss"], numbers["norm_squared"]
+    nothing = torch.zeros((), dtype=torch.float64, device=worker.device)
+    loss, squares = (numbers.get(name, nothing) for name in ("loss", "norm_squared"))
     finite = loss.isfinite() & squares.isfinite()
     first = {"loss": loss, "norm_squared": squares}  # the bits of a sum may depend on its place
     values: dict[str, Tensor | float] = {**first, **status.counts(), **numbers, "bad_ranks": ~finite}
@@ -206,14 +207,10 @@ def evaluate_task(
     started = time.monotonic()
     worker.optimizer.wait()  # for the weights, which come under the next forward
     numbers = task.score(worker, lambda: status(False) != RankStatus() or time.monotonic() >= until)
-    known = consensus(worker, _nothing(worker), status(False))
+    known = consensus(worker, {}, status(False))
     if numbers is None and known.stop_reason:
         return "before its end", known, None
     return {"seconds": time.monotonic() - started, **(numbers or {"metrics": {}, "items": 0})}, known, None
-
-
-def _nothing(worker: Worker) -> dict[str, Tensor]:
-    return dict.fromkeys(("loss", "norm_squared"), torch.zeros((), dtype=torch.float64, device=worker.device))
 
 
 def evaluate(
@@ -233,7 +230,7 @@ def evaluate(
     def ids_of_step(batch: int) -> Sequence[Sequence[int]]:
         return config.batch.sample_ids(batch * size, size, dp.size, dp.rank)
 
-    known, by = consensus(worker, _nothing(worker), status(False)), ByPosition(worker)
+    known, by = consensus(worker, {}, status(False)), ByPosition(worker)
     total, tokens, done, failure, schedule = 0.0, 0, 0, None, plan.schedule_for(count, training=False)
     with Loader(
         source.read, ids_of_step, stop_step=batches, num_samples=source.num_sequences, prefetch=0, device=worker.device,
