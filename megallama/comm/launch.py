@@ -14,11 +14,11 @@ import re
 import resource
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from megallama.comm.c10d import C10d
 from megallama.comm.cores import cores_near, keep_near
 from megallama.comm.flight_record import LIMIT, SUPERVISOR, FlightRecord
-from megallama.comm.group import Assembly, ContactLost, Group, Groups, Partition, Solo, build_groups
+from megallama.comm.group import Assembly, ContactLost, Group, Groups, Partition, Solo, build_groups, on_all_ranks
 from megallama.comm.rendezvous import CRASHED, Arrival, Listener, Star, StarGroup, open_store, port_file, rendezvous
 from megallama.comm.shared_memory import MAX_SHM_BYTES, SharedMemory
 from megallama.comm.stream_record import StreamRecord
@@ -147,6 +147,7 @@ def first_node(nodelist: str) -> tuple[str, bool]:
     return re.sub(r"\[(\w*)[^\]]*\]", r"\1", first[0]), not re.search(r",|\[[^\]]*-", nodelist)
 
 
+T = TypeVar("T")
 LAST_RESORT = timedelta(seconds=60)  # more than the time-out, where supervisors see to that
 
 
@@ -219,6 +220,12 @@ class World:
     def _limit(self) -> timedelta:
         """For waits: the time-out, or more where supervisors see to it."""
         return self.timeout + LAST_RESORT * self.record.watched
+
+    def on_all(self, what: str, work: Callable[[], T]) -> T:
+        """What `work` returns here, once no rank has failed in it. Raises: as `on_all_ranks`."""
+        kept: list[T] = []
+        on_all_ranks(self.group, what, lambda: kept.append(work()))
+        return kept[0]
 
     def bound(self, seconds: float) -> None:
         """From here on a wait for another rank fails after this long, but in groups of `host_group`."""
@@ -316,7 +323,10 @@ def start(
             _one_node_network(notes)
         timeout, record.words[LIMIT] = timedelta(seconds=run.io_timeout_seconds), int(1e9 * run.io_timeout_seconds)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        _join(launch, backend, timeout + LAST_RESORT * record.watched, dist.PrefixStore("group", store))
+        limit, group = timeout + LAST_RESORT * record.watched, dist.PrefixStore("group", store)
+        # without a device_id, though torch advises one: with it the messages of a group share its one communicator and
+        # run one after another, where each pair of ranks has its own now; a schedule whose messages cross could hang
+        dist.init_process_group(backend, None, limit, launch.world_size, launch.rank, group)
         notes.append(f"{launch.launcher}: {counted(launch.world_size, 'rank')} over {backend}")
         world = World(
             launch, device, Solo("world", launch.rank), tuple(a.host for a in arrivals), notes, timeout, star,
@@ -327,15 +337,6 @@ def start(
     except BaseException:
         star.close()
         raise
-
-
-def _join(launch: Launch, backend: str, limit: timedelta, store: dist.Store) -> None:
-    """Make torch's group of all ranks.
-
-    Without a device_id, though torch advises one: with it the messages of a group share its one communicator and run
-    one after another, where each pair of ranks has its own now, and a schedule whose messages cross could hang.
-    """
-    dist.init_process_group(backend, None, limit, launch.world_size, launch.rank, store)
 
 
 def _gather(

@@ -1,29 +1,43 @@
-"""A run that goes on from a checkpoint of another one: what it takes over, what begins anew, and why."""
+"""A run that goes on from another run's checkpoint, or in its own next phase: what it takes over, what begins anew.
+
+From phase to phase, what depends on length, frequencies, batch or data is made again; weights, moments and counters
+stay where they are.  Each source goes on after the tokens that it gave.  A checkpoint is saved at the end of every
+phase, and belongs to the phase that ends.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megallama.checkpoint.manager import CheckpointManager, forget_moments
-from megallama.comm.group import Assembly, on_all_ranks
-from megallama.config.errors import counted
-from megallama.config.schema import Config, current
-from megallama.data.sources import TrainDataset
-from megallama.optim.update import Update
-from megallama.train.progress import HighLoss, Progress, Spikes
+from megallama.checkpoint.folder import begun
+from megallama.checkpoint.manager import forget_moments
+from megallama.comm.group import on_all_ranks
+from megallama.comm.launch import World
+from megallama.config.describe import literal
+from megallama.config.errors import ConfigError, counted
+from megallama.config.rules import check
+from megallama.config.schema import IN_PHASES, Config, PhaseConfig, current
+from megallama.data.sources import Data, TrainDataset, open_sources
+from megallama.plan.plan import make_plan
+from megallama.train.assemble import assemble, kernels_of
+from megallama.train.progress import HighLoss, Spikes
+
+if TYPE_CHECKING:
+    from megallama.train.setup import Setup
 
 SETTINGS = {"moments": ["optimizer.beta1", "optimizer.beta2"], "schedule": ["lr_schedule.kind"]}
 LENGTHS = [f"lr_schedule.{name}_steps" for name in ("warmup", "decay", "wsd_decay")]  # may follow from train.steps
 
 
-def take_over(
-    config: Config, manager: CheckpointManager, progress: Progress, optimizer: Update, train: TrainDataset | None,
-    group: Assembly,
-) -> Iterator[str]:  # fmt: skip
+def take_over(setup: Setup) -> Iterator[str]:
     """Fill state and counters from checkpoint.continue_from; what is to be said of it. Raises: as `manager.load`."""
+    config, manager, progress, train = setup.config, setup.manager, setup.progress, setup.train_data
     other, what = Path(str(config.checkpoint.continue_from)), "cannot continue from another run"
+    group, optimizer = setup.world.group, setup.worker.optimizer
     path = Path(on_all_ranks(group, what, lambda: "" if group.rank else str(manager.check_other(other)))[0])
     shards = optimizer.shards(owned_only=False)
     saved = manager.load(path, shards, other=True)
@@ -58,3 +72,104 @@ def _anew(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
         if changed := [f"{s}.{key}" for s, key in (k.split(".") for k in keys) if was[s][key] != now[s][key]]:
             found[name] = f"{' and '.join(changed)} changed"
     return found
+
+
+def phase_at_start(config: Config, world: World) -> tuple[int, int]:
+    """The phase, from 0, in which a run goes on by what rank 0 sees of its checkpoints, and the tokens read there."""
+    seen = begun(config)[2] if config.train.phases and not world.rank else 0
+    tokens = world.group.gather_values(seen)[0]
+    return config.train.phase_after(tokens), tokens
+
+
+def enter(setup: Setup, number: int) -> Setup:
+    """The same run as phase `number`, from 0, has it. Raises: ConfigError; DataError."""
+    if number == setup.phase:
+        return setup
+    world, worker, ranks = setup.world, setup.worker, setup.plan.topology.world_size
+    config = setup.config.at(number)
+    if problems := check(config, ranks, need_data=False):
+        raise ConfigError(f"train.phases[{number}], which is not over: {'; '.join(problems)}")
+    worker.optimizer.wait()
+    plan, kernels = make_plan(config, ranks), kernels_of(config, world.device, setup.named)
+    data = world.on_all("data", lambda: open_sources(config))
+    worker = assemble(plan, worker.groups, world.device, kernels, record=world.record, kept=worker)
+    setup.manager.use(config)
+    setup.progress.enter(config, number)
+    tasks_of, tasks = setup.tasks_of, setup.tasks
+    if tasks_of:
+        tasks = world.on_all("eval.tasks", lambda: tasks_of(config, data, setup.log.info))
+    return replace(setup, config=config, plan=plan, data=data, worker=worker, tasks=tasks, phase=number)
+
+
+def next_phase(setup: Setup) -> Setup:
+    """Where one phase has ended, the next one. Raises: as `enter`."""
+    was, progress, old, ledger = setup.config, setup.progress, setup.train_data, setup.progress.ledger
+    setup = enter(setup, setup.phase + 1)
+    places = _take_over(setup.data, old, progress.step, progress.samples)
+    progress.go_on(ledger)
+    now, b = setup.config, setup.config.batch
+    setup.log.info(
+        f"phase {setup.phase + 1} of {len(now.train.phases)} begins after step {progress.step}, "
+        f"{counted(progress.tokens_read, 'token', ',')} read: {b.global_batch_size} samples of {b.seq_length} tokens"
+    )
+    if places or (was.model, was.batch) != (now.model, now.batch):
+        progress.spikes, progress.high_loss = Spikes({}), HighLoss()
+        setup.log.info("what loss is usual is learnt anew, as model, batch or data are others")
+    return with_end(setup)
+
+
+def _take_over(data: Data, old: TrainDataset | None, step: int, samples: int) -> Mapping[str, str]:
+    if old is None or not isinstance(data.train, TrainDataset):
+        return {}
+    return data.train.take_over(old.state(samples), step, samples)
+
+
+def with_end(setup: Setup) -> Setup:
+    """Knowing after which step this phase ends, or the data, and whether the run goes on in another one."""
+    config, progress, number = setup.config, setup.progress, setup.phase
+    at = progress.step, progress.samples, progress.tokens_read
+    last, why = setup.world.on_all("data", lambda: end_of_data(config, setup.data, number, *at))
+    if why:
+        setup.log.info(f"the data end after step {last} of {config.train.steps}: {why}")
+    return replace(setup, last_step=last, goes_on=not why and number + 1 < len(config.train.phases))
+
+
+def end_of_data(
+    config: Config, data: Data, number: int = 0, step: int = 0, samples: int = 0, tokens: int = 0
+) -> tuple[int, str]:
+    """The last step of a phase that has data, and why no more. Raises: DataError, also if those behind it lack data."""
+    ends, found = config.train.phase_ends(step, tokens) or [config.train.steps], list[tuple[int, str]]()
+    for n, end in enumerate(ends[number:], number):
+        train = isinstance(data.train, TrainDataset) and data.train
+        found.append(train.last_step(end) if train else (end, ""))
+        if found[-1][1] or n + 1 == len(ends):
+            break
+        samples, step = samples + (end - step) * config.at(n).batch.global_batch_size, end
+        data = open_sources(config.at(n + 1))
+        _take_over(data, train or None, step, samples)
+    return found[0]
+
+
+def phase_of(saved: Mapping[str, Any], config: Config) -> int:
+    """The phase, from 0, of the last step of these counters; of a run without phases the first."""
+    return (saved.get("ledger") or [{}])[-1].get("phase", 1) - 1 if config.train.phases else 0
+
+
+def check_past(saved: Mapping[str, Any], config: Config, number: int) -> None:
+    """That phase `number`, under way, and those before it are as in the checkpoint. Raises: ConfigError."""
+    was = Config.model_validate(saved)
+    was = was if was.train.phases else was.changed(train={"phases": (PhaseConfig(until_tokens=1),)}).filled()
+    both = (c.train.phases[: number + 1] for c in (was, config))
+    for n, pair in enumerate(zip_longest(*both) if config.train.phases else ()):
+        now = n == number and all(pair)  # its end and its batch may change
+        settings = ["seq_length", "weights", *IN_PHASES["model"]] if now else [*PhaseConfig.model_fields]
+        for name in settings:
+            old, new = (_said(getattr(phase, name, None)) for phase in pair)
+            if old != new:
+                use = "what is past cannot change: write it as it was, and what is to be new in the phases that follow"
+                raise ConfigError(f"train.phases[{n}].{name} was {literal(old)} and is {literal(new)}; {use}")
+
+
+def _said(value: Any) -> Any:
+    """Of weights without sources that are not read."""
+    return {name: value[name] for name in sorted(value) if value[name]} if isinstance(value, dict) else value

@@ -18,9 +18,9 @@ from megallama.optim.lr import learning_rate
 from megallama.plan.params import num_parameters
 from megallama.plan.work import training_flops
 from megallama.train.assemble import DTYPES
+from megallama.train.continued import next_phase
 from megallama.train.log import human_count
 from megallama.train.metrics import MetricsWriter, Record, plot_loss, read_metrics
-from megallama.train.phases import next_phase
 from megallama.train.setup import Setup, go_back
 from megallama.train.signals import SAVED
 from megallama.train.speed import Meter, Timers, peak_flops, peak_memory_bytes

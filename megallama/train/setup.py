@@ -32,10 +32,9 @@ from megallama.kernels.processors import Processor
 from megallama.kernels.select import OPERATIONS, Kernels
 from megallama.optim.lr import learning_rate
 from megallama.plan.plan import Plan
+from megallama.train import continued
 from megallama.train.assemble import DTYPES, Worker, assemble, initialize, kernels_of, same_kernels
-from megallama.train.continued import take_over
 from megallama.train.log import Logger, human_bytes, human_count
-from megallama.train.phases import check_past, end_of_data, enter, on_all, phase_at_start, phase_of, with_end
 from megallama.train.progress import Progress, TrainingStopped
 from megallama.train.signals import FAILED, SAVED, SignalFlag
 from megallama.train.speed import slow_format
@@ -106,12 +105,12 @@ def set_up(
 ) -> Iterator[Setup]:  # fmt: skip
     """Set up a run; within, its folder is locked, and an error is told to the other ranks."""
     if len({*world.hosts}) > 1:  # at once: their supervisors do not know one another before
-        _introduce(world, plan, log)
-    phase, tokens = phase_at_start(plan.config, world)
+        introduce(world, plan, log, _replicas(plan, world))
+    phase, tokens = continued.phase_at_start(plan.config, world)
     plan = _recomputing(plan.phases(tokens)[0], tokens, world, log)
     config, progress = plan.config, Progress(plan.config, phase)
     set_deterministic(config.train.deterministic)
-    data = on_all(world, "data", lambda: open_sources(config))
+    data = world.on_all("data", lambda: open_sources(config))
     for text in data.notes:
         log.info(text)
     tasks = _tried(world, partial(tasks_of, config, data, log.info)) if tasks_of else ()
@@ -123,7 +122,7 @@ def set_up(
     _check_beginning(config, data, manager, world)
     memory = plan.worst(plan.topology.coords(world.rank)["pp"], tokens)
     own = (world.hosts[world.rank], memory.persistent, memory.total, room(world.device))
-    warnings = [*on_all(world, "memory", lambda: check_room(world.group.gather_values(own))), *unusual(config)]
+    warnings = [*world.on_all("memory", lambda: check_room(world.group.gather_values(own))), *unusual(config)]
     kernels, named = _choose_kernels(config, plan, world, log)
     for line in warnings:
         log.info(f"warning: {line}")
@@ -135,7 +134,7 @@ def set_up(
         manager.acquire(counted=True)
         config = manager.keep_settings()
         plan = replace(plan, config=config)
-        worker, tracer = on_all(world, "model", lambda: _build(plan, world, log, kernels, manager))
+        worker, tracer = world.on_all("model", lambda: _build(plan, world, log, kernels, manager))
         cuda, threads = world.device.type == "cuda", counted(torch.get_num_threads(), "thread")
         device = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
         computes_with, copies = f"{device}, {threads}, {kernels}", _memory_copies(config, world, worker, log)
@@ -162,14 +161,9 @@ def set_up(
         manager.release()
 
 
-def _introduce(world: World, plan: Plan, log: Logger) -> None:
-    wanted = plan.config.run.min_replicas and world.rank == 0
-    introduce(world, plan, log, _replicas(plan, world) if wanted else ())
-
-
 def _tried(world: World, tasks_of: Callable[[], Sequence[Task]]) -> Sequence[Task]:
     """The tasks of eval.tasks, before anything is made. Raises: MegallamaError."""
-    tasks = on_all(world, "eval.tasks", tasks_of)
+    tasks = world.on_all("eval.tasks", tasks_of)
     digests = world.group.gather_values([task.digest for task in tasks])
     if other := [rank for rank, own in enumerate(digests) if own != digests[0]]:
         where = f"rank {other[0]} on {world.hosts[other[0]]}"
@@ -179,13 +173,13 @@ def _tried(world: World, tasks_of: Callable[[], Sequence[Task]]) -> Sequence[Tas
 
 def _check_beginning(config: Config, data: Data, manager: CheckpointManager, world: World) -> None:
     """What a fresh start asks for in vain is known before anything is made: by rank 0."""
-    starts = on_all(world, "checkpoints", lambda: world.rank == 0 and manager.starts_fresh())
+    starts = world.on_all("checkpoints", lambda: world.rank == 0 and manager.starts_fresh())
     other = config.checkpoint.continue_from
-    on_all(world, "data", lambda: starts and other is None and end_of_data(config, data))
-    on_all(world, f"cannot continue from {other}", lambda: starts and other and manager.check_other(Path(other)))
+    world.on_all("data", lambda: starts and other is None and continued.end_of_data(config, data))
+    world.on_all(f"cannot continue from {other}", lambda: starts and other and manager.check_other(Path(other)))
     if (path := config.checkpoint.weights_from) is not None:
         what = f"cannot load weights from {path}"
-        on_all(world, what, lambda: manager.check_weights(Path(path)) if starts else None)
+        world.on_all(what, lambda: manager.check_weights(Path(path)) if starts else None)
 
 
 def _recomputing(plan: Plan, tokens: int, world: World, log: Logger) -> Plan:
@@ -214,7 +208,9 @@ def _recomputing(plan: Plan, tokens: int, world: World, log: Logger) -> Plan:
 
 
 def _replicas(plan: Plan, world: World) -> list[str]:
-    """Why the run cannot go on with 0, 1, ... replicas on hosts like this one; empty where it can."""
+    """Where rank 0 has to know it, why the run cannot go on with 0, 1, ... replicas on hosts like this one, or ""."""
+    if world.rank or not plan.config.run.min_replicas:
+        return []
     topology, host, limits = plan.topology, world.hosts[0], room(world.device)
     sharing, out = world.hosts.count(host) if world.device.type == "cpu" else 1, ["no replica is whole"]
     for dp in range(1, topology.dp):
@@ -233,11 +229,11 @@ def _replicas(plan: Plan, world: World) -> list[str]:
 def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> tuple[Kernels, dict[str, str]]:
     """The same ones on every rank, and what a checkpoint has of them; from here on the log has files."""
     named, resumed = _named_kernels(config, world)
-    kernels = on_all(world, "kernels", lambda: kernels_of(config, world.device, named))
+    kernels = world.on_all("kernels", lambda: kernels_of(config, world.device, named))
     same_kernels(world.group.gather_values([(c.operation, c.selected) for c in kernels.choices]))
-    on_all(world, "run folder", lambda: log.open(Path(config.run.folder)))
+    world.on_all("run folder", lambda: log.open(Path(config.run.folder)))
     if len({*world.hosts}) == 1:
-        _introduce(world, plan, log)
+        introduce(world, plan, log, _replicas(plan, world))
     for text in [*str(plan).splitlines(), *world.notes, f"kernels: {kernels}"]:
         log.info(text)
     for choice in kernels.choices:  # aloud where something installed does not work
@@ -260,7 +256,7 @@ def _named_kernels(config: Config, world: World) -> tuple[dict[str, str], dict[s
     if was is not None or world.device.type != "cpu":
         return (was, was) if was and world.device.type == "cpu" else ({}, {})
     width, table = config.model.hidden_size, config.run.processor_table
-    entry = on_all(world, "processor table", lambda: Processor.here().entry(width, table))
+    entry = world.on_all("processor table", lambda: Processor.here().entry(width, table))
     return entry.kernels.get(dtype, {}) if entry else {}, {}
 
 
@@ -307,13 +303,13 @@ def _restore(setup: Setup, until: int | None = None) -> Setup:
     if saved is not None:
         assert manager.resumed is not None
         path, before = manager.resumed
-        length, number = current(before)["batch"]["seq_length"], phase_of(saved, config)
-        on_all(world, "configuration", lambda: check_past(before, config, number))
-        setup = enter(setup, number)
+        length, number = current(before)["batch"]["seq_length"], continued.phase_of(saved, config)
+        world.on_all("configuration", lambda: continued.check_past(before, config, number))
+        setup = continued.enter(setup, number)
         config, train = setup.config, setup.train_data
         progress.load_state_dict(saved, length)
         if train:
-            on_all(world, "data", lambda: train.resume(saved, progress.step, progress.samples, until))
+            world.on_all("data", lambda: train.resume(saved, progress.step, progress.samples, until))
         if until is not None:
             progress.left_out[str(progress.step)], progress.samples = until - progress.samples, until
         optimizer.loaded(progress.updates)
@@ -321,7 +317,7 @@ def _restore(setup: Setup, until: int | None = None) -> Setup:
         if (other := config.checkpoint.continue_from) is not None:
             log.info(f"checkpoint.continue_from={other} is not read: the run has checkpoints of its own")
     elif config.checkpoint.continue_from is not None:
-        for line in take_over(config, manager, progress, optimizer, setup.train_data, setup.worker.groups.world):
+        for line in continued.take_over(setup):
             log.info(line)
     elif config.checkpoint.weights_from is not None:
         manager.load_weights(Path(config.checkpoint.weights_from), shards)
@@ -333,9 +329,9 @@ def _restore(setup: Setup, until: int | None = None) -> Setup:
     if manager.resumed is not None:
         for line in changes(manager.resumed[1], config, progress.step, progress.samples, progress.begun):
             log.info(f"since then: {line}")
-        on_all(world, "configuration", lambda: _check_ramp(config, progress.samples, world.world_size))
+        world.on_all("configuration", lambda: _check_ramp(config, progress.samples, world.world_size))
     setup.tell_sources()
-    return with_end(setup)
+    return continued.with_end(setup)
 
 
 def _memory_copies(config: Config, world: World, worker: Worker, log: Logger) -> MemoryCopies | None:
@@ -395,7 +391,7 @@ def _from_memory(setup: Setup, rollback: bool) -> dict[str, Any] | None:
         counters = copies.resume(world.group, dict(met.get("own", ())), ask, setup.log.warn)
     if counters is not None:
         manager.lineage, manager.saved_step = counters.pop("lineage"), newest
-        own = setup.config.at(phase_of(counters, setup.config))
+        own = setup.config.at(continued.phase_of(counters, setup.config))
         manager.resumed = Path("memory"), own.model_dump(mode="json")
         return counters
     chain = world.group.gather_values(secrets.token_hex(8))[0]
