@@ -4,8 +4,6 @@ A shared file system fails for a while and then has every byte, so files are ope
 they are called damaged, and other errors get `PATIENCE_SECONDS`.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

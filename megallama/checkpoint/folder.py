@@ -10,8 +10,6 @@
 Earlier versions wrote ``.tmp`` and ``.old``, as people do: only what a crash left is touched.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

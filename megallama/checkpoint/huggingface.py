@@ -3,8 +3,6 @@
 `model/` must open with ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer``, in transformers 4 and 5.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path

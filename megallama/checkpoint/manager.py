@@ -3,8 +3,6 @@
 *Newest* is the last one saved, not the highest step: after going back to an older step its successors win.
 """
 
-from __future__ import annotations
-
 import hashlib
 import platform
 import secrets

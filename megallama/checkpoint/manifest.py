@@ -9,8 +9,6 @@ files (8 bytes header length, a JSON header, row-major little-endian data), dige
 128 bits); a file's digest, of its block digests, and the manifest's own are SHA-256. It is written last.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping

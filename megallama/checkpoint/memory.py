@@ -3,8 +3,6 @@
 There are two, for a rank may end while it makes one. Bits are digested where they were trained, and compared when read.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Reading boxes of tensors out of safetensors files, whoever wrote them, verifying what is read."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -4,8 +4,6 @@ Gloo's reduce-scatter and all-gather take two to five times as long as sending t
 all-reduce twice as long, so these are built from messages; the sum is taken in `wait()`, always in rank order.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Callable, Sequence

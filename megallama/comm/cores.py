@@ -1,7 +1,5 @@
 """Which CPU cores a rank keeps to: those near its GPU. Memory follows the thread that first writes to it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress

@@ -4,8 +4,6 @@ The memory is a file without a name, so nothing is left behind.  It is plain num
 process, and a few texts; where a reader meets one half written, it reads it again later.
 """
 
-from __future__ import annotations
-
 import json
 import mmap
 import os

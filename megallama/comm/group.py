@@ -6,8 +6,6 @@ An overlapped call keeps the handle while other work runs; a blocking one is ``g
 Positions (`rank`, `source`, `to`) are indices *within the group*; `ranks` are global ranks.
 """
 
-from __future__ import annotations
-
 import logging
 import socket
 import sys

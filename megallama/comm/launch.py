@@ -4,8 +4,6 @@ A process that neither torchrun, mpirun (Open MPI, MPICH and its relatives) nor 
 one rank, which opens nothing.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os

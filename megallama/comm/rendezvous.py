@@ -7,8 +7,6 @@ connection, and the first reason to stop reaches all. A message is a line of JSO
 value]; a thread reads and writes them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -6,8 +6,6 @@ there and posts a notice for each reader, who reads, or sums, straight out of it
 is a promise of x86 processors; on others gloo is kept.
 """
 
-from __future__ import annotations
-
 import ctypes
 import fcntl
 import mmap

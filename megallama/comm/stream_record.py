@@ -1,7 +1,5 @@
 """The flight record of a rank on a GPU, whose host runs ahead: what counts is where its stream of kernels is."""
 
-from __future__ import annotations
-
 import ctypes
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The settings as a table, read off the schema: name, type in words, default, unit, meaning."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The errors by which a command ends; notes, and how counts are said."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

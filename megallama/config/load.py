@@ -1,7 +1,5 @@
 """Reading a configuration: defaults, then the preset, the TOML file and ``section.key=value`` overrides."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import re

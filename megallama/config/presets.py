@@ -4,8 +4,6 @@ Sources: LLaMA (Touvron et al. 2023a, table 2), Llama 2 (Touvron et al. 2023b), 
 2024), and the params.json published with each.  Those values and exact parameter counts are in the tests.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 

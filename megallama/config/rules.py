@@ -4,8 +4,6 @@ A rule is a generator of messages, given a configuration whose derived values ar
 of ranks, or None: then nothing is said about ranks.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import isqrt, lcm

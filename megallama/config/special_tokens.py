@@ -1,7 +1,5 @@
 """Which tokens begin and end a document: what a tokenizer declares of itself, else the names that are known."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -4,8 +4,6 @@ PREFIX.sums lies beside a .bin/.idx pair, whose bytes stay Megatron's: a header 
 of the table), then the table: crc32 of every 64 KiB of .bin and then of .idx, uint32, all little-endian.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 import weakref

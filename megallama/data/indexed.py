@@ -14,8 +14,6 @@ PREFIX.bin is nothing but token ids, one document after the other.  PREFIX.idx s
 Reading uses pread, never mmap: a file that shrinks under a run is then an error with a name in it and not a SIGBUS.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import struct

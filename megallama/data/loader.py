@@ -1,7 +1,5 @@
 """Micro-batches prepared ahead by one background thread, and copied to a GPU a step ahead."""
 
-from __future__ import annotations
-
 import queue
 import threading
 import time

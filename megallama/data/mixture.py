@@ -12,8 +12,6 @@ the past, if the same holds ordered by release (Hall's condition; no window stra
 the deadlines and taking the earliest release seen whenever one is due satisfies both.
 """
 
-from __future__ import annotations
-
 import heapq
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence

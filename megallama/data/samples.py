@@ -6,8 +6,6 @@ Feistel network over pairs (left, right) with left < a, right < b and a * b just
 cycle is walked until the result is in range (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
 """
 
-from __future__ import annotations
-
 import hashlib
 import struct
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """From the configuration to open data: training sources mixed by weight, validation, test."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass

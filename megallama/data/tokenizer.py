@@ -4,8 +4,6 @@ Text never becomes a control token: a document that holds the characters "</s>" 
 can fake the end of another.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

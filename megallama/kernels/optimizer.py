@@ -1,7 +1,5 @@
 """What the optimizer computes on shards: AdamW (Loshchilov & Hutter 2019), the gradient's norm."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ which fuses them: all in the accumulation format, where the eager operations rou
 steps.
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence

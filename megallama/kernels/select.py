@@ -6,8 +6,6 @@ order is fixed, but that the table of processors may name the first: by measurem
 ranks would drift apart, and resumed runs from their bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches

@@ -19,8 +19,6 @@ With ``chunks`` = n > 1 a forward, which has one GEMM, is cut: each piece, an n-
 the GEMM of another, and a pass over the output puts them in order.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

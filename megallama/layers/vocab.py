@@ -8,8 +8,6 @@ Over tp two small reductions a chunk make it exact: the maximum over ranks of th
 rank's sum of exponentials, then the sum together with the logit of the label (Shoeybi et al. 2019).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -9,8 +9,6 @@ Activations are [T, h]: all tokens of a micro-batch, sample after sample; under 
 tensor-parallel rank holds T/t consecutive rows of the residual stream.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import struct

@@ -1,7 +1,5 @@
 """The learning rate as a pure function of the step: warm-up, then a shape, then the minimum."""
 
-from __future__ import annotations
-
 from math import cos, pi
 
 from megallama.config.schema import LrScheduleConfig, OptimizerConfig

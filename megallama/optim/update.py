@@ -6,8 +6,6 @@ where replicas have schedules with other orders, all is reduced after the backwa
 Where weights are fp32 (or fp64) already, the masters are the weights themselves.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Sends and receives are posted where the schedule says and awaited where their va
 edge of its autograd graph, not its output, so an output is freed once it has been sent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

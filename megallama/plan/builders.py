@@ -10,8 +10,6 @@ zero bubble (split backward) and ZB-V, Qi et al. 2023 (arXiv:2401.10241); patter
 (arXiv:2405.15362); DualPipeV, half of DualPipe, DeepSeek-AI 2024 (arXiv:2412.19437).
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ A sequence is 2 cp chunks, of which rank r has r and 2 cp - 1 - r: then causal a
 the one is taken that moves less: docs/how_it_works.md has both, their papers, and the bound that `exchange` computes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import lcm
 

@@ -13,8 +13,6 @@ parallelism the rest too (Korthikanti et al. 2022, arXiv:2205.05198, table 2).  
 divides T, and adds what docs/planner.md has.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megallama.config.schema import Config

@@ -17,8 +17,6 @@ same weights, rank r owns the r-th equal range of each, its *shard*: there it ho
 (ZeRO-1, Rajbhandari et al. 2020).  A bucket holds only decayed matrices, norm weights, or the tied embedding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod, sqrt

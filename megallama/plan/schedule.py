@@ -7,8 +7,6 @@ Text form of an action: kind, stage, micro-batch, e.g. ``F2.0``.  A transfer bea
 ``send_F2.0`` is received as ``recv_F3.0``.
 """
 
-from __future__ import annotations
-
 import heapq
 import re
 from collections import deque

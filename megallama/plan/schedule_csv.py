@@ -7,8 +7,6 @@
 halves of it.  Who computes a stage owns it.  Empty cells, empty lines and lines that begin with # say nothing.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

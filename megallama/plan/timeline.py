@@ -4,8 +4,6 @@ In a trace (Chrome's trace events, for ui.perfetto.dev) every timeline is a proc
 it.  Communication lies on lanes of its own, a bar from the call to the end of the wait.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

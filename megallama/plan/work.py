@@ -5,8 +5,6 @@ Korthikanti et al. 2022, arXiv:2205.05198) or causally.  Of the stages before th
 with fewer micro-batches, take more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate
 

@@ -1,7 +1,5 @@
 """The parts of one rank, built from the plan: buffers, stages, optimizer, pipeline."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

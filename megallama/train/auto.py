@@ -1,7 +1,5 @@
 """What `auto` means for a run: decided at its first start, then as its checkpoints have it."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from collections.abc import Callable

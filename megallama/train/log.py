@@ -4,8 +4,6 @@ Rank 0 speaks on standard output and in ``run.log``; every rank keeps its own ``
 unbuffered write: nothing is lost when the process is killed.  A full disk or a closed terminal never costs the run.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """Step after step, until the end, a signal or a fault: training, evaluating, saving, stopping."""
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Where the numbers of a step go: a console line, ``metrics.jsonl``, TensorBoard, wandb, a plot."""
 
-from __future__ import annotations
-
 import errno
 import importlib
 import io

@@ -1,7 +1,5 @@
 """How far a run is and how well it goes: what a checkpoint holds of it besides tensors."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence

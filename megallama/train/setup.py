@@ -1,7 +1,5 @@
 """What a training run needs, made once and in this order: data, kernels, the folder's lock, model, state."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

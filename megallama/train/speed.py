@@ -1,7 +1,5 @@
 """How fast a run is, and how fast it could be: phases of a step, rates, the peak of the device."""
 
-from __future__ import annotations
-
 import resource
 import time
 from collections import defaultdict, deque

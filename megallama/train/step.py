@@ -6,8 +6,6 @@ one small reduction over all ranks: loss, squared gradient norm, finite everywhe
 decide: skip, or clip and AdamW on the shards, then gather the weights under the next forward
 """
 
-from __future__ import annotations
-
 import math
 import signal
 import time

@@ -1,7 +1,5 @@
 """What a rank looks at besides training: copies of the weights, and steps that stand out."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from math import inf
 from statistics import median, median_low
