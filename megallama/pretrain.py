@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from megallama.comm.flight_record import GENERATION, LAUNCHER, FlightRecord
 from megallama.config.errors import ConfigError, InternalError, LaunchError, LostError, MegallamaError, drop_output
 from megallama.train.log import Logger, finish_output
-from megallama.train.signals import FAILED, SAVED, SignalFlag  # whatever takes time comes after `SignalFlag`
+from megallama.train.signals import FAILED, SAVED, SignalFlag  # what takes time comes after it
 from megallama.train.supervised import is_wanted, make_again, place_of, start_supervisor
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ UNREAD = 141  # as the shell has it, where whoever read the output has gone
 
 
 def process(again: bool = False) -> int:
-    """What a launcher, or `again` a supervisor, starts: `main`, watched where that is wanted; the exit status."""
+    """What a launcher, or `again` a supervisor, starts: `main`, watched if wanted; the exit status."""
     record = make_again() if again else start_supervisor() if is_wanted(sys.argv[1:]) else None
     status = main(record=record)
     finish_output()
@@ -47,7 +47,7 @@ def process(again: bool = False) -> int:
 
 
 def main(argv: Sequence[str] | None = None, record: FlightRecord | None = None) -> int:
-    """Run with these arguments (default: the command line's); the exit status. `record`: what a supervisor reads."""
+    """Run with these arguments (default: the command line's); the exit status. `record`: supervisors read it."""
     record = record or FlightRecord()
     with SignalFlag() as signals:
         status = _run(list(sys.argv[1:] if argv is None else argv), signals, record)
@@ -133,10 +133,10 @@ def _request(
         config = load(file, settings, ranks=ranks, begun=begun, note=log.info, decide=known)
         for text in decided:
             log.info(text)
-        if launch.generation:  # the first one has begun as was said; now what it left is gone on from
+        if launch.generation:  # the first has begun as was said; now its state is gone on from
             config = config.changed(checkpoint={"resume": "auto"})
         plan, table = make_plan(config, ranks), processors.digest(config.run.processor_table)
-    except Exception as problem:  # the other ranks would wait; what rank 0 has too is `shared`: it says it
+    except Exception as problem:  # the others would wait; what rank 0 has too it says
         text = str(problem) if isinstance(problem, MegallamaError) else f"{type(problem).__name__}: {problem}"
         where = f"rank {launch.rank} ({launch.host}): " if launch.rank else ""
         try:

@@ -142,7 +142,7 @@ def communication_table(config: Config, topology: Topology, stages: Stages, sche
 
 
 def behind(config: Config) -> tuple[int, int, int]:
-    """Steps, samples and tokens before a run with checkpoint.continue_from; none where that cannot be read."""
+    """Steps, samples and tokens before a run with checkpoint.continue_from, if that can be read."""
     if config.checkpoint.continue_from is None:
         return 0, 0, 0
     from megallama.checkpoint.folder import begun  # and torch, which no other plan needs

@@ -45,7 +45,7 @@ class DryRun:
 
 
 def dry_run(plan: Plan) -> DryRun:
-    """Run one rank of every kind and prove that all ranks fit together. Raises: Disagreement naming two of them."""
+    """Run one rank of every kind and prove that all fit together. Raises: Disagreement naming two."""
     kind, ranks = kinds(plan), range(plan.topology.world_size)
     programs = {key: record(plan, rank) for key, rank in {kind(r): r for r in reversed(ranks)}.items()}
     of_rank = tuple(programs[kind(rank)] for rank in ranks)
@@ -85,7 +85,7 @@ def record(plan: Plan, rank: int) -> Program:
 
 
 def _phases(plan: Plan) -> list[tuple[str, Callable[[_Tape], None]]]:
-    """Loading, a step of every batch size and one more of the last, an evaluation, a step that is skipped."""
+    """Loading, a step of every batch size, one more of the last, an evaluation, a skipped step."""
     sizes = [*plan.config.batch.sizes, plan.config.batch.global_batch_size]
     steps = [(f"step {i}", partial(_Tape.train, size=size)) for i, size in enumerate(sizes, 1)]
     skipped = f"skipped step {len(sizes) + 1}", partial(_Tape.train, size=sizes[-1], loss=nan)
@@ -113,7 +113,7 @@ class _Tape:
         return Recording(FakeGroup(name, ranks, self._me), self.calls, self.waits, label)
 
     def _read(self, tensor: Tensor) -> list[float]:
-        """A loss, or the sum of votes: loss, squared norm, ranks with values that are not finite, and others."""
+        """A loss, or the sum of votes: loss, squared norm, ranks with values not finite, and others."""
         good = float(isfinite(self._value))
         return [good, good, 1 - good, *[0.0] * tensor.numel()][: tensor.numel()]
 

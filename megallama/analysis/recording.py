@@ -1,4 +1,4 @@
-"""Groups for the dry run: one writes down what is communicated, and one's other members are not there."""
+"""Groups for the dry run: one that writes down what is communicated, one without its other members."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megallama.comm.group import Done, Group, Handle, Op, Solo, Wrapped
 
 @dataclass(frozen=True)
 class Call:
-    """One operation; `shape` and `nbytes` are of the whole tensor: all_gather's output, reduce_scatter's input."""
+    """One operation; `shape`, `nbytes`: of the whole tensor (all_gather's output, reduce_scatter's input)."""
 
     op: str
     group: str
@@ -74,7 +74,7 @@ class Recording(Wrapped):
 
 
 class _Noted:
-    """A handle whose first wait is written down; before it, nothing is ever said to be done, so a wait must come."""
+    """A handle whose first wait is written down; before it nothing is done, so a wait must come."""
 
     def __init__(self, inner: Handle, call: int, calls: list[Call], waits: list[Wait]) -> None:
         self._inner, self._call, self._calls, self._waits = inner, call, calls, waits

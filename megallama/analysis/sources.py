@@ -1,4 +1,4 @@
-"""What a run takes from each source, before it starts: from the files where they are there, else from num_tokens."""
+"""What a run takes from each source, before it starts: by the files, else by num_tokens."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from megallama.config.errors import MegallamaError
 PATIENCE_SECONDS = 30.0
 JSON_BYTES = 25_000_000  # the most that is read of a configuration, an index or a header
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV)
-HEAD = 1 << 20  # bytes of a copy before its data: eight for the length of a text, its SHA-256, the text
+HEAD = 1 << 20  # bytes of a copy before its data: 8 for a text's length, its SHA-256, the text
 _TEXT = 8 + 32
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ def names(folder: Path) -> list[str]:
 
 
 def open_file(path: Path, size: int | None = None) -> tuple[int, int]:
-    """(descriptor, size) of a regular file. Raises: DamagedError if it is none or not of `size`."""
+    """(descriptor, size) of a file. Raises: DamagedError if it is no regular one of `size`."""
     for _ in range(2):
         fd, found = patiently(_open, path)
         if size is None or found == size:
@@ -106,7 +106,7 @@ def read_at(fd: int, out: memoryview, offset: int) -> int:
 
 
 def read_again(path: Path, out: memoryview, offset: int) -> int:
-    """`read_at` of the freshly opened file, past this machine's cache. Raises: as `patiently`."""
+    """`read_at` of the file opened again, past this machine's cache. Raises: as `patiently`."""
 
     def work(path: Path) -> int:
         with opened(path, os.O_RDONLY | os.O_NONBLOCK) as fd:
@@ -175,7 +175,7 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
 
 
 def read_head(memory: memoryview | mmap) -> dict[str, Any]:
-    """What a copy in memory says of itself; nothing where it is not whole, or its text is damaged."""
+    """What a copy in memory says of itself; nothing where that is damaged or not whole."""
     size = int.from_bytes(memory[:8], "little")
     text = bytes(memory[_TEXT : _TEXT + size]) if 0 < size <= HEAD - _TEXT else b""
     if not text or hashlib.sha256(text).digest() != bytes(memory[8:_TEXT]):

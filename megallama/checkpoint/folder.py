@@ -102,7 +102,7 @@ def find_checkpoint(path: Path, log: Callable[[str], None] = lambda text: None) 
 
 
 def before(config: Config) -> manifest.Manifest | None:
-    """Of the checkpoint that a run would go on from, its own or another run's; None where none can be read."""
+    """Of the checkpoint that a run would go on from, its own or another's; None: none can be read."""
     own, other = config.checkpoint.folder, config.checkpoint.continue_from
     with suppress(CheckpointError):
         fresh = own is None or config.checkpoint.resume == "fresh"
@@ -208,7 +208,7 @@ def under_way() -> dict[Any, str]:
 
 
 def _process(pid: int) -> str | None:
-    """The start of a process [ticks since boot]: with the pid, its identity. None if it is gone."""
+    """When a process started [ticks since boot]: with the pid its identity. None: it is gone."""
     with suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]
@@ -216,7 +216,7 @@ def _process(pid: int) -> str | None:
 
 
 def _machine() -> str:
-    """Identity of this boot and pid namespace: where it is equal, a pid means the same process."""
+    """Identity of this boot and pid namespace: within one, a pid means one process."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
@@ -235,7 +235,7 @@ class FolderLock:
         self.lost = False  # another job was seen to hold the folder
 
     def acquire(self, *, patient: bool = True) -> None:
-        """Take the lock; not `patient`: at once. Raises: CheckpointError naming its holder; OSError."""
+        """Take the lock; not `patient`: at once. Raises: CheckpointError (its holder); OSError."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         job = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
         own = json.dumps(job | {"process": _process(os.getpid()), "since": now, "id": os.urandom(8).hex()}).encode()
@@ -265,7 +265,7 @@ class FolderLock:
 
     def release(self) -> None:
         self._stop.set()
-        with suppress(OSError):  # one that stays is taken over, for this process has ended by then
+        with suppress(OSError):  # one that stays is taken over
             if self._own is not None and (seen := _look(self.path)) and seen.content == self._own:
                 self.path.unlink()
         self._own = None
@@ -374,14 +374,14 @@ class Choice:
                 self._leave_out(name, error)
 
     def _candidate(self) -> tuple[str | None, bool]:
-        """The step to look at next, and whether its place in the order is known; not rank 0: any."""
+        """The step to look at next, and whether its place in the order is known; rank 0 decides."""
         if self._group.rank:
             return next(filter(_STEP.fullmatch, disk.names(self._folder)), None), True
         order: list[tuple[float, str]] = []
         for path, brief in checkpoints(self._folder).items():
             if path.name not in self._left_out and isinstance(brief, UnreadableError):
                 self._leave_out(path.name, brief)
-            elif path.name not in self._left_out:  # the damaged ones first: each may be the newest
+            elif path.name not in self._left_out:  # damaged ones first: each may be the newest
                 order.append((brief.sequence if isinstance(brief, Brief) else inf, path.name))
         if order:
             sequence, name = max(order)
@@ -396,7 +396,7 @@ class Choice:
         )
 
     def look(self, path: Path) -> manifest.Manifest:
-        """The manifest of a step whose state is there in full size. Raises: as `read_on_all`."""
+        """The manifest of a step with its state in full size. Raises: as `read_on_all`."""
         found: list[manifest.Manifest] = []
 
         def work() -> None:

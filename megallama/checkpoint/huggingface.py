@@ -54,7 +54,7 @@ def model_files(
 
 
 def longest_sequence(config: Config) -> int:
-    """Of the exported model [tokens]: that of training, or of scaled rotary frequencies where they say it."""
+    """Of the exported model [tokens]: that of training, or what scaled rotary frequencies say."""
     scaling, trained = config.model.rope_scaling, config.batch.seq_length
     if scaling is None or scaling.kind == "linear":
         return trained
@@ -143,7 +143,7 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def special_tokens(tokenizer: Path, marks: Mapping[str, int | None] | None = None) -> dict[str, tuple[str, int]]:
-    """(text, id) of the "bos" and "eos" tokens of a tokenizer file, where it has them; `marks` win."""
+    """(text, id) of a tokenizer's "bos" and "eos", where it has them; `marks` win."""
     own: dict[str, int] = {}
     if merges_of(tokenizer):
         vocabulary = json.loads(tokenizer.read_bytes())
@@ -161,15 +161,15 @@ def special_tokens(tokenizer: Path, marks: Mapping[str, int | None] | None = Non
 
 
 def own_tokenizer(small: Mapping[str, bytes]) -> bytes | None:
-    """The tokenizer that we use: a .model of SentencePiece (not LLaMA 3's), or a tokenizer.json."""
+    """The tokenizer in use: SentencePiece's .model (not LLaMA 3's), or tokenizer.json."""
     model = small.get("tokenizer.model", b"")
-    return model if model[:1] == b"\n" else small.get("tokenizer.json")  # SentencePiece's are protocol buffers
+    return model if model[:1] == b"\n" else small.get("tokenizer.json")  # a protocol buffer
 
 
 def _tokenizer_files(
     tokenizer: Path, special: dict[str, tuple[str, int]], begun: bool, longest: int, log: Callable[[str], None]
 ) -> dict[str, bytes]:
-    """Files by which Hugging Face's programs give the ids of the training; `begun`: documents begin with bos."""
+    """Files by which Hugging Face gives the ids of the training; `begun`: documents begin with bos."""
     existing = read_settings(tokenizer.with_name("tokenizer_config.json"))
     merges = merges_of(tokenizer)
     first, eos = special.get("bos" if begun else "eos"), special.get("eos")
@@ -230,7 +230,7 @@ def to_tokenizer(model: bytes) -> Tokenizer:
     """The fast tokenizer of a SentencePiece .model file that gives the same ids. Raises: NotEqualError.
 
     SentencePiece merges by the scores of what pairs become, the leftmost of equals first; a tokenizer.json ranks pairs.
-    Both agree where every score is one piece's own and, of two overlapping pairs of a piece, the left one is first.
+    Both agree where every score is one piece's and, of two overlapping pairs, the left is first.
     """
     from sentencepiece import SentencePieceProcessor
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at run time
@@ -274,7 +274,7 @@ def _begin_with(token: tuple[str, int] | None) -> processors.TemplateProcessing:
 
 
 def _merges(pieces: Sequence[Piece]) -> Iterator[tuple[str, str]]:
-    """All pairs of pieces that become one, the first to be merged first. Raises: NotEqualError."""
+    """All pairs of pieces that become one, in the order of merging. Raises: NotEqualError."""
     scores = {text: score for text, score, kind in pieces if kind == NORMAL}
     if odd := next((text for text in scores if any(c not in scores for c in text)), None):
         raise NotEqualError(f"its piece {odd!r} has characters that are no pieces")

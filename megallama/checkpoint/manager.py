@@ -1,6 +1,6 @@
 """The checkpoints of one run: saving behind training, choosing what to resume from, keeping order.
 
-*Newest* is the last one saved, not the highest step: after going back to an older step its successors win.
+*Newest* is the last one saved, not the highest step: after going back the successors win.
 """
 
 import hashlib
@@ -78,7 +78,7 @@ class CheckpointManager:
         self._describe = partial(model_files, tokenizer=tokenizer, marks=marks, log=self._log)
         self.use(config, small)
         self.lineage = secrets.token_hex(8)  # retention deletes only checkpoints of this one
-        self._pieces: list[tuple[Tensor, int]] = []  # of the host buffer, and how many tensors lie in each
+        self._pieces: list[tuple[Tensor, int]] = []  # of the host buffer, and their numbers of tensors
         self._thread = threading.Thread()  # of the last save in the background
         self._handing = threading.Lock()  # the lock over to a save that outlives `release`
         self._released = False
@@ -87,7 +87,7 @@ class CheckpointManager:
         self._failures = 0  # in a row
         self.saved_step: int | None = None  # of the newest loaded or completed
         self.begun: int | None = None  # the step of the last save that has begun
-        self.chain = self._folder / "memory"  # says which copies in memory belong to these checkpoints
+        self.chain = self._folder / "memory"  # which copies in memory belong to these
         self.resumed: tuple[Path, dict[str, Any]] | None = None  # with its configuration
         self.keep_all = False  # while nobody knows which checkpoint is good
 
@@ -97,7 +97,7 @@ class CheckpointManager:
         self._small |= {f"model/{name}": data for name, data in (small or self._describe(config)).items()}
 
     def acquire(self, *, counted: bool = False) -> None:
-        """Create, lock, clean up the folder; `counted`: for a start of a run. Raises: CheckpointError on every rank."""
+        """Create, lock, clean up the folder; `counted`: a run starts. Raises: CheckpointError on every rank."""
 
         def work() -> None:
             if self._group.rank:
@@ -158,7 +158,7 @@ class CheckpointManager:
         def work() -> None:
             try:
                 self._write(step, snapshot, counters)
-            except BaseException as error:  # noqa: BLE001 - raised by `finish` in the caller's thread
+            except BaseException as error:  # noqa: BLE001 - raised by `finish`
                 self._failure, self._failures = error, self._failures + 1
                 then = "the run goes on and saves when the next is due"
                 then = then if self._failures <= most else "the next save stops the run"
@@ -179,7 +179,7 @@ class CheckpointManager:
         return isinstance(self._failure, NotFiniteError)
 
     def wait(self, seconds: float, whole: Callable[[], bool] = lambda: True) -> None:
-        """Wait at most so long for a running save; hardly where ranks have left (not `whole`)."""
+        """Wait so long for a running save; hardly where ranks have left (not `whole`)."""
         deadline = time.monotonic() + seconds
         while self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
             self._thread.join(min(left, 0.1))
@@ -256,7 +256,7 @@ class CheckpointManager:
         versions = {"torch": torch.__version__, "megallama": megallama.__version__}
         found = folders.checkpoints(self._folder).values()
         sequence = 1 + max((brief.sequence for brief in found if isinstance(brief, folders.Brief)), default=0)
-        sequence += sum(isinstance(brief, UnreadableError) for brief in found) << 20  # surely beyond theirs
+        sequence += sum(isinstance(brief, UnreadableError) for brief in found) << 20  # beyond theirs
         return {
             "step": step,
             "sequence": sequence,
@@ -273,7 +273,7 @@ class CheckpointManager:
         }
 
     def _tidy(self, final: Path) -> None:
-        """Point `latest` at the new checkpoint, delete those not to be kept; failures only warn."""
+        """Point `latest` at the new one, delete those not to be kept; failures only warn."""
         keep_last, keep_every = self._config.checkpoint.keep_last, self._config.checkpoint.keep_every
         try:
             disk.write_durably(hint := folders.unfinished(final.with_name("latest")), f"{final.name}\n".encode())
@@ -291,7 +291,7 @@ class CheckpointManager:
             self._log(f"warning: tidying up {self._folder} failed: {error}")
 
     def newest(self) -> tuple[Path, manifest.Manifest] | None:
-        """The newest whose training state all ranks see in full size. Raises: as `Choice.newest`."""
+        """The newest whose state all ranks see in full size. Raises: as `Choice.newest`."""
         return self._choice.newest(lambda path: (path, self._choice.look(path)))
 
     def newest_step(self, most: int) -> int | None:
@@ -299,7 +299,7 @@ class CheckpointManager:
         return max((brief.step for brief, _ in folders.known(self._folder) if brief.step <= most), default=None)
 
     def keep_settings(self) -> Config:
-        """The configuration, as the newest checkpoint has it where a preset has changed since."""
+        """The configuration; where a preset has changed since, as in the newest checkpoint."""
         model = self._config.model
         looks = model.preset in PRESETS and self._config.checkpoint.resume != "fresh"
         if not looks or (found := self.newest()) is None:
@@ -314,7 +314,7 @@ class CheckpointManager:
         return self._config
 
     def starts_fresh(self) -> bool:
-        """Whether there is nothing to resume, by the names in the folder. Raises: CheckpointError if there must be."""
+        """Whether nothing is there to resume, by names. Raises: CheckpointError if there must be."""
         names = [] if self._folder.is_file() else disk.names(self._folder)
         empty = not any(name.startswith("step-") for name in names)
         if empty and self._config.checkpoint.resume == "must":
@@ -340,7 +340,7 @@ class CheckpointManager:
         return counters
 
     def check_other(self, folder: Path) -> Path:
-        """The step of another run that `folder` is, or its newest. Raises: CheckpointError if `load` would."""
+        """The step of another run that `folder` is, or its newest. Raises: as `load` would."""
         path, use = folders.find_checkpoint(folder, self._log), "weights alone are taken with checkpoint.weights_from"
         if folders.step_folder(path) != path:
             raise CheckpointError(f"checkpoint.continue_from={folder} is no step-N folder of a run; {use}")
@@ -437,9 +437,9 @@ def forget_moments(shards: Sequence[Shard]) -> None:
 
 
 def pieces(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """How to hold tensors of these sizes: (a power of two; how many tensors lie in such a piece), in their order.
+    """How to hold tensors of these sizes, in order: (a power of two; how many lie in such a piece).
 
-    torch takes page-locked memory in powers of two alone: in one piece up to half of it would be in vain.
+    torch takes page-locked memory in powers of two alone: of one piece half may be in vain.
     """
     while left := sum(sizes):
         below = 1 << left.bit_length() - 1
@@ -450,7 +450,7 @@ def pieces(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _touching(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The same elements, with what lies side by side in memory as one tensor: few large copies."""
+    """The same elements, neighbours in memory as one tensor: few large copies."""
     starts = accumulate((tensor.nbytes for tensor in tensors), initial=0)
 
     def origin(one: tuple[Tensor, int]) -> tuple[int, int]:  # where the run would begin

@@ -131,7 +131,7 @@ class Manifest(BaseModel, frozen=True):
     model: Annotated[ModelConfig, Field(validation_alias="architecture")]
     precision: Literal["fp64", "fp32", "fp16", "bf16"]
     shard_bytes: PositiveInt
-    block_bytes: Annotated[int, Field(ge=1, le=1 << 28)]  # the last block of a file may be shorter
+    block_bytes: Annotated[int, Field(ge=1, le=1 << 28)]  # a file's last may be shorter
     digests: str = SHA256  # where it names none
     tokenizer: str | None
     config: dict[str, Any]
@@ -162,7 +162,7 @@ def digest(data: bytes | bytearray | memoryview, by: Callable[..., Any] = hashli
 
 
 def render(body: dict[str, Any]) -> bytes:
-    """The bytes of manifest.json for `body`; the one spelling of it, so that any change shows."""
+    """The bytes of manifest.json for `body`: one spelling, so any change shows."""
     plain = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return (json.dumps(body | {"digest": digest(plain.encode())}, sort_keys=True, indent=1) + "\n").encode()
 
@@ -223,7 +223,7 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
 
 
 def kept(saved: ModelConfig, now: ModelConfig) -> dict[str, Any]:
-    """What only a preset gives, and gave otherwise when the run began: a resumed run keeps it."""
+    """What only a preset gives, and gave otherwise when the run began, which keeps it."""
     unsaid = PRESETS.get(now.preset or "", {}).keys() - now.model_fields_set
     keys = [key for key in ("norm_eps", "rope_theta", "rope_scaling") if key in unsaid]  # of no shape
     return {key: getattr(saved, key) for key in keys if getattr(saved, key) != getattr(now, key)}

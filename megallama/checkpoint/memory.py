@@ -1,6 +1,6 @@
 """Copies of a rank's state that outlive its process: from them its replacement goes on.
 
-There are two, for a rank may end while it makes one. Bits are digested where they were trained, and compared when read.
+There are two, for a rank may end while it makes one. Digests of trained bits are compared when read.
 """
 
 import mmap
@@ -41,7 +41,7 @@ class MemoryCopies:
             places = torch.frombuffer(slot, dtype=torch.uint8, offset=HEAD).split(sizes)
             pairs = zip(places, self._tensors, strict=True)
             self._copies.append([place[: t.nbytes].view(t.dtype) for place, t in pairs])
-        self._spans = [*zip(accumulate(sizes, initial=HEAD), sizes, strict=False)]  # of every tensor in a slot
+        self._spans = [*zip(accumulate(sizes, initial=HEAD), sizes, strict=False)]  # of tensors in a slot
 
     @staticmethod
     def need(shards: Sequence[Shard]) -> int:
@@ -55,12 +55,12 @@ class MemoryCopies:
             slot[:8] = bytes(8)
 
     def keep(self, step: int, counters: dict[str, Any], after: Sequence[int | None] = ()) -> None:
-        """Copy the state of `step` over the older copy; `after`: one of these steps is the newest on disk."""
+        """Copy `step`'s state over the older copy; `after`: one of these is the newest on disk."""
         slot = self.slots[self._next]
         slot[:8] = bytes(8)  # from here on it is none, until it is whole
         for copy, tensor in zip(self._copies[self._next], self._tensors, strict=True):
             copy.copy_(tensor, non_blocking=True)
-        digests = torch.stack([digest(tensor) for tensor in self._tensors]).tolist()  # waits for the device
+        digests = torch.stack([digest(tensor) for tensor in self._tensors]).tolist()  # waits
         said = {"key": self._key, "chain": self.chain, "step": step, "after": [*after]}
         write_head(slot, said | {"counters": counters, "digests": digests})
         self._next = 1 - self._next
@@ -70,7 +70,7 @@ class MemoryCopies:
     ) -> dict[str, Any] | None:
         """Fill the state from the newest step that all of `group` have whole; `own`: slots by step.
 
-        Its counters; None where there is no such step. `ask` fetches what is damaged, which is told to `log`.
+        Its counters; None without such a step. `ask` fetches what is damaged, which is told to `log`.
         """
         while common := set.intersection(*map(set, group.gather_values([*own]))):
             slot = own.pop(step := max(common))

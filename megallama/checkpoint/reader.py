@@ -1,4 +1,4 @@
-"""Reading boxes of tensors out of safetensors files, whoever wrote them, verifying what is read."""
+"""Reading boxes of tensors out of anybody's safetensors files, verifying what is read."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ _NOT_A_PARAMETER = ".rotary_emb.inv_freq"  # a buffer in old Hugging Face folder
 
 
 class BlockFile:
-    """A file read in blocks by one thread; each that `saved` lists is verified before its use."""
+    """A file read in blocks by one thread; what `saved` lists is verified before its use."""
 
     def __init__(self, folder: Path, name: str, saved: manifest.Manifest | None = None) -> None:
         self.path = folder / name
@@ -43,7 +43,7 @@ class BlockFile:
         os.close(self._fd)
 
     def block(self, index: int) -> memoryview:
-        """A block, until another one is asked for. Raises: DamagedError naming file and block."""
+        """A block, until the next is asked for. Raises: DamagedError naming file and block."""
         assert self._record is not None
         start = index * self._block_bytes
         data = self._buffer[: self.size - start]
@@ -60,7 +60,7 @@ class BlockFile:
         return data
 
     def _fill(self, data: memoryview, start: int) -> None:
-        """Read; what goes wrong is tried again on the freshly opened file, whose word counts."""
+        """Read; where that fails, from the freshly opened file, whose word counts."""
         with suppress(OSError):
             if disk.read_at(self._fd, data, start) == len(data):
                 return
@@ -110,7 +110,7 @@ class TensorFiles(ExitStack):
         return out
 
     def read_into(self, box: Box, out: Tensor) -> None:
-        """Fill `out` (1-D, any dtype and device) with the elements of `box` in row-major order."""
+        """Fill `out` (1-D, any dtype and device) with `box`, row-major."""
         place = self.places[box.key]
         file, width, item = self._file(place.file), place.shape[-1], place.item_bytes
         rows, cols = prod(box.shape[:-1]), box.shape[-1]
@@ -179,7 +179,7 @@ def open_state(folder: Path, saved: manifest.Manifest, kind: str) -> TensorFiles
 
 
 def open_folder(folder: Path) -> TensorFiles:
-    """The weights of a Hugging Face folder, or of our step or model/. Raises: CheckpointError."""
+    """The weights of a Hugging Face folder, our step or model/. Raises: CheckpointError."""
     if (step := step_folder(folder)) is not None:
         return open_state(step, manifest.read_manifest(step), "model")
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]

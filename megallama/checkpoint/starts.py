@@ -1,4 +1,4 @@
-"""Starts without a finished step are counted, but for those that stop as asked (75) or refuse (2): so loops end."""
+"""Starts without a finished step are counted, but those that stop as asked (75) or refuse (2): so loops end."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ _NO_CAUSE = "run.folder run.max_failed_starts checkpoint.folder train.stop_after
 
 
 class Starts:
-    """Those since the last finished step; without `begin`, or `ended_early`, nothing is written."""
+    """Those since the last finished step; only `begin` and `ended_early` write."""
 
     def __init__(self, lock: FolderLock, config: Config, ranks: int) -> None:
         self.lock, self._path, self._most = lock, lock.path.with_name("starts.json"), config.run.max_failed_starts
@@ -30,7 +30,7 @@ class Starts:
         self._failed, self._own, self._changing = list[dict[str, str]](), dict[str, str](), threading.Lock()
 
     def begin(self) -> None:
-        """Count this start; the lock is held. Raises: CheckpointError after run.max_failed_starts."""
+        """Count this start, with the lock. Raises: CheckpointError after run.max_failed_starts."""
         self._begun = True
         found: list[dict[str, str]] = []
         try:
@@ -56,14 +56,14 @@ class Starts:
         self._write([self._own])
 
     def over(self, why: str = "", status: int = 0) -> None:
-        """This start ends so, or is asked to; with 0, or after a finished step, none counts any more."""
+        """This start ends so, or is asked to; with 0, or a step finished, none counts any more."""
         if self._own:
             own = [] if status in (0, 2, 75) else [self._own | {"end": why.partition("\n")[0][:500]}]
             self._own, self._failed = (self._own, self._failed) if status else ({}, [])
             self._write(own)
 
     def ended_early(self, why: str, status: int) -> int:
-        """Count a start that ends before it has the lock, unless another job may; the status, or 2."""
+        """Count a start that ends before it has the lock, if it is free; the status, or 2."""
         if self._begun or status in (0, 2, 75):
             return status
         try:

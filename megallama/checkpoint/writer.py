@@ -102,7 +102,7 @@ def write_checkpoint(content: Content, shards: Iterable[Shard], group: Assembly)
 
 
 def create_files(content: Content) -> None:
-    """Make the temporary folder and all files in final size; headers and small files are written."""
+    """Make the temporary folder, all files in final size, headers and small files written."""
     folder, sizes = content.temporary, content.sizes
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
@@ -154,7 +154,7 @@ def _allocate(fd: int, size: int) -> None:
 
 
 def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -> tuple[int, Digests]:
-    """Write this rank's byte runs; how many elements, and digests of blocks that are its alone."""
+    """Write this rank's byte runs; how many elements, and digests of blocks of its alone."""
     written, outputs = 0, dict[str, _Output]()
     if isinstance(shards, list):  # in the files' order few blocks have two writers
         places = content.sets["model"].places
@@ -193,7 +193,7 @@ class _Output:
         self.digests: dict[int, str] = {}
 
     def write_box(self, place: TensorPlace, box: Box, tensor: Tensor) -> None:
-        """Write the elements of `box`. Raises: NotFiniteError naming the first that is inf or nan."""
+        """Write `box`. Raises: NotFiniteError naming the first element that is inf or nan."""
         item = place.item_bytes
         for start in range(0, box.numel, CHUNK_ELEMENTS):
             stop = min(start + CHUNK_ELEMENTS, box.numel)
@@ -255,7 +255,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def _shared_blocks(content: Content, results: Sequence[tuple[int, Digests]]) -> str:
-    """Blocks without a digest as bits. Raises: CheckpointError for elements without one owner."""
+    """Blocks without a digest as bits. Raises: CheckpointError if elements lack an owner."""
     written = sum(count for count, _ in results)
     want = sum(prod(place.shape) for place in content.sets["model"].places.values())
     if written != want:

@@ -1,7 +1,7 @@
 """Groups over torch.distributed: NCCL between GPUs, gloo between CPUs.
 
 Gloo's reduce-scatter and all-gather take two to five times as long as sending the pieces directly, and a small
-all-reduce twice as long, so these are built from messages; the sum is taken in `wait()`, always in rank order.
+all-reduce twice as long, so these are messages; the sum is taken in `wait()`, in rank order.
 """
 
 import json
@@ -22,11 +22,11 @@ from megallama.comm.group import ContactLost, Handle, Op
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _HALF = (torch.bfloat16, torch.float16)
-MESSAGE, PIECE, FREE_TAG = range(3)  # tags: of callers, of pieces of our collectives; free from here on
+MESSAGE, PIECE, FREE_TAG = range(3)  # tags: of callers, of our collectives' pieces; free from here on
 
 
 class Works:
-    """Handle of works of torch, and of what to do once they are done; an empty `limit` is that of the process group.
+    """Handle of torch's works, and of what follows them; an empty `limit`: the process group's.
 
     A send over gloo says that it is over only to somebody who waits, and once: a thread per receiver waits, in order,
     and tells `over`.  Else nobody could free what has arrived without waiting.
@@ -184,7 +184,7 @@ class C10d:
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def close(self) -> None:
-        """Let go of the process groups: gloo closes its connections when nothing refers to them."""
+        """Let go of the process groups: then gloo closes its connections."""
         del self._pg, self._down
 
     def _check(self, *tensors: Tensor, peer: int = -1) -> None:
@@ -207,7 +207,7 @@ class C10d:
         self, what: str, keep: Tensor, outgoing: Sequence[Tensor], use: Callable[[Sequence[Tensor]], None],
         incoming: Sequence[Tensor] = (),
     ) -> Handle:  # fmt: skip
-        """Give outgoing[r] to each other rank r; what each gave this one, in `incoming`, goes to `use` by rank."""
+        """Give outgoing[r] to each rank r; what each gave this one, in `incoming`, goes to `use`."""
         own = outgoing[self.rank]
         others = [p for r, p in enumerate(incoming) if r != self.rank]
         parts = others or [*own.new_empty((self.size - 1, own.numel())).unbind()]
@@ -220,7 +220,7 @@ class C10d:
         return self._handle(what, works, (keep, outgoing), keep, lambda: use(parts))
 
     def warm_up(self) -> None:
-        """Open NCCL's connections, in one order: opened on first use, within a step, ranks could wait crosswise."""
+        """Open NCCL's connections, in one order: on first use, in a step, ranks could wait crosswise."""
         if self.name == "cp":  # it exchanges, too
             pieces = torch.zeros(2, self.size, device=self.device)
             self.all_to_all(*pieces).wait()
@@ -237,7 +237,7 @@ class C10d:
 
 
 def started(operation: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """What `operation` returns. Raises: ContactLost where it finds that the others have gone."""
+    """What `operation` returns. Raises: ContactLost where others have gone."""
     try:
         return operation(*arguments, **named)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Which CPU cores a rank keeps to: those near its GPU. Memory follows the thread that first writes to it."""
+"""A rank keeps to the CPU cores near its GPU; memory follows the thread that first writes."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ def keep_near(
 ) -> tuple[int, str]:
     """Bind this process to its part of `near`, if any: how many share its CPUs, what was done.
 
-    here: of each rank of the machine what tells apart the CPUs that it may use, and those near its GPU. Who may use
+    here: of each rank of the machine the identity of the CPUs it may use, and those near its GPU. Who may use
     other ones than its neighbours, or alone not all, was bound by its launcher and stays so.
     Threads of one core stay together; where there are fewer cores than ranks these share them.
     """
@@ -51,7 +51,7 @@ def keep_near(
     part = {*cores[len(cores) * at // count : len(cores) * (at + 1) // count]} if len(cores) >= count else {*cores}
     mine = [cpu for cpu in near if first[cpu] in part]
     try:
-        for thread in os.listdir("/proc/self/task"):  # those that are there; later ones inherit it
+        for thread in os.listdir("/proc/self/task"):  # later ones inherit it
             with suppress(ProcessLookupError):
                 os.sched_setaffinity(int(thread), mine)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a rank is doing, in memory that another process reads: its supervisor, which sees it when the rank stands still.
+"""What a rank is doing, in memory that its supervisor reads, also when the rank stands still.
 
 The memory is a file without a name, so nothing is left behind.  It is plain numbers of 64 bits, each written by one
 process, and a few texts; where a reader meets one half written, it reads it again later.
@@ -49,12 +49,12 @@ class FlightRecord:
         self.memory = mmap.mmap(file, _SIZE)
         self.words = memoryview(self.memory)[: WORDS * 8].cast("q")
         self._next = self._began = self._since = 0
-        self.clock = time.monotonic_ns  # of own work; where ranks take turns on cores the CPU time of the thread
+        self.clock = time.monotonic_ns  # of own work; the thread's CPU time where ranks share cores
         self.groups: list[list[Any]] = []  # of every group: name, ranks
 
     @staticmethod
     def create() -> int:
-        """A file for a record, of this process and those it starts. Raises: OSError without room."""
+        """A file for a record, also for those it starts. Raises: OSError without room."""
         file = os.memfd_create("megallama-flight-record", 0)
         os.posix_fallocate(file, 0, _SIZE)  # without memory it fails here, not by a signal later
         return file
@@ -65,7 +65,7 @@ class FlightRecord:
         return self.file >= 0
 
     def begin_again(self) -> None:
-        """Nothing is known of the next trainer; the texts are gone already (`Node.begin_generation`)."""
+        """Nothing is known of the next trainer; `Node.begin_generation` has removed the texts."""
         for word in range(WORDS):
             if word not in _LASTING:
                 self.words[word] = 0
@@ -93,7 +93,7 @@ class FlightRecord:
         return min(len(self.groups), MAX_GROUPS) - 1
 
     def begins(self, group: int, operation: str, rows: int, nbytes: int, peer: int = -1) -> int:
-        """It starts a communication, with global rank `peer` or the whole group; its place in the list."""
+        """It starts a communication, with global rank `peer` or the group; its place in the list."""
         place, words = self._next, self.words
         self._next = (place + 1) % CALLS
         at = FIRST_CALL + place * CALL_WORDS
@@ -130,7 +130,7 @@ class FlightRecord:
         self.words[STEPS] += 1
 
     def ends(self, status: int, why: str, *, echo: bool = False, final: bool = False) -> None:
-        """It leaves; the first reason stays. `echo`: because of another rank; `final`: it cannot be replaced."""
+        """It leaves; the first reason stays. `echo`: another rank's; `final`: it cannot be replaced."""
         if self.told("cause") is None:
             self.tell("cause", {"status": status, "text": why, "echo": echo, "final": final})
 

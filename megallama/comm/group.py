@@ -1,4 +1,4 @@
-"""Process groups: the one interface through which ranks talk, the groups of one rank, work that all ranks do.
+"""Process groups: the one interface through which ranks talk, a rank's groups, work of all.
 
 Every operation starts at once and returns a `Handle`, which keeps its tensors alive until it is waited for.
 An overlapped call keeps the handle while other work runs; a blocking one is ``group.all_reduce(x).wait()``.
@@ -58,7 +58,7 @@ class Assembly(Protocol):
     def gather_values(self, value: Any, summary: Callable[[list[Any]], Any] = list) -> Any:
         """On every rank what `summary` makes of all ranks' small JSON values, in rank order; by default these.
 
-        Rank 0 calls `summary`; the others may. It returns a JSON value and depends on nothing but the values.
+        Rank 0 calls `summary`; the others may. It makes a JSON value of the values alone.
         """
         return summary([value])
 
@@ -95,7 +95,7 @@ class Group(Assembly, Protocol):
         return self.all_gather(output, full)
 
     def all_to_all(self, output: Tensor, full: Tensor) -> Handle:
-        """Piece r of `full` [size * n, ...] goes to rank r, whose piece for this one arrives as piece r of `output`."""
+        """Piece r of `full` [size * n, ...] goes to rank r, whose piece arrives as piece r of `output`."""
         return self.all_gather(output, full)
 
     def send(self, tensor: Tensor, to: int) -> Handle:
@@ -115,7 +115,7 @@ class Group(Assembly, Protocol):
 
 
 class Solo(Group):
-    """The group of one rank: every operation is the identity, so no caller asks for the size."""
+    """One rank: every operation is the identity, so no caller asks for the size."""
 
     size = 1
     rank = 0
@@ -180,10 +180,10 @@ class Groups:
 
     tp: Group  # tensor parallel: the same layers, other slices of them
     cp: Group  # context parallel: the same weights and samples, other tokens of them
-    dp: Place  # data parallel: the same weights and tokens' places, other samples; who reads which
-    dp_cp: Group  # the same weights: over it gradients are reduced and state is sharded; called dp where cp is 1
+    dp: Place  # data parallel: the same weights and places of tokens, other samples
+    dp_cp: Group  # the same weights: gradients are reduced, state is sharded over it; called dp where cp is 1
     pp: Group  # pipeline: the same samples and slices, other layers
-    embedding: Group  # the ranks with the first and the last stage, and so both copies of a tied embedding
+    embedding: Group  # the first and the last stage, with both copies of a tied embedding
     kv: Group  # tensor-parallel ranks with copies of the same key/value heads (tp > num_kv_heads)
     world: Group
     rank: int
@@ -212,7 +212,7 @@ def partitions(topology: Topology, num_kv_heads: int) -> dict[str, list[tuple[in
 
 
 def build_groups(topology: Topology, rank: int, num_kv_heads: int, make: Callable[[str, Partition], Group]) -> Groups:
-    """Rank's groups. make(name, partition) creates all groups of a partition and returns rank's own."""
+    """Rank's groups. make(name, partition) creates a partition's groups and returns rank's own."""
     groups = {name: make(name, parts) for name, parts in partitions(topology, num_kv_heads).items()}
     at, groups = topology.coords(rank), {"cp": Solo("cp", rank), **groups}
     dp_cp = groups.pop("dp_cp" if topology.cp > 1 else "dp")
@@ -230,7 +230,7 @@ def on_all_ranks(group: Assembly, what: str, work: Callable[[], Any], *, collect
     value, failure, cause = None, None, None
     try:
         value = work()
-    except Exception as caught:  # noqa: BLE001 - whatever it is, the other ranks must not wait for us
+    except Exception as caught:  # noqa: BLE001 - the other ranks must not wait for us
         kind, text, status = type(caught), str(caught), getattr(caught, "status", 0)
         if not isinstance(caught, MegallamaError):
             _log.error("%s failed", what, exc_info=caught)

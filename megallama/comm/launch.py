@@ -1,7 +1,6 @@
-"""How a process learns which rank it is, and how ranks become a `World`. The only reader of the environment.
+"""How a process learns its rank, and ranks become a `World`. The only reader of the environment.
 
-A process that neither torchrun, mpirun (Open MPI, MPICH and its relatives) nor srun started is a run of
-one rank, which opens nothing.
+Started by neither torchrun, mpirun (Open MPI, MPICH, its relatives) nor srun it is alone and opens nothing.
 """
 
 import ctypes
@@ -139,7 +138,7 @@ def _number(env: Mapping[str, str], name: str, default: int) -> int:
 
 
 def first_node(nodelist: str) -> tuple[str, bool]:
-    """The first node of Slurm's list, and whether it is alone: node[01-03,07],login -> node01, False."""
+    """The first node of Slurm's list, and whether it is alone: node[01-03],login -> node01, False."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
     assert first is not None, "it matches the empty text too"
     return re.sub(r"\[(\w*)[^\]]*\]", r"\1", first[0]), not re.search(r",|\[[^\]]*-", nodelist)
@@ -188,7 +187,7 @@ class World:
         return groups
 
     def host_group(self, name: str) -> Assembly:
-        """A further group of all ranks, for small values and one thread; `bound` does not touch it."""
+        """Another group of all ranks, for small values and one thread, beyond `bound`."""
         return StarGroup(self.star, name, self.timeout) if self.star else Solo(name, self.rank)
 
     def open_group(self, name: str, partition: Partition) -> Group:
@@ -226,7 +225,7 @@ class World:
         return kept[0]
 
     def bound(self, seconds: float) -> None:
-        """From here on a wait for another rank fails after this long, but in groups of `host_group`."""
+        """From here on waits for others fail after this long, but in groups of `host_group`."""
         self.timeout = timedelta(seconds=seconds)
         self.record.words[LIMIT] = int(seconds * 1e9)
         for group in self.opened:
@@ -234,7 +233,7 @@ class World:
 
     @contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
-        """Within, a rank may keep the others waiting this long; after it all are bound as before."""
+        """Within, a rank may keep the others waiting this long; then all are bound as before."""
         before = self.timeout.total_seconds()
         self.bound(seconds)
         yield
@@ -343,9 +342,9 @@ def _gather(
     """All ranks' arrivals and this attempt's part of the store."""
     here = "127.0.0.1" if launch.one_node else launch.master_addr
     host, port = launch.master_addr if launch.store_kept else here, launch.master_port
-    again = f"-{launch.generation}" if launch.generation else ""  # one that was killed has left its port
+    again = f"-{launch.generation}" if launch.generation else ""  # a killed one has left its port
     published = None if port else port_file(launch.key + again)
-    star.record.words[LIMIT] = int(1e9 * seconds) * (launch.rank == 0)  # from here on its end is that of all
+    star.record.words[LIMIT] = int(1e9 * seconds) * (launch.rank == 0)  # its end is that of all
     try:
         if store is None:
             store = open_store(host, port, published, launch.keeps_store, launch.rank, seconds)
@@ -398,7 +397,7 @@ def _device(launch: Launch, run: RunConfig, notes: list[str], cuda: Mapping[str,
 
 
 def _set_threads(run: RunConfig, bound: tuple[int, str], notes: list[str]) -> int:
-    """run.threads, or this process's share of the cores of several ranks; how many (`keep_near`)."""
+    """run.threads, or a share of the cores of several ranks; how many (`keep_near`)."""
     sharing, note = bound
     notes += [note] * bool(note)
     cores = len(os.sched_getaffinity(0))
@@ -419,7 +418,7 @@ def _one_node_network(notes: list[str]) -> None:
 def keep_memory() -> bool:
     """Tell glibc to keep freed memory; whether it could. Call before the first large tensor.
 
-    By default every large tensor is faulted in again, page by page: 100,000 and more faults per training step.
+    By default large tensors are faulted in again, page by page: 100,000 faults and more a step.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -436,7 +435,7 @@ def raised_limit() -> int:
 
 
 def files_needed(launch: Launch, groups: Sequence[int], files: int, *, cuda: bool, shared: bool) -> dict[str, int]:
-    """Open files of a rank, by their use: without room for a connection gloo ends the process."""
+    """A rank's open files, by use: without room for a connection gloo ends the process."""
     groups, ranks = [size for size in groups if size > 1], launch.world_size
     return {
         "open already": len(os.listdir("/proc/self/fd")),

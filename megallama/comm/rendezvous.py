@@ -1,10 +1,9 @@
 """How the ranks of a run find one another, stay in contact until they leave, and learn why that fails.
 
-In a key-value store (torch's TCPStore) rank 0 says how to reach its `Star`: one connection from
-every rank, which says there who it is by an `Arrival`.  Rank 0's verdict: go on, or a sentence that
-every rank raises.  Process groups do not know who broke them; here the kernel closes a dead rank's
-connection, and the first reason to stop reaches all. A message is a line of JSON, [what about,
-value]; a thread reads and writes them.
+In torch's TCPStore rank 0 says how to reach its `Star`: one connection from every rank, which says who
+it is by an `Arrival`.  Rank 0's verdict: go on, or a sentence that all raise.  Process groups do not know
+who broke them; here the kernel closes a dead rank's connection, and the first reason to stop reaches all.
+A message is a line of JSON, [what about, value]; a thread reads and writes them.
 """
 
 import asyncio
@@ -84,7 +83,7 @@ class Star:
         return door.getsockname()[1]
 
     def connect(self, host: str, port: int, arrival: dict[str, Any], seconds: float) -> None:
-        """The others: connect to rank 0, with `rank`, `host` and what it asks. Raises: OSError."""
+        """The others: connect to rank 0, as this arrival. Raises: OSError."""
         opening = asyncio.open_connection(host, port, limit=_LONGEST)
         reader, writer = self._run(asyncio.wait_for(opening, seconds))
         self._links[writer] = 0
@@ -102,7 +101,7 @@ class Star:
         self._loop.call_soon_threadsafe(self._write, about, value)
 
     def receive(self, about: str, seconds: float) -> tuple[int, Any]:
-        """The next one, and from whom. Raises: TimeoutError; ContactLost once any rank has left."""
+        """The next, and from whom. Raises: TimeoutError; ContactLost once a rank has left."""
         with self._changed:
             messages = self._messages[about]
             if not self._changed.wait_for(lambda: messages or self.left, max(seconds, 0.0)):
@@ -113,18 +112,18 @@ class Star:
         raise ContactLost(self._news[0] if self._news else f"{self.names.get(rank, f'rank {rank}')} has left")
 
     def end(self, why: str, status: int, *, own: bool = False) -> None:
-        """Tell all ranks why the run ends, if nobody has before; `own`: this rank is leaving already."""
+        """Tell all ranks why the run ends, if nobody has; `own`: this rank is leaving already."""
         self._quiet |= own
         self._loop.call_soon_threadsafe(self._report, why, status)
 
     def first(self, seconds: float) -> tuple[str, int] | None:
-        """Why the run ends, and its status, as soon as anybody has said it; None after so long."""
+        """Why the run ends, and its status, once anybody has said it; None after so long."""
         with self._changed:
             self._changed.wait_for(lambda: self._news, seconds)
         return self._news
 
     def close(self) -> None:
-        """Leave the others; rank 0, with which the store goes, lets them go first, but not for long."""
+        """Leave the others; rank 0, with the store, lets them go first, but not for long."""
         self._wait()
         self._run(self._leave())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -281,7 +280,7 @@ class Arrival:
     cores: str = ""  # identity of the set of cores this process may use
     config: str = ""
     problem: str = ""
-    record: list[int] = field(default_factory=list)  # its supervisor's process, and its files there
+    record: list[int] = field(default_factory=list)  # its supervisor's process, and files there
     near: str = ""  # the CPUs near its GPU, of those that it may use
 
     @property
@@ -328,7 +327,7 @@ def open_store(
 
 
 def _made_within(limit: timedelta, make: Callable[[], dist.TCPStore]) -> dist.TCPStore:
-    """What `make` returns or raises, or RuntimeError: torch waits without end for a greeting."""
+    """What `make` returns or raises, or RuntimeError: torch waits endlessly for a greeting."""
     made = Future[dist.TCPStore]()
 
     def work() -> None:
@@ -373,7 +372,7 @@ def rendezvous(star: Star, store: dist.Store, own: Arrival, address: str, second
         else:
             store.wait(["star"], timedelta(seconds=seconds))
             port, star.token = json.loads(store.get("star"))
-            star.record.words[LIMIT] = int(1e9 * seconds)  # from here on its end is told to the others
+            star.record.words[LIMIT] = int(1e9 * seconds)  # now its end is told to the others
             star.connect("127.0.0.1" if loopback else address, port, asdict(own), seconds)
     except (RuntimeError, OSError) as error:
         raise LostError(
@@ -406,7 +405,7 @@ def rendezvous(star: Star, store: dist.Store, own: Arrival, address: str, second
 
 
 def _collect(star: Star, own: Arrival, seconds: float) -> tuple[str, int, list[dict[str, Any]]]:
-    """Rank 0's verdict: what is wrong with those who came, the status it means, and who they are."""
+    """Rank 0's verdict: what is wrong with those who came, its status, and who they are."""
     arrived, problem, status = {0: own}, own.problem, LaunchError.status
     deadline = time.monotonic() + seconds
     while not problem and len(arrived) < own.world_size:

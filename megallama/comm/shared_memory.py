@@ -1,4 +1,4 @@
-"""Groups of ranks on one machine that talk through memory they share; what is large goes over gloo as before.
+"""Groups of ranks on one machine that talk through shared memory; what is large goes over gloo.
 
 Every rank owns a segment: an anonymous file in memory that its peers map too.  It copies its data
 there and posts a notice for each reader, who reads, or sums, straight out of it, with the bits of
@@ -27,10 +27,10 @@ from megallama.comm.group import ContactLost, Done, Handle
 MAX_SHM_BYTES = 8 << 20  # most bytes of an operation that goes this way
 _ARENA = 64 << 20  # bytes of a segment's data; only what is used becomes memory
 _NOTICES, _WORDS = 2048, 4  # operations under way to one reader; words of a notice:
-_NUMBER, _PLACE, _BYTES, _READ = range(_WORDS)  # its number, where in the arena (-1: over gloo), size, number when read
+_NUMBER, _PLACE, _BYTES, _READ = range(_WORDS)  # number, place (-1: over gloo), size, number when read
 _BELL, _CLOSED, _TOKEN, _HEAD = range(4)  # words before the notices
 _TO_ALL, _TO_ONE, _KINDS = range(3)  # notices of collectives, of messages
-_SPIN, _SLICE, _LOOK = 200e-6, 5_000_000, 0.2  # polling [s], longest sleep [ns], between looks for the dead [s]
+_SPIN, _SLICE, _LOOK = 200e-6, 5_000_000, 0.2  # polling [s], sleep [ns], between looks for the dead [s]
 _FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1  # Linux on x86-64
 
 
@@ -68,7 +68,7 @@ class _Segment:
 
 
 class SharedMemory(C10d):
-    """A gloo group whose small operations go through shared memory once `connect` has succeeded."""
+    """A gloo group; small operations go through shared memory once `connect` has succeeded."""
 
     _most_bytes = 0  # an operation of more goes over gloo
     _segments: Sequence[_Segment] = ()
@@ -104,7 +104,7 @@ class SharedMemory(C10d):
                 os.close(file)
             return problem
         self._posted, self._expected = Counter[tuple[int, int]](), Counter[tuple[int, int]]()  # by kind and peer
-        self._blocks: list[tuple[int, int, list[tuple[int, int]]]] = []  # place, end, its notices and their numbers
+        self._blocks: list[tuple[int, int, list[tuple[int, int]]]] = []  # place, end, notices and their numbers
         self._seconds, self._spin = timeout.total_seconds(), 0.0 if oversubscribed else _SPIN
         self._segments, self._most_bytes, self._direct_bytes = segments, MAX_SHM_BYTES, MAX_SHM_BYTES
         return None
@@ -171,7 +171,7 @@ class SharedMemory(C10d):
             self._blocks.append((place, place + data.nbytes, notices))
 
     def _room(self, nbytes: int) -> int:
-        """The lowest place with room in the arena, so that little of it is ever touched; -1 if there is none."""
+        """The lowest place with room in the arena, so that little is ever touched; -1: none."""
         words = self._segments[self.rank].words
         self._blocks = [b for b in self._blocks if any(words[at + _READ] != number for at, number in b[2])]
         at = 0
@@ -188,7 +188,7 @@ class SharedMemory(C10d):
         self, what: str, kind: int, sources: Sequence[int], keep: Any, tensor: Tensor, own: Tensor,
         use: Callable[[Sequence[Tensor]], Any], peer: int = -1,
     ) -> Handle:  # fmt: skip
-        """Give the next of every source to `use`, in rank order, `own` where nothing is read."""
+        """Give each source's next to `use`, in rank order, `own` where nothing is read."""
         self._expected.update((kind, source) for source in sources)
         due = {source: self._expected[kind, source] for source in sources}
 
@@ -201,7 +201,7 @@ class SharedMemory(C10d):
         return self._handle(what, [], keep, tensor, finish, peer)
 
     def _read(self, kind: int, source: int, number: int, like: Tensor) -> Tensor:
-        """What `source` posted as this notice, where it lies: read only, and not once it is marked as read."""
+        """What `source` posted as this notice, where it lies: until it is marked as read."""
         segment = self._segments[source]
         at = segment.notice(kind, self.rank, number)
         if segment.words[at + _NUMBER] != number:
@@ -216,7 +216,7 @@ class SharedMemory(C10d):
         return data
 
     def _sleep_until(self, segment: _Segment, at: int, number: int, source: int) -> None:
-        """Poll for a moment, then sleep until the bell rings; look now and then whether `source` lives."""
+        """Poll for a moment, then sleep until the bell rings; look whether `source` lives."""
         words, own = segment.words, self._segments[self.rank]
         start = look = time.monotonic()
         while time.monotonic() - start < self._spin:

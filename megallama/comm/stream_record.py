@@ -1,4 +1,4 @@
-"""The flight record of a rank on a GPU, whose host runs ahead: what counts is where its stream of kernels is."""
+"""The flight record of a rank on a GPU, whose host runs ahead: where its stream is counts."""
 
 import ctypes
 from typing import Any
@@ -18,7 +18,7 @@ class StreamRecord(FlightRecord):
         super().__init__(record.file, record.stacks)
         self._device, self._waits = device, list[tuple[torch.cuda.Event, torch.cuda.Event]]()
         self._event = torch.cuda.Event(enable_timing=True)
-        self._before: tuple[Any, Any, Any] | None = None  # the last step: its begin, its end, its waits
+        self._before: tuple[Any, Any, Any] | None = None  # the last step's begin, end, waits
         self._count = torch.zeros(1, dtype=torch.int64, device=device)
         self._told = torch.frombuffer(self.memory, dtype=torch.int64, offset=COMPLETED * 8, count=1)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))

@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def write_table(path: Path) -> int:
-    """Measure in bf16 and fp32 on the CPU, and write the entry of this processor; 2 where there is a file already."""
+    """Measure in bf16 and fp32 on the CPU, and write this processor's entry; 2 where a file is already."""
     if path.exists():
         print(f"error: {path} is there already; name a new file, and join tables by hand", file=sys.stderr)
         return 2
@@ -79,7 +79,7 @@ def write_table(path: Path) -> int:
 
 
 def entry(rows: dict[str, list[dict[str, Any]]], model: str) -> str:
-    """An entry of a table of processors: what is more than 5 % faster than what is taken, by format and operation."""
+    """An entry of a table of processors: what is 5 % faster than what is taken, by format and operation."""
     from megallama.config.describe import literal
     from megallama.kernels.processors import FEATURES, Processor
 
@@ -170,7 +170,7 @@ def has(module: str) -> bool:
 
 
 def mpi_library() -> str:
-    """The MPI that mpi4py finds, asked in a process of its own: a broken MPI ends the process that loads it."""
+    """The MPI that mpi4py finds, in a process of its own: a broken MPI ends who loads it."""
     code = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip("\0\n ").splitlines() or ["nothing said"]
@@ -247,7 +247,7 @@ def read(path: str) -> str:
 
 
 def kernels(dtype: str, device: str, measure: bool, compiled: bool, table: bool = True) -> list[dict[str, Any]]:
-    """A row per operation, by the package's `table`; with `measure` the microseconds of all that works here."""
+    """A row per operation, by the package's `table`; with `measure` microseconds of all that works."""
     import torch
 
     from megallama.kernels.candidate import Target
@@ -287,7 +287,7 @@ def kernels(dtype: str, device: str, measure: bool, compiled: bool, table: bool 
 
 
 def timed(operation: str, make: Callable[[Any], Any], target: Any, check: Callable[[Any, Any], None] | None) -> float:
-    """Microseconds of forward and backward at a size that trains: the best of half a second's; a GPU is waited for."""
+    """Microseconds of forward and backward at a size that trains: the best in half a second."""
     import torch
     from torch.utils.benchmark import Timer
 
@@ -299,7 +299,7 @@ def timed(operation: str, make: Callable[[Any], Any], target: Any, check: Callab
 
 
 def workload(operation: str, made: Any, target: Any) -> Callable[[], Any]:
-    """One forward and backward of an operation, at the shapes of a 7B layer on a GPU and of a 100M one on a CPU."""
+    """A forward and backward of an operation, at the shapes of a 7B layer on a GPU, of a 100M one on a CPU."""
     import torch
 
     from megallama.config.schema import OptimizerConfig

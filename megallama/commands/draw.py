@@ -59,7 +59,7 @@ def named(name: str, pp: int | None, microbatches: int | None, chunks: int | Non
 
 
 def measured(file: Path, num_stages: int) -> tuple[list[StageCost], dict[str, list[Span]]]:
-    """Median times of each stage [ms], without waits, and the timelines, in the trace of a run. Raises: ConfigError."""
+    """Median times of each stage [ms], without waits, and timelines, in a trace. Raises: ConfigError."""
     spans, times = defaultdict[str, list[Span]](list), defaultdict[tuple[str, int], list[float]](list)
     other = ("waits", timeline.COMMUNICATION, timeline.BLOCKED)
     try:

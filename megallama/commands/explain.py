@@ -53,7 +53,7 @@ class Explained:
 
 
 def pieces(dataset: IndexedDataset, offset: int, tokens: np.ndarray, tokenizer: Tokenizer | None) -> list[Piece]:
-    """The documents that the tokens from `offset` of the stream on lie in; empty documents have no piece."""
+    """The documents in which the tokens from `offset` on lie; empty ones have no piece."""
     found, at, end = [], offset, offset + len(tokens)
     number = dataset.document_at(offset)
     while at < end:

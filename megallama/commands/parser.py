@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args([re.sub(r"^--(?=[\w-]+\.[^=]*=)", "", word) for word in words])
 
     def run_of(self, args: argparse.Namespace, what: str) -> tuple[Path | None, int, list[str]]:
-        """File, ranks and settings of a run that is looked at before it starts. Raises: ConfigError about `what`."""
+        """File, ranks and settings of a run looked at before it starts. Raises: ConfigError about `what`."""
         file, overrides = self.config_of(args)
         given = args.ranks or []
         if len(given) != 1 or not re.fullmatch("0*[1-9][0-9]{0,8}", given[0]):
@@ -101,7 +101,7 @@ def section_table() -> str:
 
 
 def explain(name: str) -> str:
-    """The settings of a section, or one of them: type, default, unit, meaning. Raises: ConfigError if there is none."""
+    """The settings of a section, or one: type, default, unit, meaning. Raises: ConfigError if there is none."""
     from megallama.config.describe import literal, sections, settings
 
     name = name.strip("[]").replace("-", "_")

@@ -164,7 +164,7 @@ def _lines(f: Forecast) -> Iterator[tuple[str, str]]:
 
 
 def _exchanges(f: Forecast) -> Iterator[tuple[str, str]]:
-    """Of each exchange of context parallelism: what a rank sends and receives, and the step it leads to."""
+    """Of each exchange of context parallelism: what a rank sends, receives, and the step's time."""
     plan, cp = f.plan, f.job.cp
     for kind in ("gather", "heads")[: (cp > 1) * (1 + (f.job.local_heads[0] % cp == 0))]:
         own = plan.config.changed(parallel={"cp_exchange": kind})

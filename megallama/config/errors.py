@@ -15,7 +15,7 @@ class MegallamaError(Exception):
 
 
 class ConfigError(MegallamaError):
-    """A configuration that cannot be used; the message lists every problem found, one per line."""
+    """A configuration that cannot be used; the message lists every problem, one per line."""
 
 
 class DataError(MegallamaError):

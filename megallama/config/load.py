@@ -1,4 +1,4 @@
-"""Reading a configuration: defaults, then the preset, the TOML file and ``section.key=value`` overrides."""
+"""Reading a configuration: defaults, the preset, the TOML file, ``section.key=value``."""
 
 import difflib
 import os
@@ -93,7 +93,7 @@ def load(
         both = f"train.steps={steps} and {length} are two lengths of one run"
         found.append(f"{both}, the latter of {counted(train.steps, 'step')}; leave one out")
     found = [p for p in found if not any(re.search(rf"\b{re.escape(key)}\b", p) for key in reader.bad)]
-    if problems := reader.problems + [reader.locate(p) for p in found]:  # what was refused is said once
+    if problems := reader.problems + [reader.locate(p) for p in found]:  # each once
         many = f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  - {p}" for p in problems)
         raise ConfigError(problems[0] if len(problems) == 1 else many)
     return config.at(train.phase_after(behind[2]))
@@ -157,7 +157,7 @@ class _Reader:
         self.bad |= {*bad}
 
     def read_override(self, text: str) -> None:
-        """One ``section.key=value``, TOML or a text itself; ``--`` and ``-`` for ``_`` are accepted."""
+        """One ``section.key=value``, TOML or text; also with ``--``, and ``-`` for ``_``."""
         text = "checkpoint.resume=fresh" if text == "--fresh" else text
         key, equals, raw = text.removeprefix("--").partition("=")
         key, raw = self._current(key.strip().replace("-", "_"), COMMAND_LINE), raw.strip()
@@ -170,7 +170,7 @@ class _Reader:
         if raw.startswith(quotes) or not (words or key in TABLES):
             try:
                 value = tomllib.loads(f"x = {raw}")["x"]
-                tomllib.loads(f"x = [{raw}]")  # fails where what follows the value would be dropped
+                tomllib.loads(f"x = [{raw}]")  # fails where something follows
             except (ValueError, RecursionError) as error:
                 if raw.startswith(quotes):  # it only begins like TOML
                     around = f'texts in it need quotes, and the shell others around all of it: \'{key}=["a", "b"]\''
@@ -244,7 +244,7 @@ class _Reader:
                 self.take_tree(value, key + ".", source)
 
     def _current(self, key: str, source: str) -> str:
-        """Today's name of a setting, of which a note tells; both names together are a problem."""
+        """Today's name of a setting, with a note; both names together are a problem."""
         new = RENAMED.get(key, key)
         if new != key:
             self.notes[f"{source}: {key} is now called {new}; it was read as that"] = None
@@ -381,7 +381,7 @@ def read_toml(file: Path, what: str) -> dict[str, Any]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"cannot read {what} {file}: {reason}; give the path of a TOML file") from None
-    except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # the former also for endless numbers
         wrong, number = f"{file} is not valid TOML: {error}; write lines like tp = 2 under [parallel]", 0
         if isinstance(error, UnicodeDecodeError):
             text = error.object.decode(errors="replace")

@@ -1,7 +1,6 @@
-"""What settings must be to one another, with the nearest values that work; and which are far from the usual.
+"""What settings must be to one another, with the nearest values that work; what is unusual.
 
-A rule is a generator of messages, given a configuration whose derived values are filled in and the number
-of ranks, or None: then nothing is said about ranks.
+A rule makes messages of a configuration, derived values filled in, and of the number of ranks, if known.
 """
 
 import difflib
@@ -15,7 +14,7 @@ from megallama.config.schema import ROPE, BatchConfig, Config, ModelConfig, Para
 
 Rule = Callable[[Config, int | None], Iterator[str]]
 AXES = ("tp", "cp", "dp", "pp")
-LARGEST_TRIED = 1 << 20  # among the divisors of a number; a message about 10**18 heads needs no more
+LARGEST_TRIED = 1 << 20  # divisors of a number; a message about 10**18 heads needs no more
 V_SCHEDULES = ("zb-v", "v-half", "dualpipe-v")  # stage r and its mirror image on one rank
 USUAL = {  # far below or above which a setting is named, and what is usual
     "optimizer.lr": (1e-6, 1e-2, "1e-5 to 3e-3"),
@@ -190,7 +189,7 @@ def _batch(config: Config, ranks: int | None) -> Iterator[str]:
 
 
 def _uneven(b: BatchConfig, p: ParallelConfig, dp: int) -> Iterator[str]:
-    """The first size of which some of dp replicas get no micro-batch, or a number that their schedule cannot run."""
+    """The first size that deals some of dp replicas none, or a number their schedule cannot run."""
     micro, turns = b.micro_batch_size, p.pp if p.schedule == "1f1b" and p.chunks > 1 else 1
     needed, name = (2 * p.pp, f' for parallel.schedule="{p.schedule}"') if p.schedule == "dualpipe-v" else (1, "")
     for size in b.sizes:

@@ -16,7 +16,7 @@ from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, Posi
 T = TypeVar("T")
 RENAMED = {"data.at_max_epochs": "data.on_exhausted", "data.changes": "data.mixture_schedule"}
 RENAMED |= {"train.eval_interval": "eval.interval", "train.eval_batches": "eval.batches"}
-REMOVED: dict[str, tuple[Any, str]] = {  # key -> (its default, why no other value is possible any more)
+REMOVED: dict[str, tuple[Any, str]] = {  # key -> (its default, why there is no other)
     "precision.min_loss_scale": (1.0, "the loss scale of fp16 never falls below 1"),
     "run.cuda_graphs": (False, "micro-batches are no longer recorded as CUDA graphs"),
 }
@@ -143,7 +143,7 @@ class BatchConfig(Section):
         return done + bisect_left(steps, samples, key=lambda n: self.samples_after(n, done, consumed))
 
     def deal(self, size: int, dp: int) -> tuple[int, ...]:
-        """Micro-batches of each of dp model replicas in a step of `size` samples; the first replica has most."""
+        """Micro-batches of each of dp replicas in a step of `size` samples; the first has most."""
         total, rest = divmod(size, self.micro_batch_size)
         assert not rest and total >= dp and (self.uneven or total % dp == 0), (size, self, dp)
         return tuple(len(range(rank, total, dp)) for rank in range(dp))
@@ -171,7 +171,7 @@ class BatchConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """Number formats. Master weights, main gradients and reductions are fp32 (fp64 with dtype fp64)."""
+    """Number formats. Master weights, main gradients, reductions are fp32 (fp64 with fp64)."""
 
     dtype: Literal["bf16", "fp16", "fp32", "fp64", "auto"] = option(
         "bf16",
@@ -209,7 +209,7 @@ class OverlapConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019) with the LLaMA paper's values; decay on matrices only."""
+    """AdamW (Loshchilov & Hutter 2019), the LLaMA paper's values; decay on matrices only."""
 
     lr: PositiveFloat = option(3e-4, "peak learning rate")
     beta1: float = option(0.9, "decay of the first moment", ge=0, lt=1)
@@ -316,11 +316,11 @@ class TrainConfig(Section):
     gc_interval: int = option(100, "steps between garbage collections, on all ranks; 0: Python's own [steps]", ge=0)
 
     def phase_after(self, tokens: int) -> int:
-        """The number, from 0, of the phase that goes on where so many tokens are read; 0 without phases."""
+        """The phase, from 0, that goes on where so many tokens are read; 0 without phases."""
         return bisect_right([phase.until_tokens for phase in self.phases[:-1]], tokens)
 
     def phase_ends(self, step: int = 0, tokens: int = 0) -> list[int]:
-        """The last step of each phase, where `step` steps have read `tokens`; `step` for those that are over."""
+        """The last step of each phase, where `step` steps have read `tokens`; `step` if it is over."""
         ends = []
         for phase in self.phases:
             more = max(0, -(-(phase.until_tokens - tokens) // phase.step_tokens))
@@ -446,7 +446,7 @@ class Config(Section):
         return self.changed(train={"phases": tuple(phases)})
 
     def at(self, number: int) -> Config:
-        """As phase `number`, from 0, has it; all its phases are filled. Without phases: as it is."""
+        """As phase `number`, from 0, has it, of phases that are filled; without: as it is."""
         if not self.train.phases:
             return self
         phase = self.train.phases[number]
@@ -457,4 +457,4 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _of_any_version(cls, tree: Any) -> Any:
-        return current(tree) if isinstance(tree, Mapping) else tree  # checkpoints remember the one they came from
+        return current(tree) if isinstance(tree, Mapping) else tree  # of a checkpoint

@@ -1,4 +1,4 @@
-"""Which tokens begin and end a document: what a tokenizer declares of itself, else the names that are known."""
+"""Which tokens begin and end a document: what a tokenizer declares, else known names."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Lookup = Callable[[str], int | None]  # the id of a token, None where there is n
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A JSON file of settings; {} where there is none. Raises: MegallamaError if it cannot be read."""
+    """A JSON file of settings; {} without one. Raises: MegallamaError if it cannot be read."""
     try:
         return dict(json.loads(path.read_bytes())) if path.is_file() else {}
     except (OSError, ValueError, TypeError) as error:
@@ -28,7 +28,7 @@ def usual_id(kind: str, lookup: Lookup) -> int | None:
 
 
 def special_id(kind: str, tokenizer: Path, lookup: Lookup, own: int | None = None) -> int | None:
-    """A tokenizer's "bos" or "eos": by a file beside it, else `own` of its file, else the usual."""
+    """A tokenizer's "bos" or "eos": by a file beside it, else its `own`, else the usual."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         name = read_settings(tokenizer.with_name(file)).get(f"{kind}_token")
         name = name.get("content") if isinstance(name, dict) else name

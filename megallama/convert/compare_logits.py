@@ -64,7 +64,7 @@ class _HuggingFace:
 
 
 class _Meta(_HuggingFace):
-    """Column-parallel layers join rows, row-parallel ones columns; elements 2i and 2i + 1 are one complex number."""
+    """Column-parallel layers join rows, row-parallel ones columns; elements 2i, 2i + 1 are complex."""
 
     def embedding(self) -> Tensor:
         width = self.source.files[self.ranks[0]].places["tok_embeddings.weight"].shape[1]
@@ -122,7 +122,7 @@ _VIEWS = {"step": _HuggingFace, "hf": _HuggingFace, "meta": _Meta, "megatron": _
 
 
 def run(source: Source, tokens: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The hidden states after each layer, and last the logits; a layer is read when the next state is asked for."""
+    """The hidden states after each layer, and last the logits; a layer is read when it is needed."""
     model, view = source.model, _VIEWS[source.kind](source)
     (n, k, d), eps = heads(model), model.norm_eps
     frequencies = inverse_frequencies(d, model.rope_theta, model.rope_scaling, torch.float32)
@@ -169,7 +169,7 @@ def random_tokens(source: Source) -> Tensor:
 
 
 def difference(a: Tensor, b: Tensor, what: str) -> float:
-    """Relative to the largest value of `a`. Raises: UnverifiedError if it is over `TOLERANCE` or no number."""
+    """Relative to the largest of `a`. Raises: UnverifiedError if it is over `TOLERANCE` or no number."""
     found = float((a - b).abs().max() / a.abs().max())
     if not found <= TOLERANCE:
         raise UnverifiedError(f"{what} of random tokens by {found:.3g} of the largest")

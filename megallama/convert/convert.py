@@ -99,7 +99,7 @@ def convert(folder: Path, target: Path, options: ConvertOptions, context: int | 
 
 
 def _plan(source: Source, options: ConvertOptions, dtype: str) -> tuple[Format, dict[str, FileSet], dict[str, bytes]]:
-    """(where the tensors go, the files that hold them, small files by name) of a target of other programs."""
+    """(where the tensors go, their files, small files by name) of another program's target."""
     model, small = source.model, dict(source.small)
     if options.to == "meta":
         rows = model.rope_theta == 500000 or model.rope_scaling is not None  # LLaMA 3
@@ -165,7 +165,7 @@ def _write_rows(name: str, part: Tensor, place: TensorPlace, first: int, fd: int
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]], sources: Sequence[Source]) -> Iterator[Shard]:
-    """The state of one tensor after the other, read when it is asked for; moments that nobody has are zero."""
+    """The state of one tensor after the other, read when asked for; moments nobody has are zero."""
     for name, shape in shapes.items():
         found = [source.tensor(name).reshape(-1) for source in sources]
         zeros = torch.zeros(()).expand(found[0].shape)

@@ -75,7 +75,7 @@ class Format:
         self.files.setdefault(file, {})[key] = (rows or at, *boxes[0].shape[1:])
 
     def cut(self, name: str, rank: int, size: int, axis: int | None = None) -> Box:
-        """The part of a tensor-parallel rank: rows (axis 0); of o_proj and down_proj columns (axis 1); of norms all."""
+        """The part of a tensor-parallel rank: rows (axis 0); of o_proj, down_proj columns (1); of norms all."""
         shape = self.shapes[name]
         whole, axis = Box.whole(name, shape), int(name.endswith(SPLIT_COLUMNS)) if axis is None else axis
         if len(shape) == 1:
@@ -85,7 +85,7 @@ class Format:
 
 
 def paired(weight: Tensor, count: int, d: int) -> Tensor:
-    """q_proj or k_proj in Meta's order: elements 2i and 2i + 1 of a head turn together, in ours i and i + d/2."""
+    """q_proj or k_proj in Meta's order: elements 2i, 2i + 1 of a head turn together, here i, i + d/2."""
     return weight.view(count, 2, d // 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
@@ -148,7 +148,7 @@ def meta_ffn(hidden: int, multiple_of: int, multiplier: float | None) -> int:
 
 
 def meta_params(model: ModelConfig) -> dict[str, Any]:
-    """params.json, with only what the model needs, for the code of the first LLaMA refuses keys it does not know."""
+    """params.json, with only what the model needs: the first LLaMA's code refuses other keys."""
     h, f, (n, k, _) = model.hidden_size, model.ffn_hidden_size, heads(model)
     ratio = f / int(2 * 4 * h / 3)
     multipliers = [None, *(round(ratio, digits) for digits in range(1, 9)), (f + 0.5) / int(2 * 4 * h / 3)]

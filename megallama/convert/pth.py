@@ -1,4 +1,4 @@
-"""The .pth files of Meta's releases: the one place where a pickle is read, with restricted unpickling, or written."""
+"""Meta's .pth files: the one place where a pickle is read, by restricted unpickling, or written."""
 
 from __future__ import annotations
 

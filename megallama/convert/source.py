@@ -103,7 +103,7 @@ class Source(AbstractContextManager["Source"]):
         return foreign.halved(out, *turn) if turn else out
 
     def read_into(self, box: Box, out: Tensor) -> None:
-        """Fill `out` (1-D, any dtype) with the elements of `box`, of a tensor that is kept until the next one."""
+        """Fill `out` (1-D, any dtype) with the elements of `box`, of a tensor kept until the next."""
         if self._last is None or self._last[0] != box.key:
             self._last = box.key, self.tensor(box.key)
         out.copy_(self._last[1][tuple(map(slice, box.start, box.stop))].reshape(-1))
@@ -115,7 +115,7 @@ class Source(AbstractContextManager["Source"]):
         return found.pop()
 
     def _copy(self, piece: Piece, part: Tensor, like: Piece | None) -> None:
-        """Read a piece into the rectangle `part`, or compare it, as another copy of `like`, with what `part` holds."""
+        """Read a piece into the rectangle `part`, or compare it, another copy of `like`, with `part`."""
         for a, b in reader.spans(len(part), prod(part.shape[1:]) * part.element_size()):
             rows = torch.empty(part[a:b].shape, dtype=part.dtype)
             self.files[piece.file].read_rows(piece.key, piece.row + a, rows)

@@ -23,7 +23,7 @@ AGAIN = "write it again with megallama prepare"
 
 
 class File:
-    """A file for pread; what cannot be read is a DataError. `check(offset, count)` comes first."""
+    """A file for pread; what cannot be read is a DataError. `check` comes first."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -75,7 +75,7 @@ class Sums:
         _, *sizes, self._table = HEADER.unpack(head)
         self._blocks = [-(-size // BLOCK) for size in sizes]
         self._seen = bytearray(sum(self._blocks) // 8 + 1)  # a bit for each block compared
-        which = int(self._blocks[0] < 3)  # few blocks of .bin say little of where they come from: .idx
+        which = int(self._blocks[0] < 3)  # few blocks of .bin say little: .idx
         spots = np.linspace(0, self._blocks[which] - 1, SPOTS)
         if sizes != [f.size for f in pair] or not any(self._matches(which, int(block)) for block in spots):
             raise DataError("it is of another pair and not used")

@@ -11,7 +11,7 @@ PREFIX.bin is nothing but token ids, one document after the other.  PREFIX.idx s
     int64[n]  first byte of each sequence in .bin
     int64[d]  first sequence of each document, and n at the end
 
-Reading uses pread, never mmap: a file that shrinks under a run is then an error with a name in it and not a SIGBUS.
+Reading uses pread, never mmap: a file that shrinks is an error with a name in it, not a SIGBUS.
 """
 
 import hashlib
@@ -103,7 +103,7 @@ class IndexedDataset:
             )
 
     def check_blocks(self) -> str:
-        """Compare every block with PREFIX.sums when it is first read; "", or why that cannot be."""
+        """Compare blocks with PREFIX.sums when first read; "", or why that cannot be."""
         try:
             sums = Sums(self.prefix, (self._bin, self._idx))
         except (OSError, DataError) as error:
@@ -128,7 +128,7 @@ class IndexedDataset:
         return np.frombuffer(self._bin.read(offset * size, count * size), self.dtype)
 
     def read_rows(self, offsets: Sequence[int], out: np.ndarray) -> None:
-        """The m tokens from each offset on into the rows of `out` [n, m], of the file's type."""
+        """m tokens from each offset on into the rows of `out` [n, m], of the file's type."""
         for offset, row in zip(offsets, out, strict=True):
             self._bin.read_into(row, offset * self.dtype.itemsize)
 
@@ -142,7 +142,7 @@ class IndexedDataset:
         return np.append(pointers, self.num_tokens)[marks - low]
 
     def documents_in(self, offset: int, count: int) -> np.ndarray:
-        """Where documents begin among the tokens offset .. offset+count-1, ascending, int64 [n]."""
+        """Where documents begin in tokens offset .. offset+count-1, ascending, int64 [n]."""
         groups, found = range(0, self.num_documents, NEAR), []
         first = max(bisect_left(groups, offset * self.dtype.itemsize, key=self._first_byte) - 1, 0)
         for low in groups[first:]:
@@ -167,7 +167,7 @@ class IndexedDataset:
         return max(int(self.read(offset, span).max()) for offset in offsets)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Of the content: counts, sizes, a digest of the first and last 64 KiB of both files."""
+        """Of the content: counts, sizes, a digest of both files' first and last 64 KiB."""
         digest = hashlib.sha256()
         for file in (self._idx, self._bin):
             span = min(file.size, 1 << 16)

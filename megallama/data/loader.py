@@ -59,7 +59,7 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
             self._thread.start()
 
     def __next__(self) -> list[MicroBatch]:
-        """Of the next step, on the device. Raises: DataError if the thread is stuck; what it raised."""
+        """Of the next step, on the device. Raises: DataError if the thread is stuck; its error."""
         if self._copies is None:
             batches = self._take()
             self.step += 1
@@ -73,7 +73,7 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
         current.wait_event(arrived)  # the stream waits, the caller does not
 
         def used(tensor: torch.Tensor) -> torch.Tensor:
-            tensor.record_stream(current)  # of another stream: not reused before this one is through
+            tensor.record_stream(current)  # not reused before this stream is through
             return tensor
 
         return [batch.each(used) for batch in there]
@@ -85,7 +85,7 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
             return [batch.to(stream.device) for batch in batches], stream.record_event()
 
     def next_or_zeros(self, count: int, config: Config) -> tuple[list[MicroBatch], MegallamaError | None]:
-        """As `next`; where it fails zeros, and why, for a step that ends when all ranks know."""
+        """As `next`; where it fails zeros, and why: the step ends when all ranks know."""
         try:
             return next(self), None
         except MegallamaError as error:

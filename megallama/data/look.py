@@ -1,4 +1,4 @@
-"""Looking into a tokenized corpus: one document, or whether all of it is as it was written. No training run does."""
+"""Looking into a tokenized corpus: one document, or whether all is as it was written."""
 
 from __future__ import annotations
 

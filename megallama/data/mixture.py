@@ -30,7 +30,7 @@ SamplesAfter = Callable[[int], int]  # of the first n steps
 
 
 class Blend:
-    """A sequence of source numbers in which every source keeps its share exactly. One block is kept in memory.
+    """Source numbers, in which every source keeps its share exactly. One block is kept in memory.
 
     Raises: DataError for a weight that is not positive or vanishes beside the others.
     """
@@ -48,10 +48,10 @@ class Blend:
         self.parts = tuple(part // shared for part in parts)
         self.total = sum(self.parts)
         self.block_length = max(MIN_BLOCK, 4 * -(-self.total // min(self.parts)))
-        self._block = (-1, np.empty((2, 0), np.int64))  # number; source of each slot, its index in the source
+        self._block = (-1, np.empty((2, 0), np.int64))  # number; each slot's source and index
 
     def locate(self, numbers: np.ndarray) -> np.ndarray:
-        """Where samples come from: int64 [2, n], source and index in it. A source's indices are 0, 1, 2, ..."""
+        """Where samples come from: int64 [2, n], source and index in it: 0, 1, 2, ..."""
         blocks, slots = np.divmod(numbers, self.block_length)
         out = np.empty((2, len(numbers)), np.int64)
         for number in sorted(set(blocks.tolist())):
@@ -63,7 +63,7 @@ class Blend:
         return out
 
     def counts(self, n: int) -> list[int]:
-        """How many of the first n samples each source gives; within one sample of n times its share."""
+        """How many of the first n samples each source gives: n times its share, within one."""
         number, slot = divmod(n, self.block_length)
         counts = self._counts_at(n - slot)
         if slot:
@@ -138,7 +138,7 @@ class Mixture:
     def __init__(self, names: Sequence[str], phases: Sequence[Phase]) -> None:
         self.names, self.phases = tuple(names), tuple(phases)
         self._firsts = np.array([phase.sample for phase in phases], np.int64)
-        self._parts: list[tuple[Blend, np.ndarray, np.ndarray]] = []  # blend, its sources, samples they gave before
+        self._parts: list[tuple[Blend, np.ndarray, np.ndarray]] = []  # blend, sources, samples given before
         for phase in phases:
             chosen = sorted((i for i, name in enumerate(names) if phase.weights.get(name)), key=lambda i: names[i])
             blend = Blend([phase.weights[names[i]] for i in chosen])
@@ -165,7 +165,7 @@ class Mixture:
         return counts.tolist()
 
     def step_past(self, source: SourceConfig, sequences: int, steps: int, samples_after: SamplesAfter) -> int | None:
-        """The first of `steps` steps that takes a source past its max_epochs; None if none does."""
+        """The first of `steps` steps that takes a source past its max_epochs, if any."""
         number = self.names.index(source.label)
 
         def past(step: int) -> bool:

@@ -1,4 +1,4 @@
-"""Sample i of a corpus as a pure function of (seed, i, files): no index, no shuffle array, no start-up cost.
+"""Sample i of a corpus, a pure function of (seed, i, files): no index, no shuffle, no start-up cost.
 
 The token stream of a corpus is cut into sequences of seq_length + 1 tokens, seq_length apart (the last token of one is
 the first of the next, so every token is predicted once).  Epoch e visits them in the order of a keyed permutation: a
@@ -24,7 +24,7 @@ WHOLE = (0.0, 1.0)
 
 
 class Samples(NamedTuple):
-    """n samples of s + 1 tokens; starts: where in the sample the document of each token begins, 0 if before it."""
+    """n samples of s + 1 tokens; starts: where in it each token's document begins, 0 if before."""
 
     tokens: np.ndarray  # integers [n, s + 1], of the files' type
     starts: np.ndarray | None = None  # int64 [n, s + 1]; None unless asked for
@@ -112,11 +112,11 @@ class Source:
         return size / tokens if size and tokens else None
 
     def identity(self) -> dict[str, int | str]:
-        """What the order of the samples rests on: the files, and which of their documents are used."""
+        """What the order of samples rests on: the files, and which documents are used."""
         return {**self.dataset.fingerprint(), "first document": self.first, "used documents": self.num_documents}
 
     def sequences(self, indices: np.ndarray) -> np.ndarray:
-        """Which sequences the samples are, int64 [n]; one begins at offset + its number * seq_length."""
+        """The samples' sequences, int64 [n]; one begins at offset + its number * seq_length."""
         epochs, out = np.divmod(indices, self.num_sequences)
         for epoch in set(epochs.tolist()) if self.shuffle else ():
             here = epochs == epoch

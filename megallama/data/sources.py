@@ -19,11 +19,11 @@ from megallama.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
 
 ANEW = "begin another run from these weights with checkpoint.weights_from and a new run.folder"
 LOOK = 16  # documents looked at where nothing is recorded
-SpecialIds = dict[str, int | None]  # "bos_id", "eos_id": what begins and ends documents, if anything
+SpecialIds = dict[str, int | None]  # "bos_id", "eos_id" of documents, if any
 
 
 class TrainDataset:
-    """The training sources, read in the order of their mixture, and what was consumed of them."""
+    """The training sources, in the order of their mixture, and what was consumed of them."""
 
     def __init__(self, config: DataConfig, sources: Sequence[Source], batch: BatchConfig) -> None:
         self.sources, self._config, self._batch = sources, config, batch
@@ -41,7 +41,7 @@ class TrainDataset:
         return Samples(tokens[row], np.concatenate(starts)[row] if starts else None)
 
     def places(self, ids: Sequence[int]) -> Iterator[tuple[Source, int, int]]:
-        """Of each of these samples: source, index there, and where it begins in the stream [tokens]."""
+        """Of each sample: source, index there, and where it begins in the stream [tokens]."""
         for number, index in zip(*self.mixture.locate(np.asarray(ids, np.int64)).tolist(), strict=True):
             source = self.sources[number]
             yield source, index, source.offset + int(source.sequences(np.array([index]))[0]) * source.seq_length
@@ -137,7 +137,7 @@ class TrainDataset:
                 )
 
     def take_over(self, saved: Mapping[str, Any], step: int, samples: int, why: str = "") -> dict[str, str]:
-        """Go on from another run's checkpoint, each source after the tokens that it gave; which do not, and why not.
+        """Go on from another run's checkpoint, each source after the tokens it gave; which do not, and why.
 
         With another sample length tokens are counted, not places. why: all begin anew, because of this.
         """
@@ -203,7 +203,7 @@ class Data:
 
 
 def open_sources(config: Config) -> Data:
-    """Open what `data` names. Raises: DataError for what can be known to be wrong beforehand."""
+    """Open what `data` names. Raises: DataError for what is known to be wrong beforehand."""
     data, vocab_size = config.data, config.model.vocab_size
     tokenizer = load_tokenizer(data.tokenizer, eos_token=data.eos_token) if data.tokenizer else None
     if tokenizer and (most := tokenizer.vocab_size) > vocab_size:  # a larger vocabulary is padded

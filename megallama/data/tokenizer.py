@@ -1,7 +1,6 @@
 """Tokenizers: SentencePiece models (LLaMA 1 and 2), tokenizer.json (LLaMA 3) and GPT-2's files.
 
-Text never becomes a control token: a document that holds the characters "</s>" keeps them as ordinary pieces, so none
-can fake the end of another.
+Text never becomes a control token: the characters "</s>" stay ordinary pieces, so no document fakes an end.
 """
 
 import hashlib
@@ -31,7 +30,7 @@ class Tokenizer(Protocol):
 
     @property
     def encoder(self) -> str:
-        """What does the work of `encode_arrays`; if that is not the fastest there is, the reason."""
+        """What does the work of `encode_arrays`; if it is not the fastest, the reason."""
 
     def id_of(self, token: str) -> int | None:
         """The id of a token, by its name; None if there is no such token."""
@@ -40,7 +39,7 @@ class Tokenizer(Protocol):
         """The ids of a text, without bos or eos."""
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of several texts back to back, uint32 [T], and how many each has, int64 [n]."""
+        """The ids of several texts back to back, uint32 [T], and their numbers, int64 [n]."""
         return join([np.array(self.encode(text), np.uint32) for text in texts])
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -195,7 +194,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """The file meant by a path: itself, or what a folder holds. Raises: DataError if there is none."""
+    """The file of a path: itself, or what a folder holds. Raises: DataError if there is none."""
     path, train = Path(path), "or train one with megallama tokenizer"
     if path.is_dir():
         names = ("tokenizer.model", "tokenizer.json", "vocab.json")

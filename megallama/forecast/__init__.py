@@ -1,1 +1,1 @@
-"""What a plan costs on a machine: seconds by cause, memory with buffers, energy; and which layout is fastest."""
+"""What a plan costs on a machine: seconds by cause, memory, energy; which layout is fastest."""

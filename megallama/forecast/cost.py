@@ -30,7 +30,7 @@ EVENTS = 40_000  # of a schedule that is run whole; of a longer one as many micr
 
 
 class CostItem(NamedTuple):
-    """Seconds of one kind of work for one micro-batch: forward, input gradient, weight gradient, done again."""
+    """Seconds of a kind of work for a micro-batch: forward, input gradient, weight gradient, again."""
 
     name: str
     forward: float
@@ -119,7 +119,7 @@ class Pricer:
         return nbytes * (c - 1) / c / self._ring_rate(c, stride) + latency
 
     def chunked(self) -> float:
-        """How much longer attention takes than of whole sequences: at its end a GPU idles for a quarter of a wave."""
+        """How much longer than of whole sequences attention takes: a GPU idles for a quarter of a wave."""
         job, ends = self.job, 2 if self.job.exchange == "gather" else 1
         waves = job.tokens * job.heads / job.tp / TILE / WAVE  # of tiles of all of a rank's queries
         return (1 + ends / 4 / waves) / (1 + 1 / 4 / (waves * job.cp)) if job.cp > 1 else 1.0
@@ -150,7 +150,7 @@ class Pricer:
         return (d > 1) * job.rank_parameters * each
 
     def gathering(self) -> float:
-        """Communication per micro-batch where parameters (zero3: gathered twice) or gradients are cut over dp."""
+        """Communication per micro-batch where parameters (zero3: twice) or gradients are cut over dp."""
         passes, d = {"zero3": 3, "zero2": 1}.get(self.job.sharding, 0), self.job.dp * self.job.cp
         return passes * 2.0 * self.job.rank_parameters * (d - 1) / d / self._ring_rate(d, self.job.tp)
 

@@ -131,7 +131,7 @@ def rank_bytes(job: Job, hardware: Hardware, rank: int) -> float:
 
 
 def saved_per_layer(job: Job, hardware: Hardware) -> tuple[float, float]:
-    """Bytes that a layer keeps of a micro-batch, and those that one layer needs while it is computed again."""
+    """Bytes that a layer keeps of a micro-batch, and needs while it is computed again."""
     stack, t, cut = hardware.stacks[job.stack], job.tp, job.tp if job.sequence_parallel else 1
     residual, ffn = stack.keep_residual, stack.keep_ffn
     if job.llama_way:
@@ -194,7 +194,7 @@ class Forecast:
 
 
 def forecast(plan: Plan, hardware: Hardware, kernel: str, tokens: int = 0) -> Forecast:
-    """Price a plan, the pipeline by the events of its own schedule; `tokens`: of the run, default those ahead."""
+    """Price a plan, the pipeline by its schedule's events; `tokens`: default those ahead."""
     job = replace(job_of(plan.config, plan.topology, kernel, plan.stages), owners=plan.schedule.owners)
     prediction = predict(job, hardware, lambda _, costs, hop: simulate(plan.schedule, costs, hop).makespan)
     price, buffers = Pricer(job, hardware), buffer_bytes(plan.config, hardware)
@@ -218,7 +218,7 @@ def by_phase(plan: Plan, hardware: Hardware, kernel: str) -> list[Forecast]:
 
 
 def phases(found: Sequence[Forecast]) -> str:
-    """What differs between them, a line each, and their days; below stands the one that takes most memory."""
+    """What differs between them, a line each, and their days; below: the one with most memory."""
     rows = [["until token", "samples", "of tokens", "rope_theta", "peak GiB", "s/step", "tokens/s per GPU", "days"]]
     for phase, f in zip(found[0].plan.config.train.phases[-len(found) :], found, strict=True):
         p, said = f.prediction, [f"{phase.until_tokens:,}", str(phase.global_batch_size), f"{phase.seq_length:,}"]

@@ -96,7 +96,7 @@ class Hardware:
 
 
 def load_hardware(name: str) -> Hardware:
-    """The GPU kind called `name`, or in the file of that name. Raises: ConfigError for unknown kinds and bad files."""
+    """The GPU kind `name`, or in that file. Raises: ConfigError for unknown kinds and bad files."""
     tables, own, base, where = _tables(), {}, name, f"hardware={name}"
     kinds = tables["gpu"]
     if name.endswith(".toml"):

@@ -203,6 +203,6 @@ def built(pp: int, chunks: int, name: str, num_microbatches: int) -> Schedule | 
 
 @lru_cache(maxsize=1024)
 def peaks_in_flight(pp: int, chunks: int, name: str, num_microbatches: int) -> tuple[int, ...]:
-    """Micro-batches that each rank holds at once, in chunks; none where the name or the numbers are not ours."""
+    """Micro-batches that each rank holds at once, in chunks; none where name or numbers are not ours."""
     schedule = built(pp, chunks, name, num_microbatches)
     return tuple(map(schedule.peak_in_flight, range(pp))) if schedule else ()

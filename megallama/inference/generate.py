@@ -320,7 +320,7 @@ def encode_prompt(folder: Path, tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def adds_bos(folder: Path, tokenizer: Path) -> bool:
-    """What tokenizer_config.json says; where it is silent, what the training or the tokenizer's post-processor does."""
+    """What tokenizer_config.json says, else what the training or the post-processor does."""
     said = read_settings(folder / "tokenizer_config.json").get("add_bos_token")
     if said is None and step_folder(folder) is not None:
         return False  # of a version that wrote no bos into documents, and did not say so

@@ -155,7 +155,7 @@ class Cache:
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these, in this order; one that changes its place comes from beyond the last of them."""
+        """Forget all rows but these, in this order; one that moves comes from beyond the last."""
         for to, row in enumerate(rows):
             if to != row:
                 columns = slice(self._lengths[row])
@@ -164,5 +164,5 @@ class Cache:
 
 
 def _whole_blocks(columns: int) -> int:
-    """So many that the vectors of a sum over columns are full: what a row's masked end adds is exactly 0."""
+    """So many that the vectors of a sum over columns are full: a masked end adds exactly 0."""
     return -(-columns // 16) * 16

@@ -19,10 +19,10 @@ from torch.autograd import Function
 
 from megallama.kernels.candidate import TE, Operation, Results, Target, Unsupported
 
-Attend = Callable[..., Tensor]  # q [b, r, n, d], the last rows of k and v [b, s, k, d], documents -> [b, r, n, d]
+Attend = Callable[..., Tensor]  # q [b, r, n, d], last rows of k and v [b, s, k, d], documents -> [b, r, n, d]
 MakeAttention = Callable[[int, int, int], Attend]  # query heads, kv heads, head size
 BLOCK = 128  # queries whose scores `blocked_attention` has in memory
-TOGETHER = 64  # tokens of consecutive documents that `sdpa` takes together: a call costs more than their mask
+TOGETHER = 64  # tokens of documents that `sdpa` takes together: a call costs more than a mask
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Documents:
     cu_seqlens, cu_keys: int32 [documents + 1], where each begins among all queries, and among the keys they see.
     pieces: of each sample in turn (keys, whether these are several documents), on the host.
     parts, positions_of_part: of a rank of context parallelism, by its chunks; see `part`.
-    reach: int64 [b, s], where documents branch, in how many tokens those end that see each; for `sdpa` alone.
+    reach: int64 [b, s], where documents branch, in how many tokens those that see each end; for `sdpa`.
     """
 
     starts: Tensor
@@ -49,7 +49,7 @@ class Documents:
 
     @classmethod
     def of(cls, starts: Tensor, queries: int | None = None) -> Documents:
-        """The documents that begin where `starts` [b, s] says, for the last `queries` tokens."""
+        """The documents that begin where `starts` [b, s] says, for the last `queries`."""
         count, length = starts.shape
         before, at = length - (queries or length), torch.arange(length, device=starts.device)
         first = ((starts == at) & (at >= starts[:, before, None])).reshape(-1).nonzero().reshape(-1)
@@ -73,7 +73,7 @@ class Documents:
 
     @cached_property
     def positions(self) -> Tensor:
-        """[b, s]: of each token, of this rank, within its document, or within what the sample holds of it."""
+        """[b, s]: of each token of this rank in its document, or in what the sample holds of it."""
         if self.positions_of_part is not None:
             return self.positions_of_part
         return torch.arange(self.starts.shape[1], device=self.starts.device) - self.starts
@@ -100,7 +100,7 @@ class Documents:
         return self._masks[dtype]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Documents:
-        """With its tensors changed: moved, pinned. What was made of them, masks, ends with the original."""
+        """With its tensors changed: moved, pinned. Masks made of them end with the original."""
         own, reach = (None if x is None else change(x) for x in (self.positions_of_part, self.reach))
         parts = tuple(part.each(change) for part in self.parts)
         starts, ends, keys = map(change, (self.starts, self.cu_seqlens, self.cu_keys))
@@ -108,7 +108,7 @@ class Documents:
 
 
 def _mask(bounds: Tensor, dtype: torch.dtype, branches: bool = False) -> Tensor:
-    """[.., s, s] of consecutive tokens: 0 or -inf, by query and key; `bounds` [.., s] are `starts`, or else `reach`."""
+    """[.., s, s] of tokens: 0 or -inf, by query and key; `bounds` [.., s]: `starts`, or else `reach`."""
     at = torch.arange(bounds.shape[-1], device=bounds.device)
     keys = bounds[..., None, :]
     hidden = (at > at[:, None]) | (at + keys <= at[:, None] if branches else keys < bounds[..., None])
@@ -116,7 +116,7 @@ def _mask(bounds: Tensor, dtype: torch.dtype, branches: bool = False) -> Tensor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-    """torch's fused attention; of each document alone, or of some short ones together under a small mask.
+    """torch's fused attention, of each document, or of some short ones under a small mask.
 
     Fewer queries than keys have a kernel on a GPU alone, which knows no documents: else our own blocks.
     """
@@ -124,7 +124,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) ->
     if fewer := q.shape[1] < k.shape[1]:
         if documents is not None or not q.is_cuda or q.dtype == torch.float64:
             return blocked_attention(q, k, v, documents)
-    if (fewer or documents is not None) and group > 1 and q.is_cuda:  # no fused kernel there takes a mask too
+    if (fewer or documents is not None) and group > 1 and q.is_cuda:  # no fused kernel takes a mask too
         k, v, group = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), 1
     attend: Any = partial(F.scaled_dot_product_attention, enable_gqa=group > 1)
     if documents is None or all(len(sample) == 1 and not sample[0][1] for sample in documents.pieces):
@@ -225,7 +225,7 @@ def _probabilities(q: Tensor, k: Tensor, rows: slice, seen: slice, documents: Do
 
 
 def _te_attention(target: Target) -> MakeAttention:
-    """cuDNN or flash attention through Transformer Engine, which without them forms all scores of a document."""
+    """cuDNN's or flash attention, by Transformer Engine; without them it forms a document's scores."""
     target.need_half_on_cuda()
     te = target.te_module("transformer_engine.pytorch")
     if target.documents and importlib.util.find_spec("flash_attn") is None:

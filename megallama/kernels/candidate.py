@@ -1,7 +1,6 @@
 """What the candidates for an operation share: where they run, how they decline, the comparison.
 
-A candidate is a function that makes an implementation, or raises whatever it raises: packages fail
-in many ways.
+A candidate is a function that makes an implementation, or raises: packages fail in many ways.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Target:
     width: int = 64  # of the rows on which norms are compared: the hidden size
     product: Callable[[Tensor, Tensor], Tensor] | None = None  # the selected one; None: torch's
     named: str = ""  # the candidate that a table of processors, or a checkpoint, names
-    exact: bool = False  # random values of `dtype`, but held in float64: operands of the reference
+    exact: bool = False  # values of `dtype` held in float64: operands of the reference
 
     def need_cuda(self) -> None:
         if self.device.type != "cuda":
@@ -60,7 +59,7 @@ class Target:
 
     @staticmethod
     def on_cpu(kernel: Any, *also: torch.dtype, onednn: bool = False) -> Callable[[Target], Any]:
-        """A candidate for 16-bit formats, and those in `also`, on a CPU that computes faster in fp32."""
+        """A candidate for 16 bits, and the formats `also`, on a CPU that is faster in fp32."""
         formats = (torch.bfloat16, torch.float16, *also)
 
         def make(target: Target) -> Any:
@@ -80,7 +79,7 @@ class Target:
 
     @staticmethod
     def contiguous(x: Tensor) -> Tensor:
-        """`x`, for a kernel that looks at size and address alone: of a view it would take others."""
+        """`x`, for a kernel that reads by size and address: of a view it would take others."""
         assert x.is_contiguous(), f"strides {x.stride()} of {tuple(x.shape)}: a copy is needed first"
         return x
 
@@ -93,7 +92,7 @@ class Target:
         return importlib.import_module(name)
 
     def apex_module(self, name: str) -> ModuleType:
-        """A module of NVIDIA's apex; the package index holds an unrelated one of the same name."""
+        """A module of NVIDIA's apex; the package index has another of that name."""
         self.need_cuda()
         if importlib.util.find_spec(name) is None:
             if importlib.util.find_spec("apex") is None:
@@ -104,7 +103,7 @@ class Target:
         return importlib.import_module(name)
 
     def need_triton(self) -> None:
-        """Triton comes with torch's CUDA build; it needs a C compiler when it compiles a kernel."""
+        """Triton comes with torch's CUDA build; to compile a kernel it needs a C compiler."""
         self.need_cuda()
         if self.dtype == torch.float64:
             raise Unsupported(f"computes in fp32, not {self.dtype}")
@@ -120,7 +119,7 @@ class Target:
         fused, met = torch.compile(formula, dynamic=False), set[Any]()
 
         def call(*args: Any) -> Any:
-            plain = [a.detach() if isinstance(a, Tensor) else a for a in args]  # saved ones know their graph
+            plain = [a.detach() if isinstance(a, Tensor) else a for a in args]  # saved ones know a graph
             shapes = tuple((a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in plain)
             new = shapes not in met  # beyond its limit torch would not compile: other bits
             met.add(shapes)
@@ -130,7 +129,7 @@ class Target:
         return call
 
     def random(self, *shape: int, seed: int = 0) -> Tensor:
-        """Normal values in this format, on this device."""
+        """Normal values, in this format and place."""
         generator = torch.Generator(self.device).manual_seed(seed)
         acc_dtype = accumulate_dtype(self.dtype)
         values = torch.randn(shape, device=self.device, generator=generator, dtype=acc_dtype).to(self.dtype)
@@ -149,7 +148,7 @@ class Operation:
     results: Callable[[Any, Target], Results]  # forward, backward, accumulation
     tolerances: Sequence[float] = ()  # of the results in turn; none: what the format can tell
     plain: Any = None  # the formula to compare with, where it is not the last candidate
-    named: Sequence[tuple[str, Callable[[Target], Any]]] = ()  # that only a table of processors takes
+    named: Sequence[tuple[str, Callable[[Target], Any]]] = ()  # only by a table of processors
 
     @property
     def all(self) -> list[tuple[str, Callable[[Target], Any]]]:

@@ -170,8 +170,7 @@ WGRAD = Operation(
 
 
 # fp8 with current scaling (Micikevicius et al. 2022): fp32 sums; bf16 outputs, fp32 weight gradients.
-# Hopper wants a @ b.T with operands contiguous along the sum (and sizes that are multiples of 16): the
-# backward's are transposed after rounding.
+# Hopper wants a @ b.T contiguous along the sum, sizes multiples of 16: the backward's are transposed once rounded.
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2  # largest values 448, 57344
 Scaled = tuple[Tensor, Tensor]  # fp8 values and the inverse of their scale, one fp32 number
 
@@ -211,7 +210,7 @@ def _torch_fp8(target: Target) -> Gemms:
 def fp8_gemms(quantized: Callable[[Tensor, torch.dtype, bool, bool], list[Scaled]]) -> Gemms:
     """By a function that does what `quantize` does.
 
-    A weight is rounded once after each change, and kept so: two bytes an element.  What dgrad rounds wgrad takes.
+    A weight is rounded after each change, and kept so: two bytes an element.  wgrad takes what dgrad rounds.
     """
     weights: WeakIdKeyDictionary = WeakIdKeyDictionary()  # -> (version, by rows, by columns)
     latest: list[tuple[weakref.ref[Tensor], int, Scaled]] = []  # a gradient, its version, by columns
@@ -259,7 +258,7 @@ def _te_fp8(target: Target) -> Gemms:
     quantizer = target.te_module("transformer_engine.pytorch.tensor.float8_tensor").Float8CurrentScalingQuantizer
     gemm = target.te_module("transformer_engine.pytorch.cpp_extensions").general_gemm
 
-    rows4, columns4, rows5, columns5 = (  # on Hopper only a transposed copy can be read by columns
+    rows4, columns4, rows5, columns5 = (  # Hopper reads by columns only copies
         _showing(quantizer(kind, target.device, rowwise=True, columnwise=columns, force_pow_2_scales=True))
         for kind in (tex.DType.kFloat8E4M3, tex.DType.kFloat8E5M2)
         for columns in (False, True)

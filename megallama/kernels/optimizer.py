@@ -21,7 +21,7 @@ MOST = (1 << 31) - 1  # elements of a tensor in such a kernel, which counts them
 def adamw_step(
     lists: Lists, config: OptimizerConfig, lr: float, decay: float, divisor: Tensor | None, number: int = 0
 ) -> None:
-    """One step of torch's fused AdamW, in place; step counts are incremented, and read instead of `number`.
+    """A step of torch's fused AdamW, in place; step counts are incremented, and read, not `number`.
 
     Gradients are divided by `divisor` on the way (clipping and loss scale in the same pass).
     """
@@ -109,7 +109,7 @@ def _multi_tensor_sum(kernel: Callable[..., Any]) -> SumOfSquares:
 
 
 def _norm_results(sum_of_squares: SumOfSquares, target: Target) -> Results:
-    """Over several lengths, one of them 0, with more equal terms than a plain fp32 sum bears."""
+    """Over several lengths, one of them 0, with more equal terms than fp32 sums bear."""
     like, runs = target.random(1), ((0.1, 700_001), (0.2, 0), (0.3, 17))
     like = like.to(accumulate_dtype(like.dtype))
     return [("sum of squares", sum_of_squares([like.new_full((n,), value) for value, n in runs]))]

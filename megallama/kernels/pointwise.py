@@ -1,8 +1,7 @@
-"""Pointwise operations: RMSNorm, rotary embedding, SwiGLU, and the softmax of the loss with its gradient.
+"""Pointwise operations: RMSNorm, rotary embedding, SwiGLU, the loss's softmax and gradient.
 
-Backwards need nothing but the input of their forward.  The private formulas are for torch.compile,
-which fuses them: all in the accumulation format, where the eager operations round between their
-steps.
+Backwards need nothing but the input of their forward.  The private formulas are for torch.compile: all
+in the accumulation format, where the eager operations round between their steps.
 """
 
 import math
@@ -20,7 +19,7 @@ from megallama.config.schema import RopeScaling
 from megallama.kernels.candidate import APEX, COMPILED, TE, TRITON, Operation, Results, Target, accumulate_dtype
 
 AddNorm = Callable[..., tuple[Tensor, Tensor]]  # what `add_norm` does
-AndAgain = Callable[..., tuple[Tensor, Tensor | None]]  # a backward: the gradient, the output if wanted
+AndAgain = Callable[..., tuple[Tensor, Tensor | None]]  # gradient, output if wanted
 Norms = tuple[AddNorm, AndAgain]
 Swiglus = tuple[Callable[[Tensor], Tensor], AndAgain]
 ApplyRope = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # x, cos, sin, out
@@ -29,7 +28,7 @@ Rope = tuple[ApplyRope, RotateParts]
 Softmax = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None]  # what `softmax_` does
 SoftmaxGradient = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
 CrossEntropy = tuple[Softmax, SoftmaxGradient]
-ELEMENTS_IN_FP32 = 1 << 19  # logits that exist in fp32 at a time when they are computed in 16 bits
+ELEMENTS_IN_FP32 = 1 << 19  # logits in fp32 at a time, when they are computed in 16 bits
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ def attention_factor(scaling: RopeScaling | None) -> float:
 def rope_tables(
     seq_length: int, head_dim: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [s, 1, d/2] in `dtype`: of the angles of positions 0..s-1, times `attention_factor`."""
+    """(cos, sin), each [s, 1, d/2] in `dtype`: of positions 0..s-1, times `attention_factor`."""
     angles = torch.outer(torch.arange(seq_length).to(dtype), inverse_frequencies(head_dim, theta, scaling, dtype))
     cos, sin = (turned.unsqueeze(1) * attention_factor(scaling) for turned in (angles.cos(), angles.sin()))
     return cos.to(device), sin.to(device)
@@ -401,16 +400,15 @@ def _in_blocks(rows_: Callable[..., None]) -> Softmax:
 def softmax_(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
     """Replace `logits` [r, v] by their softmax, times `scale` [r] if it is given.
 
-    Writes log(sum(exp(logits))) [r] and the logit [r] at `index` [r, 1], both in the format of
-    `log_sum`, in which all is computed, a few rows at a time.  Other implementations may leave the
-    logits to `softmax_gradient_`.
+    Writes log(sum(exp(logits))) [r] and the logit [r] at `index` [r, 1] in the format of `log_sum`, in
+    which all is computed, a few rows at a time.  Others may leave the logits to `softmax_gradient_`.
     """
     exact = logits.to(log_sum.dtype)
     probs = torch.softmax(exact, 1)
     # no second pass of exponentials: the largest probability is exp(largest logit) / sum
     log_sum.copy_(exact.amax(1) - probs.amax(1).log())
     picked.copy_(exact.gather(1, index).squeeze(1))
-    if scale is not None:  # a product that is rounded as it is written takes longer than two passes
+    if scale is not None:  # two passes: a product rounded as it is written takes longer
         probs = torch.mul(probs, scale.unsqueeze(1), out=logits if logits.dtype == probs.dtype else probs)
     if probs is not logits:
         logits.copy_(probs)

@@ -1,6 +1,6 @@
-"""Rounding to fp8 as two Triton kernels: the largest element, then all elements, row by row and transposed at once.
+"""Rounding to fp8 as two Triton kernels: the largest element, then all, by rows and transposed at once.
 
-Values are those of `gemm.quantize`: one power of two scales a whole tensor, so that scaling rounds nothing.
+Values are those of `gemm.quantize`: a power of two scales a tensor, which rounds nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _quantize(
 
 
 def quantized(x: Tensor, dtype: torch.dtype, rows: bool, columns: bool) -> list[tuple[Tensor, Tensor]]:
-    """x [r, c] in `dtype` as it lies and transposed, what of it is asked for, each with the inverse of the scale."""
+    """x [r, c] in `dtype` as it lies and transposed, as asked, each with the inverse of the scale."""
     (r, c), x, new = x.shape, x.contiguous(), []
     partial, inverse = x.new_empty(PROGRAMS, dtype=torch.float32), x.new_empty((), dtype=torch.float32)
     programs = min(PROGRAMS, triton.cdiv(x.numel(), ELEMENTS))

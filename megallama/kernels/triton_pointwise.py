@@ -1,9 +1,8 @@
-"""RMSNorm, RoPE, SwiGLU and the loss as Triton kernels: one launch each way, every operand read and written once.
+"""RMSNorm, RoPE, SwiGLU and the loss in Triton: a launch each way, operands read and written once.
 
-Sums and products are formed in fp32 and rounded once; nothing is added by atomics: a call repeated
-gives the same bits. Rows are counted in 64 bits.  Checking a kernel before it is selected also
-compiles it: for the formats of its operands, the constants in capitals, and which numbers are 1 or
-multiples of 16, but those not to be specialized.
+Sums and products are formed in fp32 and rounded once; without atomics a call repeated gives the same bits.
+Rows are counted in 64 bits.  Checking a kernel before it is selected also compiles it: for operands' formats,
+the constants in capitals, and which numbers are 1 or multiples of 16, but those not to be specialized.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ PAIRS = 64  # of elements that one step of RoPE rotates in each head; a head of 
 HEADS = 16  # that one step of RoPE rotates
 SUMS = 32, 32  # rows and columns of a step of the sum over programs
 WIDEST = 8192  # row that a program of RMSNorm keeps in registers; wider ones spill
-LANES, EACH = 256, 8  # a step of the first kernel of the loss: 256 maxima and sums, eight columns for each
+LANES, EACH = 256, 8  # a step of the loss's first kernel: 256 maxima and sums of eight columns
 GRAD_COLUMNS = 2048  # of a row that one program of the second computes
 
 
@@ -93,7 +92,7 @@ def add_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, main_grad: Tensor, overwrite: bool,
     again: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """What `pointwise.add_norm_backward` does: each program adds up over its rows, a second kernel over programs."""
+    """As `pointwise.add_norm_backward`: a program adds up its rows, a second kernel the programs."""
     dy, x, residual = dy.contiguous(), x.contiguous(), None if residual is None else residual.contiguous()
     (rows, columns), dx, normed = x.shape, torch.empty_like(x), torch.empty_like(x) if again else None
     at_once = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 4
@@ -107,7 +106,7 @@ def add_norm_backward(
 
 
 def _row(columns: int) -> dict[str, int]:
-    """The constants of a program that has a row in registers: 16 elements of it in each thread."""
+    """Constants of a program with a row in registers: 16 elements in each thread."""
     if columns > WIDEST:
         raise Unsupported(f"rows of {columns} elements; at most {WIDEST} fit in registers")
     block = triton.next_power_of_2(columns)
@@ -207,7 +206,7 @@ def _rotate_apart(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """What `pointwise.apply_rope` does: x [b, s, heads, d] into `out`, perhaps x; both lie along d together."""
+    """As `pointwise.apply_rope`: x [b, s, heads, d] into `out`, perhaps x; both contiguous along d."""
     b, s, heads, d = x.shape
     tables, per_sample = _tables(cos, sin)
     strides = *x.stride()[:3], *out.stride()[:3], per_sample
@@ -224,7 +223,7 @@ def rotate_parts(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Sequenc
 
 
 def _tables(cos: Tensor, sin: Tensor) -> tuple[list[Tensor], int]:
-    """Angles [s, 1, d/2] or [b, s, 1, d/2] as they lie in memory, and the distance between samples."""
+    """Angles [s, 1, d/2] or [b, s, 1, d/2], contiguous, and the distance between samples."""
     return [cos.contiguous(), sin.contiguous()], cos.numel() // len(cos) if cos.dim() == 4 else 0
 
 
@@ -268,6 +267,6 @@ def log_sums(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, sca
 def gradient_(
     logits: Tensor, index: Tensor, at_label: Tensor, scale: Tensor, log_sum: Tensor | None, total: Tensor
 ) -> None:
-    """The second pass of `pointwise.CrossEntropy`: exp(logits - total) * scale, less `at_label` at the label."""
+    """The second pass of `pointwise.CrossEntropy`: exp(logits - total) * scale, less `at_label`."""
     grid, shape = (len(logits), triton.cdiv(logits.shape[1], GRAD_COLUMNS)), (logits.shape[1], logits.stride(0))
     _gradient[grid](logits, index, at_label, scale, total, *shape, BLOCK=GRAD_COLUMNS, num_warps=8)

@@ -1,1 +1,1 @@
-"""Parallel building blocks: parameters in flat buffers, linear layers with their collectives, the loss."""
+"""Building blocks: parameters in flat buffers, linear layers with their collectives, the loss."""

@@ -42,7 +42,7 @@ class MicroBatch:
 
     @classmethod
     def of(cls, ids: np.ndarray, starts: np.ndarray | None, real: Sequence[bool] | None = None) -> MicroBatch:
-        """Of b samples of s + 1 ids; rows whose `real` is False are padding and count nothing."""
+        """Of b samples of s + 1 ids; rows that are not `real` are padding and count nothing."""
         tokens, labels = (torch.from_numpy(x.astype(np.int64)) for x in (ids[:, :-1], ids[:, 1:]))
         mask = documents = None
         if real is not None and not all(real):
@@ -61,7 +61,7 @@ class MicroBatch:
         return cls.of(zeros, zeros if config.data.document_mask else None)
 
     def part(self, share: Share) -> MicroBatch:
-        """What a rank of context parallelism has of every sample, on the host. Raises: ValueError."""
+        """What a rank of context parallelism has of each sample. Raises: ValueError."""
         if share.size == 1:
             return self
         chunks = share.chunks(self.tokens.shape[1])

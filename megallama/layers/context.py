@@ -1,4 +1,4 @@
-"""Attention of sequences that are cut over ranks; `plan.exchange` says how, and what it moves."""
+"""Attention of sequences cut over ranks; `plan.exchange` says how, and what moves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ContextParallel:
     pieces: int = 1  # of the heads: one travels under the attention of the one before
 
     def over(self, make: MakeAttention, num_heads: int, num_kv_heads: int, head_dim: int) -> Attend:
-        """Attention of this rank's tokens, q [b, s/cp, n, d], k and v [b, s/cp, k, d], to all of their samples."""
+        """Attention of this rank's q [b, s/cp, n, d], k and v [b, s/cp, k, d] to all of their samples."""
         cp = self.share.size
         if cp == 1:
             return make(num_heads, num_kv_heads, head_dim)
@@ -56,7 +56,7 @@ class ContextParallel:
     def by_heads(
         self, attend: Attend, copies: int, q: Tensor, k: Tensor, v: Tensor, within: Documents | None
     ) -> Tensor:
-        """Every rank has some heads of whole sequences; autograd adds up the gradients of copied key/value heads."""
+        """Each rank has some heads of whole sequences; autograd adds up gradients of copied heads."""
         cp, exchange = self.share.size, _Exchange(self.group)
         if copies > 1:
             k, v = (x.repeat_interleave(copies, 2) for x in (k, v))
@@ -83,7 +83,7 @@ def _by_rank(whole: Tensor, cp: int) -> Tensor:
 class _Gather(Layer):
     """Keys and values [b, s/cp, heads, d] of this rank -> of all [b, s, heads, d], in order.
 
-    In place of what autograd would keep of them it keeps where that lies in them, and gathers again in the backward.
+    Of what autograd would keep of them it keeps where it lies, and gathers again in the backward.
     """
 
     group: Group

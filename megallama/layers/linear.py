@@ -41,7 +41,7 @@ class TensorParallel:
     chunks: int = 1  # pieces of a forward; bits depend on them
 
     def all_gather_sequence(self, shard: Tensor) -> tuple[Tensor, Handle]:
-        """[T/t, a] of every rank as [T, a], started; whole already without sequence parallelism."""
+        """[T/t, a] of every rank as [T, a], started; without sequence parallelism it is whole."""
         if not self.sequence_parallel or self.group.size == 1:
             return shard, Done()
         full = shard.new_empty(shard.shape[0] * self.group.size, *shard.shape[1:])
@@ -96,7 +96,7 @@ class RMSNorm:
     def backward(
         self, dy: Tensor, x: Tensor, residual: Tensor | None = None, again: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """(gradient of x, plus `residual`; the norm, wanted `again`); the weight's gradient goes into main_grad."""
+        """(gradient of x, plus `residual`; the norm, wanted `again`); the weight's goes into main_grad."""
         param = self.param
         into = param.main_grad, param.overwrite
         results = self._pointwise.add_norm_backward(dy, x, param.weight, self.eps, residual, *into, again)
@@ -135,7 +135,7 @@ class ColumnParallelLinear(Layer):
 
     def backward(self, ctx: Any, residual: Tensor, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         x, *kept = ctx.saved_tensors
-        if not kept and self.tp.group.size == 1:  # nothing to gather: one pass makes all that comes of x
+        if not kept and self.tp.group.size == 1:  # nothing to gather: one pass makes all
             dx, normed = self.norm.backward(self.param.dgrad(dy), x, residual, again=True)
             assert normed is not None
             self.param.wgrad(dy, normed)

@@ -1,6 +1,6 @@
 """What layers are made of: parameters, views into one weight and one fp32 gradient buffer per stage.
 
-Gradients of weights never pass through autograd: the backward functions hand them to `Param`, which adds them up.
+Gradients of weights never pass through autograd: backwards hand them to `Param`, which adds them up.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megallama.plan.params import BufferLayout, ParamSpec
 
 @dataclass
 class Gather:
-    """The parameter all-gather of one bucket; every parameter of the bucket holds the same one."""
+    """The all-gather of one bucket; all its parameters hold the same one."""
 
     handle: Handle | None = None  # of the gather under way
 
@@ -36,7 +36,7 @@ class Gather:
 
 @dataclass
 class WeightGradQueue:
-    """Weight gradients put off, by micro-batch: each keeps the two operands of its GEMM alive."""
+    """Weight gradients put off, by micro-batch; each keeps both operands of its GEMM."""
 
     groups: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     open: list[Callable[[], None]] | None = None  # of the micro-batch whose GEMMs are put off now
@@ -138,7 +138,7 @@ class Layer:
 
 
 class FlatBuffers:
-    """Weights and main gradients of one stage, laid out by the plan; without `trains` the gradients are one zero."""
+    """Weights and main gradients of a stage, laid out by the plan; without `trains` one zero."""
 
     def __init__(
         self, layout: BufferLayout, dtype: torch.dtype, device: torch.device, kernels: Kernels, trains: bool = True
@@ -160,11 +160,11 @@ class FlatBuffers:
 
 
 def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The bits of a 1-D tensor, cast to `dtype` if given, as one int64 on its device; waits for nothing.
+    """The bits of a 1-D tensor, cast to `dtype` if given, as an int64 on its device; never waits.
 
     A polynomial of its 64-bit words modulo 2^64: one changed word always shows, several nearly always.
     """
-    weights = torch.arange(1024, device=tensor.device) * -7046029254386353131 | 1  # times what is odd nothing vanishes
+    weights = torch.arange(1024, device=tensor.device) * -7046029254386353131 | 1  # odd: nothing vanishes
     total = weights.new_zeros(())
     for part in tensor.detach().split(1 << 20):
         words = part.to(dtype or tensor.dtype).view(torch.uint8)

@@ -1,8 +1,7 @@
 """What is cut over tp by the vocabulary: the embedding, and the head with the loss.
 
-The gradient of the loss is formed where the logits are: each chunk of tokens makes its logits [c, V/t],
-turns them in place into their gradient, multiplies that into those of the hidden states and of the head,
-and is gone.  To the backward pass the norm is left.
+The gradient of the loss is formed where the logits are: each chunk of tokens makes its logits [c, V/t], turns
+them into their gradient, multiplies that into those of hidden states and head.  The backward has the norm left.
 
 Over tp two small reductions a chunk make it exact: the maximum over ranks of the logarithm of each
 rank's sum of exponentials, then the sum together with the logit of the label (Shoeybi et al. 2019).
@@ -69,7 +68,7 @@ class LossHead(Layer):
         self.valid = max(0, min(rows, vocab - self.first))  # the other rows are padding
 
     def __call__(self, x: Tensor, branch: Tensor | None, batch: MicroBatch) -> Any:
-        """The sum over counted tokens of -log p(label), replicated over tp; `branch` is added to x first."""
+        """The sum of -log p(label) of counted tokens, on all of tp; `branch` is added to x first."""
         return super().__call__(x, branch, batch, torch.is_grad_enabled())
 
     def forward(self, ctx: Any, x: Tensor, branch: Tensor | None, batch: MicroBatch, train: bool) -> Tensor:
@@ -106,7 +105,7 @@ class LossHead(Layer):
     def score(self, x: Tensor, branch: Tensor | None, at: Tensor, labels: Tensor) -> Tensor:
         """Of hidden states, as in a call, those `at` [R]: log p(label), and 1 where it is the likeliest: [2, R].
 
-        Nothing is kept for a backward pass. Of equally likely tokens the first is the likeliest, as argmax has it.
+        Nothing is kept for a backward. Of equally likely tokens the first counts, as with argmax.
         """
         full, handle = self.tp.all_gather_sequence(self.norm.forward(x, branch)[1])
         handle.wait()
@@ -120,13 +119,13 @@ class LossHead(Layer):
         return out
 
     def _places(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels [T] -> where this rank would have their logits, int64 [T, 1], and whether it has them, [T]."""
+        """Labels [T] -> where this rank would have their logits, int64 [T, 1], and if it has them."""
         shifted = labels - self.first
         index = shifted.clamp(0, max(0, self.valid - 1))
         return index.unsqueeze(1), index == shifted
 
     def _likeliest(self, local: Tensor, out: Tensor) -> None:
-        """The ids of the largest logits of all ranks, into `out` [c]; `local` [c, valid] are this rank's."""
+        """The ids of all ranks' largest logits into `out` [c]; `local` [c, valid] are this one's."""
         top, at = torch.full_like(out, -torch.inf), torch.zeros_like(out)
         if self.valid:
             top, at = (found.to(out.dtype) for found in local.max(1))

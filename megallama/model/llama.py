@@ -58,7 +58,7 @@ class Rotary(Layer):
     _own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of this rank's tokens, by how many
 
     def tables(self, documents: Documents | None, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of this rank's tokens, `length` of every sample; in every document: [b, length, 1, d/2]."""
+        """(cos, sin) of this rank's tokens, `length` of a sample; by document: [b, length, 1, d/2]."""
         if documents is None and self.share.size > 1:
             length = length or len(self.cos) // self.share.size
             if length not in self._own:
@@ -125,7 +125,7 @@ class TransformerLayer:
 
 
 class Stage:
-    """Consecutive layers, the first with the embedding before it, the last with norm, head and loss behind it."""
+    """Consecutive layers, the first with the embedding, the last with norm, head and loss."""
 
     def __init__(
         self, config: Config, buffers: FlatBuffers, layers: Sequence[int], first: bool, last: bool, tp: TensorParallel,
@@ -156,9 +156,9 @@ class Stage:
         """Hidden states [T/t, h] or [T, h] of the stage before, if any -> its own, or the loss sum."""
         x = self.embed(batch.tokens.reshape(-1)) if self.embed else hidden
         assert x is not None, "only the first stage makes its own hidden states"
-        documents = batch.documents and batch.documents.each(lambda t: t)  # masks do not live as long as batches
+        documents = batch.documents and batch.documents.each(lambda t: t)  # masks live shorter
         again = self.recompute and torch.is_grad_enabled()
-        tables = self.rotary.tables(documents, *batch.tokens.shape[1:])  # flat ones: samples of the longest
+        tables = self.rotary.tables(documents, *batch.tokens.shape[1:])  # flat: of the longest
         branch: Tensor | None = None  # yet to be added to x
         for number, layer in zip(self._numbers, self.layers, strict=True):
             self._record.layer(number)
@@ -175,7 +175,7 @@ class Stage:
 
 @dataclass(eq=False)
 class _Recompute(Layer):
-    """Keep a layer's input only, and run the layer again for its backward (Chen et al. 2016)."""
+    """Keep a layer's input only, and run it again for its backward (Chen et al. 2016)."""
 
     layer: TransformerLayer
 

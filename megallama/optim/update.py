@@ -41,7 +41,7 @@ class GradSync:
             self._padding += [buffers.grads[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
     def start_step(self, early: bool) -> None:
-        """Nothing of this step has been reduced yet; only if `early` may it be before `finish`."""
+        """Nothing of this step is reduced yet; only if `early` may it be before `finish`."""
         self._early = early and self._overlap
         for param in self.buffers.params.values():
             param.overwrite = True
@@ -92,7 +92,7 @@ class GradSync:
         self._handles[bucket.index] = self._groups.dp_cp.reduce_scatter(shard, full)
 
     def _sum_copies(self) -> None:
-        """All-reduce what several ranks hold, packed: it is small, and lies alike on all of them."""
+        """All-reduce what several ranks hold, packed: it is small, and lies alike on all."""
         held = [s for bucket in self.buffers.layout.buckets for s in self.segments(bucket)]
         for over, group in (("tp", self._groups.tp), ("kv", self._groups.kv)):
             chosen = [s for s in held if s.part.sum_over == over]
@@ -112,14 +112,14 @@ class AdamW:
         self.moments = moments  # state beside the masters; zero before the first step
 
     def __call__(self, shards: Sequence[Tensors], lr: float, scale: float, decay: bool, number: int) -> None:
-        """In place: "master" and moments from "grads" times `scale`; "step" counts up, to `number`."""
+        """In place: "master", moments, from "grads" times `scale`; "step" counts to `number`."""
         divisor = None if scale == 1.0 else shards[0]["grads"].new_full((), 1 / scale)
         lists = [[shard[name] for shard in shards] for name in ("master", "grads", *self.moments, "step")]
         self._kernel(lists, self._config, lr, self._config.weight_decay if decay else 0.0, divisor, number)
 
 
 class Update:
-    """What one rank does to the weights of all its stages in a step: `reduce`, `compute`, `gather`."""
+    """What a rank does to the weights of its stages in a step: `reduce`, `compute`, `gather`."""
 
     def __init__(
         self, stages: Sequence[FlatBuffers], groups: Groups, overlap: OverlapConfig, rule: AdamW,
@@ -174,7 +174,7 @@ class Update:
         return [sync.buffers.grads[a:b] for a, b in ranges]
 
     def compute(self, lr: float, multiplier: float) -> None:
-        """Apply the rule to this rank's shards; `multiplier` of gradients: clipping and loss scale."""
+        """Apply the rule to this rank's shards; `multiplier`: clipping and loss scale."""
         self.wait()  # for what no forward has read: nothing is written that is being gathered
         self._steps += 1
         for decay in (True, False):
@@ -244,7 +244,7 @@ def wrong_copies(update: Update, groups: Groups) -> list[tuple[str, list[int]]]:
         for owner in range(dp.size):
             for segment in sync.buffers.layout.segments(*bucket.shard(dp.size, owner)):
                 key, a, b = segment.part.box.key, segment.offset, segment.offset + segment.count
-                mine = master[a - start : b - start] if owner == dp.rank else master[:0]  # then the digest is 0
+                mine = master[a - start : b - start] if owner == dp.rank else master[:0]  # digest 0
                 pieces["dp_cp"].append((key, digest(weights[a:b])))
                 masters.append(digest(mine, weights.dtype))
                 owners.append(owner)
@@ -258,12 +258,12 @@ def wrong_copies(update: Update, groups: Groups) -> list[tuple[str, list[int]]]:
         digests = torch.stack([one for _, one in held])
         everyone = digests.new_empty(group.size * len(held))
         group.all_gather(everyone, digests).wait()
-        columns = everyone.view(group.size * here, -1).T.tolist()  # a row per rank, `here` copies each
+        columns = everyone.view(group.size * here, -1).T.tolist()  # by rank, `here` copies each
         for number, ((key, _), column) in enumerate(zip(held, columns, strict=False)):
             column += decides * (group.size + 1) * [int(truth[number])]
             right, count = Counter(column).most_common(1)[0]  # right: what more than half are
             wrong = [at for at, digested in enumerate(column) if digested != right or 2 * count <= len(column)]
-            everybody = decides and len(wrong) == group.size  # all hold the same: it is the master
+            everybody = decides and len(wrong) == group.size  # then the master is
             ranks = {group.ranks[at // here] for at in ([owners[number]] if everybody else wrong)}
             found += [(key, sorted(ranks))] * (len(ranks) > 0)
     return list({str(one): (one[0], one[1]) for told in groups.world.gather_values(found) for one in told}.values())

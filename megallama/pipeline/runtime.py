@@ -23,7 +23,7 @@ StageCall = Callable[[Tensor | None, MicroBatch], Tensor]  # -> hidden states or
 
 
 class Observer:
-    """Is told of every action of a pipeline; remembers the one under way, and tells the record."""
+    """Is told of every action of a pipeline; remembers the present one, and tells the record."""
 
     action: Action | None = None  # None outside, and in the wait for the last sends
 
@@ -55,8 +55,7 @@ class StageWork:
 class PipelineRuntime:
     """Runs the schedule of one pipeline rank over one batch.
 
-    Between stages a micro-batch of T tokens, T its own, passes as [T / shares, h] like `hidden` [0, h].
-    longest: tokens of a sample, at most.
+    Between stages a micro-batch of T tokens passes as [T / shares, h] like `hidden` [0, h]; `longest`: sample, at most.
     """
 
     def __init__(

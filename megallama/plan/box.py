@@ -1,6 +1,6 @@
 """Boxes: rectangles of global tensors, the one idea behind sharding, saving and resharding.
 
-A flat range of a box is at most ``2 * ndim - 1`` boxes, and a box of a row-major file is a list of byte runs.
+A flat range of a box is at most ``2 * ndim - 1`` boxes, a box of a row-major file byte runs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def boxes_of_range(local: Box, start: int, stop: int) -> Iterator[Box]:
 
 
 def runs(box: Box, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Runs (first element, count) of `box` in a row-major tensor of `shape`, merged where they touch."""
+    """Runs (first element, count) of `box` in a row-major tensor of `shape`, merged."""
     inner, axis = 1, len(shape)
     while axis > 0 and (axis == len(shape) or box.shape[axis] == shape[axis]):
         axis -= 1

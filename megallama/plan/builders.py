@@ -77,7 +77,7 @@ def _alternating(name: str, p: int, m: int, chunks: int, warmup: Callable[[int],
 
 
 def v_owners(p: int) -> tuple[int, ...]:
-    """The rank of each stage of a V: rank r of P owns r and 2P-1-r, so embedding and loss are on 0."""
+    """The rank of each stage of a V: rank r of P owns r and 2P-1-r; both ends are on 0."""
     return (*range(p), *reversed(range(p)))
 
 
@@ -124,7 +124,7 @@ def dualpipe_v(p: int, m: int) -> Schedule:
 def _fill(
     name: str, p: int, m: int, hops: tuple[int, int], turns: tuple[int, int, int], limit: int, compute: int
 ) -> Schedule:
-    """F and I, `compute` times as long as W, in the pattern's order, and W where they leave room."""
+    """F and I, `compute` times as long as W, in the pattern's order; W where there is room."""
     schedule = Schedule(name, p, 2 * p, m, ((),) * p, v_owners(p))
     down, up = ([hop] * (p - 1) for hop in hops)
     bottom, top, back = turns
@@ -190,7 +190,7 @@ def build_schedule(parallel: ParallelConfig, num_microbatches: int) -> Schedule:
 
 
 def bounds(parallel: ParallelConfig, m: int) -> tuple[int, int]:
-    """The most a rank holds: (stage, micro-batch) pairs in flight, received tensors that wait."""
+    """The most a rank holds: (stage, micro-batch) in flight, received tensors that wait."""
     p, v = parallel.pp, parallel.chunks
     in_flight = {
         "gpipe": m * v, "1f1b": p if v == 1 else 2 * (p - 1) + (v - 1) * p + 1, "zb-h1": p, "zb-h2": 2 * p - 1,
@@ -201,7 +201,7 @@ def bounds(parallel: ParallelConfig, m: int) -> tuple[int, int]:
 
 
 def build_forward(training: Schedule, m: int) -> Schedule:
-    """The schedule of an evaluation, lowered and checked, where the stages lie as in `training`."""
+    """The schedule of an evaluation, lowered and checked, stages as in `training`."""
     owners, p = training.owners, training.num_ranks
     chunks = max(1, len(owners) // p)
     wave = sorted((s + chunks * i, s, i) for s in range(len(owners)) for i in range(m))

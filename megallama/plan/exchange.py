@@ -1,4 +1,4 @@
-"""Context parallelism, without tensors: what a rank has of every sequence, and how attention reaches the rest.
+"""Context parallelism, without tensors: a rank's share of a sequence, how attention gets the rest.
 
 A sequence is 2 cp chunks, of which rank r has r and 2 cp - 1 - r: then causal attention is equal work.  Of the two ways
 the one is taken that moves less: docs/how_it_works.md has both, their papers, and the bound that `exchange` computes.
@@ -13,14 +13,14 @@ from megallama.plan.params import heads
 
 @dataclass(frozen=True)
 class Share:
-    """What rank `rank` of `size` context-parallel ranks has of every sequence; `gathers`: which exchange it uses."""
+    """What rank `rank` of `size` context-parallel ranks has of a sequence; `gathers`: how it exchanges."""
 
     rank: int = 0
     size: int = 1
     gathers: bool = True
 
     def chunks(self, length: int) -> tuple[tuple[int, int], ...]:
-        """First token and end of each of its chunks. Raises: ValueError if `length` tokens cannot be cut."""
+        """First token and end of each of its chunks. Raises: ValueError if `length` cannot be cut."""
         if self.size == 1:
             return ((0, length),)
         chunk, rest = divmod(length, 2 * self.size)

@@ -1,16 +1,14 @@
 """Bytes of one rank: what lives all the time, exactly, and what lives between forward and backward.
 
-Activations saved per layer, for b bytes per element, T tokens and MHA (x, q, k, v, attention
-output, the residual after attention, gate and up; `none` keeps the two norm outputs and the SwiGLU
-product as well):
+Activations saved per layer, for b bytes per element and MHA (x, q, k, v, attention output, the residual
+after it, gate and up; `none` keeps the norms' outputs and the SwiGLU product as well):
 
     none       b (8h + 6f)  = 16h + 6f bytes per token in bf16
     selective  b (6h + 2f)  = 12h + 4f
     full       b h          =  2h
 
-Tensor parallelism divides what lies inside attention and the feed-forward network; sequence
-parallelism the rest too (Korthikanti et al. 2022, arXiv:2205.05198, table 2).  Context parallelism
-divides T, and adds what docs/planner.md has.
+Tensor parallelism divides what is inside attention and feed-forward network; sequence parallelism the rest
+(Korthikanti et al. 2022, arXiv:2205.05198, table 2).  Context parallelism: see docs/planner.md.
 """
 
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank, by category; `state`, what a copy of it in memory takes, is not counted with them."""
+    """Bytes of a rank, by category; `state`, what a copy in memory takes, is not counted with them."""
 
     weights: int  # on a GPU with precision.fp8 also the layers' rounded ones, in both layouts
     main_grads: int
@@ -55,7 +53,7 @@ def stage_layout(config: Config, stages: Stages, stage: int, dp_cp: int, tp_rank
 
 
 def saved_bytes(config: Config, recompute: str | None = None, *, gathered: bool = False) -> int:
-    """Bytes that one layer keeps of one micro-batch, without row statistics; gathered: every row of everything."""
+    """Bytes that a layer keeps of a micro-batch, without row statistics; gathered: every row."""
     m, (tokens, rows) = config.model, tokens_and_rows(config)
     h, f, rows = m.hidden_size, m.ffn_hidden_size // config.parallel.tp, tokens if gathered else rows
     attention = heads(m)[2] * (2 * sum(local_heads(config)) + (0 if gathered else _context_heads(config)))
@@ -65,7 +63,7 @@ def saved_bytes(config: Config, recompute: str | None = None, *, gathered: bool 
 
 
 def _context_heads(config: Config) -> int:
-    """Heads per token that attention keeps with context parallelism besides q, k, v and its output."""
+    """Heads per token that context parallelism keeps besides q, k, v and the output."""
     (n, k), cp = local_heads(config), config.parallel.cp
     if cp == 1:
         return 0
@@ -91,7 +89,7 @@ def stage_saved_bytes(config: Config, stages: Stages, stage: int) -> int:
 
 
 def deferred_bytes(config: Config, stages: Stages, stage: int) -> int:
-    """Operands of weight gradients that a stage keeps of one micro-batch between the halves of its backward [bytes]."""
+    """Operands of weight gradients, of a stage and micro-batch, between the halves of its backward [bytes]."""
     return len(stages[stage]) * saved_bytes(config, "none", gathered=True)
 
 
@@ -102,7 +100,7 @@ def peak_saved_bytes(config: Config, stages: Stages, schedule: Schedule, pp_rank
     deferred = {s: deferred_bytes(config, stages, s) for s in saved}
     again = saved_bytes(config, "selective") + statistics_bytes(config, "selective") - saved_bytes(config, "full")
     for kind, s, _ in schedule.steps[pp_rank] if schedule.is_training else ():
-        if full and stages[s] and kind in (Kind.B, Kind.I):  # the head is done, the input of the layer still there
+        if full and stages[s] and kind in (Kind.B, Kind.I):  # the layer's input is still there
             others = (len(stages[s]) - 1) * (deferred[s] // len(stages[s]) - saved_bytes(config))  # put off so far
             peak = max(peak, live + again - (s == last) * _head_saved_bytes(config) + (kind is Kind.I) * others)
         live += {Kind.F: saved[s], Kind.B: -saved[s], Kind.I: deferred[s] - saved[s], Kind.W: -deferred[s]}.get(kind, 0)
@@ -124,7 +122,7 @@ def rank_memory(config: Config, stages: Stages, schedule: Schedule, dp_cp: int, 
     return RankMemory(
         weights=numel * dtype + 2 * products * fp8,
         main_grads=numel * main,
-        optimizer=numel // dp_cp * (3 if dtype < main else 2) * main + 4 * buckets,  # with a step count per bucket
+        optimizer=numel // dp_cp * (3 if dtype < main else 2) * main + 4 * buckets,  # and step counts
         tables=len(owned) * (config.batch.seq_length + own) * heads(config.model)[2] * main,
         activations=peak_saved_bytes(config, stages, schedule, pp_rank),
         logits=logits * (dtype + main) if len(stages) - 1 in owned else 0,
@@ -135,7 +133,7 @@ def rank_memory(config: Config, stages: Stages, schedule: Schedule, dp_cp: int, 
 def loss_chunk(config: Config, *, gpu: bool = True) -> int:
     """Most tokens whose logits exist at once; on a GPU, unless run.device="cpu", more.
 
-    There a chunk is a few dozen launches, and each reads and writes the whole fp32 gradient of the head.
+    There a chunk is dozens of launches, and reads and writes the head's whole fp32 gradient.
     """
     memory, row = config.memory, padded_vocab(config) * DTYPE_BYTES[config.precision.dtype]
     by_size = int(memory.loss_chunk_mb * 2**20) // row // 128 * 128

@@ -25,7 +25,7 @@ from typing import Literal
 from megallama.config.schema import ModelConfig
 from megallama.plan.box import Box, boxes_of_range
 
-ALIGN = 128  # elements; every parameter starts at a multiple, so its rows are aligned for vector loads
+ALIGN = 128  # elements; parameters start at multiples, so rows are aligned for vector loads
 SumOver = Literal["none", "tp", "kv"]
 
 
@@ -36,7 +36,7 @@ class Part:
     box: Box
     row: int = 0
     sum_over: SumOver = "none"  # the group over which this part's gradient is summed besides dp
-    owner: bool = True  # False on all but one rank that hold a copy: counted in norms and saved once
+    owner: bool = True  # False on all but one with a copy: counted in norms and saved once
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ParamSpec:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     decay: bool
-    tied: bool = False  # a copy lives on the first and on the last stage; gradients are summed over both
+    tied: bool = False  # copies on the first and the last stage; gradients are summed over both
     uses: int = 1  # contributions to its gradient per micro-batch
 
     @property

@@ -24,7 +24,7 @@ class Plan:
     config: Config
     topology: Topology
     stages: Stages  # layer numbers of each stage, in model order
-    schedule: Schedule  # of the first replica in a step with the full global batch, lowered and checked
+    schedule: Schedule  # of the first replica in a step of the full batch, lowered and checked
     behind: tuple[int, int, int] = (0, 0, 0)  # steps made before, their samples and tokens
     _schedules: dict[tuple[bool, int], Schedule] = field(default_factory=dict, repr=False, compare=False)
 
@@ -46,7 +46,7 @@ class Plan:
         return (b.samples_after(train.steps, steps, samples) - samples) * b.seq_length
 
     def phases(self, tokens: int = 0) -> list[Plan]:
-        """Of each phase of the run that lies ahead where so many tokens are read; without phases this one alone."""
+        """Of each phase that lies ahead where so many tokens are read; without phases this one."""
         train, ranks = self.config.train, self.topology.world_size
         ahead = range(train.phase_after(tokens), len(train.phases))
         return [make_plan(self.config.at(number), ranks) for number in ahead] or [self]
@@ -60,7 +60,7 @@ class Plan:
         return max((plan.memory(pp_rank) for plan in self.phases(tokens)), key=lambda memory: memory.total)
 
     def work_of(self, rank: int) -> tuple[int, ...]:
-        """Pipeline position, and micro-batches in a step of each size: ranks with the same have the same work."""
+        """Pipeline position, and micro-batches in a step of each size: the same is the same work."""
         at, b, dp = self.topology.coords(rank), self.config.batch, self.topology.dp
         sizes = b.sizes if b.uneven else ()  # those that are past may be too small to be dealt
         return at["pp"], *(len(range(at["dp"], size // b.micro_batch_size, dp)) for size in sizes)

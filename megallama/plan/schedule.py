@@ -3,8 +3,7 @@
 A *stage* is a run of consecutive layers, numbered from the embedding to the loss.  The stages that a rank owns are its
 *chunks*.  A micro-batch is *in flight* on a stage from its forward until its backward has finished.
 
-Text form of an action: kind, stage, micro-batch, e.g. ``F2.0``.  A transfer bears the stage of the rank that lists it:
-``send_F2.0`` is received as ``recv_F3.0``.
+Text form: kind, stage, micro-batch, e.g. ``F2.0``.  A transfer has its rank's stage: ``send_F2.0``, ``recv_F3.0``.
 """
 
 import heapq
@@ -87,7 +86,7 @@ class Schedule:
         return max(accumulate(changes, initial=0)) if self.is_training else 0
 
     def peak_received(self, rank: int) -> int:
-        """Most tensors of `rank` at once that are being received or received and not yet used."""
+        """Most tensors of `rank` at once that are being received, or not yet used."""
         changes = (
             1 if a.kind in RECVS else -any(self.owners[v.stage] != rank for v in self.needs(a))
             for a in self.steps[rank]
@@ -169,7 +168,7 @@ def walk(schedule: Schedule, cost: Callable[[Action], float], hop: float = 0.0) 
 
 
 def stuck_at(schedule: Schedule, waits: Values, gives: Values) -> tuple[dict[int, Action], set[Action]]:
-    """Without a clock: where ranks wait for values that nobody gives, and all that were given."""
+    """Without a clock: where ranks wait for what nobody gives, and all that was given."""
     values: set[Action] = set()
     left = {rank: deque(row) for rank, row in enumerate(schedule.steps)}
     moved = True
@@ -249,7 +248,7 @@ def _check_transfers(schedule: Schedule) -> None:
 
     Both ranks of a pair list the same in the order of an NCCL communicator.
     """
-    listed: dict[tuple[int, int], list[Action]] = {}  # rank, other rank -> what the first sends and receives
+    listed: dict[tuple[int, int], list[Action]] = {}  # rank, peer -> what the first transfers
     for rank, steps in enumerate(schedule.steps):
         made, sent, received = (set[Action]() for _ in range(3))
         for i, a in enumerate(steps):
@@ -283,7 +282,7 @@ def _check_transfers(schedule: Schedule) -> None:
 
 
 def _check_progress(schedule: Schedule) -> None:
-    """All reach their end: a compute waits for a send, and after _check_transfers nothing else."""
+    """All reach their end: after _check_transfers, a compute waits only for a send."""
 
     def waits(a: Action) -> list[Action]:
         values = schedule.needs(a) if a.kind.is_compute else ()

@@ -60,7 +60,7 @@ def simulate(schedule: Schedule, costs: Sequence[StageCost] | None = None, hop: 
 
 
 def draw(report: Report, width: int = 100) -> str:
-    """An ASCII chart, one row per rank, at most `width` columns of time; `LEGEND` explains it."""
+    """An ASCII chart, a row per rank, at most `width` columns of time; see `LEGEND`."""
     scale = min(2.0, width / report.makespan)
     rows = [["."] * round(report.makespan * scale) for _ in report.busy]
     for event in report.events:
@@ -82,7 +82,7 @@ class Span(NamedTuple):
 
 
 class Flight(NamedTuple):
-    """One communication of one pipeline rank; times in seconds from the beginning of the step."""
+    """One communication of a pipeline rank; times in seconds from the step's beginning."""
 
     rank: int
     axis: str  # the group: tp, dp, pp, ...

@@ -1,6 +1,6 @@
 """Where every rank stands: arithmetic on rank numbers.
 
-`order` lists the axes from fastest to slowest varying, as Megatron does: the one that talks most comes first.
+`order`: the axes from fastest to slowest varying, as in Megatron: what talks most comes first.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Topology:
         return {axis: rank // stride % self.size(axis) for axis, stride in self.strides.items()}
 
     def groups(self, *axes: str) -> list[tuple[int, ...]]:
-        """All groups of ranks that differ only along `axes`, in the order of their creation; ranks ascend."""
+        """All groups of ranks that differ only along `axes`, in creation order; ranks ascend."""
         steps, found = [(self.strides[a], self.size(a)) for a in axes], dict[int, list[int]]()
         for rank in range(self.world_size):
             first = rank - sum(rank // stride % size * stride for stride, size in steps)

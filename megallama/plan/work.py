@@ -1,8 +1,7 @@
 """How much there is to compute, per token, and which layers each pipeline stage holds.
 
-A multiply-add is two operations; only matrix products count.  Attention is counted in full (as in
-Korthikanti et al. 2022, arXiv:2205.05198) or causally.  Of the stages before the last, later ones,
-with fewer micro-batches, take more.
+A multiply-add is two operations; only matrix products count.  Attention is counted in full (Korthikanti et
+al. 2022, arXiv:2205.05198) or causally.  Of stages before the last, later ones, with less in flight, take more.
 """
 
 from collections.abc import Sequence
@@ -45,7 +44,7 @@ def partition(config: Config) -> Stages:
 
 
 def balanced(layers: int, stages: int, layer_cost: float, head: float) -> tuple[int, ...]:
-    """Layers per stage such that the costs, most expensive first, are lexicographically smallest."""
+    """Layers per stage with the lexicographically smallest costs, the most expensive first."""
     if stages == 1:
         return (layers,)
 

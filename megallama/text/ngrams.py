@@ -61,7 +61,7 @@ class Ngrams:
         self._text, self._at, self._number, self._length = np.concatenate(parts, 1)
 
     def find(self, texts: Sequence[str]) -> np.ndarray:
-        """Where other texts have them, int64 [2, n]: the numbers of those texts, ascending, and of the n-grams."""
+        """Where other texts have them, int64 [2, n]: numbers of texts, ascending, and of n-grams."""
         found = [np.empty((2, 0), int)]
         for length, grams, text, _ in _runs([words_of(text) for text in texts], self._known):
             first, hashes, there = self._known[length]
@@ -78,7 +78,7 @@ class Ngrams:
         return np.divide(sums, counts, where=counts > 0, out=np.full(len(self._words), np.nan))
 
     def examples(self, seen: np.ndarray) -> Iterator[tuple[int, int, str]]:
-        """Of each text that has one, the first n-gram seen: the numbers of the text and of the n-gram, its words."""
+        """Of each text that has one, the first n-gram seen: numbers of text and n-gram, its words."""
         rows = np.flatnonzero(seen[self._number])
         rows = rows[np.lexsort((self._at[rows], self._text[rows]))]
         for i in rows[np.unique(self._text[rows], return_index=True)[1]].tolist():
@@ -87,7 +87,7 @@ class Ngrams:
 
 
 def _runs(texts: Sequence[list[bytes]], lengths: Collection[int]) -> Iterator[Run]:
-    """For each length the hashes of all n-grams within a text, their texts, and at which of its words they begin."""
+    """For each length the hashes of all n-grams within a text, their texts, and first words."""
     counts = np.fromiter(map(len, texts), int, len(texts))
     text = np.repeat(np.arange(len(texts)), counts)
     at = np.arange(len(text)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -24,7 +24,7 @@ from megallama.plan.memory import stage_layout
 from megallama.plan.params import global_shapes, init_std
 from megallama.plan.plan import Plan
 
-Wrap = Callable[[int, Stage], StageCall]  # number and stage -> what the pipeline calls in its place
+Wrap = Callable[[int, Stage], StageCall]  # number, stage -> what is called in its place
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -44,12 +44,12 @@ class Worker:
 
     @property
     def counts_loss(self) -> bool:
-        """Whether its loss enters the sum over all ranks: one rank per token, on the last stage."""
+        """Whether its loss enters the sum over ranks: one per token, on the last stage."""
         return len(self.plan.stages) - 1 in self.stages and self.groups.tp.rank == 0
 
 
 def kernels_of(config: Config, device: torch.device, named: Mapping[str, str] | None = None) -> Kernels:
-    """The implementations that this configuration uses on `device`; `named` ones, by operation, come first."""
+    """What this configuration uses on `device`; `named` ones, by operation, come first."""
     fewer, compiled = config.parallel.cp > 1 and share(config, 0).gathers, config.run.compile is True
     dtype, documents = DTYPES[config.precision.dtype], config.data.document_mask
     target = Target(device, dtype, documents, fewer, compiled, config.model.hidden_size)
@@ -106,7 +106,7 @@ def assemble(
 
 
 def initialize(worker: Worker, seed: int) -> None:
-    """Write initial weights that depend on the seed and the model alone, never on the layout."""
+    """Write initial weights, which depend on seed and model, never on the layout."""
     model = worker.plan.config.model
     shapes = global_shapes(model)
     for shard in worker.optimizer.shards(owned_only=False):

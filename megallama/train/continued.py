@@ -1,4 +1,4 @@
-"""A run that goes on from another run's checkpoint, or in its own next phase: what it takes over, what begins anew.
+"""Going on from another run's checkpoint, or in the next phase: what is taken over, what begins anew.
 
 From phase to phase, what depends on length, frequencies, batch or data is made again; weights, moments and counters
 stay where they are.  Each source goes on after the tokens that it gave.  A checkpoint is saved at the end of every
@@ -34,7 +34,7 @@ LENGTHS = [f"lr_schedule.{name}_steps" for name in ("warmup", "decay", "wsd_deca
 
 
 def take_over(setup: Setup) -> Iterator[str]:
-    """Fill state and counters from checkpoint.continue_from; what is to be said of it. Raises: as `manager.load`."""
+    """Fill state and counters from checkpoint.continue_from; what to say of it. Raises: as `manager.load`."""
     config, manager, progress, train = setup.config, setup.manager, setup.progress, setup.train_data
     other, what = Path(str(config.checkpoint.continue_from)), "cannot continue from another run"
     group, optimizer = setup.world.group, setup.worker.optimizer
@@ -75,7 +75,7 @@ def _anew(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 
 
 def phase_at_start(config: Config, world: World) -> tuple[int, int]:
-    """The phase, from 0, in which a run goes on by what rank 0 sees of its checkpoints, and the tokens read there."""
+    """The phase, from 0, in which a run goes on by rank 0's checkpoints, and the tokens read there."""
     seen = begun(config)[2] if config.train.phases and not world.rank else 0
     tokens = world.group.gather_values(seen)[0]
     return config.train.phase_after(tokens), tokens
@@ -125,7 +125,7 @@ def _take_over(data: Data, old: TrainDataset | None, step: int, samples: int) ->
 
 
 def with_end(setup: Setup) -> Setup:
-    """Knowing after which step this phase ends, or the data, and whether the run goes on in another one."""
+    """Knowing after which step this phase ends, or the data, and whether another follows."""
     config, progress, number = setup.config, setup.progress, setup.phase
     at = progress.step, progress.samples, progress.tokens_read
     last, why = setup.world.on_all("data", lambda: end_of_data(config, setup.data, number, *at))
@@ -137,7 +137,7 @@ def with_end(setup: Setup) -> Setup:
 def end_of_data(
     config: Config, data: Data, number: int = 0, step: int = 0, samples: int = 0, tokens: int = 0
 ) -> tuple[int, str]:
-    """The last step of a phase that has data, and why no more. Raises: DataError, also if those behind it lack data."""
+    """The last step of a phase that has data, and why. Raises: DataError, also for phases behind it."""
     ends, found = config.train.phase_ends(step, tokens) or [config.train.steps], list[tuple[int, str]]()
     for n, end in enumerate(ends[number:], number):
         train = isinstance(data.train, TrainDataset) and data.train
@@ -151,12 +151,12 @@ def end_of_data(
 
 
 def phase_of(saved: Mapping[str, Any], config: Config) -> int:
-    """The phase, from 0, of the last step of these counters; of a run without phases the first."""
+    """The phase, from 0, of the last step of these counters; without phases the first."""
     return (saved.get("ledger") or [{}])[-1].get("phase", 1) - 1 if config.train.phases else 0
 
 
 def check_past(saved: Mapping[str, Any], config: Config, number: int) -> None:
-    """That phase `number`, under way, and those before it are as in the checkpoint. Raises: ConfigError."""
+    """That phases up to `number`, under way, are as in the checkpoint. Raises: ConfigError."""
     was = Config.model_validate(saved)
     was = was if was.train.phases else was.changed(train={"phases": (PhaseConfig(until_tokens=1),)}).filled()
     both = (c.train.phases[: number + 1] for c in (was, config))

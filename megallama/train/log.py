@@ -1,7 +1,7 @@
 """What the run says: the only place that prints.
 
 Rank 0 speaks on standard output and in ``run.log``; every rank keeps its own ``logs/rank-0003.log``. Each line is one
-unbuffered write: nothing is lost when the process is killed.  A full disk or a closed terminal never costs the run.
+unbuffered write: a kill loses nothing.  A full disk or a closed terminal never costs the run.
 """
 
 import logging
@@ -40,7 +40,7 @@ def human_duration(seconds: float) -> str:
 
 
 def finish_output() -> None:
-    """Flush what was printed; what nobody reads, or finds no room, is dropped: the status stays."""
+    """Flush what was printed; without reader or room it is dropped: the status stays."""
     try:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Step after step, until the end, a signal or a fault: training, evaluating, saving, stopping."""
+"""Step after step, to the end, a signal or a fault: training, evaluating, saving, stopping."""
 
 import gc
 import time
@@ -30,7 +30,7 @@ FINISHED = 0  # exit status: all steps are done
 
 @contextmanager
 def gc_schedule(interval: int) -> Iterator[Callable[[int], object]]:
-    """Within, nothing is collected but by calls with a step that `interval` divides; 0: by Python."""
+    """Within, only calls with a step that `interval` divides collect garbage; 0: Python does."""
     if not interval:
         yield lambda step: None
         return
@@ -71,7 +71,7 @@ class Reporter:
         self.write, self.close, self.catch_up = writer.write, writer.close, writer.catch_up
 
     def step(self, result: StepConsensus, waited: float) -> None:
-        """Tell of the steps since the last that was told of; `waited` seconds for data so far."""
+        """Tell of the steps since the last time; `waited` seconds for data so far."""
         seconds, phases = self._timers.lap()
         seconds -= phases.get("save", 0.0) + phases.get("evaluate", 0.0)  # speed is that of training
         progress = self._progress
@@ -170,7 +170,7 @@ class TrainingLoop:
             return self._leave(report, stopped)
 
     def _leaves_at_once(self) -> bool:
-        """Whether a rank was asked to stop while setting up; from here on the consensus of a step says who asks."""
+        """Whether a rank was asked to stop while setting up; from here on a step's consensus tells."""
         signals, group = self.setup.signals, self._world.group
         for rank, name in enumerate(group.gather_values(signals.last_call())):
             if name:
@@ -182,7 +182,7 @@ class TrainingLoop:
 
     def _leave(self, report: Reporter, stopped: str | None) -> int:
         """Save what is not saved, and say how to go on; the exit status."""
-        self.setup.worker.optimizer.wait()  # no rank leaves while another one still receives its weights
+        self.setup.worker.optimizer.wait()  # another rank may still receive its weights
         self._save_unsaved()
         self.setup.tracer.write()
         more = self.progress.step < self.setup.last_step or self.setup.goes_on
@@ -238,7 +238,7 @@ class TrainingLoop:
 
     def _loader(self) -> Loader:
         config, batch, dp = self._config, self._config.batch, self.setup.worker.groups.dp
-        firsts = {self.progress.step: self.progress.samples}  # step -> first sample: a batch may ramp up
+        firsts = {self.progress.step: self.progress.samples}  # step -> first sample: batches may grow
 
         def ids_of_step(step: int) -> Sequence[Sequence[int]]:
             first = firsts.pop(step)
@@ -270,7 +270,7 @@ class TrainingLoop:
         self._manager.keep_all = guard.in_a_row > 0
 
     def _save_if_due(self, leaving: bool) -> None:
-        """Save when it is time; but while steps are bad nobody knows since when the state is."""
+        """Save when it is time; while steps are bad nobody knows since when the state is."""
         interval, step = self._config.checkpoint.interval, self.progress.step
         self._save_owed |= interval > 0 and step % interval == 0
         if leaving or (self._save_owed and not self.progress.guard.in_a_row):
@@ -299,8 +299,8 @@ class TrainingLoop:
         if copies is None or self.progress.step % interval or self.progress.guard.in_a_row:
             return
         with self._timers.phase("save"):
-            if copies.ends:  # all have the copy before this one, when the one before that is overwritten
-                until = time.monotonic() + self._config.run.timeout_seconds / 2  # within a step's: a host may be gone
+            if copies.ends:  # all have the last copy when the one before it is overwritten
+                until = time.monotonic() + self._config.run.timeout_seconds / 2  # a host may be gone
                 while late := words[BUDDY] >= 0 and words[COPIED] not in (0, words[BUDDY]):
                     if time.monotonic() > until:
                         break
@@ -321,7 +321,7 @@ class TrainingLoop:
             self._save(leaving=True)
 
     def _end_together(self, failure: MegallamaError | None) -> NoReturn:
-        """Some rank cannot go on, and all know: they save what is good and end with its error."""
+        """Some rank cannot go on, and all know: they save what is good, and raise its error."""
         failures = self._world.group.gather_values([str(failure), failure.status] if failure else None)
         found = [(rank, *what) for rank, what in enumerate(failures) if what]
         if not found:  # a save behind the steps met a state that is not finite, on all ranks
@@ -351,7 +351,7 @@ class TrainingLoop:
         return [(kind, one) for kind in due for one in some[kind]]
 
     def _never_made(self) -> list[tuple[str, Source | Task]]:
-        """Those that belong after the step of the checkpoint and that no earlier start has made."""
+        """Those that belong after the checkpoint's step and that no earlier start has made."""
         if not (self.progress.may_lack_evaluations and (due := self._due())):
             return []
         file, made = Path(self._config.run.folder) / "metrics.jsonl", []

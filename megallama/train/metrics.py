@@ -20,7 +20,7 @@ from megallama.config.errors import counted
 from megallama.config.schema import Config
 from megallama.train.log import Logger, human_bytes, human_count, human_duration
 
-Record = dict[str, Any]  # a line of metrics.jsonl: "kind" (train, valid, test, task), "step", numbers
+Record = dict[str, Any]  # of metrics.jsonl: "kind" (train, valid, test, task), "step", numbers
 _TRAIN, _VALID, _BASELINE = "#1f5fa8", "#d1495b", "#6b6b6b"  # colours of the plot
 
 TAGS = {  # the numbers of a step that TensorBoard and wandb get, as group/name
@@ -148,7 +148,7 @@ class MetricsWriter:
 
 
 class _Appender:
-    """A file that grows by whole unbuffered writes: what a full disk cut short is taken back."""
+    """A file of whole unbuffered writes: what a full disk cut short is taken back."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -241,7 +241,7 @@ class Wandb:
 
 
 def read_metrics(path: Path) -> Iterator[Record]:
-    """The records of a metrics file, without lines that are no JSON (one may be half written)."""
+    """The records of a metrics file, without lines that are no JSON (half written)."""
     with path.open("rb") as lines:
         for line in lines:
             with suppress(ValueError):
@@ -250,7 +250,7 @@ def read_metrics(path: Path) -> Iterator[Record]:
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Mean of the `width` values around each one, fewer at the ends (as many on either side)."""
+    """Mean of the `width` values around each, fewer at the ends (as many on either side)."""
     total, i = np.cumsum([0.0, *values]), np.arange(len(values))
     reach = np.minimum(np.minimum(i, i[::-1]), width // 2)
     return ((total[i + reach + 1] - total[i - reach]) / (2 * reach + 1)).tolist()

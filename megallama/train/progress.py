@@ -50,7 +50,7 @@ class LossScaler:
         return {"scale": self.scale, "good_steps": self.good_steps} if self.dynamic else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`; a state saved in another number format leaves the initial scale."""
+        """Continue from `state`; that of another number format leaves the initial scale."""
         if self.dynamic and state:
             self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])
 
@@ -109,9 +109,9 @@ class HighLoss:
 
 
 class Spikes:
-    """Loss and gradient norm of the last good steps, and what stands out of them (median and MAD: Hampel 1974)."""
+    """Loss and gradient norm of the last good steps; what stands out (median, MAD: Hampel 1974)."""
 
-    WINDOW, LEAST, MOST = 200, 20, 10  # steps: looked at, needed, in a row that are taken for the new level
+    WINDOW, LEAST, MOST = 200, 20, 10  # steps: looked at, needed, in a row that are the new level
     WIDTH = {"loss": 0.02, "grad_norm": 0.1}  # the least standard deviation, in medians
 
     def __init__(self, windows: Mapping[str, Sequence[float]]) -> None:
@@ -151,7 +151,7 @@ class Progress:
         self.may_lack_evaluations = False  # of the step it starts from; False: not known
         self.started = time.monotonic()
         self.lr = 0.0  # of the last step
-        self.begun = self.tokens_read = 0  # steps before the learning-rate schedule; of all samples, counted or not
+        self.begun = self.tokens_read = 0  # steps before the lr schedule; of all samples, counted or not
         self.enter(config, phase)
         self.scaler = LossScaler(config.precision)
         self.guard = NonFiniteGuard(config.train.max_bad_steps)
@@ -160,7 +160,7 @@ class Progress:
         self.spikes, self._keeps_spikes = Spikes({}), config.train.on_spike != "warn"  # but decide
 
     def enter(self, config: Config, number: int = 0) -> None:
-        """What is read from here on has this length, in phase `number` from 0, if there are phases."""
+        """What is read from here on has this length, in phase `number` from 0, if any."""
         phase = {"phase": number + 1} if config.train.phases else {}
         self._now = {"seq_length": config.batch.seq_length, **phase}
         self.ledger = [{"first_token": 0, **self._now}]
@@ -188,7 +188,7 @@ class Progress:
         }
 
     def load_state_dict(self, saved: dict[str, Any], seq_length: int | None = None) -> None:
-        """Of a run with this sequence length, if it kept no ledger; another one from here on is a new line of that."""
+        """Of a run of this length, if it kept no ledger; another one from here on is a new line of that."""
         self.step, self.updates = saved["step"], saved["updates"]
         self.samples, self.tokens = saved["samples"], saved["tokens"]
         self.first_step, self.may_lack_evaluations = self.step, "evaluated" in saved

@@ -1,4 +1,4 @@
-"""What a training run needs, made once and in this order: data, kernels, the folder's lock, model, state."""
+"""What a run needs, made once and in this order: data, kernels, the folder's lock, model, state."""
 
 import hashlib
 import json
@@ -63,11 +63,11 @@ class Setup:
     progress: Progress
     copies: MemoryCopies | None  # in memory that outlives this process; None: not made
     computes_with: str = ""  # what bits depend on besides layout and versions
-    named: Mapping[str, str] = field(default_factory=dict)  # what a resumed run takes too: operation -> implementation
+    named: Mapping[str, str] = field(default_factory=dict)  # for resumed runs: operation -> implementation
     tasks: Sequence[Task] = ()
     tasks_of: TasksOf | None = None
     phase: int = 0  # of train.phases, from 0
-    last_step: int = 0  # of the phase or the run, or where the data end before; known once the state is restored
+    last_step: int = 0  # of the phase or the run, or of the data; known once the state is restored
     goes_on: bool = False  # after that, in another phase
 
     @property
@@ -87,9 +87,9 @@ class Setup:
 def set_deterministic(on: bool) -> None:
     """Allow only deterministic kernels, or any; an operation without one raises.
 
-    cuBLAS also needs CUBLAS_WORKSPACE_CONFIG, which `comm.launch.cuda_environment` sets: torch may not say so.
+    cuBLAS also needs CUBLAS_WORKSPACE_CONFIG (`comm.launch.cuda_environment`): torch may not say so.
     """
-    if torch.are_deterministic_algorithms_enabled() != on:  # the call takes seconds: it imports a compiler
+    if torch.are_deterministic_algorithms_enabled() != on:  # it takes seconds: it imports a compiler
         torch.use_deterministic_algorithms(on)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all buffers get written
     torch.backends.cudnn.deterministic = on
@@ -126,7 +126,7 @@ def set_up(
         log.info(f"warning: {line}")
     signals.before_leaving(manager.starts.over)
     signals.before_leaving(lambda why, status: manager.release())
-    signals.asked = lambda name: manager.starts.over(name, SAVED) if world.whole else None  # else another is to blame
+    signals.asked = lambda name: manager.starts.over(name, SAVED) if world.whole else None  # or another did it
     setup: Setup | None = None
     try:
         manager.acquire(counted=True)
@@ -181,7 +181,7 @@ def _check_beginning(config: Config, data: Data, manager: CheckpointManager, wor
 
 
 def _recomputing(plan: Plan, tokens: int, world: World, log: Logger) -> Plan:
-    """The plan; where the user left `memory.recompute` open, with "none" if that leaves memory on every host.
+    """The plan; where `memory.recompute` was left open, with "none" if that leaves memory everywhere.
 
     The bits are the same. A run goes on with what its checkpoint has, as long as the memory is there.
     """
@@ -206,7 +206,7 @@ def _recomputing(plan: Plan, tokens: int, world: World, log: Logger) -> Plan:
 
 
 def _replicas(plan: Plan, world: World) -> list[str]:
-    """Where rank 0 has to know it, why the run cannot go on with 0, 1, ... replicas on hosts like this one, or ""."""
+    """Why the run cannot go on with 0, 1, ... replicas on such hosts, or "", where rank 0 needs it."""
     if world.rank or not plan.config.run.min_replicas:
         return []
     topology, host, limits = plan.topology, world.hosts[0], room(world.device)
@@ -225,7 +225,7 @@ def _replicas(plan: Plan, world: World) -> list[str]:
 
 
 def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> tuple[Kernels, dict[str, str]]:
-    """The same ones on every rank, and what a checkpoint has of them; from here on the log has files."""
+    """The same on every rank, and what checkpoints have of them; from here on the log has files."""
     named, resumed = _named_kernels(config, world)
     kernels = world.on_all("kernels", lambda: kernels_of(config, world.device, named))
     same_kernels(world.group.gather_values([(c.operation, c.selected) for c in kernels.choices]))
@@ -247,7 +247,7 @@ def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> tu
 
 
 def _named_kernels(config: Config, world: World) -> tuple[dict[str, str], dict[str, str]]:
-    """What the run goes on with, or begins with by the table of processors; and the former alone."""
+    """What the run goes on with, or begins with by the processors' table; and the former."""
     saved, dtype = before(config) if world.rank == 0 else None, config.precision.dtype
     was = saved.counters.get("kernels", {}) if saved and saved.precision == dtype else None
     was = world.group.gather_values(was)[0]
@@ -287,7 +287,7 @@ def go_back(setup: Setup) -> Setup:
 
 
 def _restore(setup: Setup, until: int | None = None) -> Setup:
-    """Newest checkpoint, given weights, or random ones: the log says which. The phase that it is in, and its end.
+    """Newest checkpoint, given weights, or random ones: the log says which. Its phase, and that one's end.
 
     until: go back to the one that this run has, and on with this sample.
     """
@@ -333,7 +333,7 @@ def _restore(setup: Setup, until: int | None = None) -> Setup:
 
 
 def _memory_copies(config: Config, world: World, worker: Worker, log: Logger) -> MemoryCopies | None:
-    """Where the state is copied to every checkpoint.memory_interval steps, if a supervisor is there that keeps it."""
+    """Where state is copied to every checkpoint.memory_interval steps, if a supervisor keeps it."""
     interval, tree = config.checkpoint.memory_interval, config.model_dump(mode="json")
     if not (interval and world.record.watched):
         return None
@@ -344,7 +344,7 @@ def _memory_copies(config: Config, world: World, worker: Worker, log: Logger) ->
     shards, copies, kept = worker.optimizer.shards(owned_only=False), None, dict[str, Any]()
     buddies, size = config.checkpoint.buddy_rate > 0 and len({*world.hosts}) > 1, MemoryCopies.need(shards)
     cuda, host, problem = world.device.type == "cuda", world.hosts[world.rank], ""
-    state = 0 if cuda else worker.plan.memory(worker.groups.coords["pp"]).persistent  # which is in the same memory
+    state = 0 if cuda else worker.plan.memory(worker.groups.coords["pp"]).persistent  # in the same memory
     try:
         check_room(world.group.gather_values((host, size * (1 + buddies) + state, 0, room(torch.device("cpu")))))
         kept = world.record.ask(do="open", key=key, size=size, listens=buddies)
@@ -368,7 +368,7 @@ def _memory_copies(config: Config, world: World, worker: Worker, log: Logger) ->
 def _from_memory(setup: Setup, rollback: bool) -> dict[str, Any] | None:
     """The counters of a copy in memory that is newer than what is on disk, after its state was taken.
 
-    If there is none the run goes on from a checkpoint or anew, and copies of before are none any more, wherever.
+    Without one the run goes on from a checkpoint or anew, and earlier copies are none any more.
     """
     copies, world, manager, config = setup.copies, setup.world, setup.manager, setup.config.checkpoint
     if copies is None:
@@ -432,7 +432,7 @@ def _cgroups(root: Path) -> Iterator[tuple[str, int]]:
 
 
 def check_room(needs: Sequence[RankNeeds]) -> list[str]:
-    """Warnings where an estimate exceeds a limit. Raises: ConfigError where certain needs do."""
+    """Warnings where estimates exceed a limit. Raises: ConfigError where certain needs do."""
     warnings = []
     limits = {(host, name, limit) for host, _, _, has in needs for name, limit in has.items()}
     for host, name, limit in sorted(limits):
@@ -450,7 +450,7 @@ def check_room(needs: Sequence[RankNeeds]) -> list[str]:
 
 
 def changes(saved: Mapping[str, Any], now: Config, step: int, samples: int, begun: int = 0) -> Iterator[str]:
-    """A line per setting that `saved` has otherwise, and what they do to learning rate and data."""
+    """A line per setting that `saved` has otherwise, and what that does to lr and data."""
     saved, default = current(saved), Config().model_dump(mode="json")
     changed = []
     for section, values in now.model_dump(mode="json").items():

@@ -1,6 +1,6 @@
 """Signals that ask the run to stop, from the first line of the program to its last.
 
-Before training all ranks are told, and each process ends where it stands; then the next step's consensus tells them.
+Before training all ranks are told, and end where they stand; then the next step's consensus tells.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal
 SAVED = 75  # exit status: stopped as asked, all is saved; the same command continues
 STACKS = signal.SIGRTMIN + 9  # the supervisor asks where all threads stand, which is told in C
 FAILED = 4  # exit status: something failed after steps had been made
-_INSIST = (signal.SIGTERM, signal.SIGINT)  # a second one is obeyed even where the main thread is stuck
+_INSIST = (signal.SIGTERM, signal.SIGINT)  # a second is obeyed even if the main thread is stuck
 
 
 class SignalFlag:
     """While installed, a signal of `SIGNALS` sets `received` instead of killing the process.
 
     patience: seconds before a second one counts: Slurm and torchrun both forward one request.
-    telling: seconds in which the other ranks can be told before training; then the process leaves without them.
+    telling: seconds in which the others can be told before training; then it leaves without them.
     """
 
     def __init__(self, patience: float = 2.0, telling: float = 6.0) -> None:
@@ -80,7 +80,7 @@ class SignalFlag:
         self._acts.append(act)
 
     def leave(self, why: str, status: int = SAVED) -> None:
-        """End the process here and now, whatever its main thread does, but not once training began."""
+        """End the process now, whatever its main thread does, but not once training began."""
         if self.phase in ("training", "leaving") or self._watcher is None:
             return
         self._ending.acquire()
@@ -98,7 +98,7 @@ class SignalFlag:
             return self.received.name if self.received else None
 
     def leaving(self, status: int, *, for_good: bool = False) -> None:
-        """All is done: who insists gets this status; `for_good`: no handler comes back to kill before."""
+        """All is done: who insists gets this status; `for_good`: no handler comes back."""
         self.phase, self._status, self._for_good = "leaving", status, for_good
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""How fast a run is, and how fast it could be: phases of a step, rates, the peak of the device."""
+"""How fast a run is and could be: phases of a step, rates, the device's peak."""
 
 import resource
 import time
@@ -25,7 +25,7 @@ _TFLOPS = {
 
 
 class Timers:
-    """Seconds of the host per phase since the last `lap`; of nested phases only the inner one counts."""
+    """The host's seconds per phase since the last `lap`; of nested ones the inner counts."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, record: FlightRecord | None = None) -> None:
         self._clock, self._start = clock, clock()
@@ -98,7 +98,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | None = None) -> float | None:
-    """FLOP/s of matrix products: run.peak_tflops if given, else the table's; None: not known."""
+    """FLOP/s of matrix products: run.peak_tflops, else the table's; None: not known."""
     if given_tflops is not None:
         return given_tflops * 1e12
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""

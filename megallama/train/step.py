@@ -101,7 +101,7 @@ def train_step(
     refuses: Callable[[StepConsensus], bool] = lambda result: False,
     deal: Sequence[int] = (),
 ) -> StepConsensus:
-    """Train on this rank's micro-batches; where a rank has failed, not all is finite, or all refuse, nothing changes.
+    """Train on these micro-batches; if a rank has failed, not all is finite, or all refuse, nothing changes.
 
     status: asked for when the gradients are complete and the weights they are of still there.
     deal: micro-batches of each replica; left out, all have as many.
@@ -129,14 +129,14 @@ def train_step(
 
 
 def rank_numbers(worker: Worker, loss_sum: Tensor, squares: Tensor) -> dict[str, Tensor]:
-    """This rank's addends; more would stand in metrics.jsonl, and be drawn if named in its `TAGS`."""
+    """This rank's addends; more would stand in metrics.jsonl, and be drawn if in its `TAGS`."""
     return {"loss": loss_sum if worker.counts_loss else torch.zeros_like(loss_sum), "norm_squared": squares}
 
 
 def consensus(
     worker: Worker, numbers: Mapping[str, Tensor], status: RankStatus, tokens: int = 1, loss_scale: float = 1.0
 ) -> StepConsensus:
-    """The sum over all ranks of what each knows; alone in a step, but for `count_tokens`, it waits for the device."""
+    """The sum of what all ranks know; in a step this and `count_tokens` alone wait for the device."""
     nothing = torch.zeros((), dtype=torch.float64, device=worker.device)
     loss, squares = (numbers.get(name, nothing) for name in ("loss", "norm_squared"))
     finite = loss.isfinite() & squares.isfinite()
@@ -164,7 +164,7 @@ def evaluate_step(
 
 
 class ByPosition:
-    """Adds up losses by log2 of the tokens before; `sums`: [nats] and tokens, float64 [2, 40]."""
+    """Adds up losses by log2 of the tokens before; `sums`: nats, tokens, float64 [2, 40]."""
 
     def __init__(self, worker: Worker) -> None:
         self.sums = torch.zeros(2, 40, dtype=torch.float64, device=worker.device)
@@ -201,7 +201,7 @@ class Task(NamedTuple):
 def evaluate_task(
     worker: Worker, task: Task, until: float, status: Callable[[bool], RankStatus]
 ) -> tuple[Record | str, StepConsensus, None]:
-    """As `evaluate`; what is not done at `until` on any rank, by `time.monotonic`, has no metrics."""
+    """As `evaluate`; what is not done by `until` (`time.monotonic`) on any rank has no metrics."""
     started = time.monotonic()
     worker.optimizer.wait()  # for the weights, which come under the next forward
     numbers = task.score(worker, lambda: status(False) != RankStatus() or time.monotonic() >= until)

@@ -64,7 +64,7 @@ def start_supervisor() -> FlightRecord:
     files = FlightRecord.create(), os.memfd_create("megallama-stacks", 0)
     record, several = FlightRecord(*files), said_of(sys.argv[1:], "max_replacements", "0") != "0"
     record.words[LAUNCHER], record.words[SUPERVISOR] = os.getppid(), os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes in between waits for the supervisor
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes waits for the supervisor
     child = os.fork()
     if child:
         ctypes.CDLL(None).prctl(_SUBREAPER, int(several))  # of a dead child's children
@@ -81,7 +81,7 @@ def start_supervisor() -> FlightRecord:
 
 
 def make_again() -> FlightRecord:
-    """`start_supervisor` for a dead maker of trainers. argv: root, files; what the launcher gave."""
+    """`start_supervisor` for a dead maker of trainers. argv: root, files, the launcher's."""
     files = map(int, sys.argv[2].split(","))
     sys.argv[:3] = []
     return _trainer_of(FlightRecord(*files), several=True)
@@ -107,7 +107,7 @@ def _die_with(parent: int) -> None:
 def _become_trainers(record: FlightRecord) -> None:
     """Return in a trainer, and, when that has ended and the supervisor wants it, in the next.
 
-    What takes long is imported before. No thread runs here and no GPU is touched: a trainer starts as if it were first.
+    What takes long is imported before. No thread runs, no GPU is touched: trainers start as if first.
     """
     gc.disable()  # as in `pretrain`, which enables it
     for name in ("megallama.train.loop", "torch.fx.experimental.symbolic_shapes"):  # a first backward imports this
@@ -132,13 +132,13 @@ def _become_trainers(record: FlightRecord) -> None:
 
 
 def _is_spare(record: FlightRecord) -> bool:
-    """False in this process; True in another, as warm as this, once this has died and the supervisor wants that."""
+    """False in this process; True in another as warm, once this has died and the supervisor wants it."""
     if child := os.fork():
         os.waitpid(child, 0)
         return False
     between = os.getpid()
     if os.fork():
-        os._exit(0)  # then the supervisor is the other's parent, as it is that of the process which makes trainers
+        os._exit(0)  # then the supervisor is the other's parent, as it is the maker's
     while os.getppid() == between:
         time.sleep(0.001)
     _die_with(record.words[SUPERVISOR])

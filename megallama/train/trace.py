@@ -1,6 +1,6 @@
 """What happened in a step: every action of the pipeline and every communication, timed.
 
-Barriers before the first traced step make the clocks agree.  On a GPU, blocked is where its stream stood still.
+Barriers before the first traced step align clocks.  On a GPU, blocked is where its stream stood still.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Timed(Wrapped):
 
 
 class StepTracer(Observer):
-    """Writes a file per pipeline for each step from the first to the last of `log.trace_steps`."""
+    """Writes a file per pipeline for each of `log.trace_steps`."""
 
     def __init__(self, config: Config, groups: Groups, device: torch.device, log: Logger, record: FlightRecord) -> None:
         super().__init__(record)
@@ -108,7 +108,7 @@ class StepTracer(Observer):
         self._steps, self._folder = config.log.trace_steps or (0, -1), Path(config.run.folder) / "trace"
         several = [] if self._steps[1] < 0 else [g for g in vars(groups).items() if len(getattr(g[1], "ranks", ())) > 1]
         timed: dict[str, Any] = {name: Timed(group, self._tape) for name, group in several}
-        self.groups = replace(groups, **timed)  # to be used: those of several ranks write on the tape
+        self.groups = replace(groups, **timed)  # those of several ranks write on the tape
         self._timings: list[list[Any]] = []  # of each action: start, input there, end
         self._syncs: list[Any] = []
         self._pending: list[tuple[int, Schedule, list[Any]]] = []

@@ -24,7 +24,7 @@ class Watch:
         self.goes_back = False  # after this step, to the newest checkpoint
 
     def check_replicas(self) -> None:
-        """Compare the copies of the weights where it is due. Raises: CorruptionError, on all ranks."""
+        """Compare copies of weights where it is due. Raises: CorruptionError, on all ranks."""
         step, interval, worker = self._progress.step + 1, self._config.train.check_replicas, self._setup.worker
         if found := wrong_copies(worker.optimizer, worker.groups) if interval and step % interval == 0 else []:
             said = [f"{key} on {' or '.join(map(self._rank, ranks))}" for key, ranks in found]
@@ -46,7 +46,7 @@ class Watch:
         return self.goes_back or (train.on_spike == "skip" and "grad_norm" in self._found)
 
     def step(self, result: StepConsensus, samples: range, *, overflow: bool) -> None:
-        """Say what stood out of a step, made with these samples, and whose gradient was wrong."""
+        """Say what stood out of a step, its samples, and whose gradient was wrong."""
         spikes, found, values = self._progress.spikes, self._found, result.metrics
         self._found, norms = {}, spikes.windows["grad_norm"]
         if found or not (result.finite or overflow) or (norms and result.grad_norm > UNUSUAL * median(norms)):
@@ -72,7 +72,7 @@ class Watch:
                 self._warn(f"the gradient of {self._rank(rank)} had {here}; if that host does it again, take it out")
 
     def _say_samples(self, samples: range) -> None:
-        """The first aloud, with source and documents; in each rank's file all that were its own."""
+        """The first aloud, with source and documents; in each rank's file its own."""
         setup, log, dp = self._setup, self._setup.log, self._setup.worker.groups.dp
         own = [i for ids in self._config.batch.sample_ids(samples.start, len(samples), dp.size, dp.rank) for i in ids]
         for say, what, ids in ((log.info, "begins with", samples[:SAID]), (log.note, "has on this rank", own)):
