@@ -246,7 +246,7 @@ def fp8_gemms(quantized: Callable[[Tensor, torch.dtype, bool, bool], list[Scaled
 def _triton_fp8(target: Target) -> Gemms:
     _need_fp8(target)
     target.need_triton()
-    from megallama.kernels.triton_fp8 import quantized
+    from megallama.kernels.triton_kernels import quantized
 
     return fp8_gemms(quantized)
 

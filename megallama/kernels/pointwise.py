@@ -50,9 +50,9 @@ def _own(*names: str) -> Callable[[Target], tuple[Any, ...]]:
 
     def make(target: Target) -> tuple[Any, ...]:
         target.need_triton()
-        from megallama.kernels import triton_pointwise
+        from megallama.kernels import triton_kernels
 
-        return tuple(vars(triton_pointwise)[name] for name in names)
+        return tuple(vars(triton_kernels)[name] for name in names)
 
     return make
 

@@ -57,15 +57,13 @@ def loss(k: ModuleType, dtype: torch.dtype) -> None:
     k.gradient_(logits, index, sums[0], sums[0], None, sums[1])
 
 
-def fp8(_: ModuleType, dtype: torch.dtype) -> None:
+def fp8(k: ModuleType, dtype: torch.dtype) -> None:
     """Both layouts and each alone, of an activation, a gradient and a weight of LLaMA-7B."""
-    from megallama.kernels import triton_fp8
-
     x = torch.empty(4096, 11008, dtype=dtype)
     for rows, columns in ((True, True), (False, True), (True, False)):
-        triton_fp8.quantized(x, FORWARD, rows, columns)
+        k.quantized(x, FORWARD, rows, columns)
         if columns:
-            triton_fp8.quantized(x, GRADIENT, rows, columns)
+            k.quantized(x, GRADIENT, rows, columns)
 
 
 CALLS = {"": [swiglu, rope, loss], " 4096": [rows_of(4096)], " 8192": [rows_of(8192)]}
@@ -77,7 +75,7 @@ def compiled_for(capability: int, call: Callable[..., None], dtype: torch.dtype)
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from megallama.kernels import triton_pointwise
+    from megallama.kernels import triton_kernels
 
     found: list[Compiled] = []
 
@@ -96,7 +94,7 @@ def compiled_for(capability: int, call: Callable[..., None], dtype: torch.dtype)
             get_current_target=lambda: target,
         )
     )
-    call(triton_pointwise, dtype)
+    call(triton_kernels, dtype)
     return found
 
 

@@ -21,7 +21,7 @@ import megallama.kernels
 from megallama.kernels.candidate import Target
 from tests.cuda.launches import Launches
 
-MODULES = ("triton_pointwise", "triton_fp8")
+MODULES = ("triton_kernels",)
 WRITTEN = {
     "_norm": "total out",
     "_norm_backward": "dx again partial",

@@ -292,39 +292,38 @@ FAR_CASES = {
     "fp8 products": far_fp8,
 }
 
-POINTWISE, FP8 = "triton_pointwise", "triton_fp8"
-FAULTS = [  # operation, file, what stands there, what stands there instead
-    ("RMSNorm", POINTWISE, "normed * mean) * rstd", "mean) * rstd"),
-    ("RMSNorm", POINTWISE, "row = added.to(tl.float32)", "row = row"),
-    ("RMSNorm", POINTWISE, "(normed * scale).to(dx", "normed.to(dx"),
-    ("RMSNorm", POINTWISE, "_read(residual +", "0 * _read(residual +"),
-    ("RMSNorm", POINTWISE, "range(0, programs, ROWS)", "range(ROWS, programs, ROWS)"),
-    ("RMSNorm", POINTWISE, "& (overwrite == 0)", "& (overwrite != 0)"),
-    ("RMSNorm", POINTWISE, "(first + rows < programs) &", ""),
-    ("RMSNorm", POINTWISE, "total += product", "total = product"),
-    ("RMSNorm", POINTWISE, "tl.sum(row * row, 0) / columns", "tl.sum(row * row, 0) / BLOCK"),
-    ("RMSNorm", POINTWISE, "tl.num_programs(0)):", "2 * tl.num_programs(0)):"),
-    ("SwiGLU", POINTWISE, "(1 - prob)", "prob"),
-    ("SwiGLU", POINTWISE, "to + columns + at, (d * gate", "to + columns + at, (d * up"),
-    ("SwiGLU", POINTWISE, "(gate * prob * up).to(grad", "(prob * up).to(grad"),
-    ("SwiGLU", POINTWISE, "triton.cdiv(columns, COLUMNS))](dout", "max(1, columns // COLUMNS))](dout"),
-    ("RoPE", POINTWISE, "a * c - b * s", "a * c + b * s"),
-    ("RoPE", POINTWISE, "sign, heads, k_head", "1.0, heads, k_head"),
-    ("RoPE", POINTWISE, "v_out + sample * v_sample_out", "v_out + sample * k_sample"),
-    ("RoPE", POINTWISE, "rows * v_head_out", "rows * v_head"),
-    ("RoPE", POINTWISE, "sin + sample * table_sample + at", "sin + at"),
-    ("RoPE", POINTWISE, "for first in range(0, half, PAIRS)", "for first in range(0, PAIRS, PAIRS)"),
-    ("cross entropy", POINTWISE, "total * tl.exp(top - new)", "total"),
-    ("cross entropy", POINTWISE, "(start + at, at < columns,", "(start + at, at <= columns,"),
-    ("cross entropy", POINTWISE, "grad - tl.load(at_label + row)", "grad - tl.load(scale + row)"),
-    ("cross entropy", POINTWISE, "logits + row * stride + at", "logits + row * columns + at"),
-    ("cross entropy", POINTWISE, " * tl.load(scale + row)", ""),
-    ("fp8 products", FP8, 'tl.where(size != size, float("inf"), size)', "size"),
-    ("fp8 products", FP8, "top = tl.maximum(top,", "top = tl.maximum(0.0,"),
-    ("fp8 products", FP8, "(bits >> 23) - 127", "(bits >> 23) - 126"),
-    ("fp8 products", FP8, "tl.trans(column) * rows", "tl.trans(column) * columns"),
-    ("fp8 products", FP8, 'tl.where(largest < float("inf"), back, float("nan"))', "back"),
-    ("fp8 products", FP8, "triton.cdiv(c, COLUMNS))", "max(1, c // COLUMNS))"),
+FAULTS = [  # operation, what stands there, what stands there instead
+    ("RMSNorm", "normed * mean) * rstd", "mean) * rstd"),
+    ("RMSNorm", "row = added.to(tl.float32)", "row = row"),
+    ("RMSNorm", "(normed * scale).to(dx", "normed.to(dx"),
+    ("RMSNorm", "_read(residual +", "0 * _read(residual +"),
+    ("RMSNorm", "range(0, programs, ROWS)", "range(ROWS, programs, ROWS)"),
+    ("RMSNorm", "& (overwrite == 0)", "& (overwrite != 0)"),
+    ("RMSNorm", "(first + rows < programs) &", ""),
+    ("RMSNorm", "total += product", "total = product"),
+    ("RMSNorm", "tl.sum(row * row, 0) / columns", "tl.sum(row * row, 0) / BLOCK"),
+    ("RMSNorm", "tl.num_programs(0)):", "2 * tl.num_programs(0)):"),
+    ("SwiGLU", "(1 - prob)", "prob"),
+    ("SwiGLU", "to + columns + at, (d * gate", "to + columns + at, (d * up"),
+    ("SwiGLU", "(gate * prob * up).to(grad", "(prob * up).to(grad"),
+    ("SwiGLU", "triton.cdiv(columns, COLUMNS))](dout", "max(1, columns // COLUMNS))](dout"),
+    ("RoPE", "a * c - b * s", "a * c + b * s"),
+    ("RoPE", "sign, heads, k_head", "1.0, heads, k_head"),
+    ("RoPE", "v_out + sample * v_sample_out", "v_out + sample * k_sample"),
+    ("RoPE", "rows * v_head_out", "rows * v_head"),
+    ("RoPE", "sin + sample * table_sample + at", "sin + at"),
+    ("RoPE", "for first in range(0, half, PAIRS)", "for first in range(0, PAIRS, PAIRS)"),
+    ("cross entropy", "total * tl.exp(top - new)", "total"),
+    ("cross entropy", "(start + at, at < columns,", "(start + at, at <= columns,"),
+    ("cross entropy", "grad - tl.load(at_label + row)", "grad - tl.load(scale + row)"),
+    ("cross entropy", "logits + row * stride + at", "logits + row * columns + at"),
+    ("cross entropy", " * tl.load(scale + row)", ""),
+    ("fp8 products", 'tl.where(size != size, float("inf"), size)', "size"),
+    ("fp8 products", "top = tl.maximum(top,", "top = tl.maximum(0.0,"),
+    ("fp8 products", "(bits >> 23) - 127", "(bits >> 23) - 126"),
+    ("fp8 products", "tl.trans(column) * rows", "tl.trans(column) * columns"),
+    ("fp8 products", 'tl.where(largest < float("inf"), back, float("nan"))', "back"),
+    ("fp8 products", "triton.cdiv(c, TILE[1]))", "max(1, c // TILE[1]))"),
 ]
 
 
@@ -418,29 +417,25 @@ def main(folder: Path) -> dict[str, Any]:
     """Errors of every kernel and case; of every fault, whether anything showed it."""
     from triton.runtime import interpreter
 
-    from megallama.kernels import triton_fp8, triton_pointwise
+    from megallama.kernels import triton_kernels
 
     interpreter._convert_float = rounded_to_fp8(interpreter._convert_float)
     # tensors are on the CPU already: no copies of them, which would fill the files
     interpreter.GridExecutor._init_args_hst = lambda self, args, kwargs: (args, kwargs)
     interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
     torch.set_num_threads(1)
-    others = {"fp8 products": triton_fp8}
-    modules = {name: others.get(name, triton_pointwise) for name in CASES}
-    errors = {n: {str(d)[6:]: list(case(modules[n], d)) for d in FORMATS} for n, case in CASES.items()}
-    sources = {m.__name__.split(".")[-1]: inspect.getsource(m) for m in (triton_pointwise, *others.values())}
-    survivors = []
-    for number, (name, file, old, new) in enumerate(FAULTS):
-        module = changed(sources[file], old, new, folder, number)
+    errors = {n: {str(d)[6:]: list(case(triton_kernels, d)) for d in FORMATS} for n, case in CASES.items()}
+    source, survivors = inspect.getsource(triton_kernels), []
+    for number, (name, old, new) in enumerate(FAULTS):
+        module = changed(source, old, new, folder, number)
         if survives(partial(CASES[name], module, torch.float32)):
             survivors.append(f"{name}: {old} is {new or 'not there'}")
-    far = {name: list(case(modules[name], folder)) for name, case in FAR_CASES.items()}
+    far = {name: list(case(triton_kernels, folder)) for name, case in FAR_CASES.items()}
     for name, case in FAR_CASES.items():
-        file = modules[name].__name__.split(".")[-1]
-        if survives(partial(case, changed(sources[file], "tl.int64", "tl.int32", folder, -1), folder)):
+        if survives(partial(case, changed(source, "tl.int64", "tl.int32", folder, -1), folder)):
             survivors.append(f"{name}: 32 bits")
     try:
-        triton_pointwise.add_norm(torch.ones(1, 8193), None, torch.ones(8193), 1e-5)
+        triton_kernels.add_norm(torch.ones(1, 8193), None, torch.ones(8193), 1e-5)
     except Unsupported as reason:
         wide = str(reason)
     return {
@@ -448,7 +443,7 @@ def main(folder: Path) -> dict[str, Any]:
         "errors": errors,
         "survivors": survivors,
         "far": far,
-        "models": models(triton_pointwise),
+        "models": models(triton_kernels),
     }
 
 

@@ -136,7 +136,7 @@ def test_where_triton_cannot_be_used_the_reason_is_kept(monkeypatch: pytest.Monk
             make(ON_CUDA)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "megallama.kernels.triton_pointwise", raising=False)
+    monkeypatch.delitem(sys.modules, "megallama.kernels.triton_kernels", raising=False)
     monkeypatch.setattr(Target, "need_cuda", lambda self: None)
     choices = {c.operation: c for c in select.select_kernels(Target(torch.device("cpu"), torch.float32)).choices}
     for operation in OURS:
@@ -153,4 +153,4 @@ def test_only_a_selected_kernel_imports_triton() -> None:
         ]
         if any("triton" in ast.unparse(node) for node in top):
             found.append(path.name)
-    assert found == ["triton_fp8.py", "triton_pointwise.py"]
+    assert found == ["triton_kernels.py"]

@@ -1,4 +1,4 @@
-"""RMSNorm, RoPE, SwiGLU and the loss in Triton: a launch each way, operands read and written once.
+"""RMSNorm, RoPE, SwiGLU, the loss, and rounding to fp8 in Triton: operands are read and written once.
 
 Sums and products are formed in fp32 and rounded once; without atomics a call repeated gives the same bits.
 Rows are counted in 64 bits.  Checking a kernel before it is selected also compiles it: for operands' formats,
@@ -23,6 +23,8 @@ SUMS = 32, 32  # rows and columns of a step of the sum over programs
 WIDEST = 8192  # row that a program of RMSNorm keeps in registers; wider ones spill
 LANES, EACH = 256, 8  # a step of the loss's first kernel: 256 maxima and sums of eight columns
 GRAD_COLUMNS = 2048  # of a row that one program of the second computes
+ELEMENTS, PROGRAMS = 8192, 1024  # of the first kernel of fp8: in a step, at most
+TILE = 64, 128  # rows and columns of the tensor that one program of the second rounds
 
 
 @triton.jit
@@ -270,3 +272,55 @@ def gradient_(
     """The second pass of `pointwise.CrossEntropy`: exp(logits - total) * scale, less `at_label`."""
     grid, shape = (len(logits), triton.cdiv(logits.shape[1], GRAD_COLUMNS)), (logits.shape[1], logits.stride(0))
     _gradient[grid](logits, index, at_label, scale, total, *shape, BLOCK=GRAD_COLUMNS, num_warps=8)
+
+
+# Rounding to fp8: the largest element, then all, by rows and transposed at once. Values are those of `gemm.quantize`:
+# a power of two scales a tensor, which rounds nothing.
+
+
+@triton.jit
+def _largest(x, partial, count, BLOCK: tl.constexpr):
+    top = tl.zeros([BLOCK], tl.float32)
+    for step in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+        at = tl.cast(step, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        size = tl.abs(tl.load(x + at, at < count, other=0.0).to(tl.float32))
+        top = tl.maximum(top, tl.where(size != size, float("inf"), size))  # a maximum passes over NaN
+    tl.store(partial + tl.program_id(0), tl.max(top, 0))
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _quantize(
+    x, partial, programs, limit, by_rows, by_columns, inverse, rows, columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    part = tl.arange(0, PARTS)
+    largest = tl.max(tl.load(partial + part, part < programs, other=0.0), 0)
+    # the exponent of the largest power of two by which it stays within the format
+    bits = (limit / tl.maximum(largest, 1e-30)).to(tl.int32, bitcast=True)
+    exponent = tl.minimum(tl.maximum((bits >> 23) - 127, -100), 100)
+    scale = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    there = (row < rows) & (column < columns)
+    value = tl.load(x + row * columns + column, there, other=0.0).to(tl.float32) * scale
+    if by_rows is not None:
+        tl.store(by_rows + row * columns + column, value.to(by_rows.dtype.element_ty), there)
+    if by_columns is not None:
+        turned = tl.trans(value.to(by_columns.dtype.element_ty))
+        tl.store(by_columns + tl.trans(column) * rows + tl.trans(row), turned, tl.trans(there))
+    if tl.program_id(0) + tl.program_id(1) == 0:  # fp8 would hide an infinity
+        back = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+        tl.store(inverse, tl.where(largest < float("inf"), back, float("nan")))
+
+
+def quantized(x: Tensor, dtype: torch.dtype, rows: bool, columns: bool) -> list[tuple[Tensor, Tensor]]:
+    """x [r, c] in `dtype` as it lies and transposed, as asked, each with the inverse of the scale."""
+    (r, c), x, new = x.shape, x.contiguous(), []
+    partial, inverse = x.new_empty(PROGRAMS, dtype=torch.float32), x.new_empty((), dtype=torch.float32)
+    programs = min(PROGRAMS, triton.cdiv(x.numel(), ELEMENTS))
+    _largest[(programs,)](x, partial, x.numel(), BLOCK=ELEMENTS, num_warps=8)
+    new = [x.new_empty(shape, dtype=dtype) if on else None for shape, on in (((r, c), rows), ((c, r), columns))]
+    grid, limit = (triton.cdiv(r, TILE[0]), triton.cdiv(c, TILE[1])), torch.finfo(dtype).max
+    sizes = {"ROWS": TILE[0], "COLUMNS": TILE[1], "PARTS": PROGRAMS}
+    _quantize[grid](x, partial, programs, limit, *new, inverse, r, c, **sizes, num_warps=8)
+    return [(values, inverse) for values in new if values is not None]
