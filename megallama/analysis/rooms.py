@@ -49,7 +49,7 @@ def read_rooms(package: Path) -> dict[str, Room]:
 
 
 def levels(rooms: Mapping[str, Room]) -> dict[str, int]:
-    """The level of each room, 0 at the bottom. Raises: MegallamaError if rooms import in a circle."""
+    """The level of each room, 0 at the bottom. Raises: MegallamaError for a circle of imports."""
     found: dict[str, int] = {}
     below = {name: sorted(room.imports) for name, room in rooms.items()}
     try:

@@ -24,7 +24,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of pieces 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 Piece = tuple[str, float, int]  # text, score, type
 PROBES = (
-    # between the bars: white space, digits, characters of several codes, control tokens as text; then what is long
+    # between the bars: white space, digits, characters of several codes, control tokens; then what is long
     *"| |  two   three |\n|\r\n\tx\t|1234567890|🦙👩\u200d👧🏽|naïve cafe\u0301 東京|\0 \ufeff\xa0|<s>|</s>".split("|"),
     *(" <s> a</s>b<unk><0x0A>", SPACE, f"{SPACE * 2}a {SPACE}", "a" * 99, " " * 70, "=-" * 50, "#" * 33),
     "def f(x):\n    return {'a': [x**2, -1e-9]}  # ==> !!! ... ---- ____",
@@ -229,7 +229,7 @@ class NotEqualError(Exception):
 def to_tokenizer(model: bytes) -> Tokenizer:
     """The fast tokenizer of a SentencePiece .model file that gives the same ids. Raises: NotEqualError.
 
-    SentencePiece merges by the scores of what pairs become, the leftmost of equals first; a tokenizer.json ranks pairs.
+    SentencePiece merges by scores of what pairs become, the leftmost of equals first; tokenizer.json ranks pairs.
     Both agree where every score is one piece's and, of two overlapping pairs, the left is first.
     """
     from sentencepiece import SentencePieceProcessor

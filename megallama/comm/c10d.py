@@ -81,7 +81,7 @@ def _wait_in_order(queue: SimpleQueue[tuple[Works, Future[None]]]) -> None:
 class C10d:
     """A `Group` over a torch process group.
 
-    `down`, given for NCCL groups that send and receive, is a second process group of the same ranks, for messages to
+    `down`, for NCCL groups that send and receive, is a second process group of these ranks, for messages to
     lower ranks: NCCL runs those of two ranks one after another, and both may send first.
     """
 

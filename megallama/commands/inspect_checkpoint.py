@@ -1,4 +1,4 @@
-"""What is in a checkpoint, whether every byte of it is whole, and how it differs from another one."""
+"""What is in a checkpoint, whether every byte is whole, how it differs from another."""
 
 from __future__ import annotations
 

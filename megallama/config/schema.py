@@ -1,7 +1,7 @@
 """Everything a user can set: one frozen pydantic model per section, one field per setting.
 
-The meaning of an option is its documentation: the configuration reference is generated from this file.  Units stand in
-square brackets at its end.  None means "derived from the others"; `megallama.config.load` fills every such value in.
+An option's meaning is its documentation: the configuration reference is generated from this.  Units stand in
+square brackets at its end.  None means "derived from others"; `megallama.config.load` fills it in.
 """
 
 from __future__ import annotations

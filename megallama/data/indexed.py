@@ -1,6 +1,6 @@
 """Tokenized corpora on disk: Megatron's .bin/.idx pair, read by pread; PREFIX.json.
 
-PREFIX.bin is nothing but token ids, one document after the other.  PREFIX.idx says where they begin, all little-endian:
+PREFIX.bin has nothing but token ids, document after document.  PREFIX.idx says where they begin, little-endian:
 
     9 bytes   b"MMIDIDX\\0\\0"
     uint64    version, 1
@@ -48,18 +48,18 @@ def _read_metadata(prefix: str) -> dict[str, Any]:
         metadata = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         if not isinstance(metadata, dict):
             raise ValueError("it holds no object")
+        for key in ("documents", "tokens", "bytes", "vocab_size"):
+            if type(value := metadata.get(key, 0)) is not int or value < 0:
+                raise ValueError(f"{key} is {value!r}")
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); preprocess the text again, or delete this file") from error
-    for key in ("documents", "tokens", "bytes", "vocab_size"):
-        if key in metadata and (type(metadata[key]) is not int or metadata[key] < 0):
-            raise DataError(f"{path} is damaged ({key} is {metadata[key]!r}); preprocess the text again, or delete it")
     return metadata
 
 
 class IndexedDataset:
     """A .bin/.idx pair opened for reading; safe to use from several threads.
 
-    Opening costs the same for any size. `metadata`: what preprocessing recorded, PREFIX.json, {} where there is none.
+    Opening costs the same for any size. `metadata`: what preprocessing recorded, PREFIX.json, or {}.
     Raises: DataError for a wrong header, size, first or last offset, or a fingerprint unlike that of PREFIX.json.
     """
 

@@ -95,7 +95,7 @@ class Pricer:
         return 2.0 * m * filled / rate * (1 + self.gpu.small * (1 / m + 1 / n + 1 / k))
 
     def tensor_parallel(self) -> float:
-        """Exposed collectives of one layer in one direction: two all-reduces, or as many bytes."""
+        """Exposed collectives of a layer in one direction: two all-reduces, or their bytes."""
         job = self.job
         rate = self.node_rate if job.tp <= self.gpu.gpus_per_node else self.nic_rate
         moved = 4 * (job.tp - 1) / job.tp * 2.0 * job.tokens * job.hidden

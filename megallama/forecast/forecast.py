@@ -31,7 +31,7 @@ Clock = Callable[[Job, Sequence[StageCost], float], float]
 
 @dataclass(frozen=True)
 class Prediction:
-    """One step. `causes` are seconds and add up to `step_seconds`; speeds are per GPU and second."""
+    """One step. `causes` [s] add up to `step_seconds`; speeds are per GPU and second."""
 
     step_seconds: float
     causes: dict[str, float]

@@ -82,7 +82,7 @@ class FastTokenizer:
         return f"{self.reference.encoder} ({reason})"
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of several texts back to back, uint32 [T], and how many each has, int64 [n]."""
+        """The ids of several texts back to back, uint32 [T], and their numbers, int64 [n]."""
         return self._arrays(texts) if self.encoder and self._encode else self.reference.encode_arrays(texts)
 
     def _arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

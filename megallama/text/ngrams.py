@@ -61,7 +61,7 @@ class Ngrams:
         self._text, self._at, self._number, self._length = np.concatenate(parts, 1)
 
     def find(self, texts: Sequence[str]) -> np.ndarray:
-        """Where other texts have them, int64 [2, n]: numbers of texts, ascending, and of n-grams."""
+        """Where other texts have them, int64 [2, n]: texts, ascending, and n-grams."""
         found = [np.empty((2, 0), int)]
         for length, grams, text, _ in _runs([words_of(text) for text in texts], self._known):
             first, hashes, there = self._known[length]

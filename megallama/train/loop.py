@@ -343,12 +343,11 @@ class TrainingLoop:
         """The evaluations that belong after the last step, and at the end of the run all."""
         step, own, setup = self.progress.step, self._config.eval, self.setup
         last = step == setup.last_step  # of the phase, which ends with a validation, or of the run
-        every = {"valid": own.interval, "task": own.tasks_interval, "test": 0}
-        ends = {"valid": last and own.interval > 0} | dict.fromkeys(("task", "test"), last and not setup.goes_on)
-        some: dict[str, Sequence[Source | Task]]
-        some = {"valid": setup.data.valid, "task": setup.tasks, "test": setup.data.test}
-        due = [kind for kind, n in every.items() if step and (ends[kind] or n and step % n == 0)]
-        return [(kind, one) for kind in due for one in some[kind]]
+        end, rows = last and not setup.goes_on, list[tuple[str, Sequence[Source | Task], int, bool]]()
+        rows += [("valid", setup.data.valid, own.interval, last and own.interval > 0)]
+        rows += [("task", setup.tasks, own.tasks_interval, end), ("test", setup.data.test, 0, end)]
+        due = [(kind, some) for kind, some, n, now in rows if step and (now or n and step % n == 0)]
+        return [(kind, one) for kind, some in due for one in some]
 
     def _never_made(self) -> list[tuple[str, Source | Task]]:
         """Those that belong after the checkpoint's step and that no earlier start has made."""
