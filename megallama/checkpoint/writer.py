@@ -8,8 +8,6 @@
 A phase that fails on one rank has failed on all (`on_all_ranks`): nothing is committed.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os
@@ -73,6 +71,31 @@ class Content:
         """(file, index) of every block, in a fixed order."""
         for name, size in self.sizes.items():
             yield from ((name, i) for i in range(-(-size // self.block_bytes)))
+
+
+class Flusher(ThreadPoolExecutor):
+    """A thread that follows the writers with fsync, so that the disk works from the start."""
+
+    def __init__(self, paths: Iterable[Path] = ()) -> None:
+        super().__init__(1)
+        self.paths, self._written, self._counting = {*paths}, 0, Lock()  # `paths`: what is written
+        self._flushes: list[Future[list[None]]] = []
+
+    def wrote(self, count: int) -> None:
+        """`count` more bytes were written; any thread."""
+        with self._counting:
+            self._written += count
+            if self._written >= FLUSH_BYTES and all(flush.done() for flush in self._flushes):
+                self._written = 0
+                self.begin()
+
+    def begin(self) -> None:
+        self._flushes.append(self.submit(lambda: list(map(sync, sorted(self.paths)))))
+
+    def finish(self) -> None:
+        """Wait for all that was begun. Raises: what an fsync raised."""
+        for flush in self._flushes:
+            flush.result()
 
 
 def write_checkpoint(content: Content, shards: Iterable[Shard], group: Assembly) -> None:
@@ -222,31 +245,6 @@ class _Output:
                 self._hash.update(part)
                 if self._at == min((index + 1) * self._block_bytes, self._size):
                     self.digests[index] = self._hash.hexdigest()[: manifest.DIGITS]
-
-
-class Flusher(ThreadPoolExecutor):
-    """A thread that follows the writers with fsync, so that the disk works from the start."""
-
-    def __init__(self, paths: Iterable[Path] = ()) -> None:
-        super().__init__(1)
-        self.paths, self._written, self._counting = {*paths}, 0, Lock()  # `paths`: what is written
-        self._flushes: list[Future[list[None]]] = []
-
-    def wrote(self, count: int) -> None:
-        """`count` more bytes were written; any thread."""
-        with self._counting:
-            self._written += count
-            if self._written >= FLUSH_BYTES and all(flush.done() for flush in self._flushes):
-                self._written = 0
-                self.begin()
-
-    def begin(self) -> None:
-        self._flushes.append(self.submit(lambda: list(map(sync, sorted(self.paths)))))
-
-    def finish(self) -> None:
-        """Wait for all that was begun. Raises: what an fsync raised."""
-        for flush in self._flushes:
-            flush.result()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -7,13 +7,11 @@ All three GEMMs of a layer have one form, a @ b.T:
     wgrad    dW = dy.T @ x         matmul_nt(dy.T, x.T)
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -36,7 +34,7 @@ class Gemms:
     wgrad: AddWgrad  # += dy.T @ x
 
     @classmethod
-    def of(cls, product: MatmulNT, wgrad: AddWgrad) -> Gemms:
+    def of(cls, product: MatmulNT, wgrad: AddWgrad) -> Self:
         """All by one product but the last."""
         return cls(product, lambda dy, weight: product(dy, weight.t()), wgrad)
 

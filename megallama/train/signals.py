@@ -3,8 +3,6 @@
 Before training all ranks are told, and end where they stand; then the next step's consensus tells.
 """
 
-from __future__ import annotations
-
 import ctypes  # and no torch, whose import takes seconds
 import os
 import signal
@@ -12,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 SAVED = 75  # exit status: stopped as asked, all is saved; the same command continues
@@ -43,7 +41,7 @@ class SignalFlag:
         self._old_wakeup = -1
         self._watcher: threading.Thread | None = None
 
-    def __enter__(self) -> SignalFlag:
+    def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
             return self
         self._pipe = os.pipe()
