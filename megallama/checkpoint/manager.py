@@ -42,9 +42,8 @@ TELL_SECONDS = 60.0  # between two lines about a save that lasts
 class CheckpointManager:
     """Saves and loads the checkpoints in `folder`; every rank of `group` calls the same methods.
 
-    `group` serves nothing else, for saves talk through it in the background.
-    `tokenizer` and `marks` go to `huggingface.model_files`, or `small` has its files. `log` is called
-    on rank 0 only, by any thread; but every rank tells of its calls of which a save waits for long.
+    `group` serves saves in the background alone.  `tokenizer` and `marks` go to `huggingface.model_files`, or
+    `small` has its files.  `log` is for rank 0, by any thread; but all ranks tell of calls that hold up a save.
     """
 
     def __init__(
@@ -129,7 +128,7 @@ class CheckpointManager:
             sizes, master = [s.box.numel for s in shards] * len(STATE), shards[0].state["master"]
             for room, count in pieces(sizes) if master.is_cuda else [(sum(sizes), len(sizes))]:
                 piece = torch.empty(room, dtype=master.dtype, pin_memory=master.is_cuda)
-                # zero_() touches the pages: zeros() would leave that to the first save
+                # zero_() touches the pages; zeros() leaves that to the first save
                 self._pieces.append((piece.zero_(), count))
 
     def save(self, step: int, shards: Iterable[Shard], counters: dict[str, Any], *, behind: bool = True) -> None:

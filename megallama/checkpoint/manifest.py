@@ -170,8 +170,7 @@ def render(body: dict[str, Any]) -> bytes:
 def read_manifest(folder: Path) -> Manifest:
     """Read and verify the manifest of a step folder.
 
-    Raises: MissingError; DamagedError if, read twice, it does not match its digest; UnreadableError;
-    CheckpointError for another format, or values that are never written.
+    Raises: MissingError; UnreadableError; DamagedError if, read twice, its digest is wrong; else CheckpointError.
     """
     path, body = folder / NAME, None
     for _ in range(2):

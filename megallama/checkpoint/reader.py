@@ -160,8 +160,7 @@ def _read_header(label: str, file: BlockFile) -> dict[str, TensorPlace]:
 def open_state(folder: Path, saved: manifest.Manifest, kind: str) -> TensorFiles:
     """The "model" weights or one of the state kinds of a step folder, verified while reading.
 
-    The places follow from the architecture. Raises: CheckpointError if the manifest lists other files;
-    later DamagedError also for a file whose header says otherwise.
+    Places follow from the architecture. Raises: CheckpointError for other files; later DamagedError, also by headers.
     """
     want = layout(saved.model, saved.precision, saved.shard_bytes)[kind]
     for name, size in want.sizes.items():

@@ -108,7 +108,7 @@ def write_checkpoint(content: Content, shards: Iterable[Shard], group: Assembly)
     try:
         on_all_ranks(group, what, lambda: create_files(content) if first else None)
         with Flusher([content.temporary / name for name in content.sizes] if first else []) as flusher:
-            # digests are megabytes: rank 0 alone has them, and says which are missing, a bit each
+            # digests are megabytes: rank 0 has them, and says which are missing, a bit each
             written = on_all_ranks(group, what, lambda: _write_shards(content, shards, flusher), collect=True)
             bits = on_all_ranks(group, what, lambda: _shared_blocks(content, written) if first else None)[0]
             blocks = list(content.blocks())

@@ -99,7 +99,7 @@ class C10d:
         self._pg, self._down = process_group, down or process_group
         self._direct = device.type == "cpu"
         self._sends: dict[int, SimpleQueue[tuple[Works, Future[None]]]] = {}
-        # gloo bounds messages by the time-out of the group's making; NCCL's waits may not block the host
+        # gloo bounds messages as the group was made; NCCL's waits may not block the host
         self._limit: tuple[timedelta, ...] = ()
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:

@@ -32,9 +32,8 @@ def keep_near(
 ) -> tuple[int, str]:
     """Bind this process to its part of `near`, if any: how many share its CPUs, what was done.
 
-    here: of each rank of the machine the identity of the CPUs it may use, and those near its GPU. Who may use
-    other ones than its neighbours, or alone not all, was bound by its launcher and stays so.
-    Threads of one core stay together; where there are fewer cores than ranks these share them.
+    here: of each rank of the machine the identity of the CPUs it may use, and those near its GPU. Who may use others
+    than its neighbours, or alone not all, was bound by its launcher. Threads of one core stay together.
     """
     may = sorted(os.sched_getaffinity(0))
     alike = [other for other in here if here[other][0] == here[rank][0]]

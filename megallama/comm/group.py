@@ -222,10 +222,9 @@ def build_groups(topology: Topology, rank: int, num_kv_heads: int, make: Callabl
 def on_all_ranks(group: Assembly, what: str, work: Callable[[], Any], *, collect: bool = False) -> list[Any]:
     """Run `work` on this rank; the JSON values it returned on every rank, in rank order.
 
-    collect: the values go to rank 0 alone; the others must not look at theirs. Raises, on every rank,
-    the kind of MegallamaError that the first rank that failed had, with its status; a `decisive` kind
-    before others. Of what is none, an OSError becomes a MachineError, all others an InternalError;
-    their traceback is logged before anything is exchanged. The message: `what`, the rank, and why.
+    collect: the values go to rank 0 alone; the others must not look at theirs. Raises, on every rank, the
+    MegallamaError of the first rank that failed, with its status; a `decisive` one before others. Else an OSError
+    is a MachineError, all others an InternalError, logged with traceback. The message: `what`, the rank, why.
     """
     value, failure, cause = None, None, None
     try:

@@ -281,10 +281,9 @@ def start(
 ) -> World:  # fmt: skip
     """Bring the ranks together on their devices.
 
-    `config_hash`: of what the rank was started with. `store`: one that all ranks have open already.
-    `problem`: why this rank cannot take part. `listener` hears why the run ends. `groups`: sizes of
-    those of this rank. `files`: of data and checkpoints. `cuda`: see `cuda_environment`.
-    Raises: LaunchError, on every rank that arrived, with what keeps them from starting.
+    `config_hash`: of what the rank was started with. `store`: open already on all ranks. `problem`: why this one
+    cannot take part. `listener` hears why the run ends. `groups`: sizes of its own. `files`: of data, checkpoints.
+    `cuda`: see `cuda_environment`. Raises: LaunchError, on all that arrived, with what keeps them from starting.
     """
     notes: list[str] = []
     device, gpu = torch.device("cpu"), ""
@@ -360,7 +359,7 @@ def _gather(
 
 def cuda_environment(config: Config) -> dict[str, str]:
     """What CUDA shall find in the environment, but where the launcher has set it already."""
-    # one queue: kernels start as they are launched, so a collective before a GEMM runs under it
+    # one queue: kernels start in order, so a collective before a GEMM runs under it
     one_queue = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if config.parallel.tp > 1 else {}
     return one_queue | ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if config.train.deterministic else {})
 

@@ -1,9 +1,8 @@
 """Groups of ranks on one machine that talk through shared memory; what is large goes over gloo.
 
-Every rank owns a segment: an anonymous file in memory that its peers map too.  It copies its data
-there and posts a notice for each reader, who reads, or sums, straight out of it, with the bits of
-`C10d`.  That whoever sees the number of a notice also sees what was written before, without locks,
-is a promise of x86 processors; on others gloo is kept.
+Every rank owns a segment: an anonymous file in memory that its peers map too.  It copies its data there and
+posts a notice for each reader, who reads, or sums, out of it, with `C10d`'s bits.  That who sees a notice's
+number sees what was written before, without locks, is a promise of x86 processors; on others gloo is kept.
 """
 
 import ctypes

@@ -24,7 +24,7 @@ TABLES: dict[str, type[BaseModel]] = {  # settings that are lists of tables
     "train.phases": PhaseConfig,
 }
 
-# names that other programs give to our settings, where they are not alike: for suggestions
+# other programs' names of our settings, where not alike: for suggestions
 _ELSEWHERE = """
     tensor_model_parallel_size=parallel.tp tp_size=parallel.tp
     pipeline_model_parallel_size=parallel.pp pp_size=parallel.pp

@@ -147,9 +147,8 @@ def sdpa_in_fp32(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
     """By batched products over blocks of queries; bitwise the same on every call.
 
-    On a CPU torch's fused attention does 16-bit formats slowly.  Here a block sees only the keys up to
-    its end, and is a batched product, a softmax and a product, all of which have fast 16-bit kernels.
-    Kept are q, k and v; the backward makes probabilities again: memory is that of the fused kernels.
+    On a CPU torch's fused attention does 16 bits slowly.  Here a block sees the keys up to its end by products and
+    a softmax, all fast in 16 bits.  Kept are q, k, v; the backward makes probabilities again, as fused kernels do.
     """
     out: Tensor = _Blocked.apply(q, k, v, documents)
     return out

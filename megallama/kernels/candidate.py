@@ -114,7 +114,7 @@ class Target:
         """`formula` fused by torch.compile; it needs a C++ compiler (on a GPU also Triton)."""
         if not self.compiled:
             raise Unsupported("run.compile=false")
-        # no symbolic shapes: bits would depend on which came first, and a resumed run not repeat them
+        # no symbolic shapes: bits would depend on which came first, and resumed runs differ
         # a formula writes into no argument: torch 2.13 was seen to write into another
         fused, met = torch.compile(formula, dynamic=False), set[Any]()
 

@@ -21,7 +21,7 @@ from megallama.kernels.candidate import APEX, TE, TRITON, Operation, Results, Ta
 from megallama.kernels.processors import Processor
 
 MatmulNT = Callable[[Tensor, Tensor], Tensor]  # a [m, k], b [n, k] -> a @ b.T [m, n], a new tensor
-# main_grad [out, in], dy, x, overwrite; all three contiguous: some kernels read any tensor as if it were
+# main_grad [out, in], dy, x, overwrite; all contiguous: some kernels read any tensor so
 AddWgrad = Callable[[Tensor, Tensor, Tensor, bool], None]
 
 

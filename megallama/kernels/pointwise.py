@@ -206,9 +206,8 @@ RMS_NORM = Operation(
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype) -> Tensor:
     """[d/2] angles per position, theta^(-2i/d), of rotary embeddings (Su et al. 2021).
 
-    Scaled for LLaMA 3.1 as in its reference implementation: wavelengths longer than
-    original/low_freq_factor are stretched by `factor`, those shorter than
-    original/high_freq_factor are kept, and those between are interpolated linearly.
+    Scaled for LLaMA 3.1 as in its reference: wavelengths longer than original/low_freq_factor are stretched by
+    `factor`, those shorter than original/high_freq_factor kept, those between interpolated linearly.
     YaRN interpolates over i, between where beta_fast and beta_slow turns fill the original context.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).to(dtype) / head_dim
@@ -251,7 +250,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
 
     Element i is rotated with i + d/2, as Hugging Face does.
     """
-    # fp32 for 16-bit activations; in place, both halves are still read after the first is written
+    # fp32 for 16 bits; in place, both halves are read after the first is written
     exact = x.to(cos.dtype, copy=out.data_ptr() == x.data_ptr())
     rotated = out if out.dtype == cos.dtype else torch.empty_like(exact)
     (a, b), (first, second) = exact.chunk(2, -1), rotated.chunk(2, -1)
@@ -405,7 +404,7 @@ def softmax_(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, sca
     """
     exact = logits.to(log_sum.dtype)
     probs = torch.softmax(exact, 1)
-    # no second pass of exponentials: the largest probability is exp(largest logit) / sum
+    # no more exponentials: the largest probability is exp(largest logit) / sum
     log_sum.copy_(exact.amax(1) - probs.amax(1).log())
     picked.copy_(exact.gather(1, index).squeeze(1))
     if scale is not None:  # two passes: a product rounded as it is written takes longer
@@ -430,9 +429,8 @@ def softmax_gradient_(
 ) -> None:
     """Turn what `softmax_` has left in `logits` [r, v] into the gradient of the loss, in place.
 
-    Its columns are a tensor-parallel rank's: `log_sum` [r] is theirs, `total` [r] that of all.  Where
-    they are all there is, `log_sum` is None, and `softmax_` was given `scale` [r].  At `index` [r, 1]
-    `at_label` [r] is subtracted: the scale, or 0 if the label is another rank's.
+    Its columns are a tensor-parallel rank's: `log_sum` [r] is theirs, `total` [r] that of all; alone it is None, and
+    `softmax_` had `scale` [r].  At `index` [r, 1] `at_label` [r] is subtracted: the scale, 0 of others' labels.
     """
     if log_sum is not None:
         factors = torch.exp(log_sum - total) * scale

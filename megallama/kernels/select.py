@@ -1,9 +1,8 @@
 """Which implementation does each operation: candidates in order, each tried on the device.
 
-One is refused with a reason: its package is missing or broken (any exception counts), the device or
-format is not its own, `run.without_kernels` leaves it out, or it is wrong on a small problem.  The
-order is fixed, but that the table of processors may name the first: by measurements at a start
-ranks would drift apart, and resumed runs from their bits.
+One is refused with a reason: its package is missing or broken (any exception counts), the device or format is
+not its own, `run.without_kernels` leaves it out, or it is wrong on a small problem.  The table of processors may
+name the first, else the order is fixed: by measurements ranks would drift apart, and resumed runs from their bits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -81,8 +80,7 @@ def select_kernels(
 
     `named`: by operation the candidate that is tried first.
 
-    Raises: MegallamaError if no attention here keeps documents apart, if `fp8` is asked for and nothing here
-        can, or if a name in `without` or `named` is that of no candidate.
+    Raises: MegallamaError without an attention for documents, a kernel for `fp8`, or a candidate of a name given.
     """
     named = named or {}
     operations = OPERATIONS | ({FP8: FP8_PRODUCTS} if fp8 != "none" else {})

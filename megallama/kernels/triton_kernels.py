@@ -237,7 +237,7 @@ def _tables(cos: Tensor, sin: Tensor) -> tuple[list[Tensor], int]:
 def _log_sums(logits, index, log_sum, picked, columns, stride, LANES: tl.constexpr, EACH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * stride
-    # not -inf: in lanes beyond a short row the difference of two infinities would be no number
+    # not -inf: beyond a short row the difference of two would be no number
     top, total = tl.full([LANES], -3.0e38, tl.float32), tl.zeros([LANES], tl.float32)
     for first in range(0, columns, LANES * EACH):
         at = first + tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
@@ -295,7 +295,7 @@ def _quantize(
 ):  # fmt: skip
     part = tl.arange(0, PARTS)
     largest = tl.max(tl.load(partial + part, part < programs, other=0.0), 0)
-    # the exponent of the largest power of two by which it stays within the format
+    # of the largest power of two by which it stays within the format
     bits = (limit / tl.maximum(largest, 1e-30)).to(tl.int32, bitcast=True)
     exponent = tl.minimum(tl.maximum((bits >> 23) - 127, -100), 100)
     scale = ((exponent + 127) << 23).to(tl.float32, bitcast=True)

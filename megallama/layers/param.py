@@ -123,8 +123,7 @@ class _Apply(Function):
 class Layer:
     """A map with its own backward: one node of autograd.
 
-    `forward` (ctx, arguments) keeps on ctx what `backward` (ctx, gradients of the results) reads;
-    that returns one gradient, or None, for each argument.
+    `forward` (ctx, arguments) keeps on ctx what `backward` (ctx, gradients) reads to return one per argument, or None.
     """
 
     forward: Callable[..., Any]

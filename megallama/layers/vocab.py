@@ -40,7 +40,7 @@ class VocabParallelEmbedding(Layer):
         held = rows == shifted
         out = torch.index_select(self.param.weight, 0, rows)
         ctx.save_for_backward(rows, held)
-        # zeros for ids of other ranks: the sum has one term that is not zero, so it is exact
+        # zeros for others' ids: the sum has one term that is not zero, so it is exact
         out, handle = self.tp.reduce_scatter_sequence(out.masked_fill_(~held.unsqueeze(1), 0))
         handle.wait()
         return out

@@ -1,9 +1,8 @@
 """The sharded optimizer: gradients are reduced, shards computed, weights gathered (see `plan.params`).
 
-A bucket's gradients are reduce-scattered under the backward, once all its parameters have reported that theirs are
-done.  Which contributions are the last, the schedule says, so the order of the collectives is the same on every rank;
-where replicas have schedules with other orders, all is reduced after the backward.
-Where weights are fp32 (or fp64) already, the masters are the weights themselves.
+A bucket's gradients are reduce-scattered under the backward, once all its parameters have reported theirs.  The
+schedule says which contributions are the last, so collectives have one order on every rank; where replicas have other
+orders, all is reduced after the backward.  Where weights are fp32 (or fp64), they are the masters.
 """
 
 from collections import Counter
@@ -205,8 +204,7 @@ class Update:
     def shards(self, owned_only: bool) -> list[Shard]:
         """This rank's state as rectangles of the model's tensors.
 
-        `owned_only` leaves out copies that another rank counts.  The tensors are views: a checkpoint, or the initial
-        weights, are written into them, and then `loaded` is called.
+        `owned_only` leaves out copies that another rank counts.  The tensors are views; once written call `loaded`.
         """
         out = []
         for sync, bucket, tensors in self._held:

@@ -84,7 +84,7 @@ class PipelineRuntime:
                 samples, most = f"{shape[0]} samples of {shape[1]} tokens", f"at most {self._longest} each"
                 raise ValueError(f"{samples}: give {most}, in all a multiple of {self._shares}")
         self._schedule, self._inputs = schedule, inputs
-        # by who takes it (F or B, stage, micro-batch), here or on another rank; a handle if received
+        # by who takes it (F or B, stage, micro-batch); a handle if received
         self._values: dict[tuple[Kind, int, int], tuple[Tensor, Handle | None]] = {}
         self._graphs: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
         self._sends: list[Handle] = []

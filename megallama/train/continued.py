@@ -1,8 +1,7 @@
 """Going on from another run's checkpoint, or in the next phase: what is taken over, what begins anew.
 
-From phase to phase, what depends on length, frequencies, batch or data is made again; weights, moments and counters
-stay where they are.  Each source goes on after the tokens that it gave.  A checkpoint is saved at the end of every
-phase, and belongs to the phase that ends.
+From phase to phase, what depends on length, frequencies, batch or data is made again; weights, moments, counters
+stay.  Sources go on after the tokens that they gave.  A checkpoint at a phase's end belongs to that phase.
 """
 
 from __future__ import annotations

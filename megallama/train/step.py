@@ -46,8 +46,7 @@ class RankStatus:
 class StepConsensus:
     """What all ranks know of a step, or of a batch of an evaluation of `tokens` counted tokens.
 
-    sums: over the ranks, by name: `loss` of tokens and `norm_squared`, both nan where any is not finite;
-    `RankStatus.counts`; whatever else `rank_numbers` has.
+    sums: over ranks, by name: `loss`, `norm_squared` (nan if any is not finite), `RankStatus.counts`, `rank_numbers`.
     """
 
     def __init__(self, sums: Mapping[str, float], tokens: int = 1, loss_scale: float = 1.0) -> None:
