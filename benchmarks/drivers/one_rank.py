@@ -110,7 +110,7 @@ def random_batches(plan: Plan, device: torch.device, seed: int = 0) -> list[Micr
     b, v = plan.config.batch, plan.config.model.vocab_size
     generator = torch.Generator().manual_seed(seed)
     out = []
-    for _ in range(b.num_microbatches(b.global_batch_size, plan.topology.dp)):
+    for _ in range(b.deal(b.global_batch_size, plan.topology.dp)[0]):
         tokens = torch.randint(v, (b.micro_batch_size, b.seq_length + 1), generator=generator)
         out.append(MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).to(device))
     return out

@@ -50,10 +50,6 @@ class Launch:
     generation: int = 0  # replacements in place since then
     launched: int | None = None  # the launcher's rank, where ranks are counted anew
 
-    @property
-    def keeps_store(self) -> bool:
-        return self.rank == 0 and not self.store_kept
-
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise LaunchError(
@@ -346,7 +342,7 @@ def _gather(
     star.record.words[LIMIT] = int(1e9 * seconds) * (launch.rank == 0)  # its end is that of all
     try:
         if store is None:
-            store = open_store(host, port, published, launch.keeps_store, launch.rank, seconds)
+            store = open_store(host, port, published, not (launch.rank or launch.store_kept), launch.rank, seconds)
         store = dist.PrefixStore(f"megallama/{launch.attempt}/{launch.generation}", store)
         return rendezvous(star, store, own, here, seconds), store
     except BaseException:
@@ -438,7 +434,7 @@ def files_needed(launch: Launch, groups: Sequence[int], files: int, *, cuda: boo
     groups, ranks = [size for size in groups if size > 1], launch.world_size
     return {
         "open already": len(os.listdir("/proc/self/fd")),
-        "the store": 4 + ranks * (1 + cuda) * launch.keeps_store,  # NCCL connects once more
+        "the store": 4 + ranks * (1 + cuda) * (not (launch.rank or launch.store_kept)),  # NCCL connects once more
         "connections with rank 0": 8 + (1 if launch.rank else ranks),
         "NCCL, about": 64 * len(groups) * cuda,
         "gloo": sum(size + 3 for size in groups) * (not cuda),

@@ -148,9 +148,6 @@ class BatchConfig(Section):
         assert not rest and total >= dp and (self.uneven or total % dp == 0), (size, self, dp)
         return tuple(len(range(rank, total, dp)) for rank in range(dp))
 
-    def num_microbatches(self, size: int, dp: int, dp_rank: int = 0) -> int:
-        return self.deal(size, dp)[dp_rank]
-
     def sample_ids(self, first: int, size: int, dp: int, dp_rank: int) -> list[range]:
         """The samples of each micro-batch of one rank, in a step of `size` samples from `first` on.
 
@@ -158,7 +155,7 @@ class BatchConfig(Section):
         """
         n = self.micro_batch_size
         starts = range(first + dp_rank * n, first + size, dp * n)
-        assert len(starts) == self.num_microbatches(size, dp, dp_rank) and dp_rank >= 0, (dp_rank, dp)
+        assert len(starts) == self.deal(size, dp)[dp_rank] and dp_rank >= 0, (dp_rank, dp)
         return [range(start, start + n) for start in starts]
 
     def remaining(self, samples: int) -> BatchConfig:

@@ -222,7 +222,7 @@ def evaluate(
     size = config.batch.global_batch_size
     batches = min(most or source.num_sequences, -(-source.num_sequences // size))
     dp = worker.groups.dp
-    count = config.batch.num_microbatches(size, dp.size, dp.rank)
+    count = config.batch.deal(size, dp.size)[dp.rank]
 
     def ids_of_step(batch: int) -> Sequence[Sequence[int]]:
         return config.batch.sample_ids(batch * size, size, dp.size, dp.rank)

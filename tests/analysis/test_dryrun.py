@@ -228,7 +228,7 @@ def test_the_table_of_collectives() -> None:
 def predicted(plan: Plan, rank: int) -> Counter[Key]:
     at = plan.topology.coords(rank)
     batch = plan.config.batch
-    schedule = plan.schedule_for(batch.num_microbatches(batch.global_batch_size, plan.topology.dp, at["dp"]))
+    schedule = plan.schedule_for(batch.deal(batch.global_batch_size, plan.topology.dp)[at["dp"]])
     (same_weights,) = (ranks for ranks in plan.topology.groups("dp", "cp") if rank in ranks)
     found = collectives(plan.config, plan.topology, plan.stages, schedule, at["pp"], same_weights.index(rank))
     assert all(c.count > 0 and c.nbytes == c.count * prod(c.shape) * FORMATS[c.dtype].itemsize for c in found)

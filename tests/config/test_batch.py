@@ -14,7 +14,7 @@ RAMP = BatchConfig(global_batch_size=32, micro_batch_size=2, ramp_start=8, ramp_
 def test_constant() -> None:
     batch = BatchConfig(global_batch_size=24, micro_batch_size=2)
     assert batch.sizes == (24,) and batch.size_after(0) == batch.size_after(10**12) == 24
-    assert batch.num_microbatches(24, dp=3) == 4
+    assert batch.deal(24, dp=3) == (4, 4, 4)
     assert batch.samples_after(1000) == 24000
     ids = batch.sample_ids(100, 24, dp=3, dp_rank=2)
     assert ids == [range(100 + (m * 3 + 2) * 2, 100 + (m * 3 + 2) * 2 + 2) for m in range(4)]
@@ -36,7 +36,6 @@ def test_an_uneven_step_reads_its_samples_once_and_in_turn(total: int, dp: int, 
     batch = BatchConfig(global_batch_size=total * micro, micro_batch_size=micro, uneven=True)
     deal = batch.deal(total * micro, dp)
     assert sum(deal) == total and sorted(deal, reverse=True) == [*deal] and deal[0] - deal[-1] in (0, 1)
-    assert [batch.num_microbatches(total * micro, dp, rank) for rank in range(dp)] == [*deal]
     read = [batch.sample_ids(first, total * micro, dp, rank) for rank in range(dp)]
     assert [len(ids) for ids in read] == [*deal]
     order = [read[n % dp][n // dp] for n in range(total)]
