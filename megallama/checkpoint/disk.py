@@ -117,7 +117,7 @@ def read_again(path: Path, out: memoryview, offset: int) -> int:
 
 
 def read_file(path: Path, most: int = JSON_BYTES) -> bytes:
-    """A whole file. Raises: DamagedError if it has more than `most` bytes; as `patiently`."""
+    """A whole file. Raises: DamagedError for more than `most` bytes; as `patiently`."""
     fd, size = open_file(path)
     os.close(fd)
     if size > most:

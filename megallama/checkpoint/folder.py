@@ -134,7 +134,7 @@ def _remove(path: Path) -> None:
 
 
 def recover_folder(folder: Path) -> list[str]:
-    """Clean up after a crash; a line for each thing done. Raises: UnreadableError; OSError."""
+    """Clean up after a crash; a line for all that is done. Raises: UnreadableError; OSError."""
     done = []
     for name in disk.names(folder):
         path, (stem, suffix) = folder / name, os.path.splitext(name)

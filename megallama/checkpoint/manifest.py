@@ -60,7 +60,7 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class FileSet:
-    """The files that together hold every tensor once, by their names within the checkpoint."""
+    """The files that hold every tensor once, by their names within the checkpoint."""
 
     headers: Mapping[str, bytes]  # the first bytes of each file
     sizes: Mapping[str, int]

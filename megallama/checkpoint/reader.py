@@ -269,7 +269,7 @@ def check_tensors(where: Path, files: TensorFiles, model: ModelConfig) -> None:
 
 
 def tensor_problems(want: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorPlace]) -> list[str]:
-    """A line for every tensor that is missing, unknown or of another shape or number format."""
+    """A line for every tensor missing, unknown or of another shape or number format."""
     problems = [f"missing: {n} {list(shape)}" for n, shape in want.items() if n not in found]
     problems += [f"unknown: {n} {list(p.shape)}" for n, p in found.items() if n not in want]
     for n, shape in want.items():

@@ -151,7 +151,7 @@ def open_files(folder: Path) -> Iterator[Callable[[str], int]]:
 
 @contextmanager
 def explained(content: Content) -> Iterator[None]:
-    """Turn a full disk (or quota, or file size limit) into a CheckpointError with numbers."""
+    """Turn a full disk (quota, file size limit) into a CheckpointError with numbers."""
     try:
         yield
     except OSError as error:
@@ -207,7 +207,7 @@ def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -
 
 
 class _Output:
-    """One file as this rank writes it, with digests of blocks written whole and in order."""
+    """A file as this rank writes it, with digests of blocks written in order."""
 
     def __init__(self, fd: int, size: int, content: Content) -> None:
         self._fd, self._size, self._block_bytes = fd, size, content.block_bytes

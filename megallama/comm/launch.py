@@ -354,7 +354,7 @@ def _gather(
 
 
 def cuda_environment(config: Config) -> dict[str, str]:
-    """What CUDA shall find in the environment, but where the launcher has set it already."""
+    """What CUDA shall find in the environment, unless the launcher has set it."""
     # one queue: kernels start in order, so a collective before a GEMM runs under it
     one_queue = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if config.parallel.tp > 1 else {}
     return one_queue | ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if config.train.deterministic else {})

@@ -44,7 +44,7 @@ def _line(about: str, value: Any) -> bytes:
 
 
 class Listener(Protocol):
-    """Tells what asks this rank to stop, and leaves, in a thread of its own, when all do."""
+    """Tells what asks this rank to stop, and leaves, in its own thread, when all do."""
 
     def listen(self, tell: Callable[[str], None]) -> None: ...
     def leave(self, why: str, status: int) -> None: ...
@@ -241,7 +241,7 @@ class Star:
 
 
 class StarGroup:
-    """All ranks, for small values: they go to rank 0, and what it makes of them comes back."""
+    """All ranks, for small values: they go to rank 0, what it makes of them comes back."""
 
     def __init__(self, star: Star, name: str, timeout: timedelta) -> None:
         self.name, self.rank, self.size = name, star.rank, star.size
@@ -344,7 +344,7 @@ def _made_within(limit: timedelta, make: Callable[[], dist.TCPStore]) -> dist.TC
 
 
 def port_file(key: str) -> Path:
-    """Where rank 0 of the run `key` publishes its port to the other ranks of this machine."""
+    """Where rank 0 of the run `key` publishes its port to this machine's ranks."""
     return Path(tempfile.gettempdir()) / f"megallama-{os.getuid()}-{re.sub(r'[^A-Za-z0-9.-]', '-', key)}"
 
 

@@ -1,4 +1,4 @@
-"""The settings as a table, read off the schema: name, type in words, default, unit, meaning."""
+"""The settings as a table, off the schema: name, type in words, default, unit, meaning."""
 
 import json
 import re

@@ -27,7 +27,7 @@ class LaunchError(MegallamaError):
 
 
 class LostError(LaunchError):
-    """Rank 0 has left, or never came, while ranks were gathering: there is more to be told."""
+    """Rank 0 has left, or never came, while ranks gathered: there is more to tell."""
 
 
 class MachineError(MegallamaError):
@@ -67,7 +67,7 @@ def say(text: str) -> None:
 
 
 def drop_output() -> None:
-    """Let go of what is buffered: the flush at exit would complain and change the status."""
+    """Drop what is buffered: the flush at exit would complain and change the status."""
     hole = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(hole, descriptor)

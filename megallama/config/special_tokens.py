@@ -38,6 +38,6 @@ def special_id(kind: str, tokenizer: Path, lookup: Lookup, own: int | None = Non
 
 
 def merges_of(tokenizer: Path) -> Path | None:
-    """The merges.txt of GPT-2's vocab.json; None for the other kinds, which are one file."""
+    """The merges.txt of GPT-2's vocab.json; None for other kinds, which are one file."""
     name = tokenizer.name
     return tokenizer.with_name(name.removesuffix("vocab.json") + "merges.txt") if name.endswith("vocab.json") else None

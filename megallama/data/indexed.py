@@ -161,7 +161,7 @@ class IndexedDataset:
         return self._int(at) if at < self._marks_at else self._bin.size
 
     def largest_token(self) -> int:
-        """The largest token id in evenly spread spots: the cost is the same for any size."""
+        """The largest token id in evenly spread spots, at one cost for any size."""
         span = min(SPAN, self.num_tokens)
         offsets = {int(x) for x in np.linspace(0, self.num_tokens - span, SPOTS)}
         return max(int(self.read(offset, span).max()) for offset in offsets)

@@ -192,7 +192,7 @@ def _used(phase: Phase) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Data:
-    """All the data of a run, open and checked; validation and test sources are in file order."""
+    """A run's data, open and checked; validation and test sources are in file order."""
 
     train: TrainDataset | Synthetic
     valid: Sequence[Source]

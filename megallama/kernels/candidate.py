@@ -84,7 +84,7 @@ class Target:
         return x
 
     def te_module(self, name: str = "transformer_engine_torch") -> ModuleType:
-        """A module of Transformer Engine, whose modules work once the package was imported."""
+        """A module of Transformer Engine, once the package was imported."""
         self.need_cuda()
         if importlib.util.find_spec("transformer_engine") is None:
             raise Unsupported("not installed")

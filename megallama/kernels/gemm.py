@@ -107,7 +107,7 @@ def add_wgrad(product: MatmulNT, main_grad: Tensor, dy: Tensor, x: Tensor, overw
 
 
 def wgrad_in_fp32(main_grad: Tensor, dy: Tensor, x: Tensor, overwrite: bool) -> None:
-    """Straight into main_grad [out, in]: nothing is rounded, and there is no pass that adds."""
+    """Straight into main_grad [out, in]: nothing is rounded, no pass adds."""
     add_wgrad(matmul_nt, main_grad, dy.float(), x.float(), overwrite)
 
 

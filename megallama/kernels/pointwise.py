@@ -465,7 +465,7 @@ def _softmax_formula(
 
 
 def _cross_entropy_results(pair: CrossEntropy, target: Target) -> Results:
-    """Of a rank that has all columns, and of one with some, and two thirds of the labels."""
+    """Of a rank with all columns, and of one with some, and two thirds of the labels."""
     rows = torch.arange(24, device=target.device)
     index, results = (rows * 177).unsqueeze(1), Results()
     other = target.random(24, seed=1).to(accumulate_dtype(target.random(1).dtype)) + 8

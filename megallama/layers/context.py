@@ -136,7 +136,7 @@ class _Gather(Layer):
 
 @dataclass(eq=False)
 class _Exchange(Layer):
-    """Piece r of [cp, ..] goes to rank r, and what every rank has for this one comes back."""
+    """Piece r of [cp, ..] goes to rank r, and what each has for this one comes back."""
 
     group: Group
 

@@ -104,7 +104,7 @@ class Param:
         self.grad_done()
 
     def grad_done(self) -> None:
-        """Tell the synchronisation that one use of this parameter has been accounted for."""
+        """Tell the synchronisation that a use of this parameter is accounted for."""
         if self.on_grad_done is not None:
             self.on_grad_done(self)
 

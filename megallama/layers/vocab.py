@@ -56,7 +56,7 @@ class VocabParallelEmbedding(Layer):
 
 
 class LossHead(Layer):
-    """Hidden states [T/t, h] or [T, h] and labels [T] -> the sum of token losses, one number."""
+    """Hidden states [T/t, h] or [T, h] and labels [T] -> the sum of token losses."""
 
     def __init__(
         self, param: Param, norm: RMSNorm, tp: TensorParallel, pointwise: PointwiseOps, vocab: int, chunk_tokens: int

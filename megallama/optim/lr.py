@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: warm-up, then a shape, then the minimum."""
+"""The learning rate as a function of the step: warm-up, then a shape, then the minimum."""
 
 from math import cos, pi
 

@@ -63,7 +63,7 @@ def _split(steps: Sequence[Action], delay: int) -> Iterator[Action]:
 
 
 def _alternating(name: str, p: int, m: int, chunks: int, warmup: Callable[[int], int]) -> Schedule:
-    """`warmup(ranks behind)` forwards, then a forward and a backward in turn, then the rest."""
+    """`warmup(ranks behind)` forwards, then a forward, a backward in turn, then the rest."""
     groups = [range(first, min(first + p, m)) for first in range(0, m, p)]  # they pass chunk by chunk
     passes = [(chunk, microbatch) for group in groups for chunk in range(chunks) for microbatch in group]
     steps = []
