@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from megallama.comm.flight_record import GENERATION, LAUNCHER, FlightRecord
 from megallama.config.errors import ConfigError, InternalError, LaunchError, LostError, MegallamaError, drop_output
 from megallama.train.log import Logger, finish_output
-from megallama.train.signals import FAILED, SAVED, SignalFlag  # what takes time comes after it
+from megallama.train.signals import FAILED, FINISHED, SAVED, SignalFlag  # what takes time comes after it
 from megallama.train.supervised import is_wanted, make_again, place_of, start_supervisor
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from megallama.config.schema import Config
     from megallama.plan.plan import Plan
 
-FINISHED, CRASHED, BAD_REQUEST, NOT_FINITE = 0, 1, 2, 3
+CRASHED, BAD_REQUEST, NOT_FINITE = 1, 2, 3
 UNREAD = 141  # as the shell has it, where whoever read the output has gone
 
 

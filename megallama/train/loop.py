@@ -20,12 +20,10 @@ from megallama.train.continued import next_phase
 from megallama.train.log import human_count
 from megallama.train.metrics import MetricsWriter, Record, plot_loss, read_metrics
 from megallama.train.setup import Setup, go_back
-from megallama.train.signals import SAVED
+from megallama.train.signals import FINISHED, SAVED
 from megallama.train.speed import Meter, Timers, peak_flops, peak_memory_bytes
 from megallama.train.step import RankStatus, StepConsensus, Task, evaluate, evaluate_task, train_step
 from megallama.train.watch import Watch
-
-FINISHED = 0  # exit status: all steps are done
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, Literal, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-SAVED = 75  # exit status: stopped as asked, all is saved; the same command continues
+FINISHED, SAVED = 0, 75  # exit statuses: all steps are done; stopped as asked, the same command continues
 STACKS = signal.SIGRTMIN + 9  # the supervisor asks where all threads stand, which is told in C
 FAILED = 4  # exit status: something failed after steps had been made
 _INSIST = (signal.SIGTERM, signal.SIGINT)  # a second is obeyed even if the main thread is stuck
