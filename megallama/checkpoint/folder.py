@@ -374,7 +374,7 @@ class Choice:
                 self._leave_out(name, error)
 
     def _candidate(self) -> tuple[str | None, bool]:
-        """The step to look at next, and whether its place in the order is known; rank 0 decides."""
+        """The step to look at next, and if its place in the order is known; rank 0 decides."""
         if self._group.rank:
             return next(filter(_STEP.fullmatch, disk.names(self._folder)), None), True
         order: list[tuple[float, str]] = []

@@ -227,7 +227,7 @@ def load_state(folder: Path, saved: manifest.Manifest, shards: Sequence[Shard]) 
 
 
 def head_of(where: Path, files: TensorFiles, model: ModelConfig, head: str = "auto") -> tuple[ModelConfig, list[str]]:
-    """`model` as its tensors have it, and a note; head="tied" leaves out a head of its own."""
+    """`model` as its tensors have it, and a note; head="tied" leaves out its own head."""
     if not model.tie_embeddings or HEAD not in files.places or equal_rows(files, EMBEDDING, files, HEAD):
         return model, []
     return own_head(f"{where}: {HEAD}", model, head)

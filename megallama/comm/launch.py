@@ -361,7 +361,7 @@ def cuda_environment(config: Config) -> dict[str, str]:
 
 
 def _device(launch: Launch, run: RunConfig, notes: list[str], cuda: Mapping[str, str]) -> tuple[torch.device, str]:
-    """This rank's device, ready for use, and the GPU's identity if no other rank may use it."""
+    """This rank's device, ready, and the GPU's identity if no other rank may use it."""
     if run.device != "cpu":  # also for auto: to ask for a GPU is to touch it
         has = {name: os.environ.setdefault(name, value) for name, value in cuda.items()}
     if run.device == "cpu" or (run.device == "auto" and not torch.cuda.is_available()):

@@ -27,7 +27,7 @@ class Setting:
 
 
 def settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Setting]:
-    """Every setting, in the order of the schema; a nested table comes before its own fields."""
+    """Every setting, in the schema's order; a nested table comes before its fields."""
     for name, field in model.model_fields.items():
         annotation = field.annotation
         members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)

@@ -324,7 +324,7 @@ class _Reader:
 
 
 def _unusable(value: Any) -> str:
-    """What no setting can hold, in words that follow its name; "" for a value that one may."""
+    """What no setting can hold, in words that follow its name; "" for what one may."""
     if isinstance(value, dict):
         return next((f".{name}{wrong}" for name, inner in value.items() if (wrong := _unusable(inner))), "")
     if isinstance(value, list):

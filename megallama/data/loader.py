@@ -1,4 +1,4 @@
-"""Micro-batches prepared ahead by one background thread, and copied to a GPU a step ahead."""
+"""Micro-batches prepared ahead by a thread, and copied to a GPU a step ahead."""
 
 import queue
 import threading

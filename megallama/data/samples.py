@@ -153,7 +153,7 @@ class Source:
 
 
 class Synthetic:
-    """Random tokens, a function of (seed, sample number): for measurements without a corpus."""
+    """Random tokens, a function of (seed, sample number), to measure without a corpus."""
 
     def __init__(self, vocab_size: int, seq_length: int, seed: int) -> None:
         self.vocab_size, self.seq_length, self.seed = vocab_size, seq_length, seed

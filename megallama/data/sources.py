@@ -55,7 +55,7 @@ class TrainDataset:
         return out
 
     def consumption(self, samples: int) -> dict[str, dict[str, float]]:
-        """What the first `samples` samples took: source name -> {"samples", "tokens", "epochs"}."""
+        """What the first `samples` took: source name -> {"samples", "tokens", "epochs"}."""
         return {
             source.name: {"samples": n, "tokens": n * source.seq_length, "epochs": n / source.num_sequences}
             for source, n in zip(self.sources, self.mixture.counts(samples), strict=True)

@@ -59,7 +59,7 @@ class Kernels:
 
     @property
     def apart(self) -> bool:
-        """Attention copies q, k and v out of a packed tensor where they are not of one size."""
+        """Attention copies q, k, v out of a packed tensor where they differ in size."""
         return ("attention", TE) in ((choice.operation, choice.selected) for choice in self.choices)
 
     def __str__(self) -> str:

@@ -159,7 +159,7 @@ def swiglu_backward(dout: Tensor, gate_up: Tensor, again: bool) -> tuple[Tensor,
 
 @triton.jit
 def _turn(x, out, cos, sin, sign, heads, x_head, out_head, half, HEADS: tl.constexpr, PAIRS: tl.constexpr):
-    """Rotate the heads of a token, each at `x` + head * x_head, by its row of the tables."""
+    """Rotate a token's heads, each at `x` + head * x_head, by its row of the tables."""
     for first in range(0, half, PAIRS):
         at = first + tl.arange(0, PAIRS)
         c = tl.load(cos + at, at < half, other=0.0)[None, :]

@@ -143,7 +143,7 @@ class Update:
         return ((sync, bucket, tensors["master"]) for sync, bucket, tensors in self._held)
 
     def start_step(self, early: bool = True) -> None:
-        """early: all ranks complete shared gradients in one order, so their reduction may overlap."""
+        """early: all ranks complete shared gradients in one order, so reductions may overlap."""
         for sync in self.syncs:
             sync.start_step(early)
 

@@ -134,7 +134,7 @@ class PipelineRuntime:
             x.grad = None
 
     def _take(self, kind: Kind, action: Action) -> Tensor:
-        """The value from the neighbouring stage: received, or left by it on this same rank."""
+        """The value from the neighbouring stage: received, or left by it on this rank."""
         value, handle = self._values.pop((kind, action.stage, action.microbatch))
         if handle is not None:
             handle.wait()

@@ -224,7 +224,7 @@ class BufferLayout:
 
 
 def build_layout(specs: Sequence[ParamSpec], dp_cp: int, bucket_elements: int) -> BufferLayout:
-    """Place `specs`, given in forward order; a bucket ends once it holds `bucket_elements`."""
+    """Place `specs`, in forward order; a bucket ends once it holds `bucket_elements`."""
     backward = list(reversed(specs))
     groups: list[list[ParamSpec]] = [[]]
     for spec in (s for s in backward if s.decay and not s.tied):

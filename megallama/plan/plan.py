@@ -52,7 +52,7 @@ class Plan:
         return [make_plan(self.config.at(number), ranks) for number in ahead] or [self]
 
     def memory(self, pp_rank: int) -> RankMemory:
-        """Bytes of the ranks at one pipeline position, in a replica with most micro-batches."""
+        """Bytes of ranks at a pipeline position, in a replica with most micro-batches."""
         return rank_memory(self.config, self.stages, self.schedule, self.topology.size("dp", "cp"), pp_rank)
 
     def worst(self, pp_rank: int, tokens: int = 0) -> RankMemory:

@@ -95,7 +95,7 @@ class Schedule:
         return max(accumulate(changes, initial=0))
 
     def produces(self, a: Action) -> Action | None:
-        """What a compute action hands on: an F value (activation) or a B value (gradient)."""
+        """What a compute action hands on: an F value (activation) or B value (gradient)."""
         return a if a.kind is F or a.kind is B else Action(B, a.stage, a.microbatch) if a.kind is I else None
 
     def consumer(self, value: Action) -> int | None:

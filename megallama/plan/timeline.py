@@ -108,7 +108,7 @@ def exposure(flights: Sequence[Flight], ranks: int, seconds: float) -> str:
 
 
 def chrome_trace(timelines: Mapping[str, Sequence[Span]], flights: Mapping[str, Sequence[Flight]] | None = None) -> str:
-    """The text of a trace file: timelines, and the communication of some of them, by name."""
+    """The text of a trace file: timelines, and communication of some, by name."""
     events: list[dict[str, Any]] = []
     for pid, (title, spans) in enumerate(timelines.items()):
         events.append({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": title}})

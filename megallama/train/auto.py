@@ -41,7 +41,7 @@ def decide(config: Config, note: Callable[[str], None]) -> Config:
 
 
 def _capabilities() -> list[float]:
-    """Of the GPUs of this host, without touching them: CUDA's environment is not set yet."""
+    """Of this host's GPUs, untouched: CUDA's environment is not set yet."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     with suppress(OSError, ValueError, subprocess.SubprocessError):
         found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)

@@ -120,7 +120,7 @@ class MetricsWriter:
         self._loss_scale = scale
 
     def catch_up(self, seconds: float) -> None:
-        """Wait so long for what is not written yet: nothing saved is ahead of the records."""
+        """Wait so long for what is not written: nothing saved is ahead of the records."""
         with suppress(TimeoutError):
             if self._sinks:
                 self._thread.submit(int).result(seconds)

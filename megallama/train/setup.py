@@ -101,7 +101,7 @@ def set_up(
     config: Config, plan: Plan, world: World, log: Logger, signals: SignalFlag, starts: Starts | None = None,
     tasks_of: TasksOf | None = None,
 ) -> Iterator[Setup]:  # fmt: skip
-    """Set up a run; within, its folder is locked, and an error is told to the other ranks."""
+    """Set up a run; within, its folder is locked, and errors are told to the others."""
     if len({*world.hosts}) > 1:  # at once: their supervisors do not know one another before
         introduce(world, plan, log, _replicas(plan, world))
     phase, tokens = continued.phase_at_start(plan.config, world)

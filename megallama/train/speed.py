@@ -122,7 +122,7 @@ def product_time_over_fp32(dtype: torch.dtype, n: int = 256) -> float:
 
 
 def slow_format(device: torch.device, dtype: torch.dtype) -> str:
-    """What is slow about a format that the processor has no instructions for, or nothing."""
+    """What is slow about a format without instructions in the processor, or nothing."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     if device.type != "cpu" or name is None or (times := product_time_over_fp32(dtype)) <= 1.5:
         return ""

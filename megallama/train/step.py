@@ -181,7 +181,7 @@ class ByPosition:
 
 
 def by_position(losses: Sequence[float], tokens: Sequence[float]) -> dict[str, float]:
-    """Mean losses by how many tokens are before, "1", "2-3", "4-7" ..., of sums by their log2."""
+    """Mean losses by tokens before, "1", "2-3", "4-7" ..., of sums by their log2."""
     names = ["1", *(f"{2**b}-{2 ** (b + 1) - 1}" for b in range(1, 40))]
     return {name: a / n for name, a, n in zip(names, losses, tokens, strict=True) if n}
 

@@ -174,7 +174,7 @@ def _ask_for_a_place(record: FlightRecord) -> None:
 
 
 def _ask(path: Path, hello: dict[str, object]) -> str | None:
-    """Why there is no place for a rank, empty if there is one; None where no run goes on."""
+    """Why there is no place for a rank, empty if there is; None where no run goes on."""
     deadline = time.monotonic() + _ASK
     while time.monotonic() < deadline:
         try:
@@ -254,7 +254,7 @@ def _new_status_folder(folder: Path) -> str:
 
 
 def _listening(record: FlightRecord, about: dict[str, object]) -> int:
-    """The port on which the supervisor of rank 0 listens from now on; 0 where it does not."""
+    """The port on which rank 0's supervisor listens from now on; 0 if it does not."""
     record.tell("about", about | {"port": -1})
     deadline = time.monotonic() + 5
     while not record.words[PORT] and time.monotonic() < deadline:
