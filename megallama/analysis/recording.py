@@ -33,7 +33,7 @@ class Call:
 
 
 class Wait(NamedTuple):
-    """Before a rank makes call number `before`, or ends, it waits for call number `call` to finish."""
+    """Before call number `before`, or its end, a rank waits for call number `call`."""
 
     before: int
     call: int

@@ -1,7 +1,6 @@
 """Files, of ours and from anywhere: what is damage, and what only stands in the way.
 
-A shared file system fails for a while and then has every byte, so files are opened a second time before
-they are called damaged, and other errors get `PATIENCE_SECONDS`.
+A shared file system fails for a while: files are opened twice before they are damaged; errors get `PATIENCE_SECONDS`.
 """
 
 import errno

@@ -134,9 +134,8 @@ class CheckpointManager:
     def save(self, step: int, shards: Iterable[Shard], counters: dict[str, Any], *, behind: bool = True) -> None:
         """Save the state of `step`: the boxes this rank owns, and `counters` (JSON).
 
-        With checkpoint.async_save and `behind` it returns after one copy to host memory, and up to max_failures in a
-        row are only logged. Raises, on every rank: CheckpointError or MachineError if this save failed, or too many
-        before it, or another job has the folder; NotFiniteError, of this save or the last.
+        With async_save and `behind` it returns after a copy to host memory; max_failures in a row are only logged.
+        Raises, on all ranks: CheckpointError, MachineError if it, or too many before, failed; NotFiniteError.
         """
         try:
             self.finish(f"checkpoint of step {step}")

@@ -21,8 +21,7 @@ from megallama.layers.param import Shard, digest
 class MemoryCopies:
     """The two copies of one rank, in a file that somebody else keeps; `slots` are its halves.
 
-    `key` says whose state it is; `chain`, of which undivided piece of the run. `pinned`: on a GPU they are written
-    without a detour. Raises: OSError where memory does not suffice.
+    `key`: whose state; `chain`: of which undivided piece of the run; `pinned`: for a GPU. Raises: OSError without room.
     """
 
     def __init__(self, file: int, shards: Sequence[Shard], key: dict[str, Any], pinned: bool) -> None:

@@ -28,8 +28,7 @@ MESSAGE, PIECE, FREE_TAG = range(3)  # tags: of callers, of our collectives' pie
 class Works:
     """Handle of torch's works, and of what follows them; an empty `limit`: the process group's.
 
-    A send over gloo says that it is over only to somebody who waits, and once: a thread per receiver waits, in order,
-    and tells `over`.  Else nobody could free what has arrived without waiting.
+    gloo tells only who waits, and once, that a send is over: a thread per receiver does, in order, and tells `over`.
     """
 
     over: Future[None] | None = None

@@ -1,7 +1,6 @@
 """What a rank is doing, in memory that its supervisor reads, also when the rank stands still.
 
-The memory is a file without a name, so nothing is left behind.  It is plain numbers of 64 bits, each written by one
-process, and a few texts; where a reader meets one half written, it reads it again later.
+It is a file without a name: numbers of 64 bits, each written by one process, and texts, read again if half written.
 """
 
 import json

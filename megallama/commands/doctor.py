@@ -152,7 +152,7 @@ def versions() -> dict[str, str]:
 
 
 def which_apex() -> str:
-    """Which apex this is: NVIDIA's with its extensions, or the index package of the same name."""
+    """Which apex this is: NVIDIA's with extensions, or the index package of that name."""
     parts = [name for name in ("amp_C", "fused_weight_gradient_mlp_cuda", "fused_layer_norm_cuda") if has(name)]
     if not has("apex") and not parts:
         return "not installed"
@@ -208,7 +208,7 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def cpu() -> dict[str, Any]:
-    """Processor, cores that this process may use, the instructions that matter, caches and memory."""
+    """Processor, cores that this process may use, instructions, caches and memory."""
     lines = (line.partition(":") for line in reversed(read("/proc/cpuinfo").splitlines()))
     fields = {name.strip(): value.strip() for name, _, value in lines}  # the first core's, read last
     flags = fields.get("flags", "").split()

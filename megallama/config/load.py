@@ -66,8 +66,7 @@ def load(
     """The configuration that the file and the overrides describe, with every derived value filled in.
 
     `ranks` adds the rules that need the number of ranks; `need_data=False` leaves out those about data.
-    begun: what lies behind a run with this configuration; batch sizes before that need not fit. Of several phases it
-    is as the one has it that goes on there (`Config.at`).
+    begun: what lies behind such a run, whose batch sizes need not fit; of phases the one at hand counts (`Config.at`).
     decide: what "auto" is on this machine; default: precision.dtype="bf16", run.compile=false.
     note: told, for each setting under a name of earlier versions, what it is called now.
     Raises: ConfigError listing every problem at once, each with where it comes from.

@@ -155,7 +155,7 @@ def _write_files(source: Source, target: Path, options: ConvertOptions, dtype: s
 
 
 def _write_rows(name: str, part: Tensor, place: TensorPlace, first: int, fd: int) -> None:
-    """Write a part of a tensor in the target's number format, from row `first` of its place on."""
+    """Write a part of a tensor in the target's number format, from row `first` on."""
     row = prod(place.shape[1:]) * place.item_bytes
     for a, b in reader.spans(len(part), row):
         data = part[a:b].to(DTYPES[place.dtype])

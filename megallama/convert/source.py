@@ -271,5 +271,5 @@ def _open_megatron(folder: Path, model: ModelConfig, head: str) -> Source:
 
 
 def config_of(model: ModelConfig, kind: str, longest: int) -> Config:
-    """A configuration of which only the model, the number format and the longest sequence matter."""
+    """A configuration of which model, number format and longest sequence matter."""
     return Config(model=model, precision=PrecisionConfig(dtype=PRECISION[kind]), batch=BatchConfig(seq_length=longest))

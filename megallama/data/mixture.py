@@ -1,10 +1,9 @@
 """Which source sample n comes from: exact shares at every moment, without arrays of the run's length.
 
-After n samples a source of share w has given floor(n w) or ceil(n w) of them, for every n.  Such a sequence is a fair
-schedule of one processor (Baruah, Cohen, Plaxton and Varvel 1996, "Proportionate progress"): the j-th sample of a
-source falls into the slots floor((j-1)/w)+1 .. ceil(j/w).  Earliest deadline first finds one, but only from n = 0 on.
-To ask for any n at once, the line is cut into blocks of at least 4 / (smallest share), with the counts at their ends
-in closed form:
+After n samples a source of share w has given floor(n w) or ceil(n w) of them, for every n: a fair schedule of one
+processor (Baruah, Cohen, Plaxton and Varvel 1996, "Proportionate progress"), whose j-th sample falls into the slots
+floor((j-1)/w)+1 .. ceil(j/w).  Earliest deadline first finds one, but only from n = 0 on.  To ask for any n, the line
+is cut into blocks of at least 4 / (smallest share), with the counts at their ends in closed form:
 
 At n the sources with fraction f = n w - floor(n w) > 0 are inside a slot window; as many as the f sum to are rounded
 up. The future is feasible if, ordered by deadline, every prefix with fractions summing to F has floor(F) rounded up;

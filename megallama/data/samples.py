@@ -1,9 +1,8 @@
 """Sample i of a corpus, a pure function of (seed, i, files): no index, no shuffle, no start-up cost.
 
-The token stream of a corpus is cut into sequences of seq_length + 1 tokens, seq_length apart (the last token of one is
-the first of the next, so every token is predicted once).  Epoch e visits them in the order of a keyed permutation: a
-Feistel network over pairs (left, right) with left < a, right < b and a * b just above the number of sequences, whose
-cycle is walked until the result is in range (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+The token stream of a corpus is cut into sequences of seq_length + 1 tokens, seq_length apart: each is predicted once.
+Epoch e visits them by a keyed permutation: a Feistel network over pairs left < a, right < b, a * b just above their
+number, its cycle walked into range (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
 """
 
 import hashlib

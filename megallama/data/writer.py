@@ -117,7 +117,7 @@ class IndexedWriter(AbstractContextManager["IndexedWriter"]):
         self.num_tokens += len(tokens)
 
     def finish(self) -> None:
-        """Bring everything to the disk; all that is left for the end of the block is to rename."""
+        """Bring everything to the disk; what is left for the block's end is to rename."""
         if self._bin.closed:
             return
         with naming(self.prefix + ".bin and .idx"):

@@ -276,7 +276,7 @@ def _batches(rows: Sequence[Continuation], positions: int, max_rows: int) -> lis
 
 
 def _run(llama: Llama, rows: list[Continuation], sampling: Sampling, num_ids: int | None) -> Iterator[None]:
-    """One batch, token by token, to its end; the last row takes the place of one that has ended."""
+    """One batch, token by token, to its end; the last row takes an ended one's place."""
     cache = Cache(llama, [row.prompt for row in rows], max(row.room for row in rows))
     logits = cache.prefill()
     while True:

@@ -59,7 +59,7 @@ class Llama:
         self._layers: list[tuple[Tensor, ...]] = []
 
     def pack(self) -> None:
-        """Lay the weights out for products, once; they leave `weights`, so that none is held twice."""
+        """Lay the weights out for products, once; they leave `weights`: none is held twice."""
         if self._layers:
             return
         pack, self._product = packer(self.embed)

@@ -29,7 +29,7 @@ TOGETHER = 64  # tokens of documents that `sdpa` takes together: a call costs mo
 class Documents:
     """Where documents lie in b samples of s tokens, the first of them cut at the sample's front.
 
-    Make one with `of`, on the host: how many there are decides a shape.  The queries are the last tokens of each
+    Make one with `of`, on the host: their number decides a shape.  The queries are the last tokens of each
     sample, at first all; documents that end before them are left out.
     starts: int64 [b, s], where in the sample each token's document begins.
     cu_seqlens, cu_keys: int32 [documents + 1], where each begins among all queries, and among the keys they see.

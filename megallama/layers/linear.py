@@ -15,8 +15,7 @@ A layer is one node of autograd and contains its collectives: they can run under
 A column layer contains the RMSNorm before it, a row layer may contain SwiGLU; kept for the backward is their input
 only (Touvron et al. 2023, section 2.4), with ``keep=True`` the operand of the weight gradient too.
 
-With ``chunks`` = n > 1 a forward, which has one GEMM, is cut: each piece, an n-th of every rank's rows, travels under
-the GEMM of another, and a pass over the output puts them in order.
+With ``chunks`` = n > 1 a forward is cut: each piece, an n-th of every rank's rows, travels under another's GEMM.
 """
 
 from dataclasses import dataclass

@@ -44,8 +44,7 @@ _MASK32 = 0xFFFFFFFF
 class Rotary(Layer):
     """Packed q, k, v [T, (n + 2k) d] of this rank's heads -> rotated q and k, and v: [b, s, heads, d].
 
-    Kept are the tables alone: the gradient of a rotation is the inverse rotation.  On a GPU it is done in place, unless
-    attention wants groups `apart`: it would copy parts of a packed tensor.
+    Kept are the tables alone: the gradient is the inverse rotation.  On a GPU in place, unless groups are `apart`.
     """
 
     num_heads: int

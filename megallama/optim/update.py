@@ -228,10 +228,9 @@ class Update:
 def wrong_copies(update: Update, groups: Groups) -> list[tuple[str, list[int]]]:
     """Tensors that differ from their copies, and the global ranks that are wrong, or of which one is.
 
-    Over dp and cp a rank owns a shard of every bucket, and everybody's weights there are the cast of its masters.  Norm
-    weights have a master on every rank of tp, key/value heads that ranks share on each of kv, a tied embedding two.
-    All ranks of the job call it between two updates, and get the same.  Where no master decides (weights that are
-    their own masters; masters that are copies) the majority does, and where there is none all are named.
+    Over dp and cp a rank owns a shard of every bucket, and all weights there are the cast of its masters.  Norm weights
+    have a master on every rank of tp, shared key/value heads on each of kv, a tied embedding two.  All ranks call it
+    between updates, and get the same.  Where no master decides (weights are masters, masters copies) the majority does.
     """
     update.wait()
     pieces: dict[str, list[tuple[str, Tensor]]] = {"dp_cp": [], "tp": [], "kv": [], "embedding": []}

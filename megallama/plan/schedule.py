@@ -184,9 +184,8 @@ def stuck_at(schedule: Schedule, waits: Values, gives: Values) -> tuple[dict[int
 def lower(schedule: Schedule) -> Schedule:
     """Insert sends and receives so that no pair of ranks can disagree about their order.
 
-    Follows the clock (F = I = W = 1).  When a value is made, its producer lists the send and its consumer the receive,
-    so no transfer depends on a later one: NCCL and gloo cannot deadlock when transfers are posted without blocking.
-    Raises: ScheduleError if some rank waits for a value nobody makes.
+    Follows the clock (F = I = W = 1).  When a value is made its producer lists the send, its consumer the receive, so
+    no transfer depends on a later one: posted without blocking none deadlocks. Raises: ScheduleError, as `walk`.
     """
     out: list[list[Action]] = [[] for _ in schedule.steps]
     for event in walk(schedule, lambda a: 2.0 if a.kind is B else 1.0):

@@ -114,7 +114,7 @@ class FastTokenizer:
 
 @functools.cache
 def _unassigned() -> np.ndarray:
-    """Code points that this Python's Unicode lacks, or has in private planes; bool [0x110000]."""
+    """Code points that Python's Unicode lacks, or has as private; bool [0x110000]."""
     table = np.ones(0x110000, bool)
     table[:0xF0000] = np.fromiter((unicodedata.category(chr(c)) == "Cn" for c in range(0xF0000)), bool, 0xF0000)
     return table

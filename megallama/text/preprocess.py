@@ -168,7 +168,7 @@ def _check_options(workers: int, split_valid: float, split_test: float) -> list[
 
 
 def _tasks(files: Sequence[Path]) -> list[Task]:
-    """The input as tasks, which depend on the files alone: every start of a run has the same."""
+    """The input as tasks, which depend on the files alone: every start has the same."""
     size = min(max(TASK_BYTES, sum(file.stat().st_size for file in files) // MAX_TASKS), MAX_TASK_BYTES)
     tasks: list[Task] = []
     for unit in units(files, size):

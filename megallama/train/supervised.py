@@ -1,8 +1,7 @@
 """A supervisor beside every rank: how it is started, and what the rank tells it about the run.
 
-The process that the launcher started becomes the supervisor, a small one without torch, and its child trains: so the
-supervisor learns the child's death, and the launcher's signals come to whoever can still act.  A thread could not do
-it: it stands still with a stopped process, under another thread's lock of the interpreter, in a page fault.
+The launcher's process becomes the supervisor, small and without torch, and its child trains: so it learns of its
+death, and gets the launcher's signals.  A thread would stand still with the process, under a lock, in a page fault.
 """
 
 from __future__ import annotations
