@@ -47,7 +47,7 @@ def process(again: bool = False) -> int:
 
 
 def main(argv: Sequence[str] | None = None, record: FlightRecord | None = None) -> int:
-    """Run with these arguments (default: the command line's); the exit status. `record`: supervisors read it."""
+    """Run with these arguments (default: the command line's); the exit status. `record`: for supervisors."""
     record = record or FlightRecord()
     with SignalFlag() as signals:
         status = _run(list(sys.argv[1:] if argv is None else argv), signals, record)

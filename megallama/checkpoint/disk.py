@@ -73,12 +73,12 @@ def exists(path: Path) -> bool:
 
 
 def names(folder: Path) -> list[str]:
-    """The names in a folder, in order; none if there is no folder. Raises: as `patiently`."""
+    """The names in a folder, in order; none without it. Raises: as `patiently`."""
     return sorted(patiently(os.listdir, folder)) if exists(folder) else []
 
 
 def open_file(path: Path, size: int | None = None) -> tuple[int, int]:
-    """(descriptor, size) of a file. Raises: DamagedError if it is no regular one of `size`."""
+    """(descriptor, size) of a file. Raises: DamagedError if not regular, of `size`."""
     for _ in range(2):
         fd, found = patiently(_open, path)
         if size is None or found == size:

@@ -198,7 +198,7 @@ def every(seconds: float, work: Callable[[], None]) -> threading.Event:
 
 
 def under_way() -> dict[Any, str]:
-    """What threads of this process do in disk.py and writer.py: frame -> function, its file."""
+    """What threads do in disk.py and writer.py: frame -> function, its file."""
     calls = {}
     for frame in sys._current_frames().values():
         if os.path.basename(frame.f_code.co_filename) in ("disk.py", "writer.py") and (at := frame.f_locals):

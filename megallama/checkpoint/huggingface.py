@@ -169,7 +169,7 @@ def own_tokenizer(small: Mapping[str, bytes]) -> bytes | None:
 def _tokenizer_files(
     tokenizer: Path, special: dict[str, tuple[str, int]], begun: bool, longest: int, log: Callable[[str], None]
 ) -> dict[str, bytes]:
-    """Files by which Hugging Face gives the ids of the training; `begun`: documents begin with bos."""
+    """Files by which Hugging Face gives the training's ids; `begun`: documents begin with bos."""
     existing = read_settings(tokenizer.with_name("tokenizer_config.json"))
     merges = merges_of(tokenizer)
     first, eos = special.get("bos" if begun else "eos"), special.get("eos")

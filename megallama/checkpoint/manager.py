@@ -96,7 +96,7 @@ class CheckpointManager:
         self._small |= {f"model/{name}": data for name, data in (small or self._describe(config)).items()}
 
     def acquire(self, *, counted: bool = False) -> None:
-        """Create, lock, clean up the folder; `counted`: a run starts. Raises: CheckpointError on every rank."""
+        """Create, lock, clean up the folder; `counted`: a run starts. Raises: CheckpointError on all."""
 
         def work() -> None:
             if self._group.rank:
@@ -338,7 +338,7 @@ class CheckpointManager:
         return counters
 
     def check_other(self, folder: Path) -> Path:
-        """The step of another run that `folder` is, or its newest. Raises: as `load` would."""
+        """The step of another run that `folder` is, or its newest. Raises: as `load`."""
         path, use = folders.find_checkpoint(folder, self._log), "weights alone are taken with checkpoint.weights_from"
         if folders.step_folder(path) != path:
             raise CheckpointError(f"checkpoint.continue_from={folder} is no step-N folder of a run; {use}")

@@ -88,7 +88,7 @@ class MemoryCopies:
         return None
 
     def _wrong(self, step: int, slot: int) -> list[int]:
-        """The tensors with other bits than were copied; all where it is no copy of `step`."""
+        """The tensors with other bits than were copied; all if it is no copy of `step`."""
         said, copies = read_head(self.slots[slot]), self._copies[slot]
         if said.get("step") != step or len(said["digests"]) != len(copies):
             return [*range(len(copies))]

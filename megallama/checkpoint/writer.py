@@ -125,7 +125,7 @@ def write_checkpoint(content: Content, shards: Iterable[Shard], group: Assembly)
 
 
 def create_files(content: Content) -> None:
-    """Make the temporary folder, all files in final size, headers and small files written."""
+    """Make the temporary folder, files in final size, with headers and small files."""
     folder, sizes = content.temporary, content.sizes
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():

@@ -64,7 +64,7 @@ class FlightRecord:
         return self.file >= 0
 
     def begin_again(self) -> None:
-        """Nothing is known of the next trainer; `Node.begin_generation` has removed the texts."""
+        """Nothing is known of the next trainer; `Node.begin_generation` drops the texts."""
         for word in range(WORDS):
             if word not in _LASTING:
                 self.words[word] = 0
@@ -129,7 +129,7 @@ class FlightRecord:
         self.words[STEPS] += 1
 
     def ends(self, status: int, why: str, *, echo: bool = False, final: bool = False) -> None:
-        """It leaves; the first reason stays. `echo`: another rank's; `final`: it cannot be replaced."""
+        """It leaves; the first reason stays. `echo`: another's; `final`: it cannot be replaced."""
         if self.told("cause") is None:
             self.tell("cause", {"status": status, "text": why, "echo": echo, "final": final})
 

@@ -95,7 +95,7 @@ class Group(Assembly, Protocol):
         return self.all_gather(output, full)
 
     def all_to_all(self, output: Tensor, full: Tensor) -> Handle:
-        """Piece r of `full` [size * n, ...] goes to rank r, whose piece arrives as piece r of `output`."""
+        """Piece r of `full` [size * n, ...] goes to rank r, whose piece is piece r of `output`."""
         return self.all_gather(output, full)
 
     def send(self, tensor: Tensor, to: int) -> Handle:

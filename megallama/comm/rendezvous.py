@@ -123,7 +123,7 @@ class Star:
         return self._news
 
     def close(self) -> None:
-        """Leave the others; rank 0, with the store, lets them go first, but not for long."""
+        """Leave the others; rank 0, with the store, lets them go first, for a moment."""
         self._wait()
         self._run(self._leave())
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -7,7 +7,7 @@ from itertools import groupby
 
 
 class MegallamaError(Exception):
-    """Something the user can put right; the message says what is wrong and what to write."""
+    """What the user can put right; the message says what is wrong and what to write."""
 
     shared = False  # True: every rank raises it alike, so one of them says it
     decisive = False  # True: where ranks fail in several ways, all raise this kind

@@ -47,7 +47,7 @@ NOTHING = (0, 0, 0)
 
 
 def is_setting(word: str) -> bool:
-    """Whether a word is section.key=value, not the path of a file, which may have a "=" too."""
+    """Whether a word is section.key=value, not a file's path, which may have a "="."""
     key, equals, _ = word.removeprefix("--").partition("=")
     known = any(key.replace("-", "_") == setting.key for setting in settings())
     return bool(equals) and (known or not (os.path.exists(word) or "/" in key or word.endswith(".toml")))

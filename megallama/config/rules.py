@@ -26,6 +26,7 @@ USUAL = {  # far below or above which a setting is named, and what is usual
     "model.init_std": (1e-3, 0.1, "0.006 to 0.02"),
 }
 MOST_BATCH_TOKENS = 1 << 26
+_TOKENS = "batch.micro_batch_size x batch.seq_length"
 
 
 def check(config: Config, ranks: int | None = None, *, need_data: bool = True) -> list[str]:
@@ -85,10 +86,9 @@ def _tensor_parallel(config: Config, ranks: int | None) -> Iterator[str]:
     if kv % tp and tp % kv:
         verb = "does not divide" if tp < kv else "is not a multiple of"
         yield f"parallel.tp={tp} {verb} model.num_kv_heads={kv}; {use}"
-    if m.num_heads % tp:
-        yield f"parallel.tp={tp} does not divide model.num_heads={m.num_heads}; {use}"
-    if m.ffn_hidden_size % tp:
-        yield f"parallel.tp={tp} does not divide model.ffn_hidden_size={m.ffn_hidden_size}; {use}"
+    for key in ("num_heads", "ffn_hidden_size"):
+        if (size := getattr(m, key)) % tp:
+            yield f"parallel.tp={tp} does not divide model.{key}={size}; {use}"
     cp = config.parallel.cp
     tokens, cut_by = b.micro_batch_size * b.seq_length // cp, f" / parallel.cp={cp}" * (cp > 1)
     if config.parallel.sequence_parallel and tokens % tp:
@@ -100,12 +100,9 @@ def _tensor_parallel(config: Config, ranks: int | None) -> Iterator[str]:
         yield f"parallel.tp={tp} does not divide {words}; {instead}"
     rows, chunks = tokens // (tp if config.parallel.sequence_parallel else 1), config.overlap.tensor_parallel_chunks
     if tp > 1 and rows % chunks:
-        yield (
-            f"overlap.tensor_parallel_chunks={chunks} does not divide the {counted(rows, 'row')} of a micro-batch "
-            f"on a rank (batch.micro_batch_size x batch.seq_length{' / parallel.cp' * (cp > 1)}"
-            f"{' / parallel.tp' * (rows < tokens)}); "
-            f"use {_near(_divisors(rows), chunks)}"
-        )
+        cut = _TOKENS + " / parallel.cp" * (cp > 1) + " / parallel.tp" * (rows < tokens)
+        words = f"the {counted(rows, 'row')} of a micro-batch on a rank ({cut})"
+        yield f"overlap.tensor_parallel_chunks={chunks} does not divide {words}; use {_near(_divisors(rows), chunks)}"
 
 
 def _context_parallel(config: Config, ranks: int | None) -> Iterator[str]:
@@ -161,12 +158,9 @@ def _batch(config: Config, ranks: int | None) -> Iterator[str]:
     if ranks is not None:
         (dp, rest), cp = divmod(ranks, size := p.unit), f" x parallel.cp={p.cp}" * (p.cp > 1)
         if rest:
-            yield (
-                f"ranks={ranks} cannot be cut into parallel.tp={p.tp} x parallel.pp={p.pp}{cp} = {size}; use "
-                f"{_multiples(ranks, size)} ranks, or sizes whose product is {_near(_divisors(ranks), size)}"
-                + f"; torchrun --nproc-per-node {size} -m megallama.pretrain ... starts {size}"
-                * (ranks == 1)
-            )
+            use = f"{_multiples(ranks, size)} ranks, or sizes whose product is {_near(_divisors(ranks), size)}"
+            use += f"; torchrun --nproc-per-node {size} -m megallama.pretrain ... starts {size}" * (ranks == 1)
+            yield f"ranks={ranks} cannot be cut into parallel.tp={p.tp} x parallel.pp={p.pp}{cp} = {size}; use {use}"
             return  # dp is not known
         if not uneven:
             unit, words = unit * dp, f"{words} x dp={dp} (ranks / ({_unit(p)})) = {unit * dp}"
@@ -182,14 +176,12 @@ def _batch(config: Config, ranks: int | None) -> Iterator[str]:
     least = unit * 2 * p.pp
     if p.schedule == "dualpipe-v" and (size := b.sizes[0]) < least and ranks is not None and not uneven:
         key = "global_batch_size" if b.ramp_start is None else "ramp_start"
-        yield (
-            f"batch.{key}={size} is below {words} times 2 x parallel.pp={p.pp} = {least}, the least for "
-            f'parallel.schedule="dualpipe-v"; use {least}, or parallel.schedule="zb-v"'
-        )
+        need = f'{words} times 2 x parallel.pp={p.pp} = {least}, the least for parallel.schedule="dualpipe-v"'
+        yield f'batch.{key}={size} is below {need}; use {least}, or parallel.schedule="zb-v"'
 
 
 def _uneven(b: BatchConfig, p: ParallelConfig, dp: int) -> Iterator[str]:
-    """The first size that deals some of dp replicas none, or a number their schedule cannot run."""
+    """The first size that deals some replicas none, or what their schedule cannot run."""
     micro, turns = b.micro_batch_size, p.pp if p.schedule == "1f1b" and p.chunks > 1 else 1
     needed, name = (2 * p.pp, f' for parallel.schedule="{p.schedule}"') if p.schedule == "dualpipe-v" else (1, "")
     for size in b.sizes:
@@ -207,10 +199,8 @@ def _uneven(b: BatchConfig, p: ParallelConfig, dp: int) -> Iterator[str]:
         known = {b.ramp_start: "batch.ramp_start=", b.global_batch_size: "batch.global_batch_size="}
         what = known.get(size, f"batch.ramp_increment={b.ramp_increment} makes a batch of ")
         counts = f"{least + 1} or " * (rest > 0) + counted(least, "micro-batch")
-        yield (
-            f"{what}{size}, which deals {counts} of batch.micro_batch_size={micro} to each of dp={dp} replicas, "
-            f"but {problem}"
-        )
+        deals = f"{counts} of batch.micro_batch_size={micro} to each of dp={dp} replicas"
+        yield f"{what}{size}, which deals {deals}, but {problem}"
         return
 
 
@@ -223,21 +213,15 @@ def _ramp(config: Config, ranks: int | None) -> Iterator[str]:
         yield f"{' and '.join(have)} without {' and '.join(lack)}; set all three or none"
     if b.ramp_start is None:
         return
+    start, size, rise = f"batch.ramp_start={b.ramp_start}", b.global_batch_size, b.global_batch_size - b.ramp_start
     if config.parallel.schedule == "csv":
-        yield (
-            f"batch.ramp_start={b.ramp_start} changes the number of micro-batches, which is fixed with "
-            'parallel.schedule="csv"; leave the ramp-up out, or use another schedule'
-        )
-    if b.ramp_start > b.global_batch_size:
-        yield (
-            f"batch.ramp_start={b.ramp_start} is above batch.global_batch_size={b.global_batch_size}; "
-            f"use at most {b.global_batch_size}"
-        )
-    elif b.ramp_increment is not None and (rise := b.global_batch_size - b.ramp_start) % b.ramp_increment:
-        yield (
-            f"batch.ramp_increment={b.ramp_increment} does not divide batch.global_batch_size={b.global_batch_size} - "
-            f"batch.ramp_start={b.ramp_start} = {rise}; use {_near(_divisors(rise), b.ramp_increment)}"
-        )
+        fixed = 'which is fixed with parallel.schedule="csv"; leave the ramp-up out, or use another schedule'
+        yield f"{start} changes the number of micro-batches, {fixed}"
+    if rise < 0:
+        yield f"{start} is above batch.global_batch_size={size}; use at most {size}"
+    elif b.ramp_increment is not None and rise % b.ramp_increment:
+        words = f"batch.global_batch_size={size} - {start} = {rise}; use {_near(_divisors(rise), b.ramp_increment)}"
+        yield f"batch.ramp_increment={b.ramp_increment} does not divide {words}"
 
 
 def _lr_schedule(config: Config, ranks: int | None) -> Iterator[str]:
@@ -270,7 +254,7 @@ def _fp8(config: Config, ranks: int | None) -> Iterator[str]:
     if tp > 1 and (chunks := config.overlap.tensor_parallel_chunks) > 1:
         yield f"{start} scales whole products, but overlap.tensor_parallel_chunks={chunks} cuts them; use 1, {instead}"
     n, k, d = m.num_heads // tp, max(1, (m.num_kv_heads or m.num_heads) // tp), m.head_dim or 1
-    tokens = "batch.micro_batch_size x batch.seq_length" + " / parallel.cp" * (cp > 1)
+    tokens = _TOKENS + " / parallel.cp" * (cp > 1)
     sizes = {
         tokens: b.micro_batch_size * b.seq_length // cp,
         "model.hidden_size": m.hidden_size,

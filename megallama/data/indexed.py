@@ -128,7 +128,7 @@ class IndexedDataset:
         return np.frombuffer(self._bin.read(offset * size, count * size), self.dtype)
 
     def read_rows(self, offsets: Sequence[int], out: np.ndarray) -> None:
-        """m tokens from each offset on into the rows of `out` [n, m], of the file's type."""
+        """m tokens from each offset on into rows of `out` [n, m], of the file's type."""
         for offset, row in zip(offsets, out, strict=True):
             self._bin.read_into(row, offset * self.dtype.itemsize)
 

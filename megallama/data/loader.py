@@ -59,7 +59,7 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
             self._thread.start()
 
     def __next__(self) -> list[MicroBatch]:
-        """Of the next step, on the device. Raises: DataError if the thread is stuck; its error."""
+        """Of the next step, on the device. Raises: DataError for a stuck thread; its error."""
         if self._copies is None:
             batches = self._take()
             self.step += 1
@@ -79,7 +79,7 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
         return [batch.each(used) for batch in there]
 
     def _send(self, stream: torch.cuda.Stream) -> tuple[list[MicroBatch], torch.cuda.Event]:
-        """The next step on its way to the GPU: torch keeps pinned memory until it was copied."""
+        """The next step on its way to the GPU: torch keeps pinned memory until then."""
         batches = self._take()
         with torch.cuda.stream(stream):
             return [batch.to(stream.device) for batch in batches], stream.record_event()

@@ -23,7 +23,7 @@ WHOLE = (0.0, 1.0)
 
 
 class Samples(NamedTuple):
-    """n samples of s + 1 tokens; starts: where in it each token's document begins, 0 if before."""
+    """n samples of s + 1 tokens; starts: where each token's document begins, 0 if before."""
 
     tokens: np.ndarray  # integers [n, s + 1], of the files' type
     starts: np.ndarray | None = None  # int64 [n, s + 1]; None unless asked for
@@ -123,7 +123,7 @@ class Source:
         return out
 
     def read(self, indices: Sequence[int] | np.ndarray) -> Samples:
-        """The samples with these indices. Raises: DataError for an id outside the vocabulary."""
+        """The samples with these indices. Raises: DataError for an unknown id."""
         offsets = self.offset + self.sequences(np.asarray(indices, np.int64)) * self.seq_length
         tokens = np.empty((len(offsets), self.seq_length + 1), self.dataset.dtype)
         self.dataset.read_rows(offsets.tolist(), tokens)

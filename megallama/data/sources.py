@@ -23,7 +23,7 @@ SpecialIds = dict[str, int | None]  # "bos_id", "eos_id" of documents, if any
 
 
 class TrainDataset:
-    """The training sources, in the order of their mixture, and what was consumed of them."""
+    """The training sources, in their mixture's order, and what was consumed of them."""
 
     def __init__(self, config: DataConfig, sources: Sequence[Source], batch: BatchConfig) -> None:
         self.sources, self._config, self._batch = sources, config, batch
@@ -270,7 +270,7 @@ def _ids_of(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> SpecialIds:
 
 
 def _common_ids(datasets: Sequence[IndexedDataset], tokenizer: Tokenizer | None, eos_token: str | None) -> SpecialIds:
-    """Those of all corpora; an end that nobody knows is the tokenizer's. Raises: DataError."""
+    """Those of all corpora; an unknown end is the tokenizer's. Raises: DataError."""
     common: SpecialIds = {"eos_id": tokenizer.eos_id if tokenizer else None}
     for kind, verb in (("eos_id", "end"), ("bos_id", "begin")):
         seen: dict[int | None, str] = {}  # id -> the first corpus with it

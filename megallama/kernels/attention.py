@@ -66,7 +66,7 @@ class Documents:
         return cls(starts, ends, key_ends, tuple(map(tuple, pieces)))
 
     def part(self, chunks: Sequence[tuple[int, int]]) -> Documents:
-        """Also of the chunks (first token, end) of a rank, each with all keys up to its end."""
+        """Also of a rank's chunks (first token, end), each with all keys up to its end."""
         parts = tuple(Documents.of(self.starts[:, :end].contiguous(), end - first) for first, end in chunks)
         positions = torch.cat([self.positions[:, first:end] for first, end in chunks], 1)
         return replace(self, parts=parts, positions_of_part=positions)
@@ -224,7 +224,7 @@ def _probabilities(q: Tensor, k: Tensor, rows: slice, seen: slice, documents: Do
 
 
 def _te_attention(target: Target) -> MakeAttention:
-    """cuDNN's or flash attention, by Transformer Engine; without them it forms a document's scores."""
+    """cuDNN's or flash attention, by Transformer Engine, which else forms all scores."""
     target.need_half_on_cuda()
     te = target.te_module("transformer_engine.pytorch")
     if target.documents and importlib.util.find_spec("flash_attn") is None:

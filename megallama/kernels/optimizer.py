@@ -85,7 +85,7 @@ ADAMW = Operation(
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of squares, float64: norms of short runs first, so nothing is lost in fp32."""
+    """The sum of squares, float64: norms of short runs first, so fp32 loses nothing."""
     norms = []
     for x in tensors:
         whole = x.numel() // 4096 * 4096

@@ -94,7 +94,7 @@ def add_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, main_grad: Tensor, overwrite: bool,
     again: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """As `pointwise.add_norm_backward`: a program adds up its rows, a second kernel the programs."""
+    """As `pointwise.add_norm_backward`: programs add up rows, a second kernel programs."""
     dy, x, residual = dy.contiguous(), x.contiguous(), None if residual is None else residual.contiguous()
     (rows, columns), dx, normed = x.shape, torch.empty_like(x), torch.empty_like(x) if again else None
     at_once = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 4
@@ -208,7 +208,7 @@ def _rotate_apart(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """As `pointwise.apply_rope`: x [b, s, heads, d] into `out`, perhaps x; both contiguous along d."""
+    """As `pointwise.apply_rope`: x [b, s, heads, d] into `out`, both contiguous along d."""
     b, s, heads, d = x.shape
     tables, per_sample = _tables(cos, sin)
     strides = *x.stride()[:3], *out.stride()[:3], per_sample
@@ -261,7 +261,7 @@ def _gradient(logits, index, at_label, scale, total, columns, stride, BLOCK: tl.
 
 
 def log_sums(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, scale: Tensor | None) -> None:
-    """The first pass of `pointwise.CrossEntropy`, which leaves logits [r, v] as they are."""
+    """The first pass of `CrossEntropy`, which leaves logits [r, v] as they are."""
     shape = logits.shape[1], logits.stride(0)
     _log_sums[(len(logits),)](logits, index, log_sum, picked, *shape, LANES=LANES, EACH=EACH, num_warps=8)
 
@@ -269,7 +269,7 @@ def log_sums(logits: Tensor, index: Tensor, log_sum: Tensor, picked: Tensor, sca
 def gradient_(
     logits: Tensor, index: Tensor, at_label: Tensor, scale: Tensor, log_sum: Tensor | None, total: Tensor
 ) -> None:
-    """The second pass of `pointwise.CrossEntropy`: exp(logits - total) * scale, less `at_label`."""
+    """The second pass of `CrossEntropy`: exp(logits - total) * scale, less `at_label`."""
     grid, shape = (len(logits), triton.cdiv(logits.shape[1], GRAD_COLUMNS)), (logits.shape[1], logits.stride(0))
     _gradient[grid](logits, index, at_label, scale, total, *shape, BLOCK=GRAD_COLUMNS, num_warps=8)
 
@@ -314,7 +314,7 @@ def _quantize(
 
 
 def quantized(x: Tensor, dtype: torch.dtype, rows: bool, columns: bool) -> list[tuple[Tensor, Tensor]]:
-    """x [r, c] in `dtype` as it lies and transposed, as asked, each with the inverse of the scale."""
+    """x [r, c] in `dtype` as it lies and transposed, as asked, each with its inverse scale."""
     (r, c), x, new = x.shape, x.contiguous(), []
     partial, inverse = x.new_empty(PROGRAMS, dtype=torch.float32), x.new_empty((), dtype=torch.float32)
     programs = min(PROGRAMS, triton.cdiv(x.numel(), ELEMENTS))

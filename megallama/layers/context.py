@@ -28,7 +28,7 @@ class ContextParallel:
     pieces: int = 1  # of the heads: one travels under the attention of the one before
 
     def over(self, make: MakeAttention, num_heads: int, num_kv_heads: int, head_dim: int) -> Attend:
-        """Attention of this rank's q [b, s/cp, n, d], k and v [b, s/cp, k, d] to all of their samples."""
+        """Attention of a rank's q [b, s/cp, n, d], k and v [b, s/cp, k, d] to whole samples."""
         cp = self.share.size
         if cp == 1:
             return make(num_heads, num_kv_heads, head_dim)

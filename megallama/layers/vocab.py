@@ -119,7 +119,7 @@ class LossHead(Layer):
         return out
 
     def _places(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels [T] -> where this rank would have their logits, int64 [T, 1], and if it has them."""
+        """Labels [T] -> where this rank has their logits, int64 [T, 1], and if it has them."""
         shifted = labels - self.first
         index = shifted.clamp(0, max(0, self.valid - 1))
         return index.unsqueeze(1), index == shifted

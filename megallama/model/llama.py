@@ -152,7 +152,7 @@ class Stage:
             self.head = LossHead(weight, norm, tp, ops, model.vocab_size, chunk)
 
     def __call__(self, hidden: Tensor | None, batch: MicroBatch) -> Tensor:
-        """Hidden states [T/t, h] or [T, h] of the stage before, if any -> its own, or the loss sum."""
+        """Hidden states [T/t, h] or [T, h] of the stage before, if any -> its own, or the loss."""
         x = self.embed(batch.tokens.reshape(-1)) if self.embed else hidden
         assert x is not None, "only the first stage makes its own hidden states"
         documents = batch.documents and batch.documents.each(lambda t: t)  # masks live shorter

@@ -118,7 +118,7 @@ class AdamW:
 
 
 class Update:
-    """What a rank does to the weights of its stages in a step: `reduce`, `compute`, `gather`."""
+    """What a rank does to its weights in a step: `reduce`, `compute`, `gather`."""
 
     def __init__(
         self, stages: Sequence[FlatBuffers], groups: Groups, overlap: OverlapConfig, rule: AdamW,

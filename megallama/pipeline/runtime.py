@@ -23,7 +23,7 @@ StageCall = Callable[[Tensor | None, MicroBatch], Tensor]  # -> hidden states or
 
 
 class Observer:
-    """Is told of every action of a pipeline; remembers the present one, and tells the record."""
+    """Is told of a pipeline's actions; remembers the present one, and tells the record."""
 
     action: Action | None = None  # None outside, and in the wait for the last sends
 

@@ -124,7 +124,7 @@ def dualpipe_v(p: int, m: int) -> Schedule:
 def _fill(
     name: str, p: int, m: int, hops: tuple[int, int], turns: tuple[int, int, int], limit: int, compute: int
 ) -> Schedule:
-    """F and I, `compute` times as long as W, in the pattern's order; W where there is room."""
+    """F and I, `compute` times W's length, in the pattern's order; W where there is room."""
     schedule = Schedule(name, p, 2 * p, m, ((),) * p, v_owners(p))
     down, up = ([hop] * (p - 1) for hop in hops)
     bottom, top, back = turns

@@ -57,7 +57,7 @@ class Topology:
         return {axis: rank // stride % self.size(axis) for axis, stride in self.strides.items()}
 
     def groups(self, *axes: str) -> list[tuple[int, ...]]:
-        """All groups of ranks that differ only along `axes`, in creation order; ranks ascend."""
+        """Groups of ranks that differ only along `axes`, in creation order; ranks ascend."""
         steps, found = [(self.strides[a], self.size(a)) for a in axes], dict[int, list[int]]()
         for rank in range(self.world_size):
             first = rank - sum(rank // stride % size * stride for stride, size in steps)

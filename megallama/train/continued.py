@@ -33,7 +33,7 @@ LENGTHS = [f"lr_schedule.{name}_steps" for name in ("warmup", "decay", "wsd_deca
 
 
 def take_over(setup: Setup) -> Iterator[str]:
-    """Fill state and counters from checkpoint.continue_from; what to say of it. Raises: as `manager.load`."""
+    """Take state and counters from checkpoint.continue_from; what to say. Raises: as `manager.load`."""
     config, manager, progress, train = setup.config, setup.manager, setup.progress, setup.train_data
     other, what = Path(str(config.checkpoint.continue_from)), "cannot continue from another run"
     group, optimizer = setup.world.group, setup.worker.optimizer
@@ -74,7 +74,7 @@ def _anew(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 
 
 def phase_at_start(config: Config, world: World) -> tuple[int, int]:
-    """The phase, from 0, in which a run goes on by rank 0's checkpoints, and the tokens read there."""
+    """The phase, from 0, in which a run goes on by rank 0's checkpoints, and tokens read."""
     seen = begun(config)[2] if config.train.phases and not world.rank else 0
     tokens = world.group.gather_values(seen)[0]
     return config.train.phase_after(tokens), tokens
@@ -136,7 +136,7 @@ def with_end(setup: Setup) -> Setup:
 def end_of_data(
     config: Config, data: Data, number: int = 0, step: int = 0, samples: int = 0, tokens: int = 0
 ) -> tuple[int, str]:
-    """The last step of a phase that has data, and why. Raises: DataError, also for phases behind it."""
+    """The last step of a phase that has data, and why. Raises: DataError, also for later ones."""
     ends, found = config.train.phase_ends(step, tokens) or [config.train.steps], list[tuple[int, str]]()
     for n, end in enumerate(ends[number:], number):
         train = isinstance(data.train, TrainDataset) and data.train

@@ -168,7 +168,7 @@ class TrainingLoop:
             return self._leave(report, stopped)
 
     def _leaves_at_once(self) -> bool:
-        """Whether a rank was asked to stop while setting up; from here on a step's consensus tells."""
+        """Whether a rank was asked to stop while setting up; a step's consensus tells from here on."""
         signals, group = self.setup.signals, self._world.group
         for rank, name in enumerate(group.gather_values(signals.last_call())):
             if name:

@@ -1,4 +1,4 @@
-"""Where the numbers of a step go: a console line, ``metrics.jsonl``, TensorBoard, wandb, a plot."""
+"""Where a step's numbers go: a console line, ``metrics.jsonl``, TensorBoard, wandb, a plot."""
 
 import errno
 import importlib

@@ -188,7 +188,7 @@ class Progress:
         }
 
     def load_state_dict(self, saved: dict[str, Any], seq_length: int | None = None) -> None:
-        """Of a run of this length, if it kept no ledger; another one from here on is a new line of that."""
+        """Of a run of this length, if it kept no ledger; another is a new line of that."""
         self.step, self.updates = saved["step"], saved["updates"]
         self.samples, self.tokens = saved["samples"], saved["tokens"]
         self.first_step, self.may_lack_evaluations = self.step, "evaluated" in saved

@@ -225,7 +225,7 @@ def _replicas(plan: Plan, world: World) -> list[str]:
 
 
 def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> tuple[Kernels, dict[str, str]]:
-    """The same on every rank, and what checkpoints have of them; from here on the log has files."""
+    """The same on all ranks, and what checkpoints have of them; now the log has files."""
     named, resumed = _named_kernels(config, world)
     kernels = world.on_all("kernels", lambda: kernels_of(config, world.device, named))
     same_kernels(world.group.gather_values([(c.operation, c.selected) for c in kernels.choices]))
@@ -333,7 +333,7 @@ def _restore(setup: Setup, until: int | None = None) -> Setup:
 
 
 def _memory_copies(config: Config, world: World, worker: Worker, log: Logger) -> MemoryCopies | None:
-    """Where state is copied to every checkpoint.memory_interval steps, if a supervisor keeps it."""
+    """Where state is copied to every memory_interval steps, if a supervisor keeps it."""
     interval, tree = config.checkpoint.memory_interval, config.model_dump(mode="json")
     if not (interval and world.record.watched):
         return None

@@ -74,7 +74,7 @@ class SignalFlag:
             tell(self.received.name)
 
     def before_leaving(self, act: Callable[[str, int], object]) -> None:
-        """`act` is done, with the reason and the status, before `leave` ends the process."""
+        """`act` is done, with reason and status, before `leave` ends the process."""
         self._acts.append(act)
 
     def leave(self, why: str, status: int = SAVED) -> None:

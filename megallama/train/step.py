@@ -135,7 +135,7 @@ def rank_numbers(worker: Worker, loss_sum: Tensor, squares: Tensor) -> dict[str,
 def consensus(
     worker: Worker, numbers: Mapping[str, Tensor], status: RankStatus, tokens: int = 1, loss_scale: float = 1.0
 ) -> StepConsensus:
-    """The sum of what all ranks know; in a step this and `count_tokens` alone wait for the device."""
+    """The sum of what all ranks know; in a step only this and `count_tokens` wait."""
     nothing = torch.zeros((), dtype=torch.float64, device=worker.device)
     loss, squares = (numbers.get(name, nothing) for name in ("loss", "norm_squared"))
     finite = loss.isfinite() & squares.isfinite()
