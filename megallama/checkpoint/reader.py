@@ -43,7 +43,7 @@ class BlockFile:
         os.close(self._fd)
 
     def block(self, index: int) -> memoryview:
-        """A block, until the next is asked for. Raises: DamagedError naming file and block."""
+        """A block, until the next is asked for. Raises: DamagedError (file, block)."""
         assert self._record is not None
         start = index * self._block_bytes
         data = self._buffer[: self.size - start]

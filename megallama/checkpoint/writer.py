@@ -76,7 +76,7 @@ class Content:
 class Flusher(ThreadPoolExecutor):
     """A thread that follows the writers with fsync, so that the disk works from the start."""
 
-    def __init__(self, paths: Iterable[Path] = ()) -> None:
+    def __init__(self, paths: Iterable[Path]) -> None:
         super().__init__(1)
         self.paths, self._written, self._counting = {*paths}, 0, Lock()  # `paths`: what is written
         self._flushes: list[Future[list[None]]] = []
@@ -177,7 +177,7 @@ def _allocate(fd: int, size: int) -> None:
 
 
 def _write_shards(content: Content, shards: Iterable[Shard], flusher: Flusher) -> tuple[int, Digests]:
-    """Write this rank's byte runs; how many elements, and digests of blocks of its alone."""
+    """Write this rank's byte runs; how many elements, digests of its own blocks."""
     written, outputs = 0, dict[str, _Output]()
     if isinstance(shards, list):  # in the files' order few blocks have two writers
         places = content.sets["model"].places

@@ -206,7 +206,7 @@ class C10d:
         self, what: str, keep: Tensor, outgoing: Sequence[Tensor], use: Callable[[Sequence[Tensor]], None],
         incoming: Sequence[Tensor] = (),
     ) -> Handle:  # fmt: skip
-        """Give outgoing[r] to each rank r; what each gave this one, in `incoming`, goes to `use`."""
+        """Give outgoing[r] to rank r; what each gave this one, in `incoming`, goes to `use`."""
         own = outgoing[self.rank]
         others = [p for r, p in enumerate(incoming) if r != self.rank]
         parts = others or [*own.new_empty((self.size - 1, own.numel())).unbind()]

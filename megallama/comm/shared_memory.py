@@ -215,7 +215,7 @@ class SharedMemory(C10d):
         return data
 
     def _sleep_until(self, segment: _Segment, at: int, number: int, source: int) -> None:
-        """Poll for a moment, then sleep until the bell rings; look whether `source` lives."""
+        """Poll for a moment, then sleep until the bell; look whether `source` lives."""
         words, own = segment.words, self._segments[self.rank]
         start = look = time.monotonic()
         while time.monotonic() - start < self._spin:

@@ -35,7 +35,7 @@ def check(config: Config, ranks: int | None = None, *, need_data: bool = True) -
     return [problem for rule in rules for problem in rule(config, ranks)]
 
 
-def check_phases(config: Config, ranks: int | None = None, *, need_data: bool = True, tokens: int = 0) -> list[str]:
+def check_phases(config: Config, ranks: int | None, *, need_data: bool, tokens: int) -> list[str]:
     """`check` in every phase that lies ahead where so many tokens are read."""
     first, found = config.train.phase_after(tokens), list[str]()
     for number in range(first, max(1, len(config.train.phases))):

@@ -56,7 +56,7 @@ class ContextParallel:
     def by_heads(
         self, attend: Attend, copies: int, q: Tensor, k: Tensor, v: Tensor, within: Documents | None
     ) -> Tensor:
-        """Each rank has some heads of whole sequences; autograd adds up gradients of copied heads."""
+        """A rank has some heads of whole sequences; autograd adds up copied heads' gradients."""
         cp, exchange = self.share.size, _Exchange(self.group)
         if copies > 1:
             k, v = (x.repeat_interleave(copies, 2) for x in (k, v))

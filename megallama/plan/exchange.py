@@ -20,7 +20,7 @@ class Share:
     gathers: bool = True
 
     def chunks(self, length: int) -> tuple[tuple[int, int], ...]:
-        """First token and end of each of its chunks. Raises: ValueError if `length` cannot be cut."""
+        """First token and end of its chunks. Raises: ValueError if `length` cannot be cut."""
         if self.size == 1:
             return ((0, length),)
         chunk, rest = divmod(length, 2 * self.size)

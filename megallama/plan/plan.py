@@ -45,7 +45,7 @@ class Plan:
             return max(0, train.phases[-1].until_tokens - read)
         return (b.samples_after(train.steps, steps, samples) - samples) * b.seq_length
 
-    def phases(self, tokens: int = 0) -> list[Plan]:
+    def phases(self, tokens: int) -> list[Plan]:
         """Of each phase that lies ahead where so many tokens are read; without phases this one."""
         train, ranks = self.config.train, self.topology.world_size
         ahead = range(train.phase_after(tokens), len(train.phases))
@@ -55,7 +55,7 @@ class Plan:
         """Bytes of ranks at a pipeline position, in a replica with most micro-batches."""
         return rank_memory(self.config, self.stages, self.schedule, self.topology.size("dp", "cp"), pp_rank)
 
-    def worst(self, pp_rank: int, tokens: int = 0) -> RankMemory:
+    def worst(self, pp_rank: int, tokens: int) -> RankMemory:
         """`memory` in the one of `phases` that takes most."""
         return max((plan.memory(pp_rank) for plan in self.phases(tokens)), key=lambda memory: memory.total)
 

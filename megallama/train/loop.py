@@ -348,7 +348,7 @@ class TrainingLoop:
         return [(kind, one) for kind, some in due for one in some]
 
     def _never_made(self) -> list[tuple[str, Source | Task]]:
-        """Those that belong after the checkpoint's step and that no earlier start has made."""
+        """Those due after the checkpoint's step that no earlier start has made."""
         if not (self.progress.may_lack_evaluations and (due := self._due())):
             return []
         file, made = Path(self._config.run.folder) / "metrics.jsonl", []

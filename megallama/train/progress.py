@@ -109,7 +109,7 @@ class HighLoss:
 
 
 class Spikes:
-    """Loss and gradient norm of the last good steps; what stands out (median, MAD: Hampel 1974)."""
+    """Loss and gradient norm of good steps; what stands out (median, MAD: Hampel 1974)."""
 
     WINDOW, LEAST, MOST = 200, 20, 10  # steps: looked at, needed, in a row that are the new level
     WIDTH = {"loss": 0.02, "grad_norm": 0.1}  # the least standard deviation, in medians

@@ -6,7 +6,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,11 @@ class Setup:
     tracer: StepTracer  # of the rank's groups
     progress: Progress
     copies: MemoryCopies | None  # in memory that outlives this process; None: not made
-    computes_with: str = ""  # what bits depend on besides layout and versions
-    named: Mapping[str, str] = field(default_factory=dict)  # for resumed runs: operation -> implementation
-    tasks: Sequence[Task] = ()
-    tasks_of: TasksOf | None = None
-    phase: int = 0  # of train.phases, from 0
+    computes_with: str  # what bits depend on besides layout and versions
+    named: Mapping[str, str]  # for resumed runs: operation -> implementation
+    tasks: Sequence[Task]
+    tasks_of: TasksOf | None
+    phase: int  # of train.phases, from 0
     last_step: int = 0  # of the phase or the run, or of the data; known once the state is restored
     goes_on: bool = False  # after that, in another phase
 

@@ -25,7 +25,7 @@ _TFLOPS = {
 
 
 class Timers:
-    """The host's seconds per phase since the last `lap`; of nested ones the inner counts."""
+    """Host seconds per phase since the last `lap`; of nested ones the inner counts."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, record: FlightRecord | None = None) -> None:
         self._clock, self._start = clock, clock()

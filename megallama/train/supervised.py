@@ -194,7 +194,7 @@ def place_of(launch: Launch) -> dict[str, Any]:
     return who | {"launch": {name: getattr(launch, name) for name in _MEETS}}
 
 
-def introduce(world: World, plan: Plan, log: Logger, replicas: Sequence[str] = ()) -> None:
+def introduce(world: World, plan: Plan, log: Logger, replicas: Sequence[str]) -> None:
     """Tell this rank's supervisor of the run and of how it reaches the others; every rank calls it.
 
     replicas: rank 0's, why the run cannot go on with so many, by their number from 0; empty where it can.
