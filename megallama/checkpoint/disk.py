@@ -78,7 +78,7 @@ def names(folder: Path) -> list[str]:
 
 
 def open_file(path: Path, size: int | None = None) -> tuple[int, int]:
-    """(descriptor, size) of a file. Raises: DamagedError if not regular, of `size`."""
+    """(descriptor, size). Raises: DamagedError if it is no regular file, or not of `size`."""
     for _ in range(2):
         fd, found = patiently(_open, path)
         if size is None or found == size:

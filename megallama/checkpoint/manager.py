@@ -134,8 +134,8 @@ class CheckpointManager:
     def save(self, step: int, shards: Iterable[Shard], counters: dict[str, Any], *, behind: bool = True) -> None:
         """Save the state of `step`: the boxes this rank owns, and `counters` (JSON).
 
-        With async_save and `behind` it returns after a copy to host memory; max_failures in a row are only logged.
-        Raises, on all ranks: CheckpointError, MachineError if it, or too many before, failed; NotFiniteError.
+        With async_save and `behind` it returns after a copy to host memory; max_failures in a row are logged.
+        Raises, on all: CheckpointError, MachineError if it or too many failed, or the lock is lost; NotFiniteError.
         """
         try:
             self.finish(f"checkpoint of step {step}")

@@ -30,7 +30,7 @@ class Starts:
         self._failed, self._own, self._changing = list[dict[str, str]](), dict[str, str](), threading.Lock()
 
     def begin(self) -> None:
-        """Count this start. Raises: CheckpointError after run.max_failed_starts."""
+        """Count this start, with the lock. Raises: CheckpointError after run.max_failed_starts."""
         self._begun = True
         found: list[dict[str, str]] = []
         try:

@@ -33,7 +33,7 @@ def keep_near(
     """Bind this process to its part of `near`, if any: how many share its CPUs, what was done.
 
     here: of each rank of the machine the identity of the CPUs it may use, and those near its GPU. Who may use others
-    than its neighbours, or alone not all, was bound by its launcher. Threads of one core stay together.
+    than its neighbours, or alone not all, was bound by its launcher. Threads of a core stay together; few are shared.
     """
     may = sorted(os.sched_getaffinity(0))
     alike = [other for other in here if here[other][0] == here[rank][0]]

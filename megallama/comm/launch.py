@@ -316,7 +316,7 @@ def start(
         timeout, record.words[LIMIT] = timedelta(seconds=run.io_timeout_seconds), int(1e9 * run.io_timeout_seconds)
         backend = "nccl" if device.type == "cuda" else "gloo"
         limit, group = timeout + LAST_RESORT * record.watched, dist.PrefixStore("group", store)
-        # without a device_id, though torch advises one: with it a group's messages share its one communicator and
+        # without a device_id, though torch advises one: with it a group's messages share one communicator and
         # run one after another, where pairs of ranks have their own now; messages that cross could hang
         dist.init_process_group(backend, None, limit, launch.world_size, launch.rank, group)
         notes.append(f"{launch.launcher}: {counted(launch.world_size, 'rank')} over {backend}")

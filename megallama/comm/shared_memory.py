@@ -200,7 +200,7 @@ class SharedMemory(C10d):
         return self._handle(what, [], keep, tensor, finish, peer)
 
     def _read(self, kind: int, source: int, number: int, like: Tensor) -> Tensor:
-        """What `source` posted as this notice, where it lies: until it is marked as read."""
+        """What `source` posted as this notice, where it lies: read only, until marked as read."""
         segment = self._segments[source]
         at = segment.notice(kind, self.rank, number)
         if segment.words[at + _NUMBER] != number:

@@ -79,7 +79,7 @@ class Loader(AbstractContextManager["Loader"], Iterator[list[MicroBatch]]):
         return [batch.each(used) for batch in there]
 
     def _send(self, stream: torch.cuda.Stream) -> tuple[list[MicroBatch], torch.cuda.Event]:
-        """The next step on its way to the GPU: torch keeps pinned memory until then."""
+        """The next step on its way to the GPU; pinned memory is kept until it was copied."""
         batches = self._take()
         with torch.cuda.stream(stream):
             return [batch.to(stream.device) for batch in batches], stream.record_event()

@@ -429,7 +429,7 @@ def softmax_gradient_(
 ) -> None:
     """Turn what `softmax_` has left in `logits` [r, v] into the gradient of the loss, in place.
 
-    Its columns are a tensor-parallel rank's: `log_sum` [r] is theirs, `total` [r] that of all; alone it is None, and
+    Its columns are a tensor-parallel rank's: `total` [r] is of all, `log_sum` [r] theirs, or None if that is all: then
     `softmax_` had `scale` [r].  At `index` [r, 1] `at_label` [r] is subtracted: the scale, 0 of others' labels.
     """
     if log_sum is not None:

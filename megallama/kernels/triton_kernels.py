@@ -208,7 +208,7 @@ def _rotate_apart(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """As `pointwise.apply_rope`: x [b, s, heads, d] into `out`, both contiguous along d."""
+    """As `pointwise.apply_rope`: x [b, s, heads, d] into `out`, perhaps x; contiguous along d."""
     b, s, heads, d = x.shape
     tables, per_sample = _tables(cos, sin)
     strides = *x.stride()[:3], *out.stride()[:3], per_sample

@@ -230,7 +230,8 @@ def wrong_copies(update: Update, groups: Groups) -> list[tuple[str, list[int]]]:
 
     Over dp and cp a rank owns a shard of every bucket, and all weights there are the cast of its masters.  Norm weights
     have a master on every rank of tp, shared key/value heads on each of kv, a tied embedding two.  All ranks call it
-    between updates, and get the same.  Where no master decides (weights are masters, masters copies) the majority does.
+    between updates, and get the same.  Where no master decides (weights are masters, masters copies) the majority
+    does, and where there is none all are named.
     """
     update.wait()
     pieces: dict[str, list[tuple[str, Tensor]]] = {"dp_cp": [], "tp": [], "kv": [], "embedding": []}

@@ -24,7 +24,7 @@ DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of a rank, by category; `state`, what a copy in memory takes, is not in their sum."""
+    """Bytes of a rank, by category; `state`, of a copy in memory, is not in their sum."""
 
     weights: int  # on a GPU with precision.fp8 also the layers' rounded ones, in both layouts
     main_grads: int
