@@ -9,11 +9,13 @@ The same command, on several machines or as the tasks of a Slurm array, shares t
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megallama.commands.parser import Parser, filled
+from megallama.config.errors import say
 
 
 def run(argv: Sequence[str]) -> None:
@@ -36,3 +38,10 @@ def run(argv: Sequence[str]) -> None:
         return train(recipe, lambda text: print(text, file=sys.stderr, flush=True))
     new = curate(recipe, Path(args.output), args.workers, args.quiet)
     print(f"{args.output}/report.html" + ("" if new else ": finished before"))
+    report = json.loads((Path(args.output) / "report.json").read_text("utf-8"))
+    if bad := report["bad"]:
+        file, why = next(iter(bad.items()))
+        number = sum(sum(whys.values()) for whys in bad.values())
+        say(f"{number:,} records or files were not read, the first in {file}: {next(iter(why))}; the report has all")
+    if empty := [name for name, row in report["sources"].items() if not row["raw"]["documents"]]:
+        say(f"no document was read of {', '.join(empty)}")

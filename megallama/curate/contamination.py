@@ -10,7 +10,7 @@ from typing import Any, Literal
 from megallama.config.errors import DataError
 from megallama.config.schema import option
 from megallama.curate.readers import find
-from megallama.curate.stage import Apply, Document, Stage
+from megallama.curate.stage import Apply, Stage
 from megallama.text import documents as texts
 from megallama.text.ngrams import WORDS, Ngrams
 
@@ -28,18 +28,20 @@ class Contamination(Stage):
         if not known.size:
             raise DataError(f"contamination.against holds no text of {self.ngram} words; name evaluations")
 
-        def apply(document: Document) -> str:
-            return "passage of an evaluation" if known.find([document.text]).shape[1] >= self.min_hits else ""
-
-        return apply
+        said, most = ("", "passage of an evaluation"), self.min_hits
+        return lambda document: said[known.find([document.text]).shape[1] >= most]
 
     def _passages(self) -> Iterator[str]:
-        for file in find(self.against, lambda name, why: None) if self.against else ():
+        def unread(name: str, why: str) -> None:
+            if not why.endswith("hidden"):
+                raise DataError(f"contamination.against: {name}: {why}; an evaluation must be read whole")
+
+        for file in find(self.against, unread) if self.against else ():
             for record in texts.RecordReader([Path(file)]):
                 try:
                     rows = texts.suffix_of(file) in texts.JSON_SUFFIXES and not record.fault
                     yield from _strings(json.loads(record.raw) if rows else texts.parse(record)[0])
-                except (texts.BadRecord, ValueError) as error:
+                except (texts.BadRecord, ValueError, RecursionError) as error:
                     wrong = f"contamination.against: {texts.place(record)}: {error}"
                     raise DataError(f"{wrong}; an evaluation must be read whole") from None
 

@@ -30,9 +30,8 @@ def _elements(file: str, name: str, bad: Callable[[str], None]) -> Iterator[tupl
                 if event == "end" and element.tag.rpartition("}")[2] == name:
                     yield element, raw.tell()
                     root.clear()
-        # of the encoding that it says, LookupError or ValueError
         except (ElementTree.ParseError, EOFError, gzip.BadGzipFile, zlib.error, LookupError, ValueError) as error:
-            bad(f"cannot be read on: not valid XML ({error})")
+            bad(f"cannot be read on: not valid XML ({error})")  # the last two: in another encoding than it says
 
 
 def wikipedia(file: str, max_bytes: int, bad: Callable[[str], None]) -> Iterator[Row]:

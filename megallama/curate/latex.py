@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 from megallama.config.schema import option
-from megallama.curate.stage import Apply, Document, Stage
+from megallama.curate.stage import Document, Stage
 
 DEFINITION = re.compile(
     r"\\(?:(?:re)?newcommand|providecommand)\*?\s*\{?\\(?P<new>[A-Za-z]+)\}?\s*(?:\[(?P<count>\d)\])?\s*(?=\{)"
@@ -22,28 +22,24 @@ class Macros(Stage):
     kind: Literal["macros"]
     max_growth: float = option(3.0, "a text that grows to so many times its length goes", gt=1)
 
-    def start(self) -> Apply:
-        def apply(document: Document) -> str:
-            text, limit = document.text, self.max_growth * len(document.text) + 10_000
-            macros = dict[str, tuple[int, str]]()
-            at = 0
-            while found := DEFINITION.search(text, at):
-                if (end := braced(text, found.end())) < 0:
-                    at = found.end()
-                    continue
-                count = int(found["count"] or 0) or len(found["slots"] or "") // 2
-                macros[found["new"] or found["def"]] = count, text[found.end() + 1 : end - 1]
-                text, at = text[: found.start()] + text[end:], found.start()
-            for depth in range(MAX_DEPTH if macros else 0):
-                text, before = expanded(text, macros, limit), text
-                if text == before:
-                    break
-                if len(text) > limit or depth == MAX_DEPTH - 1:
-                    return "macros that grow without end"
-            document.text = text
-            return ""
-
-        return apply
+    def apply(self, document: Document) -> str:
+        text, limit = document.text, self.max_growth * len(document.text) + 10_000
+        macros, at = dict[str, tuple[int, str]](), 0
+        while found := DEFINITION.search(text, at):
+            if (end := braced(text, found.end())) < 0:
+                at = found.end()
+                continue
+            count = int(found["count"] or 0) or len(found["slots"] or "") // 2
+            macros[found["new"] or found["def"]] = count, text[found.end() + 1 : end - 1]
+            text, at = text[: found.start()] + text[end:], found.start()
+        for depth in range(MAX_DEPTH if macros else 0):
+            text, before = expanded(text, macros, limit), text
+            if text == before:
+                break
+            if len(text) > limit or depth == MAX_DEPTH - 1:
+                return "macros that grow without end"
+        document.text = text
+        return ""
 
 
 def braced(text: str, at: int) -> int:

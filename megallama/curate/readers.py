@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import glob
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -27,19 +28,17 @@ MEDIA = ("text/html", "application/xhtml+xml", "text/plain")
 STARTS = {True: re.compile(rb"\x1f\x8b\x08"), False: re.compile(rb"(?<=\n)WARC/1\.")}  # of records, by packed
 Bad = Callable[[str, str], None]
 Strings = tuple[str, ...]
-Documents = Iterator[tuple[Document, int]]  # each with the bytes that are read by then
-Piece = tuple[str, int, int | None, int]  # file, from, to, bytes on disk
 
 
 class Unit(NamedTuple):
     """Pieces of files that are read together, and become one shard."""
 
     source: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[texts.Unit, ...]
 
     @property
     def size(self) -> int:
-        return sum(piece[3] for piece in self.pieces)
+        return sum(piece.size for piece in self.pieces)
 
 
 def kind_of(file: str) -> str:
@@ -58,47 +57,53 @@ def find(inputs: Strings, bad: Bad) -> list[str]:
         if not matches:
             raise DataError(f"{name} does not exist; give a file, a folder or a pattern such as 'crawl/*.warc.gz'")
         for match in map(Path, matches):
-            for file in sorted(match.rglob("*")) if match.is_dir() else [match]:
+            for file in sorted(_below(match, bad)) if match.is_dir() else [match]:
                 hidden = any(part.startswith((".", "__pycache__")) for part in file.relative_to(match).parts)
                 if file.is_file() and kind_of(str(file)) and not hidden:
                     found[str(file)] = None
-                elif not file.is_dir():
+                else:
                     bad(str(match), f"not read: {'hidden' if hidden else file.suffix or 'no suffix'}")
     if not found:
         raise DataError(f"{', '.join(inputs)}: no WARC, WET, JSON lines, Parquet, XML dumps or text among them")
     return [*found]
 
 
+def _below(folder: Path, bad: Bad) -> Iterator[Path]:
+    """All files below a folder, also where links to folders lead; each folder once."""
+    seen = set[str]()
+    unread: Callable[[OSError], None] = lambda e: bad(str(e.filename), f"cannot be read ({e.strerror})")  # noqa: E731
+    for root, folders, names in os.walk(folder, onerror=unread, followlinks=True):
+        folders[:] = [] if (real := os.path.realpath(root)) in seen else sorted(folders)
+        yield from (Path(root, name) for name in names if real not in seen)
+        seen.add(real)
+
+
 def cut(source: int, files: list[str], unit_bytes: int) -> list[Unit]:
     """Units of about `unit_bytes`: a part of a large file, or many small ones; a packed file stays whole."""
-    units, held, size = list[Unit](), list[Piece](), 0
+    units, held, size = list[Unit](), list[texts.Unit](), 0
     for file in files:
-        pieces: list[Piece] = [(file, 0, None, Path(file).stat().st_size)]
-        if kind_of(file) == "text":
-            pieces = [(file, *part[1:]) for part in texts.units([Path(file)], unit_bytes)]
-        for piece in pieces:
-            if held and size + piece[3] > unit_bytes:
+        for piece in texts.units([Path(file)], unit_bytes):
+            if held and size + piece.size > unit_bytes:
                 units.append(Unit(source, tuple(held)))
                 held, size = [], 0
             held.append(piece)
-            size += piece[3]
+            size += piece.size
     return [*units, Unit(source, tuple(held))] if held else units
 
 
-def documents(unit: Unit, source: str, keys: Strings, max_bytes: int, bad: Bad) -> Documents:
+def documents(unit: Unit, source: str, keys: Strings, max_bytes: int, bad: Bad) -> Iterator[tuple[Document, int]]:
     """The documents of a unit, each with the bytes on disk that are read by then."""
     before = 0
-    for file, start, stop, size in unit.pieces:
-        why = functools.partial(bad, file)
-        part = texts.Unit(Path(file), start, stop, size)
+    for part in unit.pieces:
+        file, why = str(part.file), functools.partial(bad, str(part.file))
         reader = {"warc": _pages, "posts": stackexchange, "wiki": wikipedia}.get(kind_of(file))
         rows = reader(file, max_bytes, why) if reader else _texts(part, keys, max_bytes, why)
         try:
             for name, text, meta, read in rows:
-                yield Document(text, name, source, {}, meta | {"path": file}), before + min(read, size)
+                yield Document(text, name, source, {}, meta | {"path": file}), before + min(read, part.size)
         except OSError as error:
             bad(file, f"cannot be read ({error.strerror or error})")
-        before += size
+        before += part.size
 
 
 def _texts(unit: texts.Unit, keys: Strings, max_bytes: int, bad: Callable[[str], None]) -> Iterator[Row]:
@@ -114,8 +119,8 @@ def _texts(unit: texts.Unit, keys: Strings, max_bytes: int, bad: Callable[[str],
         name, meta = record.file + (f":{record.line}" if record.line else ""), dict[str, str]()
         name += f" from byte {record.origin}" if record.origin else ""
         if keys and texts.suffix_of(unit.file) in texts.JSON_SUFFIXES:
-            with suppress(ValueError):
-                row = json.loads(record.raw)
+            with suppress(ValueError, RecursionError):
+                row = json.loads(record.raw, parse_int=lambda digits: int(digits[:4000]))
                 meta = {key: str(row[key]) for key in keys if isinstance(row.get(key), (str, int, float))}
         yield meta.pop("id", name), text, meta, reader.bytes_done
 

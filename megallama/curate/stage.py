@@ -50,7 +50,11 @@ class Stage(Section):
     kind: str
 
     def start(self) -> Apply:
-        """Open what it needs. Raises: DataError."""
+        """Open what it needs, where it needs anything. Raises: DataError."""
+        return self.apply
+
+    def apply(self, document: Document) -> str:
+        """What a stage does that needs nothing."""
         raise AssertionError(self.kind)
 
     def train(self, say: Callable[[str], None]) -> None:

@@ -75,7 +75,6 @@ class Statistics:
     def distributions(self, when: str, document: Document) -> None:
         """Count a document by its length and its scores; numbers in steps of a factor of 2**0.5."""
         for name, value in ({"characters": len(document.text)} | document.scores).items():
-            slot = value
             if not isinstance(value, str):
-                slot = f"{2 ** (math.floor(2 * math.log2(max(value, 1e-3))) / 2):.3g}"
-            add(self.tree["histograms"], {f"{document.source}: {name}": {str(slot): {when: 1}}})
+                value = f"{2 ** (math.floor(2 * math.log2(max(value, 1e-3))) / 2):.3g}"
+            add(self.tree["histograms"], {f"{document.source}: {name}": {value: {when: 1}}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -120,6 +121,35 @@ def test_files_are_found_once_and_in_order(tmp_path: Path) -> None:
         find((str(tmp_path / "no*"),), lambda file, why: None)
     with pytest.raises(DataError, match="no WARC, WET, JSON lines"):
         find((str(tmp_path / "x.png"),), lambda file, why: None)
+
+
+def test_links_to_folders_are_followed_and_what_cannot_be_opened_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("in/a.jsonl", "more/b.jsonl", "in/shut/c.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "more")
+    (tmp_path / "more" / "loop").symlink_to(tmp_path / "in")
+    scan, bad = os.scandir, Counter[tuple[str, str]]()
+
+    def shut(path: str) -> object:
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", shut)
+    found = find((str(tmp_path / "in"),), lambda file, why: bad.update([(file, why)]))
+    assert found == [str(tmp_path / "in" / name) for name in ("a.jsonl", "link/b.jsonl")]
+    assert bad == {(str(tmp_path / "in" / "shut"), "cannot be read (Permission denied)"): 1}
+
+
+def test_odd_values_beside_a_text_cost_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    deep, long = "[" * 990 + "]" * 990, "9" * 5000
+    path.write_text(f'{{"text": "one", "id": "a", "x": {long}}}\n{{"text": "two", "id": "b", "x": {deep}}}\n')
+    found, bad = read(path, "id")
+    assert [*found.values()] == ["one", "two"] and found["a"] == "one" and bad == {}
 
 
 def test_without_the_extra_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

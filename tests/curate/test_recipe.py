@@ -59,8 +59,11 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
         ("x = ", "is not valid TOML"),
         ("sources = []", "sources=[]: Tuple should have at least 1 item"),
         ('[[sources]]\nname="a"\ninputs=["x"]\n' * 2, "two sources are called a"),
+        ("unit_mb=1e-9\n[[sources]]\n", "unit_mb=1e-09: Input should be greater than or equal to 1e-06"),
+        ("max_document_mb=1e14\n[[sources]]\n", "Input should be less than or equal to 1000000"),
+        ('[[sources]]\nname="work"\ninputs=["x"]\n', "two sources are called work; each needs a name of its own"),
     ],
-    ids=["toml", "none", "twice"],
+    ids=["toml", "none", "twice", "unit", "document", "work"],
 )
 def test_one_problem(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(text)
@@ -94,3 +97,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == f"{tmp_path}/out/report.html\n"
     lines = (tmp_path / "out" / "web" / "00000.jsonl").read_text().splitlines()
     assert len(lines) == 1 and lines[0].startswith('{"text":"A text.","source":"web","id":"')
+
+
+def test_the_command_says_what_was_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "in" / "a.jsonl", ["A text."])
+    (tmp_path / "other.json").write_text('{"content": "Text under another key."}\n' * 3)
+    both = {"a": "in", "b": "other.json"}.items()
+    sources = "".join(f'[[sources]]\nname = "{n}"\ninputs = ["{tmp_path}/{file}"]\n' for n, file in both)
+    (tmp_path / "r.toml").write_text(sources)
+    words = ["curate", str(tmp_path / "r.toml"), "--output", str(tmp_path / "out"), "--quiet"]
+    for again in ("", ": finished before"):
+        assert cli.main(words) == 0
+        out, err = capsys.readouterr()
+        assert out == f"{tmp_path}/out/report.html{again}\n"
+        first = f'3 records or files were not read, the first in {tmp_path}/other.json: no key "text"'
+        assert err == f"note: {first}; the report has all\nnote: no document was read of b\n"

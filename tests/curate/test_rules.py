@@ -217,6 +217,20 @@ def test_passages_of_evaluations(tmp_path: Path) -> None:
             wrong.start()
 
 
+def test_an_evaluation_that_is_not_read_is_no_evaluation_without_hits(tmp_path: Path) -> None:
+    write_rows(tmp_path / "evals" / "a.jsonl", [PROSE])
+    (tmp_path / "evals" / ".hidden").write_text("x")
+    stage = Contamination(kind="contamination", against=(str(tmp_path / "evals"),))
+    assert judged((stage,), PROSE)[0] == "passage of an evaluation"
+    (tmp_path / "evals" / "mmlu.csv").write_text(PROSE)
+    with pytest.raises(DataError, match="evals: not read: .csv; an evaluation must be read whole"):
+        stage.start()
+    (tmp_path / "evals" / "mmlu.csv").unlink()
+    (tmp_path / "evals" / "deep.jsonl").write_text('{"question": ' + "[" * 100_000)
+    with pytest.raises(DataError, match="deep.jsonl:1: .*must be read whole"):
+        stage.start()
+
+
 LANGUAGES = {
     "en": PROSE,
     "de": "Der Fluss war in der Nacht gestiegen, und die unteren Felder standen unter Wasser.",

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -182,6 +183,60 @@ def test_another_version_of_the_program_does_not_go_on(tmp_path: Path, monkeypat
     assert curate(made, tmp_path / "out")
     monkeypatch.setattr(run_module, "PACKAGES", ("another",))
     assert not curate(made, tmp_path / "out")  # what is finished stays so
+
+
+def test_who_comes_while_another_one_ends_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second process sees all done when half of what is in between has been removed."""
+    make(tmp_path / "in", 1)
+    made, output, plans = recipe(tmp_path / "in", STAGES), tmp_path / "out", list[Plan]()
+    curate(made, tmp_path / "whole")
+    remove, end = run_module.shutil.rmtree, run_module._end
+
+    def half(folder: Path, ignore_errors: bool) -> None:
+        for file in Path(folder).glob("*.json"):
+            file.unlink()
+        with pytest.raises(FileNotFoundError):
+            end(plans[0], {"bad": {}, "stages": {}, "tokens": {}, "histograms": {}, "samples": {}})
+        remove(folder)
+
+    monkeypatch.setattr(run_module, "_end", lambda plan, tree: plans.append(plan) or end(plan, tree))
+    monkeypatch.setattr(run_module.shutil, "rmtree", half)
+    assert curate(made, output)
+    assert bytes_of(output) == bytes_of(tmp_path / "whole")
+    monkeypatch.undo()
+    (output / "work.done").mkdir()
+    assert not curate(made, output) and not (output / "work.done").exists()
+
+
+def test_two_may_begin_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "in", 1)
+    (tmp_path / "out").mkdir()
+    exists = Path.exists
+
+    def another_one_begins(path: Path) -> bool:
+        found = exists(path)
+        if path.name == "work" and not found:
+            path.mkdir()
+        return found
+
+    monkeypatch.setattr(Path, "exists", another_one_begins)
+    assert curate(recipe(tmp_path / "in", STAGES), tmp_path / "out")
+
+
+def test_no_room_to_sort_posts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    rows = "".join(f'<row Id="{i}" PostTypeId="1" Body="{"words " * 500}"/>' for i in range(9))
+    (tmp_path / "in" / "Posts.xml").write_text(f"<posts>{rows}</posts>")
+    connect = sqlite3.connect
+
+    def small(name: str) -> sqlite3.Connection:
+        store = connect(name)
+        store.execute("PRAGMA max_page_count = 3")
+        return store
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+    with pytest.raises(DataError, match="database or disk is full, sorting posts: make room in SQLITE_TMPDIR, TMPDIR"):
+        curate(recipe(tmp_path / "in", []), tmp_path / "out")
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
