@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megallama.commands.alone import alone
 from megallama.commands.parser import Parser
 from megallama.config.errors import say
 
@@ -20,4 +21,5 @@ def run(argv: Sequence[str]) -> None:
     args = parser.read(argv)
     from megallama.checkpoint.average import average
 
-    average(args.steps, args.output, say)
+    with alone(args.output):
+        average(args.steps, args.output, say)

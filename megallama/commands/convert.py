@@ -14,7 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megallama.commands.parser import Parser
+from megallama.commands.alone import alone
+from megallama.commands.parser import Parser, size
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -26,7 +27,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (meta: model-parallel files) (1)")
     parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel ranks of megatron (1)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="number format; default the source's")
-    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file of step and hf [1e9 bytes] (5)")
+    parser.add_argument("--shard-gb", type=size, default=5.0, help="largest file of step and hf [1e9 bytes] (5)")
     parser.add_argument("--vocab-multiple", type=int, default=128, help="megatron pads to this times tp rows (128)")
     parser.add_argument("--context", type=int, help="longest sequence, which Meta's release does not say [tokens]")
     heads = ("auto", "tied")
@@ -75,7 +76,8 @@ def run(argv: Sequence[str]) -> int:
         options.to, options.tp, options.pp, options.dtype, shard_bytes, options.vocab_multiple, options.head
     )
     try:
-        convert(folder, options.target, wanted, options.context, check)
+        with alone(options.target):
+            convert(folder, options.target, wanted, options.context, check)
     except UnverifiedError as error:
         print(f"NOT VERIFIED: {error}; the result is kept as {options.target}.unverified", file=sys.stderr)
         return 1

@@ -93,7 +93,7 @@ def numbers_of(
     p, batch, ledger = config.parallel, config.batch, ledger or {}
     begun = (ledger.get("mixture") or [{}])[0]  # where a run goes on from another one
     done, first = begun.get("step", 1) - 1, begun.get("sample", 0)
-    if step <= done:
+    if not done < step < 1 << 40:
         raise ConfigError(f"step {step} does not exist; steps count from {done + 1}, as in the log")
     for at, count in sorted((int(at), n) for at, n in ledger.get("left_out", {}).items() if done <= int(at) < step):
         done, first = at, batch.samples_after(at, done, first) + count

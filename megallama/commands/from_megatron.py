@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megallama.commands.megatron.convert import convert, summary, to_toml
 from megallama.commands.megatron.flags import ALIASES, MARK, NOT_CHOSEN, TABLE, Flags, find, parse, plain
-from megallama.commands.parser import Parser
+from megallama.commands.parser import Parser, filled
 from megallama.config.errors import ConfigError, counted
 
 QUOTED = r"'[^']*'|\"(?:\\.|[^\"\\])*\"|\\."
@@ -170,7 +170,7 @@ def run(argv: Sequence[str]) -> None:
     at = argv.index("--") if "--" in argv else len(argv)
     words, flags = list(argv[at + 1 :]), Flags()
     parser = Parser("from-megatron", __doc__)
-    parser.add_argument("source", nargs="?", help="a log or a launch script; - is standard input")
+    parser.add_argument("source", nargs="?", type=filled, help="a log or a launch script; - is standard input")
     parser.add_argument("words", nargs="*", metavar="NAME=VALUE", help="variables of the script, or its arguments")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the TOML there")
     parser.add_argument("--ranks", metavar="N", help="check the settings for N ranks")

@@ -93,6 +93,20 @@ def filled(text: str) -> str:
     return text
 
 
+def prefix(text: str) -> str:
+    """The type of an option that names a .bin/.idx pair."""
+    if not text or text.endswith(("/", "/.", "/..")) or text in (".", ".."):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a pair; write for example {text or '.'}/text")
+    return text
+
+
+def size(text: str) -> float:
+    """The type of an option in MB or GB."""
+    if not 0 < (value := float(text)) <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is no size; write a number above 0 and at most 1,000,000")
+    return value
+
+
 def section_table() -> str:
     """The sections of the configuration, a line each."""
     from megallama.config.describe import sections

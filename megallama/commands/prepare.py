@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 from megallama.commands.exit import exit_status
-from megallama.commands.parser import Parser, filled
+from megallama.commands.parser import Parser, filled, prefix, size
 from megallama.config.errors import DataError, counted
 
 MAX_DOCUMENT_MB = 16
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("prepare", __doc__)
     add = parser.add_argument
     add("inputs", nargs="+", help="files, folders or patterns")
-    add("--output", required=True, type=filled, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json")
+    add("--output", required=True, type=prefix, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json")
     kinds = "SentencePiece .model, tokenizer.json, or their folder"
     add("--tokenizer", required=True, type=filled, dest="tokenizer_path", metavar="PATH", help=kinds)
     add("--workers", type=int, metavar="N", help="processes on this node (default: the cores); not with mpirun, srun")
@@ -65,7 +65,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add_input_options(parser)
     add("--strict", action="store_true", help="stop at the first bad record instead of skipping it")
     longer = f"longer ones are bad records ({MAX_DOCUMENT_MB})"
-    add("--max-document-mb", type=float, default=MAX_DOCUMENT_MB, metavar="MB", help=longer)
+    add("--max-document-mb", type=size, default=MAX_DOCUMENT_MB, metavar="MB", help=longer)
     own = "the tokenizer's own library even where a faster one is equal"
     add("--reference-encoder", dest="fast", action="store_false", help=own)
     add("--bos", action="store_true", help="begin every document with the tokenizer's bos, as LLaMA's own data do")

@@ -13,9 +13,12 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from megallama.commands.parser import Parser, filled
+from megallama.commands.alone import alone
+from megallama.commands.parser import Parser, filled, size
 from megallama.commands.prepare import add_input_options
+from megallama.config.errors import say
 from megallama.text.inputs import Losses
 from megallama.text.progress import ByteProgress
 from megallama.text.train_tokenizer import train_tokenizer
@@ -29,22 +32,21 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--output", required=True, type=filled, metavar="PATH", help=model)
     parser.add_argument("--vocab-size", type=int, default=32000, metavar="N", help="token ids in all (default 32000)")
     add_input_options(parser)
-    parser.add_argument(
-        "--sample-mb", type=float, default=200, metavar="MB", help="train on an even sample of at most this much (200)"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="threads (default: the cores)"
-    )
+    most, cores = "train on an even sample of at most this much (200)", len(os.sched_getaffinity(0))
+    parser.add_argument("--sample-mb", type=size, default=200, metavar="MB", help=most)
+    parser.add_argument("--threads", type=int, default=cores, metavar="N", help="threads (default: the cores)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.read(argv)
-    start = time.monotonic()
+    start, there = time.monotonic(), os.path.exists(args.output)
     losses = Losses(args.max_bad, args.max_bad_per_file, skip_files=args.skip_bad_files)
-    with ByteProgress("reading", then="training", quiet=args.quiet) as bar:
+    with alone(Path(args.output)), ByteProgress("reading", then="training", quiet=args.quiet) as bar:
         path = train_tokenizer(
             args.inputs, args.output, args.vocab_size, json_key=args.json_key, sample_bytes=int(args.sample_mb * 1e6),
             threads=args.threads, progress=bar.update, losses=losses,
             say=lambda text: print(text, file=sys.stderr, flush=True),
         )  # fmt: skip
+    if there:
+        say(f"{path} was there, and is replaced")
     for line in losses.lines():
         print(line, file=sys.stderr)
     print(f"{path}: {args.vocab_size:,} ids, {time.monotonic() - start:.1f} s")

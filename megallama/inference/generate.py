@@ -302,8 +302,8 @@ def read_prompts(path: Path) -> list[str]:
         lines = path.read_text("utf-8-sig").removesuffix("\n").split("\n")  # not at every sign that ends a line
         if lines == [""]:
             raise ValueError("it is empty")
-        return [str(json.loads(line)["prompt"]) for line in lines] if path.suffix == ".jsonl" else lines
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         form = 'one prompt a line, {"prompt": "text"} in a .jsonl'
         raise ConfigError(f"--prompts={path} cannot be read: {error!r}; write {form}") from error
 

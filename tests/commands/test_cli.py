@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_table_of_commands_is_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
     files = {p.stem.replace("_", "-") for p in (ROOT / "megallama" / "commands").glob("*.py")}
-    parts = {"--init--", "parser", "exit", "inspect-checkpoint"}  # of other commands
+    parts = {"--init--", "parser", "exit", "alone", "inspect-checkpoint"}  # of other commands
     assert files - parts == set(cli.COMMANDS)
     assert cli.main(["--help"]) == 0
     listed = capsys.readouterr().out
@@ -164,3 +164,32 @@ def test_what_is_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "none does not exist; name a checkpoint, a run folder or a .bin/.idx pair\n" in capsys.readouterr().err
     assert cli.main(["inspect", str(tmp_path / "none.bin")]) == 2
     assert "does not exist; give the prefix" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "0", "-1", "1e300", "many"])
+def test_a_size_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for option, words in {
+        "--max-document-mb": ["prepare", "x", "--output", "y", "--tokenizer", "z"],
+        "--sample-mb": ["tokenizer", "x", "--output", "y.model"],
+        "--shard-gb": ["convert", "x", "y", "--to", "hf"],
+    }.items():
+        assert cli.main([*words, option, text]) == 2
+        why = "invalid size value" if text == "many" else f"{text} is no size; write a number above 0 and at most"
+        assert capsys.readouterr().err.startswith(f"error: argument {option}: {why}")
+
+
+def test_numbers_beyond_what_libraries_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("Some words.")
+    words = ["tokenizer", str(tmp_path / "a.txt"), "--output", str(tmp_path / "t.model"), "--quiet"]
+    assert cli.main([*words, "--vocab-size", str(1 << 31)]) == 2
+    assert "SentencePiece could not train" in capsys.readouterr().err
+    toml = str(Path(__file__).parents[2] / "examples" / "debug.toml")
+    assert cli.main(["explain", toml, "data.synthetic=true", "data.train=[]", str(10**20)]) == 2
+    assert f"step {10**20} does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["data/", "data/.", ".", ".."])
+def test_a_folder_is_no_name_of_a_pair(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["prepare", "x", "--tokenizer", "z"], ["merge", "x"]):
+        assert cli.main([*words, "--output", text]) == 2
+        assert f"{text!r} is no name of a pair; write for example" in capsys.readouterr().err
