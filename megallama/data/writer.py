@@ -15,7 +15,7 @@ from zlib import crc32
 
 import numpy as np
 
-from megallama.config.errors import DataError
+from megallama.config.errors import DataError, say
 from megallama.data import blocks
 from megallama.data.blocks import BLOCK, File
 from megallama.data.indexed import CHUNK, CODES, HEADER, MAGIC, strip_suffix
@@ -148,6 +148,8 @@ class IndexedWriter(AbstractContextManager["IndexedWriter"]):
         try:
             if kind is None:
                 self.finish()
+                if Path(self.prefix + ".bin").exists():
+                    say(f"{self.prefix}.bin was there, and is replaced")
                 for suffix in (".json", ".idx", ".sums"):  # what is old must never stand beside new tokens
                     Path(self.prefix + suffix).unlink(missing_ok=True)
                 for suffix in (".bin", ".sums", ".idx"):  # the index last: a pair with an index is whole

@@ -322,6 +322,8 @@ def seems(file: str) -> str:
     head = b""
     with suppress(OSError, EOFError, zlib.error, BadRecord), open(file, "rb") as raw:
         head = cast(io.BufferedReader, _decompressed(raw, Path(file))).read1(CHUNK >> 4)
+    if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1")):
+        return "it is packed, or Parquet; its name must say so: .gz, .zst, .parquet"
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
         return "it is UTF-16 or UTF-32; convert it to UTF-8: iconv -f UTF-16 -t UTF-8"
     text = head.decode("utf-8", "ignore").lstrip("\ufeff \t\r\n")

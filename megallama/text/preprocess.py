@@ -157,8 +157,8 @@ def _marks(tokenizer: Tokenizer, bos: bool) -> str:
 def _check_options(workers: int, split_valid: float, split_test: float) -> list[str]:
     """What each output's name ends in. Raises: DataError."""
     for name, share in (("split_valid", split_valid), ("split_test", split_test)):
-        if not 0 <= share < 1:
-            raise DataError(f"{name}={share} is not a share; use a number from 0 to below 1, for example 0.05")
+        if not (share == 0 or 1e-6 <= share < 1):
+            raise DataError(f"{name}={share} is not a share; use 0, or from 0.000001 to below 1, for example 0.05")
     if split_valid + split_test >= 1:
         raise DataError(f"split_valid={split_valid} and split_test={split_test} leave nothing to train on; use less")
     if workers < 1:

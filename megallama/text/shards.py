@@ -111,8 +111,8 @@ class WorkFolder(AbstractContextManager["WorkFolder"]):
     does so only before any shard was finished.
     """
 
-    def __init__(self, prefix: str, origin: Mapping[str, Any]) -> None:
-        self._root, self.path = Path(prefix + ".parts"), folder_of(prefix, origin)
+    def __init__(self, out: str, origin: Mapping[str, Any]) -> None:
+        self._root, self.path = Path(out + ".parts"), folder_of(out, origin)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -120,8 +120,7 @@ class WorkFolder(AbstractContextManager["WorkFolder"]):
         except OSError as error:  # any other is of a file system without locks
             if isinstance(error, BlockingIOError):
                 os.close(self._lock)
-                what = f"another process is writing {prefix} now"
-                raise DataError(f"{what}; wait for it, or use another --output") from None
+                raise DataError(f"another process is writing {out} now; wait for it, or use another --output") from None
         self._journals = sorted(self.path.glob("*.journal"))
         self.start = 1 + max((int(path.stem.split("-")[0]) for path in self._journals), default=-1)
 

@@ -80,13 +80,13 @@ def train_tokenizer(
             max_sentence_length=8 * LINE_CHARACTERS,
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise _explain(error, vocab_size) from error
     write_whole(output, model.getvalue())
     return output
 
 
-def _explain(error: RuntimeError, vocab_size: int) -> DataError:
+def _explain(error: Exception, vocab_size: int) -> DataError:
     for pattern, why in (
         (r"too high .* to a value <= (\d+)", "more than this text supports; use {} or less, or more text"),
         (r"smaller than required_chars.* vs (\d+)", "less than the characters of this text need; use {} or more"),

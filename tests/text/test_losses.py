@@ -287,6 +287,17 @@ def test_every_file_without_a_good_record_says_why(tmp_path: Path, tokenizer_pat
     assert len(summary.losses.examples) == 20 and summary.losses.skipped == {'no key "text"': 30, "not JSON": 3}
 
 
+@pytest.mark.parametrize("kind", ["gz", "zst", "parquet"])
+def test_what_is_packed_under_another_name_is_called_so(kind: str, tmp_path: Path) -> None:
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.jsonl")
+    else:
+        pack = gzip.compress if kind == "gz" else zstandard.ZstdCompressor().compress
+        (tmp_path / "a.jsonl").write_bytes(pack(GOOD * 9))
+    with pytest.raises(DataError, match="none of . records? can be used: it is packed, or Parquet; its name must say"):
+        read([tmp_path / "a.jsonl"])
+
+
 def test_a_name_with_a_colon_is_named_whole(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
     reader, losses = RecordReader([tmp_path / "a.parquet"], json_key="a: b"), Losses(skip_files=True)

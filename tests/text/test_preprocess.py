@@ -330,6 +330,7 @@ def test_nothing_to_write_is_an_error(tokenizer_path: Path, tmp_path: Path) -> N
         (["few.jsonl"], {"split_valid": 0.01}, "out_valid would hold none of the 3 documents with split_valid=0.01"),
         (["few.jsonl"], {"split_valid": 1.5}, "split_valid=1.5 is not a share"),
         (["few.jsonl"], {"split_test": -0.1}, "split_test=-0.1 is not a share"),
+        (["few.jsonl"], {"split_valid": 1e-7}, "split_valid=1e-07 is not a share; use 0, or from 0.000001 to below 1"),
         (["few.jsonl"], {"split_valid": 0.5, "split_test": 0.5}, "split_valid=0.5 and split_test=0.5 leave nothing"),
         (["few.jsonl"], {"workers": 0}, "workers=0; use 1 or more"),
         (["gone.jsonl"], {}, "gone.jsonl does not exist; give a file, a folder or a pattern"),
