@@ -47,9 +47,9 @@ def run(argv: Sequence[str]) -> int:
     from megallama.inference.generate import find_model
     from megallama.plan.params import num_parameters
 
-    for name in ("tp", "pp", "shard_gb", "vocab_multiple"):
-        if getattr(options, name) <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')}={getattr(options, name)}: use a number above 0")
+    for name in ("tp", "pp", "vocab_multiple", "context"):
+        if (value := getattr(options, name)) is not None and value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')}={value}: use a number above 0")
     if options.tp > 1 and options.to not in ("meta", "megatron") or options.pp > 1 and options.to != "megatron":
         given = f"--tp={options.tp} --pp={options.pp}"
         raise ConfigError(f"{given}: --to={options.to} has no ranks; --tp is for meta and megatron, --pp for megatron")

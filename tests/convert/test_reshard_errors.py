@@ -66,7 +66,8 @@ def meta(tmp_path: Path, ranks: int = 2, model=MHA) -> Path:
         (["--to", "hf", "--tp", "2"], "--tp=2 --pp=1: --to=hf has no ranks; --tp is for meta and megatron"),
         (["--to", "meta", "--pp", "2"], "--to=meta has no ranks; --tp is for meta and megatron, --pp for megatron"),
         (["--to", "megatron", "--tp", "0"], "--tp=0: use a number above 0"),
-        (["--to", "hf", "--shard-gb", "-1"], "--shard-gb=-1.0: use a number above 0"),
+        (["--to", "hf", "--shard-gb", "-1"], "argument --shard-gb: -1 is no size; write a number above 0"),
+        (["--to", "hf", "--context", "-1"], "--context=-1: use a number above 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_those_that_do(
