@@ -15,6 +15,7 @@ import torch
 
 from megallama.cli import command
 from megallama.commands.explain import imbalance, numbers_of
+from megallama.config.errors import ConfigError
 from megallama.config.load import load, to_toml
 from megallama.data.loader import Loader
 from megallama.data.sources import TrainDataset, open_sources
@@ -267,3 +268,8 @@ def test_ranks_that_share_sequences_read_the_same_samples() -> None:
     config = small_config(parallel={"cp": 2})
     read = [numbers_of(config, 1, 4, rank, None) for rank in range(4)]
     assert read[0] == read[1] == [0, 2, 4, 6] and read[2] == read[3] == [1, 3, 5, 7]
+
+
+def test_a_step_that_no_run_reaches() -> None:
+    with pytest.raises(ConfigError, match=f"step {10**20} does not exist; steps count from 1"):
+        numbers_of(small_config(), 1, 10**20, None, None)

@@ -59,7 +59,7 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
         ("x = ", "is not valid TOML"),
         ("sources = []", "sources=[]: Tuple should have at least 1 item"),
         ('[[sources]]\nname="a"\ninputs=["x"]\n' * 2, "two sources are called a"),
-        ("unit_mb=1e-9\n[[sources]]\n", "unit_mb=1e-09: Input should be greater than or equal to 1e-06"),
+        ("unit_mb=1e-9\n[[sources]]\n", "unit_mb=1e-09: Input should be greater than or equal to 0.000001"),
         ("max_document_mb=1e14\n[[sources]]\n", "Input should be less than or equal to 1000000"),
         ('[[sources]]\nname="work"\ninputs=["x"]\n', "two sources are called work; each needs a name of its own"),
     ],
