@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megallama.commands.alone import alone
 from megallama.commands.parser import Parser
 from megallama.config.errors import say
 
@@ -20,6 +19,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="a new folder")
     args = parser.read(argv)
     from megallama.checkpoint.average import average
+    from megallama.data.writer import alone
 
     with alone(args.output):
         average(args.steps, args.output, say)

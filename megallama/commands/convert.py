@@ -1,9 +1,8 @@
 """Convert a checkpoint: `megallama convert SOURCE TARGET --to megatron --tp 2 --pp 2 --compare-logits`.
 
-SOURCE is a step folder or run folder of ours, a Hugging Face folder, Meta's original release (params.json and
-consolidated.NN.pth) or Megatron-style shards per rank (mp_rank_*/model.safetensors and config.json); TARGET must
-not exist.  Tensors are streamed one by one.  Exit status: 0 done, 1 not verified (the result is kept as
-TARGET.unverified), 2 wrong input or failed (nothing is left).
+SOURCE is a step or run folder of ours, a Hugging Face folder, Meta's release (params.json, consolidated.NN.pth) or
+Megatron-style shards (mp_rank_*/model.safetensors and config.json); TARGET must not exist.  Tensors are streamed.  Exit
+status: 0 done, 1 not verified (the result is kept as TARGET.unverified), 2 wrong input or failed (nothing is left).
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megallama.commands.alone import alone
 from megallama.commands.parser import Parser, size
 
 
@@ -30,8 +28,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shard-gb", type=size, default=5.0, help="largest file of step and hf [1e9 bytes] (5)")
     parser.add_argument("--vocab-multiple", type=int, default=128, help="megatron pads to this times tp rows (128)")
     parser.add_argument("--context", type=int, help="longest sequence, which Meta's release does not say [tokens]")
-    heads = ("auto", "tied")
-    parser.add_argument("--head", choices=heads, default="auto", help="tied leaves out a head that is called tied")
+    parser.add_argument("--head", choices=("auto", "tied"), default="auto", help="tied: leave out a head called tied")
     what = "compare logits of source and target on random tokens"
     parser.add_argument("--compare-logits", "--verify", action="store_true", help=what)
     return parser.read(arguments)
@@ -44,6 +41,7 @@ def run(argv: Sequence[str]) -> int:
     from megallama.convert.compare_logits import compare_logits, compare_with_others
     from megallama.convert.convert import ConvertOptions, UnverifiedError, convert
     from megallama.convert.source import Source, foreign_kind, open_source
+    from megallama.data.writer import alone
     from megallama.inference.generate import find_model
     from megallama.plan.params import num_parameters
 

@@ -39,9 +39,9 @@ def run(argv: Sequence[str]) -> None:
     new = curate(recipe, Path(args.output), args.workers, args.quiet)
     print(f"{args.output}/report.html" + ("" if new else ": finished before"))
     report = json.loads((Path(args.output) / "report.json").read_text("utf-8"))
-    if bad := report["bad"]:
-        file, why = next(iter(bad.items()))
-        number = sum(sum(whys.values()) for whys in bad.values())
-        say(f"{number:,} records or files were not read, the first in {file}: {next(iter(why))}; the report has all")
-    if empty := [name for name, row in report["sources"].items() if not row["raw"]["documents"]]:
-        say(f"no document was read of {', '.join(empty)}")
+    left = [
+        f"not all was read, as of {file}: {[*why][0]}; see the report" for file, why in report["bad"].items()
+    ]
+    empty = [name for name, row in report["sources"].items() if not row["raw"]["documents"]]
+    for line in [*left[:1], *(f"no document was read of {name}" for name in empty)]:
+        say(line)

@@ -2,10 +2,9 @@
 
     megallama doctor [--json] [--measure] [--table FILE] [--dtype bf16] [--device auto] [--compile]
 
-For every operation the implementation that a run would take and why not the others; --measure times all that work here,
-forward and backward, and says what to leave out (let nothing else run meanwhile). --table writes what is fastest on
-this processor, in bf16 and fp32, where run.processor_table reads it. Every probe is guarded: what fails is reported,
-not raised. The last line is the verdict; the exit status is 0 if the machine can train.
+Of every operation what a run would take, and why not the others; --measure times all that work here, forward and
+backward, and says what to leave out (let nothing else run). --table writes what is fastest on this processor, in bf16
+and fp32, for run.processor_table. What fails is reported, not raised. The last line is the verdict, and exit status 0.
 """
 
 from __future__ import annotations
@@ -102,13 +101,8 @@ def entry(rows: dict[str, list[dict[str, Any]]], model: str) -> str:
 
 def examine(dtype: str = "bf16", device: str = "auto", measure: bool = False, compiled: bool = False) -> dict[str, Any]:
     """Everything that the report says."""
-    found: dict[str, Any] = {
-        "versions": guarded(versions, {}),
-        "gpus": guarded(gpus, []),
-        "cpu": guarded(cpu, {}),
-        "kernels": [],
-        "advice": [],
-    }
+    found: dict[str, Any] = {"versions": guarded(versions, {}), "gpus": guarded(gpus, []), "cpu": guarded(cpu, {})}
+    found |= {"kernels": [], "advice": []}
     if dtype in ("bf16", "fp16"):
         found["cpu"]["product_time_over_fp32"] = guarded(lambda: product_time(dtype), None)
     problem = "" if sys.version_info >= (3, 11) else f"Python {platform.python_version()} is older than 3.11"

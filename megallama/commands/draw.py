@@ -3,9 +3,8 @@
     megallama draw [CONFIG.toml] ranks=N [section.key=value ...] [OPTIONS]
     megallama draw --schedule zb-v --pp 4 --microbatches 8 [OPTIONS]
 
-Prints a chart, the bubble and what every rank holds. By default a forward takes 1 ms, an input gradient 1 and a
-weight gradient 1, on each stage; of a configuration the stages cost in proportion to their arithmetic.
-Exit status 2 if something is wrong with the schedule, the configuration or the files.
+Prints a chart, the bubble and what every rank holds. Forward, input and weight gradient take 1 ms on each stage; of a
+configuration, in proportion to their arithmetic. Exit status 2: schedule, configuration or a file is wrong.
 """
 
 from __future__ import annotations
@@ -29,12 +28,11 @@ from megallama.plan.schedule import Schedule, parse_action
 from megallama.plan.timeline import Report, Span, StageCost, chrome_trace, draw, simulate
 from megallama.plan.work import stage_costs
 
-COLOURS = {
+COLOURS = {  # of each kind of work: for the lower and the upper stages of a rank
     "F": ("#7aa6d8", "#3f6fa8"),
     **dict.fromkeys("BI", ("#7fc47f", "#3d8b4a")),
     "W": ("#e3b35c", "#b97f1e"),
 }
-"""Of each kind of work: for the lower and the upper stages of a rank."""
 NAMES = {"F": "forward", "B": "backward", "I": "gradient of the input", "W": "gradient of the weights"}
 IDLE = "#eeeeee"
 ROW, LABEL, WIDTH = 26, 58, 1400  # pixels
@@ -183,8 +181,7 @@ def table(schedule: Schedule, report: Report) -> str:
 def run(argv: Sequence[str]) -> None:
     """Print the chart, write the pictures. Raises: MegallamaError."""
     parser = Parser("draw", __doc__, config=True, named=["ranks"])
-    own = "a schedule without a configuration; NAME may be a .csv file"
-    parser.add_argument("--schedule", metavar="NAME", help=own)
+    parser.add_argument("--schedule", metavar="NAME", help="a schedule without a configuration, also a .csv file")
     parser.add_argument("--pp", type=int, metavar="P", help="its pipeline ranks")
     parser.add_argument("--microbatches", type=int, metavar="M", help="its micro-batches")
     parser.add_argument("--chunks", type=int, metavar="V", help="its chunks per rank (default: what it needs)")

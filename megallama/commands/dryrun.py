@@ -3,7 +3,6 @@
 Builds every distinct rank of the job on this CPU, without memory for weights, executes what a few steps communicate,
 and proves over all ranks that it fits together: every collective has all its members in one order with the same
 shapes and formats, every send its receive, and no rank waits for ever.
-
 Exit status 0 if so, 1 with the first disagreement, 2 if the configuration has errors; all of them are printed.
 """
 

@@ -1,10 +1,9 @@
 """Which documents a step trained on, or will: `megallama explain CONFIG.toml STEP [section.key=value ...]`.
 
-STEP counts from 1, as the log does. For every sample of its global batch: the source, the sample's number in it and
-its epoch, and the documents it is made of, each with its number, the offset in it, and the text of what is used of
-it. The same tokens that the training reads, by the same code; nothing but the files and the configuration is needed,
-and the newest checkpoint of a run that went back (train.on_spike), which says what it left out (a run whose batch size
-was changed when it was resumed is explained as if it always had the one of the configuration).
+STEP counts from 1, as in the log. Of every sample of its global batch: source, number in it, epoch, and the documents
+it is made of, each with number, offset, and the text that is used. Read as training does, from files and configuration
+alone; of a run that went back (train.on_spike), the newest checkpoint tells what was left out. A batch size that was
+changed by a resume is taken for that of all steps.
 """
 
 from __future__ import annotations
@@ -140,8 +139,7 @@ def run(argv: Sequence[str]) -> None:
     parser.usage = "%(prog)s CONFIG.toml STEP [section.key=value ...] [OPTIONS]"
     parser.add_argument("--json", action="store_true", help="one object, with the ids of every piece")
     parser.add_argument("--tokens", action="store_true", help="ids instead of text")
-    most = "at most N characters or ids of a piece (160; 0: all)"
-    parser.add_argument("--chars", type=int, default=160, metavar="N", help=most)
+    parser.add_argument("--chars", type=int, default=160, metavar="N", help="most characters or ids of a piece; 0: all")
     parser.add_argument("--sample", type=int, metavar="I", help="only sample I of the run, from 0")
     parser.add_argument("--rank", type=int, metavar="R", help="only what rank R of ranks=N reads")
     parser.add_argument("--micro-batch", type=int, metavar="M", help="of that only micro-batch M")

@@ -5,9 +5,8 @@
     megallama from-megatron train.sh -- --lr 1   flags behind -- win over all others
     megallama from-megatron -- torchrun --nproc-per-node 8 pretrain_gpt.py --num-layers 32 ...
 
-A script is read, never run: what it computes, or sets under a condition, is asked for. Standard
-error lists every flag once, and what to look at. Exit status 2, with all reasons and without TOML,
-if the model is not a LLaMA, or where flags are wrong. Needs neither torch nor Megatron.
+A script is read, never run: what it computes, or sets under a condition, is asked for. Standard error lists every flag
+once, and what to look at. Exit status 2, with all reasons: no LLaMA, or wrong flags. Needs neither torch nor Megatron.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ folder of a LLaMA.  Texts go to standard output, one as it is made, several when
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -45,11 +44,14 @@ def run(argv: Sequence[str]) -> None:
     from megallama.train.speed import slow_format
 
     sampling = g.Sampling(0.0 if options.greedy else options.temperature, options.top_p, options.seed, options.top_k)
+    if options.max_tokens < 1:
+        raise ConfigError(f"--max-tokens={options.max_tokens} makes no text; use 1 or more")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device=cuda: this machine has no CUDA device that torch can use; use --device=cpu")
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     texts = [*(options.prompt or ()), *(g.read_prompts(options.prompts) if options.prompts else ())] or [""]
-    check(options, texts)
+    if wrong := [text for text in texts if not isinstance(text, str) or re.search("[\ud800-\udfff]", text)]:
+        raise ConfigError(f"the prompt {wrong[0]!r} is no text in UTF-8; write one")
     folder = g.find_model(options.checkpoint, say)
     tokenizer = load_tokenizer(options.tokenizer or folder)
     llama = g.load_llama(folder, DTYPES.get(options.dtype), device)
@@ -75,18 +77,3 @@ def run(argv: Sequence[str]) -> None:
             line = {"prompt": text, "text": row.text, "tokens": row.tokens, "ended": row.ended}
             print(json.dumps(line) if options.json else f"--- {number} of {len(texts)} ---\n{text}{row.text}")
     print(f"{counted(made, 'token')}, {made / (time.perf_counter() - start):.1f} tokens/s", file=sys.stderr)
-
-
-def check(options: argparse.Namespace, texts: Sequence[str]) -> None:
-    """Raises: ConfigError for what no text can be made with, or from."""
-    if options.max_tokens < 1:
-        raise ConfigError(f"--max-tokens={options.max_tokens} makes no text; use 1 or more")
-    if 0 < options.temperature < 1e-6:
-        raise ConfigError(f"--temperature={options.temperature}: use 0 for the likeliest token, or at least 1e-6")
-    if "" in options.stop:
-        raise ConfigError("--stop is empty and would end every text before it begins; leave it out")
-    if not -(1 << 63) <= options.seed < (1 << 64) - len(texts):
-        raise ConfigError(f"--seed={options.seed} has more than 64 bits; use a smaller one")
-    for number, text in enumerate(texts, 1):
-        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
-            raise ConfigError(f"prompt {number} of {len(texts)} is {text!r}; write a text, in UTF-8")

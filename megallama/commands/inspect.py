@@ -3,11 +3,10 @@
     megallama inspect runs/x [OTHER] [--verify]                                      a checkpoint
     megallama inspect PREFIX [--tokenizer PATH] [--document N] [--verify]            a .bin/.idx pair
 
-A checkpoint is a step folder, or a checkpoints or run folder (its newest step is taken). OTHER, with which it is
-compared, may also be a Hugging Face folder, Meta's release or Megatron-style shards. --verify compares every block of
-a checkpoint with its digest, and every 64 KiB of a pair with PREFIX.sums. For a pair that has none, of an earlier
-version or of another tool, --write-sums makes it. Exit status: 0 as it should be, 1 damaged or different, 2 not a
-checkpoint or pair, or one that cannot be read now.
+A checkpoint is a step folder, or a checkpoints or run folder (its newest step is taken). OTHER, to compare it with,
+may also be a Hugging Face folder, Meta's release or Megatron-style shards. --verify compares every block with its
+digest, of a pair every 64 KiB with PREFIX.sums, which --write-sums makes where there is none. Exit status: 0 as it
+should be, 1 damaged or different, 2 no checkpoint or pair, or it cannot be read now.
 """
 
 from __future__ import annotations

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from megallama.commands.alone import alone
-from megallama.commands.parser import Parser, prefix
+from megallama.commands.parser import Parser, filled
 from megallama.config.errors import counted
 
 
@@ -18,15 +16,13 @@ def run(argv: Sequence[str]) -> None:
     """Join the pairs. Raises: MegallamaError."""
     parser = Parser("merge", __doc__)
     parser.add_argument("prefixes", nargs="+", help="the pairs, with or without .bin or .idx")
-    writes = "writes PREFIX.bin, .idx, .sums and .json"
-    parser.add_argument("--output", required=True, type=prefix, metavar="PREFIX", help=writes)
+    parser.add_argument("--output", required=True, type=filled, metavar="PREFIX", help="of the .bin/.idx pair to write")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.read(argv)
-    from megallama.data.indexed import strip_suffix
     from megallama.text.preprocess import merge
     from megallama.text.progress import ByteProgress
 
-    with alone(Path(strip_suffix(args.output))), ByteProgress("merging", quiet=args.quiet) as bar:
+    with ByteProgress("merging", quiet=args.quiet) as bar:
         merged = merge(args.prefixes, args.output, bar.update, lambda text: print(text, file=sys.stderr))
     documents, tokens = counted(merged.num_documents, "document", ","), counted(merged.num_tokens, "token", ",")
     print(f"{merged.prefix}.bin: {documents}, {tokens}")

@@ -93,13 +93,6 @@ def filled(text: str) -> str:
     return text
 
 
-def prefix(text: str) -> str:
-    """The type of an option that names a .bin/.idx pair."""
-    if not text or text.endswith(("/", "/.", "/..")) or text in (".", ".."):
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a pair; write for example {text or '.'}/text")
-    return text
-
-
 def size(text: str) -> float:
     """The type of an option in MB or GB."""
     if not 0 < (value := float(text)) <= 1e6:

@@ -1,12 +1,10 @@
 """What a run will do, before it starts: `megallama plan [CONFIG.toml] ranks=N [section.key=value ...]`.
 
-Prints the plan: layers and parameters per stage, batch arithmetic, memory per rank, the pipeline's bubble, and the
-predicted time, speed, length, energy and CO2 on a kind of GPU. Needs neither torch nor a GPU. Exit status 2 if the
-configuration has errors; all of them are printed.
+Prints layers and parameters per stage, batch arithmetic, memory per rank, the pipeline's bubble, and the predicted
+time, speed, length, energy and CO2 on a kind of GPU. Needs neither torch nor a GPU. Exit status 2: errors, all printed.
 
-`--data` prints what the run takes from each source instead (then ranks=N may be left out): its size, its share of the
-samples in every phase of the mixture, the tokens used, the epochs at the end, and the step at which its max_epochs
-ends the data. Sizes come from the files where they are there, else from num_tokens of the source.
+`--data` prints what the run takes from each source instead (ranks=N may be left out): its size (of the files, else
+num_tokens), its share in every phase of the mixture, tokens used, epochs, and the step at which max_epochs ends it.
 """
 
 from __future__ import annotations

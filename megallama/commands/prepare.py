@@ -3,11 +3,10 @@
     megallama prepare corpus/ --tokenizer tokenizer.model --output data/corpus
     mpirun -n 8 megallama prepare corpus/ --tokenizer tokenizer.model --output data/corpus
 
-Input: JSON lines (.jsonl .json .ndjson) and plain text (a file is a document), both also as .gz and .zst, and Parquet;
-files, folders, patterns. Every document ends with the end-of-document token that the tokenizer names, or --eos-token.
-The output is the same for any number of processes and nodes. A run that was killed continues when it is started again:
-what is done is kept in PREFIX.parts until the end. Under mpirun or srun every rank is a process (this needs mpi4py, and
-a file system that all nodes see).
+Input: files, folders, patterns of JSON lines (.jsonl .json .ndjson), plain text (a file is a document), both also .gz
+and .zst, and Parquet. Documents end with the end-of-document token that the tokenizer names, or --eos-token. The output
+is the same for any number of processes and nodes. What was killed goes on when it is started again: PREFIX.parts keeps
+what is done. Under mpirun or srun every rank is a process (with mpi4py, and a file system that all nodes see).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from megallama.commands.exit import exit_status
-from megallama.commands.parser import Parser, filled, prefix, size
+from megallama.commands.parser import Parser, filled, size
 from megallama.config.errors import DataError, counted
 
 MAX_DOCUMENT_MB = 16
@@ -55,7 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("prepare", __doc__)
     add = parser.add_argument
     add("inputs", nargs="+", help="files, folders or patterns")
-    add("--output", required=True, type=prefix, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json")
+    add("--output", required=True, type=filled, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json")
     kinds = "SentencePiece .model, tokenizer.json, or their folder"
     add("--tokenizer", required=True, type=filled, dest="tokenizer_path", metavar="PATH", help=kinds)
     add("--workers", type=int, metavar="N", help="processes on this node (default: the cores); not with mpirun, srun")

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -29,6 +30,33 @@ def dtype_for(vocab_size: int) -> np.dtype:
 def write_metadata(prefix: str, metadata: Mapping[str, Any]) -> None:
     """Write PREFIX.json, whole or not at all. Raises: DataError."""
     write_whole(Path(prefix + ".json"), json.dumps(metadata, indent=2).encode() + b"\n")
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time writes an output: hold its lock, a file beside it that is gone afterwards.
+
+    Raises: DataError if another has it.
+    """
+    lock, new = path.with_name(f".{path.name}.lock"), [folder for folder in path.parents if not folder.exists()]
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                why = "it is one process that does this, not each of srun's or mpirun's"
+                raise DataError(f"another process is writing {path} now; wait for it ({why})") from None
+            except OSError:  # of a file system without locks
+                pass
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    finally:
+        for folder in new:  # what nothing was written into goes again
+            with suppress(OSError):
+                folder.rmdir()
 
 
 @contextmanager
@@ -89,13 +117,16 @@ class IndexedWriter(AbstractContextManager["IndexedWriter"]):
 
     def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
         self.prefix, self.dtype = strip_suffix(prefix), np.dtype(dtype)
+        if self.prefix.endswith(("/", "/.", "/..")) or self.prefix in ("", ".", ".."):
+            raise DataError(f"{self.prefix!r} is a folder and no name of a pair; write for example {self.prefix}/text")
         self.num_documents = self.num_tokens = 0
         self._code = next(code for code, kind in CODES.items() if kind == self.dtype)
-        with naming(self.prefix + ".bin and .idx"):
-            Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack, naming(self.prefix + ".bin and .idx"):
+            stack.enter_context(alone(Path(self.prefix)))
             self._sums = SumsWriter(self.prefix + ".sums.tmp")
             names = (f"{self.prefix}{suffix}.tmp" for suffix in (".bin", ".idx"))
             self._bin, self._idx = (open(name, "w+b", buffering=CHUNK) for name in names)
+            self._alone = stack.pop_all()
         self._files = (self._sums.file, self._bin, self._idx)
         self._idx.write(bytes(HEADER.size))
 
@@ -159,3 +190,4 @@ class IndexedWriter(AbstractContextManager["IndexedWriter"]):
                 with suppress(OSError):  # a full disk refuses again what is still buffered
                     file.close()
                 Path(file.name).unlink(missing_ok=True)
+            self._alone.close()

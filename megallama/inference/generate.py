@@ -84,8 +84,9 @@ class Sampling:
     top_k: int = 0  # draw from this many likeliest tokens (Fan et al. 2018), before `top_p`; 0: from all
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ConfigError(f"temperature={self.temperature} is negative; use 0 for greedy, about 0.8 to sample")
+        if not (self.temperature == 0 or self.temperature > 1e-6):  # less divides logits to infinity
+            wrong = "too small" if self.temperature > 0 else "negative"
+            raise ConfigError(f"temperature={self.temperature} is {wrong}; use 0 for greedy, about 0.8 to sample")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} is not a share; use a value above 0 and at most 1")
         if self.top_k < 0:
@@ -122,6 +123,8 @@ class Transcript:
     """
 
     def __init__(self, decode: Decode | None, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
+        if "" in stop:
+            raise ConfigError("a stop string is empty and would end every text before it begins; leave it out")
         self._decode = decode or (lambda ids: "")  # there is no text then
         self._tail, self._pending = list(prompt[-_BEFORE:]), 0
         self._done = self._decode(self._tail).rstrip(_PARTIAL)
@@ -228,8 +231,6 @@ def generate_batch(
     for name, value in (("max_tokens", max_tokens), ("max_rows", max_rows)):
         if value < 1:
             raise ConfigError(f"{name}={value} makes no text; use 1 or more")
-    if "" in stop:
-        raise ConfigError("a stop string is empty and would end every text before it begins; leave it out")
     if stop and tokenizer is None:
         raise ConfigError(f"stop={list(stop)} is looked for in the text: hand over the tokenizer, too")
     decode, num_ids = (tokenizer.decode, tokenizer.vocab_size) if tokenizer else (None, None)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_table_of_commands_is_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
     files = {p.stem.replace("_", "-") for p in (ROOT / "megallama" / "commands").glob("*.py")}
-    parts = {"--init--", "parser", "exit", "alone", "inspect-checkpoint"}  # of other commands
+    parts = {"--init--", "parser", "exit", "inspect-checkpoint"}  # of other commands
     assert files - parts == set(cli.COMMANDS)
     assert cli.main(["--help"]) == 0
     listed = capsys.readouterr().out
@@ -183,10 +183,3 @@ def test_numbers_beyond_what_libraries_take(tmp_path: Path, capsys: pytest.Captu
     words = ["tokenizer", str(tmp_path / "a.txt"), "--output", str(tmp_path / "t.model"), "--quiet"]
     assert cli.main([*words, "--vocab-size", str(1 << 31)]) == 2
     assert "SentencePiece could not train" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["data/", "data/.", ".", ".."])
-def test_a_folder_is_no_name_of_a_pair(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["prepare", "x", "--tokenizer", "z"], ["merge", "x"]):
-        assert cli.main([*words, "--output", text]) == 2
-        assert f"{text!r} is no name of a pair; write for example" in capsys.readouterr().err

@@ -110,5 +110,5 @@ def test_the_command_says_what_was_not_read(tmp_path: Path, capsys: pytest.Captu
         assert cli.main(words) == 0
         out, err = capsys.readouterr()
         assert out == f"{tmp_path}/out/report.html{again}\n"
-        first = f'3 records or files were not read, the first in {tmp_path}/other.json: no key "text"'
-        assert err == f"note: {first}; the report has all\nnote: no document was read of b\n"
+        first = f'not all was read, as of {tmp_path}/other.json: no key "text"; see the report'
+        assert err == f"note: {first}\nnote: no document was read of b\n"

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from megallama.cli import main
-from megallama.commands.alone import alone
 from megallama.config.errors import DataError
-from megallama.data.writer import IndexedWriter
+from megallama.data.writer import IndexedWriter, alone
 
 FROZEN = Path(__file__).parents[1] / "frozen" / "v1" / "fp32"
 COMMANDS = {
@@ -48,14 +47,6 @@ def test_what_is_made_stays_and_the_lock_goes(here: Path, capsys: pytest.Capture
         assert sorted(path.name for path in (here / "new").iterdir()) == ["out.bin", "out.idx", "out.sums"]
 
 
-def test_a_tokenizer_that_is_replaced_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "a.txt").write_text(" ".join(chr(97 + i % 26) * (i % 7) for i in range(200)))
-    words = ["tokenizer", "a.txt", "--output", "t.model", "--vocab-size", "290", "--quiet"]
-    for number in range(2):
-        assert main(words) == 0
-        assert ("note: t.model was there, and is replaced" in capsys.readouterr().err) == bool(number)
-
-
 def test_a_failure_leaves_no_folder(here: Path) -> None:
     assert main(["average", str(here / "nothing"), "--output", str(here / "new/deep/out")]) == 2
     assert not (here / "new").exists()
@@ -75,3 +66,10 @@ def test_one_after_the_other(here: Path) -> None:
         pass
     with alone(here / "out"), pytest.raises(DataError, match="another process"), alone(here / "out"):
         pass
+
+
+@pytest.mark.parametrize("name", ["data/", "data/.", ".", ".."])
+def test_a_folder_is_no_name_of_a_pair(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", "a", "--output", name]) == 2
+    assert f"error: {name!r} is a folder and no name of a pair; write for example" in capsys.readouterr().err
+    assert sorted(path.name for path in here.iterdir()) == ["a.bin", "a.idx", "a.sums", "a.txt"]
