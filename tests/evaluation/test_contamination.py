@@ -13,8 +13,7 @@ import pytest
 
 from megallama.cli import command
 from megallama.config.errors import ConfigError, DataError
-from megallama.evaluation import texts
-from megallama.evaluation.evaluate import evaluate
+from megallama.evaluation.evaluate import evaluate, trained_on
 from megallama.evaluation.harness import Request
 from tests.evaluation.test_evaluate import named_byte_tokenizer
 from tests.inference.test_generate import reference
@@ -100,12 +99,12 @@ def test_the_data_of_the_run_are_the_default(folder: Path, monkeypatch: pytest.M
         checked(folder)
     (folder / "there.idx").touch()
     named = {"data": {"train": [{"path": str(folder / "there")}, {"path": "/nowhere/b"}]}}
-    monkeypatch.setattr(texts, "step_folder", lambda path: path)
-    monkeypatch.setattr(texts, "read_manifest", lambda step: SimpleNamespace(config=named))
+    monkeypatch.setattr("megallama.evaluation.evaluate.step_folder", lambda path: path)
+    monkeypatch.setattr("megallama.evaluation.evaluate.read_manifest", lambda step: SimpleNamespace(config=named))
     with pytest.raises(DataError, match="was trained on: /nowhere/b is not here; name it"):
-        texts.trained_on(folder)
+        trained_on(folder)
     named["data"]["train"].pop()
-    assert texts.trained_on(folder) == (folder / "there",)
+    assert trained_on(folder) == (folder / "there",)
 
 
 def test_it_needs_items(folder: Path) -> None:

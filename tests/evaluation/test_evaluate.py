@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,7 @@ from megallama.data.tokenizer import load_tokenizer
 from megallama.evaluation.evaluate import evaluate, opened
 from megallama.evaluation.harness import Encoder, Item, Request, read_items
 from megallama.evaluation.results import beyond_noise, compare, read_results, table
-from megallama.evaluation.scorer import Row
-from megallama.evaluation.texts import windows
+from megallama.evaluation.scorer import Row, windows
 from megallama.inference.generate import Sampling, generate_batch, load_llama
 from tests.inference.test_generate import byte_tokenizer, reference
 
@@ -189,6 +189,8 @@ def test_the_papers_numbers_stand_beside_the_same_task_only() -> None:
         ),
         (["{folder}/nothing", "--items", "{folder}/items.jsonl"], "nothing is not a folder"),
         (["{folder}", "--items", "{folder}/items.jsonl", "{folder}/items.jsonl"], "two tasks would be called 'items'"),
+        (["{folder}", "--items", "{folder}/items.jsonl", "--output", "{folder}"], "cannot be written; name a file"),
+        (["{folder}", "--items", "{folder}/items.jsonl", "--output", "{folder}/items.jsonl/r"], "cannot be written"),
         (["{folder}", "--itms", "x"], "did you mean --items?"),
     ],
     ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else "",
@@ -222,8 +224,41 @@ def test_a_line_that_is_no_item_is_named(line: str, tmp_path: Path) -> None:
     assert read_items(file) == [Item(context="the cat", choices=(" sat", " sit", " set on"), gold=0)]
 
 
-def test_results_that_are_none(tmp_path: Path) -> None:
-    (tmp_path / "r.json").write_text('{"a": 1}')
+def test_items_are_lines_of_any_characters(tmp_path: Path) -> None:
+    file, item = tmp_path / "i.jsonl", Item(context="a\u2028b\x85c", choices=(" \x0cd", " \xe9"), gold=1)
+    line = json.dumps(item.model_dump(), ensure_ascii=False).encode()
+    file.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n" + line)
+    assert read_items(file) == [item, item]
+    file.write_bytes(line + b"\n" + line.decode().encode("latin-1", "replace"))
+    with pytest.raises(DataError, match=r"i\.jsonl:2 is not an item"):
+        read_items(file)
+
+
+def test_what_was_done_before_an_error_is_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (long := tmp_path / "long.jsonl").write_text(json.dumps({"context": "", "choices": ["x" * 99, "y"], "gold": 0}))
+    (output := tmp_path / "r.json").write_text("an older one")
+    shown: list[str] = []
+    asked = Request(folder, items=(folder / "items.jsonl", long), output=output)
+    with pytest.raises(DataError, match="long: a continuation has 99 tokens"):
+        evaluate(asked, shown.append, lambda text: None)
+    assert output.read_text() == "an older one"
+    assert list(read_results(tmp_path / "r.json.part")["results"]) == ["items"]
+    assert shown[0].splitlines()[1].startswith("items")
+    monkeypatch.setattr("megallama.evaluation.evaluate.score_texts", lambda *x: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(asked._replace(data=(folder / "held.jsonl",)), shown.append, lambda text: None)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and output.read_text() == "an older one"
+    said: list[str] = []
+    evaluate(asked._replace(items=asked.items[:1]), shown.append, said.append)
+    assert said == [f"results are in {output}, in place of older ones"]
+    assert list(read_results(output)["results"]) == ["items"]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": 1}', '{"results": {"t": 1}}', '{"results": {}, "items": {"t": 1}}', "[1]", "\xff"]
+)
+def test_results_that_are_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(text, "latin-1")
     with pytest.raises(DataError, match=r"r\.json is no result of an evaluation"):
         read_results(tmp_path / "r.json")
 

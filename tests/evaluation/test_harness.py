@@ -10,6 +10,7 @@ import pytest
 from megallama.config.errors import ConfigError, DataError
 from megallama.evaluation.evaluate import evaluate
 from megallama.evaluation.harness import Request
+from megallama.evaluation.scorer import Scorer
 from tests.evaluation.test_evaluate import named_byte_tokenizer
 from tests.inference.test_generate import reference
 from tests.pool import Pool
@@ -74,8 +75,33 @@ def test_a_task_asked_for_by_name_must_be_there(folder: Path) -> None:
         run(folder, "boolq")
     with pytest.raises(ConfigError, match="no such task; did you mean piqa"):
         run(folder, "piqaa")
-    with pytest.raises(ConfigError, match="mbpp: it runs the code"):
+    with pytest.raises(ConfigError, match="mbpp: it runs code"):
         run(folder, "mbpp")
+
+
+def test_every_rank_of_a_launcher_has_the_results(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")  # where the harness by itself would give none
+    assert list(run(folder, "piqa")[0]["results"]) == ["piqa"]
+
+
+def test_a_wrong_name_is_said_before_anything_is_scored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def score(self: Scorer, rows: object) -> None:
+        raise AssertionError("scored")
+
+    monkeypatch.setattr(Scorer, "__call__", score)
+    with pytest.raises(ConfigError, match="no such task; did you mean piqa"):
+        run(folder, "piqa", "piqaa")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no rows", '{"goal": "g", "sol1": "a"}'], ids=["empty", "broken", "a column less"]
+)
+def test_data_that_cannot_be_read_name_the_task(text: str, folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "piqa" / "plain_text" / "validation"
+    data.mkdir(parents=True)
+    (data / "rows.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match="piqa: it cannot be loaded: "):
+        evaluate(Request(folder / "model", tasks=("piqa",), task_data=tmp_path), print, print)
 
 
 def test_answers_are_generated(folder: Path) -> None:

@@ -110,10 +110,10 @@ def test_of_equal_logits_the_first_is_the_likeliest() -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        (Row([1], 0), "row 0 has 1 ids and scores those from 0 on"),
+        (Row([1], 0), "row 0 has 1 ids, from 1 to 1, and scores those from 0 on"),
         (Row([1, 2], 2), "scores those from 2 on"),
-        (Row([1] * 18, 1), "row 0 has 18 ids; at most 17 fit the context"),
-        (Row([1, 61], 1), "row 0 has 2 ids, from 1 to 61; the model has 0 to 60"),
+        (Row([1] * 18, 1), "row 0 has 18 ids, from 1 to 1, .* and 16 fit before the last"),
+        (Row([1, 61], 1), "row 0 has 2 ids, from 1 to 61, .* the model has 0 to 60"),
         (Row([-1, 3], 1), "from -1 to 3"),
     ],
     ids=["one id", "nothing scored", "too long", "above", "below"],

@@ -10,9 +10,8 @@ import numpy as np
 
 from megallama.comm.launch import World
 from megallama.data.tokenizer import load_tokenizer
-from megallama.evaluation.evaluate import evaluation_config, open_on
+from megallama.evaluation.evaluate import check, evaluation_config, open_on, read_texts
 from megallama.evaluation.harness import Encoder, read_items, score_items
-from megallama.evaluation.texts import check, read_texts
 
 
 def score(world: World, folder: Path, words: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
