@@ -38,7 +38,8 @@ def alone(path: Path) -> Iterator[None]:
 
     Raises: DataError if another has it.
     """
-    lock, new = path.with_name(f".{path.name}.lock"), [folder for folder in path.parents if not folder.exists()]
+    whole = path.absolute()
+    lock, new = whole.parent / f".{whole.name}.lock", [folder for folder in whole.parents if not folder.exists()]
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with lock.open("a") as file:

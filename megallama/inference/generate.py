@@ -231,7 +231,7 @@ def generate_batch(
     for name, value in (("max_tokens", max_tokens), ("max_rows", max_rows)):
         if value < 1:
             raise ConfigError(f"{name}={value} makes no text; use 1 or more")
-    if stop and tokenizer is None:
+    if stop and all(stop) and tokenizer is None:
         raise ConfigError(f"stop={list(stop)} is looked for in the text: hand over the tokenizer, too")
     decode, num_ids = (tokenizer.decode, tokenizer.vocab_size) if tokenizer else (None, None)
     rows = []

@@ -73,3 +73,10 @@ def test_a_folder_is_no_name_of_a_pair(name: str, here: Path, capsys: pytest.Cap
     assert main(["merge", "a", "--output", name]) == 2
     assert f"error: {name!r} is a folder and no name of a pair; write for example" in capsys.readouterr().err
     assert sorted(path.name for path in here.iterdir()) == ["a.bin", "a.idx", "a.sums", "a.txt"]
+
+
+@pytest.mark.parametrize("name", ["/", ".", "", ".."])
+def test_names_that_are_folders_already(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(FROZEN), name, "--to", "hf"]) == 2
+    assert capsys.readouterr().err == f"error: {Path(name)} exists; give a new folder, or delete it first\n"
+    assert sorted(path.name for path in here.iterdir()) == ["a.bin", "a.idx", "a.sums", "a.txt"]
