@@ -34,10 +34,7 @@ MAX_CONTEXT = 1 << 24  # a model that claims more would fill the memory with tab
 
 
 def find_model(path: Path, tell: Callable[[str], None] = lambda text: None) -> Path:
-    """The Hugging Face folder that `path` means: one itself, or the model/ of the step that `find_checkpoint` finds.
-
-    Raises: CheckpointError if there is none.
-    """
+    """The Hugging Face folder that `path` means, or model/ of its step. Raises: CheckpointError if there is none."""
     for folder in (path, path / "model"):
         if disk.exists(folder / "config.json"):
             return folder
@@ -61,6 +58,7 @@ def load_llama(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     with reader.open_folder(folder) as files:
         model, notes = reader.head_of(folder, files, model)
         reader.check_tensors(folder, files, model)
+        dtype = dtype or files.tensor("model.norm.weight").dtype  # of files that mix formats, that of the norms
         weights = {name: files.tensor(name, dtype).to(device or "cpu") for name in global_shapes(model)}
     path = folder / "config.json"
     raw = disk.read_json(path)
@@ -84,9 +82,8 @@ class Sampling:
     top_k: int = 0  # draw from this many likeliest tokens (Fan et al. 2018), before `top_p`; 0: from all
 
     def __post_init__(self) -> None:
-        if not (self.temperature == 0 or self.temperature > 1e-6):  # less divides logits to infinity
-            wrong = "too small" if self.temperature > 0 else "negative"
-            raise ConfigError(f"temperature={self.temperature} is {wrong}; use 0 for greedy, about 0.8 to sample")
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature={self.temperature} is negative; use 0 for greedy, about 0.8 to sample")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} is not a share; use a value above 0 and at most 1")
         if self.top_k < 0:
@@ -95,7 +92,7 @@ class Sampling:
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """What each token is drawn with, fp64 [rows, v], from logits [rows, v]; the temperature is not 0."""
-    scaled = logits.double() / sampling.temperature
+    scaled = logits.double() / max(sampling.temperature, 1e-6)  # by less they would be infinite
     if 0 < sampling.top_k < scaled.shape[-1]:
         least = scaled.topk(sampling.top_k).values[:, -1:]  # those equal to the last one stay, as in transformers
         scaled = scaled.where(scaled >= least, -torch.inf)
@@ -109,6 +106,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
     """A token id for each row of logits [rows, v]; each row draws from its own generator."""
+    if not logits.isfinite().all():
+        raise CheckpointError("logits are not finite: weights are damaged, or too large for this --dtype; use fp32")
     if sampling.temperature == 0:
         return [int(token) for token in logits.argmax(-1).tolist()]
     rows = probabilities(logits, sampling)
