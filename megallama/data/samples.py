@@ -7,10 +7,10 @@ number, its cycle walked into range (Black and Rogaway 2002, "Ciphers with arbit
 
 import hashlib
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from math import isqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -164,3 +164,7 @@ class Synthetic:
         keys = [np.array([self.seed & MASK, int(i)], np.uint64) for i in ids]
         draws = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
         return Samples(np.stack([draw.integers(0, self.vocab_size, self.seq_length + 1) for draw in draws]))
+
+    def resume(self, saved: Mapping[str, Any], *_: int | None) -> None:
+        if saved.get("mixture"):
+            raise DataError("data.synthetic=true, but this run was trained on text; give it a run.folder of its own")

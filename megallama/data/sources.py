@@ -48,11 +48,8 @@ class TrainDataset:
 
     def documents(self, ids: Sequence[int]) -> list[str]:
         """Source, first and last document of each of these samples."""
-        out = []
-        for source, _, at in self.places(ids):
-            first, last = map(source.dataset.document_at, (at, at + source.seq_length))
-            out.append(f"{source.name} {first}-{last}")
-        return out
+        ends = ((source, (at, at + source.seq_length)) for source, _, at in self.places(ids))
+        return [f"{s.name} {'-'.join(str(s.dataset.document_at(i)) for i in both)}" for s, both in ends]
 
     def consumption(self, samples: int) -> dict[str, dict[str, float]]:
         """What the first `samples` took: source name -> {"samples", "tokens", "epochs"}."""

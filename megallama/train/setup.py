@@ -304,10 +304,9 @@ def _restore(setup: Setup, until: int | None = None) -> Setup:
         length, number = current(before)["batch"]["seq_length"], continued.phase_of(saved, config)
         world.on_all("configuration", lambda: continued.check_past(before, config, number))
         setup = continued.enter(setup, number)
-        config, train = setup.config, setup.train_data
+        config, train = setup.config, setup.data.train
         progress.load_state_dict(saved, length)
-        if train:
-            world.on_all("data", lambda: train.resume(saved, progress.step, progress.samples, until))
+        world.on_all("data", lambda: train.resume(saved, progress.step, progress.samples, until))
         if until is not None:
             progress.left_out[str(progress.step)], progress.samples = until - progress.samples, until
         optimizer.loaded(progress.updates)

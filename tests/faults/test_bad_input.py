@@ -127,6 +127,19 @@ def test_another_model_in_the_same_folder(tmp_path: Path, capsys: pytest.Capture
     assert "num_layers" in text and "norm_eps" in text
 
 
+def test_random_tokens_do_not_go_on_with_a_run_on_text(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a test of speed would with the configuration of a real run: its checkpoints would make room for nonsense."""
+    run = [*GOOD, f"run.folder={tmp_path / 'run'}", "checkpoint.interval=1"]
+    assert main([*run, "data.synthetic=false", f"data.train={corpus}"]) == 0
+    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    capsys.readouterr()
+    text = refused([*run, "train.steps=4", "lr_schedule.decay_steps=2"], capsys)
+    assert "data.synthetic=true, but this run was trained on text; give it a run.folder of its own" in text
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
+
+
 def test_a_finished_run_ends_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = [*GOOD, f"run.folder={tmp_path}"]
     assert main(run) == 0
