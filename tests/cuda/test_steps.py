@@ -47,7 +47,7 @@ def run(config: Config, ranks: int, of: set[int] | None = None, triton: bool = F
 @pytest.mark.parametrize("layout", [*matrix()[::3], *FURTHER[::2]], ids=str)
 def test_layouts(layout: Layout) -> None:
     """Some of those that are compared with one rank: what a GPU does differently lies within layers."""
-    for program in run(layout.config("bf16"), layout.ranks):
+    for program in run(layout.config("bf16", layers=layout.few_layers), layout.ranks):
         assert bool(program.calls) == (layout.ranks > 1)
 
 

@@ -64,6 +64,12 @@ class Layout:
         return self.tp * self.cp * self.pp * self.dp
 
     @property
+    def few_layers(self) -> int:
+        """Enough for a first, one in between and a last where stages are few, else one on each."""
+        stages = self.pp * self.chunks
+        return {1: 3, 2: 4}.get(stages, stages)
+
+    @property
     def legal(self) -> bool:
         """Whether such a job exists and every setting of it has an effect."""
         return (
@@ -76,10 +82,11 @@ class Layout:
             and not (self.sequence_parallel and 64 // (self.accumulation * self.dp * self.cp) % self.tp)
         )
 
-    def config(self, dtype: str, alone: bool = False) -> Config:
-        """The configuration of this row, or of the one rank it is compared with."""
+    def config(self, dtype: str, alone: bool = False, layers: int = 8) -> Config:
+        """The configuration of this row, or of the one rank it is compared with; one layer more where uneven."""
+        layers += self.uneven
         model = {
-            "num_layers": 9 if self.uneven else 8,
+            "num_layers": layers,
             "tie_embeddings": self.tied,
             "num_kv_heads": self.kv_heads,
             "vocab_size": self.vocab,
@@ -91,7 +98,7 @@ class Layout:
         if not alone:
             batch["micro_batch_size"] = 1 if self.dealt else 8 // (self.accumulation * self.dp)
             stages = self.pp * self.chunks
-            layers = [9 // stages + (s == 0) * (9 % stages) for s in range(stages)] if self.uneven else None
+            of_stages = [layers // stages + (s == 0) * (layers % stages) for s in range(stages)]
             own = str(Path(__file__).parent / "own.csv") if self.schedule == "csv" else None
             settings["parallel"] = {
                 "schedule_file": own,
@@ -102,7 +109,7 @@ class Layout:
                 "pp": self.pp,
                 "chunks": self.chunks,
                 "schedule": self.schedule,
-                "stage_layers": layers,
+                "stage_layers": of_stages if self.uneven else None,
             }
             settings["memory"] = {"recompute": self.recompute, "cp_keep_kv": self.keep}
             settings["overlap"] = {"tensor_parallel_chunks": self.tp_chunks}
@@ -255,11 +262,12 @@ def matrix() -> tuple[Layout, ...]:
     return tuple(sorted(rows, key=lambda layout: (layout.ranks, str(layout))))
 
 
-def run(world: World, layout: Layout, dtype: str, alone: bool) -> list[float]:
+def run(world: World, layout: Layout, dtype: str, alone: bool, steps: int = STEPS) -> list[float]:
     """Train on one rank of a job; losses and gradient norms. Called in the processes of the pool."""
     config = layout.config(dtype, alone)
     plan = make_plan(config, world.world_size)
-    return trained(build(plan, world.groups(plan.topology, config.model.num_kv_heads or 1), world.device), layout)
+    groups = world.groups(plan.topology, config.model.num_kv_heads or 1)
+    return trained(build(plan, groups, world.device), layout, steps)
 
 
 def trained(rank: Worker, layout: Layout, steps: int = STEPS) -> list[float]:
@@ -276,15 +284,15 @@ class Comparison:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._alone: dict[Config, list[float]] = {}
+        self._alone: dict[tuple[Config, int], list[float]] = {}
 
-    def deviations(self, layout: Layout, dtype: str) -> tuple[float, float]:
-        """Largest relative deviation of the loss and of the gradient norm over all ranks and steps."""
-        config = layout.config(dtype, alone=True)
-        if config not in self._alone:
-            (self._alone[config],) = self._pool.run(1, "tests.parity.matrix:run", layout, dtype, True)
-        want = self._alone[config]
-        results = self._pool.run(layout.ranks, "tests.parity.matrix:run", layout, dtype, False)
+    def deviations(self, layout: Layout, dtype: str, steps: int = STEPS) -> tuple[float, float]:
+        """Largest relative deviation of the loss and of the gradient norm over all ranks and `steps` steps."""
+        known = layout.config(dtype, alone=True), steps
+        if known not in self._alone:
+            (self._alone[known],) = self._pool.run(1, "tests.parity.matrix:run", layout, dtype, True, steps)
+        want = self._alone[known]
+        results = self._pool.run(layout.ranks, "tests.parity.matrix:run", layout, dtype, False, steps)
         return tuple(max(deviation(ours[i::2], want[i::2]) for ours in results) for i in (0, 1))  # type: ignore[return-value]
 
 

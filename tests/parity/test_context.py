@@ -26,7 +26,7 @@ from tests.pool import Pool
 from tests.small import build, curve, deviation, documents, on_threads, small_config, tokens, train
 from tests.threads import run_threads
 
-STEPS = 4
+STEPS, LONG = 4, 10
 BY_PROCESSES = Layout(tp=2, cp=2, kv_heads=1, documents=True), Layout(cp=2, exchange="heads", pp=2, documents=True)
 _ALONE: dict[Config, list[float]] = {}
 
@@ -53,8 +53,9 @@ def test_and_nearly_so_in_fp32(layout: Layout) -> None:
 @pytest.mark.parametrize("gloo", [False, True], ids=["shared memory", "gloo"])
 @pytest.mark.parametrize("layout", BY_PROCESSES, ids=str)
 def test_over_processes(pool: Pool, layout: Layout, gloo: bool) -> None:
-    (want,) = on_threads(layout.config("fp64", alone=True), 1, lambda rank: trained(rank, layout))
-    for own in pool.run(4, "tests.parity.matrix:run", layout, "fp64", False, gloo=gloo):
+    steps = STEPS if gloo else LONG
+    (want,) = on_threads(layout.config("fp64", alone=True), 1, lambda rank: trained(rank, layout, steps))
+    for own in pool.run(4, "tests.parity.matrix:run", layout, "fp64", False, steps, gloo=gloo):
         assert deviation(own, want) <= LIMITS["fp64"]
 
 
@@ -146,7 +147,7 @@ def test_what_is_moved_is_what_the_rule_counts(recompute: str, keep: bool, gathe
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_heads_that_are_gathered_under_the_attention_of_others_change_no_bit(recompute: str, within: bool) -> None:
     def bits(pieces: int, delays: int | None = None) -> list[list[float]]:
-        config = small(4, kv=2, within=within, cp_exchange="gather")
+        config = small(4, kv=2, within=within, cp_exchange="gather").changed(batch={"global_batch_size": 4})
         changed = {"overlap": {"context_parallel_heads": pieces}, "memory": {"recompute": recompute}}
         data, starts = tokens(config, 2), documents(config, 2) if within else None
 

@@ -42,8 +42,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def config_of(name: str, dtype: str) -> Config:
-    sections = LAYOUTS[name][1]
-    return small_config(**{**sections, "precision": {"dtype": dtype}})
+    ranks, sections = LAYOUTS[name]
+    parallel = sections.get("parallel", {})
+    alone = ranks == parallel.get("tp", 1) * parallel.get("pp", 1)
+    size = {"global_batch_size": 4 if alone else 8}  # micro-batches of each replica: 4, or 2 of 8 ranks
+    return small_config(**{**sections, "batch": size, "precision": {"dtype": dtype}})
 
 
 def outcome(rank: Worker) -> list[Tensor]:

@@ -8,6 +8,7 @@ from tests.parity.matrix import FURTHER, LIMITS, MAX_RANKS, VALUES, Comparison, 
 from tests.pool import Pool
 
 ROWS = matrix()
+IN_STEPS = {"fp64": 10, "fp32": 6}  # what is wrong in both shows in float64, to ten digits
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def comparison(pool: Pool) -> Comparison:
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("layout", [*ROWS, *FURTHER], ids=str)
 def test_every_layout_gives_one_ranks_numbers(comparison: Comparison, layout: Layout, dtype: str) -> None:
-    loss, norm = comparison.deviations(layout, dtype)
+    loss, norm = comparison.deviations(layout, dtype, IN_STEPS[dtype])
     assert loss <= LIMITS[dtype]
     assert norm <= LIMITS[dtype]
 
