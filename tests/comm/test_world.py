@@ -100,10 +100,10 @@ def test_slurm_environment() -> None:
 
 
 def test_a_rank_that_never_arrives_is_named_by_all_others() -> None:
-    results = together([slurm(0, 3), slurm(2, 3)], "init_timeout_seconds=10")
+    results = together([slurm(0, 3), slurm(2, 3)], "init_timeout_seconds=6")
     host = socket.gethostname()
     message = (
-        f"error: rank 1 never arrived within 10 s (run.init_timeout_seconds); arrived: 0, 2 ({host}); "
+        f"error: rank 1 never arrived within 6 s (run.init_timeout_seconds); arrived: 0, 2 ({host}); "
         f"look at the output of the missing ranks\n"
     )
     assert [(status, err) for status, _, err in results] == [(2, message)] * 2

@@ -178,7 +178,8 @@ def test_a_host_that_is_gone_and_comes_back(hosts: Hosts, tmp_path: Path) -> Non
 
 
 def test_a_name_that_does_not_resolve_is_said_by_every_rank_that_needs_it(hosts: Hosts, tmp_path: Path) -> None:
-    ranks = over(hosts, BOUND, tmp_path, MASTER_ADDR="no-such-host.invalid")
+    bound = [*BOUND[:-1], "run.init_timeout_seconds=2"]
+    ranks = over(hosts, bound, tmp_path, MASTER_ADDR="no-such-host.invalid")
     began = time.monotonic()
     assert ranks.wait() == [2, 2]
     assert time.monotonic() - began < 45
