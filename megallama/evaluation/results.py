@@ -62,9 +62,8 @@ def table(results: Results) -> list[str]:
             beside = [f"{x / 100:.3f}" for x in paper["percent"]] if paper and same else [""] * len(SIZES)
             rows.append([task, "" if shots is None else str(shots), name, _said(value, error), *beside])
     heads = ["task", "shots", "metric", "value", *(f"LLaMA {size}" for size in SIZES)]
-    if not any(any(row[4:]) for row in rows):
-        heads, rows = heads[:4], [row[:4] for row in rows]
-    return aligned([heads, *rows])
+    columns = None if any(any(row[4:]) for row in rows) else 4
+    return aligned([row[:columns] for row in (heads, *rows)])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

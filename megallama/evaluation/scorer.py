@@ -109,28 +109,24 @@ class Scorer:
             scores |= self._window(rows, batches[a : a + size]) if batches else {}
         return [scores[i] for i in range(len(rows))]
 
-    def _micro_batch(self, rows: Sequence[Row], batch: Batch) -> tuple[MicroBatch, Tensor]:
-        """What this rank has of it, and whether it has each of the scored ids."""
-        trees, ids, paths = grow([(rows[i].ids[:-1], shared) for i, shared in batch], self._round)
-        asked = list[tuple[int, int]]()  # where it is seen, and which
-        for (i, _), path in zip(batch, paths, strict=False):
-            asked += zip(path[rows[i].first - 1 :], rows[i].ids[rows[i].first :], strict=True)
-        places, labels = torch.tensor(asked, dtype=torch.int64).view(-1, 2).T
-        within = trees if self._trees else Documents.of(trees.starts)
-        part = MicroBatch(torch.tensor([ids]), torch.arange(len(ids))[None], documents=within).part(self.worker.share)
-        own = torch.full((len(ids),), -1)
-        own[part.labels[0]] = torch.arange(part.labels.numel())
-        places = own[places]
-        made, here = part.to(self.worker.device), places >= 0
-        self._heads[id(made)] = [x[here].to(self.worker.device) for x in (places, labels)]
-        return made, here
-
     def _window(self, rows: Sequence[Row], batches: Sequence[Batch]) -> dict[int, Score]:
         """Of the rows of some micro-batches, by number."""
-        dp = self.worker.groups.dp
+        dp, inputs = self.worker.groups.dp, list[tuple[MicroBatch, Tensor]]()  # and which scored ids this rank has
         count = -(-len(batches) // dp.size)
-        own = [*batches, *[Batch()] * (count * dp.size - len(batches))][dp.rank :: dp.size]
-        inputs = [self._micro_batch(rows, batch) for batch in own]
+        for batch in [*batches, *[Batch()] * (count * dp.size - len(batches))][dp.rank :: dp.size]:
+            trees, ids, paths = grow([(rows[i].ids[:-1], shared) for i, shared in batch], self._round)
+            asked = list[tuple[int, int]]()  # where it is seen, and which
+            for (i, _), path in zip(batch, paths, strict=False):
+                asked += zip(path[rows[i].first - 1 :], rows[i].ids[rows[i].first :], strict=True)
+            places, labels = torch.tensor(asked, dtype=torch.int64).view(-1, 2).T
+            within = trees if self._trees else Documents.of(trees.starts)
+            whole = MicroBatch(torch.tensor([ids]), torch.arange(len(ids))[None], documents=within)
+            part, own = whole.part(self.worker.share), torch.full((len(ids),), -1)
+            own[part.labels[0]] = torch.arange(part.labels.numel())
+            places = own[places]
+            made, here = part.to(self.worker.device), places >= 0
+            self._heads[id(made)] = [x[here].to(self.worker.device) for x in (places, labels)]
+            inputs.append((made, here))
         with torch.no_grad():
             self._runtime.run(self.worker.plan.schedule_for(count, training=False), [made for made, _ in inputs])
         lengths = {i: len(rows[i].ids) - rows[i].first for batch in batches for i, _ in batch}

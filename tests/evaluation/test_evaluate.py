@@ -17,7 +17,7 @@ import transformers
 from megallama.cli import command
 from megallama.config.errors import ConfigError, DataError
 from megallama.data.tokenizer import load_tokenizer
-from megallama.evaluation.evaluate import evaluate, opened
+from megallama.evaluation.evaluate import evaluate, opened, read_texts
 from megallama.evaluation.harness import Encoder, Item, Request, read_items
 from megallama.evaluation.results import beyond_noise, compare, read_results, table
 from megallama.evaluation.scorer import Row, windows
@@ -282,6 +282,15 @@ def test_answers_are_those_of_each_prompt_alone(folder: Path) -> None:
         (alone,) = generate_batch(llama, [prompt], most, Sampling(temperature=0), tokenizer=tokenizer, stop=stop)
         assert text == alone.text
     assert len({*said}) > 2
+
+
+def test_sources_of_one_name_stay_apart(tmp_path: Path) -> None:
+    for name in ("a/x.jsonl", "b/x.jsonl", "b/y.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a text"}')
+    found = read_texts([tmp_path / "a" / "x.jsonl", tmp_path / "b"], str, "text", None, print)
+    sources = [str(tmp_path / "a" / "x.jsonl"), str(tmp_path / "b" / "x.jsonl"), "y.jsonl"]
+    assert [*found] == [(source, "a text", 6.0) for source in sources]
 
 
 def test_a_pair_is_read_once_however_it_is_named(folder: Path, tmp_path: Path) -> None:

