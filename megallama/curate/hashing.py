@@ -1,7 +1,6 @@
 """Texts as numbers: normalised as in CCNet, hashed by paragraph or by n words.
 
-CCNet (Wenzek et al. 2019, 3.2): lower case, no accents, digits as 0, no punctuation.
-It takes 64 bits of SHA-1; here they are of XXH3, which costs a quarter of it.
+CCNet (Wenzek et al. 2019, 3.2): lower case, no accents, digits as 0, no punctuation; its SHA-1 is XXH3 here.
 """
 
 from __future__ import annotations

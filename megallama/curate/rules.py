@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, ValidationInfo
 
 from megallama.config.errors import DataError
 from megallama.config.schema import Section, option
@@ -20,12 +20,13 @@ from megallama.curate.stage import Apply, Document, Stage, need
 MAX_NESTING = 64
 
 
-def _compiles(pattern: str) -> str:
+def _compiles(value: str, info: ValidationInfo) -> str:
+    pattern, by = (info.data.get("pattern", ""), value) if info.field_name == "by" else (value, "")
     try:
-        re.compile(pattern)
-    except re.error as error:
+        re.sub(pattern, by, "")
+    except (re.error, IndexError, OverflowError) as error:
         raise ValueError(f"it is no regular expression: {error}") from None
-    return pattern
+    return value
 
 
 Pattern = Annotated[str, AfterValidator(_compiles)]
@@ -68,7 +69,7 @@ class Rule(Section):
     """A replacement of what matches a pattern; `nested`: from the inside out, as long as it is found."""
 
     pattern: Pattern
-    by: str = option("", "what comes instead; \\1 is the first group")
+    by: Pattern = option("", "what comes instead; \\1 is the first group")
     nested: bool = option(False, "again and again")
 
 

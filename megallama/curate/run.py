@@ -308,11 +308,11 @@ def curate(recipe: Recipe, output: Path, workers: int = 1, quiet: bool = True) -
             else:
                 _in_processes(plan, workers, shown)
         _end(plan, statistics.tree)
-    except sqlite3.OperationalError as error:
-        raise DataError(f"{error}, sorting posts: make room in SQLITE_TMPDIR, TMPDIR or /var/tmp") from None
     except FileNotFoundError:
         if not finished.exists():  # else another process was faster
             raise
+    except (OSError, sqlite3.OperationalError) as error:
+        raise DataError(f"{error}; make room in {output} or $SQLITE_TMPDIR (/var/tmp); then start again") from None
     return True
 
 

@@ -43,6 +43,15 @@ PROBLEMS = (
 )
 
 
+REPLACE = """[[sources]]
+name = "a"
+inputs = ["x"]
+[[sources.stages]]
+kind = "replace"
+rules = [{{pattern = "{}", by = "{}"}}]
+"""
+
+
 def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(WRONG)
     with pytest.raises(ConfigError) as error:
@@ -59,11 +68,17 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
         ("x = ", "is not valid TOML"),
         ("sources = []", "sources=[]: Tuple should have at least 1 item"),
         ('[[sources]]\nname="a"\ninputs=["x"]\n' * 2, "two sources are called a"),
+        (
+            REPLACE.format("(a)", r"\\2"),
+            "it is no regular expression: invalid group reference 2",
+        ),
+        (REPLACE.format("(a)", r"\\g<x>"), "it is no regular expression: unknown group name 'x'"),
+        (REPLACE.format("a{99999999999}", ""), "it is no regular expression: the repetition number is too large"),
         ("unit_mb=1e-9\n[[sources]]\n", "unit_mb=1e-09: Input should be greater than or equal to 0.000001"),
         ("max_document_mb=1e14\n[[sources]]\n", "Input should be less than or equal to 1000000"),
         ('[[sources]]\nname="work"\ninputs=["x"]\n', "two sources are called work; each needs a name of its own"),
     ],
-    ids=["toml", "none", "twice", "unit", "document", "work"],
+    ids=["toml", "none", "twice", "group", "name", "repeated", "unit", "document", "work"],
 )
 def test_one_problem(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(text)

@@ -235,8 +235,22 @@ def test_no_room_to_sort_posts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return store
 
     monkeypatch.setattr(sqlite3, "connect", small)
-    with pytest.raises(DataError, match="database or disk is full, sorting posts: make room in SQLITE_TMPDIR, TMPDIR"):
+    with pytest.raises(DataError, match="database or disk is full; make room in .*SQLITE_TMPDIR"):
         curate(recipe(tmp_path / "in", []), tmp_path / "out")
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "in", 1)
+    made, line = recipe(tmp_path / "in", STAGES), run_module.Document.line
+
+    def full(document: Any) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_module.Document, "line", full)
+    with pytest.raises(DataError, match="No space left on device; make room in .*/out .*; then start again"):
+        curate(made, tmp_path / "out")
+    monkeypatch.setattr(run_module.Document, "line", line)
+    assert curate(made, tmp_path / "out") and len(read_rows(tmp_path / "out")) > 3
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
