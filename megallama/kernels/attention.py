@@ -301,7 +301,7 @@ def _results(make: MakeAttention, target: Target) -> Results:
         for rows, masked in product((128, 40)[: 1 + target.fewer], (False, True)[: 1 + target.documents]):
             q, k, v = packed.split(heads, 2)
             out = attend(q[:, -rows:], k, v, Documents.of(starts, rows) if masked else None)
-            (grads,) = torch.autograd.grad(out, packed, dout[:, -rows:])
+            (grads,) = torch.autograd.grad((out * dout[:, -rows:]).sum(), packed)
             where = " within documents" * masked + " of grouped heads" * (kv < 4) + " of the last rows" * (rows < 128)
             found = zip("qkv", grads.split(heads, 2), strict=True)
             results += [(f"output{where}", out), *((f"gradient of {x}{where}", grad) for x, grad in found)]

@@ -14,7 +14,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megallama.comm.flight_record import FlightRecord
 from megallama.comm.group import Group, Handle
-from megallama.kernels.candidate import accumulate_dtype
 from megallama.layers.batch import MicroBatch
 from megallama.layers.param import WeightGradQueue
 from megallama.plan.schedule import RECVS, SENDS, Action, Kind, Schedule
@@ -64,7 +63,6 @@ class PipelineRuntime:
     ) -> None:  # fmt: skip
         self._work, self._pp, self._hidden, self.observer = work, pp, hidden, Observer(record)
         self._shares, self._longest = shares, longest
-        self._one = torch.ones((), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
         self._handlers: dict[Kind, Callable[[Action], None]] = {
             Kind.F: self._forward,
             Kind.B: self._differentiate,
@@ -123,10 +121,8 @@ class PipelineRuntime:
 
     def _differentiate(self, action: Action) -> None:
         x, edge = self._graphs.pop((action.stage, action.microbatch))
-        if action.stage == self._schedule.num_stages - 1:
-            grad = self._one
-        else:
-            grad = self._take(Kind.B, action)
+        last = action.stage == self._schedule.num_stages - 1
+        grad = None if last else self._take(Kind.B, action)  # given one torch imports a compiler
         torch.autograd.backward((edge,), (grad,))
         if x is not None:
             assert x.grad is not None

@@ -22,7 +22,7 @@ HEAVY = {
     ),
     *("torch.utils.cpp_extension", "torch.utils.benchmark"),
     *("matplotlib", "tensorboard", "transformers", "huggingface_hub", "pandas", "scipy", "pyarrow", "PIL", "rich"),
-    *("sentencepiece", "gigatoken", "safetensors.torch", "triton", "mpi4py", "setuptools", "pytest"),
+    *("sympy", "sentencepiece", "gigatoken", "safetensors.torch", "triton", "mpi4py", "setuptools", "pytest"),
     *("megallama.cli", "megallama.commands", "megallama.text", "megallama.convert", "megallama.forecast"),
     *("megallama.analysis", "megallama.inference", "megallama.recovery", "megallama.evaluation", "lm_eval"),
 }
