@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -57,26 +57,24 @@ class ContextParallel:
         self, attend: Attend, copies: int, q: Tensor, k: Tensor, v: Tensor, within: Documents | None
     ) -> Tensor:
         """A rank has some heads of whole sequences; autograd adds up copied heads' gradients."""
-        cp, exchange = self.share.size, _Exchange(self.group)
         if copies > 1:
             k, v = (x.repeat_interleave(copies, 2) for x in (k, v))
-        parts = [x.unflatten(2, (cp, -1)) for x in (q, k, v)]
-        whole = _in_order(exchange(torch.cat(parts, 3).movedim(2, 0).contiguous()))
-        out = attend(*whole.split([x.shape[3] for x in parts], 2), within)
-        home: Tensor = exchange(_by_rank(out, cp)).movedim(0, 2).flatten(2, 3)
-        return home
+        out = attend(*_Exchange(self.group)(q, k, v), within)
+        home: tuple[Tensor] = _Exchange(self.group, home=True)(out)
+        return home[0]
 
 
 def _in_order(parts: Tensor) -> Tensor:
     """What ranks have [cp, b, s/cp, heads, d] -> [b, s, heads, d]."""
-    first, last = parts.unflatten(2, (2, -1)).movedim(0, 1).unbind(2)
-    return torch.cat([first, last.flip(1)], 1).flatten(1, 2)
+    halves = [part.chunk(2, 1) for part in parts]
+    return torch.cat([first for first, _ in halves] + [last for _, last in reversed(halves)], 1)
 
 
 def _by_rank(whole: Tensor, cp: int) -> Tensor:
     """The inverse."""
-    chunks = whole.unflatten(1, (2 * cp, -1))
-    return torch.stack([chunks[:, :cp], chunks[:, cp:].flip(1)], 2).movedim(1, 0).flatten(2, 3).contiguous()
+    chunks = whole.chunk(2 * cp, 1)
+    ordered = torch.cat([chunks[i] for rank in range(cp) for i in (rank, -1 - rank)], 1)
+    return ordered.unflatten(1, (cp, -1)).movedim(1, 0).contiguous()
 
 
 @dataclass(eq=False)
@@ -93,17 +91,16 @@ class _Gather(Layer):
     found: Tensor | None = None  # in the backward
     storage: int = 0
 
-    def start(self) -> None:
+    def start(self) -> tuple[Tensor, Handle]:
         own = torch.cat(self.own)
         parts = own.new_empty(self.group.size, *own.shape)
         self.arriving = parts, self.group.all_gather(parts, own)
+        return self.arriving
 
     def whole(self) -> Tensor:
         """[2 b, s, heads, d]."""
-        if self.arriving is None:
-            self.start()
-        assert self.arriving is not None
-        (parts, handle), self.arriving = self.arriving, None
+        parts, handle = self.arriving or self.start()
+        self.arriving = None
         handle.wait()
         whole = _in_order(parts)
         self.storage = whole.untyped_storage()._cdata
@@ -116,8 +113,7 @@ class _Gather(Layer):
         """The gradients of all ranks, added up in fp32 where the tokens are."""
         sent = _by_rank(torch.cat(grads), self.group.size)
         self.found, self.own = None, ()  # the graph may live on, until weight gradients are made
-        found = torch.empty_like(sent)
-        self.group.all_to_all(found, sent).wait()
+        self.group.all_to_all(found := torch.empty_like(sent), sent).wait()
         return found.sum(0, dtype=accumulate_dtype(sent.dtype)).to(sent.dtype).chunk(2)
 
     def leave_out(self, tensor: Tensor) -> Any:
@@ -136,14 +132,20 @@ class _Gather(Layer):
 
 @dataclass(eq=False)
 class _Exchange(Layer):
-    """Piece r of [cp, ..] goes to rank r, and what each has for this one comes back."""
+    """All heads of own tokens [b, s/cp, heads, d] -> own heads of all; or `home` again."""
 
     group: Group
+    home: bool = False
 
-    def forward(self, ctx: Any, x: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        self.group.all_to_all(out, x).wait()
-        return out
+    def forward(self, ctx: Any, *parts: Tensor) -> tuple[Tensor, ...]:
+        cp = self.group.size
+        cut = parts if self.home else [x.unflatten(2, (cp, -1)).movedim(2, 0) for x in parts]
+        heads = [x.shape[-2] for x in cut]
+        sent = _by_rank(torch.cat(parts, 2), cp) if self.home else torch.cat(cut, 3).contiguous()
+        self.group.all_to_all(found := torch.empty_like(sent), sent).wait()
+        if self.home:
+            return tuple(x.movedim(0, 2).flatten(2, 3) for x in found.split(heads, 3))
+        return _in_order(found).split(heads, 2)
 
-    def backward(self, ctx: Any, dout: Tensor) -> tuple[Tensor]:
-        return (self.forward(ctx, dout.contiguous()),)
+    def backward(self, ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return replace(self, home=not self.home).forward(ctx, *grads)
