@@ -50,19 +50,19 @@ def collectives(
     """
     found: Found = Counter()
     hidden, dtype = (tokens_and_rows(config)[1], config.model.hidden_size), config.precision.dtype
+    axis, same_weights = ("dp_cp" if topology.cp > 1 else "dp"), topology.size("dp", "cp")
     for stage in schedule.stages_of(pp_rank):
         each = _tensor(config, stages, stage) if topology.tp > 1 else Found()
         each += _context(config, len(stages[stage])) if topology.cp > 1 else Found()
         for key, count in each.items():
             found[key] += count * schedule.num_microbatches
-        found += _gradients(config, topology, stages, stage, shard)
+        found += _gradients(config, stages, stage, shard, axis, same_weights)
     if schedule.owners[0] == schedule.owners[-1]:  # both copies of a tied embedding are here
         found = Found({key: n for key, n in found.items() if key[0] != "embedding"})
     for action in schedule.steps[pp_rank]:
         if not action.kind.is_compute:
             what = "activations" if action.kind in (Kind.SEND_F, Kind.RECV_F) else "their gradients"
             found["pp", action.kind.partition("_")[0], what, hidden, dtype] += 1
-    axis, same_weights = _same_weights(topology)
     found[axis, "all_reduce", "counted tokens", (1,), "int64"] = int(same_weights > 1 and config.data.document_mask)
     found["world", "all_reduce", "loss, norm, health", (VOTE,), "fp64"] = int(topology.world_size > 1)
     return tuple(Collective(*key, n) for key, n in found.items() if n)
@@ -104,14 +104,8 @@ def _context(config: Config, layers: int) -> Found:
     return found
 
 
-def _same_weights(topology: Topology) -> tuple[str, int]:
-    """The group over which gradients are reduced, and its size."""
-    return ("dp_cp" if topology.cp > 1 else "dp"), topology.dp * topology.cp
-
-
-def _gradients(config: Config, topology: Topology, stages: Stages, stage: int, shard: int) -> Found:
-    """The gradients and the weights of a stage, once a step."""
-    axis, ranks = _same_weights(topology)
+def _gradients(config: Config, stages: Stages, stage: int, shard: int, axis: str, ranks: int) -> Found:
+    """The gradients and the weights of a stage, once a step, over a group of `ranks`."""
     layout, main = stage_layout(config, stages, stage, ranks), main_dtype(config)
     found, copies = Found(), Counter[str]()
     for bucket in layout.buckets:

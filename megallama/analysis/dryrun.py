@@ -21,7 +21,6 @@ from torch.autograd import Function
 from megallama.analysis.agreement import Program, prove
 from megallama.analysis.recording import Call, FakeGroup, Recording, Wait
 from megallama.comm.group import Group, Partition, Solo, build_groups, partitions
-from megallama.kernels.attention import Documents
 from megallama.kernels.candidate import Target
 from megallama.kernels.select import select_kernels
 from megallama.layers.batch import MicroBatch
@@ -132,11 +131,9 @@ class _Tape:
         return action
 
     def _batches(self, size: int) -> list[MicroBatch]:
-        b, masked, dp = self.plan.config.batch, self.plan.config.data.document_mask, self.rank.groups.dp
-        tokens = torch.zeros(b.micro_batch_size, b.seq_length, dtype=torch.int64)
-        mask, documents = (torch.ones_like(tokens).bool(), Documents.of(tokens)) if masked else (None, None)
-        part = MicroBatch(tokens, tokens, mask, documents).part(self.rank.share).to(META)
-        return [part] * b.deal(size, dp.size)[dp.rank]
+        config, dp = self.plan.config, self.rank.groups.dp
+        part = MicroBatch.zeros(config).part(self.rank.share).to(META)
+        return [part] * config.batch.deal(size, dp.size)[dp.rank]
 
     def train(self, size: int, loss: float = 1.0) -> None:
         batches, masked = self._batches(size), self.plan.config.data.document_mask

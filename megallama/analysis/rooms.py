@@ -62,14 +62,8 @@ def levels(rooms: Mapping[str, Room]) -> dict[str, int]:
 
 
 def reachable(rooms: Mapping[str, Room], start: str) -> set[str]:
-    """The rooms that `start` leads to, itself included."""
-    found, todo = set[str](), [start]
-    while todo:
-        name = todo.pop()
-        if name not in found:
-            found.add(name)
-            todo += rooms[name].imports
-    return found
+    """The rooms that `start` leads to, itself included; they have `levels`."""
+    return {start}.union(*(reachable(rooms, other) for other in rooms[start].imports))
 
 
 def arrows(rooms: Mapping[str, Room]) -> list[tuple[str, str]]:
@@ -83,8 +77,9 @@ def arrows(rooms: Mapping[str, Room]) -> list[tuple[str, str]]:
 
 def draw(rooms: Mapping[str, Room], entry: str = "pretrain") -> str:
     """The picture as SVG; what `entry` leads to is the engine. Lines are rounded to hundreds."""
+    level = levels(rooms)
     engine = reachable(rooms, entry)
-    at = _places(rooms, engine)
+    at = _places(rooms, engine, level)
     right, bottom = (max(p[axis] for p in at.values()) for axis in (0, 1))
     size = f'width="{right + WIDTH + MARGIN}" height="{bottom + HEIGHT + MARGIN + CAPTION}"'
     head = 'markerWidth="8" markerHeight="8" refX="8" refY="4" orient="auto"'
@@ -119,9 +114,9 @@ def rounded(lines: int) -> str:
     return f"{(lines + 50) // 100 * 100:,} lines" if lines >= 50 else "under 50 lines"
 
 
-def _places(rooms: Mapping[str, Room], engine: set[str]) -> dict[str, tuple[int, int]]:
+def _places(rooms: Mapping[str, Room], engine: set[str], level: dict[str, int]) -> dict[str, tuple[int, int]]:
     """The upper left corner of each box; in the order of what they import, the engine first."""
-    level, at = levels(rooms), dict[str, tuple[int, int]]()
+    at = dict[str, tuple[int, int]]()
     numbers = range(max(level.values()) + 1)
     rows = [sorted(name for name in rooms if level[name] == number) for number in numbers]
     widest = max(map(len, rows)) * (WIDTH + GAP) - GAP

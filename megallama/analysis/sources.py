@@ -2,59 +2,73 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from megallama.config.errors import ConfigError, counted
 from megallama.config.schema import Config, SourceConfig
 from megallama.data.indexed import IndexedDataset
-from megallama.data.mixture import Mixture, phases_of
+from megallama.data.mixture import phases_of
 from megallama.data.samples import Source
+from megallama.data.sources import TrainDataset
 
 
-@dataclass(frozen=True)
-class SourceShare:
-    """What the run takes from one source."""
-
-    source: str
-    tokens: int  # of one epoch: what is used of the corpus
-    measured: bool  # from the files, not from num_tokens
-    shares: tuple[float, ...]  # of the samples, in each phase
-    used_tokens: int
-    epochs: float
-    max_epochs: float | None
-    last_step: int | None  # the last step before max_epochs is passed; None: it is not
+def parts_of(config: Config, opened: Callable[[Config], Any]) -> Iterator[tuple[Config, Any, range, range]]:
+    """Of each phase, or of all: configuration; data, `opened` of it, going on after the one before; steps; samples."""
+    steps, samples, before = range(0), range(0), None
+    for number, end in enumerate(config.train.phase_ends() or [config.train.steps]):
+        now, done, first = config.at(number), steps.stop, samples.stop
+        train, steps, samples = opened(now), range(done, end), range(first, now.batch.samples_after(end, done, first))
+        if before is not None:
+            train.take_over(before.state(first), done, first)
+        yield now, (before := train), steps, samples
 
 
-def size_of(source: SourceConfig, config: Config) -> tuple[int, int, bool]:
-    """Sequences and tokens of one epoch, and whether the files say so. Raises: ConfigError if nothing tells."""
-    seq_length = config.batch.seq_length
-    if Path(source.path.removesuffix(".bin").removesuffix(".idx") + ".idx").exists():
-        opened = Source(IndexedDataset(source.path), seq_length, 0, documents=source.documents)
-        return opened.num_sequences, opened.num_tokens, True
+def sized(source: SourceConfig, seq_length: int) -> Any:
+    """The source, or as much of one as a mixture counts with. Raises: ConfigError if nothing tells its size."""
+    path, name = source.path, source.label
+    if Path(path.removesuffix(".bin").removesuffix(".idx") + ".idx").exists():
+        return Source(IndexedDataset(path), seq_length, 0, documents=source.documents, name=name)
     if source.num_tokens is None:
         raise ConfigError(
-            f"there are no files {source.path}.bin and .idx to take the size of source {source.label!r} from; write "
-            f'data.train=[{{path = "{source.path}", num_tokens = 1_000_000_000}}] with its number of tokens'
+            f"there are no files {path}.bin and .idx to take the size of source {name!r} from; write "
+            f'data.train=[{{path = "{path}", num_tokens = 1_000_000_000}}] with its number of tokens'
         )
     tokens = round(source.num_tokens * (source.documents[1] - source.documents[0]))
-    if tokens <= seq_length:
+    if (count := (tokens - 1) // seq_length) < 1:
         have = counted(tokens, "token")
-        raise ConfigError(f"source {source.label!r} has {have}, less than one sample of {seq_length + 1}")
-    return (tokens - 1) // seq_length, tokens, False
+        raise ConfigError(f"source {name!r} has {have}, less than one sample of {seq_length + 1}")
+    like = {"name": name, "seq_length": seq_length, "seed": 0, "num_tokens": tokens, "num_sequences": count}
+    return SimpleNamespace(**like, identity=dict, dataset=SimpleNamespace(prefix=path))
 
 
-def source_shares(config: Config) -> tuple[list[SourceShare], list[int]]:
-    """The rows, in the order of data.train, and the first step of every phase."""
-    batch, sources, steps = config.batch, config.data.train, config.train.steps
-    phases = [p for p in phases_of(config.data, batch.samples_after) if p.step <= steps]
-    sizes = [size_of(source, config) for source in sources]
-    mixture = Mixture([source.label for source in sources], phases)
-    counts, rows = mixture.counts(batch.samples_after(steps)), []
-    for i, (source, (sequences, tokens, measured)) in enumerate(zip(sources, sizes, strict=True)):
-        shares = tuple(p.weights[source.label] / sum(p.weights.values()) for p in phases)
-        past = mixture.step_past(source, sequences, steps, batch.samples_after)
-        used, epochs = counts[i] * config.batch.seq_length, counts[i] / sequences
-        last = None if past is None else past - 1
-        rows.append(SourceShare(source.label, tokens, measured, shares, used, epochs, source.max_epochs, last))
-    return rows, [p.step for p in phases]
+def source_shares(config: Config) -> tuple[list[dict[str, Any]], list[int], list[tuple[int, int]]]:
+    """A row per source of data.train, the first step of every phase of the mixture, and of each part of the run its
+    samples, and of how many tokens they are.
+
+    A row: `source`, `tokens` of one epoch, whether they are `measured`, `shares` of the samples in each phase,
+    `used_tokens`, `epochs`, `max_epochs`, and the `last_step` before they are passed, None where they are not.
+    """
+    rows, phases, sizes, ends = list[dict[str, Any]](), [], [], dict[str, int]()
+
+    def opened(now: Config) -> TrainDataset:
+        return TrainDataset(now.data, [sized(each, now.batch.seq_length) for each in now.data.train], now.batch)
+
+    for now, train, steps, samples in parts_of(config, opened):
+        after = partial(now.batch.samples_after, consumed=samples.start)
+        phases += [(steps.start + p.step, p.weights) for p in phases_of(now.data, after) if p.step <= len(steps)]
+        sizes.append((len(samples), now.batch.seq_length))
+        for source, like in zip(now.data.train, train.sources, strict=True):
+            past = train.mixture.step_past(source, like.num_sequences, len(steps), after)
+            if past is not None:
+                ends.setdefault(source.label, steps.start + past - 1)
+    for source, like in zip(config.data.train, train.sources, strict=True):
+        name, used = source.label, train.consumption(samples.stop)[source.label]
+        row = {"source": name, "tokens": like.num_tokens, "measured": isinstance(like, Source)}
+        row |= {"shares": [weights[name] / sum(weights.values()) for _, weights in phases]}
+        row |= {"used_tokens": int(used["tokens"]), "epochs": used["epochs"]}
+        rows.append(row | {"max_epochs": source.max_epochs, "last_step": ends.get(name)})
+    return rows, [step for step, _ in phases], sizes

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megallama.analysis.sources import parts_of
 from megallama.commands.parser import Parser
 from megallama.config.errors import ConfigError, counted
 from megallama.config.load import is_setting, load
@@ -67,7 +68,8 @@ def explain(train: TrainDataset, tokenizer: Tokenizer | None, numbers: Sequence[
     """What these samples of the run are."""
     out, read = [], train.read(numbers).tokens
     for sample, (source, index, offset), tokens in zip(numbers, train.places(numbers), read, strict=True):
-        parts, epoch = pieces(source.dataset, offset, tokens, tokenizer), index // source.num_sequences
+        parts = pieces(source.dataset, offset, tokens, tokenizer)
+        epoch = index // source.num_sequences
         out.append(Explained(sample, source.name, source.dataset.prefix, index, epoch, parts))
     return out
 
@@ -117,7 +119,8 @@ def imbalance(starts: np.ndarray, cp: int, together: int) -> dict[str, float]:
     chunks = seen.reshape(-1, together, 2 * cp, starts.shape[1] // (2 * cp)).sum((1, 3))
     work = chunks[:, :cp] + chunks[:, : cp - 1 : -1]
     most, mean = work.max(1), work.mean(1)
-    return {"cp_imbalance": float(most.sum() / mean.sum()), "cp_imbalance_worst": float((most / mean).max())}
+    whole, worst = float(most.sum() / mean.sum()), float((most / mean).max())
+    return {"cp_imbalance": whole, "cp_imbalance_worst": worst}
 
 
 def show(sample: Explained, *, tokens: bool, most: int) -> str:
@@ -152,13 +155,18 @@ def run(argv: Sequence[str]) -> None:
         raise ConfigError(f"ranks={counts[-1]} is no number of ranks; write for example ranks=8")
     ranks = int(counts[-1]) if counts else None
     config = load(Path(named[0]), [word for word in args.words if word not in named], ranks=ranks)
-    if config.train.phases:
-        raise ConfigError("explain knows no train.phases; write one as sections, with checkpoint.continue_from")
-    train = open_sources(config).train
-    if not isinstance(train, TrainDataset):
+    if config.data.synthetic:
         raise ConfigError("data.synthetic=true makes samples of random tokens: there are no documents to explain")
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     ledger = ledger_of(config)
+    if config.train.phases and config.checkpoint.continue_from:
+        where = "where they begin in its data"
+        raise ConfigError(f"of phases that go on from another run it is not known {where}")
+    parts = [*parts_of(config, lambda now: open_sources(now).train)]
+    part = next((part for part in parts if step <= part[2].stop), parts[-1])
+    config, train, steps, samples = part
+    if config.train.phases:
+        ledger = {"mixture": [{"step": steps.start + 1, "sample": samples.start}]}
     if not ledger and config.checkpoint.continue_from:
         raise ConfigError("the run has no checkpoint yet, which knows where it goes on in the data of the other run")
     if ledger.get("left_out") or config.checkpoint.continue_from:
@@ -167,15 +175,17 @@ def run(argv: Sequence[str]) -> None:
     if args.sample is not None and args.sample not in numbers:
         raise ConfigError(f"--sample {args.sample} is not in step {step}: {numbers[0]} to {numbers[-1]}")
     numbers = numbers if args.sample is None else [args.sample]
-    samples = explain(train, tokenizer, numbers)
+    explained = explain(train, tokenizer, numbers)
     cp, together = config.parallel.cp, min(len(numbers), config.batch.micro_batch_size)
     starts = train.read(numbers).starts if cp > 1 and exchange(config)[0] == "gather" else None
     balance = {} if starts is None else imbalance(starts[:, :-1], cp, together)
     if args.json:
-        print(json.dumps({"step": step, "samples": [asdict(s) for s in samples], **balance}, ensure_ascii=False))
+        told = {"step": step, "samples": [asdict(s) for s in explained], **balance}
+        print(json.dumps(told, ensure_ascii=False))
         return
-    print(f"step {step}: {counted(len(samples), 'sample')} of {counted(config.batch.seq_length, 'token')}")
+    length = counted(config.batch.seq_length, "token")
+    print(f"step {step}: {counted(len(explained), 'sample')} of {length}")
     if balance:
         whole, worst = balance.values()
         print(f"attention of the busiest cp rank over their mean: {whole:.2f}, in the worst micro-batch {worst:.2f}")
-    print(*(show(sample, tokens=args.tokens, most=args.chars) for sample in samples), sep="\n")
+    print(*(show(sample, tokens=args.tokens, most=args.chars) for sample in explained), sep="\n")

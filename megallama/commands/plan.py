@@ -179,29 +179,31 @@ def data(file: Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
     config = load(file, overrides)
     if config.data.synthetic:
         raise ConfigError("data.synthetic=true takes nothing from any source; write data.train")
-    if config.train.phases:
-        raise ConfigError("--data knows no train.phases; write one as sections, with checkpoint.continue_from")
-    rows, firsts = source_shares(config)
+    rows, firsts, sizes = source_shares(config)
     if as_json:
-        print(json.dumps({"phases": firsts, "sources": [asdict(row) for row in rows]}))
+        print(json.dumps({"phases": firsts, "sources": rows}))
         return 0
-    samples = (b := config.batch).samples_after(steps := config.train.steps)
     titles = [f"share from step {n:,}" for n in firsts]
     lines = [["source", "tokens", *titles, "used tokens", "epochs", "max", "last step"]]
     for row in rows:
-        size = f"{row.tokens:,}{'' if row.measured else '*'}"
-        shares = [f"{100 * share:.2f} %" for share in row.shares]
-        cap = [f"{x:{form}}" if x is not None else "" for x, form in ((row.max_epochs, "g"), (row.last_step, ","))]
-        lines.append([row.source, size, *shares, f"{row.used_tokens:,}", f"{row.epochs:.2f}", *cap])
+        size = f"{row['tokens']:,}{'' if row['measured'] else '*'}"
+        shares = [f"{100 * share:.2f} %" for share in row["shares"]]
+        ends = (row["max_epochs"], "g"), (row["last_step"], ",")
+        cap = [f"{x:{form}}" if x is not None else "" for x, form in ends]
+        used = f"{row['used_tokens']:,}", f"{row['epochs']:.2f}"
+        lines.append([row["source"], size, *shares, *used, *cap])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    size = f"{counted(samples, 'sample', ',')} of {b.seq_length} = {counted(samples * b.seq_length, 'token', ',')}"
-    out = [f"{counted(steps, 'step', ',')}, {size}", ""]
+    samples, tokens = sum(n for n, _ in sizes), sum(n * length for n, length in sizes)
+    lengths = ", ".join(str(length) for _, length in sizes)
+    size = f"{counted(samples, 'sample', ',')} of {lengths} = {counted(tokens, 'token', ',')}"
+    out = [f"{counted(config.train.steps, 'step', ',')}, {size}", ""]
     for name, *cells in lines:
         out.append("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip())
-    if not all(row.measured for row in rows):
+    if not all(row["measured"] for row in rows):
         out += ["", "* num_tokens of the configuration; the files are not here"]
-    if ends := [row.last_step for row in rows if row.last_step is not None]:
-        what = "refused" if config.data.on_exhausted == "error" else f"over after step {min(ends):,}"
-        out += ["", f'with data.on_exhausted="{config.data.on_exhausted}" this run is {what}']
+    if over := [row["last_step"] for row in rows if row["last_step"] is not None]:
+        how, last = config.data.on_exhausted, f"over after step {min(over):,}"
+        what = "refused" if how == "error" else last
+        out += ["", f'with data.on_exhausted="{how}" this run is {what}']
     print(*out, sep="\n")
     return 0
