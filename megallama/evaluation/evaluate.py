@@ -99,7 +99,7 @@ def evaluation_config(folder: Path, words: Sequence[str], ranks: int, context: i
 def open_on(world: World, folder: Path, config: Config, say: Say) -> Opened:
     """Its weights on the ranks of `world`. Raises: MegallamaError."""
     kernels = kernels_of(config, world.device)
-    same_kernels(world.group.gather_values([(c.operation, c.selected) for c in kernels.choices]))
+    same_kernels(world.group, kernels)
     plan = make_plan(config, world.world_size)
     groups = world.groups(plan.topology, config.model.num_kv_heads or 1)
     worker = assemble(plan, groups, world.device, kernels, trains=False)

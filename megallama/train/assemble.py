@@ -1,6 +1,6 @@
 """The parts of one rank, built from the plan: buffers, stages, optimizer, pipeline."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megallama.comm.flight_record import FlightRecord
-from megallama.comm.group import Groups
+from megallama.comm.group import Group, Groups
 from megallama.config.errors import MegallamaError
 from megallama.config.schema import Config
 from megallama.kernels.candidate import Target
@@ -56,8 +56,9 @@ def kernels_of(config: Config, device: torch.device, named: Mapping[str, str] | 
     return select_kernels(target, fp8=config.precision.fp8, without=config.run.without_kernels, named=named)
 
 
-def same_kernels(selected: Sequence[Sequence[tuple[str, str]]]) -> None:
-    """Raises: MegallamaError, on every rank, if (operation, implementation) pairs differ."""
+def same_kernels(group: Group, kernels: Kernels) -> None:
+    """Raises: MegallamaError, on every rank, if those of another one differ."""
+    selected = group.gather_values([(c.operation, c.selected) for c in kernels.choices])
     for rank, pairs in enumerate(selected):
         for (operation, own), (_, other) in zip(selected[0], pairs, strict=True):
             if own != other:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from megallama.config.rules import check
 from megallama.config.schema import IN_PHASES, Config, PhaseConfig, current
 from megallama.data.sources import Data, TrainDataset, open_sources
 from megallama.plan.plan import make_plan
-from megallama.train.assemble import assemble, kernels_of
+from megallama.train.assemble import assemble, kernels_of, same_kernels
 from megallama.train.progress import HighLoss, Spikes
 
 if TYPE_CHECKING:
@@ -89,14 +90,16 @@ def enter(setup: Setup, number: int) -> Setup:
     if problems := check(config, ranks, need_data=False):
         raise ConfigError(f"train.phases[{number}], which is not over: {'; '.join(problems)}")
     worker.optimizer.wait()
-    plan, kernels = make_plan(config, ranks), kernels_of(config, world.device, setup.named)
-    data = world.on_all("data", lambda: open_sources(config))
-    worker = assemble(plan, worker.groups, world.device, kernels, record=world.record, kept=worker)
+    plan, data = make_plan(config, ranks), world.on_all("data", lambda: open_sources(config))
+    kernels = world.on_all("kernels", lambda: kernels_of(config, world.device, setup.named))
+    same_kernels(world.group, kernels)
+    again = partial(assemble, plan, worker.groups, world.device, kernels, record=world.record)
+    worker = world.on_all("model", partial(again, kept=worker))
     setup.manager.use(config)
     setup.progress.enter(config, number)
-    tasks_of, tasks = setup.tasks_of, setup.tasks
-    if tasks_of:
-        tasks = world.on_all("eval.tasks", lambda: tasks_of(config, data, setup.log.info))
+    tasks = setup.tasks
+    if tasks_of := setup.tasks_of:
+        tasks = world.on_all("eval.tasks", partial(tasks_of, config, data, setup.log.info))
     return replace(setup, config=config, plan=plan, data=data, worker=worker, tasks=tasks, phase=number)
 
 
@@ -104,7 +107,8 @@ def next_phase(setup: Setup) -> Setup:
     """Where one phase has ended, the next one. Raises: as `enter`."""
     was, progress, old, ledger = setup.config, setup.progress, setup.train_data, setup.progress.ledger
     setup = enter(setup, setup.phase + 1)
-    places = _take_over(setup.data, old, progress.step, progress.samples)
+    new, samples = setup.train_data, progress.samples
+    places = new.take_over(old.state(samples), progress.step, samples) if new and old else {}
     progress.go_on(ledger)
     now, b = setup.config, setup.config.batch
     setup.log.info(
@@ -115,12 +119,6 @@ def next_phase(setup: Setup) -> Setup:
         progress.spikes, progress.high_loss = Spikes({}), HighLoss()
         setup.log.info("what loss is usual is learnt anew, as model, batch or data are others")
     return with_end(setup)
-
-
-def _take_over(data: Data, old: TrainDataset | None, step: int, samples: int) -> Mapping[str, str]:
-    if old is None or not isinstance(data.train, TrainDataset):
-        return {}
-    return data.train.take_over(old.state(samples), step, samples)
 
 
 def with_end(setup: Setup) -> Setup:
@@ -137,16 +135,17 @@ def end_of_data(
     config: Config, data: Data, number: int = 0, step: int = 0, samples: int = 0, tokens: int = 0
 ) -> tuple[int, str]:
     """The last step of a phase that has data, and why. Raises: DataError, also for later ones."""
-    ends, found = config.train.phase_ends(step, tokens) or [config.train.steps], list[tuple[int, str]]()
-    for n, end in enumerate(ends[number:], number):
-        train = isinstance(data.train, TrainDataset) and data.train
-        found.append(train.last_step(end) if train else (end, ""))
-        if found[-1][1] or n + 1 == len(ends):
-            break
-        samples, step = samples + (end - step) * config.at(n).batch.global_batch_size, end
-        data = open_sources(config.at(n + 1))
-        _take_over(data, train or None, step, samples)
-    return found[0]
+    end, b = (config.train.phase_ends(step, tokens) or [config.train.steps])[number], config.batch
+    if not isinstance(data.train, TrainDataset):
+        return end, ""
+    last, why = data.train.last_step(end)
+    if not why and number + 1 < len(config.train.phases):
+        ahead, count = config.at(number + 1), (end - step) * b.global_batch_size
+        at, then = samples + count, open_sources(ahead)
+        if isinstance(then.train, TrainDataset):
+            then.train.take_over(data.train.state(at), end, at)
+        end_of_data(ahead, then, number + 1, end, at, tokens + count * b.seq_length)
+    return last, why
 
 
 def phase_of(saved: Mapping[str, Any], config: Config) -> int:

@@ -111,7 +111,7 @@ def set_up(
     data = world.on_all("data", lambda: open_sources(config))
     for text in data.notes:
         log.info(text)
-    tasks = _tried(world, partial(tasks_of, config, data, log.info)) if tasks_of else ()
+    tasks = _tried(world, plan.phases(tokens), data, log, tasks_of) if tasks_of else ()
     assert config.checkpoint.folder is not None, "filled in when a configuration is loaded"
     group, folder = world.host_group("checkpoint"), Path(config.checkpoint.folder)
     path = data.tokenizer.path if data.tokenizer else None
@@ -159,9 +159,11 @@ def set_up(
         manager.release()
 
 
-def _tried(world: World, tasks_of: Callable[[], Sequence[Task]]) -> Sequence[Task]:
-    """The tasks of eval.tasks, before anything is made. Raises: MegallamaError."""
-    tasks = world.on_all("eval.tasks", tasks_of)
+def _tried(world: World, plans: Sequence[Plan], data: Data, log: Logger, tasks_of: TasksOf) -> Sequence[Task]:
+    """Those of eval.tasks, before anything is made; they fit the shortest phase too. Raises: MegallamaError."""
+    at = {plan.config.batch.seq_length: plan.config for plan in plans}
+    for length in dict.fromkeys((min(at), plans[0].config.batch.seq_length)):
+        tasks = world.on_all("eval.tasks", partial(tasks_of, at[length], data, log.info))
     digests = world.group.gather_values([task.digest for task in tasks])
     if other := [rank for rank, own in enumerate(digests) if own != digests[0]]:
         where = f"rank {other[0]} on {world.hosts[other[0]]}"
@@ -228,7 +230,7 @@ def _choose_kernels(config: Config, plan: Plan, world: World, log: Logger) -> tu
     """The same on all ranks, and what checkpoints have of them; now the log has files."""
     named, resumed = _named_kernels(config, world)
     kernels = world.on_all("kernels", lambda: kernels_of(config, world.device, named))
-    same_kernels(world.group.gather_values([(c.operation, c.selected) for c in kernels.choices]))
+    same_kernels(world.group, kernels)
     world.on_all("run folder", lambda: log.open(Path(config.run.folder)))
     if len({*world.hosts}) == 1:
         introduce(world, plan, log, _replicas(plan, world))
@@ -333,7 +335,7 @@ def _restore(setup: Setup, until: int | None = None) -> Setup:
 
 def _memory_copies(config: Config, world: World, worker: Worker, log: Logger) -> MemoryCopies | None:
     """Where state is copied to every memory_interval steps, if a supervisor keeps it."""
-    interval, tree = config.checkpoint.memory_interval, config.model_dump(mode="json")
+    interval, tree = config.checkpoint.memory_interval, config.at(0).model_dump(mode="json")
     if not (interval and world.record.watched):
         return None
     tree["train"] |= {"stop_after_steps": 0, "stop_after_minutes": 0}

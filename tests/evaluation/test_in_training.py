@@ -125,6 +125,29 @@ def test_a_request_to_stop_ends_it_and_the_next_start_makes_it(
     assert [a["windows"] for a in pool.run(2, RUN, str(tmp_path), settings)] == [0, 0]
 
 
+def test_phases_do_not_change_when_they_are_made(pool: Pool, tmp_path: Path, given: Path) -> None:
+    """The first phase ends after step 2, where one is due and is stopped; the next start makes it, and goes on."""
+    settings, runs = sections(given, {"tp": 2}), [tmp_path / name for name in ("straight", "stopped")]
+    phases = [{"until_tokens": 256}, {"until_tokens": 1024, "seq_length": 32, "rope_theta": 100.0}]  # 2 and 3 steps
+    settings["train"] = {"phases": phases}
+    settings["checkpoint"] = {"interval": 0, "keep_last": 9}
+    assert {a["status"] for a in pool.run(2, RUN, str(runs[0]), settings)} == {0}
+    answers = pool.run(2, RUN, str(runs[1]), settings, "signal:2")
+    assert [(a["status"], a["step"]) for a in answers] == [(75, 2)] * 2 and numbers(runs[1]) == []
+    assert [(a["status"], a["step"]) for a in pool.run(2, RUN, str(runs[1]), settings)] == [(0, 5)] * 2
+    assert [step for step, _ in numbers(runs[0])] == STEPS and numbers(runs[1]) == numbers(runs[0])
+    assert curve(runs[1]) == curve(runs[0]) and state_files(runs[1]) == state_files(runs[0])
+
+
+def test_what_a_later_phase_cannot_score_is_known_at_the_start(pool: Pool, tmp_path: Path, given: Path) -> None:
+    (given / "long.jsonl").write_text(json.dumps({"context": "a", "choices": ["b" * 12, "c"], "gold": 1}))
+    settings = sections(given, {}, tasks=[str(given / "long.jsonl")])
+    settings["train"] = {"phases": [{"until_tokens": 256}, {"until_tokens": 512, "seq_length": 8}]}
+    (answer,) = pool.run(1, RUN, str(tmp_path / "run"), settings)
+    assert "long: a continuation has 12 tokens, and the context 8: it does not fit" in answer["error"]
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_takes_too_long_on_any_rank_is_left_out_and_it_is_said(pool: Pool, tmp_path: Path, given: Path) -> None:
     settings = sections(given, {}, max_seconds=0.7)
     settings["eval"]["tasks"] += [str(given / "more" / "own2.jsonl")]

@@ -82,6 +82,22 @@ def test_a_killed_and_a_frozen_rank_are_replaced_from_memory(tmp_path: Path, wan
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["status"] == 0
 
 
+def test_so_it_is_in_a_later_phase(tmp_path: Path) -> None:
+    """The copy is one of the second phase; the newest checkpoint is of the end of the first, step 3."""
+    ends = ["{until_tokens=192}", "{until_tokens=1472, seq_length=32, rope_theta=500}"]  # 3 and 10 steps
+    words = ["parallel.tp=2", f"train.phases=[{','.join(ends)}]", *RUN[1:], "train.steps=13"]
+    for name, more in (("plain", []), ("killed", [*REPLACE, "checkpoint.memory_interval=1"])):
+        (folder := tmp_path / name).mkdir()
+        ranks = Ranks(2, [*words, *more], folder, supervised=True)
+        if more:
+            reach(ranks, 7)
+            os.kill(trainer(ranks, 1), signal.SIGKILL)
+        assert ranks.wait(90) == [0, 0]
+    assert result(tmp_path / "killed", 13) == result(tmp_path / "plain", 13)
+    (resumed,) = re.findall(r"resumed after step (\d+), .* from memory", said := ranks.said(0))
+    assert int(resumed) >= 6, said
+
+
 def test_a_start_with_no_step_to_make_says_where_the_run_is(tmp_path: Path) -> None:
     for _ in range(2):
         assert run(tmp_path, "parallel.tp=2", "train.steps=3").wait(90) == [0, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megallama.comm.group import Solo
 from megallama.config.errors import MegallamaError
 from megallama.forecast.forecast import flags
 from megallama.forecast.hardware import load_hardware
@@ -20,11 +21,14 @@ def test_the_configuration_reaches_the_choice() -> None:
         kernels_of(small_config(precision={"dtype": "bf16", "fp8": "tensorwise"}), CPU)
 
 
-def test_ranks_that_took_different_kernels_are_told_apart() -> None:
+def test_ranks_that_took_different_kernels_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     own, other = [["attention", "apex"], ["AdamW", "apex"]], [["attention", "apex"], ["AdamW", "torch fused"]]
-    same_kernels([own, own, own])
+    group, kernels = Solo(), kernels_of(small_config(), CPU)
+    monkeypatch.setattr(group, "gather_values", lambda value: [own, own, own])
+    same_kernels(group, kernels)
+    monkeypatch.setattr(group, "gather_values", lambda value: [own, own, other])
     with pytest.raises(MegallamaError) as caught:
-        same_kernels([own, own, other])
+        same_kernels(group, kernels)
     assert str(caught.value) == (
         "AdamW: rank 0 took apex, rank 2 torch fused; its log says why. Make the installations alike, or write "
         'run.without_kernels=["AdamW: apex"]'

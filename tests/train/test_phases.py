@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,16 @@ import pytest
 import torch
 
 from megallama.cli import command
+from megallama.comm.launch import World
+from megallama.config.load import to_toml
+from megallama.config.schema import Config
 from megallama.data.writer import IndexedWriter
+from megallama.plan import plan
+from megallama.train import continued
 from megallama.train.step import ByPosition, by_position, evaluate_step
 from tests.pool import Pool
 from tests.small import MODEL, documents, micro_batches, small_config, solo_rank, tokens
-from tests.train.runs import curve, records, state_files
+from tests.train.runs import curve, records, run, state_files
 from tests.train.test_continued import RUN, counters, sections, step
 from tests.train.test_continued import files as two_sources
 
@@ -112,7 +119,9 @@ def test_stopped_anywhere_it_is_the_run_that_never_stopped(
     assert "phase 2 of 3 begins after step 3, 384 tokens read: 4 samples of 40 tokens\n" in log
 
 
-def test_it_is_its_stages_by_hand(pool: Pool, tmp_path: Path, files: dict[str, str]) -> None:
+def test_it_is_its_stages_by_hand(
+    pool: Pool, tmp_path: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """The same settings, a stage each, gone on from with checkpoint.continue_from; two replicas."""
     pool.run(2, RUN, str(tmp_path / "phases"), in_phases(files))
     before, done, curves = None, 0, []
@@ -136,6 +145,78 @@ def test_it_is_its_stages_by_hand(pool: Pool, tmp_path: Path, files: dict[str, s
     assert curves == curve(tmp_path / "phases")
     for key in ("sources", "samples", "tokens_read", "updates", "mixture"):
         assert counters(tmp_path / "phases", STEPS)[key] == counters(tmp_path / "stage2", STEPS)[key]
+    check_sources(tmp_path, small_config(**in_phases(files)), capsys)
+
+
+def check_sources(folder: Path, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `megallama plan --data` and `explain` say of a run in phases is what it took from its sources."""
+    (folder / "phases.toml").write_text(to_toml(config))
+
+    def told(name: str, *words: str) -> Any:
+        assert command(name)([str(folder / "phases.toml"), *words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    made = [r["sources"] for r in records(folder / "phases")]
+    planned = told("plan", "--data")
+    assert planned["phases"] == [1, 4, 6]
+    assert [s["shares"] for s in planned["sources"]] == [[1.0, 0.75, 0.75], [0.0, 0.25, 0.25]]
+    assert {s["source"]: (s["used_tokens"], s["epochs"]) for s in planned["sources"]} == {
+        name: (used["tokens"], used["epochs"]) for name, used in made[-1].items()
+    }
+    for number, used in enumerate(made, 1):
+        samples = told("explain", str(number))["samples"]
+        assert len(samples) == (8 if number <= 3 else 4)
+        for name in used:
+            seen = [s["index"] for s in samples if s["source"] == name]
+            assert seen == [*range(int(used[name]["samples"]) - len(seen), int(used[name]["samples"]))]
+        length = {1: 16, 2: 40, 3: 32}[1 + (number > 3) + (number > 5)]
+        assert {sum(p["length"] for p in s["pieces"]) for s in samples} == {length + 1}
+
+
+def failing(world: World, folder: str, sections: dict[str, dict[str, Any]], kind: str) -> dict[str, Any]:
+    """As `tests.train.runs.run`; rank 1 has a fault as it makes a later phase."""
+    entering, names = list[int](), ("assemble", "kernels_of", "open_sources")
+    real = {name: getattr(continued, name) for name in names}
+
+    def make_plan(*arguments: Any) -> Any:
+        entering.append(1)
+        return plan.make_plan(*arguments)
+
+    def faulty(name: str, *arguments: Any, **named: Any) -> Any:
+        if not entering or world.rank != 1 or kind != name:
+            return real[name](*arguments, **named)
+        if kind == "assemble":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        if kind == "open_sources":
+            raise FileNotFoundError(2, "No such file or directory", "web.idx")
+        kernels = real[name](*arguments, **named)
+        return replace(kernels, choices=(replace(kernels.choices[0], selected="apex"), *kernels.choices[1:]))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(continued, "make_plan", make_plan)
+        for name in real:
+            patched.setattr(continued, name, partial(faulty, name))
+        return run(world, folder, sections)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("assemble", r"model: rank 1 on \S+: RuntimeError: DefaultCPUAllocator: can't allocate memory"),
+        ("open_sources", r"data: rank 1 on \S+: FileNotFoundError: .* 'web.idx'"),
+        ("kernels_of", r"attention: rank 0 took .*, rank 1 apex; its log says why\. .*"),
+    ],
+)
+def test_a_rank_that_cannot_make_a_phase_is_named_and_all_leave(
+    pool: Pool, tmp_path: Path, files: dict[str, str], kind: str, said: str
+) -> None:
+    """The phase before is saved: the same command goes on from there."""
+    ended = pool.run(2, "tests.train.test_phases:failing", str(tmp_path), in_phases(files), kind)
+    assert all(re.fullmatch(said, a["error"]) for a in ended), ended
+    assert {a["status"] for a in ended} == {1 if kind == "assemble" else 4}  # `pretrain` leaves with 4
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3] and counters(tmp_path, 3)["samples"] == 24
+    again = pool.run(2, RUN, str(tmp_path), in_phases(files, train={"stop_after_steps": 1}))
+    assert [(a["status"], a["step"]) for a in again] == [(75, 4)] * 2
 
 
 def changed(number: int, **settings: Any) -> dict[str, Any]:
