@@ -33,6 +33,7 @@ from tests.small import build, curve, deviation, documents, small_config, tokens
 STEPS = 20
 LIMITS = {"fp64": 1e-10, "fp32": 1e-4}
 MAX_RANKS = 8
+TOGETHER = 3  # of the 8 tokens of a sample: attention has some documents alone, some together
 
 
 @dataclass(frozen=True)
@@ -266,17 +267,17 @@ def run(world: World, layout: Layout, dtype: str, alone: bool, steps: int = STEP
     """Train on one rank of a job; losses and gradient norms. Called in the processes of the pool."""
     config = layout.config(dtype, alone)
     plan = make_plan(config, world.world_size)
-    groups = world.groups(plan.topology, config.model.num_kv_heads or 1)
-    return trained(build(plan, groups, world.device), layout, steps)
+    rank = build(plan, world.groups(plan.topology, config.model.num_kv_heads or 1), world.device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "TOGETHER", TOGETHER)
+        return trained(rank, layout, steps)
 
 
 def trained(rank: Worker, layout: Layout, steps: int = STEPS) -> list[float]:
     """Losses and gradient norms of one rank."""
     config = rank.plan.config
     starts = documents(config, STEPS)[:steps] if layout.documents else None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "TOGETHER", 3)  # of the 8 tokens of a sample: some documents alone, some together
-        return curve(train(rank, tokens(config, STEPS)[:steps], starts=starts))
+    return curve(train(rank, tokens(config, STEPS)[:steps], starts=starts))
 
 
 class Comparison:

@@ -12,6 +12,7 @@ import torch
 from megallama.analysis.recording import Call, Recording
 from megallama.comm.group import Done, Groups
 from megallama.config.schema import Config
+from megallama.kernels import attention
 from megallama.kernels.attention import Documents
 from megallama.layers import context
 from megallama.layers.batch import MicroBatch
@@ -21,7 +22,7 @@ from megallama.plan.exchange import Share
 from megallama.plan.plan import make_plan
 from megallama.train.assemble import Worker
 from megallama.train.step import train_step
-from tests.parity.matrix import CONTEXT, LIMITS, Layout, context_pairs, possible, trained
+from tests.parity.matrix import CONTEXT, LIMITS, TOGETHER, Layout, context_pairs, possible, trained
 from tests.pool import Pool
 from tests.small import build, curve, deviation, documents, on_threads, small_config, tokens, train
 from tests.threads import run_threads
@@ -29,6 +30,12 @@ from tests.threads import run_threads
 STEPS, LONG = 4, 10
 BY_PROCESSES = Layout(tp=2, cp=2, kv_heads=1, documents=True), Layout(cp=2, exchange="heads", pp=2, documents=True)
 _ALONE: dict[Config, list[float]] = {}
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all threads: each would put back what it found."""
+    monkeypatch.setattr(attention, "TOGETHER", TOGETHER)
 
 
 def worst(layout: Layout, dtype: str) -> float:
@@ -40,16 +47,19 @@ def worst(layout: Layout, dtype: str) -> float:
     return max(deviation(own, _ALONE[alone]) for own in found)
 
 
+@pytest.mark.usefixtures("together")
 @pytest.mark.parametrize("layout", CONTEXT, ids=str)
 def test_every_layout_gives_one_ranks_numbers(layout: Layout) -> None:
     assert worst(layout, "fp64") <= LIMITS["fp64"]
 
 
+@pytest.mark.usefixtures("together")
 @pytest.mark.parametrize("layout", CONTEXT[:3], ids=str)
 def test_and_nearly_so_in_fp32(layout: Layout) -> None:
     assert worst(layout, "fp32") <= LIMITS["fp32"]
 
 
+@pytest.mark.usefixtures("together")
 @pytest.mark.parametrize("gloo", [False, True], ids=["shared memory", "gloo"])
 @pytest.mark.parametrize("layout", BY_PROCESSES, ids=str)
 def test_over_processes(pool: Pool, layout: Layout, gloo: bool) -> None:
