@@ -68,8 +68,7 @@ def explain(train: TrainDataset, tokenizer: Tokenizer | None, numbers: Sequence[
     """What these samples of the run are."""
     out, read = [], train.read(numbers).tokens
     for sample, (source, index, offset), tokens in zip(numbers, train.places(numbers), read, strict=True):
-        parts = pieces(source.dataset, offset, tokens, tokenizer)
-        epoch = index // source.num_sequences
+        parts, epoch = pieces(source.dataset, offset, tokens, tokenizer), index // source.num_sequences
         out.append(Explained(sample, source.name, source.dataset.prefix, index, epoch, parts))
     return out
 
@@ -119,8 +118,7 @@ def imbalance(starts: np.ndarray, cp: int, together: int) -> dict[str, float]:
     chunks = seen.reshape(-1, together, 2 * cp, starts.shape[1] // (2 * cp)).sum((1, 3))
     work = chunks[:, :cp] + chunks[:, : cp - 1 : -1]
     most, mean = work.max(1), work.mean(1)
-    whole, worst = float(most.sum() / mean.sum()), float((most / mean).max())
-    return {"cp_imbalance": whole, "cp_imbalance_worst": worst}
+    return {"cp_imbalance": float(most.sum() / mean.sum()), "cp_imbalance_worst": float((most / mean).max())}
 
 
 def show(sample: Explained, *, tokens: bool, most: int) -> str:
@@ -158,17 +156,13 @@ def run(argv: Sequence[str]) -> None:
     if config.data.synthetic:
         raise ConfigError("data.synthetic=true makes samples of random tokens: there are no documents to explain")
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    ledger = ledger_of(config)
-    if config.train.phases and config.checkpoint.continue_from:
-        where = "where they begin in its data"
-        raise ConfigError(f"of phases that go on from another run it is not known {where}")
     parts = [*parts_of(config, lambda now: open_sources(now).train)]
-    part = next((part for part in parts if step <= part[2].stop), parts[-1])
-    config, train, steps, samples = part
-    if config.train.phases:
-        ledger = {"mixture": [{"step": steps.start + 1, "sample": samples.start}]}
-    if not ledger and config.checkpoint.continue_from:
-        raise ConfigError("the run has no checkpoint yet, which knows where it goes on in the data of the other run")
+    config, train, steps, samples = next((part for part in parts if step <= part[2].stop), parts[-1])
+    here = {"mixture": [{"step": steps.start + 1, "sample": samples.start}]}
+    ledger = here if config.train.phases else ledger_of(config)
+    if config.checkpoint.continue_from and (config.train.phases or not ledger):
+        why = "has phases, of which none" if config.train.phases else "has no checkpoint yet, which"
+        raise ConfigError(f"the run {why} knows where it goes on in the data of the other run")
     if ledger.get("left_out") or config.checkpoint.continue_from:
         train.resume(ledger, ledger["step"], ledger["samples"])
     numbers = numbers_of(config, step, ranks, args.rank, args.micro_batch, ledger)
@@ -180,11 +174,9 @@ def run(argv: Sequence[str]) -> None:
     starts = train.read(numbers).starts if cp > 1 and exchange(config)[0] == "gather" else None
     balance = {} if starts is None else imbalance(starts[:, :-1], cp, together)
     if args.json:
-        told = {"step": step, "samples": [asdict(s) for s in explained], **balance}
-        print(json.dumps(told, ensure_ascii=False))
+        print(json.dumps({"step": step, "samples": [asdict(s) for s in explained], **balance}, ensure_ascii=False))
         return
-    length = counted(config.batch.seq_length, "token")
-    print(f"step {step}: {counted(len(explained), 'sample')} of {length}")
+    print(f"step {step}: {counted(len(explained), 'sample')} of {counted(config.batch.seq_length, 'token')}")
     if balance:
         whole, worst = balance.values()
         print(f"attention of the busiest cp rank over their mean: {whole:.2f}, in the worst micro-batch {worst:.2f}")

@@ -183,15 +183,12 @@ def data(file: Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"phases": firsts, "sources": rows}))
         return 0
-    titles = [f"share from step {n:,}" for n in firsts]
-    lines = [["source", "tokens", *titles, "used tokens", "epochs", "max", "last step"]]
+    lines = [["source", "tokens", *(f"share from step {n:,}" for n in firsts), "used tokens", "epochs", "max", "last step"]]
     for row in rows:
         size = f"{row['tokens']:,}{'' if row['measured'] else '*'}"
         shares = [f"{100 * share:.2f} %" for share in row["shares"]]
-        ends = (row["max_epochs"], "g"), (row["last_step"], ",")
-        cap = [f"{x:{form}}" if x is not None else "" for x, form in ends]
-        used = f"{row['used_tokens']:,}", f"{row['epochs']:.2f}"
-        lines.append([row["source"], size, *shares, *used, *cap])
+        cap = ["" if (x := row[k]) is None else f"{x:{f}}" for k, f in (("max_epochs", "g"), ("last_step", ","))]
+        lines.append([row["source"], size, *shares, f"{row['used_tokens']:,}", f"{row['epochs']:.2f}", *cap])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     samples, tokens = sum(n for n, _ in sizes), sum(n * length for n, length in sizes)
     lengths = ", ".join(str(length) for _, length in sizes)
@@ -202,8 +199,7 @@ def data(file: Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
     if not all(row["measured"] for row in rows):
         out += ["", "* num_tokens of the configuration; the files are not here"]
     if over := [row["last_step"] for row in rows if row["last_step"] is not None]:
-        how, last = config.data.on_exhausted, f"over after step {min(over):,}"
-        what = "refused" if how == "error" else last
-        out += ["", f'with data.on_exhausted="{how}" this run is {what}']
+        what = "refused" if config.data.on_exhausted == "error" else f"over after step {min(over):,}"
+        out += ["", f'with data.on_exhausted="{config.data.on_exhausted}" this run is {what}']
     print(*out, sep="\n")
     return 0
