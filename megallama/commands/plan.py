@@ -179,11 +179,11 @@ def data(file: Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
     config = load(file, overrides)
     if config.data.synthetic:
         raise ConfigError("data.synthetic=true takes nothing from any source; write data.train")
-    rows, firsts, sizes = source_shares(config)
+    rows, at, sizes = source_shares(config)
     if as_json:
-        print(json.dumps({"phases": firsts, "sources": rows}))
+        print(json.dumps({"phases": at, "sources": rows}))
         return 0
-    lines = [["source", "tokens", *(f"share from step {n:,}" for n in firsts), "used tokens", "epochs", "max", "last step"]]
+    lines = [["source", "tokens", *(f"share from step {n:,}" for n in at), "used tokens", "epochs", "max", "last step"]]
     for row in rows:
         size = f"{row['tokens']:,}{'' if row['measured'] else '*'}"
         shares = [f"{100 * share:.2f} %" for share in row["shares"]]
