@@ -10,10 +10,7 @@ from megallama.config.errors import MegallamaError, drop_output
 
 
 def exit_status(run: Callable[[], int | None]) -> int:
-    """The status of a tool: what it returns (0 for None) or argparse leaves with, 2 for an error, 130 for Ctrl-C.
-
-    141, as the shell has it, where whoever read the output has gone (``| head``).
-    """
+    """The status of a tool: its own (0 for None), argparse's, 2 for an error, 130 for Ctrl-C, 141 for ``| head``."""
     try:
         try:
             status = run() or 0
@@ -30,6 +27,9 @@ def exit_status(run: Callable[[], int | None]) -> int:
                 raise
             text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
             sys.stderr.write(f"error: {text}\n")
+            status = 2
+        except ModuleNotFoundError as error:
+            sys.stderr.write(f"error: {error}; pip install {error.name}\n")
             status = 2
         except KeyboardInterrupt:
             sys.stderr.write("\nstopped\n")

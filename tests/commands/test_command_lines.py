@@ -132,6 +132,7 @@ def fails(error: BaseException) -> Callable[[], int]:
         (MegallamaError("x=3 is odd"), 2, "error: x=3 is odd\n"),
         (FileNotFoundError(2, "No such file or directory", "a/b"), 2, "error: a/b: No such file or directory\n"),
         (OSError("out of memory"), 2, "error: out of memory\n"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), 2, "error: No module named 'x'; pip install x\n"),
         (KeyboardInterrupt(), 130, "\nstopped\n"),
         (SystemExit(), 0, ""),
         (SystemExit(3), 3, ""),
