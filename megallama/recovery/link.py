@@ -16,14 +16,14 @@ from typing import Any
 Message = dict[str, Any]
 WAITING = 1 << 20  # more than hosts: the number of a link with a rank that has no place is this and the launched rank
 _FRESH = 6.0  # seconds: who has no place and has not been heard for so long does not wait any more
-_MOST, _RETRY = 1 << 24, 1.0  # bytes of a message; seconds between attempts to connect
+_MOST, _RETRY, _STRANGE = 1 << 24, 1.0, 10.0  # bytes; seconds to the next try, to say the token
 
 
 class Link:
     """One connection."""
 
     def __init__(self, peer: socket.socket) -> None:
-        self.socket, self.host = peer, -1  # number of the host, once it has said the token
+        self.born, self.socket, self.host = time.monotonic(), peer, -1  # host: once it has said the token
         self.hello: Message = {}  # with which it did
         peer.setblocking(False)
         self._in, self._out, self.open = b"", b"", True
@@ -129,6 +129,8 @@ class Links:
                     link.host, link.hello = int(message.get("host", WAITING + message.get("seat", 0))), message
                 self.heard[link.host] = time.monotonic()
                 found.append((link.host, message))
+            if link.host < 0 and time.monotonic() - link.born > _STRANGE:
+                link.close()  # many would leave the supervisor no files
         self._links = [link for link in self._links if link.open]
         self.met = time.monotonic() if self._links else self.met
         return found

@@ -87,10 +87,7 @@ class Node:
         return [rank for rank in self.records if self.lost(rank) is None]
 
     def overdue(self, since: float) -> list[int]:
-        """Ranks that have waited longer than they may, or whose device has: counted from `since` on at the earliest.
-
-        And those that are stopped for longer than a step may take: of them nobody need wait, or not so soon.
-        """
+        """Ranks that wait or are stopped too long, or whose device is; counted from `since` on."""
         now, found = time.monotonic(), []
         for rank, record in self.records.items():
             if self.ended(rank):

@@ -6,6 +6,8 @@ import socket
 import time
 from collections.abc import Callable
 
+import pytest
+
 from megallama.recovery.link import Links
 
 
@@ -52,6 +54,26 @@ def test_a_stranger_is_not_heard_and_harms_nobody() -> None:
     other.poll()
     heard: list[object] = []
     until(lambda: heard.extend(root.poll()) or heard)
+
+
+def test_who_connects_and_says_nothing_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And who has said the token may be silent."""
+    root, other = pair()
+    port = root._door.getsockname()[1] if root._door else 0
+    monkeypatch.setattr("megallama.recovery.link._STRANGE", 0.3)
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.setblocking(False)
+        other.poll()
+        heard: list[object] = []
+        until(lambda: heard.extend(root.poll()) or heard)
+        with pytest.raises(BlockingIOError):
+            stranger.recv(1)
+        until(lambda: root.poll() or len(root.sockets()) == 2)
+        assert stranger.recv(1) == b""
+    root.send({"still": "there"})
+    answers: list[object] = []
+    until(lambda: answers.extend(other.poll()) or answers)
+    assert answers == [(0, {"still": "there"})]
 
 
 def test_without_a_token_nobody_is_known() -> None:
