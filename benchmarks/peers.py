@@ -4,6 +4,7 @@
     python benchmarks/peers.py --python runs/peers/bin/python
     python benchmarks/peers.py --python ... --shapes S --layouts a,c --dtypes bf16 --rounds 3
     python benchmarks/peers.py --python ... --peers hf,megatron-core --record
+    python benchmarks/peers.py --python ... --kept FILE --seconds 200       in pieces: again, while it ends with 75
 
 Which peers, of which versions, each with the settings that are best for it: `peers.toml`.  Per row and round every
 system runs once, one after the other, so that all of them see the machine in the same condition; the ratio is between
@@ -14,6 +15,9 @@ The rate of large products is measured in every round.  `--record` keeps, per pr
 it (`results/peer_shares.json`); a round in which a peer falls more than 5 % below its recorded share does not count,
 and is made again, up to twice as many as asked for: a slow peer makes no good ratio.
 
+With `--kept` every round is in a file as soon as it ends, and no round begins that would end later than `--seconds`;
+the same command goes on with the file, and writes the results once no round of its rows is missing.
+
 Results: `results/peers.json` and `peers.md`.  Rows that were measured before, on other processors too, stay there with
 their processor and commit until they are measured again on the same one, with the same peers at least.
 """
@@ -22,8 +26,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 import venv
 from dataclasses import asdict, dataclass, replace
@@ -119,22 +125,62 @@ def recompute_of(settings: list[str]) -> str:
     return next((x.partition("=")[2] for x in reversed(settings) if x.startswith("memory.recompute=")), "")
 
 
-def measure_row(row: tuple[str, str, str], args: argparse.Namespace) -> list[Run]:
-    """Rounds until `args.rounds` count, at most twice as many."""
+class Piece:
+    """How long this command may measure, and what earlier ones have measured."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.file: Path | None = args.kept
+        self.seconds: float = args.seconds
+        self.began = time.monotonic()
+        self.rounds = 0  # of this command
+        if self.file and self.file.exists():
+            self.session: dict[str, Any] = json.loads(self.file.read_text())
+        else:
+            self.session = {**machine(), "peers": peer_versions(args.python), "command": sys.argv}
+            self.session |= {"runs": [], "longest": {}, "failed": {}}
+
+    def of(self, row: str) -> list[Run]:
+        """What is measured of a row."""
+        return [run for run in (Run(**x) for x in self.session["runs"]) if run.row == row]
+
+    def measured(self) -> dict[str, Any]:
+        """What belongs into the results."""
+        return {key: value for key, value in self.session.items() if key != "longest"}
+
+    def time_left(self, row: str) -> bool:
+        """If a round of the row fits. The first of this command always does; one of unknown length takes half of it."""
+        longest = self.session["longest"].get(row, self.seconds / 2)
+        return bool(not self.rounds or time.monotonic() - self.began + longest <= self.seconds)
+
+    def add(self, row: str, runs: list[Run], failed: set[str], seconds: float) -> None:
+        """Keep a round, and which peers failed in it."""
+        self.rounds += 1
+        self.session["runs"] += [asdict(run) for run in runs]
+        self.session["longest"][row] = max(seconds, self.session["longest"].get(row, 0.0))
+        self.session["failed"].setdefault(row, []).extend(sorted(failed))
+        if self.file:
+            replace_file(self.file, json.dumps(self.session, indent=1) + "\n")
+
+
+def measure_row(row: tuple[str, str, str], args: argparse.Namespace, piece: Piece) -> bool:
+    """Rounds until `args.rounds` count, at most twice as many. False: there is no time for the next one now."""
     shape, dtype, layout = row
-    chosen = [p for p in PEERS if layout in p.layouts and dtype in p.dtypes]
-    if args.peers:
-        chosen = [p for p in chosen if p.name in args.peers.split(",")]
+    name = " ".join(row)
+    asked = args.peers.split(",") if args.peers else [p.name for p in PEERS]
+    able = [p for p in PEERS if p.name in asked and layout in p.layouts and dtype in p.dtypes]
+    chosen = [p for p in able if p.name not in piece.session["failed"].get(name, ())]
     recorded = read_json("peer_shares", {}).get(processor(machine()["machine"]), {})
-    runs: list[Run] = []
-    good = made = 0
-    while good < args.rounds and made < 2 * args.rounds:
+    while True:
+        ours = [run for run in piece.of(name) if run.system == "megallama"]
+        if sum(not run.void for run in ours) >= args.rounds or len(ours) >= 2 * args.rounds:
+            return True
+        if not piece.time_left(name):
+            return False
+        began, before = time.monotonic(), {p.name for p in chosen}
         newest = judged(one_round(row, chosen, args), recorded)
-        runs += newest
-        good, made = good + (not newest[0].void), made + 1
+        piece.add(name, newest, before - {p.name for p in chosen}, time.monotonic() - began)
         if newest[0].void:
-            print(f"{newest[0].row}: this round does not count: {newest[0].void}", flush=True)
-    return runs
+            print(f"{name}: this round does not count: {newest[0].void}", flush=True)
 
 
 def share(run: Run) -> float:
@@ -245,7 +291,7 @@ def compare(runs: list[Run]) -> dict[str, str]:
         line |= {"torch.compile": f"{rate:.0f}", "ratio to it": f"{speed(ours) / rate:.2f}"}
     least = min(memory.values(), default=0)
     line |= {"ours MiB/rank": str(own), "least peer MiB/rank": str(least or "-")}
-    line |= {"memory ratio": f"{own / least:.2f}" if least else "-"}
+    line |= {"memory ratio": f"{own / least:.2f}" if least else "-", "peers that ran": ", ".join(sorted(by_system))}
     return line | {"others' load": f"{max(r.other_load for r in runs):.2f}"}
 
 
@@ -299,35 +345,44 @@ def keep(sessions: list[dict[str, Any]], newest: dict[str, Any], args: argparse.
     print("\n" + text)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     step.add_row_options(parser)
     parser.add_argument("--setup", type=Path, metavar="FOLDER", help="install the peers there and stop")
     parser.add_argument("--python", help="the interpreter of the peers' environment")
     parser.add_argument("--peers", help=f"names, comma-separated: {', '.join(p.name for p in PEERS)}")
     parser.add_argument("--record", action="store_true", help="keep the peers' shares of the rate of products")
+    parser.add_argument("--kept", type=Path, help="a file of rounds, with which the same command goes on")
+    parser.add_argument("--seconds", type=float, default=1e9, help="end before so long, with 75 where more is to do")
     parser.add_argument("--timeout", type=float, default=900.0, help="for one run [s]")
     args = parser.parse_args()
     if args.setup:
-        return setup(args.setup)
+        setup(args.setup)
+        return 0
     if not args.python:
         parser.error("--python is missing; first: python benchmarks/peers.py --setup runs/peers")
     if args.rounds % 2 == 0:
         parser.error(f"--rounds {args.rounds}: a median is of an odd number of rounds")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     before = read_json("peers", [])
     sessions: list[dict[str, Any]] = before if isinstance(before, list) else [before]
-    newest: dict[str, Any] = {**machine(), "peers": peer_versions(args.python), "command": sys.argv, "runs": []}
+    piece = Piece(args)
     for row in step.rows(args):
         try:
-            of_row = measure_row(row, args)
+            if not measure_row(row, args, piece):
+                print(f"{len(piece.session['runs'])} runs in {piece.file}: the same command goes on")
+                return 75
         except BenchmarkError as error:
             print(f"megallama failed on {' '.join(row)}: {error}", file=sys.stderr)
             continue
         if args.record:
-            record(of_row)
-        newest["runs"] += [asdict(run) for run in of_row]
-        keep(sessions, newest, args)
+            record(piece.of(" ".join(row)))
+        if not piece.file:
+            keep(sessions, piece.measured(), args)
+    if piece.file:
+        keep(sessions, piece.measured(), args)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -57,14 +57,48 @@ def test_rounds_are_made_again_until_enough_count(monkeypatch: pytest.MonkeyPatc
     (tmp_path / "peer_shares.json").write_text(json.dumps(known))
     speeds = iter([50, 40, 49, 40, 51, 1, 1])
     monkeypatch.setattr(peers, "one_round", lambda row, chosen, args: [run("megallama", 60), run("hf", next(speeds))])
-    args = argparse.Namespace(peers="hf", rounds=3)
-    runs = peers.measure_row(ROW, args)
+    monkeypatch.setattr(peers, "peer_versions", lambda python: "")
+    args = argparse.Namespace(peers="hf", rounds=3, kept=None, seconds=1e9, python="")
+    piece = peers.Piece(args)
+    assert peers.measure_row(ROW, args, piece)
+    runs = piece.of("S fp32 a")
     assert [bool(one.void) for one in runs[::2]] == [False, True, False, True, False]
     assert [one.tokens_per_second for one in peers.counting(runs) if one.system == "hf"] == [50, 49, 51]
     speeds = iter([1] * 6)
-    assert all(one.void for one in peers.measure_row(ROW, args)), "six times, and no more"
+    piece = peers.Piece(args)
+    assert peers.measure_row(ROW, args, piece)
+    assert all(one.void for one in piece.of("S fp32 a")), "six times, and no more"
     with pytest.raises(StopIteration):
         next(speeds)
+
+
+def test_rounds_are_kept_until_none_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Piece by piece: none is measured twice, none begins without the time, and who failed is not tried again."""
+    clock, made = [0.0], []
+
+    def one_round(row: tuple[str, str, str], chosen: list[peers.Peer], args: argparse.Namespace) -> list[Run]:
+        made.append([peer.name for peer in chosen])
+        chosen[:] = [peer for peer in chosen if peer.name != "litgpt"]
+        clock[0] += 30.0
+        return [run("megallama", 60 + len(made)), run("hf", 50)]
+
+    monkeypatch.setattr(peers, "RESULTS", tmp_path)
+    monkeypatch.setattr(peers, "machine", lambda: {"machine": HERE, "commit": "abc"})
+    monkeypatch.setattr(peers, "peer_versions", lambda python: "")
+    monkeypatch.setattr(peers, "one_round", one_round)
+    monkeypatch.setattr(peers.time, "monotonic", lambda: clock[0])
+    kept = tmp_path / "kept.json"
+    args = argparse.Namespace(peers="hf,litgpt", rounds=3, kept=kept, seconds=70.0, python="")
+    assert not peers.measure_row(ROW, args, peers.Piece(args)), "two rounds of 30 s fit into 70"
+    assert made == [["hf", "litgpt"], ["hf"]]
+    args.seconds = 1.0
+    piece = peers.Piece(args)
+    assert peers.measure_row(ROW, args, piece), "a command without time for it makes one round all the same"
+    assert made[2:] == [["hf"]]
+    assert peers.measure_row(ROW, args, peers.Piece(args)) and len(made) == 3, "nothing is missing"
+    assert [one.tokens_per_second for one in piece.of("S fp32 a") if one.system == "megallama"] == [61, 62, 63]
+    assert set(piece.measured()) == {"machine", "commit", "peers", "command", "runs", "failed"}
+    assert piece.measured()["failed"] == {"S fp32 a": ["litgpt"]}
 
 
 def test_what_is_recorded_only_grows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
