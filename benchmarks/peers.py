@@ -32,6 +32,7 @@ import sys
 import time
 import tomllib
 import venv
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456",
 }
+CALM = 0.15  # cores of others; with more of them busy a run says little
 LEAST_SHARE = 0.95  # of a peer's recorded share of the rate of large products
 
 
@@ -106,18 +108,28 @@ def one_round(row: tuple[str, str, str], chosen: list[Peer], args: argparse.Name
     wait_for_calm(args.calm)
     rate = step.probe(layout, dtype)
     extra = [*([] if recompute_of(args.set) else ["memory.recompute=none"]), *args.set]
-    ours = step.measure(shape, layout, dtype, args.steps, extra, args.timeout)
+    ours = undisturbed(lambda: step.measure(shape, layout, dtype, args.steps, extra, args.timeout), args)
     runs = [replace(ours, recompute=recompute_of(extra), gemm_gflops=rate)]
     say(runs[-1])
     for peer in list(chosen):
         try:
-            wait_for_calm(args.calm)
-            runs.append(replace(run_peer(peer, row, args), gemm_gflops=rate))
+            run = undisturbed(lambda peer=peer: run_peer(peer, row, args), args)  # type: ignore[misc]
+            runs.append(replace(run, gemm_gflops=rate))
             say(runs[-1])
         except BenchmarkError as error:
             chosen.remove(peer)
             print(f"{peer.name} failed on {' '.join(row)}: {error}", file=sys.stderr)
     return runs
+
+
+def undisturbed(make: Callable[[], Run], args: argparse.Namespace) -> Run:
+    """A run; again, at most twice, where other processes were busy meanwhile."""
+    for _ in range(3):
+        wait_for_calm(args.calm)
+        run = make()
+        if run.other_load <= CALM:
+            break
+    return run
 
 
 def recompute_of(settings: list[str]) -> str:
@@ -262,7 +274,7 @@ def say(run: Run) -> None:
 
 def speed(runs: list[Run]) -> float:
     """Median tokens/s over rounds, of the undisturbed ones if there are any."""
-    calm = odd([r.tokens_per_second for r in runs if r.other_load <= 0.15])
+    calm = odd([r.tokens_per_second for r in runs if r.other_load <= CALM])
     return median(calm or odd([r.tokens_per_second for r in runs]))
 
 

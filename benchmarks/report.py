@@ -53,8 +53,11 @@ def median(values: Sequence[float]) -> float:
 
 def machine() -> dict[str, str]:
     """Where and when this was measured, and what."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    pairs = (line.partition(":") for line in reversed(Path("/proc/cpuinfo").read_text().splitlines()))
+    about = {key.strip(): value.strip() for key, _, value in pairs}
+    cpu = about.get("model name", platform.machine())
+    if "cpu family" in about:  # generations differ more than their names: some hosts say "AMD EPYC" of each
+        cpu += f" (family {about['cpu family']} model {about['model']})"
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
