@@ -20,8 +20,8 @@ from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm  # 
 from torchtitan.models.common.attention import ScaledDotProductAttention  # noqa: E402
 
 
-def build(s: work.Shape) -> Any:
-    """The model with its own initial weights."""
+def settings(s: work.Shape) -> Any:
+    """Of the model."""
     config = llama3.Llama3Model.Config(
         dim=s.hidden,
         vocab_size=s.vocab,
@@ -44,7 +44,12 @@ def build(s: work.Shape) -> Any:
     )
     for layer in config.layers:
         layer.attention.inner_attention = ScaledDotProductAttention.Config()  # flex has no backward on CPU
-    model = config.build()
+    return config
+
+
+def build(s: work.Shape) -> Any:
+    """The model with its own initial weights."""
+    model = settings(s).build()
     model.init_states(buffer_device=torch.device("cpu"))
     return model
 
