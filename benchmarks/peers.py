@@ -13,7 +13,8 @@ table says which.  torch.compile of plain PyTorch is a peer, in columns of its o
 
 The rate of large products is measured in every round.  `--record` keeps, per processor and row, each peer's share of
 it (`results/peer_shares.json`); a round in which a peer falls more than 5 % below its recorded share does not count,
-and is made again, up to twice as many as asked for: a slow peer makes no good ratio.
+and is made again, up to twice as many as asked for: a slow peer makes no good ratio.  A run beside which other
+processes were busy is made again at once, at most twice.
 
 With `--kept` every round is in a file as soon as it ends, and no round begins that would end later than `--seconds`;
 the same command goes on with the file, and writes the results once no round of its rows is missing.

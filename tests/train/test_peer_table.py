@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "drivers")]
 import peers  # noqa: E402
 import step  # noqa: E402
 from drivers.work import SHAPES  # noqa: E402
-from report import Run  # noqa: E402
+from report import Run, machine  # noqa: E402
 
 ROW = ("S", "fp32", "a")
 TOKEN = step.flops_per_token(SHAPES["S"]) / 1e9  # GFLOP of a token: at 1 token/s this is the rate in GFLOP/s
@@ -146,6 +146,22 @@ def test_medians_are_of_an_odd_number() -> None:
     assert [one.tokens_per_second for one in peers.counting(runs)] == [10, 20, 30]
     assert peers.speed(runs) == 20
     assert peers.speed([*runs, run("hf", 5), *[run("hf", 99, other_load=0.5)] * 9]) == 20
+
+
+def test_a_disturbed_run_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "wait_for_calm", lambda limit: None)
+    args = argparse.Namespace(calm=0)
+    for loads, taken in (([0.1, 0.0], 0.1), ([0.5, 0.16, 0.1], 0.1), ([0.5, 0.4, 0.3, 0.0], 0.3)):
+        left = iter(loads)
+        assert peers.undisturbed(lambda left=left: run("hf", 50, other_load=next(left)), args).other_load == taken
+
+
+def test_the_generation_of_a_processor_is_part_of_its_name() -> None:
+    """Two that are called the same have different rates of products."""
+    place = peers.processor(machine()["machine"])
+    assert place.endswith(" cores")
+    if "cpu family" in Path("/proc/cpuinfo").read_text():
+        assert re.search(r" \(family \d+ model \d+\), \d+ cores$", place)
 
 
 def test_ours_recomputes_as_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
