@@ -292,12 +292,17 @@ def compare(runs: list[Run]) -> dict[str, str]:
     missing = ("best peer tok/s", "best peer", "ratio", "of each round", "torch.compile", "ratio to it")
     line |= dict.fromkeys(missing, "-")
     if best:
-        each = [a.tokens_per_second / b.tokens_per_second for a, b in zip(ours, by_system[best], strict=False)]
+        each = [
+            f"{a.tokens_per_second / b.tokens_per_second:.2f}"
+            if max(a.other_load, b.other_load) <= CALM
+            else "disturbed"
+            for a, b in zip(ours, by_system[best], strict=False)
+        ]
         line |= {
             "best peer tok/s": f"{speed(by_system[best]):.0f}",
             "best peer": best,
             "ratio": f"{speed(ours) / speed(by_system[best]):.2f}",
-            "of each round": " ".join(f"{x:.2f}" for x in each),
+            "of each round": " ".join(each),
         }
     for name in compiled:
         rate = speed(by_system[name])
@@ -343,7 +348,8 @@ def report(sessions: list[dict[str, Any]]) -> str:
     text = table(lines) + (
         "\nRatio: median of ours / median of the best eager peer. Least peer: of those that keep fp32 master weights. "
         "Ratios hold on the processor of their row.\n"
-        "Others' load: cores that other processes kept busy meanwhile; above 0.15 little can be concluded.\n"
+        "Others' load: cores that other processes kept busy meanwhile; a run with more than 0.15 "
+        "does not count where another one of its system does.\n"
     )
     text += "".join(f"- {note}\n" for note in SETTINGS["notes"])
     return text + "\n## Every system\n\n" + table(everything)

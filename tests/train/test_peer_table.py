@@ -136,6 +136,14 @@ def test_rows_of_other_processors_stay_with_their_commit() -> None:
     ]
 
 
+def test_a_disturbed_round_shows_no_ratio() -> None:
+    rounds = [run("megallama", 60), run("megallama", 63), run("megallama", 66)]
+    peer = [run("hf", 50), run("hf", 7, other_load=0.9), run("hf", 55)]
+    line = peers.compare([*rounds, *peer])
+    assert (line["of each round"], line["ratio"], line["others' load"]) == ("1.20 disturbed 1.20", "1.26", "0.90")
+    assert line["peers that ran"] == "hf"
+
+
 def test_what_is_in_the_results_can_be_read() -> None:
     text = peers.report(peers.read_json("peers", []))
     assert len(lines(text)) > 20 and "AMD EPYC, 2 cores" in text
