@@ -30,10 +30,7 @@ class CopyFiles:
         self.opened: dict[str, tuple[int, mmap.mmap]] = {}  # by name
 
     def open(self, folder: str, which: object, size: int, notes: list[str]) -> tuple[int, mmap.mmap]:
-        """The file `which` of the run in `folder`, at least `size` bytes, and its memory; what it has stays.
-
-        What is to be said goes to `notes`. Raises: OSError where the machine has no room.
-        """
+        """A file of `size` bytes or more, with what it had; `notes` are to be said. Raises: OSError."""
         name = name_of(folder, str(which))
         if (held := self.opened.get(name)) and len(held[1]) >= size:
             return held

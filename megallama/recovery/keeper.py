@@ -1,7 +1,4 @@
-"""Who keeps the copies of ranks' states: in files that outlive trainers and supervisors, and with a buddy elsewhere.
-
-The buddy of a rank, the supervisor of another one, does not look into its copy: the trainer judges every bit.
-"""
+"""Copies of ranks' states: in files that outlive all, and with a buddy, which never looks into them."""
 
 from __future__ import annotations
 

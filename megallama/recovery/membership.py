@@ -36,10 +36,7 @@ class Members:
         return sorted({*range(self._size)} - {*self.seats} - self._links.waiting().keys())
 
     def next_world(self, able: Iterable[int]) -> tuple[list[int], str]:
-        """The seats of the next world, of the ranks `able` and those that wait, and what changes; or none, and why.
-
-        Whole replicas go on, as many as the batch can be dealt to.
-        """
+        """The next seats, of as many whole replicas as the batch suits, and what changes; or none, and why."""
         there, (stride, dp) = {*able, *self._links.waiting()}, self._about["dp"]
         lost = [rank for rank in range(self._size) if rank not in there]
         least, why_not = self._about["min_replicas"] or dp, self._about["replicas"]

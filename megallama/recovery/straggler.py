@@ -18,10 +18,7 @@ class Stragglers:
         self.slowest: tuple[int, float] | None = None  # rank, its time over that of its peers
 
     def look(self, busy: Mapping[int, tuple[int, Sequence[int]]]) -> list[tuple[int, float]]:
-        """busy: rank -> steps done, own work of the last ones [ns]. Ranks that have just been found slow, and by what.
-
-        A finding takes TIMES comparisons in a row, of STEPS_COMPARED steps each that no other comparison has.
-        """
+        """Who has now been slow TIMES times, and by what; busy: rank -> steps, own work of the last [ns]."""
         done = min((steps for steps, _ in busy.values()), default=0)
         if len(busy) < len(self._stages) or done < self._compared + STEPS_COMPARED:
             return []

@@ -90,6 +90,28 @@ def test_who_dies_without_a_word_is_the_one_that_is_missing(fakes: list[Fake]) -
     assert node is not None and f"process {fakes[3].process.pid}" in (node.lost(2) or {})["text"]
 
 
+def test_a_rank_that_dies_before_it_has_a_supervisor_is_missed(fakes: list[Fake], tmp_path: Path) -> None:
+    """Its launcher has started it; one that this has never started, or that it may start yet, is waited for."""
+    (tmp_path / "megallama").mkdir()
+    (tmp_path / "megallama" / "pretrain.py").write_text("input()")
+    command = [sys.executable, "-m", "megallama.pretrain", f"run.folder={tmp_path}"]
+    for fake in fakes[:2]:
+        fake.record.words[LAUNCHER] = os.getpid()
+    about, found = fakes[0].tells(0, 3), siblings_of(fakes[0])
+    fakes[1].tells(1, 3)
+    assert found.meet({}) is None and found.meet(about) is None
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=tmp_path)
+    while b"\0-m\0" not in Path(f"/proc/{first.pid}/cmdline").read_bytes():
+        time.sleep(0.01)
+    assert found.meet(about) is None
+    first.kill()
+    first.wait()
+    node = found.meet(about)
+    assert node is not None and f"process {first.pid}" in (node.lost(2) or {})["text"]
+    assert node.ended(2) is False and node.lost(1) is None
+    node.close()
+
+
 def test_all_processes_are_looked_through_once_a_second(fakes: list[Fake], monkeypatch: pytest.MonkeyPatch) -> None:
     about, found, looks = fakes[0].tells(0, 2), siblings_of(fakes[0]), list[str]()
     real, now = os.listdir, [100.0]
