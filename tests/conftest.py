@@ -24,7 +24,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background
 
 # The files that take longest, by seconds: they go first, or one core works on the last of them while the other is idle.
 LONGEST = (
-    *("test_lint.py", "parity/test_matrix.py", "quickstart/test_main_job.py", "analysis/test_dryrun.py"),
+    *("test_lint.py", "parity/test_matrix.py", "faults/test_hosts.py", "analysis/test_dryrun.py"),
+    *("parity/test_context.py", "parity/test_delays.py", "quickstart/test_main_job.py", "faults/test_supervisor.py"),
     *("checkpoint/test_crashes.py", "train/test_flat.py", "comm/test_world.py", "train/test_gpu_benchmarks.py"),
     *("faults/test_waiting.py", "train/test_loop.py", "train/test_data.py", "text/test_fast_encoder.py"),
     *("faults/test_bad_input.py", "optim/test_update.py", "train/test_frames.py", "convert/test_reshard_errors.py"),

@@ -6,15 +6,24 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 
-def killed(tmp_path: Path, *numbers: int) -> dict[str, Any]:
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """In memory where there is some: a save waits for a disk some twenty times, and dies hundreds of times here."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as name:
+        yield Path(name)
+
+
+def killed(folder: Path, *numbers: int) -> dict[str, Any]:
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.checkpoint.crashes", str(tmp_path / "c"), *map(str, numbers)]
+    command = [sys.executable, "-m", "tests.checkpoint.crashes", str(folder / "c"), *map(str, numbers)]
     done = subprocess.run(
         command, cwd=root, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -31,8 +40,8 @@ def killed(tmp_path: Path, *numbers: int) -> dict[str, Any]:
     [(1, 0, 1), (1, 1, 7), (2, 0, 5), (4, 1, 11)],
     ids=["1 rank, every call", "1 rank, the step again", "2 ranks", "4 ranks, the step again"],
 )
-def test_killed_at_every_call_of_a_save(ranks: int, resave: int, stride: int, tmp_path) -> None:
-    found = killed(tmp_path, ranks, resave, stride)
+def test_killed_at_every_call_of_a_save(ranks: int, resave: int, stride: int, folder: Path) -> None:
+    found = killed(folder, ranks, resave, stride)
     assert found["killed"] * stride > 100
     assert found["old"] > found["new"] > 1  # killed before, and after, the commit
     # a kill within the lock's first lines leaves its unnamed draft; nothing else is ever left
@@ -40,8 +49,8 @@ def test_killed_at_every_call_of_a_save(ranks: int, resave: int, stride: int, tm
 
 
 @pytest.mark.parametrize(("ranks", "victim", "stride"), [(2, 0, 23), (2, 1, 9), (3, 2, 11)])
-def test_one_rank_of_several_is_killed(ranks: int, victim: int, stride: int, tmp_path) -> None:
+def test_one_rank_of_several_is_killed(ranks: int, victim: int, stride: int, folder: Path) -> None:
     """The others notice, and what they leave behind is the old checkpoint, or the new one if it was complete."""
-    found = killed(tmp_path, ranks, 0, stride, victim)
+    found = killed(folder, ranks, 0, stride, victim)
     assert found["killed"] * stride > 30 and found["old"] >= 1
     assert [n for n in found["left"] if not n.startswith("lock.")] == []
