@@ -84,13 +84,14 @@ class Replace(Stage):
         rules = [(re.compile(rule.pattern), rule.by, MAX_NESTING if rule.nested else 1) for rule in self.rules]
 
         def apply(document: Document) -> str:
-            text = document.text
+            text, most = document.text, 10 * len(document.text) + 10_000
             for pattern, by, times in rules:
-                while times and (found := pattern.subn(by, text))[1]:
+                while times and len(text) <= most and (found := pattern.subn(by, text))[1]:
                     text, times = found[0], times - 1
-            text = html.unescape(text) if self.unescape else text
-            document.text = re.sub(r"\n{3,}", "\n\n", text).strip()
-            return "" if document.text else "nothing left"
+            left = html.unescape(text) if self.unescape else text
+            document.text = re.sub(r"\n{3,}", "\n\n", left).strip()
+            why = "" if document.text else "nothing left"
+            return why if len(text) <= most else "replacements that grow without end"
 
         return apply
 

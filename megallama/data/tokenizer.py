@@ -221,7 +221,8 @@ def load_tokenizer(path: str | Path, *, eos_token: str | None = None) -> Tokeniz
     kind = Gpt2Tokenizer if path.name.endswith("vocab.json") else JsonTokenizer
     tokenizer: Tokenizer = SentencePieceTokenizer(path) if path.suffix == ".model" else kind(path)
     if eos_token is not None:
-        tokenizer.eos_id = tokenizer.id_of(eos_token)
+        whole = eos_token.encode("utf-8", "replace").decode() == eos_token  # half a character is no token
+        tokenizer.eos_id = tokenizer.id_of(eos_token) if whole else None
         if tokenizer.eos_id is None:
             raise DataError(f"tokenizer {path} has no token {eos_token!r}; name one that it has, or leave it out")
     return tokenizer

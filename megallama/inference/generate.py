@@ -257,9 +257,9 @@ def _begin(
         wrong = next(token for token in prompt if not 0 <= token < vocab)
         raise ConfigError(f"{name} holds token id {wrong}, the model 0..{vocab - 1}: use the model's own tokenizer")
     room = min(max_tokens, context - len(prompt))
-    return Continuation(
-        prompt, room, room < max_tokens, torch.Generator(llama.embed.device).manual_seed(seed), transcript
-    )
+    seed = seed if abs(seed) < 1 << 63 else seed % (1 << 64)  # as much as it takes
+    draw = torch.Generator(llama.embed.device).manual_seed(seed)
+    return Continuation(prompt, room, room < max_tokens, draw, transcript)
 
 
 def _batches(rows: Sequence[Continuation], positions: int, max_rows: int) -> list[list[Continuation]]:

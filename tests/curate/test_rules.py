@@ -10,7 +10,7 @@ from megallama.config.errors import DataError
 from megallama.curate.contamination import Contamination
 from megallama.curate.latex import Macros
 from megallama.curate.recipe import load_recipe
-from megallama.curate.rules import Code, Filter, Language, Licence, licence_in, licence_of
+from megallama.curate.rules import Code, Filter, Language, Licence, Replace, licence_in, licence_of
 from tests.curate.recipes import EXAMPLES, judged, write_rows
 
 PROSE = "The river had risen in the night, and the lower fields lay under water. "
@@ -145,6 +145,15 @@ def test_the_nearest_licence_file_counts(tmp_path: Path) -> None:
     assert judged(stage, "x", path=file("two/a.py", "x"))[0] == "licence gpl"
     assert judged(stage, "x", path="/nowhere/a.py")[0] == "licence none"
     licence_in.cache_clear()
+
+
+@pytest.mark.parametrize(("pattern", "by"), [("", "x"), ("a", "aa"), ("(?=b)", "<>")])
+def test_replacements_that_grow(pattern: str, by: str) -> None:
+    rules = ({"pattern": pattern, "by": by, "nested": True},)
+    stage = (Replace.model_validate({"kind": "replace", "rules": rules}),)
+    reason, found = judged(stage, "ab" * 5000)
+    assert reason == "replacements that grow without end" and len(found) < 1_000_000
+    assert judged(stage, "ccc")[0] == ("replacements that grow without end" if not pattern else "")
 
 
 def test_wikitext() -> None:

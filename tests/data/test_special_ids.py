@@ -72,6 +72,8 @@ def test_another_end_by_name(jsonl: Path, json_path: Path, tmp_path: Path, capsy
         marks(json_path, tmp_path / "a", eos_token="<|end_of_text|>")
     assert command("prepare")([*arguments, "--output", str(tmp_path / "b"), "--eos-token", "<none>"]) == 2
     assert "has no token '<none>'; name one that it has, or leave it out" in capsys.readouterr().err
+    assert command("prepare")([*arguments, "--output", str(tmp_path / "b"), "--eos-token", "a\udcff"]) == 2
+    assert "has no token 'a\\udcff'; name one that it has, or leave it out" in capsys.readouterr().err
 
 
 def test_bos_of_a_tokenizer_that_has_none(jsonl: Path, json_path: Path, tmp_path: Path) -> None:

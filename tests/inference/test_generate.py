@@ -270,8 +270,10 @@ def test_ids_that_only_pad_the_vocabulary_are_never_drawn(tmp_path: Path) -> Non
 def test_same_seed_same_text(tmp_path: Path) -> None:
     reference(tmp_path)
     llama = load_llama(tmp_path)
-    texts = [list(generate(llama, [1, 2], 30, Sampling(1.0, 0.95, seed))) for seed in (7, 7, 8)]
-    assert texts[0] == texts[1] != texts[2]
+    texts = [list(generate(llama, [1, 2], 30, Sampling(1.0, 0.95, seed))) for seed in (7, 7, 8, 7 + (5 << 64), -7)]
+    assert texts[0] == texts[1] == texts[3] != texts[2] != texts[4]
+    one, other = (list(generate(llama, [1, 2], 30, Sampling(1.0, 0.95, s))) for s in (3**80, -(3**81)))
+    assert one != other and len(one) == 30
 
 
 @pytest.mark.parametrize(
