@@ -88,10 +88,9 @@ class Replace(Stage):
             for pattern, by, times in rules:
                 while times and len(text) <= most and (found := pattern.subn(by, text))[1]:
                     text, times = found[0], times - 1
-            left = html.unescape(text) if self.unescape else text
-            document.text = re.sub(r"\n{3,}", "\n\n", left).strip()
-            why = "" if document.text else "nothing left"
-            return why if len(text) <= most else "replacements that grow without end"
+            text = html.unescape(text) if self.unescape else text
+            document.text = re.sub(r"\n{3,}", "\n\n", text).strip()
+            return "replacements that grow without end" if len(text) > most else "nothing left" * (not document.text)
 
         return apply
 
