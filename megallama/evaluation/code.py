@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from math import comb
 from statistics import fmean
 from typing import Any
 
@@ -24,13 +25,17 @@ NEW_USER, NEW_PID, NEW_NET = 0x10000000, 0x20000000, 0x40000000  # of unshare(2)
 NOBODY, PARENT_DEATH = 65534, 1  # of prctl(2)
 
 
-def compute(references: Sequence[str], predictions: Sequence[Sequence[str]], **kwargs: Any) -> Any:
-    """pass@1 of programs before the tests of their questions. Raises: OSError if none can be confined."""
+def compute(references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)) -> Any:
+    """pass@k of programs, each before the tests of its question (Chen et al. 2021, arXiv:2107.03374, equation 1).
+
+    Raises: OSError if no process can be confined.
+    """
     if not passes(""):
         raise OSError("no process can be confined here, so no program is run; try another container")
     pairs = zip(predictions, references, strict=True)
     right = [[passes(f"{program}\n{tests}") for program in programs] for programs, tests in pairs]
-    return {"pass@1": fmean(map(fmean, right))}, right
+    of = {m: [1 - comb(len(own) - sum(own), m) / comb(len(own), m) for own in right if len(own) >= m] for m in k}
+    return {f"pass@{m}": fmean(values) for m, values in of.items() if values}, right
 
 
 def passes(program: str, seconds: int = 3) -> bool:

@@ -90,9 +90,9 @@ def test_the_network_is_out_of_reach() -> None:
 
 
 def test_the_share_that_passes() -> None:
-    found, right = compute([TEST, TEST], [[RIGHT, WRONG, WRONG, RIGHT], [WRONG] * 4], k=[1])
+    found, right = compute([TEST, TEST], [[RIGHT, WRONG, WRONG, RIGHT], [WRONG] * 4], k=[1, 2, 9])
     assert right == [[True, False, False, True], [False] * 4]
-    assert found == {"pass@1": 0.25}
+    assert found == pytest.approx({"pass@1": 0.25, "pass@2": (1 - 1 / 6) / 2})
 
 
 def test_where_nothing_can_be_confined_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
