@@ -184,7 +184,8 @@ class JsonLines(_Appender):
 def rewind(path: Path, step: int) -> None:
     """Remove lines after `step`, and one cut short; at 0 keep the file by another name."""
     if step == 0:
-        os.replace(path, path.with_name("metrics.old.jsonl"))
+        names = ("metrics.old.jsonl", *(f"metrics.old-{n}.jsonl" for n in range(2, 10_000)))
+        os.replace(path, next(p for p in map(path.with_name, names) if not p.exists()))
         return
     part = path.with_name(path.name + ".tmp")
     with path.open("rb") as old, part.open("wb") as new:

@@ -253,6 +253,13 @@ def test_a_run_from_scratch_keeps_the_old_file_aside(tmp_path: Path) -> None:
     out.close()
     assert read(tmp_path / "metrics.old.jsonl") == [{"step": 1}]
     assert [r["step"] for r in read(tmp_path / "metrics.jsonl")] == [120]
+    for number in (2, 3):  # and each of several
+        out = writer(tmp_path)
+        out.write(STEP | {"step": number})
+        out.close()
+    assert read(tmp_path / "metrics.old.jsonl") == [{"step": 1}]
+    found = [[r["step"] for r in read(tmp_path / f"metrics{name}.jsonl")] for name in (".old-2", ".old-3", "")]
+    assert found == [[120], [2], [3]]
 
 
 def test_a_full_disk_leaves_whole_lines_and_one_warning(
