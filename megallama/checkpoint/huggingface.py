@@ -145,10 +145,12 @@ def read_model_config(folder: Path) -> ModelConfig:
 def special_tokens(tokenizer: Path, marks: Mapping[str, int | None] | None = None) -> dict[str, tuple[str, int]]:
     """(text, id) of a tokenizer's "bos" and "eos", where it has them; `marks` win."""
     own: dict[str, int] = {}
-    if merges_of(tokenizer):
-        vocabulary = json.loads(tokenizer.read_bytes())
-    elif tokenizer.suffix == ".json":
-        vocabulary = Tokenizer.from_file(str(tokenizer)).get_vocab()
+    if tokenizer.suffix == ".json":  # read by ourselves: the library takes its own version's files alone
+        vocabulary = held = json.loads(tokenizer.read_bytes())
+        if merges_of(tokenizer) is None:
+            model = held.get("model", {}).get("vocab", {})
+            model = model if isinstance(model, dict) else {text: i for i, (text, _) in enumerate(model)}
+            vocabulary = model | {token["content"]: token["id"] for token in held.get("added_tokens", [])}
     else:
         from sentencepiece import SentencePieceProcessor
 

@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megallama.comm.flight_record import FlightRecord
 from megallama.comm.group import Group, Handle
+from megallama.kernels.candidate import accumulate_dtype
 from megallama.layers.batch import MicroBatch
 from megallama.layers.param import WeightGradQueue
 from megallama.plan.schedule import RECVS, SENDS, Action, Kind, Schedule
@@ -63,6 +64,9 @@ class PipelineRuntime:
     ) -> None:  # fmt: skip
         self._work, self._pp, self._hidden, self.observer = work, pp, hidden, Observer(record)
         self._shares, self._longest = shares, longest
+        # torch makes a 1 itself, by one kernel more; where it is given one it imports a compiler, 30 MiB
+        dtype = accumulate_dtype(hidden.dtype)
+        self._one = torch.ones((), dtype=dtype, device=hidden.device) if hidden.is_cuda else None
         self._handlers: dict[Kind, Callable[[Action], None]] = {
             Kind.F: self._forward,
             Kind.B: self._differentiate,
@@ -122,7 +126,7 @@ class PipelineRuntime:
     def _differentiate(self, action: Action) -> None:
         x, edge = self._graphs.pop((action.stage, action.microbatch))
         last = action.stage == self._schedule.num_stages - 1
-        grad = None if last else self._take(Kind.B, action)  # given one torch imports a compiler
+        grad = self._one if last else self._take(Kind.B, action)
         torch.autograd.backward((edge,), (grad,))
         if x is not None:
             assert x.grad is not None

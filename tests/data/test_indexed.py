@@ -299,8 +299,9 @@ def test_a_killed_writer_leaves_no_files_under_their_names(tmp_path: Path) -> No
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], cwd=Path(__file__).parents[2])
     assert done.returncode == -signal.SIGKILL
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin.tmp", "a.idx.tmp", "a.sums.tmp"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.lock", "a.bin.tmp", "a.idx.tmp", "a.sums.tmp"]
     write(tmp_path / "a")  # and the next run is not disturbed by them
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.sums"]
     assert IndexedDataset(tmp_path / "a").num_tokens == 18
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.sums"]
 

@@ -66,8 +66,8 @@ def test_so_many_replicas_go_on_as_the_batch_can_be_dealt_to() -> None:
 
 def test_why_a_run_cannot_go_on_with_so_many_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its batch, and the room for a larger share of the optimizer's state: of all ranks of a host on CPUs."""
-    plan = make_plan(small_config(batch={"global_batch_size": 8}), 4)
-    world: Any = SimpleNamespace(hosts=["a"] * 4, device=CPU)
+    plan = make_plan(small_config(batch={"global_batch_size": 8}, run={"min_replicas": 1, "max_replacements": 9}), 4)
+    world: Any = SimpleNamespace(rank=0, hosts=["a"] * 4, device=CPU)
     assert [bool(why) for why in setup._replicas(plan, world)] == [True, False, False, True, False]
     assert "batch.global_batch_size=8 is not a multiple of" in setup._replicas(plan, world)[3]
     two = replace(plan, topology=Topology(dp=2)).memory(0).persistent

@@ -327,16 +327,17 @@ def test_the_first_step_with_another_learning_rate_is_named() -> None:
 
 
 def test_why_a_run_cannot_go_on_with_fewer_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small_config(batch={"global_batch_size": 6}, parallel={"tp": 2}, run={"device": "cpu"})
+    run = {"device": "cpu", "min_replicas": 1, "max_replacements": 9}
+    config = small_config(batch={"global_batch_size": 6}, parallel={"tp": 2}, run=run)
     plan = make_plan(config, 6)
-    world: Any = SimpleNamespace(hosts=["a", "a", "a", "b", "b", "b"], device=torch.device("cpu"))
+    world: Any = SimpleNamespace(rank=0, hosts=[*"aaabbb"], device=torch.device("cpu"))
     need = plan.memory(0).persistent
     for limit, texts in ((1 << 40, ["no replica is whole", "", "", ""]), (need, ["no replica is whole", *"xx", ""])):
         monkeypatch.setattr(set_up, "room", lambda device, limit=limit: {"memory": limit})
         found = set_up._replicas(plan, world)
         assert ["x" if "the state of" in text else text for text in found] == texts
     assert "the state of 2 ranks " in found[1] and "the state of 3 ranks " in found[2]
-    plan = make_plan(small_config(batch={"global_batch_size": 9}, run={"device": "cpu"}), 3)
+    plan = make_plan(small_config(batch={"global_batch_size": 9}, run=run), 3)
     monkeypatch.setattr(set_up, "room", lambda device: {"memory": 1 << 40})
     world.hosts = ["a", "b", "c"]
     found = set_up._replicas(plan, world)
